@@ -1,0 +1,1 @@
+"""mptk: compiler-style structured pruning for language models."""

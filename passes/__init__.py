@@ -1,0 +1,1 @@
+"""Compiler passes of mptk: one pass a file."""

@@ -1,0 +1,130 @@
+"""The plan: which units each family keeps. The one thing that passes from choosing to cutting."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mptk.errors import MptkError
+
+FORMAT = "mptk-plan/1"
+Keep = tuple[tuple[int, ...], ...]
+"""Kept unit indices, ascending: one tuple for each scope position (a single one where the choice may not vary)."""
+
+
+@dataclass(frozen=True)
+class FamilyPlan:
+    """One family's choice: ``width`` of ``of`` units stay in every layer; ``keep`` maps a layer's label to them."""
+
+    width: int
+    of: int
+    keep: Mapping[str, Keep]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Family name → what it keeps. Families that are not named stay whole."""
+
+    families: Mapping[str, FamilyPlan]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {name: family.width for name, family in self.families.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "meta": dict(self.meta),
+            "families": {
+                name: {
+                    "width": f.width,
+                    "of": f.of,
+                    "keep": {layer: _encode(keep) for layer, keep in f.keep.items()},
+                }
+                for name, f in self.families.items()
+            },
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON (schema: ``docs/plan.md``), atomically."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        temporary.replace(path)
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read and validate a plan file. Raises MptkError with the place that is wrong."""
+        try:
+            data = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise MptkError(f"cannot read plan {path}: {error.strerror}; give the path of a plan.json") from error
+        except json.JSONDecodeError as error:
+            raise MptkError(f"{path} is not JSON (line {error.lineno}: {error.msg}); see docs/plan.md") from error
+        return Plan.from_json(data, source=str(path))
+
+    @staticmethod
+    def from_json(data: Any, *, source: str = "plan") -> Plan:
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise MptkError(f'{source}: "format" is not "{FORMAT}"; see docs/plan.md')
+        families = data.get("families")
+        if not isinstance(families, dict):
+            raise MptkError(f'{source}: "families" is not an object; see docs/plan.md')
+        parsed = {name: _family(body, f"{source}: families.{name}") for name, body in families.items()}
+        return Plan(parsed, data.get("meta", {}))
+
+
+def _family(body: Any, where: str) -> FamilyPlan:
+    if not isinstance(body, dict):
+        raise MptkError(f"{where} is not an object; see docs/plan.md")
+    width, of, keep = body.get("width"), body.get("of"), body.get("keep")
+    if not isinstance(width, int) or not isinstance(of, int) or not 0 < width <= of:
+        raise MptkError(f'{where}: "width" and "of" must be integers with 0 < width <= of')
+    if not isinstance(keep, dict) or not keep:
+        raise MptkError(f'{where}: "keep" must map each layer to its kept units; see docs/plan.md')
+    return FamilyPlan(width, of, {layer: _decode(k, width, of, f"{where}.keep.{layer}") for layer, k in keep.items()})
+
+
+def _encode(keep: Keep) -> Any:
+    rows = [_ranges(row) for row in keep]
+    return rows[0] if len(rows) == 1 else rows
+
+
+def _ranges(units: tuple[int, ...]) -> str:
+    """``(0, 1, 2, 5)`` → ``"0-2,5"``: short to read, to write and to diff."""
+    parts: list[list[int]] = []
+    for unit in units:
+        if parts and unit == parts[-1][1] + 1:
+            parts[-1][1] = unit
+        else:
+            parts.append([unit, unit])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def _decode(value: Any, width: int, of: int, where: str) -> Keep:
+    scoped = isinstance(value, list) and bool(value) and all(isinstance(row, (list, str)) for row in value)
+    rows = tuple(_units(row, where) for row in (value if scoped else [value]))
+    for row in rows:
+        if len(row) != width:
+            raise MptkError(f"{where}: {len(row)} units kept, but width is {width}")
+        if list(row) != sorted(set(row)) or row[0] < 0 or row[-1] >= of:
+            raise MptkError(f"{where}: units must be ascending, distinct and in 0..{of - 1}")
+    return rows
+
+
+def _units(value: Any, where: str) -> tuple[int, ...]:
+    if isinstance(value, list) and all(isinstance(u, int) and not isinstance(u, bool) for u in value):
+        return tuple(value)
+    if not isinstance(value, str):
+        raise MptkError(f'{where}: expected a list of integers or ranges such as "0-3,7"')
+    units: list[int] = []
+    for part in value.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise MptkError(f'{where}: "{part}" is not a unit or a range; write "0-3,7"')
+        units.extend(range(int(first), int(last or first) + 1))
+    return tuple(units)

@@ -1,0 +1,110 @@
+"""Program: a traced model. An FX graph over ATen ops, and the weights it uses by qualified name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model as data: what passes work on.
+
+    ``graph`` is the pre-dispatch ATen graph of ``torch.export`` (linear, scaled_dot_product_attention and layer_norm
+    stay whole). Its placeholders are the lifted weights and then the user's inputs. ``state`` maps each weight's
+    qualified name to its tensor (parameters, buffers and constants; fake tensors if traced without weights), so that
+    the program runs without the module it came from. ``aliases`` maps the other names of a tied weight to the name
+    the graph uses.
+    """
+
+    graph: fx.GraphModule
+    signature: ExportGraphSignature
+    state: Mapping[str, Tensor]
+    aliases: Mapping[str, str]
+    exported: ExportedProgram = field(repr=False)
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Placeholder name → qualified name, for every parameter, buffer and constant in the graph."""
+        return {
+            spec.arg.name: spec.target
+            for spec in self.signature.input_specs
+            if spec.kind is not InputKind.USER_INPUT and spec.target is not None
+        }
+
+    @property
+    def parameters(self) -> list[str]:
+        """Qualified names of the parameters in the graph, in the graph's order."""
+        return [s.target for s in self.signature.input_specs if s.kind is InputKind.PARAMETER and s.target is not None]
+
+    @property
+    def user_inputs(self) -> list[str]:
+        """Placeholder names of the inputs that a caller passes, in order."""
+        return [s.arg.name for s in self.signature.input_specs if s.kind is InputKind.USER_INPUT]
+
+    def placeholders(self) -> Iterator[fx.Node]:
+        return (n for n in self.graph.graph.nodes if n.op == "placeholder")
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run the graph on ``inputs`` (the user's inputs in order) with the program's own weights.
+
+        Returns what the traced wrapper returned: for a traced model one tensor (logits, [batch, sequence, vocab] for a
+        language model), or a tuple if it returned several.
+        """
+        outputs = self.graph(*self.arguments(*inputs))
+        return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else outputs
+
+    def arguments(self, *inputs: Tensor) -> list[Any]:
+        """The graph's full argument list: weights by placeholder, then ``inputs``."""
+        weights, user = self.weights, iter(inputs)
+        return [self.state[weights[n.name]] if n.name in weights else next(user) for n in self.placeholders()]
+
+    def with_state(self, state: Mapping[str, Tensor]) -> Program:
+        """The same graph over other tensors of the same shapes; names missing in ``state`` keep their tensor."""
+        return replace(self, state={name: state.get(name, tensor) for name, tensor in self.state.items()})
+
+    def copy_graph(self) -> fx.GraphModule:
+        """A copy of the graph that a pass may edit (node names, metadata and placeholders kept)."""
+        return copy.deepcopy(self.graph)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers by name, tied names included: what a checkpoint of the module holds."""
+        kinds = {s.target: s for s in self.signature.input_specs if s.target is not None}
+        saved = {
+            name: tensor
+            for name, tensor in self.state.items()
+            if kinds[name].kind is InputKind.PARAMETER
+            or (kinds[name].kind is InputKind.BUFFER and kinds[name].persistent)
+        }
+        return saved | {alias: saved[name] for alias, name in self.aliases.items() if name in saved}
+
+    def to_exported(self) -> ExportedProgram:
+        """An ``ExportedProgram`` of this graph and these weights, for ``torch.onnx.export`` and ``torch.export.save``."""
+        old = self.exported
+        state = {k: self.state[k] for k in old.state_dict if k in self.state}
+        for name in old.state_dict:
+            state.setdefault(name, self.state[self.aliases[name]] if name in self.aliases else old.state_dict[name])
+        constants = {k: self.state.get(k, v) for k, v in old.constants.items()}
+        return ExportedProgram(
+            root=self.graph,
+            graph=self.graph.graph,
+            graph_signature=self.signature,
+            state_dict=state,
+            range_constraints=old.range_constraints,
+            module_call_graph=old.module_call_graph,
+            example_inputs=old.example_inputs,
+            constants=constants,
+            verifiers=[old.verifier],
+        )
+
+
+def parameter_count(program: Program) -> int:
+    """Number of parameters in the program; a tied weight counts once."""
+    return sum(program.state[name].numel() for name in program.parameters)

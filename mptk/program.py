@@ -32,17 +32,15 @@ class Program:
 
     @property
     def weights(self) -> dict[str, str]:
-        """Placeholder name → qualified name, for every parameter, buffer and constant in the graph."""
-        return {
-            spec.arg.name: spec.target
-            for spec in self.signature.input_specs
-            if spec.kind is not InputKind.USER_INPUT and spec.target is not None
-        }
+        """Placeholder name → name in ``state``, for every parameter, buffer and constant in the graph."""
+        targets = ((spec.arg.name, spec.target) for spec in self.signature.input_specs if spec.target is not None)
+        return {placeholder: self.aliases.get(target, target) for placeholder, target in targets}
 
     @property
     def parameters(self) -> list[str]:
-        """Qualified names of the parameters in the graph, in the graph's order."""
-        return [s.target for s in self.signature.input_specs if s.kind is InputKind.PARAMETER and s.target is not None]
+        """Names of the parameters in the graph's order; a tied parameter appears once."""
+        specs = self.signature.input_specs
+        return [s.target for s in specs if s.kind is InputKind.PARAMETER and s.target in self.state]
 
     @property
     def user_inputs(self) -> list[str]:
@@ -76,32 +74,29 @@ class Program:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers by name, tied names included: what a checkpoint of the module holds."""
-        kinds = {s.target: s for s in self.signature.input_specs if s.target is not None}
         saved = {
-            name: tensor
-            for name, tensor in self.state.items()
-            if kinds[name].kind is InputKind.PARAMETER
-            or (kinds[name].kind is InputKind.BUFFER and kinds[name].persistent)
+            spec.target: self.state[self.aliases.get(spec.target, spec.target)]
+            for spec in self.signature.input_specs
+            if spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent)
+            if spec.target is not None
         }
         return saved | {alias: saved[name] for alias, name in self.aliases.items() if name in saved}
 
     def to_exported(self) -> ExportedProgram:
         """An ``ExportedProgram`` of this graph and these weights, for ``torch.onnx.export`` and ``torch.export.save``."""
-        old = self.exported
-        state = {k: self.state[k] for k in old.state_dict if k in self.state}
-        for name in old.state_dict:
-            state.setdefault(name, self.state[self.aliases[name]] if name in self.aliases else old.state_dict[name])
-        constants = {k: self.state.get(k, v) for k, v in old.constants.items()}
+        state = self.state_dict()
+        constants: dict[str, Any] = {s.target: self.state[s.target] for s in self.signature.input_specs
+                                     if s.target is not None and s.target not in state}
         return ExportedProgram(
             root=self.graph,
             graph=self.graph.graph,
             graph_signature=self.signature,
             state_dict=state,
-            range_constraints=old.range_constraints,
-            module_call_graph=old.module_call_graph,
-            example_inputs=old.example_inputs,
+            range_constraints=self.exported.range_constraints,
+            module_call_graph=self.exported.module_call_graph,
+            example_inputs=self.exported.example_inputs,
             constants=constants,
-            verifiers=[old.verifier],
+            verifiers=[self.exported.verifier],
         )
 
 

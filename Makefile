@@ -1,0 +1,62 @@
+# make demo | test | check: each sets up .venv first. PYTHON names another interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := smollm2-135m
+DEMO := runs/demo
+# Two workers with one thread each, so that timings and results do not depend on the machine's size.
+PYTEST_ARGS ?= -n 2 --dist loadfile
+RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: help demo test check format test-lowest clean
+
+help:
+	@echo "make demo         prune SmolLM2-135M by 30 %, prove it, time it (about 10 minutes on 2 cores)"
+	@echo "make test         make check, then every test"
+	@echo "make check        ruff, mypy --strict, import contracts"
+	@echo "make format       let ruff format and fix what it can"
+	@echo "make test-lowest  the tests on the oldest dependencies that pyproject.toml allows (needs uv)"
+	@echo "make clean        remove .venv, caches and build files"
+
+demo: $(VENV)/.installed
+	rm -rf $(DEMO)
+	$(BIN)/mptk fetch $(MODEL)
+	$(BIN)/mptk analyze $(MODEL)
+	$(BIN)/mptk prune $(MODEL) --sparsity 0.3 --method wanda --out $(DEMO)
+	$(BIN)/mptk bench $(MODEL) $(DEMO)
+	$(BIN)/mptk report $(DEMO)
+
+test: check
+	$(call RUN_TESTS,$(VENV))
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict mptk passes
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-lowest:
+	uv venv --python $(PYTHON) --allow-existing .venv-lowest
+	uv pip install --python .venv-lowest/bin/python --resolution lowest-direct -e '.[dev]'
+	$(call RUN_TESTS,.venv-lowest)
+
+clean:
+	rm -rf $(VENV) .venv-lowest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+define install
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo >&2 \
+	"mptk needs Python 3.11 or newer; '$(PYTHON)' is not. Name one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+$(PYTHON) -m venv $(VENV)
+$(BIN)/python -m pip install --quiet --editable '$(1)'
+@touch $@
+endef
+
+$(VENV)/.installed: pyproject.toml
+	$(call install,.)
+
+$(VENV)/.installed-dev: pyproject.toml
+	$(call install,.[dev])

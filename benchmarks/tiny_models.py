@@ -1,0 +1,271 @@
+"""Tiny random models of every type in transformers' auto mappings, with example inputs.
+
+    python -m benchmarks.tiny_models [--mapping M] [--types A,B] [--jobs N] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import multiprocessing
+import resource
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from torch import nn
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from benchmarks.tiny_config import RECIPES, VOCAB, tiny_config
+
+MAPPINGS: dict[str, dict[str, Any]] = {
+    "causal-lm": dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "masked-lm": dict(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    "seq2seq": dict(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    "image-classification": dict(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+}
+BATCH, SEQ, TARGET_SEQ = 2, 7, 5
+MAX_PARAMETERS = 4_000_000
+TIME_LIMIT_S, MEMORY_LIMIT_BYTES = 120, 4 << 30
+
+
+class CannotBuild(Exception):
+    """No tiny model: `stage` is "config", "build" or "forward", `reason` a line for a reader."""
+
+    def __init__(self, stage: str, reason: str) -> None:
+        super().__init__(f"{stage}: {reason}")
+        self.stage, self.reason = stage, reason
+
+
+@dataclasses.dataclass
+class Tiny:
+    """A tiny eval-mode fp32 `model`; `wrapper(*inputs)` returns one floating tensor (the logits)."""
+
+    model: nn.Module
+    inputs: tuple[torch.Tensor, ...]
+    wrapper: nn.Module
+
+
+class Logits(nn.Module):
+    """Calls `model` with positional tensors under the given argument names; returns its logits."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+        accepted = inspect.signature(model.forward).parameters
+        self.flags = {"use_cache": False} if "use_cache" in accepted else {}
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """Tensors in the order of `names`; returns the first floating tensor of the output."""
+        out = self.model(**dict(zip(self.names, tensors, strict=True)), **self.flags)
+        values = out.values() if hasattr(out, "values") else out
+        logits = getattr(out, "logits", None)
+        if isinstance(logits, torch.Tensor):
+            return logits
+        return next(v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())
+
+
+def model_types(mapping: str) -> list[str]:
+    """The model types of `mapping`, in transformers' order."""
+    return list(MAPPINGS[mapping])
+
+
+def tiny_model(mapping: str, model_type: str, seed: int = 0) -> Tiny:
+    """A tiny model of `model_type`; raises `CannotBuild`."""
+    transformers.logging.set_verbosity_error()
+    entry = MAPPINGS[mapping][model_type]
+    class_name = entry if isinstance(entry, str) else entry[0]
+    model_class = getattr(transformers, class_name)
+    first: CannotBuild | None = None
+    for recipe in RECIPES:
+        try:
+            return _attempt(mapping, model_type, model_class, recipe, seed)
+        except CannotBuild as error:
+            if first is None or _STAGES.index(error.stage) > _STAGES.index(first.stage):
+                first = error
+    assert first is not None
+    raise first
+
+
+_STAGES = ("config", "build", "forward", "export")
+
+
+def _attempt(mapping: str, model_type: str, model_class: Any, recipe: Any, seed: int) -> Tiny:
+    try:
+        config = tiny_config(CONFIG_MAPPING[model_type], recipe)
+        config.use_cache = False
+        if hasattr(config, "is_decoder") and mapping == "causal-lm":
+            config.is_decoder = True
+    except Exception as error:
+        raise CannotBuild("config", _line(error)) from error
+    try:
+        torch.manual_seed(seed)
+        model = _construct(model_class, config)
+    except Exception as error:
+        raise CannotBuild("build", _line(error)) from error
+    model.eval()
+    randomise(model, seed)
+    inputs = example_inputs(mapping, model, seed)
+    wrapper = Logits(model, tuple(inputs)).eval()
+    tensors = tuple(inputs.values())
+    try:
+        with torch.no_grad():
+            out = wrapper(*tensors)
+    except Exception as error:
+        raise CannotBuild("forward", _line(error)) from error
+    if not bool(torch.isfinite(out).all()):
+        raise CannotBuild("forward", "the output is not finite")
+    return Tiny(model, tensors, wrapper)
+
+
+def _construct(model_class: Any, config: Any) -> Any:
+    with torch.device("meta"):
+        model = model_class._from_config(config, attn_implementation="eager")
+    sizes = sorted(((p.numel(), n) for n, p in model.named_parameters()), reverse=True)
+    total = sum(s for s, _ in sizes)
+    if total > MAX_PARAMETERS:
+        raise CannotBuild("build", f"{total} parameters, largest {sizes[:4]}")
+    try:
+        return model_class._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    except (ValueError, ImportError):
+        return model_class._from_config(config, attn_implementation="eager", dtype=torch.float32)
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    """Non-degenerate values for every parameter and persistent floating buffer of `model`, in place."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype)
+
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_floating_point() or parameter.numel() == 0:
+                continue
+            p = parameter.data
+            constant = bool((p == p.flatten()[0]).all())
+            rows_equal = p.ndim == 2 and p.shape[0] > 1 and bool((p == p[:1]).all())
+            if p.ndim >= 2 and not (rows_equal and not constant):
+                fan_in = p[0].numel() if id(parameter) in convolutions else p.shape[-1]
+                scale = 1.0 if id(parameter) in embeddings else fan_in**-0.5
+                p.copy_(normal(p) * scale)
+            elif constant and abs(float(p.flatten()[0])) < 0.05:
+                p.copy_(0.2 * normal(p))
+            else:
+                p.mul_(1 + 0.2 * normal(p).clamp(-2, 2))
+        persistent = model.state_dict(keep_vars=True)
+        for name, buffer in model.named_buffers():
+            if name in persistent and buffer.is_floating_point() and buffer.numel():
+                value = float(buffer.flatten()[0])
+                if bool((buffer == value).all()) and value in (0.0, 1.0):
+                    noise = normal(buffer)
+                    buffer.copy_(0.2 * noise if value == 0.0 else 1 + 0.2 * noise.clamp(-2, 2))
+
+
+def example_inputs(mapping: str, model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """Named example inputs: token ids [2, 7] that are no special token, or pixel values [2, C, H, W]."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    accepted = inspect.signature(model.forward).parameters
+    config: Any = model.config
+    if mapping == "image-classification":
+        size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", 32)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        channels = getattr(config, "num_channels", 3)
+        return {"pixel_values": torch.randn(BATCH, channels, height, width, generator=generator)}
+
+    def tokens(length: int) -> torch.Tensor:
+        return torch.randint(20, VOCAB - 30, (BATCH, length), generator=generator)
+
+    inputs = {"input_ids": tokens(SEQ)}
+    if mapping == "seq2seq" and "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = tokens(TARGET_SEQ)
+    return inputs
+
+
+def _line(error: BaseException) -> str:
+    if isinstance(error, CannotBuild):
+        return error.reason
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:400]
+
+
+def check(mapping: str, model_type: str) -> dict[str, Any]:
+    """One row of the sweep: the last stage that passed and, where that is not "export", why."""
+    row: dict[str, Any] = {"mapping": mapping, "type": model_type, "stage": "none", "reason": ""}
+    start = time.perf_counter()
+    try:
+        tiny = tiny_model(mapping, model_type)
+        row["parameters"] = sum(p.numel() for p in tiny.model.parameters())
+        row["build_s"] = round(time.perf_counter() - start, 2)
+        start = time.perf_counter()
+        with torch.no_grad():
+            torch.export.export(tiny.wrapper, tiny.inputs, strict=False)
+        row["export_s"] = round(time.perf_counter() - start, 2)
+        row["stage"] = "export"
+    except CannotBuild as error:
+        row.update(stage=("none", *_STAGES)[_STAGES.index(error.stage)], reason=str(error))
+    except Exception as error:
+        row.update(stage="forward", reason=f"export: {_line(error)}")
+    return row
+
+
+def _child(pipe: Connection, mapping: str, model_type: str) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    torch.set_num_threads(1)
+    pipe.send(check(mapping, model_type))
+
+
+def _limited(mapping: str, model_type: str) -> dict[str, Any]:
+    """`check` in a process of its own, forked from a server that has imported torch already."""
+    row = {"mapping": mapping, "type": model_type, "stage": "none"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.tiny_models"])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(theirs, mapping, model_type))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(TIME_LIMIT_S):
+            return {**row, "reason": f"ran past {TIME_LIMIT_S} s"}
+        return dict(ours.recv())
+    except EOFError:
+        process.join()
+        return {**row, "reason": f"the process died with exit code {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def main(
+    mapping: Annotated[str, typer.Option(help="One mapping; all when empty")] = "",
+    types: Annotated[str, typer.Option(help="Comma-separated model types; all when empty")] = "",
+    jobs: Annotated[int, typer.Option(help="Processes at once")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here")] = None,
+) -> None:
+    """Builds, runs and exports a tiny model of every type, each in its own process."""
+    wanted = [m for m in MAPPINGS if mapping in ("", m)]
+    pairs = [(m, t) for m in wanted for t in MAPPINGS[m] if not types or t in types.split(",")]
+    rows = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for row in pool.map(lambda pair: _limited(*pair), pairs):
+            rows.append(row)
+            seconds = f"{row.get('build_s', '-'):>6} {row.get('export_s', '-'):>6} {row.get('parameters', '-'):>8}"
+            print(f"{row['mapping']:21} {row['type']:28} {row['stage']:8} {seconds}  {row['reason'][:300]}", flush=True)
+    for m in wanted:
+        reached = [r["stage"] for r in rows if r["mapping"] == m]
+        print(f"{m}: {reached.count('export')} of {len(reached)} export")
+    if json_file:
+        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

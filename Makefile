@@ -15,7 +15,7 @@ help:
 	@echo "make test         make check, then every test"
 	@echo "make check        ruff, mypy --strict, import contracts"
 	@echo "make format       let ruff format and fix what it can"
-	@echo "make test-lowest  the tests on the oldest dependencies that pyproject.toml allows (needs uv)"
+	@echo "make test-lowest  the tests on the oldest dependencies that pyproject.toml allows"
 	@echo "make clean        remove .venv, caches and build files"
 
 demo: $(VENV)/.installed
@@ -40,8 +40,9 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 test-lowest:
-	uv venv --python $(PYTHON) --allow-existing .venv-lowest
-	uv pip install --python .venv-lowest/bin/python --resolution lowest-direct -e '.[dev]'
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/uv pip install --python .venv-lowest --resolution lowest-direct --editable '.[dev]'
 	$(call RUN_TESTS,.venv-lowest)
 
 clean:

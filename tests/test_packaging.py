@@ -1,0 +1,152 @@
+"""What is installed: both packages with all their files, the command, and only imports that are declared."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("mptk", "passes")
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds what the built wheel holds."""
+    source, wheels, target = (tmp_path_factory.mktemp(name) for name in ("source", "wheels", "target"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(wheels)], cwd=source, check=True, capture_output=True)
+    (wheel,) = wheels.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    return target
+
+
+def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python in ``cwd``, whose packages come before any installed ones."""
+    environment = os.environ | {"PYTHONPATH": str(cwd)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Top-level names of the absolute imports in ``tree``, at any depth."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.split(".")[0]
+
+
+def normal(requirement: str) -> str:
+    """The normalised distribution name that a requirement starts with."""
+    name = re.match(r"[\w.-]+", requirement)
+    assert name, requirement
+    return re.sub(r"[-_.]+", "-", name[0]).lower()
+
+
+def undeclared(folder: str, declared: set[str]) -> set[str]:
+    """Modules that ``folder`` imports and that no distribution in ``declared`` provides."""
+    own = {*PACKAGES, "benchmarks", "tests", *(p.stem for p in (ROOT / folder).rglob("*.py"))}
+    providers = importlib.metadata.packages_distributions()
+    names = {n for p in (ROOT / folder).rglob("*.py") for n in imported(ast.parse(p.read_text()))}
+    third_party = names - own - sys.stdlib_module_names
+    return {n for n in third_party if not {normal(d) for d in providers.get(n, [n])} & declared}
+
+
+def test_wheel_holds_every_file_of_both_packages(installed: Path) -> None:
+    for package in PACKAGES:
+        files = [p for p in (ROOT / package).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+        missing = [str(f.relative_to(ROOT)) for f in files if not (installed / f.relative_to(ROOT)).is_file()]
+        assert not missing
+        assert (installed / package / "py.typed").is_file()
+    assert not (installed / "tests").exists()
+    (licence,) = installed.glob("*.dist-info/licenses/LICENSE")
+    assert "Apache License" in licence.read_text()
+
+
+def test_module_and_console_script_are_one_command(installed: Path, project: dict[str, Any]) -> None:
+    (entry,) = (e for e in importlib.metadata.entry_points(group="console_scripts") if e.name == "mptk")
+    assert entry.value == "mptk.cli:main"
+    result = run_python("-m", "mptk", "--version", cwd=installed)
+    assert result.returncode == 0, result.stderr
+    assert project["project"]["version"] in result.stdout
+
+
+def test_every_module_can_be_the_first_import(installed: Path) -> None:
+    """``passes`` imports mptk's data types and the API imports ``passes``: no order may close a circle."""
+    modules = [
+        ".".join(p.relative_to(installed).with_suffix("").parts).removesuffix(".__init__")
+        for package in PACKAGES
+        for p in sorted((installed / package).rglob("*.py"))
+        if p.name != "__main__.py"
+    ]
+    script = f"""
+import importlib, os, sys, transformers, torch.export
+for name in {modules!r}:
+    child = os.fork()
+    if child == 0:
+        module = importlib.import_module(name)
+        assert module.__file__.startswith({str(installed)!r}), module.__file__
+        sys.stdout.flush(), os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"cannot import {{name}} first")
+"""
+    result = run_python("-c", script, cwd=installed)
+    assert result.returncode == 0, result.stderr
+
+
+def test_installed_version_is_the_projects(project: dict[str, Any]) -> None:
+    assert importlib.metadata.version("mptk") == project["project"]["version"]
+
+
+def test_imports_are_declared(project: dict[str, Any]) -> None:
+    extras = project["project"]["optional-dependencies"]
+    core = {normal(r) for r in project["project"]["dependencies"]}
+    everything = core | {normal(r) for extra in extras.values() for r in extra}
+    optional = {normal(r) for r in extras["eval"]}
+    for package in PACKAGES:
+        assert not undeclared(package, core | optional)
+    assert not undeclared("tests", everything)
+    assert not undeclared("benchmarks", everything)
+    assert not undeclared("examples", core)
+
+
+def test_dependencies_are_ranges_with_a_lower_bound(project: dict[str, Any]) -> None:
+    extras = project["project"]["optional-dependencies"]
+    requirements = [*project["project"]["dependencies"], *(r for extra in extras.values() for r in extra)]
+    assert [r for r in requirements if ">=" not in r or "==" in r or "@" in r] == []
+
+
+def test_contracts_cover_every_module(project: dict[str, Any]) -> None:
+    """A new module of mptk must be put on one side of the import contracts, or it would escape them."""
+    data_types, upper, wiring = project["tool"]["importlinter"]["contracts"]
+    covered = {*data_types["source_modules"], *data_types["forbidden_modules"]}
+    modules = {
+        f"mptk.{p.stem}"
+        for p in (ROOT / "mptk").iterdir()
+        if p.suffix == ".py" or (p / "__init__.py").is_file()
+    }
+    assert modules - {"mptk.__init__", "mptk.__main__"} == covered - {"passes"}
+    assert set(upper["forbidden_modules"]) == covered - {*data_types["source_modules"], "passes"}
+    assert wiring["protected_modules"] == ["passes"]

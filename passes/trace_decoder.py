@@ -1,4 +1,4 @@
-"""trace_decoder: a causal language model → a Program of one decoding step, with the KV cache as inputs and outputs."""
+"""trace_decoder: a causal language model → a Program of one decoding step, the KV cache passed in and out."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mptk.errors import MptkError
 from mptk.program import Program
 from passes.trace import export_program
 
 BATCH, SEQUENCE, PAST = 2, 11, 23
-"""Example sizes: distinct, and neither they nor PAST + SEQUENCE = 34 are likely to equal a size in a config."""
+"""Example sizes: distinct, and neither they nor PAST + SEQUENCE = 34 are likely to be a size in a config."""
+
+ONLY = "only models in which every layer caches its keys and values can be exported with a KV cache"
 
 Logits = Literal["all", "last"]
 
 
 @dataclass(frozen=True)
 class CacheLayerShape:
-    """What one layer keeps of each token: keys [batch, heads, tokens, key_dim], values [batch, heads, tokens, value_dim]."""
+    """What a layer caches: keys [batch, heads, tokens, key_dim], values [batch, heads, tokens, value_dim]."""
 
     heads: int
     key_dim: int
@@ -37,12 +39,12 @@ class CacheLayerShape:
 class DecoderStep(nn.Module):
     """Calls a causal language model with a flat cache.
 
-    Positional inputs: input_ids [B, S], attention_mask [B, P + S], position_ids [B, S] (ignored by a model whose
-    forward takes none), then for each layer the past key and the past value [B, heads, P, dim]. Returns (logits,
-    key, value, key, value, ...), the cache now of length P + S.
+    Inputs: input_ids [B, S], attention_mask [B, P + S], position_ids [B, S] (ignored if the model's
+    forward takes none), then each layer's past key and past value [B, heads, P, dim]. Returns (logits, key,
+    value, key, value, ...), the cache now of length P + S.
 
-    Every layer's cache is kept whole, also where the model attends through a sliding window (the mask does that): one
-    past length for all layers is what ONNX consumers expect.
+    Every layer's cache is kept whole, also where the model attends through a sliding window (the mask does
+    that): one past length for all layers is what ONNX consumers expect.
     """
 
     def __init__(self, module: PreTrainedModel, logits: Logits = "all") -> None:
@@ -67,7 +69,7 @@ class DecoderStep(nn.Module):
         logits: Tensor = self.module(input_ids=input_ids, **keywords).logits
         if self.slice_last:
             logits = logits[:, -1:]
-        return (logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+        return (logits, *(tensor for key_value in cache for tensor in key_value[:2]))
 
 
 def filled_cache(past: Iterable[Tensor]) -> DynamicCache:
@@ -77,7 +79,7 @@ def filled_cache(past: Iterable[Tensor]) -> DynamicCache:
     for key in tensors:
         layer = DynamicLayer()
         layer.keys, layer.values = key, next(tensors)
-        layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
+        layer.device, layer.is_initialized = key.device, True
         cache.layers.append(layer)
     return cache
 
@@ -85,21 +87,20 @@ def filled_cache(past: Iterable[Tensor]) -> DynamicCache:
 def trace_decoder(model: PreTrainedModel, *, logits: Logits = "all") -> Program:
     """Trace one decoding step of ``model``, with batch, sequence and past length symbolic.
 
-    The program's inputs and outputs are those of :class:`DecoderStep`; a past length of 0 is allowed (prefill). Number
-    of layers, heads and head dimensions are read off the cache that a forward pass on fake tensors fills.
+    The program's inputs and outputs are those of :class:`DecoderStep`; the past may be empty (prefill).
+    Number of layers, heads and head sizes are read off the cache that a forward on fake tensors fills.
 
     Args:
-        model: a causal language model of transformers whose cache holds attention keys and values. Weights may be
-            real (the program shares their storage) or on the meta device (the program's weights are fake tensors).
-        logits: ``"all"`` positions, [B, S, vocab], or the ``"last"`` only, [B, 1, vocab], which saves the output
-            projection of the others in prefill; batches must then be padded on the left.
+        model: a causal language model of transformers whose cache holds attention keys and values. Weights
+            may be real (the program shares their storage) or on meta (the program's weights are fake).
+        logits: ``"all"`` positions, [B, S, vocab], or the ``"last"`` only, [B, 1, vocab], which saves the
+            output projection of the others in prefill; batches must then be padded on the left.
 
     Raises:
         MptkError: the model keeps another kind of state (a recurrent or convolutional one), shares the cache
             between layers, or torch.export refuses it.
     """
-    shapes = cache_shapes(model)
-    inputs = _example_inputs(shapes)
+    inputs = _example_inputs(cache_shapes(model))
     batch, sequence, past = Dim("batch_size"), Dim("sequence_length"), Dim("past_sequence_length")
     token = {0: batch, 1: sequence}
     dynamic = (token, {0: batch, 1: Dim.AUTO}, token, *({0: batch, 2: past} for _ in inputs[3:]))
@@ -107,24 +108,33 @@ def trace_decoder(model: PreTrainedModel, *, logits: Logits = "all") -> Program:
 
 
 def cache_shapes(model: PreTrainedModel) -> list[CacheLayerShape]:
-    """The cache layers of ``model`` in order, found by a forward pass on fake tensors (nothing is computed)."""
-    cache = DynamicCache()
-    step = DecoderStep(model)
+    """The cache layers of ``model`` in order, found by a forward pass on fake tensors (nothing is computed).
+
+    Raises MptkError where :func:`trace_decoder` does.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         named = [*model.named_parameters(), *model.named_buffers()]
         weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in named}
-        keywords = {"use_cache": True, step.cache_argument: cache}
-        torch.func.functional_call(model, weights, (torch.ones(BATCH, SEQUENCE, dtype=torch.long),), keywords)
+        input_ids = torch.ones(BATCH, SEQUENCE, dtype=torch.long)
+        output = torch.func.functional_call(model, weights, (input_ids,), {"use_cache": True})
+    cache = output.get("cache", output.get("past_key_values"))
+    if not isinstance(cache, DynamicCache):
+        raise MptkError(
+            f"cannot trace the decoder: {type(model).__name__} returns no key-value cache; {ONLY}"
+        )
     return [_layer_shape(index, layer) for index, layer in enumerate(cache.layers)]
 
 
 def _layer_shape(index: int, layer: Any) -> CacheLayerShape:
-    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    if keys is None or values is None or type(layer) is not DynamicLayer:
+    if (
+        type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+        or layer.keys is None
+        or layer.values is None
+    ):
         raise MptkError(
-            f"cannot trace the decoder: layer {index} keeps no keys and values of its own in the cache; "
-            "only models in which every layer does can be exported with a KV cache"
+            f"cannot trace the decoder: layer {index} caches more or less than keys and values; {ONLY}"
         )
+    keys, values = layer.keys, layer.values
     return CacheLayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
 
 

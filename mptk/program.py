@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
@@ -85,8 +84,11 @@ class Program:
     def to_exported(self) -> ExportedProgram:
         """An ``ExportedProgram`` of this graph and these weights, for ``torch.onnx.export`` and ``torch.export.save``."""
         state = self.state_dict()
-        constants: dict[str, Any] = {s.target: self.state[s.target] for s in self.signature.input_specs
-                                     if s.target is not None and s.target not in state}
+        constants: dict[str, Any] = {
+            s.target: self.state[s.target]
+            for s in self.signature.input_specs
+            if s.target is not None and s.target not in state
+        }
         return ExportedProgram(
             root=self.graph,
             graph=self.graph.graph,

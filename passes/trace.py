@@ -64,7 +64,7 @@ def export_program(wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: A
     """
     shapes = dynamic
     if isinstance(dynamic, bool):
-        shapes = {"inputs": tuple({d: Dim.AUTO for d in range(t.ndim)} for t in inputs)} if dynamic else None
+        shapes = {"inputs": tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in inputs)} if dynamic else None
     was_training = wrapper.training
     wrapper.eval()
     try:
@@ -90,7 +90,10 @@ def _fake_weights(wrapper: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     Pure meta tensors would lose the values of index constants that the forward makes; fake tensors keep them and
     take the CPU's code paths.
     """
-    tensors = [*wrapper.named_parameters(remove_duplicate=False), *wrapper.named_buffers(remove_duplicate=False)]
+    tensors = [
+        *wrapper.named_parameters(remove_duplicate=False),
+        *wrapper.named_buffers(remove_duplicate=False),
+    ]
     if not any(t.is_meta for _, t in tensors):
         yield inputs
         return

@@ -1,0 +1,351 @@
+"""The axis algebra: every tensor dimension is a term over axes, and ops unify terms as type inference unifies types.
+
+A term is one of
+- an ``Axis`` of a size: ``ffn(1536)``;
+- a ``Product``, row-major, when a view splits or merges: ``kv(3)·q_per_kv(3)·head_dim(64)``;
+- a ``Sum``, when tensors are concatenated, split or sliced: ``gate(80) + up(80)``.
+
+Unifying two terms makes them equal by merging axes (union-find) or by *binding* an axis to a finer term. Where two terms
+cannot be aligned, all their axes are frozen: cutting them would not be sound, and the reason is kept for the user.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Axis:
+    """An index space of ``size`` positions: a union-find node, perhaps bound to a finer term.
+
+    ``frozen`` holds the reasons why it cannot be cut (none: it can), ``roles`` what it was seen to be (only used to
+    name it for people), ``minimum`` and ``multiple`` the widths that its ops accept.
+    """
+
+    __slots__ = ("bound", "frozen", "id", "minimum", "multiple", "parent", "roles", "size")
+    _count = 0
+
+    def __init__(self, size: int) -> None:
+        Axis._count += 1
+        self.id = Axis._count
+        self.size = size
+        self.parent: Axis | None = None
+        self.bound: Term | None = None
+        self.frozen: list[str] = []
+        self.roles: set[str] = set()
+        self.minimum = 1
+        self.multiple = 1
+
+    def __repr__(self) -> str:
+        return f"{self.id}({self.size})"
+
+
+@dataclass(frozen=True)
+class Product:
+    """Row-major product: the last factor varies fastest. No factor is 1 or a product."""
+
+    factors: tuple[Term, ...]
+    size: int
+
+    def __repr__(self) -> str:
+        return "(" + "·".join(map(repr, self.factors)) + ")" if self.factors else "1"
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Concatenation of segments in order. No segment is empty or a sum."""
+
+    segments: tuple[Term, ...]
+    size: int
+
+    def __repr__(self) -> str:
+        return "[" + " + ".join(map(repr, self.segments)) + "]"
+
+
+Term = Axis | Product | Sum
+ONE = Product((), 1)
+ZERO = Sum((), 0)
+
+
+def axis(size: int) -> Term:
+    """A fresh axis; sizes 0 and 1 have no choice in them and are constants."""
+    return ZERO if size == 0 else ONE if size == 1 else Axis(size)
+
+
+def product(terms: Iterable[Term]) -> Term:
+    """Row-major product of terms, flattened."""
+    factors: list[Term] = []
+    for term in terms:
+        factors.extend(term.factors if isinstance(term, Product) else (term,))
+    size = math.prod(f.size for f in factors)
+    if size == 0:
+        return ZERO
+    return factors[0] if len(factors) == 1 else Product(tuple(factors), size)
+
+
+def concat(terms: Iterable[Term]) -> Term:
+    """Sum of terms, flattened."""
+    segments: list[Term] = []
+    for term in terms:
+        segments.extend(term.segments if isinstance(term, Sum) else (term,))
+    return segments[0] if len(segments) == 1 else Sum(tuple(segments), sum(s.size for s in segments))
+
+
+def find(a: Axis) -> Axis:
+    """The representative of an axis's class."""
+    root = a
+    while root.parent is not None:
+        root = root.parent
+    while a.parent is not None:
+        a.parent, a = root, a.parent
+    return root
+
+
+def resolve(term: Term) -> Term:
+    """Normal form: representatives only, bindings replaced, products and sums flat."""
+    if isinstance(term, Axis):
+        root = find(term)
+        if root.bound is None:
+            return root
+        root.bound = resolve(root.bound)
+        return root.bound
+    if isinstance(term, Product):
+        factors = tuple(resolve(f) for f in term.factors)
+        return term if all(a is b for a, b in zip(factors, term.factors, strict=True)) else product(factors)
+    segments = tuple(resolve(s) for s in term.segments)
+    return term if all(a is b for a, b in zip(segments, term.segments, strict=True)) else concat(segments)
+
+
+def leaves(term: Term) -> Iterator[Axis]:
+    """The axes of a term in order (an axis that occurs twice comes twice)."""
+    term = resolve(term)
+    if isinstance(term, Axis):
+        yield term
+    else:
+        for part in term.factors if isinstance(term, Product) else term.segments:
+            yield from leaves(part)
+
+
+def freeze(term: Term, reason: str) -> None:
+    """Forbid cutting any axis of ``term``."""
+    for leaf in leaves(term):
+        if reason not in leaf.frozen:
+            leaf.frozen.append(reason)
+
+
+def add_role(term: Term, role: str) -> None:
+    """Note what the axes of ``term`` were seen to be."""
+    for leaf in leaves(term):
+        leaf.roles.add(role)
+
+
+def unify(a: Term, b: Term, where: str = "") -> None:
+    """Make two terms of equal size equal; freeze both where they cannot be aligned (``where`` says at which op)."""
+    a, b = resolve(a), resolve(b)
+    if a is b:
+        return
+    assert a.size == b.size, f"unify {a!r} with {b!r} at {where}"
+    if isinstance(a, Axis):
+        _bind(a, b, where)
+    elif isinstance(b, Axis):
+        _bind(b, a, where)
+    elif isinstance(a, Product) and isinstance(b, Product):
+        _unify_products(list(a.factors), list(b.factors), where)
+    elif isinstance(a, Sum) and isinstance(b, Sum):
+        _unify_sums(list(a.segments), list(b.segments), where)
+    elif isinstance(a, Sum):
+        assert isinstance(b, Product)
+        _unify_sum_with_product(a, b, where)
+    else:
+        assert isinstance(a, Product) and isinstance(b, Sum)
+        _unify_sum_with_product(b, a, where)
+
+
+def _bind(a: Axis, term: Term, where: str) -> None:
+    if isinstance(term, Axis):
+        a, term = (a, term) if a.id > term.id else (term, a)
+        a.parent = term
+    elif any(leaf is a for leaf in leaves(term)):
+        freeze(term, f"its layout contains itself at {where}")
+        return
+    else:
+        a.bound = term
+    for leaf in leaves(term):
+        leaf.frozen.extend(r for r in a.frozen if r not in leaf.frozen)
+        leaf.roles |= a.roles
+        if isinstance(term, Axis):
+            leaf.minimum = max(leaf.minimum, a.minimum)
+            leaf.multiple = math.lcm(leaf.multiple, a.multiple)
+
+
+def _misaligned(terms: Iterable[Term], where: str) -> None:
+    for term in terms:
+        freeze(term, f"a view or concatenation cuts across its boundaries at {where}")
+
+
+def _unify_products(xs: list[Term], ys: list[Term], where: str) -> None:
+    """Peel equal factors off either end; where sizes differ, split the larger one."""
+    while xs and ys:
+        for end in (0, -1):
+            x, y = resolve(xs[end]), resolve(ys[end])
+            if x.size == y.size:
+                del xs[end], ys[end]
+                unify(x, y, where)
+                break
+            large, small = (xs, ys) if x.size > y.size else (ys, xs)
+            parts = split_product(resolve(large[end]), small[end].size, last=end == -1)
+            if parts is not None:
+                large[slice(-1, None) if end else slice(0, 1)] = parts
+                break
+        else:
+            return _misaligned(xs + ys, where)
+        xs, ys = _flat(xs), _flat(ys)
+    assert not xs and not ys
+    return None
+
+
+def _flat(terms: list[Term]) -> list[Term]:
+    whole = product(resolve(t) for t in terms)
+    return list(whole.factors) if isinstance(whole, Product) else [whole]
+
+
+def split_product(term: Term, size: int, *, last: bool) -> list[Term] | None:
+    """Split ``term`` in two factors, the first (or last) of ``size`` positions. None if it does not divide so."""
+    term = resolve(term)
+    if size == 0 or term.size % size:
+        return None
+    rest = term.size // size
+    outer_size, inner_size = (rest, size) if last else (size, rest)
+    if outer_size == 1 or inner_size == 1:
+        return [ONE, term] if outer_size == 1 else [term, ONE]
+    if isinstance(term, Axis):
+        outer, inner = axis(outer_size), axis(inner_size)
+        _bind(term, product((outer, inner)), "view")
+        return [outer, inner]
+    if isinstance(term, Product):
+        return _regroup(term, outer_size)
+    if any(segment.size % inner_size for segment in term.segments):
+        return None
+    parts = [split_product(segment, inner_size, last=True) for segment in term.segments]
+    if any(p is None for p in parts):
+        return None
+    pairs = [p for p in parts if p is not None]
+    for _, inner in pairs[1:]:
+        unify(pairs[0][1], inner, "view")
+    return [concat(outer for outer, _ in pairs), pairs[0][1]]
+
+
+def _regroup(term: Product, outer_size: int) -> list[Term] | None:
+    """Split a product after its first ``outer_size`` positions, splitting the factor that straddles the border."""
+    outer: list[Term] = []
+    factors = list(term.factors)
+    while factors and outer_size % factors[0].size == 0:
+        outer.append(factors.pop(0))
+        outer_size //= outer[-1].size
+    if outer_size == 1:
+        return [product(outer), product(factors)]
+    straddling = split_product(factors[0], outer_size, last=False)
+    return None if straddling is None else [product([*outer, straddling[0]]), product([straddling[1], *factors[1:]])]
+
+
+def _unify_sums(xs: list[Term], ys: list[Term], where: str) -> None:
+    """Peel equal segments off the front; where sizes differ, cut the larger one."""
+    while xs and ys:
+        x, y = resolve(xs[0]), resolve(ys[0])
+        if x.size == y.size:
+            del xs[0], ys[0]
+            unify(x, y, where)
+            continue
+        large, small = (xs, ys) if x.size > y.size else (ys, xs)
+        parts = split_sum(large[0], small[0].size)
+        if parts is None:
+            return _misaligned(xs + ys, where)
+        large[0:1] = parts
+        for side in (xs, ys):
+            whole = concat(resolve(t) for t in side)
+            side[:] = list(whole.segments) if isinstance(whole, Sum) else [whole]
+    return None
+
+
+def split_sum(term: Term, size: int) -> list[Term] | None:
+    """Cut ``term`` after its first ``size`` positions. None if the cut falls inside a unit."""
+    term = resolve(term)
+    if size in (0, term.size):
+        return [ZERO, term] if size == 0 else [term, ZERO]
+    if isinstance(term, Axis):
+        first, rest = axis(size), axis(term.size - size)
+        _bind(term, concat((first, rest)), "slice")
+        return [first, rest]
+    if isinstance(term, Product):
+        head, inner = term.factors[0], product(term.factors[1:])
+        if size % inner.size:
+            return None
+        parts = split_sum(head, size // inner.size)
+        return None if parts is None else [product((p, inner)) for p in parts]
+    before: list[Term] = []
+    after = list(term.segments)
+    while size >= after[0].size:
+        before.append(after.pop(0))
+        size -= before[-1].size
+    if size:
+        parts = split_sum(after[0], size)
+        if parts is None:
+            return None
+        before.append(parts[0])
+        after[0] = parts[1]
+    return [concat(before), concat(after)]
+
+
+def _unify_sum_with_product(a: Sum, b: Product, where: str) -> None:
+    """(A + B + …) = X·Y: each segment must split into rows of Y; then A/Y + B/Y + … = X."""
+    for inner in (product(b.factors[1:]), b.factors[-1]):
+        parts = split_product(a, inner.size, last=True)
+        if parts is not None:
+            unify(parts[1], inner, where)
+            outer = split_product(b, parts[0].size, last=False)
+            if outer is not None:
+                return unify(outer[0], parts[0], where)
+            break
+    return _misaligned([a, b], where)
+
+
+# ---- index arithmetic: which positions of a dimension hold which positions of its axes ----
+
+Index = npt.NDArray[np.int64]
+
+
+def occurrences(term: Term) -> list[tuple[Axis, Index]]:
+    """For each occurrence of an axis in ``term``: its coordinate at every position of the dimension, −1 where absent."""
+    term = resolve(term)
+    if isinstance(term, Axis):
+        return [(term, np.arange(term.size))]
+    found: list[tuple[Axis, Index]] = []
+    if isinstance(term, Product):
+        repeat, tile = term.size, 1
+        for factor in term.factors:
+            repeat //= factor.size
+            found += [(leaf, np.tile(np.repeat(c, repeat), tile)) for leaf, c in occurrences(factor)]
+            tile *= factor.size
+        return found
+    start = 0
+    for segment in term.segments:
+        for leaf, coordinate in occurrences(segment):
+            whole = np.full(term.size, -1)
+            whole[start : start + segment.size] = coordinate
+            found.append((leaf, whole))
+        start += segment.size
+    return found
+
+
+def evaluate(term: Term, sizes: dict[Axis, int]) -> int:
+    """Size of ``term`` when the axes in ``sizes`` have these sizes and all others keep theirs."""
+    term = resolve(term)
+    if isinstance(term, Axis):
+        return sizes.get(term, term.size)
+    if isinstance(term, Product):
+        return math.prod(evaluate(f, sizes) for f in term.factors)
+    return sum(evaluate(s, sizes) for s in term.segments)

@@ -1,0 +1,154 @@
+"""Cut: a plan resolved on an analysis. Which positions of which dimensions stay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mptk.axes import Axis, Index, Term, evaluate, leaves, occurrences
+from mptk.errors import MptkError
+from mptk.families import Analysis, Family, Group, scope_coordinates
+from mptk.plan import FamilyPlan, Plan
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one axis keeps: ``table`` is boolean, [scopes, size], the same number of units in each row."""
+
+    scope: tuple[Axis, ...]
+    table: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Axis → what it keeps. Axes that are not named stay whole."""
+
+    choices: dict[Axis, Choice]
+    sizes: dict[Axis, int]
+
+    def size(self, term: Term) -> int:
+        """Size of a dimension after the cut."""
+        return evaluate(term, self.sizes)
+
+    def touches(self, term: Term) -> bool:
+        return any(leaf in self.choices for leaf in leaves(term))
+
+    def mask(self, term: Term) -> npt.NDArray[np.bool_]:
+        """Whether each position of a dimension stays, [size]. A choice whose scope lies elsewhere must not vary."""
+        found = occurrences(term)
+        stays = np.ones(term.size, dtype=bool)
+        for leaf, coordinate in found:
+            choice = self.choices.get(leaf)
+            if choice is None:
+                continue
+            scope = scope_coordinates(found, choice.scope, term.size)
+            rows = 0 if scope is None else scope
+            stays &= choice.table[rows, coordinate] | (coordinate < 0)
+        return stays
+
+    def positions(self, term: Term) -> Index:
+        """Kept positions of a dimension, ascending."""
+        return np.flatnonzero(self.mask(term))
+
+    def elsewhere(self, dims: Sequence[Term]) -> tuple[int, int] | None:
+        """(cut dimension, scope dimension), if a dimension's choice varies along another dimension of the same tensor."""
+        for d, term in enumerate(dims):
+            own = set(leaves(term))
+            for leaf in own & self.choices.keys():
+                for scope in self.choices[leaf].scope:
+                    if scope not in own:
+                        return d, next(i for i, t in enumerate(dims) if scope in set(leaves(t)))
+        return None
+
+    def mask_tensor(self, dims: Sequence[Term]) -> Tensor:
+        """Boolean mask over a whole weight: True where every dimension keeps the position."""
+        pair = self.elsewhere(dims)
+        if pair is None:
+            keep = torch.ones([d.size for d in dims], dtype=torch.bool)
+            for d, term in enumerate(dims):
+                if self.touches(term):
+                    shape = [-1 if i == d else 1 for i in range(len(dims))]
+                    keep &= torch.from_numpy(self.mask(term)).reshape(shape)
+            return keep
+        cut_dim, scope_dim = pair
+        rows = [
+            self._row(dims, cut_dim, scope_dim, s).mask_tensor(dims).select(scope_dim, s)
+            for s in range(dims[scope_dim].size)
+        ]
+        return torch.stack(rows, scope_dim)
+
+    def slice(self, tensor: Tensor, dims: Sequence[Term]) -> Tensor:
+        """The kept part of a weight, contiguous (the tensor itself where nothing is cut)."""
+        pair = self.elsewhere(dims)
+        if pair is not None:
+            return self._slice_rows(tensor, dims, *pair)
+        for d, term in enumerate(dims):
+            if self.touches(term):
+                tensor = tensor.index_select(d, torch.from_numpy(self.positions(term)).to(tensor.device))
+        return tensor
+
+    def _slice_rows(self, tensor: Tensor, dims: Sequence[Term], cut_dim: int, scope_dim: int) -> Tensor:
+        """Slice where each row along ``scope_dim`` keeps other positions of ``cut_dim`` (each expert's own channels)."""
+        rest = [t for d, t in enumerate(dims) if d != scope_dim]
+        kept = [
+            self._row(dims, cut_dim, scope_dim, s).slice(tensor.select(scope_dim, s), rest)
+            for s in self.positions(dims[scope_dim])
+        ]
+        return torch.stack(kept, scope_dim)
+
+    def _row(self, dims: Sequence[Term], cut_dim: int, scope_dim: int, position: int) -> Cut:
+        """The cut as seen from one position of the scope's dimension: its choice no longer varies along it."""
+        found = occurrences(dims[scope_dim])
+        choices = dict(self.choices)
+        for leaf in set(leaves(dims[cut_dim])) & self.choices.keys():
+            choice = self.choices[leaf]
+            flat = scope_coordinates(found, choice.scope, dims[scope_dim].size)
+            if choice.scope and flat is not None:
+                choices[leaf] = Choice((), choice.table[flat[position]][None])
+        return Cut(choices, self.sizes)
+
+
+def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
+    """Match a plan with an analysis.
+
+    Raises:
+        MptkError: a family or layer that the model does not have, a width that does not fit, a layer left out.
+    """
+    choices: dict[Axis, Choice] = {}
+    for name, chosen in plan.families.items():
+        try:
+            family = analysis.family(name)
+        except KeyError as error:
+            raise MptkError(f"plan: {error.args[0]}") from error
+        if chosen.of != family.size:
+            raise MptkError(f"plan: {name} has {family.size} units in this model, not {chosen.of}")
+        unknown = set(chosen.keep) - {g.layer for g in family.groups}
+        if unknown:
+            raise MptkError(f"plan: {name} has no layer {sorted(unknown)[0]!r}; see `mptk analyze`")
+        if chosen.width < family.minimum or chosen.width % family.multiple:
+            raise MptkError(
+                f"plan: {name} cannot have width {chosen.width}: it needs at least {family.minimum} "
+                f"and a multiple of {family.multiple}"
+            )
+        for group in family.groups:
+            choices[group.axis] = Choice(group.scope, _table(family, group, chosen))
+    return Cut(choices, {axis: int(c.table[0].sum()) for axis, c in choices.items()})
+
+
+def _table(family: Family, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.bool_]:
+    keep = chosen.keep.get(group.layer)
+    if keep is None:
+        raise MptkError(f"plan: {family.name} says nothing of layer {group.layer!r}; every layer needs its kept units")
+    if len(keep) not in (1, group.scopes):
+        raise MptkError(f"plan: {family.name}.{group.layer} has {len(keep)} rows of units; give 1 or {group.scopes}")
+    rows = keep if len(keep) == group.scopes else keep * group.scopes
+    table = np.zeros((math.prod(a.size for a in group.scope), group.size), dtype=bool)
+    for row, units in zip(table, rows, strict=True):
+        row[list(units)] = True
+    return table

@@ -1,0 +1,308 @@
+"""propagate: one walk over the graph that gives every tensor dimension its axis term.
+
+Values that depend on no parameter (rotary tables, masks, position ids, alibi slopes) are *polymorphic*, as a
+let-bound value is in Hindley–Milner inference: each use gets fresh axes, so that one shared table does not tie all
+layers' heads together. A use whose axes are cut later selects from the table (``passes/rewrite.py``).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export.graph_signature import InputKind, OutputKind
+
+from mptk.axes import Axis, Term, add_role, axis, freeze, leaves, unify
+from mptk.errors import MptkError
+from mptk.families import Contraction
+from mptk.program import Program
+from passes.rules import POINTWISE
+from passes.rules.table import Dims, Rule, Value, find_rule, op_name
+
+Path = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """An axis that an op reduces over, and how: ``sum``, ``mean``, ``statistic`` (mean and variance) or ``max``."""
+
+    node: fx.Node
+    axis: Term
+    kind: str
+
+
+@dataclass
+class Walk:
+    """The state of one walk and, when it is over, its result."""
+
+    program: Program
+    dims: dict[fx.Node, Any] = field(default_factory=dict)
+    weights: dict[str, Dims] = field(default_factory=dict)
+    constant_uses: dict[fx.Node, list[tuple[Path, Dims]]] = field(default_factory=dict)
+    domains: dict[fx.Node, Term] = field(default_factory=dict)
+    contractions: list[Contraction] = field(default_factory=list)
+    reductions: list[Reduction] = field(default_factory=list)
+    hidden: list[Dims] = field(default_factory=list)
+    routed: list[tuple[Term, Term]] = field(default_factory=list)
+    notes: dict[fx.Node, Any] = field(default_factory=dict)
+    variable: set[fx.Node] = field(default_factory=set)
+    activation: set[fx.Node] = field(default_factory=set)
+    data: set[fx.Node] = field(default_factory=set)
+    unknown: dict[str, fx.Node] = field(default_factory=dict)
+
+    # ---- for rules ----
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Sizes of a node's result; a symbolic size counts as its example value."""
+        return shape_of(node.meta["val"])
+
+    @staticmethod
+    def sizes(value: Tensor) -> tuple[int, ...]:
+        return shape_of(value)
+
+    def leaves_of(self, term: Term) -> set[Axis]:
+        return set(leaves(term))
+
+    def constant(self, node: fx.Node) -> Tensor | None:
+        """The value of a constant that export lifted (an index list written in the model), if ``node`` is one."""
+        while node.op == "call_function" and op_name(node).startswith(
+            ("aten.lift_fresh_copy", "aten.to", "aten.clone")
+        ):
+            node = node.all_input_nodes[0]
+        if node.op != "placeholder" or node.name not in self.program.signature.inputs_to_lifted_tensor_constants:
+            return None
+        return self._weight(node.name)
+
+    def unify(self, a: Term, b: Term, node: fx.Node) -> None:
+        unify(a, b, node.name)
+
+    def freeze(self, term: Term, reason: str, node: fx.Node) -> None:
+        """Forbid cutting ``term``: ``reason``, with the place in the model's source."""
+        if any(True for _ in leaves(term)):
+            freeze(term, f"{reason} ({self.where(node)})")
+
+    def role(self, term: Term, role: str) -> None:
+        add_role(term, role)
+
+    def frozen(self, size: int, reason: str, node: fx.Node) -> Term:
+        """A fresh axis that cannot be cut."""
+        term = axis(size)
+        self.freeze(term, reason, node)
+        return term
+
+    def contract(self, node: fx.Node, left: Value, i: int, right: Value, j: int, out: Dims) -> None:
+        """Tie dimension ``i`` of ``left`` to ``j`` of ``right`` and record the sum over it."""
+        self.unify(left.dims[i], right.dims[j], node)
+        self.contractions.append(Contraction(node, left.dims[i], (left.node, i), (right.node, j), out))
+
+    def reduce(self, node: fx.Node, term: Term, kind: str) -> None:
+        self.reductions.append(Reduction(node, term, kind))
+
+    def index(self, node: fx.Node, indices: Value, indexed: Term) -> None:
+        """``indexed`` is read at positions that ``indices`` holds: tie it to the axis they were drawn from."""
+        domain = self.domains.get(indices.node)
+        if domain is not None and domain.size == indexed.size:
+            self.unify(domain, indexed, node)
+            return
+        source = (
+            "positions computed in the model" if indices.node in self.variable else "the model's input or a constant"
+        )
+        self.freeze(indexed, f"indexed by {source}", node)
+        if domain is not None:
+            self.freeze(domain, "its positions index another axis", node)
+
+    def where(self, node: fx.Node) -> str:
+        """``op in module.path, file.py:12``: the place of a node, as far as export recorded it."""
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        place = f"{op_name(node)} in {stack[-1][0].removeprefix('module.') or 'the model'}" if stack else node.name
+        frames = [
+            line for line in str(node.meta.get("stack_trace") or "").splitlines() if line.lstrip().startswith("File ")
+        ]
+        if not frames:
+            return place
+        file, line = frames[-1].split('"')[1], frames[-1].split("line ")[1].split(",")[0]
+        return f"{place}, {file.rsplit('/', 1)[-1]}:{line}"
+
+    def is_weight(self, node: fx.Node) -> bool:
+        """Whether a value is made of weights alone (a weight, its transpose, a merge of several)."""
+        return node in self.variable and node not in self.activation
+
+    # ---- the walk ----
+
+    def run(self) -> Walk:
+        self._classify()
+        for node in self.program.graph.graph.nodes:
+            if node in self.variable:
+                self.dims[node] = self._visit(node)
+            if node.op == "output":
+                self._outputs(node)
+        return self
+
+    def _classify(self) -> None:
+        """Mark what depends on weights (``variable``), on the user's inputs (``activation``) and on float inputs."""
+        weights = set()
+        for spec in self.program.signature.input_specs:
+            floating = spec.target is not None and self._weight(spec.arg.name).is_floating_point()
+            if spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent and floating):
+                weights.add(spec.arg.name)
+        user = set(self.program.user_inputs)
+        for node in self.program.graph.graph.nodes:
+            if node.op == "placeholder":
+                (self.variable if node.name in weights else set()).add(node)
+                if node.name in user:
+                    self.activation.add(node)
+                    value = node.meta.get("val")
+                    if isinstance(value, Tensor) and value.is_floating_point():
+                        self.data.add(node)
+            else:
+                self._inherit(node)
+
+    def _inherit(self, node: fx.Node) -> None:
+        for marked in (self.variable, self.activation, self.data):
+            if any(source in marked for source in node.all_input_nodes) and _holds_tensor(node):
+                marked.add(node)
+                for base in mutated(node):
+                    self._mark_from(base, marked)
+
+    def _mark_from(self, base: fx.Node, marked: set[fx.Node]) -> None:
+        """A constant that is written to is no constant: mark it and all views made of it before."""
+        if base in marked:
+            return
+        marked.add(base)
+        for user in base.users:
+            if _holds_tensor(user):
+                self._mark_from(user, marked)
+        for source in mutated(base, views=True):
+            self._mark_from(source, marked)
+
+    def _weight(self, placeholder: str) -> Tensor:
+        return self.program.state[self.program.weights[placeholder]]
+
+    def _visit(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            name = self.program.weights[node.name]
+            return self.weights.setdefault(name, tuple(axis(size) for size in self.shape(node)))
+        if node.target is operator.getitem:
+            source, position = node.args
+            assert isinstance(source, fx.Node) and isinstance(position, int)
+            if (domain := self.domains.get(source)) is not None and self.notes.get(source) == position:
+                self.domains[node] = domain
+            return self.dims[source][position]
+        found = find_rule(node) or _pointwise(node)
+        if found is None:
+            raise MptkError(
+                f"no axis rule for {op_name(node)} ({self.where(node)}); register one with mptk.rule, "
+                "see docs/adding-an-op.md"
+            )
+        if found.zero != "move" and not found.positions:
+            for source in node.all_input_nodes:
+                if source in self.domains:
+                    self.freeze(self.domains[source], "its positions are computed with", node)
+        result = found.propagate(self, node, *self._arguments(node), **self._keywords(node))
+        self._check(node, result)
+        source = node.args[0] if node.args else None
+        if found.zero == "move" and isinstance(source, fx.Node) and source in self.domains:
+            self.domains.setdefault(node, self.domains[source])
+        return result
+
+    def _arguments(self, node: fx.Node) -> list[Any]:
+        return [self._argument(node, (i,), a) for i, a in enumerate(node.args)]
+
+    def _keywords(self, node: fx.Node) -> dict[str, Any]:
+        return {k: self._argument(node, (k,), a) for k, a in node.kwargs.items()}
+
+    def _argument(self, node: fx.Node, path: Path, argument: Any) -> Any:
+        if isinstance(argument, (list, tuple)):
+            return [self._argument(node, (*path, i), a) for i, a in enumerate(argument)]
+        if not isinstance(argument, fx.Node):
+            return argument
+        value = argument.meta.get("val")
+        if not isinstance(value, Tensor):
+            return example_size(value) if isinstance(value, (int, torch.SymInt)) else value
+        if argument in self.variable:
+            return Value(argument, self.dims[argument])
+        dims = tuple(axis(size) for size in shape_of(value))
+        if argument in self.data:
+            for d in dims:
+                self.freeze(d, "comes from the model's input", node)
+        self.constant_uses.setdefault(node, []).append((path, dims))
+        return Value(argument, dims)
+
+    def _check(self, node: fx.Node, result: Any) -> None:
+        value = node.meta.get("val")
+        several = isinstance(result, list)
+        for dims, tensor in zip(result if several else [result], value if several else [value], strict=False):
+            if dims is not None and isinstance(tensor, Tensor):
+                sizes = tuple(d.size for d in dims)
+                assert sizes == shape_of(tensor), f"rule of {op_name(node)}: {sizes}, not {shape_of(tensor)}"
+
+    def _outputs(self, node: fx.Node) -> None:
+        """The first output's axes are the model's interface. Cache outputs after it pin nothing."""
+        specs = [s for s in self.program.signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
+        names = {s.arg.name for s in specs[:1]}
+        for value in _flatten(node.args):
+            if isinstance(value, fx.Node) and value.name in names and value in self.variable:
+                for d in self.dims[value]:
+                    freeze(d, "it is the model's output")
+
+
+def shape_of(value: Tensor) -> tuple[int, ...]:
+    """Sizes of a traced tensor; a symbolic size counts as the size of the example."""
+    return tuple(example_size(size) for size in value.shape)
+
+
+def example_size(size: Any) -> int:
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    hint = size.node.hint
+    if hint is None:
+        raise MptkError(f"a size depends on data ({size}), so axes cannot be followed; use a traceable implementation")
+    return int(hint)
+
+
+def propagate(program: Program) -> Walk:
+    """Give every dimension of every value of ``program`` its axis term.
+
+    Raises:
+        MptkError: an op has no rule; the message names the op, its module and how to register one.
+    """
+    return Walk(program).run()
+
+
+def _flatten(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _flatten(part)
+    else:
+        yield value
+
+
+def _holds_tensor(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) or isinstance(value, (list, tuple))
+
+
+def mutated(node: fx.Node, *, views: bool = False) -> list[fx.Node]:
+    """The arguments that a call writes to (in-place ops), or with ``views`` those its result shares memory with."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return []
+    found = []
+    for position, argument in enumerate(schema.arguments):
+        info = argument.alias_info
+        if info is not None and (info.is_write or views) and position < len(node.args):
+            found += [a for a in _flatten(node.args[position]) if isinstance(a, fx.Node)]
+    return found
+
+
+def _pointwise(node: fx.Node) -> Rule | None:
+    """Ops that torch tags as pointwise need no rule of their own: they tie broadcast axes."""
+    tags = getattr(node.target, "tags", ())
+    return POINTWISE if torch.Tag.pointwise in tags else None
+
+
+__all__ = ["Contraction", "Reduction", "Value", "Walk", "propagate"]

@@ -1,0 +1,200 @@
+"""rewrite: Program + plan → a smaller Program, whose shape constants are right and whose weights are slices."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mptk.axes import Term, resolve
+from mptk.cut import Cut, resolve_plan
+from mptk.families import Analysis
+from mptk.plan import Plan
+from mptk.program import Program
+from passes.propagate import Path, Walk
+from passes.rules.table import find_rule
+
+
+def rewrite(analysis: Analysis, plan: Plan) -> Program:
+    """Cut ``analysis.program`` to ``plan``.
+
+    Every size in the graph is recomputed from the axis term of the value it makes, constants that lose positions are
+    indexed at the use, and weights are sliced. A family whose choice is already whole changes nothing.
+
+    Raises:
+        MptkError: the plan does not fit the model (unknown family or layer, illegal width).
+    """
+    return rewrite_cut(analysis, resolve_plan(analysis, plan))
+
+
+def rewrite_cut(analysis: Analysis, cut: Cut) -> Program:
+    """As ``rewrite``, for a plan that is resolved already."""
+    program = analysis.program
+    resizer = Resizer(analysis.walk, cut, program.copy_graph())
+    resizer.run()
+    state = {
+        name: cut.slice(tensor, analysis.weights[name]) if name in analysis.weights else tensor
+        for name, tensor in program.state.items()
+    }
+    result = replace(program, graph=resizer.graph, state={**state, **resizer.constants})
+    propagate_shapes(result)
+    return result
+
+
+@dataclass
+class Resizer:
+    """Edits a copy of the graph; what rules' ``resize`` functions work with."""
+
+    walk: Walk
+    cut: Cut
+    graph: fx.GraphModule
+
+    def __post_init__(self) -> None:
+        self.original = {n.name: n for n in self.walk.program.graph.graph.nodes}
+        self.constants: dict[str, Tensor] = {}
+
+    def run(self) -> None:
+        for node in list(self.graph.graph.nodes):
+            original = self.original.get(node.name)
+            if original is None or original not in self.walk.variable or node.op != "call_function":
+                continue
+            self._select_constants(node, original)
+            found = find_rule(node)
+            if found is not None and found.resize is not None:
+                found.resize(self, node)
+            if str(node.target) == "aten.view.default":
+                node.target = torch.ops.aten.reshape.default
+        self.graph.graph.lint()
+        self.graph.recompile()
+
+    # ---- for rules ----
+
+    def dims(self, node: fx.Node) -> tuple[Term, ...]:
+        """The terms of a node's result in the dense graph."""
+        return self.walk.dims[self.original[node.name]]  # type: ignore[no-any-return]
+
+    def note(self, node: fx.Node) -> Any:
+        """What the op's axis rule noted for its resizing."""
+        return self.walk.notes.get(self.original[node.name])
+
+    def size(self, term: Term) -> int:
+        """The size of a dimension after the cut."""
+        return self.cut.size(term)
+
+    def changed(self, term: Term) -> bool:
+        return self.cut.size(term) != term.size
+
+    def scaled(self, argument: Any, term: Term) -> Any:
+        """A size argument after the cut. −1 stays; a symbolic size that also counts channels is scaled."""
+        if not self.changed(term) or argument == -1:
+            return argument
+        if isinstance(argument, int):
+            return self.size(term)
+        if isinstance(argument, fx.Node):
+            with self.graph.graph.inserting_after(argument):
+                scaled = self.graph.graph.call_function(operator.mul, (argument, self.size(term)))
+            with self.graph.graph.inserting_after(scaled):
+                return self.graph.graph.call_function(operator.floordiv, (scaled, term.size))
+        return argument
+
+    def replace(self, node: fx.Node, op: str, arguments: tuple[Any, ...]) -> None:
+        """Make ``node`` another call."""
+        _, name, overload = op.split(".")
+        node.target = getattr(getattr(torch.ops.aten, name), overload)
+        node.args, node.kwargs = arguments, {}
+
+    def scale(self, node: fx.Node, factor: float) -> None:
+        """Multiply the result of ``node`` by ``factor`` for all its users."""
+        with self.graph.graph.inserting_after(node):
+            scaled = self.graph.graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
+        node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+
+    def epsilon(self, node: fx.Node) -> float:
+        """The default epsilon of a norm: that of its input's dtype."""
+        return torch.finfo(self.original[node.name].meta["val"].dtype).eps
+
+    # ---- constants ----
+
+    def _select_constants(self, node: fx.Node, original: fx.Node) -> None:
+        """A constant used where axes were cut keeps the positions that stay."""
+        for path, dims in self.walk.constant_uses.get(original, []):
+            for d, term in enumerate(dims):
+                if self.cut.touches(term):
+                    source = _at(node, path)
+                    _put(node, path, self._select(node, source, d, term))
+
+    def _select(self, before: fx.Node, source: fx.Node, dim: int, term: Term) -> fx.Node:
+        positions = self.cut.positions(resolve(term)).tolist()
+        graph = self.graph.graph
+        with graph.inserting_before(before):
+            index = (
+                graph.call_function(torch.ops.aten.scalar_tensor.default, (0,), {"dtype": torch.int64})
+                if not positions
+                else _index_of(graph, positions)
+            )
+            return graph.call_function(torch.ops.aten.index_select.default, (source, dim, index))
+
+
+def _index_of(graph: fx.Graph, positions: Sequence[int]) -> fx.Node:
+    """A constant index as graph nodes: a range where the positions are contiguous, else a concatenation of ranges."""
+    ranges: list[list[int]] = []
+    for p in positions:
+        if ranges and p == ranges[-1][1]:
+            ranges[-1][1] = p + 1
+        else:
+            ranges.append([p, p + 1])
+    parts = [
+        graph.call_function(torch.ops.aten.arange.start, (a, b), {"dtype": torch.int64, "device": torch.device("cpu")})
+        for a, b in ranges
+    ]
+    return parts[0] if len(parts) == 1 else graph.call_function(torch.ops.aten.cat.default, (parts,))
+
+
+def _at(node: fx.Node, path: Path) -> fx.Node:
+    value: Any = node.kwargs[path[0]] if isinstance(path[0], str) else node.args[path[0]]
+    for step in path[1:]:
+        value = value[step]
+    assert isinstance(value, fx.Node)
+    return value
+
+
+def _put(node: fx.Node, path: Path, new: fx.Node) -> None:
+    def put(value: Any, steps: Path) -> Any:
+        if not steps:
+            return new
+        return [put(v, steps[1:]) if i == steps[0] else v for i, v in enumerate(value)]
+
+    if isinstance(path[0], str):
+        node.update_kwarg(path[0], put(node.kwargs[path[0]], path[1:]))
+    else:
+        node.update_arg(path[0], put(node.args[path[0]], path[1:]))
+
+
+def propagate_shapes(program: Program) -> None:
+    """Recompute every node's example value (``meta["val"]``) from the program's weights. Fails where sizes do not fit."""
+    placeholders = list(program.placeholders())
+    modes = [n.meta["val"].fake_mode for n in placeholders if hasattr(n.meta.get("val"), "fake_mode")]
+    mode: FakeTensorMode = modes[0]
+    values: list[Any] = []
+    weights = program.weights
+    for node in placeholders:
+        if node.name in weights:
+            tensor = program.state[weights[node.name]]
+            with mode:
+                node.meta["val"] = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
+        values.append(node.meta["val"])
+    with mode:
+        _ShapeInterpreter(program.graph).run(*values)
+
+
+class _ShapeInterpreter(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op != "output":
+            n.meta["val"] = result
+        return result

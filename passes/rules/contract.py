@@ -1,0 +1,170 @@
+"""Sums of products: linear layers, matrix products, attention, grouped matrix products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from mptk.axes import ONE, Axis, Term, axis, leaves, product
+from passes.rules.table import Dims, Value, rule, set_argument
+
+if TYPE_CHECKING:
+    from passes.propagate import Walk
+    from passes.rewrite import Resizer
+
+ZeroOf = Callable[[Any], set[Axis]]
+
+
+def zero_of_product(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
+    """A product is zero along an axis that it keeps from an operand which is zero there; a bias must be zero too."""
+    values = [a for a in node.args if isinstance(a, fx.Node)]
+    operands, bias = values, None
+    if w.notes.get(node) == "bias last":
+        operands, bias = values[:2], values[2]
+    elif w.notes.get(node) == "bias first":
+        operands, bias = values[1:], values[0]
+    found = set().union(*(zero(v) for v in operands))
+    return found if bias is None else found & zero(bias)
+
+
+@rule("aten.linear", zero=zero_of_product)
+def linear(w: Walk, node: fx.Node, x: Value, weight: Value, bias: Value | None = None) -> Dims:
+    """y[…, o] = Σ_i x[…, i] W[o, i] + b[o]."""
+    out = x.dims[:-1] if weight.ndim == 1 else (*x.dims[:-1], weight.dims[0])
+    w.contract(node, x, x.ndim - 1, weight, weight.ndim - 1, out)
+    if bias is not None:
+        w.notes[node] = "bias last"
+        w.unify(bias.dims[0], weight.dims[0], node)
+    return out
+
+
+@rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", zero=zero_of_product)
+def matmul(w: Walk, node: fx.Node, a: Value, b: Value, **_: Any) -> Dims:
+    """y[…, m, n] = Σ_k a[…, m, k] b[…, k, n]; leading dimensions broadcast."""
+    batch_a, batch_b = a.dims[:-2], b.dims[:-2]
+    ndim = max(len(batch_a), len(batch_b))
+    batch = [_join(w, node, x, y) for x, y in zip(_pad(batch_a, ndim), _pad(batch_b, ndim), strict=True)]
+    out = (*batch, *a.dims[-2:-1], *(b.dims[-1:] if b.ndim > 1 else ()))
+    w.contract(node, a, a.ndim - 1, b, max(b.ndim - 2, 0), out)
+    if not (w.is_weight(a.node) or w.is_weight(b.node)) and b.ndim > 2:
+        w.role(a.dims[-1], "inner")
+        w.role(b.dims[-1], "value")
+    return out
+
+
+def _pad(dims: Dims, ndim: int) -> Dims:
+    return (ONE,) * (ndim - len(dims)) + dims
+
+
+def _join(w: Walk, node: fx.Node, a: Term, b: Term) -> Term:
+    if a.size == b.size:
+        w.unify(a, b, node)
+    return b if a.size == 1 else a
+
+
+@rule("aten.addmm", "aten.addbmm", "aten.baddbmm", zero=zero_of_product)
+def addmm(w: Walk, node: fx.Node, bias: Value, a: Value, b: Value, **_: Any) -> Dims:
+    """y = bias + a b."""
+    out = matmul(w, node, a, b)
+    for d, o in zip(reversed(bias.dims), reversed(out), strict=False):
+        if d.size == o.size:
+            w.unify(d, o, node)
+    w.notes[node] = "bias first"
+    return out
+
+
+def _zero_of_einsum(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
+    operands: Any = node.args[1]
+    return set().union(*(zero(v) for v in operands))
+
+
+@rule("aten.einsum", zero=_zero_of_einsum)
+def einsum(w: Walk, node: fx.Node, equation: str, operands: Sequence[Value], **_: Any) -> Dims:
+    """One axis a letter; a letter that the result lacks is summed over."""
+    sources, _, result = equation.replace(" ", "").partition("->")
+    letters: dict[str, Term] = {}
+    places: dict[str, list[tuple[Value, int]]] = {}
+    for source, value in zip(sources.split(","), operands, strict=True):
+        for letter, (i, d) in zip(_letters(source, value.ndim), enumerate(value.dims), strict=True):
+            letters[letter] = _join(w, node, letters.get(letter, ONE), d)
+            places.setdefault(letter, []).append((value, i))
+    out = tuple(letters[letter] for letter in _letters(result, len(w.shape(node))))
+    for letter, found in places.items():
+        if letter in _letters(result, len(out)):
+            continue
+        if len(found) == 2:
+            w.contract(node, *found[0], *found[1], out)
+        else:
+            w.reduce(node, letters[letter], "sum")
+    return out
+
+
+def _letters(subscripts: str, ndim: int) -> list[str]:
+    """Subscripts as names; an ellipsis stands for the leading dimensions, counted from the right."""
+    if "..." not in subscripts:
+        return list(subscripts)
+    before, after = subscripts.split("...")
+    hidden = ndim - len(before) - len(after)
+    return [*before, *(f"…{i}" for i in reversed(range(hidden))), *after]
+
+
+def _zero_of_attention(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
+    """The result is zero where the values are (heads and value channels)."""
+    return zero(node.args[2])
+
+
+def _resize_attention(r: Resizer, node: fx.Node) -> None:
+    """The scale is that of the dense model: 1/√(old head size) stays when q and k lose channels."""
+    query = node.args[0]
+    assert isinstance(query, fx.Node)
+    if node.kwargs.get("scale") is None and r.changed(r.dims(query)[-1]):
+        set_argument(node, 6, "scale", 1 / math.sqrt(r.dims(query)[-1].size))
+
+
+@rule("aten.scaled_dot_product_attention", zero=_zero_of_attention, resize=_resize_attention)
+def attention(
+    w: Walk, node: fx.Node, q: Value, k: Value, v: Value, mask: Value | None = None, *_: Any, **__: Any
+) -> Dims:
+    """scores[…, h, s, t] = Σ_d q[…, h, s, d] k[…, h, t, d]; y[…, h, s, e] = Σ_t softmax(scores + mask) v[…, h, t, e].
+
+    With enable_gqa, q heads = kv heads · fresh.
+    """
+    heads: Dims = ()
+    for x, y, z in zip(q.dims[:-2], k.dims[:-2], v.dims[:-2], strict=True):
+        w.unify(y, z, node)
+        w.unify(x, y if x.size == y.size else product((y, axis(x.size // y.size))), node)
+        heads = (*heads, x)
+    w.unify(k.dims[-2], v.dims[-2], node)
+    w.freeze(k.dims[-2], "attended positions", node)
+    scores = (*heads, q.dims[-2], k.dims[-2])
+    w.hidden.append(scores)
+    if mask is not None:
+        for d, s in zip(reversed(mask.dims), reversed(scores), strict=False):
+            if d.size == s.size:
+                w.unify(d, s, node)
+    out = (*heads, q.dims[-2], v.dims[-1])
+    w.contract(node, q, q.ndim - 1, k, k.ndim - 1, scores)
+    w.role(q.dims[-1], "inner")
+    w.role(v.dims[-1], "value")
+    for h in heads[1:] if len(heads) > 1 else heads:
+        w.role(h, "head")
+    return out
+
+
+@rule("aten._grouped_mm", "transformers.grouped_mm_fallback", zero=zero_of_product)
+def grouped_mm(w: Walk, node: fx.Node, x: Value, weight: Value, offs: Value | None = None, *_: Any, **__: Any) -> Dims:
+    """y[t, n] = Σ_k x[t, k] W[e(t), k, n]: rows are sorted by expert, ``offs`` holds where each expert's rows end."""
+    out = (*x.dims[:-1], weight.dims[2])
+    w.contract(node, x, x.ndim - 1, weight, 1, out)
+    if offs is not None:
+        w.unify(offs.dims[0], weight.dims[0], node)
+    w.routed.append((x.dims[0], weight.dims[0]))
+    w.role(weight.dims[0], "expert")
+    return out
+
+
+def roles_of(term: Term) -> set[str]:
+    return {role for leaf in leaves(term) for role in leaf.roles}

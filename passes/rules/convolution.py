@@ -1,0 +1,116 @@
+"""Convolutions, pooling and resampling: channels are axes, positions in space are not cut."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from mptk.axes import axis, product
+from passes.rules.table import Dims, Value, argument, rule, set_argument
+
+if TYPE_CHECKING:
+    from passes.propagate import Walk
+    from passes.rewrite import Resizer
+
+
+def _space(w: Walk, node: fx.Node, x: Value, first: int) -> Dims:
+    """Freeze the operand's spatial dimensions and make the result's."""
+    for d in x.dims[first:]:
+        w.freeze(d, "positions in space", node)
+    return tuple(w.frozen(s, "positions in space", node) for s in w.shape(node)[first:])
+
+
+def _zero_of_convolution(node: fx.Node, zero: Any, w: Walk) -> Any:
+    bias = argument(node, 2, "bias")
+    found = zero(node.args[1]) | zero(node.args[0])
+    return found & zero(bias) if bias is not None else found
+
+
+def _resize_groups(position: int) -> Any:
+    def resize(r: Resizer, node: fx.Node) -> None:
+        if r.changed(r.note(node)):
+            set_argument(node, position, "groups", r.size(r.note(node)))
+
+    return resize
+
+
+@rule("aten.conv1d", "aten.conv2d", "aten.conv3d", zero=_zero_of_convolution, resize=_resize_groups(6))
+def conv(w: Walk, node: fx.Node, x: Value, weight: Value, bias: Value | None = None, *args: Any, **kwargs: Any) -> Dims:
+    """y[n, g·o, …] = Σ_{c, k} x[n, g·c, …+k] W[g·o, c, k]: x_1 = g · c, W_0 = y_1 = g · o, W_1 = c."""
+    groups = kwargs.get("groups", args[3] if len(args) > 3 else 1)
+    g = axis(groups)
+    w.notes[node] = g
+    inner = axis(weight.dims[1].size)
+    channel = x.ndim - (weight.ndim - 1)
+    w.unify(x.dims[channel], product((g, inner)), node)
+    w.unify(weight.dims[0], product((g, axis(weight.dims[0].size // groups))), node)
+    out = (*x.dims[:channel], weight.dims[0], *_space(w, node, x, channel + 1))
+    _kernel(w, node, weight, bias)
+    w.contract(node, Value(x.node, (*x.dims[:channel], inner)), channel, weight, 1, out)
+    return out
+
+
+@rule("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d", resize=_resize_groups(6))
+def conv_transpose(
+    w: Walk, node: fx.Node, x: Value, weight: Value, bias: Value | None = None, *args: Any, **kwargs: Any
+) -> Dims:
+    """x_1 = W_0 = g · c, y_1 = g · W_1."""
+    groups = kwargs.get("groups", args[3] if len(args) > 3 else 1)
+    g = axis(groups)
+    w.notes[node] = g
+    inner = axis(weight.dims[0].size // groups)
+    w.unify(weight.dims[0], product((g, inner)), node)
+    w.unify(x.dims[1], weight.dims[0], node)
+    channels = product((g, weight.dims[1]))
+    if bias is not None:
+        w.unify(bias.dims[0], channels, node)
+    for d in weight.dims[2:]:
+        w.freeze(d, "positions of a kernel", node)
+    out = (x.dims[0], channels, *_space(w, node, x, 2))
+    w.contract(node, x, 1, weight, 0, out)
+    return out
+
+
+def _kernel(w: Walk, node: fx.Node, weight: Value, bias: Value | None) -> None:
+    for d in weight.dims[2:]:
+        w.freeze(d, "positions of a kernel", node)
+    if bias is not None:
+        w.notes.setdefault(node, None)
+        w.unify(bias.dims[0], weight.dims[0], node)
+
+
+@rule(
+    "aten.max_pool1d",
+    "aten.max_pool2d",
+    "aten.avg_pool1d",
+    "aten.avg_pool2d",
+    "aten.adaptive_avg_pool1d",
+    "aten.adaptive_avg_pool2d",
+    "aten.adaptive_max_pool2d",
+    "aten.upsample_nearest1d",
+    "aten.upsample_nearest2d",
+    "aten.upsample_bilinear2d",
+    "aten.upsample_bicubic2d",
+    zero="keep",
+)
+def pool(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Dims:
+    """Channels pass, positions in space change."""
+    spatial = 2 if "2d" in str(node.target) else 1
+    first = x.ndim - spatial
+    return (*x.dims[:first], *_space(w, node, x, first))
+
+
+@rule(
+    "aten.pixel_shuffle",
+    "aten.pixel_unshuffle",
+    "aten.im2col",
+    "aten.unfold",
+    "aten.col2im",
+    "aten.grid_sampler",
+)
+def opaque_space(w: Walk, node: fx.Node, x: Value, *others: Any, **_: Any) -> Any:
+    """Channels and positions in space mix: none can be cut."""
+    from passes.rules.index import opaque
+
+    return opaque(w, node, x, *(o for o in others if isinstance(o, Value)))

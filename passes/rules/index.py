@@ -1,0 +1,288 @@
+"""Ops that read or write at positions, and ops that make positions. Positions remember the axis they were drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from mptk.axes import ONE, Term, axis, concat, leaves
+from passes.rules.pointwise import broadcast, zero_of_clamp
+from passes.rules.table import Dims, Value, argument, normalize, rule, set_argument
+
+if TYPE_CHECKING:
+    from passes.propagate import Walk
+    from passes.rewrite import Resizer
+
+
+@rule("aten.embedding", zero=lambda node, zero, w: zero(node.args[0]), positions=True)
+def embedding(w: Walk, node: fx.Node, weight: Value, indices: Value, *_: Any) -> Dims:
+    """y[…, c] = W[indices[…], c]."""
+    w.index(node, indices, weight.dims[0])
+    w.role(weight.dims[1], "embedding")
+    return (*indices.dims, *weight.dims[1:])
+
+
+@rule("aten.index", "aten._unsafe_index", zero="move", positions=True)
+def index(w: Walk, node: fx.Node, x: Value, indices: Sequence[Value | None]) -> Dims:
+    """y[i…, rest] = x[indices[i…], rest]; index dimensions stand where they stood if adjacent, else in front."""
+    places = [d for d, i in enumerate(indices) if i is not None]
+    values = [i for i in indices if i is not None]
+    known = w.constant(values[0].node) if len(values) == 1 else None
+    if known is not None and known.dim() == 1 and known.numel() <= 8:
+        return _pick(w, node, x, places[0], known.tolist())
+    shape = w.shape(node)
+    ndim = max(v.ndim for v in values)
+    adjacent = places == list(range(places[0], places[0] + len(places)))
+    start = places[0] if adjacent else 0
+    if len(shape) != x.ndim - len(places) + ndim:
+        return opaque(w, node, x, *values)
+    indexed = _index_dims(w, node, values, shape[start : start + ndim])
+    for d, v in zip(places, values, strict=True):
+        w.index(node, v, x.dims[d])
+    rest = [t for d, t in enumerate(x.dims) if d not in places]
+    return (*rest[:start], *indexed, *rest[start:])
+
+
+def _index_dims(w: Walk, node: fx.Node, values: Sequence[Value], shape: Sequence[int]) -> list[Term]:
+    """The index tensors' broadcast dimensions."""
+    out: list[Term] = [axis(size) for size in shape]
+    for v in values:
+        for i, d in enumerate(v.dims, start=len(shape) - v.ndim):
+            if d.size == shape[i]:
+                w.unify(out[i], d, node)
+    return out
+
+
+def _pick(w: Walk, node: fx.Node, x: Value, d: int, positions: Sequence[int]) -> Dims:
+    """A short list of known positions: each is a segment of its own."""
+    from passes.rules.shape import _cut
+
+    size = x.dims[d].size
+    wanted = [normalize(p, size) for p in positions]
+    borders = sorted({0, size, *wanted, *(p + 1 for p in wanted)})
+    sizes = [b - a for a, b in zip(borders, borders[1:], strict=False)]
+    segments = dict(zip(borders, _cut(w, node, x.dims[d], sizes), strict=False))
+    if any(segments[p].size != 1 for p in wanted):
+        w.freeze(x.dims[d], "indexed by a constant", node)
+    w.notes[node] = (d, [concat(segments[b] for b in borders[:-1] if b < p) for p in wanted])
+    return (*x.dims[:d], concat(segments[p] for p in wanted), *x.dims[d + 1 :])
+
+
+def opaque(w: Walk, node: fx.Node, *values: Value) -> Any:
+    """Nothing is known of how the result's axes follow from the operands': none of either can be cut."""
+    for v in values:
+        for d in v.dims:
+            w.freeze(d, "mixed by an op that keeps no axes apart", node)
+    results = node.meta["val"]
+    several = isinstance(results, (list, tuple))
+    dims = [
+        tuple(w.frozen(s, "made by an op that keeps no axes apart", node) for s in w.sizes(t))
+        if hasattr(t, "shape")
+        else None
+        for t in (results if several else [results])
+    ]
+    return dims if several else dims[0]
+
+
+@rule("aten.index_select", zero="move", positions=True)
+def index_select(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value) -> Dims:
+    """y_d = the index's axis."""
+    d = normalize(dim, x.ndim)
+    w.index(node, indices, x.dims[d])
+    return (*x.dims[:d], *indices.dims, *x.dims[d + 1 :])
+
+
+@rule("aten.gather", "aten.take_along_dim", zero="move", positions=True)
+def gather(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value, **_: Any) -> Dims:
+    """y has the index's axes; those beside d are x's."""
+    d = normalize(dim, x.ndim)
+    w.index(node, indices, x.dims[d])
+    for i, (a, b) in enumerate(zip(x.dims, indices.dims, strict=True)):
+        if i != d and a.size == b.size:
+            w.unify(a, b, node)
+        elif i != d:
+            w.freeze(a, "gathered in part", node)
+    return indices.dims
+
+
+@rule(
+    "aten.scatter",
+    "aten.scatter_",
+    "aten.scatter_add",
+    "aten.scatter_add_",
+    "aten.scatter_reduce",
+    zero="keep",
+    positions=True,
+)
+def scatter(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value, *values: Any, **_: Any) -> Dims:
+    """y = x with values written at positions of d."""
+    d = normalize(dim, x.ndim)
+    w.index(node, indices, x.dims[d])
+    for value in (indices, *(v for v in values if isinstance(v, Value))):
+        for i, (a, b) in enumerate(zip(x.dims, value.dims, strict=True)):
+            if i != d and a.size == b.size:
+                w.unify(a, b, node)
+    for v in values:
+        if isinstance(v, Value):
+            w.unify(indices.dims[d], v.dims[d], node) if indices.dims[d].size == v.dims[d].size else None
+    return x.dims
+
+
+@rule("aten.index_add", "aten.index_add_", "aten.index_copy", "aten.index_copy_", zero="all", positions=True)
+def index_add(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value, source: Value, **_: Any) -> Dims:
+    """y = x with source added at positions of d."""
+    d = normalize(dim, x.ndim)
+    w.index(node, indices, x.dims[d])
+    w.unify(indices.dims[0], source.dims[d], node)
+    for i, (a, b) in enumerate(zip(x.dims, source.dims, strict=True)):
+        if i != d:
+            w.unify(a, b, node)
+    return x.dims
+
+
+@rule("aten.index_put", "aten.index_put_", zero="drop", positions=True)
+def index_put(w: Walk, node: fx.Node, x: Value, indices: Sequence[Value | None], values: Value, *_: Any) -> Dims:
+    """y = x with values written at positions."""
+    given = [i for i in indices if i is not None]
+    for d, i in enumerate(indices):
+        if i is not None:
+            w.index(node, i, x.dims[d])
+    rest = [t for d, t in enumerate(x.dims) if d >= len(indices) or indices[d] is None]
+    expected = (*given[0].dims, *rest)
+    for a, b in zip(reversed(values.dims), reversed(expected), strict=False):
+        if a.size == b.size:
+            w.unify(a, b, node)
+    return x.dims
+
+
+# ---- ops that make positions ----
+
+
+@rule("aten.topk", zero="drop", positions=True)
+def topk(w: Walk, node: fx.Node, x: Value, k: int, dim: int = -1, *_: Any) -> list[Dims]:
+    """The k largest positions of d: at least k must stay."""
+    d = normalize(dim, x.ndim)
+    _need(x.dims[d], k)
+    return _ranked(w, node, x, d, w.frozen(k, "the top-k positions", node))
+
+
+@rule("aten.sort", zero="drop", positions=True)
+def sort(w: Walk, node: fx.Node, x: Value, dim: int = -1, *_: Any, **__: Any) -> list[Dims]:
+    """All positions of d in order of size."""
+    d = normalize(dim, x.ndim)
+    if x.node in w.domains:
+        return _grouped(w, node, x, d)
+    return _ranked(w, node, x, d, w.frozen(x.dims[d].size, "sorted positions", node))
+
+
+def _grouped(w: Walk, node: fx.Node, x: Value, d: int) -> list[Dims]:
+    """Sorting positions groups rows by them: the rows are permuted, the values keep their axis."""
+    w.domains[node], w.notes[node] = w.domains[x.node], 0
+    w.routed.append((x.dims[d], w.domains[x.node]))
+    return [x.dims, x.dims]
+
+
+@rule("aten.max.dim", "aten.min.dim", zero="drop", positions=True)
+def max_dim(w: Walk, node: fx.Node, x: Value, dim: int, keepdim: bool = False) -> list[Dims]:
+    """The largest position of d."""
+    d = normalize(dim, x.ndim)
+    out = _ranked(w, node, x, d, axis(1))
+    return out if keepdim else [tuple(t for i, t in enumerate(o) if i != d) for o in out]
+
+
+def _ranked(w: Walk, node: fx.Node, x: Value, d: int, found: Term) -> list[Dims]:
+    w.reduce(node, x.dims[d], "max")
+    w.domains[node], w.notes[node] = x.dims[d], 1
+    out = (*x.dims[:d], found, *x.dims[d + 1 :])
+    return [out, out]
+
+
+@rule("aten.argmax", "aten.argmin", zero="drop", positions=True)
+def argmax(w: Walk, node: fx.Node, x: Value, dim: int | None = None, keepdim: bool = False) -> Dims:
+    """The largest position of d (of all, if none is given)."""
+    if dim is None:
+        return opaque(w, node, x)  # type: ignore[no-any-return]
+    d = normalize(dim, x.ndim)
+    w.reduce(node, x.dims[d], "max")
+    w.domains[node] = x.dims[d]
+    return tuple(ONE if i == d else t for i, t in enumerate(x.dims) if keepdim or i != d)
+
+
+@rule("aten.argsort", zero="drop", positions=True)
+def argsort(w: Walk, node: fx.Node, x: Value, dim: int = -1, *_: Any, **__: Any) -> Dims:
+    """Positions of d in order."""
+    if x.node in w.domains:
+        return x.dims
+    w.reduce(node, x.dims[dim], "max")
+    w.domains[node] = x.dims[dim]
+    d = normalize(dim, x.ndim)
+    return (*x.dims[:d], w.frozen(x.dims[d].size, "sorted positions", node), *x.dims[d + 1 :])
+
+
+def _need(term: Term, minimum: int) -> None:
+    found = list(leaves(term))
+    if len(found) == 1:
+        found[0].minimum = max(found[0].minimum, minimum)
+
+
+def _resize_count(position: int, name: str) -> Any:
+    def resize(r: Resizer, node: fx.Node) -> None:
+        if r.changed(r.note(node)):
+            set_argument(node, position, name, r.size(r.note(node)))
+
+    return resize
+
+
+@rule(
+    "aten.one_hot",
+    zero=lambda node, zero, w: w.leaves_of(w.notes[node]),
+    resize=_resize_count(1, "num_classes"),
+    positions=True,
+)
+def one_hot(w: Walk, node: fx.Node, x: Value, num_classes: int = -1) -> Dims:
+    """y[…, c] = [x = c]: the new dimension is the positions' axis."""
+    classes = w.shape(node)[-1]
+    domain = w.domains.get(x.node)
+    if domain is None or domain.size != classes:
+        domain = w.frozen(classes, "classes of positions of unknown origin", node)
+    w.notes[node] = domain
+    return (*x.dims, domain)
+
+
+def _resize_histc(r: Resizer, node: fx.Node) -> None:
+    """Bins of width one from 0: bins = n', max = n' − 1 (as the n bins ended at n − 1)."""
+    if r.changed(r.note(node)):
+        new = r.size(r.note(node))
+        removed = r.note(node).size - new
+        set_argument(node, 1, "bins", new)
+        set_argument(node, 3, "max", argument(node, 3, "max") - removed)
+
+
+@rule("aten.histc", zero=lambda node, zero, w: w.leaves_of(w.notes[node]), resize=_resize_histc, positions=True)
+def histc(w: Walk, node: fx.Node, x: Value, bins: int = 100, min: Any = 0, max: Any = 0) -> Dims:
+    """How often each position occurs: the result's dimension is the positions' axis."""
+    domain = w.domains.get(x.node)
+    if domain is None or domain.size != bins:
+        domain = w.frozen(bins, "bins of values", node)
+    w.notes[node] = domain
+    return (domain,)
+
+
+def _resize_bounds(r: Resizer, node: fx.Node) -> None:
+    if r.note(node) is not None and r.changed(r.note(node)):
+        set_argument(node, 2, "max", r.size(r.note(node)) - 1)
+
+
+@rule("aten.clamp", "aten.clamp_", zero=zero_of_clamp, resize=_resize_bounds, positions=True)
+def clamp(w: Walk, node: fx.Node, x: Value, *bounds: Any, **kwargs: Any) -> Dims:
+    """y_d = x_d. Positions of an axis clamped to its whole range stay positions of it."""
+    low, high = argument(node, 1, "min"), argument(node, 2, "max")
+    domain = w.domains.get(x.node)
+    w.notes[node] = None
+    if domain is not None and low in (None, 0) and high == domain.size - 1:
+        w.notes[node] = w.domains[node] = domain
+    elif domain is not None:
+        w.freeze(domain, "its positions are computed with", node)
+    return broadcast(w, node, x, *bounds, **kwargs)

@@ -1,0 +1,102 @@
+"""Ops that move dimensions or pass them through unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from mptk.axes import ONE
+from passes.rules.table import Dims, Value, normalize, normalize_all, rule
+
+if TYPE_CHECKING:
+    from passes.propagate import Walk
+
+
+@rule(
+    "aten.to",
+    "aten._to_copy",
+    "aten.type_as",
+    "aten.clone",
+    "aten.contiguous",
+    "aten.alias",
+    "aten.detach",
+    "aten.detach_",
+    "aten.lift_fresh_copy",
+    "aten.dropout",
+    "aten.dropout_",
+    "aten.feature_dropout",
+    "aten.native_dropout",
+    "aten.float",
+    "aten.resolve_conj",
+    "aten.resolve_neg",
+    zero="move",
+)
+def same(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Dims:
+    """y_d = x_d."""
+    return x.dims
+
+
+@rule("aten.transpose", "aten.swapaxes", "aten.transpose_", zero="move")
+def transpose(w: Walk, node: fx.Node, x: Value, dim0: int, dim1: int) -> Dims:
+    """Two dimensions change places."""
+    a, b = normalize(dim0, x.ndim), normalize(dim1, x.ndim)
+    order = list(range(x.ndim))
+    order[a], order[b] = b, a
+    return _move(w, node, x, order)
+
+
+@rule("aten.permute", zero="move")
+def permute(w: Walk, node: fx.Node, x: Value, order: Sequence[int]) -> Dims:
+    """y_i = x_{order_i}."""
+    return _move(w, node, x, normalize_all(order, x.ndim))
+
+
+@rule("aten.t", "aten.numpy_T", "aten.mT", "aten.adjoint", zero="move")
+def reverse(w: Walk, node: fx.Node, x: Value) -> Dims:
+    """The last two dimensions change places (all, for ``t`` and ``numpy_T`` of at most two)."""
+    return _move(w, node, x, [*range(x.ndim - 2), *reversed(range(max(x.ndim - 2, 0), x.ndim))])
+
+
+@rule("aten.movedim", zero="move")
+def movedim(w: Walk, node: fx.Node, x: Value, source: Any, destination: Any) -> Dims:
+    """Dimensions ``source`` go to ``destination``, the others keep their order."""
+    sources, targets = normalize_all(source, x.ndim), normalize_all(destination, x.ndim)
+    moved = dict(zip(targets, sources, strict=True))
+    rest = iter(d for d in range(x.ndim) if d not in sources)
+    return _move(w, node, x, [moved[d] if d in moved else next(rest) for d in range(x.ndim)])
+
+
+def _move(w: Walk, node: fx.Node, x: Value, order: Sequence[int]) -> Dims:
+    return tuple(x.dims[d] for d in order)
+
+
+@rule("aten.unsqueeze", "aten.unsqueeze_", zero="move")
+def unsqueeze(w: Walk, node: fx.Node, x: Value, dim: int) -> Dims:
+    """A dimension of 1 comes in."""
+    d = normalize(dim, x.ndim + 1)
+    return (*x.dims[:d], ONE, *x.dims[d:])
+
+
+@rule("aten.squeeze", "aten.squeeze_", zero="move")
+def squeeze(w: Walk, node: fx.Node, x: Value, dim: Any = None) -> Dims:
+    """Dimensions of 1 go (all, or those named)."""
+    gone = {d for d in normalize_all(dim, x.ndim) if x.dims[d].size == 1}
+    return tuple(t for d, t in enumerate(x.dims) if d not in gone)
+
+
+@rule("aten.roll", "aten.flip", "aten.diff", "aten.rot90", "aten.cumprod", "aten.logcumsumexp", "aten.cummax")
+def ordered(w: Walk, node: fx.Node, x: Value, *args: Any, **_: Any) -> Dims:
+    """The order of positions matters: no dimension of it can be cut."""
+    for d in x.dims:
+        w.freeze(d, "the order of its positions matters", node)
+    return tuple(w.frozen(s, "the order of its positions matters", node) for s in w.shape(node))
+
+
+@rule("aten.tril", "aten.triu")
+def triangle(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Dims:
+    """y_d = x_d; the last two are compared by position and cannot be cut."""
+    for d in x.dims[-2:]:
+        w.freeze(d, "compared by position", node)
+    return x.dims

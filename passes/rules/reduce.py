@@ -1,0 +1,210 @@
+"""Ops that reduce over axes: sums, means, norms, softmax. What they reduce over is recorded for the exactness check.
+
+Masks' meaning at a reduction over cut channels (``Reduction.kind``):
+- ``sum``: removed channels must be zero, then nothing changes;
+- ``mean``: they must be zero, and the cut mean is scaled by n'/n so that it equals the masked one;
+- ``statistic`` (mean subtraction, variance): statistics run over the kept channels;
+- ``max`` (softmax, top-k): removed channels count as −inf.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from mptk.axes import ONE, Axis, split_product
+from passes.rules.table import Dims, Value, argument, normalize, normalize_all, rule, set_argument
+
+if TYPE_CHECKING:
+    from passes.propagate import Walk
+    from passes.rewrite import Resizer
+
+ZeroOf = Callable[[Any], set[Axis]]
+
+
+def _reduced(x: Value, dims: Sequence[int], keepdim: bool) -> Dims:
+    return tuple(ONE if d in dims else t for d, t in enumerate(x.dims) if keepdim or d not in dims)
+
+
+def _resize_mean(r: Resizer, node: fx.Node) -> None:
+    """mean over n' kept channels · n'/n = mean over n channels, the removed ones being zero."""
+    old, new = math.prod(t.size for t in r.note(node)), math.prod(r.size(t) for t in r.note(node))
+    if old != new:
+        r.scale(node, new / old)
+
+
+@rule("aten.mean", zero="keep", resize=_resize_mean)
+def mean(w: Walk, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Dims:
+    """y = (1/n) Σ_d x."""
+    dims = normalize_all(dim, x.ndim)
+    w.notes[node] = [x.dims[d] for d in dims]
+    for d in dims:
+        w.reduce(node, x.dims[d], "mean")
+    return _reduced(x, dims, keepdim)
+
+
+@rule("aten.sum", "aten.nansum", "aten.any", "aten.count_nonzero", zero="keep")
+def sum_(w: Walk, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Dims:
+    """y = Σ_d x."""
+    dims = normalize_all(dim, x.ndim)
+    for d in dims:
+        w.reduce(node, x.dims[d], "sum")
+    return _reduced(x, dims, keepdim)
+
+
+@rule("aten.linalg_vector_norm", "aten.norm", zero="keep")
+def vector_norm(
+    w: Walk, node: fx.Node, x: Value, _: Any = 2, dim: Any = None, keepdim: bool = False, **__: Any
+) -> Dims:
+    """y = (Σ_d |x|^p)^(1/p)."""
+    return sum_(w, node, x, dim, keepdim)
+
+
+@rule("aten.cumsum", "aten.cumsum_", zero="drop")
+def cumsum(w: Walk, node: fx.Node, x: Value, dim: int, **_: Any) -> Dims:
+    """y_d = x_d; each position sums the ones before it, so zeros may go."""
+    w.reduce(node, x.dims[dim], "sum")
+    return x.dims
+
+
+@rule("aten.var", "aten.std", "aten.var_mean", "aten.std_mean", zero="drop")
+def variance(w: Walk, node: fx.Node, x: Value, dim: Any = None, *_: Any, keepdim: bool = False, **__: Any) -> Any:
+    """y = variance over d (and its mean)."""
+    dims = normalize_all(dim if not isinstance(dim, bool) else None, x.ndim)
+    for d in dims:
+        w.reduce(node, x.dims[d], "statistic")
+    out = _reduced(x, dims, keepdim)
+    return [out, out] if isinstance(node.meta["val"], (tuple, list)) else out
+
+
+@rule("aten.amax", "aten.amin", "aten.all", "aten.prod", "aten.logsumexp", zero="drop")
+def extremum(w: Walk, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Dims:
+    """y = max over d."""
+    dims = normalize_all(dim, x.ndim)
+    for d in dims:
+        w.reduce(node, x.dims[d], "max")
+    return _reduced(x, dims, keepdim)
+
+
+def _zero_of_softmax(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
+    """A removed channel counts as −inf: its share is zero."""
+    return w.leaves_of(w.dims[node][argument(node, 1, "dim")])
+
+
+rule("aten.log_softmax")(lambda w, node, x, dim, *_, **__: softmax(w, node, x, dim))
+
+
+@rule("aten.softmax", "aten._softmax", zero=_zero_of_softmax)
+def softmax(w: Walk, node: fx.Node, x: Value, dim: int, *_: Any, **__: Any) -> Dims:
+    """y_d = x_d, normalised over d."""
+    d = normalize(dim, x.ndim)
+    w.reduce(node, x.dims[d], "max")
+    if x.ndim > 3:
+        for t in x.dims[1:d]:
+            w.role(t, "head") if t is not x.dims[-2] else None
+    return x.dims
+
+
+def _zero_of_norm(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
+    """Affine after the statistics: zero where the weight and the bias are."""
+    weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
+    return zero(weight) & zero(bias) if bias is not None else zero(weight)
+
+
+def _resize_norm(r: Resizer, node: fx.Node) -> None:
+    dims = r.dims(node)
+    shape = list(argument(node, 1, "normalized_shape"))
+    set_argument(node, 1, "normalized_shape", [r.size(d) for d in dims[len(dims) - len(shape) :]])
+
+
+@rule("aten.layer_norm", zero=_zero_of_norm, resize=_resize_norm)
+def layer_norm(w: Walk, node: fx.Node, x: Value, shape: Sequence[int], *affine: Any, **kwargs: Any) -> Dims:
+    """y = (x − mean) / √(var + eps) · weight + bias over the last dimensions."""
+    first = x.ndim - len(shape)
+    for value in (*affine[:2], kwargs.get("weight"), kwargs.get("bias")):
+        if isinstance(value, Value):
+            for a, b in zip(value.dims, x.dims[first:], strict=True):
+                w.unify(a, b, node)
+    for d in x.dims[first:]:
+        w.reduce(node, d, "statistic")
+    return x.dims
+
+
+def _zero_of_rms(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
+    weight = argument(node, 2, "weight")
+    return zero(node.args[0]) | (zero(weight) if weight is not None else set())
+
+
+def _resize_rms(r: Resizer, node: fx.Node) -> None:
+    """rms_norm(x; eps) over n = √(n/n') · rms_norm(x'; eps · n/n') over the n' channels that are not zero."""
+    dims = r.dims(node)
+    count = len(argument(node, 1, "normalized_shape"))
+    old = math.prod(d.size for d in dims[-count:])
+    new = math.prod(r.size(d) for d in dims[-count:])
+    _resize_norm(r, node)
+    if old != new:
+        eps = argument(node, 3, "eps")
+        eps = r.epsilon(node) if eps is None else eps
+        set_argument(node, 3, "eps", eps * old / new)
+        r.scale(node, math.sqrt(old / new))
+
+
+@rule("aten.rms_norm", zero=_zero_of_rms, resize=_resize_rms)
+def rms_norm(w: Walk, node: fx.Node, x: Value, shape: Sequence[int], weight: Value | None = None, *_: Any) -> Dims:
+    """y = x / √(mean(x²) + eps) · weight over the last dimensions."""
+    first = x.ndim - len(shape)
+    if weight is not None:
+        for a, b in zip(weight.dims, x.dims[first:], strict=True):
+            w.unify(a, b, node)
+    for d in x.dims[first:]:
+        w.reduce(node, d, "mean")
+    return x.dims
+
+
+def _resize_groups(r: Resizer, node: fx.Node) -> None:
+    set_argument(node, 1, "num_groups", r.size(r.note(node)))
+
+
+@rule("aten.group_norm", zero="drop", resize=_resize_groups)
+def group_norm(w: Walk, node: fx.Node, x: Value, groups: int, *affine: Any, **kwargs: Any) -> Dims:
+    """Channels = groups · inner; statistics over inner and all further dimensions."""
+    for value in (*affine[:2], kwargs.get("weight"), kwargs.get("bias")):
+        if isinstance(value, Value):
+            w.unify(value.dims[0], x.dims[1], node)
+    parts = split_product(x.dims[1], groups, last=False)
+    if parts is None:
+        w.freeze(x.dims[1], "group norm cuts across its units", node)
+        w.notes[node] = w.frozen(groups, "groups", node)
+        return x.dims
+    w.notes[node] = parts[0]
+    for t in (parts[1], *x.dims[2:]):
+        w.reduce(node, t, "statistic")
+    return x.dims
+
+
+def _zero_of_batch_norm(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
+    weight, bias = node.args[1], node.args[2]
+    return zero(weight) & zero(bias) if weight is not None and bias is not None else set()
+
+
+@rule(
+    "aten.batch_norm",
+    "aten._native_batch_norm_legit_no_training",
+    "aten.instance_norm",
+    zero=_zero_of_batch_norm,
+)
+def batch_norm(w: Walk, node: fx.Node, x: Value, *args: Any, **_: Any) -> Dims:
+    """Per channel (dimension 1) with given statistics."""
+    for value in args[:4]:
+        if isinstance(value, Value):
+            w.unify(value.dims[0], x.dims[1], node)
+    return x.dims
+
+
+@rule("aten.normalize", zero="keep")
+def normalize_(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Dims:
+    """y = x / ‖x‖."""
+    return x.dims

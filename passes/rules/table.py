@@ -1,0 +1,117 @@
+"""The rule table: ATen op → what it does to axes. Rules are data; this file is their form, the others hold them.
+
+A rule is a function ``(walk, node, *args, **kwargs) -> dims`` that receives the call's own arguments with each tensor
+replaced by a ``Value`` and returns the dimensions of the result (a list of them for several results), unifying terms on
+the way. Two facts accompany it:
+
+- ``zero``: where the result is zero if its inputs are zero at the removed positions (see ``passes/exactness.py``);
+- ``resize``: how the call's own size arguments follow when axes shrink (see ``passes/rewrite.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import fx
+
+from mptk.axes import Term
+
+if TYPE_CHECKING:
+    from passes.rewrite import Resizer
+
+Dims = tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor as a rule sees it: the node that made it and one term a dimension."""
+
+    node: fx.Node
+    dims: Dims
+
+    @property
+    def ndim(self) -> int:
+        return len(self.dims)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(d.size for d in self.dims)
+
+
+Propagate = Callable[..., Any]
+F = TypeVar("F", bound=Propagate)
+Zero = str | Callable[[Any, Any, Any], Any]
+Resize = Callable[["Resizer", fx.Node], None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one op does to axes.
+
+    ``zero`` is one of ``keep`` (zero where the first tensor is: f(0) = 0), ``move`` (likewise, since values only move;
+    positions stay positions of their axis), ``any`` (where any
+    operand is: a product), ``all`` (where every operand is: a sum), ``join`` (where every operand that has the axis
+    is: a concatenation), ``drop`` (nowhere), or a function of the node.
+    """
+
+    propagate: Propagate
+    zero: Zero = "drop"
+    resize: Resize | None = None
+    positions: bool = False
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*ops: str, zero: Zero = "drop", resize: Resize | None = None, positions: bool = False) -> Callable[[F], F]:
+    """Register a function as the rule of ``ops``: ``"aten.view"`` (all overloads) or ``"aten.add.Tensor"`` (one)."""
+
+    def register(propagate: F) -> F:
+        for op in ops:
+            RULES[op.replace("::", ".")] = Rule(propagate, zero, resize, positions)
+        return propagate
+
+    return register
+
+
+def op_name(node: fx.Node) -> str:
+    """``aten.add.Tensor`` for a call of it; a Python function's module and name otherwise."""
+    target = node.target
+    if hasattr(target, "overloadpacket"):
+        return str(target)
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"
+
+
+def find_rule(node: fx.Node) -> Rule | None:
+    """The rule of a call: its overload's, else its op's."""
+    name = op_name(node)
+    return RULES.get(name) or RULES.get(name.rsplit(".", 1)[0])
+
+
+# ---- helpers for the common kinds ----
+
+
+def normalize(dim: int, ndim: int) -> int:
+    return dim + ndim if dim < 0 else dim
+
+
+def normalize_all(dims: int | Sequence[int] | None, ndim: int) -> list[int]:
+    """Dimension arguments as non-negative numbers; None and [] mean all."""
+    if dims is None or (not isinstance(dims, int) and len(dims) == 0):
+        return list(range(ndim))
+    return [normalize(d, ndim) for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def set_argument(node: fx.Node, position: int, name: str, value: Any) -> None:
+    """Replace an argument of a call where it stands: among the positional ones, or by name."""
+    if len(node.args) > position:
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(name, value)

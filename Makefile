@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := build/lowest
 MODEL := smollm2-135m
 DEMO := runs/demo
 # Two workers with one thread each, so that timings and results do not depend on the machine's size.
@@ -11,7 +12,7 @@ RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_ARGS)
 .PHONY: help demo test check format test-lowest clean
 
 help:
-	@echo "make demo         prune SmolLM2-135M by 30 %, prove it, time it (about 10 minutes on 2 cores)"
+	@echo "make demo         prune SmolLM2-135M by 30 %, prove it, time it"
 	@echo "make test         make check, then every test"
 	@echo "make check        ruff, mypy --strict, import contracts"
 	@echo "make format       let ruff format and fix what it can"
@@ -40,13 +41,13 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 test-lowest:
-	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python -m pip install --quiet uv
-	.venv-lowest/bin/uv pip install --python .venv-lowest --resolution lowest-direct --editable '.[dev]'
-	$(call RUN_TESTS,.venv-lowest)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --python $(LOWEST) --resolution lowest-direct --editable '.[dev]'
+	$(call RUN_TESTS,$(LOWEST))
 
 clean:
-	rm -rf $(VENV) .venv-lowest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 define install
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo >&2 \

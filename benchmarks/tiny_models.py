@@ -23,7 +23,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from benchmarks.tiny_config import RECIPES, VOCAB, tiny_config
+from benchmarks.tiny_config import FIRST_PLAIN_TOKEN, VOCAB, Recipe, recipes, tiny_config
 
 MAPPINGS: dict[str, dict[str, Any]] = {
     "causal-lm": dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -83,28 +83,41 @@ def tiny_model(mapping: str, model_type: str, seed: int = 0) -> Tiny:
     entry = MAPPINGS[mapping][model_type]
     class_name = entry if isinstance(entry, str) else entry[0]
     model_class = getattr(transformers, class_name)
-    first: CannotBuild | None = None
-    for recipe in RECIPES:
+    best: CannotBuild | None = None
+    tried: list[Any] = []
+    for recipe in recipes():
         try:
-            return _attempt(mapping, model_type, model_class, recipe, seed)
+            config = _config(mapping, model_type, model_class, recipe)
+            if config.to_dict() in tried:
+                continue
+            tried.append(config.to_dict())
+            return _attempt(mapping, model_class, config, seed)
         except CannotBuild as error:
-            if first is None or _STAGES.index(error.stage) > _STAGES.index(first.stage):
-                first = error
-    assert first is not None
-    raise first
+            if best is None or _STAGES.index(error.stage) > _STAGES.index(best.stage):
+                best = error
+    assert best is not None
+    raise best
 
 
 _STAGES = ("config", "build", "forward", "export")
 
 
-def _attempt(mapping: str, model_type: str, model_class: Any, recipe: Any, seed: int) -> Tiny:
+def _config(mapping: str, model_type: str, model_class: Any, recipe: Recipe) -> Any:
     try:
-        config = tiny_config(CONFIG_MAPPING[model_type], recipe)
-        config.use_cache = False
-        if hasattr(config, "is_decoder") and mapping == "causal-lm":
-            config.is_decoder = True
+        config: Any = tiny_config(CONFIG_MAPPING[model_type], recipe)
     except Exception as error:
         raise CannotBuild("config", _line(error)) from error
+    if model_class.config_class is not type(config) and isinstance(
+        getattr(config, "text_config", None), model_class.config_class
+    ):
+        config = config.text_config
+    config.use_cache = False
+    if hasattr(config, "is_decoder") and mapping == "causal-lm":
+        config.is_decoder = True
+    return config
+
+
+def _attempt(mapping: str, model_class: Any, config: Any, seed: int) -> Tiny:
     try:
         torch.manual_seed(seed)
         model = _construct(model_class, config)
@@ -183,7 +196,7 @@ def example_inputs(mapping: str, model: nn.Module, seed: int) -> dict[str, torch
         return {"pixel_values": torch.randn(BATCH, channels, height, width, generator=generator)}
 
     def tokens(length: int) -> torch.Tensor:
-        return torch.randint(20, VOCAB - 30, (BATCH, length), generator=generator)
+        return torch.randint(FIRST_PLAIN_TOKEN, VOCAB - 30, (BATCH, length), generator=generator)
 
     inputs = {"input_ids": tokens(SEQ)}
     if mapping == "seq2seq" and "decoder_input_ids" in accepted:

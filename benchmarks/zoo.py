@@ -1,0 +1,204 @@
+"""The zoo sweep: every model type that transformers registers, analysed, cut and proven.
+
+    python -m benchmarks.zoo [--mapping NAME] [--types A,B] [--jobs N] [--json FILE]
+
+Each type runs in a process of its own: a tiny random model is built and traced, and for every family units are chosen
+at random in each layer (and in each row of its scope). The cut program must equal the dense one with those units
+masked (relative difference at most 1e-5 of the largest logit, in fp32), and the mask must have moved the output; then
+all families at once. A type is proven when every family is.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.tiny_models import MAPPINGS, CannotBuild, model_types, tiny_model
+from mptk.cut import resolve_plan
+from mptk.errors import MptkError
+from mptk.families import Analysis, Family
+from mptk.plan import FamilyPlan, Plan
+from passes.group import analyze
+from passes.mask import mask
+from passes.rewrite import rewrite
+from passes.trace import trace
+
+TOLERANCE, MOVED = 1e-5, 1e-4
+TIME_LIMIT_S, MEMORY_LIMIT_BYTES = 240, 4 << 30
+
+
+def random_plan(families: Sequence[Family], rng: random.Random, fraction: float = 0.6) -> Plan:
+    """Keep about ``fraction`` of each family's units, drawn anew for every layer and every row of its scope."""
+    chosen = {}
+    for family in families:
+        width = legal_width(family, fraction)
+        keep = {
+            group.layer: tuple(tuple(sorted(rng.sample(range(family.size), width))) for _ in range(group.scopes))
+            for group in family.groups
+        }
+        chosen[family.name] = FamilyPlan(width, family.size, keep)
+    return Plan(chosen)
+
+
+def legal_width(family: Family, fraction: float) -> int:
+    """The width nearest below ``fraction`` of the family's size that its ops accept, at least its smallest one."""
+    smallest = -(-family.minimum // family.multiple) * family.multiple
+    wanted = round(family.size * fraction) // family.multiple * family.multiple
+    return min(max(wanted, smallest), family.size - family.multiple)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value of ``b``."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def prove(analysis: Analysis, inputs: Sequence[Tensor], seed: int = 0) -> Iterator[tuple[str, str]]:
+    """For each family, and then for ``all`` of them together: its name and why it is not proven ("" if it is)."""
+    rng = random.Random(seed)
+    with torch.no_grad():
+        dense = analysis.program(*inputs)
+        for family in analysis.families:
+            yield family.name, _disprove(analysis, random_plan([family], rng), inputs, dense)
+        if len(analysis.families) > 1:
+            yield "all", _disprove(analysis, random_plan(analysis.families, rng), inputs, dense)
+
+
+def _disprove(analysis: Analysis, plan: Plan, inputs: Sequence[Tensor], dense: Tensor) -> str:
+    try:
+        masked = mask(analysis, resolve_plan(analysis, plan))(*inputs)
+        cut = rewrite(analysis, plan)(*inputs)
+    except Exception as error:
+        return f"{describe(error)}"
+    error, moved = difference(cut, masked), difference(masked, dense)
+    if not error <= TOLERANCE:
+        return f"wrong by {error:.1e} (the mask moved the output by {moved:.1e})"
+    return "" if moved > MOVED else f"vacuous: the mask moved the output by {moved:.1e} only"
+
+
+def describe(error: BaseException) -> str:
+    """One line: the error, and for one that is not meant for users the place in our source."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, MptkError):
+        return text
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "passes" in f.filename or "mptk" in f.filename]
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}: {text}{place}"
+
+
+def run_type(mapping: str, model_type: str) -> dict[str, Any]:
+    """One row of the table. ``stage`` is the last one that passed: none, config, build, forward, trace, analysis."""
+    row: dict[str, Any] = {"type": model_type, "mapping": mapping, "stage": "none", "families": 0, "proven": 0}
+    row["reason"] = ""
+    try:
+        tiny = tiny_model(mapping, model_type)
+    except CannotBuild as error:
+        stages = ["none", "config", "build", "forward", "trace"]
+        return {**row, "stage": stages[stages.index(error.stage) - 1], "reason": str(error)}
+    except Exception as error:
+        return {**row, "reason": describe(error)}
+    row["stage"] = "forward"
+    try:
+        program = trace(tiny.wrapper, tiny.inputs)
+        row["stage"] = "trace"
+        analysis = analyze(program)
+        row["stage"] = "analysis"
+    except Exception as error:
+        return {**row, "reason": describe(error)}
+    results = dict(prove(analysis, tiny.inputs))
+    together = results.pop("all", "")
+    row["families"], row["proven"] = len(results), list(results.values()).count("")
+    row["names"] = list(results)
+    row["reason"] = "; ".join(f"{n}: {why}" for n, why in [*results.items(), ("all", together)] if why)
+    row["stage"] = "proven" if results and not row["reason"] else "analysis"
+    if not results:
+        row["reason"] = "no family: " + "; ".join(f"{b.weights[0]} {b.reasons[0]}" for b in analysis.blocked[:4])
+    return row
+
+
+def _child(pipe: Connection, mapping: str, model_type: str) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    torch.set_num_threads(1)
+    pipe.send(run_type(mapping, model_type))
+
+
+def run_limited(mapping: str, model_type: str, limit_s: float = TIME_LIMIT_S) -> dict[str, Any]:
+    """``run_type`` in a process of its own, forked from a server that has imported torch already."""
+    row = {"type": model_type, "mapping": mapping, "stage": "none", "families": 0, "proven": 0}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.zoo"])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(theirs, mapping, model_type))
+    start = time.perf_counter()
+    process.start()
+    theirs.close()
+    try:
+        if ours.poll(limit_s):
+            row = dict(ours.recv())
+        else:
+            row["reason"] = f"ran past {limit_s:.0f} s"
+    except EOFError:
+        process.join()
+        row["reason"] = f"the process died with exit code {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+    return {**row, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def totals(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line a mapping: types, traced, analysed, proven in full, families proven."""
+    lines = []
+    for mapping in dict.fromkeys(r["mapping"] for r in rows):
+        mine = [r for r in rows if r["mapping"] == mapping]
+        stages = [r["stage"] for r in mine]
+        analysed = stages.count("analysis") + stages.count("proven")
+        lines.append(
+            f"{mapping}: {len(mine)} types, {analysed} analysed, {stages.count('proven')} proven in full "
+            f"({sum(r['proven'] for r in mine)} of {sum(r['families'] for r in mine)} families)"
+        )
+    return lines
+
+
+def main(
+    mapping: Annotated[str, typer.Option(help="One mapping; all when empty")] = "",
+    types: Annotated[str, typer.Option(help="Comma-separated model types; all when empty")] = "",
+    jobs: Annotated[int, typer.Option(help="Processes at once")] = 1,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Rows are kept here; types it has already are not run again")
+    ] = None,
+) -> None:
+    """Prove every family of every model type; prints a row each and the totals."""
+    rows: list[dict[str, Any]] = json.loads(json_file.read_text()) if json_file and json_file.exists() else []
+    done = {(r["mapping"], r["type"]) for r in rows}
+    wanted = [m for m in MAPPINGS if mapping in ("", m)]
+    pairs = [(m, t) for m in wanted for t in model_types(m) if not types or t in types.split(",")]
+    with ThreadPoolExecutor(jobs) as pool:
+        for row in pool.map(lambda pair: run_limited(*pair), [p for p in pairs if p not in done]):
+            rows.append(row)
+            print(
+                f"{row['mapping']:20} {row['type']:28} {row['stage']:8} {row['proven']:3}/{row['families']:<3} "
+                f"{row['seconds']:6.1f}s  {row['reason'][:600]}",
+                flush=True,
+            )
+            if json_file:
+                json_file.write_text(json.dumps(rows, indent=1) + "\n")
+    print("\n".join(totals(rows)))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -81,11 +81,11 @@ def _disprove(analysis: Analysis, plan: Plan, inputs: Sequence[Tensor], dense: T
     try:
         masked = mask(analysis, resolve_plan(analysis, plan))(*inputs)
         cut = rewrite(analysis, plan)(*inputs)
-    except Exception as error:
-        return f"{describe(error)}"
-    error, moved = difference(cut, masked), difference(masked, dense)
-    if not error <= TOLERANCE:
-        return f"wrong by {error:.1e} (the mask moved the output by {moved:.1e})"
+    except Exception as error:  # noqa: BLE001 (whatever fails is the row's reason)
+        return describe(error)
+    wrong, moved = difference(cut, masked), difference(masked, dense)
+    if not wrong <= TOLERANCE:
+        return f"wrong by {wrong:.1e} (the mask moved the output by {moved:.1e})"
     return "" if moved > MOVED else f"vacuous: the mask moved the output by {moved:.1e} only"
 
 
@@ -108,7 +108,7 @@ def run_type(mapping: str, model_type: str) -> dict[str, Any]:
     except CannotBuild as error:
         stages = ["none", "config", "build", "forward", "trace"]
         return {**row, "stage": stages[stages.index(error.stage) - 1], "reason": str(error)}
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         return {**row, "reason": describe(error)}
     row["stage"] = "forward"
     try:
@@ -116,7 +116,7 @@ def run_type(mapping: str, model_type: str) -> dict[str, Any]:
         row["stage"] = "trace"
         analysis = analyze(program)
         row["stage"] = "analysis"
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         return {**row, "reason": describe(error)}
     results = dict(prove(analysis, tiny.inputs))
     together = results.pop("all", "")

@@ -1,0 +1,364 @@
+"""What a stock transformers class makes of a config: built on the meta device, its shapes and constants read off.
+
+A ``Prober`` takes one model class and one config and answers "which shapes does the class have if these fields are
+set so?". It knows no field by name. Two things that a constructor hides are found by trying:
+
+1. *Implicit fields*: a field that is None, or that the constructor asks for (``getattr``) although the config lacks it,
+   may stand for a number derived from others (hidden // heads, 4 * hidden). Such a number is *pinned*: written down,
+   so that it stays when the fields it derives from change.
+2. *Depth fields*: a field that only repeats layers is lowered while probing, down to where every kind of layer is
+   still there. A probe of an 80-layer model then costs what a probe of one layer costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+TORCH = str(Path(torch.__file__).parent)
+DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+TRIAL_VALUES = (8, 6)
+"""Two numbers to set an implicit field to; two, because the first may be the number it already stands for."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why the stock class cannot be had. A value, not an exception: the caller shows it or tries something else.
+
+    ``kind``: which step refused. "validator": the config's own check; "constructor": the model's; "names": the set of
+    parameters differs; "shape": no config field gives a parameter its shape; "shared": one field serves several
+    families, which then must be cut together; "numeric": the shapes fit but the class computes another function.
+    ``where``: the validator, the line of the constructor, or the parameter. ``config``: with "validator", the complete
+    config that was refused (what ``rehome`` starts from).
+    """
+
+    kind: Literal["validator", "constructor", "names", "shape", "shared", "numeric"]
+    where: str
+    reason: str
+    config: PreTrainedConfig | None = field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Field:
+    """An integer of the config: the keys that lead to it and its value.
+
+    ``items``: for a per-layer list, the positions that hold this value; they change together. ``implicit``: the config
+    itself has None or nothing here, and ``value`` is the number that this stands for.
+    """
+
+    path: tuple[str, ...]
+    value: int
+    items: tuple[int, ...] = ()
+    implicit: bool = False
+
+    @property
+    def name(self) -> str:
+        """``text_config.num_heads``, or ``ffn_sizes[0,2]`` for positions 0 and 2 of a list."""
+        return ".".join(self.path) + (f"[{','.join(map(str, self.items))}]" if self.items else "")
+
+
+Assignment = Mapping[Field, int]
+
+
+@dataclass(frozen=True)
+class Build:
+    """A model built on meta: its state dict's shapes, its validated config or who refused it, and its constants.
+
+    ``constants``: every number that a module keeps (``head_dim``, ``scaling``) and the shape of every buffer that is
+    not saved (rotary tables): what the class derives from the config beyond the parameters' shapes.
+    """
+
+    shapes: Shapes
+    constants: Mapping[str, int | float | Shape]
+    config: PreTrainedConfig
+    refused: Refusal | None
+    lists: frozenset[int]
+
+
+class Prober:
+    """Builds ``model_class`` from variations of ``config``.
+
+    ``fields`` are the config's integers, implicit ones included; ``base`` is the unchanged model (few layers).
+    """
+
+    def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+        self.model_class = model_class
+        self.template = config
+        self.body = config.to_dict()
+        self.depth: dict[Field, int] = {}
+        self._cache: dict[frozenset[tuple[Field, int]], Build | Refusal] = {}
+        missing: set[tuple[str, ...]] = set()
+        with _recorded_misses(config, missing):
+            full = self.build({}, full=True)
+        if isinstance(full, Refusal):
+            raise ValueError(f"{model_class.__name__} cannot be built from its own config: {full}")
+        self.full = full
+        explicit, empty = _integers(self.body)
+        self._lower_depth(explicit)
+        self.base = self._known({})
+        paths = sorted(empty | {path for path in missing if not path[-1].startswith("_")})
+        pins = [pin for path in paths if (pin := self._pin(path)) is not None]
+        self.pins: dict[Field, int] = {pin: pin.value for pin in pins}
+        self.fields = [f for f in [*explicit, *pins] if f not in self.depth]
+
+    def build(self, assignment: Assignment, *, full: bool = False) -> Build | Refusal:
+        """Build with ``assignment``. Validators do not stop it: their verdict is in ``Build.refused``.
+
+        ``full=False`` builds the lowered depth, and remembers the result.
+        """
+        depth = {} if full else self.depth
+        key = frozenset(assignment.items())
+        if full or key not in self._cache:
+            config = self.configure(assignment, depth)
+            built = config if isinstance(config, Refusal) else self._instantiate(*config)
+            if full:
+                return built
+            self._cache[key] = built
+        return self._cache[key]
+
+    def configure(
+        self, assignment: Assignment, depth: Assignment = MappingProxyType({})
+    ) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
+        """The config with ``assignment``, and the refusal of its validators if they refuse it.
+
+        A Refusal alone: there is no config object at all (a field's own check raised).
+        """
+        body = copy.deepcopy(self.body)
+        for target, value in [*depth.items(), *assignment.items()]:
+            _set(body, target, value)
+        for target, value in depth.items():
+            _truncate(body, target.value, value)
+        with quiet():
+            try:
+                return _construct(self.template, body)
+            except Exception as error:  # noqa: BLE001 (a config class may raise anything: it is the refusal)
+                return _refusal(error, type(self.template))
+
+    def at_full_depth(self) -> Prober:
+        """The same prober with every layer: for a cut that does not treat alike layers alike."""
+        whole = copy.copy(self)
+        whole.depth, whole._cache, whole.base = {}, {}, self.full
+        return whole
+
+    def lookup(self, path: tuple[str, ...]) -> Any:
+        """The value that the unchanged config has at ``path``."""
+        value: Any = self.body
+        for key in path:
+            value = value[key]
+        return value
+
+    def _instantiate(self, config: PreTrainedConfig, refused: Refusal | None) -> Build | Refusal:
+        with quiet(), torch.device("meta"):
+            try:
+                model = self.model_class(copy.deepcopy(config))
+            except Exception as error:  # noqa: BLE001 (a model class may raise anything: it is the refusal)
+                return _refusal(error, self.model_class)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        lists = frozenset(len(m) for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential)))
+        return Build(shapes, _constants(model, shapes), config, refused, lists)
+
+    def _known(self, assignment: Assignment) -> Build:
+        built = self.build(assignment)
+        assert isinstance(built, Build), built
+        return built
+
+    def _lower_depth(self, explicit: list[Field]) -> None:
+        """Lower every field that does nothing but repeat layers, as far as each kind of layer remains."""
+        for candidate in explicit:
+            if candidate.items or candidate.value not in self.full.lists or candidate.value < 3:
+                continue
+            current = self._known({}).shapes if self.depth else self.full.shapes
+            kept = dict(self.depth)
+            for layers in (k for k in DEPTHS if k < candidate.value):
+                self.depth = {**kept, candidate: layers}
+                self._cache.clear()
+                built = self.build({})
+                if isinstance(built, Build) and built.shapes.items() < current.items():
+                    if _kinds(built.shapes) != _kinds(current):
+                        continue
+                    kept = self.depth
+                break
+            self.depth = kept
+            self._cache.clear()
+
+    def _pin(self, path: tuple[str, ...]) -> Field | None:
+        """The field at ``path``, which has no value, with the number it stands for; None if it shapes nothing.
+
+        Setting it to t turns a size s into s·t/v, v being the number it stood for; v is right if it changes nothing.
+        """
+        for trial in TRIAL_VALUES:
+            built = self.build({Field(path, trial, implicit=True): trial})
+            if isinstance(built, Refusal) or built.shapes.keys() != self.base.shapes.keys():
+                continue
+            sizes = [
+                (old, new)
+                for name, shape in self.base.shapes.items()
+                for old, new in zip(shape, built.shapes[name], strict=False)
+                if old != new
+            ]
+            if not sizes:
+                continue
+            value, remainder = divmod(sizes[0][0] * trial, sizes[0][1])
+            pin = Field(path, value, implicit=True)
+            if not remainder and value > 0:
+                pinned = self.build({pin: value})
+                if isinstance(pinned, Build) and pinned.shapes == self.base.shapes:
+                    return pin
+        return None
+
+
+def starred(name: str) -> str:
+    """A parameter's name with every index replaced by ``*``: equal for the same place in different layers."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _kinds(shapes: Shapes) -> set[tuple[str, Shape]]:
+    return {(starred(name), shape) for name, shape in shapes.items()}
+
+
+def _integers(body: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> tuple[list[Field], set[tuple[str, ...]]]:
+    """Every positive integer in a config's dictionary, and the paths of every None."""
+    fields: list[Field] = []
+    empty: set[tuple[str, ...]] = set()
+    for key, value in body.items():
+        path = (*prefix, str(key))
+        if value is None:
+            empty.add(path)
+        elif isinstance(value, dict):
+            inner, none = _integers(value, path)
+            fields += inner
+            empty |= none
+        elif isinstance(value, list):
+            numbers = sorted({v for v in value if _is_size(v)})
+            fields += [Field(path, n, tuple(i for i, v in enumerate(value) if v == n and _is_size(v))) for n in numbers]
+        elif _is_size(value):
+            fields.append(Field(path, value))
+    return fields, empty
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _set(body: dict[str, Any], target: Field, value: int) -> None:
+    *parents, leaf = target.path
+    for key in parents:
+        body = body[key]
+    if target.items:
+        body[leaf] = [value if i in target.items else old for i, old in enumerate(body[leaf])]
+    else:
+        body[leaf] = value
+
+
+def _truncate(body: dict[str, Any], length: int, to: int) -> None:
+    """Shorten every list of ``length`` entries: per-layer lists, while the depth is lowered."""
+    for key, value in body.items():
+        if isinstance(value, dict):
+            _truncate(value, length, to)
+        elif isinstance(value, list) and len(value) == length:
+            body[key] = value[:to]
+
+
+def _construct(template: PreTrainedConfig, body: dict[str, Any]) -> tuple[PreTrainedConfig, Refusal | None]:
+    """Build ``template``'s class from ``body``, inner configs first, and go on where a validator refuses.
+
+    Validators run when the object is complete, so the object that they refuse can still be used to build a model.
+    """
+    refused = None
+    for key, inner in vars(template).items():
+        if isinstance(inner, PreTrainedConfig) and isinstance(body.get(key), dict):
+            body[key], inner_refused = _construct(inner, body[key])
+            refused = refused or inner_refused
+    config = type(template).__new__(type(template))
+    try:
+        type(template).__init__(config, **body)
+    except StrictDataclassClassValidationError as error:
+        refused = refused or _refusal(error, type(template))
+    if refused is not None:
+        refused = Refusal(refused.kind, refused.where, refused.reason, config)
+    return config, refused
+
+
+def _refusal(error: Exception, cls: type) -> Refusal:
+    """The refusal that ``error`` means: a validator's, or the innermost line of ``cls``'s own file that raised."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+    if issubclass(cls, PreTrainedConfig):
+        place = re.search(r"for (?:validator|field) '(\w+)'", str(error))
+        return Refusal("validator", f"{cls.__name__}.{place[1] if place else '__init__'}", reason)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith((TORCH, __file__))] or list(frames)
+    return Refusal("constructor", f"{cls.__name__}, {Path(own[-1].filename).name}:{own[-1].lineno}", reason)
+
+
+def _constants(model: nn.Module, saved: Shapes) -> dict[str, int | float | Shape]:
+    numbers: dict[str, int | float | Shape] = {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not key.startswith("_")
+    }
+    tables = {name: tuple(b.shape) for name, b in model.named_buffers() if name not in saved}
+    return numbers | tables
+
+
+@contextlib.contextmanager
+def _recorded_misses(config: PreTrainedConfig, missing: set[tuple[str, ...]]) -> Iterator[None]:
+    """Collect in ``missing`` the path of every attribute that is asked of ``config`` (or a part of it) in vain.
+
+    The class is patched for the time being, not the object: models copy their config and look up its exact type.
+    """
+    prefixes = {type(c): path for path, c in reversed(list(_parts(config)))}
+
+    def absent(self: PreTrainedConfig, name: str) -> Any:
+        if type(self) in prefixes:
+            missing.add((*prefixes[type(self)], name))
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    setattr(PreTrainedConfig, "__getattr__", absent)  # noqa: B010 (mypy: the class declares no __getattr__)
+    try:
+        yield
+    finally:
+        delattr(PreTrainedConfig, "__getattr__")
+
+
+def _parts(
+    config: PreTrainedConfig, prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
+    yield prefix, config
+    for key, inner in vars(config).items():
+        if isinstance(inner, PreTrainedConfig):
+            yield from _parts(inner, (*prefix, key))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings while trying odd configs. Handlers are swapped, for a change of level costs milliseconds."""
+    logger = logging.getLogger("transformers")
+    saved = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [logging.NullHandler()], False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.handlers, logger.propagate = saved

@@ -1,22 +1,27 @@
 """mask: the dense Program with a plan's removed channels masked. What the cut program must equal.
 
 Removed positions of every weight become zero. At a reduction that zeros would disturb, masked channels do not take
-part: layer-norm statistics run over the kept ones, a softmax or a top-k sees −inf (``passes/rules/reduce.py``).
+part: statistics of norms run over the kept ones, a softmax or a top-k sees −inf (``passes/rules/reduce.py``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn.functional import layer_norm
 
+from mptk.axes import ONE, Term, leaves
 from mptk.cut import Cut
 from mptk.families import Analysis
 from mptk.program import Program
-from passes.rules.table import argument, op_name
+from passes.propagate import Reduction, Walk
+from passes.rules.table import named_argument, normalize_all, op_name
+
+Keep = list[Any]
+"""A nested list of booleans that broadcasts against the tensor it masks."""
 
 
 def mask(analysis: Analysis, cut: Cut) -> Program:
@@ -29,45 +34,71 @@ def mask(analysis: Analysis, cut: Cut) -> Program:
             state[name] = state[name] * keep if state[name].is_floating_point() else state[name]
     graph = program.copy_graph()
     nodes = {n.name: n for n in graph.graph.nodes}
-    for r in analysis.walk.reductions:
-        if r.kind in ("max", "statistic") and cut.touches(r.axis):
-            _mask_reduction(graph.graph, nodes[r.node.name], r.kind, cut.mask(r.axis).tolist())
+    for node, reductions in _disturbed(analysis.walk, cut).items():
+        _mask_reduction(graph.graph, nodes[node.name], analysis.walk, cut, reductions)
     graph.recompile()
     return replace(program, graph=graph, state=state)
 
 
-def _mask_reduction(graph: fx.Graph, node: fx.Node, kind: str, keep: list[bool]) -> None:
+def _disturbed(walk: Walk, cut: Cut) -> dict[fx.Node, list[Reduction]]:
+    """The calls whose result zeros would change, with their reductions over cut axes."""
+    found: dict[fx.Node, list[Reduction]] = {}
+    for r in walk.reductions:
+        if r.kind in ("max", "min", "statistic") and cut.touches(r.axis):
+            found.setdefault(r.node, []).append(r)
+    return found
+
+
+def _mask_reduction(graph: fx.Graph, node: fx.Node, walk: Walk, cut: Cut, reductions: list[Reduction]) -> None:
+    r = reductions[0]
+    dims = walk.dims[next(n for n in r.node.all_input_nodes if n in walk.dims)]
+    if r.kind == "statistic":
+        return _mask_statistic(node, dims, cut)
+    reduced = [d for d, t in enumerate(dims) if any(t is s.axis for s in reductions)]
+    neutral = torch.inf if r.kind == "min" else -torch.inf
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    if kind == "statistic":
-        node.target, node.args = masked_statistic(op_name(node)), (keep, *node.args)
-        return
-    dim = argument(node, 2 if op_name(node).startswith("aten.topk") else 1, "dim", -1)
-    assert isinstance(dim, int)
     with graph.inserting_before(node):
-        masked = graph.call_function(_fill, (source, dim, keep))
+        masked = graph.call_function(_fill, (source, keep_along(cut, dims, reduced).tolist(), neutral))
     node.replace_input_with(source, masked)
+    return None
 
 
-def _fill(x: Tensor, dim: int, keep: list[bool]) -> Tensor:
-    shape = [1] * x.ndim
-    shape[dim] = -1
-    return x.masked_fill(~torch.tensor(keep).reshape(shape), -torch.inf)
+def keep_along(cut: Cut, dims: Sequence[Term], wanted: Sequence[int]) -> Tensor:
+    """Which positions of dimensions ``wanted`` stay: a boolean tensor that broadcasts against one of ``dims``."""
+    own = {leaf for d in wanted for leaf in leaves(dims[d])} & cut.choices.keys()
+    scopes = {s for a in own for s in cut.choices[a].scope}
+    shape = [t if d in wanted or scopes & set(leaves(t)) else ONE for d, t in enumerate(dims)]
+    return Cut({a: cut.choices[a] for a in own}, cut.sizes).mask_tensor(shape)
 
 
-def masked_statistic(name: str) -> Any:
-    """The op of that name with its statistics over kept channels: ``f(keep, *the op's arguments)``."""
-    op = name.split(".")[1]
-    return {
-        "layer_norm": masked_layer_norm,
-        "var": _masked_var,
-        "std": _masked_std,
-        "group_norm": masked_group_norm,
-    }[op]
+def _fill(x: Tensor, keep: Keep, neutral: float) -> Tensor:
+    return x.masked_fill(~torch.tensor(keep, device=x.device), neutral)
+
+
+# ---- statistics over kept channels ----
+
+
+def _mask_statistic(node: fx.Node, dims: Sequence[Term], cut: Cut) -> None:
+    """Make ``node`` the same call with its mean and variance over kept channels."""
+    op = op_name(node).split(".")[1]
+    if op == "layer_norm":
+        reduced = list(range(len(dims) - len(named_argument(node, "normalized_shape")), len(dims)))
+        node.target, node.args = masked_layer_norm, (keep_along(cut, dims, reduced).tolist(), *node.args)
+    elif op == "group_norm":
+        node.target, node.args = masked_group_norm, (cut.mask(dims[1]).tolist(), *node.args)
+    else:
+        reduced = normalize_all(named_argument(node, "dim"), len(dims))
+        correction = named_argument(node, "correction")
+        unbiased = named_argument(node, "unbiased", True)
+        correction = int(unbiased) if correction is None else correction
+        keepdim = named_argument(node, "keepdim", False)
+        node.target, node.kwargs = _MOMENTS[op], {}
+        node.args = (keep_along(cut, dims, reduced).tolist(), node.args[0], reduced, correction, keepdim)
 
 
 def masked_layer_norm(
-    keep: list[bool],
+    keep: Keep,
     x: Tensor,
     shape: list[int],
     weight: Tensor | None = None,
@@ -75,20 +106,28 @@ def masked_layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
-    """Layer norm over the last dimension whose mean and variance run over kept channels; others come out as 0."""
-    normed = layer_norm(x[..., keep], [sum(keep)], eps=eps)
-    out = torch.zeros_like(x)
-    out[..., keep] = normed
+    """Layer norm over the last dimensions whose mean and variance run over kept channels; others come out as 0."""
+    var, mean = masked_moments(keep, x, list(range(x.ndim - len(shape), x.ndim)), 0, True)
+    out = (x - mean) * torch.rsqrt(var + eps) * torch.tensor(keep, device=x.device)
     out = out if weight is None else out * weight
     return out if bias is None else out + bias
 
 
-def _masked_var(keep: list[bool], x: Tensor, dim: list[int], *_: Any, **kwargs: Any) -> Tensor:
-    return torch.var(x.index_select(dim[0], torch.tensor(keep).nonzero()[:, 0]), dim, **kwargs)
+def masked_moments(keep: Keep, x: Tensor, dim: list[int], correction: float, keepdim: bool) -> tuple[Tensor, Tensor]:
+    """Variance and mean of ``x`` over the kept positions of ``dim``."""
+    kept = torch.tensor(keep, device=x.device).expand(x.shape)
+    count = kept.sum(dim, keepdim=True)
+    mean = (x * kept).sum(dim, keepdim=True) / count
+    var = ((x - mean).square() * kept).sum(dim, keepdim=True) / (count - correction)
+    return (var, mean) if keepdim else (var.squeeze(dim), mean.squeeze(dim))
 
 
-def _masked_std(keep: list[bool], x: Tensor, dim: list[int], *_: Any, **kwargs: Any) -> Tensor:
-    return torch.std(x.index_select(dim[0], torch.tensor(keep).nonzero()[:, 0]), dim, **kwargs)
+_MOMENTS: dict[str, Callable[..., Any]] = {
+    "var": lambda *a: masked_moments(*a)[0],
+    "std": lambda *a: masked_moments(*a)[0].sqrt(),
+    "var_mean": masked_moments,
+    "std_mean": lambda *a: (masked_moments(*a)[0].sqrt(), masked_moments(*a)[1]),
+}
 
 
 def masked_group_norm(
@@ -100,12 +139,13 @@ def masked_group_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
-    """Group norm over [N, C, …] whose statistics run over each group's kept channels (``keep``: [C / groups])."""
-    grouped = x.reshape(x.shape[0], groups, len(keep), -1)
-    kept = grouped[:, :, keep].flatten(2)
-    mean, var = kept.mean(-1), kept.var(-1, unbiased=False)
-    out = (grouped - mean[..., None, None]) * torch.rsqrt(var + eps)[..., None, None]
-    out = (out * torch.tensor(keep)[:, None]).reshape(x.shape)
+    """Group norm over [N, C, …] whose statistics run over each group's kept channels (``keep``: [C])."""
+    kept = torch.tensor(keep, device=x.device).reshape(groups, -1, 1)
+    grouped = x.reshape(x.shape[0], groups, kept.shape[1], -1)
+    count = (kept.sum((1, 2), keepdim=True) * grouped.shape[-1]).clamp_min(1)
+    mean = (grouped * kept).sum((2, 3), keepdim=True) / count
+    var = ((grouped - mean).square() * kept).sum((2, 3), keepdim=True) / count
+    out = ((grouped - mean) * torch.rsqrt(var + eps) * kept).reshape(x.shape)
     shape = [1, -1] + [1] * (x.ndim - 2)
     out = out if weight is None else out * weight.reshape(shape)
     return out if bias is None else out + bias.reshape(shape)

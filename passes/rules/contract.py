@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from mptk.axes import ONE, Axis, Term, axis, leaves, product
+from mptk.axes import ONE, Axis, Term, axis, product
 from passes.rules.table import Dims, Value, rule, set_argument
 
 if TYPE_CHECKING:
@@ -164,7 +164,3 @@ def grouped_mm(w: Walk, node: fx.Node, x: Value, weight: Value, offs: Value | No
     w.routed.append((x.dims[0], weight.dims[0]))
     w.role(weight.dims[0], "expert")
     return out
-
-
-def roles_of(term: Term) -> set[str]:
-    return {role for leaf in leaves(term) for role in leaf.roles}

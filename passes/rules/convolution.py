@@ -99,18 +99,3 @@ def pool(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Dims:
     spatial = 2 if "2d" in str(node.target) else 1
     first = x.ndim - spatial
     return (*x.dims[:first], *_space(w, node, x, first))
-
-
-@rule(
-    "aten.pixel_shuffle",
-    "aten.pixel_unshuffle",
-    "aten.im2col",
-    "aten.unfold",
-    "aten.col2im",
-    "aten.grid_sampler",
-)
-def opaque_space(w: Walk, node: fx.Node, x: Value, *others: Any, **_: Any) -> Any:
-    """Channels and positions in space mix: none can be cut."""
-    from passes.rules.index import opaque
-
-    return opaque(w, node, x, *(o for o in others if isinstance(o, Value)))

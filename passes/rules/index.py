@@ -1,13 +1,16 @@
-"""Ops that read or write at positions, and ops that make positions. Positions remember the axis they were drawn from."""
+"""Ops that read or write at positions, and ops that make positions. Positions remember the axis they came from."""
 
 from __future__ import annotations
 
+import itertools
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from mptk.axes import ONE, Term, axis, concat, leaves
+from passes.rules.opaque import opaque
 from passes.rules.pointwise import broadcast, zero_of_clamp
 from passes.rules.table import Dims, Value, argument, normalize, rule, set_argument
 
@@ -62,28 +65,12 @@ def _pick(w: Walk, node: fx.Node, x: Value, d: int, positions: Sequence[int]) ->
     size = x.dims[d].size
     wanted = [normalize(p, size) for p in positions]
     borders = sorted({0, size, *wanted, *(p + 1 for p in wanted)})
-    sizes = [b - a for a, b in zip(borders, borders[1:], strict=False)]
+    sizes = [b - a for a, b in itertools.pairwise(borders)]
     segments = dict(zip(borders, _cut(w, node, x.dims[d], sizes), strict=False))
     if any(segments[p].size != 1 for p in wanted):
         w.freeze(x.dims[d], "indexed by a constant", node)
     w.notes[node] = (d, [concat(segments[b] for b in borders[:-1] if b < p) for p in wanted])
     return (*x.dims[:d], concat(segments[p] for p in wanted), *x.dims[d + 1 :])
-
-
-def opaque(w: Walk, node: fx.Node, *values: Value) -> Any:
-    """Nothing is known of how the result's axes follow from the operands': none of either can be cut."""
-    for v in values:
-        for d in v.dims:
-            w.freeze(d, "mixed by an op that keeps no axes apart", node)
-    results = node.meta["val"]
-    several = isinstance(results, (list, tuple))
-    dims = [
-        tuple(w.frozen(s, "made by an op that keeps no axes apart", node) for s in w.sizes(t))
-        if hasattr(t, "shape")
-        else None
-        for t in (results if several else [results])
-    ]
-    return dims if several else dims[0]
 
 
 @rule("aten.index_select", zero="move", positions=True)

@@ -61,9 +61,24 @@ rule(
     "aten.sinh",
     "aten.expm1",
     "aten.log1p",
+    "aten.absolute",
+    "aten.negative",
+    "aten.nan_to_num",
+    "aten.hardshrink",
+    "aten.softshrink",
+    "aten.celu",
+    "aten.asinh",
+    "aten.atan",
+    "aten.tan",
+    "aten.relu6_",
+    "aten.gelu_",
+    "aten.tanh_",
+    "aten.neg_",
     zero="keep",
 )(broadcast)
-rule("aten.mul", "aten.mul_", "aten.__and__", "aten.logical_and", "aten.bitwise_and", zero="any")(broadcast)
+rule("aten.mul", "aten.mul_", "aten.multiply", "aten.__and__", "aten.logical_and", "aten.bitwise_and", zero="any")(
+    broadcast
+)
 
 
 def _zero_of_sum(node: fx.Node, zero: Callable[[Any], set[Axis]], w: Walk) -> set[Axis]:
@@ -74,10 +89,29 @@ def _zero_of_sum(node: fx.Node, zero: Callable[[Any], set[Axis]], w: Walk) -> se
     return zero(node.args[0]) & zero(other)
 
 
-rule("aten.add", "aten.add_", "aten.sub", "aten.sub_", zero=_zero_of_sum)(broadcast)
+rule("aten.add", "aten.add_", "aten.sub", "aten.sub_", "aten.subtract", zero=_zero_of_sum)(broadcast)
 rule("aten.maximum", "aten.minimum", "aten.logical_or", "aten.bitwise_or", "aten.__or__", zero="all")(broadcast)
 rule("aten.floor_divide", "aten.remainder", "aten.rsub", "aten.clamp_min", "aten.clamp_max", "aten.softplus")(broadcast)
-rule("aten.div", "aten.div_", "aten.true_divide", "aten.fmod", "aten.atan2", zero="keep")(broadcast)
+rule(
+    "aten.div",
+    "aten.div_",
+    "aten.divide",
+    "aten.true_divide",
+    "aten.fmod",
+    zero=lambda node, zero, w: zero(node.args[0]) - zero(node.args[1]),
+)(broadcast)
+rule(
+    "aten.where.Scalar",
+    "aten.log_sigmoid",
+    "aten.greater",
+    "aten.less",
+    "aten.greater_equal",
+    "aten.less_equal",
+    "aten.not_equal",
+    "aten.arctan2",
+    "aten.special_expm1",
+    "aten.isclose",
+)(broadcast)
 rule("aten.addcmul", zero=lambda node, zero, w: zero(node.args[0]) & (zero(node.args[1]) | zero(node.args[2])))(
     broadcast
 )
@@ -93,6 +127,8 @@ rule("aten.pow", "aten.pow_", zero=_zero_of_power)(broadcast)
 
 
 def zero_of_clamp(node: fx.Node, zero: Callable[[Any], set[Axis]], w: Walk) -> set[Axis]:
+    """Clamping keeps zeros where its bounds are numbers with 0 between them."""
+    """Clamping keeps zeros where 0 lies between the bounds."""
     low, high = argument(node, 1, "min"), argument(node, 2, "max")
     keeps = all(b is None or isinstance(b, (int, float)) for b in (low, high))
     keeps = keeps and (low is None or low <= 0) and (high is None or high >= 0)
@@ -129,3 +165,11 @@ def glu(w: Walk, node: fx.Node, x: Value, dim: int = -1) -> Dims:
     first, second = _split(w, node, x, [half, half], dim)
     w.unify(first[dim], second[dim], node)
     return first
+
+
+@rule("aten.prelu", "aten._prelu_kernel", zero="keep")
+def prelu(w: Walk, node: fx.Node, x: Value, weight: Value) -> Dims:
+    """y_d = x_d; one slope a channel (dimension 1), or one for all."""
+    if weight.ndim and weight.dims[0].size > 1:
+        w.unify(weight.dims[0], x.dims[1], node)
+    return x.dims

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from mptk.axes import ONE, Axis, split_product
-from passes.rules.table import Dims, Value, argument, normalize, normalize_all, rule, set_argument
+from passes.rules.table import Dims, Value, argument, named_argument, normalize, normalize_all, rule, set_argument
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -71,9 +71,10 @@ def cumsum(w: Walk, node: fx.Node, x: Value, dim: int, **_: Any) -> Dims:
 
 
 @rule("aten.var", "aten.std", "aten.var_mean", "aten.std_mean", zero="drop")
-def variance(w: Walk, node: fx.Node, x: Value, dim: Any = None, *_: Any, keepdim: bool = False, **__: Any) -> Any:
+def variance(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Any:
     """y = variance over d (and its mean)."""
-    dims = normalize_all(dim if not isinstance(dim, bool) else None, x.ndim)
+    dims = normalize_all(named_argument(node, "dim"), x.ndim)
+    keepdim = named_argument(node, "keepdim", False)
     for d in dims:
         w.reduce(node, x.dims[d], "statistic")
     out = _reduced(x, dims, keepdim)

@@ -91,7 +91,10 @@ def repeat(w: Walk, node: fx.Node, x: Value, repeats: Sequence[int]) -> Dims:
 
 
 def _resize_interleave(r: Resizer, node: fx.Node) -> None:
-    set_argument(node, 1, "repeats", r.size(r.note(node)))
+    times, d = r.note(node)
+    set_argument(node, 1, "repeats", r.size(times))
+    if node.kwargs.get("output_size") is not None:
+        node.update_kwarg("output_size", r.size(r.dims(node)[d]))
 
 
 @rule("aten.repeat_interleave.self_int", zero="move", resize=_resize_interleave)
@@ -99,8 +102,9 @@ def repeat_interleave(w: Walk, node: fx.Node, x: Value, repeats: int, dim: int |
     """y_d = x_d · fresh(repeats)."""
     dims = (product(x.dims),) if dim is None else x.dims
     d = 0 if dim is None else normalize(dim, x.ndim)
-    w.notes[node] = axis(repeats)
-    return (*dims[:d], product((dims[d], w.notes[node])), *dims[d + 1 :])
+    times = axis(repeats)
+    w.notes[node] = (times, d)
+    return (*dims[:d], product((dims[d], times)), *dims[d + 1 :])
 
 
 @rule("aten.cat", "aten.concat", "aten.concatenate", zero="join")

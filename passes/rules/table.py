@@ -94,6 +94,8 @@ def find_rule(node: fx.Node) -> Rule | None:
 
 
 def normalize(dim: int, ndim: int) -> int:
+    """A dimension (or a position along one) as a non-negative number."""
+    """A dimension argument as a non-negative number."""
     return dim + ndim if dim < 0 else dim
 
 
@@ -107,6 +109,15 @@ def normalize_all(dims: int | Sequence[int] | None, ndim: int) -> list[int]:
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """An argument of a call, given by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def named_argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An argument of an ATen call by its name in the op's schema, wherever it was given."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    schema = getattr(node.target, "_schema", None)
+    names = [a.name for a in schema.arguments] if schema is not None else []
+    return node.args[names.index(name)] if name in names and names.index(name) < len(node.args) else default
 
 
 def set_argument(node: fx.Node, position: int, name: str, value: Any) -> None:

@@ -5,8 +5,8 @@ A term is one of
 - a ``Product``, row-major, when a view splits or merges: ``kv(3)·q_per_kv(3)·head_dim(64)``;
 - a ``Sum``, when tensors are concatenated, split or sliced: ``gate(80) + up(80)``.
 
-Unifying two terms makes them equal by merging axes (union-find) or by *binding* an axis to a finer term. Where two terms
-cannot be aligned, all their axes are frozen: cutting them would not be sound, and the reason is kept for the user.
+Unifying two terms makes them equal by merging axes (union-find) or by *binding* an axis to a finer term. Where two
+terms cannot be aligned, all their axes are frozen: cutting them would not be sound, and the reason is kept.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def unify(a: Term, b: Term, where: str = "") -> None:
         assert isinstance(b, Product)
         _unify_sum_with_product(a, b, where)
     else:
-        assert isinstance(a, Product) and isinstance(b, Sum)
+        assert isinstance(a, Product)
+        assert isinstance(b, Sum)
         _unify_sum_with_product(b, a, where)
 
 
@@ -204,7 +205,7 @@ def _unify_products(xs: list[Term], ys: list[Term], where: str) -> None:
         else:
             return _misaligned(xs + ys, where)
         xs, ys = _flat(xs), _flat(ys)
-    assert not xs and not ys
+    assert not xs + ys
     return None
 
 
@@ -319,7 +320,7 @@ Index = npt.NDArray[np.int64]
 
 
 def occurrences(term: Term) -> list[tuple[Axis, Index]]:
-    """For each occurrence of an axis in ``term``: its coordinate at every position of the dimension, −1 where absent."""
+    """For each occurrence of an axis in ``term``: its coordinate at every position (−1 where absent)."""
     term = resolve(term)
     if isinstance(term, Axis):
         return [(term, np.arange(term.size))]

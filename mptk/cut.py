@@ -57,7 +57,7 @@ class Cut:
         return np.flatnonzero(self.mask(term))
 
     def elsewhere(self, dims: Sequence[Term]) -> tuple[int, int] | None:
-        """(cut dimension, scope dimension), if a dimension's choice varies along another dimension of the same tensor."""
+        """(cut dimension, scope dimension), if a dimension's choice varies along another one of the same tensor."""
         for d, term in enumerate(dims):
             own = set(leaves(term))
             for leaf in own & self.choices.keys():
@@ -94,7 +94,7 @@ class Cut:
         return tensor
 
     def _slice_rows(self, tensor: Tensor, dims: Sequence[Term], cut_dim: int, scope_dim: int) -> Tensor:
-        """Slice where each row along ``scope_dim`` keeps other positions of ``cut_dim`` (each expert's own channels)."""
+        """Slice where each row along ``scope_dim`` keeps its own positions of ``cut_dim`` (an expert's channels)."""
         rest = [t for d, t in enumerate(dims) if d != scope_dim]
         kept = [
             self._row(dims, cut_dim, scope_dim, s).slice(tensor.select(scope_dim, s), rest)

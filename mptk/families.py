@@ -56,7 +56,7 @@ class Group:
 
 
 def unit_positions(term: Term, axis: Axis, scope: Sequence[Axis] = ()) -> Index:
-    """Positions of ``term`` by unit of ``axis``: [scopes, axis.size, k]. Scope axes absent from ``term`` do not split it."""
+    """Positions of ``term`` by unit of ``axis``: [scopes, axis.size, k]. Scopes that ``term`` lacks do not split it."""
     found = occurrences(term)
     scopes = math.prod(a.size for a in scope)
     rows: list[list[list[int]]] = [[[] for _ in range(axis.size)] for _ in range(scopes)]
@@ -117,7 +117,7 @@ class Blocked:
 
 @dataclass(frozen=True)
 class Contraction:
-    """A sum of products over ``axis``. ``left`` and ``right`` are (node, dimension) of the operands; ``out`` the result."""
+    """A sum of products over ``axis``. ``left`` and ``right`` are (node, dimension) of operands; ``out`` the result."""
 
     node: fx.Node
     axis: Term

@@ -39,7 +39,8 @@ class Program:
     def parameters(self) -> list[str]:
         """Names of the parameters in the graph's order; a tied parameter appears once."""
         specs = self.signature.input_specs
-        return [s.target for s in specs if s.kind is InputKind.PARAMETER and s.target in self.state]
+        targets = [s.target for s in specs if s.kind is InputKind.PARAMETER and s.target is not None]
+        return [target for target in targets if target in self.state]
 
     @property
     def user_inputs(self) -> list[str]:
@@ -82,7 +83,7 @@ class Program:
         return saved | {alias: saved[name] for alias, name in self.aliases.items() if name in saved}
 
     def to_exported(self) -> ExportedProgram:
-        """An ``ExportedProgram`` of this graph and these weights, for ``torch.onnx.export`` and ``torch.export.save``."""
+        """An ``ExportedProgram`` of this graph and these weights: for ``torch.onnx.export``, ``torch.export.save``."""
         state = self.state_dict()
         constants: dict[str, Any] = {
             s.target: self.state[s.target]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import fx
 
-from mptk.axes import Axis, Sum, Term, leaves, resolve
+from mptk.axes import Axis, Sum, Term, freeze, leaves, resolve
 from mptk.families import Analysis, Blocked, Family, Group, Member
 from mptk.program import Program
 from passes.exactness import find_spoilers
@@ -27,6 +27,9 @@ def analyze(program: Program) -> Analysis:
     weights = {name: tuple(resolve(d) for d in dims) for name, dims in walk.weights.items() if name in used}
     members = _members(weights)
     spoilers = find_spoilers(walk)
+    live = _live(walk)
+    for a in members:
+        _refuse(a, live)
     open_axes = [a for a in members if not a.frozen and a not in spoilers]
     scopes = _scopes(walk, weights, members, open_axes)
     roles = _member_roles(walk)
@@ -48,6 +51,25 @@ def _members(weights: Mapping[str, tuple[Term, ...]]) -> Members:
         for d, term in enumerate(dims):
             for leaf in dict.fromkeys(leaves(term)):
                 found.setdefault(leaf, []).append((name, d))
+    return found
+
+
+def _refuse(a: Axis, live: set[Axis]) -> None:
+    """Freeze an axis that has no smaller width, or that no value computed from the input holds."""
+    if -(-a.minimum // a.multiple) * a.multiple >= a.size:
+        freeze(a, f"its ops need at least {a.minimum} units, in multiples of {a.multiple}")
+    if a not in live:
+        freeze(a, "the traced inputs do not reach these positions")
+
+
+def _live(walk: Walk) -> set[Axis]:
+    """Axes of the values that depend on the input, and those that weights alone are summed over."""
+    found = {leaf for c in walk.contractions for leaf in leaves(c.axis)}
+    found |= {leaf for r in walk.reductions for leaf in leaves(r.axis)}
+    for node, dims in walk.dims.items():
+        if node in walk.activation:
+            several = dims if isinstance(dims, list) else [dims]
+            found |= {leaf for value in several if value is not None for d in value for leaf in leaves(d)}
     return found
 
 
@@ -219,9 +241,9 @@ def _name(group: Group, layers: int) -> tuple[str, str]:
     if "embedding" in roles:
         return "hidden", "residual width"
     kinds = {m.role for m in group.members}
-    if layers > 1 or len({re.sub(r"\d+", "*", m.weight) for m in group.members}) == len(group.members):
-        if {"producer", "consumer"} <= kinds and not _spans_layers(group):
-            return "ffn", "feed-forward channels"
+    once = layers > 1 or len({re.sub(r"\d+", "*", m.weight) for m in group.members}) == len(group.members)
+    if once and {"producer", "consumer"} <= kinds and not _spans_layers(group):
+        return "ffn", "feed-forward channels"
     return "channels", "channels"
 
 

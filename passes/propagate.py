@@ -188,7 +188,8 @@ class Walk:
             return self.weights.setdefault(name, tuple(axis(size) for size in self.shape(node)))
         if node.target is operator.getitem:
             source, position = node.args
-            assert isinstance(source, fx.Node) and isinstance(position, int)
+            assert isinstance(source, fx.Node)
+            assert isinstance(position, int)
             if (domain := self.domains.get(source)) is not None and self.notes.get(source) == position:
                 self.domains[node] = domain
             return self.dims[source][position]
@@ -234,8 +235,8 @@ class Walk:
 
     def _check(self, node: fx.Node, result: Any) -> None:
         value = node.meta.get("val")
-        several = isinstance(result, list)
-        for dims, tensor in zip(result if several else [result], value if several else [value], strict=False):
+        pairs = zip(result, value or (), strict=False) if isinstance(result, list) else [(result, value)]
+        for dims, tensor in pairs:
             if dims is not None and isinstance(tensor, Tensor):
                 sizes = tuple(d.size for d in dims)
                 assert sizes == shape_of(tensor), f"rule of {op_name(node)}: {sizes}, not {shape_of(tensor)}"
@@ -283,7 +284,7 @@ def _flatten(value: Any) -> Iterator[Any]:
 
 def _holds_tensor(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, Tensor) or isinstance(value, (list, tuple))
+    return isinstance(value, (Tensor, list, tuple))
 
 
 def mutated(node: fx.Node, *, views: bool = False) -> list[fx.Node]:

@@ -176,7 +176,7 @@ def _put(node: fx.Node, path: Path, new: fx.Node) -> None:
 
 
 def propagate_shapes(program: Program) -> None:
-    """Recompute every node's example value (``meta["val"]``) from the program's weights. Fails where sizes do not fit."""
+    """Recompute every node's example value (``meta["val"]``) from the program's weights. Fails if sizes do not fit."""
     placeholders = list(program.placeholders())
     modes = [n.meta["val"].fake_mode for n in placeholders if hasattr(n.meta.get("val"), "fake_mode")]
     mode: FakeTensorMode = modes[0]

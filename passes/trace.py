@@ -97,7 +97,7 @@ def _fake_weights(wrapper: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     if not any(t.is_meta for _, t in tensors):
         yield inputs
         return
-    originals = {name: t for name, t in tensors}
+    originals = dict(tensors)
     fakes: dict[int, Tensor] = {}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for name, tensor in tensors:

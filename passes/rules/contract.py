@@ -82,9 +82,11 @@ def _zero_of_einsum(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
 
 
 @rule("aten.einsum", zero=_zero_of_einsum)
-def einsum(w: Walk, node: fx.Node, equation: str, operands: Sequence[Value], **_: Any) -> Dims:
+def einsum(w: Walk, node: fx.Node, equation: str, operands: Sequence[Value], **__: Any) -> Dims:
     """One axis a letter; a letter that the result lacks is summed over."""
-    sources, _, result = equation.replace(" ", "").partition("->")
+    sources, arrow, result = equation.replace(" ", "").partition("->")
+    if not arrow:
+        result = "".join(sorted(x for x in set(sources) - {","} if sources.count(x) == 1))
     letters: dict[str, Term] = {}
     places: dict[str, list[tuple[Value, int]]] = {}
     for source, value in zip(sources.split(","), operands, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +39,7 @@ def index(w: Walk, node: fx.Node, x: Value, indices: Sequence[Value | None]) -> 
     adjacent = places == list(range(places[0], places[0] + len(places)))
     start = places[0] if adjacent else 0
     if len(shape) != x.ndim - len(places) + ndim:
-        return opaque(w, node, x, *values)
+        return tuple(opaque(w, node, x, *values))
     indexed = _index_dims(w, node, values, shape[start : start + ndim])
     for d, v in zip(places, values, strict=True):
         w.index(node, v, x.dims[d])

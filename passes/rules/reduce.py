@@ -95,9 +95,6 @@ def _zero_of_softmax(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
     return w.leaves_of(w.dims[node][argument(node, 1, "dim")])
 
 
-rule("aten.log_softmax")(lambda w, node, x, dim, *_, **__: softmax(w, node, x, dim))
-
-
 @rule("aten.softmax", "aten._softmax", zero=_zero_of_softmax)
 def softmax(w: Walk, node: fx.Node, x: Value, dim: int, *_: Any, **__: Any) -> Dims:
     """y_d = x_d, normalised over d."""
@@ -107,6 +104,9 @@ def softmax(w: Walk, node: fx.Node, x: Value, dim: int, *_: Any, **__: Any) -> D
         for t in x.dims[1:d]:
             w.role(t, "head") if t is not x.dims[-2] else None
     return x.dims
+
+
+rule("aten.log_softmax", "aten._log_softmax")(softmax)
 
 
 def _zero_of_norm(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:

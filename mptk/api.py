@@ -1,0 +1,140 @@
+"""The public API: each step of the compiler as a function, for use without the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import mptk
+import passes.trace
+from mptk import models, pipeline
+from mptk.bench import Bench, bench_decoders
+from mptk.cut import resolve_plan
+from mptk.errors import MptkError
+from mptk.families import Analysis
+from mptk.plan import Plan
+from mptk.program import Program
+from passes import group
+from passes.emit_hf import publish
+from passes.emit_onnx import emit_onnx
+from passes.fold_norms import fold_norms
+from passes.rewrite import rewrite_cut
+from passes.rules.table import rule
+from passes.trace_decoder import trace_decoder
+
+__all__ = ["Progress", "analyze", "bench", "cut_program", "export", "rewrite", "rule", "trace"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a stage, how much of it is done and how much there is."""
+
+
+def trace(model: nn.Module | str, example_inputs: Sequence[Tensor] | None = None, *, dynamic: bool = False) -> Program:
+    """Trace a model to a Program.
+
+    Args:
+        model: any ``nn.Module`` (its weights may lie on the meta device), or what ``mptk.models`` can find: a hub id,
+            a local folder, a ``.gguf`` file or a packaged alias; of those only the config is read.
+        example_inputs: positional tensors for ``forward``; may be left out for language models.
+        dynamic: leave batch size and sequence length symbolic, so that the program runs at any.
+
+    Raises:
+        MptkError: the model is not found, or torch.export cannot trace it.
+    """
+    module = models.skeleton(model) if isinstance(model, str) else model
+    return passes.trace.trace(module, example_inputs, dynamic=dynamic)
+
+
+def analyze(model: nn.Module | str | Program, example_inputs: Sequence[Tensor] | None = None) -> Analysis:
+    """Find what can be cut in a model: its families of coupled channels, and what cannot be cut and why.
+
+    Takes what ``trace`` takes, or a Program. Needs no weights.
+
+    Raises:
+        MptkError: as ``trace``; or an op has no axis rule.
+    """
+    return group.analyze(model if isinstance(model, Program) else trace(model, example_inputs))
+
+
+def rewrite(analysis: Analysis, plan: Plan) -> Program:
+    """Cut the analysed program to ``plan``: smaller weights, right shape constants, the same function as when masked.
+
+    Raises:
+        MptkError: the plan does not fit the model.
+    """
+    return cut_program(analysis, plan, pipeline.Log())[0]
+
+
+def cut_program(analysis: Analysis, plan: Plan, log: pipeline.Log) -> tuple[Program, dict[float, float]]:
+    """As ``rewrite``, with the passes' differences in ``log``; also the norms' epsilons that changed (old → new)."""
+    cut = resolve_plan(analysis, plan)
+    epsilons: dict[float, float] = {}
+
+    def fold(program: Program) -> Program:
+        program, changed = fold_norms(program)
+        epsilons.update(changed)
+        return program
+
+    steps = [pipeline.Pass("rewrite", lambda _: rewrite_cut(analysis, cut)), pipeline.Pass("fold norms", fold)]
+    return pipeline.run(analysis.program, steps, log), epsilons
+
+
+def export(model: PreTrainedModel, folder: str | Path, *, plan: Plan | None = None, **metadata: str) -> Path:
+    """Write a causal language model as ONNX with a KV cache, cut to ``plan`` if one is given.
+
+    Names, dynamic axes and external data follow the ecosystem (``docs/onnx.md``). Returns the folder.
+
+    Raises:
+        MptkError: the model keeps another state than keys and values; torch.export or the exporter refuses it.
+    """
+    program = trace_decoder(model)
+    if plan is not None:
+        program, _ = cut_program(group.analyze(program), plan, pipeline.Log())
+        metadata["plan_sha256"] = plan_digest(plan)
+    return emit_onnx(program, Path(folder), metadata={"mptk_version": mptk.__version__, **metadata})
+
+
+def plan_digest(plan: Plan) -> str:
+    """SHA-256 of what a plan keeps."""
+    return hashlib.sha256(json.dumps(plan.to_json()["families"], sort_keys=True).encode()).hexdigest()
+
+
+def bench(dense: str, pruned: str | Path, *, progress: Progress | None = None, **settings: Any) -> Bench:
+    """Time prefill and decode in ONNX Runtime, dense and pruned alternating in one process (``mptk.bench``).
+
+    A model that has no ``onnx`` folder is exported first, into the cache folder.
+    """
+    paths = [onnx_folder(str(model), progress) for model in (dense, pruned)]
+    return bench_decoders(paths[0], paths[1], progress=progress, **settings)
+
+
+def onnx_folder(model: str, progress: Progress | None = None) -> Path:
+    """The ONNX folder of a model: ``MODEL/onnx`` if it is there, else an export kept in the cache folder."""
+    own = Path(model) / "onnx"
+    if (own / "model.onnx").is_file():
+        return own
+    loaded = models.load(model)
+    stamp = hashlib.sha256(f"{loaded.path.resolve()} {mptk.__version__} {torch.__version__}".encode()).hexdigest()[:16]
+    cached = models.cache_dir() / "onnx" / stamp
+    if not (cached / "model.onnx").is_file():
+        if progress is not None:
+            progress(f"exporting {model} to ONNX", 0, 1)
+        with publish(cached) as folder:
+            export(loaded.model, folder)
+        if progress is not None:
+            progress(f"exporting {model} to ONNX", 1, 1)
+    return cached
+
+
+def plan_of(folder: str | Path) -> Plan:
+    """The plan of a pruned folder. Raises MptkError if there is none."""
+    path = Path(folder) / "plan.json"
+    if not path.is_file():
+        raise MptkError(f"{folder} holds no plan.json; give the --out folder of `mptk prune`")
+    return Plan.load(path)

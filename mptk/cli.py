@@ -1,0 +1,273 @@
+"""The command line: ``mptk analyze | prune | verify | eval | bench | report | models | fetch``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mptk.errors import MptkError
+
+app = typer.Typer(
+    help="Structured pruning for language models: analyse, cut, prove, emit.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or an alias of `mptk models`.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that the model's repository brings.")
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+
+
+def main() -> None:
+    """Run the command line: a user's error is one line on stderr and exit code 1, an interrupt is exit code 130."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore")
+    try:
+        app()
+    except MptkError as error:
+        err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("interrupted; nothing was published")
+        sys.exit(130)
+
+
+@app.command("models")
+def list_models() -> None:
+    """List the packaged models that `fetch` brings."""
+    from mptk import models
+
+    table = Table()
+    for column in ("alias", "package", "licence", "fetched"):
+        table.add_column(column)
+    for alias, packaged in models.ALIASES.items():
+        present = "yes" if models.cached(alias) else "no"
+        table.add_row(alias, f"{packaged.wheel.package} {packaged.wheel.version}", packaged.licence, present)
+    out.print(table)
+
+
+@app.command()
+def fetch(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`.")]) -> None:
+    """Bring a packaged model into the cache folder."""
+    from mptk import models
+
+    with stages() as progress:
+        progress(f"fetch {alias}", 0, 0)
+        path = models.fetch(alias)
+    out.print(f"{alias}: {path}", soft_wrap=True)
+
+
+@app.command()
+def analyze(
+    model: Model,
+    json_file: Json = None,
+    target: Annotated[str, typer.Option(help="stock: the model's own transformers class; graph: any.")] = "stock",
+    multiple_of: Annotated[int, typer.Option(help="Keep contractions multiples of this where they are.")] = 32,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show what can be cut, to which widths, and what cannot be cut and why. Reads no weights."""
+    from mptk import api, models, pruning, report
+
+    with stages() as progress:
+        progress("trace", 0, 0)
+        skeleton = models.skeleton(model, trust_remote_code=trust_remote_code)
+        analysis = api.analyze(skeleton)
+        progress("legal widths", 0, 0)
+        found = pruning.find_target(analysis, skeleton, target, multiple_of)
+    result = report.analysis_json(analysis, found.ladders, found.refused, model)
+    write_json(json_file, result)
+    out.print(report.analysis_view(result))
+
+
+@app.command()
+def prune(
+    model: Model,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the result; replaced only if mptk made it.")],
+    sparsity: Annotated[float, typer.Option(min=0.0, max=0.99, help="Share of block parameters to remove.")] = 0.3,
+    method: Annotated[str, typer.Option(help="random, magnitude, wanda, flap or taylor.")] = "wanda",
+    data: Annotated[str, typer.Option(help="Calibration text: file, folder, datasets id, or self (sampled).")] = "self",
+    eval_data: Annotated[str | None, typer.Option(help="Text for the perplexity in the report.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
+    length: Annotated[int, typer.Option(min=8, help="Tokens in a calibration window.")] = 256,
+    families: Annotated[
+        str, typer.Option(help="Families to cut, comma-separated; all that are legal by default.")
+    ] = "",
+    width: Annotated[list[str] | None, typer.Option(help="Fix a family's width, as ffn=1024. May be repeated.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Cut to this plan.json instead of choosing.")] = None,
+    target: Annotated[str, typer.Option(help="stock: the model's own transformers class; graph: any.")] = "stock",
+    multiple_of: Annotated[int, typer.Option(help="Keep contractions multiples of this where they are.")] = 32,
+    onnx: Annotated[bool, typer.Option(help="Write ONNX with a KV cache.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the random choices.")] = 0,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Cut a model, prove the result, and write it as a plain checkpoint folder and ONNX."""
+    from mptk import pruning, report
+
+    settings = pruning.Settings(
+        sparsity=sparsity,
+        method=method,
+        data=data,
+        eval_data=eval_data,
+        samples=samples,
+        length=length,
+        families=tuple(name.strip() for name in families.split(",") if name.strip()),
+        widths=dict(parse_width(w) for w in width or []),
+        plan=None if plan is None else str(plan),
+        target=target,
+        multiple=multiple_of,
+        onnx=onnx,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
+    with stages() as progress:
+        result = pruning.prune(model, folder, settings, progress)
+    out.print(report.prune_view(result))
+    out.print(f"written to {folder}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")],
+    model: Annotated[str | None, typer.Option(help="The dense model, if it is no longer where it was.")] = None,
+) -> None:
+    """Prove a pruned folder again: masked = rewritten = reloaded = ONNX Runtime. Exit code 1 if it is not so."""
+    from mptk import pruning, report
+
+    with stages() as progress:
+        progress("prove", 0, 0)
+        proof = pruning.verify(folder, model=model)
+    out.print(report.proof_view([d.as_dict() for d in proof]))
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Annotated[str | None, typer.Option(help="Text for perplexity: file, folder or datasets id.")] = None,
+    length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
+    windows: Annotated[int | None, typer.Option(min=1, help="First windows only.")] = None,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated.")] = "",
+    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples a task.")] = None,
+    json_file: Json = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Perplexity on a text, with its protocol, and lm-eval tasks."""
+    from mptk import evaluation, models
+    from mptk import data as text
+
+    if data is None and not tasks:
+        raise MptkError("nothing to evaluate; give --data TEXT for perplexity or --tasks NAMES for lm-eval")
+    with stages() as progress:
+        progress("load", 0, 0)
+        loaded = models.load(model, trust_remote_code=trust_remote_code)
+        result: dict[str, Any] = {"model": model}
+        if data is not None:
+            held_out = text.evaluation_windows(loaded.tokenizer, data, length, windows)
+            measured = evaluation.perplexity(
+                lambda ids: loaded.model(ids, use_cache=False).logits,
+                held_out,
+                data=data,
+                progress=lambda done, total: progress("perplexity", done, total),
+            )
+            result |= {"perplexity": measured.value, "protocol": measured.protocol}
+        if tasks:
+            progress("lm-eval", 0, 0)
+            names = [name.strip() for name in tasks.split(",")]
+            result["tasks"] = evaluation.zero_shot(loaded, names, include_path=include_path, limit=limit)
+    write_json(json_file, result)
+    if data is not None:
+        out.print(f"perplexity {result['perplexity']:.3f}  ({result['protocol']})", soft_wrap=True, highlight=False)
+    if tasks:
+        out.print_json(data=result["tasks"])
+
+
+@app.command()
+def bench(
+    dense: Annotated[str, typer.Argument(help="The dense model.")],
+    pruned: Annotated[str, typer.Argument(help="The pruned folder.")],
+    threads: Annotated[str, typer.Option(help="Thread counts, comma-separated.")] = "1",
+    rounds: Annotated[int, typer.Option(min=2, help="Alternating rounds a phase.")] = 7,
+    json_file: Json = None,
+) -> None:
+    """Prefill and decode in ONNX Runtime: dense and pruned alternating in one process, beside the ideal ratio."""
+    from mptk import api, report
+
+    counts = tuple(int(t) for t in threads.split(","))
+    with stages() as progress:
+        result = api.bench(dense, pruned, progress=progress, threads=counts, rounds=rounds)
+    write_json(json_file, result.to_json())
+    if (Path(pruned) / "report.json").is_file():
+        (Path(pruned) / "bench.json").write_text(json.dumps(result.to_json(), indent=1) + "\n")
+    out.print(report.bench_view(result))
+
+
+@app.command("report")
+def show_report(folder: Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")]) -> None:
+    """Show what a pruned folder holds: widths, costs, perplexity, proof, timings, files."""
+    from mptk import pruning, report
+    from mptk.bench import Bench
+
+    result = pruning.read_report(folder)
+    out.print(report.prune_view(result))
+    if (folder / "bench.json").is_file():
+        out.print(report.bench_view(Bench.from_json(json.loads((folder / "bench.json").read_text()))))
+    out.print(f"files in {folder}: {', '.join(result['files'])}", soft_wrap=True, highlight=False)
+
+
+def parse_width(text: str) -> tuple[str, int]:
+    """``ffn=1024``."""
+    name, _, value = text.partition("=")
+    if not value.isdigit() or not int(value):
+        raise MptkError(f"--width {text}: write FAMILY=UNITS, as ffn=1024")
+    return name.strip(), int(value)
+
+
+def write_json(path: Path | None, content: Any) -> None:
+    """Write a result where ``--json`` says, whole or not at all."""
+    if path is not None:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress on stderr: a line for every stage, a bar where its length is known."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=err) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                for task in tasks.values():
+                    bar.update(task, total=1, completed=1) if not bar.tasks[task].total else bar.stop_task(task)
+                tasks[stage] = bar.add_task(stage, total=total or None)
+            bar.update(tasks[stage], completed=done, total=total or None)
+
+        yield progress
+        for task in tasks.values():
+            if not bar.tasks[task].total:
+                bar.update(task, total=1, completed=1)

@@ -1,0 +1,108 @@
+"""Legal widths and the choice among them, on tiny models whose sizes are pairwise different."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from mptk.cost import CostModel
+from mptk.errors import MptkError
+from passes import legalize
+from passes.group import analyze
+from passes.trace import trace
+
+
+def llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        hidden_size=48,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=10,
+        vocab_size=97,
+    )
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def small():
+    model = llama()
+    analysis = analyze(trace(model))
+    return analysis, CostModel(analysis), legalize.stock_target(analysis, model, multiple=32)
+
+
+def test_cost_counts_what_the_module_holds(small):
+    analysis, cost, _ = small
+    model = llama()
+    assert cost.dense.parameters == sum(p.numel() for p in model.parameters())
+    block = [p for n, p in model.named_parameters() if "self_attn" in n or "mlp" in n]
+    assert cost.dense.block == sum(p.numel() for p in block)
+    assert cost.dense.bytes == 4 * cost.dense.parameters
+    linear = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n)
+    assert cost.dense.flops == 2 * linear
+
+
+def test_cost_of_a_cut_is_that_of_a_model_built_so(small):
+    _, cost, _ = small
+    config = LlamaConfig(
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+        vocab_size=97,
+    )
+    with torch.device("meta"):
+        cut = LlamaForCausalLM(config)
+    assert cost({"kv_groups": 2, "ffn": 64}).parameters == sum(p.numel() for p in cut.parameters())
+
+
+def test_ladders_respect_the_config_class_and_the_multiple(small):
+    _, _, target = small
+    assert target.ladders["kv_groups"] == (1, 2, 3)  # 2, 4 and 6 heads divide 48
+    assert target.ladders["q_heads"] == (1, 2)
+    assert target.ladders["ffn"] == (32, 64, 96, 128, 160)
+    assert "rotary" in target.refused["rotary_pairs"]
+    assert target.ladders["rotary_pairs"] == (5,)
+
+
+def test_heads_that_the_class_hard_wires_are_refused():
+    config = GPT2Config(n_embd=48, n_inner=80, n_layer=2, n_head=6, vocab_size=97, n_positions=64)
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    analysis = analyze(trace(model))
+    target = legalize.stock_target(analysis, model, multiple=8)
+    assert "heads" in target.refused
+    assert legalize.default_families(analysis, target) == ["ffn"]
+    assert legalize.graph_target(analysis, 8).ladders["heads"] == (1, 2, 3, 4, 5, 6)
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.35, 0.5, 0.7])
+def test_every_candidate_is_legal_and_its_sparsity_true(small, sparsity):
+    analysis, cost, target = small
+    names = legalize.default_families(analysis, target)
+    assert set(names) == {"kv_groups", "q_heads", "ffn"}
+    found = legalize.find_candidates(cost, target, names, sparsity)
+    distances = [abs(c.sparsity - sparsity) for c in found]
+    assert distances == sorted(distances)
+    for c in found:
+        assert all(width in target.ladders[name] for name, width in c.widths.items())
+        assert c.sparsity == pytest.approx(1 - cost(c.widths).block / cost.dense.block)
+    brute = min(
+        abs(cost.sparsity({"kv_groups": k, "q_heads": q, "ffn": f}) - sparsity)
+        for k in (1, 2, 3)
+        for q in (1, 2)
+        for f in (32, 64, 96, 128, 160)
+    )
+    assert distances[0] == pytest.approx(brute)
+
+
+def test_an_impossible_budget_names_the_nearest(small):
+    analysis, cost, target = small
+    found = legalize.find_candidates(cost, target, ["ffn"], 0.97)
+    with pytest.raises(MptkError, match=r"nearest: 0\.\d+ with ffn=32"):
+        legalize.choose_candidates(found, 0.97, 0.01, 4)

@@ -8,15 +8,16 @@ every sum over an axis whether its terms vanish. An axis with a sum that does no
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
 
-from mptk.axes import Axis, leaves
+from mptk.axes import Axis, Product, Term, leaves, resolve
 from passes.propagate import Walk, mutated
 from passes.rules import POINTWISE
-from passes.rules.table import Rule, find_rule
+from passes.rules.table import Rule, find_rule, op_name
 
 Zeros = dict[fx.Node, set[Axis]]
 
@@ -36,7 +37,31 @@ def find_spoilers(walk: Walk) -> dict[Axis, list[str]]:
             if r.kind in ("sum", "mean") and leaf not in zeros.get(source, set()):
                 kind = "averaged" if r.kind == "mean" else "summed"
                 spoilers.setdefault(leaf, []).append(f"{kind} over while not zero ({walk.where(r.node)})")
+    for node in walk.dims:
+        for leaf in _infinite(node, zeros):
+            spoilers.setdefault(leaf, []).append(f"infinite where it is zero ({walk.where(node)})")
     return spoilers
+
+
+DIVISIONS = frozenset({"div", "div_", "divide", "true_divide", "floor_divide", "remainder", "fmod"})
+INFINITE_AT_ZERO = frozenset({"reciprocal", "reciprocal_", "rsqrt", "rsqrt_", "log", "log_", "log2", "log10"})
+
+
+def _infinite(node: fx.Node, zeros: Zeros) -> set[Axis]:
+    """The axes along which a call has no finite value where its operand is zero."""
+    if node.op != "call_function":
+        return set()
+    name = op_name(node).split(".")[1]
+    operand: Any = None
+    if name in DIVISIONS:
+        operand = node.args[1]
+    elif name in INFINITE_AT_ZERO or (name == "pow" and _is_negative(node.args[1])):
+        operand = node.args[0]
+    return zeros.get(operand, set()) if isinstance(operand, fx.Node) else set()
+
+
+def _is_negative(exponent: Any) -> bool:
+    return isinstance(exponent, (int, float)) and exponent < 0
 
 
 def propagate_zeros(walk: Walk) -> Zeros:
@@ -64,9 +89,14 @@ def _axes(walk: Walk, node: fx.Node) -> set[Axis]:
 def _result(walk: Walk, node: fx.Node, zeros: Zeros) -> set[Axis]:
     rule: Rule = find_rule(node) or POINTWISE
     operands = list(_tensors([*node.args, *node.kwargs.values()]))
+    several = multiplicities(walk.dims[node])
 
     def zero(value: Any) -> set[Axis]:
-        return zeros.get(value, set()) if isinstance(value, fx.Node) else set()
+        found = zeros.get(value, set()) if isinstance(value, fx.Node) else set()
+        if not several or not found:
+            return found
+        held = multiplicities(walk.dims[value])
+        return {a for a in found if held.get(a, 1) >= several.get(a, 1)}
 
     if callable(rule.zero):
         return set(rule.zero(node, zero, walk))
@@ -81,6 +111,27 @@ def _result(walk: Walk, node: fx.Node, zeros: Zeros) -> set[Axis]:
         result: set[Axis] = set().union(*map(zero, operands)) - nonzero
         return result
     return set()
+
+
+def multiplicities(dims: Any) -> dict[Axis, int]:
+    """How many coordinates of a value run along the same axis, for axes with more than one.
+
+    Of an outer sum x_i + x_j over one axis, each operand is zero along its own coordinate only: the result at neither.
+    """
+    counts: Counter[Axis] = Counter()
+    for result in dims if isinstance(dims, list) else [dims]:
+        counts |= sum((_coordinates(d) for d in result or ()), Counter())
+    return {a: n for a, n in counts.items() if n > 1}
+
+
+def _coordinates(term: Term) -> Counter[Axis]:
+    term = resolve(term)
+    if isinstance(term, Axis):
+        return Counter([term])
+    counts: Counter[Axis] = Counter()
+    for part in term.factors if isinstance(term, Product) else term.segments:
+        counts = counts + _coordinates(part) if isinstance(term, Product) else counts | _coordinates(part)
+    return counts
 
 
 def _uses(walk: Walk, node: fx.Node, value: fx.Node) -> set[Axis]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import fx
 
 from mptk.axes import ONE, Axis, Term, axis, product
-from passes.rules.table import Dims, Value, rule, set_argument
+from passes.rules.table import Dims, Value, op_name, rule, set_argument
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -21,13 +21,22 @@ ZeroOf = Callable[[Any], set[Axis]]
 def zero_of_product(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
     """A product is zero along an axis that it keeps from an operand which is zero there; a bias must be zero too."""
     values = [a for a in node.args if isinstance(a, fx.Node)]
-    operands, bias = values, None
-    if w.notes.get(node) == "bias last":
-        operands, bias = values[:2], values[2]
-    elif w.notes.get(node) == "bias first":
-        operands, bias = values[1:], values[0]
-    found = set().union(*(zero(v) for v in operands))
+    bias = {"bias last": values[-1], "bias first": values[0]}.get(str(w.notes.get(node)))
+    a, b = values[1:3] if bias is values[0] else values[:2]
+    by_rows = op_name(node).startswith("aten.linear") or _ndim(w, b) == 1
+    found = _kept(w, zero, a, -1) | _kept(w, zero, b, -1 if by_rows else -2)
     return found if bias is None else found & zero(bias)
+
+
+def _ndim(w: Walk, value: fx.Node) -> int:
+    return len(w.shape(value))
+
+
+def _kept(w: Walk, zero: ZeroOf, value: fx.Node, contracted: int) -> set[Axis]:
+    """Where an operand is zero along the dimensions that the product keeps (all but ``contracted``)."""
+    dims = w.dims.get(value, ())
+    rest = [t for d, t in enumerate(dims) if d != contracted + len(dims)]
+    return zero(value) & {leaf for t in rest for leaf in w.leaves_of(t)}
 
 
 @rule("aten.linear", zero=zero_of_product)
@@ -77,19 +86,32 @@ def addmm(w: Walk, node: fx.Node, bias: Value, a: Value, b: Value, **_: Any) -> 
 
 
 def _zero_of_einsum(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
-    operands: Any = node.args[1]
-    return set().union(*(zero(v) for v in operands))
+    """As a product's; the letters that the result keeps."""
+    equation, operands = cast("tuple[str, Sequence[fx.Node]]", node.args[:2])
+    sources, result = _subscripts(equation)
+    found: set[Axis] = set()
+    for source, v in zip(sources, operands, strict=True):
+        letters = zip(_letters(source, _ndim(w, v)), w.dims.get(v, ()), strict=False)
+        kept = set(_letters(result, _ndim(w, node)))
+        found |= zero(v) & {leaf for letter, t in letters if letter in kept for leaf in w.leaves_of(t)}
+    return found
+
+
+def _subscripts(equation: str) -> tuple[list[str], str]:
+    """The operands' letters and the result's: if it is not given, those that occur once, in order."""
+    sources, arrow, result = equation.replace(" ", "").partition("->")
+    if not arrow:
+        result = "".join(sorted(x for x in set(sources) - {","} if sources.count(x) == 1))
+    return sources.split(","), result
 
 
 @rule("aten.einsum", zero=_zero_of_einsum)
 def einsum(w: Walk, node: fx.Node, equation: str, operands: Sequence[Value], **__: Any) -> Dims:
     """One axis a letter; a letter that the result lacks is summed over."""
-    sources, arrow, result = equation.replace(" ", "").partition("->")
-    if not arrow:
-        result = "".join(sorted(x for x in set(sources) - {","} if sources.count(x) == 1))
+    sources, result = _subscripts(equation)
     letters: dict[str, Term] = {}
     places: dict[str, list[tuple[Value, int]]] = {}
-    for source, value in zip(sources.split(","), operands, strict=True):
+    for source, value in zip(sources, operands, strict=True):
         for letter, (i, d) in zip(_letters(source, value.ndim), enumerate(value.dims), strict=True):
             letters[letter] = _join(w, node, letters.get(letter, ONE), d)
             places.setdefault(letter, []).append((value, i))

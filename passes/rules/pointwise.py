@@ -53,8 +53,6 @@ rule(
     "aten.selu",
     "aten.hardswish",
     "aten.hardswish_",
-    "aten.hardtanh",
-    "aten.hardtanh_",
     "aten.round",
     "aten.floor",
     "aten.trunc",
@@ -128,13 +126,18 @@ rule("aten.pow", "aten.pow_", zero=_zero_of_power)(broadcast)
 
 def zero_of_clamp(node: fx.Node, zero: Callable[[Any], set[Axis]], w: Walk) -> set[Axis]:
     """Clamping keeps zeros where its bounds are numbers with 0 between them."""
-    """Clamping keeps zeros where 0 lies between the bounds."""
     low, high = argument(node, 1, "min"), argument(node, 2, "max")
     keeps = all(b is None or isinstance(b, (int, float)) for b in (low, high))
     keeps = keeps and (low is None or low <= 0) and (high is None or high >= 0)
     return zero(node.args[0]) if keeps else set()
 
 
+def _zero_of_hardtanh(node: fx.Node, zero: Callable[[Any], set[Axis]], w: Walk) -> set[Axis]:
+    low, high = argument(node, 1, "min_val", -1), argument(node, 2, "max_val", 1)
+    return zero(node.args[0]) if low <= 0 <= high else set()
+
+
+rule("aten.hardtanh", "aten.hardtanh_", zero=_zero_of_hardtanh)(broadcast)
 rule("aten.where.self", zero=lambda node, zero, w: zero(node.args[1]) & zero(node.args[2]))(broadcast)
 rule("aten.where.ScalarOther", zero=lambda node, zero, w: zero(node.args[1]) if node.args[2] == 0 else set())(broadcast)
 
@@ -167,7 +170,10 @@ def glu(w: Walk, node: fx.Node, x: Value, dim: int = -1) -> Dims:
     return first
 
 
-@rule("aten.prelu", "aten._prelu_kernel", zero="keep")
+rule("aten._prelu_kernel", zero="keep")(broadcast)
+
+
+@rule("aten.prelu", zero="keep")
 def prelu(w: Walk, node: fx.Node, x: Value, weight: Value) -> Dims:
     """y_d = x_d; one slope a channel (dimension 1), or one for all."""
     if weight.ndim and weight.dims[0].size > 1:

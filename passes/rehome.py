@@ -48,14 +48,22 @@ def rehome(
     for candidate in _candidates(config):
         result = _fits(config, candidate, target_shapes)
         if isinstance(result, StockConfig):
-            difference = check(result)
-            if difference <= tolerance:
+            objection = _objection(result, check, tolerance)
+            if objection is None:
                 return result
-            refusals.append(f"{result.model_class.__name__} fits but its logits differ by {difference:.2g}")
+            refusals.append(f"{result.model_class.__name__} fits but {objection}")
     own = type(config).__name__
     if refusals:
         return Refusal("numeric", own, "; ".join(refusals))
     return Refusal("names", own, f"none of the {CANDIDATES} most similar registered classes has these parameters")
+
+
+def _objection(stock: StockConfig, check: Callable[[StockConfig], float], tolerance: float) -> str | None:
+    try:
+        difference = check(stock)
+    except Exception as error:  # noqa: BLE001 (a model that takes these shapes may still fail to run)
+        return f"does not run ({type(error).__name__}: {error})"
+    return None if difference <= tolerance else f"its logits differ by {difference:.2g}"
 
 
 def _candidates(config: PreTrainedConfig) -> list[type[PreTrainedConfig]]:

@@ -95,27 +95,27 @@ def _solve(
     if not _representative(prober, target):
         prober = prober.at_full_depth()
     search = Search(prober, target, expressions.candidates(widths))
-    found: list[tuple[StockConfig, dict[Field, int]]] = []
+    found: list[tuple[StockConfig, dict[Field, int], dict[Field, int]]] = []
 
     def accept(assignment: dict[Field, int]) -> Refusal | None:
         solution = implied(prober, search, expressions, widths, assignment)
-        if odd := strange_constants(prober, expressions, widths, solution):
+        if odd := strange_constants(prober, search, expressions, widths, solution):
             return Refusal("numeric", odd[0].split(" ")[0], f"not the same function: {odd[0]}")
         minimal = _minimise(prober, search.target, solution)
         result = _finish(prober, minimal, target, scalars, shapes_only=shapes_only)
         if isinstance(result, Refusal):
             return result
-        found.append((result, solution))
+        found.append((result, minimal, solution))
         return None
 
     outcome = search.run(accept)
     if isinstance(outcome, Refusal):
         return outcome, {}, search
-    result, solution = found[-1]
+    result, minimal, solution = found[-1]
     learned = copy.copy(expressions)
     learned.alive = dict(expressions.alive)
     learned.observe(widths, solution)
-    return replace(result, expressions=_shortest(learned, result)), solution, search
+    return replace(result, expressions=_shortest(learned, minimal)), solution, search
 
 
 def _same_names(stock: Shapes, target: Shapes) -> Refusal | None:
@@ -206,9 +206,9 @@ def _scalar_changes(config: PreTrainedConfig, scalars: Mapping[float, float]) ->
     return {path: (old, new) for old, new in scalars.items() for _, _, path in _floats(config, old)}
 
 
-def _shortest(learned: Expressions, result: StockConfig) -> dict[str, Expression]:
-    """The first (shortest) expression left for each field that the result changes."""
-    return {f.name: alive[0] for f, alive in learned.alive.items() if alive and ".".join(f.path) in result.changes}
+def _shortest(expressions: Expressions, assignment: Assignment) -> dict[str, Expression]:
+    """The first (shortest) expression left for each field that is set."""
+    return {f.name: expressions.alive[f][0] for f in assignment if expressions.alive.get(f)}
 
 
 class Stock:
@@ -286,15 +286,14 @@ class Stock:
         assignment = self._assign(widths)
         if isinstance(assignment, Refusal):
             return assignment
-        target = self._shapes(widths)
-        result = _finish(self._prober, self._needed(assignment, widths), target, scalars or {})
+        built = self._prober.build(assignment)
+        if isinstance(built, Refusal):
+            return built
+        needed = _minimise(self._prober, built.shapes, assignment)
+        result = _finish(self._prober, needed, self._shapes(widths), scalars or {})
         if isinstance(result, Refusal):
             return result
-        return replace(result, expressions=_shortest(self._space, result))
-
-    def _needed(self, assignment: dict[Field, int], widths: Mapping[str, int]) -> dict[Field, int]:
-        built = self._prober.build(assignment)
-        return _minimise(self._prober, built.shapes, assignment) if isinstance(built, Build) else assignment
+        return replace(result, expressions=_shortest(self._space, needed))
 
     def _fields(self) -> dict[Field, list[Expression]]:
         return {

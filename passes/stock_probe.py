@@ -29,6 +29,8 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mptk.errors import MptkError
+
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 TORCH = str(Path(torch.__file__).parent)
@@ -98,6 +100,7 @@ class Prober:
     """Builds ``model_class`` from variations of ``config``.
 
     ``fields`` are the config's integers, implicit ones included; ``base`` is the unchanged model (few layers).
+    Raises MptkError if the class cannot be built from ``config`` as it is.
     """
 
     def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
@@ -110,7 +113,10 @@ class Prober:
         with _recorded_misses(config, missing):
             full = self.build({}, full=True)
         if isinstance(full, Refusal):
-            raise ValueError(f"{model_class.__name__} cannot be built from its own config: {full}")
+            raise MptkError(
+                f"{model_class.__name__} cannot be built from its own config ({full}); "
+                "repair the config, or choose a target that needs no stock class"
+            )
         self.full = full
         explicit, empty = _integers(self.body)
         self._lower_depth(explicit)
@@ -152,6 +158,11 @@ class Prober:
                 return _construct(self.template, body)
             except Exception as error:  # noqa: BLE001 (a config class may raise anything: it is the refusal)
                 return _refusal(error, type(self.template))
+
+    @property
+    def builds(self) -> int:
+        """How many different models were built so far (few layers)."""
+        return len(self._cache)
 
     def at_full_depth(self) -> Prober:
         """The same prober with every layer: for a cut that does not treat alike layers alike."""

@@ -76,7 +76,8 @@ class Search:
 
     One build for each field and candidate says which dimensions it moves. From a state, the first wrong dimension is
     taken, and only fields that move it are tried; a state with a wrong dimension that no free field moves is dropped.
-    A field whose build raises may move anything. Fewest wrong dimensions first, then fewest changes.
+    A field whose build raises or has other parameters may move anything: another field may mend that. Fewest wrong
+    dimensions first, then fewest changes.
     """
 
     def __init__(self, prober: Prober, target: Shapes, candidates: Mapping[Field, Sequence[int]]) -> None:
@@ -94,10 +95,13 @@ class Search:
             self.raised.append(built)
             return None
         if built.shapes.keys() != self.prober.base.shapes.keys():
-            return frozenset()
+            return None
         return frozenset(differences(built.shapes, self.prober.base.shapes))
 
-    def wrong(self, built: Build) -> list[Place]:
+    def wrong(self, built: Build | Refusal) -> list[Place] | None:
+        """The dimensions to put right; None for a build that raised or has other parameters."""
+        if isinstance(built, Refusal) or built.shapes.keys() != self.target.keys():
+            return None
         return differences(built.shapes, self.target)
 
     def run(self, accept: Callable[[dict[Field, int]], Refusal | None]) -> dict[Field, int] | Refusal:
@@ -107,13 +111,12 @@ class Search:
         queue: list[tuple[int, int, int, dict[Field, int]]] = [(0, 0, next(order), start)]
         seen = {frozenset(start.items())}
         first: Refusal | None = None
-        for _ in range(MAX_BUILDS):
-            if not queue:
-                break
-            _, changes, _, assignment = heapq.heappop(queue)
+        limit = self.prober.builds + MAX_BUILDS
+        while queue and self.prober.builds < limit:
+            rank, changes, _, assignment = heapq.heappop(queue)
             built = self.prober.build(assignment)
-            wrong = self.wrong(built) if isinstance(built, Build) else []
-            if isinstance(built, Build) and not wrong:
+            wrong = self.wrong(built)
+            if wrong == []:
                 refusal = accept(assignment)
                 if refusal is None:
                     return assignment
@@ -123,23 +126,18 @@ class Search:
                 key = frozenset(successor.items())
                 if key not in seen:
                     seen.add(key)
-                    rank = self._rank(successor, len(wrong))
-                    heapq.heappush(queue, (rank, changes + 1, next(order), successor))
+                    left = self.wrong(self.prober.build(successor))
+                    now = rank + 1 if left is None else len(left)
+                    heapq.heappush(queue, (now, changes + 1, next(order), successor))
         return first or self.reason()
 
-    def _rank(self, assignment: Assignment, parent: int) -> int:
-        built = self.prober.build(assignment)
-        return len(self.wrong(built)) if isinstance(built, Build) else parent
-
     def _successors(
-        self, assignment: dict[Field, int], built: Build | Refusal, wrong: list[Place]
+        self, assignment: dict[Field, int], built: Build | Refusal, wrong: list[Place] | None
     ) -> Iterable[dict[Field, int]]:
         free = {f: v for f, v in self.candidates.items() if assignment.get(f, f.value) == f.value}
         movers = {(f, v): self.moves[f, v] for f, values in free.items() for v in values}
         place: Place | None = None
-        if isinstance(built, Build):
-            if built.shapes.keys() != self.target.keys():
-                return
+        if wrong is not None and isinstance(built, Build):
             reach: set[Place] = set().union(*(moved for moved in movers.values() if moved is not None))
             stuck = next((p for p in wrong if p not in reach), None)
             if stuck is not None and None not in movers.values():
@@ -203,31 +201,37 @@ def implied(
     fields without influence on shapes are tried, and kept if fewer such numbers remain.
     """
     silent = [(f, v) for (f, v), moved in search.moves.items() if moved == frozenset() and f not in solution]
-    best, odd = solution, strange_constants(prober, expressions, widths, solution)
+    best, odd = solution, strange_constants(prober, search, expressions, widths, solution)
     for f, value in silent if odd else ():
         trial = {**best, f: value}
         built = prober.build(trial)
         if isinstance(built, Build) and built.shapes == search.target:
-            remaining = strange_constants(prober, expressions, widths, trial)
+            remaining = strange_constants(prober, search, expressions, widths, trial)
             if len(remaining) < len(odd):
                 best, odd = trial, remaining
     return best
 
 
 def strange_constants(
-    prober: Prober, expressions: Expressions, widths: Mapping[str, int], assignment: Assignment
+    prober: Prober, search: Search, expressions: Expressions, widths: Mapping[str, int], assignment: Assignment
 ) -> list[str]:
     """Constants of the modules that the assignment changes and the cut does not explain, described.
 
-    Integers must follow the widths. Floats (an attention scale made from the head size) and unsaved tables (rotary
-    frequencies) must not change: the cut model keeps their values, the stock class would compute others.
+    Integers must follow the widths, or be sizes that the cut changes so. Floats (an attention scale made from the head
+    size) and unsaved tables (rotary frequencies) must not change: the cut model keeps their values, the stock class
+    would compute others.
     """
-    old, built = prober.base.constants, prober.build(assignment)
+    old, built = prober.base, prober.build(assignment)
     if isinstance(built, Refusal):
         return []
-    changed = {name: (old[name], new) for name, new in built.constants.items() if name in old and old[name] != new}
+    sizes = {pair for name, shape in old.shapes.items() for pair in zip(shape, search.target[name], strict=True)}
+    changed = {
+        name: (old.constants[name], new)
+        for name, new in built.constants.items()
+        if name in old.constants and old.constants[name] != new
+    }
     return [
         f"{starred(name)} changes from {a} to {b}"
         for name, (a, b) in changed.items()
-        if not (isinstance(a, int) and isinstance(b, int) and expressions.allows(a, b, widths))
+        if not (isinstance(a, int) and isinstance(b, int) and ((a, b) in sizes or expressions.allows(a, b, widths)))
     ]

@@ -1,0 +1,253 @@
+"""The emitted folder: stock transformers loads it with nothing of mptk, and it appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from mptk.errors import MptkError
+from passes.emit_hf import emit_hf, publish, write_checkpoint
+from passes.stock_config import StockConfig
+
+VOCAB = 101
+LOAD = """
+import sys, torch
+sys.modules["mptk"] = sys.modules["passes"] = None  # any import of them fails
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+folder, tokens, out = sys.argv[1:]
+model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+assert not any(info.values()), info
+ids = AutoTokenizer.from_pretrained(folder)("one two")["input_ids"]
+assert ids == [1, 2], ids
+assert model.generation_config.max_new_tokens == 17
+with torch.no_grad():
+    torch.save((type(model).__name__, str(model.dtype), model(torch.load(tokens)).logits), out)
+"""
+
+
+def llama(**more: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "vocab_size": VOCAB, "head_dim": 10}
+    config = LlamaConfig(**sizes, num_attention_heads=6, num_key_value_heads=2, rope_theta=5000.0, **more)
+    return LlamaForCausalLM(config).eval()
+
+
+def mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "vocab_size": VOCAB, "head_dim": 10}
+    config = MixtralConfig(**sizes, num_attention_heads=6, num_key_value_heads=2, num_local_experts=5)
+    return MixtralForCausalLM(config).eval()
+
+
+def stock_of(model: PreTrainedModel) -> StockConfig:
+    return StockConfig(type(model), model.config, {})
+
+
+def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    inner = Tokenizer(WordLevel({"[UNK]": 0, "one": 1, "two": 2}, unk_token="[UNK]"))
+    inner.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.arange(26).reshape(2, 13) * 7 % VOCAB
+
+
+def test_stock_transformers_loads_it_without_mptk(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, tokens: Tensor
+) -> None:
+    model = llama(tie_word_embeddings=True)
+    model.generation_config = GenerationConfig(max_new_tokens=17)
+    folder = emit_hf(model.state_dict(), stock_of(model), model, tokenizer, tmp_path / "runs" / "small")
+    torch.save(tokens, tmp_path / "tokens.pt")
+    arguments = [str(folder), str(tmp_path / "tokens.pt"), str(tmp_path / "out.pt")]
+    done = subprocess.run([sys.executable, "-c", LOAD, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    name, dtype, found = torch.load(tmp_path / "out.pt")
+    assert (name, dtype) == ("LlamaForCausalLM", "torch.float32")
+    assert (found - logits(model, tokens)).abs().max() <= 1e-5
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["dtype"] == "float32"
+    assert config["rope_theta"] == 5000.0  # at the top level too, for readers older than rope_parameters
+    assert {path.name for path in tmp_path.joinpath("runs").iterdir()} == {"small"}
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=True)
+    folder = emit_hf(model.state_dict(), stock_of(model), model, None, tmp_path / "out")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert names == model.state_dict().keys() - {"lm_head.weight"}
+
+
+def test_untied_weights_that_share_memory_are_stored_twice(tmp_path: Path) -> None:
+    model = llama()
+    state = model.state_dict()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    folder = emit_hf(state, stock_of(model), model, None, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded.lm_head.weight, model.model.embed_tokens.weight)
+    assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
+
+
+def test_different_values_of_a_tied_weight_are_refused(tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=True)
+    state = {**model.state_dict(), "lm_head.weight": torch.zeros(VOCAB, 48)}
+    with pytest.raises(MptkError, match=r"lm_head.weight and model.embed_tokens.weight are one weight"):
+        emit_hf(state, stock_of(model), model, None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_weights_set_the_dtype(tmp_path: Path) -> None:
+    model = llama().to(torch.bfloat16)
+    stock = StockConfig(LlamaForCausalLM, llama().config, {})
+    folder = emit_hf(model.state_dict(), stock, model, None, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.dtype is torch.bfloat16
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in loaded.state_dict().items())
+
+
+def test_slices_are_stored_without_the_memory_they_came_from(tmp_path: Path, tokens: Tensor) -> None:
+    model = llama()
+    state = model.state_dict()
+    wide = torch.cat([state["model.norm.weight"], torch.ones(1000)])
+    state["model.norm.weight"] = wide[:48]
+    name = "model.layers.1.mlp.up_proj.weight"
+    state[name] = state[name].T.contiguous().T
+    folder = emit_hf(state, stock_of(model), model, None, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert (logits(loaded, tokens) - logits(model, tokens)).abs().max() <= 1e-5
+
+
+class Lazy(Mapping[str, Tensor]):
+    """A state dict whose tensors exist only while someone holds them."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.state = state
+        self.alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+        self.most, self.asked = 0, 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.state[name].clone()
+        self.alive.add(tensor)
+        self.most = max(self.most, sum(t.nbytes for t in self.alive))
+        self.asked += 1
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
+def test_a_large_model_is_written_shard_by_shard(tmp_path: Path, tokens: Tensor) -> None:
+    model = mixtral()
+    lazy = Lazy(model.state_dict())
+    total = sum(t.nbytes for t in model.state_dict().values())
+    write_checkpoint(lazy, stock_of(model), model, None, tmp_path, max_shard_size="100KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    assert lazy.most < total / 2
+    assert lazy.asked <= len(lazy) + 1
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert (logits(loaded, tokens) - logits(model, tokens)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.norm.weight": None}, r"only the stock class has the weight model.norm.weight"),
+        ({"extra": torch.zeros(3)}, r"only the cut model has the weight extra"),
+        ({"model.norm.weight": torch.ones(47)}, r"model.norm.weight is \(47,\) after the cut but \(48,\)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    model = llama()
+    state = {k: v for k, v in {**model.state_dict(), **change}.items() if v is not None}
+    with pytest.raises(MptkError, match=message):
+        emit_hf(state, stock_of(model), model, None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("irreplaceable")
+    model = llama()
+    with pytest.raises(MptkError, match="was not made by mptk"):
+        emit_hf(model.state_dict(), stock_of(model), model, None, folder)
+    file = tmp_path / "file"
+    file.write_text("also mine")
+    with pytest.raises(MptkError, match="was not made by mptk"), publish(file):
+        pass
+    assert (folder / "thesis.txt").read_text() == "irreplaceable"
+    assert file.read_text() == "also mine"
+
+
+def test_an_earlier_output_is_replaced_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()  # an empty folder may be used
+    with publish(folder) as temporary:
+        (temporary / "first").write_text("1")
+    with publish(folder) as temporary:
+        assert (folder / "first").read_text() == "1"
+        (temporary / "second").write_text("2")
+    assert {path.name for path in folder.iterdir()} == {"second", "mptk.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failure_publishes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with publish(folder) as temporary:
+        (temporary / "good").write_text("1")
+
+    def fail() -> None:
+        with publish(folder) as temporary:
+            (temporary / "bad").write_text("0")
+            raise MptkError("proof failed; nothing is published")
+
+    with pytest.raises(MptkError, match="proof failed"):
+        fail()
+    assert {path.name for path in folder.iterdir()} == {"good", "mptk.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_unwritable_place_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MptkError, match="cannot write") as raised, publish(tmp_path / "file" / "out"):
+        pass
+    assert "\n" not in str(raised.value)

@@ -11,16 +11,18 @@ the hidden size, unrelated widths). A `Recipe` lists the liberties given up; `re
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import math
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES
 
-VOCAB, POSITIONS, WINDOW, FIRST_PLAIN_TOKEN = 131, 64, 4, 20
-HIDDEN = "hidden"
+VOCAB, POSITIONS, WINDOW, FIRST_PLAIN_TOKEN, IMAGE, STAGED_IMAGE = 131, 64, 4, 20, 32, 64
 POOLS: dict[str, tuple[int, ...]] = {
     "hidden": (96, 72, 120, 144, 168, 48, 192),
     "ffn": (112, 40, 56, 88, 104, 136, 80, 64, 152),
@@ -33,35 +35,61 @@ POOLS: dict[str, tuple[int, ...]] = {
     "top_k": (3, 2),
     "window": (WINDOW, 5, 3),
 }
+CAPS = {
+    "groups": 2,
+    "topk_group": 1,
+    "ssm_groups": 2,
+    "first": 1,
+    "period": 2,
+    "rotary": 8,
+    "positions": POSITIONS,
+    "patch": 8,
+    "vocab": VOCAB,
+    "codebook": 32,
+}
 # Words of field names, tried in this order; the first that matches gives the role.
 ROLES: tuple[tuple[str, str], ...] = (
     ("keep", r"dropout|pdrop|_prob$|initializer|dtype|ignore_index|chunk_size_feed|sampling|_tp$|seed|alpha|beta"),
-    ("keep", r"kernel|stride|conv1d_width|d_conv|expan|mult|ratio|dilation|padding|hop_length|channels?$|time_step|type_vocab"),
+    ("keep", r"kernel|stride|conv1d_width|d_conv|expan|mult|ratio|dilation|padding|hop_length|time_step|type_vocab"),
+    ("keep", r"(^|_)(num|in|out|audio)_channels$|^channels$"),
     ("token", r"_token_ids?$|_token_index$|^(unk|mask|pad|eos|bos)_index$"),
-    ("vocab", r"vocab|codebook_size"),
+    ("codebook", r"codebook_size"),
+    ("vocab", r"vocab"),
     ("kv_heads", r"(kv|key_value)_(n_)?heads|query_groups"),
     ("heads", r"heads$|n_head$|heads_per_layer$"),
     ("rotary", r"^rotary_dim$"),
     ("head_dim", r"head_?dim$|^d_kv$|dim_head|d_head$|head_size$|kv_channels"),
     ("groups", r"^n_group$|num_expert_group$"),
+    ("ssm_groups", r"n_?groups$"),
     ("topk_group", r"topk_group"),
     ("top_k", r"experts_per_tok|top_?k(_experts)?$|moe_k$"),
     ("shared", r"shared_experts$"),
     ("experts", r"experts$|expert_num$"),
     ("first", r"first_k|num_dense_layers|start_index|kv_shared_layers|max_window_layers|offset"),
     ("period", r"interval|period|every_n|sparse_step|pattern$|layer_group_size|frequency"),
-    ("layers", r"(^|_)layers?$|^depths?$|num_blocks$"),
-    ("positions", r"position|max_seq|n_ctx|max_length|context_length|max_len"),
-    ("window", r"window|chunk_size|local_attention|index_topk|extent"),
+    ("layers", r"(^|_)layers?$|^depths?$|num_blocks$|block_repeats$"),
+    ("positions", r"position|max_seq|n_ctx|max_length|context_length|max_len|max_pos_emb"),
+    ("window", r"window|chunk_size|chunk_length|local_attention|index_topk|extent"),
     ("rank", r"rank"),
     ("image", r"image_size"),
-    ("patch", r"patch_size"),
+    ("patch", r"patch_size$"),
     ("hidden", r"^(hidden_size|d_model|n_embd|emb_dim|dim|hidden_sizes|embed_dim|embed_dims)$"),
     ("ffn", r"intermediate|ffn|feed_forward|d_ff$|dff$|n_inner|mlp_dim|d_inner|ff_dim"),
-    ("width", r"size|dim|width|filters|d_state|d_ssm|hidden|_channels"),
-)  # fmt: skip
-DERIVED_BUT_SET = ("kv_heads", "token")
-FILLED = ("experts", "top_k", "head_dim", "ffn", "shared")
+    ("width", r"size|dim|width|filters|d_state|d_ssm|hidden|channels"),
+)
+# Sizes that a model may need although its configuration class defaults them to None.
+FILLED = ("experts", "top_k", "head_dim", "ffn", "shared", "kv_heads")
+# Values for fields of other types, by field name: the smallest network timm has, and a language of the default list.
+NAMED = {"architecture": "test_resnet", "default_language": "en_XX"}
+# The same for fields that default to None and that the model needs: a clipping bound.
+NAMED_FILLED = {"clip_qkv": 4.0}
+# The last resort: fields of one model type, each with the reason why no rule can find them.
+MODEL_HINTS: dict[str, dict[str, Any]] = {
+    # LSH attention hashes with fresh random rotations at each call: the output is no function of the input.
+    "reformer": {"attn_layers": ["local", "local"]},
+    # The indexer of the other layer type loops over nonzero() for every token, which torch.export refuses.
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "linear_attention"], "num_hidden_layers": 2},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +97,19 @@ class Recipe:
     """The liberties given up, for a model that refuses them.
 
     mha: as many key-value heads as heads; tied: heads x head size = hidden; related: widths keep their ratio to the
-    hidden size; products: other heads x head sizes keep the product they have in the default; derived: per-layer
-    lists are left to the config class; filled: sizes that default to None get a value.
+    hidden sizes; relations: sums and products of head sizes hold as in the default; derived: per-layer lists are left
+    to the config class; filled: sizes that default to None get a value; twice: each kind of layer twice; wide: 12
+    heads, that more numbers divide.
     """
 
     mha: bool = False
     tied: bool = False
     related: bool = False
-    products: bool = False
+    relations: bool = False
     derived: bool = False
     filled: bool = False
+    twice: bool = False
+    wide: bool = False
 
 
 def recipes() -> Iterator[Recipe]:
@@ -95,43 +126,50 @@ def role(name: str) -> str:
 
 
 def tiny_config(cls: type[PreTrainedConfig], recipe: Recipe) -> PreTrainedConfig:
-    """A toy config of class `cls`; whatever the class raises on values it refuses."""
+    """A toy config of class `cls`; raises whatever the class raises on values it refuses."""
     return _Shrinker(cls(), recipe, {}).config()
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 class _Shrinker:
-    """One (sub-)config: `sizes[role][default value]` is shared by all of the tree."""
+    """One (sub-)config; `sizes[role][default value]` = toy size is shared by all of the tree."""
 
     def __init__(self, default: PreTrainedConfig, recipe: Recipe, sizes: dict[str, dict[int, int]]) -> None:
         self.default, self.recipe, self.sizes = default, recipe, sizes
         read = default._getattr_without_heterogeneous_validation
         self.fields = {f.name: f for f in dataclasses.fields(default)}
         self.values = {n: read(n, None) for n in self.fields}
-        self.depths = {v for n, v in self.values.items() if role(n) == "layers" and isinstance(v, int)}
-        self.overrides = default.to_dict().get("per_layer_config")
-        self.per_layer = {n: list(v) for n, v in self.values.items() if self._is_per_layer(v)}
+        self.depths = {v for n, v in self.values.items() if role(n) == "layers" and _is_int(v)}
+        self.overrides = {int(k): v for k, v in (default.to_dict().get("per_layer_config") or {}).items()}
         self.index_lists = {n: list(v) for n, v in self.values.items() if self._is_index_list(n, v)}
-        for name in self.index_lists:
-            self.per_layer.pop(name, None)
+        self.per_layer = {
+            n: list(v) for n, v in self.values.items() if self._is_per_layer(v) and n not in self.index_lists
+        }
         self.rows = self._rows()
-        self.hidden = next((v for n, v in self.values.items() if role(n) == "hidden" and isinstance(v, int)), None)
+        self.hidden = next((v for n, v in self.values.items() if role(n) == "hidden" and _is_int(v)), None)
+        self.staged = any(
+            isinstance(v, list | tuple) and v and _is_int(v[0]) and role(n) in ("layers", "heads", "hidden")
+            for n, v in self.values.items()
+        )
 
     def config(self) -> PreTrainedConfig:
-        """The shrunken copy of `default`."""
-        out = {}
-        order = sorted(self.values.items(), key=lambda item: role(item[0]) != "hidden")
-        for name, value in order:
+        """The shrunken copy of the default."""
+        out: dict[str, Any] = {}
+        for name, value in sorted(self.values.items(), key=lambda item: role(item[0]) != "hidden"):
             new = self._field(name, value)
             if new is not None:
                 out[name] = new
-        if self.recipe.products:
-            self._keep_products(out)
         if self.overrides and not self.recipe.derived:
-            by_row = {int(k): v for k, v in self.overrides.items()}
             out["per_layer_config"] = {
-                j: {n: self._item(n, v) for n, v in by_row[i].items()} for j, i in enumerate(self.rows) if i in by_row
+                j: self._related(self.overrides[i], {n: self._item(n, v) for n, v in self.overrides[i].items()})
+                for j, i in enumerate(self.rows)
+                if i in self.overrides
             }
-        return type(self.default)(**out)
+        hints = MODEL_HINTS.get(self.default.model_type, {})
+        return type(self.default)(**{**self._related(self.values, out), **hints})
 
     def _is_per_layer(self, value: Any) -> bool:
         return isinstance(value, list | tuple) and len(value) in self.depths and len(value) > 2
@@ -139,9 +177,7 @@ class _Shrinker:
     def _is_index_list(self, name: str, value: Any) -> bool:
         if not isinstance(value, list | tuple) or not value or not re.search("layer|idx|ids|ind", name):
             return False
-        if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-            return False
-        return sorted(set(value)) == list(value) and value[-1] < max(self.depths, default=0)
+        return all(map(_is_int, value)) and sorted(set(value)) == list(value) and value[-1] < max(self.depths, default=0)
 
     def _rows(self) -> list[int]:
         """The layers of the default to keep: every kind of layer is among them, and at least two layers."""
@@ -149,106 +185,154 @@ class _Shrinker:
         lists = {n: v for n, v in self.per_layer.items() if len(v) == depth}
         if not (lists or self.index_lists or self.overrides):
             return []
-        overrides = {int(k): v for k, v in (self.overrides or {}).items()}
         chosen: list[int] = []
-        seen: set[tuple[str, str]] = set()
+        seen: dict[tuple[str, str], int] = {}
         for i in range(depth):
-            kinds = {(n, repr(v[i])) for n, v in lists.items()}
-            kinds |= {(n, str(i in v)) for n, v in self.index_lists.items()} | {("overrides", repr(overrides.get(i)))}
-            if kinds - seen:
+            kinds = [(n, repr(v[i])) for n, v in lists.items()]
+            kinds += [(n, str(i in v)) for n, v in self.index_lists.items()]
+            kinds += [("overrides", repr(self.overrides.get(i)))]
+            if any(seen.get(kind, 0) < 1 + self.recipe.twice for kind in kinds):
                 chosen.append(i)
-                seen |= kinds
+                for kind in kinds:
+                    seen[kind] = seen.get(kind, 0) + 1
         return chosen if len(chosen) > 1 else [*chosen, depth - 1]
 
     def _field(self, name: str, value: Any) -> Any:
         """The value to pass for a field; None leaves it to the config class."""
-        kind = role(name)
+        kind, derived = role(name), self.fields[name].default is None
+        if name in NAMED:
+            return NAMED[name]
         if value is None:
-            return self._filled(name, kind)
+            return self._filled(name, kind) if self.recipe.filled else None
         if isinstance(value, PreTrainedConfig):
             return _Shrinker(value, self.recipe, self.sizes).config()
         if name in self.per_layer:
             return None if self.recipe.derived else [self._item(name, self.per_layer[name][i]) for i in self.rows]
         if name in self.index_lists:
             return None if self.recipe.derived else [j for j, i in enumerate(self.rows) if i in value]
-        if isinstance(value, str) and name == "architecture":
-            return "test_resnet"
-        if isinstance(value, bool) or not isinstance(value, int):
+        if _repeats(value):
+            return [[kinds, 1] for kinds, _ in value]
+        if isinstance(value, list | tuple):
+            return None if derived else self._list(kind, value)
+        if isinstance(value, float) and re.search("coefficient|depth_multiplier", name):
+            return min(value, 0.25)
+        if name == "rope_parameters" and value == {} and self.recipe.filled:
+            return {k: {"rope_type": "default", "rope_theta": 10000.0} for k in self.values.get("layer_types") or ()}
+        if not _is_int(value) or (derived and (kind not in ("kv_heads", "token") or self._mha(kind))):
             return None
-        if self.fields[name].default is None and kind not in DERIVED_BUT_SET:
-            return None
-        return None if kind == "kv_heads" and self.recipe.mha and self.fields[name].default is None else self._item(name, value)
+        return self._item(name, value)
+
+    def _mha(self, kind: str) -> bool:
+        return kind == "kv_heads" and self.recipe.mha
 
     def _filled(self, name: str, kind: str) -> Any:
-        if not self.recipe.filled or kind not in FILLED or "int" not in str(self.fields[name].type):
+        if name == "layer_types":
+            return self._layer_types()
+        if name in NAMED_FILLED:
+            return NAMED_FILLED[name]
+        if kind not in FILLED or "int" not in str(self.fields[name].type):
             return None
-        return 1 if kind == "shared" else POOLS[kind][0]
+        return 1 if kind == "shared" else POOLS["heads" if self._mha(kind) else kind][0]
+
+    def _layer_types(self) -> list[str]:
+        """The layer kinds that the modelling code names, of those the library knows."""
+        modeling = type(self.default).__module__.replace("configuration_", "modeling_")
+        __import__(modeling)
+        source = inspect.getsource(sys.modules[modeling])
+        kinds = [k for k in ALLOWED_ATTN_LAYER_TYPES if f'"{k}"' in source]
+        return (kinds * 3)[:3]
+
+    def _list(self, kind: str, value: Any) -> Any:
+        """Sizes of the stages of a hierarchical network, or parts of a width."""
+        if not value or not all(map(_is_int, value)):
+            return None
+        if kind == "layers":
+            return [min(v, 2) for v in value]
+        if kind not in ("hidden", "width", "ffn"):
+            return None
+        if sum(value) == self.hidden:
+            return [v * self.sizes["hidden"][self.hidden] // self.hidden for v in value]
+        return [v // _scale(min(value)) for v in value]
 
     def _item(self, name: str, value: Any) -> Any:
         """The toy value of one integer in the role that `name` tells."""
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 1:
+        if not _is_int(value) or value <= 1:
             return value
         kind = role(name)
-        simple = {
-            "groups": 2,
-            "topk_group": 1,
-            "first": 1,
-            "period": 2,
-            "rotary": 8,
-            "positions": min(value, POSITIONS),
-            "image": min(value, 32),
-            "patch": min(value, 8),
-            "vocab": min(value, VOCAB),
-        }
-        if kind in simple:
-            return simple[kind]
+        if kind == "image":
+            return min(value, STAGED_IMAGE if self.staged else IMAGE)
+        if kind in CAPS:
+            return min(value, CAPS[kind])
         if kind == "layers":
-            return len(self.rows) if self.rows and value == max(self.depths) and not self.recipe.derived else 3
+            repeated = next((v for v in self.values.values() if _repeats(v) == value), None)
+            if repeated:
+                return sum(len(kinds) for kinds, _ in repeated)
+            if not self.rows or value != max(self.depths):
+                return 3
+            return min(max(self.rows) + 1, 8) if self.recipe.derived else len(self.rows)
         if kind == "token":
             taken = self.sizes.setdefault("token", {})
             return value if value < FIRST_PLAIN_TOKEN else taken.setdefault(value, VOCAB - 1 - len(taken))
-        if kind == "kv_heads" and self.recipe.mha:
-            kind = "heads"
+        if self.staged and kind in ("hidden", "width"):
+            return value // _scale(value)
         if kind == "head_dim" and self.recipe.tied and self.hidden:
-            return self.sizes["hidden"][self.hidden] // POOLS["heads"][0]
-        return self._pooled(kind, value) if kind in POOLS else value
+            return self.sizes["hidden"][self.hidden] // POOLS["heads"][self.recipe.wide]
+        return self._pooled("heads" if self._mha(kind) else kind, value) if kind in POOLS else value
 
     def _pooled(self, kind: str, value: int) -> int:
         hidden = self.sizes.setdefault("hidden", {})
         if kind == "width" and value in hidden:
             return hidden[value]
-        if kind in ("width", "ffn") and self.recipe.related and self.hidden:
-            for k in range(1, 9):
-                if value == k * self.hidden:
-                    return k * hidden[self.hidden]
-                if value * k == self.hidden:
-                    return hidden[self.hidden] // k
+        if kind in ("width", "ffn", "hidden") and self.recipe.related and value not in hidden:
+            for old, new in hidden.items():
+                up, down = divmod(value, old), divmod(old, value)
+                if up[1] == 0 and up[0] <= 8:
+                    return hidden.setdefault(value, up[0] * new) if kind == "hidden" else up[0] * new
+                if down[1] == 0 and down[0] <= 8 and new % down[0] == 0:
+                    return hidden.setdefault(value, new // down[0]) if kind == "hidden" else new // down[0]
         if kind in ("width", "rank") and value <= 16:
             return value
         sizes = self.sizes.setdefault(kind, {})
         if value not in sizes:
-            free = [s for s in POOLS[kind] if s not in sizes.values()]
-            sizes[value] = min(free[0], value) if free else POOLS[kind][-1]
+            pool = POOLS[kind][1:] if kind == "heads" and self.recipe.wide else POOLS[kind]
+            free = [s for s in pool if s not in sizes.values()]
+            sizes[value] = min(free[0], value) if free else pool[-1]
         return sizes[value]
 
-    def _keep_products(self, out: dict[str, Any]) -> None:
-        """heads x head size = expansion x width, where that holds in the default and the two names go together."""
-
-        def stem(name: str) -> frozenset[str]:
-            return frozenset(name.split("_")) - {"n", "num", "d", "head", "heads", "dim", "headdim", "size"}
-
-        def old(name: str) -> int:
-            return int(self.values[name])
-
-        numbers = [n for n, v in out.items() if isinstance(v, int) and not isinstance(v, bool)]
-        for heads, size in itertools.product(numbers, numbers):
-            if (role(heads), role(size)) != ("heads", "head_dim") or stem(heads) != stem(size):
+    def _related(self, old: dict[str, Any], out: dict[str, Any]) -> dict[str, Any]:
+        """Keeps, where the recipe says so, the relations between head sizes that hold in `old`."""
+        if not self.recipe.relations:
+            return out
+        numbers = [n for n, v in out.items() if _is_int(v) and _is_int(old.get(n))]
+        sizes = [n for n in numbers if role(n) == "head_dim"]
+        for total, first, second in itertools.permutations(sizes, 3):
+            if first < second and old[total] == old[first] + old[second]:
+                out[total] = out[first] + out[second]
+        for heads, size in itertools.product(numbers, sizes):
+            if role(heads) != "heads" or _stem(heads) != _stem(size):
                 continue
-            product = old(heads) * old(size)
             for width in (n for n in numbers if role(n) in ("hidden", "width", "ffn")):
-                factor, rest = divmod(product, old(width))
+                factor, rest = divmod(old[heads] * old[size], old[width])
                 if rest == 0 and 1 <= factor <= 8:
-                    new = factor * out[width]
-                    out[size] = math.gcd(new, 16)
-                    out[heads] = new // out[size]
+                    out[size] = math.gcd(factor * out[width], 16)
+                    out[heads] = factor * out[width] // out[size]
                     break
+        return out
+
+
+def _scale(value: int) -> int:
+    """The power of two by which a width of a hierarchical network shrinks: to 16 or a little more."""
+    return 1 << max(0, (value // 16).bit_length() - 1)
+
+
+def _stem(name: str) -> frozenset[str]:
+    return frozenset(name.split("_")) - {"n", "num", "d", "head", "heads", "dim", "headdim", "size"}
+
+
+def _repeats(value: Any) -> int:
+    """The number of layers that [[kinds, times], ...] stands for; 0 for any other value."""
+    if not isinstance(value, list | tuple) or not value:
+        return 0
+    if not all(isinstance(v, list | tuple) and len(v) == 2 and isinstance(v[0], list | tuple) for v in value):
+        return 0
+    return sum(len(kinds) * times for kinds, times in value if _is_int(times))

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import resource
 import time
+import typing
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 import transformers
 import typer
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -82,7 +84,7 @@ def tiny_model(mapping: str, model_type: str, seed: int = 0) -> Tiny:
     transformers.logging.set_verbosity_error()
     entry = MAPPINGS[mapping][model_type]
     class_name = entry if isinstance(entry, str) else entry[0]
-    model_class = getattr(transformers, class_name)
+    model_class: type[PreTrainedModel] = getattr(transformers, class_name)
     best: CannotBuild | None = None
     tried: list[Any] = []
     for recipe in recipes():
@@ -107,13 +109,21 @@ def _config(mapping: str, model_type: str, model_class: Any, recipe: Recipe) -> 
         config: Any = tiny_config(CONFIG_MAPPING[model_type], recipe)
     except Exception as error:
         raise CannotBuild("config", _line(error)) from error
-    if model_class.config_class is not type(config) and isinstance(
-        getattr(config, "text_config", None), model_class.config_class
-    ):
-        config = config.text_config
+    config = _config_for(model_class, config)
     config.use_cache = False
     if hasattr(config, "is_decoder") and mapping == "causal-lm":
         config.is_decoder = True
+    return config
+
+
+def _config_for(model_class: Any, config: Any) -> Any:
+    """`config`, or the nested config that `model_class` is made from, as the auto classes choose it."""
+    annotation = inspect.signature(model_class.__init__).parameters["config"].annotation
+    wanted = typing.get_type_hints(model_class.__init__).get("config", annotation)
+    parts = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]
+    for kind in (wanted, model_class.config_class):
+        if inspect.isclass(kind) and not isinstance(config, kind):
+            return next((part for part in parts if isinstance(part, kind)), config)
     return config
 
 
@@ -139,8 +149,7 @@ def _attempt(mapping: str, model_class: Any, config: Any, seed: int) -> Tiny:
 
 
 def _construct(model_class: Any, config: Any) -> Any:
-    with torch.device("meta"):
-        model = model_class._from_config(config, attn_implementation="eager")
+    model = _on_meta(model_class, config)
     sizes = sorted(((p.numel(), n) for n, p in model.named_parameters()), reverse=True)
     total = sum(s for s, _ in sizes)
     if total > MAX_PARAMETERS:
@@ -149,6 +158,25 @@ def _construct(model_class: Any, config: Any) -> Any:
         return model_class._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     except (ValueError, ImportError):
         return model_class._from_config(config, attn_implementation="eager", dtype=torch.float32)
+
+
+def _on_meta(model_class: Any, config: Any) -> Any:
+    """The model without storage; a field that a config lacks is taken from the config around or inside it."""
+    for _ in range(5):
+        try:
+            with torch.device("meta"):
+                return model_class._from_config(config, attn_implementation="eager")
+        except AttributeError as error:
+            if not isinstance(error.obj, PreTrainedConfig) or hasattr(error.obj, str(error.name)):
+                raise
+            parts = [config, *(p for p in vars(config).values() if isinstance(p, PreTrainedConfig))]
+            values = {**getattr(config, "rope_parameters", {})}
+            for part in reversed(parts):
+                values.update({k: v for k, v in vars(part).items() if k == error.name})
+            if error.name not in values:
+                raise
+            setattr(error.obj, str(error.name), values[error.name])
+    raise CannotBuild("build", "the config classes lack more than five of the fields that the model reads")
 
 
 def randomise(model: nn.Module, seed: int) -> None:
@@ -195,12 +223,18 @@ def example_inputs(mapping: str, model: nn.Module, seed: int) -> dict[str, torch
         channels = getattr(config, "num_channels", 3)
         return {"pixel_values": torch.randn(BATCH, channels, height, width, generator=generator)}
 
+    rows = BATCH * getattr(config, "num_codebooks", 1)
+    vocab = min(VOCAB - 30, getattr(config.get_text_config(), "vocab_size", VOCAB))
+
     def tokens(length: int) -> torch.Tensor:
-        return torch.randint(FIRST_PLAIN_TOKEN, VOCAB - 30, (BATCH, length), generator=generator)
+        return torch.randint(FIRST_PLAIN_TOKEN, vocab, (rows, length), generator=generator)
 
     inputs = {"input_ids": tokens(SEQ)}
     if mapping == "seq2seq" and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = tokens(TARGET_SEQ)
+    base = getattr(model, "base_model", model)
+    if "patch_lengths" in inspect.signature(base.forward).parameters:  # else the bytes are grouped by their entropies, and sizes depend on data
+        inputs["patch_lengths"] = torch.tensor([[1, 3, SEQ - 3]] * BATCH)
     return inputs
 
 

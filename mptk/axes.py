@@ -342,6 +342,16 @@ def occurrences(term: Term) -> list[tuple[Axis, Index]]:
     return found
 
 
+def encloses(term: Term, outer: Axis, inner: Axis) -> bool:
+    """Whether each occurrence of ``inner`` in ``term`` is a factor within one of ``outer``, as in outer·(inner + …)."""
+    term = resolve(term)
+    if isinstance(term, Axis):
+        return term is not inner
+    if isinstance(term, Sum):
+        return all(encloses(s, outer, inner) for s in term.segments)
+    return all(outer in term.factors[:i] or encloses(f, outer, inner) for i, f in enumerate(term.factors))
+
+
 def evaluate(term: Term, sizes: dict[Axis, int]) -> int:
     """Size of ``term`` when the axes in ``sizes`` have these sizes and all others keep theirs."""
     term = resolve(term)

@@ -48,6 +48,7 @@ class Cut:
             if choice is None:
                 continue
             scope = scope_coordinates(found, choice.scope, term.size)
+            assert scope is not None or (choice.table == choice.table[0]).all()
             rows = 0 if scope is None else scope
             stays &= choice.table[rows, coordinate] | (coordinate < 0)
         return stays
@@ -104,13 +105,14 @@ class Cut:
 
     def _row(self, dims: Sequence[Term], cut_dim: int, scope_dim: int, position: int) -> Cut:
         """The cut as seen from one position of the scope's dimension: its choice no longer varies along it."""
-        found = occurrences(dims[scope_dim])
+        at = {leaf: int(coordinate[position]) for leaf, coordinate in occurrences(dims[scope_dim])}
         choices = dict(self.choices)
         for leaf in set(leaves(dims[cut_dim])) & self.choices.keys():
             choice = self.choices[leaf]
-            flat = scope_coordinates(found, choice.scope, dims[scope_dim].size)
-            if choice.scope and flat is not None:
-                choices[leaf] = Choice((), choice.table[flat[position]][None])
+            table = choice.table.reshape(*(a.size for a in choice.scope), -1)
+            row = table[tuple(at.get(a, slice(None)) for a in choice.scope)]
+            rest = tuple(a for a in choice.scope if a not in at)
+            choices[leaf] = Choice(rest, row.reshape(-1, table.shape[-1]))
         return Cut(choices, self.sizes)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import fx
 
-from mptk.axes import Axis, Sum, Term, freeze, leaves, resolve
+from mptk.axes import Axis, Sum, Term, encloses, freeze, leaves, resolve
 from mptk.families import Analysis, Blocked, Family, Group, Member
 from mptk.program import Program
 from passes.exactness import find_spoilers
@@ -89,10 +89,22 @@ def _scopes(
         for leaf in present & wanted:
             beside[leaf] = beside[leaf] & present if leaf in beside else set(present)
     scopes: dict[Axis, tuple[Axis, ...]] = {}
+    places = _places(walk, weights)
     for a in reversed(open_axes):
         companions = [b for b in members if b is not a and b in beside.get(a, ()) and a not in scopes.get(b, ())]
-        scopes[a] = tuple(b for b in companions if _can_vary(a, b, members, weights))
+        scopes[a] = tuple(b for b in companions if _can_vary(a, b, places[a]))
     return scopes
+
+
+def _places(walk: Walk, weights: Mapping[str, tuple[Term, ...]]) -> dict[Axis, list[tuple[Term, set[Term]]]]:
+    """Axis → the dimensions of weights and constants that hold it, each with the weight's dimensions of one axis."""
+    found: dict[Axis, list[tuple[Term, set[Term]]]] = {}
+    uses = [dims for used in walk.constant_uses.values() for _, dims in used]
+    for dims, apart in [*((dims, set(dims)) for dims in weights.values()), *((dims, set()) for dims in uses)]:
+        for term in dims:
+            for leaf in dict.fromkeys(leaves(term)):
+                found.setdefault(leaf, []).append((term, apart))
+    return found
 
 
 def _routed(walk: Walk, present: set[Axis]) -> set[Axis]:
@@ -100,14 +112,9 @@ def _routed(walk: Walk, present: set[Axis]) -> set[Axis]:
     return {e for rows, expert in walk.routed if set(leaves(rows)) <= present for e in leaves(expert)}
 
 
-def _can_vary(a: Axis, scope: Axis, members: Members, weights: Mapping[str, tuple[Term, ...]]) -> bool:
-    """The scope must stand beside the axis in the same dimension of every weight, or be a dimension of its own."""
-    for name, d in members[a]:
-        own = scope in set(leaves(weights[name][d]))
-        apart = any(resolve(t) is scope for t in weights[name])
-        if not own and not apart:
-            return False
-    return True
+def _can_vary(a: Axis, scope: Axis, places: list[tuple[Term, set[Term]]]) -> bool:
+    """In every dimension the scope must enclose the axis, or be another dimension of the same weight."""
+    return all(encloses(term, scope, a) or scope in apart for term, apart in places)
 
 
 def _values(walk: Walk) -> Iterable[tuple[Term, ...]]:

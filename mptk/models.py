@@ -86,10 +86,9 @@ def skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust_remote_cod
     """
     config = load_config(model, trust_remote_code=trust_remote_code)
     with _explained(model), torch.device("meta"):
-        module: PreTrainedModel = _auto_class(config).from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    return module.eval()
+        module = _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    made: PreTrainedModel = module.eval()
+    return made
 
 
 def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -26,7 +26,18 @@ def embedding(w: Walk, node: fx.Node, weight: Value, indices: Value, *_: Any) ->
     return (*indices.dims, *weight.dims[1:])
 
 
-@rule("aten.index", "aten._unsafe_index", zero="move", positions=True)
+def _resize_picked(r: Resizer, node: fx.Node) -> None:
+    """Known positions follow the segments before them."""
+    if r.note(node) is None:
+        return
+    d, positions = r.note(node)
+    if any(map(r.changed, positions)):
+        indices: Any = list(node.args[1])  # type: ignore[arg-type]
+        indices[d] = r.index(node, [r.size(before) for before in positions])
+        node.update_arg(1, indices)
+
+
+@rule("aten.index", "aten._unsafe_index", zero="move", resize=_resize_picked, positions=True)
 def index(w: Walk, node: fx.Node, x: Value, indices: Sequence[Value | None]) -> Dims:
     """y[i…, rest] = x[indices[i…], rest]; index dimensions stand where they stood if adjacent, else in front."""
     places = [d for d, i in enumerate(indices) if i is not None]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from mptk.axes import ONE, ZERO, Term, axis, concat, product, resolve, split_product, split_sum
-from passes.rules.table import Dims, Value, argument, normalize, rule, set_argument
+from mptk.axes import ONE, ZERO, Axis, Term, axis, concat, product, resolve, split_product, split_sum
+from passes.rules.table import Dims, Value, argument, named_argument, normalize, rule, set_argument
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -183,13 +183,12 @@ def unbind(w: Walk, node: fx.Node, x: Value, dim: int = 0) -> list[Dims]:
 
 
 def _resize_slice(r: Resizer, node: fx.Node) -> None:
-    note = r.note(node)
-    if note is None:
+    if r.note(node) is None:
         return
-    before, dim, out = note
-    if r.changed(before) or r.changed(out):
-        start = r.size(before)
-        node.args = (node.args[0], dim, start, start + r.size(out))
+    dim, parts = r.note(node)
+    if any(map(r.changed, parts)):
+        start, length = r.size(parts[0]), r.size(parts[1])
+        node.args = (node.args[0], dim, start, start + length)
 
 
 @rule("aten.slice", zero="move", resize=_resize_slice)
@@ -201,8 +200,9 @@ def slice_(w: Walk, node: fx.Node, x: Value, dim: int = 0, start: Any = None, en
         return x.dims
     begin = min(max(normalize(start or 0, x.dims[d].size), 0), x.dims[d].size)
     if step == 1:
-        before, part, _ = _cut(w, node, x.dims[d], [begin, size, x.dims[d].size - begin - size])
-        w.notes[node] = (before, d, part)
+        parts = _cut(w, node, x.dims[d], [begin, size, x.dims[d].size - begin - size])
+        w.notes[node] = (d, parts)
+        part = parts[1]
     else:
         part = _strided(w, node, x.dims[d], size, step)
     return (*x.dims[:d], part, *x.dims[d + 1 :])
@@ -221,20 +221,19 @@ def _strided(w: Walk, node: fx.Node, term: Term, size: int, step: int) -> Term:
 def narrow(w: Walk, node: fx.Node, x: Value, dim: int, start: int, length: int) -> Dims:
     """x_d = before + y_d + after."""
     d = normalize(dim, x.ndim)
-    before, part, _ = _cut(w, node, x.dims[d], [start, length, x.dims[d].size - start - length])
-    w.notes[node] = (before, part)
-    return (*x.dims[:d], part, *x.dims[d + 1 :])
+    first = normalize(start, x.dims[d].size)
+    w.notes[node] = _cut(w, node, x.dims[d], [first, length, x.dims[d].size - first - length])
+    return (*x.dims[:d], w.notes[node][1], *x.dims[d + 1 :])
 
 
 def _resize_narrow(r: Resizer, node: fx.Node) -> None:
-    before, part = r.note(node)
-    if r.changed(before) or r.changed(part):
-        node.args = (*node.args[:2], r.size(before), r.size(part))
+    if any(map(r.changed, r.note(node))):
+        node.args = (*node.args[:2], *map(r.size, r.note(node)[:2]))
 
 
 def _resize_select(r: Resizer, node: fx.Node) -> None:
-    if r.changed(r.note(node)):
-        set_argument(node, 2, "index", r.size(r.note(node)))
+    if any(map(r.changed, r.note(node))):
+        set_argument(node, 2, "index", r.size(r.note(node)[0]))
 
 
 @rule("aten.select", zero="move", resize=_resize_select)
@@ -242,14 +241,23 @@ def select(w: Walk, node: fx.Node, x: Value, dim: int, index: int) -> Dims:
     """x_d = before + 1 + after; the result has the other dimensions."""
     d = normalize(dim, x.ndim)
     position = normalize(index, x.dims[d].size)
-    w.notes[node] = _cut(w, node, x.dims[d], [position, 1, x.dims[d].size - position - 1])[0]
+    w.notes[node] = _cut(w, node, x.dims[d], [position, 1, x.dims[d].size - position - 1])
     return (*x.dims[:d], *x.dims[d + 1 :])
 
 
-@rule("aten.pad", "aten.constant_pad_nd", zero="move")
+def _zero_of_padding(node: fx.Node, zero: Callable[[Any], set[Axis]], w: Walk) -> set[Axis]:
+    """Padding with another number than 0 leaves no zeros beside it; padding with the operand's values does."""
+    keeps = named_argument(node, "mode", "constant") != "constant" or not named_argument(node, "value")
+    return zero(node.args[0]) if keeps else set()
+
+
+@rule("aten.pad", "aten.constant_pad_nd", zero=_zero_of_padding)
 def pad(w: Walk, node: fx.Node, x: Value, pads: Sequence[int], *_: Any, **__: Any) -> Dims:
     """y_d = fresh + x_d + fresh, the padding cannot be cut; negative padding slices."""
     out = list(x.dims)
+    if named_argument(node, "mode", "constant") != "constant":
+        for d in out[x.ndim - len(pads) // 2 :]:
+            w.freeze(d, "padded with its own values", node)
     for i in range(len(pads) // 2):
         d, left, right = x.ndim - 1 - i, int(pads[2 * i]), int(pads[2 * i + 1])
         cut = [max(-left, 0), out[d].size - max(-left, 0) - max(-right, 0), max(-right, 0)]

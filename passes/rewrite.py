@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +42,7 @@ def rewrite_cut(analysis: Analysis, cut: Cut) -> Program:
         for name, tensor in program.state.items()
     }
     result = replace(program, graph=resizer.graph, state={**state, **resizer.constants})
-    propagate_shapes(result)
+    propagate_shapes(result, resizer.untouched())
     return result
 
 
@@ -71,6 +71,16 @@ class Resizer:
                 node.target = torch.ops.aten.reshape.default
         self.graph.graph.lint()
         self.graph.recompile()
+
+    def untouched(self) -> set[str]:
+        """Names of the calls that are as they were: same target, same arguments."""
+        return {n.name for n in self.graph.graph.nodes if n.name in self.original and self._same(n)}
+
+    def _same(self, node: fx.Node) -> bool:
+        original = self.original[node.name]
+        names = [fx.map_arg((n.args, n.kwargs), lambda source: source.name) for n in (node, original)]
+        viewed = node.target is torch.ops.aten.reshape.default and str(original.target) == "aten.view.default"
+        return names[0] == names[1] and (node.target == original.target or viewed)
 
     # ---- for rules ----
 
@@ -114,6 +124,11 @@ class Resizer:
             scaled = self.graph.graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
         node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
 
+    def index(self, before: fx.Node, positions: Sequence[int]) -> fx.Node:
+        """A constant index of ``positions``, for use in ``before``."""
+        with self.graph.graph.inserting_before(before):
+            return _index_of(self.graph.graph, positions)
+
     def epsilon(self, node: fx.Node) -> float:
         """The default epsilon of a norm: that of its input's dtype."""
         return torch.finfo(self.original[node.name].meta["val"].dtype).eps
@@ -129,15 +144,9 @@ class Resizer:
                     _put(node, path, self._select(node, source, d, term))
 
     def _select(self, before: fx.Node, source: fx.Node, dim: int, term: Term) -> fx.Node:
-        positions = self.cut.positions(resolve(term)).tolist()
-        graph = self.graph.graph
-        with graph.inserting_before(before):
-            index = (
-                graph.call_function(torch.ops.aten.scalar_tensor.default, (0,), {"dtype": torch.int64})
-                if not positions
-                else _index_of(graph, positions)
-            )
-            return graph.call_function(torch.ops.aten.index_select.default, (source, dim, index))
+        index = self.index(before, self.cut.positions(resolve(term)).tolist())
+        with self.graph.graph.inserting_before(before):
+            return self.graph.graph.call_function(torch.ops.aten.index_select.default, (source, dim, index))
 
 
 def _index_of(graph: fx.Graph, positions: Sequence[int]) -> fx.Node:
@@ -175,26 +184,51 @@ def _put(node: fx.Node, path: Path, new: fx.Node) -> None:
         node.update_arg(path[0], put(node.args[path[0]], path[1:]))
 
 
-def propagate_shapes(program: Program) -> None:
-    """Recompute every node's example value (``meta["val"]``) from the program's weights. Fails if sizes do not fit."""
+def propagate_shapes(program: Program, untouched: Collection[str] = ()) -> None:
+    """Recompute every node's example value (``meta["val"]``) from the program's weights. Fails if sizes do not fit.
+
+    Calls named in ``untouched`` are skipped where no value that they take has changed.
+    """
     placeholders = list(program.placeholders())
     modes = [n.meta["val"].fake_mode for n in placeholders if hasattr(n.meta.get("val"), "fake_mode")]
     mode: FakeTensorMode = modes[0]
     values: list[Any] = []
     weights = program.weights
+    unchanged: set[fx.Node] = set()
     for node in placeholders:
-        if node.name in weights:
-            tensor = program.state[weights[node.name]]
+        tensor = program.state[weights[node.name]] if node.name in weights else None
+        if tensor is None or tensor.shape == node.meta["val"].shape:
+            unchanged.add(node)
+        else:
             with mode:
                 node.meta["val"] = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
         values.append(node.meta["val"])
     with mode:
-        _ShapeInterpreter(program.graph).run(*values)
+        _ShapeInterpreter(program.graph, untouched, unchanged).run(*values)
 
 
 class _ShapeInterpreter(fx.Interpreter):
+    def __init__(self, graph: fx.GraphModule, untouched: Collection[str], unchanged: set[fx.Node]) -> None:
+        super().__init__(graph)
+        self.untouched, self.unchanged = untouched, unchanged
+
     def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_function":
+            return super().run_node(n)
+        if n.name in self.untouched and self.unchanged.issuperset(n.all_input_nodes):
+            self.unchanged.add(n)
+            return n.meta.get("val")
         result = super().run_node(n)
-        if n.op != "output":
-            n.meta["val"] = result
+        if _alike(result, n.meta.get("val")):
+            self.unchanged.add(n)
+        n.meta["val"] = result
         return result
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Two example values with which a call would do the same: tensors of one layout, equal numbers."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+    return type(a) is type(b) and not isinstance(a, torch.SymInt) and bool(a == b)

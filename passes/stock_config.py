@@ -223,6 +223,7 @@ class Stock:
         self._prober, self._space, self._shapes = prober, expressions, shapes
         self.refusals: dict[str, Refusal] = {}
         self.together: list[frozenset[str]] = []
+        self._failed: dict[str, Search | None] = {}
 
     @staticmethod
     def discover(
@@ -245,13 +246,10 @@ class Stock:
         """
         prober = Prober(type(model), model.config)
         stock = Stock(prober, Expressions(prober.fields, families, fixed), shapes)
-        stuck = {}
         for name in families:
-            search = stock._learn(frozenset((name,)))
-            if search is not None:
-                stuck[name] = search
-        for name, search in stuck.items():
-            stock._learn_together(name, search)
+            stock._learn(frozenset((name,)))
+        for name in list(stock.refusals):
+            stock._learn_together(name)
         if check is not None:
             stock._prove(check, tolerance)
         return stock
@@ -306,9 +304,14 @@ class Stock:
         """Every field's value at ``widths``, pins included."""
         families = self._space.families
         cut = {name for name, width in widths.items() if width != families[name]}
-        for name in cut:
-            if name in self.refusals and not any(name in group <= cut for group in self.together):
+        for name in sorted(cut):
+            groups = [group for group in self.together if name in group]
+            if name not in self.refusals or any(group <= cut for group in groups):
+                continue
+            if not groups:
                 return self.refusals[name]
+            others = " and ".join(sorted(groups[0] - cut))
+            return Refusal("shared", name, f"the config can only express it cut together with {others}")
         assignment: dict[Field, int] = dict(self._prober.pins)
         for f, alive in self._fields().items():
             values = {evaluate(e, widths, families) for e in alive}
@@ -318,10 +321,10 @@ class Stock:
             assignment[f] = values.pop()
         return {f: v for f, v in assignment.items() if v != f.value or f.implicit}
 
-    def _learn(self, group: frozenset[str]) -> Search | None:
-        """Cut the families of ``group`` (in proportion) to two trial widths; None if the class can express one.
+    def _learn(self, group: frozenset[str]) -> bool:
+        """Cut the families of ``group`` in proportion, to two trial widths; may the class express one of the cuts?
 
-        Otherwise the refusal is kept for a family on its own, and the search is returned for what it saw.
+        If so, its fields' expressions are narrowed; if not, the refusal of a family on its own is kept.
         """
         failed: tuple[Refusal, Search | None] | None = None
         learned = False
@@ -333,30 +336,27 @@ class Stock:
             else:
                 self._space.observe(widths, solution)
                 learned = True
-        if learned or failed is None:
-            return None
-        if len(group) == 1:
-            self.refusals[min(group)] = failed[0]
-        return failed[1]
+        if not learned and failed is not None and len(group) == 1:
+            self.refusals[min(group)], self._failed[min(group)] = failed
+        return learned
 
-    def _learn_together(self, name: str, search: Search) -> None:
-        """Add the families whose weights the same fields shape, until all can be cut in proportion, or none is new."""
-        group = frozenset((name,))
-        while not any(name in known for known in self.together):
-            reach = search.moved_by_dead_ends()
-            grown = group | {other for other in self._space.families if self._touches(other) & reach}
-            if grown == group:
-                return
-            failed = self._learn(grown)
-            if failed is None:
-                self.together.append(grown)
-                return
-            group, search = grown, failed
+    def _learn_together(self, name: str) -> None:
+        """Try ``name`` with each other refused family whose weights it shares or its fields shape; then with all."""
+        if any(name in group for group in self.together):
+            return
+        search = self._failed[name]
+        own, reach = self._touches(name), search.moved_by_dead_ends() if search is not None else frozenset()
+        weights = {weight for weight, _ in own}
+        touched = {other: self._touches(other) for other in self.refusals if other != name}
+        tied = {n for n, places in touched.items() if places & reach or weights & {weight for weight, _ in places}}
+        groups = [*({name, other} for other in sorted(tied)), {name, *(n for n in tied if touched[n] & reach)}]
+        found = next((g for g in map(frozenset, groups) if len(g) > 1 and self._learn(g)), None)
+        if found is not None:
+            self.together.append(found)
 
     def _touches(self, name: str) -> set[Place]:
-        old = self._space.families[name]
-        trial = next(iter(_trial_widths({name: old})), None)
-        return set(differences(self._prober.full.shapes, self._shapes(trial))) if trial else set()
+        trials = _trial_widths({name: self._space.families[name]})
+        return set(differences(self._prober.full.shapes, self._shapes(trials[0]))) if trials else set()
 
     def _prove(self, check: Check, tolerance: float) -> None:
         for name, old in self._space.families.items():

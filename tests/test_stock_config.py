@@ -367,7 +367,8 @@ def test_heads_and_hidden_together_imply_a_field_that_no_shape_shows() -> None:
     assert changed(stock.config({"heads": 3, "hidden": 36})) == {"n_embd": 36, "n_head": 3, "n_inner": 192}
     assert changed(spec.probe({"heads": 3, "hidden": 36})) == {"n_embd": 36, "n_head": 3, "n_inner": 192}
     assert refused(stock.accepts({"heads": 3, "hidden": 24})).kind == "shared"
-    assert refused(stock.accepts({"hidden": 36})).kind == "shape"
+    assert stock.refusals["heads"].kind == "shape"
+    assert "heads" in refused(stock.accepts({"hidden": 36})).reason
 
 
 def test_families_that_share_a_field_are_cut_together() -> None:
@@ -376,7 +377,9 @@ def test_families_that_share_a_field_are_cut_together() -> None:
     assert changed(stock.config({"encoder": 3, "decoder": 3, "cross": 3})) == {"num_heads": 3}
     refusal = refused(stock.accepts({"encoder": 3, "decoder": 2, "cross": 3}))
     assert (refusal.kind, refusal.where) == ("shared", "num_heads")
-    assert refused(stock.accepts({"encoder": 3})).kind == "shape"
+    alone = refused(stock.accepts({"encoder": 3}))
+    assert (alone.kind, alone.where) == ("shared", "encoder")
+    assert "cross and decoder" in alone.reason
 
 
 def test_value_size_has_no_field() -> None:

@@ -256,8 +256,8 @@ def pad(w: Walk, node: fx.Node, x: Value, pads: Sequence[int], *_: Any, **__: An
     """y_d = fresh + x_d + fresh, the padding cannot be cut; negative padding slices."""
     out = list(x.dims)
     if named_argument(node, "mode", "constant") != "constant":
-        for d in out[x.ndim - len(pads) // 2 :]:
-            w.freeze(d, "padded with its own values", node)
+        for term in out[x.ndim - len(pads) // 2 :]:
+            w.freeze(term, "padded with its own values", node)
     for i in range(len(pads) // 2):
         d, left, right = x.ndim - 1 - i, int(pads[2 * i]), int(pads[2 * i + 1])
         cut = [max(-left, 0), out[d].size - max(-left, 0) - max(-right, 0), max(-right, 0)]

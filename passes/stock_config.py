@@ -160,7 +160,7 @@ def _finish(
     if isinstance(built, Refusal):
         return built
     if built.refused is not None and not shapes_only:
-        return built.refused
+        return replace(built.refused, config=_with_scalars(built.config, scalars))
     if wrong := differences(built.shapes, target):
         name = wrong[0][0]
         return Refusal("shape", name, f"it would be {built.shapes[name]}, but the cut leaves {tuple(target[name])}")

@@ -21,7 +21,7 @@ from passes.trace import export_program
 BATCH, SEQUENCE, PAST = 2, 11, 23
 """Example sizes: distinct, and neither they nor PAST + SEQUENCE = 34 are likely to be a size in a config."""
 
-ONLY = "only models in which every layer caches its keys and values can be exported with a KV cache"
+ONLY = "a decoder can be traced only if every layer caches its keys and values"
 
 Logits = Literal["all", "last"]
 
@@ -88,7 +88,7 @@ def trace_decoder(model: PreTrainedModel, *, logits: Logits = "all") -> Program:
     """Trace one decoding step of ``model``, with batch, sequence and past length symbolic.
 
     The program's inputs and outputs are those of :class:`DecoderStep`; the past may be empty (prefill).
-    Number of layers, heads and head sizes are read off the cache that a forward on fake tensors fills.
+    Number of layers, heads and head sizes are read off the cache that the model's plain forward fills.
 
     Args:
         model: a causal language model of transformers whose cache holds attention keys and values. Weights
@@ -107,35 +107,51 @@ def trace_decoder(model: PreTrainedModel, *, logits: Logits = "all") -> Program:
     return export_program(DecoderStep(model, logits), inputs, dynamic={"inputs": dynamic})
 
 
+class FilledCache(nn.Module):
+    """Calls a causal language model on token ids and returns the keys and values that it caches, flat."""
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        super().__init__()
+        self.module = module
+        self.train(module.training)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        output = self.module(input_ids=input_ids, use_cache=True)
+        cache = output.get("cache", output.get("past_key_values"))
+        if not isinstance(cache, DynamicCache):
+            raise MptkError(f"{type(self.module).__name__} returns no key-value cache; {ONLY}")
+        return tuple(tensor for index, layer in enumerate(cache.layers) for tensor in _keys_values(index, layer))
+
+
+def _keys_values(index: int, layer: Any) -> tuple[Tensor, Tensor]:
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None or layer.values is None:
+        raise MptkError(f"layer {index} caches more or less than keys and values; {ONLY}")
+    return layer.keys, layer.values
+
+
 def cache_shapes(model: PreTrainedModel) -> list[CacheLayerShape]:
-    """The cache layers of ``model`` in order, found by a forward pass on fake tensors (nothing is computed).
+    """The cache layers of ``model`` in order, found by a plain forward on fake tensors (nothing is computed).
 
     Raises MptkError where :func:`trace_decoder` does.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        named = [*model.named_parameters(), *model.named_buffers()]
-        weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in named}
-        input_ids = torch.ones(BATCH, SEQUENCE, dtype=torch.long)
-        output = torch.func.functional_call(model, weights, (input_ids,), {"use_cache": True})
-    cache = output.get("cache", output.get("past_key_values"))
-    if not isinstance(cache, DynamicCache):
-        raise MptkError(
-            f"cannot trace the decoder: {type(model).__name__} returns no key-value cache; {ONLY}"
-        )
-    return [_layer_shape(index, layer) for index, layer in enumerate(cache.layers)]
+    tensors = _fake_cache(FilledCache(model))
+    return [
+        CacheLayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype)
+        for key, value in zip(tensors[::2], tensors[1::2], strict=True)
+    ]
 
 
-def _layer_shape(index: int, layer: Any) -> CacheLayerShape:
-    if (
-        type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
-        or layer.keys is None
-        or layer.values is None
-    ):
-        raise MptkError(
-            f"cannot trace the decoder: layer {index} caches more or less than keys and values; {ONLY}"
-        )
-    keys, values = layer.keys, layer.values
-    return CacheLayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+def _fake_cache(filled: FilledCache) -> tuple[Tensor, ...]:
+    input_ids = torch.ones(BATCH, SEQUENCE, dtype=torch.long)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            named = [*filled.named_parameters(), *filled.named_buffers()]
+            weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in named}
+            cache: tuple[Tensor, ...] = torch.func.functional_call(filled, weights, (input_ids.clone(),))
+    except RuntimeError:  # a kernel without a fake version; in an export, which takes longer, models avoid those
+        outputs: Any = export_program(filled, (input_ids,)).graph.graph.output_node().args[0]
+        cache = tuple(node.meta["val"] for node in outputs)
+    return cache
 
 
 def _example_inputs(shapes: list[CacheLayerShape]) -> tuple[Tensor, ...]:

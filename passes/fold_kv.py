@@ -1,0 +1,214 @@
+"""fold_kv: the KV cache of an ONNX decoder moves into the Attention operator, which is made for it.
+
+An exported decoder concatenates each layer's past and new keys and values, repeats them for every query head that
+shares them, and attends. ONNX ``Attention`` (opset 23) takes the past as inputs, returns the present as outputs, and
+knows grouped heads itself, so nothing is repeated in memory. For every Attention node:
+
+1. ``K = repeat(Concat(past, new))`` (the repeat is optional), and V alike, with ``past`` a graph input: the node takes
+   ``new`` and ``past``, and its present outputs replace the concatenations, the graph's outputs among them.
+2. If then query, new key, new value are ``Transpose(Reshape(x))``, with or without rotary embedding, and the result
+   goes through ``Reshape(Transpose(y))``, both operators work on the projections' own layout [batch, sequence, heads ×
+   dim], and the transposes and reshapes go.
+
+A node that does not have the form is left as it is. Standard operators only: any padding stays right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+HEADS_TO_FRONT = (0, 2, 1, 3)
+
+
+class FoldKVPass(ir.passes.InPlacePass):
+    """Requires shapes of the values around each Attention node; leaves unused nodes behind."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in list(model.graph):
+            if node.op_type == "Attention" and node.domain == "":
+                folded = _fold_past(model.graph, node)
+                flattened = _fold_layout(model.graph, folded)
+                modified |= folded is not node or flattened
+        return ir.passes.PassResult(model, modified)
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """A key or value operand: ``repeat(present)``, with ``present = Concat(past, new)``."""
+
+    past: ir.Value
+    new: ir.Value
+    present: ir.Value
+
+
+def _fold_past(graph: ir.Graph, node: ir.Node) -> ir.Node:
+    """Case 1. Returns the new Attention node, or ``node`` itself if it does not have the form."""
+    query, key, value, mask = (*node.inputs, None)[:4]
+    has_past = len(node.inputs) > 4 and node.inputs[4] is not None
+    if has_past or len(node.outputs[0].shape or ()) != 4 or _int_attribute(node, "is_causal"):
+        return node
+    keys, values = _cached(key), _cached(value)
+    if keys is None or values is None or _size(keys.new, 1) != _size(values.new, 1):
+        return node
+    folded = ir.node(
+        "Attention",
+        inputs=[query, keys.new, values.new, mask, keys.past, values.past],
+        attributes=node.attributes,
+        num_outputs=3,
+        name=node.name,
+    )
+    graph.insert_before(node, folded)
+    for old, new in zip((node.outputs[0], keys.present, values.present), folded.outputs, strict=True):
+        _replace(graph, old, new)
+    graph.remove(node, safe=True)
+    return folded
+
+
+def _cached(operand: ir.Value | None) -> _Cached | None:
+    if operand is None:
+        return None
+    present = _unrepeated(operand)
+    concat = _producer(present, "Concat")
+    if concat is None or len(concat.inputs) != 2 or _int_attribute(concat, "axis") not in (2, -2):
+        return None
+    past, new = concat.inputs
+    if past is None or new is None or not past.is_graph_input():
+        return None
+    return _Cached(past, new, present)
+
+
+def _unrepeated(value: ir.Value) -> ir.Value:
+    """``x`` if ``value`` is ``Reshape(Expand(Unsqueeze(x, 2)))``: each head of x repeated in place. Else ``value``."""
+    reshape = _producer(value, "Reshape")
+    expand = reshape and _producer(reshape.inputs[0], "Expand")
+    unsqueeze = expand and _producer(expand.inputs[0], "Unsqueeze")
+    if reshape is None or expand is None or unsqueeze is None:
+        return value
+    source, axes = unsqueeze.inputs[:2]
+    expanded = expand.outputs[0].shape
+    if source is None or axes is None or axes.const_value is None or expanded is None or len(expanded) != 5:
+        return value
+    batch, heads, repeat, tokens, size = expanded
+    is_repeat = (
+        axes.const_value.numpy().tolist() == [2]
+        and source.shape == ir.Shape([batch, heads, tokens, size])
+        and isinstance(heads, int)
+        and isinstance(repeat, int)
+        and value.shape == ir.Shape([batch, heads * repeat, tokens, size])
+    )
+    return source if is_repeat else value
+
+
+def _fold_layout(graph: ir.Graph, node: ir.Node) -> bool:
+    """Case 2. Returns whether the node had the form."""
+    if len(node.inputs) < 6:
+        return False
+    operands = [_flat(operand) for operand in node.inputs[:3]]
+    merged = _merged(node.outputs[0])
+    query_heads, key_heads = _size(node.inputs[0], 1), _size(node.inputs[1], 1)
+    if any(flat is None for flat in operands) or merged is None or query_heads is None or key_heads is None:
+        return False
+    attributes = [ir.AttrInt64("q_num_heads", query_heads), ir.AttrInt64("kv_num_heads", key_heads)]
+    inputs = [flat.build(graph, node) for flat in operands if flat is not None]
+    folded = ir.node(
+        "Attention",
+        inputs=[*inputs, *node.inputs[3:]],
+        attributes={**node.attributes, **{attribute.name: attribute for attribute in attributes}},
+        num_outputs=3,
+        name=node.name,
+    )
+    graph.insert_before(node, folded)
+    folded.outputs[0].shape, folded.outputs[0].type = merged.shape, merged.type
+    _replace(graph, merged, folded.outputs[0])
+    for old, new in zip(node.outputs[1:], folded.outputs[1:], strict=True):
+        _replace(graph, old, new)
+    return True
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """A 4-D operand that comes from ``flat`` [batch, sequence, heads × dim], by way of ``rotary`` or directly."""
+
+    flat: ir.Value
+    rotary: ir.Node | None
+
+    def build(self, graph: ir.Graph, before: ir.Node) -> ir.Value:
+        if self.rotary is None:
+            return self.flat
+        node = ir.node(
+            "RotaryEmbedding",
+            inputs=[self.flat, *self.rotary.inputs[1:]],
+            attributes=self.rotary.attributes,
+            name=self.rotary.name,
+        )
+        graph.insert_before(before, node)
+        node.outputs[0].shape, node.outputs[0].type = self.flat.shape, self.flat.type
+        return node.outputs[0]
+
+
+def _flat(operand: ir.Value | None) -> _Flat | None:
+    rotary = _producer(operand, "RotaryEmbedding")
+    if rotary is not None and _int_attribute(rotary, "num_heads") != _size(operand, 1):
+        return None
+    transpose = _producer(rotary.inputs[0] if rotary is not None else operand, "Transpose")
+    reshape = transpose and _producer(transpose.inputs[0], "Reshape")
+    if transpose is None or reshape is None or _permutation(transpose) != HEADS_TO_FRONT:
+        return None
+    flat, split = reshape.inputs[0], reshape.outputs[0]
+    return _Flat(flat, rotary) if flat is not None and _merges(flat, split) else None
+
+
+def _merged(value: ir.Value) -> ir.Value | None:
+    """The only use of ``value`` [batch, heads, sequence, dim], if it is ``Reshape(Transpose(value))``, heads merged."""
+    transpose = _only_user(value, "Transpose")
+    reshape = transpose and _only_user(transpose.outputs[0], "Reshape")
+    if transpose is None or reshape is None or _permutation(transpose) != HEADS_TO_FRONT:
+        return None
+    return reshape.outputs[0] if _merges(reshape.outputs[0], transpose.outputs[0]) else None
+
+
+def _merges(flat: ir.Value, split: ir.Value) -> bool:
+    """Whether shapes are [batch, sequence, heads × dim] and [batch, sequence, heads, dim]."""
+    if flat.shape is None or split.shape is None or len(flat.shape) != 3 or len(split.shape) != 4:
+        return False
+    batch, sequence, heads, size = split.shape
+    return isinstance(heads, int) and isinstance(size, int) and flat.shape == ir.Shape([batch, sequence, heads * size])
+
+
+def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """Let ``new`` be used for ``old`` everywhere, the graph's outputs included."""
+    new.shape, new.type = new.shape or old.shape, new.type or old.type
+    for user, index in tuple(old.uses()):
+        user.replace_input_with(index, new)
+    for index, output in enumerate(graph.outputs):
+        if output is old:
+            graph.outputs[index] = new
+            new.name, old.name = old.name, None
+
+
+def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.domain == "" and node.op_type == op_type else None
+
+
+def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
+    users = [user for user, _ in value.uses()]
+    return users[0] if len(users) == 1 and users[0].op_type == op_type and not value.is_graph_output() else None
+
+
+def _permutation(transpose: ir.Node) -> tuple[int, ...]:
+    attribute = transpose.attributes.get("perm")
+    return tuple(attribute.as_ints()) if attribute is not None else ()
+
+
+def _int_attribute(node: ir.Node, name: str) -> int | None:
+    attribute = node.attributes.get(name)
+    return attribute.as_int() if attribute is not None else None
+
+
+def _size(value: ir.Value | None, dimension: int) -> int | None:
+    size = value.shape[dimension] if value is not None and value.shape is not None else None
+    return size if isinstance(size, int) else None

@@ -1,0 +1,130 @@
+"""lower_onnx: a Program → an ExportedProgram that torch.onnx.export translates op by op, without decomposing it.
+
+torch.onnx.export first runs ``ExportedProgram.run_decompositions``, which retraces the graph twice on symbolic shapes:
+nine tenths of its time. The exporter knows nearly every op of the pre-dispatch graph as it is (linear, silu and
+scaled_dot_product_attention even better than their parts), so a few local replacements are enough instead:
+
+1. assertions are dropped;
+2. a call that returns its input (same shape, same dtype) is replaced by the input;
+3. a change of dtype becomes ``_to_copy``;
+4. operators under another name get the name that the exporter knows;
+5. an op that writes to a fresh tensor which nobody else reads (``x = linear(...); x += y``) becomes the op without
+   the write. A graph with any other write is left to torch's own decomposition, which makes it functional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from mptk.program import Program
+
+aten = torch.ops.aten
+ASSERTIONS = {
+    aten._assert_async.default,
+    aten._assert_async.msg,
+    aten._assert_scalar.default,
+    aten._assert_tensor_metadata.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+}
+RETURN_THEIR_INPUT = {
+    aten.alias,
+    aten.clone,
+    aten.contiguous,
+    aten.detach,
+    aten.expand,
+    aten.lift_fresh_copy,
+    aten.reshape,
+    aten.slice,
+    aten.to,
+    aten.view,
+}
+"""Ops whose output is their input if it has the same shape and dtype."""
+
+RENAMED: dict[Any, Callable[..., Any]] = {
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+}
+
+
+class _Lowered(ExportedProgram):
+    """Already in the exporter's terms: there is nothing left to decompose."""
+
+    def run_decompositions(self, *_: Any, **__: Any) -> ExportedProgram:
+        return self
+
+
+def lower_onnx(program: Program) -> ExportedProgram:
+    """The program for ``torch.onnx.export``, lowered as the module's docstring says. ``program`` is not changed."""
+    module = program.copy_graph()
+    nodes = [node for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    if not all(_functional(node) for node in nodes):
+        return program.to_exported()
+    for node in nodes:
+        _lower(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    exported = replace(program, graph=module).to_exported()
+    return _Lowered(
+        root=exported.graph_module,
+        graph=exported.graph,
+        graph_signature=exported.graph_signature,
+        state_dict=exported.state_dict,
+        range_constraints=exported.range_constraints,
+        module_call_graph=exported.module_call_graph,
+        example_inputs=exported.example_inputs,
+        constants=exported.constants,
+        verifiers=list(exported.verifiers),
+    )
+
+
+def _functional(node: fx.Node) -> bool:
+    """Whether ``node`` writes to no input, or could be changed into its twin that does not (case 5)."""
+    overload: torch._ops.OpOverload = node.target  # type: ignore[assignment]
+    if not overload._schema.is_mutable:
+        return True
+    written, name = node.args[0], overload.overloadpacket.__name__
+    twin = getattr(getattr(aten, name.removesuffix("_"), None), overload._overloadname, None)
+    fresh = isinstance(written, fx.Node) and written.op == "call_function" and set(written.users) == {node}
+    if twin is None or not fresh or not name.endswith("_") or _is_view(written):
+        return False
+    node.target = twin
+    return True
+
+
+def _is_view(node: Any) -> bool:
+    """Whether the node's output shares memory with an input, which others may read."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(result.alias_info is not None for result in schema.returns)
+
+
+def _lower(node: fx.Node) -> None:
+    packet = node.target.overloadpacket  # type: ignore[union-attr]
+    source = node.args[0] if node.args else None
+    if node.target in ASSERTIONS:
+        node.graph.erase_node(node)
+    elif node.target in RENAMED:
+        node.target = RENAMED[node.target]
+    elif packet is aten.numpy_T:
+        node.target, dimensions = aten.permute.default, node.meta["val"].ndim
+        node.args = (source, list(reversed(range(dimensions))))
+    elif packet in RETURN_THEIR_INPUT and isinstance(source, fx.Node):
+        if _type(source) == _type(node):
+            node.replace_all_uses_with(source)
+            node.graph.erase_node(node)
+        elif packet is aten.to:
+            node.target = aten._to_copy.default
+            node.args, node.kwargs = (source,), {"dtype": node.meta["val"].dtype}
+
+
+def _type(node: fx.Node) -> tuple[torch.dtype, list[Any]]:
+    """Dtype and shape; symbolic sizes as expressions, so that comparing them adds no guard."""
+    value: Tensor = node.meta["val"]
+    return value.dtype, [size if isinstance(size, int) else size.node.expr for size in value.shape]

@@ -22,7 +22,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES
 
-VOCAB, POSITIONS, WINDOW, FIRST_PLAIN_TOKEN, IMAGE, STAGED_IMAGE = 131, 64, 4, 20, 32, 64
+VOCAB, POSITIONS, WINDOW, FIRST_PLAIN_TOKEN = 131, 64, 4, 20
+IMAGE, STAGED_IMAGE, IMAGE_TOKENS = 32, 64, 4
 POOLS: dict[str, tuple[int, ...]] = {
     "hidden": (96, 72, 120, 144, 168, 48, 192),
     "ffn": (112, 40, 56, 88, 104, 136, 80, 64, 152),
@@ -46,12 +47,14 @@ CAPS = {
     "patch": 8,
     "vocab": VOCAB,
     "codebook": 32,
+    "image_tokens": IMAGE_TOKENS,
 }
 # Words of field names, tried in this order; the first that matches gives the role.
 ROLES: tuple[tuple[str, str], ...] = (
     ("keep", r"dropout|pdrop|_prob$|initializer|dtype|ignore_index|chunk_size_feed|sampling|_tp$|seed|alpha|beta"),
     ("keep", r"kernel|stride|conv1d_width|d_conv|expan|mult|ratio|dilation|padding|hop_length|time_step|type_vocab"),
-    ("keep", r"(^|_)(num|in|out|audio)_channels$|^channels$"),
+    ("keep", r"^(num|in|out|audio)_channels$|^channels$"),
+    ("image_tokens", r"tokens_per_image|image_seq_length"),
     ("token", r"_token_ids?$|_token_index$|^(unk|mask|pad|eos|bos)_index$"),
     ("codebook", r"codebook_size"),
     ("vocab", r"vocab"),
@@ -60,23 +63,25 @@ ROLES: tuple[tuple[str, str], ...] = (
     ("rotary", r"^rotary_dim$"),
     ("head_dim", r"head_?dim$|^d_kv$|dim_head|d_head$|head_size$|kv_channels"),
     ("groups", r"^n_group$|num_expert_group$"),
-    ("ssm_groups", r"n_?groups$"),
+    ("ssm_groups", r"(n_?|num_)groups$"),
     ("topk_group", r"topk_group"),
     ("top_k", r"experts_per_tok|top_?k(_experts)?$|moe_k$"),
     ("shared", r"shared_experts$"),
     ("experts", r"experts$|expert_num$"),
     ("first", r"first_k|num_dense_layers|start_index|kv_shared_layers|max_window_layers|offset"),
     ("period", r"interval|period|every_n|sparse_step|pattern$|layer_group_size|frequency"),
-    ("layers", r"(^|_)layers?$|^depths?$|num_blocks$|block_repeats$"),
+    ("layers", r"(^|_)layers?$|^depths?$|(num|attn)_blocks$|block_repeats$|per_block$"),
     ("positions", r"position|max_seq|n_ctx|max_length|context_length|max_len|max_pos_emb"),
     ("window", r"window|chunk_size|chunk_length|local_attention|index_topk|extent"),
     ("rank", r"rank"),
     ("image", r"image_size"),
     ("patch", r"patch_size$"),
-    ("hidden", r"^(hidden_size|d_model|n_embd|emb_dim|dim|hidden_sizes|embed_dim|embed_dims)$"),
+    ("hidden", r"^(hidden_size|d_model|n_embd|emb_dim|dim|hidden_sizes|embed_dim|embed_dims|d_latents)$"),
     ("ffn", r"intermediate|ffn|feed_forward|d_ff$|dff$|n_inner|mlp_dim|d_inner|ff_dim"),
-    ("width", r"size|dim|width|filters|d_state|d_ssm|hidden|channels"),
+    ("width", r"size|dim|width|filters|d_state|d_ssm|hidden|channels|latents"),
 )
+# Factors on all widths or depths of a convolutional network.
+MULTIPLIER, LEAST_MULTIPLIER = "coefficient|depth_multiplier", 0.25
 # Sizes that a model may need although its configuration class defaults them to None.
 FILLED = ("experts", "top_k", "head_dim", "ffn", "shared", "kv_heads")
 # Values for fields of other types, by field name: the smallest network timm has, and a language of the default list.
@@ -87,6 +92,8 @@ NAMED_FILLED = {"clip_qkv": 4.0}
 MODEL_HINTS: dict[str, dict[str, Any]] = {
     # LSH attention hashes with fresh random rotations at each call: the output is no function of the input.
     "reformer": {"attn_layers": ["local", "local"]},
+    # Read from the config with a default beyond a toy vocabulary, but no field of its class.
+    "shieldgemma2": {"yes_token_index": 21, "no_token_index": 22},
     # The indexer of the other layer type loops over nonzero() for every token, which torch.export refuses.
     "qwen4_exp_text": {"layer_types": ["linear_attention", "linear_attention"], "num_hidden_layers": 2},
 }
@@ -134,6 +141,10 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_ints(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_int, value))
+
+
 class _Shrinker:
     """One (sub-)config; `sizes[role][default value]` = toy size is shared by all of the tree."""
 
@@ -150,10 +161,22 @@ class _Shrinker:
         }
         self.rows = self._rows()
         self.hidden = next((v for n, v in self.values.items() if role(n) == "hidden" and _is_int(v)), None)
-        self.staged = any(
-            isinstance(v, list | tuple) and v and _is_int(v[0]) and role(n) in ("layers", "heads", "hidden")
-            for n, v in self.values.items()
-        )
+        lists = {n: [v for v in vs if v > 4] for n, vs in self.values.items() if _is_ints(vs) and len(vs) > 2}
+        self.staged = any(role(n) in ("layers", "heads", "hidden", "width") for n in lists)
+        self.scale = self._scale([(n, vs) for n, vs in lists.items() if vs])
+        self.multiplier = next((v for n, v in self.values.items() if re.search(MULTIPLIER, n)), None)
+
+    def _scale(self, lists: list[tuple[str, list[int]]]) -> int:
+        """The power of two that the widths of a hierarchical network shrink by; their heads still divide them."""
+        widths = [v for n, vs in lists if role(n) == "hidden" for v in vs]
+        heads = [max(v) if _is_ints(v) else v for n, v in self.values.items() if role(n) == "heads"]
+        least = 16 if widths or heads else 4
+        widths = widths or [v for n, vs in lists if role(n) in ("width", "ffn") for v in vs] or [self.hidden or 0]
+        for scale in (64, 32, 16, 8, 4, 2):
+            split = [h for h in heads if _is_int(h) and max(widths) % h == 0]
+            if min(widths) >= least * scale and all(max(widths) // scale % h == 0 for h in split):
+                return scale
+        return 1
 
     def config(self) -> PreTrainedConfig:
         """The shrunken copy of the default."""
@@ -214,8 +237,8 @@ class _Shrinker:
             return [[kinds, 1] for kinds, _ in value]
         if isinstance(value, list | tuple):
             return None if derived else self._list(kind, value)
-        if isinstance(value, float) and re.search("coefficient|depth_multiplier", name):
-            return min(value, 0.25)
+        if isinstance(value, float) and re.search(MULTIPLIER, name):
+            return min(value, LEAST_MULTIPLIER)
         if name == "rope_parameters" and value == {} and self.recipe.filled:
             return {k: {"rope_type": "default", "rope_theta": 10000.0} for k in self.values.get("layer_types") or ()}
         if not _is_int(value) or (derived and (kind not in ("kv_heads", "token") or self._mha(kind))):
@@ -244,15 +267,23 @@ class _Shrinker:
 
     def _list(self, kind: str, value: Any) -> Any:
         """Sizes of the stages of a hierarchical network, or parts of a width."""
-        if not value or not all(map(_is_int, value)):
+        if not _is_ints(value):
             return None
+        if kind == "image":
+            return [min(v, STAGED_IMAGE) for v in value]
         if kind == "layers":
-            return [min(v, 2) for v in value]
+            return [min(v, 3 if self.recipe.twice else 2) for v in value]
         if kind not in ("hidden", "width", "ffn"):
             return None
         if sum(value) == self.hidden:
             return [v * self.sizes["hidden"][self.hidden] // self.hidden for v in value]
-        return [v // _scale(min(value)) for v in value]
+        return [self._scaled(v) for v in value]
+
+    def _scaled(self, value: int) -> int:
+        """A width of a hierarchical network."""
+        if self.multiplier:
+            return int(value * LEAST_MULTIPLIER / self.multiplier)
+        return value if value <= 4 else max(8, value // self.scale)
 
     def _item(self, name: str, value: Any) -> Any:
         """The toy value of one integer in the role that `name` tells."""
@@ -261,6 +292,10 @@ class _Shrinker:
         kind = role(name)
         if kind == "image":
             return min(value, STAGED_IMAGE if self.staged else IMAGE)
+        if kind == "patch" and self.staged:
+            return value
+        if kind == "window" and self.staged:
+            return 2
         if kind in CAPS:
             return min(value, CAPS[kind])
         if kind == "layers":
@@ -274,7 +309,7 @@ class _Shrinker:
             taken = self.sizes.setdefault("token", {})
             return value if value < FIRST_PLAIN_TOKEN else taken.setdefault(value, VOCAB - 1 - len(taken))
         if self.staged and kind in ("hidden", "width"):
-            return value // _scale(value)
+            return self._scaled(value)
         if kind == "head_dim" and self.recipe.tied and self.hidden:
             return self.sizes["hidden"][self.hidden] // POOLS["heads"][self.recipe.wide]
         return self._pooled("heads" if self._mha(kind) else kind, value) if kind in POOLS else value
@@ -318,11 +353,6 @@ class _Shrinker:
                     out[heads] = factor * out[width] // out[size]
                     break
         return out
-
-
-def _scale(value: int) -> int:
-    """The power of two by which a width of a hierarchical network shrinks: to 16 or a little more."""
-    return 1 << max(0, (value // 16).bit_length() - 1)
 
 
 def _stem(name: str) -> frozenset[str]:

@@ -12,8 +12,8 @@ import multiprocessing
 import resource
 import time
 import typing
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from benchmarks.tiny_config import FIRST_PLAIN_TOKEN, VOCAB, Recipe, recipes, tiny_config
+from benchmarks.tiny_config import FIRST_PLAIN_TOKEN, IMAGE, IMAGE_TOKENS, VOCAB, Recipe, recipes, tiny_config
 
 MAPPINGS: dict[str, dict[str, Any]] = {
     "causal-lm": dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -33,7 +33,7 @@ MAPPINGS: dict[str, dict[str, Any]] = {
     "seq2seq": dict(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
     "image-classification": dict(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
 }
-BATCH, SEQ, TARGET_SEQ = 2, 7, 5
+BATCH, SEQ, TARGET_SEQ, LABELS = 2, 7, 5, 13
 MAX_PARAMETERS = 4_000_000
 TIME_LIMIT_S, MEMORY_LIMIT_BYTES = 120, 4 << 30
 
@@ -111,6 +111,8 @@ def _config(mapping: str, model_type: str, model_class: Any, recipe: Recipe) -> 
         raise CannotBuild("config", _line(error)) from error
     config = _config_for(model_class, config)
     config.use_cache = False
+    if mapping == "image-classification":
+        config.num_labels = LABELS
     if hasattr(config, "is_decoder") and mapping == "causal-lm":
         config.is_decoder = True
     return config
@@ -217,25 +219,40 @@ def example_inputs(mapping: str, model: nn.Module, seed: int) -> dict[str, torch
     generator = torch.Generator().manual_seed(seed + 1)
     accepted = inspect.signature(model.forward).parameters
     config: Any = model.config
-    if mapping == "image-classification":
-        size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", 32)
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        channels = getattr(config, "num_channels", 3)
-        return {"pixel_values": torch.randn(BATCH, channels, height, width, generator=generator)}
-
     rows = BATCH * getattr(config, "num_codebooks", 1)
     vocab = min(VOCAB - 30, getattr(config.get_text_config(), "vocab_size", VOCAB))
 
     def tokens(length: int) -> torch.Tensor:
         return torch.randint(FIRST_PLAIN_TOKEN, vocab, (rows, length), generator=generator)
 
-    inputs = {"input_ids": tokens(SEQ)}
+    inputs = {"input_ids": tokens(SEQ)} if "input_ids" in accepted else {}
     if mapping == "seq2seq" and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = tokens(TARGET_SEQ)
     base = getattr(model, "base_model", model)
-    if "patch_lengths" in inspect.signature(base.forward).parameters:  # else the bytes are grouped by their entropies, and sizes depend on data
+    if "patch_lengths" in inspect.signature(base.forward).parameters:
+        # Without it the bytes are grouped by their entropies, and sizes depend on data.
         inputs["patch_lengths"] = torch.tensor([[1, 3, SEQ - 3]] * BATCH)
+    if "spatial_shapes" in accepted:
+        inputs |= _patches(config.vision_config, generator)
+    elif mapping == "image-classification" and "pixel_values" in accepted:
+        vision = getattr(config, "vision_config", config)
+        size = getattr(vision, "image_size", IMAGE)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        channels = getattr(vision, "num_channels", 3)
+        inputs["pixel_values"] = torch.randn(BATCH, channels, height, width, generator=generator)
+        if "input_ids" in inputs:
+            inputs["input_ids"][:, :IMAGE_TOKENS] = config.image_token_index
     return inputs
+
+
+def _patches(vision: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Images of 3 x 4 and 4 x 3 patches, for models that take patches and the shape of each image."""
+    width = vision.num_channels * vision.patch_size**2
+    return {
+        "pixel_values": torch.randn(BATCH, 12, width, generator=generator),
+        "pixel_attention_mask": torch.ones(BATCH, 12, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[3, 4], [4, 3]]),
+    }
 
 
 def _line(error: BaseException) -> str:
@@ -265,31 +282,41 @@ def check(mapping: str, model_type: str) -> dict[str, Any]:
     return row
 
 
+def sweep(pairs: list[tuple[str, str]], jobs: int) -> Iterator[dict[str, Any]]:
+    """`check` of each (mapping, type) in a process of its own, at most `jobs` at once; rows as they finish."""
+    context = multiprocessing.get_context("fork")  # the children find torch and transformers imported
+    waiting, running = list(reversed(pairs)), dict[Connection, tuple[Any, float, tuple[str, str]]]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(theirs, *waiting[-1]))
+            process.start()
+            theirs.close()
+            running[ours] = (process, time.monotonic() + TIME_LIMIT_S, waiting.pop())
+        first_deadline = min(deadline for _, deadline, _ in running.values())
+        ready = wait(list(running), timeout=max(0.0, first_deadline - time.monotonic()))
+        for pipe, (process, deadline, pair) in list(running.items()):
+            if pipe in ready or time.monotonic() >= deadline:
+                yield _result(pipe, process, pair, pipe in ready)
+                del running[pipe]
+
+
 def _child(pipe: Connection, mapping: str, model_type: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     torch.set_num_threads(1)
     pipe.send(check(mapping, model_type))
 
 
-def _limited(mapping: str, model_type: str) -> dict[str, Any]:
-    """`check` in a process of its own, forked from a server that has imported torch already."""
-    row = {"mapping": mapping, "type": model_type, "stage": "none"}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.tiny_models"])
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, mapping, model_type))
-    process.start()
-    theirs.close()
+def _result(pipe: Connection, process: Any, pair: tuple[str, str], ready: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"mapping": pair[0], "type": pair[1], "stage": "none"}
     try:
-        if not ours.poll(TIME_LIMIT_S):
-            return {**row, "reason": f"ran past {TIME_LIMIT_S} s"}
-        return dict(ours.recv())
+        row |= pipe.recv() if ready else {"reason": f"ran past {TIME_LIMIT_S} s"}
     except EOFError:
         process.join()
-        return {**row, "reason": f"the process died with exit code {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
+        row["reason"] = f"the process died with exit code {process.exitcode}"
+    process.kill()
+    process.join()
+    return row
 
 
 def main(
@@ -302,11 +329,10 @@ def main(
     wanted = [m for m in MAPPINGS if mapping in ("", m)]
     pairs = [(m, t) for m in wanted for t in MAPPINGS[m] if not types or t in types.split(",")]
     rows = []
-    with ThreadPoolExecutor(jobs) as pool:
-        for row in pool.map(lambda pair: _limited(*pair), pairs):
-            rows.append(row)
-            seconds = f"{row.get('build_s', '-'):>6} {row.get('export_s', '-'):>6} {row.get('parameters', '-'):>8}"
-            print(f"{row['mapping']:21} {row['type']:28} {row['stage']:8} {seconds}  {row['reason'][:300]}", flush=True)
+    for row in sweep(pairs, jobs):
+        rows.append(row)
+        seconds = f"{row.get('build_s', '-'):>6} {row.get('export_s', '-'):>6} {row.get('parameters', '-'):>8}"
+        print(f"{row['mapping']:21} {row['type']:28} {row['stage']:8} {seconds}  {row['reason'][:300]}", flush=True)
     for m in wanted:
         reached = [r["stage"] for r in rows if r["mapping"] == m]
         print(f"{m}: {reached.count('export')} of {len(reached)} export")

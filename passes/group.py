@@ -12,6 +12,7 @@ from mptk.families import Analysis, Blocked, Family, Group, Member
 from mptk.program import Program
 from passes.exactness import find_spoilers
 from passes.propagate import Walk, propagate
+from passes.reach import live_axes
 
 Members = dict[Axis, list[tuple[str, int]]]
 
@@ -27,7 +28,7 @@ def analyze(program: Program) -> Analysis:
     weights = {name: tuple(resolve(d) for d in dims) for name, dims in walk.weights.items() if name in used}
     members = _members(weights)
     spoilers = find_spoilers(walk)
-    live = _live(walk)
+    live = live_axes(walk)
     for a in members:
         _refuse(a, live)
     open_axes = [a for a in members if not a.frozen and a not in spoilers]
@@ -58,19 +59,8 @@ def _refuse(a: Axis, live: set[Axis]) -> None:
     """Freeze an axis that has no smaller width, or that no value computed from the input holds."""
     if -(-a.minimum // a.multiple) * a.multiple >= a.size:
         freeze(a, f"its ops need at least {a.minimum} units, in multiples of {a.multiple}")
-    if a not in live:
-        freeze(a, "the traced inputs do not reach these positions")
-
-
-def _live(walk: Walk) -> set[Axis]:
-    """Axes of the values that depend on the input, and those that weights alone are summed over."""
-    found = {leaf for c in walk.contractions for leaf in leaves(c.axis)}
-    found |= {leaf for r in walk.reductions for leaf in leaves(r.axis)}
-    for node, dims in walk.dims.items():
-        if node in walk.activation:
-            several = dims if isinstance(dims, list) else [dims]
-            found |= {leaf for value in several if value is not None for d in value for leaf in leaves(d)}
-    return found
+    if a not in live and not a.frozen:
+        freeze(a, "with the traced inputs, no value that has it reaches the output")
 
 
 def _scopes(
@@ -213,7 +203,7 @@ def signature(group: Group) -> object:
     members = sorted(
         (re.sub(r"(?<=\.)\d+(?=\.)", "*", m.weight), m.dim, _layout(m.term, group.axis, scope)) for m in group.members
     )
-    return group.size, tuple(members)
+    return group.size, tuple(a.size for a in group.scope), tuple(members)
 
 
 def _layout(term: Term, a: Axis, scope: Mapping[Axis, str]) -> str:

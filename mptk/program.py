@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
+from torch.nn import Parameter
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Program:
 
     def to_exported(self) -> ExportedProgram:
         """An ``ExportedProgram`` of this graph and these weights: for ``torch.onnx.export``, ``torch.export.save``."""
-        state = self.state_dict()
+        parameters = {s.target for s in self.signature.input_specs if s.kind is InputKind.PARAMETER}
+        state = {n: _parameter(t) if n in parameters else t for n, t in self.state_dict().items()}
         constants: dict[str, Any] = {
             s.target: self.state[s.target]
             for s in self.signature.input_specs
@@ -101,6 +103,10 @@ class Program:
             constants=constants,
             verifiers=[self.exported.verifier],
         )
+
+
+def _parameter(tensor: Tensor) -> Parameter:
+    return tensor if isinstance(tensor, Parameter) else Parameter(tensor, requires_grad=False)
 
 
 def parameter_count(program: Program) -> int:

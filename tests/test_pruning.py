@@ -1,0 +1,205 @@
+"""The main job on tiny models: what a user gets in the folder, and what happens when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import mptk
+from mptk import pruning
+from mptk.errors import MptkError
+from mptk.plan import Plan
+from passes.verify import Difference
+
+SETTINGS = mptk.Settings(sparsity=0.35, samples=4, length=48, multiple=8)
+WORDS = [f"w{i}" for i in range(95)]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {word: i for i, word in enumerate(["<s>", "</s>", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<s>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+
+
+def save(model: torch.nn.Module, folder: Path) -> str:
+    torch.manual_seed(0)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.15)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    config = LlamaConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=10,
+        vocab_size=97,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> str:
+    config = GPT2Config(
+        n_embd=48, n_inner=80, n_layer=2, n_head=6, vocab_size=97, n_positions=64, bos_token_id=0, eos_token_id=1
+    )
+    return save(GPT2LMHeadModel(config), tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture(scope="module")
+def pruned(llama, tmp_path_factory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("out") / "pruned"
+    return out, mptk.prune(llama, out, SETTINGS)
+
+
+def test_report_says_what_was_cut_and_that_it_is_proven(pruned):
+    out, report = pruned
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert abs(report["sparsity"] - 0.35) <= 0.01
+    assert [d["stage"] for d in report["proof"]] == [
+        "rewritten graph",
+        "reloaded checkpoint",
+        "ONNX Runtime prefill",
+        "ONNX Runtime decode",
+    ]
+    assert all(d["ok"] and d["max_abs"] < 1e-3 for d in report["proof"])
+    assert report["cost"]["pruned"]["parameters"] < report["cost"]["dense"]["parameters"]
+    assert report["perplexity"]["dense"] > 1
+    assert len(report["splits"]) > 1
+    assert {"config.json", "model.safetensors", "plan.json", "onnx/model.onnx"} <= set(report["files"])
+
+
+def test_folder_loads_with_nothing_of_mptk_installed(pruned, tmp_path):
+    """In a process that cannot import mptk or passes: stock transformers, no missing keys, the same logits, text."""
+    out, report = pruned
+    code = f"""
+import sys, torch
+sys.modules["mptk"] = sys.modules["passes"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, info = AutoModelForCausalLM.from_pretrained({str(out)!r}, output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+tokenizer = AutoTokenizer.from_pretrained({str(out)!r})
+ids = tokenizer("w1 w2 w3", return_tensors="pt").input_ids
+assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
+print(sum(p.numel() for p in model.parameters()))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split()[-1]) == report["cost"]["pruned"]["parameters"]
+
+
+def test_verify_proves_the_folder_again_and_sees_a_changed_weight(pruned, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    out, report = pruned
+    again = mptk.verify(out)
+    assert [d.stage for d in again] == [d["stage"] for d in report["proof"]]
+    broken = tmp_path / "broken"
+    shutil.copytree(out, broken)
+    state = load_file(broken / "model.safetensors")
+    state["model.layers.1.mlp.down_proj.weight"][3] += 0.5
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MptkError, match="reloaded checkpoint"):
+        mptk.verify(broken)
+
+
+def test_a_failed_proof_publishes_nothing(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(pruning, "prove", lambda *_: [Difference("rewritten graph", 1.0, 0.1, 1e-5)])
+    with pytest.raises(MptkError, match="rewritten graph"):
+        mptk.prune(llama, tmp_path / "out", SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_file_decides_everything(pruned, llama, tmp_path):
+    out, _ = pruned
+    plan = Plan.load(out / "plan.json")
+    settings = mptk.Settings(plan=str(out / "plan.json"), samples=4, length=48, onnx=False)
+    report = mptk.prune(llama, tmp_path / "again", settings)
+    assert Plan.load(tmp_path / "again" / "plan.json").families == plan.families
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert "onnx" not in {p.name for p in (tmp_path / "again").iterdir()}
+    assert report["plan_sha256"] == pruned[1]["plan_sha256"]
+
+
+def test_same_seed_same_result(llama, tmp_path):
+    settings = mptk.Settings(sparsity=0.5, method="random", samples=4, length=48, multiple=8, onnx=False, seed=3)
+    for name in ("a", "b"):
+        mptk.prune(llama, tmp_path / name, settings)
+    assert (tmp_path / "a" / "plan.json").read_bytes() == (tmp_path / "b" / "plan.json").read_bytes()
+
+
+def test_flap_writes_its_bias_compensation_and_proves_it(gpt2, tmp_path):
+    """GPT-2's heads have no stock config, so only the feed-forward channels go; its biases take up the means."""
+    text = tmp_path / "text.txt"
+    rng = random.Random(0)
+    text.write_text(" ".join(rng.choice(WORDS) for _ in range(900)))
+    settings = mptk.Settings(
+        sparsity=0.2, method="flap", data=str(text), samples=6, length=32, eval_length=32, multiple=8
+    )
+    report = mptk.prune(gpt2, tmp_path / "out", settings)
+    assert report["families"]["ffn"]["width"] < 80
+    assert report["families"]["heads"]["width"] == 6
+    assert any("bias" in note for note in report["notes"])
+    assert (tmp_path / "out" / "compensation.safetensors").is_file()
+    assert all(d.ok for d in mptk.verify(tmp_path / "out"))
+
+
+def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2, tmp_path):
+    with pytest.raises(MptkError, match="heads cannot be cut for target stock"):
+        mptk.prune(gpt2, tmp_path / "out", mptk.Settings(families=("heads",), samples=4, length=48))
+    settings = mptk.Settings(
+        families=("heads",), widths={"heads": 4}, target="graph", method="magnitude", samples=4, length=48
+    )
+    report = mptk.prune(gpt2, tmp_path / "out", settings)
+    assert report["families"]["heads"] == {"of": 6, "width": 4, "layers": 2}
+    assert {d["stage"] for d in report["proof"]} == {"rewritten graph", "ONNX Runtime prefill", "ONNX Runtime decode"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sparsity": 0.97}, "no legal widths give sparsity"),
+        ({"method": "best"}, "no criterion 'best'"),
+        ({"families": ("fnn",)}, "no family 'fnn'"),
+        ({"widths": {"ffn": 37}}, "ffn cannot have width 37; the nearest legal ones are"),
+        ({"target": "tpu"}, "no target 'tpu'"),
+        ({"data": "/nowhere.txt"}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_leaves_nothing(llama, tmp_path, change, message):
+    with pytest.raises(MptkError, match=message) as error:
+        mptk.prune(llama, tmp_path / "out", mptk.Settings(samples=4, length=48, multiple=8, **change))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_example_script_does_the_main_job(llama, tmp_path):
+    script = Path(__file__).parents[1] / "examples" / "prune.py"
+    assert len(script.read_text().splitlines()) < 30
+    run = subprocess.run(
+        [sys.executable, str(script), llama, str(tmp_path / "out"), "0.4"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "ffn: 80 units in each of 3 layers" in run.stdout
+    assert "ONNX Runtime decode: largest logit difference" in run.stdout

@@ -143,6 +143,15 @@ def add_role(term: Term, role: str) -> None:
         leaf.roles.add(role)
 
 
+def require(term: Term, minimum: int) -> None:
+    """At least ``minimum`` positions of ``term`` must stay: of its largest axis, or all where none is large enough."""
+    found = list(leaves(term))
+    largest = max(found, key=lambda leaf: leaf.size, default=None)
+    for leaf in found:
+        if leaf is largest or (largest is not None and largest.size < minimum):
+            leaf.minimum = max(leaf.minimum, min(minimum, leaf.size))
+
+
 def unify(a: Term, b: Term, where: str = "") -> None:
     """Make two terms of equal size equal; freeze both where they cannot be aligned (``where`` says at which op)."""
     a, b = resolve(a), resolve(b)
@@ -179,8 +188,8 @@ def _bind(a: Axis, term: Term, where: str) -> None:
         leaf.frozen.extend(r for r in a.frozen if r not in leaf.frozen)
         leaf.roles |= a.roles
         if isinstance(term, Axis):
-            leaf.minimum = max(leaf.minimum, a.minimum)
             leaf.multiple = math.lcm(leaf.multiple, a.multiple)
+    require(term, a.minimum)
 
 
 def _misaligned(terms: Iterable[Term], where: str) -> None:

@@ -247,7 +247,8 @@ class Walk:
         names = {s.arg.name for s in specs[:1]}
         for value in _flatten(node.args):
             if isinstance(value, fx.Node) and value.name in names and value in self.variable:
-                for d in self.dims[value]:
+                positions = [self.domains[value]] if value in self.domains else []
+                for d in (*self.dims[value], *positions):
                     freeze(d, "it is the model's output")
 
 

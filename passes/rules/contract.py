@@ -119,10 +119,7 @@ def einsum(w: Walk, node: fx.Node, equation: str, operands: Sequence[Value], **_
     for letter, found in places.items():
         if letter in _letters(result, len(out)):
             continue
-        if len(found) == 2:
-            w.contract(node, *found[0], *found[1], out)
-        else:
-            w.reduce(node, letters[letter], "sum")
+        w.contract(node, *found[0], *found[-1], out)
     return out
 
 

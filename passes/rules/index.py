@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import fx
 
-from mptk.axes import ONE, Term, axis, concat, leaves
+from mptk.axes import ONE, Term, axis, concat, require
 from passes.rules.opaque import opaque
 from passes.rules.pointwise import broadcast, zero_of_clamp
-from passes.rules.table import Dims, Value, argument, normalize, rule, set_argument
+from passes.rules.table import Dims, Value, argument, named_argument, normalize, op_name, rule, set_argument
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -91,7 +91,7 @@ def index_select(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value) -> 
     return (*x.dims[:d], *indices.dims, *x.dims[d + 1 :])
 
 
-@rule("aten.gather", "aten.take_along_dim", zero="move", positions=True)
+@rule("aten.gather", zero="move", positions=True)
 def gather(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value, **_: Any) -> Dims:
     """y has the index's axes; those beside d are x's."""
     d = normalize(dim, x.ndim)
@@ -101,7 +101,26 @@ def gather(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value, **_: Any)
             w.unify(a, b, node)
         elif i != d:
             w.freeze(a, "gathered in part", node)
+            w.freeze(b, "gathered in part", node)
     return indices.dims
+
+
+@rule("aten.take_along_dim", zero="move", positions=True)
+def take_along_dim(w: Walk, node: fx.Node, x: Value, indices: Value, dim: int | None = None) -> Dims:
+    """As gather, other dimensions broadcast; without a dimension, from x flattened."""
+    beside = [i for i in range(x.ndim) if dim is not None and i != normalize(dim, x.ndim)]
+    if dim is None or any(x.dims[i].size != indices.dims[i].size for i in beside):
+        return tuple(opaque(w, node, x, indices))
+    return gather(w, node, x, dim, indices)
+
+
+def _zero_of_scatter(node: fx.Node, zero: Any, w: Walk) -> Any:
+    """Zero where x is, along the positions' axis (removed ones are never written to) and where the values are too."""
+    base, dim, value = cast(
+        "tuple[fx.Node, int, Any]", (*node.args[:2], argument(node, 3, "src", argument(node, 3, "value")))
+    )
+    along = w.leaves_of(w.dims[base][dim]) if base in w.dims else set()
+    return zero(base) & (along | zero(value)) if value != 0 else zero(base)
 
 
 @rule(
@@ -110,27 +129,42 @@ def gather(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value, **_: Any)
     "aten.scatter_add",
     "aten.scatter_add_",
     "aten.scatter_reduce",
-    zero="keep",
+    zero=_zero_of_scatter,
     positions=True,
 )
 def scatter(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value, *values: Any, **_: Any) -> Dims:
     """y = x with values written at positions of d."""
     d = normalize(dim, x.ndim)
+    _forget(w, node, x, *values)
     w.index(node, indices, x.dims[d])
     for value in (indices, *(v for v in values if isinstance(v, Value))):
         for i, (a, b) in enumerate(zip(x.dims, value.dims, strict=True)):
             if i != d and a.size == b.size:
                 w.unify(a, b, node)
+            elif i != d:
+                w.freeze(a, "written in part", node)
+                w.freeze(b, "written in part", node)
     for v in values:
         if isinstance(v, Value):
-            w.unify(indices.dims[d], v.dims[d], node) if indices.dims[d].size == v.dims[d].size else None
+            if indices.dims[d].size == v.dims[d].size:
+                w.unify(indices.dims[d], v.dims[d], node)
+            else:
+                w.freeze(v.dims[d], "written in part", node)
     return x.dims
 
 
-@rule("aten.index_add", "aten.index_add_", "aten.index_copy", "aten.index_copy_", zero="all", positions=True)
+@rule(
+    "aten.index_add",
+    "aten.index_add_",
+    "aten.index_copy",
+    "aten.index_copy_",
+    zero=_zero_of_scatter,
+    positions=True,
+)
 def index_add(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value, source: Value, **_: Any) -> Dims:
     """y = x with source added at positions of d."""
     d = normalize(dim, x.ndim)
+    _forget(w, node, x, source)
     w.index(node, indices, x.dims[d])
     w.unify(indices.dims[0], source.dims[d], node)
     for i, (a, b) in enumerate(zip(x.dims, source.dims, strict=True)):
@@ -142,6 +176,7 @@ def index_add(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value, source
 @rule("aten.index_put", "aten.index_put_", zero="drop", positions=True)
 def index_put(w: Walk, node: fx.Node, x: Value, indices: Sequence[Value | None], values: Value, *_: Any) -> Dims:
     """y = x with values written at positions."""
+    _forget(w, node, x, values)
     given = [i for i in indices if i is not None]
     for d, i in enumerate(indices):
         if i is not None:
@@ -161,8 +196,9 @@ def index_put(w: Walk, node: fx.Node, x: Value, indices: Sequence[Value | None],
 def topk(w: Walk, node: fx.Node, x: Value, k: int, dim: int = -1, *_: Any) -> list[Dims]:
     """The k largest positions of d: at least k must stay."""
     d = normalize(dim, x.ndim)
-    _need(x.dims[d], k)
-    return _ranked(w, node, x, d, w.frozen(k, "the top-k positions", node))
+    require(x.dims[d], k)
+    kind = "max" if named_argument(node, "largest", True) else "min"
+    return _ranked(w, node, x, d, w.frozen(k, "the top-k positions", node), kind)
 
 
 @rule("aten.sort", zero="drop", positions=True)
@@ -171,7 +207,8 @@ def sort(w: Walk, node: fx.Node, x: Value, dim: int = -1, *_: Any, **__: Any) ->
     d = normalize(dim, x.ndim)
     if x.node in w.domains:
         return _grouped(w, node, x, d)
-    return _ranked(w, node, x, d, w.frozen(x.dims[d].size, "sorted positions", node))
+    w.freeze(x.dims[d], "sorted", node)
+    return _ranked(w, node, x, d, w.frozen(x.dims[d].size, "sorted positions", node), "max")
 
 
 def _grouped(w: Walk, node: fx.Node, x: Value, d: int) -> list[Dims]:
@@ -185,12 +222,13 @@ def _grouped(w: Walk, node: fx.Node, x: Value, d: int) -> list[Dims]:
 def max_dim(w: Walk, node: fx.Node, x: Value, dim: int, keepdim: bool = False) -> list[Dims]:
     """The largest position of d."""
     d = normalize(dim, x.ndim)
-    out = _ranked(w, node, x, d, axis(1))
+    out = _ranked(w, node, x, d, axis(1), "min" if op_name(node).startswith("aten.min") else "max")
     return out if keepdim else [tuple(t for i, t in enumerate(o) if i != d) for o in out]
 
 
-def _ranked(w: Walk, node: fx.Node, x: Value, d: int, found: Term) -> list[Dims]:
-    w.reduce(node, x.dims[d], "max")
+def _ranked(w: Walk, node: fx.Node, x: Value, d: int, found: Term, kind: str) -> list[Dims]:
+    _forget(w, node, x)
+    w.reduce(node, x.dims[d], kind)
     w.domains[node], w.notes[node] = x.dims[d], 1
     out = (*x.dims[:d], found, *x.dims[d + 1 :])
     return [out, out]
@@ -202,7 +240,8 @@ def argmax(w: Walk, node: fx.Node, x: Value, dim: int | None = None, keepdim: bo
     if dim is None:
         return opaque(w, node, x)  # type: ignore[no-any-return]
     d = normalize(dim, x.ndim)
-    w.reduce(node, x.dims[d], "max")
+    _forget(w, node, x)
+    w.reduce(node, x.dims[d], "min" if op_name(node).startswith("aten.argmin") else "max")
     w.domains[node] = x.dims[d]
     return tuple(ONE if i == d else t for i, t in enumerate(x.dims) if keepdim or i != d)
 
@@ -212,16 +251,17 @@ def argsort(w: Walk, node: fx.Node, x: Value, dim: int = -1, *_: Any, **__: Any)
     """Positions of d in order."""
     if x.node in w.domains:
         return x.dims
-    w.reduce(node, x.dims[dim], "max")
-    w.domains[node] = x.dims[dim]
     d = normalize(dim, x.ndim)
+    w.freeze(x.dims[d], "sorted", node)
+    w.domains[node] = x.dims[d]
     return (*x.dims[:d], w.frozen(x.dims[d].size, "sorted positions", node), *x.dims[d + 1 :])
 
 
-def _need(term: Term, minimum: int) -> None:
-    found = list(leaves(term))
-    if len(found) == 1:
-        found[0].minimum = max(found[0].minimum, minimum)
+def _forget(w: Walk, node: fx.Node, *values: Any) -> None:
+    """Positions that are used as numbers: the axis they were drawn from cannot be cut."""
+    for value in values:
+        if isinstance(value, Value) and value.node in w.domains:
+            w.freeze(w.domains[value.node], "its positions are computed with", node)
 
 
 def _resize_count(position: int, name: str) -> Any:
@@ -243,6 +283,7 @@ def one_hot(w: Walk, node: fx.Node, x: Value, num_classes: int = -1) -> Dims:
     classes = w.shape(node)[-1]
     domain = w.domains.get(x.node)
     if domain is None or domain.size != classes:
+        _forget(w, node, x)
         domain = w.frozen(classes, "classes of positions of unknown origin", node)
     w.notes[node] = domain
     return (*x.dims, domain)
@@ -262,6 +303,7 @@ def histc(w: Walk, node: fx.Node, x: Value, bins: int = 100, min: Any = 0, max: 
     """How often each position occurs: the result's dimension is the positions' axis."""
     domain = w.domains.get(x.node)
     if domain is None or domain.size != bins:
+        _forget(w, node, x)
         domain = w.frozen(bins, "bins of values", node)
     w.notes[node] = domain
     return (domain,)

@@ -4,7 +4,7 @@ Masks' meaning at a reduction over cut channels (``Reduction.kind``):
 - ``sum``: removed channels must be zero, then nothing changes;
 - ``mean``: they must be zero, and the cut mean is scaled by n'/n so that it equals the masked one;
 - ``statistic`` (mean subtraction, variance): statistics run over the kept channels;
-- ``max`` (softmax, top-k): removed channels count as −inf.
+- ``max`` (softmax, top-k), ``min``: removed channels count as −inf, as +inf.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from mptk.axes import ONE, Axis, split_product
-from passes.rules.table import Dims, Value, argument, named_argument, normalize, normalize_all, rule, set_argument
+from passes.rules.table import (
+    Dims,
+    Value,
+    argument,
+    named_argument,
+    normalize,
+    normalize_all,
+    op_name,
+    rule,
+    set_argument,
+)
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -57,9 +67,12 @@ def sum_(w: Walk, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = Fals
 
 @rule("aten.linalg_vector_norm", "aten.norm", zero="keep")
 def vector_norm(
-    w: Walk, node: fx.Node, x: Value, _: Any = 2, dim: Any = None, keepdim: bool = False, **__: Any
+    w: Walk, node: fx.Node, x: Value, order: Any = 2, dim: Any = None, keepdim: bool = False, **__: Any
 ) -> Dims:
-    """y = (Σ_d |x|^p)^(1/p)."""
+    """y = (Σ_d |x|^p)^(1/p). Zeros do not disturb it unless p is negative."""
+    if isinstance(order, (int, float)) and order < 0:
+        for d in normalize_all(dim, x.ndim):
+            w.freeze(x.dims[d], "the smallest of its values counts", node)
     return sum_(w, node, x, dim, keepdim)
 
 
@@ -81,12 +94,21 @@ def variance(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Any:
     return [out, out] if isinstance(node.meta["val"], (tuple, list)) else out
 
 
-@rule("aten.amax", "aten.amin", "aten.all", "aten.prod", "aten.logsumexp", zero="drop")
+@rule("aten.amax", "aten.amin", "aten.all", "aten.logsumexp", zero="drop")
 def extremum(w: Walk, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Dims:
-    """y = max over d."""
+    """y = max over d (or min). For ``all``, −inf counts as true."""
     dims = normalize_all(dim, x.ndim)
     for d in dims:
-        w.reduce(node, x.dims[d], "max")
+        w.reduce(node, x.dims[d], "min" if op_name(node).startswith("aten.amin") else "max")
+    return _reduced(x, dims, keepdim)
+
+
+@rule("aten.prod")
+def prod(w: Walk, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Dims:
+    """y = Π_d x: a factor that is zero makes it zero, so d cannot be cut."""
+    dims = normalize_all(dim, x.ndim)
+    for d in dims:
+        w.freeze(x.dims[d], "multiplied over", node)
     return _reduced(x, dims, keepdim)
 
 
@@ -106,7 +128,11 @@ def softmax(w: Walk, node: fx.Node, x: Value, dim: int, *_: Any, **__: Any) -> D
     return x.dims
 
 
-rule("aten.log_softmax", "aten._log_softmax")(softmax)
+@rule("aten.log_softmax", "aten._log_softmax")
+def log_softmax(w: Walk, node: fx.Node, x: Value, dim: int, *_: Any, **__: Any) -> Dims:
+    """y_d = x_d. The logarithm of a removed channel's share is −inf, which nothing downstream would take: d stays."""
+    w.freeze(x.dims[dim], "log of a share of it", node)
+    return x.dims
 
 
 def _zero_of_norm(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:

@@ -128,14 +128,11 @@ def zero_shot(
         raise MptkError("lm-eval is not installed, and it runs the tasks; run: pip install 'mptk[eval]'")
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     loaded = model if isinstance(model, models.Loaded) else models.load(str(model))
     if loaded.tokenizer is None:
         raise MptkError(f"{loaded.source} has no tokenizer, which tasks need; add its tokenizer files")
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    if unknown := [task for task in tasks if task not in manager.all_tasks]:
-        raise MptkError(f"lm-eval has no task {unknown[0]!r}; see `lm-eval ls tasks`, or give --include-path")
+    manager = _task_manager(tasks, include_path)
     report: dict[str, Any] = lm_eval.simple_evaluate(
         model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size),
         tasks=list(tasks),
@@ -146,3 +143,17 @@ def zero_shot(
         task: {key: value for key, value in row.items() if isinstance(value, float)}
         for task, row in report["results"].items()
     }
+
+
+def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
+    """Where lm-eval finds ``tasks``. Its own thousands of task files are read only where ``include_path`` lacks one."""
+    from lm_eval.tasks import TaskManager
+
+    path = None if include_path is None else str(include_path)
+    unknown = tasks
+    for with_own in (False, True) if path else (True,):
+        manager = TaskManager(include_path=path, include_defaults=with_own)
+        unknown = [task for task in tasks if task not in manager.all_tasks]
+        if not unknown:
+            return manager
+    raise MptkError(f"lm-eval has no task {unknown[0]!r}; see `lm-eval ls tasks`, or give --include-path")

@@ -1,0 +1,97 @@
+"""What is written, transformers 5 reads back as it was, and transformers 4 finds its own spellings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy_checkpoints as toys
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+)
+
+from mptk.checkpoint import portable_config, save_checkpoint, save_tokenizer
+
+SIZES = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 40, "vocab_size": 97, "num_hidden_layers": 2}
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALED |= {"original_max_position_embeddings": 64}
+CASES: list[tuple[PreTrainedConfig, dict[str, Any]]] = [
+    (LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 1e5}), {"rope_theta": 1e5}),
+    (
+        LlamaConfig(**SIZES, rope_parameters=SCALED | {"rope_theta": 5e5}, max_position_embeddings=512),
+        {"rope_theta": 5e5, "rope_scaling": SCALED},
+    ),
+    (
+        GPTNeoXConfig(
+            **SIZES, rope_parameters={"rope_theta": 3e4, "partial_rotary_factor": 0.5, "rope_type": "default"}
+        ),
+        {"rotary_emb_base": 3e4, "rotary_pct": 0.5},
+    ),
+    (
+        Gemma3TextConfig(
+            **SIZES,
+            num_key_value_heads=1,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters={
+                "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+            },
+        ),
+        {"rope_theta": 5e5, "rope_local_base_freq": 2e4},
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "old"), CASES, ids=["plain", "scaled", "partial", "two bases"])
+def test_rotary_settings_in_both_spellings(config: PreTrainedConfig, old: dict[str, Any], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(config).eval()
+    save_checkpoint(model, None, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert {key: written[key] for key in old} == old
+    assert portable_config(model.config) == written
+    # Read again it is the same model: the old spellings do not get in the new ones' way.
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
+    ids = torch.arange(5, 80)[None]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+def test_config_without_rotary_embedding_is_as_it_was() -> None:
+    config = LlamaConfig(**SIZES)
+    config.rope_parameters = None
+    assert not {"rope_theta", "rope_scaling"} & portable_config(config).keys()
+
+
+def test_nested_config() -> None:
+    class Nested(PreTrainedConfig):
+        def to_dict(self) -> dict[str, Any]:
+            return {"model_type": "nested", "text_config": {"rope_parameters": {"rope_theta": 7.0}}}
+
+    assert portable_config(Nested())["text_config"]["rope_theta"] == 7.0
+
+
+def test_tokenizer(tmp_path: Path) -> None:
+    tokenizer = toys.tokenizer(begin=True)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<tool>"]})
+    tokenizer.chat_template = "{{ messages[0]['content'] }}!"
+    save_tokenizer(tokenizer, tmp_path / "once")
+    save_tokenizer(AutoTokenizer.from_pretrained(tmp_path / "once"), tmp_path / "twice")
+    written = json.loads((tmp_path / "twice" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not {"is_local", "local_files_only", "extra_special_tokens"} & written.keys()
+    again = AutoTokenizer.from_pretrained(tmp_path / "twice")
+    text = "brown <tool> fox</s>"
+    assert again(text).input_ids == tokenizer(text).input_ids
+    assert again.decode(again(text).input_ids, skip_special_tokens=True) == "brown  fox"
+    assert again.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
+    assert (again.bos_token, again.eos_token, again.pad_token) == ("<s>", "</s>", "<pad>")

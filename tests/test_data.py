@@ -1,0 +1,207 @@
+"""Text from files and data sets, windows of tokens, and text sampled from the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import toy_checkpoints as toys
+from transformers import BertConfig, BertModel, LlamaForCausalLM
+
+from mptk import data
+from mptk.errors import MptkError
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return toys.llama()
+
+
+class TestLoadText:
+    def test_text_file_is_one_document(self, tmp_path: Path) -> None:
+        (tmp_path / "a.raw").write_text("one\n\ntwo\n")
+        assert data.load_text(str(tmp_path / "a.raw")) == ["one\n\ntwo\n"]
+
+    @pytest.mark.parametrize("column", ["text", "story"])
+    def test_rows_are_documents(self, tmp_path: Path, column: str) -> None:
+        rows = [{column: "one", "stars": 3}, {column: " ", "stars": 4}, {column: "two\nlines", "stars": 5}]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+        for name in ("a.jsonl", "a.parquet"):
+            assert data.load_text(str(tmp_path / name)) == ["one", "two\nlines"]
+
+    def test_text_column_goes_before_others(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text(json.dumps({"title": "t", "text": "body"}))
+        assert data.load_text(str(tmp_path / "a.jsonl")) == ["body"]
+
+    def test_folder_holds_all_its_files(self, tmp_path: Path) -> None:
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "1.txt").write_text("second")
+        (tmp_path / "a.jsonl").write_text(json.dumps({"text": "first"}))
+        (tmp_path / "picture.png").write_bytes(b"\x89")
+        assert data.load_text(str(tmp_path)) == ["first", "second"]
+
+    def test_no_more_than_asked(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "12345"}) for _ in range(100)))
+        assert len(data.load_text(str(tmp_path / "a.jsonl"), max_characters=12)) == 3
+
+    def test_datasets_id(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+
+        def load_dataset(*args: object, **options: object) -> list[dict[str, str]]:
+            asked.append((*args, options["split"], options["streaming"]))
+            return [{"text": "row"}]
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        monkeypatch.chdir(tmp_path)
+        assert data.load_text("org/set") == ["row"]
+        data.load_text("org/set", split="validation")
+        data.load_text("org/set:cfg", split="validation")
+        data.load_text("org/set:cfg:test", split="validation")
+        assert asked == [
+            ("org/set", None, "train", True),
+            ("org/set", None, "validation", True),
+            ("org/set", "cfg", "validation", True),
+            ("org/set", "cfg", "test", True),
+        ]
+        with pytest.raises(MptkError, match="too many colons"):
+            data.load_text("a:b:c:d")
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("a.txt", b" \n ", "holds no text"),
+            ("a.txt", b"\xff\xfe\xff", "not UTF-8"),
+            ("a.jsonl", b'{"a": "x", "b": "y"}', r"2 columns of strings \(a, b\)"),
+            ("a.jsonl", b'{"a": 1}', "no columns of strings"),
+            ("a.jsonl", b"{not json", "cannot read"),
+            ("a.parquet", b"not parquet", "cannot read"),
+        ],
+    )
+    def test_what_is_wrong_with_a_file(self, tmp_path: Path, name: str, content: bytes, message: str) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(MptkError, match=message):
+            data.load_text(str(tmp_path / name))
+
+    def test_nothing_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        with pytest.raises(MptkError, match="no text in it"):
+            data.load_text(str(tmp_path))
+        with pytest.raises(MptkError, match=r"no file or folder.*check the path"):
+            data.load_text(str(tmp_path / "none.txt"))
+
+
+class TestTokenWindows:
+    def test_the_stream_is_cut_without_overlap(self) -> None:
+        tokenizer = toys.tokenizer()
+        whole = tokenizer(toys.TEXT).input_ids
+        windows = data.token_windows([toys.TEXT], tokenizer, 7, seed=None)
+        assert windows.dtype == torch.int64
+        assert windows.shape == (len(whole) // 7, 7)
+        assert windows.flatten().tolist() == whole[: windows.numel()]
+
+    def test_end_of_sequence_between_documents(self) -> None:
+        tokenizer = toys.tokenizer()
+        fox, dog = tokenizer("the fox").input_ids, tokenizer("lazy dog").input_ids
+        windows = data.token_windows(["the fox", "lazy dog"], tokenizer, len(fox) + 1 + len(dog), seed=None)
+        assert windows.tolist() == [[*fox, tokenizer.eos_token_id, *dog]]
+
+    def test_begin_of_sequence_where_the_tokenizer_sets_it(self) -> None:
+        tokenizer = toys.tokenizer(begin=True)
+        windows = data.token_windows([toys.TEXT], tokenizer, 7, seed=None)
+        assert set(windows[:, 0].tolist()) == {tokenizer.bos_token_id}
+        text = tokenizer(toys.TEXT).input_ids[1:]
+        assert windows[:, 1:].flatten().tolist() == text[: len(windows) * 6]
+
+    def test_seed_chooses_windows(self) -> None:
+        tokenizer = toys.tokenizer()
+        ordered = data.token_windows([toys.TEXT], tokenizer, 7, seed=None).tolist()
+        first, same, other = (data.token_windows([toys.TEXT], tokenizer, 7, 5, seed).tolist() for seed in (1, 1, 2))
+        assert first == same != other
+        assert len(first) == 5
+        assert all(window in ordered for window in first)
+        assert first != ordered[:5]
+        assert sorted(data.token_windows([toys.TEXT], tokenizer, 7, seed=1).tolist()) == sorted(ordered)
+
+    def test_too_little_text(self) -> None:
+        with pytest.raises(MptkError, match="too few for a window of 900"):
+            data.token_windows(["short"], toys.tokenizer(), 900)
+
+    def test_evaluation_takes_the_first(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text(toys.TEXT)
+        windows = data.evaluation_windows(toys.tokenizer(), str(tmp_path / "a.txt"), 7, 3)
+        assert windows.flatten().tolist() == toys.tokenizer()(toys.TEXT).input_ids[:21]
+
+
+class TestSelfSampled:
+    def test_shape_start_and_seed(self, model: LlamaForCausalLM) -> None:
+        tokenizer = toys.tokenizer(begin=True)
+        state = torch.get_rng_state()
+        first, same, other = (
+            data.self_sampled(model, tokenizer, count=5, length=11, seed=seed, batch_size=3) for seed in (1, 1, 2)
+        )
+        assert torch.equal(state, torch.get_rng_state())
+        assert first.shape == (5, 11)
+        assert first.dtype == torch.int64
+        assert torch.equal(first, same)
+        assert not torch.equal(first, other)
+        assert not torch.equal(first[0], first[3])
+        assert set(first[:, 0].tolist()) == {tokenizer.bos_token_id}
+
+    def test_follows_the_models_own_distribution(self) -> None:
+        # A head that knows three tokens, the end of sequence (1) among them, at 20, 30 and 50 %.
+        model = toys.llama(tied=False)
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+            model.lm_head.bias = torch.nn.Parameter(torch.full((300,), -30.0))
+            model.lm_head.bias[[1, 7, 9]] = torch.tensor([0.2, 0.3, 0.5]).log()
+        # What checkpoints bring along must not bend it.
+        model.generation_config.update(temperature=0.1, top_k=1, repetition_penalty=9.0, max_length=5, do_sample=False)
+        sample = data.self_sampled(model, None, count=32, length=65, seed=0)[:, 1:].flatten()
+        share = [(sample == token).float().mean().item() for token in (1, 7, 9)]
+        assert share == pytest.approx([0.2, 0.3, 0.5], abs=0.04)
+        assert model.generation_config.top_k == 1
+
+    def test_without_begin_of_sequence(self, model: LlamaForCausalLM) -> None:
+        sample = data.self_sampled(toys.llama(), toys.tokenizer(), count=2, length=5, seed=0)
+        assert set(sample[:, 0].tolist()) == {model.config.bos_token_id}
+        lone = toys.llama()
+        lone.config.bos_token_id = lone.config.eos_token_id = None
+        starts = data.self_sampled(lone, None, count=9, length=4, seed=0)[:, 0]
+        assert len(set(starts.tolist())) > 1
+
+    def test_progress_ends_at_the_total(self, model: LlamaForCausalLM) -> None:
+        calls: list[tuple[int, int]] = []
+        data.self_sampled(model, None, count=5, length=6, seed=0, batch_size=2, progress=lambda *at: calls.append(at))
+        assert calls == sorted(calls)
+        assert calls[-1] == (30, 30)
+        assert len(calls) > 10
+
+    def test_encoder_cannot(self) -> None:
+        encoder = BertModel(
+            BertConfig(hidden_size=24, num_attention_heads=3, intermediate_size=40, num_hidden_layers=1, vocab_size=50)
+        )
+        with pytest.raises(MptkError, match="--data"):
+            data.self_sampled(encoder, None, count=1, length=4, seed=0)
+
+
+class TestCalibration:
+    def test_self_is_the_default(self, model: LlamaForCausalLM) -> None:
+        windows = data.calibration(model, toys.tokenizer(), count=3, length=9, seed=4)
+        assert torch.equal(windows, data.self_sampled(model, toys.tokenizer(), count=3, length=9, seed=4))
+
+    def test_text(self, model: LlamaForCausalLM, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text(toys.TEXT)
+        windows = data.calibration(model, toys.tokenizer(), str(tmp_path / "a.txt"), 3, 9, seed=4)
+        assert torch.equal(windows, data.token_windows([toys.TEXT], toys.tokenizer(), 9, 3, 4))
+        with pytest.raises(MptkError, match="no tokenizer"):
+            data.calibration(model, None, str(tmp_path / "a.txt"), 3, 9)
+
+    def test_longer_than_the_models_positions(self, model: LlamaForCausalLM) -> None:
+        with pytest.raises(MptkError, match="71 tokens are longer than the model's 70"):
+            data.calibration(model, toys.tokenizer(), count=3, length=71)

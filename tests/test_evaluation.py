@@ -1,0 +1,142 @@
+"""Perplexity against sums done by hand, its protocol, tasks of lm-eval, and the real model's known value."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import toy_checkpoints as toys
+from transformers import LlamaForCausalLM
+
+from mptk import data, evaluation, models
+from mptk.errors import MptkError
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return toys.llama()
+
+
+def windows(count: int = 5, length: int = 13) -> torch.Tensor:
+    return torch.randint(0, 300, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+class TestPerplexity:
+    def test_by_hand(self, model: LlamaForCausalLM) -> None:
+        ids = windows()
+        total = 0.0
+        for row in ids:
+            loss = model(row[None], labels=row[None]).loss  # transformers' own: mean over the 12 tokens predicted
+            total += loss.item() * 12
+        for batch_size in (1, 2, 8):
+            measured = evaluation.perplexity(
+                lambda t: model(t, use_cache=False).logits, ids, data="toy", batch_size=batch_size
+            )
+            assert measured.nll == pytest.approx(total / 60, rel=1e-5)
+            assert measured.value == pytest.approx(math.exp(total / 60), rel=1e-5)
+            assert (measured.tokens, measured.windows, measured.length, measured.stride) == (60, 5, 13, 13)
+
+    def test_uniform_prediction_gives_the_vocabulary(self) -> None:
+        measured = evaluation.perplexity(lambda t: torch.zeros(*t.shape, 37), windows() % 37, data="x")
+        assert measured.value == pytest.approx(37, rel=1e-6)
+
+    def test_hopeless_prediction_is_infinite(self) -> None:
+        measured = evaluation.perplexity(
+            lambda t: torch.nn.functional.one_hot(t, 300).float() * 1e4, torch.tensor([[3, 4, 5]]), data="x"
+        )
+        assert measured.value == math.inf
+        assert measured.nll == pytest.approx(1e4)
+
+    def test_protocol(self) -> None:
+        def logits(tokens: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(*tokens.shape, 300, dtype=torch.bfloat16)
+
+        measured = evaluation.perplexity(logits, windows(), data="wiki", split="test", max_windows=3)
+        assert measured.protocol == (
+            "wiki, split test: 3 windows of 13 tokens, stride 13, in the text's order, "
+            "first token of each not predicted, 36 predicted, bfloat16"
+        )
+        shuffled = evaluation.perplexity(logits, windows(), data="wiki", seed=8)
+        assert "wiki: 5 windows" in shuffled.protocol
+        assert "chosen with seed 8" in shuffled.protocol
+
+    def test_progress(self) -> None:
+        calls: list[tuple[int, int]] = []
+        evaluation.perplexity(
+            lambda t: torch.zeros(*t.shape, 300),
+            windows(),
+            data="x",
+            batch_size=2,
+            progress=lambda *at: calls.append(at),
+        )
+        assert calls == [(2, 5), (4, 5), (5, 5)]
+
+    @pytest.mark.parametrize("shape", [(0, 13), (4, 1)])
+    def test_nothing_to_predict(self, shape: tuple[int, int]) -> None:
+        with pytest.raises(MptkError, match="no token to predict"):
+            evaluation.perplexity(lambda t: t, torch.zeros(shape, dtype=torch.long), data="x")
+
+
+class TestZeroShot:
+    @pytest.fixture
+    def task(self, tmp_path: Path) -> Path:
+        """Two choices each; the right one is the text's own continuation."""
+        rows = [{"q": "the quick brown", "a": "fox", "b": "zz", "label": index % 2} for index in range(6)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (tmp_path / "toy_task.yaml").write_text(
+            "task: toy_task\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+            f"    test: {tmp_path / 'rows.jsonl'}\ntest_split: test\noutput_type: multiple_choice\n"
+            'doc_to_text: "{{q}}"\ndoc_to_target: label\ndoc_to_choice: "{{[a, b]}}"\n'
+            "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+        )
+        return tmp_path
+
+    def test_local_task(self, task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        lm_eval = pytest.importorskip("lm_eval")
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", task / "cache")
+        model, tokenizer = toys.llama(), toys.tokenizer()
+        model.save_pretrained(task / "toy")
+        tokenizer.save_pretrained(task / "toy")
+        results = evaluation.zero_shot(str(task / "toy"), ["toy_task"], include_path=task, limit=4)
+        # Labels alternate while question and choices stay: exactly half of the first four are answered right.
+        assert results["toy_task"]["acc,none"] == 0.5
+        assert all(isinstance(value, float) for value in results["toy_task"].values())
+
+        # lm-eval's own task files are many; an index without any takes their place.
+        own = lm_eval.tasks.TaskManager
+        monkeypatch.setattr(
+            lm_eval.tasks,
+            "TaskManager",
+            lambda include_path, include_defaults: own(include_path=include_path, include_defaults=False),
+        )
+        with pytest.raises(MptkError, match="no task 'nothing_like_it'"):
+            evaluation.zero_shot(str(task / "toy"), ["toy_task", "nothing_like_it"], include_path=task)
+
+    def test_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(MptkError, match=r"pip install 'mptk\[eval\]'"):
+            evaluation.zero_shot("any", ["arc_easy"])
+
+
+def test_packaged_model_on_english() -> None:
+    """The real weights, through GGUF, conversion and tokenizer: English is easy, the same words shuffled are not."""
+    loaded = models.load("smollm2-135m")
+    assert sum(p.numel() for p in loaded.model.parameters()) == 134_515_008
+    assert loaded.model.get_output_embeddings().weight is loaded.model.get_input_embeddings().weight
+    text = (
+        "The sun is a star at the centre of our solar system. Its gravity holds the planets in their orbits, and its "
+        "light and heat make life on Earth possible. Plants use the energy of sunlight to turn water and carbon "
+        "dioxide into sugar and oxygen, a process known as photosynthesis. Animals, in turn, eat the plants."
+    )
+    words = sorted(text.split())
+
+    def measure(text: str) -> float:
+        ids = data.token_windows([text], loaded.tokenizer, 60, 1, seed=None)
+        return evaluation.perplexity(lambda t: loaded.model(t, use_cache=False).logits, ids, data="x").value
+
+    assert measure(text) < 15
+    assert measure(" ".join(words)) > 100

@@ -1,0 +1,241 @@
+"""What a MODEL may be, and what never runs while loading one."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+import toy_checkpoints as toys
+import transformers
+import transformers.dynamic_module_utils
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from mptk import models
+from mptk.errors import MptkError
+
+IDS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "toy"
+    toys.llama().save_pretrained(path)
+    toys.tokenizer().save_pretrained(path)
+    return path
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+class TestFolder:
+    def test_weights_and_tokenizer(self, folder: Path) -> None:
+        loaded = models.load(str(folder))
+        assert torch.equal(logits(loaded.model), logits(toys.llama()))
+        assert loaded.tokenizer is not None
+        assert loaded.tokenizer("brown fox").input_ids == toys.tokenizer()("brown fox").input_ids
+        assert (loaded.source, loaded.path) == (str(folder), folder)
+        assert not loaded.model.training
+
+    def test_dtype(self, folder: Path) -> None:
+        assert models.load(str(folder), dtype=torch.bfloat16).model.dtype == torch.bfloat16
+        assert models.skeleton(str(folder), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+    def test_without_tokenizer(self, tmp_path: Path) -> None:
+        toys.llama().save_pretrained(tmp_path / "bare")
+        assert models.load(str(tmp_path / "bare")).tokenizer is None
+        with pytest.raises(MptkError, match="no tokenizer"):
+            models.load_tokenizer(str(tmp_path / "bare"))
+
+    def test_skeleton_is_the_model_without_weights(self, folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        skeleton = models.skeleton(str(folder))
+        assert {p.device.type for p in skeleton.parameters()} == {"meta"}
+        assert {n: p.shape for n, p in skeleton.named_parameters()} == {
+            n: p.shape for n, p in toys.llama().named_parameters()
+        }
+        assert skeleton.get_output_embeddings().weight is skeleton.get_input_embeddings().weight
+
+    def test_parameters_that_the_checkpoint_lacks(self, folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+        with pytest.raises(MptkError, match=r"no weights for 9 parameters .*model\.layers\.2"):
+            models.load(str(folder))
+
+    def test_not_a_checkpoint(self, tmp_path: Path) -> None:
+        with pytest.raises(MptkError, match=r"no config\.json"):
+            models.load(str(tmp_path))
+        (tmp_path / "notes.txt").write_text("x")
+        with pytest.raises(MptkError, match=r"neither .* nor a \.gguf"):
+            models.load(str(tmp_path / "notes.txt"))
+
+
+class Touch:
+    """Unpickling one makes the file ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+class TestNothingRuns:
+    def test_pickles_are_refused(self, folder: Path, tmp_path: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
+        with pytest.raises(MptkError, match=r"only pytorch_model\.bin, a pickle.*save_pretrained"):
+            models.load(str(folder))
+        assert not (tmp_path / "ran").exists()
+
+    def test_a_config_cannot_name_a_pickle(self, folder: Path, tmp_path: Path) -> None:
+        (folder / "adapter_model.bin").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "adapter_model.bin"}))
+        with pytest.raises(MptkError, match="a pickle"):
+            models.load(str(folder))
+        assert not (tmp_path / "ran").exists()
+
+    def test_the_models_own_code(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+        config = json.loads((folder / "config.json").read_text())
+        code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+        config |= {"model_type": "own", "auto_map": code, "architectures": ["OwnForCausalLM"]}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "own.py").write_text(
+            f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+            "from transformers import LlamaConfig, LlamaForCausalLM\n"
+            "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+            "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+        )
+        for refused in (models.load, models.skeleton):
+            with pytest.raises(MptkError, match="trust-remote-code"):
+                refused(str(folder))
+        assert not (tmp_path / "ran").exists()
+        own = models.load(str(folder), trust_remote_code=True).model
+        assert type(own).__name__ == "OwnForCausalLM"
+        assert torch.equal(logits(own), logits(toys.llama()))
+        assert type(models.skeleton(str(folder), trust_remote_code=True)).__name__ == "OwnForCausalLM"
+
+
+SMALL = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        BertForMaskedLM(BertConfig(**SMALL, vocab_size=50)),
+        T5ForConditionalGeneration(T5Config(d_model=24, d_kv=7, d_ff=40, num_layers=1, num_heads=3, vocab_size=50)),
+        ViTForImageClassification(ViTConfig(**SMALL, image_size=12, patch_size=4)),
+        transformers.BertModel(BertConfig(**SMALL, vocab_size=50)),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_class_that_the_checkpoint_was_saved_from(model: transformers.PreTrainedModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    assert type(models.load(str(tmp_path)).model) is type(model)
+    assert type(models.skeleton(str(tmp_path))) is type(model)
+
+
+class TestGguf:
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Path:
+        path = tmp_path / "toy.gguf"
+        toys.write_gguf(toys.llama(), toys.tokenizer(), path)
+        return path
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_same_model(self, tmp_path: Path, tied: bool) -> None:
+        toys.write_gguf(toys.llama(tied=tied), toys.tokenizer(), tmp_path / "toy.gguf")
+        loaded = models.load(str(tmp_path / "toy.gguf"))
+        assert torch.equal(logits(loaded.model), logits(toys.llama(tied=tied)))
+        head, embedding = loaded.model.get_output_embeddings().weight, loaded.model.get_input_embeddings().weight
+        assert (head is embedding) == tied
+        assert loaded.tokenizer is not None
+        assert loaded.tokenizer("brown fox").input_ids == toys.tokenizer()("brown fox").input_ids
+        assert loaded.tokenizer.model_max_length == 70
+
+    def test_quantised(self, tmp_path: Path) -> None:
+        toys.write_gguf(toys.llama(), toys.tokenizer(), tmp_path / "toy.gguf", quantise=True)
+        error = (logits(models.load(str(tmp_path / "toy.gguf")).model) - logits(toys.llama())).abs().max()
+        assert 0 < error < 1e-2
+
+    def test_saved_as_an_ordinary_checkpoint(self, file: Path, tmp_path: Path) -> None:
+        loaded = models.load(str(file))
+        loaded.model.save_pretrained(tmp_path / "saved")
+        for place in (loaded.path, tmp_path / "saved"):
+            config = json.loads((place / "config.json").read_text())
+            assert config["dtype"] == "float32"
+            assert config["architectures"] == ["LlamaForCausalLM"]
+            assert config["rms_norm_eps"] == 1e-5
+            assert "quantization_config" not in config
+            written = "".join(path.read_text() for path in place.glob("*.json")).lower()
+            assert "gguf" not in written
+            assert "toy of the tests" not in written
+            again = transformers.AutoModelForCausalLM.from_pretrained(place)
+            assert torch.equal(logits(again), logits(toys.llama()))
+            assert again.generation_config.eos_token_id == 1
+
+    def test_converted_once_and_again_when_it_changes(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = models.load(str(file)).path
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "_convert", lambda *args: pytest.fail("converted twice"))
+            assert models.load(str(file)).path == first
+        toys.write_gguf(toys.llama(seed=1), toys.tokenizer(), file)
+        assert torch.equal(logits(models.load(str(file)).model), logits(toys.llama(seed=1)))
+
+    def test_skeleton_reads_the_metadata_alone(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(models, "_convert", lambda *args: pytest.fail("converted"))
+        skeleton = models.skeleton(str(file))
+        assert {p.device.type for p in skeleton.parameters()} == {"meta"}
+        assert {n: p.shape for n, p in skeleton.named_parameters()} == {
+            n: p.shape for n, p in toys.llama().named_parameters()
+        }
+
+    def test_what_is_no_gguf(self, tmp_path: Path) -> None:
+        with pytest.raises(MptkError, match="no file"):
+            models.load(str(tmp_path / "none.gguf"))
+        (tmp_path / "broken.gguf").write_bytes(b"not one at all" * 9)
+        with pytest.raises(MptkError, match="cannot load"):
+            models.load(str(tmp_path / "broken.gguf"))
+        assert not list((tmp_path / "cache" / "checkpoints").glob("[!.]*"))
+
+
+class TestHub:
+    @pytest.fixture(autouse=True)
+    def _offline(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def test_id(self, tmp_path: Path) -> None:
+        repo = tmp_path / "hub" / "models--someone--toy"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text("0" * 40)
+        toys.llama().save_pretrained(repo / "snapshots" / ("0" * 40))
+        loaded = models.load("someone/toy")
+        assert torch.equal(logits(loaded.model), logits(toys.llama()))
+        assert loaded.source == "someone/toy"
+        assert loaded.path == repo / "snapshots" / ("0" * 40)
+
+    @pytest.mark.parametrize("name", ["someone/nothing", "no/such/folder", "smolm2-135m"])
+    def test_nothing_of_that_name(self, name: str) -> None:
+        with pytest.raises(MptkError, match=f"'{name}' is no packaged alias .*check the name") as caught:
+            models.load(name)
+        assert "\n" not in str(caught.value)

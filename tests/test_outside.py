@@ -1,0 +1,249 @@
+"""The analysis on modules that are no language models: torchvision, timm and hand-written ones, proven by cutting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.tiny_models import randomise
+from benchmarks.zoo import prove
+from mptk.families import Analysis
+from passes.group import analyze
+from passes.trace import trace
+
+torchvision = pytest.importorskip("torchvision")
+timm = pytest.importorskip("timm")
+
+IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+TOKENS = torch.arange(14).reshape(2, 7) % 11 + 1
+
+
+def analysed(module: nn.Module, *inputs: Tensor) -> Analysis:
+    """The analysis of ``module`` with random weights; fails unless every family is proven by cutting."""
+    randomise(module.eval(), 0)
+    analysis = analyze(trace(module, inputs))
+    results = dict(prove(analysis, inputs))
+    assert results, [b.reasons for b in analysis.blocked]
+    assert not any(results.values()), {n: why for n, why in results.items() if why}
+    return analysis
+
+
+def sizes(analysis: Analysis) -> set[int]:
+    return {f.size for f in analysis.families}
+
+
+# ---- hand-written modules ----
+
+
+class CausalAttention(nn.Module):
+    """nanoGPT's: fused qkv, split, heads by view, a triangular mask kept as a buffer."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads = heads
+        self.register_buffer("bias", torch.tril(torch.ones(16, 16)).view(1, 1, 16, 16), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.size()
+        q, k, v = (y.view(b, t, self.heads, c // self.heads).transpose(1, 2) for y in self.c_attn(x).split(c, dim=2))
+        scores = (q @ k.transpose(-2, -1)) * (k.size(-1) ** -0.5)
+        mask: Tensor = self.get_buffer("bias")[:, :, :t, :t]
+        scores = scores.masked_fill(mask == 0, float("-inf"))
+        y = F.softmax(scores, dim=-1) @ v
+        return self.c_proj(y.transpose(1, 2).contiguous().view(b, t, c))  # type: ignore[no-any-return]
+
+
+class NanoGPT(nn.Module):
+    """A GPT-2 block stack as nanoGPT writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(29, 24), nn.Embedding(16, 24)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "ln_1": nn.LayerNorm(24),
+                    "attn": CausalAttention(24, 3),
+                    "ln_2": nn.LayerNorm(24),
+                    "c_fc": nn.Linear(24, 40),
+                    "c_proj": nn.Linear(40, 24),
+                }
+            )
+            for _ in range(2)
+        )
+        self.ln_f, self.lm_head = nn.LayerNorm(24), nn.Linear(24, 29, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.wte(ids) + self.wpe(torch.arange(ids.size(1)))
+        for block in self.blocks:
+            assert isinstance(block, nn.ModuleDict)
+            x = x + block["attn"](block["ln_1"](x))
+            x = x + block["c_proj"](F.gelu(block["c_fc"](block["ln_2"](x))))
+        return self.lm_head(self.ln_f(x))  # type: ignore[no-any-return]
+
+
+class RMSNorm(nn.Module):
+    """llama2.c's norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * self.weight
+
+
+class Llama2C(nn.Module):
+    """One block as llama2.c's model.py writes it: interleaved rotary pairs as real arithmetic, KV heads repeated."""
+
+    def __init__(self, width: int = 48, heads: int = 6, kv: int = 2, size: int = 8, ffn: int = 40) -> None:
+        super().__init__()
+        self.heads, self.kv, self.size = heads, kv, size
+        self.embed, self.norm, self.ffn_norm = nn.Embedding(29, width), RMSNorm(width), RMSNorm(width)
+        self.wq, self.wo = nn.Linear(width, heads * size, bias=False), nn.Linear(heads * size, width, bias=False)
+        self.wk, self.wv = nn.Linear(width, kv * size, bias=False), nn.Linear(width, kv * size, bias=False)
+        self.w1, self.w2 = nn.Linear(width, ffn, bias=False), nn.Linear(ffn, width, bias=False)
+        self.w3, self.last, self.output = nn.Linear(width, ffn, bias=False), RMSNorm(width), nn.Linear(width, 29)
+        angles = torch.outer(torch.arange(16).float(), 100.0 ** -(torch.arange(0, size, 2).float() / size))
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        real, imaginary = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+        cos, sin = (self.get_buffer(n)[: x.shape[1], None] for n in ("cos", "sin"))
+        return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(3)
+
+    def repeat(self, x: Tensor) -> Tensor:
+        b, t, kv, size = x.shape
+        n = self.heads // self.kv
+        return x[:, :, :, None, :].expand(b, t, kv, n, size).reshape(b, t, kv * n, size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        b, t, _ = x.shape
+        h = self.norm(x)
+        q = self.rotate(self.wq(h).view(b, t, self.heads, self.size))
+        k = self.repeat(self.rotate(self.wk(h).view(b, t, self.kv, self.size)))
+        v = self.repeat(self.wv(h).view(b, t, self.kv, self.size))
+        y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), is_causal=True)
+        x = x + self.wo(y.transpose(1, 2).contiguous().view(b, t, -1))
+        h = self.ffn_norm(x)
+        return self.output(self.last(x + self.w2(F.silu(self.w1(h)) * self.w3(h))))  # type: ignore[no-any-return]
+
+
+class UNet(nn.Module):
+    """Two levels with a skip concatenation and a transposed convolution on the way up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.middle = nn.Conv2d(3, 10, 3, padding=1), nn.Conv2d(10, 14, 3, padding=1)
+        self.up, self.join = nn.ConvTranspose2d(14, 12, 2, stride=2), nn.Conv2d(22, 9, 3, padding=1)
+        self.norm, self.last = nn.BatchNorm2d(9), nn.Conv2d(9, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = F.relu(self.down(x))
+        y = F.relu(self.middle(F.max_pool2d(skip, 2)))
+        y = F.relu(self.norm(self.join(torch.cat([self.up(y), skip], 1))))
+        return self.last(y)  # type: ignore[no-any-return]
+
+
+def grouped_cnn() -> nn.Module:
+    """Grouped, depthwise and pointwise convolutions with batch norm, then a classifier."""
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(12, 20, 3, padding=1, groups=4),
+        nn.BatchNorm2d(20),
+        nn.ReLU(),
+        nn.Conv2d(20, 20, 3, padding=1, groups=20),
+        nn.ReLU6(),
+        nn.Conv2d(20, 16, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+    )
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(7, 13), nn.ReLU(), nn.Linear(13, 11), nn.Tanh(), nn.Linear(11, 4))
+
+
+def test_mlp_hidden_layers() -> None:
+    analysis = analysed(mlp(), torch.randn(3, 7, generator=torch.Generator().manual_seed(1)))
+    assert sizes(analysis) == {13, 11}
+    assert {w for b in analysis.blocked for w in b.weights} >= {"0.weight[1]", "4.weight[0]"}
+
+
+def test_nanogpt_style() -> None:
+    analysis = analysed(NanoGPT(), TOKENS)
+    assert {3, 40} <= sizes(analysis)
+    heads = next(f for f in analysis.families if f.size == 3)
+    fused = next(m for m in heads.groups[0].members if m.weight == "blocks.0.attn.c_attn.weight")
+    assert heads.groups[0].positions(fused).shape == (1, 3, 24)  # q, k and v rows of a head, 8 each
+
+
+def test_llama2c_style() -> None:
+    analysis = analysed(Llama2C(), TOKENS)
+    assert {2, 3, 40, 48} <= sizes(analysis)
+
+
+def test_unet_skip_concatenation() -> None:
+    analysis = analysed(UNet(), IMAGE)
+    assert sizes(analysis) == {10, 14, 12, 9}
+    (skip,) = next(f for f in analysis.families if f.size == 10).groups
+    joined = next(m for m in skip.members if m.weight == "join.weight")
+    assert skip.positions(joined)[0, :, 0].tolist() == list(range(12, 22))
+
+
+def test_grouped_and_depthwise_convolutions() -> None:
+    assert analysed(grouped_cnn(), IMAGE[:, :, :12, :12]).families
+
+
+# ---- libraries ----
+
+TORCHVISION: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": lambda: torchvision.models.ResNet(
+        torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5, width_per_group=64
+    ),
+    "vit": lambda: torchvision.models.VisionTransformer(32, 8, 2, 3, 24, 40, num_classes=5),
+    "swin": lambda: torchvision.models.SwinTransformer([4, 4], 12, [1, 1], [2, 4], [4, 4], num_classes=5),
+    "convnext": lambda: torchvision.models.ConvNeXt(
+        [
+            torchvision.models.convnext.CNBlockConfig(10, 14, 1),
+            torchvision.models.convnext.CNBlockConfig(14, None, 1),
+        ],
+        num_classes=5,
+    ),
+    "mobilenet_v3": lambda: torchvision.models.MobileNetV3(
+        [
+            torchvision.models.mobilenetv3.InvertedResidualConfig(16, 3, 24, 16, True, "RE", 1, 1, 1.0),
+            torchvision.models.mobilenetv3.InvertedResidualConfig(16, 3, 40, 32, True, "HS", 2, 1, 1.0),
+        ],
+        last_channel=48,
+        num_classes=5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision(name: str) -> None:
+    torch.manual_seed(0)
+    analysed(TORCHVISION[name](), IMAGE)
+
+
+TIMM: dict[str, Callable[[], nn.Module]] = {
+    "vit": lambda: timm.models.VisionTransformer(32, 8, num_classes=5, embed_dim=24, depth=2, num_heads=3),
+    "mlp_mixer": lambda: timm.models.MlpMixer(5, 32, patch_size=8, num_blocks=2, embed_dim=24),
+    "conv_mixer": lambda: timm.models.ConvMixer(18, 2, kernel_size=3, patch_size=4, num_classes=5),
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm(name: str) -> None:
+    torch.manual_seed(0)
+    analysed(TIMM[name](), IMAGE)

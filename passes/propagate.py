@@ -118,7 +118,11 @@ class Walk:
     def where(self, node: fx.Node) -> str:
         """``op in module.path, file.py:12``: the place of a node, as far as export recorded it."""
         stack = list((node.meta.get("nn_module_stack") or {}).values())
-        place = f"{op_name(node)} in {stack[-1][0].removeprefix('module.') or 'the model'}" if stack else node.name
+        place = (
+            f"{op_name(node)} in {stack[-1][0].removeprefix('module').removeprefix('.') or 'the model'}"
+            if stack
+            else node.name
+        )
         frames = [
             line for line in str(node.meta.get("stack_trace") or "").splitlines() if line.lstrip().startswith("File ")
         ]

@@ -1,0 +1,95 @@
+"""A user's own op: refused with its name, then analysed and cut by one registered rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.zoo import prove
+from mptk.errors import MptkError
+from passes.group import analyze
+from passes.rules.opaque import opaque
+from passes.rules.table import RULES, rule
+from passes.trace import trace
+
+
+@torch.library.custom_op("mptk_test::gated", mutates_args=())
+def gated(x: Tensor, gate: Tensor) -> Tensor:
+    return x * torch.sigmoid(gate)
+
+
+@gated.register_fake
+def _(x: Tensor, gate: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class GatedMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(7, 13), nn.Linear(7, 13), nn.Linear(13, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.ops.mptk_test.gated(self.up(x), self.gate(x)))  # type: ignore[no-any-return]
+
+
+class GatedSum(GatedMLP):
+    """The same, summed over: removed channels must be zero there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mptk_test.gated(self.up(x), self.gate(x)).sum(-1)  # type: ignore[no-any-return]
+
+
+def gated_rule(w: Any, node: Any, x: Any, gate: Any) -> Any:
+    """y_d = x_d = gate_d."""
+    for a, b in zip(x.dims, gate.dims, strict=True):
+        w.unify(a, b, node)
+    return x.dims
+
+
+INPUT = torch.randn(3, 7, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(autouse=True)
+def rules_restored() -> Iterator[None]:
+    before = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(before)
+
+
+def test_an_op_without_a_rule_is_named_with_its_module_and_the_remedy() -> None:
+    program = trace(GatedMLP(), (INPUT,))
+    with pytest.raises(MptkError, match=r"mptk_test\.gated\.default.*mptk\.rule.*docs/adding-an-op\.md"):
+        analyze(program)
+
+
+def test_a_registered_rule_makes_its_axes_cuttable() -> None:
+    rule("mptk_test::gated")(gated_rule)
+    analysis = analyze(trace(GatedMLP(), (INPUT,)))
+    (family,) = analysis.families
+    assert {(m.weight, m.dim) for m in family.groups[0].members} == {
+        *(("up.weight", 0), ("up.bias", 0), ("gate.weight", 0), ("gate.bias", 0), ("down.weight", 1))
+    }
+    assert dict(prove(analysis, (INPUT,))) == {family.name: ""}
+
+
+def test_without_zero_a_sum_behind_the_op_refuses_the_axis() -> None:
+    rule("mptk_test::gated")(gated_rule)
+    analysis = analyze(trace(GatedSum(), (INPUT,)))
+    assert not analysis.families
+    (blocked,) = (b for b in analysis.blocked if b.size == 13)
+    assert "summed over while not zero (aten.sum.dim_IntList in the model, test_custom_op.py:" in blocked.reasons[0]
+    rule("mptk_test::gated", zero=lambda node, zero, walk: zero(node.args[0]))(gated_rule)
+    analysis = analyze(trace(GatedSum(), (INPUT,)))
+    assert list(dict(prove(analysis, (INPUT,))).values()) == [""]
+
+
+def test_an_opaque_op_freezes_both_sides() -> None:
+    rule("mptk_test::gated")(opaque)
+    analysis = analyze(trace(GatedMLP(), (INPUT,)))
+    assert not analysis.families
+    assert all("keeps no axes apart" in " ".join(b.reasons) for b in analysis.blocked if b.size == 13)

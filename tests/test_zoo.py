@@ -1,0 +1,70 @@
+"""A part of the zoo sweep that shows every kind of structure: each type proven by cutting every family."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from benchmarks import zoo
+from benchmarks.tiny_models import tiny_model
+from mptk.families import Analysis
+from mptk.plan import Plan
+from mptk.program import Program
+from passes.group import analyze
+from passes.rewrite import rewrite
+from passes.trace import trace
+
+TYPES = [
+    ("causal-lm", "gpt2"),  # fused qkv in Conv1D
+    ("causal-lm", "gpt_neox"),  # fused qkv by head, parallel residual, rotary on part of a head
+    ("causal-lm", "falcon"),  # multi-query, index by a list
+    ("causal-lm", "bloom"),  # alibi
+    ("causal-lm", "gemma3_text"),  # QK-norm, 1 + weight norms, sliding window
+    ("causal-lm", "mamba2"),  # state space: convolution, cumulative sums
+    ("causal-lm", "mixtral"),  # experts
+    ("causal-lm", "deepseek_v3"),  # latent attention, grouped experts
+    ("causal-lm", "llama4_text"),  # complex rotary embeddings, interleaved experts
+    ("masked-lm", "bert"),
+    ("masked-lm", "deberta-v2"),  # disentangled attention by gather
+    ("seq2seq", "t5"),  # a shared relative bias ties all layers' heads
+    ("image-classification", "vit"),
+    ("image-classification", "resnet"),
+]
+
+
+@pytest.mark.parametrize(("mapping", "model_type"), TYPES, ids=[t for _, t in TYPES])
+def test_type_is_proven(mapping: str, model_type: str) -> None:
+    row = zoo.run_type(mapping, model_type)
+    assert row["stage"] == "proven", row["reason"]
+    assert row["families"] == row["proven"] > 2
+
+
+def test_a_wrong_cut_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the cut program another one (here: units drawn anew), no family but those of few choices would pass."""
+
+    def other_units(analysis: Analysis, plan: Plan) -> Program:
+        families = [analysis.family(n) for n in plan.families]
+        return rewrite(analysis, zoo.random_plan(families, random.Random(99)))
+
+    monkeypatch.setattr(zoo, "rewrite", other_units)
+    tiny = tiny_model("causal-lm", "llama")
+    results = dict(zoo.prove(analyze(trace(tiny.wrapper, tiny.inputs)), tiny.inputs))
+    assert results["ffn"].startswith("wrong by")
+    assert results["all"].startswith("wrong by")
+
+
+def test_plans_draw_units_anew_for_each_layer_and_row() -> None:
+    tiny = tiny_model("causal-lm", "llama")
+    analysis = analyze(trace(tiny.wrapper, tiny.inputs))
+    plan = zoo.random_plan(analysis.families, random.Random(0))
+    ffn = plan.families["ffn"]
+    assert len({units for rows in ffn.keep.values() for units in rows}) == len(ffn.keep) > 1
+    scoped = next(f for f in analysis.families if f.scopes > 1)
+    assert all(len(rows) == scoped.scopes for rows in plan.families[scoped.name].keep.values())
+
+
+def test_a_type_that_cannot_be_built_gives_its_reason() -> None:
+    row = zoo.run_type("causal-lm", "jetmoe")
+    assert row["stage"] != "proven"
+    assert "depends on data" in row["reason"]

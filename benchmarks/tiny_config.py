@@ -51,8 +51,8 @@ CAPS = {
 }
 # Words of field names, tried in this order; the first that matches gives the role.
 ROLES: tuple[tuple[str, str], ...] = (
-    ("keep", r"dropout|pdrop|_prob$|initializer|dtype|ignore_index|chunk_size_feed|sampling|_tp$|seed|alpha|beta"),
-    ("keep", r"kernel|stride|conv1d_width|d_conv|expan|mult|ratio|dilation|padding|hop_length|time_step|type_vocab"),
+    ("keep", r"dropout|pdrop|_prob$|initializer|dtype|ignore_index|chunk_size_feed|tokenizer_chunk|sampling|_tp$|seed|alpha|beta"),
+    ("keep", r"kernel|stride|conv1d_width|d_conv|expan|mult|ratio|dilation|padding|hop_length|time_step|type_vocab|unit_size"),
     ("keep", r"^(num|in|out|audio)_channels$|^channels$"),
     ("image_tokens", r"tokens_per_image|image_seq_length"),
     ("token", r"_token_ids?$|_token_index$|^(unk|mask|pad|eos|bos)_index$"),
@@ -72,7 +72,7 @@ ROLES: tuple[tuple[str, str], ...] = (
     ("period", r"interval|period|every_n|sparse_step|pattern$|layer_group_size|frequency"),
     ("layers", r"(^|_)layers?$|^depths?$|(num|attn)_blocks$|block_repeats$|per_block$"),
     ("positions", r"position|max_seq|n_ctx|max_length|context_length|max_len|max_pos_emb"),
-    ("window", r"window|chunk_size|chunk_length|local_attention|index_topk|extent"),
+    ("window", r"window|^(mamba_|attention_)?chunk_size$|attn_chunk_length|local_attention|index_topk|extent"),
     ("rank", r"rank"),
     ("image", r"image_size"),
     ("patch", r"patch_size$"),
@@ -83,7 +83,7 @@ ROLES: tuple[tuple[str, str], ...] = (
 # Factors on all widths or depths of a convolutional network.
 MULTIPLIER, LEAST_MULTIPLIER = "coefficient|depth_multiplier", 0.25
 # Sizes that a model may need although its configuration class defaults them to None.
-FILLED = ("experts", "top_k", "head_dim", "ffn", "shared", "kv_heads")
+FILLED = ("experts", "top_k", "head_dim", "ffn", "shared", "kv_heads", "vocab", "token")
 # Values for fields of other types, by field name: the smallest network timm has, and a language of the default list.
 NAMED = {"architecture": "test_resnet", "default_language": "en_XX"}
 # The same for fields that default to None and that the model needs: a clipping bound.
@@ -162,7 +162,8 @@ class _Shrinker:
         self.rows = self._rows()
         self.hidden = next((v for n, v in self.values.items() if role(n) == "hidden" and _is_int(v)), None)
         lists = {n: [v for v in vs if v > 4] for n, vs in self.values.items() if _is_ints(vs) and len(vs) > 2}
-        self.staged = any(role(n) in ("layers", "heads", "hidden", "width") for n in lists)
+        stages = ("layers", "heads", "hidden") if self.hidden else ("layers", "heads", "hidden", "width")
+        self.staged = any(role(n) in stages for n in lists)
         self.scale = self._scale([(n, vs) for n, vs in lists.items() if vs])
         self.multiplier = next((v for n, v in self.values.items() if re.search(MULTIPLIER, n)), None)
 
@@ -255,7 +256,11 @@ class _Shrinker:
             return NAMED_FILLED[name]
         if kind not in FILLED or "int" not in str(self.fields[name].type):
             return None
-        return 1 if kind == "shared" else POOLS["heads" if self._mha(kind) else kind][0]
+        if kind == "token":
+            return 1 if name == "pad_token_id" else FIRST_PLAIN_TOKEN - 1
+        if kind in ("shared", "vocab"):
+            return 1 if kind == "shared" else VOCAB
+        return POOLS["heads" if self._mha(kind) else kind][0]
 
     def _layer_types(self) -> list[str]:
         """The layer kinds that the modelling code names, of those the library knows."""
@@ -283,7 +288,7 @@ class _Shrinker:
         """A width of a hierarchical network."""
         if self.multiplier:
             return int(value * LEAST_MULTIPLIER / self.multiplier)
-        return value if value <= 4 else max(8, value // self.scale)
+        return value if value <= 4 else max(4, value // self.scale)
 
     def _item(self, name: str, value: Any) -> Any:
         """The toy value of one integer in the role that `name` tells."""
@@ -330,8 +335,8 @@ class _Shrinker:
         sizes = self.sizes.setdefault(kind, {})
         if value not in sizes:
             pool = POOLS[kind][1:] if kind == "heads" and self.recipe.wide else POOLS[kind]
-            free = [s for s in pool if s not in sizes.values()]
-            sizes[value] = min(free[0], value) if free else pool[-1]
+            free = [s for s in pool if s not in sizes.values() and s <= value]
+            sizes[value] = free[0] if free else min(value, pool[-1])
         return sizes[value]
 
     def _related(self, old: dict[str, Any], out: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ MAPPINGS: dict[str, dict[str, Any]] = {
     "image-classification": dict(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
 }
 BATCH, SEQ, TARGET_SEQ, LABELS = 2, 7, 5, 13
-MAX_PARAMETERS = 4_000_000
+MAX_PARAMETERS = 5_000_000
 TIME_LIMIT_S, MEMORY_LIMIT_BYTES = 120, 4 << 30
 
 
@@ -232,6 +232,10 @@ def example_inputs(mapping: str, model: nn.Module, seed: int) -> dict[str, torch
     if "patch_lengths" in inspect.signature(base.forward).parameters:
         # Without it the bytes are grouped by their entropies, and sizes depend on data.
         inputs["patch_lengths"] = torch.tensor([[1, 3, SEQ - 3]] * BATCH)
+    if hasattr(config, "audio_length_per_tok"):  # speech that goes with each token, not instead of some
+        frames = SEQ * config.audio_length_per_tok
+        mels = config.audio_config.num_mel_bins
+        inputs["input_features"] = torch.randn(BATCH, mels, frames, generator=generator)
     if "spatial_shapes" in accepted:
         inputs |= _patches(config.vision_config, generator)
     elif mapping == "image-classification" and "pixel_values" in accepted:

@@ -133,7 +133,7 @@ def compare(name: str) -> dict[str, Any]:
                 row[f"{side}_groups"] = (
                     result if isinstance(result, int) else sum(len(f.groups) for f in result.families)
                 )
-    except Exception as error:  # noqa: BLE001 - whatever the rival raises is its result on this model
+    except Exception as error:
         return row | {"torch_pruning": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
     medians = {side: statistics.median(values) for side, values in times.items()}
     row |= {f"{side}_s": round(value, 4) for side, value in medians.items()}
@@ -143,7 +143,7 @@ def compare(name: str) -> dict[str, Any]:
 
 
 def rows_with_first_kv_head(model: Any, ids: torch.Tensor) -> str:
-    """What Torch-Pruning couples with the first KV head (or head): right is all its rows in q, k and v, and o's columns."""
+    """What Torch-Pruning couples with the first KV head: right is all its rows in q, k and v, and o's columns."""
     import torch_pruning
 
     keys = [m for n, m in model.named_modules() if n.endswith(("k_proj", "attention.self.key"))]

@@ -1,6 +1,6 @@
 """The main job through the Python API: what ``mptk prune MODEL --sparsity 0.3 --out DIR`` does.
 
-    python examples/prune.py MODEL DIR [SPARSITY]
+python examples/prune.py MODEL DIR [SPARSITY]
 """
 
 import sys

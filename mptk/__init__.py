@@ -1,6 +1,7 @@
 """mptk: compiler-style structured pruning for language models.
 
-The main job is ``mptk.prune``. Its steps are functions too: ``trace``, ``analyze``, ``rewrite``, ``export``, ``verify``.
+The main job is ``mptk.prune``. Its steps are functions too: ``trace``, ``analyze``, ``rewrite``, ``export`` and
+``verify``.
 """
 
 from __future__ import annotations

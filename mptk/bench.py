@@ -1,7 +1,7 @@
 """bench: prefill and decode in ONNX Runtime, dense and pruned alternating in one process.
 
 Absolute times belong to one machine at one moment, so what counts is the ratio pruned / dense, beside the ratio that
-would be ideal: of the operations in prefill, which computes, and of the weights' bytes in decode, which reads them.
+would be ideal: of the operations in prefill, which computes, and of the bytes in decode, which reads them.
 """
 
 from __future__ import annotations
@@ -14,17 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime as ort
 
-from mptk.runtime import FILE, OrtDecoder
+from mptk.onnx_work import graph_work
+from mptk.runtime import OrtDecoder, onnx_file
 
 Progress = Callable[[str, int, int], None]
+PHASES = ("prefill", "decode")
+ROUND_S = 0.05
+"""A step shorter than this is repeated within its turn, so that the change of sides does not dominate it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One phase: medians and interquartile ranges in milliseconds, ``ratio`` and ``ideal`` as pruned / dense."""
+    """One phase: medians and interquartile ranges in milliseconds, ``ratio`` and ``ideal`` as pruned / dense.
+
+    ``ideal`` is the ratio of ``dense_work`` and ``pruned_work``: operations in prefill, bytes in decode.
+    """
 
     phase: str
     threads: int
@@ -34,6 +40,8 @@ class Row:
     pruned_iqr_ms: float
     ratio: float
     ideal: float
+    dense_work: int
+    pruned_work: int
 
 
 @dataclass(frozen=True)
@@ -56,17 +64,6 @@ class Bench:
         return Bench(**{**data, "rows": [Row(**row) for row in data["rows"]]})
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a graph has to do: ``macs`` multiply-adds with weights for one token (``last`` of them for a position whose
-    logits are asked for), ``bytes`` of weights read a step, and ``attention`` multiply-adds for each pair of positions.
-    """
-
-    macs: int
-    bytes: int
-    attention: int
-
-
 def bench_decoders(
     dense: Path,
     pruned: Path,
@@ -76,120 +73,89 @@ def bench_decoders(
     rounds: int = 7,
     progress: Progress | None = None,
 ) -> Bench:
-    """Time two ONNX folders: prefill of ``prompts`` tokens and one decoding step after as many, batch 1.
+    """Time two ONNX decoders: prefill of ``prompts`` tokens and one decoding step after as many, batch 1.
 
-    Rounds alternate between the two models; the first round of each phase is not counted.
+    The two take turns, and who begins a round changes. Inputs and cache are bound beforehand, so the caller's own
+    work is not timed; each side runs a few steps before the first round that counts.
+
+    Args:
+        dense: a folder with ``model.onnx``, or the file.
+        pruned: the same.
+        prompts: lengths in tokens.
+        threads: thread counts, each measured in sessions of its own.
+        rounds: turns of each side in a phase, at least 2.
+        progress: called with a stage, the phases done and all of them.
+
+    Raises:
+        MptkError: a file is missing or is no decoder.
     """
     say = progress or (lambda stage, done, total: None)
-    work = (read_work(dense), read_work(pruned))
-    rows = []
-    done, total = 0, 2 * len(prompts) * len(threads)
+    files = (onnx_file(dense), onnx_file(pruned))
+    rows: list[Row] = []
     for count in threads:
-        decoders = (OrtDecoder(dense, threads=count), OrtDecoder(pruned, threads=count))
-        for phase in ("prefill", "decode"):
+        decoders = [OrtDecoder(file, threads=count) for file in files]
+        for phase in PHASES:
             for length in prompts:
-                times = _alternate([_step(d, phase, length) for d in decoders], rounds)
-                rows.append(_row(f"{phase} {length}", count, times, _ideal(phase, length, *work)))
-                done += 1
-                say("bench", done, total)
+                times = alternate([_step(decoder, phase, length) for decoder in decoders], rounds)
+                rows.append(_row(phase, length, count, times, [_work(file, phase, length) for file in files]))
+                say("bench", len(rows), len(PHASES) * len(prompts) * len(threads))
     return Bench(str(dense), str(pruned), ort.__version__, rounds, rows)
+
+
+def alternate(steps: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
+    """Milliseconds of each step in each round. The steps take turns; the order is reversed every other round."""
+    repeats = [_repeats(step) for step in steps]
+    times: list[list[float]] = [[] for _ in steps]
+    order = list(range(len(steps)))
+    for _ in range(rounds):
+        for index in order:
+            start = time.perf_counter()
+            for _ in range(repeats[index]):
+                steps[index]()
+            times[index].append((time.perf_counter() - start) / repeats[index] * 1000)
+        order.reverse()
+    return times
+
+
+def _repeats(step: Callable[[], None]) -> int:
+    """Runs of ``step`` in one turn. Running it here warms it up, too."""
+    step()
+    start = time.perf_counter()
+    step()
+    return max(1, min(50, int(ROUND_S / (time.perf_counter() - start))))
 
 
 def _step(decoder: OrtDecoder, phase: str, length: int) -> Callable[[], None]:
     """A call that runs one step with everything bound beforehand."""
-    rng = np.random.default_rng(0)
-    if phase == "prefill":
-        ids, cache = rng.integers(1, 100, (1, length)), decoder.empty(1)
-    else:
-        ids, cache = rng.integers(1, 100, (1, 1)), decoder.filled(1, length)
-    mask = np.ones((1, cache.length + ids.shape[1]), dtype=np.int64)
-    binding = decoder.binding(ids, mask, cache)
+    cache = decoder.empty(1) if phase == "prefill" else decoder.filled(1, length)
+    ids = np.random.default_rng(0).integers(1, 100, (1, length if phase == "prefill" else 1))
+    binding = decoder.binding(ids, np.ones((1, cache.length + ids.shape[1]), dtype=np.int64), cache)
     return lambda: decoder.session.run_with_iobinding(binding)
 
 
-def _alternate(steps: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
-    """Milliseconds of each step, in turn; steps shorter than 50 ms are repeated within a round."""
-    repeats = []
-    for step in steps:
-        step()
-        start = time.perf_counter()
-        step()
-        repeats.append(max(1, min(20, int(0.05 / (time.perf_counter() - start)))))
-    times: list[list[float]] = [[] for _ in steps]
-    for _ in range(rounds):
-        for step, repeat, found in zip(steps, repeats, times, strict=True):
-            start = time.perf_counter()
-            for _ in range(repeat):
-                step()
-            found.append((time.perf_counter() - start) / repeat * 1000)
-    return times
+def _work(file: Path, phase: str, length: int) -> int:
+    if phase == "prefill":
+        return graph_work(file, sequence=length, past=0).flops
+    return graph_work(file, sequence=1, past=length).bytes
 
 
-def _row(phase: str, threads: int, times: Sequence[Sequence[float]], ideal: float) -> Row:
-    """Medians of each side; the ratio is the median of the rounds' ratios, whose two halves saw the same neighbours."""
+def _row(phase: str, length: int, threads: int, times: Sequence[Sequence[float]], work: Sequence[int]) -> Row:
+    """Medians of each side; the ratio is the median of the rounds' ratios, whose halves saw the same neighbours."""
     dense, pruned = times
     return Row(
-        phase,
+        f"{phase} {length}",
         threads,
         dense_ms=round(statistics.median(dense), 3),
         dense_iqr_ms=round(_iqr(dense), 3),
         pruned_ms=round(statistics.median(pruned), 3),
         pruned_iqr_ms=round(_iqr(pruned), 3),
         ratio=round(statistics.median(p / d for p, d in zip(pruned, dense, strict=True)), 4),
-        ideal=round(ideal, 4),
+        ideal=round(work[1] / work[0], 4),
+        dense_work=work[0],
+        pruned_work=work[1],
     )
 
 
 def _iqr(values: Sequence[float]) -> float:
     first, _, third = statistics.quantiles(values, n=4)
     return third - first
-
-
-def _ideal(phase: str, length: int, dense: Work, pruned: Work) -> float:
-    if phase == "decode":
-        return pruned.bytes / dense.bytes
-    return _prefill_macs(pruned, length) / _prefill_macs(dense, length)
-
-
-def _prefill_macs(work: Work, length: int) -> int:
-    return work.macs * length + work.attention * length * length
-
-
-def read_work(path: Path) -> Work:
-    """The work of an ONNX graph, from its own operators: matrix products with initialisers and attention.
-
-    A lookup of embedding rows reads a few of them and counts for nothing; a table that is also the output projection
-    counts once, as that.
-    """
-    model = ir.load(path / FILE if path.is_dir() else path)
-    macs = attention = size = 0
-    seen: set[str | None] = set()
-    for node in model.graph.all_nodes():
-        if node.op_type in ("MatMul", "Gemm"):
-            weight = _weight(node.inputs[1])
-            if weight is not None and weight.shape is not None:
-                macs += int(np.prod(weight.shape.numpy()))
-                size += 0 if weight.name in seen else weight.const_value.nbytes  # type: ignore[union-attr]
-                seen.add(weight.name)
-        elif node.op_type == "Attention":
-            attention += _attention_macs(node)
-    return Work(macs, size, attention)
-
-
-def _weight(value: ir.Value | None) -> ir.Value | None:
-    """The initialiser behind an operand, through a transpose."""
-    while value is not None and not value.is_initializer():
-        node = value.producer()
-        value = node.inputs[0] if node is not None and node.op_type in ("Transpose", "Identity") else None
-    return value
-
-
-def _attention_macs(node: ir.Node) -> int:
-    """Multiply-adds a pair of positions: heads · (key size + value size), from the output's width or the cache."""
-    heads = node.attributes.get_int("q_num_heads", 0)
-    key, value = node.inputs[4], node.inputs[5]
-    if not heads:
-        query = node.inputs[0]
-        heads = int(query.shape[1]) if query is not None and query.shape is not None else 0  # type: ignore[arg-type]
-    sizes = [int(v.shape[3]) for v in (key, value) if v is not None and v.shape is not None]  # type: ignore[arg-type]
-    return heads * sum(sizes)

@@ -82,7 +82,7 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
         legacy["rope_scaling"] = {key: value for key, value in main.items() if key not in names}
     if isinstance(sliding, Mapping) and "rope_theta" in sliding:
         legacy["rope_local_base_freq"] = sliding["rope_theta"]
-    return dict(sorted((legacy | written).items()))
+    return written | legacy
 
 
 def _is_config(key: str, value: Any) -> bool:

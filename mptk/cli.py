@@ -59,7 +59,7 @@ def list_models() -> None:
         table.add_column(column)
     for alias, packaged in models.ALIASES.items():
         present = "yes" if models.cached(alias) else "no"
-        table.add_row(alias, f"{packaged.wheel.package} {packaged.wheel.version}", packaged.licence, present)
+        table.add_row(alias, packaged.versions.replace(" ", "\n"), packaged.licence, present)
     out.print(table)
 
 
@@ -169,8 +169,8 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity on a text, with its protocol, and lm-eval tasks."""
-    from mptk import evaluation, models
     from mptk import data as text
+    from mptk import evaluation, models
 
     if data is None and not tasks:
         raise MptkError("nothing to evaluate; give --data TEXT for perplexity or --tasks NAMES for lm-eval")

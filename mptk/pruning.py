@@ -85,6 +85,8 @@ class Run:
         self.source, self.out, self.settings, self.progress = model, out, settings, progress
         self.log = pipeline.Log()
         self.notes: list[str] = []
+        self.losses: dict[str, float] = {}
+        self.compensation: Mapping[str, Tensor] = {}
 
     def run(self) -> dict[str, Any]:
         self._prepare()
@@ -137,7 +139,7 @@ class Run:
         with self._stage("calibration text"):
             self.windows, self.eval_windows, self.eval_source = self._text()
         if s.plan is not None:
-            self.plan, self.losses = Plan.load(s.plan), {}
+            self.plan = Plan.load(s.plan)
             return
         names = list(self.candidates[0].widths)
         with self._stage(f"score ({s.method})"):
@@ -174,8 +176,6 @@ class Run:
         self.plan = self._meta(result.plan)
         self.notes.append(result.statement)
         self.compensation = dict(result.state)
-
-    compensation: Mapping[str, Tensor] = {}
 
     def _cut_only(self, widths: Mapping[str, int]) -> dict[str, int]:
         return {name: w for name, w in widths.items() if w < self.analysis.family(name).size}
@@ -249,22 +249,21 @@ class Run:
             self.proof = prove(masked, stages, self.tokens)
         require(self.proof)
 
-    def _perplexity(self, folder: Path) -> dict[str, Any]:
+    def _perplexity(self) -> dict[str, Any]:
         """Dense and pruned perplexity on the evaluation windows."""
         result: dict[str, Any] = {}
         for name, run in (("dense", self.program), ("pruned", self.pruned)):
-            measured = perplexity(
-                run,
-                self.eval_windows,
-                data=self.eval_source,
-                progress=lambda done, total, name=name: self.progress(f"perplexity ({name})", done, total),
-            )
+
+            def say(done: int, total: int, stage: str = f"perplexity ({name})") -> None:
+                self.progress(stage, done, total)
+
+            measured = perplexity(run, self.eval_windows, data=self.eval_source, progress=say)
             result[name], result["protocol"] = round(measured.value, 4), measured.protocol
         return result
 
     def _report(self, folder: Path) -> dict[str, Any]:
         with self._stage("perplexity"):
-            quality = self._perplexity(folder)
+            quality = self._perplexity()
         dense, pruned = self.cost.dense, self.cost(self.plan.widths)
         files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
         return {
@@ -295,7 +294,7 @@ class Run:
 
 
 def find_target(analysis: Analysis, model: Any, target: str, multiple: int) -> legalize.Target:
-    """The legal widths for ``stock`` (the model's own transformers class) or ``graph`` (what the graph's ops accept)."""
+    """Legal widths for ``stock`` (the model's own transformers class) or ``graph`` (what the graph's ops accept)."""
     if target == "graph" or not isinstance(model, PreTrainedModel):
         return legalize.graph_target(analysis, multiple)
     if target != "stock":

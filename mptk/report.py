@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,8 +97,6 @@ def analysis_view(report: Mapping[str, Any]) -> Lines:
 
 def grouped(blocked: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
     """Blocked axes with the same reason in several layers as one row."""
-    import re
-
     rows: dict[tuple[str, int, str, str], int] = {}
     for b in blocked:
         starred = re.sub(r"(?<=\.)\d+(?=\.)", "*", ", ".join(b["weights"][:3]))
@@ -109,7 +109,7 @@ def grouped(blocked: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, s
 def ranges(widths: Sequence[int]) -> str:
     """``32…1536 step 32`` where widths are evenly spaced, a list otherwise."""
     if len(widths) > 3:
-        steps = {b - a for a, b in zip(widths, widths[1:], strict=False)}
+        steps = {b - a for a, b in itertools.pairwise(widths)}
         if len(steps) == 1:
             step = steps.pop()
             return f"{widths[0]}…{widths[-1]}" + (f" step {step}" if step > 1 else "")

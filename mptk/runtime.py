@@ -16,13 +16,14 @@ from mptk.errors import MptkError
 FILE = "model.onnx"
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
 
 @dataclass(frozen=True)
 class Cache:
     """What a step leaves for the next: each layer's keys and values in the runtime's own memory.
 
-    ``length``: positions held. ``mask``: [batch, length], 1 for a token and 0 for padding.
+    ``values``: by input name, [batch, heads, length, dim]. ``mask``: [batch, length], 1 for a token, 0 for padding.
     """
 
     values: Mapping[str, ort.OrtValue]
@@ -33,6 +34,14 @@ class Cache:
         return int(self.mask.shape[1])
 
 
+def onnx_file(path: str | Path) -> Path:
+    """``path`` itself, or the ``model.onnx`` in it. Raises MptkError if there is none."""
+    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise MptkError(f"there is no {file}; export the model to ONNX first")
+    return file
+
+
 class OrtDecoder:
     """An ONNX decoder with the inputs and outputs of ``passes/emit_onnx.py``, on the CPU.
 
@@ -41,35 +50,40 @@ class OrtDecoder:
         threads: threads of one operator; 0: as many as there are cores.
 
     Raises:
-        MptkError: there is no such file, or it is not a decoder with a KV cache.
+        MptkError: there is no such file, ONNX Runtime refuses it, or it is not a decoder with a KV cache.
     """
 
     def __init__(self, path: str | Path, *, threads: int = 0) -> None:
-        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
-        if not file.is_file():
-            raise MptkError(f"there is no {file}; export the model to ONNX first")
+        file = onnx_file(path)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        try:
+            self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has no base class for its own
+            reason = str(error).strip().split("\n")[0]
+            raise MptkError(f"ONNX Runtime cannot load {file}: {reason}; export the model again") from error
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
         if not self.past or "input_ids" not in self.inputs:
             raise MptkError(f"{file} is no decoder with a KV cache: its inputs are {', '.join(self.inputs)}")
         self.presents = [name.replace("past_key_values", "present") for name in self.past]
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the exporter wrote about the model (plan hash, versions)."""
+        return dict(self.session.get_modelmeta().custom_metadata_map)
+
     def prefill(self, ids: Ids, mask: Ids | None = None) -> tuple[Logits, Cache]:
         """Run a prompt. ``ids`` [batch, sequence]; ``mask`` the same shape, 0 for padding on either side.
 
-        Returns the logits, [batch, sequence or 1, vocab], and the cache.
+        Returns the logits, [batch, sequence or 1, vocab], and the cache. Positions count tokens, not padding.
         """
-        mask = np.ones_like(ids) if mask is None else mask
-        return self._run(ids, mask, self.empty(len(ids)))
+        return self._run(ids, np.ones_like(ids) if mask is None else mask, self.empty(len(ids)))
 
     def decode(self, ids: Ids, cache: Cache) -> tuple[Logits, Cache]:
-        """Run the next tokens, [batch, n], after what is in ``cache``."""
-        mask = np.concatenate([cache.mask, np.ones_like(ids)], axis=1)
-        return self._run(ids, mask, cache)
+        """Run the next tokens, [batch, n], after what is in ``cache``. The cache passed in stays usable."""
+        return self._run(ids, np.ones_like(ids), cache)
 
     def logits(self, ids: Ids) -> Logits:
         """Logits of whole sequences without padding: [batch, sequence or 1, vocab]."""
@@ -77,26 +91,29 @@ class OrtDecoder:
 
     def empty(self, batch: int) -> Cache:
         """A cache of no positions."""
-        values = {name: _zeros(self._past_shape(name, batch, 0)) for name in self.past}
-        return Cache(values, np.ones((batch, 0), dtype=np.int64))
+        return self.filled(batch, 0)
 
     def filled(self, batch: int, length: int, seed: int = 0) -> Cache:
         """A cache of ``length`` random positions: a decoding step costs the same whatever it holds."""
         rng = np.random.default_rng(seed)
         values = {}
         for name in self.past:
-            shape = self._past_shape(name, batch, length)
-            values[name] = ort.OrtValue.ortvalue_from_numpy(rng.standard_normal(shape, dtype=np.float32))
+            _, heads, _, dim = self.inputs[name].shape
+            numbers = rng.standard_normal((batch, heads, length, dim), dtype=np.float32)
+            values[name] = ort.OrtValue.ortvalue_from_numpy(numbers.astype(DTYPES[self.inputs[name].type]))
         return Cache(values, np.ones((batch, length), dtype=np.int64))
 
     def binding(self, ids: Ids, mask: Ids, cache: Cache) -> Any:
-        """Inputs and outputs bound for one step: the cache without a copy, the results in the runtime's memory."""
+        """Inputs and outputs bound for one step: the cache without a copy, the results in the runtime's memory.
+
+        ``ids`` [batch, n] are the new tokens, ``mask`` [batch, cache.length + n] covers the cache, too.
+        """
         binding = self.session.io_binding()
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
-        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(mask))
+        arrays = {"input_ids": ids, "attention_mask": mask}
         if "position_ids" in self.inputs:
-            positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
-            binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
+            arrays["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
+        for name, array in arrays.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=np.int64))
         for name, value in cache.values.items():
             binding.bind_ortvalue_input(name, value)
         for name in ("logits", *self.presents):
@@ -104,15 +121,10 @@ class OrtDecoder:
         return binding
 
     def _run(self, ids: Ids, mask: Ids, cache: Cache) -> tuple[Logits, Cache]:
+        if ids.ndim != 2 or mask.shape != ids.shape or len(cache.mask) != len(ids):
+            raise ValueError(f"token ids {ids.shape}, mask {mask.shape} and a cache for {len(cache.mask)} do not fit")
+        mask = np.concatenate([cache.mask, mask], axis=1)
         binding = self.binding(ids, mask, cache)
         self.session.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
         return logits.numpy(), Cache(dict(zip(self.past, present, strict=True)), mask)
-
-    def _past_shape(self, name: str, batch: int, length: int) -> tuple[int, int, int, int]:
-        _, heads, _, dim = self.inputs[name].shape
-        return batch, int(heads), length, int(dim)
-
-
-def _zeros(shape: tuple[int, ...]) -> ort.OrtValue:
-    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=np.float32))

@@ -178,7 +178,7 @@ def describe(widths: Mapping[str, int]) -> str:
 
 
 def _around(cost: CostModel, widths: dict[str, int], finest: str, ladder: list[int], sparsity: float) -> list[int]:
-    """The two neighbouring widths of ``finest`` between which the budget lies (bisection: sparsity falls with width)."""
+    """The neighbouring widths of ``finest`` between which the budget lies (bisection: sparsity falls with width)."""
     low, high = 0, len(ladder) - 1
     if cost.sparsity(widths | {finest: ladder[low]}) <= sparsity:
         return [ladder[low]]

@@ -35,7 +35,7 @@ def small():
 
 
 def test_cost_counts_what_the_module_holds(small):
-    analysis, cost, _ = small
+    _, cost, _ = small
     model = llama()
     assert cost.dense.parameters == sum(p.numel() for p in model.parameters())
     block = [p for n, p in model.named_parameters() if "self_attn" in n or "mlp" in n]
@@ -102,7 +102,7 @@ def test_every_candidate_is_legal_and_its_sparsity_true(small, sparsity):
 
 
 def test_an_impossible_budget_names_the_nearest(small):
-    analysis, cost, target = small
+    _, cost, target = small
     found = legalize.find_candidates(cost, target, ["ffn"], 0.97)
     with pytest.raises(MptkError, match=r"nearest: 0\.\d+ with ffn=32"):
         legalize.choose_candidates(found, 0.97, 0.01, 4)

@@ -74,7 +74,7 @@ def _join(w: Walk, node: fx.Node, a: Term, b: Term) -> Term:
     return b if a.size == 1 else a
 
 
-@rule("aten.addmm", "aten.addbmm", "aten.baddbmm", zero=zero_of_product)
+@rule("aten.addmm", "aten.baddbmm", zero=zero_of_product)
 def addmm(w: Walk, node: fx.Node, bias: Value, a: Value, b: Value, **_: Any) -> Dims:
     """y = bias + a b."""
     out = matmul(w, node, a, b)

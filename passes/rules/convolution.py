@@ -87,7 +87,6 @@ def _kernel(w: Walk, node: fx.Node, weight: Value, bias: Value | None) -> None:
     "aten.avg_pool2d",
     "aten.adaptive_avg_pool1d",
     "aten.adaptive_avg_pool2d",
-    "aten.adaptive_max_pool2d",
     "aten.upsample_nearest1d",
     "aten.upsample_nearest2d",
     "aten.upsample_bilinear2d",

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     "aten.dropout",
     "aten.dropout_",
     "aten.feature_dropout",
-    "aten.native_dropout",
-    "aten.float",
     "aten.resolve_conj",
     "aten.resolve_neg",
     zero="move",
@@ -53,9 +51,15 @@ def permute(w: Walk, node: fx.Node, x: Value, order: Sequence[int]) -> Dims:
     return _move(w, node, x, normalize_all(order, x.ndim))
 
 
-@rule("aten.t", "aten.numpy_T", "aten.mT", "aten.adjoint", zero="move")
+@rule("aten.numpy_T", zero="move")
+def numpy_transpose(w: Walk, node: fx.Node, x: Value) -> Dims:
+    """All dimensions in reverse."""
+    return x.dims[::-1]
+
+
+@rule("aten.t", "aten.mT", "aten.adjoint", zero="move")
 def reverse(w: Walk, node: fx.Node, x: Value) -> Dims:
-    """The last two dimensions change places (all, for ``t`` and ``numpy_T`` of at most two)."""
+    """The last two dimensions change places."""
     return _move(w, node, x, [*range(x.ndim - 2), *reversed(range(max(x.ndim - 2, 0), x.ndim))])
 
 
@@ -86,7 +90,7 @@ def squeeze(w: Walk, node: fx.Node, x: Value, dim: Any = None) -> Dims:
     return tuple(t for d, t in enumerate(x.dims) if d not in gone)
 
 
-@rule("aten.roll", "aten.flip", "aten.diff", "aten.rot90", "aten.cumprod", "aten.logcumsumexp", "aten.cummax")
+@rule("aten.roll", "aten.flip", "aten.diff", "aten.rot90", "aten.cumprod", "aten.logcumsumexp")
 def ordered(w: Walk, node: fx.Node, x: Value, *args: Any, **_: Any) -> Dims:
     """The order of positions matters: no dimension of it can be cut."""
     for d in x.dims:

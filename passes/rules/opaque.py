@@ -22,7 +22,7 @@ OPAQUE = (
     *("aten.stft", "aten.istft", "aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.im2col", "aten.col2im"),
     *("aten.grid_sampler", "aten.cdist", "aten.linalg_inv", "aten.linalg_solve", "aten.linalg_svd", "aten.linalg_qr"),
     *("aten.linalg_eigh", "aten.cross", "aten.linalg_cross", "aten.trace", "aten.nonzero", "aten.masked_select"),
-    *("aten.unique", "aten.bincount", "aten.searchsorted", "aten.bucketize", "aten.kron", "aten.tensordot"),
+    *("aten.bincount", "aten.searchsorted", "aten.bucketize", "aten.kron", "aten.tensordot"),
 )
 
 

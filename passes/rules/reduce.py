@@ -229,9 +229,3 @@ def batch_norm(w: Walk, node: fx.Node, x: Value, *args: Any, **_: Any) -> Dims:
         if isinstance(value, Value):
             w.unify(value.dims[0], x.dims[1], node)
     return x.dims
-
-
-@rule("aten.normalize", zero="keep")
-def normalize_(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Dims:
-    """y = x / ‖x‖."""
-    return x.dims

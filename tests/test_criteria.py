@@ -364,6 +364,9 @@ def test_compensation_moves_lost_means_into_biases(gpt2: Case) -> None:
             means, bias = gpt2.inputs[f"{layer}.{name}"].mean(0), f"{layer}.{name}.bias"
             expected = gpt2.weight(bias) + means[removed] @ gpt2.weight(f"{layer}.{name}.weight")[removed]
             torch.testing.assert_close(result.state[bias], expected, rtol=1e-4, atol=1e-5)
+    evidence = criteria.gather(gpt2.analysis, "flap", WINDOWS, families=["ffn", "v_dim"])
+    again = criteria.compensate(gpt2.analysis, result.plan, evidence.observations)
+    assert all(torch.equal(bias, result.state[name]) for name, bias in again.state.items())
     program = gpt2.analysis.program
     assert error(gpt2, program.with_state(result.state), result.plan) < 0.9 * error(gpt2, program, result.plan)
 
@@ -468,7 +471,7 @@ def test_programs_of_fixed_sizes_or_without_weights_are_refused() -> None:
 
 def test_a_criterion_can_be_added_as_the_docs_say(gqa: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[1] / "docs" / "criteria.md").read_text()
-    example = page.split("```python\n")[2].split("```")[0]
+    example = page.split("```python\n")[-1].split("```")[0]
     monkeypatch.setattr(criteria, "CRITERIA", dict(criteria.CRITERIA))
     exec(compile(example, "docs/criteria.md", "exec"), {})  # noqa: S102
     scores = criteria.score(gqa.analysis, "norm", WINDOWS, families=["ffn"])["ffn"]

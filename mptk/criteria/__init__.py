@@ -1,7 +1,8 @@
 """criteria: one-shot scores. What each unit of each family is worth, from the weights and a little text.
 
-``one_shot`` does all of it; ``score``, ``select`` and ``compensate`` are its steps. A criterion is a ``Criterion`` in
-``CRITERIA``: its own file with one function; ``docs/criteria.md`` says how to add one.
+``one_shot`` does all of it; ``gather``, ``score_evidence``, ``select`` and ``compensate`` are its steps, ``score`` the
+first two of them. A criterion is a ``Criterion`` in ``CRITERIA``: its own file with one function; ``docs/criteria.md``
+says how to add one.
 """
 
 from __future__ import annotations
@@ -73,19 +74,24 @@ def score(
         MptkError: unknown criterion or family, text missing, a program without weights or of fixed sizes, a family
             that the criterion cannot score, scores that are not finite.
     """
-    chosen = _families(analysis, families)
-    return _score(gather(analysis, name, chosen, windows, seed, progress), name, chosen)
+    return score_evidence(
+        gather(analysis, name, windows, families=families, seed=seed, progress=progress), name, families
+    )
 
 
 def gather(
     analysis: Analysis,
     name: str,
-    families: Sequence[Family],
-    windows: Tensor | None,
+    windows: Tensor | None = None,
+    *,
+    families: Sequence[str] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Evidence:
-    """Run the program on ``windows`` and keep what criterion ``name`` needs to score ``families``. Raises MptkError."""
+    """Run the program on ``windows`` and keep what criterion ``name`` needs to score ``families``.
+
+    The evidence's ``observations`` are also what ``compensate`` takes. Arguments and errors are those of ``score``.
+    """
     needs = find_criterion(name).needs
     if any(isinstance(t, FakeTensor) or t.is_meta for t in analysis.program.state.values()):
         raise MptkError(
@@ -97,7 +103,7 @@ def gather(
         raise MptkError(f"{name} needs calibration text; pass windows of token ids, or use magnitude or random")
     if windows.ndim != 2 or windows.dtype != torch.int64 or not windows.numel():
         raise MptkError(f"calibration windows are {windows.dtype} {list(windows.shape)}; pass int64 [n, length]")
-    groups = [g for f in families for g in f.groups]
+    groups = [g for f in _families(analysis, families) for g in f.groups]
     if needs == "gradients":
         names = dict.fromkeys(m.weight for g in groups for m in g.members)
         return Evidence(analysis, seed, gradients=gradients(analysis.program, names, windows, progress))
@@ -106,8 +112,10 @@ def gather(
     return Evidence(analysis, seed, observations=activations(analysis, list(used), windows, progress))
 
 
-def _score(evidence: Evidence, name: str, families: Sequence[Family]) -> Scores:
-    scores = {f: s.cpu() for f, s in find_criterion(name).score(evidence, families).items()}
+def score_evidence(evidence: Evidence, name: str, families: Sequence[str] | None = None) -> Scores:
+    """Scores, as ``score`` gives them, from what ``gather`` kept for the same criterion and families."""
+    chosen = _families(evidence.analysis, families)
+    scores = {f: s.cpu() for f, s in find_criterion(name).score(evidence, chosen).items()}
     for family, values in scores.items():
         if not values.isfinite().all():
             raise MptkError(f"{name} gives {family} scores that are not finite; load the model in float32")
@@ -165,9 +173,9 @@ def one_shot(
 
     Arguments and errors are those of ``score`` and ``select``.
     """
-    families = _families(analysis, list(widths))
-    evidence = gather(analysis, name, families, windows, seed, progress)
-    scores = _score(evidence, name, families)
+    families = list(widths)
+    evidence = gather(analysis, name, windows, families=families, seed=seed, progress=progress)
+    scores = score_evidence(evidence, name, families)
     meta: dict[str, Any] = {"criterion": name, "seed": seed}
     if windows is not None and needs_data(name):
         meta["calibration"] = {"windows": len(windows), "length": windows.shape[1]}
@@ -196,8 +204,10 @@ __all__ = [
     "Scores",
     "compensate",
     "find_criterion",
+    "gather",
     "needs_data",
     "one_shot",
     "score",
+    "score_evidence",
     "select",
 ]

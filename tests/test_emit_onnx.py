@@ -1,0 +1,231 @@
+"""The ONNX decoder against torch: prefill, decoding steps, padding, names, operators, files."""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from tiny_decoders import BIASED, CONFIGS, FUSED, GROUPED, SLIDING, tiny_decoder
+from torch import Tensor
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
+
+from mptk.errors import MptkError
+from mptk.program import Program
+from mptk.runtime import OrtDecoder
+from passes.emit_onnx import emit_onnx
+from passes.trace_decoder import cache_shapes, trace_decoder
+
+LENGTHS = (9, 6, 4)
+STEPS = 3
+TOLERANCE = 1e-4
+
+
+@dataclass
+class Emitted:
+    kind: str
+    model: PreTrainedModel
+    program: Program
+    file: Path
+    decoder: OrtDecoder
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def emitted(request, tmp_path_factory) -> Emitted:
+    model = tiny_decoder(request.param)
+    program = trace_decoder(model)
+    file = emit_onnx(program, tmp_path_factory.mktemp("onnx"), metadata={"plan_sha256": "0a1b"})
+    return Emitted(request.param, model, program, file, OrtDecoder(file, threads=1))
+
+
+@torch.no_grad()
+def alone(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits [sequence, vocab] of one sequence, without cache and padding."""
+    return model(ids[None], use_cache=False).logits[0]
+
+
+def padded(prompts: list[Tensor], side: str) -> tuple[np.ndarray, np.ndarray]:
+    width = max(map(len, prompts))
+    ids, mask = np.full((len(prompts), width), 3), np.zeros((len(prompts), width), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        place = slice(width - len(prompt), None) if side == "left" else slice(len(prompt))
+        ids[row, place], mask[row, place] = prompt.numpy(), 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_each_row_of_a_padded_batch_gets_the_logits_it_gets_alone(emitted, side):
+    torch.manual_seed(1)
+    prompts = [torch.randint(3, 97, (length,)) for length in LENGTHS]
+    new = torch.randint(3, 97, (len(prompts), STEPS))
+    ids, mask = padded(prompts, side)
+
+    logits, cache = emitted.decoder.prefill(ids, mask)
+    for row, prompt in enumerate(prompts):
+        found = torch.from_numpy(logits[row][mask[row] == 1])
+        torch.testing.assert_close(found, alone(emitted.model, prompt), atol=TOLERANCE, rtol=0)
+
+    if emitted.kind == SLIDING and side == "right":
+        return  # the window spans cache slots, so padding between prompt and new tokens shortens it, in torch as well
+    for step in range(STEPS):
+        logits, cache = emitted.decoder.decode(new[:, step : step + 1].numpy(), cache)
+        for row, prompt in enumerate(prompts):
+            expected = alone(emitted.model, torch.cat([prompt, new[row, : step + 1]]))[-1]
+            torch.testing.assert_close(torch.from_numpy(logits[row, -1]), expected, atol=TOLERANCE, rtol=0)
+    assert cache.length == max(LENGTHS) + STEPS
+
+
+def test_several_tokens_after_a_cache(emitted):
+    torch.manual_seed(2)
+    ids = torch.randint(3, 97, (1, 13))
+    _, cache = emitted.decoder.prefill(ids[:, :6].numpy())
+    logits, _ = emitted.decoder.decode(ids[:, 6:].numpy(), cache)
+    torch.testing.assert_close(torch.from_numpy(logits[0]), alone(emitted.model, ids[0])[6:], atol=TOLERANCE, rtol=0)
+
+
+def test_program_runs_in_torch_at_other_sizes(emitted):
+    """The traced step itself, at sizes other than the example's, with an empty past and with one token."""
+    torch.manual_seed(3)
+    ids = torch.randint(3, 97, (4, 8))
+    empty = [
+        torch.zeros(4, shape.heads, 0, dim)
+        for shape in cache_shapes(emitted.model)
+        for dim in (shape.key_dim, shape.value_dim)
+    ]
+    positions = torch.arange(8).expand(4, -1)
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        _, *past = emitted.program(ids[:, :7], mask[:, :7], positions[:, :7], *empty)
+        logits, *_ = emitted.program(ids[:, 7:], mask, positions[:, 7:], *past)
+    for row in range(4):
+        torch.testing.assert_close(logits[row, -1], alone(emitted.model, ids[row])[-1], atol=TOLERANCE, rtol=0)
+
+
+def test_names_axes_and_metadata_follow_the_ecosystem(emitted):
+    model = onnx.load(emitted.file, load_external_data=False)
+    onnx.checker.check_model(emitted.file, full_check=True)
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    shape = cache_shapes(emitted.model)[0]
+    past = ["batch_size", shape.heads, "past_sequence_length", shape.key_dim]
+    present = ["batch_size", shape.heads, "total_sequence_length", shape.key_dim]
+    assert shapes == {
+        "input_ids": ["batch_size", "sequence_length"],
+        "attention_mask": ["batch_size", "total_sequence_length"],
+        "position_ids": ["batch_size", "sequence_length"],
+        **{f"past_key_values.{layer}.{part}": past for layer in (0, 1) for part in ("key", "value")},
+        "logits": ["batch_size", "sequence_length", 97],
+        **{f"present.{layer}.{part}": present for layer in (0, 1) for part in ("key", "value")},
+    }
+    assert emitted.decoder.metadata == {"plan_sha256": "0a1b"}
+    assert {entry.domain for entry in model.opset_import} == {""}
+    assert sorted(p.name for p in emitted.file.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
+
+
+def test_cache_is_folded_into_attention(emitted):
+    graph = onnx.load(emitted.file, load_external_data=False).graph
+    attention = [node for node in graph.node if node.op_type == "Attention"]
+    assert [list(node.input[4:6]) for node in attention] == [
+        [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"] for layer in (0, 1)
+    ]
+    flat = [any(a.name == "q_num_heads" and a.i == 6 for a in node.attribute) for node in attention]
+    assert flat == [emitted.kind != SLIDING] * 2, "with nothing between projection and attention, no transposes"
+    count = collections.Counter(node.op_type for node in graph.node)
+    expected = {
+        GROUPED: {"RMSNormalization": 5, "RotaryEmbedding": 4, "LayerNormalization": 0, "Reshape": 0},
+        SLIDING: {"RMSNormalization": 13, "RotaryEmbedding": 4, "LayerNormalization": 0},
+        FUSED: {"LayerNormalization": 5, "RMSNormalization": 0},
+        BIASED: {"LayerNormalization": 5, "RMSNormalization": 0},
+    }[emitted.kind]
+    assert {name: count[name] for name in expected} == expected
+
+
+def test_no_path_or_stack_trace_of_this_machine_is_in_the_file(emitted):
+    content = emitted.file.read_bytes()
+    assert b"site-packages" not in content
+    assert b".py" not in content
+
+
+def test_tied_table_is_written_once(tmp_path):
+    model = tiny_decoder(GROUPED, num_hidden_layers=1, tie_word_embeddings=True)
+    file = emit_onnx(trace_decoder(model), tmp_path)
+    size = sum(p.numel() * 4 for p in model.parameters())
+    assert size <= file.with_name("model.onnx.data").stat().st_size + file.stat().st_size < size + 97 * 48 * 4
+
+
+def test_last_logits_only(tmp_path):
+    model = tiny_decoder(GROUPED, num_hidden_layers=1)
+    decoder = OrtDecoder(emit_onnx(trace_decoder(model, logits="last"), tmp_path), threads=1)
+    ids = torch.randint(3, 97, (2, 7))
+    logits = decoder.logits(ids.numpy())
+    assert logits.shape == (2, 1, 97)
+    for row in range(2):
+        torch.testing.assert_close(torch.from_numpy(logits[row, 0]), alone(model, ids[row])[-1], atol=TOLERANCE, rtol=0)
+
+
+def test_trace_on_meta_gives_the_same_graph():
+    real = tiny_decoder(GROUPED, num_hidden_layers=1)
+    with torch.device("meta"):
+        model = type(real)(real.config).eval()
+    program = trace_decoder(model)
+    assert [n.target for n in program.graph.graph.nodes] == [n.target for n in trace_decoder(real).graph.graph.nodes]
+    with pytest.raises(MptkError, match="without weights"):
+        emit_onnx(program, Path("never-made"))
+    assert not Path("never-made").exists()
+
+
+def test_trace_leaves_the_model_as_it_was():
+    model = tiny_decoder(FUSED)
+    names = {name: id(parameter) for name, parameter in model.named_parameters()}
+    trace_decoder(model)
+    assert not any(module.training for module in model.modules())
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == names
+
+
+def test_model_with_another_state_is_refused():
+    model = MambaForCausalLM(MambaConfig(hidden_size=48, state_size=6, num_hidden_layers=1, vocab_size=97))
+    with pytest.raises(MptkError, match="only if every layer caches its keys and values"):
+        trace_decoder(model.eval())
+
+
+def test_operator_that_onnx_lacks_is_named(tmp_path):
+    """``special_zeta`` has no counterpart in ONNX."""
+
+    class Odd(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.zeta(x, x)
+
+    model = tiny_decoder(GROUPED, num_hidden_layers=1)
+    model.model.norm = Odd()
+    with pytest.raises(MptkError, match="special_zeta"):
+        emit_onnx(trace_decoder(model), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ops_that_write_to_their_input_are_made_functional(tmp_path):
+    """``x += y`` on a fresh tensor goes the quick way; on a view of it, through torch's own decomposition."""
+
+    class Fresh(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            doubled = x * 2.0
+            doubled += x
+            return doubled
+
+    class View(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            copy = x * 1.5
+            copy[..., 3:7] += 5.0
+            return copy
+
+    ids = torch.randint(3, 97, (1, 5))
+    for norm in (Fresh(), View()):
+        model = tiny_decoder(GROUPED, num_hidden_layers=1)
+        model.model.norm = norm
+        logits = OrtDecoder(emit_onnx(trace_decoder(model), tmp_path), threads=1).logits(ids.numpy())
+        torch.testing.assert_close(torch.from_numpy(logits[0]), alone(model, ids[0]), atol=2e-3, rtol=1e-5)

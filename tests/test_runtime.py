@@ -1,0 +1,102 @@
+"""OrtDecoder: the cache as a value, and what it says about wrong files and wrong shapes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from tiny_decoders import GROUPED, tiny_decoder
+
+from mptk.errors import MptkError
+from mptk.runtime import OrtDecoder
+from passes.emit_onnx import emit_onnx
+from passes.trace_decoder import trace_decoder
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("onnx")
+    emit_onnx(trace_decoder(tiny_decoder(GROUPED, num_hidden_layers=1)), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def decoder(folder):
+    return OrtDecoder(folder, threads=1)
+
+
+def tokens(batch: int, length: int) -> np.ndarray:
+    return RNG.integers(3, 97, (batch, length))
+
+
+def test_a_step_leaves_the_cache_before_it_usable(decoder):
+    """Two continuations of one prompt, and one of them again."""
+    _, prompt = decoder.prefill(tokens(2, 7))
+    first, second = tokens(2, 1), tokens(2, 1)
+    expected, after = decoder.decode(first, prompt)
+    other, _ = decoder.decode(second, prompt)
+    again, _ = decoder.decode(first, prompt)
+    np.testing.assert_array_equal(again, expected)
+    assert np.abs(other - expected).max() > 0.1
+    assert (prompt.length, after.length) == (7, 8)
+
+
+def test_steps_over_a_long_run_equal_the_prefill_of_the_whole(decoder):
+    ids = tokens(3, 24)
+    _, cache = decoder.prefill(ids[:, :1])
+    steps = []
+    for position in range(1, 24):
+        logits, cache = decoder.decode(ids[:, position : position + 1], cache)
+        steps.append(logits[:, 0])
+    np.testing.assert_allclose(np.stack(steps, 1), decoder.logits(ids)[:, 1:], atol=1e-4)
+
+
+def test_the_cache_is_bound_without_a_copy(decoder):
+    """The next step reads the very memory that the step before wrote."""
+    _, cache = decoder.prefill(tokens(1, 5))
+    name, value = next(iter(cache.values.items()))
+    binding = decoder.binding(tokens(1, 1), np.ones((1, 6), dtype=np.int64), cache)
+    decoder.session.run_with_iobinding(binding)
+    before = value.numpy()
+    present = binding.get_outputs()[1].numpy()
+    np.testing.assert_array_equal(present[:, :, :5], before)
+    assert name == "past_key_values.0.key"
+    assert value.shape() == [1, 2, 5, 10]
+
+
+def test_filled_cache_has_the_length_asked_for(decoder):
+    logits, cache = decoder.decode(tokens(2, 1), decoder.filled(2, 17))
+    assert logits.shape == (2, 1, 97)
+    assert cache.length == 18
+    assert np.isfinite(logits).all()
+
+
+def test_other_integer_types_and_layouts_are_accepted(decoder):
+    ids = tokens(2, 6)
+    expected = decoder.logits(ids)
+    np.testing.assert_array_equal(decoder.logits(ids.astype(np.int32)), expected)
+    np.testing.assert_array_equal(decoder.logits(np.asfortranarray(ids)), expected)
+
+
+def test_shapes_that_do_not_fit_are_named(decoder):
+    _, cache = decoder.prefill(tokens(2, 5))
+    with pytest.raises(ValueError, match="do not fit"):
+        decoder.decode(tokens(3, 1), cache)
+    with pytest.raises(ValueError, match="do not fit"):
+        decoder.prefill(tokens(2, 5), np.ones((2, 4), dtype=np.int64))
+
+
+def test_missing_broken_and_other_files(folder, tmp_path):
+    with pytest.raises(MptkError, match="export the model to ONNX first"):
+        OrtDecoder(tmp_path)
+    (tmp_path / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:200])
+    with pytest.raises(MptkError, match="cannot load"):
+        OrtDecoder(tmp_path)
+    pixels = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("pixels", "same")]
+    graph = helper.make_graph([helper.make_node("Identity", ["pixels"], ["same"])], "g", pixels[:1], pixels[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "x.onnx")
+    with pytest.raises(MptkError, match="no decoder with a KV cache: its inputs are pixels"):
+        OrtDecoder(tmp_path / "x.onnx")

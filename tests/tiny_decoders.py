@@ -1,0 +1,63 @@
+"""Tiny decoders of four kinds, sizes pairwise different, weights far from their small initial values."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "grouped heads, rotary": LlamaConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=10,
+        vocab_size=97,
+        **TOKENS,
+    ),
+    "sliding window, normed heads": Gemma3TextConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=10,
+        vocab_size=97,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"],
+        **TOKENS,
+    ),
+    "learned positions, fused qkv": GPT2Config(
+        n_embd=48, n_inner=80, n_layer=2, n_head=6, n_positions=64, vocab_size=97, **TOKENS
+    ),
+    "learned positions, biases": OPTConfig(
+        hidden_size=48,
+        word_embed_proj_dim=48,
+        ffn_dim=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        max_position_embeddings=64,
+        vocab_size=97,
+        **TOKENS,
+    ),
+}
+GROUPED, SLIDING, FUSED, BIASED = CONFIGS
+
+
+def tiny_decoder(kind: str, **changes: int) -> PreTrainedModel:
+    config = CONFIGS[kind] if not changes else type(CONFIGS[kind])(**{**CONFIGS[kind].to_dict(), **changes})
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.3)
+    return model

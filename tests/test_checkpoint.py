@@ -31,9 +31,7 @@ CASES: list[tuple[PreTrainedConfig, dict[str, Any]]] = [
         {"rope_theta": 5e5, "rope_scaling": SCALED},
     ),
     (
-        GPTNeoXConfig(
-            **SIZES, rope_parameters={"rope_theta": 3e4, "partial_rotary_factor": 0.5, "rope_type": "default"}
-        ),
+        GPTNeoXConfig(**SIZES, rotary_pct=0.5, rope_parameters={"rope_theta": 3e4, "rope_type": "default"}),
         {"rotary_emb_base": 3e4, "rotary_pct": 0.5},
     ),
     (

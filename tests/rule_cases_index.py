@@ -1,0 +1,97 @@
+"""Ops that read or write at positions, and ops that make positions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from rule_cases import Case
+from torch import Tensor
+
+aten = torch.ops.aten
+TABLE = {"linear": (4, 6), "summed": (4, 6), "shapes": [(6, 4)]}
+
+
+def first(x: Tensor, k: int = 1) -> Tensor:
+    """The positions of the k largest channels, [2, 5, k]."""
+    return x.topk(k, -1)[1]
+
+
+def best(x: Tensor) -> Tensor:
+    return x.argmax(-1)
+
+
+POSITIONS: dict[str, Case] = {
+    "topk": Case(lambda x: x.topk(3, -1)[0]),
+    "topk_smallest": Case(lambda x: x.topk(3, -1, False)[0]),
+    "topk_heads": Case(lambda x: x.view(2, 5, 3, 8).flatten(2).topk(7, -1)[0], (3, 8), (3, 8), widths=(24,)),
+    "sort": Case(lambda x: x.sort(-1)[0], (), ()),
+    "argsort": Case(lambda x, w: w[x.argsort(-1)].flatten(2), (4,), (4,), shapes=[(6, 4)]),
+    "embedding": Case(lambda x, w: F.embedding(best(x), w), **TABLE),
+    "embedding_constant": Case(lambda x, w: x * F.embedding(torch.arange(5), w), (6,), (6,), shapes=[(9, 6)]),
+    "index": Case(lambda x, w: w[best(x)], **TABLE),
+    "index_argmin": Case(lambda x, w: w[x.argmin(-1)], **TABLE),
+    "index_max": Case(lambda x, w: w[x.max(-1)[1]] + w[x.min(-1)[1]], **TABLE),
+    "_unsafe_index": Case(lambda x, w: aten._unsafe_index(w, [best(x)]), **TABLE),
+    "index_select": Case(lambda x, w: w.index_select(0, best(x).flatten()).view(2, 5, 4), **TABLE),
+    "index_second": Case(lambda x, w: w[:, best(x)].permute(1, 2, 0), (4, 6), (4, 6), shapes=[(4, 6)]),
+    "index_number": Case(lambda x, w: x[..., 2:3] * w[best(x) // 2], (4,), (4,), shapes=[(6, 4)]),
+    "index_constant": Case(lambda x: x[..., torch.arange(8) % 6], (8,), ()),
+    "index_batch": Case(lambda x: x[torch.arange(2)[:, None], torch.arange(4)], (6,), (6,)),
+    "gather": Case(lambda x, y: y.gather(-1, first(x, 2)), widths=(6, 6)),
+    "take_along_dim": Case(lambda x, y: torch.take_along_dim(y, first(x, 2), -1), widths=(6, 6)),
+    "gather_elsewhere": Case(lambda x: x.gather(1, torch.arange(3)[None, :, None].expand(2, 3, 6))),
+    "gather_part": Case(lambda x: x.gather(1, torch.arange(3)[None, :, None].expand(2, 3, 4)), (), ()),
+    "one_hot": Case(lambda x, w: F.one_hot(best(x), 6) * w, (6,), (6,), shapes=[(6,)]),
+    "one_hot_more": Case(lambda x, w: F.one_hot(best(x), 8) * w, (), (), shapes=[(8,)]),
+    "histc": Case(lambda x, y, w: w * best(x).float().histc(6, 0, 5) + y, widths=(6, 6), shapes=[(6,)]),
+    "histc_more": Case(lambda x, w: w * best(x).float().histc(8, 0, 7) + x[..., :1], (), (), shapes=[(8,)]),
+    "clamp": Case(lambda x, w: w[best(x).clamp(0, 5)], **TABLE),
+    "clamp_inside": Case(lambda x, w: w[best(x).clamp(0, 4)], (4,), (4,), shapes=[(6, 4)]),
+    "compared": Case(lambda x: x * (best(x) == 2).unsqueeze(-1), (), ()),
+    "compared_all": Case(lambda x: x * (best(x).unsqueeze(-1) == torch.arange(6)), (), ()),
+    "as_number": Case(lambda x: best(x).float().unsqueeze(-1), (), ()),
+    "of_positions": Case(lambda x, w: w[first(x, 3).topk(1, -1)[0]].flatten(2), (4,), (4,), shapes=[(6, 4)]),
+    "largest_position": Case(lambda x, w: w[first(x, 3).amax(-1)], (4,), (4,), shapes=[(6, 4)]),
+    "other_axis": Case(lambda x, w: w[best(x)], (4,), (4,), shapes=[(9, 4)]),
+}
+WRITES: dict[str, Case] = {
+    "scatter": Case(lambda x: x.new_zeros(2, 5, 6).scatter(-1, first(x, 2), x.topk(2, -1)[0].exp())),
+    "scatter_value": Case(lambda x: x * torch.zeros(2, 5, 6).scatter(-1, first(x, 2), 1.0)),
+    "scatter_value_exp": Case(lambda x, w: x.new_zeros(2, 5, 6).scatter(-1, first(x, 2), 1.0) * w.exp(), shapes=[(6,)]),
+    "scatter_ones": Case(lambda x: torch.ones(2, 5, 6).scatter(-1, first(x, 2), 3.0), summed=()),
+    "scatter_": Case(lambda x: torch.zeros(2, 5, 6).scatter_(-1, first(x, 2), x.topk(2, -1)[0])),
+    "scatter_add": Case(lambda x: x.new_zeros(2, 5, 6).scatter_add(-1, first(x, 2), x.topk(2, -1)[0])),
+    "scatter_add_": Case(lambda x: (x * 1).scatter_add_(-1, first(x, 2), x.topk(2, -1)[0])),
+    "scatter_reduce": Case(
+        lambda x: x.new_zeros(2, 5, 6).scatter_reduce(-1, first(x, 2), x.topk(2, -1)[0], "sum", include_self=True)
+    ),
+    "scatter_elsewhere": Case(
+        lambda x: torch.zeros(2, 5, 6).scatter(1, torch.arange(3)[None, :, None].expand(2, 3, 6), x[:, :3].exp()),
+        summed=(),
+    ),
+    "scatter_part": Case(
+        lambda x: x.scatter(1, torch.arange(3)[None, :, None].expand(2, 3, 4), 1.0), linear=(), summed=()
+    ),
+    "scatter_positions": Case(
+        lambda x, w: w[torch.zeros(2, 5, 6, dtype=torch.long).scatter(-1, first(x, 6), first(x, 6))].flatten(2),
+        (4,),
+        (4,),
+        shapes=[(6, 4)],
+    ),
+    "index_add": Case(lambda x: (x * 1).index_add(1, torch.tensor([1, 3]), x[:, :2])),
+    "index_add_exp": Case(lambda x: (x * 1).index_add(1, torch.tensor([1, 3]), x[:, :2].exp()), summed=()),
+    "index_add_": Case(lambda x: (x * 1).index_add_(1, torch.tensor([1, 3]), x[:, :2])),
+    "index_add_channels": Case(lambda x: (x * 1).index_add(-1, torch.tensor([1, 3]), x[..., :2]), (), ()),
+    "index_copy": Case(lambda x: (x * 1).index_copy(1, torch.tensor([1, 3]), x[:, :2].exp()), summed=()),
+    "index_copy_": Case(lambda x: (x * 1).index_copy_(1, torch.tensor([1, 3]), x[:, :2])),
+    "index_put": Case(lambda x: (x * 1).index_put((torch.tensor([0, 1]), torch.tensor([2, 4])), x[0, :2]), summed=()),
+    "index_put_": Case(lambda x: (x * 1).index_put_((torch.tensor([0, 1]),), x.exp()), summed=()),
+    "index_put_channels": Case(
+        lambda x: (
+            (x * 1).transpose(0, 2).index_put((torch.tensor([0, 1]),), x[:1, :, :2].transpose(0, 2)).transpose(0, 2)
+        ),
+        (),
+        (),
+    ),
+}
+GROUPS = {"positions": POSITIONS, "writes": WRITES}

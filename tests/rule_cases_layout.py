@@ -1,0 +1,170 @@
+"""Ops that move, factor, join and cut dimensions, and ops that make tensors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from rule_cases import Case
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def tail(x: Tensor) -> Tensor:
+    """Merge what the case made of the channels: [2, 5, …] → [2, 5, n]."""
+    return x.reshape(2, 5, -1)
+
+
+def gated(parts: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    return parts[0] * parts[1].relu()
+
+
+MOVES = {
+    "to": Case(lambda x: x.to(torch.float64).to(torch.float32)),
+    "_to_copy": Case(lambda x: aten._to_copy(x, dtype=torch.float32)),
+    "type_as": Case(lambda x: x.type_as(x)),
+    "float": Case(lambda x: x.float()),
+    "clone": Case(lambda x: aten.contiguous(x.clone())),
+    "alias": Case(lambda x: aten.alias(x)),
+    "detach": Case(lambda x: x.detach()),
+    "detach_": Case(lambda x: (x * 1).detach_()),
+    "dropout": Case(lambda x: F.dropout(x, 0.5, training=False)),
+    "dropout_": Case(lambda x: aten.dropout_(x * 1, 0.5, False)),
+    "feature_dropout": Case(lambda x: aten.feature_dropout(x, 0.5, False)),
+    "transpose": Case(lambda x: x.transpose(1, 2).swapaxes(-1, -2)),
+    "transpose_": Case(lambda x: aten.transpose_(x * 1, 1, 2).transpose(1, 2)),
+    "permute": Case(lambda x: x.permute(2, 0, -2).permute(1, 2, 0)),
+    "mT": Case(lambda x: x.mT.adjoint()),
+    "t": Case(lambda x: x.flatten(0, 1).t().t()),
+    "numpy_T": Case(lambda x: x.flatten(0, 1).T.T),
+    "movedim": Case(lambda x: x.movedim(-1, 0).movedim((0, 1), (2, 0))),
+    "unsqueeze": Case(lambda x: x.unsqueeze(1).squeeze(1).unsqueeze(-1).squeeze(-1)),
+    "unsqueeze_": Case(lambda x: aten.squeeze_(aten.unsqueeze_(x * 1, -1), -1)),
+    "squeeze": Case(lambda x: x.unsqueeze(0).unsqueeze(-1).squeeze()),
+    "flip": Case(lambda x: x.flip(-1), linear=(), summed=()),
+    "roll": Case(lambda x: x.roll(1, -1), linear=(), summed=()),
+    "diff": Case(lambda x: x.diff(dim=-1), linear=(), summed=()),
+    "rot90": Case(lambda x: x.rot90(2, (1, 2)), linear=(), summed=()),
+    "cumprod": Case(lambda x: x.cumprod(-1), linear=(), summed=()),
+    "logcumsumexp": Case(lambda x: x.logcumsumexp(-1), linear=(), summed=()),
+    "tril": Case(lambda x, w: x @ (w.tril() + w.triu(1)), linear=(), summed=(), shapes=[(6, 6)]),
+    "tril_batch": Case(lambda x: tail(x.tril().unsqueeze(-1)), linear=(), summed=()),
+}
+FACTORS = {
+    "view": Case(lambda x: tail(x.view(2, 5, 3, 8).relu()), (3, 8), (3, 8), widths=(24,)),
+    "view_negative": Case(lambda x: x.view(-1, 5, 3, 8).reshape(2, -1, 24), (3, 8), (3, 8), widths=(24,)),
+    "view_three": Case(
+        lambda x: tail(x.view(2, 5, 3, 2, 4).transpose(2, 3).reshape(2, 5, 2, 12)), (2, 3, 4), (2, 3, 4), widths=(24,)
+    ),
+    "_unsafe_view": Case(lambda x: tail(aten._unsafe_view(x, [2, 5, 3, 8]).relu()), (3, 8), (3, 8), widths=(24,)),
+    "view_as": Case(lambda x, y: tail(x.view_as(y.view(2, 5, 3, 8)) + 0), (3, 8), (3, 8), widths=(24, 24)),
+    "reshape_as": Case(
+        lambda x, w: tail(x.reshape_as(x.view(2, 5, 3, 8)) * w), (3, 8), (3, 8), widths=(24,), shapes=[(8,)]
+    ),
+    "flatten": Case(lambda x: x.view(2, 5, 3, 8).flatten(2), (3, 8), (3, 8), widths=(24,)),
+    "unflatten": Case(lambda x: x.unflatten(-1, (3, 8)).transpose(2, 3).flatten(-2), (3, 8), (3, 8), widths=(24,)),
+    "unflatten_1": Case(
+        lambda x: x.transpose(1, 2).unflatten(1, (3, -1)).transpose(1, 2).flatten(1, 2).transpose(1, 2),
+        (3, 8),
+        (3, 8),
+        widths=(24,),
+    ),
+    "expand": Case(lambda x, w: tail(x.unsqueeze(2).expand(2, 5, 4, 6) * w), (4, 6), (4, 6), shapes=[(4, 1)]),
+    "expand_minus": Case(lambda x: tail(x.unsqueeze(2).expand(-1, -1, 4, -1)), linear=(4, 6)),
+    "broadcast_to": Case(lambda x: tail(x.unsqueeze(2).broadcast_to(2, 5, 4, 6)), linear=(4, 6)),
+    "expand_as": Case(
+        lambda x, w: tail(x.unsqueeze(2).expand_as(w.expand(2, 5, 4, 6)) * w), (4, 6), (4, 6), shapes=[(4, 6)]
+    ),
+    "repeat": Case(lambda x: tail(x.repeat(1, 1, 3))),
+    "tile": Case(lambda x: tail(x.tile(3))),
+    "repeat_interleave": Case(lambda x, w: x.repeat_interleave(3, -1) * w, (3, 6), (3, 6), shapes=[(18,)]),
+    "repeat_interleave_size": Case(
+        lambda x, w: x.repeat_interleave(3, dim=-1, output_size=18) * w, (3, 6), (3, 6), shapes=[(18,)]
+    ),
+    # Layouts that cannot be aligned.
+    "two_layouts": Case(lambda x: x + x.view(2, 5, 2, 6).transpose(2, 3).flatten(2), (), (), widths=(12,)),
+    "across": Case(lambda x: tail(torch.cat((x, x), -1).view(2, 5, 3, 4)), (), ()),
+}
+SEGMENTS = {
+    "cat": Case(lambda x, y: torch.cat((x.exp(), y), -1), (4, 6), (4,), widths=(6, 4)),
+    "concat": Case(lambda x, y: torch.concat((x, y), -1) + torch.concatenate((x, y), -1), (4, 6), (4, 6), (6, 4)),
+    "cat_twice": Case(lambda x: torch.cat((x, x.relu()), -1)),
+    "cat_constant": Case(lambda x: torch.cat((x, torch.ones(2, 5, 3)), -1), linear=(3, 6)),
+    "cat_elsewhere": Case(lambda x, w: torch.cat((x, w.expand(2, 1, 6)), 1), shapes=[(1, 1, 6)]),
+    "cat_elsewhere_ones": Case(lambda x: torch.cat((x, torch.ones(2, 1, 6)), 1), summed=()),
+    "cat_empty": Case(lambda x: torch.cat((torch.zeros(0), x), -1)),
+    "stack": Case(lambda x, y: tail(torch.stack((x, y), -1)), widths=(6, 6)),
+    "stack_exp": Case(lambda x, y: tail(torch.stack((x, y.exp()), 2)), (6,), (), widths=(6, 6)),
+    "split": Case(lambda x: gated(x.split(6, -1)), (6,), (6,), widths=(12,)),
+    "split_uneven": Case(lambda x: x.split(4, -1)[0] * 2, (2, 4), (2, 4), widths=(6,)),
+    "split_with_sizes": Case(lambda x: gated(x.split((6, 6, 4), -1)), (4, 6), (4, 6), widths=(16,)),
+    "chunk": Case(lambda x: gated(x.chunk(2, dim=-1)), widths=(12,)),
+    "tensor_split": Case(lambda x: gated(aten.tensor_split.sections(x, 2, -1)), widths=(12,)),
+    "split_inside": Case(
+        lambda x: tail(torch.cat(x.view(2, 5, 3, 8).flatten(2).split((10, 14), -1), -1)), (), (), (24,)
+    ),
+    "unbind": Case(lambda x: torch.cat(x.unbind(-1), -1).view(2, 6, 5).transpose(1, 2), (), ()),
+    "unbind_heads": Case(lambda x: gated(x.view(2, 5, 2, 6).unbind(2)), widths=(12,)),
+    "slice": Case(lambda x: x[..., 2:], (2, 4), (2, 4)),
+    "slice_middle": Case(lambda x: x[..., 2:-3], (2, 3, 4), (2, 3, 4), widths=(9,)),
+    "slice_negative": Case(lambda x: x[..., -7:-3], (2, 3, 4), (2, 3, 4), widths=(9,)),
+    "slice_both": Case(lambda x: gated((x[..., :6], x[..., 6:])), widths=(12,)),
+    "slice_heads": Case(lambda x: x.view(2, 5, 3, 8).flatten(2)[..., 8:], (2, 8), (2, 8), widths=(24,)),
+    "slice_step": Case(lambda x: tail(torch.stack((-x[..., 1::2], x[..., ::2]), -1)), (3,), (3,)),
+    "slice_step_end": Case(lambda x: x[..., 0:6:2] * x[..., 1:6:2], (3,), (3,)),
+    "slice_step_offset": Case(lambda x: x[..., 2::2], (), ()),
+    "narrow": Case(lambda x: x.narrow(-1, 2, 4), (2, 3, 4), (2, 3, 4), widths=(9,)),
+    "narrow_negative": Case(lambda x: aten.narrow(x, -1, -7, 4), (2, 3, 4), (2, 3, 4), widths=(9,)),
+    "select": Case(lambda x: x.view(2, 5, 3, 8).select(2, 1), (8,), (8,), widths=(24,)),
+    "select_last": Case(lambda x: x.view(2, 5, 9, 4).select(2, -3), (2, 4, 6), (2, 4, 6), widths=(36,)),
+    "pad": Case(lambda x: F.pad(x, (1, 2))),
+    "pad_ones": Case(lambda x: F.pad(x, (1, 2), value=1.0), summed=()),
+    "pad_elsewhere": Case(lambda x: F.pad(x, (0, 0, 1, 0), value=1.0), summed=()),
+    "constant_pad_nd": Case(lambda x: aten.constant_pad_nd(x, [0, 0, 1, 0], 1.0), summed=()),
+    "pad_crop": Case(lambda x: F.pad(x, (-1, 1)), (), ()),
+    "pad_reflect": Case(lambda x: F.pad(x, (2, 1), mode="reflect"), (), ()),
+    "pad_circular": Case(lambda x: F.pad(x, (2, 1), mode="circular"), (), ()),
+    "pick": Case(lambda x: torch.cat((x, x[..., [4, 3]]), -1), (3,), (3,)),
+    "pick_before": Case(lambda x: x.view(2, 5, 6, 4)[:, :, [4]].flatten(2), (4, 4), (4, 4), widths=(24,)),
+    "pick_last": Case(lambda x: x.view(2, 5, 6, 4)[:, :, [-2]].flatten(2), (4, 4), (4, 4), widths=(24,)),
+}
+MADE = {
+    "zeros_like": Case(lambda x: torch.cat((x, torch.zeros_like(x)), -1)),
+    "ones_like": Case(lambda x: x + torch.ones_like(x), summed=()),
+    "full_like": Case(lambda x: x + torch.full_like(x, 2.0), summed=()),
+    "empty_like": Case(lambda x: torch.empty_like(x).copy_(x)),
+    "rand_like": Case(lambda x: x + torch.rand_like(x) * 0 + torch.randn_like(x) * 0, summed=()),
+    "new_zeros": Case(lambda x: x + x.new_zeros(2, 5, 6)),
+    "new_ones": Case(lambda x: x + x.new_ones(2, 5, 6), summed=()),
+    "new_full": Case(lambda x: x * x.new_full((6,), 2.0)),
+    "new_empty": Case(lambda x: x.new_empty((2, 5, 6)).copy_(x)),
+    "zeros": Case(lambda x: torch.zeros(2, 5, 6).add_(x)),
+    "ones": Case(lambda x: torch.ones(2, 5, 6).mul_(x)),
+    "full": Case(lambda x: torch.full((2, 5, 6), 2.0).mul_(x)),
+    "empty": Case(lambda x: torch.empty(2, 5, 6).copy_(x)),
+    "zeros_written": Case(lambda x: _written(x, torch.zeros(2, 5, 6)), summed=()),
+    "zeros_view_written": Case(lambda x: _view_written(x), (2, 8), (), widths=(24,)),
+    "random": Case(lambda x: x + aten.bernoulli(x.sigmoid()) * 0 + aten.bernoulli_(x * 1, 0.5) * 0, summed=()),
+    "random_": Case(lambda x: x + aten.normal_(x * 1) * 0 + aten.uniform_(x * 1) * 0, summed=()),
+    "fill": Case(lambda x: x + aten.fill(x, 1.0), summed=()),
+    "fill_": Case(lambda x: x + (x * 1).fill_(1.0), summed=()),
+    "zero_": Case(lambda x: x + (x * 1).zero_(), summed=()),
+    "constant": Case(lambda x: x * torch.arange(6.0)),
+    "constant_2d": Case(lambda x: x.view(2, 5, 3, 8) * torch.arange(24.0).view(3, 8), (3, 8), (3, 8), widths=(24,)),
+}
+
+
+def _written(x: Tensor, base: Tensor) -> Tensor:
+    """A constant that is written to is none."""
+    base[:, 1:] = x[:, 1:].exp()
+    return base + x
+
+
+def _view_written(x: Tensor) -> Tensor:
+    """Written through a view."""
+    base = torch.zeros(2, 5, 24)
+    base.view(2, 5, 3, 8)[:, :, 0] += x.view(2, 5, 3, 8)[:, :, 0].exp()
+    return base + x
+
+
+GROUPS = {"moves": MOVES, "factors": FACTORS, "segments": SEGMENTS, "tensors made": MADE}

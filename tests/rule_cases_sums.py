@@ -1,0 +1,241 @@
+"""Ops that sum: products, attention, convolutions, and reductions over the channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rule_cases import Case
+from torch import Tensor
+
+aten = torch.ops.aten
+BOTH = {"linear": (4, 6), "summed": (4, 6)}
+MATRIX = {**BOTH, "shapes": [(6, 4)]}
+
+
+def rows(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)
+
+
+PRODUCTS: dict[str, Case] = {
+    "linear": Case(lambda x, w: F.linear(x, w), **BOTH, shapes=[(4, 6)]),
+    "linear_bias": Case(lambda x, w, b: F.linear(x, w, b), **BOTH, shapes=[(4, 6), (4,)]),
+    "linear_bias_exp": Case(lambda x, w, b: F.linear(x, w, b.exp()), (4, 6), (6,), shapes=[(4, 6), (4,)]),
+    "linear_vector": Case(lambda x, w: F.linear(x, w).unsqueeze(-1), shapes=[(6,)]),
+    "matmul": Case(lambda x, w: x @ w, **MATRIX),
+    "matmul_vector": Case(lambda x, w: (x @ w).unsqueeze(-1), shapes=[(6,)]),
+    "mm": Case(lambda x, w: torch.mm(rows(x), w).view(2, 5, 4), **MATRIX),
+    "bmm": Case(lambda x, w: torch.bmm(x, w.expand(2, 6, 4)), **MATRIX),
+    "mv": Case(lambda x, w: torch.mv(rows(x), w).view(2, 5, 1), shapes=[(6,)]),
+    "dot": Case(lambda x, v, w: x * torch.dot(v, w), (6, 8), (6, 8), shapes=[(8,), (8,)]),
+    "addmm": Case(lambda x, w, b: torch.addmm(b, rows(x), w).view(2, 5, 4), **BOTH, shapes=[(6, 4), (4,)]),
+    "addmm_exp": Case(
+        lambda x, w, b: torch.addmm(b.exp(), rows(x), w).view(2, 5, 4), (4, 6), (6,), (6,), [(6, 4), (4,)]
+    ),
+    "baddbmm": Case(lambda x, w, b: torch.baddbmm(b, x, w.expand(2, 6, 4)), **BOTH, shapes=[(6, 4), (1, 1, 4)]),
+    "einsum": Case(lambda x, w: torch.einsum("bsi,io->bso", x, w), **MATRIX),
+    "einsum_implicit": Case(lambda x, w: torch.einsum("abi,io", x, w), **MATRIX),
+    "einsum_ellipsis": Case(lambda x, w: torch.einsum("...i,oi->...o", x, w), **BOTH, shapes=[(4, 6)]),
+    "einsum_three": Case(lambda x, v, w: torch.einsum("bsi,i,io->bso", x, v, w), **BOTH, shapes=[(6,), (6, 4)]),
+    "einsum_sum": Case(lambda x: torch.einsum("bsi->bs", x).unsqueeze(-1)),
+    "einsum_sum_exp": Case(lambda x: torch.einsum("bsi->bs", x.exp()).unsqueeze(-1), (), ()),
+    "einsum_outer": Case(lambda x: torch.einsum("bsi,bsj->bsij", x, x.exp()), summed=()),
+    "einsum_outer_sum": Case(lambda x: torch.einsum("bsi,bsj->bsi", x, x.exp()), (), ()),
+    "einsum_diagonal": Case(lambda x, w: x * torch.einsum("ii->i", w), (6,), (6,), shapes=[(6, 6)]),
+    "einsum_scores": Case(
+        lambda x, y: torch.einsum("bqhd,bkhd->bhqk", x.view(2, 5, 3, 8), y.view(2, 5, 3, 8)).transpose(1, 2).flatten(2),
+        (3, 8),
+        (3, 8),
+        widths=(24, 24),
+    ),
+    "residual": Case(lambda x, w: x + x @ w, shapes=[(6, 6)]),
+    "residual_exp": Case(lambda x, w: x + x @ w.exp(), summed=(), shapes=[(6, 6)]),
+    "both_exp": Case(lambda x, w: x.exp() @ w.exp(), (4,), (), shapes=[(6, 4)]),
+}
+
+
+def heads(x: Tensor, count: int) -> Tensor:
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
+def merged(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(**options: Any) -> Callable[..., Tensor]:
+    """Attention of four heads; an additional parameter is the mask."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
+        groups = 2 if options.get("enable_gqa") else 4
+        q, k, v = heads(q, 4), heads(k, groups), heads(v, groups)
+        return merged(F.scaled_dot_product_attention(q, k, v, *mask, **options))
+
+    return function
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = heads(q, 4) @ heads(k, 4).mT / 3
+    future = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    return merged(scores.masked_fill(future, -1e9).softmax(-1) @ heads(v, 4))
+
+
+HEADS = {"linear": (2, 3, 4), "summed": (2, 3, 4), "widths": (12, 12, 8)}
+ATTENTION: dict[str, Case] = {
+    "sdpa": Case(attend(), **HEADS),
+    "sdpa_causal": Case(attend(is_causal=True), **HEADS),
+    "sdpa_scale": Case(attend(scale=0.3), **HEADS),
+    "sdpa_bias": Case(attend(), **HEADS, shapes=[(4, 5, 5)]),
+    "sdpa_gqa": Case(attend(enable_gqa=True), (2, 2, 3, 7), (2, 3, 7), widths=(12, 6, 14)),
+    "sdpa_one_head": Case(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), (4, 6), (4, 6), widths=(6, 6, 4)),
+    "sdpa_exp": Case(lambda q, k, v: attend()(q.exp(), k.exp(), v), (2, 4), (2, 4), widths=(12, 12, 8)),
+    "sdpa_exp_values": Case(lambda q, k, v: attend()(q, k, v.exp()), (2, 3, 4), (3,), widths=(12, 12, 8)),
+    "by_hand": Case(by_hand, **HEADS),
+    "linear_attention": Case(lambda q, k, v: merged(heads(q, 4) @ (heads(k, 4).mT @ heads(v, 4))), **HEADS),
+    "over_channels": Case(
+        lambda q, k, v: merged((heads(q, 4).mT @ heads(k, 4)).softmax(-1).matmul(heads(v, 4).mT).mT),
+        (3, 4, 8),
+        (3, 4),
+        widths=(32, 12, 12),
+    ),
+}
+
+
+def along(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Apply ``function`` to [2, channels, 5] and put channels last again."""
+    return lambda x, *weights: function(x.transpose(1, 2), *weights).transpose(1, 2)
+
+
+def image(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As ``along``, with positions as a 5 × 1 image."""
+    return along(lambda x, *weights: function(x.unsqueeze(-1), *weights).flatten(2))
+
+
+def volume(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return along(lambda x, *weights: function(x[..., None, None], *weights).flatten(2))
+
+
+CONVOLUTION: dict[str, Case] = {
+    "conv1d": Case(along(lambda x, w, b: F.conv1d(x, w, b, padding=1)), **BOTH, shapes=[(4, 6, 3), (4,)]),
+    "conv1d_exp": Case(along(lambda x, w: F.conv1d(x.exp(), w.exp())), (4,), (), shapes=[(4, 6, 3)]),
+    "conv1d_unbatched": Case(lambda x, w: F.conv1d(rows(x).t(), w).t().view(2, 5, 4), **BOTH, shapes=[(4, 6, 1)]),
+    "conv2d": Case(image(lambda x, w: F.conv2d(x, w)), **BOTH, shapes=[(4, 6, 3, 1)]),
+    "conv3d": Case(volume(lambda x, w: F.conv3d(x, w)), **BOTH, shapes=[(4, 6, 3, 1, 1)]),
+    "grouped": Case(along(lambda x, w, b: F.conv1d(x, w, b, groups=3)), (2, 3, 4), (2, 3, 4), (12,), [(6, 4, 3), (6,)]),
+    "depthwise": Case(along(lambda x, w, b: F.conv1d(x, w, b, groups=6)), shapes=[(6, 1, 3), (6,)]),
+    "depthwise_twice": Case(along(lambda x, w: F.conv1d(x, w, groups=6)), (2, 6), (2, 6), shapes=[(12, 1, 3)]),
+    "transpose1d": Case(along(lambda x, w, b: F.conv_transpose1d(x, w, b)), (4, 6), (6,), shapes=[(6, 4, 3), (4,)]),
+    "transpose2d": Case(image(lambda x, w: F.conv_transpose2d(x, w)), (4, 6), (6,), shapes=[(6, 4, 3, 1)]),
+    "transpose3d": Case(volume(lambda x, w: F.conv_transpose3d(x, w)), (4, 6), (6,), shapes=[(6, 4, 3, 1, 1)]),
+    "transpose_groups": Case(
+        along(lambda x, w: F.conv_transpose1d(x, w, groups=3)), (2, 3, 4), (4,), (12,), [(12, 2, 3)]
+    ),
+    "max_pool1d": Case(along(lambda x: F.max_pool1d(x, 2))),
+    "avg_pool1d": Case(along(lambda x: F.avg_pool1d(x, 2))),
+    "adaptive_avg_pool1d": Case(along(lambda x: F.adaptive_avg_pool1d(x, 2))),
+    "max_pool2d": Case(image(lambda x: F.max_pool2d(x, (2, 1)))),
+    "avg_pool2d": Case(image(lambda x: F.avg_pool2d(x, (2, 1)))),
+    "adaptive_avg_pool2d": Case(image(lambda x: F.adaptive_avg_pool2d(x, (2, 1)))),
+    "upsample_nearest1d": Case(along(lambda x: F.interpolate(x, scale_factor=2))),
+    "upsample_nearest2d": Case(image(lambda x: F.interpolate(x, scale_factor=2))),
+    "upsample_bilinear2d": Case(image(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"))),
+    "upsample_bicubic2d": Case(image(lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"))),
+}
+ROW = {"dim": -1, "keepdim": True}
+
+
+def norm_by_hand(x: Tensor) -> Tensor:
+    centred = x - x.mean(**ROW)
+    return centred * torch.rsqrt(centred.square().mean(**ROW) + 1e-5)
+
+
+def grid(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Apply ``function`` to [2, 5, 3, 8]."""
+    return lambda x, *weights: function(x.view(2, 5, 3, 8), *weights).flatten(2)
+
+
+GRID: dict[str, Any] = {"linear": (3, 8), "summed": (3, 8), "widths": (24,)}
+SIX = (6,)
+NORMS: dict[str, Case] = {
+    "layer_norm": Case(lambda x, w, b: F.layer_norm(x, SIX, w, b), shapes=[SIX, SIX]),
+    "layer_norm_weight": Case(lambda x, w: F.layer_norm(x, SIX, w), shapes=[SIX]),
+    "layer_norm_plain": Case(lambda x: F.layer_norm(x, SIX), summed=()),
+    "layer_norm_exp": Case(lambda x, w: F.layer_norm(x.exp(), SIX, w), shapes=[SIX]),
+    "layer_norm_heads": Case(grid(lambda x, w, b: F.layer_norm(x, (8,), w, b)), (3, 8), (8,), (24,), [(8,), (8,)]),
+    "layer_norm_heads_plain": Case(grid(lambda x: F.layer_norm(x, (8,))), (3, 8), (), (24,)),
+    "layer_norm_both": Case(grid(lambda x, w, b: F.layer_norm(x, (3, 8), w, b)), **GRID, shapes=[(3, 8), (3, 8)]),
+    "layer_norm_by_hand": Case(norm_by_hand, (), ()),
+    "rms_norm": Case(lambda x, w: F.rms_norm(x, SIX, w), shapes=[SIX]),
+    "rms_norm_eps": Case(lambda x, w: F.rms_norm(x, SIX, w, eps=0.1), shapes=[SIX]),
+    "rms_norm_plain": Case(lambda x: F.rms_norm(x, SIX)),
+    "rms_norm_exp": Case(lambda x, w: F.rms_norm(x.exp(), SIX, w), (), (), shapes=[SIX]),
+    "rms_norm_both": Case(grid(lambda x, w: F.rms_norm(x, (3, 8), w)), **GRID, shapes=[(3, 8)]),
+    "rms_norm_by_hand": Case(lambda x: x * torch.rsqrt(x.square().mean(**ROW) + 0.01)),
+    "group_norm": Case(along(lambda x, w, b: F.group_norm(x, 3, w, b)), (3, 4), (), (12,), [(12,), (12,)]),
+    "group_norm_plain": Case(along(lambda x: F.group_norm(x, 3)), (3, 4), (), (12,)),
+    "batch_norm": Case(
+        along(lambda x, m, v, w, b: F.batch_norm(x, m.detach(), v.detach().exp(), w, b)), shapes=[SIX, SIX, SIX, SIX]
+    ),
+    "batch_norm_plain": Case(
+        along(lambda x, m, v: F.batch_norm(x, m.detach(), v.detach().exp())), summed=(), shapes=[SIX, SIX]
+    ),
+    "instance_norm": Case(along(lambda x, w, b: F.instance_norm(x, None, None, w, b)), shapes=[SIX, SIX]),
+    "normalize": Case(lambda x: F.normalize(x, dim=-1)),
+}
+
+
+def times(reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """x times a reduction of it over the channels."""
+    return lambda x: x * reduce(x)
+
+
+REDUCTIONS: dict[str, Case] = {
+    "mean": Case(times(lambda x: x.mean(-1, True))),
+    "mean_exp": Case(times(lambda x: x.exp().mean(-1, True)), (), ()),
+    "mean_all": Case(times(lambda x: x.mean())),
+    "mean_two": Case(grid(times(lambda x: x.mean((2, 3), True))), **GRID),
+    "sum": Case(times(lambda x: x.sum(-1, True))),
+    "sum_all": Case(times(lambda x: x.sum())),
+    "sum_exp": Case(times(lambda x: x.exp().sum(-1, True)), (), ()),
+    "nansum": Case(times(lambda x: x.nansum(-1, True))),
+    "any": Case(times(lambda x: (x > 0.5).any(-1, True)), (), ()),
+    "count_nonzero": Case(times(lambda x: x.relu().count_nonzero(-1).unsqueeze(-1))),
+    "all": Case(times(lambda x: (x < 0.5).all(-1, True))),
+    "all_positive": Case(times(lambda x: (x > -0.5).all(-1, True))),
+    "prod": Case(times(lambda x: x.prod(-1, True)), (), ()),
+    "norm": Case(times(lambda x: 1 / (1 + x.norm(dim=-1, keepdim=True)))),
+    "norm_default": Case(times(lambda x: 1 / (1 + aten.norm(x)))),
+    "vector_norm": Case(times(lambda x: torch.linalg.vector_norm(x, 3, -1, True))),
+    "vector_norm_inf": Case(times(lambda x: torch.linalg.vector_norm(x, torch.inf, -1, True))),
+    "vector_norm_min": Case(times(lambda x: torch.linalg.vector_norm(x, -torch.inf, -1, True)), (), ()),
+    "cumsum": Case(lambda x: x.cumsum(-1), summed=()),
+    "cumsum_": Case(lambda x: (x * 1).cumsum_(-1), (), ()),
+    "cumsum_exp": Case(lambda x: x.exp().cumsum(-1), (), ()),
+    "var": Case(times(lambda x: x.var(-1, keepdim=True))),
+    "var_biased": Case(times(lambda x: x.var(-1, False, True))),
+    "var_correction": Case(times(lambda x: x.var(-1, correction=0).unsqueeze(-1))),
+    "var_two": Case(grid(times(lambda x: x.var((2, 3), keepdim=True))), **GRID),
+    "std": Case(times(lambda x: x.std(-1, keepdim=True))),
+    "var_mean": Case(times(lambda x: sum(torch.var_mean(x, -1, keepdim=True)))),
+    "std_mean": Case(times(lambda x: sum(torch.std_mean(x, -1, keepdim=True)))),
+    "var_by_hand": Case(times(lambda x: (x - x.mean(-1, True)).square().mean(-1, True)), (), ()),
+    "amax": Case(times(lambda x: x.amax(-1, True))),
+    "amax_two": Case(grid(times(lambda x: x.amax((2, 3), True))), **GRID),
+    "amin": Case(times(lambda x: x.amin(-1, True))),
+    "max_dim": Case(times(lambda x: x.max(-1, True)[0])),
+    "min_dim": Case(times(lambda x: x.min(-1, True)[0])),
+    "logsumexp": Case(times(lambda x: x.logsumexp(-1, True))),
+    "softmax": Case(lambda x, w: x.softmax(-1) * w.exp(), shapes=[(6,)]),
+    "_softmax": Case(lambda x: x * aten._softmax(x, -1, False)),
+    "softmax_by_hand": Case(lambda x: x.exp() / x.exp().sum(-1, True), (), ()),
+    "log_softmax": Case(lambda x: x.log_softmax(-1), (), ()),
+    "softmax_elsewhere": Case(lambda x: x.softmax(1), summed=()),
+}
+GROUPS = {
+    "products": PRODUCTS,
+    "attention": ATTENTION,
+    "convolution": CONVOLUTION,
+    "norms": NORMS,
+    "reductions": REDUCTIONS,
+}

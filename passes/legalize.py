@@ -52,7 +52,8 @@ def stock_target(analysis: Analysis, model: PreTrainedModel, multiple: int = MUL
     """A stock transformers checkpoint: what the model's own config class can express, found by probing."""
     stock = discover(analysis, model)
     derived = derived_families(analysis)
-    together = [group for group in stock.together if not group & derived.keys()]
+    layered = {f.name for f in analysis.families if is_layered(f)}
+    together = [group for group in stock.together if group <= layered - derived.keys()]
     alone = {n: str(r) for n, r in stock.refusals.items() if not any(n in group for group in together)}
     refused = alone | derived
     ladders = {}

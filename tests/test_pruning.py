@@ -155,7 +155,14 @@ def test_flap_writes_its_bias_compensation_and_proves_it(gpt2, tmp_path):
     rng = random.Random(0)
     text.write_text(" ".join(rng.choice(WORDS) for _ in range(900)))
     settings = mptk.Settings(
-        sparsity=0.2, method="flap", data=str(text), samples=6, length=32, eval_length=32, multiple=8
+        families=("ffn",),
+        widths={"ffn": 48},
+        method="flap",
+        data=str(text),
+        samples=6,
+        length=32,
+        eval_length=32,
+        multiple=8,
     )
     report = mptk.prune(gpt2, tmp_path / "out", settings)
     assert report["families"]["ffn"]["width"] < 80

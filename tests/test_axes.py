@@ -1,0 +1,384 @@
+"""The axis algebra: unification of products and sums, and the index arithmetic on what it leaves."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mptk.axes import (
+    ONE,
+    ZERO,
+    Axis,
+    Product,
+    Sum,
+    Term,
+    axis,
+    concat,
+    encloses,
+    evaluate,
+    freeze,
+    leaves,
+    occurrences,
+    product,
+    require,
+    resolve,
+    split_product,
+    split_sum,
+    unify,
+)
+from mptk.families import unit_positions
+
+
+def shape(term: Term, names: dict[Axis, str] | None = None) -> str:
+    """A term as text: axes by order of appearance (a, b, …), the same letter for the same axis, and their sizes."""
+    names = {} if names is None else names
+    term = resolve(term)
+    if isinstance(term, Axis):
+        return names.setdefault(term, "abcdefghij"[len(names)]) + str(term.size)
+    parts = [shape(p, names) for p in (term.factors if isinstance(term, Product) else term.segments)]
+    if not parts:
+        return str(term.size)
+    return "(" + ("·" if isinstance(term, Product) else " + ").join(parts) + ")"
+
+
+def frozen(*terms: Term) -> bool:
+    return all(leaf.frozen for term in terms for leaf in leaves(term))
+
+
+def free(*terms: Term) -> bool:
+    return not any(leaf.frozen for term in terms for leaf in leaves(term))
+
+
+# ---- constructors ----
+
+
+def test_sizes_without_a_choice_are_constants() -> None:
+    assert axis(0) is ZERO
+    assert axis(1) is ONE
+    assert isinstance(axis(2), Axis)
+
+
+def test_constructors_flatten() -> None:
+    a, b, c = axis(2), axis(3), axis(4)
+    assert product((a, product((b, c)))) == Product((a, b, c), 24)
+    assert product((ONE, a, ONE)) is a
+    assert product((a, ZERO)) is ZERO
+    assert concat((a, concat((b, c)))) == Sum((a, b, c), 9)
+    assert concat((ZERO, a, ZERO)) is a
+    assert concat((ONE, ONE)).size == 2
+    assert product(()) == ONE
+    assert concat(()) == ZERO
+
+
+# ---- unification ----
+
+
+def test_axes_merge_and_keep_what_was_known_of_either() -> None:
+    a, b = Axis(6), Axis(6)
+    freeze(a, "first")
+    freeze(b, "second")
+    b.roles.add("head")
+    a.minimum, b.minimum = 2, 3
+    unify(a, b)
+    assert resolve(a) is resolve(b)
+    merged = resolve(b)
+    assert isinstance(merged, Axis)
+    assert set(merged.frozen) == {"first", "second"}
+    assert merged.roles == {"head"}
+    assert merged.minimum == 3
+
+
+def test_an_axis_takes_the_finer_form() -> None:
+    a, b, c, d = Axis(24), Axis(2), Axis(3), Axis(4)
+    unify(a, product((b, c, d)))
+    assert shape(a) == "(a2·b3·c4)"
+    e = Axis(24)
+    unify(product((axis(6), axis(4))), e)
+    unify(a, e)
+    assert shape(e) == "(a2·b3·c4)"
+
+
+def test_products_split_at_each_others_borders() -> None:
+    a, b = product((Axis(4), Axis(6))), product((Axis(8), Axis(3)))
+    unify(a, b)
+    assert shape(a) == shape(b) == "(a4·b2·c3)"
+    assert free(a, b)
+    assert resolve(a) == resolve(b)
+
+
+def test_products_align_from_the_end_where_the_front_does_not() -> None:
+    a, b = product((Axis(3), Axis(4), Axis(5))), product((Axis(2), Axis(6), Axis(5)))
+    unify(a, b)
+    assert resolve(a.factors[2]) is resolve(b.factors[2])  # type: ignore[union-attr]
+    assert resolve(a) != resolve(b)
+    assert frozen(*a.factors[:2], *b.factors[:2])  # type: ignore[union-attr]
+    assert free(a.factors[2])  # type: ignore[union-attr]
+
+
+def test_sums_split_at_each_others_borders() -> None:
+    a, b = concat((Axis(4), Axis(6))), concat((Axis(7), Axis(3)))
+    unify(a, b)
+    assert shape(a) == shape(b) == "(a4 + b3 + c3)"
+    assert free(a, b)
+
+
+def test_a_sum_of_products_is_a_product() -> None:
+    """[kv·hd + kv·hd] = (n·hd): the segments' rows are rows of the product."""
+    kv, q, hd, rows, inner = Axis(2), Axis(6), Axis(8), Axis(8), Axis(8)
+    fused = concat((product((q, hd)), product((kv, Axis(8)))))
+    unify(fused, product((rows, inner)))
+    assert shape(fused) == "((a6·b8) + (c2·b8))"
+    assert shape(rows) == "(a6 + b2)"
+    assert resolve(inner) is resolve(hd)
+    assert free(fused)
+
+
+def test_a_number_read_in_two_orders_is_frozen() -> None:
+    whole = Axis(6)
+    unify(whole, product((Axis(2), Axis(3))))
+    assert free(whole)
+    unify(whole, product((Axis(3), Axis(2))))
+    assert frozen(whole)
+
+
+def test_occurs_check() -> None:
+    a = Axis(4)
+    b = concat((a, ZERO, ZERO))
+    unify(a, b)
+    assert free(a)
+    c = Axis(4)
+    unify(Sum((c, ONE), 4), c)  # sizes made to agree: c = c + 1 has no solution
+    assert frozen(c)
+
+
+def test_misaligned_terms_are_frozen_on_both_sides_with_the_place() -> None:
+    a, b = product((Axis(4), Axis(6))), product((Axis(6), Axis(4)))
+    unify(a, b, "view_7")
+    assert frozen(a, b)
+    assert all("view_7" in reason for leaf in leaves(a) for reason in leaf.frozen)
+    c, d = concat((product((Axis(3), Axis(4))), Axis(5))), concat((Axis(10), Axis(7)))
+    unify(c, d, "cat_3")
+    assert frozen(c, d)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_the_order_of_unifications_does_not_matter(order: tuple[int, ...]) -> None:
+    whole, rows, columns = Axis(24), product((Axis(4), Axis(6))), product((Axis(2), Axis(12)))
+    pairs = [(whole, rows), (whole, columns), (rows, columns)]
+    for i in order:
+        unify(*pairs[i])
+    assert shape(whole) == shape(rows) == shape(columns) == "(a2·b2·c6)"
+
+
+# ---- layouts of models ----
+
+
+def test_rotate_half_ties_the_two_halves() -> None:
+    """cat(−x[d/2:], x[:d/2]) + x·cos: the two halves are one axis."""
+    head = Axis(8)
+    first, second = split_sum(head, 4) or []
+    unify(concat((second, first)), head)
+    assert shape(head) == "(a4 + a4)"
+    assert free(head)
+
+
+def test_partial_rotary_ties_the_rotated_part_alone() -> None:
+    head = Axis(10)
+    turned, passed = split_sum(head, 4) or []
+    first, second = split_sum(turned, 2) or []
+    unify(concat((second, first, passed)), head)
+    assert shape(head) == "(a2 + a2 + b6)"
+
+
+def test_interleaved_fused_projection() -> None:
+    """heads·(q + k + v): view [heads, 3·hd], chunk in three, then rotary pairs in q and k."""
+    rows = Axis(72)
+    heads, width = Axis(3), Axis(24)
+    unify(rows, product((heads, width)))
+    q, rest = split_sum(width, 8) or []
+    k, v = split_sum(rest, 8) or []
+    unify(q, k)  # contracted
+    first, second = split_sum(q, 4) or []
+    unify(first, second)
+    assert shape(rows) == "(a3·(b4 + b4 + b4 + b4 + c8))"
+    assert resolve(v).size == 8
+    assert free(rows)
+
+
+def test_grouped_fused_projection() -> None:
+    """kv·((n + 1 + 1)·hd), picked by q = [:-2], k = [-2], v = [-1]: q, k and v share the head's channels by layout."""
+    rows = Axis(2 * 5 * 8)
+    kv, slots, hd = Axis(2), Axis(5), Axis(8)
+    unify(rows, product((kv, slots, hd)))
+    q, rest = split_sum(slots, 3) or []
+    k, v = split_sum(rest, 1) or []
+    assert k is ONE
+    assert v is ONE
+    first, second = split_sum(hd, 4) or []
+    unify(first, second)
+    assert shape(rows) == "(a2·(b3 + 1 + 1)·(c4 + c4))"
+    assert resolve(q).size == 3
+
+
+def test_fused_projection_of_segments() -> None:
+    """[heads·hd + kv·hd + kv·hd] cut at segment borders, then viewed by head."""
+    rows = Axis(6 * 8 + 2 * 8 + 2 * 8)
+    q, rest = split_sum(rows, 48) or []
+    k, v = split_sum(rest, 16) or []
+    hd, kv = Axis(8), Axis(2)
+    unify(q, product((Axis(6), hd)))
+    unify(k, product((kv, hd)))
+    unify(v, product((kv, Axis(8))))
+    unify(resolve(q).factors[0], product((kv, Axis(3))))  # type: ignore[union-attr]
+    assert shape(rows) == "((a2·b3·c8) + (a2·c8) + (a2·d8))"
+
+
+# ---- splitting ----
+
+
+def test_a_cut_inside_a_unit_is_refused() -> None:
+    term = product((Axis(3), Axis(8)))
+    assert split_sum(term, 12) is None
+    assert [shape(p) for p in split_sum(term, 16) or []] == ["(a2·b8)", "a8"]
+    assert [shape(p) for p in split_sum(term, 0) or []] == ["0", "((a2 + 1)·b8)"]
+    assert [shape(p) for p in split_sum(term, 24) or []] == ["((a2 + 1)·b8)", "0"]
+
+
+def test_a_factor_that_does_not_divide_is_refused() -> None:
+    assert split_product(Axis(10), 4, last=True) is None
+    assert split_product(concat((Axis(4), Axis(6))), 4, last=True) is None
+    assert split_product(ZERO, 0, last=True) is None
+    term = product((Axis(4), Axis(6)))
+    assert split_product(term, 1, last=True) == [term, ONE]
+    assert [shape(p) for p in split_product(term, 3, last=True) or []] == ["(a4·b2)", "a3"]
+    assert [shape(p) for p in split_product(term, 8, last=False) or []] == ["(a4·b2)", "a3"]
+
+
+def test_what_must_stay_falls_on_the_largest_axis() -> None:
+    a, b = Axis(4), Axis(6)
+    whole = Axis(24)
+    require(whole, 5)
+    unify(whole, product((a, b)))
+    assert (a.minimum, b.minimum) == (1, 5)
+    c, d = Axis(4), Axis(6)
+    require(product((c, d)), 7)
+    assert (c.minimum, d.minimum) == (4, 6)
+
+
+def test_enclosing_factors() -> None:
+    a, b, c = Axis(2), Axis(3), Axis(4)
+    assert encloses(product((a, b)), a, b)
+    assert not encloses(product((b, a)), a, b)
+    assert encloses(product((a, concat((b, c)))), a, b)
+    assert not encloses(concat((product((a, b)), b)), a, b)
+    assert encloses(c, a, b)
+    assert not encloses(product((concat((a, c)), b)), a, b)
+
+
+# ---- properties ----
+
+
+@st.composite
+def terms(draw: st.DrawFn, size: int, depth: int = 2) -> Term:
+    """A term of ``size`` positions over fresh axes."""
+    kind = draw(st.sampled_from(["axis", "product", "sum"])) if depth and size > 3 else "axis"
+    divisors = [d for d in range(2, size) if size % d == 0]
+    if kind == "product" and divisors:
+        first = draw(st.sampled_from(divisors))
+        return product((draw(terms(first, depth - 1)), draw(terms(size // first, depth - 1))))
+    if kind == "sum":
+        first = draw(st.integers(1, size - 1))
+        return concat((draw(terms(first, depth - 1)), draw(terms(size - first, depth - 1))))
+    return axis(size)
+
+
+def enumerate_positions(term: Term) -> list[tuple[tuple[Axis, int], ...]]:
+    """Brute force: the (axis, coordinate) pairs of each position."""
+    term = resolve(term)
+    if isinstance(term, Axis):
+        return [((term, i),) for i in range(term.size)]
+    if isinstance(term, Sum):
+        return [p for segment in term.segments for p in enumerate_positions(segment)]
+    parts = [enumerate_positions(f) for f in term.factors]
+    return [tuple(itertools.chain(*combination)) for combination in itertools.product(*parts)]
+
+
+sizes = st.sampled_from([2, 3, 4, 6, 8, 12, 24, 36])
+
+
+@given(size=sizes, data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_after_unifying_both_sides_are_equal_or_what_differs_is_frozen(size: int, data: st.DataObject) -> None:
+    """Sound: where the terms differ, no axis at that position may be cut."""
+    a, b = data.draw(terms(size)), data.draw(terms(size))
+    unify(a, b)
+    assert resolve(a).size == resolve(b).size == size
+    for left, right in zip(enumerate_positions(a), enumerate_positions(b), strict=True):
+        left_free = {pair for pair in left if not pair[0].frozen}
+        right_free = {pair for pair in right if not pair[0].frozen}
+        assert left_free == right_free
+
+
+@given(size=sizes, data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_unifying_again_changes_nothing(size: int, data: st.DataObject) -> None:
+    a, b = data.draw(terms(size)), data.draw(terms(size))
+    unify(a, b)
+    before = shape(concat((a, b))), [bool(leaf.frozen) for leaf in leaves(a)]
+    unify(a, b)
+    unify(b, a)
+    assert before == (shape(concat((a, b))), [bool(leaf.frozen) for leaf in leaves(a)])
+
+
+@given(size=sizes, data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_coordinates_are_those_of_enumeration(size: int, data: st.DataObject) -> None:
+    term = data.draw(terms(size, depth=3))
+    found = occurrences(term)
+    for position, expected in enumerate(enumerate_positions(term)):
+        assert [(leaf, int(c[position])) for leaf, c in found if c[position] >= 0] == list(expected)
+
+
+@given(size=sizes, data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_units_lie_where_enumeration_says(size: int, data: st.DataObject) -> None:
+    term = data.draw(terms(size, depth=3))
+    choices = list(dict.fromkeys(leaves(term)))
+    if not choices:
+        return
+    unit = data.draw(st.sampled_from(choices))
+    found = unit_positions(term, unit)
+    expected = [
+        [p for p, pairs in enumerate(enumerate_positions(term)) if (unit, u) in pairs] for u in range(unit.size)
+    ]
+    assert np.array_equal(found, np.array(expected)[None])
+    outside = [a for a in choices if a is not unit and encloses(term, a, unit)]
+    for scope in outside:
+        table = unit_positions(term, unit, (scope,))
+        assert table.shape[:2] == (scope.size, unit.size)
+        for s in range(scope.size):
+            assert set(table[s].flat) == {
+                p
+                for p, pairs in enumerate(enumerate_positions(term))
+                if (scope, s) in pairs and pairs_hold(pairs, unit)
+            }
+
+
+def pairs_hold(pairs: tuple[tuple[Axis, int], ...], a: Axis) -> bool:
+    return any(leaf is a for leaf, _ in pairs)
+
+
+@given(size=sizes, data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_sizes_after_a_cut_are_those_of_enumeration(size: int, data: st.DataObject) -> None:
+    """Keep the first units of each axis: the positions all whose coordinates stay."""
+    term = data.draw(terms(size, depth=3))
+    new = {leaf: data.draw(st.integers(1, leaf.size)) for leaf in dict.fromkeys(leaves(term))}
+    stays = [all(c < new[leaf] for leaf, c in pairs) for pairs in enumerate_positions(term)]
+    assert evaluate(term, new) == sum(stays)
+    assert evaluate(term, {}) == size == math.prod([size])

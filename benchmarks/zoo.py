@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import re
 import resource
 import sys
 import time
@@ -83,7 +84,7 @@ def _disprove(analysis: Analysis, plan: Plan, inputs: Sequence[Tensor], dense: T
     try:
         masked = mask(analysis, resolve_plan(analysis, plan))(*inputs)
         cut = rewrite(analysis, plan)(*inputs)
-    except Exception as error:  # noqa: BLE001 (whatever fails is the row's reason)
+    except Exception as error:
         return describe(error)
     wrong, moved = difference(cut, masked), difference(masked, dense)
     if not wrong <= TOLERANCE:
@@ -96,7 +97,7 @@ def _in_double(analysis: Analysis, plan: Plan, inputs: Sequence[Tensor]) -> str:
     cut = resolve_plan(analysis, plan)
     try:
         outputs = [_doubled(p)(*map(_double, inputs)) for p in (rewrite(analysis, plan), mask(analysis, cut))]
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return f" in fp32 (fp64 does not run: {describe(error)})"
     return f" in fp32, {difference(*outputs):.1e} in fp64"
 
@@ -129,15 +130,34 @@ def describe(error: BaseException) -> str:
 
 
 def run_type(mapping: str, model_type: str) -> dict[str, Any]:
-    """One row of the table. ``stage`` is the last one that passed: none, config, build, forward, trace, analysis."""
+    """One row of the table, from the first of three sets of random weights that is not ill-conditioned.
+
+    Weights count as ill-conditioned if a family differs in fp32 and not in fp64 (by less than 1e-9): rounding, not the
+    cut. ``seed`` says which set the row is from.
+    """
+    for seed in range(3):
+        row = {**_run(mapping, model_type, seed), "seed": seed}
+        if not _rounding(row["reason"]):
+            break
+    return row
+
+
+def _rounding(reason: str) -> bool:
+    """Whether fp64 clears every family that is wrong in fp32."""
+    doubles = re.findall(r" in fp32, (\S+) in fp64", reason)
+    return reason.count("wrong by") == len(doubles) > 0 and all(float(d) < 1e-9 for d in doubles)
+
+
+def _run(mapping: str, model_type: str, seed: int) -> dict[str, Any]:
+    """``stage`` is the last one that passed: none, config, build, forward, trace, analysis, proven."""
     row: dict[str, Any] = {"type": model_type, "mapping": mapping, "stage": "none", "families": 0, "proven": 0}
     row["reason"] = ""
     try:
-        tiny = tiny_model(mapping, model_type)
+        tiny = tiny_model(mapping, model_type, seed)
     except CannotBuild as error:
         stages = ["none", "config", "build", "forward", "trace"]
         return {**row, "stage": stages[stages.index(error.stage) - 1], "reason": str(error)}
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return {**row, "reason": describe(error)}
     row["stage"] = "forward"
     try:
@@ -145,7 +165,7 @@ def run_type(mapping: str, model_type: str) -> dict[str, Any]:
         row["stage"] = "trace"
         analysis = analyze(program)
         row["stage"] = "analysis"
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return {**row, "reason": describe(error)}
     results = dict(prove(analysis, tiny.inputs))
     together = results.pop("all", "")

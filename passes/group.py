@@ -260,5 +260,7 @@ def _blocked(
     spoilers: Mapping[Axis, list[str]],
 ) -> Blocked:
     reasons = tuple(dict.fromkeys([*a.frozen, *spoilers.get(a, [])]))
-    name = "vocab" if any("output" in r or "indexed by the model's input" in r for r in a.frozen) else "axis"
+    name = (
+        "vocab" if any("the model's output" in r or "indexed by the model's input" in r for r in a.frozen) else "axis"
+    )
     return Blocked(name, a.size, tuple(f"{w}[{d}]" for w, d in places), reasons)

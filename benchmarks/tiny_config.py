@@ -48,13 +48,21 @@ CAPS = {
     "vocab": VOCAB,
     "codebook": 32,
     "image_tokens": IMAGE_TOKENS,
+    "rate": 2,
 }
 # Words of field names, tried in this order; the first that matches gives the role.
 ROLES: tuple[tuple[str, str], ...] = (
-    ("keep", r"dropout|pdrop|_prob$|initializer|dtype|ignore_index|chunk_size_feed|tokenizer_chunk|sampling|_tp$|seed|alpha|beta"),
-    ("keep", r"kernel|stride|conv1d_width|d_conv|expan|mult|ratio|dilation|padding|hop_length|time_step|type_vocab|unit_size"),
+    (
+        "keep",
+        r"dropout|pdrop|_prob$|initializer|dtype|ignore_index|chunk_size_feed|tokenizer_chunk|sampling|_tp$|seed|alpha|beta",
+    ),
+    (
+        "keep",
+        r"kernel|stride|conv1d_width|d_conv|expan|mult|ratio|dilation|padding|hop_length|time_step|type_vocab|unit_size",
+    ),
     ("keep", r"^(num|in|out|audio)_channels$|^channels$"),
     ("image_tokens", r"tokens_per_image|image_seq_length"),
+    ("rate", r"compress_rate"),
     ("token", r"_token_ids?$|_token_index$|^(unk|mask|pad|eos|bos)_index$"),
     ("codebook", r"codebook_size"),
     ("vocab", r"vocab"),
@@ -201,7 +209,9 @@ class _Shrinker:
     def _is_index_list(self, name: str, value: Any) -> bool:
         if not isinstance(value, list | tuple) or not value or not re.search("layer|idx|ids|ind", name):
             return False
-        return all(map(_is_int, value)) and sorted(set(value)) == list(value) and value[-1] < max(self.depths, default=0)
+        return (
+            all(map(_is_int, value)) and sorted(set(value)) == list(value) and value[-1] < max(self.depths, default=0)
+        )
 
     def _rows(self) -> list[int]:
         """The layers of the default to keep: every kind of layer is among them, and at least two layers."""
@@ -226,6 +236,8 @@ class _Shrinker:
         kind, derived = role(name), self.fields[name].default is None
         if name in NAMED:
             return NAMED[name]
+        if name == "head_dim" and derived and _is_int(value or 0) and not self.recipe.tied:
+            return POOLS["head_dim"][0]
         if value is None:
             return self._filled(name, kind) if self.recipe.filled else None
         if isinstance(value, PreTrainedConfig):
@@ -242,6 +254,8 @@ class _Shrinker:
             return min(value, LEAST_MULTIPLIER)
         if name == "rope_parameters" and value == {} and self.recipe.filled:
             return {k: {"rope_type": "default", "rope_theta": 10000.0} for k in self.values.get("layer_types") or ()}
+        if isinstance(value, dict) and kind == "rate":
+            return {k: self._item(name, v) for k, v in value.items()}
         if not _is_int(value) or (derived and (kind not in ("kv_heads", "token") or self._mha(kind))):
             return None
         return self._item(name, value)

@@ -1,6 +1,6 @@
 """Tiny random models of every type in transformers' auto mappings, with example inputs.
 
-    python -m benchmarks.tiny_models [--mapping M] [--types A,B] [--jobs N] [--json FILE]
+python -m benchmarks.tiny_models [--mapping M] [--types A,B] [--jobs N] [--json FILE]
 """
 
 from __future__ import annotations
@@ -48,11 +48,15 @@ class CannotBuild(Exception):
 
 @dataclasses.dataclass
 class Tiny:
-    """A tiny eval-mode fp32 `model`; `wrapper(*inputs)` returns one floating tensor (the logits)."""
+    """A tiny eval-mode fp32 `model`; `wrapper(*inputs)` returns one floating tensor (the logits).
+
+    `recipe` tells which liberties with the sizes this model refused.
+    """
 
     model: nn.Module
     inputs: tuple[torch.Tensor, ...]
     wrapper: nn.Module
+    recipe: Recipe
 
 
 class Logits(nn.Module):
@@ -93,7 +97,7 @@ def tiny_model(mapping: str, model_type: str, seed: int = 0) -> Tiny:
             if config.to_dict() in tried:
                 continue
             tried.append(config.to_dict())
-            return _attempt(mapping, model_class, config, seed)
+            return Tiny(*_attempt(mapping, model_class, config, seed), recipe)
         except CannotBuild as error:
             if best is None or _STAGES.index(error.stage) > _STAGES.index(best.stage):
                 best = error
@@ -129,7 +133,9 @@ def _config_for(model_class: Any, config: Any) -> Any:
     return config
 
 
-def _attempt(mapping: str, model_class: Any, config: Any, seed: int) -> Tiny:
+def _attempt(
+    mapping: str, model_class: Any, config: Any, seed: int
+) -> tuple[nn.Module, tuple[torch.Tensor, ...], nn.Module]:
     try:
         torch.manual_seed(seed)
         model = _construct(model_class, config)
@@ -147,7 +153,7 @@ def _attempt(mapping: str, model_class: Any, config: Any, seed: int) -> Tiny:
         raise CannotBuild("forward", _line(error)) from error
     if not bool(torch.isfinite(out).all()):
         raise CannotBuild("forward", "the output is not finite")
-    return Tiny(model, tensors, wrapper)
+    return model, tensors, wrapper
 
 
 def _construct(model_class: Any, config: Any) -> Any:

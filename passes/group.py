@@ -229,10 +229,7 @@ def _name(group: Group, layers: int) -> tuple[str, str]:
         grouped = any(any(s.roles & {"head"} and s is not group.axis for s in leaves(m.term)) for m in group.members)
         return ("kv_groups", "KV heads with their query heads") if grouped else ("heads", "attention heads")
     if "inner" in roles:
-        repeated = any(sum(leaf is group.axis for leaf in leaves(m.term)) % 2 == 0 for m in group.members)
-        if repeated:
-            return "rotary_pairs", "rotary pairs of query and key channels"
-        return "qk_dim", "query and key channels in each head"
+        return _name_of_query_channels(group)
     if "value" in roles:
         return "v_dim", "value channels in each head"
     if "embedding" in roles:
@@ -242,6 +239,17 @@ def _name(group: Group, layers: int) -> tuple[str, str]:
     if once and {"producer", "consumer"} <= kinds and not _spans_layers(group):
         return "ffn", "feed-forward channels"
     return "channels", "channels"
+
+
+def _name_of_query_channels(group: Group) -> tuple[str, str]:
+    """Rotation ties the two halves of a head: then the axis comes twice in the query (and in the key)."""
+    times = [sum(leaf is group.axis for leaf in leaves(m.term)) for m in group.members if m.role == "producer"]
+    tied = "value" in group.axis.roles
+    fused = len(times) == 1 and not tied
+    what = "query, key and value" if tied else "query and key"
+    if max(times, default=0) > (2 if fused else 1):
+        return "rotary_pairs", f"rotary pairs of {what} channels"
+    return ("head_dim" if tied else "qk_dim"), f"{what} channels in each head"
 
 
 def _spans_layers(group: Group) -> bool:

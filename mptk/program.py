@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.nn import Parameter
+from torch.utils._pytree import tree_map
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,21 @@ class Program:
             state_dict=state,
             range_constraints=self.exported.range_constraints,
             module_call_graph=self.exported.module_call_graph,
-            example_inputs=self.exported.example_inputs,
+            example_inputs=self._example_inputs(),
             constants=constants,
             verifiers=[self.exported.verifier],
         )
+
+    def _example_inputs(self) -> Any:
+        """The inputs that the model was traced on, cut where an input has lost channels (a KV cache)."""
+        values = iter([n.meta["val"] for n in self.placeholders() if n.name in self.user_inputs])
+
+        def fit(example: Any) -> Any:
+            shape = next(values).shape
+            kept = [slice(size if isinstance(size, int) else None) for size in shape]
+            return example[tuple(kept)] if isinstance(example, Tensor) else example
+
+        return tree_map(fit, self.exported.example_inputs)
 
 
 def _parameter(tensor: Tensor) -> Parameter:

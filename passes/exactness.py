@@ -65,10 +65,23 @@ def _is_negative(exponent: Any) -> bool:
 
 
 def propagate_zeros(walk: Walk) -> Zeros:
-    """For each value, the axes along which it is zero wherever the weights of that axis are."""
-    zeros: Zeros = {}
+    """For each value, the axes along which it is zero wherever the weights of that axis are.
+
+    A cache is zero where all that was ever added to it is: assumed of its input, until the output confirms it.
+    """
+    caches = {node: _axes(walk, node) for node in walk.caches}
+    while True:
+        zeros = _propagate_zeros(walk, caches)
+        confirmed = {node: caches[node] & zeros[walk.caches[node]] for node in caches}
+        if confirmed == caches:
+            return zeros
+        caches = confirmed
+
+
+def _propagate_zeros(walk: Walk, caches: Zeros) -> Zeros:
+    zeros: Zeros = dict(caches)
     for node in walk.program.graph.graph.nodes:
-        if node not in walk.variable:
+        if node not in walk.variable or node in caches:
             continue
         if node.op == "placeholder":
             zeros[node] = {leaf for d in walk.dims[node] for leaf in leaves(d)}

@@ -24,7 +24,11 @@ def analyze(program: Program) -> Analysis:
         MptkError: an op has no axis rule.
     """
     walk = propagate(program)
-    used = {program.weights[n.name] for n in program.placeholders() if n in walk.dims and n.users}
+    used = {
+        program.weights[n.name]
+        for n in program.placeholders()
+        if n.name in program.weights and n in walk.dims and n.users
+    }
     weights = {name: tuple(resolve(d) for d in dims) for name, dims in walk.weights.items() if name in used}
     members = _members(weights)
     spoilers = find_spoilers(walk)

@@ -52,7 +52,7 @@ class Walk:
     variable: set[fx.Node] = field(default_factory=set)
     activation: set[fx.Node] = field(default_factory=set)
     data: set[fx.Node] = field(default_factory=set)
-    unknown: dict[str, fx.Node] = field(default_factory=dict)
+    caches: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     # ---- for rules ----
 
@@ -154,13 +154,16 @@ class Walk:
             if spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent and floating):
                 weights.add(spec.arg.name)
         user = set(self.program.user_inputs)
+        self.caches = cache_inputs(self.program)
         for node in self.program.graph.graph.nodes:
             if node.op == "placeholder":
                 (self.variable if node.name in weights else set()).add(node)
                 if node.name in user:
                     self.activation.add(node)
                     value = node.meta.get("val")
-                    if isinstance(value, Tensor) and value.is_floating_point():
+                    if node in self.caches:
+                        self.variable.add(node)
+                    elif isinstance(value, Tensor) and value.is_floating_point():
                         self.data.add(node)
             else:
                 self._inherit(node)
@@ -188,8 +191,8 @@ class Walk:
 
     def _visit(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            name = self.program.weights[node.name]
-            return self.weights.setdefault(name, tuple(axis(size) for size in self.shape(node)))
+            dims = tuple(axis(size) for size in self.shape(node))
+            return dims if node in self.caches else self.weights.setdefault(self.program.weights[node.name], dims)
         if node.target is operator.getitem:
             source, position = node.args
             assert isinstance(source, fx.Node)
@@ -254,6 +257,20 @@ class Walk:
                 positions = [self.domains[value]] if value in self.domains else []
                 for d in (*self.dims[value], *positions):
                     freeze(d, "it is the model's output")
+
+
+def cache_inputs(program: Program) -> dict[fx.Node, fx.Node]:
+    """Inputs that a further output continues (a concatenation of the input with new values), with that output.
+
+    These hold the model's own earlier values, so their axes are those of the weights that made them.
+    """
+    outputs = [s.arg.name for s in program.signature.output_specs if s.kind is OutputKind.USER_OUTPUT][1:]
+    inputs = set(program.user_inputs)
+    found: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.graph.nodes:
+        if node.name in outputs and op_name(node).startswith("aten.cat"):
+            found |= {source: node for source in node.all_input_nodes if source.name in inputs}
+    return found
 
 
 def shape_of(value: Tensor) -> tuple[int, ...]:

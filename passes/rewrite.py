@@ -42,7 +42,7 @@ def rewrite_cut(analysis: Analysis, cut: Cut) -> Program:
         for name, tensor in program.state.items()
     }
     result = replace(program, graph=resizer.graph, state={**state, **resizer.constants})
-    propagate_shapes(result, resizer.untouched())
+    propagate_shapes(result, resizer.untouched(), resizer.cut_caches())
     return result
 
 
@@ -75,6 +75,20 @@ class Resizer:
     def untouched(self) -> set[str]:
         """Names of the calls that are as they were: same target, same arguments."""
         return {n.name for n in self.graph.graph.nodes if n.name in self.original and self._same(n)}
+
+    def cut_caches(self) -> set[str]:
+        """Give the cache inputs that lose channels their new shape. Returns their names."""
+        names = set()
+        for node in self.graph.graph.find_nodes(op="placeholder"):
+            original = self.original[node.name]
+            if original in self.walk.caches and any(map(self.changed, self.walk.dims[original])):
+                value = node.meta["val"]
+                pairs = zip(value.shape, self.walk.dims[original], strict=True)
+                sizes = [self.size(term) if self.changed(term) else size for size, term in pairs]
+                with value.fake_mode:
+                    node.meta["val"] = value.new_empty(sizes)
+                names.add(node.name)
+        return names
 
     def _same(self, node: fx.Node) -> bool:
         original = self.original[node.name]
@@ -184,10 +198,10 @@ def _put(node: fx.Node, path: Path, new: fx.Node) -> None:
         node.update_arg(path[0], put(node.args[path[0]], path[1:]))
 
 
-def propagate_shapes(program: Program, untouched: Collection[str] = ()) -> None:
+def propagate_shapes(program: Program, untouched: Collection[str] = (), changed: Collection[str] = ()) -> None:
     """Recompute every node's example value (``meta["val"]``) from the program's weights. Fails if sizes do not fit.
 
-    Calls named in ``untouched`` are skipped where no value that they take has changed.
+    Calls named in ``untouched`` are skipped where no value that they take has changed; inputs in ``changed`` have.
     """
     placeholders = list(program.placeholders())
     modes = [n.meta["val"].fake_mode for n in placeholders if hasattr(n.meta.get("val"), "fake_mode")]
@@ -197,7 +211,9 @@ def propagate_shapes(program: Program, untouched: Collection[str] = ()) -> None:
     unchanged: set[fx.Node] = set()
     for node in placeholders:
         tensor = program.state[weights[node.name]] if node.name in weights else None
-        if tensor is None or tensor.shape == node.meta["val"].shape:
+        if tensor is None:
+            unchanged.update(() if node.name in changed else (node,))
+        elif tensor.shape == node.meta["val"].shape:
             unchanged.add(node)
         else:
             with mode:

@@ -87,6 +87,9 @@ def _mask_statistic(node: fx.Node, dims: Sequence[Term], cut: Cut) -> None:
         node.target, node.args = masked_layer_norm, (keep_along(cut, dims, reduced).tolist(), *node.args)
     elif op == "group_norm":
         node.target, node.args = masked_group_norm, (cut.mask(dims[1]).tolist(), *node.args)
+    elif op == "batch_norm":
+        reduced = [d for d in range(len(dims)) if d != 1]
+        node.target, node.args = masked_batch_norm, (keep_along(cut, dims, reduced).tolist(), *node.args)
     else:
         reduced = normalize_all(named_argument(node, "dim"), len(dims))
         correction = named_argument(node, "correction")
@@ -111,6 +114,16 @@ def masked_layer_norm(
     out = (x - mean) * torch.rsqrt(var + eps) * torch.tensor(keep, device=x.device)
     out = out if weight is None else out * weight
     return out if bias is None else out + bias
+
+
+def masked_batch_norm(keep: Keep, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> Tensor:
+    """Batch norm by the input's own statistics over kept positions of all dimensions but 1; others come out as 0."""
+    eps = rest[4]
+    var, mean = masked_moments(keep, x, [d for d in range(x.ndim) if d != 1], 0, True)
+    out = (x - mean) * torch.rsqrt(var + eps) * torch.tensor(keep, device=x.device)
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    out = out if weight is None else out * weight.reshape(shape)
+    return out if bias is None else out + bias.reshape(shape)
 
 
 def masked_moments(keep: Keep, x: Tensor, dim: list[int], correction: float, keepdim: bool) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,13 @@ could be cut without any effect on the example, which proves nothing: such axes 
 
 from __future__ import annotations
 
+import operator
+
 from torch import Tensor, fx
 
 from mptk.axes import Axis, leaves
 from passes.propagate import Walk, mutated, shape_of
+from passes.rules.table import named_argument, op_name
 
 
 def live_axes(walk: Walk) -> set[Axis]:
@@ -39,8 +42,34 @@ def reaching(graph: fx.Graph) -> set[fx.Node]:
         node = pending.pop()
         if node not in found and not _empty(node):
             found.add(node)
-            pending += [*node.all_input_nodes, *writers.get(node, [])]
+            pending += [*_sources(node), *writers.get(node, [])]
     return found
+
+
+SHAPE_ONLY = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The operands on whose values the result depends: not those of which only the shape counts, or one choice."""
+    if node.target is operator.getitem and node.args[1] == 1:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return [] if _op(source) in ("topk", "sort", "max", "min") and _lone(source) else [source]
+    if _op(node) in SHAPE_ONLY or (_op(node) in ("softmax", "argmax", "argmin") and _lone(node)):
+        return []
+    if _op(node) == "scaled_dot_product_attention" and shape_of(node.args[1].meta["val"])[-2] == 1:  # type: ignore[union-attr]
+        return [node.args[2]]  # type: ignore[list-item]
+    return node.all_input_nodes
+
+
+def _op(node: fx.Node) -> str:
+    return op_name(node).split(".")[1] if node.op == "call_function" else ""
+
+
+def _lone(node: fx.Node) -> bool:
+    """Whether the dimension that is chosen from has one position."""
+    value, dim = node.all_input_nodes[0].meta["val"], named_argument(node, "dim", -1)
+    return isinstance(value, Tensor) and isinstance(dim, int) and value.ndim > 0 and shape_of(value)[dim] == 1
 
 
 def _empty(node: fx.Node) -> bool:

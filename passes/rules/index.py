@@ -325,3 +325,27 @@ def clamp(w: Walk, node: fx.Node, x: Value, *bounds: Any, **kwargs: Any) -> Dims
     elif domain is not None:
         w.freeze(domain, "its positions are computed with", node)
     return broadcast(w, node, x, *bounds, **kwargs)
+
+
+def _whole_rows(node: fx.Node) -> bool:
+    """Whether a mask is one decision for a row, expanded along it."""
+    while node.op == "call_function" and op_name(node).split(".")[1] in ("to", "clone", "expand", "expand_as"):
+        node = node.all_input_nodes[0]
+    value = node.meta["val"]
+    return bool(value.ndim > 0 and value.shape[-1] == 1)
+
+
+@rule(
+    "aten.masked_scatter",
+    "aten.masked_scatter_",
+    zero=lambda node, zero, w: zero(node.args[0]) & zero(node.args[2]),
+)
+def masked_scatter(w: Walk, node: fx.Node, x: Value, mask: Value, source: Value) -> Dims:
+    """y = x, with the source's elements in order where the mask is set: whole rows of it, then y_last = source_last."""
+    if not _whole_rows(mask.node) or source.dims[-1].size != x.dims[-1].size:
+        opaque(w, node, x, mask, source)
+    else:
+        w.unify(source.dims[-1], x.dims[-1], node)
+        for d in source.dims[:-1]:
+            w.freeze(d, "its rows are taken in order", node)
+    return broadcast(w, node, x, mask)

@@ -195,7 +195,7 @@ def _resize_groups(r: Resizer, node: fx.Node) -> None:
     set_argument(node, 1, "num_groups", r.size(r.note(node)))
 
 
-@rule("aten.group_norm", zero="drop", resize=_resize_groups)
+@rule("aten.group_norm", zero=_zero_of_norm, resize=_resize_groups)
 def group_norm(w: Walk, node: fx.Node, x: Value, groups: int, *affine: Any, **kwargs: Any) -> Dims:
     """Channels = groups · inner; statistics over inner and all further dimensions."""
     for value in (*affine[:2], kwargs.get("weight"), kwargs.get("bias")):
@@ -213,19 +213,26 @@ def group_norm(w: Walk, node: fx.Node, x: Value, groups: int, *affine: Any, **kw
 
 
 def _zero_of_batch_norm(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
+    """Affine last; without bias, channels that are zero stay so where the statistics are their own."""
     weight, bias = node.args[1], node.args[2]
-    return zero(weight) & zero(bias) if weight is not None and bias is not None else set()
+    if bias is not None:
+        return zero(weight) & zero(bias) if weight is not None else set()
+    channels = w.leaves_of(w.dims[node][1]) if w.notes[node] else set()
+    return zero(node.args[0]) & channels | (zero(weight) if weight is not None else set())
 
 
-@rule(
-    "aten.batch_norm",
-    "aten._native_batch_norm_legit_no_training",
-    "aten.instance_norm",
-    zero=_zero_of_batch_norm,
-)
+@rule("aten.batch_norm", "aten.instance_norm", zero=_zero_of_batch_norm)
 def batch_norm(w: Walk, node: fx.Node, x: Value, *args: Any, **_: Any) -> Dims:
-    """Per channel (dimension 1) with given statistics."""
+    """Per channel (dimension 1), with given statistics or the input's own over all other dimensions."""
     for value in args[:4]:
         if isinstance(value, Value):
             w.unify(value.dims[0], x.dims[1], node)
+    own = named_argument(node, "training", named_argument(node, "use_input_stats"))
+    w.notes[node] = own or args[2] is None
+    if w.notes[node] and op_name(node).startswith("aten.instance_norm"):
+        for d in x.dims[2:]:
+            w.freeze(d, "statistics are taken over it", node)
+    elif w.notes[node]:
+        for d in (x.dims[0], *x.dims[2:]):
+            w.reduce(node, d, "statistic")
     return x.dims

@@ -56,7 +56,7 @@ class Group:
 
 
 def unit_positions(term: Term, axis: Axis, scope: Sequence[Axis] = ()) -> Index:
-    """Positions of ``term`` by unit of ``axis``: [scopes, axis.size, k]. Scopes that ``term`` lacks do not split it."""
+    """Positions of ``term`` by unit of ``axis``: [scopes, axis.size, k], ascending. Scopes it lacks do not split it."""
     found = occurrences(term)
     scopes = math.prod(a.size for a in scope)
     rows: list[list[list[int]]] = [[[] for _ in range(axis.size)] for _ in range(scopes)]
@@ -67,7 +67,7 @@ def unit_positions(term: Term, axis: Axis, scope: Sequence[Axis] = ()) -> Index:
                 targets = range(scopes) if scope_index is None else [scope_index[position]]
                 for s in targets:
                     rows[s][coordinate[position]].append(int(position))
-    return np.array(rows, dtype=np.int64)
+    return np.array([[sorted(set(unit)) for unit in row] for row in rows], dtype=np.int64)
 
 
 def scope_coordinates(found: Sequence[tuple[Axis, Index]], scope: Sequence[Axis], size: int) -> Index | None:

@@ -11,11 +11,11 @@ the hidden size, unrelated widths). A `Recipe` lists the liberties given up; `re
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import itertools
 import math
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES
 
 VOCAB, POSITIONS, WINDOW, FIRST_PLAIN_TOKEN = 131, 64, 4, 20
-IMAGE, STAGED_IMAGE, IMAGE_TOKENS = 32, 64, 4
+IMAGE, STAGED_IMAGE, IMAGE_TOKENS = 32, 128, 4
 POOLS: dict[str, tuple[int, ...]] = {
     "hidden": (96, 72, 120, 144, 168, 48, 192),
     "ffn": (112, 40, 56, 88, 104, 136, 80, 64, 152),
@@ -194,6 +194,8 @@ class _Shrinker:
             new = self._field(name, value)
             if new is not None:
                 out[name] = new
+        if not self.recipe.tied and self._reads_head_dim():
+            out["head_dim"] = POOLS["head_dim"][0]
         if self.overrides and not self.recipe.derived:
             out["per_layer_config"] = {
                 j: self._related(self.overrides[i], {n: self._item(n, v) for n, v in self.overrides[i].items()})
@@ -202,6 +204,17 @@ class _Shrinker:
             }
         hints = MODEL_HINTS.get(self.default.model_type, {})
         return type(self.default)(**{**self._related(self.values, out), **hints})
+
+    def _reads_head_dim(self) -> bool:
+        """Whether the modelling code reads a head size that is no field of the config class."""
+        return not hasattr(type(self.default), "head_dim") and 'config, "head_dim"' in self._source()
+
+    def _source(self) -> str:
+        modeling = type(self.default).__module__.replace("configuration_", "modeling_")
+        try:
+            return inspect.getsource(importlib.import_module(modeling))
+        except ImportError:  # a configuration for code of another model, or for none
+            return ""
 
     def _is_per_layer(self, value: Any) -> bool:
         return isinstance(value, list | tuple) and len(value) in self.depths and len(value) > 2
@@ -278,9 +291,7 @@ class _Shrinker:
 
     def _layer_types(self) -> list[str]:
         """The layer kinds that the modelling code names, of those the library knows."""
-        modeling = type(self.default).__module__.replace("configuration_", "modeling_")
-        __import__(modeling)
-        source = inspect.getsource(sys.modules[modeling])
+        source = self._source()
         kinds = [k for k in ALLOWED_ATTN_LAYER_TYPES if f'"{k}"' in source]
         return (kinds * 3)[:3]
 
@@ -306,9 +317,11 @@ class _Shrinker:
 
     def _item(self, name: str, value: Any) -> Any:
         """The toy value of one integer in the role that `name` tells."""
+        kind = role(name)
+        if kind == "experts" and value == 1:
+            return POOLS["experts"][0]
         if not _is_int(value) or value <= 1:
             return value
-        kind = role(name)
         if kind == "image":
             return min(value, STAGED_IMAGE if self.staged else IMAGE)
         if kind == "patch" and self.staged:

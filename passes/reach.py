@@ -18,7 +18,8 @@ from passes.rules.table import named_argument, op_name
 def live_axes(walk: Walk) -> set[Axis]:
     """Axes of values that depend on the input and reach the output, and axes that are summed over on the way."""
     reached = reaching(walk.program.graph.graph)
-    found = {leaf for c in walk.contractions if c.node in reached for leaf in leaves(c.axis)}
+    summed = (c for c in walk.contractions if {c.node, c.left[0]} <= reached)
+    found = {leaf for c in summed for leaf in leaves(c.axis)}
     found |= {leaf for r in walk.reductions if r.node in reached for leaf in leaves(r.axis)}
     for node, dims in walk.dims.items():
         if node in walk.activation and node in reached:

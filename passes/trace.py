@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,10 @@ class FirstOutput(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.keywords: dict[str, Any] = {"use_cache": False} if hasattr(module, "config") else {}
+        accepted = inspect.signature(module.forward).parameters
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+        caches = hasattr(module, "config") and ("use_cache" in accepted or takes_any)
+        self.keywords: dict[str, Any] = {"use_cache": False} if caches else {}
 
     def forward(self, *inputs: Tensor) -> Tensor:
         output = self.module(*inputs, **self.keywords)
@@ -65,7 +69,7 @@ def export_program(wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: A
     shapes = dynamic
     if isinstance(dynamic, bool):
         shapes = {"inputs": tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in inputs)} if dynamic else None
-    was_training = wrapper.training
+    training = {module: module.training for module in wrapper.modules()}
     wrapper.eval()
     try:
         with _fake_weights(wrapper, inputs) as fake_inputs, torch.no_grad():
@@ -79,7 +83,8 @@ def export_program(wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: A
             "see docs/tracing.md for the usual causes"
         ) from error
     finally:
-        wrapper.train(was_training)
+        for module, mode in training.items():
+            module.training = mode
     return program_from_exported(exported, wrapper)
 
 

@@ -1,0 +1,275 @@
+"""What must not be offered: axes whose removal changes the result, or whose masked model is another one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cutting import cut_and_compare, random_plan
+from torch import Tensor, nn
+
+from mptk.families import Analysis
+from mptk.plan import FamilyPlan, Plan
+from passes.group import analyze
+from passes.trace import trace
+
+VOCAB, HIDDEN, INNER, OUT = 13, 12, 10, 11
+IDS = torch.arange(14).reshape(2, 7) % VOCAB
+
+
+class Block(nn.Module):
+    """Embedding, two linear layers with ``middle`` between them, and a head."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor], inner: int = INNER) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, HIDDEN)
+        self.up, self.down = nn.Linear(HIDDEN, inner), nn.Linear(inner, HIDDEN)
+        self.head = nn.Linear(HIDDEN, OUT)
+        self.middle = middle
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.embed(ids)
+        x = x + self.down(self.middle(self.up(x)))
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def check(module: nn.Module, *inputs: Tensor) -> Analysis:
+    """Analyse, and prove whatever is offered."""
+    found = analyze(trace(module.eval(), inputs))
+    for names in [*([f.name] for f in found.families), None]:
+        plan = random_plan(found, names)
+        if plan.families:
+            difference = cut_and_compare(found, plan, inputs)
+            assert difference.error <= 1e-5, (names, difference)
+            assert difference.moved > 1e-3, (names, difference)
+    return found
+
+
+def offered(found: Analysis) -> set[int]:
+    return {f.size for f in found.families}
+
+
+def reasons(found: Analysis, size: int) -> str:
+    return "; ".join(reason for b in found.blocked if b.size == size for reason in b.reasons)
+
+
+def test_the_control_is_offered() -> None:
+    assert offered(check(Block(torch.relu), IDS)) == {HIDDEN, INNER}
+
+
+def centred(x: Tensor) -> Tensor:
+    x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+
+
+NOT_EXACT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "softmax by hand": (lambda x: x.exp() / x.exp().sum(-1, keepdim=True), "summed over while not zero"),
+    "layer norm by hand": (centred, "averaged over while not zero"),
+    "variance by hand": (lambda x: x / (x - x.mean(-1, True)).square().sum(-1, True), "summed over while not zero"),
+    "running sum of positive numbers": (lambda x: x.sigmoid().cumsum(-1), "summed over while not zero"),
+    "running product": (lambda x: x.cumprod(-1), "the order of its positions matters"),
+    "winner compared with a constant": (lambda x: x * (x.argmax(-1, True) > 3), "its positions are computed with"),
+    "winner as a number": (lambda x: x * x.topk(2, -1)[1].sum(-1, True), "its positions are computed with"),
+    "sorted": (lambda x: x.sort(-1)[0], "sorted"),
+    "reversed": (lambda x: x.flip(-1), "the order of its positions matters"),
+    "read in two orders": (lambda x: x + x.view(2, 7, 2, 5).mT.flatten(2), "cuts across its boundaries"),
+    "distance of channels": (lambda x: (x[..., None] - x[..., None, :]).exp().sum(-1), "summed over while not zero"),
+    "logarithm": (lambda x: x.abs().log(), "infinite where it is zero"),
+    "neighbours": (lambda x: F.avg_pool1d(x, 3, 1, 1), "positions in space"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_EXACT)
+def test_an_axis_whose_cut_would_change_the_result_is_refused_with_the_reason(name: str) -> None:
+    function, reason = NOT_EXACT[name]
+    found = check(Block(function), IDS)
+    assert INNER not in offered(found)
+    assert reason in reasons(found, INNER) + reasons(found, INNER // 2)
+    assert HIDDEN in offered(found)
+
+
+class OnEmbedding(Block):
+    """``middle`` acts on the residual stream itself."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.middle(self.embed(ids))
+        return self.head(x + self.down(self.up(x).relu()))  # type: ignore[no-any-return]
+
+
+def test_layer_norm_as_an_op_has_kept_statistics_and_by_hand_has_not() -> None:
+    assert offered(check(OnEmbedding(nn.LayerNorm(HIDDEN)), IDS)) == {HIDDEN, INNER}
+    assert offered(check(OnEmbedding(nn.RMSNorm(HIDDEN)), IDS)) == {HIDDEN, INNER}
+    assert offered(check(OnEmbedding(centred), IDS)) == {INNER}
+
+
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return centred(x)
+
+
+class Normed(Block):
+    def __init__(self) -> None:
+        super().__init__(torch.relu)
+        self.norm = Centred()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.down(self.norm(self.up(self.embed(ids)))))  # type: ignore[no-any-return]
+
+
+def test_the_place_of_a_refusal_is_named() -> None:
+    """The op, the module and the line."""
+    assert re.search(r"\(aten\.mean\.dim in norm, test_exactness\.py:\d+\)", reasons(check(Normed(), IDS), INNER))
+
+
+class Winner(nn.Module):
+    """Returns positions: which of the channels is largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.up = nn.Embedding(VOCAB, HIDDEN), nn.Linear(HIDDEN, INNER)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.up(self.embed(ids)).argmax(-1)  # type: ignore[no-any-return]
+
+
+def test_positions_that_are_the_output_cannot_be_cut() -> None:
+    found = analyze(trace(Winner(), (IDS,)))
+    assert INNER not in offered(found)
+    assert "it is the model's output" in reasons(found, INNER)
+
+
+class Routed(nn.Module):
+    """A router picks ``k`` experts; their outputs are weighted and summed. Experts are looked up by position."""
+
+    def __init__(self, k: int, offset: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(VOCAB, HIDDEN), nn.Linear(HIDDEN, OUT)
+        self.router = nn.Linear(HIDDEN, 6, bias=False)
+        self.experts = nn.Parameter(torch.randn(6 + offset, INNER, HIDDEN) * 0.3)
+        self.out = nn.Parameter(torch.randn(6 + offset, HIDDEN, INNER) * 0.3)
+        self.k, self.offset = k, offset
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        share, chosen = self.router(x).softmax(-1).topk(self.k, -1)
+        chosen = chosen + self.offset if self.offset else chosen
+        inner = torch.einsum("bskih,bsh->bski", self.experts[chosen], x).relu()
+        y = torch.einsum("bskhi,bski,bsk->bsh", self.out[chosen], inner, share)
+        return self.head(x + y)  # type: ignore[no-any-return]
+
+
+def test_experts_are_one_family_of_at_least_as_many_as_are_chosen() -> None:
+    found = check(Routed(2), IDS)
+    experts = next(f for f in found.families if f.size == 6)
+    assert experts.minimum == 2
+    assert {m.weight for m in experts.groups[0].members} == {"router.weight", "experts", "out"}
+    assert offered(found) == {6, HIDDEN, INNER}
+
+
+def test_experts_looked_up_by_a_computed_position_stay() -> None:
+    found = check(Routed(2, offset=1), IDS)
+    assert offered(found) == {HIDDEN, INNER}
+    assert "its positions are computed with" in reasons(found, 6)
+
+
+def test_a_router_that_takes_all_experts_leaves_no_choice() -> None:
+    assert 6 not in offered(check(Routed(6), IDS))
+
+
+class Mutated(nn.Module):
+    """Writes activations into a constant: then it is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.up, self.down = nn.Embedding(VOCAB, HIDDEN), nn.Linear(HIDDEN, INNER), nn.Linear(INNER, OUT)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.up(self.embed(ids))
+        buffer = torch.zeros(2, 7, INNER)
+        view = buffer[:, 1:]
+        view.copy_(x[:, :-1].exp())
+        return self.down(x) + buffer.sum(-1, keepdim=True)  # type: ignore[no-any-return]
+
+
+def test_a_constant_that_is_written_through_a_view_is_followed() -> None:
+    found = check(Mutated(), IDS)
+    assert offered(found) == {HIDDEN}
+    assert "summed over while not zero" in reasons(found, INNER)
+
+
+class Shared(nn.Module):
+    """One table of constants used by two layers: the layers are independent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(VOCAB, HIDDEN), nn.Linear(HIDDEN, OUT)
+        self.layers = nn.ModuleList(Block(torch.relu) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, table = self.embed(ids), torch.linspace(0.5, 1.5, INNER)
+        for layer in self.layers:
+            x = x + layer.down((layer.up(x) * table).relu())
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def test_constants_do_not_tie_the_layers_that_use_them() -> None:
+    found = check(Shared(), IDS)
+    (ffn,) = (f for f in found.families if f.size == INNER)
+    assert [g.layer for g in ffn.groups] == ["layers.0", "layers.1"]
+
+
+class Heads(nn.Module):
+    """Heads in the order [channel, head] in one weight and [head, channel] in the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(VOCAB, HIDDEN), nn.Linear(15, OUT)
+        self.up = nn.Linear(HIDDEN, 15)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.up(self.embed(ids)).view(2, 7, 3, 5).mT.flatten(2))  # type: ignore[no-any-return]
+
+
+def test_a_choice_varies_only_along_a_factor_that_encloses_it_everywhere() -> None:
+    found = check(Heads(), IDS)
+    assert offered(found) == {HIDDEN, 3, 5}
+    assert all(f.scopes == 1 for f in found.families)
+
+
+class PackedHeads(nn.Module):
+    """Each expert's own heads: a head's channel may vary along the expert (another dimension) and the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(VOCAB, HIDDEN), nn.Linear(HIDDEN, OUT)
+        self.up = nn.Parameter(torch.randn(4, 3 * 5, HIDDEN) * 0.3)
+        self.down = nn.Parameter(torch.randn(4, HIDDEN, 3 * 5) * 0.3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        y = torch.einsum("ech,bsh->bsec", self.up, x).view(2, 7, 4, 3, 5)
+        y = (y * y.sum(-1, keepdim=True).sigmoid()).flatten(3)
+        return self.head(torch.einsum("ehc,bsec->bsh", self.down, y))  # type: ignore[no-any-return]
+
+
+def test_a_choice_that_varies_along_two_dimensions() -> None:
+    found = check(PackedHeads(), IDS)
+    assert {f.size: f.scopes for f in found.families} == {HIDDEN: 1, 4: 1, 3: 4, 5: 12}
+    assert cut_and_compare(found, random_plan(found, seed=3, share=0.5), (IDS,)).error <= 1e-5
+
+
+def test_an_unscoped_choice_serves_every_scope() -> None:
+    found = check(PackedHeads(), IDS)
+    channels = next(f for f in found.families if f.size == 5)
+    keep = {g.layer: ((0, 2, 3),) for g in channels.groups}
+    assert cut_and_compare(found, Plan({channels.name: FamilyPlan(3, 5, keep)}), (IDS,)).error <= 1e-5

@@ -1,0 +1,210 @@
+"""Tracing: the program computes what the module does, shares its weights, and leaves the module as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import model, tokens
+from cutting import largest
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mptk.errors import MptkError
+from mptk.program import parameter_count
+from passes.trace import trace
+
+X = torch.randn(2, 5, 6)
+
+
+class Net(nn.Module):
+    """Tied weights, buffers of one shape, an index constant, a weight that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.second.weight = self.first.weight
+        self.unused = nn.Linear(6, 3)
+        self.norm = nn.BatchNorm1d(6)
+        self.register_buffer("kept", torch.arange(6.0))
+        self.register_buffer("derived", torch.arange(6.0) + 1, persistent=False)
+        self.plain = torch.tensor([0.5], device="cpu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x)) + self.kept + self.derived
+        x = self.norm(x.transpose(1, 2)).transpose(1, 2) * self.plain
+        return x[..., [-2, 1, 0]]
+
+
+def test_the_program_computes_what_the_module_does_and_shares_its_weights() -> None:
+    net = Net().eval()
+    program = trace(net, (X,))
+    assert largest(program(X), net(X)) == 0
+    weights = dict(net.named_parameters(remove_duplicate=False))
+    for name in program.parameters:
+        assert program.state[name].data_ptr() == weights[name].data_ptr()
+    net.first.weight.data.mul_(2)
+    assert largest(program(X), net(X)) == 0
+
+
+def test_weights_have_the_modules_own_names() -> None:
+    net = Net()
+    program = trace(net, (X,))
+    ((alias, name),) = program.aliases.items()
+    assert {alias, name} == {"first.weight", "second.weight"}
+    assert set(program.parameters) >= {name, "norm.weight", "norm.bias"}
+    assert program.state_dict().keys() == net.state_dict().keys()
+    Net().load_state_dict(program.state_dict())
+    assert "derived" in program.state
+    assert "derived" not in program.state_dict()
+
+
+def test_tied_weights_count_once() -> None:
+    net = Net()
+    assert parameter_count(trace(net, (X,))) == sum(p.numel() for p in net.parameters())
+
+
+def test_buffers_of_one_shape_are_told_apart_without_values() -> None:
+    with torch.device("meta"):
+        net = Net()
+    program = trace(net, (X,))
+    assert len(program.aliases) == 1
+    assert {"norm.running_mean", "norm.running_var"} <= program.state.keys()
+
+
+def test_a_model_without_weights_stays_without() -> None:
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2, "num_key_value_heads": 8}
+    with torch.device("meta"):
+        big = LlamaForCausalLM(LlamaConfig(**shape))
+    program = trace(big)
+    assert parameter_count(program) > 600_000_000
+    assert all(isinstance(t, FakeTensor) and t.device.type == "cpu" for t in program.state.values())
+    assert all(p.is_meta for p in big.parameters())
+    assert {n for n, _ in big.named_parameters()} == set(program.parameters)
+
+
+class Picks(nn.Module):
+    """An index list in the forward: on meta tensors its values would be lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x)[..., [-2, 3], :]  # type: ignore[no-any-return]
+
+
+def test_index_constants_keep_their_values_without_weights() -> None:
+    with torch.device("meta"):
+        net = Picks()
+    (constant,) = (t for n, t in trace(net, (X,)).state.items() if not n.startswith("up."))
+    assert not isinstance(constant, FakeTensor)
+    assert constant.tolist() == [-2, 3]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_modules_mode_is_left_as_it_was(training: bool) -> None:
+    net = Net().train(training)
+    net.norm.eval()
+    trace(net, (X,))
+    assert net.training == net.first.training == training
+    assert not net.norm.training
+
+
+def test_dropout_is_off_also_for_a_module_in_training() -> None:
+    net = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.9)).train()
+    program = trace(net, (X,))
+    assert largest(program(X), net.eval()(X)) == 0
+
+
+class Outputs(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.second = nn.Linear(6, 4), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        a, b = self.first(x), self.second(x)
+        return {"tuple": (a, b), "dict": {"logits": a, "cache": b}, "tensor": a}[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict", "tensor"])
+def test_the_first_output_is_the_result_and_what_does_not_reach_it_is_dropped(kind: str) -> None:
+    net = Outputs(kind)
+    program = trace(net, (X,))
+    assert largest(program(X), net.first(X)) == 0
+    users = {program.weights[n.name] for n in program.placeholders() if n.name in program.weights and n.users}
+    assert users == {"first.weight", "first.bias"}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_dynamic_program_runs_at_other_sizes(architecture: str) -> None:
+    net = model(architecture)
+    program = trace(net, (tokens(),), dynamic=True)
+    for ids in (tokens(1, 5), tokens(3, 19), tokens(2, 7)):
+        with torch.no_grad():
+            assert largest(program(ids), net(ids).logits) <= 1e-5
+
+
+def test_a_language_model_needs_no_example_inputs() -> None:
+    net = model("llama")
+    with torch.no_grad():
+        assert largest(trace(net)(tokens()), net(tokens()).logits) <= 1e-5
+
+
+def test_missing_inputs_are_asked_for() -> None:
+    with pytest.raises(MptkError, match="example inputs are missing"):
+        trace(Net())
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.up(x)
+        return y if y.sum() > 0 else -y
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_control_flow_on_data_is_refused_in_one_line_and_the_module_left_whole(device: str) -> None:
+    with torch.device(device):
+        net = Branches()
+    with pytest.raises(MptkError, match=r"^torch\.export cannot trace Branches: .*docs/tracing\.md") as caught:
+        trace(net, (X,))
+    assert "\n" not in str(caught.value)
+    assert net.up.weight.device.type == device
+    assert net.training
+
+
+class Configured(nn.Module):
+    """Has a config as models of transformers have, but its forward knows no cache."""
+
+    config = "any"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x)  # type: ignore[no-any-return]
+
+
+def test_a_forward_without_a_cache_argument_is_given_none() -> None:
+    net = Configured()
+    assert largest(trace(net, (X,))(X), net(X)) == 0
+
+
+def test_the_exported_program_is_valid() -> None:
+    program = trace(Net().eval(), (X,))
+    exported = program.to_exported()
+    assert (
+        largest(
+            exported.module()(X)[0] if isinstance(exported.module()(X), tuple) else exported.module()(X), program(X)
+        )
+        == 0
+    )

@@ -1,0 +1,74 @@
+"""A plan cuts the decoder with its cache as it cuts the plain forward: same families, same logits, smaller cache."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tiny_decoders import CONFIGS, FUSED, GROUPED, SLIDING, tiny_decoder
+
+from mptk.families import Analysis
+from mptk.plan import FamilyPlan, Plan
+from mptk.runtime import OrtDecoder
+from passes.emit_onnx import emit_onnx
+from passes.group import analyze
+from passes.rewrite import rewrite
+from passes.trace import trace
+from passes.trace_decoder import trace_decoder
+
+
+def halved(analysis: Analysis, *names: str) -> Plan:
+    """Half of the units of the families, other ones in every layer and scope."""
+    draw = random.Random(0)
+    families = {}
+    for f in analysis.families:
+        width = max(f.minimum, f.size // 2)
+        if f.name in names:
+            keep = {
+                g.layer: tuple(tuple(sorted(draw.sample(range(f.size), width))) for _ in range(g.scopes))
+                for g in f.groups
+            }
+            families[f.name] = FamilyPlan(width, f.size, keep)
+    assert len(families) == len(names)
+    return Plan(families)
+
+
+def listing(analysis: Analysis) -> list[tuple[str, int, int, int]]:
+    return [(f.name, f.size, f.scopes, len(f.groups)) for f in analysis.families]
+
+
+@pytest.mark.parametrize(
+    ("kind", "families", "heads"),
+    [
+        (GROUPED, ("kv_groups", "q_heads", "v_dim", "ffn"), 1),
+        (SLIDING, ("kv_groups", "ffn"), 1),
+        (FUSED, ("heads", "ffn"), 3),
+    ],
+)
+def test_plan_cuts_decoder_and_plain_forward_alike(kind, families, heads, tmp_path):
+    model = tiny_decoder(kind)
+    plain, decoder = analyze(trace(model, dynamic=True)), analyze(trace_decoder(model))
+    assert listing(plain) == listing(decoder)
+
+    plan = halved(plain, *families)
+    reference, step = rewrite(plain, plan), rewrite(decoder, plan)
+    caches = [node.meta["val"] for node in step.placeholders() if node.name in step.user_inputs[3:]]
+    assert [value.shape[1] for value in caches] == [heads] * 4
+
+    runtime = OrtDecoder(emit_onnx(step, tmp_path), threads=1)
+    ids = torch.randint(3, 97, (2, 9))
+    with torch.no_grad():
+        expected = reference(ids)
+    logits, cache = runtime.prefill(ids[:, :6].numpy())
+    torch.testing.assert_close(torch.from_numpy(logits), expected[:, :6], atol=1e-4, rtol=0)
+    logits, _ = runtime.decode(ids[:, 6:].numpy(), cache)
+    torch.testing.assert_close(torch.from_numpy(logits), expected[:, 6:], atol=1e-4, rtol=0)
+    assert {value.shape()[1] for value in cache.values.values()} == {heads}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_tracing_leaves_the_model_in_its_mode(kind):
+    model = tiny_decoder(kind, num_hidden_layers=1) if kind not in (SLIDING, FUSED) else tiny_decoder(kind)
+    trace(model)
+    assert not any(module.training for module in model.modules())

@@ -196,6 +196,7 @@ def evaluate(
         loaded = models.load(model, trust_remote_code=trust_remote_code)
         result: dict[str, Any] = {"model": model}
         if data is not None:
+            text.check_length(loaded.model, length)
             held_out = text.evaluation_windows(loaded.tokenizer, data, length, windows)
             measured = evaluation.perplexity(
                 lambda ids: loaded.model(ids, use_cache=False).logits,

@@ -14,7 +14,7 @@ from torch import Tensor
 from mptk.axes import Axis, Index, Term, evaluate, leaves, occurrences
 from mptk.errors import MptkError
 from mptk.families import Analysis, Family, Group, scope_coordinates
-from mptk.plan import FamilyPlan, Plan
+from mptk.plan import FamilyPlan, Plan, check_units
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,10 @@ def _table(family: Family, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.b
         raise MptkError(f"plan: {family.name} says nothing of layer {group.layer!r}; every layer needs its kept units")
     if len(keep) not in (1, group.scopes):
         raise MptkError(f"plan: {family.name}.{group.layer} has {len(keep)} rows of units; give 1 or {group.scopes}")
+    for row in keep:
+        check_units(row, chosen.width, family.size, f"plan: {family.name}.{group.layer}")
     rows = keep if len(keep) == group.scopes else keep * group.scopes
     table = np.zeros((math.prod(a.size for a in group.scope), group.size), dtype=bool)
-    for row, units in zip(table, rows, strict=True):
-        row[list(units)] = True
+    for stays, units in zip(table, rows, strict=True):
+        stays[list(units)] = True
     return table

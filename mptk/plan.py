@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,13 @@ class Plan:
     def load(path: str | Path) -> Plan:
         """Read and validate a plan file. Raises MptkError with the place that is wrong."""
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise MptkError(f"cannot read plan {path}: {error.strerror}; give the path of a plan.json") from error
         except json.JSONDecodeError as error:
             raise MptkError(f"{path} is not JSON (line {error.lineno}: {error.msg}); see docs/plan.md") from error
+        except UnicodeDecodeError as error:
+            raise MptkError(f"{path} is not a text file; give the path of a plan.json") from error
         return Plan.from_json(data, source=str(path))
 
     @staticmethod
@@ -74,19 +76,30 @@ class Plan:
         families = data.get("families")
         if not isinstance(families, dict):
             raise MptkError(f'{source}: "families" is not an object; see docs/plan.md')
+        meta = data.get("meta", {})
+        if not isinstance(meta, dict):
+            raise MptkError(f'{source}: "meta" is not an object; see docs/plan.md')
         parsed = {name: _family(body, f"{source}: families.{name}") for name, body in families.items()}
-        return Plan(parsed, data.get("meta", {}))
+        return Plan(parsed, meta)
 
 
 def _family(body: Any, where: str) -> FamilyPlan:
     if not isinstance(body, dict):
         raise MptkError(f"{where} is not an object; see docs/plan.md")
     width, of, keep = body.get("width"), body.get("of"), body.get("keep")
-    if not isinstance(width, int) or not isinstance(of, int) or not 0 < width <= of:
+    if type(width) is not int or type(of) is not int or not 0 < width <= of:
         raise MptkError(f'{where}: "width" and "of" must be integers with 0 < width <= of')
     if not isinstance(keep, dict) or not keep:
         raise MptkError(f'{where}: "keep" must map each layer to its kept units; see docs/plan.md')
     return FamilyPlan(width, of, {layer: _decode(k, width, of, f"{where}.keep.{layer}") for layer, k in keep.items()})
+
+
+def check_units(row: Sequence[int], width: int, of: int, where: str) -> None:
+    """Raise MptkError, with the place, unless ``row`` holds ``width`` distinct units of 0 … of − 1, ascending."""
+    if len(row) != width:
+        raise MptkError(f"{where}: {len(row)} units kept, but width is {width}")
+    if list(row) != sorted(set(row)) or row[0] < 0 or row[-1] >= of:
+        raise MptkError(f"{where}: units must be ascending, distinct and in 0..{of - 1}")
 
 
 def _encode(keep: Keep) -> Any:
@@ -107,16 +120,13 @@ def _ranges(units: tuple[int, ...]) -> str:
 
 def _decode(value: Any, width: int, of: int, where: str) -> Keep:
     scoped = isinstance(value, list) and bool(value) and all(isinstance(row, (list, str)) for row in value)
-    rows = tuple(_units(row, where) for row in (value if scoped else [value]))
+    rows = tuple(_units(row, of, where) for row in (value if scoped else [value]))
     for row in rows:
-        if len(row) != width:
-            raise MptkError(f"{where}: {len(row)} units kept, but width is {width}")
-        if list(row) != sorted(set(row)) or row[0] < 0 or row[-1] >= of:
-            raise MptkError(f"{where}: units must be ascending, distinct and in 0..{of - 1}")
+        check_units(row, width, of, where)
     return rows
 
 
-def _units(value: Any, where: str) -> tuple[int, ...]:
+def _units(value: Any, of: int, where: str) -> tuple[int, ...]:
     if isinstance(value, list) and all(isinstance(u, int) and not isinstance(u, bool) for u in value):
         return tuple(value)
     if not isinstance(value, str):
@@ -124,7 +134,9 @@ def _units(value: Any, where: str) -> tuple[int, ...]:
     units: list[int] = []
     for part in value.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise MptkError(f'{where}: "{part}" is not a unit or a range; write "0-3,7"')
+        if int(last or first) >= of:
+            raise MptkError(f"{where}: units must be ascending, distinct and in 0..{of - 1}")
         units.extend(range(int(first), int(last or first) + 1))
     return tuple(units)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
@@ -135,7 +135,7 @@ def program_from_exported(exported: ExportedProgram, wrapper: nn.Module) -> Prog
     weights that do not reach the output do not count as used.
     """
     graph = exported.graph_module
-    graph.graph.eliminate_dead_code()
+    graph.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or _opens_vmap(n))
     users = {n.name: len(n.users) for n in graph.graph.nodes if n.op == "placeholder"}
     weights = {**exported.state_dict, **exported.constants}
     specs = [spec for spec in exported.graph_signature.input_specs if spec.target is not None]
@@ -154,6 +154,11 @@ def program_from_exported(exported: ExportedProgram, wrapper: nn.Module) -> Prog
         if spec.target not in aliases:
             state[spec.target] = tensor
     return Program(graph, exported.graph_signature, state, aliases, exported)
+
+
+def _opens_vmap(node: fx.Node) -> bool:
+    """Calls that open and close a level of ``torch.vmap`` (masks are made under it) have no users and yet count."""
+    return str(getattr(node.target, "__name__", "")).endswith("crement_nesting")
 
 
 def _public(name: str) -> str:

@@ -1,0 +1,183 @@
+"""Rewriting: the smaller program runs at any size, without the module, and is a valid exported program."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from architectures import CONFIGS, model, tokens
+from cutting import largest, random_plan
+from torch import Tensor, nn
+
+from mptk.api import export
+from mptk.cut import resolve_plan
+from mptk.errors import MptkError
+from mptk.families import Analysis
+from mptk.plan import FamilyPlan, Plan
+from mptk.program import parameter_count
+from passes.group import analyze
+from passes.mask import mask
+from passes.rewrite import rewrite
+from passes.trace import trace
+from passes.trace_decoder import trace_decoder
+
+SIZES = [(2, 7), (1, 5), (3, 19)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_a_dynamic_program_is_cut_for_all_batch_and_sequence_sizes(architecture: str) -> None:
+    analysis = analyze(trace(model(architecture), (tokens(),), dynamic=True))
+    plan = random_plan(analysis)
+    masked, cut = mask(analysis, resolve_plan(analysis, plan)), rewrite(analysis, plan)
+    for size in SIZES:
+        expected = masked(tokens(*size))
+        assert largest(expected, cut(tokens(*size))) <= 1e-5 * max(1, expected.abs().max())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_cut_program_outlives_the_module(architecture: str) -> None:
+    module = model(architecture)
+    analysis = analyze(trace(module, (tokens(),)))
+    plan = random_plan(analysis)
+    expected = mask(analysis, resolve_plan(analysis, plan))(tokens())
+    cut = rewrite(analysis, plan)
+    gone = weakref.ref(module)
+    del module, analysis
+    gc.collect()
+    assert gone() is None
+    assert largest(cut(tokens()), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_the_cut_program_is_a_valid_exported_program(architecture: str) -> None:
+    """Constructing it runs torch's verifier; its module computes the same."""
+    analysis = analyze(trace(model(architecture), (tokens(),)))
+    cut = rewrite(analysis, random_plan(analysis))
+    exported = cut.to_exported()
+    assert largest(exported.module()(tokens()), cut(tokens())) == 0
+    shapes = {name: tuple(t.shape) for name, t in cut.state_dict().items()}
+    assert {name: tuple(t.shape) for name, t in exported.state_dict.items()}.items() <= shapes.items()
+
+
+@pytest.fixture(scope="module")
+def llama() -> Analysis:
+    return analyze(trace(model("llama"), (tokens(),)))
+
+
+def half_of_ffn(analysis: Analysis) -> Plan:
+    keep = {g.layer: (tuple(range(0, 80, 2)),) for g in analysis.family("ffn").groups}
+    return Plan({"ffn": FamilyPlan(40, 80, keep)})
+
+
+def test_weights_that_lose_nothing_share_storage_and_others_are_slices(llama: Analysis) -> None:
+    dense, cut = llama.program, rewrite(llama, half_of_ffn(llama))
+    for name, tensor in cut.state.items():
+        before = dense.state[name]
+        if "mlp" not in name:
+            assert tensor.data_ptr() == before.data_ptr()
+        elif "down" in name:
+            assert torch.equal(tensor, before[:, ::2])
+        else:
+            assert torch.equal(tensor, before[::2])
+        assert tensor.is_contiguous()
+    removed = 40 * 3 * 48 * 2
+    assert parameter_count(cut) == parameter_count(dense) - removed
+
+
+def test_the_dense_program_is_left_as_it_was(llama: Analysis) -> None:
+    before, graph = llama.program(tokens()), llama.program.graph.print_readable(print_output=False)
+    plan = random_plan(llama)
+    rewrite(llama, plan)
+    mask(llama, resolve_plan(llama, plan))(tokens())
+    assert llama.program.graph.print_readable(print_output=False) == graph
+    assert largest(llama.program(tokens()), before) == 0
+
+
+def test_a_plan_that_keeps_everything_changes_nothing(llama: Analysis) -> None:
+    families = {
+        f.name: FamilyPlan(f.size, f.size, {g.layer: (tuple(range(f.size)),) for g in f.groups}) for f in llama.families
+    }
+    cut = rewrite(llama, Plan(families))
+    assert largest(cut(tokens()), llama.program(tokens())) == 0
+    assert parameter_count(cut) == parameter_count(llama.program)
+    assert rewrite(llama, Plan({}))(tokens()).equal(llama.program(tokens()))
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_anything_is_cut(llama: Analysis) -> None:
+    wrong = Plan({"ffn": FamilyPlan(3, 80, {"model.layers.0.mlp": ((0, 1, 2),)})})
+    with pytest.raises(MptkError, match=r"says nothing of layer 'model\.layers\.1\.mlp'"):
+        rewrite(llama, wrong)
+
+
+def test_a_model_without_weights_is_cut_to_shapes() -> None:
+    analysis = analyze(trace(model("llama", meta=True), (tokens(),)))
+    cut = rewrite(analysis, half_of_ffn(analysis))
+    assert cut.state["model.layers.0.mlp.up_proj.weight"].shape == (40, 48)
+    assert cut.state["model.layers.0.mlp.down_proj.weight"].shape == (48, 40)
+    assert parameter_count(cut) < parameter_count(analysis.program)
+
+
+class Positional(nn.Module):
+    """Constants along cut axes, sizes written into the forward, a symbolic size that also counts channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.up, self.head = nn.Embedding(13, 12), nn.Linear(12, 24), nn.Linear(24, 11)
+        self.register_buffer("slopes", torch.linspace(0.5, 2, 4), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        batch, sequence = ids.shape
+        x = self.up(self.embed(ids)).view(batch, sequence, 4, 6).transpose(1, 2)
+        x = x.reshape(batch * 4, sequence, 6) * torch.arange(1.0, 7.0)
+        x = x.view(batch, 4, sequence, 6) * self.slopes.view(4, 1, 1)
+        return self.head(x.transpose(1, 2).reshape(batch, sequence, 24))  # type: ignore[no-any-return]
+
+
+def test_sizes_and_constants_in_the_forward_follow() -> None:
+    analysis = analyze(trace(Positional(), (tokens() % 13,), dynamic=True))
+    assert sorted(f.size for f in analysis.families) == [4, 6, 12]
+    for seed in range(3):
+        plan = random_plan(analysis, seed=seed)
+        masked, cut = mask(analysis, resolve_plan(analysis, plan)), rewrite(analysis, plan)
+        for size in SIZES:
+            assert largest(masked(tokens(*size) % 13), cut(tokens(*size) % 13)) <= 1e-5
+
+
+# ---- with a KV cache ----
+
+
+def run(program: object, ids: Tensor, past: list[Tensor], tokens_before: int) -> list[Tensor]:
+    length = tokens_before + ids.shape[1]
+    positions = torch.arange(tokens_before, length).expand(len(ids), -1)
+    return list(program(ids, torch.ones(len(ids), length, dtype=torch.long), positions, *past))  # type: ignore[operator]
+
+
+def test_a_decoder_step_is_cut_with_its_cache(tmp_path: Path) -> None:
+    """Prefill, then three tokens on the cache: cut = masked; ONNX Runtime = cut, from the same plan."""
+    analysis = analyze(trace_decoder(model("llama")))
+    plan = random_plan(analysis)
+    ids, results = tokens(3, 9), []
+    for program in (mask(analysis, resolve_plan(analysis, plan)), rewrite(analysis, plan)):
+        caches = [n.meta["val"].shape for n in program.placeholders() if n.name in program.user_inputs][3:]
+        empty = [torch.zeros(3, shape[1], 0, shape[3]) for shape in caches]
+        first, *past = run(program, ids[:, :6], empty, 0)
+        second, *_ = run(program, ids[:, 6:], past, 6)
+        results.append(torch.cat((first, second), 1))
+    assert largest(*results) <= 1e-5
+    assert program.to_exported().example_inputs[0][3].shape[1] < analysis.program.exported.example_inputs[0][3].shape[1]
+
+    path = export(model("llama"), tmp_path, plan=plan)
+    session = onnxruntime.InferenceSession(path)
+    feed = {
+        i.name: torch.zeros(3, i.shape[1], 0, i.shape[3]).numpy() for i in session.get_inputs() if len(i.shape) == 4
+    }
+    feed |= {"input_ids": ids.numpy(), "attention_mask": torch.ones(3, 9, dtype=torch.long).numpy()}
+    if "position_ids" in {i.name for i in session.get_inputs()}:
+        feed["position_ids"] = torch.arange(9).expand(3, -1).numpy()
+    (logits,) = session.run(["logits"], feed)
+    assert largest(torch.from_numpy(logits)[:, -1], results[1][:, -1]) <= 1e-4

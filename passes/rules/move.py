@@ -98,6 +98,15 @@ def ordered(w: Walk, node: fx.Node, x: Value, *args: Any, **_: Any) -> Dims:
     return tuple(w.frozen(s, "the order of its positions matters", node) for s in w.shape(node))
 
 
+@rule("aten.unfold", zero="move")
+def unfold(w: Walk, node: fx.Node, x: Value, dim: int, size: int, step: int) -> Dims:
+    """x_d becomes windows, and each window's positions a last dimension; neither can be cut, the others pass."""
+    d = normalize(dim, x.ndim)
+    w.freeze(x.dims[d], "the order of its positions matters", node)
+    windows, inside = (w.frozen(s, "windows over positions", node) for s in (w.shape(node)[d], size))
+    return (*x.dims[:d], windows, *x.dims[d + 1 :], inside)
+
+
 @rule("aten.tril", "aten.triu")
 def triangle(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Dims:
     """y_d = x_d; the last two are compared by position and cannot be cut."""

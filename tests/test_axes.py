@@ -312,7 +312,7 @@ sizes = st.sampled_from([2, 3, 4, 6, 8, 12, 24, 36])
 
 
 @given(size=sizes, data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_after_unifying_both_sides_are_equal_or_what_differs_is_frozen(size: int, data: st.DataObject) -> None:
     """Sound: where the terms differ, no axis at that position may be cut."""
     a, b = data.draw(terms(size)), data.draw(terms(size))
@@ -325,7 +325,7 @@ def test_after_unifying_both_sides_are_equal_or_what_differs_is_frozen(size: int
 
 
 @given(size=sizes, data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_unifying_again_changes_nothing(size: int, data: st.DataObject) -> None:
     a, b = data.draw(terms(size)), data.draw(terms(size))
     unify(a, b)
@@ -336,7 +336,7 @@ def test_unifying_again_changes_nothing(size: int, data: st.DataObject) -> None:
 
 
 @given(size=sizes, data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_coordinates_are_those_of_enumeration(size: int, data: st.DataObject) -> None:
     term = data.draw(terms(size, depth=3))
     found = occurrences(term)
@@ -345,7 +345,7 @@ def test_coordinates_are_those_of_enumeration(size: int, data: st.DataObject) ->
 
 
 @given(size=sizes, data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_units_lie_where_enumeration_says(size: int, data: st.DataObject) -> None:
     term = data.draw(terms(size, depth=3))
     choices = list(dict.fromkeys(leaves(term)))
@@ -374,7 +374,7 @@ def pairs_hold(pairs: tuple[tuple[Axis, int], ...], a: Axis) -> bool:
 
 
 @given(size=sizes, data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_sizes_after_a_cut_are_those_of_enumeration(size: int, data: st.DataObject) -> None:
     """Keep the first units of each axis: the positions all whose coordinates stay."""
     term = data.draw(terms(size, depth=3))

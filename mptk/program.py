@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, fx
@@ -31,7 +32,7 @@ class Program:
     aliases: Mapping[str, str]
     exported: ExportedProgram = field(repr=False)
 
-    @property
+    @cached_property
     def weights(self) -> dict[str, str]:
         """Placeholder name → name in ``state``, for every parameter, buffer and constant in the graph."""
         targets = ((spec.arg.name, spec.target) for spec in self.signature.input_specs if spec.target is not None)

@@ -117,6 +117,10 @@ SEGMENTS = {
     "narrow_negative": Case(lambda x: aten.narrow(x, -1, -7, 4), (2, 3, 4), (2, 3, 4), widths=(9,)),
     "select": Case(lambda x: x.view(2, 5, 3, 8).select(2, 1), (8,), (8,), widths=(24,)),
     "select_last": Case(lambda x: x.view(2, 5, 9, 4).select(2, -3), (2, 4, 6), (2, 4, 6), widths=(36,)),
+    # Counted from the end, where only what lies behind is cut.
+    "select_before": Case(lambda x: x.view(2, 5, 4, 6).select(2, -3), (2, 6), (2, 6), widths=(24,)),
+    "slice_before": Case(lambda x: x.view(2, 5, 4, 6)[:, :, -3:-2].flatten(2), (2, 6), (2, 6), widths=(24,)),
+    "narrow_before": Case(lambda x: aten.narrow(x.view(2, 5, 4, 6), 2, -3, 1).flatten(2), (2, 6), (2, 6), widths=(24,)),
     "pad": Case(lambda x: F.pad(x, (1, 2))),
     "pad_ones": Case(lambda x: F.pad(x, (1, 2), value=1.0), summed=()),
     "pad_elsewhere": Case(lambda x: F.pad(x, (0, 0, 1, 0), value=1.0), summed=()),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mptk.families import Analysis
 from mptk.plan import FamilyPlan, Plan
 from passes.group import analyze
-from passes.trace import trace
+from passes.trace import export_program, trace
 
 VOCAB, HIDDEN, INNER, OUT = 13, 12, 10, 11
 IDS = torch.arange(14).reshape(2, 7) % VOCAB
@@ -273,3 +273,47 @@ def test_an_unscoped_choice_serves_every_scope() -> None:
     channels = next(f for f in found.families if f.size == 5)
     keep = {g.layer: ((0, 2, 3),) for g in channels.groups}
     assert cut_and_compare(found, Plan({channels.name: FamilyPlan(3, 5, keep)}), (IDS,)).error <= 1e-5
+
+
+class Remembers(nn.Module):
+    """Adds a value a token to a cache and sums over the cache's channels."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.up, self.head = nn.Embedding(VOCAB, HIDDEN), nn.Linear(HIDDEN, INNER), nn.Linear(HIDDEN, OUT)
+        self.function = function
+
+    def forward(self, ids: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embed(ids)
+        cache = torch.cat((past, self.function(self.up(x))), 1)
+        return self.head(x) * cache.sum((1, 2), keepdim=True), cache
+
+
+class Step(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.module(*inputs)  # type: ignore[no-any-return]
+
+
+def test_a_cache_is_zero_only_where_all_that_is_added_to_it_is() -> None:
+    inputs = IDS, torch.zeros(2, 3, INNER)
+    assert offered(analyze(export_program(Step(Remembers(torch.relu)), inputs))) == {HIDDEN, INNER}
+    found = analyze(export_program(Step(Remembers(torch.exp)), inputs))
+    assert offered(found) == {HIDDEN}
+    assert "summed over while not zero" in reasons(found, INNER)
+
+
+def test_an_input_that_is_no_cache_cannot_be_cut() -> None:
+    """The same program but for the cache's way out."""
+
+    class Forgets(Remembers):
+        def forward(self, ids: Tensor, past: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(ids, past)[0]
+
+    found = analyze(trace(Forgets(torch.relu), (IDS, torch.zeros(2, 3, INNER))))
+    assert offered(found) == {HIDDEN}
+    assert "comes from the model's input" in reasons(found, INNER)

@@ -8,6 +8,7 @@ from rule_cases import Case
 from torch import Tensor
 
 aten = torch.ops.aten
+EVEN_ROWS = torch.arange(10).reshape(2, 5, 1) % 2 == 0
 TABLE = {"linear": (4, 6), "summed": (4, 6), "shapes": [(6, 4)]}
 
 
@@ -55,6 +56,11 @@ POSITIONS: dict[str, Case] = {
     "other_axis": Case(lambda x, w: w[best(x)], (4,), (4,), shapes=[(9, 4)]),
 }
 WRITES: dict[str, Case] = {
+    "masked_scatter": Case(lambda x, y: x.masked_scatter(EVEN_ROWS.expand(2, 5, 6), y), widths=(6, 6)),
+    "masked_scatter_": Case(lambda x, y: (x * 1).masked_scatter_(EVEN_ROWS.expand(2, 5, 6), y), widths=(6, 6)),
+    "masked_scatter_mixed": Case(
+        lambda x, y: x.masked_scatter(torch.arange(60).reshape(2, 5, 6) % 5 < 2, y), (), (), widths=(6, 6)
+    ),
     "scatter": Case(lambda x: x.new_zeros(2, 5, 6).scatter(-1, first(x, 2), x.topk(2, -1)[0].exp())),
     "scatter_value": Case(lambda x: x * torch.zeros(2, 5, 6).scatter(-1, first(x, 2), 1.0)),
     "scatter_value_exp": Case(lambda x, w: x.new_zeros(2, 5, 6).scatter(-1, first(x, 2), 1.0) * w.exp(), shapes=[(6,)]),

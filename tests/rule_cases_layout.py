@@ -47,6 +47,7 @@ MOVES = {
     "rot90": Case(lambda x: x.rot90(2, (1, 2)), linear=(), summed=()),
     "cumprod": Case(lambda x: x.cumprod(-1), linear=(), summed=()),
     "logcumsumexp": Case(lambda x: x.logcumsumexp(-1), linear=(), summed=()),
+    "unfold": Case(lambda x: F.pad(x, (0, 0, 1, 0)).unfold(1, 2, 1)[..., 0]),
     "tril": Case(lambda x, w: x @ (w.tril() + w.triu(1)), linear=(), summed=(), shapes=[(6, 6)]),
     "tril_batch": Case(lambda x: tail(x.tril().unsqueeze(-1)), linear=(), summed=()),
 }

@@ -172,7 +172,7 @@ NORMS: dict[str, Case] = {
     "rms_norm_exp": Case(lambda x, w: F.rms_norm(x.exp(), SIX, w), (), (), shapes=[SIX]),
     "rms_norm_both": Case(grid(lambda x, w: F.rms_norm(x, (3, 8), w)), **GRID, shapes=[(3, 8)]),
     "rms_norm_by_hand": Case(lambda x: x * torch.rsqrt(x.square().mean(**ROW) + 0.01)),
-    "group_norm": Case(along(lambda x, w, b: F.group_norm(x, 3, w, b)), (3, 4), (), (12,), [(12,), (12,)]),
+    "group_norm": Case(along(lambda x, w, b: F.group_norm(x, 3, w, b)), (3, 4), (3, 4), (12,), [(12,), (12,)]),
     "group_norm_plain": Case(along(lambda x: F.group_norm(x, 3)), (3, 4), (), (12,)),
     "batch_norm": Case(
         along(lambda x, m, v, w, b: F.batch_norm(x, m.detach(), v.detach().exp(), w, b)), shapes=[SIX, SIX, SIX, SIX]
@@ -180,6 +180,7 @@ NORMS: dict[str, Case] = {
     "batch_norm_plain": Case(
         along(lambda x, m, v: F.batch_norm(x, m.detach(), v.detach().exp())), summed=(), shapes=[SIX, SIX]
     ),
+    "batch_norm_own": Case(along(lambda x: F.batch_norm(x, None, None, training=True))),
     "instance_norm": Case(along(lambda x, w, b: F.instance_norm(x, None, None, w, b)), shapes=[SIX, SIX]),
     "normalize": Case(lambda x: F.normalize(x, dim=-1)),
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.tiny_models import randomise
+from benchmarks.tiny_weights import randomise
 from benchmarks.zoo import prove
 from mptk.families import Analysis
 from passes.group import analyze
@@ -130,7 +130,8 @@ class Llama2C(nn.Module):
         q = self.rotate(self.wq(h).view(b, t, self.heads, self.size))
         k = self.repeat(self.rotate(self.wk(h).view(b, t, self.kv, self.size)))
         v = self.repeat(self.wv(h).view(b, t, self.kv, self.size))
-        y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), is_causal=True)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.wo(y.transpose(1, 2).contiguous().view(b, t, -1))
         h = self.ffn_norm(x)
         return self.output(self.last(x + self.w2(F.silu(self.w1(h)) * self.w3(h))))  # type: ignore[no-any-return]

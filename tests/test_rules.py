@@ -88,7 +88,6 @@ NOT_TRACED = {
     "aten._grouped_mm": "tests/test_families.py, a mixture in bfloat16",
     "transformers.grouped_mm_fallback": "tests/test_families.py, a mixture in float32",
     "aten._log_softmax": "export keeps the composite op",
-    "aten._native_batch_norm_legit_no_training": "export keeps the composite op",
     "aten.conj": "export calls _conj",
     "aten.lift_fresh_copy": "of constants only, which have no axes",
     "aten.nonzero": "its size depends on data, which the walk refuses",

@@ -152,6 +152,20 @@ def require(term: Term, minimum: int) -> None:
             leaf.minimum = max(leaf.minimum, min(minimum, leaf.size))
 
 
+def require_multiple(term: Term, multiple: int) -> None:
+    """The size of ``term`` must stay a multiple of ``multiple``: each segment of a sum, one factor of a product."""
+    term = resolve(term)
+    if isinstance(term, Axis):
+        term.multiple = math.lcm(term.multiple, multiple)
+    elif isinstance(term, Sum):
+        for segment in term.segments:
+            require_multiple(segment, multiple)
+    else:
+        carriers = [f for f in term.factors if f.size % multiple == 0]
+        for factor in carriers[-1:] or term.factors:
+            require_multiple(factor, multiple)
+
+
 def unify(a: Term, b: Term, where: str = "") -> None:
     """Make two terms of equal size equal; freeze both where they cannot be aligned (``where`` says at which op)."""
     a, b = resolve(a), resolve(b)
@@ -187,9 +201,8 @@ def _bind(a: Axis, term: Term, where: str) -> None:
     for leaf in leaves(term):
         leaf.frozen.extend(r for r in a.frozen if r not in leaf.frozen)
         leaf.roles |= a.roles
-        if isinstance(term, Axis):
-            leaf.multiple = math.lcm(leaf.multiple, a.multiple)
     require(term, a.minimum)
+    require_multiple(term, a.multiple)
 
 
 def _misaligned(terms: Iterable[Term], where: str) -> None:

@@ -26,6 +26,7 @@ from mptk.axes import (
     occurrences,
     product,
     require,
+    require_multiple,
     resolve,
     split_product,
     split_sum,
@@ -268,6 +269,18 @@ def test_what_must_stay_falls_on_the_largest_axis() -> None:
     c, d = Axis(4), Axis(6)
     require(product((c, d)), 7)
     assert (c.minimum, d.minimum) == (4, 6)
+
+
+def test_multiples_fall_on_every_segment_and_on_one_factor() -> None:
+    a, b, c, d = Axis(80), Axis(3), Axis(16), Axis(12)
+    require_multiple(concat((a, a)), 8)
+    assert a.multiple == 8
+    whole = Axis(3 * 16)
+    require_multiple(whole, 8)
+    unify(whole, product((b, c)))
+    assert (b.multiple, c.multiple) == (1, 8)
+    require_multiple(product((b, d)), 8)
+    assert (b.multiple, d.multiple) == (8, 8)
 
 
 def test_enclosing_factors() -> None:

@@ -14,6 +14,7 @@ from cutting import cut_and_compare, largest, random_plan
 
 from mptk.axes import leaves
 from mptk.cut import resolve_plan
+from mptk.errors import MptkError
 from mptk.families import Analysis
 from mptk.plan import FamilyPlan, Plan
 from mptk.program import Program
@@ -229,6 +230,40 @@ def test_experts_in_bfloat16_take_another_op() -> None:
     assert "aten._grouped_mm.default" in {op_name(n) for n in found.walk.dims}
     assert "transformers.grouped_mm_fallback.default" in {op_name(n) for n in analysis("mixtral").walk.dims}
     assert listing(found) == listing(analysis("mixtral"))
+
+
+def test_the_rows_of_a_grouped_product_stay_whole_multiples_of_16_bytes() -> None:
+    found = analyze(trace(model("mixtral").bfloat16(), (tokens(),)))
+    assert {f.name: f.multiple for f in found.families if f.multiple > 1} == {"hidden": 8, "ffn": 8}
+    difference = cut_and_compare(found, random_plan(found), (tokens(),))
+    assert difference.error <= 0.02 * difference.moved
+    keep = {g.layer: (tuple(range(41)),) for g in found.family("ffn").groups}
+    with pytest.raises(MptkError, match=r"ffn cannot have width 41: it needs .* a multiple of 8"):
+        resolve_plan(found, Plan({"ffn": FamilyPlan(41, FFN, keep)}))
+
+
+@EACH
+def test_masks_and_slices_follow_the_positions(architecture: str) -> None:
+    """Of each weight, a mask made from the units' positions alone; a slice is what the mask leaves, in order."""
+    found = analysis(architecture)
+    for family in found.families:
+        plan = random_plan(found, [family.name])
+        cut = resolve_plan(found, plan)
+        for group in family.groups:
+            rows = plan.families[family.name].keep[group.layer]
+            for member in group.members:
+                dims, tensor = found.weights[member.weight], found.program.state[member.weight]
+                expected = torch.ones(tensor.shape, dtype=torch.bool)
+                for s, kept in enumerate(rows):
+                    removed = np.setdiff1d(np.arange(family.size), kept)
+                    positions = torch.from_numpy(group.positions(member)[s, removed].ravel())
+                    apart = [d for d, t in enumerate(dims) if d != member.dim and t in group.scope]
+                    part = expected[s] if apart == [0] else expected
+                    part.index_fill_(member.dim - len(apart), positions, False)
+                others = [m.dim for m in group.members if m.weight == member.weight]
+                if others == [member.dim]:
+                    assert torch.equal(cut.mask_tensor(dims), expected)
+                    assert torch.equal(cut.slice(tensor, dims).flatten(), tensor[expected])
 
 
 # ---- one analysis for all traces ----

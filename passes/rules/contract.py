@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import fx
 
-from mptk.axes import ONE, Axis, Term, axis, product
+from mptk.axes import ONE, Axis, Term, axis, product, require_multiple
 from passes.rules.table import Dims, Value, op_name, rule, set_argument
 
 if TYPE_CHECKING:
@@ -175,6 +175,10 @@ def attention(
     return out
 
 
+ROW_BYTES = 16
+"""torch's grouped product takes rows of whole multiples of 16 bytes."""
+
+
 @rule("aten._grouped_mm", "transformers.grouped_mm_fallback", zero=zero_of_product)
 def grouped_mm(w: Walk, node: fx.Node, x: Value, weight: Value, offs: Value | None = None, *_: Any, **__: Any) -> Dims:
     """y[t, n] = Σ_k x[t, k] W[e(t), k, n]: rows are sorted by expert, ``offs`` holds where each expert's rows end."""
@@ -182,6 +186,9 @@ def grouped_mm(w: Walk, node: fx.Node, x: Value, weight: Value, offs: Value | No
     w.contract(node, x, x.ndim - 1, weight, 1, out)
     if offs is not None:
         w.unify(offs.dims[0], weight.dims[0], node)
+    if op_name(node).startswith("aten._grouped_mm"):
+        for term in (x.dims[-1], weight.dims[2]):
+            require_multiple(term, ROW_BYTES // x.node.meta["val"].dtype.itemsize)
     w.routed.append((x.dims[0], weight.dims[0]))
     w.role(weight.dims[0], "expert")
     return out

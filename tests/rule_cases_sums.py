@@ -169,6 +169,7 @@ NORMS: dict[str, Case] = {
     "rms_norm": Case(lambda x, w: F.rms_norm(x, SIX, w), shapes=[SIX]),
     "rms_norm_eps": Case(lambda x, w: F.rms_norm(x, SIX, w, eps=0.1), shapes=[SIX]),
     "rms_norm_plain": Case(lambda x: F.rms_norm(x, SIX)),
+    "rms_norm_default_eps": Case(lambda x: F.rms_norm(x * 1e-4, SIX)),
     "rms_norm_exp": Case(lambda x, w: F.rms_norm(x.exp(), SIX, w), (), (), shapes=[SIX]),
     "rms_norm_both": Case(grid(lambda x, w: F.rms_norm(x, (3, 8), w)), **GRID, shapes=[(3, 8)]),
     "rms_norm_by_hand": Case(lambda x: x * torch.rsqrt(x.square().mean(**ROW) + 0.01)),

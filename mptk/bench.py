@@ -98,6 +98,7 @@ def bench_decoders(
     phases = [(phase, length) for phase in PHASES for length in prompts]
     shares = [len(range(session, rounds, SESSIONS)) for session in range(min(SESSIONS, rounds))]
     done, total = 0, len(threads) * len(shares) * len(phases)
+    say("bench", done, total)
     rows: list[Row] = []
     for count in threads:
         times: dict[tuple[str, int], list[list[float]]] = {key: [[], []] for key in phases}

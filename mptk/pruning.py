@@ -143,7 +143,7 @@ class Run:
             return
         names = list(self.candidates[0].widths)
         with self._stage(f"score ({s.method})"):
-            scores = criteria.score(
+            evidence = criteria.gather(
                 self.analysis,
                 s.method,
                 self.windows,
@@ -151,12 +151,13 @@ class Run:
                 seed=s.seed,
                 progress=lambda done, total: self.progress(f"score ({s.method})", done, total),
             )
+            scores = criteria.score_evidence(evidence, s.method, names)
         plans = [criteria.select(self.analysis, scores, self._cut_only(c.widths)) for c in self.candidates]
         with self._stage("choose widths"):
             best = self._best(plans)
         self.plan = self._meta(plans[best])
         if criteria.find_criterion(s.method).compensates:
-            self._compensate(plans[best])
+            self._compensate(evidence)
 
     def _best(self, plans: Sequence[Plan]) -> int:
         """Index of the plan whose masked program has the lowest loss on a part of the calibration text."""
@@ -169,13 +170,11 @@ class Run:
         self.losses = {legalize.describe(p.widths): round(x, 4) for p, x in zip(plans, losses, strict=True)}
         return min(range(len(plans)), key=lambda i: losses[i])
 
-    def _compensate(self, plan: Plan) -> None:
+    def _compensate(self, evidence: criteria.Evidence) -> None:
         """FLAP: the removed channels' mean contribution goes into the consumers' biases, in the dense program."""
-        s = self.settings
-        result = criteria.one_shot(self.analysis, s.method, plan.widths, self.windows, seed=s.seed)
-        self.plan = self._meta(result.plan)
+        result = criteria.compensate(self.analysis, self.plan, evidence.observations)
         self.notes.append(result.statement)
-        self.compensation = dict(result.state)
+        self.compensation = result.state
 
     def _cut_only(self, widths: Mapping[str, int]) -> dict[str, int]:
         return {name: w for name, w in widths.items() if w < self.analysis.family(name).size}

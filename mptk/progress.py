@@ -1,0 +1,64 @@
+"""progress: what a run is doing, on stderr: bars on a terminal, and plain lines where there is none (a log)."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+Report = Callable[[str, int, int], None]
+"""Called with the name of a stage, how much of it is done and how much there is, 0 where that is not known."""
+
+LINE_S = 10.0
+"""Seconds between two lines of one stage in a log."""
+
+
+@contextlib.contextmanager
+def stages(console: Console) -> Iterator[Report]:
+    """Show the stages of a run: a bar each on a terminal, lines with the seconds since the start elsewhere."""
+    if not console.is_interactive:
+        yield lines(console)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def finish() -> None:
+            for task in tasks.values():
+                bars.update(task, total=1, completed=1) if not bars.tasks[task].total else bars.stop_task(task)
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                finish()
+                tasks[stage] = bars.add_task(stage, total=total or None)
+            bars.update(tasks[stage], completed=done, total=total or None)
+
+        yield report
+        finish()
+
+
+def lines(console: Console, clock: Callable[[], float] = time.monotonic) -> Report:
+    """Print a line when a stage starts, and one every ``LINE_S`` seconds while it goes on and says how far it is."""
+    start, current, printed = clock(), "", 0.0
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal current, printed
+        now = clock()
+        if stage == current and now - printed < LINE_S:
+            return
+        current, printed = stage, now
+        reached = f" {done}/{total}" if done else ""
+        console.print(f"{now - start:5.0f} s  {stage}{reached}", markup=False, highlight=False, soft_wrap=True)
+
+    return report

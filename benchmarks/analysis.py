@@ -39,8 +39,13 @@ from passes.trace import trace
 ROUNDS = 5
 
 
-def llama(layers: int, **sizes: int) -> LlamaConfig:
-    default = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+def llama(layers: int, **sizes: Any) -> LlamaConfig:
+    default: dict[str, Any] = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
     return LlamaConfig(num_hidden_layers=layers, vocab_size=128256, **(default | sizes))
 
 
@@ -63,7 +68,7 @@ SMALL: dict[str, Callable[[], Any]] = {
 }
 
 
-def small(model_type: str, **sizes: int) -> Any:
+def small(model_type: str, **sizes: Any) -> Any:
     default = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 6, "num_attention_heads": 6}
     config = AutoConfig.for_model(model_type, vocab_size=97, **(default | sizes))
     return AutoModelForCausalLM.from_config(config)

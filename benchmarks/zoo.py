@@ -5,7 +5,8 @@
 Each type runs in a process of its own: a tiny random model is built and traced, and for every family units are chosen
 at random in each layer (and in each row of its scope). The cut program must equal the dense one with those units
 masked (relative difference at most 1e-5 of the largest logit, in fp32), and the mask must have moved the output; then
-all families at once. A type is proven when every family is.
+all families at once. A type is proven when every family is. For causal language models the row also says what the
+stock class accepts of each family (``benchmarks/zoo_stock.py``).
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ import torch
 import typer
 from torch import Tensor, fx, nn
 
+from benchmarks.common import result_header, write_result
 from benchmarks.tiny_models import MAPPINGS, CannotBuild, Tiny, model_types, tiny_model
+from benchmarks.zoo_plans import random_plan
+from benchmarks.zoo_stock import stock_acceptance
 from mptk.cut import resolve_plan
 from mptk.errors import MptkError
-from mptk.families import Analysis, Family
-from mptk.plan import FamilyPlan, Plan
+from mptk.families import Analysis
+from mptk.plan import Plan
 from mptk.program import Program
 from passes.group import analyze
 from passes.mask import mask
@@ -41,27 +45,7 @@ from passes.rewrite import rewrite
 from passes.trace import trace
 
 TOLERANCE, MOVED = 1e-5, 1e-4
-TIME_LIMIT_S, MEMORY_LIMIT_BYTES = 180, 4 << 30  # processor time; the clock may run five times as long
-
-
-def random_plan(families: Sequence[Family], rng: random.Random, fraction: float = 0.6) -> Plan:
-    """Keep about ``fraction`` of each family's units, drawn anew for every layer and every row of its scope."""
-    chosen = {}
-    for family in families:
-        width = legal_width(family, fraction)
-        keep = {
-            group.layer: tuple(tuple(sorted(rng.sample(range(family.size), width))) for _ in range(group.scopes))
-            for group in family.groups
-        }
-        chosen[family.name] = FamilyPlan(width, family.size, keep)
-    return Plan(chosen)
-
-
-def legal_width(family: Family, fraction: float) -> int:
-    """The width nearest below ``fraction`` of the family's size that its ops accept, at least its smallest one."""
-    smallest = -(-family.minimum // family.multiple) * family.multiple
-    wanted = round(family.size * fraction) // family.multiple * family.multiple
-    return min(max(wanted, smallest), family.size - family.multiple)
+TIME_LIMIT_S, MEMORY_LIMIT_BYTES = 300, 4 << 30  # processor time; the clock may run three times as long
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -189,7 +173,17 @@ def _run(mapping: str, model_type: str, seed: int) -> dict[str, Any]:
     row["stage"] = "proven" if results and not row["reason"] else "analysis"
     if not results:
         row["reason"] = "no family: " + "; ".join(f"{b.weights[0]} {b.reasons[0]}" for b in analysis.blocked[:4])
+    if mapping == "causal-lm":
+        row |= _stock(analysis, tiny)
     return row
+
+
+def _stock(analysis: Analysis, tiny: Tiny) -> dict[str, Any]:
+    """``stock``: family → what the model's own class accepts of it; or ``stock_error``, why that cannot be said."""
+    try:
+        return {"stock": stock_acceptance(analysis, tiny)}
+    except Exception as error:
+        return {"stock_error": describe(error)}
 
 
 def _child(pipe: Connection, mapping: str, model_type: str) -> None:
@@ -199,7 +193,7 @@ def _child(pipe: Connection, mapping: str, model_type: str) -> None:
     pipe.send(run_type(mapping, model_type))
 
 
-def run_limited(mapping: str, model_type: str, limit_s: float = 5 * TIME_LIMIT_S) -> dict[str, Any]:
+def run_limited(mapping: str, model_type: str, limit_s: float = 3 * TIME_LIMIT_S) -> dict[str, Any]:
     """``run_type`` in a process of its own, forked from a server that has imported torch already."""
     row = {"type": model_type, "mapping": mapping, "stage": "none", "families": 0, "proven": 0}
     context = multiprocessing.get_context("forkserver")
@@ -246,20 +240,21 @@ def main(
     ] = None,
 ) -> None:
     """Prove every family of every model type; prints a row each and the totals."""
-    rows: list[dict[str, Any]] = json.loads(json_file.read_text()) if json_file and json_file.exists() else []
+    header = result_header()
+    rows: list[dict[str, Any]] = json.loads(json_file.read_text())["rows"] if json_file and json_file.exists() else []
     done = {(r["mapping"], r["type"]) for r in rows}
     wanted = [m for m in MAPPINGS if mapping in ("", m)]
     pairs = [(m, t) for m in wanted for t in model_types(m) if not types or t in types.split(",")]
     with ThreadPoolExecutor(jobs) as pool:
         for row in pool.map(lambda pair: run_limited(*pair), [p for p in pairs if p not in done]):
-            rows.append(row)
+            rows.append({**row, "commit": header["commit"]})
             print(
                 f"{row['mapping']:20} {row['type']:28} {row['stage']:8} {row['proven']:3}/{row['families']:<3} "
                 f"{row['seconds']:6.1f}s  {row['reason'][:600]}",
                 flush=True,
             )
             if json_file:
-                json_file.write_text(json.dumps(rows, indent=1) + "\n")
+                write_result(json_file, header, rows)
     print("\n".join(totals(rows)))
     sys.stdout.flush()
 

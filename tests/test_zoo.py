@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import zoo
 from benchmarks.tiny_models import tiny_model
+from benchmarks.zoo_plans import random_plan
 from mptk.families import Analysis
 from mptk.plan import Plan
 from mptk.program import Program
@@ -45,7 +46,7 @@ def test_a_wrong_cut_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def other_units(analysis: Analysis, plan: Plan) -> Program:
         families = [analysis.family(n) for n in plan.families]
-        return rewrite(analysis, zoo.random_plan(families, random.Random(99)))
+        return rewrite(analysis, random_plan(families, random.Random(99)))
 
     monkeypatch.setattr(zoo, "rewrite", other_units)
     tiny = tiny_model("causal-lm", "llama")
@@ -57,7 +58,7 @@ def test_a_wrong_cut_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plans_draw_units_anew_for_each_layer_and_row() -> None:
     tiny = tiny_model("causal-lm", "llama")
     analysis = analyze(trace(tiny.wrapper, tiny.inputs))
-    plan = zoo.random_plan(analysis.families, random.Random(0))
+    plan = random_plan(analysis.families, random.Random(0))
     ffn = plan.families["ffn"]
     assert len({units for rows in ffn.keep.values() for units in rows}) == len(ffn.keep) > 1
     scoped = next(f for f in analysis.families if f.scopes > 1)
@@ -68,3 +69,18 @@ def test_a_type_that_cannot_be_built_gives_its_reason() -> None:
     row = zoo.run_type("causal-lm", "jetmoe")
     assert row["stage"] != "proven"
     assert "depends on data" in row["reason"]
+
+
+def test_stock_column_names_the_validator_and_reloads() -> None:
+    """LlamaConfig wants hidden_size to be a multiple of the heads, MixtralConfig does not ask."""
+    llama = zoo.run_type("causal-lm", "llama")["stock"]
+    assert 0 < llama["hidden"]["accepted"] < llama["hidden"]["of"]
+    assert llama["hidden"]["refusal"].startswith("LlamaConfig.validate_architecture")
+    assert llama["ffn"] | {"reloaded": ""} == llama["ffn"]
+    assert llama["ffn"]["accepted"] == llama["ffn"]["of"] > 1
+    assert llama["rotary_pairs"]["accepted"] == 0
+    assert llama["rotary_pairs"]["by"] == "numeric"
+    assert "rotary tables" in llama["rotary_pairs"]["refusal"]
+    gpt2 = zoo.run_type("causal-lm", "gpt2")["stock"]
+    assert gpt2["heads"]["with"] == ["hidden"]
+    assert gpt2["heads"]["reloaded"] == ""

@@ -1,0 +1,100 @@
+"""Which families the stock class of a zoo model accepts: how many widths, who refuses the others, and equal logits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from benchmarks.tiny_models import Logits, Tiny
+from benchmarks.zoo_plans import legal_widths, plan_of_widths
+from mptk.api import cut_program
+from mptk.axes import leaves
+from mptk.families import Analysis, Family
+from mptk.pipeline import Log
+from passes.legalize import cut_shapes, derived_families
+from passes.stock_config import Refusal, Stock
+
+PREFIX = "model."
+"""Where the wrapper that the zoo traces keeps the model."""
+TOLERANCE = 1e-5
+
+
+def stock_acceptance(analysis: Analysis, tiny: Tiny) -> dict[str, dict[str, Any]]:
+    """For each family what the class of ``tiny.model`` accepts of it.
+
+    Returns:
+        family → ``accepted`` widths (alone, or in proportion ``with`` other families) ``of`` those that the graph
+        takes; ``by`` and ``refusal``, the kind and the words of the first refusal (a validator's name comes first);
+        ``reloaded``: "" if the stock class with the cut weights gave the cut graph's logits at an accepted width near
+        60 %, else why not; None if no width is accepted.
+    """
+    stock = _discover(analysis, tiny)
+    derived = derived_families(analysis)
+    rows = {}
+    for family in analysis.families:
+        name = family.name
+        partners = min((g for g in stock.together if name in g and not g & derived.keys()), key=len, default={name})
+        cuts = list(_cuts(family, [analysis.family(n) for n in sorted(partners)]))
+        answers = [] if name in derived else [(cut, stock.accepts(cut)) for cut in cuts]
+        accepted = [cut for cut, refusal in answers if refusal is None]
+        refusals = [refusal for _, refusal in answers if refusal is not None]
+        if name in derived:
+            refusals = [Refusal("numeric", name, derived[name])]
+        elif not accepted and name in stock.refusals:
+            refusals = [stock.refusals[name]]
+        row: dict[str, Any] = {"accepted": len(accepted), "of": len(cuts), "with": sorted(set(partners) - {name})}
+        row["by"], row["refusal"] = (refusals[0].kind, _line(refusals[0])) if refusals else ("", "")
+        row["reloaded"] = None
+        if accepted:
+            row["reloaded"] = _reload(analysis, tiny, stock, _typical(accepted, family))
+        rows[name] = row
+    return rows
+
+
+def _typical(cuts: list[dict[str, int]], family: Family) -> dict[str, int]:
+    """The cut nearest 60 %, of those whose rows are whole multiples of 16 bytes if there are any (experts need it)."""
+    return min(cuts, key=lambda cut: (any(w % 4 for w in cut.values()), abs(cut[family.name] / family.size - 0.6)))
+
+
+def _line(refusal: Refusal) -> str:
+    return " ".join(str(refusal).split())[:300]
+
+
+def _discover(analysis: Analysis, tiny: Tiny) -> Stock:
+    own = {g.axis for f in analysis.families for g in f.groups}
+    others = {a.size for dims in analysis.weights.values() for d in dims for a in leaves(d) if a not in own}
+
+    def shapes(widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        return {n.removeprefix(PREFIX): shape for n, shape in cut_shapes(analysis, widths).items()}
+
+    families = {f.name: f.size for f in analysis.families}
+    return Stock.discover(tiny.model, families, sorted(others), shapes)  # type: ignore[arg-type]
+
+
+def _cuts(family: Family, partners: list[Family]) -> Iterator[dict[str, int]]:
+    """Every width of ``family`` that the graph takes, the partners' widths in the same proportion."""
+    for width in legal_widths(family):
+        if all(p.size * width % family.size == 0 for p in partners):
+            yield {p.name: p.size * width // family.size for p in partners}
+
+
+def _reload(analysis: Analysis, tiny: Tiny, stock: Stock, widths: Mapping[str, int]) -> str:
+    """Cut units at random, load the weights into the stock class, compare logits; why they differ, or ""."""
+    try:
+        program, epsilons = cut_program(analysis, plan_of_widths(analysis, widths, random.Random(0)), Log())
+        found = stock.config(widths, scalars=epsilons)
+        if isinstance(found, Refusal):
+            return _line(found)
+        attention = tiny.model.config._attn_implementation  # type: ignore[union-attr]
+        model = found.model_class._from_config(found.config, attn_implementation=attention, dtype=torch.float32)
+        model.load_state_dict({n.removeprefix(PREFIX): t for n, t in program.state_dict().items()})
+        with torch.no_grad():
+            cut = program(*tiny.inputs)
+            reloaded = Logits(model, tiny.wrapper.names).eval()(*tiny.inputs)  # type: ignore[arg-type]
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    wrong = float((reloaded - cut).abs().max() / cut.abs().max())
+    return "" if wrong <= TOLERANCE else f"logits differ by {wrong:.1e}"

@@ -225,7 +225,7 @@ def bench(
     """Prefill and decode in ONNX Runtime: dense and pruned alternating in one process, beside the ideal ratio."""
     from mptk import api, report
 
-    counts = tuple(int(t) for t in threads.split(","))
+    counts = tuple(parse_count(t, "--threads") for t in threads.split(","))
     with stages(err) as progress:
         result = api.bench(dense, pruned, progress=progress, threads=counts, rounds=rounds)
     write_json(json_file, result.to_json())
@@ -247,6 +247,13 @@ def show_report(folder: Annotated[Path, typer.Argument(help="The --out folder of
     out.print(f"files in {folder}: {', '.join(result['files'])}", soft_wrap=True, highlight=False)
 
 
+def parse_count(text: str, option: str) -> int:
+    """A number of at least 1."""
+    if not text.strip().isdigit() or not int(text):
+        raise MptkError(f"{option} {text}: write numbers of at least 1, separated by commas")
+    return int(text)
+
+
 def parse_width(text: str) -> tuple[str, int]:
     """``ffn=1024``."""
     name, _, value = text.partition("=")
@@ -256,8 +263,13 @@ def parse_width(text: str) -> tuple[str, int]:
 
 
 def write_json(path: Path | None, content: Any) -> None:
-    """Write a result where ``--json`` says, whole or not at all."""
-    if path is not None:
-        temporary = path.with_name(path.name + ".tmp")
+    """Write a result where ``--json`` says, whole or not at all. Raises MptkError if it cannot be written."""
+    if path is None:
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(content, indent=1) + "\n")
         temporary.replace(path)
+    except OSError as error:
+        raise MptkError(f"cannot write {path}: {error.strerror or error}; give another --json") from error

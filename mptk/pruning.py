@@ -31,7 +31,7 @@ from mptk.plan import Plan
 from mptk.program import Program
 from mptk.runtime import OrtDecoder
 from passes import group, legalize
-from passes.emit_hf import publish, write_checkpoint
+from passes.emit_hf import check_replaceable, publish, write_checkpoint
 from passes.mask import mask
 from passes.stock_config import StockConfig
 from passes.verify import RUNTIME_TOLERANCE, TOLERANCE, Difference, Logits, prove
@@ -104,6 +104,7 @@ class Run:
         """Load, trace, analyse and find legal widths."""
         s = self.settings
         criteria.find_criterion(s.method)
+        check_replaceable(self.out)
         with self._stage("load"):
             self.loaded = models.load(self.source, trust_remote_code=s.trust_remote_code)
         self.model = self.loaded.model
@@ -246,7 +247,7 @@ class Run:
             self.tokens = self.windows[: PROOF_SHAPE[0], : PROOF_SHAPE[1]]
             stages = proof_stages(self.pruned, folder, self.stock is not None)
             self.proof = prove(masked, stages, self.tokens)
-        require(self.proof)
+        require(self.proof, "nothing was published. Please report this model")
 
     def _perplexity(self) -> dict[str, Any]:
         """Dense and pruned perplexity on the evaluation windows."""
@@ -361,13 +362,13 @@ def decoded(decoder: OrtDecoder, ids: Tensor) -> Tensor:
     return torch.cat(steps, 1)
 
 
-def require(proof: Sequence[Difference]) -> None:
-    """Raise MptkError for the first stage above its tolerance."""
+def require(proof: Sequence[Difference], remedy: str) -> None:
+    """Raise MptkError for the first stage above its tolerance, with what to do about it."""
     for d in proof:
         if not d.ok:
             raise MptkError(
                 f"the proof fails at '{d.stage}': logits differ by {d.max_abs:.2g} ({d.relative:.1e} of the largest, "
-                f"tolerance {d.tolerance:.0e}); nothing was published. Please report this model"
+                f"tolerance {d.tolerance:.0e}); {remedy}"
             )
 
 
@@ -393,7 +394,7 @@ def verify(folder: str | Path, *, model: str | None = None) -> list[Difference]:
     stages = proof_stages(pruned, folder, report["settings"]["target"] == "stock")
     tokens = torch.tensor(report["proof_tokens"])
     proof = prove(mask(analysis, resolve_plan(analysis, plan)), stages, tokens)
-    require(proof)
+    require(proof, "do not use it, and prune the model again")
     return proof
 
 

@@ -47,11 +47,10 @@ def publish(folder: str | Path) -> Iterator[Path]:
     The finished folder holds ``mptk.json``, by which the next run knows that it may replace it.
 
     Raises:
-        MptkError: ``folder`` exists and is neither empty nor an earlier output of mptk; or it cannot be written.
+        MptkError: as ``check_replaceable``; or the folder cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and not _replaceable(folder):
-        raise MptkError(f"{folder} exists and was not made by mptk; give another --out, or remove it yourself")
+    check_replaceable(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
@@ -64,6 +63,12 @@ def publish(folder: str | Path) -> Iterator[Path]:
         raise MptkError(
             f"cannot write {folder}: {error.strerror or error}; check the disk's space and rights"
         ) from error
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise MptkError if ``folder`` exists and is neither empty nor an earlier output of mptk."""
+    if folder.exists() and not _replaceable(folder):
+        raise MptkError(f"{folder} exists and was not made by mptk; give another --out, or remove it yourself")
 
 
 def _replace(folder: Path, new: Path, old: Path) -> None:

@@ -128,6 +128,10 @@ def prune(
     plan: Annotated[Path | None, typer.Option(help="Cut to this plan.json instead of choosing.")] = None,
     target: Annotated[str, typer.Option(help="stock: the model's own transformers class; graph: any.")] = "stock",
     multiple_of: Annotated[int, typer.Option(help="Keep contractions multiples of this where they are.")] = 32,
+    rehome: Annotated[
+        bool,
+        typer.Option("--rehome", help="Where the config class refuses the cut, find another that holds it."),
+    ] = False,
     onnx: Annotated[bool, typer.Option(help="Write ONNX with a KV cache.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of the random choices.")] = 0,
     trust_remote_code: Trust = False,
@@ -150,6 +154,7 @@ def prune(
         onnx=onnx,
         seed=seed,
         trust_remote_code=trust_remote_code,
+        rehome=rehome,
     )
     with stages(err) as progress:
         result = pruning.prune(model, folder, settings, progress)

@@ -33,6 +33,7 @@ from mptk.runtime import OrtDecoder
 from passes import group, legalize
 from passes.emit_hf import check_replaceable, publish, write_checkpoint
 from passes.mask import mask
+from passes.rehome import find_home, logits_check, rehome
 from passes.stock_config import StockConfig
 from passes.verify import RUNTIME_TOLERANCE, TOLERANCE, Difference, Logits, prove
 
@@ -45,7 +46,10 @@ SPLITS = 6
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``prune`` is asked for. ``widths`` fixes families' widths, ``plan`` fixes everything."""
+    """What ``prune`` is asked for. ``widths`` fixes families' widths, ``plan`` fixes everything.
+
+    ``rehome``: where the model's own config class refuses the cut, another class may hold it (``passes/rehome.py``).
+    """
 
     sparsity: float = 0.3
     method: str = "wanda"
@@ -64,6 +68,7 @@ class Settings:
     onnx: bool = True
     seed: int = 0
     trust_remote_code: bool = False
+    rehome: bool = False
 
 
 def prune(
@@ -114,21 +119,46 @@ class Run:
             self.analysis = group.analyze(self.program)
             self.cost = CostModel(self.analysis)
         with self._stage("legalise"):
-            self.target = find_target(self.analysis, self.model, s.target, s.multiple)
-            self.candidates = [] if s.plan else self._candidates()
+            self.candidates = [] if s.plan else self._legalise()
 
-    def _candidates(self) -> list[legalize.Candidate]:
+    def _legalise(self) -> list[legalize.Candidate]:
+        """Candidates that the model's own class holds or, if it holds none and ``rehome`` is set, another class."""
         s = self.settings
-        names = list(s.families) or legalize.default_families(self.analysis, self.target)
+        try:
+            return self._candidates(find_target(self.analysis, self.model, s.target, s.multiple))
+        except MptkError as error:
+            candidates, home = self._elsewhere()
+            if home is None:
+                raise
+            if not s.rehome:
+                raise MptkError(f"{error}; or give --rehome: {home} holds them with equal logits") from error
+            return candidates
+
+    def _elsewhere(self) -> tuple[list[legalize.Candidate], str | None]:
+        """Candidates that only another class than the model's own would hold, and that class's name."""
+        s = self.settings
+        if s.target != "stock":
+            return [], None
+        try:
+            candidates = self._candidates(legalize.stock_target(self.analysis, self.model, s.multiple, rehome=True))
+        except MptkError:
+            return [], None
+        return candidates, find_home(self.analysis, self.model, candidates[0].widths)
+
+    def _candidates(self, target: legalize.Target) -> list[legalize.Candidate]:
+        s = self.settings
+        names = list(s.families) or legalize.default_families(self.analysis, target)
         for name in [*names, *s.widths]:
-            if name not in self.target.ladders:
-                raise MptkError(f"no family {name!r}; there are {', '.join(self.target.ladders)}")
-            if len(self.target.ladders[name]) == 1:
-                why = self.target.refused.get(name, "no narrower width is legal")
+            if name not in target.ladders:
+                raise MptkError(f"no family {name!r}; there are {', '.join(target.ladders)}")
+            if len(target.ladders[name]) == 1:
+                why = target.refused.get(name, "no narrower width is legal")
                 raise MptkError(f"{name} cannot be cut for target {s.target}: {why}; try --target graph")
-        target = fixed(self.target, s.widths)
+        target = fixed(target, s.widths)
         candidates = legalize.find_candidates(self.cost, target, [*dict.fromkeys([*names, *s.widths])], s.sparsity)
         if set(names) <= set(s.widths):
+            if not candidates:
+                raise MptkError(f"the stock class refuses these widths together: {target.accepts(s.widths)}")
             return candidates[:1]
         return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, SPLITS)
 
@@ -225,9 +255,19 @@ class Run:
         if self.settings.target != "stock":
             return None
         found = legalize.discover(self.analysis, self.model).config(self.plan.widths, scalars=epsilons)
-        if not isinstance(found, StockConfig):
-            raise MptkError(f"the stock class refuses these widths: {found}; choose others or use --target graph")
-        return found
+        if isinstance(found, StockConfig):
+            return found
+        if self.settings.rehome and found.config is not None:
+            check = logits_check(self.pruned, self.windows[:1])
+            shapes = legalize.cut_shapes(self.analysis, self.plan.widths)
+            other = rehome(found.config, shapes, check, tolerance=TOLERANCE)
+            if isinstance(other, StockConfig):
+                self.notes.append(f"written as {other.model_class.__name__}, with equal logits, since {found}")
+                return other
+            raise MptkError(f"the stock class refuses these widths: {found}; no other class will do: {other}")
+        home = find_home(self.analysis, self.model, self.plan.widths)
+        hint = "" if home is None else f", or give --rehome: {home} holds them with equal logits"
+        raise MptkError(f"the stock class refuses these widths: {found}; choose others or use --target graph{hint}")
 
     def _emit_onnx(self, folder: Path) -> None:
         """From the compiler's own graph of a decoding step: the dense model's weights, cut by the same plan."""

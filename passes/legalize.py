@@ -48,25 +48,30 @@ def graph_target(analysis: Analysis, multiple: int = MULTIPLE) -> Target:
     return Target({f.name: aligned(f, multiple) for f in analysis.families}, {}, lambda widths: None)
 
 
-def stock_target(analysis: Analysis, model: PreTrainedModel, multiple: int = MULTIPLE) -> Target:
-    """A stock transformers checkpoint: what the model's own config class can express, found by probing."""
+def stock_target(
+    analysis: Analysis, model: PreTrainedModel, multiple: int = MULTIPLE, *, rehome: bool = False
+) -> Target:
+    """A stock transformers checkpoint: what the model's own config class can express, found by probing.
+
+    ``rehome``: also the widths that only that class's validators refuse, for another class to hold (``passes.rehome``).
+    """
     stock = discover(analysis, model)
     derived = derived_families(analysis)
     layered = {f.name for f in analysis.families if is_layered(f)}
     together = [group for group in stock.together if group <= layered - derived.keys()]
     alone = {n: str(r) for n, r in stock.refusals.items() if not any(n in group for group in together)}
     refused = alone | derived
+
+    def accepts(widths: Mapping[str, int]) -> str | None:
+        refusal = stock.accepts(widths)
+        return None if refusal is None or (rehome and refusal.config is not None) else str(refusal)
+
     ladders = {}
     for family in analysis.families:
         widths = [] if family.name in refused else [w for w in aligned(family, multiple) if w < family.size]
         joint = any(family.name in group for group in together)
-        legal = widths if joint else stock.ladder(family.name, widths) if widths else []
+        legal = widths if joint else [w for w in widths if accepts({family.name: w}) is None]
         ladders[family.name] = (*legal, family.size)
-
-    def accepts(widths: Mapping[str, int]) -> str | None:
-        refusal = stock.accepts(widths)
-        return None if refusal is None else str(refusal)
-
     return Target(ladders, refused, accepts)
 
 

@@ -10,17 +10,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from mptk.families import Analysis
+from mptk.plan import FamilyPlan, Plan
+from mptk.program import Program
+from passes.fold_norms import fold_norms
+from passes.legalize import cut_shapes, discover
+from passes.rewrite import rewrite
 from passes.stock_config import StockConfig
 from passes.stock_probe import Refusal, Shapes, quiet
+from passes.verify import TOLERANCE
 
 CANDIDATES = 32
+TRIAL_LENGTH = 64
 
 
 def rehome(
@@ -35,8 +45,9 @@ def rehome(
     Args:
         config: the config after the cut, which its own class refuses (``Refusal.config``).
         target_shapes: state-dict name → shape after the cut, tied names included.
-        check: the largest absolute logit difference between the class found, with the cut weights, and the cut model.
-            It is called for every candidate that fits; its inputs should be as long as the caller can afford.
+        check: the largest logit difference between the class found, with the cut weights, and the cut model
+            (``logits_check``). It is called for every candidate that fits; its inputs should be as long as the caller
+            can afford.
         tolerance: the largest difference that counts as equal.
 
     Returns:
@@ -56,6 +67,51 @@ def rehome(
     if refusals:
         return Refusal("numeric", own, "; ".join(refusals))
     return Refusal("names", own, f"none of the {CANDIDATES} most similar registered classes has these parameters")
+
+
+def find_home(analysis: Analysis, model: PreTrainedModel, widths: Mapping[str, int]) -> str | None:
+    """The class that holds ``model`` cut to ``widths`` with equal logits, where only its own config class refuses it.
+
+    The first units of each family are kept, on random tokens: what the result will be with other units. None if the
+    own class does not refuse, or refuses for another reason, or there is no such class.
+    """
+    program, epsilons = fold_norms(rewrite(analysis, _first_units(analysis, widths)))
+    refusal = discover(analysis, model).config(widths, scalars=epsilons)
+    if isinstance(refusal, StockConfig) or refusal.config is None:
+        return None
+    embeddings: Any = model.get_input_embeddings()
+    tokens = torch.randint(embeddings.num_embeddings, (1, TRIAL_LENGTH), generator=torch.Generator().manual_seed(0))
+    found = rehome(refusal.config, cut_shapes(analysis, widths), logits_check(program, tokens), tolerance=TOLERANCE)
+    return found.model_class.__name__ if isinstance(found, StockConfig) else None
+
+
+def _first_units(analysis: Analysis, widths: Mapping[str, int]) -> Plan:
+    plans = {}
+    for name, width in widths.items():
+        family = analysis.family(name)
+        units = (tuple(range(width)),)
+        plans[name] = FamilyPlan(width, family.size, {g.layer: units * g.scopes for g in family.groups})
+    return Plan(plans)
+
+
+def logits_check(program: Program, tokens: Tensor) -> Callable[[StockConfig], float]:
+    """A check for ``rehome``: a class with the weights of ``program`` against it, relative to its largest logit.
+
+    ``tokens``: token ids [batch, sequence]. The weights are lent to the class, not copied.
+    """
+    state = program.state_dict()
+    with torch.no_grad():
+        expected = program(tokens)
+
+    def check(stock: StockConfig) -> float:
+        with init_empty_weights():
+            model: Any = stock.model_class(copy.deepcopy(stock.config))
+        model.load_state_dict(state, assign=True)
+        with torch.no_grad():
+            logits = model.eval()(tokens, use_cache=False).logits
+        return float((logits - expected).abs().max() / expected.abs().max())
+
+    return check
 
 
 def _objection(stock: StockConfig, check: Callable[[StockConfig], float], tolerance: float) -> str | None:

@@ -1,0 +1,107 @@
+"""``--rehome``: a cut that the model's own config class refuses, written with another class that it is equal in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_pruning import save
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import mptk
+from mptk.cli import app
+from mptk.errors import MptkError
+from mptk.pruning import read_report
+
+REFUSED = mptk.Settings(widths={"kv_groups": 3}, families=("kv_groups",), samples=4, length=48, multiple=8)
+"""6 heads: LlamaConfig wants the hidden size, 40, to be a multiple of them."""
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    config = LlamaConfig(
+        hidden_size=40,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=10,
+        num_key_value_heads=5,
+        head_dim=6,
+        vocab_size=97,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def rehomed(llama, tmp_path_factory) -> Path:
+    """Pruned by the command line."""
+    out = tmp_path_factory.mktemp("out") / "pruned"
+    words = ["--width", "kv_groups=3", "--families", "kv_groups", "--samples", "4", "--length", "48"]
+    run = CliRunner().invoke(
+        app, ["prune", llama, "--out", str(out), *words, "--multiple-of", "8", "--no-onnx", "--rehome"]
+    )
+    assert run.exit_code == 0, run.output
+    return out
+
+
+def test_the_folder_loads_as_another_class_with_the_cut_shapes(rehomed):
+    config = json.loads((rehomed / "config.json").read_text())
+    assert config["model_type"] != "llama"
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (6, 3, 6)
+    model, info = AutoModelForCausalLM.from_pretrained(rehomed, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not isinstance(model, LlamaForCausalLM)
+    assert model.model.layers[1].self_attn.q_proj.weight.shape == (36, 40)
+    report = read_report(rehomed)
+    assert report["config_changes"]["model_type"] == ["llama", config["model_type"]]
+    assert any(type(model).__name__ in note and "LlamaConfig" in note for note in report["notes"])
+
+
+def test_the_reloaded_class_is_proven_and_verify_proves_it_again(rehomed, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    stages = [d["stage"] for d in read_report(rehomed)["proof"]]
+    assert "reloaded checkpoint" in stages
+    assert [d.stage for d in mptk.verify(rehomed)] == stages
+    broken = tmp_path / "broken"
+    shutil.copytree(rehomed, broken)
+    state = load_file(broken / "model.safetensors")
+    state["model.layers.1.self_attn.o_proj.weight"][3] += 0.5
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MptkError, match="reloaded checkpoint"):
+        mptk.verify(broken)
+
+
+def test_a_refusal_names_the_option_if_it_would_help_and_only_then(llama, tmp_path):
+    with pytest.raises(
+        MptkError,
+        match=r"kv_groups cannot have width 3; .*or give --rehome: \w+ForCausalLM holds them with equal logits",
+    ):
+        mptk.prune(llama, tmp_path / "out", REFUSED)
+    for change in ({"sparsity": 0.97}, {"families": ("rotary_pairs",)}):
+        with pytest.raises(MptkError) as error:
+            mptk.prune(llama, tmp_path / "out", mptk.Settings(samples=4, length=48, multiple=8, **change))
+        assert "rehome" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_plan_names_the_option_too(llama, rehomed, tmp_path):
+    plan = str(rehomed / "plan.json")
+    with pytest.raises(MptkError, match=r"LlamaConfig.validate_architecture.*or give --rehome"):
+        mptk.prune(llama, tmp_path / "out", mptk.Settings(plan=plan, samples=4, length=48, onnx=False))
+    mptk.prune(llama, tmp_path / "out", mptk.Settings(plan=plan, samples=4, length=48, onnx=False, rehome=True))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (rehomed / "model.safetensors").read_bytes()
+
+
+def test_the_own_class_is_kept_where_it_holds_the_cut(llama, tmp_path):
+    settings = mptk.Settings(
+        widths={"kv_groups": 4}, families=("kv_groups",), samples=4, length=48, onnx=False, rehome=True
+    )
+    mptk.prune(llama, tmp_path / "out", settings)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -277,4 +278,6 @@ def write_json(path: Path | None, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
         temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise MptkError(f"cannot write {path}: {error.strerror or error}; give another --json") from error

@@ -12,11 +12,15 @@ terms cannot be aligned, all their axes are frozen: cutting them would not be so
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+Size = TypeVar("Size", int, float)
+"""Sizes are whole numbers in a model, and real ones where widths are being learned."""
 
 
 class Axis:
@@ -108,26 +112,36 @@ def find(a: Axis) -> Axis:
 def resolve(term: Term) -> Term:
     """Normal form: representatives only, bindings replaced, products and sums flat."""
     if isinstance(term, Axis):
-        root = find(term)
+        root = term if term.parent is None else find(term)
         if root.bound is None:
             return root
         root.bound = resolve(root.bound)
         return root.bound
-    if isinstance(term, Product):
-        factors = tuple(resolve(f) for f in term.factors)
-        return term if all(a is b for a, b in zip(factors, term.factors, strict=True)) else product(factors)
-    segments = tuple(resolve(s) for s in term.segments)
-    return term if all(a is b for a, b in zip(segments, term.segments, strict=True)) else concat(segments)
+    parts = term.factors if isinstance(term, Product) else term.segments
+    resolved = [resolve(p) for p in parts]
+    for old, new in zip(parts, resolved, strict=True):
+        if old is not new:
+            return product(resolved) if isinstance(term, Product) else concat(resolved)
+    return term
 
 
-def leaves(term: Term) -> Iterator[Axis]:
+def leaves(term: Term) -> list[Axis]:
     """The axes of a term in order (an axis that occurs twice comes twice)."""
     term = resolve(term)
     if isinstance(term, Axis):
-        yield term
-    else:
-        for part in term.factors if isinstance(term, Product) else term.segments:
-            yield from leaves(part)
+        return [term]
+    found: list[Axis] = []
+    _collect(term, found)
+    return found
+
+
+def _collect(term: Product | Sum, found: list[Axis]) -> None:
+    """Append the axes of a term in normal form."""
+    for part in term.factors if isinstance(term, Product) else term.segments:
+        if isinstance(part, Axis):
+            found.append(part)
+        else:
+            _collect(part, found)
 
 
 def freeze(term: Term, reason: str) -> None:
@@ -145,7 +159,7 @@ def add_role(term: Term, role: str) -> None:
 
 def require(term: Term, minimum: int) -> None:
     """At least ``minimum`` positions of ``term`` must stay: of its largest axis, or all where none is large enough."""
-    found = list(leaves(term))
+    found = leaves(term)
     largest = max(found, key=lambda leaf: leaf.size, default=None)
     for leaf in found:
         if leaf is largest or (largest is not None and largest.size < minimum):
@@ -198,11 +212,14 @@ def _bind(a: Axis, term: Term, where: str) -> None:
         return
     else:
         a.bound = term
-    for leaf in leaves(term):
-        leaf.frozen.extend(r for r in a.frozen if r not in leaf.frozen)
-        leaf.roles |= a.roles
-    require(term, a.minimum)
-    require_multiple(term, a.multiple)
+    if a.frozen or a.roles:
+        for leaf in leaves(term):
+            leaf.frozen.extend(r for r in a.frozen if r not in leaf.frozen)
+            leaf.roles |= a.roles
+    if a.minimum > 1:
+        require(term, a.minimum)
+    if a.multiple > 1:
+        require_multiple(term, a.multiple)
 
 
 def _misaligned(terms: Iterable[Term], where: str) -> None:
@@ -374,7 +391,7 @@ def encloses(term: Term, outer: Axis, inner: Axis) -> bool:
     return all(outer in term.factors[:i] or encloses(f, outer, inner) for i, f in enumerate(term.factors))
 
 
-def evaluate(term: Term, sizes: dict[Axis, int]) -> int:
+def evaluate(term: Term, sizes: Mapping[Axis, Size]) -> Size:
     """Size of ``term`` when the axes in ``sizes`` have these sizes and all others keep theirs."""
     term = resolve(term)
     if isinstance(term, Axis):

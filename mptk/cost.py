@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from mptk.axes import Axis, evaluate
+from mptk.errors import MptkError
 from mptk.families import Analysis, Family
 
 
@@ -18,20 +19,29 @@ class Cost:
     products grow with the context and are not counted. ``bytes``: size of all parameters in their dtype.
     """
 
-    parameters: int
-    block: int
-    flops: int
-    bytes: int
+    parameters: float
+    block: float
+    flops: float
+    bytes: float
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, float]:
         return asdict(self)
 
 
-class CostModel:
-    """Cost of an analysed model at any widths (family name → units kept; families that are not named stay whole)."""
+BUDGETS = {"params": "block", "flops": "flops", "bytes": "bytes"}
+"""What a budget counts → the field of ``Cost``."""
 
-    def __init__(self, analysis: Analysis) -> None:
-        self.analysis = analysis
+
+class CostModel:
+    """Cost of an analysed model at any widths (family name → units kept; families that are not named stay whole).
+
+    ``budget`` is what sparsity is a share of: a key of ``BUDGETS``.
+    """
+
+    def __init__(self, analysis: Analysis, budget: str = "params") -> None:
+        if budget not in BUDGETS:
+            raise MptkError(f"no budget {budget!r}; choose one of {', '.join(BUDGETS)}")
+        self.analysis, self.budget = analysis, BUDGETS[budget]
         program = analysis.program
         self._used = {name: analysis.weights[name] for name in program.parameters if name in analysis.weights}
         self._itemsize = {name: program.state[name].element_size() for name in program.parameters}
@@ -39,11 +49,11 @@ class CostModel:
         self.block_weights = block_weights(analysis)
         self.dense = self({})
 
-    def __call__(self, widths: Mapping[str, int]) -> Cost:
+    def __call__(self, widths: Mapping[str, float]) -> Cost:
         sizes = self.analysis.sizes(widths)
-        counts = dict(self._idle)
+        counts: dict[str, float] = dict(self._idle)
         for name, dims in self._used.items():
-            count = 1
+            count: float = 1
             for term in dims:
                 count *= evaluate(term, sizes)
             counts[name] = count
@@ -55,22 +65,27 @@ class CostModel:
         )
 
     def sparsity(self, widths: Mapping[str, int]) -> float:
-        """Share of the block parameters that a cut to ``widths`` removes."""
-        return 1 - self(widths).block / self.dense.block
+        """Share of the budget (the block parameters, as a rule) that a cut to ``widths`` removes."""
+        return 1 - self.share(widths)
+
+    def share(self, widths: Mapping[str, float]) -> float:
+        """Share of the budget that is left at ``widths``, which need not be whole numbers."""
+        return float(getattr(self(widths), self.budget) / getattr(self.dense, self.budget))
 
     def parameters_per_unit(self, family: Family) -> float:
         """Parameters that one unit of ``family`` holds, over all layers, in the dense model."""
         return (self.dense.parameters - self({family.name: family.size - 1}).parameters) if family.size > 1 else 0.0
 
-    def _flops(self, sizes: dict[Axis, int]) -> int:
-        walk, tokens, total = self.analysis.walk, self._tokens(), 0
+    def _flops(self, sizes: Mapping[Axis, float]) -> float:
+        walk, tokens = self.analysis.walk, self._tokens()
+        total: float = 0
         for c in self.analysis.contractions:
             if walk.is_weight(c.left[0]) or walk.is_weight(c.right[0]):
-                count = 2 * evaluate(c.axis, sizes)
+                count: float = 2 * evaluate(c.axis, sizes)
                 for term in c.out:
                     count *= evaluate(term, sizes)
                 total += count
-        return round(total / tokens)
+        return total // tokens if isinstance(total, int) else total / tokens
 
     def _tokens(self) -> int:
         """Positions of the example input: the product of its first two dimensions."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from mptk.axes import Axis, Index, Term, occurrences
+from mptk.axes import Axis, Index, Size, Term, occurrences
 from mptk.program import Program
 
 
@@ -148,6 +148,6 @@ class Analysis:
                 return family
         raise KeyError(f"no family {name!r}; there are {', '.join(f.name for f in self.families)}")
 
-    def sizes(self, widths: Mapping[str, int]) -> dict[Axis, int]:
+    def sizes(self, widths: Mapping[str, Size]) -> dict[Axis, Size]:
         """Axis sizes of the model cut to ``widths`` (family name → units kept)."""
         return {g.axis: width for name, width in widths.items() for g in self.family(name).groups}

@@ -1,0 +1,260 @@
+"""learning: MaskPrune's phases on a loaded model: learn masks and widths, choose units, take over, recover.
+
+``mptk.maskprune`` holds the parts that need no pass; here they meet the analysis and the masks' places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mptk import criteria
+from mptk.cost import CostModel
+from mptk.cut import resolve_plan
+from mptk.errors import MptkError
+from mptk.families import Analysis
+from mptk.maskprune.adapters import adapt, merged, original
+from mptk.maskprune.losses import Weights, language_model
+from mptk.maskprune.reconstruct import reconstruct
+from mptk.maskprune.solver import Rates, Solver
+from mptk.maskprune.teacher import CachedTeacher, LiveTeacher
+from mptk.maskprune.train import Loop, Metrics, Training
+from mptk.maskprune.work import WorkFolder
+from mptk.plan import Plan
+from passes.insert_masks import InsertedMasks, find_places, insert_masks
+from passes.legalize import Candidate
+
+Report = Callable[[str, int, int, Metrics], None]
+"""(phase, steps done, steps in all, metrics)."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How a model is trained while it is pruned and after.
+
+    ``steps`` in all; MaskPrune learns masks in the first ``mask_share`` of them. ``rank`` is LoRA's; 0 trains all
+    weights (in recovery only). ``teacher``: ``live`` or ``cached``. ``precision``: ``no``, ``bf16`` or ``fp16``.
+    """
+
+    steps: int = 0
+    mask_share: float = 0.3
+    rank: int = 16
+    teacher: str = "live"
+    precision: str = "no"
+    gradient_checkpointing: bool = False
+    tracker: str = "none"
+    reconstruct: bool = True
+    training: Training = field(default_factory=lambda: Training(losses=Weights(lm=1.0, kl=1.0)))
+    rates: Rates = field(default_factory=Rates)
+
+
+class Learner:
+    """The phases of one run. ``windows`` are the training text, int64 [n, length]; ``work`` keeps checkpoints.
+
+    Raises:
+        MptkError: the batch does not divide over the processes; an unknown teacher or tracker.
+    """
+
+    def __init__(self, model: Any, windows: Tensor, settings: Learning, work: WorkFolder, report: Report) -> None:
+        self.model, self.windows, self.settings, self.work, self.report = model, windows, settings, work, report
+        tracker = None if settings.tracker == "none" else settings.tracker
+        self.accelerator = Accelerator(mixed_precision=settings.precision, log_with=tracker, project_dir=work.path)
+        if tracker is not None:
+            self.accelerator.init_trackers("mptk")
+        if settings.training.batch % self.accelerator.num_processes:
+            raise MptkError(
+                f"a batch of {settings.training.batch} windows does not divide over {self.accelerator.num_processes} "
+                "processes; give another --batch"
+            )
+        if settings.teacher not in ("live", "cached"):
+            raise MptkError(f"no teacher {settings.teacher!r}; choose live or cached")
+        self.mask_steps = max(1, round(settings.steps * settings.mask_share))
+        self.used_rows = 0
+
+    # ---- masks and widths ----
+
+    def learn(
+        self, analysis: Analysis, cost: CostModel, candidates: Sequence[Candidate], budget: float
+    ) -> tuple[Plan, dict[str, Tensor]]:
+        """Learn masks and widths; returns the plan and the weights that changed, dense shapes, removed units at 0.
+
+        Args:
+            candidates: legal widths that meet the budget; the learned widths become the nearest of them.
+            budget: share of the cost to keep.
+        """
+        families = list(candidates[0].widths)
+        shapes = {c: _shape(analysis, c) for c in families}
+        solver = Solver(shapes, cost.share, budget, self.mask_steps, self.settings.rates)
+        student = adapt(self.model, self.settings.rank, self.settings.training.seed)
+        masks = insert_masks(original(student), analysis, families, solver.applied)
+        self._checkpointing(student)
+        teacher = self._teacher(lambda ids, **k: _dense(student, masks, ids, **k))
+        self._saliency(student, masks, solver)
+        chosen: dict[str, int] = {}
+
+        def each_step(tokens: int) -> Metrics:
+            self._average(solver)
+            solver.step(tokens)
+            if not chosen and solver.step_count >= solver.ramp * solver.steps:
+                chosen.update(nearest(candidates, solver.widths(), shapes))
+                solver.fix(chosen)
+            return solver.metrics()
+
+        def restore(state: Mapping[str, Tensor]) -> None:
+            solver.load(state)
+            chosen.update(solver.fixed)
+
+        self._loop(student, teacher, self.mask_steps, "masks", each_step, (solver.state, restore)).run()
+        widths = chosen or nearest(candidates, solver.widths(), shapes)
+        plan = criteria.select(analysis, {c: solver.saliency(c) for c in families}, _cut_only(widths, shapes))
+        solver.harden(tables(analysis, plan))
+        weights = dict(self.model_weights(student))
+        state = {**weights, **merged(student)}
+        changed = merged(student) | masks.folded(state)
+        masks.remove()
+        student.unload()
+        self.used_rows += self.mask_steps * self.settings.training.batch
+        return plan, {n: t.detach().cpu() for n, t in changed.items()}
+
+    @staticmethod
+    def model_weights(student: Any) -> Mapping[str, Tensor]:
+        """Weights by the names they had before the adapters came."""
+        return {n.replace(".base_layer.", "."): p.detach() for n, p in original(student).named_parameters()}
+
+    def _saliency(self, student: Any, masks: InsertedMasks, solver: Solver) -> None:
+        """F before anything is trained: gradients of the language-model loss in the masks, all at one."""
+        s, a = self.settings.training, self.accelerator
+        if self.work.latest("masks") is not None:
+            return
+        batches = max(2, self.mask_steps // 2)
+        student.to(a.device)
+        for i in range(batches):
+            rows = torch.arange(i * s.batch, (i + 1) * s.batch)[a.process_index :: a.num_processes] % len(self.windows)
+            for part in rows.split(s.micro):
+                with student.disable_adapter():
+                    ids = self.windows[part].to(a.device)
+                    language_model(student(input_ids=ids, use_cache=False).logits, ids).backward()
+                self._average(solver)
+                solver.observe(len(part) * self.windows.shape[1] * a.num_processes)
+                solver.clear()
+            self.report("saliency", i + 1, batches, {})
+        self.used_rows += batches * s.batch
+
+    def _average(self, solver: Solver) -> None:
+        """Over processes, so that every one of them takes the same step."""
+        a = self.accelerator
+        if a.num_processes > 1:
+            for m in solver.masks.values():
+                assert m.grad is not None
+                m.grad = a.reduce(m.grad.to(a.device), "mean").to(m.device)
+
+    # ---- after the cut ----
+
+    def take_over(
+        self, analysis: Analysis, plan: Plan, state: Mapping[str, Tensor], windows: Tensor
+    ) -> dict[str, Tensor]:
+        """``state`` with what is left of each consumer fitted to the dense layer's outputs (``reconstruct``)."""
+        kept = tables(analysis, plan)
+        held: dict[str, Tensor] = {}
+        for place in find_places(analysis, self.model, list(kept)):
+            if place.where == "input":
+                flat = torch.cat([kept[place.family][place.layer].flatten(), torch.ones(1, dtype=torch.bool)])
+                name = place.weights[0][0]
+                held[name] = held.get(name, torch.tensor(True)) & flat[place.index]
+        return reconstruct(
+            self.model.cpu(), held, state, windows, lambda done, total: self.report("take over", done, total, {})
+        )
+
+    def recover(self, small: Any, steps: int) -> dict[str, Tensor]:
+        """Train the cut model against the dense one; returns the weights that changed, in its own shapes."""
+        s = self.settings
+        teacher = self._teacher(lambda ids, **k: self.model.to(self.accelerator.device)(ids, use_cache=False, **k))
+        student = adapt(small, s.rank, s.training.seed) if s.rank else small.requires_grad_(True)
+        self._checkpointing(student)
+        self._loop(student, teacher, steps, "recovery").run()
+        state = merged(student) if s.rank else dict(small.named_parameters())
+        return {name: t.detach().cpu() for name, t in state.items()}
+
+    # ---- shared ----
+
+    def _loop(self, student: Any, teacher: Any, steps: int, phase: str, *each: Any) -> Loop:
+        names = ("each_step", "extra")
+        return Loop(
+            self.accelerator,
+            student,
+            teacher,
+            self.windows,
+            steps,
+            self.settings.training,
+            phase=phase,
+            work=self.work,
+            first_row=self.used_rows,
+            progress=lambda done, total, metrics: self.report(phase, done, total, metrics),
+            **dict(zip(names, each, strict=False)),
+        )
+
+    def _teacher(self, run: Callable[..., Any]) -> Any:
+        hidden = bool(self.settings.training.losses.hidden)
+        live = LiveTeacher(lambda ids: run(ids, output_hidden_states=hidden))
+        if self.settings.teacher == "live":
+            return live
+        if hidden:
+            raise MptkError("a cached teacher keeps logits only; use --teacher live with a hidden-state loss")
+        return CachedTeacher(live, self.windows, self.work.path / "teacher")
+
+    def _checkpointing(self, student: Any) -> None:
+        if self.settings.gradient_checkpointing:
+            student.enable_input_require_grads()
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def nearest(
+    candidates: Sequence[Candidate], learned: Mapping[str, float], shapes: Mapping[str, tuple[int, int, int]]
+) -> dict[str, int]:
+    """The candidate whose widths are nearest to the learned ones, as shares of the dense widths."""
+
+    def distance(candidate: Candidate) -> float:
+        return sum(((w - learned[c]) / shapes[c][2]) ** 2 for c, w in candidate.widths.items())
+
+    return dict(min(candidates, key=distance).widths)
+
+
+def tables(analysis: Analysis, plan: Plan) -> dict[str, Tensor]:
+    """What a plan keeps: family → boolean [layers, scopes, size]."""
+    choices = resolve_plan(analysis, plan).choices
+    return {
+        name: torch.stack([torch.from_numpy(choices[g.axis].table) for g in analysis.family(name).groups])
+        for name in plan.families
+    }
+
+
+def removed_at_zero(analysis: Analysis, model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """The weights at which a plan's masks go in, with the removed units at 0: a one-shot cut as ``learn`` gives it."""
+    kept = {c: t.float() for c, t in tables(analysis, plan).items()}
+    masks = insert_masks(model, analysis, list(kept), lambda family, layer: kept[family][layer])
+    folded = masks.folded({n: p.detach() for n, p in model.named_parameters()})
+    masks.remove()
+    return folded
+
+
+def _shape(analysis: Analysis, name: str) -> tuple[int, int, int]:
+    family = analysis.family(name)
+    return len(family.groups), family.scopes, family.size
+
+
+def _cut_only(widths: Mapping[str, int], shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, int]:
+    return {c: w for c, w in widths.items() if w < shapes[c][2]}
+
+
+def _dense(student: Any, masks: InsertedMasks, ids: Tensor, **options: Any) -> Any:
+    """The dense model inside the student: the same weights, with masks and adapters off."""
+    with masks.disabled(), student.disable_adapter():
+        return student(input_ids=ids, use_cache=False, **options)
+
+
+__all__ = ["Learner", "Learning", "nearest", "removed_at_zero", "tables"]

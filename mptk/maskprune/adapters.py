@@ -1,0 +1,38 @@
+"""adapters: LoRA (Hu et al. 2021, arXiv 2106.09685) on every linear layer but the output head, by peft."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+def adapt(model: PreTrainedModel, rank: int, seed: int) -> PeftModel:
+    """``model`` with LoRA of ``rank`` and scale 2, drawn from ``seed``; its own weights are frozen in place."""
+    head = model.get_output_embeddings()
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    transposed = any(isinstance(m, Conv1D) for m in model.modules())
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, fan_in_fan_out=transposed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def original(model: PeftModel) -> Any:
+    """The module that was wrapped: its submodules have the names they had."""
+    return model.base_model.model
+
+
+@torch.no_grad()
+def merged(model: PeftModel) -> dict[str, Tensor]:
+    """Weight name → weight with its adapter added, for every adapted layer; the model stays as it is."""
+    return {
+        f"{name}.weight": cast(Any, layer).get_base_layer().weight + cast(Any, layer).get_delta_weight("default")
+        for name, layer in original(model).named_modules()
+        if isinstance(layer, LoraLayer)
+    }

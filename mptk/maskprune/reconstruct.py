@@ -1,0 +1,99 @@
+"""reconstruct: what is left of a layer's inputs takes over for what was removed, by least squares.
+
+Layer-wise distillation in closed form: for a layer that sums over pruned units, with inputs x and outputs t of the
+dense model, the columns k that stay become
+
+    W' = argmin Σ ‖t − W' x_k‖² + λ ‖W' − W‖² = (Σ t x_kᵀ + λ W) (Σ x_k x_kᵀ + λ I)⁻¹,
+
+λ a share of the mean of x². This is the update of optimal brain surgeon (Hassibi & Stork 1992) for all removed units at
+once, as in ZipLM (arXiv 2302.04089) and SlimGPT (arXiv 2412.18110). ``docs/maskprune.md`` says why x is the dense
+model's and not the pruned one's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+RIDGE = 0.01
+TOKENS = 2048
+"""Tokens in a forward pass."""
+
+
+@torch.no_grad()
+def reconstruct(
+    model: nn.Module,
+    kept: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    windows: Tensor,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Tensor]:
+    """New weights for the layers that sum over pruned units.
+
+    Args:
+        model: the dense model.
+        kept: weight name of a linear layer → which of its inputs stay, boolean [in].
+        state: the pruned model's weights where they differ from the dense ones, removed units at 0.
+        windows: token ids, int64 [n, length].
+
+    Returns:
+        ``state`` with the weights of ``kept`` replaced; their removed inputs are 0.
+    """
+    layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in kept}
+    sums = {name: _Sums(layers[name], keep) for name, keep in kept.items()}
+    batches = windows.split(max(1, TOKENS // windows.shape[1]))
+    with _hooked(layers, lambda name, x, out: sums[name].add(x, out)):
+        for done, batch in enumerate(batches, 1):
+            model(batch, use_cache=False)
+            progress(done, len(batches))
+    weights = dict(model.named_parameters())
+    return {**state, **{name: s.solve(state.get(name, weights[name])) for name, s in sums.items()}}
+
+
+class _Sums:
+    """Σ x xᵀ over kept inputs and Σ t xᵀ of one layer."""
+
+    def __init__(self, layer: nn.Module, keep: Tensor) -> None:
+        self.layer, self.index = layer, keep.nonzero().flatten()
+        self.gram: Tensor | float = 0.0
+        self.cross: Tensor | float = 0.0
+        self.rows = 0
+
+    def add(self, x: Tensor, out: Tensor) -> None:
+        bias = getattr(self.layer, "bias", None)
+        x, t = x.flatten(0, -2)[:, self.index], (out if bias is None else out - bias).flatten(0, -2)
+        self.gram = self.gram + x.T @ x
+        self.cross = self.cross + t.T @ x
+        self.rows += len(x)
+
+    def solve(self, weight: Tensor) -> Tensor:
+        """The weight in its own orientation ([out, in], or [in, out] for Conv1D)."""
+        transposed = isinstance(self.layer, Conv1D)
+        old = (weight.T if transposed else weight)[:, self.index].double()
+        assert isinstance(self.gram, Tensor)
+        assert isinstance(self.cross, Tensor)
+        gram, cross = self.gram.double() / self.rows, self.cross.double() / self.rows
+        ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-12)
+        left = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        solved = torch.linalg.solve(left, (cross + ridge * old).T).T.to(weight.dtype)
+        result = torch.zeros_like(weight.T if transposed else weight)
+        result[:, self.index] = solved
+        return result.T.contiguous() if transposed else result
+
+
+@contextlib.contextmanager
+def _hooked(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    def hook(name: str) -> Any:
+        return lambda module, args, out: see(name, args[0], out)
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,101 @@
+"""Masks in the module's own forward pass: what they compute, and that they leave no trace."""
+
+from __future__ import annotations
+
+import architectures
+import pytest
+import torch
+from cutting import random_plan
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from mptk.cut import resolve_plan
+from mptk.errors import MptkError
+from mptk.families import Analysis
+from passes.group import analyze
+from passes.insert_masks import insert_masks
+from passes.mask import mask
+from passes.trace import trace
+
+REFUSED = ("hidden", "experts")
+
+
+def families(analysis: Analysis) -> list[str]:
+    return [f.name for f in analysis.families if f.name not in REFUSED]
+
+
+def hard_values(analysis: Analysis, plan: object) -> dict[tuple[str, int], Tensor]:
+    """The plan as masks of 0 and 1: (family, layer) → [scopes, size]."""
+    choices = resolve_plan(analysis, plan).choices
+    return {
+        (f.name, i): torch.from_numpy(choices[g.axis].table).float()
+        for f in analysis.families
+        for i, g in enumerate(f.groups)
+        if g.axis in choices
+    }
+
+
+def logits(module: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return module(ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("architecture", list(architectures.CONFIGS))
+def test_hard_masks_compute_what_the_masked_program_computes(architecture: str) -> None:
+    model, ids = architectures.model(architecture), architectures.tokens()
+    analysis = analyze(trace(model))
+    dense = logits(model, ids)
+    for family in families(analysis):
+        plan = random_plan(analysis, [family])
+        values = hard_values(analysis, plan)
+        masks = insert_masks(model, analysis, [family], lambda name, layer, v=values: v[name, layer])
+        expected = mask(analysis, resolve_plan(analysis, plan))(ids)
+        seen = logits(model, ids)
+        masks.remove()
+        assert (seen - dense).abs().max() > 1e-3, family
+        assert (seen - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item()), family
+
+
+@pytest.mark.parametrize("architecture", list(architectures.CONFIGS))
+def test_ones_change_no_bit_and_removal_leaves_the_module_untouched(architecture: str) -> None:
+    model, ids = architectures.model(architecture), architectures.tokens()
+    before, keys = logits(model, ids), list(model.state_dict())
+    analysis = analyze(trace(model))
+    sizes = {f.name: (f.scopes, f.size) for f in analysis.families}
+    masks = insert_masks(model, analysis, families(analysis), lambda name, layer: torch.ones(sizes[name]))
+    assert torch.equal(logits(model, ids), before)
+    masks.remove()
+    assert list(model.state_dict()) == keys
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2", "gptneox", "mixtral"])
+def test_soft_masks_mask_the_adapter_too_and_fold_into_the_merged_weights(architecture: str) -> None:
+    model, ids = architectures.model(architecture), architectures.tokens()
+    analysis = analyze(trace(model))
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        (f.name, i): torch.rand(f.scopes, f.size, generator=generator)
+        for f in analysis.families
+        for i in range(len(f.groups))
+    }
+    adapted = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+    dense = logits(adapted, ids)
+    masks = insert_masks(model, analysis, families(analysis), lambda name, layer: values[name, layer])
+    masked = logits(adapted, ids)
+    assert (masked - dense).abs().max() > 1e-3
+    with masks.disabled():
+        assert torch.equal(logits(adapted, ids), dense)
+    masks.remove()
+    merged = adapted.merge_and_unload().eval()
+    state = merged.state_dict()
+    merged.load_state_dict(state | masks.folded(state))
+    assert (logits(merged, ids) - masked).abs().max() <= 2e-5 * max(1.0, masked.abs().max().item())
+
+
+def test_families_that_cannot_fade_out_are_refused_by_name() -> None:
+    model = architectures.model("mixtral")
+    analysis = analyze(trace(model))
+    with pytest.raises(MptkError, match=r"experts cannot be learned: zeros would disturb .*topk|softmax"):
+        insert_masks(model, analysis, ["experts"], lambda name, layer: torch.ones(1, 5))

@@ -1,0 +1,137 @@
+"""The minimax solver on problems whose answers are known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mptk.errors import MptkError
+from mptk.maskprune.solver import Solver, proximal
+
+SHAPES = {"heads": (3, 1, 8), "ffn": (3, 1, 40)}
+PRICES = {"heads": 5.0, "ffn": 1.0}
+"""Cost of a unit of each family in each layer."""
+DENSE = sum(PRICES[c] * SHAPES[c][2] for c in SHAPES)
+
+
+def resource(widths: dict[str, float]) -> float:
+    return sum(PRICES[c] * w for c, w in widths.items()) / DENSE
+
+
+def curvatures(seed: int) -> dict[str, Tensor]:
+    """h of the loss Σ ½ h (m − 1)²: what removing each unit costs. Log-normal, another scale for each family."""
+    g = torch.Generator().manual_seed(seed)
+    return {c: (torch.randn(s, generator=g) * 1.5).exp() * (4e-3 if c == "heads" else 1e-3) for c, s in SHAPES.items()}
+
+
+def solve(h: dict[str, Tensor], budget: float, steps: int = 400, noise: float = 1.0) -> Solver:
+    """Gradients as a batch of text gives them: the quadratic's, and noise whose variance is the curvature over n."""
+    tokens = 1000
+    g = torch.Generator().manual_seed(1)
+    solver = Solver(SHAPES, resource, budget, steps)
+    for _ in range(20):
+        for c, m in solver.masks.items():
+            m.grad = noise * (h[c] / tokens).sqrt() * torch.randn(m.shape, generator=g)
+        solver.observe(tokens)
+    for _ in range(steps):
+        for c, m in solver.masks.items():
+            pull = h[c] * (m.detach() - 1)
+            m.grad = pull + noise * (h[c] / tokens).sqrt() * torch.randn(m.shape, generator=g)
+        solver.step(tokens)
+    return solver
+
+
+def lost(h: dict[str, Tensor], widths: dict[str, int]) -> float:
+    """The loss of these widths, each layer keeping its best units."""
+    return sum(float(h[c].sort(-1).values[..., : SHAPES[c][2] - w].sum()) for c, w in widths.items())
+
+
+def all_widths() -> list[dict[str, int]]:
+    return [{"heads": h, "ffn": f} for h in range(1, SHAPES["heads"][2] + 1) for f in range(1, SHAPES["ffn"][2] + 1)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("budget", [0.8, 0.6, 0.4])
+def test_it_finds_the_best_widths_of_a_quadratic_and_meets_the_budget(seed: int, budget: float) -> None:
+    h = curvatures(seed)
+    solver = solve(h, budget)
+    assert resource(solver.widths()) == pytest.approx(budget, abs=0.02)
+    near = [w for w in all_widths() if abs(resource(w) - budget) <= 0.02]
+    best, worst = min(lost(h, w) for w in near), max(lost(h, w) for w in near)
+    chosen = min(near, key=lambda w: sum(((w[c] - v) / SHAPES[c][2]) ** 2 for c, v in solver.widths().items()))
+    assert lost(h, chosen) <= 1.2 * best < worst / 1.5, (solver.widths(), chosen)
+
+
+def test_it_removes_the_units_that_cost_least_and_fades_them_out() -> None:
+    h = curvatures(0)
+    solver = solve(h, 0.6)
+    for c in SHAPES:
+        tail = solver.tail(c)
+        kept_least = h[c].masked_fill(tail, math.inf).amin(-1)
+        removed_most = h[c].masked_fill(~tail, 0).amax(-1)
+        assert (removed_most <= 3 * kept_least).all()
+        assert solver.masks[c].detach()[~tail].mean() > 0.8
+        assert solver.masks[c].detach()[tail].mean() < 0.35
+
+
+def test_all_layers_and_scope_rows_lose_the_same_number_of_units() -> None:
+    solver = Solver({"q": (2, 3, 6)}, lambda w: w["q"] / 6, 0.5, 60)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        solver.masks["q"].grad = torch.randn(2, 3, 6, generator=g)
+        solver.step(10)
+        assert (solver.tail("q").sum(-1) == math.ceil(solver.removed["q"])).all()
+
+
+def test_the_proximal_step_is_the_minimum_of_its_problem() -> None:
+    for m in (-0.7, 0.2, 1.0):
+        for weight in (0.0, 0.3, 4.0):
+            x = torch.linspace(-2, 2, 400_001, dtype=torch.float64)
+            brute = x[(0.5 * (x - m) ** 2 + weight * x**2).argmin()]
+            assert proximal(torch.tensor(m), weight, 1.0) == pytest.approx(float(brute), abs=2e-5)
+
+
+def test_duals_rise_while_their_constraint_is_broken() -> None:
+    solver = Solver(SHAPES, resource, 0.5, 40)
+    y = {c: solver.y[c].clone() for c in SHAPES}
+    prices = []
+    for _ in range(40):
+        for m in solver.masks.values():
+            m.grad = torch.ones_like(m) * 0.1
+        before, missed = solver.z, resource(solver.widths()) - solver.target()
+        solver.step(10)
+        if before > 0:
+            prices.append((solver.z - before, resource(solver.widths()) - solver.target(), missed))
+    assert all((solver.y[c] > y[c]).all() for c in SHAPES)
+    assert all(change * now >= 0 for change, now, _ in prices)
+
+
+def test_masks_at_one_are_passed_on_unchanged_with_their_gradient() -> None:
+    solver = Solver({"ffn": (1, 1, 3)}, lambda w: 1.0, 0.5, 10)
+    applied = solver.applied("ffn", 0)
+    assert torch.equal(applied, torch.ones(1, 3))
+    (applied * torch.tensor([1.0, -2.0, 3.0])).sum().backward()
+    assert solver.masks["ffn"].grad.tolist() == [[[1.0, -2.0, 3.0]]]
+
+
+def test_a_state_that_is_taken_up_goes_on_alike() -> None:
+    h = curvatures(2)
+    whole = solve(h, 0.6, steps=20)
+    again = Solver(SHAPES, resource, 0.6, 20)
+    again.load({name: t.clone() for name, t in whole.state().items()})
+    for solver in (whole, again):
+        for c, m in solver.masks.items():
+            m.grad = h[c] * (m.detach() - 1)
+        solver.step(1000)
+    for name, tensor in whole.state().items():
+        assert torch.equal(tensor, again.state()[name]), name
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
+    solver = Solver({"ffn": (1, 1, 3)}, lambda w: w["ffn"] / 3, 0.5, 10)
+    solver.masks["ffn"].grad = torch.tensor([[[1.0, math.nan, 0.0]]])
+    with pytest.raises(MptkError, match="gradient of ffn's masks is not finite"):
+        solver.step(10)

@@ -8,8 +8,7 @@ every sum over an axis whether its terms vanish. An axis with a sum that does no
 from __future__ import annotations
 
 import operator
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import fx
@@ -17,7 +16,7 @@ from torch import fx
 from mptk.axes import Axis, Product, Term, leaves, resolve
 from passes.propagate import Walk, mutated
 from passes.rules import POINTWISE
-from passes.rules.table import Rule, find_rule, op_name
+from passes.rules.table import Rule, base_name, find_rule
 
 Zeros = dict[fx.Node, set[Axis]]
 
@@ -51,7 +50,7 @@ def _infinite(node: fx.Node, zeros: Zeros) -> set[Axis]:
     """The axes along which a call has no finite value where its operand is zero."""
     if node.op != "call_function":
         return set()
-    name = op_name(node).split(".")[1]
+    name = base_name(node.target)
     operand: Any = None
     if name in DIVISIONS:
         operand = node.args[1]
@@ -69,7 +68,7 @@ def propagate_zeros(walk: Walk) -> Zeros:
 
     A cache is zero where all that was ever added to it is: assumed of its input, until the output confirms it.
     """
-    caches = {node: _axes(walk, node) for node in walk.caches}
+    caches = {node: set(walk.axes_of(node)) for node in walk.caches}
     while True:
         zeros = _propagate_zeros(walk, caches)
         confirmed = {node: caches[node] & zeros[walk.caches[node]] for node in caches}
@@ -86,29 +85,22 @@ def _propagate_zeros(walk: Walk, caches: Zeros) -> Zeros:
         if node.op == "placeholder":
             zeros[node] = {leaf for d in walk.dims[node] for leaf in leaves(d)}
         elif node.target is operator.getitem:
-            zeros[node] = zeros[node.args[0]] & _axes(walk, node)
+            zeros[node] = zeros[node.args[0]] & walk.axes_of(node)
         else:
-            zeros[node] = _result(walk, node, zeros) & _axes(walk, node)
+            zeros[node] = _result(walk, node, zeros) & walk.axes_of(node)
             _write_back(node, zeros)
     return zeros
-
-
-def _axes(walk: Walk, node: fx.Node) -> set[Axis]:
-    dims = walk.dims[node]
-    several = dims if isinstance(dims, list) else [dims]
-    return {leaf for result in several if result is not None for d in result for leaf in leaves(d)}
 
 
 def _result(walk: Walk, node: fx.Node, zeros: Zeros) -> set[Axis]:
     rule: Rule = find_rule(node) or POINTWISE
     operands = list(_tensors([*node.args, *node.kwargs.values()]))
-    several = multiplicities(walk.dims[node])
 
     def zero(value: Any) -> set[Axis]:
         found = zeros.get(value, set()) if isinstance(value, fx.Node) else set()
-        if not several or not found:
+        if not found or not (several := multiplicities(walk, node)):
             return found
-        held = multiplicities(walk.dims[value])
+        held = multiplicities(walk, value)
         return {a for a in found if held.get(a, 1) >= several.get(a, 1)}
 
     if callable(rule.zero):
@@ -126,31 +118,41 @@ def _result(walk: Walk, node: fx.Node, zeros: Zeros) -> set[Axis]:
     return set()
 
 
-def multiplicities(dims: Any) -> dict[Axis, int]:
+def multiplicities(walk: Walk, node: fx.Node) -> dict[Axis, int]:
     """How many coordinates of a value run along the same axis, for axes with more than one.
 
     Of an outer sum x_i + x_j over one axis, each operand is zero along its own coordinate only: the result at neither.
     """
-    counts: Counter[Axis] = Counter()
-    for result in dims if isinstance(dims, list) else [dims]:
-        counts |= sum((_coordinates(d) for d in result or ()), Counter())
-    return {a: n for a, n in counts.items() if n > 1}
+    counts = walk.repeated.get(node)
+    if counts is None:
+        counts = walk.repeated[node] = {}
+        dims = walk.dims[node]
+        for result in dims if isinstance(dims, list) else [dims]:
+            for a, n in _coordinates(result or (), each=True).items():
+                if n > 1:
+                    counts[a] = max(n, counts.get(a, 0))
+    return counts
 
 
-def _coordinates(term: Term) -> Counter[Axis]:
-    term = resolve(term)
-    if isinstance(term, Axis):
-        return Counter([term])
-    counts: Counter[Axis] = Counter()
-    for part in term.factors if isinstance(term, Product) else term.segments:
-        counts = counts + _coordinates(part) if isinstance(term, Product) else counts | _coordinates(part)
+def _coordinates(terms: Iterable[Term], *, each: bool) -> dict[Axis, int]:
+    """How many coordinates run along each axis: a position has one in each term (of a product) or in one (of a sum)."""
+    counts: dict[Axis, int] = {}
+    for term in map(resolve, terms):
+        if isinstance(term, Axis):
+            found = {term: 1}
+        elif isinstance(term, Product):
+            found = _coordinates(term.factors, each=True)
+        else:
+            found = _coordinates(term.segments, each=False)
+        for a, n in found.items():
+            counts[a] = counts.get(a, 0) + n if each else max(counts.get(a, 0), n)
     return counts
 
 
 def _uses(walk: Walk, node: fx.Node, value: fx.Node) -> set[Axis]:
     """The axes of an operand as the call sees it (a constant has its own at each use)."""
     if value in walk.variable:
-        return _axes(walk, value)
+        return walk.axes_of(value)
     return {leaf for _, dims in walk.constant_uses.get(node, []) for d in dims for leaf in leaves(d)}
 
 

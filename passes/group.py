@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import fx
 
@@ -23,6 +25,23 @@ def analyze(program: Program) -> Analysis:
     Raises:
         MptkError: an op has no axis rule.
     """
+    with _without_collection():
+        return _analyze(program)
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """An analysis makes many small objects, nearly all of which stay: collections meanwhile would find nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _analyze(program: Program) -> Analysis:
     walk = propagate(program)
     used = {
         program.weights[n.name]
@@ -77,9 +96,8 @@ def _scopes(
     """
     beside: dict[Axis, set[Axis]] = {}
     wanted = set(open_axes)
-    for dims in _values(walk):
-        present = {leaf for d in dims for leaf in leaves(d)}
-        present |= _routed(walk, present)
+    for held in {frozenset(leaf for d in dims for leaf in leaves(d)) for dims in _values(walk)}:
+        present = held | _routed(walk, held)
         for leaf in present & wanted:
             beside[leaf] = beside[leaf] & present if leaf in beside else set(present)
     scopes: dict[Axis, tuple[Axis, ...]] = {}
@@ -101,7 +119,7 @@ def _places(walk: Walk, weights: Mapping[str, tuple[Term, ...]]) -> dict[Axis, l
     return found
 
 
-def _routed(walk: Walk, present: set[Axis]) -> set[Axis]:
+def _routed(walk: Walk, present: frozenset[Axis]) -> set[Axis]:
     """Rows that were routed to an expert know which: a value that holds all the rows' axes holds the expert's too."""
     return {e for rows, expert in walk.routed if set(leaves(rows)) <= present for e in leaves(expert)}
 
@@ -111,13 +129,13 @@ def _can_vary(a: Axis, scope: Axis, places: list[tuple[Term, set[Term]]]) -> boo
     return all(encloses(term, scope, a) or scope in apart for term, apart in places)
 
 
-def _values(walk: Walk) -> Iterable[tuple[Term, ...]]:
+def _values(walk: Walk) -> set[tuple[Term, ...]]:
+    """The dimensions of every value, of what calls make inside and of constants where they are used; each kind once."""
+    found: set[tuple[Term, ...]] = set(walk.hidden)
     for dims in walk.dims.values():
-        yield from (d for d in dims if d is not None) if isinstance(dims, list) else [dims]
-    yield from walk.hidden
-    for uses in walk.constant_uses.values():
-        for _, dims in uses:
-            yield dims
+        found.update((d for d in dims if d is not None) if isinstance(dims, list) else [dims])
+    found.update(dims for uses in walk.constant_uses.values() for _, dims in uses)
+    return found
 
 
 def _member_roles(walk: Walk) -> dict[tuple[str, int], str]:

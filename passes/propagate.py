@@ -7,6 +7,7 @@ layers' heads together. A use whose axes are cut later selects from the table (`
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -54,6 +55,19 @@ class Walk:
     data: set[fx.Node] = field(default_factory=set)
     caches: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
+    repeated: dict[fx.Node, dict[Axis, int]] = field(default_factory=dict, repr=False)
+    _axes: dict[fx.Node, frozenset[Axis]] = field(default_factory=dict, repr=False)
+
+    def axes_of(self, node: fx.Node) -> frozenset[Axis]:
+        """All axes of a value's dimensions. Only when the walk is over: the answer is kept."""
+        found = self._axes.get(node)
+        if found is None:
+            dims = self.dims[node]
+            several = dims if isinstance(dims, list) else [dims]
+            found = frozenset(leaf for value in several if value is not None for d in value for leaf in leaves(d))
+            self._axes[node] = found
+        return found
+
     # ---- for rules ----
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
@@ -82,7 +96,7 @@ class Walk:
 
     def freeze(self, term: Term, reason: str, node: fx.Node) -> None:
         """Forbid cutting ``term``: ``reason``, with the place in the model's source."""
-        if any(True for _ in leaves(term)):
+        if leaves(term):
             freeze(term, f"{reason} ({self.where(node)})")
 
     def role(self, term: Term, role: str) -> None:
@@ -169,8 +183,9 @@ class Walk:
                 self._inherit(node)
 
     def _inherit(self, node: fx.Node) -> None:
-        for marked in (self.variable, self.activation, self.data):
-            if any(source in marked for source in node.all_input_nodes) and _holds_tensor(node):
+        sources = node.all_input_nodes
+        for marked in (self.variable, self.activation, self.data) if _holds_tensor(node) else ():
+            if not marked.isdisjoint(sources):
                 marked.add(node)
                 for base in mutated(node):
                     self._mark_from(base, marked)
@@ -206,7 +221,7 @@ class Walk:
                 f"no axis rule for {op_name(node)} ({self.where(node)}); register one with mptk.rule, "
                 "see docs/adding-an-op.md"
             )
-        if found.zero != "move" and not found.positions:
+        if self.domains and found.zero != "move" and not found.positions:
             for source in node.all_input_nodes:
                 if source in self.domains:
                     self.freeze(self.domains[source], "its positions are computed with", node)
@@ -242,10 +257,11 @@ class Walk:
 
     def _check(self, node: fx.Node, result: Any) -> None:
         value = node.meta.get("val")
-        pairs = zip(result, value or (), strict=False) if isinstance(result, list) else [(result, value)]
-        for dims, tensor in pairs:
+        if not isinstance(result, list):
+            result, value = [result], [value]
+        for dims, tensor in zip(result, value or (), strict=False):
             if dims is not None and isinstance(tensor, Tensor):
-                sizes = tuple(d.size for d in dims)
+                sizes = tuple([d.size for d in dims])
                 assert sizes == shape_of(tensor), f"rule of {op_name(node)}: {sizes}, not {shape_of(tensor)}"
 
     def _outputs(self, node: fx.Node) -> None:
@@ -275,7 +291,11 @@ def cache_inputs(program: Program) -> dict[fx.Node, fx.Node]:
 
 def shape_of(value: Tensor) -> tuple[int, ...]:
     """Sizes of a traced tensor; a symbolic size counts as the size of the example."""
-    return tuple(example_size(size) for size in value.shape)
+    sizes = tuple(value.shape)
+    for size in sizes:
+        if type(size) is not int:
+            return tuple(example_size(s) for s in sizes)
+    return sizes
 
 
 def example_size(size: Any) -> int:
@@ -311,15 +331,19 @@ def _holds_tensor(node: fx.Node) -> bool:
 
 def mutated(node: fx.Node, *, views: bool = False) -> list[fx.Node]:
     """The arguments that a call writes to (in-place ops), or with ``views`` those its result shares memory with."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
+    positions = _aliased(node.target, views)
+    if not positions:
         return []
-    found = []
-    for position, argument in enumerate(schema.arguments):
-        info = argument.alias_info
-        if info is not None and (info.is_write or views) and position < len(node.args):
-            found += [a for a in _flatten(node.args[position]) if isinstance(a, fx.Node)]
-    return found
+    flat = (a for p in positions if p < len(node.args) for a in _flatten(node.args[p]))
+    return [a for a in flat if isinstance(a, fx.Node)]
+
+
+@functools.cache
+def _aliased(target: Any, views: bool) -> tuple[int, ...]:
+    """Positions of an op's arguments that its schema says are written to, or with ``views`` shared with the result."""
+    schema = getattr(target, "_schema", None)
+    infos = [a.alias_info for a in schema.arguments] if schema is not None else []
+    return tuple(i for i, info in enumerate(infos) if info is not None and (info.is_write or views))
 
 
 def _pointwise(node: fx.Node) -> Rule | None:

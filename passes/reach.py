@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from mptk.axes import Axis, leaves
 from passes.propagate import Walk, mutated, shape_of
-from passes.rules.table import named_argument, op_name
+from passes.rules.table import base_name, named_argument
 
 
 def live_axes(walk: Walk) -> set[Axis]:
@@ -21,10 +21,9 @@ def live_axes(walk: Walk) -> set[Axis]:
     summed = (c for c in walk.contractions if {c.node, c.left[0]} <= reached)
     found = {leaf for c in summed for leaf in leaves(c.axis)}
     found |= {leaf for r in walk.reductions if r.node in reached for leaf in leaves(r.axis)}
-    for node, dims in walk.dims.items():
+    for node in walk.dims:
         if node in walk.activation and node in reached:
-            several = dims if isinstance(dims, list) else [dims]
-            found |= {leaf for value in several if value is not None for d in value for leaf in leaves(d)}
+            found |= walk.axes_of(node)
     return found
 
 
@@ -56,15 +55,16 @@ def _sources(node: fx.Node) -> list[fx.Node]:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         return [] if _op(source) in ("topk", "sort", "max", "min") and _lone(source) else [source]
-    if _op(node) in SHAPE_ONLY or (_op(node) in ("softmax", "argmax", "argmin") and _lone(node)):
+    op = _op(node)
+    if op in SHAPE_ONLY or (op in ("softmax", "argmax", "argmin") and _lone(node)):
         return []
-    if _op(node) == "scaled_dot_product_attention" and shape_of(node.args[1].meta["val"])[-2] == 1:  # type: ignore[union-attr]
+    if op == "scaled_dot_product_attention" and shape_of(node.args[1].meta["val"])[-2] == 1:  # type: ignore[union-attr]
         return [node.args[2]]  # type: ignore[list-item]
     return node.all_input_nodes
 
 
 def _op(node: fx.Node) -> str:
-    return op_name(node).split(".")[1] if node.op == "call_function" else ""
+    return base_name(node.target) if node.op == "call_function" else ""
 
 
 def _lone(node: fx.Node) -> bool:

@@ -10,6 +10,7 @@ the way. Two facts accompany it:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -78,15 +79,26 @@ def rule(*ops: str, zero: Zero = "drop", resize: Resize | None = None, positions
 
 def op_name(node: fx.Node) -> str:
     """``aten.add.Tensor`` for a call of it; a Python function's module and name otherwise."""
-    target = node.target
+    return target_name(node.target)
+
+
+@functools.cache
+def target_name(target: Any) -> str:
+    """The name of what a node calls."""
     if hasattr(target, "overloadpacket"):
         return str(target)
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"
 
 
+@functools.cache
+def base_name(target: Any) -> str:
+    """``add`` of ``aten.add.Tensor``."""
+    return target_name(target).split(".")[1]
+
+
 def find_rule(node: fx.Node) -> Rule | None:
     """The rule of a call: its overload's, else its op's."""
-    name = op_name(node)
+    name = target_name(node.target)
     return RULES.get(name) or RULES.get(name.rsplit(".", 1)[0])
 
 
@@ -94,8 +106,7 @@ def find_rule(node: fx.Node) -> Rule | None:
 
 
 def normalize(dim: int, ndim: int) -> int:
-    """A dimension (or a position along one) as a non-negative number."""
-    """A dimension argument as a non-negative number."""
+    """A dimension argument (or a position along one) as a non-negative number."""
     return dim + ndim if dim < 0 else dim
 
 

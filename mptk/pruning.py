@@ -1,45 +1,49 @@
 """prune: the main job, from a model's name to a proven folder.
 
-trace → analyse → legalise → score → choose widths → cut → emit → prove → publish. Nothing is published unless every
-stage of the proof is within its tolerance.
+trace → analyse → legalise → score or learn → choose widths → cut → recover → emit → prove → publish. Nothing is
+published unless every stage of the proof is within its tolerance.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from accelerate import PartialState
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import mptk
 import passes.trace
 from mptk import criteria, data, models, pipeline
-from mptk.api import Progress, cut_program, export, plan_digest, plan_of
+from mptk.api import Progress, cut_program, export, plan_digest
 from mptk.checkpoint import portable, save_tokenizer
 from mptk.cost import CostModel
 from mptk.cut import resolve_plan
 from mptk.errors import MptkError
 from mptk.evaluation import perplexity
 from mptk.families import Analysis
+from mptk.learning import Learner, Learning, removed_at_zero, take_over
+from mptk.maskprune.reconstruct import replaced
+from mptk.maskprune.work import WorkFolder
 from mptk.plan import Plan
 from mptk.program import Program
-from mptk.runtime import OrtDecoder
+from mptk.verification import REPORT, changes_of, proof_stages, read_report, require, weights_digest, widened
 from passes import group, legalize
 from passes.emit_hf import check_replaceable, publish, write_checkpoint
 from passes.mask import mask
 from passes.rehome import find_home, logits_check, rehome
 from passes.stock_config import StockConfig
-from passes.verify import RUNTIME_TOLERANCE, TOLERANCE, Difference, Logits, prove
+from passes.verify import TOLERANCE, prove
 
-REPORT = "mptk-report/1"
+MASKPRUNE = "maskprune"
 PROOF_SHAPE = (2, 48)
-DECODED = 4
 SPLITS = 6
 """How many ways to divide the budget among families are tried on calibration text."""
 
@@ -49,6 +53,10 @@ class Settings:
     """What ``prune`` is asked for. ``widths`` fixes families' widths, ``plan`` fixes everything.
 
     ``rehome``: where the model's own config class refuses the cut, another class may hold it (``passes/rehome.py``).
+    ``budget``: what sparsity is a share of (``cost.BUDGETS``); ``keep``: families that stay whole. ``reconstruct``:
+    whether what is left of a layer takes over for what was removed (``maskprune/reconstruct.py``); None: for MaskPrune
+    only. ``learning`` says how to train; a one-shot method trains only after the cut. ``resume`` goes on with an
+    unfinished run.
     """
 
     sparsity: float = 0.3
@@ -59,7 +67,9 @@ class Settings:
     eval_data: str | None = None
     eval_windows: int = 40
     eval_length: int = 512
+    budget: str = "params"
     families: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
     widths: Mapping[str, int] = field(default_factory=dict)
     plan: str | None = None
     target: str = "stock"
@@ -69,6 +79,9 @@ class Settings:
     seed: int = 0
     trust_remote_code: bool = False
     rehome: bool = False
+    reconstruct: bool | None = None
+    learning: Learning = field(default_factory=Learning)
+    resume: bool = False
 
 
 def prune(
@@ -80,7 +93,34 @@ def prune(
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
             or a stage of the proof is above its tolerance. Then nothing is written.
     """
-    return Run(model, Path(out), settings or Settings(), progress or (lambda stage, done, total: None)).run()
+    return Run(model, Path(out), settings or Settings(), progress or (lambda *_: None)).run()
+
+
+def recover(
+    folder: str | Path,
+    out: str | Path,
+    learning: Learning,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Train a pruned folder against its dense model and write the result to ``out``; returns its report.
+
+    Args:
+        folder: an ``--out`` folder of ``prune``; its plan and its weights are where training starts.
+        changes: fields of ``Settings`` that differ from those of the folder (``data``, ``eval_data``, …).
+
+    Raises:
+        MptkError: as ``prune``; or the folder holds no pruned model.
+    """
+    folder = Path(folder)
+    report = read_report(folder)
+    known = {f.name for f in fields(Settings)} - {"learning"}
+    before = {k: v for k, v in report["settings"].items() if k in known}
+    plan = str(folder / "plan.json")
+    settings = Settings(**{**before, **changes, "plan": plan, "learning": learning, "reconstruct": False})
+    run = Run(report["model"], Path(out), settings, progress or (lambda *_: None))
+    run.base = folder
+    return run.run()
 
 
 class Run:
@@ -91,16 +131,31 @@ class Run:
         self.log = pipeline.Log()
         self.notes: list[str] = []
         self.losses: dict[str, float] = {}
-        self.compensation: Mapping[str, Tensor] = {}
+        self.changes: Mapping[str, Tensor] = {}
+        self.trained: list[str] = []
+        self.learner: Learner | None = None
+        self.base: Path | None = None
 
     def run(self) -> dict[str, Any]:
         self._prepare()
+        work = self._work()
+        self._text(work)
+        self._start(work)
         self._plan()
+        self._take_over()
+        self._cut()
+        self._recover()
+        if not PartialState().is_main_process:
+            return {}
         with publish(self.out) as folder:
+            if work is not None:
+                shutil.copy(work.path / "metrics.jsonl", folder)
             self._emit(folder)
             self._prove(folder)
             report = self._report(folder)
             (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        if work is not None:
+            work.remove()
         return report
 
     # ---- before anything is cut ----
@@ -108,7 +163,10 @@ class Run:
     def _prepare(self) -> None:
         """Load, trace, analyse and find legal widths."""
         s = self.settings
-        criteria.find_criterion(s.method)
+        if s.method != MASKPRUNE:
+            criteria.find_criterion(s.method)
+        elif not s.learning.steps and s.plan is None:
+            raise MptkError("maskprune learns in steps; give --steps, 100 or more, or a one-shot --method")
         check_replaceable(self.out)
         with self._stage("load"):
             self.loaded = models.load(self.source, trust_remote_code=s.trust_remote_code)
@@ -117,7 +175,7 @@ class Run:
             self.program = passes.trace.trace(self.model, dynamic=True)
         with self._stage("analyse"):
             self.analysis = group.analyze(self.program)
-            self.cost = CostModel(self.analysis)
+            self.cost = CostModel(self.analysis, s.budget)
         with self._stage("legalise"):
             self.candidates = [] if s.plan else self._legalise()
 
@@ -148,10 +206,15 @@ class Run:
     def _candidates(self, target: legalize.Target) -> list[legalize.Candidate]:
         s = self.settings
         names = list(s.families) or legalize.default_families(self.analysis, target)
+        if not names and not s.widths:
+            wide = ", ".join(name for name, ladder in target.ladders.items() if len(ladder) > 1) or "none"
+            raise MptkError(
+                f"no family that repeats over layers can be cut for target {s.target}; name --families: {wide}"
+            )
         for name in [*names, *s.widths]:
             if name not in target.ladders:
                 raise MptkError(f"no family {name!r}; there are {', '.join(target.ladders)}")
-            if len(target.ladders[name]) == 1:
+            if len(target.ladders[name]) == 1 and name not in s.keep:
                 why = target.refused.get(name, "no narrower width is legal")
                 raise MptkError(f"{name} cannot be cut for target {s.target}: {why}; try --target graph")
         target = fixed(target, s.widths)
@@ -160,18 +223,48 @@ class Run:
             if not candidates:
                 raise MptkError(f"the stock class refuses these widths together: {target.accepts(s.widths)}")
             return candidates[:1]
-        return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, SPLITS)
+        splits = len(candidates) if s.method == MASKPRUNE else SPLITS
+        return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, splits)
 
     # ---- choosing ----
 
-    def _plan(self) -> None:
-        """Score units on calibration text and keep the best, dividing the budget as the text likes it best."""
+    def _work(self) -> WorkFolder | None:
+        """The folder of the unfinished run, where there is something to train."""
         s = self.settings
-        with self._stage("calibration text"):
-            self.windows, self.eval_windows, self.eval_source = self._text()
+        if not s.learning.steps:
+            return None
+        settings = {k: v for k, v in asdict(s).items() if k != "resume"}
+        return WorkFolder(self.out, {"model": self.source, **settings}, s.resume)
+
+    def _start(self, work: WorkFolder | None) -> None:
+        if work is not None:
+
+            def say(phase: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
+                self.progress(phase, done, total, "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+
+            self.learner = Learner(self.model, self.training, self.settings.learning, work, say)
+
+    def _plan(self) -> None:
+        """Choose what is cut: from a file, by learning, or by scoring units and trying ways to divide the budget."""
+        s = self.settings
         if s.plan is not None:
             self.plan = Plan.load(s.plan)
-            return
+            if self.base is not None:
+                report = read_report(self.base)
+                self.changes = changes_of(self.analysis, self.plan, self.base, report)
+                self.trained = list(report["trained"])
+        elif s.method == MASKPRUNE:
+            assert self.learner is not None
+            with self._stage("learn masks"):
+                learned, self.changes = self.learner.learn(self.analysis, self.cost, self.candidates, 1 - s.sparsity)
+            self.trained = list(self.changes)
+            self.plan = self._meta(learned)
+        else:
+            self._score()
+
+    def _score(self) -> None:
+        """Score units on calibration text and keep the best, dividing the budget as the text likes it best."""
+        s = self.settings
         names = list(self.candidates[0].widths)
         with self._stage(f"score ({s.method})"):
             evidence = criteria.gather(
@@ -205,7 +298,16 @@ class Run:
         """FLAP: the removed channels' mean contribution goes into the consumers' biases, in the dense program."""
         result = criteria.compensate(self.analysis, self.plan, evidence.observations)
         self.notes.append(result.statement)
-        self.compensation = result.state
+        self.changes = result.state
+
+    def _take_over(self) -> None:
+        """Fit what is left of each layer to what the dense layer gave."""
+        s = self.settings
+        if s.reconstruct if s.reconstruct is not None else s.method == MASKPRUNE:
+            with self._stage("take over"):
+                state = {**removed_at_zero(self.analysis, self.model, self.plan), **self.changes}
+                self.changes = take_over(self.model, self.analysis, self.plan, state, self.windows, self.progress)
+            self.trained = list(self.changes)
 
     def _cut_only(self, widths: Mapping[str, int]) -> dict[str, int]:
         return {name: w for name, w in widths.items() if w < self.analysis.family(name).size}
@@ -214,33 +316,64 @@ class Run:
         s = self.settings
         return Plan(plan.families, {"model": self.source, "method": s.method, "sparsity": s.sparsity, "seed": s.seed})
 
-    def _text(self) -> tuple[Tensor, Tensor, str]:
-        """Calibration windows [n, length], and windows to measure perplexity on, with their source."""
-        s = self.settings
+    def _text(self, work: WorkFolder | None) -> None:
+        """Calibration windows [n, length], training windows, windows to measure perplexity on, and their source."""
+        s, steps = self.settings, self.settings.learning.steps
 
         def say(done: int, total: int) -> None:
             self.progress("calibration text", done, total)
 
-        tokenizer = self.loaded.tokenizer
-        if s.data == "self" and s.eval_data is None:
-            both = data.calibration(self.model, tokenizer, "self", 2 * s.samples, s.length, seed=s.seed, progress=say)
-            return both[: s.samples], both[s.samples :], "sampled from the dense model"
-        windows = data.calibration(self.model, tokenizer, s.data, s.samples, s.length, seed=s.seed, progress=say)
-        source = s.eval_data or s.data
-        held_out = data.evaluation_windows(tokenizer, source, s.eval_length, s.eval_windows)
-        return windows, held_out, source
+        tokenizer, own = self.loaded.tokenizer, s.data == "self"
+        with self._stage("calibration text"):
+            saved = None if work is None else work.tensors("text")
+            if saved is None:
+                both = own and s.eval_data is None
+                count = s.samples if own else max(s.samples, 2 * steps * s.learning.training.batch)
+                text = data.calibration(
+                    self.model, tokenizer, s.data, (1 + both) * count, s.length, seed=s.seed, progress=say
+                )
+                saved = {"training": text[:count], "evaluation": text[count:]}
+                if work is not None:
+                    work.save("text", saved)
+            self.training, self.windows = saved["training"], saved["training"][: s.samples]
+            if len(saved["evaluation"]):
+                self.eval_windows, self.eval_source = saved["evaluation"], "sampled from the dense model"
+            else:
+                self.eval_source = s.eval_data or s.data
+                self.eval_windows = data.evaluation_windows(tokenizer, self.eval_source, s.eval_length, s.eval_windows)
 
     # ---- cutting and writing ----
 
+    def _cut(self) -> None:
+        """The cut graph, and the stock class that holds it."""
+        self.changed = replace(self.analysis, program=self.program.with_state(self.changes))
+        self.pruned, epsilons = cut_program(self.changed, self.plan, self.log)
+        self.stock = self._stock(epsilons)
+
+    def _recover(self) -> None:
+        """Train the small model with the steps that are left, and take its weights over."""
+        s = self.settings.learning
+        if self.learner is None:
+            return
+        learned = self.settings.method == MASKPRUNE and self.settings.plan is None
+        steps = s.steps - (self.learner.mask_steps if learned else 0)
+        if self.stock is None:
+            raise MptkError("only a stock checkpoint can be trained after the cut; use --target stock, or no --steps")
+        with self._stage("recover"):
+            small = self.stock.model_class(self.stock.config)
+            small.load_state_dict(self.pruned.state_dict())
+            trained = self.learner.recover(small.eval(), steps)
+        known = {name: tensor for name, tensor in trained.items() if name in self.analysis.weights}
+        self.model.cpu()
+        self.changes = {**self.changes, **widened(self.changed, self.plan, known)}
+        self.trained = list(dict.fromkeys([*self.trained, *known]))
+        self._cut()
+
     def _emit(self, folder: Path) -> None:
-        self.dense = self.program.with_state(self.compensation)
-        self.compensated = group.analyze(self.dense) if self.compensation else self.analysis
-        self.pruned, epsilons = cut_program(self.compensated, self.plan, self.log)
         self.plan.save(folder / "plan.json")
-        if self.compensation:
-            save_file(dict(self.compensation), folder / "compensation.safetensors")
+        if self.changes and not self.trained:
+            save_file(dict(self.changes), folder / "compensation.safetensors")
         with self._stage("write checkpoint"):
-            self.stock = self._stock(epsilons)
             if self.stock is None:
                 save_file({n: t.contiguous() for n, t in self.pruned.state.items()}, folder / "model.safetensors")
             else:
@@ -273,7 +406,7 @@ class Run:
         """From the compiler's own graph of a decoding step: the dense model's weights, cut by the same plan."""
         try:
             folder.mkdir()
-            with replaced(self.model, self.compensation):
+            with replaced(self.model, self.changes):
                 export(self.model, folder, plan=self.plan, source=self.source)
         except MptkError as error:
             folder.rmdir()
@@ -283,7 +416,7 @@ class Run:
 
     def _prove(self, folder: Path) -> None:
         with self._stage("prove"):
-            masked = mask(self.compensated, resolve_plan(self.compensated, self.plan))
+            masked = mask(self.changed, resolve_plan(self.changed, self.plan))
             self.tokens = self.windows[: PROOF_SHAPE[0], : PROOF_SHAPE[1]]
             stages = proof_stages(self.pruned, folder, self.stock is not None)
             self.proof = prove(masked, stages, self.tokens)
@@ -318,6 +451,8 @@ class Run:
             "sparsity": 1 - pruned.block / dense.block,
             "cost": {"dense": dense.as_dict(), "pruned": pruned.as_dict()},
             "splits": self.losses,
+            "trained": self.trained,
+            "weights_sha256": weights_digest(folder),
             "perplexity": quality,
             "proof": [d.as_dict() for d in self.proof],
             "proof_tokens": self.tokens.tolist(),
@@ -358,90 +493,3 @@ def loss(program: Program, windows: Tensor) -> float:
     with torch.no_grad():
         logits = program(windows)
         return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten()))
-
-
-class replaced:
-    """Lend a module other values for some parameters."""
-
-    def __init__(self, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
-        self.parameters = {name: p for name, p in model.named_parameters() if name in state}
-        self.state, self.saved = state, {name: p.data for name, p in self.parameters.items()}
-
-    def __enter__(self) -> None:
-        for name, p in self.parameters.items():
-            p.data = self.state[name]
-
-    def __exit__(self, *_: object) -> None:
-        for name, p in self.parameters.items():
-            p.data = self.saved[name]
-
-
-def proof_stages(pruned: Program, folder: Path, checkpoint: bool) -> dict[str, tuple[Logits, float]]:
-    """The stages that there are to prove: the rewritten graph, the reloaded checkpoint, ONNX prefill and decode."""
-    stages: dict[str, tuple[Logits, float]] = {"rewritten graph": (pruned, TOLERANCE)}
-    if checkpoint:
-        reloaded = models.load(str(folder)).model
-        stages["reloaded checkpoint"] = (lambda ids: reloaded(ids, use_cache=False).logits, TOLERANCE)
-    if (folder / "onnx").is_dir():
-        decoder = OrtDecoder(folder / "onnx")
-        stages["ONNX Runtime prefill"] = (
-            lambda ids: torch.from_numpy(decoder.prefill(ids.numpy())[0]),
-            RUNTIME_TOLERANCE,
-        )
-        stages["ONNX Runtime decode"] = (lambda ids: decoded(decoder, ids), RUNTIME_TOLERANCE)
-    return stages
-
-
-def decoded(decoder: OrtDecoder, ids: Tensor) -> Tensor:
-    """Logits of the last ``DECODED`` positions, each from a decoding step with the cache of those before."""
-    _, cache = decoder.prefill(ids[:, :-DECODED].numpy())
-    steps = []
-    for position in range(ids.shape[1] - DECODED, ids.shape[1]):
-        logits, cache = decoder.decode(ids[:, position : position + 1].numpy(), cache)
-        steps.append(torch.from_numpy(logits.copy()))
-    return torch.cat(steps, 1)
-
-
-def require(proof: Sequence[Difference], remedy: str) -> None:
-    """Raise MptkError for the first stage above its tolerance, with what to do about it."""
-    for d in proof:
-        if not d.ok:
-            raise MptkError(
-                f"the proof fails at '{d.stage}': logits differ by {d.max_abs:.2g} ({d.relative:.1e} of the largest, "
-                f"tolerance {d.tolerance:.0e}); {remedy}"
-            )
-
-
-def verify(folder: str | Path, *, model: str | None = None) -> list[Difference]:
-    """Prove a pruned folder again, from the dense model and ``plan.json``; returns each stage's difference.
-
-    Args:
-        folder: an ``--out`` folder of ``prune``.
-        model: the dense model, where it is no longer where the report says.
-
-    Raises:
-        MptkError: the folder or the dense model is missing, or a stage is above its tolerance.
-    """
-    folder = Path(folder)
-    plan = plan_of(folder)
-    report = read_report(folder)
-    loaded = models.load(model or report["model"], trust_remote_code=report["settings"]["trust_remote_code"])
-    program = passes.trace.trace(loaded.model, dynamic=True)
-    if (folder / "compensation.safetensors").is_file():
-        program = program.with_state(load_file(folder / "compensation.safetensors"))
-    analysis = group.analyze(program)
-    pruned, _ = cut_program(analysis, plan, pipeline.Log())
-    stages = proof_stages(pruned, folder, report["settings"]["target"] == "stock")
-    tokens = torch.tensor(report["proof_tokens"])
-    proof = prove(mask(analysis, resolve_plan(analysis, plan)), stages, tokens)
-    require(proof, "do not use it, and prune the model again")
-    return proof
-
-
-def read_report(folder: str | Path) -> dict[str, Any]:
-    """``report.json`` of a pruned folder. Raises MptkError if there is none."""
-    path = Path(folder) / "report.json"
-    if not path.is_file():
-        raise MptkError(f"{folder} holds no report.json; give the --out folder of `mptk prune`")
-    report: dict[str, Any] = json.loads(path.read_text())
-    return report

@@ -1,0 +1,370 @@
+"""The command line on a tiny checkpoint: what each command prints and writes, and what a user's error looks like."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import typer
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from toy_checkpoints import llama, tokenizer
+from transformers.utils import logging
+
+from mptk import cli, progress
+from mptk.errors import MptkError
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = ["--multiple-of", "8", "--samples", "4", "--length", "32"]
+
+
+class Result(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def error(self) -> str:
+        """The one line on stderr that is not progress."""
+        (line,) = [line for line in self.stderr.splitlines() if not re.match(r" *\d+ s  ", line)]
+        return line
+
+
+class Files(NamedTuple):
+    model: str
+    text: str
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """A checkpoint of 2 layers, 2 key/value heads for 3 queries each, 64 channels; and a text it can read."""
+    folder = tmp_path_factory.mktemp("cli")
+    model = llama()
+    for parameter in model.parameters():
+        parameter.data.mul_(6)
+    model.save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    (folder / "text.raw").write_text(" ".join(f"wizard {n} has {n * n} jars of honey\n" for n in range(150)))
+    return Files(str(folder / "model"), str(folder / "text.raw"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder of the tests' own, no network, and no bars of transformers, as ``cli.main`` sees to it."""
+    logging.disable_progress_bar()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPTK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+    logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def pruned(files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """``mptk prune`` as a process of its own, which is no terminal."""
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    command = [sys.executable, "-m", "mptk", "prune", files.model, "--out", str(out), "--data", files.text, *SHORT]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    run = subprocess.run(
+        command, cwd=out.parent, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return out, Result(run.returncode, run.stdout, run.stderr)
+
+
+@pytest.fixture
+def mptk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Runs a command line in this process, as the console script does."""
+
+    def run(*arguments: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["mptk", *map(str, arguments)])
+        monkeypatch.setattr(cli, "out", Console(width=2000))
+        capsys.readouterr()
+        with warnings.catch_warnings():
+            try:
+                cli.main()
+                code = 0
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+# ---- commands ----
+
+
+def test_analyze_names_every_family_and_why_other_axes_stay(files, tmp_path, mptk):
+    result = mptk("analyze", files.model, "--multiple-of", "8", "--json", tmp_path / "new" / "analysis.json")
+    assert result.code == 0
+    analysis = json.loads((tmp_path / "new" / "analysis.json").read_text())
+    families = {f["name"]: f for f in analysis["families"]}
+    assert families["ffn"]["legal_widths"] == list(range(8, 65, 8))
+    assert families["ffn"]["parameters_per_unit"] == 2 * 3 * 48
+    assert families["kv_groups"]["legal_widths"] == [1, 2]
+    assert (families["q_heads"]["width"], families["q_heads"]["scopes"]) == (3, 2)
+    rows = [line.split("│") for line in result.stdout.splitlines() if line.startswith("│")]
+    printed = {row[1].strip(): row for row in rows}
+    for name, family in families.items():
+        assert (family["refused"] or str(family["legal_widths"][-1])) in printed[name][7]
+    assert analysis["blocked"]
+    for axis in analysis["blocked"]:
+        assert axis["reasons"][0] in printed[axis["name"]][4]
+    check_documented(analysis)
+
+
+def check_documented(analysis: dict) -> None:
+    """docs/analysis.md names the fields of the file, and no others."""
+    section = (ROOT / "docs" / "analysis.md").read_text().split("## `mptk analyze --json`")[1]
+    documented = set(re.findall(r"`([a-z_]+)`", section))
+    family = analysis["families"][0]
+    written = {*analysis, *family, *family["groups"][0], *family["groups"][0]["members"][0], *analysis["blocked"][0]}
+    assert written == documented
+    assert analysis["format"] == "mptk-analysis/1"
+
+
+def test_prune_writes_a_checkpoint_for_stock_transformers(pruned, tmp_path):
+    out, _ = pruned
+    report = json.loads((out / "report.json").read_text())
+    code = f"""
+import sys
+sys.modules["mptk"] = sys.modules["passes"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, info = AutoModelForCausalLM.from_pretrained({str(out)!r}, output_loading_info=True)
+assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+ids = AutoTokenizer.from_pretrained({str(out)!r})("seven wizards", return_tensors="pt").input_ids
+model.generate(ids, max_new_tokens=2, do_sample=False)
+print(model.config.intermediate_size, sum(p.numel() for p in model.parameters()))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 0, run.stderr
+    widths, cost = report["families"], report["cost"]["pruned"]
+    assert run.stdout.split()[-2:] == [str(widths["ffn"]["width"]), str(cost["parameters"])]
+
+
+def test_prune_reports_what_it_printed(pruned):
+    out, result = pruned
+    report = json.loads((out / "report.json").read_text())
+    assert abs(report["sparsity"] - 0.3) <= 0.01
+    assert (report["settings"]["method"], report["settings"]["samples"]) == ("wanda", 4)
+    assert set(report["files"]) == {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} - {"mptk.json"}
+    assert [stage["ok"] for stage in report["proof"]] == [True] * 4
+    for name, family in report["families"].items():
+        if family["width"] < family["of"]:
+            assert re.search(rf"{name} +│ +{family['of']} → {family['width']} ", result.stdout)
+    for stage in report["proof"]:
+        assert f"{stage['stage']} " in result.stdout
+    for model in ("dense", "pruned"):
+        assert f"{report['perplexity'][model]:.2f}" in result.stdout
+    assert result.stdout.splitlines()[-1] == f"written to {out}"
+
+
+def test_progress_is_lines_where_stderr_is_no_terminal(pruned):
+    lines = pruned[1].stderr.splitlines()
+    assert all(re.match(r" *\d+ s  \w", line) for line in lines), pruned[1].stderr
+    stages = [re.sub(r" \d+/\d+$", "", line.split(" s  ")[1]) for line in lines]
+    steps = ["load", "trace", "analyse", "legalise", "calibration text", "score (wanda)", "choose widths"]
+    assert list(dict.fromkeys(stages))[:7] == steps
+    assert {"write checkpoint", "export ONNX", "prove", "perplexity (dense)", "perplexity (pruned)"} <= set(stages)
+
+
+def test_verify_passes_until_a_weight_of_the_folder_changes(pruned, tmp_path, mptk):
+    out, _ = pruned
+    result = mptk("verify", out)
+    assert result.code == 0
+    assert result.stdout.count(" ok ") == 4
+    broken = tmp_path / "broken"
+    shutil.copytree(out, broken)
+    state = load_file(broken / "model.safetensors")
+    state["model.layers.1.self_attn.o_proj.weight"][7] += 0.1
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    result = mptk("verify", broken)
+    assert result.code == 1
+    assert result.error.startswith("error: the proof fails at 'reloaded checkpoint'")
+    assert "ok" not in result.stdout
+
+
+def test_eval_gives_perplexity_and_its_protocol(files, pruned, tmp_path, mptk):
+    report = json.loads((pruned[0] / "report.json").read_text())
+    protocol = ["--data", files.text, "--length", "32", "--windows", "3", "--json", tmp_path / "eval.json"]
+    dense = mptk("eval", files.model, *protocol)
+    assert dense.code == 0
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert result["model"] == files.model
+    assert dense.stdout.startswith(f"perplexity {result['perplexity']:.3f}  (")
+    assert "3 windows of 32 tokens" in result["protocol"]
+    mptk("eval", pruned[0], *protocol)
+    assert json.loads((tmp_path / "eval.json").read_text())["perplexity"] != result["perplexity"]
+    assert report["perplexity"]["dense"] > 1
+
+
+def test_bench_is_shown_again_by_report(files, pruned, tmp_path, mptk):
+    out = tmp_path / "out"
+    shutil.copytree(pruned[0], out)
+    result = mptk("bench", files.model, out, "--rounds", "2", "--json", tmp_path / "bench.json")
+    assert result.code == 0
+    bench = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["phase"] for row in bench["rows"]] == ["prefill 128", "prefill 512", "decode 128", "decode 512"]
+    assert all(0 < row["ideal"] < 1 and row["ratio"] > 0 for row in bench["rows"])
+    assert bench["rounds"] == 2
+    shown = mptk("report", out)
+    assert shown.code == 0
+    for row in bench["rows"]:
+        for text in (result.stdout, shown.stdout):
+            assert re.search(rf"{row['phase']} .* {row['ratio']:.3f} .* {row['ideal']:.3f} ", text)
+    assert "onnx/model.onnx" in shown.stdout
+    assert "proof: largest logit difference" in shown.stdout
+
+
+def test_models_lists_what_fetch_takes(mptk):
+    result = mptk("models")
+    assert result.code == 0
+    row = next(line for line in result.stdout.splitlines() if "smollm2-135m" in line)
+    assert "no" in row.split("│")[-2]
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--families", "fnn"], "no family 'fnn'; there are "),
+        (
+            ["--sparsity", "0.97"],
+            r"no legal widths give sparsity 0.970; nearest: 0\.804 with kv_groups=1, q_heads=1, ffn=8; ",
+        ),
+        (["--width", "ffn:40"], "--width ffn:40: write FAMILY=UNITS"),
+        (["--method", "best"], "no criterion 'best'; choose one of random, magnitude"),
+    ],
+)
+def test_what_cannot_be_pruned_is_said_before_any_work(files, tmp_path, mptk, arguments, message):
+    result = mptk("prune", files.model, "--out", tmp_path / "out", "--data", files.text, *SHORT, *arguments)
+    assert result.code == 1
+    assert re.match(f"error: {message}", result.error)
+    assert "calibration text" not in result.stderr
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_of_somebody_else_is_not_replaced(files, tmp_path, mptk):
+    (tmp_path / "thesis.tex").write_text("mine")
+    result = mptk("prune", files.model, "--out", tmp_path, "--data", files.text, *SHORT)
+    assert result.code == 1
+    assert "was not made by mptk; give another --out" in result.error
+    assert "load" not in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["analyze", "./none"], "'./none' is no packaged alias"),
+        (["prune", "none.gguf", "--out", "out"], "there is no file none.gguf"),
+        (["verify", "./none"], "none holds no plan.json; give the --out folder"),
+        (["report", "./none"], "none holds no report.json; give the --out folder"),
+        (["eval", "MODEL"], "nothing to evaluate; give --data TEXT"),
+        (["eval", "MODEL", "--data", "TEXT", "--length", "71"], "longer than the model's 70 positions"),
+        (["bench", "MODEL", "MODEL", "--threads", "1,many"], "--threads many: write numbers of at least 1"),
+        (["fetch", "none"], "none"),
+    ],
+)
+def test_errors_are_one_line(files, tmp_path, monkeypatch, mptk, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = mptk(*(a.replace("MODEL", files.model).replace("TEXT", files.text) for a in arguments))
+    assert result.code == 1
+    assert re.search(f"error: .*{message}", result.error)
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_file_that_cannot_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for path in ("file/a.json", "folder"):
+        with pytest.raises(MptkError, match="cannot write"):
+            cli.write_json(tmp_path / path, {"a": 1})
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+@pytest.mark.parametrize(("content", "message"), [('{"format": ', "is damaged"), ("{}", "is no mptk-report/1")])
+def test_report_of_another_kind(tmp_path, mptk, content, message):
+    (tmp_path / "report.json").write_text(content)
+    result = mptk("report", tmp_path)
+    assert result.code == 1
+    assert f"report.json {message}" in result.error
+
+
+# ---- progress ----
+
+
+def test_lines_come_at_the_start_of_a_stage_and_every_ten_seconds():
+    file, now = io.StringIO(), 100.0
+    report = progress.lines(Console(file=file), clock=lambda: now)
+    for second, call in [
+        (0, ("load", 0, 0)),
+        (3, ("score [wanda]", 0, 0)),
+        (4, ("score [wanda]", 1, 9)),
+        (12.9, ("score [wanda]", 4, 9)),
+        (13, ("score [wanda]", 5, 9)),
+        (22, ("score [wanda]", 8, 9)),
+        (22.4, ("write", 0, 0)),
+    ]:
+        now = 100.0 + second
+        report(*call)
+    assert [line.split(" s  ") for line in file.getvalue().splitlines()] == [
+        ["    0", "load"],
+        ["    3", "score [wanda]"],
+        ["   13", "score [wanda] 5/9"],
+        ["   22", "write"],
+    ]
+
+
+def test_terminals_get_a_bar_for_each_stage():
+    file = io.StringIO()
+    with progress.stages(Console(file=file, force_terminal=True, width=80, force_interactive=True)) as report:
+        report("trace", 0, 0)
+        report("score", 3, 9)
+        report("score", 9, 9)
+    assert re.search(r"trace .* 1/1\b", plain := re.sub(r"\x1b\[[\d;]*m", "", file.getvalue()))
+    assert re.search(r"score .* 9/9\b", plain)
+
+
+# ---- documentation ----
+
+
+def command_lines() -> list[str]:
+    """Every ``mptk …`` line of the README's blocks and the Makefile, and inline ones with options."""
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    inline = re.findall(
+        r"`(mptk \w+ [^`]*--[^`]*)`", re.sub(r"^```.*?^```", "", readme, flags=re.MULTILINE | re.DOTALL)
+    )
+    made = re.findall(r"^\t\$\(BIN\)/(mptk .*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("mptk ")] + inline + made
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_documented_command_lines_parse(line):
+    group = typer.main.get_command(cli.app)
+    arguments = shlex.split(line, comments=True)[1:]
+    with group.make_context("mptk", list(arguments)) as context:
+        name, command, rest = group.resolve_command(context, arguments)
+        command.make_context(name, rest, parent=context)
+
+
+def test_documentation_has_command_lines():
+    lines = command_lines()
+    assert {line.split()[1] for line in lines} >= {"models", "fetch", "analyze", "prune", "bench", "report"}
+    assert any("--eval-data" in line for line in lines)

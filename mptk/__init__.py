@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from mptk.api import analyze, bench, export, rewrite, rule, trace
     from mptk.errors import MptkError
     from mptk.plan import FamilyPlan, Plan
-    from mptk.pruning import Settings, prune, verify
+    from mptk.pruning import Settings, prune
+from mptk.verification import verify
 
 __version__ = metadata.version("mptk")
 __all__ = [

@@ -31,8 +31,8 @@ from passes.trace_decoder import trace_decoder
 
 __all__ = ["Progress", "analyze", "bench", "cut_program", "export", "rewrite", "rule", "trace"]
 
-Progress = Callable[[str, int, int], None]
-"""Called with the name of a stage, how much of it is done and how much there is."""
+Progress = Callable[..., None]
+"""Called with the name of a stage, how much of it is done and how much there is; when training, with figures too."""
 
 
 def trace(model: nn.Module | str, example_inputs: Sequence[Tensor] | None = None, *, dynamic: bool = False) -> Program:

@@ -1,4 +1,4 @@
-"""The command line: ``mptk analyze | prune | verify | eval | bench | report | models | fetch``."""
+"""The command line: ``mptk analyze | prune | recover | verify | eval | bench | report | models | fetch``."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that the model's repository brings.")
 ]
+DEFAULT_STEPS = 200
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
 
@@ -112,19 +113,43 @@ def analyze(
     out.print(report.analysis_view(result))
 
 
+Steps = Annotated[int | None, typer.Option(min=0, help="Training steps in all.")]
+Batch = Annotated[int, typer.Option(min=1, help="Windows in a step, over all processes.")]
+Micro = Annotated[int, typer.Option(min=1, help="Windows in one forward pass of one process.")]
+Rate = Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")]
+Rank = Annotated[int, typer.Option(min=0, help="Rank of LoRA; 0 trains all weights after the cut.")]
+Lm = Annotated[float, typer.Option(min=0.0, help="Weight of the language-model loss.")]
+Kl = Annotated[float, typer.Option(min=0.0, help="Weight of the KL divergence from the dense model.")]
+Hidden = Annotated[float, typer.Option(min=0.0, help="Weight of the hidden states' error.")]
+Teacher = Annotated[str, typer.Option(help="live, or cached: the dense model's top logits kept on disk.")]
+Precision = Annotated[str, typer.Option(help="no (float32), bf16 or fp16.")]
+Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")]
+Tracker = Annotated[str, typer.Option(help="tensorboard, wandb or none.")]
+SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run beside --out.")]
+
+
 @app.command()
 def prune(
     model: Model,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the result; replaced only if mptk made it.")],
-    sparsity: Annotated[float, typer.Option(min=0.0, max=0.99, help="Share of block parameters to remove.")] = 0.3,
-    method: Annotated[str, typer.Option(help="random, magnitude, wanda, flap or taylor.")] = "wanda",
-    data: Annotated[str, typer.Option(help="Calibration text: file, folder, datasets id, or self (sampled).")] = "self",
+    sparsity: Annotated[float, typer.Option(min=0.0, max=0.99, help="Share of the budget to remove.")] = 0.3,
+    budget: Annotated[
+        str, typer.Option(help="What sparsity is a share of: params (of blocks), flops or bytes.")
+    ] = "params",
+    method: Annotated[
+        str, typer.Option(help="maskprune, or one-shot: random, magnitude, wanda, flap, taylor.")
+    ] = "maskprune",
+    data: Annotated[
+        str, typer.Option(help="Calibration and training text: file, folder, datasets id, or self.")
+    ] = "self",
     eval_data: Annotated[str | None, typer.Option(help="Text for the perplexity in the report.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
-    length: Annotated[int, typer.Option(min=8, help="Tokens in a calibration window.")] = 256,
+    length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 256,
     families: Annotated[
         str, typer.Option(help="Families to cut, comma-separated; all that are legal by default.")
     ] = "",
+    keep: Annotated[str, typer.Option(help="Families that stay whole, comma-separated.")] = "",
     width: Annotated[list[str] | None, typer.Option(help="Fix a family's width, as ffn=1024. May be repeated.")] = None,
     plan: Annotated[Path | None, typer.Option(help="Cut to this plan.json instead of choosing.")] = None,
     target: Annotated[str, typer.Option(help="stock: the model's own transformers class; graph: any.")] = "stock",
@@ -134,20 +159,45 @@ def prune(
         typer.Option("--rehome", help="Where the config class refuses the cut, find another that holds it."),
     ] = False,
     onnx: Annotated[bool, typer.Option(help="Write ONNX with a KV cache.")] = True,
+    reconstruct: Annotated[
+        bool | None, typer.Option(help="Fit what is left to the dense layers' outputs; maskprune does.")
+    ] = None,
+    steps: Steps = None,
+    mask_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps that learns masks.")] = 0.3,
+    batch: Batch = 8,
+    micro: Micro = 4,
+    lr: Rate = 1e-3,
+    rank: Rank = 16,
+    lm: Lm = 1.0,
+    kl: Kl = 1.0,
+    hidden: Hidden = 0.0,
+    teacher: Teacher = "live",
+    precision: Precision = "no",
+    gradient_checkpointing: Checkpointing = False,
+    tracker: Tracker = "none",
+    save_every: SaveEvery = 25,
+    resume: Resume = False,
     seed: Annotated[int, typer.Option(help="Seed of the random choices.")] = 0,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Cut a model, prove the result, and write it as a plain checkpoint folder and ONNX."""
+    """Cut a model, prove the result, and write it as a plain checkpoint folder and ONNX.
+
+    maskprune learns what to cut and trains the small model after; a one-shot method trains only if --steps is given.
+    """
     from mptk import pruning, report
 
+    if steps is None:
+        steps = DEFAULT_STEPS if method == pruning.MASKPRUNE else 0
     settings = pruning.Settings(
         sparsity=sparsity,
+        budget=budget,
         method=method,
         data=data,
         eval_data=eval_data,
         samples=samples,
         length=length,
-        families=tuple(name.strip() for name in families.split(",") if name.strip()),
+        families=names(families),
+        keep=names(keep),
         widths=dict(parse_width(w) for w in width or []),
         plan=None if plan is None else str(plan),
         target=target,
@@ -156,11 +206,68 @@ def prune(
         seed=seed,
         trust_remote_code=trust_remote_code,
         rehome=rehome,
+        reconstruct=reconstruct,
+        learning=learning(
+            (steps, batch, micro, lr, save_every, seed),
+            (lm, kl, hidden),
+            mask_share=mask_share,
+            rank=rank,
+            teacher=teacher,
+            precision=precision,
+            gradient_checkpointing=gradient_checkpointing,
+            tracker=tracker,
+        ),
+        resume=resume,
     )
     with stages(err) as progress:
         result = pruning.prune(model, folder, settings, progress)
-    out.print(report.prune_view(result))
-    out.print(f"written to {folder}", soft_wrap=True)
+    if result:
+        out.print(report.prune_view(result))
+        out.print(f"written to {folder}", soft_wrap=True)
+
+
+@app.command()
+def recover(
+    folder: Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")],
+    destination: Annotated[Path, typer.Option("--out", help="Folder for the trained model.")],
+    data: Annotated[str, typer.Option(help="Training text: file, folder, datasets id, or self.")] = "self",
+    eval_data: Annotated[str | None, typer.Option(help="Text for the perplexity in the report.")] = None,
+    length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 256,
+    onnx: Annotated[bool, typer.Option(help="Write ONNX with a KV cache.")] = True,
+    steps: Steps = None,
+    batch: Batch = 8,
+    micro: Micro = 4,
+    lr: Rate = 1e-3,
+    rank: Rank = 16,
+    lm: Lm = 1.0,
+    kl: Kl = 1.0,
+    hidden: Hidden = 0.0,
+    teacher: Teacher = "live",
+    precision: Precision = "no",
+    gradient_checkpointing: Checkpointing = False,
+    tracker: Tracker = "none",
+    save_every: SaveEvery = 25,
+    resume: Resume = False,
+    seed: Annotated[int, typer.Option(help="Seed of the random choices.")] = 0,
+) -> None:
+    """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
+    from mptk import pruning, report
+
+    settings = learning(
+        (DEFAULT_STEPS if steps is None else steps, batch, micro, lr, save_every, seed),
+        (lm, kl, hidden),
+        rank=rank,
+        teacher=teacher,
+        precision=precision,
+        gradient_checkpointing=gradient_checkpointing,
+        tracker=tracker,
+    )
+    changes = {"data": data, "eval_data": eval_data, "length": length, "onnx": onnx, "seed": seed, "resume": resume}
+    with stages(err) as progress:
+        result = pruning.recover(folder, destination, settings, progress, **changes)
+    if result:
+        out.print(report.prune_view(result))
+        out.print(f"written to {destination}", soft_wrap=True)
 
 
 @app.command()
@@ -169,11 +276,11 @@ def verify(
     model: Annotated[str | None, typer.Option(help="The dense model, if it is no longer where it was.")] = None,
 ) -> None:
     """Prove a pruned folder again: masked = rewritten = reloaded = ONNX Runtime. Exit code 1 if it is not so."""
-    from mptk import pruning, report
+    from mptk import report, verification
 
     with stages(err) as progress:
         progress("prove", 0, 0)
-        proof = pruning.verify(folder, model=model)
+        proof = verification.verify(folder, model=model)
     out.print(report.proof_view([d.as_dict() for d in proof]))
 
 
@@ -243,10 +350,10 @@ def bench(
 @app.command("report")
 def show_report(folder: Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")]) -> None:
     """Show what a pruned folder holds: widths, costs, perplexity, proof, timings, files."""
-    from mptk import pruning, report
+    from mptk import report, verification
     from mptk.bench import Bench
 
-    result = pruning.read_report(folder)
+    result = verification.read_report(folder)
     out.print(report.prune_view(result))
     if (folder / "bench.json").is_file():
         out.print(report.bench_view(Bench.from_json(json.loads((folder / "bench.json").read_text()))))
@@ -258,6 +365,23 @@ def parse_count(text: str, option: str) -> int:
     if not text.strip().isdigit() or not int(text):
         raise MptkError(f"{option} {text}: write numbers of at least 1, separated by commas")
     return int(text)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """``heads,ffn``."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def learning(training: tuple[Any, ...], weights: tuple[float, float, float], **settings: Any) -> Any:
+    """``Learning`` from the options that `prune` and `recover` share."""
+    from mptk.learning import Learning
+    from mptk.maskprune.losses import Weights
+    from mptk.maskprune.train import Training
+
+    steps, batch, micro, lr, save_every, seed = training
+    losses = Weights(*weights)
+    loop = Training(batch=batch, micro=micro, lr=lr, save_every=save_every, seed=seed, losses=losses)
+    return Learning(steps=steps, training=loop, **settings)
 
 
 def parse_width(text: str) -> tuple[str, int]:

@@ -94,6 +94,12 @@ class Cut:
                 tensor = tensor.index_select(d, torch.from_numpy(self.positions(term)).to(tensor.device))
         return tensor
 
+    def scatter(self, tensor: Tensor, small: Tensor, dims: Sequence[Term]) -> Tensor:
+        """A weight whose kept part is ``small``, as ``slice`` gives it; the rest is as in ``tensor``."""
+        result = tensor.detach().clone()
+        result[self.mask_tensor(dims)] = small.flatten().to(result)
+        return result
+
     def _slice_rows(self, tensor: Tensor, dims: Sequence[Term], cut_dim: int, scope_dim: int) -> Tensor:
         """Slice where each row along ``scope_dim`` keeps its own positions of ``cut_dim`` (an expert's channels)."""
         rest = [t for d, t in enumerate(dims) if d != scope_dim]

@@ -48,7 +48,6 @@ class Learning:
     precision: str = "no"
     gradient_checkpointing: bool = False
     tracker: str = "none"
-    reconstruct: bool = True
     training: Training = field(default_factory=lambda: Training(losses=Weights(lm=1.0, kl=1.0)))
     rates: Rates = field(default_factory=Rates)
 
@@ -155,21 +154,6 @@ class Learner:
 
     # ---- after the cut ----
 
-    def take_over(
-        self, analysis: Analysis, plan: Plan, state: Mapping[str, Tensor], windows: Tensor
-    ) -> dict[str, Tensor]:
-        """``state`` with what is left of each consumer fitted to the dense layer's outputs (``reconstruct``)."""
-        kept = tables(analysis, plan)
-        held: dict[str, Tensor] = {}
-        for place in find_places(analysis, self.model, list(kept)):
-            if place.where == "input":
-                flat = torch.cat([kept[place.family][place.layer].flatten(), torch.ones(1, dtype=torch.bool)])
-                name = place.weights[0][0]
-                held[name] = held.get(name, torch.tensor(True)) & flat[place.index]
-        return reconstruct(
-            self.model.cpu(), held, state, windows, lambda done, total: self.report("take over", done, total, {})
-        )
-
     def recover(self, small: Any, steps: int) -> dict[str, Tensor]:
         """Train the cut model against the dense one; returns the weights that changed, in its own shapes."""
         s = self.settings
@@ -233,6 +217,25 @@ def tables(analysis: Analysis, plan: Plan) -> dict[str, Tensor]:
     }
 
 
+def take_over(
+    model: Any,
+    analysis: Analysis,
+    plan: Plan,
+    state: Mapping[str, Tensor],
+    windows: Tensor,
+    progress: Callable[..., None],
+) -> dict[str, Tensor]:
+    """``state`` with what is left of each consumer fitted to the dense layer's outputs (``reconstruct``)."""
+    kept = tables(analysis, plan)
+    held: dict[str, Tensor] = {}
+    for place in find_places(analysis, model, list(kept)):
+        if place.where == "input":
+            flat = torch.cat([kept[place.family][place.layer].flatten(), torch.ones(1, dtype=torch.bool)])
+            name = place.weights[0][0]
+            held[name] = held.get(name, torch.tensor(True)) & flat[place.index]
+    return reconstruct(model.cpu(), held, state, windows, lambda done, total: progress("take over", done, total))
+
+
 def removed_at_zero(analysis: Analysis, model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """The weights at which a plan's masks go in, with the removed units at 0: a one-shot cut as ``learn`` gives it."""
     kept = {c: t.float() for c, t in tables(analysis, plan).items()}
@@ -257,4 +260,4 @@ def _dense(student: Any, masks: InsertedMasks, ids: Tensor, **options: Any) -> A
         return student(input_ids=ids, use_cache=False, **options)
 
 
-__all__ = ["Learner", "Learning", "nearest", "removed_at_zero", "tables"]
+__all__ = ["Learner", "Learning", "nearest", "removed_at_zero", "tables", "take_over"]

@@ -15,10 +15,12 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 
-Report = Callable[[str, int, int], None]
-"""Called with the name of a stage, how much of it is done and how much there is, 0 where that is not known."""
+Report = Callable[..., None]
+"""Called with the name of a stage, how much of it is done and how much there is, 0 where that is not known; and with
+figures to show beside it, where there are any."""
 
 LINE_S = 10.0
 """Seconds between two lines of one stage in a log."""
@@ -30,19 +32,25 @@ def stages(console: Console) -> Iterator[Report]:
     if not console.is_interactive:
         yield lines(console)
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as bars:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
         tasks: dict[str, TaskID] = {}
 
         def finish() -> None:
             for task in tasks.values():
                 bars.update(task, total=1, completed=1) if not bars.tasks[task].total else bars.stop_task(task)
 
-        def report(stage: str, done: int, total: int) -> None:
+        def report(stage: str, done: int, total: int, detail: str = "") -> None:
             if stage not in tasks:
                 finish()
                 tasks[stage] = bars.add_task(stage, total=total or None)
-            bars.update(tasks[stage], completed=done, total=total or None)
+            bars.update(tasks[stage], completed=done, total=total or None, description=f"{stage}  {detail}".rstrip())
 
         yield report
         finish()
@@ -52,13 +60,13 @@ def lines(console: Console, clock: Callable[[], float] = time.monotonic) -> Repo
     """Print a line when a stage starts, and one every ``LINE_S`` seconds while it goes on and says how far it is."""
     start, current, printed = clock(), "", 0.0
 
-    def report(stage: str, done: int, total: int) -> None:
+    def report(stage: str, done: int, total: int, detail: str = "") -> None:
         nonlocal current, printed
         now = clock()
         if stage == current and now - printed < LINE_S:
             return
         current, printed = stage, now
-        reached = f" {done}/{total}" if done else ""
+        reached = (f" {done}/{total}" if done else "") + (f"  {detail}" if detail else "")
         console.print(f"{now - start:5.0f} s  {stage}{reached}", markup=False, highlight=False, soft_wrap=True)
 
     return report

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import mptk
 from mptk.cli import app
 from mptk.errors import MptkError
-from mptk.pruning import read_report
+from mptk.verification import read_report
 
 REFUSED = mptk.Settings(widths={"kv_groups": 3}, families=("kv_groups",), samples=4, length=48, multiple=8)
 """6 heads: LlamaConfig wants the hidden size, 40, to be a multiple of them."""

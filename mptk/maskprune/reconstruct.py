@@ -25,6 +25,20 @@ TOKENS = 2048
 """Tokens in a forward pass."""
 
 
+@contextlib.contextmanager
+def replaced(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Lend a module other values for some parameters."""
+    parameters = {name: p for name, p in model.named_parameters() if name in state}
+    saved = {name: p.data for name, p in parameters.items()}
+    try:
+        for name, p in parameters.items():
+            p.data = state[name]
+        yield
+    finally:
+        for name, p in parameters.items():
+            p.data = saved[name]
+
+
 @torch.no_grad()
 def reconstruct(
     model: nn.Module,

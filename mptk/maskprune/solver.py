@@ -29,19 +29,20 @@ EPSILON = 1e-12
 
 @dataclass(frozen=True)
 class Rates:
-    """Step sizes. All are free of units: shares of a mask, of a width or of a dual for each step.
+    """Step sizes. All are free of units, and those of masks, widths and duals are totals over the steps.
 
-    ``mask``: gradient step of the masks, over a gradient of the family's root-mean-square size. ``prox``: strength of
-    the proximal shrinkage, over the steps in which masks are learned. ``width``: largest change of a family's width, as
-    a share of it. ``dual``: growth of y. ``price``: change of ln z for a budget missed by all of the model.
-    ``fisher`` and ``drift``: memories of the moving averages F and d.
+    ``mask``: descent of a mask whose gradient is of the family's root-mean-square size. ``prox``: strength of the
+    proximal shrinkage. ``width``: largest change of a family's width, as a share of it. ``dual``: growth of y.
+    ``price``: change of ln z for a budget missed by a tenth of the model; ``urgency``: the same at once, for as long as
+    it is missed. ``fisher`` and ``drift``: memories of the moving averages F and d.
     """
 
-    mask: float = 0.02
+    mask: float = 8.0
     prox: float = 8.0
-    width: float = 0.02
+    width: float = 6.0
     dual: float = 1.0
     price: float = 20.0
+    urgency: float = 2.0
     fisher: float = 0.98
     drift: float = 0.9
 
@@ -146,7 +147,9 @@ class Solver:
             assert m.grad is not None
             if not m.grad.isfinite().all():
                 raise MptkError(f"the gradient of {c}'s masks is not finite; lower --lr or train in float32")
-            m.sub_(self.rates.mask * m.grad / m.grad.square().mean().sqrt().clamp_min(EPSILON)).clamp_(0, 1)
+            m.sub_(self.rates.mask / self.steps * m.grad / m.grad.square().mean().sqrt().clamp_min(EPSILON)).clamp_(
+                0, 1
+            )
 
     @torch.no_grad()
     def _shrink(self) -> None:
@@ -164,11 +167,13 @@ class Solver:
         if self.z <= 0:
             prices = [pains[c] / slopes[c] for c in pains if slopes[c] > EPSILON]
             self.z = max(sum(prices) / max(1, len(prices)), EPSILON)
-        urgency = self.z * math.exp(self.rates.price * (self.resource(self.widths()) - self.target()))
+        urgency = self.z * math.exp(10 * self.rates.urgency * (self.resource(self.widths()) - self.target()))
         for c, (_, _, size) in self.shapes.items():
             gain = urgency * slopes[c]
             direction = (gain - pains[c]) / max(gain + pains[c], EPSILON)
-            self.removed[c] = min(max(self.removed[c] + self.rates.width * size * direction, 0.0), size - 1.0)
+            self.removed[c] = min(
+                max(self.removed[c] + self.rates.width / self.steps * size * direction, 0.0), size - 1.0
+            )
 
     def _ascend(self) -> None:
         """y ← y + η_y ‖m‖²_k over what it was with the tail at 1; z ← z · exp(η_z (R − B)), at least 0 by its form."""
@@ -176,7 +181,7 @@ class Solver:
             tail = self.tail(c)
             left = (m.detach().square() * tail).sum((1, 2)) / tail.sum((1, 2)).clamp_min(1)
             self.y[c] = self.y[c] + self.rates.dual / self.steps * left
-        self.z *= math.exp(0.1 * self.rates.price * (self.resource(self.widths()) - self.target()))
+        self.z *= math.exp(10 * self.rates.price / self.steps * (self.resource(self.widths()) - self.target()))
         if not math.isfinite(self.z) or not all(y.isfinite().all() for y in self.y.values()):
             raise MptkError(
                 f"step {self.step_count}: the dual z is {self.z}, so the budget cannot be met; ask for less"

@@ -172,7 +172,9 @@ class Loop:
     @torch.no_grad()
     def _restore(self) -> int:
         latest = self.work.latest(self.phase)
-        self.work.rewind(self.phase, latest[0] if latest else 0)
+        if self.accelerator.is_main_process:
+            self.work.rewind(self.phase, latest[0] if latest else 0)
+        self.accelerator.wait_for_everyone()
         if latest is None:
             return 0
         step, state = latest

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,6 +30,10 @@ class WorkFolder:
         self.path = out.with_name(out.name + ".run")
         described = json.dumps(settings, indent=1, sort_keys=True) + "\n"
         file = self.path / "settings.json"
+        state = PartialState()
+        if not state.is_main_process:
+            state.wait_for_everyone()
+            return
         if file.is_file():
             if not resume:
                 raise MptkError(f"{self.path} holds an unfinished run; add --resume to go on, or remove it")
@@ -38,6 +43,7 @@ class WorkFolder:
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             _write(file, described)
+        state.wait_for_everyone()
 
     def save(self, name: str, tensors: Mapping[str, Tensor], **metadata: str) -> None:
         """Write ``NAME.safetensors`` by way of a temporary name."""

@@ -11,6 +11,7 @@ stock class accepts of each family (``benchmarks/zoo_stock.py``).
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import random
@@ -190,6 +191,7 @@ def _child(pipe: Connection, mapping: str, model_type: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (TIME_LIMIT_S, TIME_LIMIT_S))
     torch.set_num_threads(1)
+    gc.disable()  # the process is short, and each collection would go through all of torch and transformers
     pipe.send(run_type(mapping, model_type))
 
 

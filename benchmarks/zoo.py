@@ -17,6 +17,7 @@ import multiprocessing
 import random
 import re
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -46,6 +47,7 @@ from passes.rewrite import rewrite
 from passes.trace import trace
 
 TOLERANCE, MOVED = 1e-5, 1e-4
+STOCK_LIMIT_S = 60
 TIME_LIMIT_S, MEMORY_LIMIT_BYTES = 300, 4 << 30  # processor time; the clock may run three times as long
 
 
@@ -179,12 +181,26 @@ def _run(mapping: str, model_type: str, seed: int) -> dict[str, Any]:
     return row
 
 
+class OutOfTime(BaseException):
+    """Not an Exception: probing takes any of those for a refusal."""
+
+
 def _stock(analysis: Analysis, tiny: Tiny) -> dict[str, Any]:
     """``stock``: family → what the model's own class accepts of it; or ``stock_error``, why that cannot be said."""
+
+    def stop(*_: object) -> None:
+        raise OutOfTime
+
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, STOCK_LIMIT_S)
     try:
         return {"stock": stock_acceptance(analysis, tiny)}
+    except OutOfTime:
+        return {"stock_error": f"probing the config class ran past {STOCK_LIMIT_S} s"}
     except Exception as error:
         return {"stock_error": describe(error)}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _child(pipe: Connection, mapping: str, model_type: str) -> None:

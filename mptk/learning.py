@@ -37,7 +37,8 @@ Report = Callable[[str, int, int, Metrics], None]
 class Learning:
     """How a model is trained while it is pruned and after.
 
-    ``steps`` in all; MaskPrune learns masks in the first ``mask_share`` of them. ``rank`` is LoRA's; 0 trains all
+    ``steps`` in all; MaskPrune learns masks in the first ``mask_share`` of them, and the first quarter of those only
+    measures gradients. ``rank`` is LoRA's; 0 trains all
     weights (in recovery only). ``teacher``: ``live`` or ``cached``. ``precision``: ``no``, ``bf16`` or ``fp16``.
     """
 
@@ -72,7 +73,8 @@ class Learner:
             )
         if settings.teacher not in ("live", "cached"):
             raise MptkError(f"no teacher {settings.teacher!r}; choose live or cached")
-        self.mask_steps = max(1, round(settings.steps * settings.mask_share))
+        self.mask_steps = max(2, round(settings.steps * settings.mask_share))
+        self.saliency_steps = max(1, self.mask_steps // 4)
         self.used_rows = 0
 
     # ---- masks and widths ----
@@ -86,53 +88,54 @@ class Learner:
             candidates: legal widths that meet the budget; the learned widths become the nearest of them.
             budget: share of the cost to keep.
         """
-        families = list(candidates[0].widths)
-        shapes = {c: _shape(analysis, c) for c in families}
-        solver = Solver(shapes, cost.share, budget, self.mask_steps, self.settings.rates)
-        student = adapt(self.model, self.settings.rank, self.settings.training.seed)
-        masks = insert_masks(original(student), analysis, families, solver.applied)
-        self._checkpointing(student)
-        teacher = self._teacher(lambda ids, **k: _dense(student, masks, ids, **k))
-        self._saliency(student, masks, solver)
-        chosen: dict[str, int] = {}
-
-        def each_step(tokens: int) -> Metrics:
-            self._average(solver)
-            solver.step(tokens)
-            if not chosen and solver.step_count >= solver.ramp * solver.steps:
-                chosen.update(nearest(candidates, solver.widths(), shapes))
-                solver.fix(chosen)
-            return solver.metrics()
-
-        def restore(state: Mapping[str, Tensor]) -> None:
-            solver.load(state)
-            chosen.update(solver.fixed)
-
-        self._loop(student, teacher, self.mask_steps, "masks", each_step, (solver.state, restore)).run()
-        widths = chosen or nearest(candidates, solver.widths(), shapes)
-        plan = criteria.select(analysis, {c: solver.saliency(c) for c in families}, _cut_only(widths, shapes))
+        student, masks, solver, loop = self.begin(analysis, cost, candidates, budget)
+        if self.work.latest("masks") is None:
+            self._saliency(student, solver)
+        loop.run()
+        widths = {c: w for c, w in solver.fixed.items() if w < solver.shapes[c][2]}
+        plan = criteria.select(analysis, {c: solver.saliency(c) for c in widths}, widths)
         solver.harden(tables(analysis, plan))
-        weights = dict(self.model_weights(student))
-        state = {**weights, **merged(student)}
-        changed = merged(student) | masks.folded(state)
+        changed = merged(student)
+        changed |= masks.folded({**self.model_weights(student), **changed})
         masks.remove()
         student.unload()
         self.used_rows += self.mask_steps * self.settings.training.batch
         return plan, {n: t.detach().cpu() for n, t in changed.items()}
+
+    def begin(
+        self, analysis: Analysis, cost: CostModel, candidates: Sequence[Candidate], budget: float
+    ) -> tuple[Any, InsertedMasks, Solver, Loop]:
+        """The student with adapters and masks, the masks, their solver, and the loop that is to train them."""
+        families = list(candidates[0].widths)
+        shapes = {c: _shape(analysis, c) for c in families}
+        steps = self.mask_steps - self.saliency_steps
+        solver = Solver(shapes, cost.share, budget, steps, self.settings.rates)
+        student = adapt(self.model, self.settings.rank, self.settings.training.seed)
+        masks = insert_masks(original(student), analysis, families, solver.applied)
+        self._checkpointing(student)
+        teacher = self._teacher(lambda ids, **k: _dense(student, masks, ids, **k))
+
+        def each_step(tokens: int) -> Metrics:
+            self._average(solver)
+            solver.step(tokens)
+            if not solver.fixed and solver.step_count >= solver.ramp * solver.steps:
+                solver.fix(nearest(candidates, solver.widths(), shapes))
+            return solver.metrics()
+
+        self.used_rows = self.saliency_steps * self.settings.training.batch
+        loop = self._loop(student, teacher, steps, "masks", each_step, (solver.state, solver.load))
+        return student, masks, solver, loop
 
     @staticmethod
     def model_weights(student: Any) -> Mapping[str, Tensor]:
         """Weights by the names they had before the adapters came."""
         return {n.replace(".base_layer.", "."): p.detach() for n, p in original(student).named_parameters()}
 
-    def _saliency(self, student: Any, masks: InsertedMasks, solver: Solver) -> None:
+    def _saliency(self, student: Any, solver: Solver) -> None:
         """F before anything is trained: gradients of the language-model loss in the masks, all at one."""
         s, a = self.settings.training, self.accelerator
-        if self.work.latest("masks") is not None:
-            return
-        batches = max(2, self.mask_steps // 2)
         student.to(a.device)
-        for i in range(batches):
+        for i in range(self.saliency_steps):
             rows = torch.arange(i * s.batch, (i + 1) * s.batch)[a.process_index :: a.num_processes] % len(self.windows)
             for part in rows.split(s.micro):
                 with student.disable_adapter():
@@ -141,8 +144,7 @@ class Learner:
                 self._average(solver)
                 solver.observe(len(part) * self.windows.shape[1] * a.num_processes)
                 solver.clear()
-            self.report("saliency", i + 1, batches, {})
-        self.used_rows += batches * s.batch
+            self.report("saliency", i + 1, self.saliency_steps, {})
 
     def _average(self, solver: Solver) -> None:
         """Over processes, so that every one of them takes the same step."""
@@ -156,13 +158,19 @@ class Learner:
 
     def recover(self, small: Any, steps: int) -> dict[str, Tensor]:
         """Train the cut model against the dense one; returns the weights that changed, in its own shapes."""
+        loop = self.recovery(small, steps)
+        loop.run()
+        student = self.accelerator.unwrap_model(loop.student)
+        state = merged(student) if self.settings.rank else dict(student.named_parameters())
+        return {name: t.detach().cpu() for name, t in state.items()}
+
+    def recovery(self, small: Any, steps: int) -> Loop:
+        """The loop that is to train the cut model."""
         s = self.settings
         teacher = self._teacher(lambda ids, **k: self.model.to(self.accelerator.device)(ids, use_cache=False, **k))
         student = adapt(small, s.rank, s.training.seed) if s.rank else small.requires_grad_(True)
         self._checkpointing(student)
-        self._loop(student, teacher, steps, "recovery").run()
-        state = merged(student) if s.rank else dict(small.named_parameters())
-        return {name: t.detach().cpu() for name, t in state.items()}
+        return self._loop(student, teacher, steps, "recovery")
 
     # ---- shared ----
 
@@ -248,10 +256,6 @@ def removed_at_zero(analysis: Analysis, model: nn.Module, plan: Plan) -> dict[st
 def _shape(analysis: Analysis, name: str) -> tuple[int, int, int]:
     family = analysis.family(name)
     return len(family.groups), family.scopes, family.size
-
-
-def _cut_only(widths: Mapping[str, int], shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, int]:
-    return {c: w for c, w in widths.items() if w < shapes[c][2]}
 
 
 def _dense(student: Any, masks: InsertedMasks, ids: Tensor, **options: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.maskprune.solver import Solver, proximal
+from mptk.maskprune.solver import Rates, Solver, proximal
 
 SHAPES = {"heads": (3, 1, 8), "ffn": (3, 1, 40)}
 PRICES = {"heads": 5.0, "ffn": 1.0}
@@ -95,18 +95,24 @@ def test_the_proximal_step_is_the_minimum_of_its_problem() -> None:
 
 
 def test_duals_rise_while_their_constraint_is_broken() -> None:
-    solver = Solver(SHAPES, resource, 0.5, 40)
-    y = {c: solver.y[c].clone() for c in SHAPES}
-    prices = []
-    for _ in range(40):
-        for m in solver.masks.values():
-            m.grad = torch.ones_like(m) * 0.1
-        before, missed = solver.z, resource(solver.widths()) - solver.target()
-        solver.step(10)
-        if before > 0:
-            prices.append((solver.z - before, resource(solver.widths()) - solver.target(), missed))
-    assert all((solver.y[c] > y[c]).all() for c in SHAPES)
-    assert all(change * now >= 0 for change, now, _ in prices)
+    def trace_of_z(cost: float) -> list[float]:
+        solver = Solver(SHAPES, lambda w: cost + 1e-3 * resource(w), 0.5, 40, Rates(width=0.0), ramp=0.0)
+        y = {c: solver.y[c].clone() for c in SHAPES}
+        solver.removed = dict.fromkeys(SHAPES, 3.0)
+        prices = []
+        for _ in range(10):
+            for m in solver.masks.values():
+                m.grad = torch.rand(m.shape) * 0.1
+            solver.step(10)
+            prices.append(solver.z)
+        assert all((solver.y[c] > y[c]).all() for c in SHAPES)
+        return prices
+
+    above, below = trace_of_z(0.6), trace_of_z(0.4)
+    assert above == sorted(above)
+    assert above[0] < above[-1]
+    assert below == sorted(below, reverse=True)
+    assert below[0] > below[-1] > 0
 
 
 def test_masks_at_one_are_passed_on_unchanged_with_their_gradient() -> None:

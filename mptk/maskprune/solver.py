@@ -25,6 +25,8 @@ Resource = Callable[[Mapping[str, float]], float]
 """R: widths (family → units kept, real numbers) → cost over the dense model's."""
 
 EPSILON = 1e-12
+ROUNDS = 120
+"""Updates of widths and z in all, at least: they cost nothing beside a step of the model, and need this many."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Solver:
     ) -> None:
         self.shapes, self.resource, self.budget, self.steps = dict(shapes), resource, budget, steps
         self.rates, self.ramp = rates or Rates(), ramp
+        self.rounds = max(1, math.ceil(ROUNDS / steps))
         self.masks = {c: torch.ones(shape, requires_grad=True) for c, shape in shapes.items()}
         self.fisher = {c: torch.zeros(shape, dtype=torch.float64) for c, shape in shapes.items()}
         self.drift = {c: torch.zeros(shape, dtype=torch.float64) for c, shape in shapes.items()}
@@ -135,7 +138,8 @@ class Solver:
         self.observe(tokens)
         self._descend()
         self._shrink()
-        self._resize()
+        for _ in range(self.rounds):
+            self._resize()
         self._ascend()
         self.step_count += 1
         self.clear()
@@ -159,7 +163,10 @@ class Solver:
             m.copy_(torch.where(self.tail(c), proximal(m, rate, self.y[c][:, None, None]), m))
 
     def _resize(self) -> None:
-        """s ← s − η_s ∂/∂s: Σ_l y q against z ∂R/∂s, both over their sum, so that a step has no unit."""
+        """s ← s − η_s ∂/∂s: Σ_l y q against z ∂R/∂s, over their sum, so that a step has no unit; then z.
+
+        z ← z · exp(η_z (R − B)): never below 0, falling once the budget is met.
+        """
         if self.fixed:
             return
         pains = {c: self._marginal(c) for c in self.shapes}
@@ -172,16 +179,17 @@ class Solver:
             gain = urgency * slopes[c]
             direction = (gain - pains[c]) / max(gain + pains[c], EPSILON)
             self.removed[c] = min(
-                max(self.removed[c] + self.rates.width / self.steps * size * direction, 0.0), size - 1.0
+                max(self.removed[c] + self.rates.width / (self.steps * self.rounds) * size * direction, 0.0), size - 1.0
             )
+        missed = self.resource(self.widths()) - self.target()
+        self.z *= math.exp(10 * self.rates.price / (self.steps * self.rounds) * missed)
 
     def _ascend(self) -> None:
-        """y ← y + η_y ‖m‖²_k over what it was with the tail at 1; z ← z · exp(η_z (R − B)), at least 0 by its form."""
+        """y ← y + η_y ‖m‖²_k, over what it was with the tail at 1."""
         for c, m in self.masks.items():
             tail = self.tail(c)
             left = (m.detach().square() * tail).sum((1, 2)) / tail.sum((1, 2)).clamp_min(1)
             self.y[c] = self.y[c] + self.rates.dual / self.steps * left
-        self.z *= math.exp(10 * self.rates.price / self.steps * (self.resource(self.widths()) - self.target()))
         if not math.isfinite(self.z) or not all(y.isfinite().all() for y in self.y.values()):
             raise MptkError(
                 f"step {self.step_count}: the dual z is {self.z}, so the budget cannot be met; ask for less"

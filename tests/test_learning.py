@@ -1,0 +1,173 @@
+"""prune --method maskprune and recover on tiny models: what a user gets, and that a run can be stopped and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_pruning import save
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import mptk
+from mptk.errors import MptkError
+from mptk.learning import Learning
+from mptk.maskprune.losses import Weights
+from mptk.maskprune.train import Training
+from mptk.plan import Plan
+from mptk.pruning import recover
+from mptk.verification import read_report, verify
+
+TRAINING = Training(batch=4, micro=2, lr=3e-3, save_every=2, losses=Weights(lm=1.0, kl=1.0))
+LEARNING = Learning(steps=12, mask_share=0.5, rank=4, training=TRAINING)
+SETTINGS = mptk.Settings(
+    method="maskprune", sparsity=0.35, samples=8, length=32, multiple=8, onnx=False, learning=LEARNING
+)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    config = LlamaConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=10,
+        vocab_size=97,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def learned(llama, tmp_path_factory) -> Path:
+    """An unbroken run."""
+    out = tmp_path_factory.mktemp("learned") / "out"
+    mptk.prune(llama, out, SETTINGS)
+    return out
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_masks_are_learned_and_the_folder_is_an_ordinary_model(learned: Path) -> None:
+    report = read_report(learned)
+    assert report["sparsity"] == pytest.approx(0.35, abs=0.01)
+    assert all(d["relative"] <= d["tolerance"] for d in report["proof"])
+    assert {d["stage"] for d in report["proof"]} == {"rewritten graph", "reloaded checkpoint"}
+    model = AutoModelForCausalLM.from_pretrained(learned)
+    assert model.config.intermediate_size == report["families"]["ffn"]["width"]
+    assert not learned.with_name("out.run").exists()
+    rows = metrics(learned)
+    assert [r["step"] for r in rows if r["phase"] == "masks"] == [1, 2, 3, 4, 5]
+    assert [r["step"] for r in rows if r["phase"] == "recovery"] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "kl", "cost", "target", "tail", "width/ffn", "tokens/s"} <= rows[0].keys()
+    assert verify(learned)
+
+
+def test_weights_that_are_not_the_proven_ones_are_found_out(learned: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in learned.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    weights = load_file(copy / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    weights[name][0, 0] += 1e-3
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MptkError, match="are not those that were proven"):
+        verify(copy)
+
+
+COMMAND = [
+    *("prune", "--sparsity", "0.35", "--samples", "8", "--length", "32", "--multiple-of", "8", "--no-onnx"),
+    *("--steps", "12", "--mask-share", "0.5", "--rank", "4", "--batch", "4", "--micro", "2", "--lr", "3e-3"),
+    *("--save-every", "2"),
+]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.parametrize("stop", [("masks", 3), ("recovery", 3)])
+def test_a_killed_run_resumes_to_the_same_bits(
+    llama: str, learned: Path, tmp_path: Path, stop: tuple[str, int]
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mptk", *COMMAND, llama, "--out", str(out)]
+    log = out.with_name("out.run") / "metrics.jsonl"
+    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not reached(log, *stop):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert not out.exists(), "it was over before it could be killed"
+    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "add --resume" in again.stderr
+    subprocess.run([*command, "--resume"], env=ENVIRONMENT, check=True, capture_output=True)
+    assert Plan.load(out / "plan.json").families == Plan.load(learned / "plan.json").families
+    expected, seen = load_file(learned / "model.safetensors"), load_file(out / "model.safetensors")
+    assert expected.keys() == seen.keys()
+    assert all(torch.equal(expected[name], seen[name]) for name in expected)
+    assert [(r["phase"], r["step"], r["loss"]) for r in metrics(out)] == [
+        (r["phase"], r["step"], r["loss"]) for r in metrics(learned)
+    ]
+
+
+def reached(log: Path, phase: str, step: int) -> bool:
+    if not log.is_file():
+        return False
+    rows = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+    return any(r["phase"] == phase and r["step"] >= step for r in rows)
+
+
+def test_two_processes_learn_what_one_learns(llama: str, learned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "mptk"]
+    done = subprocess.run(
+        [*launch, *COMMAND, llama, "--out", str(out)], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert Plan.load(out / "plan.json").families == Plan.load(learned / "plan.json").families
+    for one, two in zip(metrics(learned), metrics(out), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5 * max(1, abs(one["loss"])))
+
+
+def test_a_folder_can_be_recovered_alone(llama: str, tmp_path: Path) -> None:
+    one_shot = replace(SETTINGS, method="wanda", learning=Learning())
+    before = mptk.prune(llama, tmp_path / "pruned", one_shot)
+    after = recover(tmp_path / "pruned", tmp_path / "recovered", replace(LEARNING, steps=30), seed=0)
+    assert after["perplexity"]["pruned"] < before["perplexity"]["pruned"]
+    assert after["families"] == before["families"]
+    assert verify(tmp_path / "recovered")
+
+
+def test_a_diverging_run_stops_and_keeps_its_last_checkpoint(llama: str, tmp_path: Path) -> None:
+    wild = replace(LEARNING, rank=0, training=replace(TRAINING, lr=1e30, clip=1e30), steps=8)
+    one_shot = replace(SETTINGS, method="magnitude", learning=wild)
+    with pytest.raises(MptkError, match=r"step \d+ of recovery: .*lower --lr.*--resume"):
+        mptk.prune(llama, tmp_path / "out", one_shot)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.run" / "settings.json").is_file()
+
+
+def test_budgets_count_what_they_say_and_kept_families_stay_whole(llama: str, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, budget="flops", sparsity=0.2, keep=("kv_groups", "q_heads"))
+    report = mptk.prune(llama, tmp_path / "out", settings)
+    dense, pruned = (report["cost"][k]["flops"] for k in ("dense", "pruned"))
+    assert 1 - pruned / dense == pytest.approx(0.2, abs=0.01)
+    changed = [name for name, f in report["families"].items() if f["width"] < f["of"]]
+    assert changed == ["ffn"]
+
+
+def test_learning_without_steps_is_refused_before_any_work(llama: str, tmp_path: Path) -> None:
+    with pytest.raises(MptkError, match="maskprune learns in steps"):
+        mptk.prune(llama, tmp_path / "out", replace(SETTINGS, learning=Learning()))

@@ -1,0 +1,126 @@
+"""The parts of learning: losses, the teacher's cache, the closed-form take-over, the work folder, the loop's order."""
+
+from __future__ import annotations
+
+import architectures
+import pytest
+import torch
+from cutting import random_plan
+from torch.nn.functional import kl_div, log_softmax
+
+from mptk.errors import MptkError
+from mptk.learning import removed_at_zero, take_over
+from mptk.maskprune.losses import divergence, hidden_error, language_model, shorten
+from mptk.maskprune.reconstruct import replaced
+from mptk.maskprune.teacher import CachedTeacher, LiveTeacher
+from mptk.maskprune.train import schedule
+from mptk.maskprune.work import WorkFolder
+from passes.group import analyze
+from passes.trace import trace
+
+
+def logits(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def test_divergence_is_the_mean_kl_over_positions_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mptk.maskprune.losses.ROWS", 4)
+    student, teacher = logits(0, 2, 5, 11), logits(1, 2, 5, 11)
+    expected = kl_div(log_softmax(student, -1), log_softmax(teacher, -1), log_target=True, reduction="none").sum(-1)
+    assert divergence(student, teacher).item() == pytest.approx(expected.mean().item(), rel=1e-6)
+    assert divergence(teacher, teacher).item() == pytest.approx(0.0, abs=1e-7)
+
+
+def test_a_shortened_teacher_bounds_the_divergence_from_below_and_reaches_it() -> None:
+    student, teacher = logits(0, 2, 5, 40), logits(1, 2, 5, 40)
+    full = divergence(student, teacher).item()
+    values = [divergence(student, shorten(teacher, k)).item() for k in (1, 5, 20, 39)]
+    assert values == sorted(values)
+    assert 0 < values[0] < values[2] <= full + 1e-6
+    assert values[-1] == pytest.approx(full, rel=1e-4)
+
+
+def test_the_language_model_loss_predicts_the_next_token() -> None:
+    ids = torch.tensor([[3, 1, 2]])
+    sure = torch.full((1, 3, 5), -30.0)
+    sure[0, 0, 1] = sure[0, 1, 2] = 30.0
+    assert language_model(sure, ids).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_hidden_error_is_relative_to_the_teachers_spread() -> None:
+    h = logits(0, 2, 3, 7)
+    assert hidden_error([h], [h]).item() == 0
+    mean = h.mean((0, 1)).expand_as(h)
+    assert hidden_error([mean, h], [h, h]).item() == pytest.approx(0.5)
+    assert hidden_error([100 * mean], [100 * h]).item() == pytest.approx(1.0)
+
+
+def test_the_cache_gives_what_the_live_teacher_gave_and_asks_it_once(tmp_path) -> None:
+    model, windows = architectures.model("llama"), architectures.tokens(6, 9)
+    calls = []
+
+    def run(ids: torch.Tensor) -> object:
+        calls.append(len(ids))
+        return model(ids, use_cache=False)
+
+    live = LiveTeacher(run)
+    cached = CachedTeacher(live, windows, tmp_path, k=96)
+    rows = torch.tensor([4, 1])
+    student = logits(0, 2, 9, 97)
+    exact = divergence(student, live(windows[rows], rows)[0]).item()
+    calls.clear()
+    for _ in range(2):
+        seen, states = cached(windows[rows], rows)
+        assert divergence(student, seen).item() == pytest.approx(exact, rel=2e-3)
+        assert states is None
+    assert calls == [1, 1]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2", "opt"])
+def test_what_is_left_takes_over_for_a_removed_copy_of_it(architecture: str) -> None:
+    """If every removed unit is the double of a kept one, nothing need be lost."""
+    model, ids = architectures.model(architecture), architectures.tokens(8, 40)
+    analysis = analyze(trace(model, dynamic=True))
+    plan = random_plan(analysis, ["ffn"], share=0.5)
+    state = dict(model.named_parameters())
+    for group in analysis.family("ffn").groups:
+        kept = list(plan.families["ffn"].keep[group.layer][0])
+        removed = [u for u in range(group.size) if u not in kept]
+        for member in (m for m in group.members if m.role != "consumer"):
+            at = torch.from_numpy(group.positions(member)[0])
+            rows = state[member.weight].data.movedim(member.dim, 0)
+            rows[at[removed].flatten()] = rows[at[kept][: len(removed)].flatten()]
+    with torch.no_grad():
+        dense = model(ids, use_cache=False).logits
+        zeroed = removed_at_zero(analysis, model, plan)
+        with replaced(model, zeroed):
+            masked = model(ids, use_cache=False).logits
+        with replaced(model, take_over(model, analysis, plan, zeroed, ids, lambda *_: None)):
+            fitted = model(ids, use_cache=False).logits
+    assert (fitted - dense).norm() < 0.1 * (masked - dense).norm()
+    assert torch.equal(model(ids, use_cache=False).logits, dense)
+
+
+def test_the_rate_rises_and_falls_to_nothing() -> None:
+    rates = [schedule(step, 100, 0.05) for step in range(100)]
+    assert max(rates) == 1.0
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[-1] < 0.001
+
+
+def test_a_work_folder_is_kept_apart_from_other_settings(tmp_path) -> None:
+    out = tmp_path / "out"
+    work = WorkFolder(out, {"steps": 3}, resume=False)
+    for step in (1, 2, 3):
+        work.checkpoint("masks", step, {"x": torch.tensor(float(step))})
+        work.log("masks", step, {"loss": 0.5})
+    assert len(list(work.path.glob("masks-*.safetensors"))) == 2
+    with pytest.raises(MptkError, match="unfinished run; add --resume"):
+        WorkFolder(out, {"steps": 3}, resume=False)
+    with pytest.raises(MptkError, match=r"other settings \(steps\)"):
+        WorkFolder(out, {"steps": 4}, resume=True)
+    again = WorkFolder(out, {"steps": 3}, resume=True)
+    step, state = again.latest("masks")
+    assert (step, state["x"].item()) == (3, 3.0)
+    again.rewind("masks", 2)
+    assert len((again.path / "metrics.jsonl").read_text().splitlines()) == 2

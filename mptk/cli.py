@@ -30,7 +30,6 @@ Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that the model's repository brings.")
 ]
-DEFAULT_STEPS = 200
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
 
@@ -186,8 +185,6 @@ def prune(
     """
     from mptk import pruning, report
 
-    if steps is None:
-        steps = DEFAULT_STEPS if method == pruning.MASKPRUNE else 0
     settings = pruning.Settings(
         sparsity=sparsity,
         budget=budget,
@@ -254,7 +251,7 @@ def recover(
     from mptk import pruning, report
 
     settings = learning(
-        (DEFAULT_STEPS if steps is None else steps, batch, micro, lr, save_every, seed),
+        (pruning.DEFAULT_STEPS if steps is None else steps, batch, micro, lr, save_every, seed),
         (lm, kl, hidden),
         rank=rank,
         teacher=teacher,

@@ -37,12 +37,12 @@ Report = Callable[[str, int, int, Metrics], None]
 class Learning:
     """How a model is trained while it is pruned and after.
 
-    ``steps`` in all; MaskPrune learns masks in the first ``mask_share`` of them, and the first quarter of those only
+    ``steps`` in all (None: 200 for MaskPrune, none for a one-shot method or a given plan); MaskPrune learns masks in the first ``mask_share`` of them, and the first quarter of those only
     measures gradients. ``rank`` is LoRA's; 0 trains all
     weights (in recovery only). ``teacher``: ``live`` or ``cached``. ``precision``: ``no``, ``bf16`` or ``fp16``.
     """
 
-    steps: int = 0
+    steps: int | None = None
     mask_share: float = 0.3
     rank: int = 16
     teacher: str = "live"
@@ -73,7 +73,7 @@ class Learner:
             )
         if settings.teacher not in ("live", "cached"):
             raise MptkError(f"no teacher {settings.teacher!r}; choose live or cached")
-        self.mask_steps = max(2, round(settings.steps * settings.mask_share))
+        self.mask_steps = max(2, round((settings.steps or 0) * settings.mask_share))
         self.saliency_steps = max(1, self.mask_steps // 4)
         self.used_rows = 0
 

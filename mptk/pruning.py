@@ -43,6 +43,7 @@ from passes.stock_config import StockConfig
 from passes.verify import TOLERANCE, prove
 
 MASKPRUNE = "maskprune"
+DEFAULT_STEPS = 200
 PROOF_SHAPE = (2, 48)
 SPLITS = 6
 """How many ways to divide the budget among families are tried on calibration text."""
@@ -60,7 +61,7 @@ class Settings:
     """
 
     sparsity: float = 0.3
-    method: str = "wanda"
+    method: str = "maskprune"
     data: str = "self"
     samples: int = 32
     length: int = 256
@@ -127,7 +128,12 @@ class Run:
     """One run of ``prune``: the steps in order, each a method."""
 
     def __init__(self, model: str, out: Path, settings: Settings, progress: Progress) -> None:
-        self.source, self.out, self.settings, self.progress = model, out, settings, progress
+        self.source, self.out, self.progress = model, out, progress
+        steps = settings.learning.steps
+        learns = settings.method == MASKPRUNE and settings.plan is None
+        steps = (DEFAULT_STEPS if learns else 0) if steps is None else steps
+        self.settings = replace(settings, learning=replace(settings.learning, steps=steps))
+        self.steps = steps
         self.log = pipeline.Log()
         self.notes: list[str] = []
         self.losses: dict[str, float] = {}
@@ -165,7 +171,7 @@ class Run:
         s = self.settings
         if s.method != MASKPRUNE:
             criteria.find_criterion(s.method)
-        elif not s.learning.steps and s.plan is None:
+        elif not self.steps and s.plan is None:
             raise MptkError("maskprune learns in steps; give --steps, 100 or more, or a one-shot --method")
         check_replaceable(self.out)
         with self._stage("load"):
@@ -231,7 +237,7 @@ class Run:
     def _work(self) -> WorkFolder | None:
         """The folder of the unfinished run, where there is something to train."""
         s = self.settings
-        if not s.learning.steps:
+        if not self.steps:
             return None
         settings = {k: v for k, v in asdict(s).items() if k != "resume"}
         return WorkFolder(self.out, {"model": self.source, **settings}, s.resume)
@@ -318,7 +324,7 @@ class Run:
 
     def _text(self, work: WorkFolder | None) -> None:
         """Calibration windows [n, length], training windows, windows to measure perplexity on, and their source."""
-        s, steps = self.settings, self.settings.learning.steps
+        s, steps = self.settings, self.steps
 
         def say(done: int, total: int) -> None:
             self.progress("calibration text", done, total)
@@ -352,11 +358,10 @@ class Run:
 
     def _recover(self) -> None:
         """Train the small model with the steps that are left, and take its weights over."""
-        s = self.settings.learning
         if self.learner is None:
             return
         learned = self.settings.method == MASKPRUNE and self.settings.plan is None
-        steps = s.steps - (self.learner.mask_steps if learned else 0)
+        steps = self.steps - (self.learner.mask_steps if learned else 0)
         if self.stock is None:
             raise MptkError("only a stock checkpoint can be trained after the cut; use --target stock, or no --steps")
         with self._stage("recover"):

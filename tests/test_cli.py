@@ -26,7 +26,7 @@ from mptk import cli, progress
 from mptk.errors import MptkError
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = ["--multiple-of", "8", "--samples", "4", "--length", "32"]
+SHORT = ["--method", "wanda", "--multiple-of", "8", "--samples", "4", "--length", "32"]
 
 
 class Result(NamedTuple):

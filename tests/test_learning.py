@@ -170,4 +170,4 @@ def test_budgets_count_what_they_say_and_kept_families_stay_whole(llama: str, tm
 
 def test_learning_without_steps_is_refused_before_any_work(llama: str, tmp_path: Path) -> None:
     with pytest.raises(MptkError, match="maskprune learns in steps"):
-        mptk.prune(llama, tmp_path / "out", replace(SETTINGS, learning=Learning()))
+        mptk.prune(llama, tmp_path / "out", replace(SETTINGS, learning=Learning(steps=0)))

@@ -20,7 +20,7 @@ from mptk.errors import MptkError
 from mptk.plan import Plan
 from passes.verify import Difference
 
-SETTINGS = mptk.Settings(sparsity=0.35, samples=4, length=48, multiple=8)
+SETTINGS = mptk.Settings(method="wanda", sparsity=0.35, samples=4, length=48, multiple=8)
 WORDS = [f"w{i}" for i in range(95)]
 
 
@@ -174,7 +174,7 @@ def test_flap_writes_its_bias_compensation_and_proves_it(gpt2, tmp_path):
 
 def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2, tmp_path):
     with pytest.raises(MptkError, match="heads cannot be cut for target stock"):
-        mptk.prune(gpt2, tmp_path / "out", mptk.Settings(families=("heads",), samples=4, length=48))
+        mptk.prune(gpt2, tmp_path / "out", mptk.Settings(method="wanda", families=("heads",), samples=4, length=48))
     settings = mptk.Settings(
         families=("heads",), widths={"heads": 4}, target="graph", method="magnitude", samples=4, length=48
     )
@@ -196,7 +196,11 @@ def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2, t
 )
 def test_what_cannot_be_done_is_one_line_and_leaves_nothing(llama, tmp_path, change, message):
     with pytest.raises(MptkError, match=message) as error:
-        mptk.prune(llama, tmp_path / "out", mptk.Settings(samples=4, length=48, multiple=8, **change))
+        mptk.prune(
+            llama,
+            tmp_path / "out",
+            mptk.Settings(**{"method": "wanda", "samples": 4, "length": 48, "multiple": 8, **change}),
+        )
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 

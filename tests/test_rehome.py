@@ -15,7 +15,9 @@ from mptk.cli import app
 from mptk.errors import MptkError
 from mptk.verification import read_report
 
-REFUSED = mptk.Settings(widths={"kv_groups": 3}, families=("kv_groups",), samples=4, length=48, multiple=8)
+REFUSED = mptk.Settings(
+    method="wanda", widths={"kv_groups": 3}, families=("kv_groups",), samples=4, length=48, multiple=8
+)
 """6 heads: LlamaConfig wants the hidden size, 40, to be a multiple of them."""
 
 
@@ -86,7 +88,9 @@ def test_a_refusal_names_the_option_if_it_would_help_and_only_then(llama, tmp_pa
         mptk.prune(llama, tmp_path / "out", REFUSED)
     for change in ({"sparsity": 0.97}, {"families": ("rotary_pairs",)}):
         with pytest.raises(MptkError) as error:
-            mptk.prune(llama, tmp_path / "out", mptk.Settings(samples=4, length=48, multiple=8, **change))
+            mptk.prune(
+                llama, tmp_path / "out", mptk.Settings(method="wanda", samples=4, length=48, multiple=8, **change)
+            )
         assert "rehome" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -101,7 +105,7 @@ def test_a_refused_plan_names_the_option_too(llama, rehomed, tmp_path):
 
 def test_the_own_class_is_kept_where_it_holds_the_cut(llama, tmp_path):
     settings = mptk.Settings(
-        widths={"kv_groups": 4}, families=("kv_groups",), samples=4, length=48, onnx=False, rehome=True
+        method="wanda", widths={"kv_groups": 4}, families=("kv_groups",), samples=4, length=48, onnx=False, rehome=True
     )
     mptk.prune(llama, tmp_path / "out", settings)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"

@@ -20,24 +20,25 @@ from passes.stock_config import Refusal, Stock
 PREFIX = "model."
 """Where the wrapper that the zoo traces keeps the model."""
 TOLERANCE = 1e-5
+WIDTHS = 120
 
 
 def stock_acceptance(analysis: Analysis, tiny: Tiny) -> dict[str, dict[str, Any]]:
     """For each family what the class of ``tiny.model`` accepts of it.
 
     Returns:
-        family → ``accepted`` widths (alone, or in proportion ``with`` other families) ``of`` those that the graph
-        takes; ``by`` and ``refusal``, the kind and the words of the first refusal (a validator's name comes first);
-        ``reloaded``: "" if the stock class with the cut weights gave the cut graph's logits at an accepted width near
-        60 %, else why not; None if no width is accepted.
+        family → ``accepted`` widths (alone, or in proportion ``with`` other families) ``of`` those tried, at most
+        ``WIDTHS`` of what the graph takes; ``by`` and ``refusal``, the kind and the words of the first refusal (a validator's name comes first);
+        ``reloaded``: "" if the stock class with the cut weights gave the cut graph's logits at accepted widths near 60 %
+        of all families at once (or of this one alone), else why not; None if no width is accepted.
     """
     stock = _discover(analysis, tiny)
     derived = derived_families(analysis)
-    rows = {}
+    rows, typical = {}, {}
     for family in analysis.families:
         name = family.name
         partners = min((g for g in stock.together if name in g and not g & derived.keys()), key=len, default={name})
-        cuts = list(_cuts(family, [analysis.family(n) for n in sorted(partners)]))
+        cuts = _thinned(list(_cuts(family, [analysis.family(n) for n in sorted(partners)])))
         answers = [] if name in derived else [(cut, stock.accepts(cut)) for cut in cuts]
         accepted = [cut for cut, refusal in answers if refusal is None]
         refusals = [refusal for _, refusal in answers if refusal is not None]
@@ -49,9 +50,28 @@ def stock_acceptance(analysis: Analysis, tiny: Tiny) -> dict[str, dict[str, Any]
         row["by"], row["refusal"] = (refusals[0].kind, _line(refusals[0])) if refusals else ("", "")
         row["reloaded"] = None
         if accepted:
-            row["reloaded"] = _reload(analysis, tiny, stock, _typical(accepted, family))
+            typical[name] = _typical(accepted, family)
         rows[name] = row
+    for name, why in _reload_all(analysis, tiny, stock, typical):
+        rows[name]["reloaded"] = why
     return rows
+
+
+def _reload_all(
+    analysis: Analysis, tiny: Tiny, stock: Stock, cuts: Mapping[str, Mapping[str, int]]
+) -> Iterator[tuple[str, str]]:
+    """Reload with all cuts at once and, if that is refused or differs, with each on its own."""
+    together = {name: width for cut in cuts.values() for name, width in cut.items()}
+    agree = all(together[name] == width for cut in cuts.values() for name, width in cut.items())
+    if len(cuts) > 1 and agree and stock.accepts(together) is None and not _reload(analysis, tiny, stock, together):
+        yield from ((name, "") for name in cuts)
+    else:
+        yield from ((name, _reload(analysis, tiny, stock, cut)) for name, cut in cuts.items())
+
+
+def _thinned(cuts: list[dict[str, int]]) -> list[dict[str, int]]:
+    """At most ``WIDTHS`` of the cuts, evenly spread."""
+    return cuts if len(cuts) <= WIDTHS else [cuts[i * len(cuts) // WIDTHS] for i in range(WIDTHS)]
 
 
 def _typical(cuts: list[dict[str, int]], family: Family) -> dict[str, int]:

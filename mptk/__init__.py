@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mptk.errors import MptkError
     from mptk.plan import FamilyPlan, Plan
     from mptk.pruning import Settings, prune
-from mptk.verification import verify
+    from mptk.verification import verify
 
 __version__ = metadata.version("mptk")
 __all__ = [
@@ -38,7 +38,7 @@ _HOMES = {
     "Plan": "mptk.plan",
     "Settings": "mptk.pruning",
     "prune": "mptk.pruning",
-    "verify": "mptk.pruning",
+    "verify": "mptk.verification",
 }
 
 

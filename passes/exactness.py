@@ -8,7 +8,7 @@ every sum over an axis whether its terms vanish. An axis with a sum that does no
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 from torch import fx
@@ -149,7 +149,7 @@ def _coordinates(terms: Iterable[Term], *, each: bool) -> dict[Axis, int]:
     return counts
 
 
-def _uses(walk: Walk, node: fx.Node, value: fx.Node) -> set[Axis]:
+def _uses(walk: Walk, node: fx.Node, value: fx.Node) -> Set[Axis]:
     """The axes of an operand as the call sees it (a constant has its own at each use)."""
     if value in walk.variable:
         return walk.axes_of(value)

@@ -16,10 +16,10 @@ from mptk.families import Analysis, Family
 from mptk.pipeline import Log
 from passes.legalize import cut_shapes, derived_families
 from passes.stock_config import Refusal, Stock
+from passes.verify import TOLERANCE
 
 PREFIX = "model."
 """Where the wrapper that the zoo traces keeps the model."""
-TOLERANCE = 1e-5
 WIDTHS = 120
 
 

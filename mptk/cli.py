@@ -162,7 +162,7 @@ def prune(
         bool | None, typer.Option(help="Fit what is left to the dense layers' outputs; maskprune does.")
     ] = None,
     steps: Steps = None,
-    mask_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps that learns masks.")] = 0.3,
+    mask_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps that learns masks.")] = 0.4,
     batch: Batch = 8,
     micro: Micro = 4,
     lr: Rate = 1e-3,

@@ -37,13 +37,13 @@ Report = Callable[[str, int, int, Metrics], None]
 class Learning:
     """How a model is trained while it is pruned and after.
 
-    ``steps`` in all (None: 200 for MaskPrune, none for a one-shot method or a given plan); MaskPrune learns masks in the first ``mask_share`` of them, and the first quarter of those only
-    measures gradients. ``rank`` is LoRA's; 0 trains all
+    ``steps`` in all (None: 200 for MaskPrune, none for a one-shot method or a given plan); MaskPrune learns masks in the
+    first ``mask_share`` of them, and the first quarter of those only measures gradients. ``rank`` is LoRA's; 0 trains all
     weights (in recovery only). ``teacher``: ``live`` or ``cached``. ``precision``: ``no``, ``bf16`` or ``fp16``.
     """
 
     steps: int | None = None
-    mask_share: float = 0.3
+    mask_share: float = 0.4
     rank: int = 16
     teacher: str = "live"
     precision: str = "no"

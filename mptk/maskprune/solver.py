@@ -33,7 +33,7 @@ ROUNDS = 120
 class Rates:
     """Step sizes. All are free of units, and those of masks, widths and duals are totals over the steps.
 
-    ``mask``: descent of a mask whose gradient is of the family's root-mean-square size. ``prox``: strength of the
+    ``mask``: Newton steps of the masks. ``prox``: strength of the
     proximal shrinkage. ``width``: largest change of a family's width, as a share of it. ``dual``: growth of y.
     ``price``: change of ln z for a budget missed by a tenth of the model; ``urgency``: the same at once, for as long as
     it is missed. ``fisher`` and ``drift``: memories of the moving averages F and d.
@@ -88,13 +88,14 @@ class Solver:
         return Clamp.apply(self.masks[family][layer])  # type: ignore[no-any-return, no-untyped-call]
 
     def saliency(self, family: str) -> Tensor:
-        """v: predicted rise of the loss when a unit goes from 1 to 0, nats a token, [layers, scopes, size].
+        """v = ½ F + d: predicted rise of the loss, nats a token, when a unit goes to 0: [layers, scopes, size]."""
+        return 0.5 * self.curvature(family) + self.beyond(family)
 
-        ½ F + d, with d moved towards 0 by its standard error: where d is noise, the curvature decides alone.
-        """
-        curvature, drift = self.curvature(family), self.drift[family]
-        error = (curvature * (1 - self.rates.drift) / (1 + self.rates.drift) / max(self.tokens, 1)).sqrt()
-        return 0.5 * curvature + drift.sign() * (drift.abs() - error).clamp_min(0)
+    def beyond(self, family: str) -> Tensor:
+        """d, moved towards 0 by two of its standard errors: where it is noise, it is 0."""
+        drift, memory = self.drift[family], self.rates.drift
+        error = (self.curvature(family) * (1 - memory) / (1 + memory) / max(self.tokens, 1)).sqrt()
+        return drift.sign() * (drift.abs() - 2 * error).clamp_min(0)
 
     def curvature(self, family: str) -> Tensor:
         """F, corrected for the start of its average."""
@@ -146,14 +147,17 @@ class Solver:
 
     @torch.no_grad()
     def _descend(self) -> None:
-        """m ← m − η_m g / rms(g). A survivor is not driven above 1, where it would do nothing."""
+        """m ← m + η_m (F (1 − m) + d) / (F + mean F): a damped Newton step along what the gradient is known to be.
+
+        The gradient of one batch is noise for most masks, and noise only drives a mask below 1, never above.
+        """
+        rate = min(1.0, self.rates.mask / self.steps)
         for c, m in self.masks.items():
-            assert m.grad is not None
-            if not m.grad.isfinite().all():
+            if not self.last[c].isfinite().all():
                 raise MptkError(f"the gradient of {c}'s masks is not finite; lower --lr or train in float32")
-            m.sub_(self.rates.mask / self.steps * m.grad / m.grad.square().mean().sqrt().clamp_min(EPSILON)).clamp_(
-                0, 1
-            )
+            curvature = self.curvature(c)
+            pull = curvature * (1 - m.double()) + self.beyond(c)
+            m.add_((rate * pull / (curvature + curvature.mean()).clamp_min(EPSILON)).float()).clamp_(0, 1)
 
     @torch.no_grad()
     def _shrink(self) -> None:

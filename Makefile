@@ -12,7 +12,7 @@ RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_ARGS)
 .PHONY: help demo test check format test-lowest clean
 
 help:
-	@echo "make demo         prune SmolLM2-135M by 30 %, prove it, time it"
+	@echo "make demo         learn to prune SmolLM2-135M by 30 %, prove it, time it, with Wanda beside it"
 	@echo "make test         make check, then every test"
 	@echo "make check        ruff, mypy --strict, import contracts"
 	@echo "make format       let ruff format and fix what it can"
@@ -20,12 +20,13 @@ help:
 	@echo "make clean        remove .venv, caches and build files"
 
 demo: $(VENV)/.installed
-	rm -rf $(DEMO)
+	rm -rf $(DEMO) $(DEMO)-wanda $(DEMO).run
 	$(BIN)/mptk fetch $(MODEL)
 	$(BIN)/mptk analyze $(MODEL)
-	$(BIN)/mptk prune $(MODEL) --sparsity 0.3 --method wanda --out $(DEMO)
-	$(BIN)/mptk bench $(MODEL) $(DEMO)
-	$(BIN)/mptk report $(DEMO)
+	$(BIN)/mptk prune $(MODEL) --sparsity 0.3 --samples 16 --steps 12 --out $(DEMO)
+	$(BIN)/mptk prune $(MODEL) --sparsity 0.3 --samples 16 --method wanda --no-onnx --out $(DEMO)-wanda
+	$(BIN)/mptk bench $(MODEL) $(DEMO) --rounds 5
+	$(BIN)/mptk report $(DEMO) --beside $(DEMO)-wanda
 
 test: check
 	$(call RUN_TESTS,$(VENV))

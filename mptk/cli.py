@@ -345,7 +345,10 @@ def bench(
 
 
 @app.command("report")
-def show_report(folder: Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")]) -> None:
+def show_report(
+    folder: Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")],
+    beside: Annotated[list[Path] | None, typer.Option(help="Another such folder to compare. May be repeated.")] = None,
+) -> None:
     """Show what a pruned folder holds: widths, costs, perplexity, proof, timings, files."""
     from mptk import report, verification
     from mptk.bench import Bench
@@ -354,6 +357,9 @@ def show_report(folder: Annotated[Path, typer.Argument(help="The --out folder of
     out.print(report.prune_view(result))
     if (folder / "bench.json").is_file():
         out.print(report.bench_view(Bench.from_json(json.loads((folder / "bench.json").read_text()))))
+    if beside:
+        others = [verification.read_report(other) for other in beside]
+        out.print(report.comparison_view([result, *others]))
     out.print(f"files in {folder}: {', '.join(result['files'])}", soft_wrap=True, highlight=False)
 
 

@@ -37,9 +37,10 @@ Report = Callable[[str, int, int, Metrics], None]
 class Learning:
     """How a model is trained while it is pruned and after.
 
-    ``steps`` in all (None: 200 for MaskPrune, none for a one-shot method or a given plan); MaskPrune learns masks in the
-    first ``mask_share`` of them, and the first quarter of those only measures gradients. ``rank`` is LoRA's; 0 trains all
-    weights (in recovery only). ``teacher``: ``live`` or ``cached``. ``precision``: ``no``, ``bf16`` or ``fp16``.
+    ``steps`` in all (None: 200 for MaskPrune, none for a one-shot method or a given plan); MaskPrune learns masks in
+    the first ``mask_share`` of them, and the first quarter of those only measures gradients. ``rank`` is LoRA's; 0
+    trains all weights (in recovery only). ``teacher``: ``live`` or ``cached``. ``precision``: ``no``, ``bf16`` or
+    ``fp16``.
     """
 
     steps: int | None = None

@@ -116,6 +116,27 @@ def ranges(widths: Sequence[int]) -> str:
     return ", ".join(map(str, widths)) if len(widths) <= 12 else f"{widths[0]}…{widths[-1]}, {len(widths)} widths"
 
 
+def comparison_view(reports: Sequence[Mapping[str, Any]]) -> Table:
+    """Pruned models of one dense model: what each removed, its widths, its perplexity."""
+    table = Table(title="side by side", title_justify="left")
+    table.add_column("method")
+    for column in ("steps", "removed", "dense perplexity", "perplexity"):
+        table.add_column(column, justify="right")
+    table.add_column("widths")
+    for r in reports:
+        widths = {n: f["width"] for n, f in r["families"].items() if f["width"] < f["of"]}
+        quality = r["perplexity"]
+        table.add_row(
+            r["settings"]["method"],
+            str(r["settings"]["learning"]["steps"]),
+            f"{r['sparsity']:.1%}",
+            f"{quality['dense']:.2f}",
+            f"{quality['pruned']:.2f}",
+            ", ".join(f"{n} {w}" for n, w in widths.items()),
+        )
+    return table
+
+
 def prune_view(report: Mapping[str, Any]) -> Lines:
     """``mptk report``: what was cut, what it cost, and the proof."""
     dense, pruned = report["cost"]["dense"], report["cost"]["pruned"]

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from benchmarks.common import result_header, write_result
+from mptk.families import Analysis
 from passes.group import analyze
 from passes.trace import trace
 
@@ -56,20 +57,21 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
     **{f"Llama-3-8B width, {n} layers": (lambda n=n: llama(n)) for n in (10, 20, 40, 80)},  # type: ignore[misc]
 }
 
-SMALL: dict[str, Callable[[], Any]] = {
-    "llama": lambda: small("llama", num_key_value_heads=2, head_dim=8),
-    "qwen2": lambda: small("qwen2", num_key_value_heads=2),
-    "qwen3": lambda: small("qwen3", num_key_value_heads=2, head_dim=8),
-    "opt": lambda: small("opt", ffn_dim=80, word_embed_proj_dim=48, max_position_embeddings=64),
-    "gpt_neox": lambda: small("gpt_neox"),
-    "bert": lambda: BertForMaskedLM(
-        BertConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=6, num_attention_heads=6, vocab_size=97)
+SMALL: dict[str, Callable[[int], Any]] = {
+    "llama": lambda n: small("llama", n, num_key_value_heads=2, head_dim=8),
+    "qwen2": lambda n: small("qwen2", n, num_key_value_heads=2),
+    "qwen3": lambda n: small("qwen3", n, num_key_value_heads=2, head_dim=8),
+    "opt": lambda n: small("opt", n, ffn_dim=80, word_embed_proj_dim=48, max_position_embeddings=64),
+    "gpt_neox": lambda n: small("gpt_neox", n),
+    "bert": lambda n: BertForMaskedLM(
+        BertConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=n, num_attention_heads=6, vocab_size=97)
     ),
 }
+DEPTHS = (6, 24)
 
 
-def small(model_type: str, **sizes: Any) -> Any:
-    default = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 6, "num_attention_heads": 6}
+def small(model_type: str, layers: int, **sizes: Any) -> Any:
+    default = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": layers, "num_attention_heads": 6}
     config = AutoConfig.for_model(model_type, vocab_size=97, **(default | sizes))
     return AutoModelForCausalLM.from_config(config)
 
@@ -111,16 +113,16 @@ def in_own_process(name: str) -> dict[str, Any]:
     return result
 
 
-def compare(name: str) -> dict[str, Any]:
+def compare(name: str, layers: int) -> dict[str, Any]:
     """mptk's walk and grouping, and Torch-Pruning's build and group listing, on one small model, alternating."""
     import torch_pruning
 
     torch.manual_seed(0)
-    model = SMALL[name]().eval()
+    model = SMALL[name](layers).eval()
     ids = torch.randint(97, (2, 7))
     start = time.perf_counter()
     program = trace(model, (ids,))
-    row: dict[str, Any] = {"model": name, "export_s": round(time.perf_counter() - start, 3)}
+    row: dict[str, Any] = {"model": name, "layers": layers, "export_s": round(time.perf_counter() - start, 3)}
 
     def groups_of_torch_pruning() -> int:
         graph = torch_pruning.DependencyGraph().build_dependency(
@@ -143,28 +145,60 @@ def compare(name: str) -> dict[str, Any]:
     medians = {side: statistics.median(values) for side, values in times.items()}
     row |= {f"{side}_s": round(value, 4) for side, value in medians.items()}
     row["ratio"] = round(medians["torch_pruning"] / medians["mptk"], 1)
-    row["torch_pruning_kv_rows"] = rows_with_first_kv_head(model, ids)
-    return row
+    return row | {"torch_pruning_families": judge(model, ids, analyze(program))}
 
 
-def rows_with_first_kv_head(model: Any, ids: torch.Tensor) -> str:
-    """What Torch-Pruning couples with the first KV head: right is all its rows in q, k and v, and o's columns."""
+def judge(model: Any, ids: torch.Tensor, analysis: Analysis) -> dict[str, str]:
+    """For each of mptk's families, what Torch-Pruning removes with its first unit in its first layer.
+
+    ``right`` if all linear layers lose exactly the rows and columns that hold the unit; else the first that does not.
+    """
     import torch_pruning
 
-    keys = [m for n, m in model.named_modules() if n.endswith(("k_proj", "attention.self.key"))]
-    if not keys:
-        return "no separate key projection"
     graph = torch_pruning.DependencyGraph().build_dependency(
         model, example_inputs={"input_ids": ids, "use_cache": False}, forward_fn=lambda m, x: m(**x).logits.sum()
     )
-    names = {module: name for name, module in model.named_modules()}
-    group = graph.get_pruning_group(keys[0], torch_pruning.prune_linear_out_channels, idxs=list(range(8)))
-    found = {}
-    for dependency, indices in group:
-        module = dependency.target.module
-        if module in names and isinstance(module, torch.nn.Linear):
-            found[names[module].rsplit(".", 1)[-1]] = f"{min(indices)}-{max(indices)}"
-    return ", ".join(f"{n} {i}" for n, i in found.items())
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    verdicts = {}
+    for family in analysis.families:
+        group = family.groups[0]
+        unit = {
+            (m.weight.removesuffix(".weight"), m.dim): {int(i) for row in group.positions(m)[:, 0] for i in row}
+            for m in group.members
+            if m.weight.removesuffix(".weight") in modules
+        }
+        rows = [(name, wanted) for (name, dim), wanted in unit.items() if dim == 0]
+        if not rows:
+            verdicts[family.name] = "no linear layer makes it"
+            continue
+        (first, wanted), names = rows[0], {m: n for n, m in modules.items()}
+        removed: dict[tuple[str, int], set[int]] = {}
+        try:
+            found = graph.get_pruning_group(
+                modules[first], torch_pruning.prune_linear_out_channels, idxs=sorted(wanted)
+            )
+        except Exception as error:
+            verdicts[family.name] = f"{type(error).__name__}: {str(error)[:80]}"
+            continue
+        for dependency, indices in found:
+            if dependency.target.module in names:
+                dim = int("in_channels" in dependency.handler.__name__)
+                removed.setdefault((names[dependency.target.module], dim), set()).update(map(int, indices))
+        wrong = [k for k in sorted(unit.keys() | removed.keys()) if unit.get(k, set()) != removed.get(k, set())]
+        verdicts[family.name] = "right" if not wrong else _explain(wrong[0], unit, removed)
+    return verdicts
+
+
+def _explain(
+    place: tuple[str, int], unit: dict[tuple[str, int], set[int]], removed: dict[tuple[str, int], set[int]]
+) -> str:
+    mine, theirs = unit.get(place, set()), removed.get(place, set())
+    side = ("rows", "columns")[place[1]]
+    return (
+        f"{place[0]}: {len(theirs)} {side} go, not {len(mine)}"
+        if len(mine) != len(theirs)
+        else (f"{place[0]}: {side} {min(theirs)}… go, not {min(mine)}…")
+    )
 
 
 def main(
@@ -186,8 +220,8 @@ def main(
             f"(imports {r['imports_mib']})",
             flush=True,
         )
-    for name in [n for n in SMALL if not quick or n == "llama"]:
-        rows.append(compare(name))
+    for name, layers in [(n, d) for n in SMALL for d in DEPTHS if not quick or (n, d) == ("llama", 6)]:
+        rows.append(compare(name, layers))
         print(rows[-1], flush=True)
     if json_file is not None:
         write_result(json_file, result_header(), rows)

@@ -12,8 +12,8 @@ terms cannot be aligned, all their axes are frozen: cutting them would not be so
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -48,45 +48,29 @@ class Axis:
         return f"{self.id}({self.size})"
 
 
-@dataclass(slots=True, unsafe_hash=True)
+@dataclass(frozen=True)
 class Product:
-    """Row-major product: the last factor varies fastest. No factor is 1 or a product. Not to be changed."""
+    """Row-major product: the last factor varies fastest. No factor is 1 or a product."""
 
     factors: tuple[Term, ...]
     size: int
-    known: Normal | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         return "(" + "·".join(map(repr, self.factors)) + ")" if self.factors else "1"
 
 
-@dataclass(slots=True, unsafe_hash=True)
+@dataclass(frozen=True)
 class Sum:
-    """Concatenation of segments in order. No segment is empty or a sum. Not to be changed."""
+    """Concatenation of segments in order. No segment is empty or a sum."""
 
     segments: tuple[Term, ...]
     size: int
-    known: Normal | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         return "[" + " + ".join(map(repr, self.segments)) + "]"
 
 
 Term = Axis | Product | Sum
-
-
-class Normal:
-    """What is known of a term until the next unification: its normal form, and that one's axes in order."""
-
-    __slots__ = ("axes", "term", "time")
-    now = 0
-    """How many times an axis has been merged or bound."""
-
-    def __init__(self, term: Term) -> None:
-        self.time, self.term = Normal.now, term
-        self.axes: list[Axis] | None = None
-
-
 ONE = Product((), 1)
 ZERO = Sum((), 0)
 
@@ -129,14 +113,10 @@ def resolve(term: Term) -> Term:
     """Normal form: representatives only, bindings replaced, products and sums flat."""
     if isinstance(term, Axis):
         root = term if term.parent is None else find(term)
-        return root if root.bound is None else resolve(root.bound)
-    known = term.known
-    if known is None or known.time != Normal.now:
-        known = term.known = Normal(_resolve(term))
-    return known.term
-
-
-def _resolve(term: Product | Sum) -> Term:
+        if root.bound is None:
+            return root
+        root.bound = resolve(root.bound)
+        return root.bound
     parts = term.factors if isinstance(term, Product) else term.segments
     resolved = [resolve(p) for p in parts]
     for old, new in zip(parts, resolved, strict=True):
@@ -145,18 +125,23 @@ def _resolve(term: Product | Sum) -> Term:
     return term
 
 
-def leaves(term: Term) -> Sequence[Axis]:
+def leaves(term: Term) -> list[Axis]:
     """The axes of a term in order (an axis that occurs twice comes twice)."""
     term = resolve(term)
     if isinstance(term, Axis):
-        return (term,)
-    known = term.known
-    if known is None or known.time != Normal.now:
-        known = term.known = Normal(term)
-    if known.axes is None:
-        parts = term.factors if isinstance(term, Product) else term.segments
-        known.axes = [leaf for part in parts for leaf in leaves(part)]
-    return known.axes
+        return [term]
+    found: list[Axis] = []
+    _collect(term, found)
+    return found
+
+
+def _collect(term: Product | Sum, found: list[Axis]) -> None:
+    """Append the axes of a term in normal form."""
+    for part in term.factors if isinstance(term, Product) else term.segments:
+        if isinstance(part, Axis):
+            found.append(part)
+        else:
+            _collect(part, found)
 
 
 def freeze(term: Term, reason: str) -> None:
@@ -197,8 +182,6 @@ def require_multiple(term: Term, multiple: int) -> None:
 
 def unify(a: Term, b: Term, where: str = "") -> None:
     """Make two terms of equal size equal; freeze both where they cannot be aligned (``where`` says at which op)."""
-    if a is b:
-        return
     a, b = resolve(a), resolve(b)
     if a is b:
         return
@@ -224,13 +207,11 @@ def _bind(a: Axis, term: Term, where: str) -> None:
     if isinstance(term, Axis):
         a, term = (a, term) if a.id > term.id else (term, a)
         a.parent = term
-        Normal.now += 1
     elif any(leaf is a for leaf in leaves(term)):
         freeze(term, f"its layout contains itself at {where}")
         return
     else:
         a.bound = term
-        Normal.now += 1
     if a.frozen or a.roles:
         for leaf in leaves(term):
             leaf.frozen.extend(r for r in a.frozen if r not in leaf.frozen)

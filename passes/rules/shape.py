@@ -27,13 +27,10 @@ def shape_argument(position: int, name: str = "size") -> Callable[[Resizer, fx.N
 
 @rule("aten.view", "aten.reshape", "aten._unsafe_view", zero="move", resize=shape_argument(1))
 def view(w: Walk, node: fx.Node, x: Value, *_: Any) -> Dims:
-    """y = x read in row-major order: Π x = Π y. Outer dimensions of the same sizes are the same."""
-    sizes, same = w.shape(node), 0
-    while same < min(len(sizes), x.ndim) and x.dims[same].size == sizes[same] > 0:
-        same += 1
-    inner = tuple(axis(size) for size in sizes[same:])
-    w.unify(product(x.dims[same:]), product(inner), node)
-    return (*x.dims[:same], *inner)
+    """y = x read in row-major order: Π x = Π y."""
+    out = tuple(axis(size) for size in w.shape(node))
+    w.unify(product(x.dims), product(out), node)
+    return out
 
 
 @rule("aten.reshape_as", "aten.view_as", zero="move")

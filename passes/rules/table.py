@@ -96,15 +96,10 @@ def base_name(target: Any) -> str:
     return target_name(target).split(".")[1]
 
 
-@functools.cache
-def _packet_name(target: Any) -> str:
-    """``aten.add`` of ``aten.add.Tensor``."""
-    return target_name(target).rsplit(".", 1)[0]
-
-
 def find_rule(node: fx.Node) -> Rule | None:
     """The rule of a call: its overload's, else its op's."""
-    return RULES.get(target_name(node.target)) or RULES.get(_packet_name(node.target))
+    name = target_name(node.target)
+    return RULES.get(name) or RULES.get(name.rsplit(".", 1)[0])
 
 
 # ---- helpers for the common kinds ----

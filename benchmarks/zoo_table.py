@@ -56,7 +56,7 @@ STOCK_HEAD = """
 Which widths the model's own transformers class can hold, found by probing its config. A family counts as *accepted* at
 every width, at *some* widths (a validator or constructor refuses the others), or only *together* with another family
 in proportion (one config field serves both); in all three cases the cut weights were loaded into the stock class, whose
-logits equal the cut graph's within 5e-5 of the largest. *Differs*: the config is accepted, but the class computes
+logits equal the cut graph's within 1e-5 of the largest. *Differs*: the config is accepted, but the class computes
 another function or does not run; the proof in `mptk prune` refuses these. *Refused*: no config field gives the shapes, or
 numbers that the class derives would change. {types} types; a type may have several families of a kind. Layers are
 not a width: mptk cuts no layers.

@@ -6,12 +6,12 @@ import architectures
 import pytest
 import torch
 from cutting import random_plan
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from mptk.cut import resolve_plan
 from mptk.errors import MptkError
 from mptk.families import Analysis
+from mptk.maskprune.adapters import adapt, original
 from passes.group import analyze
 from passes.insert_masks import insert_masks
 from passes.mask import mask
@@ -80,9 +80,12 @@ def test_soft_masks_mask_the_adapter_too_and_fold_into_the_merged_weights(archit
         for f in analysis.families
         for i in range(len(f.groups))
     }
-    adapted = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+    adapted = adapt(model, 3, seed=0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     dense = logits(adapted, ids)
-    masks = insert_masks(model, analysis, families(analysis), lambda name, layer: values[name, layer])
+    masks = insert_masks(original(adapted), analysis, families(analysis), lambda name, layer: values[name, layer])
     masked = logits(adapted, ids)
     assert (masked - dense).abs().max() > 1e-3
     with masks.disabled():

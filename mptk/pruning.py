@@ -130,8 +130,8 @@ class Run:
     def __init__(self, model: str, out: Path, settings: Settings, progress: Progress) -> None:
         self.source, self.out, self.progress = model, out, progress
         steps = settings.learning.steps
-        learns = settings.method == MASKPRUNE and settings.plan is None
-        steps = (DEFAULT_STEPS if learns else 0) if steps is None else steps
+        self.learns = settings.method == MASKPRUNE and settings.plan is None
+        steps = (DEFAULT_STEPS if self.learns else 0) if steps is None else steps
         self.settings = replace(settings, learning=replace(settings.learning, steps=steps))
         self.steps = steps
         self.log = pipeline.Log()
@@ -309,7 +309,7 @@ class Run:
     def _take_over(self) -> None:
         """Fit what is left of each layer to what the dense layer gave."""
         s = self.settings
-        if s.reconstruct if s.reconstruct is not None else s.method == MASKPRUNE:
+        if s.reconstruct if s.reconstruct is not None else self.learns:
             with self._stage("take over"):
                 state = {**removed_at_zero(self.analysis, self.model, self.plan), **self.changes}
                 self.changes = take_over(self.model, self.analysis, self.plan, state, self.windows, self.progress)
@@ -360,8 +360,7 @@ class Run:
         """Train the small model with the steps that are left, and take its weights over."""
         if self.learner is None:
             return
-        learned = self.settings.method == MASKPRUNE and self.settings.plan is None
-        steps = self.steps - (self.learner.mask_steps if learned else 0)
+        steps = self.steps - (self.learner.mask_steps if self.learns else 0)
         if self.stock is None:
             raise MptkError("only a stock checkpoint can be trained after the cut; use --target stock, or no --steps")
         with self._stage("recover"):

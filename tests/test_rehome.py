@@ -42,7 +42,18 @@ def llama(tmp_path_factory) -> str:
 def rehomed(llama, tmp_path_factory) -> Path:
     """Pruned by the command line."""
     out = tmp_path_factory.mktemp("out") / "pruned"
-    words = ["--width", "kv_groups=3", "--families", "kv_groups", "--samples", "4", "--length", "48"]
+    words = [
+        "--method",
+        "wanda",
+        "--width",
+        "kv_groups=3",
+        "--families",
+        "kv_groups",
+        "--samples",
+        "4",
+        "--length",
+        "48",
+    ]
     run = CliRunner().invoke(
         app, ["prune", llama, "--out", str(out), *words, "--multiple-of", "8", "--no-onnx", "--rehome"]
     )

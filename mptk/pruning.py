@@ -212,12 +212,13 @@ class Run:
     def _candidates(self, target: legalize.Target) -> list[legalize.Candidate]:
         s = self.settings
         names = list(s.families) or legalize.default_families(self.analysis, target)
+        names = [name for name in names if name not in s.keep]
         if not names and not s.widths:
             wide = ", ".join(name for name, ladder in target.ladders.items() if len(ladder) > 1) or "none"
             raise MptkError(
                 f"no family that repeats over layers can be cut for target {s.target}; name --families: {wide}"
             )
-        for name in [*names, *s.widths]:
+        for name in [*names, *s.keep, *s.widths]:
             if name not in target.ladders:
                 raise MptkError(f"no family {name!r}; there are {', '.join(target.ladders)}")
             if len(target.ladders[name]) == 1 and name not in s.keep:

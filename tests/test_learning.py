@@ -162,10 +162,10 @@ def test_a_diverging_run_stops_and_keeps_its_last_checkpoint(llama: str, tmp_pat
 
 
 def test_budgets_count_what_they_say_and_kept_families_stay_whole(llama: str, tmp_path: Path) -> None:
-    settings = replace(SETTINGS, budget="flops", sparsity=0.2, keep=("kv_groups", "q_heads"))
+    settings = replace(SETTINGS, budget="flops", sparsity=0.21, keep=("kv_groups", "q_heads"))
     report = mptk.prune(llama, tmp_path / "out", settings)
     dense, pruned = (report["cost"][k]["flops"] for k in ("dense", "pruned"))
-    assert 1 - pruned / dense == pytest.approx(0.2, abs=0.01)
+    assert 1 - pruned / dense == pytest.approx(0.21, abs=0.01)
     changed = [name for name, f in report["families"].items() if f["width"] < f["of"]]
     assert changed == ["ffn"]
 

@@ -26,7 +26,6 @@ from benchmarks.common import result_header, write_result
 from mptk import Settings, data, models, prune
 from mptk.evaluation import perplexity
 from mptk.learning import Learning
-from mptk.maskprune.losses import Weights
 from mptk.maskprune.train import Training
 
 MODEL = "smollm2-135m"
@@ -36,7 +35,7 @@ ONE_SHOT = ("wanda", "flap", "taylor")
 
 def settings(method: str, sparsity: float, seed: int, tokens: int, text: str, fixed: dict[str, int]) -> Settings:
     name, _, variant = method.replace("+", "-").partition("-")
-    training = Training(seed=seed, losses=Weights(lm=1.0, kl=1.0), save_every=1000)
+    training = Training(seed=seed, save_every=1000)
     steps = max(4, round(tokens / (training.batch * 256)))
     return Settings(
         method=name,

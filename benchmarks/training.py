@@ -31,7 +31,6 @@ from mptk import criteria, models
 from mptk.api import cut_program
 from mptk.cost import CostModel
 from mptk.learning import Learner, Learning
-from mptk.maskprune.losses import Weights
 from mptk.maskprune.train import Training
 from mptk.maskprune.work import WorkFolder
 from mptk.pipeline import Log
@@ -73,7 +72,7 @@ def plain() -> Step:
 
 
 def learner(teacher: str, model: Any) -> Learner:
-    training = Training(batch=BATCH, micro=MICRO, losses=Weights(lm=1.0, kl=1.0), save_every=10**9)
+    training = Training(batch=BATCH, micro=MICRO, save_every=10**9)
     settings = Learning(steps=10_000, rank=RANK, teacher=teacher, training=training)
     work = WorkFolder(Path(tempfile.mkdtemp()) / "out", {}, resume=False)
     return Learner(model, windows(), settings, work, lambda *_: None)

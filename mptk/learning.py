@@ -19,14 +19,14 @@ from mptk.cut import resolve_plan
 from mptk.errors import MptkError
 from mptk.families import Analysis
 from mptk.maskprune.adapters import adapt, merged, original
-from mptk.maskprune.losses import Weights, language_model
+from mptk.maskprune.losses import language_model
 from mptk.maskprune.reconstruct import reconstruct
 from mptk.maskprune.solver import Rates, Solver
 from mptk.maskprune.teacher import CachedTeacher, LiveTeacher
-from mptk.maskprune.train import Loop, Metrics, Training
-from mptk.maskprune.work import WorkFolder
+from mptk.maskprune.train import Loop, Metrics, Training, shuffled
+from mptk.maskprune.work import TRACKER, WorkFolder
 from mptk.plan import Plan
-from passes.insert_masks import InsertedMasks, find_places, insert_masks
+from passes.insert_masks import InsertedMasks, disturbed, find_places, insert_masks
 from passes.legalize import Candidate
 
 Report = Callable[[str, int, int, Metrics], None]
@@ -41,6 +41,9 @@ class Learning:
     the first ``mask_share`` of them, and the first quarter of those only measures gradients. ``rank`` is LoRA's; 0
     trains all weights (in recovery only). ``teacher``: ``live`` or ``cached``. ``precision``: ``no``, ``bf16`` or
     ``fp16``.
+
+    Raises:
+        MptkError: an unknown teacher, or a cached one with a hidden-state loss.
     """
 
     steps: int | None = None
@@ -50,15 +53,21 @@ class Learning:
     precision: str = "no"
     gradient_checkpointing: bool = False
     tracker: str = "none"
-    training: Training = field(default_factory=lambda: Training(losses=Weights(lm=1.0, kl=1.0)))
+    training: Training = field(default_factory=Training)
     rates: Rates = field(default_factory=Rates)
+
+    def __post_init__(self) -> None:
+        if self.teacher not in ("live", "cached"):
+            raise MptkError(f"no teacher {self.teacher!r}; choose live or cached")
+        if self.teacher == "cached" and self.training.losses.hidden:
+            raise MptkError("a cached teacher keeps logits only; use --teacher live with a hidden-state loss")
 
 
 class Learner:
     """The phases of one run. ``windows`` are the training text, int64 [n, length]; ``work`` keeps checkpoints.
 
     Raises:
-        MptkError: the batch does not divide over the processes; an unknown teacher or tracker.
+        MptkError: the batch does not divide over the processes; a tracker that is not installed.
     """
 
     def __init__(self, model: Any, windows: Tensor, settings: Learning, work: WorkFolder, report: Report) -> None:
@@ -66,14 +75,14 @@ class Learner:
         tracker = None if settings.tracker == "none" else settings.tracker
         self.accelerator = Accelerator(mixed_precision=settings.precision, log_with=tracker, project_dir=work.path)
         if tracker is not None:
-            self.accelerator.init_trackers("mptk")
+            if not self.accelerator.log_with:
+                raise MptkError(f"the tracker {tracker} is not installed; pip install {tracker}")
+            self.accelerator.init_trackers(TRACKER)
         if settings.training.batch % self.accelerator.num_processes:
             raise MptkError(
                 f"a batch of {settings.training.batch} windows does not divide over {self.accelerator.num_processes} "
                 "processes; give another --batch"
             )
-        if settings.teacher not in ("live", "cached"):
-            raise MptkError(f"no teacher {settings.teacher!r}; choose live or cached")
         self.mask_steps = max(2, round((settings.steps or 0) * settings.mask_share))
         self.saliency_steps = max(1, self.mask_steps // 4)
         self.used_rows = 0
@@ -97,10 +106,11 @@ class Learner:
         plan = criteria.select(analysis, {c: solver.saliency(c) for c in widths}, widths)
         solver.harden(tables(analysis, plan))
         changed = merged(student)
-        changed |= masks.folded({**self.model_weights(student), **changed})
         masks.remove()
         student.unload()
-        self.used_rows += self.mask_steps * self.settings.training.batch
+        changed |= masks.folded({**dict(self.model.named_parameters()), **changed})
+        self.model.cpu()
+        self.used_rows = self.mask_steps * self.settings.training.batch
         return plan, {n: t.detach().cpu() for n, t in changed.items()}
 
     def begin(
@@ -124,20 +134,16 @@ class Learner:
             return solver.metrics()
 
         self.used_rows = self.saliency_steps * self.settings.training.batch
-        loop = self._loop(student, teacher, steps, "masks", each_step, (solver.state, solver.load))
+        extra = (solver.state, solver.load)
+        loop = self._loop(student, teacher, steps, "masks", each_step=each_step, extra=extra)
         return student, masks, solver, loop
-
-    @staticmethod
-    def model_weights(student: Any) -> Mapping[str, Tensor]:
-        """Weights by the names they had before the adapters came."""
-        return {n.replace(".base_layer.", "."): p.detach() for n, p in original(student).named_parameters()}
 
     def _saliency(self, student: Any, solver: Solver) -> None:
         """F before anything is trained: gradients of the language-model loss in the masks, all at one."""
         s, a = self.settings.training, self.accelerator
         student.to(a.device)
         for i in range(self.saliency_steps):
-            rows = torch.arange(i * s.batch, (i + 1) * s.batch)[a.process_index :: a.num_processes] % len(self.windows)
+            rows = shuffled(i * s.batch, s.batch, len(self.windows), s.seed)[a.process_index :: a.num_processes]
             for part in rows.split(s.micro):
                 with student.disable_adapter():
                     ids = self.windows[part].to(a.device)
@@ -175,8 +181,7 @@ class Learner:
 
     # ---- shared ----
 
-    def _loop(self, student: Any, teacher: Any, steps: int, phase: str, *each: Any) -> Loop:
-        names = ("each_step", "extra")
+    def _loop(self, student: Any, teacher: Any, steps: int, phase: str, **each: Any) -> Loop:
         return Loop(
             self.accelerator,
             student,
@@ -188,7 +193,7 @@ class Learner:
             work=self.work,
             first_row=self.used_rows,
             progress=lambda done, total, metrics: self.report(phase, done, total, metrics),
-            **dict(zip(names, each, strict=False)),
+            **each,
         )
 
     def _teacher(self, run: Callable[..., Any]) -> Any:
@@ -196,9 +201,7 @@ class Learner:
         live = LiveTeacher(lambda ids: run(ids, output_hidden_states=hidden))
         if self.settings.teacher == "live":
             return live
-        if hidden:
-            raise MptkError("a cached teacher keeps logits only; use --teacher live with a hidden-state loss")
-        return CachedTeacher(live, self.windows, self.work.path / "teacher")
+        return CachedTeacher(live, self.work.path / "teacher")
 
     def _checkpointing(self, student: Any) -> None:
         if self.settings.gradient_checkpointing:
@@ -218,11 +221,12 @@ def nearest(
 
 
 def tables(analysis: Analysis, plan: Plan) -> dict[str, Tensor]:
-    """What a plan keeps: family → boolean [layers, scopes, size]."""
+    """What a plan keeps of families that masks can hold: family → boolean [layers, scopes, size]."""
     choices = resolve_plan(analysis, plan).choices
     return {
         name: torch.stack([torch.from_numpy(choices[g.axis].table) for g in analysis.family(name).groups])
         for name in plan.families
+        if disturbed(analysis, name) is None
     }
 
 
@@ -249,9 +253,8 @@ def removed_at_zero(analysis: Analysis, model: nn.Module, plan: Plan) -> dict[st
     """The weights at which a plan's masks go in, with the removed units at 0: a one-shot cut as ``learn`` gives it."""
     kept = {c: t.float() for c, t in tables(analysis, plan).items()}
     masks = insert_masks(model, analysis, list(kept), lambda family, layer: kept[family][layer])
-    folded = masks.folded({n: p.detach() for n, p in model.named_parameters()})
     masks.remove()
-    return folded
+    return masks.folded({n: p.detach() for n, p in model.named_parameters()})
 
 
 def _shape(analysis: Analysis, name: str) -> tuple[int, int, int]:

@@ -7,7 +7,6 @@ published unless every stage of the proof is within its tolerance.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ import passes.trace
 from mptk import criteria, data, models, pipeline
 from mptk.api import Progress, cut_program, export, plan_digest
 from mptk.checkpoint import portable, save_tokenizer
-from mptk.cost import CostModel
+from mptk.cost import CostModel, is_layered
 from mptk.cut import resolve_plan
 from mptk.errors import MptkError
 from mptk.evaluation import perplexity
@@ -37,6 +36,7 @@ from mptk.program import Program
 from mptk.verification import REPORT, changes_of, proof_stages, read_report, require, weights_digest, widened
 from passes import group, legalize
 from passes.emit_hf import check_replaceable, publish, write_checkpoint
+from passes.insert_masks import disturbed
 from passes.mask import mask
 from passes.rehome import find_home, logits_check, rehome
 from passes.stock_config import StockConfig
@@ -155,7 +155,7 @@ class Run:
             return {}
         with publish(self.out) as folder:
             if work is not None:
-                shutil.copy(work.path / "metrics.jsonl", folder)
+                work.finish(folder)
             self._emit(folder)
             self._prove(folder)
             report = self._report(folder)
@@ -169,10 +169,14 @@ class Run:
     def _prepare(self) -> None:
         """Load, trace, analyse and find legal widths."""
         s = self.settings
-        if s.method != MASKPRUNE:
-            criteria.find_criterion(s.method)
-        elif not self.steps and s.plan is None:
+        if s.method not in (MASKPRUNE, *criteria.CRITERIA):
+            raise MptkError(f"no method {s.method!r}; choose one of {', '.join((MASKPRUNE, *criteria.CRITERIA))}")
+        if self.learns and not self.steps:
             raise MptkError("maskprune learns in steps; give --steps, 100 or more, or a one-shot --method")
+        if self.learns and not s.learning.rank:
+            raise MptkError("masks are learned with LoRA; give --rank 1 or more; `mptk recover --rank 0` can follow")
+        if self.steps and s.target != "stock":
+            raise MptkError("only a stock checkpoint can be trained after the cut; use --target stock, or no --steps")
         check_replaceable(self.out)
         with self._stage("load"):
             self.loaded = models.load(self.source, trust_remote_code=s.trust_remote_code)
@@ -183,7 +187,14 @@ class Run:
             self.analysis = group.analyze(self.program)
             self.cost = CostModel(self.analysis, s.budget)
         with self._stage("legalise"):
+            if s.plan is not None:
+                self.plan = Plan.load(s.plan)
+                resolve_plan(self.analysis, self.plan)
             self.candidates = [] if s.plan else self._legalise()
+        cut = self.plan.families if s.plan is not None else self.candidates[0].widths
+        whole = [name for name in cut if not is_layered(self.analysis.family(name))]
+        if self.steps and not s.learning.rank and whole:
+            raise MptkError(f"all weights cannot be trained where {whole[0]} is cut, as norms follow it; use --rank 16")
 
     def _legalise(self) -> list[legalize.Candidate]:
         """Candidates that the model's own class holds or, if it holds none and ``rehome`` is set, another class."""
@@ -211,7 +222,7 @@ class Run:
 
     def _candidates(self, target: legalize.Target) -> list[legalize.Candidate]:
         s = self.settings
-        names = list(s.families) or legalize.default_families(self.analysis, target)
+        names = list(s.families) or self._default_families(target)
         names = [name for name in names if name not in s.keep]
         if not names and not s.widths:
             wide = ", ".join(name for name, ladder in target.ladders.items() if len(ladder) > 1) or "none"
@@ -221,6 +232,8 @@ class Run:
         for name in [*names, *s.keep, *s.widths]:
             if name not in target.ladders:
                 raise MptkError(f"no family {name!r}; there are {', '.join(target.ladders)}")
+            if self.learns and name not in s.keep and (refusal := disturbed(self.analysis, name)) is not None:
+                raise MptkError(refusal)
             if len(target.ladders[name]) == 1 and name not in s.keep:
                 why = target.refused.get(name, "no narrower width is legal")
                 raise MptkError(f"{name} cannot be cut for target {s.target}: {why}; try --target graph")
@@ -232,6 +245,11 @@ class Run:
             return candidates[:1]
         splits = len(candidates) if s.method == MASKPRUNE else SPLITS
         return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, splits)
+
+    def _default_families(self, target: legalize.Target) -> list[str]:
+        """What is cut if nothing else is said; of families that cannot fade out, masks learn none."""
+        names = legalize.default_families(self.analysis, target)
+        return [n for n in names if disturbed(self.analysis, n) is None] if self.learns else names
 
     # ---- choosing ----
 
@@ -254,19 +272,16 @@ class Run:
     def _plan(self) -> None:
         """Choose what is cut: from a file, by learning, or by scoring units and trying ways to divide the budget."""
         s = self.settings
-        if s.plan is not None:
-            self.plan = Plan.load(s.plan)
-            if self.base is not None:
-                report = read_report(self.base)
-                self.changes = changes_of(self.analysis, self.plan, self.base, report)
-                self.trained = list(report["trained"])
-        elif s.method == MASKPRUNE:
+        if self.base is not None:
+            report = read_report(self.base)
+            self.changes = changes_of(self.analysis, self.plan, self.base, report)
+        elif s.plan is None and self.learns:
             assert self.learner is not None
             with self._stage("learn masks"):
                 learned, self.changes = self.learner.learn(self.analysis, self.cost, self.candidates, 1 - s.sparsity)
             self.trained = list(self.changes)
             self.plan = self._meta(learned)
-        else:
+        elif s.plan is None:
             self._score()
 
     def _score(self) -> None:
@@ -335,7 +350,7 @@ class Run:
             saved = None if work is None else work.tensors("text")
             if saved is None:
                 both = own and s.eval_data is None
-                count = s.samples if own else max(s.samples, 2 * steps * s.learning.training.batch)
+                count = s.samples if own else max(s.samples, steps * s.learning.training.batch)
                 text = data.calibration(
                     self.model, tokenizer, s.data, (1 + both) * count, s.length, seed=s.seed, progress=say
                 )
@@ -362,8 +377,7 @@ class Run:
         if self.learner is None:
             return
         steps = self.steps - (self.learner.mask_steps if self.learns else 0)
-        if self.stock is None:
-            raise MptkError("only a stock checkpoint can be trained after the cut; use --target stock, or no --steps")
+        assert self.stock is not None
         with self._stage("recover"):
             small = self.stock.model_class(self.stock.config)
             small.load_state_dict(self.pruned.state_dict())
@@ -371,7 +385,7 @@ class Run:
         known = {name: tensor for name, tensor in trained.items() if name in self.analysis.weights}
         self.model.cpu()
         self.changes = {**self.changes, **widened(self.changed, self.plan, known)}
-        self.trained = list(dict.fromkeys([*self.trained, *known]))
+        self.trained = list(self.changes)
         self._cut()
 
     def _emit(self, folder: Path) -> None:

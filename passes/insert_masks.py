@@ -52,8 +52,10 @@ def find_places(analysis: Analysis, module: nn.Module, families: Sequence[str]) 
     places = []
     for name in families:
         family = analysis.family(name)
+        refusal = disturbed(analysis, name)
+        if refusal is not None:
+            raise MptkError(refusal)
         for layer, group in enumerate(family.groups):
-            _check(analysis.walk, family, group)
             members = _masked_members(analysis.walk, group)
             covered: set[str] = set()
             for member in members:
@@ -64,13 +66,16 @@ def find_places(analysis: Analysis, module: nn.Module, families: Sequence[str]) 
     return places
 
 
-def _check(walk: Walk, family: Family, group: Group) -> None:
-    for r in walk.reductions:
-        if r.kind in ("max", "min", "statistic") and group.axis in set(leaves(r.axis)):
-            raise MptkError(
-                f"{family.name} cannot be learned: zeros would disturb {r.node.target} in {group.layer}; "
-                "leave it out with --families, or cut it with a one-shot --method"
-            )
+def disturbed(analysis: Analysis, name: str) -> str | None:
+    """Why a family cannot fade out, or None: masked zeros would enter a softmax, a top-k or a norm's statistics."""
+    for group in analysis.family(name).groups:
+        for r in analysis.walk.reductions:
+            if r.kind in ("max", "min", "statistic") and group.axis in set(leaves(r.axis)):
+                return (
+                    f"{name} cannot be learned: zeros would disturb {r.node.target} in {group.layer}; "
+                    "leave it out with --families, or cut it with a one-shot --method"
+                )
+    return None
 
 
 def _masked_members(walk: Walk, group: Group) -> list[Member]:
@@ -217,4 +222,4 @@ def insert_masks(module: nn.Module, analysis: Analysis, families: Sequence[str],
     return InsertedMasks(module, find_places(analysis, module, families), values)
 
 
-__all__ = ["InsertedMasks", "Place", "find_places", "insert_masks"]
+__all__ = ["InsertedMasks", "Place", "disturbed", "find_places", "insert_masks"]

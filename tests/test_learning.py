@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_pruning import save
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from test_pruning import gpt2, llama_config, save  # noqa: F401 (a fixture)
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import mptk
 from mptk.errors import MptkError
@@ -26,7 +26,7 @@ from mptk.plan import Plan
 from mptk.pruning import recover
 from mptk.verification import read_report, verify
 
-TRAINING = Training(batch=4, micro=2, lr=3e-3, save_every=2, losses=Weights(lm=1.0, kl=1.0))
+TRAINING = Training(batch=4, micro=2, lr=3e-3, save_every=2)
 LEARNING = Learning(steps=12, mask_share=0.5, rank=4, training=TRAINING)
 SETTINGS = mptk.Settings(
     method="maskprune", sparsity=0.35, samples=8, length=32, multiple=8, onnx=False, learning=LEARNING
@@ -35,18 +35,7 @@ SETTINGS = mptk.Settings(
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> str:
-    config = LlamaConfig(
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=10,
-        vocab_size=97,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    return save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
+    return save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +133,7 @@ def test_two_processes_learn_what_one_learns(llama: str, learned: Path, tmp_path
 def test_a_folder_can_be_recovered_alone(llama: str, tmp_path: Path) -> None:
     one_shot = replace(SETTINGS, method="wanda", learning=Learning())
     before = mptk.prune(llama, tmp_path / "pruned", one_shot)
-    training = replace(TRAINING, lr=1e-3, losses=Weights(kl=1.0))
+    training = replace(TRAINING, lr=1e-3, losses=Weights(lm=0.0))
     after = recover(tmp_path / "pruned", tmp_path / "recovered", replace(LEARNING, steps=24, training=training))
     kl = [row["kl"] for row in metrics(tmp_path / "recovered")]
     assert sum(kl[-4:]) < 0.9 * sum(kl[:4])
@@ -168,6 +157,41 @@ def test_budgets_count_what_they_say_and_kept_families_stay_whole(llama: str, tm
     assert 1 - pruned / dense == pytest.approx(0.21, abs=0.01)
     changed = [name for name, f in report["families"].items() if f["width"] < f["of"]]
     assert changed == ["ffn"]
+
+
+def test_flaps_biases_go_through_recovery(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
+    settings = replace(
+        SETTINGS, method="flap", families=("ffn",), widths={"ffn": 48}, learning=replace(LEARNING, steps=2)
+    )
+    report = mptk.prune(gpt2, tmp_path / "out", settings)
+    assert any(name.endswith("bias") for name in report["trained"])
+    assert verify(tmp_path / "out")
+
+
+def test_experts_stay_whole_unless_they_are_asked_for(tmp_path: Path) -> None:
+    values = {**llama_config().to_dict(), "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = MixtralConfig(**{k: v for k, v in values.items() if k not in ("model_type", "architectures")})
+    mixtral = save(MixtralForCausalLM(config), tmp_path / "mixtral")
+    report = mptk.prune(mixtral, tmp_path / "out", replace(SETTINGS, learning=replace(LEARNING, steps=4)))
+    assert report["families"]["experts"]["width"] == 4
+    assert report["families"]["ffn"]["width"] < 80
+    with pytest.raises(MptkError, match="experts cannot be learned"):
+        mptk.prune(mixtral, tmp_path / "no", replace(SETTINGS, families=("experts",)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "graph"}, "only a stock checkpoint can be trained"),
+        ({"learning": replace(LEARNING, rank=0)}, "masks are learned with LoRA"),
+        ({"plan": "nowhere.json"}, "nowhere.json"),
+        ({"data": "nowhere.txt"}, "nowhere.txt"),
+    ],
+)
+def test_what_cannot_be_learned_is_said_early_and_is_no_unfinished_run(llama, tmp_path, change, message) -> None:
+    for _ in range(2):
+        with pytest.raises(MptkError, match=message):
+            mptk.prune(llama, tmp_path / "out", replace(SETTINGS, **change))
 
 
 def test_learning_without_steps_is_refused_before_any_work(llama: str, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_the_cache_gives_what_the_live_teacher_gave_and_asks_it_once(tmp_path) -
         return model(ids, use_cache=False)
 
     live = LiveTeacher(run)
-    cached = CachedTeacher(live, windows, tmp_path, k=96)
+    cached = CachedTeacher(live, tmp_path, k=96)
     rows = torch.tensor([4, 1])
     student = logits(0, 2, 9, 97)
     exact = divergence(student, live(windows[rows], rows)[0]).item()

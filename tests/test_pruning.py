@@ -41,9 +41,8 @@ def save(model: torch.nn.Module, folder: Path) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    config = LlamaConfig(
+def llama_config() -> LlamaConfig:
+    return LlamaConfig(
         hidden_size=48,
         intermediate_size=80,
         num_hidden_layers=3,
@@ -54,7 +53,11 @@ def llama(tmp_path_factory) -> str:
         bos_token_id=0,
         eos_token_id=1,
     )
-    return save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    return save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +191,7 @@ def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2, t
     ("change", "message"),
     [
         ({"sparsity": 0.97}, "no legal widths give sparsity"),
-        ({"method": "best"}, "no criterion 'best'"),
+        ({"method": "best"}, "no method 'best'; choose one of maskprune, random"),
         ({"families": ("fnn",)}, "no family 'fnn'"),
         ({"widths": {"ffn": 37}}, "ffn cannot have width 37; the nearest legal ones are"),
         ({"target": "tpu"}, "no target 'tpu'"),

@@ -54,15 +54,16 @@ def all_widths() -> list[dict[str, int]]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("budget", [0.8, 0.6, 0.4])
-def test_it_finds_the_best_widths_of_a_quadratic_and_meets_the_budget(seed: int, budget: float) -> None:
+@pytest.mark.parametrize(("budget", "steps"), [(0.8, 400), (0.6, 400), (0.4, 400), (0.6, 10)])
+def test_it_finds_the_best_widths_of_a_quadratic_and_meets_the_budget(seed: int, budget: float, steps: int) -> None:
     h = curvatures(seed)
-    solver = solve(h, budget)
+    solver = solve(h, budget, steps)
     assert resource(solver.widths()) == pytest.approx(budget, abs=0.02)
     near = [w for w in all_widths() if abs(resource(w) - budget) <= 0.02]
     best, worst = min(lost(h, w) for w in near), max(lost(h, w) for w in near)
     chosen = min(near, key=lambda w: sum(((w[c] - v) / SHAPES[c][2]) ** 2 for c, v in solver.widths().items()))
-    assert lost(h, chosen) <= 1.2 * best < worst / 1.5, (solver.widths(), chosen)
+    assert lost(h, chosen) <= (1.2 if steps > 10 else 1.3) * best, (solver.widths(), chosen)
+    assert best < worst / 1.8
 
 
 def test_it_removes_the_units_that_cost_least_and_fades_them_out() -> None:

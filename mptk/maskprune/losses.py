@@ -21,7 +21,7 @@ class Weights:
     the hidden states of all layers over their variance.
     """
 
-    lm: float = 0.0
+    lm: float = 1.0
     kl: float = 1.0
     hidden: float = 0.0
 

@@ -34,22 +34,21 @@ class LiveTeacher:
 
 
 class CachedTeacher:
-    """Keeps the top ``k`` log probabilities of every window in ``folder``; a shard is computed when first asked for."""
+    """Keeps the top ``k`` log probabilities of every window in ``folder``, each computed when first asked for."""
 
-    def __init__(self, live: LiveTeacher, windows: Tensor, folder: Path, k: int = TOP) -> None:
-        self.live, self.windows, self.folder, self.k = live, windows, folder, k
+    def __init__(self, live: LiveTeacher, folder: Path, k: int = TOP) -> None:
+        self.live, self.folder, self.k = live, folder, k
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, windows: Tensor, rows: Tensor) -> tuple[Tensor | TopLogits, Any]:
-        found = [self._window(int(row)) for row in rows]
+        found = [self._window(int(row), ids) for row, ids in zip(rows, windows, strict=True)]
         tokens, logs, rest = (torch.stack(part).to(windows.device) for part in zip(*found, strict=True))
         return TopLogits(tokens.long(), logs.float(), rest.float()), None
 
-    def _window(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _window(self, row: int, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         path = self.folder / f"{row:08d}.safetensors"
         if not path.is_file():
-            ids = self.windows[row : row + 1]
-            logits, _ = self.live(ids, torch.tensor([row]))
+            logits, _ = self.live(ids[None], torch.tensor([row]))
             assert isinstance(logits, Tensor)
             top = shorten(logits[0], self.k)
             half = {"tokens": top.tokens.int(), "logs": top.logs.half(), "rest": top.rest.half()}

@@ -97,16 +97,13 @@ class Loop:
                 self.work.log(self.phase, done, metrics)
                 if done % self.settings.save_every == 0 or done == self.steps:
                     self.work.checkpoint(self.phase, done, self._state())
-            self.accelerator.log(metrics, step=done)
+            self.accelerator.log({f"{self.phase}/{name}": value for name, value in metrics.items()}, step=done)
             self.progress(done, self.steps, metrics)
 
     def rows(self, step: int) -> Tensor:
         """Rows of the set that ``step`` takes: the set in random order, epoch after epoch, each in another order."""
         first = self.first_row + step * self.settings.batch
-        wanted = torch.arange(first, first + self.settings.batch)
-        count = len(self.windows)
-        orders = {int(e): _order(count, self.settings.seed, int(e)) for e in (wanted // count).unique()}
-        return torch.stack([orders[int(i) // count][int(i) % count] for i in wanted])
+        return shuffled(first, self.settings.batch, len(self.windows), self.settings.seed)
 
     def _step(self, step: int) -> tuple[Metrics, int]:
         a, s = self.accelerator, self.settings
@@ -123,10 +120,10 @@ class Loop:
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() * share
         metrics = {name: float(a.reduce(value, "mean")) for name, value in sums.items()}
+        metrics["gradient"] = float(a.clip_grad_norm_(self.student.parameters(), s.clip))
         self._require_finite(metrics, step)
         tokens = s.batch * self.windows.shape[1]
         metrics |= self.each_step(tokens)
-        a.clip_grad_norm_(self.student.parameters(), s.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return metrics, tokens
@@ -196,8 +193,14 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def _order(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+def shuffled(first: int, many: int, count: int, seed: int) -> Tensor:
+    """Rows at positions ``first`` … ``first + many − 1`` of ``count`` rows repeated, each epoch in another order."""
+    wanted = range(first, first + many)
+    orders = {
+        epoch: torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        for epoch in {i // count for i in wanted}
+    }
+    return torch.stack([orders[i // count][i % count] for i in wanted])
 
 
-__all__ = ["Loop", "Teacher", "Training", "schedule"]
+__all__ = ["Loop", "Metrics", "Teacher", "Training", "schedule", "shuffled"]

@@ -17,10 +17,13 @@ from torch import Tensor
 from mptk.errors import MptkError
 
 KEPT = 2
+TRACKER = "tracker"
+"""Folder of a tracker that writes files."""
 
 
 class WorkFolder:
     """``NAME.run`` beside the output folder ``NAME``: settings, text, checkpoints, metrics. Removed when all is done.
+    A run is unfinished from when its text is there.
 
     Raises:
         MptkError: an unfinished run is there and ``resume`` is False; or it was started with other settings.
@@ -34,7 +37,7 @@ class WorkFolder:
         if not state.is_main_process:
             state.wait_for_everyone()
             return
-        if file.is_file():
+        if any(self.path.glob("*.safetensors")):
             if not resume:
                 raise MptkError(f"{self.path} holds an unfinished run; add --resume to go on, or remove it")
             if file.read_text() != described:
@@ -84,6 +87,12 @@ class WorkFolder:
         if path.is_file():
             rows = [line for line in path.read_text().splitlines() if _earlier(line, phase, step)]
             _write(path, "".join(row + "\n" for row in rows))
+
+    def finish(self, folder: Path) -> None:
+        """Copy metrics and a tracker's files to ``folder``."""
+        shutil.copy(self.path / "metrics.jsonl", folder)
+        if (self.path / TRACKER).is_dir():
+            shutil.copytree(self.path / TRACKER, folder / TRACKER)
 
     def remove(self) -> None:
         shutil.rmtree(self.path)

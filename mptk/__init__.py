@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from mptk.api import analyze, bench, export, rewrite, rule, trace
     from mptk.errors import MptkError
     from mptk.plan import FamilyPlan, Plan
-    from mptk.pruning import Settings, prune
+    from mptk.pruning import prune
+    from mptk.settings import Settings
     from mptk.verification import verify
 
 __version__ = metadata.version("mptk")
@@ -36,7 +37,7 @@ _HOMES = {
     "FamilyPlan": "mptk.plan",
     "MptkError": "mptk.errors",
     "Plan": "mptk.plan",
-    "Settings": "mptk.pruning",
+    "Settings": "mptk.settings",
     "prune": "mptk.pruning",
     "verify": "mptk.verification",
 }

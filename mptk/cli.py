@@ -102,14 +102,14 @@ def analyze(
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what can be cut, to which widths, and what cannot be cut and why. Reads no weights."""
-    from mptk import api, models, pruning, report
+    from mptk import api, models, report, widths
 
     with stages(err) as progress:
         progress("trace", 0, 0)
         skeleton = models.skeleton(model, trust_remote_code=trust_remote_code)
         analysis = api.analyze(skeleton)
         progress("legal widths", 0, 0)
-        found = pruning.find_target(analysis, skeleton, target, multiple_of)
+        found = widths.find_target(analysis, skeleton, target, multiple_of)
     result = report.analysis_json(analysis, found.ladders, found.refused, model)
     write_json(json_file, result)
     out.print(report.analysis_view(result))
@@ -187,8 +187,9 @@ def prune(
     maskprune learns what to cut and trains the small model after; a one-shot method trains only if --steps is given.
     """
     from mptk import pruning, report
+    from mptk.settings import Settings
 
-    settings = pruning.Settings(
+    settings = Settings(
         sparsity=sparsity,
         budget=budget,
         method=method,

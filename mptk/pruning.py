@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 import mptk
 import passes.trace
@@ -27,62 +26,23 @@ from mptk.cost import CostModel, is_layered
 from mptk.cut import resolve_plan
 from mptk.errors import MptkError
 from mptk.evaluation import perplexity
-from mptk.families import Analysis
 from mptk.learning import Learner, Learning, removed_at_zero, take_over
 from mptk.maskprune.reconstruct import replaced
 from mptk.maskprune.work import WorkFolder
 from mptk.plan import Plan
 from mptk.program import Program
+from mptk.settings import MASKPRUNE, Settings
 from mptk.verification import REPORT, changes_of, proof_stages, read_report, require, weights_digest, widened
+from mptk.widths import Search
 from passes import group, legalize
 from passes.emit_hf import check_replaceable, publish, write_checkpoint
-from passes.insert_masks import disturbed
 from passes.mask import mask
 from passes.rehome import find_home, logits_check, rehome
 from passes.stock_config import StockConfig
 from passes.verify import TOLERANCE, prove
 
-MASKPRUNE = "maskprune"
 DEFAULT_STEPS = 200
 PROOF_SHAPE = (2, 48)
-SPLITS = 6
-"""How many ways to divide the budget among families are tried on calibration text."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What ``prune`` is asked for. ``widths`` fixes families' widths, ``plan`` fixes everything.
-
-    ``rehome``: where the model's own config class refuses the cut, another class may hold it (``passes/rehome.py``).
-    ``budget``: what sparsity is a share of (``cost.BUDGETS``); ``keep``: families that stay whole. ``reconstruct``:
-    whether what is left of a layer takes over for what was removed (``maskprune/reconstruct.py``); None: for MaskPrune
-    only. ``learning`` says how to train; a one-shot method trains only after the cut. ``resume`` goes on with an
-    unfinished run.
-    """
-
-    sparsity: float = 0.3
-    method: str = "maskprune"
-    data: str = "self"
-    samples: int = 32
-    length: int = 256
-    eval_data: str | None = None
-    eval_windows: int = 40
-    eval_length: int = 512
-    budget: str = "params"
-    families: tuple[str, ...] = ()
-    keep: tuple[str, ...] = ()
-    widths: Mapping[str, int] = field(default_factory=dict)
-    plan: str | None = None
-    target: str = "stock"
-    multiple: int = legalize.MULTIPLE
-    tolerance: float = 0.01
-    onnx: bool = True
-    seed: int = 0
-    trust_remote_code: bool = False
-    rehome: bool = False
-    reconstruct: bool | None = None
-    learning: Learning = field(default_factory=Learning)
-    resume: bool = False
 
 
 def prune(
@@ -190,66 +150,11 @@ class Run:
             if s.plan is not None:
                 self.plan = Plan.load(s.plan)
                 resolve_plan(self.analysis, self.plan)
-            self.candidates = [] if s.plan else self._legalise()
+            self.candidates = [] if s.plan else Search(self.analysis, self.cost, self.model, s).candidates()
         cut = self.plan.families if s.plan is not None else self.candidates[0].widths
         whole = [name for name in cut if not is_layered(self.analysis.family(name))]
         if self.steps and not s.learning.rank and whole:
             raise MptkError(f"all weights cannot be trained where {whole[0]} is cut, as norms follow it; use --rank 16")
-
-    def _legalise(self) -> list[legalize.Candidate]:
-        """Candidates that the model's own class holds or, if it holds none and ``rehome`` is set, another class."""
-        s = self.settings
-        try:
-            return self._candidates(find_target(self.analysis, self.model, s.target, s.multiple))
-        except MptkError as error:
-            candidates, home = self._elsewhere()
-            if home is None:
-                raise
-            if not s.rehome:
-                raise MptkError(f"{error}; or give --rehome: {home} holds them with equal logits") from error
-            return candidates
-
-    def _elsewhere(self) -> tuple[list[legalize.Candidate], str | None]:
-        """Candidates that only another class than the model's own would hold, and that class's name."""
-        s = self.settings
-        if s.target != "stock":
-            return [], None
-        try:
-            candidates = self._candidates(legalize.stock_target(self.analysis, self.model, s.multiple, rehome=True))
-        except MptkError:
-            return [], None
-        return candidates, find_home(self.analysis, self.model, candidates[0].widths)
-
-    def _candidates(self, target: legalize.Target) -> list[legalize.Candidate]:
-        s = self.settings
-        names = list(s.families) or self._default_families(target)
-        names = [name for name in names if name not in s.keep]
-        if not names and not s.widths:
-            wide = ", ".join(name for name, ladder in target.ladders.items() if len(ladder) > 1) or "none"
-            raise MptkError(
-                f"no family that repeats over layers can be cut for target {s.target}; name --families: {wide}"
-            )
-        for name in [*names, *s.keep, *s.widths]:
-            if name not in target.ladders:
-                raise MptkError(f"no family {name!r}; there are {', '.join(target.ladders)}")
-            if self.learns and name not in s.keep and (refusal := disturbed(self.analysis, name)) is not None:
-                raise MptkError(refusal)
-            if len(target.ladders[name]) == 1 and name not in s.keep:
-                why = target.refused.get(name, "no narrower width is legal")
-                raise MptkError(f"{name} cannot be cut for target {s.target}: {why}; try --target graph")
-        target = fixed(target, s.widths)
-        candidates = legalize.find_candidates(self.cost, target, [*dict.fromkeys([*names, *s.widths])], s.sparsity)
-        if set(names) <= set(s.widths):
-            if not candidates:
-                raise MptkError(f"the stock class refuses these widths together: {target.accepts(s.widths)}")
-            return candidates[:1]
-        splits = len(candidates) if s.method == MASKPRUNE else SPLITS
-        return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, splits)
-
-    def _default_families(self, target: legalize.Target) -> list[str]:
-        """What is cut if nothing else is said; of families that cannot fade out, masks learn none."""
-        names = legalize.default_families(self.analysis, target)
-        return [n for n in names if disturbed(self.analysis, n) is None] if self.learns else names
 
     # ---- choosing ----
 
@@ -485,26 +390,6 @@ class Run:
     def _stage(self, name: str) -> Any:
         self.progress(name, 0, 0)
         return self.log.stage(name)
-
-
-def find_target(analysis: Analysis, model: Any, target: str, multiple: int) -> legalize.Target:
-    """Legal widths for ``stock`` (the model's own transformers class) or ``graph`` (what the graph's ops accept)."""
-    if target == "graph" or not isinstance(model, PreTrainedModel):
-        return legalize.graph_target(analysis, multiple)
-    if target != "stock":
-        raise MptkError(f"no target {target!r}; choose stock or graph")
-    return legalize.stock_target(analysis, model, multiple)
-
-
-def fixed(target: legalize.Target, widths: Mapping[str, int]) -> legalize.Target:
-    """The target with some families' widths given. Raises MptkError for one that is not legal."""
-    for name, width in widths.items():
-        if width not in target.ladders[name]:
-            legal = target.ladders[name]
-            near = sorted(legal, key=lambda w: abs(w - width))[:3]
-            raise MptkError(f"{name} cannot have width {width}; the nearest legal ones are {sorted(near)}")
-    ladders = {n: (widths[n],) if n in widths else ladder for n, ladder in target.ladders.items()}
-    return legalize.Target(ladders, target.refused, target.accepts)
 
 
 def loss(program: Program, windows: Tensor) -> float:

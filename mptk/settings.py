@@ -1,0 +1,47 @@
+"""settings: what ``prune`` is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mptk.learning import Learning
+from passes import legalize
+
+MASKPRUNE = "maskprune"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``prune`` is asked for. ``widths`` fixes families' widths, ``plan`` fixes everything.
+
+    ``rehome``: where the model's own config class refuses the cut, another class may hold it (``passes/rehome.py``).
+    ``budget``: what sparsity is a share of (``cost.BUDGETS``); ``keep``: families that stay whole. ``reconstruct``:
+    whether what is left of a layer takes over for what was removed (``maskprune/reconstruct.py``); None: for MaskPrune
+    only. ``learning`` says how to train; a one-shot method trains only after the cut. ``resume`` goes on with an
+    unfinished run.
+    """
+
+    sparsity: float = 0.3
+    method: str = "maskprune"
+    data: str = "self"
+    samples: int = 32
+    length: int = 256
+    eval_data: str | None = None
+    eval_windows: int = 40
+    eval_length: int = 512
+    budget: str = "params"
+    families: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    widths: Mapping[str, int] = field(default_factory=dict)
+    plan: str | None = None
+    target: str = "stock"
+    multiple: int = legalize.MULTIPLE
+    tolerance: float = 0.01
+    onnx: bool = True
+    seed: int = 0
+    trust_remote_code: bool = False
+    rehome: bool = False
+    reconstruct: bool | None = None
+    learning: Learning = field(default_factory=Learning)
+    resume: bool = False

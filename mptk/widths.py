@@ -1,0 +1,110 @@
+"""widths: the legal widths that meet what ``prune`` is asked for, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from mptk.cost import CostModel
+from mptk.errors import MptkError
+from mptk.families import Analysis
+from mptk.settings import MASKPRUNE, Settings
+from passes import legalize
+from passes.insert_masks import disturbed
+from passes.rehome import find_home
+
+SPLITS = 6
+"""How many ways to divide the budget among families a one-shot method tries on calibration text."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """Legal widths of an analysed model. ``candidates`` gives those that meet the settings, most alike first."""
+
+    analysis: Analysis
+    cost: CostModel
+    model: Any
+    settings: Settings
+
+    def candidates(self) -> list[legalize.Candidate]:
+        """Candidates that the model's own class holds or, if it holds none and ``rehome`` is set, another class.
+
+        Raises:
+            MptkError: no legal widths meet the budget (the message names the nearest), or a family cannot be cut.
+        """
+        s = self.settings
+        try:
+            return self._within(find_target(self.analysis, self.model, s.target, s.multiple))
+        except MptkError as error:
+            candidates, home = self._elsewhere()
+            if home is None:
+                raise
+            if not s.rehome:
+                raise MptkError(f"{error}; or give --rehome: {home} holds them with equal logits") from error
+            return candidates
+
+    def _elsewhere(self) -> tuple[list[legalize.Candidate], str | None]:
+        """Candidates that only another class than the model's own would hold, and that class's name."""
+        s = self.settings
+        if s.target != "stock":
+            return [], None
+        try:
+            candidates = self._within(legalize.stock_target(self.analysis, self.model, s.multiple, rehome=True))
+        except MptkError:
+            return [], None
+        return candidates, find_home(self.analysis, self.model, candidates[0].widths)
+
+    def _within(self, target: legalize.Target) -> list[legalize.Candidate]:
+        s = self.settings
+        names = list(s.families) or self._default_families(target)
+        names = [name for name in names if name not in s.keep]
+        if not names and not s.widths:
+            wide = ", ".join(name for name, ladder in target.ladders.items() if len(ladder) > 1) or "none"
+            raise MptkError(
+                f"no family that repeats over layers can be cut for target {s.target}; name --families: {wide}"
+            )
+        for name in [*names, *s.keep, *s.widths]:
+            if name not in target.ladders:
+                raise MptkError(f"no family {name!r}; there are {', '.join(target.ladders)}")
+            if s.method == MASKPRUNE and name not in s.keep and (refusal := disturbed(self.analysis, name)) is not None:
+                raise MptkError(refusal)
+            if len(target.ladders[name]) == 1 and name not in s.keep:
+                why = target.refused.get(name, "no narrower width is legal")
+                raise MptkError(f"{name} cannot be cut for target {s.target}: {why}; try --target graph")
+        target = fixed(target, s.widths)
+        candidates = legalize.find_candidates(self.cost, target, [*dict.fromkeys([*names, *s.widths])], s.sparsity)
+        if set(names) <= set(s.widths):
+            if not candidates:
+                raise MptkError(f"the stock class refuses these widths together: {target.accepts(s.widths)}")
+            return candidates[:1]
+        splits = len(candidates) if s.method == MASKPRUNE else SPLITS
+        return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, splits)
+
+    def _default_families(self, target: legalize.Target) -> list[str]:
+        """What is cut if nothing else is said; of families that cannot fade out, masks learn none."""
+        names = legalize.default_families(self.analysis, target)
+        learns = self.settings.method == MASKPRUNE
+        return [n for n in names if disturbed(self.analysis, n) is None] if learns else names
+
+
+def find_target(analysis: Analysis, model: Any, target: str, multiple: int) -> legalize.Target:
+    """Legal widths for ``stock`` (the model's own transformers class) or ``graph`` (what the graph's ops accept)."""
+    if target == "graph" or not isinstance(model, PreTrainedModel):
+        return legalize.graph_target(analysis, multiple)
+    if target != "stock":
+        raise MptkError(f"no target {target!r}; choose stock or graph")
+    return legalize.stock_target(analysis, model, multiple)
+
+
+def fixed(target: legalize.Target, widths: Mapping[str, int]) -> legalize.Target:
+    """The target with some families' widths given. Raises MptkError for one that is not legal."""
+    for name, width in widths.items():
+        if width not in target.ladders[name]:
+            legal = target.ladders[name]
+            near = sorted(legal, key=lambda w: abs(w - width))[:3]
+            raise MptkError(f"{name} cannot have width {width}; the nearest legal ones are {sorted(near)}")
+    ladders = {n: (widths[n],) if n in widths else ladder for n, ladder in target.ladders.items()}
+    return legalize.Target(ladders, target.refused, target.accepts)

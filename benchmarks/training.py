@@ -148,6 +148,8 @@ def main(
     quick: Annotated[bool, typer.Option("--quick")] = False,
 ) -> None:
     rounds = 2 if quick else rounds
+    # First: a process starts with its parent's largest size.
+    memory = {name: peak_memory(name) for name in ("plain", "masks")}
     steps = {name: make() for name, make in VARIANTS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     epochs = len(windows()) // BATCH
@@ -170,7 +172,6 @@ def main(
         }
         for name, median in medians.items()
     ]
-    memory = {name: peak_memory(name) for name in ("plain", "masks")}
     for row in rows:
         if row["variant"] in memory:
             row["peak_bytes"] = memory[row["variant"]]

@@ -131,7 +131,7 @@ def _candidates(config: PreTrainedConfig) -> list[type[PreTrainedConfig]]:
     own = _names(type(config))
     default = type(config)().to_dict()
     used = {k for k, v in config.to_dict().items() if k in own and v != default.get(k)}
-    others = [c for c in MODEL_FOR_CAUSAL_LM_MAPPING if dataclasses.is_dataclass(c) and c is not type(config)]
+    others = [c for c in MODEL_FOR_CAUSAL_LM_MAPPING if _stock(c) and c is not type(config)]
 
     def distance(other: type[PreTrainedConfig]) -> tuple[int, int, str]:
         names = _names(other)
@@ -139,6 +139,11 @@ def _candidates(config: PreTrainedConfig) -> list[type[PreTrainedConfig]]:
 
     nearest = sorted(others, key=distance)[:CANDIDATES]
     return sorted(nearest, key=lambda c: len(_names(c) - own) - len(_off(c, _names(c) - own)))
+
+
+def _stock(cls: type[PreTrainedConfig]) -> bool:
+    """Not one that a program or a repository's code has registered: the folder must load without that."""
+    return cls.__module__.startswith("transformers.") and dataclasses.is_dataclass(cls)
 
 
 def _names(cls: type[PreTrainedConfig]) -> set[str]:

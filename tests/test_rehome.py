@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import filecmp
 import json
 from pathlib import Path
@@ -55,7 +56,9 @@ def rehomed(llama, tmp_path_factory) -> Path:
         "48",
     ]
     run = CliRunner().invoke(
-        app, ["prune", llama, "--out", str(out), *words, "--multiple-of", "8", "--no-onnx", "--rehome"]
+        app,
+        ["prune", llama, "--out", str(out), *words, "--multiple-of", "8", "--no-onnx", "--rehome"],
+        catch_exceptions=False,
     )
     assert run.exit_code == 0, run.output
     return out
@@ -121,3 +124,18 @@ def test_the_own_class_is_kept_where_it_holds_the_cut(llama, tmp_path):
     )
     mptk.prune(llama, tmp_path / "out", settings)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_class_that_a_program_registered_is_no_home(rehomed, llama, tmp_path, monkeypatch):
+    """Its folder would not load where that program is not."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    class Registered(LlamaConfig):
+        model_type = "registered"
+
+    class RegisteredForCausalLM(LlamaForCausalLM):
+        config_class = Registered
+
+    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, Registered, RegisteredForCausalLM)
+    mptk.prune(llama, tmp_path / "out", dataclasses.replace(REFUSED, onnx=False, rehome=True))
+    assert filecmp.cmp(tmp_path / "out" / "config.json", rehomed / "config.json", shallow=False)

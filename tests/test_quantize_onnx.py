@@ -1,0 +1,118 @@
+"""Quantised decoders: how near to float32, how small, and as indifferent to padding."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import onnx
+import pytest
+from tiny_decoders import BIASED, CONFIGS, FUSED, GROUPED, tiny_decoder
+
+from mptk.errors import MptkError
+from mptk.runtime import OrtDecoder
+from passes.emit_onnx import emit_onnx
+from passes.quantize_onnx import BLOCK, SCHEMES, quantize_onnx, quantize_rows
+from passes.trace_decoder import trace_decoder
+
+RNG = np.random.default_rng(0)
+ERROR = {"int8": 0.08, "int4": 0.9, "fp16": 0.01}
+"""Of the logits, root mean square over their deviation: weights here are as spread as can be, without outliers."""
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def source(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("onnx")
+    return emit_onnx(trace_decoder(tiny_decoder(request.param)), folder, metadata={"plan_sha256": "0a1b"})
+
+
+@pytest.fixture(scope="module")
+def plain(source):
+    return OrtDecoder(source, threads=1)
+
+
+@pytest.fixture(scope="module", params=list(SCHEMES))
+def quantized(request, source):
+    return request.param, OrtDecoder(quantize_onnx(source, request.param), threads=1)
+
+
+def error(found, expected) -> float:
+    return float(np.sqrt(np.square(found - expected).mean()) / expected.std())
+
+
+def test_prefill_and_decoding_stay_near_float32(plain, quantized):
+    scheme, decoder = quantized
+    ids = RNG.integers(3, 97, (2, 11))
+    expected, expected_cache = plain.prefill(ids[:, :8])
+    logits, cache = decoder.prefill(ids[:, :8])
+    assert logits.dtype == np.float32
+    assert 0 < error(logits, expected) < ERROR[scheme]
+    for step in range(8, 11):
+        expected, expected_cache = plain.decode(ids[:, step : step + 1], expected_cache)
+        logits, cache = decoder.decode(ids[:, step : step + 1], cache)
+        assert error(logits, expected) < ERROR[scheme]
+
+
+def test_a_left_padded_prompt_gets_the_logits_it_gets_alone(quantized):
+    _, decoder = quantized
+    prompts = [RNG.integers(3, 97, length) for length in (9, 2, 5, 1, 7, 3, 8, 4)]
+    ids, mask = np.full((8, 9), 3), np.zeros((8, 9), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, 9 - len(prompt) :], mask[row, 9 - len(prompt) :] = prompt, 1
+    together, _ = decoder.prefill(ids, mask)
+    for row, prompt in enumerate(prompts):
+        alone, _ = decoder.prefill(prompt[None])
+        scale = np.abs(alone).max()
+        np.testing.assert_allclose(together[row, 9 - len(prompt) :] / scale, alone[0] / scale, atol=1e-4)
+
+
+def test_no_table_or_product_stays_float32(source):
+    """Neither the embedding, nor the output projection, nor a product with a weight, for each kind of decoder."""
+    for scheme in ("int8", "int4"):
+        model = onnx.load(quantize_onnx(source, scheme))
+        large = {
+            w.name for w in model.graph.initializer if w.data_type == onnx.TensorProto.FLOAT and w.dims[1:] == [48]
+        }
+        positions = {w.name for w in model.graph.initializer if w.dims[:1] in ([64], [66])}
+        assert not large - positions
+        weights = {w.name for w in model.graph.initializer}
+        assert not [n for n in model.graph.node if n.op_type in ("MatMul", "Gemm") and set(n.input) & weights]
+
+
+def test_a_tied_table_is_stored_once_and_names_stay(tmp_path):
+    model = tiny_decoder(GROUPED, tie_word_embeddings=True, vocab_size=2048)
+    source = emit_onnx(trace_decoder(model), tmp_path, metadata={"plan_sha256": "0a1b"})
+    file = quantize_onnx(source, "int8")
+    size = sum(f.stat().st_size for f in tmp_path.glob(f"{file.name}*"))
+    table = 2048 * 64 * (1 + 2 * 4 / BLOCK)  # 48 columns take two blocks; the scales are stored for either use
+    assert table < size < 1.5 * table, "once, and the two layers"
+    plain, quantized = (onnx.load(f, load_external_data=False) for f in (source, file))
+    for values in ("input", "output"):
+        assert [v.name for v in getattr(plain.graph, values)] == [v.name for v in getattr(quantized.graph, values)]
+    metadata = {entry.key: entry.value for entry in quantized.metadata_props}
+    assert (metadata["plan_sha256"], metadata["quantization"]) == ("0a1b", "int8")
+    assert source.is_file()
+
+
+def test_rows_are_rounded_to_the_nearest_step():
+    table = RNG.standard_normal((5, 40)).astype(np.float32)
+    table[2] = 0
+    blocks, scales = quantize_rows(table)
+    assert blocks.shape == (5, 2, BLOCK)
+    back = ((blocks.astype(np.float32) - 128) * scales).reshape(5, -1)
+    assert np.abs(back[:, :40] - table).max() <= scales.max() * 0.5001
+    assert not back[:, 40:].any()
+
+
+def test_an_unknown_scheme_is_named_and_nothing_is_written(tmp_path):
+    source = emit_onnx(trace_decoder(tiny_decoder(BIASED, num_hidden_layers=1)), tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(MptkError, match=r"no scheme 'int3'.*int8, int4, fp16"):
+        quantize_onnx(source, "int3")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_logging_is_left_as_it_was(tmp_path):
+    before = logging.root.level, logging.root.handlers[:], logging.root.manager.disable
+    quantize_onnx(emit_onnx(trace_decoder(tiny_decoder(FUSED, n_layer=1)), tmp_path), "int4")
+    assert (logging.root.level, logging.root.handlers[:], logging.root.manager.disable) == before

@@ -16,20 +16,22 @@ import mptk
 import passes.trace
 from mptk import models, pipeline
 from mptk.bench import Bench, bench_decoders
+from mptk.checkpoint import save_tokenizer
 from mptk.cut import resolve_plan
 from mptk.errors import MptkError
 from mptk.families import Analysis
 from mptk.plan import Plan
 from mptk.program import Program
 from passes import group
-from passes.emit_hf import publish
+from passes.emit_hf import check_replaceable, publish
 from passes.emit_onnx import emit_onnx
 from passes.fold_norms import fold_norms
+from passes.quantize_onnx import check_schemes, quantize_onnx
 from passes.rewrite import rewrite_cut
 from passes.rules.table import rule
-from passes.trace_decoder import trace_decoder
+from passes.trace_decoder import Logits, trace_decoder
 
-__all__ = ["Progress", "analyze", "bench", "cut_program", "export", "rewrite", "rule", "trace"]
+__all__ = ["Progress", "analyze", "bench", "cut_program", "export", "export_folder", "rewrite", "rule", "trace"]
 
 Progress = Callable[..., None]
 """Called with the name of a stage, how much of it is done and how much there is; when training, with figures too."""
@@ -85,19 +87,67 @@ def cut_program(analysis: Analysis, plan: Plan, log: pipeline.Log) -> tuple[Prog
     return pipeline.run(analysis.program, steps, log), epsilons
 
 
-def export(model: PreTrainedModel, folder: str | Path, *, plan: Plan | None = None, **metadata: str) -> Path:
+def export(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    plan: Plan | None = None,
+    logits: Logits = "all",
+    quantize: Sequence[str] = (),
+    **metadata: str,
+) -> Path:
     """Write a causal language model as ONNX with a KV cache, cut to ``plan`` if one is given.
 
     Names, dynamic axes and external data follow the ecosystem (``docs/onnx.md``). Returns the folder.
 
+    Args:
+        model: with real weights; of any float type, the graph is in that type.
+        folder: made if missing.
+        logits: of ``"all"`` positions or the ``"last"`` alone, which saves a sixth of a small model's prefill.
+        quantize: ``passes.quantize_onnx.SCHEMES`` to write as well, each as ``model_SCHEME.onnx``.
+
     Raises:
-        MptkError: the model keeps another state than keys and values; torch.export or the exporter refuses it.
+        MptkError: the model keeps another state than keys and values; torch.export or the exporter refuses it; there
+            is no such scheme.
     """
-    program = trace_decoder(model)
+    program = trace_decoder(model, logits=logits)
     if plan is not None:
         program, _ = cut_program(group.analyze(program), plan, pipeline.Log())
         metadata["plan_sha256"] = plan_digest(plan)
-    return emit_onnx(program, Path(folder), metadata={"mptk_version": mptk.__version__, **metadata})
+    file = emit_onnx(program, Path(folder), metadata={"mptk_version": mptk.__version__, **metadata})
+    for scheme in quantize:
+        quantize_onnx(file, scheme)
+    return Path(folder)
+
+
+def export_folder(
+    model: str,
+    out: str | Path,
+    *,
+    logits: Logits = "all",
+    quantize: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write any causal language model as a folder that ONNX consumers take: config, tokenizer and ``onnx/``.
+
+    Raises:
+        MptkError: as ``export``; or ``out`` exists and was not made by mptk.
+    """
+    say = progress or (lambda *_: None)
+    check_replaceable(Path(out))
+    check_schemes(quantize)
+    say("load", 0, 0)
+    loaded = models.load(model, trust_remote_code=trust_remote_code)
+    with publish(Path(out)) as folder:
+        say("export ONNX", 0, 0)
+        export(loaded.model, folder / "onnx", logits=logits, quantize=quantize, source=model)
+        loaded.model.config.save_pretrained(folder)
+        if loaded.model.generation_config is not None:
+            loaded.model.generation_config.save_pretrained(folder)
+        if loaded.tokenizer is not None:
+            save_tokenizer(loaded.tokenizer, folder)
+    return Path(out)
 
 
 def plan_digest(plan: Plan) -> str:

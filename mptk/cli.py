@@ -1,4 +1,4 @@
-"""The command line: ``mptk analyze | prune | recover | verify | eval | bench | report | models | fetch``."""
+"""The command line: each command of ``mptk`` is a function here, its options the function's arguments."""
 
 from __future__ import annotations
 
@@ -115,6 +115,10 @@ def analyze(
     out.print(report.analysis_view(result))
 
 
+Onnx = Annotated[bool, typer.Option(help="Write ONNX with a KV cache.")]
+Logits = Annotated[str, typer.Option(help="What the ONNX graph gives: logits of all positions, or of the last alone.")]
+Quantize = Annotated[str, typer.Option(help="ONNX graphs to write as well: int8, int4, fp16, comma-separated.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads of an operator; 0: as many as there are cores.")]
 Steps = Annotated[int | None, typer.Option(min=0, help="Training steps in all.")]
 Batch = Annotated[int, typer.Option(min=1, help="Windows in a step, over all processes.")]
 Micro = Annotated[int, typer.Option(min=1, help="Windows in one forward pass of one process.")]
@@ -160,7 +164,9 @@ def prune(
         bool,
         typer.Option("--rehome", help="Where the config class refuses the cut, find another that holds it."),
     ] = False,
-    onnx: Annotated[bool, typer.Option(help="Write ONNX with a KV cache.")] = True,
+    onnx: Onnx = True,
+    logits: Logits = "all",
+    quantize: Quantize = "",
     reconstruct: Annotated[
         bool | None, typer.Option(help="Fit what is left to the dense layers' outputs; maskprune does.")
     ] = None,
@@ -204,6 +210,8 @@ def prune(
         target=target,
         multiple=multiple_of,
         onnx=onnx,
+        logits=parse_logits(logits),
+        quantize=names(quantize),
         seed=seed,
         trust_remote_code=trust_remote_code,
         rehome=rehome,
@@ -234,7 +242,9 @@ def recover(
     data: Annotated[str, typer.Option(help="Training text: file, folder, datasets id, or self.")] = "self",
     eval_data: Annotated[str | None, typer.Option(help="Text for the perplexity in the report.")] = None,
     length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 256,
-    onnx: Annotated[bool, typer.Option(help="Write ONNX with a KV cache.")] = True,
+    onnx: Onnx = True,
+    logits: Logits = "all",
+    quantize: Quantize = "",
     steps: Steps = None,
     batch: Batch = 8,
     micro: Micro = 4,
@@ -263,7 +273,8 @@ def recover(
         gradient_checkpointing=gradient_checkpointing,
         tracker=tracker,
     )
-    changes = {"data": data, "eval_data": eval_data, "length": length, "onnx": onnx, "seed": seed, "resume": resume}
+    changes: dict[str, Any] = {"data": data, "eval_data": eval_data, "length": length, "seed": seed, "resume": resume}
+    changes |= {"onnx": onnx, "logits": parse_logits(logits), "quantize": names(quantize)}
     with stages(err) as progress:
         result = pruning.recover(folder, destination, settings, progress, **changes)
     if result:
@@ -285,6 +296,67 @@ def verify(
     out.print(report.proof_view([d.as_dict() for d in proof]))
 
 
+@app.command("export")
+def export_onnx(
+    model: Model,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the result; replaced only if mptk made it.")],
+    logits: Logits = "all",
+    quantize: Quantize = "",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write any causal language model as ONNX with a KV cache, with its config and tokenizer."""
+    from mptk import api
+
+    with stages(err) as progress:
+        api.export_folder(
+            model,
+            folder,
+            logits=parse_logits(logits),
+            quantize=names(quantize),
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    out.print(f"written to {folder}", soft_wrap=True)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="The --out folder of `prune` or `export`, or an .onnx file in it.")],
+    prompts: Annotated[list[str], typer.Argument(help="Text to go on with; several are run as one batch.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token; else sampled.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among so many likeliest tokens; 0: all.")] = 50,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest of this share.")] = 1.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    threads: Threads = 0,
+) -> None:
+    """Generate text in ONNX Runtime: one prompt is streamed, several are run as one batch."""
+    from transformers import TextStreamer
+
+    from mptk.generation import Sampling, TextGenerator
+
+    runner = TextGenerator(model, threads=threads)
+    encoded = [runner.encode(prompt, chat=chat) for prompt in prompts]
+    sampling = Sampling(temperature, top_k, top_p)
+    steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed)
+    if len(prompts) == 1:
+        streamer = TextStreamer(runner.tokenizer, skip_special_tokens=True)
+        for (token,) in steps:
+            streamer.put(torch_ids(token))
+        streamer.end()
+    else:
+        for prompt, row in zip(prompts, zip(*steps, strict=True), strict=True):
+            text = runner.tokenizer.decode([token for token in row if token is not None], skip_special_tokens=True)
+            typer.echo(f"{prompt} ▸{text}\n")
+    speed = runner.speed
+    err.print(
+        f"{speed.prompt_tokens} prompt tokens, first token after {speed.first_s * 1000:.0f} ms; "
+        f"{speed.new_tokens} new tokens, {speed.rate:.1f} tokens/s",
+        highlight=False,
+    )
+
+
 @app.command("eval")
 def evaluate(
     model: Model,
@@ -294,15 +366,22 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated.")] = "",
     include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples a task.")] = None,
+    runtime: Annotated[str, typer.Option(help="torch, or onnx: a folder's ONNX or an .onnx file.")] = "torch",
+    threads: Threads = 0,
     json_file: Json = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Perplexity on a text, with its protocol, and lm-eval tasks."""
+    """Perplexity on a text, with its protocol, in torch or in ONNX Runtime, and lm-eval tasks."""
     from mptk import data as text
     from mptk import evaluation, models
 
     if data is None and not tasks:
         raise MptkError("nothing to evaluate; give --data TEXT for perplexity or --tasks NAMES for lm-eval")
+    if runtime == "onnx":
+        evaluate_onnx(model, data, length, windows, tasks, threads, json_file)
+        return
+    if runtime != "torch":
+        raise MptkError(f"no runtime {runtime!r}; choose torch or onnx")
     with stages(err) as progress:
         progress("load", 0, 0)
         loaded = models.load(model, trust_remote_code=trust_remote_code)
@@ -326,6 +405,29 @@ def evaluate(
         out.print(f"perplexity {result['perplexity']:.3f}  ({result['protocol']})", soft_wrap=True, highlight=False)
     if tasks:
         out.print_json(data=result["tasks"])
+
+
+def evaluate_onnx(
+    model: str, data: str | None, length: int, windows: int | None, tasks: str, threads: int, json_file: Path | None
+) -> None:
+    """`mptk eval --runtime onnx`: perplexity of an exported graph, quantised ones among them."""
+    from mptk import data as text
+    from mptk import evaluation
+    from mptk.generation import TextGenerator
+
+    if tasks or data is None:
+        raise MptkError("lm-eval tasks run in torch; give --data TEXT for perplexity with --runtime onnx")
+    with stages(err) as progress:
+        progress("load", 0, 0)
+        runner = TextGenerator(model, threads=threads)
+        measured = evaluation.perplexity(
+            runner.decoder.torch_logits,
+            text.evaluation_windows(runner.tokenizer, data, length, windows),
+            data=data,
+            progress=lambda done, total: progress("perplexity", done, total),
+        )
+    write_json(json_file, {"model": model, "perplexity": measured.value, "protocol": measured.protocol})
+    out.print(f"perplexity {measured.value:.3f}  ({measured.protocol})", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -389,6 +491,20 @@ def learning(training: tuple[Any, ...], weights: tuple[float, float, float], **s
     losses = Weights(*weights)
     loop = Training(batch=batch, micro=micro, lr=lr, save_every=save_every, seed=seed, losses=losses)
     return Learning(steps=steps, training=loop, **settings)
+
+
+def parse_logits(text: str) -> Any:
+    """``all`` or ``last``."""
+    if text not in ("all", "last"):
+        raise MptkError(f"--logits {text}: choose all or last")
+    return text
+
+
+def torch_ids(token: int | None) -> Any:
+    """One token as a streamer takes it."""
+    import torch
+
+    return torch.tensor([token])
 
 
 def parse_width(text: str) -> tuple[str, int]:

@@ -31,12 +31,14 @@ from mptk.maskprune.reconstruct import replaced
 from mptk.maskprune.work import WorkFolder
 from mptk.plan import Plan
 from mptk.program import Program
+from mptk.runtime import OrtDecoder
 from mptk.settings import MASKPRUNE, Settings
 from mptk.verification import REPORT, changes_of, proof_stages, read_report, require, weights_digest, widened
 from mptk.widths import Search
 from passes import group, legalize
 from passes.emit_hf import check_replaceable, publish, write_checkpoint
 from passes.mask import mask
+from passes.quantize_onnx import check_schemes
 from passes.rehome import find_home, logits_check, rehome
 from passes.stock_config import StockConfig
 from passes.verify import TOLERANCE, prove
@@ -138,6 +140,7 @@ class Run:
         if self.steps and s.target != "stock":
             raise MptkError("only a stock checkpoint can be trained after the cut; use --target stock, or no --steps")
         check_replaceable(self.out)
+        check_schemes(s.quantize)
         with self._stage("load"):
             self.loaded = models.load(self.source, trust_remote_code=s.trust_remote_code)
         self.model = self.loaded.model
@@ -331,7 +334,8 @@ class Run:
         try:
             folder.mkdir()
             with replaced(self.model, self.changes):
-                export(self.model, folder, plan=self.plan, source=self.source)
+                s = self.settings
+                export(self.model, folder, plan=self.plan, logits=s.logits, quantize=s.quantize, source=self.source)
         except MptkError as error:
             folder.rmdir()
             self.notes.append(f"no ONNX: {error}")
@@ -358,9 +362,27 @@ class Run:
             result[name], result["protocol"] = round(measured.value, 4), measured.protocol
         return result
 
+    def _quantized(self, folder: Path) -> dict[str, Any]:
+        """Each quantised graph's size and its perplexity in ONNX Runtime on the evaluation windows."""
+        result: dict[str, Any] = {}
+        for scheme in self.settings.quantize if (folder / "onnx").is_dir() else ():
+            file = folder / "onnx" / f"model_{scheme}.onnx"
+            size = sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
+            result[scheme] = {"file": str(file.relative_to(folder)), "bytes": size}
+            if self.settings.logits == "all":
+
+                def say(done: int, total: int, stage: str = f"perplexity ({scheme})") -> None:
+                    self.progress(stage, done, total)
+
+                run = OrtDecoder(file).torch_logits
+                measured = perplexity(run, self.eval_windows, data=self.eval_source, progress=say)
+                result[scheme]["perplexity"] = round(measured.value, 4)
+        return result
+
     def _report(self, folder: Path) -> dict[str, Any]:
         with self._stage("perplexity"):
             quality = self._perplexity()
+            quantized = self._quantized(folder)
         dense, pruned = self.cost.dense, self.cost(self.plan.widths)
         files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
         return {
@@ -378,6 +400,7 @@ class Run:
             "trained": self.trained,
             "weights_sha256": weights_digest(folder),
             "perplexity": quality,
+            "quantized": quantized,
             "proof": [d.as_dict() for d in self.proof],
             "proof_tokens": self.tokens.tolist(),
             "config_changes": {} if self.stock is None else {k: list(v) for k, v in self.stock.changes.items()},

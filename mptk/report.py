@@ -159,6 +159,9 @@ def prune_view(report: Mapping[str, Any]) -> Lines:
         cost.add_row(label, f"{dense[key]:,}", f"{pruned[key]:,}", f"{1 - pruned[key] / dense[key]:.1%}")
     quality = report["perplexity"]
     cost.add_row("perplexity", f"{quality['dense']:.2f}", f"{quality['pruned']:.2f}", "")
+    for scheme, q in report.get("quantized", {}).items():
+        measured = f"{q['perplexity']:.2f}" if "perplexity" in q else ""
+        cost.add_row(f"perplexity, {scheme} in ONNX Runtime", "", measured, f"{q['bytes'] / 1e6:.0f} MB")
     notes = [Text(f"perplexity: {quality['protocol']}"), *map(Text, report["notes"])]
     return Lines(widths, cost, *notes, proof_view(report["proof"]))
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
+import torch
+from torch import Tensor
 
 from mptk.errors import MptkError
 
@@ -35,18 +37,26 @@ class Cache:
 
 
 def onnx_file(path: str | Path) -> Path:
-    """``path`` itself, or the ``model.onnx`` in it. Raises MptkError if there is none."""
-    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise MptkError(f"there is no {file}; export the model to ONNX first")
-    return file
+    """``path`` itself, or the ``model.onnx`` in it or in its folder ``onnx``. Raises MptkError if there is none."""
+    path = Path(path)
+    places = [path / FILE, path / "onnx" / FILE] if path.is_dir() else [path]
+    for file in places:
+        if file.is_file():
+            return file
+    raise MptkError(f"there is no {places[0]}; make one with `mptk export MODEL --out DIR`")
+
+
+def model_folder(path: str | Path) -> Path:
+    """Where the config and tokenizer of a decoder are: the folder given, or that of the file, or the one above."""
+    folder = onnx_file(path).parent
+    return folder.parent if folder.name == "onnx" else folder
 
 
 class OrtDecoder:
     """An ONNX decoder with the inputs and outputs of ``passes/emit_onnx.py``, on the CPU.
 
     Args:
-        path: a folder with ``model.onnx``, or the file.
+        path: a folder with ``model.onnx`` or ``onnx/model.onnx``, or the file.
         threads: threads of one operator; 0: as many as there are cores.
 
     Raises:
@@ -88,6 +98,17 @@ class OrtDecoder:
     def logits(self, ids: Ids) -> Logits:
         """Logits of whole sequences without padding: [batch, sequence or 1, vocab]."""
         return self.prefill(ids)[0]
+
+    def torch_logits(self, ids: Tensor) -> Tensor:
+        """``logits`` for torch: what perplexity is measured with. Raises MptkError where they are the last alone."""
+        if self.last_only:
+            raise MptkError("the graph gives logits of the last position alone; export it with --logits all")
+        return torch.from_numpy(self.logits(ids.numpy()))
+
+    @property
+    def last_only(self) -> bool:
+        """Whether the graph gives logits of the last position alone."""
+        return bool(self.session.get_outputs()[0].shape[1] == 1)
 
     def empty(self, batch: int) -> Cache:
         """A cache of no positions."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mptk.learning import Learning
 from passes import legalize
@@ -18,8 +19,8 @@ class Settings:
     ``rehome``: where the model's own config class refuses the cut, another class may hold it (``passes/rehome.py``).
     ``budget``: what sparsity is a share of (``cost.BUDGETS``); ``keep``: families that stay whole. ``reconstruct``:
     whether what is left of a layer takes over for what was removed (``maskprune/reconstruct.py``); None: for MaskPrune
-    only. ``learning`` says how to train; a one-shot method trains only after the cut. ``resume`` goes on with an
-    unfinished run.
+    only. ``logits`` and ``quantize`` are as in ``api.export``. ``learning`` says how to train; a one-shot method trains
+    only after the cut. ``resume`` goes on with an unfinished run.
     """
 
     sparsity: float = 0.3
@@ -39,6 +40,8 @@ class Settings:
     multiple: int = legalize.MULTIPLE
     tolerance: float = 0.01
     onnx: bool = True
+    logits: Literal["all", "last"] = "all"
+    quantize: tuple[str, ...] = ()
     seed: int = 0
     trust_remote_code: bool = False
     rehome: bool = False

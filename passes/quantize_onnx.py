@@ -20,7 +20,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,7 @@ def quantize_onnx(source: Path, scheme: str) -> Path:
     Raises:
         MptkError: there is no such scheme.
     """
-    if scheme not in SCHEMES:
-        raise MptkError(f"no scheme {scheme!r} to quantise by; choose one of {', '.join(SCHEMES)}")
+    check_schemes([scheme])
     model = common.ClearMetadataAndDocStringPass()(ir.load(source)).model
     ir.external_data.load_to_model(model)
     for index, node in enumerate(model.graph):
@@ -73,6 +72,13 @@ def quantize_onnx(source: Path, scheme: str) -> Path:
     quantized.graph.sort()
     quantized.metadata_props.update({**model.metadata_props, "quantization": scheme})
     return _save(quantized, source.with_name(f"{source.stem}_{scheme}.onnx"))
+
+
+def check_schemes(names: Iterable[str]) -> None:
+    """Raise MptkError for a name that is none of ``SCHEMES``."""
+    for name in names:
+        if name not in SCHEMES:
+            raise MptkError(f"no scheme {name!r} to quantise by; choose one of {', '.join(SCHEMES)}")
 
 
 def _plain_products(model: ir.Model) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``mptk analyze | prune | recover | verify | eval | bench | report | models | fetch``."""
+"""The command line: ``mptk analyze | prune | recover | verify | eval | bench | report | ops | models | fetch``."""
 
 from __future__ import annotations
 
@@ -80,6 +80,16 @@ def list_models() -> None:
         present = "yes" if models.cached(alias) else "no"
         table.add_row(alias, packaged.versions.replace(" ", "\n"), packaged.licence, present)
     out.print(table)
+
+
+@app.command("ops")
+def list_ops(json_file: Json = None) -> None:
+    """List the ops that have an axis rule, each with the rule's file and axis equation."""
+    from mptk import api, report
+
+    rules = api.ops()
+    write_json(json_file, {"format": report.OPS, "ops": rules})
+    out.print(report.ops_view(rules))
 
 
 @app.command()

@@ -209,7 +209,7 @@ def slice_(w: Walk, node: fx.Node, x: Value, dim: int = 0, start: Any = None, en
 
 
 def _strided(w: Walk, node: fx.Node, term: Term, size: int, step: int) -> Term:
-    parts = split_product(term, step, last=True) if term.size == size * step else None
+    parts = split_product(term, step, last=True, where=w.where(node)) if term.size == size * step else None
     if parts is None:
         w.freeze(term, f"sliced with step {step}", node)
         return w.frozen(size, f"sliced with step {step}", node)

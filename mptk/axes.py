@@ -254,10 +254,7 @@ def _flat(terms: list[Term]) -> list[Term]:
 
 
 def split_product(term: Term, size: int, *, last: bool, where: object = "") -> list[Term] | None:
-    """Split ``term`` in two factors, the first (or last) of ``size`` positions. None if it does not divide so.
-
-    ``where`` is for the reason, should segments of a sum have parts that cannot be aligned.
-    """
+    """Split ``term`` in two factors, the first (or last) of ``size`` positions. None if it does not divide so."""
     term = resolve(term)
     if size == 0 or term.size % size:
         return None

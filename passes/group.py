@@ -81,8 +81,9 @@ def _members(weights: Mapping[str, tuple[Term, ...]]) -> Members:
 
 def _refuse(a: Axis, live: set[Axis], place: Place) -> None:
     """Freeze an axis that has no smaller width, or that no value computed from the input holds."""
-    if -(-a.minimum // a.multiple) * a.multiple >= a.size:
-        freeze(a, f"its ops need at least {a.minimum} units, in multiples of {a.multiple} ({place})")
+    least = -(-a.minimum // a.multiple) * a.multiple
+    if least >= a.size:
+        freeze(a, f"its ops need at least {least} units ({place})")
     if a not in live and not a.frozen:
         freeze(a, f"with the traced inputs, no value that has it reaches the output ({place})")
 

@@ -36,7 +36,7 @@ ROUTERS = {f"model.layers.{i}.mlp.gate": "self.weight" for i in range(architectu
     [
         ("llama", {}, EMBEDDING | HEAD),
         ("gpt2", {}, {"transformer.wte": "self.wte(", "transformer.wpe": "self.wpe("} | HEAD),
-        ("mixtral", {"num_experts_per_tok": 5}, EMBEDDING | ROUTERS | HEAD),  # each token takes every expert
+        ("mixtral", {"num_experts_per_tok": 5}, EMBEDDING | ROUTERS | HEAD),  # no expert is to spare
     ],
 )
 def test_a_reason_names_the_module_and_the_line_of_the_models_own_file(

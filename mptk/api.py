@@ -28,10 +28,10 @@ from passes.emit_onnx import emit_onnx
 from passes.fold_norms import fold_norms
 from passes.quantize_onnx import check_schemes, quantize_onnx
 from passes.rewrite import rewrite_cut
-from passes.rules.table import rule
+from passes.rules import RULES, rule
 from passes.trace_decoder import Logits, trace_decoder
 
-__all__ = ["Progress", "analyze", "bench", "cut_program", "export", "export_folder", "rewrite", "rule", "trace"]
+__all__ = ["Progress", "analyze", "bench", "cut_program", "export", "export_folder", "ops", "rewrite", "rule", "trace"]
 
 Progress = Callable[..., None]
 """Called with the name of a stage, how much of it is done and how much there is; when training, with figures too."""
@@ -62,6 +62,18 @@ def analyze(model: nn.Module | str | Program, example_inputs: Sequence[Tensor] |
         MptkError: as ``trace``; or an op has no axis rule.
     """
     return group.analyze(model if isinstance(model, Program) else trace(model, example_inputs))
+
+
+def ops() -> list[dict[str, str]]:
+    """The ops that have an axis rule, by name: ``op``, the ``file`` of its rule and the rule's ``axes`` equation."""
+    return [
+        {
+            "op": name,
+            "file": found.propagate.__module__.replace(".", "/") + ".py",
+            "axes": (found.propagate.__doc__ or "").partition("\n")[0],
+        }
+        for name, found in sorted(RULES.items())
+    ]
 
 
 def rewrite(analysis: Analysis, plan: Plan) -> Program:

@@ -180,7 +180,7 @@ def require_multiple(term: Term, multiple: int) -> None:
             require_multiple(factor, multiple)
 
 
-def unify(a: Term, b: Term, where: str = "") -> None:
+def unify(a: Term, b: Term, where: object = "") -> None:
     """Make two terms of equal size equal; freeze both where they cannot be aligned (``where`` says at which op)."""
     a, b = resolve(a), resolve(b)
     if a is b:
@@ -203,12 +203,12 @@ def unify(a: Term, b: Term, where: str = "") -> None:
         _unify_sum_with_product(b, a, where)
 
 
-def _bind(a: Axis, term: Term, where: str) -> None:
+def _bind(a: Axis, term: Term, where: object) -> None:
     if isinstance(term, Axis):
         a, term = (a, term) if a.id > term.id else (term, a)
         a.parent = term
     elif any(leaf is a for leaf in leaves(term)):
-        freeze(term, f"its layout contains itself at {where}")
+        freeze(term, f"its layout contains itself ({where})")
         return
     else:
         a.bound = term
@@ -222,12 +222,12 @@ def _bind(a: Axis, term: Term, where: str) -> None:
         require_multiple(term, a.multiple)
 
 
-def _misaligned(terms: Iterable[Term], where: str) -> None:
+def _misaligned(terms: Iterable[Term], where: object) -> None:
     for term in terms:
-        freeze(term, f"a view or concatenation cuts across its boundaries at {where}")
+        freeze(term, f"a view or concatenation cuts across its boundaries ({where})")
 
 
-def _unify_products(xs: list[Term], ys: list[Term], where: str) -> None:
+def _unify_products(xs: list[Term], ys: list[Term], where: object) -> None:
     """Peel equal factors off either end; where sizes differ, split the larger one."""
     while xs and ys:
         for end in (0, -1):
@@ -237,7 +237,7 @@ def _unify_products(xs: list[Term], ys: list[Term], where: str) -> None:
                 unify(x, y, where)
                 break
             large, small = (xs, ys) if x.size > y.size else (ys, xs)
-            parts = split_product(resolve(large[end]), small[end].size, last=end == -1)
+            parts = split_product(resolve(large[end]), small[end].size, last=end == -1, where=where)
             if parts is not None:
                 large[slice(-1, None) if end else slice(0, 1)] = parts
                 break
@@ -253,7 +253,7 @@ def _flat(terms: list[Term]) -> list[Term]:
     return list(whole.factors) if isinstance(whole, Product) else [whole]
 
 
-def split_product(term: Term, size: int, *, last: bool) -> list[Term] | None:
+def split_product(term: Term, size: int, *, last: bool, where: object = "") -> list[Term] | None:
     """Split ``term`` in two factors, the first (or last) of ``size`` positions. None if it does not divide so."""
     term = resolve(term)
     if size == 0 or term.size % size:
@@ -267,19 +267,19 @@ def split_product(term: Term, size: int, *, last: bool) -> list[Term] | None:
         _bind(term, product((outer, inner)), "view")
         return [outer, inner]
     if isinstance(term, Product):
-        return _regroup(term, outer_size)
+        return _regroup(term, outer_size, where)
     if any(segment.size % inner_size for segment in term.segments):
         return None
-    parts = [split_product(segment, inner_size, last=True) for segment in term.segments]
+    parts = [split_product(segment, inner_size, last=True, where=where) for segment in term.segments]
     if any(p is None for p in parts):
         return None
     pairs = [p for p in parts if p is not None]
     for _, inner in pairs[1:]:
-        unify(pairs[0][1], inner, "view")
+        unify(pairs[0][1], inner, where)
     return [concat(outer for outer, _ in pairs), pairs[0][1]]
 
 
-def _regroup(term: Product, outer_size: int) -> list[Term] | None:
+def _regroup(term: Product, outer_size: int, where: object) -> list[Term] | None:
     """Split a product after its first ``outer_size`` positions, splitting the factor that straddles the border."""
     outer: list[Term] = []
     factors = list(term.factors)
@@ -288,11 +288,11 @@ def _regroup(term: Product, outer_size: int) -> list[Term] | None:
         outer_size //= outer[-1].size
     if outer_size == 1:
         return [product(outer), product(factors)]
-    straddling = split_product(factors[0], outer_size, last=False)
+    straddling = split_product(factors[0], outer_size, last=False, where=where)
     return None if straddling is None else [product([*outer, straddling[0]]), product([straddling[1], *factors[1:]])]
 
 
-def _unify_sums(xs: list[Term], ys: list[Term], where: str) -> None:
+def _unify_sums(xs: list[Term], ys: list[Term], where: object) -> None:
     """Peel equal segments off the front; where sizes differ, cut the larger one."""
     while xs and ys:
         x, y = resolve(xs[0]), resolve(ys[0])
@@ -340,13 +340,13 @@ def split_sum(term: Term, size: int) -> list[Term] | None:
     return [concat(before), concat(after)]
 
 
-def _unify_sum_with_product(a: Sum, b: Product, where: str) -> None:
+def _unify_sum_with_product(a: Sum, b: Product, where: object) -> None:
     """(A + B + …) = X·Y: each segment must split into rows of Y; then A/Y + B/Y + … = X."""
     for inner in (product(b.factors[1:]), b.factors[-1]):
-        parts = split_product(a, inner.size, last=True)
+        parts = split_product(a, inner.size, last=True, where=where)
         if parts is not None:
             unify(parts[1], inner, where)
-            outer = split_product(b, parts[0].size, last=False)
+            outer = split_product(b, parts[0].size, last=False, where=where)
             if outer is not None:
                 return unify(outer[0], parts[0], where)
             break

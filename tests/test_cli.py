@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from mptk import cli, progress
 from mptk.errors import MptkError
+from passes.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--method", "wanda", "--multiple-of", "8", "--samples", "4", "--length", "32"]
@@ -232,6 +233,18 @@ def test_models_lists_what_fetch_takes(mptk):
     assert result.code == 0
     row = next(line for line in result.stdout.splitlines() if "smollm2-135m" in line)
     assert "no" in row.split("│")[-2]
+
+
+def test_ops_lists_every_rule_with_its_axis_equation(tmp_path, mptk):
+    result = mptk("ops", "--json", tmp_path / "ops.json")
+    assert result.code == 0
+    listed = json.loads((tmp_path / "ops.json").read_text())
+    names = [row["op"] for row in listed["ops"]]
+    assert names == sorted(names) == sorted(RULES)
+    assert result.stdout.startswith(f"{len(names)} ops with an axis rule")
+    printed = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    assert printed == [[row["op"], row["file"], row["axes"]] for row in listed["ops"]]
+    assert ["aten.linear", "passes/rules/contract.py", "y[…, o] = Σ_i x[…, i] W[o, i] + b[o]."] in printed
 
 
 # ---- errors ----

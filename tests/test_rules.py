@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 
 import pytest
 import rule_cases_elementwise
@@ -20,7 +22,7 @@ from mptk.families import Analysis
 from passes.group import analyze
 from passes.mask import mask
 from passes.rewrite import rewrite
-from passes.rules import RULES
+from passes.rules import POINTWISE, RULES
 from passes.rules.table import op_name
 from passes.trace import trace
 
@@ -104,3 +106,14 @@ def test_every_rule_is_of_an_op_and_traced_by_a_case() -> None:
     seen = {op_name(n) for group in GROUPS for n in analysis(group).walk.dims if n.op == "call_function"}
     traced = seen | {name.rsplit(".", 1)[0] for name in seen}
     assert RULES.keys() - traced == NOT_TRACED.keys()
+
+
+def lines(rule: Callable[..., object]) -> int:
+    """From its ``def`` to its end: decorators do not count."""
+    source = inspect.getsource(rule)
+    return len(source[source.index("def ") :].splitlines())
+
+
+def test_every_rule_is_short_and_says_its_axis_equation() -> None:
+    rules = {rule.propagate for rule in (*RULES.values(), POINTWISE)}
+    assert [r for r in rules if lines(r) >= 15 or not r.__doc__] == []

@@ -28,6 +28,7 @@ TYPES = [
     ("causal-lm", "llama4_text"),  # complex rotary embeddings, interleaved experts
     ("masked-lm", "bert"),
     ("masked-lm", "deberta-v2"),  # disentangled attention by gather
+    ("masked-lm", "perceiver"),  # learned latents between two cross attentions, each with widths of its own
     ("seq2seq", "t5"),  # a shared relative bias ties all layers' heads
     ("image-classification", "vit"),
     ("image-classification", "resnet"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from mptk.axes import ONE, concat, unify
+from mptk.axes import ONE, concat
 from passes.rules.pointwise import broadcast
 from passes.rules.table import Dims, Value, rule
 
@@ -30,7 +30,7 @@ def _resize_view(r: Resizer, node: fx.Node) -> None:
 @rule("aten.view_as_complex", zero="move", resize=_resize_view)
 def view_as_complex(w: Walk, node: fx.Node, x: Value) -> Dims:
     """x_last = 1 + 1 (real, imaginary); the others pass."""
-    unify(x.dims[-1], concat((ONE, ONE)), node.name)
+    w.unify(x.dims[-1], concat((ONE, ONE)), node)
     return x.dims[:-1]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import fx
 
 from mptk.axes import ONE, Axis, Term, axis, product, require_multiple
-from passes.rules.table import Dims, Value, op_name, rule, set_argument
+from passes.rules.table import Dims, Value, align, op_name, rule, set_argument
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -78,9 +78,7 @@ def _join(w: Walk, node: fx.Node, a: Term, b: Term) -> Term:
 def addmm(w: Walk, node: fx.Node, bias: Value, a: Value, b: Value, **_: Any) -> Dims:
     """y = bias + a b."""
     out = matmul(w, node, a, b)
-    for d, o in zip(reversed(bias.dims), reversed(out), strict=False):
-        if d.size == o.size:
-            w.unify(d, o, node)
+    align(w, node, bias.dims, out)
     w.notes[node] = "bias first"
     return out
 
@@ -109,18 +107,22 @@ def _subscripts(equation: str) -> tuple[list[str], str]:
 def einsum(w: Walk, node: fx.Node, equation: str, operands: Sequence[Value], **__: Any) -> Dims:
     """One axis a letter; a letter that the result lacks is summed over."""
     sources, result = _subscripts(equation)
-    letters: dict[str, Term] = {}
-    places: dict[str, list[tuple[Value, int]]] = {}
-    for source, value in zip(sources, operands, strict=True):
-        for letter, (i, d) in zip(_letters(source, value.ndim), enumerate(value.dims), strict=True):
-            letters[letter] = _join(w, node, letters.get(letter, ONE), d)
-            places.setdefault(letter, []).append((value, i))
-    out = tuple(letters[letter] for letter in _letters(result, len(w.shape(node))))
-    for letter, found in places.items():
-        if letter in _letters(result, len(out)):
-            continue
+    terms: dict[str, Term] = {}
+    places = _places(sources, operands)
+    for letter, value, i in places:
+        terms[letter] = _join(w, node, terms.get(letter, ONE), value.dims[i])
+    kept = _letters(result, len(w.shape(node)))
+    out = tuple(terms[letter] for letter in kept)
+    for letter in [t for t in terms if t not in kept]:
+        found = [(value, i) for name, value, i in places if name == letter]
         w.contract(node, *found[0], *found[-1], out)
     return out
+
+
+def _places(sources: Sequence[str], operands: Sequence[Value]) -> list[tuple[str, Value, int]]:
+    """Each letter with the operand and the dimension that it names there."""
+    pairs = zip(sources, operands, strict=True)
+    return [(letter, v, i) for source, v in pairs for i, letter in enumerate(_letters(source, v.ndim))]
 
 
 def _letters(subscripts: str, ndim: int) -> list[str]:
@@ -149,30 +151,28 @@ def _resize_attention(r: Resizer, node: fx.Node) -> None:
 def attention(
     w: Walk, node: fx.Node, q: Value, k: Value, v: Value, mask: Value | None = None, *_: Any, **__: Any
 ) -> Dims:
-    """scores[…, h, s, t] = Σ_d q[…, h, s, d] k[…, h, t, d]; y[…, h, s, e] = Σ_t softmax(scores + mask) v[…, h, t, e].
-
-    With enable_gqa, q heads = kv heads · fresh.
-    """
-    heads: Dims = ()
-    for x, y, z in zip(q.dims[:-2], k.dims[:-2], v.dims[:-2], strict=True):
-        w.unify(y, z, node)
-        w.unify(x, y if x.size == y.size else product((y, axis(x.size // y.size))), node)
-        heads = (*heads, x)
-    w.unify(k.dims[-2], v.dims[-2], node)
+    """scores[…, s, t] = Σ_d q[…, s, d] k[…, t, d]; y[…, s, e] = Σ_t softmax(scores + mask)[…, s, t] v[…, t, e]."""
+    _tie_heads(w, node, q, k, v)
     w.freeze(k.dims[-2], "attended positions", node)
-    scores = (*heads, q.dims[-2], k.dims[-2])
+    scores = (*q.dims[:-1], k.dims[-2])
     w.hidden.append(scores)
     if mask is not None:
-        for d, s in zip(reversed(mask.dims), reversed(scores), strict=False):
-            if d.size == s.size:
-                w.unify(d, s, node)
-    out = (*heads, q.dims[-2], v.dims[-1])
+        align(w, node, mask.dims, scores)
     w.contract(node, q, q.ndim - 1, k, k.ndim - 1, scores)
     w.role(q.dims[-1], "inner")
     w.role(v.dims[-1], "value")
+    return (*q.dims[:-1], v.dims[-1])
+
+
+def _tie_heads(w: Walk, node: fx.Node, q: Value, k: Value, v: Value) -> None:
+    """k = v but for channels; q heads = k heads (with enable_gqa: k heads · fresh), which stand behind the batch."""
+    for x, y, z in zip(q.dims[:-2], k.dims[:-2], v.dims[:-2], strict=True):
+        w.unify(y, z, node)
+        w.unify(x, y if x.size == y.size else product((y, axis(x.size // y.size))), node)
+    w.unify(k.dims[-2], v.dims[-2], node)
+    heads = q.dims[:-2]
     for h in heads[1:] if len(heads) > 1 else heads:
         w.role(h, "head")
-    return out
 
 
 ROW_BYTES = 16

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from mptk.axes import axis, product
-from passes.rules.table import Dims, Value, argument, rule, set_argument
+from mptk.axes import Term, axis, product
+from passes.rules.table import Dims, Value, argument, named_argument, rule, set_argument
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -36,48 +36,40 @@ def _resize_groups(position: int) -> Any:
 
 
 @rule("aten.conv1d", "aten.conv2d", "aten.conv3d", zero=_zero_of_convolution, resize=_resize_groups(6))
-def conv(w: Walk, node: fx.Node, x: Value, weight: Value, bias: Value | None = None, *args: Any, **kwargs: Any) -> Dims:
+def conv(w: Walk, node: fx.Node, x: Value, weight: Value, bias: Value | None = None, *_: Any, **__: Any) -> Dims:
     """y[n, g·o, …] = Σ_{c, k} x[n, g·c, …+k] W[g·o, c, k]: x_1 = g · c, W_0 = y_1 = g · o, W_1 = c."""
-    groups = kwargs.get("groups", args[3] if len(args) > 3 else 1)
-    g = axis(groups)
-    w.notes[node] = g
+    g = w.notes[node] = axis(named_argument(node, "groups", 1))
     inner = axis(weight.dims[1].size)
     channel = x.ndim - (weight.ndim - 1)
     w.unify(x.dims[channel], product((g, inner)), node)
-    w.unify(weight.dims[0], product((g, axis(weight.dims[0].size // groups))), node)
+    w.unify(weight.dims[0], product((g, axis(weight.dims[0].size // g.size))), node)
     out = (*x.dims[:channel], weight.dims[0], *_space(w, node, x, channel + 1))
-    _kernel(w, node, weight, bias)
+    _kernel(w, node, weight, bias, weight.dims[0])
     w.contract(node, Value(x.node, (*x.dims[:channel], inner)), channel, weight, 1, out)
     return out
 
 
 @rule("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d", resize=_resize_groups(6))
 def conv_transpose(
-    w: Walk, node: fx.Node, x: Value, weight: Value, bias: Value | None = None, *args: Any, **kwargs: Any
+    w: Walk, node: fx.Node, x: Value, weight: Value, bias: Value | None = None, *_: Any, **__: Any
 ) -> Dims:
     """x_1 = W_0 = g · c, y_1 = g · W_1."""
-    groups = kwargs.get("groups", args[3] if len(args) > 3 else 1)
-    g = axis(groups)
-    w.notes[node] = g
-    inner = axis(weight.dims[0].size // groups)
-    w.unify(weight.dims[0], product((g, inner)), node)
+    g = w.notes[node] = axis(named_argument(node, "groups", 1))
+    w.unify(weight.dims[0], product((g, axis(weight.dims[0].size // g.size))), node)
     w.unify(x.dims[1], weight.dims[0], node)
     channels = product((g, weight.dims[1]))
-    if bias is not None:
-        w.unify(bias.dims[0], channels, node)
-    for d in weight.dims[2:]:
-        w.freeze(d, "positions of a kernel", node)
+    _kernel(w, node, weight, bias, channels)
     out = (x.dims[0], channels, *_space(w, node, x, 2))
     w.contract(node, x, 1, weight, 0, out)
     return out
 
 
-def _kernel(w: Walk, node: fx.Node, weight: Value, bias: Value | None) -> None:
+def _kernel(w: Walk, node: fx.Node, weight: Value, bias: Value | None, channels: Term) -> None:
+    """Freeze the kernel's positions; the bias is one number for each of the result's ``channels``."""
     for d in weight.dims[2:]:
         w.freeze(d, "positions of a kernel", node)
     if bias is not None:
-        w.notes.setdefault(node, None)
-        w.unify(bias.dims[0], weight.dims[0], node)
+        w.unify(bias.dims[0], channels, node)
 
 
 @rule(

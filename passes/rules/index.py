@@ -11,7 +11,7 @@ from torch import fx
 from mptk.axes import ONE, Term, axis, concat, require
 from passes.rules.opaque import opaque
 from passes.rules.pointwise import broadcast, zero_of_clamp
-from passes.rules.table import Dims, Value, argument, named_argument, normalize, op_name, rule, set_argument
+from passes.rules.table import Dims, Value, align, argument, named_argument, normalize, op_name, rule, set_argument
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -42,20 +42,22 @@ def index(w: Walk, node: fx.Node, x: Value, indices: Sequence[Value | None]) -> 
     """y[i…, rest] = x[indices[i…], rest]; index dimensions stand where they stood if adjacent, else in front."""
     places = [d for d, i in enumerate(indices) if i is not None]
     values = [i for i in indices if i is not None]
-    known = w.constant(values[0].node) if len(values) == 1 else None
-    if known is not None and known.dim() == 1 and known.numel() <= 8:
-        return _pick(w, node, x, places[0], known.tolist())
-    shape = w.shape(node)
+    if (known := _short_list(w, values)) is not None:
+        return _pick(w, node, x, places[0], known)
+    rest = [t for d, t in enumerate(x.dims) if d not in places]
     ndim = max(v.ndim for v in values)
-    adjacent = places == list(range(places[0], places[0] + len(places)))
-    start = places[0] if adjacent else 0
-    if len(shape) != x.ndim - len(places) + ndim:
+    if len(w.shape(node)) != len(rest) + ndim:
         return tuple(opaque(w, node, x, *values))
-    indexed = _index_dims(w, node, values, shape[start : start + ndim])
+    start = places[0] if places[-1] - places[0] < len(places) else 0
     for d, v in zip(places, values, strict=True):
         w.index(node, v, x.dims[d])
-    rest = [t for d, t in enumerate(x.dims) if d not in places]
-    return (*rest[:start], *indexed, *rest[start:])
+    return (*rest[:start], *_index_dims(w, node, values, w.shape(node)[start : start + ndim]), *rest[start:])
+
+
+def _short_list(w: Walk, indices: Sequence[Value]) -> list[int] | None:
+    """The positions, where the only index is a short list written in the model."""
+    known = w.constant(indices[0].node) if len(indices) == 1 else None
+    return known.tolist() if known is not None and known.dim() == 1 and known.numel() <= 8 else None
 
 
 def _index_dims(w: Walk, node: fx.Node, values: Sequence[Value], shape: Sequence[int]) -> list[Term]:
@@ -96,13 +98,18 @@ def gather(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value, **_: Any)
     """y has the index's axes; those beside d are x's."""
     d = normalize(dim, x.ndim)
     w.index(node, indices, x.dims[d])
-    for i, (a, b) in enumerate(zip(x.dims, indices.dims, strict=True)):
+    _beside(w, node, x, indices, d, "gathered in part")
+    return indices.dims
+
+
+def _beside(w: Walk, node: fx.Node, x: Value, other: Value, d: int, reason: str) -> None:
+    """Dimensions other than d are the same axes; where sizes differ, neither can be cut."""
+    for i, (a, b) in enumerate(zip(x.dims, other.dims, strict=True)):
         if i != d and a.size == b.size:
             w.unify(a, b, node)
         elif i != d:
-            w.freeze(a, "gathered in part", node)
-            w.freeze(b, "gathered in part", node)
-    return indices.dims
+            w.freeze(a, reason, node)
+            w.freeze(b, reason, node)
 
 
 @rule("aten.take_along_dim", zero="move", positions=True)
@@ -137,19 +144,14 @@ def scatter(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value, *values:
     d = normalize(dim, x.ndim)
     _forget(w, node, x, *values)
     w.index(node, indices, x.dims[d])
-    for value in (indices, *(v for v in values if isinstance(v, Value))):
-        for i, (a, b) in enumerate(zip(x.dims, value.dims, strict=True)):
-            if i != d and a.size == b.size:
-                w.unify(a, b, node)
-            elif i != d:
-                w.freeze(a, "written in part", node)
-                w.freeze(b, "written in part", node)
-    for v in values:
-        if isinstance(v, Value):
-            if indices.dims[d].size == v.dims[d].size:
-                w.unify(indices.dims[d], v.dims[d], node)
-            else:
-                w.freeze(v.dims[d], "written in part", node)
+    written = [v for v in values if isinstance(v, Value)]
+    for value in (indices, *written):
+        _beside(w, node, x, value, d, "written in part")
+    for v in written:
+        if v.dims[d].size == indices.dims[d].size:
+            w.unify(indices.dims[d], v.dims[d], node)
+        else:
+            w.freeze(v.dims[d], "written in part", node)
     return x.dims
 
 
@@ -182,10 +184,7 @@ def index_put(w: Walk, node: fx.Node, x: Value, indices: Sequence[Value | None],
         if i is not None:
             w.index(node, i, x.dims[d])
     rest = [t for d, t in enumerate(x.dims) if d >= len(indices) or indices[d] is None]
-    expected = (*given[0].dims, *rest)
-    for a, b in zip(reversed(values.dims), reversed(expected), strict=False):
-        if a.size == b.size:
-            w.unify(a, b, node)
+    align(w, node, values.dims, (*given[0].dims, *rest))
     return x.dims
 
 

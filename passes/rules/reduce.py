@@ -201,7 +201,7 @@ def group_norm(w: Walk, node: fx.Node, x: Value, groups: int, *affine: Any, **kw
     for value in (*affine[:2], kwargs.get("weight"), kwargs.get("bias")):
         if isinstance(value, Value):
             w.unify(value.dims[0], x.dims[1], node)
-    parts = split_product(x.dims[1], groups, last=False)
+    parts = split_product(x.dims[1], groups, last=False, where=w.where(node))
     if parts is None:
         w.freeze(x.dims[1], "group norm cuts across its units", node)
         w.notes[node] = w.frozen(groups, "groups", node)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from mptk.axes import ONE, ZERO, Axis, Term, axis, concat, product, resolve, split_product, split_sum
+from mptk.axes import ONE, Axis, Term, axis, concat, product, resolve, split_product, split_sum
 from passes.rules.table import Dims, Value, argument, named_argument, normalize, rule, set_argument
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def slice_(w: Walk, node: fx.Node, x: Value, dim: int = 0, start: Any = None, en
 
 
 def _strided(w: Walk, node: fx.Node, term: Term, size: int, step: int) -> Term:
-    parts = split_product(term, step, last=True) if term.size == size * step else None
+    parts = split_product(term, step, last=True, where=w.where(node)) if term.size == size * step else None
     if parts is None:
         w.freeze(term, f"sliced with step {step}", node)
         return w.frozen(size, f"sliced with step {step}", node)
@@ -259,11 +259,16 @@ def pad(w: Walk, node: fx.Node, x: Value, pads: Sequence[int], *_: Any, **__: An
         for term in out[x.ndim - len(pads) // 2 :]:
             w.freeze(term, "padded with its own values", node)
     for i in range(len(pads) // 2):
-        d, left, right = x.ndim - 1 - i, int(pads[2 * i]), int(pads[2 * i + 1])
-        cut = [max(-left, 0), out[d].size - max(-left, 0) - max(-right, 0), max(-right, 0)]
-        if min(left, right) < 0:
-            w.freeze(out[d], "cropped by negative padding", node)
-        inner = _cut(w, node, out[d], cut)[1] if min(left, right) < 0 else out[d]
-        sides = [w.frozen(max(n, 0), "padding", node) if n > 0 else ZERO for n in (left, right)]
-        out[d] = concat((sides[0], inner, sides[1]))
+        d = x.ndim - 1 - i
+        out[d] = _padded(w, node, out[d], int(pads[2 * i]), int(pads[2 * i + 1]))
     return tuple(resolve(d) for d in out)
+
+
+def _padded(w: Walk, node: fx.Node, term: Term, left: int, right: int) -> Term:
+    """fresh(left) + term + fresh(right); a negative number crops that side."""
+    if min(left, right) < 0:
+        w.freeze(term, "cropped by negative padding", node)
+        before, after = max(-left, 0), max(-right, 0)
+        term = _cut(w, node, term, [before, term.size - before - after, after])[1]
+    sides = [w.frozen(max(n, 0), "padding", node) for n in (left, right)]
+    return concat((sides[0], term, sides[1]))

@@ -20,6 +20,7 @@ from torch import fx
 from mptk.axes import Term
 
 if TYPE_CHECKING:
+    from passes.propagate import Walk
     from passes.rewrite import Resizer
 
 Dims = tuple[Term, ...]
@@ -115,6 +116,13 @@ def normalize_all(dims: int | Sequence[int] | None, ndim: int) -> list[int]:
     if dims is None or (not isinstance(dims, int) and len(dims) == 0):
         return list(range(ndim))
     return [normalize(d, ndim) for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+def align(w: Walk, node: fx.Node, dims: Dims, onto: Dims) -> None:
+    """Dimensions of equal size, counted from the last, are the same axis; the others broadcast."""
+    for a, b in zip(reversed(dims), reversed(onto), strict=False):
+        if a.size == b.size:
+            w.unify(a, b, node)
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

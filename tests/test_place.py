@@ -1,0 +1,76 @@
+"""Why an axis stays whole, and where in the model's source: the module's path and the line, in the model's own file."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import re
+
+import architectures
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mptk.families import Analysis
+from passes.group import analyze
+from passes.trace import trace
+
+REASON = re.compile(r"(?P<why>.+) \((?P<op>[\w.]+) in (?P<module>.+), (?P<file>\w+\.py):(?P<line>\d+)\)")
+
+
+def reasons(analysis: Analysis) -> list[dict[str, str]]:
+    """Every reason of every blocked axis, taken apart. Fails where an axis has none, or one of them no place."""
+    assert all(b.reasons for b in analysis.blocked)
+    found = [(reason, REASON.fullmatch(reason)) for b in analysis.blocked for reason in b.reasons]
+    assert [reason for reason, match in found if match is None] == []
+    return [match.groupdict() for _, match in found if match]
+
+
+EMBEDDING = {"model.embed_tokens": "self.embed_tokens("}
+HEAD = {"lm_head": "self.lm_head("}
+ROUTERS = {f"model.layers.{i}.mlp.gate": "self.weight" for i in range(architectures.LAYERS)}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "lines"),
+    [
+        ("llama", {}, EMBEDDING | HEAD),
+        ("gpt2", {}, {"transformer.wte": "self.wte(", "transformer.wpe": "self.wpe("} | HEAD),
+        ("mixtral", {"num_experts_per_tok": 5}, EMBEDDING | ROUTERS | HEAD),  # no expert is to spare
+    ],
+)
+def test_a_reason_names_the_module_and_the_line_of_the_models_own_file(
+    architecture: str, changes: dict[str, int], lines: dict[str, str]
+) -> None:
+    model = architectures.model(architecture, **changes)
+    source = str(inspect.getsourcefile(type(model)))
+    found = reasons(analyze(trace(model, (architectures.tokens(),))))
+    assert {reason["module"] for reason in found} == lines.keys()
+    for reason in found:
+        assert source.endswith(f"/{reason['file']}")
+        assert lines[reason["module"]] in linecache.getline(source, int(reason["line"]))
+
+
+class Misread(nn.Module):
+    """Reads 12 channels as 4 · 3 and as 3 · 4: no unit of either is one of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 12), nn.Linear(3, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        y = y.view(-1, 4, 3) + y.view(-1, 3, 4).mT
+        return self.down(y)  # type: ignore[no-any-return]
+
+
+def test_views_that_do_not_fit_have_a_place_too() -> None:
+    found = reasons(analyze(trace(Misread(), (torch.ones(2, 5),))))
+    (misread,) = {r["line"]: r for r in found if "cuts across its boundaries" in r["why"]}.values()
+    assert (misread["module"], misread["file"]) == ("the model", "test_place.py")
+    assert "y.view(-1, 4, 3) +" in linecache.getline(__file__, int(misread["line"]))
+
+
+def test_a_model_of_torchs_modules_alone_has_torchs_lines() -> None:
+    found = reasons(analyze(trace(nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 7)), (torch.ones(2, 5),))))
+    assert {(r["module"], r["file"]) for r in found} == {("0", "linear.py"), ("2", "linear.py")}

@@ -167,13 +167,31 @@ def plan_digest(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(plan.to_json()["families"], sort_keys=True).encode()).hexdigest()
 
 
-def bench(dense: str, pruned: str | Path, *, progress: Progress | None = None, **settings: Any) -> Bench:
-    """Time prefill and decode in ONNX Runtime, dense and pruned alternating in one process (``mptk.bench``).
+def bench(models: Sequence[str | Path], *, progress: Progress | None = None, **settings: Any) -> Bench:
+    """Time prefill and decode in ONNX Runtime, all graphs taking turns in one process (``mptk.bench``).
 
-    A model that has no ``onnx`` folder is exported first, into the cache folder.
+    Args:
+        models: models, folders with ``onnx`` in them, or ``.onnx`` files; the first is what the others are compared
+            with. Quantised graphs of a folder are taken as well. A model that has no ONNX is exported first, into the
+            cache folder.
+        progress: called with stages.
+        settings: of ``bench_decoders``.
+
+    Raises:
+        MptkError: a model cannot be found or exported.
     """
-    paths = [onnx_folder(str(model), progress) for model in (dense, pruned)]
-    return bench_decoders(paths[0], paths[1], progress=progress, **settings)
+    graphs: dict[str, Path] = {}
+    for model in map(str, models):
+        file = Path(model) if model.endswith(".onnx") else onnx_folder(model, progress) / "model.onnx"
+        graphs[model] = file
+        if file.name == "model.onnx":
+            graphs |= {f"{model} {other.stem.removeprefix('model_')}": other for other in _quantized(file)}
+    return bench_decoders(graphs, progress=progress, **settings)
+
+
+def _quantized(file: Path) -> list[Path]:
+    """The quantised graphs beside ``model.onnx``."""
+    return sorted(file.parent.glob("model_*.onnx"))
 
 
 def onnx_folder(model: str, progress: Progress | None = None) -> Path:

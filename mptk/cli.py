@@ -442,21 +442,38 @@ def evaluate_onnx(
 
 @app.command()
 def bench(
-    dense: Annotated[str, typer.Argument(help="The dense model.")],
-    pruned: Annotated[str, typer.Argument(help="The pruned folder.")],
+    models: Annotated[list[str], typer.Argument(help="Models, folders or .onnx files; the first is the baseline.")],
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompt, or in the cache, comma-separated.")] = "128,512",
+    batches: Annotated[str, typer.Option(help="Sequences at once, comma-separated.")] = "1",
     threads: Annotated[str, typer.Option(help="Thread counts, comma-separated.")] = "1",
-    rounds: Annotated[int, typer.Option(min=2, help="Alternating rounds a phase.")] = 7,
+    rounds: Annotated[int, typer.Option(min=2, help="Alternating rounds a case.")] = 7,
     json_file: Json = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the ratios into this file (.png, .svg).")] = None,
 ) -> None:
-    """Prefill and decode in ONNX Runtime: dense and pruned alternating in one process, beside the ideal ratio."""
+    """Prefill and decode in ONNX Runtime: all taking turns in one process, beside the ideal ratio and the peak."""
     from mptk import api, report
+    from mptk.plot import draw_bench, require_matplotlib
 
-    counts = tuple(parse_count(t, "--threads") for t in threads.split(","))
+    if plot is not None:
+        require_matplotlib()
     with stages(err) as progress:
-        result = api.bench(dense, pruned, progress=progress, threads=counts, rounds=rounds)
+        result = api.bench(
+            models,
+            progress=progress,
+            lengths=parse_counts(lengths, "--lengths"),
+            batches=parse_counts(batches, "--batches"),
+            threads=parse_counts(threads, "--threads"),
+            rounds=rounds,
+        )
     write_json(json_file, result.to_json())
-    if (Path(pruned) / "report.json").is_file():
-        (Path(pruned) / "bench.json").write_text(json.dumps(result.to_json(), indent=1) + "\n")
+    for model in models[1:]:
+        if (Path(model) / "report.json").is_file():
+            write_json(Path(model) / "bench.json", result.to_json())
+    if markdown is not None:
+        write_text(markdown, report.bench_markdown(result))
+    if plot is not None:
+        draw_bench(result, plot)
     out.print(report.bench_view(result))
 
 
@@ -479,11 +496,12 @@ def show_report(
     out.print(f"files in {folder}: {', '.join(result['files'])}", soft_wrap=True, highlight=False)
 
 
-def parse_count(text: str, option: str) -> int:
-    """A number of at least 1."""
-    if not text.strip().isdigit() or not int(text):
+def parse_counts(text: str, option: str) -> tuple[int, ...]:
+    """``128,512``: numbers of at least 1."""
+    counts = text.split(",")
+    if not all(count.strip().isdigit() and int(count) for count in counts):
         raise MptkError(f"{option} {text}: write numbers of at least 1, separated by commas")
-    return int(text)
+    return tuple(map(int, counts))
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -526,15 +544,19 @@ def parse_width(text: str) -> tuple[str, int]:
 
 
 def write_json(path: Path | None, content: Any) -> None:
-    """Write a result where ``--json`` says, whole or not at all. Raises MptkError if it cannot be written."""
-    if path is None:
-        return
+    """Write a result where ``--json`` says."""
+    if path is not None:
+        write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a file whole or not at all. Raises MptkError if it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.write_text(content)
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise MptkError(f"cannot write {path}: {error.strerror or error}; give another --json") from error
+        raise MptkError(f"cannot write {path}: {error.strerror or error}; give another name") from error

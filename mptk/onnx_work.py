@@ -64,6 +64,10 @@ def _at_lengths(model: ModelProto, lengths: Mapping[str, int]) -> ModelProto:
 def _flops(node: NodeProto, shapes: Mapping[str, Sequence[int]], positions: int) -> int:
     if node.op_type == "Attention":
         flops = 2 * positions * (math.prod(shapes[node.input[0]]) + math.prod(shapes[node.output[0]]))
+    elif node.op_type == "MatMulNBits":
+        flops = 2 * next(a.i for a in node.attribute if a.name == "K") * math.prod(shapes[node.output[0]])
+    elif node.op_type == "GroupQueryAttention":
+        flops = 4 * positions * math.prod(shapes[node.output[0]])
     elif node.op_type in ("MatMul", "Gemm"):
         transposed = any(a.name == "transA" and a.i for a in node.attribute)
         flops = 2 * shapes[node.input[0]][0 if transposed else -1] * math.prod(shapes[node.output[0]])

@@ -194,18 +194,52 @@ def proof_view(proof: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def bench_view(result: Bench) -> Table:
-    """``mptk bench``: dense beside pruned."""
+def bench_view(result: Bench) -> Lines:
+    """``mptk bench``: every graph in every case, what each weighs, and what the machine gave."""
     table = Table(title="ONNX Runtime, median of alternating rounds", title_justify="left")
-    for column in ("phase", "threads", "dense ms", "pruned ms", "ratio", "ideal ratio"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
-    for row in result.rows:
-        table.add_row(
-            row.phase,
-            str(row.threads),
-            f"{row.dense_ms:.1f} ± {row.dense_iqr_ms:.1f}",
-            f"{row.pruned_ms:.1f} ± {row.pruned_iqr_ms:.1f}",
+    for index, column in enumerate(BENCH_COLUMNS):
+        table.add_column(column, justify="left" if index < 2 else "right")
+    for row in bench_cells(result):
+        table.add_row(*row)
+    sizes = Table()
+    for column in ("graph", "files", "memory"):
+        sizes.add_column(column, justify="left" if column == "graph" else "right")
+    for graph in result.graphs:
+        sizes.add_row(graph.name, f"{graph.bytes / 1e6:.0f} MB", f"{graph.memory / 1e6:.0f} MB")
+    return Lines(table, sizes, *map(Text, _peaks(result)))
+
+
+BENCH_COLUMNS = ("case", "graph", "threads", "ms", "tokens/s", "ratio", "ideal ratio", "of the peak")
+
+
+def bench_cells(result: Bench) -> list[tuple[str, ...]]:
+    """The rows of the comparison as text."""
+    return [
+        (
+            str(row.case),
+            row.graph,
+            str(row.case.threads),
+            f"{row.ms:.1f} ± {row.iqr_ms:.1f}",
+            f"{row.tokens_s:.0f}",
             f"{row.ratio:.3f}",
             f"{row.ideal:.3f}",
+            f"{row.roofline:.0%}",
         )
-    return table
+        for row in result.rows
+    ]
+
+
+def bench_markdown(result: Bench) -> str:
+    """The comparison as a Markdown table."""
+    head = [" | ".join(BENCH_COLUMNS), "|".join("---" if i < 2 else "---:" for i in range(len(BENCH_COLUMNS)))]
+    rows = [f"| {line} |" for line in (*head, *(" | ".join(cells) for cells in bench_cells(result)))]
+    sizes = [f"- {g.name}: {g.bytes / 1e6:.0f} MB in files, {g.memory / 1e6:.0f} MB of memory" for g in result.graphs]
+    return "\n".join([*rows, "", *sizes, *(f"- {line}" for line in _peaks(result))]) + "\n"
+
+
+def _peaks(result: Bench) -> list[str]:
+    return [
+        f"{threads} thread{'s' * (threads != 1)}: {peak.flops / 1e9:.0f} GFLOP/s in a matrix product, "
+        f"{peak.bandwidth / 1e9:.1f} GB/s read"
+        for threads, peak in result.peaks.items()
+    ]

@@ -7,9 +7,14 @@ import json
 import pytest
 from tiny_decoders import FUSED, GROUPED, tiny_decoder
 
-from mptk.bench import Bench, alternate, bench_decoders
+from mptk import report
+from mptk.bench import Bench, bench_decoders
+from mptk.errors import MptkError
 from mptk.onnx_work import graph_work
+from mptk.plot import draw_bench
+from mptk.turns import alternate
 from passes.emit_onnx import emit_onnx
+from passes.quantize_onnx import quantize_onnx
 from passes.trace_decoder import trace_decoder
 
 HIDDEN, FFN, VOCAB, HEADS, GROUPS, DIM = 48, 80, 97, 6, 2, 10
@@ -53,23 +58,73 @@ def test_a_table_that_is_also_the_projection_counts_once(tmp_path):
     assert 0 <= graph_work(file, sequence=1, past=0).bytes - 4 * read < 400
 
 
-def test_rows_hold_both_sides_and_the_ideal(dense, narrow):
+@pytest.fixture(scope="module")
+def compared(dense, narrow):
     calls = []
-    result = bench_decoders(dense.parent, narrow, prompts=(16, 33), rounds=3, progress=lambda *call: calls.append(call))
-    assert [row.phase for row in result.rows] == ["prefill 16", "prefill 33", "decode 16", "decode 33"]
-    assert [call[1:] for call in calls] == [(done, 12) for done in range(13)]
+    graphs = {"dense": dense.parent, "narrow": narrow, "narrow int8": quantize_onnx(narrow, "int8")}
+    result = bench_decoders(
+        graphs, lengths=(16, 33), batches=(1, 3), rounds=3, progress=lambda *call: calls.append(call)
+    )
+    return result, calls
+
+
+def test_rows_hold_every_graph_in_every_case_and_the_ideal(compared, dense, narrow):
+    result, calls = compared
+    cases = list(dict.fromkeys(str(row.case) for row in result.rows))
+    assert cases == [f"{p} {n}{b}" for p in ("prefill", "decode") for b in ("", " ×3") for n in (16, 33)]
+    assert [row.graph for row in result.rows] == ["dense", "narrow", "narrow int8"] * len(cases)
+    assert [call[1:] for call in calls if call[0] == "bench"] == [(done, 24) for done in range(25)]
+    for first, *others in (result.rows[i : i + 3] for i in range(0, len(result.rows), 3)):
+        assert (first.ratio, first.ideal) == (1, 1)
+        for row in (first, *others):
+            assert row.ideal == round(row.work / first.work, 4)
+            assert row.tokens_s == pytest.approx(row.case.tokens / row.ms * 1000, rel=0.01)
+            peak = result.peaks[1].flops if row.case.phase == "prefill" else result.peaks[1].bandwidth
+            assert row.roofline == pytest.approx(row.work / row.ms * 1000 / peak, rel=0.01, abs=0.001)
+    at = {(row.graph, str(row.case)): row.work for row in result.rows}
+    assert at["dense", "prefill 33 ×3"] == graph_work(dense, sequence=33, past=0, batch=3).flops
+    assert at["narrow", "decode 16"] == graph_work(narrow, sequence=1, past=16).bytes
+
+
+def test_quantised_products_count_the_same_operations_and_fewer_bytes(compared):
+    result, _ = compared
     for row in result.rows:
-        assert row.dense_ms > 0
-        assert row.pruned_ms > 0
-        assert row.ideal == round(row.pruned_work / row.dense_work, 4) < 1
-    assert result.rows[1].dense_work == graph_work(dense, sequence=33, past=0).flops
-    assert result.rows[2].pruned_work == graph_work(narrow, sequence=1, past=16).bytes
+        if row.graph == "narrow int8":
+            other = next(r for r in result.rows if r.graph == "narrow" and r.case == row.case)
+            assert row.work == other.work if row.case.phase == "prefill" else row.work < other.work
+
+
+def test_sizes_and_memory_of_each_graph(compared, dense):
+    graph = compared[0].graphs[0]
+    assert graph.bytes == sum(f.stat().st_size for f in dense.parent.glob("model.onnx*"))
+    assert all(0 < g.memory < 1 << 30 for g in compared[0].graphs)
+
+
+def test_the_result_goes_through_json_and_into_a_table(compared):
+    result, _ = compared
     assert Bench.from_json(json.loads(json.dumps(result.to_json()))) == result
+    lines = report.bench_markdown(result).splitlines()
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == 9
+    assert sum("narrow int8" in line for line in lines) == 8 + 1
+    assert any("GFLOP/s" in line for line in lines)
+
+
+def test_the_plot_has_a_bar_for_each_row(compared, tmp_path):
+    pytest.importorskip("matplotlib")
+    draw_bench(compared[0], tmp_path / "bench.svg")
+    drawn = (tmp_path / "bench.svg").read_text()
+    assert "narrow int8" in drawn
+    assert "ideal" in drawn
 
 
 def test_sides_take_turns_and_the_order_changes(monkeypatch):
-    monkeypatch.setattr("mptk.bench.ROUND_S", 0.0)
+    monkeypatch.setattr("mptk.turns.ROUND_S", 0.0)
     seen = []
     times = alternate([lambda: seen.append("a"), lambda: seen.append("b")], rounds=4)
     assert "".join(seen) == "ab" + "abbaabba"
     assert [len(side) for side in times] == [4, 4]
+
+
+def test_one_round_is_refused(dense):
+    with pytest.raises(MptkError, match="--rounds 2"):
+        bench_decoders({"dense": dense}, rounds=1)

@@ -1,0 +1,144 @@
+"""Export and generation in ONNX Runtime against transformers' own, batches of unequal prompts, sampling, commands."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from toy_checkpoints import llama, tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from mptk.api import export_folder
+from mptk.cli import app
+from mptk.errors import MptkError
+from mptk.generation import Sampling, TextGenerator, generate
+from mptk.runtime import OrtDecoder
+
+PROMPTS = [[5, 9, 31, 7], [8], [40, 41, 42, 43, 44, 45, 46]]
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense")
+    model = llama()
+    for parameter in model.parameters():
+        parameter.data.mul_(6)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(source, tmp_path_factory):
+    return export_folder(str(source), tmp_path_factory.mktemp("out") / "exported", quantize=("int8",))
+
+
+@pytest.fixture(scope="module")
+def decoder(folder):
+    return OrtDecoder(folder, threads=1)
+
+
+def greedy(model, prompt: list[int]) -> list[int]:
+    with torch.no_grad():
+        found = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    return found[0, len(prompt) :].tolist()
+
+
+def test_greedy_tokens_of_a_batch_are_those_of_transformers_alone(source, decoder):
+    """No padding token is ever seen, wherever it is."""
+    model = AutoModelForCausalLM.from_pretrained(source)
+    steps = list(generate(decoder, PROMPTS, limit=NEW))
+    for prompt, tokens in zip(PROMPTS, zip(*steps, strict=True), strict=True):
+        expected = greedy(model, prompt)
+        assert list(tokens[: len(expected)]) == expected
+
+
+def test_a_sequence_ends_at_its_stop_token_and_the_rest_go_on(decoder):
+    full = list(zip(*generate(decoder, PROMPTS, limit=NEW), strict=True))
+    stop = full[0][2]
+    found = list(zip(*generate(decoder, PROMPTS, limit=NEW, stop={stop}), strict=True))
+    for before, after in zip(full, found, strict=True):
+        end = before.index(stop) + 1 if stop in before else len(before)
+        assert list(after[:end]) == list(before[:end])
+        assert set(after[end:]) <= {None}
+    assert len(list(generate(decoder, PROMPTS[:1], limit=NEW, stop={stop}))) == full[0].index(stop) + 1
+
+
+def test_draws_repeat_with_their_seed_and_follow_the_distribution():
+    logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]] * 4000, dtype=np.float32))
+
+    def shares(sampling: Sampling) -> np.ndarray:
+        return np.bincount(sampling.choose(logits, np.random.default_rng(1)), minlength=4) / len(logits)
+
+    np.testing.assert_allclose(shares(Sampling(1.0)), [0.5, 0.3, 0.15, 0.05], atol=0.03)
+    np.testing.assert_allclose(shares(Sampling(1.0, top_k=2)), [0.625, 0.375, 0, 0], atol=0.03)
+    np.testing.assert_allclose(shares(Sampling(1.0, top_k=0, top_p=0.9)), [0.526, 0.316, 0.158, 0], atol=0.03)
+    assert (shares(Sampling(1.0, top_k=0, top_p=0.45)))[0] == 1
+    np.testing.assert_allclose(shares(Sampling(0.5)), np.array([25, 9, 2.25, 0.25]) / 36.5, atol=0.03)
+    assert shares(Sampling(0.0))[0] == 1
+
+
+def test_sampled_text_repeats_with_its_seed(decoder):
+    def run(seed: int) -> list:
+        return list(generate(decoder, PROMPTS, limit=6, sampling=Sampling(1.5, top_k=0), seed=seed))
+
+    assert run(1) == run(1) != run(2)
+
+
+def test_the_exported_folder_has_what_consumers_look_for(source, folder):
+    assert AutoConfig.from_pretrained(folder).hidden_size == AutoConfig.from_pretrained(source).hidden_size
+    assert AutoTokenizer.from_pretrained(folder)("a").input_ids == AutoTokenizer.from_pretrained(source)("a").input_ids
+    names = {path.name for path in (folder / "onnx").iterdir()}
+    assert names == {"model.onnx", "model.onnx.data", "model_int8.onnx", "model_int8.onnx.data"}
+    assert not list(folder.glob("*.safetensors"))
+
+
+def test_last_logits_are_the_last_of_all(source, decoder, tmp_path):
+    last = OrtDecoder(export_folder(str(source), tmp_path / "last", logits="last"), threads=1)
+    ids = np.array([PROMPTS[2]])
+    assert last.last_only
+    assert not decoder.last_only
+    np.testing.assert_allclose(last.logits(ids), decoder.logits(ids)[:, -1:], atol=1e-4)
+    with pytest.raises(MptkError, match="--logits all"):
+        last.torch_logits(torch.tensor(ids))
+
+
+def test_commands_generate_and_eval(folder, source, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 60)
+    run = CliRunner().invoke(app, ["generate", str(folder), "the cat", "--max-new-tokens", "5"], catch_exceptions=False)
+    assert run.exit_code == 0
+    tokens = list(TextGenerator(folder).stream([TextGenerator(folder).encode("the cat")], limit=5))
+    assert run.stdout.strip() == tokenizer().decode([t for (t,) in tokens], skip_special_tokens=True).strip()
+    assert "5 new tokens" in run.stderr
+    values = {}
+    for model, runtime in ((source, "torch"), (folder, "onnx"), (folder / "onnx" / "model_int8.onnx", "onnx")):
+        words = ["eval", str(model), "--runtime", runtime, "--data", str(text), "--length", "32"]
+        run = CliRunner().invoke(app, words, catch_exceptions=False)
+        values[model] = float(run.stdout.split()[1])
+    dense, plain, int8 = values.values()
+    assert plain == pytest.approx(dense, rel=1e-3)
+    assert int8 != plain
+    assert int8 == pytest.approx(dense, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "FOLDER", ""], "empty prompt"),
+        (["generate", "FOLDER", "a", "--chat"], "no chat template"),
+        (["generate", "SOURCE", "a"], "mptk export MODEL"),
+        (["eval", "FOLDER", "--runtime", "onnx", "--tasks", "arc"], "tasks run in torch"),
+        (["eval", "FOLDER", "--runtime", "tvm", "--data", "a"], "choose torch or onnx"),
+        (["export", "SOURCE", "--out", "OUT", "--logits", "first"], "choose all or last"),
+        (["export", "SOURCE", "--out", "OUT", "--quantize", "int3"], "int8, int4, fp16"),
+    ],
+)
+def test_errors_name_the_way_out(folder, source, tmp_path, words, message):
+    places = {"FOLDER": str(folder), "SOURCE": str(source), "OUT": str(tmp_path / "out")}
+    run = CliRunner().invoke(app, [places.get(word, word) for word in words])
+    assert isinstance(run.exception, MptkError)
+    assert message in str(run.exception)
+    assert not (tmp_path / "out").exists()

@@ -1,32 +1,50 @@
-"""ONNX Runtime on SmolLM2-135M: export time by stage, prefill and decode of the dense and of a narrower model.
+"""ONNX Runtime on SmolLM2-135M: graphs of the dense and of three narrower models, plain and int8, and rivals.
 
-    python -m benchmarks.onnx [--json FILE] [--quick] [--threads 1,2] [--rounds N]
+    python -m benchmarks.onnx [--json FILE] [--plot FILE] [--quick] [--threads 1,2] [--rounds N] [--long]
 
-The narrower model keeps 6 of 9 heads, 2 of 3 KV groups and 1024 of 1536 feed-forward channels: the first ones, since
-which ones does not matter for speed. Both are exported with the logits of all positions and with the last alone.
-``--quick``: the first four layers, one prompt length, three rounds.
+The narrower models keep the first heads and channels, since which ones does not matter for speed. Graphs give the
+logits of the last position; ``dense, all logits`` shows what the others cost. Rivals: the graphs that
+onnxruntime-genai's builder makes of the same checkpoints (``pip install onnxruntime-genai``), and PyTorch eager.
+``--long``: also 2048 tokens and batches of 8, for the dense and the narrow graphs and their int8. ``--quick``: the
+first four layers, one length, two rounds.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import onnx
 import torch
 import typer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from benchmarks.common import result_header, write_result
 from mptk import models
-from mptk.bench import bench_decoders
+from mptk.bench import Bench, bench_decoders
+from mptk.plot import draw_bench
+from mptk.report import bench_markdown
+from mptk.runtime import OrtDecoder
+from mptk.turns import alternate
 from passes.emit_onnx import emit_onnx
+from passes.quantize_onnx import quantize_onnx
 from passes.trace_decoder import Logits, trace_decoder
 
 MODEL = "smollm2-135m"
-NARROW = {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 1024}
-LOGITS: tuple[Logits, ...] = ("all", "last")
+SHAPES = {
+    "6/2 heads, ffn 1024": {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 1024},
+    "3/1 heads, ffn 1216": {"num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 1216},
+    "9/3 heads, ffn 928": {"intermediate_size": 928},
+}
+NARROW = next(iter(SHAPES))
+GENAI = {"fp32": "prune_lm_head=true", "int8": "prune_lm_head=true block_size=32"}
 
 
 @torch.no_grad()
@@ -40,50 +58,148 @@ def resized(model: PreTrainedModel, **sizes: int) -> PreTrainedModel:
     return result
 
 
-def export(model: PreTrainedModel, folder: Path, logits: Logits) -> dict[str, Any]:
-    """Trace and emit; seconds of each."""
+def export(model: PreTrainedModel, folder: Path, logits: Logits = "last") -> Path:
     start = time.perf_counter()
     program = trace_decoder(model, logits=logits)
     traced = time.perf_counter()
     file = emit_onnx(program, folder)
-    emitted = time.perf_counter()
-    return {
-        "trace_s": round(traced - start, 2),
-        "emit_s": round(emitted - traced, 2),
-        "nodes": len(program.graph.graph.nodes),
-        "megabytes": round(sum(f.stat().st_size for f in (file, file.with_name("model.onnx.data"))) / 1e6, 1),
-    }
+    print(
+        f"{folder.name}: traced in {traced - start:.0f} s, emitted in {time.perf_counter() - traced:.0f} s", flush=True
+    )
+    return file
+
+
+def genai(model: PreTrainedModel, folder: Path, precision: str) -> Path:
+    """What onnxruntime-genai's builder makes of the checkpoint."""
+    source = folder.with_name(f"{folder.name}-checkpoint")
+    model.save_pretrained(source)
+    models.load_tokenizer(MODEL).save_pretrained(source)
+    words = ["-i", source, "-o", folder, "-p", precision, "-e", "cpu", "-c", folder.with_name("cache")]
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+    options = ["--extra_options", *GENAI[precision].split()]
+    subprocess.run([*builder, *map(str, words), *options], check=True, capture_output=True)
+    file = folder / "model.onnx"
+    graph = onnx.load(file, load_external_data=False)
+    for value in (*graph.graph.input, *graph.graph.output, *graph.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == "kv_cache_dim":
+                dim.dim_value = model.config.head_dim
+    onnx.save(graph, file)
+    return file
+
+
+def graphs_of(dense: PreTrainedModel, folder: Path) -> dict[str, Path]:
+    narrow = {name: resized(dense, **sizes) for name, sizes in SHAPES.items()}
+    found = {"dense": export(dense, folder / "dense"), "dense, all logits": export(dense, folder / "all", "all")}
+    found |= {name: export(model, folder / name.replace("/", "-")) for name, model in narrow.items()}
+    for name in ("dense", NARROW):
+        found[f"{name}, int8"] = quantize_onnx(found[name], "int8")
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        print("no onnxruntime-genai here: its graphs are left out")
+        return found
+    for name, model in (("dense", dense), (NARROW, narrow[NARROW])):
+        for precision in GENAI:
+            place = folder / f"genai-{name.replace('/', '-')}-{precision}"
+            found[f"genai, {name}, {precision}"] = genai(model, place, precision)
+    return found
+
+
+def torch_rows(model: PreTrainedModel, file: Path, lengths: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+    """PyTorch eager beside the dense graph, taking turns: prefill, and a step after it; the last logits of both."""
+    decoder, rows = OrtDecoder(file, threads=torch.get_num_threads()), []
+    for length in lengths:
+        ids = torch.zeros(1, length, dtype=torch.long)
+        _, cached = decoder.prefill(ids.numpy())
+        steps: dict[str, list[Callable[[], Any]]] = {
+            "prefill": [
+                lambda ids=ids: decoder.prefill(ids.numpy()),
+                lambda ids=ids: model(ids, logits_to_keep=1, use_cache=True),
+            ],
+            "decode": [
+                lambda ids=ids, cached=cached: decoder.decode(ids[:, :1].numpy(), cached),
+                torch_step(model, ids),
+            ],
+        }
+        for phase, pair in steps.items():
+            with torch.no_grad():
+                ours, theirs = (min(times) for times in alternate(pair, rounds))
+            rows.append(
+                {
+                    "graph": "PyTorch eager, dense",
+                    "phase": phase,
+                    "length": length,
+                    "batch": 1,
+                    "threads": torch.get_num_threads(),
+                    "ms": round(theirs, 3),
+                    "ratio": round(theirs / ours, 4),
+                }
+            )
+    return rows
+
+
+def torch_step(model: PreTrainedModel, ids: torch.Tensor) -> Callable[[], Any]:
+    """One decoding step after ``ids``: the cache is cut back after each."""
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def step() -> None:
+        model(ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.crop(-1)
+
+    return step
+
+
+def rows_of(result: Bench) -> list[dict[str, Any]]:
+    return [
+        {
+            "graph": row.graph,
+            **asdict(row.case),
+            **{key: value for key, value in asdict(row).items() if key not in ("graph", "case")},
+            "over_ideal": round(row.ratio / row.ideal, 3),
+        }
+        for row in result.rows
+    ]
 
 
 def main(
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    plot: Annotated[Path | None, typer.Option()] = None,
     quick: Annotated[bool, typer.Option("--quick")] = False,
-    threads: Annotated[str, typer.Option("--threads")] = "1,2",
-    rounds: Annotated[int, typer.Option("--rounds")] = 11,
+    long: Annotated[bool, typer.Option("--long")] = False,
+    threads: Annotated[str, typer.Option()] = "1,2",
+    rounds: Annotated[int, typer.Option()] = 5,
 ) -> None:
+    torch.set_num_threads(1)
     dense = models.load(MODEL).model
     if quick:
-        dense = resized(dense, num_hidden_layers=4)
-    sides = {"dense": dense, "narrow": resized(dense, **NARROW)}
-    counts = (1,) if quick else tuple(int(count) for count in threads.split(","))
-    prompts = (128,) if quick else (128, 512)
-    rows: list[dict[str, Any]] = []
+        dense, rounds, threads = resized(dense, num_hidden_layers=4), 2, "1"
+    counts = tuple(map(int, threads.split(",")))
+    lengths = (128,) if quick else (128, 512)
     with tempfile.TemporaryDirectory() as temporary:
-        for logits in LOGITS[-1:] if quick else LOGITS:
-            folders = {side: Path(temporary) / f"{side}-{logits}" for side in sides}
-            for side, model in sides.items():
-                rows.append({"kind": "export", "graph": side, "logits": logits, **export(model, folders[side], logits)})
-                print(rows[-1], flush=True)
-            result = bench_decoders(
-                *folders.values(), prompts=prompts, threads=counts, rounds=3 if quick else rounds
-            ).to_json()
-            for row in result["rows"]:
-                rows.append(
-                    {"kind": "speed", "logits": logits, **row, "over_ideal": round(row["ratio"] / row["ideal"], 3)}
-                )
-                print(rows[-1], flush=True)
+        graphs = graphs_of(dense, Path(temporary))
+
+        def progress(stage: str, done: int, total: int) -> None:
+            print(f"  {stage} {done}/{total}", flush=True)
+
+        result = bench_decoders(graphs, lengths=lengths, threads=counts, rounds=rounds, progress=progress)
+        rows = rows_of(result) + torch_rows(dense, graphs["dense"], lengths, rounds)
+        print(bench_markdown(result))
+        if long:
+            few = {name: graphs[name] for name in ("dense", NARROW, "dense, int8", f"{NARROW}, int8")}
+            for batch, many in ((1, (2048,)), (8, (128, 512))):
+                more = bench_decoders(few, lengths=many, batches=(batch,), threads=counts[:1], rounds=3)
+                print(bench_markdown(more))
+                rows += rows_of(more)
+    for row in rows[-2 * len(lengths) :] if not long else ():
+        print(row)
+    if plot is not None:
+        draw_bench(result, plot)
     if json_file is not None:
-        write_result(json_file, {**result_header(), "model": MODEL, "narrow": NARROW, "quick": quick}, rows)
+        peaks = {count: asdict(found) for count, found in result.peaks.items()}
+        sizes = [{"graph": g.name, "bytes": g.bytes, "memory": g.memory} for g in result.graphs]
+        header = {**result_header(), "model": MODEL, "shapes": SHAPES, "quick": quick, "peaks": peaks, "sizes": sizes}
+        write_result(json_file, header, rows)
 
 
 if __name__ == "__main__":

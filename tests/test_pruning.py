@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,25 @@ def test_verify_proves_the_folder_again_and_sees_a_changed_weight(pruned, tmp_pa
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(MptkError, match="reloaded checkpoint"):
         mptk.verify(broken)
+
+
+def test_quantised_graphs_lie_beside_and_their_perplexity_is_told(llama, pruned, tmp_path):
+    settings = replace(SETTINGS, quantize=("int8", "fp16"))
+    report = mptk.prune(llama, tmp_path / "out", settings)
+    assert set(report["quantized"]) == {"int8", "fp16"}
+    for scheme, found in report["quantized"].items():
+        assert found["file"] == f"onnx/model_{scheme}.onnx"
+        assert {found["file"], f"{found['file']}.data"} <= set(report["files"])
+        assert found["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out/onnx").glob(f"model_{scheme}.onnx*"))
+        assert found["perplexity"] == pytest.approx(report["perplexity"]["pruned"], rel=0.05)
+    assert report["plan_sha256"] == pruned[1]["plan_sha256"]
+
+
+def test_last_logits_alone_are_proven_too(llama, tmp_path):
+    report = mptk.prune(llama, tmp_path / "out", replace(SETTINGS, logits="last", quantize=("int8",)))
+    assert len(report["proof"]) == 4
+    assert all(d["ok"] for d in report["proof"])
+    assert "perplexity" not in report["quantized"]["int8"]
 
 
 def test_a_failed_proof_publishes_nothing(llama, tmp_path, monkeypatch):

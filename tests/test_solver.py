@@ -142,3 +142,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
     solver.masks["ffn"].grad = torch.tensor([[[1.0, math.nan, 0.0]]])
     with pytest.raises(MptkError, match="gradient of ffn's masks is not finite"):
         solver.step(10)
+
+
+def test_a_dual_that_diverges_stops_the_run_with_its_value_and_a_remedy() -> None:
+    """A cost that no width lowers: z rises until it is said."""
+    solver = Solver({"ffn": (2, 1, 8)}, lambda _: 1.0, budget=0.5, steps=40, rates=Rates(price=1e4))
+
+    def run() -> None:
+        for _ in range(40):
+            solver.masks["ffn"].grad = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0))
+            solver.step(64)
+
+    with pytest.raises(MptkError, match=r"step \d+: the dual z is .* cannot be met; ask for less"):
+        run()

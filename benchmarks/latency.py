@@ -2,17 +2,17 @@
 
     python -m benchmarks.latency [--json FILE] [--quick] [--threads N]
 
-Operators are timed anew (``mptk.operators``); then whole ONNX graphs with random access to nothing but their own
-weights: each is the dense model's first rows and columns, since which ones does not matter for speed. ``--quick``: the
-first four layers, two shapes.
+Single operators (``mptk.operators``) and whole ONNX graphs are timed in turn. Each graph is the dense model's first rows
+and columns, since which ones does not matter for speed. ``--quick``: four layers, two held-out shapes, two rounds.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -22,8 +22,8 @@ from benchmarks.common import result_header, write_result
 from benchmarks.onnx import MODEL, export, resized
 from mptk import api, models
 from mptk.bench import decoder_step
-from mptk.latency import OBJECTIVES, Latency
-from mptk.operators import Operator, measure, typical_ms
+from mptk.latency import OBJECTIVES, Latency, Measure
+from mptk.operators import Operator, time_once, typical_ms
 from mptk.runtime import OrtDecoder
 from passes import legalize
 
@@ -38,8 +38,8 @@ SHAPES: tuple[Mapping[str, int], ...] = (
 )
 """The dense one, then held-out ones: no feed-forward width is one at which operators are timed."""
 
-SESSIONS = 3
-"""Each graph is timed in so many sessions of its own, in turn with the others."""
+ROUNDS = 5
+"""In each, every operator and then every graph is timed in a session of its own, so that all see the same neighbours."""
 
 
 def narrowed(model: PreTrainedModel, shape: Mapping[str, int]) -> PreTrainedModel:
@@ -51,34 +51,28 @@ def narrowed(model: PreTrainedModel, shape: Mapping[str, int]) -> PreTrainedMode
     )
 
 
-def predictors(model: PreTrainedModel, threads: int) -> tuple[dict[str, Latency], dict[str, Any]]:
-    """Each phase's prediction, from operators timed now; how many they were and in how many seconds."""
+def predictors(model: PreTrainedModel, measure: Measure) -> dict[str, Latency]:
+    """Each phase's prediction."""
     analysis = api.analyze(model)
     ladders = {name: legalize.aligned(analysis.family(name), legalize.MULTIPLE) for name in FAMILIES}
-    found, spent = {}, {}
-    for phase in OBJECTIVES:
-        start = time.perf_counter()
-        timed: list[Operator] = []
-
-        def sweep(operators: Any, timed: list[Operator] = timed) -> Any:
-            timed += operators
-            return measure(operators, threads, lambda *_: None)
-
-        found[phase] = Latency(analysis, ladders, phase, sweep)
-        spent[phase] = {"operators": len(timed), "seconds": round(time.perf_counter() - start, 1)}
-    return found, spent
+    return {phase: Latency(analysis, ladders, phase, measure) for phase in OBJECTIVES}
 
 
-def measured(folders: list[Path], threads: int, quick: bool) -> dict[tuple[int, str], float]:
-    """Milliseconds of each graph and phase: the least of its sessions' medians."""
-    best: dict[tuple[int, str], float] = {}
-    for _ in range(1 if quick else SESSIONS):
-        for i, folder in enumerate(folders):
-            decoder = OrtDecoder(folder, threads=threads)
-            for phase, (tokens, past) in OBJECTIVES.items():
-                step = decoder_step(decoder, phase, max(tokens, past))
-                best[i, phase] = min(best.get((i, phase), float("inf")), typical_ms(step, threads, seconds=1.5))
-    return best
+def operators_of(model: PreTrainedModel) -> list[Operator]:
+    """All operators that the predictions need."""
+    found: list[Operator] = []
+
+    def remember(operators: Sequence[Operator]) -> Mapping[Operator, float]:
+        found.extend(operators)
+        return dict.fromkeys(operators, 1.0)
+
+    predictors(model, remember)
+    return list(dict.fromkeys(found))
+
+
+def time_graph(decoder: OrtDecoder, phase: str, threads: int) -> float:
+    tokens, past = OBJECTIVES[phase]
+    return typical_ms(decoder_step(decoder, phase, max(tokens, past)), threads, seconds=1.0)
 
 
 def main(
@@ -90,27 +84,55 @@ def main(
     shapes = SHAPES[:3] if quick else SHAPES
     if quick:
         dense = resized(dense, num_hidden_layers=4)
-    predicted, spent = predictors(dense, threads)
-    for phase, effort in spent.items():
-        print(f"{phase}: {effort['operators']} operators timed in {effort['seconds']} s", flush=True)
+    operators = operators_of(dense)
+    single: dict[Operator, list[float]] = {operator: [] for operator in operators}
+    whole: dict[tuple[str, int], list[float]] = {(phase, i): [] for phase in OBJECTIVES for i in range(len(shapes))}
+    sweep_s = 0.0
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary) / str(i) for i in range(len(shapes))]
         for folder, shape in zip(folders, shapes, strict=True):
             export(narrowed(dense, shape), folder, "all")
-        times = measured(folders, threads, quick)
-    rows = []
-    for (i, phase), ms in sorted(times.items(), key=lambda item: (item[0][1], item[0][0])):
-        guess, whole = predicted[phase](shapes[i]), predicted[phase]({})
-        row = {"phase": phase, **shapes[i], "held_out": i > 0, "predicted_ms": round(guess, 2)}
-        row |= {"measured_ms": round(ms, 2), "error": round(guess / ms - 1, 4)}
-        row |= {"predicted_ratio": round(guess / whole, 4), "measured_ratio": round(ms / times[0, phase], 4)}
-        rows.append(row)
-        print(row, flush=True)
-    worst = max(abs(row["error"]) for row in rows if row["held_out"])
-    print(f"largest held-out error: {worst:.1%}", flush=True)
+        for _ in range(2 if quick else ROUNDS):
+            start = time.perf_counter()
+            for operator in operators:
+                single[operator].append(time_once(operator, threads))
+            sweep_s = time.perf_counter() - start
+            for i, folder in enumerate(folders):
+                decoder = OrtDecoder(folder, threads=threads)
+                for phase in OBJECTIVES:
+                    whole[phase, i].append(time_graph(decoder, phase, threads))
+    predicted = predictors(dense, lambda found: {o: median(single[o]) for o in found})
+    rows = [row(phase, shapes, i, predicted[phase], whole) for phase, i in whole]
+    for line in rows:
+        print(line, flush=True)
+    worst = max(abs(line["error"]) for line in rows if line["held_out"])
+    print(f"{len(operators)} operators, {sweep_s:.0f} s a round; largest held-out error: {worst:.1%}", flush=True)
     if json_file is not None:
-        about = {"model": MODEL, "quick": quick, "threads": threads, "sweep": spent}
+        about = {"model": MODEL, "quick": quick, "threads": threads, "operators": len(operators), "round_s": sweep_s}
         write_result(json_file, {**result_header(), **about}, rows)
+
+
+def row(
+    phase: str,
+    shapes: Sequence[Mapping[str, int]],
+    i: int,
+    latency: Latency,
+    measured: Mapping[tuple[str, int], Sequence[float]],
+) -> dict[str, Any]:
+    """One shape in one phase. ``spread``: half the range of the measured rounds over their median."""
+    times = measured[phase, i]
+    guess, ms = latency(shapes[i]), median(times)
+    return {
+        "phase": phase,
+        **shapes[i],
+        "held_out": i > 0,
+        "predicted_ms": round(guess, 2),
+        "measured_ms": round(ms, 2),
+        "spread": round((max(times) - min(times)) / 2 / ms, 3),
+        "error": round(guess / ms - 1, 4),
+        "predicted_ratio": round(guess / latency({}), 4),
+        "measured_ratio": round(ms / median(measured[phase, 0]), 4),
+    }
 
 
 if __name__ == "__main__":

@@ -92,14 +92,21 @@ def machine() -> dict[str, Any]:
 
 
 def measure(operators: Sequence[Operator], threads: int, progress: Progress) -> dict[Operator, float]:
-    """Milliseconds of each operator: the least of ``SESSIONS`` sessions' medians."""
-    best = dict.fromkeys(operators, float("inf"))
-    for session in range(SESSIONS):
-        for i, operator in enumerate(operators):
-            progress("time operators", session * len(operators) + i, SESSIONS * len(operators))
-            best[operator] = min(best[operator], GRAPHS[operator.kind](threads, *operator.sizes))
-    progress("time operators", SESSIONS * len(operators), SESSIONS * len(operators))
-    return best
+    """Milliseconds of each operator: the median over ``SESSIONS`` sessions."""
+    times: dict[Operator, list[float]] = {operator: [] for operator in operators}
+    done, total = 0, SESSIONS * len(operators)
+    for _ in range(SESSIONS):
+        for operator in operators:
+            progress("time operators", done, total)
+            times[operator].append(time_once(operator, threads))
+            done += 1
+    progress("time operators", done, total)
+    return {operator: statistics.median(found) for operator, found in times.items()}
+
+
+def time_once(operator: Operator, threads: int) -> float:
+    """Milliseconds of an operator in a session of its own."""
+    return GRAPHS[operator.kind](threads, *operator.sizes)
 
 
 def typical_ms(run: Callable[[], Any], threads: int, seconds: float = SECONDS, runs: int = 3) -> float:

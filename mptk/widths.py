@@ -49,13 +49,13 @@ def budgeted(analysis: Analysis, settings: Settings, progress: Callable[..., Non
 
 def _variable(analysis: Analysis, settings: Settings) -> list[str]:
     """Families that the settings may cut, for targets to narrow."""
-    s = settings
+    s, there = settings, {f.name: f for f in analysis.families}
     if s.plan is not None:
-        return list(Plan.load(s.plan).families)
-    derived = legalize.derived_families(analysis) if s.target == "stock" else {}
-    names = s.families or [f.name for f in analysis.families if is_layered(f) and f.name not in derived]
-    there = {f.name for f in analysis.families}
-    return [name for name in dict.fromkeys([*names, *s.widths]) if name in there and name not in s.keep]
+        names = list(Plan.load(s.plan).families)
+    else:
+        derived = legalize.derived_families(analysis) if s.target == "stock" else {}
+        names = [*(s.families or [n for n, f in there.items() if is_layered(f) and n not in derived]), *s.widths]
+    return [name for name in dict.fromkeys(names) if name in there and name not in s.keep]
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,16 @@ import pytest
 import torch
 from test_pruning import llama, llama_config  # noqa: F401 (a fixture)
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from typer.testing import CliRunner
 
 import mptk
 from mptk import operators
-from mptk.cli import latency_budget
+from mptk.cli import app
 from mptk.cost import CostModel
 from mptk.errors import MptkError
 from mptk.latency import Latency, find_parts, interpolate, phase
 from mptk.operators import ATTENTION, ELEMENTWISE, MATMUL, Operator, kept_times, measure
+from mptk.plan import FamilyPlan, Plan
 from mptk.widths import Search, budgeted
 from passes import legalize
 from passes.group import analyze
@@ -197,6 +199,14 @@ def test_milliseconds_are_reached_and_not_exceeded(model, analysis, machine, obj
     assert all(ms is not None and 0.65 * dense <= ms <= 0.7 * dense for ms in found)
 
 
+def test_a_plan_is_priced_whatever_it_cuts(analysis, machine, tmp_path):
+    plan = tmp_path / "plan.json"
+    Plan({"hidden": FamilyPlan(24, HIDDEN, {"": (tuple(range(24)),)})}).save(plan)
+    cost, settings = budgeted(analysis, replace(SETTINGS, plan=str(plan), max_ms=1e6), lambda *_: None)
+    assert cost.share({"hidden": 24}) < 0.8
+    assert settings.sparsity == SETTINGS.sparsity
+
+
 # ---- errors ----
 
 
@@ -218,17 +228,27 @@ def test_settings_that_contradict_each_other_are_refused():
         mptk.Settings(objective="training")
     with pytest.raises(MptkError, match="milliseconds are no budget of params; set budget to latency"):
         mptk.Settings(max_ms=3.0)
-    with pytest.raises(MptkError, match="give --max-decode-ms or --max-prefill-ms"):
-        latency_budget("params", "decode", 3.0, 4.0)
+    both = ["--max-decode-ms", "3", "--max-prefill-ms", "4"]
+    result = CliRunner().invoke(app, ["prune", "model", "--out", "out", *both])
+    assert isinstance(result.exception, MptkError)
+    assert "give --max-decode-ms or --max-prefill-ms" in str(result.exception)
 
 
-def test_milliseconds_say_what_is_budgeted():
-    assert latency_budget("params", "decode", None, 4.0) == {
-        "budget": "latency",
-        "objective": "prefill",
-        "max_ms": 4.0,
-    }
-    assert latency_budget("flops", "prefill", None, None) == {"budget": "flops", "objective": "prefill"}
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ("--budget latency --objective prefill", ("latency", "prefill", None, 1)),
+        ("--max-prefill-ms 900 --threads 2", ("latency", "prefill", 900, 2)),
+        ("--max-decode-ms 20", ("latency", "decode", 20, 1)),
+        ("--budget flops", ("flops", "decode", None, 1)),
+    ],
+)
+def test_command_line_says_what_is_budgeted(monkeypatch, options, wanted):
+    asked: list[mptk.Settings] = []
+    monkeypatch.setattr("mptk.pruning.prune", lambda model, folder, settings, progress: asked.append(settings))
+    CliRunner().invoke(app, ["prune", "model", "--out", "out", *options.split()], catch_exceptions=False)
+    (s,) = asked
+    assert (s.budget, s.objective, s.max_ms, s.threads) == wanted
 
 
 def test_routed_experts_have_no_latency_by_shape():

@@ -108,7 +108,13 @@ def main(
     worst = max(abs(line["error"]) for line in rows if line["held_out"])
     print(f"{len(operators)} operators, {sweep_s:.0f} s a round; largest held-out error: {worst:.1%}", flush=True)
     if json_file is not None:
-        about = {"model": MODEL, "quick": quick, "threads": threads, "operators": len(operators), "round_s": sweep_s}
+        about = {
+            "model": MODEL,
+            "quick": quick,
+            "threads": threads,
+            "operators": len(operators),
+            "round_s": round(sweep_s, 1),
+        }
         write_result(json_file, {**result_header(), **about}, rows)
 
 

@@ -33,7 +33,7 @@ OPSET, IR_VERSION = 23, 10
 COLD_BYTES = 64 << 20
 """What the copies of an operator read in all, in a step of one row. Less would stay in a large last-level cache."""
 
-SESSIONS = 3
+SESSIONS = 5
 """Each operator is timed in so many sessions, far apart in time: what disturbs one seldom disturbs the other."""
 
 SECONDS = 0.08
@@ -69,7 +69,7 @@ def kept_times(
 
     Args:
         threads: threads of one operator; 0: as many as there are cores.
-        sweep: what measures; ``sweep`` of this module if not given.
+        sweep: what measures; ``measure`` if not given.
     """
     about = {**machine(), "threads": threads}
     file = cache_dir() / "latency" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.json"

@@ -144,7 +144,7 @@ def bench_decoders(
         for share in shares:
             decoders = [OrtDecoder(file, threads=count) for file in files.values()]
             for case in (case for case in cases if case.threads == count):
-                found = alternate([_step(decoder, case) for decoder in decoders], share)
+                found = alternate([decoder_step(decoder, case) for decoder in decoders], share)
                 for side, more in zip(times[case], found, strict=True):
                     side += more
                 roofline.measure()
@@ -157,7 +157,7 @@ def bench_decoders(
     return Bench(measured, ort.__version__, rounds, peaks, rows)
 
 
-def _step(decoder: OrtDecoder, case: Case) -> Callable[[], None]:
+def decoder_step(decoder: OrtDecoder, case: Case) -> Callable[[], None]:
     """A call that runs one step with everything bound beforehand. Which tokens does not matter, nor what is cached."""
     prefill = case.phase == "prefill"
     cache = decoder.empty(case.batch) if prefill else decoder.filled(case.batch, case.length)

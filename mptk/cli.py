@@ -129,6 +129,7 @@ Onnx = Annotated[bool, typer.Option(help="Write ONNX with a KV cache.")]
 Logits = Annotated[str, typer.Option(help="What the ONNX graph gives: logits of all positions, or of the last alone.")]
 Quantize = Annotated[str, typer.Option(help="ONNX graphs to write as well: int8, int4, fp16, comma-separated.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads of an operator; 0: as many as there are cores.")]
+MaxMs = Annotated[float | None, typer.Option(help="Cut until this latency is predicted, instead of a sparsity.")]
 Steps = Annotated[int | None, typer.Option(min=0, help="Training steps in all.")]
 Batch = Annotated[int, typer.Option(min=1, help="Windows in a step, over all processes.")]
 Micro = Annotated[int, typer.Option(min=1, help="Windows in one forward pass of one process.")]
@@ -151,8 +152,12 @@ def prune(
     folder: Annotated[Path, typer.Option("--out", help="Folder for the result; replaced only if mptk made it.")],
     sparsity: Annotated[float, typer.Option(min=0.0, max=0.99, help="Share of the budget to remove.")] = 0.3,
     budget: Annotated[
-        str, typer.Option(help="What sparsity is a share of: params (of blocks), flops or bytes.")
+        str, typer.Option(help="What sparsity is a share of: params (of blocks), flops, bytes or latency.")
     ] = "params",
+    objective: Annotated[str, typer.Option(help="The phase whose latency counts: decode or prefill.")] = "decode",
+    max_decode_ms: MaxMs = None,
+    max_prefill_ms: MaxMs = None,
+    threads: Threads = 1,
     method: Annotated[
         str, typer.Option(help="maskprune, or one-shot: random, magnitude, wanda, flap, taylor.")
     ] = "maskprune",
@@ -207,7 +212,8 @@ def prune(
 
     settings = Settings(
         sparsity=sparsity,
-        budget=budget,
+        **latency_budget(budget, objective, max_decode_ms, max_prefill_ms),
+        threads=threads,
         method=method,
         data=data,
         eval_data=eval_data,
@@ -507,6 +513,17 @@ def parse_counts(text: str, option: str) -> tuple[int, ...]:
 def names(text: str) -> tuple[str, ...]:
     """``heads,ffn``."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def latency_budget(budget: str, objective: str, decode_ms: float | None, prefill_ms: float | None) -> dict[str, Any]:
+    """The settings that the latency options mean: one that gives milliseconds says what is budgeted, too."""
+    if decode_ms is not None and prefill_ms is not None:
+        raise MptkError("one latency can be reached at a time; give --max-decode-ms or --max-prefill-ms")
+    if decode_ms is not None:
+        return {"budget": "latency", "objective": "decode", "max_ms": decode_ms}
+    if prefill_ms is not None:
+        return {"budget": "latency", "objective": "prefill", "max_ms": prefill_ms}
+    return {"budget": budget, "objective": objective}
 
 
 def learning(training: tuple[Any, ...], weights: tuple[float, float, float], **settings: Any) -> Any:

@@ -1,8 +1,8 @@
-"""cost: parameters, operations and bytes of a model as functions of its families' widths."""
+"""cost: parameters, operations, bytes and latency of a model as functions of its families' widths."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 from mptk.axes import Axis, evaluate
@@ -17,31 +17,38 @@ class Cost:
     ``parameters``: all of them, a tied one once. ``block``: those of the prunable weights (``block_weights``).
     ``flops``: operations in products with weights for one token of input, 2 for a multiply-add; attention's own
     products grow with the context and are not counted. ``bytes``: size of all parameters in their dtype.
+    ``latency_ms``: predicted milliseconds of a step (``mptk/latency.py``), where that is what is budgeted.
     """
 
     parameters: float
     block: float
     flops: float
     bytes: float
+    latency_ms: float | None = None
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+        """What is known, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-BUDGETS = {"params": "block", "flops": "flops", "bytes": "bytes"}
+LATENCY = "latency"
+BUDGETS = {"params": "block", "flops": "flops", "bytes": "bytes", LATENCY: "latency_ms"}
 """What a budget counts → the field of ``Cost``."""
 
 
 class CostModel:
     """Cost of an analysed model at any widths (family name → units kept; families that are not named stay whole).
 
-    ``budget`` is what sparsity is a share of: a key of ``BUDGETS``.
+    ``budget`` is what sparsity is a share of: a key of ``BUDGETS``. ``latency``: widths → milliseconds, which the
+    budget of that name needs.
     """
 
-    def __init__(self, analysis: Analysis, budget: str = "params") -> None:
+    def __init__(
+        self, analysis: Analysis, budget: str = "params", latency: Callable[[Mapping[str, float]], float] | None = None
+    ) -> None:
         if budget not in BUDGETS:
             raise MptkError(f"no budget {budget!r}; choose one of {', '.join(BUDGETS)}")
-        self.analysis, self.budget = analysis, BUDGETS[budget]
+        self.analysis, self.budget, self._latency = analysis, BUDGETS[budget], latency
         program = analysis.program
         self._used = {name: analysis.weights[name] for name in program.parameters if name in analysis.weights}
         self._itemsize = {name: program.state[name].element_size() for name in program.parameters}
@@ -62,6 +69,7 @@ class CostModel:
             block=sum(counts[name] for name in self.block_weights),
             flops=self._flops(sizes),
             bytes=sum(n * self._itemsize[name] for name, n in counts.items()),
+            latency_ms=None if self._latency is None else self._latency(widths),
         )
 
     def sparsity(self, widths: Mapping[str, int]) -> float:
@@ -77,7 +85,7 @@ class CostModel:
         return (self.dense.parameters - self({family.name: family.size - 1}).parameters) if family.size > 1 else 0.0
 
     def _flops(self, sizes: Mapping[Axis, float]) -> float:
-        walk, tokens = self.analysis.walk, self._tokens()
+        walk, tokens = self.analysis.walk, example_tokens(self.analysis)
         total: float = 0
         for c in self.analysis.contractions:
             if walk.is_weight(c.left[0]) or walk.is_weight(c.right[0]):
@@ -87,12 +95,12 @@ class CostModel:
                 total += count
         return total // tokens if isinstance(total, int) else total / tokens
 
-    def _tokens(self) -> int:
-        """Positions of the example input: the product of its first two dimensions."""
-        walk = self.analysis.walk
-        first = next(n for n in self.analysis.program.placeholders() if n.name in self.analysis.program.user_inputs)
-        shape = walk.shape(first)
-        return int(shape[0] * shape[1]) if len(shape) > 1 else int(shape[0])
+
+def example_tokens(analysis: Analysis) -> int:
+    """Positions of the example input: the product of its first two dimensions."""
+    first = next(n for n in analysis.program.placeholders() if n.name in analysis.program.user_inputs)
+    shape = analysis.walk.shape(first)
+    return int(shape[0] * shape[1]) if len(shape) > 1 else int(shape[0])
 
 
 def block_weights(analysis: Analysis) -> frozenset[str]:

@@ -22,7 +22,7 @@ import passes.trace
 from mptk import criteria, data, models, pipeline
 from mptk.api import Progress, cut_program, export, plan_digest
 from mptk.checkpoint import portable, save_tokenizer
-from mptk.cost import CostModel, is_layered
+from mptk.cost import is_layered
 from mptk.cut import resolve_plan
 from mptk.errors import MptkError
 from mptk.evaluation import perplexity
@@ -34,7 +34,7 @@ from mptk.program import Program
 from mptk.runtime import OrtDecoder
 from mptk.settings import MASKPRUNE, Settings
 from mptk.verification import REPORT, changes_of, proof_stages, read_report, require, weights_digest, widened
-from mptk.widths import Search
+from mptk.widths import Search, budgeted
 from passes import group, legalize
 from passes.emit_hf import check_replaceable, publish, write_checkpoint
 from passes.mask import mask
@@ -148,12 +148,12 @@ class Run:
             self.program = passes.trace.trace(self.model, dynamic=True)
         with self._stage("analyse"):
             self.analysis = group.analyze(self.program)
-            self.cost = CostModel(self.analysis, s.budget)
         with self._stage("legalise"):
+            self.cost, self.settings = budgeted(self.analysis, s, self.progress)
             if s.plan is not None:
                 self.plan = Plan.load(s.plan)
                 resolve_plan(self.analysis, self.plan)
-            self.candidates = [] if s.plan else Search(self.analysis, self.cost, self.model, s).candidates()
+            self.candidates = [] if s.plan else Search(self.analysis, self.cost, self.model, self.settings).candidates()
         cut = self.plan.families if s.plan is not None else self.candidates[0].widths
         whole = [name for name in cut if not is_layered(self.analysis.family(name))]
         if self.steps and not s.learning.rank and whole:

@@ -173,6 +173,10 @@ def prune_view(report: Mapping[str, Any]) -> Lines:
         ("bytes", "bytes"),
     ):
         cost.add_row(label, f"{dense[key]:,}", f"{pruned[key]:,}", f"{1 - pruned[key] / dense[key]:.1%}")
+    if "latency_ms" in dense:
+        before, after = dense["latency_ms"], pruned["latency_ms"]
+        label = f"predicted {report['settings']['objective']} (ms)"
+        cost.add_row(label, f"{before:.2f}", f"{after:.2f}", f"{1 - after / before:.1%}")
     quality = report["perplexity"]
     cost.add_row("perplexity", f"{quality['dense']:.2f}", f"{quality['pruned']:.2f}", "")
     for scheme, q in report.get("quantized", {}).items():

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mptk.cost import LATENCY
+from mptk.errors import MptkError
+from mptk.latency import phase
 from mptk.learning import Learning
 from passes import legalize
 
@@ -17,10 +20,15 @@ class Settings:
     """What ``prune`` is asked for. ``widths`` fixes families' widths, ``plan`` fixes everything.
 
     ``rehome``: where the model's own config class refuses the cut, another class may hold it (``passes/rehome.py``).
-    ``budget``: what sparsity is a share of (``cost.BUDGETS``); ``keep``: families that stay whole. ``reconstruct``:
+    ``budget``: what sparsity is a share of (``cost.BUDGETS``). Of a latency, ``objective`` is the phase, ``threads``
+    those of ONNX Runtime (0: all cores), and ``max_ms``, if given, is what to reach in place of a sparsity.
+    ``keep``: families that stay whole. ``reconstruct``:
     whether what is left of a layer takes over for what was removed (``maskprune/reconstruct.py``); None: for MaskPrune
     only. ``logits`` and ``quantize`` are as in ``api.export``. ``learning`` says how to train; a one-shot method trains
     only after the cut. ``resume`` goes on with an unfinished run.
+
+    Raises:
+        MptkError: an unknown objective, or milliseconds for another budget than latency.
     """
 
     sparsity: float = 0.3
@@ -32,6 +40,9 @@ class Settings:
     eval_windows: int = 40
     eval_length: int = 512
     budget: str = "params"
+    objective: str = "decode"
+    max_ms: float | None = None
+    threads: int = 1
     families: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     widths: Mapping[str, int] = field(default_factory=dict)
@@ -48,3 +59,8 @@ class Settings:
     reconstruct: bool | None = None
     learning: Learning = field(default_factory=Learning)
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        phase(self.objective)
+        if self.max_ms is not None and self.budget != LATENCY:
+            raise MptkError(f"milliseconds are no budget of {self.budget}; set budget to {LATENCY}")

@@ -1,16 +1,20 @@
-"""widths: the legal widths that meet what ``prune`` is asked for, before any work."""
+"""widths: what ``prune``'s budget counts, and the legal widths that meet it, before any work."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from mptk.cost import CostModel
+from mptk.cost import LATENCY, CostModel, is_layered
 from mptk.errors import MptkError
 from mptk.families import Analysis
+from mptk.latency import Latency
+from mptk.operators import kept_times
+from mptk.plan import Plan
 from mptk.settings import MASKPRUNE, Settings
 from passes import legalize
 from passes.insert_masks import disturbed
@@ -18,6 +22,40 @@ from passes.rehome import find_home
 
 SPLITS = 6
 """How many ways to divide the budget among families a one-shot method tries on calibration text."""
+
+
+def budgeted(analysis: Analysis, settings: Settings, progress: Callable[..., None]) -> tuple[CostModel, Settings]:
+    """The cost model of the settings' budget, and the settings with milliseconds turned into a sparsity.
+
+    A latency comes from operators that are timed now or were before (``mptk/operators.py``).
+
+    Raises:
+        MptkError: no such budget; no latency can be predicted; or the dense model takes no longer than ``max_ms``.
+    """
+    s = settings
+    if s.budget != LATENCY:
+        return CostModel(analysis, s.budget), s
+    ladders = {name: legalize.aligned(analysis.family(name), s.multiple) for name in _variable(analysis, s)}
+    with PartialState().main_process_first():  # the others read what the first has kept, so that all plan alike
+        latency = Latency(analysis, ladders, s.objective, lambda ops: kept_times(ops, s.threads, progress))
+    cost = CostModel(analysis, s.budget, latency)
+    if s.max_ms is None or s.plan is not None:
+        return cost, s
+    dense = latency({})
+    if dense <= s.max_ms:
+        raise MptkError(f"{s.objective} of the dense model is predicted to take {dense:.2f} ms; ask for less than that")
+    return cost, replace(s, sparsity=1 - s.max_ms / dense + s.tolerance)
+
+
+def _variable(analysis: Analysis, settings: Settings) -> list[str]:
+    """Families that the settings may cut, for targets to narrow."""
+    s, there = settings, {f.name: f for f in analysis.families}
+    if s.plan is not None:
+        names = list(Plan.load(s.plan).families)
+    else:
+        derived = legalize.derived_families(analysis) if s.target == "stock" else {}
+        names = [*(s.families or [n for n, f in there.items() if is_layered(f) and n not in derived]), *s.widths]
+    return [name for name in dict.fromkeys(names) if name in there and name not in s.keep]
 
 
 @dataclass(frozen=True)
@@ -75,13 +113,28 @@ class Search:
                 why = target.refused.get(name, "no narrower width is legal")
                 raise MptkError(f"{name} cannot be cut for target {s.target}: {why}; try --target graph")
         target = fixed(target, s.widths)
+        if s.budget == LATENCY:
+            target = legalize.unbeaten(self.cost, target, names)
         candidates = legalize.find_candidates(self.cost, target, [*dict.fromkeys([*names, *s.widths])], s.sparsity)
         if set(names) <= set(s.widths):
             if not candidates:
                 raise MptkError(f"the stock class refuses these widths together: {target.accepts(s.widths)}")
             return candidates[:1]
+        if s.max_ms is not None:
+            self._check_reached(candidates)
         splits = len(candidates) if s.method == MASKPRUNE else SPLITS
         return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, splits)
+
+    def _check_reached(self, candidates: Sequence[legalize.Candidate]) -> None:
+        """Raise MptkError, with the nearest there are, unless a candidate takes ``max_ms`` or little less."""
+        s, dense = self.settings, self.cost.dense.latency_ms or 0.0
+        if any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):
+            return
+        nearest = [f"{(1 - c.sparsity) * dense:.2f} ms with {legalize.describe(c.widths)}" for c in candidates[:3]]
+        raise MptkError(
+            f"no legal widths {s.objective} in {s.max_ms:.2f} ms; nearest: {'; '.join(nearest) or 'none'}. "
+            "Ask for one of these, name other --families, or use --target graph"
+        )
 
     def _default_families(self, target: legalize.Target) -> list[str]:
         """What is cut if nothing else is said; of families that cannot fade out, masks learn none."""

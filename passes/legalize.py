@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
@@ -133,6 +133,18 @@ def aligned(family: Family, multiple: int) -> tuple[int, ...]:
 def default_families(analysis: Analysis, target: Target) -> list[str]:
     """What is cut if nothing else is said: the families of single layers that the target can express."""
     return [f.name for f in analysis.families if is_layered(f) and len(target.ladders[f.name]) > 1]
+
+
+def unbeaten(cost: CostModel, target: Target, families: Sequence[str]) -> Target:
+    """The target without the widths of ``families`` that save nothing over a wider one, the other families whole."""
+    ladders = dict(target.ladders)
+    for name in families:
+        kept: list[int] = []
+        for width in reversed(ladders[name]):
+            if not kept or cost.share({name: width}) < cost.share({name: kept[-1]}):
+                kept.append(width)
+        ladders[name] = tuple(reversed(kept))
+    return replace(target, ladders=ladders)
 
 
 def find_candidates(cost: CostModel, target: Target, families: Sequence[str], sparsity: float) -> list[Candidate]:

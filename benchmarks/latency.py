@@ -1,0 +1,145 @@
+"""Predicted beside measured latency: SmolLM2-135M cut to widths at which no operator was timed, in ONNX Runtime.
+
+    python -m benchmarks.latency [--json FILE] [--quick] [--threads N]
+
+Single operators (``mptk.operators``) and whole ONNX graphs are timed in turn. Each graph is the dense model's first rows
+and columns, since which ones does not matter for speed. ``--quick``: four layers, two held-out shapes, two rounds.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+from transformers import PreTrainedModel
+
+from benchmarks.common import result_header, write_result
+from benchmarks.onnx import MODEL, export, resized
+from mptk import api, models
+from mptk.bench import Case, decoder_step
+from mptk.latency import OBJECTIVES, Latency, Measure
+from mptk.operators import Operator, time_once, typical_ms
+from mptk.runtime import OrtDecoder
+from passes import legalize
+
+FAMILIES = ("kv_groups", "q_heads", "ffn")
+SHAPES: tuple[Mapping[str, int], ...] = (
+    {"kv_groups": 3, "q_heads": 3, "ffn": 1536},
+    {"kv_groups": 2, "q_heads": 3, "ffn": 1024},
+    {"kv_groups": 3, "q_heads": 3, "ffn": 768},
+    {"kv_groups": 3, "q_heads": 2, "ffn": 1440},
+    {"kv_groups": 3, "q_heads": 1, "ffn": 1152},
+    {"kv_groups": 1, "q_heads": 3, "ffn": 544},
+)
+"""The dense one, then held-out ones: no feed-forward width is one at which operators are timed."""
+
+ROUNDS = 5
+"""In each, every operator and then every graph is timed in a session of its own, so that all see the same neighbours."""
+
+
+def narrowed(model: PreTrainedModel, shape: Mapping[str, int]) -> PreTrainedModel:
+    return resized(
+        model,
+        num_attention_heads=shape["kv_groups"] * shape["q_heads"],
+        num_key_value_heads=shape["kv_groups"],
+        intermediate_size=shape["ffn"],
+    )
+
+
+def predictors(model: PreTrainedModel, measure: Measure) -> dict[str, Latency]:
+    """Each phase's prediction."""
+    analysis = api.analyze(model)
+    ladders = {name: legalize.aligned(analysis.family(name), legalize.MULTIPLE) for name in FAMILIES}
+    return {phase: Latency(analysis, ladders, phase, measure) for phase in OBJECTIVES}
+
+
+def operators_of(model: PreTrainedModel) -> list[Operator]:
+    """All operators that the predictions need."""
+    found: list[Operator] = []
+
+    def remember(operators: Sequence[Operator]) -> Mapping[Operator, float]:
+        found.extend(operators)
+        return dict.fromkeys(operators, 1.0)
+
+    predictors(model, remember)
+    return list(dict.fromkeys(found))
+
+
+def time_graph(decoder: OrtDecoder, phase: str, threads: int) -> float:
+    tokens, past = OBJECTIVES[phase]
+    return typical_ms(decoder_step(decoder, Case(phase, max(tokens, past), 1, threads)), threads, seconds=1.0)
+
+
+def main(
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    quick: Annotated[bool, typer.Option("--quick")] = False,
+    threads: Annotated[int, typer.Option("--threads")] = 1,
+) -> None:
+    dense = models.load(MODEL).model
+    shapes = SHAPES[:3] if quick else SHAPES
+    if quick:
+        dense = resized(dense, num_hidden_layers=4)
+    operators = operators_of(dense)
+    single: dict[Operator, list[float]] = {operator: [] for operator in operators}
+    whole: dict[tuple[str, int], list[float]] = {(phase, i): [] for phase in OBJECTIVES for i in range(len(shapes))}
+    sweep_s = 0.0
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(temporary) / str(i) for i in range(len(shapes))]
+        for folder, shape in zip(folders, shapes, strict=True):
+            export(narrowed(dense, shape), folder, "all")
+        for _ in range(2 if quick else ROUNDS):
+            start = time.perf_counter()
+            for operator in operators:
+                single[operator].append(time_once(operator, threads))
+            sweep_s = time.perf_counter() - start
+            for i, folder in enumerate(folders):
+                decoder = OrtDecoder(folder, threads=threads)
+                for phase in OBJECTIVES:
+                    whole[phase, i].append(time_graph(decoder, phase, threads))
+    predicted = predictors(dense, lambda found: {o: median(single[o]) for o in found})
+    rows = [row(phase, shapes, i, predicted[phase], whole) for phase, i in whole]
+    for line in rows:
+        print(line, flush=True)
+    worst = max(abs(line["error"]) for line in rows if line["held_out"])
+    print(f"{len(operators)} operators, {sweep_s:.0f} s a round; largest held-out error: {worst:.1%}", flush=True)
+    if json_file is not None:
+        about = {
+            "model": MODEL,
+            "quick": quick,
+            "threads": threads,
+            "operators": len(operators),
+            "round_s": round(sweep_s, 1),
+        }
+        write_result(json_file, {**result_header(), **about}, rows)
+
+
+def row(
+    phase: str,
+    shapes: Sequence[Mapping[str, int]],
+    i: int,
+    latency: Latency,
+    measured: Mapping[tuple[str, int], Sequence[float]],
+) -> dict[str, Any]:
+    """One shape in one phase. ``spread``: half the range of the measured rounds over their median."""
+    times = measured[phase, i]
+    guess, ms = latency(shapes[i]), median(times)
+    return {
+        "phase": phase,
+        **shapes[i],
+        "held_out": i > 0,
+        "predicted_ms": round(guess, 2),
+        "measured_ms": round(ms, 2),
+        "spread": round((max(times) - min(times)) / 2 / ms, 3),
+        "error": round(guess / ms - 1, 4),
+        "predicted_ratio": round(guess / latency({}), 4),
+        "measured_ratio": round(ms / median(measured[phase, 0]), 4),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)

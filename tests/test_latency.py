@@ -1,0 +1,267 @@
+"""Latency as a budget, with operators of made-up times: nothing here depends on how fast the machine is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_pruning import llama, llama_config  # noqa: F401 (a fixture)
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from typer.testing import CliRunner
+
+import mptk
+from mptk import operators
+from mptk.cli import app
+from mptk.cost import CostModel
+from mptk.errors import MptkError
+from mptk.latency import Latency, find_parts, interpolate, phase
+from mptk.operators import ATTENTION, ELEMENTWISE, MATMUL, Operator, kept_times, measure
+from mptk.plan import FamilyPlan, Plan
+from mptk.widths import Search, budgeted
+from passes import legalize
+from passes.group import analyze
+from passes.trace import trace
+
+HIDDEN, FFN, LAYERS, GROUPS, SHARED, DIM, VOCAB = 48, 80, 3, 3, 2, 10, 97
+LADDERS = {"kv_groups": (1, 2, 3), "q_heads": (1, 2), "ffn": tuple(range(8, 81, 8))}
+SETTINGS = mptk.Settings(
+    method="random", sparsity=0.25, budget="latency", samples=2, length=32, multiple=8, tolerance=0.02, onnx=False
+)
+
+
+def milliseconds(operator: Operator) -> float:
+    """Multilinear in each size, as most machines nearly are. Element-wise operators are free."""
+    if operator.kind == MATMUL:
+        rows, k, n = operator.sizes
+        return 0.01 + rows * k * n * 1e-5
+    if operator.kind == ATTENTION:
+        tokens, past, heads, groups, dim, value_dim = operator.sizes
+        return 0.02 + (tokens + past) * (heads * tokens + groups) * (dim + value_dim) * 1e-6
+    return 0.0
+
+
+def times(operators: Sequence[Operator]) -> Mapping[Operator, float]:
+    return {operator: milliseconds(operator) for operator in operators}
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    with torch.device("meta"):
+        return LlamaForCausalLM(llama_config())
+
+
+@pytest.fixture(scope="module")
+def analysis(model):
+    return analyze(trace(model))
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path) -> Path:
+    """A machine whose operators take made-up times, and its empty cache folder."""
+    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(operators, "measure", lambda found, threads, progress: times(found))
+    return tmp_path / "cache"
+
+
+# ---- the equation ----
+
+
+@pytest.mark.parametrize(("objective", "tokens", "past"), [("decode", 1, 512), ("prefill", 512, 0)])
+@pytest.mark.parametrize("widths", [{}, {"ffn": 44}, {"kv_groups": 2, "q_heads": 1, "ffn": 24}, {"ffn": 30.5}])
+def test_latency_is_the_sum_over_the_operators_of_a_model_of_these_widths(analysis, objective, tokens, past, widths):
+    full: dict[str, float] = {"kv_groups": GROUPS, "q_heads": SHARED, "ffn": FFN, **widths}
+    groups, heads, ffn = full["kv_groups"], full["kv_groups"] * full["q_heads"], full["ffn"]
+    products = [(HIDDEN, heads * DIM), (HIDDEN, groups * DIM), (HIDDEN, groups * DIM), (heads * DIM, HIDDEN)]
+    products += [(HIDDEN, ffn), (HIDDEN, ffn), (ffn, HIDDEN)]
+    layer = sum(milliseconds(Operator(MATMUL, (tokens, k, n))) for k, n in products)
+    layer += milliseconds(Operator(ATTENTION, (tokens, past, heads, groups, DIM, DIM)))
+    head = milliseconds(Operator(MATMUL, (tokens, HIDDEN, VOCAB)))
+    latency = Latency(analysis, LADDERS, objective, times)
+    assert latency(widths) == pytest.approx(LAYERS * layer + head)
+
+
+def test_what_is_no_product_counts_by_its_elements(analysis):
+    def elementwise(operators: Sequence[Operator]) -> Mapping[Operator, float]:
+        return {o: 0.5 + 2 * o.sizes[0] if o.kind == ELEMENTWISE else 0.0 for o in operators}
+
+    latency = Latency(analysis, LADDERS, "decode", elementwise)
+    silu_and_product = 2
+    assert latency({}) - latency({"ffn": 40}) == pytest.approx(LAYERS * silu_and_product * 2 * 40)
+    count = sum(p.count for p in find_parts(analysis, *phase("decode")) if p.kind == ELEMENTWISE)
+    assert latency({"ffn": 8}) > 0.5 * count
+
+
+def test_between_measured_widths_it_is_linear_and_outside_as_at_the_ends():
+    knots, values = [2, 4, 8], np.array([10.0, 20.0, 60.0])
+    found = [float(interpolate(knots, values, x)) for x in (2, 3, 4, 5, 8, 1, 9)]
+    assert found == [10, 15, 20, 30, 60, 5, 70]
+
+
+def test_a_long_ladder_is_timed_at_few_widths_with_both_ends(analysis):
+    asked: list[Operator] = []
+
+    def remember(operators: Sequence[Operator]) -> Mapping[Operator, float]:
+        asked.extend(operators)
+        return times(operators)
+
+    Latency(analysis, {"ffn": tuple(range(1, 81))}, "decode", remember)
+    widths = {o.sizes[2] for o in asked if o.kind == MATMUL and o.sizes[1] == HIDDEN}
+    ffn = widths - {GROUPS * SHARED * DIM, GROUPS * DIM, VOCAB}
+    assert {1, 80} <= ffn
+    assert len(ffn) == 6
+    assert len(asked) == len(set(asked))
+
+
+# ---- what is measured is kept ----
+
+
+def test_operators_are_timed_once_for_a_machine_and_a_thread_count(machine):
+    asked: list[list[Operator]] = []
+
+    def sweep(found: Sequence[Operator], threads: int, progress: Callable[..., None]) -> Mapping[Operator, float]:
+        asked.append(list(found))
+        return {o: threads + float(o.sizes[0]) for o in found}
+
+    def ask(found: Sequence[Operator], threads: int) -> dict[Operator, float]:
+        return kept_times(found, threads, lambda *_: None, sweep)
+
+    small, large = Operator(ELEMENTWISE, (1,)), Operator(ELEMENTWISE, (99,))
+    assert ask([small], 1) == {small: 2}
+    assert ask([small, large], 1) == {small: 2, large: 100}
+    assert ask([small, large], 1) == {small: 2, large: 100}
+    assert asked == [[small], [large]]
+    assert ask([small], 2) == {small: 3}
+    assert asked[2:] == [[small]]
+
+
+def test_another_runtime_is_measured_anew(machine, monkeypatch):
+    one = [Operator(MATMUL, (1, 2, 3))]
+    kept_times(one, 1, lambda *_: None, lambda *_: {one[0]: 7.0})
+    monkeypatch.setattr(operators.ort, "__version__", "0.0")
+    assert kept_times(one, 1, lambda *_: None, lambda *_: {one[0]: 8.0}) == {one[0]: 8.0}
+    assert len(list((machine / "latency").iterdir())) == 2
+
+
+def test_every_kind_of_operator_runs(monkeypatch):
+    monkeypatch.setattr(operators, "COLD_BYTES", 4096)
+    monkeypatch.setattr(operators, "SECONDS", 0.0)
+    found = [Operator(MATMUL, (rows, 12, 7)) for rows in (1, 5)]
+    found += [Operator(ATTENTION, (1, 9, 6, 2, 4, 3)), Operator(ATTENTION, (5, 0, 6, 2, 4, 3))]
+    found += [Operator(ELEMENTWISE, (11,))]
+    result = measure(found, 1, lambda *_: None)
+    assert list(result) == found
+    assert all(0 < ms < float("inf") for ms in result.values())
+
+
+# ---- ladders and budgets ----
+
+
+def test_a_width_that_a_wider_one_beats_is_not_proposed(analysis):
+    def uneven(operators: Sequence[Operator]) -> Mapping[Operator, float]:
+        return {o: milliseconds(o) + (40 in o.sizes and o.kind == MATMUL) for o in operators}
+
+    ladders = {"ffn": (8, 24, 40, 56, 64, 80)}
+    cost = CostModel(analysis, "latency", Latency(analysis, ladders, "decode", uneven))
+    target = legalize.unbeaten(cost, legalize.Target(ladders, {}, lambda widths: None), ["ffn"])
+    assert target.ladders["ffn"] == (8, 24, 56, 64, 80)
+    assert cost.share({"ffn": 40}) == cost.share({"ffn": 48}) == cost.share({"ffn": 56}), "as wide as costs the same"
+
+
+def test_shares_fall_between_those_of_the_neighbouring_widths(analysis):
+    cost = CostModel(analysis, "latency", Latency(analysis, LADDERS, "decode", times))
+    assert cost.share({}) == 1
+    assert cost.share({"ffn": 40.5}) == pytest.approx((cost.share({"ffn": 40}) + cost.share({"ffn": 41})) / 2)
+    assert cost.share({"ffn": 40}) < cost.share({"ffn": 40.5}) < cost.share({"ffn": 41})
+
+
+@pytest.mark.parametrize("method", ["random", "maskprune"])
+def test_prune_removes_the_asked_share_of_the_predicted_latency(llama, machine, tmp_path, method):  # noqa: F811
+    learning = replace(SETTINGS.learning, steps=8 if method == "maskprune" else 0, rank=2)
+    report = mptk.prune(llama, tmp_path / "out", replace(SETTINGS, method=method, learning=learning))
+    dense, pruned = (report["cost"][side]["latency_ms"] for side in ("dense", "pruned"))
+    assert 1 - pruned / dense == pytest.approx(0.25, abs=0.02)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["cost"]["pruned"]["latency_ms"] == pruned
+
+
+@pytest.mark.parametrize("objective", ["prefill", "decode"])
+def test_milliseconds_are_reached_and_not_exceeded(model, analysis, machine, objective):
+    settings = replace(SETTINGS, objective=objective)
+    dense = budgeted(analysis, settings, lambda *_: None)[0].dense.latency_ms
+    assert dense is not None
+    cost, settings = budgeted(analysis, replace(settings, max_ms=0.7 * dense), lambda *_: None)
+    found = [cost(c.widths).latency_ms for c in Search(analysis, cost, model, settings).candidates()]
+    assert found
+    assert all(ms is not None and 0.65 * dense <= ms <= 0.7 * dense for ms in found)
+
+
+def test_a_plan_is_priced_whatever_it_cuts(analysis, machine, tmp_path):
+    plan = tmp_path / "plan.json"
+    Plan({"hidden": FamilyPlan(24, HIDDEN, {"": (tuple(range(24)),)})}).save(plan)
+    cost, settings = budgeted(analysis, replace(SETTINGS, plan=str(plan), max_ms=1e6), lambda *_: None)
+    assert cost.share({"hidden": 24}) < 0.8
+    assert settings.sparsity == SETTINGS.sparsity
+
+
+# ---- errors ----
+
+
+def test_milliseconds_out_of_reach_name_the_nearest(model, analysis, machine):
+    cost, settings = budgeted(analysis, replace(SETTINGS, max_ms=0.001), lambda *_: None)
+    least = cost({"kv_groups": 1, "q_heads": 1, "ffn": 8}).latency_ms
+    with pytest.raises(MptkError, match=r"no legal widths decode in 0\.00 ms; nearest: (\d+\.\d\d) ms with") as error:
+        Search(analysis, cost, model, settings).candidates()
+    assert f"nearest: {least:.2f} ms with kv_groups=1, q_heads=1, ffn=8; " in str(error.value)
+
+
+def test_milliseconds_that_the_dense_model_takes_anyway_are_refused(analysis, machine):
+    with pytest.raises(MptkError, match=r"decode of the dense model is predicted to take \d+\.\d\d ms; ask for less"):
+        budgeted(analysis, replace(SETTINGS, max_ms=1e6), lambda *_: None)
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(MptkError, match="no objective 'training'; choose one of prefill, decode"):
+        mptk.Settings(objective="training")
+    with pytest.raises(MptkError, match="milliseconds are no budget of params; set budget to latency"):
+        mptk.Settings(max_ms=3.0)
+    both = ["--max-decode-ms", "3", "--max-prefill-ms", "4"]
+    result = CliRunner().invoke(app, ["prune", "model", "--out", "out", *both])
+    assert isinstance(result.exception, MptkError)
+    assert "give --max-decode-ms or --max-prefill-ms" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ("--budget latency --objective prefill", ("latency", "prefill", None, 1)),
+        ("--max-prefill-ms 900 --threads 2", ("latency", "prefill", 900, 2)),
+        ("--max-decode-ms 20", ("latency", "decode", 20, 1)),
+        ("--budget flops", ("flops", "decode", None, 1)),
+    ],
+)
+def test_command_line_says_what_is_budgeted(monkeypatch, options, wanted):
+    asked: list[mptk.Settings] = []
+    monkeypatch.setattr("mptk.pruning.prune", lambda model, folder, settings, progress: asked.append(settings))
+    CliRunner().invoke(app, ["prune", "model", "--out", "out", *options.split()], catch_exceptions=False)
+    (s,) = asked
+    assert (s.budget, s.objective, s.max_ms, s.threads) == wanted
+
+
+def test_routed_experts_have_no_latency_by_shape():
+    config = MixtralConfig(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        vocab_size=97,
+    )
+    with torch.device("meta"):
+        experts = MixtralForCausalLM(config)
+    with pytest.raises(MptkError, match=r"no latency can be predicted: .* in model\.layers\.0\..*; use --budget flops"):
+        Latency(analyze(trace(experts)), {}, "decode", times)

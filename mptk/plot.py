@@ -12,7 +12,7 @@ from mptk.errors import MptkError
 def require_matplotlib() -> None:
     """Raise MptkError if there is nothing to draw with."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise MptkError("matplotlib is not installed, and it draws the plot; run: pip install 'mptk[bench]'")
+        raise MptkError("matplotlib is not installed, and it draws the plot; run: pip install 'mptk[plot]'")
 
 
 def draw_bench(result: Bench, path: Path) -> None:

@@ -27,7 +27,6 @@ def analysis_json(
     total = cost.dense.parameters
     families = []
     for f in analysis.families:
-        unit = cost.parameters_per_unit(f)
         families.append(
             {
                 "name": f.name,
@@ -35,8 +34,8 @@ def analysis_json(
                 "width": f.size,
                 "layers": len(f.groups),
                 "scopes": f.scopes,
-                "parameters_per_unit": unit,
-                "share": unit * f.size / total,
+                "parameters_per_unit": cost.parameters_per_unit(f),
+                "share": 1 - cost({f.name: 0}).parameters / total,
                 "minimum": f.minimum,
                 "multiple": f.multiple,
                 "legal_widths": list(ladders.get(f.name, ())),

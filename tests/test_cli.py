@@ -113,6 +113,9 @@ def test_analyze_names_every_family_and_why_other_axes_stay(files, tmp_path, mpt
     families = {f["name"]: f for f in analysis["families"]}
     assert families["ffn"]["legal_widths"] == list(range(8, 65, 8))
     assert families["ffn"]["parameters_per_unit"] == 2 * 3 * 48
+    total = sum(p.numel() for p in llama().parameters())
+    assert families["ffn"]["share"] == pytest.approx(2 * 3 * 48 * families["ffn"]["width"] / total)
+    assert families["hidden"]["share"] == pytest.approx(1), "every weight of this model has the residual width"
     assert families["kv_groups"]["legal_widths"] == [1, 2]
     assert (families["q_heads"]["width"], families["q_heads"]["scopes"]) == (3, 2)
     rows = [line.split("│") for line in result.stdout.splitlines() if line.startswith("│")]

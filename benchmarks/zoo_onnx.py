@@ -36,7 +36,7 @@ from mptk.program import Program
 from mptk.runtime import OrtDecoder
 from passes.emit_onnx import emit_onnx
 from passes.group import analyze
-from passes.trace_decoder import cache_shapes, trace_decoder
+from passes.trace_decoder import trace_decoder
 
 MAPPING = "causal-lm"
 STAGES = ("none", "build", "trace", "analyse", "cut", "emit", "run", "equal")
@@ -65,8 +65,8 @@ def _stages(mapping: str, model_type: str, folder: Path) -> Iterator[dict[str, A
     """What each stage that passes adds to the row: its name and what was found."""
     model: Any = tiny_model(mapping, model_type).model
     yield {"stage": "build"}
-    layers = len(cache_shapes(model))
     program = trace_decoder(model)
+    layers = len(program.user_inputs) // 2 - 1  # ids, mask, positions, then keys and values
     steps = list(decoding_steps(getattr(model.config.get_text_config(), "vocab_size", VOCAB)))
     yield {"layers": layers, **_against_model(model, program, steps)}
     yield {"stage": "trace"}

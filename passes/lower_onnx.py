@@ -8,12 +8,14 @@ scaled_dot_product_attention even better than their parts), so a few local repla
 2. a call that returns its input (same shape, same dtype) is replaced by the input;
 3. a change of dtype becomes ``_to_copy``;
 4. operators under another name get the name that the exporter knows;
-5. an op that writes to a fresh tensor which nobody else reads (``x = linear(...); x += y``) becomes the op without
-   the write. A graph with any other write is left to torch's own decomposition, which makes it functional.
+5. an op that writes to a fresh tensor of which no view was taken before (``x = linear(...); x += y``) becomes the op
+   without the write, whose result later readers get. A graph with any other write is left to torch's own
+   decomposition, which makes it functional.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -51,6 +53,8 @@ RENAMED: dict[Any, Callable[..., Any]] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
     aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+    aten.max.other: aten.maximum.default,
+    aten.min.other: aten.minimum.default,
 }
 
 
@@ -92,15 +96,18 @@ def _functional(node: fx.Node) -> bool:
         return True
     written, name = node.args[0], overload.overloadpacket.__name__
     twin = getattr(getattr(aten, name.removesuffix("_"), None), overload._overloadname, None)
-    fresh = isinstance(written, fx.Node) and written.op == "call_function" and set(written.users) == {node}
-    if twin is None or not fresh or not name.endswith("_") or _is_view(written):
+    fresh = isinstance(written, fx.Node) and written.op == "call_function" and not _is_view(written)
+    if twin is None or not fresh or not name.endswith("_") or any(u < node and _is_view(u) for u in written.users):
         return False
     node.target = twin
+    written.replace_all_uses_with(node, delete_user_cb=lambda user: node < user)
     return True
 
 
 def _is_view(node: Any) -> bool:
     """Whether the node's output shares memory with an input, which others may read."""
+    if node.target is operator.getitem:
+        return _is_view(node.args[0])
     schema = getattr(node.target, "_schema", None)
     return schema is None or any(result.alias_info is not None for result in schema.returns)
 
@@ -112,6 +119,8 @@ def _lower(node: fx.Node) -> None:
         node.graph.erase_node(node)
     elif node.target in RENAMED:
         node.target = RENAMED[node.target]
+    elif packet is aten.square:
+        node.target, node.args = aten.mul.Tensor, (source, source)
     elif packet is aten.numpy_T:
         node.target, dimensions = aten.permute.default, node.meta["val"].ndim
         node.args = (source, list(reversed(range(dimensions))))

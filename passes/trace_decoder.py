@@ -151,6 +151,13 @@ def _fake_cache(filled: FilledCache) -> tuple[Tensor, ...]:
     except RuntimeError:  # a kernel without a fake version; in an export, which takes longer, models avoid those
         outputs: Any = export_program(filled, (input_ids,)).graph.graph.output_node().args[0]
         cache = tuple(node.meta["val"] for node in outputs)
+    except MptkError:
+        raise
+    except Exception as error:  # a model's own check of its cache
+        name = type(filled.module).__name__
+        raise MptkError(
+            f"{name} fails when it fills its own cache: {str(error) or type(error).__name__}; {ONLY}"
+        ) from error
     return cache
 
 

@@ -1,4 +1,4 @@
-"""translate_onnx: ops that torch.onnx does not know, in ONNX operators, as its ``custom_translation_table`` takes them."""
+"""translate_onnx: operators that torch.onnx does not know, in those of ONNX, for its ``custom_translation_table``."""
 
 from __future__ import annotations
 

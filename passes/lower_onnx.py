@@ -10,7 +10,8 @@ scaled_dot_product_attention even better than their parts), so a few local repla
 4. operators under another name get the name that the exporter knows;
 5. an op that writes to a fresh tensor of which no view was taken before (``x = linear(...); x += y``) becomes the op
    without the write, whose result later readers get. A graph with any other write is left to torch's own
-   decomposition, which makes it functional.
+   decomposition, which makes it functional;
+6. complex numbers become pairs of real ones (``passes/lower_complex.py``).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from mptk.program import Program
+from passes.lower_complex import lower_complex
 
 aten = torch.ops.aten
 ASSERTIONS = {
@@ -73,6 +75,7 @@ def lower_onnx(program: Program) -> ExportedProgram:
         return program.to_exported()
     for node in nodes:
         _lower(node)
+    lower_complex(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
     exported = replace(program, graph=module).to_exported()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -159,12 +158,16 @@ def folded(file: Path) -> int:
     return sum(len(node.input) > 4 and node.input[4].startswith("past_key_values") for node in nodes)
 
 
+def passed(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """How many types passed each stage."""
+    reached = [STAGES.index(row["stage"]) for row in rows]
+    return {name: sum(r >= index for r in reached) for index, name in enumerate(STAGES) if index}
+
+
 def totals(rows: list[dict[str, Any]]) -> str:
     """How many types passed each stage, and in how many of the equal ones every layer's cache is folded."""
-    last = Counter(STAGES.index(row["stage"]) for row in rows)
-    passed = [sum(n for stage, n in last.items() if stage >= index) for index in range(len(STAGES))]
     whole = sum(row["stage"] == "equal" and row["folded"] == row["layers"] for row in rows)
-    cells = [f"{name} {n}" for name, n in zip(STAGES[1:], passed[1:], strict=True)]
+    cells = [f"{name} {n}" for name, n in passed(rows).items()]
     return f"{len(rows)} types: {', '.join(cells)}; every layer's cache in Attention: {whole}"
 
 

@@ -11,11 +11,13 @@ scaled_dot_product_attention even better than their parts), so a few local repla
 5. an op that writes to a fresh tensor of which no view was taken before (``x = linear(...); x += y``) becomes the op
    without the write, whose result later readers get. A graph with any other write is left to torch's own
    decomposition, which makes it functional;
-6. complex numbers become pairs of real ones (``passes/lower_complex.py``).
+6. attention whose one key head serves all query heads says so, as the exporter does not broadcast it;
+7. complex numbers become pairs of real ones (``passes/lower_complex.py``).
 """
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature
 
 from mptk.program import Program
 from passes.lower_complex import lower_complex
@@ -78,7 +81,7 @@ def lower_onnx(program: Program) -> ExportedProgram:
     lower_complex(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
-    exported = replace(program, graph=module).to_exported()
+    exported = replace(program, graph=module, signature=_signature(program, module)).to_exported()
     return _Lowered(
         root=exported.graph_module,
         graph=exported.graph,
@@ -92,12 +95,21 @@ def lower_onnx(program: Program) -> ExportedProgram:
     )
 
 
+def _signature(program: Program, module: fx.GraphModule) -> ExportGraphSignature:
+    """The program's, with the names of what ``module`` returns: its own output may have been replaced."""
+    signature = copy.deepcopy(program.signature)
+    for spec, node in zip(signature.output_specs, module.graph.output_node().args[0], strict=True):
+        spec.arg.name = node.name  # type: ignore[union-attr]
+    return signature
+
+
 def _functional(node: fx.Node) -> bool:
     """Whether ``node`` writes to no input, or could be changed into its twin that does not (case 5)."""
     overload: torch._ops.OpOverload = node.target  # type: ignore[assignment]
     if not overload._schema.is_mutable:
         return True
-    written, name = node.args[0], overload.overloadpacket.__name__
+    name = overload.overloadpacket.__name__
+    written: Any = node.args[0]
     twin = getattr(getattr(aten, name.removesuffix("_"), None), overload._overloadname, None)
     fresh = isinstance(written, fx.Node) and written.op == "call_function" and not _is_view(written)
     if twin is None or not fresh or not name.endswith("_") or any(u < node and _is_view(u) for u in written.users):
@@ -122,6 +134,10 @@ def _lower(node: fx.Node) -> None:
         node.graph.erase_node(node)
     elif node.target in RENAMED:
         node.target = RENAMED[node.target]
+    elif packet is aten.scaled_dot_product_attention:
+        query, key = (argument.meta["val"].shape[1] for argument in node.args[:2])  # type: ignore[union-attr]
+        if key == 1 != query:
+            node.kwargs = {**node.kwargs, "enable_gqa": True}
     elif packet is aten.square:
         node.target, node.args = aten.mul.Tensor, (source, source)
     elif packet is aten.numpy_T:

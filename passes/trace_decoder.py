@@ -104,19 +104,38 @@ def trace_decoder(model: PreTrainedModel, *, logits: Logits = "all") -> Program:
     """
     shapes = cache_shapes(model)
     inputs = _example_inputs(shapes)
-    batch, sequence, past = Dim("batch_size"), Dim("sequence_length"), Dim("past_sequence_length")
-    token = {0: batch, 1: sequence}
-    dynamic = (token, {0: batch, 1: Dim.AUTO}, token, *({0: batch, 2: past} for _ in inputs[3:]))
     step = DecoderStep(model, logits)
     for first in _first_positions(step):
         step.first_position = first
-        program = export_program(step, inputs, dynamic={"inputs": dynamic})
+        program = _export_step(step, inputs)
         if not _has_values(program) or _agrees(program, model, shapes):
             return program
     raise MptkError(
         f"one decoding step of {type(model).__name__} with its cache given back computes other logits than the whole "
         f"sequence; {ONLY}"
     )
+
+
+def _export_step(step: DecoderStep, inputs: tuple[Tensor, ...]) -> Program:
+    """At any lengths, or else at any that the model has positions for: it may slice a table of that length."""
+    longest = getattr(step.module.config.get_text_config(), "max_position_embeddings", None)
+    try:
+        return export_program(step, inputs, dynamic=_dynamic(inputs))
+    except MptkError:
+        if not isinstance(longest, int) or longest - 2 <= PAST:
+            raise
+        return export_program(step, inputs, dynamic=_dynamic(inputs, longest - 2))
+
+
+def _dynamic(inputs: tuple[Tensor, ...], longest: int | None = None) -> dict[str, Any]:
+    """``dynamic_shapes`` of the inputs. ``longest``: of new tokens and of past ones; at least 2 of the other."""
+    batch, sequence, past = (
+        Dim("batch_size"),
+        Dim("sequence_length", max=longest),
+        Dim("past_sequence_length", max=longest),
+    )
+    token = {0: batch, 1: sequence}
+    return {"inputs": (token, {0: batch, 1: Dim.AUTO}, token, *({0: batch, 2: past} for _ in inputs[3:]))}
 
 
 def _first_positions(step: DecoderStep) -> list[int | None]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import onnxscript
 import torch
-from onnxscript import opset23 as op
+
+op: Any = onnxscript.opset23
 
 
 def grouped_mm(x: Any, weight: Any, offs: Any) -> Any:

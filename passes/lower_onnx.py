@@ -98,8 +98,9 @@ def lower_onnx(program: Program) -> ExportedProgram:
 def _signature(program: Program, module: fx.GraphModule) -> ExportGraphSignature:
     """The program's, with the names of what ``module`` returns: its own output may have been replaced."""
     signature = copy.deepcopy(program.signature)
-    for spec, node in zip(signature.output_specs, module.graph.output_node().args[0], strict=True):
-        spec.arg.name = node.name  # type: ignore[union-attr]
+    outputs: Any = module.graph.output_node().args[0]
+    for spec, node in zip(signature.output_specs, outputs, strict=True):
+        spec.arg.name = node.name
     return signature
 
 

@@ -8,9 +8,9 @@ scaled_dot_product_attention even better than their parts), so a few local repla
 2. a call that returns its input (same shape, same dtype) is replaced by the input;
 3. a change of dtype becomes ``_to_copy``;
 4. operators under another name get the name that the exporter knows;
-5. an op that writes to a fresh tensor of which no view was taken before (``x = linear(...); x += y``) becomes the op
-   without the write, whose result later readers get. A graph with any other write is left to torch's own
-   decomposition, which makes it functional;
+5. an op that writes to a fresh tensor, of which no view was taken and which is not read after the write but by its
+   result (``x = linear(...); x += y``), becomes the op without the write. A graph with any other write is left to
+   torch's own decomposition, which makes it functional;
 6. attention whose one key head serves all query heads says so, as the exporter does not broadcast it;
 7. complex numbers become pairs of real ones (``passes/lower_complex.py``).
 """
@@ -111,12 +111,15 @@ def _functional(node: fx.Node) -> bool:
         return True
     name = overload.overloadpacket.__name__
     written: Any = node.args[0]
+
+    def shows(user: fx.Node) -> bool:
+        return user is not node and (node < user or _is_view(user))
+
     twin = getattr(getattr(aten, name.removesuffix("_"), None), overload._overloadname, None)
     fresh = isinstance(written, fx.Node) and written.op == "call_function" and not _is_view(written)
-    if twin is None or not fresh or not name.endswith("_") or any(u < node and _is_view(u) for u in written.users):
+    if twin is None or not fresh or not name.endswith("_") or any(map(shows, written.users)):
         return False
     node.target = twin
-    written.replace_all_uses_with(node, delete_user_cb=lambda user: node < user)
     return True
 
 

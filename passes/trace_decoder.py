@@ -180,8 +180,8 @@ class FilledCache(nn.Module):
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         output = self.module(input_ids=input_ids, use_cache=True)
         cache = output.get("cache", output.get("past_key_values"))
-        if not isinstance(cache, DynamicCache):
-            raise MptkError(f"{type(self.module).__name__} returns no key-value cache; {ONLY}")
+        if type(cache) is not DynamicCache:
+            raise MptkError(f"{type(self.module).__name__} returns no cache of keys and values alone; {ONLY}")
         return tuple(tensor for index, layer in enumerate(cache.layers) for tensor in _keys_values(index, layer))
 
 

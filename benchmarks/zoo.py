@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -46,6 +46,8 @@ from passes.mask import mask
 from passes.rewrite import rewrite
 from passes.trace import trace
 
+Run = Callable[[str, str], dict[str, Any]]
+"""Makes the row of a mapping and a type."""
 TOLERANCE, MOVED = 1e-5, 1e-4
 STOCK_LIMIT_S = 60
 TIME_LIMIT_S, MEMORY_LIMIT_BYTES = 300, 4 << 30  # processor time; the clock may run three times as long
@@ -203,21 +205,24 @@ def _stock(analysis: Analysis, tiny: Tiny) -> dict[str, Any]:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _child(pipe: Connection, mapping: str, model_type: str) -> None:
+def _child(pipe: Connection, run: Run, mapping: str, model_type: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (TIME_LIMIT_S, TIME_LIMIT_S))
     torch.set_num_threads(1)
     gc.disable()  # the process is short, and each collection would go through all of torch and transformers
-    pipe.send(run_type(mapping, model_type))
+    pipe.send(run(mapping, model_type))
 
 
-def run_limited(mapping: str, model_type: str, limit_s: float = 3 * TIME_LIMIT_S) -> dict[str, Any]:
-    """``run_type`` in a process of its own, forked from a server that has imported torch already."""
+def run_limited(
+    mapping: str, model_type: str, limit_s: float = 3 * TIME_LIMIT_S, run: Run = run_type
+) -> dict[str, Any]:
+    """``run`` in a process of its own, forked from a server that has imported its module already."""
     row = {"type": model_type, "mapping": mapping, "stage": "none", "families": 0, "proven": 0}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.zoo"])
+    spec = sys.modules[run.__module__].__spec__
+    context.set_forkserver_preload([spec.name] if spec else [])
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, mapping, model_type))
+    process = context.Process(target=_child, args=(theirs, run, mapping, model_type))
     start = time.perf_counter()
     process.start()
     theirs.close()
@@ -233,6 +238,29 @@ def run_limited(mapping: str, model_type: str, limit_s: float = 3 * TIME_LIMIT_S
         process.kill()
         process.join()
     return {**row, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def sweep(
+    pairs: Sequence[tuple[str, str]],
+    rows: list[dict[str, Any]],
+    jobs: int,
+    json_file: Path | None,
+    run: Run = run_type,
+) -> Iterator[dict[str, Any]]:
+    """``run`` for the pairs (mapping, type) that ``rows`` lacks; yields rows as they come, adds and saves them."""
+    header = result_header()
+    done = {(r["mapping"], r["type"]) for r in rows}
+    with ThreadPoolExecutor(jobs) as pool:
+        for row in pool.map(lambda pair: run_limited(*pair, run=run), [p for p in pairs if p not in done]):
+            rows.append({**row, "commit": header["commit"]})
+            yield rows[-1]
+            if json_file:
+                write_result(json_file, header, rows)
+
+
+def saved_rows(json_file: Path | None) -> list[dict[str, Any]]:
+    """The rows of an earlier run."""
+    return json.loads(json_file.read_text())["rows"] if json_file and json_file.exists() else []
 
 
 def totals(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -258,23 +286,16 @@ def main(
     ] = None,
 ) -> None:
     """Prove every family of every model type; prints a row each and the totals."""
-    header = result_header()
-    rows: list[dict[str, Any]] = json.loads(json_file.read_text())["rows"] if json_file and json_file.exists() else []
-    done = {(r["mapping"], r["type"]) for r in rows}
+    rows = saved_rows(json_file)
     wanted = [m for m in MAPPINGS if mapping in ("", m)]
     pairs = [(m, t) for m in wanted for t in model_types(m) if not types or t in types.split(",")]
-    with ThreadPoolExecutor(jobs) as pool:
-        for row in pool.map(lambda pair: run_limited(*pair), [p for p in pairs if p not in done]):
-            rows.append({**row, "commit": header["commit"]})
-            print(
-                f"{row['mapping']:20} {row['type']:28} {row['stage']:8} {row['proven']:3}/{row['families']:<3} "
-                f"{row['seconds']:6.1f}s  {row['reason'][:600]}",
-                flush=True,
-            )
-            if json_file:
-                write_result(json_file, header, rows)
+    for row in sweep(pairs, rows, jobs, json_file):
+        print(
+            f"{row['mapping']:20} {row['type']:28} {row['stage']:8} {row['proven']:3}/{row['families']:<3} "
+            f"{row['seconds']:6.1f}s  {row['reason'][:600]}",
+            flush=True,
+        )
     print("\n".join(totals(rows)))
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

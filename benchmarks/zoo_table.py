@@ -1,16 +1,19 @@
-"""Turns the zoo sweep's rows into docs/architectures.md.
+"""Turns the rows of both zoo sweeps into docs/architectures.md.
 
-python -m benchmarks.zoo_table [RESULTS] [PAGE]
+python -m benchmarks.zoo_table [RESULTS] [PAGE] [ONNX]
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from benchmarks.zoo_onnx import passed
 
 HERE = Path(__file__).resolve().parent
 
@@ -22,13 +25,13 @@ A tiny random model is built and traced, its axes are analysed, and each family 
 at random widths and compared with the dense model whose channels are masked. A type is *proven* when every family,
 and all of them together, differ by at most 1e-5 of the largest output in fp32 while the mask itself moves the output by
 more than 1e-4. The models are random and small, on one CPU thread: this shows that the cut is right, not that a pruned
-model is good. The page is made from `benchmarks/results/zoo.json` by `python -m benchmarks.zoo_table`.
+model is good. The page is made from `benchmarks/results/zoo.json` and `zoo_onnx.json` by `python -m benchmarks.zoo_table`.
 
 """
 
 
-def page(result: dict[str, Any]) -> str:
-    """The whole page: totals, what stock classes accept, then for each mapping its proven types and all others."""
+def page(result: dict[str, Any], onnx: list[dict[str, Any]]) -> str:
+    """The whole page: totals, stock classes, ONNX, then for each mapping its proven types and all others."""
     rows: list[dict[str, Any]] = result["rows"]
     count = Counter(row["commit"] for row in rows)
     commits = ", ".join(f"{commit}: {n}" for commit, n in count.most_common())
@@ -45,8 +48,10 @@ def page(result: dict[str, Any]) -> str:
         families = f"{sum(row['proven'] for row in mine)} of {sum(row['families'] for row in mine)}"
         parts.append(f"| {mapping} | {len(mine)} | {analysed} | {proven} | {families} |")
     parts += _stock([row for row in rows if "stock" in row])
+    parts += _onnx(onnx)
+    reached = {(row["mapping"], row["type"]): row["stage"] for row in onnx}
     for mapping in mappings:
-        parts += _section(mapping, [row for row in rows if row["mapping"] == mapping])
+        parts += _section(mapping, [row for row in rows if row["mapping"] == mapping], reached)
     return "\n".join(parts) + "\n"
 
 
@@ -124,24 +129,78 @@ def _where(family: dict[str, Any]) -> str:
     return "no config field gives the shapes"
 
 
-def _section(mapping: str, rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["", f"## {mapping}", "", "| type | families |", "|---|---|"]
-    lines += [f"| {row['type']} | {', '.join(row['names'])} |" for row in rows if row["stage"] == "proven"]
+ONNX_HEAD = """
+## ONNX (causal-lm)
+
+By `python -m benchmarks.zoo_onnx`: one decoding step is traced and compared with the model, all families are cut at random
+legal widths, and ONNX Runtime's logits of a prompt of two rows (one padded on the left) and three more tokens equal
+torch's: no token's logit differs by more than 1e-4 of the largest. {types} types. In {folded} of the equal ones every
+layer's cache is an input of `Attention`; in {padding} the padded row also gets the logits that the model gives it alone
+(the others count padding as positions, in torch as well).
+
+| passed | types |
+|---|---|"""
+
+
+def _onnx(rows: list[dict[str, Any]]) -> list[str]:
+    equal = [row for row in rows if row["stage"] == "equal"]
+    folded = sum(row["folded"] == row["layers"] for row in equal)
+    padding = sum(row["padding"] for row in equal)
+    lines = ONNX_HEAD.format(types=len(rows), folded=folded, padding=padding).splitlines()
+    lines += [f"| {stage} | {count} |" for stage, count in passed(rows).items()]
+    lines += ["", "Not equal:", "", "| last stage | reason | types |", "|---|---|---|"]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["stage"] != "equal":
+            reasons.setdefault((row["stage"], _general(row["reason"])), []).append(row["type"])
+    for (stage, reason), types in sorted(reasons.items(), key=lambda item: -len(item[1])):
+        lines.append(f"| {stage} | {reason} | {', '.join(types)} |")
+    return lines
+
+
+def _general(reason: str) -> str:
+    """A reason without the names and numbers of one model, as far as they stand in front."""
+    reason = re.sub(r"layer \d+ caches", "a layer caches", reason)
+    return re.sub(r"\w+ForCausalLM|\w+LMHead\w*", "the model", reason).replace("|", "\\|")
+
+
+def _section(mapping: str, rows: list[dict[str, Any]], onnx: dict[tuple[str, str], str]) -> list[str]:
+    """``onnx``: (mapping, type) → the last stage that its ONNX passed; a column for mappings that have any."""
+    column = any(key[0] == mapping for key in onnx)
+
+    def line(*cells: str, last: str) -> str:
+        return f"| {' | '.join([*cells, last] if column else cells)} |"
+
+    def reached(row: dict[str, Any]) -> str:
+        return onnx.get((mapping, row["type"]), "not run")
+
+    lines = ["", f"## {mapping}", "", line("type", "families", last="ONNX"), _rule(2 + column)]
+    proven = [row for row in rows if row["stage"] == "proven"]
+    lines += [line(row["type"], ", ".join(row["names"]), last=reached(row)) for row in proven]
     others = [row for row in rows if row["stage"] != "proven"]
     if others:
-        lines += ["", "Not proven:", "", "| type | last stage | families proven | reason |", "|---|---|---|---|"]
+        head = ("type", "last stage", "families proven", "reason")
+        lines += ["", "Not proven:", "", line(*head, last="ONNX"), _rule(4 + column)]
     for row in others:
         reason = row["reason"].replace("|", "\\|")
-        lines.append(f"| {row['type']} | {row['stage']} | {row['proven']} of {row['families']} | {reason} |")
+        families = f"{row['proven']} of {row['families']}"
+        lines.append(line(row["type"], row["stage"], families, reason, last=reached(row)))
     return lines
+
+
+def _rule(columns: int) -> str:
+    return "|---" * columns + "|"
 
 
 def main(
     results: Annotated[Path, typer.Argument(help="What benchmarks.zoo --json wrote")] = HERE / "results" / "zoo.json",
     output: Annotated[Path, typer.Argument(help="The page")] = HERE.parent / "docs" / "architectures.md",
+    onnx: Annotated[Path, typer.Argument(help="What benchmarks.zoo_onnx --json wrote")] = HERE
+    / "results"
+    / "zoo_onnx.json",
 ) -> None:
-    """Write the page of architectures from the sweep's rows."""
-    output.write_text(page(json.loads(results.read_text())))
+    """Write the page of architectures from the sweeps' rows."""
+    output.write_text(page(json.loads(results.read_text()), json.loads(onnx.read_text())["rows"]))
 
 
 if __name__ == "__main__":

@@ -21,11 +21,13 @@ from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import onnx_fusions
 from onnxscript.rewriter.rules import common as rules
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import ExportedProgram
 
 from mptk.errors import MptkError
 from mptk.program import Program
 from passes.fold_kv import FoldKVPass
 from passes.lower_onnx import lower_onnx
+from passes.translate_onnx import translations
 
 OPSET = 23
 """The first opset with Attention, RMSNormalization and RotaryEmbedding, and the one the fusions are written for."""
@@ -86,15 +88,32 @@ def emit_onnx(program: Program, folder: Path, *, metadata: Mapping[str, str] | N
 
 
 def translate(program: Program) -> ir.Model:
-    """The program in ONNX operators as torch.onnx.export writes them, without any optimisation."""
+    """The program in ONNX operators as torch.onnx.export writes them, without any optimisation.
+
+    An operator that the exporter lacks may have a decomposition into those it knows; only then torch decomposes the
+    whole graph, which takes ten times as long.
+    """
+    try:
+        return _exported(lower_onnx(program))
+    except torch.onnx.OnnxExporterError as error:
+        first = error
+    try:
+        return _exported(program.to_exported())
+    except torch.onnx.OnnxExporterError:
+        raise MptkError(f"torch.onnx cannot write this model: {_first_cause(first)}; see docs/onnx.md") from first
+
+
+def _exported(program: ExportedProgram) -> ir.Model:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            exported = torch.onnx.export(
-                lower_onnx(program), dynamo=True, opset_version=OPSET, optimize=False, verbose=False
-            )
-        except torch.onnx.OnnxExporterError as error:
-            raise MptkError(f"torch.onnx cannot write this model: {_first_cause(error)}; see docs/onnx.md") from error
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
+            custom_translation_table=translations(),
+        )
     assert exported is not None
     return exported.model
 

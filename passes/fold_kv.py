@@ -15,6 +15,7 @@ A node that does not have the form is left as it is. Standard operators only: an
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -26,10 +27,11 @@ class FoldKVPass(ir.passes.InPlacePass):
     """Requires shapes of the values around each Attention node; leaves unused nodes behind."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        modified = False
+        modified, earlier = False, set[ir.Node]()
         for node in list(model.graph):
+            earlier.add(node)
             if node.op_type == "Attention" and node.domain == "":
-                folded = _fold_past(model.graph, node)
+                folded = _fold_past(model.graph, node, earlier)
                 flattened = _fold_layout(model.graph, folded)
                 modified |= folded is not node or flattened
         return ir.passes.PassResult(model, modified)
@@ -44,8 +46,11 @@ class _Cached:
     present: ir.Value
 
 
-def _fold_past(graph: ir.Graph, node: ir.Node) -> ir.Node:
-    """Case 1. Returns the new Attention node, or ``node`` itself if it does not have the form."""
+def _fold_past(graph: ir.Graph, node: ir.Node, earlier: Set[ir.Node]) -> ir.Node:
+    """Case 1. Returns the new Attention node, or ``node`` itself if it does not have the form.
+
+    What comes ``earlier`` and reads the present (a mask made from the values, say) keeps the concatenation.
+    """
     query, key, value, mask = (*node.inputs, None)[:4]
     has_past = len(node.inputs) > 4 and node.inputs[4] is not None
     if has_past or len(node.outputs[0].shape or ()) != 4 or _int_attribute(node, "is_causal"):
@@ -62,7 +67,7 @@ def _fold_past(graph: ir.Graph, node: ir.Node) -> ir.Node:
     )
     graph.insert_before(node, folded)
     for old, new in zip((node.outputs[0], keys.present, values.present), folded.outputs, strict=True):
-        _replace(graph, old, new)
+        _replace(graph, old, new, earlier)
     graph.remove(node, safe=True)
     return folded
 
@@ -178,15 +183,16 @@ def _merges(flat: ir.Value, split: ir.Value) -> bool:
     return isinstance(heads, int) and isinstance(size, int) and flat.shape == ir.Shape([batch, sequence, heads * size])
 
 
-def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    """Let ``new`` be used for ``old`` everywhere, the graph's outputs included."""
+def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value, earlier: Set[ir.Node] = frozenset()) -> None:
+    """Let ``new`` be used for ``old`` everywhere but in ``earlier``; it becomes the graph's output if that was."""
     new.shape, new.type = new.shape or old.shape, new.type or old.type
     for user, index in tuple(old.uses()):
-        user.replace_input_with(index, new)
+        if user not in earlier:
+            user.replace_input_with(index, new)
     for index, output in enumerate(graph.outputs):
         if output is old:
             graph.outputs[index] = new
-            new.name, old.name = old.name, None
+            new.name, old.name = old.name, f"{old.name}_earlier"
 
 
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:

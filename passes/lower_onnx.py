@@ -8,12 +8,17 @@ scaled_dot_product_attention even better than their parts), so a few local repla
 2. a call that returns its input (same shape, same dtype) is replaced by the input;
 3. a change of dtype becomes ``_to_copy``;
 4. operators under another name get the name that the exporter knows;
-5. an op that writes to a fresh tensor which nobody else reads (``x = linear(...); x += y``) becomes the op without
-   the write. A graph with any other write is left to torch's own decomposition, which makes it functional.
+5. an op that writes to a fresh tensor, of which no view was taken and which is not read after the write but by its
+   result (``x = linear(...); x += y``), becomes the op without the write. A graph with any other write is left to
+   torch's own decomposition, which makes it functional;
+6. attention whose one key head serves all query heads says so, as the exporter does not broadcast it;
+7. complex numbers become pairs of real ones (``passes/lower_complex.py``).
 """
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,8 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature
 
 from mptk.program import Program
+from passes.lower_complex import lower_complex
 
 aten = torch.ops.aten
 ASSERTIONS = {
@@ -51,6 +58,8 @@ RENAMED: dict[Any, Callable[..., Any]] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
     aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+    aten.max.other: aten.maximum.default,
+    aten.min.other: aten.minimum.default,
 }
 
 
@@ -69,9 +78,10 @@ def lower_onnx(program: Program) -> ExportedProgram:
         return program.to_exported()
     for node in nodes:
         _lower(node)
+    lower_complex(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
-    exported = replace(program, graph=module).to_exported()
+    exported = replace(program, graph=module, signature=_signature(program, module)).to_exported()
     return _Lowered(
         root=exported.graph_module,
         graph=exported.graph,
@@ -85,15 +95,29 @@ def lower_onnx(program: Program) -> ExportedProgram:
     )
 
 
+def _signature(program: Program, module: fx.GraphModule) -> ExportGraphSignature:
+    """The program's, with the names of what ``module`` returns: its own output may have been replaced."""
+    signature = copy.deepcopy(program.signature)
+    outputs: Any = module.graph.output_node().args[0]
+    for spec, node in zip(signature.output_specs, outputs, strict=True):
+        spec.arg.name = node.name
+    return signature
+
+
 def _functional(node: fx.Node) -> bool:
     """Whether ``node`` writes to no input, or could be changed into its twin that does not (case 5)."""
     overload: torch._ops.OpOverload = node.target  # type: ignore[assignment]
     if not overload._schema.is_mutable:
         return True
-    written, name = node.args[0], overload.overloadpacket.__name__
+    name = overload.overloadpacket.__name__
+    written: Any = node.args[0]
+
+    def shows(user: fx.Node) -> bool:
+        return user is not node and (node < user or _is_view(user))
+
     twin = getattr(getattr(aten, name.removesuffix("_"), None), overload._overloadname, None)
-    fresh = isinstance(written, fx.Node) and written.op == "call_function" and set(written.users) == {node}
-    if twin is None or not fresh or not name.endswith("_") or _is_view(written):
+    fresh = isinstance(written, fx.Node) and written.op == "call_function" and not _is_view(written)
+    if twin is None or not fresh or not name.endswith("_") or any(map(shows, written.users)):
         return False
     node.target = twin
     return True
@@ -101,6 +125,8 @@ def _functional(node: fx.Node) -> bool:
 
 def _is_view(node: Any) -> bool:
     """Whether the node's output shares memory with an input, which others may read."""
+    if node.target is operator.getitem:
+        return _is_view(node.args[0])
     schema = getattr(node.target, "_schema", None)
     return schema is None or any(result.alias_info is not None for result in schema.returns)
 
@@ -112,6 +138,12 @@ def _lower(node: fx.Node) -> None:
         node.graph.erase_node(node)
     elif node.target in RENAMED:
         node.target = RENAMED[node.target]
+    elif packet is aten.scaled_dot_product_attention:
+        query, key = (argument.meta["val"].shape[1] for argument in node.args[:2])  # type: ignore[union-attr]
+        if key == 1 != query:
+            node.kwargs = {**node.kwargs, "enable_gqa": True}
+    elif packet is aten.square:
+        node.target, node.args = aten.mul.Tensor, (source, source)
     elif packet is aten.numpy_T:
         node.target, dimensions = aten.permute.default, node.meta["val"].ndim
         node.args = (source, list(reversed(range(dimensions))))

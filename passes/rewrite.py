@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mptk.axes import Term, resolve
@@ -219,7 +220,7 @@ def propagate_shapes(program: Program, untouched: Collection[str] = (), changed:
             with mode:
                 node.meta["val"] = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
         values.append(node.meta["val"])
-    with mode:
+    with mode, enable_python_dispatcher():  # some kernels know symbolic sizes in Python alone
         _ShapeInterpreter(program.graph, untouched, unchanged).run(*values)
 
 

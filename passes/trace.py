@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,10 +69,8 @@ def export_program(wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: A
     shapes = dynamic
     if isinstance(dynamic, bool):
         shapes = {"inputs": tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in inputs)} if dynamic else None
-    training = {module: module.training for module in wrapper.modules()}
-    wrapper.eval()
     try:
-        with _fake_weights(wrapper, inputs) as fake_inputs, torch.no_grad():
+        with evaluating(wrapper), _fake_weights(wrapper, inputs) as fake_inputs, torch.no_grad():
             exported = torch.export.export(wrapper, fake_inputs, dynamic_shapes=shapes, strict=False)
     except MptkError:
         raise
@@ -82,10 +80,19 @@ def export_program(wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: A
             f"torch.export cannot trace {type(wrapper.module).__name__}: {type(error).__name__}: {reason}; "
             "see docs/tracing.md for the usual causes"
         ) from error
+    return program_from_exported(exported, wrapper)
+
+
+@contextlib.contextmanager
+def evaluating(wrapper: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a time; then each module is in its own mode again."""
+    training = {module: module.training for module in wrapper.modules()}
+    wrapper.eval()
+    try:
+        yield
     finally:
         for module, mode in training.items():
             module.training = mode
-    return program_from_exported(exported, wrapper)
 
 
 @contextlib.contextmanager

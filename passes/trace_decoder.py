@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mptk.errors import MptkError
 from mptk.program import Program
-from passes.trace import export_program
+from passes.trace import evaluating, export_program
 
 BATCH, SEQUENCE, PAST = 2, 11, 23
 """Example sizes: distinct, and neither they nor PAST + SEQUENCE = 34 are likely to be a size in a config."""
@@ -39,9 +39,10 @@ class CacheLayerShape:
 class DecoderStep(nn.Module):
     """Calls a causal language model with a flat cache.
 
-    Inputs: input_ids [B, S], attention_mask [B, P + S], position_ids [B, S] (ignored if the model's
-    forward takes none), then each layer's past key and past value [B, heads, P, dim]. Returns (logits, key,
-    value, key, value, ...), the cache now of length P + S.
+    Inputs: input_ids [B, S], attention_mask [B, P + S], position_ids [B, S] from 0, then each layer's past key and
+    past value [B, heads, P, dim]. Returns (logits, key, value, key, value, ...), the cache now of length P + S.
+
+    ``first_position`` is the model's own number of the first token; None: it is not given positions and counts itself.
 
     Every layer's cache is kept whole, also where the model attends through a sliding window (the mask does
     that): one past length for all layers is what ONNX consumers expect.
@@ -52,7 +53,7 @@ class DecoderStep(nn.Module):
         self.module = module
         accepted = inspect.signature(module.forward).parameters
         self.cache_argument = "cache" if "cache" in accepted else "past_key_values"
-        self.takes_positions = "position_ids" in accepted
+        self.first_position = 0 if "position_ids" in accepted else None
         self.keywords: dict[str, Any] = {"use_cache": True}
         if logits == "last" and "logits_to_keep" in accepted:
             self.keywords["logits_to_keep"] = 1
@@ -64,8 +65,8 @@ class DecoderStep(nn.Module):
         torch._check(attention_mask.shape[1] == past[0].shape[2] + input_ids.shape[1])
         cache = filled_cache(past)
         keywords = {**self.keywords, "attention_mask": attention_mask, self.cache_argument: cache}
-        if self.takes_positions:
-            keywords["position_ids"] = position_ids
+        if self.first_position is not None:
+            keywords["position_ids"] = position_ids + self.first_position if self.first_position else position_ids
         logits: Tensor = self.module(input_ids=input_ids, **keywords).logits
         if self.slice_last:
             logits = logits[:, -1:]
@@ -98,13 +99,74 @@ def trace_decoder(model: PreTrainedModel, *, logits: Logits = "all") -> Program:
 
     Raises:
         MptkError: the model keeps another kind of state (a recurrent or convolutional one), shares the cache
-            between layers, or torch.export refuses it.
+            between layers, or torch.export refuses it; or, with real weights, the step gives other logits than the
+            model's plain forward.
     """
-    inputs = _example_inputs(cache_shapes(model))
-    batch, sequence, past = Dim("batch_size"), Dim("sequence_length"), Dim("past_sequence_length")
+    shapes = cache_shapes(model)
+    inputs = _example_inputs(shapes)
+    step = DecoderStep(model, logits)
+    for first in _first_positions(step):
+        step.first_position = first
+        program = _export_step(step, inputs)
+        if not _has_values(program) or _agrees(program, model, shapes):
+            return program
+    raise MptkError(
+        f"one decoding step of {type(model).__name__} with its cache given back computes other logits than the whole "
+        f"sequence; {ONLY}"
+    )
+
+
+def _export_step(step: DecoderStep, inputs: tuple[Tensor, ...]) -> Program:
+    """At any lengths, or else at any that the model has positions for: it may slice a table of that length."""
+    longest = getattr(step.module.config.get_text_config(), "max_position_embeddings", None)
+    try:
+        return export_program(step, inputs, dynamic=_dynamic(inputs))
+    except MptkError:
+        if not isinstance(longest, int) or longest - 2 <= PAST:
+            raise
+        return export_program(step, inputs, dynamic=_dynamic(inputs, longest - 2))
+
+
+def _dynamic(inputs: tuple[Tensor, ...], longest: int | None = None) -> dict[str, Any]:
+    """``dynamic_shapes`` of the inputs. ``longest``: of new tokens and of past ones; at least 2 of the other."""
+    batch, sequence, past = (
+        Dim("batch_size"),
+        Dim("sequence_length", max=longest),
+        Dim("past_sequence_length", max=longest),
+    )
     token = {0: batch, 1: sequence}
-    dynamic = (token, {0: batch, 1: Dim.AUTO}, token, *({0: batch, 2: past} for _ in inputs[3:]))
-    return export_program(DecoderStep(model, logits), inputs, dynamic={"inputs": dynamic})
+    return {"inputs": (token, {0: batch, 1: Dim.AUTO}, token, *({0: batch, 2: past} for _ in inputs[3:]))}
+
+
+def _first_positions(step: DecoderStep) -> list[int | None]:
+    """Numbers that the first token may have: 0; what follows the padding token's, which some models reserve."""
+    padding = getattr(step.module.config.get_text_config(), "pad_token_id", None)
+    if step.first_position is None:
+        return [None]
+    return [0, None] if padding is None else [0, padding + 1, None]
+
+
+def _has_values(program: Program) -> bool:
+    return not any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in program.state.values())
+
+
+@torch.no_grad()
+def _agrees(program: Program, model: PreTrainedModel, shapes: list[CacheLayerShape]) -> bool:
+    """Whether a prompt and then two more tokens get the logits of the model's plain forward, which sets positions."""
+    padding = model.config.get_text_config().pad_token_id
+    ids = torch.tensor([[token for token in range(3, 9) if token != padding]], device=model.device)
+    positions = torch.arange(ids.shape[1], device=model.device)[None]
+    cache = [
+        torch.zeros(1, shape.heads, 0, dim, dtype=shape.dtype, device=model.device)
+        for shape in shapes
+        for dim in (shape.key_dim, shape.value_dim)
+    ]
+    with evaluating(model):
+        expected = model(input_ids=ids, use_cache=False).logits[:, -1]
+    _, *cache = program(ids[:, :-2], torch.ones_like(ids[:, :-2]), positions[:, :-2], *cache)
+    found = program(ids[:, -2:], torch.ones_like(ids), positions[:, -2:], *cache)[0][:, -1]
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 class FilledCache(nn.Module):
@@ -118,8 +180,8 @@ class FilledCache(nn.Module):
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         output = self.module(input_ids=input_ids, use_cache=True)
         cache = output.get("cache", output.get("past_key_values"))
-        if not isinstance(cache, DynamicCache):
-            raise MptkError(f"{type(self.module).__name__} returns no key-value cache; {ONLY}")
+        if type(cache) is not DynamicCache:
+            raise MptkError(f"{type(self.module).__name__} returns no cache of keys and values alone; {ONLY}")
         return tuple(tensor for index, layer in enumerate(cache.layers) for tensor in _keys_values(index, layer))
 
 
@@ -151,6 +213,13 @@ def _fake_cache(filled: FilledCache) -> tuple[Tensor, ...]:
     except RuntimeError:  # a kernel without a fake version; in an export, which takes longer, models avoid those
         outputs: Any = export_program(filled, (input_ids,)).graph.graph.output_node().args[0]
         cache = tuple(node.meta["val"] for node in outputs)
+    except MptkError:
+        raise
+    except Exception as error:  # a model's own check of its cache
+        name = type(filled.module).__name__
+        raise MptkError(
+            f"{name} fails when it fills its own cache: {str(error) or type(error).__name__}; {ONLY}"
+        ) from error
     return cache
 
 

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from tiny_decoders import CONFIGS, FUSED, GROUPED, SLIDING, tiny_decoder
+from transformers import BloomConfig
 
 from mptk.families import Analysis
 from mptk.plan import FamilyPlan, Plan
@@ -72,3 +73,15 @@ def test_tracing_leaves_the_model_in_its_mode(kind):
     model = tiny_decoder(kind, num_hidden_layers=1) if kind not in (SLIDING, FUSED) else tiny_decoder(kind)
     trace(model)
     assert not any(module.training for module in model.modules())
+
+
+def test_decoder_with_batched_products_of_symbolic_sizes_is_cut(tmp_path):
+    """Bloom adds its position biases by ``baddbmm``."""
+    model = tiny_decoder(BloomConfig(hidden_size=48, n_head=6, n_layer=1, vocab_size=97))
+    decoder = analyze(trace_decoder(model))
+    step = rewrite(decoder, halved(decoder, "heads", "ffn"))
+    ids, mask, positions = torch.randint(3, 97, (2, 5)), torch.ones(2, 5, dtype=torch.long), torch.arange(5)[None]
+    with torch.no_grad():
+        expected, *_ = step(ids, mask, positions.expand(2, -1), *[torch.zeros(2, 3, 0, 8)] * 2)
+    logits = OrtDecoder(emit_onnx(step, tmp_path), threads=1).logits(ids.numpy())
+    torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-4 * float(expected.abs().max()), rtol=0)

@@ -54,8 +54,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 GROUPED, SLIDING, FUSED, BIASED = CONFIGS
 
 
-def tiny_decoder(kind: str, **changes: int) -> PreTrainedModel:
-    config = CONFIGS[kind] if not changes else type(CONFIGS[kind])(**{**CONFIGS[kind].to_dict(), **changes})
+def tiny_decoder(kind: str | PreTrainedConfig, **changes: int) -> PreTrainedModel:
+    config = CONFIGS[kind] if isinstance(kind, str) else kind
+    if changes:
+        config = type(config)(**{**config.to_dict(), **changes})
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():

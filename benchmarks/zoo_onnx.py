@@ -1,0 +1,195 @@
+"""The zoo in ONNX: every causal language model, cut and emitted with its KV cache, ONNX Runtime against torch.
+
+    python -m benchmarks.zoo_onnx [--types A,B] [--jobs N] [--json FILE] [--quick]
+
+Each type runs in a process of its own (``benchmarks/zoo.py``): one decoding step of a tiny random model is traced, the
+dense step is compared with the model itself, all families are cut at random legal widths, and the cut step is written
+as ONNX. Then a prompt of two rows, one padded on the left, and three decoding steps run in torch and in ONNX Runtime;
+they are equal if no logit of a token differs by more than 1e-4 of the largest.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import onnx
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.tiny_config import FIRST_PLAIN_TOKEN, VOCAB
+from benchmarks.tiny_models import model_types, tiny_model
+from benchmarks.zoo import describe, difference, saved_rows, sweep
+from benchmarks.zoo_plans import draw, legal_width
+from mptk.api import cut_program
+from mptk.families import Analysis
+from mptk.pipeline import Log
+from mptk.plan import Plan
+from mptk.program import Program
+from mptk.runtime import OrtDecoder
+from passes.emit_onnx import emit_onnx
+from passes.group import analyze
+from passes.trace_decoder import trace_decoder
+
+MAPPING = "causal-lm"
+STAGES = ("none", "build", "trace", "analyse", "cut", "emit", "run", "equal")
+TOLERANCE = 1e-4
+PROMPT, PADDING, STEPS = 9, 4, 3
+QUICK = 16
+
+
+class Differs(Exception):
+    """Two of model, traced step and ONNX do not agree."""
+
+
+def run_type(mapping: str, model_type: str) -> dict[str, Any]:
+    """One row; ``stage`` is the last of ``STAGES`` that passed, ``reason`` why the next one did not."""
+    row: dict[str, Any] = {"type": model_type, "mapping": mapping, "stage": "none", "reason": ""}
+    try:
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            for facts in _stages(mapping, model_type, Path(folder)):
+                row |= facts
+    except Exception as error:
+        row["reason"] = str(error) if isinstance(error, Differs) else describe(error)
+    return row
+
+
+def _stages(mapping: str, model_type: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """What each stage that passes adds to the row: its name and what was found."""
+    model: Any = tiny_model(mapping, model_type).model
+    yield {"stage": "build"}
+    program = trace_decoder(model)
+    layers = len(program.user_inputs) // 2 - 1  # ids, mask, positions, then keys and values
+    steps = list(decoding_steps(getattr(model.config.get_text_config(), "vocab_size", VOCAB)))
+    yield {"layers": layers, **_against_model(model, program, steps)}
+    yield {"stage": "trace"}
+    analysis = analyze(program)
+    yield {"stage": "analyse", "families": len(analysis.families)}
+    cut, _ = cut_program(analysis, random_widths(analysis), Log())
+    yield {"stage": "cut"}
+    file = emit_onnx(cut, folder)
+    yield {"stage": "emit", "folded": folded(file)}
+    found = in_runtime(OrtDecoder(file, threads=1), steps)
+    yield {"stage": "run"}
+    wrong = largest_difference(found, in_torch(cut, steps), steps)
+    yield {"difference": float(f"{wrong:.1e}")}
+    if not wrong <= TOLERANCE:
+        raise Differs(f"ONNX Runtime differs from torch by {wrong:.1e}")
+    yield {"stage": "equal"}
+
+
+def random_widths(analysis: Analysis, seed: int = 0) -> Plan:
+    """All families at random legal widths of half their size and more, at random units."""
+    rng = random.Random(seed)
+    return Plan({f.name: draw(f, legal_width(f, rng.uniform(0.5, 0.95)), rng) for f in analysis.families})
+
+
+Step = tuple[Tensor, Tensor]
+
+
+def decoding_steps(vocabulary: int) -> Iterator[Step]:
+    """Token ids and mask [2, new] of a prompt, the second row padded on the left, and of three more tokens."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(FIRST_PLAIN_TOKEN, min(VOCAB - 30, vocabulary), (2, PROMPT + STEPS), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :PADDING] = 0
+    for start, stop in pairwise((0, *range(PROMPT, PROMPT + STEPS + 1))):
+        yield ids[:, start:stop], mask[:, start:stop]
+
+
+def in_torch(program: Program, steps: list[Step]) -> list[Tensor]:
+    """Logits of each step by the traced step in torch, from an empty cache."""
+    inputs = [n.meta["val"] for n in program.placeholders() if n.name in program.user_inputs]
+    past = [torch.zeros(2, value.shape[1], 0, value.shape[3]) for value in inputs[3:]]
+    masks, outputs = [], []
+    for ids, new in steps:
+        masks.append(new)
+        mask = torch.cat(masks, dim=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        logits, *past = program(ids, mask, positions, *past)
+        outputs.append(logits)
+    return outputs
+
+
+def in_runtime(decoder: OrtDecoder, steps: list[Step]) -> list[Tensor]:
+    """The same in ONNX Runtime."""
+    cache, outputs = decoder.empty(2), []
+    for index, (ids, mask) in enumerate(steps):
+        if index == 0:
+            logits, cache = decoder.prefill(ids.numpy(), mask.numpy())
+        else:
+            logits, cache = decoder.decode(ids.numpy(), cache)
+        outputs.append(torch.from_numpy(np.array(logits)))
+    return outputs
+
+
+def largest_difference(found: list[Tensor], expected: list[Tensor], steps: list[Step]) -> float:
+    """Over the logits of all tokens that are no padding, relative to the largest of a step."""
+    kept = [mask == 1 for _, mask in steps]
+    return max(difference(a[k], b[k]) for a, b, k in zip(found, expected, kept, strict=True))
+
+
+def _against_model(model: Any, program: Program, steps: list[Step]) -> dict[str, Any]:
+    """Compare the traced step with the model's plain forward of each row without its padding.
+
+    The whole row must agree. The padded one differs, in torch as well, where a model counts padding as positions.
+    """
+    ids, mask = (torch.cat(parts, dim=1) for parts in zip(*steps, strict=True))
+    logits = torch.cat(in_torch(program, steps), dim=1)
+    whole, padded = (
+        difference(logits[r][mask[r] == 1], model(input_ids=ids[r][mask[r] == 1][None], use_cache=False).logits[0])
+        for r in range(2)
+    )
+    if not whole <= TOLERANCE:
+        raise Differs(f"the traced step differs from the model by {whole:.1e}")
+    return {"padding": bool(padded <= TOLERANCE)}
+
+
+def folded(file: Path) -> int:
+    """How many Attention operators carry the cache."""
+    graph = onnx.load(file, load_external_data=False).graph
+    nodes = [node for node in graph.node if node.op_type == "Attention"]
+    return sum(len(node.input) > 4 and node.input[4].startswith("past_key_values") for node in nodes)
+
+
+def passed(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """How many types passed each stage."""
+    reached = [STAGES.index(row["stage"]) for row in rows]
+    return {name: sum(r >= index for r in reached) for index, name in enumerate(STAGES) if index}
+
+
+def totals(rows: list[dict[str, Any]]) -> str:
+    """How many types passed each stage, and in how many of the equal ones every layer's cache is folded."""
+    whole = sum(row["stage"] == "equal" and row["folded"] == row["layers"] for row in rows)
+    cells = [f"{name} {n}" for name, n in passed(rows).items()]
+    return f"{len(rows)} types: {', '.join(cells)}; every layer's cache in Attention: {whole}"
+
+
+def main(
+    types: Annotated[str, typer.Option(help="Comma-separated model types; all when empty")] = "",
+    jobs: Annotated[int, typer.Option(help="Processes at once")] = 1,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Rows are kept here; types it has already are not run again")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help=f"Every {QUICK}th type only")] = False,
+) -> None:
+    """ONNX Runtime against torch for every causal language model; prints a row each and the totals."""
+    rows = saved_rows(json_file)
+    wanted = [t for t in model_types(MAPPING)[:: QUICK if quick else 1] if not types or t in types.split(",")]
+    for row in sweep([(MAPPING, t) for t in wanted], rows, jobs, json_file, run_type):
+        print(
+            f"{row['type']:28} {row['stage']:8} {row.get('folded', '-'):>3}/{row.get('layers', '-'):<3} "
+            f"{row.get('difference', '-'):>8} {row['seconds']:6.1f}s  {row['reason'][:400]}",
+            flush=True,
+        )
+    print(totals(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)

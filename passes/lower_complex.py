@@ -1,0 +1,97 @@
+"""lower_complex: complex values of a graph → their real and imaginary parts in a last dimension of size 2.
+
+ONNX has no complex numbers. Rotary embeddings written with them need few ops: polar, view_as_complex, view_as_real,
+products, and changes of shape. A graph with any other complex op is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+
+aten = torch.ops.aten
+
+
+def lower_complex(graph: fx.Graph) -> None:
+    """Changes ``graph`` in place; nodes without users stay behind. Requires example values in ``meta["val"]``."""
+    nodes = [node for node in graph.nodes if any(map(_is_complex, (node, *node.all_input_nodes)))]
+    if any(_packet(node) not in LOWERED for node in nodes):
+        return
+    pairs: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        with graph.inserting_before(node):
+            pair = LOWERED[_packet(node)](fx.map_arg(node.args, lambda n: pairs.get(n, n)))
+        if _is_complex(node):
+            pairs[node] = pair
+        else:
+            node.replace_all_uses_with(pair)
+
+
+def _is_complex(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_complex()
+
+
+def _packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", None)
+
+
+def _call(op: Any, first: Any, *rest: Any) -> fx.Node:
+    """A new call with its example value, at the graph's place for new nodes."""
+    owner: fx.Node = first[0] if isinstance(first, list) else first
+    call = owner.graph.call_function(op, (first, *rest))
+    values = fx.map_arg(call.args, lambda n: n.meta["val"])
+    with owner.meta["val"].fake_mode, enable_python_dispatcher():
+        call.meta["val"] = op(*values)
+    return call
+
+
+def _stack(real: fx.Node, imaginary: fx.Node) -> fx.Node:
+    return _call(aten.stack.default, [real, imaginary], -1)
+
+
+def _same(args: Any) -> fx.Node:
+    """The two views between pairs and complex numbers, and copies."""
+    return args[0]  # type: ignore[no-any-return]
+
+
+def _polar(args: Any) -> fx.Node:
+    length, angle = args
+    cosine, sine = _call(aten.cos.default, angle), _call(aten.sin.default, angle)
+    return _stack(_call(aten.mul.Tensor, length, cosine), _call(aten.mul.Tensor, length, sine))
+
+
+def _product(args: Any) -> fx.Node:
+    x, y = args
+    if not isinstance(y, fx.Node):
+        return _call(aten.mul.Tensor, x, y)
+    a, b, c, d = (_call(aten.select.int, pair, -1, part) for pair in (x, y) for part in (0, 1))
+    real = _call(aten.sub.Tensor, _call(aten.mul.Tensor, a, c), _call(aten.mul.Tensor, b, d))
+    return _stack(real, _call(aten.add.Tensor, _call(aten.mul.Tensor, a, d), _call(aten.mul.Tensor, b, c)))
+
+
+def _along(op: Any) -> Callable[[Any], fx.Node]:
+    """For an op on one dimension, of which negative ones now count from the parts."""
+
+    def lower(args: Any) -> fx.Node:
+        pair, dim, *rest = args
+        return _call(op, pair, dim if dim >= 0 else dim - 1, *rest)
+
+    return lower
+
+
+LOWERED: dict[Any, Callable[[Any], fx.Node]] = {
+    aten._to_copy: _same,
+    aten.index_select: _along(aten.index_select.default),
+    aten.mul: _product,
+    aten.polar: _polar,
+    aten.slice: _along(aten.slice.Tensor),
+    aten.to: _same,
+    aten.unsqueeze: _along(aten.unsqueeze.default),
+    aten.view_as_complex: _same,
+    aten.view_as_real: _same,
+}

@@ -1,0 +1,37 @@
+"""The zoo's ONNX sweep: a row that is equal, one that is not, one without a cache of keys and values."""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor
+
+from benchmarks import zoo_onnx
+
+
+def test_equal_row_says_what_was_cut_and_folded() -> None:
+    row = zoo_onnx.run_type("causal-lm", "llama")
+    assert row["stage"] == "equal", row["reason"]
+    assert row["folded"] == row["layers"] > 1
+    assert row["families"] > 2
+    assert row["difference"] <= zoo_onnx.TOLERANCE
+
+
+def test_a_wrong_token_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One logit of one row in the last decoding step is off."""
+    right = zoo_onnx.in_runtime
+
+    def wrong(*args: object) -> list[Tensor]:
+        outputs = right(*args)  # type: ignore[arg-type]
+        outputs[-1][1, 0, 5] += 0.01 * outputs[-1].abs().max()
+        return outputs
+
+    monkeypatch.setattr(zoo_onnx, "in_runtime", wrong)
+    row = zoo_onnx.run_type("causal-lm", "llama")
+    assert row["stage"] == "run"
+    assert row["reason"].startswith("ONNX Runtime differs from torch by")
+
+
+def test_recurrent_model_gives_the_reason_of_the_exporter() -> None:
+    row = zoo_onnx.run_type("causal-lm", "mamba")
+    assert row["stage"] == "build"
+    assert "only if every layer caches its keys and values" in row["reason"]

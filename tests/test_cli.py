@@ -219,14 +219,17 @@ def test_bench_is_shown_again_by_report(files, pruned, tmp_path, mptk):
     result = mptk("bench", files.model, out, "--rounds", "2", "--json", tmp_path / "bench.json")
     assert result.code == 0
     bench = json.loads((tmp_path / "bench.json").read_text())
-    assert [row["phase"] for row in bench["rows"]] == ["prefill 128", "prefill 512", "decode 128", "decode 512"]
-    assert all(0 < row["ideal"] < 1 and row["ratio"] > 0 for row in bench["rows"])
+    cases = [(row["graph"], row["case"]["phase"], row["case"]["length"]) for row in bench["rows"]]
+    graphs = (files.model, str(out))
+    assert cases == [(g, p, n) for p in ("prefill", "decode") for n in (128, 512) for g in graphs]
+    assert all(0 < row["ideal"] < 1 and row["ratio"] > 0 for row in bench["rows"] if row["graph"] == str(out))
     assert bench["rounds"] == 2
     shown = mptk("report", out)
     assert shown.code == 0
     for row in bench["rows"]:
         for text in (result.stdout, shown.stdout):
-            assert re.search(rf"{row['phase']} .* {row['ratio']:.3f} .* {row['ideal']:.3f} ", text)
+            case = f"{row['case']['phase']} {row['case']['length']}"
+            assert re.search(rf"{case} .* {row['ratio']:.3f} .* {row['ideal']:.3f} ", text)
     assert "onnx/model.onnx" in shown.stdout
     assert "proof: largest logit difference" in shown.stdout
 
@@ -292,7 +295,7 @@ def test_folder_of_somebody_else_is_not_replaced(files, tmp_path, mptk):
         (["report", "./none"], "none holds no report.json; give the --out folder"),
         (["eval", "MODEL"], "nothing to evaluate; give --data TEXT"),
         (["eval", "MODEL", "--data", "TEXT", "--length", "71"], "longer than the model's 70 positions"),
-        (["bench", "MODEL", "MODEL", "--threads", "1,many"], "--threads many: write numbers of at least 1"),
+        (["bench", "MODEL", "MODEL", "--threads", "1,many"], "--threads 1,many: write numbers of at least 1"),
         (["fetch", "none"], "none"),
     ],
 )

@@ -90,7 +90,7 @@ def test_shapes_that_do_not_fit_are_named(decoder):
 
 
 def test_missing_broken_and_other_files(folder, tmp_path):
-    with pytest.raises(MptkError, match="export the model to ONNX first"):
+    with pytest.raises(MptkError, match="mptk export MODEL"):
         OrtDecoder(tmp_path)
     (tmp_path / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:200])
     with pytest.raises(MptkError, match="cannot load"):

@@ -168,6 +168,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         next(r["wikitext2"] for r in rows if r["method"] == "dense"), color="grey", linestyle=":", label="dense"
     )
     axes.set(xlabel="share of block parameters removed", ylabel="perplexity, WikiText-2 test", yscale="log")
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter(pyplot.FormatStrFormatter("%g"))
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path)

@@ -110,7 +110,6 @@ def test_the_result_goes_through_json_and_into_a_table(compared):
 
 
 def test_the_plot_has_a_bar_for_each_row(compared, tmp_path):
-    pytest.importorskip("matplotlib")
     draw_bench(compared[0], tmp_path / "bench.svg")
     drawn = (tmp_path / "bench.svg").read_text()
     assert "narrow int8" in drawn

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,9 +16,6 @@ from benchmarks.zoo import prove
 from mptk.families import Analysis
 from passes.group import analyze
 from passes.trace import trace
-
-torchvision = pytest.importorskip("torchvision")
-timm = pytest.importorskip("timm")
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 TOKENS = torch.arange(14).reshape(2, 7) % 11 + 1

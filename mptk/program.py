@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.nn import Parameter
@@ -49,6 +50,11 @@ class Program:
     def user_inputs(self) -> list[str]:
         """Placeholder names of the inputs that a caller passes, in order."""
         return [s.arg.name for s in self.signature.input_specs if s.kind is InputKind.USER_INPUT]
+
+    @property
+    def has_values(self) -> bool:
+        """Whether the weights are real: not fake tensors, nor on the meta device."""
+        return not any(isinstance(t, FakeTensor) or t.is_meta for t in self.state.values())
 
     def placeholders(self) -> Iterator[fx.Node]:
         return (n for n in self.graph.graph.nodes if n.op == "placeholder")

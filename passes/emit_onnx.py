@@ -20,7 +20,6 @@ from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import onnx_fusions
 from onnxscript.rewriter.rules import common as rules
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 
 from mptk.errors import MptkError
@@ -72,7 +71,7 @@ def emit_onnx(program: Program, folder: Path, *, metadata: Mapping[str, str] | N
     layers, rest = divmod(len(program.user_inputs) - 3, 2)
     if layers < 1 or rest:
         raise MptkError("cannot write ONNX: the program has no KV cache inputs; make it with trace_decoder")
-    if any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in program.state.values()):
+    if not program.has_values:
         raise MptkError("cannot write ONNX: the program was traced without weights; load the model's weights first")
     model = optimize(translate(program))
     _name(model, layers)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -108,7 +108,7 @@ def trace_decoder(model: PreTrainedModel, *, logits: Logits = "all") -> Program:
     for first in _first_positions(step):
         step.first_position = first
         program = _export_step(step, inputs)
-        if not _has_values(program) or _agrees(program, model, shapes):
+        if not program.has_values or _agrees(program, model, shapes):
             return program
     raise MptkError(
         f"one decoding step of {type(model).__name__} with its cache given back computes other logits than the whole "
@@ -144,10 +144,6 @@ def _first_positions(step: DecoderStep) -> list[int | None]:
     if step.first_position is None:
         return [None]
     return [0, None] if padding is None else [0, padding + 1, None]
-
-
-def _has_values(program: Program) -> bool:
-    return not any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in program.state.values())
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from mptk.criteria import flap, magnitude, random, taylor, wanda
 from mptk.criteria.base import Criterion, Evidence, Scores, uses
@@ -93,7 +92,7 @@ def gather(
     The evidence's ``observations`` are also what ``compensate`` takes. Arguments and errors are those of ``score``.
     """
     needs = find_criterion(name).needs
-    if any(isinstance(t, FakeTensor) or t.is_meta for t in analysis.program.state.values()):
+    if not analysis.program.has_values:
         raise MptkError(
             "this program was traced without weights and cannot be scored; trace the model with its weights"
         )

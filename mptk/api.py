@@ -195,10 +195,10 @@ def _quantized(file: Path) -> list[Path]:
 
 
 def onnx_folder(model: str, progress: Progress | None = None) -> Path:
-    """The ONNX folder of a model: ``MODEL/onnx`` if it is there, else an export kept in the cache folder."""
-    own = Path(model) / "onnx"
-    if (own / "model.onnx").is_file():
-        return own
+    """The ONNX folder of a model: ``MODEL`` or ``MODEL/onnx`` if that is one, else an export kept in the cache folder."""
+    for own in (Path(model), Path(model) / "onnx"):
+        if (own / "model.onnx").is_file():
+            return own
     loaded = models.load(model)
     stamp = hashlib.sha256(f"{loaded.path.resolve()} {mptk.__version__} {torch.__version__}".encode()).hexdigest()[:16]
     cached = models.cache_dir() / "onnx" / stamp

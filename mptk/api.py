@@ -195,7 +195,7 @@ def _quantized(file: Path) -> list[Path]:
 
 
 def onnx_folder(model: str, progress: Progress | None = None) -> Path:
-    """The ONNX folder of a model: ``MODEL`` or ``MODEL/onnx`` if that is one, else an export kept in the cache folder."""
+    """``MODEL`` or ``MODEL/onnx`` if it holds ``model.onnx``, else an export kept in the cache folder."""
     for own in (Path(model), Path(model) / "onnx"):
         if (own / "model.onnx").is_file():
             return own

@@ -9,7 +9,7 @@ from toy_checkpoints import llama, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from mptk.api import export_folder
+from mptk.api import export_folder, onnx_folder
 from mptk.cli import app
 from mptk.errors import MptkError
 from mptk.generation import Sampling, TextGenerator, generate
@@ -93,6 +93,7 @@ def test_the_exported_folder_has_what_consumers_look_for(source, folder):
     names = {path.name for path in (folder / "onnx").iterdir()}
     assert names == {"model.onnx", "model.onnx.data", "model_int8.onnx", "model_int8.onnx.data"}
     assert not list(folder.glob("*.safetensors"))
+    assert onnx_folder(str(folder)) == onnx_folder(str(folder / "onnx")) == folder / "onnx"
 
 
 def test_last_logits_are_the_last_of_all(source, decoder, tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from mptk.maskprune.adapters import adapt, merged, original
 from mptk.maskprune.losses import language_model
 from mptk.maskprune.reconstruct import reconstruct
 from mptk.maskprune.solver import Rates, Solver
-from mptk.maskprune.teacher import CachedTeacher, LiveTeacher
+from mptk.maskprune.teacher import CachedTeacher, LiveTeacher, fingerprint
 from mptk.maskprune.train import Loop, Metrics, Training, shuffled
 from mptk.maskprune.work import TRACKER, WorkFolder
 from mptk.plan import Plan
@@ -39,8 +40,8 @@ class Learning:
 
     ``steps`` in all (None: 200 for MaskPrune, none for a one-shot method or a given plan); MaskPrune learns masks in
     the first ``mask_share`` of them, and the first quarter of those only measures gradients. ``rank`` is LoRA's; 0
-    trains all weights (in recovery only). ``teacher``: ``live`` or ``cached``. ``precision``: ``no``, ``bf16`` or
-    ``fp16``.
+    trains all weights (in recovery only). ``teacher``: ``live`` or ``cached``, for this run or,
+    in ``teacher_cache``, for others too. ``precision``: ``no``, ``bf16`` or ``fp16``.
 
     Raises:
         MptkError: an unknown teacher, or a cached one with a hidden-state loss.
@@ -50,6 +51,7 @@ class Learning:
     mask_share: float = 0.4
     rank: int = 16
     teacher: str = "live"
+    teacher_cache: str | None = None
     precision: str = "no"
     gradient_checkpointing: bool = False
     tracker: str = "none"
@@ -59,6 +61,8 @@ class Learning:
     def __post_init__(self) -> None:
         if self.teacher not in ("live", "cached"):
             raise MptkError(f"no teacher {self.teacher!r}; choose live or cached")
+        if self.teacher_cache is not None and self.teacher != "cached":
+            raise MptkError("a folder for the teacher's outputs is of use to a cached teacher; add --teacher cached")
         if self.teacher == "cached" and self.training.losses.hidden:
             raise MptkError("a cached teacher keeps logits only; use --teacher live with a hidden-state loss")
 
@@ -86,6 +90,7 @@ class Learner:
         self.mask_steps = max(2, round((settings.steps or 0) * settings.mask_share))
         self.saliency_steps = max(1, self.mask_steps // 4)
         self.used_rows = 0
+        self.dense = "" if settings.teacher_cache is None else fingerprint(model)
 
     # ---- masks and widths ----
 
@@ -201,7 +206,9 @@ class Learner:
         live = LiveTeacher(lambda ids: run(ids, output_hidden_states=hidden))
         if self.settings.teacher == "live":
             return live
-        return CachedTeacher(live, self.work.path / "teacher")
+        shared = self.settings.teacher_cache
+        folder = self.work.path / "teacher" if shared is None else Path(shared) / self.dense
+        return CachedTeacher(live, folder)
 
     def _checkpointing(self, student: Any) -> None:
         if self.settings.gradient_checkpointing:

@@ -42,7 +42,7 @@ Step = Callable[[], Any]
 
 
 def windows() -> Tensor:
-    return torch.randint(0, 49152, (64, LENGTH), generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, 49152, (16, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
 def plain() -> Step:

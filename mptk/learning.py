@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mptk import criteria
@@ -18,7 +18,7 @@ from mptk.cost import CostModel
 from mptk.cut import resolve_plan
 from mptk.errors import MptkError
 from mptk.families import Analysis
-from mptk.maskprune.adapters import adapt, merged, original
+from mptk.maskprune.adapters import adapt, merged, original, silenced
 from mptk.maskprune.losses import language_model
 from mptk.maskprune.reconstruct import reconstruct
 from mptk.maskprune.solver import Rates, Solver
@@ -26,6 +26,7 @@ from mptk.maskprune.teacher import CachedTeacher, LiveTeacher
 from mptk.maskprune.train import Loop, Metrics, Training, shuffled
 from mptk.maskprune.work import TRACKER, WorkFolder
 from mptk.plan import Plan
+from mptk.processes import accelerator, full, sharded
 from passes.insert_masks import InsertedMasks, disturbed, find_places, insert_masks
 from passes.legalize import Candidate
 
@@ -73,7 +74,7 @@ class Learner:
     def __init__(self, model: Any, windows: Tensor, settings: Learning, work: WorkFolder, report: Report) -> None:
         self.model, self.windows, self.settings, self.work, self.report = model, windows, settings, work, report
         tracker = None if settings.tracker == "none" else settings.tracker
-        self.accelerator = Accelerator(mixed_precision=settings.precision, log_with=tracker, project_dir=work.path)
+        self.accelerator = accelerator(settings.precision, log_with=tracker, project_dir=work.path)
         if tracker is not None:
             if not self.accelerator.log_with:
                 raise MptkError(f"the tracker {tracker} is not installed; pip install {tracker}")
@@ -110,6 +111,7 @@ class Learner:
         student.unload()
         changed |= masks.folded({**dict(self.model.named_parameters()), **changed})
         self.model.cpu()
+        self.accelerator.free_memory()
         self.used_rows = self.mask_steps * self.settings.training.batch
         return plan, {n: t.detach().cpu() for n, t in changed.items()}
 
@@ -121,7 +123,8 @@ class Learner:
         shapes = {c: _shape(analysis, c) for c in families}
         steps = self.mask_steps - self.saliency_steps
         solver = Solver(shapes, cost.share, budget, steps, self.settings.rates)
-        student = adapt(self.model, self.settings.rank, self.settings.training.seed)
+        base = deepcopy(self.model) if self.accelerator.is_fsdp2 else self.model  # shards do not become whole again
+        student = adapt(base, self.settings.rank, self.settings.training.seed)
         masks = insert_masks(original(student), analysis, families, solver.applied)
         self._checkpointing(student)
         teacher = self._teacher(lambda ids, **k: _dense(student, masks, ids, **k))
@@ -141,11 +144,10 @@ class Learner:
     def _saliency(self, student: Any, solver: Solver) -> None:
         """F before anything is trained: gradients of the language-model loss in the masks, all at one."""
         s, a = self.settings.training, self.accelerator
-        student.to(a.device)
         for i in range(self.saliency_steps):
             rows = shuffled(i * s.batch, s.batch, len(self.windows), s.seed)[a.process_index :: a.num_processes]
             for part in rows.split(s.micro):
-                with student.disable_adapter():
+                with silenced(student):
                     ids = self.windows[part].to(a.device)
                     language_model(student(input_ids=ids, use_cache=False).logits, ids).backward()
                 self._average(solver)
@@ -169,12 +171,14 @@ class Learner:
         loop.run()
         student = self.accelerator.unwrap_model(loop.student)
         state = merged(student) if self.settings.rank else dict(student.named_parameters())
-        return {name: t.detach().cpu() for name, t in state.items()}
+        return {name: full(t.detach()).cpu() for name, t in state.items()}
 
     def recovery(self, small: Any, steps: int) -> Loop:
         """The loop that is to train the cut model."""
         s = self.settings
-        teacher = self._teacher(lambda ids, **k: self.model.to(self.accelerator.device)(ids, use_cache=False, **k))
+        a = self.accelerator
+        dense = sharded(a, deepcopy(self.model)) if a.is_fsdp2 else self.model
+        teacher = self._teacher(lambda ids, **k: (dense if a.is_fsdp2 else dense.to(a.device))(ids, use_cache=False, **k))
         student = adapt(small, s.rank, s.training.seed) if s.rank else small.requires_grad_(True)
         self._checkpointing(student)
         return self._loop(student, teacher, steps, "recovery")
@@ -264,7 +268,7 @@ def _shape(analysis: Analysis, name: str) -> tuple[int, int, int]:
 
 def _dense(student: Any, masks: InsertedMasks, ids: Tensor, **options: Any) -> Any:
     """The dense model inside the student: the same weights, with masks and adapters off."""
-    with masks.disabled(), student.disable_adapter():
+    with masks.disabled(), silenced(student):
         return student(input_ids=ids, use_cache=False, **options)
 
 

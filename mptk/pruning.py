@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from mptk.learning import Learner, Learning, removed_at_zero, take_over
 from mptk.maskprune.reconstruct import replaced
 from mptk.maskprune.work import WorkFolder
 from mptk.plan import Plan
+from mptk.processes import processes
 from mptk.program import Program
 from mptk.runtime import OrtDecoder
 from mptk.settings import MASKPRUNE, Settings
@@ -113,7 +113,7 @@ class Run:
         self._take_over()
         self._cut()
         self._recover()
-        if not PartialState().is_main_process:
+        if not processes().is_main_process:
             return {}
         with publish(self.out) as folder:
             if work is not None:

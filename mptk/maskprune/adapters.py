@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -10,6 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from mptk.processes import full
 
 
 def adapt(model: PreTrainedModel, rank: int, seed: int) -> PeftModel:
@@ -28,11 +32,30 @@ def original(model: PeftModel) -> Any:
     return model.base_model.model
 
 
+@contextlib.contextmanager
+def silenced(model: PeftModel) -> Iterator[None]:
+    """Within it the model computes without its adapters.
+
+    peft's own ``disable_adapter`` freezes them meanwhile; FSDP2 would take that for good when it gathers a weight first.
+    """
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
 @torch.no_grad()
 def merged(model: PeftModel) -> dict[str, Tensor]:
-    """Weight name → weight with its adapter added, for every adapted layer; the model stays as it is."""
+    """Weight name → weight with its adapter added, for every adapted layer; the model stays as it is.
+
+    Where weights are spread over processes, all of them must ask; each gets the whole.
+    """
     return {
-        f"{name}.weight": cast(Any, layer).get_base_layer().weight + cast(Any, layer).get_delta_weight("default")
+        f"{name}.weight": full(cast(Any, layer).get_base_layer().weight + cast(Any, layer).get_delta_weight("default"))
         for name, layer in original(model).named_modules()
         if isinstance(layer, LoraLayer)
     }

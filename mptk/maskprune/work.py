@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mptk.errors import MptkError
+from mptk.processes import processes
 
 KEPT = 2
 TRACKER = "tracker"
@@ -33,7 +33,7 @@ class WorkFolder:
         self.path = out.with_name(out.name + ".run")
         described = json.dumps(settings, indent=1, sort_keys=True) + "\n"
         file = self.path / "settings.json"
-        state = PartialState()
+        state = processes()
         if not state.is_main_process:
             state.wait_for_everyone()
             return

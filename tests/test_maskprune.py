@@ -6,11 +6,11 @@ import architectures
 import pytest
 import torch
 from cutting import random_plan
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from mptk.errors import MptkError
 from mptk.learning import removed_at_zero, take_over
-from mptk.maskprune.losses import divergence, hidden_error, language_model, shorten
+from mptk.maskprune.losses import TopLogits, Weights, hidden_error, language_model, shorten, token_losses
 from mptk.maskprune.reconstruct import replaced
 from mptk.maskprune.teacher import CachedTeacher, LiveTeacher
 from mptk.maskprune.train import schedule
@@ -23,12 +23,45 @@ def logits(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def test_divergence_is_the_mean_kl_over_positions_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mptk.maskprune.losses.ROWS", 4)
-    student, teacher = logits(0, 2, 5, 11), logits(1, 2, 5, 11)
-    expected = kl_div(log_softmax(student, -1), log_softmax(teacher, -1), log_target=True, reduction="none").sum(-1)
-    assert divergence(student, teacher).item() == pytest.approx(expected.mean().item(), rel=1e-6)
-    assert divergence(teacher, teacher).item() == pytest.approx(0.0, abs=1e-7)
+def divergence(student: torch.Tensor, teacher: torch.Tensor | TopLogits) -> torch.Tensor:
+    ids = torch.zeros(student.shape[:2], dtype=torch.long)
+    return token_losses(student, ids, teacher, Weights(lm=0.0))["loss"]
+
+
+@pytest.mark.parametrize("positions", [1, 4, 100])
+@pytest.mark.parametrize("weights", [Weights(lm=0.0), Weights(kl=0.0), Weights(lm=0.3, kl=1.7)])
+def test_losses_and_their_gradient_are_torchs_whatever_the_chunks(
+    monkeypatch: pytest.MonkeyPatch, positions: int, weights: Weights
+) -> None:
+    monkeypatch.setattr("mptk.maskprune.losses.CHUNK", 11 * positions)
+    student, teacher = logits(0, 2, 5, 11).requires_grad_(), logits(1, 2, 5, 11) + 300
+    ids = torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(2))
+    lm = cross_entropy(student[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    kl = kl_div(log_softmax(student, -1), log_softmax(teacher, -1), log_target=True, reduction="none").sum(-1).mean()
+    (expected,) = torch.autograd.grad(3 * (weights.lm * lm + weights.kl * kl), student)
+    found = token_losses(student, ids, teacher, weights)
+    (seen,) = torch.autograd.grad(3 * found["loss"], student)
+    assert found["loss"].item() == pytest.approx((weights.lm * lm + weights.kl * kl).item(), rel=1e-5)
+    assert {name: value.item() for name, value in found.items() if name != "loss"} == pytest.approx(
+        {name: value.item() for name, value in (("lm", lm), ("kl", kl)) if getattr(weights, name)}, rel=1e-5
+    )
+    assert torch.allclose(seen, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("positions", [1, 100])
+def test_the_gradient_under_a_shortened_teacher_is_that_of_the_formula(
+    monkeypatch: pytest.MonkeyPatch, positions: int
+) -> None:
+    monkeypatch.setattr("mptk.maskprune.losses.CHUNK", 11 * positions)
+    student, short = logits(0, 2, 5, 11).requires_grad_(), shorten(logits(1, 2, 5, 11), 3)
+    logs = log_softmax(student, -1)
+    top = logs.gather(-1, short.tokens)
+    others = torch.log1p(-top.exp().sum(-1))
+    kl = (short.logs.exp() * (short.logs - top)).sum(-1) + short.rest.exp() * (short.rest - others)
+    (expected,) = torch.autograd.grad(kl.mean(), student)
+    found = divergence(student, short)
+    assert found.item() == pytest.approx(kl.mean().item(), rel=1e-5)
+    assert torch.allclose(torch.autograd.grad(found, student)[0], expected, atol=1e-6)
 
 
 def test_a_shortened_teacher_bounds_the_divergence_from_below_and_reaches_it() -> None:
@@ -38,6 +71,7 @@ def test_a_shortened_teacher_bounds_the_divergence_from_below_and_reaches_it() -
     assert values == sorted(values)
     assert 0 < values[0] < values[2] <= full + 1e-6
     assert values[-1] == pytest.approx(full, rel=1e-4)
+    assert divergence(teacher, teacher).item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_the_language_model_loss_predicts_the_next_token() -> None:

@@ -1,16 +1,23 @@
-"""losses: what a student is trained on. All are means over positions, in nats, but for the relative hidden error."""
+"""losses: what a student is trained on. All are means over positions, in nats, but for the relative hidden error.
+
+At a vocabulary's width the losses cost as much as several layers, and their temporary tensors most of the memory. So
+both are computed together, a few positions at a time, and their gradient with them: student and teacher pass through
+one softmax each, and nothing but the gradient is kept for the backward pass.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-ROWS = 1024
-"""Positions whose logits are worked on at once: bounds memory at a vocabulary's width."""
+CHUNK = 2**20
+"""Numbers of a tensor of logits that are worked on at once: they should stay in the processor's cache."""
+
+NO_TARGET = -1
 
 
 @dataclass(frozen=True)
@@ -40,33 +47,99 @@ class TopLogits:
 
 def language_model(logits: Tensor, ids: Tensor) -> Tensor:
     """Mean next-token cross entropy of ``logits`` [batch, length, vocab] on ``ids`` [batch, length]."""
-    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    return token_losses(logits, ids, None, Weights(kl=0.0))["loss"]
 
 
-def divergence(logits: Tensor, teacher: Tensor | TopLogits) -> Tensor:
-    """KL(teacher ‖ student), the mean over all positions. ``logits`` is [batch, length, vocab].
+def token_losses(
+    logits: Tensor, ids: Tensor, teacher: Tensor | TopLogits | None, weights: Weights
+) -> dict[str, Tensor]:
+    """``loss`` = lm · cross entropy + kl · KL(teacher ‖ student), and each of the two for which a weight is not 0.
 
-    With ``TopLogits`` the tokens beyond the top k count as one event: by the log-sum inequality that is a lower bound
-    on the full divergence, and the two are equal where student and teacher divide the rest alike.
+    Only ``loss`` has a gradient. The cross entropy is the mean over positions with a next token, the divergence that
+    over all positions. With ``TopLogits`` the tokens beyond the top k count as one event: by the log-sum inequality
+    that is a lower bound on the full divergence, and the two are equal where student and teacher divide the rest alike.
+
+    Args:
+        logits: [batch, length, vocab].
+        ids: int64 [batch, length].
+        teacher: logits like the student's, or their shortened form; None only if ``kl`` is 0.
     """
-    flat = logits.flatten(0, 1)
-    total = flat.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(flat), ROWS):
-        rows = slice(start, start + ROWS)
-        student = log_softmax(flat[rows].float(), -1)
-        if isinstance(teacher, TopLogits):
-            tokens, logs, rest = (t.flatten(0, 1)[rows] for t in (teacher.tokens, teacher.logs, teacher.rest))
-            total = total + _top_divergence(student, tokens, logs, rest)
-        else:
-            target = log_softmax(teacher.flatten(0, 1)[rows].float(), -1)
-            total = total + kl_div(student, target, reduction="sum", log_target=True)
-    return total / len(flat)
+    targets = torch.full_like(ids, NO_TARGET)
+    targets[:, :-1] = ids[:, 1:]
+    parts: tuple[Tensor, ...] = ()
+    if weights.kl:
+        assert teacher is not None
+        parts = (teacher,) if isinstance(teacher, Tensor) else (teacher.tokens, teacher.logs, teacher.rest)
+    flat = tuple(t.flatten(0, 1) for t in parts)
+    loss, lm, kl = _Fused.apply(logits.flatten(0, 1), targets.flatten(), weights, *flat)  # type: ignore[no-untyped-call]
+    return {"loss": loss} | ({"lm": lm} if weights.lm else {}) | ({"kl": kl} if weights.kl else {})
 
 
-def _top_divergence(student: Tensor, tokens: Tensor, logs: Tensor, rest: Tensor) -> Tensor:
-    seen = student.gather(-1, tokens)
-    others = torch.log1p(-seen.exp().sum(-1).clamp(max=1 - 1e-6))
-    return (logs.exp() * (logs - seen)).sum() + (rest.exp() * (rest - others)).sum()
+class _Fused(torch.autograd.Function):
+    """(loss, lm, kl) of flat logits [positions, vocab], the gradient of ``loss`` computed on the way.
+
+    With student probabilities p, the teacher's q, and a the share of a position in a mean, the gradient in the logits
+    is a_lm (p − onehot) + a_kl (p − q).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Weights, *teacher: Tensor) -> tuple[Tensor, ...]:
+        known = targets != NO_TARGET
+        of_lm = weights.lm / known.sum().clamp_min(1) * known
+        of_kl = weights.kl / len(logits)
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        lm, kl = logits.new_zeros(2, dtype=torch.float64).unbind()
+        for rows in torch.arange(len(logits), device=logits.device).split(max(1, CHUNK // logits.shape[1])):
+            at = slice(int(rows[0]), int(rows[-1]) + 1)
+            z = logits[at].float()
+            p = z.softmax(-1)
+            total = _log_total(z, p)
+            target = targets[at].clamp_min(0)[:, None]
+            lm = lm + ((total - z.gather(-1, target)[:, 0]) * known[at]).sum(dtype=torch.float64)
+            share = of_lm[at, None].float()
+            if weights.kl:
+                found, p = _divergence(z, p, total, [t[at] for t in teacher], share, of_kl)
+                kl = kl + found
+            else:
+                p.mul_(share)
+            if gradient is not None:
+                gradient[at] = p.scatter_add_(-1, target, -share)
+        lm, kl = lm / known.sum().clamp_min(1), kl / len(logits)
+        ctx.gradient = gradient
+        loss = (weights.lm * lm + weights.kl * kl).float()
+        lm, kl = lm.float(), kl.float()
+        ctx.mark_non_differentiable(lm, kl)
+        return loss, lm, kl
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(gradients[0]), *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+def _log_total(z: Tensor, p: Tensor) -> Tensor:
+    """log Σ exp z from p = softmax(z), without another pass of exponentials: the largest p is at least 1 / vocab."""
+    return z.amax(-1) - p.amax(-1).log()
+
+
+def _divergence(
+    z: Tensor, p: Tensor, total: Tensor, teacher: Sequence[Tensor], of_lm: Tensor, of_kl: float
+) -> tuple[Tensor, Tensor]:
+    """Σ KL(q ‖ p) over rows, and (of_lm + of_kl) p − of_kl q, written over ``p`` [rows, vocab]."""
+    if len(teacher) == 1:
+        t = teacher[0].float()
+        q = t.softmax(-1)
+        apart = (t - z).sub_((_log_total(t, q) - total)[:, None])
+        return torch.linalg.vecdot(q, apart).sum(dtype=torch.float64), p.mul_(of_lm + of_kl).sub_(q, alpha=of_kl)
+    tokens, logs, rest = teacher[0], teacher[1].float(), teacher[2].float()
+    q, r, seen = logs.exp(), rest.exp(), p.gather(-1, tokens)
+    others = 1 - seen.sum(-1).clamp(max=1 - 1e-6)
+    student = z.gather(-1, tokens) - total[:, None]
+    found = (q * (logs - student)).sum() + (r * (rest - others.log())).sum()
+    # The other tokens' common event moves with each of them: q is r · p / others there.
+    spread = (r / others)[:, None]
+    gradient = p.mul_(of_lm + of_kl * ((q.sum(-1) + r)[:, None] - spread))
+    return found.double(), gradient.scatter_add_(-1, tokens, of_kl * (spread * seen - q))
 
 
 def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -80,7 +153,7 @@ def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
 
 def shorten(logits: Tensor, k: int) -> TopLogits:
     """The k likeliest tokens of ``logits`` [..., vocab] with their log probabilities and the others' mass."""
-    logs = log_softmax(logits.float(), -1)
+    logs = logits.float().log_softmax(-1)
     top = logs.topk(min(k, logs.shape[-1]), -1)
     rest = torch.log1p(-top.values.exp().sum(-1).clamp(max=1 - 1e-6))
     return TopLogits(top.indices, top.values, rest)

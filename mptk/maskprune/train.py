@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mptk.errors import MptkError
-from mptk.maskprune.losses import TopLogits, Weights, divergence, hidden_error, language_model
+from mptk.maskprune.losses import TopLogits, Weights, hidden_error, token_losses
 from mptk.maskprune.work import WorkFolder
 from mptk.processes import full, prepare, spread
 
@@ -140,17 +140,12 @@ class Loop:
         w = self.settings.losses
         target, states = self.teacher(ids, rows) if w.kl or w.hidden else (None, None)
         output = self.student(input_ids=ids, use_cache=False, output_hidden_states=bool(w.hidden))
-        found = {}
-        if w.lm:
-            found["lm"] = language_model(output.logits, ids)
-        if w.kl:
-            assert target is not None
-            found["kl"] = divergence(output.logits, target)
+        found = token_losses(output.logits, ids, target, w)
         if w.hidden:
             assert states is not None
             found["hidden"] = hidden_error(output.hidden_states[1:], states[1:])
-        total = sum((getattr(w, name) * value for name, value in found.items()), torch.zeros((), device=ids.device))
-        return {"loss": total, **found}
+            found["loss"] = found["loss"] + w.hidden * found["hidden"]
+        return found
 
     def _require_finite(self, metrics: Metrics, step: int) -> None:
         if not all(math.isfinite(v) for v in metrics.values()):

@@ -26,7 +26,7 @@ from mptk.maskprune.teacher import CachedTeacher, LiveTeacher
 from mptk.maskprune.train import Loop, Metrics, Training, shuffled
 from mptk.maskprune.work import TRACKER, WorkFolder
 from mptk.plan import Plan
-from mptk.processes import accelerator, full, sharded
+from mptk.processes import accelerator, anywhere, full, sharded
 from passes.insert_masks import InsertedMasks, disturbed, find_places, insert_masks
 from passes.legalize import Candidate
 
@@ -142,11 +142,16 @@ class Learner:
         return student, masks, solver, loop
 
     def _saliency(self, student: Any, solver: Solver) -> None:
-        """F before anything is trained: gradients of the language-model loss in the masks, all at one."""
+        """F before anything is trained: gradients of the language-model loss in the masks, all at one.
+
+        Each is of ``micro`` windows over all processes, rounded up to as many for each, so that F does not depend on
+        how many processes there are.
+        """
         s, a = self.settings.training, self.accelerator
+        together = -(-s.micro // a.num_processes) * a.num_processes
         for i in range(self.saliency_steps):
-            rows = shuffled(i * s.batch, s.batch, len(self.windows), s.seed)[a.process_index :: a.num_processes]
-            for part in rows.split(s.micro):
+            rows = shuffled(i * s.batch, s.batch, len(self.windows), s.seed)
+            for part in (r.chunk(a.num_processes)[a.process_index] for r in rows.split(together)):
                 with silenced(student):
                     ids = self.windows[part].to(a.device)
                     language_model(student(input_ids=ids, use_cache=False).logits, ids).backward()
@@ -205,7 +210,7 @@ class Learner:
         live = LiveTeacher(lambda ids: run(ids, output_hidden_states=hidden))
         if self.settings.teacher == "live":
             return live
-        return CachedTeacher(live, self.work.path / "teacher")
+        return CachedTeacher(live, self.work.path / "teacher", wanted=lambda missing: anywhere(self.accelerator, missing))
 
     def _checkpointing(self, student: Any) -> None:
         if self.settings.gradient_checkpointing:

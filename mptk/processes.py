@@ -38,8 +38,9 @@ def accelerator(precision: str, **options: Any) -> Accelerator:
         raise MptkError("FSDP's first version flattens the weights that masks go into; add --fsdp_version 2")
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     result = Accelerator(mixed_precision=precision, fsdp_plugin=plugin, **options)
-    if plugin is not None and result.distributed_type == DistributedType.MULTI_CPU:
-        result.state.distributed_type, result.state.fsdp_plugin = DistributedType.FSDP, plugin
+    if plugin is not None:  # accelerate does this itself, but not on CPUs, and once in a process
+        processes().distributed_type = result.state.distributed_type = DistributedType.FSDP
+        result.state.fsdp_plugin = plugin
         if precision != "no":
             plugin.set_mixed_precision(precision)
     return result
@@ -55,6 +56,13 @@ def sharded(acc: Accelerator, model: nn.Module) -> Any:
     """``model`` in shards, for its outputs alone; FSDP2 only."""
     _wrap_blocks(acc, model)
     return fsdp2_prepare_model(acc, model.requires_grad_(False))
+
+
+def anywhere(acc: Accelerator, here: bool) -> bool:
+    """``here`` or, where shards must be gathered from all processes, whether it is so for any of them."""
+    if not acc.is_fsdp2:
+        return here
+    return bool(acc.reduce(torch.tensor(float(here), device=acc.device), "sum") > 0)
 
 
 def _wrap_blocks(acc: Accelerator, model: nn.Module) -> None:
@@ -84,4 +92,4 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-__all__ = ["accelerator", "blocks", "full", "prepare", "processes", "sharded", "spread"]
+__all__ = ["accelerator", "anywhere", "blocks", "full", "prepare", "processes", "sharded", "spread"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -254,7 +255,8 @@ class Run:
             self.progress("calibration text", done, total)
 
         tokenizer, own = self.loaded.tokenizer, s.data == "self"
-        with self._stage("calibration text"):
+        # Only the first process makes the text; the others read it.
+        with self._stage("calibration text"), processes().main_process_first() if work else nullcontext():
             saved = None if work is None else work.tensors("text")
             if saved is None:
                 both = own and s.eval_data is None

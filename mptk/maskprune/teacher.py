@@ -34,10 +34,16 @@ class LiveTeacher:
 
 
 class CachedTeacher:
-    """Keeps the top ``k`` log probabilities of every window in ``folder``, each computed when first asked for."""
+    """Keeps the top ``k`` log probabilities of every window in ``folder``, each computed when first asked for.
 
-    def __init__(self, live: LiveTeacher, folder: Path, k: int = TOP) -> None:
-        self.live, self.folder, self.k = live, folder, k
+    ``wanted`` turns "this process lacks a window" into "the dense model must run": processes that hold it in shards
+    must all run it if one of them does.
+    """
+
+    def __init__(
+        self, live: LiveTeacher, folder: Path, k: int = TOP, wanted: Callable[[bool], bool] = lambda missing: missing
+    ) -> None:
+        self.live, self.folder, self.k, self.wanted = live, folder, k, wanted
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, windows: Tensor, rows: Tensor) -> tuple[Tensor | TopLogits, Any]:
@@ -47,7 +53,7 @@ class CachedTeacher:
 
     def _window(self, row: int, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         path = self.folder / f"{row:08d}.safetensors"
-        if not path.is_file():
+        if self.wanted(not path.is_file()):
             logits, _ = self.live(ids[None], torch.tensor([row]))
             assert isinstance(logits, Tensor)
             top = shorten(logits[0], self.k)

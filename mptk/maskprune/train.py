@@ -113,7 +113,7 @@ class Loop:
         a, s = self.accelerator, self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = s.lr * schedule(step, self.steps, s.warmup)
-        own = self.rows(step)[a.process_index :: a.num_processes]
+        own = self.rows(step).chunk(a.num_processes)[a.process_index]
         parts = list(own.split(s.micro))
         sums: dict[str, Tensor] = {}
         for i, rows in enumerate(parts):

@@ -183,7 +183,9 @@ class Learner:
         s = self.settings
         a = self.accelerator
         dense = sharded(a, deepcopy(self.model)) if a.is_fsdp2 else self.model
-        teacher = self._teacher(lambda ids, **k: (dense if a.is_fsdp2 else dense.to(a.device))(ids, use_cache=False, **k))
+        teacher = self._teacher(
+            lambda ids, **k: (dense if a.is_fsdp2 else dense.to(a.device))(ids, use_cache=False, **k)
+        )
         student = adapt(small, s.rank, s.training.seed) if s.rank else small.requires_grad_(True)
         self._checkpointing(student)
         return self._loop(student, teacher, steps, "recovery")
@@ -210,7 +212,9 @@ class Learner:
         live = LiveTeacher(lambda ids: run(ids, output_hidden_states=hidden))
         if self.settings.teacher == "live":
             return live
-        return CachedTeacher(live, self.work.path / "teacher", wanted=lambda missing: anywhere(self.accelerator, missing))
+        return CachedTeacher(
+            live, self.work.path / "teacher", wanted=lambda missing: anywhere(self.accelerator, missing)
+        )
 
     def _checkpointing(self, student: Any) -> None:
         if self.settings.gradient_checkpointing:

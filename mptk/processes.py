@@ -46,6 +46,13 @@ def accelerator(precision: str, **options: Any) -> Accelerator:
     return result
 
 
+def describe(acc: Accelerator) -> str:
+    """How many processes train, in a few words; nothing for one."""
+    if acc.num_processes == 1:
+        return ""
+    return f"trained on {acc.num_processes} processes" + (", its weights in shards (FSDP2)" if acc.is_fsdp2 else "")
+
+
 def prepare(acc: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
     """``model`` and ``optimizer`` on their device. With FSDP2 the parameters of ``model`` are replaced by shards."""
     _wrap_blocks(acc, model)
@@ -92,4 +99,4 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-__all__ = ["accelerator", "anywhere", "blocks", "full", "prepare", "processes", "sharded", "spread"]
+__all__ = ["accelerator", "anywhere", "blocks", "describe", "full", "prepare", "processes", "sharded", "spread"]

@@ -30,7 +30,7 @@ from mptk.learning import Learner, Learning, removed_at_zero, take_over
 from mptk.maskprune.reconstruct import replaced
 from mptk.maskprune.work import WorkFolder
 from mptk.plan import Plan
-from mptk.processes import processes
+from mptk.processes import describe, processes
 from mptk.program import Program
 from mptk.runtime import OrtDecoder
 from mptk.settings import MASKPRUNE, Settings
@@ -177,6 +177,7 @@ class Run:
                 self.progress(phase, done, total, "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
             self.learner = Learner(self.model, self.training, self.settings.learning, work, say)
+            self.notes.append(describe(self.learner.accelerator))
 
     def _plan(self) -> None:
         """Choose what is cut: from a file, by learning, or by scoring units and trying ways to divide the budget."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -118,16 +120,59 @@ def reached(log: Path, phase: str, step: int) -> bool:
     return any(r["phase"] == phase and r["step"] >= step for r in rows)
 
 
-def test_two_processes_learn_what_one_learns(llama: str, learned: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "mptk"]
-    done = subprocess.run(
-        [*launch, *COMMAND, llama, "--out", str(out)], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def launch(*options: str) -> list[str]:
+    """The command on two processes."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    return [*accelerate, "--main_process_port", "0", *options, "-m", "mptk", *COMMAND]
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """A launcher's processes do not die with it."""
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.send_signal(signal.SIGKILL)
+
+
+def require_same(learned: Path, out: Path) -> None:
     assert Plan.load(out / "plan.json").families == Plan.load(learned / "plan.json").families
     for one, two in zip(metrics(learned), metrics(out), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5 * max(1, abs(one["loss"])))
+        assert (one["phase"], one["step"]) == (two["phase"], two["step"])
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+def test_two_processes_learn_what_one_learns(llama: str, learned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [*launch("--multi_gpu"), llama, "--out", str(out)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert read_report(out)["notes"] == ["trained on 2 processes"]
+    require_same(learned, out)
+
+
+def test_sharded_processes_go_on_where_one_stopped_and_end_where_it_would_have(
+    llama: str, learned: Path, tmp_path: Path
+) -> None:
+    """Masks on one process; then, twice, on two that hold the weights in shards. Checkpoints are whole in between."""
+    out, run = tmp_path / "out", tmp_path / "out.run"
+    alone = [sys.executable, "-m", "mptk", *COMMAND]
+    sharded = launch("--use_fsdp", "--fsdp_version", "2")
+    for command, stop in ((alone, ("masks", 3)), ([*sharded, "--resume"], ("recovery", 3))):
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen([*command, llama, "--out", str(out)], env=ENVIRONMENT, **quiet) as process:
+            while process.poll() is None and not reached(run / "metrics.jsonl", *stop):
+                time.sleep(0.005)
+            kill_all(process)
+    assert not out.exists(), "it was over before it could be killed"
+    state = load_file(run / "recovery-00000002.safetensors")
+    width, part = read_report(learned)["families"]["ffn"]["width"], "base_model.model.model.layers.0.mlp.down_proj"
+    for kind in ("parameter", "optimizer.exp_avg", "optimizer.exp_avg_sq"):
+        assert state[f"{kind}.{part}.lora_A.default.weight"].shape == (4, width)
+        assert state[f"{kind}.{part}.lora_B.default.weight"].shape == (48, 4)
+    command = [*sharded, "--resume", llama, "--out", str(out)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert read_report(out)["notes"] == ["trained on 2 processes, its weights in shards (FSDP2)"]
+    require_same(learned, out)
 
 
 def test_a_folder_can_be_recovered_alone(llama: str, tmp_path: Path) -> None:

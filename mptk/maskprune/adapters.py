@@ -36,7 +36,7 @@ def original(model: PeftModel) -> Any:
 def silenced(model: PeftModel) -> Iterator[None]:
     """Within it the model computes without its adapters.
 
-    peft's own ``disable_adapter`` freezes them meanwhile; FSDP2 would take that for good when it gathers a weight first.
+    peft's own ``disable_adapter`` freezes them meanwhile, which FSDP2 would take for good when it first gathers them.
     """
     layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
     for layer in layers:

@@ -176,7 +176,9 @@ class Loop:
         step, state = latest
         for n, p in self.parameters.items():
             p.copy_(spread(state[f"parameter.{n}"], p))
-            values = {k.split(".", 2)[1]: state[k] for k in state if k.startswith("optimizer.") and k.split(".", 2)[2] == n}
+            values = {
+                k.split(".", 2)[1]: state[k] for k in state if k.startswith("optimizer.") and k.split(".", 2)[2] == n
+            }
             self.optimizer.optimizer.state[p] = {
                 key: spread(value, p) if value.shape == p.shape else value for key, value in values.items()
             }

@@ -18,7 +18,7 @@ from mptk.cost import CostModel
 from mptk.cut import resolve_plan
 from mptk.errors import MptkError
 from mptk.families import Analysis
-from mptk.maskprune.adapters import adapt, merged, original, silenced
+from mptk.maskprune.adapters import adapt, merged, original, recompute, silenced
 from mptk.maskprune.losses import language_model
 from mptk.maskprune.reconstruct import reconstruct
 from mptk.maskprune.solver import Rates, Solver
@@ -44,7 +44,7 @@ class Learning:
     ``fp16``.
 
     Raises:
-        MptkError: an unknown teacher, or a cached one with a hidden-state loss.
+        MptkError: an unknown teacher, precision or tracker, or a cached teacher with a hidden-state loss.
     """
 
     steps: int | None = None
@@ -58,8 +58,13 @@ class Learning:
     rates: Rates = field(default_factory=Rates)
 
     def __post_init__(self) -> None:
-        if self.teacher not in ("live", "cached"):
-            raise MptkError(f"no teacher {self.teacher!r}; choose live or cached")
+        for what, chosen, known in (
+            ("teacher", self.teacher, ("live", "cached")),
+            ("precision", self.precision, ("no", "bf16", "fp16")),
+            ("tracker", self.tracker, ("none", "tensorboard", "wandb")),
+        ):
+            if chosen not in known:
+                raise MptkError(f"no {what} {chosen!r}; choose {', '.join(known[:-1])} or {known[-1]}")
         if self.teacher == "cached" and self.training.losses.hidden:
             raise MptkError("a cached teacher keeps logits only; use --teacher live with a hidden-state loss")
 
@@ -107,6 +112,7 @@ class Learner:
         plan = criteria.select(analysis, {c: solver.saliency(c) for c in widths}, widths)
         solver.harden(tables(analysis, plan))
         changed = merged(student)
+        recompute(student, False)
         masks.remove()
         student.unload()
         changed |= masks.folded({**dict(self.model.named_parameters()), **changed})
@@ -126,7 +132,7 @@ class Learner:
         base = deepcopy(self.model) if self.accelerator.is_fsdp2 else self.model  # shards do not become whole again
         student = adapt(base, self.settings.rank, self.settings.training.seed)
         masks = insert_masks(original(student), analysis, families, solver.applied)
-        self._checkpointing(student)
+        recompute(student, self.settings.gradient_checkpointing)
         teacher = self._teacher(lambda ids, **k: _dense(student, masks, ids, **k))
 
         def each_step(tokens: int) -> Metrics:
@@ -187,7 +193,7 @@ class Learner:
             lambda ids, **k: (dense if a.is_fsdp2 else dense.to(a.device))(ids, use_cache=False, **k)
         )
         student = adapt(small, s.rank, s.training.seed) if s.rank else small.requires_grad_(True)
-        self._checkpointing(student)
+        recompute(student, s.gradient_checkpointing)
         return self._loop(student, teacher, steps, "recovery")
 
     # ---- shared ----
@@ -215,11 +221,6 @@ class Learner:
         return CachedTeacher(
             live, self.work.path / "teacher", wanted=lambda missing: anywhere(self.accelerator, missing)
         )
-
-    def _checkpointing(self, student: Any) -> None:
-        if self.settings.gradient_checkpointing:
-            student.enable_input_require_grads()
-            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def nearest(

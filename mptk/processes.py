@@ -20,6 +20,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from mptk.errors import MptkError
 
 
+def leads() -> bool:
+    """Whether this process speaks for all. Unlike ``processes`` it does not make them meet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def processes() -> PartialState:
     """This process among those of the run. Whoever asks first settles how they meet."""
     return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
@@ -76,14 +81,13 @@ def _wrap_blocks(acc: Accelerator, model: nn.Module) -> None:
     """Let FSDP2 gather one block at a time, unless the launcher was told otherwise."""
     if acc.is_fsdp2 and "FSDP_AUTO_WRAP_POLICY" not in os.environ:
         acc.state.fsdp_plugin.auto_wrap_policy = transformer_auto_wrap_policy
-        acc.state.fsdp_plugin.transformer_cls_names_to_wrap = blocks(model)
+        acc.state.fsdp_plugin.transformer_cls_names_to_wrap = list({type(block).__name__ for block in blocks(model)})
 
 
-def blocks(model: nn.Module) -> list[str]:
-    """Class names of a model's blocks: the members of its largest list of modules."""
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """A model's blocks: the members of its largest list of modules."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    largest = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=())
-    return sorted({type(block).__name__ for block in largest})
+    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=[]))
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -99,4 +103,15 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-__all__ = ["accelerator", "anywhere", "blocks", "describe", "full", "prepare", "processes", "sharded", "spread"]
+__all__ = [
+    "accelerator",
+    "anywhere",
+    "blocks",
+    "describe",
+    "full",
+    "leads",
+    "prepare",
+    "processes",
+    "sharded",
+    "spread",
+]

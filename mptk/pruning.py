@@ -30,7 +30,7 @@ from mptk.learning import Learner, Learning, removed_at_zero, take_over
 from mptk.maskprune.reconstruct import replaced
 from mptk.maskprune.work import WorkFolder
 from mptk.plan import Plan
-from mptk.processes import describe, processes
+from mptk.processes import describe, leads, processes
 from mptk.program import Program
 from mptk.runtime import OrtDecoder
 from mptk.settings import MASKPRUNE, Settings
@@ -91,7 +91,8 @@ class Run:
     """One run of ``prune``: the steps in order, each a method."""
 
     def __init__(self, model: str, out: Path, settings: Settings, progress: Progress) -> None:
-        self.source, self.out, self.progress = model, out, progress
+        self.source, self.out = model, out
+        self.progress: Progress = progress if leads() else (lambda *_: None)
         steps = settings.learning.steps
         self.learns = settings.method == MASKPRUNE and settings.plan is None
         steps = (DEFAULT_STEPS if self.learns else 0) if steps is None else steps

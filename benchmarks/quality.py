@@ -1,13 +1,17 @@
 """Perplexity after pruning and recovery, method by method, at equal training tokens.
 
-    python -m benchmarks.quality --train FILE --wikitext FILE --c4 FILE [--tokens N] [--sparsities 0.2,0.3,0.5]
+    python -m benchmarks.quality --train PATH[,PATH] --wikitext FILE --c4 FILE [--tokens N] [--sparsities 0.2,0.3,0.5]
         [--methods A,B] [--seeds 0] [--tasks A,B --include-path DIR --limit N] [--json FILE] [--plot FILE] [--quick]
 
 Every row is one `prune` run: the same text, the same number of training tokens and the same recovery (LoRA, language
-model loss and KL to the dense model). A one-shot method uses all of them for recovery, MaskPrune a part for its masks.
-`METHOD+fit` is a one-shot method with the closed-form take-over that MaskPrune uses; `maskprune-fixed` is MaskPrune at
-the widths that the best one-shot method chose; `maskprune-nofit` is MaskPrune without the take-over. Rows that the JSON
-file has are not computed again.
+model loss and KL to the dense model, whose top logits are kept in `--work` for all rows). A one-shot method uses all
+tokens for recovery, MaskPrune a part for its masks. A method's name may have additions:
+
+    +fit       with the closed-form take-over that MaskPrune uses      +nofit    without it
+    +learned   at the widths that MaskPrune learned                    +fixed    at those of the best one-shot method
+    +share20   with a fifth of the steps for masks, in place of two    +share60, +noprox, +still: see `CHANGES`
+
+Rows that the JSON file has are not computed again; several processes may fill one file.
 """
 
 from __future__ import annotations
@@ -16,38 +20,52 @@ import json
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from filelock import FileLock
 
 from benchmarks.common import result_header, write_result
+from benchmarks.quality_text import write_mixture
 from mptk import Settings, data, models, prune
 from mptk.evaluation import perplexity, zero_shot
 from mptk.learning import Learning
+from mptk.maskprune.solver import Rates
 from mptk.maskprune.train import Training
 
 MODEL = "smollm2-135m"
-METHODS = "random,magnitude,wanda,flap,taylor,wanda+fit,flap+fit,maskprune-nofit,maskprune,maskprune-fixed"
-ONE_SHOT = ("wanda", "flap", "taylor")
+METHODS = "maskprune,wanda,flap,taylor,wanda+fit,wanda+learned,random,magnitude,maskprune+nofit,maskprune+fixed"
+ONE_SHOT = ("random", "magnitude", "wanda", "flap", "taylor")
+CHANGES: dict[str, dict[str, Any]] = {
+    "share20": {"mask_share": 0.2},
+    "share60": {"mask_share": 0.6},
+    "noprox": {"rates": Rates(prox=0.0)},
+    "still": {"rates": Rates(mask=0.0)},
+}
+"""What an addition to ``maskprune`` changes in ``Learning``: an ablation each."""
 
 
-def settings(method: str, sparsity: float, seed: int, tokens: int, text: str, fixed: dict[str, int]) -> Settings:
-    name, _, variant = method.replace("+", "-").partition("-")
+def settings(method: str, sparsity: float, seed: int, tokens: int, work: Path, widths: dict[str, int]) -> Settings:
+    name, *additions = method.split("+")
     training = Training(seed=seed, save_every=1000)
     steps = max(4, round(tokens / (training.batch * 256)))
+    learning = Learning(steps=steps, training=training, teacher="cached", teacher_cache=str(work / "teacher"))
+    for addition in additions:
+        learning = replace(learning, **CHANGES.get(addition, {}))
     return Settings(
         method=name,
         sparsity=sparsity,
-        data=text,
+        data=str(work / "training.jsonl"),
         samples=96,
         eval_windows=1,
-        widths=fixed if variant == "fixed" else {},
+        widths=widths,
         onnx=False,
         seed=seed,
-        reconstruct={"fit": True, "nofit": False}.get(variant),
-        learning=Learning(steps=steps, training=training),
+        reconstruct=True if "fit" in additions else False if "nofit" in additions else None,
+        learning=learning,
     )
 
 
@@ -72,10 +90,12 @@ def score(values: dict[str, float]) -> float:
     return round(values.get("acc_norm,none", values.get("acc,none", float("nan"))), 4)
 
 
-def row_of(method: str, sparsity: float, seed: int, tokens: int, train: str, fixed: dict[str, int]) -> tuple[dict, str]:
+def row_of(
+    method: str, sparsity: float, seed: int, tokens: int, work: Path, widths: dict[str, int]
+) -> tuple[dict, str]:
     folder = tempfile.mkdtemp(prefix="quality-")
     began = time.perf_counter()
-    chosen = settings(method, sparsity, seed, tokens, train, fixed)
+    chosen = settings(method, sparsity, seed, tokens, work, widths)
     report = prune(MODEL, Path(folder) / "out", chosen)
     steps, batch = chosen.learning.steps, chosen.learning.training.batch
     return {
@@ -90,16 +110,29 @@ def row_of(method: str, sparsity: float, seed: int, tokens: int, train: str, fix
     }, folder
 
 
+def rows_in(file: Path) -> list[dict[str, Any]]:
+    return json.loads(file.read_text())["rows"] if file.is_file() else []
+
+
+def add(file: Path, row: dict[str, Any]) -> None:
+    """Add a row to the file, which other processes may be filling."""
+    with FileLock(f"{file}.lock"):
+        write_result(file, result_header(), [*rows_in(file), row])
+
+
 def main(
-    train: Annotated[str, typer.Option(help="Training text.")],
+    train: Annotated[str, typer.Option(help="Files and folders of training text, comma-separated.")],
     wikitext: Annotated[str, typer.Option(help="WikiText-2 test.")],
-    c4: Annotated[str, typer.Option(help="C4 text that is not in the training text.")],
+    c4: Annotated[Path, typer.Option(help="C4 as JSON lines: the last documents are not trained on.")],
     tokens: int = 500_000,
     sparsities: str = "0.2,0.3,0.5",
     methods: str = METHODS,
     seeds: str = "0",
     windows: int = 40,
     json_file: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/quality.json"),
+    work: Annotated[Path, typer.Option(help="Folder for the mixture and the teacher's outputs.")] = Path(
+        "runs/quality"
+    ),
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated.")] = "",
     include_path: Annotated[Path | None, typer.Option(help="Folder with their files.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples a task.")] = None,
@@ -108,35 +141,41 @@ def main(
 ) -> None:
     if quick:
         tokens, windows, methods = 4 * 8 * 256, 4, "wanda,maskprune"
-    texts = {"wikitext2": wikitext, "c4": c4}
+    _, held_out = write_mixture([Path(part) for part in train.split(",")], c4, work)
+    texts = {"wikitext2": wikitext, "c4": str(held_out)}
     zero = {"tasks": [task for task in tasks.split(",") if task], "include_path": include_path, "limit": limit}
-    rows: list[dict[str, Any]] = json.loads(json_file.read_text())["rows"] if json_file.is_file() else []
-    done = {(r["method"], r["sparsity"], r["seed"], r["tokens"]) for r in rows}
-    if not any(r["method"] == "dense" for r in rows):
-        rows.append(
-            {"method": "dense", "sparsity": 0.0, "seed": 0, "tokens": 0, **measure(MODEL, texts, windows, zero)}
-        )
+    if not any(r["method"] == "dense" for r in rows_in(json_file)):
+        dense = {"method": "dense", "sparsity": 0.0, "seed": 0, "tokens": 0}
+        add(json_file, {**dense, **measure(MODEL, texts, windows, zero)})
     counted = max(4, round(tokens / 2048)) * 2048
     for seed in map(int, seeds.split(",")):
         for sparsity in map(float, sparsities.split(",")):
             for method in methods.split(","):
-                if (method, sparsity, seed, counted) in done:
+                rows = [
+                    r
+                    for r in rows_in(json_file)
+                    if (r["sparsity"], r["seed"], r["tokens"]) == (sparsity, seed, counted)
+                ]
+                if any(r["method"] == method for r in rows):
                     continue
-                fixed = best_widths(rows, sparsity) if method == "maskprune-fixed" else {}
-                row, folder = row_of(method, sparsity, seed, counted, train, fixed)
-                rows.append({**row, **measure(f"{folder}/out", texts, windows, zero)})
+                row, folder = row_of(method, sparsity, seed, counted, work, given_widths(method, rows))
+                row |= measure(f"{folder}/out", texts, windows, zero)
                 shutil.rmtree(folder)
-                print(rows[-1], flush=True)
-                write_result(json_file, result_header(), rows)
-    print(table(rows))
+                print(row, flush=True)
+                add(json_file, row)
+    print(table(rows_in(json_file)))
     if plot is not None:
-        draw(rows, plot)
+        draw(rows_in(json_file), plot)
 
 
-def best_widths(rows: list[dict[str, Any]], sparsity: float) -> dict[str, int]:
-    """Widths of the best one-shot row at that sparsity."""
-    fitting = [r for r in rows if r["sparsity"] == sparsity and r["method"] in ONE_SHOT]
-    return dict(min(fitting, key=lambda r: r["wikitext2"])["widths"])
+def given_widths(method: str, rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Widths that a method's additions ask for: MaskPrune's, or the best one-shot method's, of the rows so far."""
+    additions = method.split("+")[1:]
+    if "learned" in additions:
+        return dict(next(r for r in rows if r["method"] == "maskprune")["widths"])
+    if "fixed" in additions:
+        return dict(min((r for r in rows if r["method"] in ONE_SHOT), key=lambda r: r["wikitext2"])["widths"])
+    return {}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -139,6 +139,9 @@ Lm = Annotated[float, typer.Option(min=0.0, help="Weight of the language-model l
 Kl = Annotated[float, typer.Option(min=0.0, help="Weight of the KL divergence from the dense model.")]
 Hidden = Annotated[float, typer.Option(min=0.0, help="Weight of the hidden states' error.")]
 Teacher = Annotated[str, typer.Option(help="live, or cached: the dense model's top logits kept on disk.")]
+TeacherCache = Annotated[
+    Path | None, typer.Option(help="Folder for a cached teacher's outputs that other runs may share.")
+]
 Precision = Annotated[str, typer.Option(help="no (float32), bf16 or fp16.")]
 Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")]
 Tracker = Annotated[str, typer.Option(help="tensorboard, wandb or none.")]
@@ -195,6 +198,7 @@ def prune(
     kl: Kl = 1.0,
     hidden: Hidden = 0.0,
     teacher: Teacher = "live",
+    teacher_cache: TeacherCache = None,
     precision: Precision = "no",
     gradient_checkpointing: Checkpointing = False,
     tracker: Tracker = "none",
@@ -238,6 +242,7 @@ def prune(
             mask_share=mask_share,
             rank=rank,
             teacher=teacher,
+            teacher_cache=None if teacher_cache is None else str(teacher_cache),
             precision=precision,
             gradient_checkpointing=gradient_checkpointing,
             tracker=tracker,
@@ -270,6 +275,7 @@ def recover(
     kl: Kl = 1.0,
     hidden: Hidden = 0.0,
     teacher: Teacher = "live",
+    teacher_cache: TeacherCache = None,
     precision: Precision = "no",
     gradient_checkpointing: Checkpointing = False,
     tracker: Tracker = "none",
@@ -285,6 +291,7 @@ def recover(
         (lm, kl, hidden),
         rank=rank,
         teacher=teacher,
+        teacher_cache=None if teacher_cache is None else str(teacher_cache),
         precision=precision,
         gradient_checkpointing=gradient_checkpointing,
         tracker=tracker,

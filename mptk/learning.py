@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from mptk.maskprune.adapters import adapt, merged, original, recompute, silenced
 from mptk.maskprune.losses import language_model
 from mptk.maskprune.reconstruct import reconstruct
 from mptk.maskprune.solver import Rates, Solver
-from mptk.maskprune.teacher import CachedTeacher, LiveTeacher
+from mptk.maskprune.teacher import CachedTeacher, LiveTeacher, fingerprint
 from mptk.maskprune.train import Loop, Metrics, Training, shuffled
 from mptk.maskprune.work import TRACKER, WorkFolder
 from mptk.plan import Plan
@@ -40,8 +41,8 @@ class Learning:
 
     ``steps`` in all (None: 200 for MaskPrune, none for a one-shot method or a given plan); MaskPrune learns masks in
     the first ``mask_share`` of them, and the first quarter of those only measures gradients. ``rank`` is LoRA's; 0
-    trains all weights (in recovery only). ``teacher``: ``live`` or ``cached``. ``precision``: ``no``, ``bf16`` or
-    ``fp16``.
+    trains all weights (in recovery only). ``teacher``: ``live`` or ``cached``, for this run or,
+    in ``teacher_cache``, for others too. ``precision``: ``no``, ``bf16`` or ``fp16``.
 
     Raises:
         MptkError: an unknown teacher, precision or tracker, or a cached teacher with a hidden-state loss.
@@ -51,6 +52,7 @@ class Learning:
     mask_share: float = 0.4
     rank: int = 16
     teacher: str = "live"
+    teacher_cache: str | None = None
     precision: str = "no"
     gradient_checkpointing: bool = False
     tracker: str = "none"
@@ -65,6 +67,8 @@ class Learning:
         ):
             if chosen not in known:
                 raise MptkError(f"no {what} {chosen!r}; choose {', '.join(known[:-1])} or {known[-1]}")
+        if self.teacher_cache is not None and self.teacher != "cached":
+            raise MptkError("a folder for the teacher's outputs is of use to a cached teacher; add --teacher cached")
         if self.teacher == "cached" and self.training.losses.hidden:
             raise MptkError("a cached teacher keeps logits only; use --teacher live with a hidden-state loss")
 
@@ -92,6 +96,7 @@ class Learner:
         self.mask_steps = max(2, round((settings.steps or 0) * settings.mask_share))
         self.saliency_steps = max(1, self.mask_steps // 4)
         self.used_rows = 0
+        self.dense = "" if settings.teacher_cache is None else fingerprint(model)
 
     # ---- masks and widths ----
 
@@ -128,7 +133,8 @@ class Learner:
         families = list(candidates[0].widths)
         shapes = {c: _shape(analysis, c) for c in families}
         steps = self.mask_steps - self.saliency_steps
-        solver = Solver(shapes, cost.share, budget, steps, self.settings.rates)
+        given = {c: w for c, w in candidates[0].widths.items() if {k.widths[c] for k in candidates} == {w}}
+        solver = Solver(shapes, cost.share, budget, steps, self.settings.rates, given=given)
         base = deepcopy(self.model) if self.accelerator.is_fsdp2 else self.model  # shards do not become whole again
         student = adapt(base, self.settings.rank, self.settings.training.seed)
         masks = insert_masks(original(student), analysis, families, solver.applied)
@@ -218,9 +224,9 @@ class Learner:
         live = LiveTeacher(lambda ids: run(ids, output_hidden_states=hidden))
         if self.settings.teacher == "live":
             return live
-        return CachedTeacher(
-            live, self.work.path / "teacher", wanted=lambda missing: anywhere(self.accelerator, missing)
-        )
+        shared = self.settings.teacher_cache
+        folder = self.work.path / "teacher" if shared is None else Path(shared) / self.dense
+        return CachedTeacher(live, folder, wanted=lambda missing: anywhere(self.accelerator, missing))
 
 
 def nearest(

@@ -297,6 +297,13 @@ def test_budgets_count_what_they_say_and_kept_families_stay_whole(llama: str, tm
     assert changed == ["ffn"]
 
 
+def test_a_given_width_is_kept_and_the_others_are_learned_to_meet_the_budget(llama: str, tmp_path: Path) -> None:
+    report = mptk.prune(llama, tmp_path / "out", replace(SETTINGS, widths={"ffn": 48}, sparsity=0.37))
+    assert report["families"]["ffn"]["width"] == 48
+    assert report["sparsity"] == pytest.approx(0.37, abs=0.01)
+    assert report["families"]["kv_groups"]["width"] == 2
+
+
 def test_flaps_biases_go_through_recovery(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
     settings = replace(
         SETTINGS, method="flap", families=("ffn",), widths={"ffn": 48}, learning=replace(LEARNING, steps=2)

@@ -12,7 +12,7 @@ from mptk.errors import MptkError
 from mptk.learning import removed_at_zero, take_over
 from mptk.maskprune.losses import TopLogits, Weights, hidden_error, language_model, shorten, token_losses
 from mptk.maskprune.reconstruct import replaced
-from mptk.maskprune.teacher import CachedTeacher, LiveTeacher
+from mptk.maskprune.teacher import CachedTeacher, LiveTeacher, fingerprint
 from mptk.maskprune.train import schedule
 from mptk.maskprune.work import WorkFolder
 from passes.group import analyze
@@ -98,16 +98,34 @@ def test_the_cache_gives_what_the_live_teacher_gave_and_asks_it_once(tmp_path) -
         return model(ids, use_cache=False)
 
     live = LiveTeacher(run)
-    cached = CachedTeacher(live, tmp_path, k=96)
-    rows = torch.tensor([4, 1])
     student = logits(0, 2, 9, 97)
-    exact = divergence(student, live(windows[rows], rows)[0]).item()
+    exact = divergence(student, live(windows[[4, 1]])[0]).item()
     calls.clear()
-    for _ in range(2):
-        seen, states = cached(windows[rows], rows)
-        assert divergence(student, seen).item() == pytest.approx(exact, rel=2e-3)
+    for rows in ([4, 1], [1, 4]):
+        seen, states = CachedTeacher(live, tmp_path, k=96)(windows[rows])
+        assert divergence(student.flip(0) if rows[0] == 1 else student, seen).item() == pytest.approx(exact, rel=2e-3)
         assert states is None
-    assert calls == [1, 1]
+    assert calls == [2]
+    CachedTeacher(live, tmp_path, k=96)(windows[[1, 2]])  # in one batch whatever is there, for the same bits
+    CachedTeacher(live, tmp_path, k=8)(windows[[1]])
+    assert calls == [2, 2, 1]
+
+
+def test_a_process_that_has_all_windows_runs_the_dense_model_if_another_needs_it(tmp_path) -> None:
+    """As when it is in shards; else the other would wait for ever."""
+    model, windows, calls = architectures.model("llama"), architectures.tokens(2, 9), []
+    live = LiveTeacher(lambda ids: calls.append(len(ids)) or model(ids, use_cache=False))
+    for asked in (True, True, False):
+        CachedTeacher(live, tmp_path, wanted=lambda missing, asked=asked: asked)(windows)
+    assert calls == [2, 2]
+
+
+def test_a_fingerprint_tells_models_apart() -> None:
+    one, other = architectures.model("llama"), architectures.model("llama")
+    assert fingerprint(one) == fingerprint(other)
+    with torch.no_grad():
+        next(other.parameters())[1, 2] += 1e-3
+    assert fingerprint(one) != fingerprint(other)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2", "opt"])

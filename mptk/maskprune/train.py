@@ -23,8 +23,8 @@ from mptk.maskprune.losses import TopLogits, Weights, hidden_error, token_losses
 from mptk.maskprune.work import WorkFolder
 from mptk.processes import full, prepare, spread
 
-Teacher = Callable[[Tensor, Tensor], tuple[Tensor | TopLogits, Any]]
-"""(windows, their rows in the set) → logits or their shortened form, and hidden states or None."""
+Teacher = Callable[[Tensor], tuple[Tensor | TopLogits, Any]]
+"""Windows → logits or their shortened form, and hidden states or None."""
 Metrics = dict[str, float]
 
 
@@ -119,7 +119,7 @@ class Loop:
         for i, rows in enumerate(parts):
             share = len(rows) / len(own)
             with self._synchronised(i == len(parts) - 1):
-                losses = self._losses(self.windows[rows].to(a.device), rows)
+                losses = self._losses(self.windows[rows].to(a.device))
                 a.backward(losses["loss"] * share)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() * share
@@ -136,9 +136,9 @@ class Loop:
         """Gradients are averaged over processes with the last part of a step only."""
         return self.accelerator.no_sync(self.student) if not last else contextlib.nullcontext()
 
-    def _losses(self, ids: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    def _losses(self, ids: Tensor) -> dict[str, Tensor]:
         w = self.settings.losses
-        target, states = self.teacher(ids, rows) if w.kl or w.hidden else (None, None)
+        target, states = self.teacher(ids) if w.kl or w.hidden else (None, None)
         output = self.student(input_ids=ids, use_cache=False, output_hidden_states=bool(w.hidden))
         found = token_losses(output.logits, ids, target, w)
         if w.hidden:

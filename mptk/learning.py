@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mptk import criteria
@@ -19,7 +19,7 @@ from mptk.cost import CostModel
 from mptk.cut import resolve_plan
 from mptk.errors import MptkError
 from mptk.families import Analysis
-from mptk.maskprune.adapters import adapt, merged, original
+from mptk.maskprune.adapters import adapt, merged, original, recompute, silenced
 from mptk.maskprune.losses import language_model
 from mptk.maskprune.reconstruct import reconstruct
 from mptk.maskprune.solver import Rates, Solver
@@ -27,6 +27,7 @@ from mptk.maskprune.teacher import CachedTeacher, LiveTeacher, fingerprint
 from mptk.maskprune.train import Loop, Metrics, Training, shuffled
 from mptk.maskprune.work import TRACKER, WorkFolder
 from mptk.plan import Plan
+from mptk.processes import accelerator, anywhere, full, sharded
 from passes.insert_masks import InsertedMasks, disturbed, find_places, insert_masks
 from passes.legalize import Candidate
 
@@ -44,7 +45,7 @@ class Learning:
     in ``teacher_cache``, for others too. ``precision``: ``no``, ``bf16`` or ``fp16``.
 
     Raises:
-        MptkError: an unknown teacher, or a cached one with a hidden-state loss.
+        MptkError: an unknown teacher, precision or tracker, or a cached teacher with a hidden-state loss.
     """
 
     steps: int | None = None
@@ -59,8 +60,13 @@ class Learning:
     rates: Rates = field(default_factory=Rates)
 
     def __post_init__(self) -> None:
-        if self.teacher not in ("live", "cached"):
-            raise MptkError(f"no teacher {self.teacher!r}; choose live or cached")
+        for what, chosen, known in (
+            ("teacher", self.teacher, ("live", "cached")),
+            ("precision", self.precision, ("no", "bf16", "fp16")),
+            ("tracker", self.tracker, ("none", "tensorboard", "wandb")),
+        ):
+            if chosen not in known:
+                raise MptkError(f"no {what} {chosen!r}; choose {', '.join(known[:-1])} or {known[-1]}")
         if self.teacher_cache is not None and self.teacher != "cached":
             raise MptkError("a folder for the teacher's outputs is of use to a cached teacher; add --teacher cached")
         if self.teacher == "cached" and self.training.losses.hidden:
@@ -77,7 +83,7 @@ class Learner:
     def __init__(self, model: Any, windows: Tensor, settings: Learning, work: WorkFolder, report: Report) -> None:
         self.model, self.windows, self.settings, self.work, self.report = model, windows, settings, work, report
         tracker = None if settings.tracker == "none" else settings.tracker
-        self.accelerator = Accelerator(mixed_precision=settings.precision, log_with=tracker, project_dir=work.path)
+        self.accelerator = accelerator(settings.precision, log_with=tracker, project_dir=work.path)
         if tracker is not None:
             if not self.accelerator.log_with:
                 raise MptkError(f"the tracker {tracker} is not installed; pip install {tracker}")
@@ -111,10 +117,12 @@ class Learner:
         plan = criteria.select(analysis, {c: solver.saliency(c) for c in widths}, widths)
         solver.harden(tables(analysis, plan))
         changed = merged(student)
+        recompute(student, False)
         masks.remove()
         student.unload()
         changed |= masks.folded({**dict(self.model.named_parameters()), **changed})
         self.model.cpu()
+        self.accelerator.free_memory()
         self.used_rows = self.mask_steps * self.settings.training.batch
         return plan, {n: t.detach().cpu() for n, t in changed.items()}
 
@@ -125,10 +133,12 @@ class Learner:
         families = list(candidates[0].widths)
         shapes = {c: _shape(analysis, c) for c in families}
         steps = self.mask_steps - self.saliency_steps
-        solver = Solver(shapes, cost.share, budget, steps, self.settings.rates)
-        student = adapt(self.model, self.settings.rank, self.settings.training.seed)
+        given = {c: w for c, w in candidates[0].widths.items() if {k.widths[c] for k in candidates} == {w}}
+        solver = Solver(shapes, cost.share, budget, steps, self.settings.rates, given=given)
+        base = deepcopy(self.model) if self.accelerator.is_fsdp2 else self.model  # shards do not become whole again
+        student = adapt(base, self.settings.rank, self.settings.training.seed)
         masks = insert_masks(original(student), analysis, families, solver.applied)
-        self._checkpointing(student)
+        recompute(student, self.settings.gradient_checkpointing)
         teacher = self._teacher(lambda ids, **k: _dense(student, masks, ids, **k))
 
         def each_step(tokens: int) -> Metrics:
@@ -144,13 +154,17 @@ class Learner:
         return student, masks, solver, loop
 
     def _saliency(self, student: Any, solver: Solver) -> None:
-        """F before anything is trained: gradients of the language-model loss in the masks, all at one."""
+        """F before anything is trained: gradients of the language-model loss in the masks, all at one.
+
+        Each is of ``micro`` windows over all processes, rounded up to as many for each, so that F does not depend on
+        how many processes there are.
+        """
         s, a = self.settings.training, self.accelerator
-        student.to(a.device)
+        together = -(-s.micro // a.num_processes) * a.num_processes
         for i in range(self.saliency_steps):
-            rows = shuffled(i * s.batch, s.batch, len(self.windows), s.seed)[a.process_index :: a.num_processes]
-            for part in rows.split(s.micro):
-                with student.disable_adapter():
+            rows = shuffled(i * s.batch, s.batch, len(self.windows), s.seed)
+            for part in (r.chunk(a.num_processes)[a.process_index] for r in rows.split(together)):
+                with silenced(student):
                     ids = self.windows[part].to(a.device)
                     language_model(student(input_ids=ids, use_cache=False).logits, ids).backward()
                 self._average(solver)
@@ -174,14 +188,18 @@ class Learner:
         loop.run()
         student = self.accelerator.unwrap_model(loop.student)
         state = merged(student) if self.settings.rank else dict(student.named_parameters())
-        return {name: t.detach().cpu() for name, t in state.items()}
+        return {name: full(t.detach()).cpu() for name, t in state.items()}
 
     def recovery(self, small: Any, steps: int) -> Loop:
         """The loop that is to train the cut model."""
         s = self.settings
-        teacher = self._teacher(lambda ids, **k: self.model.to(self.accelerator.device)(ids, use_cache=False, **k))
+        a = self.accelerator
+        dense = sharded(a, deepcopy(self.model)) if a.is_fsdp2 else self.model
+        teacher = self._teacher(
+            lambda ids, **k: (dense if a.is_fsdp2 else dense.to(a.device))(ids, use_cache=False, **k)
+        )
         student = adapt(small, s.rank, s.training.seed) if s.rank else small.requires_grad_(True)
-        self._checkpointing(student)
+        recompute(student, s.gradient_checkpointing)
         return self._loop(student, teacher, steps, "recovery")
 
     # ---- shared ----
@@ -208,12 +226,7 @@ class Learner:
             return live
         shared = self.settings.teacher_cache
         folder = self.work.path / "teacher" if shared is None else Path(shared) / self.dense
-        return CachedTeacher(live, folder)
-
-    def _checkpointing(self, student: Any) -> None:
-        if self.settings.gradient_checkpointing:
-            student.enable_input_require_grads()
-            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return CachedTeacher(live, folder, wanted=lambda missing: anywhere(self.accelerator, missing))
 
 
 def nearest(
@@ -271,7 +284,7 @@ def _shape(analysis: Analysis, name: str) -> tuple[int, int, int]:
 
 def _dense(student: Any, masks: InsertedMasks, ids: Tensor, **options: Any) -> Any:
     """The dense model inside the student: the same weights, with masks and adapters off."""
-    with masks.disabled(), student.disable_adapter():
+    with masks.disabled(), silenced(student):
         return student(input_ids=ids, use_cache=False, **options)
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from mptk.learning import Learner, Learning, removed_at_zero, take_over
 from mptk.maskprune.reconstruct import replaced
 from mptk.maskprune.work import WorkFolder
 from mptk.plan import Plan
+from mptk.processes import describe, leads, processes
 from mptk.program import Program
 from mptk.runtime import OrtDecoder
 from mptk.settings import MASKPRUNE, Settings
@@ -90,7 +91,8 @@ class Run:
     """One run of ``prune``: the steps in order, each a method."""
 
     def __init__(self, model: str, out: Path, settings: Settings, progress: Progress) -> None:
-        self.source, self.out, self.progress = model, out, progress
+        self.source, self.out = model, out
+        self.progress: Progress = progress if leads() else (lambda *_: None)
         steps = settings.learning.steps
         self.learns = settings.method == MASKPRUNE and settings.plan is None
         steps = (DEFAULT_STEPS if self.learns else 0) if steps is None else steps
@@ -113,7 +115,7 @@ class Run:
         self._take_over()
         self._cut()
         self._recover()
-        if not PartialState().is_main_process:
+        if not processes().is_main_process:
             return {}
         with publish(self.out) as folder:
             if work is not None:
@@ -176,6 +178,7 @@ class Run:
                 self.progress(phase, done, total, "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
             self.learner = Learner(self.model, self.training, self.settings.learning, work, say)
+            self.notes.append(describe(self.learner.accelerator))
 
     def _plan(self) -> None:
         """Choose what is cut: from a file, by learning, or by scoring units and trying ways to divide the budget."""
@@ -254,7 +257,8 @@ class Run:
             self.progress("calibration text", done, total)
 
         tokenizer, own = self.loaded.tokenizer, s.data == "self"
-        with self._stage("calibration text"):
+        # Only the first process makes the text; the others read it.
+        with self._stage("calibration text"), processes().main_process_first() if work else nullcontext():
             saved = None if work is None else work.tensors("text")
             if saved is None:
                 both = own and s.eval_data is None

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from mptk.cost import LATENCY, CostModel, is_layered
@@ -15,6 +14,7 @@ from mptk.families import Analysis
 from mptk.latency import Latency
 from mptk.operators import kept_times
 from mptk.plan import Plan
+from mptk.processes import processes
 from mptk.settings import MASKPRUNE, Settings
 from passes import legalize
 from passes.insert_masks import disturbed
@@ -36,7 +36,7 @@ def budgeted(analysis: Analysis, settings: Settings, progress: Callable[..., Non
     if s.budget != LATENCY:
         return CostModel(analysis, s.budget), s
     ladders = {name: legalize.aligned(analysis.family(name), s.multiple) for name in _variable(analysis, s)}
-    with PartialState().main_process_first():  # the others read what the first has kept, so that all plan alike
+    with processes().main_process_first():  # the others read what the first has kept, so that all plan alike
         latency = Latency(analysis, ladders, s.objective, lambda ops: kept_times(ops, s.threads, progress))
     cost = CostModel(analysis, s.budget, latency)
     if s.max_ms is None or s.plan is not None:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_pruning import gpt2, llama_config, save  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import mptk
 from mptk.errors import MptkError
@@ -86,15 +93,12 @@ COMMAND = [
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-@pytest.mark.parametrize("stop", [("masks", 3), ("recovery", 3)])
-def test_a_killed_run_resumes_to_the_same_bits(
-    llama: str, learned: Path, tmp_path: Path, stop: tuple[str, int]
-) -> None:
+def test_a_killed_run_resumes_to_the_same_bits(llama: str, learned: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "mptk", *COMMAND, llama, "--out", str(out)]
     log = out.with_name("out.run") / "metrics.jsonl"
     with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not reached(log, *stop):
+        while process.poll() is None and not reached(log, "recovery", 3):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
     assert not out.exists(), "it was over before it could be killed"
@@ -102,6 +106,52 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert again.returncode == 1
     assert "add --resume" in again.stderr
     subprocess.run([*command, "--resume"], env=ENVIRONMENT, check=True, capture_output=True)
+    require_same_bits(learned, out)
+
+
+class Stopped(BaseException):
+    """What no handler of errors catches."""
+
+
+STOPS = {
+    "saliency": ("mptk.maskprune.solver.Solver.observe", 2),
+    "a checkpoint being written": ("mptk.maskprune.work.save_file", 2),
+    "between masks and recovery": ("mptk.pruning.take_over", 1),
+    "emission": ("mptk.pruning.write_checkpoint", 1),
+    "after publishing": ("mptk.maskprune.work.WorkFolder.remove", 1),
+}
+
+
+def stopping(target: str, call: int) -> Callable[..., object]:
+    """The function called ``target``, which in its nth call half writes the temporary file it was given, and stops."""
+    original, calls = pkgutil.resolve_name(target), iter(range(1, 1000))
+
+    def stop(*args: object, **options: object) -> object:
+        if next(calls) < call:
+            return original(*args, **options)
+        for path in (a for a in args if isinstance(a, Path) and a.suffix == ".tmp"):
+            path.write_bytes(b"half")
+        raise Stopped
+
+    return stop
+
+
+def test_a_run_stopped_again_and_again_ends_with_the_same_bits(llama: str, learned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings = replace(SETTINGS, resume=True)
+    for target, call in STOPS.values():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(target, stopping(target, call))
+            with pytest.raises(Stopped):
+                mptk.prune(llama, out, settings)
+        with (tmp_path / "out.run" / "metrics.jsonl").open("a") as log:
+            log.write('{"phase": "rec')
+    mptk.prune(llama, out, settings)
+    require_same_bits(learned, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def require_same_bits(learned: Path, out: Path) -> None:
     assert Plan.load(out / "plan.json").families == Plan.load(learned / "plan.json").families
     expected, seen = load_file(learned / "model.safetensors"), load_file(out / "model.safetensors")
     assert expected.keys() == seen.keys()
@@ -118,16 +168,104 @@ def reached(log: Path, phase: str, step: int) -> bool:
     return any(r["phase"] == phase and r["step"] >= step for r in rows)
 
 
-def test_two_processes_learn_what_one_learns(llama: str, learned: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "mptk"]
-    done = subprocess.run(
-        [*launch, *COMMAND, llama, "--out", str(out)], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def launch(*options: str) -> list[str]:
+    """The command on two processes."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    return [*accelerate, "--main_process_port", "0", *options, "-m", "mptk", *COMMAND]
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """A launcher's processes do not die with it."""
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.send_signal(signal.SIGKILL)
+
+
+def require_same(learned: Path, out: Path) -> None:
     assert Plan.load(out / "plan.json").families == Plan.load(learned / "plan.json").families
     for one, two in zip(metrics(learned), metrics(out), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5 * max(1, abs(one["loss"])))
+        assert (one["phase"], one["step"]) == (two["phase"], two["step"])
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+def test_two_processes_learn_what_one_learns(llama: str, learned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [*launch("--multi_gpu"), llama, "--out", str(out)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert read_report(out)["notes"] == ["trained on 2 processes"]
+    require_same(learned, out)
+
+
+def test_sharded_processes_go_on_where_one_stopped_and_end_where_it_would_have(
+    llama: str, learned: Path, tmp_path: Path
+) -> None:
+    """Masks on one process; then, twice, on two that hold the weights in shards. Checkpoints are whole in between."""
+    out, run = tmp_path / "out", tmp_path / "out.run"
+    alone = [sys.executable, "-m", "mptk", *COMMAND]
+    sharded = launch("--use_fsdp", "--fsdp_version", "2")
+    for command, stop in ((alone, ("masks", 3)), ([*sharded, "--resume"], ("recovery", 3))):
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen([*command, llama, "--out", str(out)], env=ENVIRONMENT, **quiet) as process:
+            while process.poll() is None and not reached(run / "metrics.jsonl", *stop):
+                time.sleep(0.005)
+            kill_all(process)
+    assert not out.exists(), "it was over before it could be killed"
+    state = load_file(run / "recovery-00000002.safetensors")
+    width, part = read_report(learned)["families"]["ffn"]["width"], "base_model.model.model.layers.0.mlp.down_proj"
+    for kind in ("parameter", "optimizer.exp_avg", "optimizer.exp_avg_sq"):
+        assert state[f"{kind}.{part}.lora_A.default.weight"].shape == (4, width)
+        assert state[f"{kind}.{part}.lora_B.default.weight"].shape == (48, 4)
+    command = [*sharded, "--resume", llama, "--out", str(out)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert read_report(out)["notes"] == ["trained on 2 processes, its weights in shards (FSDP2)"]
+    require_same(learned, out)
+
+
+def test_activations_computed_again_change_no_loss_and_no_model(
+    llama: str, learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again, forward = [], LlamaDecoderLayer.forward
+
+    def counted(*args: object, **options: object) -> object:
+        again.append(torch._C._current_graph_task_id() >= 0)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", functools.wraps(forward)(counted))
+    settings = replace(LEARNING, gradient_checkpointing=True)
+    mptk.prune(llama, tmp_path / "out", replace(SETTINGS, learning=settings))
+    require_same(learned, tmp_path / "out")
+    # A backward pass runs 3 blocks again: 1 step of saliency, 5 of masks and 6 of recovery, each of 2 parts.
+    assert sum(again) == 3 * (1 + 5 + 6) * 2
+
+
+def test_half_precision_learns_much_the_same_and_what_it_learns_is_proven(
+    llama: str, learned: Path, tmp_path: Path
+) -> None:
+    report = mptk.prune(llama, tmp_path / "out", replace(SETTINGS, learning=replace(LEARNING, precision="bf16")))
+    first, exact = metrics(tmp_path / "out")[0]["loss"], metrics(learned)[0]["loss"]
+    assert first != exact
+    assert first == pytest.approx(exact, rel=5e-3)
+    assert report["sparsity"] == pytest.approx(0.35, abs=0.01)
+    assert {d["stage"] for d in report["proof"]} == {"rewritten graph", "reloaded checkpoint"}
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_a_trackers_files_come_with_the_folder(llama: str, tmp_path: Path) -> None:
+    settings = replace(LEARNING, steps=2, tracker="tensorboard")
+    mptk.prune(llama, tmp_path / "out", replace(SETTINGS, method="magnitude", learning=settings))
+    (file,) = (tmp_path / "out" / "tracker").glob("events.*")
+    assert b"recovery/loss" in file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"precision": "bf"}, "no precision 'bf'"), ({"tracker": "board"}, "choose none, tensorboard or wandb")],
+)
+def test_what_training_does_not_know_is_said_at_once(change: dict[str, str], message: str) -> None:
+    with pytest.raises(MptkError, match=message):
+        Learning(**change)
 
 
 def test_a_folder_can_be_recovered_alone(llama: str, tmp_path: Path) -> None:
@@ -157,6 +295,13 @@ def test_budgets_count_what_they_say_and_kept_families_stay_whole(llama: str, tm
     assert 1 - pruned / dense == pytest.approx(0.21, abs=0.01)
     changed = [name for name, f in report["families"].items() if f["width"] < f["of"]]
     assert changed == ["ffn"]
+
+
+def test_a_given_width_is_kept_and_the_others_are_learned_to_meet_the_budget(llama: str, tmp_path: Path) -> None:
+    report = mptk.prune(llama, tmp_path / "out", replace(SETTINGS, widths={"ffn": 48}, sparsity=0.37))
+    assert report["families"]["ffn"]["width"] == 48
+    assert report["sparsity"] == pytest.approx(0.37, abs=0.01)
+    assert report["families"]["kv_groups"]["width"] == 2
 
 
 def test_flaps_biases_go_through_recovery(gpt2: str, tmp_path: Path) -> None:  # noqa: F811

@@ -106,9 +106,18 @@ def test_the_cache_gives_what_the_live_teacher_gave_and_asks_it_once(tmp_path) -
         assert divergence(student.flip(0) if rows[0] == 1 else student, seen).item() == pytest.approx(exact, rel=2e-3)
         assert states is None
     assert calls == [2]
-    CachedTeacher(live, tmp_path, k=96)(windows[[1, 2]])
+    CachedTeacher(live, tmp_path, k=96)(windows[[1, 2]])  # in one batch whatever is there, for the same bits
     CachedTeacher(live, tmp_path, k=8)(windows[[1]])
-    assert calls == [2, 1, 1]
+    assert calls == [2, 2, 1]
+
+
+def test_a_process_that_has_all_windows_runs_the_dense_model_if_another_needs_it(tmp_path) -> None:
+    """As when it is in shards; else the other would wait for ever."""
+    model, windows, calls = architectures.model("llama"), architectures.tokens(2, 9), []
+    live = LiveTeacher(lambda ids: calls.append(len(ids)) or model(ids, use_cache=False))
+    for asked in (True, True, False):
+        CachedTeacher(live, tmp_path, wanted=lambda missing, asked=asked: asked)(windows)
+    assert calls == [2, 2]
 
 
 def test_a_fingerprint_tells_models_apart() -> None:

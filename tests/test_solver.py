@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -27,11 +28,11 @@ def curvatures(seed: int) -> dict[str, Tensor]:
     return {c: (torch.randn(s, generator=g) * 1.5).exp() * (4e-3 if c == "heads" else 1e-3) for c, s in SHAPES.items()}
 
 
-def solve(h: dict[str, Tensor], budget: float, steps: int = 400, noise: float = 1.0) -> Solver:
+def solve(h: dict[str, Tensor], budget: float, steps: int = 400, noise: float = 1.0, **options: Any) -> Solver:
     """Gradients as a batch of text gives them: the quadratic's, and noise whose variance is the curvature over n."""
     tokens = 1000
     g = torch.Generator().manual_seed(1)
-    solver = Solver(SHAPES, resource, budget, steps)
+    solver = Solver(SHAPES, resource, budget, steps, **options)
     for _ in range(20):
         for c, m in solver.masks.items():
             m.grad = noise * (h[c] / tokens).sqrt() * torch.randn(m.shape, generator=g)
@@ -64,6 +65,14 @@ def test_it_finds_the_best_widths_of_a_quadratic_and_meets_the_budget(seed: int,
     chosen = min(near, key=lambda w: sum(((w[c] - v) / SHAPES[c][2]) ** 2 for c, v in solver.widths().items()))
     assert lost(h, chosen) <= (1.2 if steps > 10 else 1.3) * best, (solver.widths(), chosen)
     assert best < worst / 1.8
+
+
+@pytest.mark.parametrize("width", [10, 36])
+def test_a_given_width_is_held_and_the_rest_meets_the_budget(width: int) -> None:
+    solver = solve(curvatures(0), 0.6, given={"ffn": width})
+    assert solver.widths()["ffn"] == width
+    assert resource(solver.widths()) == pytest.approx(0.6, abs=0.02)
+    assert solve(curvatures(0), 0.6, steps=20, given={"ffn": width, "heads": 3}).widths() == {"ffn": width, "heads": 3}
 
 
 def test_it_removes_the_units_that_cost_least_and_fades_them_out() -> None:

@@ -59,6 +59,7 @@ class Solver:
         resource: R(widths).
         budget: B, the share of the dense cost to keep.
         steps: in how many steps masks are learned; the budget is reached after ``ramp`` of them.
+        given: widths that are not to be learned; they are approached as the target is, and the rest meets the budget.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class Solver:
         steps: int,
         rates: Rates | None = None,
         ramp: float = 0.6,
+        given: Mapping[str, int] | None = None,
     ) -> None:
         self.shapes, self.resource, self.budget, self.steps = dict(shapes), resource, budget, steps
-        self.rates, self.ramp = rates or Rates(), ramp
+        self.rates, self.ramp, self.given = rates or Rates(), ramp, dict(given or {})
         self.rounds = max(1, math.ceil(ROUNDS / steps))
         self.masks = {c: torch.ones(shape, requires_grad=True) for c, shape in shapes.items()}
         self.fisher = {c: torch.zeros(shape, dtype=torch.float64) for c, shape in shapes.items()}
@@ -175,13 +177,19 @@ class Solver:
         """
         if self.fixed:
             return
-        pains = {c: self._marginal(c) for c in self.shapes}
-        slopes = {c: self._slope(c) for c in self.shapes}
+        share = (1 - self.target()) / (1 - self.budget) if self.budget < 1 else 1.0
+        self.removed |= {c: share * (self.shapes[c][2] - w) for c, w in self.given.items()}
+        free = [c for c in self.shapes if c not in self.given]
+        if not free:
+            return
+        pains = {c: self._marginal(c) for c in free}
+        slopes = {c: self._slope(c) for c in free}
         if self.z <= 0:
             prices = [pains[c] / slopes[c] for c in pains if slopes[c] > EPSILON]
             self.z = max(sum(prices) / max(1, len(prices)), EPSILON)
         urgency = self.z * math.exp(10 * self.rates.urgency * (self.resource(self.widths()) - self.target()))
-        for c, (_, _, size) in self.shapes.items():
+        for c in free:
+            size = self.shapes[c][2]
             gain = urgency * slopes[c]
             direction = (gain - pains[c]) / max(gain + pains[c], EPSILON)
             self.removed[c] = min(

@@ -38,17 +38,21 @@ class CachedTeacher:
     """Keeps the top ``k`` log probabilities of every window in ``folder``, each computed when first asked for.
 
     A file is named after its window's tokens, so that runs on the same model may share the folder.
+
+    ``wanted`` turns "this process lacks a window" into "the dense model must run": processes that hold it in shards
+    must all run it if one of them does.
     """
 
-    def __init__(self, live: LiveTeacher, folder: Path, k: int = TOP) -> None:
-        self.live, self.folder, self.k = live, folder, k
+    def __init__(
+        self, live: LiveTeacher, folder: Path, k: int = TOP, wanted: Callable[[bool], bool] = lambda missing: missing
+    ) -> None:
+        self.live, self.folder, self.k, self.wanted = live, folder, k, wanted
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, windows: Tensor) -> tuple[Tensor | TopLogits, Any]:
         files = [self._file(ids) for ids in windows]
-        missing = [i for i, file in enumerate(files) if not file.is_file()]
-        if missing:
-            self._keep(windows[missing], [files[i] for i in missing])
+        if self.wanted(not all(file.is_file() for file in files)):
+            self._keep(windows, files)
         found = [load_file(file) for file in files]
         tokens, logs, rest = (torch.stack([f[name] for f in found]) for name in ("tokens", "logs", "rest"))
         device = windows.device
@@ -59,9 +63,10 @@ class CachedTeacher:
         return self.folder / f"{name}-{self.k}.safetensors"
 
     def _keep(self, windows: Tensor, files: list[Path]) -> None:
+        """All together, though some may be there: a resumed run must get the same bits."""
         logits, _ = self.live(windows)
         assert isinstance(logits, Tensor)
-        for file, rows in zip(files, logits, strict=True):
+        for file, rows in ((f, r) for f, r in zip(files, logits, strict=True) if not f.is_file()):
             top = shorten(rows, self.k)
             half = {"tokens": top.tokens.int(), "logs": top.logs.half(), "rest": top.rest.half()}
             temporary = file.with_suffix(f".{os.getpid()}.tmp")

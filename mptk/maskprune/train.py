@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mptk.errors import MptkError
 from mptk.maskprune.losses import TopLogits, Weights, hidden_error, token_losses
 from mptk.maskprune.work import WorkFolder
+from mptk.processes import full, prepare, spread
 
 Teacher = Callable[[Tensor], tuple[Tensor | TopLogits, Any]]
 """Windows → logits or their shortened form, and hidden states or None."""
@@ -77,9 +78,10 @@ class Loop:
         self.accelerator, self.teacher, self.windows, self.steps = accelerator, teacher, windows, steps
         self.settings, self.phase, self.work, self.first_row = settings, phase, work, first_row
         self.each_step, self.extra, self.progress = each_step, extra, progress
-        self.parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=0.0)
-        self.student, self.optimizer = accelerator.prepare(student, optimizer)
+        trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, weight_decay=0.0)
+        self.student, self.optimizer = prepare(accelerator, student, optimizer)
+        self.parameters = {n: p for n, p in student.named_parameters() if n in trained}  # FSDP2 replaced them
 
     def run(self) -> None:
         """Train to the last step.
@@ -93,10 +95,12 @@ class Loop:
             metrics, tokens = self._step(step)
             metrics["tokens/s"] = tokens / (time.perf_counter() - began)
             done = step + 1
+            saves = done % self.settings.save_every == 0 or done == self.steps
+            state = self._state() if saves else {}  # shards are gathered from all processes
             if self.accelerator.is_main_process:
                 self.work.log(self.phase, done, metrics)
-                if done % self.settings.save_every == 0 or done == self.steps:
-                    self.work.checkpoint(self.phase, done, self._state())
+                if saves:
+                    self.work.checkpoint(self.phase, done, state)
             self.accelerator.log({f"{self.phase}/{name}": value for name, value in metrics.items()}, step=done)
             self.progress(done, self.steps, metrics)
 
@@ -109,7 +113,7 @@ class Loop:
         a, s = self.accelerator, self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = s.lr * schedule(step, self.steps, s.warmup)
-        own = self.rows(step)[a.process_index :: a.num_processes]
+        own = self.rows(step).chunk(a.num_processes)[a.process_index]
         parts = list(own.split(s.micro))
         sums: dict[str, Tensor] = {}
         for i, rows in enumerate(parts):
@@ -120,7 +124,7 @@ class Loop:
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() * share
         metrics = {name: float(a.reduce(value, "mean")) for name, value in sums.items()}
-        metrics["gradient"] = float(a.clip_grad_norm_(self.student.parameters(), s.clip))
+        metrics["gradient"] = float(full(a.clip_grad_norm_(self.student.parameters(), s.clip)))
         self._require_finite(metrics, step)
         tokens = s.batch * self.windows.shape[1]
         metrics |= self.each_step(tokens)
@@ -154,10 +158,10 @@ class Loop:
     # ---- checkpoints ----
 
     def _state(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {f"parameter.{n}": p for n, p in self.parameters.items()}
+        state: dict[str, Tensor] = {f"parameter.{n}": full(p.detach()) for n, p in self.parameters.items()}
         moments = self.optimizer.optimizer.state
         for n, p in self.parameters.items():
-            state.update({f"optimizer.{key}.{n}": value for key, value in moments[p].items()})
+            state.update({f"optimizer.{key}.{n}": full(value) for key, value in moments[p].items()})
         state["rng"] = torch.get_rng_state()
         return state | (self.extra[0]() if self.extra else {})
 
@@ -171,9 +175,13 @@ class Loop:
             return 0
         step, state = latest
         for n, p in self.parameters.items():
-            p.copy_(state[f"parameter.{n}"])
-            keys = [k for k in state if k.startswith("optimizer.") and k.split(".", 2)[2] == n]
-            self.optimizer.optimizer.state[p] = {k.split(".", 2)[1]: state[k] for k in keys}
+            p.copy_(spread(state[f"parameter.{n}"], p))
+            values = {
+                k.split(".", 2)[1]: state[k] for k in state if k.startswith("optimizer.") and k.split(".", 2)[2] == n
+            }
+            self.optimizer.optimizer.state[p] = {
+                key: spread(value, p) if value.shape == p.shape else value for key, value in values.items()
+            }
         torch.set_rng_state(state["rng"])
         if self.extra:
             self.extra[1](state)

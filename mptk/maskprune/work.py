@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mptk.errors import MptkError
+from mptk.processes import processes
 
 KEPT = 2
 TRACKER = "tracker"
@@ -33,7 +34,7 @@ class WorkFolder:
         self.path = out.with_name(out.name + ".run")
         described = json.dumps(settings, indent=1, sort_keys=True) + "\n"
         file = self.path / "settings.json"
-        state = PartialState()
+        state = processes()
         if not state.is_main_process:
             state.wait_for_everyone()
             return
@@ -95,14 +96,19 @@ class WorkFolder:
             shutil.copytree(self.path / TRACKER, folder / TRACKER)
 
     def remove(self) -> None:
-        shutil.rmtree(self.path)
+        """Remove the folder, from one moment to the next: half of it would be no run that can be resumed."""
+        with tempfile.TemporaryDirectory(prefix=f".{self.path.name}.", dir=self.path.parent) as beside:
+            self.path.rename(Path(beside) / "done")
 
     def _checkpoints(self, phase: str) -> list[Path]:
         return sorted(p for p in self.path.glob(f"{phase}-*.safetensors") if re.fullmatch(rf"{phase}-\d+", p.stem))
 
 
 def _earlier(line: str, phase: str, step: int) -> bool:
-    row = json.loads(line)
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:  # the run was stopped while it wrote
+        return False
     return bool(row["phase"] != phase or row["step"] <= step)
 
 

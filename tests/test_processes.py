@@ -1,0 +1,35 @@
+"""Processes that work together: what is settled before they start. test_learning.py runs them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import architectures
+import pytest
+import torch
+
+from mptk import processes
+from mptk.errors import MptkError
+from mptk.maskprune.adapters import adapt
+
+
+@pytest.mark.parametrize(("architecture", "block"), [("llama", "LlamaDecoderLayer"), ("gpt2", "GPT2Block")])
+def test_blocks_are_found_without_knowing_the_model_inside_an_adapter_too(architecture: str, block: str) -> None:
+    model = architectures.model(architecture)
+    for wrapped in (model, adapt(model, 2, 0)):
+        assert [type(b).__name__ for b in processes.blocks(wrapped)] == [block] * model.config.num_hidden_layers
+    assert processes.blocks(torch.nn.Linear(2, 2)) == []
+
+
+def test_the_first_version_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "processes", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(MptkError, match="add --fsdp_version 2"):
+        processes.accelerator("no")
+
+
+def test_an_accelerator_may_have_another_precision_than_the_one_before() -> None:
+    assert processes.accelerator("bf16").mixed_precision == "bf16"
+    assert processes.accelerator("no").mixed_precision == "no"

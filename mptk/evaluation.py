@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,29 @@ def perplexity(
         split=split,
         seed=seed,
     )
+
+
+def perplexities(
+    runs: Mapping[str, LogitsFn],
+    windows: Tensor,
+    *,
+    data: str,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """The perplexity of each of ``runs`` by name, to 4 digits, and their ``protocol``."""
+    result: dict[str, Any] = {}
+    for name, run in runs.items():
+        say = partial(progress, f"perplexity ({name})")
+        measured = perplexity(run, windows, data=data, progress=say)
+        result |= {name: round(measured.value, 4), "protocol": measured.protocol}
+    return result
+
+
+@torch.no_grad()
+def next_token_loss(logits_fn: LogitsFn, windows: Tensor) -> float:
+    """Mean next-token cross entropy of all windows at once, in nats."""
+    logits = logits_fn(windows)
+    return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten()))
 
 
 def zero_shot(

@@ -13,7 +13,6 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,13 +24,12 @@ from mptk.checkpoint import portable, save_tokenizer
 from mptk.cost import is_layered
 from mptk.cut import resolve_plan
 from mptk.errors import MptkError
-from mptk.evaluation import perplexity
+from mptk.evaluation import LogitsFn, next_token_loss, perplexities
 from mptk.learning import Learner, Learning, removed_at_zero, take_over
 from mptk.maskprune.reconstruct import replaced
 from mptk.maskprune.work import WorkFolder
 from mptk.plan import Plan
 from mptk.processes import describe, leads, processes
-from mptk.program import Program
 from mptk.runtime import OrtDecoder
 from mptk.settings import MASKPRUNE, Settings
 from mptk.verification import REPORT, changes_of, proof_stages, read_report, require, weights_digest, widened
@@ -139,6 +137,8 @@ class Run:
             raise MptkError("maskprune learns in steps; give --steps, 100 or more, or a one-shot --method")
         if self.learns and not s.learning.rank:
             raise MptkError("masks are learned with LoRA; give --rank 1 or more; `mptk recover --rank 0` can follow")
+        if self.learns and s.learning.precision == "fp16":
+            raise MptkError("fp16 scales gradients, which masks are learned from; use --precision bf16 or no")
         if self.steps and s.target != "stock":
             raise MptkError("only a stock checkpoint can be trained after the cut; use --target stock, or no --steps")
         check_replaceable(self.out)
@@ -222,7 +222,7 @@ class Run:
         losses = []
         for i, plan in enumerate(plans):
             masked = mask(self.analysis, resolve_plan(self.analysis, plan))
-            losses.append(loss(masked, text))
+            losses.append(next_token_loss(masked, text))
             self.progress("choose widths", i + 1, len(plans))
         self.losses = {legalize.describe(p.widths): round(x, 4) for p, x in zip(plans, losses, strict=True)}
         return min(range(len(plans)), key=lambda i: losses[i])
@@ -354,39 +354,25 @@ class Run:
             self.proof = prove(masked, stages, self.tokens)
         require(self.proof, "nothing was published. Please report this model")
 
-    def _perplexity(self) -> dict[str, Any]:
-        """Dense and pruned perplexity on the evaluation windows."""
-        result: dict[str, Any] = {}
-        for name, run in (("dense", self.program), ("pruned", self.pruned)):
-
-            def say(done: int, total: int, stage: str = f"perplexity ({name})") -> None:
-                self.progress(stage, done, total)
-
-            measured = perplexity(run, self.eval_windows, data=self.eval_source, progress=say)
-            result[name], result["protocol"] = round(measured.value, 4), measured.protocol
-        return result
-
-    def _quantized(self, folder: Path) -> dict[str, Any]:
-        """Each quantised graph's size and its perplexity in ONNX Runtime on the evaluation windows."""
-        result: dict[str, Any] = {}
-        for scheme in self.settings.quantize if (folder / "onnx").is_dir() else ():
-            file = folder / "onnx" / f"model_{scheme}.onnx"
+    def _quality(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Perplexity of the dense and the pruned graph, and size and perplexity of each quantised ONNX graph."""
+        graphs = {scheme: folder / "onnx" / f"model_{scheme}.onnx" for scheme in self.settings.quantize}
+        graphs = {scheme: file for scheme, file in graphs.items() if file.is_file()}
+        runs: dict[str, LogitsFn] = {"dense": self.program, "pruned": self.pruned}
+        if self.settings.logits == "all":
+            runs |= {scheme: OrtDecoder(file).torch_logits for scheme, file in graphs.items()}
+        quality = perplexities(runs, self.eval_windows, data=self.eval_source, progress=self.progress)
+        quantized: dict[str, Any] = {}
+        for scheme, file in graphs.items():
             size = sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
-            result[scheme] = {"file": str(file.relative_to(folder)), "bytes": size}
-            if self.settings.logits == "all":
-
-                def say(done: int, total: int, stage: str = f"perplexity ({scheme})") -> None:
-                    self.progress(stage, done, total)
-
-                run = OrtDecoder(file).torch_logits
-                measured = perplexity(run, self.eval_windows, data=self.eval_source, progress=say)
-                result[scheme]["perplexity"] = round(measured.value, 4)
-        return result
+            quantized[scheme] = {"file": str(file.relative_to(folder)), "bytes": size}
+            if scheme in quality:
+                quantized[scheme]["perplexity"] = quality.pop(scheme)
+        return quality, quantized
 
     def _report(self, folder: Path) -> dict[str, Any]:
         with self._stage("perplexity"):
-            quality = self._perplexity()
-            quantized = self._quantized(folder)
+            quality, quantized = self._quality(folder)
         dense, pruned = self.cost.dense, self.cost(self.plan.widths)
         files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
         return {
@@ -417,10 +403,3 @@ class Run:
     def _stage(self, name: str) -> Any:
         self.progress(name, 0, 0)
         return self.log.stage(name)
-
-
-def loss(program: Program, windows: Tensor) -> float:
-    """Mean next-token cross entropy, nats."""
-    with torch.no_grad():
-        logits = program(windows)
-        return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten()))

@@ -2,7 +2,7 @@
 
 | scheme | weights of products | kernel |
 |---|---|---|
-| ``int8`` | 8 bits, a scale a block of 128 inputs (16: attention's values) | MatMulNBits, activations in the same blocks |
+| ``int8`` | 8 bits, a scale a block of 128 inputs (16: attention's values) | MatMulNBits, activations in blocks, too |
 | ``int4`` | 4 bits, a scale and a zero point a block of 32; the output projection 8 bits | MatMulNBits |
 | ``fp16`` | float16, and so the KV cache | float16 where there is one; rotary angles stay float32 |
 

@@ -12,13 +12,14 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from mptk.bench import Bench
+from mptk.bench import Bench, Case, decoder_step
 from mptk.generation import generate
 from mptk.runtime import OrtDecoder
 from mptk.turns import alternate
@@ -117,43 +118,38 @@ def torch_step(model: PreTrainedModel, ids: torch.Tensor) -> Callable[[], Any]:
     return step
 
 
-class _Timed:
-    """A session that counts the seconds spent in its own runs."""
-
-    def __init__(self, session: Any) -> None:
-        self.session, self.seconds = session, 0.0
-
-    def run_with_iobinding(self, binding: Any) -> None:
-        start = time.perf_counter()
-        self.session.run_with_iobinding(binding)
-        self.seconds += time.perf_counter() - start
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.session, name)
-
-
 def caller_rows(
     graphs: Iterable[tuple[str, Path]], tokenizer: PreTrainedTokenizerBase, length: int, rounds: int
 ) -> list[dict[str, Any]]:
     """What `mptk generate` adds to the session's own time a token, streaming included, after ``length`` tokens.
 
-    Both are taken in the same steps, so that neighbours on the machine disturb them alike. One thread.
+    Its loop and bare steps in the middle of its lengths take turns. One thread. ``overhead``: the median of the
+    rounds; ``least``: of the fastest rounds of each.
     """
     rows = []
     for name, file in graphs:
         decoder = OrtDecoder(file, threads=1)
-        timed = _Timed(decoder.session)
-        decoder.session = timed
-        shares = []
-        for _ in range(rounds):
-            streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-            steps = generate(decoder, [[1000] * length], limit=NEW_TOKENS + 1)
-            with redirect_stdout(io.StringIO()):
-                next(steps)
-                start, timed.seconds = time.perf_counter(), 0.0
-                for (token,) in steps:
-                    streamer.put(torch.tensor([token]))
-            shares.append((time.perf_counter() - start) / timed.seconds - 1)
+        step = decoder_step(decoder, Case("decode", length + NEW_TOKENS // 2, 1, 1))
+        loops, bare = [], []
+        for _ in range(rounds + 1):
+            loops.append(_loop(decoder, tokenizer, length))
+            start = time.perf_counter()
+            for _ in range(NEW_TOKENS):
+                step()
+            bare.append(time.perf_counter() - start)
+        overhead = statistics.median(a / b for a, b in zip(loops[1:], bare[1:], strict=True)) - 1
         row = {"graph": name, "phase": "caller", "length": length, "batch": 1, "threads": 1}
-        rows.append({**row, "overhead": round(statistics.median(shares), 4), "least": round(min(shares), 4)})
+        rows.append({**row, "overhead": round(overhead, 4), "least": round(min(loops) / min(bare) - 1, 4)})
     return rows
+
+
+def _loop(decoder: OrtDecoder, tokenizer: PreTrainedTokenizerBase, length: int) -> float:
+    """Seconds that ``NEW_TOKENS`` tokens take after the first."""
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    steps = generate(decoder, [[1000] * length], limit=NEW_TOKENS + 1)
+    with redirect_stdout(io.StringIO()):
+        next(steps)
+        start = time.perf_counter()
+        for (token,) in steps:
+            streamer.put(np.array([token]))
+        return time.perf_counter() - start

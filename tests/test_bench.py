@@ -78,9 +78,9 @@ def test_rows_hold_every_graph_in_every_case_and_the_ideal(compared, dense, narr
         assert (first.ratio, first.ideal) == (1, 1)
         for row in (first, *others):
             assert row.ideal == round(row.work / first.work, 4)
-            assert row.tokens_s == pytest.approx(row.case.tokens / row.ms * 1000, rel=0.01)
+            assert row.tokens_s == pytest.approx(row.case.tokens / row.ms * 1000, rel=0.03)
             peak = result.peaks[1].flops if row.case.phase == "prefill" else result.peaks[1].bandwidth
-            assert row.roofline == pytest.approx(row.work / row.ms * 1000 / peak, rel=0.01, abs=0.001)
+            assert row.roofline == pytest.approx(row.work / row.ms * 1000 / peak, rel=0.03, abs=0.002)
     at = {(row.graph, str(row.case)): row.work for row in result.rows}
     assert at["dense", "prefill 33 ×3"] == graph_work(dense, sequence=33, past=0, batch=3).flops
     assert at["narrow", "decode 16"] == graph_work(narrow, sequence=1, past=16).bytes

@@ -4,7 +4,8 @@
 
 The narrower models keep the first heads and channels, since which ones does not matter for speed. Graphs give the
 logits of the last position; ``dense, all logits`` shows what the others cost. Rivals: the graphs that
-onnxruntime-genai's builder makes of the same checkpoints (``pip install onnxruntime-genai``), and PyTorch eager.
+onnxruntime-genai's builder makes of the same checkpoints (``pip install onnxruntime-genai``), and PyTorch, eager and
+compiled. ``caller``: what `mptk generate` adds to the session's own time a token.
 ``--long``: also 2048 tokens and batches of 8, for the dense and the narrow graphs and their int8. ``--quick``: the
 first four layers, one length, two rounds.
 """
@@ -12,27 +13,22 @@ first four layers, one length, two rounds.
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import onnx
 import torch
 import typer
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.common import result_header, write_result
+from benchmarks.onnx_rivals import GENAI, LEFT_OUT, caller_rows, genai, genai_rows, torch_rows
 from mptk import models
 from mptk.bench import Bench, bench_decoders
 from mptk.plot import draw_bench
 from mptk.report import bench_markdown
-from mptk.runtime import OrtDecoder
-from mptk.turns import alternate
 from passes.emit_onnx import emit_onnx
 from passes.quantize_onnx import quantize_onnx
 from passes.trace_decoder import Logits, trace_decoder
@@ -44,7 +40,6 @@ SHAPES = {
     "9/3 heads, ffn 928": {"intermediate_size": 928},
 }
 NARROW = next(iter(SHAPES))
-GENAI = {"fp32": "prune_lm_head=true", "int8": "prune_lm_head=true block_size=32"}
 
 
 @torch.no_grad()
@@ -69,25 +64,6 @@ def export(model: PreTrainedModel, folder: Path, logits: Logits = "last") -> Pat
     return file
 
 
-def genai(model: PreTrainedModel, folder: Path, precision: str) -> Path:
-    """What onnxruntime-genai's builder makes of the checkpoint."""
-    source = folder.with_name(f"{folder.name}-checkpoint")
-    model.save_pretrained(source)
-    models.load_tokenizer(MODEL).save_pretrained(source)
-    words = ["-i", source, "-o", folder, "-p", precision, "-e", "cpu", "-c", folder.with_name("cache")]
-    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-    options = ["--extra_options", *GENAI[precision].split()]
-    subprocess.run([*builder, *map(str, words), *options], check=True, capture_output=True)
-    file = folder / "model.onnx"
-    graph = onnx.load(file, load_external_data=False)
-    for value in (*graph.graph.input, *graph.graph.output, *graph.graph.value_info):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param == "kv_cache_dim":
-                dim.dim_value = model.config.head_dim
-    onnx.save(graph, file)
-    return file
-
-
 def graphs_of(dense: PreTrainedModel, folder: Path) -> dict[str, Path]:
     narrow = {name: resized(dense, **sizes) for name, sizes in SHAPES.items()}
     found = {"dense": export(dense, folder / "dense"), "dense, all logits": export(dense, folder / "all", "all")}
@@ -100,54 +76,8 @@ def graphs_of(dense: PreTrainedModel, folder: Path) -> dict[str, Path]:
     for name, model in (("dense", dense), (NARROW, narrow[NARROW])):
         for precision in GENAI:
             place = folder / f"genai-{name.replace('/', '-')}-{precision}"
-            found[f"genai, {name}, {precision}"] = genai(model, place, precision)
+            found[f"genai, {name}, {precision}"] = genai(model, models.load_tokenizer(MODEL), place, precision)
     return found
-
-
-def torch_rows(model: PreTrainedModel, file: Path, lengths: Sequence[int], rounds: int) -> list[dict[str, Any]]:
-    """PyTorch eager beside the dense graph, taking turns: prefill, and a step after it; the last logits of both."""
-    decoder, rows = OrtDecoder(file, threads=torch.get_num_threads()), []
-    for length in lengths:
-        ids = torch.zeros(1, length, dtype=torch.long)
-        _, cached = decoder.prefill(ids.numpy())
-        steps: dict[str, list[Callable[[], Any]]] = {
-            "prefill": [
-                lambda ids=ids: decoder.prefill(ids.numpy()),
-                lambda ids=ids: model(ids, logits_to_keep=1, use_cache=True),
-            ],
-            "decode": [
-                lambda ids=ids, cached=cached: decoder.decode(ids[:, :1].numpy(), cached),
-                torch_step(model, ids),
-            ],
-        }
-        for phase, pair in steps.items():
-            with torch.no_grad():
-                ours, theirs = (min(times) for times in alternate(pair, rounds))
-            rows.append(
-                {
-                    "graph": "PyTorch eager, dense",
-                    "phase": phase,
-                    "length": length,
-                    "batch": 1,
-                    "threads": torch.get_num_threads(),
-                    "ms": round(theirs, 3),
-                    "ratio": round(theirs / ours, 4),
-                }
-            )
-    return rows
-
-
-def torch_step(model: PreTrainedModel, ids: torch.Tensor) -> Callable[[], Any]:
-    """One decoding step after ``ids``: the cache is cut back after each."""
-    cache = DynamicCache()
-    with torch.no_grad():
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-    def step() -> None:
-        model(ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.crop(-1)
-
-    return step
 
 
 def rows_of(result: Bench) -> list[dict[str, Any]]:
@@ -183,22 +113,26 @@ def main(
             print(f"  {stage} {done}/{total}", flush=True)
 
         result = bench_decoders(graphs, lengths=lengths, threads=counts, rounds=rounds, progress=progress)
-        rows = rows_of(result) + torch_rows(dense, graphs["dense"], lengths, rounds)
+        quantised = [(name, file) for name, file in graphs.items() if name.endswith(", int8") and "genai" not in name]
+        beside = genai_rows(result) + caller_rows(quantised, models.load_tokenizer(MODEL), lengths[0], rounds)
+        beside += torch_rows(dense, graphs["dense"], lengths, counts, rounds)
+        rows = rows_of(result) + beside
         print(bench_markdown(result))
+        for row in beside:
+            print(row, flush=True)
         if long:
             few = {name: graphs[name] for name in ("dense", NARROW, "dense, int8", f"{NARROW}, int8")}
             for batch, many in ((1, (2048,)), (8, (128, 512))):
                 more = bench_decoders(few, lengths=many, batches=(batch,), threads=counts[:1], rounds=3)
                 print(bench_markdown(more))
                 rows += rows_of(more)
-    for row in rows[-2 * len(lengths) :] if not long else ():
-        print(row)
     if plot is not None:
         draw_bench(result, plot)
     if json_file is not None:
         peaks = {count: asdict(found) for count, found in result.peaks.items()}
         sizes = [{"graph": g.name, "bytes": g.bytes, "memory": g.memory} for g in result.graphs]
         header = {**result_header(), "model": MODEL, "shapes": SHAPES, "quick": quick, "peaks": peaks, "sizes": sizes}
+        header["left_out"] = LEFT_OUT
         write_result(json_file, header, rows)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +35,7 @@ from mptk.program import Program
 from mptk.runtime import OrtDecoder
 from passes.emit_onnx import emit_onnx
 from passes.group import analyze
-from passes.trace_decoder import trace_decoder
+from passes.trace_decoder import CacheLayerShape, DecoderStep, cache_shapes, first_positions, trace_decoder
 
 MAPPING = "causal-lm"
 STAGES = ("none", "build", "trace", "analyse", "cut", "emit", "run", "equal")
@@ -66,8 +66,9 @@ def _stages(mapping: str, model_type: str, folder: Path) -> Iterator[dict[str, A
     yield {"stage": "build"}
     program = trace_decoder(model)
     layers = len(program.user_inputs) // 2 - 1  # ids, mask, positions, then keys and values
+    shapes = cache_shapes(model)
     steps = list(decoding_steps(getattr(model.config.get_text_config(), "vocab_size", VOCAB)))
-    yield {"layers": layers, **_against_model(model, program, steps)}
+    yield {"layers": layers, **_against_model(model, program, steps, shapes)}
     yield {"stage": "trace"}
     analysis = analyze(program)
     yield {"stage": "analyse", "families": len(analysis.families)}
@@ -77,7 +78,9 @@ def _stages(mapping: str, model_type: str, folder: Path) -> Iterator[dict[str, A
     yield {"stage": "emit", "folded": folded(file)}
     found = in_runtime(OrtDecoder(file, threads=1), steps)
     yield {"stage": "run"}
-    wrong = largest_difference(found, in_torch(cut, steps), steps)
+    past = [n.meta["val"].shape for n in cut.placeholders() if n.name in cut.user_inputs][3:]
+    cut_shapes = [CacheLayerShape(k[1], k[3], v[3], torch.float32) for k, v in zip(past[::2], past[1::2], strict=True)]
+    wrong = largest_difference(found, in_torch(cut, steps, cut_shapes), steps)
     yield {"difference": float(f"{wrong:.1e}")}
     if not wrong <= TOLERANCE:
         raise Differs(f"ONNX Runtime differs from torch by {wrong:.1e}")
@@ -103,16 +106,18 @@ def decoding_steps(vocabulary: int) -> Iterator[Step]:
         yield ids[:, start:stop], mask[:, start:stop]
 
 
-def in_torch(program: Program, steps: list[Step]) -> list[Tensor]:
-    """Logits of each step by the traced step in torch, from an empty cache."""
-    inputs = [n.meta["val"] for n in program.placeholders() if n.name in program.user_inputs]
-    past = [torch.zeros(2, value.shape[1], 0, value.shape[3]) for value in inputs[3:]]
+Run = Callable[..., tuple[Tensor, ...]]
+
+
+def in_torch(run: Run, steps: list[Step], shapes: list[CacheLayerShape]) -> list[Tensor]:
+    """Logits of each step in torch, by the traced step or the model itself, from an empty cache."""
+    past = [torch.zeros(2, shape.heads, 0, dim) for shape in shapes for dim in (shape.key_dim, shape.value_dim)]
     masks, outputs = [], []
     for ids, new in steps:
         masks.append(new)
         mask = torch.cat(masks, dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        logits, *past = program(ids, mask, positions, *past)
+        logits, *past = run(ids, mask, positions, *past)
         outputs.append(logits)
     return outputs
 
@@ -135,20 +140,32 @@ def largest_difference(found: list[Tensor], expected: list[Tensor], steps: list[
     return max(difference(a[k], b[k]) for a, b, k in zip(found, expected, kept, strict=True))
 
 
-def _against_model(model: Any, program: Program, steps: list[Step]) -> dict[str, Any]:
+def _against_model(model: Any, program: Program, steps: list[Step], shapes: list[CacheLayerShape]) -> dict[str, Any]:
     """Compare the traced step with the model's plain forward of each row without its padding.
 
-    The whole row must agree. The padded one differs, in torch as well, where a model counts padding as positions.
+    The whole row must agree. ``padding``: whether the padded one does, too; where not, ``padding_own`` says whether it
+    does when the model itself takes the same steps, padding, mask and positions.
     """
     ids, mask = (torch.cat(parts, dim=1) for parts in zip(*steps, strict=True))
-    logits = torch.cat(in_torch(program, steps), dim=1)
-    whole, padded = (
-        difference(logits[r][mask[r] == 1], model(input_ids=ids[r][mask[r] == 1][None], use_cache=False).logits[0])
-        for r in range(2)
-    )
+    alone = [model(input_ids=ids[r][mask[r] == 1][None], use_cache=False).logits[0] for r in range(2)]
+
+    def differences(run: Run) -> tuple[float, float]:
+        logits = torch.cat(in_torch(run, steps, shapes), dim=1)
+        whole, padded = (difference(logits[r][mask[r] == 1], alone[r]) for r in range(2))
+        return whole, padded
+
+    whole, padded = differences(program)
     if not whole <= TOLERANCE:
         raise Differs(f"the traced step differs from the model by {whole:.1e}")
-    return {"padding": bool(padded <= TOLERANCE)}
+    if padded <= TOLERANCE:
+        return {"padding": True}
+    step = DecoderStep(model)
+    own = []
+    for first in first_positions(step):
+        step.first_position = first
+        whole, padded = differences(step)
+        own += [padded] if whole <= TOLERANCE else []
+    return {"padding": False, "padding_own": any(found <= TOLERANCE for found in own)}
 
 
 def folded(file: Path) -> int:

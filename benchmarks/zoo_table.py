@@ -135,8 +135,8 @@ ONNX_HEAD = """
 By `python -m benchmarks.zoo_onnx`: one decoding step is traced and compared with the model, all families are cut at random
 legal widths, and ONNX Runtime's logits of a prompt of two rows (one padded on the left) and three more tokens equal
 torch's: no token's logit differs by more than 1e-4 of the largest. {types} types. In {folded} of the equal ones every
-layer's cache is an input of `Attention`; in {padding} the padded row also gets the logits that the model gives it alone
-(the others count padding as positions, in torch as well).
+layer's cache is an input of `Attention`; in {padding} the padded row also gets the logits that the model gives it alone.
+In {others} it does not, nor does it when the model itself takes the same steps in torch: {own}.
 
 | passed | types |
 |---|---|"""
@@ -146,7 +146,9 @@ def _onnx(rows: list[dict[str, Any]]) -> list[str]:
     equal = [row for row in rows if row["stage"] == "equal"]
     folded = sum(row["folded"] == row["layers"] for row in equal)
     padding = sum(row["padding"] for row in equal)
-    lines = ONNX_HEAD.format(types=len(rows), folded=folded, padding=padding).splitlines()
+    own = ", ".join(row["type"] for row in equal if row.get("padding_own") is False)
+    others = len(equal) - padding
+    lines = ONNX_HEAD.format(types=len(rows), folded=folded, padding=padding, others=others, own=own).splitlines()
     lines += [f"| {stage} | {count} |" for stage, count in passed(rows).items()]
     lines += ["", "Not equal:", "", "| last stage | reason | types |", "|---|---|---|"]
     reasons: dict[tuple[str, str], list[str]] = {}

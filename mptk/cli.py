@@ -355,6 +355,7 @@ def generate(
     threads: Threads = 0,
 ) -> None:
     """Generate text in ONNX Runtime: one prompt is streamed, several are run as one batch."""
+    import numpy as np
     from transformers import TextStreamer
 
     from mptk.generation import Sampling, TextGenerator
@@ -366,7 +367,7 @@ def generate(
     if len(prompts) == 1:
         streamer = TextStreamer(runner.tokenizer, skip_special_tokens=True)
         for (token,) in steps:
-            streamer.put(torch_ids(token))
+            streamer.put(np.array([token]))
         streamer.end()
     else:
         for prompt, row in zip(prompts, zip(*steps, strict=True), strict=True):
@@ -550,13 +551,6 @@ def parse_logits(text: str) -> Any:
     if text not in ("all", "last"):
         raise MptkError(f"--logits {text}: choose all or last")
     return text
-
-
-def torch_ids(token: int | None) -> Any:
-    """One token as a streamer takes it."""
-    import torch
-
-    return torch.tensor([token])
 
 
 def parse_width(text: str) -> tuple[str, int]:

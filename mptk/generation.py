@@ -84,7 +84,7 @@ def generate(
     for step in range(limit):
         tokens = chooser.choose(logits[:, -1], rng)
         yield [None if end else int(token) for token, end in zip(tokens, ended, strict=True)]
-        ended |= np.isin(tokens, list(stop))
+        ended |= np.array([int(token) in stop for token in tokens])
         if ended.all() or step + 1 == limit:
             return
         logits, cache = decoder.decode(tokens[:, None], cache)

@@ -1,4 +1,4 @@
-"""runtime: a decoder in ONNX Runtime, its KV cache bound in place from step to step."""
+"""runtime: a decoder in ONNX Runtime, its KV cache handed on from step to step without a copy."""
 
 from __future__ import annotations
 
@@ -78,6 +78,7 @@ class OrtDecoder:
         if not self.past or "input_ids" not in self.inputs:
             raise MptkError(f"{file} is no decoder with a KV cache: its inputs are {', '.join(self.inputs)}")
         self.presents = [name.replace("past_key_values", "present") for name in self.past]
+        self.outputs = ["logits", *self.presents]
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -124,20 +125,29 @@ class OrtDecoder:
             values[name] = ort.OrtValue.ortvalue_from_numpy(numbers.astype(DTYPES[self.inputs[name].type]))
         return Cache(values, np.ones((batch, length), dtype=np.int64))
 
-    def binding(self, ids: Ids, mask: Ids, cache: Cache) -> Any:
-        """Inputs and outputs bound for one step: the cache without a copy, the results in the runtime's memory.
+    def feeds(self, ids: Ids, mask: Ids, cache: Cache) -> dict[str, ort.OrtValue]:
+        """Inputs of one step by name, the cache without a copy.
 
         ``ids`` [batch, n] are the new tokens, ``mask`` [batch, cache.length + n] covers the cache, too.
         """
-        binding = self.session.io_binding()
         arrays = {"input_ids": ids, "attention_mask": mask}
         if "position_ids" in self.inputs:
             arrays["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
-        for name, array in arrays.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=np.int64))
-        for name, value in cache.values.items():
+        values = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+            for name, array in arrays.items()
+        }
+        return {**values, **cache.values}
+
+    def binding(self, ids: Ids, mask: Ids, cache: Cache) -> Any:
+        """``feeds`` and the outputs bound for one step that is run again and again, the results in place.
+
+        For steps that differ, binding each of the cache's tensors anew takes longer than giving them as feeds.
+        """
+        binding = self.session.io_binding()
+        for name, value in self.feeds(ids, mask, cache).items():
             binding.bind_ortvalue_input(name, value)
-        for name in ("logits", *self.presents):
+        for name in self.outputs:
             binding.bind_output(name, "cpu")
         return binding
 
@@ -145,7 +155,5 @@ class OrtDecoder:
         if ids.ndim != 2 or mask.shape != ids.shape or len(cache.mask) != len(ids):
             raise ValueError(f"token ids {ids.shape}, mask {mask.shape} and a cache for {len(cache.mask)} do not fit")
         mask = np.concatenate([cache.mask, mask], axis=1)
-        binding = self.binding(ids, mask, cache)
-        self.session.run_with_iobinding(binding)
-        logits, *present = binding.get_outputs()
+        logits, *present = self.session.run_with_ort_values(self.outputs, self.feeds(ids, mask, cache))
         return logits.numpy(), Cache(dict(zip(self.past, present, strict=True)), mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from mptk.processes import processes
 from mptk.settings import MASKPRUNE, Settings
 from passes import legalize
 from passes.insert_masks import disturbed
+from passes.quantize_onnx import BLOCKS
 from passes.rehome import find_home
 
 SPLITS = 6
@@ -35,8 +37,13 @@ def budgeted(analysis: Analysis, settings: Settings, progress: Callable[..., Non
     s = settings
     if s.budget != LATENCY:
         return CostModel(analysis, s.budget), s
+<<<<<<< HEAD
     ladders = {name: legalize.aligned(analysis.family(name), s.multiple) for name in _variable(analysis, s)}
     with processes().main_process_first():  # the others read what the first has kept, so that all plan alike
+=======
+    ladders = {name: legalize.aligned(analysis.family(name), multiple(s)) for name in _variable(analysis, s)}
+    with PartialState().main_process_first():  # the others read what the first has kept, so that all plan alike
+>>>>>>> onnx
         latency = Latency(analysis, ladders, s.objective, lambda ops: kept_times(ops, s.threads, progress))
     cost = CostModel(analysis, s.budget, latency)
     if s.max_ms is None or s.plan is not None:
@@ -58,6 +65,11 @@ def _variable(analysis: Analysis, settings: Settings) -> list[str]:
     return [name for name in dict.fromkeys(names) if name in there and name not in s.keep]
 
 
+def multiple(settings: Settings) -> int:
+    """What contractions stay multiples of: as the settings say, and of the quantiser's where it is asked for one."""
+    return math.lcm(settings.multiple, *(BLOCKS[scheme] for scheme in settings.quantize if scheme in BLOCKS))
+
+
 @dataclass(frozen=True)
 class Search:
     """Legal widths of an analysed model. ``candidates`` gives those that meet the settings, most alike first."""
@@ -75,7 +87,7 @@ class Search:
         """
         s = self.settings
         try:
-            return self._within(find_target(self.analysis, self.model, s.target, s.multiple))
+            return self._within(find_target(self.analysis, self.model, s.target, multiple(s)))
         except MptkError as error:
             candidates, home = self._elsewhere()
             if home is None:
@@ -90,7 +102,7 @@ class Search:
         if s.target != "stock":
             return [], None
         try:
-            candidates = self._within(legalize.stock_target(self.analysis, self.model, s.multiple, rehome=True))
+            candidates = self._within(legalize.stock_target(self.analysis, self.model, multiple(s), rehome=True))
         except MptkError:
             return [], None
         return candidates, find_home(self.analysis, self.model, candidates[0].widths)

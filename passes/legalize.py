@@ -118,15 +118,19 @@ def cut_shapes(analysis: Analysis, widths: Mapping[str, int]) -> dict[str, tuple
 
 
 def aligned(family: Family, multiple: int) -> tuple[int, ...]:
-    """Widths that the graph accepts and that keep every contraction a multiple of ``multiple`` where it is one now."""
+    """Widths that the graph accepts and that keep every contraction a multiple of ``multiple`` where it is one now.
+
+    Where it is not, but ``multiple`` holds whole blocks of ``MULTIPLE``, it stays a multiple of those if it is one.
+    """
     terms = [m.term for g in family.groups[:1] for m in g.members if m.role == "consumer"]
-    terms = [t for t in terms if t.size % multiple == 0]
+    steps = [multiple, MULTIPLE] if multiple % MULTIPLE == 0 else [multiple]
+    kept = [(t, step) for t in terms for step in steps if t.size % step == 0]
     axis = family.groups[0].axis
-    step = -(-family.minimum // family.multiple) * family.multiple
+    first = -(-family.minimum // family.multiple) * family.multiple
     return tuple(
         w
-        for w in range(step, family.size + 1, family.multiple)
-        if w == family.size or all(evaluate(t, {axis: w}) % multiple == 0 for t in terms)
+        for w in range(first, family.size + 1, family.multiple)
+        if w == family.size or all(evaluate(t, {axis: w}) % step == 0 for t, step in kept)
     )
 
 

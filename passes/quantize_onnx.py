@@ -2,8 +2,8 @@
 
 | scheme | weights of products | kernel |
 |---|---|---|
-| ``int8`` | 8 bits, one scale a block of inputs | MatMulNBits, activations quantised a block at a time |
-| ``int4`` | 4 bits, a scale and a zero point a block; the output projection 8 bits | MatMulNBits |
+| ``int8`` | 8 bits, a scale a block of 128 inputs (16: attention's values) | MatMulNBits, activations in blocks, too |
+| ``int4`` | 4 bits, a scale and a zero point a block of 32; the output projection 8 bits | MatMulNBits |
 | ``fp16`` | float16, and so the KV cache | float16 where there is one; rotary angles stay float32 |
 
 The numbers are those of ONNX Runtime's own quantiser. It leaves two things in float32 that are the larger part of a
@@ -32,6 +32,7 @@ from onnx_ir.passes import common
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from mptk.errors import MptkError
+from passes.balance_onnx import balance_onnx
 
 _handlers, _level = logging.root.handlers[:], logging.root.level
 from onnxruntime.quantization.matmul_nbits_quantizer import (  # noqa: E402
@@ -43,8 +44,16 @@ logging.root.handlers[:] = _handlers  # that import sets up logging for the whol
 logging.root.setLevel(_level)
 
 BLOCK = 32
-"""Inputs that share a scale. On SmolLM2-135M 8 bits cost 0.6 % of perplexity with 32 and 1.1 % with 64
-(``docs/onnx.md``), and the widths that mptk offers are multiples of 32."""
+"""Inputs that share a scale in ``int4``, where each is too coarse for more."""
+
+WIDE, NARROW = 128, 16
+"""Inputs that share a scale in ``int8``: ``WIDE``, which is the fastest even where the last block is padded, but
+``NARROW`` for what attention reads as values: the first token's activations have outliers, and every later token sums
+over its values (``docs/onnx.md``)."""
+
+BLOCKS = {"int8": 32, "int4": BLOCK}
+"""What the sums of products in a quantised graph should be multiples of. A remainder of ``WIDE`` is padded: 928
+channels still take less time than 1024, and steps of 128 would leave most budgets without legal widths."""
 
 ACCURACY_LEVEL = 4
 """MatMulNBits multiplies in int8. With level 0 it would unpack the weights to float32 first, which is 40 times slower
@@ -136,7 +145,13 @@ def _is_constant(value: ir.Value | None) -> bool:
 
 def _int8(model: ir.Model) -> ir.Model:
     _plain_products(model)
-    return _blocks(model, dict.fromkeys(_products(model), 8))
+    balance_onnx(model)
+    values = _value_products(model)
+    blocks = {
+        name: NARROW if name in values else min(WIDE, 1 << (weight.shape[0] - 1).bit_length())
+        for name, weight in _products(model).items()
+    }
+    return _blocks(model, {name: (8, max(NARROW, block)) for name, block in blocks.items()})
 
 
 def _int4(model: ir.Model) -> ir.Model:
@@ -144,7 +159,7 @@ def _int4(model: ir.Model) -> ir.Model:
     vocabulary = model.graph.outputs[0].shape
     products = _products(model)
     head = {name for name, weight in products.items() if vocabulary and weight.shape[1] == vocabulary[-1]}
-    return _blocks(model, {name: 8 if name in head else 4 for name in products})
+    return _blocks(model, {name: (8 if name in head else 4, BLOCK) for name in products})
 
 
 def _float16(model: ir.Model) -> ir.Model:
@@ -177,14 +192,32 @@ def _products(model: ir.Model) -> dict[str, npt.NDArray[np.float32]]:
     return {str(name): array for name, array in constants.items() if array.ndim == 2}
 
 
-def _blocks(model: ir.Model, bits: dict[str, int]) -> ir.Model:
-    """MatMulNBits by ONNX Runtime's quantiser, which takes one number of bits a call."""
+PASS_VALUES = ("Add", "Split", "Slice", "Reshape", "Transpose", "Gather", "Squeeze", "Unsqueeze", "Expand")
+"""What may lie between a product and the attention that reads it as values: a bias, and changes of shape."""
+
+
+def _value_products(model: ir.Model) -> set[str]:
+    """Names of the products with a weight whose result attention reads as values, through any changes of its shape."""
+    values = [node.inputs[2] for node in model.graph if node.op_type == "Attention"]
+    names: set[str] = set()
+    while values:
+        value = values.pop()
+        node = value.producer() if value is not None else None
+        if node is not None and node.op_type == "MatMul":
+            names.add(str(node.name))
+        elif node is not None and node.op_type in PASS_VALUES:
+            values += node.inputs[: 2 if node.op_type == "Add" else 1]
+    return names
+
+
+def _blocks(model: ir.Model, formats: dict[str, tuple[int, int]]) -> ir.Model:
+    """MatMulNBits by ONNX Runtime's quantiser, which takes one (bits, block) a call. ``formats``: by product."""
     proto = ir.to_proto(model)
-    for width in sorted(set(bits.values())):
+    for bits, block in sorted(set(formats.values())):
         config = DefaultWeightOnlyQuantConfig(
-            block_size=BLOCK, is_symmetric=width == 8, accuracy_level=ACCURACY_LEVEL, bits=width
+            block_size=block, is_symmetric=bits == 8, accuracy_level=ACCURACY_LEVEL, bits=bits
         )
-        others = [name for name, other in bits.items() if other != width]
+        others = [name for name, other in formats.items() if other != (bits, block)]
         quantizer = MatMulNBitsQuantizer(proto, nodes_to_exclude=others, algo_config=config)
         quantizer.process()
         proto = quantizer.model.model

@@ -105,7 +105,7 @@ def trace_decoder(model: PreTrainedModel, *, logits: Logits = "all") -> Program:
     shapes = cache_shapes(model)
     inputs = _example_inputs(shapes)
     step = DecoderStep(model, logits)
-    for first in _first_positions(step):
+    for first in first_positions(step):
         step.first_position = first
         program = _export_step(step, inputs)
         if not program.has_values or _agrees(program, model, shapes):
@@ -138,7 +138,7 @@ def _dynamic(inputs: tuple[Tensor, ...], longest: int | None = None) -> dict[str
     return {"inputs": (token, {0: batch, 1: Dim.AUTO}, token, *({0: batch, 2: past} for _ in inputs[3:]))}
 
 
-def _first_positions(step: DecoderStep) -> list[int | None]:
+def first_positions(step: DecoderStep) -> list[int | None]:
     """Numbers that the first token may have: 0; what follows the padding token's, which some models reserve."""
     padding = getattr(step.module.config.get_text_config(), "pad_token_id", None)
     if step.first_position is None:

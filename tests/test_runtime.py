@@ -67,6 +67,18 @@ def test_the_cache_is_bound_without_a_copy(decoder):
     assert value.shape() == [1, 2, 5, 10]
 
 
+def test_what_a_step_gave_stays_as_it_is_when_its_binding_is_used_again(decoder):
+    logits, cache = decoder.prefill(tokens(2, 7))
+    before = logits.copy(), {name: value.numpy().copy() for name, value in cache.values.items()}
+    for _ in range(5):
+        _, later = decoder.decode(tokens(2, 1), cache)
+        decoder.decode(tokens(2, 3), later)
+        decoder.prefill(tokens(3, 9))
+    np.testing.assert_array_equal(logits, before[0])
+    for name, value in cache.values.items():
+        np.testing.assert_array_equal(value.numpy(), before[1][name])
+
+
 def test_filled_cache_has_the_length_asked_for(decoder):
     logits, cache = decoder.decode(tokens(2, 1), decoder.filled(2, 17))
     assert logits.shape == (2, 1, 97)

@@ -1,0 +1,118 @@
+"""balance_onnx: gated products of an ONNX decoder, rearranged so that blocks of channels quantise well.
+
+In ``(f(x·G) ∘ (x·U))·D`` the channels between U and D may be scaled, U's columns by 1/s and D's rows by s, and put in
+any order, in G as well. The logits stay the same. Two steps, without data:
+
+1. Scale: each channel's expected size ``a = |G column| · |U column|`` and the size of its row in D become equal, as in
+   cross-layer equalisation (Nagel et al. 2019): ``s = sqrt(a / |D row|)``, divided by the geometric mean.
+2. Order: channels by ``a / s``, so that those which share a scale in a block, of activations or weights, are alike.
+
+The pattern is found by its operators: D's input is a Mul of which one side is a product with U used nowhere else, and
+the other comes by element-wise operators and scalars alone from a product with G. Anything else is left as it is.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+ELEMENTWISE = {"Sigmoid", "Mul", "Gelu", "Relu", "Tanh", "Erf", "Add", "Sub", "Div", "Pow", "HardSigmoid", "Swish"}
+Weights = npt.NDArray[np.float32]
+
+
+def balance_onnx(model: ir.Model) -> int:
+    """Rearrange every gated product, in place; returns how many there were. Weights must be ``[inputs, outputs]``."""
+    found = 0
+    for node in model.graph:
+        parts = _gated(node)
+        if parts is not None:
+            arrays = balanced(*(_array(part) for part in parts))
+            for part, array in zip(parts, arrays, strict=True):
+                _replace(part, array)
+            found += 1
+    return found
+
+
+def balanced(gate: Weights, up: Weights, down: Weights) -> tuple[Weights, Weights, Weights]:
+    """The three weights with channels scaled and sorted. ``gate``, ``up`` [hidden, channels], ``down`` [channels, out].
+
+    A channel that is zero somewhere keeps its scale.
+    """
+    size = np.linalg.norm(gate, axis=0) * np.linalg.norm(up, axis=0)
+    rows = np.linalg.norm(down, axis=1)
+    alive = (size > 0) & (rows > 0)
+    scale = np.ones_like(size)
+    scale[alive] = np.sqrt(size[alive] / rows[alive])
+    scale[alive] /= np.exp(np.log(scale[alive]).mean()) if alive.any() else 1
+    order = np.argsort(size / scale, kind="stable")
+    return gate[:, order], (up / scale)[:, order], (down * scale[:, None])[order]
+
+
+def _gated(down: ir.Node) -> tuple[ir.Node, ir.Node, ir.Node] | None:
+    """(G, U, D) if ``down`` is such a D, with weights that nothing else uses."""
+    if not _is_product(down) or down.inputs[0] is None:
+        return None
+    mul = down.inputs[0].producer()
+    if mul is None or mul.op_type != "Mul" or _uses(mul.outputs[0]) != {down}:
+        return None
+    for left, right in (mul.inputs, mul.inputs[::-1]):
+        up = right.producer() if right is not None else None
+        if up is None or not _is_product(up) or _uses(up.outputs[0]) != {mul}:
+            continue
+        gate = _source(left, mul)
+        if gate is not None and gate is not up:
+            return gate, up, down
+    return None
+
+
+def _source(value: ir.Value | None, end: ir.Node) -> ir.Node | None:
+    """The one product from which ``value`` comes by element-wise operators, which lead nowhere but to ``end``."""
+    inside, waiting, products = {end}, [value], set[ir.Node]()
+    while waiting:
+        current = waiting.pop()
+        node = current.producer() if current is not None else None
+        if node is None:
+            if current is not None and not _is_scalar(current):
+                return None
+        elif _is_product(node):
+            products.add(node)
+        elif node.op_type in ELEMENTWISE and node not in inside:
+            inside.add(node)
+            waiting += node.inputs
+        elif node not in inside:
+            return None
+    outputs = [n.outputs[0] for n in (*inside - {end}, *products)]
+    closed = all(_uses(output) <= inside for output in outputs)
+    return products.pop() if len(products) == 1 and closed else None
+
+
+def _is_product(node: ir.Node) -> bool:
+    weight = node.inputs[1] if node.op_type == "MatMul" else None
+    return (
+        weight is not None
+        and weight.const_value is not None
+        and weight.const_value.shape.rank() == 2
+        and _uses(weight) == {node}
+    )
+
+
+def _is_scalar(value: ir.Value) -> bool:
+    return value.const_value is not None and value.const_value.size == 1
+
+
+def _uses(value: ir.Value) -> set[ir.Node]:
+    return {use.node for use in value.uses()} | ({None} if value.is_graph_output() else set())  # type: ignore[arg-type]
+
+
+def _array(product: ir.Node) -> Weights:
+    weight = product.inputs[1]
+    assert weight is not None
+    assert weight.const_value is not None
+    return weight.const_value.numpy()
+
+
+def _replace(product: ir.Node, array: Weights) -> None:
+    weight = product.inputs[1]
+    assert weight is not None
+    weight.const_value = ir.Tensor(np.ascontiguousarray(array, dtype=np.float32), name=weight.name)

@@ -37,13 +37,8 @@ def budgeted(analysis: Analysis, settings: Settings, progress: Callable[..., Non
     s = settings
     if s.budget != LATENCY:
         return CostModel(analysis, s.budget), s
-<<<<<<< HEAD
-    ladders = {name: legalize.aligned(analysis.family(name), s.multiple) for name in _variable(analysis, s)}
-    with processes().main_process_first():  # the others read what the first has kept, so that all plan alike
-=======
     ladders = {name: legalize.aligned(analysis.family(name), multiple(s)) for name in _variable(analysis, s)}
-    with PartialState().main_process_first():  # the others read what the first has kept, so that all plan alike
->>>>>>> onnx
+    with processes().main_process_first():  # the others read what the first has kept, so that all plan alike
         latency = Latency(analysis, ladders, s.objective, lambda ops: kept_times(ops, s.threads, progress))
     cost = CostModel(analysis, s.budget, latency)
     if s.max_ms is None or s.plan is not None:

@@ -137,7 +137,7 @@ class Learner:
         solver = Solver(shapes, cost.share, budget, steps, self.settings.rates, given=given)
         base = deepcopy(self.model) if self.accelerator.is_fsdp2 else self.model  # shards do not become whole again
         student = adapt(base, self.settings.rank, self.settings.training.seed)
-        masks = insert_masks(original(student), analysis, families, solver.applied)
+        masks = insert_masks(original(student), analysis, families, solver.applied, solver.watch)
         recompute(student, self.settings.gradient_checkpointing)
         teacher = self._teacher(lambda ids, **k: _dense(student, masks, ids, **k))
 
@@ -179,6 +179,9 @@ class Learner:
             for m in solver.masks.values():
                 assert m.grad is not None
                 m.grad = a.reduce(m.grad.to(a.device), "mean").to(m.device)
+            for c, squares in solver.squares.items():  # of gradients of each process's own mean
+                mean = a.reduce(squares.to(a.device), "mean") / a.num_processes
+                solver.squares[c] = mean.to(squares.device)
 
     # ---- after the cut ----
 

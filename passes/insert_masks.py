@@ -9,6 +9,7 @@ path is masked too. Where no layer of its own holds the weight (packed experts) 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,12 +139,39 @@ Values = Callable[[str, int], Tensor]
 """(family, layer) → the mask applied now, [scopes, size]."""
 
 
-class InsertedMasks:
-    """Masks at work in a module. ``values`` gives them at each forward pass; ``remove`` takes everything out again."""
+Watch = Callable[[str, int, Tensor], None]
+"""(family, layer, gradient in the mask from each position, [positions, scopes · size])."""
 
-    def __init__(self, module: nn.Module, places: Sequence[Place], values: Values) -> None:
-        self.module, self.places, self.values = module, places, values
+
+class Multiply(torch.autograd.Function):
+    """x · factor along the last dimension, where ``see`` gets the gradient in the factor from each position."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor, see: Callable[[Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x, factor)
+        ctx.see = see
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x, factor), (gradient,) = ctx.saved_tensors, gradients
+        each = (gradient * x).flatten(0, -2)
+        ctx.see(each)
+        return gradient * factor, each.sum(0), None
+
+
+class InsertedMasks:
+    """Masks at work in a module. ``values`` gives them at each forward pass; ``remove`` takes everything out again.
+
+    ``watch`` is called in the backward pass for families that have one place a layer, and that in activations.
+    """
+
+    def __init__(self, module: nn.Module, places: Sequence[Place], values: Values, watch: Watch | None = None) -> None:
+        self.module, self.places, self.values, self.watch = module, places, values, watch
         self.enabled = True
+        held = Counter((place.family, place.layer) for place in places)
+        several = {family for (family, _), count in held.items() if count > 1}
+        self.watched = {p.family for p in places if p.where in ("input", "output")} - several
         self._handles: list[Any] = []
         self._parametrized: list[tuple[nn.Module, str]] = []
         for place in places:
@@ -153,7 +181,12 @@ class InsertedMasks:
         called = self.module.get_submodule(place.module)
 
         def masked(x: Tensor) -> Tensor:
-            return x * self._spread(place).to(x) if self.enabled else x
+            if not self.enabled:
+                return x
+            factor = self._spread(place).to(x)
+            if self.watch is None or place.family not in self.watched or not factor.requires_grad:
+                return x * factor
+            return Multiply.apply(x, factor, lambda each: self._see(place, each))  # type: ignore[no-any-return, no-untyped-call]
 
         if place.where == "input":
             hook: Any = lambda _, args: (masked(args[0]), *args[1:])  # noqa: E731
@@ -167,6 +200,15 @@ class InsertedMasks:
     def _spread(self, place: Place) -> Tensor:
         values = self.values(place.family, place.layer).flatten()
         return torch.cat([values, values.new_ones(1)])[place.index]
+
+    def _see(self, place: Place, each: Tensor) -> None:
+        """Sum a unit's channels at each position, and pass that on."""
+        assert self.watch is not None
+        units = self.values(place.family, place.layer).numel()
+        if each.shape[1] != units or not torch.equal(place.index, torch.arange(units)):
+            index = torch.where(place.index < 0, units, place.index).to(each.device)
+            each = each.new_zeros(len(each), units + 1).index_add_(1, index, each)[:, :units]
+        self.watch(place.family, place.layer, each)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -210,16 +252,19 @@ class _Masked(nn.Module):
         return self._masked(weight)
 
 
-def insert_masks(module: nn.Module, analysis: Analysis, families: Sequence[str], values: Values) -> InsertedMasks:
+def insert_masks(
+    module: nn.Module, analysis: Analysis, families: Sequence[str], values: Values, watch: Watch | None = None
+) -> InsertedMasks:
     """Insert masks of ``families`` into ``module`` (the analysed one, wrapped by peft or not).
 
     Args:
         values: called at every forward pass with (family name, layer), gives the mask [scopes, size].
+        watch: called in every backward pass with the masks' gradients position by position (``InsertedMasks``).
 
     Raises:
         MptkError: as ``find_places``.
     """
-    return InsertedMasks(module, find_places(analysis, module, families), values)
+    return InsertedMasks(module, find_places(analysis, module, families), values, watch)
 
 
 __all__ = ["InsertedMasks", "Place", "disturbed", "find_places", "insert_masks"]

@@ -102,3 +102,36 @@ def test_families_that_cannot_fade_out_are_refused_by_name() -> None:
     analysis = analyze(trace(model))
     with pytest.raises(MptkError, match=r"experts cannot be learned: zeros would disturb .*topk|softmax"):
         insert_masks(model, analysis, ["experts"], lambda name, layer: torch.ones(1, 5))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2", "gptneox"])
+def test_gradients_seen_position_by_position_are_those_of_masks_at_that_position(architecture: str) -> None:
+    """Their sum is the mask's gradient; and each is what a mask of that position alone would get."""
+    model, ids = architectures.model(architecture), architectures.tokens(1, 5)
+    analysis = analyze(trace(model))
+    names = families(analysis)
+    masks = {
+        (f.name, i): torch.ones(f.scopes, f.size, requires_grad=True)
+        for f in analysis.families
+        for i in range(len(f.groups))
+    }
+    seen: dict[tuple[str, int], Tensor] = {}
+    inserted = insert_masks(
+        model, analysis, names, lambda name, i: masks[name, i], lambda name, i, each: seen.update({(name, i): each})
+    )
+
+    def loss() -> Tensor:
+        return model(ids, use_cache=False).logits[0, -1].square().sum()
+
+    loss().backward()
+    assert {name for name, _ in seen} == inserted.watched >= {"ffn"}
+    for key, each in seen.items():
+        assert each.shape == (5, masks[key].numel())
+        assert torch.allclose(each.sum(0), masks[key].grad.flatten(), rtol=1e-3, atol=1e-4)
+    place = next(p for p in inserted.places if p.family == "ffn" and p.layer == 1)
+    inserted.remove()
+    factor = torch.ones(5, len(place.index), requires_grad=True)
+    handle = model.get_submodule(place.module).register_forward_pre_hook(lambda _, args: (args[0] * factor,))
+    loss().backward()
+    handle.remove()
+    assert torch.allclose(seen["ffn", 1][:, place.index], factor.grad, rtol=1e-3, atol=1e-4)

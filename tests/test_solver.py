@@ -164,3 +164,21 @@ def test_a_dual_that_diverges_stops_the_run_with_its_value_and_a_remedy() -> Non
 
     with pytest.raises(MptkError, match=r"step \d+: the dual z is .* cannot be met; ask for less"):
         run()
+
+
+def test_tokens_own_gradients_give_the_curvature_in_one_batch() -> None:
+    tokens, h, g = 1000, curvatures(0), torch.Generator().manual_seed(2)
+    one, many = Solver(SHAPES, resource, 0.5, 10), Solver(SHAPES, resource, 0.5, 10)
+    for c, (layers, scopes, size) in SHAPES.items():
+        each = h[c][:, None].sqrt() * torch.randn(layers, tokens, scopes, size, generator=g) / tokens
+        for solver in (one, many):
+            solver.masks[c].grad = each.sum(1)
+        for layer in range(layers):
+            for part in each[layer].flatten(1).split(300):
+                many.watch(c, layer, part)
+    for solver in (one, many):
+        solver.observe(tokens)
+    for c in SHAPES:
+        assert (many.curvature(c) / h[c]).log().abs().max() < 0.25
+        assert (one.curvature(c) / h[c]).log().abs().max() > 1
+        assert not many.squares[c].any()

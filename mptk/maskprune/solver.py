@@ -79,6 +79,7 @@ class Solver:
         self.fisher = {c: torch.zeros(shape, dtype=torch.float64) for c, shape in shapes.items()}
         self.drift = {c: torch.zeros(shape, dtype=torch.float64) for c, shape in shapes.items()}
         self.last = {c: torch.zeros(shape, dtype=torch.float64) for c, shape in shapes.items()}
+        self.squares = {c: torch.zeros(shape, dtype=torch.float64) for c, shape in shapes.items()}
         self.removed = dict.fromkeys(shapes, 0.0)
         self.fixed: dict[str, int] = {}
         self.y = {c: torch.ones(shape[0]) for c, shape in shapes.items()}
@@ -120,18 +121,28 @@ class Solver:
 
     # ---- the updates ----
 
+    def watch(self, family: str, layer: int, gradients: Tensor) -> None:
+        """Take gradients of the mean loss in a layer's masks, token by token: [tokens, scopes · size]."""
+        squares = gradients.float().square().sum(0)
+        self.squares[family][layer] += squares.reshape(self.shapes[family][1:]).to(self.squares[family])
+
     def observe(self, tokens: int) -> None:
         """Take the gradients of one batch of ``tokens`` into F and d. Gradients are of the mean loss over the tokens.
 
-        F is half the mean square difference of successive gradients, which masks that move slowly do not touch. A
-        quadratic would give −g = F (1 − m); d averages what −g has beyond that.
+        F is the variance of the gradient of one token's loss. 1. From the tokens' own gradients, where ``watch`` saw
+        them: thousands of samples a batch. 2. Else half the mean square difference of successive batches' gradients,
+        which masks that move slowly do not touch. A quadratic would give −g = F (1 − m); d averages what −g has beyond.
         """
         for c, m in self.masks.items():
             assert m.grad is not None
             g = m.grad.double()
-            noise = 0.5 * tokens * (g - self.last[c]).square() if self.seen else tokens * g.square()
+            if self.squares[c].any():
+                noise = (tokens * self.squares[c] - g.square()).clamp_min(0)
+            else:
+                noise = 0.5 * tokens * (g - self.last[c]).square() if self.seen else tokens * g.square()
             self.fisher[c].mul_(self.rates.fisher).add_(noise, alpha=1 - self.rates.fisher)
             self.last[c] = g
+            self.squares[c].zero_()
         self.seen += 1
         self.tokens = tokens
         for c, m in self.masks.items():

@@ -146,7 +146,7 @@ def _onnx(rows: list[dict[str, Any]]) -> list[str]:
     equal = [row for row in rows if row["stage"] == "equal"]
     folded = sum(row["folded"] == row["layers"] for row in equal)
     padding = sum(row["padding"] for row in equal)
-    own = ", ".join(row["type"] for row in equal if row.get("padding_own") is False)
+    own = ", ".join(row["type"] for row in equal if not row["padding"])
     others = len(equal) - padding
     lines = ONNX_HEAD.format(types=len(rows), folded=folded, padding=padding, others=others, own=own).splitlines()
     lines += [f"| {stage} | {count} |" for stage, count in passed(rows).items()]

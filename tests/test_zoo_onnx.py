@@ -6,6 +6,7 @@ import pytest
 from torch import Tensor
 
 from benchmarks import zoo_onnx
+from mptk.program import Program
 
 
 def test_equal_row_says_what_was_cut_and_folded() -> None:
@@ -35,3 +36,19 @@ def test_recurrent_model_gives_the_reason_of_the_exporter() -> None:
     row = zoo_onnx.run_type("causal-lm", "mamba")
     assert row["stage"] == "build"
     assert "only if every layer caches its keys and values" in row["reason"]
+
+
+def test_padding_that_only_the_traced_step_sees_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that takes padding for tokens; the model itself does not."""
+    right = zoo_onnx.in_torch
+
+    def blind(run: object, *args: object) -> list[Tensor]:
+        def step(ids: Tensor, mask: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            return run(ids, mask * 0 + 1, *rest)  # type: ignore[operator]
+
+        return right(step if isinstance(run, Program) else run, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(zoo_onnx, "in_torch", blind)
+    row = zoo_onnx.run_type("causal-lm", "llama")
+    assert row["stage"] == "build"
+    assert row["reason"].startswith("padding changes the logits of the traced step")

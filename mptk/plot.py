@@ -46,11 +46,11 @@ def draw_bench(result: Bench, path: Path) -> None:
 def _draw_cases(axes: Any, result: Bench, names: Sequence[str], cases: Sequence[Case]) -> None:
     import matplotlib
 
-    width, colours = 0.8 / len(names), matplotlib.colormaps["tab20"].colors
+    width, colours = 0.8 / len(names), matplotlib.colormaps["tab20"]
     for index, name in enumerate(names):
         rows = {row.case: row for row in result.rows if row.graph == name}
         places = [at + index * width for at in range(len(cases))]
-        axes.bar(places, [rows[c].ratio for c in cases], width, label=name, color=colours[index % len(colours)])
+        axes.bar(places, [rows[c].ratio for c in cases], width, label=name, color=colours(index % colours.N))
         ends = [place - width / 2 for place in places], [place + width / 2 for place in places]
         axes.hlines([rows[c].ideal for c in cases], *ends, color="black", label="_" if index else "ideal")
     axes.set_xticks(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,7 +36,7 @@ def budgeted(analysis: Analysis, settings: Settings, progress: Callable[..., Non
     s = settings
     if s.budget != LATENCY:
         return CostModel(analysis, s.budget), s
-    ladders = {name: legalize.aligned(analysis.family(name), multiple(s)) for name in _variable(analysis, s)}
+    ladders = {name: legalize.aligned(analysis.family(name), multiples(s)) for name in _variable(analysis, s)}
     with processes().main_process_first():  # the others read what the first has kept, so that all plan alike
         latency = Latency(analysis, ladders, s.objective, lambda ops: kept_times(ops, s.threads, progress))
     cost = CostModel(analysis, s.budget, latency)
@@ -60,9 +59,9 @@ def _variable(analysis: Analysis, settings: Settings) -> list[str]:
     return [name for name in dict.fromkeys(names) if name in there and name not in s.keep]
 
 
-def multiple(settings: Settings) -> int:
-    """What contractions stay multiples of: as the settings say, and of the quantiser's where it is asked for one."""
-    return math.lcm(settings.multiple, *(BLOCKS[scheme] for scheme in settings.quantize if scheme in BLOCKS))
+def multiples(settings: Settings) -> tuple[int, ...]:
+    """What contractions stay multiples of, where they are: the settings' number, and the blocks of its quantisers."""
+    return (settings.multiple, *(BLOCKS[scheme] for scheme in settings.quantize if scheme in BLOCKS))
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Search:
         """
         s = self.settings
         try:
-            return self._within(find_target(self.analysis, self.model, s.target, multiple(s)))
+            return self._within(find_target(self.analysis, self.model, s.target, multiples(s)))
         except MptkError as error:
             candidates, home = self._elsewhere()
             if home is None:
@@ -97,7 +96,7 @@ class Search:
         if s.target != "stock":
             return [], None
         try:
-            candidates = self._within(legalize.stock_target(self.analysis, self.model, multiple(s), rehome=True))
+            candidates = self._within(legalize.stock_target(self.analysis, self.model, multiples(s), rehome=True))
         except MptkError:
             return [], None
         return candidates, find_home(self.analysis, self.model, candidates[0].widths)
@@ -150,7 +149,7 @@ class Search:
         return [n for n in names if disturbed(self.analysis, n) is None] if learns else names
 
 
-def find_target(analysis: Analysis, model: Any, target: str, multiple: int) -> legalize.Target:
+def find_target(analysis: Analysis, model: Any, target: str, multiple: int | Sequence[int]) -> legalize.Target:
     """Legal widths for ``stock`` (the model's own transformers class) or ``graph`` (what the graph's ops accept)."""
     if target == "graph" or not isinstance(model, PreTrainedModel):
         return legalize.graph_target(analysis, multiple)

@@ -43,13 +43,13 @@ class Candidate:
     unevenness: float
 
 
-def graph_target(analysis: Analysis, multiple: int = MULTIPLE) -> Target:
+def graph_target(analysis: Analysis, multiple: int | Sequence[int] = MULTIPLE) -> Target:
     """The rewritten graph itself: what its ops accept, in multiples that quantisers like."""
     return Target({f.name: aligned(f, multiple) for f in analysis.families}, {}, lambda widths: None)
 
 
 def stock_target(
-    analysis: Analysis, model: PreTrainedModel, multiple: int = MULTIPLE, *, rehome: bool = False
+    analysis: Analysis, model: PreTrainedModel, multiple: int | Sequence[int] = MULTIPLE, *, rehome: bool = False
 ) -> Target:
     """A stock transformers checkpoint: what the model's own config class can express, found by probing.
 
@@ -117,13 +117,10 @@ def cut_shapes(analysis: Analysis, widths: Mapping[str, int]) -> dict[str, tuple
     return shapes
 
 
-def aligned(family: Family, multiple: int) -> tuple[int, ...]:
-    """Widths that the graph accepts and that keep every contraction a multiple of ``multiple`` where it is one now.
-
-    Where it is not, but ``multiple`` holds whole blocks of ``MULTIPLE``, it stays a multiple of those if it is one.
-    """
+def aligned(family: Family, multiples: int | Sequence[int]) -> tuple[int, ...]:
+    """Widths that the graph accepts and that keep each contraction a multiple of those ``multiples`` that it is now."""
+    steps = [multiples] if isinstance(multiples, int) else multiples
     terms = [m.term for g in family.groups[:1] for m in g.members if m.role == "consumer"]
-    steps = [multiple, MULTIPLE] if multiple % MULTIPLE == 0 else [multiple]
     kept = [(t, step) for t in terms for step in steps if t.size % step == 0]
     axis = family.groups[0].axis
     first = -(-family.minimum // family.multiple) * family.multiple

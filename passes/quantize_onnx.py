@@ -48,8 +48,7 @@ BLOCK = 32
 
 WIDE, NARROW = 128, 16
 """Inputs that share a scale in ``int8``: ``WIDE``, which is the fastest even where the last block is padded, but
-``NARROW`` for what attention reads as values: the first token's activations have outliers, and every later token sums
-over its values (``docs/onnx.md``)."""
+``NARROW`` for what attention reads as values, where finer blocks help most (``docs/onnx.md``)."""
 
 BLOCKS = {"int8": 32, "int4": BLOCK}
 """What the sums of products in a quantised graph should be multiples of. A remainder of ``WIDE`` is padded: 928

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,12 +60,17 @@ class Roofline:
 
 
 def peak_memory(file: Path, length: int) -> int:
-    """Bytes by which a process of its own grows at most while it loads ``file`` and runs a prompt of ``length``."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_grown, file, length).result()
+    """Bytes by which a process of its own grows at most while it loads ``file`` and runs a prompt of ``length``.
+
+    The process does not import the caller's script again, as one of ``multiprocessing`` would.
+    """
+    code = "import sys; from pathlib import Path; from mptk.roofline import grown; print(grown(Path(sys.argv[1]), %d))"
+    command = [sys.executable, "-c", code % length, str(file.resolve())]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
-def _grown(file: Path, length: int) -> int:
+def grown(file: Path, length: int) -> int:
+    """Bytes by which this process grows at most while it loads ``file`` and runs a prompt of ``length``."""
     before = _resident("VmRSS")
     OrtDecoder(file, threads=1).prefill(np.zeros((1, length), dtype=np.int64))
     return _resident("VmHWM") - before

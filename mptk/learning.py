@@ -113,8 +113,11 @@ class Learner:
             budget: share of the cost to keep.
             calibration: windows that units are judged on before anything is trained, int64 [n, length].
         """
+        begins = self.work.latest("masks") is None
+        prior = self._prior(analysis, list(candidates[0].widths), calibration) if begins else {}
         student, masks, solver, loop = self.begin(analysis, cost, candidates, budget)
-        if self.work.latest("masks") is None:
+        if begins:
+            solver.prior = prior
             self._saliency(student, solver, calibration)
         loop.run()
         widths = {c: w for c, w in solver.fixed.items() if w < solver.shapes[c][2]}
@@ -154,6 +157,15 @@ class Learner:
         extra = (solver.state, solver.load)
         loop = self._loop(student, teacher, self.mask_steps, "masks", each_step=each_step, extra=extra)
         return student, masks, solver, loop
+
+    def _prior(self, analysis: Analysis, families: Sequence[str], calibration: Tensor) -> criteria.Scores:
+        """Wanda's scores: what they take for F comes from weights and inputs alone, without a gradient."""
+
+        def say(done: int, total: int) -> None:
+            self.report("activations", done, total, {})
+
+        evidence = criteria.gather(analysis, "wanda", calibration, families=families, progress=say)
+        return criteria.score_evidence(evidence, "wanda", families)
 
     def _saliency(self, student: Any, solver: Solver, calibration: Tensor) -> None:
         """F before anything is trained: gradients of the language-model loss in the masks, all at one.

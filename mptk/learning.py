@@ -24,7 +24,7 @@ from mptk.maskprune.losses import language_model
 from mptk.maskprune.reconstruct import reconstruct
 from mptk.maskprune.solver import Rates, Solver
 from mptk.maskprune.teacher import CachedTeacher, LiveTeacher, fingerprint
-from mptk.maskprune.train import Loop, Metrics, Training, shuffled
+from mptk.maskprune.train import Loop, Metrics, Training
 from mptk.maskprune.work import TRACKER, WorkFolder
 from mptk.plan import Plan
 from mptk.processes import accelerator, anywhere, full, sharded
@@ -40,9 +40,8 @@ class Learning:
     """How a model is trained while it is pruned and after.
 
     ``steps`` in all (None: 200 for MaskPrune, none for a one-shot method or a given plan); MaskPrune learns masks in
-    the first ``mask_share`` of them, and the first quarter of those only measures gradients. ``rank`` is LoRA's; 0
-    trains all weights (in recovery only). ``teacher``: ``live`` or ``cached``, for this run or,
-    in ``teacher_cache``, for others too. ``precision``: ``no``, ``bf16`` or ``fp16``.
+    the first ``mask_share`` of them. ``rank`` is LoRA's; 0 trains all weights (in recovery only). ``teacher``: ``live``
+    or ``cached``, for this run or, in ``teacher_cache``, for others too. ``precision``: ``no``, ``bf16`` or ``fp16``.
 
     Raises:
         MptkError: an unknown teacher, precision or tracker, or a cached teacher with a hidden-state loss.
@@ -94,24 +93,32 @@ class Learner:
                 "processes; give another --batch"
             )
         self.mask_steps = max(2, round((settings.steps or 0) * settings.mask_share))
-        self.saliency_steps = max(1, self.mask_steps // 4)
         self.used_rows = 0
         self.dense = "" if settings.teacher_cache is None else fingerprint(model)
 
     # ---- masks and widths ----
 
     def learn(
-        self, analysis: Analysis, cost: CostModel, candidates: Sequence[Candidate], budget: float
+        self,
+        analysis: Analysis,
+        cost: CostModel,
+        candidates: Sequence[Candidate],
+        budget: float,
+        calibration: Tensor,
     ) -> tuple[Plan, dict[str, Tensor]]:
         """Learn masks and widths; returns the plan and the weights that changed, dense shapes, removed units at 0.
 
         Args:
             candidates: legal widths that meet the budget; the learned widths become the nearest of them.
             budget: share of the cost to keep.
+            calibration: windows that units are judged on before anything is trained, int64 [n, length].
         """
+        begins = self.work.latest("masks") is None
+        prior = self._prior(analysis, list(candidates[0].widths), calibration) if begins else {}
         student, masks, solver, loop = self.begin(analysis, cost, candidates, budget)
-        if self.work.latest("masks") is None:
-            self._saliency(student, solver)
+        if begins:
+            solver.prior = prior
+            self._saliency(student, solver, calibration)
         loop.run()
         widths = {c: w for c, w in solver.fixed.items() if w < solver.shapes[c][2]}
         plan = criteria.select(analysis, {c: solver.saliency(c) for c in widths}, widths)
@@ -132,9 +139,8 @@ class Learner:
         """The student with adapters and masks, the masks, their solver, and the loop that is to train them."""
         families = list(candidates[0].widths)
         shapes = {c: _shape(analysis, c) for c in families}
-        steps = self.mask_steps - self.saliency_steps
         given = {c: w for c, w in candidates[0].widths.items() if {k.widths[c] for k in candidates} == {w}}
-        solver = Solver(shapes, cost.share, budget, steps, self.settings.rates, given=given)
+        solver = Solver(shapes, cost.share, budget, self.mask_steps, self.settings.rates, given=given)
         base = deepcopy(self.model) if self.accelerator.is_fsdp2 else self.model  # shards do not become whole again
         student = adapt(base, self.settings.rank, self.settings.training.seed)
         masks = insert_masks(original(student), analysis, families, solver.applied, solver.watch)
@@ -148,29 +154,37 @@ class Learner:
                 solver.fix(nearest(candidates, solver.widths(), shapes))
             return solver.metrics()
 
-        self.used_rows = self.saliency_steps * self.settings.training.batch
         extra = (solver.state, solver.load)
-        loop = self._loop(student, teacher, steps, "masks", each_step=each_step, extra=extra)
+        loop = self._loop(student, teacher, self.mask_steps, "masks", each_step=each_step, extra=extra)
         return student, masks, solver, loop
 
-    def _saliency(self, student: Any, solver: Solver) -> None:
+    def _prior(self, analysis: Analysis, families: Sequence[str], calibration: Tensor) -> criteria.Scores:
+        """Wanda's scores: what they take for F comes from weights and inputs alone, without a gradient."""
+
+        def say(done: int, total: int) -> None:
+            self.report("activations", done, total, {})
+
+        evidence = criteria.gather(analysis, "wanda", calibration, families=families, progress=say)
+        return {c: t.detach() for c, t in criteria.score_evidence(evidence, "wanda", families).items()}
+
+    def _saliency(self, student: Any, solver: Solver, calibration: Tensor) -> None:
         """F before anything is trained: gradients of the language-model loss in the masks, all at one.
 
         Each is of ``micro`` windows over all processes, rounded up to as many for each, so that F does not depend on
-        how many processes there are.
+        how many processes there are; windows that are left over are not used.
         """
-        s, a = self.settings.training, self.accelerator
-        together = -(-s.micro // a.num_processes) * a.num_processes
-        for i in range(self.saliency_steps):
-            rows = shuffled(i * s.batch, s.batch, len(self.windows), s.seed)
-            for part in (r.chunk(a.num_processes)[a.process_index] for r in rows.split(together)):
-                with silenced(student):
-                    ids = self.windows[part].to(a.device)
-                    language_model(student(input_ids=ids, use_cache=False).logits, ids).backward()
-                self._average(solver)
-                solver.observe(len(part) * self.windows.shape[1] * a.num_processes)
-                solver.clear()
-            self.report("saliency", i + 1, self.saliency_steps, {})
+        a = self.accelerator
+        together = -(-self.settings.training.micro // a.num_processes) * a.num_processes
+        repeated = calibration.repeat(-(-together // len(calibration)), 1)
+        parts = repeated[: len(repeated) // together * together].split(together)
+        for done, part in enumerate(parts, 1):
+            with silenced(student):
+                ids = part.chunk(a.num_processes)[a.process_index].to(a.device)
+                language_model(student(input_ids=ids, use_cache=False).logits, ids).backward()
+            self._average(solver)
+            solver.observe(part.numel())
+            solver.clear()
+            self.report("saliency", done, len(parts), {})
 
     def _average(self, solver: Solver) -> None:
         """Over processes, so that every one of them takes the same step."""

@@ -189,7 +189,9 @@ class Run:
         elif s.plan is None and self.learns:
             assert self.learner is not None
             with self._stage("learn masks"):
-                learned, self.changes = self.learner.learn(self.analysis, self.cost, self.candidates, 1 - s.sparsity)
+                learned, self.changes = self.learner.learn(
+                    self.analysis, self.cost, self.candidates, 1 - s.sparsity, self.windows
+                )
             self.trained = list(self.changes)
             self.plan = self._meta(learned)
         elif s.plan is None:

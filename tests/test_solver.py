@@ -182,3 +182,30 @@ def test_tokens_own_gradients_give_the_curvature_in_one_batch() -> None:
         assert (many.curvature(c) / h[c]).log().abs().max() < 0.25
         assert (one.curvature(c) / h[c]).log().abs().max() > 1
         assert not many.squares[c].any()
+
+
+def test_a_prior_in_any_unit_makes_a_noisy_curvature_rank_units_better() -> None:
+    g = torch.Generator().manual_seed(5)
+    h = torch.rand(3, 1, 400, generator=g).mul(6).exp() * 1e-3
+
+    def noisy() -> Tensor:
+        return h * torch.randn(h.shape, generator=g).mul(0.7).exp()
+
+    solver = Solver({"ffn": (3, 1, 400)}, lambda widths: widths["ffn"] / 400, 0.7, 10)
+    solver.masks["ffn"].grad = (noisy() / 1000).sqrt()
+    solver.observe(1000)
+    alone, scale = solver.saliency("ffn"), torch.tensor([3.0, 0.1, 40.0])[:, None, None]
+    solver.prior = {"ffn": noisy().sqrt().float()}
+    both = solver.saliency("ffn")
+
+    def wrong(ranking: Tensor) -> int:
+        least = h.argsort(-1).argsort(-1) < 120
+        return int((least & (ranking.argsort(-1).argsort(-1) >= 120)).sum())
+
+    assert wrong(both) < 0.9 * min(wrong(alone), wrong(solver.prior["ffn"]))
+    assert both.sum().item() == pytest.approx(alone.sum().item(), rel=0.2), "prices of families stay in nats"
+    solver.prior = {"ffn": solver.prior["ffn"] * scale}
+    torch.testing.assert_close(solver.saliency("ffn"), both, rtol=1e-5, atol=0)
+    again = Solver({"ffn": (3, 1, 400)}, lambda widths: widths["ffn"] / 400, 0.7, 10)
+    again.load(solver.state())
+    torch.testing.assert_close(again.saliency("ffn"), solver.saliency("ffn"))

@@ -60,6 +60,8 @@ class Solver:
         budget: B, the share of the dense cost to keep.
         steps: in how many steps masks are learned; the budget is reached after ``ramp`` of them.
         given: widths that are not to be learned; they are approached as the target is, and the rest meets the budget.
+
+    ``prior``, by family, may be given another estimate of F by its square root, in any unit: [layers, scopes, size].
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Solver:
         self.drift = {c: torch.zeros(shape, dtype=torch.float64) for c, shape in shapes.items()}
         self.last = {c: torch.zeros(shape, dtype=torch.float64) for c, shape in shapes.items()}
         self.squares = {c: torch.zeros(shape, dtype=torch.float64) for c, shape in shapes.items()}
+        self.prior: dict[str, Tensor] = {}
         self.removed = dict.fromkeys(shapes, 0.0)
         self.fixed: dict[str, int] = {}
         self.y = {c: torch.ones(shape[0]) for c, shape in shapes.items()}
@@ -93,8 +96,16 @@ class Solver:
         return Clamp.apply(self.masks[family][layer])  # type: ignore[no-any-return, no-untyped-call]
 
     def saliency(self, family: str) -> Tensor:
-        """v = ½ F + d: predicted rise of the loss, nats a token, when a unit goes to 0: [layers, scopes, size]."""
-        return 0.5 * self.curvature(family) + self.beyond(family)
+        """v = ½ F̂ + d: predicted rise of the loss, nats a token, when a unit goes to 0: [layers, scopes, size].
+
+        F̂ is the geometric mean of F and the prior P², which is first given F's mean over a layer's units. The errors of
+        the two are of different kinds, so that their mean ranks units better than either.
+        """
+        f = self.curvature(family)
+        if family in self.prior:
+            p = self.prior[family].double().square()
+            f = (f * p * f.mean(-1, keepdim=True) / p.mean(-1, keepdim=True).clamp_min(EPSILON)).sqrt()
+        return 0.5 * f + self.beyond(family)
 
     def beyond(self, family: str) -> Tensor:
         """d, moved towards 0 by two of its standard errors: where it is noise, it is 0."""
@@ -274,6 +285,7 @@ class Solver:
             tensors[f"solver.{c}.last"] = self.last[c]
             tensors[f"solver.{c}.y"] = self.y[c]
             tensors[f"solver.{c}.removed"] = torch.tensor(self.removed[c], dtype=torch.float64)
+        tensors |= {f"solver.{c}.prior": prior for c, prior in self.prior.items()}
         return tensors
 
     @torch.no_grad()
@@ -288,6 +300,7 @@ class Solver:
             self.last[c].copy_(tensors[f"solver.{c}.last"])
             self.y[c] = tensors[f"solver.{c}.y"].clone()
             self.removed[c] = float(tensors[f"solver.{c}.removed"])
+        self.prior = {c: tensors[f"solver.{c}.prior"] for c in self.shapes if f"solver.{c}.prior" in tensors}
         if fixed:
             self.fix({c: round(w) for c, w in self.widths().items()})
 

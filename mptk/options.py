@@ -31,7 +31,7 @@ Teacher = Annotated[str, typer.Option(help="live, or cached: the dense model's t
 TeacherCache = Annotated[
     Path | None, typer.Option(help="Folder for a cached teacher's outputs that other runs may share.")
 ]
-Precision = Annotated[str, typer.Option(help="no (float32), bf16 or fp16.")]
+Precision = Annotated[str, typer.Option(help="no (float32), bf16, or fp16 for recovery alone.")]
 Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")]
 Tracker = Annotated[str, typer.Option(help="tensorboard, wandb or none.")]
 SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]

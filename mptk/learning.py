@@ -165,7 +165,7 @@ class Learner:
             self.report("activations", done, total, {})
 
         evidence = criteria.gather(analysis, "wanda", calibration, families=families, progress=say)
-        return {c: t.detach() for c, t in criteria.score_evidence(evidence, "wanda", families).items()}
+        return {c: t.detach().cpu() for c, t in criteria.score_evidence(evidence, "wanda", families).items()}
 
     def _saliency(self, student: Any, solver: Solver, calibration: Tensor) -> None:
         """F before anything is trained: gradients of the language-model loss in the masks, all at one.

@@ -21,7 +21,7 @@ ROUNDINGS = 10
 """Where the masked model itself is so sensitive that a rounding error in each weight moves its logits further than a
 tenth of the tolerance, as after a cut that ruins it, the tolerance is so many times that movement."""
 WIDEST = 1e-3
-"""A tolerance is never more than this: a single unit that is cut wrongly moves the logits further."""
+"""A tolerance is never more than this, however sensitive the model."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 | scheme | weights of products | kernel |
 |---|---|---|
-| ``int8`` | 8 bits, a scale a block of 128 inputs (16: attention's values) | MatMulNBits, activations in blocks, too |
+| ``int8`` | 8 bits, a scale a block of 128 inputs | MatMulNBits, activations in blocks, too |
 | ``int4`` | 4 bits, a scale and a zero point a block of 32; the output projection 8 bits | MatMulNBits |
 | ``fp16`` | float16, and so the KV cache | float16 where there is one; rotary angles stay float32 |
 
@@ -33,6 +33,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from mptk.errors import MptkError
 from passes.balance_onnx import balance_onnx
+from passes.smooth_onnx import smooth_onnx
 
 _handlers, _level = logging.root.handlers[:], logging.root.level
 from onnxruntime.quantization.matmul_nbits_quantizer import (  # noqa: E402
@@ -46,9 +47,9 @@ logging.root.setLevel(_level)
 BLOCK = 32
 """Inputs that share a scale in ``int4``, where each is too coarse for more."""
 
-WIDE, NARROW = 128, 16
-"""Inputs that share a scale in ``int8``: ``WIDE``, which is the fastest even where the last block is padded, but
-``NARROW`` for what attention reads as values, where finer blocks help most (``docs/onnx.md``)."""
+WIDE, LEAST = 128, 16
+"""Inputs that share a scale in ``int8``: ``WIDE``, which is the fastest even where the last block is padded, or, where
+there are fewer, the least power of two that holds them; the kernel takes none below ``LEAST``."""
 
 BLOCKS = {"int8": 32, "int4": BLOCK}
 """What the sums of products in a quantised graph should be multiples of. A remainder of ``WIDE`` is padded: 928
@@ -76,7 +77,7 @@ def quantize_onnx(source: Path, scheme: str) -> Path:
     for index, node in enumerate(model.graph):
         node.name = f"{node.op_type}_{index}"
     with _quiet():
-        quantized = SCHEMES[scheme](model)
+        quantized = SCHEMES[scheme](model, source)
     quantized.graph.sort()
     quantized.metadata_props.update({**model.metadata_props, "quantization": scheme})
     return _save(quantized, source.with_name(f"{source.stem}_{scheme}.onnx"))
@@ -89,7 +90,7 @@ def check_schemes(names: Iterable[str]) -> None:
             raise MptkError(f"no scheme {name!r} to quantise by; choose one of {', '.join(SCHEMES)}")
 
 
-def _plain_products(model: ir.Model) -> None:
+def plain_products(model: ir.Model) -> None:
     """Every product with a weight becomes ``MatMul(x, weight [inputs, outputs])``: quantisers look at nothing else.
 
     1. ``Transpose(weight)`` becomes a weight. 2. ``Gemm(x, weight, bias)`` becomes ``MatMul`` and ``Add``.
@@ -142,26 +143,29 @@ def _is_constant(value: ir.Value | None) -> bool:
 # ---- the schemes ----
 
 
-def _int8(model: ir.Model) -> ir.Model:
-    _plain_products(model)
-    balance_onnx(model)
-    values = _value_products(model)
-    blocks = {
-        name: NARROW if name in values else min(WIDE, 1 << (weight.shape[0] - 1).bit_length())
-        for name, weight in _products(model).items()
-    }
-    return _blocks(model, {name: (8, max(NARROW, block)) for name, block in blocks.items()})
+def _int8(model: ir.Model, source: Path) -> ir.Model:
+    products, _ = _evened(model, source)
+    blocks = {n: min(WIDE, 1 << (weight.shape[0] - 1).bit_length()) for n, weight in products.items()}
+    return _blocks(model, {name: (8, max(LEAST, block)) for name, block in blocks.items()})
 
 
-def _int4(model: ir.Model) -> ir.Model:
-    _plain_products(model)
-    vocabulary = model.graph.outputs[0].shape
-    products = _products(model)
-    head = {name for name, weight in products.items() if vocabulary and weight.shape[1] == vocabulary[-1]}
+def _int4(model: ir.Model, source: Path) -> ir.Model:
+    products, head = _evened(model, source)
     return _blocks(model, {name: (8 if name in head else 4, BLOCK) for name in products})
 
 
-def _float16(model: ir.Model) -> ir.Model:
+def _evened(model: ir.Model, source: Path) -> tuple[dict[str, npt.NDArray[np.float32]], set[str]]:
+    """Products with weights, channels evened out before they are rounded, and which of them give the vocabulary."""
+    plain_products(model)
+    vocabulary = model.graph.outputs[0].shape
+    head = {n for n, weight in _products(model).items() if vocabulary and weight.shape[1] == vocabulary[-1]}
+    smooth_onnx(model, source, without=head)
+    balance_onnx(model)
+    common.RemoveUnusedNodesPass()(model)
+    return _products(model), head
+
+
+def _float16(model: ir.Model, source: Path) -> ir.Model:
     """All but what the rotary angles are computed from: a position above 2048 is no float16."""
     angles = _ancestors([node for node in model.graph if node.op_type in ("Cos", "Sin")])
     proto = convert_float_to_float16(
@@ -171,7 +175,7 @@ def _float16(model: ir.Model) -> ir.Model:
     return converted
 
 
-SCHEMES: dict[str, Callable[[ir.Model], ir.Model]] = {
+SCHEMES: dict[str, Callable[[ir.Model, Path], ir.Model]] = {
     "int8": _int8,
     "int4": _int4,
     "fp16": _float16,
@@ -189,24 +193,6 @@ def _products(model: ir.Model) -> dict[str, npt.NDArray[np.float32]]:
         if node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].const_value is not None
     }
     return {str(name): array for name, array in constants.items() if array.ndim == 2}
-
-
-PASS_VALUES = ("Add", "Split", "Slice", "Reshape", "Transpose", "Gather", "Squeeze", "Unsqueeze", "Expand")
-"""What may lie between a product and the attention that reads it as values: a bias, and changes of shape."""
-
-
-def _value_products(model: ir.Model) -> set[str]:
-    """Names of the products with a weight whose result attention reads as values, through any changes of its shape."""
-    values = [node.inputs[2] for node in model.graph if node.op_type == "Attention"]
-    names: set[str] = set()
-    while values:
-        value = values.pop()
-        node = value.producer() if value is not None else None
-        if node is not None and node.op_type == "MatMul":
-            names.add(str(node.name))
-        elif node is not None and node.op_type in PASS_VALUES:
-            values += node.inputs[: 2 if node.op_type == "Add" else 1]
-    return names
 
 
 def _blocks(model: ir.Model, formats: dict[str, tuple[int, int]]) -> ir.Model:

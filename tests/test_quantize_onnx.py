@@ -8,13 +8,15 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx_ir.passes import common
 from tiny_decoders import BIASED, CONFIGS, FUSED, GROUPED, tiny_decoder
 
 from mptk.errors import MptkError
 from mptk.runtime import OrtDecoder
 from passes.balance_onnx import balance_onnx, balanced
 from passes.emit_onnx import emit_onnx
-from passes.quantize_onnx import BLOCK, NARROW, SCHEMES, quantize_onnx, quantize_rows
+from passes.quantize_onnx import BLOCK, LEAST, SCHEMES, plain_products, quantize_onnx, quantize_rows
+from passes.smooth_onnx import smooth_onnx, smoothing
 from passes.trace_decoder import trace_decoder
 
 RNG = np.random.default_rng(0)
@@ -100,39 +102,85 @@ def test_a_tied_table_is_stored_once_and_names_stay(tmp_path):
     assert source.is_file()
 
 
-def test_what_attention_reads_as_values_has_finer_blocks(source):
-    """Of 48 inputs: 16 for values, and for the rest the least that holds them all; fused with them, the same as they."""
+def test_a_product_with_few_inputs_has_one_block_that_holds_them(source):
     model = onnx.load(quantize_onnx(source, "int8"), load_external_data=False)
-    made = {output: node for node in model.graph.node for output in node.output}
-
-    def product(name: str) -> onnx.NodeProto:
-        while made[name].op_type != "MatMulNBits":
-            name = made[name].input[0]
-        return made[name]
-
-    products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
-    blocks = {n.name: next(a.i for a in n.attribute if a.name == "block_size") for n in products}
-    values = {product(n.input[2]).name for n in model.graph.node if n.op_type == "Attention"}
-    assert len(values) == 2
-    assert {blocks[name] for name in values} == {NARROW}
-    assert {block for name, block in blocks.items() if name not in values} <= {64, 128}
+    sizes = {
+        tuple(a.i for name in ("K", "block_size") for a in node.attribute if a.name == name)
+        for node in model.graph.node
+        if node.op_type == "MatMulNBits"
+    }
+    assert sizes
+    assert all(max(LEAST, inputs) <= block <= max(LEAST, 2 * inputs - 1) for inputs, block in sizes)
 
 
-def test_balancing_changes_no_logits_and_is_done_for_gated_products_alone(source, tmp_path):
-    model = ir.load(source)
-    ir.external_data.load_to_model(model)
-    products = [node for node in model.graph if node.op_type == "MatMul"]
-    before = {id(n): n.inputs[1].const_value.numpy().copy() for n in products if n.inputs[1].const_value is not None}
-    gated = any(node.op_type == "RMSNormalization" for node in model.graph)
-    assert balance_onnx(model) == (2 if gated else 0)
-    changed = sum(
-        not np.array_equal(before[id(n)], n.inputs[1].const_value.numpy()) for n in products if id(n) in before
-    )
-    assert changed == (6 if gated else 0)
+def weights(model) -> dict[int, np.ndarray]:
+    products = [node for node in model.graph if node.op_type == "MatMul" and node.inputs[1].const_value is not None]
+    return {id(node): node.inputs[1].const_value.numpy().copy() for node in products}
+
+
+def changed_weights(model, before) -> int:
+    after = weights(model)
+    return sum(not np.array_equal(array, after[node]) for node, array in before.items())
+
+
+def assert_same_logits(model, source, tmp_path) -> None:
+    common.RemoveUnusedNodesPass()(model)
     ir.save(model, tmp_path / "model.onnx")
     ids = RNG.integers(3, 97, (2, 11))
     expected, found = (OrtDecoder(file, threads=1).logits(ids) for file in (source, tmp_path / "model.onnx"))
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def loaded(source):
+    model = ir.load(source)
+    ir.external_data.load_to_model(model)
+    plain_products(model)
+    for node in model.graph:
+        node.name = node.outputs[0].name
+    return model
+
+
+def test_smoothing_changes_no_logits_and_is_done_for_all_norms_that_products_alone_read(source, tmp_path):
+    """Two a layer of two, and the last, whatever norm and however its result is reshaped; not before what is named."""
+    model = loaded(source)
+    before = weights(model)
+    assert smooth_onnx(model, source) == 5
+    assert changed_weights(model, before) == sum(
+        node.op_type == "MatMul" and ".smooth." in node.inputs[1].name for node in model.graph
+    )
+    assert_same_logits(model, source, tmp_path)
+    assert not list(source.parent.glob("*smooth*"))
+    last = [node.name for node in model.graph if node.op_type == "MatMul"][-1]
+    assert smooth_onnx(loaded(source), source, without={last}) == 4
+
+
+def test_smoothed_channels_are_as_large_in_activations_as_in_weights_and_are_rounded_with_less_error():
+    spread = RNG.lognormal(0, 1.5, 48)
+    data, left, right = RNG.standard_normal((500, 48)) * spread, *RNG.standard_normal((2, 48, 30))
+    left[3], right[3] = 0, 0
+    scale = smoothing(np.sqrt(np.square(data).mean(0)), [left, right])
+    assert scale[3] == 1
+    alive = np.arange(48) != 3
+    both = np.concatenate([left, right], axis=1) * scale[:, None]
+    ratio = np.sqrt(np.square(data / scale).mean(0))[alive] / np.sqrt(np.square(both).mean(1))[alive]
+    np.testing.assert_allclose(ratio, ratio[0])
+
+    def rounded(array, axis):
+        steps = np.abs(array).max(axis=axis, keepdims=True) / 127
+        return np.rint(array / steps) * steps
+
+    expected = data @ left
+    plain, smooth = (rounded(x, 1) @ rounded(w, 0) for x, w in ((data, left), (data / scale, left * scale[:, None])))
+    assert np.linalg.norm(smooth - expected) < 0.8 * np.linalg.norm(plain - expected)
+
+
+def test_balancing_changes_no_logits_and_is_done_for_gated_products_alone(source, tmp_path):
+    model = loaded(source)
+    before = weights(model)
+    gated = any(node.op_type == "RMSNormalization" for node in model.graph)
+    assert balance_onnx(model) == (2 if gated else 0)
+    assert changed_weights(model, before) == (6 if gated else 0)
+    assert_same_logits(model, source, tmp_path)
 
 
 def test_balanced_channels_are_sorted_and_rounded_with_less_error():

@@ -5,8 +5,9 @@
 m[l,c] are the masks of family c in layer l, s_c the units removed *from every layer alike*, R the cost of the uniform
 model over the dense one's. ‖·‖²_{k,F} sums F m² over the k units whose removal is predicted to cost least. F is the
 variance of the loss's gradient in a mask (the diagonal of the empirical Fisher, so a curvature), d what the gradient is
-beyond a quadratic of that curvature, and v = ½ F + d the rise of the loss, in nats a token, when the unit goes. So
-masks of different families, layers and models are measured in one unit, and no step size depends on the model's size.
+beyond a quadratic of that curvature, and v = ½ F̂ + d the rise of the loss, in nats a token, when the unit goes, where F̂
+is F after a second estimate has had its say (``saliency``). So masks of different families, layers and models are
+measured in one unit, and no step size depends on the model's size.
 ``docs/maskprune.md`` gives each equation with these names and what differs from the paper.
 """
 

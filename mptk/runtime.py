@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
 from torch import Tensor
 
 from mptk.errors import MptkError
@@ -18,6 +19,7 @@ from mptk.errors import MptkError
 FILE = "model.onnx"
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
+CPU = ort.OrtDevice.make("cpu", 0)._get_c_device()
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
 
@@ -142,7 +144,7 @@ class OrtDecoder:
     def binding(self, ids: Ids, mask: Ids, cache: Cache) -> Any:
         """``feeds`` and the outputs bound for one step that is run again and again, the results in place.
 
-        For steps that differ, binding each of the cache's tensors anew takes longer than giving them as feeds.
+        For steps that differ, binding each of the cache's tensors anew takes longer than giving them as a vector.
         """
         binding = self.session.io_binding()
         for name, value in self.feeds(ids, mask, cache).items():
@@ -155,5 +157,12 @@ class OrtDecoder:
         if ids.ndim != 2 or mask.shape != ids.shape or len(cache.mask) != len(ids):
             raise ValueError(f"token ids {ids.shape}, mask {mask.shape} and a cache for {len(cache.mask)} do not fit")
         mask = np.concatenate([cache.mask, mask], axis=1)
-        logits, *present = self.session.run_with_ort_values(self.outputs, self.feeds(ids, mask, cache))
+        feeds = self.feeds(ids, mask, cache)
+        given, made = OrtValueVector(), OrtValueVector()
+        for value in feeds.values():
+            given.push_back(value._get_c_value())
+        devices = [CPU] * len(self.outputs)
+        # run_with_ort_values, which takes a dict, is 0.2 ms slower where a cache has 60 tensors.
+        self.session.run_with_ortvaluevector(ort.RunOptions(), list(feeds), given, self.outputs, made, devices)
+        logits, *present = map(ort.OrtValue, made)
         return logits.numpy(), Cache(dict(zip(self.past, present, strict=True)), mask)

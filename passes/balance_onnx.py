@@ -51,14 +51,14 @@ def balanced(gate: Weights, up: Weights, down: Weights) -> tuple[Weights, Weight
 
 def _gated(down: ir.Node) -> tuple[ir.Node, ir.Node, ir.Node] | None:
     """(G, U, D) if ``down`` is such a D, with weights that nothing else uses."""
-    if not _is_product(down) or down.inputs[0] is None:
+    if not is_product(down) or down.inputs[0] is None:
         return None
     mul = down.inputs[0].producer()
     if mul is None or mul.op_type != "Mul" or _uses(mul.outputs[0]) != {down}:
         return None
     for left, right in (mul.inputs, mul.inputs[::-1]):
         up = right.producer() if right is not None else None
-        if up is None or not _is_product(up) or _uses(up.outputs[0]) != {mul}:
+        if up is None or not is_product(up) or _uses(up.outputs[0]) != {mul}:
             continue
         gate = _source(left, mul)
         if gate is not None and gate is not up:
@@ -75,7 +75,7 @@ def _source(value: ir.Value | None, end: ir.Node) -> ir.Node | None:
         if node is None:
             if current is not None and not _is_scalar(current):
                 return None
-        elif _is_product(node):
+        elif is_product(node):
             products.add(node)
         elif node.op_type in ELEMENTWISE and node not in inside:
             inside.add(node)
@@ -87,7 +87,8 @@ def _source(value: ir.Value | None, end: ir.Node) -> ir.Node | None:
     return products.pop() if len(products) == 1 and closed else None
 
 
-def _is_product(node: ir.Node) -> bool:
+def is_product(node: ir.Node) -> bool:
+    """Whether a node multiplies by a matrix of weights that nothing else uses."""
     weight = node.inputs[1] if node.op_type == "MatMul" else None
     return (
         weight is not None

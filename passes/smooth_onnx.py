@@ -23,6 +23,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from passes.balance_onnx import is_product
+
 PROMPTS = (16, 32)
 """How many, and tokens of each: few enough for any table of positions."""
 
@@ -110,19 +112,11 @@ def _readers(value: ir.Value, without: Collection[str]) -> list[ir.Node]:
             if not behind:
                 return []
             readers += behind
-        elif _is_product(node, value) and node.name not in without:
+        elif is_product(node) and node.inputs[0] is value and node.name not in without:
             readers.append(node)
         else:
             return []
     return [] if value.is_graph_output() else readers
-
-
-def _is_product(node: ir.Node, value: ir.Value) -> bool:
-    """Whether ``value`` is multiplied by a weight that nothing else uses."""
-    if node.op_type != "MatMul" or node.inputs[0] is not value or node.inputs[1] is None:
-        return False
-    weight = node.inputs[1]
-    return weight.const_value is not None and weight.const_value.shape.rank() == 2 and len(weight.uses()) == 1
 
 
 def _channels(value: ir.Value) -> int | None:

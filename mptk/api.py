@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import mptk
 import passes.trace
-from mptk import models, pipeline
+from mptk import data, models, pipeline
 from mptk.bench import Bench, bench_decoders
 from mptk.checkpoint import save_tokenizer
 from mptk.cut import resolve_plan
@@ -106,6 +106,7 @@ def export(
     plan: Plan | None = None,
     logits: Logits = "all",
     quantize: Sequence[str] = (),
+    text: Tensor | None = None,
     **metadata: str,
 ) -> Path:
     """Write a causal language model as ONNX with a KV cache, cut to ``plan`` if one is given.
@@ -117,6 +118,7 @@ def export(
         folder: made if missing.
         logits: of ``"all"`` positions or the ``"last"`` alone, which saves a sixth of a small model's prefill.
         quantize: ``passes.quantize_onnx.SCHEMES`` to write as well, each as ``model_SCHEME.onnx``.
+        text: token ids, int64 [windows, length], that ``int4`` is rounded for; without, it loses twice as much.
 
     Raises:
         MptkError: the model keeps another state than keys and values; torch.export or the exporter refuses it; there
@@ -128,7 +130,7 @@ def export(
         metadata["plan_sha256"] = plan_digest(plan)
     file = emit_onnx(program, Path(folder), metadata={"mptk_version": mptk.__version__, **metadata})
     for scheme in quantize:
-        quantize_onnx(file, scheme)
+        quantize_onnx(file, scheme, None if text is None else text.numpy())
     return Path(folder)
 
 
@@ -138,10 +140,13 @@ def export_folder(
     *,
     logits: Logits = "all",
     quantize: Sequence[str] = (),
+    text: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write any causal language model as a folder that ONNX consumers take: config, tokenizer and ``onnx/``.
+
+    ``text``: a file, folder or dataset of which ``export`` gets 32 windows of 256 tokens, or of all positions.
 
     Raises:
         MptkError: as ``export``; or ``out`` exists and was not made by mptk.
@@ -151,9 +156,11 @@ def export_folder(
     check_schemes(quantize)
     say("load", 0, 0)
     loaded = models.load(model, trust_remote_code=trust_remote_code)
+    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 256
+    windows = None if text is None else data.calibration(loaded.model, loaded.tokenizer, text, 32, min(256, positions))
     with publish(Path(out)) as folder:
         say("export ONNX", 0, 0)
-        export(loaded.model, folder / "onnx", logits=logits, quantize=quantize, source=model)
+        export(loaded.model, folder / "onnx", logits=logits, quantize=quantize, text=windows, source=model)
         loaded.model.config.save_pretrained(folder)
         if loaded.model.generation_config is not None:
             loaded.model.generation_config.save_pretrained(folder)

@@ -326,6 +326,7 @@ def export_onnx(
     folder: Annotated[Path, typer.Option("--out", help="Folder for the result; replaced only if mptk made it.")],
     logits: Logits = "all",
     quantize: Quantize = "",
+    data: Annotated[str | None, typer.Option(help="Text that int4 is rounded for: file, folder or dataset.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write any causal language model as ONNX with a KV cache, with its config and tokenizer."""
@@ -337,6 +338,7 @@ def export_onnx(
             folder,
             logits=parse_logits(logits),
             quantize=names(quantize),
+            text=data,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

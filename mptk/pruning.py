@@ -341,7 +341,15 @@ class Run:
             folder.mkdir()
             with replaced(self.model, self.changes):
                 s = self.settings
-                export(self.model, folder, plan=self.plan, logits=s.logits, quantize=s.quantize, source=self.source)
+                export(
+                    self.model,
+                    folder,
+                    plan=self.plan,
+                    logits=s.logits,
+                    quantize=s.quantize,
+                    text=self.windows,
+                    source=self.source,
+                )
         except MptkError as error:
             folder.rmdir()
             self.notes.append(f"no ONNX: {error}")

@@ -33,6 +33,8 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from mptk.errors import MptkError
 from passes.balance_onnx import balance_onnx
+from passes.gptq_onnx import ACCURACY_LEVEL, gptq_onnx
+from passes.measure_onnx import Text
 from passes.smooth_onnx import smooth_onnx
 
 _handlers, _level = logging.root.handlers[:], logging.root.level
@@ -55,18 +57,17 @@ BLOCKS = {"int8": 32, "int4": BLOCK}
 """What the sums of products in a quantised graph should be multiples of. A remainder of ``WIDE`` is padded: 928
 channels still take less time than 1024, and steps of 128 would leave most budgets without legal widths."""
 
-ACCURACY_LEVEL = 4
-"""MatMulNBits multiplies in int8. With level 0 it would unpack the weights to float32 first, which is 40 times slower
-in decoding."""
-
 ZERO = 128
 """What 8-bit symmetric weights are stored above."""
 
 
-def quantize_onnx(source: Path, scheme: str) -> Path:
+def quantize_onnx(source: Path, scheme: str, text: Text | None = None) -> Path:
     """Write ``model_SCHEME.onnx`` and its weights beside ``source``, a ``model.onnx`` of ``emit_onnx``; returns it.
 
     Inputs and outputs keep their names and shapes; only with ``fp16`` is the KV cache of another type.
+
+    Args:
+        text: token ids [windows, length] that ``int4`` rounds for; each weight is rounded by itself if there are none.
 
     Raises:
         MptkError: there is no such scheme.
@@ -77,7 +78,7 @@ def quantize_onnx(source: Path, scheme: str) -> Path:
     for index, node in enumerate(model.graph):
         node.name = f"{node.op_type}_{index}"
     with _quiet():
-        quantized = SCHEMES[scheme](model, source)
+        quantized = SCHEMES[scheme](model, source, text)
     quantized.graph.sort()
     quantized.metadata_props.update({**model.metadata_props, "quantization": scheme})
     return _save(quantized, source.with_name(f"{source.stem}_{scheme}.onnx"))
@@ -143,15 +144,21 @@ def _is_constant(value: ir.Value | None) -> bool:
 # ---- the schemes ----
 
 
-def _int8(model: ir.Model, source: Path) -> ir.Model:
+def _int8(model: ir.Model, source: Path, _text: Text | None) -> ir.Model:
     products, _ = _evened(model, source)
     blocks = {n: min(WIDE, 1 << (weight.shape[0] - 1).bit_length()) for n, weight in products.items()}
     return _blocks(model, {name: (8, max(LEAST, block)) for name, block in blocks.items()})
 
 
-def _int4(model: ir.Model, source: Path) -> ir.Model:
+def _int4(model: ir.Model, source: Path, text: Text | None) -> ir.Model:
     products, head = _evened(model, source)
-    return _blocks(model, {name: (8 if name in head else 4, BLOCK) for name in products})
+    if text is not None:
+        with tempfile.TemporaryDirectory(dir=source.parent, prefix=".onnx-") as temporary:
+            file = Path(temporary) / source.name
+            ir.save(model, file, external_data=f"{file.name}.data")
+            gptq_onnx(model, file, products.keys() - head, BLOCK, text)
+        common.RemoveUnusedNodesPass()(model)
+    return _blocks(model, {name: (8 if name in head else 4, BLOCK) for name in _products(model)})
 
 
 def _evened(model: ir.Model, source: Path) -> tuple[dict[str, npt.NDArray[np.float32]], set[str]]:
@@ -165,7 +172,7 @@ def _evened(model: ir.Model, source: Path) -> tuple[dict[str, npt.NDArray[np.flo
     return _products(model), head
 
 
-def _float16(model: ir.Model, source: Path) -> ir.Model:
+def _float16(model: ir.Model, source: Path, _text: Text | None) -> ir.Model:
     """All but what the rotary angles are computed from: a position above 2048 is no float16."""
     angles = _ancestors([node for node in model.graph if node.op_type in ("Cos", "Sin")])
     proto = convert_float_to_float16(
@@ -175,7 +182,7 @@ def _float16(model: ir.Model, source: Path) -> ir.Model:
     return converted
 
 
-SCHEMES: dict[str, Callable[[ir.Model, Path], ir.Model]] = {
+SCHEMES: dict[str, Callable[[ir.Model, Path, Text | None], ir.Model]] = {
     "int8": _int8,
     "int4": _int4,
     "fp16": _float16,

@@ -11,19 +11,16 @@ hardly the text's (``docs/onnx.md``).
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
-import onnxruntime as ort
-from onnx import TensorProto, helper
 
 from passes.balance_onnx import is_product
+from passes.measure_onnx import measure_onnx
 
 PROMPTS = (16, 32)
 """How many, and tokens of each: few enough for any table of positions."""
@@ -45,10 +42,12 @@ def smooth_onnx(model: ir.Model, source: Path, without: Collection[str] = ()) ->
         if _scales(node) and (products := _readers(node.outputs[0], without))
     }
     channels = {name: _array(node.inputs[_scales(node)[0]]).size for name, (node, _) in found.items()}
-    sizes = root_mean_squares(source, channels) if found else {}
-    for name, (node, products) in found.items():
+    vocabulary = int(model.graph.outputs[0].shape[-1])  # type: ignore[arg-type, index]
+    text = np.random.default_rng(0).integers(0, vocabulary, PROMPTS)
+    for name, squares in measure_onnx(source, channels, text, "squares"):
+        node, products = found[name]
         weights = [_array(product.inputs[1]) for product in products]
-        scale = smoothing(sizes[name], weights)
+        scale = smoothing(np.sqrt(squares / text.size), weights)
         for index in _scales(node):
             _replace(model.graph, node, index, _array(node.inputs[index]) / scale)
         for product, weight in zip(products, weights, strict=True):
@@ -67,40 +66,6 @@ def smoothing(size: Sizes, weights: Collection[Sizes]) -> Sizes:
     scale[alive] = np.sqrt(size[alive] / rows[alive])
     scale[alive] /= np.exp(np.log(scale[alive]).mean()) if alive.any() else 1
     return scale
-
-
-def root_mean_squares(source: Path, channels: Mapping[str, int]) -> dict[str, Sizes]:
-    """Of values [..., channels] by name, for each channel, over prompts of random tokens."""
-    proto = onnx.load(source, load_external_data=False)
-    proto.graph.initializer.append(helper.make_tensor("smooth.axes", TensorProto.INT64, [1], [0]))
-    for name, count in channels.items():
-        flat, squares = f"{name}.flat", f"{name}.squares"
-        shape = helper.make_tensor(f"{name}.shape", TensorProto.INT64, [2], [-1, count])
-        proto.graph.initializer.append(shape)
-        proto.graph.node.append(helper.make_node("Reshape", [name, shape.name], [flat]))
-        proto.graph.node.append(helper.make_node("ReduceSumSquare", [flat, "smooth.axes"], [squares], keepdims=0))
-        proto.graph.output.append(helper.make_tensor_value_info(squares, TensorProto.FLOAT, [count]))
-    with tempfile.NamedTemporaryFile(dir=source.parent, prefix=".smooth-", suffix=".onnx") as file:
-        file.write(proto.SerializeToString())
-        file.flush()
-        session = ort.InferenceSession(file.name, providers=["CPUExecutionProvider"])
-    found = session.run([f"{name}.squares" for name in channels], _prompts(session))
-    return {name: np.sqrt(squares / np.prod(PROMPTS)) for name, squares in zip(channels, found, strict=True)}
-
-
-def _prompts(session: ort.InferenceSession) -> dict[str, npt.NDArray[Any]]:
-    batch, length = PROMPTS
-    given = {
-        "input_ids": np.random.default_rng(0).integers(0, session.get_outputs()[0].shape[-1], PROMPTS),
-        "attention_mask": np.ones(PROMPTS, dtype=np.int64),
-        "position_ids": np.tile(np.arange(length), (batch, 1)),
-    }
-    empty = {
-        i.name: np.zeros((batch, i.shape[1], 0, i.shape[3]), dtype=np.float32)
-        for i in session.get_inputs()
-        if i.name not in given
-    }
-    return {i.name: ({**given, **empty})[i.name] for i in session.get_inputs()}
 
 
 def _readers(value: ir.Value, without: Collection[str]) -> list[ir.Node]:

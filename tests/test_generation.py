@@ -125,6 +125,18 @@ def test_commands_generate_and_eval(folder, source, tmp_path):
     assert int8 == pytest.approx(dense, rel=0.3)
 
 
+def test_export_rounds_int4_for_a_text(source, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 400)
+    found = []
+    for name, more in (("alone", []), ("for", ["--data", str(text)])):
+        words = ["export", str(source), "--out", str(tmp_path / name), "--quantize", "int4", *more]
+        assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+        found.append((tmp_path / name / "onnx" / "model_int4.onnx.data").read_bytes())
+    assert len(found[0]) == len(found[1])
+    assert found[0] != found[1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

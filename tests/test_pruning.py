@@ -20,6 +20,7 @@ import mptk
 from mptk import pruning
 from mptk.errors import MptkError
 from mptk.plan import Plan
+from passes.quantize_onnx import quantize_onnx
 from passes.verify import Difference
 
 SETTINGS = mptk.Settings(method="wanda", sparsity=0.35, samples=4, length=48, multiple=8)
@@ -139,6 +140,14 @@ def test_quantised_graphs_lie_beside_and_their_perplexity_is_told(llama, pruned,
         assert found["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out/onnx").glob(f"model_{scheme}.onnx*"))
         assert found["perplexity"] == pytest.approx(report["perplexity"]["pruned"], rel=0.05)
     assert report["plan_sha256"] == pruned[1]["plan_sha256"]
+
+
+def test_int4_is_rounded_for_the_calibration_text(llama, tmp_path):
+    mptk.prune(llama, tmp_path / "out", replace(SETTINGS, quantize=("int4",)))
+    folder = tmp_path / "out" / "onnx"
+    ours = (folder / "model_int4.onnx.data").read_bytes()
+    quantize_onnx(folder / "model.onnx", "int4")
+    assert (folder / "model_int4.onnx.data").read_bytes() != ours
 
 
 def test_last_logits_alone_are_proven_too(llama, tmp_path):

@@ -1,0 +1,87 @@
+"""measure_onnx: sums over tokens of what the nodes of an ONNX decoder hand on, taken in ONNX Runtime."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+from onnx import NodeProto, TensorProto, helper
+
+Floats = npt.NDArray[np.float32]
+Text = npt.NDArray[np.int64]
+
+TOKENS = 1024
+"""Of a run, if a window has no more."""
+BYTES = 1 << 30
+"""Of the sums that one session takes, if one value has no more."""
+
+
+def measure_onnx(
+    file: Path, channels: Mapping[str, int], text: Text, what: Literal["squares", "products"]
+) -> Iterator[tuple[str, Floats]]:
+    """Sums over all tokens, value by value: Σ x² [channels], or Σ x xᵀ [channels, channels].
+
+    Args:
+        file: a decoder of ``emit_onnx`` in float32.
+        channels: the values' names → their last axis.
+        text: token ids, [windows, length].
+    """
+    size = {name: 4 * count ** (1 if what == "squares" else 2) for name, count in channels.items()}
+    part: list[str] = []
+    for name in channels:
+        if part and sum(map(size.__getitem__, part)) + size[name] > BYTES:
+            yield from _sums(file, {name: channels[name] for name in part}, text, what).items()
+            part = []
+        part.append(name)
+    if part:
+        yield from _sums(file, {name: channels[name] for name in part}, text, what).items()
+
+
+def _sums(file: Path, channels: Mapping[str, int], text: Text, what: str) -> dict[str, Floats]:
+    proto = onnx.load(file, load_external_data=False)
+    for name, count in channels.items():
+        proto.graph.initializer.append(helper.make_tensor(f"{name}.shape", TensorProto.INT64, [2], [-1, count]))
+        proto.graph.node.extend(_nodes(name, what))
+        shape = [count] if what == "squares" else [count, count]
+        proto.graph.output.append(helper.make_tensor_value_info(f"{name}.sum", TensorProto.FLOAT, shape))
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".measure-", suffix=".onnx") as written:
+        written.write(proto.SerializeToString())
+        written.flush()
+        session = ort.InferenceSession(written.name, providers=["CPUExecutionProvider"])
+    sums: dict[str, Any] = dict.fromkeys(channels, 0)
+    names = [f"{name}.sum" for name in channels]
+    for start in range(0, len(text), step := max(1, TOKENS // text.shape[1])):
+        for name, found in zip(channels, session.run(names, _feeds(session, text[start : start + step])), strict=True):
+            sums[name] = sums[name] + found
+    return sums
+
+
+def _nodes(name: str, what: str) -> list[NodeProto]:
+    flat, axes, result = f"{name}.flat", f"{name}.axes", f"{name}.sum"
+    nodes = [helper.make_node("Reshape", [name, f"{name}.shape"], [flat])]
+    if what == "products":
+        return [*nodes, helper.make_node("Gemm", [flat, flat], [result], transA=1)]
+    nodes.append(helper.make_node("Constant", [], [axes], value_ints=[0]))
+    return [*nodes, helper.make_node("ReduceSumSquare", [flat, axes], [result], keepdims=0)]
+
+
+def _feeds(session: ort.InferenceSession, ids: Text) -> dict[str, npt.NDArray[Any]]:
+    """A prompt without padding and an empty cache."""
+    batch, length = ids.shape
+    given = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.tile(np.arange(length), (batch, 1)),
+    }
+    empty = {
+        i.name: np.zeros((batch, i.shape[1], 0, i.shape[3]), dtype=np.float32)
+        for i in session.get_inputs()
+        if i.name not in given
+    }
+    return {i.name: ({**given, **empty})[i.name] for i in session.get_inputs()}

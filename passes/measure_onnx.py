@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ TOKENS = 1024
 """Of a run, if a window has no more."""
 BYTES = 1 << 30
 """Of the sums that one session takes, if one value has no more."""
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def measure_onnx(
@@ -50,10 +50,9 @@ def _sums(file: Path, channels: Mapping[str, int], text: Text, what: str) -> dic
         proto.graph.node.extend(_nodes(name, what))
         shape = [count] if what == "squares" else [count, count]
         proto.graph.output.append(helper.make_tensor_value_info(f"{name}.sum", TensorProto.FLOAT, shape))
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".measure-", suffix=".onnx") as written:
-        written.write(proto.SerializeToString())
-        written.flush()
-        session = ort.InferenceSession(written.name, providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.add_session_config_entry(WEIGHTS_FOLDER, str(file.parent.resolve()))
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     sums: dict[str, Any] = dict.fromkeys(channels, 0)
     names = [f"{name}.sum" for name in channels]
     for start in range(0, len(text), step := max(1, TOKENS // text.shape[1])):

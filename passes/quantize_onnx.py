@@ -3,12 +3,13 @@
 | scheme | weights of products | kernel |
 |---|---|---|
 | ``int8`` | 8 bits, a scale a block of 128 inputs | MatMulNBits, activations in blocks, too |
-| ``int4`` | 4 bits, a scale and a zero point a block of 32; the output projection 8 bits | MatMulNBits |
+| ``int4`` | 4 bits, a scale and a zero point a block of 32; the output projection 8 bits | MatMulNBits, alike |
 | ``fp16`` | float16, and so the KV cache | float16 where there is one; rotary angles stay float32 |
 
-The numbers are those of ONNX Runtime's own quantiser. It leaves two things in float32 that are the larger part of a
-small model, and which are quantised here: an output projection that is the transposed embedding, and the embedding. It
-is looked up in the output projection's blocks where both are one table, so that the table is stored once.
+The numbers are those of ONNX Runtime's own quantiser, but for ``int4`` with a text (``passes/gptq_onnx.py``). It leaves
+two things in float32 that are the larger part of a small model, and which are quantised here: an output projection that
+is the transposed embedding, and the embedding. It is looked up in the output projection's blocks where both are one
+table, so that the table is stored once.
 
 ONNX Runtime's dynamic int8 (one scale for a whole tensor of activations) is not among them: padding changes its logits,
 and it cost SmolLM2-135M two thirds of its perplexity (``docs/onnx.md``).

@@ -1,4 +1,4 @@
-"""ONNX Runtime on SmolLM2-135M: graphs of the dense and of three narrower models, plain and int8, and rivals.
+"""ONNX Runtime on SmolLM2-135M: graphs of the dense and of three narrower models, plain, int8 and int4, and rivals.
 
     python -m benchmarks.onnx [--json FILE] [--plot FILE] [--quick] [--threads 1,2] [--rounds N] [--long]
 
@@ -69,7 +69,7 @@ def graphs_of(dense: PreTrainedModel, folder: Path) -> dict[str, Path]:
     found = {"dense": export(dense, folder / "dense"), "dense, all logits": export(dense, folder / "all", "all")}
     found |= {name: export(model, folder / name.replace("/", "-")) for name, model in narrow.items()}
     for name in ("dense", NARROW):
-        found[f"{name}, int8"] = quantize_onnx(found[name], "int8")
+        found |= {f"{name}, {scheme}": quantize_onnx(found[name], scheme) for scheme in ("int8", "int4")}
     if importlib.util.find_spec("onnxruntime_genai") is None:
         print("no onnxruntime-genai here: its graphs are left out")
         return found

@@ -25,6 +25,7 @@ from torch.export import ExportedProgram
 from mptk.errors import MptkError
 from mptk.program import Program
 from passes.fold_kv import FoldKVPass
+from passes.group_queries import GroupQueriesPass
 from passes.lower_onnx import lower_onnx
 from passes.translate_onnx import translations
 
@@ -130,6 +131,8 @@ def optimize(model: ir.Model) -> ir.Model:
     common.IdentityEliminationPass()(model)
     onnx_fusions.fuse(model)
     FoldKVPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    GroupQueriesPass()(model)
     common.RemoveUnusedNodesPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)

@@ -145,11 +145,12 @@ def test_cache_is_folded_into_attention(emitted):
     assert [list(node.input[4:6]) for node in attention] == [
         [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"] for layer in (0, 1)
     ]
-    flat = [any(a.name == "q_num_heads" and a.i == 6 for a in node.attribute) for node in attention]
-    assert flat == [emitted.kind != SLIDING] * 2, "with nothing between projection and attention, no transposes"
+    heads = {GROUPED: [2, 2], SLIDING: []}.get(emitted.kind, [6, 6])
+    flat = [a.i for node in attention for a in node.attribute if a.name == "q_num_heads"]
+    assert flat == heads, "with nothing between projection and attention, no transposes; a group's queries are rows"
     count = collections.Counter(node.op_type for node in graph.node)
     expected = {
-        GROUPED: {"RMSNormalization": 5, "RotaryEmbedding": 4, "LayerNormalization": 0, "Reshape": 0},
+        GROUPED: {"RMSNormalization": 5, "RotaryEmbedding": 4, "LayerNormalization": 0, "Reshape": 5, "Where": 1},
         SLIDING: {"RMSNormalization": 13, "RotaryEmbedding": 4, "LayerNormalization": 0},
         FUSED: {"LayerNormalization": 5, "RMSNormalization": 0},
         BIASED: {"LayerNormalization": 5, "RMSNormalization": 0},

@@ -149,7 +149,7 @@ def first_positions(step: DecoderStep) -> list[int | None]:
 @torch.no_grad()
 def _agrees(program: Program, model: PreTrainedModel, shapes: list[CacheLayerShape]) -> bool:
     """Whether a prompt and then two more tokens get the logits of the model's plain forward, which sets positions."""
-    padding = model.config.get_text_config().pad_token_id
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     ids = torch.tensor([[token for token in range(3, 9) if token != padding]], device=model.device)
     positions = torch.arange(ids.shape[1], device=model.device)[None]
     cache = [

@@ -9,11 +9,12 @@ from benchmarks import zoo_onnx
 from mptk.program import Program
 
 
-def test_equal_row_says_what_was_cut_and_folded() -> None:
-    row = zoo_onnx.run_type("causal-lm", "llama")
+@pytest.mark.parametrize("model_type", ["llama", "codegen"])  # the config of the second names no padding token
+def test_equal_row_says_what_was_cut_and_folded(model_type: str) -> None:
+    row = zoo_onnx.run_type("causal-lm", model_type)
     assert row["stage"] == "equal", row["reason"]
     assert row["folded"] == row["layers"] > 1
-    assert row["families"] > 2
+    assert row["families"] >= 2
     assert row["difference"] <= zoo_onnx.TOLERANCE
 
 

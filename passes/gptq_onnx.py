@@ -2,8 +2,8 @@
 
 GPTQ (Frantar et al. 2023, arXiv 2210.17323): a product's inputs are rounded one after another, and what rounding one
 changes in the result, on the text, the inputs that are not yet rounded make up for. A block's range is the one of
-``SHRINKS`` shrunk ones that changes the result least, each weight by itself. ONNX Runtime's own GPTQ runs the graph
-once for each value and window, which would take hours.
+``SHRINKS`` shrunk ones that changes the result least, each weight by itself. (ONNX Runtime's own GPTQ runs the graph
+once for each value and each window.)
 """
 
 from __future__ import annotations

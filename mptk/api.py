@@ -118,7 +118,7 @@ def export(
         folder: made if missing.
         logits: of ``"all"`` positions or the ``"last"`` alone, which saves a sixth of a small model's prefill.
         quantize: ``passes.quantize_onnx.SCHEMES`` to write as well, each as ``model_SCHEME.onnx``.
-        text: token ids, int64 [windows, length], that ``int4`` is rounded for; without, it loses twice as much.
+        text: token ids, int64 [windows, length], that ``int4`` is rounded for; else each weight is rounded by itself.
 
     Raises:
         MptkError: the model keeps another state than keys and values; torch.export or the exporter refuses it; there

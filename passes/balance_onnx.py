@@ -27,7 +27,7 @@ def balance_onnx(model: ir.Model) -> int:
     for node in model.graph:
         parts = _gated(node)
         if parts is not None:
-            arrays = balanced(*(_array(part) for part in parts))
+            arrays = balanced(*(weight_of(part) for part in parts))
             for part, array in zip(parts, arrays, strict=True):
                 _replace(part, array)
             found += 1
@@ -106,7 +106,8 @@ def _uses(value: ir.Value) -> set[ir.Node]:
     return {use.node for use in value.uses()} | ({None} if value.is_graph_output() else set())  # type: ignore[arg-type]
 
 
-def _array(product: ir.Node) -> Weights:
+def weight_of(product: ir.Node) -> Weights:
+    """The weight that a product multiplies by."""
     weight = product.inputs[1]
     assert weight is not None
     assert weight.const_value is not None

@@ -76,7 +76,7 @@ def _cached(operand: ir.Value | None) -> _Cached | None:
     if operand is None:
         return None
     present = _unrepeated(operand)
-    concat = _producer(present, "Concat")
+    concat = producer(present, "Concat")
     if concat is None or len(concat.inputs) != 2 or _int_attribute(concat, "axis") not in (2, -2):
         return None
     past, new = concat.inputs
@@ -87,9 +87,9 @@ def _cached(operand: ir.Value | None) -> _Cached | None:
 
 def _unrepeated(value: ir.Value) -> ir.Value:
     """``x`` if ``value`` is ``Reshape(Expand(Unsqueeze(x, 2)))``: each head of x repeated in place. Else ``value``."""
-    reshape = _producer(value, "Reshape")
-    expand = reshape and _producer(reshape.inputs[0], "Expand")
-    unsqueeze = expand and _producer(expand.inputs[0], "Unsqueeze")
+    reshape = producer(value, "Reshape")
+    expand = reshape and producer(reshape.inputs[0], "Expand")
+    unsqueeze = expand and producer(expand.inputs[0], "Unsqueeze")
     if reshape is None or expand is None or unsqueeze is None:
         return value
     source, axes = unsqueeze.inputs[:2]
@@ -155,11 +155,11 @@ class _Flat:
 
 
 def _flat(operand: ir.Value | None) -> _Flat | None:
-    rotary = _producer(operand, "RotaryEmbedding")
+    rotary = producer(operand, "RotaryEmbedding")
     if rotary is not None and _int_attribute(rotary, "num_heads") != _size(operand, 1):
         return None
-    transpose = _producer(rotary.inputs[0] if rotary is not None else operand, "Transpose")
-    reshape = transpose and _producer(transpose.inputs[0], "Reshape")
+    transpose = producer(rotary.inputs[0] if rotary is not None else operand, "Transpose")
+    reshape = transpose and producer(transpose.inputs[0], "Reshape")
     if transpose is None or reshape is None or _permutation(transpose) != HEADS_TO_FRONT:
         return None
     flat, split = reshape.inputs[0], reshape.outputs[0]
@@ -195,7 +195,8 @@ def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value, earlier: Set[ir.Node
             new.name, old.name = old.name, f"{old.name}_earlier"
 
 
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node that ``value`` comes from, if it is such a one."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.domain == "" and node.op_type == op_type else None
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from passes.balance_onnx import weight_of
 from passes.measure_onnx import Text, measure_onnx
 
 Floats = npt.NDArray[np.float32]
@@ -63,11 +64,11 @@ def gptq_onnx(model: ir.Model, file: Path, names: Collection[str], block: int, t
     for node in model.graph:
         if node.name in names:
             readers.setdefault(str(node.inputs[0].name), []).append(node)  # type: ignore[union-attr]
-    channels = {name: _weight(nodes[0]).shape[0] for name, nodes in readers.items()}
+    channels = {name: weight_of(nodes[0]).shape[0] for name, nodes in readers.items()}
     for name, moments in measure_onnx(file, channels, text, "products"):
         inverse = inverse_root(moments)
         for node in readers[name]:
-            _replace(model.graph, node, rounded_blocks(_weight(node), moments.diagonal(), inverse, block))
+            _replace(model.graph, node, rounded_blocks(weight_of(node), moments.diagonal(), inverse, block))
     model.graph.opset_imports.setdefault("com.microsoft", 1)
 
 
@@ -152,10 +153,3 @@ def _pairs(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Two neighbours of the last axis in a byte."""
     joined: npt.NDArray[np.uint8] = np.ascontiguousarray(codes[..., ::2] | codes[..., 1::2] << 4)
     return joined
-
-
-def _weight(product: ir.Node) -> Floats:
-    weight = product.inputs[1]
-    assert weight is not None
-    assert weight.const_value is not None
-    return weight.const_value.numpy()

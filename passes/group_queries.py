@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from passes.fold_kv import producer
+
 LOWEST = np.array(np.finfo(np.float32).min)
 Mask = tuple[ir.Value, int, bool]
 """What a new mask is made of: the old one, how often its rows are repeated, and ``_Heads.flat``."""
@@ -133,8 +135,7 @@ def _put_in_order(node: ir.Node, heads: _Heads) -> bool:
 
 def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """The node that ``value``, used once, comes from, if it is such a one."""
-    node = value.producer() if value is not None and _used_once(value) else None
-    return node if node is not None and node.op_type == op_type and node.domain == "" else None
+    return producer(value, op_type) if value is not None and _used_once(value) else None
 
 
 def _used_once(value: ir.Value) -> bool:

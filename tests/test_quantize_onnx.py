@@ -12,11 +12,13 @@ import pytest
 from onnx_ir.passes import common
 from tiny_decoders import BIASED, CONFIGS, FUSED, GROUPED, tiny_decoder
 
+import passes.measure_onnx
 from mptk.errors import MptkError
 from mptk.runtime import OrtDecoder
 from passes.balance_onnx import balance_onnx, balanced
 from passes.emit_onnx import emit_onnx
 from passes.gptq_onnx import grid, inverse_root, nearest, rounded_blocks
+from passes.measure_onnx import measure_onnx
 from passes.quantize_onnx import (
     BLOCK,
     LEAST,
@@ -209,6 +211,21 @@ def test_balanced_channels_are_sorted_and_rounded_with_less_error():
     sizes = np.linalg.norm(arrays[0], axis=0) * np.linalg.norm(arrays[1], axis=0)
     assert (np.diff(sizes) >= -1e-9).all()
     assert rounded_error(*arrays) < 0.8 * rounded_error(gate, up, down)
+
+
+def test_sums_do_not_depend_on_how_much_is_run_at_once(source, monkeypatch):
+    graph = onnx.load(source, load_external_data=False).graph
+    norms = [n for n in graph.node if n.op_type in ("RMSNormalization", "LayerNormalization")]
+    channels = {str(n.output[0]): 48 for n in norms[:1] + norms[-1:]}
+    text = RNG.integers(3, 97, (10, 12))
+    squares, products = (dict(measure_onnx(source, channels, text, what)) for what in ("squares", "products"))
+    monkeypatch.setattr(passes.measure_onnx, "TOKENS", 36)
+    monkeypatch.setattr(passes.measure_onnx, "BYTES", 1)
+    assert squares.keys() == products.keys() == channels.keys()
+    for what, expected in (("squares", squares), ("products", products)):
+        for name, found in measure_onnx(source, channels, text, what):
+            np.testing.assert_allclose(found, expected[name], rtol=1e-4, atol=1e-3)
+            np.testing.assert_allclose(products[name].diagonal(), squares[name], rtol=1e-4)
 
 
 def test_rounding_for_a_text_loses_less_on_it_than_rounding_each_weight_by_itself(source, plain, tmp_path):

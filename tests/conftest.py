@@ -1,10 +1,21 @@
-"""Settings that all tests share: the same examples in every run, and no advice printed about tiny configs."""
+"""Settings that all tests share: the same examples and numbers in every run, and no advice about tiny configs."""
 
 from __future__ import annotations
 
 import hypothesis
+import numpy as np
+import pytest
+import torch
 import transformers
 
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("same")
 transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers(request):
+    """A test draws the same random numbers whichever tests ran before it in its process."""
+    torch.manual_seed(0)
+    if hasattr(request.module, "RNG"):
+        request.module.RNG = np.random.default_rng(0)

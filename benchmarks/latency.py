@@ -38,7 +38,7 @@ SHAPES: tuple[Mapping[str, int], ...] = (
 )
 """The dense one, then held-out ones: no feed-forward width is one at which operators are timed."""
 
-ROUNDS = 5
+ROUNDS = 9
 """In each, every operator and then every graph is timed in a session of its own, so that all see the same neighbours."""
 
 

@@ -4,10 +4,10 @@
 
 The narrower models keep the first heads and channels, since which ones does not matter for speed. Graphs give the
 logits of the last position; ``dense, all logits`` shows what the others cost. Rivals: the graphs that
-onnxruntime-genai's builder makes of the same checkpoints (``pip install onnxruntime-genai``), and PyTorch, eager and
-compiled. ``caller``: what `mptk generate` adds to the session's own time a token.
-``--long``: also 2048 tokens and batches of 8, for the dense and the narrow graphs and their int8. ``--quick``: the
-first four layers, one length, two rounds.
+onnxruntime-genai's builder makes of the same checkpoints (``pip install onnxruntime-genai``), each beside ours alone, in
+four times as many rounds and twice as many sets of sessions; and PyTorch, eager and compiled. ``caller``: what `mptk
+generate` adds to the session's own time a token. ``--long``: also 2048 tokens and batches of 8, for the dense and the
+narrow graphs and their int8. ``--quick``: the first four layers, one length, two rounds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import typer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.common import result_header, write_result
-from benchmarks.onnx_rivals import GENAI, LEFT_OUT, caller_rows, genai, genai_rows, torch_rows
+from benchmarks.onnx_rivals import LEFT_OUT, caller_rows, genai, genai_rows, torch_rows
 from mptk import models
 from mptk.bench import Bench, bench_decoders
 from mptk.plot import draw_bench
@@ -70,13 +70,19 @@ def graphs_of(dense: PreTrainedModel, folder: Path) -> dict[str, Path]:
     found |= {name: export(model, folder / name.replace("/", "-")) for name, model in narrow.items()}
     for name in ("dense", NARROW):
         found |= {f"{name}, {scheme}": quantize_onnx(found[name], scheme) for scheme in ("int8", "int4")}
+    return found
+
+
+def genai_of(dense: PreTrainedModel, folder: Path) -> dict[str, Path]:
+    """Name of our graph → genai's."""
     if importlib.util.find_spec("onnxruntime_genai") is None:
         print("no onnxruntime-genai here: its graphs are left out")
-        return found
-    for name, model in (("dense", dense), (NARROW, narrow[NARROW])):
-        for precision in GENAI:
+        return {}
+    tokenizer, found = models.load_tokenizer(MODEL), {}
+    for name, model in (("dense", dense), (NARROW, resized(dense, **SHAPES[NARROW]))):
+        for precision, suffix in (("fp32", ""), ("int8", ", int8")):
             place = folder / f"genai-{name.replace('/', '-')}-{precision}"
-            found[f"genai, {name}, {precision}"] = genai(model, models.load_tokenizer(MODEL), place, precision)
+            found[name + suffix] = genai(model, tokenizer, place, precision)
     return found
 
 
@@ -107,14 +113,19 @@ def main(
     counts = tuple(map(int, threads.split(",")))
     lengths = (128,) if quick else (128, 512)
     with tempfile.TemporaryDirectory() as temporary:
-        graphs = graphs_of(dense, Path(temporary))
+        graphs, theirs = graphs_of(dense, Path(temporary)), genai_of(dense, Path(temporary))
 
         def progress(stage: str, done: int, total: int) -> None:
             print(f"  {stage} {done}/{total}", flush=True)
 
-        result = bench_decoders(graphs, lengths=lengths, threads=counts, rounds=rounds, progress=progress)
-        quantised = [(name, file) for name, file in graphs.items() if name.endswith(", int8") and "genai" not in name]
-        beside = genai_rows(result) + caller_rows(quantised, models.load_tokenizer(MODEL), lengths[0], rounds)
+        how: dict[str, Any] = {"lengths": lengths, "threads": counts, "progress": progress}
+        result = bench_decoders(graphs, rounds=rounds, sessions=rounds, **how)
+        beside = []
+        for name, file in theirs.items():
+            about = {"graph": name, "beside": "genai"}
+            beside += genai_rows(graphs[name], file, about, rounds=4 * rounds, sessions=2 * rounds, **how)
+        quantised = [(name, file) for name, file in graphs.items() if name.endswith(", int8")]
+        beside += caller_rows(quantised, models.load_tokenizer(MODEL), lengths[0], rounds)
         beside += torch_rows(dense, graphs["dense"], lengths, counts, rounds)
         rows = rows_of(result) + beside
         print(bench_markdown(result))

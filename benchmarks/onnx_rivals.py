@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from mptk.bench import Bench, Case, decoder_step
+from mptk.bench import Case, bench_decoders, decoder_step
 from mptk.generation import generate
 from mptk.runtime import OrtDecoder
 from mptk.turns import alternate
@@ -51,16 +52,13 @@ def genai(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     return file
 
 
-def genai_rows(result: Bench) -> list[dict[str, Any]]:
-    """Our graph's median over that of genai's graph of the same model and precision, case by case."""
-    ms = {(row.graph, row.case): row.ms for row in result.rows}
-    rows = []
-    for (graph, case), theirs in ms.items():
-        if graph.startswith("genai, "):
-            name = graph.removeprefix("genai, ").removesuffix(", fp32")
-            case_data = {"phase": case.phase, "length": case.length, "batch": case.batch, "threads": case.threads}
-            rows.append({"graph": name, "beside": graph, **case_data, "ratio": round(ms[name, case] / theirs, 4)})
-    return rows
+def genai_rows(ours: Path, theirs: Path, about: dict[str, Any], **how: Any) -> list[dict[str, Any]]:
+    """Our graph beside genai's of the same model and precision, these two alone taking turns (``bench_decoders``).
+
+    ``ratio``: of our time over theirs, the median of the rounds'.
+    """
+    rows = bench_decoders({"genai": theirs, "ours": ours}, **how).rows
+    return [about | asdict(row.case) | {"ms": row.ms, "ratio": row.ratio} for row in rows if row.graph == "ours"]
 
 
 def torch_rows(

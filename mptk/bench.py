@@ -26,8 +26,8 @@ from mptk.turns import alternate
 Progress = Callable[[str, int, int], None]
 PHASES = ("prefill", "decode")
 SESSIONS = 3
-"""The rounds are shared out among so many sets of fresh sessions: where the weights of a session happen to lie in
-memory changes the speed of its decoding by up to a quarter, for as long as the session lives."""
+"""Sets of fresh sessions: where the weights of a session happen to lie in memory changes the speed of its decoding by
+up to a quarter, for as long as the session lives."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ def bench_decoders(
     threads: Sequence[int] = (1,),
     rounds: int = 7,
     phases: Sequence[str] = PHASES,
+    sessions: int = SESSIONS,
     progress: Progress | None = None,
 ) -> Bench:
     """Time ONNX decoders: prefill of ``lengths`` tokens, and one decoding step after as many.
@@ -124,6 +125,7 @@ def bench_decoders(
         threads: thread counts, each measured in sessions of its own.
         rounds: turns of each graph in a case, at least 2.
         phases: ``prefill``, ``decode`` or both.
+        sessions: sets of fresh sessions that the rounds are shared out among.
         progress: called with a stage, the cases done and all of them.
 
     Raises:
@@ -133,7 +135,7 @@ def bench_decoders(
         raise MptkError("the spread of one round is unknown; give --rounds 2 or more")
     say = progress or (lambda stage, done, total: None)
     files = {name: onnx_file(path) for name, path in graphs.items()}
-    shares = [len(range(session, rounds, SESSIONS)) for session in range(min(SESSIONS, rounds))]
+    shares = [len(range(session, rounds, sessions)) for session in range(min(sessions, rounds))]
     cases = [Case(p, n, b, t) for t in threads for p in phases for b in batches for n in lengths]
     times: dict[Case, list[list[float]]] = {case: [[] for _ in files] for case in cases}
     peaks: dict[int, Peaks] = {}
@@ -141,11 +143,12 @@ def bench_decoders(
     say("bench", done, total)
     for count in threads:
         roofline = Roofline(count)
-        for share in shares:
+        for index, share in enumerate(shares):
             decoders = [OrtDecoder(file, threads=count) for file in files.values()]
+            turn = slice(None, None, -1 if index % 2 else 1)
             for case in (case for case in cases if case.threads == count):
-                found = alternate([decoder_step(decoder, case) for decoder in decoders], share)
-                for side, more in zip(times[case], found, strict=True):
+                found = alternate([decoder_step(decoder, case) for decoder in decoders[turn]], share)
+                for side, more in zip(times[case][turn], found, strict=True):
                     side += more
                 roofline.measure()
                 done += 1

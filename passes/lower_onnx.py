@@ -10,7 +10,7 @@ scaled_dot_product_attention even better than their parts), so a few local repla
 4. operators under another name get the name that the exporter knows;
 5. an op that writes to a fresh tensor, of which no view was taken and which is not read after the write but by its
    result (``x = linear(...); x += y``), becomes the op without the write. A graph with any other write is left to
-   torch's own decomposition, which makes it functional;
+   torch's own decomposition, which makes it functional, but for cases 1 and 7;
 6. attention whose one key head serves all query heads says so, as the exporter does not broadcast it;
 7. complex numbers become pairs of real ones (``passes/lower_complex.py``).
 """
@@ -75,7 +75,7 @@ def lower_onnx(program: Program) -> ExportedProgram:
     module = program.copy_graph()
     nodes = [node for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     if not all(_functional(node) for node in nodes):
-        return program.to_exported()
+        return _real(program).to_exported()
     for node in nodes:
         _lower(node)
     lower_complex(module.graph)
@@ -93,6 +93,18 @@ def lower_onnx(program: Program) -> ExportedProgram:
         constants=exported.constants,
         verifiers=list(exported.verifiers),
     )
+
+
+def _real(program: Program) -> Program:
+    """Without assertions (case 1) and complex numbers (case 7), which torch's decomposition leaves."""
+    module = program.copy_graph()
+    for node in module.graph.nodes:
+        if node.target in ASSERTIONS:
+            module.graph.erase_node(node)
+    lower_complex(module.graph)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return replace(program, graph=module, signature=_signature(program, module))
 
 
 def _signature(program: Program, module: fx.GraphModule) -> ExportGraphSignature:

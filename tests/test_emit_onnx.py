@@ -314,8 +314,20 @@ class Turned(torch.nn.Module):
         return torch.view_as_real(pairs * turns.index_select(-1, torch.arange(23, -1, -1))).flatten(3).squeeze(1)
 
 
-def test_complex_numbers_become_pairs(with_norm):
-    with_norm(Turned())
+class TurnedAndWritten(Turned):
+    """And writes halves of the result into an empty tensor, as DeepSeek-V2 does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = super().forward(x.to(torch.complex64).to(x.dtype))
+        result = torch.empty_like(x)
+        result[..., :24] = turned[..., :24]
+        result[..., 24:] = turned[..., 24:]
+        return result
+
+
+@pytest.mark.parametrize("norm", [Turned, TurnedAndWritten])
+def test_complex_numbers_become_pairs(with_norm, norm):
+    with_norm(norm())
 
 
 def assert_padded_rows_decode_as_alone(model: PreTrainedModel, file: Path) -> None:

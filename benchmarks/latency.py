@@ -89,18 +89,16 @@ def main(
     whole: dict[tuple[str, int], list[float]] = {(phase, i): [] for phase in OBJECTIVES for i in range(len(shapes))}
     sweep_s = 0.0
     with tempfile.TemporaryDirectory() as temporary:
-        folders = [Path(temporary) / str(i) for i in range(len(shapes))]
-        for folder, shape in zip(folders, shapes, strict=True):
-            export(narrowed(dense, shape), folder, "all")
+        folders = {(phase, i): Path(temporary) / f"{phase}-{i}" for phase, i in whole}
+        for (phase, i), folder in folders.items():
+            export(narrowed(dense, shapes[i]), folder, "all", phase)
         for _ in range(2 if quick else ROUNDS):
             start = time.perf_counter()
             for operator in operators:
                 single[operator].append(time_once(operator, threads))
             sweep_s = time.perf_counter() - start
-            for i, folder in enumerate(folders):
-                decoder = OrtDecoder(folder, threads=threads)
-                for phase in OBJECTIVES:
-                    whole[phase, i].append(time_graph(decoder, phase, threads))
+            for (phase, i), folder in folders.items():
+                whole[phase, i].append(time_graph(OrtDecoder(folder, threads=threads), phase, threads))
     predicted = predictors(dense, lambda found: {o: median(single[o]) for o in found})
     rows = [row(phase, shapes, i, predicted[phase], whole) for phase, i in whole]
     for line in rows:

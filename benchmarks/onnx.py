@@ -3,11 +3,12 @@
     python -m benchmarks.onnx [--json FILE] [--plot FILE] [--quick] [--threads 1,2] [--rounds N] [--long]
 
 The narrower models keep the first heads and channels, since which ones does not matter for speed. Graphs give the
-logits of the last position; ``dense, all logits`` shows what the others cost. Rivals: the graphs that
-onnxruntime-genai's builder makes of the same checkpoints (``pip install onnxruntime-genai``), each beside ours alone, in
-four times as many rounds and twice as many sets of sessions; and PyTorch, eager and compiled. ``caller``: what `mptk
-generate` adds to the session's own time a token. ``--long``: also 2048 tokens and batches of 8, for the dense and the
-narrow graphs and their int8. ``--quick``: the first four layers, one length, two rounds.
+logits of the last position; ``dense, all logits`` shows what the others cost, ``dense, for prefill`` what is exported
+with ``--objective prefill``. Rivals: the graphs that onnxruntime-genai's builder makes of the same checkpoints (``pip
+install onnxruntime-genai``), each beside ours alone, in four times as many rounds and twice as many sets of sessions;
+and PyTorch, eager and compiled. ``caller``: what `mptk generate` adds to the session's own time a token. ``--long``: also
+2048 tokens and batches of 8, for the dense and the narrow graphs and their int8. ``--quick``: the first four layers, one
+length, two rounds.
 """
 
 from __future__ import annotations
@@ -53,11 +54,11 @@ def resized(model: PreTrainedModel, **sizes: int) -> PreTrainedModel:
     return result
 
 
-def export(model: PreTrainedModel, folder: Path, logits: Logits = "last") -> Path:
+def export(model: PreTrainedModel, folder: Path, logits: Logits = "last", objective: str = "decode") -> Path:
     start = time.perf_counter()
     program = trace_decoder(model, logits=logits)
     traced = time.perf_counter()
-    file = emit_onnx(program, folder)
+    file = emit_onnx(program, folder, objective=objective)
     print(
         f"{folder.name}: traced in {traced - start:.0f} s, emitted in {time.perf_counter() - traced:.0f} s", flush=True
     )
@@ -70,6 +71,8 @@ def graphs_of(dense: PreTrainedModel, folder: Path) -> dict[str, Path]:
     found |= {name: export(model, folder / name.replace("/", "-")) for name, model in narrow.items()}
     for name in ("dense", NARROW):
         found |= {f"{name}, {scheme}": quantize_onnx(found[name], scheme) for scheme in ("int8", "int4")}
+    found["dense, for prefill"] = export(dense, folder / "prefill", objective="prefill")
+    found["dense, for prefill, int8"] = quantize_onnx(found["dense, for prefill"], "int8")
     return found
 
 
@@ -83,6 +86,7 @@ def genai_of(dense: PreTrainedModel, folder: Path) -> dict[str, Path]:
         for precision, suffix in (("fp32", ""), ("int8", ", int8")):
             place = folder / f"genai-{name.replace('/', '-')}-{precision}"
             found[name + suffix] = genai(model, tokenizer, place, precision)
+    found |= {f"dense, for prefill{suffix}": found[f"dense{suffix}"] for suffix in ("", ", int8")}
     return found
 
 
@@ -124,7 +128,7 @@ def main(
         for name, file in theirs.items():
             about = {"graph": name, "beside": "genai"}
             beside += genai_rows(graphs[name], file, about, rounds=4 * rounds, sessions=2 * rounds, **how)
-        quantised = [(name, file) for name, file in graphs.items() if name.endswith(", int8")]
+        quantised = [(name, graphs[name]) for name in ("dense, int8", f"{NARROW}, int8")]
         beside += caller_rows(quantised, models.load_tokenizer(MODEL), lengths[0], rounds)
         beside += torch_rows(dense, graphs["dense"], lengths, counts, rounds)
         rows = rows_of(result) + beside

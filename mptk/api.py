@@ -20,6 +20,7 @@ from mptk.checkpoint import save_tokenizer
 from mptk.cut import resolve_plan
 from mptk.errors import MptkError
 from mptk.families import Analysis
+from mptk.latency import phase
 from mptk.plan import Plan
 from mptk.program import Program
 from passes import group
@@ -107,6 +108,7 @@ def export(
     logits: Logits = "all",
     quantize: Sequence[str] = (),
     text: Tensor | None = None,
+    objective: str = "decode",
     **metadata: str,
 ) -> Path:
     """Write a causal language model as ONNX with a KV cache, cut to ``plan`` if one is given.
@@ -119,16 +121,19 @@ def export(
         logits: of ``"all"`` positions or the ``"last"`` alone, which saves a sixth of a small model's prefill.
         quantize: ``passes.quantize_onnx.SCHEMES`` to write as well, each as ``model_SCHEME.onnx``.
         text: token ids, int64 [windows, length], that ``int4`` is rounded for; else each weight is rounded by itself.
+        objective: ``"decode"`` or ``"prefill"``: which phase the graph is to be fast in, where they differ.
 
     Raises:
         MptkError: the model keeps another state than keys and values; torch.export or the exporter refuses it; there
-            is no such scheme.
+            is no such scheme or objective.
     """
+    phase(objective)
     program = trace_decoder(model, logits=logits)
     if plan is not None:
         program, _ = cut_program(group.analyze(program), plan, pipeline.Log())
         metadata["plan_sha256"] = plan_digest(plan)
-    file = emit_onnx(program, Path(folder), metadata={"mptk_version": mptk.__version__, **metadata})
+    about = {"mptk_version": mptk.__version__, "objective": objective, **metadata}
+    file = emit_onnx(program, Path(folder), objective=objective, metadata=about)
     for scheme in quantize:
         quantize_onnx(file, scheme, None if text is None else text.numpy())
     return Path(folder)
@@ -141,12 +146,14 @@ def export_folder(
     logits: Logits = "all",
     quantize: Sequence[str] = (),
     text: str | None = None,
+    objective: str = "decode",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write any causal language model as a folder that ONNX consumers take: config, tokenizer and ``onnx/``.
 
-    ``text``: a file, folder or dataset of which ``export`` gets 32 windows of 256 tokens, or of all positions.
+    ``text``: a file, folder or dataset of which ``export`` gets 32 windows of 256 tokens, or of all positions. What is
+    not named here is as in ``export``.
 
     Raises:
         MptkError: as ``export``; or ``out`` exists and was not made by mptk.
@@ -154,13 +161,15 @@ def export_folder(
     say = progress or (lambda *_: None)
     check_replaceable(Path(out))
     check_schemes(quantize)
+    phase(objective)
     say("load", 0, 0)
     loaded = models.load(model, trust_remote_code=trust_remote_code)
     positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 256
     windows = None if text is None else data.calibration(loaded.model, loaded.tokenizer, text, 32, min(256, positions))
     with publish(Path(out)) as folder:
         say("export ONNX", 0, 0)
-        export(loaded.model, folder / "onnx", logits=logits, quantize=quantize, text=windows, source=model)
+        how: dict[str, Any] = {"logits": logits, "quantize": quantize, "text": windows, "objective": objective}
+        export(loaded.model, folder / "onnx", **how, source=model)
         loaded.model.config.save_pretrained(folder)
         if loaded.model.generation_config is not None:
             loaded.model.generation_config.save_pretrained(folder)

@@ -27,6 +27,7 @@ from mptk.options import (
     MaxMs,
     Micro,
     Model,
+    Objective,
     Onnx,
     Precision,
     Quantize,
@@ -158,7 +159,7 @@ def prune(
     budget: Annotated[
         str, typer.Option(help="What sparsity is a share of: params (of blocks), flops, bytes or latency.")
     ] = "params",
-    objective: Annotated[str, typer.Option(help="The phase whose latency counts: decode or prefill.")] = "decode",
+    objective: Objective = "decode",
     max_decode_ms: MaxMs = None,
     max_prefill_ms: MaxMs = None,
     threads: Threads = 1,
@@ -327,6 +328,7 @@ def export_onnx(
     logits: Logits = "all",
     quantize: Quantize = "",
     data: Annotated[str | None, typer.Option(help="Text that int4 is rounded for: file, folder or dataset.")] = None,
+    objective: Objective = "decode",
     trust_remote_code: Trust = False,
 ) -> None:
     """Write any causal language model as ONNX with a KV cache, with its config and tokenizer."""
@@ -339,6 +341,7 @@ def export_onnx(
             logits=parse_logits(logits),
             quantize=names(quantize),
             text=data,
+            objective=objective,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

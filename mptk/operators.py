@@ -145,18 +145,19 @@ def _matmul(threads: int, rows: int, k: int, n: int) -> float:
 
 
 def _attention(threads: int, tokens: int, past: int, heads: int, groups: int, dim: int, value_dim: int) -> float:
-    """As ``passes/group_queries.py`` leaves it: a group's queries are rows of one head."""
+    """As ``passes/group_queries.py`` leaves it: in decoding, of one token, a group's queries are rows of one head."""
     count = _copies(4 * groups * (dim + value_dim) * past, tokens)
-    total, repeat = past + tokens, heads // groups
-    inputs = [_value("q", 1, tokens * repeat, groups * dim), _value("k", 1, tokens, groups * dim)]
+    total, repeat = past + tokens, heads // groups if tokens == 1 else 1
+    heads //= repeat
+    inputs = [_value("q", 1, tokens * repeat, heads * dim), _value("k", 1, tokens, groups * dim)]
     inputs += [_value("v", 1, tokens, groups * value_dim), _value("mask", 1, 1, tokens * repeat, total)]
     outputs, nodes = [], []
     for i in range(count):
         inputs += [_value(f"pk{i}", 1, groups, past, dim), _value(f"pv{i}", 1, groups, past, value_dim)]
-        outputs += [_value(f"y{i}", 1, tokens * repeat, groups * value_dim)]
+        outputs += [_value(f"y{i}", 1, tokens * repeat, heads * value_dim)]
         outputs += [_value(f"k{i}", 1, groups, total, dim), _value(f"v{i}", 1, groups, total, value_dim)]
         read, made = ["q", "k", "v", "mask", f"pk{i}", f"pv{i}"], [f"y{i}", f"k{i}", f"v{i}"]
-        nodes.append(helper.make_node("Attention", read, made, q_num_heads=groups, kv_num_heads=groups))
+        nodes.append(helper.make_node("Attention", read, made, q_num_heads=heads, kv_num_heads=groups))
     return _ms(threads, nodes, inputs, outputs) / count
 
 

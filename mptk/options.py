@@ -15,6 +15,7 @@ Trust = Annotated[
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 Onnx = Annotated[bool, typer.Option(help="Write ONNX with a KV cache.")]
+Objective = Annotated[str, typer.Option(help="The phase to be fast in: decode or prefill.")]
 Logits = Annotated[str, typer.Option(help="What the ONNX graph gives: logits of all positions, or of the last alone.")]
 Quantize = Annotated[str, typer.Option(help="ONNX graphs to write as well: int8, int4, fp16, comma-separated.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads of an operator; 0: as many as there are cores.")]

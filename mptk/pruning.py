@@ -348,6 +348,7 @@ class Run:
                     logits=s.logits,
                     quantize=s.quantize,
                     text=self.windows,
+                    objective=s.objective,
                     source=self.source,
                 )
         except MptkError as error:

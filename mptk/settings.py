@@ -20,8 +20,9 @@ class Settings:
     """What ``prune`` is asked for. ``widths`` fixes families' widths, ``plan`` fixes everything.
 
     ``rehome``: where the model's own config class refuses the cut, another class may hold it (``passes/rehome.py``).
-    ``budget``: what sparsity is a share of (``cost.BUDGETS``). Of a latency, ``objective`` is the phase, ``threads``
-    those of ONNX Runtime (0: all cores), and ``max_ms``, if given, is what to reach in place of a sparsity.
+    ``budget``: what sparsity is a share of (``cost.BUDGETS``). ``objective`` is the phase that the ONNX graph is to be
+    fast in, and whose latency is budgeted; of this, ``threads`` are those of ONNX Runtime (0: all cores), and
+    ``max_ms``, if given, is what to reach in place of a sparsity.
     ``keep``: families that stay whole. ``reconstruct``:
     whether what is left of a layer takes over for what was removed (``maskprune/reconstruct.py``); None: for MaskPrune
     only. ``logits`` and ``quantize`` are as in ``api.export``. ``learning`` says how to train; a one-shot method trains

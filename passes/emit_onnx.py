@@ -50,7 +50,9 @@ def output_names(layers: int) -> list[str]:
     return ["logits", *(f"present.{layer}.{part}" for layer in range(layers) for part in ("key", "value"))]
 
 
-def emit_onnx(program: Program, folder: Path, *, metadata: Mapping[str, str] | None = None) -> Path:
+def emit_onnx(
+    program: Program, folder: Path, *, objective: str = "decode", metadata: Mapping[str, str] | None = None
+) -> Path:
     """Write ``program`` as ``folder/model.onnx`` and its weights as ``folder/model.onnx.data``; returns the first.
 
     Inputs: input_ids and position_ids int64 [batch_size, sequence_length], attention_mask int64 [batch_size,
@@ -63,6 +65,7 @@ def emit_onnx(program: Program, folder: Path, *, metadata: Mapping[str, str] | N
     Args:
         program: what ``trace_decoder`` returns, or a rewrite of it, with real weights.
         folder: made if missing; other files in it stay.
+        objective: ``"decode"`` or ``"prefill"``: which phase the graph is to be fast in, where they differ.
         metadata: goes into the model's ``metadata_props`` (plan hash, versions).
 
     Raises:
@@ -74,7 +77,7 @@ def emit_onnx(program: Program, folder: Path, *, metadata: Mapping[str, str] | N
         raise MptkError("cannot write ONNX: the program has no KV cache inputs; make it with trace_decoder")
     if not program.has_values:
         raise MptkError("cannot write ONNX: the program was traced without weights; load the model's weights first")
-    model = optimize(translate(program))
+    model = optimize(translate(program), objective)
     _name(model, layers)
     model.metadata_props.update(metadata or {})
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +121,7 @@ def _exported(program: ExportedProgram) -> ir.Model:
     return exported.model
 
 
-def optimize(model: ir.Model) -> ir.Model:
+def optimize(model: ir.Model, objective: str = "decode") -> ir.Model:
     """Fold constants, fuse RMSNorm, rotary embedding and attention with its cache; one pass each (``docs/onnx.md``).
 
     onnxscript's own ``optimize`` gives the same graph in 20 times the time: it infers shapes node by node and tries
@@ -132,7 +135,7 @@ def optimize(model: ir.Model) -> ir.Model:
     onnx_fusions.fuse(model)
     FoldKVPass()(model)
     common.RemoveUnusedNodesPass()(model)
-    GroupQueriesPass()(model)
+    GroupQueriesPass(rows=objective == "decode")(model)
     common.RemoveUnusedNodesPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)

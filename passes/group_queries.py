@@ -9,7 +9,8 @@ group, and makes numbers of a bool mask in every layer. Here
    [batch, sequence, heads × dim] → [batch, sequence × repeat, KV heads × dim], which is one if heads lie in the order
    (repeat, KV head): columns of the query projection and rows of the output projection are put into it.
 
-A node that does not have the form keeps its heads.
+Decoding gains by it, prefill loses: ONNX Runtime shares out heads among threads, of which there are fewer then, 3 where
+there were 9 (``docs/onnx.md``). So step 2 is optional. A node that does not have the form keeps its heads.
 """
 
 from __future__ import annotations
@@ -29,14 +30,21 @@ Mask = tuple[ir.Value, int, bool]
 
 
 class GroupQueriesPass(ir.passes.InPlacePass):
-    """Requires shapes of the values around each Attention node and no unused nodes; leaves some behind."""
+    """Requires shapes of the values around each Attention node and no unused nodes; leaves some behind.
+
+    Args:
+        rows: whether to take step 2.
+    """
+
+    def __init__(self, rows: bool = True) -> None:
+        self.rows = rows
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         made: dict[Mask, ir.Value] = {}
         for node in [node for node in model.graph if node.op_type == "Attention" and node.domain == ""]:
             mask = node.inputs[3] if len(node.inputs) > 3 else None
             if mask is not None and mask.dtype in (ir.DataType.BOOL, ir.DataType.FLOAT):
-                heads = _heads(node, mask)
+                heads = _heads(node, mask) if self.rows else None
                 grouped = heads is not None and _to_rows(model.graph, node, heads)
                 key = (mask, heads.repeat, heads.flat) if heads is not None and grouped else (mask, 1, False)
                 if key not in made:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from toy_checkpoints import llama, tokenizer
@@ -106,6 +107,22 @@ def test_last_logits_are_the_last_of_all(source, decoder, tmp_path):
         last.torch_logits(torch.tensor(ids))
 
 
+def test_a_graph_for_prefill_keeps_its_heads_and_gives_the_same_logits(source, folder, decoder, tmp_path):
+    words = ["export", str(source), "--out", str(tmp_path / "out"), "--objective", "prefill"]
+    assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+    ids = np.array([PROMPTS[2]])
+    other = OrtDecoder(tmp_path / "out", threads=1)
+    assert (other.metadata["objective"], decoder.metadata["objective"]) == ("prefill", "decode")
+    np.testing.assert_allclose(other.logits(ids), decoder.logits(ids), atol=1e-4)
+    heads = []
+    for place in (tmp_path / "out", folder):
+        graph = onnx.load(place / "onnx" / "model.onnx", load_external_data=False).graph
+        attention = next(node for node in graph.node if node.op_type == "Attention")
+        heads.append({a.name: a.i for a in attention.attribute}["q_num_heads"])
+    config = AutoConfig.from_pretrained(source)
+    assert heads == [config.num_attention_heads, config.num_key_value_heads]
+
+
 def test_commands_generate_and_eval(folder, source, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 60)
@@ -147,6 +164,7 @@ def test_export_rounds_int4_for_a_text(source, tmp_path):
         (["eval", "FOLDER", "--runtime", "tvm", "--data", "a"], "choose torch or onnx"),
         (["export", "SOURCE", "--out", "OUT", "--logits", "first"], "choose all or last"),
         (["export", "SOURCE", "--out", "OUT", "--quantize", "int3"], "int8, int4, fp16"),
+        (["export", "SOURCE", "--out", "OUT", "--objective", "speed"], "decode"),
     ],
 )
 def test_errors_name_the_way_out(folder, source, tmp_path, words, message):

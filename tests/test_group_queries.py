@@ -88,14 +88,17 @@ def run(model, given):
         (False, {"extra": True}),
         (False, {"per_head": True}),
         (False, {"groups": HEADS}),
+        (False, {"rows": False}),
     ],
 )
 def test_results_stay_and_heads_are_grouped_where_the_form_is_there(grouped, form):
+    rows = form.get("rows", True)
+    form = {name: value for name, value in form.items() if name != "rows"}
     model = attention(**form)
     given = feeds(model)
     expected = run(model, given)
     changed = ir.from_proto(model)
-    GroupQueriesPass()(changed)
+    GroupQueriesPass(rows)(changed)
     proto = ir.to_proto(changed)
     onnx.checker.check_model(proto, full_check=True)
     for before, after in zip(expected, run(proto, given), strict=True):

@@ -87,6 +87,23 @@ def test_rows_hold_every_graph_in_every_case_and_the_ideal(compared, dense, narr
     assert at["narrow", "decode 16"] == graph_work(narrow, sequence=1, past=16).bytes
 
 
+def test_who_begins_changes_from_session_to_session_and_times_stay_with_their_graph(dense, narrow, monkeypatch):
+    ms, begun = {1: 20.0, 2: 40.0}, []
+
+    def layers(decoder, case):
+        return len(decoder.past) // 2
+
+    def taken(steps, rounds):
+        begun.append(steps[0])
+        return [[ms[step]] * rounds for step in steps]
+
+    monkeypatch.setattr("mptk.bench.decoder_step", layers)
+    monkeypatch.setattr("mptk.bench.alternate", taken)
+    result = bench_decoders({"dense": dense, "narrow": narrow}, lengths=(8,), rounds=4, sessions=4, phases=("decode",))
+    assert begun == [2, 1, 2, 1]
+    assert [(row.ms, row.ratio) for row in result.rows] == [(40, 1), (20, 0.5)]
+
+
 def test_quantised_products_count_the_same_operations_and_fewer_bytes(compared):
     result, _ = compared
     for row in result.rows:

@@ -158,6 +158,19 @@ def test_every_kind_of_operator_runs(monkeypatch):
     assert all(0 < ms < float("inf") for ms in result.values())
 
 
+@pytest.mark.parametrize(("tokens", "past", "heads"), [(1, 9, 2), (5, 0, 6)])
+def test_attention_is_timed_as_the_graph_for_its_phase_has_it(monkeypatch, tokens, past, heads):
+    seen = []
+    monkeypatch.setattr(operators, "COLD_BYTES", 4096)
+    monkeypatch.setattr(operators, "_ms", lambda threads, nodes, inputs, outputs: seen.append((nodes, inputs)) or 1.0)
+    operators.time_once(Operator(ATTENTION, (tokens, past, 6, 2, 4, 3)), 1)
+    ((nodes, inputs),) = seen
+    assert {a.name: a.i for a in nodes[0].attribute} == {"q_num_heads": heads, "kv_num_heads": 2}
+    shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in inputs}
+    assert shapes["q"] == [1, tokens * 6 // heads, heads * 4]
+    assert shapes["mask"] == [1, 1, tokens * 6 // heads, past + tokens]
+
+
 # ---- ladders and budgets ----
 
 

@@ -20,6 +20,7 @@ import mptk
 from mptk import pruning
 from mptk.errors import MptkError
 from mptk.plan import Plan
+from mptk.runtime import OrtDecoder
 from passes.quantize_onnx import quantize_onnx
 from passes.verify import Difference
 
@@ -151,7 +152,9 @@ def test_int4_is_rounded_for_the_calibration_text(llama, tmp_path):
 
 
 def test_last_logits_alone_are_proven_too(llama, tmp_path):
-    report = mptk.prune(llama, tmp_path / "out", replace(SETTINGS, logits="last", quantize=("int8",)))
+    settings = replace(SETTINGS, logits="last", quantize=("int8",), objective="prefill")
+    report = mptk.prune(llama, tmp_path / "out", settings)
+    assert OrtDecoder(tmp_path / "out").metadata["objective"] == "prefill"
     assert len(report["proof"]) == 4
     assert all(d["ok"] for d in report["proof"])
     assert "perplexity" not in report["quantized"]["int8"]

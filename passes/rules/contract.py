@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import fx
 
 from mptk.axes import ONE, Axis, Term, axis, product, require_multiple
-from passes.rules.table import Dims, Value, align, op_name, rule, set_argument
+from passes.rules.table import Dims, Value, align, named_argument, op_name, rule
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -141,10 +141,8 @@ def _zero_of_attention(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
 
 def _resize_attention(r: Resizer, node: fx.Node) -> None:
     """The scale is that of the dense model: 1/√(old head size) stays when q and k lose channels."""
-    query = node.args[0]
-    assert isinstance(query, fx.Node)
-    if node.kwargs.get("scale") is None and r.changed(r.dims(query)[-1]):
-        set_argument(node, 6, "scale", 1 / math.sqrt(r.dims(query)[-1].size))
+    if node.kwargs.get("scale") is None and r.changed(r.note(node)):
+        node.update_kwarg("scale", 1 / math.sqrt(r.note(node).size))
 
 
 @rule("aten.scaled_dot_product_attention", zero=_zero_of_attention, resize=_resize_attention)
@@ -153,7 +151,8 @@ def attention(
 ) -> Dims:
     """scores[…, s, t] = Σ_d q[…, s, d] k[…, t, d]; y[…, s, e] = Σ_t softmax(scores + mask)[…, s, t] v[…, t, e]."""
     _tie_heads(w, node, q, k, v)
-    w.freeze(k.dims[-2], "attended positions", node)
+    w.notes[node] = q.dims[-1]
+    _pin_positions(w, node, q, k)
     scores = (*q.dims[:-1], k.dims[-2])
     w.hidden.append(scores)
     if mask is not None:
@@ -162,6 +161,12 @@ def attention(
     w.role(q.dims[-1], "inner")
     w.role(v.dims[-1], "value")
     return (*q.dims[:-1], v.dims[-1])
+
+
+def _pin_positions(w: Walk, node: fx.Node, q: Value, k: Value) -> None:
+    w.freeze(k.dims[-2], "attended positions", node)
+    if named_argument(node, "is_causal", False):
+        w.freeze(q.dims[-2], "compared by position", node)
 
 
 def _tie_heads(w: Walk, node: fx.Node, q: Value, k: Value, v: Value) -> None:

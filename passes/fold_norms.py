@@ -59,7 +59,7 @@ def fold_norms(program: Program) -> tuple[Program, dict[float, float]]:
         factor = _factor(norms[0])
         offset = norms[0].offset
         name = program.weights[weight.name]
-        state[name] = (state[name] + offset) * factor - offset
+        state[name] = ((state[name].float() + offset) * factor - offset).to(state[name].dtype)
         for norm in norms:
             old, new = _shrink_epsilon(norm)
             epsilons[old] = new

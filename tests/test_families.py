@@ -236,7 +236,7 @@ def test_the_rows_of_a_grouped_product_stay_whole_multiples_of_16_bytes() -> Non
     found = analyze(trace(model("mixtral").bfloat16(), (tokens(),)))
     assert {f.name: f.multiple for f in found.families if f.multiple > 1} == {"hidden": 8, "ffn": 8}
     difference = cut_and_compare(found, random_plan(found), (tokens(),))
-    assert difference.error <= 0.02 * difference.moved
+    assert difference.error <= 0.03 * difference.moved
     keep = {g.layer: (tuple(range(41)),) for g in found.family("ffn").groups}
     with pytest.raises(MptkError, match=r"ffn cannot have width 41: it needs .* a multiple of 8"):
         resolve_plan(found, Plan({"ffn": FamilyPlan(41, FFN, keep)}))

@@ -6,7 +6,21 @@ descriptions with hypothesis, ``oracles`` checks one. A new step is a function i
 
 from __future__ import annotations
 
-from . import attention, convolution, gates, layout, linear, norms, pointwise, reductions, routing, weights, writes
+from . import (
+    attention,
+    convolution,
+    gates,
+    layout,
+    linear,
+    mixtures,
+    norms,
+    pointwise,
+    reductions,
+    routing,
+    variants,
+    weights,
+    writes,
+)
 from .catalogue import CATALOGUE, Step
 from .oracles import Outcome, check
 from .program import Program, build, inputs_of
@@ -26,4 +40,18 @@ __all__ = [
     "reduced",
     "seeded",
 ]
-_FAMILIES = (*(attention, convolution, gates, layout, linear, norms, pointwise, reductions, routing, weights, writes),)
+_FAMILIES = (
+    attention,
+    convolution,
+    gates,
+    layout,
+    linear,
+    mixtures,
+    norms,
+    pointwise,
+    reductions,
+    routing,
+    variants,
+    weights,
+    writes,
+)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 
+from mptk.cut import Cut
 from tests.programs import CATALOGUE, Program, check, programs, seeded
 
 SEEDS, BLOCKS = 200, 8
@@ -38,3 +40,23 @@ def test_a_description_is_one_line_that_gives_the_program_back() -> None:
 
 def test_every_kind_of_step_is_among_the_seeds() -> None:
     assert {step.kind for seed in range(SEEDS) for step in seeded(seed).steps} == set(CATALOGUE)
+
+
+# ---- that these tests can fail ----
+
+MLP = Program.parse(
+    '["tokens", 8, [["mlp", [0], {"hidden": 10, "act": "relu", "residual": true}]], ["linear"], "tensor", 0]'
+)
+
+
+def test_slices_at_wrong_positions_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check(MLP).verdict == "proven"
+    positions = Cut.positions
+    monkeypatch.setattr(Cut, "positions", lambda cut, term: np.sort((positions(cut, term) + 1) % term.size))
+    assert check(MLP).cause.startswith("the cut and the masked program")
+
+
+def test_masks_at_wrong_positions_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = Cut.mask
+    monkeypatch.setattr(Cut, "mask", lambda cut, term: np.roll(mask(cut, term), 1))
+    assert check(MLP).cause.startswith("the masked program and the zeroed module")

@@ -16,7 +16,6 @@ BATCH, LENGTH, INPUT, VOCAB, OUTPUT = 3, 5, 7, 13, 11
 WIDTHS = (6, 8, 10, 12, 14, 18)
 WIDEST = 40
 SOURCES = ("float", "tokens")
-HEADS = ("linear", "sum", "mean", "last", "flat", "tied", "raw")
 FORMS = ("tensor", "tuple", "list", "dict", "nested tuple", "nested list", "nested dict")
 
 

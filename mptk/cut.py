@@ -57,38 +57,36 @@ class Cut:
         """Kept positions of a dimension, ascending."""
         return np.flatnonzero(self.mask(term))
 
-    def elsewhere(self, dims: Sequence[Term]) -> tuple[int, int] | None:
-        """(cut dimension, scope dimension), if a dimension's choice varies along another one of the same tensor."""
-        for d, term in enumerate(dims):
+    def elsewhere(self, dims: Sequence[Term]) -> int | None:
+        """A dimension that some other dimension's choice varies along."""
+        for term in dims:
             own = set(leaves(term))
             for leaf in own & self.choices.keys():
                 for scope in self.choices[leaf].scope:
                     if scope not in own:
-                        return d, next(i for i, t in enumerate(dims) if scope in set(leaves(t)))
+                        return next(i for i, t in enumerate(dims) if scope in set(leaves(t)))
         return None
 
     def mask_tensor(self, dims: Sequence[Term]) -> Tensor:
         """Boolean mask over a whole weight: True where every dimension keeps the position."""
-        pair = self.elsewhere(dims)
-        if pair is None:
+        scope_dim = self.elsewhere(dims)
+        if scope_dim is None:
             keep = torch.ones([d.size for d in dims], dtype=torch.bool)
             for d, term in enumerate(dims):
                 if self.touches(term):
                     shape = [-1 if i == d else 1 for i in range(len(dims))]
                     keep &= torch.from_numpy(self.mask(term)).reshape(shape)
             return keep
-        cut_dim, scope_dim = pair
         rows = [
-            self._row(dims, cut_dim, scope_dim, s).mask_tensor(dims).select(scope_dim, s)
-            for s in range(dims[scope_dim].size)
+            self._row(dims, scope_dim, s).mask_tensor(dims).select(scope_dim, s) for s in range(dims[scope_dim].size)
         ]
         return torch.stack(rows, scope_dim)
 
     def slice(self, tensor: Tensor, dims: Sequence[Term]) -> Tensor:
         """The kept part of a weight, contiguous (the tensor itself where nothing is cut)."""
-        pair = self.elsewhere(dims)
-        if pair is not None:
-            return self._slice_rows(tensor, dims, *pair)
+        scope_dim = self.elsewhere(dims)
+        if scope_dim is not None:
+            return self._slice_rows(tensor, dims, scope_dim)
         for d, term in enumerate(dims):
             if self.touches(term):
                 tensor = tensor.index_select(d, torch.from_numpy(self.positions(term)).to(tensor.device))
@@ -100,25 +98,28 @@ class Cut:
         result[self.mask_tensor(dims)] = small.flatten().to(result)
         return result
 
-    def _slice_rows(self, tensor: Tensor, dims: Sequence[Term], cut_dim: int, scope_dim: int) -> Tensor:
-        """Slice where each row along ``scope_dim`` keeps its own positions of ``cut_dim`` (an expert's channels)."""
+    def _slice_rows(self, tensor: Tensor, dims: Sequence[Term], scope_dim: int) -> Tensor:
+        """Slice where each row along ``scope_dim`` keeps its own positions of other dimensions (an expert's channels)."""
         rest = [t for d, t in enumerate(dims) if d != scope_dim]
         kept = [
-            self._row(dims, cut_dim, scope_dim, s).slice(tensor.select(scope_dim, s), rest)
+            self._row(dims, scope_dim, s).slice(tensor.select(scope_dim, s), rest)
             for s in self.positions(dims[scope_dim])
         ]
         return torch.stack(kept, scope_dim)
 
-    def _row(self, dims: Sequence[Term], cut_dim: int, scope_dim: int, position: int) -> Cut:
-        """The cut as seen from one position of the scope's dimension: its choice no longer varies along it."""
+    def _row(self, dims: Sequence[Term], scope_dim: int, position: int) -> Cut:
+        """The cut as seen from one position of a scope's dimension: no other dimension's choice varies along it."""
         at = {leaf: int(coordinate[position]) for leaf, coordinate in occurrences(dims[scope_dim])}
         choices = dict(self.choices)
-        for leaf in set(leaves(dims[cut_dim])) & self.choices.keys():
-            choice = self.choices[leaf]
-            table = choice.table.reshape(*(a.size for a in choice.scope), -1)
-            row = table[tuple(at.get(a, slice(None)) for a in choice.scope)]
-            rest = tuple(a for a in choice.scope if a not in at)
-            choices[leaf] = Choice(rest, row.reshape(-1, table.shape[-1]))
+        for d, term in enumerate(dims):
+            own = set(leaves(term))
+            for leaf in own & self.choices.keys() if d != scope_dim else ():
+                choice = self.choices[leaf]
+                fixed = {a: at[a] for a in choice.scope if a in at and a not in own}
+                table = choice.table.reshape(*(a.size for a in choice.scope), -1)
+                row = table[tuple(fixed.get(a, slice(None)) for a in choice.scope)]
+                rest = tuple(a for a in choice.scope if a not in fixed)
+                choices[leaf] = Choice(rest, row.reshape(-1, table.shape[-1]))
         return Cut(choices, self.sizes)
 
 

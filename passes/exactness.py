@@ -14,7 +14,8 @@ from typing import Any
 from torch import fx
 
 from mptk.axes import Axis, Product, Term, leaves, resolve
-from passes.propagate import Walk, mutated
+from passes.aliasing import written
+from passes.propagate import Walk
 from passes.rules import POINTWISE
 from passes.rules.table import Rule, base_name, find_rule
 
@@ -88,7 +89,7 @@ def _propagate_zeros(walk: Walk, caches: Zeros) -> Zeros:
             zeros[node] = zeros[node.args[0]] & walk.axes_of(node)
         else:
             zeros[node] = _result(walk, node, zeros) & walk.axes_of(node)
-            _write_back(node, zeros)
+            _write_back(walk, node, zeros)
     return zeros
 
 
@@ -128,22 +129,22 @@ def multiplicities(walk: Walk, node: fx.Node) -> dict[Axis, int]:
         counts = walk.repeated[node] = {}
         dims = walk.dims[node]
         for result in dims if isinstance(dims, list) else [dims]:
-            for a, n in _coordinates(result or (), each=True).items():
+            for a, n in coordinates(result or (), each=True).items():
                 if n > 1:
                     counts[a] = max(n, counts.get(a, 0))
     return counts
 
 
-def _coordinates(terms: Iterable[Term], *, each: bool) -> dict[Axis, int]:
+def coordinates(terms: Iterable[Term], *, each: bool) -> dict[Axis, int]:
     """How many coordinates run along each axis: a position has one in each term (of a product) or in one (of a sum)."""
     counts: dict[Axis, int] = {}
     for term in map(resolve, terms):
         if isinstance(term, Axis):
             found = {term: 1}
         elif isinstance(term, Product):
-            found = _coordinates(term.factors, each=True)
+            found = coordinates(term.factors, each=True)
         else:
-            found = _coordinates(term.segments, each=False)
+            found = coordinates(term.segments, each=False)
         for a, n in found.items():
             counts[a] = counts.get(a, 0) + n if each else max(counts.get(a, 0), n)
     return counts
@@ -156,17 +157,16 @@ def _uses(walk: Walk, node: fx.Node, value: fx.Node) -> Set[Axis]:
     return {leaf for _, dims in walk.constant_uses.get(node, []) for d in dims for leaf in leaves(d)}
 
 
-def _write_back(node: fx.Node, zeros: Zeros) -> None:
-    """An in-place call leaves its target zero only where its result is, and so whatever the target is a view of."""
-    pending = mutated(node)
-    seen: set[fx.Node] = set()
-    while pending:
-        target = pending.pop()
-        if target in seen or target not in zeros:
-            continue
-        seen.add(target)
-        zeros[target] = zeros[target] & zeros[node]
-        pending += mutated(target, views=True)
+def _write_back(walk: Walk, node: fx.Node, zeros: Zeros) -> None:
+    """Where a call leaves its target other than zero, so is all that shares the target's memory.
+
+    Axes that the target lacks stay as they were: it is a view of fixed positions along them.
+    """
+    lost = walk.axes_of(node) - zeros[node]
+    for target in written(node):
+        for alias in walk.memory[target]:
+            if alias in zeros:
+                zeros[alias] = zeros[alias] - lost
 
 
 def _tensors(arguments: Any) -> Iterator[fx.Node]:

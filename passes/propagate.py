@@ -7,9 +7,7 @@ layers' heads together. A use whose axes are cut later selects from the table (`
 
 from __future__ import annotations
 
-import functools
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +19,7 @@ from mptk.axes import Axis, Term, add_role, axis, freeze, leaves, unify
 from mptk.errors import MptkError
 from mptk.families import Contraction
 from mptk.program import Program
+from passes.aliasing import Memory, flatten, memory_classes, written
 from passes.place import Place
 from passes.rules import POINTWISE
 from passes.rules.table import Dims, Rule, Value, find_rule, op_name
@@ -39,13 +38,18 @@ class Reduction:
 
 @dataclass
 class Walk:
-    """The state of one walk and, when it is over, its result."""
+    """The state of one walk and, when it is over, its result.
+
+    ``domains``: a value that holds positions → the axis that they were drawn from; of a call with several results, a
+    list that has None for each that holds none.
+    """
 
     program: Program
+    memory: Memory = field(default_factory=dict, repr=False)
     dims: dict[fx.Node, Any] = field(default_factory=dict)
     weights: dict[str, Dims] = field(default_factory=dict)
     constant_uses: dict[fx.Node, list[tuple[Path, Dims]]] = field(default_factory=dict)
-    domains: dict[fx.Node, Term] = field(default_factory=dict)
+    domains: dict[fx.Node, Any] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
     reductions: list[Reduction] = field(default_factory=list)
     hidden: list[Dims] = field(default_factory=list)
@@ -109,9 +113,13 @@ class Walk:
         self.freeze(term, reason, node)
         return term
 
-    def contract(self, node: fx.Node, left: Value, i: int, right: Value, j: int, out: Dims) -> None:
-        """Tie dimension ``i`` of ``left`` to ``j`` of ``right`` and record the sum over it."""
+    def contract(self, node: fx.Node, left: Value, i: int, right: Value, j: int, out: Dims, also: Dims = ()) -> None:
+        """Tie dimension ``i`` of ``left`` to ``j`` of ``right`` and record the sum over it (``also`` over others)."""
+        for value, dim, other in ((left, i, right), (right, j, left)):
+            if self.is_weight(other.node):
+                self.pin_input(node, Value(value.node, tuple(t for d, t in enumerate(value.dims) if d != dim)))
         self.unify(left.dims[i], right.dims[j], node)
+        self.hidden.append((*out, left.dims[i], *also))
         self.contractions.append(Contraction(node, left.dims[i], (left.node, i), (right.node, j), out))
 
     def reduce(self, node: fx.Node, term: Term, kind: str) -> None:
@@ -130,6 +138,12 @@ class Walk:
         if domain is not None:
             self.freeze(domain, "its positions index another axis", node)
 
+    def pin_input(self, node: fx.Node, value: Value) -> None:
+        """A value computed from the user's inputs alone meets a weight: its dimensions (tokens) are the caller's."""
+        if value.node in self.activation and value.node not in self.variable:
+            for d in value.dims:
+                self.freeze(d, "comes from the model's input", node)
+
     def where(self, node: fx.Node) -> str:
         """``op in module.path, file.py:12``: the place of a node, as far as export recorded it."""
         return str(Place(node))
@@ -141,6 +155,7 @@ class Walk:
     # ---- the walk ----
 
     def run(self) -> Walk:
+        self.memory = memory_classes(self.program.graph.graph)
         self._classify()
         for node in self.program.graph.graph.nodes:
             if node in self.variable:
@@ -158,51 +173,41 @@ class Walk:
                 weights.add(spec.arg.name)
         user = set(self.program.user_inputs)
         self.caches = cache_inputs(self.program)
-        for node in self.program.graph.graph.nodes:
-            if node.op == "placeholder":
-                (self.variable if node.name in weights else set()).add(node)
-                if node.name in user:
-                    self.activation.add(node)
-                    value = node.meta.get("val")
-                    if node in self.caches:
-                        self.variable.add(node)
-                    elif isinstance(value, Tensor) and value.is_floating_point():
-                        self.data.add(node)
-            else:
-                self._inherit(node)
+        for node in self.program.placeholders():
+            if node.name in weights or node in self.caches:
+                self.variable.add(node)
+            if node.name in user:
+                self.activation.add(node)
+                value = node.meta.get("val")
+                if node not in self.caches and isinstance(value, Tensor) and value.is_floating_point():
+                    self.data.add(node)
+        while any([self._inherit(node) for node in self.program.graph.graph.nodes]):
+            pass
 
-    def _inherit(self, node: fx.Node) -> None:
-        sources = node.all_input_nodes
-        for marked in (self.variable, self.activation, self.data) if _holds_tensor(node) else ():
-            if not marked.isdisjoint(sources):
-                marked.add(node)
-                for base in mutated(node):
-                    self._mark_from(base, marked)
-
-    def _mark_from(self, base: fx.Node, marked: set[fx.Node]) -> None:
-        """A constant that is written to is no constant: mark it and all views made of it before."""
-        if base in marked:
-            return
-        marked.add(base)
-        for user in base.users:
-            if _holds_tensor(user):
-                self._mark_from(user, marked)
-        for source in mutated(base, views=True):
-            self._mark_from(source, marked)
+    def _inherit(self, node: fx.Node) -> bool:
+        """Mark a call as its operands are, and with it all that it writes to. Whether that marked anything new."""
+        if node.op == "placeholder" or not _holds_tensor(node):
+            return False
+        reached = [node, *(alias for target in written(node) for alias in self.memory[target])]
+        before = len(self.variable) + len(self.activation) + len(self.data)
+        for marked in (self.variable, self.activation, self.data):
+            if not marked.isdisjoint(node.all_input_nodes):
+                marked.update(reached)
+        return len(self.variable) + len(self.activation) + len(self.data) > before
 
     def _weight(self, placeholder: str) -> Tensor:
         return self.program.state[self.program.weights[placeholder]]
 
     def _visit(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            dims = tuple(axis(size) for size in self.shape(node))
-            return dims if node in self.caches else self.weights.setdefault(self.program.weights[node.name], dims)
+            return self._placeholder(node)
         if node.target is operator.getitem:
             source, position = node.args
             assert isinstance(source, fx.Node)
             assert isinstance(position, int)
-            if (domain := self.domains.get(source)) is not None and self.notes.get(source) == position:
-                self.domains[node] = domain
+            domains = self.domains.get(source)
+            if domains is not None and domains[position] is not None:
+                self.domains[node] = domains[position]
             return self.dims[source][position]
         found = find_rule(node) or _pointwise(node)
         if found is None:
@@ -218,8 +223,19 @@ class Walk:
         self._check(node, result)
         source = node.args[0] if node.args else None
         if found.zero == "move" and isinstance(source, fx.Node) and source in self.domains:
-            self.domains.setdefault(node, self.domains[source])
+            domain = self.domains[source]
+            self.domains.setdefault(node, [domain] * len(result) if isinstance(result, list) else domain)
         return result
+
+    def _placeholder(self, node: fx.Node) -> Dims:
+        """A weight, a cache, or an input of the user's that the model writes to."""
+        dims = tuple(axis(size) for size in self.shape(node))
+        if node.name in self.program.weights:
+            return self.weights.setdefault(self.program.weights[node.name], dims)
+        if node not in self.caches:
+            for d in dims:
+                self.freeze(d, "comes from the model's input", node)
+        return dims
 
     def _arguments(self, node: fx.Node) -> list[Any]:
         return [self._argument(node, (i,), a) for i, a in enumerate(node.args)]
@@ -254,11 +270,9 @@ class Walk:
                 assert sizes == shape_of(tensor), f"rule of {op_name(node)}: {sizes}, not {shape_of(tensor)}"
 
     def _outputs(self, node: fx.Node) -> None:
-        """The first output's axes are the model's interface. Cache outputs after it pin nothing."""
-        specs = [s for s in self.program.signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
-        names = {s.arg.name for s in specs[:1]}
-        for value in _flatten(node.args):
-            if isinstance(value, fx.Node) and value.name in names and value in self.variable:
+        """Every output's axes are the caller's, but for those of caches, which come back as inputs."""
+        for value in flatten(node.args):
+            if isinstance(value, fx.Node) and value in self.variable and value not in self.caches.values():
                 positions = [self.domains[value]] if value in self.domains else []
                 for d in (*self.dims[value], *positions):
                     self.freeze(d, "it is the model's output", value)
@@ -305,34 +319,9 @@ def propagate(program: Program) -> Walk:
     return Walk(program).run()
 
 
-def _flatten(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _flatten(part)
-    else:
-        yield value
-
-
 def _holds_tensor(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, (Tensor, list, tuple))
-
-
-def mutated(node: fx.Node, *, views: bool = False) -> list[fx.Node]:
-    """The arguments that a call writes to (in-place ops), or with ``views`` those its result shares memory with."""
-    positions = _aliased(node.target, views)
-    if not positions:
-        return []
-    flat = (a for p in positions if p < len(node.args) for a in _flatten(node.args[p]))
-    return [a for a in flat if isinstance(a, fx.Node)]
-
-
-@functools.cache
-def _aliased(target: Any, views: bool) -> tuple[int, ...]:
-    """Positions of an op's arguments that its schema says are written to, or with ``views`` shared with the result."""
-    schema = getattr(target, "_schema", None)
-    infos = [a.alias_info for a in schema.arguments] if schema is not None else []
-    return tuple(i for i, info in enumerate(infos) if info is not None and (info.is_write or views))
 
 
 def _pointwise(node: fx.Node) -> Rule | None:

@@ -11,7 +11,8 @@ import operator
 from torch import Tensor, fx
 
 from mptk.axes import Axis, leaves
-from passes.propagate import Walk, mutated, shape_of
+from passes.aliasing import memory_classes, written
+from passes.propagate import Walk, shape_of
 from passes.rules.table import base_name, named_argument
 
 
@@ -29,13 +30,12 @@ def live_axes(walk: Walk) -> set[Axis]:
 
 def reaching(graph: fx.Graph) -> set[fx.Node]:
     """The nodes whose value, not being empty, reaches the output: through calls, and through writes in place."""
+    memory = memory_classes(graph)
     writers: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        pending = mutated(node)
-        while pending:
-            target = pending.pop()
-            writers.setdefault(target, []).append(node)
-            pending += mutated(target, views=True)
+        for target in written(node):
+            for alias in memory[target]:
+                writers.setdefault(alias, []).append(node)
     found: set[fx.Node] = set()
     pending = [node for node in graph.nodes if node.op == "output"]
     while pending:

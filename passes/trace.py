@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from mptk.errors import MptkError
 from mptk.program import Program
@@ -19,10 +22,11 @@ from passes.inline import inline
 BATCH, SEQUENCE = 2, 7
 
 
-class FirstOutput(nn.Module):
-    """Calls a module with positional tensors and returns its first output alone (logits or last hidden state).
+class Flat(nn.Module):
+    """Calls a module with positional tensors and returns its tensors, flat; one alone if there is one.
 
-    A Hugging Face model also returns its cache; as an output of the graph it would count as a use of the heads.
+    Of a transformers model that is the first output (logits or last hidden state): it returns its cache as well, which
+    as an output of the graph would count as a use of the heads.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -33,12 +37,12 @@ class FirstOutput(nn.Module):
         caches = hasattr(module, "config") and ("use_cache" in accepted or takes_any)
         self.keywords: dict[str, Any] = {"use_cache": False} if caches else {}
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Any:
         output = self.module(*inputs, **self.keywords)
-        if isinstance(output, Tensor):
-            return output
-        first = next(iter(output.values())) if isinstance(output, dict) else output[0]
-        return first  # type: ignore[no-any-return]
+        if isinstance(self.module, PreTrainedModel) or isinstance(output, ModelOutput):
+            return output if isinstance(output, Tensor) else output[0]
+        tensors = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
 def trace(module: nn.Module, example_inputs: Sequence[Tensor] | None = None, *, dynamic: bool = False) -> Program:
@@ -59,7 +63,7 @@ def trace(module: nn.Module, example_inputs: Sequence[Tensor] | None = None, *, 
         if not hasattr(module, "config"):
             raise MptkError("cannot trace: example inputs are missing; pass the tensors that forward() takes")
         example_inputs = (torch.arange(BATCH * SEQUENCE).reshape(BATCH, SEQUENCE) % 11 + 1,)
-    return export_program(FirstOutput(module), tuple(example_inputs), dynamic=dynamic)
+    return export_program(Flat(module), tuple(example_inputs), dynamic=dynamic)
 
 
 def export_program(wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: Any = False) -> Program:

@@ -55,5 +55,8 @@ def cut_and_compare(analysis: Analysis, plan: Plan, inputs: Sequence[Tensor]) ->
 
 def largest(a: Any, b: Any) -> float:
     """Largest absolute difference of two results (infinite if one holds a NaN)."""
+    if isinstance(a, (tuple, list)):
+        return max(largest(x, y) for x, y in zip(a, b, strict=True))
+    assert a.shape == b.shape, f"{tuple(a.shape)}, not {tuple(b.shape)}"
     difference = (a.detach().double() - b.detach().double()).abs().max().item()
     return float("inf") if difference != difference else difference

@@ -149,7 +149,7 @@ MADE = {
     "full": Case(lambda x: torch.full((2, 5, 6), 2.0).mul_(x)),
     "empty": Case(lambda x: torch.empty(2, 5, 6).copy_(x)),
     "zeros_written": Case(lambda x: _written(x, torch.zeros(2, 5, 6)), summed=()),
-    "zeros_view_written": Case(lambda x: _view_written(x), (2, 8), (), widths=(24,)),
+    "zeros_view_written": Case(lambda x: _view_written(x), (2, 8), (2,), widths=(24,)),
     "random": Case(lambda x: x + aten.bernoulli(x.sigmoid()) * 0 + aten.bernoulli_(x * 1, 0.5) * 0, summed=()),
     "random_": Case(lambda x: x + aten.normal_(x * 1) * 0 + aten.uniform_(x * 1) * 0, summed=()),
     "fill": Case(lambda x: x + aten.fill(x, 1.0), summed=()),

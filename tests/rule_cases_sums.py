@@ -85,6 +85,10 @@ PRODUCTS: dict[str, Case] = {
     "bilinear_exp": Case(
         lambda x, y, w, b: F.bilinear(x.exp(), y.exp(), w.exp(), b), (4,), (), (6, 3), [(4, 6, 3), (4,)]
     ),
+    # A choice of 8 cannot vary along the 6, of which there are two.
+    "gram": Case(lambda x, w: x @ (w @ w.mT), (6, 8), (8,), shapes=[(6, 8)]),
+    "gram_einsum": Case(lambda x, w: torch.einsum("bsi,ik,jk->bsj", x, w, w), (6, 8), (6, 8), shapes=[(6, 8)]),
+    "gram_by_hand": Case(lambda x, w: x @ (w.unsqueeze(0) * w.unsqueeze(1)).sum(-1), (6, 8), (8,), shapes=[(6, 8)]),
     "residual": Case(lambda x, w: x + x @ w, shapes=[(6, 6)]),
     "residual_exp": Case(lambda x, w: x + x @ w.exp(), summed=(), shapes=[(6, 6)]),
     "both_exp": Case(lambda x, w: x.exp() @ w.exp(), (4,), (), shapes=[(6, 4)]),

@@ -11,6 +11,7 @@ from cutting import largest
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import ModelOutput
 
 from mptk.errors import MptkError
 from mptk.program import parameter_count
@@ -128,11 +129,25 @@ class Outputs(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         a, b = self.first(x), self.second(x)
-        return {"tuple": (a, b), "dict": {"logits": a, "cache": b}, "tensor": a}[self.kind]
+        return {
+            "tuple": (a, b),
+            "nested": ((a,), [b, None]),
+            "dict": {"logits": a, "cache": b},
+            "transformers": ModelOutput(logits=a, cache=b),
+            "tensor": a,
+        }[self.kind]
 
 
-@pytest.mark.parametrize("kind", ["tuple", "dict", "tensor"])
-def test_the_first_output_is_the_result_and_what_does_not_reach_it_is_dropped(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["tuple", "nested", "dict"])
+def test_every_tensor_of_the_result_is_an_output(kind: str) -> None:
+    net = Outputs(kind)
+    found = trace(net, (X,))(X)
+    assert largest(found, (net.first(X), net.second(X))) == 0
+
+
+@pytest.mark.parametrize("kind", ["transformers", "tensor"])
+def test_what_does_not_reach_the_result_is_dropped(kind: str) -> None:
+    """Of what a transformers model returns, the first tensor is the result."""
     net = Outputs(kind)
     program = trace(net, (X,))
     assert largest(program(X), net.first(X)) == 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import fx
 
 from mptk.axes import ONE, Axis, Term, axis, product, require_multiple
-from passes.rules.table import Dims, Value, align, argument, op_name, rule, set_argument
+from passes.rules.table import Dims, Value, align, argument, named_argument, op_name, rule
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -115,8 +115,8 @@ def _zero_of_addbmm(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
 def addbmm(w: Walk, node: fx.Node, bias: Value, a: Value, b: Value, **_: Any) -> Dims:
     """y[m, n] = bias + Σ_{t, k} a[t, m, k] b[t, k, n]."""
     out = (a.dims[1], b.dims[2])
-    w.contract(node, a, 0, b, 0, out)
-    w.contract(node, a, 2, b, 1, out)
+    w.contract(node, a, 0, b, 0, out, a.dims[2:])
+    w.contract(node, a, 2, b, 1, out, a.dims[:1])
     align(w, node, bias.dims, out)
     return out
 
@@ -136,8 +136,8 @@ def bilinear(w: Walk, node: fx.Node, a: Value, b: Value, weight: Value, bias: Va
     for x, y in zip(a.dims[:-1], b.dims[:-1], strict=True):
         w.unify(x, y, node)
     out = (*a.dims[:-1], weight.dims[0])
-    w.contract(node, a, a.ndim - 1, weight, 1, out)
-    w.contract(node, b, b.ndim - 1, weight, 2, out)
+    w.contract(node, a, a.ndim - 1, weight, 1, out, b.dims[-1:])
+    w.contract(node, b, b.ndim - 1, weight, 2, out, a.dims[-1:])
     if bias is not None:
         w.unify(bias.dims[0], weight.dims[0], node)
     return out
@@ -174,9 +174,10 @@ def einsum(w: Walk, node: fx.Node, equation: str, operands: Sequence[Value], **_
         terms[letter] = _join(w, node, terms.get(letter, ONE), value.dims[i])
     kept = _letters(result, len(w.shape(node)))
     out = tuple(terms[letter] for letter in kept)
-    for letter in [t for t in terms if t not in kept]:
-        found = [(v, i) for name, v, i in places if name == letter and v.dims[i].size == terms[letter].size]
-        w.contract(node, *found[0], *found[-1], out)
+    summed = {letter: term for letter, term in terms.items() if letter not in kept}
+    for letter, term in summed.items():
+        found = [(v, i) for name, v, i in places if name == letter and v.dims[i].size == term.size]
+        w.contract(node, *found[0], *found[-1], out, tuple(t for t in summed.values() if t is not term))
     return out
 
 
@@ -202,10 +203,8 @@ def _zero_of_attention(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
 
 def _resize_attention(r: Resizer, node: fx.Node) -> None:
     """The scale is that of the dense model: 1/√(old head size) stays when q and k lose channels."""
-    query = node.args[0]
-    assert isinstance(query, fx.Node)
-    if node.kwargs.get("scale") is None and r.changed(r.dims(query)[-1]):
-        set_argument(node, 6, "scale", 1 / math.sqrt(r.dims(query)[-1].size))
+    if node.kwargs.get("scale") is None and r.changed(r.note(node)):
+        node.update_kwarg("scale", 1 / math.sqrt(r.note(node).size))
 
 
 @rule("aten.scaled_dot_product_attention", zero=_zero_of_attention, resize=_resize_attention)
@@ -214,15 +213,20 @@ def attention(
 ) -> Dims:
     """scores[…, s, t] = Σ_d q[…, s, d] k[…, t, d]; y[…, s, e] = Σ_t softmax(scores + mask)[…, s, t] v[…, t, e]."""
     heads = _tie_heads(w, node, q, k, v)
-    w.freeze(k.dims[-2], "attended positions", node)
+    w.notes[node] = q.dims[-1]
+    _pin_positions(w, node, q, k)
     scores = (*heads, q.dims[-2], k.dims[-2])
     w.hidden.append(scores)
     if mask is not None:
         align(w, node, mask.dims, scores)
     w.contract(node, q, q.ndim - 1, k, k.ndim - 1, scores)
-    w.role(q.dims[-1], "inner")
-    w.role(v.dims[-1], "value")
     return (*heads, q.dims[-2], v.dims[-1])
+
+
+def _pin_positions(w: Walk, node: fx.Node, q: Value, k: Value) -> None:
+    w.freeze(k.dims[-2], "attended positions", node)
+    if named_argument(node, "is_causal", False):
+        w.freeze(q.dims[-2], "compared by position", node)
 
 
 def _tie_heads(w: Walk, node: fx.Node, q: Value, k: Value, v: Value) -> Dims:
@@ -238,6 +242,8 @@ def _tie_heads(w: Walk, node: fx.Node, q: Value, k: Value, v: Value) -> Dims:
                 heads[i] = _join(w, node, heads[i], d)
     for h in heads[1:] if len(heads) > 1 else heads:
         w.role(h, "head")
+    w.role(q.dims[-1], "inner")
+    w.role(v.dims[-1], "value")
     return tuple(heads)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import fx
 
@@ -22,8 +22,12 @@ def _space(w: Walk, node: fx.Node, x: Value, first: int) -> Dims:
 
 
 def _zero_of_convolution(node: fx.Node, zero: Any, w: Walk) -> Any:
-    bias = argument(node, 2, "bias")
-    found = zero(node.args[1]) | zero(node.args[0])
+    """Zero along groups and batches where x is, along the result's channels where W is; a bias must be zero too."""
+    x, weight, bias = cast("tuple[fx.Node, fx.Node, Any]", (*node.args[:2], argument(node, 2, "bias")))
+    dims, kernel = w.dims.get(x, ()), w.dims.get(weight, ())
+    batch = dims[: max(0, len(dims) - len(w.shape(weight)) + 1)]
+    kept = {leaf for t in (*batch, w.notes[node]) for leaf in w.leaves_of(t)}
+    found = (zero(x) & kept) | (zero(weight) & {leaf for t in kernel[:1] for leaf in w.leaves_of(t)})
     return found & zero(bias) if bias is not None else found
 
 

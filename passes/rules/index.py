@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def embedding(w: Walk, node: fx.Node, weight: Value, indices: Value, *_: Any) -> Dims:
     """y[…, c] = W[indices[…], c]."""
     w.index(node, indices, weight.dims[0])
+    w.pin_input(node, indices)
     w.role(weight.dims[1], "embedding")
     return (*indices.dims, *weight.dims[1:])
 
@@ -51,7 +52,7 @@ def index(w: Walk, node: fx.Node, x: Value, indices: Sequence[Value | None]) -> 
     start = places[0] if places[-1] - places[0] < len(places) else 0
     for d, v in zip(places, values, strict=True):
         w.index(node, v, x.dims[d])
-    return (*rest[:start], *_index_dims(w, node, values, w.shape(node)[start : start + ndim]), *rest[start:])
+    return (*rest[:start], *_index_dims(w, node, x, values, w.shape(node)[start : start + ndim]), *rest[start:])
 
 
 def _short_list(w: Walk, indices: Sequence[Value]) -> list[int] | None:
@@ -60,10 +61,12 @@ def _short_list(w: Walk, indices: Sequence[Value]) -> list[int] | None:
     return known.tolist() if known is not None and known.dim() == 1 and known.numel() <= 8 else None
 
 
-def _index_dims(w: Walk, node: fx.Node, values: Sequence[Value], shape: Sequence[int]) -> list[Term]:
+def _index_dims(w: Walk, node: fx.Node, x: Value, values: Sequence[Value], shape: Sequence[int]) -> list[Term]:
     """The index tensors' broadcast dimensions."""
     out: list[Term] = [axis(size) for size in shape]
     for v in values:
+        if w.is_weight(x.node):
+            w.pin_input(node, v)
         for i, d in enumerate(v.dims, start=len(shape) - v.ndim):
             if d.size == shape[i]:
                 w.unify(out[i], d, node)
@@ -212,7 +215,7 @@ def sort(w: Walk, node: fx.Node, x: Value, dim: int = -1, *_: Any, **__: Any) ->
 
 def _grouped(w: Walk, node: fx.Node, x: Value, d: int) -> list[Dims]:
     """Sorting positions groups rows by them: the rows are permuted, the values keep their axis."""
-    w.domains[node], w.notes[node] = w.domains[x.node], 0
+    w.domains[node] = [w.domains[x.node], None]
     w.routed.append((x.dims[d], w.domains[x.node]))
     return [x.dims, x.dims]
 
@@ -228,7 +231,7 @@ def max_dim(w: Walk, node: fx.Node, x: Value, dim: int, keepdim: bool = False) -
 def _ranked(w: Walk, node: fx.Node, x: Value, d: int, found: Term, kind: str) -> list[Dims]:
     _forget(w, node, x)
     w.reduce(node, x.dims[d], kind)
-    w.domains[node], w.notes[node] = x.dims[d], 1
+    w.domains[node] = [None, x.dims[d]]
     out = (*x.dims[:d], found, *x.dims[d + 1 :])
     return [out, out]
 

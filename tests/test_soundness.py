@@ -1,0 +1,318 @@
+"""Programs at which a rule once gave a wrong cut or an exception of its own: each is cut right, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cutting import cut_and_compare, random_plan
+from torch import Tensor, nn
+
+from mptk.families import Analysis
+from passes.group import analyze
+from passes.trace import trace
+
+WIDTH, INNER, HIDDEN, OUT = 7, 10, 12, 11
+X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+class Small(nn.Module):
+    """``up``: what is cut (10 units, or ``inner``); ``body`` makes the output of it with the weights it asks for."""
+
+    def __init__(self, body: Callable[..., Any], inner: int = INNER, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(WIDTH, inner)
+        self.weights = nn.ParameterDict({name: nn.Parameter(torch.randn(*s) * 0.5) for name, s in shapes.items()})
+        self.body = body
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self.up(x), **self.weights)
+
+
+def prove(module: nn.Module, *inputs: Tensor) -> Analysis:
+    """Analyse, and cut each family alone and all together."""
+    analysis = analyze(trace(module.eval(), inputs or (X,)))
+    for names in [*([f.name] for f in analysis.families), None]:
+        plan = random_plan(analysis, names)
+        if plan.families:
+            difference = cut_and_compare(analysis, plan, inputs or (X,))
+            assert difference.error <= 1e-5, (names, difference)
+    return analysis
+
+
+def offered(analysis: Analysis) -> list[int]:
+    return sorted(f.size for f in analysis.families)
+
+
+# ---- positions, and the pieces that they are taken apart in ----
+
+
+def routed(take: Callable[[Tensor], list[Tensor]]) -> Callable[..., Tensor]:
+    """The two best experts of 10, each looked up in ``table`` by one piece of the positions."""
+
+    def body(h: Tensor, table: Tensor) -> Tensor:
+        w, i = h.softmax(-1).topk(2)
+        return sum(w[..., k : k + 1] * table[j.reshape(2, 5)] for k, j in enumerate(take(i)))  # type: ignore[return-value]
+
+    return body
+
+
+PIECES: dict[str, Callable[[Tensor], list[Tensor]]] = {
+    "unbind": lambda i: list(i.unbind(-1)),
+    "chunk": lambda i: list(i.chunk(2, -1)),
+    "split": lambda i: list(i.split(1, -1)),
+    "select": lambda i: [i[..., 0], i[..., 1]],
+    "unbind twice": lambda i: list(i.unsqueeze(0).unbind(0)[0].unbind(-1)),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_of_positions_are_positions(name: str) -> None:
+    assert offered(prove(Small(routed(PIECES[name]), table=(INNER, OUT)))) == [INNER]
+
+
+def test_pieces_of_positions_in_one_hot_are_positions() -> None:
+    def body(h: Tensor, table: Tensor) -> Tensor:
+        w, i = h.softmax(-1).topk(2)
+        return sum(w[..., k : k + 1] * (F.one_hot(j, INNER).float() @ table) for k, j in enumerate(i.unbind(-1)))  # type: ignore[misc,return-value]
+
+    assert offered(prove(Small(body, table=(INNER, OUT)))) == [INNER]
+
+
+def test_positions_that_are_compared_freeze_their_axis() -> None:
+    def body(h: Tensor, table: Tensor) -> Tensor:
+        i = h.topk(2)[1].unbind(-1)[0]
+        return sum((i == e).float()[..., None] * table[e] for e in range(INNER))  # type: ignore[misc,return-value]
+
+    assert INNER not in offered(prove(Small(body, table=(INNER, OUT))))
+
+
+def test_sorted_positions_are_positions_and_their_order_is_not() -> None:
+    def body(h: Tensor, table: Tensor) -> Tensor:
+        best, order = h.flatten(0, 1).argmax(-1).sort()
+        return table[best] + order[:, None]
+
+    assert offered(prove(Small(body, table=(INNER, OUT)))) == [INNER]
+
+
+# ---- writes in place ----
+
+
+def earlier_view(h: Tensor, w: Tensor) -> Tensor:
+    v = h.view(2, 5, 2, 5)
+    h.add_(1.0)
+    return v.flatten(2).mean(-1, keepdim=True) @ w
+
+
+def chunk_then_base(h: Tensor, w: Tensor) -> Tensor:
+    a, _ = h.chunk(2, -1)
+    a.add_(1.0)
+    return h.mean(-1, keepdim=True) @ w
+
+
+def chunk_then_sibling(h: Tensor, w: Tensor) -> Tensor:
+    a, b = h.unflatten(-1, (2, 5)).unbind(2)
+    h.mul_(2.0)
+    h.add_(1.0)
+    return (a.sum(-1, keepdim=True) + b.sum(-1, keepdim=True)) @ w
+
+
+def written_half(h: Tensor, w: Tensor) -> Tensor:
+    a, b = h.chunk(2, -1)
+    a.add_(1.0)
+    return (a.sum(-1, keepdim=True) + b.sum(-1, keepdim=True)) @ w
+
+
+def constant_in_pieces(h: Tensor, w: Tensor) -> Tensor:
+    a, b = torch.zeros(2, 5, INNER).chunk(2, -1)
+    a.copy_(h[..., :5])
+    return torch.cat((a, b), -1).sum(-1, keepdim=True) @ w
+
+
+def constant_view_before(h: Tensor, w: Tensor) -> Tensor:
+    base = torch.zeros(2, 5, INNER)
+    before = base.view(10, INNER)
+    base.copy_(h)
+    return before.sum(-1, keepdim=True) @ w
+
+
+@pytest.mark.parametrize(
+    ("body", "sizes"), [(earlier_view, []), (chunk_then_base, [5]), (chunk_then_sibling, []), (written_half, [5])]
+)
+def test_a_write_in_place_is_seen_by_every_view(body: Callable[..., Tensor], sizes: list[int]) -> None:
+    """Of halves, the one that was not written to can still be cut."""
+    assert offered(prove(Small(body, w=(1, OUT)))) == sizes
+
+
+@pytest.mark.parametrize(("body", "sizes"), [(constant_in_pieces, [5, 5]), (constant_view_before, [INNER])])
+def test_a_constant_that_is_written_to_is_none(body: Callable[..., Tensor], sizes: list[int]) -> None:
+    assert offered(prove(Small(body, w=(1, OUT)))) == sizes
+
+
+# ---- attention ----
+
+
+class LearnedQueries(nn.Module):
+    """9 learned queries attend to the text."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.queries = nn.Parameter(torch.randn(9, 6))
+        self.key, self.value = nn.Linear(WIDTH, 6), nn.Linear(WIDTH, 8)
+        self.head = nn.Linear(9 * 8, OUT)
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.queries.expand(2, 1, 9, 6)
+        y = F.scaled_dot_product_attention(q, self.key(x)[:, None], self.value(x)[:, None], **self.options)
+        return self.head(y.flatten(1))  # type: ignore[no-any-return]
+
+
+def test_learned_queries_can_be_cut_but_not_under_a_causal_mask() -> None:
+    assert offered(prove(LearnedQueries())) == [6, 8, 9]
+    assert offered(prove(LearnedQueries(is_causal=True))) == [6, 8]
+
+
+class RawQuery(nn.Module):
+    """The model's own input asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.key, self.value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8)
+        self.head = nn.Linear(8, OUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(x[:, None], self.key(x)[:, None], self.value(x)[:, None])
+        return self.head(y[:, 0])  # type: ignore[no-any-return]
+
+
+def test_the_models_input_can_be_the_query() -> None:
+    assert offered(prove(RawQuery())) == [8]
+
+
+class LearnedPositions(nn.Module):
+    """Token and position embeddings, attention by hand, the last token's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.positions = nn.Embedding(13, HIDDEN), nn.Parameter(torch.randn(9, HIDDEN))
+        self.q, self.k, self.v = (nn.Linear(HIDDEN, 10) for _ in range(3))
+        self.out, self.head = nn.Linear(10, HIDDEN), nn.Linear(HIDDEN, OUT)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.positions[: ids.shape[1]]
+        scores = self.q(x) @ self.k(x).mT
+        x = x + self.out(scores.softmax(-1) @ self.v(x))
+        return self.head(x[:, -1])  # type: ignore[no-any-return]
+
+
+def test_positions_of_tokens_are_no_family() -> None:
+    assert offered(prove(LearnedPositions(), torch.arange(10).reshape(2, 5))) == [10, 10, HIDDEN]
+
+
+def test_channel_attention_is_masked_without_nan() -> None:
+    def body(h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        scores = F.normalize(h * q, dim=1).mT @ F.normalize(h * k, dim=1)
+        return h @ scores.softmax(-1).mT
+
+    class Channels(Small):
+        def __init__(self) -> None:
+            super().__init__(body, q=(INNER,), k=(INNER,))
+            self.head = nn.Linear(INNER, OUT)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.head(super().forward(x))
+
+    prove(Channels())
+
+
+# ---- convolutions with computed kernels ----
+
+
+def test_a_computed_kernel_leaves_no_zeros() -> None:
+    def body(h: Tensor, w: Tensor, o: Tensor) -> Tensor:
+        h = h.mT
+        h = h + F.conv1d(h, w + 1)
+        return h.mean(1)[..., None] @ o
+
+    assert offered(prove(Small(body, w=(INNER, INNER, 1), o=(1, OUT)))) == []
+
+
+def test_a_depthwise_computed_kernel_keeps_zeros() -> None:
+    def body(h: Tensor, w: Tensor, o: Tensor) -> Tensor:
+        h = F.conv1d(h.mT, w + 1, groups=INNER)
+        return h.sum(1)[..., None] @ o
+
+    assert offered(prove(Small(body, w=(INNER, 1, 1), o=(1, OUT)))) == [INNER]
+
+
+# ---- outputs ----
+
+
+class Outputs(nn.Module):
+    """``wrap`` puts the result and the hidden state together."""
+
+    def __init__(self, wrap: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.head, self.wrap = nn.Linear(WIDTH, INNER), nn.Linear(INNER, OUT), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.up(x)
+        return self.wrap(self.head(h), h)
+
+
+WRAPS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "tuple": lambda y, h: (y, h),
+    "nested tuple": lambda y, h: ((y, h),),
+    "dict": lambda y, h: {"y": y, "h": h},
+    "list in a dict": lambda y, h: {"y": [y], "rest": (h,)},
+}
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_every_output_is_the_callers(name: str) -> None:
+    analysis = prove(Outputs(WRAPS[name]))
+    assert offered(analysis) == []
+    assert "it is the model's output" in str(analysis.blocked)
+    outputs = analysis.program(X)
+    assert [tuple(t.shape) for t in outputs] == [(2, 5, OUT), (2, 5, INNER)]
+
+
+# ---- other layouts ----
+
+
+class BlockDiagonal(nn.Module):
+    """Three heads with a weight each, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(WIDTH, 3 * 8)
+        self.first, self.second = nn.Parameter(torch.randn(3, 8, 5)), nn.Parameter(torch.randn(3, 5, 6))
+        self.head = nn.Linear(3 * 6, OUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x).view(2, 5, 3, 8)
+        h = torch.einsum("bthd,hde->bthe", h, self.first)
+        h = torch.einsum("bthd,hde->bthe", h.relu(), self.second)
+        return self.head(h.flatten(2))  # type: ignore[no-any-return]
+
+
+def test_weights_of_heads_are_cut_in_heads_and_channels_at_once() -> None:
+    assert offered(prove(BlockDiagonal())) == [3, 5, 6, 8]
+
+
+def test_a_dimension_that_is_cut_to_one_is_not_squeezed_away() -> None:
+    def body(h: Tensor, w: Tensor) -> Tensor:
+        return (h.unsqueeze(1).squeeze() * w).sum(-1)
+
+    analysis = analyze(trace(Small(body, w=(INNER,)), (X,)))
+    assert cut_and_compare(analysis, random_plan(analysis, share=0.1), (X,)).error <= 1e-5

@@ -129,22 +129,22 @@ def multiplicities(walk: Walk, node: fx.Node) -> dict[Axis, int]:
         counts = walk.repeated[node] = {}
         dims = walk.dims[node]
         for result in dims if isinstance(dims, list) else [dims]:
-            for a, n in _coordinates(result or (), each=True).items():
+            for a, n in coordinates(result or (), each=True).items():
                 if n > 1:
                     counts[a] = max(n, counts.get(a, 0))
     return counts
 
 
-def _coordinates(terms: Iterable[Term], *, each: bool) -> dict[Axis, int]:
+def coordinates(terms: Iterable[Term], *, each: bool) -> dict[Axis, int]:
     """How many coordinates run along each axis: a position has one in each term (of a product) or in one (of a sum)."""
     counts: dict[Axis, int] = {}
     for term in map(resolve, terms):
         if isinstance(term, Axis):
             found = {term: 1}
         elif isinstance(term, Product):
-            found = _coordinates(term.factors, each=True)
+            found = coordinates(term.factors, each=True)
         else:
-            found = _coordinates(term.segments, each=False)
+            found = coordinates(term.segments, each=False)
         for a, n in found.items():
             counts[a] = counts.get(a, 0) + n if each else max(counts.get(a, 0), n)
     return counts

@@ -12,7 +12,7 @@ from torch import fx
 from mptk.axes import Axis, Sum, Term, encloses, freeze, leaves, resolve
 from mptk.families import Analysis, Blocked, Family, Group, Member
 from mptk.program import Program
-from passes.exactness import find_spoilers
+from passes.exactness import coordinates, find_spoilers
 from passes.place import Place
 from passes.propagate import Walk, propagate
 from passes.reach import live_axes
@@ -93,14 +93,17 @@ def _scopes(
 ) -> dict[Axis, tuple[Axis, ...]]:
     """For each axis, the axes along which its choice of units may vary: those present wherever it is.
 
-    Every value that holds the axis must hold them (attention scores included), and every weight too. Of two axes that
-    accompany each other, the inner one varies along the outer.
+    Every value that holds the axis must hold them (attention scores included), and every weight too: at one coordinate
+    (of a Gram matrix Σ_k x_ik x_jk, the choice of k would be that of i or that of j). Of two axes that accompany each
+    other, the inner one varies along the outer.
     """
     beside: dict[Axis, set[Axis]] = {}
     wanted = set(open_axes)
-    for held in {frozenset(leaf for d in dims for leaf in leaves(d)) for dims in _values(walk)}:
-        present = held | _routed(walk, held)
-        for leaf in present & wanted:
+    for counts in {frozenset(coordinates(dims, each=True).items()) for dims in _values(walk)}:
+        held = frozenset(leaf for leaf, _ in counts)
+        routed = _routed(walk, held)
+        present = {leaf for leaf, count in counts if count == 1} | routed
+        for leaf in (held | routed) & wanted:
             beside[leaf] = beside[leaf] & present if leaf in beside else set(present)
     scopes: dict[Axis, tuple[Axis, ...]] = {}
     places = _places(walk, weights)

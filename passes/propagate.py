@@ -113,12 +113,13 @@ class Walk:
         self.freeze(term, reason, node)
         return term
 
-    def contract(self, node: fx.Node, left: Value, i: int, right: Value, j: int, out: Dims) -> None:
-        """Tie dimension ``i`` of ``left`` to ``j`` of ``right`` and record the sum over it."""
+    def contract(self, node: fx.Node, left: Value, i: int, right: Value, j: int, out: Dims, also: Dims = ()) -> None:
+        """Tie dimension ``i`` of ``left`` to ``j`` of ``right`` and record the sum over it (``also`` over others)."""
         for value, dim, other in ((left, i, right), (right, j, left)):
             if self.is_weight(other.node):
                 self.pin_input(node, Value(value.node, tuple(t for d, t in enumerate(value.dims) if d != dim)))
         self.unify(left.dims[i], right.dims[j], node)
+        self.hidden.append((*out, left.dims[i], *also))
         self.contractions.append(Contraction(node, left.dims[i], (left.node, i), (right.node, j), out))
 
     def reduce(self, node: fx.Node, term: Term, kind: str) -> None:

@@ -17,6 +17,7 @@ from transformers.utils.generic import ModelOutput
 
 from mptk.errors import MptkError
 from mptk.program import Program
+from passes.inline import inline
 
 BATCH, SEQUENCE = 2, 7
 
@@ -143,8 +144,9 @@ def program_from_exported(exported: ExportedProgram, wrapper: nn.Module) -> Prog
     """Take an exported program of ``wrapper`` apart: graph, weights under the user module's own names, tied names.
 
     Tied weights are found by object identity (a fake tensor has no address). Calls without users are dropped, so that
-    weights that do not reach the output do not count as used.
+    weights that do not reach the output do not count as used. Regions that only set a mode are inlined.
     """
+    inline(exported)
     graph = exported.graph_module
     graph.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or _opens_vmap(n))
     users = {n.name: len(n.users) for n in graph.graph.nodes if n.op == "placeholder"}

@@ -50,6 +50,45 @@ PRODUCTS: dict[str, Case] = {
         (3, 8),
         widths=(24, 24),
     ),
+    "einsum_implicit_ellipsis": Case(lambda x, w: torch.einsum("...i,ij", x, w), **MATRIX),
+    "einsum_implicit_order": Case(
+        lambda x, w: torch.einsum("b...z,Az", x, w).permute(0, 2, 1), (4, 6), (4, 6), shapes=[(4, 6)]
+    ),
+    "einsum_ellipsis_broadcast": Case(
+        lambda x, w: torch.einsum("...i,...io->...o", x, w), **BOTH, shapes=[(1, 1, 6, 4)]
+    ),
+    "einsum_letter_broadcast": Case(lambda x, v: torch.einsum("bsi,i->bs", x, v).unsqueeze(-1), shapes=[(1,)]),
+    "einsum_batch_diagonal": Case(
+        lambda x, w: x * torch.einsum("bii->bi", w).sum(0), shapes=[(4, 6, 6)], linear=(4, 6), summed=(4, 6)
+    ),
+    "einsum_trace": Case(lambda x, w: x * torch.einsum("aii->a", w).sum(), (4, 6, 8), (4, 6, 8), shapes=[(4, 8, 8)]),
+    "einsum_trace_exp": Case(lambda x, w: x * torch.einsum("ii->", w.exp()), (6,), (6,), shapes=[(8, 8)]),
+    "vdot": Case(lambda x, v, w: x * torch.vdot(v, w), (6, 8), (6, 8), shapes=[(8,), (8,)]),
+    "inner": Case(lambda x, w: torch.inner(x, w), **BOTH, shapes=[(4, 6)]),
+    "inner_exp": Case(lambda x, w: torch.inner(x.exp(), w.exp()), (4,), (), shapes=[(4, 6)]),
+    "outer": Case(lambda x, v, w: x @ torch.outer(v, w), **BOTH, shapes=[(6,), (4,)]),
+    "outer_one": Case(lambda x, v: x + x @ torch.ger(v, v.exp()), summed=(), shapes=[(6,)]),
+    "outer_exp": Case(lambda x, v, w: x + torch.outer(v.exp(), w)[:5], (6,), (6,), shapes=[(8,), (6,)]),
+    "addmv": Case(lambda x, w, v, b: x * torch.addmv(b, w, v), (6, 8), (6, 8), shapes=[(6, 8), (8,), (6,)]),
+    "addmv_exp": Case(
+        lambda x, w, v, b: x.exp() * torch.addmv(b.exp(), w, v), (6, 8), (8,), shapes=[(6, 8), (8,), (6,)]
+    ),
+    "addr": Case(lambda x, v, w, b: x @ torch.addr(b, v, w), **BOTH, shapes=[(6,), (4,), (4,)]),
+    "addr_sum": Case(
+        lambda x, v, w, b: x * torch.addr(b, v, w, alpha=2).sum(), (4, 6), (4, 6), shapes=[(8,), (4,), (4,)]
+    ),
+    "addbmm": Case(
+        lambda x, w, b: x @ torch.addbmm(b, w, w.mT.contiguous() + 1), (3, 4, 6), (3, 4), (6,), [(3, 6, 4), (6,)]
+    ),
+    "bilinear": Case(lambda x, y, w, b: F.bilinear(x, y, w, b), (3, 4, 6), (3, 4, 6), (6, 3), [(4, 6, 3), (4,)]),
+    "bilinear_plain": Case(lambda x, y, w: F.bilinear(x, y, w), (3, 4, 6), (3, 4, 6), (6, 3), [(4, 6, 3)]),
+    "bilinear_exp": Case(
+        lambda x, y, w, b: F.bilinear(x.exp(), y.exp(), w.exp(), b), (4,), (), (6, 3), [(4, 6, 3), (4,)]
+    ),
+    # A choice of 8 cannot vary along the 6, of which there are two.
+    "gram": Case(lambda x, w: x @ (w @ w.mT), (6, 8), (8,), shapes=[(6, 8)]),
+    "gram_einsum": Case(lambda x, w: torch.einsum("bsi,ik,jk->bsj", x, w, w), (6, 8), (6, 8), shapes=[(6, 8)]),
+    "gram_by_hand": Case(lambda x, w: x @ (w.unsqueeze(0) * w.unsqueeze(1)).sum(-1), (6, 8), (8,), shapes=[(6, 8)]),
     "residual": Case(lambda x, w: x + x @ w, shapes=[(6, 6)]),
     "residual_exp": Case(lambda x, w: x + x @ w.exp(), summed=(), shapes=[(6, 6)]),
     "both_exp": Case(lambda x, w: x.exp() @ w.exp(), (4,), (), shapes=[(6, 4)]),
@@ -91,6 +130,28 @@ ATTENTION: dict[str, Case] = {
     "sdpa_one_head": Case(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), (4, 6), (4, 6), widths=(6, 6, 4)),
     "sdpa_exp": Case(lambda q, k, v: attend()(q.exp(), k.exp(), v), (2, 4), (2, 4), widths=(12, 12, 8)),
     "sdpa_exp_values": Case(lambda q, k, v: attend()(q, k, v.exp()), (2, 3, 4), (3,), widths=(12, 12, 8)),
+    "sdpa_one_batch": Case(lambda q, k, v: attend()(q[:1], k, v), **HEADS),
+    "sdpa_one_batch_keys": Case(lambda q, k, v: attend()(q, k[:1], v[:1]), **HEADS),
+    "sdpa_one_batch_values": Case(lambda q, k, v: attend()(q, k, v[:1]), **HEADS),
+    "sdpa_learned_queries": Case(
+        lambda x, q, w: merged(F.scaled_dot_product_attention(q, heads(x, 4), heads(x @ w, 4))),
+        (2, 3, 4),
+        (2, 3, 4),
+        (12,),
+        [(1, 4, 5, 3), (12, 8)],
+    ),
+    "sdpa_one_key_head": Case(
+        lambda q, k, v: merged(F.scaled_dot_product_attention(heads(q, 4), heads(k, 1), heads(v, 1))),
+        (2, 3, 4),
+        (2, 3),
+        widths=(12, 3, 2),
+    ),
+    "sdpa_one_query_head": Case(
+        lambda q, k, v: merged(F.scaled_dot_product_attention(heads(q, 1), heads(k, 4), heads(v, 4))),
+        (2, 3, 4),
+        (2, 3, 4),
+        widths=(3, 12, 8),
+    ),
     "by_hand": Case(by_hand, **HEADS),
     "linear_attention": Case(lambda q, k, v: merged(heads(q, 4) @ (heads(k, 4).mT @ heads(v, 4))), **HEADS),
     "over_channels": Case(

@@ -1,8 +1,20 @@
 """Axis rules by op family. Importing this package fills the table."""
 
-from passes.rules import complex, contract, convolution, create, index, move, opaque, pointwise, reduce, shape
+from passes.rules import (
+    complex,
+    contract,
+    convolution,
+    create,
+    index,
+    move,
+    opaque,
+    order,
+    pointwise,
+    reduce,
+    shape,
+)
 from passes.rules.pointwise import POINTWISE
 from passes.rules.table import RULES, Rule, Value, rule
 
 __all__ = ["POINTWISE", "RULES", "Rule", "Value", "rule"]
-_FAMILIES = (complex, contract, convolution, create, index, move, opaque, pointwise, reduce, shape)
+_FAMILIES = (complex, contract, convolution, create, index, move, opaque, order, pointwise, reduce, shape)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import fx
 
 from mptk.axes import ONE, Axis, Term, axis, product, require_multiple
-from passes.rules.table import Dims, Value, align, named_argument, op_name, rule
+from passes.rules.table import Dims, Value, align, argument, named_argument, op_name, rule
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -23,8 +23,8 @@ def zero_of_product(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
     values = [a for a in node.args if isinstance(a, fx.Node)]
     bias = {"bias last": values[-1], "bias first": values[0]}.get(str(w.notes.get(node)))
     a, b = values[1:3] if bias is values[0] else values[:2]
-    by_rows = op_name(node).startswith("aten.linear") or _ndim(w, b) == 1
-    found = _kept(w, zero, a, -1) | _kept(w, zero, b, -1 if by_rows else -2)
+    by_rows = op_name(node).startswith(("aten.linear", "aten.inner")) or _ndim(w, b) == 1
+    found = zero_of_kept(w, zero, a, -1) | zero_of_kept(w, zero, b, -1 if by_rows else -2)
     return found if bias is None else found & zero(bias)
 
 
@@ -32,7 +32,7 @@ def _ndim(w: Walk, value: fx.Node) -> int:
     return len(w.shape(value))
 
 
-def _kept(w: Walk, zero: ZeroOf, value: fx.Node, contracted: int) -> set[Axis]:
+def zero_of_kept(w: Walk, zero: ZeroOf, value: fx.Node, contracted: int) -> set[Axis]:
     """Where an operand is zero along the dimensions that the product keeps (all but ``contracted``)."""
     dims = w.dims.get(value, ())
     rest = [t for d, t in enumerate(dims) if d != contracted + len(dims)]
@@ -50,7 +50,7 @@ def linear(w: Walk, node: fx.Node, x: Value, weight: Value, bias: Value | None =
     return out
 
 
-@rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", zero=zero_of_product)
+@rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.vdot", zero=zero_of_product)
 def matmul(w: Walk, node: fx.Node, a: Value, b: Value, **_: Any) -> Dims:
     """y[…, m, n] = Σ_k a[…, m, k] b[…, k, n]; leading dimensions broadcast."""
     batch_a, batch_b = a.dims[:-2], b.dims[:-2]
@@ -74,12 +74,72 @@ def _join(w: Walk, node: fx.Node, a: Term, b: Term) -> Term:
     return b if a.size == 1 else a
 
 
-@rule("aten.addmm", "aten.baddbmm", zero=zero_of_product)
+@rule("aten.addmm", "aten.baddbmm", "aten.addmv", zero=zero_of_product)
 def addmm(w: Walk, node: fx.Node, bias: Value, a: Value, b: Value, **_: Any) -> Dims:
     """y = bias + a b."""
     out = matmul(w, node, a, b)
     align(w, node, bias.dims, out)
     w.notes[node] = "bias first"
+    return out
+
+
+@rule("aten.inner", zero=zero_of_product)
+def inner(w: Walk, node: fx.Node, a: Value, b: Value) -> Dims:
+    """y[…, …'] = Σ_k a[…, k] b[…', k]."""
+    out = (*a.dims[:-1], *b.dims[:-1])
+    w.contract(node, a, a.ndim - 1, b, b.ndim - 1, out)
+    return out
+
+
+@rule("aten.outer", "aten.ger", zero="any")
+def outer(w: Walk, node: fx.Node, a: Value, b: Value) -> Dims:
+    """y[i, j] = a[i] b[j]."""
+    return (a.dims[0], b.dims[0])
+
+
+@rule("aten.addr", zero=lambda node, zero, w: zero(node.args[0]) & (zero(node.args[1]) | zero(node.args[2])))
+def addr(w: Walk, node: fx.Node, bias: Value, a: Value, b: Value, **_: Any) -> Dims:
+    """y[i, j] = bias + a[i] b[j]."""
+    out = outer(w, node, a, b)
+    align(w, node, bias.dims, out)
+    return out
+
+
+def _zero_of_addbmm(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
+    bias, a, b = node.args[:3]
+    rows, columns = (w.leaves_of(d) for d in w.dims[node])
+    return zero(bias) & (zero(a) & rows | zero(b) & columns)
+
+
+@rule("aten.addbmm", zero=_zero_of_addbmm)
+def addbmm(w: Walk, node: fx.Node, bias: Value, a: Value, b: Value, **_: Any) -> Dims:
+    """y[m, n] = bias + Σ_{t, k} a[t, m, k] b[t, k, n]."""
+    out = (a.dims[1], b.dims[2])
+    w.contract(node, a, 0, b, 0, out, a.dims[2:])
+    w.contract(node, a, 2, b, 1, out, a.dims[:1])
+    align(w, node, bias.dims, out)
+    return out
+
+
+def _zero_of_bilinear(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
+    """Along leading dimensions where an operand is, along the channels made where the weight and the bias are."""
+    a, b, weight = (v for v in node.args[:3] if isinstance(v, fx.Node))
+    bias = argument(node, 3, "bias")
+    made = zero(weight) & w.leaves_of(w.dims[node][-1])
+    found = zero_of_kept(w, zero, a, -1) | zero_of_kept(w, zero, b, -1) | made
+    return found if bias is None else found & zero(bias)
+
+
+@rule("aten.bilinear", zero=_zero_of_bilinear)
+def bilinear(w: Walk, node: fx.Node, a: Value, b: Value, weight: Value, bias: Value | None = None) -> Dims:
+    """y[…, o] = Σ_{i, j} a[…, i] W[o, i, j] b[…, j] + bias[o]."""
+    for x, y in zip(a.dims[:-1], b.dims[:-1], strict=True):
+        w.unify(x, y, node)
+    out = (*a.dims[:-1], weight.dims[0])
+    w.contract(node, a, a.ndim - 1, weight, 1, out, b.dims[-1:])
+    w.contract(node, b, b.ndim - 1, weight, 2, out, a.dims[-1:])
+    if bias is not None:
+        w.unify(bias.dims[0], weight.dims[0], node)
     return out
 
 
@@ -96,10 +156,11 @@ def _zero_of_einsum(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
 
 
 def _subscripts(equation: str) -> tuple[list[str], str]:
-    """The operands' letters and the result's: if it is not given, those that occur once, in order."""
+    """The operands' letters and the result's: if it is not given, the ellipsis and the letters that occur once."""
     sources, arrow, result = equation.replace(" ", "").partition("->")
     if not arrow:
-        result = "".join(sorted(x for x in set(sources) - {","} if sources.count(x) == 1))
+        once = sorted(x for x in set(sources) - {",", "."} if sources.count(x) == 1)
+        result = "".join(["..." if "..." in sources else "", *once])
     return sources.split(","), result
 
 
@@ -113,9 +174,10 @@ def einsum(w: Walk, node: fx.Node, equation: str, operands: Sequence[Value], **_
         terms[letter] = _join(w, node, terms.get(letter, ONE), value.dims[i])
     kept = _letters(result, len(w.shape(node)))
     out = tuple(terms[letter] for letter in kept)
-    for letter in [t for t in terms if t not in kept]:
-        found = [(value, i) for name, value, i in places if name == letter]
-        w.contract(node, *found[0], *found[-1], out)
+    summed = {letter: term for letter, term in terms.items() if letter not in kept}
+    for letter, term in summed.items():
+        found = [(v, i) for name, v, i in places if name == letter and v.dims[i].size == term.size]
+        w.contract(node, *found[0], *found[-1], out, tuple(t for t in summed.values() if t is not term))
     return out
 
 
@@ -150,16 +212,14 @@ def attention(
     w: Walk, node: fx.Node, q: Value, k: Value, v: Value, mask: Value | None = None, *_: Any, **__: Any
 ) -> Dims:
     """scores[…, s, t] = Σ_d q[…, s, d] k[…, t, d]; y[…, s, e] = Σ_t softmax(scores + mask)[…, s, t] v[…, t, e]."""
-    _tie_heads(w, node, q, k, v)
+    heads = _tie_heads(w, node, q, k, v)
     _pin_positions(w, node, q, k)
-    scores = (*q.dims[:-1], k.dims[-2])
+    scores = (*heads, q.dims[-2], k.dims[-2])
     w.hidden.append(scores)
     if mask is not None:
         align(w, node, mask.dims, scores)
     w.contract(node, q, q.ndim - 1, k, k.ndim - 1, scores)
-    w.role(q.dims[-1], "inner")
-    w.role(v.dims[-1], "value")
-    return (*q.dims[:-1], v.dims[-1])
+    return (*heads, q.dims[-2], v.dims[-1])
 
 
 def _pin_positions(w: Walk, node: fx.Node, q: Value, k: Value) -> None:
@@ -170,15 +230,22 @@ def _pin_positions(w: Walk, node: fx.Node, q: Value, k: Value) -> None:
         w.freeze(q.dims[-2], "compared by position", node)
 
 
-def _tie_heads(w: Walk, node: fx.Node, q: Value, k: Value, v: Value) -> None:
-    """k = v but for channels; q heads = k heads (with enable_gqa: k heads · fresh), which stand behind the batch."""
-    for x, y, z in zip(q.dims[:-2], k.dims[:-2], v.dims[:-2], strict=True):
-        w.unify(y, z, node)
-        w.unify(x, y if x.size == y.size else product((y, axis(x.size // y.size))), node)
+def _tie_heads(w: Walk, node: fx.Node, q: Value, k: Value, v: Value) -> Dims:
+    """k = v but for channels; q heads = k heads (with enable_gqa: k heads · fresh); sizes of 1 broadcast."""
     w.unify(k.dims[-2], v.dims[-2], node)
-    heads = q.dims[:-2]
+    ndim = max(q.ndim, k.ndim, v.ndim) - 2
+    heads = list(_pad(q.dims[:-2], ndim))
+    for dims in (k.dims[:-2], v.dims[:-2]):
+        for i, d in enumerate(_pad(dims, ndim)):
+            if 1 < d.size < heads[i].size:
+                w.unify(heads[i], product((d, axis(heads[i].size // d.size))), node)
+            else:
+                heads[i] = _join(w, node, heads[i], d)
     for h in heads[1:] if len(heads) > 1 else heads:
         w.role(h, "head")
+    w.role(q.dims[-1], "inner")
+    w.role(v.dims[-1], "value")
+    return tuple(heads)
 
 
 ROW_BYTES = 16

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from mptk.axes import ONE
-from passes.rules.table import Dims, Value, normalize, normalize_all, rule
+from passes.rules.table import Dims, Value, base_name, normalize, normalize_all, rule
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
+    from passes.rewrite import Resizer
 
 
 @rule(
@@ -36,7 +37,7 @@ def same(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Dims:
     return x.dims
 
 
-@rule("aten.transpose", "aten.swapaxes", "aten.transpose_", zero="move")
+@rule("aten.transpose", "aten.swapaxes", "aten.swapdims", "aten.transpose_", zero="move")
 def transpose(w: Walk, node: fx.Node, x: Value, dim0: int, dim1: int) -> Dims:
     """Two dimensions change places."""
     a, b = normalize(dim0, x.ndim), normalize(dim1, x.ndim)
@@ -57,13 +58,13 @@ def numpy_transpose(w: Walk, node: fx.Node, x: Value) -> Dims:
     return x.dims[::-1]
 
 
-@rule("aten.t", "aten.mT", "aten.adjoint", zero="move")
+@rule("aten.t", "aten.mT", "aten.mH", "aten.matrix_H", "aten.adjoint", zero="move")
 def reverse(w: Walk, node: fx.Node, x: Value) -> Dims:
     """The last two dimensions change places."""
     return _move(w, node, x, [*range(x.ndim - 2), *reversed(range(max(x.ndim - 2, 0), x.ndim))])
 
 
-@rule("aten.movedim", zero="move")
+@rule("aten.movedim", "aten.moveaxis", zero="move")
 def movedim(w: Walk, node: fx.Node, x: Value, source: Any, destination: Any) -> Dims:
     """Dimensions ``source`` go to ``destination``, the others keep their order."""
     sources, targets = normalize_all(source, x.ndim), normalize_all(destination, x.ndim)
@@ -83,19 +84,20 @@ def unsqueeze(w: Walk, node: fx.Node, x: Value, dim: int) -> Dims:
     return (*x.dims[:d], ONE, *x.dims[d:])
 
 
-@rule("aten.squeeze", "aten.squeeze_", zero="move")
+def _resize_squeeze(r: Resizer, node: fx.Node) -> None:
+    """Dimensions that are cut to 1 stay: the others are named."""
+    gone, stays = r.note(node)
+    if any(r.size(t) == 1 for t in stays):
+        r.replace(node, f"aten.{base_name(node.target)}.dims", (node.args[0], gone))
+
+
+@rule("aten.squeeze", "aten.squeeze_", zero="move", resize=_resize_squeeze)
 def squeeze(w: Walk, node: fx.Node, x: Value, dim: Any = None) -> Dims:
     """Dimensions of 1 go (all, or those named)."""
-    gone = {d for d in normalize_all(dim, x.ndim) if x.dims[d].size == 1}
-    return tuple(t for d, t in enumerate(x.dims) if d not in gone)
-
-
-@rule("aten.roll", "aten.flip", "aten.diff", "aten.rot90", "aten.cumprod", "aten.logcumsumexp")
-def ordered(w: Walk, node: fx.Node, x: Value, *args: Any, **_: Any) -> Dims:
-    """The order of positions matters: no dimension of it can be cut."""
-    for d in x.dims:
-        w.freeze(d, "the order of its positions matters", node)
-    return tuple(w.frozen(s, "the order of its positions matters", node) for s in w.shape(node))
+    gone = [d for d in normalize_all(dim, x.ndim) if x.dims[d].size == 1]
+    out = tuple(t for d, t in enumerate(x.dims) if d not in gone)
+    w.notes[node] = (gone, [t for t in out if t.size > 1])
+    return out
 
 
 @rule("aten.unfold", zero="move")

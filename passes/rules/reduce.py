@@ -39,6 +39,11 @@ def _reduced(x: Value, dims: Sequence[int], keepdim: bool) -> Dims:
     return tuple(ONE if d in dims else t for d, t in enumerate(x.dims) if keepdim or d not in dims)
 
 
+def _meet(w: Walk, x: Value, dims: Sequence[int]) -> None:
+    """Positions along ``dims`` meet although the result keeps them: no other axis' choice may vary along them."""
+    w.hidden.append(_reduced(x, dims, False))
+
+
 def _resize_mean(r: Resizer, node: fx.Node) -> None:
     """mean over n' kept channels · n'/n = mean over n channels, the removed ones being zero."""
     old, new = math.prod(t.size for t in r.note(node)), math.prod(r.size(t) for t in r.note(node))
@@ -76,10 +81,16 @@ def vector_norm(
     return sum_(w, node, x, dim, keepdim)
 
 
-@rule("aten.cumsum", "aten.cumsum_", zero="drop")
+def _zero_of_cumsum(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
+    """Along the other dimensions."""
+    return zero(node.args[0]) - w.leaves_of(w.dims[node][argument(node, 1, "dim")])
+
+
+@rule("aten.cumsum", "aten.cumsum_", zero=_zero_of_cumsum)
 def cumsum(w: Walk, node: fx.Node, x: Value, dim: int, **_: Any) -> Dims:
     """y_d = x_d; each position sums the ones before it, so zeros may go."""
     w.reduce(node, x.dims[dim], "sum")
+    _meet(w, x, [normalize(dim, x.ndim)])
     return x.dims
 
 
@@ -122,6 +133,7 @@ def softmax(w: Walk, node: fx.Node, x: Value, dim: int, *_: Any, **__: Any) -> D
     """y_d = x_d, normalised over d."""
     d = normalize(dim, x.ndim)
     w.reduce(node, x.dims[d], "max")
+    _meet(w, x, [d])
     if x.ndim > 3:
         for t in x.dims[1:d]:
             w.role(t, "head") if t is not x.dims[-2] else None
@@ -132,6 +144,7 @@ def softmax(w: Walk, node: fx.Node, x: Value, dim: int, *_: Any, **__: Any) -> D
 def log_softmax(w: Walk, node: fx.Node, x: Value, dim: int, *_: Any, **__: Any) -> Dims:
     """y_d = x_d. The logarithm of a removed channel's share is −inf, which nothing downstream would take: d stays."""
     w.freeze(x.dims[dim], "log of a share of it", node)
+    _meet(w, x, [normalize(dim, x.ndim)])
     return x.dims
 
 
@@ -157,6 +170,7 @@ def layer_norm(w: Walk, node: fx.Node, x: Value, shape: Sequence[int], *affine: 
                 w.unify(a, b, node)
     for d in x.dims[first:]:
         w.reduce(node, d, "statistic")
+    _meet(w, x, range(first, x.ndim))
     return x.dims
 
 
@@ -188,6 +202,7 @@ def rms_norm(w: Walk, node: fx.Node, x: Value, shape: Sequence[int], weight: Val
             w.unify(a, b, node)
     for d in x.dims[first:]:
         w.reduce(node, d, "mean")
+    _meet(w, x, range(first, x.ndim))
     return x.dims
 
 
@@ -198,9 +213,7 @@ def _resize_groups(r: Resizer, node: fx.Node) -> None:
 @rule("aten.group_norm", zero=_zero_of_norm, resize=_resize_groups)
 def group_norm(w: Walk, node: fx.Node, x: Value, groups: int, *affine: Any, **kwargs: Any) -> Dims:
     """Channels = groups · inner; statistics over inner and all further dimensions."""
-    for value in (*affine[:2], kwargs.get("weight"), kwargs.get("bias")):
-        if isinstance(value, Value):
-            w.unify(value.dims[0], x.dims[1], node)
+    _tie_channels(w, node, x, (*affine[:2], kwargs.get("weight"), kwargs.get("bias")))
     parts = split_product(x.dims[1], groups, last=False, where=w.where(node))
     if parts is None:
         w.freeze(x.dims[1], "group norm cuts across its units", node)
@@ -209,7 +222,15 @@ def group_norm(w: Walk, node: fx.Node, x: Value, groups: int, *affine: Any, **kw
     w.notes[node] = parts[0]
     for t in (parts[1], *x.dims[2:]):
         w.reduce(node, t, "statistic")
+    w.hidden.append((x.dims[0], parts[0]))
     return x.dims
+
+
+def _tie_channels(w: Walk, node: fx.Node, x: Value, affine: Sequence[Any]) -> None:
+    """Weights, biases and statistics hold one number a channel (dimension 1)."""
+    for value in affine:
+        if isinstance(value, Value):
+            w.unify(value.dims[0], x.dims[1], node)
 
 
 def _zero_of_batch_norm(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
@@ -224,15 +245,13 @@ def _zero_of_batch_norm(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
 @rule("aten.batch_norm", "aten.instance_norm", zero=_zero_of_batch_norm)
 def batch_norm(w: Walk, node: fx.Node, x: Value, *args: Any, **_: Any) -> Dims:
     """Per channel (dimension 1), with given statistics or the input's own over all other dimensions."""
-    for value in args[:4]:
-        if isinstance(value, Value):
-            w.unify(value.dims[0], x.dims[1], node)
-    own = named_argument(node, "training", named_argument(node, "use_input_stats"))
-    w.notes[node] = own or args[2] is None
-    if w.notes[node] and op_name(node).startswith("aten.instance_norm"):
+    _tie_channels(w, node, x, args[:4])
+    own = w.notes[node] = named_argument(node, "training", named_argument(node, "use_input_stats")) or args[2] is None
+    if own and op_name(node).startswith("aten.instance_norm"):
         for d in x.dims[2:]:
             w.freeze(d, "statistics are taken over it", node)
-    elif w.notes[node]:
+    elif own:
         for d in (x.dims[0], *x.dims[2:]):
             w.reduce(node, d, "statistic")
+    w.hidden.append(x.dims[1:2] if own else x.dims)
     return x.dims

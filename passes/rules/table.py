@@ -118,6 +118,11 @@ def normalize_all(dims: int | Sequence[int] | None, ndim: int) -> list[int]:
     return [normalize(d, ndim) for d in ([dims] if isinstance(dims, int) else dims)]
 
 
+def zero_of_first(node: fx.Node, zero: Any, w: Any) -> Any:
+    """Of several results the first is zero where the operand is: known if no other is used (positions are not zero)."""
+    return zero(node.args[0]) if all(user.args[1] == 0 for user in node.users) else set()
+
+
 def align(w: Walk, node: fx.Node, dims: Dims, onto: Dims) -> None:
     """Dimensions of equal size, counted from the last, are the same axis; the others broadcast."""
     for a, b in zip(reversed(dims), reversed(onto), strict=False):

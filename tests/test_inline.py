@@ -1,0 +1,132 @@
+"""Regions under ``autocast`` or ``enable_grad`` are part of the graph: same numbers, same families, same places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+from cutting import cut_and_compare, largest, random_plan
+from torch import Tensor, nn
+
+from mptk.errors import MptkError
+from passes.group import analyze
+from passes.place import Place
+from passes.trace import trace
+
+X = torch.randn(2, 5, 6)
+INNER = 8
+
+
+class Region(nn.Module):
+    """A layer under ``mode``; a router in float32 as mixtures of experts have, constants and a write in place."""
+
+    def __init__(self, mode: Callable[[], AbstractContextManager[object]]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mode = mode
+        self.up, self.gate, self.down = nn.Linear(6, INNER), nn.Linear(6, INNER), nn.Linear(INNER, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        with self.mode():
+            gate = self.gate(x.float()) * torch.tensor([0.5])
+            gate *= 2
+            a, b = self.down(h * gate).split((4, 7), -1)
+        return torch.cat((b, a), -1)
+
+
+def off() -> torch.autocast:
+    return torch.autocast("cpu", enabled=False)
+
+
+class Nested:
+    """Autocast on, and at once off for ``device``."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.modes = [torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast(device, enabled=False)]
+
+    def __enter__(self) -> None:
+        for mode in self.modes:
+            mode.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        for mode in reversed(self.modes):
+            mode.__exit__(*error)
+
+
+MODES = {"off": off, "gradients": torch.enable_grad, "nested": Nested}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_region_computes_what_the_module_does_and_can_be_cut(mode: Callable[[], object], dynamic: bool) -> None:
+    module = Region(mode).eval()
+    program = trace(module, (X,), dynamic=dynamic)
+    assert not [n for n in program.graph.graph.nodes if "higher_order" in str(n.target)]
+    with torch.no_grad():
+        assert largest(program(X), module(X)) == 0
+        assert largest(program.to_exported().module()(X), module(X)) == 0
+    found = analyze(program)
+    assert [f.size for f in found.families] == [INNER]
+    difference = cut_and_compare(found, random_plan(found), (X,))
+    assert difference.error < 1e-5 < 1e-3 < difference.moved
+
+
+def test_a_regions_calls_keep_their_module_and_line() -> None:
+    nodes = trace(Region(off), (X,)).graph.graph.nodes
+    places = [str(Place(n)) for n in nodes if "linear" in str(n.target)]
+    assert [p.rsplit(":", 1)[0] for p in places] == [
+        f"aten.linear.default in {name}, test_inline.py" for name in ("up", "gate", "down")
+    ]
+
+
+class Result(nn.Module):
+    """What the region makes is the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with off():
+            return self.layer(x)
+
+
+def test_a_regions_result_may_be_the_output() -> None:
+    module = Result()
+    program = trace(module, (X,))
+    assert largest(program.to_exported().module()(X), module(X)) == 0
+    assert analyze(program).families == ()
+
+
+def test_autocast_that_is_on_is_refused_by_name() -> None:
+    with pytest.raises(MptkError, match=r"autocast is on around aten.to.dtype in the model, test_inline.py:\d+"):
+        trace(Region(lambda: torch.autocast("cpu", dtype=torch.bfloat16)), (X,))
+
+
+class Branch(nn.Module):
+    """Control flow that depends on values, within a region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        with off():
+            return torch.cond(h.sum() > 0, lambda y: y + 1, lambda y: y - 1, (h,))  # type: ignore[no-any-return]
+
+
+def test_autocast_that_is_off_for_another_device_leaves_it_on() -> None:
+    with pytest.raises(MptkError, match="autocast is on around"):
+        trace(Region(lambda: Nested("cuda")), (X,))
+
+
+def test_control_flow_that_depends_on_values_is_refused_by_name() -> None:
+    module = Branch()
+    program = trace(module, (X,))
+    assert largest(program(X), module(X)) == 0
+    with pytest.raises(MptkError, match=r"no axis rule for \S*cond"):
+        analyze(program)

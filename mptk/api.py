@@ -86,7 +86,8 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
             moves the output. Costs three forward passes; a program without weights cannot be proven.
 
     Raises:
-        MptkError: the plan does not fit the model; or the proof fails, with the stage and the size of the difference.
+        MptkError: the plan does not fit the model; or the mask does not move the output, so that nothing is proven.
+        ProofError: the cut program is another one than the masked; with the stage and the size of the difference.
     """
     stages: dict[str, Program] = {}
     program, _ = cut_program(analysis, plan, pipeline.Log(), keep=stages)

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from mptk.cut import Cut
-from mptk.errors import MptkError
+from mptk.errors import MptkError, ProofError
 from mptk.families import Analysis
 from mptk.program import Program
 from passes.mask import mask
@@ -28,8 +28,8 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program], *, se
     """Compare the program after each of ``stages``, in order, with the masked one, on seeded inputs of traced shapes.
 
     Raises:
-        MptkError: outputs differ at a stage, which is named with the size of the difference; or the mask moves the
-            output no further than rounding, so that nothing would be proven.
+        ProofError: outputs differ at a stage, which is named with the size of the difference.
+        MptkError: the mask moves the output no further than rounding, so that nothing would be proven.
     """
     inputs = seeded_inputs(analysis.program, seed)
     masked, dense = _fine(mask(analysis, cut)), _fine(analysis.program)
@@ -44,7 +44,7 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program], *, se
         tolerance = max(tolerance, min(ROUNDINGS * own, WIDEST))
     for stage, apart in found.items():
         if not apart <= tolerance:
-            raise MptkError(
+            raise ProofError(
                 f"the proof fails at '{stage}': outputs of the cut and the masked program differ by {apart:.1e} of the "
                 f"largest (tolerance {tolerance:.0e}); please report this model"
             )

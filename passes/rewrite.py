@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mptk.axes import Term, resolve
 from mptk.cut import Cut, resolve_plan
-from mptk.errors import MptkError
+from mptk.errors import ProofError
 from mptk.families import Analysis
 from mptk.plan import Plan
 from mptk.program import Program
@@ -34,8 +34,8 @@ def rewrite(analysis: Analysis, plan: Plan) -> Program:
     indexed at the use, and weights are sliced. A family whose choice is already whole changes nothing.
 
     Raises:
-        MptkError: the plan does not fit the model (unknown family or layer, illegal width); or, which would be an
-            error of mptk's, the cut graph's sizes do not fit together.
+        MptkError: the plan does not fit the model (unknown family or layer, illegal width).
+        ProofError: the cut graph's sizes do not fit together.
     """
     return rewrite_cut(analysis, resolve_plan(analysis, plan))
 
@@ -231,7 +231,7 @@ def propagate_shapes(program: Program, untouched: Collection[str] = (), changed:
             with mode:
                 node.meta["val"] = node.meta["val"].new_empty(tuple(tensor.shape))
         values.append(node.meta["val"])
-    with mode, enable_python_dispatcher():  # some kernels know symbolic sizes in Python alone
+    with torch.no_grad(), mode, enable_python_dispatcher():  # some kernels know symbolic sizes in Python alone
         _ShapeInterpreter(program.graph, untouched, unchanged).run(*values)
 
 
@@ -250,7 +250,7 @@ class _ShapeInterpreter(fx.Interpreter):
             result = super().run_node(n)
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
-            raise MptkError(f"the cut graph does not fit together at {Place(n)}: {reason}; please report it") from error
+            raise ProofError(f"the cut graph does not fit together at {Place(n)}: {reason}; please report it") from error
         if _alike(result, n.meta.get("val")):
             self.unchanged.add(n)
         n.meta["val"] = result

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 import mptk
 from mptk.axes import leaves
 from mptk.cut import resolve_plan
-from mptk.errors import MptkError
+from mptk.errors import MptkError, ProofError
 from mptk.families import Analysis, Family, Group, Member, unit_positions
 from mptk.plan import FamilyPlan, Plan
 from passes.mask import mask
@@ -64,10 +64,10 @@ def _check(program: Program, dtype: torch.dtype = torch.float32, tolerance: floa
         _compare("the traced and the eager program", _run(analysis.program, inputs), dense, tolerance)
         for plan in plans(analysis, program.seed):
             _compare_cut(module, analysis, plan, inputs, dense, tolerance)
+    except (Wrong, ProofError) as error:
+        return Outcome("wrong", str(error))
     except MptkError as error:
         return Outcome("refused", str(error))
-    except Wrong as error:
-        return Outcome("wrong", str(error))
     except Exception as error:
         return Outcome("crashed", _describe(error))
     count = len(analysis.families)

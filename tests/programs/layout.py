@@ -9,7 +9,11 @@ from torch.nn import functional as F
 from .catalogue import Maker, step
 
 
-@step("layout", multiple=2, form=("heads swapped", "permute", "transpose", "movedim", "tokens apart"))
+@step(
+    "layout",
+    multiple=2,
+    form=("heads swapped", "permute", "transpose", "movedim", "tokens apart", "minus one", "pairs", "einops"),
+)
 def reorder(m: Maker, x: Tensor, *, form: str) -> Tensor:
     batch, length, channels = x.shape
     heads = x.view(batch, length, 2, channels // 2)
@@ -18,6 +22,16 @@ def reorder(m: Maker, x: Tensor, *, form: str) -> Tensor:
         "permute": lambda: heads.permute(0, 2, 1, 3).relu().permute(0, 2, 1, 3).reshape(x.shape),
         "transpose": lambda: x.transpose(1, 2).contiguous().relu().transpose(1, 2),
         "movedim": lambda: heads.movedim(-1, 0).movedim(0, 2).flatten(2),
+        "minus one": lambda: x.view(batch, -1, channels // 2).relu().view(batch, length, -1),
+        "pairs": lambda: x.view(-1, channels // 2, 2).flip(-1).reshape(x.shape),
+        "einops": lambda: (
+            heads.permute(0, 2, 1, 3)
+            .reshape(batch * 2, length, -1)
+            .relu()
+            .view(batch, 2, length, -1)
+            .transpose(1, 2)
+            .flatten(2)
+        ),
         "tokens apart": lambda: x.reshape(batch * length, channels).relu().reshape(batch, length, channels),
     }
     return forms[form]()

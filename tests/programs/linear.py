@@ -88,3 +88,39 @@ def mlp(m: Maker, x: Tensor, *, hidden: int, act: str, residual: bool) -> Tensor
 @step("linear", inputs=2)
 def residual(m: Maker, x: Tensor, y: Tensor) -> Tensor:
     return x + m.fit(y, x.shape[-1])
+
+
+@step("linear", out=WIDTHS, form=("scaled", "rows", "vector", "stacked", "three", "batched", "in_proj"))
+def rarer_product(m: Maker, x: Tensor, *, out: int, form: str) -> Tensor:
+    """Calls with a factor, slices of one weight, products of three, a vector."""
+    n, flat = x.shape[-1], x.flatten(0, 1)
+    if form == "in_proj":
+        first, second = m.weight(2 * out, n).chunk(2, 0)
+        return F.linear(x, first).relu() * F.linear(x, second)
+    if form == "batched":
+        bias, w = m.weight(x.shape[0], 1, out), m.weight(n, out)
+        return torch.baddbmm(bias, x, w.expand(x.shape[0], -1, -1), beta=0.5, alpha=2.0)
+    forms = {
+        "scaled": lambda: torch.addmm(m.weight(out), flat, m.weight(n, out), beta=0.5, alpha=2.0).view(
+            *x.shape[:2], out
+        ),
+        "rows": lambda: F.linear(x, m.weight(out + 4, n)[2:-2]),
+        "vector": lambda: (x @ m.weight(n))[..., None] * m.weight(out),
+        "stacked": lambda: torch.einsum("btc,kco->btko", x, m.weight(3, n, out)).amax(2),
+        "three": lambda: torch.einsum("btc,cr,ro->bto", x, m.weight(n, 3), m.weight(3, out)),
+    }
+    return forms[form]()
+
+
+@step("linear", form=("transposed", "summed", "pairs", "square", "tokens", "outer square"))
+def einsum(m: Maker, x: Tensor, *, form: str) -> Tensor:
+    """Sums of products of the value with itself."""
+    forms = {
+        "transposed": lambda: torch.einsum("btc->bct", x).transpose(1, 2),
+        "summed": lambda: x * torch.einsum("btc->bt", x)[..., None].tanh(),
+        "pairs": lambda: torch.einsum("btc,bsc->bts", x, x).tanh() @ x,
+        "square": lambda: x + torch.einsum("btc,btc->bt", x, x)[..., None].tanh(),
+        "tokens": lambda: torch.einsum("btc,bsd->bcd", x, x).tanh().mean(1)[:, None].expand_as(x),
+        "outer square": lambda: torch.einsum("btc,btd->btcd", x, x).flatten(2).tanh(),
+    }
+    return forms[form]()

@@ -78,3 +78,12 @@ def similarity(m: Maker, x: Tensor, y: Tensor, *, form: str) -> Tensor:
         "softmax": lambda: (x.softmax(-1) * y).sum(-1),
     }
     return x * forms[form]()[..., None]
+
+
+@step("reductions", kind=("sum", "mean", "amax", "var", "norm", "logsumexp"), over=("both", "all", "batch"))
+def reduce_several(m: Maker, x: Tensor, *, kind: str, over: str) -> Tensor:
+    """Over several dimensions at once."""
+    dims = {"both": (1, 2), "all": (0, 1, 2), "batch": (0,)}[over]
+    if kind == "norm":
+        return x + torch.linalg.vector_norm(x, dim=dims, keepdim=True).tanh()
+    return x + getattr(x, kind)(dims, keepdim=True).tanh()

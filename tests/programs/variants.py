@@ -59,6 +59,9 @@ def _rotate(x: Tensor, form: str) -> Tensor:
     half = x.shape[-1] // 2
     angles = torch.arange(x.shape[-2], device=x.device)[:, None] * 0.5 ** torch.arange(half, device=x.device)
     cos, sin = angles.to(x.dtype).cos(), angles.to(x.dtype).sin()
+    if form == "complex":
+        turned = torch.view_as_complex(x.unflatten(-1, (half, 2)).contiguous()) * torch.complex(cos, sin)
+        return torch.view_as_real(turned).flatten(-2)
     if form == "interleaved":
         a, b = x[..., ::2], x[..., 1::2]
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
@@ -68,7 +71,7 @@ def _rotate(x: Tensor, form: str) -> Tensor:
     return x * torch.cat([cos, cos], -1) + torch.cat([-b, a], -1) * torch.cat([sin, sin], -1)
 
 
-@step("attention", form=("table", "halves", "interleaved", "partial"), kv=(1, 3), sink=(False, True))
+@step("attention", form=("table", "halves", "interleaved", "partial", "complex"), kv=(1, 3), sink=(False, True))
 def rotary(m: Maker, x: Tensor, *, form: str, kv: int, sink: bool) -> Tensor:
     """Rotary embedding of queries and keys, of the first half of the channels if ``partial``."""
     q, k, v = _heads(m, x), _heads(m, x, kv), _heads(m, x, kv, 5)

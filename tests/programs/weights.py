@@ -76,7 +76,7 @@ def universal(m: Maker, x: Tensor, *, times: int, hidden: int, norm: str) -> Ten
     return layer(x) if norm == "shared" else x
 
 
-@step("weights", form=("bias of weight", "row", "mean row", "gram"))
+@step("weights", form=("bias of weight", "row", "mean row", "gram", "distances", "factor"))
 def borrowed(m: Maker, x: Tensor, *, form: str) -> Tensor:
     """A weight that serves another purpose as well."""
     width = x.shape[-1]
@@ -84,6 +84,11 @@ def borrowed(m: Maker, x: Tensor, *, form: str) -> Tensor:
     extra = {"bias of weight": lambda: w[0], "row": lambda: w[-1].tanh(), "mean row": lambda: w.mean(0)}
     if form == "gram":
         return x @ (w.t() @ w)
+    if form == "distances":
+        return F.linear(x, w).softmax(-1) @ (w[:, None] - w).square().mean(-1)
+    if form == "factor":
+        factor = m.weight(8, 5)
+        return F.linear(x, w).tanh() @ (factor @ factor.t())
     return x + F.linear(F.linear(x, w).relu(), w.t(), extra[form]())
 
 

@@ -101,8 +101,9 @@ def _enter_failure(tally: Tally, program: Program, outcome: Outcome) -> None:
         if failure.cause == cause and _spelled(Program.parse(failure.program)) <= _spelled(program):
             failure.count += 1
             return
-    small = reduced(program, outcome)
-    failure = Failure(outcome.verdict, cause, repr(small), check(small).cause)
+    small = program if "TimeoutError" in cause else reduced(program, outcome)
+    detail = outcome.cause if small is program else check(small).cause
+    failure = Failure(outcome.verdict, cause, repr(small), detail)
     tally.failures[key_of(small, cause)] = failure
 
 

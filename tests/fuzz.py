@@ -22,10 +22,9 @@ import torch
 import typer
 
 from benchmarks.common import result_header, write_result
-from tests.programs import CATALOGUE, Outcome, Program, cause_of, check, reduced, seeded
+from tests.programs import CATALOGUE, FAILURES, Outcome, Program, cause_of, check, reduced, seeded
 
 BLOCK, LIMIT_S = 25, 120
-FAILURES = ("wrong", "crashed")
 
 
 @dataclass

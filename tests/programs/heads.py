@@ -39,7 +39,7 @@ def _gram(w: Tensor) -> Tensor:
     return w @ w.t()
 
 
-@step("heads", form=tuple(MIXED), into=("linear", "einsum"), out=("linear", "einsum", "sum", "sum over heads"))
+@step("mixtures", form=tuple(MIXED), into=("linear", "einsum"), out=("linear", "einsum", "sum", "sum over heads"))
 def mixed_heads(m: Maker, x: Tensor, *, form: str, into: str, out: str) -> Tensor:
     """Heads from a linear layer or from a weight [h, c, d], mixed, and read by one or the other."""
     n = x.shape[-1]

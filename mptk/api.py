@@ -24,6 +24,7 @@ from mptk.latency import phase
 from mptk.plan import Plan
 from mptk.program import Program
 from passes import group
+from passes.check_cut import check_cut, in_float32
 from passes.emit_hf import check_replaceable, publish
 from passes.emit_onnx import emit_onnx
 from passes.fold_norms import fold_norms
@@ -77,17 +78,34 @@ def ops() -> list[dict[str, str]]:
     ]
 
 
-def rewrite(analysis: Analysis, plan: Plan) -> Program:
+def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
     """Cut the analysed program to ``plan``: smaller weights, right shape constants, the same function as when masked.
 
+    Args:
+        check: prove it: on seeded inputs of the traced shapes the cut program equals the masked one, and the mask
+            moves the output. Costs three forward passes; a program without weights cannot be proven.
+
     Raises:
-        MptkError: the plan does not fit the model.
+        MptkError: the plan does not fit the model; or the mask does not move the output, so that nothing is proven.
+        ProofError: the cut program is another one than the masked; with the stage and the size of the difference.
     """
-    return cut_program(analysis, plan, pipeline.Log())[0]
+    stages: dict[str, Program] = {}
+    program, _ = cut_program(analysis, plan, pipeline.Log(), keep=stages)
+    if check and program.has_values:
+        fine = in_float32(analysis)
+        if fine is not analysis:
+            cut_program(fine, plan, pipeline.Log(), keep=stages)
+        check_cut(fine, resolve_plan(fine, plan), stages)
+    return program
 
 
-def cut_program(analysis: Analysis, plan: Plan, log: pipeline.Log) -> tuple[Program, dict[float, float]]:
-    """As ``rewrite``, with the passes' differences in ``log``; also the norms' epsilons that changed (old → new)."""
+def cut_program(
+    analysis: Analysis, plan: Plan, log: pipeline.Log, *, keep: dict[str, Program] | None = None
+) -> tuple[Program, dict[float, float]]:
+    """As ``rewrite``, unchecked, with the passes' differences in ``log`` and the program after each pass in ``keep``.
+
+    Also returns the norms' epsilons that changed (old → new).
+    """
     cut = resolve_plan(analysis, plan)
     epsilons: dict[float, float] = {}
 
@@ -97,7 +115,7 @@ def cut_program(analysis: Analysis, plan: Plan, log: pipeline.Log) -> tuple[Prog
         return program
 
     steps = [pipeline.Pass("rewrite", lambda _: rewrite_cut(analysis, cut)), pipeline.Pass("fold norms", fold)]
-    return pipeline.run(analysis.program, steps, log), epsilons
+    return pipeline.run(analysis.program, steps, log, keep), epsilons
 
 
 def export(

@@ -99,7 +99,7 @@ class Cut:
         return result
 
     def _slice_rows(self, tensor: Tensor, dims: Sequence[Term], scope_dim: int) -> Tensor:
-        """Slice where each row along ``scope_dim`` keeps its own positions of other dimensions (an expert's channels)."""
+        """Each row along ``scope_dim`` keeps its own positions of other dimensions (an expert's channels)."""
         rest = [t for d, t in enumerate(dims) if d != scope_dim]
         kept = [
             self._row(dims, scope_dim, s).slice(tensor.select(scope_dim, s), rest)

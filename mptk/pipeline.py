@@ -48,8 +48,11 @@ class Log:
         return [{k: v for k, v in asdict(r).items() if v is not None} for r in self.records]
 
 
-def run(program: Program, passes: Sequence[Pass], log: Log) -> Program:
-    """Apply ``passes`` in order; after each the program is checked and the difference recorded."""
+def run(program: Program, passes: Sequence[Pass], log: Log, keep: dict[str, Program] | None = None) -> Program:
+    """Apply ``passes`` in order; after each the program is checked and the difference recorded.
+
+    ``keep`` is given the program after each pass, by the pass's name.
+    """
     for p in passes:
         with log.stage(p.name) as record:
             after = p.run(program)
@@ -57,6 +60,8 @@ def run(program: Program, passes: Sequence[Pass], log: Log) -> Program:
             record.ops = (count_ops(program), count_ops(after))
             record.parameters = (parameter_count(program), parameter_count(after))
         program = after
+        if keep is not None:
+            keep[p.name] = after
     return program
 
 

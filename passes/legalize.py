@@ -12,6 +12,7 @@ from mptk.axes import evaluate, leaves
 from mptk.cost import CostModel, is_layered
 from mptk.errors import MptkError
 from mptk.families import Analysis, Family
+from passes.fold_norms import unfoldable
 from passes.stock_config import Stock
 
 MULTIPLE = 32
@@ -78,8 +79,9 @@ def stock_target(
 def derived_families(analysis: Analysis) -> dict[str, str]:
     """Families whose width enters numbers that a stock class computes from its config: shapes fit, logits do not.
 
-    These are channels that two activations are contracted over (attention's scale follows from their number), and
-    those along which the graph reads a constant (rotary tables, position biases).
+    These are channels that two activations are contracted over (attention's scale follows from their number), those
+    along which the graph reads a constant (rotary tables, position biases), and those that a mean runs over whose
+    scale no weight can take (``passes/fold_norms.py``).
     """
     walk = analysis.walk
     scaled = {
@@ -96,6 +98,10 @@ def derived_families(analysis: Analysis) -> dict[str, str]:
             reasons[family.name] = "the stock class would compute its rotary tables or biases anew"
         elif axis in scaled:
             reasons[family.name] = "the stock class would derive another attention scale"
+        elif (place := unfoldable(analysis, family)) is not None:
+            reasons[family.name] = (
+                f"the stock class would take a mean over fewer channels, with no weight to make up for it ({place})"
+            )
     return reasons
 
 

@@ -18,7 +18,7 @@ from mptk.cut import Cut
 from mptk.families import Analysis
 from mptk.program import Program
 from passes.propagate import Reduction, Walk
-from passes.rules.table import named_argument, normalize_all, op_name
+from passes.rules.table import base_name, named_argument, normalize_all, op_name
 
 Keep = list[Any]
 """A nested list of booleans that broadcasts against the tensor it masks."""
@@ -54,7 +54,8 @@ def _mask_reduction(graph: fx.Graph, node: fx.Node, walk: Walk, cut: Cut, reduct
     dims = walk.dims[next(n for n in r.node.all_input_nodes if n in walk.dims)]
     if r.kind == "statistic":
         return _mask_statistic(node, dims, cut)
-    reduced = [d for d, t in enumerate(dims) if any(t is s.axis for s in reductions)]
+    last = -1 if base_name(node.target) in ("topk", "sort") else None
+    reduced = normalize_all(named_argument(node, "dim", last), len(dims))
     neutral = torch.inf if r.kind == "min" else -torch.inf
     source = node.args[0]
     assert isinstance(source, fx.Node)

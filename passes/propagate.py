@@ -186,7 +186,7 @@ class Walk:
                 value = node.meta.get("val")
                 if node not in self.caches and isinstance(value, Tensor) and value.is_floating_point():
                     self.data.add(node)
-        while any([self._inherit(node) for node in self.program.graph.graph.nodes]):
+        while sum(self._inherit(node) for node in self.program.graph.graph.nodes):
             pass
 
     def _inherit(self, node: fx.Node) -> bool:

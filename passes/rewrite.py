@@ -14,11 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mptk.axes import Term, resolve
 from mptk.cut import Cut, resolve_plan
+from mptk.errors import ProofError
 from mptk.families import Analysis
 from mptk.plan import Plan
 from mptk.program import Program
+from passes.aliasing import written
+from passes.place import Place
 from passes.propagate import Path, Walk
 from passes.rules.table import find_rule
+
+SCALE = "mptk_scale"
+"""Metadata of a product with a number that the rewriting inserted: the number."""
 
 
 def rewrite(analysis: Analysis, plan: Plan) -> Program:
@@ -29,6 +35,7 @@ def rewrite(analysis: Analysis, plan: Plan) -> Program:
 
     Raises:
         MptkError: the plan does not fit the model (unknown family or layer, illegal width).
+        ProofError: the cut graph's sizes do not fit together.
     """
     return rewrite_cut(analysis, resolve_plan(analysis, plan))
 
@@ -60,6 +67,8 @@ class Resizer:
         self.constants: dict[str, Tensor] = {}
 
     def run(self) -> None:
+        memory = self.walk.memory
+        written_to = {a for n in self.original.values() for target in written(n) for a in memory[target]}
         for node in list(self.graph.graph.nodes):
             original = self.original.get(node.name)
             if original is None or original not in self.walk.variable or node.op != "call_function":
@@ -68,7 +77,7 @@ class Resizer:
             found = find_rule(node)
             if found is not None and found.resize is not None:
                 found.resize(self, node)
-            if str(node.target) == "aten.view.default":
+            if str(node.target) == "aten.view.default" and original not in written_to:
                 node.target = torch.ops.aten.reshape.default
         self.graph.graph.lint()
         self.graph.recompile()
@@ -137,6 +146,7 @@ class Resizer:
         """Multiply the result of ``node`` by ``factor`` for all its users."""
         with self.graph.graph.inserting_after(node):
             scaled = self.graph.graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
+        scaled.meta[SCALE] = factor
         node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
 
     def index(self, before: fx.Node, positions: Sequence[int]) -> fx.Node:
@@ -145,8 +155,9 @@ class Resizer:
             return _index_of(self.graph.graph, positions)
 
     def epsilon(self, node: fx.Node) -> float:
-        """The default epsilon of a norm: that of its input's dtype."""
-        return torch.finfo(self.original[node.name].meta["val"].dtype).eps
+        """The default epsilon of a norm: that of the type it computes in, float32 or more."""
+        dtype = self.original[node.name].meta["val"].dtype
+        return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
     # ---- constants ----
 
@@ -218,9 +229,9 @@ def propagate_shapes(program: Program, untouched: Collection[str] = (), changed:
             unchanged.add(node)
         else:
             with mode:
-                node.meta["val"] = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
+                node.meta["val"] = node.meta["val"].new_empty(tuple(tensor.shape))
         values.append(node.meta["val"])
-    with mode, enable_python_dispatcher():  # some kernels know symbolic sizes in Python alone
+    with torch.no_grad(), mode, enable_python_dispatcher():  # some kernels know symbolic sizes in Python alone
         _ShapeInterpreter(program.graph, untouched, unchanged).run(*values)
 
 
@@ -235,7 +246,11 @@ class _ShapeInterpreter(fx.Interpreter):
         if n.name in self.untouched and self.unchanged.issuperset(n.all_input_nodes):
             self.unchanged.add(n)
             return n.meta.get("val")
-        result = super().run_node(n)
+        try:
+            result = super().run_node(n)
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ProofError(f"the cut graph does not fit together at {Place(n)}: {reason}; please report it") from error
         if _alike(result, n.meta.get("val")):
             self.unchanged.add(n)
         n.meta["val"] = result

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mptk
 from mptk.cut import resolve_plan
 from mptk.families import Analysis
 from mptk.plan import FamilyPlan, Plan
 from passes.mask import mask
-from passes.rewrite import rewrite
 
 
 def random_plan(analysis: Analysis, names: Collection[str] | None = None, *, seed: int = 0, share: float = 0.6) -> Plan:
@@ -49,7 +49,7 @@ def cut_and_compare(analysis: Analysis, plan: Plan, inputs: Sequence[Tensor]) ->
     with torch.no_grad():
         dense = analysis.program(*inputs)
         masked = mask(analysis, resolve_plan(analysis, plan))(*inputs)
-        cut = rewrite(analysis, plan)(*inputs)
+        cut = mptk.rewrite(analysis, plan)(*inputs)
     return Difference(largest(masked, cut), largest(masked, dense))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, silu
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+import mptk
 from mptk import criteria
 from mptk.criteria import observe
 from mptk.cut import resolve_plan
@@ -20,7 +21,6 @@ from mptk.errors import MptkError
 from mptk.families import Analysis
 from passes.group import analyze
 from passes.mask import mask
-from passes.rewrite import rewrite
 from passes.trace import trace
 
 LAYERS, HIDDEN, FFN, VOCAB = 2, 48, 80, 97
@@ -346,7 +346,7 @@ def error(case: Case, program: Any, plan: Any) -> float:
     """Mean squared logit error of the cut model against the dense one; masked = rewritten on the way."""
     analysis = replace(case.analysis, program=program)
     with torch.no_grad():
-        cut = rewrite(analysis, plan)(WINDOWS)
+        cut = mptk.rewrite(analysis, plan)(WINDOWS)
         torch.testing.assert_close(mask(analysis, resolve_plan(analysis, plan))(WINDOWS), cut, rtol=1e-4, atol=1e-4)
         return float((cut - case.analysis.program(WINDOWS)).square().mean())
 

@@ -9,12 +9,12 @@ import torch
 from tiny_decoders import CONFIGS, FUSED, GROUPED, SLIDING, tiny_decoder
 from transformers import BloomConfig
 
+import mptk
 from mptk.families import Analysis
 from mptk.plan import FamilyPlan, Plan
 from mptk.runtime import OrtDecoder
 from passes.emit_onnx import emit_onnx
 from passes.group import analyze
-from passes.rewrite import rewrite
 from passes.trace import trace
 from passes.trace_decoder import trace_decoder
 
@@ -53,7 +53,7 @@ def test_plan_cuts_decoder_and_plain_forward_alike(kind, families, heads, tmp_pa
     assert listing(plain) == listing(decoder)
 
     plan = halved(plain, *families)
-    reference, step = rewrite(plain, plan), rewrite(decoder, plan)
+    reference, step = mptk.rewrite(plain, plan), mptk.rewrite(decoder, plan)
     caches = [node.meta["val"] for node in step.placeholders() if node.name in step.user_inputs[3:]]
     assert [value.shape[1] for value in caches] == [heads] * 4
 
@@ -79,7 +79,7 @@ def test_decoder_with_batched_products_of_symbolic_sizes_is_cut(tmp_path):
     """Bloom adds its position biases by ``baddbmm``."""
     model = tiny_decoder(BloomConfig(hidden_size=48, n_head=6, n_layer=1, vocab_size=97))
     decoder = analyze(trace_decoder(model))
-    step = rewrite(decoder, halved(decoder, "heads", "ffn"))
+    step = mptk.rewrite(decoder, halved(decoder, "heads", "ffn"))
     ids, mask, positions = torch.randint(3, 97, (2, 5)), torch.ones(2, 5, dtype=torch.long), torch.arange(5)[None]
     with torch.no_grad():
         expected, *_ = step(ids, mask, positions.expand(2, -1), *[torch.zeros(2, 3, 0, 8)] * 2)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from mptk.cut import resolve_plan
 from mptk.plan import FamilyPlan, Plan
-from passes.fold_norms import fold_norms
+from mptk.program import Program
+from passes.fold_norms import fold_norms, unfoldable
 from passes.group import analyze
 from passes.mask import mask
-from passes.rewrite import rewrite
+from passes.rewrite import SCALE, rewrite
 from passes.trace import trace
 
 SIZES = {
@@ -47,7 +52,111 @@ def test_scales_go_into_weights_and_epsilons(name):
         assert (trace(model)(ids) - expected).abs().max() > 0.01 * expected.abs().max()
     eps = model.config.rms_norm_eps
     assert epsilons == pytest.approx({eps: eps * 48 / 30})
-    scales = [
-        n for n in folded.graph.graph.nodes if n.target is torch.ops.aten.mul.Tensor and isinstance(n.args[1], float)
-    ]
-    assert not any("stack_trace" not in n.meta for n in scales)
+    assert scales(cut)
+    assert not scales(folded)
+
+
+# ---- the pattern is matched whole, or the scale stays in the graph ----
+
+WIDTH, KEPT, OUT = 12, 7, 5
+X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Normed(nn.Module):
+    """12 channels with a norm over them, and a head. ``body`` is given the channels, a weight and a bias."""
+
+    def __init__(self, body: Callable[[Tensor, nn.Parameter, nn.Parameter], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.head = nn.Linear(4, WIDTH), nn.Linear(WIDTH, OUT)
+        self.weight, self.bias = nn.Parameter(torch.randn(WIDTH)), nn.Parameter(torch.randn(WIDTH))
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.up(x), self.weight, self.bias))
+
+
+def mean_square(h: Tensor) -> Tensor:
+    return h.square().mean(-1, keepdim=True)
+
+
+def rms(h: Tensor) -> Tensor:
+    return h * torch.rsqrt(mean_square(h) + 1e-2)
+
+
+FOLDED: dict[str, Callable[[Tensor, nn.Parameter, nn.Parameter], Tensor]] = {
+    "rsqrt": lambda h, w, b: rms(h) * w,
+    "weight first": lambda h, w, b: w * rms(h),
+    "one plus weight": lambda h, w, b: rms(h) * (1 + w),
+    "through another type": lambda h, w, b: (h.double() * torch.rsqrt(mean_square(h.double()) + 1e-2)).float() * w,
+    "power": lambda h, w, b: h * (mean_square(h) + 1e-2).pow(-0.5) * w,
+    "divided by a root": lambda h, w, b: h / (mean_square(h) + 1e-2).sqrt() * w,
+    "reciprocal of a root": lambda h, w, b: h * (1e-2 + mean_square(h)).sqrt().reciprocal() * w,
+    "op": lambda h, w, b: F.rms_norm(h, (WIDTH,), w, 1e-2),
+    "op with its default epsilon": lambda h, w, b: F.rms_norm(h * 1e-3, (WIDTH,), w),
+    "op without weight": lambda h, w, b: F.rms_norm(h, (WIDTH,), eps=1e-2) * w,
+    "twice": lambda h, w, b: rms(h) * w + rms(h * 2 + b) * w,
+    "gate in between": lambda h, w, b: rms(h) * h.sigmoid() * w,
+}
+KEPT_IN_GRAPH: dict[str, Callable[[Tensor, nn.Parameter, nn.Parameter], Tensor]] = {
+    "no norm": lambda h, w, b: h + torch.sigmoid(h.mean(-1, keepdim=True) + 0.5) * w,
+    "bias in between": lambda h, w, b: (rms(h) + b) * w,
+    "activation in between": lambda h, w, b: F.silu(rms(h)) * w,
+    "softmax in between": lambda h, w, b: rms(h).softmax(-1) * w,
+    "no weight": lambda h, w, b: rms(h),
+    "op, no weight": lambda h, w, b: F.rms_norm(h, (WIDTH,), eps=1e-2),
+    "no epsilon": lambda h, w, b: h * torch.rsqrt(mean_square(h)) * w,
+    "squared": lambda h, w, b: (torch.rsqrt(mean_square(h) + 1e-2) ** 2) * h * w,
+    "times itself": lambda h, w, b: _squared(torch.rsqrt(mean_square(h) + 1e-2)) * h * w,
+    "weight used elsewhere": lambda h, w, b: rms(h) * w + w,
+    "mean used elsewhere": lambda h, w, b: rms(h) * w + mean_square(h),
+    "root used elsewhere": lambda h, w, b: _used_twice(h, torch.rsqrt(mean_square(h) + 1e-2)) * w,
+    "root itself": lambda h, w, b: h * (mean_square(h) + 1e-2).sqrt() * w,
+    "other offset of the weight": lambda h, w, b: rms(h) * (1 + w) + rms(h + b) * w,
+    "scaled weight": lambda h, w, b: rms(h) * (2 * w),
+}
+
+
+def _squared(root: Tensor) -> Tensor:
+    return root * root
+
+
+def _used_twice(h: Tensor, root: Tensor) -> Tensor:
+    return h * root + root
+
+
+def cut_width(body: Callable[[Tensor, nn.Parameter, nn.Parameter], Tensor]) -> tuple[Program, Program, str | None]:
+    """The masked program, the cut and folded one, and why a stock class could not hold the cut."""
+    module = Normed(body)
+    nn.init.normal_(module.weight, 1.0, 0.2)
+    analysis = analyze(trace(module, (X,)))
+    (family,) = analysis.families
+    plan = Plan({family.name: FamilyPlan(KEPT, WIDTH, {g.layer: (tuple(range(2, 2 + KEPT)),) for g in family.groups})})
+    return mask(analysis, resolve_plan(analysis, plan)), rewrite(analysis, plan), unfoldable(analysis, family)
+
+
+def scales(program: Program) -> int:
+    return sum(SCALE in n.meta and bool(n.users) for n in program.graph.graph.nodes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FOLDED)
+def test_a_whole_norm_takes_the_scale(name: str) -> None:
+    masked, cut, refusal = cut_width(FOLDED[name])
+    folded, epsilons = fold_norms(cut)
+    assert scales(cut)
+    assert not scales(folded)
+    assert epsilons
+    assert (folded(X) - masked(X)).abs().max() <= 1e-6 * masked(X).abs().max()
+    assert (refusal is None) == (name != "op with its default epsilon")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", KEPT_IN_GRAPH)
+def test_what_is_no_whole_norm_keeps_its_scale_and_no_stock_class_is_offered_it(name: str) -> None:
+    masked, cut, refusal = cut_width(KEPT_IN_GRAPH[name])
+    folded, _ = fold_norms(cut)
+    assert (folded(X) - masked(X)).abs().max() <= 1e-6 * masked(X).abs().max()
+    assert scales(folded)
+    assert refusal is not None
+    assert "test_fold_norms.py:" in refusal

@@ -11,6 +11,7 @@ from architectures import CONFIGS, model, tokens
 from cutting import largest, random_plan
 from torch import Tensor, nn
 
+import mptk
 from mptk.cut import resolve_plan
 from mptk.errors import MptkError
 from mptk.families import Analysis
@@ -18,7 +19,6 @@ from mptk.plan import FamilyPlan, Plan
 from mptk.program import parameter_count
 from passes.group import analyze
 from passes.mask import mask
-from passes.rewrite import rewrite
 from passes.trace import trace
 from passes.trace_decoder import trace_decoder
 
@@ -29,7 +29,7 @@ SIZES = [(2, 7), (1, 5), (3, 19)]
 def test_a_dynamic_program_is_cut_for_all_batch_and_sequence_sizes(architecture: str) -> None:
     analysis = analyze(trace(model(architecture), (tokens(),), dynamic=True))
     plan = random_plan(analysis)
-    masked, cut = mask(analysis, resolve_plan(analysis, plan)), rewrite(analysis, plan)
+    masked, cut = mask(analysis, resolve_plan(analysis, plan)), mptk.rewrite(analysis, plan)
     for size in SIZES:
         expected = masked(tokens(*size))
         assert largest(expected, cut(tokens(*size))) <= 1e-5 * max(1, expected.abs().max())
@@ -41,7 +41,7 @@ def test_the_cut_program_outlives_the_module(architecture: str) -> None:
     analysis = analyze(trace(module, (tokens(),)))
     plan = random_plan(analysis)
     expected = mask(analysis, resolve_plan(analysis, plan))(tokens())
-    cut = rewrite(analysis, plan)
+    cut = mptk.rewrite(analysis, plan)
     gone = weakref.ref(module)
     del module, analysis
     gc.collect()
@@ -53,7 +53,7 @@ def test_the_cut_program_outlives_the_module(architecture: str) -> None:
 def test_the_cut_program_is_a_valid_exported_program(architecture: str) -> None:
     """Constructing it runs torch's verifier; its module computes the same."""
     analysis = analyze(trace(model(architecture), (tokens(),)))
-    cut = rewrite(analysis, random_plan(analysis))
+    cut = mptk.rewrite(analysis, random_plan(analysis))
     exported = cut.to_exported()
     assert largest(exported.module()(tokens()), cut(tokens())) == 0
     shapes = {name: tuple(t.shape) for name, t in cut.state_dict().items()}
@@ -71,7 +71,7 @@ def half_of_ffn(analysis: Analysis) -> Plan:
 
 
 def test_weights_that_lose_nothing_share_storage_and_others_are_slices(llama: Analysis) -> None:
-    dense, cut = llama.program, rewrite(llama, half_of_ffn(llama))
+    dense, cut = llama.program, mptk.rewrite(llama, half_of_ffn(llama))
     for name, tensor in cut.state.items():
         before = dense.state[name]
         if "mlp" not in name:
@@ -88,7 +88,7 @@ def test_weights_that_lose_nothing_share_storage_and_others_are_slices(llama: An
 def test_the_dense_program_is_left_as_it_was(llama: Analysis) -> None:
     before, graph = llama.program(tokens()), llama.program.graph.print_readable(print_output=False)
     plan = random_plan(llama)
-    rewrite(llama, plan)
+    mptk.rewrite(llama, plan)
     mask(llama, resolve_plan(llama, plan))(tokens())
     assert llama.program.graph.print_readable(print_output=False) == graph
     assert largest(llama.program(tokens()), before) == 0
@@ -98,21 +98,21 @@ def test_a_plan_that_keeps_everything_changes_nothing(llama: Analysis) -> None:
     families = {
         f.name: FamilyPlan(f.size, f.size, {g.layer: (tuple(range(f.size)),) for g in f.groups}) for f in llama.families
     }
-    cut = rewrite(llama, Plan(families))
+    cut = mptk.rewrite(llama, Plan(families))
     assert largest(cut(tokens()), llama.program(tokens())) == 0
     assert parameter_count(cut) == parameter_count(llama.program)
-    assert rewrite(llama, Plan({}))(tokens()).equal(llama.program(tokens()))
+    assert mptk.rewrite(llama, Plan({}))(tokens()).equal(llama.program(tokens()))
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_anything_is_cut(llama: Analysis) -> None:
     wrong = Plan({"ffn": FamilyPlan(3, 80, {"model.layers.0.mlp": ((0, 1, 2),)})})
     with pytest.raises(MptkError, match=r"says nothing of layer 'model\.layers\.1\.mlp'"):
-        rewrite(llama, wrong)
+        mptk.rewrite(llama, wrong)
 
 
 def test_a_model_without_weights_is_cut_to_shapes() -> None:
     analysis = analyze(trace(model("llama", meta=True), (tokens(),)))
-    cut = rewrite(analysis, half_of_ffn(analysis))
+    cut = mptk.rewrite(analysis, half_of_ffn(analysis))
     assert cut.state["model.layers.0.mlp.up_proj.weight"].shape == (40, 48)
     assert cut.state["model.layers.0.mlp.down_proj.weight"].shape == (48, 40)
     assert parameter_count(cut) < parameter_count(analysis.program)
@@ -140,7 +140,7 @@ def test_sizes_and_constants_in_the_forward_follow() -> None:
     assert sorted(f.size for f in analysis.families) == [4, 6, 12]
     for seed in range(3):
         plan = random_plan(analysis, seed=seed)
-        masked, cut = mask(analysis, resolve_plan(analysis, plan)), rewrite(analysis, plan)
+        masked, cut = mask(analysis, resolve_plan(analysis, plan)), mptk.rewrite(analysis, plan)
         for size in SIZES:
             assert largest(masked(tokens(*size) % 13), cut(tokens(*size) % 13)) <= 1e-5
 
@@ -159,7 +159,7 @@ def test_a_decoder_step_is_cut_with_its_cache() -> None:
     analysis = analyze(trace_decoder(model("llama")))
     plan = random_plan(analysis)
     ids, results = tokens(3, 9), []
-    for program in (mask(analysis, resolve_plan(analysis, plan)), rewrite(analysis, plan)):
+    for program in (mask(analysis, resolve_plan(analysis, plan)), mptk.rewrite(analysis, plan)):
         caches = [n.meta["val"].shape for n in program.placeholders() if n.name in program.user_inputs][3:]
         empty = [torch.zeros(3, shape[1], 0, shape[3]) for shape in caches]
         first, *past = run(program, ids[:, :6], empty, 0)

@@ -19,11 +19,11 @@ import transformers.integrations.moe  # noqa: F401 (registers its ops)
 from cutting import largest, random_plan
 from rule_cases import BATCH, INPUT, SEQUENCE, Case, Cases
 
+import mptk
 from mptk.cut import resolve_plan
 from mptk.families import Analysis
 from passes.group import analyze
 from passes.mask import mask
-from passes.rewrite import rewrite
 from passes.rules import POINTWISE, RULES
 from passes.rules.table import op_name
 from passes.trace import trace
@@ -73,7 +73,7 @@ def differences(group: str, share: float) -> tuple[dict[str, float], list[str]]:
     found = analysis(group)
     plan = random_plan(found, share=share, seed=round(share * 100))
     with torch.no_grad():
-        dense, cut = found.program(X), rewrite(found, plan)(X)
+        dense, cut = found.program(X), mptk.rewrite(found, plan)(X)
         masked = mask(found, resolve_plan(found, plan))(X)
     wrong, unmoved = {}, []
     for branch, columns in module(group).columns(X).items():

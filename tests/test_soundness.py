@@ -130,6 +130,7 @@ def written_half(h: Tensor, w: Tensor) -> Tensor:
 def constant_in_pieces(h: Tensor, w: Tensor) -> Tensor:
     a, b = torch.zeros(2, 5, INNER).chunk(2, -1)
     a.copy_(h[..., :5])
+    b.add_(h[..., 5:])
     return torch.cat((a, b), -1).sum(-1, keepdim=True) @ w
 
 
@@ -217,20 +218,22 @@ def test_positions_of_tokens_are_no_family() -> None:
     assert offered(prove(LearnedPositions(), torch.arange(10).reshape(2, 5))) == [10, 10, HIDDEN]
 
 
-def test_channel_attention_is_masked_without_nan() -> None:
-    def body(h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        scores = F.normalize(h * q, dim=1).mT @ F.normalize(h * k, dim=1)
-        return h @ scores.softmax(-1).mT
+class ChannelAttention(nn.Module):
+    """Channels of a head attend to its channels (XCiT): one axis is both dimensions of the scores."""
 
-    class Channels(Small):
-        def __init__(self) -> None:
-            super().__init__(body, q=(INNER,), k=(INNER,))
-            self.head = nn.Linear(INNER, OUT)
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * 2 * 6), nn.Linear(2 * 6, OUT)
 
-        def forward(self, x: Tensor) -> Any:
-            return self.head(super().forward(x))
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(2, 5, 3, 2, 6).permute(2, 0, 3, 4, 1).unbind(0)
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
+        return self.out((scores.softmax(-1) @ v).permute(0, 3, 1, 2).flatten(2))  # type: ignore[no-any-return]
 
-    prove(Channels())
+
+def test_rows_of_removed_channels_are_not_masked_whole() -> None:
+    assert offered(prove(ChannelAttention())) == [2, 6]
 
 
 # ---- convolutions with computed kernels ----

@@ -9,11 +9,11 @@ import pytest
 from benchmarks import zoo
 from benchmarks.tiny_models import tiny_model
 from benchmarks.zoo_plans import random_plan
+from mptk import rewrite
 from mptk.families import Analysis
 from mptk.plan import Plan
 from mptk.program import Program
 from passes.group import analyze
-from passes.rewrite import rewrite
 from passes.trace import trace
 
 TYPES = [
@@ -45,9 +45,9 @@ def test_type_is_proven(mapping: str, model_type: str) -> None:
 def test_a_wrong_cut_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the cut program another one (here: units drawn anew), no family but those of few choices would pass."""
 
-    def other_units(analysis: Analysis, plan: Plan) -> Program:
+    def other_units(analysis: Analysis, plan: Plan, *, check: bool) -> Program:
         families = [analysis.family(n) for n in plan.families]
-        return rewrite(analysis, random_plan(families, random.Random(99)))
+        return rewrite(analysis, random_plan(families, random.Random(99)), check=check)
 
     monkeypatch.setattr(zoo, "rewrite", other_units)
     tiny = tiny_model("causal-lm", "llama")

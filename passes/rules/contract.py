@@ -213,7 +213,6 @@ def attention(
 ) -> Dims:
     """scores[…, s, t] = Σ_d q[…, s, d] k[…, t, d]; y[…, s, e] = Σ_t softmax(scores + mask)[…, s, t] v[…, t, e]."""
     heads = _tie_heads(w, node, q, k, v)
-    w.notes[node] = q.dims[-1]
     _pin_positions(w, node, q, k)
     scores = (*heads, q.dims[-2], k.dims[-2])
     w.hidden.append(scores)
@@ -224,6 +223,8 @@ def attention(
 
 
 def _pin_positions(w: Walk, node: fx.Node, q: Value, k: Value) -> None:
+    """Keys' positions are normalised over; a causal mask counts both. Notes the channels, for the scale."""
+    w.notes[node] = q.dims[-1]
     w.freeze(k.dims[-2], "attended positions", node)
     if named_argument(node, "is_causal", False):
         w.freeze(q.dims[-2], "compared by position", node)

@@ -1,0 +1,147 @@
+"""check_cut: a cut program against the masked one on seeded inputs, as ``mptk.rewrite`` proves what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from mptk.cut import Cut
+from mptk.errors import MptkError, ProofError
+from mptk.families import Analysis
+from mptk.program import Program
+from passes.mask import mask
+from passes.propagate import shape_of
+from passes.retype import retype
+from passes.rules.table import base_name
+from passes.verify import ROUNDINGS, TOLERANCE, WIDEST, rounded
+
+COARSE = (torch.float16, torch.bfloat16)
+
+
+@torch.no_grad()
+def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program], *, seed: int = 0) -> None:
+    """Compare the program after each of ``stages``, in order, with the masked one, on seeded inputs of traced shapes.
+
+    Raises:
+        ProofError: outputs differ at a stage, which is named with the size of the difference.
+        MptkError: the mask moves the output no further than rounding, so that nothing would be proven.
+    """
+    inputs = seeded_inputs(analysis.program, seed)
+    masked, dense = _fine(mask(analysis, cut)), _fine(analysis.program)
+    whole = [_masked_input(analysis, cut, i) for i in inputs.items()]
+    small = [_cut_input(analysis, cut, i) for i in inputs.items()]
+    expected = _outputs(masked(*whole))
+    reference = _cut_outputs(analysis, cut, expected)
+    found = {stage: _difference(_outputs(_fine(p)(*small)), reference) for stage, p in stages.items()}
+    tolerance = TOLERANCE
+    if not all(apart <= tolerance for apart in found.values()):
+        own = _difference(_outputs(rounded(masked)(*whole)), expected)
+        tolerance = max(tolerance, min(ROUNDINGS * own, WIDEST))
+    for stage, apart in found.items():
+        if not apart <= tolerance:
+            raise ProofError(
+                f"the proof fails at '{stage}': outputs of the cut and the masked program differ by {apart:.1e} of the "
+                f"largest (tolerance {tolerance:.0e}); please report this model"
+            )
+    moved = _difference(_outputs(dense(*inputs.values())), expected)
+    if moved <= tolerance and any(not choice.table.all() for choice in cut.choices.values()):
+        raise MptkError(
+            f"nothing is proven: masking the units moves the outputs by {moved:.1e} of the largest on random inputs; "
+            "if they are dead, pass check=False"
+        )
+
+
+def in_float32(analysis: Analysis) -> Analysis:
+    """The analysis with weights of coarser types in float32, in which what folding rounds is no error of the cut."""
+    coarse = {n: t.float() for n, t in analysis.program.state.items() if t.dtype in COARSE}
+    return replace(analysis, program=analysis.program.with_state(coarse)) if coarse else analysis
+
+
+def _fine(program: Program) -> Program:
+    """The program in float32, if its graph asks for a coarser type somewhere."""
+    values = (node.meta.get("val") for node in program.graph.graph.nodes)
+    coarse = any(isinstance(value, Tensor) and value.dtype in COARSE for value in values)
+    return retype(program, torch.float32) if coarse else program
+
+
+def seeded_inputs(program: Program, seed: int = 0) -> dict[fx.Node, Tensor]:
+    """Inputs of the traced shapes: floats are normal, ids are below the size of what they index, others as traced."""
+    generator = torch.Generator().manual_seed(seed)
+    traced = iter(t for t in tree_leaves(program.exported.example_inputs) if isinstance(t, Tensor))
+    user = set(program.user_inputs)
+    inputs = {}
+    for node in program.placeholders():
+        if node.name in user:
+            inputs[node] = _seeded(node, next(traced), generator)
+    return inputs
+
+
+def _seeded(node: fx.Node, traced: Tensor, generator: torch.Generator) -> Tensor:
+    value = node.meta["val"]
+    shape = shape_of(value)
+    if value.is_floating_point():
+        return torch.randn(shape, generator=generator).to(value.device, torch.promote_types(value.dtype, torch.float32))
+    bound = _indexed(node)
+    return traced if bound is None else torch.randint(bound, shape, generator=generator, dtype=value.dtype)
+
+
+def _indexed(node: fx.Node) -> int | None:
+    """The size of the smallest table that the value is looked up in, through views; None if there is none."""
+    sizes: list[int | None] = []
+    for user in node.users:
+        if user.op != "call_function" or isinstance(user.meta.get("val"), (list, tuple)):
+            continue
+        op = base_name(user.target)
+        if op == "embedding" and user.args[1] is node:
+            sizes.append(shape_of(user.args[0].meta["val"])[0])  # type: ignore[union-attr]
+        elif op in ("view", "reshape", "to", "_to_copy", "unsqueeze", "flatten", "contiguous", "clone", "slice"):
+            sizes.append(_indexed(user))
+    return min((s for s in sizes if s is not None), default=None)
+
+
+# ---- caches lose channels as weights do ----
+
+
+def _masked_input(analysis: Analysis, cut: Cut, given: tuple[fx.Node, Tensor]) -> Tensor:
+    node, tensor = given
+    return tensor * cut.mask_tensor(analysis.walk.dims[node]) if node in analysis.walk.caches else tensor
+
+
+def _cut_input(analysis: Analysis, cut: Cut, given: tuple[fx.Node, Tensor]) -> Tensor:
+    node, tensor = given
+    return cut.slice(tensor, analysis.walk.dims[node]) if node in analysis.walk.caches else tensor
+
+
+def _cut_outputs(analysis: Analysis, cut: Cut, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The masked program's outputs as the cut one should give them: caches without their removed channels."""
+    caches = set(analysis.walk.caches.values())
+    nodes = tree_leaves(analysis.program.graph.graph.output_node().args[0])
+    return [cut.slice(t, analysis.walk.dims[n]) if n in caches else t for n, t in zip(nodes, outputs, strict=True)]
+
+
+# ---- differences ----
+
+
+def _outputs(value: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference of any output, relative to its largest finite value; infinite for NaN or another shape."""
+    return max(_relative(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    a, b = a.double(), b.double()
+    apart = torch.where(a == b, 0.0, a - b).abs().max().item() if a.numel() else 0.0
+    largest = b[torch.isfinite(b)].abs().max().item() if torch.isfinite(b).any() else 0.0
+    if apart != apart:
+        return float("inf")
+    return apart / largest if largest else apart

@@ -1,0 +1,59 @@
+"""Random programs: small modules composed of every op family that has rules, and what must hold of each when cut.
+
+``catalogue`` holds the steps by name, ``program`` the description of a program and its module, ``strategy`` draws
+descriptions with hypothesis, ``oracles`` checks one. A new step is a function in the file of its op family.
+"""
+
+from __future__ import annotations
+
+from . import (
+    attention,
+    convolution,
+    gates,
+    layout,
+    linear,
+    mixtures,
+    modules,
+    norms,
+    pointwise,
+    reductions,
+    routing,
+    variants,
+    weights,
+    writes,
+)
+from .catalogue import CATALOGUE, Step
+from .oracles import Outcome, check
+from .program import Program, build, inputs_of
+from .reducing import cause_of, reduced
+from .strategy import programs, seeded
+
+__all__ = [
+    "CATALOGUE",
+    "Outcome",
+    "Program",
+    "Step",
+    "build",
+    "cause_of",
+    "check",
+    "inputs_of",
+    "programs",
+    "reduced",
+    "seeded",
+]
+_FAMILIES = (
+    attention,
+    convolution,
+    gates,
+    layout,
+    linear,
+    mixtures,
+    modules,
+    norms,
+    pointwise,
+    reductions,
+    routing,
+    variants,
+    weights,
+    writes,
+)

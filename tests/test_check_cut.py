@@ -1,0 +1,106 @@
+"""``mptk.rewrite`` proves its own result: what it raises if a stage is wrong, or if nothing would be proven."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from architectures import model, tokens
+from cutting import largest, random_plan
+from tiny_decoders import GROUPED, tiny_decoder
+from torch import nn
+
+import mptk
+import mptk.api
+from mptk.cut import Cut, resolve_plan
+from mptk.errors import MptkError
+from mptk.families import Analysis
+from mptk.program import Program
+from passes.check_cut import seeded_inputs
+from passes.group import analyze
+from passes.mask import mask
+from passes.trace import trace
+from passes.trace_decoder import trace_decoder
+
+
+@pytest.fixture(scope="module")
+def llama() -> Analysis:
+    return analyze(trace(model("llama"), (tokens(),)))
+
+
+def shifted(analysis: Analysis, cut: Cut) -> Program:
+    """The rewritten program with one weight's kept rows out of order."""
+    program = REWRITE(analysis, cut)
+    name = next(n for n in program.state if n.endswith("down_proj.weight"))
+    return program.with_state({name: program.state[name].roll(1, 1)})
+
+
+def scaled(program: Program) -> tuple[Program, dict[float, float]]:
+    name = next(n for n in program.state if n.endswith("layernorm.weight"))
+    return program.with_state({name: program.state[name] * 1.01}), {}
+
+
+REWRITE = mptk.api.rewrite_cut
+
+
+@pytest.mark.parametrize(
+    ("step", "broken", "stage"), [("rewrite_cut", shifted, "rewrite"), ("fold_norms", scaled, "fold norms")]
+)
+def test_the_stage_that_is_wrong_is_named_with_the_difference(
+    llama: Analysis, monkeypatch: pytest.MonkeyPatch, step: str, broken: Callable[..., object], stage: str
+) -> None:
+    plan = random_plan(llama)
+    monkeypatch.setattr(mptk.api, step, broken)
+    with pytest.raises(MptkError, match=rf"the proof fails at '{stage}': .* differ by \d\.\de[+-]\d+ of the largest"):
+        mptk.rewrite(llama, plan)
+    mptk.rewrite(llama, plan, check=False)
+
+
+def test_a_mask_that_moves_nothing_proves_nothing() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3))
+    nn.init.zeros_(net[1].weight)
+    analysis = analyze(trace(net, (torch.ones(2, 5),)))
+    plan = random_plan(analysis)
+    with pytest.raises(MptkError, match=r"nothing is proven: masking the units moves the outputs by 0\.0e\+00"):
+        mptk.rewrite(analysis, plan)
+    assert mptk.rewrite(analysis, plan, check=False).state["0.weight"].shape == (5, 5)
+
+
+def test_the_decoder_with_its_cache_is_proven() -> None:
+    analysis = analyze(trace_decoder(tiny_decoder(GROUPED)))
+    assert len(random_plan(analysis).families) > 3
+    mptk.rewrite(analysis, random_plan(analysis))
+
+
+def test_a_program_without_weights_is_cut_unproven() -> None:
+    analysis = analyze(trace(nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)).to("meta"), (torch.ones(2, 5),)))
+    assert not mptk.rewrite(analysis, random_plan(analysis)).has_values
+
+
+def test_a_model_in_bfloat16_is_proven_in_float32() -> None:
+    """In bfloat16 the cut model is further from the masked one than any tolerance that would find an error."""
+    analysis = analyze(trace(model("llama").bfloat16(), (tokens(),)))
+    plan = random_plan(analysis)
+    cut = mptk.rewrite(analysis, plan)
+    masked = mask(analysis, resolve_plan(analysis, plan))(tokens())
+    assert cut.state["model.layers.0.mlp.up_proj.weight"].dtype == masked.dtype == torch.bfloat16
+    assert largest(cut(tokens()), masked) > 1e-3 * masked.abs().max()
+
+
+def test_inputs_are_ids_of_the_smallest_table_and_other_numbers_as_traced() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.large, self.small = nn.Embedding(50, 4), nn.Embedding(3, 4)
+
+        def forward(self, ids: torch.Tensor, flags: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return self.large(ids) + self.small(ids.view(-1)).view(2, 3, 4) * flags[..., None] + x
+
+    flags = torch.tensor([[1, 0, 1], [0, 1, 1]])
+    program = trace(Two(), (torch.zeros(2, 3, dtype=torch.long), flags, torch.zeros(2, 3, 4)))
+    ids, kept, x = seeded_inputs(program).values()
+    assert set(ids.flatten().tolist()) <= {0, 1, 2}
+    assert kept.equal(flags)
+    assert x.std() > 0.5
+    assert all(a.equal(b) for a, b in zip(seeded_inputs(program).values(), (ids, kept, x), strict=True))

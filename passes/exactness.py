@@ -32,9 +32,8 @@ def find_spoilers(walk: Walk) -> dict[Axis, list[str]]:
             if leaf not in safe:
                 spoilers.setdefault(leaf, []).append(f"summed over while not zero ({walk.where(c.node)})")
     for r in walk.reductions:
-        source = next(iter(_tensors(r.node.args)))
         for leaf in leaves(r.axis):
-            if r.kind in ("sum", "mean") and leaf not in zeros.get(source, set()):
+            if r.kind in ("sum", "mean") and leaf not in zeros.get(r.source, set()):
                 kind = "averaged" if r.kind == "mean" else "summed"
                 spoilers.setdefault(leaf, []).append(f"{kind} over while not zero ({walk.where(r.node)})")
     for node in walk.dims:

@@ -91,6 +91,9 @@ def _mask_statistic(node: fx.Node, dims: Sequence[Term], cut: Cut) -> None:
     elif op == "batch_norm":
         reduced = [d for d in range(len(dims)) if d != 1]
         node.target, node.args = masked_batch_norm, (keep_along(cut, dims, reduced).tolist(), *node.args)
+    elif op == "_weight_norm":
+        kept = keep_along(cut, dims, [named_argument(node, "dim", 0)])
+        node.target, node.args = masked_weight_norm, (kept.tolist(), *node.args)
     else:
         reduced = normalize_all(named_argument(node, "dim"), len(dims))
         correction = named_argument(node, "correction")
@@ -125,6 +128,11 @@ def masked_batch_norm(keep: Keep, x: Tensor, weight: Tensor | None, bias: Tensor
     shape = [1, -1] + [1] * (x.ndim - 2)
     out = out if weight is None else out * weight.reshape(shape)
     return out if bias is None else out + bias.reshape(shape)
+
+
+def masked_weight_norm(keep: Keep, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """A weight of which each row has the norm ``g``; removed rows, which have no direction, come out as 0."""
+    return torch._weight_norm(v, g, dim).masked_fill(~torch.tensor(keep, device=v.device), 0)
 
 
 def masked_moments(keep: Keep, x: Tensor, dim: list[int], correction: float, keepdim: bool) -> tuple[Tensor, Tensor]:

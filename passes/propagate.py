@@ -29,11 +29,15 @@ Path = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Reduction:
-    """An axis that an op reduces over, and how: ``sum``, ``mean``, ``statistic`` (mean and variance) or ``max``."""
+    """An axis that an op reduces over, and how: ``sum``, ``mean``, ``statistic`` (mean and variance) or ``max``.
+
+    ``source`` is the operand that is reduced.
+    """
 
     node: fx.Node
     axis: Term
     kind: str
+    source: fx.Node
 
 
 @dataclass
@@ -122,8 +126,9 @@ class Walk:
         self.hidden.append((*out, left.dims[i], *also))
         self.contractions.append(Contraction(node, left.dims[i], (left.node, i), (right.node, j), out))
 
-    def reduce(self, node: fx.Node, term: Term, kind: str) -> None:
-        self.reductions.append(Reduction(node, term, kind))
+    def reduce(self, node: fx.Node, term: Term, kind: str, source: fx.Node | None = None) -> None:
+        """Record a reduction of ``source``, the first operand if none is given."""
+        self.reductions.append(Reduction(node, term, kind, source or node.all_input_nodes[0]))
 
     def index(self, node: fx.Node, indices: Value, indexed: Term) -> None:
         """``indexed`` is read at positions that ``indices`` holds: tie it to the axis they were drawn from."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 aten = torch.ops.aten
 EVEN_ROWS = torch.arange(10).reshape(2, 5, 1) % 2 == 0
+EVERY = torch.arange(12)
 TABLE = {"linear": (4, 6), "summed": (4, 6), "shapes": [(6, 4)]}
 
 
@@ -29,6 +30,22 @@ POSITIONS: dict[str, Case] = {
     "argsort": Case(lambda x, w: w[x.argsort(-1)].flatten(2), (4,), (4,), shapes=[(6, 4)]),
     "embedding": Case(lambda x, w: F.embedding(best(x), w), **TABLE),
     "embedding_constant": Case(lambda x, w: x * F.embedding(torch.arange(5), w), (6,), (6,), shapes=[(9, 6)]),
+    "embedding_bag": Case(
+        lambda x, w: x @ F.embedding_bag(torch.arange(18).view(6, 3) % 8, w), (4,), (4,), shapes=[(8, 4)]
+    ),
+    "embedding_bag_mean": Case(
+        lambda x, w: x + F.embedding_bag(best(x), w, mode="mean").unsqueeze(1), (), (), shapes=[(6, 6)]
+    ),
+    "embedding_bag_weighted": Case(
+        lambda x, y, w: x + F.embedding_bag(EVERY.view(2, 6), w, per_sample_weights=y[:, 0], mode="sum")[:, None],
+        (4,),
+        (4,),
+        widths=(4, 6),
+        shapes=[(12, 4)],
+    ),
+    "embedding_bag_max": Case(
+        lambda x, w: x + F.embedding_bag(EVERY.view(2, 6), w, mode="max")[:, None], (), (), shapes=[(12, 6)]
+    ),
     "index": Case(lambda x, w: w[best(x)], **TABLE),
     "index_argmin": Case(lambda x, w: w[x.argmin(-1)], **TABLE),
     "index_max": Case(lambda x, w: w[x.max(-1)[1]] + w[x.min(-1)[1]], **TABLE),
@@ -100,4 +117,26 @@ WRITES: dict[str, Case] = {
         (),
     ),
 }
-GROUPS = {"positions": POSITIONS, "writes": WRITES}
+FIXED: dict[str, Case] = {
+    "diagonal": Case(lambda x, w: x * w.diagonal(), (6,), (6,), shapes=[(6, 6)]),
+    "diagonal_batch": Case(lambda x, w: x @ w.diagonal(0, 0, -1), **TABLE | {"shapes": [(4, 6, 4)]}),
+    "diagonal_beside": Case(lambda x, w: x + w.diagonal(1)[:1], (6,), (), shapes=[(8, 8)]),
+    "diagonal_part": Case(lambda x, w: x * w.diagonal(), (), (), shapes=[(6, 8)]),
+    "linalg_diagonal": Case(lambda x, w: x * torch.linalg.diagonal(w).sum(0), (6,), (6,), shapes=[(1, 6, 6)]),
+    "linalg_diagonal_of_channels": Case(
+        lambda x: torch.linalg.diagonal(x.unsqueeze(-1) * x.exp().unsqueeze(-2)), (6,), (), (6,)
+    ),
+    "diag": Case(lambda x, w: x * w.diag(), (6,), (6,), shapes=[(6, 6)]),
+    "diag_of_vector": Case(lambda x, w: x @ w.diag(), (6,), (), shapes=[(6,)]),
+    "diag_of_vector_beside": Case(lambda x, w: x @ w.diag(1)[1:, 1:], (), (), shapes=[(6,)]),
+    "diag_embed": Case(lambda x: x.diag_embed().flatten(2), (6,), ()),
+    "diag_embed_dims": Case(lambda x: x.diag_embed(dim1=1, dim2=-1).transpose(1, 2).flatten(2), (6,), ()),
+    "diag_embed_beside": Case(lambda x: x.diag_embed(-1).flatten(2), (), ()),
+    "select_scatter": Case(lambda x, y: x.select_scatter(y[:, 0], 1, -2), widths=(6, 6)),
+    "select_scatter_exp": Case(lambda x, y: x.select_scatter(y[:, 0].exp(), 1, 2), widths=(6, 6), summed=()),
+    "select_scatter_channels": Case(lambda x, y: x.select_scatter(y.squeeze(-1), dim=-1, index=2), (), (), (6, 1)),
+    "slice_scatter": Case(lambda x, y: x.slice_scatter(y[:, :2], 1, 1, 3), widths=(6, 6)),
+    "slice_scatter_exp": Case(lambda x, y: x.slice_scatter(y[:, :2].exp(), 1, 0, 4, 2), widths=(6, 6), summed=()),
+    "slice_scatter_channels": Case(lambda x, y: x.slice_scatter(y, -1, 1, 4), (), (), (6, 3)),
+}
+GROUPS = {"positions": POSITIONS, "writes": WRITES, "fixed positions": FIXED}

@@ -83,6 +83,19 @@ FACTORS = {
     "repeat_interleave_size": Case(
         lambda x, w: x.repeat_interleave(3, dim=-1, output_size=18) * w, (3, 6), (3, 6), shapes=[(18,)]
     ),
+    "repeat_each": Case(lambda x: x.repeat_interleave(torch.tensor([1, 2, 0, 1, 1]), 1, output_size=5)),
+    "repeat_each_channel": Case(
+        lambda x: x.repeat_interleave(torch.tensor([1, 2, 0, 1, 1, 1]), dim=-1, output_size=6), (), ()
+    ),
+    "repeat_each_flat": Case(
+        lambda x: x[0, 0].repeat_interleave(torch.tensor([2] * 6), output_size=12).expand(2, 5, 12), (), ()
+    ),
+    "repeat_each_computed": Case(
+        lambda x, y: x.repeat_interleave((y[0, :, 0] * 0).long() + 1, 1, output_size=5), (6,), (6,), (6, 1)
+    ),
+    "ravel": Case(lambda x: x.ravel().view(2, 5, 6)),
+    "view_dtype": Case(lambda x: x.relu().view(torch.int32).float() * 1e-9, summed=()),
+    "view_bytes": Case(lambda x: x.view(torch.uint8), (), ()),
     # Layouts that cannot be aligned.
     "two_layouts": Case(lambda x: x + x.view(2, 5, 2, 6).transpose(2, 3).flatten(2), (), (), widths=(12,)),
     "across": Case(lambda x: tail(torch.cat((x, x), -1).view(2, 5, 3, 4)), (), ()),

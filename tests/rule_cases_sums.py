@@ -192,16 +192,6 @@ CONVOLUTION: dict[str, Case] = {
     "transpose_groups": Case(
         along(lambda x, w: F.conv_transpose1d(x, w, groups=3)), (2, 3, 4), (4,), (12,), [(12, 2, 3)]
     ),
-    "max_pool1d": Case(along(lambda x: F.max_pool1d(x, 2))),
-    "avg_pool1d": Case(along(lambda x: F.avg_pool1d(x, 2))),
-    "adaptive_avg_pool1d": Case(along(lambda x: F.adaptive_avg_pool1d(x, 2))),
-    "max_pool2d": Case(image(lambda x: F.max_pool2d(x, (2, 1)))),
-    "avg_pool2d": Case(image(lambda x: F.avg_pool2d(x, (2, 1)))),
-    "adaptive_avg_pool2d": Case(image(lambda x: F.adaptive_avg_pool2d(x, (2, 1)))),
-    "upsample_nearest1d": Case(along(lambda x: F.interpolate(x, scale_factor=2))),
-    "upsample_nearest2d": Case(image(lambda x: F.interpolate(x, scale_factor=2))),
-    "upsample_bilinear2d": Case(image(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"))),
-    "upsample_bicubic2d": Case(image(lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"))),
 }
 ROW = {"dim": -1, "keepdim": True}
 
@@ -245,12 +235,39 @@ NORMS: dict[str, Case] = {
     "batch_norm_own": Case(along(lambda x: F.batch_norm(x, None, None, training=True))),
     "instance_norm": Case(along(lambda x, w, b: F.instance_norm(x, None, None, w, b)), shapes=[SIX, SIX]),
     "normalize": Case(lambda x: F.normalize(x, dim=-1)),
+    "native_layer_norm": Case(lambda x, w: torch.native_layer_norm(x, SIX, w, None, 1e-5)[0], (), (), shapes=[SIX]),
+    "native_layer_norm_heads": Case(
+        grid(lambda x: sum(torch.native_layer_norm(x, (8,), None, None, 1e-5))), (3,), (), (24,)
+    ),
+    "weight_norm": Case(lambda x, v, g: F.linear(x, torch._weight_norm(v, g)), **BOTH, shapes=[(4, 6), (4, 1)]),
+    "weight_norm_columns": Case(
+        lambda x, v, g: F.linear(x, torch._weight_norm(v, g, 1)), **BOTH, shapes=[(4, 6), (1, 6)]
+    ),
+    "weight_norm_whole": Case(
+        lambda x, v, g: F.linear(x, torch._weight_norm(v, g[0], -1)), **BOTH, shapes=[(4, 6), (1,)]
+    ),
+    "weight_norm_conv": Case(
+        along(lambda x, v, g: F.conv1d(x, torch._weight_norm(v, g))), **BOTH, shapes=[(4, 6, 3), (4, 1, 1)]
+    ),
+    "weight_norm_heads": Case(
+        lambda x, v, g: F.linear(x, torch._weight_norm(v, g)).view(2, 5, 3, 8).relu().flatten(2),
+        (3, 6, 8),
+        (3, 6, 8),
+        shapes=[(24, 6), (24, 1)],
+    ),
+    "weight_norm_interface": Case(
+        lambda x, v, g: F.linear(x, aten._weight_norm_interface(v, g)[0]), (), (), shapes=[(4, 6), (4, 1)]
+    ),
 }
 
 
 def times(reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """x times a reduction of it over the channels."""
     return lambda x: x * reduce(x)
+
+
+def times_weight(reduce: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, w: x * reduce(x, w)
 
 
 REDUCTIONS: dict[str, Case] = {
@@ -268,6 +285,25 @@ REDUCTIONS: dict[str, Case] = {
     "all_positive": Case(times(lambda x: (x > -0.5).all(-1, True))),
     "prod": Case(times(lambda x: x.prod(-1, True)), (), ()),
     "norm": Case(times(lambda x: 1 / (1 + x.norm(dim=-1, keepdim=True)))),
+    "linalg_norm": Case(times(lambda x: torch.linalg.norm(x, dim=-1, keepdim=True))),
+    "linalg_norm_all": Case(times(lambda x: torch.linalg.norm(x))),
+    "linalg_norm_exp": Case(times(lambda x: torch.linalg.norm(x.exp(), 1, -1, True)), (), ()),
+    "linalg_norm_smallest": Case(times(lambda x: torch.linalg.norm(x, -1, -1, True)), (), ()),
+    "linalg_norm_nuclear": Case(grid(times(lambda x: torch.linalg.norm(x, "nuc", (2, 3), True))), **GRID),
+    "matrix_norm": Case(grid(times(lambda x: torch.linalg.matrix_norm(x, keepdim=True))), **GRID),
+    "matrix_norm_2": Case(grid(times(lambda x: torch.linalg.matrix_norm(x, 2, keepdim=True))), **GRID),
+    "matrix_norm_rows": Case(grid(times(lambda x: torch.linalg.matrix_norm(x, torch.inf, (1, -1), True))), **GRID),
+    "matrix_norm_smallest": Case(grid(times(lambda x: torch.linalg.matrix_norm(x, -2, keepdim=True))), (), (), (24,)),
+    "renorm": Case(lambda x: x.renorm(2, 1, 0.5)),
+    "renorm_channels": Case(lambda x: x.renorm(1, -1, 0.5)),
+    "renorm_heads": Case(grid(lambda x: x.renorm(2, 3, 0.5)), **GRID),
+    "renorm_exp": Case(lambda x: x.exp().renorm(2, 1, 0.5), (), ()),
+    "cosine": Case(times(lambda x: F.cosine_similarity(x, x.tanh(), -1).unsqueeze(-1))),
+    "cosine_weight": Case(times_weight(lambda x, w: F.cosine_similarity(x, w, dim=-1).unsqueeze(-1)), shapes=[(6,)]),
+    "cosine_exp": Case(times(lambda x: F.cosine_similarity(x, x.exp(), -1).unsqueeze(-1)), (), ()),
+    "cosine_other": Case(times(lambda x: F.cosine_similarity(x.exp(), x, -1).unsqueeze(-1)), (), ()),
+    "cosine_repeated": Case(times(lambda x: F.cosine_similarity(x, torch.ones(1), -1).unsqueeze(-1)), (), ()),
+    "cosine_elsewhere": Case(lambda x, w: F.cosine_similarity(x, w, 1).unsqueeze(1).repeat(1, 5, 1), shapes=[(5, 6)]),
     "norm_default": Case(times(lambda x: 1 / (1 + aten.norm(x)))),
     "vector_norm": Case(times(lambda x: torch.linalg.vector_norm(x, 3, -1, True))),
     "vector_norm_inf": Case(times(lambda x: torch.linalg.vector_norm(x, torch.inf, -1, True))),
@@ -281,9 +317,14 @@ REDUCTIONS: dict[str, Case] = {
     "var_two": Case(grid(times(lambda x: x.var((2, 3), keepdim=True))), **GRID),
     "std": Case(times(lambda x: x.std(-1, keepdim=True))),
     "var_mean": Case(times(lambda x: sum(torch.var_mean(x, -1, keepdim=True)))),
+    "std_mean_all": Case(times(lambda x: sum(torch.std_mean(x)))),
     "std_mean": Case(times(lambda x: sum(torch.std_mean(x, -1, keepdim=True)))),
     "var_by_hand": Case(times(lambda x: (x - x.mean(-1, True)).square().mean(-1, True)), (), ()),
     "amax": Case(times(lambda x: x.amax(-1, True))),
+    "max_all": Case(times(lambda x: x.max() + x.min())),
+    "max_all_heads": Case(grid(times(lambda x: x.max())), **GRID),
+    "aminmax": Case(times(lambda x: sum(x.aminmax(dim=-1, keepdim=True))), (), ()),
+    "aminmax_elsewhere": Case(times(lambda x: sum(x.aminmax(dim=1, keepdim=True)))),
     "amax_two": Case(grid(times(lambda x: x.amax((2, 3), True))), **GRID),
     "amin": Case(times(lambda x: x.amin(-1, True))),
     "max_dim": Case(times(lambda x: x.max(-1, True)[0])),
@@ -291,6 +332,7 @@ REDUCTIONS: dict[str, Case] = {
     "logsumexp": Case(times(lambda x: x.logsumexp(-1, True))),
     "softmax": Case(lambda x, w: x.softmax(-1) * w.exp(), shapes=[(6,)]),
     "_softmax": Case(lambda x: x * aten._softmax(x, -1, False)),
+    "softmin": Case(lambda x, w: F.softmin(x, -1) * w.exp(), shapes=[(6,)]),
     "softmax_by_hand": Case(lambda x: x.exp() / x.exp().sum(-1, True), (), ()),
     "log_softmax": Case(lambda x: x.log_softmax(-1), (), ()),
     "softmax_elsewhere": Case(lambda x: x.softmax(1), summed=()),

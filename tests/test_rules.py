@@ -12,6 +12,7 @@ import rule_cases_index
 import rule_cases_layout
 import rule_cases_opaque
 import rule_cases_order
+import rule_cases_space
 import rule_cases_sums
 import torch
 import transformers.integrations.moe  # noqa: F401 (registers its ops)
@@ -34,6 +35,7 @@ GROUPS: dict[str, dict[str, Case]] = (
     | rule_cases_index.GROUPS
     | rule_cases_opaque.GROUPS
     | rule_cases_order.GROUPS
+    | rule_cases_space.GROUPS
 )
 X = torch.randn(BATCH, SEQUENCE, INPUT, generator=torch.Generator().manual_seed(1))
 

@@ -5,8 +5,10 @@ from passes.rules import (
     contract,
     convolution,
     create,
+    fixed,
     index,
     move,
+    norm,
     opaque,
     order,
     pointwise,
@@ -17,4 +19,4 @@ from passes.rules.pointwise import POINTWISE
 from passes.rules.table import RULES, Rule, Value, rule
 
 __all__ = ["POINTWISE", "RULES", "Rule", "Value", "rule"]
-_FAMILIES = (complex, contract, convolution, create, index, move, opaque, order, pointwise, reduce, shape)
+_FAMILIES = (complex, contract, convolution, create, fixed, index, move, norm, opaque, order, pointwise, reduce, shape)

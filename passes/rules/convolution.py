@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import fx
 
 from mptk.axes import Term, axis, product
-from passes.rules.table import Dims, Value, argument, named_argument, rule, set_argument
+from passes.rules.table import Dims, Value, argument, named_argument, rule, set_argument, zero_of_first
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 
 def _space(w: Walk, node: fx.Node, x: Value, first: int) -> Dims:
-    """Freeze the operand's spatial dimensions and make the result's."""
+    """Freeze the operand's spatial dimensions and make the result's (of several results, those of the first)."""
+    result = node.meta["val"]
     for d in x.dims[first:]:
         w.freeze(d, "positions in space", node)
-    return tuple(w.frozen(s, "positions in space", node) for s in w.shape(node)[first:])
+    shape = w.sizes(result[0] if isinstance(result, (tuple, list)) else result)
+    return tuple(w.frozen(size, "positions in space", node) for size in shape[first:])
 
 
 def _zero_of_convolution(node: fx.Node, zero: Any, w: Walk) -> Any:
@@ -76,21 +78,67 @@ def _kernel(w: Walk, node: fx.Node, weight: Value, bias: Value | None, channels:
         w.unify(bias.dims[0], channels, node)
 
 
+SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
+
+
+def _pooled(w: Walk, node: fx.Node, x: Value) -> Dims:
+    first = x.ndim - next(n for name, n in SPATIAL.items() if name in str(node.target))
+    return (*x.dims[:first], *_space(w, node, x, first))
+
+
 @rule(
-    "aten.max_pool1d",
-    "aten.max_pool2d",
-    "aten.avg_pool1d",
-    "aten.avg_pool2d",
-    "aten.adaptive_avg_pool1d",
-    "aten.adaptive_avg_pool2d",
-    "aten.upsample_nearest1d",
-    "aten.upsample_nearest2d",
-    "aten.upsample_bilinear2d",
-    "aten.upsample_bicubic2d",
+    *(f"aten.{name}_pool{n}" for name in ("max", "avg", "adaptive_avg") for n in SPATIAL),
+    *(f"aten.{name}{n}" for name in ("upsample_nearest", "_upsample_nearest_exact") for n in SPATIAL),
+    *("aten.upsample_linear1d", "aten.upsample_bilinear2d", "aten.upsample_trilinear3d", "aten.upsample_bicubic2d"),
+    *("aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa"),
     zero="keep",
 )
 def pool(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Dims:
     """Channels pass, positions in space change."""
-    spatial = 2 if "2d" in str(node.target) else 1
-    first = x.ndim - spatial
-    return (*x.dims[:first], *_space(w, node, x, first))
+    return _pooled(w, node, x)
+
+
+@rule(
+    *(f"aten.max_pool{n}_with_indices" for n in SPATIAL),
+    *(f"aten.adaptive_max_pool{n}" for n in SPATIAL),
+    zero=zero_of_first,
+)
+def pool_with_positions(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> list[Dims]:
+    """Channels pass, positions in space change; the second result holds where the largest were."""
+    return [_pooled(w, node, x)] * 2
+
+
+@rule("aten.pixel_shuffle", zero="move")
+def pixel_shuffle(w: Walk, node: fx.Node, x: Value, factor: int) -> Dims:
+    """x = C · r · r', H, W: y = C, H · r, W · r'."""
+    channels, *pixels = (axis(x.dims[-3].size // factor**2), *_pixels(w, node, factor))
+    w.unify(x.dims[-3], product((channels, *pixels)), node)
+    return (*x.dims[:-3], channels, *(product(pair) for pair in zip(x.dims[-2:], pixels, strict=True)))
+
+
+@rule("aten.pixel_unshuffle", zero="move")
+def pixel_unshuffle(w: Walk, node: fx.Node, x: Value, factor: int) -> Dims:
+    """x = C, H · r, W · r': y = C · r · r', H, W."""
+    pixels = _pixels(w, node, factor)
+    space = [axis(d.size // factor) for d in x.dims[-2:]]
+    for d, pair in zip(x.dims[-2:], zip(space, pixels, strict=True), strict=True):
+        w.unify(d, product(pair), node)
+    return (*x.dims[:-3], product((x.dims[-3], *pixels)), *space)
+
+
+def _pixels(w: Walk, node: fx.Node, factor: int) -> list[Term]:
+    return [w.frozen(factor, "pixels of one position", node) for _ in range(2)]
+
+
+def _resize_shuffle(r: Resizer, node: fx.Node) -> None:
+    if r.changed(r.note(node)):
+        set_argument(node, 1, "groups", r.size(r.note(node)))
+
+
+@rule("aten.channel_shuffle", "aten.native_channel_shuffle", zero="move", resize=_resize_shuffle)
+def channel_shuffle(w: Walk, node: fx.Node, x: Value, groups: int) -> Dims:
+    """x_1 = g · c: y_1 = c · g."""
+    g, inner = axis(groups), axis(x.dims[1].size // groups)
+    w.notes[node] = g
+    w.unify(x.dims[1], product((g, inner)), node)
+    return (x.dims[0], product((inner, g)), *x.dims[2:])

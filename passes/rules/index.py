@@ -11,7 +11,18 @@ from torch import fx
 from mptk.axes import ONE, Term, axis, concat, require
 from passes.rules.opaque import opaque
 from passes.rules.pointwise import broadcast, zero_of_clamp
-from passes.rules.table import Dims, Value, align, argument, named_argument, normalize, op_name, rule, set_argument
+from passes.rules.table import (
+    Dims,
+    Value,
+    align,
+    argument,
+    forget,
+    named_argument,
+    normalize,
+    op_name,
+    rule,
+    set_argument,
+)
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -25,6 +36,17 @@ def embedding(w: Walk, node: fx.Node, weight: Value, indices: Value, *_: Any) ->
     w.pin_input(node, indices)
     w.role(weight.dims[1], "embedding")
     return (*indices.dims, *weight.dims[1:])
+
+
+@rule("aten.embedding_bag", zero=lambda node, zero, w: zero(node.args[0]))
+def embedding_bag(w: Walk, node: fx.Node, weight: Value, *others: Any, **keywords: Any) -> Any:
+    """y[b, c] = Σ (or mean) of W[i, c] over the indices i of bag b: channels pass, rows, indices and bags do not."""
+    if named_argument(node, "mode", 0) == 2:
+        return opaque(w, node, weight, *others, **keywords)
+    w.freeze(weight.dims[0], "indexed in bags", node)
+    w.role(weight.dims[1], "embedding")
+    (bags, _), *further = opaque(w, node, *others, **keywords)
+    return [(bags, weight.dims[1]), *further]
 
 
 def _resize_picked(r: Resizer, node: fx.Node) -> None:
@@ -145,7 +167,7 @@ def _zero_of_scatter(node: fx.Node, zero: Any, w: Walk) -> Any:
 def scatter(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value, *values: Any, **_: Any) -> Dims:
     """y = x with values written at positions of d."""
     d = normalize(dim, x.ndim)
-    _forget(w, node, x, *values)
+    forget(w, node, x, *values)
     w.index(node, indices, x.dims[d])
     written = [v for v in values if isinstance(v, Value)]
     for value in (indices, *written):
@@ -169,7 +191,7 @@ def scatter(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value, *values:
 def index_add(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value, source: Value, **_: Any) -> Dims:
     """y = x with source added at positions of d."""
     d = normalize(dim, x.ndim)
-    _forget(w, node, x, source)
+    forget(w, node, x, source)
     w.index(node, indices, x.dims[d])
     w.unify(indices.dims[0], source.dims[d], node)
     for i, (a, b) in enumerate(zip(x.dims, source.dims, strict=True)):
@@ -181,7 +203,7 @@ def index_add(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value, source
 @rule("aten.index_put", "aten.index_put_", zero="drop", positions=True)
 def index_put(w: Walk, node: fx.Node, x: Value, indices: Sequence[Value | None], values: Value, *_: Any) -> Dims:
     """y = x with values written at positions."""
-    _forget(w, node, x, values)
+    forget(w, node, x, values)
     given = [i for i in indices if i is not None]
     for d, i in enumerate(indices):
         if i is not None:
@@ -229,7 +251,7 @@ def max_dim(w: Walk, node: fx.Node, x: Value, dim: int, keepdim: bool = False) -
 
 
 def _ranked(w: Walk, node: fx.Node, x: Value, d: int, found: Term, kind: str) -> list[Dims]:
-    _forget(w, node, x)
+    forget(w, node, x)
     w.reduce(node, x.dims[d], kind)
     w.domains[node] = [None, x.dims[d]]
     out = (*x.dims[:d], found, *x.dims[d + 1 :])
@@ -242,7 +264,7 @@ def argmax(w: Walk, node: fx.Node, x: Value, dim: int | None = None, keepdim: bo
     if dim is None:
         return opaque(w, node, x)  # type: ignore[no-any-return]
     d = normalize(dim, x.ndim)
-    _forget(w, node, x)
+    forget(w, node, x)
     w.reduce(node, x.dims[d], "min" if op_name(node).startswith("aten.argmin") else "max")
     w.domains[node] = x.dims[d]
     return tuple(ONE if i == d else t for i, t in enumerate(x.dims) if keepdim or i != d)
@@ -257,13 +279,6 @@ def argsort(w: Walk, node: fx.Node, x: Value, dim: int = -1, *_: Any, **__: Any)
     w.freeze(x.dims[d], "sorted", node)
     w.domains[node] = x.dims[d]
     return (*x.dims[:d], w.frozen(x.dims[d].size, "sorted positions", node), *x.dims[d + 1 :])
-
-
-def _forget(w: Walk, node: fx.Node, *values: Any) -> None:
-    """Positions that are used as numbers: the axis they were drawn from cannot be cut."""
-    for value in values:
-        if isinstance(value, Value) and value.node in w.domains:
-            w.freeze(w.domains[value.node], "its positions are computed with", node)
 
 
 def _resize_count(position: int, name: str) -> Any:
@@ -285,7 +300,7 @@ def one_hot(w: Walk, node: fx.Node, x: Value, num_classes: int = -1) -> Dims:
     classes = w.shape(node)[-1]
     domain = w.domains.get(x.node)
     if domain is None or domain.size != classes:
-        _forget(w, node, x)
+        forget(w, node, x)
         domain = w.frozen(classes, "classes of positions of unknown origin", node)
     w.notes[node] = domain
     return (*x.dims, domain)
@@ -305,7 +320,7 @@ def histc(w: Walk, node: fx.Node, x: Value, bins: int = 100, min: Any = 0, max: 
     """How often each position occurs: the result's dimension is the positions' axis."""
     domain = w.domains.get(x.node)
     if domain is None or domain.size != bins:
-        _forget(w, node, x)
+        forget(w, node, x)
         domain = w.frozen(bins, "bins of values", node)
     w.notes[node] = domain
     return (domain,)

@@ -159,9 +159,9 @@ def copy(w: Walk, node: fx.Node, x: Value, source: Value, *_: Any) -> Dims:
     return x.dims
 
 
-@rule("aten.glu", zero="drop")
+@rule("aten.glu", zero="keep")
 def glu(w: Walk, node: fx.Node, x: Value, dim: int = -1) -> Dims:
-    """x_d = A + A: y = x_A · σ(x_A'), both halves are one axis."""
+    """x_d = A + A: y = x_A · σ(x_A'), both halves are one axis; zero where the first is."""
     from passes.rules.shape import _split
 
     half = x.dims[dim].size // 2

@@ -81,6 +81,36 @@ def vector_norm(
     return sum_(w, node, x, dim, keepdim)
 
 
+@rule("aten.linalg_matrix_norm", zero="keep")
+def matrix_norm(
+    w: Walk, node: fx.Node, x: Value, order: Any = "fro", dim: Any = (-2, -1), keepdim: bool = False, **__: Any
+) -> Dims:
+    """y = the norm of the matrices in two dimensions. Zeros do not disturb it unless the order is negative."""
+    for d in dim:
+        _meet(w, x, [normalize(d, x.ndim)])
+    return vector_norm(w, node, x, order, dim, keepdim)
+
+
+@rule("aten.linalg_norm", zero="keep")
+def linalg_norm(
+    w: Walk, node: fx.Node, x: Value, order: Any = None, dim: Any = None, keepdim: bool = False, **__: Any
+) -> Dims:
+    """y = a matrix norm if an order and two dimensions are given, else a vector norm."""
+    dims = normalize_all(dim, x.ndim)
+    norm = matrix_norm if order is not None and len(dims) == 2 else vector_norm
+    return norm(w, node, x, order, dims, keepdim)
+
+
+@rule("aten.renorm", zero="keep")
+def renorm(w: Walk, node: fx.Node, x: Value, order: float, dim: int, maxnorm: float) -> Dims:
+    """y_d = x_d over its norm over all other dimensions, where that is too large."""
+    others = [d for d in range(x.ndim) if d != normalize(dim, x.ndim)]
+    for d in others:
+        w.reduce(node, x.dims[d], "sum")
+    _meet(w, x, others)
+    return x.dims
+
+
 def _zero_of_cumsum(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
     """Along the other dimensions."""
     return zero(node.args[0]) - w.leaves_of(w.dims[node][argument(node, 1, "dim")])
@@ -105,13 +135,22 @@ def variance(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Any:
     return [out, out] if isinstance(node.meta["val"], (tuple, list)) else out
 
 
-@rule("aten.amax", "aten.amin", "aten.all", "aten.logsumexp", zero="drop")
+@rule("aten.amax", "aten.amin", "aten.max.default", "aten.min.default", "aten.all", "aten.logsumexp", zero="drop")
 def extremum(w: Walk, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Dims:
     """y = max over d (or min). For ``all``, −inf counts as true."""
     dims = normalize_all(dim, x.ndim)
     for d in dims:
-        w.reduce(node, x.dims[d], "min" if op_name(node).startswith("aten.amin") else "max")
+        w.reduce(node, x.dims[d], "min" if op_name(node).startswith(("aten.amin", "aten.min")) else "max")
     return _reduced(x, dims, keepdim)
+
+
+@rule("aten.aminmax")
+def aminmax(w: Walk, node: fx.Node, x: Value, *, dim: int | None = None, keepdim: bool = False) -> list[Dims]:
+    """y = min and max over d: no number stands for a removed channel in both, so d cannot be cut."""
+    dims = normalize_all(dim, x.ndim)
+    for d in dims:
+        w.freeze(x.dims[d], "both its smallest and its largest value count", node)
+    return [_reduced(x, dims, keepdim)] * 2
 
 
 @rule("aten.prod")

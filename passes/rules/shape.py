@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from mptk.axes import ONE, Axis, Term, axis, concat, product, resolve, split_product, split_sum
-from passes.rules.table import Dims, Value, argument, named_argument, normalize, rule, set_argument
+from passes.rules.opaque import opaque
+from passes.rules.table import Dims, Value, argument, forget, named_argument, normalize, rule, set_argument
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -33,6 +34,13 @@ def view(w: Walk, node: fx.Node, x: Value, *_: Any) -> Dims:
     return out
 
 
+@rule("aten.view.dtype")
+def view_dtype(w: Walk, node: fx.Node, x: Value, *_: Any) -> Any:
+    """y_d = x_d, the same bits as other numbers (−0 is not 0); of another size, nothing can be followed."""
+    before, after = (n.meta["val"].dtype.itemsize for n in (x.node, node))
+    return x.dims if before == after else opaque(w, node, x)
+
+
 @rule("aten.reshape_as", "aten.view_as", zero="move")
 def view_as(w: Walk, node: fx.Node, x: Value, other: Value) -> Dims:
     """y = x in the shape of ``other``: Π x = Π y, y_d = other_d."""
@@ -41,7 +49,7 @@ def view_as(w: Walk, node: fx.Node, x: Value, other: Value) -> Dims:
     return out
 
 
-@rule("aten.flatten", zero="move")
+@rule("aten.flatten", "aten.ravel", zero="move")
 def flatten(w: Walk, node: fx.Node, x: Value, start_dim: int = 0, end_dim: int = -1) -> Dims:
     """y_d = x_start · … · x_end, the others pass."""
     first, last = normalize(start_dim, x.ndim), normalize(end_dim, x.ndim)
@@ -105,6 +113,17 @@ def repeat_interleave(w: Walk, node: fx.Node, x: Value, repeats: int, dim: int |
     times = axis(repeats)
     w.notes[node] = (times, d)
     return (*dims[:d], product((dims[d], times)), *dims[d + 1 :])
+
+
+@rule("aten.repeat_interleave.self_Tensor", zero="move")
+def repeat_each(w: Walk, node: fx.Node, x: Value, repeats: Value, dim: int | None = None, **_: Any) -> Dims:
+    """y_d = each position of x_d as often as ``repeats`` says, which pins d; without d x is flattened before."""
+    d = None if dim is None else normalize(dim, x.ndim)
+    for t in (*(x.dims if d is None else x.dims[d : d + 1]), *repeats.dims):
+        w.freeze(t, "repeated by computed numbers", node)
+    forget(w, node, repeats)
+    made = [w.frozen(size, "repeated by computed numbers", node) for size in w.shape(node)]
+    return tuple(made) if d is None else (*x.dims[:d], made[d], *x.dims[d + 1 :])
 
 
 @rule("aten.cat", "aten.concat", "aten.concatenate", zero="join")

@@ -118,6 +118,13 @@ def normalize_all(dims: int | Sequence[int] | None, ndim: int) -> list[int]:
     return [normalize(d, ndim) for d in ([dims] if isinstance(dims, int) else dims)]
 
 
+def forget(w: Walk, node: fx.Node, *values: Any) -> None:
+    """Positions that are used as numbers: the axis they were drawn from cannot be cut."""
+    for value in values:
+        if isinstance(value, Value) and value.node in w.domains:
+            w.freeze(w.domains[value.node], "its positions are computed with", node)
+
+
 def zero_of_first(node: fx.Node, zero: Any, w: Any) -> Any:
     """Of several results the first is zero where the operand is: known if no other is used (positions are not zero)."""
     return zero(node.args[0]) if all(user.args[1] == 0 for user in node.users) else set()

@@ -1,0 +1,113 @@
+"""Layers whose weight is computed at each call, by torch's own utilities: what is cut equals what is masked."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from cutting import cut_and_compare, largest, random_plan
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+
+from mptk.cut import resolve_plan
+from passes.group import analyze
+from passes.rewrite import rewrite
+from passes.trace import trace
+
+X = torch.randn(2, 5, 6)
+INNER = 8
+
+
+class Net(nn.Module):
+    """Two layers, each wrapped."""
+
+    def __init__(self, wrap: Callable[[nn.Module], nn.Module], kernel: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = (
+            [nn.Conv1d(6, INNER, kernel), nn.Conv1d(INNER, 11, 1)]
+            if kernel
+            else [nn.Linear(6, INNER), nn.Linear(INNER, 11)]
+        )
+        self.up, self.down = map(wrap, layers)
+        self.convolutional = kernel > 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mT if self.convolutional else x
+        return self.down(self.up(x).relu())  # type: ignore[no-any-return]
+
+
+def old(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    def quietly(layer: nn.Module) -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return wrap(layer)
+
+    return quietly
+
+
+WRAPPERS = {
+    "weight_norm": (parametrizations.weight_norm, [INNER]),
+    "weight_norm of columns": (lambda layer: parametrizations.weight_norm(layer, dim=1), [INNER]),
+    "weight_norm of all": (lambda layer: parametrizations.weight_norm(layer, dim=None), [INNER]),
+    "old weight_norm": (old(weight_norm), [INNER]),
+    "spectral_norm": (parametrizations.spectral_norm, [INNER]),
+    "old spectral_norm": (old(spectral_norm), [INNER]),
+    "orthogonal": (parametrizations.orthogonal, []),
+}
+
+
+@pytest.mark.parametrize("kernel", [0, 3])
+@pytest.mark.parametrize(("wrap", "sizes"), WRAPPERS.values(), ids=WRAPPERS)
+def test_a_computed_weight_is_cut_as_it_is_masked(
+    wrap: Callable[[nn.Module], nn.Module], sizes: list[int], kernel: int
+) -> None:
+    module = Net(wrap, kernel).eval()
+    program = trace(module, (X,))
+    with torch.no_grad():
+        assert largest(program(X), module(X)) < 1e-6
+    found = analyze(program)
+    assert [f.size for f in found.families] == sizes
+    if sizes:
+        difference = cut_and_compare(found, random_plan(found), (X,))
+        assert difference.moved > 1e-3
+        assert difference.error < 1e-6 * max(10, difference.moved)
+
+
+def test_a_cut_weight_norm_is_that_of_a_smaller_module() -> None:
+    """Independent of what the masked program says: rows of v and g, columns of the next layer's v."""
+    module = Net(parametrizations.weight_norm).eval()
+    found = analyze(trace(module, (X,)))
+    plan = random_plan(found)
+    (choice,) = resolve_plan(found, plan).choices.values()
+    kept = torch.from_numpy(choice.table[0]).nonzero().flatten()
+    small = copy.deepcopy(module)
+    g, v = small.up.parametrizations.weight.original0, small.up.parametrizations.weight.original1  # type: ignore[union-attr, attr-defined]
+    g.data, v.data, small.up.bias.data = g.data[kept], v.data[kept], small.up.bias.data[kept]  # type: ignore[operator, union-attr]
+    v = small.down.parametrizations.weight.original1  # type: ignore[union-attr, attr-defined]
+    v.data = v.data[:, kept]
+    with torch.no_grad():
+        assert largest(small(X), rewrite(found, plan)(X)) < 1e-6
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer beside one that can be cut."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.up, self.down = layer, nn.Linear(4, INNER), nn.Linear(INNER, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(self.layer(x)[0]).relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN])
+def test_beside_a_recurrent_layer_others_are_cut(make: Callable[..., nn.Module]) -> None:
+    found = analyze(trace(Recurrent(make(6, 4, num_layers=2, batch_first=True)).eval(), (X,)))
+    assert [f.size for f in found.families] == [INNER]
+    difference = cut_and_compare(found, random_plan(found), (X,))
+    assert difference.error < 1e-5 < 1e-3 < difference.moved

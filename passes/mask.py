@@ -18,6 +18,7 @@ from mptk.cut import Cut
 from mptk.families import Analysis
 from mptk.program import Program
 from passes.propagate import Reduction, Walk
+from passes.rules.reduce import correction_of
 from passes.rules.table import base_name, named_argument, normalize_all, op_name
 
 Keep = list[Any]
@@ -96,9 +97,7 @@ def _mask_statistic(node: fx.Node, dims: Sequence[Term], cut: Cut) -> None:
         node.target, node.args = masked_weight_norm, (kept.tolist(), *node.args)
     else:
         reduced = normalize_all(named_argument(node, "dim"), len(dims))
-        correction = named_argument(node, "correction")
-        unbiased = named_argument(node, "unbiased", True)
-        correction = int(unbiased) if correction is None else correction
+        correction = correction_of(node)
         keepdim = named_argument(node, "keepdim", False)
         node.target, node.kwargs = _MOMENTS[op], {}
         node.args = (keep_along(cut, dims, reduced).tolist(), node.args[0], reduced, correction, keepdim)

@@ -169,7 +169,7 @@ def _int4(model: ir.Model, source: Path, text: Text | None) -> ir.Model:
 
 
 def evened(model: ir.Model, source: Path) -> tuple[dict[str, npt.NDArray[np.float32]], set[str]]:
-    """Even out channels before they are rounded, in place. Returns products with weights, and which give the vocabulary.
+    """Even out channels before they are rounded, in place. Returns the products' weights and which give logits.
 
     ``model`` is what ``read_float`` gave of ``source``.
     """

@@ -319,3 +319,11 @@ def test_a_dimension_that_is_cut_to_one_is_not_squeezed_away() -> None:
 
     analysis = analyze(trace(Small(body, w=(INNER,)), (X,)))
     assert cut_and_compare(analysis, random_plan(analysis, share=0.1), (X,)).error <= 1e-5
+
+
+def test_a_variance_keeps_more_positions_than_its_correction() -> None:
+    def body(h: Tensor, w: Tensor) -> Tensor:
+        return h.var(-1, keepdim=True) @ w
+
+    (family,) = prove(Small(body, w=(1, OUT))).families
+    assert family.minimum == 2

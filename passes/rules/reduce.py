@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from mptk.axes import ONE, Axis, split_product
+from mptk.axes import ONE, Axis, require, split_product
 from passes.rules.table import (
     Dims,
     Value,
@@ -124,13 +124,20 @@ def cumsum(w: Walk, node: fx.Node, x: Value, dim: int, **_: Any) -> Dims:
     return x.dims
 
 
+def correction_of(node: fx.Node) -> int:
+    """What a variance takes off the number of positions: 1 unless the call says otherwise."""
+    correction = named_argument(node, "correction")
+    return int(named_argument(node, "unbiased", True)) if correction is None else int(correction)
+
+
 @rule("aten.var", "aten.std", "aten.var_mean", "aten.std_mean", zero="drop")
 def variance(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Any:
-    """y = variance over d (and its mean)."""
+    """y = variance over d (and its mean): more positions must stay than the correction takes off their number."""
     dims = normalize_all(named_argument(node, "dim"), x.ndim)
     keepdim = named_argument(node, "keepdim", False)
     for d in dims:
         w.reduce(node, x.dims[d], "statistic")
+        require(x.dims[d], correction_of(node) + 1)
     out = _reduced(x, dims, keepdim)
     return [out, out] if isinstance(node.meta["val"], (tuple, list)) else out
 

@@ -65,8 +65,7 @@ def _check(program: Program, dtype: torch.dtype = torch.float32, tolerance: floa
             build(program).to(dtype),
             [t.to(dtype) if t.is_floating_point() else t for t in inputs_of(program)],
         )
-        with torch.no_grad():
-            dense = _tensors(copy.deepcopy(module)(*inputs))
+        dense = _run(copy.deepcopy(module), inputs)
     except Exception as error:
         return Outcome("invalid", f"{type(error).__name__}: {error}")
     if not all(t.isfinite().all() for t in dense):
@@ -98,27 +97,24 @@ def _compare_cut(
     cut = _run(mptk.rewrite(analysis, plan), inputs)
     names = "+".join(plan.families)
     _compare(f"the cut and the masked program ({names})", cut, masked, tolerance)
-    for a, b in zip(cut, dense, strict=False):
+    for a, b in zip(cut, dense, strict=True):
         if a.shape != b.shape:
             raise Wrong(f"shapes of the cut and the dense program ({names}): {list(a.shape)} and {list(b.shape)}")
     if not disturbed(analysis, plan):
-        with torch.no_grad():
-            eager = _tensors(zeroed(module, analysis, plan)(*inputs))
+        eager = _run(zeroed(module, analysis, plan), inputs)
         _compare(f"the masked program and the zeroed module ({names})", masked, eager, tolerance)
 
 
 def _run(program: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """All tensors of the result, flat. What the program is given it may write to."""
     with torch.no_grad():
-        return _tensors(program(*(t.clone() for t in inputs)))
-
-
-def _tensors(output: Any) -> list[Tensor]:
+        output = program(*(t.clone() for t in inputs))
     return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
 
 
 def _compare(what: str, found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
-    """Raise Wrong unless all tensors that both have are equal up to rounding. A trace may hold the first output only."""
-    for a, b in zip(found, expected, strict=False):
+    """Raise Wrong unless all tensors are equal up to rounding."""
+    for a, b in zip(found, expected, strict=True):
         if a.shape != b.shape:
             raise Wrong(f"shapes of {what}: {list(a.shape)} and {list(b.shape)}")
         error = (a.double() - b.double()).abs().max().item()

@@ -1,0 +1,148 @@
+"""Quantised graphs are held against the float graph, weight by weight; what was done to one is found."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from tiny_decoders import CONFIGS, GROUPED, tiny_decoder
+
+from mptk.errors import ProofError
+from passes import check_quantized as checked
+from passes.check_quantized import DIVERGENCES, check_quantized, divergence
+from passes.emit_onnx import emit_onnx
+from passes.quantize_onnx import SCHEMES, quantize_onnx
+from passes.trace_decoder import trace_decoder
+
+TEXT = np.random.default_rng(0).integers(3, 97, (16, 32))
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return emit_onnx(trace_decoder(tiny_decoder(request.param)), tmp_path_factory.mktemp("onnx"))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_was_quantised_is_near_the_float_weights(source: Path, scheme: str) -> None:
+    assert 0.3 < check_quantized(source, quantize_onnx(source, scheme)) <= 1
+
+
+def test_what_was_rounded_for_a_text_is_too(source: Path) -> None:
+    assert 0.3 < check_quantized(source, quantize_onnx(source, "int4", TEXT)) <= 1
+
+
+# ---- damage ----
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Float, int8, int4 and float16 graphs of one decoder."""
+    folder = tmp_path_factory.mktemp("graphs")
+    source = emit_onnx(trace_decoder(tiny_decoder(GROUPED)), folder)
+    for scheme in SCHEMES:
+        quantize_onnx(source, scheme, TEXT)
+    return folder
+
+
+Damage = Callable[[np.ndarray], np.ndarray]
+
+
+def garbage_block(codes: np.ndarray) -> np.ndarray:
+    codes = codes.copy()
+    codes[3, 0] = np.random.default_rng(0).integers(0, 256, codes[3, 0].shape)
+    return codes
+
+
+def one_code(codes: np.ndarray) -> np.ndarray:
+    codes = codes.copy()
+    codes[3, 0, 5] ^= 1
+    return codes
+
+
+def nan_once(scales: np.ndarray) -> np.ndarray:
+    scales = scales.copy()
+    scales.flat[7] = np.nan
+    return scales
+
+
+DAMAGES: dict[str, tuple[str, str, Damage]] = {
+    "int8 block of noise": ("int8", "linear_2.smooth.1_Q8", garbage_block),
+    "int8 code one off": ("int8", "linear_2.smooth.1_Q8", one_code),
+    "int8 scales doubled": ("int8", "linear_2.smooth.1_scales", lambda a: a * 2),
+    "int8 scale of NaN": ("int8", "linear_2.smooth.1_scales", nan_once),
+    "int8 embedding row": ("int8", "embed_tokens.weight_row_scales", lambda a: np.roll(a, 1, 0)),
+    "int8 norm": ("int8", "model.norm.weight", lambda a: a * 1.01),
+    "int4 block of noise": ("int4", "linear_2.smooth.1_Q4", garbage_block),
+    "int4 scales doubled": ("int4", "linear_2.smooth.1_scales", lambda a: a * 2),
+    "int4 zero points": ("int4", "linear_2.smooth.1_zero_points", lambda a: a ^ 0x77),
+    "int4 rows swapped": ("int4", "linear_2.smooth.1_Q4", lambda a: np.roll(a, 1, 0)),
+    "fp16 weight": ("fp16", "val_140", lambda a: a * np.float16(1.01)),
+    "fp16 NaN": ("fp16", "val_140", lambda a: np.where(a == a.max(), np.float16(np.nan), a)),
+}
+
+
+def damaged(file: Path, ending: str, damage: Damage) -> Path:
+    """The graph with one constant, whose name has ``ending``, damaged."""
+    model = ir.load(file)
+    ir.external_data.load_to_model(model)
+    name = next(n for n in model.graph.initializers if n.endswith(ending))
+    value = model.graph.initializers[name]
+    assert value.const_value is not None
+    array = damage(value.const_value.numpy())
+    assert array.shape == tuple(value.const_value.shape.numpy())
+    value.const_value = ir.Tensor(np.ascontiguousarray(array), name=name)
+    ir.save(model, file, external_data=f"{file.name}.data")
+    return file
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_found(name: str, graphs: Path, tmp_path: Path) -> None:
+    scheme, ending, damage = DAMAGES[name]
+    shutil.copytree(graphs, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / f"model_{scheme}.onnx"
+    check_quantized(tmp_path / "model.onnx", file)
+    with pytest.raises(ProofError, match=r"linear_2|embed_tokens|val_140|norm"):
+        check_quantized(tmp_path / "model.onnx", damaged(file, ending, damage))
+
+
+def test_the_graph_of_another_model_is_found(graphs: Path, tmp_path: Path) -> None:
+    other = emit_onnx(trace_decoder(tiny_decoder(GROUPED, intermediate_size=96)), tmp_path)
+    quantize_onnx(other, "int8")
+    with pytest.raises((ProofError, ValueError)):
+        check_quantized(graphs / "model.onnx", tmp_path / "model_int8.onnx")
+
+
+def test_channels_in_another_order_are_the_same_weights(graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor whose rounding puts equally large channels in another order."""
+    evened = checked.evened
+
+    def reordered(model: ir.Model, source: Path) -> object:
+        found = evened(model, source)
+        for node in model.graph:
+            for parts in filter(None, [checked.gated(node)]):
+                gate, up, down = (checked.weight_of(part) for part in parts)
+                order = np.r_[1, 0, 2 : gate.shape[1]]
+                for part, array in zip(parts, (gate[:, order], up[:, order], down[order]), strict=True):
+                    part.inputs[1].const_value = ir.Tensor(np.ascontiguousarray(array), name=part.inputs[1].name)  # type: ignore[union-attr]
+        return found
+
+    monkeypatch.setattr(checked, "evened", reordered)
+    for scheme in ("int8", "int4"):
+        assert check_quantized(graphs / "model.onnx", graphs / f"model_{scheme}.onnx") <= 1
+
+
+# ---- logits ----
+
+
+def test_divergence_is_in_nats_and_infinite_with_nan() -> None:
+    reference = torch.log(torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]))
+    logits = torch.log(torch.tensor([[[0.5, 0.5], [0.1, 0.9]]])) + 3
+    assert divergence(logits, reference) == pytest.approx(0.8 * np.log(9) / 2)
+    assert divergence(reference, reference) == 0
+    assert divergence(reference * float("nan"), reference) == float("inf")
+    assert DIVERGENCES.keys() == SCHEMES.keys()

@@ -250,7 +250,9 @@ class _ShapeInterpreter(fx.Interpreter):
             result = super().run_node(n)
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
-            raise ProofError(f"the cut graph does not fit together at {Place(n)}: {reason}; please report it") from error
+            raise ProofError(
+                f"the cut graph does not fit together at {Place(n)}: {reason}; please report it"
+            ) from error
         if _alike(result, n.meta.get("val")):
             self.unchanged.add(n)
         n.meta["val"] = result

@@ -25,7 +25,7 @@ def balance_onnx(model: ir.Model) -> int:
     """Rearrange every gated product, in place; returns how many there were. Weights must be ``[inputs, outputs]``."""
     found = 0
     for node in model.graph:
-        parts = _gated(node)
+        parts = gated(node)
         if parts is not None:
             arrays = balanced(*(weight_of(part) for part in parts))
             for part, array in zip(parts, arrays, strict=True):
@@ -49,7 +49,7 @@ def balanced(gate: Weights, up: Weights, down: Weights) -> tuple[Weights, Weight
     return gate[:, order], (up / scale)[:, order], (down * scale[:, None])[order]
 
 
-def _gated(down: ir.Node) -> tuple[ir.Node, ir.Node, ir.Node] | None:
+def gated(down: ir.Node) -> tuple[ir.Node, ir.Node, ir.Node] | None:
     """(G, U, D) if ``down`` is such a D, with weights that nothing else uses."""
     if not is_product(down) or down.inputs[0] is None:
         return None

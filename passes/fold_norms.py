@@ -106,10 +106,8 @@ def _shrink_epsilon(norm: Norm) -> tuple[float, float]:
         new = named_argument(source, "eps")
         scaled.replace_all_uses_with(source)
         return new / scale**2, new
-    position = 1 if norm.add.args[0] is scaled else 0
-    old: Any = norm.add.args[position]
-    norm.add.update_arg(position, old / scale)
-    norm.add.replace_input_with(scaled, source)
+    old: Any = norm.add.args[1]
+    norm.add.args = (source, old / scale)
     return old, old / scale
 
 
@@ -142,7 +140,7 @@ def _match_rms(program: Program, root: fx.Node, norm: fx.Node) -> Norm | None:
 
 
 def _adds_number(node: fx.Node) -> bool:
-    return not node.kwargs and any(isinstance(a, float) for a in node.args)
+    return not node.kwargs and isinstance(node.args[1], float)
 
 
 def _inverse_root(node: fx.Node) -> fx.Node | None:
@@ -185,7 +183,7 @@ def _weight(program: Program, node: fx.Node) -> tuple[fx.Node, float] | None:
     offset = 0.0
     while node.op == "call_function" and len(node.all_input_nodes) == 1 and _only_user(node) is not None:
         if base_name(node.target) == "add" and not node.kwargs:
-            offset += next((float(a) for a in node.args if isinstance(a, (int, float))), 0.0)
+            offset += float(node.args[1])  # type: ignore[arg-type]
         elif base_name(node.target) not in CASTS:
             return None
         node = node.all_input_nodes[0]

@@ -74,15 +74,21 @@ def quantize_onnx(source: Path, scheme: str, text: Text | None = None) -> Path:
         MptkError: there is no such scheme.
     """
     check_schemes([scheme])
-    model = common.ClearMetadataAndDocStringPass()(ir.load(source)).model
-    ir.external_data.load_to_model(model)
-    for index, node in enumerate(model.graph):
-        node.name = f"{node.op_type}_{index}"
+    model = read_float(source)
     with _quiet():
         quantized = SCHEMES[scheme](model, source, text)
     quantized.graph.sort()
     quantized.metadata_props.update({**model.metadata_props, "quantization": scheme})
     return _save(quantized, source.with_name(f"{source.stem}_{scheme}.onnx"))
+
+
+def read_float(source: Path) -> ir.Model:
+    """The model in ``source`` with weights in memory and a name for every node."""
+    model = common.ClearMetadataAndDocStringPass()(ir.load(source)).model
+    ir.external_data.load_to_model(model)
+    for index, node in enumerate(model.graph):
+        node.name = f"{node.op_type}_{index}"
+    return model
 
 
 def check_schemes(names: Iterable[str]) -> None:
@@ -146,13 +152,13 @@ def _is_constant(value: ir.Value | None) -> bool:
 
 
 def _int8(model: ir.Model, source: Path, _text: Text | None) -> ir.Model:
-    products, _ = _evened(model, source)
+    products, _ = evened(model, source)
     blocks = {n: min(WIDE, 1 << (weight.shape[0] - 1).bit_length()) for n, weight in products.items()}
     return _blocks(model, {name: (8, max(LEAST, block)) for name, block in blocks.items()})
 
 
 def _int4(model: ir.Model, source: Path, text: Text | None) -> ir.Model:
-    products, head = _evened(model, source)
+    products, head = evened(model, source)
     if text is not None:
         with tempfile.TemporaryDirectory(dir=source.parent, prefix=".onnx-") as temporary:
             file = Path(temporary) / source.name
@@ -162,8 +168,11 @@ def _int4(model: ir.Model, source: Path, text: Text | None) -> ir.Model:
     return _blocks(model, {name: (8 if name in head else 4, BLOCK) for name in _products(model)})
 
 
-def _evened(model: ir.Model, source: Path) -> tuple[dict[str, npt.NDArray[np.float32]], set[str]]:
-    """Products with weights, channels evened out before they are rounded, and which of them give the vocabulary."""
+def evened(model: ir.Model, source: Path) -> tuple[dict[str, npt.NDArray[np.float32]], set[str]]:
+    """Even out channels before they are rounded, in place. Returns products with weights, and which give the vocabulary.
+
+    ``model`` is what ``read_float`` gave of ``source``.
+    """
     plain_products(model)
     vocabulary = model.graph.outputs[0].shape
     head = {n for n, weight in _products(model).items() if vocabulary and weight.shape[1] == vocabulary[-1]}

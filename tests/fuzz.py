@@ -22,10 +22,9 @@ import torch
 import typer
 
 from benchmarks.common import result_header, write_result
-from tests.programs import CATALOGUE, Outcome, Program, cause_of, check, reduced, seeded
+from tests.programs import CATALOGUE, FAILURES, Outcome, Program, cause_of, check, reduced, seeded
 
 BLOCK, LIMIT_S = 25, 120
-FAILURES = ("wrong", "crashed")
 
 
 @dataclass
@@ -101,8 +100,9 @@ def _enter_failure(tally: Tally, program: Program, outcome: Outcome) -> None:
         if failure.cause == cause and _spelled(Program.parse(failure.program)) <= _spelled(program):
             failure.count += 1
             return
-    small = reduced(program, outcome)
-    failure = Failure(outcome.verdict, cause, repr(small), check(small).cause)
+    small = program if "TimeoutError" in cause else reduced(program, outcome)
+    detail = outcome.cause if small is program else check(small).cause
+    failure = Failure(outcome.verdict, cause, repr(small), detail)
     tally.failures[key_of(small, cause)] = failure
 
 

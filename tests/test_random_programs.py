@@ -9,7 +9,7 @@ import pytest
 from hypothesis import Phase, given, settings
 
 from mptk.cut import Cut
-from tests.programs import CATALOGUE, Program, check, programs, seeded
+from tests.programs import CATALOGUE, FAILURES, Program, check, programs, seeded
 
 SEEDS, BLOCKS = 200, 8
 
@@ -18,7 +18,7 @@ SEEDS, BLOCKS = 200, 8
 def test_a_program_is_cut_right_or_refused_by_name(block: int) -> None:
     """Of failures, the description is printed: `python -m tests.fuzz --program DESCRIPTION` makes it smaller."""
     outcomes = {seed: check(seeded(seed)) for seed in range(block, SEEDS, BLOCKS)}
-    failed = [f"{o.cause}\n  {seeded(s)}" for s, o in outcomes.items() if o.verdict in ("wrong", "crashed")]
+    failed = [f"{o.cause}\n  {seeded(s)}" for s, o in outcomes.items() if o.verdict in FAILURES]
     assert not failed, "\n".join(failed)
     verdicts = Counter(o.verdict for o in outcomes.values())
     assert verdicts["proven"] >= 0.6 * len(outcomes), verdicts
@@ -28,7 +28,7 @@ def test_a_program_is_cut_right_or_refused_by_name(block: int) -> None:
 @given(programs())
 def test_hypothesis_finds_no_smaller_one(program: Program) -> None:
     outcome = check(program)
-    assert outcome.verdict not in ("wrong", "crashed"), outcome.cause
+    assert outcome.verdict not in FAILURES, outcome.cause
 
 
 def test_a_description_is_one_line_that_gives_the_program_back() -> None:

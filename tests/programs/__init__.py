@@ -10,6 +10,7 @@ from . import (
     attention,
     convolution,
     gates,
+    heads,
     layout,
     linear,
     mixtures,
@@ -24,13 +25,14 @@ from . import (
     writes,
 )
 from .catalogue import CATALOGUE, Step
-from .oracles import Outcome, check
+from .oracles import FAILURES, Outcome, check
 from .program import Program, build, inputs_of
 from .reducing import cause_of, reduced
 from .strategy import programs, seeded
 
 __all__ = [
     "CATALOGUE",
+    "FAILURES",
     "Outcome",
     "Program",
     "Step",
@@ -46,6 +48,7 @@ _FAMILIES = (
     attention,
     convolution,
     gates,
+    heads,
     layout,
     linear,
     mixtures,

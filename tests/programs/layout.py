@@ -12,7 +12,7 @@ from .catalogue import Maker, step
 @step(
     "layout",
     multiple=2,
-    form=("heads swapped", "permute", "transpose", "movedim", "tokens apart", "minus one", "pairs", "einops"),
+    form=("heads swapped", "permute", "transpose", "movedim", "tokens apart", "minus one", "pairs", "einops", "bits"),
 )
 def reorder(m: Maker, x: Tensor, *, form: str) -> Tensor:
     x = x.contiguous()
@@ -24,6 +24,7 @@ def reorder(m: Maker, x: Tensor, *, form: str) -> Tensor:
         "transpose": lambda: x.transpose(1, 2).contiguous().relu().transpose(1, 2),
         "movedim": lambda: heads.movedim(-1, 0).movedim(0, 2).flatten(2),
         "minus one": lambda: x.view(batch, -1, channels // 2).relu().view(batch, length, -1),
+        "bits": lambda: x.contiguous().view(torch.int32).view(x.dtype),
         "pairs": lambda: x.view(-1, channels // 2, 2).flip(-1).reshape(x.shape),
         "einops": lambda: (
             heads.permute(0, 2, 1, 3)

@@ -49,7 +49,7 @@ def layer(m: Maker, x: Tensor, *, kind: str) -> Tensor:
     return m.layer(kinds[kind])(y[..., None] if kind == "ChannelShuffle" else y).reshape(y.shape).transpose(1, 2)
 
 
-@step("modules", kind=("GRU", "LSTM", "GRUCell", "Bilinear"))
+@step("mixtures", kind=("GRU", "LSTM", "GRUCell", "Bilinear"))
 def recurrent(m: Maker, x: Tensor, *, kind: str) -> Tensor:
     """Layers whose calls have no rule at first."""
     n = x.shape[-1]

@@ -29,12 +29,17 @@ from passes.mask import mask
 
 from .program import Program, build, inputs_of
 
+FAILURES = ("wrong", "crashed", "invalid")
 TOLERANCE, DOUBLE_TOLERANCE = 1e-5, 1e-9
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """``verdict``: proven, without family, refused, wrong or crashed. ``cause`` says why, if there is a why."""
+    """What became of a program.
+
+    ``verdict``: proven, without family, refused, wrong or crashed; invalid if it does not run in the first place, which
+    is the generator's fault. ``cause`` says why, if there is a why.
+    """
 
     verdict: str
     cause: str = ""
@@ -55,10 +60,17 @@ def check(program: Program) -> Outcome:
 
 
 def _check(program: Program, dtype: torch.dtype = torch.float32, tolerance: float = TOLERANCE) -> Outcome:
-    module, inputs = build(program).to(dtype), [t.to(dtype) if t.is_floating_point() else t for t in inputs_of(program)]
-    with torch.no_grad():
-        dense = _tensors(copy.deepcopy(module)(*inputs))
-    assert all(t.isfinite().all() for t in dense), f"the program itself is not finite: {program}"
+    try:
+        module, inputs = (
+            build(program).to(dtype),
+            [t.to(dtype) if t.is_floating_point() else t for t in inputs_of(program)],
+        )
+        with torch.no_grad():
+            dense = _tensors(copy.deepcopy(module)(*inputs))
+    except Exception as error:
+        return Outcome("invalid", f"{type(error).__name__}: {error}")
+    if not all(t.isfinite().all() for t in dense):
+        return Outcome("invalid", "the program itself is not finite")
     try:
         analysis = mptk.analyze(module, inputs)
         _compare("the traced and the eager program", _run(analysis.program, inputs), dense, tolerance)

@@ -64,8 +64,8 @@ class Module(nn.Module):
         loose = [values[-1]]
         for step, applied in zip(self.program.steps, self.steps, strict=True):
             taken = [values[-1 - i % len(values)] for i in step.inputs]
-            if CATALOGUE[step.kind].writes and taken[0] is x:
-                taken[0] = x.clone()
+            if CATALOGUE[step.kind].writes and (taken[0] is x or _overlaps(taken[0])):
+                taken[0] = taken[0].clone()
             loose = [v for v in loose if not any(v is t for t in taken)]
             values.append(applied(*taken))
             loose.append(values[-1])
@@ -73,6 +73,11 @@ class Module(nn.Module):
         sources = [loose, *([v] for v in rest)]
         heads = [head(self.stem.weight, *taken) for head, taken in zip(self.heads, sources, strict=True)]
         return _nest(heads, self.program.form)
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether elements share memory, as after expand: torch refuses to write to such a tensor."""
+    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def _with_fitting(kind: str) -> Any:

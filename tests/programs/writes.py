@@ -96,11 +96,13 @@ def _as_tokens(view: Tensor, base: Tensor) -> Tensor:
     multiple=2,
     inputs=2,
     form=("chunks", "halves", "first", "token", "steps", "heads", "zeros", "index_put", "weight", "where"),
+    start=("zeros", "constant", "value"),
 )
-def assign(m: Maker, x: Tensor, y: Tensor, *, form: str) -> Tensor:
-    """A tensor that the step makes and fills by slices."""
+def assign(m: Maker, x: Tensor, y: Tensor, *, form: str, start: str) -> Tensor:
+    """A tensor that the step makes and fills by slices; ``constant`` depends on no input until then."""
     y, half = m.fit(y, x.shape[-1]), x.shape[-1] // 2
-    out = x.clone() if form in ("first", "token", "where", "weight") else x.new_zeros(x.shape)
+    starts = {"zeros": x.new_zeros, "constant": lambda shape: torch.zeros(shape, dtype=x.dtype)}
+    out = x.clone() if start == "value" else starts[start](x.shape)
     if form == "chunks":
         a, b = out.chunk(2, -1)
         a.copy_(y[..., :half])
@@ -124,6 +126,7 @@ def assign(m: Maker, x: Tensor, y: Tensor, *, form: str) -> Tensor:
         out[:, 1] = m.weight(x.shape[-1])
     else:
         out[x > 0.5] = 0.25
+        out += x
     return out
 
 

@@ -1,0 +1,268 @@
+"""Mutants: small errors put into the code, one at a time. A test must fail at each, or the list says why none can.
+
+    python -m tests.mutants [--sample 200] [--jobs 2] [--seed 0] [--json FILE] [--only PATH]
+
+cosmic-ray makes the mutants; a sample of those of ``SUBJECTS`` is drawn by the seed, of the errors that a person could
+make: a ``+`` for a ``-``, a ``<`` for a ``<=``, a number that is one off (``EXCHANGED``). Each is tested in a copy of the
+tree, by the test files beside its module, the quick ones first. ``ALLOWED`` has survivors that no test can tell apart.
+A run goes on where it was stopped: mutants that FILE has already are not tested again.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import Queue
+from subprocess import PIPE, Popen
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.common import result_header, write_result
+from tests.mutants_allowed import ALLOWED
+
+ROOT = Path(__file__).parents[1]
+TREE = ("mptk", "passes", "tests", "benchmarks", "docs", "examples", "README.md", "CONTRIBUTING.md", "pyproject.toml")
+LIMIT_S = 400
+
+CUTS = ("test_soundness", "test_check_cut", "test_rewrite", "test_rules", "test_families", "test_random_programs")
+SUBJECTS: dict[str, tuple[str, ...]] = {
+    "mptk/axes.py": ("test_axes", "test_plan", *CUTS),
+    "mptk/cut.py": ("test_plan", *CUTS),
+    "passes/rewrite.py": CUTS,
+    "passes/fold_norms.py": ("test_fold_norms", "test_check_cut", "test_legalize"),
+    "passes/exactness.py": ("test_soundness", "test_exactness", "test_rules", "test_random_programs"),
+    "passes/aliasing.py": ("test_soundness", "test_exactness", "test_rules", "test_random_programs"),
+    "passes/mask.py": CUTS,
+    "passes/check_cut.py": ("test_check_cut",),
+    "passes/verify.py": ("test_verify", "test_pruning"),
+    "mptk/maskprune/solver.py": ("test_solver", "test_maskprune", "test_learning"),
+    "mptk/verification.py": ("test_verify", "test_pruning"),
+    "mptk/checkpoint.py": ("test_checkpoint", "test_emit_hf"),
+    "passes/emit_hf.py": ("test_emit_hf", "test_pruning"),
+}
+
+
+EXCHANGED = re.compile(
+    r"Add_Sub|Sub_Add|Sub_Mul|Mul_Div|Mul_Add|Div_Mul|Div_FloorDiv|FloorDiv_Div|FloorDiv_Mod|Mod_FloorDiv|Pow_Mul"
+    r"|BitOr_BitAnd|BitAnd_BitOr|BitXor_BitOr|Eq_NotEq|NotEq_Eq|Lt_LtE|LtE_Lt|Gt_GtE|GtE_Gt|Lt_Gt|Gt_Lt|Is_IsNot|IsNot_Is"
+)
+"""Of the operators that replace one sign by another, those that are tried."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``operator`` of cosmic-ray at its ``occurrence``-th place in the file ``path``."""
+
+    path: str
+    operator: str
+    occurrence: int
+    line: int
+
+
+def drawn(sample: int, seed: int, only: str) -> list[Mutant]:
+    """Mutants at random, as many of each file, that change what runs: a type hint does not; no Python is none."""
+    mutants = all_mutants()
+    random.Random(seed).shuffle(mutants)
+    paths = [path for path in SUBJECTS if only in path]
+    each = -(-sample // len(paths))
+    return [m for path in paths for m in itertools.islice((m for m in mutants if m.path == path and _runs(m)), each)]
+
+
+def _runs(mutant: Mutant) -> bool:
+    try:
+        return _code(mutated(mutant)) != _code(Path(mutant.path).read_text())
+    except SyntaxError:
+        return False
+
+
+def all_mutants() -> list[Mutant]:
+    """Every mutant of ``SUBJECTS`` that cosmic-ray knows."""
+    from cosmic_ray.commands import init
+    from cosmic_ray.work_db import use_db
+
+    with tempfile.TemporaryDirectory() as folder, use_db(Path(folder) / "work.sqlite") as db:
+        init([Path(p) for p in SUBJECTS], db, {})
+        found = [m for item in db.work_items for m in item.mutations]
+    mutants = [Mutant(str(m.module_path), m.operator_name, m.occurrence, m.start_pos[0]) for m in found]
+    signs = ("core/ReplaceBinaryOperator", "core/ReplaceComparisonOperator")
+    plausible = (m for m in mutants if not m.operator.startswith(signs) or EXCHANGED.fullmatch(_exchange(m)))
+    return sorted(plausible, key=str)
+
+
+def _exchange(mutant: Mutant) -> str:
+    return mutant.operator.partition("Operator_")[2]
+
+
+def mutated(mutant: Mutant) -> str:
+    """The file's text with the mutant in it."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    source = Path(mutant.path).read_text()
+    return mutate_code(source, get_operator(mutant.operator)(), mutant.occurrence) or source
+
+
+def _code(source: str) -> str:
+    """What runs of a source file: no type hints, no type aliases for checkers."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.returns = None
+        elif isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+    return ast.dump(tree)
+
+
+def difference(mutant: Mutant) -> str:
+    """The lines that the mutant changes."""
+    before, after = Path(mutant.path).read_text().splitlines(), mutated(mutant).splitlines()
+    changed = [line for line in difflib.unified_diff(before, after, lineterm="", n=0) if line[:1] in "+-"]
+    return "\n".join(line for line in changed if not line.startswith(("+++", "---")))
+
+
+# ---- testing them ----
+
+
+def test_one(copy: Path, mutant: Mutant, worker: Popen[str]) -> str:
+    """``killed``, ``survived`` or ``ran too long``."""
+    file, original = copy / mutant.path, (ROOT / mutant.path).read_text()
+    file.write_text(mutated(mutant))
+    try:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        files = [f"tests/{name}.py" for name in SUBJECTS[mutant.path]]
+        worker.stdin.write(json.dumps(files) + "\n")
+        worker.stdin.flush()
+        return worker.stdout.readline().strip()
+    finally:
+        file.write_text(original)
+
+
+test_one.__test__ = False  # type: ignore[attr-defined]
+
+
+def serve(copy: str) -> None:
+    """A worker: has torch and transformers in memory, and tests each request in a process forked from itself."""
+    os.chdir(copy)
+    import hypothesis
+    import networkx
+    import onnx_ir
+    import onnxruntime
+    import peft
+    import pytest
+    import torch
+    import transformers
+
+    preloaded = (hypothesis, networkx, onnx_ir, onnxruntime, peft, pytest, torch, transformers)
+    assert all(preloaded)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            _run_tests(copy, json.loads(line))
+        print(_verdict(child), flush=True)
+
+
+def _run_tests(copy: str, files: Sequence[str]) -> None:
+    """In the forked process: run the tests of the copy, up to the first that fails."""
+    import pytest
+
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    for name in [n for n in sys.modules if n.split(".")[0] in ("mptk", "passes", "tests", "benchmarks")]:
+        del sys.modules[name]
+    sys.path[:] = [copy, *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, Path(copy)))]
+    signal.alarm(LIMIT_S)
+    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files])))
+
+
+def _verdict(child: int) -> str:
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+        return "ran too long"
+    return "survived" if status == 0 else "killed"
+
+
+def run(mutants: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, str]]:
+    """Test the mutants, ``jobs`` at a time, each worker in a copy of the tree of its own."""
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(jobs) as pool:
+        free: Queue[tuple[Path, Popen[str]]] = Queue()
+        for i in range(jobs):
+            copy = Path(folder) / str(i)
+            for name in TREE:
+                source = ROOT / name
+                target = copy / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+            command = [sys.executable, "-m", "tests.mutants", "--serve", str(copy)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+            free.put((copy, Popen(command, stdin=PIPE, stdout=PIPE, text=True, cwd=ROOT, env=environment)))
+
+        def one(mutant: Mutant) -> tuple[Mutant, str]:
+            copy, worker = free.get()
+            try:
+                return mutant, test_one(copy, mutant, worker)
+            finally:
+                free.put((copy, worker))
+
+        yield from pool.map(one, mutants)
+        for _ in range(jobs):
+            free.get()[1].kill()
+
+
+def report(rows: Sequence[dict[str, Any]]) -> None:
+    """Totals by file, then the survivors that are not explained."""
+    for path in dict.fromkeys(r["path"] for r in rows):
+        mine = [r for r in rows if r["path"] == path]
+        killed = sum(r["verdict"] != "survived" for r in mine)
+        print(f"{path:28} {len(mine):4} mutants, {killed:4} killed, {len(mine) - killed:3} survived")
+    survivors = [r for r in rows if r["verdict"] == "survived"]
+    explained = [r for r in survivors if r["change"] in ALLOWED]
+    share = 1 - len(survivors) / max(1, len(rows))
+    print(f"{len(rows)} mutants, {share:.1%} killed, {len(survivors)} survived, {len(explained)} of them explained")
+    for r in survivors:
+        print(f"\n{r['path']}:{r['line']} {ALLOWED.get(r['change'], 'not explained')}\n{r['change']}")
+
+
+def main(
+    sample: Annotated[int, typer.Option(help="how many")] = 200,
+    jobs: int = 2,
+    seed: int = 0,
+    only: Annotated[str, typer.Option(help="files whose path has this in it")] = "",
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    serve_in: Annotated[str, typer.Option("--serve", hidden=True)] = "",
+) -> None:
+    """Test a sample of mutants; prints totals and survivors. Exit code 1 if less than 90 % are killed."""
+    if serve_in:
+        return serve(serve_in)
+    chosen = drawn(sample, seed, only)
+    rows = json.loads(json_file.read_text())["rows"] if json_file and json_file.exists() else []
+    done = {(r["path"], r["change"]) for r in rows}
+    for mutant, verdict in run([m for m in chosen if (m.path, difference(m)) not in done], jobs):
+        rows.append({**asdict(mutant), "change": difference(mutant), "verdict": verdict})
+        print(f"{len(rows):4} {verdict:12} {mutant.path}:{mutant.line} {mutant.operator}", flush=True)
+        if json_file:
+            write_result(json_file, result_header(), rows)
+    report(rows)
+    killed = sum(r["verdict"] != "survived" for r in rows)
+    raise typer.Exit(killed < 0.9 * len(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)

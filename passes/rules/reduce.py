@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from mptk.axes import ONE, Axis, split_product
+from mptk.axes import ONE, Axis, require, split_product
 from passes.rules.table import (
     Dims,
     Value,
@@ -122,10 +122,12 @@ def cumsum(w: Walk, node: fx.Node, x: Value, dim: int, **_: Any) -> Dims:
 
 @rule("aten.var", "aten.std", "aten.var_mean", "aten.std_mean", zero="drop")
 def variance(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Any:
-    """y = variance over d (and its mean)."""
+    """y = variance over d (and its mean). It is over n less a correction, so that more than that must stay."""
     dims = normalize_all(named_argument(node, "dim"), x.ndim)
     keepdim = named_argument(node, "keepdim", False)
+    correction = named_argument(node, "correction")
     for d in dims:
+        require(x.dims[d], 1 + int(named_argument(node, "unbiased", True) if correction is None else correction))
         w.reduce(node, x.dims[d], "statistic")
     out = _reduced(x, dims, keepdim)
     return [out, out] if isinstance(node.meta["val"], (tuple, list)) else out

@@ -43,7 +43,13 @@ def find_spoilers(walk: Walk) -> dict[Axis, list[str]]:
 
 
 DIVISIONS = frozenset({"div", "div_", "divide", "true_divide", "floor_divide", "remainder", "fmod"})
-INFINITE_AT_ZERO = frozenset({"reciprocal", "reciprocal_", "rsqrt", "rsqrt_", "log", "log_", "log2", "log10"})
+INFINITE_AT_ZERO = frozenset(
+    {
+        *("reciprocal", "reciprocal_", "rsqrt", "rsqrt_", "log", "log_", "log2", "log2_", "log10", "log10_"),
+        *("logit", "logit_", "lgamma", "lgamma_", "digamma", "digamma_", "acosh", "acosh_", "special_ndtri"),
+    }
+)
+POWERS = frozenset({"pow", "pow_", "float_power", "float_power_"})
 
 
 def _infinite(node: fx.Node, zeros: Zeros) -> set[Axis]:
@@ -54,7 +60,7 @@ def _infinite(node: fx.Node, zeros: Zeros) -> set[Axis]:
     operand: Any = None
     if name in DIVISIONS:
         operand = node.args[1]
-    elif name in INFINITE_AT_ZERO or (name == "pow" and _is_negative(node.args[1])):
+    elif name in INFINITE_AT_ZERO or (name in POWERS and _is_negative(node.args[1])):
         operand = node.args[0]
     return zeros.get(operand, set()) if isinstance(operand, fx.Node) else set()
 

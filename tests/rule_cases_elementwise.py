@@ -113,6 +113,8 @@ PAIRS = {
     "div_": Case(lambda x, y: (x * 1).div_(y.exp()), widths=TWO),
     "div_both": Case(lambda x, y: x / y, widths=TWO, linear=(), summed=()),
     "reciprocal": Case(lambda x: x.reciprocal() + x.abs().rsqrt() + x**-1, linear=(), summed=()),
+    "infinite": Case(lambda x: (x.tanh().abs() * 0.9).logit() + x.abs().digamma(), linear=(), summed=()),
+    "infinite_": Case(lambda x: aten.pow_(x * 1, -2) + x.abs().lgamma(), linear=(), summed=()),
     "logical_not": Case(lambda x: torch.logical_not(x > 0.1), summed=()),
     "divide": Case(lambda x, y: torch.divide(x, y.exp()), widths=TWO),
     "true_divide": Case(lambda x, y: torch.true_divide(x, y.exp()), widths=TWO),

@@ -35,6 +35,15 @@ MOVED: dict[str, Case] = {
     "msort": Case(lambda x: x.msort()),
     "rot90": Case(lambda x: x.rot90(2, (1, 2)), **NONE),
     "rot90_elsewhere": Case(lambda x: x.rot90().transpose(0, 1)),
+    # The result is tied to what it was made of: a choice of the 8 cannot vary along the 3.
+    "rolled_heads": grid(lambda x: x + x.roll(1, 2)),
+    "sorted_heads": grid(lambda x: x + x.sort(2)[0], keeps=False),
+    "permuted_heads": grid(lambda x: x + x[:, :, torch.tensor([2, 0, 1]).repeat(3)][:, :, :3], keeps=True),
+    "selected_heads": grid(lambda x: x + x.index_select(2, torch.tensor([2, 0, 1]))),
+    "gathered_heads": grid(lambda x: x + x.gather(2, torch.tensor([2, 0, 1])[None, None, :, None].expand(2, 5, 3, 8))),
+    "pooled_heads": grid(lambda x: x + F.max_pool1d(x.flatten(0, 1).mT, 3, 1, 1).mT.view(2, 5, 3, 8)),
+    "unfolded_heads": grid(lambda x: x + F.pad(x, (0, 0, 1, 1)).unfold(2, 3, 1)[..., 0]),
+    "repeated_heads": grid(lambda x: x + x.repeat_interleave(torch.tensor([2, 0, 1]), 2, output_size=3)),
     "rolled_positions": Case(
         lambda x, w: F.embedding(x.topk(2, -1)[1].roll(1, -1).flip(1), w).flatten(2), (4, 6), (4, 6), shapes=[(6, 4)]
     ),

@@ -312,6 +312,7 @@ REDUCTIONS: dict[str, Case] = {
     "cumsum_": Case(lambda x: (x * 1).cumsum_(-1), (), ()),
     "cumsum_exp": Case(lambda x: x.exp().cumsum(-1), (), ()),
     "var": Case(times(lambda x: x.var(-1, keepdim=True))),
+    "var_of_three": Case(times(lambda x: x.var(-1, keepdim=True, correction=2)), (), (), (3,)),
     "var_biased": Case(times(lambda x: x.var(-1, False, True))),
     "var_correction": Case(times(lambda x: x.var(-1, correction=0).unsqueeze(-1))),
     "var_two": Case(grid(times(lambda x: x.var((2, 3), keepdim=True))), **GRID),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import fx
 
 from mptk.axes import Term, axis, product
-from passes.rules.table import Dims, Value, argument, named_argument, rule, set_argument, zero_of_first
+from passes.rules.table import Dims, Value, argument, meet, named_argument, rule, set_argument, zero_of_first
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -83,6 +83,7 @@ SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
 
 def _pooled(w: Walk, node: fx.Node, x: Value) -> Dims:
     first = x.ndim - next(n for name, n in SPATIAL.items() if name in str(node.target))
+    meet(w, x.dims, range(first, x.ndim))
     return (*x.dims[:first], *_space(w, node, x, first))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from mptk.axes import axis
+from passes.rules.pointwise import broadcast
 from passes.rules.shape import shape_argument
 from passes.rules.table import Dims, Value, rule
 
@@ -43,6 +44,7 @@ def fresh(w: Walk, node: fx.Node, *_: Any, **__: Any) -> Dims:
     "aten.normal_",
     "aten.uniform_",
 )
-def fill(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Dims:
-    """y_d = x_d."""
+def fill(w: Walk, node: fx.Node, x: Value, *others: Any, **keywords: Any) -> Dims:
+    """y_d = x_d = p_d (probabilities may broadcast)."""
+    broadcast(w, node, x, *others, **keywords)
     return x.dims

@@ -17,6 +17,7 @@ from passes.rules.table import (
     align,
     argument,
     forget,
+    meet,
     named_argument,
     normalize,
     op_name,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 def embedding(w: Walk, node: fx.Node, weight: Value, indices: Value, *_: Any) -> Dims:
     """y[…, c] = W[indices[…], c]."""
     w.index(node, indices, weight.dims[0])
+    meet(w, weight.dims, [0])
     w.pin_input(node, indices)
     w.role(weight.dims[1], "embedding")
     return (*indices.dims, *weight.dims[1:])
@@ -63,10 +65,10 @@ def _resize_picked(r: Resizer, node: fx.Node) -> None:
 @rule("aten.index", "aten._unsafe_index", zero="move", resize=_resize_picked, positions=True)
 def index(w: Walk, node: fx.Node, x: Value, indices: Sequence[Value | None]) -> Dims:
     """y[i…, rest] = x[indices[i…], rest]; index dimensions stand where they stood if adjacent, else in front."""
-    places = [d for d, i in enumerate(indices) if i is not None]
-    values = [i for i in indices if i is not None]
+    places, values = zip(*[(d, i) for d, i in enumerate(indices) if i is not None], strict=True)
     if (known := _short_list(w, values)) is not None:
         return _pick(w, node, x, places[0], known)
+    meet(w, x.dims, places)
     rest = [t for d, t in enumerate(x.dims) if d not in places]
     ndim = max(v.ndim for v in values)
     if len(w.shape(node)) != len(rest) + ndim:
@@ -115,6 +117,7 @@ def index_select(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value) -> 
     """y_d = the index's axis."""
     d = normalize(dim, x.ndim)
     w.index(node, indices, x.dims[d])
+    meet(w, x.dims, [d])
     return (*x.dims[:d], *indices.dims, *x.dims[d + 1 :])
 
 
@@ -129,6 +132,7 @@ def gather(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value, **_: Any)
 
 def _beside(w: Walk, node: fx.Node, x: Value, other: Value, d: int, reason: str) -> None:
     """Dimensions other than d are the same axes; where sizes differ, neither can be cut."""
+    meet(w, x.dims, [d])
     for i, (a, b) in enumerate(zip(x.dims, other.dims, strict=True)):
         if i != d and a.size == b.size:
             w.unify(a, b, node)
@@ -193,6 +197,7 @@ def index_add(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value, source
     d = normalize(dim, x.ndim)
     forget(w, node, x, source)
     w.index(node, indices, x.dims[d])
+    meet(w, x.dims, [d])
     w.unify(indices.dims[0], source.dims[d], node)
     for i, (a, b) in enumerate(zip(x.dims, source.dims, strict=True)):
         if i != d:
@@ -208,6 +213,7 @@ def index_put(w: Walk, node: fx.Node, x: Value, indices: Sequence[Value | None],
     for d, i in enumerate(indices):
         if i is not None:
             w.index(node, i, x.dims[d])
+    meet(w, x.dims, [d for d, i in enumerate(indices) if i is not None])
     rest = [t for d, t in enumerate(x.dims) if d >= len(indices) or indices[d] is None]
     align(w, node, values.dims, (*given[0].dims, *rest))
     return x.dims
@@ -253,6 +259,7 @@ def max_dim(w: Walk, node: fx.Node, x: Value, dim: int, keepdim: bool = False) -
 def _ranked(w: Walk, node: fx.Node, x: Value, d: int, found: Term, kind: str) -> list[Dims]:
     forget(w, node, x)
     w.reduce(node, x.dims[d], kind)
+    meet(w, x.dims, [d])
     w.domains[node] = [None, x.dims[d]]
     out = (*x.dims[:d], found, *x.dims[d + 1 :])
     return [out, out]
@@ -277,6 +284,7 @@ def argsort(w: Walk, node: fx.Node, x: Value, dim: int = -1, *_: Any, **__: Any)
         return x.dims
     d = normalize(dim, x.ndim)
     w.freeze(x.dims[d], "sorted", node)
+    meet(w, x.dims, [d])
     w.domains[node] = x.dims[d]
     return (*x.dims[:d], w.frozen(x.dims[d].size, "sorted positions", node), *x.dims[d + 1 :])
 
@@ -363,6 +371,7 @@ def masked_scatter(w: Walk, node: fx.Node, x: Value, mask: Value, source: Value)
         opaque(w, node, x, mask, source)
     else:
         w.unify(source.dims[-1], x.dims[-1], node)
+        meet(w, source.dims, range(source.ndim - 1))
         for d in source.dims[:-1]:
             w.freeze(d, "its rows are taken in order", node)
     return broadcast(w, node, x, mask)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from mptk.axes import ONE
-from passes.rules.table import Dims, Value, base_name, normalize, normalize_all, rule
+from passes.rules.table import Dims, Value, base_name, meet, normalize, normalize_all, rule
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -105,6 +105,7 @@ def unfold(w: Walk, node: fx.Node, x: Value, dim: int, size: int, step: int) -> 
     """x_d becomes windows, and each window's positions a last dimension; neither can be cut, the others pass."""
     d = normalize(dim, x.ndim)
     w.freeze(x.dims[d], "the order of its positions matters", node)
+    meet(w, x.dims, [d])
     windows, inside = (w.frozen(s, "windows over positions", node) for s in (w.shape(node)[d], size))
     return (*x.dims[:d], windows, *x.dims[d + 1 :], inside)
 

@@ -10,7 +10,7 @@ from torch import fx
 from mptk.axes import ONE, Axis
 from passes.rules.contract import zero_of_kept
 from passes.rules.pointwise import broadcast
-from passes.rules.table import Dims, Value, align, normalize, rule
+from passes.rules.table import Dims, Value, align, meet, normalize, rule
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -30,7 +30,7 @@ def weight_norm(w: Walk, node: fx.Node, v: Value, g: Value, dim: int = 0) -> Dim
     others = [i for i in range(v.ndim) if g.ndim != v.ndim or g.dims[i].size != v.dims[i].size]
     for i, t in enumerate(v.dims):
         w.reduce(node, t, "sum" if i in others else "statistic")
-    w.hidden.append(tuple(t for i, t in enumerate(v.dims) if i not in others))
+    meet(w, v.dims, others)
     return v.dims
 
 
@@ -60,5 +60,5 @@ def native_layer_norm(w: Walk, node: fx.Node, x: Value, shape: Sequence[int], *a
     for value in (x, *(a for a in affine if isinstance(a, Value))):
         for d in value.dims[value.ndim - len(shape) :]:
             w.freeze(d, "a statistic over it is a result of its own", node)
-    w.hidden.append(x.dims[:first])
+    meet(w, x.dims, range(first, x.ndim))
     return [x.dims, *[(*x.dims[:first], *[ONE] * len(shape))] * 2]

@@ -1,18 +1,17 @@
 """Ops in which the order of positions counts, along some dimensions alone: those cannot be cut, the others pass.
 
-The result has fresh axes there: a position of it is no position of the operand, so that no other axis' choice of units
-may vary along it either.
+The result has fresh axes there, since a position of it is no position of the operand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from mptk.axes import ONE
-from passes.rules.table import Dims, Value, normalize, normalize_all, rule, zero_of_first
+from passes.rules.table import Dims, Value, meet, normalize, normalize_all, rule, zero_of_first
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -20,9 +19,10 @@ if TYPE_CHECKING:
 ORDER = "the order of its positions matters"
 
 
-def pinned(w: Walk, node: fx.Node, x: Value, dims: Iterable[int], sizes: Sequence[int]) -> Dims:
+def pinned(w: Walk, node: fx.Node, x: Value, dims: Sequence[int], sizes: Sequence[int]) -> Dims:
     """Freeze dimensions ``dims`` of x; the result has fresh axes of ``sizes`` there."""
     out = list(x.dims)
+    meet(w, x.dims, dims)
     for d in dims:
         w.freeze(x.dims[d], ORDER, node)
         out[d] = w.frozen(sizes[d], ORDER, node)

@@ -20,6 +20,7 @@ from passes.rules.table import (
     Dims,
     Value,
     argument,
+    meet,
     named_argument,
     normalize,
     normalize_all,
@@ -37,11 +38,6 @@ ZeroOf = Callable[[Any], set[Axis]]
 
 def _reduced(x: Value, dims: Sequence[int], keepdim: bool) -> Dims:
     return tuple(ONE if d in dims else t for d, t in enumerate(x.dims) if keepdim or d not in dims)
-
-
-def _meet(w: Walk, x: Value, dims: Sequence[int]) -> None:
-    """Positions along ``dims`` meet although the result keeps them: no other axis' choice may vary along them."""
-    w.hidden.append(_reduced(x, dims, False))
 
 
 def _resize_mean(r: Resizer, node: fx.Node) -> None:
@@ -87,7 +83,7 @@ def matrix_norm(
 ) -> Dims:
     """y = the norm of the matrices in two dimensions. Zeros do not disturb it unless the order is negative."""
     for d in dim:
-        _meet(w, x, [normalize(d, x.ndim)])
+        meet(w, x.dims, [normalize(d, x.ndim)])
     return vector_norm(w, node, x, order, dim, keepdim)
 
 
@@ -107,7 +103,7 @@ def renorm(w: Walk, node: fx.Node, x: Value, order: float, dim: int, maxnorm: fl
     others = [d for d in range(x.ndim) if d != normalize(dim, x.ndim)]
     for d in others:
         w.reduce(node, x.dims[d], "sum")
-    _meet(w, x, others)
+    meet(w, x.dims, others)
     return x.dims
 
 
@@ -120,7 +116,7 @@ def _zero_of_cumsum(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
 def cumsum(w: Walk, node: fx.Node, x: Value, dim: int, **_: Any) -> Dims:
     """y_d = x_d; each position sums the ones before it, so zeros may go."""
     w.reduce(node, x.dims[dim], "sum")
-    _meet(w, x, [normalize(dim, x.ndim)])
+    meet(w, x.dims, [normalize(dim, x.ndim)])
     return x.dims
 
 
@@ -132,7 +128,7 @@ def correction_of(node: fx.Node) -> int:
 
 @rule("aten.var", "aten.std", "aten.var_mean", "aten.std_mean", zero="drop")
 def variance(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Any:
-    """y = variance over d (and its mean): more positions must stay than the correction takes off their number."""
+    """y = variance over d (and its mean). It is over n less a correction, so that more than that must stay."""
     dims = normalize_all(named_argument(node, "dim"), x.ndim)
     keepdim = named_argument(node, "keepdim", False)
     for d in dims:
@@ -179,7 +175,7 @@ def softmax(w: Walk, node: fx.Node, x: Value, dim: int, *_: Any, **__: Any) -> D
     """y_d = x_d, normalised over d."""
     d = normalize(dim, x.ndim)
     w.reduce(node, x.dims[d], "max")
-    _meet(w, x, [d])
+    meet(w, x.dims, [d])
     if x.ndim > 3:
         for t in x.dims[1:d]:
             w.role(t, "head") if t is not x.dims[-2] else None
@@ -190,7 +186,7 @@ def softmax(w: Walk, node: fx.Node, x: Value, dim: int, *_: Any, **__: Any) -> D
 def log_softmax(w: Walk, node: fx.Node, x: Value, dim: int, *_: Any, **__: Any) -> Dims:
     """y_d = x_d. The logarithm of a removed channel's share is −inf, which nothing downstream would take: d stays."""
     w.freeze(x.dims[dim], "log of a share of it", node)
-    _meet(w, x, [normalize(dim, x.ndim)])
+    meet(w, x.dims, [normalize(dim, x.ndim)])
     return x.dims
 
 
@@ -216,7 +212,7 @@ def layer_norm(w: Walk, node: fx.Node, x: Value, shape: Sequence[int], *affine: 
                 w.unify(a, b, node)
     for d in x.dims[first:]:
         w.reduce(node, d, "statistic")
-    _meet(w, x, range(first, x.ndim))
+    meet(w, x.dims, range(first, x.ndim))
     return x.dims
 
 
@@ -248,7 +244,7 @@ def rms_norm(w: Walk, node: fx.Node, x: Value, shape: Sequence[int], weight: Val
             w.unify(a, b, node)
     for d in x.dims[first:]:
         w.reduce(node, d, "mean")
-    _meet(w, x, range(first, x.ndim))
+    meet(w, x.dims, range(first, x.ndim))
     return x.dims
 
 

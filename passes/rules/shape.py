@@ -9,7 +9,7 @@ from torch import fx
 
 from mptk.axes import ONE, Axis, Term, axis, concat, product, resolve, split_product, split_sum
 from passes.rules.opaque import opaque
-from passes.rules.table import Dims, Value, argument, forget, named_argument, normalize, rule, set_argument
+from passes.rules.table import Dims, Value, argument, forget, meet, named_argument, normalize, rule, set_argument
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -122,6 +122,7 @@ def repeat_each(w: Walk, node: fx.Node, x: Value, repeats: Value, dim: int | Non
     for t in (*(x.dims if d is None else x.dims[d : d + 1]), *repeats.dims):
         w.freeze(t, "repeated by computed numbers", node)
     forget(w, node, repeats)
+    meet(w, x.dims, range(x.ndim) if d is None else [d])
     made = [w.frozen(size, "repeated by computed numbers", node) for size in w.shape(node)]
     return tuple(made) if d is None else (*x.dims[:d], made[d], *x.dims[d + 1 :])
 

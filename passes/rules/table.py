@@ -11,7 +11,7 @@ the way. Two facts accompany it:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -128,6 +128,16 @@ def forget(w: Walk, node: fx.Node, *values: Any) -> None:
 def zero_of_first(node: fx.Node, zero: Any, w: Any) -> Any:
     """Of several results the first is zero where the operand is: known if no other is used (positions are not zero)."""
     return zero(node.args[0]) if all(user.args[1] == 0 for user in node.users) else set()
+
+
+def meet(w: Walk, dims: Dims, along: Iterable[int]) -> None:
+    """Positions along these dimensions meet or change places: no other axis' choice of units may vary along them.
+
+    The walk takes note of a value without them. A fresh axis of the result is not enough, as it may be tied to the
+    operand's later (x + x.roll(1, 2)).
+    """
+    gone = set(along)
+    w.hidden.append(tuple(t for d, t in enumerate(dims) if d not in gone))
 
 
 def align(w: Walk, node: fx.Node, dims: Dims, onto: Dims) -> None:

@@ -15,6 +15,7 @@ from .catalogue import Maker, step
     form=("heads swapped", "permute", "transpose", "movedim", "tokens apart", "minus one", "pairs", "einops", "bits"),
 )
 def reorder(m: Maker, x: Tensor, *, form: str) -> Tensor:
+    x = x.contiguous()
     batch, length, channels = x.shape
     heads = x.view(batch, length, 2, channels // 2)
     forms = {

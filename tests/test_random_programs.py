@@ -53,7 +53,7 @@ def test_slices_at_wrong_positions_are_found_out(monkeypatch: pytest.MonkeyPatch
     assert check(MLP).verdict == "proven"
     positions = Cut.positions
     monkeypatch.setattr(Cut, "positions", lambda cut, term: np.sort((positions(cut, term) + 1) % term.size))
-    assert check(MLP).cause.startswith("the cut and the masked program")
+    assert check(MLP).cause.startswith("the proof fails at 'rewrite'")
 
 
 def test_masks_at_wrong_positions_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

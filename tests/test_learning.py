@@ -84,7 +84,7 @@ def test_weights_that_are_not_the_proven_ones_are_found_out(learned: Path, tmp_p
     name = "model.layers.0.mlp.down_proj.weight"
     weights[name][0, 0] += 1e-3
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MptkError, match="model.safetensors in .* was changed"):
+    with pytest.raises(MptkError, match=r"model.safetensors in .* was changed"):
         verify(copy)
 
 

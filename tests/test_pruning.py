@@ -129,7 +129,7 @@ def test_verify_proves_the_folder_again_and_sees_a_changed_weight(pruned, tmp_pa
     state = load_file(broken / "model.safetensors")
     state["model.layers.1.mlp.down_proj.weight"][3] += 0.5
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MptkError, match="model.safetensors in .* was changed since it was published"):
+    with pytest.raises(MptkError, match=r"model.safetensors in .* was changed since it was published"):
         mptk.verify(broken)
 
 

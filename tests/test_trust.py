@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from test_pruning import llama_config, save
 from transformers import LlamaForCausalLM
 
 import mptk
@@ -21,10 +22,16 @@ from mptk.manifest import write_manifest
 from mptk.maskprune.train import Training
 from mptk.pruning import recover
 from mptk.verification import read_report
-from test_pruning import llama_config, save
 
 SETTINGS = mptk.Settings(
-    method="magnitude", widths={"ffn": 64}, families=("ffn",), samples=2, length=16, onnx=False, eval_length=16, multiple=8
+    method="magnitude",
+    widths={"ffn": 64},
+    families=("ffn",),
+    samples=2,
+    length=16,
+    onnx=False,
+    eval_length=16,
+    multiple=8,
 )
 CONFIG = """
 from transformers import LlamaConfig

@@ -44,7 +44,7 @@ def check_config(written: Written, folder: Path, trust: bool) -> Difference:
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     _compare("config.json", raw, portable(raw))  # older spellings of a field say the same as the field
     _check_cut(written)
-    _compare("config.json", _body(found), _body(written.stock.config))
+    _compare("config.json", _body(found), _body(_read_back(written.stock.config)))
     _require("config.json", "architectures", found.architectures, [written.stock.model_class.__name__])
     for file in sorted(folder.glob("*.safetensors")):
         for kind in _kinds(file):
@@ -63,6 +63,16 @@ def check_code(dense: Path, folder: Path) -> None:
         own = dense / file.relative_to(folder)
         if not own.is_file() or file_sha256(own) != file_sha256(file):
             _fail(f"{file.relative_to(folder)} is not the dense model's code")
+    for name in ("config.json", "tokenizer_config.json"):
+        if foreign := sorted(_repositories(folder / name) - _repositories(dense / name)):
+            _fail(f"{name} asks for code of another repository, {foreign[0]}")
+
+
+def _repositories(file: Path) -> set[str]:
+    """The classes of other repositories that a JSON file's ``auto_map`` names, as ``OWNER/NAME--module.Class``."""
+    classes = json.loads(file.read_text(encoding="utf-8")).get("auto_map") if file.is_file() else None
+    values = classes.values() if isinstance(classes, dict) else []
+    return {c for v in values for c in (v if isinstance(v, list) else [v]) if isinstance(c, str) and "--" in c}
 
 
 def _check_cut(written: Written) -> None:
@@ -116,6 +126,12 @@ def _leaves(body: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _dense(written: Written) -> PreTrainedConfig:
     """The dense model's config as its checkpoint has it; loading the model has set its own type in it."""
     return models.config_in(written.loaded)
+
+
+def _read_back(config: PreTrainedConfig) -> PreTrainedConfig:
+    """``config`` as its file gives it: older spellings of its fields become fields, too."""
+    back: PreTrainedConfig = type(config).from_dict(portable(json.loads(config.to_json_string())))
+    return back
 
 
 def _body(config: PreTrainedConfig) -> dict[str, Any]:

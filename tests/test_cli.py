@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from mptk import cli, progress
 from mptk.errors import MptkError
+from mptk.manifest import check_manifest
 from passes.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,6 +225,7 @@ def test_bench_is_shown_again_by_report(files, pruned, tmp_path, mptk):
     assert cases == [(g, p, n) for p in ("prefill", "decode") for n in (128, 512) for g in graphs]
     assert all(0 < row["ideal"] < 1 and row["ratio"] > 0 for row in bench["rows"] if row["graph"] == str(out))
     assert bench["rounds"] == 2
+    check_manifest(out)
     shown = mptk("report", out)
     assert shown.code == 0
     for row in bench["rows"]:

@@ -180,6 +180,15 @@ def test_a_plan_file_decides_everything(pruned, llama, tmp_path):
     assert report["plan_sha256"] == pruned[1]["plan_sha256"]
 
 
+def test_a_dense_model_in_half_precision_is_written_in_float32_and_that_is_said(tmp_path):
+    dense = save(LlamaForCausalLM(llama_config()).to(torch.bfloat16), tmp_path / "dense")
+    settings = replace(SETTINGS, method="magnitude", widths={"ffn": 40}, families=("ffn",), onnx=False)
+    report = mptk.prune(dense, tmp_path / "out", settings)
+    assert report["config_changes"] == {"intermediate_size": [80, 40], "dtype": ["bfloat16", "float32"]}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    assert mptk.verify(tmp_path / "out")
+
+
 def test_same_seed_same_result(llama, tmp_path):
     settings = mptk.Settings(sparsity=0.5, method="random", samples=4, length=48, multiple=8, onnx=False, seed=3)
     for name in ("a", "b"):

@@ -139,6 +139,17 @@ def test_code_that_is_not_the_dense_models_is_not_run_however_much_the_user_trus
     assert not (tmp_path / "evil").exists()
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_of_another_repository_is_not_fetched(own_pruned: Path, tmp_path: Path, name: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(own_pruned, copy)
+    code = {"AutoConfig": "evil/repo--own.OwnConfig", "AutoTokenizer": [None, "evil/repo--own.OwnTokenizer"]}
+    write_json(copy / name, json.loads((copy / name).read_text()) | {"auto_map": code})
+    write_manifest(copy)
+    with pytest.raises(MptkError, match=f"{name} asks for code of another repository, evil/repo--own"):
+        mptk.verify(copy, trust_remote_code=True)
+
+
 def test_recover_of_a_model_of_its_own_class(own_pruned: Path, tmp_path: Path) -> None:
     learning = Learning(steps=2, rank=2, training=Training(batch=2, micro=2))
     changes = {"length": 16, "samples": 2, "eval_length": 16}

@@ -293,7 +293,7 @@ def recover(
     trust_remote_code: Trust = False,
 ) -> None:
     """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
-    from mptk import pruning, report
+    from mptk import pruning, recovery, report
 
     settings = learning(
         (pruning.DEFAULT_STEPS if steps is None else steps, batch, micro, lr, save_every, seed),
@@ -309,7 +309,7 @@ def recover(
     changes |= {"onnx": onnx, "logits": parse_logits(logits), "quantize": names(quantize), "proof_length": proof_length}
     changes |= {"model": model, "trust_remote_code": trust_remote_code}
     with stages(err) as progress:
-        result = pruning.recover(folder, destination, settings, progress, **changes)
+        result = recovery.recover(folder, destination, settings, progress, **changes)
     if result:
         out.print(report.prune_view(result))
         out.print(f"written to {destination}", soft_wrap=True)

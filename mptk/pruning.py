@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from mptk.claims import weights_digest, widths
 from mptk.configs import check_code, config_changes
 from mptk.cost import is_layered
 from mptk.cut import resolve_plan
-from mptk.dense import absolute, fingerprint, load_dense
+from mptk.dense import absolute, fingerprint
 from mptk.errors import MptkError
 from mptk.evaluation import LogitsFn, next_token_loss, perplexities
 from mptk.files import write_json
-from mptk.learning import Learner, Learning, removed_at_zero, take_over
-from mptk.manifest import check_manifest, listed
+from mptk.learning import Learner, removed_at_zero, take_over
+from mptk.manifest import listed
 from mptk.maskprune.reconstruct import replaced
 from mptk.maskprune.work import WorkFolder
 from mptk.plan import Plan
@@ -59,41 +59,6 @@ def prune(
             or a stage of the proof is above its tolerance. Then nothing is written.
     """
     return Run(model, Path(out), settings or Settings(), progress or (lambda *_: None)).run()
-
-
-def recover(
-    folder: str | Path,
-    out: str | Path,
-    learning: Learning,
-    progress: Progress | None = None,
-    *,
-    model: str | None = None,
-    trust_remote_code: bool = False,
-    **changes: Any,
-) -> dict[str, Any]:
-    """Train a pruned folder against its dense model and write the result to ``out``; returns its report.
-
-    Args:
-        folder: an ``--out`` folder of ``prune``; its plan and its weights are where training starts.
-        model: the dense model, if it is no longer where the folder's report says.
-        trust_remote_code: whether the model's own Python code may run; the folder's report has no say in it.
-        changes: fields of ``Settings`` that differ from those of the folder. ``data`` and ``eval_data``, which may
-            name something to download, are never taken from it.
-
-    Raises:
-        MptkError: as ``prune``; the folder holds no pruned model, or is not as it was published; or the dense model is
-            not there, or not the one that was pruned.
-    """
-    folder = Path(folder)
-    report = read_report(folder)
-    check_manifest(folder)
-    known = {f.name for f in fields(Settings)} - {"learning", "data", "eval_data"}
-    before = {k: v for k, v in report["settings"].items() if k in known}
-    given = {"plan": str(folder / "plan.json"), "learning": learning, "trust_remote_code": trust_remote_code}
-    settings = Settings(**{**before, **changes, **given, "reconstruct": False})
-    run = Run(model or report["model"], Path(out), settings, progress or (lambda *_: None))
-    run.base, run.dense = folder, lambda: load_dense(report, model, trust_remote_code)
-    return run.run()
 
 
 class Run:
@@ -183,7 +148,7 @@ class Run:
         s = self.settings
         if not self.steps:
             return None
-        settings = {k: v for k, v in asdict(s).items() if k != "resume"}
+        settings = {k: v for k, v in asdict(s).items() if k not in ("resume", "proof_length")}
         return WorkFolder(self.out, {"model": self.source, **settings}, s.resume)
 
     def _start(self, work: WorkFolder | None) -> None:

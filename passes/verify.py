@@ -115,6 +115,6 @@ def difference(
         expected = reference[:, positions]
     else:
         expected = reference[:, reference.shape[1] - logits.shape[1] :]
-    largest = (logits.float() - expected).abs().max().item()
+    largest = (logits.float() - expected).abs_().max().item()
     relative = largest / expected.abs().max().item() if largest == largest else math.inf
     return Difference(stage, largest if largest == largest else math.inf, relative, tolerance)

@@ -59,5 +59,7 @@ def test_every_field_counts_and_every_file(tmp_path: Path, file: str, change: di
         path.unlink()
     else:
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(MptkError, match="the proof fails at 'config': .*(use_cache|generation_config.json is missing)"):
+    with pytest.raises(
+        MptkError, match=r"the proof fails at 'config': .*(use_cache|generation_config.json is missing)"
+    ):
         check_config(written, tmp_path / "out", False)

@@ -30,7 +30,7 @@ from mptk.learning import Learning
 from mptk.maskprune.losses import Weights
 from mptk.maskprune.train import Training
 from mptk.plan import Plan
-from mptk.pruning import recover
+from mptk.recovery import recover
 from mptk.verification import read_report, verify
 
 TRAINING = Training(batch=4, micro=2, lr=3e-3, save_every=2)

@@ -20,7 +20,7 @@ from mptk.files import write_json
 from mptk.learning import Learning
 from mptk.manifest import write_manifest
 from mptk.maskprune.train import Training
-from mptk.pruning import recover
+from mptk.recovery import recover
 from mptk.verification import read_report
 
 SETTINGS = mptk.Settings(

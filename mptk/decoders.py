@@ -29,8 +29,7 @@ def check_class(model: str, classes: set[type[PreTrainedModel]], config: PreTrai
 @torch.no_grad()
 def check_causal(model: str, module: Any) -> None:
     """Raise MptkError if a loaded model gives no logits, or logits that depend on later tokens. Two tokens are run."""
-    size = module.config.get_text_config().vocab_size
-    ids = torch.tensor([[3, 4], [3, 5]], device=module.device) % size
+    ids = torch.tensor([[1, 2], [1, 3]], device=module.device)
     logits: Any = getattr(module(input_ids=ids), "logits", None)
     name = type(module).__name__
     if logits is None or logits.ndim != 3 or logits.shape[1] != 2:

@@ -372,7 +372,7 @@ class Run:
             "format": REPORT,
             "mptk": mptk.__version__,
             "model": absolute(self.source),
-            "model_sha256": fingerprint(self.source),
+            "model_sha256": fingerprint(self.source, local=True),
             "settings": asdict(self.settings),
             "families": widths(self.analysis, self.plan),
             "sparsity": 1 - pruned.block / dense.block,

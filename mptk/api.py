@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from mptk.checkpoint import save_tokenizer
 from mptk.cut import resolve_plan
 from mptk.errors import MptkError
 from mptk.families import Analysis
+from mptk.files import json_text
 from mptk.latency import phase
 from mptk.plan import Plan
 from mptk.program import Program
@@ -181,7 +181,7 @@ def export_folder(
     check_schemes(quantize)
     phase(objective)
     say("load", 0, 0)
-    loaded = models.load(model, trust_remote_code=trust_remote_code)
+    loaded = models.load(model, trust_remote_code=trust_remote_code, decoder=True)
     positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 256
     windows = None if text is None else data.calibration(loaded.model, loaded.tokenizer, text, 32, min(256, positions))
     with publish(Path(out)) as folder:
@@ -198,7 +198,7 @@ def export_folder(
 
 def plan_digest(plan: Plan) -> str:
     """SHA-256 of what a plan keeps."""
-    return hashlib.sha256(json.dumps(plan.to_json()["families"], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json_text(plan.to_json()["families"], sort_keys=True).encode()).hexdigest()
 
 
 def bench(models: Sequence[str | Path], *, progress: Progress | None = None, **settings: Any) -> Bench:
@@ -233,7 +233,7 @@ def onnx_folder(model: str, progress: Progress | None = None) -> Path:
     for own in (Path(model), Path(model) / "onnx"):
         if (own / "model.onnx").is_file():
             return own
-    loaded = models.load(model)
+    loaded = models.load(model, decoder=True)
     stamp = hashlib.sha256(f"{loaded.path.resolve()} {mptk.__version__} {torch.__version__}".encode()).hexdigest()[:16]
     cached = models.cache_dir() / "onnx" / stamp
     if not (cached / "model.onnx").is_file():

@@ -14,6 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mptk.files import json_text
+
 # The spellings of transformers 4 for an entry of `rope_parameters`; a config class reads the one that it knows.
 _PARTIAL_ROPE = {
     "rope_theta": ("rope_theta", "rotary_emb_base"),
@@ -90,4 +92,4 @@ def _is_config(key: str, value: Any) -> bool:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

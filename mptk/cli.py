@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -16,9 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mptk.errors import MptkError
+from mptk.files import write_json, write_text
 from mptk.options import (
     Batch,
     Checkpointing,
+    Dense,
     Hidden,
     Json,
     Kl,
@@ -30,6 +31,7 @@ from mptk.options import (
     Objective,
     Onnx,
     Precision,
+    ProofLength,
     Quantize,
     Rank,
     Rate,
@@ -207,6 +209,7 @@ def prune(
     save_every: SaveEvery = 25,
     resume: Resume = False,
     seed: Annotated[int, typer.Option(help="Seed of the random choices.")] = 0,
+    proof_length: ProofLength = 1024,
     trust_remote_code: Trust = False,
 ) -> None:
     """Cut a model, prove the result, and write it as a plain checkpoint folder and ONNX.
@@ -250,6 +253,7 @@ def prune(
             tracker=tracker,
         ),
         resume=resume,
+        proof_length=proof_length,
     )
     with stages(err) as progress:
         result = pruning.prune(model, folder, settings, progress)
@@ -284,9 +288,12 @@ def recover(
     save_every: SaveEvery = 25,
     resume: Resume = False,
     seed: Annotated[int, typer.Option(help="Seed of the random choices.")] = 0,
+    model: Dense = None,
+    proof_length: ProofLength = 1024,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
-    from mptk import pruning, report
+    from mptk import pruning, recovery, report
 
     settings = learning(
         (pruning.DEFAULT_STEPS if steps is None else steps, batch, micro, lr, save_every, seed),
@@ -299,9 +306,10 @@ def recover(
         tracker=tracker,
     )
     changes: dict[str, Any] = {"data": data, "eval_data": eval_data, "length": length, "seed": seed, "resume": resume}
-    changes |= {"onnx": onnx, "logits": parse_logits(logits), "quantize": names(quantize)}
+    changes |= {"onnx": onnx, "logits": parse_logits(logits), "quantize": names(quantize), "proof_length": proof_length}
+    changes |= {"model": model, "trust_remote_code": trust_remote_code}
     with stages(err) as progress:
-        result = pruning.recover(folder, destination, settings, progress, **changes)
+        result = recovery.recover(folder, destination, settings, progress, **changes)
     if result:
         out.print(report.prune_view(result))
         out.print(f"written to {destination}", soft_wrap=True)
@@ -310,15 +318,17 @@ def recover(
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")],
-    model: Annotated[str | None, typer.Option(help="The dense model, if it is no longer where it was.")] = None,
+    model: Dense = None,
+    proof_length: ProofLength = 1024,
+    trust_remote_code: Trust = False,
 ) -> None:
-    """Prove a pruned folder again: masked = rewritten = reloaded = ONNX Runtime. Exit code 1 if it is not so."""
+    """Prove a pruned folder again: files, config, weights, and logits in torch and ONNX Runtime. Else exit code 1."""
     from mptk import report, verification
 
     with stages(err) as progress:
         progress("prove", 0, 0)
-        proof = verification.verify(folder, model=model)
-    out.print(report.proof_view([d.as_dict() for d in proof]))
+        proof = verification.verify(folder, model=model, trust_remote_code=trust_remote_code, proof_length=proof_length)
+    out.print(report.proof_view([d.as_dict() for d in proof]), *proof.notes, sep="\n")
 
 
 @app.command("export")
@@ -414,7 +424,7 @@ def evaluate(
         raise MptkError(f"no runtime {runtime!r}; choose torch or onnx")
     with stages(err) as progress:
         progress("load", 0, 0)
-        loaded = models.load(model, trust_remote_code=trust_remote_code)
+        loaded = models.load(model, trust_remote_code=trust_remote_code, decoder=True)
         result: dict[str, Any] = {"model": model}
         if data is not None:
             text.check_length(loaded.model, length)
@@ -473,6 +483,7 @@ def bench(
 ) -> None:
     """Prefill and decode in ONNX Runtime: all taking turns in one process, beside the ideal ratio and the peak."""
     from mptk import api, report
+    from mptk.manifest import update_manifest
     from mptk.plot import draw_bench, require_matplotlib
 
     if plot is not None:
@@ -490,6 +501,7 @@ def bench(
     for model in models[1:]:
         if (Path(model) / "report.json").is_file():
             write_json(Path(model) / "bench.json", result.to_json())
+            update_manifest(Path(model), "bench.json")
     if markdown is not None:
         write_text(markdown, report.bench_markdown(result))
     if plot is not None:
@@ -514,22 +526,3 @@ def show_report(
         others = [verification.read_report(other) for other in beside]
         out.print(report.comparison_view([result, *others]))
     out.print(f"files in {folder}: {', '.join(result['files'])}", soft_wrap=True, highlight=False)
-
-
-def write_json(path: Path | None, content: Any) -> None:
-    """Write a result where ``--json`` says."""
-    if path is not None:
-        write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a file whole or not at all. Raises MptkError if it cannot be written."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise MptkError(f"cannot write {path}: {error.strerror or error}; give another name") from error

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mptk import criteria
@@ -30,6 +31,10 @@ from mptk.plan import Plan
 from mptk.processes import accelerator, anywhere, full, sharded
 from passes.insert_masks import InsertedMasks, disturbed, find_places, insert_masks
 from passes.legalize import Candidate
+from passes.verify import RUNTIME_TOLERANCE, TOLERANCE
+
+HALF_TOLERANCE = 5e-2
+"""Largest logit difference, relative to the largest logit, of a model that computes in half precision."""
 
 Report = Callable[[str, int, int, Metrics], None]
 """(phase, steps done, steps in all, metrics)."""
@@ -105,8 +110,12 @@ class Learner:
         candidates: Sequence[Candidate],
         budget: float,
         calibration: Tensor,
-    ) -> tuple[Plan, dict[str, Tensor]]:
+        tokens: Tensor,
+    ) -> tuple[Plan, dict[str, Tensor], Tensor]:
         """Learn masks and widths; returns the plan and the weights that changed, dense shapes, removed units at 0.
+
+        Also the student's own logits on ``tokens``, hardened masks and adapters still in place: what those weights
+        must give.
 
         Args:
             candidates: legal widths that meet the budget; the learned widths become the nearest of them.
@@ -123,6 +132,7 @@ class Learner:
         widths = {c: w for c, w in solver.fixed.items() if w < solver.shapes[c][2]}
         plan = criteria.select(analysis, {c: solver.saliency(c) for c in widths}, widths)
         solver.harden(tables(analysis, plan))
+        logits = own_logits(self.accelerator, loop.student, tokens)
         changed = merged(student)
         recompute(student, False)
         masks.remove()
@@ -131,7 +141,7 @@ class Learner:
         self.model.cpu()
         self.accelerator.free_memory()
         self.used_rows = self.mask_steps * self.settings.training.batch
-        return plan, {n: t.detach().cpu() for n, t in changed.items()}
+        return plan, {n: t.detach().cpu() for n, t in changed.items()}, logits
 
     def begin(
         self, analysis: Analysis, cost: CostModel, candidates: Sequence[Candidate], budget: float
@@ -199,13 +209,25 @@ class Learner:
 
     # ---- after the cut ----
 
-    def recover(self, small: Any, steps: int) -> dict[str, Tensor]:
-        """Train the cut model against the dense one; returns the weights that changed, in its own shapes."""
+    def recover(self, small: Any, steps: int, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Train the cut model against the dense one; returns the weights that changed, in its own shapes.
+
+        Also the trained model's own logits on ``tokens``, adapters not yet merged.
+        """
         loop = self.recovery(small, steps)
         loop.run()
+        logits = own_logits(self.accelerator, loop.student, tokens)
         student = self.accelerator.unwrap_model(loop.student)
         state = merged(student) if self.settings.rank else dict(student.named_parameters())
-        return {name: full(t.detach()).cpu() for name, t in state.items()}
+        return {name: full(t.detach()).cpu() for name, t in state.items()}, logits
+
+    @property
+    def tolerance(self) -> float:
+        """How near the weights taken over must come to the trained model's own logits, relative to the largest."""
+        a = self.accelerator
+        if a.is_fsdp2 and self.settings.precision != "no":  # its blocks compute in half precision, trained or not
+            return HALF_TOLERANCE
+        return TOLERANCE if a.device.type == "cpu" else RUNTIME_TOLERANCE
 
     def recovery(self, small: Any, steps: int) -> Loop:
         """The loop that is to train the cut model."""
@@ -244,6 +266,18 @@ class Learner:
         shared = self.settings.teacher_cache
         folder = self.work.path / "teacher" if shared is None else Path(shared) / self.dense
         return CachedTeacher(live, folder, wanted=lambda missing: anywhere(self.accelerator, missing))
+
+
+@torch.no_grad()
+def own_logits(accelerator: Accelerator, student: Any, tokens: Tensor) -> Tensor:
+    """Logits of a student as it was trained, in evaluation mode and float32. All processes must ask.
+
+    Its training is over: the wrapper that computes in half precision is taken off. Shards keep theirs.
+    """
+    if not accelerator.is_fsdp2:
+        student = accelerator.unwrap_model(student, keep_fp32_wrapper=False)
+    logits: Tensor = student.eval()(input_ids=tokens.to(accelerator.device), use_cache=False).logits
+    return full(logits).float().cpu()
 
 
 def nearest(

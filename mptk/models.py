@@ -21,6 +21,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.checkpoint import save_checkpoint
+from mptk.decoders import check_causal, check_class
 from mptk.errors import MptkError
 from mptk.packaged import ALIASES, Packaged, Wheel, build_once, cache_dir, cached, fetch
 
@@ -31,10 +32,12 @@ __all__ = [
     "Wheel",
     "cache_dir",
     "cached",
+    "config_in",
     "fetch",
     "load",
     "load_config",
     "load_tokenizer",
+    "locate",
     "skeleton",
 ]
 
@@ -50,33 +53,50 @@ _FIRST_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMa
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with what came with it: ``source`` as the user gave it, ``path`` the checkpoint folder it lies in."""
+    """A model with what came with it: ``source`` as the user gave it, ``path`` the checkpoint folder it lies in.
+
+    ``trusted``: whether the caller let its own Python code run.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     source: str
     path: Path
+    trusted: bool = False
 
 
-def load(model: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Loaded:
+def load(
+    model: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    decoder: bool = False,
+    local: bool = False,
+) -> Loaded:
     """Load weights and tokenizer on the CPU, in ``dtype``, in evaluation mode.
 
     ``model`` is, in this order: a packaged alias (:data:`ALIASES`; write ``./NAME`` for a folder of that name), a
     ``.gguf`` file, a local checkpoint folder, a hub id. The class is the one that the checkpoint's
     ``architectures`` name; where they name none, causal LM if the config has one. ``tokenizer`` is None where the
-    checkpoint has none.
+    checkpoint has none. ``decoder``: only a model that predicts the next token will do, which is looked at first.
+    ``local``: only what is on this machine already.
 
     Raises:
         MptkError: nothing of that name; weights only as pickles, or not for all parameters; code of the model's own
-            that is not trusted; a GGUF file that transformers cannot read.
+            that is not trusted; a GGUF file that transformers cannot read; or no decoder where one is wanted.
     """
-    folder = _checkpoint(model)
+    if decoder:
+        config = load_config(model, trust_remote_code=trust_remote_code)
+        check_class(model, _classes(config), config)
+    folder = _checkpoint(model, local=local)
     with _explained(model):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     _refuse_pickles(folder, config)
     module = _from_pretrained(folder, model, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
+    if decoder:
+        check_causal(model, module)
     tokenizer = _tokenizer(folder, model, trust_remote_code) if _has_tokenizer(folder) else None
-    return Loaded(module, tokenizer, source=model, path=folder)
+    return Loaded(module, tokenizer, source=model, path=folder, trusted=trust_remote_code)
 
 
 def skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -115,9 +135,20 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     return _tokenizer(folder, model, trust_remote_code)
 
 
-def _checkpoint(model: str, *, weights: bool = True) -> Path:
+def config_in(loaded: Loaded) -> PreTrainedConfig:
+    """The config in a loaded model's folder. The model's own has the type that it was loaded in."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(loaded.path, trust_remote_code=loaded.trusted)
+    return config
+
+
+def locate(model: str, *, local: bool = False) -> Path:
+    """The ``.gguf`` file or the folder that ``model`` stands for. ``local``: only if it is on this machine already."""
+    return _gguf(model, local=local) or _checkpoint(model, local=local)
+
+
+def _checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Path:
     """The local folder that ``model`` lies in; ``weights`` says whether a hub's are brought along."""
-    gguf = _gguf(model)
+    gguf = _gguf(model, local=local)
     if gguf is not None:
         return build_once(_conversion(gguf), lambda folder: _convert(gguf, folder))
     path = Path(model).expanduser()
@@ -133,18 +164,27 @@ def _checkpoint(model: str, *, weights: bool = True) -> Path:
                 model,
                 allow_patterns=[*_HUB_SMALL, "*.safetensors"] if weights else [*_HUB_SMALL],
                 ignore_patterns=[*_HUB_IGNORED],
+                local_files_only=local,
             )
         )
     except (OSError, ValueError) as error:
+        if local:
+            raise _elsewhere(model) from error
         raise MptkError(
             f"{model!r} is no packaged alias ({', '.join(sorted(ALIASES))}), .gguf file or local folder, and the hub "
             f"did not give it: {_first_line(error)}; check the name, the network and, if it is gated, HF_TOKEN"
         ) from error
 
 
-def _gguf(model: str) -> Path | None:
+def _elsewhere(model: str) -> MptkError:
+    return MptkError(f"{model} is not on this machine, and a folder's word brings nothing here; give --model")
+
+
+def _gguf(model: str, *, local: bool = False) -> Path | None:
     """The GGUF file that ``model`` stands for, brought here if need be; None if it stands for something else."""
     if model in ALIASES:
+        if local and not cached(model):
+            raise _elsewhere(model)
         return fetch(model)
     if not model.lower().endswith(".gguf"):
         return None
@@ -214,6 +254,15 @@ def _auto_class(config: PreTrainedConfig) -> Any:
         raise MptkError(f"transformers has no model class for {type(config).__name__}; trust its own code or update")
     saved = set(config.architectures or ())
     return getattr(transformers, next((name for name in taken if fitting[name] & saved), taken[0]))
+
+
+def _classes(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
+    """The classes that transformers has for ``config``; none for a model that brings its own."""
+    auto = _auto_class(config)
+    if auto.__name__ in (getattr(config, "auto_map", None) or {}):
+        return set()
+    found = auto._model_mapping.get(type(config), ())
+    return set(found if isinstance(found, tuple) else (found,))
 
 
 def _auto_names() -> list[str]:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
+from mptk.files import json_text
 from mptk.packaged import cache_dir
 
 Floats = npt.NDArray[np.float32]
@@ -79,7 +80,7 @@ def kept_times(
         sweep: what measures; ``measure`` if not given.
     """
     about = {**machine(), "threads": threads}
-    file = cache_dir() / "latency" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.json"
+    file = cache_dir() / "latency" / f"{hashlib.sha256(json_text(about).encode()).hexdigest()[:16]}.json"
     known: dict[str, float] = json.loads(file.read_text())["ms"] if file.is_file() else {}
     missing = [operator for operator in operators if str(operator) not in known]
     if missing:
@@ -232,5 +233,5 @@ def _feed(name: str, shape: Sequence[int]) -> Floats:
 def _write(file: Path, content: Mapping[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(json_text(content, indent=1) + "\n")
     temporary.replace(file)

@@ -36,6 +36,8 @@ Precision = Annotated[str, typer.Option(help="no (float32), bf16, or fp16 for re
 Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")]
 Tracker = Annotated[str, typer.Option(help="tensorboard, wandb or none.")]
 SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
+Dense = Annotated[str | None, typer.Option("--model", help="The dense model, if it is no longer where it was.")]
+ProofLength = Annotated[int, typer.Option(min=48, help="Tokens of the longest sequence that the proof may run.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run beside --out.")]
 
 

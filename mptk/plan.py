@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mptk.errors import MptkError
+from mptk.files import json_text
 
 FORMAT = "mptk-plan/1"
 Keep = tuple[tuple[int, ...], ...]
@@ -53,7 +54,7 @@ class Plan:
         """Write the plan as JSON (schema: ``docs/plan.md``), atomically."""
         path = Path(path)
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        temporary.write_text(json_text(self.to_json(), indent=1) + "\n")
         temporary.replace(path)
 
     @staticmethod

@@ -6,10 +6,9 @@ published unless every stage of the proof is within its tolerance.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,33 @@ import passes.trace
 from mptk import criteria, data, models, pipeline
 from mptk.api import Progress, cut_program, export, plan_digest
 from mptk.checkpoint import portable, save_tokenizer
+from mptk.claims import weights_digest, widths
+from mptk.configs import check_code, config_changes
 from mptk.cost import is_layered
 from mptk.cut import resolve_plan
+from mptk.dense import absolute, fingerprint
 from mptk.errors import MptkError
 from mptk.evaluation import LogitsFn, next_token_loss, perplexities
-from mptk.learning import Learner, Learning, removed_at_zero, take_over
+from mptk.files import write_json
+from mptk.learning import Learner, removed_at_zero, take_over
+from mptk.manifest import listed
 from mptk.maskprune.reconstruct import replaced
 from mptk.maskprune.work import WorkFolder
 from mptk.plan import Plan
 from mptk.processes import describe, leads, processes
+from mptk.proof import Claim, find_reach, proof_batches, prove_folder, require, witness
 from mptk.runtime import OrtDecoder
 from mptk.settings import MASKPRUNE, Settings
-from mptk.verification import REPORT, changes_of, proof_stages, read_report, require, weights_digest, widened
+from mptk.stock import find_stock
+from mptk.verification import REPORT, changes_of, read_report, widened
 from mptk.widths import Search, budgeted
 from passes import group, legalize
 from passes.emit_hf import check_replaceable, publish, write_checkpoint
 from passes.mask import mask
 from passes.quantize_onnx import check_schemes
-from passes.rehome import find_home, logits_check, rehome
-from passes.stock_config import StockConfig
-from passes.verify import TOLERANCE, prove
+from passes.verify import Difference
 
 DEFAULT_STEPS = 200
-PROOF_SHAPE = (2, 48)
 
 
 def prune(
@@ -56,33 +59,6 @@ def prune(
             or a stage of the proof is above its tolerance. Then nothing is written.
     """
     return Run(model, Path(out), settings or Settings(), progress or (lambda *_: None)).run()
-
-
-def recover(
-    folder: str | Path,
-    out: str | Path,
-    learning: Learning,
-    progress: Progress | None = None,
-    **changes: Any,
-) -> dict[str, Any]:
-    """Train a pruned folder against its dense model and write the result to ``out``; returns its report.
-
-    Args:
-        folder: an ``--out`` folder of ``prune``; its plan and its weights are where training starts.
-        changes: fields of ``Settings`` that differ from those of the folder (``data``, ``eval_data``, …).
-
-    Raises:
-        MptkError: as ``prune``; or the folder holds no pruned model.
-    """
-    folder = Path(folder)
-    report = read_report(folder)
-    known = {f.name for f in fields(Settings)} - {"learning"}
-    before = {k: v for k, v in report["settings"].items() if k in known}
-    plan = str(folder / "plan.json")
-    settings = Settings(**{**before, **changes, "plan": plan, "learning": learning, "reconstruct": False})
-    run = Run(report["model"], Path(out), settings, progress or (lambda *_: None))
-    run.base = folder
-    return run.run()
 
 
 class Run:
@@ -103,6 +79,10 @@ class Run:
         self.trained: list[str] = []
         self.learner: Learner | None = None
         self.base: Path | None = None
+        self.dense: Callable[[], models.Loaded] = lambda: models.load(
+            model, trust_remote_code=settings.trust_remote_code, decoder=True
+        )
+        self.proof: list[Difference] = []
 
     def run(self) -> dict[str, Any]:
         self._prepare()
@@ -121,7 +101,7 @@ class Run:
             self._emit(folder)
             self._prove(folder)
             report = self._report(folder)
-            (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+            write_json(folder / "report.json", report)
         if work is not None:
             work.remove()
         return report
@@ -144,7 +124,7 @@ class Run:
         check_replaceable(self.out)
         check_schemes(s.quantize)
         with self._stage("load"):
-            self.loaded = models.load(self.source, trust_remote_code=s.trust_remote_code)
+            self.loaded = self.dense()
         self.model = self.loaded.model
         with self._stage("trace"):
             self.program = passes.trace.trace(self.model, dynamic=True)
@@ -168,7 +148,7 @@ class Run:
         s = self.settings
         if not self.steps:
             return None
-        settings = {k: v for k, v in asdict(s).items() if k != "resume"}
+        settings = {k: v for k, v in asdict(s).items() if k not in ("resume", "proof_length")}
         return WorkFolder(self.out, {"model": self.source, **settings}, s.resume)
 
     def _start(self, work: WorkFolder | None) -> None:
@@ -185,15 +165,17 @@ class Run:
         s = self.settings
         if self.base is not None:
             report = read_report(self.base)
-            self.changes = changes_of(self.analysis, self.plan, self.base, report)
+            check_code(self.loaded.path, self.base)
+            self.changes = changes_of(self.analysis, self.plan, self.base, report, s.trust_remote_code)
         elif s.plan is None and self.learns:
             assert self.learner is not None
             with self._stage("learn masks"):
-                learned, self.changes = self.learner.learn(
-                    self.analysis, self.cost, self.candidates, 1 - s.sparsity, self.windows
+                learned, self.changes, logits = self.learner.learn(
+                    self.analysis, self.cost, self.candidates, 1 - s.sparsity, self.windows, self.tokens
                 )
             self.trained = list(self.changes)
             self.plan = self._meta(learned)
+            self._witness("learned masks", logits)
         elif s.plan is None:
             self._score()
 
@@ -272,6 +254,7 @@ class Run:
                 if work is not None:
                     work.save("text", saved)
             self.training, self.windows = saved["training"], saved["training"][: s.samples]
+            (self.tokens,) = proof_batches(self.windows)
             if len(saved["evaluation"]):
                 self.eval_windows, self.eval_source = saved["evaluation"], "sampled from the dense model"
             else:
@@ -282,24 +265,39 @@ class Run:
 
     def _cut(self) -> None:
         """The cut graph, and the stock class that holds it."""
-        self.changed = replace(self.analysis, program=self.program.with_state(self.changes))
-        self.pruned, epsilons = cut_program(self.changed, self.plan, self.log)
-        self.stock = self._stock(epsilons)
+        s = self.settings
+        analysis = replace(self.analysis, program=self.program.with_state(self.changes))
+        pruned, epsilons = cut_program(analysis, self.plan, self.log)
+        written = None
+        if s.target == "stock":
+            found = (self.analysis, self.loaded, self.plan, pruned, epsilons)
+            written = find_stock(*found, tokens=self.windows[:1], elsewhere=s.rehome)
+        self.claim = Claim(analysis, self.plan, pruned, written, s.trust_remote_code)
+
+    def _witness(self, stage: str, logits: Tensor) -> None:
+        """Prove that the weights taken over from training are the trained model: by its own logits before that."""
+        analysis = replace(self.analysis, program=self.program.with_state(self.changes))
+        masked = mask(analysis, resolve_plan(analysis, self.plan))
+        assert self.learner is not None
+        self.proof.append(witness(stage, masked, logits, self.tokens, self.learner.tolerance))
+        require(self.proof, "nothing was published. Please report this model")
 
     def _recover(self) -> None:
         """Train the small model with the steps that are left, and take its weights over."""
         if self.learner is None:
             return
         steps = self.steps - (self.learner.mask_steps if self.learns else 0)
-        assert self.stock is not None
+        assert self.claim.written is not None
+        stock = self.claim.written.stock
         with self._stage("recover"):
-            small = self.stock.model_class(self.stock.config)
-            small.load_state_dict(self.pruned.state_dict())
-            trained = self.learner.recover(small.eval(), steps)
+            small: Any = stock.model_class(stock.config)
+            small.load_state_dict(self.claim.pruned.state_dict())
+            trained, logits = self.learner.recover(small.eval(), steps, self.tokens)
         known = {name: tensor for name, tensor in trained.items() if name in self.analysis.weights}
         self.model.cpu()
-        self.changes = {**self.changes, **widened(self.changed, self.plan, known)}
+        self.changes = {**self.changes, **widened(self.claim.analysis, self.plan, known)}
         self.trained = list(self.changes)
+        self._witness("trained model", logits)
         self._cut()
 
     def _emit(self, folder: Path) -> None:
@@ -307,33 +305,17 @@ class Run:
         if self.changes and not self.trained:
             save_file(dict(self.changes), folder / "compensation.safetensors")
         with self._stage("write checkpoint"):
-            if self.stock is None:
-                save_file({n: t.contiguous() for n, t in self.pruned.state.items()}, folder / "model.safetensors")
+            pruned, written = self.claim.pruned, self.claim.written
+            if written is None:
+                save_file({n: t.contiguous() for n, t in pruned.state.items()}, folder / "model.safetensors")
             else:
-                write_checkpoint(self.pruned.state_dict(), self.stock, self.model, None, folder, portable=portable)
+                write_checkpoint(pruned.state_dict(), written.stock, self.model, None, folder, portable=portable)
+                self.notes.append(written.note)
             if self.loaded.tokenizer is not None:
                 save_tokenizer(self.loaded.tokenizer, folder)
         if self.settings.onnx:
             with self._stage("export ONNX"):
                 self._emit_onnx(folder / "onnx")
-
-    def _stock(self, epsilons: Mapping[float, float]) -> StockConfig | None:
-        if self.settings.target != "stock":
-            return None
-        found = legalize.discover(self.analysis, self.model).config(self.plan.widths, scalars=epsilons)
-        if isinstance(found, StockConfig):
-            return found
-        if self.settings.rehome and found.config is not None:
-            check = logits_check(self.pruned, self.windows[:1])
-            shapes = legalize.cut_shapes(self.analysis, self.plan.widths)
-            other = rehome(found.config, shapes, check, tolerance=TOLERANCE)
-            if isinstance(other, StockConfig):
-                self.notes.append(f"written as {other.model_class.__name__}, with equal logits, since {found}")
-                return other
-            raise MptkError(f"the stock class refuses these widths: {found}; no other class will do: {other}")
-        home = find_home(self.analysis, self.model, self.plan.widths)
-        hint = "" if home is None else f", or give --rehome: {home} holds them with equal logits"
-        raise MptkError(f"the stock class refuses these widths: {found}; choose others or use --target graph{hint}")
 
     def _emit_onnx(self, folder: Path) -> None:
         """From the compiler's own graph of a decoding step: the dense model's weights, cut by the same plan."""
@@ -359,17 +341,18 @@ class Run:
 
     def _prove(self, folder: Path) -> None:
         with self._stage("prove"):
-            masked = mask(self.changed, resolve_plan(self.changed, self.plan))
-            self.tokens = self.windows[: PROOF_SHAPE[0], : PROOF_SHAPE[1]]
-            stages = proof_stages(self.pruned, folder, self.stock is not None)
-            self.proof = prove(masked, stages, self.tokens)
+            found = find_reach(self.claim, self.model.config, self.settings.proof_length)
+            self.notes.append(found.note)
+            self.reach = found.length
+            batches = proof_batches(self.windows, found.length)
+            self.proof += prove_folder(self.claim, folder, batches, found.borders)
         require(self.proof, "nothing was published. Please report this model")
 
     def _quality(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Perplexity of the dense and the pruned graph, and size and perplexity of each quantised ONNX graph."""
         graphs = {scheme: folder / "onnx" / f"model_{scheme}.onnx" for scheme in self.settings.quantize}
         graphs = {scheme: file for scheme, file in graphs.items() if file.is_file()}
-        runs: dict[str, LogitsFn] = {"dense": self.program, "pruned": self.pruned}
+        runs: dict[str, LogitsFn] = {"dense": self.program, "pruned": self.claim.pruned}
         if self.settings.logits == "all":
             runs |= {scheme: OrtDecoder(file).torch_logits for scheme, file in graphs.items()}
         quality = perplexities(runs, self.eval_windows, data=self.eval_source, progress=self.progress)
@@ -385,16 +368,13 @@ class Run:
         with self._stage("perplexity"):
             quality, quantized = self._quality(folder)
         dense, pruned = self.cost.dense, self.cost(self.plan.widths)
-        files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
         return {
             "format": REPORT,
             "mptk": mptk.__version__,
-            "model": self.source,
+            "model": absolute(self.source),
+            "model_sha256": fingerprint(self.source, local=True),
             "settings": asdict(self.settings),
-            "families": {
-                f.name: {"of": f.size, "width": self.plan.widths.get(f.name, f.size), "layers": len(f.groups)}
-                for f in self.analysis.families
-            },
+            "families": widths(self.analysis, self.plan),
             "sparsity": 1 - pruned.block / dense.block,
             "cost": {"dense": dense.as_dict(), "pruned": pruned.as_dict()},
             "splits": self.losses,
@@ -404,11 +384,12 @@ class Run:
             "quantized": quantized,
             "proof": [d.as_dict() for d in self.proof],
             "proof_tokens": self.tokens.tolist(),
-            "config_changes": {} if self.stock is None else {k: list(v) for k, v in self.stock.changes.items()},
+            "proof_length": max(self.reach, self.tokens.shape[1]),
+            "config_changes": {} if self.claim.written is None else config_changes(self.claim.written),
             "plan_sha256": plan_digest(self.plan),
             "notes": [n for n in self.notes if n],
             "stages": self.log.as_list(),
-            "files": [*files, "report.json"],
+            "files": sorted([*listed(folder), "report.json"]),
         }
 
     def _stage(self, name: str) -> Any:

@@ -145,8 +145,8 @@ def comparison_view(reports: Sequence[Mapping[str, Any]]) -> Table:
             r["settings"]["method"],
             str(r["settings"]["learning"]["steps"]),
             f"{r['sparsity']:.1%}",
-            f"{quality['dense']:.2f}",
-            f"{quality['pruned']:.2f}",
+            _figure(quality["dense"]),
+            _figure(quality["pruned"]),
             ", ".join(f"{n} {w}" for n, w in widths.items()),
         )
     return table
@@ -177,23 +177,29 @@ def prune_view(report: Mapping[str, Any]) -> Lines:
         label = f"predicted {report['settings']['objective']} (ms)"
         cost.add_row(label, f"{before:.2f}", f"{after:.2f}", f"{1 - after / before:.1%}")
     quality = report["perplexity"]
-    cost.add_row("perplexity", f"{quality['dense']:.2f}", f"{quality['pruned']:.2f}", "")
+    cost.add_row("perplexity", _figure(quality["dense"]), _figure(quality["pruned"]), "")
     for scheme, q in report.get("quantized", {}).items():
-        measured = f"{q['perplexity']:.2f}" if "perplexity" in q else ""
+        measured = _figure(q["perplexity"]) if "perplexity" in q else ""
         cost.add_row(f"perplexity, {scheme} in ONNX Runtime", "", measured, f"{q['bytes'] / 1e6:.0f} MB")
     notes = [Text(f"perplexity: {quality['protocol']}"), *map(Text, report["notes"])]
     return Lines(widths, cost, *notes, proof_view(report["proof"]))
 
 
+def _figure(value: float | None) -> str:
+    """Two decimals; what was infinite or no number is null in JSON."""
+    return "not finite" if value is None else f"{value:.2f}"
+
+
 def proof_view(proof: Sequence[Mapping[str, Any]]) -> Table:
-    """Each stage's difference from the masked dense model."""
+    """Each stage's difference from the masked dense model, and why a tolerance is more than the stage's own."""
     table = Table(title="proof: largest logit difference from the masked dense model", title_justify="left")
     table.add_column("stage")
-    for column in ("absolute", "relative", "tolerance", ""):
+    for column in ("absolute", "relative", "tolerance"):
         table.add_column(column, justify="right")
+    table.add_column("")
     for d in proof:
-        ok = "ok" if d["ok"] else "FAILED"
-        table.add_row(d["stage"], f"{d['max_abs']:.1e}", f"{d['relative']:.1e}", f"{d['tolerance']:.0e}", ok)
+        said = ", ".join(["ok" if d["ok"] else "FAILED", *([d["widened"]] if d.get("widened") else [])])
+        table.add_row(d["stage"], f"{d['max_abs']:.1e}", f"{d['relative']:.1e}", f"{d['tolerance']:.0e}", said)
     return table
 
 

@@ -26,7 +26,8 @@ class Settings:
     ``keep``: families that stay whole. ``reconstruct``:
     whether what is left of a layer takes over for what was removed (``maskprune/reconstruct.py``); None: for MaskPrune
     only. ``logits`` and ``quantize`` are as in ``api.export``. ``learning`` says how to train; a one-shot method trains
-    only after the cut. ``resume`` goes on with an unfinished run.
+    only after the cut. ``resume`` goes on with an unfinished run. ``proof_length``: tokens of
+    the longest sequence that the proof may run, to go beyond the model's windows.
 
     Raises:
         MptkError: an unknown objective, or milliseconds for another budget than latency.
@@ -60,6 +61,7 @@ class Settings:
     reconstruct: bool | None = None
     learning: Learning = field(default_factory=Learning)
     resume: bool = False
+    proof_length: int = 1024
 
     def __post_init__(self) -> None:
         phase(self.objective)

@@ -1,10 +1,10 @@
-"""verification: the stages of the proof, and ``verify``, which proves a pruned folder again."""
+"""verification: ``verify``, which proves a pruned folder again and believes nothing of what it says of itself."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,89 +16,113 @@ from torch import Tensor
 import passes.trace
 from mptk import models, pipeline
 from mptk.api import cut_program, plan_of
+from mptk.claims import check_files, check_numbers, check_tokens, require_same, weights_digest
+from mptk.configs import check_code, config_changes
 from mptk.cut import resolve_plan
+from mptk.dense import load_dense
 from mptk.errors import MptkError
 from mptk.families import Analysis
+from mptk.manifest import check_manifest
 from mptk.plan import Plan
-from mptk.program import Program
-from mptk.runtime import OrtDecoder
+from mptk.proof import Claim, find_reach, proof_batches, prove_folder, require
+from mptk.settings import Settings
+from mptk.stock import Written, find_stock
 from passes import group
-from passes.mask import mask
-from passes.verify import RUNTIME_TOLERANCE, TOLERANCE, Difference, Logits, prove
+from passes.verify import Difference
 
 REPORT = "mptk-report/1"
-DECODED = 4
+REMEDY = "do not use it, and prune the model again"
 
 
-def proof_stages(pruned: Program, folder: Path, checkpoint: bool) -> dict[str, tuple[Logits, float]]:
-    """The stages that there are to prove: the rewritten graph, the reloaded checkpoint, ONNX prefill and decode."""
-    stages: dict[str, tuple[Logits, float]] = {"rewritten graph": (pruned, TOLERANCE)}
-    if checkpoint:
-        reloaded = models.load(str(folder)).model
-        stages["reloaded checkpoint"] = (lambda ids: reloaded(ids, use_cache=False).logits, TOLERANCE)
-    if (folder / "onnx").is_dir():
-        decoder = OrtDecoder(folder / "onnx")
-        stages["ONNX Runtime prefill"] = (
-            lambda ids: torch.from_numpy(decoder.prefill(ids.numpy())[0]),
-            RUNTIME_TOLERANCE,
-        )
-        stages["ONNX Runtime decode"] = (lambda ids: decoded(decoder, ids), RUNTIME_TOLERANCE)
-    return stages
+class Proof(list[Difference]):
+    """Each stage's difference, and in ``notes`` what the proof does not reach."""
+
+    def __init__(self, stages: Iterable[Difference], notes: list[str]) -> None:
+        super().__init__(stages)
+        self.notes = notes
 
 
-def decoded(decoder: OrtDecoder, ids: Tensor) -> Tensor:
-    """Logits of the last ``DECODED`` positions, each from a decoding step with the cache of those before."""
-    _, cache = decoder.prefill(ids[:, :-DECODED].numpy())
-    steps = []
-    for position in range(ids.shape[1] - DECODED, ids.shape[1]):
-        logits, cache = decoder.decode(ids[:, position : position + 1].numpy(), cache)
-        steps.append(torch.from_numpy(logits.copy()))
-    return torch.cat(steps, 1)
+def verify(
+    folder: str | Path,
+    *,
+    model: str | None = None,
+    trust_remote_code: bool = False,
+    proof_length: int = Settings.proof_length,
+) -> Proof:
+    """Prove a pruned folder again, from the dense model and ``plan.json``.
 
-
-def require(proof: Sequence[Difference], remedy: str) -> None:
-    """Raise MptkError for the first stage above its tolerance, with what to do about it."""
-    for d in proof:
-        if not d.ok:
-            raise MptkError(
-                f"the proof fails at '{d.stage}': logits differ by {d.max_abs:.2g} ({d.relative:.1e} of the largest, "
-                f"tolerance {d.tolerance:.0e}); {remedy}"
-            )
-
-
-def verify(folder: str | Path, *, model: str | None = None) -> list[Difference]:
-    """Prove a pruned folder again, from the dense model and ``plan.json``; returns each stage's difference.
+    First every file is compared with the folder's manifest. What the plan makes of the dense model (weights, config,
+    widths, costs) is found anew; what the folder's report says must agree.
 
     Args:
         folder: an ``--out`` folder of ``prune``.
-        model: the dense model, where it is no longer where the report says.
+        model: the dense model, if it is no longer where the report says.
+        trust_remote_code: whether the model's own Python code may run; the folder's report has no say in it.
+        proof_length: tokens of the longest sequence that may be run, to go beyond the model's windows.
 
     Raises:
-        MptkError: the folder or the dense model is missing, or a stage is above its tolerance.
+        MptkError: a file was changed, is missing or was added; the report contradicts the folder; the dense model is
+            not there, or not the one that was pruned; or a stage is above its tolerance.
     """
     folder = Path(folder)
-    plan = plan_of(folder)
-    report = read_report(folder)
-    loaded = models.load(model or report["model"], trust_remote_code=report["settings"]["trust_remote_code"])
+    plan, report = plan_of(folder), read_report(folder)
+    check_manifest(folder)
+    with _readable(folder):
+        check_files(report, folder)
+        loaded = load_dense(report, model, trust_remote_code)
+    check_code(loaded.path, folder)
     analysis = group.analyze(passes.trace.trace(loaded.model, dynamic=True))
-    analysis = replace(analysis, program=analysis.program.with_state(changes_of(analysis, plan, folder, report)))
-    pruned, _ = cut_program(analysis, plan, pipeline.Log())
-    stages = proof_stages(pruned, folder, report["settings"]["target"] == "stock")
-    tokens = torch.tensor(report["proof_tokens"])
-    proof = prove(mask(analysis, resolve_plan(analysis, plan)), stages, tokens)
-    require(proof, "do not use it, and prune the model again")
-    return proof
+    embeddings: Any = loaded.model.get_input_embeddings()
+    with _readable(folder):
+        check_numbers(report, folder, analysis, plan)
+        tokens = torch.tensor(check_tokens(report, embeddings.num_embeddings))
+    changes = changes_of(analysis, plan, folder, report, trust_remote_code)
+    changed = replace(analysis, program=analysis.program.with_state(changes))
+    pruned, epsilons = cut_program(changed, plan, pipeline.Log())
+    written = None
+    if (folder / "config.json").is_file():
+        written = _written(folder, analysis, loaded, plan, pruned, epsilons, tokens)
+    require_same("config_changes", report.get("config_changes"), {} if written is None else config_changes(written))
+    claim = Claim(changed, plan, pruned, written, trust_remote_code)
+    reach = find_reach(claim, loaded.model.config, proof_length)
+    proof = prove_folder(claim, folder, proof_batches(tokens, reach.length), reach.borders)
+    require(proof, REMEDY)
+    return Proof(proof, [reach.note] if reach.note else [])
 
 
-def changes_of(analysis: Analysis, plan: Plan, folder: Path, report: Mapping[str, Any]) -> Mapping[str, Tensor]:
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """A report that lacks a word or has one of another kind is a user's error, too."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise MptkError(f"report.json in {folder} is not as `mptk prune` writes it ({error!r}); {REMEDY}") from error
+
+
+def _written(folder: Path, analysis: Analysis, loaded: models.Loaded, *found: Any) -> Written:
+    """The class and config that the plan asks for; another class only if the folder has one."""
+    plan, pruned, epsilons, tokens = found
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    other = kind != loaded.model.config.model_type
+    return find_stock(analysis, loaded, plan, pruned, epsilons, tokens=tokens[:1], elsewhere=other)
+
+
+def changes_of(
+    analysis: Analysis, plan: Plan, folder: Path, report: Mapping[str, Any], trust: bool = False
+) -> Mapping[str, Tensor]:
     """Weights in which the folder differs from a cut of the dense model: trained ones, or FLAP's biases."""
+    state = analysis.program.state
     if (folder / "compensation.safetensors").is_file():
-        return load_file(folder / "compensation.safetensors")
+        biases = load_file(folder / "compensation.safetensors")
+        for name, bias in biases.items():
+            if name not in state or bias.ndim != 1 or bias.shape != state[name].shape:
+                raise MptkError(f"compensation.safetensors holds {name}, which is no bias of the model; {REMEDY}")
+        return biases
     if not report["trained"]:
         return {}
     if weights_digest(folder) != report["weights_sha256"]:
         raise MptkError(f"the weights in {folder} are not those that were proven; do not use them, prune again")
-    small = models.load(str(folder)).model.state_dict()
+    small = models.load(str(folder), trust_remote_code=trust).model.state_dict()
     return widened(analysis, plan, {name: small[name] for name in report["trained"]})
 
 
@@ -106,15 +130,6 @@ def widened(analysis: Analysis, plan: Plan, small: Mapping[str, Tensor]) -> dict
     """The dense weights with a cut model's weights at the positions that stay."""
     cut, state = resolve_plan(analysis, plan), analysis.program.state
     return {name: cut.scatter(state[name], tensor, analysis.weights[name]) for name, tensor in small.items()}
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of the folder's weight files, in the order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def read_report(folder: str | Path) -> dict[str, Any]:

@@ -21,10 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.checkpoint import portable, save_tokenizer
 from mptk.errors import MptkError
+from mptk.files import json_text
+from mptk.manifest import is_ours, write_manifest
 from passes.stock_config import StockConfig
-
-MARKER = "mptk.json"
-FORMAT = "mptk-output/1"
 
 
 def emit_hf(
@@ -44,7 +43,8 @@ def emit_hf(
 def publish(folder: str | Path) -> Iterator[Path]:
     """A temporary folder beside ``folder`` to write into; it takes the place of ``folder`` if no exception is raised.
 
-    The finished folder holds ``mptk.json``, by which the next run knows that it may replace it.
+    The finished folder holds ``mptk.json``: the SHA-256 of every file, by which ``verify`` knows the folder as it was
+    published, and the mark by which the next run knows that it may replace it.
 
     Raises:
         MptkError: as ``check_replaceable``; or the folder cannot be written.
@@ -57,7 +57,7 @@ def publish(folder: str | Path) -> Iterator[Path]:
             new, old = Path(beside) / "new", Path(beside) / "old"
             new.mkdir()
             yield new
-            (new / MARKER).write_text(json.dumps({"format": FORMAT}) + "\n")
+            write_manifest(new)
             _replace(folder, new, old)
     except OSError as error:
         raise MptkError(
@@ -87,12 +87,7 @@ def _replace(folder: Path, new: Path, old: Path) -> None:
 def _replaceable(folder: Path) -> bool:
     if not folder.is_dir():
         return False
-    if not any(folder.iterdir()):
-        return True
-    try:
-        return bool(json.loads((folder / MARKER).read_text())["format"] == FORMAT)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return not any(folder.iterdir()) or bool(is_ours(folder))
 
 
 def write_checkpoint(
@@ -134,7 +129,7 @@ def write_checkpoint(
         shell.save_pretrained(folder, max_shard_size=max_shard_size)
     path = folder / "config.json"
     written = portable(json.loads(path.read_text(encoding="utf-8")))
-    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json_text(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
 

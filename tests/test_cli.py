@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from mptk import cli, progress
 from mptk.errors import MptkError
+from mptk.manifest import check_manifest
 from passes.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,7 +164,7 @@ def test_prune_reports_what_it_printed(pruned):
     assert abs(report["sparsity"] - 0.3) <= 0.01
     assert (report["settings"]["method"], report["settings"]["samples"]) == ("wanda", 4)
     assert set(report["files"]) == {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} - {"mptk.json"}
-    assert [stage["ok"] for stage in report["proof"]] == [True] * 4
+    assert [stage["ok"] for stage in report["proof"]] == [True] * 6
     for name, family in report["families"].items():
         if family["width"] < family["of"]:
             assert re.search(rf"{name} +│ +{family['of']} → {family['width']} ", result.stdout)
@@ -187,7 +188,7 @@ def test_verify_passes_until_a_weight_of_the_folder_changes(pruned, tmp_path, mp
     out, _ = pruned
     result = mptk("verify", out)
     assert result.code == 0
-    assert result.stdout.count(" ok ") == 4
+    assert result.stdout.count(" ok ") == 6
     broken = tmp_path / "broken"
     shutil.copytree(out, broken)
     state = load_file(broken / "model.safetensors")
@@ -195,7 +196,7 @@ def test_verify_passes_until_a_weight_of_the_folder_changes(pruned, tmp_path, mp
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
     result = mptk("verify", broken)
     assert result.code == 1
-    assert result.error.startswith("error: the proof fails at 'reloaded checkpoint'")
+    assert re.match(r"error: model.safetensors in .*/broken was changed since it was published; ", result.error)
     assert "ok" not in result.stdout
 
 
@@ -224,6 +225,7 @@ def test_bench_is_shown_again_by_report(files, pruned, tmp_path, mptk):
     assert cases == [(g, p, n) for p in ("prefill", "decode") for n in (128, 512) for g in graphs]
     assert all(0 < row["ideal"] < 1 and row["ratio"] > 0 for row in bench["rows"] if row["graph"] == str(out))
     assert bench["rounds"] == 2
+    check_manifest(out)
     shown = mptk("report", out)
     assert shown.code == 0
     for row in bench["rows"]:

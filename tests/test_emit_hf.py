@@ -251,3 +251,23 @@ def test_an_unwritable_place_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(MptkError, match="cannot write") as raised, publish(tmp_path / "file" / "out"):
         pass
     assert "\n" not in str(raised.value)
+
+
+def test_the_former_folder_comes_back_if_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    with publish(folder) as temporary:
+        (temporary / "good").write_text("1")
+    rename = Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(MptkError, match=r"cannot write .*No space left"), publish(folder) as temporary:
+        (temporary / "second").write_text("2")
+    assert {path.name for path in folder.iterdir()} == {"good", "mptk.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

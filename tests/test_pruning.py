@@ -82,6 +82,8 @@ def test_report_says_what_was_cut_and_that_it_is_proven(pruned):
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
     assert abs(report["sparsity"] - 0.35) <= 0.01
     assert [d["stage"] for d in report["proof"]] == [
+        "config",
+        "stored weights",
         "rewritten graph",
         "reloaded checkpoint",
         "ONNX Runtime prefill",
@@ -127,7 +129,7 @@ def test_verify_proves_the_folder_again_and_sees_a_changed_weight(pruned, tmp_pa
     state = load_file(broken / "model.safetensors")
     state["model.layers.1.mlp.down_proj.weight"][3] += 0.5
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MptkError, match="reloaded checkpoint"):
+    with pytest.raises(MptkError, match=r"model.safetensors in .* was changed since it was published"):
         mptk.verify(broken)
 
 
@@ -155,13 +157,13 @@ def test_last_logits_alone_are_proven_too(llama, tmp_path):
     settings = replace(SETTINGS, logits="last", quantize=("int8",), objective="prefill")
     report = mptk.prune(llama, tmp_path / "out", settings)
     assert OrtDecoder(tmp_path / "out").metadata["objective"] == "prefill"
-    assert len(report["proof"]) == 4
+    assert len(report["proof"]) == 6
     assert all(d["ok"] for d in report["proof"])
     assert "perplexity" not in report["quantized"]["int8"]
 
 
 def test_a_failed_proof_publishes_nothing(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(pruning, "prove", lambda *_: [Difference("rewritten graph", 1.0, 0.1, 1e-5)])
+    monkeypatch.setattr(pruning, "prove_folder", lambda *_: [Difference("rewritten graph", 1.0, 0.1, 1e-5)])
     with pytest.raises(MptkError, match="rewritten graph"):
         mptk.prune(llama, tmp_path / "out", SETTINGS)
     assert list(tmp_path.iterdir()) == []
@@ -176,6 +178,15 @@ def test_a_plan_file_decides_everything(pruned, llama, tmp_path):
     assert filecmp.cmp((tmp_path / "again" / "model.safetensors"), (out / "model.safetensors"), shallow=False)
     assert "onnx" not in {p.name for p in (tmp_path / "again").iterdir()}
     assert report["plan_sha256"] == pruned[1]["plan_sha256"]
+
+
+def test_a_dense_model_in_half_precision_is_written_in_float32_and_that_is_said(tmp_path):
+    dense = save(LlamaForCausalLM(llama_config()).to(torch.bfloat16), tmp_path / "dense")
+    settings = replace(SETTINGS, method="magnitude", widths={"ffn": 40}, families=("ffn",), onnx=False)
+    report = mptk.prune(dense, tmp_path / "out", settings)
+    assert report["config_changes"] == {"intermediate_size": [80, 40], "dtype": ["bfloat16", "float32"]}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    assert mptk.verify(tmp_path / "out")
 
 
 def test_same_seed_same_result(llama, tmp_path):
@@ -216,7 +227,9 @@ def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2, t
     )
     report = mptk.prune(gpt2, tmp_path / "out", settings)
     assert report["families"]["heads"] == {"of": 6, "width": 4, "layers": 2}
-    assert {d["stage"] for d in report["proof"]} == {"rewritten graph", "ONNX Runtime prefill", "ONNX Runtime decode"}
+    stages = {"stored weights", "rewritten graph", "ONNX Runtime prefill", "ONNX Runtime decode"}
+    assert {d["stage"] for d in report["proof"]} == stages
+    assert {d.stage for d in mptk.verify(tmp_path / "out")} == stages
 
 
 @pytest.mark.parametrize(

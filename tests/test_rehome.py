@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import mptk
 from mptk.cli import app
 from mptk.errors import MptkError
+from mptk.manifest import write_manifest
 from mptk.verification import read_report
 
 REFUSED = mptk.Settings(
@@ -91,7 +92,8 @@ def test_the_reloaded_class_is_proven_and_verify_proves_it_again(rehomed, tmp_pa
     state = load_file(broken / "model.safetensors")
     state["model.layers.1.self_attn.o_proj.weight"][3] += 0.5
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MptkError, match="reloaded checkpoint"):
+    write_manifest(broken)
+    with pytest.raises(MptkError, match=r"weights_sha256 in report.json is not true"):
         mptk.verify(broken)
 
 

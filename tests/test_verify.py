@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import math
+
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
+from mptk.report import proof_view
 from passes.trace import trace
-from passes.verify import TOLERANCE, WIDEST, prove
+from passes.verify import TOLERANCE, WIDEST, difference, prove
 
 TOKENS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -54,3 +59,42 @@ def test_a_sound_model_keeps_the_tolerance_of_float32() -> None:
     found = proof(1.0, change=2e-4)
     assert found.tolerance == TOLERANCE < found.relative < WIDEST
     assert not found.ok
+
+
+def test_no_number_is_an_infinite_difference_wherever_it_is() -> None:
+    reference = torch.ones(1, 4, 5)
+    for broken in (float("nan"), float("inf")):
+        logits = reference.clone()
+        logits[0, 1, 2] = broken
+        for one, other in ((logits, reference), (reference, logits)):
+            found = difference("stage", one, other, 1.0)
+            assert not found.ok
+            assert found.max_abs == math.inf
+
+
+def test_a_stage_that_cannot_be_computed_has_failed_with_the_reason() -> None:
+    model = trace(Cancelling(1.0), (TOKENS,))
+    (found,) = prove(model, {"broken": (lambda ids: ids.reshape(5, 5), TOLERANCE)}, TOKENS)
+    assert not found.ok
+    assert "shape '[5, 5]' is invalid" in found.failure
+
+
+def test_a_widened_tolerance_says_so_wherever_it_is_shown() -> None:
+    found = proof(1e-3)
+    assert found.widened.startswith("widened from 5e-05: rounding alone moves the logits by ")
+    console = Console(width=200, file=io.StringIO())
+    console.print(proof_view([found.as_dict()]))
+    assert "ok, widened from 5e-05: rounding alone moves" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "widened" not in proof(1.0).as_dict()
+
+
+def test_the_worst_batch_counts() -> None:
+    model = trace(Cancelling(1.0), (TOKENS,), dynamic=True)
+    bad = TOKENS[:1, :9]
+
+    def run(ids: Tensor) -> Tensor:
+        return model(ids) + (ids.shape[1] == 9)
+
+    for batches in ((TOKENS, bad), (bad, TOKENS)):
+        (found,) = prove(model, {"stage": (run, TOLERANCE)}, *batches)
+        assert not found.ok

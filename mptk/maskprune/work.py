@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mptk.errors import MptkError
+from mptk.files import json_text
 from mptk.processes import processes
 
 KEPT = 2
@@ -32,7 +33,7 @@ class WorkFolder:
 
     def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool) -> None:
         self.path = out.with_name(out.name + ".run")
-        described = json.dumps(settings, indent=1, sort_keys=True) + "\n"
+        described = json_text(settings, indent=1, sort_keys=True) + "\n"
         file = self.path / "settings.json"
         state = processes()
         if not state.is_main_process:
@@ -79,7 +80,7 @@ class WorkFolder:
         """Append a line to ``metrics.jsonl``."""
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(
-                json.dumps({"phase": phase, "step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n"
+                json_text({"phase": phase, "step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n"
             )
 
     def rewind(self, phase: str, step: int) -> None:

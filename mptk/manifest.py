@@ -1,0 +1,73 @@
+"""manifest: ``mptk.json``, the last file of a published folder: it marks the folder as mptk's and lists every file.
+
+``{"format": "mptk-output/1", "files": {path: sha256}}``. It tells damage and later edits; it is no signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mptk.errors import MptkError
+from mptk.files import json_text, write_text
+
+MARKER = "mptk.json"
+FORMAT = "mptk-output/1"
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def listed(folder: Path) -> list[str]:
+    """Every file of a folder but the manifest, sorted, with ``/`` between folders."""
+    paths = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    return sorted(name for p in paths if (name := p.relative_to(folder).as_posix()) != MARKER)
+
+
+def write_manifest(folder: Path) -> None:
+    """Write ``mptk.json`` over what is in the folder now."""
+    _write(folder, {name: file_sha256(folder / name) for name in listed(folder)})
+
+
+def update_manifest(folder: Path, name: str) -> None:
+    """Take a file that was written into a published folder later into its manifest; the other entries stay."""
+    files = read_manifest(folder)
+    _write(folder, {**files, name: file_sha256(folder / name)})
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """Path → sha256 of every file. Raises MptkError if the folder has no manifest, or a damaged one."""
+    content = is_ours(folder)
+    if not content or not isinstance(content.get("files"), dict):
+        raise MptkError(f"{folder} has no {MARKER} that lists its files; write the folder again with this mptk")
+    files: dict[str, str] = content["files"]
+    return files
+
+
+def check_manifest(folder: Path) -> None:
+    """Raise MptkError, with the first file's name, if a file is missing, new or not the one that was published."""
+    files, there = read_manifest(folder), listed(folder)
+    for what, names in (("is missing", files.keys() - set(there)), ("was added", set(there) - files.keys())):
+        if names:
+            raise MptkError(f"{min(names)} {what} in {folder} since it was published; do not use it, write it again")
+    for name in there:
+        if not (folder / name).is_file() or file_sha256(folder / name) != files[name]:
+            raise MptkError(f"{name} in {folder} was changed since it was published; do not use it, write it again")
+
+
+def is_ours(folder: Path) -> dict[str, Any]:
+    """The content of a folder's ``mptk.json``; empty if there is none, or it is of another format."""
+    try:
+        content: dict[str, Any] = json.loads((folder / MARKER).read_text())
+        return content if content["format"] == FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _write(folder: Path, files: dict[str, str]) -> None:
+    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\n")

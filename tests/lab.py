@@ -1,0 +1,216 @@
+"""Published folders to damage, and steps to damage on the way to one, without tracing the same model again and again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cutting import random_plan
+from safetensors.torch import load_file, save_file
+from test_pruning import WORDS, save
+from transformers import MistralConfig, MistralForCausalLM
+
+import mptk
+import passes.trace
+from mptk import models
+from mptk.files import write_json
+from mptk.manifest import write_manifest
+from mptk.program import Program
+from mptk.verification import read_report
+from passes import group, legalize
+
+WINDOW = 64
+Edit = Callable[[Path], None]
+
+
+@contextmanager
+def remembered() -> Iterator[None]:
+    """Within it, models are loaded, traced and probed once; every cut, emission and proof is done anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, key in (
+            (passes.trace, "trace", lambda model, *_, **o: (id(model), str(o))),
+            (group, "analyze", lambda program: id(program)),
+            (legalize, "discover", lambda analysis, model: (id(analysis.walk), id(model))),
+        ):
+            patch.setattr(owner, name, once(getattr(owner, name), key))
+        load, dense = models.load, once(models.load, lambda model, **_: model)
+        patch.setattr(models, "load", lambda model, **o: (dense if Path(model).name == "dense" else load)(model, **o))
+        yield
+
+
+def once(function: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
+    known: dict[Any, Any] = {}
+
+    def asked(*arguments: Any, **options: Any) -> Any:
+        asks = key(*arguments, **options)
+        if asks not in known:
+            known[asks] = (function(*arguments, **options), arguments)  # the arguments keep their ids
+        return known[asks][0]
+
+    return asked
+
+
+class Lab:
+    """A dense model, a plan for it, and a folder that was published with ONNX."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.count = root, 0
+        config = MistralConfig(
+            hidden_size=48,
+            intermediate_size=80,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=10,
+            vocab_size=97,
+            max_position_embeddings=128,
+            sliding_window=WINDOW,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+        self.dense = save(MistralForCausalLM(config), root / "dense")
+        loaded = models.load(self.dense)
+        analysis = group.analyze(passes.trace.trace(loaded.model, dynamic=True))
+        random_plan(analysis, ["hidden", "q_heads", "ffn"], share=0.7).save(root / "plan.json")
+        text = root / "text.txt"
+        generator = torch.Generator().manual_seed(0)
+        text.write_text(" ".join(WORDS[i] for i in torch.randint(len(WORDS), (600,), generator=generator)))
+        self.settings = mptk.Settings(
+            method="wanda", plan=str(root / "plan.json"), data=str(text), samples=3, length=40, eval_length=40
+        )
+        self.folder = self.prune()
+
+    def prune(self, **changes: Any) -> Path:
+        self.count += 1
+        out = self.root / f"out{self.count}"
+        mptk.prune(self.dense, out, replace(self.settings, **changes))
+        return out
+
+    def copy(self, edit: Edit, *, forged: bool) -> Path:
+        """The published folder, edited; ``forged``: with a manifest that fits."""
+        self.count += 1
+        copy = self.root / f"copy{self.count}"
+        shutil.copytree(self.folder, copy)
+        edit(copy)
+        if forged:
+            write_manifest(copy)
+        return copy
+
+
+# ---- edits of a folder ----
+
+
+def fields(file: str, **changes: Any) -> Edit:
+    """Other values in a JSON file. A value is set inside an object if its name has dots, written ``__``."""
+
+    def edit(folder: Path) -> None:
+        content = json.loads((folder / file).read_text())
+        for name, value in changes.items():
+            *path, leaf = name.split("__")
+            inner = content
+            for key in path:
+                inner = inner[key]
+            inner[leaf] = value
+        write_json(folder / file, content)
+
+    return edit
+
+
+def weights(change: Callable[[str, torch.Tensor], torch.Tensor], *, told: bool = True) -> Edit:
+    """Other weights, and a digest in the report that fits if it is ``told``."""
+
+    def edit(folder: Path) -> None:
+        from mptk.claims import weights_digest
+
+        file = folder / "model.safetensors"
+        state = {name: change(name, tensor) for name, tensor in load_file(file).items()}
+        save_file(state, file, metadata={"format": "pt"})
+        if told:
+            write_json(folder / "report.json", read_report(folder) | {"weights_sha256": weights_digest(folder)})
+
+    return edit
+
+
+def remove(name: str, *, told: bool = False) -> Edit:
+    """A file or a folder less, and the report's list without it if it is ``told``."""
+
+    def edit(folder: Path) -> None:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if told:
+            report = read_report(folder)
+            report["files"] = [f for f in report["files"] if not f.startswith(name)]
+            write_json(folder / "report.json", report)
+
+    return edit
+
+
+def all_of(*edits: Edit) -> Edit:
+    return lambda folder: [edit(folder) for edit in edits] and None
+
+
+# ---- steps that go wrong ----
+
+
+def cut_wrongly(damage: Callable[[Program], Program], target: str = "mptk.pruning.cut_program") -> Callable[..., None]:
+    """The rewritten program comes out damaged."""
+
+    def inject(patch: pytest.MonkeyPatch) -> None:
+        from mptk.api import cut_program
+
+        def damaged(*arguments: Any) -> Any:
+            program, epsilons = cut_program(*arguments)
+            return damage(program), epsilons
+
+        patch.setattr(target, damaged)
+
+    return inject
+
+
+def state(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Program], Program]:
+    """One weight of a program changed."""
+    return lambda program: program.with_state({name: change(program.state[name]).contiguous()})
+
+
+def swapped(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    """The first two blocks of ``size`` rows in each other's place."""
+    first, second = tensor[:size], tensor[size : 2 * size]
+    return torch.cat([second, first, tensor[2 * size :]])
+
+
+def constant(old: int, new: int) -> Callable[[Program], Program]:
+    """One whole number in the shapes of a program changed."""
+
+    def change(program: Program) -> Program:
+        graph = program.copy_graph()
+        node = next(n for n in graph.graph.nodes if "reshape" in str(n.target) and old in n.args[1])
+        node.update_arg(1, [new if size == old else size for size in node.args[1]])
+        graph.recompile()
+        return replace(program, graph=graph)
+
+    return change
+
+
+def after(target: str, edit: Edit, argument: int) -> Callable[[pytest.MonkeyPatch], None]:
+    """What the function ``target`` has written into the folder it was given is edited at once."""
+    import pkgutil
+
+    def inject(patch: pytest.MonkeyPatch) -> None:
+        original = pkgutil.resolve_name(target)
+
+        def edited(*arguments: Any, **options: Any) -> Any:
+            result = original(*arguments, **options)
+            edit(Path(arguments[argument]))
+            return result
+
+        patch.setattr(target, edited)
+
+    return inject

@@ -1,0 +1,134 @@
+"""Positions at which a decoder begins to compute something else, and a proof that goes beyond them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lab import after, fields
+from test_pruning import save
+from tiny_decoders import SLIDING, tiny_decoder
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedConfig
+
+import mptk
+from mptk.errors import MptkError
+from mptk.manifest import write_manifest
+from mptk.proof import decoded, proof_batches
+from passes.borders import config_borders, graph_borders, reach
+from passes.trace import trace
+from passes.verify import Difference
+
+TOKENS = torch.arange(14).reshape(2, 7) % 11 + 1
+
+
+class Windowed(nn.Module):
+    """Sums of a token's embeddings over a window, and a bias that depends on how far away the token is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.bias = nn.Embedding(97, 12), nn.Embedding(6, 1)
+        self.register_buffer("chunk", torch.tensor(21), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        at = torch.arange(ids.shape[1])
+        far = at[:, None] - at
+        seen = (far >= 0) & (far < 17) & (at[:, None] // self.chunk == at // self.chunk)
+        bias = self.bias(torch.clamp(far // 4, min=0, max=5))[..., 0]
+        noise = self.bias.weight.long().sum() + 1234  # of a parameter, no position
+        return (seen * (bias + noise * 0)) @ self.embed(ids)
+
+
+def test_the_graph_tells_windows_chunks_and_buckets() -> None:
+    found = set(graph_borders(trace(Windowed(), (TOKENS,), dynamic=True)))
+    assert {17, 21, 4, 5} <= found
+    assert 1234 not in found
+
+
+@pytest.mark.parametrize(
+    ("values", "borders"),
+    [
+        ({"sliding_window": 512}, {512}),
+        ({"attention_chunk_size": 8192}, {8192}),
+        ({"local_attention": 128}, {128}),
+        ({"window_size": [256, 512]}, {256, 512}),
+        ({"text_config": {"sliding_window": 4096}}, {4096}),
+        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 4096}}, {4096}),
+        ({"max_position_embeddings": 77, "rope_parameters": {"rope_type": "dynamic"}}, {77}),
+        ({"max_position_embeddings": 77, "rope_parameters": {"rope_type": "default"}}, set()),
+        ({"sliding_window": None, "use_sliding_window": False, "chunk_size_feed_forward": 0}, set()),
+    ],
+)
+def test_the_config_tells_them_too(values: dict, borders: set[int]) -> None:
+    assert set(config_borders(values)) == borders
+
+
+def test_a_proof_stops_at_its_bound_and_at_the_models_last_position() -> None:
+    program = trace(tiny_decoder(SLIDING, sliding_window=64, max_position_embeddings=128), dynamic=True)
+    config = LlamaConfig(max_position_embeddings=128)
+
+    def with_window(*windows: int) -> PreTrainedConfig:
+        config.attention_window = list(windows)
+        return config
+
+    found = reach(program, with_window(90, 125, 4000), bound=1024)
+    assert (found.borders, found.beyond, found.length) == ((64, 90), (), 98)
+    short = reach(program, with_window(90), bound=80)
+    assert (short.borders, short.beyond) == ((64,), (90,))
+    assert short.note.endswith("--proof-length 98 covers it")
+
+
+def test_the_long_sequence_is_text_again_and_again() -> None:
+    windows = torch.arange(60).reshape(3, 20)
+    short, long = proof_batches(windows, 130)
+    assert torch.equal(short, windows[:2])
+    assert torch.equal(long[0, :61], torch.tensor([*range(60), 0]))
+    assert long.shape == (1, 130)
+
+
+class Counting:
+    """A decoder whose logits are the position, and which keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    def empty(self, batch: int) -> int:
+        return 0
+
+    def decode(self, ids: object, cache: int) -> tuple[object, int]:
+        many = ids.shape[1]  # type: ignore[attr-defined]
+        self.asked.append((cache, many))
+        return torch.arange(cache, cache + many).float().reshape(1, -1, 1).numpy(), cache + many
+
+
+def test_decoding_steps_cross_each_border_with_the_cache() -> None:
+    counting = Counting()
+    logits, positions = decoded(counting, torch.zeros(1, 40, dtype=torch.long), [10, 12, 39])  # type: ignore[arg-type]
+    assert positions == [8, 9, 10, 11, 12, 13, 36, 37, 38, 39]
+    assert logits[0, :, 0].tolist() == positions
+    assert counting.asked[:2] == [(0, 8), (8, 1)]
+    assert (14, 22) in counting.asked
+
+
+def test_a_window_of_the_config_that_is_not_the_dense_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3 with a window of 96 instead of 64: the config's check sees it, and so do the logits beyond it."""
+    dense = save(tiny_decoder(SLIDING, sliding_window=64, max_position_embeddings=256), tmp_path / "dense")
+    settings = mptk.Settings(
+        method="magnitude", families=("ffn",), widths={"ffn": 40}, samples=2, length=48, onnx=False, multiple=8
+    )
+    out = tmp_path / "out"
+    report = mptk.prune(dense, out, settings)
+    assert report["proof_length"] == 72
+    edited = json.loads((out / "config.json").read_text()) | {"sliding_window": 96}
+    (out / "config.json").write_text(json.dumps(edited))
+    write_manifest(out)
+    with pytest.raises(MptkError, match=r"'config': sliding_window of config.json is 96, but 64"):
+        mptk.verify(out)
+    monkeypatch.setattr("mptk.proof.check_config", lambda *_: Difference("config", 0.0, 0.0, 0.0))
+    with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint': logits differ by"):
+        mptk.verify(out)
+    after("mptk.pruning.write_checkpoint", fields("config.json", sliding_window=96), 4)(monkeypatch)
+    with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint'"):
+        mptk.prune(dense, tmp_path / "again", settings)

@@ -1,0 +1,65 @@
+"""The stage ``config``: nothing differs from the dense model's config but what is listed, in any architecture."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+
+from mptk import models
+from mptk.checkpoint import portable
+from mptk.configs import check_config, config_changes
+from mptk.errors import MptkError
+from mptk.stock import Written
+from passes.emit_hf import write_checkpoint
+from passes.stock_config import StockConfig
+
+
+def write(folder: Path, name: str, *, changed: dict[str, Any] | None = None, listed: bool = True) -> Written:
+    """The model saved and written again, with another config if one is asked for; weights whose shapes stay."""
+    architectures.model(name).save_pretrained(folder / "dense")
+    loaded = models.load(str(folder / "dense"))
+    config = copy.deepcopy(loaded.model.config)
+    old = {field: getattr(config, field) for field in changed or {}}
+    for field, value in (changed or {}).items():
+        setattr(config, field, value)
+    changes = {field: (old[field], value) for field, value in (changed or {}).items()} if listed else {}
+    stock = StockConfig(type(loaded.model), config, changes)
+    (folder / "out").mkdir()
+    write_checkpoint(loaded.model.state_dict(), stock, loaded.model, None, folder / "out", portable=portable)
+    return Written(stock, loaded, config)
+
+
+@pytest.mark.parametrize("name", architectures.CONFIGS)
+def test_a_config_that_was_only_written_again_is_equal(tmp_path: Path, name: str) -> None:
+    written = write(tmp_path, name)
+    assert check_config(written, tmp_path / "out", False).ok
+    assert config_changes(written) == {}
+
+
+def test_a_listed_change_may_differ_and_another_may_not(tmp_path: Path) -> None:
+    changed = {"rms_norm_eps": 2e-6}
+    written = write(tmp_path / "listed", "llama", changed=changed)
+    assert check_config(written, tmp_path / "listed" / "out", False).ok
+    assert config_changes(written) == {"rms_norm_eps": [1e-6, 2e-6]}
+    written = write(tmp_path / "silent", "llama", changed=changed, listed=False)
+    with pytest.raises(MptkError, match=r"rms_norm_eps of config\.json is 2e-06, but 1e-06 in the dense model"):
+        check_config(written, tmp_path / "silent" / "out", False)
+
+
+@pytest.mark.parametrize(("file", "change"), [("config.json", {"use_cache": False}), ("generation_config.json", None)])
+def test_every_field_counts_and_every_file(tmp_path: Path, file: str, change: dict[str, Any] | None) -> None:
+    written = write(tmp_path, "llama")
+    path = tmp_path / "out" / file
+    if change is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(
+        MptkError, match=r"the proof fails at 'config': .*(use_cache|generation_config.json is missing)"
+    ):
+        check_config(written, tmp_path / "out", False)

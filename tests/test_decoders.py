@@ -1,0 +1,80 @@
+"""What is no decoder is refused in one line before any work, by each command that needs one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from typer.testing import CliRunner
+
+from mptk import models
+from mptk.cli import app
+from mptk.errors import MptkError
+
+SMALL = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "num_hidden_layers": 1}
+BERT = BertConfig(**SMALL, vocab_size=99)
+MODELS = {
+    "BertModel": lambda: BertModel(BERT),
+    "BertForMaskedLM": lambda: BertForMaskedLM(BERT),
+    "T5": lambda: T5ForConditionalGeneration(
+        T5Config(d_model=24, d_kv=8, d_ff=40, num_layers=1, num_heads=3, vocab_size=99)
+    ),
+    "ViT": lambda: ViTForImageClassification(ViTConfig(**SMALL, image_size=8, patch_size=4)),
+}
+SAYS = {
+    "BertModel": "BertModel does not predict the next token",
+    "BertForMaskedLM": "BertForMaskedLM does not predict the next token",
+    "T5": "has an encoder and a decoder",
+    "ViT": "ViTForImageClassification does not predict the next token",
+}
+COMMANDS = {
+    "prune": ["prune", "MODEL", "--out", "OUT"],
+    "eval": ["eval", "MODEL", "--data", "TEXT"],
+    "export": ["export", "MODEL", "--out", "OUT"],
+    "bench": ["bench", "MODEL"],
+}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    path = tmp_path_factory.mktemp("model")
+    MODELS[request.param]().save_pretrained(path)
+    return request.param, str(path)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_in_one_line_what_is_possible(
+    folder: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    kind, path = folder
+    monkeypatch.setattr("mptk.models._from_pretrained", lambda *_, **__: pytest.fail("its weights were read"))
+    words = {"MODEL": path, "OUT": str(tmp_path / "out"), "TEXT": __file__}
+    run = CliRunner().invoke(app, [words.get(word, word) for word in COMMANDS[command]])
+    assert isinstance(run.exception, MptkError), run.output
+    line = str(run.exception)
+    assert re.search(f"is no decoder: .*{SAYS[kind]}; `mptk analyze` shows what can be cut", line)
+    assert "\n" not in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_for_decoders_that_looks_at_later_tokens_is_none(tmp_path: Path) -> None:
+    BertLMHeadModel(BERT).save_pretrained(tmp_path)
+    with pytest.raises(MptkError, match="BertLMHeadModel looks at later tokens"):
+        models.load(str(tmp_path), decoder=True)
+    BertLMHeadModel(BertConfig(**SMALL, vocab_size=99, is_decoder=True)).save_pretrained(tmp_path)
+    assert models.load(str(tmp_path), decoder=True)
+
+
+def test_other_uses_of_such_a_model_stay(folder: tuple[str, str]) -> None:
+    assert models.load(folder[1]).model

@@ -1,0 +1,310 @@
+"""Faults, each put into one step or one file, and the stage or the line that must catch it. Nothing is published."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lab import (
+    WINDOW,
+    Edit,
+    Lab,
+    after,
+    all_of,
+    constant,
+    cut_wrongly,
+    fields,
+    remembered,
+    remove,
+    state,
+    swapped,
+    weights,
+)
+
+import mptk
+from mptk.errors import MptkError
+from mptk.learning import Learning
+from mptk.maskprune.train import Training
+from mptk.plan import Plan
+from mptk.program import Program
+from mptk.runtime import OrtDecoder
+from mptk.verification import read_report
+from passes.insert_masks import InsertedMasks
+
+Inject = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with remembered():
+        yield Lab(tmp_path_factory.mktemp("lab"))
+
+
+def test_the_folder_is_sound_and_its_proof_goes_beyond_the_window(lab: Lab) -> None:
+    report = read_report(lab.folder)
+    assert report["proof_length"] == WINDOW + 8
+    assert [d.stage for d in mptk.verify(lab.folder)] == [d["stage"] for d in report["proof"]]
+    assert mptk.verify(lab.copy(lambda folder: None, forged=True)).notes == []
+
+
+# ---- steps that go wrong ----
+
+LAYER = "model.layers.1"
+FFN, ATTENTION = f"{LAYER}.mlp", f"{LAYER}.self_attn"
+
+
+def unmasked(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("mptk.proof.mask", lambda analysis, cut: analysis.program)
+
+
+def untied(patch: pytest.MonkeyPatch) -> None:
+    state_dict = Program.state_dict
+    patch.setattr(
+        Program, "state_dict", lambda p: state_dict(p) | {"lm_head.weight": state_dict(p)["lm_head.weight"] + 1}
+    )
+
+
+def other_state(name: str, size: int) -> Inject:
+    return cut_wrongly(state(name, lambda tensor: swapped(tensor, size)))
+
+
+def written(**changes: Any) -> Inject:
+    """The config as it is written has other values."""
+    return after("mptk.pruning.write_checkpoint", fields("config.json", **changes), 4)
+
+
+STEPS: dict[str, tuple[Inject, str]] = {
+    "wrong slice": (cut_wrongly(state(f"{FFN}.down_proj.weight", lambda w: w.roll(1, 1))), "rewritten graph"),
+    "permuted head": (other_state(f"{ATTENTION}.q_proj.weight", 10), "rewritten graph"),
+    "wrong K group": (other_state(f"{ATTENTION}.k_proj.weight", 10), "rewritten graph"),
+    "wrong V group": (other_state(f"{ATTENTION}.v_proj.weight", 10), "rewritten graph"),
+    "a weight of NaN": (cut_wrongly(state(f"{FFN}.up_proj.weight", lambda w: w * torch.nan)), "stored weights"),
+    "mask not applied": (unmasked, "rewritten graph"),
+    "stale shape constant": (cut_wrongly(constant(10, 9)), r"rewritten graph': it does not run \(shape"),
+    "norms folded twice": (
+        cut_wrongly(state("model.norm.weight", lambda w: w * (len(w) / 48) ** 0.5)),
+        "rewritten graph",
+    ),
+    "tied weight broken": (untied, "are one weight in the stock class but differ"),
+    "rope theta": (written(rope_parameters__rope_theta=1e5), "rope_theta of config.json is 10000.0, but 100000.0"),
+    "window": (written(sliding_window=96), "sliding_window of config.json is 96, but 64"),
+    "epsilon": (written(rms_norm_eps=1e-4), "rms_norm_eps of config.json"),
+    "activation": (written(hidden_act="gelu"), 'hidden_act of config.json is "gelu", but "silu"'),
+    "positions": (written(max_position_embeddings=8), "max_position_embeddings of config.json is 8, but 128"),
+    "end of sequence": (written(eos_token_id=7), "eos_token_id of config.json is 7, but 1"),
+    "begin of sequence": (written(bos_token_id=None), "bos_token_id of config.json is null, but 0"),
+    "type": (written(dtype="bfloat16"), 'dtype of config.json is "bfloat16", but "float32"'),
+    "class": (written(architectures=["LlamaForCausalLM"]), "architectures of config.json"),
+    "a field less for older releases": (written(rope_theta=5.0), "rope_theta of config.json is 5.0, but 10000.0"),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_that_goes_wrong(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    inject, caught = STEPS[name]
+    inject(monkeypatch)
+    before = sorted(p.name for p in lab.root.iterdir())
+    with pytest.raises(MptkError, match=caught) as error:
+        lab.prune(onnx=False)
+    assert "\n" not in str(error.value)
+    assert sorted(p.name for p in lab.root.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["rope theta", "window", "epsilon", "activation"])
+def test_logits_show_a_wrong_config_too(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("mptk.proof.check_config", lambda *_: mptk.proof.Difference("config", 0.0, 0.0, 0.0))
+    STEPS[name][0](monkeypatch)
+    with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint'"):
+        lab.prune(onnx=False)
+
+
+# ---- training ----
+
+
+def scaled_adapters(patch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora.layer import Linear
+
+    delta = Linear.get_delta_weight
+    patch.setattr(Linear, "get_delta_weight", lambda layer, name: 1.01 * delta(layer, name))
+
+
+def swapped_rows(patch: pytest.MonkeyPatch) -> None:
+    from mptk.verification import widened
+
+    def damaged(*arguments: Any) -> dict[str, torch.Tensor]:
+        result = widened(*arguments)
+        name = f"{FFN}.up_proj.weight"
+        kept = arguments[1].families["ffn"].keep[FFN][0][:2] if FFN in arguments[1].families["ffn"].keep else (0, 1)
+        result[name] = result[name].clone()
+        result[name][list(kept)] = result[name][list(kept)[::-1]]
+        return result
+
+    patch.setattr("mptk.pruning.widened", damaged)
+
+
+TRAINING: dict[str, tuple[Inject, str]] = {
+    "adapters merged with 1.01": (scaled_adapters, "learned masks"),
+    "recovery dropped": (lambda p: p.setattr("mptk.pruning.widened", lambda *_: {}), "trained model"),
+    "rows swapped after recovery": (swapped_rows, "trained model"),
+    "masks not folded": (lambda p: p.setattr(InsertedMasks, "folded", lambda *_: {}), "learned masks"),
+}
+LEARNING = Learning(steps=6, mask_share=0.5, rank=4, training=Training(batch=2, micro=2, lr=1e-2))
+LEARNED = {"method": "maskprune", "plan": None, "onnx": False, "families": ("ffn",), "widths": {"ffn": 48}}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_weights_that_are_not_the_trained_ones(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    inject, stage = TRAINING[name]
+    inject(monkeypatch)
+    out = lab.root / f"out{lab.count + 1}"
+    with pytest.raises(MptkError, match=f"the proof fails at '{stage}'"):
+        lab.prune(learning=LEARNING, multiple=8, **LEARNED)
+    assert not out.exists()
+
+
+def test_adapters_merged_wrongly_in_recovery_alone(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled_adapters(monkeypatch)
+    with pytest.raises(MptkError, match="the proof fails at 'trained model'"):
+        lab.prune(learning=LEARNING, onnx=False)
+
+
+# ---- a published folder ----
+
+
+def other_plan(folder: Path) -> None:
+    """Another unit is kept."""
+    plan = Plan.load(folder / "plan.json")
+    ffn = plan.families["ffn"]
+    layer, (row,) = next(iter(ffn.keep.items()))
+    other = next(unit for unit in range(ffn.of) if unit not in row)
+    keep = {**ffn.keep, layer: (tuple(sorted((*row[1:], other))),)}
+    Plan({**plan.families, "ffn": replace(ffn, keep=keep)}, plan.meta).save(folder / "plan.json")
+
+
+def told_plan(folder: Path) -> None:
+    from mptk.api import plan_digest
+
+    fields("report.json", plan_sha256=plan_digest(Plan.load(folder / "plan.json")))(folder)
+
+
+def louder(folder: Path) -> None:
+    """The ONNX graph's weights are 1 % larger."""
+    file = folder / "onnx" / "model.onnx.data"
+    (np.frombuffer(file.read_bytes(), np.float32) * np.float32(1.01)).tofile(file)
+
+
+def zero(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(tensor)
+
+
+def nudged(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """One value of a token's embedding, which the proof's tokens need not hold."""
+    if name.endswith("embed_tokens.weight"):
+        tensor[96, 3] += 0.01
+    return tensor
+
+
+UNTRUE = "in report.json is not true"
+PLAIN: dict[str, tuple[Edit, str]] = {
+    "data file missing": (remove("onnx/model.onnx.data"), "onnx/model.onnx.data is missing in .* since"),
+    "onnx folder deleted": (remove("onnx"), "onnx/model.onnx is missing in .* since"),
+    "tokenizer changed": (fields("tokenizer_config.json", eos_token="w1"), "tokenizer_config.json in .* was changed"),
+    "generation config": (fields("generation_config.json", eos_token_id=5), "generation_config.json in .* was changed"),
+    "plan edited": (other_plan, "plan.json in .* was changed"),
+    "report edited": (fields("report.json", sparsity=0.9), "report.json in .* was changed"),
+    "file added": (lambda folder: (folder / "extra.py").touch(), "extra.py was added in .* since"),
+    "no manifest": (remove("mptk.json"), "has no mptk.json that lists its files"),
+}
+FORGED: dict[str, tuple[Edit, str]] = {
+    "data file missing": (remove("onnx/model.onnx.data"), "lacks onnx/model.onnx.data, which its report names"),
+    "onnx folder deleted": (remove("onnx"), "lacks onnx/model.onnx, which its report names"),
+    "onnx folder deleted, list edited": (remove("onnx", told=True), f"settings.onnx {UNTRUE}: it says true"),
+    "onnx of other weights": (louder, "the proof fails at 'ONNX Runtime prefill'"),
+    "file added": (lambda folder: (folder / "extra.txt").touch(), f"files {UNTRUE}"),
+    "weights changed": (weights(nudged, told=False), f"weights_sha256 {UNTRUE}"),
+    "weights and digest changed": (weights(nudged), "the proof fails at 'stored weights'"),
+    "weights zeroed, called a graph": (
+        all_of(weights(zero), fields("report.json", settings__target="graph")),
+        f'settings.target {UNTRUE}: it says "graph", the folder and its plan give "stock"',
+    ),
+    "weights zeroed, made a graph": (
+        all_of(
+            weights(zero),
+            remove("config.json", told=True),
+            fields("report.json", settings__target="graph", config_changes={}),
+        ),
+        "the proof fails at 'stored weights'",
+    ),
+    "families": (fields("report.json", families__ffn__width=80), f"families {UNTRUE}"),
+    "sparsity": (fields("report.json", sparsity=0.9), f"sparsity {UNTRUE}: it says 0.9"),
+    "cost": (fields("report.json", cost__pruned__flops=1), f"cost.pruned {UNTRUE}"),
+    "called trained": (fields("report.json", trained=["model.norm.weight"]), f"trained {UNTRUE}"),
+    "changes": (fields("report.json", config_changes={}), f"config_changes {UNTRUE}"),
+    "quantised": (
+        fields("report.json", quantized={"int8": {"file": "onnx/model_int8.onnx", "bytes": 9}}),
+        f"quantized {UNTRUE}",
+    ),
+    "tokens": (fields("report.json", proof_tokens=[[97] * 40]), "proof_tokens in report.json are no rows of token ids"),
+    "a word less": (fields("report.json", cost=None), "report.json in .* is not as `mptk prune` writes it"),
+    "another dense model": (fields("report.json", model_sha256="0" * 64), "is not the dense model that was pruned"),
+    "plan": (other_plan, f"plan_sha256 {UNTRUE}"),
+    "plan and its digest": (all_of(other_plan, told_plan), "the proof fails at 'stored weights'"),
+    "config": (
+        fields("config.json", max_position_embeddings=8),
+        "max_position_embeddings of config.json is 8, but 128",
+    ),
+    "generation config": (
+        fields("generation_config.json", eos_token_id=5),
+        "eos_token_id of generation_config.json is 5, but 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_folder_that_was_edited(lab: Lab, name: str) -> None:
+    edit, line = PLAIN[name]
+    with pytest.raises(MptkError, match=line) as error:
+        mptk.verify(lab.copy(edit, forged=False))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_folder_that_was_edited_with_a_manifest_that_fits(lab: Lab, name: str) -> None:
+    edit, line = FORGED[name]
+    with pytest.raises(MptkError, match=line) as error:
+        mptk.verify(lab.copy(edit, forged=True))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("from_position", [1, WINDOW])
+def test_decoding_with_positions_that_are_one_too_far(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, from_position: int
+) -> None:
+    """Also if they are so from the window on alone."""
+    feeds = OrtDecoder.feeds
+
+    def shifted(self: OrtDecoder, ids: Any, mask: Any, cache: Any) -> Any:
+        given = feeds(self, ids, mask, cache)
+        if cache.length >= from_position:
+            positions = given["position_ids"].numpy() + 1
+            given["position_ids"] = type(given["position_ids"]).ortvalue_from_numpy(positions)
+        return given
+
+    monkeypatch.setattr(OrtDecoder, "feeds", shifted)
+    with pytest.raises(MptkError, match="the proof fails at 'ONNX Runtime decode'"):
+        mptk.verify(lab.folder)
+
+
+def test_what_the_proof_does_not_reach_is_said_with_the_option_that_does(lab: Lab) -> None:
+    (note,) = mptk.verify(lab.folder, proof_length=WINDOW).notes
+    assert note == (
+        "the proof stops before position 64, where this model has a window or threshold; --proof-length 72 covers it"
+    )
+    assert mptk.verify(lab.folder, proof_length=72).notes == []
+    assert dataclasses.asdict(lab.settings)["proof_length"] == 1024

@@ -1,0 +1,82 @@
+"""JSON that every reader takes, and the manifest of a published folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from mptk.errors import MptkError
+from mptk.files import json_text, write_json
+from mptk.manifest import check_manifest, read_manifest, update_manifest
+from passes.emit_hf import publish
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_json_has_null_for_what_is_no_number() -> None:
+    content = {"a": [1.5, math.nan, (math.inf, -math.inf)], "b": {"c": math.nan}, "d": "NaN", "e": True}
+    found = json.loads(json_text(content), parse_constant=lambda name: pytest.fail(name))
+    assert found == {"a": [1.5, None, [None, None]], "b": {"c": None}, "d": "NaN", "e": True}
+
+
+def test_all_json_is_written_by_the_one_helper() -> None:
+    writers = [
+        f"{path.relative_to(ROOT)}"
+        for package in ("mptk", "passes")
+        for path in (ROOT / package).rglob("*.py")
+        if re.search(r"json\.dumps?\(", path.read_text())
+    ]
+    assert sorted(writers) == ["mptk/configs.py", "mptk/files.py"]  # the first one prints values in its errors
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    with publish(tmp_path / "out") as folder:
+        (folder / "onnx").mkdir()
+        (folder / "onnx" / "model.onnx").write_bytes(b"graph")
+        (folder / "report.json").write_text("{}")
+    return tmp_path / "out"
+
+
+def test_the_manifest_lists_every_file_with_its_digest(folder: Path) -> None:
+    files = read_manifest(folder)
+    assert set(files) == {"onnx/model.onnx", "report.json"}
+    assert files["onnx/model.onnx"] == hashlib.sha256(b"graph").hexdigest()
+    check_manifest(folder)
+
+
+def test_every_difference_is_named(folder: Path) -> None:
+    (folder / "onnx" / "model.onnx").write_bytes(b"grape")
+    with pytest.raises(MptkError, match=r"onnx/model\.onnx in .* was changed"):
+        check_manifest(folder)
+    (folder / "onnx" / "more").symlink_to("/nowhere")
+    with pytest.raises(MptkError, match="onnx/more was added"):
+        check_manifest(folder)
+    (folder / "report.json").unlink()
+    with pytest.raises(MptkError, match=r"report\.json is missing"):
+        check_manifest(folder)
+
+
+def test_a_file_that_comes_later_is_taken_in_and_hides_nothing(folder: Path) -> None:
+    for number in (1, 2):
+        write_json(folder / "bench.json", {"rows": number})
+        update_manifest(folder, "bench.json")
+        check_manifest(folder)
+    (folder / "report.json").write_text("{ }")
+    update_manifest(folder, "bench.json")
+    with pytest.raises(MptkError, match=r"report\.json in .* was changed"):
+        check_manifest(folder)
+
+
+def test_a_marker_of_an_earlier_version_lists_nothing(folder: Path) -> None:
+    (folder / "mptk.json").write_text('{"format": "mptk-output/1"}')
+    with pytest.raises(MptkError, match=r"has no mptk\.json that lists its files; write the folder again"):
+        check_manifest(folder)
+    with publish(folder) as new:
+        (new / "second").touch()
+    check_manifest(folder)

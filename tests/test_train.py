@@ -1,0 +1,80 @@
+"""The training loop: what a step's gradient is of, and what a stopped run goes on with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import architectures
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mptk.maskprune.losses import Weights
+from mptk.maskprune.train import Loop, Training
+from mptk.maskprune.work import WorkFolder
+from mptk.processes import accelerator
+
+WINDOWS = architectures.tokens(8, 9)
+
+
+class Drawing(nn.Module):
+    """A student that draws random numbers in its forward pass."""
+
+    def __init__(self, noise: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head, self.noise = nn.Embedding(97, 12), nn.Linear(12, 97), noise
+
+    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+        x = self.embed(input_ids)
+        return SimpleNamespace(logits=self.head(x + self.noise * torch.randn(x.shape)))
+
+
+def loop(tmp_path: Path, name: str, *, micro: int = 4, noise: float = 0.0, steps: int = 4) -> Loop:
+    training = Training(batch=4, micro=micro, lr=1e-2, save_every=1, losses=Weights(kl=0.0))
+    work = WorkFolder(tmp_path / name, {}, resume=True)
+    return Loop(
+        accelerator("no"), Drawing(noise), lambda _: (None, None), WINDOWS, steps, training, phase="masks", work=work
+    )
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_a_step_is_of_its_batch_however_that_is_divided(tmp_path: Path, micro: int) -> None:
+    whole, _ = loop(tmp_path, "whole")._step(0)
+    parts, _ = loop(tmp_path, "parts", micro=micro)._step(0)
+    for name in ("loss", "lm", "gradient"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-5)
+
+
+def test_random_numbers_go_on_where_a_stopped_run_left_them(tmp_path: Path) -> None:
+    def losses() -> list[float]:
+        seen: list[float] = []
+        one = loop(tmp_path, "run", noise=1.0)
+
+        one.progress = lambda done, total, metrics: seen.append(metrics["loss"])
+        one.run()
+        return seen
+
+    whole = losses()
+    (tmp_path / "run.run" / "masks-00000004.safetensors").unlink()
+    torch.manual_seed(99)  # as another process would begin
+    assert losses() == whole[3:]
+
+
+def test_a_checkpoint_that_was_stopped_half_way_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = WorkFolder(tmp_path / "out", {}, resume=True)
+    work.checkpoint("masks", 1, {"x": torch.ones(3)})
+
+    def half(tensors: Any, path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mptk.maskprune.work.save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        work.checkpoint("masks", 2, {"x": torch.zeros(3)})
+    step, found = work.latest("masks") or (0, {})
+    assert (step, found["x"].tolist()) == (1, [1.0, 1.0, 1.0])

@@ -1,0 +1,198 @@
+"""A folder is data: nothing in it makes mptk run code, fetch something, or load another model than the user means."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from test_pruning import llama_config, save
+from transformers import LlamaForCausalLM
+
+import mptk
+from mptk import models
+from mptk.errors import MptkError
+from mptk.files import write_json
+from mptk.learning import Learning
+from mptk.manifest import write_manifest
+from mptk.maskprune.train import Training
+from mptk.recovery import recover
+from mptk.verification import read_report
+
+SETTINGS = mptk.Settings(
+    method="magnitude",
+    widths={"ffn": 64},
+    families=("ffn",),
+    samples=2,
+    length=16,
+    onnx=False,
+    eval_length=16,
+    multiple=8,
+)
+CONFIG = """
+from transformers import LlamaConfig
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+"""
+MODEL = """
+from pathlib import Path
+
+from transformers import LlamaForCausalLM
+
+from .configuration_own import OwnConfig
+
+Path(RAN).touch()
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def edit(folder: Path, **changes: object) -> None:
+    """Change the report and make the manifest fit, as whoever sends a folder could."""
+    write_json(folder / "report.json", {**read_report(folder), **changes})
+    write_manifest(folder)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("dense")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where transformers copies a model's own code to."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
+        yield
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with its own class, whose code leaves a file ``ran``."""
+    folder = tmp_path_factory.mktemp("own")
+    save(LlamaForCausalLM(llama_config()), folder)
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config |= {"model_type": "own_llama", "auto_map": code, "architectures": ["OwnForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "configuration_own.py").write_text(CONFIG)
+    (folder / "modeling_own.py").write_text(MODEL.replace("RAN", repr(str(folder.parent / "ran"))))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pruned(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    mptk.prune(str(dense), out, SETTINGS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def own_pruned(own: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("own-pruned") / "out"
+    with pytest.raises(MptkError, match="needs Python code of its own"):
+        mptk.prune(str(own), out, SETTINGS)
+    assert not (own.parent / "ran").exists()
+    mptk.prune(str(own), out, mptk.Settings(**{**vars(SETTINGS), "trust_remote_code": True}))
+    return out
+
+
+def test_a_model_of_its_own_class_is_pruned_proven_and_loads(own_pruned: Path) -> None:
+    assert {"modeling_own.py", "configuration_own.py"} <= set(read_report(own_pruned)["files"])
+    model = models.load(str(own_pruned), trust_remote_code=True).model
+    assert type(model).__name__ == "OwnForCausalLM"
+    assert model.config.intermediate_size == 64
+    assert all(d.ok for d in mptk.verify(own_pruned, trust_remote_code=True))
+
+
+def test_a_folder_cannot_trust_itself(own: Path, own_pruned: Path, tmp_path: Path) -> None:
+    assert read_report(own_pruned)["settings"]["trust_remote_code"]
+    (own.parent / "ran").unlink(missing_ok=True)
+    for run in (
+        lambda: mptk.verify(own_pruned),
+        lambda: recover(own_pruned, tmp_path / "out", Learning(steps=2), data="self"),
+    ):
+        with pytest.raises(MptkError, match="needs Python code of its own"):
+            run()
+    assert not (own.parent / "ran").exists()
+
+
+def test_code_that_is_not_the_dense_models_is_not_run_however_much_the_user_trusts_that(
+    own: Path, own_pruned: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(own_pruned, copy)
+    with (copy / "modeling_own.py").open("a") as file:
+        file.write(f"\nPath({str(tmp_path / 'evil')!r}).touch()\n")
+    write_manifest(copy)
+    with pytest.raises(MptkError, match=r"modeling_own.py is not the dense model's code"):
+        mptk.verify(copy, trust_remote_code=True)
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_of_another_repository_is_not_fetched(own_pruned: Path, tmp_path: Path, name: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(own_pruned, copy)
+    code = {"AutoConfig": "evil/repo--own.OwnConfig", "AutoTokenizer": [None, "evil/repo--own.OwnTokenizer"]}
+    write_json(copy / name, json.loads((copy / name).read_text()) | {"auto_map": code})
+    write_manifest(copy)
+    with pytest.raises(MptkError, match=f"{name} asks for code of another repository, evil/repo--own"):
+        mptk.verify(copy, trust_remote_code=True)
+
+
+def test_recover_of_a_model_of_its_own_class(own_pruned: Path, tmp_path: Path) -> None:
+    learning = Learning(steps=2, rank=2, training=Training(batch=2, micro=2))
+    changes = {"length": 16, "samples": 2, "eval_length": 16}
+    report = recover(own_pruned, tmp_path / "out", learning, trust_remote_code=True, **changes)
+    assert "trained model" in [d["stage"] for d in report["proof"]]
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("someone/a-model", "someone/a-model is not on this machine, and a folder's word brings nothing here"),
+        ("smollm2-135m", "smollm2-135m is not on this machine"),
+        ("OTHER", "is not the dense model that was pruned: its files differ"),
+        ("MOVED", "is not on this machine"),
+    ],
+)
+def test_what_the_report_names_is_neither_fetched_nor_believed(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, message: str
+) -> None:
+    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("mptk.models._from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    other = LlamaForCausalLM(llama_config())
+    save(other, tmp_path / "OTHER")
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1
+    other.save_pretrained(tmp_path / "OTHER")
+    copy = tmp_path / "copy"
+    shutil.copytree(pruned, copy)
+    edit(copy, model=str(tmp_path / named) if named.isupper() else named)
+    for run in (lambda: mptk.verify(copy), lambda: recover(copy, tmp_path / "out", Learning(steps=2))):
+        with pytest.raises(MptkError, match=message):
+            run()
+
+
+def test_a_dense_model_that_moved_is_named_by_the_user(dense: Path, pruned: Path, tmp_path: Path) -> None:
+    report = read_report(pruned)
+    assert Path(report["model"]).is_absolute()
+    copy, moved = tmp_path / "copy", tmp_path / "moved"
+    shutil.copytree(pruned, copy)
+    shutil.copytree(dense, moved)
+    edit(copy, model="/nowhere/at/all")
+    with pytest.raises(MptkError, match="give --model"):
+        mptk.verify(copy)
+    assert mptk.verify(copy, model=str(moved))
+    with pytest.raises(MptkError, match="its files differ"):
+        mptk.verify(copy, model=str(pruned))

@@ -25,6 +25,7 @@ from mptk.plan import Plan
 from mptk.program import Program
 from passes import group
 from passes.check_cut import check_cut, in_float32
+from passes.check_quantized import check_quantized
 from passes.emit_hf import check_replaceable, publish
 from passes.emit_onnx import emit_onnx
 from passes.fold_norms import fold_norms
@@ -175,6 +176,7 @@ def export_folder(
 
     Raises:
         MptkError: as ``export``; or ``out`` exists and was not made by mptk.
+        ProofError: a quantised weight is further from the float one than rounding brings it.
     """
     say = progress or (lambda *_: None)
     check_replaceable(Path(out))
@@ -188,6 +190,9 @@ def export_folder(
         say("export ONNX", 0, 0)
         how: dict[str, Any] = {"logits": logits, "quantize": quantize, "text": windows, "objective": objective}
         export(loaded.model, folder / "onnx", **how, source=model)
+        for scheme in quantize:
+            say(f"check {scheme}", 0, 0)
+            check_quantized(folder / "onnx" / "model.onnx", folder / "onnx" / f"model_{scheme}.onnx", scheme)
         loaded.model.config.save_pretrained(folder)
         if loaded.model.generation_config is not None:
             loaded.model.generation_config.save_pretrained(folder)

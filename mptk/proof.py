@@ -18,13 +18,14 @@ from torch import Tensor
 from mptk import models
 from mptk.configs import check_code, check_config
 from mptk.cut import resolve_plan
-from mptk.errors import MptkError
+from mptk.errors import MptkError, ProofError
 from mptk.families import Analysis
 from mptk.plan import Plan
 from mptk.program import Program
 from mptk.runtime import OrtDecoder
 from mptk.stock import Written
 from passes.borders import Reach, reach
+from passes.check_quantized import DIVERGENCES, check_quantized, divergence
 from passes.mask import mask
 from passes.verify import RUNTIME_TOLERANCE, TOLERANCE, Difference, Logits, difference, prove
 
@@ -77,16 +78,40 @@ def prove_folder(
     exact.append(weights_stage(stored, expected))
     if (folder / "onnx").is_dir():
         stages |= onnx_stages(folder / "onnx", crossed)
-    return [*exact, *prove(claim.masked(), stages, *batches)]
+    found = [*exact, *prove(claim.masked(), stages, *batches)]
+    return [*found, *quantized_stages(folder / "onnx", batches)] if all(d.ok for d in found) else found
 
 
 def onnx_stages(folder: Path, crossed: Sequence[int]) -> dict[str, tuple[Logits, float]]:
-    """The float graph's stages. A quantised graph's own stage belongs here, from its file and the float graph's."""
+    """The float graph's stages."""
     decoder = OrtDecoder(folder)
     return {
         "ONNX Runtime prefill": (lambda ids: torch.from_numpy(decoder.prefill(ids.numpy())[0]), RUNTIME_TOLERANCE),
         "ONNX Runtime decode": (lambda ids: decoded(decoder, ids, crossed), RUNTIME_TOLERANCE),
     }
+
+
+def quantized_stages(folder: Path, batches: Sequence[Tensor]) -> list[Difference]:
+    """Of each quantised graph the weights, as a share of what rounding may do, and the logits, in nats a token.
+
+    Raises:
+        ProofError: a graph cannot be read or run, or a weight is further away than rounding brings it.
+    """
+    found = []
+    for file in sorted(folder.glob("model_*.onnx")):
+        scheme = file.stem.removeprefix("model_")
+        try:
+            share = check_quantized(folder / "model.onnx", file, scheme)
+            pairs = [(OrtDecoder(file).torch_logits(ids), OrtDecoder(folder).torch_logits(ids)) for ids in batches]
+        except MptkError:
+            raise
+        except Exception as error:  # ONNX and ONNX Runtime share no error class
+            reason = str(error).strip().partition("\n")[0]
+            raise ProofError(f"the proof fails at '{scheme} weights': {file.name} does not run ({reason})") from error
+        apart = max(divergence(*pair) for pair in pairs)
+        found.append(Difference(f"{scheme} weights", share, share, 1.0))
+        found.append(Difference(f"{scheme} logits", apart, apart, DIVERGENCES[scheme]))
+    return found
 
 
 def decoded(decoder: OrtDecoder, ids: Tensor, crossed: Sequence[int] = ()) -> tuple[Tensor, list[int]]:
@@ -117,7 +142,7 @@ def weights_stage(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
     worst = Difference("stored weights", 0.0, 0.0, EXACT)
     for name in sorted(stored.keys() | expected.keys()):
         if name not in stored or name not in expected or stored[name].shape != expected[name].shape:
-            raise MptkError(f"the proof fails at 'stored weights': {name} is missing or of another shape; prune again")
+            raise ProofError(f"the proof fails at 'stored weights': {name} is missing or of another shape; prune again")
         if stored[name].numel():
             found = tensor_difference(stored[name], expected[name])
             worst = found if not found.relative <= worst.relative else worst
@@ -153,13 +178,13 @@ def find_reach(claim: Claim, config: Any, bound: int) -> Reach:
 
 
 def require(proof: Sequence[Difference], remedy: str) -> None:
-    """Raise MptkError for the first stage above its tolerance, with what to do about it."""
+    """Raise ProofError for the first stage above its tolerance, with what to do about it."""
     for d in proof:
         if d.failure:
-            raise MptkError(f"the proof fails at '{d.stage}': it does not run ({d.failure}); {remedy}")
+            raise ProofError(f"the proof fails at '{d.stage}': it does not run ({d.failure}); {remedy}")
         if not d.ok:
             what = "weights differ" if d.stage == "stored weights" else "logits differ"
-            raise MptkError(
+            raise ProofError(
                 f"the proof fails at '{d.stage}': {what} by {d.max_abs:.2g} ({d.relative:.1e} of the largest, "
                 f"tolerance {d.tolerance:.0e}); {remedy}"
             )

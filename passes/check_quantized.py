@@ -67,33 +67,39 @@ def _eight(codes: npt.NDArray[np.generic], apart: Floats) -> Floats:
     return np.asarray(apart / np.where((codes == 0) | (codes == 255), 2 * HALF, HALF))
 
 
-def check_quantized(source: Path, file: Path) -> float:
-    """Compare ``file``, a ``model_SCHEME.onnx``, with ``source``, its ``model.onnx``.
+def check_quantized(source: Path, file: Path, scheme: str) -> float:
+    """Compare ``file``, the graph of a scheme of ``quantize_onnx``, with ``source``, its ``model.onnx``.
 
-    Returns the largest deviation as a share of what is allowed, at most 1.
+    Returns the largest deviation as a share of what is allowed.
 
     Raises:
-        ProofError: a weight is missing or further from the float one; the message names it.
+        ProofError: a weight is missing or further from the float one than rounding brings it; the message names it.
     """
     quantized = ir.load(file)
-    if quantized.metadata_props.get("quantization") == "fp16":
-        return _check_halves(ir.load(source), quantized)
+    worst = _check_halves(ir.load(source), quantized) if scheme == "fp16" else _check_blocks(source, quantized, scheme)
+    name = max(worst, key=worst.__getitem__)
+    if not worst[name] <= 1:
+        _fail(scheme, f"{name} is {worst[name]:.1f} times as far from the float weight as rounding brings it")
+    return worst[name]
+
+
+def _fail(scheme: str, what: str) -> None:
+    raise ProofError(f"the proof fails at '{scheme} weights': {what}; quantise the model again")
+
+
+def _check_blocks(source: Path, quantized: ir.Model, scheme: str) -> dict[str, float]:
+    """Constant → its largest deviation, as a share of what is allowed, in a graph whose products are in blocks."""
     rounded = {_name(node): read(node) for node in quantized.graph if node.op_type == "MatMulNBits"}
     model = read_float(source)
     products, _ = evened(model, source)
     weights = {_weight_name(node): weight_of(node) for node in model.graph if node.name in products}
     if missing := weights.keys() ^ rounded.keys():
-        raise ProofError(f"{file.name}: {min(missing)} is a product of one graph alone; quantise the model again")
+        _fail(scheme, f"{min(missing)} is a weight of one graph alone")
+    if not all(rounded[name].values.shape == weight.shape for name, weight in weights.items()):
+        _fail(scheme, "a weight is of another size")
     _reorder(model, rounded, weights)
     worst = {name: float(rounded[name].deviations(weight).max()) for name, weight in weights.items()}
-    worst |= _check_lookup(model, quantized) | _check_rest(model, quantized)
-    name = max(worst, key=worst.__getitem__)
-    if not worst[name] <= 1:
-        raise ProofError(
-            f"{file.name}: a block of {name} is {worst[name]:.1f} times as far from the float weight as rounding could "
-            "bring it; quantise the model again"
-        )
-    return worst[name]
+    return worst | _check_lookup(model, quantized) | _check_rest(model, quantized)
 
 
 def divergence(logits: Tensor, reference: Tensor) -> float:
@@ -183,21 +189,18 @@ def _check_rest(model: ir.Model, quantized: ir.Model) -> dict[str, float]:
     return worst
 
 
-def _check_halves(source: ir.Model, quantized: ir.Model) -> float:
-    """Every float32 constant of the source is there as the nearest float16, or as it was."""
+def _check_halves(source: ir.Model, quantized: ir.Model) -> dict[str, float]:
+    """Every float32 constant of the source → how far the graph's is, as a share of the distance to the next float16."""
     worst = {}
-    halves = quantized.graph.initializers
     for name, value in source.graph.initializers.items():
         assert value.const_value is not None
         if value.const_value.dtype is not ir.DataType.FLOAT:
             continue
-        found = halves[name].const_value if name in halves else None
-        if found is None:
-            raise ProofError(f"the float16 graph has no {name}; quantise the model again")
+        other = quantized.graph.initializers.get(name)
+        if other is None or other.const_value is None:
+            _fail("fp16", f"{name} is missing")
+            break
         exact = value.const_value.numpy().clip(-LARGEST, LARGEST)
-        allowed = np.maximum(np.abs(exact) * HALVES, LEAST)
-        worst[name] = float(np.nan_to_num(np.abs(found.numpy().astype(np.float32) - exact) / allowed, nan=np.inf).max())
-    name = max(worst, key=worst.__getitem__)
-    if not worst[name] <= 1:
-        raise ProofError(f"{name} is not the float16 next to the float32 number; quantise the model again")
-    return worst[name]
+        apart = np.abs(other.const_value.numpy().astype(np.float32) - exact)
+        worst[name] = float(np.nan_to_num(apart / np.maximum(np.abs(exact) * HALVES, LEAST), nan=np.inf).max())
+    return worst

@@ -102,7 +102,8 @@ def quantized_stages(folder: Path, batches: Sequence[Tensor]) -> list[Difference
         scheme = file.stem.removeprefix("model_")
         try:
             share = check_quantized(folder / "model.onnx", file, scheme)
-            pairs = [(OrtDecoder(file).torch_logits(ids), OrtDecoder(folder).torch_logits(ids)) for ids in batches]
+            small, full = OrtDecoder(file), OrtDecoder(folder)
+            pairs = [[torch.from_numpy(g.logits(ids.numpy())) for g in (small, full)] for ids in batches]
         except MptkError:
             raise
         except Exception as error:  # ONNX and ONNX Runtime share no error class

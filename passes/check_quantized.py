@@ -53,13 +53,19 @@ class Rounded:
 
     def deviations(self, weight: Floats) -> Floats:
         """How far each output is from ``weight``, as a share of what is allowed, [outputs]."""
-        apart: Floats = np.nan_to_num(np.abs(self.values - weight) / self.steps, nan=np.inf)
+        apart = _in_steps(self.values - weight, self.steps)
         if self.bits == 8:
             return np.asarray(_eight(self.codes, apart).max(axis=0))
         whole = np.sqrt(np.square(apart).mean()) / WHOLE
         padded = np.pad(apart, ((0, -len(apart) % self.block), (0, 0))).reshape(-1, self.block, apart.shape[1])
         blocks = np.sqrt(np.square(padded).mean(axis=1)).max(axis=0) / PART
         return np.asarray(np.maximum(blocks, whole))
+
+
+def _in_steps(difference: Floats, steps: Floats) -> Floats:
+    """A difference in steps; none of a block of zeros, whose step may be 0. NaN is infinitely far away."""
+    least = np.finfo(np.float32).tiny
+    return np.asarray(np.nan_to_num(np.abs(difference) / np.maximum(np.abs(steps), least), nan=np.inf))
 
 
 def _eight(codes: npt.NDArray[np.generic], apart: Floats) -> Floats:
@@ -119,7 +125,7 @@ def read(node: ir.Node) -> Rounded:
         packed = _array(node, 3).reshape(outputs, -1)
         zeros = _codes(packed, bits)[:, : codes.shape[1], None]
     values = (scales * (codes.astype(np.float32) - zeros)).reshape(outputs, -1)
-    steps = np.broadcast_to(np.abs(scales), codes.shape).reshape(outputs, -1)
+    steps = np.broadcast_to(scales, codes.shape).reshape(outputs, -1)
     flat = codes.reshape(outputs, -1)
     return Rounded(flat[:, :inputs].T, values[:, :inputs].T, steps[:, :inputs].T, bits, block)
 
@@ -172,7 +178,7 @@ def _check_lookup(model: ir.Model, quantized: ir.Model) -> dict[str, float]:
         blocks = constants[f"{name}_Q8" if f"{name}_Q8" in constants else f"{name}.T_Q8"].astype(np.float32)
         flat = (blocks, scales * (blocks - ZERO), np.broadcast_to(scales, blocks.shape))
         codes, values, steps = (array.reshape(len(exact), -1)[:, : exact.shape[1]] for array in flat)
-        worst[name] = float(_eight(codes, np.nan_to_num(np.abs(values - exact) / steps, nan=np.inf)).max())
+        worst[name] = float(_eight(codes, _in_steps(values - exact, steps)).max())
     return worst
 
 

@@ -58,7 +58,7 @@ def once(function: Callable[..., Any], key: Callable[..., Any]) -> Callable[...,
 
 
 class Lab:
-    """A dense model, a plan for it, and a folder that was published with ONNX."""
+    """A dense model, a plan for it, and a folder that was published with ONNX, quantised too."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.count = root, 0
@@ -86,7 +86,7 @@ class Lab:
         self.settings = mptk.Settings(
             method="wanda", plan=str(root / "plan.json"), data=str(text), samples=3, length=40, eval_length=40
         )
-        self.folder = self.prune()
+        self.folder = self.prune(quantize=("int8", "int4"))
 
     def prune(self, **changes: Any) -> Path:
         self.count += 1

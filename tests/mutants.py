@@ -38,6 +38,63 @@ ROOT = Path(__file__).parents[1]
 TREE = ("mptk", "passes", "tests", "benchmarks", "docs", "examples", "README.md", "CONTRIBUTING.md", "pyproject.toml")
 LIMIT_S = 400
 
+RANDOM = tuple(f"test_random_programs.py::test_a_program_is_cut_right_or_refused_by_name[{i}]" for i in range(3))
+CUTS = ("test_soundness.py", "test_check_cut.py", "test_rewrite.py", *RANDOM, "test_rules.py")
+SUBJECTS: dict[str, tuple[str, ...]] = {
+    "mptk/axes.py": ("test_axes.py", *CUTS),
+    "mptk/cut.py": ("test_plan.py", *CUTS),
+    "passes/rewrite.py": CUTS,
+    "passes/mask.py": CUTS,
+    "passes/fold_norms.py": ("test_fold_norms.py", "test_check_cut.py", "test_legalize.py"),
+    "passes/exactness.py": ("test_soundness.py", "test_exactness.py", *RANDOM, "test_rules.py"),
+    "passes/aliasing.py": ("test_soundness.py", *RANDOM, "test_rules.py"),
+    "passes/check_cut.py": ("test_check_cut.py",),
+    "passes/verify.py": ("test_verify.py", "test_faults.py"),
+    "mptk/maskprune/solver.py": ("test_solver.py", "test_maskprune.py"),
+    "mptk/proof.py": ("test_borders.py", "test_faults.py"),
+    "mptk/verification.py": ("test_trust.py", "test_faults.py"),
+    "mptk/manifest.py": ("test_files.py", "test_emit_hf.py", "test_trust.py"),
+    "mptk/configs.py": ("test_configs.py", "test_faults.py"),
+    "mptk/checkpoint.py": ("test_checkpoint.py", "test_emit_hf.py"),
+    "passes/emit_hf.py": ("test_emit_hf.py",),
+}
+"""File → what is to notice its mutants, in this order, under ``tests/``."""
+
+EXCHANGED``). Each is tested in a copy of the
+tree, by the test files beside its module, the quick ones first. ``ALLOWED`` has survivors that no test can tell apart.
+A run goes on where it was stopped: mutants that FILE has already are not tested again.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import Queue
+from subprocess import PIPE, Popen
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.common import result_header, write_result
+from tests.mutants_allowed import ALLOWED
+
+ROOT = Path(__file__).parents[1]
+TREE = ("mptk", "passes", "tests", "benchmarks", "docs", "examples", "README.md", "CONTRIBUTING.md", "pyproject.toml")
+LIMIT_S = 400
+
 CUTS = ("test_soundness", "test_check_cut", "test_rewrite", "test_rules", "test_families", "test_random_programs")
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "mptk/axes.py": ("test_axes", "test_plan", *CUTS),
@@ -146,7 +203,7 @@ def test_one(copy: Path, mutant: Mutant, worker: Popen[str]) -> str:
     try:
         assert worker.stdin is not None
         assert worker.stdout is not None
-        files = [f"tests/{name}.py" for name in SUBJECTS[mutant.path]]
+        files = [f"tests/{name}" for name in SUBJECTS[mutant.path]]
         worker.stdin.write(json.dumps(files) + "\n")
         worker.stdin.flush()
         return worker.stdout.readline().strip()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from graph_damage import Damage, damaged, garbage_block, one_code
 from tiny_decoders import CONFIGS, GROUPED, tiny_decoder
 
 from mptk.errors import ProofError
@@ -49,21 +49,6 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Damage = Callable[[np.ndarray], np.ndarray]
-
-
-def garbage_block(codes: np.ndarray) -> np.ndarray:
-    codes = codes.copy()
-    codes[3, 0] = np.random.default_rng(0).integers(0, 256, codes[3, 0].shape)
-    return codes
-
-
-def one_code(codes: np.ndarray) -> np.ndarray:
-    codes = codes.copy()
-    codes[3, 0, 5] ^= 1
-    return codes
-
-
 def nan_once(scales: np.ndarray) -> np.ndarray:
     scales = scales.copy()
     scales.flat[7] = np.nan
@@ -84,20 +69,6 @@ DAMAGES: dict[str, tuple[str, str, Damage]] = {
     "fp16 weight": ("fp16", "val_140", lambda a: a * np.float16(1.01)),
     "fp16 NaN": ("fp16", "val_140", lambda a: np.where(a == a.max(), np.float16(np.nan), a)),
 }
-
-
-def damaged(file: Path, ending: str, damage: Damage) -> Path:
-    """The graph with one constant, whose name has ``ending``, damaged."""
-    model = ir.load(file)
-    ir.external_data.load_to_model(model)
-    name = next(n for n in model.graph.initializers if n.endswith(ending))
-    value = model.graph.initializers[name]
-    assert value.const_value is not None
-    array = damage(value.const_value.numpy())
-    assert array.shape == tuple(value.const_value.shape.numpy())
-    value.const_value = ir.Tensor(np.ascontiguousarray(array), name=name)
-    ir.save(model, file, external_data=f"{file.name}.data")
-    return file
 
 
 @pytest.mark.parametrize("name", DAMAGES)

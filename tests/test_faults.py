@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from graph_damage import Damage, damaged, garbage_block, one_code
 from lab import (
     WINDOW,
     Edit,
@@ -210,6 +211,25 @@ def nudged(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def quantised(scheme: str, ending: str, damage: Damage) -> Edit:
+    """A constant of a quantised graph damaged."""
+    return lambda folder: damaged(folder / "onnx" / f"model_{scheme}.onnx", ending, damage) and None
+
+
+def noise(folder: Path) -> None:
+    """Two fifths of the int8 graph's numbers are noise."""
+    file = folder / "onnx" / "model_int8.onnx.data"
+    content = bytearray(file.read_bytes())
+    size = len(content) * 2 // 5
+    content[-size:] = np.random.default_rng(0).bytes(size)
+    file.write_bytes(content)
+
+
+def no_graph(folder: Path) -> None:
+    file = folder / "onnx" / "model_int4.onnx"
+    file.write_bytes(np.random.default_rng(0).bytes(file.stat().st_size))
+
+
 UNTRUE = "in report.json is not true"
 PLAIN: dict[str, tuple[Edit, str]] = {
     "data file missing": (remove("onnx/model.onnx.data"), "onnx/model.onnx.data is missing in .* since"),
@@ -219,6 +239,10 @@ PLAIN: dict[str, tuple[Edit, str]] = {
     "plan edited": (other_plan, "plan.json in .* was changed"),
     "report edited": (fields("report.json", sparsity=0.9), "report.json in .* was changed"),
     "file added": (lambda folder: (folder / "extra.py").touch(), "extra.py was added in .* since"),
+    "one byte of an int8 block": (
+        quantised("int8", "linear_2.smooth.1_Q8", one_code),
+        r"onnx/model_int8.onnx(\.data)? in .* was changed",
+    ),
     "no manifest": (remove("mptk.json"), "has no mptk.json that lists its files"),
 }
 FORGED: dict[str, tuple[Edit, str]] = {
@@ -226,6 +250,12 @@ FORGED: dict[str, tuple[Edit, str]] = {
     "onnx folder deleted": (remove("onnx"), "lacks onnx/model.onnx, which its report names"),
     "onnx folder deleted, list edited": (remove("onnx", told=True), f"settings.onnx {UNTRUE}: it says true"),
     "onnx of other weights": (louder, "the proof fails at 'ONNX Runtime prefill'"),
+    "one byte of an int8 block": (quantised("int8", "linear_2.smooth.1_Q8", one_code), "fails at 'int8 weights'"),
+    "garbage int8 block": (quantised("int8", "linear_2.smooth.1_Q8", garbage_block), "fails at 'int8 weights'"),
+    "int4 scales doubled": (quantised("int4", "linear_2.smooth.1_scales", lambda a: a * 2), "fails at 'int4 weights'"),
+    "int8 file of noise": (noise, "fails at 'int8 weights'"),
+    "int4 file of garbage": (no_graph, "fails at 'int4 weights': model_int4.onnx does not run"),
+    "int8 file deleted": (remove("onnx/model_int8.onnx"), "lacks onnx/model_int8.onnx, which its report names"),
     "file added": (lambda folder: (folder / "extra.txt").touch(), f"files {UNTRUE}"),
     "weights changed": (weights(nudged, told=False), f"weights_sha256 {UNTRUE}"),
     "weights and digest changed": (weights(nudged), "the proof fails at 'stored weights'"),
@@ -280,6 +310,18 @@ def test_a_folder_that_was_edited_with_a_manifest_that_fits(lab: Lab, name: str)
     with pytest.raises(MptkError, match=line) as error:
         mptk.verify(lab.copy(edit, forged=True))
     assert "\n" not in str(error.value)
+
+
+def test_a_quantised_graph_whose_logits_are_not_the_float_graphs(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if every weight is right: NaN never passes."""
+    logits = OrtDecoder.logits
+    monkeypatch.setattr(
+        OrtDecoder,
+        "logits",
+        lambda self, ids: logits(self, ids) * (np.nan if "quantization" in self.metadata else 1),
+    )
+    with pytest.raises(MptkError, match="the proof fails at 'int4 logits'"):
+        mptk.verify(lab.folder)
 
 
 @pytest.mark.parametrize("from_position", [1, WINDOW])

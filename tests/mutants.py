@@ -60,59 +60,6 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
 }
 """File → what is to notice its mutants, in this order, under ``tests/``."""
 
-EXCHANGED``). Each is tested in a copy of the
-tree, by the test files beside its module, the quick ones first. ``ALLOWED`` has survivors that no test can tell apart.
-A run goes on where it was stopped: mutants that FILE has already are not tested again.
-"""
-
-from __future__ import annotations
-
-import ast
-import difflib
-import itertools
-import json
-import os
-import random
-import re
-import shutil
-import signal
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from queue import Queue
-from subprocess import PIPE, Popen
-from typing import Annotated, Any
-
-import typer
-
-from benchmarks.common import result_header, write_result
-from tests.mutants_allowed import ALLOWED
-
-ROOT = Path(__file__).parents[1]
-TREE = ("mptk", "passes", "tests", "benchmarks", "docs", "examples", "README.md", "CONTRIBUTING.md", "pyproject.toml")
-LIMIT_S = 400
-
-CUTS = ("test_soundness", "test_check_cut", "test_rewrite", "test_rules", "test_families", "test_random_programs")
-SUBJECTS: dict[str, tuple[str, ...]] = {
-    "mptk/axes.py": ("test_axes", "test_plan", *CUTS),
-    "mptk/cut.py": ("test_plan", *CUTS),
-    "passes/rewrite.py": CUTS,
-    "passes/fold_norms.py": ("test_fold_norms", "test_check_cut", "test_legalize"),
-    "passes/exactness.py": ("test_soundness", "test_exactness", "test_rules", "test_random_programs"),
-    "passes/aliasing.py": ("test_soundness", "test_exactness", "test_rules", "test_random_programs"),
-    "passes/mask.py": CUTS,
-    "passes/check_cut.py": ("test_check_cut",),
-    "passes/verify.py": ("test_verify", "test_pruning"),
-    "mptk/maskprune/solver.py": ("test_solver", "test_maskprune", "test_learning"),
-    "mptk/verification.py": ("test_verify", "test_pruning"),
-    "mptk/checkpoint.py": ("test_checkpoint", "test_emit_hf"),
-    "passes/emit_hf.py": ("test_emit_hf", "test_pruning"),
-}
-
-
 EXCHANGED = re.compile(
     r"Add_Sub|Sub_Add|Sub_Mul|Mul_Div|Mul_Add|Div_Mul|Div_FloorDiv|FloorDiv_Div|FloorDiv_Mod|Mod_FloorDiv|Pow_Mul"
     r"|BitOr_BitAnd|BitAnd_BitOr|BitXor_BitOr|Eq_NotEq|NotEq_Eq|Lt_LtE|LtE_Lt|Gt_GtE|GtE_Gt|Lt_Gt|Gt_Lt|Is_IsNot|IsNot_Is"

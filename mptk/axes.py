@@ -391,6 +391,21 @@ def encloses(term: Term, outer: Axis, inner: Axis) -> bool:
     return all(outer in term.factors[:i] or encloses(f, outer, inner) for i, f in enumerate(term.factors))
 
 
+def coordinates(terms: Iterable[Term], *, each: bool) -> dict[Axis, int]:
+    """How many coordinates run along each axis: a position has one in each term (of a product) or in one (of a sum)."""
+    counts: dict[Axis, int] = {}
+    for term in map(resolve, terms):
+        if isinstance(term, Axis):
+            found = {term: 1}
+        elif isinstance(term, Product):
+            found = coordinates(term.factors, each=True)
+        else:
+            found = coordinates(term.segments, each=False)
+        for a, n in found.items():
+            counts[a] = counts.get(a, 0) + n if each else max(counts.get(a, 0), n)
+    return counts
+
+
 def evaluate(term: Term, sizes: Mapping[Axis, Size]) -> Size:
     """Size of ``term`` when the axes in ``sizes`` have these sizes and all others keep theirs."""
     term = resolve(term)

@@ -28,7 +28,8 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program], *, se
 
     Raises:
         ProofError: outputs differ at a stage, which is named with the size of the difference.
-        MptkError: the mask moves the output no further than rounding, so that nothing would be proven.
+        MptkError: the mask moves the output no further than rounding, or rounding as far as the difference, so that
+            nothing would be proven.
     """
     inputs = seeded_inputs(analysis.program, seed)
     masked, dense = _fine(mask(analysis, cut)), _fine(analysis.program)
@@ -37,11 +38,16 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program], *, se
     expected = _outputs(masked, whole)
     reference = _cut_outputs(analysis, cut, expected)
     found = {stage: _difference(_outputs(_fine(p), small), reference) for stage, p in stages.items()}
-    tolerance = TOLERANCE
+    tolerance, own = TOLERANCE, 0.0
     if not all(apart <= tolerance for apart in found.values()):
         own = _difference(_outputs(rounded(masked), whole), expected)
         tolerance = max(tolerance, min(ROUNDINGS * own, WIDEST))
     for stage, apart in found.items():
+        if tolerance < apart <= ROUNDINGS * own:
+            raise MptkError(
+                f"nothing is proven: rounding alone moves the masked program's outputs by {own:.1e} of the largest, "
+                f"and the cut one differs by {apart:.1e}; pass check=False and compare on inputs of your own"
+            )
         if not apart <= tolerance:
             raise ProofError(
                 f"the proof fails at '{stage}': outputs of the cut and the masked program differ by {apart:.1e} of the "

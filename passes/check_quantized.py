@@ -125,7 +125,7 @@ def read(node: ir.Node) -> Rounded:
         packed = _array(node, 3).reshape(outputs, -1)
         zeros = _codes(packed, bits)[:, : codes.shape[1], None]
     values = (scales * (codes.astype(np.float32) - zeros)).reshape(outputs, -1)
-    steps = np.broadcast_to(scales, codes.shape).reshape(outputs, -1)
+    steps: Floats = np.broadcast_to(scales, codes.shape).reshape(outputs, -1).astype(np.float32)
     flat = codes.reshape(outputs, -1)
     return Rounded(flat[:, :inputs].T, values[:, :inputs].T, steps[:, :inputs].T, bits, block)
 

@@ -8,12 +8,12 @@ every sum over an axis whether its terms vanish. An axis with a sum that does no
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterator, Set
 from typing import Any
 
 from torch import fx
 
-from mptk.axes import Axis, Product, Term, leaves, resolve
+from mptk.axes import Axis, coordinates, leaves
 from passes.aliasing import written
 from passes.propagate import Walk
 from passes.rules import POINTWISE
@@ -137,21 +137,6 @@ def multiplicities(walk: Walk, node: fx.Node) -> dict[Axis, int]:
             for a, n in coordinates(result or (), each=True).items():
                 if n > 1:
                     counts[a] = max(n, counts.get(a, 0))
-    return counts
-
-
-def coordinates(terms: Iterable[Term], *, each: bool) -> dict[Axis, int]:
-    """How many coordinates run along each axis: a position has one in each term (of a product) or in one (of a sum)."""
-    counts: dict[Axis, int] = {}
-    for term in map(resolve, terms):
-        if isinstance(term, Axis):
-            found = {term: 1}
-        elif isinstance(term, Product):
-            found = coordinates(term.factors, each=True)
-        else:
-            found = coordinates(term.segments, each=False)
-        for a, n in found.items():
-            counts[a] = counts.get(a, 0) + n if each else max(counts.get(a, 0), n)
     return counts
 
 

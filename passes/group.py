@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 
 from torch import fx
 
-from mptk.axes import Axis, Sum, Term, encloses, freeze, leaves, resolve
+from mptk.axes import Axis, Sum, Term, coordinates, encloses, freeze, leaves, resolve
 from mptk.families import Analysis, Blocked, Family, Group, Member
 from mptk.program import Program
-from passes.exactness import coordinates, find_spoilers
+from passes.exactness import find_spoilers
 from passes.place import Place
 from passes.propagate import Walk, propagate
 from passes.reach import live_axes

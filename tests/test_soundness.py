@@ -236,6 +236,41 @@ def test_rows_of_removed_channels_are_not_masked_whole() -> None:
     assert offered(prove(ChannelAttention())) == [2, 6]
 
 
+class HeadsAttend(nn.Module):
+    """Heads attend to heads, and their results are summed: a removed head asks, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.out = nn.Linear(WIDTH, 3 * 4), nn.Linear(1, OUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x).unflatten(-1, (3, 4))
+        return self.out(((y @ y.mT).softmax(-1) @ y).sum((2, 3))[..., None])  # type: ignore[no-any-return]
+
+
+def test_a_softmax_is_zero_along_one_of_two_dimensions_of_an_axis() -> None:
+    assert offered(prove(HeadsAttend())) == [4]
+
+
+def one_hot_of_its_own(h: Tensor, w: Tensor) -> Tensor:
+    best = (h[..., None] * h[..., None, :]).argmax(-1)
+    return F.one_hot(best, INNER).float().sum(-1).sum(-1, keepdim=True) @ w
+
+
+def test_a_one_hot_of_positions_along_their_own_axis_is_no_zero_there() -> None:
+    assert offered(prove(Small(one_hot_of_its_own, w=(1, OUT)))) == []
+
+
+def read_at_its_own(h: Tensor, w: Tensor) -> Tensor:
+    best = (h[..., None] * h[..., None, :]).argmax(-1)
+    return h.gather(-1, best).sum(-1, keepdim=True) @ w
+
+
+def test_what_is_read_at_positions_along_their_own_axis_is_no_zero_there() -> None:
+    assert offered(prove(Small(read_at_its_own, w=(1, OUT)))) == []
+
+
 # ---- convolutions with computed kernels ----
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import fx
@@ -16,7 +16,9 @@ from passes.rules.table import (
     Value,
     align,
     argument,
+    carry,
     forget,
+    lone,
     meet,
     named_argument,
     normalize,
@@ -30,7 +32,18 @@ if TYPE_CHECKING:
     from passes.rewrite import Resizer
 
 
-@rule("aten.embedding", zero=lambda node, zero, w: zero(node.args[0]), positions=True)
+def _zero_beside(node: fx.Node, zero: Any, w: Walk, read: Collection[int]) -> Any:
+    """Where x is, along dimensions that are not ``read`` at positions."""
+    dims = w.dims.get(cast("fx.Node", node.args[0]), ())
+    return zero(node.args[0]) & {leaf for d, t in enumerate(dims) if d not in read for leaf in w.leaves_of(t)}
+
+
+def _zero_beside_dim(node: fx.Node, zero: Any, w: Walk) -> Any:
+    d: Any = named_argument(node, "dim")
+    return _zero_beside(node, zero, w, () if d is None else [normalize(d, len(w.shape(node.all_input_nodes[0])))])
+
+
+@rule("aten.embedding", zero=lambda node, zero, w: _zero_beside(node, zero, w, [0]), positions=True)
 def embedding(w: Walk, node: fx.Node, weight: Value, indices: Value, *_: Any) -> Dims:
     """y[…, c] = W[indices[…], c]."""
     w.index(node, indices, weight.dims[0])
@@ -62,7 +75,14 @@ def _resize_picked(r: Resizer, node: fx.Node) -> None:
         node.update_arg(1, indices)
 
 
-@rule("aten.index", "aten._unsafe_index", zero="move", resize=_resize_picked, positions=True)
+def _zero_of_index(node: fx.Node, zero: Any, w: Walk) -> Any:
+    """Of known positions only segments are taken, and zeros with them."""
+    indices = cast("Sequence[Any]", node.args[1])
+    known = w.notes.get(node) is not None
+    return _zero_beside(node, zero, w, [d for d, i in enumerate(indices) if i is not None and not known])
+
+
+@rule("aten.index", "aten._unsafe_index", zero=_zero_of_index, resize=_resize_picked, positions=True)
 def index(w: Walk, node: fx.Node, x: Value, indices: Sequence[Value | None]) -> Dims:
     """y[i…, rest] = x[indices[i…], rest]; index dimensions stand where they stood if adjacent, else in front."""
     places, values = zip(*[(d, i) for d, i in enumerate(indices) if i is not None], strict=True)
@@ -87,6 +107,7 @@ def _short_list(w: Walk, indices: Sequence[Value]) -> list[int] | None:
 
 def _index_dims(w: Walk, node: fx.Node, x: Value, values: Sequence[Value], shape: Sequence[int]) -> list[Term]:
     """The index tensors' broadcast dimensions."""
+    carry(w, node, x)
     out: list[Term] = [axis(size) for size in shape]
     for v in values:
         if w.is_weight(x.node):
@@ -99,6 +120,7 @@ def _index_dims(w: Walk, node: fx.Node, x: Value, values: Sequence[Value], shape
 
 def _pick(w: Walk, node: fx.Node, x: Value, d: int, positions: Sequence[int]) -> Dims:
     """A short list of known positions: each is a segment of its own."""
+    carry(w, node, x)
     from passes.rules.shape import _cut
 
     size = x.dims[d].size
@@ -112,18 +134,20 @@ def _pick(w: Walk, node: fx.Node, x: Value, d: int, positions: Sequence[int]) ->
     return (*x.dims[:d], concat(segments[p] for p in wanted), *x.dims[d + 1 :])
 
 
-@rule("aten.index_select", zero="move", positions=True)
+@rule("aten.index_select", zero=_zero_beside_dim, positions=True)
 def index_select(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value) -> Dims:
     """y_d = the index's axis."""
+    carry(w, node, x)
     d = normalize(dim, x.ndim)
     w.index(node, indices, x.dims[d])
     meet(w, x.dims, [d])
     return (*x.dims[:d], *indices.dims, *x.dims[d + 1 :])
 
 
-@rule("aten.gather", zero="move", positions=True)
+@rule("aten.gather", zero=_zero_beside_dim, positions=True)
 def gather(w: Walk, node: fx.Node, x: Value, dim: int, indices: Value, **_: Any) -> Dims:
     """y has the index's axes; those beside d are x's."""
+    carry(w, node, x)
     d = normalize(dim, x.ndim)
     w.index(node, indices, x.dims[d])
     _beside(w, node, x, indices, d, "gathered in part")
@@ -141,7 +165,7 @@ def _beside(w: Walk, node: fx.Node, x: Value, other: Value, d: int, reason: str)
             w.freeze(b, reason, node)
 
 
-@rule("aten.take_along_dim", zero="move", positions=True)
+@rule("aten.take_along_dim", zero=_zero_beside_dim, positions=True)
 def take_along_dim(w: Walk, node: fx.Node, x: Value, indices: Value, dim: int | None = None) -> Dims:
     """As gather, other dimensions broadcast; without a dimension, from x flattened."""
     beside = [i for i in range(x.ndim) if dim is not None and i != normalize(dim, x.ndim)]
@@ -155,7 +179,7 @@ def _zero_of_scatter(node: fx.Node, zero: Any, w: Walk) -> Any:
     base, dim, value = cast(
         "tuple[fx.Node, int, Any]", (*node.args[:2], argument(node, 3, "src", argument(node, 3, "value")))
     )
-    along = w.leaves_of(w.dims[base][dim]) if base in w.dims else set()
+    along = lone(w, w.dims[base], dim) if base in w.dims else set()
     return zero(base) & (along | zero(value)) if value != 0 else zero(base)
 
 
@@ -299,7 +323,7 @@ def _resize_count(position: int, name: str) -> Any:
 
 @rule(
     "aten.one_hot",
-    zero=lambda node, zero, w: w.leaves_of(w.notes[node]),
+    zero=lambda node, zero, w: lone(w, w.dims[node], -1),
     resize=_resize_count(1, "num_classes"),
     positions=True,
 )

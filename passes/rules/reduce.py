@@ -20,6 +20,7 @@ from passes.rules.table import (
     Dims,
     Value,
     argument,
+    lone,
     meet,
     named_argument,
     normalize,
@@ -167,7 +168,7 @@ def prod(w: Walk, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = Fals
 
 def _zero_of_softmax(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
     """A removed channel counts as −inf: its share is zero."""
-    return w.leaves_of(w.dims[node][argument(node, 1, "dim")])
+    return lone(w, w.dims[node], argument(node, 1, "dim"))
 
 
 @rule("aten.softmax", "aten._softmax", zero=_zero_of_softmax)

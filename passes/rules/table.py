@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import fx
 
-from mptk.axes import Term
+from mptk.axes import Axis, Term, coordinates
 
 if TYPE_CHECKING:
     from passes.propagate import Walk
@@ -116,6 +116,18 @@ def normalize_all(dims: int | Sequence[int] | None, ndim: int) -> list[int]:
     if dims is None or (not isinstance(dims, int) and len(dims) == 0):
         return list(range(ndim))
     return [normalize(d, ndim) for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+def carry(w: Walk, node: fx.Node, x: Value) -> None:
+    """The result holds what x holds: if these are positions, they stay positions of their axis."""
+    if x.node in w.domains:
+        w.domains[node] = w.domains[x.node]
+
+
+def lone(w: Walk, dims: Dims, d: int) -> set[Axis]:
+    """The axes of dimension d that no other coordinate runs along: zeros along d are zeros along them."""
+    counts = coordinates(dims, each=True)
+    return {a for a in w.leaves_of(dims[d]) if counts[a] == 1}
 
 
 def forget(w: Walk, node: fx.Node, *values: Any) -> None:

@@ -71,7 +71,7 @@ def pooled(m: Maker, x: Tensor, *, form: str, of: str) -> Tensor:
 def pixels(m: Maker, x: Tensor, *, form: str, hidden: int) -> Tensor:
     """Sub-pixel convolution; tokens and channels as an image of hidden · T · 4."""
     n = x.shape[-1]
-    image = m.linear(x, hidden * 4).unflatten(-1, (hidden, 4)).movedim(2, 1)[:, :, :4]
+    image = m.linear(x, hidden * 4).unflatten(-1, (hidden, 4)).movedim(2, 1).repeat(1, 1, 4, 1)[:, :, :4]
     y = F.pixel_unshuffle(image, 2) if form == "unshuffle" else F.pixel_shuffle(image, 2)
     if form == "both":
         y = F.pixel_unshuffle(y.relu(), 2)

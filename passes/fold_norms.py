@@ -7,7 +7,7 @@ weight' = weight/√c, or for a norm that multiplies by (1 + weight): 1 + weight
 
 A norm is matched whole, or its scale stays in the graph:
 1. ``mean``, + eps, then ``rsqrt``, a power of −1/2, or 1/√ or a division by √, or the op ``rms_norm``;
-2. products and changes of type alone, each used once, up to a product with the weight;
+2. products, changes of type and of shape alone, each used once, up to a product with the weight;
 3. every use of the weight is in a norm with the same scale.
 The graph is right either way. A stock class cannot hold a scale, so ``unfoldable`` refuses the family beforehand.
 """
@@ -26,9 +26,10 @@ from mptk.families import Analysis, Family
 from mptk.program import Program
 from passes.place import Place
 from passes.rewrite import SCALE
-from passes.rules.table import base_name, named_argument
+from passes.rules.table import base_name, named_argument, target_name
 
 CASTS = frozenset({"to", "_to_copy", "type_as"})
+MOVES = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "clone"})
 PRODUCTS = frozenset({"mul", "multiply"})
 
 
@@ -165,17 +166,21 @@ def _divides_by(node: fx.Node, divisor: fx.Node) -> bool:
 
 
 def _weight_after(program: Program, node: fx.Node) -> tuple[fx.Node, float] | None:
-    """The weight that the result is multiplied by, through products and changes of type, and what is added to it."""
+    """The weight that the result is multiplied by, through what a factor passes, and what is added to it first."""
     while (user := _only_user(node)) is not None:
         others = [a for a in user.args if a is not node]
         if base_name(user.target) in PRODUCTS and len(others) == 1:
             found = _weight(program, others[0]) if isinstance(others[0], fx.Node) else None
             if found is not None:
                 return found
-        elif base_name(user.target) not in CASTS or user.args[0] is not node:
+        elif base_name(user.target) not in CASTS | MOVES or user.args[0] is not node or _reads_bits(user):
             return None
         node = user
     return None
+
+
+def _reads_bits(node: fx.Node) -> bool:
+    return target_name(node.target) == "aten.view.dtype"
 
 
 def _weight(program: Program, node: fx.Node) -> tuple[fx.Node, float] | None:

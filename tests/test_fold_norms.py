@@ -97,6 +97,7 @@ FOLDED: dict[str, Callable[[Tensor, nn.Parameter, nn.Parameter], Tensor]] = {
     "op without weight": lambda h, w, b: F.rms_norm(h, (WIDTH,), eps=1e-2) * w,
     "twice": lambda h, w, b: rms(h) * w + rms(h * 2 + b) * w,
     "gate in between": lambda h, w, b: rms(h) * h.sigmoid() * w,
+    "in groups": lambda h, w, b: rms(h.unflatten(-1, (1, WIDTH))).flatten(2) * w,
 }
 KEPT_IN_GRAPH: dict[str, Callable[[Tensor, nn.Parameter, nn.Parameter], Tensor]] = {
     "no norm": lambda h, w, b: h + torch.sigmoid(h.mean(-1, keepdim=True) + 0.5) * w,

@@ -7,10 +7,11 @@ MODEL := smollm2-135m
 DEMO := runs/demo
 # Two workers with one thread each, so that timings and results do not depend on the machine's size.
 PYTEST_ARGS ?= -n 2 --dist loadfile
+MUTANTS_ARGS ?= --sample 208 --jobs 2 --json benchmarks/results/mutants.json
 FUZZ_ARGS ?= --programs 5000 --jobs 2 --json benchmarks/results/fuzz.json
 RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_ARGS)
 
-.PHONY: help demo test check format test-lowest fuzz clean
+.PHONY: help demo test check format test-lowest fuzz mutants clean
 
 help:
 	@echo "make demo         learn to prune SmolLM2-135M by 30 %, prove it, time it, with Wanda beside it"
@@ -19,6 +20,7 @@ help:
 	@echo "make format       let ruff format and fix what it can"
 	@echo "make test-lowest  the tests on the oldest dependencies that pyproject.toml allows"
 	@echo "make fuzz         5,000 random programs: refused by name, or cut right; FUZZ_ARGS=... for other numbers"
+	@echo "make mutants      a sample of small errors in the code, and which of them the tests notice; MUTANTS_ARGS=..."
 	@echo "make clean        remove .venv, caches and build files"
 
 demo: $(VENV)/.installed
@@ -51,6 +53,9 @@ test-lowest:
 
 fuzz: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
+
+mutants: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(MUTANTS_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

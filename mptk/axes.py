@@ -307,7 +307,8 @@ def _unify_sums(xs: list[Term], ys: list[Term], where: object) -> None:
         large[0:1] = parts
         for side in (xs, ys):
             whole = concat(resolve(t) for t in side)
-            side[:] = list(whole.segments) if isinstance(whole, Sum) else [whole]
+            assert isinstance(whole, Sum)
+            side[:] = whole.segments
     return None
 
 

@@ -19,6 +19,7 @@ from mptk.axes import (
     Term,
     axis,
     concat,
+    coordinates,
     encloses,
     evaluate,
     freeze,
@@ -395,3 +396,27 @@ def test_sizes_after_a_cut_are_those_of_enumeration(size: int, data: st.DataObje
     stays = [all(c < new[leaf] for leaf, c in pairs) for pairs in enumerate_positions(term)]
     assert evaluate(term, new) == sum(stays)
     assert evaluate(term, {}) == size == math.prod([size])
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_what_ops_accept_stays_with_an_axis_that_takes_another_form(number: int) -> None:
+    a, pair = axis(4 * 3), product((axis(4), axis(3)))
+    require(a, number)
+    require_multiple(a, number)
+    unify(a, pair)
+    assert max(leaf.minimum for leaf in leaves(pair)) == number
+    assert max(leaf.multiple for leaf in leaves(pair)) == number
+
+
+def test_coordinates_along_an_axis_are_counted() -> None:
+    a, b = axis(4), axis(3)
+    assert coordinates((a, product((a, b))), each=True) == {a: 2, b: 1}
+    assert coordinates((concat((a, a)), b), each=True) == {a: 1, b: 1}
+    assert coordinates((concat((product((a, a)), a)),), each=True) == {a: 2}
+
+
+def test_terms_print_as_equations() -> None:
+    a, b = Axis(4), Axis(3)
+    assert repr(product((a, b))) == f"({a.id}(4)·{b.id}(3))"
+    assert repr(concat((a, b))) == f"[{a.id}(4) + {b.id}(3)]"
+    assert repr(ONE) == "1"

@@ -12,9 +12,9 @@ from cutting import cut_and_compare, largest, random_plan
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
+import mptk
 from mptk.cut import resolve_plan
 from passes.group import analyze
-from passes.rewrite import rewrite
 from passes.trace import trace
 
 X = torch.randn(2, 5, 6)
@@ -90,7 +90,7 @@ def test_a_cut_weight_norm_is_that_of_a_smaller_module() -> None:
     v = small.down.parametrizations.weight.original1  # type: ignore[union-attr, attr-defined]
     v.data = v.data[:, kept]
     with torch.no_grad():
-        assert largest(small(X), rewrite(found, plan)(X)) < 1e-6
+        assert largest(small(X), mptk.rewrite(found, plan)(X)) < 1e-6
 
 
 class Recurrent(nn.Module):

@@ -64,7 +64,7 @@ def fold_norms(program: Program) -> tuple[Program, dict[float, float]]:
         for norm in norms:
             old, new = _shrink_epsilon(norm)
             epsilons[old] = new
-    graph.graph.eliminate_dead_code()
+            graph.graph.erase_node(norm.root)
     graph.recompile()
     return replace(copied, state=state), epsilons
 

@@ -83,8 +83,9 @@ def drawn(sample: int, seed: int, only: str) -> list[Mutant]:
     random.Random(seed).shuffle(mutants)
     paths = [path for path in SUBJECTS if only in path]
     each = -(-sample // len(paths))
-    by_path = [itertools.islice((m for m in mutants if m.path == path and _runs(m)), each) for path in paths]
-    return [m for row in itertools.zip_longest(*by_path) for m in row if m is not None]
+    by_path = [[m for m in mutants if m.path == path] for path in paths]
+    chosen = [itertools.islice(filter(_runs, of_one), each) for of_one in by_path]
+    return [m for row in itertools.zip_longest(*chosen) for m in row if m is not None]
 
 
 def _runs(mutant: Mutant) -> bool:

@@ -161,3 +161,17 @@ def test_what_is_no_whole_norm_keeps_its_scale_and_no_stock_class_is_offered_it(
     assert scales(folded)
     assert refusal is not None
     assert "test_fold_norms.py:" in refusal
+
+
+@torch.no_grad()
+def test_calls_without_users_that_count_stay() -> None:
+    """Masks that are made under ``torch.vmap`` open and close a level of it."""
+
+    def body(h: Tensor, w: nn.Parameter, b: nn.Parameter) -> Tensor:
+        kept = torch.vmap(lambda i: i % 2 == 0)(torch.arange(3))
+        return rms(h) * w * kept[:, None]
+
+    masked, cut, _ = cut_width(body)
+    folded, _ = fold_norms(cut)
+    assert not scales(folded)
+    assert (folded(X) - masked(X)).abs().max() <= 1e-6 * masked(X).abs().max()

@@ -231,28 +231,29 @@ def propagate_shapes(program: Program, untouched: Collection[str] = (), changed:
             with mode:
                 node.meta["val"] = node.meta["val"].new_empty(tuple(tensor.shape))
         values.append(node.meta["val"])
-    with torch.no_grad(), mode, enable_python_dispatcher():  # some kernels know symbolic sizes in Python alone
-        _ShapeInterpreter(program.graph, untouched, unchanged).run(*values)
+    interpreter = _ShapeInterpreter(program.graph, untouched, unchanged)
+    try:
+        with torch.no_grad(), mode, enable_python_dispatcher():  # some kernels know symbolic sizes in Python alone
+            interpreter.run(*values)
+    except RuntimeError as error:
+        reason, place = str(error).strip().partition("\n")[0], Place(interpreter.node)
+        raise ProofError(f"the cut graph does not fit together at {place}: {reason}; please report it") from error
 
 
 class _ShapeInterpreter(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule, untouched: Collection[str], unchanged: set[fx.Node]) -> None:
         super().__init__(graph)
         self.untouched, self.unchanged = untouched, unchanged
+        self.node: fx.Node = next(iter(graph.graph.nodes))
 
     def run_node(self, n: fx.Node) -> Any:
+        self.node = n
         if n.op != "call_function":
             return super().run_node(n)
         if n.name in self.untouched and self.unchanged.issuperset(n.all_input_nodes):
             self.unchanged.add(n)
             return n.meta.get("val")
-        try:
-            result = super().run_node(n)
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ProofError(
-                f"the cut graph does not fit together at {Place(n)}: {reason}; please report it"
-            ) from error
+        result = super().run_node(n)
         if _alike(result, n.meta.get("val")):
             self.unchanged.add(n)
         n.meta["val"] = result

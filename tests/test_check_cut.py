@@ -14,7 +14,7 @@ from torch import nn
 import mptk
 import mptk.api
 from mptk.cut import Cut, resolve_plan
-from mptk.errors import MptkError
+from mptk.errors import MptkError, ProofError
 from mptk.families import Analysis
 from mptk.program import Program
 from passes.check_cut import seeded_inputs
@@ -104,3 +104,14 @@ def test_inputs_are_ids_of_the_smallest_table_and_other_numbers_as_traced() -> N
     assert kept.equal(flags)
     assert x.std() > 0.5
     assert all(a.equal(b) for a, b in zip(seeded_inputs(program).values(), (ids, kept, x), strict=True))
+
+
+def test_a_size_that_does_not_follow_the_cut_is_named_with_its_place(
+    llama: Analysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("passes.rewrite.Resizer.scaled", lambda resizer, argument, term: argument)
+    with pytest.raises(
+        ProofError, match=r"the cut graph does not fit together at aten\.\w+\.default in model\..*: .*; please report"
+    ) as e:
+        mptk.rewrite(llama, random_plan(llama))
+    assert "\n" not in str(e.value)

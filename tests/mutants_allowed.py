@@ -2,4 +2,11 @@
 
 from __future__ import annotations
 
-ALLOWED: dict[str, str] = {}
+LAYOUT = "how many spaces a JSON file is indented by is for people's eyes"
+
+ALLOWED: dict[str, str] = {
+    """-    path.write_text(json_text(content, indent=2, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")
++    path.write_text(json_text(content, indent= 3, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")""": LAYOUT,
+    """-    _count = 0
++    _count = 1""": "axes are told apart by their numbers, whichever is the first",
+}

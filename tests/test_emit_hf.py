@@ -112,10 +112,12 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     assert names == model.state_dict().keys() - {"lm_head.weight"}
 
 
-def test_untied_weights_that_share_memory_are_stored_twice(tmp_path: Path) -> None:
+def test_untied_weights_that_share_memory_are_stored_each(tmp_path: Path) -> None:
     model = llama()
     state = model.state_dict()
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    for name in [n for n in state if n.endswith("norm.weight")]:
+        state[name] = state["model.norm.weight"]
     folder = emit_hf(state, stock_of(model), model, None, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(loaded.lm_head.weight, model.model.embed_tokens.weight)

@@ -51,6 +51,8 @@ def test_the_folder_is_sound_and_its_proof_goes_beyond_the_window(lab: Lab) -> N
     report = read_report(lab.folder)
     assert report["proof_length"] == WINDOW + 8
     assert [d.stage for d in mptk.verify(lab.folder)] == [d["stage"] for d in report["proof"]]
+    exact = {d["stage"]: d["max_abs"] for d in report["proof"]}
+    assert (exact["config"], exact["stored weights"]) == (0, 0)
     assert mptk.verify(lab.copy(lambda folder: None, forged=True)).notes == []
 
 

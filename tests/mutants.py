@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib
 import itertools
 import json
 import os
@@ -166,22 +167,32 @@ test_one.__test__ = False  # type: ignore[attr-defined]
 def serve(copy: str) -> None:
     """A worker: has torch and transformers in memory, and tests each request in a process forked from itself."""
     os.chdir(copy)
-    import hypothesis
-    import networkx
-    import onnx_ir
-    import onnxruntime
-    import peft
-    import pytest
-    import torch
-    import transformers
-
-    preloaded = (hypothesis, networkx, onnx_ir, onnxruntime, peft, pytest, torch, transformers)
-    assert all(preloaded)
+    _preload()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
             _run_tests(copy, json.loads(line))
         print(_verdict(child), flush=True)
+
+
+def _preload() -> None:
+    """Import what tests import and mutants leave alone, and what an export loads on its first call."""
+    for name in (
+        "hypothesis.extra.numpy",
+        "networkx",
+        "onnx_ir",
+        "onnxscript",
+        "onnxruntime",
+        "peft",
+        "pytest",
+        "datasets",
+    ):
+        importlib.import_module(name)
+    for kind in ("llama", "mistral", "mixtral", "gpt2", "gemma3", "opt"):
+        importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    import torch
+
+    torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),), strict=False)
 
 
 def _run_tests(copy: str, files: Sequence[str]) -> None:

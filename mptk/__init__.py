@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mptk.api import analyze, bench, export, rewrite, rule, trace
-    from mptk.errors import MptkError
+    from mptk.errors import MptkError, ProofError
     from mptk.plan import FamilyPlan, Plan
     from mptk.pruning import prune
     from mptk.settings import Settings
@@ -22,6 +22,7 @@ __all__ = [
     "FamilyPlan",
     "MptkError",
     "Plan",
+    "ProofError",
     "Settings",
     "analyze",
     "bench",
@@ -37,6 +38,7 @@ _HOMES = {
     "FamilyPlan": "mptk.plan",
     "MptkError": "mptk.errors",
     "Plan": "mptk.plan",
+    "ProofError": "mptk.errors",
     "Settings": "mptk.settings",
     "prune": "mptk.pruning",
     "verify": "mptk.verification",

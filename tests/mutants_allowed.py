@@ -5,6 +5,8 @@ from __future__ import annotations
 LAYOUT = "how many spaces a JSON file is indented by is for people's eyes"
 
 ALLOWED: dict[str, str] = {
+    """-    return _at(node, _positions(node.target, writes=True))
++    return _at(node, _positions(node.target, writes=False))""": "a view that counts as a write is caution: nothing is lost",
     """-    path.write_text(json_text(content, indent=2, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")
 +    path.write_text(json_text(content, indent= 3, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")""": LAYOUT,
     """-    _count = 0

@@ -67,6 +67,36 @@ def test_a_mask_that_moves_nothing_proves_nothing() -> None:
     assert mptk.rewrite(analysis, plan, check=False).state["0.weight"].shape == (5, 5)
 
 
+class Cancelling(nn.Module):
+    """The difference of two products, which is ``part`` of either: rounding moves it by 1e-7 / ``part``."""
+
+    def __init__(self, part: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.norm = nn.Linear(5, 64), nn.RMSNorm(64, eps=1e-5)
+        self.left, self.right = nn.Linear(64, 96, bias=False), nn.Linear(64, 96, bias=False)
+        self.right.weight.data = self.left.weight.data + part * self.right.weight.data
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(self.up(x))
+        return self.right(h) - self.left(h)
+
+
+@torch.no_grad()
+def test_a_program_that_rounding_moves_is_given_its_own_tolerance() -> None:
+    analysis = analyze(trace(Cancelling(1e-3), (torch.ones(7, 5),)))
+    plan = random_plan(analysis)
+    (x,) = seeded_inputs(analysis.program).values()
+    masked = mask(analysis, resolve_plan(analysis, plan))(x)
+    assert largest(mptk.rewrite(analysis, plan)(x), masked) > 5e-5 * masked.abs().max()
+
+
+def test_a_program_that_rounding_moves_further_cannot_be_proven() -> None:
+    analysis = analyze(trace(Cancelling(1e-6), (torch.ones(7, 5),)))
+    with pytest.raises(MptkError, match="nothing is proven: rounding alone moves the masked program's outputs by"):
+        mptk.rewrite(analysis, random_plan(analysis))
+
+
 def test_the_decoder_with_its_cache_is_proven() -> None:
     analysis = analyze(trace_decoder(tiny_decoder(GROUPED)))
     assert len(random_plan(analysis).families) > 3

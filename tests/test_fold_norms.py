@@ -112,6 +112,9 @@ KEPT_IN_GRAPH: dict[str, Callable[[Tensor, nn.Parameter, nn.Parameter], Tensor]]
     "weight used elsewhere": lambda h, w, b: rms(h) * w + w,
     "mean used elsewhere": lambda h, w, b: rms(h) * w + mean_square(h),
     "root used elsewhere": lambda h, w, b: _used_twice(h, torch.rsqrt(mean_square(h) + 1e-2)) * w,
+    "root used beside the norm": lambda h, w, b: _root_beside(h, torch.rsqrt(mean_square(h) + 1e-2), w),
+    "mean used beside the norm": lambda h, w, b: _mean_beside(h, mean_square(h), w),
+    "sum used beside the norm": lambda h, w, b: _sum_beside(h, mean_square(h) + 1e-2, w),
     "root itself": lambda h, w, b: h * (mean_square(h) + 1e-2).sqrt() * w,
     "other offset of the weight": lambda h, w, b: rms(h) * (1 + w) + rms(h + b) * w,
     "scaled weight": lambda h, w, b: rms(h) * (2 * w),
@@ -120,6 +123,18 @@ KEPT_IN_GRAPH: dict[str, Callable[[Tensor, nn.Parameter, nn.Parameter], Tensor]]
 
 def _squared(root: Tensor) -> Tensor:
     return root * root
+
+
+def _root_beside(h: Tensor, root: Tensor, w: Tensor) -> Tensor:
+    return h * root * w + root
+
+
+def _mean_beside(h: Tensor, mean: Tensor, w: Tensor) -> Tensor:
+    return h * torch.rsqrt(mean + 1e-2) * w + mean
+
+
+def _sum_beside(h: Tensor, total: Tensor, w: Tensor) -> Tensor:
+    return h * torch.rsqrt(total) * w + total
 
 
 def _used_twice(h: Tensor, root: Tensor) -> Tensor:

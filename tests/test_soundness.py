@@ -179,6 +179,27 @@ def test_learned_queries_can_be_cut_but_not_under_a_causal_mask() -> None:
     assert offered(prove(LearnedQueries(is_causal=True))) == [6, 8]
 
 
+class MaskByName(nn.Module):
+    """A constant mask with a row for each head, given by name, and so an added constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.head = nn.Linear(WIDTH, 3 * 3 * 8), nn.Linear(3 * 8, OUT)
+        self.slopes = torch.tensor([0.5, 0.1, 2.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(2, 5, 3, 3, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = torch.arange(5.0) * self.slopes[:, None, None]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        y = torch.add(input=y, other=bias[:, :, :1])
+        return self.head(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def test_constants_given_by_name_lose_heads_too() -> None:
+    assert 3 in offered(prove(MaskByName()))
+
+
 class RawQuery(nn.Module):
     """The model's own input asks."""
 

@@ -40,15 +40,15 @@ TREE = ("mptk", "passes", "tests", "benchmarks", "docs", "examples", "README.md"
 LIMIT_S = 400
 
 RANDOM = tuple(f"test_random_programs.py::test_a_program_is_cut_right_or_refused_by_name[{i}]" for i in range(2))
-CUTS = ("test_soundness.py", "test_check_cut.py", *RANDOM, "test_rewrite.py")
+CUTS = ("test_soundness.py", "test_check_cut.py", *RANDOM, "test_rewrite.py", "test_rules.py")
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "mptk/axes.py": ("test_axes.py", "test_soundness.py", *RANDOM),
     "mptk/cut.py": ("test_plan.py", *CUTS),
     "passes/rewrite.py": CUTS,
     "passes/mask.py": CUTS,
     "passes/fold_norms.py": ("test_fold_norms.py", "test_check_cut.py", "test_legalize.py"),
-    "passes/exactness.py": ("test_soundness.py", "test_exactness.py", *RANDOM),
-    "passes/aliasing.py": ("test_soundness.py", *RANDOM),
+    "passes/exactness.py": ("test_soundness.py", "test_exactness.py", *RANDOM, "test_rules.py"),
+    "passes/aliasing.py": ("test_soundness.py", *RANDOM, "test_rules.py"),
     "passes/check_cut.py": ("test_check_cut.py",),
     "passes/verify.py": ("test_verify.py", "test_faults.py"),
     "mptk/maskprune/solver.py": ("test_solver.py", "test_maskprune.py"),

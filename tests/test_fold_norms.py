@@ -115,6 +115,7 @@ KEPT_IN_GRAPH: dict[str, Callable[[Tensor, nn.Parameter, nn.Parameter], Tensor]]
     "root used beside the norm": lambda h, w, b: _root_beside(h, torch.rsqrt(mean_square(h) + 1e-2), w),
     "mean used beside the norm": lambda h, w, b: _mean_beside(h, mean_square(h), w),
     "sum used beside the norm": lambda h, w, b: _sum_beside(h, mean_square(h) + 1e-2, w),
+    "only its type counts": lambda h, w, b: h.type_as(torch.rsqrt(mean_square(h) + 1e-2)) * w,
     "root itself": lambda h, w, b: h * (mean_square(h) + 1e-2).sqrt() * w,
     "other offset of the weight": lambda h, w, b: rms(h) * (1 + w) + rms(h + b) * w,
     "scaled weight": lambda h, w, b: rms(h) * (2 * w),

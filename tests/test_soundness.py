@@ -75,6 +75,14 @@ def test_pieces_of_positions_are_positions(name: str) -> None:
     assert offered(prove(Small(routed(PIECES[name]), table=(INNER, OUT)))) == [INNER]
 
 
+def test_the_largest_are_sought_among_kept_units_whatever_their_sign() -> None:
+    def body(h: Tensor, table: Tensor) -> Tensor:
+        w, i = (h - 50).topk(2)
+        return (w.exp()[..., None] * 1e20 * table[i]).sum(-2)
+
+    assert offered(prove(Small(body, table=(INNER, OUT)))) == [INNER]
+
+
 def test_pieces_of_positions_in_one_hot_are_positions() -> None:
     def body(h: Tensor, table: Tensor) -> Tensor:
         w, i = h.softmax(-1).topk(2)

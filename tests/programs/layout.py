@@ -89,7 +89,9 @@ def cat(m: Maker, x: Tensor, y: Tensor, *, act: bool) -> Tensor:
 
 @step("layout", inputs=2, form=("sum", "mean", "amax", "flat", "unbind"))
 def stack(m: Maker, x: Tensor, y: Tensor, *, form: str) -> Tensor:
-    both = torch.stack([x, m.fit(y, x.shape[-1])], 2)
+    fitted = m.fit(y, x.shape[-1])
+    shape = torch.broadcast_shapes(x.shape, fitted.shape)
+    both = torch.stack([x.expand(shape), fitted.expand(shape)], 2)
     if form == "unbind":
         a, b = both.unbind(2)
         return a - b.relu()

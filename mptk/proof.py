@@ -144,18 +144,11 @@ def weights_stage(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
     for name in sorted(stored.keys() | expected.keys()):
         if name not in stored or name not in expected or stored[name].shape != expected[name].shape:
             raise ProofError(f"the proof fails at 'stored weights': {name} is missing or of another shape; prune again")
-        if stored[name].numel():
-            found = tensor_difference(stored[name], expected[name])
+        if not torch.equal(stored[name], expected[name]):
+            one, other = (tensor.float().flatten()[None, None] for tensor in (stored[name], expected[name]))
+            found = difference("stored weights", one, other, EXACT)
             worst = found if not found.relative <= worst.relative else worst
     return worst
-
-
-def tensor_difference(stored: Tensor, expected: Tensor) -> Difference:
-    """Relative to the largest value; a tensor of zeros must be zeros."""
-    if torch.equal(stored, expected):
-        return Difference("stored weights", 0.0, 0.0, EXACT)
-    scale = expected.float().flatten()[None, None]
-    return difference("stored weights", stored.float().flatten()[None, None], scale, EXACT)
 
 
 def witness(stage: str, masked: Program, logits: Tensor, tokens: Tensor, tolerance: float) -> Difference:

@@ -108,7 +108,7 @@ def _written(folder: Path, analysis: Analysis, loaded: models.Loaded, *found: An
 
 
 def changes_of(
-    analysis: Analysis, plan: Plan, folder: Path, report: Mapping[str, Any], trust: bool = False
+    analysis: Analysis, plan: Plan, folder: Path, report: Mapping[str, Any], trust: bool
 ) -> Mapping[str, Tensor]:
     """Weights in which the folder differs from a cut of the dense model: trained ones, or FLAP's biases."""
     state = analysis.program.state

@@ -109,12 +109,16 @@ def rounded(program: Program) -> Program:
 def difference(
     stage: str, logits: Tensor | tuple[Tensor, list[int]], reference: Tensor, tolerance: float
 ) -> Difference:
-    """NaN anywhere is an infinite difference."""
+    """NaN anywhere is an infinite difference, relatively also any difference from zeros alone."""
     if isinstance(logits, tuple):
         logits, positions = logits
         expected = reference[:, positions]
     else:
         expected = reference[:, reference.shape[1] - logits.shape[1] :]
     largest = (logits.float() - expected).abs_().max().item()
-    relative = largest / expected.abs().max().item() if largest == largest else math.inf
-    return Difference(stage, largest if largest == largest else math.inf, relative, tolerance)
+    scale = expected.abs().max().item()
+    if largest != largest:
+        return Difference(stage, math.inf, math.inf, tolerance)
+    if not scale:
+        return Difference(stage, largest, math.inf if largest else 0.0, tolerance)
+    return Difference(stage, largest, largest / scale, tolerance)

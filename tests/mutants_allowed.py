@@ -9,6 +9,8 @@ ALLOWED: dict[str, str] = {
 +    return _at(node, _positions(node.target, writes=False))""": "a view that counts as a write is caution: nothing is lost",
     """-    path.write_text(json_text(content, indent=2, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")
 +    path.write_text(json_text(content, indent= 3, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")""": LAYOUT,
+    """-    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\\n")
++    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent= 0) + "\\n")""": LAYOUT,
     """-    _count = 0
 +    _count = 1""": "axes are told apart by their numbers, whichever is the first",
 }

@@ -27,6 +27,30 @@ def _(x: Tensor, gate: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+torch.library.define("mptk_test::shifted", "(Tensor x, *, Tensor by) -> Tensor")
+
+
+@torch.library.impl("mptk_test::shifted", "CompositeExplicitAutograd")
+def shifted(x: Tensor, *, by: Tensor) -> Tensor:
+    return x + by
+
+
+@torch.library.register_fake("mptk_test::shifted")
+def _(x: Tensor, *, by: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Shifted(nn.Module):
+    """A constant that can only be given by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(7, 13), nn.Linear(13, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.ops.mptk_test.shifted(self.up(x), by=torch.arange(13.0)))  # type: ignore[no-any-return]
+
+
 class GatedMLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -93,3 +117,14 @@ def test_an_opaque_op_freezes_both_sides() -> None:
     analysis = analyze(trace(GatedMLP(), (INPUT,)))
     assert not analysis.families
     assert all("keeps no axes apart" in " ".join(b.reasons) for b in analysis.blocked if b.size == 13)
+
+
+def test_a_constant_given_by_name_is_cut_with_the_rest() -> None:
+    def shifted_rule(w: Any, node: Any, x: Any, *, by: Any) -> Any:
+        w.unify(x.dims[-1], by.dims[0], node)
+        return x.dims
+
+    rule("mptk_test::shifted")(shifted_rule)
+    found = analyze(trace(Shifted(), (INPUT,)))
+    assert [f.size for f in found.families] == [13]
+    assert dict(prove(found, (INPUT,))) == {found.families[0].name: ""}

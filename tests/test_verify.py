@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 
+import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -98,3 +99,12 @@ def test_the_worst_batch_counts() -> None:
     for batches in ((TOKENS, bad), (bad, TOKENS)):
         (found,) = prove(model, {"stage": (run, TOLERANCE)}, *batches)
         assert not found.ok
+
+
+def test_a_difference_from_zeros_is_infinite_and_zeros_from_zeros_are_none() -> None:
+    zeros = torch.zeros(1, 2, 3)
+    assert difference("zeros", zeros, zeros, TOLERANCE).relative == 0
+    found = difference("zeros", zeros + 1e-9, zeros, TOLERANCE)
+    assert found.relative == float("inf")
+    assert found.max_abs == pytest.approx(1e-9)
+    assert not found.ok

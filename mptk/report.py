@@ -192,7 +192,7 @@ def _figure(value: float | None) -> str:
 
 def proof_view(proof: Sequence[Mapping[str, Any]]) -> Table:
     """Each stage's difference from the masked dense model, and why a tolerance is more than the stage's own."""
-    table = Table(title="proof: largest logit difference from the masked dense model", title_justify="left")
+    table = Table(title="proof: how far each stage is from what it must equal", title_justify="left")
     table.add_column("stage")
     for column in ("absolute", "relative", "tolerance"):
         table.add_column(column, justify="right")

@@ -145,8 +145,10 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 def _relative(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape:
         return float("inf")
+    if not a.numel():
+        return 0.0
     a, b = a.double(), b.double()
-    apart = torch.where(a == b, 0.0, a - b).abs().max().item() if a.numel() else 0.0
+    apart = torch.where(a == b, 0.0, a - b).abs().max().item()
     largest = b[torch.isfinite(b)].abs().max().item() if torch.isfinite(b).any() else 0.0
     if apart != apart:
         return float("inf")

@@ -11,6 +11,10 @@ ALLOWED: dict[str, str] = {
 +    path.write_text(json_text(content, indent= 3, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")""": LAYOUT,
     """-    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\\n")
 +    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent= 0) + "\\n")""": LAYOUT,
+    """-    scale = norm.root.meta.get(SCALE, 1.0)
++    scale = norm.root.meta.get(SCALE, 2.0)""": "before a cut all norms have one factor, whichever it is",
+    """-    if outer_size == 1 or inner_size == 1:
++    if outer_size == 1 and inner_size == 1:""": "a factor of 1 is split off by the general way, too",
     """-    _count = 0
 +    _count = 1""": "axes are told apart by their numbers, whichever is the first",
 }

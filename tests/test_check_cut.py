@@ -103,6 +103,16 @@ def test_the_decoder_with_its_cache_is_proven() -> None:
     mptk.rewrite(analysis, random_plan(analysis))
 
 
+def test_an_output_without_elements_and_infinite_ones_that_agree_are_no_difference() -> None:
+    class Masked(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = super().forward(x)
+            return torch.where(torch.arange(3) == 1, -torch.inf, y), y[:, :0]
+
+    analysis = analyze(trace(Masked(nn.Linear(5, 8), nn.Linear(8, 3)), (torch.ones(2, 5),)))
+    mptk.rewrite(analysis, random_plan(analysis))
+
+
 def test_a_program_without_weights_is_cut_unproven() -> None:
     analysis = analyze(trace(nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)).to("meta"), (torch.ones(2, 5),)))
     assert not mptk.rewrite(analysis, random_plan(analysis)).has_values

@@ -233,7 +233,7 @@ def test_bench_is_shown_again_by_report(files, pruned, tmp_path, mptk):
             case = f"{row['case']['phase']} {row['case']['length']}"
             assert re.search(rf"{case} .* {row['ratio']:.3f} .* {row['ideal']:.3f} ", text)
     assert "onnx/model.onnx" in shown.stdout
-    assert "proof: largest logit difference" in shown.stdout
+    assert "proof: how far each stage is" in shown.stdout
 
 
 def test_models_lists_what_fetch_takes(mptk):

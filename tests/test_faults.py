@@ -53,6 +53,8 @@ def test_the_folder_is_sound_and_its_proof_goes_beyond_the_window(lab: Lab) -> N
     assert [d.stage for d in mptk.verify(lab.folder)] == [d["stage"] for d in report["proof"]]
     exact = {d["stage"]: d["max_abs"] for d in report["proof"]}
     assert (exact["config"], exact["stored weights"]) == (0, 0)
+    allowed = {d["stage"]: d["tolerance"] for d in report["proof"]}
+    assert (allowed["int8 weights"], allowed["int8 logits"], allowed["int4 logits"]) == (1, 0.1, 1)
     assert mptk.verify(lab.copy(lambda folder: None, forged=True)).notes == []
 
 

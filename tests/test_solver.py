@@ -96,6 +96,15 @@ def test_all_layers_and_scope_rows_lose_the_same_number_of_units() -> None:
         assert (solver.tail("q").sum(-1) == math.ceil(solver.removed["q"])).all()
 
 
+def test_masks_stay_between_zero_and_one_however_steep_the_loss() -> None:
+    solver = Solver(SHAPES, resource, 0.5, 10)
+    for sign in (1, -1):
+        for m in solver.masks.values():
+            m.grad = torch.full_like(m, sign * 1e3)
+        solver.step(1000)
+        assert all(m.min() >= 0 and m.max() <= 1 for m in solver.masks.values())
+
+
 def test_the_proximal_step_is_the_minimum_of_its_problem() -> None:
     for m in (-0.7, 0.2, 1.0):
         for weight in (0.0, 0.3, 4.0):

@@ -80,6 +80,8 @@ NUMBERS = {
     "clamp_max": Case(lambda x: aten.clamp_max(x, -0.1), summed=()),
     "atan2_behind": Case(lambda x: torch.atan2(x, torch.full((6,), -1.0)), summed=()),
     "arctan2": Case(lambda x, y: torch.arctan2(x, y.abs() + 1), widths=(6, 6), summed=()),
+    "where_scalar_self": Case(lambda x: torch.where(x > 0, 0.0, x)),
+    "where_scalar_self_one": Case(lambda x: torch.where(x > 0, 1.0, x), summed=()),
     "where_other": Case(lambda x: aten.where.ScalarOther(x > 0, x, 0.0)),
     "where_other_1": Case(lambda x: aten.where.ScalarOther(x > 0, x, 1.0), summed=()),
     "where_scalars": Case(lambda x: aten.where.Scalar(x > 0, 2.0, 0.0), summed=()),

@@ -139,6 +139,7 @@ def _zero_of_hardtanh(node: fx.Node, zero: Callable[[Any], set[Axis]], w: Walk) 
 
 rule("aten.hardtanh", "aten.hardtanh_", zero=_zero_of_hardtanh)(broadcast)
 rule("aten.where.self", zero=lambda node, zero, w: zero(node.args[1]) & zero(node.args[2]))(broadcast)
+rule("aten.where.ScalarSelf", zero=lambda node, zero, w: zero(node.args[2]) if node.args[1] == 0 else set())(broadcast)
 rule("aten.where.ScalarOther", zero=lambda node, zero, w: zero(node.args[1]) if node.args[2] == 0 else set())(broadcast)
 
 

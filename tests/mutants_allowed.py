@@ -11,6 +11,18 @@ ALLOWED: dict[str, str] = {
 +    path.write_text(json_text(content, indent= 3, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")""": LAYOUT,
     """-    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\\n")
 +    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent= 0) + "\\n")""": LAYOUT,
+    """-    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\\n")
++    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent= 2) + "\\n")""": LAYOUT,
+    """-    path.write_text(json_text(content, indent=2, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")
++    path.write_text(json_text(content, indent=2, sort_keys=True, ensure_ascii=True) + "\\n", encoding="utf-8")""": (
+        "an escaped letter in a JSON file is the same letter"
+    ),
+    """-    hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights, place_submodules=False)
++    hook = AlignDevicesHook(execution_device="cpu", offload=False, weights_map=weights, place_submodules=False)""": (
+        "save_pretrained asks the hook for its map of weights alone"
+    ),
+    """-@dataclass(frozen=True)
++@dataclass(frozen=False)""": "nothing assigns to the fields of a claim; frozen keeps it so",
     """-    scale = norm.root.meta.get(SCALE, 1.0)
 +    scale = norm.root.meta.get(SCALE, 2.0)""": "before a cut all norms have one factor, whichever it is",
     """-    if outer_size == 1 or inner_size == 1:

@@ -105,6 +105,18 @@ def test_masks_stay_between_zero_and_one_however_steep_the_loss() -> None:
         assert all(m.min() >= 0 and m.max() <= 1 for m in solver.masks.values())
 
 
+def test_the_price_of_a_unit_is_that_of_the_next_one_to_go() -> None:
+    solver = Solver({"ffn": (1, 1, 4)}, lambda widths: widths["ffn"] / 4, 0.5, 10)
+    for m in solver.masks.values():
+        m.grad = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
+    solver.observe(1000)
+    solver.y["ffn"] = torch.ones(1)
+    values = solver.saliency("ffn").clamp_min(0).flatten().sort().values
+    for removed, k in ((0.0, 0), (1.2, 2), (3.0, 3), (3.5, 3)):
+        solver.removed["ffn"] = removed
+        assert solver._marginal("ffn") == pytest.approx(float(values[k]))
+
+
 def test_the_proximal_step_is_the_minimum_of_its_problem() -> None:
     for m in (-0.7, 0.2, 1.0):
         for weight in (0.0, 0.3, 4.0):

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import io
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mptk.errors import MptkError
+from mptk.plan import Plan
 from mptk.report import proof_view
+from mptk.verification import changes_of
+from passes.group import analyze
 from passes.trace import trace
-from passes.verify import TOLERANCE, WIDEST, difference, prove
+from passes.verify import TOLERANCE, WIDEST, Difference, difference, prove, widen
 
 TOKENS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -108,3 +114,23 @@ def test_a_difference_from_zeros_is_infinite_and_zeros_from_zeros_are_none() -> 
     assert found.relative == float("inf")
     assert found.max_abs == pytest.approx(1e-9)
     assert not found.ok
+
+
+def test_a_tolerance_is_widened_to_ten_roundings_and_no_further_than_the_widest() -> None:
+    found = Difference("stage", 1.0, 4e-4, TOLERANCE)
+    assert widen(found, 5e-5).tolerance == pytest.approx(5e-4)
+    assert widen(found, 1.0).tolerance == WIDEST
+    assert widen(found, 1e-7) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "bias"), [("other.bias", torch.ones(8)), ("0.weight", torch.ones(8, 5)), ("0.bias", torch.ones(7))]
+)
+def test_a_folder_can_bring_biases_alone(tmp_path: Path, name: str, bias: Tensor) -> None:
+    """Of FLAP; anything else there would be weights that nobody has proven."""
+    analysis = analyze(trace(nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)), (torch.ones(2, 5),)))
+    save_file({"0.bias": torch.ones(8)}, tmp_path / "compensation.safetensors")
+    assert set(changes_of(analysis, Plan({}), tmp_path, {}, False)) == {"0.bias"}
+    save_file({name: bias}, tmp_path / "compensation.safetensors")
+    with pytest.raises(MptkError, match=f"compensation.safetensors holds {name}, which is no bias of the model"):
+        changes_of(analysis, Plan({}), tmp_path, {}, False)

@@ -55,7 +55,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "mptk/proof.py": ("test_borders.py", "test_faults.py"),
     "mptk/verification.py": ("test_trust.py", "test_faults.py"),
     "mptk/manifest.py": ("test_files.py", "test_emit_hf.py", "test_trust.py"),
-    "mptk/configs.py": ("test_configs.py", "test_faults.py"),
+    "mptk/configs.py": ("test_configs.py", "test_faults.py", "test_rehome.py"),
     "mptk/checkpoint.py": ("test_checkpoint.py",),
     "passes/emit_hf.py": ("test_emit_hf.py",),
 }

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from mptk.checkpoint import portable_config, save_checkpoint, save_tokenizer
+from mptk.checkpoint import portable, portable_config, save_checkpoint, save_tokenizer
 
 SIZES = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 40, "vocab_size": 97, "num_hidden_layers": 2}
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -93,3 +93,9 @@ def test_tokenizer(tmp_path: Path) -> None:
     assert again.decode(again(text).input_ids, skip_special_tokens=True) == "brown  fox"
     assert again.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
     assert (again.bos_token, again.eos_token, again.pad_token) == ("<s>", "</s>", "<pad>")
+
+
+def test_only_nested_configs_are_given_older_spellings() -> None:
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
+    content = {"text_config": rope, "notes": rope, "kind_config": "plain"}
+    assert portable(content) == {**content, "text_config": {**rope, "rope_theta": 5.0}}

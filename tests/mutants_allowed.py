@@ -23,6 +23,14 @@ ALLOWED: dict[str, str] = {
     ),
     """-@dataclass(frozen=True)
 +@dataclass(frozen=False)""": "nothing assigns to the fields of a claim; frozen keeps it so",
+    """-        stages["reloaded checkpoint"] = (lambda ids: reloaded(ids, use_cache=False).logits, TOLERANCE)
++        stages["reloaded checkpoint"] = (lambda ids: reloaded(ids, use_cache=True).logits, TOLERANCE)""": (
+        "a cache that is filled changes no logits"
+    ),
+    """-    *,
++    /,""": "who calls it names these arguments already",
+    """-        return node.all_input_nodes[:1]
++        return node.all_input_nodes[: 2]""": "an operand that counts as shared is caution: nothing is lost",
     """-    scale = norm.root.meta.get(SCALE, 1.0)
 +    scale = norm.root.meta.get(SCALE, 2.0)""": "before a cut all norms have one factor, whichever it is",
     """-    if outer_size == 1 or inner_size == 1:

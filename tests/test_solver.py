@@ -105,6 +105,14 @@ def test_masks_stay_between_zero_and_one_however_steep_the_loss() -> None:
         assert all(m.min() >= 0 and m.max() <= 1 for m in solver.masks.values())
 
 
+def test_a_given_width_is_reached_if_there_is_no_budget_to_meet() -> None:
+    solver = Solver(SHAPES, resource, 1.0, 10, given={"ffn": 30})
+    for m in solver.masks.values():
+        m.grad = torch.ones_like(m)
+    solver.step(1000)
+    assert solver.removed["ffn"] == 10
+
+
 def test_the_price_of_a_unit_is_that_of_the_next_one_to_go() -> None:
     solver = Solver({"ffn": (1, 1, 4)}, lambda widths: widths["ffn"] / 4, 0.5, 10)
     for m in solver.masks.values():

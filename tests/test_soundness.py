@@ -320,6 +320,16 @@ def test_a_depthwise_computed_kernel_keeps_zeros() -> None:
     assert offered(prove(Small(body, w=(INNER, 1, 1), o=(1, OUT)))) == [INNER]
 
 
+def test_statistics_of_a_batch_run_over_kept_units() -> None:
+    """Over all dimensions but tokens, which are the norm's channels here; with a weight and a bias, or none."""
+
+    def body(h: Tensor, w: Tensor, b: Tensor, o: Tensor) -> Tensor:
+        plain = F.batch_norm(h, None, None, training=True)
+        return (F.batch_norm(h, None, None, w, b, training=True) + plain) @ o
+
+    assert offered(prove(Small(body, w=(5,), b=(5,), o=(INNER, OUT)))) == [INNER]
+
+
 # ---- outputs ----
 
 

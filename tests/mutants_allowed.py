@@ -31,6 +31,20 @@ ALLOWED: dict[str, str] = {
 +    /,""": "who calls it names these arguments already",
     """-        return node.all_input_nodes[:1]
 +        return node.all_input_nodes[: 2]""": "an operand that counts as shared is caution: nothing is lost",
+    """-    return type(a) is type(b) and not isinstance(a, torch.SymInt) and bool(a == b)
++    return type(a) is type(b) and  isinstance(a, torch.SymInt) and bool(a == b)""": (
+        "a call that is run again gives the same; leaving it out saves time alone"
+    ),
+    """-        factor = _factor(norms[0])
++        factor = _factor(norms[ -1])""": "norms that share a weight have one factor, or they are not folded",
+    """-def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program], *, seed: int = 0) -> None:
++def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program], /, seed: int = 0) -> None:""": (
+        "who calls it gives these arguments in order already"
+    ),
+    """-    generator = torch.Generator().manual_seed(0)
++    generator = torch.Generator().manual_seed( 1)""": "any noise of that size will do",
+    """-                if n > 1:
++                if n > 0:""": "an axis that is not listed counts as having one coordinate",
     """-    scale = norm.root.meta.get(SCALE, 1.0)
 +    scale = norm.root.meta.get(SCALE, 2.0)""": "before a cut all norms have one factor, whichever it is",
     """-    if outer_size == 1 or inner_size == 1:

@@ -105,6 +105,7 @@ STEPS: dict[str, tuple[Inject, str]] = {
     "end of sequence": (written(eos_token_id=7), "eos_token_id of config.json is 7, but 1"),
     "begin of sequence": (written(bos_token_id=None), "bos_token_id of config.json is null, but 0"),
     "type": (written(dtype="bfloat16"), 'dtype of config.json is "bfloat16", but "float32"'),
+    "a field that the dense model lacks": (written(extra_scale=2.0), "extra_scale of config.json is 2.0, but missing"),
     "class": (written(architectures=["LlamaForCausalLM"]), "architectures of config.json"),
     "a field less for older releases": (written(rope_theta=5.0), "rope_theta of config.json is 5.0, but 10000.0"),
 }
@@ -258,7 +259,7 @@ FORGED: dict[str, tuple[Edit, str]] = {
     "garbage int8 block": (quantised("int8", "linear_2.smooth.1_Q8", garbage_block), "fails at 'int8 weights'"),
     "int4 scales doubled": (quantised("int4", "linear_2.smooth.1_scales", lambda a: a * 2), "fails at 'int4 weights'"),
     "int8 file of noise": (noise, "fails at 'int8 weights'"),
-    "int4 file of garbage": (no_graph, "fails at 'int4 weights': model_int4.onnx does not run"),
+    "int4 file of garbage": (no_graph, r"fails at 'int4 weights': model_int4.onnx does not run \(.+\)"),
     "int8 file deleted": (remove("onnx/model_int8.onnx"), "lacks onnx/model_int8.onnx, which its report names"),
     "file added": (lambda folder: (folder / "extra.txt").touch(), f"files {UNTRUE}"),
     "weights changed": (weights(nudged, told=False), f"weights_sha256 {UNTRUE}"),

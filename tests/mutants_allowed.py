@@ -45,6 +45,11 @@ ALLOWED: dict[str, str] = {
 +    generator = torch.Generator().manual_seed( 1)""": "any noise of that size will do",
     """-                if n > 1:
 +                if n > 0:""": "an axis that is not listed counts as having one coordinate",
+    """-
+-
+-@functools.cache""": "a cache saves time alone",
+    """-    generator = torch.Generator().manual_seed(0)
++    generator = torch.Generator().manual_seed( -1)""": "any noise of that size will do",
     """-    scale = norm.root.meta.get(SCALE, 1.0)
 +    scale = norm.root.meta.get(SCALE, 2.0)""": "before a cut all norms have one factor, whichever it is",
     """-    if outer_size == 1 or inner_size == 1:

@@ -53,7 +53,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "passes/verify.py": ("test_verify.py", "test_faults.py"),
     "mptk/maskprune/solver.py": ("test_solver.py", "test_maskprune.py"),
     "mptk/proof.py": ("test_borders.py", "test_faults.py"),
-    "mptk/verification.py": ("test_trust.py", "test_faults.py"),
+    "mptk/verification.py": ("test_verify.py", "test_trust.py", "test_faults.py"),
     "mptk/manifest.py": ("test_files.py", "test_emit_hf.py", "test_trust.py"),
     "mptk/configs.py": ("test_configs.py", "test_faults.py", "test_rehome.py"),
     "mptk/checkpoint.py": ("test_checkpoint.py",),

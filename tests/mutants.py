@@ -40,7 +40,7 @@ TREE = ("mptk", "passes", "tests", "benchmarks", "docs", "examples", "README.md"
 LIMIT_S = 400
 
 RANDOM = tuple(f"test_random_programs.py::test_a_program_is_cut_right_or_refused_by_name[{i}]" for i in range(2))
-CUTS = ("test_soundness.py", "test_check_cut.py", *RANDOM, "test_rewrite.py", "test_rules.py")
+CUTS = ("test_soundness.py", "test_custom_op.py", "test_check_cut.py", *RANDOM, "test_rewrite.py", "test_rules.py")
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "mptk/axes.py": ("test_axes.py", "test_soundness.py", *RANDOM),
     "mptk/cut.py": ("test_plan.py", *CUTS),

@@ -33,9 +33,9 @@ from transformers import (
 )
 
 from benchmarks.common import result_header, write_result
-from mptk.families import Analysis
-from passes.group import analyze
-from passes.trace import trace
+from mptk.ir.families import Analysis
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
 
 ROUNDS = 5
 

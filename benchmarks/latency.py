@@ -2,7 +2,7 @@
 
     python -m benchmarks.latency [--json FILE] [--quick] [--threads N]
 
-Single operators (``mptk.operators``) and whole ONNX graphs are timed in turn. Each graph is the dense model's first rows
+Single operators (``mptk.cost.operator_times``) and whole ONNX graphs are timed in turn. Each graph is the dense model's first rows
 and columns, since which ones does not matter for speed. ``--quick``: four layers, two held-out shapes, two rounds.
 """
 
@@ -20,12 +20,13 @@ from transformers import PreTrainedModel
 
 from benchmarks.common import result_header, write_result
 from benchmarks.onnx import MODEL, export, resized
-from mptk import api, models
-from mptk.bench import Case, decoder_step
-from mptk.latency import OBJECTIVES, Latency, Measure
-from mptk.operators import Operator, time_once, typical_ms
-from mptk.runtime import OrtDecoder
-from passes import legalize
+from mptk.cost.latency import OBJECTIVES, Latency, Measure
+from mptk.cost.operator_times import Operator, time_once, typical_ms
+from mptk.driver import api
+from mptk.io import models
+from mptk.runtime.bench import Case, decoder_step
+from mptk.runtime.decoder import OrtDecoder
+from passes.targets import legalize
 
 FAMILIES = ("kv_groups", "q_heads", "ffn")
 SHAPES: tuple[Mapping[str, int], ...] = (

@@ -26,13 +26,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.common import result_header, write_result
 from benchmarks.onnx_rivals import LEFT_OUT, caller_rows, genai, genai_rows, torch_rows
-from mptk import models
-from mptk.bench import Bench, bench_decoders
-from mptk.plot import draw_bench
-from mptk.report import bench_markdown
-from passes.emit_onnx import emit_onnx
-from passes.quantize_onnx import quantize_onnx
-from passes.trace_decoder import Logits, trace_decoder
+from mptk.cli.plot import draw_bench
+from mptk.cli.report import bench_markdown
+from mptk.io import models
+from mptk.runtime.bench import Bench, bench_decoders
+from passes.frontend.trace_decoder import Logits, trace_decoder
+from passes.targets.onnx.emit import emit_onnx
+from passes.targets.onnx.quantize import quantize_onnx
 
 MODEL = "smollm2-135m"
 SHAPES = {

@@ -30,11 +30,12 @@ from filelock import FileLock
 
 from benchmarks.common import result_header, write_result
 from benchmarks.quality_text import write_mixture
-from mptk import Settings, data, models, prune
-from mptk.evaluation import perplexity, zero_shot
-from mptk.learning import Learning
-from mptk.maskprune.solver import Rates
-from mptk.maskprune.train import Training
+from mptk import Settings, prune
+from mptk.io import data, models
+from mptk.io.evaluation import perplexity, zero_shot
+from mptk.methods.maskprune.learner import Learning
+from mptk.methods.maskprune.solver import Rates
+from mptk.methods.maskprune.train import Training
 
 MODEL = "smollm2-135m"
 METHODS = "maskprune,wanda,flap,taylor,wanda+fit,wanda+learned,random,magnitude,maskprune+nofit,maskprune+fixed"

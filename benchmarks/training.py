@@ -25,16 +25,18 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-import passes.trace
+import passes.frontend.trace
 from benchmarks.common import result_header, write_result
-from mptk import criteria, models
-from mptk.api import cut_program
-from mptk.cost import CostModel
-from mptk.learning import Learner, Learning
-from mptk.maskprune.train import Training
-from mptk.maskprune.work import WorkFolder
-from mptk.pipeline import Log
-from passes import group, legalize
+from mptk.cost.model import CostModel
+from mptk.io import models
+from mptk.ir.passes import Log
+from mptk.methods import criteria
+from mptk.methods.maskprune.learner import Learner, Learning
+from mptk.methods.maskprune.run_folder import WorkFolder
+from mptk.methods.maskprune.train import Training
+from passes.analysis import group
+from passes.pipelines import cut_program
+from passes.targets import legalize
 
 MODEL = "smollm2-135m"
 BATCH, MICRO, LENGTH, RANK = 4, 4, 256, 16
@@ -80,7 +82,7 @@ def learner(teacher: str, model: Any) -> Learner:
 
 def analysed() -> tuple[Any, Any, CostModel, list[legalize.Candidate]]:
     model = models.load(MODEL).model
-    analysis = group.analyze(passes.trace.trace(model, dynamic=True))
+    analysis = group.analyze(passes.frontend.trace.trace(model, dynamic=True))
     cost = CostModel(analysis)
     target = legalize.stock_target(analysis, model)
     names = legalize.default_families(analysis, target)

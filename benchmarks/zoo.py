@@ -36,14 +36,14 @@ from benchmarks.tiny_models import MAPPINGS, CannotBuild, Tiny, model_types, tin
 from benchmarks.zoo_plans import random_plan
 from benchmarks.zoo_stock import stock_acceptance
 from mptk import rewrite
-from mptk.cut import resolve_plan
 from mptk.errors import MptkError
-from mptk.families import Analysis
-from mptk.plan import Plan
-from passes.group import analyze
-from passes.mask import mask
-from passes.retype import retype
-from passes.trace import trace
+from mptk.ir.families import Analysis
+from mptk.ir.plan import Plan
+from mptk.ir.resolved_plan import resolve_plan
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+from passes.transforms.masked_reference import mask
+from passes.transforms.retype import retype
 
 Run = Callable[[str, str], dict[str, Any]]
 """Makes the row of a mapping and a type."""

@@ -27,15 +27,15 @@ from benchmarks.tiny_config import FIRST_PLAIN_TOKEN, VOCAB
 from benchmarks.tiny_models import model_types, tiny_model
 from benchmarks.zoo import describe, difference, saved_rows, sweep
 from benchmarks.zoo_plans import draw, legal_width
-from mptk.api import cut_program
-from mptk.families import Analysis
-from mptk.pipeline import Log
-from mptk.plan import Plan
-from mptk.program import Program
-from mptk.runtime import OrtDecoder
-from passes.emit_onnx import emit_onnx
-from passes.group import analyze
-from passes.trace_decoder import CacheLayerShape, DecoderStep, cache_shapes, first_positions, trace_decoder
+from mptk.ir.families import Analysis
+from mptk.ir.passes import Log
+from mptk.ir.plan import Plan
+from mptk.ir.program import Program
+from mptk.runtime.decoder import OrtDecoder
+from passes.analysis.group import analyze
+from passes.frontend.trace_decoder import CacheLayerShape, DecoderStep, cache_shapes, first_positions, trace_decoder
+from passes.pipelines import cut_program
+from passes.targets.onnx.emit import emit_onnx
 
 MAPPING = "causal-lm"
 STAGES = ("none", "build", "trace", "analyse", "cut", "emit", "run", "equal")

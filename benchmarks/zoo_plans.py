@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from mptk.families import Analysis, Family
-from mptk.plan import FamilyPlan, Plan
+from mptk.ir.families import Analysis, Family
+from mptk.ir.plan import FamilyPlan, Plan
 
 
 def random_plan(families: Sequence[Family], rng: random.Random, fraction: float = 0.6) -> Plan:

@@ -10,12 +10,12 @@ import torch
 
 from benchmarks.tiny_models import Logits, Tiny
 from benchmarks.zoo_plans import legal_widths, plan_of_widths
-from mptk.api import cut_program
-from mptk.axes import leaves
-from mptk.families import Analysis, Family
-from mptk.pipeline import Log
-from passes.legalize import cut_shapes, derived_families
-from passes.stock_config import Refusal, Stock
+from mptk.ir.axes import leaves
+from mptk.ir.families import Analysis, Family
+from mptk.ir.passes import Log
+from passes.pipelines import cut_program
+from passes.targets.legalize import cut_shapes, derived_families
+from passes.targets.stock.config import Refusal, Stock
 from passes.verify import TOLERANCE
 
 PREFIX = "model."

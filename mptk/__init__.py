@@ -6,24 +6,26 @@ The main job is ``mptk.prune``. Its steps are functions too: ``trace``, ``analyz
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from mptk.api import analyze, bench, export, rewrite, rule, trace
-    from mptk.errors import MptkError, ProofError
-    from mptk.plan import FamilyPlan, Plan
-    from mptk.pruning import prune
-    from mptk.settings import Settings
-    from mptk.verification import verify
+from mptk.version import __version__
 
-__version__ = metadata.version("mptk")
+if TYPE_CHECKING:
+    from mptk.driver.api import analyze, bench, export, rewrite, rule, trace
+    from mptk.driver.prune import prune
+    from mptk.driver.settings import Settings
+    from mptk.driver.verification import verify
+    from mptk.errors import MptkError, ProofError
+    from mptk.ir.plan import FamilyPlan, Plan
+
 __all__ = [
     "FamilyPlan",
     "MptkError",
     "Plan",
     "ProofError",
     "Settings",
+    "__version__",
     "analyze",
     "bench",
     "export",
@@ -35,13 +37,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FamilyPlan": "mptk.plan",
+    "FamilyPlan": "mptk.ir.plan",
     "MptkError": "mptk.errors",
-    "Plan": "mptk.plan",
+    "Plan": "mptk.ir.plan",
     "ProofError": "mptk.errors",
-    "Settings": "mptk.settings",
-    "prune": "mptk.pruning",
-    "verify": "mptk.verification",
+    "Settings": "mptk.driver.settings",
+    "prune": "mptk.driver.prune",
+    "verify": "mptk.driver.verification",
 }
 
 
@@ -49,4 +51,4 @@ def __getattr__(name: str) -> Any:
     """The public names, imported at first use: ``import mptk`` alone stays quick."""
     if name not in __all__:
         raise AttributeError(f"module 'mptk' has no attribute {name!r}")
-    return getattr(import_module(_HOMES.get(name, "mptk.api")), name)
+    return getattr(import_module(_HOMES.get(name, "mptk.driver.api")), name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mptk.cli import main
+from mptk.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from mptk.cut import Cut
 from mptk.errors import MptkError, ProofError
-from mptk.families import Analysis
-from mptk.program import Program
-from passes.mask import mask
-from passes.propagate import shape_of
-from passes.retype import retype
-from passes.rules.table import base_name
+from mptk.ir.families import Analysis
+from mptk.ir.ops import base_name
+from mptk.ir.program import Program
+from mptk.ir.resolved_plan import Cut
+from passes.analysis.propagate import shape_of
+from passes.transforms.masked_reference import mask
+from passes.transforms.retype import retype
 from passes.verify import ROUNDINGS, TOLERANCE, WIDEST, rounded
 
 COARSE = (torch.float16, torch.bfloat16)

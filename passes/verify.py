@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.program import Program
+from mptk.ir.program import Program
 
 Logits = Callable[[Tensor], "Tensor | tuple[Tensor, list[int]]"]
 """Token ids [batch, sequence] → logits of all or of the last positions; or logits and the positions they are of."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import mptk
-from mptk.cut import resolve_plan
-from mptk.families import Analysis
-from mptk.plan import FamilyPlan, Plan
-from passes.mask import mask
+from mptk.ir.families import Analysis
+from mptk.ir.plan import FamilyPlan, Plan
+from mptk.ir.resolved_plan import resolve_plan
+from passes.transforms.masked_reference import mask
 
 
 def random_plan(analysis: Analysis, names: Collection[str] | None = None, *, seed: int = 0, share: float = 0.6) -> Plan:

@@ -18,13 +18,14 @@ from test_pruning import WORDS, save
 from transformers import MistralConfig, MistralForCausalLM
 
 import mptk
-import passes.trace
-from mptk import models
+import passes.frontend.trace
+from mptk.driver.verification import read_report
 from mptk.files import write_json
-from mptk.manifest import write_manifest
-from mptk.program import Program
-from mptk.verification import read_report
-from passes import group, legalize
+from mptk.io import models
+from mptk.io.manifest import write_manifest
+from mptk.ir.program import Program
+from passes.analysis import group
+from passes.targets import legalize
 
 WINDOW = 64
 Edit = Callable[[Path], None]
@@ -35,7 +36,7 @@ def remembered() -> Iterator[None]:
     """Within it, models are loaded, traced and probed once; every cut, emission and proof is done anew."""
     with pytest.MonkeyPatch.context() as patch:
         for owner, name, key in (
-            (passes.trace, "trace", lambda model, *_, **o: (id(model), str(o))),
+            (passes.frontend.trace, "trace", lambda model, *_, **o: (id(model), str(o))),
             (group, "analyze", lambda program: id(program)),
             (legalize, "discover", lambda analysis, model: (id(analysis.walk), id(model))),
         ):
@@ -78,7 +79,7 @@ class Lab:
         )
         self.dense = save(MistralForCausalLM(config), root / "dense")
         loaded = models.load(self.dense)
-        analysis = group.analyze(passes.trace.trace(loaded.model, dynamic=True))
+        analysis = group.analyze(passes.frontend.trace.trace(loaded.model, dynamic=True))
         random_plan(analysis, ["hidden", "q_heads", "ffn"], share=0.7).save(root / "plan.json")
         text = root / "text.txt"
         generator = torch.Generator().manual_seed(0)
@@ -128,7 +129,7 @@ def weights(change: Callable[[str, torch.Tensor], torch.Tensor], *, told: bool =
     """Other weights, and a digest in the report that fits if it is ``told``."""
 
     def edit(folder: Path) -> None:
-        from mptk.claims import weights_digest
+        from mptk.driver.claims import weights_digest
 
         file = folder / "model.safetensors"
         state = {name: change(name, tensor) for name, tensor in load_file(file).items()}
@@ -160,11 +161,13 @@ def all_of(*edits: Edit) -> Edit:
 # ---- steps that go wrong ----
 
 
-def cut_wrongly(damage: Callable[[Program], Program], target: str = "mptk.pruning.cut_program") -> Callable[..., None]:
+def cut_wrongly(
+    damage: Callable[[Program], Program], target: str = "mptk.driver.prune.cut_program"
+) -> Callable[..., None]:
     """The rewritten program comes out damaged."""
 
     def inject(patch: pytest.MonkeyPatch) -> None:
-        from mptk.api import cut_program
+        from passes.pipelines import cut_program
 
         def damaged(*arguments: Any) -> Any:
             program, epsilons = cut_program(*arguments)

@@ -42,22 +42,22 @@ LIMIT_S = 400
 RANDOM = tuple(f"test_random_programs.py::test_a_program_is_cut_right_or_refused_by_name[{i}]" for i in range(2))
 CUTS = ("test_soundness.py", "test_custom_op.py", "test_check_cut.py", *RANDOM, "test_rewrite.py", "test_rules.py")
 SUBJECTS: dict[str, tuple[str, ...]] = {
-    "mptk/axes.py": ("test_axes.py", "test_soundness.py", *RANDOM),
-    "mptk/cut.py": ("test_plan.py", *CUTS),
-    "passes/rewrite.py": CUTS,
-    "passes/mask.py": CUTS,
-    "passes/fold_norms.py": ("test_fold_norms.py", "test_check_cut.py", "test_legalize.py"),
-    "passes/exactness.py": ("test_soundness.py", "test_exactness.py", *RANDOM, "test_rules.py"),
-    "passes/aliasing.py": ("test_soundness.py", *RANDOM, "test_rules.py"),
+    "mptk/ir/axes.py": ("test_axes.py", "test_soundness.py", *RANDOM),
+    "mptk/ir/resolved_plan.py": ("test_plan.py", *CUTS),
+    "passes/transforms/rewrite.py": CUTS,
+    "passes/transforms/masked_reference.py": CUTS,
+    "passes/transforms/fold_norms.py": ("test_fold_norms.py", "test_check_cut.py", "test_legalize.py"),
+    "passes/analysis/zero_propagation.py": ("test_soundness.py", "test_exactness.py", *RANDOM, "test_rules.py"),
+    "passes/analysis/aliasing.py": ("test_soundness.py", *RANDOM, "test_rules.py"),
     "passes/check_cut.py": ("test_check_cut.py",),
     "passes/verify.py": ("test_verify.py", "test_faults.py"),
-    "mptk/maskprune/solver.py": ("test_solver.py", "test_maskprune.py"),
-    "mptk/proof.py": ("test_borders.py", "test_faults.py"),
-    "mptk/verification.py": ("test_verify.py", "test_trust.py", "test_faults.py"),
-    "mptk/manifest.py": ("test_files.py", "test_emit_hf.py", "test_trust.py"),
-    "mptk/configs.py": ("test_configs.py", "test_faults.py", "test_rehome.py"),
-    "mptk/checkpoint.py": ("test_checkpoint.py",),
-    "passes/emit_hf.py": ("test_emit_hf.py",),
+    "mptk/methods/maskprune/solver.py": ("test_solver.py", "test_maskprune.py"),
+    "mptk/driver/proof.py": ("test_borders.py", "test_faults.py"),
+    "mptk/driver/verification.py": ("test_verify.py", "test_trust.py", "test_faults.py"),
+    "mptk/io/manifest.py": ("test_files.py", "test_emit_hf.py", "test_trust.py"),
+    "mptk/driver/configs.py": ("test_configs.py", "test_faults.py", "test_rehome.py"),
+    "mptk/io/checkpoint.py": ("test_checkpoint.py",),
+    "passes/targets/stock/emit.py": ("test_emit_hf.py",),
 }
 """File → what is to notice its mutants, in this order, under ``tests/``."""
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mptk.axes import (
+from mptk.ir.axes import (
     ONE,
     ZERO,
     Axis,
@@ -33,7 +33,7 @@ from mptk.axes import (
     split_sum,
     unify,
 )
-from mptk.families import unit_positions
+from mptk.ir.families import unit_positions
 
 
 def shape(term: Term, names: dict[Axis, str] | None = None) -> str:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
 
 import mptk
+from mptk.driver.proof import decoded, proof_batches
 from mptk.errors import MptkError
-from mptk.manifest import write_manifest
-from mptk.proof import decoded, proof_batches
-from passes.borders import config_borders, graph_borders, reach
-from passes.trace import trace
+from mptk.io.manifest import write_manifest
+from passes.analysis.borders import config_borders, graph_borders, reach
+from passes.frontend.trace import trace
 from passes.verify import Difference
 
 TOKENS = torch.arange(14).reshape(2, 7) % 11 + 1
@@ -126,9 +126,9 @@ def test_a_window_of_the_config_that_is_not_the_dense_models(tmp_path: Path, mon
     write_manifest(out)
     with pytest.raises(MptkError, match=r"'config': sliding_window of config.json is 96, but 64"):
         mptk.verify(out)
-    monkeypatch.setattr("mptk.proof.check_config", lambda *_: Difference("config", 0.0, 0.0, 0.0))
+    monkeypatch.setattr("mptk.driver.proof.check_config", lambda *_: Difference("config", 0.0, 0.0, 0.0))
     with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint': logits differ by"):
         mptk.verify(out)
-    after("mptk.pruning.write_checkpoint", fields("config.json", sliding_window=96), 4)(monkeypatch)
+    after("mptk.driver.prune.write_checkpoint", fields("config.json", sliding_window=96), 4)(monkeypatch)
     with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint'"):
         mptk.prune(dense, tmp_path / "again", settings)

@@ -12,16 +12,16 @@ from tiny_decoders import GROUPED, tiny_decoder
 from torch import nn
 
 import mptk
-import mptk.api
-from mptk.cut import Cut, resolve_plan
+import mptk.driver.api
 from mptk.errors import MptkError, ProofError
-from mptk.families import Analysis
-from mptk.program import Program
+from mptk.ir.families import Analysis
+from mptk.ir.program import Program
+from mptk.ir.resolved_plan import Cut, resolve_plan
+from passes.analysis.group import analyze
 from passes.check_cut import seeded_inputs
-from passes.group import analyze
-from passes.mask import mask
-from passes.trace import trace
-from passes.trace_decoder import trace_decoder
+from passes.frontend.trace import trace
+from passes.frontend.trace_decoder import trace_decoder
+from passes.transforms.masked_reference import mask
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def scaled(program: Program) -> tuple[Program, dict[float, float]]:
     return program.with_state({name: program.state[name] * 1.01}), {}
 
 
-REWRITE = mptk.api.rewrite_cut
+REWRITE = mptk.driver.api.rewrite_cut
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_the_stage_that_is_wrong_is_named_with_the_difference(
     llama: Analysis, monkeypatch: pytest.MonkeyPatch, step: str, broken: Callable[..., object], stage: str
 ) -> None:
     plan = random_plan(llama)
-    monkeypatch.setattr(mptk.api, step, broken)
+    monkeypatch.setattr(mptk.driver.api, step, broken)
     with pytest.raises(MptkError, match=rf"the proof fails at '{stage}': .* differ by \d\.\de[+-]\d+ of the largest"):
         mptk.rewrite(llama, plan)
     mptk.rewrite(llama, plan, check=False)
@@ -154,7 +154,7 @@ def test_inputs_are_ids_of_the_smallest_table_and_other_numbers_as_traced() -> N
 def test_a_size_that_does_not_follow_the_cut_is_named_with_its_place(
     llama: Analysis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("passes.rewrite.Resizer.scaled", lambda resizer, argument, term: argument)
+    monkeypatch.setattr("passes.transforms.rewrite.Resizer.scaled", lambda resizer, argument, term: argument)
     with pytest.raises(
         ProofError, match=r"the cut graph does not fit together at aten\.\w+\.default in model\..*: .*; please report"
     ) as e:

@@ -13,11 +13,11 @@ from graph_damage import Damage, damaged, garbage_block, one_code
 from tiny_decoders import CONFIGS, GROUPED, tiny_decoder
 
 from mptk.errors import ProofError
-from passes import check_quantized as checked
-from passes.check_quantized import DIVERGENCES, check_quantized, divergence
-from passes.emit_onnx import emit_onnx
-from passes.quantize_onnx import SCHEMES, quantize_onnx
-from passes.trace_decoder import trace_decoder
+from passes.frontend.trace_decoder import trace_decoder
+from passes.targets.onnx import check_quantized as checked
+from passes.targets.onnx.check_quantized import DIVERGENCES, check_quantized, divergence
+from passes.targets.onnx.emit import emit_onnx
+from passes.targets.onnx.quantize import SCHEMES, quantize_onnx
 
 TEXT = np.random.default_rng(0).integers(3, 97, (16, 32))
 

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from mptk.checkpoint import portable, portable_config, save_checkpoint, save_tokenizer
+from mptk.io.checkpoint import portable, portable_config, save_checkpoint, save_tokenizer
 
 SIZES = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 40, "vocab_size": 97, "num_hidden_layers": 2}
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from toy_checkpoints import llama, tokenizer
 from transformers.utils import logging
 
-from mptk import cli, progress
+from mptk.cli import main as cli
+from mptk.cli import progress
 from mptk.errors import MptkError
-from mptk.manifest import check_manifest
-from passes.rules import RULES
+from mptk.io.manifest import check_manifest
+from passes.analysis.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--method", "wanda", "--multiple-of", "8", "--samples", "4", "--length", "32"]
@@ -252,7 +253,7 @@ def test_ops_lists_every_rule_with_its_axis_equation(tmp_path, mptk):
     assert result.stdout.startswith(f"{len(names)} ops with an axis rule")
     printed = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
     assert printed == [[row["op"], row["file"], row["axes"]] for row in listed["ops"]]
-    assert ["aten.linear", "passes/rules/contract.py", "y[…, o] = Σ_i x[…, i] W[o, i] + b[o]."] in printed
+    assert ["aten.linear", "passes/analysis/rules/contract.py", "y[…, o] = Σ_i x[…, i] W[o, i] + b[o]."] in printed
 
 
 # ---- errors ----

@@ -10,13 +10,13 @@ from typing import Any
 import architectures
 import pytest
 
-from mptk import models
-from mptk.checkpoint import portable
-from mptk.configs import check_config, config_changes
+from mptk.driver.configs import check_config, config_changes
+from mptk.driver.stock import Written
 from mptk.errors import MptkError
-from mptk.stock import Written
-from passes.emit_hf import write_checkpoint
-from passes.stock_config import StockConfig
+from mptk.io import models
+from mptk.io.checkpoint import portable
+from passes.targets.stock.config import StockConfig
+from passes.targets.stock.emit import write_checkpoint
 
 
 def write(folder: Path, name: str, *, changed: dict[str, Any] | None = None, listed: bool = True) -> Written:

@@ -14,14 +14,14 @@ from torch.nn.functional import cross_entropy, silu
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import mptk
-from mptk import criteria
-from mptk.criteria import observe
-from mptk.cut import resolve_plan
 from mptk.errors import MptkError
-from mptk.families import Analysis
-from passes.group import analyze
-from passes.mask import mask
-from passes.trace import trace
+from mptk.ir.families import Analysis
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.methods import criteria
+from mptk.methods.criteria import observe
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+from passes.transforms.masked_reference import mask
 
 LAYERS, HIDDEN, FFN, VOCAB = 2, 48, 80, 97
 KV, Q, HEAD = 2, 3, 10  # query heads: KV · Q = 6

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from benchmarks.zoo import prove
 from mptk.errors import MptkError
-from passes.group import analyze
-from passes.rules.opaque import opaque
-from passes.rules.table import RULES, rule
-from passes.trace import trace
+from passes.analysis.group import analyze
+from passes.analysis.rules.opaque import opaque
+from passes.analysis.rules.table import RULES, rule
+from passes.frontend.trace import trace
 
 
 @torch.library.custom_op("mptk_test::gated", mutates_args=())

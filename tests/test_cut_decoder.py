@@ -10,13 +10,13 @@ from tiny_decoders import CONFIGS, FUSED, GROUPED, SLIDING, tiny_decoder
 from transformers import BloomConfig
 
 import mptk
-from mptk.families import Analysis
-from mptk.plan import FamilyPlan, Plan
-from mptk.runtime import OrtDecoder
-from passes.emit_onnx import emit_onnx
-from passes.group import analyze
-from passes.trace import trace
-from passes.trace_decoder import trace_decoder
+from mptk.ir.families import Analysis
+from mptk.ir.plan import FamilyPlan, Plan
+from mptk.runtime.decoder import OrtDecoder
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+from passes.frontend.trace_decoder import trace_decoder
+from passes.targets.onnx.emit import emit_onnx
 
 
 def halved(analysis: Analysis, *names: str) -> Plan:

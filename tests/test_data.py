@@ -13,8 +13,8 @@ import torch
 import toy_checkpoints as toys
 from transformers import BertConfig, BertModel, LlamaForCausalLM
 
-from mptk import data
 from mptk.errors import MptkError
+from mptk.io import data
 
 
 @pytest.fixture(scope="module")

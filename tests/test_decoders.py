@@ -18,9 +18,9 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from mptk import models
-from mptk.cli import app
+from mptk.cli.main import app
 from mptk.errors import MptkError
+from mptk.io import models
 
 SMALL = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "num_hidden_layers": 1}
 BERT = BertConfig(**SMALL, vocab_size=99)
@@ -58,7 +58,7 @@ def test_every_command_says_in_one_line_what_is_possible(
     folder: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     kind, path = folder
-    monkeypatch.setattr("mptk.models._from_pretrained", lambda *_, **__: pytest.fail("its weights were read"))
+    monkeypatch.setattr("mptk.io.models._from_pretrained", lambda *_, **__: pytest.fail("its weights were read"))
     words = {"MODEL": path, "OUT": str(tmp_path / "out"), "TEXT": __file__}
     run = CliRunner().invoke(app, [words.get(word, word) for word in COMMANDS[command]])
     assert isinstance(run.exception, MptkError), run.output

@@ -29,8 +29,9 @@ from transformers import (
 )
 
 from mptk.errors import MptkError
-from passes.emit_hf import emit_hf, publish, write_checkpoint
-from passes.stock_config import StockConfig
+from mptk.io.publish import publish
+from passes.targets.stock.config import StockConfig
+from passes.targets.stock.emit import emit_hf, write_checkpoint
 
 VOCAB = 101
 LOAD = """

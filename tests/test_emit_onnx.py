@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from mptk.errors import MptkError
-from mptk.program import Program
-from mptk.runtime import OrtDecoder
-from passes.emit_onnx import emit_onnx
-from passes.trace_decoder import cache_shapes, trace_decoder
+from mptk.ir.program import Program
+from mptk.runtime.decoder import OrtDecoder
+from passes.frontend.trace_decoder import cache_shapes, trace_decoder
+from passes.targets.onnx.emit import emit_onnx
 
 LENGTHS = (9, 6, 4)
 STEPS = 3

@@ -12,8 +12,8 @@ import torch
 import toy_checkpoints as toys
 from transformers import LlamaForCausalLM
 
-from mptk import data, evaluation, models
 from mptk.errors import MptkError
+from mptk.io import data, evaluation, models
 
 
 @pytest.fixture(scope="module")

@@ -29,14 +29,14 @@ from lab import (
 )
 
 import mptk
+from mptk.driver.verification import read_report
 from mptk.errors import MptkError
-from mptk.learning import Learning
-from mptk.maskprune.train import Training
-from mptk.plan import Plan
-from mptk.program import Program
-from mptk.runtime import OrtDecoder
-from mptk.verification import read_report
-from passes.insert_masks import InsertedMasks
+from mptk.ir.plan import Plan
+from mptk.ir.program import Program
+from mptk.methods.maskprune.learner import Learning
+from mptk.methods.maskprune.train import Training
+from mptk.runtime.decoder import OrtDecoder
+from passes.transforms.insert_masks import InsertedMasks
 
 Inject = Callable[[pytest.MonkeyPatch], None]
 
@@ -65,7 +65,7 @@ FFN, ATTENTION = f"{LAYER}.mlp", f"{LAYER}.self_attn"
 
 
 def unmasked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("mptk.proof.mask", lambda analysis, cut: analysis.program)
+    patch.setattr("mptk.driver.proof.mask", lambda analysis, cut: analysis.program)
 
 
 def untied(patch: pytest.MonkeyPatch) -> None:
@@ -81,7 +81,7 @@ def other_state(name: str, size: int) -> Inject:
 
 def written(**changes: Any) -> Inject:
     """The config as it is written has other values."""
-    return after("mptk.pruning.write_checkpoint", fields("config.json", **changes), 4)
+    return after("mptk.driver.prune.write_checkpoint", fields("config.json", **changes), 4)
 
 
 STEPS: dict[str, tuple[Inject, str]] = {
@@ -124,7 +124,9 @@ def test_a_step_that_goes_wrong(lab: Lab, monkeypatch: pytest.MonkeyPatch, name:
 
 @pytest.mark.parametrize("name", ["rope theta", "window", "epsilon", "activation"])
 def test_logits_show_a_wrong_config_too(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr("mptk.proof.check_config", lambda *_: mptk.proof.Difference("config", 0.0, 0.0, 0.0))
+    monkeypatch.setattr(
+        "mptk.driver.proof.check_config", lambda *_: mptk.driver.proof.Difference("config", 0.0, 0.0, 0.0)
+    )
     STEPS[name][0](monkeypatch)
     with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint'"):
         lab.prune(onnx=False)
@@ -141,7 +143,7 @@ def scaled_adapters(patch: pytest.MonkeyPatch) -> None:
 
 
 def swapped_rows(patch: pytest.MonkeyPatch) -> None:
-    from mptk.verification import widened
+    from mptk.driver.verification import widened
 
     def damaged(*arguments: Any) -> dict[str, torch.Tensor]:
         result = widened(*arguments)
@@ -151,12 +153,12 @@ def swapped_rows(patch: pytest.MonkeyPatch) -> None:
         result[name][list(kept)] = result[name][list(kept)[::-1]]
         return result
 
-    patch.setattr("mptk.pruning.widened", damaged)
+    patch.setattr("mptk.driver.prune.widened", damaged)
 
 
 TRAINING: dict[str, tuple[Inject, str]] = {
     "adapters merged with 1.01": (scaled_adapters, "learned masks"),
-    "recovery dropped": (lambda p: p.setattr("mptk.pruning.widened", lambda *_: {}), "trained model"),
+    "recovery dropped": (lambda p: p.setattr("mptk.driver.prune.widened", lambda *_: {}), "trained model"),
     "rows swapped after recovery": (swapped_rows, "trained model"),
     "masks not folded": (lambda p: p.setattr(InsertedMasks, "folded", lambda *_: {}), "learned masks"),
 }
@@ -194,7 +196,7 @@ def other_plan(folder: Path) -> None:
 
 
 def told_plan(folder: Path) -> None:
-    from mptk.api import plan_digest
+    from mptk.driver.api import plan_digest
 
     fields("report.json", plan_sha256=plan_digest(Plan.load(folder / "plan.json")))(folder)
 

@@ -12,8 +12,8 @@ import pytest
 
 from mptk.errors import MptkError
 from mptk.files import json_text, write_json
-from mptk.manifest import check_manifest, read_manifest, update_manifest
-from passes.emit_hf import publish
+from mptk.io.manifest import check_manifest, read_manifest, update_manifest
+from mptk.io.publish import publish
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +31,7 @@ def test_all_json_is_written_by_the_one_helper() -> None:
         for path in (ROOT / package).rglob("*.py")
         if re.search(r"json\.dumps?\(", path.read_text())
     ]
-    assert sorted(writers) == ["mptk/configs.py", "mptk/files.py"]  # the first one prints values in its errors
+    assert sorted(writers) == ["mptk/driver/configs.py", "mptk/files.py"]  # the first one prints values in its errors
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from mptk.cut import resolve_plan
-from mptk.plan import FamilyPlan, Plan
-from mptk.program import Program
-from passes.fold_norms import fold_norms, unfoldable
-from passes.group import analyze
-from passes.mask import mask
-from passes.rewrite import SCALE, rewrite
-from passes.trace import trace
+from mptk.ir.plan import FamilyPlan, Plan
+from mptk.ir.program import Program
+from mptk.ir.resolved_plan import resolve_plan
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+from passes.transforms.fold_norms import fold_norms, unfoldable
+from passes.transforms.masked_reference import mask
+from passes.transforms.rewrite import SCALE, rewrite
 
 SIZES = {
     "hidden_size": 48,

@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from passes.group_queries import GroupQueriesPass
+from passes.targets.onnx.group_queries import GroupQueriesPass
 
 RNG = np.random.default_rng(0)
 HEADS, GROUPS, DIM, WIDTH, BATCH, TOKENS, PAST = 6, 2, 4, 9, 2, 3, 5

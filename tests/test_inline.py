@@ -11,9 +11,9 @@ from cutting import cut_and_compare, largest, random_plan
 from torch import Tensor, nn
 
 from mptk.errors import MptkError
-from passes.group import analyze
-from passes.place import Place
-from passes.trace import trace
+from mptk.ir.source_location import Place
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
 
 X = torch.randn(2, 5, 6)
 INNER = 8

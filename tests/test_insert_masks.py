@@ -8,14 +8,14 @@ import torch
 from cutting import random_plan
 from torch import Tensor, nn
 
-from mptk.cut import resolve_plan
 from mptk.errors import MptkError
-from mptk.families import Analysis
-from mptk.maskprune.adapters import adapt, original
-from passes.group import analyze
-from passes.insert_masks import insert_masks
-from passes.mask import mask
-from passes.trace import trace
+from mptk.ir.families import Analysis
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.methods.maskprune.adapters import adapt, original
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+from passes.transforms.insert_masks import insert_masks
+from passes.transforms.masked_reference import mask
 
 REFUSED = ("hidden", "experts")
 

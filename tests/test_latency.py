@@ -15,17 +15,17 @@ from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
 import mptk
-from mptk import operators
-from mptk.cli import app
-from mptk.cost import CostModel
+from mptk.cli.main import app
+from mptk.cost import operator_times
+from mptk.cost.latency import Latency, find_parts, interpolate, phase
+from mptk.cost.model import CostModel
+from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, kept_times, measure
+from mptk.driver.budget import Search, budgeted
 from mptk.errors import MptkError
-from mptk.latency import Latency, find_parts, interpolate, phase
-from mptk.operators import ATTENTION, ELEMENTWISE, MATMUL, Operator, kept_times, measure
-from mptk.plan import FamilyPlan, Plan
-from mptk.widths import Search, budgeted
-from passes import legalize
-from passes.group import analyze
-from passes.trace import trace
+from mptk.ir.plan import FamilyPlan, Plan
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+from passes.targets import legalize
 
 HIDDEN, FFN, LAYERS, GROUPS, SHARED, DIM, VOCAB = 48, 80, 3, 3, 2, 10, 97
 LADDERS = {"kv_groups": (1, 2, 3), "q_heads": (1, 2), "ffn": tuple(range(8, 81, 8))}
@@ -64,7 +64,7 @@ def analysis(model):
 def machine(monkeypatch, tmp_path) -> Path:
     """A machine whose operators take made-up times, and its empty cache folder."""
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(operators, "measure", lambda found, threads, progress: times(found))
+    monkeypatch.setattr(operator_times, "measure", lambda found, threads, progress: times(found))
     return tmp_path / "cache"
 
 
@@ -142,14 +142,14 @@ def test_operators_are_timed_once_for_a_machine_and_a_thread_count(machine):
 def test_another_runtime_is_measured_anew(machine, monkeypatch):
     one = [Operator(MATMUL, (1, 2, 3))]
     kept_times(one, 1, lambda *_: None, lambda *_: {one[0]: 7.0})
-    monkeypatch.setattr(operators.ort, "__version__", "0.0")
+    monkeypatch.setattr(operator_times.ort, "__version__", "0.0")
     assert kept_times(one, 1, lambda *_: None, lambda *_: {one[0]: 8.0}) == {one[0]: 8.0}
     assert len(list((machine / "latency").iterdir())) == 2
 
 
 def test_every_kind_of_operator_runs(monkeypatch):
-    monkeypatch.setattr(operators, "COLD_BYTES", 4096)
-    monkeypatch.setattr(operators, "SECONDS", 0.0)
+    monkeypatch.setattr(operator_times, "COLD_BYTES", 4096)
+    monkeypatch.setattr(operator_times, "SECONDS", 0.0)
     found = [Operator(MATMUL, (rows, 12, 7)) for rows in (1, 5)]
     found += [Operator(ATTENTION, (1, 9, 6, 2, 4, 3)), Operator(ATTENTION, (5, 0, 6, 2, 4, 3))]
     found += [Operator(ELEMENTWISE, (11,))]
@@ -161,9 +161,11 @@ def test_every_kind_of_operator_runs(monkeypatch):
 @pytest.mark.parametrize(("tokens", "past", "heads"), [(1, 9, 2), (5, 0, 6)])
 def test_attention_is_timed_as_the_graph_for_its_phase_has_it(monkeypatch, tokens, past, heads):
     seen = []
-    monkeypatch.setattr(operators, "COLD_BYTES", 4096)
-    monkeypatch.setattr(operators, "_ms", lambda threads, nodes, inputs, outputs: seen.append((nodes, inputs)) or 1.0)
-    operators.time_once(Operator(ATTENTION, (tokens, past, 6, 2, 4, 3)), 1)
+    monkeypatch.setattr(operator_times, "COLD_BYTES", 4096)
+    monkeypatch.setattr(
+        operator_times, "_ms", lambda threads, nodes, inputs, outputs: seen.append((nodes, inputs)) or 1.0
+    )
+    operator_times.time_once(Operator(ATTENTION, (tokens, past, 6, 2, 4, 3)), 1)
     ((nodes, inputs),) = seen
     assert {a.name: a.i for a in nodes[0].attribute} == {"q_num_heads": heads, "kv_num_heads": 2}
     shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in inputs}
@@ -258,7 +260,7 @@ def test_settings_that_contradict_each_other_are_refused():
 )
 def test_command_line_says_what_is_budgeted(monkeypatch, options, wanted):
     asked: list[mptk.Settings] = []
-    monkeypatch.setattr("mptk.pruning.prune", lambda model, folder, settings, progress: asked.append(settings))
+    monkeypatch.setattr("mptk.driver.prune.prune", lambda model, folder, settings, progress: asked.append(settings))
     CliRunner().invoke(app, ["prune", "model", "--out", "out", *options.split()], catch_exceptions=False)
     (s,) = asked
     assert (s.budget, s.objective, s.max_ms, s.threads) == wanted

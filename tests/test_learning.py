@@ -25,13 +25,13 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, 
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import mptk
+from mptk.driver.recovery import recover
+from mptk.driver.verification import read_report, verify
 from mptk.errors import MptkError
-from mptk.learning import Learning
-from mptk.maskprune.losses import Weights
-from mptk.maskprune.train import Training
-from mptk.plan import Plan
-from mptk.recovery import recover
-from mptk.verification import read_report, verify
+from mptk.ir.plan import Plan
+from mptk.methods.maskprune.learner import Learning
+from mptk.methods.maskprune.losses import Weights
+from mptk.methods.maskprune.train import Training
 
 TRAINING = Training(batch=4, micro=2, lr=3e-3, save_every=2)
 LEARNING = Learning(steps=12, mask_share=0.5, rank=4, training=TRAINING)
@@ -117,11 +117,11 @@ class Stopped(BaseException):
 
 
 STOPS = {
-    "saliency": ("mptk.maskprune.solver.Solver.observe", 2),
-    "a checkpoint being written": ("mptk.maskprune.work.save_file", 2),
-    "between masks and recovery": ("mptk.pruning.take_over", 1),
-    "emission": ("mptk.pruning.write_checkpoint", 1),
-    "after publishing": ("mptk.maskprune.work.WorkFolder.remove", 1),
+    "saliency": ("mptk.methods.maskprune.solver.Solver.observe", 2),
+    "a checkpoint being written": ("mptk.methods.maskprune.run_folder.save_file", 2),
+    "between masks and recovery": ("mptk.driver.prune.take_over", 1),
+    "emission": ("mptk.driver.prune.write_checkpoint", 1),
+    "after publishing": ("mptk.methods.maskprune.run_folder.WorkFolder.remove", 1),
 }
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from mptk.cost import CostModel
+from mptk.cost.model import CostModel
+from mptk.driver.budget import Search
+from mptk.driver.settings import Settings
 from mptk.errors import MptkError
-from mptk.settings import Settings
-from mptk.widths import Search
-from passes import legalize
-from passes.group import analyze
-from passes.trace import trace
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+from passes.targets import legalize
 
 
 def llama() -> LlamaForCausalLM:

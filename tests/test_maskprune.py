@@ -9,14 +9,14 @@ from cutting import random_plan
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from mptk.errors import MptkError
-from mptk.learning import removed_at_zero, take_over
-from mptk.maskprune.losses import TopLogits, Weights, hidden_error, language_model, shorten, token_losses
-from mptk.maskprune.reconstruct import replaced
-from mptk.maskprune.teacher import CachedTeacher, LiveTeacher, fingerprint
-from mptk.maskprune.train import schedule
-from mptk.maskprune.work import WorkFolder
-from passes.group import analyze
-from passes.trace import trace
+from mptk.methods.maskprune.learner import removed_at_zero, take_over
+from mptk.methods.maskprune.losses import TopLogits, Weights, hidden_error, language_model, shorten, token_losses
+from mptk.methods.maskprune.run_folder import WorkFolder
+from mptk.methods.maskprune.teacher import CachedTeacher, LiveTeacher, fingerprint
+from mptk.methods.maskprune.train import schedule
+from mptk.methods.reconstruct import replaced
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
 
 
 def logits(seed: int, *shape: int) -> torch.Tensor:
@@ -33,7 +33,7 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor | TopLogits) -> torc
 def test_losses_and_their_gradient_are_torchs_whatever_the_chunks(
     monkeypatch: pytest.MonkeyPatch, positions: int, weights: Weights
 ) -> None:
-    monkeypatch.setattr("mptk.maskprune.losses.CHUNK", 11 * positions)
+    monkeypatch.setattr("mptk.methods.maskprune.losses.CHUNK", 11 * positions)
     student, teacher = logits(0, 2, 5, 11).requires_grad_(), logits(1, 2, 5, 11) + 300
     ids = torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(2))
     lm = cross_entropy(student[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -52,7 +52,7 @@ def test_losses_and_their_gradient_are_torchs_whatever_the_chunks(
 def test_the_gradient_under_a_shortened_teacher_is_that_of_the_formula(
     monkeypatch: pytest.MonkeyPatch, positions: int
 ) -> None:
-    monkeypatch.setattr("mptk.maskprune.losses.CHUNK", 11 * positions)
+    monkeypatch.setattr("mptk.methods.maskprune.losses.CHUNK", 11 * positions)
     student, short = logits(0, 2, 5, 11).requires_grad_(), shorten(logits(1, 2, 5, 11), 3)
     logs = log_softmax(student, -1)
     top = logs.gather(-1, short.tokens)

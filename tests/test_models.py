@@ -21,8 +21,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from mptk import models
 from mptk.errors import MptkError
+from mptk.io import models
 
 IDS = torch.arange(3, 40)[None]
 

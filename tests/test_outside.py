@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from benchmarks.tiny_weights import randomise
 from benchmarks.zoo import prove
-from mptk.families import Analysis
-from passes.group import analyze
-from passes.trace import trace
+from mptk.ir.families import Analysis
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 TOKENS = torch.arange(14).reshape(2, 7) % 11 + 1

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mptk import packaged
 from mptk.errors import MptkError
+from mptk.io import packaged
 
 
 def make_wheel(folder: Path, package: str, content: bytes) -> packaged.Wheel:

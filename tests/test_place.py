@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mptk.families import Analysis
-from passes.group import analyze
-from passes.trace import trace
+from mptk.ir.families import Analysis
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
 
 REASON = re.compile(r"(?P<why>.+) \((?P<op>[\w.]+) in (?P<module>.+), (?P<file>\w+\.py):(?P<line>\d+)\)")
 

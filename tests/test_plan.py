@@ -13,12 +13,12 @@ from architectures import model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mptk.cut import resolve_plan
 from mptk.errors import MptkError
-from mptk.families import Analysis
-from mptk.plan import FORMAT, FamilyPlan, Plan
-from passes.group import analyze
-from passes.trace import trace
+from mptk.ir.families import Analysis
+from mptk.ir.plan import FORMAT, FamilyPlan, Plan
+from mptk.ir.resolved_plan import resolve_plan
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "plan.md"
 

@@ -8,9 +8,9 @@ import architectures
 import pytest
 import torch
 
-from mptk import processes
 from mptk.errors import MptkError
-from mptk.maskprune.adapters import adapt
+from mptk.methods import processes
+from mptk.methods.maskprune.adapters import adapt
 
 
 @pytest.mark.parametrize(("architecture", "block"), [("llama", "LlamaDecoderLayer"), ("gpt2", "GPT2Block")])

@@ -17,11 +17,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import mptk
-from mptk import pruning
+from mptk.driver import prune as pruning
 from mptk.errors import MptkError
-from mptk.plan import Plan
-from mptk.runtime import OrtDecoder
-from passes.quantize_onnx import quantize_onnx
+from mptk.ir.plan import Plan
+from mptk.runtime.decoder import OrtDecoder
+from passes.targets.onnx.quantize import quantize_onnx
 from passes.verify import Difference
 
 SETTINGS = mptk.Settings(method="wanda", sparsity=0.35, samples=4, length=48, multiple=8)

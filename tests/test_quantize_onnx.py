@@ -12,23 +12,16 @@ import pytest
 from onnx_ir.passes import common
 from tiny_decoders import BIASED, CONFIGS, FUSED, GROUPED, tiny_decoder
 
-import passes.measure_onnx
+import passes.targets.onnx.measure
 from mptk.errors import MptkError
-from mptk.runtime import OrtDecoder
-from passes.balance_onnx import balance_onnx, balanced
-from passes.emit_onnx import emit_onnx
-from passes.gptq_onnx import grid, inverse_root, nearest, rounded_blocks
-from passes.measure_onnx import measure_onnx
-from passes.quantize_onnx import (
-    BLOCK,
-    LEAST,
-    SCHEMES,
-    plain_products,
-    quantize_onnx,
-    quantize_rows,
-)
-from passes.smooth_onnx import smooth_onnx, smoothing
-from passes.trace_decoder import trace_decoder
+from mptk.runtime.decoder import OrtDecoder
+from passes.frontend.trace_decoder import trace_decoder
+from passes.targets.onnx.balance import balance_onnx, balanced
+from passes.targets.onnx.emit import emit_onnx
+from passes.targets.onnx.gptq import grid, inverse_root, nearest, rounded_blocks
+from passes.targets.onnx.measure import measure_onnx
+from passes.targets.onnx.quantize import BLOCK, LEAST, SCHEMES, plain_products, quantize_onnx, quantize_rows
+from passes.targets.onnx.smooth import smooth_onnx, smoothing
 
 RNG = np.random.default_rng(0)
 ERROR = {"int8": 0.1, "int4": 0.9, "fp16": 0.01}
@@ -219,8 +212,8 @@ def test_sums_do_not_depend_on_how_much_is_run_at_once(source, monkeypatch):
     channels = {str(n.output[0]): 48 for n in norms[:1] + norms[-1:]}
     text = RNG.integers(3, 97, (10, 12))
     squares, products = (dict(measure_onnx(source, channels, text, what)) for what in ("squares", "products"))
-    monkeypatch.setattr(passes.measure_onnx, "TOKENS", 36)
-    monkeypatch.setattr(passes.measure_onnx, "BYTES", 1)
+    monkeypatch.setattr(passes.targets.onnx.measure, "TOKENS", 36)
+    monkeypatch.setattr(passes.targets.onnx.measure, "BYTES", 1)
     assert squares.keys() == products.keys() == channels.keys()
     for what, expected in (("squares", squares), ("products", products)):
         for name, found in measure_onnx(source, channels, text, what):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 
-from mptk.cut import Cut
+from mptk.ir.resolved_plan import Cut
 from tests.programs import CATALOGUE, FAILURES, Program, check, programs, seeded
 
 SEEDS, BLOCKS = 200, 8

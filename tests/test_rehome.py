@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import mptk
-from mptk.cli import app
+from mptk.cli.main import app
+from mptk.driver.verification import read_report
 from mptk.errors import MptkError
-from mptk.manifest import write_manifest
-from mptk.verification import read_report
+from mptk.io.manifest import write_manifest
 
 REFUSED = mptk.Settings(
     method="wanda", widths={"kv_groups": 3}, families=("kv_groups",), samples=4, length=48, multiple=8

@@ -12,15 +12,15 @@ from cutting import largest, random_plan
 from torch import Tensor, nn
 
 import mptk
-from mptk.cut import resolve_plan
 from mptk.errors import MptkError
-from mptk.families import Analysis
-from mptk.plan import FamilyPlan, Plan
-from mptk.program import parameter_count
-from passes.group import analyze
-from passes.mask import mask
-from passes.trace import trace
-from passes.trace_decoder import trace_decoder
+from mptk.ir.families import Analysis
+from mptk.ir.plan import FamilyPlan, Plan
+from mptk.ir.program import parameter_count
+from mptk.ir.resolved_plan import resolve_plan
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+from passes.frontend.trace_decoder import trace_decoder
+from passes.transforms.masked_reference import mask
 
 SIZES = [(2, 7), (1, 5), (3, 19)]
 

@@ -9,9 +9,9 @@ from onnx import TensorProto, helper
 from tiny_decoders import GROUPED, tiny_decoder
 
 from mptk.errors import MptkError
-from mptk.runtime import OrtDecoder
-from passes.emit_onnx import emit_onnx
-from passes.trace_decoder import trace_decoder
+from mptk.runtime.decoder import OrtDecoder
+from passes.frontend.trace_decoder import trace_decoder
+from passes.targets.onnx.emit import emit_onnx
 
 RNG = np.random.default_rng(0)
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from cutting import cut_and_compare, random_plan
 from torch import Tensor, nn
 
-from mptk.families import Analysis
-from passes.group import analyze
-from passes.trace import trace
+from mptk.ir.families import Analysis
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
 
 WIDTH, INNER, HIDDEN, OUT = 7, 10, 12, 11
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))

@@ -40,8 +40,8 @@ from transformers import (
 )
 
 from mptk.errors import MptkError
-from passes.rehome import rehome
-from passes.stock_config import Refusal, Stock, StockConfig, probe_config
+from passes.targets.stock.config import Refusal, Stock, StockConfig, probe_config
+from passes.targets.stock.rehome import rehome
 
 Keep = Mapping[str, Sequence[int]]
 VOCAB = 101

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import ModelOutput
 
 from mptk.errors import MptkError
-from mptk.program import parameter_count
-from passes.trace import trace
+from mptk.ir.program import parameter_count
+from passes.frontend.trace import trace
 
 X = torch.randn(2, 5, 6)
 

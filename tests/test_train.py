@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mptk.maskprune.losses import Weights
-from mptk.maskprune.train import Loop, Training
-from mptk.maskprune.work import WorkFolder
-from mptk.processes import accelerator
+from mptk.methods.maskprune.losses import Weights
+from mptk.methods.maskprune.run_folder import WorkFolder
+from mptk.methods.maskprune.train import Loop, Training
+from mptk.methods.processes import accelerator
 
 WINDOWS = architectures.tokens(8, 9)
 
@@ -73,7 +73,7 @@ def test_a_checkpoint_that_was_stopped_half_way_is_no_checkpoint(
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mptk.maskprune.work.save_file", half)
+    monkeypatch.setattr("mptk.methods.maskprune.run_folder.save_file", half)
     with pytest.raises(KeyboardInterrupt):
         work.checkpoint("masks", 2, {"x": torch.zeros(3)})
     step, found = work.latest("masks") or (0, {})

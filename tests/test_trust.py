@@ -14,14 +14,14 @@ from test_pruning import llama_config, save
 from transformers import LlamaForCausalLM
 
 import mptk
-from mptk import models
+from mptk.driver.recovery import recover
+from mptk.driver.verification import read_report
 from mptk.errors import MptkError
 from mptk.files import write_json
-from mptk.learning import Learning
-from mptk.manifest import write_manifest
-from mptk.maskprune.train import Training
-from mptk.recovery import recover
-from mptk.verification import read_report
+from mptk.io import models
+from mptk.io.manifest import write_manifest
+from mptk.methods.maskprune.learner import Learning
+from mptk.methods.maskprune.train import Training
 
 SETTINGS = mptk.Settings(
     method="magnitude",
@@ -170,7 +170,7 @@ def test_what_the_report_names_is_neither_fetched_nor_believed(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, message: str
 ) -> None:
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("mptk.models._from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("mptk.io.models._from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
     other = LlamaForCausalLM(llama_config())
     save(other, tmp_path / "OTHER")
     with torch.no_grad():

@@ -12,12 +12,12 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mptk.cli.report import proof_view
+from mptk.driver.verification import changes_of
 from mptk.errors import MptkError
-from mptk.plan import Plan
-from mptk.report import proof_view
-from mptk.verification import changes_of
-from passes.group import analyze
-from passes.trace import trace
+from mptk.ir.plan import Plan
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
 from passes.verify import TOLERANCE, WIDEST, Difference, difference, prove, widen
 
 TOKENS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(0))

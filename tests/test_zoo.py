@@ -10,11 +10,11 @@ from benchmarks import zoo
 from benchmarks.tiny_models import tiny_model
 from benchmarks.zoo_plans import random_plan
 from mptk import rewrite
-from mptk.families import Analysis
-from mptk.plan import Plan
-from mptk.program import Program
-from passes.group import analyze
-from passes.trace import trace
+from mptk.ir.families import Analysis
+from mptk.ir.plan import Plan
+from mptk.ir.program import Program
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
 
 TYPES = [
     ("causal-lm", "gpt2"),  # fused qkv in Conv1D

@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor
 
 from benchmarks import zoo_onnx
-from mptk.program import Program
+from mptk.ir.program import Program
 
 
 @pytest.mark.parametrize("model_type", ["llama", "codegen"])  # the config of the second names no padding token

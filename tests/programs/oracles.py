@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import mptk
-from mptk.axes import leaves
-from mptk.cut import resolve_plan
 from mptk.errors import MptkError, ProofError
-from mptk.families import Analysis, Family, Group, Member, unit_positions
-from mptk.plan import FamilyPlan, Plan
-from passes.mask import mask
+from mptk.ir.axes import leaves
+from mptk.ir.families import Analysis, Family, Group, Member, unit_positions
+from mptk.ir.plan import FamilyPlan, Plan
+from mptk.ir.resolved_plan import resolve_plan
+from passes.transforms.masked_reference import mask
 
 from .program import Program, build, inputs_of
 

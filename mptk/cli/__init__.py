@@ -1,0 +1,1 @@
+"""cli: the command line, its options, progress bars, tables and plots."""

@@ -1,0 +1,254 @@
+"""report: analyses, reports and benchmarks as tables for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group as Lines
+from rich.table import Table
+from rich.text import Text
+
+from mptk.cost.model import CostModel
+from mptk.ir.families import Analysis
+from mptk.runtime.bench import Bench
+
+ANALYSIS = "mptk-analysis/1"
+OPS = "mptk-ops/1"
+
+
+def analysis_json(
+    analysis: Analysis, ladders: Mapping[str, Sequence[int]], refused: Mapping[str, str], model: str
+) -> dict[str, Any]:
+    """The analysis as data (schema: ``docs/analysis.md``)."""
+    cost = CostModel(analysis)
+    total = cost.dense.parameters
+    families = []
+    for f in analysis.families:
+        families.append(
+            {
+                "name": f.name,
+                "description": f.description,
+                "width": f.size,
+                "layers": len(f.groups),
+                "scopes": f.scopes,
+                "parameters_per_unit": cost.parameters_per_unit(f),
+                "share": 1 - cost({f.name: 0}).parameters / total,
+                "minimum": f.minimum,
+                "multiple": f.multiple,
+                "legal_widths": list(ladders.get(f.name, ())),
+                "refused": refused.get(f.name),
+                "groups": [
+                    {
+                        "layer": g.layer,
+                        "members": [
+                            {"weight": m.weight, "dim": m.dim, "role": m.role, "layout": repr(m.term)}
+                            for m in g.members
+                        ],
+                    }
+                    for g in f.groups
+                ],
+            }
+        )
+    blocked = [
+        {"name": b.name, "size": b.size, "weights": list(b.weights), "reasons": list(b.reasons)}
+        for b in analysis.blocked
+    ]
+    return {
+        "format": ANALYSIS,
+        "model": model,
+        "parameters": total,
+        "block_parameters": cost.dense.block,
+        "families": families,
+        "blocked": blocked,
+    }
+
+
+def analysis_view(report: Mapping[str, Any]) -> Lines:
+    """``mptk analyze``: the families, and below them the axes that cannot be cut and why."""
+    title = f"{report['model']}: {report['parameters']:,} parameters, {report['block_parameters']:,} of them prunable"
+    table = Table(title=title, title_justify="left")
+    for column in ("family", "what it is"):
+        table.add_column(column)
+    for column in ("width", "layers", "parameters per unit", "share"):
+        table.add_column(column, justify="right")
+    table.add_column("legal widths")
+    for f in report["families"]:
+        width = f"{f['width']}" if f["scopes"] == 1 else f"{f['width']} in each of {f['scopes']}"
+        legal = "none: " + f["refused"] if f["refused"] else ranges(f["legal_widths"])
+        table.add_row(
+            f["name"],
+            f["description"],
+            width,
+            str(f["layers"]),
+            f"{f['parameters_per_unit']:,.0f}",
+            f"{f['share']:.1%}",
+            legal,
+        )
+    fixed = Table(title="cannot be cut", title_justify="left")
+    for column in ("axis", "size", "weights", "why"):
+        fixed.add_column(column)
+    for row in grouped(report["blocked"]):
+        fixed.add_row(*row)
+    return Lines(table, fixed)
+
+
+def ops_view(ops: Sequence[Mapping[str, str]]) -> Table:
+    """``mptk ops``: each op with the file of its rule and its axis equation."""
+    table = Table(
+        title=f"{len(ops)} ops with an axis rule",
+        caption="Other ops that torch tags as pointwise need none: y_d = x_d for every operand.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in ("op", "file", "axis equation"):
+        table.add_column(column)
+    for row in ops:
+        table.add_row(*(Text(row[key]) for key in ("op", "file", "axes")))
+    return table
+
+
+def grouped(blocked: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Blocked axes with the same reason in several layers as one row."""
+    rows: dict[tuple[str, int, str, str], int] = {}
+    for b in blocked:
+        starred = re.sub(r"(?<=\.)\d+(?=\.)", "*", ", ".join(b["weights"][:3]))
+        reasons = re.sub(r"(?<=\.)\d+(?=[.,])", "*", "; ".join(b["reasons"][:2]))
+        key = (b["name"], b["size"], starred, reasons)
+        rows[key] = rows.get(key, 0) + 1
+    return [(n if c == 1 else f"{n} ×{c}", str(size), weights, why) for (n, size, weights, why), c in rows.items()]
+
+
+def ranges(widths: Sequence[int]) -> str:
+    """``32…1536 step 32`` where widths are evenly spaced, a list otherwise."""
+    if len(widths) > 3:
+        steps = {b - a for a, b in itertools.pairwise(widths)}
+        if len(steps) == 1:
+            step = steps.pop()
+            return f"{widths[0]}…{widths[-1]}" + (f" step {step}" if step > 1 else "")
+    return ", ".join(map(str, widths)) if len(widths) <= 12 else f"{widths[0]}…{widths[-1]}, {len(widths)} widths"
+
+
+def comparison_view(reports: Sequence[Mapping[str, Any]]) -> Table:
+    """Pruned models of one dense model: what each removed, its widths, its perplexity."""
+    table = Table(title="side by side", title_justify="left")
+    table.add_column("method")
+    for column in ("steps", "removed", "dense perplexity", "perplexity"):
+        table.add_column(column, justify="right")
+    table.add_column("widths")
+    for r in reports:
+        widths = {n: f["width"] for n, f in r["families"].items() if f["width"] < f["of"]}
+        quality = r["perplexity"]
+        table.add_row(
+            r["settings"]["method"],
+            str(r["settings"]["learning"]["steps"]),
+            f"{r['sparsity']:.1%}",
+            _figure(quality["dense"]),
+            _figure(quality["pruned"]),
+            ", ".join(f"{n} {w}" for n, w in widths.items()),
+        )
+    return table
+
+
+def prune_view(report: Mapping[str, Any]) -> Lines:
+    """``mptk report``: what was cut, what it cost, and the proof."""
+    dense, pruned = report["cost"]["dense"], report["cost"]["pruned"]
+    widths = Table(title=f"{report['model']} pruned by {report['settings']['method']}", title_justify="left")
+    for column in ("family", "width", "layers"):
+        widths.add_column(column, justify="left" if column == "family" else "right")
+    for name, f in report["families"].items():
+        if f["width"] < f["of"]:
+            widths.add_row(name, f"{f['of']} → {f['width']}", str(f["layers"]))
+    cost = Table()
+    cost.add_column("")
+    for column in ("dense", "pruned", "removed"):
+        cost.add_column(column, justify="right")
+    for label, key in (
+        ("block parameters (sparsity)", "block"),
+        ("all parameters", "parameters"),
+        ("FLOPs a token", "flops"),
+        ("bytes", "bytes"),
+    ):
+        cost.add_row(label, f"{dense[key]:,}", f"{pruned[key]:,}", f"{1 - pruned[key] / dense[key]:.1%}")
+    if "latency_ms" in dense:
+        before, after = dense["latency_ms"], pruned["latency_ms"]
+        label = f"predicted {report['settings']['objective']} (ms)"
+        cost.add_row(label, f"{before:.2f}", f"{after:.2f}", f"{1 - after / before:.1%}")
+    quality = report["perplexity"]
+    cost.add_row("perplexity", _figure(quality["dense"]), _figure(quality["pruned"]), "")
+    for scheme, q in report.get("quantized", {}).items():
+        measured = _figure(q["perplexity"]) if "perplexity" in q else ""
+        cost.add_row(f"perplexity, {scheme} in ONNX Runtime", "", measured, f"{q['bytes'] / 1e6:.0f} MB")
+    notes = [Text(f"perplexity: {quality['protocol']}"), *map(Text, report["notes"])]
+    return Lines(widths, cost, *notes, proof_view(report["proof"]))
+
+
+def _figure(value: float | None) -> str:
+    """Two decimals; what was infinite or no number is null in JSON."""
+    return "not finite" if value is None else f"{value:.2f}"
+
+
+def proof_view(proof: Sequence[Mapping[str, Any]]) -> Table:
+    """Each stage's difference from the masked dense model, and why a tolerance is more than the stage's own."""
+    table = Table(title="proof: how far each stage is from what it must equal", title_justify="left")
+    table.add_column("stage")
+    for column in ("absolute", "relative", "tolerance"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for d in proof:
+        said = ", ".join(["ok" if d["ok"] else "FAILED", *([d["widened"]] if d.get("widened") else [])])
+        table.add_row(d["stage"], f"{d['max_abs']:.1e}", f"{d['relative']:.1e}", f"{d['tolerance']:.0e}", said)
+    return table
+
+
+def bench_view(result: Bench) -> Lines:
+    """``mptk bench``: every graph in every case, what each weighs, and what the machine gave."""
+    table = Table(title="ONNX Runtime, median of alternating rounds", title_justify="left")
+    for index, column in enumerate(BENCH_COLUMNS):
+        table.add_column(column, justify="left" if index < 2 else "right")
+    for row in bench_cells(result):
+        table.add_row(*row)
+    sizes = Table()
+    for column in ("graph", "files", "memory"):
+        sizes.add_column(column, justify="left" if column == "graph" else "right")
+    for graph in result.graphs:
+        sizes.add_row(graph.name, f"{graph.bytes / 1e6:.0f} MB", f"{graph.memory / 1e6:.0f} MB")
+    return Lines(table, sizes, *map(Text, _peaks(result)))
+
+
+BENCH_COLUMNS = ("case", "graph", "threads", "ms", "tokens/s", "ratio", "ideal ratio", "of the peak")
+
+
+def bench_cells(result: Bench) -> list[tuple[str, ...]]:
+    """The rows of the comparison as text."""
+    return [
+        (
+            str(row.case),
+            row.graph,
+            str(row.case.threads),
+            f"{row.ms:.1f} ± {row.iqr_ms:.1f}",
+            f"{row.tokens_s:.0f}",
+            f"{row.ratio:.3f}",
+            f"{row.ideal:.3f}",
+            f"{row.roofline:.0%}",
+        )
+        for row in result.rows
+    ]
+
+
+def bench_markdown(result: Bench) -> str:
+    """The comparison as a Markdown table."""
+    head = [" | ".join(BENCH_COLUMNS), "|".join("---" if i < 2 else "---:" for i in range(len(BENCH_COLUMNS)))]
+    rows = [f"| {line} |" for line in (*head, *(" | ".join(cells) for cells in bench_cells(result)))]
+    sizes = [f"- {g.name}: {g.bytes / 1e6:.0f} MB in files, {g.memory / 1e6:.0f} MB of memory" for g in result.graphs]
+    return "\n".join([*rows, "", *sizes, *(f"- {line}" for line in _peaks(result))]) + "\n"
+
+
+def _peaks(result: Bench) -> list[str]:
+    return [
+        f"{threads} thread{'s' * (threads != 1)}: {peak.flops / 1e9:.0f} GFLOP/s in a matrix product, "
+        f"{peak.bandwidth / 1e9:.1f} GB/s read"
+        for threads, peak in result.peaks.items()
+    ]

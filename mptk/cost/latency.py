@@ -1,0 +1,227 @@
+"""latency: predicted milliseconds of a decoder in ONNX Runtime as a function of its families' widths.
+
+    T(widths) = Σ t_matmul(M, K, N) + Σ t_attention(M, past, heads, KV heads, dims) + Σ (a + b · elements)
+
+over the products with weights, the attentions and all other operators of the graph; M is the number of new tokens. The
+operators' times are measured (``operator_times.py``) at a few widths of each family and interpolated linearly between.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import fx
+
+from mptk.cost.model import example_tokens
+from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator
+from mptk.errors import MptkError
+from mptk.ir.axes import Axis, Term, evaluate
+from mptk.ir.families import Analysis, Contraction
+
+PROMPT = 512
+"""Tokens of the prompt in prefill, and in the KV cache in decode; batch 1."""
+
+OBJECTIVES = {"prefill": (PROMPT, 0), "decode": (1, PROMPT)}
+"""Phase → (new tokens, cached tokens)."""
+
+PROBES = (0.91, 0.83, 0.71)
+
+KNOTS = {1: 6, 2: 4, 3: 3}
+"""At how many widths of a family an operator is timed, by the number of families that it depends on; 2 if more."""
+
+Widths = Mapping[str, float]
+Sizes = Callable[[Mapping[Axis, float]], tuple[float, ...]]
+Measure = Callable[[Sequence[Operator]], Mapping[Operator, float]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """``count`` operators of one kind whose sizes are the same function of the axes' sizes."""
+
+    kind: str
+    count: int
+    sizes: Sizes
+
+    def at(self, axes: Mapping[Axis, float]) -> Operator:
+        return Operator(self.kind, tuple(round(size) for size in self.sizes(axes)))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Milliseconds at the knots of some families' widths: ``values`` has a dimension a family."""
+
+    knots: Mapping[str, Sequence[int]]
+    values: npt.NDArray[np.float64]
+
+    def __call__(self, widths: Widths) -> float:
+        values = self.values
+        for name, knots in self.knots.items():
+            values = interpolate(knots, values, widths.get(name, knots[-1]))
+        return float(values)
+
+
+class Latency:
+    """Milliseconds of one step at any widths, whole numbers or not (families that are not named stay whole).
+
+    Args:
+        analysis: of a language model.
+        ladders: families that may be cut → the widths they may get, ascending, the dense one last.
+        objective: a key of ``OBJECTIVES``.
+        measure: operators → milliseconds of each. Called once.
+
+    Raises:
+        MptkError: an unknown objective; or the model computes something whose time no operator here stands for.
+    """
+
+    def __init__(
+        self, analysis: Analysis, ladders: Mapping[str, Sequence[int]], objective: str, measure: Measure
+    ) -> None:
+        self._analysis = analysis
+        parts = find_parts(analysis, *phase(objective))
+        self._simple = [p for p in parts if p.kind == ELEMENTWISE]
+        knots = [(p, self._knots(p, ladders)) for p in parts if p.kind != ELEMENTWISE]
+        self._ends = [1, max(p.at({}).sizes[0] for p in self._simple)]
+        ends = [Operator(ELEMENTWISE, (size,)) for size in self._ends]
+        wanted = {self._at(p, widths) for p, k in knots for widths in _corners(k)}
+        times = measure(sorted(wanted | set(ends)))
+        self._grids = [(p.count, self._grid(p, k, times)) for p, k in knots]
+        self._end_ms = np.array([times[end] for end in ends])
+
+    def __call__(self, widths: Widths) -> float:
+        axes = self._analysis.sizes(widths)
+        total = sum(count * grid(widths) for count, grid in self._grids)
+        return total + sum(p.count * self._elementwise(p.sizes(axes)[0]) for p in self._simple)
+
+    def _elementwise(self, elements: float) -> float:
+        return float(interpolate(self._ends, self._end_ms, elements))
+
+    def _at(self, part: Part, widths: Widths) -> Operator:
+        return part.at(self._analysis.sizes(widths))
+
+    def _knots(self, part: Part, ladders: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+        """Widths at which to time a part: of each family that it depends on, evenly spread over the ladder."""
+        names = [name for name, ladder in ladders.items() if self._at(part, {name: ladder[0]}) != part.at({})]
+        return {name: spread(ladders[name], KNOTS.get(len(names), 2)) for name in names}
+
+    def _grid(self, part: Part, knots: Mapping[str, Sequence[int]], times: Mapping[Operator, float]) -> Grid:
+        """What is measured, except that no operator counts as slower than a wider one, which could do its work."""
+        values = np.array([times[self._at(part, widths)] for widths in _corners(knots)])
+        values = values.reshape([len(k) for k in knots.values()])
+        for axis in range(values.ndim):
+            values = np.flip(np.minimum.accumulate(np.flip(values, axis), axis), axis)
+        return Grid(knots, values)
+
+
+def phase(objective: str) -> tuple[int, int]:
+    """New and cached tokens of a phase. Raises MptkError for one that there is not."""
+    if objective not in OBJECTIVES:
+        raise MptkError(f"no objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[objective]
+
+
+def interpolate(knots: Sequence[int], values: npt.NDArray[np.float64], x: float) -> npt.NDArray[np.float64]:
+    """Between the first dimension's entries, which belong to ``knots``, piecewise linearly; outside, along the ends."""
+    if len(knots) == 1:
+        return np.asarray(values[0])
+    i = min(max(int(np.searchsorted(knots, x)) - 1, 0), len(knots) - 2)
+    share = (x - knots[i]) / (knots[i + 1] - knots[i])
+    return np.asarray((1 - share) * values[i] + share * values[i + 1])
+
+
+def spread(ladder: Sequence[int], most: int) -> list[int]:
+    """At most ``most`` entries, evenly spread, both ends among them."""
+    if len(ladder) <= most:
+        return list(ladder)
+    return [ladder[round(i * (len(ladder) - 1) / (most - 1))] for i in range(most)]
+
+
+def _corners(knots: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
+    return [dict(zip(knots, combination, strict=True)) for combination in itertools.product(*knots.values())]
+
+
+# ---- what a model computes ----
+
+
+def find_parts(analysis: Analysis, tokens: int, past: int) -> list[Part]:
+    """The operators of one step of ``tokens`` new tokens after ``past`` cached ones, alike ones together.
+
+    Raises:
+        MptkError: a product whose time does not follow from its shape alone (routed experts, convolutions), or
+            attention that is written out.
+    """
+    share = tokens / example_tokens(analysis)
+    found = [_contraction(analysis, c, share, tokens, past) for c in analysis.contractions]
+    found += [(ELEMENTWISE, _elements(analysis, node, share)) for node in _others(analysis)]
+    # Equal at three arbitrary points: the same function of the widths.
+    points = [analysis.sizes({f.name: f.size * x ** (i + 1) for i, f in enumerate(analysis.families)}) for x in PROBES]
+    alike: dict[Any, list[Sizes]] = {}
+    for kind, sizes in found:
+        alike.setdefault((kind, *(round(x, 6) for point in points for x in sizes(point))), []).append(sizes)
+    return [Part(kind, len(same), same[0]) for (kind, *_), same in alike.items()]
+
+
+def _contraction(analysis: Analysis, c: Contraction, share: float, tokens: int, past: int) -> tuple[str, Sizes]:
+    walk = analysis.walk
+    weights = [side for side in (c.right, c.left) if walk.is_weight(side[0])]
+    if not weights and "scaled_dot_product_attention" in str(c.node.target):
+        return ATTENTION, _attention(walk, c.node, tokens, past)
+    if not weights or len(walk.dims[weights[0][0]]) != 2:
+        what = "has a weight of other than two dimensions" if weights else "multiplies two activations"
+        raise MptkError(f"no latency can be predicted: {walk.where(c.node)} {what}; use --budget flops")
+    weight, dim = weights[0]
+    n = walk.dims[weight][1 - dim]
+
+    def sizes(axes: Mapping[Axis, float]) -> tuple[float, ...]:
+        columns = evaluate(n, axes)
+        return _size(c.out, axes) / columns * share, evaluate(c.axis, axes), columns
+
+    return MATMUL, sizes
+
+
+def _attention(walk: Any, node: fx.Node, tokens: int, past: int) -> Sizes:
+    """Its KV heads are those of the keys before they are repeated for the query heads that share them."""
+    q, k, v = (walk.dims[argument] for argument in node.args[:3])
+    before = walk.dims[_least(walk, node.args[1])]
+
+    def sizes(axes: Mapping[Axis, float]) -> tuple[float, ...]:
+        groups = _size(k[1:-2], axes) * _size(before, axes) / _size(k, axes)
+        return tokens, past, _size(q[1:-2], axes), groups, evaluate(q[-1], axes), evaluate(v[-1], axes)
+
+    return sizes
+
+
+def _least(walk: Any, node: Any) -> Any:
+    """The value of fewest elements among those that ``node`` shows in another shape, itself included."""
+    seen = [node]
+    while _is_view(seen[-1]):
+        seen.append(seen[-1].all_input_nodes[0])
+    return min(seen, key=lambda value: math.prod(walk.shape(value)))
+
+
+def _elements(analysis: Analysis, node: fx.Node, share: float) -> Sizes:
+    dims = analysis.walk.dims[node]
+    return lambda axes: (_size(dims, axes) * share,)
+
+
+def _others(analysis: Analysis) -> list[fx.Node]:
+    """What computes an activation and is no product."""
+    walk, products = analysis.walk, {c.node for c in analysis.contractions}
+    nodes = [n for n in analysis.program.graph.graph.nodes if n.op == "call_function" and n in walk.dims]
+    nodes = [n for n in nodes if n in walk.activation and n not in products and isinstance(walk.dims[n], tuple)]
+    return [n for n in nodes if hasattr(n.target, "_schema") and not _is_view(n)]
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the result shares memory with an input."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+
+
+def _size(dims: Sequence[Term], axes: Mapping[Axis, float]) -> float:
+    return math.prod(evaluate(term, axes) for term in dims)

@@ -1,0 +1,115 @@
+"""cost: parameters, operations, bytes and latency of a model as functions of its families' widths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+from mptk.errors import MptkError
+from mptk.ir.axes import Axis, evaluate
+from mptk.ir.families import Analysis, Family
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model of some widths costs.
+
+    ``parameters``: all of them, a tied one once. ``block``: those of the prunable weights (``block_weights``).
+    ``flops``: operations in products with weights for one token of input, 2 for a multiply-add; attention's own
+    products grow with the context and are not counted. ``bytes``: size of all parameters in their dtype.
+    ``latency_ms``: predicted milliseconds of a step (``mptk/cost/latency.py``), where that is what is budgeted.
+    """
+
+    parameters: float
+    block: float
+    flops: float
+    bytes: float
+    latency_ms: float | None = None
+
+    def as_dict(self) -> dict[str, float]:
+        """What is known, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+LATENCY = "latency"
+BUDGETS = {"params": "block", "flops": "flops", "bytes": "bytes", LATENCY: "latency_ms"}
+"""What a budget counts → the field of ``Cost``."""
+
+
+class CostModel:
+    """Cost of an analysed model at any widths (family name → units kept; families that are not named stay whole).
+
+    ``budget`` is what sparsity is a share of: a key of ``BUDGETS``. ``latency``: widths → milliseconds, which the
+    budget of that name needs.
+    """
+
+    def __init__(
+        self, analysis: Analysis, budget: str = "params", latency: Callable[[Mapping[str, float]], float] | None = None
+    ) -> None:
+        if budget not in BUDGETS:
+            raise MptkError(f"no budget {budget!r}; choose one of {', '.join(BUDGETS)}")
+        self.analysis, self.budget, self._latency = analysis, BUDGETS[budget], latency
+        program = analysis.program
+        self._used = {name: analysis.weights[name] for name in program.parameters if name in analysis.weights}
+        self._itemsize = {name: program.state[name].element_size() for name in program.parameters}
+        self._idle = {name: program.state[name].numel() for name in program.parameters if name not in self._used}
+        self.block_weights = block_weights(analysis)
+        self.dense = self({})
+
+    def __call__(self, widths: Mapping[str, float]) -> Cost:
+        sizes = self.analysis.sizes(widths)
+        counts: dict[str, float] = dict(self._idle)
+        for name, dims in self._used.items():
+            count: float = 1
+            for term in dims:
+                count *= evaluate(term, sizes)
+            counts[name] = count
+        return Cost(
+            parameters=sum(counts.values()),
+            block=sum(counts[name] for name in self.block_weights),
+            flops=self._flops(sizes),
+            bytes=sum(n * self._itemsize[name] for name, n in counts.items()),
+            latency_ms=None if self._latency is None else self._latency(widths),
+        )
+
+    def sparsity(self, widths: Mapping[str, int]) -> float:
+        """Share of the budget (the block parameters, as a rule) that a cut to ``widths`` removes."""
+        return 1 - self.share(widths)
+
+    def share(self, widths: Mapping[str, float]) -> float:
+        """Share of the budget that is left at ``widths``, which need not be whole numbers."""
+        return float(getattr(self(widths), self.budget) / getattr(self.dense, self.budget))
+
+    def parameters_per_unit(self, family: Family) -> float:
+        """Parameters that one unit of ``family`` holds, over all layers, in the dense model."""
+        return (self.dense.parameters - self({family.name: family.size - 1}).parameters) if family.size > 1 else 0.0
+
+    def _flops(self, sizes: Mapping[Axis, float]) -> float:
+        walk, tokens = self.analysis.walk, example_tokens(self.analysis)
+        total: float = 0
+        for c in self.analysis.contractions:
+            if walk.is_weight(c.left[0]) or walk.is_weight(c.right[0]):
+                count: float = 2 * evaluate(c.axis, sizes)
+                for term in c.out:
+                    count *= evaluate(term, sizes)
+                total += count
+        return total // tokens if isinstance(total, int) else total / tokens
+
+
+def example_tokens(analysis: Analysis) -> int:
+    """Positions of the example input: the product of its first two dimensions."""
+    first = next(n for n in analysis.program.placeholders() if n.name in analysis.program.user_inputs)
+    shape = analysis.walk.shape(first)
+    return int(shape[0] * shape[1]) if len(shape) > 1 else int(shape[0])
+
+
+def block_weights(analysis: Analysis) -> frozenset[str]:
+    """The prunable weights: those that a family runs through whose groups each lie in one layer."""
+    found = {m.weight for f in analysis.families if is_layered(f) for g in f.groups for m in g.members}
+    found = found or {m.weight for f in analysis.families for g in f.groups for m in g.members}
+    return frozenset(found & set(analysis.program.parameters))
+
+
+def is_layered(family: Family) -> bool:
+    """Whether a family has one group a layer, and not one that runs through all layers (the residual width)."""
+    return len(family.groups) > 1

@@ -1,0 +1,237 @@
+"""operators: milliseconds of single ONNX Runtime operators on this machine, measured once and kept.
+
+Each is timed in a small graph of its own, as it runs in a decoder: weights and cached keys of a decoding step are so
+many that none is still in the processor's cache when its turn comes again, and they drive out of the nearer caches
+whatever the operators between them work with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper
+
+from mptk.files import json_text
+from mptk.io.packaged import cache_dir
+
+Floats = npt.NDArray[np.float32]
+Progress = Callable[..., None]
+
+MATMUL, ATTENTION, ELEMENTWISE = "MatMul", "Attention", "Mul"
+OPSET, IR_VERSION = 23, 10
+GRAPHS_VERSION = 3
+"""To be raised when an operator is timed in another form, so that times kept before are not taken for it."""
+
+COLD_BYTES = 256 << 20
+"""What the copies of an operator read in all, in a step of one row: many times a large last-level cache, which keeps
+a part of what is little more than it holds (of 64 MiB in 32, enough to make a product a quarter faster)."""
+
+SESSIONS = 5
+"""Each operator is timed in so many sessions, far apart in time: what disturbs one seldom disturbs the other."""
+
+SECONDS = 0.08
+"""Time in which a session's runs are repeated."""
+
+NEAR_BYTES = 24 << 20
+"""What the copies of an element-wise operator read and write in all: in the last-level cache, not in nearer ones."""
+
+MOST_COPIES = 2048
+"""Of an element-wise operator, which may be as small as one element."""
+
+
+@dataclass(frozen=True, order=True)
+class Operator:
+    """One operator of batch 1 in float32 and its sizes.
+
+    ``MatMul``: (rows, k, n), [rows, k] · [k, n] with a constant right side. ``Attention``: (new tokens, cached tokens,
+    query heads, KV heads, channels of a query, channels of a value). ``Mul``: (elements,).
+    """
+
+    kind: str
+    sizes: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {'x'.join(map(str, self.sizes))}"
+
+
+Sweep = Callable[[Sequence[Operator], int, Progress], Mapping[Operator, float]]
+"""(operators, threads, progress) → milliseconds of each."""
+
+
+def kept_times(
+    operators: Sequence[Operator], threads: int, progress: Progress, sweep: Sweep | None = None
+) -> dict[Operator, float]:
+    """Milliseconds of each operator; those that the cache folder does not hold for this machine are measured.
+
+    Args:
+        threads: threads of one operator; 0: as many as there are cores.
+        sweep: what measures; ``measure`` if not given.
+    """
+    about = {**machine(), "threads": threads}
+    file = cache_dir() / "latency" / f"{hashlib.sha256(json_text(about).encode()).hexdigest()[:16]}.json"
+    known: dict[str, float] = json.loads(file.read_text())["ms"] if file.is_file() else {}
+    missing = [operator for operator in operators if str(operator) not in known]
+    if missing:
+        times = (sweep or measure)(missing, threads, progress)
+        known |= {str(operator): round(ms, 6) for operator, ms in times.items()}
+        _write(file, {"machine": about, "ms": known})
+    return {operator: known[str(operator)] for operator in operators}
+
+
+def machine() -> dict[str, Any]:
+    """What an operator's time belongs to: processor, cores, versions of ONNX Runtime and of what is timed."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    cpu = names[0] if names else platform.processor()
+    return {"cpu": cpu, "cores": os.cpu_count(), "onnxruntime": ort.__version__, "graphs": GRAPHS_VERSION}
+
+
+def measure(operators: Sequence[Operator], threads: int, progress: Progress) -> dict[Operator, float]:
+    """Milliseconds of each operator: the median over ``SESSIONS`` sessions."""
+    times: dict[Operator, list[float]] = {operator: [] for operator in operators}
+    done, total = 0, SESSIONS * len(operators)
+    for _ in range(SESSIONS):
+        for operator in operators:
+            progress("time operators", done, total)
+            times[operator].append(time_once(operator, threads))
+            done += 1
+    progress("time operators", done, total)
+    return {operator: statistics.median(found) for operator, found in times.items()}
+
+
+def time_once(operator: Operator, threads: int) -> float:
+    """Milliseconds of an operator in a session of its own."""
+    return GRAPHS[operator.kind](threads, *operator.sizes)
+
+
+def typical_ms(run: Callable[[], Any], threads: int, seconds: float = SECONDS, runs: int = 3) -> float:
+    """Milliseconds of ``run``: the median of at least ``runs`` runs, after one that warms up.
+
+    One thread is timed by its processor time, which does not count what other processes took from it.
+    """
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    run()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < runs or time.perf_counter() < end:
+        start = clock()
+        run()
+        times.append(clock() - start)
+    return statistics.median(times) * 1000
+
+
+# ---- the graphs ----
+
+
+def _matmul(threads: int, rows: int, k: int, n: int) -> float:
+    count = _copies(4 * k * n, rows)
+    numbers = _random(k * n + count)
+    weights = {f"w{i}": numbers[i : i + k * n].reshape(k, n) for i in range(count)}
+    nodes = [helper.make_node("MatMul", ["x", name], [f"y{i}"]) for i, name in enumerate(weights)]
+    outputs = [_value(f"y{i}", 1, rows, n) for i in range(count)]
+    return _ms(threads, nodes, [_value("x", 1, rows, k)], outputs, weights) / count
+
+
+def _attention(threads: int, tokens: int, past: int, heads: int, groups: int, dim: int, value_dim: int) -> float:
+    """As ``group_queries.py`` leaves it: in decoding, of one token, a group's queries are rows of one head."""
+    count = _copies(4 * groups * (dim + value_dim) * past, tokens)
+    total, repeat = past + tokens, heads // groups if tokens == 1 else 1
+    heads //= repeat
+    inputs = [_value("q", 1, tokens * repeat, heads * dim), _value("k", 1, tokens, groups * dim)]
+    inputs += [_value("v", 1, tokens, groups * value_dim), _value("mask", 1, 1, tokens * repeat, total)]
+    outputs, nodes = [], []
+    for i in range(count):
+        inputs += [_value(f"pk{i}", 1, groups, past, dim), _value(f"pv{i}", 1, groups, past, value_dim)]
+        outputs += [_value(f"y{i}", 1, tokens * repeat, heads * value_dim)]
+        outputs += [_value(f"k{i}", 1, groups, total, dim), _value(f"v{i}", 1, groups, total, value_dim)]
+        read, made = ["q", "k", "v", "mask", f"pk{i}", f"pv{i}"], [f"y{i}", f"k{i}", f"v{i}"]
+        nodes.append(helper.make_node("Attention", read, made, q_num_heads=heads, kv_num_heads=groups))
+    return _ms(threads, nodes, inputs, outputs) / count
+
+
+def _elementwise(threads: int, elements: int) -> float:
+    count = max(2, min(MOST_COPIES, NEAR_BYTES // (12 * elements)))
+    inputs = [_value(f"{name}{i}", elements) for i in range(count) for name in "ab"]
+    nodes = [helper.make_node("Mul", [f"a{i}", f"b{i}"], [f"y{i}"]) for i in range(count)]
+    return _ms(threads, nodes, inputs, [_value(f"y{i}", elements) for i in range(count)]) / count
+
+
+GRAPHS: dict[str, Callable[..., float]] = {MATMUL: _matmul, ATTENTION: _attention, ELEMENTWISE: _elementwise}
+
+
+def _copies(size: int, rows: int) -> int:
+    """How many copies of an operator that reads ``size`` bytes beside its ``rows`` of input make up its graph."""
+    return max(1, -(-COLD_BYTES // size)) if rows == 1 and size else 2
+
+
+def _value(name: str, *shape: int) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))
+
+
+def _random(count: int) -> Floats:
+    """Numbers that all differ: equal weights would be one in memory."""
+    return np.random.default_rng(0).random(count, dtype=np.float32) - np.float32(0.5)
+
+
+def _ms(
+    threads: int,
+    nodes: Sequence[NodeProto],
+    inputs: Sequence[ValueInfoProto],
+    outputs: Sequence[ValueInfoProto],
+    weights: Mapping[str, Floats] | None = None,
+) -> float:
+    """Milliseconds of one run, with inputs and outputs bound beforehand."""
+    held = weights or {}
+    graph = helper.make_graph(nodes, "operators", inputs, outputs, [_declared(*item) for item in held.items()])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_external_initializers(list(held), [ort.OrtValue.ortvalue_from_numpy(array) for array in held.values()])
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    for value in session.get_inputs():
+        binding.bind_cpu_input(value.name, _feed(value.name, value.shape))
+    for output in session.get_outputs():
+        binding.bind_ortvalue_output(
+            output.name, ort.OrtValue.ortvalue_from_shape_and_type(output.shape, np.float32, "cpu")
+        )
+    return typical_ms(lambda: session.run_with_iobinding(binding), threads)
+
+
+def _declared(name: str, array: Floats) -> TensorProto:
+    """An initialiser without its numbers, which the session is given beside the graph."""
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="memory")
+    return tensor
+
+
+def _feed(name: str, shape: Sequence[int]) -> Floats:
+    """Ones: which numbers does not matter. The mask lets the last row see all, and each before it one token less."""
+    if name != "mask":
+        return np.ones(shape, dtype=np.float32)
+    rows, total = shape[-2:]
+    return np.where(np.tri(rows, total, total - rows, dtype=bool), 0, np.finfo(np.float32).min).astype(np.float32)[
+        None, None
+    ]
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(json_text(content, indent=1) + "\n")
+    temporary.replace(file)

@@ -1,0 +1,240 @@
+"""The public API: each step of the compiler as a function, for use without the command line."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import passes.frontend.trace
+from mptk.cost.latency import phase
+from mptk.errors import MptkError
+from mptk.files import json_text
+from mptk.io import data, models
+from mptk.io.checkpoint import save_tokenizer
+from mptk.io.publish import check_replaceable, publish
+from mptk.ir.families import Analysis
+from mptk.ir.passes import Log
+from mptk.ir.plan import Plan
+from mptk.ir.program import Program
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.runtime.bench import Bench, bench_decoders
+from mptk.version import __version__
+from passes.analysis import group
+from passes.analysis.rules import RULES, rule
+from passes.check_cut import check_cut, in_float32
+from passes.frontend.trace_decoder import Logits, trace_decoder
+from passes.pipelines import cut_program
+from passes.targets.onnx.check_quantized import check_quantized
+from passes.targets.onnx.emit import emit_onnx
+from passes.targets.onnx.quantize import check_schemes, quantize_onnx
+
+__all__ = ["Progress", "analyze", "bench", "export", "export_folder", "ops", "rewrite", "rule", "trace"]
+
+Progress = Callable[..., None]
+"""Called with the name of a stage, how much of it is done and how much there is; when training, with figures too."""
+
+
+def trace(model: nn.Module | str, example_inputs: Sequence[Tensor] | None = None, *, dynamic: bool = False) -> Program:
+    """Trace a model to a Program.
+
+    Args:
+        model: any ``nn.Module`` (its weights may lie on the meta device), or what ``io.models`` can find: a hub id,
+            a local folder, a ``.gguf`` file or a packaged alias; of those only the config is read.
+        example_inputs: positional tensors for ``forward``; may be left out for language models.
+        dynamic: leave batch size and sequence length symbolic, so that the program runs at any.
+
+    Raises:
+        MptkError: the model is not found, or torch.export cannot trace it.
+    """
+    module = models.skeleton(model) if isinstance(model, str) else model
+    return passes.frontend.trace.trace(module, example_inputs, dynamic=dynamic)
+
+
+def analyze(model: nn.Module | str | Program, example_inputs: Sequence[Tensor] | None = None) -> Analysis:
+    """Find what can be cut in a model: its families of coupled channels, and what cannot be cut and why.
+
+    Takes what ``trace`` takes, or a Program. Needs no weights.
+
+    Raises:
+        MptkError: as ``trace``; or an op has no axis rule.
+    """
+    return group.analyze(model if isinstance(model, Program) else trace(model, example_inputs))
+
+
+def ops() -> list[dict[str, str]]:
+    """The ops that have an axis rule, by name: ``op``, the ``file`` of its rule and the rule's ``axes`` equation."""
+    return [
+        {
+            "op": name,
+            "file": found.propagate.__module__.replace(".", "/") + ".py",
+            "axes": (found.propagate.__doc__ or "").partition("\n")[0],
+        }
+        for name, found in sorted(RULES.items())
+    ]
+
+
+def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
+    """Cut the analysed program to ``plan``: smaller weights, right shape constants, the same function as when masked.
+
+    Args:
+        check: prove it: on seeded inputs of the traced shapes the cut program equals the masked one, and the mask
+            moves the output. Costs three forward passes; a program without weights cannot be proven.
+
+    Raises:
+        MptkError: the plan does not fit the model; or the mask does not move the output, so that nothing is proven.
+        ProofError: the cut program is another one than the masked; with the stage and the size of the difference.
+    """
+    stages: dict[str, Program] = {}
+    program, _ = cut_program(analysis, plan, Log(), keep=stages)
+    if check and program.has_values:
+        fine = in_float32(analysis)
+        if fine is not analysis:
+            cut_program(fine, plan, Log(), keep=stages)
+        check_cut(fine, resolve_plan(fine, plan), stages)
+    return program
+
+
+def export(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    plan: Plan | None = None,
+    logits: Logits = "all",
+    quantize: Sequence[str] = (),
+    text: Tensor | None = None,
+    objective: str = "decode",
+    **metadata: str,
+) -> Path:
+    """Write a causal language model as ONNX with a KV cache, cut to ``plan`` if one is given.
+
+    Names, dynamic axes and external data follow the ecosystem (``docs/onnx.md``). Returns the folder.
+
+    Args:
+        model: with real weights; of any float type, the graph is in that type.
+        folder: made if missing.
+        logits: of ``"all"`` positions or the ``"last"`` alone, which saves a sixth of a small model's prefill.
+        quantize: ``passes.targets.onnx.quantize.SCHEMES`` to write as well, each as ``model_SCHEME.onnx``.
+        text: token ids, int64 [windows, length], that ``int4`` is rounded for; else each weight is rounded by itself.
+        objective: ``"decode"`` or ``"prefill"``: which phase the graph is to be fast in, where they differ.
+
+    Raises:
+        MptkError: the model keeps another state than keys and values; torch.export or the exporter refuses it; there
+            is no such scheme or objective.
+    """
+    phase(objective)
+    program = trace_decoder(model, logits=logits)
+    if plan is not None:
+        program, _ = cut_program(group.analyze(program), plan, Log())
+        metadata["plan_sha256"] = plan_digest(plan)
+    about = {"mptk_version": __version__, "objective": objective, **metadata}
+    file = emit_onnx(program, Path(folder), objective=objective, metadata=about)
+    for scheme in quantize:
+        quantize_onnx(file, scheme, None if text is None else text.numpy())
+    return Path(folder)
+
+
+def export_folder(
+    model: str,
+    out: str | Path,
+    *,
+    logits: Logits = "all",
+    quantize: Sequence[str] = (),
+    text: str | None = None,
+    objective: str = "decode",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write any causal language model as a folder that ONNX consumers take: config, tokenizer and ``onnx/``.
+
+    ``text``: a file, folder or dataset of which ``export`` gets 32 windows of 256 tokens, or of all positions. What is
+    not named here is as in ``export``.
+
+    Raises:
+        MptkError: as ``export``; or ``out`` exists and was not made by mptk.
+        ProofError: a quantised weight is further from the float one than rounding brings it.
+    """
+    say = progress or (lambda *_: None)
+    check_replaceable(Path(out))
+    check_schemes(quantize)
+    phase(objective)
+    say("load", 0, 0)
+    loaded = models.load(model, trust_remote_code=trust_remote_code, decoder=True)
+    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 256
+    windows = None if text is None else data.calibration(loaded.model, loaded.tokenizer, text, 32, min(256, positions))
+    with publish(Path(out)) as folder:
+        say("export ONNX", 0, 0)
+        how: dict[str, Any] = {"logits": logits, "quantize": quantize, "text": windows, "objective": objective}
+        export(loaded.model, folder / "onnx", **how, source=model)
+        for scheme in quantize:
+            say(f"check {scheme}", 0, 0)
+            check_quantized(folder / "onnx" / "model.onnx", folder / "onnx" / f"model_{scheme}.onnx", scheme)
+        loaded.model.config.save_pretrained(folder)
+        if loaded.model.generation_config is not None:
+            loaded.model.generation_config.save_pretrained(folder)
+        if loaded.tokenizer is not None:
+            save_tokenizer(loaded.tokenizer, folder)
+    return Path(out)
+
+
+def plan_digest(plan: Plan) -> str:
+    """SHA-256 of what a plan keeps."""
+    return hashlib.sha256(json_text(plan.to_json()["families"], sort_keys=True).encode()).hexdigest()
+
+
+def bench(models: Sequence[str | Path], *, progress: Progress | None = None, **settings: Any) -> Bench:
+    """Time prefill and decode in ONNX Runtime, all graphs taking turns in one process (``mptk.runtime.bench``).
+
+    Args:
+        models: models, folders with ``onnx`` in them, or ``.onnx`` files; the first is what the others are compared
+            with. Quantised graphs of a folder are taken as well. A model that has no ONNX is exported first, into the
+            cache folder.
+        progress: called with stages.
+        settings: of ``bench_decoders``.
+
+    Raises:
+        MptkError: a model cannot be found or exported.
+    """
+    graphs: dict[str, Path] = {}
+    for model in map(str, models):
+        file = Path(model) if model.endswith(".onnx") else onnx_folder(model, progress) / "model.onnx"
+        graphs[model] = file
+        if file.name == "model.onnx":
+            graphs |= {f"{model} {other.stem.removeprefix('model_')}": other for other in _quantized(file)}
+    return bench_decoders(graphs, progress=progress, **settings)
+
+
+def _quantized(file: Path) -> list[Path]:
+    """The quantised graphs beside ``model.onnx``."""
+    return sorted(file.parent.glob("model_*.onnx"))
+
+
+def onnx_folder(model: str, progress: Progress | None = None) -> Path:
+    """``MODEL`` or ``MODEL/onnx`` if it holds ``model.onnx``, else an export kept in the cache folder."""
+    for own in (Path(model), Path(model) / "onnx"):
+        if (own / "model.onnx").is_file():
+            return own
+    loaded = models.load(model, decoder=True)
+    stamp = hashlib.sha256(f"{loaded.path.resolve()} {__version__} {torch.__version__}".encode()).hexdigest()[:16]
+    cached = models.cache_dir() / "onnx" / stamp
+    if not (cached / "model.onnx").is_file():
+        if progress is not None:
+            progress(f"exporting {model} to ONNX", 0, 1)
+        with publish(cached) as folder:
+            export(loaded.model, folder)
+        if progress is not None:
+            progress(f"exporting {model} to ONNX", 1, 1)
+    return cached
+
+
+def plan_of(folder: str | Path) -> Plan:
+    """The plan of a pruned folder. Raises MptkError if there is none."""
+    path = Path(folder) / "plan.json"
+    if not path.is_file():
+        raise MptkError(f"{folder} holds no plan.json; give the --out folder of `mptk prune`")
+    return Plan.load(path)

@@ -1,0 +1,122 @@
+"""claims: what report.json says of a folder, against its plan, its weights and its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mptk.cost.model import CostModel
+from mptk.driver.api import plan_digest
+from mptk.driver.settings import MASKPRUNE
+from mptk.errors import MptkError
+from mptk.files import json_text
+from mptk.io.manifest import file_sha256, listed
+from mptk.ir.families import Analysis
+from mptk.ir.plan import Plan
+
+LATER = "bench.json"
+"""The one file that is written into a published folder."""
+
+
+def check_files(report: Mapping[str, Any], folder: Path) -> None:
+    """The report's words on files: which there are, which graphs, and whether it is a stock checkpoint.
+
+    Raises:
+        MptkError: one is not true; or a file is named that is not there.
+    """
+    there = listed(folder)
+    missing = sorted(set(report["files"]) - set(there))
+    if missing:
+        raise MptkError(f"{folder} lacks {missing[0]}, which its report names; do not use it, prune the model again")
+    _require("files", report["files"], [name for name in there if name != LATER])
+    settings = report["settings"]
+    _require("settings.target", settings["target"], "stock" if (folder / "config.json").is_file() else "graph")
+    refused = any(note.startswith("no ONNX") for note in report["notes"])
+    _require("settings.onnx", bool(settings["onnx"] and not refused), (folder / "onnx" / "model.onnx").is_file())
+    graphs = sorted(p.relative_to(folder).as_posix() for p in folder.glob("onnx/model_*.onnx"))
+    _require("quantized", sorted(q["file"] for q in report["quantized"].values()), graphs)
+    for scheme, said in report["quantized"].items():
+        size = sum(p.stat().st_size for p in (folder / said["file"]).parent.glob(f"{Path(said['file']).name}*"))
+        _require(f"quantized.{scheme}.bytes", said["bytes"], size)
+    _require("weights_sha256", report["weights_sha256"], weights_digest(folder))
+
+
+def check_numbers(report: Mapping[str, Any], folder: Path, analysis: Analysis, plan: Plan) -> None:
+    """The report's words on what was cut and trained: families, sparsity, cost, plan, and the trained weights.
+
+    Raises:
+        MptkError: one is not what the plan and the dense model give.
+    """
+    _require("plan_sha256", report["plan_sha256"], plan_digest(plan))
+    _require("families", report["families"], widths(analysis, plan))
+    cost = CostModel(analysis)
+    dense, pruned = cost.dense, cost(plan.widths)
+    _require("sparsity", report["sparsity"], 1 - pruned.block / dense.block)
+    for name, found in (("dense", dense), ("pruned", pruned)):
+        said = {k: v for k, v in report["cost"][name].items() if k != "latency_ms"}
+        _require(f"cost.{name}", said, found.as_dict())
+    settings, trained = report["settings"], report["trained"]
+    learned = settings["method"] == MASKPRUNE or settings["reconstruct"] or settings["learning"]["steps"]
+    unknown = [name for name in trained if not learned or name not in analysis.program.state]
+    _require("trained", trained, [name for name in trained if name not in unknown])
+    compensated = (folder / "compensation.safetensors").is_file()
+    _require("settings.method", settings["method"], "flap" if compensated else settings["method"])
+    for d in report["proof"]:
+        _require(f"proof.{d['stage']}", d["ok"], True)
+
+
+def check_tokens(report: Mapping[str, Any], vocabulary: int) -> list[list[int]]:
+    """The report's proof tokens: at least 8 token ids in each of equally long rows."""
+    rows: list[list[int]] = report["proof_tokens"]
+    lengths = {len(row) for row in rows}
+    if (
+        len(lengths) != 1
+        or min(lengths) < 8
+        or not all(type(t) is int and 0 <= t < vocabulary for r in rows for t in r)
+    ):
+        raise MptkError("proof_tokens in report.json are no rows of token ids; do not use the folder, prune again")
+    return rows
+
+
+def widths(analysis: Analysis, plan: Plan) -> dict[str, dict[str, int]]:
+    """Family → its dense width, its width after the cut, and its layers."""
+    return {
+        f.name: {"of": f.size, "width": plan.widths.get(f.name, f.size), "layers": len(f.groups)}
+        for f in analysis.families
+    }
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of the folder's weight files, in the order of their names."""
+    digests = [bytes.fromhex(file_sha256(path)) for path in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def require_same(name: str, said: Any, true: Any) -> None:
+    """As the other checks: ``said`` of the report must be what is true, after both went through JSON."""
+    _require(name, said, json.loads(json_text(true)))
+
+
+def _require(name: str, said: Any, true: Any) -> None:
+    if not _same(said, true):
+        raise MptkError(
+            f"{name} in report.json is not true: it says {_short(said)}, the folder and its plan give {_short(true)}; "
+            "do not use it, and prune the model again"
+        )
+
+
+def _same(said: Any, true: Any) -> bool:
+    if isinstance(true, Mapping):
+        return isinstance(said, Mapping) and said.keys() == true.keys() and all(_same(said[k], true[k]) for k in true)
+    if isinstance(true, float) and isinstance(said, int | float):
+        return math.isclose(said, true, rel_tol=1e-9, abs_tol=1e-12)
+    return bool(said == true)
+
+
+def _short(value: Any) -> str:
+    text = json_text(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,183 @@
+"""How good a model is: perplexity, with the protocol it was measured by, and tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mptk.errors import MptkError
+from mptk.io import models
+
+LogitsFn = Callable[[Tensor], Tensor]
+"""Token ids, int64 [B, T] → logits [B, T, V]: a torch module, a graph and an ONNX Runtime session alike."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and the protocol that it was measured by.
+
+    ``value`` is exp(``nll``), ``nll`` the mean negative log-likelihood in nats over the ``tokens`` predicted. Windows
+    of ``length`` tokens start every ``stride`` tokens; ``stride`` = ``length``: they do not overlap, and the first
+    token of each is not predicted. ``dtype`` is that of the logits, before they are made float32. ``seed`` is that of
+    the windows' order; None: the text's own.
+    """
+
+    value: float
+    nll: float
+    tokens: int
+    windows: int
+    length: int
+    stride: int
+    dtype: str
+    data: str
+    split: str | None
+    seed: int | None
+
+    @property
+    def protocol(self) -> str:
+        """How it was measured, in one line."""
+        split = f", split {self.split}" if self.split else ""
+        order = "in the text's order" if self.seed is None else f"chosen with seed {self.seed}"
+        return (
+            f"{self.data}{split}: {self.windows} windows of {self.length} tokens, stride {self.stride}, {order}, "
+            f"first token of each not predicted, {self.tokens:,} predicted, {self.dtype}"
+        )
+
+
+@torch.no_grad()
+def perplexity(
+    logits_fn: LogitsFn,
+    windows: Tensor,
+    *,
+    data: str,
+    split: str | None = None,
+    seed: int | None = None,
+    batch_size: int = 1,
+    max_windows: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """The perplexity of next-token predictions on ``windows``.
+
+    Args:
+        logits_fn: token ids, int64 [B, T] → logits [B, T, V], on any device.
+        windows: tokens, int64 [n, T], T ≥ 2; each is predicted on its own, from its first token on.
+        data, split, seed: where the windows come from; kept for the protocol.
+        batch_size: windows a call. The logits take 4·B·T·V bytes.
+        max_windows: use the first so many.
+        progress: called with windows done and windows in all.
+
+    Raises:
+        MptkError: no window, or windows of one token.
+    """
+    windows = windows[:max_windows]
+    count, length = windows.shape
+    if count == 0 or length < 2:
+        raise MptkError(f"no token to predict in {count} windows of {length} tokens; give more text")
+    total, dtype = 0.0, torch.float32
+    for first in range(0, count, batch_size):
+        ids = windows[first : first + batch_size]
+        logits = logits_fn(ids)
+        dtype = logits.dtype
+        predicted, target = logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device)
+        total += F.cross_entropy(predicted, target, reduction="sum").item()
+        if progress is not None:
+            progress(min(first + batch_size, count), count)
+    tokens = count * (length - 1)
+    nll = total / tokens
+    return Perplexity(
+        value=torch.tensor(nll, dtype=torch.float64).exp().item(),
+        nll=nll,
+        tokens=tokens,
+        windows=count,
+        length=length,
+        stride=length,
+        dtype=str(dtype).removeprefix("torch."),
+        data=data,
+        split=split,
+        seed=seed,
+    )
+
+
+def perplexities(
+    runs: Mapping[str, LogitsFn],
+    windows: Tensor,
+    *,
+    data: str,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """The perplexity of each of ``runs`` by name, to 4 digits, and their ``protocol``."""
+    result: dict[str, Any] = {}
+    for name, run in runs.items():
+        say = partial(progress, f"perplexity ({name})")
+        measured = perplexity(run, windows, data=data, progress=say)
+        result |= {name: round(measured.value, 4), "protocol": measured.protocol}
+    return result
+
+
+@torch.no_grad()
+def next_token_loss(logits_fn: LogitsFn, windows: Tensor) -> float:
+    """Mean next-token cross entropy of all windows at once, in nats."""
+    logits = logits_fn(windows)
+    return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten()))
+
+
+def zero_shot(
+    model: str | Path | models.Loaded,
+    tasks: Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+) -> dict[str, dict[str, float]]:
+    """Run tasks of lm-evaluation-harness: task → metric (``acc,none``, ``acc_stderr,none``, ...) → value.
+
+    Args:
+        model: anything that :func:`mptk.io.models.load` takes, or what it gave.
+        tasks: names of tasks or groups.
+        include_path: folder with more task files.
+        limit: the first so many examples of each task; all if None.
+
+    Raises:
+        MptkError: lm-eval is not installed, has no such task, or the model has no tokenizer.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MptkError("lm-eval is not installed, and it runs the tasks; run: pip install 'mptk[eval]'")
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    loaded = model if isinstance(model, models.Loaded) else models.load(str(model))
+    if loaded.tokenizer is None:
+        raise MptkError(f"{loaded.source} has no tokenizer, which tasks need; add its tokenizer files")
+    manager = _task_manager(tasks, include_path)
+    report: dict[str, Any] = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size),
+        tasks=list(tasks),
+        task_manager=manager,
+        limit=limit,
+    )
+    return {
+        task: {key: value for key, value in row.items() if isinstance(value, float)}
+        for task, row in report["results"].items()
+    }
+
+
+def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
+    """Where lm-eval finds ``tasks``. Its own thousands of task files are read only where ``include_path`` lacks one."""
+    from lm_eval.tasks import TaskManager
+
+    path = None if include_path is None else str(include_path)
+    unknown = tasks
+    for with_own in (False, True) if path else (True,):
+        manager = TaskManager(include_path=path, include_defaults=with_own)
+        unknown = [task for task in tasks if task not in manager.all_tasks]
+        if not unknown:
+            return manager
+    raise MptkError(f"lm-eval has no task {unknown[0]!r}; see `lm-eval ls tasks`, or give --include-path")

@@ -1,0 +1,320 @@
+"""Models: from a hub id, a local folder, a GGUF file or a packaged alias to a transformers model.
+
+Everything becomes an ordinary checkpoint folder first. A GGUF file is dequantised once, into the cache folder
+(``MPTK_CACHE``, else the platform's user cache), and is a plain float32 safetensors checkpoint from then on. Only
+safetensors are read: a pickle can run code. A model's own Python code runs only when the caller trusts it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from mptk.errors import MptkError
+from mptk.io.checkpoint import save_checkpoint
+from mptk.io.decoders import check_causal, check_class
+from mptk.io.packaged import ALIASES, Packaged, Wheel, build_once, cache_dir, cached, fetch
+
+__all__ = [
+    "ALIASES",
+    "Loaded",
+    "Packaged",
+    "Wheel",
+    "cache_dir",
+    "cached",
+    "config_in",
+    "fetch",
+    "load",
+    "load_config",
+    "load_tokenizer",
+    "locate",
+    "skeleton",
+]
+
+_CONVERSION = 1  # Raise it when a conversion of the same GGUF file would now be written differently.
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.tiktoken", "*.model")
+# What is brought from a hub: no pickles, and nothing of subfolders or of a second copy in another format.
+_HUB_SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
+_HUB_IGNORED = ("*/*", "consolidated*")
+# A config that several tasks' classes can take is taken by the first of these, unless the checkpoint says otherwise.
+_FIRST_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with what came with it: ``source`` as the user gave it, ``path`` the checkpoint folder it lies in.
+
+    ``trusted``: whether the caller let its own Python code run.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    source: str
+    path: Path
+    trusted: bool = False
+
+
+def load(
+    model: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    decoder: bool = False,
+    local: bool = False,
+) -> Loaded:
+    """Load weights and tokenizer on the CPU, in ``dtype``, in evaluation mode.
+
+    ``model`` is, in this order: a packaged alias (:data:`ALIASES`; write ``./NAME`` for a folder of that name), a
+    ``.gguf`` file, a local checkpoint folder, a hub id. The class is the one that the checkpoint's
+    ``architectures`` name; where they name none, causal LM if the config has one. ``tokenizer`` is None where the
+    checkpoint has none. ``decoder``: only a model that predicts the next token will do, which is looked at first.
+    ``local``: only what is on this machine already.
+
+    Raises:
+        MptkError: nothing of that name; weights only as pickles, or not for all parameters; code of the model's own
+            that is not trusted; a GGUF file that transformers cannot read; or no decoder where one is wanted.
+    """
+    if decoder:
+        config = load_config(model, trust_remote_code=trust_remote_code)
+        check_class(model, _classes(config), config)
+    folder = _checkpoint(model, local=local)
+    with _explained(model):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    _refuse_pickles(folder, config)
+    module = _from_pretrained(folder, model, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
+    if decoder:
+        check_causal(model, module)
+    tokenizer = _tokenizer(folder, model, trust_remote_code) if _has_tokenizer(folder) else None
+    return Loaded(module, tokenizer, source=model, path=folder, trusted=trust_remote_code)
+
+
+def skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The architecture that :func:`load` would give, on the meta device: no weight is read or made.
+
+    Needs the config alone; of a GGUF file that has not been converted yet, only its metadata are read.
+    """
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    with _explained(model), torch.device("meta"):
+        module = _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    made: PreTrainedModel = module.eval()
+    return made
+
+
+def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of ``model`` (any spelling that :func:`load` takes), without its weights."""
+    gguf = _gguf(model)
+    if gguf is not None and not _conversion(gguf).is_dir():
+        with _explained(model):
+            return _gguf_config(gguf)
+    folder = _checkpoint(model, weights=False)
+    with _explained(model):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return config
+
+
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of ``model`` (any spelling that :func:`load` takes).
+
+    Raises:
+        MptkError: the checkpoint has none.
+    """
+    folder = _checkpoint(model, weights=False)
+    if not _has_tokenizer(folder):
+        raise MptkError(f"{model} has no tokenizer; copy the tokenizer files of the model it came from into {folder}")
+    return _tokenizer(folder, model, trust_remote_code)
+
+
+def config_in(loaded: Loaded) -> PreTrainedConfig:
+    """The config in a loaded model's folder. The model's own has the type that it was loaded in."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(loaded.path, trust_remote_code=loaded.trusted)
+    return config
+
+
+def locate(model: str, *, local: bool = False) -> Path:
+    """The ``.gguf`` file or the folder that ``model`` stands for. ``local``: only if it is on this machine already."""
+    return _gguf(model, local=local) or _checkpoint(model, local=local)
+
+
+def _checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Path:
+    """The local folder that ``model`` lies in; ``weights`` says whether a hub's are brought along."""
+    gguf = _gguf(model, local=local)
+    if gguf is not None:
+        return build_once(_conversion(gguf), lambda folder: _convert(gguf, folder))
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise MptkError(f"{model} has no config.json; give a transformers checkpoint folder or a .gguf file")
+        return path
+    if path.exists():
+        raise MptkError(f"{model} is neither a checkpoint folder nor a .gguf file; give one of these")
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                allow_patterns=[*_HUB_SMALL, "*.safetensors"] if weights else [*_HUB_SMALL],
+                ignore_patterns=[*_HUB_IGNORED],
+                local_files_only=local,
+            )
+        )
+    except (OSError, ValueError) as error:
+        if local:
+            raise _elsewhere(model) from error
+        raise MptkError(
+            f"{model!r} is no packaged alias ({', '.join(sorted(ALIASES))}), .gguf file or local folder, and the hub "
+            f"did not give it: {_first_line(error)}; check the name, the network and, if it is gated, HF_TOKEN"
+        ) from error
+
+
+def _elsewhere(model: str) -> MptkError:
+    return MptkError(f"{model} is not on this machine, and a folder's word brings nothing here; give --model")
+
+
+def _gguf(model: str, *, local: bool = False) -> Path | None:
+    """The GGUF file that ``model`` stands for, brought here if need be; None if it stands for something else."""
+    if model in ALIASES:
+        if local and not cached(model):
+            raise _elsewhere(model)
+        return fetch(model)
+    if not model.lower().endswith(".gguf"):
+        return None
+    path = Path(model).expanduser()
+    if not path.is_file():
+        raise MptkError(f"there is no file {model}; check the path")
+    return path
+
+
+def _conversion(gguf: Path) -> Path:
+    """Where a GGUF file's checkpoint is kept. A file that changes, by size or time, is converted anew."""
+    path, state = gguf.resolve(), gguf.stat()
+    key = f"{path}|{state.st_size}|{state.st_mtime_ns}|{_CONVERSION}"
+    return cache_dir() / "checkpoints" / f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantise ``gguf`` to float32 and save it as a checkpoint in which nothing tells that it was one."""
+    with _explained(str(gguf)):
+        config = _gguf_config(gguf)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, config=config)
+    # Where transformers can compute on GGUF blocks, it has to be told not to keep them.
+    dequantise = getattr(transformers, "GgufConfig", None)
+    options = {"quantization_config": dequantise(dequantize=True)} if dequantise else {}
+    module = _from_pretrained(
+        gguf.parent, str(gguf), gguf_file=gguf.name, config=config, dtype=torch.float32, **options
+    )
+    if isinstance(length := getattr(config, "max_position_embeddings", None), int):
+        tokenizer.model_max_length = length
+    save_checkpoint(module, tokenizer, folder)
+
+
+def _gguf_config(gguf: Path) -> PreTrainedConfig:
+    """The config in a GGUF file's metadata, without the model's title and with numbers as people write them.
+
+    GGUF holds them in float32: a norm's epsilon of 1e-05 comes back as 9.999999747378752e-06.
+    """
+    config: PreTrainedConfig = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    vars(config).pop("_model_name_or_path", None)
+    for name, value in vars(config).items():
+        if isinstance(value, float):
+            setattr(config, name, float(str(np.float32(value))))
+    return config
+
+
+def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """The model in ``folder``, in evaluation mode, with every parameter from the checkpoint."""
+    with _explained(model):
+        module, report = _auto_class(config).from_pretrained(
+            folder, config=config, use_safetensors=True, output_loading_info=True, **options
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise MptkError(
+            f"{model} has no weights for {len(missing)} parameters of {type(module).__name__} ({missing[0]}, ...), "
+            "which would be random; give a checkpoint with them, or name its class in config.json's architectures"
+        )
+    loaded: PreTrainedModel = module.eval()
+    return loaded
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """The auto class for ``config``: of those that take it, the first whose class the checkpoint was saved from."""
+    code: dict[str, str] = getattr(config, "auto_map", None) or {}
+    fitting = {name: _class_names(name, config, code) for name in _auto_names()}
+    taken = [name for name, classes in fitting.items() if classes]
+    if not taken:
+        raise MptkError(f"transformers has no model class for {type(config).__name__}; trust its own code or update")
+    saved = set(config.architectures or ())
+    return getattr(transformers, next((name for name in taken if fitting[name] & saved), taken[0]))
+
+
+def _classes(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
+    """The classes that transformers has for ``config``; none for a model that brings its own."""
+    auto = _auto_class(config)
+    if auto.__name__ in (getattr(config, "auto_map", None) or {}):
+        return set()
+    found = auto._model_mapping.get(type(config), ())
+    return set(found if isinstance(found, tuple) else (found,))
+
+
+def _auto_names() -> list[str]:
+    names = {name for name in dir(transformers) if name.startswith("AutoModelFor")}
+    return [*_FIRST_TASKS, *sorted(names.difference(_FIRST_TASKS)), "AutoModel"]
+
+
+def _class_names(auto: str, config: PreTrainedConfig, code: dict[str, str]) -> set[str]:
+    """Names of the classes that the auto class makes of ``config``: transformers' and the model's own."""
+    stock = getattr(transformers, auto)._model_mapping.get(type(config), ())
+    names = {known.__name__ for known in (stock if isinstance(stock, tuple) else (stock,))}
+    return names | {code[auto].rsplit(".", 1)[-1]} if auto in code else names
+
+
+def _refuse_pickles(folder: Path, config: PreTrainedConfig) -> None:
+    named = getattr(config, "transformers_weights", None)
+    if any(folder.glob("*.safetensors")) and (named is None or ".safetensors" in named):
+        return
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    found = f"only {pickles[0]}, a pickle, which can run code" if pickles else "none at all"
+    raise MptkError(
+        f"{folder} has no safetensors weights ({found}); where you trust it, convert it with transformers: "
+        "AutoModel....from_pretrained(DIR).save_pretrained(NEW_DIR)"
+    )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES)
+
+
+def _tokenizer(folder: Path, model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    with _explained(model):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return tokenizer
+
+
+@contextmanager
+def _explained(model: str) -> Iterator[None]:
+    """What transformers refuses becomes one line for the user."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, NotImplementedError, ImportError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            raise MptkError(
+                f"{model} needs Python code of its own, which would run on this machine; read it, and if you trust "
+                "it pass --trust-remote-code (trust_remote_code=True)"
+            ) from error
+        raise MptkError(
+            f"transformers cannot load {model}: {_first_line(error)}; "
+            f"check its files, and whether transformers {transformers.__version__} knows it"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

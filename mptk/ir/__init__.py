@@ -1,0 +1,1 @@
+"""ir: the data types of the compiler: programs, axes, families, plans and the pass protocol."""

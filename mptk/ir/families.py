@@ -1,0 +1,153 @@
+"""Families: what can be cut, and what must be cut with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from mptk.ir.axes import Axis, Index, Size, Term, occurrences
+from mptk.ir.program import Program
+
+
+@dataclass(frozen=True)
+class Member:
+    """A dimension of a weight that a group's units run through.
+
+    ``role`` is ``producer`` (the weight makes the units: a linear layer's rows), ``consumer`` (it sums over them: a
+    linear layer's columns) or ``other`` (a bias, a norm's weight, an embedding).
+    """
+
+    weight: str
+    dim: int
+    term: Term
+    role: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """One layer's coupled channels: an axis of ``size`` units and every weight dimension that holds it.
+
+    Where the choice of units may differ along other axes (query heads, in each KV group) these are ``scope``; else it
+    is empty. ``layer`` is the module that holds all members.
+    """
+
+    layer: str
+    axis: Axis
+    scope: tuple[Axis, ...]
+    members: tuple[Member, ...]
+
+    @property
+    def size(self) -> int:
+        return self.axis.size
+
+    @property
+    def scopes(self) -> int:
+        """How many independent choices of units there are: the product of the scope axes' sizes."""
+        return math.prod(a.size for a in self.scope)
+
+    def positions(self, member: Member) -> Index:
+        """Where each unit lies along ``member``'s dimension: [scopes, size, k] indices, ascending in k."""
+        return unit_positions(member.term, self.axis, self.scope)
+
+
+def unit_positions(term: Term, axis: Axis, scope: Sequence[Axis] = ()) -> Index:
+    """Positions of ``term`` by unit of ``axis``: [scopes, axis.size, k], ascending. Scopes it lacks do not split it."""
+    found = occurrences(term)
+    scopes = math.prod(a.size for a in scope)
+    rows: list[list[list[int]]] = [[[] for _ in range(axis.size)] for _ in range(scopes)]
+    scope_index = scope_coordinates(found, scope, term.size)
+    for leaf, coordinate in found:
+        if leaf is axis:
+            for position in np.flatnonzero(coordinate >= 0):
+                targets = range(scopes) if scope_index is None else [scope_index[position]]
+                for s in targets:
+                    rows[s][coordinate[position]].append(int(position))
+    return np.array([[sorted(set(unit)) for unit in row] for row in rows], dtype=np.int64)
+
+
+def scope_coordinates(found: Sequence[tuple[Axis, Index]], scope: Sequence[Axis], size: int) -> Index | None:
+    """The scope's flat coordinate at every position, or None if the scope has no axis here."""
+    flat = np.zeros(size, dtype=np.int64)
+    for a in scope:
+        coordinates = [c for leaf, c in found if leaf is a]
+        if not coordinates:
+            return None
+        flat = flat * a.size + np.max(coordinates, axis=0)
+    return flat if scope else None
+
+
+@dataclass(frozen=True)
+class Family:
+    """Groups of one kind, one a layer: cut alike, so that all layers keep one shape.
+
+    ``name`` and ``description`` are inferred from structure and only for people. ``minimum`` and ``multiple`` are what
+    the graph's ops accept; targets narrow them further (``passes/targets/legalize.py``).
+    """
+
+    name: str
+    description: str
+    groups: tuple[Group, ...]
+    minimum: int = 1
+    multiple: int = 1
+
+    @property
+    def size(self) -> int:
+        """Units in each layer of the dense model."""
+        return self.groups[0].size
+
+    @property
+    def scopes(self) -> int:
+        return self.groups[0].scopes
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """Axes that weights have but that cannot be cut, and why."""
+
+    name: str
+    size: int
+    weights: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A sum of products over ``axis``. ``left`` and ``right`` are (node, dimension) of operands; ``out`` the result."""
+
+    node: fx.Node
+    axis: Term
+    left: tuple[fx.Node, int]
+    right: tuple[fx.Node, int]
+    out: tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the axis analysis found: families that can be cut, axes that cannot, and the terms behind both.
+
+    ``weights`` maps each weight used in the graph to one term a dimension. ``walk`` holds the terms of every value for
+    the rewriting pass.
+    """
+
+    program: Program
+    families: tuple[Family, ...]
+    blocked: tuple[Blocked, ...]
+    weights: Mapping[str, tuple[Term, ...]]
+    contractions: Sequence[Contraction] = field(repr=False)
+    walk: Any = field(repr=False)
+
+    def family(self, name: str) -> Family:
+        """The family of that name. Raises KeyError with the names there are."""
+        for family in self.families:
+            if family.name == name:
+                return family
+        raise KeyError(f"no family {name!r}; there are {', '.join(f.name for f in self.families)}")
+
+    def sizes(self, widths: Mapping[str, Size]) -> dict[Axis, Size]:
+        """Axis sizes of the model cut to ``widths`` (family name → units kept)."""
+        return {g.axis: width for name, width in widths.items() for g in self.family(name).groups}

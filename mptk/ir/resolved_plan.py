@@ -1,0 +1,165 @@
+"""Cut: a plan resolved on an analysis. Which positions of which dimensions stay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mptk.errors import MptkError
+from mptk.ir.axes import Axis, Index, Term, evaluate, leaves, occurrences
+from mptk.ir.families import Analysis, Family, Group, scope_coordinates
+from mptk.ir.plan import FamilyPlan, Plan, check_units
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one axis keeps: ``table`` is boolean, [scopes, size], the same number of units in each row."""
+
+    scope: tuple[Axis, ...]
+    table: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Axis → what it keeps. Axes that are not named stay whole."""
+
+    choices: dict[Axis, Choice]
+    sizes: dict[Axis, int]
+
+    def size(self, term: Term) -> int:
+        """Size of a dimension after the cut."""
+        return evaluate(term, self.sizes)
+
+    def touches(self, term: Term) -> bool:
+        return any(leaf in self.choices for leaf in leaves(term))
+
+    def mask(self, term: Term) -> npt.NDArray[np.bool_]:
+        """Whether each position of a dimension stays, [size]. A choice whose scope lies elsewhere must not vary."""
+        found = occurrences(term)
+        stays = np.ones(term.size, dtype=bool)
+        for leaf, coordinate in found:
+            choice = self.choices.get(leaf)
+            if choice is None:
+                continue
+            scope = scope_coordinates(found, choice.scope, term.size)
+            assert scope is not None or (choice.table == choice.table[0]).all()
+            rows = 0 if scope is None else scope
+            stays &= choice.table[rows, coordinate] | (coordinate < 0)
+        return stays
+
+    def positions(self, term: Term) -> Index:
+        """Kept positions of a dimension, ascending."""
+        return np.flatnonzero(self.mask(term))
+
+    def elsewhere(self, dims: Sequence[Term]) -> int | None:
+        """A dimension that some other dimension's choice varies along."""
+        for term in dims:
+            own = set(leaves(term))
+            for leaf in own & self.choices.keys():
+                for scope in self.choices[leaf].scope:
+                    if scope not in own:
+                        return next(i for i, t in enumerate(dims) if scope in set(leaves(t)))
+        return None
+
+    def mask_tensor(self, dims: Sequence[Term]) -> Tensor:
+        """Boolean mask over a whole weight: True where every dimension keeps the position."""
+        scope_dim = self.elsewhere(dims)
+        if scope_dim is None:
+            keep = torch.ones([d.size for d in dims], dtype=torch.bool)
+            for d, term in enumerate(dims):
+                if self.touches(term):
+                    shape = [-1 if i == d else 1 for i in range(len(dims))]
+                    keep &= torch.from_numpy(self.mask(term)).reshape(shape)
+            return keep
+        rows = [
+            self._row(dims, scope_dim, s).mask_tensor(dims).select(scope_dim, s) for s in range(dims[scope_dim].size)
+        ]
+        return torch.stack(rows, scope_dim)
+
+    def slice(self, tensor: Tensor, dims: Sequence[Term]) -> Tensor:
+        """The kept part of a weight, contiguous (the tensor itself where nothing is cut)."""
+        scope_dim = self.elsewhere(dims)
+        if scope_dim is not None:
+            return self._slice_rows(tensor, dims, scope_dim)
+        for d, term in enumerate(dims):
+            if self.touches(term):
+                tensor = tensor.index_select(d, torch.from_numpy(self.positions(term)).to(tensor.device))
+        return tensor
+
+    def scatter(self, tensor: Tensor, small: Tensor, dims: Sequence[Term]) -> Tensor:
+        """A weight whose kept part is ``small``, as ``slice`` gives it; the rest is as in ``tensor``."""
+        result = tensor.detach().clone()
+        result[self.mask_tensor(dims)] = small.flatten().to(result)
+        return result
+
+    def _slice_rows(self, tensor: Tensor, dims: Sequence[Term], scope_dim: int) -> Tensor:
+        """Each row along ``scope_dim`` keeps its own positions of other dimensions (an expert's channels)."""
+        rest = [t for d, t in enumerate(dims) if d != scope_dim]
+        kept = [
+            self._row(dims, scope_dim, s).slice(tensor.select(scope_dim, s), rest)
+            for s in self.positions(dims[scope_dim])
+        ]
+        return torch.stack(kept, scope_dim)
+
+    def _row(self, dims: Sequence[Term], scope_dim: int, position: int) -> Cut:
+        """The cut as seen from one position of a scope's dimension: no other dimension's choice varies along it."""
+        at = {leaf: int(coordinate[position]) for leaf, coordinate in occurrences(dims[scope_dim])}
+        choices = dict(self.choices)
+        for d, term in enumerate(dims):
+            own = set(leaves(term))
+            for leaf in own & self.choices.keys() if d != scope_dim else ():
+                choice = self.choices[leaf]
+                fixed = {a: at[a] for a in choice.scope if a in at and a not in own}
+                table = choice.table.reshape(*(a.size for a in choice.scope), -1)
+                row = table[tuple(fixed.get(a, slice(None)) for a in choice.scope)]
+                rest = tuple(a for a in choice.scope if a not in fixed)
+                choices[leaf] = Choice(rest, row.reshape(-1, table.shape[-1]))
+        return Cut(choices, self.sizes)
+
+
+def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
+    """Match a plan with an analysis.
+
+    Raises:
+        MptkError: a family or layer that the model does not have, a width that does not fit, a layer left out.
+    """
+    choices: dict[Axis, Choice] = {}
+    for name, chosen in plan.families.items():
+        try:
+            family = analysis.family(name)
+        except KeyError as error:
+            raise MptkError(f"plan: {error.args[0]}") from error
+        if chosen.of != family.size:
+            raise MptkError(f"plan: {name} has {family.size} units in this model, not {chosen.of}")
+        unknown = set(chosen.keep) - {g.layer for g in family.groups}
+        if unknown:
+            raise MptkError(f"plan: {name} has no layer {sorted(unknown)[0]!r}; see `mptk analyze`")
+        if chosen.width < family.minimum or chosen.width % family.multiple:
+            raise MptkError(
+                f"plan: {name} cannot have width {chosen.width}: it needs at least {family.minimum} "
+                f"and a multiple of {family.multiple}"
+            )
+        for group in family.groups:
+            choices[group.axis] = Choice(group.scope, _table(family, group, chosen))
+    return Cut(choices, {axis: int(c.table[0].sum()) for axis, c in choices.items()})
+
+
+def _table(family: Family, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.bool_]:
+    keep = chosen.keep.get(group.layer)
+    if keep is None:
+        raise MptkError(f"plan: {family.name} says nothing of layer {group.layer!r}; every layer needs its kept units")
+    if len(keep) not in (1, group.scopes):
+        raise MptkError(f"plan: {family.name}.{group.layer} has {len(keep)} rows of units; give 1 or {group.scopes}")
+    for row in keep:
+        check_units(row, chosen.width, family.size, f"plan: {family.name}.{group.layer}")
+    rows = keep if len(keep) == group.scopes else keep * group.scopes
+    table = np.zeros((math.prod(a.size for a in group.scope), group.size), dtype=bool)
+    for stays, units in zip(table, rows, strict=True):
+        stays[list(units)] = True
+    return table

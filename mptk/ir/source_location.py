@@ -1,0 +1,46 @@
+"""source_location: where in the model's source a call of the graph was made, as far as export recorded it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import fx
+
+from mptk.ir.ops import op_name
+
+_ROOT = Path(__file__).parents[2]
+LIBRARIES = tuple(
+    f"{folder}/"
+    for folder in (Path(torch.__path__[0]), Path(transformers.__path__[0]), _ROOT / "mptk", _ROOT / "passes")
+)
+"""Their files are no part of a model: layers, dispatch, the wrappers that tracing puts around it."""
+MODELS = f"{Path(transformers.__file__).parent}/models/"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Prints as ``op in module.path, file.py:12``. Cheap to make, so that each call can bring one with it."""
+
+    node: fx.Node
+
+    def __str__(self) -> str:
+        modules = list((self.node.meta.get("nn_module_stack") or {}).values())
+        call = self.node.name
+        if modules:
+            call = f"{op_name(self.node)} in {modules[-1][0].removeprefix('module').removeprefix('.') or 'the model'}"
+        line = source_line(self.node.meta.get("stack_trace") or "")
+        return f"{call}, {line}" if line else call
+
+
+def source_line(stack_trace: str) -> str:
+    """``file.py:12`` of the innermost frame in the model's own files; if all are libraries', of the innermost."""
+    frames = re.findall(r'^\s*File "(.+)", line (\d+)', stack_trace, re.MULTILINE)
+    if not frames:
+        return ""
+    own = [(file, line) for file, line in frames if file.startswith(MODELS) or not file.startswith(LIBRARIES)]
+    file, line = (own or frames)[-1]
+    return f"{Path(file).name}:{line}"

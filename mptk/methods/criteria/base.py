@@ -1,0 +1,142 @@
+"""What the criteria share: what they are given, and sums over the weights of a unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mptk.errors import MptkError
+from mptk.ir.axes import Axis, Term, leaves, occurrences, resolve
+from mptk.ir.families import Analysis, Family, Group, scope_coordinates
+from mptk.methods.criteria.observe import Observation, Site
+
+Scores = dict[str, Tensor]
+"""Family name → score of every unit, float32 [layers, scopes, size]; higher means keep."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a criterion may look at: the weights (through ``analysis``) and what it asked for in ``Criterion.needs``.
+
+    ``observations`` holds the activations' moments at each contraction with a weight, ``gradients`` the calibration
+    loss's gradient by weight name (mean over predicted tokens).
+    """
+
+    analysis: Analysis
+    seed: int = 0
+    observations: Mapping[Site, Observation] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A one-shot criterion: ``score`` gives each of the families [layers, scopes, size], higher = keep.
+
+    ``needs`` says what has to be gathered first: nothing, the activations' moments, or the loss's gradients (both need
+    calibration text). ``compensates``: consumers' biases make up for the mean of what is removed.
+    """
+
+    name: str
+    summary: str
+    score: Callable[[Evidence, Sequence[Family]], Scores]
+    needs: Literal["nothing", "activations", "gradients"] = "nothing"
+    compensates: bool = False
+
+
+def sum_members(evidence: Evidence, families: Sequence[Family], importance: Callable[[str], Tensor]) -> Scores:
+    """Sum ``importance(weight name)`` (the weight's shape) over all weights of each unit: every member of its group.
+
+    An element that belongs to a unit twice (a square weight whose both dimensions are cut) counts twice.
+    """
+    weights = evidence.analysis.weights
+    return {
+        family.name: torch.stack(
+            [
+                _total(unit_sums(importance(m.weight), weights[m.weight], m.dim, group) for m in group.members)
+                for group in family.groups
+            ]
+        )
+        for family in families
+    }
+
+
+def sum_uses(evidence: Evidence, families: Sequence[Family], importance: Callable[[Observation], Tensor]) -> Scores:
+    """Sum ``importance(observation)`` (the weight operand's shape) over the contractions that judge each unit.
+
+    These are its consumers, or where no weight sums over it, its producers (``observe.uses``).
+
+    Raises:
+        MptkError: a family has neither.
+    """
+    return {
+        family.name: torch.stack([_use(evidence, family, g, importance) for g in family.groups]) for family in families
+    }
+
+
+def _use(evidence: Evidence, family: Family, group: Group, importance: Callable[[Observation], Tensor]) -> Tensor:
+    found = uses(evidence.observations, group)
+    if not found:
+        raise MptkError(
+            f"no weight sums over the units of {family.name} or makes them in {group.layer or 'the model'}, so their "
+            "activations cannot be scored; use magnitude, taylor or random"
+        )
+    return _total(
+        unit_sums(importance(evidence.observations[site]), site.weight_dims, dim, group) for site, dim in found
+    )
+
+
+def uses(sites: Iterable[Site], group: Group) -> list[tuple[Site, int]]:
+    """The contractions that judge a group's units, each with the weight operand's dimension that holds them.
+
+    Consumers where there are any: weights that sum over the units. Else (query and key channels, which meet each other
+    and no weight; whole experts) the contractions with weights that make or hold them.
+    """
+    holding = [(s, d) for s in sites for d, term in enumerate(s.weight_dims) if group.axis in set(leaves(term))]
+    consumers = [(s, d) for s, d in holding if d == s.weight_dim]
+    return consumers or holding
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    first, *rest = parts
+    return sum(rest, first)
+
+
+def unit_sums(values: Tensor, dims: Sequence[Term], dim: int, group: Group) -> Tensor:
+    """Sum ``values`` (axis terms ``dims``) by unit of ``group``, whose axis lies in dimension ``dim``: [scopes, size].
+
+    Where the choice varies along an axis of another dimension (each expert's own channels), that dimension tells the
+    rows apart; all others are summed out.
+    """
+    beside = _scope_dims(dims, dim, group.scope)
+    kept = sorted({dim, *beside.values()})
+    summed = [d for d in range(values.ndim) if d not in kept]
+    values = values.float().sum(summed) if summed else values.float()
+    scope = np.zeros([1] * len(kept), dtype=np.int64)
+    for a in group.scope:
+        at = beside[a]
+        coordinate = scope_coordinates(occurrences(dims[at]), (a,), dims[at].size)
+        assert coordinate is not None
+        scope = scope * a.size + _along(coordinate, kept.index(at), len(kept))
+    result = torch.zeros(group.scopes * group.size, dtype=torch.float32, device=values.device)
+    for leaf, coordinate in occurrences(dims[dim]):
+        if leaf is group.axis:
+            unit = _along(coordinate, kept.index(dim), len(kept))
+            index = np.broadcast_to(np.where(unit < 0, -1, scope * group.size + unit), tuple(values.shape))
+            flat = torch.from_numpy(index.copy()).to(values.device).flatten()
+            result.index_add_(0, flat[flat >= 0], values.flatten()[flat >= 0])
+    return result.reshape(group.scopes, group.size)
+
+
+def _scope_dims(dims: Sequence[Term], dim: int, scope: Sequence[Axis]) -> dict[Axis, int]:
+    """The dimension that holds each scope axis: the group's own if it does, else one of its own."""
+    order = [dim, *(d for d in range(len(dims)) if d != dim)]
+    return {a: next(d for d in order if a in set(leaves(resolve(dims[d])))) for a in scope}
+
+
+def _along(coordinate: np.typing.NDArray[np.int64], position: int, ndim: int) -> np.typing.NDArray[np.int64]:
+    return coordinate.reshape([-1 if i == position else 1 for i in range(ndim)])

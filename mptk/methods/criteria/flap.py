@@ -1,0 +1,108 @@
+"""flap: keep what fluctuates, and let a bias stand for the mean of what goes.
+
+Source: An et al. 2023, FLAP (arXiv 2312.11983): the metric WIFV, S_j = Var(x_j) · ‖W_:j‖₂², the sample variance of the
+consumer's input over all calibration tokens times its column's squared norm; and the baseline bias compensation,
+b ← b + Σ_{j removed} W_:j · mean(x_j).
+
+What differs: a unit of several positions (a head) is the sum over them; layers are not standardised against each other
+and get no ratios of their own, since all layers keep one width here; and biases are only corrected where the
+architecture has them: a stock checkpoint has no place for new ones. Units that no weight sums over are scored by the
+weights that make or hold them, as in ``wanda``: Σ Var(x_j) · W_ij² over the unit's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from mptk.ir.axes import resolve
+from mptk.ir.families import Analysis, Family
+from mptk.ir.plan import Plan
+from mptk.ir.resolved_plan import Cut, resolve_plan
+from mptk.methods.criteria.base import Evidence, Scores, sum_uses
+from mptk.methods.criteria.observe import Observation, Site, named_argument
+
+
+def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
+    """s_u = Σ_{j in unit u} Var(x_j) · Σ_i W_ij²."""
+    return sum_uses(evidence, families, lambda seen: seen.weight.float().square() * seen.variance)
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """New values of biases by name, and a sentence for people on where there were biases to correct and where not."""
+
+    state: Mapping[str, Tensor]
+    statement: str
+
+
+def compensate(analysis: Analysis, plan: Plan, observations: Mapping[Site, Observation]) -> Compensation:
+    """Correct the bias of every consumer of removed units by the mean of what it no longer receives.
+
+    The new values belong in the dense program (``program.with_state``), before it is masked or rewritten. A bias that
+    several contractions use (layers that share weights) gets the mean of their corrections.
+
+    Raises:
+        MptkError: the plan does not fit the model.
+    """
+    cut = resolve_plan(analysis, plan)
+    corrections: dict[str, list[Tensor]] = {}
+    applied: dict[str, None] = {}
+    lacking: dict[str, None] = {}
+    for site, seen in observations.items():
+        if not cut.touches(site.weight_dims[site.weight_dim]):
+            continue
+        bias, dim = _bias(analysis, site)
+        if bias is None:
+            lacking[_label(analysis, site)] = None
+        else:
+            corrections.setdefault(bias, []).append(_lost(cut, seen, dim))
+            applied[_label(analysis, site)] = None
+    state = analysis.program.state
+    new = {name: (state[name] + torch.stack(c).mean(0)).to(state[name].dtype) for name, c in corrections.items()}
+    return Compensation(new, _statement(list(applied), list(lacking)))
+
+
+def _lost(cut: Cut, seen: Observation, dim: int) -> Tensor:
+    """Σ_{j removed} W_ij · mean(x_j), by output position i: [outputs]."""
+    removed = ~cut.mask_tensor(seen.site.weight_dims).to(seen.weight.device)
+    lost = seen.weight.float() * seen.mean * removed
+    return lost.sum([d for d in range(lost.ndim) if d != dim])
+
+
+def _bias(analysis: Analysis, site: Site) -> tuple[str | None, int]:
+    """The vector that the contraction itself adds to its result, and the weight's dimension that it runs along."""
+    node = named_argument(site.node, "bias")
+    if named_argument(site.node, "mat1") is not None:
+        node = named_argument(site.node, "self")
+    weights = analysis.program.weights
+    if isinstance(node, fx.Node) and node.name in weights:
+        dims = analysis.walk.dims[node]
+        for d, term in enumerate(site.weight_dims):
+            if d != site.weight_dim and len(dims) == 1 and resolve(dims[0]) == term:
+                return weights[node.name], d
+    return None, -1
+
+
+def _label(analysis: Analysis, site: Site) -> str:
+    """The consumer's own name, as people know it: ``down_proj``."""
+    node = site.weight
+    while node.op != "placeholder":
+        node = next(n for n in node.all_input_nodes if analysis.walk.is_weight(n))
+    return analysis.program.weights[node.name].removesuffix(".weight").rsplit(".", 1)[-1]
+
+
+def _statement(applied: list[str], lacking: list[str]) -> str:
+    parts = []
+    if applied:
+        parts.append(f"applied to {_join(applied)}")
+    if lacking:
+        parts.append(f"not applied, {_join(lacking)} {'has' if len(lacking) == 1 else 'have'} no bias")
+    return f"FLAP bias compensation: {'; '.join(parts) or 'nothing to do, no weight sums over what was removed'}"
+
+
+def _join(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -1,0 +1,20 @@
+"""magnitude: the L2 norm of a unit's weights.
+
+Source: Han et al. 2015 (arXiv 1506.02626) for single weights; Li et al. 2017 (arXiv 1608.08710, §3.1) for whole
+filters, with the L1 norm of the producing weights. Here the norm is L2 and runs over *all* weights of the unit, in
+every member of its group: producer's rows, consumer's columns, biases, norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mptk.ir.families import Family
+from mptk.methods.criteria.base import Evidence, Scores, sum_members
+
+
+def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
+    """s_u = √(Σ_{w of unit u} w²)."""
+    state = evidence.analysis.program.state
+    squares = sum_members(evidence, families, lambda name: state[name].float().square())
+    return {name: total.sqrt() for name, total in squares.items()}

@@ -1,0 +1,271 @@
+"""observe: run a program on calibration text and keep what criteria need: activations' moments, the loss's gradients.
+
+Activations are read off the FX graph, at the operand of each sum of products whose other operand is a weight. So fused
+projections, transposed layers and packed experts need no case of their own, and a weight used twice is seen twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.functional import cross_entropy
+
+from mptk.errors import MptkError
+from mptk.ir.axes import Term, leaves, resolve
+from mptk.ir.families import Analysis
+from mptk.ir.program import Program
+
+Progress = Callable[[int, int], None]
+"""Called with (windows done, windows in all) after each batch."""
+
+OBSERVED_TOKENS = 2048
+"""Tokens in a forward batch. Bounds memory; results do not depend on it beyond rounding."""
+GRADIENT_TOKENS = 512
+"""Tokens in a batch whose activations autograd keeps."""
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A contraction of an activation with a weight: which operand is which.
+
+    ``x_dim`` and ``weight_dim`` are the dimensions summed over. ``shared`` pairs dimensions (of x, of the weight) that
+    are no part of the sum but one axis: heads or experts of a batched product. ``ends`` is the graph's tensor of row
+    ends by expert where the rows of x are routed; the one pair in ``shared`` is then (rows, experts).
+    """
+
+    node: fx.Node
+    x: fx.Node
+    x_dim: int
+    weight: fx.Node
+    weight_dim: int
+    weight_dims: tuple[Term, ...]
+    shared: tuple[tuple[int, int], ...]
+    ends: fx.Node | None
+
+    @property
+    def stream(self) -> tuple[Any, ...]:
+        """What tells activations apart: query, key and value layers read the same one."""
+        return self.x, self.x_dim, tuple(x for x, _ in self.shared), self.ends
+
+
+@dataclass
+class Moments:
+    """Running mean and sum of squared deviations of activations, float64 [*shared, K]; ``count`` rows, [*shared, 1]."""
+
+    count: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    def merge(self, other: Moments) -> Moments:
+        """Of both samples together (Chan, Golub & LeVeque 1983): no cancellation, whatever the order of batches."""
+        count = self.count + other.count
+        share = other.count / count.clamp(min=1)
+        delta = other.mean - self.mean
+        deviation = self.deviation + other.deviation + delta.square() * self.count * share
+        return Moments(count, self.mean + delta * share, deviation)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What was seen at a site. Properties are shaped to broadcast against ``weight``, the operand as the op saw it."""
+
+    site: Site
+    weight: Tensor
+    moments: Moments = field(repr=False)
+
+    @property
+    def norm(self) -> Tensor:
+        """‖x_j‖₂ over all rows seen, for each summed position j."""
+        m = self.moments
+        return self._against_weight((m.deviation + m.count * m.mean.square()).sqrt())
+
+    @property
+    def variance(self) -> Tensor:
+        """Sample variance of x_j (divided by rows − 1)."""
+        return self._against_weight(self.moments.deviation / (self.moments.count - 1).clamp(min=1))
+
+    @property
+    def mean(self) -> Tensor:
+        return self._against_weight(self.moments.mean)
+
+    def _against_weight(self, values: Tensor) -> Tensor:
+        """[*shared, K] → the weight's dimensions in their order, 1 where it has others."""
+        dims = [*(w for _, w in self.site.shared), self.site.weight_dim]
+        values = values.float().permute([dims.index(d) for d in sorted(dims)])
+        shape = [self.weight.shape[d] if d in dims else 1 for d in range(self.weight.ndim)]
+        return values.reshape(shape)
+
+
+def find_sites(analysis: Analysis) -> list[Site]:
+    """Every contraction of an activation with a weight, in graph order."""
+    found = []
+    for c in analysis.contractions:
+        operands = [c.left, c.right]
+        weights = [o for o in operands if analysis.walk.is_weight(o[0])]
+        others = [o for o in operands if o[0] in analysis.walk.activation]
+        if len(weights) == len(others) == 1:
+            (x, x_dim), (weight, weight_dim) = others[0], weights[0]
+            x_dims = tuple(resolve(d) for d in analysis.walk.dims[x])
+            weight_dims = tuple(resolve(d) for d in analysis.walk.dims[weight])
+            if x_dims[x_dim].size == weight_dims[weight_dim].size:
+                shared, ends = _shared(analysis, c.node, (x_dims, x_dim), (weight_dims, weight_dim))
+                found.append(Site(c.node, x, x_dim, weight, weight_dim, weight_dims, shared, ends))
+    return found
+
+
+def _shared(
+    analysis: Analysis, node: fx.Node, x: tuple[tuple[Term, ...], int], weight: tuple[tuple[Term, ...], int]
+) -> tuple[tuple[tuple[int, int], ...], fx.Node | None]:
+    """Pairs of dimensions that x and the weight share beside the summed one, and the ends of routed rows."""
+    x_free = [(d, t) for d, t in enumerate(x[0]) if d != x[1]]
+    weight_free = [(d, t) for d, t in enumerate(weight[0]) if d != weight[1]]
+    ends = named_argument(node, "offs")
+    if isinstance(ends, fx.Node):
+        routed = [(resolve(rows), resolve(expert)) for rows, expert in analysis.walk.routed]
+        pairs = [(i, j) for i, s in x_free for j, t in weight_free if (s, t) in routed]
+        return tuple(pairs[:1]), ends if pairs else None
+    return tuple((i, j) for i, s in x_free for j, t in weight_free if s == t and any(True for _ in leaves(s))), None
+
+
+def named_argument(node: fx.Node, name: str) -> Any:
+    """The argument that the op's schema calls ``name``; None if it has none of the name or it is not given."""
+    schema = getattr(node.target, "_schema", None)
+    for position, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.name == name:
+            return node.args[position] if position < len(node.args) else node.kwargs.get(name)
+    return None
+
+
+# ---- activations ----
+
+
+def activations(
+    analysis: Analysis, sites: Sequence[Site], windows: Tensor, progress: Progress | None = None
+) -> dict[Site, Observation]:
+    """Run the program on ``windows`` [n, length] of token ids and take the moments of x at each site.
+
+    Batch by batch: nothing but running sums [shared, K] is kept. Nodes after the last site (the output layer, as a
+    rule) are not computed.
+
+    Raises:
+        MptkError: the program was traced for other sizes than the windows'.
+    """
+    seen = _Observed(analysis.program, sites)
+    for batch, done in batches(analysis.program, windows, OBSERVED_TOKENS):
+        with torch.no_grad():
+            seen.run(*analysis.program.arguments(batch))
+        if progress is not None:
+            progress(done, len(windows))
+    return {s: Observation(s, seen.weights[s], seen.moments[s.stream]) for s in sites}
+
+
+def batches(program: Program, windows: Tensor, tokens: int) -> Iterator[tuple[Tensor, int]]:
+    """``windows`` in batches of about ``tokens`` tokens, one window at least; each with the windows done by its end."""
+    device = next(iter(program.state.values())).device
+    example = next(n for n in program.placeholders() if n.name in program.user_inputs).meta["val"]
+    done = 0
+    for batch in windows.split(max(1, tokens // windows.shape[1])):
+        fits = example.ndim == 2 and all(
+            isinstance(size, torch.SymInt) or size == actual
+            for size, actual in zip(example.shape, batch.shape, strict=True)
+        )
+        if not fits:
+            raise MptkError(
+                f"the program was traced for inputs {list(example.shape)} and calibration has {list(batch.shape)}; "
+                "trace the model with dynamic=True"
+            )
+        done += len(batch)
+        yield batch.to(device), done
+
+
+class _Observed(fx.Interpreter):
+    """Runs a graph and merges the moments of each site's activation as the site is reached."""
+
+    def __init__(self, program: Program, sites: Sequence[Site]) -> None:
+        super().__init__(program.graph)
+        self.sites: dict[fx.Node, list[Site]] = {}
+        for site in sites:
+            self.sites.setdefault(site.node, []).append(site)
+        nodes = list(program.graph.graph.nodes)
+        last = max((i for i, n in enumerate(nodes) if n in self.sites), default=0)
+        self.unneeded = set(nodes[last:])
+        self.moments: dict[tuple[Any, ...], Moments] = {}
+        self.weights: dict[Site, Tensor] = {}
+
+    def run(self, *arguments: Any, **keywords: Any) -> Any:
+        self.batch: dict[tuple[Any, ...], Moments] = {}
+        result = super().run(*arguments, **keywords)
+        for stream, moments in self.batch.items():
+            before = self.moments.get(stream)
+            self.moments[stream] = moments if before is None else before.merge(moments)
+        return result
+
+    def run_node(self, n: fx.Node) -> Any:
+        for site in self.sites.get(n, ()):
+            self.weights.setdefault(site, self.env[site.weight])
+            if site.stream not in self.batch:
+                ends = None if site.ends is None else self.env[site.ends]
+                self.batch[site.stream] = moments_of(self.env[site.x], site.x_dim, [d for d, _ in site.shared], ends)
+        return None if n in self.unneeded else super().run_node(n)
+
+
+def moments_of(x: Tensor, dim: int, shared: Sequence[int], ends: Tensor | None = None) -> Moments:
+    """Moments of ``x`` along ``dim``, apart for each position of the ``shared`` dimensions, over all others.
+
+    With ``ends``, x is [rows, K] (or [K, rows]), sorted by expert, and ``ends`` [experts] says where each expert's rows
+    end; rows after the last belong to none. The result is then by expert.
+    """
+    if ends is not None:
+        return _routed_moments(x.float().movedim(dim, -1), ends)
+    others = [d for d in range(x.ndim) if d != dim and d not in shared]
+    sizes = [x.shape[d] for d in shared]
+    rows = x.float().permute(*shared, *others, dim).reshape(*sizes, -1, x.shape[dim])
+    mean = rows.mean(-2)
+    deviation = (rows - mean.unsqueeze(-2)).square().sum(-2)
+    count = torch.full((*sizes, 1), rows.shape[-2], dtype=torch.float64, device=x.device)
+    return Moments(count, mean.double(), deviation.double())
+
+
+def _routed_moments(x: Tensor, ends: Tensor) -> Moments:
+    experts = ends.numel()
+    owner = torch.searchsorted(ends, torch.arange(len(x), device=x.device, dtype=ends.dtype), right=True)
+    count = torch.bincount(owner, minlength=experts + 1)[:, None].double()
+    zeros = torch.zeros(experts + 1, x.shape[1], dtype=torch.float64, device=x.device)
+    mean = zeros.index_add(0, owner, x.double()) / count.clamp(min=1)
+    deviation = zeros.index_add(0, owner, (x - mean[owner]).square())
+    return Moments(count[:-1], mean[:-1], deviation[:-1])
+
+
+# ---- gradients ----
+
+
+def gradients(
+    program: Program, names: Collection[str], windows: Tensor, progress: Progress | None = None
+) -> Mapping[str, Tensor]:
+    """Gradient of the mean next-token cross entropy over ``windows`` [n, length] in each weight of ``names``.
+
+    Summed batch by batch; memory: the weights' gradients and one batch's activations.
+
+    Raises:
+        MptkError: the program does not give logits [batch, length, vocab], or was traced for other sizes.
+    """
+    leaf = {name: program.state[name].detach().requires_grad_() for name in names}
+    trainable = program.with_state(leaf)
+    predicted = windows.shape[0] * (windows.shape[1] - 1)
+    for batch, done in batches(program, windows, GRADIENT_TOKENS):
+        with torch.enable_grad():
+            logits = trainable(batch)
+            if not isinstance(logits, Tensor) or logits.shape[:2] != batch.shape or logits.ndim != 3 or not predicted:
+                raise MptkError(
+                    "the gradient of a language model's loss needs logits [batch, length, vocab] and windows of 2 or "
+                    "more tokens; use magnitude or random for other models"
+                )
+            loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
+            (loss / predicted).backward()
+        if progress is not None:
+            progress(done, len(windows))
+    return {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in leaf.items()}

@@ -1,0 +1,21 @@
+"""random: the baseline that any criterion has to beat."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+
+from mptk.ir.families import Family
+from mptk.methods.criteria.base import Evidence, Scores
+
+
+def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
+    """Uniform numbers in [0, 1). Each family has its own stream, from the seed and its name: what else is scored
+    beside it does not change its numbers."""
+    scores = {}
+    for family in families:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{evidence.seed} {family.name}".encode()))
+        scores[family.name] = torch.rand(len(family.groups), family.scopes, family.size, generator=generator)
+    return scores

@@ -1,0 +1,119 @@
+"""work: the folder of an unfinished run. Checkpoints are written whole or not at all, and the last two are kept."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mptk.errors import MptkError
+from mptk.files import json_text
+from mptk.methods.processes import processes
+
+KEPT = 2
+TRACKER = "tracker"
+"""Folder of a tracker that writes files."""
+
+
+class WorkFolder:
+    """``NAME.run`` beside the output folder ``NAME``: settings, text, checkpoints, metrics. Removed when all is done.
+    A run is unfinished from when its text is there.
+
+    Raises:
+        MptkError: an unfinished run is there and ``resume`` is False; or it was started with other settings.
+    """
+
+    def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool) -> None:
+        self.path = out.with_name(out.name + ".run")
+        described = json_text(settings, indent=1, sort_keys=True) + "\n"
+        file = self.path / "settings.json"
+        state = processes()
+        if not state.is_main_process:
+            state.wait_for_everyone()
+            return
+        if any(self.path.glob("*.safetensors")):
+            if not resume:
+                raise MptkError(f"{self.path} holds an unfinished run; add --resume to go on, or remove it")
+            if file.read_text() != described:
+                changed = [k for k, v in json.loads(file.read_text()).items() if settings.get(k) != v]
+                raise MptkError(f"{self.path} was started with other settings ({', '.join(changed)}); give the same")
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write(file, described)
+        state.wait_for_everyone()
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+        """Write ``NAME.safetensors`` by way of a temporary name."""
+        path = self.path / f"{name}.safetensors"
+        temporary = path.with_suffix(".tmp")
+        save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, temporary, metadata=metadata)
+        temporary.replace(path)
+
+    def tensors(self, name: str) -> dict[str, Tensor] | None:
+        """What ``save`` wrote under that name, or None."""
+        path = self.path / f"{name}.safetensors"
+        return load_file(path) if path.is_file() else None
+
+    def checkpoint(self, phase: str, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the state after ``step`` steps of a phase; older ones but one are removed."""
+        self.save(f"{phase}-{step:08d}", tensors)
+        for old in self._checkpoints(phase)[:-KEPT]:
+            old.unlink()
+
+    def latest(self, phase: str) -> tuple[int, dict[str, Tensor]] | None:
+        """Steps done and state of the newest checkpoint of a phase, or None."""
+        found = self._checkpoints(phase)
+        if not found:
+            return None
+        with safe_open(found[-1], "pt") as file:
+            return int(found[-1].stem.rpartition("-")[2]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+        """Append a line to ``metrics.jsonl``."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(
+                json_text({"phase": phase, "step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n"
+            )
+
+    def rewind(self, phase: str, step: int) -> None:
+        """Drop the metrics that a resumed run will write again: those of ``phase`` after ``step``."""
+        path = self.path / "metrics.jsonl"
+        if path.is_file():
+            rows = [line for line in path.read_text().splitlines() if _earlier(line, phase, step)]
+            _write(path, "".join(row + "\n" for row in rows))
+
+    def finish(self, folder: Path) -> None:
+        """Copy metrics and a tracker's files to ``folder``."""
+        shutil.copy(self.path / "metrics.jsonl", folder)
+        if (self.path / TRACKER).is_dir():
+            shutil.copytree(self.path / TRACKER, folder / TRACKER)
+
+    def remove(self) -> None:
+        """Remove the folder, from one moment to the next: half of it would be no run that can be resumed."""
+        with tempfile.TemporaryDirectory(prefix=f".{self.path.name}.", dir=self.path.parent) as beside:
+            self.path.rename(Path(beside) / "done")
+
+    def _checkpoints(self, phase: str) -> list[Path]:
+        return sorted(p for p in self.path.glob(f"{phase}-*.safetensors") if re.fullmatch(rf"{phase}-\d+", p.stem))
+
+
+def _earlier(line: str, phase: str, step: int) -> bool:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:  # the run was stopped while it wrote
+        return False
+    return bool(row["phase"] != phase or row["step"] <= step)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,1 @@
+"""runtime: running and timing ONNX graphs."""

@@ -1,0 +1,168 @@
+"""runtime: a decoder in ONNX Runtime, its KV cache handed on from step to step without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
+from torch import Tensor
+
+from mptk.errors import MptkError
+
+FILE = "model.onnx"
+Ids = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+CPU = ort.OrtDevice.make("cpu", 0)._get_c_device()
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What a step leaves for the next: each layer's keys and values in the runtime's own memory.
+
+    ``values``: by input name, [batch, heads, length, dim]. ``mask``: [batch, length], 1 for a token, 0 for padding.
+    """
+
+    values: Mapping[str, ort.OrtValue]
+    mask: Ids
+
+    @property
+    def length(self) -> int:
+        return int(self.mask.shape[1])
+
+
+def onnx_file(path: str | Path) -> Path:
+    """``path`` itself, or the ``model.onnx`` in it or in its folder ``onnx``. Raises MptkError if there is none."""
+    path = Path(path)
+    places = [path / FILE, path / "onnx" / FILE] if path.is_dir() else [path]
+    for file in places:
+        if file.is_file():
+            return file
+    raise MptkError(f"there is no {places[0]}; make one with `mptk export MODEL --out DIR`")
+
+
+def model_folder(path: str | Path) -> Path:
+    """Where the config and tokenizer of a decoder are: the folder given, or that of the file, or the one above."""
+    folder = onnx_file(path).parent
+    return folder.parent if folder.name == "onnx" else folder
+
+
+class OrtDecoder:
+    """An ONNX decoder with the inputs and outputs of ``passes/targets/onnx/emit.py``, on the CPU.
+
+    Args:
+        path: a folder with ``model.onnx`` or ``onnx/model.onnx``, or the file.
+        threads: threads of one operator; 0: as many as there are cores.
+
+    Raises:
+        MptkError: there is no such file, ONNX Runtime refuses it, or it is not a decoder with a KV cache.
+    """
+
+    def __init__(self, path: str | Path, *, threads: int = 0) -> None:
+        file = onnx_file(path)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        try:
+            self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has no base class for its own
+            reason = str(error).strip().split("\n")[0]
+            raise MptkError(f"ONNX Runtime cannot load {file}: {reason}; export the model again") from error
+        self.inputs = {i.name: i for i in self.session.get_inputs()}
+        self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
+        if not self.past or "input_ids" not in self.inputs:
+            raise MptkError(f"{file} is no decoder with a KV cache: its inputs are {', '.join(self.inputs)}")
+        self.presents = [name.replace("past_key_values", "present") for name in self.past]
+        self.outputs = ["logits", *self.presents]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the exporter wrote about the model (plan hash, versions)."""
+        return dict(self.session.get_modelmeta().custom_metadata_map)
+
+    def prefill(self, ids: Ids, mask: Ids | None = None) -> tuple[Logits, Cache]:
+        """Run a prompt. ``ids`` [batch, sequence]; ``mask`` the same shape, 0 for padding on either side.
+
+        Returns the logits, [batch, sequence or 1, vocab], and the cache. Positions count tokens, not padding.
+        """
+        return self._run(ids, np.ones_like(ids) if mask is None else mask, self.empty(len(ids)))
+
+    def decode(self, ids: Ids, cache: Cache) -> tuple[Logits, Cache]:
+        """Run the next tokens, [batch, n], after what is in ``cache``. The cache passed in stays usable."""
+        return self._run(ids, np.ones_like(ids), cache)
+
+    def logits(self, ids: Ids) -> Logits:
+        """Logits of whole sequences without padding: [batch, sequence or 1, vocab]."""
+        return self.prefill(ids)[0]
+
+    def torch_logits(self, ids: Tensor) -> Tensor:
+        """``logits`` for torch: what perplexity is measured with. Raises MptkError where they are the last alone."""
+        if self.last_only:
+            raise MptkError("the graph gives logits of the last position alone; export it with --logits all")
+        return torch.from_numpy(self.logits(ids.numpy()))
+
+    @property
+    def last_only(self) -> bool:
+        """Whether the graph gives logits of the last position alone."""
+        return bool(self.session.get_outputs()[0].shape[1] == 1)
+
+    def empty(self, batch: int) -> Cache:
+        """A cache of no positions."""
+        return self.filled(batch, 0)
+
+    def filled(self, batch: int, length: int, seed: int = 0) -> Cache:
+        """A cache of ``length`` random positions: a decoding step costs the same whatever it holds."""
+        rng = np.random.default_rng(seed)
+        values = {}
+        for name in self.past:
+            _, heads, _, dim = self.inputs[name].shape
+            numbers = rng.standard_normal((batch, heads, length, dim), dtype=np.float32)
+            values[name] = ort.OrtValue.ortvalue_from_numpy(numbers.astype(DTYPES[self.inputs[name].type]))
+        return Cache(values, np.ones((batch, length), dtype=np.int64))
+
+    def feeds(self, ids: Ids, mask: Ids, cache: Cache) -> dict[str, ort.OrtValue]:
+        """Inputs of one step by name, the cache without a copy.
+
+        ``ids`` [batch, n] are the new tokens, ``mask`` [batch, cache.length + n] covers the cache, too.
+        """
+        arrays = {"input_ids": ids, "attention_mask": mask}
+        if "position_ids" in self.inputs:
+            arrays["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
+        values = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+            for name, array in arrays.items()
+        }
+        return {**values, **cache.values}
+
+    def binding(self, ids: Ids, mask: Ids, cache: Cache) -> Any:
+        """``feeds`` and the outputs bound for one step that is run again and again, the results in place.
+
+        For steps that differ, binding each of the cache's tensors anew takes longer than giving them as a vector.
+        """
+        binding = self.session.io_binding()
+        for name, value in self.feeds(ids, mask, cache).items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self.outputs:
+            binding.bind_output(name, "cpu")
+        return binding
+
+    def _run(self, ids: Ids, mask: Ids, cache: Cache) -> tuple[Logits, Cache]:
+        if ids.ndim != 2 or mask.shape != ids.shape or len(cache.mask) != len(ids):
+            raise ValueError(f"token ids {ids.shape}, mask {mask.shape} and a cache for {len(cache.mask)} do not fit")
+        mask = np.concatenate([cache.mask, mask], axis=1)
+        feeds = self.feeds(ids, mask, cache)
+        given, made = OrtValueVector(), OrtValueVector()
+        for value in feeds.values():
+            given.push_back(value._get_c_value())
+        devices = [CPU] * len(self.outputs)
+        # run_with_ort_values, which takes a dict, is 0.2 ms slower where a cache has 60 tensors.
+        self.session.run_with_ortvaluevector(ort.RunOptions(), list(feeds), given, self.outputs, made, devices)
+        logits, *present = map(ort.OrtValue, made)
+        return logits.numpy(), Cache(dict(zip(self.past, present, strict=True)), mask)

@@ -1,0 +1,156 @@
+"""generation: tokens from a decoder in ONNX Runtime, greedy or sampled, one step at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from mptk.errors import MptkError
+from mptk.io import models
+from mptk.runtime.decoder import Logits, OrtDecoder, model_folder
+
+Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from its logits.
+
+    ``temperature`` 0: the likeliest. Else a draw from softmax(logits / temperature) among the ``top_k`` likeliest (0:
+    all) of which the fewest are kept whose probability reaches ``top_p`` (Holtzman et al. 2020, nucleus sampling).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 50
+    top_p: float = 1.0
+
+    def choose(self, logits: Logits, rng: np.random.Generator) -> Tokens:
+        """The next token of each row of ``logits``, [batch, vocab]."""
+        if not self.temperature:
+            return np.asarray(logits.argmax(axis=1))
+        return np.array([self._draw(row, rng) for row in logits])
+
+    def _draw(self, logits: npt.NDArray[np.float32], rng: np.random.Generator) -> int:
+        count = min(self.top_k or len(logits), len(logits))
+        best = np.argpartition(logits, -count)[-count:]
+        best = best[np.argsort(-logits[best], kind="stable")]
+        scaled = logits[best].astype(np.float64) / self.temperature
+        share = np.exp(scaled - scaled[0])
+        share /= share.sum()
+        kept = 1 + int(np.searchsorted(share.cumsum(), self.top_p)) if self.top_p < 1 else count
+        share = share[:kept] / share[:kept].sum()
+        return int(best[rng.choice(len(share), p=share)])
+
+
+def generate(
+    decoder: OrtDecoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    limit: int,
+    stop: Collection[int] = (),
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> Iterator[list[int | None]]:
+    """Yield the next token of every prompt, step by step; None for one that has ended.
+
+    Prompts of unequal length are padded on the left: each gets what it would get alone.
+
+    Args:
+        decoder: what runs.
+        prompts: token ids, at least one each.
+        limit: new tokens at most.
+        stop: tokens that end a sequence; they are yielded.
+        sampling: greedy if None.
+        seed: of the draws.
+
+    Raises:
+        MptkError: a prompt is empty.
+    """
+    if not prompts or not all(map(len, prompts)):
+        raise MptkError("an empty prompt has no next token; give some text")
+    chooser, rng = sampling or Sampling(), np.random.default_rng(seed)
+    width = max(map(len, prompts))
+    ids = np.array([[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts], dtype=np.int64)
+    mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], dtype=np.int64)
+    ended = np.zeros(len(prompts), dtype=bool)
+    logits, cache = decoder.prefill(ids, mask)
+    for step in range(limit):
+        tokens = chooser.choose(logits[:, -1], rng)
+        yield [None if end else int(token) for token, end in zip(tokens, ended, strict=True)]
+        ended |= np.array([int(token) in stop for token in tokens])
+        if ended.all() or step + 1 == limit:
+            return
+        logits, cache = decoder.decode(tokens[:, None], cache)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """``first_s``: seconds to the first token. ``rate``: tokens a second after it, over all prompts."""
+
+    prompt_tokens: int
+    new_tokens: int
+    first_s: float
+    rate: float
+
+
+class TextGenerator:
+    """A decoder with its folder's tokenizer.
+
+    Args:
+        path: the ``--out`` folder of ``prune`` or ``export``, or an ``.onnx`` file in it.
+        threads: threads of one operator; 0: as many as there are cores.
+
+    Raises:
+        MptkError: no decoder, or no tokenizer beside it.
+    """
+
+    def __init__(self, path: str | Path, *, threads: int = 0) -> None:
+        self.decoder = OrtDecoder(path, threads=threads)
+        folder = model_folder(path)
+        self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(str(folder))
+        self.stop = stop_tokens(folder, self.tokenizer)
+
+    def encode(self, text: str, *, chat: bool = False) -> list[int]:
+        """Token ids of a prompt, in the model's chat template if ``chat``."""
+        if not chat:
+            return list(self.tokenizer(text)["input_ids"])
+        if not self.tokenizer.chat_template:
+            raise MptkError("the tokenizer has no chat template; leave out --chat")
+        message = [{"role": "user", "content": text}]
+        found: Any = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+        return list(found["input_ids"])
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        limit: int,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+    ) -> Iterator[list[int | None]]:
+        """As ``generate``, ending at the model's own end tokens; then ``speed`` holds how fast it went."""
+        began = time.perf_counter()
+        first, count = 0.0, 0
+        for tokens in generate(self.decoder, prompts, limit=limit, stop=self.stop, sampling=sampling, seed=seed):
+            first = first or time.perf_counter() - began
+            count += sum(token is not None for token in tokens)
+            yield tokens
+        rest = time.perf_counter() - began - first
+        after = count - len(prompts)
+        self.speed = Speed(sum(map(len, prompts)), count, first, after / rest if after > 0 else 0.0)
+
+
+def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """End tokens by the folder's generation config, else by its tokenizer."""
+    found: Any = None
+    if (folder / "generation_config.json").is_file():
+        found = GenerationConfig.from_pretrained(str(folder)).eos_token_id
+    found = tokenizer.eos_token_id if found is None else found
+    return set(found) if isinstance(found, list) else {found} - {None}

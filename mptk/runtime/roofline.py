@@ -1,0 +1,98 @@
+"""roofline: what this machine can do at most (Williams et al. 2009): multiply matrices, and read memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from onnx import TensorProto, helper
+
+from mptk.runtime.decoder import OrtDecoder
+
+SIDE = 1024
+"""Of the matrices: three of them, 12 MB, do not leave a cache for long."""
+READ_BYTES = 512 << 20
+"""Read at once: far more than a cache holds."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """``flops``: operations a second of a float32 matrix product. ``bandwidth``: bytes read from memory a second."""
+
+    flops: float
+    bandwidth: float
+
+
+class Roofline:
+    """The best of what ``measure`` has seen, with ``threads`` threads (0: as many as there are cores).
+
+    The product is ONNX Runtime's own, since that is what graphs run on; the sum over memory is torch's.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = ort.InferenceSession(_product(), options, providers=["CPUExecutionProvider"])
+        feeds = dict.fromkeys(("left", "right"), np.ones((SIDE, SIDE), dtype=np.float32))
+        self._multiply = lambda: session.run(None, feeds)
+        self._memory = torch.ones(READ_BYTES // 4)
+        self.peaks = Peaks(0.0, 0.0)
+        self.measure()
+
+    def measure(self) -> None:
+        """Once more; takes a fraction of a second."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            bandwidth = READ_BYTES / _seconds(self._memory.sum)
+        finally:
+            torch.set_num_threads(before)
+        flops = 2 * SIDE**3 / _seconds(self._multiply)
+        self.peaks = Peaks(max(self.peaks.flops, flops), max(self.peaks.bandwidth, bandwidth))
+
+
+def peak_memory(file: Path, length: int) -> int:
+    """Bytes by which a process of its own grows at most while it loads ``file`` and runs a prompt of ``length``.
+
+    The process does not import the caller's script again, as one of ``multiprocessing`` would.
+    """
+    code = "import sys; from pathlib import Path; from {} import grown; print(grown(Path(sys.argv[1]), {}))"
+    command = [sys.executable, "-c", code.format(__name__, length), str(file.resolve())]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
+def grown(file: Path, length: int) -> int:
+    """Bytes by which this process grows at most while it loads ``file`` and runs a prompt of ``length``."""
+    before = _resident("VmRSS")
+    OrtDecoder(file, threads=1).prefill(np.zeros((1, length), dtype=np.int64))
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    """Bytes of resident memory now (``VmRSS``) or at the highest (``VmHWM``) of this process, as Linux tells."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _product() -> bytes:
+    names = ("left", "right", "product")
+    left, right, product = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [SIDE, SIDE]) for name in names)
+    graph = helper.make_graph([helper.make_node("MatMul", names[:2], names[2:])], "product", [left, right], [product])
+    opset = [helper.make_opsetid("", 21)]
+    return bytes(helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString())

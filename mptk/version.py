@@ -1,0 +1,5 @@
+"""version: of this package."""
+
+from importlib import metadata
+
+__version__ = metadata.version("mptk")

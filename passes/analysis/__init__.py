@@ -1,0 +1,1 @@
+"""analysis: what the axes of a program mean, which channels are coupled, and where values live."""

@@ -1,0 +1,143 @@
+"""borders: the positions at which a decoder begins to compute something else, so that a proof can go beyond them.
+
+A sliding window of 512 is a window only from position 512 on; a rotary embedding may change its base there. Borders
+come from two places, and no model is known by name:
+
+- the config: whole numbers of fields whose name says window, chunk, local attention or the original number of
+  positions, in nested configs and ``rope_parameters`` too, and ``max_position_embeddings`` if a rope type is dynamic;
+- the graph: whole numbers that positions are compared with, shifted or divided by. Positions are whole-number and
+  boolean tensors that depend on no parameter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+from torch.export.graph_signature import InputKind
+from transformers import PreTrainedConfig
+
+from mptk.ir.ops import op_name
+from mptk.ir.program import Program
+
+MARGIN = 8
+"""Positions beyond a border that a proof needs: a few steps after it, and some for a border that is off by a few."""
+_FIELDS = re.compile(r"window|chunk|local_attention|original_max_position_embeddings")
+_POSITIONS = "max_position_embeddings"
+_COMPARED = {"sub", "rsub", "add", "floor_divide", "div", "remainder", "fmod", "lt", "le", "gt", "ge", "clamp"}
+_MADE = {"full", "scalar_tensor"}
+_KEPT = {"lift_fresh_copy", "detach_", "detach", "to", "_to_copy", "clone", "expand", "unsqueeze"}
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a proof goes: ``borders`` to be crossed, ascending; ``beyond`` those that lie further than it may go.
+
+    ``length``: tokens of a sequence that crosses all of ``borders``; 0 if there is none.
+    """
+
+    borders: tuple[int, ...]
+    beyond: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return self.borders[-1] + MARGIN if self.borders else 0
+
+    @property
+    def note(self) -> str:
+        """What is left out, and the option that brings it in; empty if nothing is."""
+        if not self.beyond:
+            return ""
+        places = ", ".join(map(str, self.beyond))
+        return (
+            f"the proof stops before position {places}, where this model has a window or threshold; "
+            f"--proof-length {self.beyond[-1] + MARGIN} covers it"
+        )
+
+
+def reach(program: Program, *configs: PreTrainedConfig, bound: int) -> Reach:
+    """The borders of a program and of its configs: the dense model's, and the one written for the pruned model.
+
+    ``bound`` is the longest sequence that a proof may take. The model's own number of positions bounds it too, unless
+    its rope type is made for more.
+    """
+    found = set(graph_borders(program)).union(*(config_borders(config.to_dict()) for config in configs))
+    longest = min((n for config in configs if (n := _longest(config)) is not None), default=None)
+    usable = sorted(b for b in found if b > 1 and (longest is None or b + MARGIN <= longest))
+    return Reach(
+        tuple(b for b in usable if b + MARGIN <= bound),
+        tuple(b for b in usable if b + MARGIN > bound),
+    )
+
+
+def config_borders(config: Mapping[str, Any]) -> Iterator[int]:
+    """Borders that a config names."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from config_borders(value)
+        elif _FIELDS.search(str(key)):
+            values = value if isinstance(value, list | tuple) else [value]
+            yield from (v for v in values if type(v) is int and v > 0)
+    positions = config.get(_POSITIONS)
+    if type(positions) is int and _dynamic(config):
+        yield positions
+
+
+def graph_borders(program: Program) -> Iterator[int]:
+    """Whole numbers in the graph that positions are compared with, shifted or divided by."""
+    parameters = {s.arg.name for s in program.signature.input_specs if s.kind is InputKind.PARAMETER}
+    numbers = _numbers(program)
+    learned: set[fx.Node] = set()
+    for node in program.graph.graph.nodes:
+        if node.name in parameters or any(n in learned for n in node.all_input_nodes):
+            learned.add(node)
+        elif node.op == "call_function" and _name(node) in _COMPARED and any(map(_whole, node.all_input_nodes)):
+            for argument in (*node.args, *node.kwargs.values()):
+                value = numbers.get(argument) if isinstance(argument, fx.Node) else argument
+                if type(value) is int:
+                    yield abs(value)
+
+
+def _numbers(program: Program) -> dict[fx.Node, int]:
+    """Nodes that are one whole number: constants of the model, and tensors filled with one."""
+    found: dict[fx.Node, int] = {}
+    weights = program.weights
+    for node in program.graph.graph.nodes:
+        if node.op == "placeholder" and node.name in weights and program.has_values:
+            tensor = program.state[weights[node.name]]
+            if tensor.numel() == 1 and not tensor.is_floating_point() and not tensor.is_complex():
+                found[node] = int(tensor.item())
+        elif node.op == "call_function" and _name(node) in _MADE:
+            found.update((node, a) for a in node.args if type(a) is int)
+        elif len(node.all_input_nodes) == 1 and node.all_input_nodes[0] in found and _name(node) in _KEPT:
+            found[node] = found[node.all_input_nodes[0]]
+    return found
+
+
+def _name(node: fx.Node) -> str:
+    return op_name(node).split(".")[1]
+
+
+def _whole(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and not value.dtype.is_floating_point and not value.dtype.is_complex
+
+
+def _dynamic(config: Mapping[str, Any]) -> bool:
+    """Whether a rope type of this config depends on the number of positions."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    kinds = [rope, *rope.values()] if isinstance(rope, Mapping) else []
+    return any(isinstance(k, Mapping) and "dynamic" in str(k.get("rope_type", k.get("type"))) for k in kinds)
+
+
+def _longest(config: PreTrainedConfig) -> int | None:
+    """Positions that a model has, if it says so; None if it may be given more."""
+    own = config.get_text_config()
+    positions = getattr(own, _POSITIONS, None)
+    return positions if type(positions) is int and not _dynamic(own.to_dict()) else None
+
+
+__all__ = ["MARGIN", "Reach", "config_borders", "graph_borders", "reach"]

@@ -1,0 +1,22 @@
+"""Axis rules by op family. Importing this package fills the table."""
+
+from passes.analysis.rules import (
+    complex,
+    contract,
+    convolution,
+    create,
+    fixed,
+    index,
+    move,
+    norm,
+    opaque,
+    order,
+    pointwise,
+    reduce,
+    shape,
+)
+from passes.analysis.rules.pointwise import POINTWISE
+from passes.analysis.rules.table import RULES, Rule, Value, rule
+
+__all__ = ["POINTWISE", "RULES", "Rule", "Value", "rule"]
+_FAMILIES = (complex, contract, convolution, create, fixed, index, move, norm, opaque, order, pointwise, reduce, shape)

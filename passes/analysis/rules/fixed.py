@@ -1,0 +1,71 @@
+"""Ops that read or write at fixed positions: diagonals, and writes of a slice or of one position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from passes.analysis.rules.opaque import opaque
+from passes.analysis.rules.table import Dims, Value, normalize, rule
+
+if TYPE_CHECKING:
+    from passes.analysis.propagate import Walk
+
+
+@rule("aten.diagonal", zero="move")
+def diagonal(w: Walk, node: fx.Node, x: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
+    """y[…, k] = x[…, k, …, k]: both dimensions are one axis. Beside the main diagonal nothing can be followed."""
+    i, j = normalize(dim1, x.ndim), normalize(dim2, x.ndim)
+    if offset or x.dims[i].size != x.dims[j].size:
+        return opaque(w, node, x)
+    w.unify(x.dims[i], x.dims[j], node)
+    return (*(t for d, t in enumerate(x.dims) if d not in (i, j)), x.dims[i])
+
+
+@rule("aten.linalg_diagonal", zero="move")
+def linalg_diagonal(w: Walk, node: fx.Node, x: Value, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Any:
+    """y[…, k] = x[…, k, …, k]."""
+    return diagonal(w, node, x, offset, dim1, dim2)
+
+
+@rule("aten.diag_embed", zero="keep")
+def diag_embed(w: Walk, node: fx.Node, x: Value, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Any:
+    """y[…, k, …, k] = x[…, k]: two dimensions of one axis. Beside the main diagonal nothing can be followed."""
+    if offset:
+        return opaque(w, node, x)
+    out = list(x.dims[:-1])
+    for d in sorted((normalize(dim1, x.ndim + 1), normalize(dim2, x.ndim + 1))):
+        out.insert(d, x.dims[-1])
+    return tuple(out)
+
+
+@rule("aten.diag", zero="keep")
+def diag(w: Walk, node: fx.Node, x: Value, offset: int = 0) -> Any:
+    """The diagonal of a matrix, or the matrix of a diagonal."""
+    return diag_embed(w, node, x, offset) if x.ndim == 1 else diagonal(w, node, x, offset)
+
+
+@rule("aten.select_scatter", zero="all")
+def select_scatter(w: Walk, node: fx.Node, x: Value, source: Value, dim: int, index: int) -> Dims:
+    """y = x with the source at one position of d, which cannot be cut; the source has the other dimensions."""
+    d = normalize(dim, x.ndim)
+    _write(w, node, x, (*source.dims[:d], x.dims[d], *source.dims[d:]), d)
+    return x.dims
+
+
+@rule("aten.slice_scatter", zero="all")
+def slice_scatter(w: Walk, node: fx.Node, x: Value, source: Value, dim: int = 0, *_: Any, **__: Any) -> Dims:
+    """y = x with the source at a slice of d, which cannot be cut in either; the others are equal."""
+    _write(w, node, x, source.dims, normalize(dim, x.ndim))
+    return x.dims
+
+
+def _write(w: Walk, node: fx.Node, x: Value, source: Sequence[Any], d: int) -> None:
+    for i, (a, b) in enumerate(zip(x.dims, source, strict=True)):
+        if i == d:
+            w.freeze(a, "written at fixed positions", node)
+            w.freeze(b, "written at fixed positions", node)
+        else:
+            w.unify(a, b, node)

@@ -1,0 +1,63 @@
+"""Ops whose result keeps no axis of its operands apart. Nothing of either side can be cut, and the reason is kept.
+
+This is the rule of last resort: it costs families but is always sound. An op that is not in the table at all is an
+error, never opaque by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx
+
+from passes.analysis.rules.table import Dims, Value, rule
+
+if TYPE_CHECKING:
+    from passes.analysis.propagate import Walk
+
+OPAQUE = (
+    *("aten.fft_fft", "aten.fft_ifft", "aten.fft_fft2", "aten.fft_ifft2", "aten.fft_fftn", "aten.fft_ifftn"),
+    *("aten.fft_rfft", "aten.fft_irfft", "aten.fft_rfft2", "aten.fft_irfft2", "aten.fft_rfftn", "aten.fft_irfftn"),
+    *("aten.stft", "aten.istft", "aten.im2col", "aten.col2im"),
+    *("aten.grid_sampler", "aten.cdist", "aten.linalg_inv", "aten.linalg_solve", "aten.linalg_svd", "aten.linalg_qr"),
+    *("aten.linalg_eigh", "aten.cross", "aten.linalg_cross", "aten.trace", "aten.nonzero", "aten.masked_select"),
+    *("aten.bincount", "aten.searchsorted", "aten.bucketize", "aten.kron", "aten.tensordot"),
+    *("aten.linalg_householder_product", "aten.linalg_multi_dot", "aten.matrix_exp", "aten.linalg_matrix_exp"),
+    *("aten.det", "aten.linalg_det", "aten.pinverse", "aten.linalg_pinv"),
+    *("aten.as_strided", "aten.diagflat", "aten.diagonal_scatter", "aten.repeat_interleave.Tensor", "aten.take"),
+    *(
+        "aten.median.default",
+        "aten.nanmedian.default",
+        "aten.quantile",
+        "aten.max_unpool2d",
+        "aten._weight_norm_interface",
+    ),
+    *("aten.native_group_norm", "aten.native_batch_norm", "aten._native_batch_norm_legit_no_training"),
+    *("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input"),
+    *("aten.lstm_cell", "aten.gru_cell", "aten.rnn_tanh_cell", "aten.rnn_relu_cell"),
+)
+
+
+@rule(*OPAQUE)
+def opaque(w: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+    """No axis of the operands can be followed: theirs are frozen, and so are the result's (fresh)."""
+    for value in _values([*args, *kwargs.values()]):
+        for d in value.dims:
+            w.freeze(d, "mixed by an op that keeps no axes apart", node)
+    results = node.meta["val"]
+    if not isinstance(results, (list, tuple)):
+        return _frozen(w, node, results)
+    return [_frozen(w, node, result) if isinstance(result, Tensor) else None for result in results]
+
+
+def _frozen(w: Walk, node: fx.Node, result: Tensor) -> Dims:
+    return tuple(w.frozen(size, "made by an op that keeps no axes apart", node) for size in w.sizes(result))
+
+
+def _values(arguments: Any) -> Iterator[Value]:
+    for a in arguments:
+        if isinstance(a, Value):
+            yield a
+        elif isinstance(a, (list, tuple)):
+            yield from _values(a)

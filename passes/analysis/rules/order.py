@@ -1,0 +1,96 @@
+"""Ops in which the order of positions counts, along some dimensions alone: those cannot be cut, the others pass.
+
+The result has fresh axes there, since a position of it is no position of the operand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from mptk.ir.axes import ONE
+from passes.analysis.rules.table import Dims, Value, meet, normalize, normalize_all, rule, zero_of_first
+
+if TYPE_CHECKING:
+    from passes.analysis.propagate import Walk
+
+ORDER = "the order of its positions matters"
+
+
+def pinned(w: Walk, node: fx.Node, x: Value, dims: Sequence[int], sizes: Sequence[int]) -> Dims:
+    """Freeze dimensions ``dims`` of x; the result has fresh axes of ``sizes`` there."""
+    out = list(x.dims)
+    meet(w, x.dims, dims)
+    for d in dims:
+        w.freeze(x.dims[d], ORDER, node)
+        out[d] = w.frozen(sizes[d], ORDER, node)
+    return tuple(out)
+
+
+@rule("aten.roll", zero="move")
+def roll(w: Walk, node: fx.Node, x: Value, shifts: Any, dims: Sequence[int] = ()) -> Dims:
+    """y_d = x_d shifted, which pins d; without dimensions x is flattened before, which pins all."""
+    return pinned(w, node, x, normalize_all(dims, x.ndim), x.shape)
+
+
+@rule("aten.flip", zero="move")
+def flip(w: Walk, node: fx.Node, x: Value, dims: Sequence[int]) -> Dims:
+    """y_d = x_d in reverse, which pins d."""
+    return pinned(w, node, x, [normalize(d, x.ndim) for d in dims], x.shape)
+
+
+@rule("aten.flipud", "aten.msort", zero="move")
+def first(w: Walk, node: fx.Node, x: Value) -> Dims:
+    """y_0 = x_0 in another order, which pins dimension 0."""
+    return pinned(w, node, x, [0], x.shape)
+
+
+@rule("aten.fliplr", zero="move")
+def fliplr(w: Walk, node: fx.Node, x: Value) -> Dims:
+    """y_1 = x_1 in reverse, which pins dimension 1."""
+    return pinned(w, node, x, [1], x.shape)
+
+
+@rule("aten.rot90", zero="move")
+def rot90(w: Walk, node: fx.Node, x: Value, k: int = 1, dims: Sequence[int] = (0, 1)) -> Dims:
+    """Turned in the plane of two dimensions, which pins both."""
+    return pinned(w, node, x, [normalize(d, x.ndim) for d in dims], w.shape(node))
+
+
+@rule("aten.logcumsumexp")
+@rule("aten.cumprod", zero="keep")
+def scan(w: Walk, node: fx.Node, x: Value, dim: int, **_: Any) -> Dims:
+    """y_d = each position with the ones before it, which pins d."""
+    return pinned(w, node, x, [normalize(dim, x.ndim)], x.shape)
+
+
+@rule("aten.cummax", "aten.cummin", zero=zero_of_first)
+def extremes(w: Walk, node: fx.Node, x: Value, dim: int) -> list[Dims]:
+    """y_d = the largest so far and its position, which pins d."""
+    return [pinned(w, node, x, [normalize(dim, x.ndim)], x.shape)] * 2
+
+
+@rule("aten.diff", zero="all")
+def diff(w: Walk, node: fx.Node, x: Value, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Dims:
+    """y_d = x_d less the position before it, which pins d; what is put before and behind has the other axes."""
+    d = normalize(dim, x.ndim)
+    for other in (prepend, append):
+        for i, t in enumerate(other.dims if other is not None else ()):
+            w.freeze(t, ORDER, node) if i == d else w.unify(t, x.dims[i], node)
+    return pinned(w, node, x, [d], w.shape(node))
+
+
+@rule("aten.kthvalue", zero=zero_of_first)
+def kthvalue(w: Walk, node: fx.Node, x: Value, k: int, dim: int = -1, keepdim: bool = False) -> list[Dims]:
+    """The k-th position of d in order of size, which pins d."""
+    return median(w, node, x, dim, keepdim)
+
+
+@rule("aten.median.dim", "aten.nanmedian.dim", "aten.mode", zero=zero_of_first)
+def median(w: Walk, node: fx.Node, x: Value, dim: int = -1, keepdim: bool = False) -> list[Dims]:
+    """One position of d, chosen by all of them, which pins d."""
+    d = normalize(dim, x.ndim)
+    w.freeze(x.dims[d], "ranked", node)
+    return [tuple(ONE if i == d else t for i, t in enumerate(x.dims) if keepdim or i != d)] * 2

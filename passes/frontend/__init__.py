@@ -1,0 +1,1 @@
+"""frontend: from a module to a Program."""

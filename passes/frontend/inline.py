@@ -1,0 +1,95 @@
+"""inline: regions that only set a mode become part of the graph around them.
+
+torch.export keeps ``with torch.autocast(…)`` and ``with torch.enable_grad()`` as a call of a graph of its own. Takes an
+exported program; afterwards its graph holds those regions' calls itself, each with its own module and source line, and
+computes the same numbers. The modes:
+
+1. gradients on or off: they change no number;
+2. autocast off, or on for a device on which the region has no tensor: what the calls do by themselves;
+3. autocast on: it casts what goes in and what comes out of calls without a trace in the graph. Refused;
+4. a region within another: the innermost one decides.
+
+Regions whose values decide what is computed (``cond``, ``while_loop``) are left: no axis rule takes them.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from mptk.errors import MptkError
+from mptk.ir.source_location import Place
+
+AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+GRADIENTS = torch.ops.higher_order.wrap_with_set_grad_enabled
+REGION_ARGUMENT: dict[Any, int] = {AUTOCAST: 4, GRADIENTS: 1}
+"""Where each call takes the region's graph; what comes after it goes into the graph's placeholders."""
+
+
+def inline(exported: ExportedProgram) -> None:
+    """Move the calls of all such regions into the graph of ``exported``, in place.
+
+    Raises:
+        MptkError: autocast is on for the device of a region's tensors.
+    """
+    renamed = _inline(exported.graph_module, casts=frozenset())
+    for old, new in renamed.items():
+        exported.graph_signature.replace_all_uses(old, new)
+    exported.graph_module.recompile()
+
+
+def _inline(module: fx.GraphModule, casts: frozenset[str]) -> dict[str, str]:
+    """Inline the regions of ``module``. ``casts``: the devices that autocast is on for around it."""
+    renamed: dict[str, str] = {}
+    for node in list(module.graph.nodes):
+        if node.target in REGION_ARGUMENT:
+            renamed |= _inline_call(module, node, casts)
+        elif casts & _devices(node):
+            raise MptkError(
+                f"autocast is on around {Place(node)}, and its casts are not in a traced graph; cast explicitly there, "
+                "or trace the model with autocast off"
+            )
+    return renamed
+
+
+def _inline_call(module: fx.GraphModule, node: fx.Node, casts: frozenset[str]) -> dict[str, str]:
+    """Put the calls of ``node``'s region before it. Returns its results' names: old → new."""
+    position = REGION_ARGUMENT[node.target]
+    source: Any = node.args[position]
+    region = module.get_submodule(source.target)
+    assert isinstance(region, fx.GraphModule)
+    if node.target is AUTOCAST:
+        device, _, enabled = cast("tuple[str, Any, bool]", node.args[:3])
+        casts = casts | {device} if enabled else casts - {device}
+    _inline(region, casts)
+    for nested in region.graph.find_nodes(op="get_attr"):
+        name = f"{source.target}_{nested.target}"
+        module.add_module(name, region.get_submodule(nested.target))
+        nested.target = name
+    placeholders = region.graph.find_nodes(op="placeholder")
+    values = dict(zip(placeholders, node.args[position + 1 :], strict=True))
+    with module.graph.inserting_before(node):
+        results: Any = module.graph.graph_copy(region.graph, values)
+    renamed = {}
+    for user in list(node.users):
+        result = results[user.args[1]]
+        user.replace_all_uses_with(result)
+        renamed[user.name] = result.name
+        module.graph.erase_node(user)
+    module.graph.erase_node(node)
+    module.graph.erase_node(source)
+    module.delete_submodule(source.target)
+    return renamed
+
+
+def _devices(node: fx.Node) -> set[str]:
+    """Where a call's results are; taking one of several is no call."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return set()
+    value = node.meta.get("val")
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return {v.device.type for v in values if isinstance(v, Tensor)}

@@ -1,0 +1,179 @@
+"""trace: an ``nn.Module`` → a Program, through ``torch.export`` on fake tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from mptk.errors import MptkError
+from mptk.ir.program import Program
+from passes.frontend.inline import inline
+
+BATCH, SEQUENCE = 2, 7
+
+
+class Flat(nn.Module):
+    """Calls a module with positional tensors and returns its tensors, flat; one alone if there is one.
+
+    Of a transformers model that is the first output (logits or last hidden state): it returns its cache as well, which
+    as an output of the graph would count as a use of the heads.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        accepted = inspect.signature(module.forward).parameters
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+        caches = hasattr(module, "config") and ("use_cache" in accepted or takes_any)
+        self.keywords: dict[str, Any] = {"use_cache": False} if caches else {}
+
+    def forward(self, *inputs: Tensor) -> Any:
+        output = self.module(*inputs, **self.keywords)
+        if isinstance(self.module, PreTrainedModel) or isinstance(output, ModelOutput):
+            return output if isinstance(output, Tensor) else output[0]
+        tensors = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+def trace(module: nn.Module, example_inputs: Sequence[Tensor] | None = None, *, dynamic: bool = False) -> Program:
+    """Trace ``module`` to a Program without running it on real numbers.
+
+    Args:
+        module: any module. Weights may be real (the program shares their storage) or on the meta device: then the
+            program's weights are fake tensors and nothing of the model's size is allocated.
+        example_inputs: positional tensors for ``forward``. May be left out for a language model, which is then traced
+            on token ids [2, 7].
+        dynamic: leave every size of the inputs that the model allows symbolic, so that the program runs on other
+            batch sizes and sequence lengths. Export then takes 2-4 times as long.
+
+    Raises:
+        MptkError: torch.export refuses the module (data-dependent control flow, a construct it cannot trace).
+    """
+    if example_inputs is None:
+        if not hasattr(module, "config"):
+            raise MptkError("cannot trace: example inputs are missing; pass the tensors that forward() takes")
+        example_inputs = (torch.arange(BATCH * SEQUENCE).reshape(BATCH, SEQUENCE) % 11 + 1,)
+    return export_program(Flat(module), tuple(example_inputs), dynamic=dynamic)
+
+
+def export_program(wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: Any = False) -> Program:
+    """Export ``wrapper(*inputs)``; ``wrapper.module`` is the user's module and gives the weights their names.
+
+    ``dynamic`` is False, True (every dimension of every input ``Dim.AUTO``) or the ``dynamic_shapes`` of torch.export.
+    """
+    shapes = dynamic
+    if isinstance(dynamic, bool):
+        shapes = {"inputs": tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in inputs)} if dynamic else None
+    try:
+        with evaluating(wrapper), _fake_weights(wrapper, inputs) as fake_inputs, torch.no_grad():
+            exported = torch.export.export(wrapper, fake_inputs, dynamic_shapes=shapes, strict=False)
+    except MptkError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise MptkError(
+            f"torch.export cannot trace {type(wrapper.module).__name__}: {type(error).__name__}: {reason}; "
+            "see docs/tracing.md for the usual causes"
+        ) from error
+    return program_from_exported(exported, wrapper)
+
+
+@contextlib.contextmanager
+def evaluating(wrapper: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a time; then each module is in its own mode again."""
+    training = {module: module.training for module in wrapper.modules()}
+    wrapper.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _fake_weights(wrapper: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """If the weights are on meta, lend the module fake CPU weights for the time of the export.
+
+    Pure meta tensors would lose the values of index constants that the forward makes; fake tensors keep them and
+    take the CPU's code paths.
+    """
+    tensors = [
+        *wrapper.named_parameters(remove_duplicate=False),
+        *wrapper.named_buffers(remove_duplicate=False),
+    ]
+    if not any(t.is_meta for _, t in tensors):
+        yield inputs
+        return
+    originals = dict(tensors)
+    fakes: dict[int, Tensor] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for name, tensor in tensors:
+            if id(tensor) not in fakes:
+                if tensor.is_meta:
+                    fake: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+                else:
+                    fake = mode.from_tensor(tensor)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                fakes[id(tensor)] = nn.Parameter(fake, requires_grad=False) if is_parameter else fake
+            _set_tensor(wrapper, name, fakes[id(tensor)])
+    try:
+        yield tuple(mode.from_tensor(t) for t in inputs)
+    finally:
+        for name, tensor in originals.items():
+            _set_tensor(wrapper, name, tensor)
+
+
+def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
+    *path, leaf = name.split(".")
+    owner = module.get_submodule(".".join(path))
+    table: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+    table[leaf] = tensor
+
+
+def program_from_exported(exported: ExportedProgram, wrapper: nn.Module) -> Program:
+    """Take an exported program of ``wrapper`` apart: graph, weights under the user module's own names, tied names.
+
+    Tied weights are found by object identity (a fake tensor has no address). Calls without users are dropped, so that
+    weights that do not reach the output do not count as used. Regions that only set a mode are inlined.
+    """
+    inline(exported)
+    graph = exported.graph_module
+    graph.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or _opens_vmap(n))
+    users = {n.name: len(n.users) for n in graph.graph.nodes if n.op == "placeholder"}
+    weights = {**exported.state_dict, **exported.constants}
+    specs = [spec for spec in exported.graph_signature.input_specs if spec.target is not None]
+    named = dict([*wrapper.named_parameters(remove_duplicate=False), *wrapper.named_buffers(remove_duplicate=False)])
+    used = {spec.target: users[spec.arg.name] for spec in specs}
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for name in sorted(named, key=lambda name: -used.get(name, -1)):
+        owner = first.setdefault(id(named[name]), name)
+        if owner != name:
+            aliases[_public(name)] = _public(owner)
+    state: dict[str, Tensor] = {}
+    for spec in specs:
+        assert spec.target is not None
+        tensor, spec.target = weights[spec.target], _public(spec.target)
+        if spec.target not in aliases:
+            state[spec.target] = tensor
+    return Program(graph, exported.graph_signature, state, aliases, exported)
+
+
+def _opens_vmap(node: fx.Node) -> bool:
+    """Calls that open and close a level of ``torch.vmap`` (masks are made under it) have no users and yet count."""
+    return str(getattr(node.target, "__name__", "")).endswith("crement_nesting")
+
+
+def _public(name: str) -> str:
+    """The user's name of a weight: without the tracing wrapper's ``module.``."""
+    return name.removeprefix("module.")

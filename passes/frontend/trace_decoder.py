@@ -1,0 +1,231 @@
+"""trace_decoder: a causal language model → a Program of one decoding step, the KV cache passed in and out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from mptk.errors import MptkError
+from mptk.ir.program import Program
+from passes.frontend.trace import evaluating, export_program
+
+BATCH, SEQUENCE, PAST = 2, 11, 23
+"""Example sizes: distinct, and neither they nor PAST + SEQUENCE = 34 are likely to be a size in a config."""
+
+ONLY = "a decoder can be traced only if every layer caches its keys and values"
+
+Logits = Literal["all", "last"]
+
+
+@dataclass(frozen=True)
+class CacheLayerShape:
+    """What a layer caches: keys [batch, heads, tokens, key_dim], values [batch, heads, tokens, value_dim]."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+
+class DecoderStep(nn.Module):
+    """Calls a causal language model with a flat cache.
+
+    Inputs: input_ids [B, S], attention_mask [B, P + S], position_ids [B, S] from 0, then each layer's past key and
+    past value [B, heads, P, dim]. Returns (logits, key, value, key, value, ...), the cache now of length P + S.
+
+    ``first_position`` is the model's own number of the first token; None: it is not given positions and counts itself.
+
+    Every layer's cache is kept whole, also where the model attends through a sliding window (the mask does
+    that): one past length for all layers is what ONNX consumers expect.
+    """
+
+    def __init__(self, module: PreTrainedModel, logits: Logits = "all") -> None:
+        super().__init__()
+        self.module = module
+        accepted = inspect.signature(module.forward).parameters
+        self.cache_argument = "cache" if "cache" in accepted else "past_key_values"
+        self.first_position = 0 if "position_ids" in accepted else None
+        self.keywords: dict[str, Any] = {"use_cache": True}
+        if logits == "last" and "logits_to_keep" in accepted:
+            self.keywords["logits_to_keep"] = 1
+        self.slice_last = logits == "last" and "logits_to_keep" not in accepted
+        self.train(module.training)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        input_ids, attention_mask, position_ids, *past = inputs
+        torch._check(attention_mask.shape[1] == past[0].shape[2] + input_ids.shape[1])
+        cache = filled_cache(past)
+        keywords = {**self.keywords, "attention_mask": attention_mask, self.cache_argument: cache}
+        if self.first_position is not None:
+            keywords["position_ids"] = position_ids + self.first_position if self.first_position else position_ids
+        logits: Tensor = self.module(input_ids=input_ids, **keywords).logits
+        if self.slice_last:
+            logits = logits[:, -1:]
+        return (logits, *(tensor for key_value in cache for tensor in key_value[:2]))
+
+
+def filled_cache(past: Iterable[Tensor]) -> DynamicCache:
+    """A cache that holds ``past``: key, value, key, value, ..., each [batch, heads, tokens, dim]."""
+    cache = DynamicCache()
+    tensors = iter(past)
+    for key in tensors:
+        layer = DynamicLayer()
+        layer.keys, layer.values = key, next(tensors)
+        layer.device, layer.is_initialized = key.device, True
+        cache.layers.append(layer)
+    return cache
+
+
+def trace_decoder(model: PreTrainedModel, *, logits: Logits = "all") -> Program:
+    """Trace one decoding step of ``model``, with batch, sequence and past length symbolic.
+
+    The program's inputs and outputs are those of :class:`DecoderStep`; the past may be empty (prefill).
+    Number of layers, heads and head sizes are read off the cache that the model's plain forward fills.
+
+    Args:
+        model: a causal language model of transformers whose cache holds attention keys and values. Weights
+            may be real (the program shares their storage) or on meta (the program's weights are fake).
+        logits: ``"all"`` positions, [B, S, vocab], or the ``"last"`` only, [B, 1, vocab], which saves the
+            output projection of the others in prefill; batches must then be padded on the left.
+
+    Raises:
+        MptkError: the model keeps another kind of state (a recurrent or convolutional one), shares the cache
+            between layers, or torch.export refuses it; or, with real weights, the step gives other logits than the
+            model's plain forward.
+    """
+    shapes = cache_shapes(model)
+    inputs = _example_inputs(shapes)
+    step = DecoderStep(model, logits)
+    for first in first_positions(step):
+        step.first_position = first
+        program = _export_step(step, inputs)
+        if not program.has_values or _agrees(program, model, shapes):
+            return program
+    raise MptkError(
+        f"one decoding step of {type(model).__name__} with its cache given back computes other logits than the whole "
+        f"sequence; {ONLY}"
+    )
+
+
+def _export_step(step: DecoderStep, inputs: tuple[Tensor, ...]) -> Program:
+    """At any lengths, or else at any that the model has positions for: it may slice a table of that length."""
+    longest = getattr(step.module.config.get_text_config(), "max_position_embeddings", None)
+    try:
+        return export_program(step, inputs, dynamic=_dynamic(inputs))
+    except MptkError:
+        if not isinstance(longest, int) or longest - 2 <= PAST:
+            raise
+        return export_program(step, inputs, dynamic=_dynamic(inputs, longest - 2))
+
+
+def _dynamic(inputs: tuple[Tensor, ...], longest: int | None = None) -> dict[str, Any]:
+    """``dynamic_shapes`` of the inputs. ``longest``: of new tokens and of past ones; at least 2 of the other."""
+    batch, sequence, past = (
+        Dim("batch_size"),
+        Dim("sequence_length", max=longest),
+        Dim("past_sequence_length", max=longest),
+    )
+    token = {0: batch, 1: sequence}
+    return {"inputs": (token, {0: batch, 1: Dim.AUTO}, token, *({0: batch, 2: past} for _ in inputs[3:]))}
+
+
+def first_positions(step: DecoderStep) -> list[int | None]:
+    """Numbers that the first token may have: 0; what follows the padding token's, which some models reserve."""
+    padding = getattr(step.module.config.get_text_config(), "pad_token_id", None)
+    if step.first_position is None:
+        return [None]
+    return [0, None] if padding is None else [0, padding + 1, None]
+
+
+@torch.no_grad()
+def _agrees(program: Program, model: PreTrainedModel, shapes: list[CacheLayerShape]) -> bool:
+    """Whether a prompt and then two more tokens get the logits of the model's plain forward, which sets positions."""
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    ids = torch.tensor([[token for token in range(3, 9) if token != padding]], device=model.device)
+    positions = torch.arange(ids.shape[1], device=model.device)[None]
+    cache = [
+        torch.zeros(1, shape.heads, 0, dim, dtype=shape.dtype, device=model.device)
+        for shape in shapes
+        for dim in (shape.key_dim, shape.value_dim)
+    ]
+    with evaluating(model):
+        expected = model(input_ids=ids, use_cache=False).logits[:, -1]
+    _, *cache = program(ids[:, :-2], torch.ones_like(ids[:, :-2]), positions[:, :-2], *cache)
+    found = program(ids[:, -2:], torch.ones_like(ids), positions[:, -2:], *cache)[0][:, -1]
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+class FilledCache(nn.Module):
+    """Calls a causal language model on token ids and returns the keys and values that it caches, flat."""
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        super().__init__()
+        self.module = module
+        self.train(module.training)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        output = self.module(input_ids=input_ids, use_cache=True)
+        cache = output.get("cache", output.get("past_key_values"))
+        if type(cache) is not DynamicCache:
+            raise MptkError(f"{type(self.module).__name__} returns no cache of keys and values alone; {ONLY}")
+        return tuple(tensor for index, layer in enumerate(cache.layers) for tensor in _keys_values(index, layer))
+
+
+def _keys_values(index: int, layer: Any) -> tuple[Tensor, Tensor]:
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None or layer.values is None:
+        raise MptkError(f"layer {index} caches more or less than keys and values; {ONLY}")
+    return layer.keys, layer.values
+
+
+def cache_shapes(model: PreTrainedModel) -> list[CacheLayerShape]:
+    """The cache layers of ``model`` in order, found by a plain forward on fake tensors (nothing is computed).
+
+    Raises MptkError where :func:`trace_decoder` does.
+    """
+    tensors = _fake_cache(FilledCache(model))
+    return [
+        CacheLayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype)
+        for key, value in zip(tensors[::2], tensors[1::2], strict=True)
+    ]
+
+
+def _fake_cache(filled: FilledCache) -> tuple[Tensor, ...]:
+    input_ids = torch.ones(BATCH, SEQUENCE, dtype=torch.long)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            named = [*filled.named_parameters(), *filled.named_buffers()]
+            weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in named}
+            cache: tuple[Tensor, ...] = torch.func.functional_call(filled, weights, (input_ids.clone(),))
+    except RuntimeError:  # a kernel without a fake version; in an export, which takes longer, models avoid those
+        outputs: Any = export_program(filled, (input_ids,)).graph.graph.output_node().args[0]
+        cache = tuple(node.meta["val"] for node in outputs)
+    except MptkError:
+        raise
+    except Exception as error:  # a model's own check of its cache
+        name = type(filled.module).__name__
+        raise MptkError(
+            f"{name} fails when it fills its own cache: {str(error) or type(error).__name__}; {ONLY}"
+        ) from error
+    return cache
+
+
+def _example_inputs(shapes: list[CacheLayerShape]) -> tuple[Tensor, ...]:
+    input_ids = torch.arange(BATCH * SEQUENCE).reshape(BATCH, SEQUENCE) % 11 + 1
+    attention_mask = torch.ones(BATCH, PAST + SEQUENCE, dtype=torch.long)
+    position_ids = torch.arange(PAST, PAST + SEQUENCE).expand(BATCH, -1).contiguous()
+    past = [
+        torch.zeros(BATCH, shape.heads, PAST, dim, dtype=shape.dtype)
+        for shape in shapes
+        for dim in (shape.key_dim, shape.value_dim)
+    ]
+    return input_ids, attention_mask, position_ids, *past

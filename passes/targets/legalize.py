@@ -1,0 +1,242 @@
+"""legalize: the widths that a target accepts, and those among them that meet a budget. Before anything is cut."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedModel
+
+from mptk.cost.model import CostModel, is_layered
+from mptk.errors import MptkError
+from mptk.ir.axes import evaluate, leaves
+from mptk.ir.families import Analysis, Family
+from passes.targets.stock.config import Stock
+from passes.transforms.fold_norms import unfoldable
+
+MULTIPLE = 32
+"""Block of the common 4- and 8-bit quantisers: contraction axes are padded to it."""
+COMBINATIONS = 20_000
+LADDER_POINTS = 12
+
+Accepts = Callable[[Mapping[str, int]], str | None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What may be cut for a target: each family's legal widths (dense last), and why others may not be cut.
+
+    ``accepts`` says of a combination of widths why it is refused, or None.
+    """
+
+    ladders: Mapping[str, tuple[int, ...]]
+    refused: Mapping[str, str]
+    accepts: Accepts
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Widths (family → units kept), the sparsity they give, and how unevenly the families are cut (0: alike)."""
+
+    widths: Mapping[str, int]
+    sparsity: float
+    unevenness: float
+
+
+def graph_target(analysis: Analysis, multiple: int | Sequence[int] = MULTIPLE) -> Target:
+    """The rewritten graph itself: what its ops accept, in multiples that quantisers like."""
+    return Target({f.name: aligned(f, multiple) for f in analysis.families}, {}, lambda widths: None)
+
+
+def stock_target(
+    analysis: Analysis, model: PreTrainedModel, multiple: int | Sequence[int] = MULTIPLE, *, rehome: bool = False
+) -> Target:
+    """A stock transformers checkpoint: what the model's own config class can express, found by probing.
+
+    ``rehome``: also the widths that only that class's validators refuse, for another to hold (``stock/rehome.py``).
+    """
+    stock = discover(analysis, model)
+    derived = derived_families(analysis)
+    layered = {f.name for f in analysis.families if is_layered(f)}
+    together = [group for group in stock.together if group <= layered - derived.keys()]
+    alone = {n: str(r) for n, r in stock.refusals.items() if not any(n in group for group in together)}
+    refused = alone | derived
+
+    def accepts(widths: Mapping[str, int]) -> str | None:
+        refusal = stock.accepts(widths)
+        return None if refusal is None or (rehome and refusal.config is not None) else str(refusal)
+
+    ladders = {}
+    for family in analysis.families:
+        widths = [] if family.name in refused else [w for w in aligned(family, multiple) if w < family.size]
+        joint = any(family.name in group for group in together)
+        legal = widths if joint else [w for w in widths if accepts({family.name: w}) is None]
+        ladders[family.name] = (*legal, family.size)
+    return Target(ladders, refused, accepts)
+
+
+def derived_families(analysis: Analysis) -> dict[str, str]:
+    """Families whose width enters numbers that a stock class computes from its config: shapes fit, logits do not.
+
+    These are channels that two activations are contracted over (attention's scale follows from their number), those
+    along which the graph reads a constant (rotary tables, position biases), and those that a mean runs over whose
+    scale no weight can take (``passes/transforms/fold_norms.py``).
+    """
+    walk = analysis.walk
+    scaled = {
+        leaf
+        for c in analysis.contractions
+        if not (walk.is_weight(c.left[0]) or walk.is_weight(c.right[0]))
+        for leaf in leaves(c.axis)
+    }
+    tables = {leaf for uses in walk.constant_uses.values() for _, dims in uses for d in dims for leaf in leaves(d)}
+    reasons = {}
+    for family in analysis.families:
+        axis = family.groups[0].axis
+        if axis in tables:
+            reasons[family.name] = "the stock class would compute its rotary tables or biases anew"
+        elif axis in scaled:
+            reasons[family.name] = "the stock class would derive another attention scale"
+        elif (place := unfoldable(analysis, family)) is not None:
+            reasons[family.name] = (
+                f"the stock class would take a mean over fewer channels, with no weight to make up for it ({place})"
+            )
+    return reasons
+
+
+def discover(analysis: Analysis, model: PreTrainedModel) -> Stock:
+    """What the stock class of ``model`` can express of the analysis's families."""
+    families = {f.name: f.size for f in analysis.families}
+    own = {g.axis for f in analysis.families for g in f.groups}
+    others = {leaf.size for dims in analysis.weights.values() for d in dims for leaf in leaves(d) if leaf not in own}
+    return Stock.discover(model, families, sorted(others), lambda widths: cut_shapes(analysis, widths))
+
+
+def cut_shapes(analysis: Analysis, widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """State-dict name → shape of the model cut to ``widths``, tied names included."""
+    sizes, aliases = analysis.sizes(widths), analysis.program.aliases
+    shapes = {}
+    for name, tensor in analysis.program.state_dict().items():
+        dims = analysis.weights.get(aliases.get(name, name))
+        shapes[name] = tuple(tensor.shape) if dims is None else tuple(evaluate(d, sizes) for d in dims)
+    return shapes
+
+
+def aligned(family: Family, multiples: int | Sequence[int]) -> tuple[int, ...]:
+    """Widths that the graph accepts and that keep each contraction a multiple of those ``multiples`` that it is now."""
+    steps = [multiples] if isinstance(multiples, int) else multiples
+    terms = [m.term for g in family.groups[:1] for m in g.members if m.role == "consumer"]
+    kept = [(t, step) for t in terms for step in steps if t.size % step == 0]
+    axis = family.groups[0].axis
+    first = -(-family.minimum // family.multiple) * family.multiple
+    return tuple(
+        w
+        for w in range(first, family.size + 1, family.multiple)
+        if w == family.size or all(evaluate(t, {axis: w}) % step == 0 for t, step in kept)
+    )
+
+
+def default_families(analysis: Analysis, target: Target) -> list[str]:
+    """What is cut if nothing else is said: the families of single layers that the target can express."""
+    return [f.name for f in analysis.families if is_layered(f) and len(target.ladders[f.name]) > 1]
+
+
+def unbeaten(cost: CostModel, target: Target, families: Sequence[str]) -> Target:
+    """The target without the widths of ``families`` that save nothing over a wider one, the other families whole."""
+    ladders = dict(target.ladders)
+    for name in families:
+        kept: list[int] = []
+        for width in reversed(ladders[name]):
+            if not kept or cost.share({name: width}) < cost.share({name: kept[-1]}):
+                kept.append(width)
+        ladders[name] = tuple(reversed(kept))
+    return replace(target, ladders=ladders)
+
+
+def find_candidates(cost: CostModel, target: Target, families: Sequence[str], sparsity: float) -> list[Candidate]:
+    """Legal widths by their distance to ``sparsity``, within reach of one step of the finest family.
+
+    Combinations of all families but the finest are enumerated; for each, the finest family's two widths around the
+    budget are taken.
+    """
+    ladders = {name: list(target.ladders[name]) for name in families}
+    if not ladders:
+        return []
+    finest = max(ladders, key=lambda name: len(ladders[name]))
+    rest = [name for name in ladders if name != finest]
+    choices = [_thinned(ladders[name]) for name in rest]
+    while choices and _count(choices) > COMBINATIONS:
+        choices = [c[::2] if c[-1] in c[::2] else [*c[::2], c[-1]] for c in choices]
+    found: dict[tuple[int, ...], Candidate] = {}
+    for combination in itertools.product(*choices):
+        widths = dict(zip(rest, combination, strict=True))
+        for w in _around(cost, widths, finest, ladders[finest], sparsity):
+            full = widths | {finest: w}
+            key = tuple(full[name] for name in families)
+            if key not in found and target.accepts(full) is None:
+                found[key] = Candidate(full, cost.sparsity(full), _unevenness(cost, full))
+    return sorted(found.values(), key=lambda c: abs(c.sparsity - sparsity))
+
+
+def choose_candidates(
+    candidates: Sequence[Candidate], sparsity: float, tolerance: float, count: int
+) -> list[Candidate]:
+    """The candidates within ``tolerance`` of the budget that cut the families most alike, most alike first.
+
+    Raises:
+        MptkError: none is within ``tolerance``; the message names the nearest.
+    """
+    near = [c for c in candidates if abs(c.sparsity - sparsity) <= tolerance]
+    if near:
+        return sorted(near, key=lambda c: c.unevenness)[:count]
+    nearest = "; ".join(f"{c.sparsity:.3f} with {describe(c.widths)}" for c in candidates[:3])
+    raise MptkError(
+        f"no legal widths give sparsity {sparsity:.3f}; nearest: {nearest or 'none, nothing can be cut'}. "
+        "Ask for one of these, name other --families, or use --target graph"
+    )
+
+
+def describe(widths: Mapping[str, int]) -> str:
+    """``heads=6, ffn=1024``."""
+    return ", ".join(f"{name}={width}" for name, width in widths.items())
+
+
+def _around(cost: CostModel, widths: dict[str, int], finest: str, ladder: list[int], sparsity: float) -> list[int]:
+    """The neighbouring widths of ``finest`` between which the budget lies (bisection: sparsity falls with width)."""
+    low, high = 0, len(ladder) - 1
+    if cost.sparsity(widths | {finest: ladder[low]}) <= sparsity:
+        return [ladder[low]]
+    while high - low > 1:
+        middle = (low + high) // 2
+        if cost.sparsity(widths | {finest: ladder[middle]}) > sparsity:
+            low = middle
+        else:
+            high = middle
+    return [ladder[low], ladder[high]]
+
+
+def _thinned(ladder: list[int]) -> list[int]:
+    """At most ``LADDER_POINTS`` widths, evenly spread, the dense one among them."""
+    if len(ladder) <= LADDER_POINTS:
+        return ladder
+    step = (len(ladder) - 1) / (LADDER_POINTS - 1)
+    return [ladder[round(i * step)] for i in range(LADDER_POINTS)]
+
+
+def _count(choices: Sequence[Sequence[int]]) -> int:
+    total = 1
+    for c in choices:
+        total *= len(c)
+    return total
+
+
+def _unevenness(cost: CostModel, widths: Mapping[str, int]) -> float:
+    """Spread of the shares kept, over the families' weights: attention's heads count by what they leave of it."""
+    kept: dict[frozenset[str], float] = {}
+    for name, width in widths.items():
+        family = cost.analysis.family(name)
+        weights = frozenset(m.weight for m in family.groups[0].members)
+        same = next((k for k in kept if k & weights), weights)
+        kept[same | weights] = kept.pop(same, 1.0) * width / family.size
+    return max(kept.values()) - min(kept.values())

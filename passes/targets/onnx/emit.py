@@ -1,0 +1,167 @@
+"""emit_onnx: a traced decoder → ``model.onnx`` with its KV cache as inputs and outputs, in standard operators.
+
+The graph is the program's own: nothing of the model's class is exported again. Names and axes are those of the ONNX
+ecosystem (optimum, onnxruntime-genai), see :func:`input_names` and :func:`output_names`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import onnxscript.rewriter
+import torch
+from onnx_ir.passes import common
+from onnxscript.optimizer import fold_constants
+from onnxscript.rewriter import onnx_fusions
+from onnxscript.rewriter.rules import common as rules
+from torch.export import ExportedProgram
+
+from mptk.errors import MptkError
+from mptk.ir.program import Program
+from passes.targets.onnx.fold_kv import FoldKVPass
+from passes.targets.onnx.group_queries import GroupQueriesPass
+from passes.targets.onnx.lower import lower_onnx
+from passes.targets.onnx.translate import translations
+
+OPSET = 23
+"""The first opset with Attention, RMSNormalization and RotaryEmbedding, and the one the fusions are written for."""
+
+FILE, DATA = "model.onnx", "model.onnx.data"
+Axes = tuple[str | None, ...]
+TOKEN_AXES: Axes = ("batch_size", "sequence_length")
+MASK_AXES: Axes = ("batch_size", "total_sequence_length")
+PAST_AXES: Axes = ("batch_size", None, "past_sequence_length", None)
+
+
+def input_names(layers: int) -> list[str]:
+    """Names of the inputs, in order: tokens, then each layer's past."""
+    past = [f"past_key_values.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+    return ["input_ids", "attention_mask", "position_ids", *past]
+
+
+def output_names(layers: int) -> list[str]:
+    """Names of the outputs, in order: logits, then each layer's present (past and new tokens)."""
+    return ["logits", *(f"present.{layer}.{part}" for layer in range(layers) for part in ("key", "value"))]
+
+
+def emit_onnx(
+    program: Program, folder: Path, *, objective: str = "decode", metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write ``program`` as ``folder/model.onnx`` and its weights as ``folder/model.onnx.data``; returns the first.
+
+    Inputs: input_ids and position_ids int64 [batch_size, sequence_length], attention_mask int64 [batch_size,
+    total_sequence_length] (1 for a token, 0 for padding on either side), past_key_values.N.key and .value
+    [batch_size, heads, past_sequence_length, dim], where past_sequence_length may be 0. Outputs: logits [batch_size,
+    sequence_length or 1, vocabulary] and present.N.key and .value, of total_sequence_length = past + sequence.
+
+    The files appear under their names only when complete and accepted by ``onnx.checker``.
+
+    Args:
+        program: what ``trace_decoder`` returns, or a rewrite of it, with real weights.
+        folder: made if missing; other files in it stay.
+        objective: ``"decode"`` or ``"prefill"``: which phase the graph is to be fast in, where they differ.
+        metadata: goes into the model's ``metadata_props`` (plan hash, versions).
+
+    Raises:
+        MptkError: the program is no traced decoder or has no real weights, or the ONNX exporter lacks one of its
+            operators.
+    """
+    layers, rest = divmod(len(program.user_inputs) - 3, 2)
+    if layers < 1 or rest:
+        raise MptkError("cannot write ONNX: the program has no KV cache inputs; make it with trace_decoder")
+    if not program.has_values:
+        raise MptkError("cannot write ONNX: the program was traced without weights; load the model's weights first")
+    model = optimize(translate(program), objective)
+    _name(model, layers)
+    model.metadata_props.update(metadata or {})
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as temporary:
+        path = Path(temporary) / FILE
+        ir.save(model, path, external_data=DATA)
+        onnx.checker.check_model(path, full_check=True)
+        for name in (DATA, FILE):
+            os.replace(path.with_name(name), folder / name)
+    return folder / FILE
+
+
+def translate(program: Program) -> ir.Model:
+    """The program in ONNX operators as torch.onnx.export writes them, without any optimisation.
+
+    An operator that the exporter lacks may have a decomposition into those it knows; only then torch decomposes the
+    whole graph, which takes ten times as long.
+    """
+    try:
+        return _exported(lower_onnx(program))
+    except torch.onnx.OnnxExporterError as error:
+        first = error
+    try:
+        return _exported(program.to_exported())
+    except torch.onnx.OnnxExporterError:
+        raise MptkError(f"torch.onnx cannot write this model: {_first_cause(first)}; see docs/onnx.md") from first
+
+
+def _exported(program: ExportedProgram) -> ir.Model:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
+            custom_translation_table=translations(),
+        )
+    assert exported is not None
+    return exported.model
+
+
+def optimize(model: ir.Model, objective: str = "decode") -> ir.Model:
+    """Fold constants, fuse RMSNorm, rotary embedding and attention with its cache; one pass each (``docs/onnx.md``).
+
+    onnxscript's own ``optimize`` gives the same graph in 20 times the time: it infers shapes node by node and tries
+    50 rules, most of them for convolutions. The exporter has set the shapes already.
+    """
+    common.InlinePass()(model)
+    fold_constants(model, onnx_shape_inference=False, input_size_limit=1024, output_size_limit=1024)
+    common.CommonSubexpressionEliminationPass()(model)
+    onnxscript.rewriter.rewrite(model, [rules.mul_by_1_rule, rules.add_0_rule, rules.no_op_cast_rule])
+    common.IdentityEliminationPass()(model)
+    onnx_fusions.fuse(model)
+    FoldKVPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    GroupQueriesPass(rows=objective == "decode")(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)
+    return model
+
+
+def _name(model: ir.Model, layers: int) -> None:
+    """Give inputs, outputs and symbolic axes the ecosystem's names."""
+    inputs, outputs = model.graph.inputs, model.graph.outputs
+    for names, values in ((input_names(layers), inputs), (output_names(layers), outputs)):
+        for name, value in zip(names, values, strict=True):
+            value.name = name
+    axes: dict[object, str] = {}
+    for value, axis_names in ((inputs[0], TOKEN_AXES), (inputs[1], MASK_AXES), (inputs[3], PAST_AXES)):
+        assert value.shape is not None
+        axes |= {size: name for size, name in zip(value.shape, axis_names, strict=True) if name}
+    for value in (*inputs, *(result for node in model.graph for result in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([size if isinstance(size, int) else axes.get(size) for size in value.shape])
+
+
+def _first_cause(error: BaseException) -> str:
+    """The first line of what began the chain of exceptions: the exporter wraps it several times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,155 @@
+"""gptq_onnx: products with weights of an ONNX decoder → MatMulNBits in 4-bit blocks that are rounded for a text.
+
+GPTQ (Frantar et al. 2023, arXiv 2210.17323): a product's inputs are rounded one after another, and what rounding one
+changes in the result, on the text, the inputs that are not yet rounded make up for. A block's range is the one of
+``SHRINKS`` shrunk ones that changes the result least, each weight by itself. (ONNX Runtime's own GPTQ runs the graph
+once for each value and each window.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from passes.targets.onnx.balance import weight_of
+from passes.targets.onnx.measure import Text, measure_onnx
+
+Floats = npt.NDArray[np.float32]
+
+SHRINKS = np.linspace(1, 0.75, 11)
+"""Ranges that are tried, as shares of the weights' own."""
+DAMPING = 0.01
+"""Added to the second moments, as a share of their mean (the paper's)."""
+LEVELS = 15
+"""Steps in a range of 4 bits."""
+ACCURACY_LEVEL = 4
+"""MatMulNBits multiplies in int8. With level 0 it would unpack the weights to float32 first, which is 40 times slower
+in decoding."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A weight [inputs, outputs]: ``scale · (code − zero)``, codes of 4 bits.
+
+    ``codes``: uint8 [inputs, outputs]; ``scales``, ``zeros``: [blocks, outputs]; a block has ``size`` inputs.
+    """
+
+    codes: npt.NDArray[np.uint8]
+    scales: Floats
+    zeros: npt.NDArray[np.uint8]
+    size: int
+
+    def weight(self) -> Floats:
+        """The weight in float32."""
+        block = np.arange(len(self.codes)) // self.size
+        return self.scales[block] * (self.codes - self.zeros[block].astype(np.float32))
+
+
+def gptq_onnx(model: ir.Model, file: Path, names: Collection[str], block: int, text: Text) -> None:
+    """Replace the products ``MatMul(x, weight [inputs, outputs])`` with these names.
+
+    Args:
+        model: with weights in memory.
+        file: the same model, which is run.
+        block: inputs that share a scale and a zero point.
+        text: token ids, [windows, length]. Random ones are no use: 512 of them did more harm than good.
+    """
+    readers: dict[str, list[ir.Node]] = {}
+    for node in model.graph:
+        if node.name in names:
+            readers.setdefault(str(node.inputs[0].name), []).append(node)  # type: ignore[union-attr]
+    channels = {name: weight_of(nodes[0]).shape[0] for name, nodes in readers.items()}
+    for name, moments in measure_onnx(file, channels, text, "products"):
+        inverse = inverse_root(moments)
+        for node in readers[name]:
+            _replace(model.graph, node, rounded_blocks(weight_of(node), moments.diagonal(), inverse, block))
+    model.graph.opset_imports.setdefault("com.microsoft", 1)
+
+
+def inverse_root(moments: Floats) -> Floats:
+    """The upper triangular U with Uᵀ U = (moments + damping)⁻¹; an input that is always 0 counts as 1."""
+    damped = moments.astype(np.float64)
+    damped[np.diag_indices_from(damped)] += DAMPING * damped.diagonal().mean() + (damped.diagonal() == 0)
+    return np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+
+
+def rounded_blocks(weight: Floats, sizes: Floats, inverse: Floats, block: int) -> Blocks:
+    """``weight`` [inputs, outputs] in blocks.
+
+    Args:
+        sizes: mean squares of the inputs, by any factor.
+        inverse: of ``inverse_root``.
+        block: inputs that share a scale and a zero point.
+    """
+    left, codes, grids = weight.copy(), np.empty_like(weight), []
+    for start in range(0, len(weight), block):
+        rows = slice(start, start + block)
+        part, steps = left[rows].copy(), inverse[rows, rows]
+        scale, zero = grid(part, sizes[rows])
+        errors = np.empty_like(part)
+        for i, row in enumerate(part):
+            codes[start + i] = nearest(row, scale, zero)
+            errors[i] = (row - scale * (codes[start + i] - zero)) / steps[i, i]
+            part[i + 1 :] -= steps[i, i + 1 :, None] * errors[i]
+        left[start + block :] -= inverse[rows, start + block :].T @ errors
+        grids.append((scale, zero))
+    scales, zeros = (np.stack(arrays) for arrays in zip(*grids, strict=True))
+    return Blocks(codes.astype(np.uint8), scales, zeros.astype(np.uint8), block)
+
+
+def grid(part: Floats, sizes: Floats) -> tuple[Floats, Floats]:
+    """Scale and zero point of a block [inputs, outputs], for each output: of shrunk ranges the one that fits best."""
+    low, high = np.minimum(part.min(axis=0), 0), np.maximum(part.max(axis=0), 0)
+    best = np.full(part.shape[1], np.inf, dtype=np.float32)
+    scale, zero = np.ones_like(best), np.zeros_like(best)
+    for share in SHRINKS.astype(np.float32):
+        tried = np.maximum(share * (high - low) / LEVELS, np.finfo(np.float32).tiny)
+        origin = np.rint(-share * low / tried)
+        error = (sizes[:, None] * (tried * (nearest(part, tried, origin) - origin) - part) ** 2).sum(axis=0)
+        better = error < best
+        best, scale, zero = (np.where(better, *pair) for pair in ((error, best), (tried, scale), (origin, zero)))
+    return scale, zero
+
+
+def nearest(values: Floats, scale: Floats, zero: Floats) -> Floats:
+    """The codes of ``values`` [..., outputs], 0 … ``LEVELS``."""
+    codes: Floats = np.clip(np.rint(values / scale) + zero, 0, LEVELS)
+    return codes
+
+
+def _replace(graph: ir.Graph, product: ir.Node, blocks: Blocks) -> None:
+    """MatMulNBits in place of ``product``: codes of a block side by side, the first in the lower half of a byte."""
+    inputs, outputs = blocks.codes.shape
+    count = len(blocks.scales)
+    padded = np.pad(blocks.codes, ((0, count * blocks.size - inputs), (0, 0))).T.reshape(outputs, count, blocks.size)
+    zeros = np.pad(blocks.zeros, ((0, count % 2), (0, 0))).T
+    name = str(product.inputs[1].name)  # type: ignore[union-attr]
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "Q4": _pairs(padded),
+        "scales": blocks.scales.T.flatten(),
+        "zero_points": _pairs(zeros).flatten(),
+    }
+    held = [ir.Value(name=f"{name}_{part}", const_value=ir.tensor(array)) for part, array in arrays.items()]
+    for value in held:
+        assert value.const_value is not None
+        value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)  # type: ignore[assignment]
+        graph.register_initializer(value)
+    sizes = {"K": inputs, "N": outputs, "bits": 4, "block_size": blocks.size, "accuracy_level": ACCURACY_LEVEL}
+    node = ir.node("MatMulNBits", [product.inputs[0], *held], sizes, domain="com.microsoft", name=product.name)
+    result, old = node.outputs[0], product.outputs[0]
+    result.shape, result.type = old.shape, old.type
+    graph.insert_before(product, node)
+    ir.convenience.replace_all_uses_with(old, result)
+    graph.remove(product, safe=True)
+
+
+def _pairs(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Two neighbours of the last axis in a byte."""
+    joined: npt.NDArray[np.uint8] = np.ascontiguousarray(codes[..., ::2] | codes[..., 1::2] << 4)
+    return joined

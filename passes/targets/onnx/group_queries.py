@@ -1,0 +1,198 @@
+"""group_queries: ONNX Attention multiplies the query heads that share keys at once, and reads its mask as numbers.
+
+ONNX Runtime multiplies each query head with its keys by itself, so that keys are read again for every head of their
+group, and makes numbers of a bool mask in every layer. Here
+
+1. a bool mask becomes 0 and the lowest float, once for all layers (not -inf: a padded token's row may see nothing);
+2. the queries of a group become rows of one head, and the mask's rows are repeated with them, once for all layers:
+   [batch, heads, sequence, dim] → [batch, KV heads, repeat × sequence, dim], which is a change of shape, or
+   [batch, sequence, heads × dim] → [batch, sequence × repeat, KV heads × dim], which is one if heads lie in the order
+   (repeat, KV head): columns of the query projection and rows of the output projection are put into it.
+
+Decoding gains by it, prefill loses: ONNX Runtime shares out heads among threads, of which there are fewer then, 3 where
+there were 9 (``docs/onnx.md``). So step 2 is optional. A node that does not have the form keeps its heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from passes.targets.onnx.fold_kv import producer
+
+LOWEST = np.array(np.finfo(np.float32).min)
+Mask = tuple[ir.Value, int, bool]
+"""What a new mask is made of: the old one, how often its rows are repeated, and ``_Heads.flat``."""
+
+
+class GroupQueriesPass(ir.passes.InPlacePass):
+    """Requires shapes of the values around each Attention node and no unused nodes; leaves some behind.
+
+    Args:
+        rows: whether to take step 2.
+    """
+
+    def __init__(self, rows: bool = True) -> None:
+        self.rows = rows
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        made: dict[Mask, ir.Value] = {}
+        for node in [node for node in model.graph if node.op_type == "Attention" and node.domain == ""]:
+            mask = node.inputs[3] if len(node.inputs) > 3 else None
+            if mask is not None and mask.dtype in (ir.DataType.BOOL, ir.DataType.FLOAT):
+                heads = _heads(node, mask) if self.rows else None
+                grouped = heads is not None and _to_rows(model.graph, node, heads)
+                key = (mask, heads.repeat, heads.flat) if heads is not None and grouped else (mask, 1, False)
+                if key not in made:
+                    steps = ir.tape.Tape()
+                    made[key] = _mask(steps, *key)
+                    model.graph.insert_before(node, steps.nodes)
+                node.replace_input_with(3, made[key])
+        return ir.passes.PassResult(model, bool(made))
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Query and KV heads, channels of a query and of a value; ``flat``: heads and channels share the last axis."""
+
+    query: int
+    key: int
+    dim: int
+    value_dim: int
+    flat: bool
+
+    @property
+    def repeat(self) -> int:
+        return self.query // self.key
+
+    def shape(self, heads: int, dim: int) -> list[int]:
+        """For a Reshape (0: as it is) to so many heads."""
+        return [0, -1, heads * dim] if self.flat else [0, heads, -1, dim]
+
+    def order(self, dim: int) -> npt.NDArray[np.int64]:
+        """Channels of all heads in the order (repeat, KV head)."""
+        old = np.arange(self.query * dim).reshape(self.key, self.repeat, dim)
+        return old.transpose(1, 0, 2).flatten()
+
+
+def _heads(node: ir.Node, mask: ir.Value) -> _Heads | None:
+    """None where no heads share keys, or where the mask differs from head to head."""
+    query, key, result = (value.shape if value is not None else None for value in (*node.inputs[:2], node.outputs[0]))
+    if query is None or key is None or result is None or mask.shape is None or _number(node, "softcap"):
+        return None
+    flat = len(query) == 3
+    counts = [_number(node, "q_num_heads"), _number(node, "kv_num_heads")] if flat else [query[1], key[1]]
+    sizes: list[Any] = [*counts, query[-1], result[-1]]
+    if not all(isinstance(size, int) for size in sizes) or len(mask.shape) != 4 or mask.shape[1] != 1:
+        return None
+    heads, groups, dim, value_dim = sizes
+    per = heads if flat else 1
+    return _Heads(heads, groups, dim // per, value_dim // per, flat) if heads > groups else None
+
+
+def _to_rows(graph: ir.Graph, node: ir.Node, heads: _Heads) -> bool:
+    """Reshape what goes into ``node`` and what comes out. Returns whether the node has the form."""
+    query, result = node.inputs[0], node.outputs[0]
+    assert query is not None
+    if heads.flat and not _put_in_order(node, heads):
+        return False
+    if heads.flat:
+        node.attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", heads.key)
+    steps, after, users = ir.tape.Tape(), ir.tape.Tape(), tuple(result.uses())
+    rows = _reshape(steps, query, heads.shape(heads.key, heads.dim))
+    restored = _reshape(after, result, heads.shape(heads.query, heads.value_dim))
+    restored.shape = result.shape
+    for user, index in users:
+        user.replace_input_with(index, restored)
+    node.replace_input_with(0, rows)
+    graph.insert_before(node, steps.nodes)
+    graph.insert_after(node, after.nodes)
+    result.shape = ir.Shape([None if size < 1 else size for size in heads.shape(heads.key, heads.value_dim)])
+    return True
+
+
+def _put_in_order(node: ir.Node, heads: _Heads) -> bool:
+    """Put the heads of query and output projection in order, if both are there and serve nothing else."""
+    query, result = node.inputs[0], node.outputs[0]
+    rotary = _made_by(query, "RotaryEmbedding")
+    if rotary is not None:
+        query = rotary.inputs[0]
+    columns: list[ir.Value | None] = []
+    bias = _made_by(query, "Add")
+    if bias is not None:
+        query, added = bias.inputs if _is_weight(bias.inputs[1], 1) else bias.inputs[::-1]
+        if not _is_weight(added, 1):
+            return False
+        columns.append(added)
+    product = _made_by(query, "MatMul")
+    output = next(iter(result.uses())).node if _used_once(result) else None
+    if product is None or output is None or output.op_type != "MatMul" or output.inputs[0] is not result:
+        return False
+    weight, rows = product.inputs[1], output.inputs[1]
+    if not _is_weight(weight, 2) or not _is_weight(rows, 2):
+        return False
+    for column in (*columns, weight):
+        _take(column, heads.order(heads.dim), -1)
+    _take(rows, heads.order(heads.value_dim), 0)
+    return True
+
+
+def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node that ``value``, used once, comes from, if it is such a one."""
+    return producer(value, op_type) if value is not None and _used_once(value) else None
+
+
+def _used_once(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def _is_weight(value: ir.Value | None, rank: int) -> bool:
+    """Whether ``value`` is an initialiser of this rank that is used once."""
+    constant = value.const_value if value is not None and value.is_initializer() and len(value.uses()) == 1 else None
+    return constant is not None and constant.shape.rank() == rank
+
+
+def _take(value: ir.Value | None, order: npt.NDArray[np.int64], axis: int) -> None:
+    assert value is not None
+    assert value.const_value is not None
+    array = np.take(value.const_value.numpy(), order, axis)
+    value.const_value = ir.Tensor(np.ascontiguousarray(array), name=value.name)
+
+
+def _mask(steps: ir.tape.Tape, mask: ir.Value, repeat: int, flat: bool) -> ir.Value:
+    """``mask`` in numbers, its rows repeated: each by itself if ``flat``, else all of them one after another."""
+    if mask.dtype == ir.DataType.BOOL:
+        old = mask.shape
+        mask = steps.op("Where", [mask, _constant(steps, np.zeros((), dtype=np.float32)), _constant(steps, LOWEST)])
+        mask.shape, mask.type = old, ir.TensorType(ir.DataType.FLOAT)
+    if repeat == 1:
+        return mask
+    axis = 3 if flat else 2
+    times = np.where(np.arange(5) == axis, repeat, 1)
+    rows = steps.op("Unsqueeze", [mask, _constant(steps, np.array([axis]))])
+    rows = steps.op("Expand", [rows, _constant(steps, times)])
+    shape = steps.op(
+        "Concat", [_constant(steps, np.array([0, 0, -1])), steps.op("Shape", [mask], {"start": 3})], {"axis": 0}
+    )
+    return steps.op("Reshape", [rows, shape])
+
+
+def _reshape(steps: ir.tape.Tape, value: ir.Value, shape: list[int]) -> ir.Value:
+    result = steps.op("Reshape", [value, _constant(steps, np.array(shape))])
+    result.shape, result.type = ir.Shape([size if size > 0 else None for size in shape]), value.type
+    return result
+
+
+def _constant(steps: ir.tape.Tape, array: npt.NDArray[Any]) -> ir.Value:
+    result = steps.op("Constant", [], {"value": ir.tensor(array)})
+    result.const_value = ir.tensor(array)
+    return result
+
+
+def _number(node: ir.Node, name: str) -> Any:
+    attribute = node.attributes.get(name)
+    return attribute.value if attribute is not None else 0

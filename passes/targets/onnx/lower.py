@@ -1,0 +1,174 @@
+"""lower_onnx: a Program → an ExportedProgram that torch.onnx.export translates op by op, without decomposing it.
+
+torch.onnx.export first runs ``ExportedProgram.run_decompositions``, which retraces the graph twice on symbolic shapes:
+nine tenths of its time. The exporter knows nearly every op of the pre-dispatch graph as it is (linear, silu and
+scaled_dot_product_attention even better than their parts), so a few local replacements are enough instead:
+
+1. assertions are dropped;
+2. a call that returns its input (same shape, same dtype) is replaced by the input;
+3. a change of dtype becomes ``_to_copy``;
+4. operators under another name get the name that the exporter knows;
+5. an op that writes to a fresh tensor, of which no view was taken and which is not read after the write but by its
+   result (``x = linear(...); x += y``), becomes the op without the write. A graph with any other write is left to
+   torch's own decomposition, which makes it functional, but for cases 1 and 7;
+6. attention whose one key head serves all query heads says so, as the exporter does not broadcast it;
+7. complex numbers become pairs of real ones (``passes/targets/onnx/lower_complex.py``).
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature
+
+from mptk.ir.program import Program
+from passes.targets.onnx.lower_complex import lower_complex
+
+aten = torch.ops.aten
+ASSERTIONS = {
+    aten._assert_async.default,
+    aten._assert_async.msg,
+    aten._assert_scalar.default,
+    aten._assert_tensor_metadata.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+}
+RETURN_THEIR_INPUT = {
+    aten.alias,
+    aten.clone,
+    aten.contiguous,
+    aten.detach,
+    aten.expand,
+    aten.lift_fresh_copy,
+    aten.reshape,
+    aten.slice,
+    aten.to,
+    aten.view,
+}
+"""Ops whose output is their input if it has the same shape and dtype."""
+
+RENAMED: dict[Any, Callable[..., Any]] = {
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+    aten.max.other: aten.maximum.default,
+    aten.min.other: aten.minimum.default,
+}
+
+
+class _Lowered(ExportedProgram):
+    """Already in the exporter's terms: there is nothing left to decompose."""
+
+    def run_decompositions(self, *_: Any, **__: Any) -> ExportedProgram:
+        return self
+
+
+def lower_onnx(program: Program) -> ExportedProgram:
+    """The program for ``torch.onnx.export``, lowered as the module's docstring says. ``program`` is not changed."""
+    module = program.copy_graph()
+    nodes = [node for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    if not all(_functional(node) for node in nodes):
+        return _real(program).to_exported()
+    for node in nodes:
+        _lower(node)
+    lower_complex(module.graph)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    exported = replace(program, graph=module, signature=_signature(program, module)).to_exported()
+    return _Lowered(
+        root=exported.graph_module,
+        graph=exported.graph,
+        graph_signature=exported.graph_signature,
+        state_dict=exported.state_dict,
+        range_constraints=exported.range_constraints,
+        module_call_graph=exported.module_call_graph,
+        example_inputs=exported.example_inputs,
+        constants=exported.constants,
+        verifiers=list(exported.verifiers),
+    )
+
+
+def _real(program: Program) -> Program:
+    """Without assertions (case 1) and complex numbers (case 7), which torch's decomposition leaves."""
+    module = program.copy_graph()
+    for node in module.graph.nodes:
+        if node.target in ASSERTIONS:
+            module.graph.erase_node(node)
+    lower_complex(module.graph)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return replace(program, graph=module, signature=_signature(program, module))
+
+
+def _signature(program: Program, module: fx.GraphModule) -> ExportGraphSignature:
+    """The program's, with the names of what ``module`` returns: its own output may have been replaced."""
+    signature = copy.deepcopy(program.signature)
+    outputs: Any = module.graph.output_node().args[0]
+    for spec, node in zip(signature.output_specs, outputs, strict=True):
+        spec.arg.name = node.name
+    return signature
+
+
+def _functional(node: fx.Node) -> bool:
+    """Whether ``node`` writes to no input, or could be changed into its twin that does not (case 5)."""
+    overload: torch._ops.OpOverload = node.target  # type: ignore[assignment]
+    if not overload._schema.is_mutable:
+        return True
+    name = overload.overloadpacket.__name__
+    written: Any = node.args[0]
+
+    def shows(user: fx.Node) -> bool:
+        return user is not node and (node < user or _is_view(user))
+
+    twin = getattr(getattr(aten, name.removesuffix("_"), None), overload._overloadname, None)
+    fresh = isinstance(written, fx.Node) and written.op == "call_function" and not _is_view(written)
+    if twin is None or not fresh or not name.endswith("_") or any(map(shows, written.users)):
+        return False
+    node.target = twin
+    return True
+
+
+def _is_view(node: Any) -> bool:
+    """Whether the node's output shares memory with an input, which others may read."""
+    if node.target is operator.getitem:
+        return _is_view(node.args[0])
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(result.alias_info is not None for result in schema.returns)
+
+
+def _lower(node: fx.Node) -> None:
+    packet = node.target.overloadpacket  # type: ignore[union-attr]
+    source = node.args[0] if node.args else None
+    if node.target in ASSERTIONS:
+        node.graph.erase_node(node)
+    elif node.target in RENAMED:
+        node.target = RENAMED[node.target]
+    elif packet is aten.scaled_dot_product_attention:
+        query, key = (argument.meta["val"].shape[1] for argument in node.args[:2])  # type: ignore[union-attr]
+        if key == 1 != query:
+            node.kwargs = {**node.kwargs, "enable_gqa": True}
+    elif packet is aten.square:
+        node.target, node.args = aten.mul.Tensor, (source, source)
+    elif packet is aten.numpy_T:
+        node.target, dimensions = aten.permute.default, node.meta["val"].ndim
+        node.args = (source, list(reversed(range(dimensions))))
+    elif packet in RETURN_THEIR_INPUT and isinstance(source, fx.Node):
+        if _type(source) == _type(node):
+            node.replace_all_uses_with(source)
+            node.graph.erase_node(node)
+        elif packet is aten.to:
+            node.target = aten._to_copy.default
+            node.args, node.kwargs = (source,), {"dtype": node.meta["val"].dtype}
+
+
+def _type(node: fx.Node) -> tuple[torch.dtype, list[Any]]:
+    """Dtype and shape; symbolic sizes as expressions, so that comparing them adds no guard."""
+    value: Tensor = node.meta["val"]
+    return value.dtype, [size if isinstance(size, int) else size.node.expr for size in value.shape]

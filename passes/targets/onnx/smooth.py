@@ -1,0 +1,117 @@
+"""smooth_onnx: what norms of an ONNX decoder hand to products, rescaled so that blocks of channels quantise well.
+
+A norm ends in a scale of each channel. Where all that reads its result are products with weights, channel i may be
+divided by s_i there and row i of the weights multiplied by it: the logits stay the same (SmoothQuant, Xiao et al.
+2023). With ``s = sqrt(a / w)``, a the channel's root mean square and w that of its row in all those weights, divided
+by the geometric mean, a channel is as large in the activations as in the weights, and none is an outlier in either.
+
+``a`` is measured on prompts of random tokens in ONNX Runtime, since which channels are large is the model's doing and
+hardly the text's (``docs/onnx.md``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from passes.targets.onnx.balance import is_product
+from passes.targets.onnx.measure import measure_onnx
+
+PROMPTS = (16, 32)
+"""How many, and tokens of each: few enough for any table of positions."""
+
+Sizes = npt.NDArray[np.float32]
+
+
+def smooth_onnx(model: ir.Model, source: Path, without: Collection[str] = ()) -> int:
+    """Rescale every such norm, in place; returns how many there were.
+
+    Args:
+        model: weights ``[inputs, outputs]`` in memory.
+        source: the file of the same graph, which is run.
+        without: names of products that must stay as they are.
+    """
+    found = {
+        str(node.outputs[0].name): (node, products)
+        for node in model.graph
+        if _scales(node) and (products := _readers(node.outputs[0], without))
+    }
+    channels = {name: _array(node.inputs[_scales(node)[0]]).size for name, (node, _) in found.items()}
+    vocabulary = int(model.graph.outputs[0].shape[-1])  # type: ignore[arg-type, index]
+    text = np.random.default_rng(0).integers(0, vocabulary, PROMPTS)
+    for name, squares in measure_onnx(source, channels, text, "squares"):
+        node, products = found[name]
+        weights = [_array(product.inputs[1]) for product in products]
+        scale = smoothing(np.sqrt(squares / text.size), weights)
+        for index in _scales(node):
+            _replace(model.graph, node, index, _array(node.inputs[index]) / scale)
+        for product, weight in zip(products, weights, strict=True):
+            _replace(model.graph, product, 1, weight * scale[:, None])
+    return len(found)
+
+
+def smoothing(size: Sizes, weights: Collection[Sizes]) -> Sizes:
+    """s by channel, from the activations' root mean squares [inputs] and the weights that read them [inputs, outputs].
+
+    A channel that is zero in either keeps its scale.
+    """
+    rows = np.sqrt(np.square(np.concatenate(list(weights), axis=1)).mean(axis=1))
+    alive = (size > 0) & (rows > 0)
+    scale = np.ones_like(size)
+    scale[alive] = np.sqrt(size[alive] / rows[alive])
+    scale[alive] /= np.exp(np.log(scale[alive]).mean()) if alive.any() else 1
+    return scale
+
+
+def _readers(value: ir.Value, without: Collection[str]) -> list[ir.Node]:
+    """The products that read ``value``, [..., channels], through changes of the shape before it; none if others do."""
+    readers: list[ir.Node] = []
+    for node in (use.node for use in value.uses()):
+        if node.op_type == "Reshape" and _channels(node.outputs[0]) == _channels(value) is not None:
+            behind = _readers(node.outputs[0], without)
+            if not behind:
+                return []
+            readers += behind
+        elif is_product(node) and node.inputs[0] is value and node.name not in without:
+            readers.append(node)
+        else:
+            return []
+    return [] if value.is_graph_output() else readers
+
+
+def _channels(value: ir.Value) -> int | None:
+    size = value.shape[-1] if value.shape is not None and value.shape.rank() else None
+    return size if isinstance(size, int) else None
+
+
+def _scales(node: ir.Node) -> list[int]:
+    """Which inputs of a norm are multiplied with or added to its result: constants of one number a channel."""
+    if node.op_type not in ("RMSNormalization", "LayerNormalization"):
+        return []
+    indices = [i for i, value in enumerate(node.inputs) if i > 0 and value is not None]
+    constants = [_constant(node.inputs[i]) for i in indices]
+    return indices if all(c is not None and c.size == _channels(node.outputs[0]) for c in constants) else []
+
+
+def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    return value.const_value if value is not None else None
+
+
+def _array(value: ir.Value | None) -> Sizes:
+    constant = _constant(value)
+    assert constant is not None
+    return constant.numpy()
+
+
+def _replace(graph: ir.Graph, node: ir.Node, index: int, array: npt.NDArray[Any]) -> None:
+    """An input of a node, which other nodes may read, too, by a constant of its own."""
+    name = f"{node.outputs[0].name}.smooth.{index}"
+    tensor = ir.Tensor(np.ascontiguousarray(array, dtype=np.float32), name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
+    graph.register_initializer(value)
+    node.replace_input_with(index, value)

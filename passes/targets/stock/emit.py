@@ -1,0 +1,131 @@
+"""emit: the cut weights as a plain checkpoint folder that stock transformers loads, with nothing of mptk needed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mptk.errors import MptkError
+from mptk.files import json_text
+from mptk.io.checkpoint import portable, save_tokenizer
+from mptk.io.publish import publish
+from passes.targets.stock.config import StockConfig
+
+
+def emit_hf(
+    state: Mapping[str, Tensor],
+    stock: StockConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+) -> Path:
+    """Write a checkpoint folder, whole or not at all: ``write_checkpoint`` inside ``publish``."""
+    with publish(folder) as temporary:
+        write_checkpoint(state, stock, model, tokenizer, temporary)
+    return Path(folder)
+
+
+def write_checkpoint(
+    state: Mapping[str, Tensor],
+    stock: StockConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    *,
+    portable: Callable[[Mapping[str, Any]], dict[str, Any]] = portable,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write config, generation config, weights (safetensors) and tokenizer into the existing ``folder``.
+
+    Args:
+        state: state-dict name → tensor after the cut, tied names included. It may be lazy: each weight is asked for
+            when its shard is written, and no more than one shard is held.
+        stock: the class and config to write.
+        model: the model before the cut; its generation config is copied.
+        tokenizer: saved with the model; None if there is none.
+        portable: last change to the content of config.json; by default the spellings of older releases are added.
+        max_shard_size: largest weights file; a model that needs more gets several and an index.
+
+    Raises:
+        MptkError: ``state`` does not have the names and shapes of the stock class, or differs in tied weights.
+    """
+    dtype = next((t.dtype for name in state if (t := state[name]).is_floating_point()), torch.float32)
+    shell = _shell(stock, dtype)
+    weights = _Weights(state, {name: tuple(t.shape) for name, t in shell.state_dict().items()})
+    _check_tied(shell, state)
+    if shell.can_generate() and getattr(model, "generation_config", None) is not None:
+        shell.generation_config = copy.deepcopy(model.generation_config)
+    # To save_pretrained the shell is a model whose weights are offloaded: it then fetches them shard by shard.
+    hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights, place_submodules=False)
+    add_hook_to_module(shell, hook)
+    vars(shell)["hf_device_map"] = {"": "disk"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+        shell.save_pretrained(folder, max_shard_size=max_shard_size)
+    path = folder / "config.json"
+    written = portable(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json_text(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, folder)
+
+
+def _shell(stock: StockConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The stock model on the meta device, in ``dtype``, unquantised."""
+    config = copy.deepcopy(stock.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        shell = stock.model_class(config)
+    nn.Module.to(shell, dtype)
+    shell.tie_weights()
+    return shell
+
+
+def _check_tied(shell: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+    """Weights that the stock class ties are stored once, so they must be equal in ``state``."""
+    first: dict[int, str] = {}
+    for name, parameter in shell.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name and not torch.equal(state[name], state[other]):
+            raise MptkError(
+                f"{name} and {other} are one weight in the stock class but differ; untie them in the config"
+            )
+
+
+class _Weights(Mapping[str, Tensor]):
+    """``state`` with every shape checked; no two tensors share memory, which safetensors would refuse."""
+
+    def __init__(self, state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._state, self._shapes = state, shapes
+        self._seen: set[int] = set()
+        names = set(state)  # ``in state`` would ask a lazy mapping for the tensor
+        for name in sorted(names ^ shapes.keys()):
+            owner = "cut model" if name in names else "stock class"
+            raise MptkError(f"only the {owner} has the weight {name}; the stock config does not fit the cut")
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._state[name].detach()
+        if tuple(tensor.shape) != self._shapes[name]:
+            raise MptkError(
+                f"{name} is {tuple(tensor.shape)} after the cut but {self._shapes[name]} in the stock class; "
+                "the stock config does not fit the cut"
+            )
+        storage = tensor.untyped_storage()
+        shared = storage.nbytes() != tensor.nbytes or storage.data_ptr() in self._seen
+        self._seen.add(storage.data_ptr())
+        return tensor.clone() if shared else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)

@@ -1,0 +1,203 @@
+"""rehome: another registered class with the same parameters, where a model's own config class refuses the cut.
+
+Some config classes check more than the model needs (hidden_size % num_attention_heads with head_dim given). Another
+class may have exactly the same parameters and compute the same function without that check. It is found by trying
+the registered causal language models, those with the most similar config first; never from a table. Equal names and
+shapes are no proof of equal logits, so the caller's check decides.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from mptk.ir.families import Analysis
+from mptk.ir.plan import FamilyPlan, Plan
+from mptk.ir.program import Program
+from passes.targets.legalize import cut_shapes, discover
+from passes.targets.stock.config import StockConfig
+from passes.targets.stock.probe import Refusal, Shapes, quiet
+from passes.transforms.fold_norms import fold_norms
+from passes.transforms.rewrite import rewrite
+from passes.verify import TOLERANCE
+
+CANDIDATES = 32
+TRIAL_LENGTH = 64
+
+
+def rehome(
+    config: PreTrainedConfig,
+    target_shapes: Shapes,
+    check: Callable[[StockConfig], float],
+    *,
+    tolerance: float = 1e-6,
+) -> StockConfig | Refusal:
+    """Find a stock class other than ``config``'s own that can hold the cut model.
+
+    Args:
+        config: the config after the cut, which its own class refuses (``Refusal.config``).
+        target_shapes: state-dict name → shape after the cut, tied names included.
+        check: the largest logit difference between the class found, with the cut weights, and the cut model
+            (``logits_check``). It is called for every candidate that fits; its inputs should be as long as the caller
+            can afford.
+        tolerance: the largest difference that counts as equal.
+
+    Returns:
+        The class and its config. ``changes`` holds every field whose value is not that of ``config``, ``model_type``
+        among them. Fields that only the new class has are None (off) wherever it accepts None. A Refusal (``names``
+        or ``numeric``) if no candidate will do.
+    """
+    refusals: list[str] = []
+    for candidate in _candidates(config):
+        result = _fits(config, candidate, target_shapes)
+        if isinstance(result, StockConfig):
+            objection = _objection(result, check, tolerance)
+            if objection is None:
+                return result
+            refusals.append(f"{result.model_class.__name__} fits but {objection}")
+    own = type(config).__name__
+    if refusals:
+        return Refusal("numeric", own, "; ".join(refusals))
+    return Refusal("names", own, f"none of the {CANDIDATES} most similar registered classes has these parameters")
+
+
+def find_home(analysis: Analysis, model: PreTrainedModel, widths: Mapping[str, int]) -> str | None:
+    """The class that holds ``model`` cut to ``widths`` with equal logits, where only its own config class refuses it.
+
+    The first units of each family are kept, on random tokens: what the result will be with other units. None if the
+    own class does not refuse, or refuses for another reason, or there is no such class.
+    """
+    program, epsilons = fold_norms(rewrite(analysis, _first_units(analysis, widths)))
+    refusal = discover(analysis, model).config(widths, scalars=epsilons)
+    if isinstance(refusal, StockConfig) or refusal.config is None:
+        return None
+    embeddings: Any = model.get_input_embeddings()
+    tokens = torch.randint(embeddings.num_embeddings, (1, TRIAL_LENGTH), generator=torch.Generator().manual_seed(0))
+    found = rehome(refusal.config, cut_shapes(analysis, widths), logits_check(program, tokens), tolerance=TOLERANCE)
+    return found.model_class.__name__ if isinstance(found, StockConfig) else None
+
+
+def _first_units(analysis: Analysis, widths: Mapping[str, int]) -> Plan:
+    plans = {}
+    for name, width in widths.items():
+        family = analysis.family(name)
+        units = (tuple(range(width)),)
+        plans[name] = FamilyPlan(width, family.size, {g.layer: units * g.scopes for g in family.groups})
+    return Plan(plans)
+
+
+def logits_check(program: Program, tokens: Tensor) -> Callable[[StockConfig], float]:
+    """A check for ``rehome``: a class with the weights of ``program`` against it, relative to its largest logit.
+
+    ``tokens``: token ids [batch, sequence]. The weights are lent to the class, not copied.
+    """
+    state = program.state_dict()
+    with torch.no_grad():
+        expected = program(tokens)
+
+    def check(stock: StockConfig) -> float:
+        with init_empty_weights():
+            model: Any = stock.model_class(copy.deepcopy(stock.config))
+        model.load_state_dict(state, assign=True)
+        with torch.no_grad():
+            logits = model.eval()(tokens, use_cache=False).logits
+        return float((logits - expected).abs().max() / expected.abs().max())
+
+    return check
+
+
+def _objection(stock: StockConfig, check: Callable[[StockConfig], float], tolerance: float) -> str | None:
+    try:
+        difference = check(stock)
+    except Exception as error:  # noqa: BLE001 (a model that takes these shapes may still fail to run)
+        return f"does not run ({type(error).__name__}: {error})"
+    return None if difference <= tolerance else f"its logits differ by {difference:.2g}"
+
+
+def _candidates(config: PreTrainedConfig) -> list[type[PreTrainedConfig]]:
+    """The registered config classes nearest to ``config``: fewest fields that only one of the two has.
+
+    A field of ``config`` that is still at its default costs nothing to lose. Of the nearest, those come first that
+    bring no feature of their own that cannot be switched off.
+    """
+    own = _names(type(config))
+    default = type(config)().to_dict()
+    used = {k for k, v in config.to_dict().items() if k in own and v != default.get(k)}
+    others = [c for c in MODEL_FOR_CAUSAL_LM_MAPPING if _stock(c) and c is not type(config)]
+
+    def distance(other: type[PreTrainedConfig]) -> tuple[int, int, str]:
+        names = _names(other)
+        return len(names - own) + len(used - names), len(own - names), other.__name__
+
+    nearest = sorted(others, key=distance)[:CANDIDATES]
+    return sorted(nearest, key=lambda c: len(_names(c) - own) - len(_off(c, _names(c) - own)))
+
+
+def _stock(cls: type[PreTrainedConfig]) -> bool:
+    """Not one that a program or a repository's code has registered: the folder must load without that."""
+    return cls.__module__.startswith("transformers.") and dataclasses.is_dataclass(cls)
+
+
+def _names(cls: type[PreTrainedConfig]) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)}
+
+
+def _off(cls: type[PreTrainedConfig], names: set[str]) -> dict[str, None]:
+    """Those of ``names`` that ``cls`` accepts as None."""
+    return {name: None for name in sorted(names) if _construct(cls, {name: None}) is not None}
+
+
+def _construct(cls: type[PreTrainedConfig], body: dict[str, Any]) -> PreTrainedConfig | None:
+    with quiet():
+        try:
+            return cls(**copy.deepcopy(body))
+        except Exception:  # noqa: BLE001 (any error means that this class does not take these fields)
+            return None
+
+
+def _fits(config: PreTrainedConfig, candidate: type[PreTrainedConfig], target: Shapes) -> StockConfig | None:
+    """``candidate`` with the fields of ``config`` copied by name, if its model has the target's names and shapes.
+
+    First only the fields that the class declares are copied, then all: a constructor may ask for others.
+    """
+    source = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
+    for key in ("model_type", "architectures", "transformers_version"):
+        source.pop(key, None)
+    names = _names(candidate)
+    declared = {k: v for k, v in source.items() if k in names}
+    off = _off(candidate, names - _names(type(config)) - set(source))
+    for body in (declared, source):
+        found = _construct(candidate, {**off, **body})
+        if found is None:
+            continue
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[candidate]
+        if _shapes(model_class, found) == {name: tuple(shape) for name, shape in target.items()}:
+            return StockConfig(model_class, found, _changes(config, found))
+    return None
+
+
+def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Shapes | None:
+    with quiet(), torch.device("meta"):
+        try:
+            model = model_class(copy.deepcopy(config))
+        except Exception:  # noqa: BLE001 (any error means that this class does not take these fields)
+            return None
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _changes(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, tuple[Any, Any]]:
+    before, after = old.to_dict(), new.to_dict()
+    ignored = {"architectures", "transformers_version", "_name_or_path"}
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted((before.keys() | after.keys()) - ignored)
+        if before.get(key) != after.get(key)
+    }

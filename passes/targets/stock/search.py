@@ -1,0 +1,237 @@
+"""Which numbers of a config give a stock class the wanted shapes: expressions over the axes' sizes, and the search."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from passes.targets.stock.probe import Assignment, Build, Field, Prober, Refusal, Shapes, starred
+
+Expression = tuple[str | int, ...]
+"""A product: names of families (their width) and fixed sizes, e.g. ``("kv_groups", "q_heads_per_group")``."""
+Place = tuple[str, int]
+"""One dimension of one parameter; dimension -1 when even the number of dimensions differs."""
+FACTORS = 3
+MAX_BUILDS = 400
+
+
+class Expressions:
+    """For every field, the products that it may be; each known model rules some out (a version space).
+
+    A field of value v starts with v itself, a constant, and all products of at most 3 leaf sizes that equal v.
+    """
+
+    def __init__(self, fields: Iterable[Field], families: Mapping[str, int], fixed: Sequence[int]) -> None:
+        self.families = dict(families)
+        leaves: list[tuple[str | int, int]] = [(name, width) for name, width in families.items() if width > 1]
+        leaves += [(size, size) for size in sorted(set(fixed)) if size > 1]
+        self._by_value: dict[int, list[Expression]] = {}
+        for count in range(1, FACTORS + 1):
+            for chosen in itertools.combinations_with_replacement(leaves, count):
+                if any(isinstance(leaf, str) for leaf, _ in chosen):
+                    product = math.prod(size for _, size in chosen)
+                    self._by_value.setdefault(product, []).append(tuple(leaf for leaf, _ in chosen))
+        self.alive = {f: self.of(f.value) for f in fields}
+
+    def of(self, value: int) -> list[Expression]:
+        """All expressions whose old product is ``value``: the constant first, then the shortest."""
+        return [(value,), *self._by_value.get(value, [])]
+
+    def candidates(self, widths: Mapping[str, int]) -> dict[Field, list[int]]:
+        """Field → the values other than its old one that it may take at ``widths``."""
+        found = {f: {evaluate(e, widths, self.families) for e in alive} for f, alive in self.alive.items()}
+        return {f: sorted(values - {f.value}) for f, values in found.items() if values - {f.value}}
+
+    def observe(self, widths: Mapping[str, int], assignment: Assignment) -> None:
+        """Keep what agrees with a model of these ``widths`` whose fields are as in ``assignment`` (or unchanged)."""
+        for f, alive in self.alive.items():
+            value = assignment.get(f, f.value)
+            self.alive[f] = [e for e in alive if evaluate(e, widths, self.families) == value]
+
+    def allows(self, old: int, new: int, widths: Mapping[str, int]) -> bool:
+        """May a number that was ``old`` be ``new`` when the families have ``widths``?"""
+        return any(evaluate(e, widths, self.families) == new for e in self.of(old))
+
+
+def evaluate(expression: Expression, widths: Mapping[str, int], families: Mapping[str, int]) -> int:
+    """The product; a family that ``widths`` does not name has its old width."""
+    return math.prod(leaf if isinstance(leaf, int) else widths.get(leaf, families[leaf]) for leaf in expression)
+
+
+@dataclass(frozen=True)
+class DeadEnd:
+    """An assignment from which no field leads on: ``place`` cannot be put right."""
+
+    assignment: Assignment
+    build: Build
+    place: Place
+    wrong: int
+
+
+class Search:
+    """Best-first search for an assignment whose shapes are ``target``, led by the shapes themselves.
+
+    One build for each field and candidate says which dimensions it moves. From a state, the first wrong dimension is
+    taken, and only fields that move it are tried; a state with a wrong dimension that no free field moves is dropped.
+    A field whose build raises or has other parameters may move anything: another field may mend that. Fewest wrong
+    dimensions first, then fewest changes.
+    """
+
+    def __init__(self, prober: Prober, target: Shapes, candidates: Mapping[Field, Sequence[int]]) -> None:
+        self.prober, self.candidates = prober, candidates
+        self.target = {name: target[name] for name in prober.base.shapes}
+        self.raised: list[Refusal] = []
+        self.dead: list[DeadEnd] = []
+        self.moves: dict[tuple[Field, int], frozenset[Place] | None] = {
+            (f, value): self._moved(f, value) for f, values in candidates.items() for value in values
+        }
+
+    def _moved(self, f: Field, value: int) -> frozenset[Place] | None:
+        built = self.prober.build({**self.prober.pins, f: value})
+        if isinstance(built, Refusal):
+            self.raised.append(built)
+            return None
+        if built.shapes.keys() != self.prober.base.shapes.keys():
+            return None
+        return frozenset(differences(built.shapes, self.prober.base.shapes))
+
+    def wrong(self, built: Build | Refusal) -> list[Place] | None:
+        """The dimensions to put right; None for a build that raised or has other parameters."""
+        if isinstance(built, Refusal) or built.shapes.keys() != self.target.keys():
+            return None
+        return differences(built.shapes, self.target)
+
+    def run(self, accept: Callable[[dict[Field, int]], Refusal | None]) -> dict[Field, int] | Refusal:
+        """The first assignment with the target's shapes that ``accept`` does not refuse, or why there is none."""
+        order = itertools.count()
+        start: dict[Field, int] = dict(self.prober.pins)
+        queue: list[tuple[int, int, int, dict[Field, int]]] = [(0, 0, next(order), start)]
+        seen = {frozenset(start.items())}
+        first: Refusal | None = None
+        limit = self.prober.builds + MAX_BUILDS
+        while queue and self.prober.builds < limit:
+            rank, changes, _, assignment = heapq.heappop(queue)
+            built = self.prober.build(assignment)
+            wrong = self.wrong(built)
+            if wrong == []:
+                refusal = accept(assignment)
+                if refusal is None:
+                    return assignment
+                first = first or refusal
+                continue
+            for successor in self._successors(assignment, built, wrong):
+                key = frozenset(successor.items())
+                if key not in seen:
+                    seen.add(key)
+                    left = self.wrong(self.prober.build(successor))
+                    now = rank + 1 if left is None else len(left)
+                    heapq.heappush(queue, (now, changes + 1, next(order), successor))
+        return first or self.reason()
+
+    def _successors(
+        self, assignment: dict[Field, int], built: Build | Refusal, wrong: list[Place] | None
+    ) -> Iterable[dict[Field, int]]:
+        free = {f: v for f, v in self.candidates.items() if assignment.get(f, f.value) == f.value}
+        movers = {(f, v): self.moves[f, v] for f, values in free.items() for v in values}
+        place: Place | None = None
+        if wrong is not None and isinstance(built, Build):
+            reach: set[Place] = set().union(*(moved for moved in movers.values() if moved is not None))
+            stuck = next((p for p in wrong if p not in reach), None)
+            if stuck is not None and None not in movers.values():
+                self.dead.append(DeadEnd(assignment, built, stuck, len(wrong)))
+                return
+            place = stuck or wrong[0]
+        for (f, value), moved in movers.items():
+            if moved is None or place is None or place in moved:
+                yield {**assignment, f: value}
+
+    def reason(self) -> Refusal:
+        """Why no assignment has the target's shapes: the constructor that raised, or the parameter in the way."""
+        changed = [d for d in self.dead if self._changes(d)]
+        if changed:
+            best = min(changed, key=lambda d: (len(self._changes(d)), d.wrong))
+            param, want, have = self._sizes(best.build, best.place)
+            setting = ", ".join(f"{f.name}={v}" for f, v in self._changes(best).items())
+            return Refusal("shape", param, f"{setting} would make it {have}, but the cut leaves {want}")
+        if self.raised:
+            return self.raised[0]
+        place = differences(self.prober.base.shapes, self.target)[0]
+        param, want, have = self._sizes(self.prober.base, place)
+        name = type(self.prober.template).__name__
+        return Refusal("shape", param, f"no field of {name} turns {have} into {want} (dimension {place[1]})")
+
+    def moved_by_dead_ends(self) -> frozenset[Place]:
+        """The dimensions that fields move which move a wrong one: what is tied to the cut in the stock class."""
+        wrong = set(differences(self.prober.base.shapes, self.target))
+        moved = [m for m in self.moves.values() if m is not None and wrong & m]
+        return frozenset().union(*moved)
+
+    def _changes(self, dead: DeadEnd) -> dict[Field, int]:
+        return {f: v for f, v in dead.assignment.items() if v != f.value}
+
+    def _sizes(self, built: Build, place: Place) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        return starred(place[0]), self.target[place[0]], built.shapes[place[0]]
+
+
+def differences(shapes: Shapes, target: Shapes) -> list[Place]:
+    """The places where ``shapes`` and ``target`` (of the same names) differ, in the order of ``shapes``."""
+    found: list[Place] = []
+    for name, shape in shapes.items():
+        wanted = target.get(name, ())
+        if len(shape) != len(wanted):
+            found.append((name, -1))
+        else:
+            found += [(name, d) for d, (a, b) in enumerate(zip(shape, wanted, strict=True)) if a != b]
+    return found
+
+
+def implied(
+    prober: Prober,
+    search: Search,
+    expressions: Expressions,
+    widths: Mapping[str, int],
+    solution: dict[Field, int],
+) -> dict[Field, int]:
+    """Set the fields that no shape shows but that the change implies (GPT-2's ``n_head`` when hidden = heads * size).
+
+    Every number that a module keeps must be an expression of the widths, as the fields are. Where some are not, the
+    fields without influence on shapes are tried, and kept if fewer such numbers remain.
+    """
+    silent = [(f, v) for (f, v), moved in search.moves.items() if moved == frozenset() and f not in solution]
+    best, odd = solution, strange_constants(prober, search, expressions, widths, solution)
+    for f, value in silent if odd else ():
+        trial = {**best, f: value}
+        built = prober.build(trial)
+        if isinstance(built, Build) and built.shapes == search.target:
+            remaining = strange_constants(prober, search, expressions, widths, trial)
+            if len(remaining) < len(odd):
+                best, odd = trial, remaining
+    return best
+
+
+def strange_constants(
+    prober: Prober, search: Search, expressions: Expressions, widths: Mapping[str, int], assignment: Assignment
+) -> list[str]:
+    """Constants of the modules that the assignment changes and the cut does not explain, described.
+
+    Integers must follow the widths, or be sizes that the cut changes so. Floats (an attention scale made from the head
+    size) and unsaved tables (rotary frequencies) must not change: the cut model keeps their values, the stock class
+    would compute others.
+    """
+    old, built = prober.base, prober.build(assignment)
+    if isinstance(built, Refusal):
+        return []
+    sizes = {pair for name, shape in old.shapes.items() for pair in zip(shape, search.target[name], strict=True)}
+    changed = {
+        name: (old.constants[name], new)
+        for name, new in built.constants.items()
+        if name in old.constants and old.constants[name] != new
+    }
+    return [
+        f"{starred(name)} changes from {a} to {b}"
+        for name, (a, b) in changed.items()
+        if not (isinstance(a, int) and isinstance(b, int) and ((a, b) in sizes or expressions.allows(a, b, widths)))
+    ]

@@ -1,0 +1,1 @@
+"""transforms: from a Program to a Program, or masks in a module."""

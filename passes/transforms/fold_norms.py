@@ -1,0 +1,208 @@
+"""fold_norms: after a cut of the residual width, RMS norms become ordinary ones over fewer channels.
+
+The rewritten graph keeps a norm equal to the masked one by scaling: mean over n' channels · n'/n
+(``rules/reduce.py``).
+With c = n'/n, 1/√(c·m + eps) = 1/√c · 1/√(m + eps/c). So the scale goes into the weight and eps is divided by c:
+weight' = weight/√c, or for a norm that multiplies by (1 + weight): 1 + weight' = (1 + weight)/√c.
+
+A norm is matched whole, or its scale stays in the graph:
+1. ``mean``, + eps, then ``rsqrt``, a power of −1/2, or 1/√ or a division by √, or the op ``rms_norm``;
+2. products, changes of type and of shape alone, each used once, up to a product with the weight;
+3. every use of the weight is in a norm with the same scale.
+The graph is right either way. A stock class cannot hold a scale, so ``unfoldable`` refuses the family beforehand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from mptk.ir.axes import leaves
+from mptk.ir.families import Analysis, Family
+from mptk.ir.ops import base_name, named_argument, target_name
+from mptk.ir.program import Program
+from mptk.ir.source_location import Place
+from passes.transforms.rewrite import SCALE
+
+CASTS = frozenset({"to", "_to_copy", "type_as"})
+MOVES = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "clone"})
+PRODUCTS = frozenset({"mul", "multiply"})
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm whose statistic is ``root``, the mean or the whole ``rms_norm``.
+
+    ``weight`` is a placeholder, ``offset`` what is added to it before the product (0 or 1). ``add`` is the call that
+    adds eps, None for ``rms_norm``.
+    """
+
+    root: fx.Node
+    add: fx.Node | None
+    weight: fx.Node
+    offset: float
+
+
+def fold_norms(program: Program) -> tuple[Program, dict[float, float]]:
+    """Fold the scales of cut norms into their weights and epsilons.
+
+    Returns the program and, for the stock config, each epsilon that changed (old → new).
+    """
+    graph = program.copy_graph()
+    copied = replace(program, graph=graph)
+    state = dict(program.state)
+    epsilons: dict[float, float] = {}
+    for weight, norms in _foldable(copied, (n for n in graph.graph.nodes if SCALE in n.meta)).items():
+        factor = _factor(norms[0])
+        offset = norms[0].offset
+        name = program.weights[weight.name]
+        state[name] = ((state[name].float() + offset) * factor - offset).to(state[name].dtype)
+        for norm in norms:
+            old, new = _shrink_epsilon(norm)
+            epsilons[old] = new
+            graph.graph.erase_node(norm.root)
+    graph.recompile()
+    return replace(copied, state=state), epsilons
+
+
+def unfoldable(analysis: Analysis, family: Family) -> str | None:
+    """Where a cut of ``family`` would leave a scale that no weight can take, with op, module and line; or None."""
+    axes = {g.axis for g in family.groups}
+    means = {r.node: None for r in analysis.walk.reductions if r.kind == "mean" and axes & set(leaves(r.axis))}
+    found = _foldable(analysis.program, iter(means))
+    folded = {norm.root for norms in found.values() for norm in norms}
+    return next((str(Place(node)) for node in means if node not in folded), None)
+
+
+def _foldable(program: Program, roots: Iterator[fx.Node]) -> dict[fx.Node, list[Norm]]:
+    """Weight → all the norms that use it, for weights that every use of is a norm with the same scale."""
+    by_weight: dict[fx.Node, list[Norm]] = {}
+    for root in roots:
+        norm = _match(program, root)
+        if norm is not None:
+            by_weight.setdefault(norm.weight, []).append(norm)
+    return {
+        weight: norms
+        for weight, norms in by_weight.items()
+        if len(norms) == len(_users(weight)) and len({(_factor(n), n.offset) for n in norms}) == 1
+    }
+
+
+def _factor(norm: Norm) -> float:
+    """What the weight is multiplied by; 1 before a cut."""
+    scale = norm.root.meta.get(SCALE, 1.0)
+    return float(1 / math.sqrt(scale) if norm.add is not None else scale)
+
+
+def _shrink_epsilon(norm: Norm) -> tuple[float, float]:
+    """Take the scale out of the graph. Returns the old epsilon and the new one."""
+    scaled, source = norm.root, norm.root.args[0]
+    assert isinstance(source, fx.Node)
+    scale = scaled.meta[SCALE]
+    if norm.add is None:  # ``rms_norm``'s epsilon follows the number of channels already
+        new = named_argument(source, "eps")
+        scaled.replace_all_uses_with(source)
+        return new / scale**2, new
+    old: Any = norm.add.args[1]
+    norm.add.args = (source, old / scale)
+    return old, old / scale
+
+
+# ---- the pattern ----
+
+
+def _match(program: Program, root: fx.Node) -> Norm | None:
+    """The norm whose mean, or whose ``rms_norm``, ``root`` is or scales."""
+    statistic = root.args[0] if SCALE in root.meta else root
+    assert isinstance(statistic, fx.Node)
+    op = base_name(statistic.target)
+    if op == "rms_norm":
+        return _match_rms(program, root, statistic)
+    add = _only_user(root) if op == "mean" else None
+    if add is None or base_name(add.target) != "add" or not _adds_number(add):
+        return None
+    inverse = _inverse_root(add)
+    found = None if inverse is None else _weight_after(program, inverse)
+    return None if found is None else Norm(root, add, *found)
+
+
+def _match_rms(program: Program, root: fx.Node, norm: fx.Node) -> Norm | None:
+    weight = named_argument(norm, "weight")
+    if named_argument(norm, "eps") is None:
+        return None
+    if weight is None:
+        found = _weight_after(program, root)
+        return None if found is None else Norm(root, None, *found)
+    return Norm(root, None, weight, 0.0) if _is_parameter(program, weight) else None
+
+
+def _adds_number(node: fx.Node) -> bool:
+    return not node.kwargs and isinstance(node.args[1], float)
+
+
+def _inverse_root(node: fx.Node) -> fx.Node | None:
+    """1/√node, or x/√node."""
+    user = _only_user(node)
+    if user is None:
+        return None
+    op, exponent = base_name(user.target), user.args[1] if len(user.args) > 1 else None
+    if op == "rsqrt" or (op == "pow" and exponent == -0.5):
+        return user
+    if op == "sqrt" or (op == "pow" and exponent == 0.5):
+        last = _only_user(user)
+        if last is not None and _divides_by(last, user):
+            return last
+    return None
+
+
+def _divides_by(node: fx.Node, divisor: fx.Node) -> bool:
+    op = base_name(node.target)
+    divides = op in ("div", "divide", "true_divide") and node.args[0] is not divisor and not node.kwargs
+    return op == "reciprocal" or divides
+
+
+def _weight_after(program: Program, node: fx.Node) -> tuple[fx.Node, float] | None:
+    """The weight that the result is multiplied by, through what a factor passes, and what is added to it first."""
+    while (user := _only_user(node)) is not None:
+        others = [a for a in user.args if a is not node]
+        if base_name(user.target) in PRODUCTS and len(others) == 1:
+            found = _weight(program, others[0]) if isinstance(others[0], fx.Node) else None
+            if found is not None:
+                return found
+        elif base_name(user.target) not in CASTS | MOVES or user.args[0] is not node or _reads_bits(user):
+            return None
+        node = user
+    return None
+
+
+def _reads_bits(node: fx.Node) -> bool:
+    return target_name(node.target) == "aten.view.dtype"
+
+
+def _weight(program: Program, node: fx.Node) -> tuple[fx.Node, float] | None:
+    """A weight and what is added to it, through calls that are used once."""
+    offset = 0.0
+    while node.op == "call_function" and len(node.all_input_nodes) == 1 and _only_user(node) is not None:
+        if base_name(node.target) == "add" and not node.kwargs:
+            offset += float(node.args[1])  # type: ignore[arg-type]
+        elif base_name(node.target) not in CASTS:
+            return None
+        node = node.all_input_nodes[0]
+    return (node, offset) if _is_parameter(program, node) else None
+
+
+def _is_parameter(program: Program, node: fx.Node) -> bool:
+    return node.op == "placeholder" and program.weights.get(node.name) in program.parameters
+
+
+def _users(node: fx.Node) -> list[fx.Node]:
+    return [u for u in node.users if "_assert_tensor_metadata" not in str(u.target)]
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = _users(node)
+    return users[0] if len(users) == 1 and users[0].op == "call_function" else None

@@ -1,0 +1,270 @@
+"""insert_masks: one mask value a unit and layer, on the module's own forward pass, where the graph says.
+
+A mask multiplies the input of the layers that sum over its units (output projection, down projection). Where the units
+meet something else on their way (a norm over them, a product of two activations) it multiplies the output of the
+layers that make them. Hooks sit on the module that is called, an adapter's wrapper as a rule, so that the adapter's
+path is masked too. Where no layer of its own holds the weight (packed experts) the parameter is masked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+from mptk.errors import MptkError
+from mptk.ir.axes import leaves, occurrences, resolve
+from mptk.ir.families import Analysis, Family, Group, Member, scope_coordinates
+from passes.analysis.propagate import Walk
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a group's mask goes: ``where`` is ``input`` or ``output`` (last dimension) of ``module``, or a parameter.
+
+    ``index`` holds for each position the unit (scope · size + unit), or −1 where it belongs to none; it broadcasts
+    against what is masked. ``weights`` are the parameters (name, dimension) that take the mask's values when it is
+    folded; the dimension is None where ``index`` has the parameter's own dimensions.
+    """
+
+    family: str
+    layer: int
+    module: str
+    where: str
+    index: Tensor
+    weights: tuple[tuple[str, int | None], ...]
+
+
+def find_places(analysis: Analysis, module: nn.Module, families: Sequence[str]) -> list[Place]:
+    """Where the masks of ``families`` go in ``module``, which may be wrapped by peft.
+
+    Raises:
+        MptkError: a family whose masked zeros would disturb a softmax, a top-k or a norm's statistics: it can be cut
+            one-shot, but not faded out.
+    """
+    places = []
+    for name in families:
+        family = analysis.family(name)
+        refusal = disturbed(analysis, name)
+        if refusal is not None:
+            raise MptkError(refusal)
+        for layer, group in enumerate(family.groups):
+            members = _masked_members(analysis.walk, group)
+            covered: set[str] = set()
+            for member in members:
+                if member.weight not in covered:
+                    place = _place(analysis, module, family, layer, member)
+                    covered |= {weight for weight, _ in place.weights}
+                    places.append(place)
+    return places
+
+
+def disturbed(analysis: Analysis, name: str) -> str | None:
+    """Why a family cannot fade out, or None: masked zeros would enter a softmax, a top-k or a norm's statistics."""
+    for group in analysis.family(name).groups:
+        for r in analysis.walk.reductions:
+            if r.kind in ("max", "min", "statistic") and group.axis in set(leaves(r.axis)):
+                return (
+                    f"{name} cannot be learned: zeros would disturb {r.node.target} in {group.layer}; "
+                    "leave it out with --families, or cut it with a one-shot --method"
+                )
+    return None
+
+
+def _masked_members(walk: Walk, group: Group) -> list[Member]:
+    """The consumers, if nothing else depends on the units; else everything that makes them."""
+    consumers = [m for m in group.members if m.role == "consumer"]
+    between = any(group.axis in set(leaves(r.axis)) for r in walk.reductions) or any(
+        group.axis in set(leaves(resolve(c.axis)))
+        for c in walk.contractions
+        if not (walk.is_weight(c.left[0]) or walk.is_weight(c.right[0]))
+    )
+    if consumers and not between:
+        return consumers
+    return sorted((m for m in group.members if m.role != "consumer"), key=lambda m: m.role != "producer")
+
+
+def _place(analysis: Analysis, module: nn.Module, family: Family, layer: int, member: Member) -> Place:
+    owner, _, parameter = member.weight.rpartition(".")
+    called = module.get_submodule(owner)
+    own = getattr(called, "base_layer", called)
+    inputs, outputs = _linear_dims(own)
+    group = family.groups[layer]
+    dims = analysis.weights[member.weight]
+    beside = [a for a in group.scope if a not in set(leaves(resolve(member.term)))]
+    if parameter == "weight" and not beside and member.dim == inputs and member.role == "consumer":
+        return Place(
+            family.name, layer, owner, "input", _index(dims, member.dim, group).flatten(), ((member.weight, inputs),)
+        )
+    if parameter == "weight" and not beside and member.dim == outputs:
+        held = {m.weight for m in group.members}
+        bias = f"{owner}.bias"
+        rows = [(member.weight, outputs), *([(bias, 0)] if bias in held else [])]
+        return Place(family.name, layer, owner, "output", _index(dims, member.dim, group).flatten(), tuple(rows))
+    return Place(family.name, layer, owner, parameter, _index(dims, member.dim, group), ((member.weight, None),))
+
+
+def _linear_dims(layer: nn.Module) -> tuple[int | None, int | None]:
+    """The weight's dimensions of inputs and outputs, for layers whose units lie in the last dimension of both."""
+    if isinstance(layer, nn.Linear):
+        return 1, 0
+    if isinstance(layer, Conv1D):
+        return 0, 1
+    return None, None
+
+
+def _index(dims: Sequence[Any], dim: int, group: Group) -> Tensor:
+    """The unit at each position of a weight's dimension, int64, 1 in dimensions along which it does not vary."""
+    found = occurrences(dims[dim])
+    at = [-1 if d == dim else 1 for d in range(len(dims))]
+    unit = np.max([c for leaf, c in found if leaf is group.axis], axis=0).reshape(at)
+    scope = np.zeros([1] * len(dims), dtype=np.int64)
+    for a in group.scope:
+        d = next(d for d in (dim, *range(len(dims))) if a in set(leaves(resolve(dims[d]))))
+        coordinate = scope_coordinates(occurrences(dims[d]), (a,), dims[d].size)
+        assert coordinate is not None
+        scope = scope * a.size + coordinate.reshape([-1 if e == d else 1 for e in range(len(dims))])
+    return torch.from_numpy(np.where(unit < 0, -1, scope * group.size + unit))
+
+
+Values = Callable[[str, int], Tensor]
+"""(family, layer) → the mask applied now, [scopes, size]."""
+
+
+Watch = Callable[[str, int, Tensor], None]
+"""(family, layer, gradient in the mask from each position, [positions, scopes · size])."""
+
+
+class Multiply(torch.autograd.Function):
+    """x · factor along the last dimension, where ``see`` gets the gradient in the factor from each position."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor, see: Callable[[Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x, factor)
+        ctx.see = see
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x, factor), (gradient,) = ctx.saved_tensors, gradients
+        each = (gradient * x).flatten(0, -2)
+        ctx.see(each)
+        return gradient * factor, each.sum(0), None
+
+
+class InsertedMasks:
+    """Masks at work in a module. ``values`` gives them at each forward pass; ``remove`` takes everything out again.
+
+    ``watch`` is called in the backward pass for families that have one place a layer, and that in activations.
+    """
+
+    def __init__(self, module: nn.Module, places: Sequence[Place], values: Values, watch: Watch | None = None) -> None:
+        self.module, self.places, self.values, self.watch = module, places, values, watch
+        self.enabled = True
+        held = Counter((place.family, place.layer) for place in places)
+        several = {family for (family, _), count in held.items() if count > 1}
+        self.watched = {p.family for p in places if p.where in ("input", "output")} - several
+        self._handles: list[Any] = []
+        self._parametrized: list[tuple[nn.Module, str]] = []
+        for place in places:
+            self._insert(place)
+
+    def _insert(self, place: Place) -> None:
+        called = self.module.get_submodule(place.module)
+
+        def masked(x: Tensor) -> Tensor:
+            if not self.enabled:
+                return x
+            factor = self._spread(place).to(x)
+            if self.watch is None or place.family not in self.watched or not factor.requires_grad:
+                return x * factor
+            return Multiply.apply(x, factor, lambda each: self._see(place, each))  # type: ignore[no-any-return, no-untyped-call]
+
+        if place.where == "input":
+            hook: Any = lambda _, args: (masked(args[0]), *args[1:])  # noqa: E731
+            self._handles.append(called.register_forward_pre_hook(hook))
+        elif place.where == "output":
+            self._handles.append(called.register_forward_hook(lambda _, args, out: masked(out)))
+        else:
+            parametrize.register_parametrization(called, place.where, _Masked(masked), unsafe=True)
+            self._parametrized.append((called, place.where))
+
+    def _spread(self, place: Place) -> Tensor:
+        values = self.values(place.family, place.layer).flatten()
+        return torch.cat([values, values.new_ones(1)])[place.index]
+
+    def _see(self, place: Place, each: Tensor) -> None:
+        """Sum a unit's channels at each position, and pass that on."""
+        assert self.watch is not None
+        units = self.values(place.family, place.layer).numel()
+        if each.shape[1] != units or not torch.equal(place.index, torch.arange(units)):
+            index = torch.where(place.index < 0, units, place.index).to(each.device)
+            each = each.new_zeros(len(each), units + 1).index_add_(1, index, each)[:, :units]
+        self.watch(place.family, place.layer, each)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it the module computes as if there were no masks."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def folded(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The masked weights of ``state`` with the present masks multiplied in."""
+        result: dict[str, Tensor] = {}
+        for place in self.places:
+            for name, dim in place.weights:
+                weight = result.get(name, state[name])
+                factor = self._spread(place).detach().to(weight)
+                shape = factor.shape if dim is None else [-1 if d == dim else 1 for d in range(weight.ndim)]
+                result[name] = weight * factor.reshape(shape)
+        return result
+
+    def remove(self) -> None:
+        """Take hooks and parametrisations out; the module is as it was before."""
+        for handle in self._handles:
+            handle.remove()
+        for module, name in self._parametrized:
+            if parametrize.is_parametrized(module, name):
+                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        self._handles.clear()
+        self._parametrized.clear()
+
+
+class _Masked(nn.Module):
+    """A parametrisation that multiplies a mask in."""
+
+    def __init__(self, masked: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._masked = masked
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self._masked(weight)
+
+
+def insert_masks(
+    module: nn.Module, analysis: Analysis, families: Sequence[str], values: Values, watch: Watch | None = None
+) -> InsertedMasks:
+    """Insert masks of ``families`` into ``module`` (the analysed one, wrapped by peft or not).
+
+    Args:
+        values: called at every forward pass with (family name, layer), gives the mask [scopes, size].
+        watch: called in every backward pass with the masks' gradients position by position (``InsertedMasks``).
+
+    Raises:
+        MptkError: as ``find_places``.
+    """
+    return InsertedMasks(module, find_places(analysis, module, families), values, watch)
+
+
+__all__ = ["InsertedMasks", "Place", "disturbed", "find_places", "insert_masks"]

@@ -1,0 +1,173 @@
+"""mask: the dense Program with a plan's removed channels masked. What the cut program must equal.
+
+Removed positions of every weight become zero. At a reduction that zeros would disturb, masked channels do not take
+part: statistics of norms run over the kept ones, a softmax or a top-k sees −inf (``passes/analysis/rules/reduce.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mptk.ir.axes import ONE, Term, leaves
+from mptk.ir.families import Analysis
+from mptk.ir.ops import base_name, named_argument, op_name
+from mptk.ir.program import Program
+from mptk.ir.resolved_plan import Cut
+from passes.analysis.propagate import Reduction, Walk
+from passes.analysis.rules.reduce import correction_of
+from passes.analysis.rules.table import normalize_all
+
+Keep = list[Any]
+"""A nested list of booleans that broadcasts against the tensor it masks."""
+
+
+def mask(analysis: Analysis, cut: Cut) -> Program:
+    """The program with its removed channels masked: same shapes as the dense one."""
+    program = analysis.program
+    state = dict(program.state)
+    for name, dims in analysis.weights.items():
+        if any(cut.touches(d) for d in dims):
+            keep = cut.mask_tensor(dims).to(state[name].device)
+            state[name] = state[name] * keep if state[name].is_floating_point() else state[name]
+    graph = program.copy_graph()
+    nodes = {n.name: n for n in graph.graph.nodes}
+    for node, reductions in _disturbed(analysis.walk, cut).items():
+        _mask_reduction(graph.graph, nodes[node.name], analysis.walk, cut, reductions)
+    graph.recompile()
+    return replace(program, graph=graph, state=state)
+
+
+def _disturbed(walk: Walk, cut: Cut) -> dict[fx.Node, list[Reduction]]:
+    """The calls whose result zeros would change, with their reductions over cut axes."""
+    found: dict[fx.Node, list[Reduction]] = {}
+    for r in walk.reductions:
+        if r.kind in ("max", "min", "statistic") and cut.touches(r.axis):
+            found.setdefault(r.node, []).append(r)
+    return found
+
+
+def _mask_reduction(graph: fx.Graph, node: fx.Node, walk: Walk, cut: Cut, reductions: list[Reduction]) -> None:
+    r = reductions[0]
+    dims = walk.dims[next(n for n in r.node.all_input_nodes if n in walk.dims)]
+    if r.kind == "statistic":
+        return _mask_statistic(node, dims, cut)
+    last = -1 if base_name(node.target) in ("topk", "sort") else None
+    reduced = normalize_all(named_argument(node, "dim", last), len(dims))
+    neutral = torch.inf if r.kind == "min" else -torch.inf
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    with graph.inserting_before(node):
+        masked = graph.call_function(_fill, (source, keep_along(cut, dims, reduced).tolist(), neutral))
+    node.replace_input_with(source, masked)
+    return None
+
+
+def keep_along(cut: Cut, dims: Sequence[Term], wanted: Sequence[int]) -> Tensor:
+    """Which positions of dimensions ``wanted`` stay: a boolean tensor that broadcasts against one of ``dims``."""
+    own = {leaf for d in wanted for leaf in leaves(dims[d])} & cut.choices.keys()
+    scopes = {s for a in own for s in cut.choices[a].scope}
+    shape = [t if d in wanted or scopes & set(leaves(t)) else ONE for d, t in enumerate(dims)]
+    return Cut({a: cut.choices[a] for a in own}, cut.sizes).mask_tensor(shape)
+
+
+def _fill(x: Tensor, keep: Keep, neutral: float) -> Tensor:
+    return x.masked_fill(~torch.tensor(keep, device=x.device), neutral)
+
+
+# ---- statistics over kept channels ----
+
+
+def _mask_statistic(node: fx.Node, dims: Sequence[Term], cut: Cut) -> None:
+    """Make ``node`` the same call with its mean and variance over kept channels."""
+    op = op_name(node).split(".")[1]
+    if op == "layer_norm":
+        reduced = list(range(len(dims) - len(named_argument(node, "normalized_shape")), len(dims)))
+        node.target, node.args = masked_layer_norm, (keep_along(cut, dims, reduced).tolist(), *node.args)
+    elif op == "group_norm":
+        node.target, node.args = masked_group_norm, (cut.mask(dims[1]).tolist(), *node.args)
+    elif op == "batch_norm":
+        reduced = [d for d in range(len(dims)) if d != 1]
+        node.target, node.args = masked_batch_norm, (keep_along(cut, dims, reduced).tolist(), *node.args)
+    elif op == "_weight_norm":
+        kept = keep_along(cut, dims, [named_argument(node, "dim", 0)])
+        node.target, node.args = masked_weight_norm, (kept.tolist(), *node.args)
+    else:
+        reduced = normalize_all(named_argument(node, "dim"), len(dims))
+        correction = correction_of(node)
+        keepdim = named_argument(node, "keepdim", False)
+        node.target, node.kwargs = _MOMENTS[op], {}
+        node.args = (keep_along(cut, dims, reduced).tolist(), node.args[0], reduced, correction, keepdim)
+
+
+def masked_layer_norm(
+    keep: Keep,
+    x: Tensor,
+    shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    """Layer norm over the last dimensions whose mean and variance run over kept channels; others come out as 0."""
+    var, mean = masked_moments(keep, x, list(range(x.ndim - len(shape), x.ndim)), 0, True)
+    out = (x - mean) * torch.rsqrt(var + eps) * torch.tensor(keep, device=x.device)
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+
+def masked_batch_norm(keep: Keep, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> Tensor:
+    """Batch norm by the input's own statistics over kept positions of all dimensions but 1; others come out as 0."""
+    eps = rest[4]
+    var, mean = masked_moments(keep, x, [d for d in range(x.ndim) if d != 1], 0, True)
+    out = (x - mean) * torch.rsqrt(var + eps) * torch.tensor(keep, device=x.device)
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    out = out if weight is None else out * weight.reshape(shape)
+    return out if bias is None else out + bias.reshape(shape)
+
+
+def masked_weight_norm(keep: Keep, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """A weight of which each row has the norm ``g``; removed rows, which have no direction, come out as 0."""
+    return torch._weight_norm(v, g, dim).masked_fill(~torch.tensor(keep, device=v.device), 0)
+
+
+def masked_moments(keep: Keep, x: Tensor, dim: list[int], correction: float, keepdim: bool) -> tuple[Tensor, Tensor]:
+    """Variance and mean of ``x`` over the kept positions of ``dim``."""
+    kept = torch.tensor(keep, device=x.device).expand(x.shape)
+    count = kept.sum(dim, keepdim=True)
+    mean = (x * kept).sum(dim, keepdim=True) / count
+    var = ((x - mean).square() * kept).sum(dim, keepdim=True) / (count - correction)
+    return (var, mean) if keepdim else (var.squeeze(dim), mean.squeeze(dim))
+
+
+_MOMENTS: dict[str, Callable[..., Any]] = {
+    "var": lambda *a: masked_moments(*a)[0],
+    "std": lambda *a: masked_moments(*a)[0].sqrt(),
+    "var_mean": masked_moments,
+    "std_mean": lambda *a: (masked_moments(*a)[0].sqrt(), masked_moments(*a)[1]),
+}
+
+
+def masked_group_norm(
+    keep: list[bool],
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    """Group norm over [N, C, …] whose statistics run over each group's kept channels (``keep``: [C])."""
+    kept = torch.tensor(keep, device=x.device).reshape(groups, -1, 1)
+    grouped = x.reshape(x.shape[0], groups, kept.shape[1], -1)
+    count = (kept.sum((1, 2), keepdim=True) * grouped.shape[-1]).clamp_min(1)
+    mean = (grouped * kept).sum((2, 3), keepdim=True) / count
+    var = ((grouped - mean).square() * kept).sum((2, 3), keepdim=True) / count
+    out = ((grouped - mean) * torch.rsqrt(var + eps) * kept).reshape(x.shape)
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    out = out if weight is None else out * weight.reshape(shape)
+    return out if bias is None else out + bias.reshape(shape)

@@ -1,0 +1,269 @@
+"""rewrite: Program + plan → a smaller Program, whose shape constants are right and whose weights are slices."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mptk.errors import ProofError
+from mptk.ir.axes import Term, resolve
+from mptk.ir.families import Analysis
+from mptk.ir.plan import Plan
+from mptk.ir.program import Program
+from mptk.ir.resolved_plan import Cut, resolve_plan
+from mptk.ir.source_location import Place
+from passes.analysis.aliasing import written
+from passes.analysis.propagate import Path, Walk
+from passes.analysis.rules.table import find_rule
+
+SCALE = "mptk_scale"
+"""Metadata of a product with a number that the rewriting inserted: the number."""
+
+
+def rewrite(analysis: Analysis, plan: Plan) -> Program:
+    """Cut ``analysis.program`` to ``plan``.
+
+    Every size in the graph is recomputed from the axis term of the value it makes, constants that lose positions are
+    indexed at the use, and weights are sliced. A family whose choice is already whole changes nothing.
+
+    Raises:
+        MptkError: the plan does not fit the model (unknown family or layer, illegal width).
+        ProofError: the cut graph's sizes do not fit together.
+    """
+    return rewrite_cut(analysis, resolve_plan(analysis, plan))
+
+
+def rewrite_cut(analysis: Analysis, cut: Cut) -> Program:
+    """As ``rewrite``, for a plan that is resolved already."""
+    program = analysis.program
+    resizer = Resizer(analysis.walk, cut, program.copy_graph())
+    resizer.run()
+    state = {
+        name: cut.slice(tensor, analysis.weights[name]) if name in analysis.weights else tensor
+        for name, tensor in program.state.items()
+    }
+    result = replace(program, graph=resizer.graph, state={**state, **resizer.constants})
+    propagate_shapes(result, resizer.untouched(), resizer.cut_caches())
+    return result
+
+
+@dataclass
+class Resizer:
+    """Edits a copy of the graph; what rules' ``resize`` functions work with."""
+
+    walk: Walk
+    cut: Cut
+    graph: fx.GraphModule
+
+    def __post_init__(self) -> None:
+        self.original = {n.name: n for n in self.walk.program.graph.graph.nodes}
+        self.constants: dict[str, Tensor] = {}
+
+    def run(self) -> None:
+        memory = self.walk.memory
+        written_to = {a for n in self.original.values() for target in written(n) for a in memory[target]}
+        for node in list(self.graph.graph.nodes):
+            original = self.original.get(node.name)
+            if original is None or original not in self.walk.variable or node.op != "call_function":
+                continue
+            self._select_constants(node, original)
+            found = find_rule(node)
+            if found is not None and found.resize is not None:
+                found.resize(self, node)
+            if str(node.target) == "aten.view.default" and original not in written_to:
+                node.target = torch.ops.aten.reshape.default
+        self.graph.graph.lint()
+        self.graph.recompile()
+
+    def untouched(self) -> set[str]:
+        """Names of the calls that are as they were: same target, same arguments."""
+        return {n.name for n in self.graph.graph.nodes if n.name in self.original and self._same(n)}
+
+    def cut_caches(self) -> set[str]:
+        """Give the cache inputs that lose channels their new shape. Returns their names."""
+        names = set()
+        for node in self.graph.graph.find_nodes(op="placeholder"):
+            original = self.original[node.name]
+            if original in self.walk.caches and any(map(self.changed, self.walk.dims[original])):
+                value = node.meta["val"]
+                pairs = zip(value.shape, self.walk.dims[original], strict=True)
+                sizes = [self.size(term) if self.changed(term) else size for size, term in pairs]
+                with value.fake_mode:
+                    node.meta["val"] = value.new_empty(sizes)
+                names.add(node.name)
+        return names
+
+    def _same(self, node: fx.Node) -> bool:
+        original = self.original[node.name]
+        names = [fx.map_arg((n.args, n.kwargs), lambda source: source.name) for n in (node, original)]
+        viewed = node.target is torch.ops.aten.reshape.default and str(original.target) == "aten.view.default"
+        return names[0] == names[1] and (node.target == original.target or viewed)
+
+    # ---- for rules ----
+
+    def dims(self, node: fx.Node) -> tuple[Term, ...]:
+        """The terms of a node's result in the dense graph."""
+        return self.walk.dims[self.original[node.name]]  # type: ignore[no-any-return]
+
+    def note(self, node: fx.Node) -> Any:
+        """What the op's axis rule noted for its resizing."""
+        return self.walk.notes.get(self.original[node.name])
+
+    def size(self, term: Term) -> int:
+        """The size of a dimension after the cut."""
+        return self.cut.size(term)
+
+    def changed(self, term: Term) -> bool:
+        return self.cut.size(term) != term.size
+
+    def scaled(self, argument: Any, term: Term) -> Any:
+        """A size argument after the cut. −1 stays; a symbolic size that also counts channels is scaled."""
+        if not self.changed(term) or argument == -1:
+            return argument
+        if isinstance(argument, int):
+            return self.size(term)
+        if isinstance(argument, fx.Node):
+            with self.graph.graph.inserting_after(argument):
+                scaled = self.graph.graph.call_function(operator.mul, (argument, self.size(term)))
+            with self.graph.graph.inserting_after(scaled):
+                return self.graph.graph.call_function(operator.floordiv, (scaled, term.size))
+        return argument
+
+    def replace(self, node: fx.Node, op: str, arguments: tuple[Any, ...]) -> None:
+        """Make ``node`` another call."""
+        _, name, overload = op.split(".")
+        node.target = getattr(getattr(torch.ops.aten, name), overload)
+        node.args, node.kwargs = arguments, {}
+
+    def scale(self, node: fx.Node, factor: float) -> None:
+        """Multiply the result of ``node`` by ``factor`` for all its users."""
+        with self.graph.graph.inserting_after(node):
+            scaled = self.graph.graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
+        scaled.meta[SCALE] = factor
+        node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+
+    def index(self, before: fx.Node, positions: Sequence[int]) -> fx.Node:
+        """A constant index of ``positions``, for use in ``before``."""
+        with self.graph.graph.inserting_before(before):
+            return _index_of(self.graph.graph, positions)
+
+    def epsilon(self, node: fx.Node) -> float:
+        """The default epsilon of a norm: that of the type it computes in, float32 or more."""
+        dtype = self.original[node.name].meta["val"].dtype
+        return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+
+    # ---- constants ----
+
+    def _select_constants(self, node: fx.Node, original: fx.Node) -> None:
+        """A constant used where axes were cut keeps the positions that stay."""
+        for path, dims in self.walk.constant_uses.get(original, []):
+            for d, term in enumerate(dims):
+                if self.cut.touches(term):
+                    source = _at(node, path)
+                    _put(node, path, self._select(node, source, d, term))
+
+    def _select(self, before: fx.Node, source: fx.Node, dim: int, term: Term) -> fx.Node:
+        index = self.index(before, self.cut.positions(resolve(term)).tolist())
+        with self.graph.graph.inserting_before(before):
+            return self.graph.graph.call_function(torch.ops.aten.index_select.default, (source, dim, index))
+
+
+def _index_of(graph: fx.Graph, positions: Sequence[int]) -> fx.Node:
+    """A constant index as graph nodes: a range where the positions are contiguous, else a concatenation of ranges."""
+    ranges: list[list[int]] = []
+    for p in positions:
+        if ranges and p == ranges[-1][1]:
+            ranges[-1][1] = p + 1
+        else:
+            ranges.append([p, p + 1])
+    parts = [
+        graph.call_function(torch.ops.aten.arange.start, (a, b), {"dtype": torch.int64, "device": torch.device("cpu")})
+        for a, b in ranges
+    ]
+    return parts[0] if len(parts) == 1 else graph.call_function(torch.ops.aten.cat.default, (parts,))
+
+
+def _at(node: fx.Node, path: Path) -> fx.Node:
+    value: Any = node.kwargs[path[0]] if isinstance(path[0], str) else node.args[path[0]]
+    for step in path[1:]:
+        value = value[step]
+    assert isinstance(value, fx.Node)
+    return value
+
+
+def _put(node: fx.Node, path: Path, new: fx.Node) -> None:
+    def put(value: Any, steps: Path) -> Any:
+        if not steps:
+            return new
+        return [put(v, steps[1:]) if i == steps[0] else v for i, v in enumerate(value)]
+
+    if isinstance(path[0], str):
+        node.update_kwarg(path[0], put(node.kwargs[path[0]], path[1:]))
+    else:
+        node.update_arg(path[0], put(node.args[path[0]], path[1:]))
+
+
+def propagate_shapes(program: Program, untouched: Collection[str] = (), changed: Collection[str] = ()) -> None:
+    """Recompute every node's example value (``meta["val"]``) from the program's weights. Fails if sizes do not fit.
+
+    Calls named in ``untouched`` are skipped where no value that they take has changed; inputs in ``changed`` have.
+    """
+    placeholders = list(program.placeholders())
+    modes = [n.meta["val"].fake_mode for n in placeholders if hasattr(n.meta.get("val"), "fake_mode")]
+    mode: FakeTensorMode = modes[0]
+    values: list[Any] = []
+    weights = program.weights
+    unchanged: set[fx.Node] = set()
+    for node in placeholders:
+        tensor = program.state[weights[node.name]] if node.name in weights else None
+        if tensor is None:
+            unchanged.update(() if node.name in changed else (node,))
+        elif tensor.shape == node.meta["val"].shape:
+            unchanged.add(node)
+        else:
+            with mode:
+                node.meta["val"] = node.meta["val"].new_empty(tuple(tensor.shape))
+        values.append(node.meta["val"])
+    interpreter = _ShapeInterpreter(program.graph, untouched, unchanged)
+    try:
+        with torch.no_grad(), mode, enable_python_dispatcher():  # some kernels know symbolic sizes in Python alone
+            interpreter.run(*values)
+    except RuntimeError as error:
+        reason, place = str(error).strip().partition("\n")[0], Place(interpreter.node)
+        raise ProofError(f"the cut graph does not fit together at {place}: {reason}; please report it") from error
+
+
+class _ShapeInterpreter(fx.Interpreter):
+    def __init__(self, graph: fx.GraphModule, untouched: Collection[str], unchanged: set[fx.Node]) -> None:
+        super().__init__(graph)
+        self.untouched, self.unchanged = untouched, unchanged
+        self.node: fx.Node = next(iter(graph.graph.nodes))
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.node = n
+        if n.op != "call_function":
+            return super().run_node(n)
+        if n.name in self.untouched and self.unchanged.issuperset(n.all_input_nodes):
+            self.unchanged.add(n)
+            return n.meta.get("val")
+        result = super().run_node(n)
+        if _alike(result, n.meta.get("val")):
+            self.unchanged.add(n)
+        n.meta["val"] = result
+        return result
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Two example values with which a call would do the same: tensors of one layout, equal numbers."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+    return type(a) is type(b) and not isinstance(a, torch.SymInt) and bool(a == b)

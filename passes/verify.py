@@ -13,7 +13,7 @@ from torch import Tensor
 from mptk.errors import MptkError
 from mptk.ir.program import Program
 
-Logits = Callable[[Tensor], "Tensor | tuple[Tensor, list[int]]"]
+StageLogits = Callable[[Tensor], "Tensor | tuple[Tensor, list[int]]"]
 """Token ids [batch, sequence] → logits of all or of the last positions; or logits and the positions they are of."""
 
 TOLERANCE = 5e-5
@@ -50,7 +50,7 @@ class Difference:
         return said | {"ok": self.ok}
 
 
-def prove(masked: Program, stages: Mapping[str, tuple[Logits, float]], *batches: Tensor) -> list[Difference]:
+def prove(masked: Program, stages: Mapping[str, tuple[StageLogits, float]], *batches: Tensor) -> list[Difference]:
     """Compare every stage with the masked dense model.
 
     Args:
@@ -84,7 +84,7 @@ def widen(found: Difference, own: float) -> Difference:
     return replace(found, tolerance=tolerance, widened=said)
 
 
-def _run(name: str, run: Logits, tokens: Tensor, reference: Tensor, tolerance: float) -> Difference:
+def _run(name: str, run: StageLogits, tokens: Tensor, reference: Tensor, tolerance: float) -> Difference:
     """The difference of a stage on one batch; whatever stops it is a difference too: runtimes share no error class."""
     try:
         return difference(name, run(tokens), reference, tolerance)

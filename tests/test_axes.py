@@ -26,8 +26,8 @@ from mptk.ir.axes import (
     leaves,
     occurrences,
     product,
-    require,
     require_multiple,
+    require_size,
     resolve,
     split_product,
     split_sum,
@@ -264,11 +264,11 @@ def test_a_factor_that_does_not_divide_is_refused() -> None:
 def test_what_must_stay_falls_on_the_largest_axis() -> None:
     a, b = Axis(4), Axis(6)
     whole = Axis(24)
-    require(whole, 5)
+    require_size(whole, 5)
     unify(whole, product((a, b)))
     assert (a.minimum, b.minimum) == (1, 5)
     c, d = Axis(4), Axis(6)
-    require(product((c, d)), 7)
+    require_size(product((c, d)), 7)
     assert (c.minimum, d.minimum) == (4, 6)
 
 
@@ -401,7 +401,7 @@ def test_sizes_after_a_cut_are_those_of_enumeration(size: int, data: st.DataObje
 @pytest.mark.parametrize("number", [2, 3])
 def test_what_ops_accept_stays_with_an_axis_that_takes_another_form(number: int) -> None:
     a, pair = axis(4 * 3), product((axis(4), axis(3)))
-    require(a, number)
+    require_size(a, number)
     require_multiple(a, number)
     unify(a, pair)
     assert max(leaf.minimum for leaf in leaves(pair)) == number

@@ -11,7 +11,7 @@ from cutting import cut_and_compare, largest, random_plan
 from torch import Tensor, nn
 
 from mptk.errors import MptkError
-from mptk.ir.source_location import Place
+from mptk.ir.source_location import SourceLocation
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 
@@ -76,7 +76,7 @@ def test_a_region_computes_what_the_module_does_and_can_be_cut(mode: Callable[[]
 
 def test_a_regions_calls_keep_their_module_and_line() -> None:
     nodes = trace(Region(off), (X,)).graph.graph.nodes
-    places = [str(Place(n)) for n in nodes if "linear" in str(n.target)]
+    places = [str(SourceLocation(n)) for n in nodes if "linear" in str(n.target)]
     assert [p.rsplit(":", 1)[0] for p in places] == [
         f"aten.linear.default in {name}, test_inline.py" for name in ("up", "gate", "down")
     ]

@@ -20,7 +20,7 @@ from mptk.cost import operator_times
 from mptk.cost.latency import Latency, find_parts, interpolate, phase
 from mptk.cost.model import CostModel
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, kept_times, measure
-from mptk.driver.budget import Search, budgeted
+from mptk.driver.budget import WidthSearch, budgeted
 from mptk.errors import MptkError
 from mptk.ir.plan import FamilyPlan, Plan
 from passes.analysis.group import analyze
@@ -209,7 +209,7 @@ def test_milliseconds_are_reached_and_not_exceeded(model, analysis, machine, obj
     dense = budgeted(analysis, settings, lambda *_: None)[0].dense.latency_ms
     assert dense is not None
     cost, settings = budgeted(analysis, replace(settings, max_ms=0.7 * dense), lambda *_: None)
-    found = [cost(c.widths).latency_ms for c in Search(analysis, cost, model, settings).candidates()]
+    found = [cost(c.widths).latency_ms for c in WidthSearch(analysis, cost, model, settings).candidates()]
     assert found
     assert all(ms is not None and 0.65 * dense <= ms <= 0.7 * dense for ms in found)
 
@@ -229,7 +229,7 @@ def test_milliseconds_out_of_reach_name_the_nearest(model, analysis, machine):
     cost, settings = budgeted(analysis, replace(SETTINGS, max_ms=0.001), lambda *_: None)
     least = cost({"kv_groups": 1, "q_heads": 1, "ffn": 8}).latency_ms
     with pytest.raises(MptkError, match=r"no legal widths decode in 0\.00 ms; nearest: (\d+\.\d\d) ms with") as error:
-        Search(analysis, cost, model, settings).candidates()
+        WidthSearch(analysis, cost, model, settings).candidates()
     assert f"nearest: {least:.2f} ms with kv_groups=1, q_heads=1, ffn=8; " in str(error.value)
 
 

@@ -30,7 +30,7 @@ from mptk.driver.verification import read_report, verify
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
 from mptk.methods.maskprune.learner import Learning
-from mptk.methods.maskprune.losses import Weights
+from mptk.methods.maskprune.losses import LossWeights
 from mptk.methods.maskprune.train import Training
 
 TRAINING = Training(batch=4, micro=2, lr=3e-3, save_every=2)
@@ -274,7 +274,7 @@ def test_what_training_does_not_know_is_said_at_once(change: dict[str, str], mes
 def test_a_folder_can_be_recovered_alone(llama: str, tmp_path: Path) -> None:
     one_shot = replace(SETTINGS, method="wanda", learning=Learning())
     before = mptk.prune(llama, tmp_path / "pruned", one_shot)
-    training = replace(TRAINING, lr=1e-3, losses=Weights(lm=0.0))
+    training = replace(TRAINING, lr=1e-3, losses=LossWeights(lm=0.0))
     after = recover(tmp_path / "pruned", tmp_path / "recovered", replace(LEARNING, steps=24, training=training))
     kl = [row["kl"] for row in metrics(tmp_path / "recovered")]
     assert sum(kl[-4:]) < 0.9 * sum(kl[:4])

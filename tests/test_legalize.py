@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from mptk.cost.model import CostModel
-from mptk.driver.budget import Search
+from mptk.driver.budget import WidthSearch
 from mptk.driver.settings import Settings
 from mptk.errors import MptkError
 from passes.analysis.group import analyze
@@ -117,6 +117,6 @@ def test_widths_for_a_quantised_graph_are_multiples_of_its_blocks(small, asked, 
     """Whatever is asked for: of the ffn, whose 160 channels are five blocks of 32."""
     analysis, cost, _ = small
     settings = Settings(multiple=asked, quantize=quantize, method="random", families=("ffn",), tolerance=0.2)
-    widths = [c.widths["ffn"] for c in Search(analysis, cost, llama(), settings).candidates()]
+    widths = [c.widths["ffn"] for c in WidthSearch(analysis, cost, llama(), settings).candidates()]
     assert all(width % step == 0 for width in widths)
     assert any(width % 32 for width in widths) == (step < 32)

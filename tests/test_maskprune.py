@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from mptk.errors import MptkError
 from mptk.methods.maskprune.learner import removed_at_zero, take_over
-from mptk.methods.maskprune.losses import TopLogits, Weights, hidden_error, language_model, shorten, token_losses
+from mptk.methods.maskprune.losses import LossWeights, TopLogits, hidden_error, language_model, shorten, token_losses
 from mptk.methods.maskprune.run_folder import WorkFolder
 from mptk.methods.maskprune.teacher import CachedTeacher, LiveTeacher, fingerprint
 from mptk.methods.maskprune.train import schedule
@@ -25,13 +25,13 @@ def logits(seed: int, *shape: int) -> torch.Tensor:
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor | TopLogits) -> torch.Tensor:
     ids = torch.zeros(student.shape[:2], dtype=torch.long)
-    return token_losses(student, ids, teacher, Weights(lm=0.0))["loss"]
+    return token_losses(student, ids, teacher, LossWeights(lm=0.0))["loss"]
 
 
 @pytest.mark.parametrize("positions", [1, 4, 100])
-@pytest.mark.parametrize("weights", [Weights(lm=0.0), Weights(kl=0.0), Weights(lm=0.3, kl=1.7)])
+@pytest.mark.parametrize("weights", [LossWeights(lm=0.0), LossWeights(kl=0.0), LossWeights(lm=0.3, kl=1.7)])
 def test_losses_and_their_gradient_are_torchs_whatever_the_chunks(
-    monkeypatch: pytest.MonkeyPatch, positions: int, weights: Weights
+    monkeypatch: pytest.MonkeyPatch, positions: int, weights: LossWeights
 ) -> None:
     monkeypatch.setattr("mptk.methods.maskprune.losses.CHUNK", 11 * positions)
     student, teacher = logits(0, 2, 5, 11).requires_grad_(), logits(1, 2, 5, 11) + 300

@@ -18,7 +18,7 @@ from mptk.runtime.decoder import OrtDecoder
 from passes.frontend.trace_decoder import trace_decoder
 from passes.targets.onnx.balance import balance_onnx, balanced
 from passes.targets.onnx.emit import emit_onnx
-from passes.targets.onnx.gptq import grid, inverse_root, nearest, rounded_blocks
+from passes.targets.onnx.gptq import grid, inverse_root, round_to_grid, rounded_blocks
 from passes.targets.onnx.measure import measure_onnx
 from passes.targets.onnx.quantize import BLOCK, LEAST, SCHEMES, plain_products, quantize_onnx, quantize_rows
 from passes.targets.onnx.smooth import smooth_onnx, smoothing
@@ -246,7 +246,7 @@ def test_rounding_errors_are_made_up_for(inputs):
     for start in range(0, inputs, BLOCK):
         part = weight[start : start + BLOCK]
         scale, zero = grid(part, np.ones(len(part), dtype=np.float32))
-        alone[start : start + BLOCK] = scale * (nearest(part, scale, zero) - zero)
+        alone[start : start + BLOCK] = scale * (round_to_grid(part, scale, zero) - zero)
     found, other = (np.linalg.norm(data @ (array - weight)) for array in (blocks.weight(), alone))
     assert found < 0.5 * other
     assert not blocks.weight()[:, 7].any()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mptk.methods.maskprune.losses import Weights
+from mptk.methods.maskprune.losses import LossWeights
 from mptk.methods.maskprune.run_folder import WorkFolder
 from mptk.methods.maskprune.train import Loop, Training
 from mptk.methods.processes import accelerator
@@ -33,7 +33,7 @@ class Drawing(nn.Module):
 
 
 def loop(tmp_path: Path, name: str, *, micro: int = 4, noise: float = 0.0, steps: int = 4) -> Loop:
-    training = Training(batch=4, micro=micro, lr=1e-2, save_every=1, losses=Weights(kl=0.0))
+    training = Training(batch=4, micro=micro, lr=1e-2, save_every=1, losses=LossWeights(kl=0.0))
     work = WorkFolder(tmp_path / name, {}, resume=True)
     return Loop(
         accelerator("no"), Drawing(noise), lambda _: (None, None), WINDOWS, steps, training, phase="masks", work=work

@@ -22,7 +22,7 @@ from mptk.cli.options import (
     Json,
     Kl,
     Lm,
-    Logits,
+    LogitsOption,
     MaxMs,
     Micro,
     Model,
@@ -190,7 +190,7 @@ def prune(
         typer.Option("--rehome", help="Where the config class refuses the cut, find another that holds it."),
     ] = False,
     onnx: Onnx = True,
-    logits: Logits = "all",
+    logits: LogitsOption = "all",
     quantize: Quantize = "",
     reconstruct: Annotated[
         bool | None, typer.Option(help="Fit what is left to the dense layers' outputs; maskprune does.")
@@ -274,7 +274,7 @@ def recover(
     eval_data: Annotated[str | None, typer.Option(help="Text for the perplexity in the report.")] = None,
     length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 256,
     onnx: Onnx = True,
-    logits: Logits = "all",
+    logits: LogitsOption = "all",
     quantize: Quantize = "",
     steps: Steps = None,
     batch: Batch = 8,
@@ -342,7 +342,7 @@ def verify(
 def export_onnx(
     model: Model,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the result; replaced only if mptk made it.")],
-    logits: Logits = "all",
+    logits: LogitsOption = "all",
     quantize: Quantize = "",
     data: Annotated[str | None, typer.Option(help="Text that int4 is rounded for: file, folder or dataset.")] = None,
     objective: Objective = "decode",

@@ -16,7 +16,9 @@ Trust = Annotated[
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 Onnx = Annotated[bool, typer.Option(help="Write ONNX with a KV cache.")]
 Objective = Annotated[str, typer.Option(help="The phase to be fast in: decode or prefill.")]
-Logits = Annotated[str, typer.Option(help="What the ONNX graph gives: logits of all positions, or of the last alone.")]
+LogitsOption = Annotated[
+    str, typer.Option(help="What the ONNX graph gives: logits of all positions, or of the last alone.")
+]
 Quantize = Annotated[str, typer.Option(help="ONNX graphs to write as well: int8, int4, fp16, comma-separated.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads of an operator; 0: as many as there are cores.")]
 MaxMs = Annotated[float | None, typer.Option(help="Cut until this latency is predicted, instead of a sparsity.")]
@@ -68,11 +70,11 @@ def latency_budget(budget: str, objective: str, decode_ms: float | None, prefill
 def learning(training: tuple[Any, ...], weights: tuple[float, float, float], **settings: Any) -> Any:
     """``Learning`` from the options that `prune` and `recover` share."""
     from mptk.methods.maskprune.learner import Learning
-    from mptk.methods.maskprune.losses import Weights
+    from mptk.methods.maskprune.losses import LossWeights
     from mptk.methods.maskprune.train import Training
 
     steps, batch, micro, lr, save_every, seed = training
-    losses = Weights(*weights)
+    losses = LossWeights(*weights)
     loop = Training(batch=batch, micro=micro, lr=lr, save_every=save_every, seed=seed, losses=losses)
     return Learning(steps=steps, training=loop, **settings)
 

@@ -10,24 +10,24 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     SpinnerColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import (
+    Progress as Bars,
+)
 
-Report = Callable[..., None]
-"""Called with the name of a stage, how much of it is done and how much there is, 0 where that is not known; and with
-figures to show beside it, where there are any."""
+from mptk.progress import Progress
 
 LINE_S = 10.0
 """Seconds between two lines of one stage in a log."""
 
 
 @contextlib.contextmanager
-def stages(console: Console) -> Iterator[Report]:
+def stages(console: Console) -> Iterator[Progress]:
     """Show the stages of a run: a bar each on a terminal, lines with the seconds since the start elsewhere."""
     if not console.is_interactive:
         yield lines(console)
@@ -39,34 +39,34 @@ def stages(console: Console) -> Iterator[Report]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
+    with Bars(*columns, TimeRemainingColumn(), console=console) as bars:
         tasks: dict[str, TaskID] = {}
 
         def finish() -> None:
             for task in tasks.values():
                 bars.update(task, total=1, completed=1) if not bars.tasks[task].total else bars.stop_task(task)
 
-        def report(stage: str, done: int, total: int, detail: str = "") -> None:
+        def report(stage: str, done: int, total: int, figures: str = "", /) -> None:
             if stage not in tasks:
                 finish()
                 tasks[stage] = bars.add_task(stage, total=total or None)
-            bars.update(tasks[stage], completed=done, total=total or None, description=f"{stage}  {detail}".rstrip())
+            bars.update(tasks[stage], completed=done, total=total or None, description=f"{stage}  {figures}".rstrip())
 
         yield report
         finish()
 
 
-def lines(console: Console, clock: Callable[[], float] = time.monotonic) -> Report:
+def lines(console: Console, clock: Callable[[], float] = time.monotonic) -> Progress:
     """Print a line when a stage starts, and one every ``LINE_S`` seconds while it goes on and says how far it is."""
     start, current, printed = clock(), "", 0.0
 
-    def report(stage: str, done: int, total: int, detail: str = "") -> None:
+    def report(stage: str, done: int, total: int, figures: str = "", /) -> None:
         nonlocal current, printed
         now = clock()
         if stage == current and now - printed < LINE_S:
             return
         current, printed = stage, now
-        reached = (f" {done}/{total}" if done else "") + (f"  {detail}" if detail else "")
+        reached = (f" {done}/{total}" if done else "") + (f"  {figures}" if figures else "")
         console.print(f"{now - start:5.0f} s  {stage}{reached}", markup=False, highlight=False, soft_wrap=True)
 
     return report

@@ -107,7 +107,7 @@ class Latency:
     def _knots(self, part: Part, ladders: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
         """Widths at which to time a part: of each family that it depends on, evenly spread over the ladder."""
         names = [name for name, ladder in ladders.items() if self._at(part, {name: ladder[0]}) != part.at({})]
-        return {name: spread(ladders[name], KNOTS.get(len(names), 2)) for name in names}
+        return {name: sample_rungs(ladders[name], KNOTS.get(len(names), 2)) for name in names}
 
     def _grid(self, part: Part, knots: Mapping[str, Sequence[int]], times: Mapping[Operator, float]) -> Grid:
         """What is measured, except that no operator counts as slower than a wider one, which could do its work."""
@@ -134,7 +134,7 @@ def interpolate(knots: Sequence[int], values: npt.NDArray[np.float64], x: float)
     return np.asarray((1 - share) * values[i] + share * values[i + 1])
 
 
-def spread(ladder: Sequence[int], most: int) -> list[int]:
+def sample_rungs(ladder: Sequence[int], most: int) -> list[int]:
     """At most ``most`` entries, evenly spread, both ends among them."""
     if len(ladder) <= most:
         return list(ladder)

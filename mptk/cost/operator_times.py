@@ -25,9 +25,9 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from mptk.files import json_text
 from mptk.io.packaged import cache_dir
+from mptk.progress import Progress
 
 Floats = npt.NDArray[np.float32]
-Progress = Callable[..., None]
 
 MATMUL, ATTENTION, ELEMENTWISE = "MatMul", "Attention", "Mul"
 OPSET, IR_VERSION = 23, 10

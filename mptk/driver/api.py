@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,19 @@ from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.progress import Progress, silent
 from mptk.runtime.bench import Bench, bench_decoders
 from mptk.version import __version__
 from passes.analysis import group
 from passes.analysis.rules import RULES, rule
 from passes.check_cut import check_cut, in_float32
-from passes.frontend.trace_decoder import Logits, trace_decoder
+from passes.frontend.trace_decoder import LogitsScope, trace_decoder
 from passes.pipelines import cut_program
 from passes.targets.onnx.check_quantized import check_quantized
 from passes.targets.onnx.emit import emit_onnx
 from passes.targets.onnx.quantize import check_schemes, quantize_onnx
 
-__all__ = ["Progress", "analyze", "bench", "export", "export_folder", "ops", "rewrite", "rule", "trace"]
-
-Progress = Callable[..., None]
-"""Called with the name of a stage, how much of it is done and how much there is; when training, with figures too."""
+__all__ = ["analyze", "bench", "export", "export_folder", "ops", "rewrite", "rule", "trace"]
 
 
 def trace(model: nn.Module | str, example_inputs: Sequence[Tensor] | None = None, *, dynamic: bool = False) -> Program:
@@ -105,7 +103,7 @@ def export(
     folder: str | Path,
     *,
     plan: Plan | None = None,
-    logits: Logits = "all",
+    logits: LogitsScope = "all",
     quantize: Sequence[str] = (),
     text: Tensor | None = None,
     objective: str = "decode",
@@ -143,7 +141,7 @@ def export_folder(
     model: str,
     out: str | Path,
     *,
-    logits: Logits = "all",
+    logits: LogitsScope = "all",
     quantize: Sequence[str] = (),
     text: str | None = None,
     objective: str = "decode",
@@ -159,7 +157,7 @@ def export_folder(
         MptkError: as ``export``; or ``out`` exists and was not made by mptk.
         ProofError: a quantised weight is further from the float one than rounding brings it.
     """
-    say = progress or (lambda *_: None)
+    say = progress or silent
     check_replaceable(Path(out))
     check_schemes(quantize)
     phase(objective)

@@ -65,7 +65,7 @@ def multiples(settings: Settings) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Search:
+class WidthSearch:
     """Legal widths of an analysed model. ``candidates`` gives those that meet the settings, most alike first."""
 
     analysis: Analysis

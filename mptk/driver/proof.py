@@ -27,7 +27,7 @@ from mptk.runtime.decoder import OrtDecoder
 from passes.analysis.borders import Reach, reach
 from passes.targets.onnx.check_quantized import DIVERGENCES, check_quantized, divergence
 from passes.transforms.masked_reference import mask
-from passes.verify import RUNTIME_TOLERANCE, TOLERANCE, Difference, Logits, difference, prove
+from passes.verify import RUNTIME_TOLERANCE, TOLERANCE, Difference, StageLogits, difference, prove
 
 SHAPE = (2, 48)
 """Sequences and tokens of the short batch."""
@@ -64,7 +64,7 @@ def prove_folder(
     Raises:
         MptkError: the config is not what it must be; or the folder cannot be loaded.
     """
-    stages: dict[str, tuple[Logits, float]] = {"rewritten graph": (claim.pruned, TOLERANCE)}
+    stages: dict[str, tuple[StageLogits, float]] = {"rewritten graph": (claim.pruned, TOLERANCE)}
     exact: list[Difference] = []
     if claim.written is not None:
         check_code(claim.written.loaded.path, folder)
@@ -82,7 +82,7 @@ def prove_folder(
     return [*found, *quantized_stages(folder / "onnx", batches)] if all(d.ok for d in found) else found
 
 
-def onnx_stages(folder: Path, crossed: Sequence[int]) -> dict[str, tuple[Logits, float]]:
+def onnx_stages(folder: Path, crossed: Sequence[int]) -> dict[str, tuple[StageLogits, float]]:
     """The float graph's stages."""
     decoder = OrtDecoder(folder)
     return {
@@ -116,7 +116,7 @@ def quantized_stages(folder: Path, batches: Sequence[Tensor]) -> list[Difference
 
 
 def decoded(decoder: OrtDecoder, ids: Tensor, crossed: Sequence[int] = ()) -> tuple[Tensor, list[int]]:
-    """Logits of decoding steps with the cache of what came before, and the positions that they are of.
+    """StageLogits of decoding steps with the cache of what came before, and the positions that they are of.
 
     Steps are taken across each border that lies within the sequence and at its end; what lies between is prefilled
     with the cache of what came before it.
@@ -171,7 +171,7 @@ def find_reach(claim: Claim, config: Any, bound: int) -> Reach:
     return reach(claim.analysis.program, config, *written, bound=bound)
 
 
-def require(proof: Sequence[Difference], remedy: str) -> None:
+def check_proof(proof: Sequence[Difference], remedy: str) -> None:
     """Raise ProofError for the first stage above its tolerance, with what to do about it."""
     for d in proof:
         if d.failure:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import passes.frontend.trace
 from mptk.cost.model import is_layered
-from mptk.driver.api import Progress, export, plan_digest
-from mptk.driver.budget import Search, budgeted
+from mptk.driver.api import export, plan_digest
+from mptk.driver.budget import WidthSearch, budgeted
 from mptk.driver.claims import weights_digest, widths
 from mptk.driver.configs import check_code, config_changes
-from mptk.driver.proof import Claim, find_reach, proof_batches, prove_folder, require, witness
+from mptk.driver.proof import Claim, check_proof, find_reach, proof_batches, prove_folder, witness
 from mptk.driver.settings import MASKPRUNE, Settings
 from mptk.driver.stock import find_stock
 from mptk.driver.verification import REPORT, changes_of, read_report, widened
@@ -41,6 +41,7 @@ from mptk.methods.maskprune.learner import Learner, removed_at_zero, take_over
 from mptk.methods.maskprune.run_folder import WorkFolder
 from mptk.methods.processes import describe, leads, processes
 from mptk.methods.reconstruct import replaced
+from mptk.progress import Progress, silent
 from mptk.runtime.decoder import OrtDecoder
 from mptk.version import __version__
 from passes.analysis import group
@@ -63,7 +64,7 @@ def prune(
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
             or a stage of the proof is above its tolerance. Then nothing is written.
     """
-    return Run(model, Path(out), settings or Settings(), progress or (lambda *_: None)).run()
+    return Run(model, Path(out), settings or Settings(), progress or silent).run()
 
 
 class Run:
@@ -71,7 +72,7 @@ class Run:
 
     def __init__(self, model: str, out: Path, settings: Settings, progress: Progress) -> None:
         self.source, self.out = model, out
-        self.progress: Progress = progress if leads() else (lambda *_: None)
+        self.progress: Progress = progress if leads() else silent
         steps = settings.learning.steps
         self.learns = settings.method == MASKPRUNE and settings.plan is None
         steps = (DEFAULT_STEPS if self.learns else 0) if steps is None else steps
@@ -140,7 +141,9 @@ class Run:
             if s.plan is not None:
                 self.plan = Plan.load(s.plan)
                 resolve_plan(self.analysis, self.plan)
-            self.candidates = [] if s.plan else Search(self.analysis, self.cost, self.model, self.settings).candidates()
+            self.candidates = (
+                [] if s.plan else WidthSearch(self.analysis, self.cost, self.model, self.settings).candidates()
+            )
         cut = self.plan.families if s.plan is not None else self.candidates[0].widths
         whole = [name for name in cut if not is_layered(self.analysis.family(name))]
         if self.steps and not s.learning.rank and whole:
@@ -285,7 +288,7 @@ class Run:
         masked = mask(analysis, resolve_plan(analysis, self.plan))
         assert self.learner is not None
         self.proof.append(witness(stage, masked, logits, self.tokens, self.learner.tolerance))
-        require(self.proof, "nothing was published. Please report this model")
+        check_proof(self.proof, "nothing was published. Please report this model")
 
     def _recover(self) -> None:
         """Train the small model with the steps that are left, and take its weights over."""
@@ -351,7 +354,7 @@ class Run:
             self.reach = found.length
             batches = proof_batches(self.windows, found.length)
             self.proof += prove_folder(self.claim, folder, batches, found.borders)
-        require(self.proof, "nothing was published. Please report this model")
+        check_proof(self.proof, "nothing was published. Please report this model")
 
     def _quality(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Perplexity of the dense and the pruned graph, and size and perplexity of each quantised ONNX graph."""

@@ -6,13 +6,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mptk.driver.api import Progress
 from mptk.driver.prune import Run
 from mptk.driver.settings import Settings
 from mptk.driver.verification import read_report
 from mptk.io.dense import load_dense
 from mptk.io.manifest import check_manifest
 from mptk.methods.maskprune.learner import Learning
+from mptk.progress import Progress, silent
 
 
 def recover(
@@ -45,6 +45,6 @@ def recover(
     before = {k: v for k, v in report["settings"].items() if k in known}
     given = {"plan": str(folder / "plan.json"), "learning": learning, "trust_remote_code": trust_remote_code}
     settings = Settings(**{**before, **changes, **given, "reconstruct": False})
-    run = Run(model or report["model"], Path(out), settings, progress or (lambda *_: None))
+    run = Run(model or report["model"], Path(out), settings, progress or silent)
     run.base, run.dense = folder, lambda: load_dense(report, model, trust_remote_code)
     return run.run()

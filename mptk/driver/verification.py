@@ -17,7 +17,7 @@ import passes.frontend.trace
 from mptk.driver.api import plan_of
 from mptk.driver.claims import check_files, check_numbers, check_tokens, require_same
 from mptk.driver.configs import check_code, config_changes
-from mptk.driver.proof import Claim, find_reach, proof_batches, prove_folder, require
+from mptk.driver.proof import Claim, check_proof, find_reach, proof_batches, prove_folder
 from mptk.driver.settings import Settings
 from mptk.driver.stock import Written, find_stock
 from mptk.errors import MptkError
@@ -88,7 +88,7 @@ def verify(
     claim = Claim(changed, plan, pruned, written, trust_remote_code)
     reach = find_reach(claim, loaded.model.config, proof_length)
     proof = prove_folder(claim, folder, proof_batches(tokens, reach.length), reach.borders)
-    require(proof, REMEDY)
+    check_proof(proof, REMEDY)
     return Proof(proof, [reach.note] if reach.note else [])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,7 @@ from transformers import (
 )
 
 from mptk.errors import MptkError
-
-Progress = Callable[[int, int], None]
-"""Called with what is done and the total."""
+from mptk.progress import Count
 
 SELF = "self"
 """The ``data`` that means text sampled from the model."""
@@ -122,7 +120,7 @@ def self_sampled(
     length: int,
     seed: int,
     batch_size: int = 32,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> Tensor:
     """Text that the model writes itself, as tokens: int64 [count, length].
 
@@ -162,7 +160,7 @@ def calibration(
     length: int = 256,
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> Tensor:
     """Windows to calibrate on, int64 [n, length]: from ``data`` (see :func:`load_text`) or ``self``, the model.
 
@@ -289,7 +287,7 @@ def _required(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerB
 class _Counter(LogitsProcessor):
     """Reports each step of generation; the logits pass unchanged."""
 
-    def __init__(self, report: Progress, done: int, rows: int, total: int) -> None:
+    def __init__(self, report: Count, done: int, rows: int, total: int) -> None:
         self.report, self.done, self.rows, self.total = report, done, rows, total
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def publish(folder: str | Path) -> Iterator[Path]:
             new.mkdir()
             yield new
             write_manifest(new)
-            _replace(folder, new, old)
+            _swap(folder, new, old)
     except OSError as error:
         raise MptkError(
             f"cannot write {folder}: {error.strerror or error}; check the disk's space and rights"
@@ -43,7 +43,7 @@ def check_replaceable(folder: Path) -> None:
         raise MptkError(f"{folder} exists and was not made by mptk; give another --out, or remove it yourself")
 
 
-def _replace(folder: Path, new: Path, old: Path) -> None:
+def _swap(folder: Path, new: Path, old: Path) -> None:
     """Move ``new`` to ``folder``, whose former content moves to ``old``; back again if that fails."""
     replaced = folder.exists()
     if replaced:

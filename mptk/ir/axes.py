@@ -157,7 +157,7 @@ def add_role(term: Term, role: str) -> None:
         leaf.roles.add(role)
 
 
-def require(term: Term, minimum: int) -> None:
+def require_size(term: Term, minimum: int) -> None:
     """At least ``minimum`` positions of ``term`` must stay: of its largest axis, or all where none is large enough."""
     found = leaves(term)
     largest = max(found, key=lambda leaf: leaf.size, default=None)
@@ -217,7 +217,7 @@ def _bind(a: Axis, term: Term, where: object) -> None:
             leaf.frozen.extend(r for r in a.frozen if r not in leaf.frozen)
             leaf.roles |= a.roles
     if a.minimum > 1:
-        require(term, a.minimum)
+        require_size(term, a.minimum)
     if a.multiple > 1:
         require_multiple(term, a.multiple)
 

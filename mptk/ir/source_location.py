@@ -22,7 +22,7 @@ MODELS = f"{Path(transformers.__file__).parent}/models/"
 
 
 @dataclass(frozen=True)
-class Place:
+class SourceLocation:
     """Prints as ``op in module.path, file.py:12``. Cheap to make, so that each call can bring one with it."""
 
     node: fx.Node

@@ -95,7 +95,7 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def spread(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, which every process has, on the device of ``like`` and spread as that is."""
     tensor = tensor.to(like.device)
     if not isinstance(like, DTensor):
@@ -112,6 +112,6 @@ __all__ = [
     "leads",
     "prepare",
     "processes",
+    "shard_like",
     "sharded",
-    "spread",
 ]

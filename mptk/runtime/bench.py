@@ -18,12 +18,12 @@ import numpy as np
 import onnxruntime as ort
 
 from mptk.errors import MptkError
+from mptk.progress import Progress, silent
 from mptk.runtime.alternate import alternate
 from mptk.runtime.decoder import OrtDecoder, onnx_file
 from mptk.runtime.graph_work import graph_work
 from mptk.runtime.roofline import Peaks, Roofline, peak_memory
 
-Progress = Callable[[str, int, int], None]
 PHASES = ("prefill", "decode")
 SESSIONS = 3
 """Sets of fresh sessions: where the weights of a session happen to lie in memory changes the speed of its decoding by
@@ -133,7 +133,7 @@ def bench_decoders(
     """
     if rounds < 2:
         raise MptkError("the spread of one round is unknown; give --rounds 2 or more")
-    say = progress or (lambda stage, done, total: None)
+    say = progress or silent
     files = {name: onnx_file(path) for name, path in graphs.items()}
     shares = [len(range(session, rounds, sessions)) for session in range(min(sessions, rounds))]
     cases = [Case(p, n, b, t) for t in threads for p in phases for b in batches for n in lengths]

@@ -18,7 +18,7 @@ from mptk.errors import MptkError
 
 FILE = "model.onnx"
 Ids = npt.NDArray[np.int64]
-Logits = npt.NDArray[np.float32]
+LogitsArray = npt.NDArray[np.float32]
 CPU = ort.OrtDevice.make("cpu", 0)._get_c_device()
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
@@ -87,19 +87,19 @@ class OrtDecoder:
         """What the exporter wrote about the model (plan hash, versions)."""
         return dict(self.session.get_modelmeta().custom_metadata_map)
 
-    def prefill(self, ids: Ids, mask: Ids | None = None) -> tuple[Logits, Cache]:
+    def prefill(self, ids: Ids, mask: Ids | None = None) -> tuple[LogitsArray, Cache]:
         """Run a prompt. ``ids`` [batch, sequence]; ``mask`` the same shape, 0 for padding on either side.
 
         Returns the logits, [batch, sequence or 1, vocab], and the cache. Positions count tokens, not padding.
         """
         return self._run(ids, np.ones_like(ids) if mask is None else mask, self.empty(len(ids)))
 
-    def decode(self, ids: Ids, cache: Cache) -> tuple[Logits, Cache]:
+    def decode(self, ids: Ids, cache: Cache) -> tuple[LogitsArray, Cache]:
         """Run the next tokens, [batch, n], after what is in ``cache``. The cache passed in stays usable."""
         return self._run(ids, np.ones_like(ids), cache)
 
-    def logits(self, ids: Ids) -> Logits:
-        """Logits of whole sequences without padding: [batch, sequence or 1, vocab]."""
+    def logits(self, ids: Ids) -> LogitsArray:
+        """LogitsArray of whole sequences without padding: [batch, sequence or 1, vocab]."""
         return self.prefill(ids)[0]
 
     def torch_logits(self, ids: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class OrtDecoder:
             binding.bind_output(name, "cpu")
         return binding
 
-    def _run(self, ids: Ids, mask: Ids, cache: Cache) -> tuple[Logits, Cache]:
+    def _run(self, ids: Ids, mask: Ids, cache: Cache) -> tuple[LogitsArray, Cache]:
         if ids.ndim != 2 or mask.shape != ids.shape or len(cache.mask) != len(ids):
             raise ValueError(f"token ids {ids.shape}, mask {mask.shape} and a cache for {len(cache.mask)} do not fit")
         mask = np.concatenate([cache.mask, mask], axis=1)

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
 from mptk.io import models
-from mptk.runtime.decoder import Logits, OrtDecoder, model_folder
+from mptk.runtime.decoder import LogitsArray, OrtDecoder, model_folder
 
 Tokens = npt.NDArray[np.int64]
 
@@ -31,7 +31,7 @@ class Sampling:
     top_k: int = 50
     top_p: float = 1.0
 
-    def choose(self, logits: Logits, rng: np.random.Generator) -> Tokens:
+    def choose(self, logits: LogitsArray, rng: np.random.Generator) -> Tokens:
         """The next token of each row of ``logits``, [batch, vocab]."""
         if not self.temperature:
             return np.asarray(logits.argmax(axis=1))

@@ -12,7 +12,7 @@ from torch import fx
 from mptk.ir.axes import Axis, Sum, Term, coordinates, encloses, freeze, leaves, resolve
 from mptk.ir.families import Analysis, Blocked, Family, Group, Member
 from mptk.ir.program import Program
-from mptk.ir.source_location import Place
+from mptk.ir.source_location import SourceLocation
 from passes.analysis.liveness import live_axes
 from passes.analysis.propagate import Walk, propagate
 from passes.analysis.zero_propagation import find_spoilers
@@ -54,7 +54,7 @@ def _analyze(program: Program) -> Analysis:
     spoilers = find_spoilers(walk)
     live = live_axes(walk)
     for a, places in members.items():
-        _refuse(a, live, Place(readers[places[0][0]]))
+        _refuse(a, live, SourceLocation(readers[places[0][0]]))
     open_axes = [a for a in members if not a.frozen and a not in spoilers]
     scopes = _scopes(walk, weights, members, open_axes)
     roles = _member_roles(walk)
@@ -79,7 +79,7 @@ def _members(weights: Mapping[str, tuple[Term, ...]]) -> Members:
     return found
 
 
-def _refuse(a: Axis, live: set[Axis], place: Place) -> None:
+def _refuse(a: Axis, live: set[Axis], place: SourceLocation) -> None:
     """Freeze an axis that has no smaller width, or that no value computed from the input holds."""
     least = -(-a.minimum // a.multiple) * a.multiple
     if least >= a.size:

@@ -20,7 +20,7 @@ from mptk.ir.axes import Axis, Term, add_role, axis, freeze, leaves, unify
 from mptk.ir.families import Contraction
 from mptk.ir.ops import op_name
 from mptk.ir.program import Program
-from mptk.ir.source_location import Place
+from mptk.ir.source_location import SourceLocation
 from passes.analysis.aliasing import Memory, flatten, memory_classes, written
 from passes.analysis.rules import POINTWISE
 from passes.analysis.rules.table import Dims, Rule, Value, find_rule
@@ -102,7 +102,7 @@ class Walk:
         return self._weight(node.name)
 
     def unify(self, a: Term, b: Term, node: fx.Node) -> None:
-        unify(a, b, Place(node))
+        unify(a, b, SourceLocation(node))
 
     def freeze(self, term: Term, reason: str, node: fx.Node) -> None:
         """Forbid cutting ``term``: ``reason``, with the place in the model's source."""
@@ -152,7 +152,7 @@ class Walk:
 
     def where(self, node: fx.Node) -> str:
         """``op in module.path, file.py:12``: the place of a node, as far as export recorded it."""
-        return str(Place(node))
+        return str(SourceLocation(node))
 
     def is_weight(self, node: fx.Node) -> bool:
         """Whether a value is made of weights alone (a weight, its transpose, a merge of several)."""

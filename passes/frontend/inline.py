@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from mptk.errors import MptkError
-from mptk.ir.source_location import Place
+from mptk.ir.source_location import SourceLocation
 
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 GRADIENTS = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -50,8 +50,8 @@ def _inline(module: fx.GraphModule, casts: frozenset[str]) -> dict[str, str]:
             renamed |= _inline_call(module, node, casts)
         elif casts & _devices(node):
             raise MptkError(
-                f"autocast is on around {Place(node)}, and its casts are not in a traced graph; cast explicitly there, "
-                "or trace the model with autocast off"
+                f"autocast is on around {SourceLocation(node)}, and its casts are not in a traced graph; cast "
+                "explicitly there, or trace the model with autocast off"
             )
     return renamed
 

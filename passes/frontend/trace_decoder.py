@@ -23,7 +23,7 @@ BATCH, SEQUENCE, PAST = 2, 11, 23
 
 ONLY = "a decoder can be traced only if every layer caches its keys and values"
 
-Logits = Literal["all", "last"]
+LogitsScope = Literal["all", "last"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class DecoderStep(nn.Module):
     that): one past length for all layers is what ONNX consumers expect.
     """
 
-    def __init__(self, module: PreTrainedModel, logits: Logits = "all") -> None:
+    def __init__(self, module: PreTrainedModel, logits: LogitsScope = "all") -> None:
         super().__init__()
         self.module = module
         accepted = inspect.signature(module.forward).parameters
@@ -85,7 +85,7 @@ def filled_cache(past: Iterable[Tensor]) -> DynamicCache:
     return cache
 
 
-def trace_decoder(model: PreTrainedModel, *, logits: Logits = "all") -> Program:
+def trace_decoder(model: PreTrainedModel, *, logits: LogitsScope = "all") -> Program:
     """Trace one decoding step of ``model``, with batch, sequence and past length symbolic.
 
     The program's inputs and outputs are those of :class:`DecoderStep`; the past may be empty (prefill).

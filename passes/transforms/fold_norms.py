@@ -25,7 +25,7 @@ from mptk.ir.axes import leaves
 from mptk.ir.families import Analysis, Family
 from mptk.ir.ops import base_name, named_argument, target_name
 from mptk.ir.program import Program
-from mptk.ir.source_location import Place
+from mptk.ir.source_location import SourceLocation
 from passes.transforms.rewrite import SCALE
 
 CASTS = frozenset({"to", "_to_copy", "type_as"})
@@ -75,7 +75,7 @@ def unfoldable(analysis: Analysis, family: Family) -> str | None:
     means = {r.node: None for r in analysis.walk.reductions if r.kind == "mean" and axes & set(leaves(r.axis))}
     found = _foldable(analysis.program, iter(means))
     folded = {norm.root for norms in found.values() for norm in norms}
-    return next((str(Place(node)) for node in means if node not in folded), None)
+    return next((str(SourceLocation(node)) for node in means if node not in folded), None)
 
 
 def _foldable(program: Program, roots: Iterator[fx.Node]) -> dict[fx.Node, list[Norm]]:

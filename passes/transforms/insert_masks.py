@@ -27,7 +27,7 @@ from passes.analysis.propagate import Walk
 
 
 @dataclass(frozen=True)
-class Place:
+class MaskSite:
     """Where a group's mask goes: ``where`` is ``input`` or ``output`` (last dimension) of ``module``, or a parameter.
 
     ``index`` holds for each position the unit (scope · size + unit), or −1 where it belongs to none; it broadcasts
@@ -43,14 +43,14 @@ class Place:
     weights: tuple[tuple[str, int | None], ...]
 
 
-def find_places(analysis: Analysis, module: nn.Module, families: Sequence[str]) -> list[Place]:
+def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[str]) -> list[MaskSite]:
     """Where the masks of ``families`` go in ``module``, which may be wrapped by peft.
 
     Raises:
         MptkError: a family whose masked zeros would disturb a softmax, a top-k or a norm's statistics: it can be cut
             one-shot, but not faded out.
     """
-    places = []
+    sites = []
     for name in families:
         family = analysis.family(name)
         refusal = disturbed(analysis, name)
@@ -61,10 +61,10 @@ def find_places(analysis: Analysis, module: nn.Module, families: Sequence[str]) 
             covered: set[str] = set()
             for member in members:
                 if member.weight not in covered:
-                    place = _place(analysis, module, family, layer, member)
-                    covered |= {weight for weight, _ in place.weights}
-                    places.append(place)
-    return places
+                    site = _mask_site(analysis, module, family, layer, member)
+                    covered |= {weight for weight, _ in site.weights}
+                    sites.append(site)
+    return sites
 
 
 def disturbed(analysis: Analysis, name: str) -> str | None:
@@ -92,7 +92,7 @@ def _masked_members(walk: Walk, group: Group) -> list[Member]:
     return sorted((m for m in group.members if m.role != "consumer"), key=lambda m: m.role != "producer")
 
 
-def _place(analysis: Analysis, module: nn.Module, family: Family, layer: int, member: Member) -> Place:
+def _mask_site(analysis: Analysis, module: nn.Module, family: Family, layer: int, member: Member) -> MaskSite:
     owner, _, parameter = member.weight.rpartition(".")
     called = module.get_submodule(owner)
     own = getattr(called, "base_layer", called)
@@ -101,15 +101,15 @@ def _place(analysis: Analysis, module: nn.Module, family: Family, layer: int, me
     dims = analysis.weights[member.weight]
     beside = [a for a in group.scope if a not in set(leaves(resolve(member.term)))]
     if parameter == "weight" and not beside and member.dim == inputs and member.role == "consumer":
-        return Place(
+        return MaskSite(
             family.name, layer, owner, "input", _index(dims, member.dim, group).flatten(), ((member.weight, inputs),)
         )
     if parameter == "weight" and not beside and member.dim == outputs:
         held = {m.weight for m in group.members}
         bias = f"{owner}.bias"
         rows = [(member.weight, outputs), *([(bias, 0)] if bias in held else [])]
-        return Place(family.name, layer, owner, "output", _index(dims, member.dim, group).flatten(), tuple(rows))
-    return Place(family.name, layer, owner, parameter, _index(dims, member.dim, group), ((member.weight, None),))
+        return MaskSite(family.name, layer, owner, "output", _index(dims, member.dim, group).flatten(), tuple(rows))
+    return MaskSite(family.name, layer, owner, parameter, _index(dims, member.dim, group), ((member.weight, None),))
 
 
 def _linear_dims(layer: nn.Module) -> tuple[int | None, int | None]:
@@ -163,52 +163,54 @@ class Multiply(torch.autograd.Function):
 class InsertedMasks:
     """Masks at work in a module. ``values`` gives them at each forward pass; ``remove`` takes everything out again.
 
-    ``watch`` is called in the backward pass for families that have one place a layer, and that in activations.
+    ``watch`` is called in the backward pass for families that have one site a layer, and that in activations.
     """
 
-    def __init__(self, module: nn.Module, places: Sequence[Place], values: Values, watch: Watch | None = None) -> None:
-        self.module, self.places, self.values, self.watch = module, places, values, watch
+    def __init__(
+        self, module: nn.Module, sites: Sequence[MaskSite], values: Values, watch: Watch | None = None
+    ) -> None:
+        self.module, self.sites, self.values, self.watch = module, sites, values, watch
         self.enabled = True
-        held = Counter((place.family, place.layer) for place in places)
+        held = Counter((site.family, site.layer) for site in sites)
         several = {family for (family, _), count in held.items() if count > 1}
-        self.watched = {p.family for p in places if p.where in ("input", "output")} - several
+        self.watched = {p.family for p in sites if p.where in ("input", "output")} - several
         self._handles: list[Any] = []
         self._parametrized: list[tuple[nn.Module, str]] = []
-        for place in places:
-            self._insert(place)
+        for site in sites:
+            self._insert(site)
 
-    def _insert(self, place: Place) -> None:
-        called = self.module.get_submodule(place.module)
+    def _insert(self, site: MaskSite) -> None:
+        called = self.module.get_submodule(site.module)
 
         def masked(x: Tensor) -> Tensor:
             if not self.enabled:
                 return x
-            factor = self._spread(place).to(x)
-            if self.watch is None or place.family not in self.watched or not factor.requires_grad:
+            factor = self._spread(site).to(x)
+            if self.watch is None or site.family not in self.watched or not factor.requires_grad:
                 return x * factor
-            return Multiply.apply(x, factor, lambda each: self._see(place, each))  # type: ignore[no-any-return, no-untyped-call]
+            return Multiply.apply(x, factor, lambda each: self._see(site, each))  # type: ignore[no-any-return, no-untyped-call]
 
-        if place.where == "input":
+        if site.where == "input":
             hook: Any = lambda _, args: (masked(args[0]), *args[1:])  # noqa: E731
             self._handles.append(called.register_forward_pre_hook(hook))
-        elif place.where == "output":
+        elif site.where == "output":
             self._handles.append(called.register_forward_hook(lambda _, args, out: masked(out)))
         else:
-            parametrize.register_parametrization(called, place.where, _Masked(masked), unsafe=True)
-            self._parametrized.append((called, place.where))
+            parametrize.register_parametrization(called, site.where, _Masked(masked), unsafe=True)
+            self._parametrized.append((called, site.where))
 
-    def _spread(self, place: Place) -> Tensor:
-        values = self.values(place.family, place.layer).flatten()
-        return torch.cat([values, values.new_ones(1)])[place.index]
+    def _spread(self, site: MaskSite) -> Tensor:
+        values = self.values(site.family, site.layer).flatten()
+        return torch.cat([values, values.new_ones(1)])[site.index]
 
-    def _see(self, place: Place, each: Tensor) -> None:
+    def _see(self, site: MaskSite, each: Tensor) -> None:
         """Sum a unit's channels at each position, and pass that on."""
         assert self.watch is not None
-        units = self.values(place.family, place.layer).numel()
-        if each.shape[1] != units or not torch.equal(place.index, torch.arange(units)):
-            index = torch.where(place.index < 0, units, place.index).to(each.device)
+        units = self.values(site.family, site.layer).numel()
+        if each.shape[1] != units or not torch.equal(site.index, torch.arange(units)):
+            index = torch.where(site.index < 0, units, site.index).to(each.device)
             each = each.new_zeros(len(each), units + 1).index_add_(1, index, each)[:, :units]
-        self.watch(place.family, place.layer, each)
+        self.watch(site.family, site.layer, each)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -222,10 +224,10 @@ class InsertedMasks:
     def folded(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The masked weights of ``state`` with the present masks multiplied in."""
         result: dict[str, Tensor] = {}
-        for place in self.places:
-            for name, dim in place.weights:
+        for site in self.sites:
+            for name, dim in site.weights:
                 weight = result.get(name, state[name])
-                factor = self._spread(place).detach().to(weight)
+                factor = self._spread(site).detach().to(weight)
                 shape = factor.shape if dim is None else [-1 if d == dim else 1 for d in range(weight.ndim)]
                 result[name] = weight * factor.reshape(shape)
         return result
@@ -262,9 +264,9 @@ def insert_masks(
         watch: called in every backward pass with the masks' gradients position by position (``InsertedMasks``).
 
     Raises:
-        MptkError: as ``find_places``.
+        MptkError: as ``find_mask_sites``.
     """
-    return InsertedMasks(module, find_places(analysis, module, families), values, watch)
+    return InsertedMasks(module, find_mask_sites(analysis, module, families), values, watch)
 
 
-__all__ = ["InsertedMasks", "Place", "disturbed", "find_places", "insert_masks"]
+__all__ = ["InsertedMasks", "MaskSite", "disturbed", "find_mask_sites", "insert_masks"]

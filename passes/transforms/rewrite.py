@@ -18,7 +18,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, resolve_plan
-from mptk.ir.source_location import Place
+from mptk.ir.source_location import SourceLocation
 from passes.analysis.aliasing import written
 from passes.analysis.propagate import Path, Walk
 from passes.analysis.rules.table import find_rule
@@ -236,7 +236,7 @@ def propagate_shapes(program: Program, untouched: Collection[str] = (), changed:
         with torch.no_grad(), mode, enable_python_dispatcher():  # some kernels know symbolic sizes in Python alone
             interpreter.run(*values)
     except RuntimeError as error:
-        reason, place = str(error).strip().partition("\n")[0], Place(interpreter.node)
+        reason, place = str(error).strip().partition("\n")[0], SourceLocation(interpreter.node)
         raise ProofError(f"the cut graph does not fit together at {place}: {reason}; please report it") from error
 
 

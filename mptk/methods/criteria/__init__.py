@@ -20,7 +20,8 @@ from mptk.ir.plan import FamilyPlan, Plan
 from mptk.methods.criteria import flap, magnitude, random, taylor, wanda
 from mptk.methods.criteria.base import Criterion, Evidence, Scores, uses
 from mptk.methods.criteria.flap import Compensation, compensate
-from mptk.methods.criteria.observe import Progress, activations, find_sites, gradients
+from mptk.methods.criteria.observe import activations, find_sites, gradients
+from mptk.progress import Count
 
 CRITERIA: dict[str, Criterion] = {
     c.name: c
@@ -53,7 +54,7 @@ def score(
     *,
     families: Sequence[str] | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> Scores:
     """Score every unit.
 
@@ -85,7 +86,7 @@ def gather(
     *,
     families: Sequence[str] | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> Evidence:
     """Run the program on ``windows`` and keep what criterion ``name`` needs to score ``families``.
 
@@ -166,7 +167,7 @@ def one_shot(
     windows: Tensor | None = None,
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> OneShot:
     """Score the families in ``widths`` (family name → units kept) by criterion ``name``, choose, and correct biases.
 

@@ -6,7 +6,7 @@ projections, transposed layers and packed experts need no case of their own, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,7 @@ from mptk.errors import MptkError
 from mptk.ir.axes import Term, leaves, resolve
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
-
-Progress = Callable[[int, int], None]
-"""Called with (windows done, windows in all) after each batch."""
+from mptk.progress import Count
 
 OBSERVED_TOKENS = 2048
 """Tokens in a forward batch. Bounds memory; results do not depend on it beyond rounding."""
@@ -144,7 +142,7 @@ def named_argument(node: fx.Node, name: str) -> Any:
 
 
 def activations(
-    analysis: Analysis, sites: Sequence[Site], windows: Tensor, progress: Progress | None = None
+    analysis: Analysis, sites: Sequence[Site], windows: Tensor, progress: Count | None = None
 ) -> dict[Site, Observation]:
     """Run the program on ``windows`` [n, length] of token ids and take the moments of x at each site.
 
@@ -244,7 +242,7 @@ def _routed_moments(x: Tensor, ends: Tensor) -> Moments:
 
 
 def gradients(
-    program: Program, names: Collection[str], windows: Tensor, progress: Progress | None = None
+    program: Program, names: Collection[str], windows: Tensor, progress: Count | None = None
 ) -> Mapping[str, Tensor]:
     """Gradient of the mean next-token cross entropy over ``windows`` [n, length] in each weight of ``names``.
 

@@ -30,13 +30,13 @@ from mptk.methods.maskprune.train import Loop, Metrics, Training
 from mptk.methods.processes import accelerator, anywhere, full, sharded
 from mptk.methods.reconstruct import reconstruct
 from passes.targets.legalize import Candidate
-from passes.transforms.insert_masks import InsertedMasks, disturbed, find_places, insert_masks
+from passes.transforms.insert_masks import InsertedMasks, disturbed, find_mask_sites, insert_masks
 from passes.verify import RUNTIME_TOLERANCE, TOLERANCE
 
 HALF_TOLERANCE = 5e-2
 """Largest logit difference, relative to the largest logit, of a model that computes in half precision."""
 
-Report = Callable[[str, int, int, Metrics], None]
+TrainingProgress = Callable[[str, int, int, Metrics], None]
 """(phase, steps done, steps in all, metrics)."""
 
 
@@ -84,7 +84,9 @@ class Learner:
         MptkError: the batch does not divide over the processes; a tracker that is not installed.
     """
 
-    def __init__(self, model: Any, windows: Tensor, settings: Learning, work: WorkFolder, report: Report) -> None:
+    def __init__(
+        self, model: Any, windows: Tensor, settings: Learning, work: WorkFolder, report: TrainingProgress
+    ) -> None:
         self.model, self.windows, self.settings, self.work, self.report = model, windows, settings, work, report
         tracker = None if settings.tracker == "none" else settings.tracker
         self.accelerator = accelerator(settings.precision, log_with=tracker, project_dir=work.path)
@@ -161,7 +163,7 @@ class Learner:
             self._average(solver)
             solver.step(tokens)
             if not solver.fixed and solver.step_count >= solver.ramp * solver.steps:
-                solver.fix(nearest(candidates, solver.widths(), shapes))
+                solver.fix(nearest_candidate(candidates, solver.widths(), shapes))
             return solver.metrics()
 
         extra = (solver.state, solver.load)
@@ -280,7 +282,7 @@ def own_logits(accelerator: Accelerator, student: Any, tokens: Tensor) -> Tensor
     return full(logits).float().cpu()
 
 
-def nearest(
+def nearest_candidate(
     candidates: Sequence[Candidate], learned: Mapping[str, float], shapes: Mapping[str, tuple[int, int, int]]
 ) -> dict[str, int]:
     """The candidate whose widths are nearest to the learned ones, as shares of the dense widths."""
@@ -312,7 +314,7 @@ def take_over(
     """``state`` with what is left of each consumer fitted to the dense layer's outputs (``reconstruct``)."""
     kept = tables(analysis, plan)
     held: dict[str, Tensor] = {}
-    for place in find_places(analysis, model, list(kept)):
+    for place in find_mask_sites(analysis, model, list(kept)):
         if place.where == "input":
             flat = torch.cat([kept[place.family][place.layer].flatten(), torch.ones(1, dtype=torch.bool)])
             name = place.weights[0][0]
@@ -339,4 +341,4 @@ def _dense(student: Any, masks: InsertedMasks, ids: Tensor, **options: Any) -> A
         return student(input_ids=ids, use_cache=False, **options)
 
 
-__all__ = ["Learner", "Learning", "nearest", "removed_at_zero", "tables", "take_over"]
+__all__ = ["Learner", "Learning", "nearest_candidate", "removed_at_zero", "tables", "take_over"]

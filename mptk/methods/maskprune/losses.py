@@ -21,8 +21,8 @@ NO_TARGET = -1
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Weights of the losses; 0 leaves one out.
+class LossWeights:
+    """LossWeights of the losses; 0 leaves one out.
 
     ``lm``: next-token cross entropy. ``kl``: KL divergence from the dense teacher's distribution. ``hidden``: error of
     the hidden states of all layers over their variance.
@@ -47,11 +47,11 @@ class TopLogits:
 
 def language_model(logits: Tensor, ids: Tensor) -> Tensor:
     """Mean next-token cross entropy of ``logits`` [batch, length, vocab] on ``ids`` [batch, length]."""
-    return token_losses(logits, ids, None, Weights(kl=0.0))["loss"]
+    return token_losses(logits, ids, None, LossWeights(kl=0.0))["loss"]
 
 
 def token_losses(
-    logits: Tensor, ids: Tensor, teacher: Tensor | TopLogits | None, weights: Weights
+    logits: Tensor, ids: Tensor, teacher: Tensor | TopLogits | None, weights: LossWeights
 ) -> dict[str, Tensor]:
     """``loss`` = lm · cross entropy + kl · KL(teacher ‖ student), and each of the two for which a weight is not 0.
 
@@ -83,7 +83,9 @@ class _Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Weights, *teacher: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, weights: LossWeights, *teacher: Tensor
+    ) -> tuple[Tensor, ...]:
         known = targets != NO_TARGET
         of_lm = weights.lm / known.sum().clamp_min(1) * known
         of_kl = weights.kl / len(logits)

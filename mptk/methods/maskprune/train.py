@@ -19,9 +19,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mptk.errors import MptkError
-from mptk.methods.maskprune.losses import TopLogits, Weights, hidden_error, token_losses
+from mptk.methods.maskprune.losses import LossWeights, TopLogits, hidden_error, token_losses
 from mptk.methods.maskprune.run_folder import WorkFolder
-from mptk.methods.processes import full, prepare, spread
+from mptk.methods.processes import full, prepare, shard_like
 
 Teacher = Callable[[Tensor], tuple[Tensor | TopLogits, Any]]
 """Windows → logits or their shortened form, and hidden states or None."""
@@ -41,7 +41,7 @@ class Training:
     lr: float = 1e-3
     warmup: float = 0.05
     clip: float = 1.0
-    losses: Weights = field(default_factory=Weights)
+    losses: LossWeights = field(default_factory=LossWeights)
     save_every: int = 25
     seed: int = 0
 
@@ -175,12 +175,12 @@ class Loop:
             return 0
         step, state = latest
         for n, p in self.parameters.items():
-            p.copy_(spread(state[f"parameter.{n}"], p))
+            p.copy_(shard_like(state[f"parameter.{n}"], p))
             values = {
                 k.split(".", 2)[1]: state[k] for k in state if k.startswith("optimizer.") and k.split(".", 2)[2] == n
             }
             self.optimizer.optimizer.state[p] = {
-                key: spread(value, p) if value.shape == p.shape else value for key, value in values.items()
+                key: shard_like(value, p) if value.shape == p.shape else value for key, value in values.items()
             }
         torch.set_rng_state(state["rng"])
         if self.extra:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import fx
 
-from mptk.ir.axes import ONE, Term, axis, concat, require
+from mptk.ir.axes import ONE, Term, axis, concat, require_size
 from mptk.ir.ops import argument, named_argument, op_name, set_argument
 from passes.analysis.rules.opaque import opaque
 from passes.analysis.rules.pointwise import broadcast, zero_of_clamp
@@ -237,7 +237,7 @@ def index_put(w: Walk, node: fx.Node, x: Value, indices: Sequence[Value | None],
 def topk(w: Walk, node: fx.Node, x: Value, k: int, dim: int = -1, *_: Any) -> list[Dims]:
     """The k largest positions of d: at least k must stay."""
     d = normalize(dim, x.ndim)
-    require(x.dims[d], k)
+    require_size(x.dims[d], k)
     kind = "max" if named_argument(node, "largest", True) else "min"
     return _ranked(w, node, x, d, w.frozen(k, "the top-k positions", node), kind)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from mptk.ir.axes import ONE, Axis, require, split_product
+from mptk.ir.axes import ONE, Axis, require_size, split_product
 from mptk.ir.ops import argument, named_argument, op_name, set_argument
 from passes.analysis.rules.table import Dims, Value, lone, meet, normalize, normalize_all, rule
 
@@ -123,7 +123,7 @@ def variance(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Any:
     keepdim = named_argument(node, "keepdim", False)
     for d in dims:
         w.reduce(node, x.dims[d], "statistic")
-        require(x.dims[d], correction_of(node) + 1)
+        require_size(x.dims[d], correction_of(node) + 1)
     out = _reduced(x, dims, keepdim)
     return [out, out] if isinstance(node.meta["val"], (tuple, list)) else out
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 ELEMENTWISE = {"Sigmoid", "Mul", "Gelu", "Relu", "Tanh", "Erf", "Add", "Sub", "Div", "Pow", "HardSigmoid", "Swish"}
-Weights = npt.NDArray[np.float32]
+FloatArray = npt.NDArray[np.float32]
 
 
 def balance_onnx(model: ir.Model) -> int:
@@ -29,12 +29,12 @@ def balance_onnx(model: ir.Model) -> int:
         if parts is not None:
             arrays = balanced(*(weight_of(part) for part in parts))
             for part, array in zip(parts, arrays, strict=True):
-                _replace(part, array)
+                _set_weights(part, array)
             found += 1
     return found
 
 
-def balanced(gate: Weights, up: Weights, down: Weights) -> tuple[Weights, Weights, Weights]:
+def balanced(gate: FloatArray, up: FloatArray, down: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
     """The three weights with channels scaled and sorted. ``gate``, ``up`` [hidden, channels], ``down`` [channels, out].
 
     A channel that is zero somewhere keeps its scale.
@@ -106,7 +106,7 @@ def _uses(value: ir.Value) -> set[ir.Node]:
     return {use.node for use in value.uses()} | ({None} if value.is_graph_output() else set())  # type: ignore[arg-type]
 
 
-def weight_of(product: ir.Node) -> Weights:
+def weight_of(product: ir.Node) -> FloatArray:
     """The weight that a product multiplies by."""
     weight = product.inputs[1]
     assert weight is not None
@@ -114,7 +114,7 @@ def weight_of(product: ir.Node) -> Weights:
     return weight.const_value.numpy()
 
 
-def _replace(product: ir.Node, array: Weights) -> None:
+def _set_weights(product: ir.Node, array: FloatArray) -> None:
     weight = product.inputs[1]
     assert weight is not None
     weight.const_value = ir.Tensor(np.ascontiguousarray(array, dtype=np.float32), name=weight.name)

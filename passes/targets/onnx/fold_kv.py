@@ -67,7 +67,7 @@ def _fold_past(graph: ir.Graph, node: ir.Node, earlier: Set[ir.Node]) -> ir.Node
     )
     graph.insert_before(node, folded)
     for old, new in zip((node.outputs[0], keys.present, values.present), folded.outputs, strict=True):
-        _replace(graph, old, new, earlier)
+        _redirect(graph, old, new, earlier)
     graph.remove(node, safe=True)
     return folded
 
@@ -127,9 +127,9 @@ def _fold_layout(graph: ir.Graph, node: ir.Node) -> bool:
     )
     graph.insert_before(node, folded)
     folded.outputs[0].shape, folded.outputs[0].type = merged.shape, merged.type
-    _replace(graph, merged, folded.outputs[0])
+    _redirect(graph, merged, folded.outputs[0])
     for old, new in zip(node.outputs[1:], folded.outputs[1:], strict=True):
-        _replace(graph, old, new)
+        _redirect(graph, old, new)
     return True
 
 
@@ -183,7 +183,7 @@ def _merges(flat: ir.Value, split: ir.Value) -> bool:
     return isinstance(heads, int) and isinstance(size, int) and flat.shape == ir.Shape([batch, sequence, heads * size])
 
 
-def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value, earlier: Set[ir.Node] = frozenset()) -> None:
+def _redirect(graph: ir.Graph, old: ir.Value, new: ir.Value, earlier: Set[ir.Node] = frozenset()) -> None:
     """Let ``new`` be used for ``old`` everywhere but in ``earlier``; it becomes the graph's output if that was."""
     new.shape, new.type = new.shape or old.shape, new.type or old.type
     for user, index in tuple(old.uses()):

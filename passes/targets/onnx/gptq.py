@@ -68,7 +68,7 @@ def gptq_onnx(model: ir.Model, file: Path, names: Collection[str], block: int, t
     for name, moments in measure_onnx(file, channels, text, "products"):
         inverse = inverse_root(moments)
         for node in readers[name]:
-            _replace(model.graph, node, rounded_blocks(weight_of(node), moments.diagonal(), inverse, block))
+            _set_blocks(model.graph, node, rounded_blocks(weight_of(node), moments.diagonal(), inverse, block))
     model.graph.opset_imports.setdefault("com.microsoft", 1)
 
 
@@ -94,7 +94,7 @@ def rounded_blocks(weight: Floats, sizes: Floats, inverse: Floats, block: int) -
         scale, zero = grid(part, sizes[rows])
         errors = np.empty_like(part)
         for i, row in enumerate(part):
-            codes[start + i] = nearest(row, scale, zero)
+            codes[start + i] = round_to_grid(row, scale, zero)
             errors[i] = (row - scale * (codes[start + i] - zero)) / steps[i, i]
             part[i + 1 :] -= steps[i, i + 1 :, None] * errors[i]
         left[start + block :] -= inverse[rows, start + block :].T @ errors
@@ -111,19 +111,19 @@ def grid(part: Floats, sizes: Floats) -> tuple[Floats, Floats]:
     for share in SHRINKS.astype(np.float32):
         tried = np.maximum(share * (high - low) / LEVELS, np.finfo(np.float32).tiny)
         origin = np.rint(-share * low / tried)
-        error = (sizes[:, None] * (tried * (nearest(part, tried, origin) - origin) - part) ** 2).sum(axis=0)
+        error = (sizes[:, None] * (tried * (round_to_grid(part, tried, origin) - origin) - part) ** 2).sum(axis=0)
         better = error < best
         best, scale, zero = (np.where(better, *pair) for pair in ((error, best), (tried, scale), (origin, zero)))
     return scale, zero
 
 
-def nearest(values: Floats, scale: Floats, zero: Floats) -> Floats:
+def round_to_grid(values: Floats, scale: Floats, zero: Floats) -> Floats:
     """The codes of ``values`` [..., outputs], 0 … ``LEVELS``."""
     codes: Floats = np.clip(np.rint(values / scale) + zero, 0, LEVELS)
     return codes
 
 
-def _replace(graph: ir.Graph, product: ir.Node, blocks: Blocks) -> None:
+def _set_blocks(graph: ir.Graph, product: ir.Node, blocks: Blocks) -> None:
     """MatMulNBits in place of ``product``: codes of a block side by side, the first in the lower half of a byte."""
     inputs, outputs = blocks.codes.shape
     count = len(blocks.scales)

@@ -49,9 +49,9 @@ def smooth_onnx(model: ir.Model, source: Path, without: Collection[str] = ()) ->
         weights = [_array(product.inputs[1]) for product in products]
         scale = smoothing(np.sqrt(squares / text.size), weights)
         for index in _scales(node):
-            _replace(model.graph, node, index, _array(node.inputs[index]) / scale)
+            _set_input(model.graph, node, index, _array(node.inputs[index]) / scale)
         for product, weight in zip(products, weights, strict=True):
-            _replace(model.graph, product, 1, weight * scale[:, None])
+            _set_input(model.graph, product, 1, weight * scale[:, None])
     return len(found)
 
 
@@ -108,7 +108,7 @@ def _array(value: ir.Value | None) -> Sizes:
     return constant.numpy()
 
 
-def _replace(graph: ir.Graph, node: ir.Node, index: int, array: npt.NDArray[Any]) -> None:
+def _set_input(graph: ir.Graph, node: ir.Node, index: int, array: npt.NDArray[Any]) -> None:
     """An input of a node, which other nodes may read, too, by a constant of its own."""
     name = f"{node.outputs[0].name}.smooth.{index}"
     tensor = ir.Tensor(np.ascontiguousarray(array, dtype=np.float32), name=name)

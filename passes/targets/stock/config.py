@@ -20,10 +20,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from passes.targets.stock.probe import Assignment, Build, Field, Prober, Refusal, Shapes, starred
 from passes.targets.stock.search import (
+    ConfigSearch,
     Expression,
     Expressions,
-    Place,
-    Search,
+    SizeSlot,
     differences,
     evaluate,
     implied,
@@ -88,13 +88,13 @@ def _solve(
     scalars: Mapping[float, float],
     *,
     shapes_only: bool = False,
-) -> tuple[StockConfig | Refusal, dict[Field, int], Search | None]:
-    """Search for the target; ``shapes_only`` accepts what a validator refuses (to learn expressions)."""
+) -> tuple[StockConfig | Refusal, dict[Field, int], ConfigSearch | None]:
+    """ConfigSearch for the target; ``shapes_only`` accepts what a validator refuses (to learn expressions)."""
     if (refusal := _same_names(prober.full.shapes, target)) is not None:
         return refusal, {}, None
     if not _representative(prober, target):
         prober = prober.at_full_depth()
-    search = Search(prober, target, expressions.candidates(widths))
+    search = ConfigSearch(prober, target, expressions.candidates(widths))
     found: list[tuple[StockConfig, dict[Field, int], dict[Field, int]]] = []
 
     def accept(assignment: dict[Field, int]) -> Refusal | None:
@@ -223,7 +223,7 @@ class Stock:
         self._prober, self._space, self._shapes = prober, expressions, shapes
         self.refusals: dict[str, Refusal] = {}
         self.together: list[frozenset[str]] = []
-        self._failed: dict[str, Search | None] = {}
+        self._failed: dict[str, ConfigSearch | None] = {}
 
     @staticmethod
     def discover(
@@ -326,7 +326,7 @@ class Stock:
 
         If so, its fields' expressions are narrowed; if not, the refusal of a family on its own is kept.
         """
-        failed: tuple[Refusal, Search | None] | None = None
+        failed: tuple[Refusal, ConfigSearch | None] | None = None
         learned = False
         for widths in _trial_widths({name: self._space.families[name] for name in sorted(group)}):
             target = self._shapes(widths)
@@ -354,7 +354,7 @@ class Stock:
         if found is not None:
             self.together.append(found)
 
-    def _touches(self, name: str) -> set[Place]:
+    def _touches(self, name: str) -> set[SizeSlot]:
         trials = _trial_widths({name: self._space.families[name]})
         return set(differences(self._prober.full.shapes, self._shapes(trials[0]))) if trials else set()
 

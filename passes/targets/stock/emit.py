@@ -60,7 +60,7 @@ def write_checkpoint(
     """
     dtype = next((t.dtype for name in state if (t := state[name]).is_floating_point()), torch.float32)
     shell = _shell(stock, dtype)
-    weights = _Weights(state, {name: tuple(t.shape) for name, t in shell.state_dict().items()})
+    weights = _CheckedState(state, {name: tuple(t.shape) for name, t in shell.state_dict().items()})
     _check_tied(shell, state)
     if shell.can_generate() and getattr(model, "generation_config", None) is not None:
         shell.generation_config = copy.deepcopy(model.generation_config)
@@ -101,7 +101,7 @@ def _check_tied(shell: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
             )
 
 
-class _Weights(Mapping[str, Tensor]):
+class _CheckedState(Mapping[str, Tensor]):
     """``state`` with every shape checked; no two tensors share memory, which safetensors would refuse."""
 
     def __init__(self, state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -12,7 +12,7 @@ from passes.targets.stock.probe import Assignment, Build, Field, Prober, Refusal
 
 Expression = tuple[str | int, ...]
 """A product: names of families (their width) and fixed sizes, e.g. ``("kv_groups", "q_heads_per_group")``."""
-Place = tuple[str, int]
+SizeSlot = tuple[str, int]
 """One dimension of one parameter; dimension -1 when even the number of dimensions differs."""
 FACTORS = 3
 MAX_BUILDS = 400
@@ -67,11 +67,11 @@ class DeadEnd:
 
     assignment: Assignment
     build: Build
-    place: Place
+    place: SizeSlot
     wrong: int
 
 
-class Search:
+class ConfigSearch:
     """Best-first search for an assignment whose shapes are ``target``, led by the shapes themselves.
 
     One build for each field and candidate says which dimensions it moves. From a state, the first wrong dimension is
@@ -85,11 +85,11 @@ class Search:
         self.target = {name: target[name] for name in prober.base.shapes}
         self.raised: list[Refusal] = []
         self.dead: list[DeadEnd] = []
-        self.moves: dict[tuple[Field, int], frozenset[Place] | None] = {
+        self.moves: dict[tuple[Field, int], frozenset[SizeSlot] | None] = {
             (f, value): self._moved(f, value) for f, values in candidates.items() for value in values
         }
 
-    def _moved(self, f: Field, value: int) -> frozenset[Place] | None:
+    def _moved(self, f: Field, value: int) -> frozenset[SizeSlot] | None:
         built = self.prober.build({**self.prober.pins, f: value})
         if isinstance(built, Refusal):
             self.raised.append(built)
@@ -98,7 +98,7 @@ class Search:
             return None
         return frozenset(differences(built.shapes, self.prober.base.shapes))
 
-    def wrong(self, built: Build | Refusal) -> list[Place] | None:
+    def wrong(self, built: Build | Refusal) -> list[SizeSlot] | None:
         """The dimensions to put right; None for a build that raised or has other parameters."""
         if isinstance(built, Refusal) or built.shapes.keys() != self.target.keys():
             return None
@@ -132,13 +132,13 @@ class Search:
         return first or self.reason()
 
     def _successors(
-        self, assignment: dict[Field, int], built: Build | Refusal, wrong: list[Place] | None
+        self, assignment: dict[Field, int], built: Build | Refusal, wrong: list[SizeSlot] | None
     ) -> Iterable[dict[Field, int]]:
         free = {f: v for f, v in self.candidates.items() if assignment.get(f, f.value) == f.value}
         movers = {(f, v): self.moves[f, v] for f, values in free.items() for v in values}
-        place: Place | None = None
+        place: SizeSlot | None = None
         if wrong is not None and isinstance(built, Build):
-            reach: set[Place] = set().union(*(moved for moved in movers.values() if moved is not None))
+            reach: set[SizeSlot] = set().union(*(moved for moved in movers.values() if moved is not None))
             stuck = next((p for p in wrong if p not in reach), None)
             if stuck is not None and None not in movers.values():
                 self.dead.append(DeadEnd(assignment, built, stuck, len(wrong)))
@@ -163,7 +163,7 @@ class Search:
         name = type(self.prober.template).__name__
         return Refusal("shape", param, f"no field of {name} turns {have} into {want} (dimension {place[1]})")
 
-    def moved_by_dead_ends(self) -> frozenset[Place]:
+    def moved_by_dead_ends(self) -> frozenset[SizeSlot]:
         """The dimensions that fields move which move a wrong one: what is tied to the cut in the stock class."""
         wrong = set(differences(self.prober.base.shapes, self.target))
         moved = [m for m in self.moves.values() if m is not None and wrong & m]
@@ -172,13 +172,13 @@ class Search:
     def _changes(self, dead: DeadEnd) -> dict[Field, int]:
         return {f: v for f, v in dead.assignment.items() if v != f.value}
 
-    def _sizes(self, built: Build, place: Place) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    def _sizes(self, built: Build, place: SizeSlot) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         return starred(place[0]), self.target[place[0]], built.shapes[place[0]]
 
 
-def differences(shapes: Shapes, target: Shapes) -> list[Place]:
+def differences(shapes: Shapes, target: Shapes) -> list[SizeSlot]:
     """The places where ``shapes`` and ``target`` (of the same names) differ, in the order of ``shapes``."""
-    found: list[Place] = []
+    found: list[SizeSlot] = []
     for name, shape in shapes.items():
         wanted = target.get(name, ())
         if len(shape) != len(wanted):
@@ -190,7 +190,7 @@ def differences(shapes: Shapes, target: Shapes) -> list[Place]:
 
 def implied(
     prober: Prober,
-    search: Search,
+    search: ConfigSearch,
     expressions: Expressions,
     widths: Mapping[str, int],
     solution: dict[Field, int],
@@ -213,7 +213,7 @@ def implied(
 
 
 def strange_constants(
-    prober: Prober, search: Search, expressions: Expressions, widths: Mapping[str, int], assignment: Assignment
+    prober: Prober, search: ConfigSearch, expressions: Expressions, widths: Mapping[str, int], assignment: Assignment
 ) -> list[str]:
     """Constants of the modules that the assignment changes and the cut does not explain, described.
 

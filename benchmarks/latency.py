@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.common import result_header, write_result
 from benchmarks.onnx import MODEL, export, resized
-from mptk.cost.latency import OBJECTIVES, Latency, Measure
+from mptk.cost.budgets import OBJECTIVES
+from mptk.cost.latency import Latency, Measure
 from mptk.cost.operator_times import Operator, time_once, typical_ms
 from mptk.driver import api
 from mptk.io import models

@@ -33,9 +33,7 @@ from benchmarks.quality_text import write_mixture
 from mptk import Settings, prune
 from mptk.io import data, models
 from mptk.io.evaluation import perplexity, zero_shot
-from mptk.methods.maskprune.learner import Learning
-from mptk.methods.maskprune.solver import Rates
-from mptk.methods.maskprune.train import Training
+from mptk.run.settings import Learning, Rates, Training
 
 MODEL = "smollm2-135m"
 METHODS = "maskprune,wanda,flap,taylor,wanda+fit,wanda+learned,random,magnitude,maskprune+nofit,maskprune+fixed"

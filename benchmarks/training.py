@@ -31,9 +31,9 @@ from mptk.cost.model import CostModel
 from mptk.io import models
 from mptk.ir.passes import Log
 from mptk.methods import criteria
-from mptk.methods.maskprune.learner import Learner, Learning
-from mptk.methods.maskprune.run_folder import WorkFolder
-from mptk.methods.maskprune.train import Training
+from mptk.methods.maskprune.learner import Learner
+from mptk.run.folder import RunFolder
+from mptk.run.settings import Learning, Training
 from passes.analysis import group
 from passes.pipelines import cut_program
 from passes.targets import legalize
@@ -76,7 +76,7 @@ def plain() -> Step:
 def learner(teacher: str, model: Any) -> Learner:
     training = Training(batch=BATCH, micro=MICRO, save_every=10**9)
     settings = Learning(steps=10_000, rank=RANK, teacher=teacher, training=training)
-    work = WorkFolder(Path(tempfile.mkdtemp()) / "out", {}, resume=False)
+    work = RunFolder(Path(tempfile.mkdtemp()) / "out", {}, resume=False)
     return Learner(model, windows(), settings, work, lambda *_: None)
 
 
@@ -84,7 +84,7 @@ def analysed() -> tuple[Any, Any, CostModel, list[legalize.Candidate]]:
     model = models.load(MODEL).model
     analysis = group.analyze(passes.frontend.trace.trace(model, dynamic=True))
     cost = CostModel(analysis)
-    target = legalize.stock_target(analysis, model)
+    target = legalize.stock_widths(analysis, model)
     names = legalize.default_families(analysis, target)
     found = legalize.find_candidates(cost, target, names, 0.3)
     return model, analysis, cost, legalize.choose_candidates(found, 0.3, 0.01, len(found))

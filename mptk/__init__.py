@@ -14,10 +14,10 @@ from mptk.version import __version__
 if TYPE_CHECKING:
     from mptk.driver.api import analyze, bench, export, rewrite, rule, trace
     from mptk.driver.prune import prune
-    from mptk.driver.settings import Settings
     from mptk.driver.verification import verify
     from mptk.errors import MptkError, ProofError
     from mptk.ir.plan import FamilyPlan, Plan
+    from mptk.run.settings import Settings
 
 __all__ = [
     "FamilyPlan",
@@ -41,7 +41,7 @@ _HOMES = {
     "MptkError": "mptk.errors",
     "Plan": "mptk.ir.plan",
     "ProofError": "mptk.errors",
-    "Settings": "mptk.driver.settings",
+    "Settings": "mptk.run.settings",
     "prune": "mptk.driver.prune",
     "verify": "mptk.driver.verification",
 }

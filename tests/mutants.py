@@ -55,7 +55,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "mptk/driver/proof.py": ("test_borders.py", "test_faults.py"),
     "mptk/driver/verification.py": ("test_verify.py", "test_trust.py", "test_faults.py"),
     "mptk/io/manifest.py": ("test_files.py", "test_emit_hf.py", "test_trust.py"),
-    "mptk/driver/configs.py": ("test_configs.py", "test_faults.py", "test_rehome.py"),
+    "mptk/targets/stock_config.py": ("test_configs.py", "test_faults.py", "test_rehome.py"),
     "mptk/io/checkpoint.py": ("test_checkpoint.py",),
     "passes/targets/stock/emit.py": ("test_emit_hf.py",),
 }

@@ -10,11 +10,11 @@ from typing import Any
 import architectures
 import pytest
 
-from mptk.driver.configs import check_config, config_changes
-from mptk.driver.stock import Written
 from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.checkpoint import portable
+from mptk.targets.stock import Written
+from mptk.targets.stock_config import check_config, config_changes
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.emit import write_checkpoint
 

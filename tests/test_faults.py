@@ -33,8 +33,7 @@ from mptk.driver.verification import read_report
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
-from mptk.methods.maskprune.learner import Learning
-from mptk.methods.maskprune.train import Training
+from mptk.run.settings import Learning, Training
 from mptk.runtime.decoder import OrtDecoder
 from passes.transforms.insert_masks import InsertedMasks
 

@@ -31,7 +31,10 @@ def test_all_json_is_written_by_the_one_helper() -> None:
         for path in (ROOT / package).rglob("*.py")
         if re.search(r"json\.dumps?\(", path.read_text())
     ]
-    assert sorted(writers) == ["mptk/driver/configs.py", "mptk/files.py"]  # the first one prints values in its errors
+    assert sorted(writers) == [
+        "mptk/targets/stock_config.py",
+        "mptk/files.py",
+    ]  # the first one prints values in its errors
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 import mptk
 from mptk.cli.main import app
 from mptk.cost import operator_times
-from mptk.cost.latency import Latency, find_parts, interpolate, phase
+from mptk.cost.budgets import phase
+from mptk.cost.latency import Latency, find_parts, interpolate
 from mptk.cost.model import CostModel
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, kept_times, measure
 from mptk.driver.budget import WidthSearch, budgeted
@@ -182,7 +183,7 @@ def test_a_width_that_a_wider_one_beats_is_not_proposed(analysis):
 
     ladders = {"ffn": (8, 24, 40, 56, 64, 80)}
     cost = CostModel(analysis, "latency", Latency(analysis, ladders, "decode", uneven))
-    target = legalize.unbeaten(cost, legalize.Target(ladders, {}, lambda widths: None), ["ffn"])
+    target = legalize.unbeaten(cost, legalize.LegalWidths(ladders, {}, lambda widths: None), ["ffn"])
     assert target.ladders["ffn"] == (8, 24, 56, 64, 80)
     assert cost.share({"ffn": 40}) == cost.share({"ffn": 48}) == cost.share({"ffn": 56}), "as wide as costs the same"
 

@@ -29,9 +29,7 @@ from mptk.driver.recovery import recover
 from mptk.driver.verification import read_report, verify
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
-from mptk.methods.maskprune.learner import Learning
-from mptk.methods.maskprune.losses import LossWeights
-from mptk.methods.maskprune.train import Training
+from mptk.run.settings import Learning, LossWeights, Training
 
 TRAINING = Training(batch=4, micro=2, lr=3e-3, save_every=2)
 LEARNING = Learning(steps=12, mask_share=0.5, rank=4, training=TRAINING)
@@ -118,10 +116,10 @@ class Stopped(BaseException):
 
 STOPS = {
     "saliency": ("mptk.methods.maskprune.solver.Solver.observe", 2),
-    "a checkpoint being written": ("mptk.methods.maskprune.run_folder.save_file", 2),
+    "a checkpoint being written": ("mptk.run.folder.save_file", 2),
     "between masks and recovery": ("mptk.driver.prune.take_over", 1),
     "emission": ("mptk.driver.prune.write_checkpoint", 1),
-    "after publishing": ("mptk.methods.maskprune.run_folder.WorkFolder.remove", 1),
+    "after publishing": ("mptk.run.folder.RunFolder.remove", 1),
 }
 
 

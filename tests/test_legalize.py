@@ -8,8 +8,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from mptk.cost.model import CostModel
 from mptk.driver.budget import WidthSearch
-from mptk.driver.settings import Settings
 from mptk.errors import MptkError
+from mptk.run.settings import Settings
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 from passes.targets import legalize
@@ -33,7 +33,7 @@ def llama() -> LlamaForCausalLM:
 def small():
     model = llama()
     analysis = analyze(trace(model))
-    return analysis, CostModel(analysis), legalize.stock_target(analysis, model, multiple=32)
+    return analysis, CostModel(analysis), legalize.stock_widths(analysis, model, multiple=32)
 
 
 def test_cost_counts_what_the_module_holds(small):
@@ -77,10 +77,10 @@ def test_heads_that_the_class_hard_wires_are_refused():
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
     analysis = analyze(trace(model))
-    target = legalize.stock_target(analysis, model, multiple=8)
+    target = legalize.stock_widths(analysis, model, multiple=8)
     assert "heads" in target.refused
     assert legalize.default_families(analysis, target) == ["ffn"]
-    assert legalize.graph_target(analysis, 8).ladders["heads"] == (1, 2, 3, 4, 5, 6)
+    assert legalize.graph_widths(analysis, 8).ladders["heads"] == (1, 2, 3, 4, 5, 6)
 
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.35, 0.5, 0.7])

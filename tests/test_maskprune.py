@@ -10,11 +10,12 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from mptk.errors import MptkError
 from mptk.methods.maskprune.learner import removed_at_zero, take_over
-from mptk.methods.maskprune.losses import LossWeights, TopLogits, hidden_error, language_model, shorten, token_losses
-from mptk.methods.maskprune.run_folder import WorkFolder
+from mptk.methods.maskprune.losses import TopLogits, hidden_error, language_model, shorten, token_losses
 from mptk.methods.maskprune.teacher import CachedTeacher, LiveTeacher, fingerprint
 from mptk.methods.maskprune.train import schedule
 from mptk.methods.reconstruct import replaced
+from mptk.run.folder import RunFolder
+from mptk.run.settings import LossWeights
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 
@@ -162,16 +163,16 @@ def test_the_rate_rises_and_falls_to_nothing() -> None:
 
 def test_a_work_folder_is_kept_apart_from_other_settings(tmp_path) -> None:
     out = tmp_path / "out"
-    work = WorkFolder(out, {"steps": 3}, resume=False)
+    work = RunFolder(out, {"steps": 3}, resume=False)
     for step in (1, 2, 3):
         work.checkpoint("masks", step, {"x": torch.tensor(float(step))})
         work.log("masks", step, {"loss": 0.5})
     assert len(list(work.path.glob("masks-*.safetensors"))) == 2
     with pytest.raises(MptkError, match="unfinished run; add --resume"):
-        WorkFolder(out, {"steps": 3}, resume=False)
+        RunFolder(out, {"steps": 3}, resume=False)
     with pytest.raises(MptkError, match=r"other settings \(steps\)"):
-        WorkFolder(out, {"steps": 4}, resume=True)
-    again = WorkFolder(out, {"steps": 3}, resume=True)
+        RunFolder(out, {"steps": 4}, resume=True)
+    again = RunFolder(out, {"steps": 3}, resume=True)
     step, state = again.latest("masks")
     assert (step, state["x"].item()) == (3, 3.0)
     again.rewind("masks", 2)

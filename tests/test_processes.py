@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mptk.errors import MptkError
-from mptk.methods import processes
 from mptk.methods.maskprune.adapters import adapt
+from mptk.run import processes
 
 
 @pytest.mark.parametrize(("architecture", "block"), [("llama", "LlamaDecoderLayer"), ("gpt2", "GPT2Block")])

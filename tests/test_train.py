@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mptk.methods.maskprune.losses import LossWeights
-from mptk.methods.maskprune.run_folder import WorkFolder
-from mptk.methods.maskprune.train import Loop, Training
-from mptk.methods.processes import accelerator
+from mptk.methods.maskprune.train import Loop
+from mptk.run.folder import RunFolder
+from mptk.run.processes import accelerator
+from mptk.run.settings import LossWeights, Training
 
 WINDOWS = architectures.tokens(8, 9)
 
@@ -34,7 +34,7 @@ class Drawing(nn.Module):
 
 def loop(tmp_path: Path, name: str, *, micro: int = 4, noise: float = 0.0, steps: int = 4) -> Loop:
     training = Training(batch=4, micro=micro, lr=1e-2, save_every=1, losses=LossWeights(kl=0.0))
-    work = WorkFolder(tmp_path / name, {}, resume=True)
+    work = RunFolder(tmp_path / name, {}, resume=True)
     return Loop(
         accelerator("no"), Drawing(noise), lambda _: (None, None), WINDOWS, steps, training, phase="masks", work=work
     )
@@ -66,14 +66,14 @@ def test_random_numbers_go_on_where_a_stopped_run_left_them(tmp_path: Path) -> N
 def test_a_checkpoint_that_was_stopped_half_way_is_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = WorkFolder(tmp_path / "out", {}, resume=True)
+    work = RunFolder(tmp_path / "out", {}, resume=True)
     work.checkpoint("masks", 1, {"x": torch.ones(3)})
 
     def half(tensors: Any, path: Path, **_: Any) -> None:
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mptk.methods.maskprune.run_folder.save_file", half)
+    monkeypatch.setattr("mptk.run.folder.save_file", half)
     with pytest.raises(KeyboardInterrupt):
         work.checkpoint("masks", 2, {"x": torch.zeros(3)})
     step, found = work.latest("masks") or (0, {})

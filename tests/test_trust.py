@@ -20,8 +20,7 @@ from mptk.errors import MptkError
 from mptk.files import write_json
 from mptk.io import models
 from mptk.io.manifest import write_manifest
-from mptk.methods.maskprune.learner import Learning
-from mptk.methods.maskprune.train import Training
+from mptk.run.settings import Learning, Training
 
 SETTINGS = mptk.Settings(
     method="magnitude",

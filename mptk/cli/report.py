@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mptk.cost.model import CostModel
 from mptk.ir.families import Analysis
+from mptk.run.report import Report
 from mptk.runtime.bench import Bench
 
 ANALYSIS = "mptk-analysis/1"
@@ -131,7 +132,7 @@ def ranges(widths: Sequence[int]) -> str:
     return ", ".join(map(str, widths)) if len(widths) <= 12 else f"{widths[0]}…{widths[-1]}, {len(widths)} widths"
 
 
-def comparison_view(reports: Sequence[Mapping[str, Any]]) -> Table:
+def comparison_view(reports: Sequence[Report]) -> Table:
     """Pruned models of one dense model: what each removed, its widths, its perplexity."""
     table = Table(title="side by side", title_justify="left")
     table.add_column("method")
@@ -139,12 +140,12 @@ def comparison_view(reports: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(column, justify="right")
     table.add_column("widths")
     for r in reports:
-        widths = {n: f["width"] for n, f in r["families"].items() if f["width"] < f["of"]}
-        quality = r["perplexity"]
+        widths = {n: f["width"] for n, f in r.families.items() if f["width"] < f["of"]}
+        quality = r.perplexity
         table.add_row(
-            r["settings"]["method"],
-            str(r["settings"]["learning"]["steps"]),
-            f"{r['sparsity']:.1%}",
+            r.settings.method,
+            str(r.settings.steps),
+            f"{r.sparsity:.1%}",
             _figure(quality["dense"]),
             _figure(quality["pruned"]),
             ", ".join(f"{n} {w}" for n, w in widths.items()),
@@ -152,13 +153,13 @@ def comparison_view(reports: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def prune_view(report: Mapping[str, Any]) -> Lines:
+def prune_view(report: Report) -> Lines:
     """``mptk report``: what was cut, what it cost, and the proof."""
-    dense, pruned = report["cost"]["dense"], report["cost"]["pruned"]
-    widths = Table(title=f"{report['model']} pruned by {report['settings']['method']}", title_justify="left")
+    dense, pruned = report.cost["dense"], report.cost["pruned"]
+    widths = Table(title=f"{report.model} pruned by {report.settings.method}", title_justify="left")
     for column in ("family", "width", "layers"):
         widths.add_column(column, justify="left" if column == "family" else "right")
-    for name, f in report["families"].items():
+    for name, f in report.families.items():
         if f["width"] < f["of"]:
             widths.add_row(name, f"{f['of']} → {f['width']}", str(f["layers"]))
     cost = Table()
@@ -174,15 +175,15 @@ def prune_view(report: Mapping[str, Any]) -> Lines:
         cost.add_row(label, f"{dense[key]:,}", f"{pruned[key]:,}", f"{1 - pruned[key] / dense[key]:.1%}")
     if "latency_ms" in dense:
         before, after = dense["latency_ms"], pruned["latency_ms"]
-        label = f"predicted {report['settings']['objective']} (ms)"
+        label = f"predicted {report.settings.objective} (ms)"
         cost.add_row(label, f"{before:.2f}", f"{after:.2f}", f"{1 - after / before:.1%}")
-    quality = report["perplexity"]
+    quality = report.perplexity
     cost.add_row("perplexity", _figure(quality["dense"]), _figure(quality["pruned"]), "")
-    for scheme, q in report.get("quantized", {}).items():
+    for scheme, q in report.quantized.items():
         measured = _figure(q["perplexity"]) if "perplexity" in q else ""
         cost.add_row(f"perplexity, {scheme} in ONNX Runtime", "", measured, f"{q['bytes'] / 1e6:.0f} MB")
-    notes = [Text(f"perplexity: {quality['protocol']}"), *map(Text, report["notes"])]
-    return Lines(widths, cost, *notes, proof_view(report["proof"]))
+    notes = [Text(f"perplexity: {quality['protocol']}"), *map(Text, report.notes)]
+    return Lines(widths, cost, *notes, proof_view(report.proof))
 
 
 def _figure(value: float | None) -> str:

@@ -18,17 +18,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
+from mptk.cost.budgets import phase
 from mptk.cost.model import example_tokens
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, Term, evaluate
 from mptk.ir.families import Analysis, Contraction
-
-PROMPT = 512
-"""Tokens of the prompt in prefill, and in the KV cache in decode; batch 1."""
-
-OBJECTIVES = {"prefill": (PROMPT, 0), "decode": (1, PROMPT)}
-"""Phase → (new tokens, cached tokens)."""
 
 PROBES = (0.91, 0.83, 0.71)
 
@@ -116,13 +111,6 @@ class Latency:
         for axis in range(values.ndim):
             values = np.flip(np.minimum.accumulate(np.flip(values, axis), axis), axis)
         return Grid(knots, values)
-
-
-def phase(objective: str) -> tuple[int, int]:
-    """New and cached tokens of a phase. Raises MptkError for one that there is not."""
-    if objective not in OBJECTIVES:
-        raise MptkError(f"no objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[objective]
 
 
 def interpolate(knots: Sequence[int], values: npt.NDArray[np.float64], x: float) -> npt.NDArray[np.float64]:

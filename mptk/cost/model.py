@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
+from mptk.cost.budgets import BUDGETS
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, evaluate
 from mptk.ir.families import Analysis, Family
@@ -29,11 +30,6 @@ class Cost:
     def as_dict(self) -> dict[str, float]:
         """What is known, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-LATENCY = "latency"
-BUDGETS = {"params": "block", "flops": "flops", "bytes": "bytes", LATENCY: "latency_ms"}
-"""What a budget counts → the field of ``Cost``."""
 
 
 class CostModel:

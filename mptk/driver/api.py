@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import passes.frontend.trace
-from mptk.cost.latency import phase
-from mptk.errors import MptkError
-from mptk.files import json_text
+from mptk.cost.budgets import phase
 from mptk.io import data, models
 from mptk.io.checkpoint import save_tokenizer
 from mptk.io.publish import check_replaceable, publish
@@ -25,15 +23,16 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.progress import Progress, silent
 from mptk.runtime.bench import Bench, bench_decoders
+from mptk.tasks import load_decoder
+from mptk.tasks.decoder_onnx import export_decoder
 from mptk.version import __version__
 from passes.analysis import group
 from passes.analysis.rules import RULES, rule
 from passes.check_cut import check_cut, in_float32
-from passes.frontend.trace_decoder import LogitsScope, trace_decoder
+from passes.frontend.trace_decoder import LogitsScope
 from passes.pipelines import cut_program
 from passes.targets.onnx.check_quantized import check_quantized
-from passes.targets.onnx.emit import emit_onnx
-from passes.targets.onnx.quantize import check_schemes, quantize_onnx
+from passes.targets.onnx.quantize import check_schemes
 
 __all__ = ["analyze", "bench", "export", "export_folder", "ops", "rewrite", "rule", "trace"]
 
@@ -125,16 +124,9 @@ def export(
         MptkError: the model keeps another state than keys and values; torch.export or the exporter refuses it; there
             is no such scheme or objective.
     """
-    phase(objective)
-    program = trace_decoder(model, logits=logits)
-    if plan is not None:
-        program, _ = cut_program(group.analyze(program), plan, Log())
-        metadata["plan_sha256"] = plan_digest(plan)
-    about = {"mptk_version": __version__, "objective": objective, **metadata}
-    file = emit_onnx(program, Path(folder), objective=objective, metadata=about)
-    for scheme in quantize:
-        quantize_onnx(file, scheme, None if text is None else text.numpy())
-    return Path(folder)
+    folder = Path(folder)
+    export_decoder(model, folder, metadata, plan=plan, logits=logits, quantize=quantize, text=text, objective=objective)
+    return folder
 
 
 def export_folder(
@@ -162,7 +154,7 @@ def export_folder(
     check_schemes(quantize)
     phase(objective)
     say("load", 0, 0)
-    loaded = models.load(model, trust_remote_code=trust_remote_code, decoder=True)
+    loaded = load_decoder(model, trust_remote_code=trust_remote_code)
     positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 256
     windows = None if text is None else data.calibration(loaded.model, loaded.tokenizer, text, 32, min(256, positions))
     with publish(Path(out)) as folder:
@@ -178,11 +170,6 @@ def export_folder(
         if loaded.tokenizer is not None:
             save_tokenizer(loaded.tokenizer, folder)
     return Path(out)
-
-
-def plan_digest(plan: Plan) -> str:
-    """SHA-256 of what a plan keeps."""
-    return hashlib.sha256(json_text(plan.to_json()["families"], sort_keys=True).encode()).hexdigest()
 
 
 def bench(models: Sequence[str | Path], *, progress: Progress | None = None, **settings: Any) -> Bench:
@@ -217,7 +204,7 @@ def onnx_folder(model: str, progress: Progress | None = None) -> Path:
     for own in (Path(model), Path(model) / "onnx"):
         if (own / "model.onnx").is_file():
             return own
-    loaded = models.load(model, decoder=True)
+    loaded = load_decoder(model)
     stamp = hashlib.sha256(f"{loaded.path.resolve()} {__version__} {torch.__version__}".encode()).hexdigest()[:16]
     cached = models.cache_dir() / "onnx" / stamp
     if not (cached / "model.onnx").is_file():
@@ -228,11 +215,3 @@ def onnx_folder(model: str, progress: Progress | None = None) -> Path:
         if progress is not None:
             progress(f"exporting {model} to ONNX", 1, 1)
     return cached
-
-
-def plan_of(folder: str | Path) -> Plan:
-    """The plan of a pruned folder. Raises MptkError if there is none."""
-    path = Path(folder) / "plan.json"
-    if not path.is_file():
-        raise MptkError(f"{folder} holds no plan.json; give the --out folder of `mptk prune`")
-    return Plan.load(path)

@@ -2,76 +2,84 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mptk.cost.model import CostModel
-from mptk.driver.api import plan_digest
-from mptk.driver.settings import MASKPRUNE
 from mptk.errors import MptkError
 from mptk.files import json_text
-from mptk.io.manifest import file_sha256, listed
+from mptk.io.manifest import listed, weights_digest
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
+from mptk.methods import find_method
+from mptk.run.report import Report
+from mptk.targets import ONNX, targets
 
 LATER = "bench.json"
 """The one file that is written into a published folder."""
 
 
-def check_files(report: Mapping[str, Any], folder: Path) -> None:
+def check_files(report: Report, folder: Path) -> None:
     """The report's words on files: which there are, which graphs, and whether it is a stock checkpoint.
 
     Raises:
         MptkError: one is not true; or a file is named that is not there.
     """
     there = listed(folder)
-    missing = sorted(set(report["files"]) - set(there))
+    missing = sorted(set(report.files) - set(there))
     if missing:
         raise MptkError(f"{folder} lacks {missing[0]}, which its report names; do not use it, prune the model again")
-    _require("files", report["files"], [name for name in there if name != LATER])
-    settings = report["settings"]
-    _require("settings.target", settings["target"], "stock" if (folder / "config.json").is_file() else "graph")
-    refused = any(note.startswith("no ONNX") for note in report["notes"])
-    _require("settings.onnx", bool(settings["onnx"] and not refused), (folder / "onnx" / "model.onnx").is_file())
+    _require("files", report.files, [name for name in there if name != LATER])
+    settings = report.settings
+    known = targets()
+    wrote = settings.target in known and known[settings.target].wrote(folder)
+    _require("settings.target", settings.target, settings.target if wrote else _target_of(folder))
+    refused = any(note.startswith("no ONNX") for note in report.notes)
+    _require("settings.onnx", bool(settings.onnx and not refused), ONNX.wrote(folder))
     graphs = sorted(p.relative_to(folder).as_posix() for p in folder.glob("onnx/model_*.onnx"))
-    _require("quantized", sorted(q["file"] for q in report["quantized"].values()), graphs)
-    for scheme, said in report["quantized"].items():
+    _require("quantized", sorted(q["file"] for q in report.quantized.values()), graphs)
+    for scheme, said in report.quantized.items():
         size = sum(p.stat().st_size for p in (folder / said["file"]).parent.glob(f"{Path(said['file']).name}*"))
         _require(f"quantized.{scheme}.bytes", said["bytes"], size)
-    _require("weights_sha256", report["weights_sha256"], weights_digest(folder))
+    _require("weights_sha256", report.weights_sha256, weights_digest(folder))
 
 
-def check_numbers(report: Mapping[str, Any], folder: Path, analysis: Analysis, plan: Plan) -> None:
+def _target_of(folder: Path) -> str:
+    """The target that the folder was written for, by what is in it."""
+    return next((name for name, target in targets().items() if target.wrote(folder)), "none")
+
+
+def check_numbers(report: Report, folder: Path, analysis: Analysis, plan: Plan) -> None:
     """The report's words on what was cut and trained: families, sparsity, cost, plan, and the trained weights.
 
     Raises:
         MptkError: one is not what the plan and the dense model give.
     """
-    _require("plan_sha256", report["plan_sha256"], plan_digest(plan))
-    _require("families", report["families"], widths(analysis, plan))
+    _require("plan_sha256", report.plan_sha256, plan.digest)
+    _require("families", report.families, widths(analysis, plan))
     cost = CostModel(analysis)
     dense, pruned = cost.dense, cost(plan.widths)
-    _require("sparsity", report["sparsity"], 1 - pruned.block / dense.block)
+    _require("sparsity", report.sparsity, 1 - pruned.block / dense.block)
     for name, found in (("dense", dense), ("pruned", pruned)):
-        said = {k: v for k, v in report["cost"][name].items() if k != "latency_ms"}
+        said = {k: v for k, v in report.cost[name].items() if k != "latency_ms"}
         _require(f"cost.{name}", said, found.as_dict())
-    settings, trained = report["settings"], report["trained"]
-    learned = settings["method"] == MASKPRUNE or settings["reconstruct"] or settings["learning"]["steps"]
+    settings, trained = report.settings, report.trained
+    method = find_method(settings.method)
+    learned = method.learns or method.reconstructs or settings.reconstruct or settings.steps
     unknown = [name for name in trained if not learned or name not in analysis.program.state]
     _require("trained", trained, [name for name in trained if name not in unknown])
     compensated = (folder / "compensation.safetensors").is_file()
-    _require("settings.method", settings["method"], "flap" if compensated else settings["method"])
-    for d in report["proof"]:
+    _require("settings.method", settings.method, "flap" if compensated else settings.method)
+    for d in report.proof:
         _require(f"proof.{d['stage']}", d["ok"], True)
 
 
-def check_tokens(report: Mapping[str, Any], vocabulary: int) -> list[list[int]]:
+def check_tokens(report: Report, vocabulary: int) -> Sequence[Sequence[int]]:
     """The report's proof tokens: at least 8 token ids in each of equally long rows."""
-    rows: list[list[int]] = report["proof_tokens"]
+    rows = report.proof_tokens
     lengths = {len(row) for row in rows}
     if (
         len(lengths) != 1
@@ -88,12 +96,6 @@ def widths(analysis: Analysis, plan: Plan) -> dict[str, dict[str, int]]:
         f.name: {"of": f.size, "width": plan.widths.get(f.name, f.size), "layers": len(f.groups)}
         for f in analysis.families
     }
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of the folder's weight files, in the order of their names."""
-    digests = [bytes.fromhex(file_sha256(path)) for path in sorted(folder.glob("*.safetensors"))]
-    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def require_same(name: str, said: Any, true: Any) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mptk.driver.prune import Run
-from mptk.driver.settings import Settings
-from mptk.driver.verification import read_report
+from mptk.driver.changes import changes_of
+from mptk.driver.prune import Job, run
 from mptk.io.dense import load_dense
 from mptk.io.manifest import check_manifest
-from mptk.methods.maskprune.learner import Learning
+from mptk.io.models import Loaded
+from mptk.ir.passes import Log, Record
 from mptk.progress import Progress, silent
+from mptk.run.protocols import Task
+from mptk.run.report import Report
+from mptk.run.settings import Learning, Settings
+from mptk.run.values import Chosen, Context, Prepared
+from mptk.targets.stock_config import check_code
+from mptk.tasks import task_of
 
 
 def recover(
@@ -22,15 +29,17 @@ def recover(
     progress: Progress | None = None,
     *,
     model: str | None = None,
+    on_stage: Callable[[Record], None] | None = None,
     trust_remote_code: bool = False,
     **changes: Any,
-) -> dict[str, Any]:
+) -> Report | None:
     """Train a pruned folder against its dense model and write the result to ``out``; returns its report.
 
     Args:
         folder: an ``--out`` folder of ``prune``; its plan and its weights are where training starts.
         model: the dense model, if it is no longer where the folder's report says.
         trust_remote_code: whether the model's own Python code may run; the folder's report has no say in it.
+        on_stage: as in ``prune``.
         changes: fields of ``Settings`` that differ from those of the folder. ``data`` and ``eval_data``, which may
             name something to download, are never taken from it.
 
@@ -39,12 +48,28 @@ def recover(
             not there, or not the one that was pruned.
     """
     folder = Path(folder)
-    report = read_report(folder)
+    report = Report.read(folder)
     check_manifest(folder)
-    known = {f.name for f in fields(Settings)} - {"learning", "data", "eval_data"}
-    before = {k: v for k, v in report["settings"].items() if k in known}
-    given = {"plan": str(folder / "plan.json"), "learning": learning, "trust_remote_code": trust_remote_code}
-    settings = Settings(**{**before, **changes, **given, "reconstruct": False})
-    run = Run(model or report["model"], Path(out), settings, progress or silent)
-    run.base, run.dense = folder, lambda: load_dense(report, model, trust_remote_code)
-    return run.run()
+    texts = {"data": Settings.data, "eval_data": Settings.eval_data, **changes}
+    settings = replace(
+        report.settings,
+        **texts,
+        plan=str(folder / "plan.json"),
+        learning=learning,
+        trust_remote_code=trust_remote_code,
+        reconstruct=False,
+    )
+
+    def given(prepared: Prepared) -> Chosen:
+        check_code(prepared.loaded.path, folder)
+        assert prepared.plan is not None
+        assert prepared.cut is not None
+        found = changes_of(prepared.analysis, prepared.cut, folder, report, trust_remote_code)
+        return Chosen(prepared.plan, prepared.cut, found)
+
+    def load() -> tuple[Loaded, Task]:
+        loaded = load_dense(report.model, report.model_sha256, model, trust_remote_code)
+        return loaded, task_of(loaded)
+
+    context = Context(Log(on_record=on_stage), progress or silent)
+    return run(Job(model or report.model, Path(out), load, given), settings, context)

@@ -7,11 +7,13 @@ with its default base) and refuses the second. What is written here carries both
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.files import json_text
@@ -93,3 +95,17 @@ def _is_config(key: str, value: Any) -> bool:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json_text(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Lend a module other values for some parameters."""
+    parameters = {name: p for name, p in model.named_parameters() if name in state}
+    saved = {name: p.data for name, p in parameters.items()}
+    try:
+        for name, p in parameters.items():
+            p.data = state[name]
+        yield
+    finally:
+        for name, p in parameters.items():
+            p.data = saved[name]

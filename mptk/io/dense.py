@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mptk.errors import MptkError
 from mptk.files import json_text
@@ -32,11 +30,11 @@ def absolute(model: str) -> str:
     return str(path.resolve()) if model not in models.ALIASES and path.exists() else model
 
 
-def load_dense(report: Mapping[str, Any], model: str | None, trust: bool) -> models.Loaded:
+def load_dense(said: str, expected: str, model: str | None, trust: bool) -> models.Loaded:
     """The dense model of a pruned folder.
 
     Args:
-        report: the folder's; it names the model and its fingerprint.
+        said: where the folder's report says that it is; ``expected``: its fingerprint.
         model: where the caller says that it is. Else it is where the report says, if that is on this machine: nothing
             is downloaded because a folder names it.
         trust: the caller's own word on the model's Python code; the report's is not asked.
@@ -44,9 +42,7 @@ def load_dense(report: Mapping[str, Any], model: str | None, trust: bool) -> mod
     Raises:
         MptkError: it is not there; or what is there has another fingerprint, which is looked at before it is loaded.
     """
-    source, expected = model or report["model"], report.get("model_sha256")
-    if expected is None:
-        raise MptkError("the report does not say which dense model it is of (model_sha256); prune again with this mptk")
+    source = model or said
     if fingerprint(source, local=model is None) != expected:
         raise MptkError(f"{source} is not the dense model that was pruned: its files differ; give that one as --model")
     return models.load(source, trust_remote_code=trust, local=model is None)

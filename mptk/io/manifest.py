@@ -29,6 +29,12 @@ def listed(folder: Path) -> list[str]:
     return sorted(name for p in paths if (name := p.relative_to(folder).as_posix()) != MARKER)
 
 
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of the folder's weight files, in the order of their names."""
+    digests = [bytes.fromhex(file_sha256(path)) for path in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
 def write_manifest(folder: Path) -> None:
     """Write ``mptk.json`` over what is in the folder now."""
     _write(folder, {name: file_sha256(folder / name) for name in listed(folder)})

@@ -22,7 +22,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from mptk.errors import MptkError
 from mptk.io.checkpoint import save_checkpoint
-from mptk.io.decoders import check_causal, check_class
 from mptk.io.packaged import ALIASES, Packaged, Wheel, build_once, cache_dir, cached, fetch
 
 __all__ = [
@@ -38,6 +37,7 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "locate",
+    "model_classes",
     "skeleton",
 ]
 
@@ -70,7 +70,6 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
-    decoder: bool = False,
     local: bool = False,
 ) -> Loaded:
     """Load weights and tokenizer on the CPU, in ``dtype``, in evaluation mode.
@@ -78,23 +77,18 @@ def load(
     ``model`` is, in this order: a packaged alias (:data:`ALIASES`; write ``./NAME`` for a folder of that name), a
     ``.gguf`` file, a local checkpoint folder, a hub id. The class is the one that the checkpoint's
     ``architectures`` name; where they name none, causal LM if the config has one. ``tokenizer`` is None where the
-    checkpoint has none. ``decoder``: only a model that predicts the next token will do, which is looked at first.
+    checkpoint has none.
     ``local``: only what is on this machine already.
 
     Raises:
         MptkError: nothing of that name; weights only as pickles, or not for all parameters; code of the model's own
-            that is not trusted; a GGUF file that transformers cannot read; or no decoder where one is wanted.
+            that is not trusted; or a GGUF file that transformers cannot read.
     """
-    if decoder:
-        config = load_config(model, trust_remote_code=trust_remote_code)
-        check_class(model, _classes(config), config)
     folder = _checkpoint(model, local=local)
     with _explained(model):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     _refuse_pickles(folder, config)
     module = _from_pretrained(folder, model, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
-    if decoder:
-        check_causal(model, module)
     tokenizer = _tokenizer(folder, model, trust_remote_code) if _has_tokenizer(folder) else None
     return Loaded(module, tokenizer, source=model, path=folder, trusted=trust_remote_code)
 
@@ -256,7 +250,7 @@ def _auto_class(config: PreTrainedConfig) -> Any:
     return getattr(transformers, next((name for name in taken if fitting[name] & saved), taken[0]))
 
 
-def _classes(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
+def model_classes(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
     """The classes that transformers has for ``config``; none for a model that brings its own."""
     auto = _auto_class(config)
     if auto.__name__ in (getattr(config, "auto_map", None) or {}):

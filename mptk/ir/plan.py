@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,11 @@ class Plan:
     @property
     def widths(self) -> dict[str, int]:
         return {name: family.width for name, family in self.families.items()}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the plan keeps."""
+        return hashlib.sha256(json_text(self.to_json()["families"], sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         return {

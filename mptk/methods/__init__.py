@@ -1,1 +1,22 @@
-"""methods: everything that chooses what is cut, and what is done to the weights that stay."""
+"""methods: everything that chooses what is cut, and what is done to the weights that stay. One file a method."""
+
+from __future__ import annotations
+
+from mptk.methods.criteria import criteria
+from mptk.methods.maskprune.method import MaskPrune
+from mptk.methods.one_shot import OneShotMethod
+from mptk.plugins import find, load_plugins
+from mptk.run.protocols import Method
+
+MASKPRUNE = MaskPrune()
+
+
+def methods() -> dict[str, Method]:
+    """MaskPrune, a one-shot method for each criterion, and those of plugins (group ``mptk.methods``), by name."""
+    one_shot = {name: OneShotMethod(criterion) for name, criterion in criteria().items()}
+    return {MASKPRUNE.name: MASKPRUNE, **one_shot, **load_plugins("mptk.methods")}
+
+
+def find_method(name: str) -> Method:
+    """The method of that name. Raises MptkError with the names there are."""
+    return find("method", name, methods())

@@ -1,4 +1,4 @@
-"""reconstruct: what is left of a layer's inputs takes over for what was removed, by least squares.
+"""reconstruct: fit what is left of each consumer to the dense layer's outputs, by least squares.
 
 Layer-wise distillation in closed form: for a layer that sums over pruned units, with inputs x and outputs t of the
 dense model, the columns k that stay become
@@ -13,30 +13,21 @@ model's and not the pruned one's.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mptk.ir.families import Analysis
+from mptk.ir.resolved_plan import Cut
+from mptk.progress import Count
+from passes.transforms.insert_masks import InsertedMasks, MaskSite
+
 RIDGE = 0.01
 TOKENS = 2048
 """Tokens in a forward pass."""
-
-
-@contextlib.contextmanager
-def replaced(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
-    """Lend a module other values for some parameters."""
-    parameters = {name: p for name, p in model.named_parameters() if name in state}
-    saved = {name: p.data for name, p in parameters.items()}
-    try:
-        for name, p in parameters.items():
-            p.data = state[name]
-        yield
-    finally:
-        for name, p in parameters.items():
-            p.data = saved[name]
 
 
 @torch.no_grad()
@@ -45,7 +36,7 @@ def reconstruct(
     kept: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
     windows: Tensor,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Count = lambda done, total: None,
 ) -> dict[str, Tensor]:
     """New weights for the layers that sum over pruned units.
 
@@ -111,3 +102,41 @@ def _hooked(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor]
     finally:
         for handle in handles:
             handle.remove()
+
+
+def kept_units(analysis: Analysis, cut: Cut, families: Sequence[str]) -> dict[str, Tensor]:
+    """What a plan keeps: family → boolean [layers, scopes, size]."""
+    return {
+        name: torch.stack([torch.from_numpy(cut.choices[g.axis].table) for g in analysis.family(name).groups])
+        for name in families
+    }
+
+
+def removed_at_zero(model: nn.Module, sites: Sequence[MaskSite], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights at which a plan's masks go in, with the removed units at 0."""
+    values = {c: t.float() for c, t in kept.items()}
+    masks = InsertedMasks(model, sites, lambda family, layer: values[family][layer])
+    masks.remove()
+    return masks.folded({n: p.detach() for n, p in model.named_parameters()})
+
+
+def reconstruct_consumers(
+    model: nn.Module,
+    sites: Sequence[MaskSite],
+    kept: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    windows: Tensor,
+    progress: Count,
+) -> dict[str, Tensor]:
+    """``state`` with every consumer of a cut family fitted to the dense layer's outputs (``reconstruct``).
+
+    Args:
+        sites: where the families' masks go in (``find_mask_sites``); ``kept``: what stays (``kept_units``).
+    """
+    inputs: dict[str, Tensor] = {}
+    for site in sites:
+        if site.where == "input":
+            flat = torch.cat([kept[site.family][site.layer].flatten(), torch.ones(1, dtype=torch.bool)])
+            name = site.weights[0][0]
+            inputs[name] = inputs.get(name, torch.tensor(True)) & flat[site.index]
+    return reconstruct(model.cpu(), inputs, state, windows, progress)

@@ -24,15 +24,17 @@ Accepts = Callable[[Mapping[str, int]], str | None]
 
 
 @dataclass(frozen=True)
-class Target:
+class LegalWidths:
     """What may be cut for a target: each family's legal widths (dense last), and why others may not be cut.
 
-    ``accepts`` says of a combination of widths why it is refused, or None.
+    ``accepts`` says of a combination of widths why it is refused, or None. ``stock``: what the model's own config class
+    can express, if the target asked.
     """
 
     ladders: Mapping[str, tuple[int, ...]]
     refused: Mapping[str, str]
     accepts: Accepts
+    stock: Stock | None = None
 
 
 @dataclass(frozen=True)
@@ -44,19 +46,18 @@ class Candidate:
     unevenness: float
 
 
-def graph_target(analysis: Analysis, multiple: int | Sequence[int] = MULTIPLE) -> Target:
+def graph_widths(analysis: Analysis, multiple: int | Sequence[int] = MULTIPLE) -> LegalWidths:
     """The rewritten graph itself: what its ops accept, in multiples that quantisers like."""
-    return Target({f.name: aligned(f, multiple) for f in analysis.families}, {}, lambda widths: None)
+    return LegalWidths({f.name: aligned(f, multiple) for f in analysis.families}, {}, lambda widths: None)
 
 
-def stock_target(
-    analysis: Analysis, model: PreTrainedModel, multiple: int | Sequence[int] = MULTIPLE, *, rehome: bool = False
-) -> Target:
-    """A stock transformers checkpoint: what the model's own config class can express, found by probing.
+def stock_widths(
+    analysis: Analysis, stock: Stock, multiple: int | Sequence[int] = MULTIPLE, *, rehome: bool = False
+) -> LegalWidths:
+    """A stock transformers checkpoint: what the model's own config class can express (``discover``).
 
     ``rehome``: also the widths that only that class's validators refuse, for another to hold (``stock/rehome.py``).
     """
-    stock = discover(analysis, model)
     derived = derived_families(analysis)
     layered = {f.name for f in analysis.families if is_layered(f)}
     together = [group for group in stock.together if group <= layered - derived.keys()]
@@ -73,7 +74,7 @@ def stock_target(
         joint = any(family.name in group for group in together)
         legal = widths if joint else [w for w in widths if accepts({family.name: w}) is None]
         ladders[family.name] = (*legal, family.size)
-    return Target(ladders, refused, accepts)
+    return LegalWidths(ladders, refused, accepts, stock)
 
 
 def derived_families(analysis: Analysis) -> dict[str, str]:
@@ -137,12 +138,12 @@ def aligned(family: Family, multiples: int | Sequence[int]) -> tuple[int, ...]:
     )
 
 
-def default_families(analysis: Analysis, target: Target) -> list[str]:
+def default_families(analysis: Analysis, target: LegalWidths) -> list[str]:
     """What is cut if nothing else is said: the families of single layers that the target can express."""
     return [f.name for f in analysis.families if is_layered(f) and len(target.ladders[f.name]) > 1]
 
 
-def unbeaten(cost: CostModel, target: Target, families: Sequence[str]) -> Target:
+def unbeaten(cost: CostModel, target: LegalWidths, families: Sequence[str]) -> LegalWidths:
     """The target without the widths of ``families`` that save nothing over a wider one, the other families whole."""
     ladders = dict(target.ladders)
     for name in families:
@@ -154,7 +155,7 @@ def unbeaten(cost: CostModel, target: Target, families: Sequence[str]) -> Target
     return replace(target, ladders=ladders)
 
 
-def find_candidates(cost: CostModel, target: Target, families: Sequence[str], sparsity: float) -> list[Candidate]:
+def find_candidates(cost: CostModel, target: LegalWidths, families: Sequence[str], sparsity: float) -> list[Candidate]:
     """Legal widths by their distance to ``sparsity``, within reach of one step of the finest family.
 
     Combinations of all families but the finest are enumerated; for each, the finest family's two widths around the

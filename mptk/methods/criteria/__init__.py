@@ -17,11 +17,15 @@ from torch import Tensor
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis, Family
 from mptk.ir.plan import FamilyPlan, Plan
+from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.criteria import flap, magnitude, random, taylor, wanda
 from mptk.methods.criteria.base import Criterion, Evidence, Scores, uses
 from mptk.methods.criteria.flap import Compensation, compensate
 from mptk.methods.criteria.observe import activations, find_sites, gradients
+from mptk.plugins import find, with_plugins
 from mptk.progress import Count
+from mptk.run.protocols import Task
+from mptk.tasks import CAUSAL_LM
 
 CRITERIA: dict[str, Criterion] = {
     c.name: c
@@ -35,11 +39,14 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
+def criteria() -> dict[str, Criterion]:
+    """mptk's criteria and those of plugins (group ``mptk.criteria``), by name."""
+    return with_plugins(CRITERIA, "mptk.criteria")
+
+
 def find_criterion(name: str) -> Criterion:
     """The criterion of that name. Raises MptkError with the names there are."""
-    if name not in CRITERIA:
-        raise MptkError(f"no criterion {name!r}; choose one of {', '.join(CRITERIA)}")
-    return CRITERIA[name]
+    return find("criterion", name, criteria())
 
 
 def needs_data(name: str) -> bool:
@@ -86,11 +93,13 @@ def gather(
     *,
     families: Sequence[str] | None = None,
     seed: int = 0,
+    objective: Task = CAUSAL_LM,
     progress: Count | None = None,
 ) -> Evidence:
     """Run the program on ``windows`` and keep what criterion ``name`` needs to score ``families``.
 
-    The evidence's ``observations`` are also what ``compensate`` takes. Arguments and errors are those of ``score``.
+    The evidence's ``observations`` are also what ``compensate`` takes. ``objective``: whose loss gradients are of.
+    Other arguments and errors are those of ``score``.
     """
     needs = find_criterion(name).needs
     if not analysis.program.has_values:
@@ -106,10 +115,10 @@ def gather(
     groups = [g for f in _families(analysis, families) for g in f.groups]
     if needs == "gradients":
         names = dict.fromkeys(m.weight for g in groups for m in g.members)
-        return Evidence(analysis, seed, gradients=gradients(analysis.program, names, windows, progress))
+        return Evidence(analysis, seed, gradients=gradients(analysis.program, names, windows, objective, progress))
     sites = find_sites(analysis)
     used = dict.fromkeys(site for g in groups for site, _ in uses(sites, g))
-    return Evidence(analysis, seed, observations=activations(analysis, list(used), windows, progress))
+    return Evidence(analysis, seed, observations=activations(analysis, list(used), objective.inputs(windows), progress))
 
 
 def score_evidence(evidence: Evidence, name: str, families: Sequence[str] | None = None) -> Scores:
@@ -182,7 +191,7 @@ def one_shot(
     plan = select(analysis, scores, widths, meta)
     if not find_criterion(name).compensates:
         return OneShot(plan, scores)
-    compensation = compensate(analysis, plan, evidence.observations)
+    compensation = compensate(analysis, resolve_plan(analysis, plan), evidence.observations)
     return OneShot(plan, scores, compensation.state, compensation.statement)
 
 
@@ -203,6 +212,7 @@ __all__ = [
     "OneShot",
     "Scores",
     "compensate",
+    "criteria",
     "find_criterion",
     "gather",
     "needs_data",

@@ -20,8 +20,7 @@ from torch import Tensor, fx
 
 from mptk.ir.axes import resolve
 from mptk.ir.families import Analysis, Family
-from mptk.ir.plan import Plan
-from mptk.ir.resolved_plan import Cut, resolve_plan
+from mptk.ir.resolved_plan import Cut
 from mptk.methods.criteria.base import Evidence, Scores, sum_uses
 from mptk.methods.criteria.observe import Observation, Site, named_argument
 
@@ -39,16 +38,12 @@ class Compensation:
     statement: str
 
 
-def compensate(analysis: Analysis, plan: Plan, observations: Mapping[Site, Observation]) -> Compensation:
+def compensate(analysis: Analysis, cut: Cut, observations: Mapping[Site, Observation]) -> Compensation:
     """Correct the bias of every consumer of removed units by the mean of what it no longer receives.
 
     The new values belong in the dense program (``program.with_state``), before it is masked or rewritten. A bias that
     several contractions use (layers that share weights) gets the mean of their corrections.
-
-    Raises:
-        MptkError: the plan does not fit the model.
     """
-    cut = resolve_plan(analysis, plan)
     corrections: dict[str, list[Tensor]] = {}
     applied: dict[str, None] = {}
     lacking: dict[str, None] = {}

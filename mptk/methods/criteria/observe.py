@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn.functional import cross_entropy
 
 from mptk.errors import MptkError
 from mptk.ir.axes import Term, leaves, resolve
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.progress import Count
+from mptk.run.protocols import Task
 
 OBSERVED_TOKENS = 2048
 """Tokens in a forward batch. Bounds memory; results do not depend on it beyond rounding."""
@@ -242,9 +242,9 @@ def _routed_moments(x: Tensor, ends: Tensor) -> Moments:
 
 
 def gradients(
-    program: Program, names: Collection[str], windows: Tensor, progress: Count | None = None
+    program: Program, names: Collection[str], windows: Tensor, objective: Task, progress: Count | None = None
 ) -> Mapping[str, Tensor]:
-    """Gradient of the mean next-token cross entropy over ``windows`` [n, length] in each weight of ``names``.
+    """Gradient of the objective's mean loss over ``windows`` [n, length] in each weight of ``names``.
 
     Summed batch by batch; memory: the weights' gradients and one batch's activations.
 
@@ -253,17 +253,16 @@ def gradients(
     """
     leaf = {name: program.state[name].detach().requires_grad_() for name in names}
     trainable = program.with_state(leaf)
-    predicted = windows.shape[0] * (windows.shape[1] - 1)
+    predicted = objective.predicted(windows)
     for batch, done in batches(program, windows, GRADIENT_TOKENS):
         with torch.enable_grad():
-            logits = trainable(batch)
+            logits = trainable(objective.inputs(batch))
             if not isinstance(logits, Tensor) or logits.shape[:2] != batch.shape or logits.ndim != 3 or not predicted:
                 raise MptkError(
                     "the gradient of a language model's loss needs logits [batch, length, vocab] and windows of 2 or "
                     "more tokens; use magnitude or random for other models"
                 )
-            loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
-            (loss / predicted).backward()
+            (objective.loss(logits, batch) / predicted).backward()
         if progress is not None:
             progress(done, len(windows))
     return {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in leaf.items()}

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mptk.methods.processes import blocks, full
+from mptk.run.processes import blocks, full
 
 
 def adapt(model: PreTrainedModel, rank: int, seed: int) -> PeftModel:

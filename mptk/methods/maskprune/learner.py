@@ -1,140 +1,102 @@
-"""learning: MaskPrune's phases on a loaded model: learn masks and widths, choose units, take over, recover.
+"""learner: MaskPrune's phases on a loaded model: learn masks and widths, choose units; then recovery.
 
-``mptk.methods.maskprune`` holds the parts that need no pass; here they meet the analysis and the masks' places.
+The phases use the solver, the training loop, the adapters and the teacher of this package.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from mptk.cost.model import CostModel
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
-from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.methods import criteria
+from mptk.methods.criteria import Scores, gather, score_evidence, select
 from mptk.methods.maskprune.adapters import adapt, merged, original, recompute, silenced
 from mptk.methods.maskprune.losses import language_model
-from mptk.methods.maskprune.run_folder import TRACKER, WorkFolder
-from mptk.methods.maskprune.solver import Rates, Solver
+from mptk.methods.maskprune.solver import Solver
 from mptk.methods.maskprune.teacher import CachedTeacher, LiveTeacher, fingerprint
-from mptk.methods.maskprune.train import Loop, Metrics, Training
-from mptk.methods.processes import accelerator, anywhere, full, sharded
-from mptk.methods.reconstruct import reconstruct
+from mptk.methods.maskprune.train import Loop, Metrics
+from mptk.methods.reconstruct import kept_units
+from mptk.progress import Progress
+from mptk.run.folder import TRACKER, RunFolder
+from mptk.run.processes import accelerator, anywhere, full, sharded
+from mptk.run.settings import Learning
+from mptk.run.values import Chosen, Prepared, Text, Witness
 from passes.targets.legalize import Candidate
-from passes.transforms.insert_masks import InsertedMasks, disturbed, find_mask_sites, insert_masks
+from passes.transforms.insert_masks import InsertedMasks
 from passes.verify import RUNTIME_TOLERANCE, TOLERANCE
 
 HALF_TOLERANCE = 5e-2
 """Largest logit difference, relative to the largest logit, of a model that computes in half precision."""
 
-TrainingProgress = Callable[[str, int, int, Metrics], None]
-"""(phase, steps done, steps in all, metrics)."""
 
-
-@dataclass(frozen=True)
-class Learning:
-    """How a model is trained while it is pruned and after.
-
-    ``steps`` in all (None: 200 for MaskPrune, none for a one-shot method or a given plan); MaskPrune learns masks in
-    the first ``mask_share`` of them. ``rank`` is LoRA's; 0 trains all weights (in recovery only). ``teacher``: ``live``
-    or ``cached``, for this run or, in ``teacher_cache``, for others too. ``precision``: ``no``, ``bf16`` or ``fp16``.
-
-    Raises:
-        MptkError: an unknown teacher, precision or tracker, or a cached teacher with a hidden-state loss.
-    """
-
-    steps: int | None = None
-    mask_share: float = 0.4
-    rank: int = 16
-    teacher: str = "live"
-    teacher_cache: str | None = None
-    precision: str = "no"
-    gradient_checkpointing: bool = False
-    tracker: str = "none"
-    training: Training = field(default_factory=Training)
-    rates: Rates = field(default_factory=Rates)
-
-    def __post_init__(self) -> None:
-        for what, chosen, known in (
-            ("teacher", self.teacher, ("live", "cached")),
-            ("precision", self.precision, ("no", "bf16", "fp16")),
-            ("tracker", self.tracker, ("none", "tensorboard", "wandb")),
-        ):
-            if chosen not in known:
-                raise MptkError(f"no {what} {chosen!r}; choose {', '.join(known[:-1])} or {known[-1]}")
-        if self.teacher_cache is not None and self.teacher != "cached":
-            raise MptkError("a folder for the teacher's outputs is of use to a cached teacher; add --teacher cached")
-        if self.teacher == "cached" and self.training.losses.hidden:
-            raise MptkError("a cached teacher keeps logits only; use --teacher live with a hidden-state loss")
-
-
-class Learner:
-    """The phases of one run. ``windows`` are the training text, int64 [n, length]; ``work`` keeps checkpoints.
+def start_training(settings: Learning, folder: RunFolder) -> Accelerator:
+    """The processes of this run, with the tracker that the settings name.
 
     Raises:
         MptkError: the batch does not divide over the processes; a tracker that is not installed.
     """
+    tracker = None if settings.tracker == "none" else settings.tracker
+    made = accelerator(settings.precision, log_with=tracker, project_dir=folder.path)
+    if tracker is not None:
+        if not made.log_with:
+            raise MptkError(f"the tracker {tracker} is not installed; pip install {tracker}")
+        made.init_trackers(TRACKER)
+    if settings.training.batch % made.num_processes:
+        raise MptkError(
+            f"a batch of {settings.training.batch} windows does not divide over {made.num_processes} processes; "
+            "give another --batch"
+        )
+    return made
+
+
+class Learner:
+    """The phases of one run. ``windows`` are the training text, int64 [n, length]; ``folder`` keeps checkpoints."""
 
     def __init__(
-        self, model: Any, windows: Tensor, settings: Learning, work: WorkFolder, report: TrainingProgress
+        self,
+        accelerator: Accelerator,
+        model: PreTrainedModel,
+        windows: Tensor,
+        settings: Learning,
+        folder: RunFolder,
+        progress: Progress,
     ) -> None:
-        self.model, self.windows, self.settings, self.work, self.report = model, windows, settings, work, report
-        tracker = None if settings.tracker == "none" else settings.tracker
-        self.accelerator = accelerator(settings.precision, log_with=tracker, project_dir=work.path)
-        if tracker is not None:
-            if not self.accelerator.log_with:
-                raise MptkError(f"the tracker {tracker} is not installed; pip install {tracker}")
-            self.accelerator.init_trackers(TRACKER)
-        if settings.training.batch % self.accelerator.num_processes:
-            raise MptkError(
-                f"a batch of {settings.training.batch} windows does not divide over {self.accelerator.num_processes} "
-                "processes; give another --batch"
-            )
+        self.accelerator, self.model, self.windows = accelerator, model, windows
+        self.settings, self.folder, self.progress = settings, folder, progress
         self.mask_steps = max(2, round((settings.steps or 0) * settings.mask_share))
-        self.used_rows = 0
         self.dense = "" if settings.teacher_cache is None else fingerprint(model)
 
     # ---- masks and widths ----
 
-    def learn(
-        self,
-        analysis: Analysis,
-        cost: CostModel,
-        candidates: Sequence[Candidate],
-        budget: float,
-        calibration: Tensor,
-        tokens: Tensor,
-    ) -> tuple[Plan, dict[str, Tensor], Tensor]:
-        """Learn masks and widths; returns the plan and the weights that changed, dense shapes, removed units at 0.
+    def learn(self, prepared: Prepared, text: Text) -> Chosen:
+        """Learn masks and widths. The changed weights have dense shapes, with removed units at 0.
 
-        Also the student's own logits on ``tokens``, hardened masks and adapters still in place: what those weights
-        must give.
-
-        Args:
-            candidates: legal widths that meet the budget; the learned widths become the nearest of them.
-            budget: share of the cost to keep.
-            calibration: windows that units are judged on before anything is trained, int64 [n, length].
+        The witness is the student's own logits, hardened masks and adapters still in place: what those weights must
+        give. Units are judged on ``text.calibration`` before anything is trained.
         """
-        begins = self.work.latest("masks") is None
-        prior = self._prior(analysis, list(candidates[0].widths), calibration) if begins else {}
-        student, masks, solver, loop = self.begin(analysis, cost, candidates, budget)
+        analysis = prepared.analysis
+        begins = self.folder.latest("masks") is None
+        prior = self._prior(analysis, prepared.families, text.calibration) if begins else {}
+        student, masks, solver, loop = self.begin(prepared)
         if begins:
             solver.prior = prior
-            self._saliency(student, solver, calibration)
+            self._saliency(student, solver, text.calibration)
         loop.run()
         widths = {c: w for c, w in solver.fixed.items() if w < solver.shapes[c][2]}
-        plan = criteria.select(analysis, {c: solver.saliency(c) for c in widths}, widths)
-        solver.harden(tables(analysis, plan))
-        logits = own_logits(self.accelerator, loop.student, tokens)
+        plan = select(analysis, {c: solver.saliency(c) for c in widths}, widths)
+        cut = resolve_plan(analysis, plan)
+        solver.harden(kept_units(analysis, cut, list(widths)))
+        logits = own_logits(self.accelerator, loop.student, text.proof)
         changed = merged(student)
         recompute(student, False)
         masks.remove()
@@ -142,20 +104,20 @@ class Learner:
         changed |= masks.folded({**dict(self.model.named_parameters()), **changed})
         self.model.cpu()
         self.accelerator.free_memory()
-        self.used_rows = self.mask_steps * self.settings.training.batch
-        return plan, {n: t.detach().cpu() for n, t in changed.items()}, logits
+        state = {n: t.detach().cpu() for n, t in changed.items()}
+        witness = Witness("learned masks", logits, self.tolerance)
+        return Chosen(plan, cut, state, tuple(state), witness=witness, steps=self.mask_steps)
 
-    def begin(
-        self, analysis: Analysis, cost: CostModel, candidates: Sequence[Candidate], budget: float
-    ) -> tuple[Any, InsertedMasks, Solver, Loop]:
+    def begin(self, prepared: Prepared) -> tuple[Any, InsertedMasks, Solver, Loop]:
         """The student with adapters and masks, the masks, their solver, and the loop that is to train them."""
-        families = list(candidates[0].widths)
-        shapes = {c: _shape(analysis, c) for c in families}
+        candidates = prepared.candidates
+        shapes = {c: _shape(prepared.analysis, c) for c in prepared.families}
         given = {c: w for c, w in candidates[0].widths.items() if {k.widths[c] for k in candidates} == {w}}
-        solver = Solver(shapes, cost.share, budget, self.mask_steps, self.settings.rates, given=given)
+        budget = 1 - prepared.settings.sparsity
+        solver = Solver(shapes, prepared.cost.share, budget, self.mask_steps, self.settings.rates, given=given)
         base = deepcopy(self.model) if self.accelerator.is_fsdp2 else self.model  # shards do not become whole again
         student = adapt(base, self.settings.rank, self.settings.training.seed)
-        masks = insert_masks(original(student), analysis, families, solver.applied, solver.watch)
+        masks = InsertedMasks(original(student), prepared.mask_sites, solver.applied, solver.watch)
         recompute(student, self.settings.gradient_checkpointing)
         teacher = self._teacher(lambda ids, **k: _dense(student, masks, ids, **k))
 
@@ -170,14 +132,11 @@ class Learner:
         loop = self._loop(student, teacher, self.mask_steps, "masks", each_step=each_step, extra=extra)
         return student, masks, solver, loop
 
-    def _prior(self, analysis: Analysis, families: Sequence[str], calibration: Tensor) -> criteria.Scores:
+    def _prior(self, analysis: Analysis, families: Sequence[str], calibration: Tensor) -> Scores:
         """Wanda's scores: what they take for F comes from weights and inputs alone, without a gradient."""
-
-        def say(done: int, total: int) -> None:
-            self.report("activations", done, total, {})
-
-        evidence = criteria.gather(analysis, "wanda", calibration, families=families, progress=say)
-        return {c: t.detach().cpu() for c, t in criteria.score_evidence(evidence, "wanda", families).items()}
+        say = partial(self.progress, "activations")
+        evidence = gather(analysis, "wanda", calibration, families=families, progress=say)
+        return {c: t.detach().cpu() for c, t in score_evidence(evidence, "wanda", families).items()}
 
     def _saliency(self, student: Any, solver: Solver, calibration: Tensor) -> None:
         """F before anything is trained: gradients of the language-model loss in the masks, all at one.
@@ -196,7 +155,7 @@ class Learner:
             self._average(solver)
             solver.observe(part.numel())
             solver.clear()
-            self.report("saliency", done, len(parts), {})
+            self.progress("saliency", done, len(parts))
 
     def _average(self, solver: Solver) -> None:
         """Over processes, so that every one of them takes the same step."""
@@ -211,17 +170,20 @@ class Learner:
 
     # ---- after the cut ----
 
-    def recover(self, small: Any, steps: int, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def recover(self, small: Any, steps: int, tokens: Tensor, used: int = 0) -> tuple[dict[str, Tensor], Witness]:
         """Train the cut model against the dense one; returns the weights that changed, in its own shapes.
 
-        Also the trained model's own logits on ``tokens``, adapters not yet merged.
+        ``used``: training windows that were used before. The witness is the trained model's own logits on ``tokens``,
+        adapters not yet merged.
         """
-        loop = self.recovery(small, steps)
+        loop = self.recovery(small, steps, used)
         loop.run()
         logits = own_logits(self.accelerator, loop.student, tokens)
         student = self.accelerator.unwrap_model(loop.student)
         state = merged(student) if self.settings.rank else dict(student.named_parameters())
-        return {name: full(t.detach()).cpu() for name, t in state.items()}, logits
+        self.model.cpu()
+        trained = {name: full(t.detach()).cpu() for name, t in state.items()}
+        return trained, Witness("trained model", logits, self.tolerance)
 
     @property
     def tolerance(self) -> float:
@@ -231,7 +193,7 @@ class Learner:
             return HALF_TOLERANCE
         return TOLERANCE if a.device.type == "cpu" else RUNTIME_TOLERANCE
 
-    def recovery(self, small: Any, steps: int) -> Loop:
+    def recovery(self, small: Any, steps: int, used: int = 0) -> Loop:
         """The loop that is to train the cut model."""
         s = self.settings
         a = self.accelerator
@@ -241,7 +203,7 @@ class Learner:
         )
         student = adapt(small, s.rank, s.training.seed) if s.rank else small.requires_grad_(True)
         recompute(student, s.gradient_checkpointing)
-        return self._loop(student, teacher, steps, "recovery")
+        return self._loop(student, teacher, steps, "recovery", first_row=used)
 
     # ---- shared ----
 
@@ -254,9 +216,8 @@ class Learner:
             steps,
             self.settings.training,
             phase=phase,
-            work=self.work,
-            first_row=self.used_rows,
-            progress=lambda done, total, metrics: self.report(phase, done, total, metrics),
+            folder=self.folder,
+            progress=lambda done, total, metrics: self.progress(phase, done, total, _figures(metrics)),
             **each,
         )
 
@@ -266,7 +227,7 @@ class Learner:
         if self.settings.teacher == "live":
             return live
         shared = self.settings.teacher_cache
-        folder = self.work.path / "teacher" if shared is None else Path(shared) / self.dense
+        folder = self.folder.path / "teacher" if shared is None else Path(shared) / self.dense
         return CachedTeacher(live, folder, wanted=lambda missing: anywhere(self.accelerator, missing))
 
 
@@ -293,41 +254,8 @@ def nearest_candidate(
     return dict(min(candidates, key=distance).widths)
 
 
-def tables(analysis: Analysis, plan: Plan) -> dict[str, Tensor]:
-    """What a plan keeps of families that masks can hold: family → boolean [layers, scopes, size]."""
-    choices = resolve_plan(analysis, plan).choices
-    return {
-        name: torch.stack([torch.from_numpy(choices[g.axis].table) for g in analysis.family(name).groups])
-        for name in plan.families
-        if disturbed(analysis, name) is None
-    }
-
-
-def take_over(
-    model: Any,
-    analysis: Analysis,
-    plan: Plan,
-    state: Mapping[str, Tensor],
-    windows: Tensor,
-    progress: Callable[..., None],
-) -> dict[str, Tensor]:
-    """``state`` with what is left of each consumer fitted to the dense layer's outputs (``reconstruct``)."""
-    kept = tables(analysis, plan)
-    held: dict[str, Tensor] = {}
-    for place in find_mask_sites(analysis, model, list(kept)):
-        if place.where == "input":
-            flat = torch.cat([kept[place.family][place.layer].flatten(), torch.ones(1, dtype=torch.bool)])
-            name = place.weights[0][0]
-            held[name] = held.get(name, torch.tensor(True)) & flat[place.index]
-    return reconstruct(model.cpu(), held, state, windows, lambda done, total: progress("take over", done, total))
-
-
-def removed_at_zero(analysis: Analysis, model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """The weights at which a plan's masks go in, with the removed units at 0: a one-shot cut as ``learn`` gives it."""
-    kept = {c: t.float() for c, t in tables(analysis, plan).items()}
-    masks = insert_masks(model, analysis, list(kept), lambda family, layer: kept[family][layer])
-    masks.remove()
-    return masks.folded({n: p.detach() for n, p in model.named_parameters()})
+def _figures(metrics: Metrics) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
 def _shape(analysis: Analysis, name: str) -> tuple[int, int, int]:
@@ -341,4 +269,4 @@ def _dense(student: Any, masks: InsertedMasks, ids: Tensor, **options: Any) -> A
         return student(input_ids=ids, use_cache=False, **options)
 
 
-__all__ = ["Learner", "Learning", "nearest_candidate", "removed_at_zero", "tables", "take_over"]
+__all__ = ["Learner", "nearest_candidate", "start_training"]

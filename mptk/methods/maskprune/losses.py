@@ -14,23 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mptk.run.settings import LossWeights
+
 CHUNK = 2**20
 """Numbers of a tensor of logits that are worked on at once: they should stay in the processor's cache."""
 
 NO_TARGET = -1
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """LossWeights of the losses; 0 leaves one out.
-
-    ``lm``: next-token cross entropy. ``kl``: KL divergence from the dense teacher's distribution. ``hidden``: error of
-    the hidden states of all layers over their variance.
-    """
-
-    lm: float = 1.0
-    kl: float = 1.0
-    hidden: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
+from mptk.run.settings import Rates
 
 Resource = Callable[[Mapping[str, float]], float]
 """R: widths (family → units kept, real numbers) → cost over the dense model's."""
@@ -30,26 +30,6 @@ DIVERGED = 1e100
 LARGEST_EXPONENT = 700.0
 ROUNDS = 120
 """Updates of widths and z in all, at least: they cost nothing beside a step of the model, and need this many."""
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Step sizes. All are free of units, and those of masks, widths and duals are totals over the steps.
-
-    ``mask``: Newton steps of the masks. ``prox``: strength of the
-    proximal shrinkage. ``width``: largest change of a family's width, as a share of it. ``dual``: growth of y.
-    ``price``: change of ln z for a budget missed by a tenth of the model; ``urgency``: the same at once, for as long as
-    it is missed. ``fisher`` and ``drift``: memories of the moving averages F and d.
-    """
-
-    mask: float = 8.0
-    prox: float = 8.0
-    width: float = 6.0
-    dual: float = 1.0
-    price: float = 20.0
-    urgency: float = 2.0
-    fisher: float = 0.98
-    drift: float = 0.9
 
 
 class Solver:

@@ -11,7 +11,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,31 +18,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mptk.errors import MptkError
-from mptk.methods.maskprune.losses import LossWeights, TopLogits, hidden_error, token_losses
-from mptk.methods.maskprune.run_folder import WorkFolder
-from mptk.methods.processes import full, prepare, shard_like
+from mptk.methods.maskprune.losses import TopLogits, hidden_error, token_losses
+from mptk.run.folder import RunFolder
+from mptk.run.processes import full, prepare, shard_like
+from mptk.run.settings import Training
 
 Teacher = Callable[[Tensor], tuple[Tensor | TopLogits, Any]]
 """Windows → logits or their shortened form, and hidden states or None."""
 Metrics = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Training:
-    """How long and how a student is trained.
-
-    ``batch`` windows a step over all processes, ``micro`` of them in one forward pass of one process. ``lr`` is the
-    peak learning rate (AdamW), reached after ``warmup`` of the steps and falling to 0 along a cosine.
-    """
-
-    batch: int = 8
-    micro: int = 4
-    lr: float = 1e-3
-    warmup: float = 0.05
-    clip: float = 1.0
-    losses: LossWeights = field(default_factory=LossWeights)
-    save_every: int = 25
-    seed: int = 0
 
 
 class Loop:
@@ -69,14 +51,14 @@ class Loop:
         settings: Training,
         *,
         phase: str,
-        work: WorkFolder,
+        folder: RunFolder,
         first_row: int = 0,
         each_step: Callable[[int], Metrics] = lambda tokens: {},
         extra: tuple[Callable[[], dict[str, Tensor]], Callable[[Mapping[str, Tensor]], None]] | None = None,
         progress: Callable[[int, int, Metrics], None] = lambda done, total, metrics: None,
     ) -> None:
         self.accelerator, self.teacher, self.windows, self.steps = accelerator, teacher, windows, steps
-        self.settings, self.phase, self.work, self.first_row = settings, phase, work, first_row
+        self.settings, self.phase, self.folder, self.first_row = settings, phase, folder, first_row
         self.each_step, self.extra, self.progress = each_step, extra, progress
         trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, weight_decay=0.0)
@@ -98,9 +80,9 @@ class Loop:
             saves = done % self.settings.save_every == 0 or done == self.steps
             state = self._state() if saves else {}  # shards are gathered from all processes
             if self.accelerator.is_main_process:
-                self.work.log(self.phase, done, metrics)
+                self.folder.log(self.phase, done, metrics)
                 if saves:
-                    self.work.checkpoint(self.phase, done, state)
+                    self.folder.checkpoint(self.phase, done, state)
             self.accelerator.log({f"{self.phase}/{name}": value for name, value in metrics.items()}, step=done)
             self.progress(done, self.steps, metrics)
 
@@ -152,7 +134,7 @@ class Loop:
             values = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
             raise MptkError(
                 f"step {step + 1} of {self.phase}: {values}; lower --lr or use float32, then --resume from the last "
-                f"checkpoint in {self.work.path}"
+                f"checkpoint in {self.folder.path}"
             )
 
     # ---- checkpoints ----
@@ -167,9 +149,9 @@ class Loop:
 
     @torch.no_grad()
     def _restore(self) -> int:
-        latest = self.work.latest(self.phase)
+        latest = self.folder.latest(self.phase)
         if self.accelerator.is_main_process:
-            self.work.rewind(self.phase, latest[0] if latest else 0)
+            self.folder.rewind(self.phase, latest[0] if latest else 0)
         self.accelerator.wait_for_everyone()
         if latest is None:
             return 0

@@ -22,8 +22,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from mptk.ir.families import Analysis
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.program import Program
-from passes.targets.legalize import cut_shapes, discover
-from passes.targets.stock.config import StockConfig
+from passes.targets.legalize import cut_shapes
+from passes.targets.stock.config import Stock, StockConfig
 from passes.targets.stock.probe import Refusal, Shapes, quiet
 from passes.transforms.fold_norms import fold_norms
 from passes.transforms.rewrite import rewrite
@@ -69,14 +69,15 @@ def rehome(
     return Refusal("names", own, f"none of the {CANDIDATES} most similar registered classes has these parameters")
 
 
-def find_home(analysis: Analysis, model: PreTrainedModel, widths: Mapping[str, int]) -> str | None:
+def find_home(analysis: Analysis, stock: Stock, model: PreTrainedModel, widths: Mapping[str, int]) -> str | None:
     """The class that holds ``model`` cut to ``widths`` with equal logits, where only its own config class refuses it.
 
+    ``stock``: what the own class can express (``legalize.discover``).
     The first units of each family are kept, on random tokens: what the result will be with other units. None if the
     own class does not refuse, or refuses for another reason, or there is no such class.
     """
     program, epsilons = fold_norms(rewrite(analysis, _first_units(analysis, widths)))
-    refusal = discover(analysis, model).config(widths, scalars=epsilons)
+    refusal = stock.config(widths, scalars=epsilons)
     if isinstance(refusal, StockConfig) or refusal.config is None:
         return None
     embeddings: Any = model.get_input_embeddings()

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from mptk.errors import MptkError
 from mptk.files import json_text
-from mptk.methods.processes import processes
+from mptk.run.processes import processes
 
 KEPT = 2
 TRACKER = "tracker"
 """Folder of a tracker that writes files."""
 
 
-class WorkFolder:
+class RunFolder:
     """``NAME.run`` beside the output folder ``NAME``: settings, text, checkpoints, metrics. Removed when all is done.
     A run is unfinished from when its text is there.
 

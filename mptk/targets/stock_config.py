@@ -1,4 +1,4 @@
-"""configs: every field of a written config against the dense model's; only what the plan changes may differ."""
+"""stock_config: every field of a written config against the dense model's; only what the plan changes may differ."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig
 
-from mptk.driver.stock import Written
 from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.checkpoint import portable
 from mptk.io.manifest import file_sha256
+from mptk.run.values import Written
 from passes.verify import Difference
 
 STAGE = "config"

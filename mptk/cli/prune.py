@@ -1,0 +1,125 @@
+"""prune: commands that make pruned folders and look at them: prune, recover, verify, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mptk.cli.app import app, err, out
+from mptk.cli.options import (
+    RECOVERY,
+    Dense,
+    Folder,
+    MaxMs,
+    Model,
+    Out,
+    ProofLength,
+    Trust,
+    Verbose,
+    latency_budget,
+    settings_from,
+    with_settings,
+)
+from mptk.cli.progress import stages
+from mptk.run.settings import DEFAULT_STEPS, Settings
+
+if TYPE_CHECKING:
+    from mptk.ir.passes import Record
+
+
+@app.command()
+@with_settings()
+def prune(
+    model: Model,
+    folder: Out,
+    max_decode_ms: MaxMs = None,
+    max_prefill_ms: MaxMs = None,
+    verbose: Verbose = False,
+    **options: Any,
+) -> None:
+    """Cut a model, prove the result, and write it as a plain checkpoint folder and ONNX.
+
+    maskprune learns what to cut and trains the small model after; a one-shot method trains only if --steps is given.
+    """
+    from dataclasses import replace
+
+    from mptk.cli import report
+    from mptk.driver.prune import prune
+
+    settings = replace(settings_from(options), **latency_budget(max_decode_ms, max_prefill_ms))
+    with stages(err) as progress:
+        result = prune(model, folder, settings, progress, on_stage=printed(verbose))
+    if result is not None:
+        out.print(report.prune_view(result))
+        out.print(f"written to {folder}", soft_wrap=True)
+
+
+@app.command()
+@with_settings(*RECOVERY)
+def recover(
+    folder: Folder,
+    destination: Annotated[Path, typer.Option("--out", help="Folder for the trained model.")],
+    model: Dense = None,
+    verbose: Verbose = False,
+    **options: Any,
+) -> None:
+    """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
+    from mptk.cli import report
+    from mptk.driver import recovery
+
+    steps = DEFAULT_STEPS if options["steps"] is None else options["steps"]
+    settings = settings_from({**options, "steps": steps})
+    given = ("data", "eval_data", "length", "seed", "resume", "onnx", "logits", "quantize", "proof_length")
+    changes: dict[str, Any] = {name: getattr(settings, name) for name in (*given, "trust_remote_code")}
+    with stages(err) as progress:
+        result = recovery.recover(
+            folder, destination, settings.learning, progress, model=model, on_stage=printed(verbose), **changes
+        )
+    if result is not None:
+        out.print(report.prune_view(result))
+        out.print(f"written to {destination}", soft_wrap=True)
+
+
+def printed(verbose: bool) -> Callable[[Record], None] | None:
+    """What prints each stage's record, if that is wanted: a pass with its difference."""
+    return (lambda record: err.print(str(record), highlight=False)) if verbose else None
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    model: Dense = None,
+    proof_length: ProofLength = Settings.proof_length,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Prove a pruned folder again: files, config, weights, and logits in torch and ONNX Runtime. Else exit code 1."""
+    from mptk.cli import report
+    from mptk.driver import verification
+
+    with stages(err) as progress:
+        progress("prove", 0, 0)
+        proof = verification.verify(folder, model=model, trust_remote_code=trust_remote_code, proof_length=proof_length)
+    out.print(report.proof_view([d.as_dict() for d in proof]), *proof.notes, sep="\n")
+
+
+@app.command("report")
+def show_report(
+    folder: Folder,
+    beside: Annotated[list[Path] | None, typer.Option(help="Another such folder to compare. May be repeated.")] = None,
+) -> None:
+    """Show what a pruned folder holds: widths, costs, perplexity, proof, timings, files."""
+    from mptk.cli import report
+    from mptk.run.report import Report
+    from mptk.runtime.bench import Bench
+
+    result = Report.read(folder)
+    out.print(report.prune_view(result))
+    if (folder / "bench.json").is_file():
+        out.print(report.bench_view(Bench.from_json(json.loads((folder / "bench.json").read_text()))))
+    if beside:
+        out.print(report.comparison_view([result, *map(Report.read, beside)]))
+    out.print(f"files in {folder}: {', '.join(result.files)}", soft_wrap=True, highlight=False)

@@ -1,0 +1,194 @@
+"""use: commands that run a model, dense or pruned: export, generate, eval, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mptk.cli.app import app, err, out
+from mptk.cli.options import Json, Logits, Model, Objective, Out, Quantize, Threads, Trust, names, parse_counts
+from mptk.cli.progress import stages
+from mptk.errors import MptkError
+from mptk.files import write_json, write_text
+
+
+@app.command("export")
+def export_onnx(
+    model: Model,
+    folder: Out,
+    logits: Logits = "all",
+    quantize: Quantize = "",
+    data: Annotated[str | None, typer.Option(help="Text that int4 is rounded for: file, folder or dataset.")] = None,
+    objective: Objective = "decode",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write any causal language model as ONNX with a KV cache, with its config and tokenizer."""
+    from mptk.driver import api
+
+    with stages(err) as progress:
+        api.export_folder(
+            model,
+            folder,
+            logits=logits,
+            quantize=names(quantize),
+            text=data,
+            objective=objective,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    out.print(f"written to {folder}", soft_wrap=True)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="The --out folder of `prune` or `export`, or an .onnx file in it.")],
+    prompts: Annotated[list[str], typer.Argument(help="Text to go on with; several are run as one batch.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token; else sampled.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among so many likeliest tokens; 0: all.")] = 50,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest of this share.")] = 1.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    threads: Threads = 0,
+) -> None:
+    """Generate text in ONNX Runtime: one prompt is streamed, several are run as one batch."""
+    import numpy as np
+    from transformers import TextStreamer
+
+    from mptk.runtime.generation import Sampling, TextGenerator
+
+    runner = TextGenerator(model, threads=threads)
+    encoded = [runner.encode(prompt, chat=chat) for prompt in prompts]
+    sampling = Sampling(temperature, top_k, top_p)
+    steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed)
+    if len(prompts) == 1:
+        streamer = TextStreamer(runner.tokenizer, skip_special_tokens=True)
+        for (token,) in steps:
+            streamer.put(np.array([token]))
+        streamer.end()
+    else:
+        for prompt, row in zip(prompts, zip(*steps, strict=True), strict=True):
+            text = runner.tokenizer.decode([token for token in row if token is not None], skip_special_tokens=True)
+            typer.echo(f"{prompt} ▸{text}\n")
+    speed = runner.speed
+    err.print(
+        f"{speed.prompt_tokens} prompt tokens, first token after {speed.first_s * 1000:.0f} ms; "
+        f"{speed.new_tokens} new tokens, {speed.rate:.1f} tokens/s",
+        highlight=False,
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Annotated[str | None, typer.Option(help="Text for perplexity: file, folder or datasets id.")] = None,
+    length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
+    windows: Annotated[int | None, typer.Option(min=1, help="First windows only.")] = None,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated.")] = "",
+    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples a task.")] = None,
+    runtime: Annotated[str, typer.Option(help="torch, or onnx: a folder's ONNX or an .onnx file.")] = "torch",
+    threads: Threads = 0,
+    json_file: Json = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Perplexity on a text, with its protocol, in torch or in ONNX Runtime, and lm-eval tasks."""
+    from mptk.io import data as text
+    from mptk.io import evaluation
+    from mptk.tasks import load_decoder
+
+    if data is None and not tasks:
+        raise MptkError("nothing to evaluate; give --data TEXT for perplexity or --tasks NAMES for lm-eval")
+    if runtime == "onnx":
+        evaluate_onnx(model, data, length, windows, tasks, threads, json_file)
+        return
+    if runtime != "torch":
+        raise MptkError(f"no runtime {runtime!r}; choose torch or onnx")
+    with stages(err) as progress:
+        progress("load", 0, 0)
+        loaded = load_decoder(model, trust_remote_code=trust_remote_code)
+        result: dict[str, Any] = {"model": model}
+        if data is not None:
+            text.check_length(loaded.model, length)
+            held_out = text.evaluation_windows(loaded.tokenizer, data, length, windows)
+            measured = evaluation.perplexity(
+                lambda ids: loaded.model(ids, use_cache=False).logits,
+                held_out,
+                data=data,
+                progress=lambda done, total: progress("perplexity", done, total),
+            )
+            result |= {"perplexity": measured.value, "protocol": measured.protocol}
+        if tasks:
+            progress("lm-eval", 0, 0)
+            names = [name.strip() for name in tasks.split(",")]
+            result["tasks"] = evaluation.zero_shot(loaded, names, include_path=include_path, limit=limit)
+    write_json(json_file, result)
+    if data is not None:
+        out.print(f"perplexity {result['perplexity']:.3f}  ({result['protocol']})", soft_wrap=True, highlight=False)
+    if tasks:
+        out.print_json(data=result["tasks"])
+
+
+def evaluate_onnx(
+    model: str, data: str | None, length: int, windows: int | None, tasks: str, threads: int, json_file: Path | None
+) -> None:
+    """`mptk eval --runtime onnx`: perplexity of an exported graph, quantised ones among them."""
+    from mptk.io import data as text
+    from mptk.io import evaluation
+    from mptk.runtime.generation import TextGenerator
+
+    if tasks or data is None:
+        raise MptkError("lm-eval tasks run in torch; give --data TEXT for perplexity with --runtime onnx")
+    with stages(err) as progress:
+        progress("load", 0, 0)
+        runner = TextGenerator(model, threads=threads)
+        measured = evaluation.perplexity(
+            runner.decoder.torch_logits,
+            text.evaluation_windows(runner.tokenizer, data, length, windows),
+            data=data,
+            progress=lambda done, total: progress("perplexity", done, total),
+        )
+    write_json(json_file, {"model": model, "perplexity": measured.value, "protocol": measured.protocol})
+    out.print(f"perplexity {measured.value:.3f}  ({measured.protocol})", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def bench(
+    models: Annotated[list[str], typer.Argument(help="Models, folders or .onnx files; the first is the baseline.")],
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompt, or in the cache, comma-separated.")] = "128,512",
+    batches: Annotated[str, typer.Option(help="Sequences at once, comma-separated.")] = "1",
+    threads: Annotated[str, typer.Option(help="Thread counts, comma-separated.")] = "1",
+    rounds: Annotated[int, typer.Option(min=2, help="Alternating rounds a case.")] = 7,
+    json_file: Json = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the ratios into this file (.png, .svg).")] = None,
+) -> None:
+    """Prefill and decode in ONNX Runtime: all taking turns in one process, beside the ideal ratio and the peak."""
+    from mptk.cli import report
+    from mptk.cli.plot import draw_bench, require_matplotlib
+    from mptk.driver import api
+    from mptk.io.manifest import update_manifest
+
+    if plot is not None:
+        require_matplotlib()
+    with stages(err) as progress:
+        result = api.bench(
+            models,
+            progress=progress,
+            lengths=parse_counts(lengths, "--lengths"),
+            batches=parse_counts(batches, "--batches"),
+            threads=parse_counts(threads, "--threads"),
+            rounds=rounds,
+        )
+    write_json(json_file, result.to_json())
+    for model in models[1:]:
+        if (Path(model) / "report.json").is_file():
+            write_json(Path(model) / "bench.json", result.to_json())
+            update_manifest(Path(model), "bench.json")
+    if markdown is not None:
+        write_text(markdown, report.bench_markdown(result))
+    if plot is not None:
+        draw_bench(result, plot)
+    out.print(report.bench_view(result))

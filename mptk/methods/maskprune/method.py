@@ -1,0 +1,43 @@
+"""method: MaskPrune. Masks and the layers' common widths are learned together, then consumers are fitted."""
+
+from __future__ import annotations
+
+from mptk.errors import MptkError
+from mptk.ir.families import Analysis
+from mptk.methods.maskprune.learner import Learner
+from mptk.run.protocols import Method
+from mptk.run.settings import Settings
+from mptk.run.values import Chosen, Context, Prepared, Text
+from passes.transforms.insert_masks import disturbed
+
+
+class MaskPrune(Method):
+    """Minimax optimisation of masks, widths and duals with LoRA and distillation (arXiv 2502.14008)."""
+
+    name = "maskprune"
+    summary = "learn masks and common widths together"
+    learns = True
+    reconstructs = True
+    splits = None
+
+    def check(self, settings: Settings) -> None:
+        if not settings.steps:
+            raise MptkError("maskprune learns in steps; give --steps, 100 or more, or a one-shot --method")
+        if not settings.learning.rank:
+            raise MptkError("masks are learned with LoRA; give --rank 1 or more; `mptk recover --rank 0` can follow")
+        if settings.learning.precision == "fp16":
+            raise MptkError("fp16 scales gradients, which masks are learned from; use --precision bf16 or no")
+
+    def refusal(self, analysis: Analysis, family: str) -> str | None:
+        return disturbed(analysis, family)
+
+    def choose(self, prepared: Prepared, text: Text, context: Context) -> Chosen:
+        assert context.folder is not None
+        assert context.accelerator is not None
+        learning = prepared.settings.learning
+        if prepared.task.name != "causal-lm":
+            raise MptkError(f"maskprune distils next tokens, but {prepared.source} is another kind of model; use wanda")
+        with context.stage("learn masks"):
+            model, windows = prepared.loaded.model, text.training
+            learner = Learner(context.accelerator, model, windows, learning, context.folder, context.progress)
+            return learner.learn(prepared, text)

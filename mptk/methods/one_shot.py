@@ -1,0 +1,86 @@
+"""one_shot: score every unit once, by a criterion, and keep the best; the budget is divided as calibration text likes.
+
+No weight is trained. A criterion that compensates (FLAP) corrects the consumers' biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from mptk.ir.families import Analysis
+from mptk.ir.plan import Plan
+from mptk.ir.resolved_plan import Cut, resolve_plan
+from mptk.methods import criteria
+from mptk.methods.criteria.base import Criterion
+from mptk.run.protocols import Method
+from mptk.run.values import Chosen, Context, Prepared, Text
+from passes.targets.legalize import describe
+from passes.transforms.masked_reference import mask
+
+TOKENS = 1024
+"""Tokens of calibration text on which ways to divide the budget are compared."""
+
+
+@dataclass(frozen=True)
+class OneShotMethod(Method):
+    """The method of one criterion."""
+
+    criterion: Criterion
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.criterion.name
+
+    @property
+    def summary(self) -> str:  # type: ignore[override]
+        return self.criterion.summary
+
+    def choose(self, prepared: Prepared, text: Text, context: Context) -> Chosen:
+        analysis, name, families = prepared.analysis, self.name, prepared.families
+        stage = f"score ({name})"
+        with context.stage(stage):
+            evidence = criteria.gather(
+                analysis,
+                name,
+                text.calibration,
+                families=families,
+                seed=prepared.settings.seed,
+                objective=prepared.task,
+                progress=partial(context.progress, stage),
+            )
+            scores = criteria.score_evidence(evidence, name, families)
+        narrowed = [_narrowed(analysis, candidate.widths) for candidate in prepared.candidates]
+        plans = [criteria.select(analysis, scores, widths) for widths in narrowed]
+        with context.stage("choose widths"):
+            plan, cut, losses = _best(prepared, plans, text, context)
+        chosen = Chosen(plan, cut, losses=losses)
+        if not self.criterion.compensates:
+            return chosen
+        biases = criteria.compensate(analysis, cut, evidence.observations)
+        return Chosen(plan, cut, biases.state, losses=losses, notes=(biases.statement,))
+
+
+def _best(
+    prepared: Prepared, plans: Sequence[Plan], text: Text, context: Context
+) -> tuple[Plan, Cut, dict[str, float]]:
+    """The plan whose masked program has the lowest loss on a part of the calibration text, and widths → loss."""
+    ids = text.calibration[: max(1, TOKENS // text.calibration.shape[1])]
+    task, found = prepared.task, []
+    for done, plan in enumerate(plans, 1):
+        cut = resolve_plan(prepared.analysis, plan)
+        with torch.no_grad():
+            logits = mask(prepared.analysis, cut)(task.inputs(ids))
+            loss = float(task.loss(logits, ids)) / task.predicted(ids)
+        found.append((loss, plan, cut))
+        context.progress("choose widths", done, len(plans))
+    _, plan, cut = min(found, key=lambda tried: tried[0])
+    return plan, cut, {describe(tried.widths): round(loss, 4) for loss, tried, _ in found}
+
+
+def _narrowed(analysis: Analysis, widths: Mapping[str, int]) -> dict[str, int]:
+    """The families that become narrower."""
+    return {name: width for name, width in widths.items() if width < analysis.family(name).size}

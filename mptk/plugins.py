@@ -1,0 +1,43 @@
+"""plugins: what other packages add, found by their entry points. docs/plugins.md says how to write one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from mptk.errors import MptkError
+
+T = TypeVar("T")
+
+
+@functools.cache
+def load_plugins(group: str) -> Mapping[str, Any]:
+    """Name → object of every entry point of ``group`` (``mptk.rules``, ``mptk.criteria``, ``mptk.targets``, …).
+
+    Raises:
+        MptkError: a package's entry point cannot be imported.
+    """
+    found = {}
+    for entry in entry_points(group=group):
+        try:
+            found[entry.name] = entry.load()
+        except (ImportError, AttributeError) as error:
+            package = entry.dist.name if entry.dist else entry.value
+            raise MptkError(
+                f"the plugin {entry.name} of {package} does not load: {error}; update or remove it"
+            ) from error
+    return found
+
+
+def with_plugins(own: Mapping[str, T], group: str) -> dict[str, T]:
+    """What mptk brings itself and what plugins add, by name. A plugin does not replace what mptk brings."""
+    return {**load_plugins(group), **own}
+
+
+def find(kind: str, name: str, known: Mapping[str, T]) -> T:
+    """The entry of that name. Raises MptkError with the names there are."""
+    if name not in known:
+        raise MptkError(f"no {kind} {name!r}; choose one of {', '.join(known)}")
+    return known[name]

@@ -1,0 +1,165 @@
+"""protocols: what differs between runs: how units are chosen, what is written, and what kind of model it is.
+
+mptk's own are in ``mptk/methods``, ``mptk/targets`` and ``mptk/tasks``. Other packages add theirs by entry points of
+the groups ``mptk.methods``, ``mptk.targets`` and ``mptk.tasks``. A class derives from its protocol and inherits the
+defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mptk.io.evaluation import LogitsFn
+from mptk.io.models import Loaded
+from mptk.ir.families import Analysis
+from mptk.ir.plan import Plan
+from mptk.progress import Count, Progress
+from mptk.run.settings import Settings
+from mptk.run.values import Checks, Chosen, Compiled, Context, Prepared, Text, Written
+from passes.targets.legalize import LegalWidths, graph_widths
+from passes.verify import Difference
+
+
+class Method(Protocol):
+    """How the units that stay are chosen.
+
+    ``learns``: it trains before the cut, in ``settings.steps``. ``reconstructs``: consumers are fitted to the dense
+    layers' outputs unless the user says otherwise. ``splits``: how many ways of dividing the budget among families it
+    wants to choose from; None: all that are legal.
+    """
+
+    name: str
+    summary: str
+    learns: bool = False
+    reconstructs: bool = False
+    splits: int | None = 6
+
+    def check(self, settings: Settings) -> None:
+        """Raise MptkError if the method cannot do what the settings ask."""
+        return None
+
+    def refusal(self, analysis: Analysis, family: str) -> str | None:
+        """Why the method cannot choose among this family's units, or None."""
+        return None
+
+    def choose(self, prepared: Prepared, text: Text, context: Context) -> Chosen:
+        """The plan, for one of ``prepared.candidates``, and the weights that change.
+
+        Raises:
+            MptkError: a family cannot be judged.
+        """
+        ...
+
+
+class Target(Protocol):
+    """What is written: which widths it can hold, how it is written, and what it must be equal to."""
+
+    name: str
+    summary: str
+
+    def legal(self, analysis: Analysis, model: nn.Module, multiple: int | Sequence[int]) -> LegalWidths:
+        """Each family's legal widths; by default all that the graph's ops accept."""
+        return graph_widths(analysis, multiple)
+
+    def elsewhere(self, analysis: Analysis, legal: LegalWidths, multiple: int | Sequence[int]) -> LegalWidths | None:
+        """More widths, which only another class than the model's own can hold; None if there are none.
+
+        ``legal``: what ``legal`` gave.
+        """
+        return None
+
+    def home(self, analysis: Analysis, model: nn.Module, legal: LegalWidths, widths: Mapping[str, int]) -> str | None:
+        """The name of that other class for ``widths``, or None."""
+        return None
+
+    def fit(self, compiled: Compiled, text: Tensor) -> Written | None:
+        """The class and config that hold the cut program, or None if it needs none. ``text``: ids [1, sequence].
+
+        Raises:
+            MptkError: there is none.
+        """
+        return None
+
+    def emit(self, compiled: Compiled, text: Text, folder: Path) -> list[str]:
+        """Write into the existing ``folder``; returns notes for the report."""
+        ...
+
+    def wrote(self, folder: Path) -> bool:
+        """Whether what is in ``folder`` was written for this target."""
+        ...
+
+    def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
+        """What of ``folder`` must equal the cut program. ``crossed``: positions that decoding must cross.
+
+        Raises:
+            MptkError: something is missing, or is not what was written.
+        """
+        return Checks()
+
+    def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Tensor]) -> list[Difference]:
+        """What may differ by rounding, as quantised graphs. Asked for if all else is equal."""
+        return []
+
+
+class Task(Protocol):
+    """What kind of model it is: text to calibrate on, its loss, how good it is, its ONNX form."""
+
+    name: str
+    summary: str
+
+    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+        """Why a model of this config is of another kind, or None. ``classes``: empty for a model with its own code."""
+        ...
+
+    def bind(self, loaded: Loaded) -> Task:
+        """The task for this model.
+
+        Raises:
+            MptkError: the model lacks something, or does not compute what its class promises.
+        """
+        return self
+
+    def windows(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Tensor:
+        """``count`` windows to calibrate or train on, int64 [n, length].
+
+        Raises:
+            MptkError: no text is given and the model cannot write any.
+        """
+        ...
+
+    def evaluation(self, loaded: Loaded, settings: Settings) -> Tensor:
+        """Windows to measure quality on, int64 [n, length]."""
+        ...
+
+    def inputs(self, ids: Tensor) -> Tensor:
+        """What the model is given for windows ``ids`` when its loss is taken."""
+        return ids
+
+    def loss(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """Sum of the negative log-likelihoods, in nats, of what is predicted of ``ids`` from ``inputs(ids)``."""
+        ...
+
+    def predicted(self, ids: Tensor) -> int:
+        """How many tokens ``loss`` sums over."""
+        ...
+
+    def logits(self, module: PreTrainedModel, ids: Tensor) -> Tensor:
+        """A transformers module's logits, [batch, sequence, vocabulary]."""
+        ...
+
+    def quality(self, runs: Mapping[str, LogitsFn], text: Text, progress: Progress) -> dict[str, Any]:
+        """Name → perplexity of each run, and ``protocol``: how it was measured."""
+        ...
+
+    def export(self, loaded: Loaded, plan: Plan, settings: Settings, text: Tensor, folder: Path) -> None:
+        """Write the model, with its changed weights, cut to ``plan``, as ONNX into ``folder``.
+
+        Raises:
+            MptkError: this kind of model has no ONNX form, or this model cannot be exported.
+        """
+        ...

@@ -1,0 +1,88 @@
+"""report: ``report.json``, what a folder says of itself: how it was made, what it costs, how good it is, its proof.
+
+docs/report.md describes every field. ``verify`` believes none of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mptk.errors import MptkError
+from mptk.files import write_json
+from mptk.run.settings import Settings, settings_from_json
+
+FILE = "report.json"
+FORMAT = "mptk-report/1"
+Row = Mapping[str, Any]
+"""An object of the JSON file."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The fields of ``report.json``, in its order.
+
+    ``families``: name → ``of``, ``width``, ``layers``. ``cost``: ``dense`` and ``pruned`` → figures of
+    ``cost.model.Cost``. ``splits``: widths tried → loss. ``perplexity``: ``dense``, ``pruned`` and ``protocol``.
+    ``quantized``: scheme → ``file``, ``bytes``, ``perplexity``. ``proof``: a row a stage. ``config_changes``: field →
+    [old, new]. ``stages``: a row a stage of the run, passes with their differences.
+    """
+
+    mptk: str
+    model: str
+    model_sha256: str
+    settings: Settings
+    families: Mapping[str, Row]
+    sparsity: float
+    cost: Mapping[str, Row]
+    splits: Mapping[str, float]
+    trained: Sequence[str]
+    weights_sha256: str
+    perplexity: Row
+    quantized: Mapping[str, Row]
+    proof: Sequence[Row]
+    proof_tokens: Sequence[Sequence[int]]
+    proof_length: int
+    config_changes: Mapping[str, Sequence[Any]]
+    plan_sha256: str
+    notes: Sequence[str]
+    stages: Sequence[Row]
+    files: Sequence[str]
+    task: str = "causal-lm"
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``report.json``."""
+        return {"format": FORMAT, **asdict(self)}
+
+    def write(self, folder: Path) -> None:
+        """Write ``folder/report.json``."""
+        write_json(folder / FILE, self.to_json())
+
+    @staticmethod
+    def read(folder: str | Path) -> Report:
+        """``report.json`` of a pruned folder. Raises MptkError if there is none, or it is no report."""
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise MptkError(f"{folder} holds no {FILE}; give the --out folder of `mptk prune`")
+        try:
+            data = json.loads(path.read_text())
+        except ValueError as error:
+            raise MptkError(f"{path} is damaged ({error}); prune the model again") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise MptkError(f"{path} is no {FORMAT}; read it with the version of mptk that wrote it")
+        try:
+            settings = settings_from_json(data["settings"])
+            known = {f.name for f in fields(Report)}
+            return Report(**{**{name: value for name, value in data.items() if name in known}, "settings": settings})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise unreadable(folder, error) from error
+
+
+def unreadable(folder: str | Path, error: Exception) -> MptkError:
+    """The error of a report that lacks a word, or has one of another kind."""
+    return MptkError(
+        f"{FILE} in {folder} is not as `mptk prune` writes it ({error!r}); do not use it, and prune the model again"
+    )

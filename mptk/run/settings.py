@@ -1,0 +1,185 @@
+"""settings: what ``prune`` is asked for. A leaf: importing it imports no library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from mptk.cost.budgets import LATENCY, phase
+from mptk.errors import MptkError
+
+DEFAULT_STEPS = 200
+"""Training steps of a method that learns, if no number is given."""
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the losses; 0 leaves one out.
+
+    ``lm``: next-token cross entropy. ``kl``: KL divergence from the dense teacher's distribution. ``hidden``: error of
+    the hidden states of all layers over their variance.
+    """
+
+    lm: float = 1.0
+    kl: float = 1.0
+    hidden: float = 0.0
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how a student is trained.
+
+    ``batch`` windows a step over all processes, ``micro`` of them in one forward pass of one process. ``lr`` is the
+    peak learning rate (AdamW), reached after ``warmup`` of the steps and falling to 0 along a cosine.
+    """
+
+    batch: int = 8
+    micro: int = 4
+    lr: float = 1e-3
+    warmup: float = 0.05
+    clip: float = 1.0
+    losses: LossWeights = field(default_factory=LossWeights)
+    save_every: int = 25
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Step sizes. All are free of units, and those of masks, widths and duals are totals over the steps.
+
+    ``mask``: Newton steps of the masks. ``prox``: strength of the
+    proximal shrinkage. ``width``: largest change of a family's width, as a share of it. ``dual``: growth of y.
+    ``price``: change of ln z for a budget missed by a tenth of the model; ``urgency``: the same at once, for as long as
+    it is missed. ``fisher`` and ``drift``: memories of the moving averages F and d.
+    """
+
+    mask: float = 8.0
+    prox: float = 8.0
+    width: float = 6.0
+    dual: float = 1.0
+    price: float = 20.0
+    urgency: float = 2.0
+    fisher: float = 0.98
+    drift: float = 0.9
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How a model is trained while it is pruned and after.
+
+    ``steps`` in all (None: ``DEFAULT_STEPS`` if the method learns, else none); MaskPrune learns masks in the first
+    ``mask_share`` of them. ``rank`` is LoRA's; 0 trains all weights (in recovery only). ``teacher``: ``live`` or
+    ``cached``, for this run or, in ``teacher_cache``, for others too. ``precision``: ``no``, ``bf16`` or ``fp16``.
+
+    Raises:
+        MptkError: an unknown teacher, precision or tracker, or a cached teacher with a hidden-state loss.
+    """
+
+    steps: int | None = None
+    mask_share: float = 0.4
+    rank: int = 16
+    teacher: str = "live"
+    teacher_cache: str | None = None
+    precision: str = "no"
+    gradient_checkpointing: bool = False
+    tracker: str = "none"
+    training: Training = field(default_factory=Training)
+    rates: Rates = field(default_factory=Rates)
+
+    def __post_init__(self) -> None:
+        for what, chosen, known in (
+            ("teacher", self.teacher, ("live", "cached")),
+            ("precision", self.precision, ("no", "bf16", "fp16")),
+            ("tracker", self.tracker, ("none", "tensorboard", "wandb")),
+        ):
+            if chosen not in known:
+                raise MptkError(f"no {what} {chosen!r}; choose {', '.join(known[:-1])} or {known[-1]}")
+        if self.teacher_cache is not None and self.teacher != "cached":
+            raise MptkError("a folder for the teacher's outputs is of use to a cached teacher; add --teacher cached")
+        if self.teacher == "cached" and self.training.losses.hidden:
+            raise MptkError("a cached teacher keeps logits only; use --teacher live with a hidden-state loss")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``prune`` is asked for.
+
+    What is cut: ``sparsity`` is a share of the ``budget`` (``cost.budgets.BUDGETS``), or ``max_ms`` is the latency to
+    reach, in milliseconds of ``objective`` with ``threads`` of ONNX Runtime (0: all cores). ``families`` are cut,
+    ``keep`` stay whole, ``widths`` fixes some, ``plan`` (a file) fixes everything. Sums over cut channels stay
+    multiples of ``multiple``. ``tolerance``: how far the sparsity may miss.
+
+    How it is chosen: ``method``, on ``samples`` windows of ``length`` tokens of ``data`` (``self``: text that the model
+    writes). ``reconstruct``: fit the consumers to the dense layers' outputs (None: if the method does by itself).
+    ``learning``: training with the method and after the cut. ``resume``: go on with an unfinished run.
+
+    What is written: ``target``; ``rehome``: if the model's config class refuses the cut, another class may hold it;
+    ``onnx`` with ``logits``, ``quantize`` and ``objective`` as in ``mptk.export``.
+
+    What is measured: ``eval_windows`` windows of ``eval_length`` tokens of ``eval_data`` (None: of ``data``).
+    ``proof_length``: tokens of the longest sequence that the proof may run, to go beyond the model's windows.
+
+    Raises:
+        MptkError: an unknown objective, or milliseconds for another budget than latency.
+    """
+
+    sparsity: float = 0.3
+    method: str = "maskprune"
+    data: str = "self"
+    samples: int = 32
+    length: int = 256
+    eval_data: str | None = None
+    eval_windows: int = 40
+    eval_length: int = 512
+    budget: str = "params"
+    objective: str = "decode"
+    max_ms: float | None = None
+    threads: int = 1
+    families: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    widths: Mapping[str, int] = field(default_factory=dict)
+    plan: str | None = None
+    target: str = "stock"
+    multiple: int = 32
+    tolerance: float = 0.01
+    onnx: bool = True
+    logits: Literal["all", "last"] = "all"
+    quantize: tuple[str, ...] = ()
+    seed: int = 0
+    trust_remote_code: bool = False
+    rehome: bool = False
+    reconstruct: bool | None = None
+    learning: Learning = field(default_factory=Learning)
+    resume: bool = False
+    proof_length: int = 1024
+
+    def __post_init__(self) -> None:
+        phase(self.objective)
+        if self.max_ms is not None and self.budget != LATENCY:
+            raise MptkError(f"milliseconds are no budget of {self.budget}; set budget to {LATENCY}")
+
+    @property
+    def steps(self) -> int:
+        """Training steps; 0 if they were not settled yet."""
+        return self.learning.steps or 0
+
+
+def settings_from_json(data: Mapping[str, Any]) -> Settings:
+    """Settings as ``dataclasses.asdict`` and JSON give them back; fields that this version lacks are left out.
+
+    Raises:
+        KeyError, TypeError: ``data`` does not hold settings.
+    """
+    learning = dict(data["learning"])
+    training = dict(learning["training"])
+    training["losses"] = _known(LossWeights, training["losses"])
+    learning |= {"training": _known(Training, training), "rates": _known(Rates, learning["rates"])}
+    lists = {name: tuple(data[name]) for name in ("families", "keep", "quantize")}
+    made: Settings = _known(Settings, {**data, **lists, "learning": _known(Learning, learning)})
+    return made
+
+
+def _known(kind: type, data: Mapping[str, Any]) -> Any:
+    names = {f.name for f in fields(kind)}
+    return kind(**{name: value for name, value in data.items() if name in names})

@@ -1,0 +1,29 @@
+"""targets: what a cut model is written as. One file a target."""
+
+from __future__ import annotations
+
+from mptk.plugins import find, with_plugins
+from mptk.run.protocols import Target
+from mptk.run.settings import Settings
+from mptk.targets.graph import GraphTarget
+from mptk.targets.onnx import OnnxTarget
+from mptk.targets.stock import StockTarget
+
+ONNX = OnnxTarget()
+TARGETS: dict[str, Target] = {target.name: target for target in (StockTarget(), GraphTarget())}
+"""What ``--target`` names. ONNX is written beside any of them."""
+
+
+def targets() -> dict[str, Target]:
+    """mptk's targets and those of plugins (group ``mptk.targets``), by name."""
+    return with_plugins(TARGETS, "mptk.targets")
+
+
+def find_target(name: str) -> Target:
+    """The target of that name. Raises MptkError with the names there are."""
+    return find("target", name, targets())
+
+
+def written(target: Target, settings: Settings) -> tuple[Target, ...]:
+    """All targets that a run writes: the one that decides the legal widths, and ONNX if it is asked for."""
+    return (target, ONNX) if settings.onnx else (target,)

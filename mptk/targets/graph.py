@@ -1,0 +1,52 @@
+"""graph: the rewritten graph's own weights, for whoever runs it from Python. Any width that the graph's ops accept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mptk.errors import ProofError
+from mptk.run.protocols import Target
+from mptk.run.values import Checks, Compiled, Text
+from passes.verify import Difference, difference
+
+WEIGHTS = "model.safetensors"
+EXACT = 1e-6
+"""Largest difference of a stored weight, relative to the largest of its tensor."""
+
+
+class GraphTarget(Target):
+    """Weights under the dense model's names, with no config: no stock class needs to hold them."""
+
+    name = "graph"
+    summary = "any widths that the graph's ops accept"
+
+    def emit(self, compiled: Compiled, text: Text, folder: Path) -> list[str]:
+        save_file({n: t.contiguous() for n, t in compiled.program.state.items()}, folder / WEIGHTS)
+        return []
+
+    def wrote(self, folder: Path) -> bool:
+        return (folder / WEIGHTS).is_file() and not (folder / "config.json").is_file()
+
+    def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
+        return Checks((stored_weights(load_file(folder / WEIGHTS), dict(compiled.program.state)),))
+
+
+def stored_weights(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Difference:
+    """Every stored weight against that of the rewritten graph.
+
+    Raises:
+        ProofError: one of them has a weight that the other has not, or of another shape.
+    """
+    worst = Difference("stored weights", 0.0, 0.0, EXACT)
+    for name in sorted(stored.keys() | expected.keys()):
+        if name not in stored or name not in expected or stored[name].shape != expected[name].shape:
+            raise ProofError(f"the proof fails at 'stored weights': {name} is missing or of another shape; prune again")
+        if not stored[name].equal(expected[name]):
+            one, other = (tensor.float().flatten()[None, None] for tensor in (stored[name], expected[name]))
+            found = difference("stored weights", one, other, EXACT)
+            worst = found if not found.relative <= worst.relative else worst
+    return worst

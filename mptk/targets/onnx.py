@@ -1,0 +1,99 @@
+"""onnx: the ``onnx`` folder beside a checkpoint: a float graph with a KV cache, and quantised ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mptk.errors import MptkError, ProofError
+from mptk.io.checkpoint import replaced
+from mptk.run.protocols import Target
+from mptk.run.values import Checks, Compiled, Text
+from mptk.runtime.decoder import OrtDecoder
+from passes.targets.onnx.check_quantized import DIVERGENCES, check_quantized, divergence
+from passes.verify import RUNTIME_TOLERANCE, Difference, StageLogits
+
+FOLDER = "onnx"
+DECODED = 4
+"""Decoding steps at the end of a sequence, and across each border."""
+
+
+class OnnxTarget(Target):
+    """From the task's own graph, as of a decoding step: the dense model's weights, cut by the same plan."""
+
+    name = "onnx"
+    summary = "ONNX with a KV cache, beside another target"
+
+    def emit(self, compiled: Compiled, text: Text, folder: Path) -> list[str]:
+        prepared, chosen = compiled.prepared, compiled.chosen
+        out = folder / FOLDER
+        out.mkdir()
+        try:
+            with replaced(prepared.loaded.model, chosen.changes):
+                prepared.task.export(prepared.loaded, chosen.plan, prepared.settings, text.calibration, out)
+        except MptkError as error:
+            out.rmdir()
+            return [f"no ONNX: {error}"]
+        return []
+
+    def wrote(self, folder: Path) -> bool:
+        return (folder / FOLDER / "model.onnx").is_file()
+
+    def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
+        if not (folder / FOLDER).is_dir():
+            return Checks()
+        decoder = OrtDecoder(folder / FOLDER)
+        stages: dict[str, tuple[StageLogits, float]] = {
+            "ONNX Runtime prefill": (lambda ids: torch.from_numpy(decoder.prefill(ids.numpy())[0]), RUNTIME_TOLERANCE),
+            "ONNX Runtime decode": (lambda ids: decoded(decoder, ids, crossed), RUNTIME_TOLERANCE),
+        }
+        return Checks(stages=stages)
+
+    def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Tensor]) -> list[Difference]:
+        """Each quantised graph's weights, as a share of what rounding may do, and its logits, in nats a token.
+
+        Raises:
+            ProofError: a graph cannot be read or run, or a weight is further away than rounding brings it.
+        """
+        files = sorted((folder / FOLDER).glob("model_*.onnx"))
+        return [difference for file in files for difference in _quantized(file, batches)]
+
+
+def _quantized(file: Path, batches: Sequence[Tensor]) -> list[Difference]:
+    scheme, whole = file.stem.removeprefix("model_"), file.with_name("model.onnx")
+    try:
+        share = check_quantized(whole, file, scheme)
+        small, full = OrtDecoder(file), OrtDecoder(file.parent)
+        pairs = [[torch.from_numpy(g.logits(ids.numpy())) for g in (small, full)] for ids in batches]
+    except MptkError:
+        raise
+    except Exception as error:  # ONNX and ONNX Runtime share no error class
+        reason = str(error).strip().partition("\n")[0]
+        raise ProofError(f"the proof fails at '{scheme} weights': {file.name} does not run ({reason})") from error
+    apart = max(divergence(*pair) for pair in pairs)
+    return [
+        Difference(f"{scheme} weights", share, share, 1.0),
+        Difference(f"{scheme} logits", apart, apart, DIVERGENCES[scheme]),
+    ]
+
+
+def decoded(decoder: OrtDecoder, ids: Tensor, crossed: Sequence[int] = ()) -> tuple[Tensor, list[int]]:
+    """Logits of decoding steps with the cache of what came before, and the positions that they are of.
+
+    Steps are taken across each border that lies within the sequence and at its end; what lies between is prefilled
+    with the cache of what came before it.
+    """
+    length = ids.shape[1]
+    starts = [max(1, border - DECODED // 2) for border in crossed if border + DECODED <= length]
+    single = sorted({p for start in (*starts, length - DECODED) for p in range(start, start + DECODED)})
+    steps, cache, done = [], decoder.empty(len(ids)), 0
+    for position in single:
+        if position > done:
+            _, cache = decoder.decode(ids[:, done:position].numpy(), cache)
+        logits, cache = decoder.decode(ids[:, position : position + 1].numpy(), cache)
+        steps.append(torch.from_numpy(logits.copy()))
+        done = position + 1
+    return torch.cat(steps, 1), single

@@ -1,0 +1,86 @@
+"""stock: a plain checkpoint folder that transformers loads: the model's own class, or another that holds the cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mptk.errors import MptkError
+from mptk.io import models
+from mptk.io.checkpoint import portable
+from mptk.ir.families import Analysis
+from mptk.run.protocols import Target
+from mptk.run.values import Checks, Compiled, Text, Written
+from mptk.targets.graph import stored_weights
+from mptk.targets.stock_config import check_code, check_config
+from passes.targets.legalize import LegalWidths, cut_shapes, discover, graph_widths, stock_widths
+from passes.targets.stock.config import StockConfig
+from passes.targets.stock.emit import write_checkpoint
+from passes.targets.stock.rehome import find_home, logits_check, rehome
+from passes.verify import TOLERANCE
+
+
+class StockTarget(Target):
+    """A transformers checkpoint: config, safetensors, tokenizer. Nothing of mptk is needed to load it."""
+
+    name = "stock"
+    summary = "the model's own transformers class"
+
+    def legal(self, analysis: Analysis, model: nn.Module, multiple: int | Sequence[int]) -> LegalWidths:
+        if not isinstance(model, PreTrainedModel):
+            return graph_widths(analysis, multiple)
+        return stock_widths(analysis, discover(analysis, model), multiple)
+
+    def elsewhere(self, analysis: Analysis, legal: LegalWidths, multiple: int | Sequence[int]) -> LegalWidths | None:
+        return None if legal.stock is None else stock_widths(analysis, legal.stock, multiple, rehome=True)
+
+    def home(self, analysis: Analysis, model: nn.Module, legal: LegalWidths, widths: Mapping[str, int]) -> str | None:
+        if legal.stock is None or not isinstance(model, PreTrainedModel):
+            return None
+        return find_home(analysis, legal.stock, model, widths)
+
+    def fit(self, compiled: Compiled, text: Tensor) -> Written:
+        """The model's own class with a new config, or, if it refuses and ``rehome`` is set, another class.
+
+        Raises:
+            MptkError: the class refuses these widths, and no other class may or can hold them.
+        """
+        prepared, widths = compiled.prepared, compiled.chosen.plan.widths
+        analysis, loaded, stock = prepared.analysis, prepared.loaded, prepared.legal.stock
+        assert stock is not None
+        found = stock.config(widths, scalars=compiled.epsilons)
+        if isinstance(found, StockConfig):
+            return Written(found, loaded, found.config)
+        if prepared.settings.rehome and found.config is not None:
+            check = logits_check(compiled.program, text)
+            other = rehome(found.config, cut_shapes(analysis, widths), check, tolerance=TOLERANCE)
+            if isinstance(other, StockConfig):
+                note = f"written as {other.model_class.__name__}, with equal logits, since {found}"
+                return Written(other, loaded, found.config, note)
+            raise MptkError(f"the stock class refuses these widths: {found}; no other class will do: {other}")
+        home = self.home(analysis, loaded.model, prepared.legal, widths)
+        hint = "" if home is None else f", or give --rehome: {home} holds them with equal logits"
+        raise MptkError(f"the stock class refuses these widths: {found}; choose others or use --target graph{hint}")
+
+    def emit(self, compiled: Compiled, text: Text, folder: Path) -> list[str]:
+        loaded, written = compiled.prepared.loaded, compiled.written
+        assert written is not None
+        state = compiled.program.state_dict()
+        write_checkpoint(state, written.stock, loaded.model, loaded.tokenizer, folder, portable=portable)
+        return [written.note]
+
+    def wrote(self, folder: Path) -> bool:
+        return (folder / "config.json").is_file()
+
+    def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
+        assert compiled.written is not None
+        loaded, task = compiled.prepared.loaded, compiled.prepared.task
+        trust = compiled.prepared.settings.trust_remote_code
+        check_code(loaded.path, folder)
+        config = check_config(compiled.written, folder, trust)
+        reloaded = models.load(str(folder), trust_remote_code=trust).model
+        weights = stored_weights(reloaded.state_dict(), compiled.program.state_dict())
+        return Checks((config, weights), {"reloaded checkpoint": (lambda ids: task.logits(reloaded, ids), TOLERANCE)})

@@ -1,0 +1,69 @@
+"""tasks: kinds of models, and loading a model as one of them. One file a task."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mptk.errors import MptkError
+from mptk.io import models
+from mptk.io.models import Loaded
+from mptk.plugins import load_plugins
+from mptk.run.protocols import Task
+from mptk.tasks.causal_lm import CausalLM
+from mptk.tasks.masked_lm import MaskedLM
+
+CAUSAL_LM = CausalLM()
+TASKS: dict[str, Task] = {task.name: task for task in (CAUSAL_LM, MaskedLM())}
+
+
+def tasks() -> dict[str, Task]:
+    """mptk's tasks and those of plugins (group ``mptk.tasks``), by name."""
+    return TASKS | dict(load_plugins("mptk.tasks"))
+
+
+def load_task(model: str, *, trust_remote_code: bool = False) -> tuple[Loaded, Task]:
+    """Load a model with the first task that takes it.
+
+    Raises:
+        MptkError: as ``models.load``; or no task takes it, which is said before weights are read.
+    """
+    config = models.load_config(model, trust_remote_code=trust_remote_code)
+    task = _find(model, config, models.model_classes(config))
+    loaded = models.load(model, trust_remote_code=trust_remote_code)
+    return loaded, task.bind(loaded)
+
+
+def task_of(loaded: Loaded) -> Task:
+    """The task of a loaded model. Raises MptkError if no task takes it."""
+    return _find(loaded.source, loaded.model.config, {type(loaded.model)}).bind(loaded)
+
+
+def _find(model: str, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> Task:
+    reasons = {}
+    for task in tasks().values():
+        reason = task.refusal(config, classes)
+        if reason is None:
+            return task
+        reasons[task.summary] = reason
+    said = " and ".join(f"no {what}: {why}" for what, why in reasons.items())
+    raise MptkError(
+        f"{model} is {said}; `mptk analyze` shows what can be cut in it, and mptk.rewrite cuts it in Python"
+    )
+
+
+def load_decoder(model: str, *, trust_remote_code: bool = False) -> Loaded:
+    """Load a causal language model.
+
+    Raises:
+        MptkError: as ``models.load``; or it is of another kind, which is said before weights are read.
+    """
+    config = models.load_config(model, trust_remote_code=trust_remote_code)
+    reason = CAUSAL_LM.refusal(config, models.model_classes(config))
+    if reason is not None:
+        raise MptkError(
+            f"{model} is no decoder: {reason}; `mptk analyze` shows what can be cut in it, and mptk.rewrite cuts it in "
+            "Python"
+        )
+    loaded = models.load(model, trust_remote_code=trust_remote_code)
+    CAUSAL_LM.bind(loaded)
+    return loaded

@@ -1,0 +1,87 @@
+"""causal_lm: models that predict the next token, from the tokens before it.
+
+Recognised by what the model is, before weights are read (its classes generate text), and then by what it computes: a
+decoder's logits at a position do not depend on later tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mptk.errors import MptkError
+from mptk.io import data
+from mptk.io.evaluation import LogitsFn, perplexities
+from mptk.io.models import Loaded
+from mptk.ir.plan import Plan
+from mptk.progress import Count, Progress
+from mptk.run.protocols import Task
+from mptk.run.settings import Settings
+from mptk.run.values import Text
+from mptk.tasks.decoder_onnx import export_decoder
+
+
+class CausalLM(Task):
+    """A causal language model: GPT, Llama, Gemma, Mamba."""
+
+    name = "causal-lm"
+    summary = "decoder"
+
+    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+        name = min((c.__name__ for c in classes), default=type(config).__name__)
+        if getattr(config, "is_encoder_decoder", False):
+            return f"{name} has an encoder and a decoder"
+        if classes and not any(c.can_generate() for c in classes):
+            return f"{name} does not predict the next token"
+        return None
+
+    @torch.no_grad()
+    def bind(self, loaded: Loaded) -> Task:
+        module: Any = loaded.model
+        ids = torch.tensor([[1, 2], [1, 3]], device=module.device)
+        logits: Any = getattr(module(input_ids=ids), "logits", None)
+        name = type(module).__name__
+        if logits is None or logits.ndim != 3 or logits.shape[1] != 2:
+            raise _no_decoder(loaded.source, f"{name} gives no logits for every token")
+        first = logits[:, 0].float()
+        if (first[0] - first[1]).abs().max() > 1e-3 * first.abs().max():
+            raise _no_decoder(loaded.source, f"{name} looks at later tokens")
+        return self
+
+    def windows(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Tensor:
+        s = settings
+        return data.calibration(loaded.model, loaded.tokenizer, s.data, count, s.length, seed=s.seed, progress=progress)
+
+    def evaluation(self, loaded: Loaded, settings: Settings) -> Tensor:
+        s = settings
+        return data.evaluation_windows(loaded.tokenizer, s.eval_data or s.data, s.eval_length, s.eval_windows)
+
+    def loss(self, logits: Tensor, ids: Tensor) -> Tensor:
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+
+    def predicted(self, ids: Tensor) -> int:
+        return ids.shape[0] * (ids.shape[1] - 1)
+
+    def logits(self, module: PreTrainedModel, ids: Tensor) -> Tensor:
+        logits: Tensor = module(ids, use_cache=False).logits
+        return logits
+
+    def quality(self, runs: Mapping[str, LogitsFn], text: Text, progress: Progress) -> dict[str, Any]:
+        return perplexities(runs, text.evaluation, data=text.source, progress=progress)
+
+    def export(self, loaded: Loaded, plan: Plan, settings: Settings, text: Tensor, folder: Path) -> None:
+        s = settings
+        how: dict[str, Any] = {"logits": s.logits, "quantize": s.quantize, "objective": s.objective}
+        export_decoder(loaded.model, folder, {"source": loaded.source}, plan=plan, text=text, **how)
+
+
+def _no_decoder(model: str, why: str) -> MptkError:
+    return MptkError(
+        f"{model} is no decoder: {why}; `mptk analyze` shows what can be cut in it, and mptk.rewrite cuts it in Python"
+    )

@@ -1,0 +1,44 @@
+"""decoder_onnx: a causal language model as ONNX with a KV cache, from the compiler's own graph of a decoding step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mptk.cost.budgets import phase
+from mptk.ir.passes import Log
+from mptk.ir.plan import Plan
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.version import __version__
+from passes.analysis import group
+from passes.frontend.trace_decoder import LogitsScope, trace_decoder
+from passes.pipelines import cut_program
+from passes.targets.onnx.emit import emit_onnx
+from passes.targets.onnx.quantize import quantize_onnx
+
+
+def export_decoder(
+    model: PreTrainedModel,
+    folder: Path,
+    metadata: Mapping[str, str],
+    *,
+    plan: Plan | None = None,
+    logits: LogitsScope = "all",
+    quantize: Sequence[str] = (),
+    text: Tensor | None = None,
+    objective: str = "decode",
+) -> None:
+    """Write ``model.onnx`` and the quantised graphs. Arguments and errors are those of ``mptk.export``."""
+    phase(objective)
+    program = trace_decoder(model, logits=logits)
+    about = {"mptk_version": __version__, "objective": objective, **metadata}
+    if plan is not None:
+        analysis = group.analyze(program)
+        program, _ = cut_program(analysis, resolve_plan(analysis, plan), Log())
+        about["plan_sha256"] = plan.digest
+    file = emit_onnx(program, folder, objective=objective, metadata=about)
+    for scheme in quantize:
+        quantize_onnx(file, scheme, None if text is None else text.numpy())

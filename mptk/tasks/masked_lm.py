@@ -1,0 +1,111 @@
+"""masked_lm: models that predict tokens which are masked, from the tokens on both sides.
+
+The loss and the pseudo-perplexity are of masked tokens: every ``STRIDE``-th token of a window is replaced by the mask
+token, at the same places for every model that is measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+from mptk.errors import MptkError
+from mptk.io import data
+from mptk.io.evaluation import LogitsFn
+from mptk.io.models import Loaded
+from mptk.ir.plan import Plan
+from mptk.progress import Count, Progress
+from mptk.run.protocols import Task
+from mptk.run.settings import Settings
+from mptk.run.values import Text
+
+STRIDE = 7
+"""One token in so many is masked: 14 %, near BERT's 15 %."""
+FIRST = 3
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class MaskedLM(Task):
+    """A masked language model: BERT, RoBERTa, ModernBERT. ``mask``: its mask token."""
+
+    mask: int | None = None
+    name = "masked-lm"
+    summary = "masked language model"
+
+    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+        known = {
+            c
+            for found in MODEL_FOR_MASKED_LM_MAPPING.values()
+            for c in (found if isinstance(found, tuple) else (found,))
+        }
+        if classes and classes <= known:
+            return None
+        return f"{min((c.__name__ for c in classes), default=type(config).__name__)} does not predict masked tokens"
+
+    def bind(self, loaded: Loaded) -> Task:
+        mask = getattr(loaded.tokenizer, "mask_token_id", None)
+        if mask is None:
+            raise MptkError(f"{loaded.source} has no tokenizer with a mask token, which its loss needs; add its files")
+        return MaskedLM(mask)
+
+    def windows(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Tensor:
+        s = settings
+        if s.data == data.SELF:
+            raise MptkError(f"{loaded.source} cannot write text to calibrate on; give some with --data")
+        return data.calibration(loaded.model, loaded.tokenizer, s.data, count, s.length, seed=s.seed, progress=progress)
+
+    def evaluation(self, loaded: Loaded, settings: Settings) -> Tensor:
+        s = settings
+        limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", s.eval_length)
+        length = min(s.eval_length, limit)
+        return data.evaluation_windows(loaded.tokenizer, s.eval_data or s.data, length, s.eval_windows)
+
+    def inputs(self, ids: Tensor) -> Tensor:
+        assert self.mask is not None
+        return ids.masked_fill(_masked(ids), self.mask)
+
+    def loss(self, logits: Tensor, ids: Tensor) -> Tensor:
+        targets = ids.masked_fill(~_masked(ids), IGNORED)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def predicted(self, ids: Tensor) -> int:
+        return int(_masked(ids).sum())
+
+    def logits(self, module: PreTrainedModel, ids: Tensor) -> Tensor:
+        logits: Tensor = module(input_ids=ids).logits
+        return logits
+
+    @torch.no_grad()
+    def quality(self, runs: Mapping[str, LogitsFn], text: Text, progress: Progress) -> dict[str, Any]:
+        windows = text.evaluation
+        tokens = self.predicted(windows)
+        result: dict[str, Any] = {}
+        for name, run in runs.items():
+            total = 0.0
+            for done, row in enumerate(windows.split(1), 1):
+                total += float(self.loss(run(self.inputs(row)), row))
+                progress(f"pseudo-perplexity ({name})", done, len(windows))
+            result[name] = round(math.exp(total / tokens), 4)
+        result["protocol"] = (
+            f"{text.source}: pseudo-perplexity, {len(windows)} windows of {windows.shape[1]} tokens, one token in "
+            f"{STRIDE} masked, {tokens:,} predicted"
+        )
+        return result
+
+    def export(self, loaded: Loaded, plan: Plan, settings: Settings, text: Tensor, folder: Path) -> None:
+        raise MptkError("only decoders are written as ONNX; export the folder with torch.onnx or optimum")
+
+
+def _masked(ids: Tensor) -> Tensor:
+    """Which tokens are masked, boolean in the shape of ``ids`` [windows, length]."""
+    return (torch.arange(ids.shape[1], device=ids.device) % STRIDE == FIRST).expand(ids.shape)

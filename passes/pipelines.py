@@ -6,25 +6,24 @@ from mptk.ir.families import Analysis
 from mptk.ir.passes import Log, Pass, run
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan
-from passes.transforms.fold_norms import fold_norms
-from passes.transforms.rewrite import rewrite_cut
+from mptk.ir.resolved_plan import Cut, resolve_plan
+from passes.transforms.fold_norms import Folded, FoldNorms
+from passes.transforms.masked_reference import Mask
+from passes.transforms.rewrite import Rewrite
 
 
-def cut_program(
-    analysis: Analysis, plan: Plan, log: Log, *, keep: dict[str, Program] | None = None
-) -> tuple[Program, dict[float, float]]:
-    """As ``rewrite``, unchecked, with the passes' differences in ``log`` and the program after each pass in ``keep``.
+def cutting(analysis: Analysis, cut: Cut) -> list[Pass]:
+    """The dense program → the pruned one."""
+    return [Rewrite(analysis, cut), FoldNorms()]
 
-    Also returns the norms' epsilons that changed (old → new).
-    """
-    cut = resolve_plan(analysis, plan)
-    epsilons: dict[float, float] = {}
 
-    def fold(program: Program) -> Program:
-        program, changed = fold_norms(program)
-        epsilons.update(changed)
-        return program
+def reference(analysis: Analysis, cut: Cut) -> list[Pass]:
+    """The dense program → the masked one, which the pruned one must equal."""
+    return [Mask(analysis, cut)]
 
-    steps = [Pass("rewrite", lambda _: rewrite_cut(analysis, cut)), Pass("fold norms", fold)]
-    return run(analysis.program, steps, log, keep), epsilons
+
+def cut_program(analysis: Analysis, plan: Plan, log: Log) -> tuple[Program, dict[float, float]]:
+    """Run ``cutting``, unproven. Returns the program and the norms' epsilons that changed (old → new)."""
+    folded = run(analysis.program, cutting(analysis, resolve_plan(analysis, plan)), log)[-1]
+    assert isinstance(folded, Folded)
+    return folded.program, dict(folded.epsilons)

@@ -19,7 +19,7 @@ from mptk.io import data, models
 from mptk.io.checkpoint import save_tokenizer
 from mptk.io.publish import check_replaceable, publish
 from mptk.ir.families import Analysis
-from mptk.ir.passes import Log
+from mptk.ir.passes import Log, run
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
@@ -30,7 +30,7 @@ from passes.analysis import group
 from passes.analysis.rules import RULES, rule
 from passes.check_cut import check_cut, in_float32
 from passes.frontend.trace_decoder import LogitsScope, trace_decoder
-from passes.pipelines import cut_program
+from passes.pipelines import cut_program, cutting
 from passes.targets.onnx.check_quantized import check_quantized
 from passes.targets.onnx.emit import emit_onnx
 from passes.targets.onnx.quantize import check_schemes, quantize_onnx
@@ -88,14 +88,13 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
         MptkError: the plan does not fit the model; or the mask does not move the output, so that nothing is proven.
         ProofError: the cut program is another one than the masked; with the stage and the size of the difference.
     """
-    stages: dict[str, Program] = {}
-    program, _ = cut_program(analysis, plan, Log(), keep=stages)
-    if check and program.has_values:
+    steps = cutting(analysis, cut := resolve_plan(analysis, plan))
+    results = run(analysis.program, steps, Log())
+    if check and results[-1].program.has_values:
         fine = in_float32(analysis)
-        if fine is not analysis:
-            cut_program(fine, plan, Log(), keep=stages)
-        check_cut(fine, resolve_plan(fine, plan), stages)
-    return program
+        proven = results if fine is analysis else run(fine.program, steps, Log())
+        check_cut(fine, cut, {step.name: result.program for step, result in zip(steps, proven, strict=True)})
+    return results[-1].program
 
 
 def export(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log, Pass, run
 from mptk.ir.plan import Plan
@@ -20,6 +23,24 @@ def cutting(analysis: Analysis, cut: Cut) -> list[Pass]:
 def reference(analysis: Analysis, cut: Cut) -> list[Pass]:
     """The dense program → the masked one, which the pruned one must equal."""
     return [Mask(analysis, cut)]
+
+
+def passes_until(name: str, analysis: Analysis, cut: Cut) -> list[Pass]:
+    """The pass of that name in ``cutting`` or ``reference``, after those before it.
+
+    Raises:
+        MptkError: there is no such pass.
+    """
+    lists = (cutting(analysis, cut), reference(analysis, cut))
+    for steps in lists:
+        for count, step in enumerate(steps, 1):
+            if step.name == name:
+                return steps[:count]
+    raise MptkError(f"no pass {name!r}; choose one of: {', '.join(step.name for steps in lists for step in steps)}")
+
+
+LISTS: tuple[Callable[..., Sequence[Pass]], ...] = (cutting, reference)
+"""Every list, for ``mptk passes``."""
 
 
 def cut_program(analysis: Analysis, plan: Plan, log: Log) -> tuple[Program, dict[float, float]]:

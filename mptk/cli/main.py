@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mptk.cli.inspect import list_passes, show
 from mptk.cli.options import (
     Batch,
     Checkpointing,
@@ -119,6 +120,10 @@ def list_ops(json_file: Json = None) -> None:
     rules = api.ops()
     write_json(json_file, {"format": report.OPS, "ops": rules})
     out.print(report.ops_view(rules))
+
+
+app.command("passes")(list_passes)
+app.command()(show)
 
 
 @app.command()

@@ -19,10 +19,11 @@ from mptk.io import data, models
 from mptk.io.checkpoint import save_tokenizer
 from mptk.io.publish import check_replaceable, publish
 from mptk.ir.families import Analysis
-from mptk.ir.passes import Log, run
+from mptk.ir.passes import Log, run, shapes
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.text import program_text
 from mptk.progress import Progress, silent
 from mptk.runtime.bench import Bench, bench_decoders
 from mptk.version import __version__
@@ -30,12 +31,12 @@ from passes.analysis import group
 from passes.analysis.rules import RULES, rule
 from passes.check_cut import check_cut, in_float32
 from passes.frontend.trace_decoder import LogitsScope, trace_decoder
-from passes.pipelines import cut_program, cutting
+from passes.pipelines import cut_program, cutting, passes_until
 from passes.targets.onnx.check_quantized import check_quantized
 from passes.targets.onnx.emit import emit_onnx
 from passes.targets.onnx.quantize import check_schemes, quantize_onnx
 
-__all__ = ["analyze", "bench", "export", "export_folder", "ops", "rewrite", "rule", "trace"]
+__all__ = ["analyze", "bench", "export", "export_folder", "ops", "rewrite", "rule", "show", "trace"]
 
 
 def trace(model: nn.Module | str, example_inputs: Sequence[Tensor] | None = None, *, dynamic: bool = False) -> Program:
@@ -95,6 +96,40 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
         proven = results if fine is analysis else run(fine.program, steps, Log())
         check_cut(fine, cut, {step.name: result.program for step, result in zip(steps, proven, strict=True)})
     return results[-1].program
+
+
+def show(
+    model: nn.Module | str | Program,
+    example_inputs: Sequence[Tensor] | None = None,
+    *,
+    after: str | None = None,
+    plan: Plan | None = None,
+    source: bool = False,
+) -> str:
+    """A program as text, one line a value, each dimension by the names of its axes (``mptk.ir.text``).
+
+    Takes what ``trace`` takes, or a Program. Needs no weights. Sizes of the inputs are symbolic if the model allows it.
+
+    Args:
+        after: a pass of the cutting or the reference pipeline, after which the program is shown; else the traced one.
+        plan: what that pass cuts to.
+        source: add the line of the model's source to each call.
+
+    Raises:
+        MptkError: as ``analyze``; the plan does not fit; there is no such pass; or only one of pass and plan is given.
+    """
+    if (after is None) != (plan is None):
+        raise MptkError(
+            "a program is shown after a pass only with the plan that it cuts to; give both --after and --plan"
+        )
+    program = model if isinstance(model, Program) else trace(model, example_inputs, dynamic=True)
+    analysis = group.analyze(program)
+    if after is None or plan is None:
+        return program_text(program, analysis, source=source)
+    cut = resolve_plan(analysis, plan)
+    result = run(program, passes_until(after, analysis, cut), Log())[-1].program
+    sizes = {} if shapes(result) == shapes(program) else cut.sizes
+    return program_text(result, analysis, sizes, source=source)
 
 
 def export(

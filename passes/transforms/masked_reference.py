@@ -85,6 +85,7 @@ def _mask_reduction(graph: fx.Graph, node: fx.Node, walk: Walk, cut: Cut, reduct
     assert isinstance(source, fx.Node)
     with graph.inserting_before(node):
         masked = graph.call_function(_fill, (source, keep_along(cut, dims, reduced).tolist(), neutral))
+    masked.meta["val"] = source.meta["val"]
     node.replace_input_with(source, masked)
     return None
 

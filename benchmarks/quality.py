@@ -102,9 +102,9 @@ def row_of(
         "sparsity": sparsity,
         "seed": seed,
         "tokens": steps * batch * chosen.length,
-        "widths": {n: f["width"] for n, f in report["families"].items() if f["width"] < f["of"]},
-        "removed": round(report["sparsity"], 4),
-        "parameters": report["cost"]["pruned"]["parameters"],
+        "widths": {n: f["width"] for n, f in report.families.items() if f["width"] < f["of"]},
+        "removed": round(report.sparsity, 4),
+        "parameters": report.cost["pruned"]["parameters"],
         "minutes": round((time.perf_counter() - began) / 60, 1),
     }, folder
 

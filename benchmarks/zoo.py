@@ -43,7 +43,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 from passes.transforms.masked_reference import mask
-from passes.transforms.retype import retype
+from passes.transforms.retype import Retype
 
 Run = Callable[[str, str], dict[str, Any]]
 """Makes the row of a mapping and a type."""
@@ -84,7 +84,9 @@ def _in_double(analysis: Analysis, plan: Plan, inputs: Sequence[Tensor]) -> str:
     """The same difference in fp64, which tells rounding in an ill-conditioned model from a wrong cut."""
     cut = resolve_plan(analysis, plan)
     try:
-        programs = [retype(p, torch.float64) for p in (rewrite(analysis, plan, check=False), mask(analysis, cut))]
+        programs = [
+            Retype(torch.float64)(p).program for p in (rewrite(analysis, plan, check=False), mask(analysis, cut))
+        ]
         outputs = [p(*(t.double() if t.is_floating_point() else t for t in inputs)) for p in programs]
     except Exception as error:
         return f" in fp32 (fp64 does not run: {describe(error)})"

@@ -31,6 +31,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
+from mptk.ir.resolved_plan import resolve_plan
 from mptk.runtime.decoder import OrtDecoder
 from passes.analysis.group import analyze
 from passes.frontend.trace_decoder import CacheLayerShape, DecoderStep, cache_shapes, first_positions, trace_decoder
@@ -72,7 +73,7 @@ def _stages(mapping: str, model_type: str, folder: Path) -> Iterator[dict[str, A
     yield {"stage": "trace"}
     analysis = analyze(program)
     yield {"stage": "analyse", "families": len(analysis.families)}
-    cut, _ = cut_program(analysis, random_widths(analysis), Log())
+    cut = cut_program(analysis, resolve_plan(analysis, random_widths(analysis)), Log()).program
     yield {"stage": "cut"}
     file = emit_onnx(cut, folder)
     yield {"stage": "emit", "folded": folded(file)}

@@ -13,6 +13,7 @@ from benchmarks.zoo_plans import legal_widths, plan_of_widths
 from mptk.ir.axes import leaves
 from mptk.ir.families import Analysis, Family
 from mptk.ir.passes import Log
+from mptk.ir.resolved_plan import resolve_plan
 from passes.pipelines import cut_program
 from passes.targets.legalize import cut_shapes, derived_families
 from passes.targets.stock.config import Refusal, Stock
@@ -104,8 +105,9 @@ def _cuts(family: Family, partners: list[Family]) -> Iterator[dict[str, int]]:
 def _reload(analysis: Analysis, tiny: Tiny, stock: Stock, widths: Mapping[str, int]) -> str:
     """Cut units at random, load the weights into the stock class, compare logits; why they differ, or ""."""
     try:
-        program, epsilons = cut_program(analysis, plan_of_widths(analysis, widths, random.Random(0)), Log())
-        found = stock.config(widths, scalars=epsilons)
+        plan = plan_of_widths(analysis, widths, random.Random(0))
+        folded = cut_program(analysis, resolve_plan(analysis, plan), Log())
+        program, found = folded.program, stock.config(widths, scalars=folded.epsilons)
         if isinstance(found, Refusal):
             return _line(found)
         attention = tiny.model.config._attn_implementation  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mptk.version import __version__
 
 if TYPE_CHECKING:
-    from mptk.driver.api import analyze, bench, export, rewrite, rule, trace
+    from mptk.driver.api import analyze, bench, export, rewrite, rule, show, trace
     from mptk.driver.prune import prune
     from mptk.driver.verification import verify
     from mptk.errors import MptkError, ProofError
@@ -32,6 +32,7 @@ __all__ = [
     "prune",
     "rewrite",
     "rule",
+    "show",
     "trace",
     "verify",
 ]

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log, Pass, run
-from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan
-from passes.transforms.fold_norms import fold_norms
-from passes.transforms.rewrite import rewrite_cut
+from mptk.ir.resolved_plan import Cut
+from passes.transforms.fold_norms import Folded, FoldNorms
+from passes.transforms.masked_reference import Mask
+from passes.transforms.rewrite import Rewrite
 
 
-def cut_program(
-    analysis: Analysis, plan: Plan, log: Log, *, keep: dict[str, Program] | None = None
-) -> tuple[Program, dict[float, float]]:
-    """As ``rewrite``, unchecked, with the passes' differences in ``log`` and the program after each pass in ``keep``.
+def cutting(analysis: Analysis, cut: Cut) -> list[Pass]:
+    """The dense program → the pruned one."""
+    return [Rewrite(analysis, cut), FoldNorms()]
 
-    Also returns the norms' epsilons that changed (old → new).
+
+def reference(analysis: Analysis, cut: Cut) -> list[Pass]:
+    """The dense program → the masked one, which the pruned one must equal."""
+    return [Mask(analysis, cut)]
+
+
+def passes_until(name: str, analysis: Analysis, cut: Cut) -> list[Pass]:
+    """The pass of that name in ``cutting`` or ``reference``, after those before it.
+
+    Raises:
+        MptkError: there is no such pass.
     """
-    cut = resolve_plan(analysis, plan)
-    epsilons: dict[float, float] = {}
+    lists = (cutting(analysis, cut), reference(analysis, cut))
+    for steps in lists:
+        for count, step in enumerate(steps, 1):
+            if step.name == name:
+                return steps[:count]
+    raise MptkError(f"no pass {name!r}; choose one of: {', '.join(step.name for steps in lists for step in steps)}")
 
-    def fold(program: Program) -> Program:
-        program, changed = fold_norms(program)
-        epsilons.update(changed)
-        return program
 
-    steps = [Pass("rewrite", lambda _: rewrite_cut(analysis, cut)), Pass("fold norms", fold)]
-    return run(analysis.program, steps, log, keep), epsilons
+LISTS: tuple[Callable[..., Sequence[Pass]], ...] = (cutting, reference)
+"""Every list, for ``mptk passes``."""
+
+
+def cut_program(analysis: Analysis, cut: Cut, log: Log) -> Folded:
+    """Run ``cutting``, unproven: the pruned program, and the norms' epsilons that changed."""
+    folded = run(analysis.program, cutting(analysis, cut), log)[-1]
+    assert isinstance(folded, Folded)
+    return folded

@@ -19,7 +19,6 @@ from transformers import MistralConfig, MistralForCausalLM
 
 import mptk
 import passes.frontend.trace
-from mptk.driver.verification import read_report
 from mptk.files import write_json
 from mptk.io import models
 from mptk.io.manifest import write_manifest
@@ -125,17 +124,23 @@ def fields(file: str, **changes: Any) -> Edit:
     return edit
 
 
+def raw_report(folder: Path) -> dict[str, Any]:
+    """The content of report.json, for a test to change."""
+    content: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return content
+
+
 def weights(change: Callable[[str, torch.Tensor], torch.Tensor], *, told: bool = True) -> Edit:
     """Other weights, and a digest in the report that fits if it is ``told``."""
 
     def edit(folder: Path) -> None:
-        from mptk.driver.claims import weights_digest
+        from mptk.io.manifest import weights_digest
 
         file = folder / "model.safetensors"
         state = {name: change(name, tensor) for name, tensor in load_file(file).items()}
         save_file(state, file, metadata={"format": "pt"})
         if told:
-            write_json(folder / "report.json", read_report(folder) | {"weights_sha256": weights_digest(folder)})
+            write_json(folder / "report.json", raw_report(folder) | {"weights_sha256": weights_digest(folder)})
 
     return edit
 
@@ -147,7 +152,7 @@ def remove(name: str, *, told: bool = False) -> Edit:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         if told:
-            report = read_report(folder)
+            report = raw_report(folder)
             report["files"] = [f for f in report["files"] if not f.startswith(name)]
             write_json(folder / "report.json", report)
 
@@ -170,8 +175,8 @@ def cut_wrongly(
         from passes.pipelines import cut_program
 
         def damaged(*arguments: Any) -> Any:
-            program, epsilons = cut_program(*arguments)
-            return damage(program), epsilons
+            folded = cut_program(*arguments)
+            return replace(folded, program=damage(folded.program))
 
         patch.setattr(target, damaged)
 

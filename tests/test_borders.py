@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
 
 import mptk
-from mptk.driver.proof import decoded, proof_batches
+from mptk.driver.proof import proof_batches
 from mptk.errors import MptkError
 from mptk.io.manifest import write_manifest
+from mptk.targets.onnx import decoded
 from passes.analysis.borders import config_borders, graph_borders, reach
 from passes.frontend.trace import trace
 from passes.verify import Difference
@@ -120,15 +121,15 @@ def test_a_window_of_the_config_that_is_not_the_dense_models(tmp_path: Path, mon
     )
     out = tmp_path / "out"
     report = mptk.prune(dense, out, settings)
-    assert report["proof_length"] == 72
+    assert report.proof_length == 72
     edited = json.loads((out / "config.json").read_text()) | {"sliding_window": 96}
     (out / "config.json").write_text(json.dumps(edited))
     write_manifest(out)
     with pytest.raises(MptkError, match=r"'config': sliding_window of config.json is 96, but 64"):
         mptk.verify(out)
-    monkeypatch.setattr("mptk.driver.proof.check_config", lambda *_: Difference("config", 0.0, 0.0, 0.0))
+    monkeypatch.setattr("mptk.targets.stock.check_config", lambda *_: Difference("config", 0.0, 0.0, 0.0))
     with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint': logits differ by"):
         mptk.verify(out)
-    after("mptk.driver.prune.write_checkpoint", fields("config.json", sliding_window=96), 4)(monkeypatch)
+    after("mptk.targets.stock.write_checkpoint", fields("config.json", sliding_window=96), 4)(monkeypatch)
     with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint'"):
         mptk.prune(dense, tmp_path / "again", settings)

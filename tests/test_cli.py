@@ -27,6 +27,7 @@ from mptk.cli import progress
 from mptk.errors import MptkError
 from mptk.io.manifest import check_manifest
 from passes.analysis.rules import RULES
+from passes.pipelines import LISTS
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--method", "wanda", "--multiple-of", "8", "--samples", "4", "--length", "32"]
@@ -256,6 +257,35 @@ def test_ops_lists_every_rule_with_its_axis_equation(tmp_path, mptk):
     assert ["aten.linear", "passes/analysis/rules/contract.py", "y[…, o] = Σ_i x[…, i] W[o, i] + b[o]."] in printed
 
 
+def test_passes_lists_the_pipelines_without_loading_transformers(mptk):
+    result = mptk("passes")
+    assert result.code == 0
+    lines = result.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines if not line.startswith(" ")] == [p.__name__ for p in LISTS]
+    start = lines.index("  rewrite: Cut the graph's sizes and the weights to a plan.")
+    assert lines[start + 1 : start + 4] == [
+        "    requires: The program that was analysed.",
+        "    ensures: Every weight has the shape that the plan gives it; all others keep theirs.",
+        "  fold norms: Fold the scales of cut RMS norms into their weights and epsilons.",
+    ]
+    check = "import sys; from mptk.cli.inspect import list_passes as f; f(); assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_show_prints_the_program_before_and_after_a_cut(files, pruned, mptk):
+    families = json.loads((pruned[0] / "plan.json").read_text())["families"]
+    cut = next(name for name, family in families.items() if family["width"] < family["of"])
+    dense = mptk("show", files.model)
+    small = mptk("show", files.model, "--after", "fold norms", "--plan", pruned[0] / "plan.json", "--source")
+    assert dense.code == small.code == 0
+    assert f"{cut}({families[cut]['of']})" in dense.stdout
+    assert f"{cut}({families[cut]['of']})" not in small.stdout
+    assert f"{cut}({families[cut]['width']})" in small.stdout
+    assert "%embedding : [batch, seq, hidden(48)] = aten.embedding(" in dense.stdout
+    assert "#" not in dense.stdout
+    assert re.search(r"%linear : .* = aten.linear\(.*\)  # modeling_llama.py:\d+\n", small.stdout)
+
+
 # ---- errors ----
 
 
@@ -300,6 +330,8 @@ def test_folder_of_somebody_else_is_not_replaced(files, tmp_path, mptk):
         (["eval", "MODEL", "--data", "TEXT", "--length", "71"], "longer than the model's 70 positions"),
         (["bench", "MODEL", "MODEL", "--threads", "1,many"], "--threads 1,many: write numbers of at least 1"),
         (["fetch", "none"], "none"),
+        (["show", "MODEL", "--after", "rewrite"], "give both --after and --plan"),
+        (["show", "MODEL", "--after", "rewrite", "--plan", "none.json"], "none.json"),
     ],
 )
 def test_errors_are_one_line(files, tmp_path, monkeypatch, mptk, arguments, message):

@@ -365,7 +365,7 @@ def test_compensation_moves_lost_means_into_biases(gpt2: Case) -> None:
             expected = gpt2.weight(bias) + means[removed] @ gpt2.weight(f"{layer}.{name}.weight")[removed]
             torch.testing.assert_close(result.state[bias], expected, rtol=1e-4, atol=1e-5)
     evidence = criteria.gather(gpt2.analysis, "flap", WINDOWS, families=["ffn", "v_dim"])
-    again = criteria.compensate(gpt2.analysis, result.plan, evidence.observations)
+    again = criteria.compensate(gpt2.analysis, resolve_plan(gpt2.analysis, result.plan), evidence.observations)
     assert all(torch.equal(bias, result.state[name]) for name, bias in again.state.items())
     program = gpt2.analysis.program
     assert error(gpt2, program.with_state(result.state), result.plan) < 0.9 * error(gpt2, program, result.plan)

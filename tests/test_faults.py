@@ -29,10 +29,10 @@ from lab import (
 )
 
 import mptk
-from mptk.driver.verification import read_report
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
+from mptk.run.report import Report
 from mptk.run.settings import Learning, Training
 from mptk.runtime.decoder import OrtDecoder
 from passes.transforms.insert_masks import InsertedMasks
@@ -47,12 +47,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 
 def test_the_folder_is_sound_and_its_proof_goes_beyond_the_window(lab: Lab) -> None:
-    report = read_report(lab.folder)
-    assert report["proof_length"] == WINDOW + 8
-    assert [d.stage for d in mptk.verify(lab.folder)] == [d["stage"] for d in report["proof"]]
-    exact = {d["stage"]: d["max_abs"] for d in report["proof"]}
+    report = Report.read(lab.folder)
+    assert report.proof_length == WINDOW + 8
+    assert [d.stage for d in mptk.verify(lab.folder)] == [d["stage"] for d in report.proof]
+    exact = {d["stage"]: d["max_abs"] for d in report.proof}
     assert (exact["config"], exact["stored weights"]) == (0, 0)
-    allowed = {d["stage"]: d["tolerance"] for d in report["proof"]}
+    allowed = {d["stage"]: d["tolerance"] for d in report.proof}
     assert (allowed["int8 weights"], allowed["int8 logits"], allowed["int4 logits"]) == (1, 0.1, 1)
     assert mptk.verify(lab.copy(lambda folder: None, forged=True)).notes == []
 
@@ -64,7 +64,7 @@ FFN, ATTENTION = f"{LAYER}.mlp", f"{LAYER}.self_attn"
 
 
 def unmasked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("mptk.driver.proof.mask", lambda analysis, cut: analysis.program)
+    patch.setattr("mptk.run.values.mask", lambda analysis, cut: analysis.program)
 
 
 def untied(patch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ def other_state(name: str, size: int) -> Inject:
 
 def written(**changes: Any) -> Inject:
     """The config as it is written has other values."""
-    return after("mptk.driver.prune.write_checkpoint", fields("config.json", **changes), 4)
+    return after("mptk.targets.stock.write_checkpoint", fields("config.json", **changes), 4)
 
 
 STEPS: dict[str, tuple[Inject, str]] = {
@@ -124,7 +124,7 @@ def test_a_step_that_goes_wrong(lab: Lab, monkeypatch: pytest.MonkeyPatch, name:
 @pytest.mark.parametrize("name", ["rope theta", "window", "epsilon", "activation"])
 def test_logits_show_a_wrong_config_too(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(
-        "mptk.driver.proof.check_config", lambda *_: mptk.driver.proof.Difference("config", 0.0, 0.0, 0.0)
+        "mptk.targets.stock.check_config", lambda *_: mptk.driver.proof.Difference("config", 0.0, 0.0, 0.0)
     )
     STEPS[name][0](monkeypatch)
     with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint'"):
@@ -142,12 +142,12 @@ def scaled_adapters(patch: pytest.MonkeyPatch) -> None:
 
 
 def swapped_rows(patch: pytest.MonkeyPatch) -> None:
-    from mptk.driver.verification import widened
+    from mptk.driver.changes import widened
 
     def damaged(*arguments: Any) -> dict[str, torch.Tensor]:
         result = widened(*arguments)
         name = f"{FFN}.up_proj.weight"
-        kept = arguments[1].families["ffn"].keep[FFN][0][:2] if FFN in arguments[1].families["ffn"].keep else (0, 1)
+        kept = (0, 1)
         result[name] = result[name].clone()
         result[name][list(kept)] = result[name][list(kept)[::-1]]
         return result
@@ -195,9 +195,7 @@ def other_plan(folder: Path) -> None:
 
 
 def told_plan(folder: Path) -> None:
-    from mptk.driver.api import plan_digest
-
-    fields("report.json", plan_sha256=plan_digest(Plan.load(folder / "plan.json")))(folder)
+    fields("report.json", plan_sha256=Plan.load(folder / "plan.json").digest)(folder)
 
 
 def louder(folder: Path) -> None:

@@ -15,7 +15,7 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
-from passes.transforms.fold_norms import fold_norms, unfoldable
+from passes.transforms.fold_norms import FoldNorms, unfoldable
 from passes.transforms.masked_reference import mask
 from passes.transforms.rewrite import SCALE, rewrite
 
@@ -45,7 +45,8 @@ def test_scales_go_into_weights_and_epsilons(name):
     keep = tuple(sorted(torch.randperm(48)[:30].tolist()))
     plan = Plan({"hidden": FamilyPlan(30, 48, {analysis.family("hidden").groups[0].layer: (keep,)})})
     cut = rewrite(analysis, plan)
-    folded, epsilons = fold_norms(cut)
+    result = FoldNorms().run(cut)
+    folded, epsilons = result.program, result.epsilons
     with torch.no_grad():
         expected = mask(analysis, resolve_plan(analysis, plan))(ids)
         assert (folded(ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -162,7 +163,8 @@ def scales(program: Program) -> int:
 @pytest.mark.parametrize("name", FOLDED)
 def test_a_whole_norm_takes_the_scale(name: str) -> None:
     masked, cut, refusal = cut_width(FOLDED[name])
-    folded, epsilons = fold_norms(cut)
+    result = FoldNorms().run(cut)
+    folded, epsilons = result.program, result.epsilons
     assert scales(cut)
     assert not scales(folded)
     assert epsilons
@@ -174,7 +176,7 @@ def test_a_whole_norm_takes_the_scale(name: str) -> None:
 @pytest.mark.parametrize("name", KEPT_IN_GRAPH)
 def test_what_is_no_whole_norm_keeps_its_scale_and_no_stock_class_is_offered_it(name: str) -> None:
     masked, cut, refusal = cut_width(KEPT_IN_GRAPH[name])
-    folded, _ = fold_norms(cut)
+    folded = FoldNorms()(cut).program
     assert (folded(X) - masked(X)).abs().max() <= 1e-6 * masked(X).abs().max()
     assert scales(folded)
     assert refusal is not None
@@ -190,6 +192,6 @@ def test_calls_without_users_that_count_stay() -> None:
         return rms(h) * w * kept[:, None]
 
     masked, cut, _ = cut_width(body)
-    folded, _ = fold_norms(cut)
+    folded = FoldNorms()(cut).program
     assert not scales(folded)
     assert (folded(X) - masked(X)).abs().max() <= 1e-6 * masked(X).abs().max()

@@ -21,9 +21,13 @@ from mptk.cost.budgets import phase
 from mptk.cost.latency import Latency, find_parts, interpolate
 from mptk.cost.model import CostModel
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, kept_times, measure
-from mptk.driver.budget import WidthSearch, budgeted
+from mptk.driver.prune import legalise
 from mptk.errors import MptkError
+from mptk.io.models import Loaded
 from mptk.ir.plan import FamilyPlan, Plan
+from mptk.progress import silent
+from mptk.run.values import Prepared
+from mptk.tasks import CAUSAL_LM
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 from passes.targets import legalize
@@ -199,7 +203,7 @@ def test_shares_fall_between_those_of_the_neighbouring_widths(analysis):
 def test_prune_removes_the_asked_share_of_the_predicted_latency(llama, machine, tmp_path, method):  # noqa: F811
     learning = replace(SETTINGS.learning, steps=8 if method == "maskprune" else 0, rank=2)
     report = mptk.prune(llama, tmp_path / "out", replace(SETTINGS, method=method, learning=learning))
-    dense, pruned = (report["cost"][side]["latency_ms"] for side in ("dense", "pruned"))
+    dense, pruned = (report.cost[side]["latency_ms"] for side in ("dense", "pruned"))
     assert 1 - pruned / dense == pytest.approx(0.25, abs=0.02)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["cost"]["pruned"]["latency_ms"] == pruned
 
@@ -207,36 +211,39 @@ def test_prune_removes_the_asked_share_of_the_predicted_latency(llama, machine, 
 @pytest.mark.parametrize("objective", ["prefill", "decode"])
 def test_milliseconds_are_reached_and_not_exceeded(model, analysis, machine, objective):
     settings = replace(SETTINGS, objective=objective)
-    dense = budgeted(analysis, settings, lambda *_: None)[0].dense.latency_ms
+    dense = prepared(model, analysis, settings).cost.dense.latency_ms
     assert dense is not None
-    cost, settings = budgeted(analysis, replace(settings, max_ms=0.7 * dense), lambda *_: None)
-    found = [cost(c.widths).latency_ms for c in WidthSearch(analysis, cost, model, settings).candidates()]
+    made = prepared(model, analysis, replace(settings, max_ms=0.7 * dense))
+    found = [made.cost(c.widths).latency_ms for c in made.candidates]
     assert found
     assert all(ms is not None and 0.65 * dense <= ms <= 0.7 * dense for ms in found)
 
 
-def test_a_plan_is_priced_whatever_it_cuts(analysis, machine, tmp_path):
+def test_a_plan_is_priced_whatever_it_cuts(model, analysis, machine, tmp_path):
     plan = tmp_path / "plan.json"
     Plan({"hidden": FamilyPlan(24, HIDDEN, {"": (tuple(range(24)),)})}).save(plan)
-    cost, settings = budgeted(analysis, replace(SETTINGS, plan=str(plan), max_ms=1e6), lambda *_: None)
-    assert cost.share({"hidden": 24}) < 0.8
-    assert settings.sparsity == SETTINGS.sparsity
+    made = prepared(model, analysis, replace(SETTINGS, plan=str(plan), max_ms=1e6))
+    assert made.cost.share({"hidden": 24}) < 0.8
+    assert made.settings.sparsity == SETTINGS.sparsity
+
+
+def prepared(model, analysis, settings) -> Prepared:
+    return legalise("model", settings, Loaded(model, None, "model", Path()), CAUSAL_LM, analysis, silent)
 
 
 # ---- errors ----
 
 
 def test_milliseconds_out_of_reach_name_the_nearest(model, analysis, machine):
-    cost, settings = budgeted(analysis, replace(SETTINGS, max_ms=0.001), lambda *_: None)
-    least = cost({"kv_groups": 1, "q_heads": 1, "ffn": 8}).latency_ms
+    least = prepared(model, analysis, SETTINGS).cost({"kv_groups": 1, "q_heads": 1, "ffn": 8}).latency_ms
     with pytest.raises(MptkError, match=r"no legal widths decode in 0\.00 ms; nearest: (\d+\.\d\d) ms with") as error:
-        WidthSearch(analysis, cost, model, settings).candidates()
+        prepared(model, analysis, replace(SETTINGS, max_ms=0.001))
     assert f"nearest: {least:.2f} ms with kv_groups=1, q_heads=1, ffn=8; " in str(error.value)
 
 
-def test_milliseconds_that_the_dense_model_takes_anyway_are_refused(analysis, machine):
+def test_milliseconds_that_the_dense_model_takes_anyway_are_refused(model, analysis, machine):
     with pytest.raises(MptkError, match=r"decode of the dense model is predicted to take \d+\.\d\d ms; ask for less"):
-        budgeted(analysis, replace(SETTINGS, max_ms=1e6), lambda *_: None)
+        prepared(model, analysis, replace(SETTINGS, max_ms=1e6))
 
 
 def test_settings_that_contradict_each_other_are_refused():
@@ -261,7 +268,9 @@ def test_settings_that_contradict_each_other_are_refused():
 )
 def test_command_line_says_what_is_budgeted(monkeypatch, options, wanted):
     asked: list[mptk.Settings] = []
-    monkeypatch.setattr("mptk.driver.prune.prune", lambda model, folder, settings, progress: asked.append(settings))
+    monkeypatch.setattr(
+        "mptk.driver.prune.prune", lambda model, folder, settings, progress, on_stage: asked.append(settings)
+    )
     CliRunner().invoke(app, ["prune", "model", "--out", "out", *options.split()], catch_exceptions=False)
     (s,) = asked
     assert (s.budget, s.objective, s.max_ms, s.threads) == wanted

@@ -26,9 +26,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import mptk
 from mptk.driver.recovery import recover
-from mptk.driver.verification import read_report, verify
+from mptk.driver.verification import verify
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
+from mptk.run.report import Report
 from mptk.run.settings import Learning, LossWeights, Training
 
 TRAINING = Training(batch=4, micro=2, lr=3e-3, save_every=2)
@@ -59,12 +60,12 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def test_masks_are_learned_and_the_folder_is_an_ordinary_model(learned: Path) -> None:
-    report = read_report(learned)
-    assert report["sparsity"] == pytest.approx(0.35, abs=0.01)
-    assert all(d["relative"] <= d["tolerance"] for d in report["proof"])
-    assert [d["stage"] for d in report["proof"]] == STAGES
+    report = Report.read(learned)
+    assert report.sparsity == pytest.approx(0.35, abs=0.01)
+    assert all(d["relative"] <= d["tolerance"] for d in report.proof)
+    assert [d["stage"] for d in report.proof] == STAGES
     model = AutoModelForCausalLM.from_pretrained(learned)
-    assert model.config.intermediate_size == report["families"]["ffn"]["width"]
+    assert model.config.intermediate_size == report.families["ffn"]["width"]
     assert not learned.with_name("out.run").exists()
     rows = metrics(learned)
     assert [r["step"] for r in rows if r["phase"] == "masks"] == [1, 2, 3, 4, 5, 6]
@@ -117,8 +118,8 @@ class Stopped(BaseException):
 STOPS = {
     "saliency": ("mptk.methods.maskprune.solver.Solver.observe", 2),
     "a checkpoint being written": ("mptk.run.folder.save_file", 2),
-    "between masks and recovery": ("mptk.driver.prune.take_over", 1),
-    "emission": ("mptk.driver.prune.write_checkpoint", 1),
+    "between masks and recovery": ("mptk.driver.prune.reconstruct_consumers", 1),
+    "emission": ("mptk.targets.stock.write_checkpoint", 1),
     "after publishing": ("mptk.run.folder.RunFolder.remove", 1),
 }
 
@@ -194,7 +195,7 @@ def test_two_processes_learn_what_one_learns(llama: str, learned: Path, tmp_path
     command = [*launch("--multi_gpu"), llama, "--out", str(out)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert read_report(out)["notes"] == ["trained on 2 processes"]
+    assert Report.read(out).notes == ["trained on 2 processes"]
     require_same(learned, out)
 
 
@@ -213,14 +214,14 @@ def test_sharded_processes_go_on_where_one_stopped_and_end_where_it_would_have(
             kill_all(process)
     assert not out.exists(), "it was over before it could be killed"
     state = load_file(run / "recovery-00000002.safetensors")
-    width, part = read_report(learned)["families"]["ffn"]["width"], "base_model.model.model.layers.0.mlp.down_proj"
+    width, part = Report.read(learned).families["ffn"]["width"], "base_model.model.model.layers.0.mlp.down_proj"
     for kind in ("parameter", "optimizer.exp_avg", "optimizer.exp_avg_sq"):
         assert state[f"{kind}.{part}.lora_A.default.weight"].shape == (4, width)
         assert state[f"{kind}.{part}.lora_B.default.weight"].shape == (48, 4)
     command = [*sharded, "--resume", llama, "--out", str(out)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert read_report(out)["notes"] == ["trained on 2 processes, its weights in shards (FSDP2)"]
+    assert Report.read(out).notes == ["trained on 2 processes, its weights in shards (FSDP2)"]
     require_same(learned, out)
 
 
@@ -248,8 +249,8 @@ def test_half_precision_learns_much_the_same_and_what_it_learns_is_proven(
     first, exact = metrics(tmp_path / "out")[0]["loss"], metrics(learned)[0]["loss"]
     assert first != exact
     assert first == pytest.approx(exact, rel=5e-3)
-    assert report["sparsity"] == pytest.approx(0.35, abs=0.01)
-    assert [d["stage"] for d in report["proof"]] == STAGES
+    assert report.sparsity == pytest.approx(0.35, abs=0.01)
+    assert [d["stage"] for d in report.proof] == STAGES
 
 
 @pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
@@ -276,7 +277,7 @@ def test_a_folder_can_be_recovered_alone(llama: str, tmp_path: Path) -> None:
     after = recover(tmp_path / "pruned", tmp_path / "recovered", replace(LEARNING, steps=24, training=training))
     kl = [row["kl"] for row in metrics(tmp_path / "recovered")]
     assert sum(kl[-4:]) < 0.9 * sum(kl[:4])
-    assert after["families"] == before["families"]
+    assert after.families == before.families
     assert verify(tmp_path / "recovered")
 
 
@@ -292,17 +293,17 @@ def test_a_diverging_run_stops_and_keeps_its_last_checkpoint(llama: str, tmp_pat
 def test_budgets_count_what_they_say_and_kept_families_stay_whole(llama: str, tmp_path: Path) -> None:
     settings = replace(SETTINGS, budget="flops", sparsity=0.21, keep=("kv_groups", "q_heads"))
     report = mptk.prune(llama, tmp_path / "out", settings)
-    dense, pruned = (report["cost"][k]["flops"] for k in ("dense", "pruned"))
+    dense, pruned = (report.cost[k]["flops"] for k in ("dense", "pruned"))
     assert 1 - pruned / dense == pytest.approx(0.21, abs=0.01)
-    changed = [name for name, f in report["families"].items() if f["width"] < f["of"]]
+    changed = [name for name, f in report.families.items() if f["width"] < f["of"]]
     assert changed == ["ffn"]
 
 
 def test_a_given_width_is_kept_and_the_others_are_learned_to_meet_the_budget(llama: str, tmp_path: Path) -> None:
     report = mptk.prune(llama, tmp_path / "out", replace(SETTINGS, widths={"ffn": 48}, sparsity=0.37))
-    assert report["families"]["ffn"]["width"] == 48
-    assert report["sparsity"] == pytest.approx(0.37, abs=0.01)
-    assert report["families"]["kv_groups"]["width"] == 2
+    assert report.families["ffn"]["width"] == 48
+    assert report.sparsity == pytest.approx(0.37, abs=0.01)
+    assert report.families["kv_groups"]["width"] == 2
 
 
 def test_flaps_biases_go_through_recovery(gpt2: str, tmp_path: Path) -> None:  # noqa: F811
@@ -310,7 +311,7 @@ def test_flaps_biases_go_through_recovery(gpt2: str, tmp_path: Path) -> None:  #
         SETTINGS, method="flap", families=("ffn",), widths={"ffn": 48}, learning=replace(LEARNING, steps=2)
     )
     report = mptk.prune(gpt2, tmp_path / "out", settings)
-    assert any(name.endswith("bias") for name in report["trained"])
+    assert any(name.endswith("bias") for name in report.trained)
     assert verify(tmp_path / "out")
 
 
@@ -319,8 +320,8 @@ def test_experts_stay_whole_unless_they_are_asked_for(tmp_path: Path) -> None:
     config = MixtralConfig(**{k: v for k, v in values.items() if k not in ("model_type", "architectures")})
     mixtral = save(MixtralForCausalLM(config), tmp_path / "mixtral")
     report = mptk.prune(mixtral, tmp_path / "out", replace(SETTINGS, learning=replace(LEARNING, steps=4)))
-    assert report["families"]["experts"]["width"] == 4
-    assert report["families"]["ffn"]["width"] < 80
+    assert report.families["experts"]["width"] == 4
+    assert report.families["ffn"]["width"] < 80
     with pytest.raises(MptkError, match="experts cannot be learned"):
         mptk.prune(mixtral, tmp_path / "no", replace(SETTINGS, families=("experts",)))
 

@@ -7,9 +7,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from mptk.cost.model import CostModel
-from mptk.driver.budget import WidthSearch
+from mptk.driver.budget import WidthSearch, multiples
 from mptk.errors import MptkError
+from mptk.methods import find_method
 from mptk.run.settings import Settings
+from mptk.targets import find_target
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 from passes.targets import legalize
@@ -33,7 +35,11 @@ def llama() -> LlamaForCausalLM:
 def small():
     model = llama()
     analysis = analyze(trace(model))
-    return analysis, CostModel(analysis), legalize.stock_widths(analysis, model, multiple=32)
+    return (
+        analysis,
+        CostModel(analysis),
+        legalize.stock_widths(analysis, legalize.discover(analysis, model), multiple=32),
+    )
 
 
 def test_cost_counts_what_the_module_holds(small):
@@ -77,7 +83,7 @@ def test_heads_that_the_class_hard_wires_are_refused():
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
     analysis = analyze(trace(model))
-    target = legalize.stock_widths(analysis, model, multiple=8)
+    target = legalize.stock_widths(analysis, legalize.discover(analysis, model), multiple=8)
     assert "heads" in target.refused
     assert legalize.default_families(analysis, target) == ["ffn"]
     assert legalize.graph_widths(analysis, 8).ladders["heads"] == (1, 2, 3, 4, 5, 6)
@@ -117,6 +123,9 @@ def test_widths_for_a_quantised_graph_are_multiples_of_its_blocks(small, asked, 
     """Whatever is asked for: of the ffn, whose 160 channels are five blocks of 32."""
     analysis, cost, _ = small
     settings = Settings(multiple=asked, quantize=quantize, method="random", families=("ffn",), tolerance=0.2)
-    widths = [c.widths["ffn"] for c in WidthSearch(analysis, cost, llama(), settings).candidates()]
+    method, target, model = find_method("random"), find_target("stock"), llama()
+    legal = target.legal(analysis, model, multiples(settings))
+    search = WidthSearch(analysis, legal, cost, model, method, target, settings)
+    widths = [c.widths["ffn"] for c in search.candidates()]
     assert all(width % step == 0 for width in widths)
     assert any(width % 32 for width in widths) == (step < 32)

@@ -9,15 +9,17 @@ from cutting import random_plan
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from mptk.errors import MptkError
-from mptk.methods.maskprune.learner import removed_at_zero, take_over
+from mptk.io.checkpoint import replaced
+from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.maskprune.losses import TopLogits, hidden_error, language_model, shorten, token_losses
 from mptk.methods.maskprune.teacher import CachedTeacher, LiveTeacher, fingerprint
 from mptk.methods.maskprune.train import schedule
-from mptk.methods.reconstruct import replaced
+from mptk.methods.reconstruct import kept_units, reconstruct_consumers, removed_at_zero
 from mptk.run.folder import RunFolder
 from mptk.run.settings import LossWeights
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
+from passes.transforms.insert_masks import find_mask_sites
 
 
 def logits(seed: int, *shape: int) -> torch.Tensor:
@@ -145,10 +147,12 @@ def test_what_is_left_takes_over_for_a_removed_copy_of_it(architecture: str) -> 
             rows[at[removed].flatten()] = rows[at[kept][: len(removed)].flatten()]
     with torch.no_grad():
         dense = model(ids, use_cache=False).logits
-        zeroed = removed_at_zero(analysis, model, plan)
+        kept = kept_units(analysis, resolve_plan(analysis, plan), ["ffn"])
+        sites = find_mask_sites(analysis, model, ["ffn"])
+        zeroed = removed_at_zero(model, sites, kept)
         with replaced(model, zeroed):
             masked = model(ids, use_cache=False).logits
-        with replaced(model, take_over(model, analysis, plan, zeroed, ids, lambda *_: None)):
+        with replaced(model, reconstruct_consumers(model, sites, kept, zeroed, ids, lambda *_: None)):
             fitted = model(ids, use_cache=False).logits
     assert (fitted - dense).norm() < 0.1 * (masked - dense).norm()
     assert torch.equal(model(ids, use_cache=False).logits, dense)

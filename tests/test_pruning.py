@@ -20,6 +20,7 @@ import mptk
 from mptk.driver import prune as pruning
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
+from mptk.run.values import Proven
 from mptk.runtime.decoder import OrtDecoder
 from passes.targets.onnx.quantize import quantize_onnx
 from passes.verify import Difference
@@ -80,8 +81,8 @@ def pruned(llama, tmp_path_factory) -> tuple[Path, dict]:
 def test_report_says_what_was_cut_and_that_it_is_proven(pruned):
     out, report = pruned
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
-    assert abs(report["sparsity"] - 0.35) <= 0.01
-    assert [d["stage"] for d in report["proof"]] == [
+    assert abs(report.sparsity - 0.35) <= 0.01
+    assert [d["stage"] for d in report.proof] == [
         "config",
         "stored weights",
         "rewritten graph",
@@ -89,11 +90,11 @@ def test_report_says_what_was_cut_and_that_it_is_proven(pruned):
         "ONNX Runtime prefill",
         "ONNX Runtime decode",
     ]
-    assert all(d["ok"] and d["max_abs"] < 1e-3 for d in report["proof"])
-    assert report["cost"]["pruned"]["parameters"] < report["cost"]["dense"]["parameters"]
-    assert report["perplexity"]["dense"] > 1
-    assert len(report["splits"]) > 1
-    assert {"config.json", "model.safetensors", "plan.json", "onnx/model.onnx"} <= set(report["files"])
+    assert all(d["ok"] and d["max_abs"] < 1e-3 for d in report.proof)
+    assert report.cost["pruned"]["parameters"] < report.cost["dense"]["parameters"]
+    assert report.perplexity["dense"] > 1
+    assert len(report.splits) > 1
+    assert {"config.json", "model.safetensors", "plan.json", "onnx/model.onnx"} <= set(report.files)
 
 
 def test_folder_loads_with_nothing_of_mptk_installed(pruned, tmp_path):
@@ -113,7 +114,7 @@ print(sum(p.numel() for p in model.parameters()))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout.split()[-1]) == report["cost"]["pruned"]["parameters"]
+    assert int(run.stdout.split()[-1]) == report.cost["pruned"]["parameters"]
 
 
 def test_verify_proves_the_folder_again_and_sees_a_changed_weight(pruned, tmp_path):
@@ -123,7 +124,7 @@ def test_verify_proves_the_folder_again_and_sees_a_changed_weight(pruned, tmp_pa
 
     out, report = pruned
     again = mptk.verify(out)
-    assert [d.stage for d in again] == [d["stage"] for d in report["proof"]]
+    assert [d.stage for d in again] == [d["stage"] for d in report.proof]
     broken = tmp_path / "broken"
     shutil.copytree(out, broken)
     state = load_file(broken / "model.safetensors")
@@ -136,13 +137,13 @@ def test_verify_proves_the_folder_again_and_sees_a_changed_weight(pruned, tmp_pa
 def test_quantised_graphs_lie_beside_and_their_perplexity_is_told(llama, pruned, tmp_path):
     settings = replace(SETTINGS, quantize=("int8", "fp16"))
     report = mptk.prune(llama, tmp_path / "out", settings)
-    assert set(report["quantized"]) == {"int8", "fp16"}
-    for scheme, found in report["quantized"].items():
+    assert set(report.quantized) == {"int8", "fp16"}
+    for scheme, found in report.quantized.items():
         assert found["file"] == f"onnx/model_{scheme}.onnx"
-        assert {found["file"], f"{found['file']}.data"} <= set(report["files"])
+        assert {found["file"], f"{found['file']}.data"} <= set(report.files)
         assert found["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out/onnx").glob(f"model_{scheme}.onnx*"))
-        assert found["perplexity"] == pytest.approx(report["perplexity"]["pruned"], rel=0.05)
-    assert report["plan_sha256"] == pruned[1]["plan_sha256"]
+        assert found["perplexity"] == pytest.approx(report.perplexity["pruned"], rel=0.05)
+    assert report.plan_sha256 == pruned[1].plan_sha256
 
 
 def test_int4_is_rounded_for_the_calibration_text(llama, tmp_path):
@@ -157,13 +158,15 @@ def test_last_logits_alone_are_proven_too(llama, tmp_path):
     settings = replace(SETTINGS, logits="last", quantize=("int8",), objective="prefill")
     report = mptk.prune(llama, tmp_path / "out", settings)
     assert OrtDecoder(tmp_path / "out").metadata["objective"] == "prefill"
-    assert [d["stage"] for d in report["proof"]][-3:] == ["ONNX Runtime decode", "int8 weights", "int8 logits"]
-    assert all(d["ok"] for d in report["proof"])
-    assert "perplexity" not in report["quantized"]["int8"]
+    assert [d["stage"] for d in report.proof][-3:] == ["ONNX Runtime decode", "int8 weights", "int8 logits"]
+    assert all(d["ok"] for d in report.proof)
+    assert "perplexity" not in report.quantized["int8"]
 
 
 def test_a_failed_proof_publishes_nothing(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(pruning, "prove_folder", lambda *_: [Difference("rewritten graph", 1.0, 0.1, 1e-5)])
+    monkeypatch.setattr(
+        pruning, "prove_folder", lambda *_: Proven((Difference("rewritten graph", 1.0, 0.1, 1e-5),), 48)
+    )
     with pytest.raises(MptkError, match="rewritten graph"):
         mptk.prune(llama, tmp_path / "out", SETTINGS)
     assert list(tmp_path.iterdir()) == []
@@ -177,14 +180,14 @@ def test_a_plan_file_decides_everything(pruned, llama, tmp_path):
     assert Plan.load(tmp_path / "again" / "plan.json").families == plan.families
     assert filecmp.cmp((tmp_path / "again" / "model.safetensors"), (out / "model.safetensors"), shallow=False)
     assert "onnx" not in {p.name for p in (tmp_path / "again").iterdir()}
-    assert report["plan_sha256"] == pruned[1]["plan_sha256"]
+    assert report.plan_sha256 == pruned[1].plan_sha256
 
 
 def test_a_dense_model_in_half_precision_is_written_in_float32_and_that_is_said(tmp_path):
     dense = save(LlamaForCausalLM(llama_config()).to(torch.bfloat16), tmp_path / "dense")
     settings = replace(SETTINGS, method="magnitude", widths={"ffn": 40}, families=("ffn",), onnx=False)
     report = mptk.prune(dense, tmp_path / "out", settings)
-    assert report["config_changes"] == {"intermediate_size": [80, 40], "dtype": ["bfloat16", "float32"]}
+    assert report.config_changes == {"intermediate_size": [80, 40], "dtype": ["bfloat16", "float32"]}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     assert mptk.verify(tmp_path / "out")
 
@@ -212,9 +215,9 @@ def test_flap_writes_its_bias_compensation_and_proves_it(gpt2, tmp_path):
         multiple=8,
     )
     report = mptk.prune(gpt2, tmp_path / "out", settings)
-    assert report["families"]["ffn"]["width"] < 80
-    assert report["families"]["heads"]["width"] == 6
-    assert any("bias" in note for note in report["notes"])
+    assert report.families["ffn"]["width"] < 80
+    assert report.families["heads"]["width"] == 6
+    assert any("bias" in note for note in report.notes)
     assert (tmp_path / "out" / "compensation.safetensors").is_file()
     assert all(d.ok for d in mptk.verify(tmp_path / "out"))
 
@@ -226,9 +229,9 @@ def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2, t
         families=("heads",), widths={"heads": 4}, target="graph", method="magnitude", samples=4, length=48
     )
     report = mptk.prune(gpt2, tmp_path / "out", settings)
-    assert report["families"]["heads"] == {"of": 6, "width": 4, "layers": 2}
+    assert report.families["heads"] == {"of": 6, "width": 4, "layers": 2}
     stages = {"stored weights", "rewritten graph", "ONNX Runtime prefill", "ONNX Runtime decode"}
-    assert {d["stage"] for d in report["proof"]} == stages
+    assert {d["stage"] for d in report.proof} == stages
     assert {d.stage for d in mptk.verify(tmp_path / "out")} == stages
 
 

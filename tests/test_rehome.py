@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import mptk
 from mptk.cli.main import app
-from mptk.driver.verification import read_report
 from mptk.errors import MptkError
 from mptk.io.manifest import write_manifest
+from mptk.run.report import Report
 
 REFUSED = mptk.Settings(
     method="wanda", widths={"kv_groups": 3}, families=("kv_groups",), samples=4, length=48, multiple=8
@@ -74,9 +74,9 @@ def test_the_folder_loads_as_another_class_with_the_cut_shapes(rehomed):
     assert not info["unexpected_keys"]
     assert not isinstance(model, LlamaForCausalLM)
     assert model.model.layers[1].self_attn.q_proj.weight.shape == (36, 40)
-    report = read_report(rehomed)
-    assert report["config_changes"]["model_type"] == ["llama", config["model_type"]]
-    assert any(type(model).__name__ in note and "LlamaConfig" in note for note in report["notes"])
+    report = Report.read(rehomed)
+    assert report.config_changes["model_type"] == ["llama", config["model_type"]]
+    assert any(type(model).__name__ in note and "LlamaConfig" in note for note in report.notes)
 
 
 def test_the_reloaded_class_is_proven_and_verify_proves_it_again(rehomed, tmp_path):
@@ -84,7 +84,7 @@ def test_the_reloaded_class_is_proven_and_verify_proves_it_again(rehomed, tmp_pa
 
     from safetensors.torch import load_file, save_file
 
-    stages = [d["stage"] for d in read_report(rehomed)["proof"]]
+    stages = [d["stage"] for d in Report.read(rehomed).proof]
     assert "reloaded checkpoint" in stages
     assert [d.stage for d in mptk.verify(rehomed)] == stages
     broken = tmp_path / "broken"

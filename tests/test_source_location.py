@@ -67,7 +67,7 @@ class Misread(nn.Module):
 def test_views_that_do_not_fit_have_a_place_too() -> None:
     found = reasons(analyze(trace(Misread(), (torch.ones(2, 5),))))
     (misread,) = {r["line"]: r for r in found if "cuts across its boundaries" in r["why"]}.values()
-    assert (misread["module"], misread["file"]) == ("the model", "test_place.py")
+    assert (misread["module"], misread["file"]) == ("the model", "test_source_location.py")
     assert "y.view(-1, 4, 3) +" in linecache.getline(__file__, int(misread["line"]))
 
 

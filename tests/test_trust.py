@@ -15,12 +15,13 @@ from transformers import LlamaForCausalLM
 
 import mptk
 from mptk.driver.recovery import recover
-from mptk.driver.verification import read_report
 from mptk.errors import MptkError
 from mptk.files import write_json
 from mptk.io import models
 from mptk.io.manifest import write_manifest
+from mptk.run.report import Report
 from mptk.run.settings import Learning, Training
+from tests.lab import raw_report
 
 SETTINGS = mptk.Settings(
     method="magnitude",
@@ -56,7 +57,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 def edit(folder: Path, **changes: object) -> None:
     """Change the report and make the manifest fit, as whoever sends a folder could."""
-    write_json(folder / "report.json", {**read_report(folder), **changes})
+    write_json(folder / "report.json", {**raw_report(folder), **changes})
     write_manifest(folder)
 
 
@@ -106,7 +107,7 @@ def own_pruned(own: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_model_of_its_own_class_is_pruned_proven_and_loads(own_pruned: Path) -> None:
-    assert {"modeling_own.py", "configuration_own.py"} <= set(read_report(own_pruned)["files"])
+    assert {"modeling_own.py", "configuration_own.py"} <= set(Report.read(own_pruned).files)
     model = models.load(str(own_pruned), trust_remote_code=True).model
     assert type(model).__name__ == "OwnForCausalLM"
     assert model.config.intermediate_size == 64
@@ -114,7 +115,7 @@ def test_a_model_of_its_own_class_is_pruned_proven_and_loads(own_pruned: Path) -
 
 
 def test_a_folder_cannot_trust_itself(own: Path, own_pruned: Path, tmp_path: Path) -> None:
-    assert read_report(own_pruned)["settings"]["trust_remote_code"]
+    assert Report.read(own_pruned).settings.trust_remote_code
     (own.parent / "ran").unlink(missing_ok=True)
     for run in (
         lambda: mptk.verify(own_pruned),
@@ -153,7 +154,7 @@ def test_recover_of_a_model_of_its_own_class(own_pruned: Path, tmp_path: Path) -
     learning = Learning(steps=2, rank=2, training=Training(batch=2, micro=2))
     changes = {"length": 16, "samples": 2, "eval_length": 16}
     report = recover(own_pruned, tmp_path / "out", learning, trust_remote_code=True, **changes)
-    assert "trained model" in [d["stage"] for d in report["proof"]]
+    assert "trained model" in [d["stage"] for d in report.proof]
 
 
 @pytest.mark.parametrize(
@@ -184,8 +185,8 @@ def test_what_the_report_names_is_neither_fetched_nor_believed(
 
 
 def test_a_dense_model_that_moved_is_named_by_the_user(dense: Path, pruned: Path, tmp_path: Path) -> None:
-    report = read_report(pruned)
-    assert Path(report["model"]).is_absolute()
+    report = Report.read(pruned)
+    assert Path(report.model).is_absolute()
     copy, moved = tmp_path / "copy", tmp_path / "moved"
     shutil.copytree(pruned, copy)
     shutil.copytree(dense, moved)

@@ -13,14 +13,16 @@ from transformers import PreTrainedModel
 
 import passes.frontend.trace
 from mptk.cost.budgets import phase
+from mptk.errors import MptkError
 from mptk.io import data, models
 from mptk.io.checkpoint import save_tokenizer
 from mptk.io.publish import check_replaceable, publish
 from mptk.ir.families import Analysis
-from mptk.ir.passes import Log
+from mptk.ir.passes import Log, run, shapes
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.text import program_text
 from mptk.progress import Progress, silent
 from mptk.runtime.bench import Bench, bench_decoders
 from mptk.tasks import load_decoder
@@ -30,11 +32,11 @@ from passes.analysis import group
 from passes.analysis.rules import RULES, rule
 from passes.check_cut import check_cut, in_float32
 from passes.frontend.trace_decoder import LogitsScope
-from passes.pipelines import cut_program
+from passes.pipelines import cutting, passes_until
 from passes.targets.onnx.check_quantized import check_quantized
 from passes.targets.onnx.quantize import check_schemes
 
-__all__ = ["analyze", "bench", "export", "export_folder", "ops", "rewrite", "rule", "trace"]
+__all__ = ["analyze", "bench", "export", "export_folder", "ops", "rewrite", "rule", "show", "trace"]
 
 
 def trace(model: nn.Module | str, example_inputs: Sequence[Tensor] | None = None, *, dynamic: bool = False) -> Program:
@@ -87,14 +89,47 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
         MptkError: the plan does not fit the model; or the mask does not move the output, so that nothing is proven.
         ProofError: the cut program is another one than the masked; with the stage and the size of the difference.
     """
-    stages: dict[str, Program] = {}
-    program, _ = cut_program(analysis, plan, Log(), keep=stages)
-    if check and program.has_values:
+    steps = cutting(analysis, cut := resolve_plan(analysis, plan))
+    results = run(analysis.program, steps, Log())
+    if check and results[-1].program.has_values:
         fine = in_float32(analysis)
-        if fine is not analysis:
-            cut_program(fine, plan, Log(), keep=stages)
-        check_cut(fine, resolve_plan(fine, plan), stages)
-    return program
+        proven = results if fine is analysis else run(fine.program, steps, Log())
+        check_cut(fine, cut, {step.name: result.program for step, result in zip(steps, proven, strict=True)})
+    return results[-1].program
+
+
+def show(
+    model: nn.Module | str | Program,
+    example_inputs: Sequence[Tensor] | None = None,
+    *,
+    after: str | None = None,
+    plan: Plan | None = None,
+    source: bool = False,
+) -> str:
+    """A program as text, one line a value, each dimension by the names of its axes (``mptk.ir.text``).
+
+    Takes what ``trace`` takes, or a Program. Needs no weights. Sizes of the inputs are symbolic if the model allows it.
+
+    Args:
+        after: a pass of the cutting or the reference pipeline, after which the program is shown; else the traced one.
+        plan: what that pass cuts to.
+        source: add the line of the model's source to each call.
+
+    Raises:
+        MptkError: as ``analyze``; the plan does not fit; there is no such pass; or only one of pass and plan is given.
+    """
+    if (after is None) != (plan is None):
+        raise MptkError(
+            "a program is shown after a pass only with the plan that it cuts to; give both --after and --plan"
+        )
+    program = model if isinstance(model, Program) else trace(model, example_inputs, dynamic=True)
+    analysis = group.analyze(program)
+    if after is None or plan is None:
+        return program_text(program, analysis, source=source)
+    cut = resolve_plan(analysis, plan)
+    result = run(program, passes_until(after, analysis, cut), Log())[-1].program
+    sizes = {} if shapes(result) == shapes(program) else cut.sizes
+    return program_text(result, analysis, sizes, source=source)
 
 
 def export(

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+import passes.frontend.trace
 from mptk.cost.model import is_layered
 from mptk.driver.budget import WidthSearch, budgeted, multiples
 from mptk.driver.changes import COMPENSATION, widened
@@ -42,7 +43,6 @@ from mptk.run.values import Chosen, Compiled, Context, Prepared, Text
 from mptk.targets import find_target, written
 from mptk.tasks import load_task
 from passes.analysis import group
-from passes.frontend.trace import trace
 from passes.pipelines import cut_program
 from passes.targets.onnx.quantize import check_schemes
 from passes.verify import Difference
@@ -141,7 +141,7 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     with context.stage("load"):
         loaded, task = job.load()
     with context.stage("trace"):
-        program = trace(loaded.model, dynamic=True)
+        program = passes.frontend.trace.trace(loaded.model, dynamic=True)
     with context.stage("analyse"):
         analysis = group.analyze(program)
     with context.stage("legalise"):
@@ -246,8 +246,8 @@ def compile_plan(prepared: Prepared, chosen: Chosen, windows: Tensor, context: C
 
 def cut(compiled: Compiled, context: Context) -> Compiled:
     """Run the cutting passes over the dense model's changed weights."""
-    program, epsilons = cut_program(compiled.analysis, compiled.chosen.cut, context.log)
-    return replace(compiled, program=program, epsilons=epsilons)
+    folded = cut_program(compiled.analysis, compiled.chosen.cut, context.log)
+    return replace(compiled, program=folded.program, epsilons=folded.epsilons)
 
 
 def recovered(compiled: Compiled, text: Text, context: Context) -> tuple[Compiled, list[Difference]]:

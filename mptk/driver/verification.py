@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import passes.frontend.trace
 from mptk.cost.model import CostModel
 from mptk.driver.changes import changes_of
 from mptk.driver.claims import check_files, check_numbers, check_tokens, require_same
@@ -33,7 +34,6 @@ from mptk.targets import ONNX, find_target
 from mptk.targets.stock_config import check_code, config_changes
 from mptk.tasks import task_of
 from passes.analysis import group
-from passes.frontend.trace import trace
 from passes.verify import Difference
 
 REMEDY = "do not use it, and prune the model again"
@@ -76,7 +76,7 @@ def verify(
         check_files(report, folder)
     loaded = load_dense(report.model, report.model_sha256, model, trust_remote_code)
     check_code(loaded.path, folder)
-    analysis = group.analyze(trace(loaded.model, dynamic=True))
+    analysis = group.analyze(passes.frontend.trace.trace(loaded.model, dynamic=True))
     embeddings: Any = loaded.model.get_input_embeddings()
     with _readable(folder):
         check_numbers(report, folder, analysis, plan)

@@ -36,6 +36,11 @@ class Cut:
         """Size of a dimension after the cut."""
         return evaluate(term, self.sizes)
 
+    @property
+    def removes(self) -> bool:
+        """Whether anything is removed: false if every choice is whole."""
+        return any(not choice.table.all() for choice in self.choices.values())
+
     def touches(self, term: Term) -> bool:
         return any(leaf in self.choices for leaf in leaves(term))
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import transformers
 from torch import fx
 
 from mptk.ir.ops import op_name
 
 _ROOT = Path(__file__).parents[2]
+_TRANSFORMERS = find_spec("transformers")
+assert _TRANSFORMERS is not None
+assert _TRANSFORMERS.origin is not None
+_TRANSFORMERS_FOLDER = Path(_TRANSFORMERS.origin).parent  # without the time that importing it takes
 LIBRARIES = tuple(
-    f"{folder}/"
-    for folder in (Path(torch.__path__[0]), Path(transformers.__path__[0]), _ROOT / "mptk", _ROOT / "passes")
+    f"{folder}/" for folder in (Path(torch.__path__[0]), _TRANSFORMERS_FOLDER, _ROOT / "mptk", _ROOT / "passes")
 )
 """Their files are no part of a model: layers, dispatch, the wrappers that tracing puts around it."""
-MODELS = f"{Path(transformers.__file__).parent}/models/"
+MODELS = f"{_TRANSFORMERS_FOLDER}/models/"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from mptk.run.protocols import Target
 from mptk.run.values import Checks, Compiled, Text, Written
 from mptk.targets.graph import stored_weights
 from mptk.targets.stock_config import check_code, check_config
-from passes.targets.legalize import LegalWidths, cut_shapes, discover, graph_widths, stock_widths
+from passes.targets import legalize
+from passes.targets.legalize import LegalWidths, cut_shapes, graph_widths, stock_widths
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.emit import write_checkpoint
 from passes.targets.stock.rehome import find_home, logits_check, rehome
@@ -32,7 +33,7 @@ class StockTarget(Target):
     def legal(self, analysis: Analysis, model: nn.Module, multiple: int | Sequence[int]) -> LegalWidths:
         if not isinstance(model, PreTrainedModel):
             return graph_widths(analysis, multiple)
-        return stock_widths(analysis, discover(analysis, model), multiple)
+        return stock_widths(analysis, legalize.discover(analysis, model), multiple)
 
     def elsewhere(self, analysis: Analysis, legal: LegalWidths, multiple: int | Sequence[int]) -> LegalWidths | None:
         return None if legal.stock is None else stock_widths(analysis, legal.stock, multiple, rehome=True)

@@ -37,7 +37,7 @@ def export_decoder(
     about = {"mptk_version": __version__, "objective": objective, **metadata}
     if plan is not None:
         analysis = group.analyze(program)
-        program, _ = cut_program(analysis, resolve_plan(analysis, plan), Log())
+        program = cut_program(analysis, resolve_plan(analysis, plan), Log()).program
         about["plan_sha256"] = plan.digest
     file = emit_onnx(program, folder, objective=objective, metadata=about)
     for scheme in quantize:

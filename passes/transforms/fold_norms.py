@@ -15,15 +15,16 @@ The graph is right either way. A stock class cannot hold a scale, so ``unfoldabl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import fx
 
 from mptk.ir.axes import leaves
 from mptk.ir.families import Analysis, Family
 from mptk.ir.ops import base_name, named_argument, target_name
+from mptk.ir.passes import Pass, Result, shapes
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
 from passes.transforms.rewrite import SCALE
@@ -47,26 +48,41 @@ class Norm:
     offset: float
 
 
-def fold_norms(program: Program) -> tuple[Program, dict[float, float]]:
-    """Fold the scales of cut norms into their weights and epsilons.
+@dataclass(frozen=True, kw_only=True)
+class Folded(Result):
+    """``epsilons``: each epsilon of a norm that changed, old → new, for the stock config."""
 
-    Returns the program and, for the stock config, each epsilon that changed (old → new).
-    """
-    graph = program.copy_graph()
-    copied = replace(program, graph=graph)
-    state = dict(program.state)
-    epsilons: dict[float, float] = {}
-    for weight, norms in _foldable(copied, (n for n in graph.graph.nodes if SCALE in n.meta)).items():
-        factor = _factor(norms[0])
-        offset = norms[0].offset
-        name = program.weights[weight.name]
-        state[name] = ((state[name].float() + offset) * factor - offset).to(state[name].dtype)
-        for norm in norms:
-            old, new = _shrink_epsilon(norm)
-            epsilons[old] = new
-            graph.graph.erase_node(norm.root)
-    graph.recompile()
-    return replace(copied, state=state), epsilons
+    epsilons: Mapping[float, float]
+
+
+@dataclass(frozen=True)
+class FoldNorms(Pass):
+    """Fold the scales of cut RMS norms into their weights and epsilons."""
+
+    name: ClassVar[str] = "fold norms"
+
+    def run(self, program: Program) -> Folded:
+        graph = program.copy_graph()
+        copied = replace(program, graph=graph)
+        state = dict(program.state)
+        epsilons: dict[float, float] = {}
+        found = _foldable(copied, (n for n in graph.graph.nodes if SCALE in n.meta))
+        for weight, norms in found.items():
+            factor = _factor(norms[0])
+            offset = norms[0].offset
+            name = program.weights[weight.name]
+            state[name] = ((state[name].float() + offset) * factor - offset).to(state[name].dtype)
+            for norm in norms:
+                old, new = _shrink_epsilon(norm)
+                epsilons[old] = new
+                graph.graph.erase_node(norm.root)
+        graph.recompile()
+        notes = [f"epsilon {old:g} → {new:g}" for old, new in epsilons.items()]
+        return Folded(replace(copied, state=state), bool(found), tuple(notes), epsilons=epsilons)
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """The weights have the same names and shapes."""
+        assert shapes(after) == shapes(before), "a weight has another shape"
 
 
 def unfoldable(analysis: Analysis, family: Family) -> str | None:

@@ -7,8 +7,8 @@ part: statistics of norms run over the kept ones, a softmax or a top-k sees −i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from mptk.ir.axes import ONE, Term, leaves
 from mptk.ir.families import Analysis
 from mptk.ir.ops import base_name, named_argument, op_name
+from mptk.ir.passes import Pass, Result, shapes
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from passes.analysis.propagate import Reduction, Walk
@@ -27,19 +28,40 @@ Keep = list[Any]
 
 
 def mask(analysis: Analysis, cut: Cut) -> Program:
-    """The program with its removed channels masked: same shapes as the dense one."""
-    program = analysis.program
-    state = dict(program.state)
-    for name, dims in analysis.weights.items():
-        if any(cut.touches(d) for d in dims):
-            keep = cut.mask_tensor(dims).to(state[name].device)
-            state[name] = state[name] * keep if state[name].is_floating_point() else state[name]
-    graph = program.copy_graph()
-    nodes = {n.name: n for n in graph.graph.nodes}
-    for node, reductions in _disturbed(analysis.walk, cut).items():
-        _mask_reduction(graph.graph, nodes[node.name], analysis.walk, cut, reductions)
-    graph.recompile()
-    return replace(program, graph=graph, state=state)
+    """The analysed program with its removed channels masked: same shapes as the dense one."""
+    return Mask(analysis, cut)(analysis.program).program
+
+
+@dataclass(frozen=True)
+class Mask(Pass):
+    """Zero the removed channels of every weight and leave them out of every statistic, softmax and maximum."""
+
+    analysis: Analysis
+    cut: Cut
+    name: ClassVar[str] = "mask"
+
+    def requires(self, program: Program) -> None:
+        """The program that was analysed."""
+        assert program.graph is self.analysis.program.graph, "the analysis is of another program"
+
+    def run(self, program: Program) -> Result:
+        state = dict(program.state)
+        for name, dims in self.analysis.weights.items():
+            if any(self.cut.touches(d) for d in dims):
+                keep = self.cut.mask_tensor(dims).to(state[name].device)
+                state[name] = state[name] * keep if state[name].is_floating_point() else state[name]
+        graph = program.copy_graph()
+        nodes = {n.name: n for n in graph.graph.nodes}
+        disturbed = _disturbed(self.analysis.walk, self.cut)
+        for node, reductions in disturbed.items():
+            _mask_reduction(graph.graph, nodes[node.name], self.analysis.walk, self.cut, reductions)
+        graph.recompile()
+        notes = (f"{len(disturbed)} reductions masked",) if disturbed else ()
+        return Result(replace(program, graph=graph, state=state), self.cut.removes, notes)
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """The weights have the same names and shapes."""
+        assert shapes(after) == shapes(before), "a weight has another shape"
 
 
 def _disturbed(walk: Walk, cut: Cut) -> dict[fx.Node, list[Reduction]]:
@@ -63,6 +85,7 @@ def _mask_reduction(graph: fx.Graph, node: fx.Node, walk: Walk, cut: Cut, reduct
     assert isinstance(source, fx.Node)
     with graph.inserting_before(node):
         masked = graph.call_function(_fill, (source, keep_along(cut, dims, reduced).tolist(), neutral))
+    masked.meta["val"] = source.meta["val"]
     node.replace_input_with(source, masked)
     return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mptk.errors import ProofError
 from mptk.ir.axes import Term, resolve
 from mptk.ir.families import Analysis
+from mptk.ir.passes import Pass, Result, shapes
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, resolve_plan
@@ -37,21 +38,37 @@ def rewrite(analysis: Analysis, plan: Plan) -> Program:
         MptkError: the plan does not fit the model (unknown family or layer, illegal width).
         ProofError: the cut graph's sizes do not fit together.
     """
-    return rewrite_cut(analysis, resolve_plan(analysis, plan))
+    return Rewrite(analysis, resolve_plan(analysis, plan))(analysis.program).program
 
 
-def rewrite_cut(analysis: Analysis, cut: Cut) -> Program:
-    """As ``rewrite``, for a plan that is resolved already."""
-    program = analysis.program
-    resizer = Resizer(analysis.walk, cut, program.copy_graph())
-    resizer.run()
-    state = {
-        name: cut.slice(tensor, analysis.weights[name]) if name in analysis.weights else tensor
-        for name, tensor in program.state.items()
-    }
-    result = replace(program, graph=resizer.graph, state={**state, **resizer.constants})
-    propagate_shapes(result, resizer.untouched(), resizer.cut_caches())
-    return result
+@dataclass(frozen=True)
+class Rewrite(Pass):
+    """Cut the graph's sizes and the weights to a plan."""
+
+    analysis: Analysis
+    cut: Cut
+    name: ClassVar[str] = "rewrite"
+
+    def requires(self, program: Program) -> None:
+        """The program that was analysed."""
+        assert program.graph is self.analysis.program.graph, "the analysis is of another program"
+
+    def run(self, program: Program) -> Result:
+        resizer = Resizer(self.analysis.walk, self.cut, program.copy_graph())
+        resizer.run()
+        state = {
+            name: self.cut.slice(tensor, self.analysis.weights[name]) if name in self.analysis.weights else tensor
+            for name, tensor in program.state.items()
+        }
+        result = replace(program, graph=resizer.graph, state=state)
+        propagate_shapes(result, resizer.untouched(), resizer.cut_caches())
+        sliced = sum(tensor.shape != state[name].shape for name, tensor in program.state.items())
+        return Result(result, self.cut.removes, (f"{sliced} weights sliced",) if sliced else ())
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """Every weight has the shape that the plan gives it; all others keep theirs."""
+        planned = {n: tuple(map(self.cut.size, dims)) for n, dims in self.analysis.weights.items()}
+        assert shapes(after) == {**shapes(before), **planned}, "a weight has not the planned shape"
 
 
 @dataclass
@@ -64,7 +81,6 @@ class Resizer:
 
     def __post_init__(self) -> None:
         self.original = {n.name: n for n in self.walk.program.graph.graph.nodes}
-        self.constants: dict[str, Tensor] = {}
 
     def run(self) -> None:
         memory = self.walk.memory

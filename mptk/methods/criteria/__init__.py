@@ -39,14 +39,14 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-def criteria() -> dict[str, Criterion]:
+def all_criteria() -> dict[str, Criterion]:
     """mptk's criteria and those of plugins (group ``mptk.criteria``), by name."""
     return with_plugins(CRITERIA, "mptk.criteria")
 
 
 def find_criterion(name: str) -> Criterion:
     """The criterion of that name. Raises MptkError with the names there are."""
-    return find("criterion", name, criteria())
+    return find("criterion", name, all_criteria())
 
 
 def needs_data(name: str) -> bool:
@@ -211,8 +211,8 @@ __all__ = [
     "Evidence",
     "OneShot",
     "Scores",
+    "all_criteria",
     "compensate",
-    "criteria",
     "find_criterion",
     "gather",
     "needs_data",

@@ -25,7 +25,7 @@ from mptk.ir.program import Program
 from passes.targets.legalize import cut_shapes
 from passes.targets.stock.config import Stock, StockConfig
 from passes.targets.stock.probe import Refusal, Shapes, quiet
-from passes.transforms.fold_norms import fold_norms
+from passes.transforms.fold_norms import FoldNorms
 from passes.transforms.rewrite import rewrite
 from passes.verify import TOLERANCE
 
@@ -72,17 +72,19 @@ def rehome(
 def find_home(analysis: Analysis, stock: Stock, model: PreTrainedModel, widths: Mapping[str, int]) -> str | None:
     """The class that holds ``model`` cut to ``widths`` with equal logits, where only its own config class refuses it.
 
-    ``stock``: what the own class can express (``legalize.discover``).
-    The first units of each family are kept, on random tokens: what the result will be with other units. None if the
-    own class does not refuse, or refuses for another reason, or there is no such class.
+    ``stock``: what the own class can express (``legalize.discover``). The first units of each family are kept, on
+    random tokens: what the result will be with other units. None if the own class does not refuse, or refuses for
+    another reason, or there is no such class.
     """
-    program, epsilons = fold_norms(rewrite(analysis, _first_units(analysis, widths)))
-    refusal = stock.config(widths, scalars=epsilons)
+    folded = FoldNorms().run(rewrite(analysis, _first_units(analysis, widths)))
+    refusal = stock.config(widths, scalars=folded.epsilons)
     if isinstance(refusal, StockConfig) or refusal.config is None:
         return None
     embeddings: Any = model.get_input_embeddings()
     tokens = torch.randint(embeddings.num_embeddings, (1, TRIAL_LENGTH), generator=torch.Generator().manual_seed(0))
-    found = rehome(refusal.config, cut_shapes(analysis, widths), logits_check(program, tokens), tolerance=TOLERANCE)
+    found = rehome(
+        refusal.config, cut_shapes(analysis, widths), logits_check(folded.program, tokens), tolerance=TOLERANCE
+    )
     return found.model_class.__name__ if isinstance(found, StockConfig) else None
 
 

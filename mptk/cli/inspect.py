@@ -1,0 +1,56 @@
+"""inspect: the commands that show the compiler at work: its passes, and a program as text."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mptk.cli.app import app, err
+from mptk.cli.options import Model, Trust
+from mptk.cli.progress import stages
+
+
+@app.command("passes")
+def list_passes() -> None:
+    """List the pipelines: their passes in order, what each does, requires and ensures."""
+    from passes.pipelines import LISTS
+
+    for pipeline in LISTS:
+        # A list holds its arguments and does not use them, so it can be made without any.
+        steps = pipeline(*[None] * len(inspect.signature(pipeline).parameters))
+        typer.echo(f"{pipeline.__name__.replace('_', ' ')}: {_summary(pipeline)}")
+        for step in steps:
+            typer.echo(f"  {getattr(step, 'name', type(step).__name__)}: {_summary(type(step))}")
+            for condition in ("requires", "ensures"):
+                typer.echo(f"    {condition}: {_summary(getattr(step, condition))}")
+
+
+def _summary(documented: object) -> str:
+    return (inspect.getdoc(documented) or "").partition("\n")[0]
+
+
+@app.command()
+def show(
+    model: Model,
+    after: Annotated[
+        str | None, typer.Option(help="Show it after this pass of `mptk passes`: rewrite, 'fold norms' or mask.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="The plan.json that the pass cuts to.")] = None,
+    source: Annotated[bool, typer.Option("--source", help="Add the line of the model's source to each call.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Print a model's program, one line a value, each dimension by the names of its axes. Reads no weights."""
+    from mptk.driver import api
+    from mptk.io import models
+    from mptk.ir.plan import Plan
+
+    chosen = None if plan is None else Plan.load(plan)
+    with stages(err) as progress:
+        progress("trace", 0, 0)
+        skeleton = models.skeleton(model, trust_remote_code=trust_remote_code)
+        text = api.show(skeleton, after=after, plan=chosen, source=source)
+    sys.stdout.write(text)

@@ -1,0 +1,171 @@
+"""text: a program as text, one line a value, each dimension by the names of its axes.
+
+    model.embed_tokens.weight : [97, hidden(48)]
+    %ids : [batch, seq]
+    %embedding : [batch, seq, hidden(48)] = aten.embedding(model.embed_tokens.weight, %ids)
+
+A weight is written by its qualified name, any other value as ``%name``. An axis that can be cut is its family's name
+with its size; symbolic sizes of the inputs have names; any other axis is its size. ``·`` is a product of axes, as a
+view makes it, ``+`` a concatenation. Calls that give no value (assertions) are left out.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from mptk.ir.axes import Axis, Product, Term, evaluate, leaves, resolve
+from mptk.ir.families import Analysis
+from mptk.ir.program import Program
+from mptk.ir.source_location import source_line
+
+INPUT_AXES = ("batch", "seq")
+"""Names of the first two dimensions of an input, if their sizes are symbolic."""
+
+Dims = Sequence[Term]
+
+
+def program_text(
+    program: Program,
+    analysis: Analysis | None = None,
+    sizes: Mapping[Axis, int] | None = None,
+    *,
+    source: bool = False,
+) -> str:
+    """The program as text.
+
+    Args:
+        program: a traced program, or what passes made of it.
+        analysis: of the traced program, for the axes of values that keep their names; without it dimensions are sizes.
+        sizes: of axes that were cut (``Cut.sizes``).
+        source: add the line of the model's source to each call, as ``# file.py:12``.
+    """
+    return _Printer(program, analysis, sizes or {}, source).text()
+
+
+@dataclass
+class _Printer:
+    program: Program
+    analysis: Analysis | None
+    sizes: Mapping[Axis, int]
+    source: bool
+    symbols: dict[str, str] = field(default_factory=dict)
+    axes: dict[Axis, str] = field(default_factory=dict)
+    dims: dict[str, Dims | Sequence[Dims | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._name_symbols()
+        if self.analysis is not None:
+            self.dims = {node.name: dims for node, dims in self.analysis.walk.dims.items()}
+            self.axes = {g.axis: f.name for f in self.analysis.families for g in f.groups}
+            self._name_input_axes()
+
+    def text(self) -> str:
+        shown = (n for n in self.program.graph.graph.nodes if n.op in ("placeholder", "output") or n.users)
+        return "".join(f"{self.line(node)}\n" for node in shown)
+
+    def line(self, node: fx.Node) -> str:
+        if node.op == "output":
+            (results,) = node.args
+            several = isinstance(results, (list, tuple))
+            return f"return {', '.join(map(self.argument, results if several else [results]))}"  # type: ignore[arg-type]
+        shape = self.shape(node.meta.get("val"), self.dims.get(node.name))
+        line = self.argument(node) + (f" : {shape}" if shape else "")
+        if node.op == "placeholder":
+            return line
+        given = [*map(self.argument, node.args), *(f"{k}={self.argument(v)}" for k, v in node.kwargs.items())]
+        line += f" = {_op(node)}({', '.join(given)})"
+        place = source_line(node.meta.get("stack_trace") or "") if self.source else ""
+        return f"{line}  # {place}" if place else line
+
+    # ---- names ----
+
+    def _name_symbols(self) -> None:
+        inputs = set(self.program.user_inputs)
+        for node in self.program.placeholders():
+            value = node.meta.get("val")
+            if node.name in inputs and isinstance(value, Tensor):
+                for name, size in zip(INPUT_AXES, value.shape, strict=False):
+                    if str(size).isidentifier() and name not in self.symbols.values():
+                        self.symbols.setdefault(str(size), name)
+
+    def _name_input_axes(self) -> None:
+        """Axes whose size is a symbol in some value have the symbol's name in all."""
+        assert self.analysis is not None
+        names = set(self.symbols.values())
+        for node in self.analysis.program.graph.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, Tensor) and node.name in self.dims:
+                for term, size in zip(self.dims[node.name], value.shape, strict=True):
+                    axis, name = resolve(term), self.size(size)  # type: ignore[arg-type]
+                    if isinstance(axis, Axis) and name in names:
+                        self.axes.setdefault(axis, name)
+
+    # ---- shapes ----
+
+    def shape(self, value: object, dims: Dims | Sequence[Dims | None] | None) -> str:
+        """The shape of what a node gives; empty if it gives no tensor and no number."""
+        if isinstance(value, (list, tuple)):
+            several = dims if isinstance(dims, list) else [None] * len(value)
+            return f"({', '.join(self.shape(v, d) for v, d in zip(value, several, strict=True))})"
+        if isinstance(value, Tensor):
+            known: Sequence[Term | None] = dims if dims is not None else [None] * value.ndim  # type: ignore[assignment]
+            return f"[{', '.join(self.dimension(s, t) for s, t in zip(value.shape, known, strict=True))}]"
+        return self.size(value) if isinstance(value, (int, torch.SymInt)) else ""
+
+    def dimension(self, size: int | torch.SymInt, term: Term | None) -> str:
+        if term is None or self.axes.keys().isdisjoint(leaves(term)):
+            return self.size(size)
+        stale = isinstance(size, int) and evaluate(term, self.sizes) != size
+        return self.size(size) if stale else self.term(term)
+
+    def term(self, term: Term, factor: bool = False) -> str:
+        term = resolve(term)
+        size = evaluate(term, self.sizes)
+        if self.axes.keys().isdisjoint(leaves(term)):
+            return str(size)
+        if isinstance(term, Axis):
+            name = self.axes[term]
+            return name if name in self.symbols.values() else f"{name}({size})"
+        if isinstance(term, Product):
+            return "·".join(self.term(f, factor=True) for f in term.factors)
+        text = " + ".join(map(self.term, term.segments))
+        return f"({text})" if factor else text
+
+    def size(self, size: int | torch.SymInt) -> str:
+        return re.sub(r"[A-Za-z_]\w*", lambda found: self.symbols.get(found[0], found[0]), str(size))
+
+    # ---- arguments ----
+
+    def argument(self, value: object) -> str:
+        if isinstance(value, fx.Node):
+            return self.program.weights.get(value.name, f"%{value.name}")
+        if isinstance(value, (list, tuple)):
+            flags = _flags(value)
+            return f"keep({sum(flags)} of {len(flags)})" if flags else f"[{', '.join(map(self.argument, value))}]"
+        if isinstance(value, (torch.dtype, torch.layout, torch.device)):
+            return str(value).removeprefix("torch.")
+        return "end" if value == sys.maxsize else repr(value)
+
+
+def _flags(value: Sequence[object]) -> list[bool]:
+    """The booleans of a nested list of them, as masks are; empty if it holds anything else."""
+    found: list[bool] = []
+    for item in value:
+        part = [item] if isinstance(item, bool) else _flags(item) if isinstance(item, (list, tuple)) else []
+        if not part:
+            return []
+        found += part
+    return found
+
+
+def _op(node: fx.Node) -> str:
+    """``aten.linear`` or ``aten.add.Tensor``; of a Python function its name."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target).removesuffix(".default")
+    return str(getattr(node.target, "__name__", node.target))

@@ -1,0 +1,103 @@
+"""The protocol of passes: what a run of a list records, and what stops a pass that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from cutting import random_plan
+from torch import Tensor, nn
+
+from mptk.ir.families import Analysis
+from mptk.ir.passes import Log, Pass, Record, Result, run
+from mptk.ir.program import Program
+from mptk.ir.resolved_plan import Cut, resolve_plan
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+from passes.pipelines import cutting
+from passes.transforms.fold_norms import FoldNorms
+from passes.transforms.masked_reference import Mask
+from passes.transforms.retype import Retype
+from passes.transforms.rewrite import Rewrite
+
+
+class Normed(nn.Module):
+    """12 channels with an RMS norm over them: 4 → 12 → 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.head = nn.Linear(4, 12), nn.RMSNorm(12, eps=1e-3), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.up(x)))  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def normed() -> tuple[Analysis, Cut]:
+    analysis = analyze(trace(Normed(), (torch.ones(3, 4),)))
+    return analysis, resolve_plan(analysis, random_plan(analysis))
+
+
+def test_a_run_records_what_each_pass_did(normed: tuple[Analysis, Cut]) -> None:
+    seen: list[Record] = []
+    log = Log(on_record=seen.append)
+    results = run(normed[0].program, cutting(*normed), log)
+    rewrite, fold = seen
+    assert seen == log.records
+    assert str(rewrite) == "rewrite: 3 → 4 ops, 137 → 82 parameters, 4 weights sliced"
+    assert str(fold) == "fold norms: 4 → 3 ops, 82 → 82 parameters, epsilon 0.001 → 0.00171429"
+    assert [record["changed"] for record in log.as_list()] == [True, True]
+    assert results[-1].program.state["up.weight"].shape == (7, 4)
+
+
+def test_a_pass_that_finds_nothing_to_do_says_so(normed: tuple[Analysis, Cut]) -> None:
+    analysis, _ = normed
+    whole = resolve_plan(analysis, random_plan(analysis, []))
+    log = Log()
+    run(analysis.program, [*cutting(analysis, whole), Retype(torch.float32)], log)
+    assert [record.changed for record in log.records] == [False, False, False]
+    assert str(log.records[0]) == "rewrite: 3 → 3 ops, 137 → 137 parameters"
+
+
+def test_the_analysis_must_be_of_the_program(normed: tuple[Analysis, Cut]) -> None:
+    other = trace(Normed(), (torch.ones(3, 4),))
+    for step in (Rewrite(*normed), Mask(*normed)):
+        with pytest.raises(AssertionError, match="the analysis is of another program"):
+            step(other)
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (Rewrite, "not the planned shape"),
+        (Mask, "another shape"),
+        (lambda *_: FoldNorms(), "another shape"),
+        (lambda *_: Retype(torch.float64), "another floating type"),
+    ],
+)
+def test_each_pass_checks_its_result(normed: tuple[Analysis, Cut], step: Callable[..., Pass], reason: str) -> None:
+    before = normed[0].program
+    wrong = replace(before, state={**before.state, "head.bias": torch.ones(4)})
+    with pytest.raises(AssertionError, match=reason):
+        step(*normed).ensures(before, wrong)
+
+
+@dataclass(frozen=True)
+class Shorten(Pass):
+    """Shorten a weight and forget the graph."""
+
+    name: ClassVar[str] = "shorten"
+
+    def run(self, program: Program) -> Result:
+        return Result(replace(program, state={**program.state, "head.bias": torch.ones(4)}), True)
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """Nothing."""
+
+
+def test_a_weight_that_the_graph_does_not_expect_stops_any_pass(normed: tuple[Analysis, Cut]) -> None:
+    with pytest.raises(AssertionError, match=r"head\.bias: .*5.* != .*4"):
+        run(normed[0].program, [Shorten()], Log())

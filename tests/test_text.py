@@ -1,0 +1,143 @@
+"""Programs as text: what each transformation does to a small program, and ``mptk.show``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import model
+from torch import Tensor, nn
+
+import mptk
+from mptk.errors import MptkError
+from mptk.ir.families import Analysis
+from mptk.ir.plan import FamilyPlan, Plan
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+
+
+class Gated(nn.Module):
+    """Tokens → 6 channels → 10 gated ones → 6 → 4 scores, with an RMS norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm = nn.Embedding(11, 6), nn.RMSNorm(6, eps=1e-3)
+        self.gate, self.up = nn.Linear(6, 10, bias=False), nn.Linear(6, 10, bias=False)
+        self.down, self.head = nn.Linear(10, 6, bias=False), nn.Linear(6, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        h = self.norm(x)
+        x = x + self.down(torch.sigmoid(self.gate(h)) * self.up(h))
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+class Softmaxed(nn.Module):
+    """5 → 8 → softmax over the 8 → 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(5, 8, bias=False), nn.Linear(8, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.up(x).softmax(-1))  # type: ignore[no-any-return]
+
+
+def analysed(net: nn.Module, example: Tensor) -> Analysis:
+    return analyze(trace(net, (example,), dynamic=True))
+
+
+def shown(analysis: Analysis, after: str | None = None, **widths: int) -> str:
+    """The program after a pass, by the first units of the families."""
+    families = {}
+    for family in analysis.families:
+        width = widths.get(family.name)
+        if width is not None:
+            keep = {group.layer: (tuple(range(width)),) for group in family.groups}
+            families[family.name] = FamilyPlan(width, family.size, keep)
+    return mptk.show(analysis.program, after=after, plan=Plan(families) if after else None)
+
+
+@pytest.fixture(scope="module")
+def gated() -> Analysis:
+    return analysed(Gated(), torch.ones(2, 3, dtype=torch.long))
+
+
+TRACED = """\
+embed.weight : [11, hidden(6)]
+norm.weight : [hidden(6)]
+gate.weight : [ffn(10), hidden(6)]
+up.weight : [ffn(10), hidden(6)]
+down.weight : [hidden(6), ffn(10)]
+head.weight : [4, hidden(6)]
+head.bias : [4]
+%inputs_0 : [batch, seq]
+%embedding : [batch, seq, hidden(6)] = aten.embedding(embed.weight, %inputs_0)
+%rms_norm : [batch, seq, hidden(6)] = aten.rms_norm(%embedding, [6], norm.weight, 0.001)
+%linear : [batch, seq, ffn(10)] = aten.linear(%rms_norm, gate.weight)
+%sigmoid : [batch, seq, ffn(10)] = aten.sigmoid(%linear)
+%linear_1 : [batch, seq, ffn(10)] = aten.linear(%rms_norm, up.weight)
+%mul : [batch, seq, ffn(10)] = aten.mul.Tensor(%sigmoid, %linear_1)
+%linear_2 : [batch, seq, hidden(6)] = aten.linear(%mul, down.weight)
+%add : [batch, seq, hidden(6)] = aten.add.Tensor(%embedding, %linear_2)
+%linear_3 : [batch, seq, 4] = aten.linear(%add, head.weight, head.bias)
+return %linear_3
+"""
+
+
+def test_a_traced_program_names_its_axes(gated: Analysis) -> None:
+    assert shown(gated) == TRACED
+
+
+def test_rewriting_changes_sizes_alone(gated: Analysis) -> None:
+    assert shown(gated, "rewrite", ffn=7) == TRACED.replace("ffn(10)", "ffn(7)")
+
+
+def test_folding_moves_a_norms_scale_out_of_the_graph(gated: Analysis) -> None:
+    rewritten, folded = (shown(gated, step, hidden=4).splitlines() for step in ("rewrite", "fold norms"))
+    assert rewritten[9:11] == [
+        "%rms_norm : [batch, seq, hidden(4)] = aten.rms_norm(%embedding, [4], norm.weight, 0.0015)",
+        "%mul_tensor : [batch, seq, 4] = aten.mul.Tensor(%rms_norm, 1.224744871391589)",
+    ]
+    whole = TRACED.replace("hidden(6)", "hidden(4)").replace("[6], norm.weight, 0.001", "[4], norm.weight, 0.0015")
+    assert folded == whole.splitlines()
+
+
+def test_masking_keeps_every_size_and_masks_the_softmax() -> None:
+    analysis = analysed(Softmaxed(), torch.ones(2, 5))
+    (family,) = analysis.families
+    channels = f"{family.name}(8)"
+    assert shown(analysis, "mask", **{family.name: 6}) == (
+        f"up.weight : [{channels}, 5]\n"
+        f"head.weight : [3, {channels}]\n"
+        "%inputs_0 : [batch, 5]\n"
+        f"%linear : [batch, {channels}] = aten.linear(%inputs_0, up.weight)\n"
+        "%_fill : [batch, 8] = _fill(%linear, keep(6 of 8), -inf)\n"
+        f"%softmax : [batch, {channels}] = aten.softmax.int(%_fill, -1)\n"
+        f"%linear_1 : [batch, 3] = aten.linear(%softmax, head.weight)\n"
+        "return %linear_1\n"
+    )
+
+
+def test_products_of_axes_and_source_lines_of_a_model_without_weights() -> None:
+    text = mptk.show(model("llama", meta=True), source=True)
+    lines = dict(line.split(" : ", 1) for line in text.splitlines() if " : " in line)
+    assert lines["model.layers.0.mlp.up_proj.weight"] == "[ffn(80), hidden(48)]"
+    assert "kv_groups(2)·q_heads(3)" in lines["model.layers.0.self_attn.q_proj.weight"]
+    assert lines["%linear"].startswith("[batch, seq, kv_groups(2)·q_heads(3)·")
+    assert "  # modeling_llama.py:" in lines["%linear"]
+
+
+def test_a_static_program_shows_sizes() -> None:
+    text = mptk.show(trace(Gated(), (torch.ones(2, 3, dtype=torch.long),)))
+    assert "%add : [2, 3, hidden(6)] = " in text
+
+
+def test_an_unknown_pass_is_named_with_those_there_are(gated: Analysis) -> None:
+    with pytest.raises(MptkError, match="no pass 'fold'; choose one of: rewrite, fold norms, mask"):
+        mptk.show(gated.program, after="fold", plan=Plan({}))
+
+
+def test_a_pass_needs_the_plan(gated: Analysis) -> None:
+    with pytest.raises(MptkError, match="give both --after and --plan"):
+        mptk.show(gated.program, after="rewrite")

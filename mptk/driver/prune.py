@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import passes.frontend.trace
+from mptk.compat.accelerate import own_state
 from mptk.cost.model import is_layered
 from mptk.driver.api import export, plan_digest
 from mptk.driver.budget import WidthSearch, budgeted
@@ -64,7 +65,8 @@ def prune(
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
             or a stage of the proof is above its tolerance. Then nothing is written.
     """
-    return Run(model, Path(out), settings or Settings(), progress or silent).run()
+    with own_state():
+        return Run(model, Path(out), settings or Settings(), progress or silent).run()
 
 
 class Run:

@@ -20,6 +20,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mptk.compat.transformers import dequantize_gguf, forget_source, model_classes
 from mptk.errors import MptkError
 from mptk.io.checkpoint import save_checkpoint
 from mptk.io.decoders import check_causal, check_class
@@ -206,12 +207,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     with _explained(str(gguf)):
         config = _gguf_config(gguf)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, config=config)
-    # Where transformers can compute on GGUF blocks, it has to be told not to keep them.
-    dequantise = getattr(transformers, "GgufConfig", None)
-    options = {"quantization_config": dequantise(dequantize=True)} if dequantise else {}
-    module = _from_pretrained(
-        gguf.parent, str(gguf), gguf_file=gguf.name, config=config, dtype=torch.float32, **options
-    )
+    options = {"gguf_file": gguf.name, **dequantize_gguf()}
+    module = _from_pretrained(gguf.parent, str(gguf), config=config, dtype=torch.float32, **options)
     if isinstance(length := getattr(config, "max_position_embeddings", None), int):
         tokenizer.model_max_length = length
     save_checkpoint(module, tokenizer, folder)
@@ -223,7 +220,7 @@ def _gguf_config(gguf: Path) -> PreTrainedConfig:
     GGUF holds them in float32: a norm's epsilon of 1e-05 comes back as 9.999999747378752e-06.
     """
     config: PreTrainedConfig = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    vars(config).pop("_model_name_or_path", None)
+    forget_source(config)
     for name, value in vars(config).items():
         if isinstance(value, float):
             setattr(config, name, float(str(np.float32(value))))
@@ -261,8 +258,7 @@ def _classes(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
     auto = _auto_class(config)
     if auto.__name__ in (getattr(config, "auto_map", None) or {}):
         return set()
-    found = auto._model_mapping.get(type(config), ())
-    return set(found if isinstance(found, tuple) else (found,))
+    return set(model_classes(auto.__name__, config))
 
 
 def _auto_names() -> list[str]:
@@ -272,8 +268,7 @@ def _auto_names() -> list[str]:
 
 def _class_names(auto: str, config: PreTrainedConfig, code: dict[str, str]) -> set[str]:
     """Names of the classes that the auto class makes of ``config``: transformers' and the model's own."""
-    stock = getattr(transformers, auto)._model_mapping.get(type(config), ())
-    names = {known.__name__ for known in (stock if isinstance(stock, tuple) else (stock,))}
+    names = {known.__name__ for known in model_classes(auto, config)}
     return names | {code[auto].rsplit(".", 1)[-1]} if auto in code else names
 
 

@@ -11,15 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 import torch
-from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
 from torch import Tensor
 
+from mptk.compat.onnxruntime import run_on_values
 from mptk.errors import MptkError
 
 FILE = "model.onnx"
 Ids = npt.NDArray[np.int64]
 LogitsArray = npt.NDArray[np.float32]
-CPU = ort.OrtDevice.make("cpu", 0)._get_c_device()
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
 
@@ -158,11 +157,5 @@ class OrtDecoder:
             raise ValueError(f"token ids {ids.shape}, mask {mask.shape} and a cache for {len(cache.mask)} do not fit")
         mask = np.concatenate([cache.mask, mask], axis=1)
         feeds = self.feeds(ids, mask, cache)
-        given, made = OrtValueVector(), OrtValueVector()
-        for value in feeds.values():
-            given.push_back(value._get_c_value())
-        devices = [CPU] * len(self.outputs)
-        # run_with_ort_values, which takes a dict, is 0.2 ms slower where a cache has 60 tensors.
-        self.session.run_with_ortvaluevector(ort.RunOptions(), list(feeds), given, self.outputs, made, devices)
-        logits, *present = map(ort.OrtValue, made)
+        logits, *present = run_on_values(self.session, feeds, self.outputs)
         return logits.numpy(), Cache(dict(zip(self.past, present, strict=True)), mask)

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from mptk.compat.torch import FakeTensorMode, check
 from mptk.errors import MptkError
 from mptk.ir.program import Program
 from passes.frontend.trace import evaluating, export_program
@@ -62,7 +62,7 @@ class DecoderStep(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         input_ids, attention_mask, position_ids, *past = inputs
-        torch._check(attention_mask.shape[1] == past[0].shape[2] + input_ids.shape[1])
+        check(attention_mask.shape[1] == past[0].shape[2] + input_ids.shape[1])
         cache = filled_cache(past)
         keywords = {**self.keywords, "attention_mask": attention_mask, self.cache_argument: cache}
         if self.first_position is not None:

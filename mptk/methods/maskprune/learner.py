@@ -15,13 +15,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from mptk.compat.peft import adapters_off
 from mptk.cost.model import CostModel
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import criteria
-from mptk.methods.maskprune.adapters import adapt, merged, original, recompute, silenced
+from mptk.methods.maskprune.adapters import adapt, merged, original, recompute
 from mptk.methods.maskprune.losses import language_model
 from mptk.methods.maskprune.run_folder import TRACKER, WorkFolder
 from mptk.methods.maskprune.solver import Rates, Solver
@@ -190,7 +191,7 @@ class Learner:
         repeated = calibration.repeat(-(-together // len(calibration)), 1)
         parts = repeated[: len(repeated) // together * together].split(together)
         for done, part in enumerate(parts, 1):
-            with silenced(student):
+            with adapters_off(student):
                 ids = part.chunk(a.num_processes)[a.process_index].to(a.device)
                 language_model(student(input_ids=ids, use_cache=False).logits, ids).backward()
             self._average(solver)
@@ -337,7 +338,7 @@ def _shape(analysis: Analysis, name: str) -> tuple[int, int, int]:
 
 def _dense(student: Any, masks: InsertedMasks, ids: Tensor, **options: Any) -> Any:
     """The dense model inside the student: the same weights, with masks and adapters off."""
-    with masks.disabled(), silenced(student):
+    with masks.disabled(), adapters_off(student):
         return student(input_ids=ids, use_cache=False, **options)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from onnxscript.rewriter import onnx_fusions
 from onnxscript.rewriter.rules import common as rules
 from torch.export import ExportedProgram
 
+from mptk.compat.torch import quiet_exporter
 from mptk.errors import MptkError
 from mptk.ir.program import Program
 from passes.targets.onnx.fold_kv import FoldKVPass
@@ -107,8 +107,7 @@ def translate(program: Program) -> ir.Model:
 
 
 def _exported(program: ExportedProgram) -> ir.Model:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_exporter():
         exported = torch.onnx.export(
             program,
             dynamo=True,

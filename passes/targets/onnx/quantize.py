@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -34,6 +33,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from mptk.compat.onnxruntime import matmul_quantizer
 from mptk.errors import MptkError
+from mptk.files import write_together
 from passes.targets.onnx.balance import balance_onnx
 from passes.targets.onnx.gptq import ACCURACY_LEVEL, gptq_onnx
 from passes.targets.onnx.measure import Text
@@ -297,13 +297,10 @@ def _ancestors(nodes: list[ir.Node]) -> list[ir.Node]:
 
 def _save(model: ir.Model, file: Path) -> Path:
     """Under its name only when complete and accepted by ``onnx.checker``."""
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".onnx-") as temporary:
-        path = Path(temporary) / file.name
-        data = f"{file.name}.data"
-        ir.save(model, path, external_data=data)
-        onnx.checker.check_model(path)
-        for name in (data, file.name):
-            os.replace(path.with_name(name), file.with_name(name))
+    data = f"{file.name}.data"
+    with write_together(file.parent, data, file.name) as temporary:
+        ir.save(model, temporary / file.name, external_data=data)
+        onnx.checker.check_model(temporary / file.name)
     return file
 
 

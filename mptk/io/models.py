@@ -24,23 +24,7 @@ from mptk.compat.transformers import dequantize_gguf, forget_source, model_class
 from mptk.errors import MptkError
 from mptk.io.checkpoint import save_checkpoint
 from mptk.io.decoders import check_causal, check_class
-from mptk.io.packaged import ALIASES, Packaged, Wheel, build_once, cache_dir, cached, fetch
-
-__all__ = [
-    "ALIASES",
-    "Loaded",
-    "Packaged",
-    "Wheel",
-    "cache_dir",
-    "cached",
-    "config_in",
-    "fetch",
-    "load",
-    "load_config",
-    "load_tokenizer",
-    "locate",
-    "skeleton",
-]
+from mptk.io.packaged import ALIASES, build_once, cache_dir, cached, fetch
 
 _CONVERSION = 1  # Raise it when a conversion of the same GGUF file would now be written differently.
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -76,7 +60,7 @@ def load(
 ) -> Loaded:
     """Load weights and tokenizer on the CPU, in ``dtype``, in evaluation mode.
 
-    ``model`` is, in this order: a packaged alias (:data:`ALIASES`; write ``./NAME`` for a folder of that name), a
+    ``model`` is, in this order: a packaged alias (``packaged.ALIASES``; write ``./NAME`` for a folder of that name), a
     ``.gguf`` file, a local checkpoint folder, a hub id. The class is the one that the checkpoint's
     ``architectures`` name; where they name none, causal LM if the config has one. ``tokenizer`` is None where the
     checkpoint has none. ``decoder``: only a model that predicts the next token will do, which is looked at first.

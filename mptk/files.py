@@ -9,17 +9,16 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from mptk.errors import MptkError
 
 
-def json_text(content: Any, **options: Any) -> str:
-    """``content`` as JSON. NaN and infinity, which JSON does not have, become null. ``options``: of ``json.dumps``."""
-    return json.dumps(_finite(content), allow_nan=False, **options)
+def json_text(content: object, *, indent: int | None = None, sort_keys: bool = False, ensure_ascii: bool = True) -> str:
+    """``content`` as JSON. NaN and infinity, which JSON does not have, become null. Options as in ``json.dumps``."""
+    return json.dumps(_finite(content), allow_nan=False, indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii)
 
 
-def write_json(path: Path | None, content: Any) -> None:
+def write_json(path: Path | None, content: object) -> None:
     """Write a result as JSON, if there is a path to write it to."""
     if path is not None:
         write_text(path, json_text(content, indent=1) + "\n")
@@ -68,7 +67,7 @@ def write_together(folder: Path, *names: str) -> Iterator[Path]:
             (Path(temporary) / name).replace(folder / name)
 
 
-def _finite(content: Any) -> Any:
+def _finite(content: object) -> object:
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, Mapping):

@@ -6,9 +6,10 @@ computes: a decoder's logits at a position do not depend on later tokens.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NoReturn
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.errors import MptkError
@@ -27,10 +28,10 @@ def check_class(model: str, classes: set[type[PreTrainedModel]], config: PreTrai
 
 
 @torch.no_grad()
-def check_causal(model: str, module: Any) -> None:
+def check_causal(model: str, module: PreTrainedModel) -> None:
     """Raise MptkError if a loaded model gives no logits, or logits that depend on later tokens. Two tokens are run."""
     ids = torch.tensor([[1, 2], [1, 3]], device=module.device)
-    logits: Any = getattr(module(input_ids=ids), "logits", None)
+    logits: Tensor | None = getattr(module(input_ids=ids), "logits", None)
     name = type(module).__name__
     if logits is None or logits.ndim != 3 or logits.shape[1] != 2:
         _refuse(model, f"{name} gives no logits for every token")
@@ -39,7 +40,7 @@ def check_causal(model: str, module: Any) -> None:
         _refuse(model, f"{name} looks at later tokens")
 
 
-def _refuse(model: str, why: str) -> None:
+def _refuse(model: str, why: str) -> NoReturn:
     raise MptkError(
         f"{model} is no decoder: {why}; `mptk analyze` shows what can be cut in it, and mptk.rewrite cuts it in Python"
     )

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +90,9 @@ def skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust_remote_cod
     """
     config = load_config(model, trust_remote_code=trust_remote_code)
     with _explained(model), torch.device("meta"):
-        module = _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        module = getattr(transformers, _auto_class(config)).from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     made: PreTrainedModel = module.eval()
     return made
 
@@ -211,10 +212,10 @@ def _gguf_config(gguf: Path) -> PreTrainedConfig:
     return config
 
 
-def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **options: object) -> PreTrainedModel:
     """The model in ``folder``, in evaluation mode, with every parameter from the checkpoint."""
     with _explained(model):
-        module, report = _auto_class(config).from_pretrained(
+        module, report = getattr(transformers, _auto_class(config)).from_pretrained(
             folder, config=config, use_safetensors=True, output_loading_info=True, **options
         )
     if missing := sorted(report["missing_keys"]):
@@ -226,23 +227,23 @@ def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **op
     return loaded
 
 
-def _auto_class(config: PreTrainedConfig) -> Any:
-    """The auto class for ``config``: of those that take it, the first whose class the checkpoint was saved from."""
+def _auto_class(config: PreTrainedConfig) -> str:
+    """Name of the auto class for ``config``: of those that take it, the first whose class the checkpoint is of."""
     code: dict[str, str] = getattr(config, "auto_map", None) or {}
     fitting = {name: _class_names(name, config, code) for name in _auto_names()}
     taken = [name for name, classes in fitting.items() if classes]
     if not taken:
         raise MptkError(f"transformers has no model class for {type(config).__name__}; trust its own code or update")
     saved = set(config.architectures or ())
-    return getattr(transformers, next((name for name in taken if fitting[name] & saved), taken[0]))
+    return next((name for name in taken if fitting[name] & saved), taken[0])
 
 
 def _classes(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
     """The classes that transformers has for ``config``; none for a model that brings its own."""
     auto = _auto_class(config)
-    if auto.__name__ in (getattr(config, "auto_map", None) or {}):
+    if auto in (getattr(config, "auto_map", None) or {}):
         return set()
-    return set(model_classes(auto.__name__, config))
+    return set(model_classes(auto, config))
 
 
 def _auto_names() -> list[str]:

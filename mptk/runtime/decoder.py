@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -140,7 +139,7 @@ class OrtDecoder:
         }
         return {**values, **cache.values}
 
-    def binding(self, ids: Ids, mask: Ids, cache: Cache) -> Any:
+    def binding(self, ids: Ids, mask: Ids, cache: Cache) -> ort.IOBinding:
         """``feeds`` and the outputs bound for one step that is run again and again, the results in place.
 
         For steps that differ, binding each of the cache's tensors anew takes longer than giving them as a vector.

@@ -6,7 +6,6 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -36,9 +35,9 @@ class Flat(nn.Module):
         accepted = inspect.signature(module.forward).parameters
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
         caches = hasattr(module, "config") and ("use_cache" in accepted or takes_any)
-        self.keywords: dict[str, Any] = {"use_cache": False} if caches else {}
+        self.keywords: dict[str, bool] = {"use_cache": False} if caches else {}
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         output = self.module(*inputs, **self.keywords)
         if isinstance(self.module, PreTrainedModel) or isinstance(output, ModelOutput):
             return output if isinstance(output, Tensor) else output[0]
@@ -67,17 +66,18 @@ def trace(module: nn.Module, example_inputs: Sequence[Tensor] | None = None, *, 
     return export_program(Flat(module), tuple(example_inputs), dynamic=dynamic)
 
 
-def export_program(wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: Any = False) -> Program:
+def export_program(
+    wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: bool | dict[str, object] = False
+) -> Program:
     """Export ``wrapper(*inputs)``; ``wrapper.module`` is the user's module and gives the weights their names.
 
     ``dynamic`` is False, True (every dimension of every input ``Dim.AUTO``) or the ``dynamic_shapes`` of torch.export.
     """
-    shapes = dynamic
-    if isinstance(dynamic, bool):
-        shapes = {"inputs": tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in inputs)} if dynamic else None
+    if dynamic is True:
+        dynamic = {"inputs": tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in inputs)}
     try:
         with evaluating(wrapper), _fake_weights(wrapper, inputs) as fake_inputs, torch.no_grad():
-            exported = torch.export.export(wrapper, fake_inputs, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(wrapper, fake_inputs, dynamic_shapes=dynamic or None, strict=False)
     except MptkError:
         raise
     except Exception as error:

@@ -6,7 +6,6 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ def write_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     *,
-    portable: Callable[[Mapping[str, Any]], dict[str, Any]] = portable,
+    portable: Callable[[Mapping[str, object]], dict[str, object]] = portable,
     max_shard_size: str = "5GB",
 ) -> None:
     """Write config, generation config, weights (safetensors) and tokenizer into the existing ``folder``.

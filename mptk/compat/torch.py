@@ -6,7 +6,6 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import FunctionSchema, Tensor, fx
@@ -66,7 +65,7 @@ def build_exported(
     *,
     state: dict[str, Tensor],
     constants: Mapping[str, Tensor],
-    example_inputs: Any,
+    example_inputs: tuple[tuple[object, ...], dict[str, object]] | None,
 ) -> ExportedProgram:
     """An ``ExportedProgram`` of another graph and weights; ranges of sizes, input nesting and verifier as in ``like``.
 

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mptk.files import write_text
+
 PACKAGES = ("mptk", "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "peft", "torch-pruning")
 
 
@@ -27,10 +29,7 @@ def result_header() -> dict[str, Any]:
 
 def write_result(path: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """Write ``{**header, "rows": rows}``, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({**header, "rows": list(rows)}, indent=1) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps({**header, "rows": list(rows)}, indent=1) + "\n")
 
 
 def _cpu() -> str:

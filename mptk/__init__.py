@@ -7,9 +7,7 @@ The main job is ``mptk.prune``. Its steps are functions too: ``trace``, ``analyz
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from mptk.version import __version__
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mptk.driver.api import analyze, bench, export, rewrite, rule, show, trace
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
     from mptk.errors import MptkError, ProofError
     from mptk.ir.plan import FamilyPlan, Plan
     from mptk.run.settings import Settings
+    from mptk.version import __version__
 
 __all__ = [
     "FamilyPlan",
@@ -43,13 +42,18 @@ _HOMES = {
     "Plan": "mptk.ir.plan",
     "ProofError": "mptk.errors",
     "Settings": "mptk.run.settings",
+    "__version__": "mptk.version",
     "prune": "mptk.driver.prune",
     "verify": "mptk.driver.verification",
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """The public names, imported at first use: ``import mptk`` alone stays quick."""
     if name not in __all__:
         raise AttributeError(f"module 'mptk' has no attribute {name!r}")
     return getattr(import_module(_HOMES.get(name, "mptk.driver.api")), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

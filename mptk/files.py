@@ -5,38 +5,69 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from mptk.errors import MptkError
 
 
-def json_text(content: Any, **options: Any) -> str:
-    """``content`` as JSON. NaN and infinity, which JSON does not have, become null. ``options``: of ``json.dumps``."""
-    return json.dumps(_finite(content), allow_nan=False, **options)
+def json_text(content: object, *, indent: int | None = None, sort_keys: bool = False, ensure_ascii: bool = True) -> str:
+    """``content`` as JSON. NaN and infinity, which JSON does not have, become null. Options as in ``json.dumps``."""
+    return json.dumps(_finite(content), allow_nan=False, indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii)
 
 
-def write_json(path: Path | None, content: Any) -> None:
+def write_json(path: Path | None, content: object) -> None:
     """Write a result as JSON, if there is a path to write it to."""
     if path is not None:
         write_text(path, json_text(content, indent=1) + "\n")
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a file whole or not at all. Raises MptkError if it cannot be written."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write a file, in UTF-8, whole or not at all. Its folder is made if missing.
+
+    Raises:
+        MptkError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content)
-        temporary.replace(path)
+        write_file(path, lambda file: file.write_text(content, encoding="utf-8"))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise MptkError(f"cannot write {path}: {error.strerror or error}; give another name") from error
+        raise MptkError(
+            f"cannot write {path}: {error.strerror or error}; check its folder's space and rights, or give another name"
+        ) from error
 
 
-def _finite(content: Any) -> Any:
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Have ``write`` write a file under a temporary name beside ``path``, and rename it when it is complete.
+
+    If ``write`` fails, ``path`` is as before. Processes that write the same path do not disturb each other.
+
+    Raises:
+        OSError: the file cannot be renamed; or what ``write`` raises.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_together(folder: Path, *names: str) -> Iterator[Path]:
+    """A temporary folder to write the files ``names`` into; they move to ``folder``, in this order, if nothing fails.
+
+    For a file that refers to others: name it last. The other files of ``folder`` stay.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as temporary:
+        yield Path(temporary)
+        for name in names:
+            (Path(temporary) / name).replace(folder / name)
+
+
+def _finite(content: object) -> object:
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, Mapping):

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
+from mptk.compat.torch import tree_leaves
 from mptk.errors import MptkError, ProofError
 from mptk.ir.families import Analysis
 from mptk.ir.ops import base_name

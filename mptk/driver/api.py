@@ -16,6 +16,7 @@ from mptk.cost.budgets import phase
 from mptk.errors import MptkError
 from mptk.io import data, models
 from mptk.io.checkpoint import save_tokenizer
+from mptk.io.packaged import cache_dir
 from mptk.io.publish import check_replaceable, publish
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log, run, shapes
@@ -241,7 +242,7 @@ def onnx_folder(model: str, progress: Progress | None = None) -> Path:
             return own
     loaded = load_decoder(model)
     stamp = hashlib.sha256(f"{loaded.path.resolve()} {__version__} {torch.__version__}".encode()).hexdigest()[:16]
-    cached = models.cache_dir() / "onnx" / stamp
+    cached = cache_dir() / "onnx" / stamp
     if not (cached / "model.onnx").is_file():
         if progress is not None:
             progress(f"exporting {model} to ONNX", 0, 1)

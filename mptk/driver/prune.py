@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import passes.frontend.trace
+from mptk.compat.accelerate import own_state
 from mptk.cost.model import is_layered
 from mptk.driver.budget import WidthSearch, budgeted, multiples
 from mptk.driver.changes import COMPENSATION, widened
@@ -88,7 +89,12 @@ class Job:
 
 def run(job: Job, settings: Settings, context: Context) -> Report | None:
     """Every stage in order. Settings, errors and result are those of ``prune``."""
-    context = context if leads() else replace(context, progress=silent)
+    with own_state():
+        return stages(job, settings, context if leads() else replace(context, progress=silent))
+
+
+def stages(job: Job, settings: Settings, context: Context) -> Report | None:
+    """``run``, within the state that accelerate keeps for all runs of a process."""
     settings = settled(settings)
     check_settings(settings)
     check_replaceable(job.out)

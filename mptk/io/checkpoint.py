@@ -11,7 +11,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ _PLAIN_ROPE = {"rope_theta": ("rope_theta",)}
 _LOADING_STATE = ("is_local", "local_files_only")
 
 
-def portable_config(config: PreTrainedConfig) -> dict[str, Any]:
+def portable_config(config: PreTrainedConfig) -> dict[str, object]:
     """What to write as ``config.json``: ``config`` with its rotary settings in the spelling of transformers 4 too.
 
     Beside ``rope_parameters``, at the top level: ``rope_theta``; ``rope_scaling`` where the type is not the
@@ -71,9 +71,9 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
         save_tokenizer(tokenizer, folder)
 
 
-def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+def portable(config: Mapping[str, object]) -> dict[str, object]:
     """As :func:`portable_config`, from and to the content of a ``config.json``."""
-    written = {key: portable(value) if _is_config(key, value) else value for key, value in config.items()}
+    written = {key: portable(value) if _is_config(value, key) else value for key, value in config.items()}
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return written
@@ -89,11 +89,11 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     return written | legacy
 
 
-def _is_config(key: str, value: Any) -> bool:
+def _is_config(value: object, key: str) -> TypeGuard[Mapping[str, object]]:
     return key.endswith("_config") and isinstance(value, Mapping)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json_text(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

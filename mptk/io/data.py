@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -236,15 +237,17 @@ def _hub_documents(data: str, split: str | None) -> Iterator[str]:
     yield from _rows(dataset, data)
 
 
-def _rows(dataset: Iterable[dict[str, Any]], source: str) -> Iterator[str]:
+def _rows(dataset: Iterable[Mapping[str, object]], source: str) -> Iterator[str]:
     column: str | None = None
     for row in dataset:
         column = column or _text_column(row, source)
-        if row[column] is not None:
-            yield row[column]
+        text = row[column]
+        if text is not None:
+            assert isinstance(text, str), "a column of a dataset has one type"
+            yield text
 
 
-def _text_column(row: dict[str, Any], source: str) -> str:
+def _text_column(row: Mapping[str, object], source: str) -> str:
     strings = [name for name, value in row.items() if isinstance(value, str)]
     if "text" in strings:
         return "text"
@@ -299,7 +302,7 @@ def _starts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, rows: int, generator: torch.Generator
 ) -> Tensor:
     """The first token of each row, [rows, 1]."""
-    owners: Sequence[Any] = (tokenizer, model.config)
+    owners: Sequence[object] = (tokenizer, model.config)
     known = [getattr(owner, name, None) for name in ("bos_token_id", "eos_token_id") for owner in owners]
     first = next((token for token in known if isinstance(token, int)), None)
     if first is not None:
@@ -314,7 +317,7 @@ def _sample(model: PreTrainedModel, start: Tensor, length: int, counter: _Counte
     settings = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1)
     settings.pad_token_id = 0  # Said only to keep transformers from warning: no row ends early.
     start = start.to(model.device)
-    writer: Any = model  # PreTrainedModel itself does not declare what generation needs.
+    writer = cast("GenerationMixin", model)  # PreTrainedModel itself does not declare what generation needs.
     own, writer.generation_config = writer.generation_config, settings
     try:
         tokens: Tensor = writer.generate(

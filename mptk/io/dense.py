@@ -9,6 +9,7 @@ from mptk.errors import MptkError
 from mptk.files import json_text
 from mptk.io import models
 from mptk.io.manifest import file_sha256
+from mptk.io.packaged import ALIASES
 
 _PARTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
 
@@ -27,7 +28,7 @@ def fingerprint(model: str, *, local: bool = False) -> str:
 def absolute(model: str) -> str:
     """A local model's absolute path; an alias or a hub's id as it is."""
     path = Path(model).expanduser()
-    return str(path.resolve()) if model not in models.ALIASES and path.exists() else model
+    return str(path.resolve()) if model not in ALIASES and path.exists() else model
 
 
 def load_dense(said: str, expected: str, model: str | None, trust: bool) -> models.Loaded:

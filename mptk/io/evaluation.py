@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from mptk.errors import MptkError
 from mptk.io import models
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 LogitsFn = Callable[[Tensor], Tensor]
 """Token ids, int64 [B, T] → logits [B, T, V]: a torch module, a graph and an ONNX Runtime session alike."""
@@ -112,9 +115,9 @@ def perplexities(
     *,
     data: str,
     progress: Callable[[str, int, int], None],
-) -> dict[str, Any]:
+) -> dict[str, float | str]:
     """The perplexity of each of ``runs`` by name, to 4 digits, and their ``protocol``."""
-    result: dict[str, Any] = {}
+    result: dict[str, float | str] = {}
     for name, run in runs.items():
         say = partial(progress, f"perplexity ({name})")
         measured = perplexity(run, windows, data=data, progress=say)
@@ -157,7 +160,7 @@ def zero_shot(
     if loaded.tokenizer is None:
         raise MptkError(f"{loaded.source} has no tokenizer, which tasks need; add its tokenizer files")
     manager = _task_manager(tasks, include_path)
-    report: dict[str, Any] = lm_eval.simple_evaluate(
+    report = lm_eval.simple_evaluate(
         model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size),
         tasks=list(tasks),
         task_manager=manager,
@@ -169,7 +172,7 @@ def zero_shot(
     }
 
 
-def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
+def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> TaskManager:
     """Where lm-eval finds ``tasks``. Its own thousands of task files are read only where ``include_path`` lacks one."""
     from lm_eval.tasks import TaskManager
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from mptk.errors import MptkError
 from mptk.files import json_text, write_text
@@ -48,10 +47,9 @@ def update_manifest(folder: Path, name: str) -> None:
 
 def read_manifest(folder: Path) -> dict[str, str]:
     """Path → sha256 of every file. Raises MptkError if the folder has no manifest, or a damaged one."""
-    content = is_ours(folder)
-    if not content or not isinstance(content.get("files"), dict):
+    files = is_ours(folder).get("files")
+    if not isinstance(files, dict):
         raise MptkError(f"{folder} has no {MARKER} that lists its files; write the folder again with this mptk")
-    files: dict[str, str] = content["files"]
     return files
 
 
@@ -66,10 +64,10 @@ def check_manifest(folder: Path) -> None:
             raise MptkError(f"{name} in {folder} was changed since it was published; do not use it, write it again")
 
 
-def is_ours(folder: Path) -> dict[str, Any]:
+def is_ours(folder: Path) -> dict[str, object]:
     """The content of a folder's ``mptk.json``; empty if there is none, or it is of another format."""
     try:
-        content: dict[str, Any] = json.loads((folder / MARKER).read_text())
+        content: dict[str, object] = json.loads((folder / MARKER).read_text())
         return content if content["format"] == FORMAT else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

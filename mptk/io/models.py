@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,26 +19,10 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mptk.compat.transformers import dequantize_gguf, forget_source, model_classes
 from mptk.errors import MptkError
 from mptk.io.checkpoint import save_checkpoint
-from mptk.io.packaged import ALIASES, Packaged, Wheel, build_once, cache_dir, cached, fetch
-
-__all__ = [
-    "ALIASES",
-    "Loaded",
-    "Packaged",
-    "Wheel",
-    "cache_dir",
-    "cached",
-    "config_in",
-    "fetch",
-    "load",
-    "load_config",
-    "load_tokenizer",
-    "locate",
-    "model_classes",
-    "skeleton",
-]
+from mptk.io.packaged import ALIASES, build_once, cache_dir, cached, fetch
 
 _CONVERSION = 1  # Raise it when a conversion of the same GGUF file would now be written differently.
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -74,7 +57,7 @@ def load(
 ) -> Loaded:
     """Load weights and tokenizer on the CPU, in ``dtype``, in evaluation mode.
 
-    ``model`` is, in this order: a packaged alias (:data:`ALIASES`; write ``./NAME`` for a folder of that name), a
+    ``model`` is, in this order: a packaged alias (``packaged.ALIASES``; write ``./NAME`` for a folder of that name), a
     ``.gguf`` file, a local checkpoint folder, a hub id. The class is the one that the checkpoint's
     ``architectures`` name; where they name none, causal LM if the config has one. ``tokenizer`` is None where the
     checkpoint has none.
@@ -100,7 +83,9 @@ def skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust_remote_cod
     """
     config = load_config(model, trust_remote_code=trust_remote_code)
     with _explained(model), torch.device("meta"):
-        module = _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        module = getattr(transformers, _auto_class(config)).from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     made: PreTrainedModel = module.eval()
     return made
 
@@ -200,12 +185,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     with _explained(str(gguf)):
         config = _gguf_config(gguf)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, config=config)
-    # Where transformers can compute on GGUF blocks, it has to be told not to keep them.
-    dequantise = getattr(transformers, "GgufConfig", None)
-    options = {"quantization_config": dequantise(dequantize=True)} if dequantise else {}
-    module = _from_pretrained(
-        gguf.parent, str(gguf), gguf_file=gguf.name, config=config, dtype=torch.float32, **options
-    )
+    options = {"gguf_file": gguf.name, **dequantize_gguf()}
+    module = _from_pretrained(gguf.parent, str(gguf), config=config, dtype=torch.float32, **options)
     if isinstance(length := getattr(config, "max_position_embeddings", None), int):
         tokenizer.model_max_length = length
     save_checkpoint(module, tokenizer, folder)
@@ -217,17 +198,17 @@ def _gguf_config(gguf: Path) -> PreTrainedConfig:
     GGUF holds them in float32: a norm's epsilon of 1e-05 comes back as 9.999999747378752e-06.
     """
     config: PreTrainedConfig = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    vars(config).pop("_model_name_or_path", None)
+    forget_source(config)
     for name, value in vars(config).items():
         if isinstance(value, float):
             setattr(config, name, float(str(np.float32(value))))
     return config
 
 
-def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **options: object) -> PreTrainedModel:
     """The model in ``folder``, in evaluation mode, with every parameter from the checkpoint."""
     with _explained(model):
-        module, report = _auto_class(config).from_pretrained(
+        module, report = getattr(transformers, _auto_class(config)).from_pretrained(
             folder, config=config, use_safetensors=True, output_loading_info=True, **options
         )
     if missing := sorted(report["missing_keys"]):
@@ -239,24 +220,23 @@ def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **op
     return loaded
 
 
-def _auto_class(config: PreTrainedConfig) -> Any:
-    """The auto class for ``config``: of those that take it, the first whose class the checkpoint was saved from."""
+def _auto_class(config: PreTrainedConfig) -> str:
+    """Name of the auto class for ``config``: of those that take it, the first whose class the checkpoint is of."""
     code: dict[str, str] = getattr(config, "auto_map", None) or {}
     fitting = {name: _class_names(name, config, code) for name in _auto_names()}
     taken = [name for name, classes in fitting.items() if classes]
     if not taken:
         raise MptkError(f"transformers has no model class for {type(config).__name__}; trust its own code or update")
     saved = set(config.architectures or ())
-    return getattr(transformers, next((name for name in taken if fitting[name] & saved), taken[0]))
+    return next((name for name in taken if fitting[name] & saved), taken[0])
 
 
-def model_classes(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
+def classes_of(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
     """The classes that transformers has for ``config``; none for a model that brings its own."""
     auto = _auto_class(config)
-    if auto.__name__ in (getattr(config, "auto_map", None) or {}):
+    if auto in (getattr(config, "auto_map", None) or {}):
         return set()
-    found = auto._model_mapping.get(type(config), ())
-    return set(found if isinstance(found, tuple) else (found,))
+    return set(model_classes(auto, config))
 
 
 def _auto_names() -> list[str]:
@@ -266,8 +246,7 @@ def _auto_names() -> list[str]:
 
 def _class_names(auto: str, config: PreTrainedConfig, code: dict[str, str]) -> set[str]:
     """Names of the classes that the auto class makes of ``config``: transformers' and the model's own."""
-    stock = getattr(transformers, auto)._model_mapping.get(type(config), ())
-    names = {known.__name__ for known in (stock if isinstance(stock, tuple) else (stock,))}
+    names = {known.__name__ for known in model_classes(auto, config)}
     return names | {code[auto].rsplit(".", 1)[-1]} if auto in code else names
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import fx
 
+from mptk.compat.torch import schema
+
 
 def op_name(node: fx.Node) -> str:
     """``aten.add.Tensor`` for a call of it; a Python function's module and name otherwise."""
@@ -36,8 +38,8 @@ def named_argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """An argument of an ATen call by its name in the op's schema, wherever it was given."""
     if name in node.kwargs:
         return node.kwargs[name]
-    schema = getattr(node.target, "_schema", None)
-    names = [a.name for a in schema.arguments] if schema is not None else []
+    signature = schema(node.target)
+    names = [a.name for a in signature.arguments] if signature is not None else []
     return node.args[names.index(name)] if name in names and names.index(name) < len(node.args) else default
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mptk.errors import MptkError
-from mptk.files import json_text
+from mptk.files import json_text, write_file
 
 FORMAT = "mptk-plan/1"
 Keep = tuple[tuple[int, ...], ...]
@@ -58,10 +58,8 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON (schema: ``docs/plan.md``), atomically."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json_text(self.to_json(), indent=1) + "\n")
-        temporary.replace(path)
+        text = json_text(self.to_json(), indent=1) + "\n"
+        write_file(Path(path), lambda file: file.write_text(text, encoding="utf-8"))
 
     @staticmethod
     def load(path: str | Path) -> Plan:

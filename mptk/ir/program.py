@@ -9,11 +9,11 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.nn import Parameter
-from torch.utils._pytree import tree_map
+
+from mptk.compat.torch import FakeTensor, build_exported, tree_map
 
 
 @dataclass(frozen=True)
@@ -95,21 +95,18 @@ class Program:
         """An ``ExportedProgram`` of this graph and these weights: for ``torch.onnx.export``, ``torch.export.save``."""
         parameters = {s.target for s in self.signature.input_specs if s.kind is InputKind.PARAMETER}
         state = {n: _parameter(t) if n in parameters else t for n, t in self.state_dict().items()}
-        constants: dict[str, Any] = {
+        constants = {
             s.target: self.state[s.target]
             for s in self.signature.input_specs
             if s.target is not None and s.target not in state
         }
-        return ExportedProgram(
-            root=self.graph,
-            graph=self.graph.graph,
-            graph_signature=self.signature,
-            state_dict=state,
-            range_constraints=self.exported.range_constraints,
-            module_call_graph=self.exported.module_call_graph,
-            example_inputs=self._example_inputs(),
+        return build_exported(
+            self.exported,
+            self.graph,
+            self.signature,
+            state=state,
             constants=constants,
-            verifiers=[self.exported.verifier],
+            example_inputs=self._example_inputs(),
         )
 
     def _example_inputs(self) -> Any:

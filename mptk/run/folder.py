@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.files import json_text
+from mptk.files import json_text, write_file, write_text
 from mptk.run.processes import processes
 
 KEPT = 2
@@ -46,16 +46,13 @@ class RunFolder:
                 changed = [k for k, v in json.loads(file.read_text()).items() if settings.get(k) != v]
                 raise MptkError(f"{self.path} was started with other settings ({', '.join(changed)}); give the same")
         else:
-            self.path.mkdir(parents=True, exist_ok=True)
-            _write(file, described)
+            write_text(file, described)
         state.wait_for_everyone()
 
     def save(self, name: str, tensors: Mapping[str, Tensor], **metadata: str) -> None:
-        """Write ``NAME.safetensors`` by way of a temporary name."""
-        path = self.path / f"{name}.safetensors"
-        temporary = path.with_suffix(".tmp")
-        save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, temporary, metadata=metadata)
-        temporary.replace(path)
+        """Write ``NAME.safetensors``, whole or not at all."""
+        whole = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+        write_file(self.path / f"{name}.safetensors", lambda file: save_file(whole, file, metadata=metadata))
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
         """What ``save`` wrote under that name, or None."""
@@ -88,7 +85,7 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if path.is_file():
             rows = [line for line in path.read_text().splitlines() if _earlier(line, phase, step)]
-            _write(path, "".join(row + "\n" for row in rows))
+            write_text(path, "".join(row + "\n" for row in rows))
 
     def finish(self, folder: Path) -> None:
         """Copy metrics and a tracker's files to ``folder``."""
@@ -111,9 +108,3 @@ def _earlier(line: str, phase: str, step: int) -> bool:
     except json.JSONDecodeError:  # the run was stopped while it wrote
         return False
     return bool(row["phase"] != phase or row["step"] <= step)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
-from accelerate.state import AcceleratorState
 from accelerate.utils import fsdp2_prepare_model, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -33,6 +32,8 @@ def processes() -> PartialState:
 def accelerator(precision: str, **options: Any) -> Accelerator:
     """An Accelerator for the processes as they were launched, with FSDP2 if they were launched for it.
 
+    Runs of one process with different precisions each need ``compat.accelerate.own_state`` around them.
+
     Raises:
         MptkError: they were launched for FSDP's first version.
     """
@@ -41,7 +42,6 @@ def accelerator(precision: str, **options: Any) -> Accelerator:
     plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False) if wanted else None
     if plugin is not None and plugin.fsdp_version != 2:
         raise MptkError("FSDP's first version flattens the weights that masks go into; add --fsdp_version 2")
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     result = Accelerator(mixed_precision=precision, fsdp_plugin=plugin, **options)
     if plugin is not None:  # accelerate does this itself, but not on CPUs, and once in a process
         processes().distributed_type = result.state.distributed_type = DistributedType.FSDP

@@ -89,7 +89,7 @@ class Bench:
     peaks: Mapping[int, Peaks]
     rows: Sequence[Row]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """As data; ``from_json`` reads it."""
         return asdict(self)
 

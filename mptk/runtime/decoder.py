@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 import torch
-from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
 from torch import Tensor
 
+from mptk.compat.onnxruntime import run_on_values
 from mptk.errors import MptkError
 
 FILE = "model.onnx"
 Ids = npt.NDArray[np.int64]
 LogitsArray = npt.NDArray[np.float32]
-CPU = ort.OrtDevice.make("cpu", 0)._get_c_device()
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
 
@@ -141,7 +139,7 @@ class OrtDecoder:
         }
         return {**values, **cache.values}
 
-    def binding(self, ids: Ids, mask: Ids, cache: Cache) -> Any:
+    def binding(self, ids: Ids, mask: Ids, cache: Cache) -> ort.IOBinding:
         """``feeds`` and the outputs bound for one step that is run again and again, the results in place.
 
         For steps that differ, binding each of the cache's tensors anew takes longer than giving them as a vector.
@@ -158,11 +156,5 @@ class OrtDecoder:
             raise ValueError(f"token ids {ids.shape}, mask {mask.shape} and a cache for {len(cache.mask)} do not fit")
         mask = np.concatenate([cache.mask, mask], axis=1)
         feeds = self.feeds(ids, mask, cache)
-        given, made = OrtValueVector(), OrtValueVector()
-        for value in feeds.values():
-            given.push_back(value._get_c_value())
-        devices = [CPU] * len(self.outputs)
-        # run_with_ort_values, which takes a dict, is 0.2 ms slower where a cache has 60 tensors.
-        self.session.run_with_ortvaluevector(ort.RunOptions(), list(feeds), given, self.outputs, made, devices)
-        logits, *present = map(ort.OrtValue, made)
+        logits, *present = run_on_values(self.session, feeds, self.outputs)
         return logits.numpy(), Cache(dict(zip(self.past, present, strict=True)), mask)

@@ -6,11 +6,10 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
 from mptk.io import models
@@ -124,7 +123,8 @@ class TextGenerator:
         if not self.tokenizer.chat_template:
             raise MptkError("the tokenizer has no chat template; leave out --chat")
         message = [{"role": "user", "content": text}]
-        found: Any = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+        found = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+        assert isinstance(found, BatchEncoding)
         return list(found["input_ids"])
 
     def stream(
@@ -149,7 +149,7 @@ class TextGenerator:
 
 def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """End tokens by the folder's generation config, else by its tokenizer."""
-    found: Any = None
+    found: int | list[int] | None = None
     if (folder / "generation_config.json").is_file():
         found = GenerationConfig.from_pretrained(str(folder)).eos_token_id
     found = tokenizer.eos_token_id if found is None else found

@@ -28,7 +28,7 @@ def load_task(model: str, *, trust_remote_code: bool = False) -> tuple[Loaded, T
         MptkError: as ``models.load``; or no task takes it, which is said before weights are read.
     """
     config = models.load_config(model, trust_remote_code=trust_remote_code)
-    task = _find(model, config, models.model_classes(config))
+    task = _find(model, config, models.classes_of(config))
     loaded = models.load(model, trust_remote_code=trust_remote_code)
     return loaded, task.bind(loaded)
 
@@ -58,7 +58,7 @@ def load_decoder(model: str, *, trust_remote_code: bool = False) -> Loaded:
         MptkError: as ``models.load``; or it is of another kind, which is said before weights are read.
     """
     config = models.load_config(model, trust_remote_code=trust_remote_code)
-    reason = CAUSAL_LM.refusal(config, models.model_classes(config))
+    reason = CAUSAL_LM.refusal(config, models.classes_of(config))
     if reason is not None:
         raise MptkError(
             f"{model} is no decoder: {reason}; `mptk analyze` shows what can be cut in it, and mptk.rewrite cuts it in "

@@ -14,6 +14,7 @@ from typing import Any
 import networkx as nx
 from torch import fx
 
+from mptk.compat.torch import schema
 from mptk.ir.ops import base_name
 
 Memory = Mapping[fx.Node, Sequence[fx.Node]]
@@ -58,8 +59,8 @@ def _at(node: fx.Node, positions: Sequence[int]) -> list[fx.Node]:
 @functools.cache
 def _positions(target: Any, *, writes: bool) -> tuple[int, ...]:
     """Positions of the arguments that the op's schema says are written to, or else shared with the result at all."""
-    schema = getattr(target, "_schema", None)
-    infos = [a.alias_info for a in schema.arguments] if schema is not None else []
+    signature = schema(target)
+    infos = [a.alias_info for a in signature.arguments] if signature is not None else []
     return tuple(i for i, info in enumerate(infos) if info is not None and (info.is_write or not writes))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.export.graph_signature import InputKind, OutputKind
 
+from mptk.compat.torch import size_hint
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, Term, add_role, axis, freeze, leaves, unify
 from mptk.ir.families import Contraction
@@ -310,7 +311,7 @@ def shape_of(value: Tensor) -> tuple[int, ...]:
 def example_size(size: Any) -> int:
     if not isinstance(size, torch.SymInt):
         return int(size)
-    hint = size.node.hint
+    hint = size_hint(size)
     if hint is None:
         raise MptkError(f"a size depends on data ({size}), so axes cannot be followed; use a traceable implementation")
     return int(hint)

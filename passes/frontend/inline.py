@@ -15,7 +15,8 @@ Regions whose values decide what is computed (``cond``, ``while_loop``) are left
 from __future__ import annotations
 
 import operator
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, fx
@@ -26,7 +27,7 @@ from mptk.ir.source_location import SourceLocation
 
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 GRADIENTS = torch.ops.higher_order.wrap_with_set_grad_enabled
-REGION_ARGUMENT: dict[Any, int] = {AUTOCAST: 4, GRADIENTS: 1}
+REGION_ARGUMENT: dict[object, int] = {AUTOCAST: 4, GRADIENTS: 1}
 """Where each call takes the region's graph; what comes after it goes into the graph's placeholders."""
 
 
@@ -59,30 +60,34 @@ def _inline(module: fx.GraphModule, casts: frozenset[str]) -> dict[str, str]:
 def _inline_call(module: fx.GraphModule, node: fx.Node, casts: frozenset[str]) -> dict[str, str]:
     """Put the calls of ``node``'s region before it. Returns its results' names: old → new."""
     position = REGION_ARGUMENT[node.target]
-    source: Any = node.args[position]
-    region = module.get_submodule(source.target)
+    source = node.args[position]
+    assert isinstance(source, fx.Node)
+    place = str(source.target)
+    region = module.get_submodule(place)
     assert isinstance(region, fx.GraphModule)
     if node.target is AUTOCAST:
-        device, _, enabled = cast("tuple[str, Any, bool]", node.args[:3])
+        device, _, enabled = cast("tuple[str, object, bool]", node.args[:3])
         casts = casts | {device} if enabled else casts - {device}
     _inline(region, casts)
     for nested in region.graph.find_nodes(op="get_attr"):
-        name = f"{source.target}_{nested.target}"
+        name = f"{place}_{nested.target}"
         module.add_module(name, region.get_submodule(nested.target))
         nested.target = name
     placeholders = region.graph.find_nodes(op="placeholder")
     values = dict(zip(placeholders, node.args[position + 1 :], strict=True))
     with module.graph.inserting_before(node):
-        results: Any = module.graph.graph_copy(region.graph, values)
+        results = cast("Sequence[fx.Node]", module.graph.graph_copy(region.graph, values))
     renamed = {}
     for user in list(node.users):
-        result = results[user.args[1]]
+        index = user.args[1]
+        assert isinstance(index, int)
+        result = results[index]
         user.replace_all_uses_with(result)
         renamed[user.name] = result.name
         module.graph.erase_node(user)
     module.graph.erase_node(node)
     module.graph.erase_node(source)
-    module.delete_submodule(source.target)
+    module.delete_submodule(place)
     return renamed
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_leaves
+from torch.export.graph_signature import ExportGraphSignature
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from mptk.compat.torch import FakeTensorMode, tree_leaves
 from mptk.errors import MptkError
 from mptk.ir.program import Program
 from passes.frontend.inline import inline
@@ -35,9 +35,9 @@ class Flat(nn.Module):
         accepted = inspect.signature(module.forward).parameters
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
         caches = hasattr(module, "config") and ("use_cache" in accepted or takes_any)
-        self.keywords: dict[str, Any] = {"use_cache": False} if caches else {}
+        self.keywords: dict[str, bool] = {"use_cache": False} if caches else {}
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         output = self.module(*inputs, **self.keywords)
         if isinstance(self.module, PreTrainedModel) or isinstance(output, ModelOutput):
             return output if isinstance(output, Tensor) else output[0]
@@ -66,17 +66,18 @@ def trace(module: nn.Module, example_inputs: Sequence[Tensor] | None = None, *, 
     return export_program(Flat(module), tuple(example_inputs), dynamic=dynamic)
 
 
-def export_program(wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: Any = False) -> Program:
+def export_program(
+    wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: bool | dict[str, object] = False
+) -> Program:
     """Export ``wrapper(*inputs)``; ``wrapper.module`` is the user's module and gives the weights their names.
 
     ``dynamic`` is False, True (every dimension of every input ``Dim.AUTO``) or the ``dynamic_shapes`` of torch.export.
     """
-    shapes = dynamic
-    if isinstance(dynamic, bool):
-        shapes = {"inputs": tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in inputs)} if dynamic else None
+    if dynamic is True:
+        dynamic = {"inputs": tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in inputs)}
     try:
         with evaluating(wrapper), _fake_weights(wrapper, inputs) as fake_inputs, torch.no_grad():
-            exported = torch.export.export(wrapper, fake_inputs, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(wrapper, fake_inputs, dynamic_shapes=dynamic or None, strict=False)
     except MptkError:
         raise
     except Exception as error:
@@ -101,7 +102,7 @@ def evaluating(wrapper: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _fake_weights(wrapper: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+def _fake_weights(wrapper: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
     """If the weights are on meta, lend the module fake CPU weights for the time of the export.
 
     Pure meta tensors would lose the values of index constants that the forward makes; fake tensors keep them and
@@ -136,8 +137,7 @@ def _fake_weights(wrapper: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
 def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
     *path, leaf = name.split(".")
     owner = module.get_submodule(".".join(path))
-    table: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
-    table[leaf] = tensor
+    setattr(owner, leaf, tensor)
 
 
 def program_from_exported(exported: ExportedProgram, wrapper: nn.Module) -> Program:
@@ -160,13 +160,13 @@ def program_from_exported(exported: ExportedProgram, wrapper: nn.Module) -> Prog
         owner = first.setdefault(id(named[name]), name)
         if owner != name:
             aliases[_public(name)] = _public(owner)
-    state: dict[str, Tensor] = {}
-    for spec in specs:
-        assert spec.target is not None
-        tensor, spec.target = weights[spec.target], _public(spec.target)
-        if spec.target not in aliases:
-            state[spec.target] = tensor
-    return Program(graph, exported.graph_signature, state, aliases, exported)
+    state = {_public(spec.target): weights[spec.target] for spec in specs if _public(spec.target) not in aliases}
+    return Program(graph, _public_signature(exported.graph_signature), state, aliases, exported)
+
+
+def _public_signature(signature: ExportGraphSignature) -> ExportGraphSignature:
+    renamed = [s if s.target is None else replace(s, target=_public(s.target)) for s in signature.input_specs]
+    return replace(signature, input_specs=renamed)
 
 
 def _opens_vmap(node: fx.Node) -> bool:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, fx, nn
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from mptk.compat.torch import FakeTensorMode, check
 from mptk.errors import MptkError
 from mptk.ir.program import Program
 from passes.frontend.trace import evaluating, export_program
@@ -22,6 +22,9 @@ BATCH, SEQUENCE, PAST = 2, 11, 23
 """Example sizes: distinct, and neither they nor PAST + SEQUENCE = 34 are likely to be a size in a config."""
 
 ONLY = "a decoder can be traced only if every layer caches its keys and values"
+
+PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Layers of a cache that hold keys and values alone. Their subclasses may hold more."""
 
 LogitsScope = Literal["all", "last"]
 
@@ -54,7 +57,7 @@ class DecoderStep(nn.Module):
         accepted = inspect.signature(module.forward).parameters
         self.cache_argument = "cache" if "cache" in accepted else "past_key_values"
         self.first_position = 0 if "position_ids" in accepted else None
-        self.keywords: dict[str, Any] = {"use_cache": True}
+        self.keywords: dict[str, int] = {"use_cache": True}
         if logits == "last" and "logits_to_keep" in accepted:
             self.keywords["logits_to_keep"] = 1
         self.slice_last = logits == "last" and "logits_to_keep" not in accepted
@@ -62,7 +65,7 @@ class DecoderStep(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         input_ids, attention_mask, position_ids, *past = inputs
-        torch._check(attention_mask.shape[1] == past[0].shape[2] + input_ids.shape[1])
+        check(attention_mask.shape[1] == past[0].shape[2] + input_ids.shape[1])
         cache = filled_cache(past)
         keywords = {**self.keywords, "attention_mask": attention_mask, self.cache_argument: cache}
         if self.first_position is not None:
@@ -127,7 +130,7 @@ def _export_step(step: DecoderStep, inputs: tuple[Tensor, ...]) -> Program:
         return export_program(step, inputs, dynamic=_dynamic(inputs, longest - 2))
 
 
-def _dynamic(inputs: tuple[Tensor, ...], longest: int | None = None) -> dict[str, Any]:
+def _dynamic(inputs: tuple[Tensor, ...], longest: int | None = None) -> dict[str, object]:
     """``dynamic_shapes`` of the inputs. ``longest``: of new tokens and of past ones; at least 2 of the other."""
     batch, sequence, past = (
         Dim("batch_size"),
@@ -181,8 +184,8 @@ class FilledCache(nn.Module):
         return tuple(tensor for index, layer in enumerate(cache.layers) for tensor in _keys_values(index, layer))
 
 
-def _keys_values(index: int, layer: Any) -> tuple[Tensor, Tensor]:
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None or layer.values is None:
+def _keys_values(index: int, layer: object) -> tuple[Tensor, Tensor]:
+    if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None or type(layer) not in PLAIN:
         raise MptkError(f"layer {index} caches more or less than keys and values; {ONLY}")
     return layer.keys, layer.values
 
@@ -207,7 +210,8 @@ def _fake_cache(filled: FilledCache) -> tuple[Tensor, ...]:
             weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in named}
             cache: tuple[Tensor, ...] = torch.func.functional_call(filled, weights, (input_ids.clone(),))
     except RuntimeError:  # a kernel without a fake version; in an export, which takes longer, models avoid those
-        outputs: Any = export_program(filled, (input_ids,)).graph.graph.output_node().args[0]
+        program = export_program(filled, (input_ids,))
+        outputs = cast("Sequence[fx.Node]", program.graph.graph.output_node().args[0])
         cache = tuple(node.meta["val"] for node in outputs)
     except MptkError:
         raise

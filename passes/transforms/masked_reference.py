@@ -155,7 +155,8 @@ def masked_batch_norm(keep: Keep, x: Tensor, weight: Tensor | None, bias: Tensor
 
 def masked_weight_norm(keep: Keep, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """A weight of which each row has the norm ``g``; removed rows, which have no direction, come out as 0."""
-    return torch._weight_norm(v, g, dim).masked_fill(~torch.tensor(keep, device=v.device), 0)
+    weight: Tensor = torch.ops.aten._weight_norm.default(v, g, dim)
+    return weight.masked_fill(~torch.tensor(keep, device=v.device), 0)
 
 
 def masked_moments(keep: Keep, x: Tensor, dim: list[int], correction: float, keepdim: bool) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mptk.compat.torch import FakeTensorMode, enable_python_dispatcher
 from mptk.errors import ProofError
 from mptk.ir.axes import Term, resolve
 from mptk.ir.families import Analysis

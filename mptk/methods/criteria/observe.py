@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mptk.compat.torch import schema
 from mptk.errors import MptkError
 from mptk.ir.axes import Term, leaves, resolve
 from mptk.ir.families import Analysis
@@ -131,8 +132,8 @@ def _shared(
 
 def named_argument(node: fx.Node, name: str) -> Any:
     """The argument that the op's schema calls ``name``; None if it has none of the name or it is not given."""
-    schema = getattr(node.target, "_schema", None)
-    for position, argument in enumerate(schema.arguments if schema is not None else ()):
+    signature = schema(node.target)
+    for position, argument in enumerate(signature.arguments if signature is not None else ()):
         if argument.name == name:
             return node.args[position] if position < len(node.args) else node.kwargs.get(name)
     return None

@@ -5,8 +5,6 @@ And gradient checkpointing of the adapted model's blocks.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -35,22 +33,6 @@ def adapt(model: PreTrainedModel, rank: int, seed: int) -> PeftModel:
 def original(model: PeftModel) -> Any:
     """The module that was wrapped: its submodules have the names they had."""
     return model.base_model.model
-
-
-@contextlib.contextmanager
-def silenced(model: PeftModel) -> Iterator[None]:
-    """Within it the model computes without its adapters.
-
-    peft's own ``disable_adapter`` first looks up the state of every module, which takes ten times as long.
-    """
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 @torch.no_grad()

@@ -16,11 +16,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mptk.compat.peft import adapters_off
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.criteria import Scores, gather, score_evidence, select
-from mptk.methods.maskprune.adapters import adapt, merged, original, recompute, silenced
+from mptk.methods.maskprune.adapters import adapt, merged, original, recompute
 from mptk.methods.maskprune.losses import language_model
 from mptk.methods.maskprune.solver import Solver
 from mptk.methods.maskprune.teacher import CachedTeacher, LiveTeacher, fingerprint
@@ -149,7 +150,7 @@ class Learner:
         repeated = calibration.repeat(-(-together // len(calibration)), 1)
         parts = repeated[: len(repeated) // together * together].split(together)
         for done, part in enumerate(parts, 1):
-            with silenced(student):
+            with adapters_off(student):
                 ids = part.chunk(a.num_processes)[a.process_index].to(a.device)
                 language_model(student(input_ids=ids, use_cache=False).logits, ids).backward()
             self._average(solver)
@@ -265,7 +266,7 @@ def _shape(analysis: Analysis, name: str) -> tuple[int, int, int]:
 
 def _dense(student: Any, masks: InsertedMasks, ids: Tensor, **options: Any) -> Any:
     """The dense model inside the student: the same weights, with masks and adapters off."""
-    with masks.disabled(), silenced(student):
+    with masks.disabled(), adapters_off(student):
         return student(input_ids=ids, use_cache=False, **options)
 
 

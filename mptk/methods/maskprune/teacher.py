@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mptk.files import write_file
 from mptk.methods.maskprune.losses import TopLogits, shorten
 
 Output = Any
@@ -69,9 +70,7 @@ class CachedTeacher:
         for file, rows in ((f, r) for f, r in zip(files, logits, strict=True) if not f.is_file()):
             top = shorten(rows, self.k)
             half = {"tokens": top.tokens.int(), "logs": top.logs.half(), "rest": top.rest.half()}
-            temporary = file.with_suffix(f".{os.getpid()}.tmp")
-            save_file({name: t.contiguous().cpu() for name, t in half.items()}, temporary)
-            temporary.replace(file)
+            write_file(file, partial(save_file, {name: t.contiguous().cpu() for name, t in half.items()}))
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -6,9 +6,6 @@ ecosystem (optimum, onnxruntime-genai), see :func:`input_names` and :func:`outpu
 
 from __future__ import annotations
 
-import os
-import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +19,9 @@ from onnxscript.rewriter import onnx_fusions
 from onnxscript.rewriter.rules import common as rules
 from torch.export import ExportedProgram
 
+from mptk.compat.torch import quiet_exporter
 from mptk.errors import MptkError
+from mptk.files import write_together
 from mptk.ir.program import Program
 from passes.targets.onnx.fold_kv import FoldKVPass
 from passes.targets.onnx.group_queries import GroupQueriesPass
@@ -81,12 +80,9 @@ def emit_onnx(
     _name(model, layers)
     model.metadata_props.update(metadata or {})
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as temporary:
-        path = Path(temporary) / FILE
-        ir.save(model, path, external_data=DATA)
-        onnx.checker.check_model(path, full_check=True)
-        for name in (DATA, FILE):
-            os.replace(path.with_name(name), folder / name)
+    with write_together(folder, DATA, FILE) as temporary:
+        ir.save(model, temporary / FILE, external_data=DATA)
+        onnx.checker.check_model(temporary / FILE, full_check=True)
     return folder / FILE
 
 
@@ -107,8 +103,7 @@ def translate(program: Program) -> ir.Model:
 
 
 def _exported(program: ExportedProgram) -> ir.Model:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_exporter():
         exported = torch.onnx.export(
             program,
             dynamo=True,

@@ -28,6 +28,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
 
+from mptk.compat.torch import OpOverload, schema, size_expression, undecomposed
 from mptk.ir.program import Program
 from passes.targets.onnx.lower_complex import lower_complex
 
@@ -63,17 +64,10 @@ RENAMED: dict[Any, Callable[..., Any]] = {
 }
 
 
-class _Lowered(ExportedProgram):
-    """Already in the exporter's terms: there is nothing left to decompose."""
-
-    def run_decompositions(self, *_: Any, **__: Any) -> ExportedProgram:
-        return self
-
-
 def lower_onnx(program: Program) -> ExportedProgram:
     """The program for ``torch.onnx.export``, lowered as the module's docstring says. ``program`` is not changed."""
     module = program.copy_graph()
-    nodes = [node for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    nodes = [node for node in module.graph.nodes if isinstance(node.target, OpOverload)]
     if not all(_functional(node) for node in nodes):
         return _real(program).to_exported()
     for node in nodes:
@@ -81,18 +75,7 @@ def lower_onnx(program: Program) -> ExportedProgram:
     lower_complex(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
-    exported = replace(program, graph=module, signature=_signature(program, module)).to_exported()
-    return _Lowered(
-        root=exported.graph_module,
-        graph=exported.graph,
-        graph_signature=exported.graph_signature,
-        state_dict=exported.state_dict,
-        range_constraints=exported.range_constraints,
-        module_call_graph=exported.module_call_graph,
-        example_inputs=exported.example_inputs,
-        constants=exported.constants,
-        verifiers=list(exported.verifiers),
-    )
+    return undecomposed(replace(program, graph=module, signature=_signature(program, module)).to_exported())
 
 
 def _real(program: Program) -> Program:
@@ -118,8 +101,10 @@ def _signature(program: Program, module: fx.GraphModule) -> ExportGraphSignature
 
 def _functional(node: fx.Node) -> bool:
     """Whether ``node`` writes to no input, or could be changed into its twin that does not (case 5)."""
-    overload: torch._ops.OpOverload = node.target  # type: ignore[assignment]
-    if not overload._schema.is_mutable:
+    overload: OpOverload = node.target  # type: ignore[assignment]
+    signature = schema(overload)
+    assert signature is not None
+    if not signature.is_mutable:
         return True
     name = overload.overloadpacket.__name__
     written: Any = node.args[0]
@@ -127,7 +112,7 @@ def _functional(node: fx.Node) -> bool:
     def shows(user: fx.Node) -> bool:
         return user is not node and (node < user or _is_view(user))
 
-    twin = getattr(getattr(aten, name.removesuffix("_"), None), overload._overloadname, None)
+    twin = getattr(getattr(aten, name.removesuffix("_"), None), signature.overload_name or "default", None)
     fresh = isinstance(written, fx.Node) and written.op == "call_function" and not _is_view(written)
     if twin is None or not fresh or not name.endswith("_") or any(map(shows, written.users)):
         return False
@@ -139,8 +124,8 @@ def _is_view(node: Any) -> bool:
     """Whether the node's output shares memory with an input, which others may read."""
     if node.target is operator.getitem:
         return _is_view(node.args[0])
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or any(result.alias_info is not None for result in schema.returns)
+    signature = schema(node.target)
+    return signature is None or any(result.alias_info is not None for result in signature.returns)
 
 
 def _lower(node: fx.Node) -> None:
@@ -171,4 +156,4 @@ def _lower(node: fx.Node) -> None:
 def _type(node: fx.Node) -> tuple[torch.dtype, list[Any]]:
     """Dtype and shape; symbolic sizes as expressions, so that comparing them adds no guard."""
     value: Tensor = node.meta["val"]
-    return value.dtype, [size if isinstance(size, int) else size.node.expr for size in value.shape]
+    return value.dtype, [size if isinstance(size, int) else size_expression(size) for size in value.shape]

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
+
+from mptk.compat.torch import enable_python_dispatcher
 
 aten = torch.ops.aten
 

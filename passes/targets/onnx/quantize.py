@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -32,20 +31,13 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
+from mptk.compat.onnxruntime import matmul_quantizer
 from mptk.errors import MptkError
+from mptk.files import write_together
 from passes.targets.onnx.balance import balance_onnx
 from passes.targets.onnx.gptq import ACCURACY_LEVEL, gptq_onnx
 from passes.targets.onnx.measure import Text
 from passes.targets.onnx.smooth import smooth_onnx
-
-_handlers, _level = logging.root.handlers[:], logging.root.level
-from onnxruntime.quantization.matmul_nbits_quantizer import (  # noqa: E402
-    DefaultWeightOnlyQuantConfig,
-    MatMulNBitsQuantizer,
-)
-
-logging.root.handlers[:] = _handlers  # that import sets up logging for the whole process
-logging.root.setLevel(_level)
 
 BLOCK = 32
 """Inputs that share a scale in ``int4``, where each is too coarse for more."""
@@ -214,13 +206,13 @@ def _products(model: ir.Model) -> dict[str, npt.NDArray[np.float32]]:
 
 def _blocks(model: ir.Model, formats: dict[str, tuple[int, int]]) -> ir.Model:
     """MatMulNBits by ONNX Runtime's quantiser, which takes one (bits, block) a call. ``formats``: by product."""
-    proto = ir.to_proto(model)
+    proto, ort = ir.to_proto(model), matmul_quantizer()
     for bits, block in sorted(set(formats.values())):
-        config = DefaultWeightOnlyQuantConfig(
+        config = ort.DefaultWeightOnlyQuantConfig(
             block_size=block, is_symmetric=bits == 8, accuracy_level=ACCURACY_LEVEL, bits=bits
         )
         others = [name for name, other in formats.items() if other != (bits, block)]
-        quantizer = MatMulNBitsQuantizer(proto, nodes_to_exclude=others, algo_config=config)
+        quantizer = ort.MatMulNBitsQuantizer(proto, nodes_to_exclude=others, algo_config=config)
         quantizer.process()
         proto = quantizer.model.model
     quantized = ir.from_proto(proto)
@@ -305,13 +297,10 @@ def _ancestors(nodes: list[ir.Node]) -> list[ir.Node]:
 
 def _save(model: ir.Model, file: Path) -> Path:
     """Under its name only when complete and accepted by ``onnx.checker``."""
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".onnx-") as temporary:
-        path = Path(temporary) / file.name
-        data = f"{file.name}.data"
-        ir.save(model, path, external_data=data)
-        onnx.checker.check_model(path)
-        for name in (data, file.name):
-            os.replace(path.with_name(name), file.with_name(name))
+    data = f"{file.name}.data"
+    with write_together(file.parent, data, file.name) as temporary:
+        ir.save(model, temporary / file.name, external_data=data)
+        onnx.checker.check_model(temporary / file.name)
     return file
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mptk.compat.accelerate import save_lazily
 from mptk.errors import MptkError
 from mptk.files import json_text
 from mptk.io.checkpoint import portable, save_tokenizer
@@ -41,7 +39,7 @@ def write_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     *,
-    portable: Callable[[Mapping[str, Any]], dict[str, Any]] = portable,
+    portable: Callable[[Mapping[str, object]], dict[str, object]] = portable,
     max_shard_size: str = "5GB",
 ) -> None:
     """Write config, generation config, weights (safetensors) and tokenizer into the existing ``folder``.
@@ -64,13 +62,7 @@ def write_checkpoint(
     _check_tied(shell, state)
     if shell.can_generate() and getattr(model, "generation_config", None) is not None:
         shell.generation_config = copy.deepcopy(model.generation_config)
-    # To save_pretrained the shell is a model whose weights are offloaded: it then fetches them shard by shard.
-    hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights, place_submodules=False)
-    add_hook_to_module(shell, hook)
-    vars(shell)["hf_device_map"] = {"": "disk"}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
-        shell.save_pretrained(folder, max_shard_size=max_shard_size)
+    save_lazily(shell, weights, folder, max_shard_size=max_shard_size)
     path = folder / "config.json"
     written = portable(json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json_text(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")

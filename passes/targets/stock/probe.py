@@ -29,6 +29,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mptk.compat.transformers import missing_attributes
 from mptk.errors import MptkError
 
 Shape = tuple[int, ...]
@@ -334,22 +335,15 @@ def _constants(model: nn.Module, saved: Shapes) -> dict[str, int | float | Shape
 
 @contextlib.contextmanager
 def _recorded_misses(config: PreTrainedConfig, missing: set[tuple[str, ...]]) -> Iterator[None]:
-    """Collect in ``missing`` the path of every attribute that is asked of ``config`` (or a part of it) in vain.
-
-    The class is patched for the time being, not the object: models copy their config and look up its exact type.
-    """
+    """Collect in ``missing`` the path of every attribute that is asked of ``config`` (or a part of it) in vain."""
     prefixes = {type(c): path for path, c in reversed(list(_parts(config)))}
 
-    def absent(self: PreTrainedConfig, name: str) -> Any:
-        if type(self) in prefixes:
-            missing.add((*prefixes[type(self)], name))
-        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+    def record(part: PreTrainedConfig, name: str) -> None:
+        if type(part) in prefixes:
+            missing.add((*prefixes[type(part)], name))
 
-    setattr(PreTrainedConfig, "__getattr__", absent)  # noqa: B010 (mypy: the class declares no __getattr__)
-    try:
+    with missing_attributes(record):
         yield
-    finally:
-        delattr(PreTrainedConfig, "__getattr__")
 
 
 def _parts(

@@ -11,11 +11,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -80,7 +80,7 @@ def find_home(analysis: Analysis, stock: Stock, model: PreTrainedModel, widths: 
     refusal = stock.config(widths, scalars=folded.epsilons)
     if isinstance(refusal, StockConfig) or refusal.config is None:
         return None
-    embeddings: Any = model.get_input_embeddings()
+    embeddings = cast("nn.Embedding", model.get_input_embeddings())
     tokens = torch.randint(embeddings.num_embeddings, (1, TRIAL_LENGTH), generator=torch.Generator().manual_seed(0))
     found = rehome(
         refusal.config, cut_shapes(analysis, widths), logits_check(folded.program, tokens), tolerance=TOLERANCE
@@ -108,7 +108,7 @@ def logits_check(program: Program, tokens: Tensor) -> Callable[[StockConfig], fl
 
     def check(stock: StockConfig) -> float:
         with init_empty_weights():
-            model: Any = stock.model_class(copy.deepcopy(stock.config))
+            model = stock.model_class(copy.deepcopy(stock.config))
         model.load_state_dict(state, assign=True)
         with torch.no_grad():
             logits = model.eval()(tokens, use_cache=False).logits
@@ -181,7 +181,7 @@ def _fits(config: PreTrainedConfig, candidate: type[PreTrainedConfig], target: S
         found = _construct(candidate, {**off, **body})
         if found is None:
             continue
-        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[candidate]
+        model_class = cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[candidate])
         if _shapes(model_class, found) == {name: tuple(shape) for name, shape in target.items()}:
             return StockConfig(model_class, found, _changes(config, found))
     return None
@@ -196,7 +196,7 @@ def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Sha
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _changes(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, tuple[Any, Any]]:
+def _changes(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, tuple[object, object]]:
     before, after = old.to_dict(), new.to_dict()
     ignored = {"architectures", "transformers_version", "_name_or_path"}
     return {

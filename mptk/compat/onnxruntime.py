@@ -1,0 +1,40 @@
+"""onnxruntime: a session that takes and returns its own tensors, and a quantiser whose import sets up logging."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
+
+
+def run_on_values(
+    session: ort.InferenceSession, feeds: Mapping[str, ort.OrtValue], outputs: Sequence[str]
+) -> list[ort.OrtValue]:
+    """Run ``session`` on tensors of its own by input name; returns those of ``outputs``, in order, on the CPU.
+
+    The public ``run_with_ort_values``, which takes a dict, is 0.2 ms slower for a cache of 60 tensors.
+    """
+    given, made = OrtValueVector(), OrtValueVector()
+    for value in feeds.values():
+        given.push_back(value._get_c_value())
+    devices = [ort.OrtDevice.make("cpu", 0)._get_c_device()] * len(outputs)
+    session.run_with_ortvaluevector(ort.RunOptions(), list(feeds), given, list(outputs), made, devices)
+    return [ort.OrtValue(value) for value in made]
+
+
+def matmul_quantizer() -> ModuleType:
+    """The module ``onnxruntime.quantization.matmul_nbits_quantizer``.
+
+    Its import calls ``logging.basicConfig``, which would give the whole process a handler and another level; both are
+    put back. A quantiser that leaves logging alone could be imported as any module.
+    """
+    handlers, level = logging.root.handlers[:], logging.root.level
+    try:
+        return importlib.import_module("onnxruntime.quantization.matmul_nbits_quantizer")
+    finally:
+        logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)

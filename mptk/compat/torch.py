@@ -1,0 +1,118 @@
+"""torch: fake tensors, nested inputs, operator schemas, symbolic sizes and exported programs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import FunctionSchema, Tensor, fx
+from torch import _check as check
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = [
+    "FakeTensor",  # What traced values are. A public name for the type would replace it.
+    "FakeTensorMode",  # Runs a model on shapes alone, with real index constants. Meta tensors would lose those.
+    "OpOverload",  # The type of a traced call's target. A public name for the type would replace it.
+    "build_exported",
+    "check",  # States a relation between symbolic sizes; documented as ``torch._check``.
+    "enable_python_dispatcher",  # Some kernels know symbolic sizes in Python alone; export sets it, too.
+    "quiet_exporter",
+    "schema",
+    "size_expression",
+    "size_hint",
+    "tree_leaves",  # The tensors of nested inputs, in torch.export's own order.
+    "tree_map",  # The same nesting with other tensors.
+    "undecomposed",
+]
+
+
+def schema(target: object) -> FunctionSchema | None:
+    """The signature of an operator: arguments, results, and what is written to or shared. None for other callables.
+
+    ``OpOverload`` has no public attribute for it.
+    """
+    found: FunctionSchema | None = getattr(target, "_schema", None)
+    return found
+
+
+def size_hint(size: torch.SymInt) -> int | None:
+    """The size that a symbolic size had in the example inputs; None if it depends on data.
+
+    ``int(size)`` would specialise the graph to that size.
+    """
+    hint: int | None = size.node.hint
+    return hint
+
+
+def size_expression(size: torch.SymInt) -> object:
+    """A symbolic size as a sympy expression. To compare two sizes themselves would add a guard to the graph."""
+    expression: object = size.node.expr
+    return expression
+
+
+def build_exported(
+    like: ExportedProgram,
+    graph: fx.GraphModule,
+    signature: ExportGraphSignature,
+    *,
+    state: dict[str, Tensor],
+    constants: Mapping[str, Tensor],
+    example_inputs: tuple[tuple[object, ...], dict[str, object]] | None,
+) -> ExportedProgram:
+    """An ``ExportedProgram`` of another graph and weights; ranges of sizes, input nesting and verifier as in ``like``.
+
+    torch asks users not to call the constructor. A public way to edit an exported program would replace this.
+    """
+    return ExportedProgram(
+        root=graph,
+        graph=graph.graph,
+        graph_signature=signature,
+        state_dict=state,
+        range_constraints=like.range_constraints,
+        module_call_graph=like.module_call_graph,
+        example_inputs=example_inputs,
+        constants=dict(constants),
+        verifiers=[like.verifier],
+    )
+
+
+class _Undecomposed(ExportedProgram):
+    def run_decompositions(self, *_: object, **__: object) -> ExportedProgram:
+        return self
+
+
+def undecomposed(exported: ExportedProgram) -> ExportedProgram:
+    """``exported``, which ``torch.onnx.export`` translates as it is: it has no option to skip the decomposition."""
+    return _Undecomposed(
+        root=exported.graph_module,
+        graph=exported.graph,
+        graph_signature=exported.graph_signature,
+        state_dict=exported.state_dict,
+        range_constraints=exported.range_constraints,
+        module_call_graph=exported.module_call_graph,
+        example_inputs=exported.example_inputs,
+        constants=exported.constants,
+        verifiers=list(exported.verifiers),
+    )
+
+
+@contextlib.contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """No warnings from ``torch.onnx.export``, which logs one for each operator of torchvision if that is missing."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,319 @@
+"""Private names of other libraries: each still does what mptk needs, and none is used outside ``mptk/compat``."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import architectures
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, FunnelConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+
+from mptk.compat import torch as compat
+from mptk.compat.accelerate import own_state, save_lazily
+from mptk.compat.onnxruntime import run_on_values
+from mptk.compat.peft import adapters_off
+from mptk.compat.transformers import dequantize_gguf, forget_source, missing_attributes, model_classes
+from mptk.methods.maskprune.adapters import adapt
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def changed(library: str, what: str) -> str:
+    return f"{library} {version(library)} changed {what}; repair mptk/compat"
+
+
+# ---- torch ----
+
+
+def exported(dynamic: bool = False) -> torch.export.ExportedProgram:
+    shapes = ({0: torch.export.Dim.AUTO},) if dynamic else None
+    return torch.export.export(nn.Linear(5, 3), (torch.ones(7, 5),), dynamic_shapes=shapes)
+
+
+def value(program: torch.export.ExportedProgram) -> torch.Tensor:
+    found: torch.Tensor = program.graph.output_node().args[0][0].meta["val"]
+    return found
+
+
+def test_traced_values_are_fake_tensors_of_a_fake_mode() -> None:
+    with compat.FakeTensorMode() as mode:
+        made = torch.ones(3, 5) @ torch.ones(5, 7)
+    assert isinstance(made, compat.FakeTensor), changed("torch", "what FakeTensorMode makes")
+    assert made.shape == (3, 7)
+    assert made.fake_mode is mode, changed("torch", "FakeTensor.fake_mode")
+    assert mode.from_tensor(torch.ones(2)).device.type == "cpu", changed("torch", "FakeTensorMode.from_tensor")
+
+
+def test_a_traced_call_is_an_op_overload_with_a_schema() -> None:
+    add = torch.ops.aten.add_.Tensor
+    assert isinstance(add, compat.OpOverload), changed("torch", "OpOverload")
+    signature = compat.schema(add)
+    assert signature is not None, changed("torch", "OpOverload._schema")
+    assert [a.name for a in signature.arguments] == ["self", "other", "alpha"], changed("torch", "schema arguments")
+    assert signature.is_mutable, changed("torch", "FunctionSchema.is_mutable")
+    assert signature.overload_name == "Tensor", changed("torch", "FunctionSchema.overload_name")
+    assert signature.arguments[0].alias_info.is_write, changed("torch", "alias_info of an argument")
+    assert signature.returns[0].alias_info is not None, changed("torch", "alias_info of a result")
+    assert compat.schema(len) is None
+
+
+def test_a_symbolic_size_has_a_hint_and_an_expression() -> None:
+    size = value(exported(dynamic=True)).shape[0]
+    assert isinstance(size, torch.SymInt)
+    assert compat.size_hint(size) == 7, changed("torch", "SymInt.node.hint")
+    assert compat.size_expression(size * 2) == compat.size_expression(size + size), changed("torch", "SymInt.node.expr")
+    assert compat.size_expression(size) != compat.size_expression(size + 1)
+
+
+def test_nested_inputs_are_flattened_and_mapped() -> None:
+    assert compat.tree_leaves(((1, {"a": 2}), [3])) == [1, 2, 3], changed("torch", "tree_leaves")
+    assert compat.tree_map(lambda x: -x, (1, {"a": 2})) == (-1, {"a": -2}), changed("torch", "tree_map")
+
+
+def test_a_relation_of_sizes_can_be_stated() -> None:
+    compat.check(True)
+    with pytest.raises(RuntimeError):
+        compat.check(False)
+
+
+def test_python_kernels_take_symbolic_sizes() -> None:
+    example = value(exported(dynamic=True))
+    with example.fake_mode, compat.enable_python_dispatcher():
+        assert compat.tree_leaves(torch.relu(example).shape)[1] == 3, changed("torch", "enable_python_dispatcher")
+
+
+@pytest.mark.parametrize("wrap", [lambda program: program, compat.undecomposed], ids=["built", "undecomposed"])
+def test_an_exported_program_can_be_built_of_other_weights(wrap: object) -> None:
+    old = exported(dynamic=True)
+    state = {name: nn.Parameter(torch.full_like(t, 2.0)) for name, t in old.state_dict.items()}
+    new = compat.build_exported(
+        old, old.graph_module, old.graph_signature, state=state, constants={}, example_inputs=old.example_inputs
+    )
+    run = wrap(new).module()  # type: ignore[operator]
+    assert torch.equal(run(torch.ones(4, 5)), torch.full((4, 3), 12.0)), changed("torch", "ExportedProgram")
+
+
+def test_an_undecomposed_program_stays_as_it_is() -> None:
+    old = exported()
+    program = compat.undecomposed(old)
+    assert program.run_decompositions({}) is program
+    made = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
+    assert made is not None
+    origins = {node.metadata_props.get("pkg.torch.onnx.fx_node", "") for node in made.model.graph}
+    assert any("aten.linear.default" in origin for origin in origins), changed("torch", "how the exporter decomposes")
+
+
+def test_the_exporter_is_quiet_for_a_time() -> None:
+    name = "torch.onnx._internal.exporter._registration"
+    assert find_spec(name) is not None, changed("torch", f"the logger {name}")
+    logger = logging.getLogger(name)
+    with compat.quiet_exporter():
+        assert not logger.isEnabledFor(logging.WARNING)
+    assert logger.isEnabledFor(logging.WARNING)
+
+
+# ---- transformers ----
+
+
+def test_auto_classes_say_which_classes_they_have() -> None:
+    config = LlamaConfig()
+    assert model_classes("AutoModelForCausalLM", config) == (LlamaForCausalLM,), changed(
+        "transformers", "auto classes' _model_mapping"
+    )
+    assert model_classes("AutoModelForImageClassification", config) == ()
+    assert len(model_classes("AutoModel", FunnelConfig())) > 1, changed(
+        "transformers", "auto classes of several models"
+    )
+
+
+def test_a_config_forgets_where_it_came_from() -> None:
+    config = LlamaConfig()
+    vars(config)["_model_name_or_path"] = "a title"
+    forget_source(config)
+    forget_source(config)
+    assert "a title" not in config.to_json_string(use_diff=False)
+
+
+def test_gguf_blocks_are_dequantised_if_transformers_can_keep_them() -> None:
+    for config in dequantize_gguf().values():
+        assert config.dequantize is True, changed("transformers", "GgufConfig")  # type: ignore[attr-defined]
+
+
+def test_missing_attributes_of_configs_are_heard_of_and_nothing_stays() -> None:
+    outer: list[str] = []
+    inner: list[str] = []
+    config = LlamaConfig()
+    with missing_attributes(lambda _, name: outer.append(name)):
+        with missing_attributes(lambda _, name: inner.append(name)):
+            assert getattr(config, "first", 5) == 5, changed("transformers", "how configs look attributes up")
+        assert getattr(config, "second", 5) == 5
+        with pytest.raises(AttributeError, match="third"):
+            config.third  # noqa: B018
+    assert getattr(config, "fourth", 5) == 5
+    assert inner == ["first"]
+    assert outer == ["first", "second", "third"]
+    assert "__getattr__" not in vars(PreTrainedConfig)
+
+
+# ---- accelerate ----
+
+
+def test_a_run_has_an_accelerator_of_its_own_and_the_callers_is_as_before() -> None:
+    with own_state():
+        mine = Accelerator(cpu=True, mixed_precision="bf16")
+        with own_state():
+            assert Accelerator(cpu=True, mixed_precision="no").mixed_precision == "no", changed(
+                "accelerate", "AcceleratorState's global state"
+            )
+        assert mine.mixed_precision == AcceleratorState().mixed_precision == "bf16"
+
+
+def test_a_model_on_meta_is_saved_with_weights_that_are_asked_for_shard_by_shard(tmp_path: Path) -> None:
+    model = architectures.model("llama")
+    state = model.state_dict()
+    asked: list[str] = []
+
+    class Lazy(dict[str, torch.Tensor]):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            asked.append(name)
+            return super().__getitem__(name)
+
+    with torch.device("meta"):
+        shell = type(model)(model.config)
+    save_lazily(shell, Lazy(state), tmp_path, max_shard_size="20KB")
+    assert set(asked) == set(state), changed("accelerate", "how offloaded weights are saved")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+# ---- peft ----
+
+
+def test_adapters_are_off_for_a_time_and_stay_trainable() -> None:
+    model = architectures.model("llama")
+    tokens = architectures.tokens(2, 7)
+    dense = model(tokens).logits
+    adapted: PeftModel = adapt(model, 2, 0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert not torch.equal(adapted(tokens).logits, dense)
+    with adapters_off(adapted):
+        assert torch.equal(adapted(tokens).logits, dense), changed("peft", "LoraLayer._disable_adapters")
+        assert [name for name, p in adapted.named_parameters() if p.requires_grad] == trained
+    assert not torch.equal(adapted(tokens).logits, dense)
+
+
+# ---- onnxruntime ----
+
+
+def test_a_session_takes_and_gives_its_own_tensors() -> None:
+    text = "agraph (float[2, N] x, float[2, N] y) => (float[2, N] sum, float[2, N] difference) "
+    graph = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]>' + text + "{ sum = Add(x, y) difference = Sub(x, y) }"
+    )
+    session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    x, y = np.full((2, 3), 5, dtype=np.float32), np.full((2, 3), 3, dtype=np.float32)
+    feeds = {"y": ort.OrtValue.ortvalue_from_numpy(y), "x": ort.OrtValue.ortvalue_from_numpy(x)}
+    difference, total = run_on_values(session, feeds, ["difference", "sum"])
+    assert (difference.numpy() == 2).all(), changed("onnxruntime", "run_with_ortvaluevector")
+    assert (total.numpy() == 8).all()
+    again = run_on_values(session, {"x": total, "y": difference}, ["sum"])
+    assert (again[0].numpy() == 10).all()
+
+
+def test_the_quantiser_leaves_logging_alone() -> None:
+    """In a process of its own: a module is imported once."""
+    program = (
+        "import logging; from mptk.compat.onnxruntime import matmul_quantizer; module = matmul_quantizer();"
+        "assert module.MatMulNBitsQuantizer and module.DefaultWeightOnlyQuantConfig;"
+        "assert not logging.root.handlers and logging.root.level == logging.WARNING"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+# ---- everything else ----
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def own_names(tree: ast.AST) -> set[str]:
+    """What a file defines or assigns itself."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            names.add(node.attr)
+    return names
+
+
+def foreign_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, private name of another library): imports, attributes, and names given to getattr and its like.
+
+    ATen operators (``aten._to_copy``) are names in a graph, not torch's Python.
+    """
+    own = own_names(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in own:
+            if not ast.unparse(node.value).endswith("aten"):
+                yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, a.name) for a in node.names if any(map(private, a.name.split("."))))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] not in ("mptk", "passes"):
+            names = [f"{node.module}.{a.name}" for a in node.names]
+            yield from ((node.lineno, name) for name in names if any(map(private, name.split("."))))
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in ("getattr", "hasattr", "setattr", "delattr") or called.startswith("vars("):
+                texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+                yield from ((node.lineno, text) for text in texts if private(text))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from torch._dispatch import python",
+        "import torch._dynamo",
+        "from torch import _check",
+        "torch._ops.OpOverload",
+        "self._buffers",
+        "module._parameters['x'] = 1",
+        "getattr(op, '_schema', None)",
+        "vars(config).pop('_name', None)",
+    ],
+)
+def test_a_private_name_is_seen(line: str) -> None:
+    assert list(foreign_names(ast.parse(line)))
+
+
+def test_private_names_of_other_libraries_are_in_compat_alone() -> None:
+    files = [p for package in ("mptk", "passes") for p in (ROOT / package).rglob("*.py")]
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in sorted(files)
+        if (ROOT / "mptk/compat") not in path.parents
+        for line, name in foreign_names(ast.parse(path.read_text()))
+    ]
+    assert not found, "move these into mptk/compat, with a test here:\n" + "\n".join(found)

@@ -7,7 +7,7 @@ Every row is one `prune` run: the same text, the same number of training tokens 
 model loss and KL to the dense model, whose top logits are kept in `--work` for all rows). A one-shot method uses all
 tokens for recovery, MaskPrune a part for its masks. A method's name may have additions:
 
-    +fit       with the closed-form take-over that MaskPrune uses      +nofit    without it
+    +fit       with the closed-form reconstruction that MaskPrune uses      +nofit    without it
     +learned   at the widths that MaskPrune learned                    +fixed    at those of the best one-shot method
     +share20   with a fifth of the steps for masks, in place of two    +share60, +noprox, +still: see `CHANGES`
 

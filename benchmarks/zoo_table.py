@@ -19,13 +19,15 @@ HERE = Path(__file__).resolve().parent
 
 HEAD = """# Architectures
 
-Every model type in four of transformers' auto mappings, by `python -m benchmarks.zoo` with transformers {transformers}
-and torch {torch} (rows by commit: {commits}; each row of the JSON file says which).
-A tiny random model is built and traced, its axes are analysed, and each family is cut
-at random widths and compared with the dense model whose channels are masked. A type is *proven* when every family,
-and all of them together, differ by at most 1e-5 of the largest output in fp32 while the mask itself moves the output by
-more than 1e-4. The models are random and small, on one CPU thread: this shows that the cut is right, not that a pruned
-model is good. The page is made from `benchmarks/results/zoo.json` and `zoo_onnx.json` by `python -m benchmarks.zoo_table`.
+After this page you can say for each model type of transformers whether mptk cuts it correctly, what its stock class accepts, and
+whether it has ONNX. If it does not, you can say why.
+
+Every model type in four of transformers' auto mappings, by `python -m benchmarks.zoo` with transformers {transformers} and torch
+{torch} (rows by commit: {commits}; each row of the JSON file says which). For each type a tiny random model is built, traced and
+analysed. Each family is cut at random widths and compared with the dense model whose channels are masked. A type is *proven*
+if every family, and all of them together, differ by at most 1e-5 of the largest output in fp32, while the mask itself moves the
+output by more than 1e-4. The models are random and small, on one CPU thread: this shows that the cut is right, not that a
+pruned model is good. `python -m benchmarks.zoo_table` makes the page from `benchmarks/results/zoo.json` and `zoo_onnx.json`.
 
 """
 
@@ -58,13 +60,13 @@ def page(result: dict[str, Any], onnx: list[dict[str, Any]]) -> str:
 STOCK_HEAD = """
 ## What the stock classes accept (causal-lm)
 
-Which widths the model's own transformers class can hold, found by probing its config. A family counts as *accepted* at
-every width, at *some* widths (a validator or constructor refuses the others), or only *together* with another family
-in proportion (one config field serves both); in all three cases the cut weights were loaded into the stock class, whose
-logits equal the cut graph's within 1e-5 of the largest. *Differs*: the config is accepted, but the class computes
-another function or does not run; the proof in `mptk prune` refuses these. *Refused*: no config field gives the shapes, or
-numbers that the class derives would change. {types} types; a type may have several families of a kind. Layers are
-not a width: mptk cuts no layers.
+Which widths can the model's own transformers class hold? mptk finds out by probing its config. A family counts as *accepted* at
+every width, at *some* widths (a validator or constructor refuses the others), or only *together* with another family in
+proportion (one config field serves both). In these three cases the cut weights were loaded into the stock class, and its logits
+equal the cut graph's within 1e-5 of the largest. *Differs*: the config is accepted, but the class computes another function or does
+not run; the proof in `mptk prune` refuses these. *Refused*: no config field gives the shapes, or numbers that the class
+derives would change. There are {types} types; a type may have several families of a kind. Layers are not a width: mptk cuts no
+layers.
 
 | kind | types | families | every width | some widths | together | differs | refused |
 |---|---|---|---|---|---|---|---|"""
@@ -132,11 +134,11 @@ def _where(family: dict[str, Any]) -> str:
 ONNX_HEAD = """
 ## ONNX (causal-lm)
 
-By `python -m benchmarks.zoo_onnx`: one decoding step is traced and compared with the model, all families are cut at random
-legal widths, and ONNX Runtime's logits of a prompt of two rows (one padded on the left) and three more tokens equal
-torch's: no token's logit differs by more than 1e-4 of the largest. {types} types. In {folded} of the equal ones every
-layer's cache is an input of `Attention`; in {padding} the padded row also gets the logits that the model gives it alone.
-In {others} it does not, nor does it when the model itself takes the same steps in torch: {own}.
+By `python -m benchmarks.zoo_onnx`, for {types} types: one decoding step is traced and compared with the model, and all families are
+cut at random legal widths. Then ONNX Runtime runs a prompt of two rows (one padded on the left) and three more tokens. A type is
+*equal* if no logit differs from torch's by more than 1e-4 of the largest. In {folded} of the equal types every layer's cache is an
+input of `Attention`. In {padding} the padded row also gets the logits that the model gives it alone. In {others} it does not; neither
+does the model itself if it takes the same steps in torch: {own}.
 
 | passed | types |
 |---|---|"""

@@ -3,120 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from criteria_cases import (
+    EXPERTS,
+    FFN,
+    HEAD,
+    HIDDEN,
+    KV,
+    VOCAB,
+    WINDOWS,
+    Case,
+    Q,
+    SharedLayer,
+    assert_scores,
+    fused_heads,
+    grouped_queries,
+    heads_of,
+    layers,
+    norm,
+    packed_experts,
+    saliency,
+    wanda,
+)
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, silu
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from torch.nn.functional import silu
 
-import mptk
 from mptk.errors import MptkError
-from mptk.ir.families import Analysis
-from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import criteria
-from mptk.methods.criteria import observe
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
-from passes.transforms.masked_reference import mask
-
-LAYERS, HIDDEN, FFN, VOCAB = 2, 48, 80, 97
-KV, Q, HEAD = 2, 3, 10  # query heads: KV · Q = 6
-EXPERTS = 5
-WINDOWS = torch.randint(3, VOCAB, (7, 9), generator=torch.Generator().manual_seed(1))
-
-
-@dataclass(frozen=True)
-class Case:
-    model: Any
-    analysis: Analysis
-    inputs: dict[str, Tensor]
-    """Module name → its first input over all of WINDOWS, [rows, features]; for experts the tuple of inputs."""
-    grads: dict[str, Tensor]
-
-    def weight(self, name: str) -> Tensor:
-        return self.analysis.program.state[name].detach()
-
-
-def make_case(build: Callable[[], Any]) -> Case:
-    torch.manual_seed(0)
-    model = build().eval()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3) if p.ndim > 1 else p.data.add_(torch.randn_like(p) * 0.2)
-    inputs: dict[str, Any] = {}
-
-    def record(name: str) -> Any:
-        def hook(_: nn.Module, args: Any) -> None:
-            inputs[name] = args if name.endswith("experts") else args[0].detach().flatten(0, -2)
-
-        return hook
-
-    mixing = [
-        (n, m)
-        for n, m in model.named_modules()
-        if n.endswith("experts") or (getattr(m, "weight", nn.Parameter()).ndim == 2 and not isinstance(m, nn.Embedding))
-    ]
-    hooks = [m.register_forward_pre_hook(record(n)) for n, m in mixing]
-    logits = model(WINDOWS, use_cache=False).logits
-    cross_entropy(logits[:, :-1].flatten(0, 1), WINDOWS[:, 1:].flatten()).backward()
-    for hook in hooks:
-        hook.remove()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters()}
-    return Case(model, analyze(trace(model, dynamic=True)), inputs, grads)
 
 
 @pytest.fixture(scope="module")
 def gqa() -> Case:
-    config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=KV * Q,
-        num_key_value_heads=KV, head_dim=HEAD, vocab_size=VOCAB,
-    )  # fmt: skip
-    return make_case(lambda: LlamaForCausalLM(config))
+    return grouped_queries()
 
 
 @pytest.fixture(scope="module")
 def gpt2() -> Case:
-    config = GPT2Config(
-        n_embd=HIDDEN, n_inner=FFN, n_layer=LAYERS, n_head=6, vocab_size=VOCAB, n_positions=64,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return make_case(lambda: GPT2LMHeadModel(config))
+    return fused_heads()
 
 
 @pytest.fixture(scope="module")
 def moe() -> Case:
-    config = MixtralConfig(
-        hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=KV * Q,
-        num_key_value_heads=KV, vocab_size=VOCAB, num_local_experts=EXPERTS,
-    )  # fmt: skip
-    return make_case(lambda: MixtralForCausalLM(config))
-
-
-def norm(x: Tensor) -> Tensor:
-    return x.square().sum(0).sqrt()
-
-
-def wanda(case: Case, name: str) -> Tensor:
-    """|W_ij| · ‖x_j‖ of one linear layer, [out, in]."""
-    return case.weight(f"{name}.weight").abs() * norm(case.inputs[name])
-
-
-def layers(f: Callable[[str], Tensor], prefix: str = "model.layers") -> Tensor:
-    return torch.stack([f(f"{prefix}.{i}") for i in range(LAYERS)])
-
-
-def heads_of(positions: Tensor) -> Tensor:
-    """[KV · Q · HEAD] → [KV, Q, HEAD]."""
-    return positions.view(KV, Q, HEAD)
-
-
-def assert_scores(got: Tensor, expected: Tensor) -> None:
-    assert got.dtype == torch.float32
-    assert got.shape == expected.shape
-    torch.testing.assert_close(got, expected.float(), rtol=2e-4, atol=1e-7)
+    return packed_experts()
 
 
 # ---- each criterion against its formula ----
@@ -155,10 +90,6 @@ def test_flap_is_variance_times_squared_columns_with_transposed_layers(gpt2: Cas
     heads = layers(lambda n: columns(f"{n}.attn.c_proj").view(6, 8), "transformer.h")
     assert_scores(scores["heads"], heads.sum(2)[:, None])
     assert_scores(scores["v_dim"], heads)
-
-
-def saliency(case: Case, name: str) -> Tensor:
-    return (case.weight(name) * case.grads[name]).abs()
 
 
 def test_taylor_is_weight_times_gradient_over_all_members(gqa: Case, gpt2: Case) -> None:
@@ -243,14 +174,6 @@ def test_gradients_pass_through_packed_experts(moe: Case) -> None:
     assert_scores(criteria.score(moe.analysis, "taylor", WINDOWS, families=["ffn"])["ffn"], layers(ffn))
 
 
-def test_routed_moments_of_experts_with_no_rows_and_rows_of_no_expert() -> None:
-    x = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 5.0], [100.0, 100.0]])
-    moments = observe.moments_of(x, 1, [0], torch.tensor([2, 2, 3], dtype=torch.int32))
-    assert moments.count.tolist() == [[2], [0], [1]]
-    assert moments.mean.tolist() == [[2, 4], [0, 0], [5, 5]]
-    assert moments.deviation.tolist() == [[2, 8], [0, 0], [0, 0]]
-
-
 class BlockDiagonal(nn.Module):
     """A weight of its own for each of 3 blocks of 4 channels: y = Σ_g x_g W_g."""
 
@@ -273,141 +196,6 @@ def test_blocks_of_a_batched_product_keep_their_own_statistics() -> None:
         x = model.inner(model.embed(WINDOWS)).flatten(0, 1).unflatten(-1, (3, 4))
     expected = norm(x) * model.blocks.detach().abs().sum(2)
     assert_scores(criteria.score(analysis, "wanda", WINDOWS)[family.name], expected[None])
-
-
-# ---- statistics ----
-
-
-def test_statistics_do_not_depend_on_the_batch_size(gqa: Case, moe: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = {c: criteria.score(gqa.analysis, c, WINDOWS) for c in ("wanda", "flap", "taylor")}
-    experts = criteria.score(moe.analysis, "flap", WINDOWS)
-    monkeypatch.setattr(observe, "OBSERVED_TOKENS", 3 * WINDOWS.shape[1])  # batches of 3, 3 and 1
-    monkeypatch.setattr(observe, "GRADIENT_TOKENS", 1)
-    for name, expected in whole.items():
-        for family, got in criteria.score(gqa.analysis, name, WINDOWS).items():
-            torch.testing.assert_close(got, expected[family], rtol=1e-4, atol=1e-8)
-    for family, got in criteria.score(moe.analysis, "flap", WINDOWS).items():
-        torch.testing.assert_close(got, experts[family], rtol=1e-4, atol=1e-8)
-
-
-def test_merged_variance_survives_a_large_mean() -> None:
-    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e4
-    x = x.float()
-    parts = [observe.moments_of(part, 1, []) for part in x.split([7, 50, 3])]
-    merged = parts[0].merge(parts[1]).merge(parts[2])
-    torch.testing.assert_close(merged.deviation / 59, x.double().var(0), rtol=1e-3, atol=0)
-
-
-@pytest.mark.parametrize("name", criteria.CRITERIA)
-def test_scores_are_deterministic_and_cover_every_family(gqa: Case, name: str) -> None:
-    first, second = (criteria.score(gqa.analysis, name, WINDOWS) for _ in range(2))
-    for family in gqa.analysis.families:
-        assert first[family.name].shape == (len(family.groups), family.scopes, family.size)
-        assert torch.equal(first[family.name], second[family.name])
-
-
-def test_random_follows_the_seed_and_nothing_else(gqa: Case) -> None:
-    all_families = criteria.score(gqa.analysis, "random", seed=4)
-    alone = criteria.score(gqa.analysis, "random", seed=4, families=["ffn"])
-    assert list(alone) == ["ffn"]
-    assert torch.equal(alone["ffn"], all_families["ffn"])
-    assert not torch.equal(alone["ffn"], criteria.score(gqa.analysis, "random", seed=5)["ffn"])
-
-
-def test_progress_counts_windows(gqa: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observe, "OBSERVED_TOKENS", 3 * WINDOWS.shape[1])
-    seen: list[tuple[int, int]] = []
-    criteria.score(gqa.analysis, "wanda", WINDOWS, families=["ffn"], progress=lambda *counts: seen.append(counts))
-    assert seen == [(3, 7), (6, 7), (7, 7)]
-
-
-# ---- select ----
-
-
-def test_select_keeps_the_best_of_each_scope_row_and_breaks_ties_by_index(gqa: Case) -> None:
-    scores = {
-        "q_heads": torch.tensor([[[1.0, 3.0, 2.0], [5.0, 0.0, 9.0]], [[2.0, 2.0, 2.0], [0.0, 1.0, 1.0]]]),
-        "ffn": torch.arange(FFN).float().expand(LAYERS, 1, FFN),
-    }
-    plan = criteria.select(gqa.analysis, scores, {"q_heads": 2, "ffn": 3})
-    assert dict(plan.families["q_heads"].keep) == {
-        "model.layers.0.self_attn": ((1, 2), (0, 2)),
-        "model.layers.1.self_attn": ((0, 1), (1, 2)),
-    }
-    assert plan.families["ffn"].keep["model.layers.1.mlp"] == ((77, 78, 79),)
-    assert plan.widths == {"q_heads": 2, "ffn": 3}
-    resolve_plan(gqa.analysis, plan)
-
-
-# ---- FLAP's bias compensation ----
-
-
-def error(case: Case, program: Any, plan: Any) -> float:
-    """Mean squared logit error of the cut model against the dense one; masked = rewritten on the way."""
-    analysis = replace(case.analysis, program=program)
-    with torch.no_grad():
-        cut = mptk.rewrite(analysis, plan)(WINDOWS)
-        torch.testing.assert_close(mask(analysis, resolve_plan(analysis, plan))(WINDOWS), cut, rtol=1e-4, atol=1e-4)
-        return float((cut - case.analysis.program(WINDOWS)).square().mean())
-
-
-def test_compensation_moves_lost_means_into_biases(gpt2: Case) -> None:
-    result = criteria.one_shot(gpt2.analysis, "flap", {"ffn": 61, "v_dim": 7}, WINDOWS)
-    assert result.statement == "FLAP bias compensation: applied to c_proj"
-    assert len(result.state) == 2 * LAYERS
-    for i in range(LAYERS):
-        layer = f"transformer.h.{i}"
-        for family, label, name in [("ffn", f"{layer}.mlp", "mlp.c_proj"), ("v_dim", f"{layer}.attn", "attn.c_proj")]:
-            keep = result.plan.families[family].keep[label]
-            size = FFN if family == "ffn" else 8
-            removed = [s * size + u for s, row in enumerate(keep) for u in range(size) if u not in row]
-            means, bias = gpt2.inputs[f"{layer}.{name}"].mean(0), f"{layer}.{name}.bias"
-            expected = gpt2.weight(bias) + means[removed] @ gpt2.weight(f"{layer}.{name}.weight")[removed]
-            torch.testing.assert_close(result.state[bias], expected, rtol=1e-4, atol=1e-5)
-    evidence = criteria.gather(gpt2.analysis, "flap", WINDOWS, families=["ffn", "v_dim"])
-    again = criteria.compensate(gpt2.analysis, resolve_plan(gpt2.analysis, result.plan), evidence.observations)
-    assert all(torch.equal(bias, result.state[name]) for name, bias in again.state.items())
-    program = gpt2.analysis.program
-    assert error(gpt2, program.with_state(result.state), result.plan) < 0.9 * error(gpt2, program, result.plan)
-
-
-def test_compensation_says_where_there_is_no_bias(gqa: Case) -> None:
-    result = criteria.one_shot(gqa.analysis, "flap", {"q_heads": 2, "ffn": 64}, WINDOWS, seed=3)
-    assert result.state == {}
-    assert result.statement == "FLAP bias compensation: not applied, o_proj and down_proj have no bias"
-    assert result.plan.meta == {"criterion": "flap", "seed": 3, "calibration": {"windows": 7, "length": 9}}
-    assert criteria.one_shot(gqa.analysis, "wanda", {"ffn": 64}, WINDOWS).statement == ""
-
-
-class SharedLayer(nn.Module):
-    """One feed-forward layer used twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(VOCAB, 7), nn.Linear(7, 13)
-        self.inner, self.outer = nn.Linear(7, 12), nn.Linear(12, 7)
-
-    def forward(self, ids: Tensor) -> Any:
-        x = self.embed(ids)
-        for _ in range(2):
-            x = x + self.outer(self.inner(x).relu())
-        return self.head(x)
-
-
-def test_a_bias_used_twice_gets_the_mean_correction() -> None:
-    torch.manual_seed(0)
-    model = SharedLayer().eval()
-    analysis = analyze(trace(model, (WINDOWS[:2],), dynamic=True))
-    family = next(f for f in analysis.families if f.size == 12)
-    seen: list[Tensor] = []
-    model.outer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, 1)))
-    model(WINDOWS)
-    result = criteria.one_shot(analysis, "flap", {family.name: 9}, WINDOWS)
-    ((keep,),) = result.plan.families[family.name].keep.values()
-    removed = [u for u in range(12) if u not in keep]
-    means = torch.stack([x.mean(0) for x in seen]).mean(0)
-    expected = model.outer.bias.detach() + model.outer.weight.detach()[:, removed] @ means[removed]
-    torch.testing.assert_close(result.state["outer.bias"], expected, rtol=1e-4, atol=1e-6)
 
 
 # ---- errors ----

@@ -1,4 +1,4 @@
-"""The parts of learning: losses, the teacher's cache, the closed-form take-over, the work folder, the loop's order."""
+"""The parts of learning: losses, the teacher's cache, the closed-form reconstruction, the work folder, the loop's order."""
 
 from __future__ import annotations
 

@@ -1,0 +1,127 @@
+"""Tiny models with the inputs and gradients of their layers, recorded by module hooks, for the criteria's formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from mptk.ir.families import Analysis
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+
+LAYERS, HIDDEN, FFN, VOCAB = 2, 48, 80, 97
+KV, Q, HEAD = 2, 3, 10  # query heads: KV · Q = 6
+EXPERTS = 5
+WINDOWS = torch.randint(3, VOCAB, (7, 9), generator=torch.Generator().manual_seed(1))
+
+
+@dataclass(frozen=True)
+class Case:
+    model: Any
+    analysis: Analysis
+    inputs: dict[str, Tensor]
+    """Module name → its first input over all of WINDOWS, [rows, features]; for experts the tuple of inputs."""
+    grads: dict[str, Tensor]
+
+    def weight(self, name: str) -> Tensor:
+        return self.analysis.program.state[name].detach()
+
+
+def make_case(build: Callable[[], Any]) -> Case:
+    torch.manual_seed(0)
+    model = build().eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3) if p.ndim > 1 else p.data.add_(torch.randn_like(p) * 0.2)
+    inputs: dict[str, Any] = {}
+
+    def record(name: str) -> Any:
+        def hook(_: nn.Module, args: Any) -> None:
+            inputs[name] = args if name.endswith("experts") else args[0].detach().flatten(0, -2)
+
+        return hook
+
+    mixing = [
+        (n, m)
+        for n, m in model.named_modules()
+        if n.endswith("experts") or (getattr(m, "weight", nn.Parameter()).ndim == 2 and not isinstance(m, nn.Embedding))
+    ]
+    hooks = [m.register_forward_pre_hook(record(n)) for n, m in mixing]
+    logits = model(WINDOWS, use_cache=False).logits
+    cross_entropy(logits[:, :-1].flatten(0, 1), WINDOWS[:, 1:].flatten()).backward()
+    for hook in hooks:
+        hook.remove()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+    return Case(model, analyze(trace(model, dynamic=True)), inputs, grads)
+
+
+def grouped_queries() -> Case:
+    config = LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=KV * Q,
+        num_key_value_heads=KV, head_dim=HEAD, vocab_size=VOCAB,
+    )  # fmt: skip
+    return make_case(lambda: LlamaForCausalLM(config))
+
+
+def fused_heads() -> Case:
+    config = GPT2Config(
+        n_embd=HIDDEN, n_inner=FFN, n_layer=LAYERS, n_head=6, vocab_size=VOCAB, n_positions=64,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return make_case(lambda: GPT2LMHeadModel(config))
+
+
+def packed_experts() -> Case:
+    config = MixtralConfig(
+        hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=KV * Q,
+        num_key_value_heads=KV, vocab_size=VOCAB, num_local_experts=EXPERTS,
+    )  # fmt: skip
+    return make_case(lambda: MixtralForCausalLM(config))
+
+
+def norm(x: Tensor) -> Tensor:
+    return x.square().sum(0).sqrt()
+
+
+def wanda(case: Case, name: str) -> Tensor:
+    """|W_ij| · ‖x_j‖ of one linear layer, [out, in]."""
+    return case.weight(f"{name}.weight").abs() * norm(case.inputs[name])
+
+
+def layers(f: Callable[[str], Tensor], prefix: str = "model.layers") -> Tensor:
+    return torch.stack([f(f"{prefix}.{i}") for i in range(LAYERS)])
+
+
+def heads_of(positions: Tensor) -> Tensor:
+    """[KV · Q · HEAD] → [KV, Q, HEAD]."""
+    return positions.view(KV, Q, HEAD)
+
+
+def assert_scores(got: Tensor, expected: Tensor) -> None:
+    assert got.dtype == torch.float32
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got, expected.float(), rtol=2e-4, atol=1e-7)
+
+
+def saliency(case: Case, name: str) -> Tensor:
+    return (case.weight(name) * case.grads[name]).abs()
+
+
+class SharedLayer(nn.Module):
+    """One feed-forward layer used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, 7), nn.Linear(7, 13)
+        self.inner, self.outer = nn.Linear(7, 12), nn.Linear(12, 7)
+
+    def forward(self, ids: Tensor) -> Any:
+        x = self.embed(ids)
+        for _ in range(2):
+            x = x + self.outer(self.inner(x).relu())
+        return self.head(x)

@@ -1,0 +1,46 @@
+"""One layer that is cut, with a body of one's own after it, and its proof: each family cut alone, and all together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cutting import cut_and_compare, random_plan
+from torch import Tensor, nn
+
+from mptk.ir.families import Analysis
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+
+WIDTH, INNER, HIDDEN, OUT = 7, 10, 12, 11
+X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+class Small(nn.Module):
+    """``up``: what is cut (10 units, or ``inner``); ``body`` makes the output of it with the weights it asks for."""
+
+    def __init__(self, body: Callable[..., Any], inner: int = INNER, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(WIDTH, inner)
+        self.weights = nn.ParameterDict({name: nn.Parameter(torch.randn(*s) * 0.5) for name, s in shapes.items()})
+        self.body = body
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self.up(x), **self.weights)
+
+
+def prove(module: nn.Module, *inputs: Tensor) -> Analysis:
+    """Analyse, and cut each family alone and all together."""
+    analysis = analyze(trace(module.eval(), inputs or (X,)))
+    for names in [*([f.name] for f in analysis.families), None]:
+        plan = random_plan(analysis, names)
+        if plan.families:
+            difference = cut_and_compare(analysis, plan, inputs or (X,))
+            assert difference.error <= 1e-5, (names, difference)
+    return analysis
+
+
+def offered(analysis: Analysis) -> list[int]:
+    return sorted(f.size for f in analysis.families)

@@ -1,0 +1,81 @@
+"""FLAP's bias compensation: the lost means go into the consumers' biases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from criteria_cases import FFN, LAYERS, WINDOWS, Case, SharedLayer, fused_heads, grouped_queries
+from torch import Tensor
+
+import mptk
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.methods import criteria
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+from passes.transforms.masked_reference import mask
+
+
+@pytest.fixture(scope="module")
+def gqa() -> Case:
+    return grouped_queries()
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Case:
+    return fused_heads()
+
+
+def error(case: Case, program: Any, plan: Any) -> float:
+    """Mean squared logit error of the cut model against the dense one; masked = rewritten on the way."""
+    analysis = replace(case.analysis, program=program)
+    with torch.no_grad():
+        cut = mptk.rewrite(analysis, plan)(WINDOWS)
+        torch.testing.assert_close(mask(analysis, resolve_plan(analysis, plan))(WINDOWS), cut, rtol=1e-4, atol=1e-4)
+        return float((cut - case.analysis.program(WINDOWS)).square().mean())
+
+
+def test_compensation_moves_lost_means_into_biases(gpt2: Case) -> None:
+    result = criteria.one_shot(gpt2.analysis, "flap", {"ffn": 61, "v_dim": 7}, WINDOWS)
+    assert result.statement == "FLAP bias compensation: applied to c_proj"
+    assert len(result.state) == 2 * LAYERS
+    for i in range(LAYERS):
+        layer = f"transformer.h.{i}"
+        for family, label, name in [("ffn", f"{layer}.mlp", "mlp.c_proj"), ("v_dim", f"{layer}.attn", "attn.c_proj")]:
+            keep = result.plan.families[family].keep[label]
+            size = FFN if family == "ffn" else 8
+            removed = [s * size + u for s, row in enumerate(keep) for u in range(size) if u not in row]
+            means, bias = gpt2.inputs[f"{layer}.{name}"].mean(0), f"{layer}.{name}.bias"
+            expected = gpt2.weight(bias) + means[removed] @ gpt2.weight(f"{layer}.{name}.weight")[removed]
+            torch.testing.assert_close(result.state[bias], expected, rtol=1e-4, atol=1e-5)
+    evidence = criteria.gather(gpt2.analysis, "flap", WINDOWS, families=["ffn", "v_dim"])
+    again = criteria.compensate(gpt2.analysis, resolve_plan(gpt2.analysis, result.plan), evidence.observations)
+    assert all(torch.equal(bias, result.state[name]) for name, bias in again.state.items())
+    program = gpt2.analysis.program
+    assert error(gpt2, program.with_state(result.state), result.plan) < 0.9 * error(gpt2, program, result.plan)
+
+
+def test_compensation_says_where_there_is_no_bias(gqa: Case) -> None:
+    result = criteria.one_shot(gqa.analysis, "flap", {"q_heads": 2, "ffn": 64}, WINDOWS, seed=3)
+    assert result.state == {}
+    assert result.statement == "FLAP bias compensation: not applied, o_proj and down_proj have no bias"
+    assert result.plan.meta == {"criterion": "flap", "seed": 3, "calibration": {"windows": 7, "length": 9}}
+    assert criteria.one_shot(gqa.analysis, "wanda", {"ffn": 64}, WINDOWS).statement == ""
+
+
+def test_a_bias_used_twice_gets_the_mean_correction() -> None:
+    torch.manual_seed(0)
+    model = SharedLayer().eval()
+    analysis = analyze(trace(model, (WINDOWS[:2],), dynamic=True))
+    family = next(f for f in analysis.families if f.size == 12)
+    seen: list[Tensor] = []
+    model.outer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, 1)))
+    model(WINDOWS)
+    result = criteria.one_shot(analysis, "flap", {family.name: 9}, WINDOWS)
+    ((keep,),) = result.plan.families[family.name].keep.values()
+    removed = [u for u in range(12) if u not in keep]
+    means = torch.stack([x.mean(0) for x in seen]).mean(0)
+    expected = model.outer.bias.detach() + model.outer.weight.detach()[:, removed] @ means[removed]
+    torch.testing.assert_close(result.state["outer.bias"], expected, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,130 @@
+"""Operators that ONNX lacks: made functional, written by others, or refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from onnx_checks import alone, cache_inputs
+from tiny_decoders import GROUPED, tiny_decoder
+from torch import Tensor
+
+from mptk.errors import MptkError
+from mptk.runtime.decoder import OrtDecoder
+from passes.frontend.trace_decoder import trace_decoder
+from passes.targets.onnx.emit import emit_onnx
+
+
+def test_operator_that_onnx_lacks_is_named(tmp_path):
+    """``special_zeta`` has no counterpart in ONNX."""
+
+    class Odd(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.zeta(x.abs() + 2, x.abs() + 2)
+
+    model = tiny_decoder(GROUPED, num_hidden_layers=1)
+    model.model.norm = Odd()
+    with pytest.raises(MptkError, match="special_zeta"):
+        emit_onnx(trace_decoder(model), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def with_norm(tmp_path_factory):
+    """Writes a tiny model with another last norm as ONNX; compares logits and returns the file."""
+
+    def write(norm: torch.nn.Module) -> Path:
+        model = tiny_decoder(GROUPED, num_hidden_layers=1)
+        model.model.norm = norm
+        file = emit_onnx(trace_decoder(model), tmp_path_factory.mktemp("norm"))
+        ids = torch.randint(3, 97, (1, 5))
+        logits = OrtDecoder(file, threads=1).logits(ids.numpy())
+        torch.testing.assert_close(torch.from_numpy(logits[0]), alone(model, ids[0]), atol=2e-3, rtol=1e-5)
+        return file
+
+    return write
+
+
+class Fresh(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        doubled = x * 2.0
+        doubled += x
+        return doubled
+
+
+class Read(torch.nn.Module):
+    """What is written to is read before, by the write and after it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        top, _ = x.topk(48, dim=-1)
+        doubled = top * 2.0
+        doubled /= doubled.abs().sum(-1, keepdim=True)
+        doubled += 1.0
+        return doubled * 3.0 + doubled
+
+
+class View(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        copy = x * 1.5
+        copy[..., 3:7] += 5.0
+        return copy
+
+
+class ViewBefore(torch.nn.Module):
+    """A view that was taken before the write shows what is written."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        copy = x * 1.5
+        part = copy[..., :1]
+        copy += 5.0
+        return copy + part
+
+
+@pytest.mark.parametrize("norm", [Fresh, Read, View, ViewBefore])
+def test_ops_that_write_to_their_input_are_made_functional(with_norm, norm):
+    """On a tensor that has no view the quick way, which keeps the cache in Attention; else as torch decomposes it."""
+    file = with_norm(norm())
+    if norm in (Fresh, Read):
+        assert cache_inputs(file) == [["past_key_values.0.key", "past_key_values.0.value"]]
+
+
+class Renamed(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.max(torch.min(torch.square(x), x + 2.0), x - 1.0)
+
+
+class Decomposed(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sinc(x) + x
+
+
+@pytest.mark.parametrize("norm", [Renamed, Decomposed])
+def test_ops_that_the_exporter_lacks_are_written_by_others(with_norm, norm):
+    with_norm(norm())
+
+
+class Turned(torch.nn.Module):
+    """Rotates pairs of channels as some rotary embeddings do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], 24, 2)).unsqueeze(1)
+        angles = torch.arange(24.0) * 0.1 + x[..., :1]
+        turns = torch.polar(torch.ones_like(angles), angles).unsqueeze(1) * 0.5
+        return torch.view_as_real(pairs * turns.index_select(-1, torch.arange(23, -1, -1))).flatten(3).squeeze(1)
+
+
+class TurnedAndWritten(Turned):
+    """And writes halves of the result into an empty tensor, as DeepSeek-V2 does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = super().forward(x.to(torch.complex64).to(x.dtype))
+        result = torch.empty_like(x)
+        result[..., :24] = turned[..., :24]
+        result[..., 24:] = turned[..., 24:]
+        return result
+
+
+@pytest.mark.parametrize("norm", [Turned, TurnedAndWritten])
+def test_complex_numbers_become_pairs(with_norm, norm):
+    with_norm(norm())

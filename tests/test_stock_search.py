@@ -1,0 +1,136 @@
+"""Which config fields a search finds for a class: products, shared fields, families cut together, ladders, refusals."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from stock_specs import Spec, changed, gpt2, gpt_neox, llama, mixtral, one_group, opt, qwen2, refused, t5
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+)
+
+from passes.targets.stock.config import StockConfig
+
+
+def test_a_field_is_the_product_of_two_families() -> None:
+    stock = llama().discover()
+    assert stock.expressions == {
+        "num_attention_heads": (("kv", "q"),),
+        "num_key_value_heads": (("kv",),),
+        "intermediate_size": (("ffn",),),
+    }
+    assert stock.refusals == {}
+    assert changed(stock.config({"kv": 1, "q": 2})) == {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def test_experts_are_one_field() -> None:
+    stock = mixtral().discover()
+    assert changed(stock.config({"experts": 3})) == {"num_local_experts": 3}
+    assert stock.expressions["num_local_experts"] == (("experts",),)
+
+
+def test_the_ladder_is_what_the_config_class_accepts() -> None:
+    stock = one_group().discover()
+    assert stock.ladder("q") == [1, 2, 3, 4, 6]
+    assert stock.ladder("ffn", range(8, 81, 24), {"q": 4}) == [8, 32, 56, 80]
+    refusal = refused(stock.accepts({"q": 5}))
+    assert refusal.kind == "validator"
+    assert refusal.where == "LlamaConfig.validate_architecture"
+    assert "hidden size (48) is not a multiple of the number of attention heads (5)" in refusal.reason
+
+
+@pytest.mark.parametrize(
+    ("make", "parameter", "field"),
+    [
+        (gpt2, "transformer.wte.weight", "n_embd=36"),
+        (gpt_neox, "gpt_neox.embed_in.weight", "hidden_size=36"),
+        (opt, "model.decoder.embed_tokens.weight", "hidden_size=36"),
+    ],
+)
+def test_heads_that_are_wired_to_the_hidden_size_are_refused(make: Any, parameter: str, field: str) -> None:
+    spec = make()
+    refusal = refused(spec.probe({"heads": 3}))
+    assert (refusal.kind, refusal.where) == ("shape", parameter)
+    assert refusal.reason.startswith(field)
+    stock = spec.discover()
+    assert stock.refusals["heads"].where == parameter
+    assert stock.ladder("heads") == [4]
+    assert stock.ladder("ffn", [24, 72]) == [24, 72]
+
+
+def test_heads_and_hidden_together_imply_a_field_that_no_shape_shows() -> None:
+    spec = gpt2()
+    stock = spec.discover()
+    assert stock.together == [frozenset({"heads", "hidden"})]
+    assert changed(stock.config({"heads": 3, "hidden": 36})) == {"n_embd": 36, "n_head": 3, "n_inner": 192}
+    assert changed(spec.probe({"heads": 3, "hidden": 36})) == {"n_embd": 36, "n_head": 3, "n_inner": 192}
+    assert refused(stock.accepts({"heads": 3, "hidden": 24})).kind == "shared"
+    assert stock.refusals["heads"].kind == "shape"
+    assert "heads" in refused(stock.accepts({"hidden": 36})).reason
+
+
+def test_families_that_share_a_field_are_cut_together() -> None:
+    stock = t5().discover()
+    assert stock.together == [frozenset({"encoder", "decoder", "cross"})]
+    assert changed(stock.config({"encoder": 3, "decoder": 3, "cross": 3})) == {"num_heads": 3}
+    refusal = refused(stock.accepts({"encoder": 3, "decoder": 2, "cross": 3}))
+    assert (refusal.kind, refusal.where) == ("shared", "num_heads")
+    alone = refused(stock.accepts({"encoder": 3}))
+    assert (alone.kind, alone.where) == ("shared", "encoder")
+    assert "cross and decoder" in alone.reason
+
+
+def test_the_check_decides_where_shapes_fit() -> None:
+    calls: list[dict[str, int]] = []
+
+    def check(stock: StockConfig, widths: Mapping[str, int]) -> float:
+        calls.append(dict(widths))
+        return 0.5 if "ffn" in widths else 0.0
+
+    stock = one_group().discover(check=check)
+    assert stock.refusals.keys() == {"ffn"}
+    assert stock.refusals["ffn"].kind == "numeric"
+    assert "0.5" in stock.refusals["ffn"].reason
+    assert {"q": 4} in calls  # 5 is refused by the validator
+
+
+def test_probing_leaves_no_trace() -> None:
+    spec = qwen2()
+    before = spec.model.config.to_dict()
+    spec.discover()
+    assert spec.model.config.to_dict() == before
+    assert "__getattr__" not in vars(PreTrainedConfig)
+
+
+def test_widths_of_a_deep_model_are_asked_without_building_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    rules = {
+        r"q_proj.weight": (("kv", "q", 64), 576),
+        r"[kv]_proj.weight": (("kv", 64), 576),
+        r"o_proj.weight": (576, ("kv", "q", 64)),
+        r"(gate|up)_proj.weight": ("ffn", 576),
+        r"down_proj.weight": (576, "ffn"),
+    }
+    stock = Spec(model, {"kv": 3, "q": 3, "ffn": 1536}, [64, 576, 49152], rules).discover()
+    built: list[object] = []
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", lambda model, *_: built.append(model))
+    for kv, q in itertools.product((1, 2, 3), (1, 2, 3)):  # 576 is a multiple of every product
+        assert stock.accepts({"kv": kv, "q": q}) is None
+    assert stock.ladder("ffn", range(64, 1537, 64)) == [*range(64, 1537, 64)]
+    assert built == []

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, evaluate
 from mptk.ir.families import Analysis, Family
+from mptk.ir.sizes import result_shape
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,10 @@ class CostModel:
         return (self.dense.parameters - self({family.name: family.size - 1}).parameters) if family.size > 1 else 0.0
 
     def _flops(self, sizes: Mapping[Axis, float]) -> float:
-        walk, tokens = self.analysis.walk, example_tokens(self.analysis)
+        facts, tokens = self.analysis.facts, example_tokens(self.analysis)
         total: float = 0
-        for c in self.analysis.contractions:
-            if walk.is_weight(c.left[0]) or walk.is_weight(c.right[0]):
+        for c in facts.contractions:
+            if facts.is_weight(c.left[0]) or facts.is_weight(c.right[0]):
                 count: float = 2 * evaluate(c.axis, sizes)
                 for term in c.out:
                     count *= evaluate(term, sizes)
@@ -99,7 +100,7 @@ class CostModel:
 def example_tokens(analysis: Analysis) -> int:
     """Positions of the example input: the product of its first two dimensions."""
     first = next(n for n in analysis.program.placeholders() if n.name in analysis.program.user_inputs)
-    shape = analysis.walk.shape(first)
+    shape = result_shape(first)
     return int(shape[0] * shape[1]) if len(shape) > 1 else int(shape[0])
 
 

@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping
 
 from torch import fx
 
-from mptk.ir.axes import Axis, Sum, Term, coordinates, encloses, freeze, leaves, resolve
+from mptk.ir.axes import Axis, Sum, Term, axes_in, coordinates, encloses, freeze, leaves, resolve
+from mptk.ir.axis_facts import AxisFacts, Dims
 from mptk.ir.families import Analysis, Blocked, Family, Group, Member
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
 from passes.analysis.liveness import live_axes
-from passes.analysis.propagate import Walk, propagate
+from passes.analysis.naming import distinct, name_blocked, name_family
+from passes.analysis.propagate import propagate
 from passes.analysis.zero_propagation import find_spoilers
 
 Members = dict[Axis, list[tuple[str, int]]]
@@ -43,33 +45,32 @@ def _without_collection() -> Iterator[None]:
 
 
 def _analyze(program: Program) -> Analysis:
-    walk = propagate(program)
+    facts = propagate(program)
     readers = {
         program.weights[n.name]: next(iter(n.users))
         for n in program.placeholders()
-        if n.name in program.weights and n in walk.dims and n.users
+        if n.name in program.weights and n in facts.results and n.users
     }
-    weights = {name: tuple(resolve(d) for d in dims) for name, dims in walk.weights.items() if name in readers}
+    weights = {name: tuple(resolve(d) for d in dims) for name, dims in facts.weights.items() if name in readers}
     members = _members(weights)
-    spoilers = find_spoilers(walk)
-    live = live_axes(walk)
+    spoilers = find_spoilers(facts)
+    live = live_axes(facts)
     for a, places in members.items():
         _refuse(a, live, SourceLocation(readers[places[0][0]]))
     open_axes = [a for a in members if not a.frozen and a not in spoilers]
-    scopes = _scopes(walk, weights, members, open_axes)
-    roles = _member_roles(walk)
+    scopes = _scopes(facts, weights, members, open_axes)
+    roles = _member_roles(program, facts)
     groups = [_group(a, members[a], weights, scopes[a], roles) for a in open_axes]
     return Analysis(
         program=program,
         families=_families(groups),
         blocked=tuple(_blocked(a, members[a], weights, spoilers) for a in members if a not in scopes),
         weights=weights,
-        contractions=walk.contractions,
-        walk=walk,
+        facts=facts,
     )
 
 
-def _members(weights: Mapping[str, tuple[Term, ...]]) -> Members:
+def _members(weights: Mapping[str, Dims]) -> Members:
     """Every axis of the weights, in their order, with the dimensions that hold it."""
     found: Members = {}
     for name, dims in weights.items():
@@ -89,7 +90,7 @@ def _refuse(a: Axis, live: set[Axis], place: SourceLocation) -> None:
 
 
 def _scopes(
-    walk: Walk, weights: Mapping[str, tuple[Term, ...]], members: Members, open_axes: list[Axis]
+    facts: AxisFacts, weights: Mapping[str, Dims], members: Members, open_axes: list[Axis]
 ) -> dict[Axis, tuple[Axis, ...]]:
     """For each axis, the axes along which its choice of units may vary: those present wherever it is.
 
@@ -99,24 +100,24 @@ def _scopes(
     """
     beside: dict[Axis, set[Axis]] = {}
     wanted = set(open_axes)
-    for counts in {frozenset(coordinates(dims, each=True).items()) for dims in _values(walk)}:
+    for counts in {frozenset(coordinates(dims, each=True).items()) for dims in _values(facts)}:
         held = frozenset(leaf for leaf, _ in counts)
-        routed = _routed(walk, held)
+        routed = _routed(facts, held)
         present = {leaf for leaf, count in counts if count == 1} | routed
         for leaf in (held | routed) & wanted:
             beside[leaf] = beside[leaf] & present if leaf in beside else set(present)
     scopes: dict[Axis, tuple[Axis, ...]] = {}
-    places = _places(walk, weights)
+    places = _places(facts, weights)
     for a in reversed(open_axes):
         companions = [b for b in members if b is not a and b in beside.get(a, ()) and a not in scopes.get(b, ())]
         scopes[a] = tuple(b for b in companions if _can_vary(a, b, places[a]))
     return scopes
 
 
-def _places(walk: Walk, weights: Mapping[str, tuple[Term, ...]]) -> dict[Axis, list[tuple[Term, set[Term]]]]:
+def _places(facts: AxisFacts, weights: Mapping[str, Dims]) -> dict[Axis, list[tuple[Term, set[Term]]]]:
     """Axis → the dimensions of weights and constants that hold it, each with the weight's dimensions of one axis."""
     found: dict[Axis, list[tuple[Term, set[Term]]]] = {}
-    uses = [dims for used in walk.constant_uses.values() for _, dims in used]
+    uses = [dims for used in facts.constant_uses.values() for _, dims in used]
     for dims, apart in [*((dims, set(dims)) for dims in weights.values()), *((dims, set()) for dims in uses)]:
         for term in dims:
             for leaf in dict.fromkeys(leaves(term)):
@@ -124,9 +125,9 @@ def _places(walk: Walk, weights: Mapping[str, tuple[Term, ...]]) -> dict[Axis, l
     return found
 
 
-def _routed(walk: Walk, present: frozenset[Axis]) -> set[Axis]:
+def _routed(facts: AxisFacts, present: frozenset[Axis]) -> set[Axis]:
     """Rows that were routed to an expert know which: a value that holds all the rows' axes holds the expert's too."""
-    return {e for rows, expert in walk.routed if set(leaves(rows)) <= present for e in leaves(expert)}
+    return axes_in(r.expert for r in facts.routes if axes_in([r.rows]) <= present)
 
 
 def _can_vary(a: Axis, scope: Axis, places: list[tuple[Term, set[Term]]]) -> bool:
@@ -134,42 +135,41 @@ def _can_vary(a: Axis, scope: Axis, places: list[tuple[Term, set[Term]]]) -> boo
     return all(encloses(term, scope, a) or scope in apart for term, apart in places)
 
 
-def _values(walk: Walk) -> set[tuple[Term, ...]]:
+def _values(facts: AxisFacts) -> set[Dims]:
     """The dimensions of every value, of what calls make inside and of constants where they are used; each kind once."""
-    found: set[tuple[Term, ...]] = set(walk.hidden)
-    for dims in walk.dims.values():
-        found.update((d for d in dims if d is not None) if isinstance(dims, list) else [dims])
-    found.update(dims for uses in walk.constant_uses.values() for _, dims in uses)
+    found = set(facts.inner).union(*(facts.tensors(node) for node in facts.results))
+    found.update(dims for uses in facts.constant_uses.values() for _, dims in uses)
     return found
 
 
-def _member_roles(walk: Walk) -> dict[tuple[str, int], str]:
+def _member_roles(program: Program, facts: AxisFacts) -> dict[tuple[str, int], str]:
     """Whether a weight's dimension is summed over (consumer) or makes new channels (producer)."""
     roles: dict[tuple[str, int], str] = {}
-    for c in walk.contractions:
+    for c in facts.contractions:
         for node, dim in (c.left, c.right):
-            source = _weight_dimension(walk, node, dim)
+            source = _weight_dimension(program, facts, node, dim)
             if source is not None:
                 name, d = source
                 roles[name, d] = "consumer"
-                for other, term in enumerate(walk.weights[name]):
-                    if other != d and any(leaf in set(leaves(term)) for o in c.out for leaf in leaves(o)):
+                made = axes_in(c.out)
+                for other, term in enumerate(facts.weights[name]):
+                    if other != d and made & axes_in([term]):
                         roles.setdefault((name, other), "producer")
     return roles
 
 
-def _weight_dimension(walk: Walk, node: fx.Node, dim: int) -> tuple[str, int] | None:
+def _weight_dimension(program: Program, facts: AxisFacts, node: fx.Node, dim: int) -> tuple[str, int] | None:
     """The weight behind a contraction's operand and which of its dimensions that is (through transposes, by term)."""
-    if not walk.is_weight(node):
+    if not facts.is_weight(node):
         return None
-    term = resolve(walk.dims[node][dim])
+    term = resolve(facts.dims(node)[dim])
     while node.op != "placeholder":
-        sources = [n for n in node.all_input_nodes if n in walk.variable]
+        sources = [n for n in node.all_input_nodes if n in facts.results]
         if len(sources) != 1:
             return None
         node = sources[0]
-    name = walk.program.weights[node.name]
-    for d, t in enumerate(walk.weights[name]):
+    name = program.weights[node.name]
+    for d, t in enumerate(facts.weights[name]):
         if resolve(t) is term or resolve(t) == term:
             return name, d
     return None
@@ -178,7 +178,7 @@ def _weight_dimension(walk: Walk, node: fx.Node, dim: int) -> tuple[str, int] | 
 def _group(
     a: Axis,
     places: list[tuple[str, int]],
-    weights: Mapping[str, tuple[Term, ...]],
+    weights: Mapping[str, Dims],
     scope: tuple[Axis, ...],
     roles: Mapping[tuple[str, int], str],
 ) -> Group:
@@ -205,16 +205,11 @@ def _families(groups: list[Group]) -> tuple[Family, ...]:
     by_signature: dict[object, list[Group]] = {}
     for g in groups:
         by_signature.setdefault(signature(g), []).append(g)
-    named: list[tuple[str, str, list[Group]]] = []
-    for same in by_signature.values():
-        name, description = _name(same[0], len(same))
-        named.append((name, description, same))
-    taken = [name for name, _, _ in named]
+    named = [(*name_family(same[0], len(same)), same) for same in by_signature.values()]
     families = []
-    for i, (name, description, same) in enumerate(named):
-        distinct = name if taken.count(name) == 1 else f"{name}.{taken[:i].count(name) + 1}"
+    for name, (_, description, same) in zip(distinct(name for name, _, _ in named), named, strict=True):
         minimum = max(g.axis.minimum for g in same)
-        families.append(Family(distinct, description, tuple(_distinct_layers(same)), minimum, same[0].axis.multiple))
+        families.append(Family(name, description, tuple(_distinct_layers(same)), minimum, same[0].axis.multiple))
     return tuple(families)
 
 
@@ -241,61 +236,14 @@ def _layout(term: Term, a: Axis, scope: Mapping[Axis, str]) -> str:
     return "(" + ("+" if isinstance(term, Sum) else "*").join(_layout(p, a, scope) for p in parts) + ")"
 
 
-# ---- names for people ----
-
-
-def _name(group: Group, layers: int) -> tuple[str, str]:
-    """A name and a description from what the axis was seen to do. Cosmetic: nothing depends on it."""
-    roles = group.axis.roles
-    if "expert" in roles:
-        return "experts", "experts of a mixture, with their router rows"
-    if "head" in roles:
-        inside = [m for m in group.members if m.role == "producer"]
-        if len(group.scope) and len(inside) == 1:
-            return "q_heads", "query heads in each KV group"
-        grouped = any(any(s.roles & {"head"} and s is not group.axis for s in leaves(m.term)) for m in group.members)
-        return ("kv_groups", "KV heads with their query heads") if grouped else ("heads", "attention heads")
-    if "inner" in roles:
-        return _name_of_query_channels(group)
-    if "value" in roles:
-        return "v_dim", "value channels in each head"
-    if "embedding" in roles:
-        return "hidden", "residual width"
-    kinds = {m.role for m in group.members}
-    once = layers > 1 or len({re.sub(r"\d+", "*", m.weight) for m in group.members}) == len(group.members)
-    if once and {"producer", "consumer"} <= kinds and not _spans_layers(group):
-        return "ffn", "feed-forward channels"
-    return "channels", "channels"
-
-
-def _name_of_query_channels(group: Group) -> tuple[str, str]:
-    """Rotation ties the two halves of a head: then the axis comes twice in the query (and in the key)."""
-    times = [sum(leaf is group.axis for leaf in leaves(m.term)) for m in group.members if m.role == "producer"]
-    tied = "value" in group.axis.roles
-    fused = len(times) == 1 and not tied
-    what = "query, key and value" if tied else "query and key"
-    if max(times, default=0) > (2 if fused else 1):
-        return "rotary_pairs", f"rotary pairs of {what} channels"
-    return ("head_dim" if tied else "qk_dim"), f"{what} channels in each head"
-
-
-def _spans_layers(group: Group) -> bool:
-    """Whether the members lie in several layers (numbered modules) of the same container."""
-    numbers = {tuple(re.findall(r"\.(\d+)\.", m.weight))[:1] for m in group.members}
-    return len(numbers) > 1
-
-
 # ---- what cannot be cut ----
 
 
 def _blocked(
     a: Axis,
     places: list[tuple[str, int]],
-    weights: Mapping[str, tuple[Term, ...]],
+    weights: Mapping[str, Dims],
     spoilers: Mapping[Axis, list[str]],
 ) -> Blocked:
     reasons = tuple(dict.fromkeys([*a.frozen, *spoilers.get(a, [])]))
-    name = (
-        "vocab" if any("the model's output" in r or "indexed by the model's input" in r for r in a.frozen) else "axis"
-    )
-    return Blocked(name, a.size, tuple(f"{w}[{d}]" for w, d in places), reasons)
+    return Blocked(name_blocked(a), a.size, tuple(f"{w}[{d}]" for w, d in places), reasons)

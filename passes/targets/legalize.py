@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from mptk.cost.model import CostModel, is_layered
 from mptk.errors import MptkError
-from mptk.ir.axes import evaluate, leaves
+from mptk.ir.axes import axes_in, evaluate, leaves
 from mptk.ir.families import Analysis, Family
 from passes.targets.stock.config import Stock
 from passes.transforms.fold_norms import unfoldable
@@ -83,14 +83,10 @@ def derived_families(analysis: Analysis) -> dict[str, str]:
     along which the graph reads a constant (rotary tables, position biases), and those that a mean runs over whose
     scale no weight can take (``passes/transforms/fold_norms.py``).
     """
-    walk = analysis.walk
-    scaled = {
-        leaf
-        for c in analysis.contractions
-        if not (walk.is_weight(c.left[0]) or walk.is_weight(c.right[0]))
-        for leaf in leaves(c.axis)
-    }
-    tables = {leaf for uses in walk.constant_uses.values() for _, dims in uses for d in dims for leaf in leaves(d)}
+    facts = analysis.facts
+    products = (c for c in facts.contractions if not (facts.is_weight(c.left[0]) or facts.is_weight(c.right[0])))
+    scaled = axes_in(c.axis for c in products)
+    tables = axes_in(term for uses in facts.constant_uses.values() for _, dims in uses for term in dims)
     reasons = {}
     for family in analysis.families:
         axis = family.groups[0].axis

@@ -21,9 +21,9 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from mptk.errors import MptkError
-from mptk.ir.axes import leaves, occurrences, resolve
-from mptk.ir.families import Analysis, Family, Group, Member, scope_coordinates
-from passes.analysis.propagate import Walk
+from mptk.ir.axes import Term, leaves
+from mptk.ir.axis_facts import AxisFacts
+from mptk.ir.families import Analysis, Family, Group, Member, unit_indices
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
         if refusal is not None:
             raise MptkError(refusal)
         for layer, group in enumerate(family.groups):
-            members = _masked_members(analysis.walk, group)
+            members = _masked_members(analysis.facts, group)
             covered: set[str] = set()
             for member in members:
                 if member.weight not in covered:
@@ -70,7 +70,7 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
 def disturbed(analysis: Analysis, name: str) -> str | None:
     """Why a family cannot fade out, or None: masked zeros would enter a softmax, a top-k or a norm's statistics."""
     for group in analysis.family(name).groups:
-        for r in analysis.walk.reductions:
+        for r in analysis.facts.reductions:
             if r.kind in ("max", "min", "statistic") and group.axis in set(leaves(r.axis)):
                 return (
                     f"{name} cannot be learned: zeros would disturb {r.node.target} in {group.layer}; "
@@ -79,13 +79,13 @@ def disturbed(analysis: Analysis, name: str) -> str | None:
     return None
 
 
-def _masked_members(walk: Walk, group: Group) -> list[Member]:
+def _masked_members(facts: AxisFacts, group: Group) -> list[Member]:
     """The consumers, if nothing else depends on the units; else everything that makes them."""
     consumers = [m for m in group.members if m.role == "consumer"]
-    between = any(group.axis in set(leaves(r.axis)) for r in walk.reductions) or any(
-        group.axis in set(leaves(resolve(c.axis)))
-        for c in walk.contractions
-        if not (walk.is_weight(c.left[0]) or walk.is_weight(c.right[0]))
+    between = any(group.axis in set(leaves(r.axis)) for r in facts.reductions) or any(
+        group.axis in set(leaves(c.axis))
+        for c in facts.contractions
+        if not (facts.is_weight(c.left[0]) or facts.is_weight(c.right[0]))
     )
     if consumers and not between:
         return consumers
@@ -99,7 +99,7 @@ def _mask_site(analysis: Analysis, module: nn.Module, family: Family, layer: int
     inputs, outputs = _linear_dims(own)
     group = family.groups[layer]
     dims = analysis.weights[member.weight]
-    beside = [a for a in group.scope if a not in set(leaves(resolve(member.term)))]
+    beside = [a for a in group.scope if a not in set(leaves(member.term))]
     if parameter == "weight" and not beside and member.dim == inputs and member.role == "consumer":
         return MaskSite(
             family.name, layer, owner, "input", _index(dims, member.dim, group).flatten(), ((member.weight, inputs),)
@@ -121,18 +121,9 @@ def _linear_dims(layer: nn.Module) -> tuple[int | None, int | None]:
     return None, None
 
 
-def _index(dims: Sequence[Any], dim: int, group: Group) -> Tensor:
-    """The unit at each position of a weight's dimension, int64, 1 in dimensions along which it does not vary."""
-    found = occurrences(dims[dim])
-    at = [-1 if d == dim else 1 for d in range(len(dims))]
-    unit = np.max([c for leaf, c in found if leaf is group.axis], axis=0).reshape(at)
-    scope = np.zeros([1] * len(dims), dtype=np.int64)
-    for a in group.scope:
-        d = next(d for d in (dim, *range(len(dims))) if a in set(leaves(resolve(dims[d]))))
-        coordinate = scope_coordinates(occurrences(dims[d]), (a,), dims[d].size)
-        assert coordinate is not None
-        scope = scope * a.size + coordinate.reshape([-1 if e == d else 1 for e in range(len(dims))])
-    return torch.from_numpy(np.where(unit < 0, -1, scope * group.size + unit))
+def _index(dims: Sequence[Term], dim: int, group: Group) -> Tensor:
+    """The unit at each position of a weight, int64 (``unit_indices``); a position belongs to one at most."""
+    return torch.from_numpy(np.max(unit_indices(dims, dim, group), axis=0))
 
 
 Values = Callable[[str, int], Tensor]

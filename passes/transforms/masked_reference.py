@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from mptk.ir.axes import ONE, Term, leaves
+from mptk.ir.axis_facts import AxisFacts, Reduction
 from mptk.ir.families import Analysis
 from mptk.ir.ops import base_name, named_argument, op_name
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
-from passes.analysis.propagate import Reduction, Walk
 from passes.analysis.rules.reduce import correction_of
 from passes.analysis.rules.table import normalize_all
 
@@ -36,24 +36,24 @@ def mask(analysis: Analysis, cut: Cut) -> Program:
             state[name] = state[name] * keep if state[name].is_floating_point() else state[name]
     graph = program.copy_graph()
     nodes = {n.name: n for n in graph.graph.nodes}
-    for node, reductions in _disturbed(analysis.walk, cut).items():
-        _mask_reduction(graph.graph, nodes[node.name], analysis.walk, cut, reductions)
+    for node, reductions in _disturbed(analysis.facts, cut).items():
+        _mask_reduction(graph.graph, nodes[node.name], analysis.facts, cut, reductions)
     graph.recompile()
     return replace(program, graph=graph, state=state)
 
 
-def _disturbed(walk: Walk, cut: Cut) -> dict[fx.Node, list[Reduction]]:
+def _disturbed(facts: AxisFacts, cut: Cut) -> dict[fx.Node, list[Reduction]]:
     """The calls whose result zeros would change, with their reductions over cut axes."""
     found: dict[fx.Node, list[Reduction]] = {}
-    for r in walk.reductions:
+    for r in facts.reductions:
         if r.kind in ("max", "min", "statistic") and cut.touches(r.axis):
             found.setdefault(r.node, []).append(r)
     return found
 
 
-def _mask_reduction(graph: fx.Graph, node: fx.Node, walk: Walk, cut: Cut, reductions: list[Reduction]) -> None:
+def _mask_reduction(graph: fx.Graph, node: fx.Node, facts: AxisFacts, cut: Cut, reductions: list[Reduction]) -> None:
     r = reductions[0]
-    dims = walk.dims[next(n for n in r.node.all_input_nodes if n in walk.dims)]
+    dims = facts.dims(next(n for n in r.node.all_input_nodes if n in facts.results))
     if r.kind == "statistic":
         return _mask_statistic(node, dims, cut)
     last = -1 if base_name(node.target) in ("topk", "sort") else None

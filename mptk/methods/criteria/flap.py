@@ -20,10 +20,11 @@ from torch import Tensor, fx
 
 from mptk.ir.axes import resolve
 from mptk.ir.families import Analysis, Family
+from mptk.ir.ops import named_argument
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import Cut, resolve_plan
 from mptk.methods.criteria.base import Evidence, Scores, sum_uses
-from mptk.methods.criteria.observe import Observation, Site, named_argument
+from mptk.methods.criteria.observe import Observation, Site
 
 
 def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
@@ -80,7 +81,7 @@ def _bias(analysis: Analysis, site: Site) -> tuple[str | None, int]:
         node = named_argument(site.node, "self")
     weights = analysis.program.weights
     if isinstance(node, fx.Node) and node.name in weights:
-        dims = analysis.walk.dims[node]
+        dims = analysis.facts.dims(node)
         for d, term in enumerate(site.weight_dims):
             if d != site.weight_dim and len(dims) == 1 and resolve(dims[0]) == term:
                 return weights[node.name], d
@@ -91,7 +92,7 @@ def _label(analysis: Analysis, site: Site) -> str:
     """The consumer's own name, as people know it: ``down_proj``."""
     node = site.weight
     while node.op != "placeholder":
-        node = next(n for n in node.all_input_nodes if analysis.walk.is_weight(n))
+        node = next(n for n in node.all_input_nodes if analysis.facts.is_weight(n))
     return analysis.program.weights[node.name].removesuffix(".weight").rsplit(".", 1)[-1]
 
 

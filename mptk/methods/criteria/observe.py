@@ -15,8 +15,10 @@ from torch import Tensor, fx
 from torch.nn.functional import cross_entropy
 
 from mptk.errors import MptkError
-from mptk.ir.axes import Term, leaves, resolve
+from mptk.ir.axes import leaves, resolve
+from mptk.ir.axis_facts import Dims
 from mptk.ir.families import Analysis
+from mptk.ir.ops import named_argument
 from mptk.ir.program import Program
 from mptk.progress import Count
 
@@ -40,7 +42,7 @@ class Site:
     x_dim: int
     weight: fx.Node
     weight_dim: int
-    weight_dims: tuple[Term, ...]
+    weight_dims: Dims
     shared: tuple[tuple[int, int], ...]
     ends: fx.Node | None
 
@@ -100,15 +102,15 @@ class Observation:
 
 def find_sites(analysis: Analysis) -> list[Site]:
     """Every contraction of an activation with a weight, in graph order."""
-    found = []
-    for c in analysis.contractions:
+    facts, found = analysis.facts, []
+    for c in facts.contractions:
         operands = [c.left, c.right]
-        weights = [o for o in operands if analysis.walk.is_weight(o[0])]
-        others = [o for o in operands if o[0] in analysis.walk.activation]
+        weights = [o for o in operands if facts.is_weight(o[0])]
+        others = [o for o in operands if o[0] in facts.activations]
         if len(weights) == len(others) == 1:
             (x, x_dim), (weight, weight_dim) = others[0], weights[0]
-            x_dims = tuple(resolve(d) for d in analysis.walk.dims[x])
-            weight_dims = tuple(resolve(d) for d in analysis.walk.dims[weight])
+            x_dims = tuple(resolve(d) for d in facts.dims(x))
+            weight_dims = tuple(resolve(d) for d in facts.dims(weight))
             if x_dims[x_dim].size == weight_dims[weight_dim].size:
                 shared, ends = _shared(analysis, c.node, (x_dims, x_dim), (weight_dims, weight_dim))
                 found.append(Site(c.node, x, x_dim, weight, weight_dim, weight_dims, shared, ends))
@@ -116,26 +118,17 @@ def find_sites(analysis: Analysis) -> list[Site]:
 
 
 def _shared(
-    analysis: Analysis, node: fx.Node, x: tuple[tuple[Term, ...], int], weight: tuple[tuple[Term, ...], int]
+    analysis: Analysis, node: fx.Node, x: tuple[Dims, int], weight: tuple[Dims, int]
 ) -> tuple[tuple[tuple[int, int], ...], fx.Node | None]:
     """Pairs of dimensions that x and the weight share beside the summed one, and the ends of routed rows."""
     x_free = [(d, t) for d, t in enumerate(x[0]) if d != x[1]]
     weight_free = [(d, t) for d, t in enumerate(weight[0]) if d != weight[1]]
     ends = named_argument(node, "offs")
     if isinstance(ends, fx.Node):
-        routed = [(resolve(rows), resolve(expert)) for rows, expert in analysis.walk.routed]
+        routed = [(resolve(route.rows), resolve(route.expert)) for route in analysis.facts.routes]
         pairs = [(i, j) for i, s in x_free for j, t in weight_free if (s, t) in routed]
         return tuple(pairs[:1]), ends if pairs else None
     return tuple((i, j) for i, s in x_free for j, t in weight_free if s == t and any(True for _ in leaves(s))), None
-
-
-def named_argument(node: fx.Node, name: str) -> Any:
-    """The argument that the op's schema calls ``name``; None if it has none of the name or it is not given."""
-    schema = getattr(node.target, "_schema", None)
-    for position, argument in enumerate(schema.arguments if schema is not None else ()):
-        if argument.name == name:
-            return node.args[position] if position < len(node.args) else node.kwargs.get(name)
-    return None
 
 
 # ---- activations ----

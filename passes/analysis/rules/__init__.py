@@ -12,11 +12,28 @@ from passes.analysis.rules import (
     opaque,
     order,
     pointwise,
+    positions,
     reduce,
     shape,
 )
+from passes.analysis.rules.context import Value
 from passes.analysis.rules.pointwise import POINTWISE
-from passes.analysis.rules.table import RULES, Rule, Value, rule
+from passes.analysis.rules.table import RULES, Rule, rule
 
 __all__ = ["POINTWISE", "RULES", "Rule", "Value", "rule"]
-_FAMILIES = (complex, contract, convolution, create, fixed, index, move, norm, opaque, order, pointwise, reduce, shape)
+_FAMILIES = (
+    complex,
+    contract,
+    convolution,
+    create,
+    fixed,
+    index,
+    move,
+    norm,
+    opaque,
+    order,
+    pointwise,
+    positions,
+    reduce,
+    shape,
+)

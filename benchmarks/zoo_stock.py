@@ -15,7 +15,8 @@ from mptk.ir.families import Analysis, Family
 from mptk.ir.passes import Log
 from passes.pipelines import cut_program
 from passes.targets.legalize import cut_shapes, derived_families
-from passes.targets.stock.config import Refusal, Stock
+from passes.targets.stock.learn import Stock
+from passes.targets.stock.probe import Refusal
 from passes.verify import TOLERANCE
 
 PREFIX = "model."

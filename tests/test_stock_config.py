@@ -40,7 +40,9 @@ from transformers import (
 )
 
 from mptk.errors import MptkError
-from passes.targets.stock.config import Refusal, Stock, StockConfig, probe_config
+from passes.targets.stock.config import StockConfig, probe_config
+from passes.targets.stock.learn import Stock
+from passes.targets.stock.probe import Refusal
 from passes.targets.stock.rehome import rehome
 
 Keep = Mapping[str, Sequence[int]]

@@ -12,7 +12,7 @@ from mptk.cost.model import CostModel, is_layered
 from mptk.errors import MptkError
 from mptk.ir.axes import axes_in, evaluate, leaves
 from mptk.ir.families import Analysis, Family
-from passes.targets.stock.config import Stock
+from passes.targets.stock.learn import Stock
 from passes.transforms.fold_norms import unfoldable
 
 MULTIPLE = 32

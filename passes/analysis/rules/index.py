@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import fx
 
@@ -80,9 +80,7 @@ def index(ctx: RuleContext, node: fx.Node, x: Value, indices: Sequence[Value | N
     if len(result_shape(node)) != len(rest) + ndim:
         return opaque(ctx, node, x, *values)
     start = places[0] if places[-1] - places[0] < len(places) else 0
-    for d, v in zip(places, values, strict=True):
-        ctx.index(node, v, x.dims[d])
-    made = _index_dims(ctx, node, x, values, result_shape(node)[start : start + ndim])
+    made = _index_dims(ctx, node, x, dict(zip(places, values, strict=True)), result_shape(node)[start : start + ndim])
     return Result((*rest[:start], *made, *rest[start:]), positions=ctx.positions(x))
 
 
@@ -92,15 +90,17 @@ def _short_list(ctx: RuleContext, indices: Sequence[Value]) -> list[int] | None:
     return known.tolist() if known is not None and known.dim() == 1 and known.numel() <= 8 else None
 
 
-def _index_dims(ctx: RuleContext, node: fx.Node, x: Value, values: Sequence[Value], shape: Sequence[int]) -> list[Term]:
-    """The index tensors' broadcast dimensions."""
+def _index_dims(
+    ctx: RuleContext, node: fx.Node, x: Value, indices: Mapping[int, Value], shape: Sequence[int]
+) -> list[Term]:
+    """Dimensions of x are read at positions; the index tensors' broadcast dimensions, of sizes ``shape``."""
+    for d, positions in indices.items():
+        ctx.index(node, positions, x.dims[d])
     out: list[Term] = [axis(size) for size in shape]
-    for v in values:
+    for positions in indices.values():
         if ctx.is_weight(x.node):
-            ctx.pin_input(node, v)
-        for i, d in enumerate(v.dims, start=len(shape) - v.ndim):
-            if d.size == shape[i]:
-                ctx.unify(out[i], d, node)
+            ctx.pin_input(node, positions)
+        align(ctx, node, positions.dims, out)
     return out
 
 

@@ -72,19 +72,11 @@ def extremes(ctx: RuleContext, node: fx.Node, x: Value, dim: int) -> list[Dims]:
 
 
 @rule("aten.diff", zero="all")
-def diff(
-    ctx: RuleContext,
-    node: fx.Node,
-    x: Value,
-    n: int = 1,
-    dim: int = -1,
-    prepend: Value | None = None,
-    append: Value | None = None,
-) -> Dims:
+def diff(ctx: RuleContext, node: fx.Node, x: Value, n: int = 1, dim: int = -1, *ends: object, **named: object) -> Dims:
     """y_d = x_d less the position before it, which pins d; what is put before and behind has the other axes."""
     d = normalize(dim, x.ndim)
-    for other in (prepend, append):
-        for i, t in enumerate(other.dims if other is not None else ()):
+    for other in (*ends, *named.values()):
+        for i, t in enumerate(other.dims if isinstance(other, Value) else ()):
             ctx.freeze(t, ORDER, node) if i == d else ctx.unify(t, x.dims[i], node)
     return pinned(ctx, node, x, [d], result_shape(node))
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from mptk.ir.axes import Axis, Index, Size, Term, leaves, occurrences
 from mptk.ir.axis_facts import AxisFacts, Dims
 from mptk.ir.program import Program
+
+Place = tuple[str, int]
+"""A weight's name, and one of its dimensions."""
+
+Role = Literal["producer", "consumer", "other"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Member:
     weight: str
     dim: int
     term: Term
-    role: str
+    role: Role
 
 
 @dataclass(frozen=True)

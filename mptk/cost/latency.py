@@ -31,12 +31,12 @@ PROMPT = 512
 """Tokens of the prompt in prefill, and in the KV cache in decode; batch 1."""
 
 OBJECTIVES = {"prefill": (PROMPT, 0), "decode": (1, PROMPT)}
-"""Phase → (new tokens, cached tokens)."""
+"""Objective → (new tokens, cached tokens)."""
 
 PROBES = (0.91, 0.83, 0.71)
 
 KNOTS = {1: 6, 2: 4, 3: 3}
-"""At how many widths of a family an operator is timed, by the number of families that it depends on; 2 if more."""
+"""Number of families that an operator depends on → at how many widths of each it is timed; 2 if there are more."""
 
 Widths = Mapping[str, float]
 Sizes = Callable[[Mapping[Axis, float]], tuple[float, ...]]
@@ -79,7 +79,7 @@ class Latency:
         measure: operators → milliseconds of each. Called once.
 
     Raises:
-        MptkError: an unknown objective; or the model computes something whose time no operator here stands for.
+        MptkError: the objective is unknown, or the model computes something that no operator here stands for.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Latency:
         return {name: sample_rungs(ladders[name], KNOTS.get(len(names), 2)) for name in names}
 
     def _grid(self, part: Part, knots: Mapping[str, Sequence[int]], times: Mapping[Operator, float]) -> Grid:
-        """What is measured, except that no operator counts as slower than a wider one, which could do its work."""
+        """Measured times, made monotonic in width: no operator counts as slower than a wider one."""
         values = np.array([times[self._at(part, widths)] for widths in _corners(knots)])
         values = values.reshape([len(k) for k in knots.values()])
         for axis in range(values.ndim):
@@ -122,14 +122,14 @@ class Latency:
 
 
 def phase(objective: str) -> tuple[int, int]:
-    """New and cached tokens of a phase. Raises MptkError for one that there is not."""
+    """New and cached tokens of an objective. Raises MptkError if it is unknown."""
     if objective not in OBJECTIVES:
         raise MptkError(f"no objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[objective]
 
 
 def interpolate(knots: Sequence[int], values: npt.NDArray[np.float64], x: float) -> npt.NDArray[np.float64]:
-    """Between the first dimension's entries, which belong to ``knots``, piecewise linearly; outside, along the ends."""
+    """Interpolate linearly along the first dimension, whose entries belong to ``knots``; extrapolate from the ends."""
     if len(knots) == 1:
         return np.asarray(values[0])
     i = min(max(int(np.searchsorted(knots, x)) - 1, 0), len(knots) - 2)
@@ -152,7 +152,7 @@ def _corners(knots: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
 
 
 def find_parts(analysis: Analysis, tokens: int, past: int) -> list[Part]:
-    """The operators of one step of ``tokens`` new tokens after ``past`` cached ones, alike ones together.
+    """The operators of one step of ``tokens`` new tokens after ``past`` cached ones; equal ones are counted.
 
     Raises:
         MptkError: a product whose time does not follow from its shape alone (routed experts, convolutions), or
@@ -189,7 +189,7 @@ def _contraction(analysis: Analysis, c: Contraction, share: float, tokens: int, 
 
 
 def _attention(facts: AxisFacts, node: fx.Node, tokens: int, past: int) -> Sizes:
-    """Its KV heads are those of the keys before they are repeated for the query heads that share them."""
+    """The KV heads are those of the keys before they are repeated for the query heads that share them."""
     q, k, v = (facts.dims(named_argument(node, name)) for name in ("query", "key", "value"))
     before = facts.dims(_smallest(named_argument(node, "key")))
 
@@ -201,7 +201,7 @@ def _attention(facts: AxisFacts, node: fx.Node, tokens: int, past: int) -> Sizes
 
 
 def _smallest(node: fx.Node) -> fx.Node:
-    """The value of fewest elements among those that ``node`` shows in another shape, itself included."""
+    """The value with the fewest elements among ``node`` and those that it is a view of."""
     seen = [node]
     while _is_view(seen[-1]):
         seen.append(seen[-1].all_input_nodes[0])
@@ -214,7 +214,7 @@ def _elements(analysis: Analysis, node: fx.Node, share: float) -> Sizes:
 
 
 def _others(analysis: Analysis) -> list[fx.Node]:
-    """What computes an activation and is no product."""
+    """The calls that compute an activation and are no product."""
     facts, products = analysis.facts, {c.node for c in analysis.facts.contractions}
     nodes = [n for n, dims in facts.results.items() if n.op == "call_function" and isinstance(dims, tuple)]
     nodes = [n for n in nodes if n in facts.activations and n not in products]

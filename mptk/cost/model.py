@@ -18,7 +18,7 @@ class Cost:
     ``parameters``: all of them, a tied one once. ``block``: those of the prunable weights (``block_weights``).
     ``flops``: operations in products with weights for one token of input, 2 for a multiply-add; attention's own
     products grow with the context and are not counted. ``bytes``: size of all parameters in their dtype.
-    ``latency_ms``: predicted milliseconds of a step (``mptk/cost/latency.py``), where that is what is budgeted.
+    ``latency_ms``: predicted milliseconds of a step (``mptk/cost/latency.py``), if latency is budgeted.
     """
 
     parameters: float

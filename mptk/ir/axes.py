@@ -162,7 +162,7 @@ def add_role(term: Term, role: str) -> None:
 
 
 def require_size(term: Term, minimum: int) -> None:
-    """At least ``minimum`` positions of ``term`` must stay: of its largest axis, or all where none is large enough."""
+    """At least ``minimum`` positions of ``term`` must stay: of its largest axis, or all if none is large enough."""
     found = leaves(term)
     largest = max(found, key=lambda leaf: leaf.size, default=None)
     for leaf in found:
@@ -190,7 +190,7 @@ Index = npt.NDArray[np.int64]
 
 
 def occurrences(term: Term) -> list[tuple[Axis, Index]]:
-    """For each occurrence of an axis in ``term``: its coordinate at every position (−1 where absent)."""
+    """For each occurrence of an axis in ``term``: its coordinate at every position (−1 if absent)."""
     term = resolve(term)
     if isinstance(term, Axis):
         return [(term, np.arange(term.size))]

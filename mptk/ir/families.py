@@ -37,7 +37,7 @@ class Member:
 class Group:
     """One layer's coupled channels: an axis of ``size`` units and every weight dimension that holds it.
 
-    Where the choice of units may differ along other axes (query heads, in each KV group) these are ``scope``; else it
+    If the choice of units may differ along other axes (query heads, in each KV group), these are ``scope``; else it
     is empty. ``layer`` is the module that holds all members.
     """
 
@@ -109,7 +109,7 @@ def scope_coordinates(found: Sequence[tuple[Axis, Index]], scope: Sequence[Axis]
 
 @dataclass(frozen=True)
 class Family:
-    """Groups of one kind, one a layer: cut alike, so that all layers keep one shape.
+    """Groups of one kind, one a layer: cut to the same width, so that all layers keep one shape.
 
     ``name`` and ``description`` are inferred from structure and only for people. ``minimum`` and ``multiple`` are what
     the graph's ops accept; targets narrow them further (``passes/targets/legalize.py``).

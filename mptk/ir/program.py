@@ -15,6 +15,9 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map
 
+ExampleInputs = tuple[tuple[object, ...], dict[str, object]]
+"""What a model was traced on, by position and by name."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -68,7 +71,7 @@ class Program:
         outputs = self.graph(*self.arguments(*inputs))
         return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else outputs
 
-    def arguments(self, *inputs: Tensor) -> list[Any]:
+    def arguments(self, *inputs: Tensor) -> list[Tensor]:
         """The graph's full argument list: weights by placeholder, then ``inputs``."""
         weights, user = self.weights, iter(inputs)
         return [self.state[weights[n.name]] if n.name in weights else next(user) for n in self.placeholders()]
@@ -95,11 +98,6 @@ class Program:
         """An ``ExportedProgram`` of this graph and these weights: for ``torch.onnx.export``, ``torch.export.save``."""
         parameters = {s.target for s in self.signature.input_specs if s.kind is InputKind.PARAMETER}
         state = {n: _parameter(t) if n in parameters else t for n, t in self.state_dict().items()}
-        constants: dict[str, Any] = {
-            s.target: self.state[s.target]
-            for s in self.signature.input_specs
-            if s.target is not None and s.target not in state
-        }
         return ExportedProgram(
             root=self.graph,
             graph=self.graph.graph,
@@ -108,20 +106,25 @@ class Program:
             range_constraints=self.exported.range_constraints,
             module_call_graph=self.exported.module_call_graph,
             example_inputs=self._example_inputs(),
-            constants=constants,
+            constants={
+                s.target: self.state[s.target]
+                for s in self.signature.input_specs
+                if s.target is not None and s.target not in state
+            },
             verifiers=[self.exported.verifier],
         )
 
-    def _example_inputs(self) -> Any:
-        """The inputs that the model was traced on, cut where an input has lost channels (a KV cache)."""
+    def _example_inputs(self) -> ExampleInputs | None:
+        """The inputs that the model was traced on; an input that has lost channels (a KV cache) is cut."""
         values = iter([n.meta["val"] for n in self.placeholders() if n.name in self.user_inputs])
 
-        def fit(example: Any) -> Any:
+        def fit(example: object) -> object:
             shape = next(values).shape
             kept = [slice(size if isinstance(size, int) else None) for size in shape]
             return example[tuple(kept)] if isinstance(example, Tensor) else example
 
-        return tree_map(fit, self.exported.example_inputs)
+        fitted: ExampleInputs | None = tree_map(fit, self.exported.example_inputs)
+        return fitted
 
 
 def _parameter(tensor: Tensor) -> Parameter:

@@ -133,16 +133,16 @@ def _families(groups: list[Group]) -> tuple[Family, ...]:
     by_signature: dict[object, list[Group]] = {}
     for group in groups:
         by_signature.setdefault(signature(group), []).append(group)
-    alike = list(by_signature.values())
-    names, descriptions = zip(*(name_family(same[0], len(same)) for same in alike), strict=True) if alike else ((), ())
+    named = [(*name_family(same[0], len(same)), same) for same in by_signature.values()]
+    names = distinct(name for name, _, _ in named)
     return tuple(
         Family(name, description, _distinct_layers(same), max(g.axis.minimum for g in same), same[0].axis.multiple)
-        for name, description, same in zip(distinct(names), descriptions, alike, strict=True)
+        for name, (_, description, same) in zip(names, named, strict=True)
     )
 
 
 def _distinct_layers(groups: list[Group]) -> tuple[Group, ...]:
-    """Layer labels must tell groups apart; two groups of one family in one module get the first member's name."""
+    """Each group needs a layer label of its own; two groups of one family in one module get the first member's name."""
     count = Counter(group.layer for group in groups)
     return tuple(g if count[g.layer] == 1 else replace(g, layer=g.members[0].weight) for g in groups)
 

@@ -37,7 +37,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Widths (family → units kept), the sparsity they give, and how unevenly the families are cut (0: alike)."""
+    """Widths (family → units kept), the sparsity they give, and how unevenly the families are cut (0: evenly)."""
 
     widths: Mapping[str, int]
     sparsity: float
@@ -178,7 +178,7 @@ def find_candidates(cost: CostModel, target: Target, families: Sequence[str], sp
 def choose_candidates(
     candidates: Sequence[Candidate], sparsity: float, tolerance: float, count: int
 ) -> list[Candidate]:
-    """The candidates within ``tolerance`` of the budget that cut the families most alike, most alike first.
+    """The candidates within ``tolerance`` of the budget that cut the families most evenly, the most even first.
 
     Raises:
         MptkError: none is within ``tolerance``; the message names the nearest.

@@ -1,9 +1,9 @@
 """insert_masks: one mask value a unit and layer, on the module's own forward pass, where the graph says.
 
-A mask multiplies the input of the layers that sum over its units (output projection, down projection). Where the units
-meet something else on their way (a norm over them, a product of two activations) it multiplies the output of the
+A mask multiplies the input of the layers that sum over its units (output projection, down projection). If the units
+meet something else on their way (a norm over them, a product of two activations), it multiplies the output of the
 layers that make them. Hooks sit on the module that is called, an adapter's wrapper as a rule, so that the adapter's
-path is masked too. Where no layer of its own holds the weight (packed experts) the parameter is masked.
+path is masked too. If no layer of its own holds the weight (packed experts), the parameter is masked.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from mptk.errors import MptkError
@@ -30,9 +31,9 @@ from mptk.ir.families import Analysis, Family, Group, Member, unit_indices
 class MaskSite:
     """Where a group's mask goes: ``where`` is ``input`` or ``output`` (last dimension) of ``module``, or a parameter.
 
-    ``index`` holds for each position the unit (scope · size + unit), or −1 where it belongs to none; it broadcasts
+    ``index`` holds for each position the unit (scope · size + unit), or −1 if it belongs to none; it broadcasts
     against what is masked. ``weights`` are the parameters (name, dimension) that take the mask's values when it is
-    folded; the dimension is None where ``index`` has the parameter's own dimensions.
+    folded; the dimension is None if ``index`` has the parameter's own dimensions.
     """
 
     family: str
@@ -165,7 +166,7 @@ class InsertedMasks:
         held = Counter((site.family, site.layer) for site in sites)
         several = {family for (family, _), count in held.items() if count > 1}
         self.watched = {p.family for p in sites if p.where in ("input", "output")} - several
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         self._parametrized: list[tuple[nn.Module, str]] = []
         for site in sites:
             self._insert(site)
@@ -182,8 +183,7 @@ class InsertedMasks:
             return Multiply.apply(x, factor, lambda each: self._see(site, each))  # type: ignore[no-any-return, no-untyped-call]
 
         if site.where == "input":
-            hook: Any = lambda _, args: (masked(args[0]), *args[1:])  # noqa: E731
-            self._handles.append(called.register_forward_pre_hook(hook))
+            self._handles.append(called.register_forward_pre_hook(lambda _, args: (masked(args[0]), *args[1:])))
         elif site.where == "output":
             self._handles.append(called.register_forward_hook(lambda _, args, out: masked(out)))
         else:

@@ -68,7 +68,7 @@ def sum_members(evidence: Evidence, families: Sequence[Family], importance: Call
 def sum_uses(evidence: Evidence, families: Sequence[Family], importance: Callable[[Observation], Tensor]) -> Scores:
     """Sum ``importance(observation)`` (the weight operand's shape) over the contractions that judge each unit.
 
-    These are its consumers, or where no weight sums over it, its producers (``observe.uses``).
+    These are its consumers or, if no weight sums over it, its producers (``observe.uses``).
 
     Raises:
         MptkError: a family has neither.
@@ -93,8 +93,8 @@ def _use(evidence: Evidence, family: Family, group: Group, importance: Callable[
 def uses(sites: Iterable[Site], group: Group) -> list[tuple[Site, int]]:
     """The contractions that judge a group's units, each with the weight operand's dimension that holds them.
 
-    Consumers where there are any: weights that sum over the units. Else (query and key channels, which meet each other
-    and no weight; whole experts) the contractions with weights that make or hold them.
+    Consumers (weights that sum over the units) if there are any. If not (query and key channels, which meet each other
+    and no weight; whole experts), the contractions with weights that make or hold the units.
     """
     holding = [(s, d) for s in sites for d, term in enumerate(s.weight_dims) if group.axis in set(leaves(term))]
     consumers = [(s, d) for s, d in holding if d == s.weight_dim]

@@ -5,7 +5,7 @@ consumer's input over all calibration tokens times its column's squared norm; an
 b ← b + Σ_{j removed} W_:j · mean(x_j).
 
 What differs: a unit of several positions (a head) is the sum over them; layers are not standardised against each other
-and get no ratios of their own, since all layers keep one width here; and biases are only corrected where the
+and get no ratios of their own, since all layers keep one width here; and biases are only corrected if the
 architecture has them: a stock checkpoint has no place for new ones. Units that no weight sums over are scored by the
 weights that make or hold them, as in ``wanda``: Σ Var(x_j) · W_ij² over the unit's rows.
 """
@@ -34,7 +34,7 @@ def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
 
 @dataclass(frozen=True)
 class Compensation:
-    """New values of biases by name, and a sentence for people on where there were biases to correct and where not."""
+    """New values of biases by name, and a sentence for people: which layers had a bias to correct."""
 
     state: Mapping[str, Tensor]
     statement: str

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -28,13 +27,17 @@ GRADIENT_TOKENS = 512
 """Tokens in a batch whose activations autograd keeps."""
 
 
+Stream = tuple[fx.Node, int, tuple[int, ...], fx.Node | None]
+"""An activation: its value, the dimension summed over, the dimensions that are kept apart, and ends of routed rows."""
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """A contraction of an activation with a weight: which operand is which.
 
     ``x_dim`` and ``weight_dim`` are the dimensions summed over. ``shared`` pairs dimensions (of x, of the weight) that
     are no part of the sum but one axis: heads or experts of a batched product. ``ends`` is the graph's tensor of row
-    ends by expert where the rows of x are routed; the one pair in ``shared`` is then (rows, experts).
+    ends by expert if the rows of x are routed; the one pair in ``shared`` is then (rows, experts).
     """
 
     node: fx.Node
@@ -47,8 +50,8 @@ class Site:
     ends: fx.Node | None
 
     @property
-    def stream(self) -> tuple[Any, ...]:
-        """What tells activations apart: query, key and value layers read the same one."""
+    def stream(self) -> Stream:
+        """The activation that is read: query, key and value layers read the same one."""
         return self.x, self.x_dim, tuple(x for x, _ in self.shared), self.ends
 
 
@@ -93,7 +96,7 @@ class Observation:
         return self._against_weight(self.moments.mean)
 
     def _against_weight(self, values: Tensor) -> Tensor:
-        """[*shared, K] → the weight's dimensions in their order, 1 where it has others."""
+        """[*shared, K] → the weight's dimensions in their order, with size 1 for its others."""
         dims = [*(w for _, w in self.site.shared), self.site.weight_dim]
         values = values.float().permute([dims.index(d) for d in sorted(dims)])
         shape = [self.weight.shape[d] if d in dims else 1 for d in range(self.weight.ndim)]
@@ -148,7 +151,7 @@ def activations(
     seen = _Observed(analysis.program, sites)
     for batch, done in batches(analysis.program, windows, OBSERVED_TOKENS):
         with torch.no_grad():
-            seen.run(*analysis.program.arguments(batch))
+            seen.see(analysis.program.arguments(batch))
         if progress is not None:
             progress(done, len(windows))
     return {s: Observation(s, seen.weights[s], seen.moments[s.stream]) for s in sites}
@@ -184,18 +187,19 @@ class _Observed(fx.Interpreter):
         nodes = list(program.graph.graph.nodes)
         last = max((i for i, n in enumerate(nodes) if n in self.sites), default=0)
         self.unneeded = set(nodes[last:])
-        self.moments: dict[tuple[Any, ...], Moments] = {}
+        self.batch: dict[Stream, Moments] = {}
+        self.moments: dict[Stream, Moments] = {}
         self.weights: dict[Site, Tensor] = {}
 
-    def run(self, *arguments: Any, **keywords: Any) -> Any:
-        self.batch: dict[tuple[Any, ...], Moments] = {}
-        result = super().run(*arguments, **keywords)
+    def see(self, arguments: Sequence[Tensor]) -> None:
+        """Run the graph on a batch and merge its moments."""
+        self.batch.clear()
+        self.run(*arguments)
         for stream, moments in self.batch.items():
             before = self.moments.get(stream)
             self.moments[stream] = moments if before is None else before.merge(moments)
-        return result
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         for site in self.sites.get(n, ()):
             self.weights.setdefault(site, self.env[site.weight])
             if site.stream not in self.batch:

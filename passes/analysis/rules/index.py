@@ -137,7 +137,7 @@ def gather(ctx: RuleContext, node: fx.Node, x: Value, dim: int, indices: Value, 
 
 
 def _beside(ctx: RuleContext, node: fx.Node, x: Value, other: Value, d: int, reason: str) -> None:
-    """Dimensions other than d are the same axes; where sizes differ, neither can be cut."""
+    """Dimensions other than d are the same axes; if sizes differ, neither can be cut."""
     meet(ctx, x.dims, [d])
     for i, (a, b) in enumerate(zip(x.dims, other.dims, strict=True)):
         if i != d and a.size == b.size:

@@ -10,12 +10,12 @@ Masks' meaning at a reduction over cut channels (``Reduction.kind``):
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import fx
 
 from mptk.ir.axes import ONE, Axis, axes_in, require_size
-from mptk.ir.axis_facts import AxisFacts, Dims, Results
+from mptk.ir.axis_facts import AxisFacts, Dims, ReductionKind, Results
 from mptk.ir.ops import named_argument, op_name, set_argument
 from mptk.ir.source_location import SourceLocation
 from mptk.ir.unification import split_product
@@ -200,18 +200,25 @@ def _resize_norm(r: Resizer, node: fx.Node) -> None:
 
 @rule("aten.layer_norm", zero=_zero_of_norm, resize=_resize_norm)
 def layer_norm(
-    ctx: RuleContext, node: fx.Node, x: Value, shape: Sequence[int], *affine: object, **kwargs: object
+    ctx: RuleContext, node: fx.Node, x: Value, shape: Sequence[int], *affine: object, **named: object
 ) -> Dims:
     """y = (x − mean) / √(var + eps) · weight + bias over the last dimensions."""
-    first = x.ndim - len(shape)
-    for value in (*affine[:2], kwargs.get("weight"), kwargs.get("bias")):
+    _normalise(ctx, node, x, len(shape), [*affine[:2], named.get("weight"), named.get("bias")], "statistic")
+    return x.dims
+
+
+def _normalise(
+    ctx: RuleContext, node: fx.Node, x: Value, count: int, affine: Iterable[object], kind: ReductionKind
+) -> None:
+    """A norm over the last ``count`` dimensions, and weights that have those dimensions."""
+    first = x.ndim - count
+    for value in affine:
         if isinstance(value, Value):
             for a, b in zip(value.dims, x.dims[first:], strict=True):
                 ctx.unify(a, b, node)
     for d in x.dims[first:]:
-        ctx.reduce(node, d, "statistic")
+        ctx.reduce(node, d, kind)
     meet(ctx, x.dims, range(first, x.ndim))
-    return x.dims
 
 
 def _zero_of_rms(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
@@ -238,13 +245,7 @@ def rms_norm(
     ctx: RuleContext, node: fx.Node, x: Value, shape: Sequence[int], weight: Value | None = None, *_: object
 ) -> Dims:
     """y = x / √(mean(x²) + eps) · weight over the last dimensions."""
-    first = x.ndim - len(shape)
-    if weight is not None:
-        for a, b in zip(weight.dims, x.dims[first:], strict=True):
-            ctx.unify(a, b, node)
-    for d in x.dims[first:]:
-        ctx.reduce(node, d, "mean")
-    meet(ctx, x.dims, range(first, x.ndim))
+    _normalise(ctx, node, x, len(shape), [weight], "mean")
     return x.dims
 
 

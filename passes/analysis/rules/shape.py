@@ -150,7 +150,7 @@ def stack(ctx: RuleContext, node: fx.Node, tensors: Sequence[Value], dim: int = 
 
 
 def cut(ctx: RuleContext, node: fx.Node, term: Term, sizes: Sequence[int]) -> list[Term]:
-    """Cut ``term`` in segments of ``sizes``; where a cut falls inside a unit, freeze it and return fresh segments."""
+    """Cut ``term`` in segments of ``sizes``; if a cut falls inside a unit, freeze it and return fresh segments."""
     parts: list[Term] = []
     rest = term
     for size in sizes:

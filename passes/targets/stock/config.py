@@ -27,9 +27,6 @@ from passes.targets.stock.search import (
     strange_constants,
 )
 
-Value = int | float | list[object] | None
-"""A field's value; a per-layer list as a whole."""
-
 
 @dataclass(frozen=True)
 class StockConfig:
@@ -41,7 +38,7 @@ class StockConfig:
 
     model_class: type[PreTrainedModel]
     config: PreTrainedConfig
-    changes: Mapping[str, tuple[Value, Value]]
+    changes: Mapping[str, tuple[object, object]]
     expressions: Mapping[str, Expression] = field(default_factory=dict)
 
 
@@ -179,8 +176,8 @@ def finish(
     )
 
 
-def _changes(prober: Prober, assignment: Assignment) -> dict[str, tuple[Value, Value]]:
-    changes: dict[str, tuple[Value, Value]] = {}
+def _changes(prober: Prober, assignment: Assignment) -> dict[str, tuple[object, object]]:
+    changes: dict[str, tuple[object, object]] = {}
     for f, value in assignment.items():
         name = ".".join(f.path)
         if f.items:
@@ -210,7 +207,7 @@ def _with_scalars(config: PreTrainedConfig, scalars: Mapping[float, float]) -> P
     return config
 
 
-def _scalar_changes(config: PreTrainedConfig, scalars: Mapping[float, float]) -> dict[str, tuple[Value, Value]]:
+def _scalar_changes(config: PreTrainedConfig, scalars: Mapping[float, float]) -> dict[str, tuple[object, object]]:
     return {path: (old, new) for old, new in scalars.items() for _, _, path in _floats(config, old)}
 
 

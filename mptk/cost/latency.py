@@ -159,7 +159,7 @@ def find_parts(analysis: Analysis, tokens: int, past: int) -> list[Part]:
             attention that is written out.
     """
     share = tokens / example_tokens(analysis)
-    found = [_contraction(analysis, c, share, tokens, past) for c in analysis.facts.contractions]
+    found = [_contraction(analysis, product, share, tokens, past) for product in analysis.facts.contractions]
     found += [(ELEMENTWISE, _elements(analysis, node, share)) for node in _others(analysis)]
     # Equal at three arbitrary points: the same function of the widths.
     points = [analysis.sizes({f.name: f.size * x ** (i + 1) for i, f in enumerate(analysis.families)}) for x in PROBES]
@@ -170,20 +170,20 @@ def find_parts(analysis: Analysis, tokens: int, past: int) -> list[Part]:
     return [Part(kind, len(same), same[0]) for (kind, _), same in equal.items()]
 
 
-def _contraction(analysis: Analysis, c: Contraction, share: float, tokens: int, past: int) -> tuple[str, Sizes]:
+def _contraction(analysis: Analysis, product: Contraction, share: float, tokens: int, past: int) -> tuple[str, Sizes]:
     facts = analysis.facts
-    weights = [side for side in (c.right, c.left) if facts.is_weight(side[0])]
-    if not weights and "scaled_dot_product_attention" in str(c.node.target):
-        return ATTENTION, _attention(facts, c.node, tokens, past)
+    weights = [side for side in (product.right, product.left) if facts.is_weight(side[0])]
+    if not weights and "scaled_dot_product_attention" in str(product.node.target):
+        return ATTENTION, _attention(facts, product.node, tokens, past)
     if not weights or len(facts.dims(weights[0][0])) != 2:
         what = "has a weight of other than two dimensions" if weights else "multiplies two activations"
-        raise MptkError(f"no latency can be predicted: {SourceLocation(c.node)} {what}; use --budget flops")
+        raise MptkError(f"no latency can be predicted: {SourceLocation(product.node)} {what}; use --budget flops")
     weight, dim = weights[0]
     n = facts.dims(weight)[1 - dim]
 
     def sizes(axes: Mapping[Axis, float]) -> tuple[float, ...]:
         columns = evaluate(n, axes)
-        return _size(c.out, axes) / columns * share, evaluate(c.axis, axes), columns
+        return _size(product.out, axes) / columns * share, evaluate(product.axis, axes), columns
 
     return MATMUL, sizes
 
@@ -215,7 +215,7 @@ def _elements(analysis: Analysis, node: fx.Node, share: float) -> Sizes:
 
 def _others(analysis: Analysis) -> list[fx.Node]:
     """The calls that compute an activation and are no product."""
-    facts, products = analysis.facts, {c.node for c in analysis.facts.contractions}
+    facts, products = analysis.facts, {product.node for product in analysis.facts.contractions}
     nodes = [n for n, dims in facts.results.items() if n.op == "call_function" and isinstance(dims, tuple)]
     nodes = [n for n in nodes if n in facts.activations and n not in products]
     return [n for n in nodes if argument_names(n.target) and not _is_view(n)]

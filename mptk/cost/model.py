@@ -88,10 +88,10 @@ class CostModel:
     def _flops(self, sizes: Mapping[Axis, float]) -> float:
         facts, tokens = self.analysis.facts, example_tokens(self.analysis)
         total: float = 0
-        for c in facts.contractions:
-            if facts.is_weight(c.left[0]) or facts.is_weight(c.right[0]):
-                count: float = 2 * evaluate(c.axis, sizes)
-                for term in c.out:
+        for product in facts.contractions:
+            if facts.has_weight(product):
+                count: float = 2 * evaluate(product.axis, sizes)
+                for term in product.out:
                     count *= evaluate(term, sizes)
                 total += count
         return total // tokens if isinstance(total, int) else total / tokens

@@ -110,6 +110,10 @@ class AxisFacts:
         """Whether a value is made of weights alone (a weight, its transpose, a merge of several)."""
         return node in self.results and node not in self.activations
 
+    def has_weight(self, product: Contraction) -> bool:
+        """Whether an operand of a product is a weight; if not, two activations meet."""
+        return self.is_weight(product.left[0]) or self.is_weight(product.right[0])
+
     def note(self, node: fx.Node, kind: type[Note]) -> Note | None:
         """What the rule of a call noted, if it is of this kind."""
         found = self.notes.get(node)

@@ -20,8 +20,8 @@ from mptk.ir.sizes import result_shape, shape_of
 def live_axes(facts: AxisFacts) -> set[Axis]:
     """Axes of values that depend on the input and reach the output, and axes that are summed over on the way."""
     reached = reaching(facts.graph, facts.writes)
-    found = axes_in(c.axis for c in facts.contractions if {c.node, c.left[0]} <= reached)
-    found |= axes_in(r.axis for r in facts.reductions if r.node in reached)
+    found = axes_in(product.axis for product in facts.contractions if {product.node, product.left[0]} <= reached)
+    found |= axes_in(reduction.axis for reduction in facts.reductions if reduction.node in reached)
     seen = facts.activations & reached
     return found.union(*(facts.axes(node) for node in facts.results if node in seen))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 
 from torch import fx
@@ -30,19 +30,21 @@ def find_spoilers(facts: AxisFacts) -> dict[Axis, list[str]]:
     """Axis → why cutting it would change the result, for every axis whose cut would."""
     zeros = propagate_zeros(facts)
     spoilers: dict[Axis, list[str]] = {}
-    for c in facts.contractions:
-        safe = zeros.get(c.left[0], set()) | zeros.get(c.right[0], set())
-        for leaf in leaves(c.axis):
-            if leaf not in safe:
-                spoilers.setdefault(leaf, []).append(f"summed over while not zero ({SourceLocation(c.node)})")
-    for r in facts.reductions:
-        for leaf in leaves(r.axis):
-            if r.kind in ("sum", "mean") and leaf not in zeros.get(r.source, set()):
-                kind = "averaged" if r.kind == "mean" else "summed"
-                spoilers.setdefault(leaf, []).append(f"{kind} over while not zero ({SourceLocation(r.node)})")
+
+    def spoil(axes: Iterable[Axis], reason: str, node: fx.Node) -> None:
+        for axis in axes:
+            spoilers.setdefault(axis, []).append(f"{reason} ({SourceLocation(node)})")
+
+    for product in facts.contractions:
+        safe = zeros.get(product.left[0], set()) | zeros.get(product.right[0], set())
+        spoil((a for a in leaves(product.axis) if a not in safe), "summed over while not zero", product.node)
+    for reduction in facts.reductions:
+        if reduction.kind in ("sum", "mean"):
+            safe = zeros.get(reduction.source, set())
+            verb = "averaged" if reduction.kind == "mean" else "summed"
+            spoil((a for a in leaves(reduction.axis) if a not in safe), f"{verb} over while not zero", reduction.node)
     for node in facts.results:
-        for leaf in _infinite(node, zeros):
-            spoilers.setdefault(leaf, []).append(f"infinite where it is zero ({SourceLocation(node)})")
+        spoil(_infinite(node, zeros), "infinite where it is zero", node)
     return spoilers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -84,8 +85,7 @@ def derived_families(analysis: Analysis) -> dict[str, str]:
     scale no weight can take (``passes/transforms/fold_norms.py``).
     """
     facts = analysis.facts
-    products = (c for c in facts.contractions if not (facts.is_weight(c.left[0]) or facts.is_weight(c.right[0])))
-    scaled = axes_in(c.axis for c in products)
+    scaled = axes_in(product.axis for product in facts.contractions if not facts.has_weight(product))
     tables = axes_in(term for uses in facts.constant_uses.values() for _, dims in uses for term in dims)
     reasons = {}
     for family in analysis.families:
@@ -162,7 +162,7 @@ def find_candidates(cost: CostModel, target: Target, families: Sequence[str], sp
     finest = max(ladders, key=lambda name: len(ladders[name]))
     rest = [name for name in ladders if name != finest]
     choices = [_thinned(ladders[name]) for name in rest]
-    while choices and _count(choices) > COMBINATIONS:
+    while choices and math.prod(map(len, choices)) > COMBINATIONS:
         choices = [c[::2] if c[-1] in c[::2] else [*c[::2], c[-1]] for c in choices]
     found: dict[tuple[int, ...], Candidate] = {}
     for combination in itertools.product(*choices):
@@ -218,13 +218,6 @@ def _thinned(ladder: list[int]) -> list[int]:
         return ladder
     step = (len(ladder) - 1) / (LADDER_POINTS - 1)
     return [ladder[round(i * step)] for i in range(LADDER_POINTS)]
-
-
-def _count(choices: Sequence[Sequence[int]]) -> int:
-    total = 1
-    for c in choices:
-        total *= len(c)
-    return total
 
 
 def _unevenness(cost: CostModel, widths: Mapping[str, int]) -> float:

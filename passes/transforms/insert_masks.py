@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from mptk.errors import MptkError
-from mptk.ir.axes import Term, leaves
+from mptk.ir.axes import Term, axes_in, leaves
 from mptk.ir.axis_facts import AxisFacts
 from mptk.ir.families import Analysis, Family, Group, Member, unit_indices
 
@@ -83,12 +83,9 @@ def disturbed(analysis: Analysis, name: str) -> str | None:
 def _masked_members(facts: AxisFacts, group: Group) -> list[Member]:
     """The consumers, if nothing else depends on the units; else everything that makes them."""
     consumers = [m for m in group.members if m.role == "consumer"]
-    between = any(group.axis in set(leaves(r.axis)) for r in facts.reductions) or any(
-        group.axis in set(leaves(c.axis))
-        for c in facts.contractions
-        if not (facts.is_weight(c.left[0]) or facts.is_weight(c.right[0]))
-    )
-    if consumers and not between:
+    met = axes_in(reduction.axis for reduction in facts.reductions)
+    met |= axes_in(product.axis for product in facts.contractions if not facts.has_weight(product))
+    if consumers and group.axis not in met:
         return consumers
     return sorted((m for m in group.members if m.role != "consumer"), key=lambda m: m.role != "producer")
 

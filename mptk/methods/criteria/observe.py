@@ -106,17 +106,17 @@ class Observation:
 def find_sites(analysis: Analysis) -> list[Site]:
     """Every contraction of an activation with a weight, in graph order."""
     facts, found = analysis.facts, []
-    for c in facts.contractions:
-        operands = [c.left, c.right]
+    for product in facts.contractions:
+        operands = [product.left, product.right]
         weights = [o for o in operands if facts.is_weight(o[0])]
         others = [o for o in operands if o[0] in facts.activations]
         if len(weights) == len(others) == 1:
             (x, x_dim), (weight, weight_dim) = others[0], weights[0]
-            x_dims = tuple(resolve(d) for d in facts.dims(x))
-            weight_dims = tuple(resolve(d) for d in facts.dims(weight))
+            x_dims = tuple(map(resolve, facts.dims(x)))
+            weight_dims = tuple(map(resolve, facts.dims(weight)))
             if x_dims[x_dim].size == weight_dims[weight_dim].size:
-                shared, ends = _shared(analysis, c.node, (x_dims, x_dim), (weight_dims, weight_dim))
-                found.append(Site(c.node, x, x_dim, weight, weight_dim, weight_dims, shared, ends))
+                shared, ends = _shared(analysis, product.node, (x_dims, x_dim), (weight_dims, weight_dim))
+                found.append(Site(product.node, x, x_dim, weight, weight_dim, weight_dims, shared, ends))
     return found
 
 
@@ -131,7 +131,7 @@ def _shared(
         routed = [(resolve(route.rows), resolve(route.expert)) for route in analysis.facts.routes]
         pairs = [(i, j) for i, s in x_free for j, t in weight_free if (s, t) in routed]
         return tuple(pairs[:1]), ends if pairs else None
-    return tuple((i, j) for i, s in x_free for j, t in weight_free if s == t and any(True for _ in leaves(s))), None
+    return tuple((i, j) for i, s in x_free for j, t in weight_free if s == t and leaves(s)), None
 
 
 # ---- activations ----

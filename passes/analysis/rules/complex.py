@@ -12,12 +12,12 @@ from passes.analysis.rules.pointwise import broadcast
 from passes.analysis.rules.table import rule
 
 
-def _resize_view(r: Resizer, node: fx.Node) -> None:
+def _resize_view(resizer: Resizer, node: fx.Node) -> None:
     """The op wants strides that are even: what was sliced to an odd width is copied first."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    with r.graph.graph.inserting_before(node):
-        copied = r.graph.graph.call_function(
+    with resizer.graph.graph.inserting_before(node):
+        copied = resizer.graph.graph.call_function(
             torch.ops.aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
         )
     node.update_arg(0, copied)

@@ -201,10 +201,10 @@ def _zero_of_attention(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axi
     return zero(node.args[2])
 
 
-def _resize_attention(r: Resizer, node: fx.Node) -> None:
+def _resize_attention(resizer: Resizer, node: fx.Node) -> None:
     """The scale is that of the dense model: 1/√(old head size) stays when q and k lose channels."""
-    channels = r.note(node, Counted)
-    if channels is not None and node.kwargs.get("scale") is None and r.changed(channels.term):
+    channels = resizer.note(node, Counted)
+    if channels is not None and node.kwargs.get("scale") is None and resizer.changed(channels.term):
         node.update_kwarg("scale", 1 / math.sqrt(channels.term.size))
 
 

@@ -52,12 +52,12 @@ def embedding_bag(ctx: RuleContext, node: fx.Node, weight: Value, *others: objec
     return [(first[0], weight.dims[1]), *further]
 
 
-def _resize_picked(r: Resizer, node: fx.Node) -> None:
+def _resize_picked(resizer: Resizer, node: fx.Node) -> None:
     """Known positions follow the segments before them."""
-    picked = r.note(node, Picked)
-    if picked is not None and any(map(r.changed, picked.before)):
+    picked = resizer.note(node, Picked)
+    if picked is not None and any(map(resizer.changed, picked.before)):
         indices = list(named_argument(node, "indices"))
-        indices[picked.dim] = r.index(node, [r.size(before) for before in picked.before])
+        indices[picked.dim] = resizer.index(node, [resizer.size(before) for before in picked.before])
         node.update_arg(1, indices)
 
 

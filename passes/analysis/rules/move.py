@@ -87,11 +87,11 @@ def unsqueeze(ctx: RuleContext, node: fx.Node, x: Value, dim: int) -> Dims:
     return (*x.dims[:d], ONE, *x.dims[d:])
 
 
-def _resize_squeeze(r: Resizer, node: fx.Node) -> None:
+def _resize_squeeze(resizer: Resizer, node: fx.Node) -> None:
     """Dimensions that are cut to 1 stay: the others are named."""
-    squeezed = r.note(node, Squeezed)
-    if squeezed is not None and any(r.size(t) == 1 for t in squeezed.kept):
-        r.replace(node, f"aten.{base_name(node.target)}.dims", (node.args[0], list(squeezed.gone)))
+    squeezed = resizer.note(node, Squeezed)
+    if squeezed is not None and any(resizer.size(t) == 1 for t in squeezed.kept):
+        resizer.replace(node, f"aten.{base_name(node.target)}.dims", (node.args[0], list(squeezed.gone)))
 
 
 @rule("aten.squeeze", "aten.squeeze_", zero="keep", positions="carry", resize=_resize_squeeze)

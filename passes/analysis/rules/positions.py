@@ -101,11 +101,11 @@ def one_hot(ctx: RuleContext, node: fx.Node, x: Value, num_classes: int = -1) ->
     return Result((*x.dims, domain), Counted(domain))
 
 
-def _resize_histc(r: Resizer, node: fx.Node) -> None:
+def _resize_histc(resizer: Resizer, node: fx.Node) -> None:
     """Bins of width one from 0: bins = n', max = n' − 1 (as the n bins ended at n − 1)."""
-    bins = r.note(node, Counted)
-    if bins is not None and r.changed(bins.term):
-        new = r.size(bins.term)
+    bins = resizer.note(node, Counted)
+    if bins is not None and resizer.changed(bins.term):
+        new = resizer.size(bins.term)
         set_argument(node, "bins", new)
         set_argument(node, "max", named_argument(node, "max") - (bins.term.size - new))
 

@@ -29,13 +29,13 @@ def _reduced(x: Value, dims: Sequence[int], keepdim: bool) -> Dims:
     return tuple(ONE if d in dims else t for d, t in enumerate(x.dims) if keepdim or d not in dims)
 
 
-def _resize_mean(r: Resizer, node: fx.Node) -> None:
+def _resize_mean(resizer: Resizer, node: fx.Node) -> None:
     """mean over n' kept channels · n'/n = mean over n channels, the removed ones being zero."""
-    averaged = r.note(node, Averaged)
+    averaged = resizer.note(node, Averaged)
     assert averaged is not None
-    old, new = math.prod(t.size for t in averaged.terms), math.prod(map(r.size, averaged.terms))
+    old, new = math.prod(t.size for t in averaged.terms), math.prod(map(resizer.size, averaged.terms))
     if old != new:
-        r.scale(node, new / old)
+        resizer.scale(node, new / old)
 
 
 @rule("aten.mean", zero="keep", resize=_resize_mean)
@@ -192,10 +192,10 @@ def _zero_of_norm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     return zero(weight) & zero(bias) if bias is not None else zero(weight)
 
 
-def _resize_norm(r: Resizer, node: fx.Node) -> None:
-    dims = r.dims(node)
+def _resize_norm(resizer: Resizer, node: fx.Node) -> None:
+    dims = resizer.dims(node)
     shape = list(named_argument(node, "normalized_shape"))
-    set_argument(node, "normalized_shape", [r.size(d) for d in dims[len(dims) - len(shape) :]])
+    set_argument(node, "normalized_shape", [resizer.size(d) for d in dims[len(dims) - len(shape) :]])
 
 
 @rule("aten.layer_norm", zero=_zero_of_norm, resize=_resize_norm)
@@ -226,18 +226,18 @@ def _zero_of_rms(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     return zero(node.args[0]) | (zero(weight) if weight is not None else set())
 
 
-def _resize_rms(r: Resizer, node: fx.Node) -> None:
+def _resize_rms(resizer: Resizer, node: fx.Node) -> None:
     """rms_norm(x; eps) over n = √(n/n') · rms_norm(x'; eps · n/n') over the n' channels that are not zero."""
-    dims = r.dims(node)
+    dims = resizer.dims(node)
     count = len(named_argument(node, "normalized_shape"))
     old = math.prod(d.size for d in dims[-count:])
-    new = math.prod(r.size(d) for d in dims[-count:])
-    _resize_norm(r, node)
+    new = math.prod(resizer.size(d) for d in dims[-count:])
+    _resize_norm(resizer, node)
     if old != new:
         eps = named_argument(node, "eps")
-        eps = r.epsilon(node) if eps is None else eps
+        eps = resizer.epsilon(node) if eps is None else eps
         set_argument(node, "eps", eps * old / new)
-        r.scale(node, math.sqrt(old / new))
+        resizer.scale(node, math.sqrt(old / new))
 
 
 @rule("aten.rms_norm", zero=_zero_of_rms, resize=_resize_rms)

@@ -13,9 +13,9 @@ from passes.analysis.rules.table import Resize
 def shape_argument(name: str = "size") -> Resize:
     """The argument is a list of sizes that follow the result's dimensions."""
 
-    def resize(r: Resizer, node: fx.Node) -> None:
+    def resize(resizer: Resizer, node: fx.Node) -> None:
         sizes = named_argument(node, name)
-        set_argument(node, name, [r.scaled(s, d) for s, d in zip(sizes, r.dims(node), strict=True)])
+        set_argument(node, name, [resizer.scaled(s, d) for s, d in zip(sizes, resizer.dims(node), strict=True)])
 
     return resize
 
@@ -23,9 +23,9 @@ def shape_argument(name: str = "size") -> Resize:
 def counted_argument(name: str, less: int = 0) -> Resize:
     """The argument is the number of positions of the axis that the rule noted as ``Counted``, less a constant."""
 
-    def resize(r: Resizer, node: fx.Node) -> None:
-        counted = r.note(node, Counted)
-        if counted is not None and r.changed(counted.term):
-            set_argument(node, name, r.size(counted.term) - less)
+    def resize(resizer: Resizer, node: fx.Node) -> None:
+        counted = resizer.note(node, Counted)
+        if counted is not None and resizer.changed(counted.term):
+            set_argument(node, name, resizer.size(counted.term) - less)
 
     return resize

@@ -50,11 +50,11 @@ def flatten(ctx: RuleContext, node: fx.Node, x: Value, start_dim: int = 0, end_d
     return (*x.dims[:first], product(x.dims[first : last + 1]), *x.dims[last + 1 :])
 
 
-def _resize_unflatten(r: Resizer, node: fx.Node) -> None:
+def _resize_unflatten(resizer: Resizer, node: fx.Node) -> None:
     sizes = list(named_argument(node, "sizes"))
-    start = normalize(named_argument(node, "dim"), len(r.dims(node)) - len(sizes) + 1)
-    dims = r.dims(node)[start : start + len(sizes)]
-    set_argument(node, "sizes", [r.scaled(s, d) for s, d in zip(sizes, dims, strict=True)])
+    start = normalize(named_argument(node, "dim"), len(resizer.dims(node)) - len(sizes) + 1)
+    dims = resizer.dims(node)[start : start + len(sizes)]
+    set_argument(node, "sizes", [resizer.scaled(s, d) for s, d in zip(sizes, dims, strict=True)])
 
 
 @rule("aten.unflatten", zero="keep", positions="carry", resize=_resize_unflatten)
@@ -94,12 +94,12 @@ def repeat(ctx: RuleContext, node: fx.Node, x: Value, repeats: Sequence[int]) ->
     )
 
 
-def _resize_interleave(r: Resizer, node: fx.Node) -> None:
-    repeated = r.note(node, Repeated)
+def _resize_interleave(resizer: Resizer, node: fx.Node) -> None:
+    repeated = resizer.note(node, Repeated)
     assert repeated is not None
-    set_argument(node, "repeats", r.size(repeated.times))
+    set_argument(node, "repeats", resizer.size(repeated.times))
     if node.kwargs.get("output_size") is not None:
-        node.update_kwarg("output_size", r.size(r.dims(node)[repeated.dim]))
+        node.update_kwarg("output_size", resizer.size(resizer.dims(node)[repeated.dim]))
 
 
 @rule("aten.repeat_interleave.self_int", zero="keep", positions="carry", resize=_resize_interleave)
@@ -163,12 +163,12 @@ def cut(ctx: RuleContext, node: fx.Node, term: Term, sizes: Sequence[int]) -> li
     return parts
 
 
-def _resize_split(r: Resizer, node: fx.Node) -> None:
+def _resize_split(resizer: Resizer, node: fx.Node) -> None:
     """Any split becomes split_with_sizes over the segments' new sizes."""
-    segments = r.note(node, Segments)
-    if segments is not None and any(map(r.changed, segments.parts)):
-        sizes = list(map(r.size, segments.parts))
-        r.replace(node, "aten.split_with_sizes.default", (node.args[0], sizes, segments.dim))
+    segments = resizer.note(node, Segments)
+    if segments is not None and any(map(resizer.changed, segments.parts)):
+        sizes = list(map(resizer.size, segments.parts))
+        resizer.replace(node, "aten.split_with_sizes.default", (node.args[0], sizes, segments.dim))
 
 
 @rule(
@@ -195,10 +195,10 @@ def unbind(ctx: RuleContext, node: fx.Node, x: Value, dim: int = 0) -> list[Dims
     return [(*x.dims[:d], *x.dims[d + 1 :])] * x.dims[d].size
 
 
-def _resize_slice(r: Resizer, node: fx.Node) -> None:
-    segments = r.note(node, Segments)
-    if segments is not None and any(map(r.changed, segments.parts)):
-        start, length = map(r.size, segments.parts[:2])
+def _resize_slice(resizer: Resizer, node: fx.Node) -> None:
+    segments = resizer.note(node, Segments)
+    if segments is not None and any(map(resizer.changed, segments.parts)):
+        start, length = map(resizer.size, segments.parts[:2])
         node.args = (node.args[0], segments.dim, start, start + length)
 
 
@@ -231,10 +231,10 @@ def _strided(ctx: RuleContext, node: fx.Node, term: Term, size: int, step: int) 
     return parts[0]
 
 
-def _resize_narrow(r: Resizer, node: fx.Node) -> None:
-    segments = r.note(node, Segments)
-    if segments is not None and any(map(r.changed, segments.parts)):
-        node.args = (*node.args[:2], *map(r.size, segments.parts[:2]))
+def _resize_narrow(resizer: Resizer, node: fx.Node) -> None:
+    segments = resizer.note(node, Segments)
+    if segments is not None and any(map(resizer.changed, segments.parts)):
+        node.args = (*node.args[:2], *map(resizer.size, segments.parts[:2]))
 
 
 @rule("aten.narrow", zero="keep", positions="carry", resize=_resize_narrow)
@@ -244,10 +244,10 @@ def narrow(ctx: RuleContext, node: fx.Node, x: Value, dim: int, start: int, leng
     return _between(ctx, node, x, d, normalize(start, x.dims[d].size), length)
 
 
-def _resize_select(r: Resizer, node: fx.Node) -> None:
-    segments = r.note(node, Segments)
-    if segments is not None and any(map(r.changed, segments.parts)):
-        set_argument(node, "index", r.size(segments.parts[0]))
+def _resize_select(resizer: Resizer, node: fx.Node) -> None:
+    segments = resizer.note(node, Segments)
+    if segments is not None and any(map(resizer.changed, segments.parts)):
+        set_argument(node, "index", resizer.size(segments.parts[0]))
 
 
 @rule("aten.select", zero="keep", positions="carry", resize=_resize_select)

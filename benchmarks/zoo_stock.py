@@ -16,7 +16,8 @@ from mptk.ir.passes import Log
 from mptk.ir.resolved_plan import resolve_plan
 from passes.pipelines import cut_program
 from passes.targets.legalize import cut_shapes, derived_families
-from passes.targets.stock.config import Refusal, Stock
+from passes.targets.stock.learn import Stock
+from passes.targets.stock.probe import Refusal
 from passes.verify import TOLERANCE
 
 PREFIX = "model."

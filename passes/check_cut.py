@@ -14,7 +14,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.ops import base_name
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
-from passes.analysis.propagate import shape_of
+from mptk.ir.sizes import shape_of
 from passes.transforms.masked_reference import mask
 from passes.transforms.retype import Retype
 from passes.verify import ROUNDINGS, TOLERANCE, WIDEST, rounded
@@ -114,19 +114,19 @@ def _indexed(node: fx.Node) -> int | None:
 
 def _masked_input(analysis: Analysis, cut: Cut, given: tuple[fx.Node, Tensor]) -> Tensor:
     node, tensor = given
-    return tensor * cut.mask_tensor(analysis.walk.dims[node]) if node in analysis.walk.caches else tensor
+    return tensor * cut.mask_tensor(analysis.facts.dims(node)) if node in analysis.facts.caches else tensor
 
 
 def _cut_input(analysis: Analysis, cut: Cut, given: tuple[fx.Node, Tensor]) -> Tensor:
     node, tensor = given
-    return cut.slice(tensor, analysis.walk.dims[node]) if node in analysis.walk.caches else tensor
+    return cut.slice(tensor, analysis.facts.dims(node)) if node in analysis.facts.caches else tensor
 
 
 def _cut_outputs(analysis: Analysis, cut: Cut, outputs: Sequence[Tensor]) -> list[Tensor]:
     """The masked program's outputs as the cut one should give them: caches without their removed channels."""
-    caches = set(analysis.walk.caches.values())
+    caches = set(analysis.facts.caches.values())
     nodes = tree_leaves(analysis.program.graph.graph.output_node().args[0])
-    return [cut.slice(t, analysis.walk.dims[n]) if n in caches else t for n, t in zip(nodes, outputs, strict=True)]
+    return [cut.slice(t, analysis.facts.dims(n)) if n in caches else t for n, t in zip(nodes, outputs, strict=True)]
 
 
 # ---- differences ----

@@ -37,7 +37,7 @@ def remembered() -> Iterator[None]:
         for owner, name, key in (
             (passes.frontend.trace, "trace", lambda model, *_, **o: (id(model), str(o))),
             (group, "analyze", lambda program: id(program)),
-            (legalize, "discover", lambda analysis, model: (id(analysis.walk), id(model))),
+            (legalize, "discover", lambda analysis, model: (id(analysis.facts), id(model))),
         ):
             patch.setattr(owner, name, once(getattr(owner, name), key))
         load, dense = models.load, once(models.load, lambda model, **_: model)

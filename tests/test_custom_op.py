@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from benchmarks.zoo import prove
 from mptk.errors import MptkError
+from mptk.ir.axis_facts import Dims
 from passes.analysis.group import analyze
+from passes.analysis.rules.context import RuleContext, Value
+from passes.analysis.rules.notes import Counted
 from passes.analysis.rules.opaque import opaque
-from passes.analysis.rules.table import RULES, rule
+from passes.analysis.rules.resizes import counted_argument
+from passes.analysis.rules.table import RULES, Result, rule
 from passes.frontend.trace import trace
 
 
@@ -37,6 +40,27 @@ def shifted(x: Tensor, *, by: Tensor) -> Tensor:
 
 @torch.library.register_fake("mptk_test::shifted")
 def _(x: Tensor, *, by: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("mptk_test::counted", mutates_args=())
+def counted(x: Tensor, channels: int) -> Tensor:
+    assert x.shape[-1] == channels
+    return x.relu()
+
+
+@counted.register_fake
+def _(x: Tensor, channels: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("mptk_test::moved", mutates_args=())
+def moved(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@moved.register_fake
+def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -67,10 +91,32 @@ class GatedSum(GatedMLP):
         return torch.ops.mptk_test.gated(self.up(x), self.gate(x)).sum(-1)  # type: ignore[no-any-return]
 
 
-def gated_rule(w: Any, node: Any, x: Any, gate: Any) -> Any:
+class Counting(nn.Module):
+    """Its op is told how many channels there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(7, 13), nn.Linear(13, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.ops.mptk_test.counted(self.up(x), 13))  # type: ignore[no-any-return]
+
+
+class Choosing(nn.Module):
+    """The largest channel's position reads a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.table = nn.Linear(7, 13), nn.Embedding(13, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table(torch.ops.mptk_test.moved(self.up(x).argmax(-1)))  # type: ignore[no-any-return]
+
+
+def gated_rule(ctx: RuleContext, node: fx.Node, x: Value, gate: Value) -> Dims:
     """y_d = x_d = gate_d."""
     for a, b in zip(x.dims, gate.dims, strict=True):
-        w.unify(a, b, node)
+        ctx.unify(a, b, node)
     return x.dims
 
 
@@ -107,7 +153,7 @@ def test_without_zero_a_sum_behind_the_op_refuses_the_axis() -> None:
     assert not analysis.families
     (blocked,) = (b for b in analysis.blocked if b.size == 13)
     assert "summed over while not zero (aten.sum.dim_IntList in the model, test_custom_op.py:" in blocked.reasons[0]
-    rule("mptk_test::gated", zero=lambda node, zero, walk: zero(node.args[0]))(gated_rule)
+    rule("mptk_test::gated", zero=lambda node, zero, facts: zero(node.args[0]))(gated_rule)
     analysis = analyze(trace(GatedSum(), (INPUT,)))
     assert list(dict(prove(analysis, (INPUT,))).values()) == [""]
 
@@ -120,11 +166,36 @@ def test_an_opaque_op_freezes_both_sides() -> None:
 
 
 def test_a_constant_given_by_name_is_cut_with_the_rest() -> None:
-    def shifted_rule(w: Any, node: Any, x: Any, *, by: Any) -> Any:
-        w.unify(x.dims[-1], by.dims[0], node)
+    def shifted_rule(ctx: RuleContext, node: fx.Node, x: Value, *, by: Value) -> Dims:
+        ctx.unify(x.dims[-1], by.dims[0], node)
         return x.dims
 
     rule("mptk_test::shifted")(shifted_rule)
     found = analyze(trace(Shifted(), (INPUT,)))
+    assert [f.size for f in found.families] == [13]
+    assert dict(prove(found, (INPUT,))) == {found.families[0].name: ""}
+
+
+def test_what_a_rule_notes_is_there_when_its_call_is_cut() -> None:
+    def counted_rule(ctx: RuleContext, node: fx.Node, x: Value, channels: int) -> Result:
+        return Result(x.dims, Counted(x.dims[-1]))
+
+    rule("mptk_test::counted", zero="keep", resize=counted_argument("channels"))(counted_rule)
+    found = analyze(trace(Counting(), (INPUT,)))
+    assert [f.size for f in found.families] == [13]
+    assert dict(prove(found, (INPUT,))) == {found.families[0].name: ""}
+
+
+def test_positions_stay_positions_only_of_an_op_that_carries_them() -> None:
+    def moved_rule(ctx: RuleContext, node: fx.Node, x: Value) -> Dims:
+        return x.dims
+
+    rule("mptk_test::moved", zero="keep")(moved_rule)
+    found = analyze(trace(Choosing(), (INPUT,)))
+    assert not found.families
+    reasons = [reason for b in found.blocked if b.size == 13 for reason in b.reasons]
+    assert any("its positions are computed with (mptk_test.moved" in reason for reason in reasons)
+    rule("mptk_test::moved", zero="keep", positions="carry")(moved_rule)
+    found = analyze(trace(Choosing(), (INPUT,)))
     assert [f.size for f in found.families] == [13]
     assert dict(prove(found, (INPUT,))) == {found.families[0].name: ""}

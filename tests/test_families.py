@@ -227,8 +227,8 @@ def test_each_family_cut_at_random_equals_the_masked_model(architecture: str) ->
 def test_experts_in_bfloat16_take_another_op() -> None:
     """The same families; equal up to the format's rounding."""
     found = analyze(trace(model("mixtral").bfloat16(), (tokens(),)))
-    assert "aten._grouped_mm.default" in {op_name(n) for n in found.walk.dims}
-    assert "transformers.grouped_mm_fallback.default" in {op_name(n) for n in analysis("mixtral").walk.dims}
+    assert "aten._grouped_mm.default" in {op_name(n) for n in found.facts.results}
+    assert "transformers.grouped_mm_fallback.default" in {op_name(n) for n in analysis("mixtral").facts.results}
     assert listing(found) == listing(analysis("mixtral"))
 
 

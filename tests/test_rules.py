@@ -107,7 +107,7 @@ def test_every_rule_is_of_an_op_and_traced_by_a_case() -> None:
         namespace, op, *overload = name.split(".")
         packet = getattr(getattr(torch.ops, namespace), op)
         assert not overload or overload[0] in packet.overloads()
-    seen = {op_name(n) for group in GROUPS for n in analysis(group).walk.dims if n.op == "call_function"}
+    seen = {op_name(n) for group in GROUPS for n in analysis(group).facts.results if n.op == "call_function"}
     traced = seen | {name.rsplit(".", 1)[0] for name in seen}
     assert RULES.keys() - traced == NOT_TRACED.keys()
 

@@ -12,24 +12,26 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import fx
 
-from mptk.compat.torch import schema
 from mptk.cost.budgets import phase
 from mptk.cost.model import example_tokens
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, Term, evaluate
-from mptk.ir.families import Analysis, Contraction
+from mptk.ir.axis_facts import AxisFacts, Contraction
+from mptk.ir.families import Analysis
+from mptk.ir.ops import aliased_arguments, argument_names, named_argument
+from mptk.ir.sizes import result_shape
+from mptk.ir.source_location import SourceLocation
 
 PROBES = (0.91, 0.83, 0.71)
 
 KNOTS = {1: 6, 2: 4, 3: 3}
-"""At how many widths of a family an operator is timed, by the number of families that it depends on; 2 if more."""
+"""Number of families that an operator depends on → at how many widths of each it is timed; 2 if there are more."""
 
 Widths = Mapping[str, float]
 Sizes = Callable[[Mapping[Axis, float]], tuple[float, ...]]
@@ -72,7 +74,7 @@ class Latency:
         measure: operators → milliseconds of each. Called once.
 
     Raises:
-        MptkError: an unknown objective; or the model computes something whose time no operator here stands for.
+        MptkError: the objective is unknown, or the model computes something that no operator here stands for.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class Latency:
         return {name: sample_rungs(ladders[name], KNOTS.get(len(names), 2)) for name in names}
 
     def _grid(self, part: Part, knots: Mapping[str, Sequence[int]], times: Mapping[Operator, float]) -> Grid:
-        """What is measured, except that no operator counts as slower than a wider one, which could do its work."""
+        """Measured times, made monotonic in width: no operator counts as slower than a wider one."""
         values = np.array([times[self._at(part, widths)] for widths in _corners(knots)])
         values = values.reshape([len(k) for k in knots.values()])
         for axis in range(values.ndim):
@@ -115,7 +117,7 @@ class Latency:
 
 
 def interpolate(knots: Sequence[int], values: npt.NDArray[np.float64], x: float) -> npt.NDArray[np.float64]:
-    """Between the first dimension's entries, which belong to ``knots``, piecewise linearly; outside, along the ends."""
+    """Interpolate linearly along the first dimension, whose entries belong to ``knots``; extrapolate from the ends."""
     if len(knots) == 1:
         return np.asarray(values[0])
     i = min(max(int(np.searchsorted(knots, x)) - 1, 0), len(knots) - 2)
@@ -138,45 +140,46 @@ def _corners(knots: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
 
 
 def find_parts(analysis: Analysis, tokens: int, past: int) -> list[Part]:
-    """The operators of one step of ``tokens`` new tokens after ``past`` cached ones, alike ones together.
+    """The operators of one step of ``tokens`` new tokens after ``past`` cached ones; equal ones are counted.
 
     Raises:
         MptkError: a product whose time does not follow from its shape alone (routed experts, convolutions), or
             attention that is written out.
     """
     share = tokens / example_tokens(analysis)
-    found = [_contraction(analysis, c, share, tokens, past) for c in analysis.contractions]
+    found = [_contraction(analysis, product, share, tokens, past) for product in analysis.facts.contractions]
     found += [(ELEMENTWISE, _elements(analysis, node, share)) for node in _others(analysis)]
     # Equal at three arbitrary points: the same function of the widths.
     points = [analysis.sizes({f.name: f.size * x ** (i + 1) for i, f in enumerate(analysis.families)}) for x in PROBES]
-    alike: dict[Any, list[Sizes]] = {}
+    equal: dict[tuple[str, tuple[float, ...]], list[Sizes]] = {}
     for kind, sizes in found:
-        alike.setdefault((kind, *(round(x, 6) for point in points for x in sizes(point))), []).append(sizes)
-    return [Part(kind, len(same), same[0]) for (kind, *_), same in alike.items()]
+        values = tuple(round(x, 6) for point in points for x in sizes(point))
+        equal.setdefault((kind, values), []).append(sizes)
+    return [Part(kind, len(same), same[0]) for (kind, _), same in equal.items()]
 
 
-def _contraction(analysis: Analysis, c: Contraction, share: float, tokens: int, past: int) -> tuple[str, Sizes]:
-    walk = analysis.walk
-    weights = [side for side in (c.right, c.left) if walk.is_weight(side[0])]
-    if not weights and "scaled_dot_product_attention" in str(c.node.target):
-        return ATTENTION, _attention(walk, c.node, tokens, past)
-    if not weights or len(walk.dims[weights[0][0]]) != 2:
+def _contraction(analysis: Analysis, product: Contraction, share: float, tokens: int, past: int) -> tuple[str, Sizes]:
+    facts = analysis.facts
+    weights = [side for side in (product.right, product.left) if facts.is_weight(side[0])]
+    if not weights and "scaled_dot_product_attention" in str(product.node.target):
+        return ATTENTION, _attention(facts, product.node, tokens, past)
+    if not weights or len(facts.dims(weights[0][0])) != 2:
         what = "has a weight of other than two dimensions" if weights else "multiplies two activations"
-        raise MptkError(f"no latency can be predicted: {walk.where(c.node)} {what}; use --budget flops")
+        raise MptkError(f"no latency can be predicted: {SourceLocation(product.node)} {what}; use --budget flops")
     weight, dim = weights[0]
-    n = walk.dims[weight][1 - dim]
+    n = facts.dims(weight)[1 - dim]
 
     def sizes(axes: Mapping[Axis, float]) -> tuple[float, ...]:
         columns = evaluate(n, axes)
-        return _size(c.out, axes) / columns * share, evaluate(c.axis, axes), columns
+        return _size(product.out, axes) / columns * share, evaluate(product.axis, axes), columns
 
     return MATMUL, sizes
 
 
-def _attention(walk: Any, node: fx.Node, tokens: int, past: int) -> Sizes:
-    """Its KV heads are those of the keys before they are repeated for the query heads that share them."""
-    q, k, v = (walk.dims[argument] for argument in node.args[:3])
-    before = walk.dims[_least(walk, node.args[1])]
+def _attention(facts: AxisFacts, node: fx.Node, tokens: int, past: int) -> Sizes:
+    """The KV heads are those of the keys before they are repeated for the query heads that share them."""
+    q, k, v = (facts.dims(named_argument(node, name)) for name in ("query", "key", "value"))
+    before = facts.dims(_smallest(named_argument(node, "key")))
 
     def sizes(axes: Mapping[Axis, float]) -> tuple[float, ...]:
         groups = _size(k[1:-2], axes) * _size(before, axes) / _size(k, axes)
@@ -185,31 +188,30 @@ def _attention(walk: Any, node: fx.Node, tokens: int, past: int) -> Sizes:
     return sizes
 
 
-def _least(walk: Any, node: Any) -> Any:
-    """The value of fewest elements among those that ``node`` shows in another shape, itself included."""
+def _smallest(node: fx.Node) -> fx.Node:
+    """The value with the fewest elements among ``node`` and those that it is a view of."""
     seen = [node]
     while _is_view(seen[-1]):
         seen.append(seen[-1].all_input_nodes[0])
-    return min(seen, key=lambda value: math.prod(walk.shape(value)))
+    return min(seen, key=lambda value: math.prod(result_shape(value)))
 
 
 def _elements(analysis: Analysis, node: fx.Node, share: float) -> Sizes:
-    dims = analysis.walk.dims[node]
+    dims = analysis.facts.dims(node)
     return lambda axes: (_size(dims, axes) * share,)
 
 
 def _others(analysis: Analysis) -> list[fx.Node]:
-    """What computes an activation and is no product."""
-    walk, products = analysis.walk, {c.node for c in analysis.contractions}
-    nodes = [n for n in analysis.program.graph.graph.nodes if n.op == "call_function" and n in walk.dims]
-    nodes = [n for n in nodes if n in walk.activation and n not in products and isinstance(walk.dims[n], tuple)]
-    return [n for n in nodes if schema(n.target) is not None and not _is_view(n)]
+    """The calls that compute an activation and are no product."""
+    facts, products = analysis.facts, {product.node for product in analysis.facts.contractions}
+    nodes = [n for n, dims in facts.results.items() if n.op == "call_function" and isinstance(dims, tuple)]
+    nodes = [n for n in nodes if n in facts.activations and n not in products]
+    return [n for n in nodes if argument_names(n.target) and not _is_view(n)]
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Whether the result shares memory with an input."""
-    signature = schema(node.target)
-    return signature is not None and any(result.alias_info is not None for result in signature.returns)
+    """Whether the result shares memory with an input, by the op's schema."""
+    return bool(aliased_arguments(node.target, writes=False))
 
 
 def _size(dims: Sequence[Term], axes: Mapping[Axis, float]) -> float:

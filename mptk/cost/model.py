@@ -9,6 +9,7 @@ from mptk.cost.budgets import BUDGETS
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, evaluate
 from mptk.ir.families import Analysis, Family
+from mptk.ir.sizes import result_shape
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Cost:
     ``parameters``: all of them, a tied one once. ``block``: those of the prunable weights (``block_weights``).
     ``flops``: operations in products with weights for one token of input, 2 for a multiply-add; attention's own
     products grow with the context and are not counted. ``bytes``: size of all parameters in their dtype.
-    ``latency_ms``: predicted milliseconds of a step (``mptk/cost/latency.py``), where that is what is budgeted.
+    ``latency_ms``: predicted milliseconds of a step (``mptk/cost/latency.py``), if latency is budgeted.
     """
 
     parameters: float
@@ -81,12 +82,12 @@ class CostModel:
         return (self.dense.parameters - self({family.name: family.size - 1}).parameters) if family.size > 1 else 0.0
 
     def _flops(self, sizes: Mapping[Axis, float]) -> float:
-        walk, tokens = self.analysis.walk, example_tokens(self.analysis)
+        facts, tokens = self.analysis.facts, example_tokens(self.analysis)
         total: float = 0
-        for c in self.analysis.contractions:
-            if walk.is_weight(c.left[0]) or walk.is_weight(c.right[0]):
-                count: float = 2 * evaluate(c.axis, sizes)
-                for term in c.out:
+        for product in facts.contractions:
+            if facts.has_weight(product):
+                count: float = 2 * evaluate(product.axis, sizes)
+                for term in product.out:
                     count *= evaluate(term, sizes)
                 total += count
         return total // tokens if isinstance(total, int) else total / tokens
@@ -95,7 +96,7 @@ class CostModel:
 def example_tokens(analysis: Analysis) -> int:
     """Positions of the example input: the product of its first two dimensions."""
     first = next(n for n in analysis.program.placeholders() if n.name in analysis.program.user_inputs)
-    shape = analysis.walk.shape(first)
+    shape = result_shape(first)
     return int(shape[0] * shape[1]) if len(shape) > 1 else int(shape[0])
 
 

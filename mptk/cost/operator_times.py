@@ -1,8 +1,8 @@
 """operators: milliseconds of single ONNX Runtime operators on this machine, measured once and kept.
 
-Each is timed in a small graph of its own, as it runs in a decoder: weights and cached keys of a decoding step are so
-many that none is still in the processor's cache when its turn comes again, and they drive out of the nearer caches
-whatever the operators between them work with.
+Each is timed in a small graph of its own, as it runs in a decoder. In decode, enough copies of the weights and of the
+cached keys are cycled that every run misses the processor's cache; they also evict from the nearer caches what the
+operators between them work with.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,23 +31,23 @@ Floats = npt.NDArray[np.float32]
 MATMUL, ATTENTION, ELEMENTWISE = "MatMul", "Attention", "Mul"
 OPSET, IR_VERSION = 23, 10
 GRAPHS_VERSION = 3
-"""To be raised when an operator is timed in another form, so that times kept before are not taken for it."""
+"""Raise it when an operator is timed in another form: times that were kept before are then measured again."""
 
 COLD_BYTES = 256 << 20
-"""What the copies of an operator read in all, in a step of one row: many times a large last-level cache, which keeps
-a part of what is little more than it holds (of 64 MiB in 32, enough to make a product a quarter faster)."""
+"""What the copies of an operator read together in a step of one row: many times a large last-level cache. A cache keeps
+a part of data that is only a little larger: a cache of 32 MiB made a product over 64 MiB a quarter faster."""
 
 SESSIONS = 5
-"""Each operator is timed in so many sessions, far apart in time: what disturbs one seldom disturbs the other."""
+"""Sessions in which each operator is timed, far apart in time: what disturbs one seldom disturbs another."""
 
 SECONDS = 0.08
-"""Time in which a session's runs are repeated."""
+"""Seconds for which a session repeats its runs."""
 
 NEAR_BYTES = 24 << 20
-"""What the copies of an element-wise operator read and write in all: in the last-level cache, not in nearer ones."""
+"""What the copies of an element-wise operator read and write together: it fits the last-level cache, no nearer one."""
 
 MOST_COPIES = 2048
-"""Of an element-wise operator, which may be as small as one element."""
+"""Most copies of an element-wise operator, which may be as small as one element."""
 
 
 @dataclass(frozen=True, order=True)
@@ -76,8 +75,8 @@ def kept_times(
     """Milliseconds of each operator; those that the cache folder does not hold for this machine are measured.
 
     Args:
-        threads: threads of one operator; 0: as many as there are cores.
-        sweep: what measures; ``measure`` if not given.
+        threads: threads of one operator; 0: one for each core.
+        sweep: measures operators; ``measure`` by default.
     """
     about = {**machine(), "threads": threads}
     file = cache_dir() / "latency" / f"{hashlib.sha256(json_text(about).encode()).hexdigest()[:16]}.json"
@@ -90,8 +89,8 @@ def kept_times(
     return {operator: known[str(operator)] for operator in operators}
 
 
-def machine() -> dict[str, Any]:
-    """What an operator's time belongs to: processor, cores, versions of ONNX Runtime and of what is timed."""
+def machine() -> dict[str, str | int | None]:
+    """What an operator's time depends on: processor, cores, version of ONNX Runtime, and ``GRAPHS_VERSION``."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -117,7 +116,7 @@ def time_once(operator: Operator, threads: int) -> float:
     return GRAPHS[operator.kind](threads, *operator.sizes)
 
 
-def typical_ms(run: Callable[[], Any], threads: int, seconds: float = SECONDS, runs: int = 3) -> float:
+def typical_ms(run: Callable[[], object], threads: int, seconds: float = SECONDS, runs: int = 3) -> float:
     """Milliseconds of ``run``: the median of at least ``runs`` runs, after one that warms up.
 
     One thread is timed by its processor time, which does not count what other processes took from it.
@@ -146,7 +145,7 @@ def _matmul(threads: int, rows: int, k: int, n: int) -> float:
 
 
 def _attention(threads: int, tokens: int, past: int, heads: int, groups: int, dim: int, value_dim: int) -> float:
-    """As ``group_queries.py`` leaves it: in decoding, of one token, a group's queries are rows of one head."""
+    """As ``group_queries.py`` leaves it: in decode (one token) the queries of a group are rows of one head."""
     count = _copies(4 * groups * (dim + value_dim) * past, tokens)
     total, repeat = past + tokens, heads // groups if tokens == 1 else 1
     heads //= repeat

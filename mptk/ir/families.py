@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
 import numpy as np
-from torch import fx
 
-from mptk.ir.axes import Axis, Index, Size, Term, occurrences
+from mptk.ir.axes import Axis, Index, Size, Term, leaves, occurrences
+from mptk.ir.axis_facts import AxisFacts, Dims
 from mptk.ir.program import Program
+
+Place = tuple[str, int]
+"""A weight's name, and one of its dimensions."""
+
+Role = Literal["producer", "consumer", "other"]
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,14 @@ class Member:
     weight: str
     dim: int
     term: Term
-    role: str
+    role: Role
 
 
 @dataclass(frozen=True)
 class Group:
     """One layer's coupled channels: an axis of ``size`` units and every weight dimension that holds it.
 
-    Where the choice of units may differ along other axes (query heads, in each KV group) these are ``scope``; else it
+    If the choice of units may differ along other axes (query heads, in each KV group), these are ``scope``; else it
     is empty. ``layer`` is the module that holds all members.
     """
 
@@ -70,6 +75,27 @@ def unit_positions(term: Term, axis: Axis, scope: Sequence[Axis] = ()) -> Index:
     return np.array([[sorted(set(unit)) for unit in row] for row in rows], dtype=np.int64)
 
 
+def unit_indices(dims: Sequence[Term], dim: int, group: Group) -> list[Index]:
+    """The unit of ``group`` at each position of a weight, for each occurrence of its axis in dimension ``dim``.
+
+    An index is scope · size + unit, −1 if there is none. It has size 1 in dimensions along which it does not vary, so
+    that it broadcasts against the weight. A scope axis is looked for in ``dim`` first, then in the other dimensions.
+    """
+    scope = np.zeros([1] * len(dims), dtype=np.int64)
+    for a in group.scope:
+        holder = next(d for d in (dim, *range(len(dims))) if a in leaves(dims[d]))
+        coordinate = scope_coordinates(occurrences(dims[holder]), (a,), dims[holder].size)
+        assert coordinate is not None
+        scope = scope * a.size + _along(coordinate, holder, len(dims))
+    units = [_along(c, dim, len(dims)) for leaf, c in occurrences(dims[dim]) if leaf is group.axis]
+    return [np.where(unit < 0, -1, scope * group.size + unit) for unit in units]
+
+
+def _along(coordinate: Index, dim: int, ndim: int) -> Index:
+    """A vector as a tensor of ``ndim`` dimensions that varies along ``dim`` only."""
+    return coordinate.reshape([-1 if d == dim else 1 for d in range(ndim)])
+
+
 def scope_coordinates(found: Sequence[tuple[Axis, Index]], scope: Sequence[Axis], size: int) -> Index | None:
     """The scope's flat coordinate at every position, or None if the scope has no axis here."""
     flat = np.zeros(size, dtype=np.int64)
@@ -83,7 +109,7 @@ def scope_coordinates(found: Sequence[tuple[Axis, Index]], scope: Sequence[Axis]
 
 @dataclass(frozen=True)
 class Family:
-    """Groups of one kind, one a layer: cut alike, so that all layers keep one shape.
+    """Groups of one kind, one a layer: cut to the same width, so that all layers keep one shape.
 
     ``name`` and ``description`` are inferred from structure and only for people. ``minimum`` and ``multiple`` are what
     the graph's ops accept; targets narrow them further (``passes/targets/legalize.py``).
@@ -116,30 +142,17 @@ class Blocked:
 
 
 @dataclass(frozen=True)
-class Contraction:
-    """A sum of products over ``axis``. ``left`` and ``right`` are (node, dimension) of operands; ``out`` the result."""
-
-    node: fx.Node
-    axis: Term
-    left: tuple[fx.Node, int]
-    right: tuple[fx.Node, int]
-    out: tuple[Term, ...]
-
-
-@dataclass(frozen=True)
 class Analysis:
     """What the axis analysis found: families that can be cut, axes that cannot, and the terms behind both.
 
-    ``weights`` maps each weight used in the graph to one term a dimension. ``walk`` holds the terms of every value for
-    the rewriting pass.
+    ``weights`` maps each weight used in the graph to one term a dimension; ``facts`` holds the terms of every value.
     """
 
     program: Program
     families: tuple[Family, ...]
     blocked: tuple[Blocked, ...]
-    weights: Mapping[str, tuple[Term, ...]]
-    contractions: Sequence[Contraction] = field(repr=False)
-    walk: Any = field(repr=False)
+    weights: Mapping[str, Dims]
+    facts: AxisFacts = field(repr=False)
 
     def family(self, name: str) -> Family:
         """The family of that name. Raises KeyError with the names there are."""

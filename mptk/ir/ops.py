@@ -1,4 +1,4 @@
-"""ops: the names and the arguments of a graph's calls."""
+"""ops: the names, the arguments and the memory of a graph's calls."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from torch import fx
+from torch.fx.node import Argument
 
 from mptk.compat.torch import schema
 
@@ -16,7 +17,7 @@ def op_name(node: fx.Node) -> str:
 
 
 @functools.cache
-def target_name(target: Any) -> str:
+def target_name(target: object) -> str:
     """The name of what a node calls."""
     if hasattr(target, "overloadpacket"):
         return str(target)
@@ -24,28 +25,39 @@ def target_name(target: Any) -> str:
 
 
 @functools.cache
-def base_name(target: Any) -> str:
+def base_name(target: object) -> str:
     """``add`` of ``aten.add.Tensor``."""
     return target_name(target).split(".")[1]
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument of a call, given by position or by name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+@functools.cache
+def argument_names(target: object) -> tuple[str, ...]:
+    """The names of an ATen op's arguments, in the order of its schema."""
+    signature = schema(target)
+    return tuple(a.name for a in signature.arguments) if signature is not None else ()
 
 
-def named_argument(node: fx.Node, name: str, default: Any = None) -> Any:
-    """An argument of an ATen call by its name in the op's schema, wherever it was given."""
-    if name in node.kwargs:
-        return node.kwargs[name]
-    signature = schema(node.target)
-    names = [a.name for a in signature.arguments] if signature is not None else []
-    return node.args[names.index(name)] if name in names and names.index(name) < len(node.args) else default
+@functools.cache
+def aliased_arguments(target: object, *, writes: bool) -> tuple[int, ...]:
+    """Positions of the arguments that an op writes to, or else whose memory its result may share, by its schema."""
+    signature = schema(target)
+    infos = [a.alias_info for a in signature.arguments] if signature is not None else []
+    return tuple(i for i, info in enumerate(infos) if info is not None and (info.is_write or not writes))
 
 
-def set_argument(node: fx.Node, position: int, name: str, value: Any) -> None:
-    """Replace an argument of a call where it stands: among the positional ones, or by name."""
-    if len(node.args) > position:
+def named_argument(node: fx.Node, name: str, default: object = None) -> Any:  # Any: its type is the op's own
+    """An argument of a call by its name in the op's schema, however it was given."""
+    names = argument_names(node.target)
+    if name in node.kwargs or name not in names:
+        return node.kwargs.get(name, default)
+    position = names.index(name)
+    return node.args[position] if position < len(node.args) else default
+
+
+def set_argument(node: fx.Node, name: str, value: Argument) -> None:
+    """Replace an argument of a call by its name in the op's schema; it stays positional if it was."""
+    position = argument_names(node.target).index(name)
+    if position < len(node.args):
         node.update_arg(position, value)
     else:
         node.update_kwarg(name, value)

@@ -7,14 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mptk.errors import MptkError
-from mptk.files import json_text, write_file
+from mptk.files import json_text, write_json
 
 FORMAT = "mptk-plan/1"
 Keep = tuple[tuple[int, ...], ...]
-"""Kept unit indices, ascending: one tuple for each scope position (a single one where the choice may not vary)."""
+"""Kept unit indices, ascending: one tuple for each scope position (a single one if the choice may not vary)."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Plan:
     """Family name → what it keeps. Families that are not named stay whole."""
 
     families: Mapping[str, FamilyPlan]
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -42,7 +41,7 @@ class Plan:
         """SHA-256 of what the plan keeps."""
         return hashlib.sha256(json_text(self.to_json()["families"], sort_keys=True).encode()).hexdigest()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {
             "format": FORMAT,
             "meta": dict(self.meta),
@@ -57,9 +56,8 @@ class Plan:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON (schema: ``docs/plan.md``), atomically."""
-        text = json_text(self.to_json(), indent=1) + "\n"
-        write_file(Path(path), lambda file: file.write_text(text, encoding="utf-8"))
+        """Write the plan as JSON (schema: ``docs/plan.md``), whole or not at all. Raises MptkError if it cannot."""
+        write_json(Path(path), self.to_json())
 
     @staticmethod
     def load(path: str | Path) -> Plan:
@@ -75,7 +73,7 @@ class Plan:
         return Plan.from_json(data, source=str(path))
 
     @staticmethod
-    def from_json(data: Any, *, source: str = "plan") -> Plan:
+    def from_json(data: object, *, source: str = "plan") -> Plan:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise MptkError(f'{source}: "format" is not "{FORMAT}"; see docs/plan.md')
         families = data.get("families")
@@ -88,7 +86,7 @@ class Plan:
         return Plan(parsed, meta)
 
 
-def _family(body: Any, where: str) -> FamilyPlan:
+def _family(body: object, where: str) -> FamilyPlan:
     if not isinstance(body, dict):
         raise MptkError(f"{where} is not an object; see docs/plan.md")
     width, of, keep = body.get("width"), body.get("of"), body.get("keep")
@@ -107,7 +105,7 @@ def check_units(row: Sequence[int], width: int, of: int, where: str) -> None:
         raise MptkError(f"{where}: units must be ascending, distinct and in 0..{of - 1}")
 
 
-def _encode(keep: Keep) -> Any:
+def _encode(keep: Keep) -> str | list[str]:
     rows = [_ranges(row) for row in keep]
     return rows[0] if len(rows) == 1 else rows
 
@@ -123,15 +121,15 @@ def _ranges(units: tuple[int, ...]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
-def _decode(value: Any, width: int, of: int, where: str) -> Keep:
-    scoped = isinstance(value, list) and bool(value) and all(isinstance(row, (list, str)) for row in value)
-    rows = tuple(_units(row, of, where) for row in (value if scoped else [value]))
+def _decode(value: object, width: int, of: int, where: str) -> Keep:
+    scoped = isinstance(value, list) and value and all(isinstance(row, (list, str)) for row in value)
+    rows = tuple(_units(row, of, where) for row in (value if scoped and isinstance(value, list) else [value]))
     for row in rows:
         check_units(row, width, of, where)
     return rows
 
 
-def _units(value: Any, of: int, where: str) -> tuple[int, ...]:
+def _units(value: object, of: int, where: str) -> tuple[int, ...]:
     if isinstance(value, list) and all(isinstance(u, int) and not isinstance(u, bool) for u in value):
         return tuple(value)
     if not isinstance(value, str):

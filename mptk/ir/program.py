@@ -15,6 +15,9 @@ from torch.nn import Parameter
 
 from mptk.compat.torch import FakeTensor, build_exported, tree_map
 
+ExampleInputs = tuple[tuple[object, ...], dict[str, object]]
+"""What a model was traced on, by position and by name."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -68,7 +71,7 @@ class Program:
         outputs = self.graph(*self.arguments(*inputs))
         return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else outputs
 
-    def arguments(self, *inputs: Tensor) -> list[Any]:
+    def arguments(self, *inputs: Tensor) -> list[Tensor]:
         """The graph's full argument list: weights by placeholder, then ``inputs``."""
         weights, user = self.weights, iter(inputs)
         return [self.state[weights[n.name]] if n.name in weights else next(user) for n in self.placeholders()]
@@ -109,16 +112,17 @@ class Program:
             example_inputs=self._example_inputs(),
         )
 
-    def _example_inputs(self) -> Any:
-        """The inputs that the model was traced on, cut where an input has lost channels (a KV cache)."""
+    def _example_inputs(self) -> ExampleInputs | None:
+        """The inputs that the model was traced on; an input that has lost channels (a KV cache) is cut."""
         values = iter([n.meta["val"] for n in self.placeholders() if n.name in self.user_inputs])
 
-        def fit(example: Any) -> Any:
+        def fit(example: object) -> object:
             shape = next(values).shape
             kept = [slice(size if isinstance(size, int) else None) for size in shape]
             return example[tuple(kept)] if isinstance(example, Tensor) else example
 
-        return tree_map(fit, self.exported.example_inputs)
+        fitted: ExampleInputs | None = tree_map(fit, self.exported.example_inputs)
+        return fitted
 
 
 def _parameter(tensor: Tensor) -> Parameter:

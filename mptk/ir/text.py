@@ -61,7 +61,7 @@ class _Printer:
     def __post_init__(self) -> None:
         self._name_symbols()
         if self.analysis is not None:
-            self.dims = {node.name: dims for node, dims in self.analysis.walk.dims.items()}
+            self.dims = {node.name: dims for node, dims in self.analysis.facts.results.items()}
             self.axes = {g.axis: f.name for f in self.analysis.families for g in f.groups}
             self._name_input_axes()
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
@@ -73,7 +72,7 @@ def reach(program: Program, *configs: PreTrainedConfig, bound: int) -> Reach:
     )
 
 
-def config_borders(config: Mapping[str, Any]) -> Iterator[int]:
+def config_borders(config: Mapping[str, object]) -> Iterator[int]:
     """Borders that a config names."""
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -126,7 +125,7 @@ def _whole(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and not value.dtype.is_floating_point and not value.dtype.is_complex
 
 
-def _dynamic(config: Mapping[str, Any]) -> bool:
+def _dynamic(config: Mapping[str, object]) -> bool:
     """Whether a rope type of this config depends on the number of positions."""
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     kinds = [rope, *rope.values()] if isinstance(rope, Mapping) else []

@@ -1,4 +1,4 @@
-"""reach: which values the model's output depends on, and so which axes a cut would be seen in at all.
+"""liveness: which values the model's output depends on, and so which axes a cut would be seen in at all.
 
 An axis of values that never reach the output (a compressor whose window is longer than the example, an unused branch)
 could be cut without any effect on the example, which proves nothing: such axes are not offered.
@@ -7,37 +7,33 @@ could be cut without any effect on the example, which proves nothing: such axes 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, fx
 
-from mptk.ir.axes import Axis, leaves
+from mptk.ir.axes import Axis, axes_in
+from mptk.ir.axis_facts import AxisFacts
 from mptk.ir.ops import base_name, named_argument
-from passes.analysis.aliasing import memory_classes, written
-from passes.analysis.propagate import Walk, shape_of
+from mptk.ir.sizes import result_shape, shape_of
 
 
-def live_axes(walk: Walk) -> set[Axis]:
+def live_axes(facts: AxisFacts) -> set[Axis]:
     """Axes of values that depend on the input and reach the output, and axes that are summed over on the way."""
-    reached = reaching(walk.program.graph.graph)
-    summed = (c for c in walk.contractions if {c.node, c.left[0]} <= reached)
-    found = {leaf for c in summed for leaf in leaves(c.axis)}
-    found |= {leaf for r in walk.reductions if r.node in reached for leaf in leaves(r.axis)}
-    for node in walk.dims:
-        if node in walk.activation and node in reached:
-            found |= walk.axes_of(node)
-    return found
+    reached = reaching(facts.graph, facts.writes)
+    found = axes_in(product.axis for product in facts.contractions if {product.node, product.left[0]} <= reached)
+    found |= axes_in(reduction.axis for reduction in facts.reductions if reduction.node in reached)
+    seen = facts.activations & reached
+    return found.union(*(facts.axes(node) for node in facts.results if node in seen))
 
 
-def reaching(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose value, not being empty, reaches the output: through calls, and through writes in place."""
-    memory = memory_classes(graph)
+def reaching(graph: fx.Graph, writes: Mapping[fx.Node, Sequence[fx.Node]]) -> set[fx.Node]:
+    """The nodes whose value, not being empty, reaches the output: through calls, and through ``writes`` in place."""
     writers: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        for target in written(node):
-            for alias in memory[target]:
-                writers.setdefault(alias, []).append(node)
+    for node, changed in writes.items():
+        for value in changed:
+            writers.setdefault(value, []).append(node)
     found: set[fx.Node] = set()
-    pending = [node for node in graph.nodes if node.op == "output"]
+    pending = [graph.output_node()]
     while pending:
         node = pending.pop()
         if node not in found and not _empty(node):
@@ -52,14 +48,13 @@ SHAPE_ONLY = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros",
 def _sources(node: fx.Node) -> list[fx.Node]:
     """The operands on whose values the result depends: not those of which only the shape counts, or one choice."""
     if node.target is operator.getitem and node.args[1] == 1:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
+        source = node.all_input_nodes[0]
         return [] if _op(source) in ("topk", "sort", "max", "min") and _lone(source) else [source]
     op = _op(node)
     if op in SHAPE_ONLY or (op in ("softmax", "argmax", "argmin") and _lone(node)):
         return []
-    if op == "scaled_dot_product_attention" and shape_of(node.args[1].meta["val"])[-2] == 1:  # type: ignore[union-attr]
-        return [node.args[2]]  # type: ignore[list-item]
+    if op == "scaled_dot_product_attention" and result_shape(named_argument(node, "key"))[-2] == 1:
+        return [named_argument(node, "value")]
     return node.all_input_nodes
 
 

@@ -8,249 +8,116 @@ layers' heads together. A use whose axes are cut later selects from the table (`
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.node import Argument
 
-from mptk.compat.torch import size_hint
 from mptk.errors import MptkError
-from mptk.ir.axes import Axis, Term, add_role, axis, freeze, leaves, unify
-from mptk.ir.families import Contraction
+from mptk.ir.axes import axis
+from mptk.ir.axis_facts import AxisFacts, Dims, Path, Results
 from mptk.ir.ops import op_name
 from mptk.ir.program import Program
+from mptk.ir.sizes import example_size, result_shape, shape_of
 from mptk.ir.source_location import SourceLocation
-from passes.analysis.aliasing import Memory, flatten, memory_classes, written
+from passes.analysis.aliasing import find_writes, nodes_in
+from passes.analysis.dependence import find_dependence
+from passes.analysis.recorder import Recorder
 from passes.analysis.rules import POINTWISE
-from passes.analysis.rules.table import Dims, Rule, Value, find_rule
+from passes.analysis.rules.context import Value
+from passes.analysis.rules.table import Result, Rule, find_rule, single
 
-Path = tuple[Any, ...]
 
+def propagate(program: Program) -> AxisFacts:
+    """Give every dimension of every value of ``program`` its axis term.
 
-@dataclass(frozen=True)
-class Reduction:
-    """An axis that an op reduces over, and how: ``sum``, ``mean``, ``statistic`` (mean and variance) or ``max``.
-
-    ``source`` is the operand that is reduced.
+    Raises:
+        MptkError: an op has no rule; the message names the op, its module and how to register one.
     """
-
-    node: fx.Node
-    axis: Term
-    kind: str
-    source: fx.Node
+    return _Walk(program).run()
 
 
-@dataclass
-class Walk:
-    """The state of one walk and, when it is over, its result.
+class _Walk:
+    """The state of one walk: the terms of the values seen so far, and what rules said."""
 
-    ``domains``: a value that holds positions → the axis that they were drawn from; of a call with several results, a
-    list that has None for each that holds none.
-    """
+    def __init__(self, program: Program) -> None:
+        self.program, self.graph = program, program.graph.graph
+        self.writes = find_writes(self.graph)
+        self.depends = find_dependence(program, self.writes)
+        self.recorder = Recorder(program, self.depends)
+        self.results: dict[fx.Node, Results] = {}
+        self.weights: dict[str, Dims] = {}
+        self.constant_uses: dict[fx.Node, list[tuple[Path, Dims]]] = {}
+        self.notes: dict[fx.Node, object] = {}
 
-    program: Program
-    memory: Memory = field(default_factory=dict, repr=False)
-    dims: dict[fx.Node, Any] = field(default_factory=dict)
-    weights: dict[str, Dims] = field(default_factory=dict)
-    constant_uses: dict[fx.Node, list[tuple[Path, Dims]]] = field(default_factory=dict)
-    domains: dict[fx.Node, Any] = field(default_factory=dict)
-    contractions: list[Contraction] = field(default_factory=list)
-    reductions: list[Reduction] = field(default_factory=list)
-    hidden: list[Dims] = field(default_factory=list)
-    routed: list[tuple[Term, Term]] = field(default_factory=list)
-    notes: dict[fx.Node, Any] = field(default_factory=dict)
-    variable: set[fx.Node] = field(default_factory=set)
-    activation: set[fx.Node] = field(default_factory=set)
-    data: set[fx.Node] = field(default_factory=set)
-    caches: dict[fx.Node, fx.Node] = field(default_factory=dict)
-
-    repeated: dict[fx.Node, dict[Axis, int]] = field(default_factory=dict, repr=False)
-    _axes: dict[fx.Node, frozenset[Axis]] = field(default_factory=dict, repr=False)
-
-    def axes_of(self, node: fx.Node) -> frozenset[Axis]:
-        """All axes of a value's dimensions. Only when the walk is over: the answer is kept."""
-        found = self._axes.get(node)
-        if found is None:
-            dims = self.dims[node]
-            several = dims if isinstance(dims, list) else [dims]
-            found = frozenset(leaf for value in several if value is not None for d in value for leaf in leaves(d))
-            self._axes[node] = found
-        return found
-
-    # ---- for rules ----
-
-    def shape(self, node: fx.Node) -> tuple[int, ...]:
-        """Sizes of a node's result; a symbolic size counts as its example value."""
-        return shape_of(node.meta["val"])
-
-    @staticmethod
-    def sizes(value: Tensor) -> tuple[int, ...]:
-        return shape_of(value)
-
-    def leaves_of(self, term: Term) -> set[Axis]:
-        return set(leaves(term))
-
-    def constant(self, node: fx.Node) -> Tensor | None:
-        """The value of a constant that export lifted (an index list written in the model), if ``node`` is one."""
-        while node.op == "call_function" and op_name(node).startswith(
-            ("aten.lift_fresh_copy", "aten.to", "aten.clone")
-        ):
-            node = node.all_input_nodes[0]
-        if node.op != "placeholder" or node.name not in self.program.signature.inputs_to_lifted_tensor_constants:
-            return None
-        return self._weight(node.name)
-
-    def unify(self, a: Term, b: Term, node: fx.Node) -> None:
-        unify(a, b, SourceLocation(node))
-
-    def freeze(self, term: Term, reason: str, node: fx.Node) -> None:
-        """Forbid cutting ``term``: ``reason``, with the place in the model's source."""
-        if leaves(term):
-            freeze(term, f"{reason} ({self.where(node)})")
-
-    def role(self, term: Term, role: str) -> None:
-        add_role(term, role)
-
-    def frozen(self, size: int, reason: str, node: fx.Node) -> Term:
-        """A fresh axis that cannot be cut."""
-        term = axis(size)
-        self.freeze(term, reason, node)
-        return term
-
-    def contract(self, node: fx.Node, left: Value, i: int, right: Value, j: int, out: Dims, also: Dims = ()) -> None:
-        """Tie dimension ``i`` of ``left`` to ``j`` of ``right`` and record the sum over it (``also`` over others)."""
-        for value, dim, other in ((left, i, right), (right, j, left)):
-            if self.is_weight(other.node):
-                self.pin_input(node, Value(value.node, tuple(t for d, t in enumerate(value.dims) if d != dim)))
-        self.unify(left.dims[i], right.dims[j], node)
-        self.hidden.append((*out, left.dims[i], *also))
-        self.contractions.append(Contraction(node, left.dims[i], (left.node, i), (right.node, j), out))
-
-    def reduce(self, node: fx.Node, term: Term, kind: str, source: fx.Node | None = None) -> None:
-        """Record a reduction of ``source``, the first operand if none is given."""
-        self.reductions.append(Reduction(node, term, kind, source or node.all_input_nodes[0]))
-
-    def index(self, node: fx.Node, indices: Value, indexed: Term) -> None:
-        """``indexed`` is read at positions that ``indices`` holds: tie it to the axis they were drawn from."""
-        domain = self.domains.get(indices.node)
-        if domain is not None and domain.size == indexed.size:
-            self.unify(domain, indexed, node)
-            return
-        source = (
-            "positions computed in the model" if indices.node in self.variable else "the model's input or a constant"
+    def run(self) -> AxisFacts:
+        for node in self.graph.nodes:
+            if node in self.depends.variables:
+                self.results[node] = self._visit(node)
+        self._freeze_outputs()
+        return AxisFacts(
+            graph=self.graph,
+            results=self.results,
+            weights=self.weights,
+            constant_uses=self.constant_uses,
+            contractions=self.recorder.contractions,
+            reductions=self.recorder.reductions,
+            inner=self.recorder.inner_values,
+            routes=self.recorder.routes,
+            notes=self.notes,
+            activations=self.depends.activations,
+            caches=self.depends.caches,
+            writes=self.writes,
         )
-        self.freeze(indexed, f"indexed by {source}", node)
-        if domain is not None:
-            self.freeze(domain, "its positions index another axis", node)
 
-    def pin_input(self, node: fx.Node, value: Value) -> None:
-        """A value computed from the user's inputs alone meets a weight: its dimensions (tokens) are the caller's."""
-        if value.node in self.activation and value.node not in self.variable:
-            for d in value.dims:
-                self.freeze(d, "comes from the model's input", node)
-
-    def where(self, node: fx.Node) -> str:
-        """``op in module.path, file.py:12``: the place of a node, as far as export recorded it."""
-        return str(SourceLocation(node))
-
-    def is_weight(self, node: fx.Node) -> bool:
-        """Whether a value is made of weights alone (a weight, its transpose, a merge of several)."""
-        return node in self.variable and node not in self.activation
-
-    # ---- the walk ----
-
-    def run(self) -> Walk:
-        self.memory = memory_classes(self.program.graph.graph)
-        self._classify()
-        for node in self.program.graph.graph.nodes:
-            if node in self.variable:
-                self.dims[node] = self._visit(node)
-            if node.op == "output":
-                self._outputs(node)
-        return self
-
-    def _classify(self) -> None:
-        """Mark what depends on weights (``variable``), on the user's inputs (``activation``) and on float inputs."""
-        weights = set()
-        for spec in self.program.signature.input_specs:
-            floating = spec.target is not None and self._weight(spec.arg.name).is_floating_point()
-            if spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent and floating):
-                weights.add(spec.arg.name)
-        user = set(self.program.user_inputs)
-        self.caches = cache_inputs(self.program)
-        for node in self.program.placeholders():
-            if node.name in weights or node in self.caches:
-                self.variable.add(node)
-            if node.name in user:
-                self.activation.add(node)
-                value = node.meta.get("val")
-                if node not in self.caches and isinstance(value, Tensor) and value.is_floating_point():
-                    self.data.add(node)
-        while sum(self._inherit(node) for node in self.program.graph.graph.nodes):
-            pass
-
-    def _inherit(self, node: fx.Node) -> bool:
-        """Mark a call as its operands are, and with it all that it writes to. Whether that marked anything new."""
-        if node.op == "placeholder" or not _holds_tensor(node):
-            return False
-        reached = [node, *(alias for target in written(node) for alias in self.memory[target])]
-        before = len(self.variable) + len(self.activation) + len(self.data)
-        for marked in (self.variable, self.activation, self.data):
-            if not marked.isdisjoint(node.all_input_nodes):
-                marked.update(reached)
-        return len(self.variable) + len(self.activation) + len(self.data) > before
-
-    def _weight(self, placeholder: str) -> Tensor:
-        return self.program.state[self.program.weights[placeholder]]
-
-    def _visit(self, node: fx.Node) -> Any:
+    def _visit(self, node: fx.Node) -> Results:
         if node.op == "placeholder":
             return self._placeholder(node)
         if node.target is operator.getitem:
-            source, position = node.args
-            assert isinstance(source, fx.Node)
-            assert isinstance(position, int)
-            domains = self.domains.get(source)
-            if domains is not None and domains[position] is not None:
-                self.domains[node] = domains[position]
-            return self.dims[source][position]
-        found = find_rule(node) or _pointwise(node)
-        if found is None:
-            raise MptkError(
-                f"no axis rule for {op_name(node)} ({self.where(node)}); register one with mptk.rule, "
-                "see docs/adding-an-op.md"
-            )
-        if self.domains and found.zero != "move" and not found.positions:
-            for source in node.all_input_nodes:
-                if source in self.domains:
-                    self.freeze(self.domains[source], "its positions are computed with", node)
-        result = found.propagate(self, node, *self._arguments(node), **self._keywords(node))
-        self._check(node, result)
-        source = node.args[0] if node.args else None
-        if found.zero == "move" and isinstance(source, fx.Node) and source in self.domains:
-            domain = self.domains[source]
-            self.domains.setdefault(node, [domain] * len(result) if isinstance(result, list) else domain)
-        return result
+            return self._take(node)
+        return self._apply(_rule_of(node), node)
 
     def _placeholder(self, node: fx.Node) -> Dims:
         """A weight, a cache, or an input of the user's that the model writes to."""
-        dims = tuple(axis(size) for size in self.shape(node))
+        dims = tuple(axis(size) for size in result_shape(node))
         if node.name in self.program.weights:
             return self.weights.setdefault(self.program.weights[node.name], dims)
-        if node not in self.caches:
-            for d in dims:
-                self.freeze(d, "comes from the model's input", node)
+        if node not in self.depends.caches:
+            self.recorder.freeze_input(dims, node)
         return dims
 
-    def _arguments(self, node: fx.Node) -> list[Any]:
-        return [self._argument(node, (i,), a) for i, a in enumerate(node.args)]
+    def _take(self, node: fx.Node) -> Dims:
+        """One of a call's several results."""
+        source, i = node.args
+        assert isinstance(source, fx.Node)
+        assert isinstance(i, int)
+        positions = self.recorder.positions_in.get(source)
+        if isinstance(positions, list):
+            self.recorder.positions_in[node] = positions[i]
+        dims = self.results[source][i]
+        assert isinstance(dims, tuple)
+        return dims
 
-    def _keywords(self, node: fx.Node) -> dict[str, Any]:
-        return {k: self._argument(node, (k,), a) for k, a in node.kwargs.items()}
+    def _apply(self, rule: Rule, node: fx.Node) -> Results:
+        """Ask the rule for the results' terms, and keep what else it says."""
+        if rule.positions == "freeze":
+            self.recorder.freeze_positions(node)
+        arguments = [self._argument(node, (i,), a) for i, a in enumerate(node.args)]
+        keywords = {name: self._argument(node, (name,), a) for name, a in node.kwargs.items()}
+        result = rule.propagate(self.recorder, node, *arguments, **keywords)
+        result = result if isinstance(result, Result) else Result(result)
+        _check(node, result.dims)
+        if result.note is not None:
+            self.notes[node] = result.note
+        positions = result.positions
+        if positions is None and rule.positions == "carry":
+            positions = self.recorder.carried(node, result.dims)
+        if positions is not None:
+            self.recorder.positions_in[node] = positions
+        return result.dims
 
-    def _argument(self, node: fx.Node, path: Path, argument: Any) -> Any:
+    def _argument(self, node: fx.Node, path: Path, argument: Argument) -> object:
+        """An argument as the rule sees it: tensors are values, symbolic sizes are integers."""
         if isinstance(argument, (list, tuple)):
             return [self._argument(node, (*path, i), a) for i, a in enumerate(argument)]
         if not isinstance(argument, fx.Node):
@@ -258,83 +125,41 @@ class Walk:
         value = argument.meta.get("val")
         if not isinstance(value, Tensor):
             return example_size(value) if isinstance(value, (int, torch.SymInt)) else value
-        if argument in self.variable:
-            return Value(argument, self.dims[argument])
+        if argument in self.depends.variables:
+            return Value(argument, single(self.results[argument]))
         dims = tuple(axis(size) for size in shape_of(value))
-        if argument in self.data:
-            for d in dims:
-                self.freeze(d, "comes from the model's input", node)
+        if argument in self.depends.data:
+            self.recorder.freeze_input(dims, node)
         self.constant_uses.setdefault(node, []).append((path, dims))
         return Value(argument, dims)
 
-    def _check(self, node: fx.Node, result: Any) -> None:
-        value = node.meta.get("val")
-        if not isinstance(result, list):
-            result, value = [result], [value]
-        for dims, tensor in zip(result, value or (), strict=False):
-            if dims is not None and isinstance(tensor, Tensor):
-                sizes = tuple([d.size for d in dims])
-                assert sizes == shape_of(tensor), f"rule of {op_name(node)}: {sizes}, not {shape_of(tensor)}"
-
-    def _outputs(self, node: fx.Node) -> None:
+    def _freeze_outputs(self) -> None:
         """Every output's axes are the caller's, but for those of caches, which come back as inputs."""
-        for value in flatten(node.args):
-            if isinstance(value, fx.Node) and value in self.variable and value not in self.caches.values():
-                positions = [self.domains[value]] if value in self.domains else []
-                for d in (*self.dims[value], *positions):
-                    self.freeze(d, "it is the model's output", value)
+        for value in nodes_in(self.graph.output_node().args[0]):
+            if value in self.depends.variables and value not in self.depends.caches.values():
+                positions = self.recorder.positions_of(value)
+                for d in (*single(self.results[value]), *([] if positions is None else [positions])):
+                    self.recorder.freeze(d, "it is the model's output", value)
 
 
-def cache_inputs(program: Program) -> dict[fx.Node, fx.Node]:
-    """Inputs that a further output continues (a concatenation of the input with new values), with that output.
-
-    These hold the model's own earlier values, so their axes are those of the weights that made them.
-    """
-    outputs = [s.arg.name for s in program.signature.output_specs if s.kind is OutputKind.USER_OUTPUT][1:]
-    inputs = set(program.user_inputs)
-    found: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.graph.nodes:
-        if node.name in outputs and op_name(node).startswith("aten.cat"):
-            found |= {source: node for source in node.all_input_nodes if source.name in inputs}
-    return found
-
-
-def shape_of(value: Tensor) -> tuple[int, ...]:
-    """Sizes of a traced tensor; a symbolic size counts as the size of the example."""
-    sizes = tuple(value.shape)
-    for size in sizes:
-        if type(size) is not int:
-            return tuple(example_size(s) for s in sizes)
-    return sizes
+def _rule_of(node: fx.Node) -> Rule:
+    """The op's rule. Ops that torch tags as pointwise need none of their own: they tie broadcast axes."""
+    found = find_rule(node)
+    if found is not None:
+        return found
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        return POINTWISE
+    raise MptkError(
+        f"no axis rule for {op_name(node)} ({SourceLocation(node)}); register one with mptk.rule, "
+        "see docs/adding-an-op.md"
+    )
 
 
-def example_size(size: Any) -> int:
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    hint = size_hint(size)
-    if hint is None:
-        raise MptkError(f"a size depends on data ({size}), so axes cannot be followed; use a traceable implementation")
-    return int(hint)
-
-
-def propagate(program: Program) -> Walk:
-    """Give every dimension of every value of ``program`` its axis term.
-
-    Raises:
-        MptkError: an op has no rule; the message names the op, its module and how to register one.
-    """
-    return Walk(program).run()
-
-
-def _holds_tensor(node: fx.Node) -> bool:
+def _check(node: fx.Node, results: Results) -> None:
+    """Each result has a term for every dimension, of the traced size."""
     value = node.meta.get("val")
-    return isinstance(value, (Tensor, list, tuple))
-
-
-def _pointwise(node: fx.Node) -> Rule | None:
-    """Ops that torch tags as pointwise need no rule of their own: they tie broadcast axes."""
-    tags = getattr(node.target, "tags", ())
-    return POINTWISE if torch.Tag.pointwise in tags else None
-
-
-__all__ = ["Contraction", "Reduction", "Value", "Walk", "propagate"]
+    pairs = zip(results, value or (), strict=False) if isinstance(results, list) else [(results, value)]
+    for dims, tensor in pairs:
+        if dims is not None and isinstance(tensor, Tensor):
+            sizes = tuple([d.size for d in dims])
+            assert sizes == shape_of(tensor), f"rule of {op_name(node)}: {sizes}, not {shape_of(tensor)}"

@@ -1,45 +1,50 @@
-"""exactness: which axes may be cut so that the cut model equals the masked one. A zero-propagation analysis.
+"""zero_propagation: which axes may be cut so that the cut model equals the masked one.
 
 "Zero the weights" is not "zero the activation": a head whose query rows are zero attends uniformly. So for every value
-this pass finds the axes along which it is zero at removed positions when every weight is zero there, and then asks of
-every sum over an axis whether its terms vanish. An axis with a sum that does not is *spoiled*, and the place is kept.
+this analysis finds the axes along which it is zero at removed positions if every weight is zero there, and then asks
+of every sum over an axis whether its terms vanish. An axis with a sum that does not is *spoiled*; the place is kept.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Iterator, Set
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 
 from torch import fx
 
-from mptk.ir.axes import Axis, coordinates, leaves
+from mptk.ir.axes import Axis, axes_in, coordinates, leaves
+from mptk.ir.axis_facts import AxisFacts
 from mptk.ir.ops import base_name
-from passes.analysis.aliasing import written
-from passes.analysis.propagate import Walk
+from mptk.ir.source_location import SourceLocation
+from passes.analysis.aliasing import nodes_in
 from passes.analysis.rules import POINTWISE
-from passes.analysis.rules.table import Rule, find_rule
+from passes.analysis.rules.table import find_rule
 
 Zeros = dict[fx.Node, set[Axis]]
+Multiplicities = Callable[[fx.Node], Mapping[Axis, int]]
 
 
-def find_spoilers(walk: Walk) -> dict[Axis, list[str]]:
-    """Axis → why cutting it would change the result, for every axis where it would."""
-    zeros = propagate_zeros(walk)
+def find_spoilers(facts: AxisFacts) -> dict[Axis, list[str]]:
+    """Axis → why cutting it would change the result, for every axis whose cut would."""
+    zeros = propagate_zeros(facts)
     spoilers: dict[Axis, list[str]] = {}
-    for c in walk.contractions:
-        safe = zeros.get(c.left[0], set()) | zeros.get(c.right[0], set())
-        for leaf in leaves(c.axis):
-            if leaf not in safe:
-                spoilers.setdefault(leaf, []).append(f"summed over while not zero ({walk.where(c.node)})")
-    for r in walk.reductions:
-        for leaf in leaves(r.axis):
-            if r.kind in ("sum", "mean") and leaf not in zeros.get(r.source, set()):
-                kind = "averaged" if r.kind == "mean" else "summed"
-                spoilers.setdefault(leaf, []).append(f"{kind} over while not zero ({walk.where(r.node)})")
-    for node in walk.dims:
-        for leaf in _infinite(node, zeros):
-            spoilers.setdefault(leaf, []).append(f"infinite where it is zero ({walk.where(node)})")
+
+    def spoil(axes: Iterable[Axis], reason: str, node: fx.Node) -> None:
+        for axis in axes:
+            spoilers.setdefault(axis, []).append(f"{reason} ({SourceLocation(node)})")
+
+    for product in facts.contractions:
+        safe = zeros.get(product.left[0], set()) | zeros.get(product.right[0], set())
+        spoil((a for a in leaves(product.axis) if a not in safe), "summed over while not zero", product.node)
+    for reduction in facts.reductions:
+        if reduction.kind in ("sum", "mean"):
+            safe = zeros.get(reduction.source, set())
+            verb = "averaged" if reduction.kind == "mean" else "summed"
+            spoil((a for a in leaves(reduction.axis) if a not in safe), f"{verb} over while not zero", reduction.node)
+    for node in facts.results:
+        spoil(_infinite(node, zeros), "infinite where it is zero", node)
     return spoilers
 
 
@@ -58,7 +63,7 @@ def _infinite(node: fx.Node, zeros: Zeros) -> set[Axis]:
     if node.op != "call_function":
         return set()
     name = base_name(node.target)
-    operand: Any = None
+    operand: object = None
     if name in DIVISIONS:
         operand = node.args[1]
     elif name in INFINITE_AT_ZERO or (name in POWERS and _is_negative(node.args[1])):
@@ -66,103 +71,101 @@ def _infinite(node: fx.Node, zeros: Zeros) -> set[Axis]:
     return zeros.get(operand, set()) if isinstance(operand, fx.Node) else set()
 
 
-def _is_negative(exponent: Any) -> bool:
+def _is_negative(exponent: object) -> bool:
     return isinstance(exponent, (int, float)) and exponent < 0
 
 
-def propagate_zeros(walk: Walk) -> Zeros:
+def propagate_zeros(facts: AxisFacts) -> Zeros:
     """For each value, the axes along which it is zero wherever the weights of that axis are.
 
     A cache is zero where all that was ever added to it is: assumed of its input, until the output confirms it.
     """
-    caches = {node: set(walk.axes_of(node)) for node in walk.caches}
+    caches = {node: set(facts.axes(node)) for node in facts.caches}
+    multiplicities = functools.cache(functools.partial(find_multiplicities, facts))
     while True:
-        zeros = _propagate_zeros(walk, caches)
-        confirmed = {node: caches[node] & zeros[walk.caches[node]] for node in caches}
+        zeros = _Propagation(facts, caches, multiplicities).run()
+        confirmed = {node: caches[node] & zeros[facts.caches[node]] for node in caches}
         if confirmed == caches:
             return zeros
         caches = confirmed
 
 
-def _propagate_zeros(walk: Walk, caches: Zeros) -> Zeros:
-    zeros: Zeros = dict(caches)
-    for node in walk.program.graph.graph.nodes:
-        if node not in walk.variable or node in caches:
-            continue
-        if node.op == "placeholder":
-            zeros[node] = {leaf for d in walk.dims[node] for leaf in leaves(d)}
-        elif node.target is operator.getitem:
-            zeros[node] = zeros[node.args[0]] & walk.axes_of(node)
-        else:
-            zeros[node] = _result(walk, node, zeros) & walk.axes_of(node)
-            _write_back(walk, node, zeros)
-    return zeros
-
-
-def _result(walk: Walk, node: fx.Node, zeros: Zeros) -> set[Axis]:
-    rule: Rule = find_rule(node) or POINTWISE
-    operands = list(_tensors([*node.args, *node.kwargs.values()]))
-
-    def zero(value: Any) -> set[Axis]:
-        found = zeros.get(value, set()) if isinstance(value, fx.Node) else set()
-        if not found or not (several := multiplicities(walk, node)):
-            return found
-        held = multiplicities(walk, value)
-        return {a for a in found if held.get(a, 1) >= several.get(a, 1)}
-
-    if callable(rule.zero):
-        return set(rule.zero(node, zero, walk))
-    if rule.zero in ("keep", "move"):
-        return zero(operands[0])
-    if rule.zero == "any":
-        return set().union(*map(zero, operands))
-    if rule.zero == "all":
-        return set.intersection(*map(zero, operands))
-    if rule.zero == "join":
-        nonzero = set().union(*(_uses(walk, node, v) - zero(v) for v in operands))
-        result: set[Axis] = set().union(*map(zero, operands)) - nonzero
-        return result
-    return set()
-
-
-def multiplicities(walk: Walk, node: fx.Node) -> dict[Axis, int]:
+def find_multiplicities(facts: AxisFacts, node: fx.Node) -> Mapping[Axis, int]:
     """How many coordinates of a value run along the same axis, for axes with more than one.
 
     Of an outer sum x_i + x_j over one axis, each operand is zero along its own coordinate only: the result at neither.
     """
-    counts = walk.repeated.get(node)
-    if counts is None:
-        counts = walk.repeated[node] = {}
-        dims = walk.dims[node]
-        for result in dims if isinstance(dims, list) else [dims]:
-            for a, n in coordinates(result or (), each=True).items():
-                if n > 1:
-                    counts[a] = max(n, counts.get(a, 0))
+    counts: dict[Axis, int] = {}
+    for dims in facts.tensors(node):
+        for a, n in coordinates(dims, each=True).items():
+            if n > 1:
+                counts[a] = max(n, counts.get(a, 0))
     return counts
 
 
-def _uses(walk: Walk, node: fx.Node, value: fx.Node) -> Set[Axis]:
-    """The axes of an operand as the call sees it (a constant has its own at each use)."""
-    if value in walk.variable:
-        return walk.axes_of(value)
-    return {leaf for _, dims in walk.constant_uses.get(node, []) for d in dims for leaf in leaves(d)}
+class _Propagation:
+    """One walk from the weights and ``caches``, whose zeros are assumed, to the outputs."""
 
+    def __init__(self, facts: AxisFacts, caches: Zeros, multiplicities: Multiplicities) -> None:
+        self.facts, self.caches, self.multiplicities = facts, caches, multiplicities
+        self.zeros = dict(caches)
 
-def _write_back(walk: Walk, node: fx.Node, zeros: Zeros) -> None:
-    """Where a call leaves its target other than zero, so is all that shares the target's memory.
+    def run(self) -> Zeros:
+        for node in self.facts.results:
+            if node not in self.caches:
+                self.zeros[node] = self._visit(node)
+                self._write_back(node)
+        return self.zeros
 
-    Axes that the target lacks stay as they were: it is a view of fixed positions along them.
-    """
-    lost = walk.axes_of(node) - zeros[node]
-    for target in written(node):
-        for alias in walk.memory[target]:
-            if alias in zeros:
-                zeros[alias] = zeros[alias] - lost
+    def _visit(self, node: fx.Node) -> set[Axis]:
+        axes = self.facts.axes(node)
+        if node.op == "placeholder":
+            return set(axes)
+        if node.target is operator.getitem:
+            return self.zeros[node.all_input_nodes[0]] & axes
+        return self._result(node) & axes
 
+    def _result(self, node: fx.Node) -> set[Axis]:
+        """Where the result of a call is zero, by the rule of its op."""
+        rule = find_rule(node) or POINTWISE
+        zero = functools.partial(self._operand, node)
+        if callable(rule.zero):
+            return rule.zero(node, zero, self.facts)
+        operands = list(nodes_in([*node.args, *node.kwargs.values()]))
+        if rule.zero == "drop":
+            return set()
+        if rule.zero == "keep":
+            return zero(operands[0])
+        if rule.zero == "all":
+            return set.intersection(*map(zero, operands))
+        found: set[Axis] = set().union(*map(zero, operands))
+        if rule.zero == "any":
+            return found
+        assert rule.zero == "join", f"{rule.zero} is no kind of zero"
+        return found.difference(*(self._axes_of_use(node, v) - zero(v) for v in operands))
 
-def _tensors(arguments: Any) -> Iterator[fx.Node]:
-    for a in arguments:
-        if isinstance(a, (list, tuple)):
-            yield from _tensors(a)
-        elif isinstance(a, fx.Node):
-            yield a
+    def _operand(self, node: fx.Node, value: object) -> set[Axis]:
+        """Where an operand of a call is zero: not along an axis that fewer of its coordinates run along."""
+        if not isinstance(value, fx.Node):
+            return set()
+        found = self.zeros.get(value, set())
+        if not found or not (several := self.multiplicities(node)):
+            return found
+        held = self.multiplicities(value)
+        return {a for a in found if held.get(a, 1) >= several.get(a, 1)}
+
+    def _axes_of_use(self, node: fx.Node, value: fx.Node) -> AbstractSet[Axis]:
+        """The axes of an operand as the call sees it (a constant has its own at each use)."""
+        if value in self.facts.results:
+            return self.facts.axes(value)
+        return axes_in(t for _, dims in self.facts.constant_uses.get(node, []) for t in dims)
+
+    def _write_back(self, node: fx.Node) -> None:
+        """If a call leaves its target other than zero, so is all that shares the target's memory.
+
+        Axes that the target lacks stay as they were: it is a view of fixed positions along them.
+        """
+        lost = self.facts.axes(node) - self.zeros[node]
+        for changed in self.facts.writes.get(node, ()):
+            if changed in self.zeros:
+                self.zeros[changed] = self.zeros[changed] - lost

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,9 +11,9 @@ from transformers import PreTrainedModel
 
 from mptk.cost.model import CostModel, is_layered
 from mptk.errors import MptkError
-from mptk.ir.axes import evaluate, leaves
+from mptk.ir.axes import axes_in, evaluate, leaves
 from mptk.ir.families import Analysis, Family
-from passes.targets.stock.config import Stock
+from passes.targets.stock.learn import Stock
 from passes.transforms.fold_norms import unfoldable
 
 MULTIPLE = 32
@@ -39,7 +40,7 @@ class LegalWidths:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Widths (family → units kept), the sparsity they give, and how unevenly the families are cut (0: alike)."""
+    """Widths (family → units kept), the sparsity they give, and how unevenly the families are cut (0: evenly)."""
 
     widths: Mapping[str, int]
     sparsity: float
@@ -84,14 +85,9 @@ def derived_families(analysis: Analysis) -> dict[str, str]:
     along which the graph reads a constant (rotary tables, position biases), and those that a mean runs over whose
     scale no weight can take (``passes/transforms/fold_norms.py``).
     """
-    walk = analysis.walk
-    scaled = {
-        leaf
-        for c in analysis.contractions
-        if not (walk.is_weight(c.left[0]) or walk.is_weight(c.right[0]))
-        for leaf in leaves(c.axis)
-    }
-    tables = {leaf for uses in walk.constant_uses.values() for _, dims in uses for d in dims for leaf in leaves(d)}
+    facts = analysis.facts
+    scaled = axes_in(product.axis for product in facts.contractions if not facts.has_weight(product))
+    tables = axes_in(term for uses in facts.constant_uses.values() for _, dims in uses for term in dims)
     reasons = {}
     for family in analysis.families:
         axis = family.groups[0].axis
@@ -167,7 +163,7 @@ def find_candidates(cost: CostModel, target: LegalWidths, families: Sequence[str
     finest = max(ladders, key=lambda name: len(ladders[name]))
     rest = [name for name in ladders if name != finest]
     choices = [_thinned(ladders[name]) for name in rest]
-    while choices and _count(choices) > COMBINATIONS:
+    while choices and math.prod(map(len, choices)) > COMBINATIONS:
         choices = [c[::2] if c[-1] in c[::2] else [*c[::2], c[-1]] for c in choices]
     found: dict[tuple[int, ...], Candidate] = {}
     for combination in itertools.product(*choices):
@@ -183,7 +179,7 @@ def find_candidates(cost: CostModel, target: LegalWidths, families: Sequence[str
 def choose_candidates(
     candidates: Sequence[Candidate], sparsity: float, tolerance: float, count: int
 ) -> list[Candidate]:
-    """The candidates within ``tolerance`` of the budget that cut the families most alike, most alike first.
+    """The candidates within ``tolerance`` of the budget that cut the families most evenly, the most even first.
 
     Raises:
         MptkError: none is within ``tolerance``; the message names the nearest.
@@ -223,13 +219,6 @@ def _thinned(ladder: list[int]) -> list[int]:
         return ladder
     step = (len(ladder) - 1) / (LADDER_POINTS - 1)
     return [ladder[round(i * step)] for i in range(LADDER_POINTS)]
-
-
-def _count(choices: Sequence[Sequence[int]]) -> int:
-    total = 1
-    for c in choices:
-        total *= len(c)
-    return total
 
 
 def _unevenness(cost: CostModel, widths: Mapping[str, int]) -> float:

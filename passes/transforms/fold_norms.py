@@ -88,7 +88,7 @@ class FoldNorms(Pass):
 def unfoldable(analysis: Analysis, family: Family) -> str | None:
     """Where a cut of ``family`` would leave a scale that no weight can take, with op, module and line; or None."""
     axes = {g.axis for g in family.groups}
-    means = {r.node: None for r in analysis.walk.reductions if r.kind == "mean" and axes & set(leaves(r.axis))}
+    means = {r.node: None for r in analysis.facts.reductions if r.kind == "mean" and axes & set(leaves(r.axis))}
     found = _foldable(analysis.program, iter(means))
     folded = {norm.root for norms in found.values() for norm in norms}
     return next((str(SourceLocation(node)) for node in means if node not in folded), None)

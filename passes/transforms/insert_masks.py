@@ -1,9 +1,9 @@
 """insert_masks: one mask value a unit and layer, on the module's own forward pass, where the graph says.
 
-A mask multiplies the input of the layers that sum over its units (output projection, down projection). Where the units
-meet something else on their way (a norm over them, a product of two activations) it multiplies the output of the
+A mask multiplies the input of the layers that sum over its units (output projection, down projection). If the units
+meet something else on their way (a norm over them, a product of two activations), it multiplies the output of the
 layers that make them. Hooks sit on the module that is called, an adapter's wrapper as a rule, so that the adapter's
-path is masked too. Where no layer of its own holds the weight (packed experts) the parameter is masked.
+path is masked too. If no layer of its own holds the weight (packed experts), the parameter is masked.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from mptk.errors import MptkError
-from mptk.ir.axes import leaves, occurrences, resolve
-from mptk.ir.families import Analysis, Family, Group, Member, scope_coordinates
-from passes.analysis.propagate import Walk
+from mptk.ir.axes import Term, axes_in, leaves
+from mptk.ir.axis_facts import AxisFacts
+from mptk.ir.families import Analysis, Family, Group, Member, unit_indices
 
 
 @dataclass(frozen=True)
 class MaskSite:
     """Where a group's mask goes: ``where`` is ``input`` or ``output`` (last dimension) of ``module``, or a parameter.
 
-    ``index`` holds for each position the unit (scope · size + unit), or −1 where it belongs to none; it broadcasts
+    ``index`` holds for each position the unit (scope · size + unit), or −1 if it belongs to none; it broadcasts
     against what is masked. ``weights`` are the parameters (name, dimension) that take the mask's values when it is
-    folded; the dimension is None where ``index`` has the parameter's own dimensions.
+    folded; the dimension is None if ``index`` has the parameter's own dimensions.
     """
 
     family: str
@@ -57,7 +58,7 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
         if refusal is not None:
             raise MptkError(refusal)
         for layer, group in enumerate(family.groups):
-            members = _masked_members(analysis.walk, group)
+            members = _masked_members(analysis.facts, group)
             covered: set[str] = set()
             for member in members:
                 if member.weight not in covered:
@@ -70,7 +71,7 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
 def disturbed(analysis: Analysis, name: str) -> str | None:
     """Why a family cannot fade out, or None: masked zeros would enter a softmax, a top-k or a norm's statistics."""
     for group in analysis.family(name).groups:
-        for r in analysis.walk.reductions:
+        for r in analysis.facts.reductions:
             if r.kind in ("max", "min", "statistic") and group.axis in set(leaves(r.axis)):
                 return (
                     f"{name} cannot be learned: zeros would disturb {r.node.target} in {group.layer}; "
@@ -79,15 +80,12 @@ def disturbed(analysis: Analysis, name: str) -> str | None:
     return None
 
 
-def _masked_members(walk: Walk, group: Group) -> list[Member]:
+def _masked_members(facts: AxisFacts, group: Group) -> list[Member]:
     """The consumers, if nothing else depends on the units; else everything that makes them."""
     consumers = [m for m in group.members if m.role == "consumer"]
-    between = any(group.axis in set(leaves(r.axis)) for r in walk.reductions) or any(
-        group.axis in set(leaves(resolve(c.axis)))
-        for c in walk.contractions
-        if not (walk.is_weight(c.left[0]) or walk.is_weight(c.right[0]))
-    )
-    if consumers and not between:
+    met = axes_in(reduction.axis for reduction in facts.reductions)
+    met |= axes_in(product.axis for product in facts.contractions if not facts.has_weight(product))
+    if consumers and group.axis not in met:
         return consumers
     return sorted((m for m in group.members if m.role != "consumer"), key=lambda m: m.role != "producer")
 
@@ -99,7 +97,7 @@ def _mask_site(analysis: Analysis, module: nn.Module, family: Family, layer: int
     inputs, outputs = _linear_dims(own)
     group = family.groups[layer]
     dims = analysis.weights[member.weight]
-    beside = [a for a in group.scope if a not in set(leaves(resolve(member.term)))]
+    beside = [a for a in group.scope if a not in set(leaves(member.term))]
     if parameter == "weight" and not beside and member.dim == inputs and member.role == "consumer":
         return MaskSite(
             family.name, layer, owner, "input", _index(dims, member.dim, group).flatten(), ((member.weight, inputs),)
@@ -121,18 +119,9 @@ def _linear_dims(layer: nn.Module) -> tuple[int | None, int | None]:
     return None, None
 
 
-def _index(dims: Sequence[Any], dim: int, group: Group) -> Tensor:
-    """The unit at each position of a weight's dimension, int64, 1 in dimensions along which it does not vary."""
-    found = occurrences(dims[dim])
-    at = [-1 if d == dim else 1 for d in range(len(dims))]
-    unit = np.max([c for leaf, c in found if leaf is group.axis], axis=0).reshape(at)
-    scope = np.zeros([1] * len(dims), dtype=np.int64)
-    for a in group.scope:
-        d = next(d for d in (dim, *range(len(dims))) if a in set(leaves(resolve(dims[d]))))
-        coordinate = scope_coordinates(occurrences(dims[d]), (a,), dims[d].size)
-        assert coordinate is not None
-        scope = scope * a.size + coordinate.reshape([-1 if e == d else 1 for e in range(len(dims))])
-    return torch.from_numpy(np.where(unit < 0, -1, scope * group.size + unit))
+def _index(dims: Sequence[Term], dim: int, group: Group) -> Tensor:
+    """The unit at each position of a weight, int64 (``unit_indices``); a position belongs to one at most."""
+    return torch.from_numpy(np.max(unit_indices(dims, dim, group), axis=0))
 
 
 Values = Callable[[str, int], Tensor]
@@ -174,7 +163,7 @@ class InsertedMasks:
         held = Counter((site.family, site.layer) for site in sites)
         several = {family for (family, _), count in held.items() if count > 1}
         self.watched = {p.family for p in sites if p.where in ("input", "output")} - several
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         self._parametrized: list[tuple[nn.Module, str]] = []
         for site in sites:
             self._insert(site)
@@ -191,8 +180,7 @@ class InsertedMasks:
             return Multiply.apply(x, factor, lambda each: self._see(site, each))  # type: ignore[no-any-return, no-untyped-call]
 
         if site.where == "input":
-            hook: Any = lambda _, args: (masked(args[0]), *args[1:])  # noqa: E731
-            self._handles.append(called.register_forward_pre_hook(hook))
+            self._handles.append(called.register_forward_pre_hook(lambda _, args: (masked(args[0]), *args[1:])))
         elif site.where == "output":
             self._handles.append(called.register_forward_hook(lambda _, args, out: masked(out)))
         else:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, fx
 
 from mptk.ir.axes import ONE, Term, leaves
+from mptk.ir.axis_facts import AxisFacts, Reduction
 from mptk.ir.families import Analysis
 from mptk.ir.ops import base_name, named_argument, op_name
 from mptk.ir.passes import Pass, Result, shapes
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
-from passes.analysis.propagate import Reduction, Walk
 from passes.analysis.rules.reduce import correction_of
 from passes.analysis.rules.table import normalize_all
 
@@ -52,9 +52,9 @@ class Mask(Pass):
                 state[name] = state[name] * keep if state[name].is_floating_point() else state[name]
         graph = program.copy_graph()
         nodes = {n.name: n for n in graph.graph.nodes}
-        disturbed = _disturbed(self.analysis.walk, self.cut)
+        disturbed = _disturbed(self.analysis.facts, self.cut)
         for node, reductions in disturbed.items():
-            _mask_reduction(graph.graph, nodes[node.name], self.analysis.walk, self.cut, reductions)
+            _mask_reduction(graph.graph, nodes[node.name], self.analysis.facts, self.cut, reductions)
         graph.recompile()
         notes = (f"{len(disturbed)} reductions masked",) if disturbed else ()
         return Result(replace(program, graph=graph, state=state), self.cut.removes, notes)
@@ -64,18 +64,18 @@ class Mask(Pass):
         assert shapes(after) == shapes(before), "a weight has another shape"
 
 
-def _disturbed(walk: Walk, cut: Cut) -> dict[fx.Node, list[Reduction]]:
+def _disturbed(facts: AxisFacts, cut: Cut) -> dict[fx.Node, list[Reduction]]:
     """The calls whose result zeros would change, with their reductions over cut axes."""
     found: dict[fx.Node, list[Reduction]] = {}
-    for r in walk.reductions:
+    for r in facts.reductions:
         if r.kind in ("max", "min", "statistic") and cut.touches(r.axis):
             found.setdefault(r.node, []).append(r)
     return found
 
 
-def _mask_reduction(graph: fx.Graph, node: fx.Node, walk: Walk, cut: Cut, reductions: list[Reduction]) -> None:
+def _mask_reduction(graph: fx.Graph, node: fx.Node, facts: AxisFacts, cut: Cut, reductions: list[Reduction]) -> None:
     r = reductions[0]
-    dims = walk.dims[next(n for n in r.node.all_input_nodes if n in walk.dims)]
+    dims = facts.dims(next(n for n in r.node.all_input_nodes if n in facts.results))
     if r.kind == "statistic":
         return _mask_statistic(node, dims, cut)
     last = -1 if base_name(node.target) in ("topk", "sort") else None

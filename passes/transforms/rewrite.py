@@ -13,14 +13,13 @@ from torch import Tensor, fx
 from mptk.compat.torch import FakeTensorMode, enable_python_dispatcher
 from mptk.errors import ProofError
 from mptk.ir.axes import Term, resolve
+from mptk.ir.axis_facts import AxisFacts, Dims, Note, Path
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Pass, Result, shapes
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, resolve_plan
 from mptk.ir.source_location import SourceLocation
-from passes.analysis.aliasing import written
-from passes.analysis.propagate import Path, Walk
 from passes.analysis.rules.table import find_rule
 
 SCALE = "mptk_scale"
@@ -53,7 +52,7 @@ class Rewrite(Pass):
         assert program.graph is self.analysis.program.graph, "the analysis is of another program"
 
     def run(self, program: Program) -> Result:
-        resizer = Resizer(self.analysis.walk, self.cut, program.copy_graph())
+        resizer = Resizer(self.analysis.facts, self.cut, program.copy_graph())
         resizer.run()
         state = {
             name: self.cut.slice(tensor, self.analysis.weights[name]) if name in self.analysis.weights else tensor
@@ -74,19 +73,18 @@ class Rewrite(Pass):
 class Resizer:
     """Edits a copy of the graph; what rules' ``resize`` functions work with."""
 
-    walk: Walk
+    facts: AxisFacts
     cut: Cut
     graph: fx.GraphModule
 
     def __post_init__(self) -> None:
-        self.original = {n.name: n for n in self.walk.program.graph.graph.nodes}
+        self.original = {n.name: n for n in self.facts.graph.nodes}
 
     def run(self) -> None:
-        memory = self.walk.memory
-        written_to = {a for n in self.original.values() for target in written(n) for a in memory[target]}
+        written_to = {value for changed in self.facts.writes.values() for value in changed}
         for node in list(self.graph.graph.nodes):
             original = self.original.get(node.name)
-            if original is None or original not in self.walk.variable or node.op != "call_function":
+            if original is None or original not in self.facts.results or node.op != "call_function":
                 continue
             self._select_constants(node, original)
             found = find_rule(node)
@@ -106,9 +104,9 @@ class Resizer:
         names = set()
         for node in self.graph.graph.find_nodes(op="placeholder"):
             original = self.original[node.name]
-            if original in self.walk.caches and any(map(self.changed, self.walk.dims[original])):
+            if original in self.facts.caches and any(map(self.changed, self.facts.dims(original))):
                 value = node.meta["val"]
-                pairs = zip(value.shape, self.walk.dims[original], strict=True)
+                pairs = zip(value.shape, self.facts.dims(original), strict=True)
                 sizes = [self.size(term) if self.changed(term) else size for size, term in pairs]
                 with value.fake_mode:
                     node.meta["val"] = value.new_empty(sizes)
@@ -123,13 +121,13 @@ class Resizer:
 
     # ---- for rules ----
 
-    def dims(self, node: fx.Node) -> tuple[Term, ...]:
+    def dims(self, node: fx.Node) -> Dims:
         """The terms of a node's result in the dense graph."""
-        return self.walk.dims[self.original[node.name]]  # type: ignore[no-any-return]
+        return self.facts.dims(self.original[node.name])
 
-    def note(self, node: fx.Node) -> Any:
-        """What the op's axis rule noted for its resizing."""
-        return self.walk.notes.get(self.original[node.name])
+    def note(self, node: fx.Node, kind: type[Note]) -> Note | None:
+        """What the op's axis rule noted for its resizing, if it is of this kind."""
+        return self.facts.note(self.original[node.name], kind)
 
     def size(self, term: Term) -> int:
         """The size of a dimension after the cut."""
@@ -178,7 +176,7 @@ class Resizer:
 
     def _select_constants(self, node: fx.Node, original: fx.Node) -> None:
         """A constant used where axes were cut keeps the positions that stay."""
-        for path, dims in self.walk.constant_uses.get(original, []):
+        for path, dims in self.facts.constant_uses.get(original, []):
             for d, term in enumerate(dims):
                 if self.cut.touches(term):
                     source = _at(node, path)

@@ -158,7 +158,7 @@ def disturbed(analysis: Analysis, plan: Plan) -> bool:
     """Whether zeros would disturb a reduction over a cut axis: then zeroed weights do not mean what a mask means."""
     axes = {g.axis for name in plan.families for g in analysis.family(name).groups}
     kinds = ("max", "min", "statistic")
-    return any(r.kind in kinds and axes & set(leaves(r.axis)) for r in analysis.walk.reductions)
+    return any(r.kind in kinds and axes & set(leaves(r.axis)) for r in analysis.facts.reductions)
 
 
 def zeroed(module: nn.Module, analysis: Analysis, plan: Plan) -> nn.Module:

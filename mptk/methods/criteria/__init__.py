@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,9 +65,9 @@ def score(
     """Score every unit.
 
     Args:
-        analysis: of a program traced on real weights; with ``dynamic=True`` where the criterion needs text.
+        analysis: of a program traced on real weights; with ``dynamic=True`` if the criterion needs text.
         name: a key of ``CRITERIA``.
-        windows: calibration text as token ids, int64 [n, length]; may be None where ``needs_data(name)`` is False.
+        windows: calibration text as token ids, int64 [n, length]; may be None if ``needs_data(name)`` is False.
         families: names of the families to score; all by default.
         seed: of the random criterion.
         progress: called with (windows done, windows in all).
@@ -132,7 +131,7 @@ def score_evidence(evidence: Evidence, name: str, families: Sequence[str] | None
 
 
 def select(
-    analysis: Analysis, scores: Scores, widths: Mapping[str, int], meta: Mapping[str, Any] | None = None
+    analysis: Analysis, scores: Scores, widths: Mapping[str, int], meta: Mapping[str, object] | None = None
 ) -> Plan:
     """Keep the ``width`` best units of each family in each layer and each scope row.
 
@@ -185,7 +184,7 @@ def one_shot(
     families = list(widths)
     evidence = gather(analysis, name, windows, families=families, seed=seed, progress=progress)
     scores = score_evidence(evidence, name, families)
-    meta: dict[str, Any] = {"criterion": name, "seed": seed}
+    meta: dict[str, object] = {"criterion": name, "seed": seed}
     if windows is not None and needs_data(name):
         meta["calibration"] = {"windows": len(windows), "length": windows.shape[1]}
     plan = select(analysis, scores, widths, meta)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.ir.axes import Axis, Term, leaves, occurrences, resolve
-from mptk.ir.families import Analysis, Family, Group, scope_coordinates
+from mptk.ir.axes import Term, leaves
+from mptk.ir.families import Analysis, Family, Group, unit_indices
 from mptk.methods.criteria.observe import Observation, Site
 
 Scores = dict[str, Tensor]
@@ -68,7 +68,7 @@ def sum_members(evidence: Evidence, families: Sequence[Family], importance: Call
 def sum_uses(evidence: Evidence, families: Sequence[Family], importance: Callable[[Observation], Tensor]) -> Scores:
     """Sum ``importance(observation)`` (the weight operand's shape) over the contractions that judge each unit.
 
-    These are its consumers, or where no weight sums over it, its producers (``observe.uses``).
+    These are its consumers or, if no weight sums over it, its producers (``observe.uses``).
 
     Raises:
         MptkError: a family has neither.
@@ -93,8 +93,8 @@ def _use(evidence: Evidence, family: Family, group: Group, importance: Callable[
 def uses(sites: Iterable[Site], group: Group) -> list[tuple[Site, int]]:
     """The contractions that judge a group's units, each with the weight operand's dimension that holds them.
 
-    Consumers where there are any: weights that sum over the units. Else (query and key channels, which meet each other
-    and no weight; whole experts) the contractions with weights that make or hold them.
+    Consumers (weights that sum over the units) if there are any. If not (query and key channels, which meet each other
+    and no weight; whole experts), the contractions with weights that make or hold the units.
     """
     holding = [(s, d) for s in sites for d, term in enumerate(s.weight_dims) if group.axis in set(leaves(term))]
     consumers = [(s, d) for s, d in holding if d == s.weight_dim]
@@ -109,34 +109,14 @@ def _total(parts: Iterable[Tensor]) -> Tensor:
 def unit_sums(values: Tensor, dims: Sequence[Term], dim: int, group: Group) -> Tensor:
     """Sum ``values`` (axis terms ``dims``) by unit of ``group``, whose axis lies in dimension ``dim``: [scopes, size].
 
-    Where the choice varies along an axis of another dimension (each expert's own channels), that dimension tells the
-    rows apart; all others are summed out.
+    If the choice varies along an axis of another dimension (each expert's own channels), that dimension separates the
+    rows; all others are summed out.
     """
-    beside = _scope_dims(dims, dim, group.scope)
-    kept = sorted({dim, *beside.values()})
-    summed = [d for d in range(values.ndim) if d not in kept]
+    indices = unit_indices(dims, dim, group)
+    summed = tuple(d for d, size in enumerate(indices[0].shape) if size == 1)
     values = values.float().sum(summed) if summed else values.float()
-    scope = np.zeros([1] * len(kept), dtype=np.int64)
-    for a in group.scope:
-        at = beside[a]
-        coordinate = scope_coordinates(occurrences(dims[at]), (a,), dims[at].size)
-        assert coordinate is not None
-        scope = scope * a.size + _along(coordinate, kept.index(at), len(kept))
     result = torch.zeros(group.scopes * group.size, dtype=torch.float32, device=values.device)
-    for leaf, coordinate in occurrences(dims[dim]):
-        if leaf is group.axis:
-            unit = _along(coordinate, kept.index(dim), len(kept))
-            index = np.broadcast_to(np.where(unit < 0, -1, scope * group.size + unit), tuple(values.shape))
-            flat = torch.from_numpy(index.copy()).to(values.device).flatten()
-            result.index_add_(0, flat[flat >= 0], values.flatten()[flat >= 0])
+    for index in indices:
+        flat = torch.from_numpy(np.broadcast_to(index.squeeze(summed), values.shape).copy()).to(values.device).flatten()
+        result.index_add_(0, flat[flat >= 0], values.flatten()[flat >= 0])
     return result.reshape(group.scopes, group.size)
-
-
-def _scope_dims(dims: Sequence[Term], dim: int, scope: Sequence[Axis]) -> dict[Axis, int]:
-    """The dimension that holds each scope axis: the group's own if it does, else one of its own."""
-    order = [dim, *(d for d in range(len(dims)) if d != dim)]
-    return {a: next(d for d in order if a in set(leaves(resolve(dims[d])))) for a in scope}
-
-
-def _along(coordinate: np.typing.NDArray[np.int64], position: int, ndim: int) -> np.typing.NDArray[np.int64]:
-    return coordinate.reshape([-1 if i == position else 1 for i in range(ndim)])

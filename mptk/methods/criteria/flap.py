@@ -5,7 +5,7 @@ consumer's input over all calibration tokens times its column's squared norm; an
 b ← b + Σ_{j removed} W_:j · mean(x_j).
 
 What differs: a unit of several positions (a head) is the sum over them; layers are not standardised against each other
-and get no ratios of their own, since all layers keep one width here; and biases are only corrected where the
+and get no ratios of their own, since all layers keep one width here; and biases are only corrected if the
 architecture has them: a stock checkpoint has no place for new ones. Units that no weight sums over are scored by the
 weights that make or hold them, as in ``wanda``: Σ Var(x_j) · W_ij² over the unit's rows.
 """
@@ -20,9 +20,10 @@ from torch import Tensor, fx
 
 from mptk.ir.axes import resolve
 from mptk.ir.families import Analysis, Family
+from mptk.ir.ops import named_argument
 from mptk.ir.resolved_plan import Cut
 from mptk.methods.criteria.base import Evidence, Scores, sum_uses
-from mptk.methods.criteria.observe import Observation, Site, named_argument
+from mptk.methods.criteria.observe import Observation, Site
 
 
 def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
@@ -32,7 +33,7 @@ def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
 
 @dataclass(frozen=True)
 class Compensation:
-    """New values of biases by name, and a sentence for people on where there were biases to correct and where not."""
+    """New values of biases by name, and a sentence for people: which layers had a bias to correct."""
 
     state: Mapping[str, Tensor]
     statement: str
@@ -75,7 +76,7 @@ def _bias(analysis: Analysis, site: Site) -> tuple[str | None, int]:
         node = named_argument(site.node, "self")
     weights = analysis.program.weights
     if isinstance(node, fx.Node) and node.name in weights:
-        dims = analysis.walk.dims[node]
+        dims = analysis.facts.dims(node)
         for d, term in enumerate(site.weight_dims):
             if d != site.weight_dim and len(dims) == 1 and resolve(dims[0]) == term:
                 return weights[node.name], d
@@ -86,7 +87,7 @@ def _label(analysis: Analysis, site: Site) -> str:
     """The consumer's own name, as people know it: ``down_proj``."""
     node = site.weight
     while node.op != "placeholder":
-        node = next(n for n in node.all_input_nodes if analysis.walk.is_weight(n))
+        node = next(n for n in node.all_input_nodes if analysis.facts.is_weight(n))
     return analysis.program.weights[node.name].removesuffix(".weight").rsplit(".", 1)[-1]
 
 

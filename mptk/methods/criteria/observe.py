@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from mptk.compat.torch import schema
 from mptk.errors import MptkError
-from mptk.ir.axes import Term, leaves, resolve
+from mptk.ir.axes import leaves, resolve
+from mptk.ir.axis_facts import Dims
 from mptk.ir.families import Analysis
+from mptk.ir.ops import named_argument
 from mptk.ir.program import Program
 from mptk.progress import Count
 from mptk.run.protocols import Task
@@ -27,13 +27,17 @@ GRADIENT_TOKENS = 512
 """Tokens in a batch whose activations autograd keeps."""
 
 
+Stream = tuple[fx.Node, int, tuple[int, ...], fx.Node | None]
+"""An activation: its value, the dimension summed over, the dimensions that are kept apart, and ends of routed rows."""
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """A contraction of an activation with a weight: which operand is which.
 
     ``x_dim`` and ``weight_dim`` are the dimensions summed over. ``shared`` pairs dimensions (of x, of the weight) that
     are no part of the sum but one axis: heads or experts of a batched product. ``ends`` is the graph's tensor of row
-    ends by expert where the rows of x are routed; the one pair in ``shared`` is then (rows, experts).
+    ends by expert if the rows of x are routed; the one pair in ``shared`` is then (rows, experts).
     """
 
     node: fx.Node
@@ -41,13 +45,13 @@ class Site:
     x_dim: int
     weight: fx.Node
     weight_dim: int
-    weight_dims: tuple[Term, ...]
+    weight_dims: Dims
     shared: tuple[tuple[int, int], ...]
     ends: fx.Node | None
 
     @property
-    def stream(self) -> tuple[Any, ...]:
-        """What tells activations apart: query, key and value layers read the same one."""
+    def stream(self) -> Stream:
+        """The activation that is read: query, key and value layers read the same one."""
         return self.x, self.x_dim, tuple(x for x, _ in self.shared), self.ends
 
 
@@ -92,7 +96,7 @@ class Observation:
         return self._against_weight(self.moments.mean)
 
     def _against_weight(self, values: Tensor) -> Tensor:
-        """[*shared, K] → the weight's dimensions in their order, 1 where it has others."""
+        """[*shared, K] → the weight's dimensions in their order, with size 1 for its others."""
         dims = [*(w for _, w in self.site.shared), self.site.weight_dim]
         values = values.float().permute([dims.index(d) for d in sorted(dims)])
         shape = [self.weight.shape[d] if d in dims else 1 for d in range(self.weight.ndim)]
@@ -101,42 +105,33 @@ class Observation:
 
 def find_sites(analysis: Analysis) -> list[Site]:
     """Every contraction of an activation with a weight, in graph order."""
-    found = []
-    for c in analysis.contractions:
-        operands = [c.left, c.right]
-        weights = [o for o in operands if analysis.walk.is_weight(o[0])]
-        others = [o for o in operands if o[0] in analysis.walk.activation]
+    facts, found = analysis.facts, []
+    for product in facts.contractions:
+        operands = [product.left, product.right]
+        weights = [o for o in operands if facts.is_weight(o[0])]
+        others = [o for o in operands if o[0] in facts.activations]
         if len(weights) == len(others) == 1:
             (x, x_dim), (weight, weight_dim) = others[0], weights[0]
-            x_dims = tuple(resolve(d) for d in analysis.walk.dims[x])
-            weight_dims = tuple(resolve(d) for d in analysis.walk.dims[weight])
+            x_dims = tuple(map(resolve, facts.dims(x)))
+            weight_dims = tuple(map(resolve, facts.dims(weight)))
             if x_dims[x_dim].size == weight_dims[weight_dim].size:
-                shared, ends = _shared(analysis, c.node, (x_dims, x_dim), (weight_dims, weight_dim))
-                found.append(Site(c.node, x, x_dim, weight, weight_dim, weight_dims, shared, ends))
+                shared, ends = _shared(analysis, product.node, (x_dims, x_dim), (weight_dims, weight_dim))
+                found.append(Site(product.node, x, x_dim, weight, weight_dim, weight_dims, shared, ends))
     return found
 
 
 def _shared(
-    analysis: Analysis, node: fx.Node, x: tuple[tuple[Term, ...], int], weight: tuple[tuple[Term, ...], int]
+    analysis: Analysis, node: fx.Node, x: tuple[Dims, int], weight: tuple[Dims, int]
 ) -> tuple[tuple[tuple[int, int], ...], fx.Node | None]:
     """Pairs of dimensions that x and the weight share beside the summed one, and the ends of routed rows."""
     x_free = [(d, t) for d, t in enumerate(x[0]) if d != x[1]]
     weight_free = [(d, t) for d, t in enumerate(weight[0]) if d != weight[1]]
     ends = named_argument(node, "offs")
     if isinstance(ends, fx.Node):
-        routed = [(resolve(rows), resolve(expert)) for rows, expert in analysis.walk.routed]
+        routed = [(resolve(route.rows), resolve(route.expert)) for route in analysis.facts.routes]
         pairs = [(i, j) for i, s in x_free for j, t in weight_free if (s, t) in routed]
         return tuple(pairs[:1]), ends if pairs else None
-    return tuple((i, j) for i, s in x_free for j, t in weight_free if s == t and any(True for _ in leaves(s))), None
-
-
-def named_argument(node: fx.Node, name: str) -> Any:
-    """The argument that the op's schema calls ``name``; None if it has none of the name or it is not given."""
-    signature = schema(node.target)
-    for position, argument in enumerate(signature.arguments if signature is not None else ()):
-        if argument.name == name:
-            return node.args[position] if position < len(node.args) else node.kwargs.get(name)
-    return None
+    return tuple((i, j) for i, s in x_free for j, t in weight_free if s == t and leaves(s)), None
 
 
 # ---- activations ----
@@ -156,7 +151,7 @@ def activations(
     seen = _Observed(analysis.program, sites)
     for batch, done in batches(analysis.program, windows, OBSERVED_TOKENS):
         with torch.no_grad():
-            seen.run(*analysis.program.arguments(batch))
+            seen.see(analysis.program.arguments(batch))
         if progress is not None:
             progress(done, len(windows))
     return {s: Observation(s, seen.weights[s], seen.moments[s.stream]) for s in sites}
@@ -192,18 +187,19 @@ class _Observed(fx.Interpreter):
         nodes = list(program.graph.graph.nodes)
         last = max((i for i, n in enumerate(nodes) if n in self.sites), default=0)
         self.unneeded = set(nodes[last:])
-        self.moments: dict[tuple[Any, ...], Moments] = {}
+        self.batch: dict[Stream, Moments] = {}
+        self.moments: dict[Stream, Moments] = {}
         self.weights: dict[Site, Tensor] = {}
 
-    def run(self, *arguments: Any, **keywords: Any) -> Any:
-        self.batch: dict[tuple[Any, ...], Moments] = {}
-        result = super().run(*arguments, **keywords)
+    def see(self, arguments: Sequence[Tensor]) -> None:
+        """Run the graph on a batch and merge its moments."""
+        self.batch.clear()
+        self.run(*arguments)
         for stream, moments in self.batch.items():
             before = self.moments.get(stream)
             self.moments[stream] = moments if before is None else before.merge(moments)
-        return result
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         for site in self.sites.get(n, ()):
             self.weights.setdefault(site, self.env[site.weight])
             if site.stream not in self.batch:

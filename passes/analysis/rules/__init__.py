@@ -1,6 +1,6 @@
 """Axis rules by op family. Importing this package fills the table."""
 
-from passes.analysis.rules import (
+from passes.analysis.rules import (  # noqa: F401
     complex,
     contract,
     convolution,
@@ -12,11 +12,12 @@ from passes.analysis.rules import (
     opaque,
     order,
     pointwise,
+    positions,
     reduce,
     shape,
 )
+from passes.analysis.rules.context import Value
 from passes.analysis.rules.pointwise import POINTWISE
-from passes.analysis.rules.table import RULES, Rule, Value, rule
+from passes.analysis.rules.table import RULES, Result, Rule, rule
 
-__all__ = ["POINTWISE", "RULES", "Rule", "Value", "rule"]
-_FAMILIES = (complex, contract, convolution, create, fixed, index, move, norm, opaque, order, pointwise, reduce, shape)
+__all__ = ["POINTWISE", "RULES", "Result", "Rule", "Value", "rule"]

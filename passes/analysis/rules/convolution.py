@@ -2,90 +2,84 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
-
 from torch import fx
 
-from mptk.ir.axes import Term, axis, product
-from mptk.ir.ops import argument, named_argument, set_argument
-from passes.analysis.rules.table import Dims, Value, meet, rule, zero_of_first
+from mptk.ir.axes import Axis, Term, axes_in, axis, product
+from mptk.ir.axis_facts import AxisFacts, Dims
+from mptk.ir.ops import named_argument
+from mptk.ir.sizes import result_shape, shape_of
+from passes.analysis.rules.context import RuleContext, Value
+from passes.analysis.rules.notes import Counted
+from passes.analysis.rules.resizes import counted_argument
+from passes.analysis.rules.table import Result, ZeroOf, meet, rule, zero_of_first
 
-if TYPE_CHECKING:
-    from passes.analysis.propagate import Walk
-    from passes.transforms.rewrite import Resizer
 
-
-def _space(w: Walk, node: fx.Node, x: Value, first: int) -> Dims:
+def _space(ctx: RuleContext, node: fx.Node, x: Value, first: int) -> Dims:
     """Freeze the operand's spatial dimensions and make the result's (of several results, those of the first)."""
     result = node.meta["val"]
     for d in x.dims[first:]:
-        w.freeze(d, "positions in space", node)
-    shape = w.sizes(result[0] if isinstance(result, (tuple, list)) else result)
-    return tuple(w.frozen(size, "positions in space", node) for size in shape[first:])
+        ctx.freeze(d, "positions in space", node)
+    shape = shape_of(result[0] if isinstance(result, (tuple, list)) else result)
+    return tuple(ctx.frozen(size, "positions in space", node) for size in shape[first:])
 
 
-def _zero_of_convolution(node: fx.Node, zero: Any, w: Walk) -> Any:
+def _zero_of_convolution(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """Zero along groups and batches where x is, along the result's channels where W is; a bias must be zero too."""
-    x, weight, bias = cast("tuple[fx.Node, fx.Node, Any]", (*node.args[:2], argument(node, 2, "bias")))
-    dims, kernel = w.dims.get(x, ()), w.dims.get(weight, ())
-    batch = dims[: max(0, len(dims) - len(w.shape(weight)) + 1)]
-    kept = {leaf for t in (*batch, w.notes[node]) for leaf in w.leaves_of(t)}
-    found = (zero(x) & kept) | (zero(weight) & {leaf for t in kernel[:1] for leaf in w.leaves_of(t)})
+    x, weight, bias = (named_argument(node, name) for name in ("input", "weight", "bias"))
+    dims, kernel, groups = facts.dims(x), facts.dims(weight), facts.note(node, Counted)
+    assert groups is not None
+    batch = dims[: max(0, len(dims) - len(result_shape(weight)) + 1)]
+    kept = axes_in((*batch, groups.term))
+    found = (zero(x) & kept) | (zero(weight) & axes_in(kernel[:1]))
     return found & zero(bias) if bias is not None else found
 
 
-def _resize_groups(position: int) -> Any:
-    def resize(r: Resizer, node: fx.Node) -> None:
-        if r.changed(r.note(node)):
-            set_argument(node, position, "groups", r.size(r.note(node)))
-
-    return resize
-
-
-@rule("aten.conv1d", "aten.conv2d", "aten.conv3d", zero=_zero_of_convolution, resize=_resize_groups(6))
-def conv(w: Walk, node: fx.Node, x: Value, weight: Value, bias: Value | None = None, *_: Any, **__: Any) -> Dims:
+@rule("aten.conv1d", "aten.conv2d", "aten.conv3d", zero=_zero_of_convolution, resize=counted_argument("groups"))
+def conv(
+    ctx: RuleContext, node: fx.Node, x: Value, weight: Value, bias: Value | None = None, *_: object, **__: object
+) -> Result:
     """y[n, g·o, …] = Σ_{c, k} x[n, g·c, …+k] W[g·o, c, k]: x_1 = g · c, W_0 = y_1 = g · o, W_1 = c."""
-    g = w.notes[node] = axis(named_argument(node, "groups", 1))
+    g = axis(named_argument(node, "groups", 1))
     inner = axis(weight.dims[1].size)
     channel = x.ndim - (weight.ndim - 1)
-    w.unify(x.dims[channel], product((g, inner)), node)
-    w.unify(weight.dims[0], product((g, axis(weight.dims[0].size // g.size))), node)
-    out = (*x.dims[:channel], weight.dims[0], *_space(w, node, x, channel + 1))
-    _kernel(w, node, weight, bias, weight.dims[0])
-    w.contract(node, Value(x.node, (*x.dims[:channel], inner)), channel, weight, 1, out)
-    return out
+    ctx.unify(x.dims[channel], product((g, inner)), node)
+    ctx.unify(weight.dims[0], product((g, axis(weight.dims[0].size // g.size))), node)
+    out = (*x.dims[:channel], weight.dims[0], *_space(ctx, node, x, channel + 1))
+    _kernel(ctx, node, weight, bias, weight.dims[0])
+    ctx.contract(node, Value(x.node, (*x.dims[:channel], inner)), channel, weight, 1, out)
+    return Result(out, Counted(g))
 
 
-@rule("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d", resize=_resize_groups(6))
+@rule("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d", resize=counted_argument("groups"))
 def conv_transpose(
-    w: Walk, node: fx.Node, x: Value, weight: Value, bias: Value | None = None, *_: Any, **__: Any
-) -> Dims:
+    ctx: RuleContext, node: fx.Node, x: Value, weight: Value, bias: Value | None = None, *_: object, **__: object
+) -> Result:
     """x_1 = W_0 = g · c, y_1 = g · W_1."""
-    g = w.notes[node] = axis(named_argument(node, "groups", 1))
-    w.unify(weight.dims[0], product((g, axis(weight.dims[0].size // g.size))), node)
-    w.unify(x.dims[1], weight.dims[0], node)
+    g = axis(named_argument(node, "groups", 1))
+    ctx.unify(weight.dims[0], product((g, axis(weight.dims[0].size // g.size))), node)
+    ctx.unify(x.dims[1], weight.dims[0], node)
     channels = product((g, weight.dims[1]))
-    _kernel(w, node, weight, bias, channels)
-    out = (x.dims[0], channels, *_space(w, node, x, 2))
-    w.contract(node, x, 1, weight, 0, out)
-    return out
+    _kernel(ctx, node, weight, bias, channels)
+    out = (x.dims[0], channels, *_space(ctx, node, x, 2))
+    ctx.contract(node, x, 1, weight, 0, out)
+    return Result(out, Counted(g))
 
 
-def _kernel(w: Walk, node: fx.Node, weight: Value, bias: Value | None, channels: Term) -> None:
+def _kernel(ctx: RuleContext, node: fx.Node, weight: Value, bias: Value | None, channels: Term) -> None:
     """Freeze the kernel's positions; the bias is one number for each of the result's ``channels``."""
     for d in weight.dims[2:]:
-        w.freeze(d, "positions of a kernel", node)
+        ctx.freeze(d, "positions of a kernel", node)
     if bias is not None:
-        w.unify(bias.dims[0], channels, node)
+        ctx.unify(bias.dims[0], channels, node)
 
 
 SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
 
 
-def _pooled(w: Walk, node: fx.Node, x: Value) -> Dims:
+def _pooled(ctx: RuleContext, node: fx.Node, x: Value) -> Dims:
     first = x.ndim - next(n for name, n in SPATIAL.items() if name in str(node.target))
-    meet(w, x.dims, range(first, x.ndim))
-    return (*x.dims[:first], *_space(w, node, x, first))
+    meet(ctx, x.dims, range(first, x.ndim))
+    return (*x.dims[:first], *_space(ctx, node, x, first))
 
 
 @rule(
@@ -95,9 +89,9 @@ def _pooled(w: Walk, node: fx.Node, x: Value) -> Dims:
     *("aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa"),
     zero="keep",
 )
-def pool(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Dims:
+def pool(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) -> Dims:
     """Channels pass, positions in space change."""
-    return _pooled(w, node, x)
+    return _pooled(ctx, node, x)
 
 
 @rule(
@@ -105,42 +99,42 @@ def pool(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Dims:
     *(f"aten.adaptive_max_pool{n}" for n in SPATIAL),
     zero=zero_of_first,
 )
-def pool_with_positions(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> list[Dims]:
+def pool_with_positions(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) -> list[Dims]:
     """Channels pass, positions in space change; the second result holds where the largest were."""
-    return [_pooled(w, node, x)] * 2
+    return [_pooled(ctx, node, x)] * 2
 
 
-@rule("aten.pixel_shuffle", zero="move")
-def pixel_shuffle(w: Walk, node: fx.Node, x: Value, factor: int) -> Dims:
+@rule("aten.pixel_shuffle", zero="keep", positions="carry")
+def pixel_shuffle(ctx: RuleContext, node: fx.Node, x: Value, factor: int) -> Dims:
     """x = C · r · r', H, W: y = C, H · r, W · r'."""
-    channels, *pixels = (axis(x.dims[-3].size // factor**2), *_pixels(w, node, factor))
-    w.unify(x.dims[-3], product((channels, *pixels)), node)
+    channels, *pixels = (axis(x.dims[-3].size // factor**2), *_pixels(ctx, node, factor))
+    ctx.unify(x.dims[-3], product((channels, *pixels)), node)
     return (*x.dims[:-3], channels, *(product(pair) for pair in zip(x.dims[-2:], pixels, strict=True)))
 
 
-@rule("aten.pixel_unshuffle", zero="move")
-def pixel_unshuffle(w: Walk, node: fx.Node, x: Value, factor: int) -> Dims:
+@rule("aten.pixel_unshuffle", zero="keep", positions="carry")
+def pixel_unshuffle(ctx: RuleContext, node: fx.Node, x: Value, factor: int) -> Dims:
     """x = C, H · r, W · r': y = C · r · r', H, W."""
-    pixels = _pixels(w, node, factor)
+    pixels = _pixels(ctx, node, factor)
     space = [axis(d.size // factor) for d in x.dims[-2:]]
     for d, pair in zip(x.dims[-2:], zip(space, pixels, strict=True), strict=True):
-        w.unify(d, product(pair), node)
+        ctx.unify(d, product(pair), node)
     return (*x.dims[:-3], product((x.dims[-3], *pixels)), *space)
 
 
-def _pixels(w: Walk, node: fx.Node, factor: int) -> list[Term]:
-    return [w.frozen(factor, "pixels of one position", node) for _ in range(2)]
+def _pixels(ctx: RuleContext, node: fx.Node, factor: int) -> list[Term]:
+    return [ctx.frozen(factor, "pixels of one position", node) for _ in range(2)]
 
 
-def _resize_shuffle(r: Resizer, node: fx.Node) -> None:
-    if r.changed(r.note(node)):
-        set_argument(node, 1, "groups", r.size(r.note(node)))
-
-
-@rule("aten.channel_shuffle", "aten.native_channel_shuffle", zero="move", resize=_resize_shuffle)
-def channel_shuffle(w: Walk, node: fx.Node, x: Value, groups: int) -> Dims:
+@rule(
+    "aten.channel_shuffle",
+    "aten.native_channel_shuffle",
+    zero="keep",
+    positions="carry",
+    resize=counted_argument("groups"),
+)
+def channel_shuffle(ctx: RuleContext, node: fx.Node, x: Value, groups: int) -> Result:
     """x_1 = g · c: y_1 = c · g."""
     g, inner = axis(groups), axis(x.dims[1].size // groups)
-    w.notes[node] = g
-    w.unify(x.dims[1], product((g, inner)), node)
-    return (x.dims[0], product((inner, g)), *x.dims[2:])
+    ctx.unify(x.dims[1], product((g, inner)), node)
+    return Result((x.dims[0], product((inner, g)), *x.dims[2:]), Counted(g))

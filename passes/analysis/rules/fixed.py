@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from mptk.ir.axes import Term
+from mptk.ir.axis_facts import Dims, Results
+from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
-from passes.analysis.rules.table import Dims, Value, normalize, rule
-
-if TYPE_CHECKING:
-    from passes.analysis.propagate import Walk
+from passes.analysis.rules.table import normalize, rule
 
 
-@rule("aten.diagonal", zero="move")
-def diagonal(w: Walk, node: fx.Node, x: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
+@rule("aten.diagonal", zero="keep", positions="carry")
+def diagonal(ctx: RuleContext, node: fx.Node, x: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Results:
     """y[…, k] = x[…, k, …, k]: both dimensions are one axis. Beside the main diagonal nothing can be followed."""
     i, j = normalize(dim1, x.ndim), normalize(dim2, x.ndim)
     if offset or x.dims[i].size != x.dims[j].size:
-        return opaque(w, node, x)
-    w.unify(x.dims[i], x.dims[j], node)
+        return opaque(ctx, node, x)
+    ctx.unify(x.dims[i], x.dims[j], node)
     return (*(t for d, t in enumerate(x.dims) if d not in (i, j)), x.dims[i])
 
 
-@rule("aten.linalg_diagonal", zero="move")
-def linalg_diagonal(w: Walk, node: fx.Node, x: Value, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Any:
+@rule("aten.linalg_diagonal", zero="keep", positions="carry")
+def linalg_diagonal(
+    ctx: RuleContext, node: fx.Node, x: Value, offset: int = 0, dim1: int = -2, dim2: int = -1
+) -> Results:
     """y[…, k] = x[…, k, …, k]."""
-    return diagonal(w, node, x, offset, dim1, dim2)
+    return diagonal(ctx, node, x, offset, dim1, dim2)
 
 
 @rule("aten.diag_embed", zero="keep")
-def diag_embed(w: Walk, node: fx.Node, x: Value, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Any:
+def diag_embed(ctx: RuleContext, node: fx.Node, x: Value, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Results:
     """y[…, k, …, k] = x[…, k]: two dimensions of one axis. Beside the main diagonal nothing can be followed."""
     if offset:
-        return opaque(w, node, x)
+        return opaque(ctx, node, x)
     out = list(x.dims[:-1])
     for d in sorted((normalize(dim1, x.ndim + 1), normalize(dim2, x.ndim + 1))):
         out.insert(d, x.dims[-1])
@@ -42,30 +43,32 @@ def diag_embed(w: Walk, node: fx.Node, x: Value, offset: int = 0, dim1: int = -2
 
 
 @rule("aten.diag", zero="keep")
-def diag(w: Walk, node: fx.Node, x: Value, offset: int = 0) -> Any:
+def diag(ctx: RuleContext, node: fx.Node, x: Value, offset: int = 0) -> Results:
     """The diagonal of a matrix, or the matrix of a diagonal."""
-    return diag_embed(w, node, x, offset) if x.ndim == 1 else diagonal(w, node, x, offset)
+    return diag_embed(ctx, node, x, offset) if x.ndim == 1 else diagonal(ctx, node, x, offset)
 
 
 @rule("aten.select_scatter", zero="all")
-def select_scatter(w: Walk, node: fx.Node, x: Value, source: Value, dim: int, index: int) -> Dims:
+def select_scatter(ctx: RuleContext, node: fx.Node, x: Value, source: Value, dim: int, index: int) -> Dims:
     """y = x with the source at one position of d, which cannot be cut; the source has the other dimensions."""
     d = normalize(dim, x.ndim)
-    _write(w, node, x, (*source.dims[:d], x.dims[d], *source.dims[d:]), d)
+    _write(ctx, node, x, (*source.dims[:d], x.dims[d], *source.dims[d:]), d)
     return x.dims
 
 
 @rule("aten.slice_scatter", zero="all")
-def slice_scatter(w: Walk, node: fx.Node, x: Value, source: Value, dim: int = 0, *_: Any, **__: Any) -> Dims:
+def slice_scatter(
+    ctx: RuleContext, node: fx.Node, x: Value, source: Value, dim: int = 0, *_: object, **__: object
+) -> Dims:
     """y = x with the source at a slice of d, which cannot be cut in either; the others are equal."""
-    _write(w, node, x, source.dims, normalize(dim, x.ndim))
+    _write(ctx, node, x, source.dims, normalize(dim, x.ndim))
     return x.dims
 
 
-def _write(w: Walk, node: fx.Node, x: Value, source: Sequence[Any], d: int) -> None:
+def _write(ctx: RuleContext, node: fx.Node, x: Value, source: Sequence[Term], d: int) -> None:
     for i, (a, b) in enumerate(zip(x.dims, source, strict=True)):
         if i == d:
-            w.freeze(a, "written at fixed positions", node)
-            w.freeze(b, "written at fixed positions", node)
+            ctx.freeze(a, "written at fixed positions", node)
+            ctx.freeze(b, "written at fixed positions", node)
         else:
-            w.unify(a, b, node)
+            ctx.unify(a, b, node)

@@ -2,63 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 from torch import fx
 
 from mptk.ir.axes import ONE, Axis
+from mptk.ir.axis_facts import AxisFacts, Dims
+from mptk.ir.ops import named_argument
+from mptk.ir.sizes import result_shape
+from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.contract import zero_of_kept
 from passes.analysis.rules.pointwise import broadcast
-from passes.analysis.rules.table import Dims, Value, align, meet, normalize, rule
-
-if TYPE_CHECKING:
-    from passes.analysis.propagate import Walk
-
-ZeroOf = Callable[[Any], set[Axis]]
+from passes.analysis.rules.table import ZeroOf, align, meet, normalize, rule
 
 
-def _zero_of_weight_norm(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
+def _zero_of_weight_norm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """Where v is, along d too: a removed row without a norm counts as zero (``masked_reference.py``)."""
     return zero(node.args[0])
 
 
 @rule("aten._weight_norm", zero=_zero_of_weight_norm)
-def weight_norm(w: Walk, node: fx.Node, v: Value, g: Value, dim: int = 0) -> Dims:
+def weight_norm(ctx: RuleContext, node: fx.Node, v: Value, g: Value, dim: int = 0) -> Dims:
     """y_d = g_d · v_d / ‖v_d‖, the norm over all other dimensions (over all, if d is −1)."""
-    align(w, node, g.dims, v.dims)
+    align(ctx, node, g.dims, v.dims)
     others = [i for i in range(v.ndim) if g.ndim != v.ndim or g.dims[i].size != v.dims[i].size]
     for i, t in enumerate(v.dims):
-        w.reduce(node, t, "sum" if i in others else "statistic")
-    meet(w, v.dims, others)
+        ctx.reduce(node, t, "sum" if i in others else "statistic")
+    meet(ctx, v.dims, others)
     return v.dims
 
 
-def _zero_of_cosine(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
+def _zero_of_cosine(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """Along the dimensions that stay, where an operand is."""
     x, y = (a for a in node.args[:2] if isinstance(a, fx.Node))
-    return zero_of_kept(w, zero, x, w.notes[node]) | zero_of_kept(w, zero, y, w.notes[node])
+    ndim = len(result_shape(node)) + 1
+    reduced = normalize(named_argument(node, "dim", 1), ndim) - ndim
+    return zero_of_kept(facts, zero, x, reduced) | zero_of_kept(facts, zero, y, reduced)
 
 
 @rule("aten.cosine_similarity", zero=_zero_of_cosine)
-def cosine_similarity(w: Walk, node: fx.Node, x: Value, y: Value, dim: int = 1, *_: Any, **__: Any) -> Dims:
+def cosine_similarity(
+    ctx: RuleContext, node: fx.Node, x: Value, y: Value, dim: int = 1, *_: object, **__: object
+) -> Dims:
     """y = Σ_d x y / (‖x‖ ‖y‖): both must vanish where d is cut."""
-    both = broadcast(w, node, x, y)
+    both = broadcast(ctx, node, x, y)
     d = normalize(dim, len(both))
-    w.notes[node] = d - len(both)
     for value in (x, y):
         if value.ndim < len(both) - d or value.dims[d - len(both)].size != both[d].size:
-            w.freeze(both[d], "one operand is repeated along it", node)
-        w.reduce(node, both[d], "sum", value.node)
+            ctx.freeze(both[d], "one operand is repeated along it", node)
+        ctx.reduce(node, both[d], "sum", value.node)
     return (*both[:d], *both[d + 1 :])
 
 
 @rule("aten.native_layer_norm")
-def native_layer_norm(w: Walk, node: fx.Node, x: Value, shape: Sequence[int], *affine: Any) -> list[Dims]:
+def native_layer_norm(ctx: RuleContext, node: fx.Node, x: Value, shape: Sequence[int], *affine: object) -> list[Dims]:
     """y = x less its mean over its deviation, both over the last dimensions, which cannot be cut; and those two."""
     first = x.ndim - len(shape)
     for value in (x, *(a for a in affine if isinstance(a, Value))):
         for d in value.dims[value.ndim - len(shape) :]:
-            w.freeze(d, "a statistic over it is a result of its own", node)
-    meet(w, x.dims, range(first, x.ndim))
+            ctx.freeze(d, "a statistic over it is a result of its own", node)
+    meet(ctx, x.dims, range(first, x.ndim))
     return [x.dims, *[(*x.dims[:first], *[ONE] * len(shape))] * 2]

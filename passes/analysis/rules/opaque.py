@@ -6,15 +6,14 @@ error, never opaque by default.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, fx
 
-from passes.analysis.rules.table import Dims, Value, rule
-
-if TYPE_CHECKING:
-    from passes.analysis.propagate import Walk
+from mptk.ir.axis_facts import Dims, Results
+from mptk.ir.sizes import shape_of
+from passes.analysis.rules.context import RuleContext, Value
+from passes.analysis.rules.table import rule, single
 
 OPAQUE = (
     *("aten.fft_fft", "aten.fft_ifft", "aten.fft_fft2", "aten.fft_ifft2", "aten.fft_fftn", "aten.fft_ifftn"),
@@ -40,22 +39,27 @@ OPAQUE = (
 
 
 @rule(*OPAQUE)
-def opaque(w: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+def opaque(ctx: RuleContext, node: fx.Node, *args: object, **kwargs: object) -> Results:
     """No axis of the operands can be followed: theirs are frozen, and so are the result's (fresh)."""
     for value in _values([*args, *kwargs.values()]):
         for d in value.dims:
-            w.freeze(d, "mixed by an op that keeps no axes apart", node)
+            ctx.freeze(d, "mixed by an op that keeps no axes apart", node)
     results = node.meta["val"]
     if not isinstance(results, (list, tuple)):
-        return _frozen(w, node, results)
-    return [_frozen(w, node, result) if isinstance(result, Tensor) else None for result in results]
+        return _frozen(ctx, node, results)
+    return [_frozen(ctx, node, result) if isinstance(result, Tensor) else None for result in results]
 
 
-def _frozen(w: Walk, node: fx.Node, result: Tensor) -> Dims:
-    return tuple(w.frozen(size, "made by an op that keeps no axes apart", node) for size in w.sizes(result))
+def opaque_tensor(ctx: RuleContext, node: fx.Node, *args: object) -> Dims:
+    """``opaque`` of a call that has one result."""
+    return single(opaque(ctx, node, *args))
 
 
-def _values(arguments: Any) -> Iterator[Value]:
+def _frozen(ctx: RuleContext, node: fx.Node, result: Tensor) -> Dims:
+    return tuple(ctx.frozen(size, "made by an op that keeps no axes apart", node) for size in shape_of(result))
+
+
+def _values(arguments: Iterable[object]) -> Iterator[Value]:
     for a in arguments:
         if isinstance(a, Value):
             yield a

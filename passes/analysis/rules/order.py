@@ -6,91 +6,90 @@ The result has fresh axes there, since a position of it is no position of the op
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from mptk.ir.axes import ONE
-from passes.analysis.rules.table import Dims, Value, meet, normalize, normalize_all, rule, zero_of_first
-
-if TYPE_CHECKING:
-    from passes.analysis.propagate import Walk
+from mptk.ir.axis_facts import Dims
+from mptk.ir.sizes import result_shape
+from passes.analysis.rules.context import RuleContext, Value
+from passes.analysis.rules.table import meet, normalize, normalize_all, rule, zero_of_first
 
 ORDER = "the order of its positions matters"
 
 
-def pinned(w: Walk, node: fx.Node, x: Value, dims: Sequence[int], sizes: Sequence[int]) -> Dims:
+def pinned(ctx: RuleContext, node: fx.Node, x: Value, dims: Sequence[int], sizes: Sequence[int]) -> Dims:
     """Freeze dimensions ``dims`` of x; the result has fresh axes of ``sizes`` there."""
     out = list(x.dims)
-    meet(w, x.dims, dims)
+    meet(ctx, x.dims, dims)
     for d in dims:
-        w.freeze(x.dims[d], ORDER, node)
-        out[d] = w.frozen(sizes[d], ORDER, node)
+        ctx.freeze(x.dims[d], ORDER, node)
+        out[d] = ctx.frozen(sizes[d], ORDER, node)
     return tuple(out)
 
 
-@rule("aten.roll", zero="move")
-def roll(w: Walk, node: fx.Node, x: Value, shifts: Any, dims: Sequence[int] = ()) -> Dims:
+@rule("aten.roll", zero="keep", positions="carry")
+def roll(ctx: RuleContext, node: fx.Node, x: Value, shifts: object, dims: Sequence[int] = ()) -> Dims:
     """y_d = x_d shifted, which pins d; without dimensions x is flattened before, which pins all."""
-    return pinned(w, node, x, normalize_all(dims, x.ndim), x.shape)
+    return pinned(ctx, node, x, normalize_all(dims, x.ndim), x.shape)
 
 
-@rule("aten.flip", zero="move")
-def flip(w: Walk, node: fx.Node, x: Value, dims: Sequence[int]) -> Dims:
+@rule("aten.flip", zero="keep", positions="carry")
+def flip(ctx: RuleContext, node: fx.Node, x: Value, dims: Sequence[int]) -> Dims:
     """y_d = x_d in reverse, which pins d."""
-    return pinned(w, node, x, [normalize(d, x.ndim) for d in dims], x.shape)
+    return pinned(ctx, node, x, [normalize(d, x.ndim) for d in dims], x.shape)
 
 
-@rule("aten.flipud", "aten.msort", zero="move")
-def first(w: Walk, node: fx.Node, x: Value) -> Dims:
+@rule("aten.flipud", "aten.msort", zero="keep", positions="carry")
+def first(ctx: RuleContext, node: fx.Node, x: Value) -> Dims:
     """y_0 = x_0 in another order, which pins dimension 0."""
-    return pinned(w, node, x, [0], x.shape)
+    return pinned(ctx, node, x, [0], x.shape)
 
 
-@rule("aten.fliplr", zero="move")
-def fliplr(w: Walk, node: fx.Node, x: Value) -> Dims:
+@rule("aten.fliplr", zero="keep", positions="carry")
+def fliplr(ctx: RuleContext, node: fx.Node, x: Value) -> Dims:
     """y_1 = x_1 in reverse, which pins dimension 1."""
-    return pinned(w, node, x, [1], x.shape)
+    return pinned(ctx, node, x, [1], x.shape)
 
 
-@rule("aten.rot90", zero="move")
-def rot90(w: Walk, node: fx.Node, x: Value, k: int = 1, dims: Sequence[int] = (0, 1)) -> Dims:
+@rule("aten.rot90", zero="keep", positions="carry")
+def rot90(ctx: RuleContext, node: fx.Node, x: Value, k: int = 1, dims: Sequence[int] = (0, 1)) -> Dims:
     """Turned in the plane of two dimensions, which pins both."""
-    return pinned(w, node, x, [normalize(d, x.ndim) for d in dims], w.shape(node))
+    return pinned(ctx, node, x, [normalize(d, x.ndim) for d in dims], result_shape(node))
 
 
 @rule("aten.logcumsumexp")
 @rule("aten.cumprod", zero="keep")
-def scan(w: Walk, node: fx.Node, x: Value, dim: int, **_: Any) -> Dims:
+def scan(ctx: RuleContext, node: fx.Node, x: Value, dim: int, **_: object) -> Dims:
     """y_d = each position with the ones before it, which pins d."""
-    return pinned(w, node, x, [normalize(dim, x.ndim)], x.shape)
+    return pinned(ctx, node, x, [normalize(dim, x.ndim)], x.shape)
 
 
 @rule("aten.cummax", "aten.cummin", zero=zero_of_first)
-def extremes(w: Walk, node: fx.Node, x: Value, dim: int) -> list[Dims]:
+def extremes(ctx: RuleContext, node: fx.Node, x: Value, dim: int) -> list[Dims]:
     """y_d = the largest so far and its position, which pins d."""
-    return [pinned(w, node, x, [normalize(dim, x.ndim)], x.shape)] * 2
+    return [pinned(ctx, node, x, [normalize(dim, x.ndim)], x.shape)] * 2
 
 
 @rule("aten.diff", zero="all")
-def diff(w: Walk, node: fx.Node, x: Value, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Dims:
+def diff(ctx: RuleContext, node: fx.Node, x: Value, n: int = 1, dim: int = -1, *ends: object, **named: object) -> Dims:
     """y_d = x_d less the position before it, which pins d; what is put before and behind has the other axes."""
     d = normalize(dim, x.ndim)
-    for other in (prepend, append):
-        for i, t in enumerate(other.dims if other is not None else ()):
-            w.freeze(t, ORDER, node) if i == d else w.unify(t, x.dims[i], node)
-    return pinned(w, node, x, [d], w.shape(node))
+    for other in (*ends, *named.values()):
+        for i, t in enumerate(other.dims if isinstance(other, Value) else ()):
+            ctx.freeze(t, ORDER, node) if i == d else ctx.unify(t, x.dims[i], node)
+    return pinned(ctx, node, x, [d], result_shape(node))
 
 
 @rule("aten.kthvalue", zero=zero_of_first)
-def kthvalue(w: Walk, node: fx.Node, x: Value, k: int, dim: int = -1, keepdim: bool = False) -> list[Dims]:
+def kthvalue(ctx: RuleContext, node: fx.Node, x: Value, k: int, dim: int = -1, keepdim: bool = False) -> list[Dims]:
     """The k-th position of d in order of size, which pins d."""
-    return median(w, node, x, dim, keepdim)
+    return median(ctx, node, x, dim, keepdim)
 
 
 @rule("aten.median.dim", "aten.nanmedian.dim", "aten.mode", zero=zero_of_first)
-def median(w: Walk, node: fx.Node, x: Value, dim: int = -1, keepdim: bool = False) -> list[Dims]:
+def median(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1, keepdim: bool = False) -> list[Dims]:
     """One position of d, chosen by all of them, which pins d."""
     d = normalize(dim, x.ndim)
-    w.freeze(x.dims[d], "ranked", node)
+    ctx.freeze(x.dims[d], "ranked", node)
     return [tuple(ONE if i == d else t for i, t in enumerate(x.dims) if keepdim or i != d)] * 2

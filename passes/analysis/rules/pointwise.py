@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
 from torch import fx
 
-from mptk.ir.axes import ONE, Axis
-from mptk.ir.ops import argument
-from passes.analysis.rules.table import Dims, Rule, Value, rule
+from mptk.ir.axes import ONE, Axis, Term
+from mptk.ir.axis_facts import AxisFacts, Dims
+from mptk.ir.ops import named_argument
+from passes.analysis.rules.context import RuleContext, Value
+from passes.analysis.rules.shape import cut
+from passes.analysis.rules.table import Rule, ZeroOf, normalize, rule
 
-if TYPE_CHECKING:
-    from passes.analysis.propagate import Walk
 
-
-def broadcast(w: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Dims:
+def broadcast(ctx: RuleContext, node: fx.Node, *args: object, **kwargs: object) -> Dims:
     """y_d = x_d for every operand whose dimension is not 1."""
     values = [a for a in (*args, *kwargs.values()) if isinstance(a, Value)]
     ndim = max(v.ndim for v in values)
-    out = [ONE] * ndim
+    out: list[Term] = [ONE] * ndim
     for v in values:
         for i, d in enumerate(v.dims, start=ndim - v.ndim):
             if d.size == 1:
                 continue
             if out[i].size == d.size:
-                w.unify(out[i], d, node)
-            out[i] = d  # type: ignore[assignment]
+                ctx.unify(out[i], d, node)
+            out[i] = d
     return tuple(out)
 
 
@@ -80,7 +77,7 @@ rule("aten.mul", "aten.mul_", "aten.multiply", "aten.__and__", "aten.logical_and
 )
 
 
-def _zero_of_sum(node: fx.Node, zero: Callable[[Any], set[Axis]], w: Walk) -> set[Axis]:
+def _zero_of_sum(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """x + y is zero where both are; adding a number other than 0 leaves no zero."""
     other = node.args[1]
     if isinstance(other, (int, float)):
@@ -97,7 +94,7 @@ rule(
     "aten.divide",
     "aten.true_divide",
     "aten.fmod",
-    zero=lambda node, zero, w: zero(node.args[0]) - zero(node.args[1]),
+    zero=lambda node, zero, facts: zero(node.args[0]) - zero(node.args[1]),
 )(broadcast)
 rule(
     "aten.where.Scalar",
@@ -111,13 +108,13 @@ rule(
     "aten.special_expm1",
     "aten.isclose",
 )(broadcast)
-rule("aten.addcmul", zero=lambda node, zero, w: zero(node.args[0]) & (zero(node.args[1]) | zero(node.args[2])))(
+rule("aten.addcmul", zero=lambda node, zero, facts: zero(node.args[0]) & (zero(node.args[1]) | zero(node.args[2])))(
     broadcast
 )
-rule("aten.lerp", zero=lambda node, zero, w: zero(node.args[0]) & zero(node.args[1]))(broadcast)
+rule("aten.lerp", zero=lambda node, zero, facts: zero(node.args[0]) & zero(node.args[1]))(broadcast)
 
 
-def _zero_of_power(node: fx.Node, zero: Callable[[Any], set[Axis]], w: Walk) -> set[Axis]:
+def _zero_of_power(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     exponent = node.args[1]
     return zero(node.args[0]) if isinstance(exponent, (int, float)) and exponent > 0 else set()
 
@@ -125,59 +122,62 @@ def _zero_of_power(node: fx.Node, zero: Callable[[Any], set[Axis]], w: Walk) -> 
 rule("aten.pow", "aten.pow_", zero=_zero_of_power)(broadcast)
 
 
-def zero_of_clamp(node: fx.Node, zero: Callable[[Any], set[Axis]], w: Walk) -> set[Axis]:
+def zero_of_clamp(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """Clamping keeps zeros where its bounds are numbers with 0 between them."""
-    low, high = argument(node, 1, "min"), argument(node, 2, "max")
+    low, high = named_argument(node, "min"), named_argument(node, "max")
     keeps = all(b is None or isinstance(b, (int, float)) for b in (low, high))
     keeps = keeps and (low is None or low <= 0) and (high is None or high >= 0)
     return zero(node.args[0]) if keeps else set()
 
 
-def _zero_of_hardtanh(node: fx.Node, zero: Callable[[Any], set[Axis]], w: Walk) -> set[Axis]:
-    low, high = argument(node, 1, "min_val", -1), argument(node, 2, "max_val", 1)
+def _zero_of_hardtanh(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
+    low, high = named_argument(node, "min_val", -1), named_argument(node, "max_val", 1)
     return zero(node.args[0]) if low <= 0 <= high else set()
 
 
 rule("aten.hardtanh", "aten.hardtanh_", zero=_zero_of_hardtanh)(broadcast)
-rule("aten.where.self", zero=lambda node, zero, w: zero(node.args[1]) & zero(node.args[2]))(broadcast)
-rule("aten.where.ScalarSelf", zero=lambda node, zero, w: zero(node.args[2]) if node.args[1] == 0 else set())(broadcast)
-rule("aten.where.ScalarOther", zero=lambda node, zero, w: zero(node.args[1]) if node.args[2] == 0 else set())(broadcast)
+rule("aten.where.self", zero=lambda node, zero, facts: zero(node.args[1]) & zero(node.args[2]))(broadcast)
+rule("aten.where.ScalarSelf", zero=lambda node, zero, facts: zero(node.args[2]) if node.args[1] == 0 else set())(
+    broadcast
+)
+rule("aten.where.ScalarOther", zero=lambda node, zero, facts: zero(node.args[1]) if node.args[2] == 0 else set())(
+    broadcast
+)
 
 
-def _zero_of_fill(node: fx.Node, zero: Callable[[Any], set[Axis]], w: Walk) -> set[Axis]:
+def _zero_of_fill(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     return zero(node.args[0]) if node.args[2] == 0 else set()
 
 
 @rule("aten.masked_fill", "aten.masked_fill_", zero=_zero_of_fill)
-def masked_fill(w: Walk, node: fx.Node, x: Value, mask: Value, value: Any) -> Dims:
+def masked_fill(ctx: RuleContext, node: fx.Node, x: Value, mask: Value, value: object) -> Dims:
     """y_d = x_d = mask_d (the mask may broadcast)."""
-    return broadcast(w, node, x, mask)
+    return broadcast(ctx, node, x, mask)
 
 
-@rule("aten.copy", "aten.copy_", zero=lambda node, zero, w: zero(node.args[1]))
-def copy(w: Walk, node: fx.Node, x: Value, source: Value, *_: Any) -> Dims:
+@rule("aten.copy", "aten.copy_", zero=lambda node, zero, facts: zero(node.args[1]))
+def copy(ctx: RuleContext, node: fx.Node, x: Value, source: Value, *_: object) -> Dims:
     """y = source, in the shape of x."""
-    broadcast(w, node, x, source)
+    broadcast(ctx, node, x, source)
     return x.dims
 
 
 @rule("aten.glu", zero="keep")
-def glu(w: Walk, node: fx.Node, x: Value, dim: int = -1) -> Dims:
+def glu(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1) -> Dims:
     """x_d = A + A: y = x_A · σ(x_A'), both halves are one axis; zero where the first is."""
-    from passes.analysis.rules.shape import _split
-
-    half = x.dims[dim].size // 2
-    first, second = _split(w, node, x, [half, half], dim)
-    w.unify(first[dim], second[dim], node)
-    return first
+    d = normalize(dim, x.ndim)
+    half = x.dims[d].size // 2
+    first, second = cut(ctx, node, x.dims[d], [half, half])
+    ctx.unify(first, second, node)
+    return (*x.dims[:d], first, *x.dims[d + 1 :])
 
 
 rule("aten._prelu_kernel", zero="keep")(broadcast)
 
 
 @rule("aten.prelu", zero="keep")
-def prelu(w: Walk, node: fx.Node, x: Value, weight: Value) -> Dims:
+def prelu(ctx: RuleContext, node: fx.Node, x: Value, weight: Value) -> Dims:
     """y_d = x_d; one slope a channel (dimension 1), or one for all."""
     if weight.ndim and weight.dims[0].size > 1:
-        w.unify(weight.dims[0], x.dims[1], node)
+        ctx.unify(weight.dims[0], x.dims[1], node)
     return x.dims

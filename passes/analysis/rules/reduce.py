@@ -10,103 +10,109 @@ Masks' meaning at a reduction over cut channels (``Reduction.kind``):
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from mptk.ir.axes import ONE, Axis, require_size, split_product
-from mptk.ir.ops import argument, named_argument, op_name, set_argument
-from passes.analysis.rules.table import Dims, Value, lone, meet, normalize, normalize_all, rule
-
-if TYPE_CHECKING:
-    from passes.analysis.propagate import Walk
-    from passes.transforms.rewrite import Resizer
-
-ZeroOf = Callable[[Any], set[Axis]]
+from mptk.ir.axes import ONE, Axis, axes_in, require_size
+from mptk.ir.axis_facts import AxisFacts, Dims, ReductionKind, Results
+from mptk.ir.ops import named_argument, op_name, set_argument
+from mptk.ir.source_location import SourceLocation
+from mptk.ir.unification import split_product
+from passes.analysis.rules.context import Resizer, RuleContext, Value
+from passes.analysis.rules.notes import Averaged, Counted
+from passes.analysis.rules.resizes import counted_argument
+from passes.analysis.rules.table import Dim, Order, Result, ZeroOf, lone, meet, normalize, normalize_all, rule
 
 
 def _reduced(x: Value, dims: Sequence[int], keepdim: bool) -> Dims:
     return tuple(ONE if d in dims else t for d, t in enumerate(x.dims) if keepdim or d not in dims)
 
 
-def _resize_mean(r: Resizer, node: fx.Node) -> None:
+def _resize_mean(resizer: Resizer, node: fx.Node) -> None:
     """mean over n' kept channels · n'/n = mean over n channels, the removed ones being zero."""
-    old, new = math.prod(t.size for t in r.note(node)), math.prod(r.size(t) for t in r.note(node))
+    averaged = resizer.note(node, Averaged)
+    assert averaged is not None
+    old, new = math.prod(t.size for t in averaged.terms), math.prod(map(resizer.size, averaged.terms))
     if old != new:
-        r.scale(node, new / old)
+        resizer.scale(node, new / old)
 
 
 @rule("aten.mean", zero="keep", resize=_resize_mean)
-def mean(w: Walk, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Dims:
+def mean(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None, keepdim: bool = False, **_: object) -> Result:
     """y = (1/n) Σ_d x."""
     dims = normalize_all(dim, x.ndim)
-    w.notes[node] = [x.dims[d] for d in dims]
     for d in dims:
-        w.reduce(node, x.dims[d], "mean")
-    return _reduced(x, dims, keepdim)
+        ctx.reduce(node, x.dims[d], "mean")
+    return Result(_reduced(x, dims, keepdim), Averaged(tuple(x.dims[d] for d in dims)))
 
 
 @rule("aten.sum", "aten.nansum", "aten.any", "aten.count_nonzero", zero="keep")
-def sum_(w: Walk, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Dims:
+def sum_(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None, keepdim: bool = False, **_: object) -> Dims:
     """y = Σ_d x."""
     dims = normalize_all(dim, x.ndim)
     for d in dims:
-        w.reduce(node, x.dims[d], "sum")
+        ctx.reduce(node, x.dims[d], "sum")
     return _reduced(x, dims, keepdim)
 
 
 @rule("aten.linalg_vector_norm", "aten.norm", zero="keep")
 def vector_norm(
-    w: Walk, node: fx.Node, x: Value, order: Any = 2, dim: Any = None, keepdim: bool = False, **__: Any
+    ctx: RuleContext, node: fx.Node, x: Value, order: Order = 2, dim: Dim = None, keepdim: bool = False, **__: object
 ) -> Dims:
     """y = (Σ_d |x|^p)^(1/p). Zeros do not disturb it unless p is negative."""
     if isinstance(order, (int, float)) and order < 0:
         for d in normalize_all(dim, x.ndim):
-            w.freeze(x.dims[d], "the smallest of its values counts", node)
-    return sum_(w, node, x, dim, keepdim)
+            ctx.freeze(x.dims[d], "the smallest of its values counts", node)
+    return sum_(ctx, node, x, dim, keepdim)
 
 
 @rule("aten.linalg_matrix_norm", zero="keep")
 def matrix_norm(
-    w: Walk, node: fx.Node, x: Value, order: Any = "fro", dim: Any = (-2, -1), keepdim: bool = False, **__: Any
+    ctx: RuleContext,
+    node: fx.Node,
+    x: Value,
+    order: Order = "fro",
+    dim: Sequence[int] = (-2, -1),
+    keepdim: bool = False,
+    **__: object,
 ) -> Dims:
     """y = the norm of the matrices in two dimensions. Zeros do not disturb it unless the order is negative."""
     for d in dim:
-        meet(w, x.dims, [normalize(d, x.ndim)])
-    return vector_norm(w, node, x, order, dim, keepdim)
+        meet(ctx, x.dims, [normalize(d, x.ndim)])
+    return vector_norm(ctx, node, x, order, dim, keepdim)
 
 
 @rule("aten.linalg_norm", zero="keep")
 def linalg_norm(
-    w: Walk, node: fx.Node, x: Value, order: Any = None, dim: Any = None, keepdim: bool = False, **__: Any
+    ctx: RuleContext, node: fx.Node, x: Value, order: Order = None, dim: Dim = None, keepdim: bool = False, **__: object
 ) -> Dims:
     """y = a matrix norm if an order and two dimensions are given, else a vector norm."""
     dims = normalize_all(dim, x.ndim)
     norm = matrix_norm if order is not None and len(dims) == 2 else vector_norm
-    return norm(w, node, x, order, dims, keepdim)
+    return norm(ctx, node, x, order, dims, keepdim)
 
 
 @rule("aten.renorm", zero="keep")
-def renorm(w: Walk, node: fx.Node, x: Value, order: float, dim: int, maxnorm: float) -> Dims:
+def renorm(ctx: RuleContext, node: fx.Node, x: Value, order: float, dim: int, maxnorm: float) -> Dims:
     """y_d = x_d over its norm over all other dimensions, where that is too large."""
     others = [d for d in range(x.ndim) if d != normalize(dim, x.ndim)]
     for d in others:
-        w.reduce(node, x.dims[d], "sum")
-    meet(w, x.dims, others)
+        ctx.reduce(node, x.dims[d], "sum")
+    meet(ctx, x.dims, others)
     return x.dims
 
 
-def _zero_of_cumsum(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
+def _zero_of_cumsum(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """Along the other dimensions."""
-    return zero(node.args[0]) - w.leaves_of(w.dims[node][argument(node, 1, "dim")])
+    return zero(node.args[0]) - axes_in([facts.dims(node)[named_argument(node, "dim")]])
 
 
 @rule("aten.cumsum", "aten.cumsum_", zero=_zero_of_cumsum)
-def cumsum(w: Walk, node: fx.Node, x: Value, dim: int, **_: Any) -> Dims:
+def cumsum(ctx: RuleContext, node: fx.Node, x: Value, dim: int, **_: object) -> Dims:
     """y_d = x_d; each position sums the ones before it, so zeros may go."""
-    w.reduce(node, x.dims[dim], "sum")
-    meet(w, x.dims, [normalize(dim, x.ndim)])
+    ctx.reduce(node, x.dims[dim], "sum")
+    meet(ctx, x.dims, [normalize(dim, x.ndim)])
     return x.dims
 
 
@@ -117,173 +123,180 @@ def correction_of(node: fx.Node) -> int:
 
 
 @rule("aten.var", "aten.std", "aten.var_mean", "aten.std_mean", zero="drop")
-def variance(w: Walk, node: fx.Node, x: Value, *_: Any, **__: Any) -> Any:
+def variance(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) -> Results:
     """y = variance over d (and its mean). It is over n less a correction, so that more than that must stay."""
     dims = normalize_all(named_argument(node, "dim"), x.ndim)
     keepdim = named_argument(node, "keepdim", False)
     for d in dims:
-        w.reduce(node, x.dims[d], "statistic")
+        ctx.reduce(node, x.dims[d], "statistic")
         require_size(x.dims[d], correction_of(node) + 1)
     out = _reduced(x, dims, keepdim)
     return [out, out] if isinstance(node.meta["val"], (tuple, list)) else out
 
 
 @rule("aten.amax", "aten.amin", "aten.max.default", "aten.min.default", "aten.all", "aten.logsumexp", zero="drop")
-def extremum(w: Walk, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Dims:
+def extremum(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None, keepdim: bool = False, **_: object) -> Dims:
     """y = max over d (or min). For ``all``, −inf counts as true."""
     dims = normalize_all(dim, x.ndim)
     for d in dims:
-        w.reduce(node, x.dims[d], "min" if op_name(node).startswith(("aten.amin", "aten.min")) else "max")
+        ctx.reduce(node, x.dims[d], "min" if op_name(node).startswith(("aten.amin", "aten.min")) else "max")
     return _reduced(x, dims, keepdim)
 
 
 @rule("aten.aminmax")
-def aminmax(w: Walk, node: fx.Node, x: Value, *, dim: int | None = None, keepdim: bool = False) -> list[Dims]:
+def aminmax(ctx: RuleContext, node: fx.Node, x: Value, *, dim: int | None = None, keepdim: bool = False) -> list[Dims]:
     """y = min and max over d: no number stands for a removed channel in both, so d cannot be cut."""
     dims = normalize_all(dim, x.ndim)
     for d in dims:
-        w.freeze(x.dims[d], "both its smallest and its largest value count", node)
+        ctx.freeze(x.dims[d], "both its smallest and its largest value count", node)
     return [_reduced(x, dims, keepdim)] * 2
 
 
 @rule("aten.prod")
-def prod(w: Walk, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Dims:
+def prod(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None, keepdim: bool = False, **_: object) -> Dims:
     """y = Π_d x: a factor that is zero makes it zero, so d cannot be cut."""
     dims = normalize_all(dim, x.ndim)
     for d in dims:
-        w.freeze(x.dims[d], "multiplied over", node)
+        ctx.freeze(x.dims[d], "multiplied over", node)
     return _reduced(x, dims, keepdim)
 
 
-def _zero_of_softmax(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
+def _zero_of_softmax(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """A removed channel counts as −inf: its share is zero."""
-    return lone(w, w.dims[node], argument(node, 1, "dim"))
+    return lone(facts.dims(node), named_argument(node, "dim"))
 
 
 @rule("aten.softmax", "aten._softmax", zero=_zero_of_softmax)
-def softmax(w: Walk, node: fx.Node, x: Value, dim: int, *_: Any, **__: Any) -> Dims:
+def softmax(ctx: RuleContext, node: fx.Node, x: Value, dim: int, *_: object, **__: object) -> Dims:
     """y_d = x_d, normalised over d."""
     d = normalize(dim, x.ndim)
-    w.reduce(node, x.dims[d], "max")
-    meet(w, x.dims, [d])
+    ctx.reduce(node, x.dims[d], "max")
+    meet(ctx, x.dims, [d])
     if x.ndim > 3:
         for t in x.dims[1:d]:
-            w.role(t, "head") if t is not x.dims[-2] else None
+            ctx.role(t, "head") if t is not x.dims[-2] else None
     return x.dims
 
 
 @rule("aten.log_softmax", "aten._log_softmax")
-def log_softmax(w: Walk, node: fx.Node, x: Value, dim: int, *_: Any, **__: Any) -> Dims:
+def log_softmax(ctx: RuleContext, node: fx.Node, x: Value, dim: int, *_: object, **__: object) -> Dims:
     """y_d = x_d. The logarithm of a removed channel's share is −inf, which nothing downstream would take: d stays."""
-    w.freeze(x.dims[dim], "log of a share of it", node)
-    meet(w, x.dims, [normalize(dim, x.ndim)])
+    ctx.freeze(x.dims[dim], "log of a share of it", node)
+    meet(ctx, x.dims, [normalize(dim, x.ndim)])
     return x.dims
 
 
-def _zero_of_norm(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
+def _zero_of_norm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """Affine after the statistics: zero where the weight and the bias are."""
-    weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
+    weight, bias = named_argument(node, "weight"), named_argument(node, "bias")
     return zero(weight) & zero(bias) if bias is not None else zero(weight)
 
 
-def _resize_norm(r: Resizer, node: fx.Node) -> None:
-    dims = r.dims(node)
-    shape = list(argument(node, 1, "normalized_shape"))
-    set_argument(node, 1, "normalized_shape", [r.size(d) for d in dims[len(dims) - len(shape) :]])
+def _resize_norm(resizer: Resizer, node: fx.Node) -> None:
+    dims = resizer.dims(node)
+    shape = list(named_argument(node, "normalized_shape"))
+    set_argument(node, "normalized_shape", [resizer.size(d) for d in dims[len(dims) - len(shape) :]])
 
 
 @rule("aten.layer_norm", zero=_zero_of_norm, resize=_resize_norm)
-def layer_norm(w: Walk, node: fx.Node, x: Value, shape: Sequence[int], *affine: Any, **kwargs: Any) -> Dims:
+def layer_norm(
+    ctx: RuleContext, node: fx.Node, x: Value, shape: Sequence[int], *affine: object, **named: object
+) -> Dims:
     """y = (x − mean) / √(var + eps) · weight + bias over the last dimensions."""
-    first = x.ndim - len(shape)
-    for value in (*affine[:2], kwargs.get("weight"), kwargs.get("bias")):
-        if isinstance(value, Value):
-            for a, b in zip(value.dims, x.dims[first:], strict=True):
-                w.unify(a, b, node)
-    for d in x.dims[first:]:
-        w.reduce(node, d, "statistic")
-    meet(w, x.dims, range(first, x.ndim))
+    _normalise(ctx, node, x, len(shape), [*affine[:2], named.get("weight"), named.get("bias")], "statistic")
     return x.dims
 
 
-def _zero_of_rms(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
-    weight = argument(node, 2, "weight")
+def _normalise(
+    ctx: RuleContext, node: fx.Node, x: Value, count: int, affine: Iterable[object], kind: ReductionKind
+) -> None:
+    """A norm over the last ``count`` dimensions, and weights that have those dimensions."""
+    first = x.ndim - count
+    for value in affine:
+        if isinstance(value, Value):
+            for a, b in zip(value.dims, x.dims[first:], strict=True):
+                ctx.unify(a, b, node)
+    for d in x.dims[first:]:
+        ctx.reduce(node, d, kind)
+    meet(ctx, x.dims, range(first, x.ndim))
+
+
+def _zero_of_rms(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
+    weight = named_argument(node, "weight")
     return zero(node.args[0]) | (zero(weight) if weight is not None else set())
 
 
-def _resize_rms(r: Resizer, node: fx.Node) -> None:
+def _resize_rms(resizer: Resizer, node: fx.Node) -> None:
     """rms_norm(x; eps) over n = √(n/n') · rms_norm(x'; eps · n/n') over the n' channels that are not zero."""
-    dims = r.dims(node)
-    count = len(argument(node, 1, "normalized_shape"))
+    dims = resizer.dims(node)
+    count = len(named_argument(node, "normalized_shape"))
     old = math.prod(d.size for d in dims[-count:])
-    new = math.prod(r.size(d) for d in dims[-count:])
-    _resize_norm(r, node)
+    new = math.prod(resizer.size(d) for d in dims[-count:])
+    _resize_norm(resizer, node)
     if old != new:
-        eps = argument(node, 3, "eps")
-        eps = r.epsilon(node) if eps is None else eps
-        set_argument(node, 3, "eps", eps * old / new)
-        r.scale(node, math.sqrt(old / new))
+        eps = named_argument(node, "eps")
+        eps = resizer.epsilon(node) if eps is None else eps
+        set_argument(node, "eps", eps * old / new)
+        resizer.scale(node, math.sqrt(old / new))
 
 
 @rule("aten.rms_norm", zero=_zero_of_rms, resize=_resize_rms)
-def rms_norm(w: Walk, node: fx.Node, x: Value, shape: Sequence[int], weight: Value | None = None, *_: Any) -> Dims:
+def rms_norm(
+    ctx: RuleContext, node: fx.Node, x: Value, shape: Sequence[int], weight: Value | None = None, *_: object
+) -> Dims:
     """y = x / √(mean(x²) + eps) · weight over the last dimensions."""
-    first = x.ndim - len(shape)
-    if weight is not None:
-        for a, b in zip(weight.dims, x.dims[first:], strict=True):
-            w.unify(a, b, node)
-    for d in x.dims[first:]:
-        w.reduce(node, d, "mean")
-    meet(w, x.dims, range(first, x.ndim))
+    _normalise(ctx, node, x, len(shape), [weight], "mean")
     return x.dims
 
 
-def _resize_groups(r: Resizer, node: fx.Node) -> None:
-    set_argument(node, 1, "num_groups", r.size(r.note(node)))
-
-
-@rule("aten.group_norm", zero=_zero_of_norm, resize=_resize_groups)
-def group_norm(w: Walk, node: fx.Node, x: Value, groups: int, *affine: Any, **kwargs: Any) -> Dims:
+@rule("aten.group_norm", zero=_zero_of_norm, resize=counted_argument("num_groups"))
+def group_norm(
+    ctx: RuleContext, node: fx.Node, x: Value, groups: int, *affine: object, **kwargs: object
+) -> Dims | Result:
     """Channels = groups · inner; statistics over inner and all further dimensions."""
-    _tie_channels(w, node, x, (*affine[:2], kwargs.get("weight"), kwargs.get("bias")))
-    parts = split_product(x.dims[1], groups, last=False, where=w.where(node))
+    _tie_channels(ctx, node, x, (*affine[:2], kwargs.get("weight"), kwargs.get("bias")))
+    parts = split_product(x.dims[1], groups, last=False, where=SourceLocation(node))
     if parts is None:
-        w.freeze(x.dims[1], "group norm cuts across its units", node)
-        w.notes[node] = w.frozen(groups, "groups", node)
+        ctx.freeze(x.dims[1], "group norm cuts across its units", node)
         return x.dims
-    w.notes[node] = parts[0]
     for t in (parts[1], *x.dims[2:]):
-        w.reduce(node, t, "statistic")
-    w.hidden.append((x.dims[0], parts[0]))
-    return x.dims
+        ctx.reduce(node, t, "statistic")
+    ctx.inner((x.dims[0], parts[0]))
+    return Result(x.dims, Counted(parts[0]))
 
 
-def _tie_channels(w: Walk, node: fx.Node, x: Value, affine: Sequence[Any]) -> None:
+def _tie_channels(ctx: RuleContext, node: fx.Node, x: Value, affine: Sequence[object]) -> None:
     """Weights, biases and statistics hold one number a channel (dimension 1)."""
     for value in affine:
         if isinstance(value, Value):
-            w.unify(value.dims[0], x.dims[1], node)
+            ctx.unify(value.dims[0], x.dims[1], node)
 
 
-def _zero_of_batch_norm(node: fx.Node, zero: ZeroOf, w: Walk) -> set[Axis]:
+def _own_statistics(node: fx.Node) -> bool:
+    """Whether a norm takes the input's own statistics."""
+    own = named_argument(node, "training", named_argument(node, "use_input_stats"))
+    return bool(own) or named_argument(node, "running_mean") is None
+
+
+def _zero_of_batch_norm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """Affine last; without bias, channels that are zero stay so where the statistics are their own."""
     weight, bias = node.args[1], node.args[2]
     if bias is not None:
         return zero(weight) & zero(bias) if weight is not None else set()
-    channels = w.leaves_of(w.dims[node][1]) if w.notes[node] else set()
+    channels = axes_in([facts.dims(node)[1]]) if _own_statistics(node) else set()
     return zero(node.args[0]) & channels | (zero(weight) if weight is not None else set())
 
 
 @rule("aten.batch_norm", "aten.instance_norm", zero=_zero_of_batch_norm)
-def batch_norm(w: Walk, node: fx.Node, x: Value, *args: Any, **_: Any) -> Dims:
+def batch_norm(ctx: RuleContext, node: fx.Node, x: Value, *args: object, **_: object) -> Dims:
     """Per channel (dimension 1), with given statistics or the input's own over all other dimensions."""
-    _tie_channels(w, node, x, args[:4])
-    own = w.notes[node] = named_argument(node, "training", named_argument(node, "use_input_stats")) or args[2] is None
+    _tie_channels(ctx, node, x, args[:4])
+    own = _own_statistics(node)
     if own and op_name(node).startswith("aten.instance_norm"):
         for d in x.dims[2:]:
-            w.freeze(d, "statistics are taken over it", node)
+            ctx.freeze(d, "statistics are taken over it", node)
     elif own:
         for d in (x.dims[0], *x.dims[2:]):
-            w.reduce(node, d, "statistic")
-    w.hidden.append(x.dims[1:2] if own else x.dims)
+            ctx.reduce(node, d, "statistic")
+    ctx.inner(x.dims[1:2] if own else x.dims)
     return x.dims

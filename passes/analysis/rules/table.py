@@ -1,73 +1,75 @@
 """The rule table: ATen op → what it does to axes. Rules are data; this file is their form, the others hold them.
 
-A rule is a function ``(walk, node, *args, **kwargs) -> dims`` that receives the call's own arguments with each tensor
-replaced by a ``Value`` and returns the dimensions of the result (a list of them for several results), unifying terms on
-the way. Two facts accompany it:
-
-- ``zero``: where the result is zero if its inputs are zero at the removed positions (see ``zero_propagation.py``);
-- ``resize``: how the call's own size arguments follow when axes shrink (see ``passes/transforms/rewrite.py``).
+A rule is a function ``(ctx, node, *args, **kwargs) → dims``. It receives the call's own arguments, with each tensor
+replaced by a ``Value``. It unifies terms through ``ctx`` and returns the dimensions of the result, a list of them for
+several results. A rule that has more to say returns a ``Result``. ``Rule`` holds what else is known of an op.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Literal, TypeVar
 
 from torch import fx
 
-from mptk.ir.axes import Axis, Term, coordinates
+from mptk.ir.axes import Axis, Term, axes_in, coordinates
+from mptk.ir.axis_facts import AxisFacts, Dims, Positions, Results
 from mptk.ir.ops import target_name
-
-if TYPE_CHECKING:
-    from passes.analysis.propagate import Walk
-    from passes.transforms.rewrite import Resizer
-
-Dims = tuple[Term, ...]
+from passes.analysis.rules.context import Resizer, RuleContext, Value
 
 
 @dataclass(frozen=True)
-class Value:
-    """A tensor as a rule sees it: the node that made it and one term a dimension."""
+class Result:
+    """What a rule returns if dimensions are not all.
 
-    node: fx.Node
-    dims: Dims
+    ``note`` is kept for the op's ``resize`` and ``zero``. ``positions``: the result holds positions of this axis; of
+    several results a list.
+    """
 
-    @property
-    def ndim(self) -> int:
-        return len(self.dims)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(d.size for d in self.dims)
+    dims: Results
+    note: object = None
+    positions: Positions = None
 
 
-Propagate = Callable[..., Any]
+Propagate = Callable[..., Results | Result]
 F = TypeVar("F", bound=Propagate)
-Zero = str | Callable[[Any, Any, Any], Any]
-Resize = Callable[["Resizer", fx.Node], None]
+ZeroOf = Callable[[object], set[Axis]]
+"""The axes along which an operand is zero where the weights of that axis are."""
+Zero = Literal["keep", "any", "all", "join", "drop"] | Callable[[fx.Node, ZeroOf, AxisFacts], set[Axis]]
+OnPositions = Literal["freeze", "carry", "own"]
+Dim = int | Sequence[int] | None
+"""A dimension argument: one, several, or all."""
+Order = float | str | None
+"""The order of a norm."""
+Resize = Callable[[Resizer, fx.Node], None]
 
 
 @dataclass(frozen=True)
 class Rule:
     """What one op does to axes.
 
-    ``zero`` is one of ``keep`` (zero where the first tensor is: f(0) = 0), ``move`` (likewise, since values only move;
-    positions stay positions of their axis), ``any`` (where any
-    operand is: a product), ``all`` (where every operand is: a sum), ``join`` (where every operand that has the axis
-    is: a concatenation), ``drop`` (nowhere), or a function of the node.
+    ``zero``: along which axes the result is zero, given those of its operands (``zero_propagation.py``). ``keep``: as
+    the first tensor (f(0) = 0); ``any``: if any operand is (a product); ``all``: if every operand is (a sum);
+    ``join``: if every operand that has the axis is (a concatenation); ``drop``: nowhere; or a function of the node.
+    ``resize``: how the call's own size arguments follow when axes shrink.
+    ``positions``: what happens to an operand that holds positions of an axis, as an argmax does. ``freeze``: they are
+    computed with, so their axis cannot be cut; ``carry``: the first operand's values only move, so they stay
+    positions; ``own``: the rule says.
     """
 
     propagate: Propagate
     zero: Zero = "drop"
     resize: Resize | None = None
-    positions: bool = False
+    positions: OnPositions = "freeze"
 
 
 RULES: dict[str, Rule] = {}
 
 
-def rule(*ops: str, zero: Zero = "drop", resize: Resize | None = None, positions: bool = False) -> Callable[[F], F]:
+def rule(
+    *ops: str, zero: Zero = "drop", resize: Resize | None = None, positions: OnPositions = "freeze"
+) -> Callable[[F], F]:
     """Register a function as the rule of ``ops``: ``"aten.view"`` (all overloads) or ``"aten.add.Tensor"`` (one)."""
 
     def register(propagate: F) -> F:
@@ -99,42 +101,42 @@ def normalize_all(dims: int | Sequence[int] | None, ndim: int) -> list[int]:
     return [normalize(d, ndim) for d in ([dims] if isinstance(dims, int) else dims)]
 
 
-def carry(w: Walk, node: fx.Node, x: Value) -> None:
-    """The result holds what x holds: if these are positions, they stay positions of their axis."""
-    if x.node in w.domains:
-        w.domains[node] = w.domains[x.node]
+def single(results: Results) -> Dims:
+    """The dimensions of a call that has one result."""
+    assert isinstance(results, tuple)
+    return results
 
 
-def lone(w: Walk, dims: Dims, d: int) -> set[Axis]:
+def lone(dims: Dims, d: int) -> set[Axis]:
     """The axes of dimension d that no other coordinate runs along: zeros along d are zeros along them."""
     counts = coordinates(dims, each=True)
-    return {a for a in w.leaves_of(dims[d]) if counts[a] == 1}
+    return {a for a in axes_in([dims[d]]) if counts[a] == 1}
 
 
-def forget(w: Walk, node: fx.Node, *values: Any) -> None:
-    """Positions that are used as numbers: the axis they were drawn from cannot be cut."""
+def freeze_positions(ctx: RuleContext, node: fx.Node, *values: object) -> None:
+    """Positions are used as numbers: the axis that they were drawn from cannot be cut."""
     for value in values:
-        if isinstance(value, Value) and value.node in w.domains:
-            w.freeze(w.domains[value.node], "its positions are computed with", node)
+        if isinstance(value, Value) and (domain := ctx.positions(value)) is not None:
+            ctx.freeze(domain, "its positions are computed with", node)
 
 
-def zero_of_first(node: fx.Node, zero: Any, w: Any) -> Any:
+def zero_of_first(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     """Of several results the first is zero where the operand is: known if no other is used (positions are not zero)."""
     return zero(node.args[0]) if all(user.args[1] == 0 for user in node.users) else set()
 
 
-def meet(w: Walk, dims: Dims, along: Iterable[int]) -> None:
+def meet(ctx: RuleContext, dims: Dims, along: Iterable[int]) -> None:
     """Positions along these dimensions meet or change places: no other axis' choice of units may vary along them.
 
-    The walk takes note of a value without them. A fresh axis of the result is not enough, as it may be tied to the
-    operand's later (x + x.roll(1, 2)).
+    A value without them is recorded. A fresh axis of the result is not enough, as it may be tied to the operand's
+    later (x + x.roll(1, 2)).
     """
     gone = set(along)
-    w.hidden.append(tuple(t for d, t in enumerate(dims) if d not in gone))
+    ctx.inner(tuple(t for d, t in enumerate(dims) if d not in gone))
 
 
-def align(w: Walk, node: fx.Node, dims: Dims, onto: Dims) -> None:
+def align(ctx: RuleContext, node: fx.Node, dims: Sequence[Term], onto: Sequence[Term]) -> None:
     """Dimensions of equal size, counted from the last, are the same axis; the others broadcast."""
     for a, b in zip(reversed(dims), reversed(onto), strict=False):
         if a.size == b.size:
-            w.unify(a, b, node)
+            ctx.unify(a, b, node)

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -110,8 +110,7 @@ class Prober:
         self.body = config.to_dict()
         self.depth: dict[Field, int] = {}
         self._cache: dict[frozenset[tuple[Field, int]], Build | Refusal] = {}
-        missing: set[tuple[str, ...]] = set()
-        with _recorded_misses(config, missing):
+        with _recorded_misses(config) as missing:
             full = self.build({}, full=True)
         if isinstance(full, Refusal):
             raise MptkError(
@@ -166,12 +165,12 @@ class Prober:
         return len(self._cache)
 
     def at_full_depth(self) -> Prober:
-        """The same prober with every layer: for a cut that does not treat alike layers alike."""
+        """The same prober with every layer: for a cut that treats layers of one kind differently."""
         whole = copy.copy(self)
         whole.depth, whole._cache, whole.base = {}, {}, self.full
         return whole
 
-    def lookup(self, path: tuple[str, ...]) -> Any:
+    def lookup(self, path: tuple[str, ...]) -> object:
         """The value that the unchanged config has at ``path``."""
         value: Any = self.body
         for key in path:
@@ -247,7 +246,7 @@ def _kinds(shapes: Shapes) -> set[tuple[str, Shape]]:
     return {(starred(name), shape) for name, shape in shapes.items()}
 
 
-def _integers(body: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> tuple[list[Field], set[tuple[str, ...]]]:
+def _integers(body: Mapping[str, object], prefix: tuple[str, ...] = ()) -> tuple[list[Field], set[tuple[str, ...]]]:
     """Every positive integer in a config's dictionary, and the paths of every None."""
     fields: list[Field] = []
     empty: set[tuple[str, ...]] = set()
@@ -267,7 +266,7 @@ def _integers(body: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> tuple[li
     return fields, empty
 
 
-def _is_size(value: object) -> bool:
+def _is_size(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
@@ -291,7 +290,7 @@ def _truncate(body: dict[str, Any], length: int, to: int) -> None:
 
 
 def _construct(template: PreTrainedConfig, body: dict[str, Any]) -> tuple[PreTrainedConfig, Refusal | None]:
-    """Build ``template``'s class from ``body``, inner configs first, and go on where a validator refuses.
+    """Build ``template``'s class from ``body``, inner configs first, and go on if a validator refuses.
 
     Validators run when the object is complete, so the object that they refuse can still be used to build a model.
     """
@@ -334,8 +333,9 @@ def _constants(model: nn.Module, saved: Shapes) -> dict[str, int | float | Shape
 
 
 @contextlib.contextmanager
-def _recorded_misses(config: PreTrainedConfig, missing: set[tuple[str, ...]]) -> Iterator[None]:
-    """Collect in ``missing`` the path of every attribute that is asked of ``config`` (or a part of it) in vain."""
+def _recorded_misses(config: PreTrainedConfig) -> Iterator[set[tuple[str, ...]]]:
+    """Gives the paths of the attributes that are read from ``config``, or a part of it, and that it does not have."""
+    missing: set[tuple[str, ...]] = set()
     prefixes = {type(c): path for path, c in reversed(list(_parts(config)))}
 
     def record(part: PreTrainedConfig, name: str) -> None:
@@ -343,7 +343,7 @@ def _recorded_misses(config: PreTrainedConfig, missing: set[tuple[str, ...]]) ->
             missing.add((*prefixes[type(part)], name))
 
     with missing_attributes(record):
-        yield
+        yield missing
 
 
 def _parts(
@@ -357,7 +357,7 @@ def _parts(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings while trying odd configs. Handlers are swapped, for a change of level costs milliseconds."""
+    """No warnings while odd configs are tried. Handlers are swapped, since a change of level costs milliseconds."""
     logger = logging.getLogger("transformers")
     saved = logger.handlers, logger.propagate
     logger.handlers, logger.propagate = [logging.NullHandler()], False

@@ -23,7 +23,8 @@ from mptk.ir.families import Analysis
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.program import Program
 from passes.targets.legalize import cut_shapes
-from passes.targets.stock.config import Stock, StockConfig
+from passes.targets.stock.config import StockConfig
+from passes.targets.stock.learn import Stock
 from passes.targets.stock.probe import Refusal, Shapes, quiet
 from passes.transforms.fold_norms import FoldNorms
 from passes.transforms.rewrite import rewrite

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from passes.targets.stock.probe import Assignment, Build, Field, Prober, Refusal, Shapes, starred
@@ -50,6 +51,13 @@ class Expressions:
         for f, alive in self.alive.items():
             value = assignment.get(f, f.value)
             self.alive[f] = [e for e in alive if evaluate(e, widths, self.families) == value]
+
+    def observed(self, widths: Mapping[str, int], assignment: Assignment) -> Expressions:
+        """A copy that has observed a model, as ``observe`` does."""
+        learned = copy.copy(self)
+        learned.alive = dict(self.alive)
+        learned.observe(widths, assignment)
+        return learned
 
     def allows(self, old: int, new: int, widths: Mapping[str, int]) -> bool:
         """May a number that was ``old`` be ``new`` when the families have ``widths``?"""
@@ -104,23 +112,19 @@ class ConfigSearch:
             return None
         return differences(built.shapes, self.target)
 
-    def run(self, accept: Callable[[dict[Field, int]], Refusal | None]) -> dict[Field, int] | Refusal:
-        """The first assignment with the target's shapes that ``accept`` does not refuse, or why there is none."""
+    def matches(self) -> Iterator[dict[Field, int]]:
+        """The assignments with the target's shapes, in the order in which they are found. ``MAX_BUILDS`` ends it."""
         order = itertools.count()
         start: dict[Field, int] = dict(self.prober.pins)
         queue: list[tuple[int, int, int, dict[Field, int]]] = [(0, 0, next(order), start)]
         seen = {frozenset(start.items())}
-        first: Refusal | None = None
         limit = self.prober.builds + MAX_BUILDS
         while queue and self.prober.builds < limit:
             rank, changes, _, assignment = heapq.heappop(queue)
             built = self.prober.build(assignment)
             wrong = self.wrong(built)
             if wrong == []:
-                refusal = accept(assignment)
-                if refusal is None:
-                    return assignment
-                first = first or refusal
+                yield assignment
                 continue
             for successor in self._successors(assignment, built, wrong):
                 key = frozenset(successor.items())
@@ -129,7 +133,6 @@ class ConfigSearch:
                     left = self.wrong(self.prober.build(successor))
                     now = rank + 1 if left is None else len(left)
                     heapq.heappush(queue, (now, changes + 1, next(order), successor))
-        return first or self.reason()
 
     def _successors(
         self, assignment: dict[Field, int], built: Build | Refusal, wrong: list[SizeSlot] | None
@@ -189,31 +192,27 @@ def differences(shapes: Shapes, target: Shapes) -> list[SizeSlot]:
 
 
 def implied(
-    prober: Prober,
-    search: ConfigSearch,
-    expressions: Expressions,
-    widths: Mapping[str, int],
-    solution: dict[Field, int],
+    search: ConfigSearch, expressions: Expressions, widths: Mapping[str, int], solution: dict[Field, int]
 ) -> dict[Field, int]:
     """Set the fields that no shape shows but that the change implies (GPT-2's ``n_head`` when hidden = heads * size).
 
-    Every number that a module keeps must be an expression of the widths, as the fields are. Where some are not, the
+    Every number that a module keeps must be an expression of the widths, as the fields are. If some are not, the
     fields without influence on shapes are tried, and kept if fewer such numbers remain.
     """
     silent = [(f, v) for (f, v), moved in search.moves.items() if moved == frozenset() and f not in solution]
-    best, odd = solution, strange_constants(prober, search, expressions, widths, solution)
+    best, odd = solution, strange_constants(search, expressions, widths, solution)
     for f, value in silent if odd else ():
         trial = {**best, f: value}
-        built = prober.build(trial)
+        built = search.prober.build(trial)
         if isinstance(built, Build) and built.shapes == search.target:
-            remaining = strange_constants(prober, search, expressions, widths, trial)
+            remaining = strange_constants(search, expressions, widths, trial)
             if len(remaining) < len(odd):
                 best, odd = trial, remaining
     return best
 
 
 def strange_constants(
-    prober: Prober, search: ConfigSearch, expressions: Expressions, widths: Mapping[str, int], assignment: Assignment
+    search: ConfigSearch, expressions: Expressions, widths: Mapping[str, int], assignment: Assignment
 ) -> list[str]:
     """Constants of the modules that the assignment changes and the cut does not explain, described.
 
@@ -221,7 +220,7 @@ def strange_constants(
     size) and unsaved tables (rotary frequencies) must not change: the cut model keeps their values, the stock class
     would compute others.
     """
-    old, built = prober.base, prober.build(assignment)
+    old, built = search.prober.base, search.prober.build(assignment)
     if isinstance(built, Refusal):
         return []
     sizes = {pair for name, shape in old.shapes.items() for pair in zip(shape, search.target[name], strict=True)}

@@ -1,0 +1,129 @@
+"""AxisFacts: what the axis analysis knows of a graph. The terms of every value, and what its calls do along them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, TypeVar
+
+from torch import fx
+
+from mptk.ir.axes import Axis, Term, axes_in
+
+Dims = tuple[Term, ...]
+"""One term for each dimension of a tensor."""
+
+Results = Dims | list[Dims] | list[Dims | None]
+"""The dimensions of what a call returns; of several results a list, with None for a result that is no tensor."""
+
+Positions = Term | list[Term | None] | None
+"""The axis that a value's integers are positions of, as an argmax's are; of several results a list."""
+
+Path = tuple[int | str, ...]
+"""Where an argument stands in a call: its position or its name, then positions in nested lists."""
+
+ReductionKind = Literal["sum", "mean", "statistic", "max", "min"]
+
+Note = TypeVar("Note")
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A sum of products over ``axis``. ``left`` and ``right`` are (node, dimension) of operands; ``out`` the result."""
+
+    node: fx.Node
+    axis: Term
+    left: tuple[fx.Node, int]
+    right: tuple[fx.Node, int]
+    out: Dims
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A call reduces the operand ``source`` over ``axis``. A ``statistic`` is a mean with a variance."""
+
+    node: fx.Node
+    axis: Term
+    kind: ReductionKind
+    source: fx.Node
+
+
+@dataclass(frozen=True)
+class Route:
+    """The rows of a value were routed to experts: a row determines its expert."""
+
+    rows: Term
+    expert: Term
+
+
+@dataclass(frozen=True, eq=False)
+class AxisFacts:
+    """The result of the axis analysis of ``graph``.
+
+    Only values that depend on a weight or a cache have terms of their own (``results``). All others are constants of
+    the analysis: they get fresh axes at each use (``constant_uses``).
+
+    Attributes:
+        results: value → the terms of its dimensions, in the graph's order.
+        weights: name of a weight in the program's state → its terms.
+        constant_uses: call → its constant arguments: where each stands, and its terms at this use.
+        contractions: every sum of products, in the graph's order.
+        reductions: every other operation that combines positions along an axis.
+        inner: dimensions of values that calls make inside, as attention's scores.
+        routes: rows that were routed to experts.
+        notes: call → what its rule noted for cutting it (``passes/analysis/rules/notes.py``).
+        activations: values that depend on the user's inputs.
+        caches: an input that the model continues (a KV cache) → the output that continues it.
+        writes: call that writes in place → every value whose memory it may change, in the graph's order.
+    """
+
+    graph: fx.Graph
+    results: Mapping[fx.Node, Results]
+    weights: Mapping[str, Dims]
+    constant_uses: Mapping[fx.Node, Sequence[tuple[Path, Dims]]] = field(repr=False)
+    contractions: Sequence[Contraction] = field(repr=False)
+    reductions: Sequence[Reduction] = field(repr=False)
+    inner: Sequence[Dims] = field(repr=False)
+    routes: Sequence[Route] = field(repr=False)
+    notes: Mapping[fx.Node, object] = field(repr=False)
+    activations: AbstractSet[fx.Node] = field(repr=False)
+    caches: Mapping[fx.Node, fx.Node] = field(repr=False)
+    writes: Mapping[fx.Node, Sequence[fx.Node]] = field(repr=False)
+
+    def dims(self, node: fx.Node) -> Dims:
+        """The terms of a value that is one tensor; no terms for a constant."""
+        found = self.results.get(node, ())
+        assert isinstance(found, tuple), f"{node} has several results"
+        return found
+
+    def tensors(self, node: fx.Node) -> list[Dims]:
+        """The terms of each tensor among a value's results."""
+        return tensors(self.results[node])
+
+    def axes(self, node: fx.Node) -> frozenset[Axis]:
+        """All axes of a value."""
+        return self._axes[node]
+
+    def is_weight(self, node: fx.Node) -> bool:
+        """Whether a value is made of weights alone (a weight, its transpose, a merge of several)."""
+        return node in self.results and node not in self.activations
+
+    def has_weight(self, product: Contraction) -> bool:
+        """Whether an operand of a product is a weight; if not, two activations meet."""
+        return self.is_weight(product.left[0]) or self.is_weight(product.right[0])
+
+    def note(self, node: fx.Node, kind: type[Note]) -> Note | None:
+        """What the rule of a call noted, if it is of this kind."""
+        found = self.notes.get(node)
+        return found if isinstance(found, kind) else None
+
+    @cached_property
+    def _axes(self) -> dict[fx.Node, frozenset[Axis]]:
+        return {node: frozenset(axes_in(t for dims in self.tensors(node) for t in dims)) for node in self.results}
+
+
+def tensors(results: Results) -> list[Dims]:
+    """The terms of each tensor among a call's results."""
+    return [dims for dims in results if dims is not None] if isinstance(results, list) else [results]

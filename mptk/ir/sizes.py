@@ -1,0 +1,37 @@
+"""sizes: the sizes of traced values as plain integers. A symbolic size counts as its value in the example."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from mptk.compat.torch import size_hint
+from mptk.errors import MptkError
+
+
+def shape_of(value: Tensor) -> tuple[int, ...]:
+    """Sizes of a traced tensor."""
+    sizes = tuple(value.shape)
+    for size in sizes:
+        if type(size) is not int:
+            return tuple(example_size(s) for s in sizes)
+    return sizes
+
+
+def result_shape(node: fx.Node) -> tuple[int, ...]:
+    """Sizes of a node's result, which is one tensor."""
+    return shape_of(node.meta["val"])
+
+
+def example_size(size: int | torch.SymInt) -> int:
+    """One size.
+
+    Raises:
+        MptkError: the size depends on data.
+    """
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    hint = size_hint(size)
+    if hint is None:
+        raise MptkError(f"a size depends on data ({size}), so axes cannot be followed; use a traceable implementation")
+    return hint

@@ -1,0 +1,118 @@
+"""recorder: what rules say about a program, taken down while axes are propagated."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from mptk.ir.axes import Term, add_role, axis, freeze, leaves
+from mptk.ir.axis_facts import Contraction, Dims, Positions, Reduction, ReductionKind, Results, Route
+from mptk.ir.ops import op_name
+from mptk.ir.program import Program
+from mptk.ir.source_location import SourceLocation
+from mptk.ir.unification import unify
+from passes.analysis.dependence import Dependence
+from passes.analysis.rules.context import Value
+
+UNCHANGED = ("aten.lift_fresh_copy", "aten.to", "aten.clone")
+
+
+class Recorder:
+    """The ``RuleContext`` that rules see, and what they said so far.
+
+    ``positions_in``: a value that holds positions → the axis that they were drawn from.
+    """
+
+    def __init__(self, program: Program, depends: Dependence) -> None:
+        self.program, self.depends = program, depends
+        self.contractions: list[Contraction] = []
+        self.reductions: list[Reduction] = []
+        self.inner_values: list[Dims] = []
+        self.routes: list[Route] = []
+        self.positions_in: dict[fx.Node, Positions] = {}
+
+    # ---- the rules' context ----
+
+    def unify(self, a: Term, b: Term, node: fx.Node) -> None:
+        unify(a, b, SourceLocation(node))
+
+    def freeze(self, term: Term, reason: str, node: fx.Node) -> None:
+        if leaves(term):
+            freeze(term, f"{reason} ({SourceLocation(node)})")
+
+    def frozen(self, size: int, reason: str, node: fx.Node) -> Term:
+        term = axis(size)
+        self.freeze(term, reason, node)
+        return term
+
+    def role(self, term: Term, role: str) -> None:
+        add_role(term, role)
+
+    def contract(self, node: fx.Node, left: Value, i: int, right: Value, j: int, out: Dims, also: Dims = ()) -> None:
+        for value, dim, other in ((left, i, right), (right, j, left)):
+            if self.is_weight(other.node):
+                self.pin_input(node, Value(value.node, tuple(t for d, t in enumerate(value.dims) if d != dim)))
+        self.unify(left.dims[i], right.dims[j], node)
+        self.inner((*out, left.dims[i], *also))
+        self.contractions.append(Contraction(node, left.dims[i], (left.node, i), (right.node, j), out))
+
+    def reduce(self, node: fx.Node, term: Term, kind: ReductionKind, source: fx.Node | None = None) -> None:
+        self.reductions.append(Reduction(node, term, kind, source or node.all_input_nodes[0]))
+
+    def inner(self, dims: Dims) -> None:
+        self.inner_values.append(dims)
+
+    def route(self, rows: Term, expert: Term) -> None:
+        self.routes.append(Route(rows, expert))
+
+    def positions(self, value: Value) -> Term | None:
+        return self.positions_of(value.node)
+
+    def index(self, node: fx.Node, indices: Value, indexed: Term) -> None:
+        domain = self.positions(indices)
+        if domain is not None and domain.size == indexed.size:
+            self.unify(domain, indexed, node)
+            return
+        computed = indices.node in self.depends.variables
+        source = "positions computed in the model" if computed else "the model's input or a constant"
+        self.freeze(indexed, f"indexed by {source}", node)
+        if domain is not None:
+            self.freeze(domain, "its positions index another axis", node)
+
+    def pin_input(self, node: fx.Node, value: Value) -> None:
+        if value.node in self.depends.activations and value.node not in self.depends.variables:
+            self.freeze_input(value.dims, node)
+
+    def is_weight(self, node: fx.Node) -> bool:
+        return node in self.depends.variables and node not in self.depends.activations
+
+    def constant(self, node: fx.Node) -> Tensor | None:
+        while node.op == "call_function" and op_name(node).startswith(UNCHANGED):
+            node = node.all_input_nodes[0]
+        if node.op != "placeholder" or node.name not in self.program.signature.inputs_to_lifted_tensor_constants:
+            return None
+        return self.program.state[self.program.weights[node.name]]
+
+    # ---- for the walk ----
+
+    def freeze_input(self, dims: Dims, node: fx.Node) -> None:
+        """The dimensions are those of the user's inputs."""
+        for d in dims:
+            self.freeze(d, "comes from the model's input", node)
+
+    def positions_of(self, node: fx.Node) -> Term | None:
+        """The axis that a value of one result holds positions of."""
+        found = self.positions_in.get(node)
+        assert not isinstance(found, list), f"{node} has several results"
+        return found
+
+    def freeze_positions(self, node: fx.Node) -> None:
+        """Operands of a call that hold positions are computed with: the axes that they were drawn from are frozen."""
+        for source in node.all_input_nodes:
+            if (domain := self.positions_of(source)) is not None:
+                self.freeze(domain, "its positions are computed with", node)
+
+    def carried(self, node: fx.Node, results: Results) -> Positions:
+        """What the results are positions of if the first operand's values only move."""
+        source = node.args[0] if node.args else None
+        domain = self.positions_of(source) if isinstance(source, fx.Node) else None
+        return [domain] * len(results) if domain is not None and isinstance(results, list) else domain

@@ -1,0 +1,131 @@
+"""Ops that make positions (ranks), and ops that take them as numbers. Positions remember the axis they came from."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from mptk.ir.axes import ONE, Term, axes_in, axis, require_size
+from mptk.ir.axis_facts import Dims, ReductionKind, Results
+from mptk.ir.ops import base_name, named_argument, set_argument
+from mptk.ir.sizes import result_shape
+from passes.analysis.rules.context import Resizer, RuleContext, Value
+from passes.analysis.rules.notes import Counted
+from passes.analysis.rules.opaque import opaque
+from passes.analysis.rules.pointwise import broadcast, zero_of_clamp
+from passes.analysis.rules.resizes import counted_argument
+from passes.analysis.rules.table import Result, freeze_positions, lone, meet, normalize, rule
+
+
+@rule("aten.topk", zero="drop", positions="own")
+def topk(ctx: RuleContext, node: fx.Node, x: Value, k: int, dim: int = -1, *_: object) -> Result:
+    """The k largest positions of d: at least k must stay."""
+    d = normalize(dim, x.ndim)
+    require_size(x.dims[d], k)
+    kind: ReductionKind = "max" if named_argument(node, "largest", True) else "min"
+    return _ranked(ctx, node, x, d, ctx.frozen(k, "the top-k positions", node), kind)
+
+
+@rule("aten.sort", zero="drop", positions="own")
+def sort(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1, *_: object, **__: object) -> Result:
+    """All positions of d in order of size."""
+    d = normalize(dim, x.ndim)
+    if (domain := ctx.positions(x)) is not None:
+        return _grouped(ctx, x, d, domain)
+    ctx.freeze(x.dims[d], "sorted", node)
+    return _ranked(ctx, node, x, d, ctx.frozen(x.dims[d].size, "sorted positions", node), "max")
+
+
+def _grouped(ctx: RuleContext, x: Value, d: int, domain: Term) -> Result:
+    """Sorting positions groups rows by them: the rows are permuted, the values keep their axis."""
+    ctx.route(x.dims[d], domain)
+    return Result([x.dims, x.dims], positions=[domain, None])
+
+
+@rule("aten.max.dim", "aten.min.dim", zero="drop", positions="own")
+def max_dim(ctx: RuleContext, node: fx.Node, x: Value, dim: int, keepdim: bool = False) -> Result:
+    """The largest position of d."""
+    d = normalize(dim, x.ndim)
+    kept = _ranked(ctx, node, x, d, axis(1), "min" if base_name(node.target) == "min" else "max")
+    out = (*x.dims[:d], *x.dims[d + 1 :])
+    return kept if keepdim else Result([out, out], positions=kept.positions)
+
+
+def _ranked(ctx: RuleContext, node: fx.Node, x: Value, d: int, found: Term, kind: ReductionKind) -> Result:
+    """Values of d and their positions in it, in order of size."""
+    freeze_positions(ctx, node, x)
+    ctx.reduce(node, x.dims[d], kind)
+    meet(ctx, x.dims, [d])
+    out = (*x.dims[:d], found, *x.dims[d + 1 :])
+    return Result([out, out], positions=[None, x.dims[d]])
+
+
+@rule("aten.argmax", "aten.argmin", zero="drop", positions="own")
+def argmax(
+    ctx: RuleContext, node: fx.Node, x: Value, dim: int | None = None, keepdim: bool = False
+) -> Results | Result:
+    """The largest position of d (of all, if none is given)."""
+    if dim is None:
+        return opaque(ctx, node, x)
+    d = normalize(dim, x.ndim)
+    freeze_positions(ctx, node, x)
+    ctx.reduce(node, x.dims[d], "min" if base_name(node.target) == "argmin" else "max")
+    out = tuple(ONE if i == d else t for i, t in enumerate(x.dims) if keepdim or i != d)
+    return Result(out, positions=x.dims[d])
+
+
+@rule("aten.argsort", zero="drop", positions="own")
+def argsort(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1, *_: object, **__: object) -> Dims | Result:
+    """Positions of d in order."""
+    if ctx.positions(x) is not None:
+        return x.dims
+    d = normalize(dim, x.ndim)
+    ctx.freeze(x.dims[d], "sorted", node)
+    meet(ctx, x.dims, [d])
+    out = (*x.dims[:d], ctx.frozen(x.dims[d].size, "sorted positions", node), *x.dims[d + 1 :])
+    return Result(out, positions=x.dims[d])
+
+
+@rule(
+    "aten.one_hot",
+    zero=lambda node, zero, facts: lone(facts.dims(node), -1),
+    resize=counted_argument("num_classes"),
+    positions="own",
+)
+def one_hot(ctx: RuleContext, node: fx.Node, x: Value, num_classes: int = -1) -> Result:
+    """y[…, c] = [x = c]: the new dimension is the positions' axis."""
+    classes = result_shape(node)[-1]
+    domain = ctx.positions(x)
+    if domain is None or domain.size != classes:
+        freeze_positions(ctx, node, x)
+        domain = ctx.frozen(classes, "classes of positions of unknown origin", node)
+    return Result((*x.dims, domain), Counted(domain))
+
+
+def _resize_histc(resizer: Resizer, node: fx.Node) -> None:
+    """Bins of width one from 0: bins = n', max = n' − 1 (as the n bins ended at n − 1)."""
+    bins = resizer.note(node, Counted)
+    if bins is not None and resizer.changed(bins.term):
+        new = resizer.size(bins.term)
+        set_argument(node, "bins", new)
+        set_argument(node, "max", named_argument(node, "max") - (bins.term.size - new))
+
+
+@rule("aten.histc", zero=lambda node, zero, facts: axes_in(facts.dims(node)), resize=_resize_histc, positions="own")
+def histc(ctx: RuleContext, node: fx.Node, x: Value, bins: int = 100, *_: object, **__: object) -> Result:
+    """How often each position occurs: the result's dimension is the positions' axis."""
+    domain = ctx.positions(x)
+    if domain is None or domain.size != bins:
+        freeze_positions(ctx, node, x)
+        domain = ctx.frozen(bins, "bins of values", node)
+    return Result((domain,), Counted(domain))
+
+
+@rule("aten.clamp", "aten.clamp_", zero=zero_of_clamp, resize=counted_argument("max", less=1), positions="own")
+def clamp(ctx: RuleContext, node: fx.Node, x: Value, *bounds: object, **kwargs: object) -> Dims | Result:
+    """y_d = x_d. Positions of an axis clamped to its whole range stay positions of it."""
+    low, high = named_argument(node, "min"), named_argument(node, "max")
+    dims, domain = broadcast(ctx, node, x, *bounds, **kwargs), ctx.positions(x)
+    if domain is not None and low in (None, 0) and high == domain.size - 1:
+        return Result(dims, Counted(domain), positions=domain)
+    freeze_positions(ctx, node, x)
+    return dims

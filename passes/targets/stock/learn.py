@@ -1,0 +1,201 @@
+"""learn: what a stock transformers class can express of a model's families, learned from a few trial cuts.
+
+Afterwards ``Stock`` answers in about two milliseconds whether the class accepts given widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from passes.targets.stock.config import StockConfig, Unsolved, finish, minimise, shortest, solve
+from passes.targets.stock.probe import Field, Prober, Refusal, Shapes
+from passes.targets.stock.search import Expression, Expressions, SizeSlot, differences, evaluate
+
+Check = Callable[[StockConfig, Mapping[str, int]], float]
+"""Largest absolute logit difference between the stock class with this config and the cut model of these widths."""
+
+
+class Stock:
+    """What a stock class can express of a model's families, learned by trial cuts.
+
+    ``refusals``: family → why it cannot be cut alone in the stock class. ``together``: sets of families that the class
+    can only cut together (one field serves them all), e.g. the heads of an encoder and of its decoder.
+    ``expressions``: field → product, for every field that a family reaches.
+    """
+
+    def __init__(self, prober: Prober, expressions: Expressions, shapes: Callable[[Mapping[str, int]], Shapes]) -> None:
+        self._prober, self._space, self._shapes = prober, expressions, shapes
+        self.refusals: dict[str, Refusal] = {}
+        self.together: list[frozenset[str]] = []
+        self._failed: dict[str, Unsolved] = {}
+
+    @staticmethod
+    def discover(
+        model: PreTrainedModel,
+        families: Mapping[str, int],
+        fixed: Sequence[int],
+        shapes: Callable[[Mapping[str, int]], Shapes],
+        *,
+        check: Check | None = None,
+        tolerance: float = 1e-4,
+    ) -> Stock:
+        """Learn, by trial cuts, which of ``families`` the class of ``model`` can express.
+
+        Args:
+            model: a transformers model, on any device (only its class and config are used).
+            families: name → width before the cut.
+            fixed: sizes of the leaf axes that belong to no family.
+            shapes: widths (families that are not named keep theirs) → shapes of the cut model's state dict.
+            check: optional proof for one legal cut of each family; above ``tolerance`` the family is refused.
+        """
+        prober = Prober(type(model), model.config)
+        stock = Stock(prober, Expressions(prober.fields, families, fixed), shapes)
+        for name in families:
+            stock._learn(frozenset((name,)))
+        for name in list(stock.refusals):
+            stock._learn_together(name)
+        if check is not None:
+            stock._prove(check, tolerance)
+        return stock
+
+    @property
+    def expressions(self) -> dict[str, tuple[Expression, ...]]:
+        """Field → the products it may be (more than one: they must be equal), without the fields that stay fixed."""
+        return {f.name: tuple(alive) for f, alive in self._fields().items()}
+
+    def accepts(self, widths: Mapping[str, int]) -> Refusal | None:
+        """None if the class's config can be constructed for ``widths``, else the refusal. No model is built.
+
+        ``widths``: family → new width; families that are not named keep theirs.
+        """
+        assignment = self._assign(widths)
+        if isinstance(assignment, Refusal):
+            return assignment
+        config = self._prober.configure(assignment)
+        return config if isinstance(config, Refusal) else config[1]
+
+    def ladder(
+        self, family: str, widths: Iterable[int] | None = None, others: Mapping[str, int] | None = None
+    ) -> list[int]:
+        """The widths of ``family`` (of ``widths``; all by default) that are accepted while ``others`` are as given."""
+        choices = range(1, self._space.families[family] + 1) if widths is None else widths
+        return [w for w in choices if self.accepts({**(others or {}), family: w}) is None]
+
+    def config(
+        self, widths: Mapping[str, int], *, scalars: Mapping[float, float] | None = None
+    ) -> StockConfig | Refusal:
+        """The config for ``widths``, checked by building the class (all layers, on meta) and comparing every shape."""
+        assignment = self._assign(widths)
+        if isinstance(assignment, Refusal):
+            return assignment
+        built = self._prober.build(assignment)
+        if isinstance(built, Refusal):
+            return built
+        needed = minimise(self._prober, built.shapes, assignment)
+        result = finish(self._prober, needed, self._shapes(widths), scalars or {})
+        if isinstance(result, Refusal):
+            return result
+        return replace(result, expressions=shortest(self._space, needed))
+
+    def _fields(self) -> dict[Field, list[Expression]]:
+        return {
+            f: alive
+            for f, alive in self._space.alive.items()
+            if alive and any(isinstance(leaf, str) for leaf in alive[0])
+        }
+
+    def _assign(self, widths: Mapping[str, int]) -> dict[Field, int] | Refusal:
+        """Every field's value at ``widths``, pins included."""
+        families = self._space.families
+        cut = {name for name, width in widths.items() if width != families[name]}
+        for name in sorted(cut):
+            groups = [group for group in self.together if name in group]
+            if name not in self.refusals or any(group <= cut for group in groups):
+                continue
+            if not groups:
+                return self.refusals[name]
+            others = " and ".join(sorted(groups[0] - cut))
+            return Refusal("shared", name, f"the config can only express it cut together with {others}")
+        assignment: dict[Field, int] = dict(self._prober.pins)
+        for f, alive in self._fields().items():
+            values = {evaluate(e, widths, families) for e in alive}
+            if len(values) > 1:
+                products = " and ".join("*".join(map(str, e)) for e in alive)
+                return Refusal("shared", f.name, f"{products} are one number in the config and must be equal")
+            assignment[f] = values.pop()
+        return {f: v for f, v in assignment.items() if v != f.value or f.implicit}
+
+    def _learn(self, group: frozenset[str]) -> bool:
+        """Cut the families of ``group`` in proportion, to two trial widths. Whether the class can express a cut.
+
+        If it can, its fields' expressions are narrowed; if not, the refusal of a family on its own is kept.
+        """
+        trials = _trial_widths({name: self._space.families[name] for name in sorted(group)})
+        found = [self._try(widths) for widths in trials]
+        failed = [result for result in found if result is not None]
+        learned = len(failed) < len(found)
+        if failed and not learned and len(group) == 1:
+            self._failed[min(group)] = failed[0]
+            self.refusals[min(group)] = failed[0].refusal
+        return learned
+
+    def _try(self, widths: Mapping[str, int]) -> Unsolved | None:
+        """Search a config for a trial cut and learn from it; or why there is none."""
+        result = solve(self._prober, self._space, self._shapes(widths), widths, shapes_only=True)
+        if isinstance(result, Unsolved):
+            return result
+        self._space.observe(widths, result.assignment)
+        return None
+
+    def _learn_together(self, name: str) -> None:
+        """Try to cut a refused family together with others, unless it is in such a group already."""
+        if any(name in group for group in self.together):
+            return
+        for group in self._partners(name):
+            if self._learn(group):
+                self.together.append(group)
+                return
+
+    def _partners(self, name: str) -> list[frozenset[str]]:
+        """The groups in which a refused family may be expressed.
+
+        1. With each other refused family that shares a weight with it, or that its fields shape too.
+        2. With all those that its fields shape.
+        """
+        search = self._failed[name].search
+        moved = search.moved_by_dead_ends() if search is not None else frozenset()
+        own = {weight for weight, _ in self._touched(name)}
+        touched = {other: self._touched(other) for other in self.refusals if other != name}
+        shaped = {other for other, places in touched.items() if places & moved}
+        sharing = {other for other, places in touched.items() if own & {weight for weight, _ in places}}
+        pairs = [frozenset((name, other)) for other in sorted(shaped | sharing)]
+        return [*pairs, frozenset((name, *shaped))] if shaped else pairs
+
+    def _touched(self, name: str) -> set[SizeSlot]:
+        """The weights' dimensions that a cut of the family changes."""
+        trials = _trial_widths({name: self._space.families[name]})
+        return set(differences(self._prober.full.shapes, self._shapes(trials[0]))) if trials else set()
+
+    def _prove(self, check: Check, tolerance: float) -> None:
+        for name, old in self._space.families.items():
+            if name in self.refusals:
+                continue
+            legal = next((w for w in range(old - 1, 0, -1) if self.accepts({name: w}) is None), None)
+            result = self.config({name: legal}) if legal else None
+            if legal is not None and isinstance(result, StockConfig):
+                difference = check(result, {name: legal})
+                if not difference <= tolerance:
+                    self.refusals[name] = Refusal(
+                        "numeric", name, f"logits differ by {difference:.2g} at width {legal}"
+                    )
+
+
+def _trial_widths(old: Mapping[str, int]) -> list[dict[str, int]]:
+    """Up to two cuts of all these families by one ratio, near two thirds and near one half, with integer widths."""
+    width = next(iter(old.values()))
+    possible = [w for w in range(1, width) if all(other * w % width == 0 for other in old.values())]
+    nearest = [min(possible, key=lambda w: abs(w / width - ratio)) for ratio in (2 / 3, 1 / 2) if possible]
+    return [{name: other * w // width for name, other in old.items()} for w in dict.fromkeys(nearest)]

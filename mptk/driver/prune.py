@@ -45,9 +45,8 @@ from mptk.progress import Progress, silent
 from mptk.runtime.decoder import OrtDecoder
 from mptk.version import __version__
 from passes.analysis import group
-from passes.pipelines import cut_program
+from passes.pipelines import check_schemes, cut_program
 from passes.targets import legalize
-from passes.targets.onnx.quantize import check_schemes
 from passes.targets.stock.emit import write_checkpoint
 from passes.transforms.masked_reference import mask
 from passes.verify import Difference

@@ -18,11 +18,12 @@ from mptk.runtime.decoder import OrtDecoder
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import SCHEMES, emit_onnx, quantize_onnx
 from passes.targets.onnx.balance import BalancePass, balanced
-from passes.targets.onnx.block_weights import BLOCK, LEAST
+from passes.targets.onnx.block_weights import BLOCK, LEAST, BlockWeightsPass
 from passes.targets.onnx.gptq import grid, inverse_root, round_to_grid, rounded_blocks
-from passes.targets.onnx.look_up import quantize_rows
+from passes.targets.onnx.look_up import LookUpInBlocksPass, quantize_rows
 from passes.targets.onnx.measure import measure_onnx
 from passes.targets.onnx.plain_products import PlainProductsPass
+from passes.targets.onnx.quantize import read_float
 from passes.targets.onnx.smooth import SmoothPass, smoothing
 
 RNG = np.random.default_rng(0)
@@ -286,3 +287,21 @@ def test_logging_is_left_as_it_was(tmp_path):
     before = logging.root.level, logging.root.handlers[:], logging.root.manager.disable
     quantize_onnx(emit_onnx(trace_decoder(tiny_decoder(FUSED, n_layer=1)), tmp_path), "int4")
     assert (logging.root.level, logging.root.handlers[:], logging.root.manager.disable) == before
+
+
+@pytest.mark.parametrize(
+    ("step", "left"),
+    [
+        (BlockWeightsPass(8), "has a float weight"),
+        (LookUpInBlocksPass(), "looks up a float table"),
+        (PlainProductsPass(), "transposes a constant"),
+    ],
+)
+def test_what_a_pass_leaves_in_float32_is_named(tmp_path, step, left):
+    source = emit_onnx(trace_decoder(tiny_decoder(GROUPED, num_hidden_layers=1, tie_word_embeddings=True)), tmp_path)
+    model = read_float(source)
+    if not isinstance(step, PlainProductsPass):
+        PlainProductsPass()(model)
+    with pytest.raises(ir.passes.PostconditionError, match=left):
+        step.ensures(model)
+    step.ensures(step(model).model)

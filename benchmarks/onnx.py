@@ -31,8 +31,7 @@ from mptk.cli.report import bench_markdown
 from mptk.io import models
 from mptk.runtime.bench import Bench, bench_decoders
 from passes.frontend.trace_decoder import Logits, trace_decoder
-from passes.targets.onnx.emit import emit_onnx
-from passes.targets.onnx.quantize import quantize_onnx
+from passes.pipelines import emit_onnx, quantize_onnx
 
 MODEL = "smollm2-135m"
 SHAPES = {

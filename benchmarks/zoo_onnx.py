@@ -35,8 +35,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.runtime.decoder import OrtDecoder
 from passes.analysis.group import analyze
 from passes.frontend.trace_decoder import CacheLayerShape, DecoderStep, cache_shapes, first_positions, trace_decoder
-from passes.pipelines import cut_program
-from passes.targets.onnx.emit import emit_onnx
+from passes.pipelines import cut_program, emit_onnx
 
 MAPPING = "causal-lm"
 STAGES = ("none", "build", "trace", "analyse", "cut", "emit", "run", "equal")

@@ -17,7 +17,8 @@ from mptk.ir.resolved_plan import Cut
 from mptk.ir.sizes import shape_of
 from passes.transforms.masked_reference import mask
 from passes.transforms.retype import Retype
-from passes.verify import ROUNDINGS, TOLERANCE, WIDEST, rounded
+from passes.transforms.round_weights import RoundWeights
+from passes.verify import ROUNDINGS, TOLERANCE, WIDEST
 
 COARSE = (torch.float16, torch.bfloat16)
 
@@ -40,7 +41,7 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program], *, se
     found = {stage: _difference(_outputs(_fine(p), small), reference) for stage, p in stages.items()}
     tolerance, own = TOLERANCE, 0.0
     if not all(apart <= tolerance for apart in found.values()):
-        own = _difference(_outputs(rounded(masked), whole), expected)
+        own = _difference(_outputs(RoundWeights()(masked).program, whole), expected)
         tolerance = max(tolerance, min(ROUNDINGS * own, WIDEST))
     for stage, apart in found.items():
         if tolerance < apart <= ROUNDINGS * own:

@@ -1,16 +1,37 @@
-"""pipelines: the ordered lists of passes that the product runs."""
+"""pipelines: the ordered lists of passes that the product runs. ``mptk passes`` prints them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes import common
 
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log, Pass, run
+from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
+from passes.targets.onnx.block_weights import BLOCK, BlockWeightsPass
+from passes.targets.onnx.emit import write_onnx
+from passes.targets.onnx.float16 import Float16Pass
+from passes.targets.onnx.fold_kv import FoldKVPass
+from passes.targets.onnx.gptq import GPTQPass
+from passes.targets.onnx.group_queries import GroupQueriesPass
+from passes.targets.onnx.library import FoldConstantsPass, FusePass, SimplifyPass
+from passes.targets.onnx.look_up import LookUpInBlocksPass
+from passes.targets.onnx.lower import LowerOps
+from passes.targets.onnx.lower_complex import LowerComplex
+from passes.targets.onnx.measure import Text
+from passes.targets.onnx.quantize import even_channels, write_quantized
 from passes.transforms.fold_norms import Folded, FoldNorms
 from passes.transforms.masked_reference import Mask
 from passes.transforms.rewrite import Rewrite
+
+OnnxPasses = list[ir.passes.PassBase]
+
+# ---- programs ----
 
 
 def cutting(analysis: Analysis, cut: Cut) -> list[Pass]:
@@ -21,6 +42,83 @@ def cutting(analysis: Analysis, cut: Cut) -> list[Pass]:
 def reference(analysis: Analysis, cut: Cut) -> list[Pass]:
     """The dense program → the masked one, which the pruned one must equal."""
     return [Mask(analysis, cut)]
+
+
+def lowering() -> list[Pass]:
+    """A decoder's program → one that the ONNX exporter translates op by op."""
+    return [LowerOps(), LowerComplex()]
+
+
+# ---- ONNX graphs ----
+
+
+def onnx_optimization(objective: str) -> OnnxPasses:
+    """The exported ONNX graph → the one that is written."""
+    return [
+        common.InlinePass(),
+        FoldConstantsPass(),
+        common.CommonSubexpressionEliminationPass(),
+        SimplifyPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.IdentityEliminationPass(),
+        FusePass(),
+        FoldKVPass(),
+        common.RemoveUnusedNodesPass(),
+        GroupQueriesPass(rows=objective == "decode"),
+        common.RemoveUnusedNodesPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.RemoveUnusedNodesPass(),
+        common.ClearMetadataAndDocStringPass(),
+    ]
+
+
+def int8(source: Path) -> OnnxPasses:
+    """The float ONNX graph → weights in 8-bit blocks."""
+    return [*even_channels(source), BlockWeightsPass(8), LookUpInBlocksPass(), common.RemoveUnusedNodesPass()]
+
+
+def int4(source: Path) -> OnnxPasses:
+    """The float ONNX graph → weights in 4-bit blocks, each rounded by itself."""
+    return [*even_channels(source), BlockWeightsPass(4), LookUpInBlocksPass(), common.RemoveUnusedNodesPass()]
+
+
+def int4_for_text(source: Path, text: Text) -> OnnxPasses:
+    """The float ONNX graph → weights in 4-bit blocks, rounded for a text."""
+    rounding = [GPTQPass(source, text, BLOCK), common.RemoveUnusedNodesPass(), BlockWeightsPass(4)]
+    return [*even_channels(source), *rounding, LookUpInBlocksPass(), common.RemoveUnusedNodesPass()]
+
+
+def fp16() -> OnnxPasses:
+    """The float ONNX graph → float16."""
+    return [Float16Pass()]
+
+
+LISTS: tuple[Callable[..., Sequence[Pass | ir.passes.PassBase]], ...] = (
+    cutting,
+    reference,
+    lowering,
+    onnx_optimization,
+    int8,
+    int4,
+    int4_for_text,
+    fp16,
+)
+"""Every list."""
+
+SCHEMES = ("int8", "int4", "fp16")
+"""What ``quantize_onnx`` writes."""
+
+# ---- runs ----
+
+
+def cut_program(analysis: Analysis, cut: Cut, log: Log) -> Folded:
+    """Run ``cutting``, unproven: the pruned program, and the norms' epsilons that changed."""
+    folded = run(analysis.program, cutting(analysis, cut), log)[-1]
+    assert isinstance(folded, Folded)
+    return folded
 
 
 def passes_until(name: str, analysis: Analysis, cut: Cut) -> list[Pass]:
@@ -37,12 +135,41 @@ def passes_until(name: str, analysis: Analysis, cut: Cut) -> list[Pass]:
     raise MptkError(f"no pass {name!r}; choose one of: {', '.join(step.name for steps in lists for step in steps)}")
 
 
-LISTS: tuple[Callable[..., Sequence[Pass]], ...] = (cutting, reference)
-"""Every list, for ``mptk passes``."""
+def emit_onnx(
+    program: Program, folder: Path, *, objective: str = "decode", metadata: Mapping[str, str] | None = None
+) -> Path:
+    """``write_onnx`` with the product's passes.
+
+    ``objective``: ``"decode"`` or ``"prefill"``: which phase the graph is to be fast in, if they differ.
+    """
+    return write_onnx(program, folder, lowering(), onnx_optimization(objective), metadata or {})
 
 
-def cut_program(analysis: Analysis, cut: Cut, log: Log) -> Folded:
-    """Run ``cutting``, unproven: the pruned program, and the norms' epsilons that changed."""
-    folded = run(analysis.program, cutting(analysis, cut), log)[-1]
-    assert isinstance(folded, Folded)
-    return folded
+def quantize_onnx(source: Path, scheme: str, text: Text | None = None) -> Path:
+    """Write ``model_SCHEME.onnx`` and its weights beside ``source``, a ``model.onnx`` of ``emit_onnx``; returns it.
+
+    Inputs and outputs keep their names and shapes; only with ``fp16`` is the KV cache of another type.
+
+    Args:
+        source: the float graph.
+        scheme: one of ``SCHEMES``.
+        text: token ids [windows, length] that ``int4`` rounds for; each weight is rounded by itself if there are none.
+
+    Raises:
+        MptkError: there is no such scheme.
+    """
+    check_schemes([scheme])
+    if scheme == "fp16":
+        steps = fp16()
+    elif scheme == "int8":
+        steps = int8(source)
+    else:
+        steps = int4(source) if text is None else int4_for_text(source, text)
+    return write_quantized(source, scheme, steps)
+
+
+def check_schemes(names: Iterable[str]) -> None:
+    """Raise MptkError for a name that is none of ``SCHEMES``."""
+    for name in names:
+        if name not in SCHEMES:
+            raise MptkError(f"no scheme {name!r} to quantise by; choose one of {', '.join(SCHEMES)}")

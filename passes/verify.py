@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mptk.errors import MptkError
 from mptk.ir.program import Program
+from passes.transforms.round_weights import RoundWeights
 
 StageLogits = Callable[[Tensor], "Tensor | tuple[Tensor, list[int]]"]
 """Token ids [batch, sequence] → logits of all or of the last positions; or logits and the positions they are of."""
@@ -69,7 +70,7 @@ def prove(masked: Program, stages: Mapping[str, tuple[StageLogits, float]], *bat
         ]
         if all(d.ok for d in found):
             return found
-        jittered = rounded(masked)
+        jittered = RoundWeights()(masked).program
         own = max(difference("rounding", jittered(ids), expected, WIDEST).relative for ids, expected in pairs)
     return [widen(d, own) for d in found]
 
@@ -92,17 +93,6 @@ def _run(name: str, run: StageLogits, tokens: Tensor, reference: Tensor, toleran
     except Exception as error:  # noqa: BLE001
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return Difference(name, math.inf, math.inf, tolerance, failure=reason[:200])
-
-
-def rounded(program: Program) -> Program:
-    """The program with weights that differ by a rounding error each: by the relative error of their type, at random."""
-    generator = torch.Generator().manual_seed(0)
-
-    def jittered(weight: Tensor) -> Tensor:
-        noise = torch.randn(weight.shape, generator=generator).to(weight)
-        return weight * (1 + torch.finfo(weight.dtype).eps * noise)
-
-    return program.with_state({n: jittered(t) for n, t in program.state.items() if t.is_floating_point()})
 
 
 def difference(

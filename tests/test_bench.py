@@ -14,8 +14,7 @@ from mptk.runtime.alternate import alternate
 from mptk.runtime.bench import Bench, bench_decoders
 from mptk.runtime.graph_work import graph_work
 from passes.frontend.trace_decoder import trace_decoder
-from passes.targets.onnx.emit import emit_onnx
-from passes.targets.onnx.quantize import quantize_onnx
+from passes.pipelines import emit_onnx, quantize_onnx
 
 HIDDEN, FFN, VOCAB, HEADS, GROUPS, DIM = 48, 80, 97, 6, 2, 10
 PROJECTIONS = HIDDEN * DIM * (2 * HEADS + 2 * GROUPS) + 3 * HIDDEN * FFN

@@ -16,7 +16,7 @@ from mptk.runtime.decoder import OrtDecoder
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 from passes.frontend.trace_decoder import trace_decoder
-from passes.targets.onnx.emit import emit_onnx
+from passes.pipelines import emit_onnx
 
 
 def halved(analysis: Analysis, *names: str) -> Plan:

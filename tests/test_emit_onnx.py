@@ -23,7 +23,7 @@ from mptk.errors import MptkError
 from mptk.ir.program import Program
 from mptk.runtime.decoder import OrtDecoder
 from passes.frontend.trace_decoder import cache_shapes, trace_decoder
-from passes.targets.onnx.emit import emit_onnx
+from passes.pipelines import emit_onnx
 
 LENGTHS = (9, 6, 4)
 STEPS = 3

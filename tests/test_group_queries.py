@@ -9,7 +9,9 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from passes.targets.onnx.fold_kv import FoldKVPass
 from passes.targets.onnx.group_queries import GroupQueriesPass
+from passes.targets.onnx.library import FusePass
 
 RNG = np.random.default_rng(0)
 HEADS, GROUPS, DIM, WIDTH, BATCH, TOKENS, PAST = 6, 2, 4, 9, 2, 3, 5
@@ -123,3 +125,15 @@ def test_the_mask_is_made_once_for_all_layers():
     masks = {node.inputs[3].name for node in changed.graph if node.op_type == "Attention"}
     assert len(masks) == 1
     assert sum(node.op_type == "Where" for node in changed.graph) == 1
+
+
+def test_a_node_that_nothing_uses_is_refused_and_so_is_a_graph_without_attention():
+    changed = ir.from_proto(attention())
+    changed.graph.append(ir.node("Neg", [changed.graph.inputs[0]], name="unused"))
+    with pytest.raises(ir.passes.PreconditionError, match="unused is used by nothing"):
+        GroupQueriesPass()(changed)
+    changed.opset_imports[""] = 22
+    with pytest.raises(ir.passes.PreconditionError, match="opset 22 has no Attention"):
+        FoldKVPass()(changed)
+    with pytest.raises(ir.passes.PreconditionError, match="opset 22 has no fusions"):
+        FusePass()(changed)

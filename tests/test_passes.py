@@ -18,10 +18,13 @@ from mptk.ir.resolved_plan import Cut, resolve_plan
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 from passes.pipelines import cutting
+from passes.targets.onnx.lower import LowerOps
+from passes.targets.onnx.lower_complex import LowerComplex
 from passes.transforms.fold_norms import FoldNorms
 from passes.transforms.masked_reference import Mask
 from passes.transforms.retype import Retype
 from passes.transforms.rewrite import Rewrite
+from passes.transforms.round_weights import RoundWeights
 
 
 class Normed(nn.Module):
@@ -75,6 +78,9 @@ def test_the_analysis_must_be_of_the_program(normed: tuple[Analysis, Cut]) -> No
         (Rewrite, "not the planned shape"),
         (Mask, "another shape"),
         (lambda *_: FoldNorms(), "another shape"),
+        (lambda *_: RoundWeights(), "another shape or type"),
+        (lambda *_: LowerOps(), "another shape"),
+        (lambda *_: LowerComplex(), "another shape"),
         (lambda *_: Retype(torch.float64), "another floating type"),
     ],
 )

@@ -22,7 +22,7 @@ from mptk.errors import MptkError
 from mptk.ir.plan import Plan
 from mptk.run.values import Proven
 from mptk.runtime.decoder import OrtDecoder
-from passes.targets.onnx.quantize import quantize_onnx
+from passes.pipelines import quantize_onnx
 from passes.verify import Difference
 
 SETTINGS = mptk.Settings(method="wanda", sparsity=0.35, samples=4, length=48, multiple=8)

@@ -16,12 +16,15 @@ import passes.targets.onnx.measure
 from mptk.errors import MptkError
 from mptk.runtime.decoder import OrtDecoder
 from passes.frontend.trace_decoder import trace_decoder
-from passes.targets.onnx.balance import balance_onnx, balanced
-from passes.targets.onnx.emit import emit_onnx
+from passes.pipelines import SCHEMES, emit_onnx, quantize_onnx
+from passes.targets.onnx.balance import BalancePass, balanced
+from passes.targets.onnx.block_weights import BLOCK, LEAST, BlockWeightsPass
 from passes.targets.onnx.gptq import grid, inverse_root, round_to_grid, rounded_blocks
+from passes.targets.onnx.look_up import LookUpInBlocksPass, quantize_rows
 from passes.targets.onnx.measure import measure_onnx
-from passes.targets.onnx.quantize import BLOCK, LEAST, SCHEMES, plain_products, quantize_onnx, quantize_rows
-from passes.targets.onnx.smooth import smooth_onnx, smoothing
+from passes.targets.onnx.plain_products import PlainProductsPass
+from passes.targets.onnx.quantize import read_float
+from passes.targets.onnx.smooth import SmoothPass, smoothing
 
 RNG = np.random.default_rng(0)
 ERROR = {"int8": 0.1, "int4": 0.9, "fp16": 0.01}
@@ -138,24 +141,25 @@ def assert_same_logits(model, source, tmp_path) -> None:
 def loaded(source):
     model = ir.load(source)
     ir.external_data.load_to_model(model)
-    plain_products(model)
+    PlainProductsPass()(model)
     for node in model.graph:
         node.name = node.outputs[0].name
     return model
 
 
 def test_smoothing_changes_no_logits_and_is_done_for_all_norms_that_products_alone_read(source, tmp_path):
-    """Two a layer of two, and the last, whatever norm and however its result is reshaped; not before what is named."""
+    """Two a layer of two, whatever norm and however its result is reshaped; not the last, which gives the logits."""
     model = loaded(source)
     before = weights(model)
-    assert smooth_onnx(model, source) == 5
+    assert SmoothPass(source)(model).modified
+    smoothed = [".smooth." in n.inputs[1].name for n in model.graph if n.op_type.endswith("Normalization")]
+    assert sum(smoothed) == 4
+    assert not smoothed[-1]
     assert changed_weights(model, before) == sum(
         node.op_type == "MatMul" and ".smooth." in node.inputs[1].name for node in model.graph
     )
     assert_same_logits(model, source, tmp_path)
     assert not list(source.parent.glob(".*"))
-    last = [node.name for node in model.graph if node.op_type == "MatMul"][-1]
-    assert smooth_onnx(loaded(source), source, without={last}) == 4
 
 
 def test_smoothed_channels_are_as_large_in_activations_as_in_weights_and_are_rounded_with_less_error():
@@ -182,7 +186,7 @@ def test_balancing_changes_no_logits_and_is_done_for_gated_products_alone(source
     model = loaded(source)
     before = weights(model)
     gated = any(node.op_type == "RMSNormalization" for node in model.graph)
-    assert balance_onnx(model) == (2 if gated else 0)
+    assert BalancePass()(model).modified == gated
     assert changed_weights(model, before) == (6 if gated else 0)
     assert_same_logits(model, source, tmp_path)
 
@@ -283,3 +287,21 @@ def test_logging_is_left_as_it_was(tmp_path):
     before = logging.root.level, logging.root.handlers[:], logging.root.manager.disable
     quantize_onnx(emit_onnx(trace_decoder(tiny_decoder(FUSED, n_layer=1)), tmp_path), "int4")
     assert (logging.root.level, logging.root.handlers[:], logging.root.manager.disable) == before
+
+
+@pytest.mark.parametrize(
+    ("step", "left"),
+    [
+        (BlockWeightsPass(8), "has a float weight"),
+        (LookUpInBlocksPass(), "looks up a float table"),
+        (PlainProductsPass(), "transposes a constant"),
+    ],
+)
+def test_what_a_pass_leaves_in_float32_is_named(tmp_path, step, left):
+    source = emit_onnx(trace_decoder(tiny_decoder(GROUPED, num_hidden_layers=1, tie_word_embeddings=True)), tmp_path)
+    model = read_float(source)
+    if not isinstance(step, PlainProductsPass):
+        PlainProductsPass()(model)
+    with pytest.raises(ir.passes.PostconditionError, match=left):
+        step.ensures(model)
+    step.ensures(step(model).model)

@@ -11,7 +11,7 @@ from tiny_decoders import GROUPED, tiny_decoder
 from mptk.errors import MptkError
 from mptk.runtime.decoder import OrtDecoder
 from passes.frontend.trace_decoder import trace_decoder
-from passes.targets.onnx.emit import emit_onnx
+from passes.pipelines import emit_onnx
 
 RNG = np.random.default_rng(0)
 

@@ -11,8 +11,10 @@ import mptk
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.ir.plan import FamilyPlan, Plan
+from mptk.ir.text import program_text
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
+from passes.pipelines import lowering
 
 
 class Gated(nn.Module):
@@ -116,6 +118,39 @@ def test_masking_keeps_every_size_and_masks_the_softmax() -> None:
         f"%softmax : [batch, {channels}] = aten.softmax.int(%_fill, -1)\n"
         f"%linear_1 : [batch, 3] = aten.linear(%softmax, head.weight)\n"
         "return %linear_1\n"
+    )
+
+
+class Turned(nn.Module):
+    """Channels in pairs, as complex numbers, doubled. A write in place to a fresh tensor, and a cast to its own type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        h += 1.0
+        pairs = torch.view_as_complex(h.reshape(2, 3, 2).to(h.dtype))
+        return torch.view_as_real(pairs * 2.0)
+
+
+def test_lowering_for_onnx_leaves_no_write_no_cast_and_no_complex_number() -> None:
+    program = trace(Turned(), (torch.ones(2, 5),))
+    for step in lowering():
+        program = step(program).program
+    assert (
+        program_text(program)
+        == """\
+up.weight : [6, 5]
+up.bias : [6]
+%inputs_0 : [2, 5]
+%linear : [2, 6] = aten.linear(%inputs_0, up.weight, up.bias)
+%add_ : [2, 6] = aten.add.Tensor(%linear, 1.0)
+%reshape : [2, 3, 2] = aten.reshape(%add_, [2, 3, 2])
+%mul_tensor : [2, 3, 2] = aten.mul.Tensor(%reshape, 2.0)
+return %mul_tensor
+"""
     )
 
 

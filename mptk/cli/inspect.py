@@ -17,6 +17,8 @@ from mptk.cli.progress import stages
 @app.command("passes")
 def list_passes() -> None:
     """List the pipelines: their passes in order, what each does, requires and ensures."""
+    from onnx_ir.passes import PassBase
+
     from passes.pipelines import LISTS
 
     for pipeline in LISTS:
@@ -26,7 +28,9 @@ def list_passes() -> None:
         for step in steps:
             typer.echo(f"  {getattr(step, 'name', type(step).__name__)}: {_summary(type(step))}")
             for condition in ("requires", "ensures"):
-                typer.echo(f"    {condition}: {_summary(getattr(step, condition))}")
+                method = getattr(type(step), condition)
+                if method.__doc__ and method is not getattr(PassBase, condition):  # which asks for nothing
+                    typer.echo(f"    {condition}: {_summary(method)}")
 
 
 def _summary(documented: object) -> str:

@@ -33,9 +33,8 @@ from passes.analysis import group
 from passes.analysis.rules import RULES, rule
 from passes.check_cut import check_cut, in_float32
 from passes.frontend.trace_decoder import LogitsScope
-from passes.pipelines import cutting, passes_until
+from passes.pipelines import check_schemes, cutting, passes_until
 from passes.targets.onnx.check_quantized import check_quantized
-from passes.targets.onnx.quantize import check_schemes
 
 __all__ = ["analyze", "bench", "export", "export_folder", "ops", "rewrite", "rule", "show", "trace"]
 
@@ -152,7 +151,7 @@ def export(
         model: with real weights; of any float type, the graph is in that type.
         folder: made if missing.
         logits: of ``"all"`` positions or the ``"last"`` alone, which saves a sixth of a small model's prefill.
-        quantize: ``passes.targets.onnx.quantize.SCHEMES`` to write as well, each as ``model_SCHEME.onnx``.
+        quantize: ``passes.pipelines.SCHEMES`` to write as well, each as ``model_SCHEME.onnx``.
         text: token ids, int64 [windows, length], that ``int4`` is rounded for; else each weight is rounded by itself.
         objective: ``"decode"`` or ``"prefill"``: which phase the graph is to be fast in, where they differ.
 

@@ -44,8 +44,7 @@ from mptk.run.values import Chosen, Compiled, Context, Prepared, Text
 from mptk.targets import find_target, written
 from mptk.tasks import load_task
 from passes.analysis import group
-from passes.pipelines import cut_program
-from passes.targets.onnx.quantize import check_schemes
+from passes.pipelines import check_schemes, cut_program
 from passes.verify import Difference
 
 REMEDY = "nothing was published. Please report this model"

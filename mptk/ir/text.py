@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from mptk.compat.torch import OpOverload
 from mptk.ir.axes import Axis, Product, Term, evaluate, leaves, resolve
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
@@ -166,6 +167,6 @@ def _flags(value: Sequence[object]) -> list[bool]:
 
 def _op(node: fx.Node) -> str:
     """``aten.linear`` or ``aten.add.Tensor``; of a Python function its name."""
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return str(node.target).removesuffix(".default")
     return str(getattr(node.target, "__name__", node.target))

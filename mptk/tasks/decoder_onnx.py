@@ -15,9 +15,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.version import __version__
 from passes.analysis import group
 from passes.frontend.trace_decoder import LogitsScope, trace_decoder
-from passes.pipelines import cut_program
-from passes.targets.onnx.emit import emit_onnx
-from passes.targets.onnx.quantize import quantize_onnx
+from passes.pipelines import cut_program, emit_onnx, quantize_onnx
 
 
 def export_decoder(

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
+from mptk.compat.torch import tree_leaves
 from mptk.ir.passes import Pass, Result
 from mptk.ir.program import Program
 

@@ -1,4 +1,4 @@
-"""balance_onnx: gated products of an ONNX decoder, rearranged so that blocks of channels quantise well.
+"""balance: gated products of an ONNX decoder, rearranged so that blocks of channels quantise well.
 
 In ``(f(x·G) ∘ (x·U))·D`` the channels between U and D may be scaled, U's columns by 1/s and D's rows by s, and put in
 any order, in G as well. The logits stay the same. Two steps, without data:
@@ -21,17 +21,16 @@ ELEMENTWISE = {"Sigmoid", "Mul", "Gelu", "Relu", "Tanh", "Erf", "Add", "Sub", "D
 FloatArray = npt.NDArray[np.float32]
 
 
-def balance_onnx(model: ir.Model) -> int:
-    """Rearrange every gated product, in place; returns how many there were. Weights must be ``[inputs, outputs]``."""
-    found = 0
-    for node in model.graph:
-        parts = gated(node)
-        if parts is not None:
-            arrays = balanced(*(weight_of(part) for part in parts))
+class BalancePass(ir.passes.InPlacePass):
+    """Scale and sort the channels of gated products, so that blocks of them quantise well."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        found = [parts for node in model.graph if (parts := gated(node)) is not None]
+        for parts in found:
+            arrays = balanced(*map(weight_of, parts))
             for part, array in zip(parts, arrays, strict=True):
                 _set_weights(part, array)
-            found += 1
-    return found
+        return ir.passes.PassResult(model, bool(found))
 
 
 def balanced(gate: FloatArray, up: FloatArray, down: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:

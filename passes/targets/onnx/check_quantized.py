@@ -1,6 +1,6 @@
 """check_quantized: a quantised ONNX decoder, weight by weight, against the float graph that it was made of.
 
-Channels are evened out before they are rounded (``smooth_onnx``, ``balance_onnx``), so the float graph is evened out
+Channels are evened out before they are rounded (``smooth.py``, ``balance.py``), so the float graph is evened out
 again here. What is then compared, for each output of a product and each block of its inputs:
 
 1. 8 bits: every weight is within half a step of the float one, or within one if its code is the last of the range;
@@ -24,7 +24,9 @@ from torch import Tensor
 
 from mptk.errors import ProofError
 from passes.targets.onnx.balance import gated, weight_of
-from passes.targets.onnx.quantize import ZERO, evened, read_float
+from passes.targets.onnx.block_weights import ZERO
+from passes.targets.onnx.plain_products import products
+from passes.targets.onnx.quantize import even_channels, read_float
 
 Floats = npt.NDArray[np.float32]
 
@@ -97,8 +99,9 @@ def _check_blocks(source: Path, quantized: ir.Model, scheme: str) -> dict[str, f
     """Constant → its largest deviation, as a share of what is allowed, in a graph whose products are in blocks."""
     rounded = {_name(node): read(node) for node in quantized.graph if node.op_type == "MatMulNBits"}
     model = read_float(source)
-    products, _ = evened(model, source)
-    weights = {_weight_name(node): weight_of(node) for node in model.graph if node.name in products}
+    ir.passes.Sequential(*even_channels(source))(model)
+    even = products(model)
+    weights = {_weight_name(node): weight_of(node) for node in model.graph if node.name in even}
     if missing := weights.keys() ^ rounded.keys():
         _fail(scheme, f"{min(missing)} is a weight of one graph alone")
     if not all(rounded[name].values.shape == weight.shape for name, weight in weights.items()):

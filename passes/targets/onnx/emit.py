@@ -1,4 +1,4 @@
-"""emit_onnx: a traced decoder → ``model.onnx`` with its KV cache as inputs and outputs, in standard operators.
+"""emit: a traced decoder → ``model.onnx`` with its KV cache as inputs and outputs, in standard operators.
 
 The graph is the program's own: nothing of the model's class is exported again. Names and axes are those of the ONNX
 ecosystem (optimum, onnxruntime-genai), see :func:`input_names` and :func:`output_names`.
@@ -6,26 +6,20 @@ ecosystem (optimum, onnxruntime-genai), see :func:`input_names` and :func:`outpu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-import onnxscript.rewriter
 import torch
-from onnx_ir.passes import common
-from onnxscript.optimizer import fold_constants
-from onnxscript.rewriter import onnx_fusions
-from onnxscript.rewriter.rules import common as rules
 from torch.export import ExportedProgram
 
 from mptk.compat.torch import quiet_exporter
 from mptk.errors import MptkError
 from mptk.files import write_together
+from mptk.ir.passes import Log, Pass, run
 from mptk.ir.program import Program
-from passes.targets.onnx.fold_kv import FoldKVPass
-from passes.targets.onnx.group_queries import GroupQueriesPass
-from passes.targets.onnx.lower import lower_onnx
+from passes.targets.onnx.lower import to_exporter
 from passes.targets.onnx.translate import translations
 
 OPSET = 23
@@ -49,8 +43,12 @@ def output_names(layers: int) -> list[str]:
     return ["logits", *(f"present.{layer}.{part}" for layer in range(layers) for part in ("key", "value"))]
 
 
-def emit_onnx(
-    program: Program, folder: Path, *, objective: str = "decode", metadata: Mapping[str, str] | None = None
+def write_onnx(
+    program: Program,
+    folder: Path,
+    lowering: Sequence[Pass],
+    optimization: Sequence[ir.passes.PassBase],
+    metadata: Mapping[str, str],
 ) -> Path:
     """Write ``program`` as ``folder/model.onnx`` and its weights as ``folder/model.onnx.data``; returns the first.
 
@@ -64,7 +62,8 @@ def emit_onnx(
     Args:
         program: what ``trace_decoder`` returns, or a rewrite of it, with real weights.
         folder: made if missing; other files in it stay.
-        objective: ``"decode"`` or ``"prefill"``: which phase the graph is to be fast in, where they differ.
+        lowering: what makes the program one that the exporter can translate.
+        optimization: passes over the ONNX graph.
         metadata: goes into the model's ``metadata_props`` (plan hash, versions).
 
     Raises:
@@ -74,11 +73,9 @@ def emit_onnx(
     layers, rest = divmod(len(program.user_inputs) - 3, 2)
     if layers < 1 or rest:
         raise MptkError("cannot write ONNX: the program has no KV cache inputs; make it with trace_decoder")
-    if not program.has_values:
-        raise MptkError("cannot write ONNX: the program was traced without weights; load the model's weights first")
-    model = optimize(translate(program), objective)
+    model = ir.passes.Sequential(*optimization)(translate(program, lowering)).model
     _name(model, layers)
-    model.metadata_props.update(metadata or {})
+    model.metadata_props.update(metadata)
     folder.mkdir(parents=True, exist_ok=True)
     with write_together(folder, DATA, FILE) as temporary:
         ir.save(model, temporary / FILE, external_data=DATA)
@@ -86,14 +83,15 @@ def emit_onnx(
     return folder / FILE
 
 
-def translate(program: Program) -> ir.Model:
-    """The program in ONNX operators as torch.onnx.export writes them, without any optimisation.
+def translate(program: Program, lowering: Sequence[Pass]) -> ir.Model:
+    """The program, lowered, in ONNX operators as torch.onnx.export writes them, without any optimisation.
 
     An operator that the exporter lacks may have a decomposition into those it knows; only then torch decomposes the
     whole graph, which takes ten times as long.
     """
+    lowered = run(program, lowering, Log())[-1].program
     try:
-        return _exported(lower_onnx(program))
+        return _exported(to_exporter(lowered))
     except torch.onnx.OnnxExporterError as error:
         first = error
     try:
@@ -114,30 +112,6 @@ def _exported(program: ExportedProgram) -> ir.Model:
         )
     assert exported is not None
     return exported.model
-
-
-def optimize(model: ir.Model, objective: str = "decode") -> ir.Model:
-    """Fold constants, fuse RMSNorm, rotary embedding and attention with its cache; one pass each (``docs/onnx.md``).
-
-    onnxscript's own ``optimize`` gives the same graph in 20 times the time: it infers shapes node by node and tries
-    50 rules, most of them for convolutions. The exporter has set the shapes already.
-    """
-    common.InlinePass()(model)
-    fold_constants(model, onnx_shape_inference=False, input_size_limit=1024, output_size_limit=1024)
-    common.CommonSubexpressionEliminationPass()(model)
-    onnxscript.rewriter.rewrite(model, [rules.mul_by_1_rule, rules.add_0_rule, rules.no_op_cast_rule])
-    common.IdentityEliminationPass()(model)
-    onnx_fusions.fuse(model)
-    FoldKVPass()(model)
-    common.RemoveUnusedNodesPass()(model)
-    GroupQueriesPass(rows=objective == "decode")(model)
-    common.RemoveUnusedNodesPass()(model)
-    common.CommonSubexpressionEliminationPass()(model)
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    common.DeduplicateInitializersPass()(model)
-    common.RemoveUnusedNodesPass()(model)
-    common.ClearMetadataAndDocStringPass()(model)
-    return model
 
 
 def _name(model: ir.Model, layers: int) -> None:

@@ -24,7 +24,16 @@ HEADS_TO_FRONT = (0, 2, 1, 3)
 
 
 class FoldKVPass(ir.passes.InPlacePass):
-    """Requires shapes of the values around each Attention node; leaves unused nodes behind."""
+    """Move the KV cache into the Attention operator, and its heads into the layout of the projections.
+
+    Uses the shapes of the values around each Attention node; leaves unused nodes behind.
+    """
+
+    def requires(self, model: ir.Model) -> None:
+        """Opset 23 or later, whose Attention takes a past."""
+        opset = model.opset_imports.get("", 0)
+        if opset < 23:
+            raise ir.passes.PreconditionError(f"opset {opset} has no Attention")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified, earlier = False, set[ir.Node]()

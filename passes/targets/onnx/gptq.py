@@ -1,4 +1,4 @@
-"""gptq_onnx: products with weights of an ONNX decoder → MatMulNBits in 4-bit blocks that are rounded for a text.
+"""gptq: products with weights of an ONNX decoder → MatMulNBits in 4-bit blocks that are rounded for a text.
 
 GPTQ (Frantar et al. 2023, arXiv 2210.17323): a product's inputs are rounded one after another, and what rounding one
 changes in the result, on the text, the inputs that are not yet rounded make up for. A block's range is the one of
@@ -8,7 +8,7 @@ once for each value and each window.)
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from passes.targets.onnx.balance import weight_of
 from passes.targets.onnx.measure import Text, measure_onnx
+from passes.targets.onnx.plain_products import logit_products, products
 
 Floats = npt.NDArray[np.float32]
 
@@ -51,25 +52,42 @@ class Blocks:
         return self.scales[block] * (self.codes - self.zeros[block].astype(np.float32))
 
 
-def gptq_onnx(model: ir.Model, file: Path, names: Collection[str], block: int, text: Text) -> None:
-    """Replace the products ``MatMul(x, weight [inputs, outputs])`` with these names.
+@dataclass(frozen=True, eq=False)
+class GPTQPass(ir.passes.InPlacePass):
+    """Round products with weights in 4-bit blocks for a text, except the output projection.
 
-    Args:
-        model: with weights in memory.
-        file: the same model, which is run.
-        block: inputs that share a scale and a zero point.
-        text: token ids, [windows, length]. Random ones are no use: 512 of them did more harm than good.
+    ``source``: the file that the graph was read from; beside it lies a copy of the graph while that is run. ``block``:
+    inputs that share a scale and a zero point. ``text``: token ids, [windows, length]. Random ones are no use: 512 of
+    them did more harm than good.
     """
-    readers: dict[str, list[ir.Node]] = {}
-    for node in model.graph:
-        if node.name in names:
-            readers.setdefault(str(node.inputs[0].name), []).append(node)  # type: ignore[union-attr]
-    channels = {name: weight_of(nodes[0]).shape[0] for name, nodes in readers.items()}
-    for name, moments in measure_onnx(file, channels, text, "products"):
-        inverse = inverse_root(moments)
-        for node in readers[name]:
-            _set_blocks(model.graph, node, rounded_blocks(weight_of(node), moments.diagonal(), inverse, block))
-    model.graph.opset_imports.setdefault("com.microsoft", 1)
+
+    source: Path
+    text: Text
+    block: int
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        names = products(model).keys() - logit_products(model)
+        readers: dict[str, list[ir.Node]] = {}
+        for node in model.graph:
+            if node.name in names:
+                readers.setdefault(str(node.inputs[0].name), []).append(node)  # type: ignore[union-attr]
+        channels = {name: weight_of(nodes[0]).shape[0] for name, nodes in readers.items()}
+        with tempfile.TemporaryDirectory(dir=self.source.parent, prefix=".onnx-") as temporary:
+            file = Path(temporary) / self.source.name
+            ir.save(model, file, external_data=f"{file.name}.data")
+            for name, moments in measure_onnx(file, channels, self.text, "products"):
+                inverse = inverse_root(moments)
+                for node in readers[name]:
+                    rounded = rounded_blocks(weight_of(node), moments.diagonal(), inverse, self.block)
+                    _set_blocks(model.graph, node, rounded)
+        model.graph.opset_imports.setdefault("com.microsoft", 1)
+        return ir.passes.PassResult(model, bool(readers))
+
+    def ensures(self, model: ir.Model) -> None:
+        """The output projection alone has a float weight."""
+        left = sorted(products(model).keys() - logit_products(model))
+        if left:
+            raise ir.passes.PostconditionError(f"{left[0]} has a float weight")
 
 
 def inverse_root(moments: Floats) -> Floats:

@@ -29,15 +29,22 @@ Mask = tuple[ir.Value, int, bool]
 """What a new mask is made of: the old one, how often its rows are repeated, and ``_Heads.flat``."""
 
 
+@dataclass(frozen=True)
 class GroupQueriesPass(ir.passes.InPlacePass):
-    """Requires shapes of the values around each Attention node and no unused nodes; leaves some behind.
+    """Make Attention's mask numbers, once for all layers, and multiply query heads that share keys at once.
 
-    Args:
-        rows: whether to take step 2.
+    Uses the shapes of the values around each Attention node; leaves unused nodes behind. ``rows``: whether to take
+    step 2.
     """
 
-    def __init__(self, rows: bool = True) -> None:
-        self.rows = rows
+    rows: bool = True
+
+    def requires(self, model: ir.Model) -> None:
+        """No unused nodes: each of them would count as a use."""
+        used = {value for node in model.graph for value in node.inputs} | set(model.graph.outputs)
+        unused = [node.name for node in model.graph if used.isdisjoint(node.outputs)]
+        if unused:
+            raise ir.passes.PreconditionError(f"{unused[0]} is used by nothing")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         made: dict[Mask, ir.Value] = {}

@@ -1,4 +1,4 @@
-"""lower_onnx: a Program → an ExportedProgram that torch.onnx.export translates op by op, without decomposing it.
+"""lower: ops that torch.onnx.export translates one by one, without decomposing the graph.
 
 torch.onnx.export first runs ``ExportedProgram.run_decompositions``, which retraces the graph twice on symbolic shapes:
 nine tenths of its time. The exporter knows nearly every op of the pre-dispatch graph as it is (linear, silu and
@@ -10,9 +10,8 @@ scaled_dot_product_attention even better than their parts), so a few local repla
 4. operators under another name get the name that the exporter knows;
 5. an op that writes to a fresh tensor, of which no view was taken and which is not read after the write but by its
    result (``x = linear(...); x += y``), becomes the op without the write. A graph with any other write is left to
-   torch's own decomposition, which makes it functional, but for cases 1 and 7;
-6. attention whose one key head serves all query heads says so, as the exporter does not broadcast it;
-7. complex numbers become pairs of real ones (``passes/targets/onnx/lower_complex.py``).
+   torch's own decomposition, which makes it functional, except for case 1;
+6. attention whose one key head serves all query heads says so, as the exporter does not broadcast it.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature
 
 from mptk.compat.torch import OpOverload, schema, size_expression, undecomposed
+from mptk.errors import MptkError
+from mptk.ir.passes import Pass, Result, shapes
 from mptk.ir.program import Program
-from passes.targets.onnx.lower_complex import lower_complex
 
 aten = torch.ops.aten
 ASSERTIONS = {
@@ -64,39 +63,54 @@ RENAMED: dict[Any, Callable[..., Any]] = {
 }
 
 
-def lower_onnx(program: Program) -> ExportedProgram:
-    """The program for ``torch.onnx.export``, lowered as the module's docstring says. ``program`` is not changed."""
-    module = program.copy_graph()
-    nodes = [node for node in module.graph.nodes if isinstance(node.target, OpOverload)]
-    if not all(_functional(node) for node in nodes):
-        return _real(program).to_exported()
-    for node in nodes:
-        _lower(node)
-    lower_complex(module.graph)
+@dataclass(frozen=True)
+class LowerOps(Pass):
+    """Replace ops that the ONNX exporter does not know, and drop calls that return their input."""
+
+    name: ClassVar[str] = "lower ops"
+
+    def requires(self, program: Program) -> None:
+        """Real weights."""
+        if not program.has_values:
+            raise MptkError("cannot write ONNX: the program was traced without weights; load the model's weights first")
+
+    def run(self, program: Program) -> Result:
+        module = program.copy_graph()
+        nodes = [node for node in module.graph.nodes if isinstance(node.target, OpOverload)]
+        if all(_functional(node) for node in nodes):
+            for node in nodes:
+                _lower(node)
+            return Result(relinked(program, module), module.code != program.graph.code)
+        module = program.copy_graph()
+        for node in list(module.graph.nodes):
+            if node.target in ASSERTIONS:
+                module.graph.erase_node(node)
+        lowered = relinked(program, module)
+        return Result(lowered, module.code != program.graph.code, ("writes in place are left to torch",))
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """No assertion is left; the weights have the same names and shapes."""
+        assert ASSERTIONS.isdisjoint(node.target for node in after.graph.graph.nodes), "an assertion is left"
+        assert shapes(after) == shapes(before), "a weight has another shape"
+
+
+def relinked(program: Program, module: fx.GraphModule) -> Program:
+    """``program`` with the graph ``module``, without dead calls and with the names of what that returns."""
     module.graph.eliminate_dead_code()
     module.recompile()
-    return undecomposed(replace(program, graph=module, signature=_signature(program, module)).to_exported())
-
-
-def _real(program: Program) -> Program:
-    """Without assertions (case 1) and complex numbers (case 7), which torch's decomposition leaves."""
-    module = program.copy_graph()
-    for node in module.graph.nodes:
-        if node.target in ASSERTIONS:
-            module.graph.erase_node(node)
-    lower_complex(module.graph)
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return replace(program, graph=module, signature=_signature(program, module))
-
-
-def _signature(program: Program, module: fx.GraphModule) -> ExportGraphSignature:
-    """The program's, with the names of what ``module`` returns: its own output may have been replaced."""
     signature = copy.deepcopy(program.signature)
     outputs: Any = module.graph.output_node().args[0]
     for spec, node in zip(signature.output_specs, outputs, strict=True):
         spec.arg.name = node.name
-    return signature
+    return replace(program, graph=module, signature=signature)
+
+
+def to_exporter(program: Program) -> ExportedProgram:
+    """A lowered program for ``torch.onnx.export``, which decomposes it only if a write in place is left."""
+    exported = program.to_exported()
+    signatures = [schema(node.target) for node in program.graph.graph.nodes]
+    mutable = any(signature is not None and signature.is_mutable for signature in signatures)
+    return exported if mutable else undecomposed(exported)
 
 
 def _functional(node: fx.Node) -> bool:

@@ -7,21 +7,48 @@ products, and changes of shape. A graph with any other complex op is left as it 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from mptk.compat.torch import enable_python_dispatcher
+from mptk.ir.ops import op_name
+from mptk.ir.passes import Pass, Result, shapes
+from mptk.ir.program import Program
+from passes.targets.onnx.lower import relinked
 
 aten = torch.ops.aten
 
 
-def lower_complex(graph: fx.Graph) -> None:
-    """Changes ``graph`` in place; nodes without users stay behind. Requires example values in ``meta["val"]``."""
-    nodes = [node for node in graph.nodes if any(map(_is_complex, (node, *node.all_input_nodes)))]
-    if any(_packet(node) not in LOWERED for node in nodes):
-        return
+@dataclass(frozen=True)
+class LowerComplex(Pass):
+    """Replace complex numbers by pairs of real ones, in a graph whose complex ops are all known."""
+
+    name: ClassVar[str] = "lower complex"
+
+    def run(self, program: Program) -> Result:
+        complex_ops = _complex_ops(program.graph.graph)
+        unknown = sorted({op_name(node) for node in complex_ops if _packet(node) not in LOWERED})
+        if unknown or not complex_ops:
+            return Result(program, False, (f"complex {', '.join(unknown)} left",) if unknown else ())
+        module = program.copy_graph()
+        _lower(module.graph, _complex_ops(module.graph))
+        return Result(relinked(program, module), True)
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """No complex number is left if anything changed; the weights have the same names and shapes."""
+        assert after is before or not _complex_ops(after.graph.graph), "a complex number is left"
+        assert shapes(after) == shapes(before), "a weight has another shape"
+
+
+def _complex_ops(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if any(map(_is_complex, (node, *node.all_input_nodes)))]
+
+
+def _lower(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Replace ``nodes``, which stay behind without users."""
     pairs: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         with graph.inserting_before(node):

@@ -1,4 +1,4 @@
-"""smooth_onnx: what norms of an ONNX decoder hand to products, rescaled so that blocks of channels quantise well.
+"""smooth: what norms of an ONNX decoder hand to products, rescaled so that blocks of channels quantise well.
 
 A norm ends in a scale of each channel. Where all that reads its result are products with weights, channel i may be
 divided by s_i there and row i of the weights multiplied by it: the logits stay the same (SmoothQuant, Xiao et al.
@@ -12,6 +12,7 @@ hardly the text's (``docs/onnx.md``).
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import onnx_ir as ir
 
 from passes.targets.onnx.balance import is_product
 from passes.targets.onnx.measure import measure_onnx
+from passes.targets.onnx.plain_products import logit_products
 
 PROMPTS = (16, 32)
 """How many, and tokens of each: few enough for any table of positions."""
@@ -28,31 +30,42 @@ PROMPTS = (16, 32)
 Sizes = npt.NDArray[np.float32]
 
 
-def smooth_onnx(model: ir.Model, source: Path, without: Collection[str] = ()) -> int:
-    """Rescale every such norm, in place; returns how many there were.
+@dataclass(frozen=True)
+class SmoothPass(ir.passes.InPlacePass):
+    """Move scales of channels from norms into the products that read them, except the output projection.
 
-    Args:
-        model: weights ``[inputs, outputs]`` in memory.
-        source: the file of the same graph, which is run.
-        without: names of products that must stay as they are.
+    ``source``: the file of the same graph, which is run.
     """
-    found = {
-        str(node.outputs[0].name): (node, products)
-        for node in model.graph
-        if _scales(node) and (products := _readers(node.outputs[0], without))
-    }
-    channels = {name: _array(node.inputs[_scales(node)[0]]).size for name, (node, _) in found.items()}
-    vocabulary = int(model.graph.outputs[0].shape[-1])  # type: ignore[arg-type, index]
-    text = np.random.default_rng(0).integers(0, vocabulary, PROMPTS)
-    for name, squares in measure_onnx(source, channels, text, "squares"):
-        node, products = found[name]
-        weights = [_array(product.inputs[1]) for product in products]
-        scale = smoothing(np.sqrt(squares / text.size), weights)
-        for index in _scales(node):
-            _set_input(model.graph, node, index, _array(node.inputs[index]) / scale)
-        for product, weight in zip(products, weights, strict=True):
-            _set_input(model.graph, product, 1, weight * scale[:, None])
-    return len(found)
+
+    source: Path
+
+    def requires(self, model: ir.Model) -> None:
+        """A vocabulary of known size."""
+        _vocabulary(model)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        head = logit_products(model)
+        found = {
+            str(node.outputs[0].name): (node, products)
+            for node in model.graph
+            if _scales(node) and (products := _readers(node.outputs[0], head))
+        }
+        channels = {name: _array(node.inputs[_scales(node)[0]]).size for name, (node, _) in found.items()}
+        text = np.random.default_rng(0).integers(0, _vocabulary(model), PROMPTS)
+        for name, squares in measure_onnx(self.source, channels, text, "squares"):
+            node, products = found[name]
+            weights = [_array(product.inputs[1]) for product in products]
+            scale = smoothing(np.sqrt(squares / text.size), weights)
+            for index in _scales(node):
+                _set_input(model.graph, node, index, _array(node.inputs[index]) / scale)
+            for product, weight in zip(products, weights, strict=True):
+                _set_input(model.graph, product, 1, weight * scale[:, None])
+        return ir.passes.PassResult(model, bool(found))
+
+
+def _vocabulary(model: ir.Model) -> int:
+    """Tokens that the logits are of."""
+    return int(model.graph.outputs[0].shape[-1])  # type: ignore[arg-type, index]
 
 
 def smoothing(size: Sizes, weights: Collection[Sizes]) -> Sizes:

@@ -1,0 +1,97 @@
+"""plain_products: every product with a weight becomes ``MatMul(x, weight [inputs, outputs])``.
+
+Quantisers look at nothing else.
+
+1. ``Transpose(weight)`` becomes a weight.
+2. ``Gemm(x, weight, bias)`` becomes ``MatMul`` and ``Add``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+
+class PlainProductsPass(ir.passes.InPlacePass):
+    """Make every product with a weight a MatMul."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph, modified = model.graph, False
+        for node in list(graph):
+            if node.op_type == "Transpose" and is_constant(node.inputs[0]):
+                folded = _transposed(graph, node.inputs[0])  # type: ignore[arg-type]
+                ir.convenience.replace_all_uses_with(node.outputs[0], folded)
+                graph.remove(node, safe=True)
+                modified = True
+            elif node.op_type == "Gemm" and is_constant(node.inputs[1]):
+                modified |= _split_gemm(graph, node)
+        return ir.passes.PassResult(model, modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        """No matrix of constants is transposed in the graph."""
+        left = [n.name for n in model.graph if n.op_type == "Transpose" and is_constant(n.inputs[0])]
+        if left:
+            raise ir.passes.PostconditionError(f"{left[0]} transposes a constant")
+
+
+def _split_gemm(graph: ir.Graph, gemm: ir.Node) -> bool:
+    settings = {name: attribute.value for name, attribute in gemm.attributes.items()}
+    if settings.get("transA", 0) or settings.get("alpha", 1.0) != 1 or settings.get("beta", 1.0) != 1:
+        return False
+    data, weight, *bias = gemm.inputs
+    steps = ir.tape.Tape()
+    result = steps.op("MatMul", [data, _transposed(graph, weight) if settings.get("transB", 0) else weight])  # type: ignore[arg-type]
+    if bias and bias[0] is not None:
+        result.shape, result.type = gemm.outputs[0].shape, gemm.outputs[0].type
+        result = steps.op("Add", [result, bias[0]])
+    put(graph, gemm, steps, result)
+    return True
+
+
+def put(graph: ir.Graph, old: ir.Node, steps: ir.tape.Tape, result: ir.Value) -> None:
+    """``steps``, of which ``result`` comes, in place of ``old``."""
+    graph.insert_before(old, steps.nodes)
+    result.shape, result.type = old.outputs[0].shape, old.outputs[0].type
+    ir.convenience.replace_all_uses_with(old.outputs[0], result)
+    graph.remove(old, safe=True)
+
+
+def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
+    """The transpose of a matrix as a weight of its own, once."""
+    name = f"{weight.name}.T"
+    if name in graph.initializers:
+        return graph.initializers[name]
+    assert weight.const_value is not None
+    return constant(graph, name, np.ascontiguousarray(weight.const_value.numpy().T))
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether a value is a matrix of constants."""
+    return value is not None and value.const_value is not None and value.const_value.shape.rank() == 2
+
+
+def constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    """A new constant of the graph."""
+    value = ir.Value(name=name, const_value=ir.Tensor(array, name=name), shape=ir.Shape(array.shape))
+    value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+    graph.register_initializer(value)
+    return value
+
+
+def products(model: ir.Model) -> dict[str, npt.NDArray[np.float32]]:
+    """Names of the products with a weight → the weight, [inputs, outputs]."""
+    constants = {
+        node.name: node.inputs[1].const_value.numpy()
+        for node in model.graph
+        if node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].const_value is not None
+    }
+    return {str(name): array for name, array in constants.items() if array.ndim == 2}
+
+
+def logit_products(model: ir.Model) -> set[str]:
+    """Names of the products that give the logits, as far as their outputs are the vocabulary."""
+    vocabulary = model.graph.outputs[0].shape
+    return {name for name, weight in products(model).items() if vocabulary and weight.shape[1] == vocabulary[-1]}

@@ -269,6 +269,10 @@ def own_names(tree: ast.AST) -> set[str]:
     return names
 
 
+INTERNAL = (".node.hint", ".node.expr", "ExportedProgram(")
+"""Internals of torch whose names say nothing of it."""
+
+
 def foreign_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """(line, private name of another library): imports, attributes, and names given to getattr and its like.
 
@@ -279,6 +283,8 @@ def foreign_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in own:
             if not ast.unparse(node.value).endswith("aten"):
                 yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node).endswith(INTERNAL):
+            yield node.lineno, ast.unparse(node)
         elif isinstance(node, ast.Import):
             yield from ((node.lineno, a.name) for a in node.names if any(map(private, a.name.split("."))))
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] not in ("mptk", "passes"):
@@ -286,6 +292,8 @@ def foreign_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, name) for name in names if any(map(private, name.split("."))))
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
+            if f"{called}(".endswith(INTERNAL):
+                yield node.lineno, called
             if called in ("getattr", "hasattr", "setattr", "delattr") or called.startswith("vars("):
                 texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
                 yield from ((node.lineno, text) for text in texts if private(text))
@@ -302,6 +310,8 @@ def foreign_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
         "module._parameters['x'] = 1",
         "getattr(op, '_schema', None)",
         "vars(config).pop('_name', None)",
+        "size.node.hint",
+        "torch.export.ExportedProgram(root=graph)",
     ],
 )
 def test_a_private_name_is_seen(line: str) -> None:

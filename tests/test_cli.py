@@ -261,7 +261,9 @@ def test_passes_lists_the_pipelines_without_loading_transformers(mptk):
     result = mptk("passes")
     assert result.code == 0
     lines = result.stdout.splitlines()
-    assert [line.partition(":")[0] for line in lines if not line.startswith(" ")] == [p.__name__ for p in LISTS]
+    assert [line.partition(":")[0] for line in lines if not line.startswith(" ")] == [
+        p.__name__.replace("_", " ") for p in LISTS
+    ]
     start = lines.index("  rewrite: Cut the graph's sizes and the weights to a plan.")
     assert lines[start + 1 : start + 4] == [
         "    requires: The program that was analysed.",

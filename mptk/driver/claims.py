@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mptk.cost.model import CostModel
+from mptk.driver.changes import COMPENSATION
 from mptk.errors import MptkError
 from mptk.files import json_text
 from mptk.io.manifest import listed, weights_digest
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.methods import find_method
+from mptk.methods.criteria import all_criteria
 from mptk.run.report import Report
 from mptk.targets import ONNX, targets
 
@@ -71,8 +73,11 @@ def check_numbers(report: Report, folder: Path, analysis: Analysis, plan: Plan) 
     learned = method.learns or method.reconstructs or settings.reconstruct or settings.steps
     unknown = [name for name in trained if not learned or name not in analysis.program.state]
     _require("trained", trained, [name for name in trained if name not in unknown])
-    compensated = (folder / "compensation.safetensors").is_file()
-    _require("settings.method", settings.method, "flap" if compensated else settings.method)
+    if (folder / COMPENSATION).is_file():
+        compensating = [name for name, criterion in all_criteria().items() if criterion.compensates]
+        _require(
+            "settings.method", settings.method, next((n for n in compensating if n == settings.method), compensating[0])
+        )
     for d in report.proof:
         _require(f"proof.{d['stage']}", d["ok"], True)
 

@@ -129,10 +129,10 @@ def settled(settings: Settings) -> Settings:
 def check_settings(settings: Settings) -> None:
     """Raise MptkError for what cannot be done with any model."""
     method = find_method(settings.method)
-    find_target(settings.target)
+    target = find_target(settings.target)
     if settings.plan is None:
         method.check(settings)
-    if settings.steps and settings.target != "stock":
+    if settings.steps and not target.trainable:
         raise MptkError("only a stock checkpoint can be trained after the cut; use --target stock, or no --steps")
     check_schemes(settings.quantize)
 

@@ -57,10 +57,14 @@ class Method(Protocol):
 
 
 class Target(Protocol):
-    """What is written: which widths it can hold, how it is written, and what it must be equal to."""
+    """What is written: which widths it can hold, how it is written, and what it must be equal to.
+
+    ``trainable``: ``fit`` gives a module that recovery can train.
+    """
 
     name: str
     summary: str
+    trainable: bool = False
 
     def legal(self, analysis: Analysis, model: nn.Module, multiple: int | Sequence[int]) -> LegalWidths:
         """Each family's legal widths; by default all that the graph's ops accept."""
@@ -107,10 +111,14 @@ class Target(Protocol):
 
 
 class Task(Protocol):
-    """What kind of model it is: text to calibrate on, its loss, how good it is, its ONNX form."""
+    """What kind of model it is: text to calibrate on, its loss, how good it is, its ONNX form.
+
+    ``causal``: logits at a position predict the next token, so that a teacher's can be distilled.
+    """
 
     name: str
     summary: str
+    causal: bool = False
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         """Why a model of this config is of another kind, or None. ``classes``: empty for a model with its own code."""

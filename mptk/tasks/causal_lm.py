@@ -32,6 +32,7 @@ class CausalLM(Task):
 
     name = "causal-lm"
     summary = "decoder"
+    causal = True
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         name = min((c.__name__ for c in classes), default=type(config).__name__)

@@ -1,5 +1,6 @@
 """Axis rules by op family. Importing this package fills the table."""
 
+from mptk.plugins import load_plugins
 from passes.analysis.rules import (  # noqa: F401
     complex,
     contract,
@@ -20,4 +21,10 @@ from passes.analysis.rules.context import Value
 from passes.analysis.rules.pointwise import POINTWISE
 from passes.analysis.rules.table import RULES, Result, Rule, rule
 
-__all__ = ["POINTWISE", "RULES", "Result", "Rule", "Value", "rule"]
+__all__ = ["POINTWISE", "RULES", "Result", "Rule", "Value", "load_rules", "rule"]
+
+
+def load_rules() -> dict[str, Rule]:
+    """All rules by op: mptk's, and those that plugins register when they are imported (group ``mptk.rules``)."""
+    load_plugins("mptk.rules")
+    return RULES

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
+import operator
 import re
 import traceback
 import warnings
@@ -172,10 +174,7 @@ class Prober:
 
     def lookup(self, path: tuple[str, ...]) -> object:
         """The value that the unchanged config has at ``path``."""
-        value: Any = self.body
-        for key in path:
-            value = value[key]
-        return value
+        return functools.reduce(operator.getitem, path, self.body)
 
     def _instantiate(self, config: PreTrainedConfig, refused: Refusal | None) -> Build | Refusal:
         with quiet(), torch.device("meta"):
@@ -272,15 +271,14 @@ def _is_size(value: object) -> TypeGuard[int]:
 
 def _set(body: dict[str, Any], target: Field, value: int) -> None:
     *parents, leaf = target.path
-    for key in parents:
-        body = body[key]
+    body = functools.reduce(operator.getitem, parents, body)
     if target.items:
         body[leaf] = [value if i in target.items else old for i, old in enumerate(body[leaf])]
     else:
         body[leaf] = value
 
 
-def _truncate(body: dict[str, Any], length: int, to: int) -> None:
+def _truncate(body: dict[str, object], length: int, to: int) -> None:
     """Shorten every list of ``length`` entries: per-layer lists, while the depth is lowered."""
     for key, value in body.items():
         if isinstance(value, dict):

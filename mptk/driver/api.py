@@ -30,7 +30,7 @@ from mptk.tasks import load_decoder
 from mptk.tasks.decoder_onnx import export_decoder
 from mptk.version import __version__
 from passes.analysis import group
-from passes.analysis.rules import RULES, rule
+from passes.analysis.rules import load_rules, rule
 from passes.check_cut import check_cut, in_float32
 from passes.frontend.trace_decoder import LogitsScope
 from passes.pipelines import check_schemes, cutting, passes_until
@@ -74,7 +74,7 @@ def ops() -> list[dict[str, str]]:
             "file": found.propagate.__module__.replace(".", "/") + ".py",
             "axes": (found.propagate.__doc__ or "").partition("\n")[0],
         }
-        for name, found in sorted(RULES.items())
+        for name, found in sorted(load_rules().items())
     ]
 
 

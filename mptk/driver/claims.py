@@ -75,9 +75,8 @@ def check_numbers(report: Report, folder: Path, analysis: Analysis, plan: Plan) 
     _require("trained", trained, [name for name in trained if name not in unknown])
     if (folder / COMPENSATION).is_file():
         compensating = [name for name, criterion in all_criteria().items() if criterion.compensates]
-        _require(
-            "settings.method", settings.method, next((n for n in compensating if n == settings.method), compensating[0])
-        )
+        known = settings.method if settings.method in compensating else compensating[0]
+        _require("settings.method", settings.method, known)
     for d in report.proof:
         _require(f"proof.{d['stage']}", d["ok"], True)
 

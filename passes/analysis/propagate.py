@@ -23,7 +23,7 @@ from mptk.ir.source_location import SourceLocation
 from passes.analysis.aliasing import find_writes, nodes_in
 from passes.analysis.dependence import find_dependence
 from passes.analysis.recorder import Recorder
-from passes.analysis.rules import POINTWISE
+from passes.analysis.rules import POINTWISE, load_rules
 from passes.analysis.rules.context import Value
 from passes.analysis.rules.table import Result, Rule, find_rule, single
 
@@ -34,6 +34,7 @@ def propagate(program: Program) -> AxisFacts:
     Raises:
         MptkError: an op has no rule; the message names the op, its module and how to register one.
     """
+    load_rules()
     return _Walk(program).run()
 
 

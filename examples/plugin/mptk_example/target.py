@@ -1,0 +1,50 @@
+"""A target: the cut weights as one NumPy archive, all widths multiples of 8. `mptk prune MODEL --target npz` writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from mptk.ir.families import Analysis
+from mptk.run.protocols import Target
+from mptk.run.values import Checks, Compiled, Text
+from mptk.targets.graph import stored_weights
+from passes.targets.legalize import LegalWidths, graph_widths
+
+FILE = "weights.npz"
+STEP = 8
+
+
+class NpzTarget(Target):
+    """Weights by name in ``weights.npz``, for a runtime of your own."""
+
+    name = "npz"
+    summary = "a NumPy archive, widths in multiples of 8"
+
+    def legal(self, analysis: Analysis, model: nn.Module, multiple: int | Sequence[int]) -> LegalWidths:
+        whole = graph_widths(analysis, multiple)
+        sizes = {family.name: family.size for family in analysis.families}
+        ladders = {
+            name: tuple(width for width in ladder if width % STEP == 0 or width == sizes[name])
+            for name, ladder in whole.ladders.items()
+        }
+        return LegalWidths(ladders, whole.refused, whole.accepts)
+
+    def emit(self, compiled: Compiled, text: Text, folder: Path) -> list[str]:
+        np.savez(folder / FILE, **{name: weight.numpy() for name, weight in compiled.program.state.items()})
+        return []
+
+    def wrote(self, folder: Path) -> bool:
+        return (folder / FILE).is_file()
+
+    def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
+        with np.load(folder / FILE) as archive:
+            stored = {name: torch.from_numpy(archive[name]) for name in archive.files}
+        return Checks((stored_weights(stored, dict(compiled.program.state)),))
+
+
+NPZ = NpzTarget()

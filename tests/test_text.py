@@ -168,6 +168,13 @@ def test_a_static_program_shows_sizes() -> None:
     assert "%add : [2, 3, hidden(6)] = " in text
 
 
+def test_an_axis_is_not_named_if_its_size_is_another(gated: Analysis) -> None:
+    (ffn,) = gated.family("ffn").groups
+    text = program_text(gated.program, gated, {ffn.axis: 7})
+    assert "up.weight : [10, hidden(6)]" in text
+    assert "ffn" not in text
+
+
 def test_an_unknown_pass_is_named_with_those_there_are(gated: Analysis) -> None:
     with pytest.raises(MptkError, match="no pass 'fold'; choose one of: rewrite, fold norms, mask"):
         mptk.show(gated.program, after="fold", plan=Plan({}))

@@ -122,8 +122,8 @@ class _Printer:
     def dimension(self, size: int | torch.SymInt, term: Term | None) -> str:
         if term is None or self.axes.keys().isdisjoint(leaves(term)):
             return self.size(size)
-        stale = isinstance(size, int) and evaluate(term, self.sizes) != size
-        return self.size(size) if stale else self.term(term)
+        fits = not isinstance(size, int) or evaluate(term, self.sizes) == size
+        return self.term(term) if fits else self.size(size)
 
     def term(self, term: Term, factor: bool = False) -> str:
         term = resolve(term)

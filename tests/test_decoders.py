@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from mptk.cli.main import app
 from mptk.errors import MptkError
 from mptk.io import models
+from mptk.tasks import load_decoder
 
 SMALL = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "num_hidden_layers": 1}
 BERT = BertConfig(**SMALL, vocab_size=99)
@@ -58,12 +59,14 @@ def test_every_command_says_in_one_line_what_is_possible(
     folder: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     kind, path = folder
+    if (kind, command) == ("BertForMaskedLM", "prune"):
+        return  # pruned as a masked language model: tests/test_tasks.py
     monkeypatch.setattr("mptk.io.models._from_pretrained", lambda *_, **__: pytest.fail("its weights were read"))
     words = {"MODEL": path, "OUT": str(tmp_path / "out"), "TEXT": __file__}
     run = CliRunner().invoke(app, [words.get(word, word) for word in COMMANDS[command]])
     assert isinstance(run.exception, MptkError), run.output
     line = str(run.exception)
-    assert re.search(f"is no decoder: .*{SAYS[kind]}; `mptk analyze` shows what can be cut", line)
+    assert re.search(f"is no decoder: .*{SAYS[kind]}.*; `mptk analyze` shows what can be cut", line)
     assert "\n" not in line
     assert not (tmp_path / "out").exists()
 
@@ -71,9 +74,9 @@ def test_every_command_says_in_one_line_what_is_possible(
 def test_a_class_for_decoders_that_looks_at_later_tokens_is_none(tmp_path: Path) -> None:
     BertLMHeadModel(BERT).save_pretrained(tmp_path)
     with pytest.raises(MptkError, match="BertLMHeadModel looks at later tokens"):
-        models.load(str(tmp_path), decoder=True)
+        load_decoder(str(tmp_path))
     BertLMHeadModel(BertConfig(**SMALL, vocab_size=99, is_decoder=True)).save_pretrained(tmp_path)
-    assert models.load(str(tmp_path), decoder=True)
+    assert load_decoder(str(tmp_path))
 
 
 def test_other_uses_of_such_a_model_stay(folder: tuple[str, str]) -> None:

@@ -145,6 +145,8 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     """
     with context.stage("load"):
         loaded, task = job.load()
+    if settings.steps and not task.causal:
+        raise MptkError(f"training distils next tokens, but {job.source} is no decoder; use --method wanda, no --steps")
     with context.stage("trace"):
         program = passes.frontend.trace.trace(loaded.model, dynamic=True)
     with context.stage("analyse"):

@@ -35,7 +35,7 @@ class NpzTarget(Target):
         return LegalWidths(ladders, whole.refused, whole.accepts)
 
     def emit(self, compiled: Compiled, text: Text, folder: Path) -> list[str]:
-        np.savez(folder / FILE, **{name: weight.numpy() for name, weight in compiled.program.state.items()})
+        np.savez(folder / FILE, **{name: weight.detach().numpy() for name, weight in compiled.program.state.items()})
         return []
 
     def wrote(self, folder: Path) -> bool:

@@ -35,8 +35,6 @@ class MaskPrune(Method):
         assert context.folder is not None
         assert context.accelerator is not None
         learning = prepared.settings.learning
-        if not prepared.task.causal:
-            raise MptkError(f"maskprune distils next tokens, but {prepared.source} is another kind of model; use wanda")
         with context.stage("learn masks"):
             model, windows = prepared.loaded.model, text.training
             learner = Learner(context.accelerator, model, windows, learning, context.folder, context.progress)

@@ -1,0 +1,113 @@
+"""Masked language models through the command line: pruned, proven, measured by what they predict under masks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+import mptk
+from mptk.errors import MptkError
+from mptk.io.models import Loaded
+from mptk.tasks import load_task, task_of
+from mptk.tasks.masked_lm import FIRST, STRIDE
+
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "mix",
+    "pale",
+    "blue",
+    "jars",
+    "of",
+    "honey",
+]
+SPECIAL = ["[PAD]", "[UNK]", "[MASK]"]
+SETTINGS = {"sparsity": 0.316, "multiple": 4, "samples": 4, "length": 21, "eval_windows": 3, "eval_length": 24}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hidden 24, 3 heads of 8, ffn 40, 2 layers, 20 words."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=24,
+        num_attention_heads=3,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        vocab_size=len(WORDS) + len(SPECIAL),
+        max_position_embeddings=32,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*SPECIAL, *WORDS))}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(" ".join(WORDS) * 40)
+    return str(file)
+
+
+@pytest.mark.parametrize("method", ["wanda", "taylor", "flap"])
+def test_a_masked_language_model_is_pruned_and_verified(bert: Path, text: str, tmp_path: Path, method: str) -> None:
+    settings = mptk.Settings(method=method, data=text, **SETTINGS)
+    report = mptk.prune(str(bert), tmp_path / "out", settings)
+    assert report is not None
+    assert report.task == "masked-lm"
+    assert report.families["ffn"]["width"] < 40
+    assert all(row["ok"] for row in report.proof)
+    assert "pseudo-perplexity, 3 windows of 24 tokens, one token in 7 masked" in report.perplexity["protocol"]
+    assert any(note.startswith("no ONNX") for note in report.notes)
+    small = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+    assert small.config.intermediate_size == report.families["ffn"]["width"]
+    assert [d.stage for d in mptk.verify(tmp_path / "out")] == [row["stage"] for row in report.proof]
+
+
+def test_its_quality_is_that_of_tokens_under_masks(bert: Path) -> None:
+    loaded, task = load_task(str(bert))
+    ids = torch.randint(3, 20, (2, 17))
+    masked = ids.clone()
+    masked[:, FIRST::STRIDE] = loaded.tokenizer.mask_token_id  # type: ignore[union-attr]
+    with torch.no_grad():
+        logits = task.logits(loaded.model, task.inputs(ids))
+        expected = -loaded.model(input_ids=masked).logits.log_softmax(-1).gather(2, ids[..., None])[:, FIRST::STRIDE]
+    assert math.isclose(float(task.loss(logits, ids)), float(expected.sum()), rel_tol=1e-5)
+    assert task.predicted(ids) == expected.numel()
+
+
+def test_it_writes_no_text_for_itself(bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(MptkError, match="cannot write text to calibrate on; give some with --data"):
+        mptk.prune(str(bert), tmp_path / "out", mptk.Settings(method="wanda", **SETTINGS))
+
+
+def test_masks_are_not_learned_for_it(bert: Path, text: str, tmp_path: Path) -> None:
+    learning = mptk.Settings().learning
+    settings = mptk.Settings(data=text, learning=learning, **SETTINGS)
+    with pytest.raises(MptkError, match="training distils next tokens, but .* is no decoder; use --method wanda"):
+        mptk.prune(str(bert), tmp_path / "out", settings)
+
+
+def test_a_tokenizer_without_a_mask_is_said(bert: Path) -> None:
+    loaded, _ = load_task(str(bert))
+    with pytest.raises(MptkError, match="has no tokenizer with a mask token"):
+        task_of(Loaded(loaded.model, None, "model", bert))

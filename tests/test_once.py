@@ -1,0 +1,72 @@
+"""What is dear or could come out otherwise the second time is done once in a run of ``prune``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mptk
+import mptk.driver.prune
+import mptk.driver.verification
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.run.settings import Learning, Training
+from passes.targets.legalize import discover
+from passes.transforms.insert_masks import find_mask_sites
+from tests import toy_checkpoints
+
+LEARNING = Learning(steps=4, mask_share=0.5, rank=2, training=Training(batch=2, micro=2))
+SETTINGS = mptk.Settings(sparsity=0.3, samples=4, length=32, multiple=4, learning=LEARNING)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    toy_checkpoints.llama().save_pretrained(folder)
+    toy_checkpoints.tokenizer(begin=True).save_pretrained(folder)
+    return str(folder)
+
+
+def counted(patch: pytest.MonkeyPatch, function: Callable[..., Any]) -> list[tuple[Any, ...]]:
+    """The arguments of every call of ``function``, wherever it was imported to."""
+    calls: list[tuple[Any, ...]] = []
+
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        return function(*arguments, **options)
+
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] in ("mptk", "passes") and getattr(module, function.__name__, None) is function:
+            patch.setattr(module, function.__name__, wrapper)
+    return calls
+
+
+def test_learned_plan_is_resolved_once_for_each_analysis(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved, discovered, sites = (counted(monkeypatch, f) for f in (resolve_plan, discover, find_mask_sites))
+    report = mptk.prune(model, tmp_path / "out", SETTINGS)
+    assert report is not None
+    assert report.trained
+    assert (tmp_path / "out" / "onnx" / "model.onnx").is_file()
+    analyses = [id(analysis) for analysis, _ in resolved]
+    assert len(analyses) == len(set(analyses)) == 2  # of the whole model, and of a decoding step for ONNX
+    assert len(discovered) == 1
+    assert len(sites) == 1
+
+
+def test_given_plan_is_resolved_once_for_each_analysis(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_shot = replace(SETTINGS, method="magnitude", learning=Learning(steps=0), onnx=False)
+    mptk.prune(model, tmp_path / "first", one_shot)
+    resolved, discovered, sites = (counted(monkeypatch, f) for f in (resolve_plan, discover, find_mask_sites))
+    given = replace(one_shot, plan=str(tmp_path / "first" / "plan.json"), reconstruct=True, onnx=True)
+    mptk.prune(model, tmp_path / "out", given)
+    assert (len(resolved), len(discovered), len(sites)) == (2, 1, 1)
+    mptk.verify(tmp_path / "out")
+    assert (len(resolved), len(discovered), len(sites)) == (3, 2, 1)

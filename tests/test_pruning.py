@@ -6,6 +6,7 @@ import filecmp
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,11 +16,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 import mptk
+from mptk.cli.main import app
 from mptk.driver import prune as pruning
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
+from mptk.run.report import Report
 from mptk.run.values import Proven
 from mptk.runtime.decoder import OrtDecoder
 from passes.pipelines import quantize_onnx
@@ -266,3 +270,14 @@ def test_example_script_does_the_main_job(llama, tmp_path):
     assert run.returncode == 0, run.stderr
     assert "ffn: 80 units in each of 3 layers" in run.stdout
     assert "ONNX Runtime decode: largest logit difference" in run.stdout
+
+
+def test_verbose_prints_what_each_pass_changed(llama, tmp_path):
+    options = ["--method", "magnitude", "--sparsity", "0.3", "--samples", "2", "--length", "32", "--multiple-of", "4"]
+    run = CliRunner().invoke(app, ["prune", llama, "--out", str(tmp_path / "out"), "--no-onnx", "-v", *options])
+    assert run.exit_code == 0, run.output
+    assert re.search(r"rewrite: \d+ → \d+ ops, [\d,]+ → [\d,]+ parameters, \d+ weights sliced", run.stderr)
+    stages = {row["name"]: row for row in Report.read(tmp_path / "out").stages}
+    before, after = stages["rewrite"]["parameters"]
+    assert after < before
+    assert stages["rewrite"]["changed"]

@@ -103,7 +103,7 @@ def test_it_writes_no_text_for_itself(bert: Path, tmp_path: Path) -> None:
 def test_masks_are_not_learned_for_it(bert: Path, text: str, tmp_path: Path) -> None:
     learning = mptk.Settings().learning
     settings = mptk.Settings(data=text, learning=learning, **SETTINGS)
-    with pytest.raises(MptkError, match="training distils next tokens, but .* is no decoder; use --method wanda"):
+    with pytest.raises(MptkError, match=r"training distils next tokens, but .* is no decoder; use --method wanda"):
         mptk.prune(str(bert), tmp_path / "out", settings)
 
 

@@ -12,9 +12,12 @@ from pathlib import Path
 from torch import Tensor
 
 from mptk.errors import ProofError
+from mptk.ir.families import Analysis
+from mptk.ir.resolved_plan import Cut
 from mptk.run.protocols import Target
 from mptk.run.values import Compiled, Proven, Witness, short_batch
 from passes.analysis.borders import Reach, reach
+from passes.transforms.masked_reference import mask
 from passes.verify import TOLERANCE, Difference, StageLogits, prove
 
 
@@ -55,13 +58,15 @@ def proof_batches(windows: Tensor, length: int = 0) -> list[Tensor]:
     return [short, flat.repeat(-(-length // len(flat)))[None, :length]]
 
 
-def check_witness(compiled: Compiled, witness: Witness, tokens: Tensor) -> Difference:
-    """That weights taken over from training are the trained model: by its own logits before that.
+def check_witness(analysis: Analysis, cut: Cut, witness: Witness, tokens: Tensor) -> Difference:
+    """Compare adopted weights with the trained model they come from, by the logits that it gave itself.
+
+    ``analysis``: of the dense model with the adopted weights. ``cut``: what the plan keeps of it.
 
     Raises:
         ProofError: they are further away than the witness allows.
     """
-    (found,) = prove(compiled.masked, {witness.stage: (lambda _: witness.logits, witness.tolerance)}, tokens)
+    (found,) = prove(mask(analysis, cut), {witness.stage: (lambda _: witness.logits, witness.tolerance)}, tokens)
     check_proof([found], "nothing was published. Please report this model")
     return found
 

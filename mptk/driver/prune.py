@@ -76,8 +76,8 @@ def prune(
 class Job:
     """What a run starts from and where it ends.
 
-    ``load``: gives the dense model. ``given``: the plan and the weights to start from, for the analysed model; None:
-    a method chooses them, or ``settings.plan`` gives the plan alone.
+    ``load`` gives the dense model. ``given`` gives the plan and the weights to start from (a recovery). If it is None,
+    the method chooses them, or ``settings.plan`` gives the plan.
     """
 
     source: str
@@ -87,13 +87,13 @@ class Job:
 
 
 def run(job: Job, settings: Settings, context: Context) -> Report | None:
-    """Every stage in order. Settings, errors and result are those of ``prune``."""
+    """Run every stage in order. Settings, errors and result are those of ``prune``."""
     with own_state():
         return stages(job, settings, context if leads() else replace(context, progress=silent))
 
 
 def stages(job: Job, settings: Settings, context: Context) -> Report | None:
-    """``run``, within the state that accelerate keeps for all runs of a process."""
+    """The stages of ``run``, which gives them an accelerate state of their own."""
     settings = settled(settings)
     check_settings(settings)
     check_replaceable(job.out)
@@ -102,7 +102,9 @@ def stages(job: Job, settings: Settings, context: Context) -> Report | None:
     text = read_text(prepared, context)
     context = replace(context, accelerator=context.folder and start_training(settings.learning, context.folder))
     chosen = choose(job, prepared, text, context)
-    witnessed = [check_witness(changed(prepared, chosen), chosen.witness, text.proof)] if chosen.witness else []
+    witnessed = []
+    if chosen.witness is not None:
+        witnessed.append(check_witness(changed(prepared, chosen), chosen.cut, chosen.witness, text.proof))
     chosen = reconstructed(prepared, chosen, text, context)
     compiled = compile_plan(prepared, chosen, text.calibration, context)
     compiled, more = recovered(compiled, text, context)
@@ -118,7 +120,7 @@ def stages(job: Job, settings: Settings, context: Context) -> Report | None:
 
 
 def settled(settings: Settings) -> Settings:
-    """The settings with the number of training steps that they leave to the method."""
+    """The settings with a number of training steps. If they name none, the method decides."""
     steps = settings.learning.steps
     if steps is None:
         learns = settings.plan is None and find_method(settings.method).learns
@@ -239,26 +241,21 @@ def reconstructed(prepared: Prepared, chosen: Chosen, text: Text, context: Conte
 # ---- cutting, training, writing ----
 
 
-def changed(prepared: Prepared, chosen: Chosen) -> Compiled:
-    """The choice over the dense weights that it changes, before anything is cut: what ``masked`` needs."""
-    program = prepared.analysis.program.with_state(chosen.changes)
-    return Compiled(prepared, chosen, replace(prepared.analysis, program=program), program, {})
+def changed(prepared: Prepared, chosen: Chosen) -> Analysis:
+    """The analysis over the dense weights with the choice's changes."""
+    return replace(prepared.analysis, program=prepared.analysis.program.with_state(chosen.changes))
 
 
 def compile_plan(prepared: Prepared, chosen: Chosen, windows: Tensor, context: Context) -> Compiled:
     """Cut the program to the plan and find the form in which the target holds it. ``windows``: ids [n, length]."""
-    compiled = cut(changed(prepared, chosen), context)
+    analysis = changed(prepared, chosen)
+    folded = cut_program(analysis, chosen.cut, context.log)
+    compiled = Compiled(prepared, chosen, analysis, folded.program, folded.epsilons)
     return replace(compiled, written=prepared.target.fit(compiled, windows[:1]))
 
 
-def cut(compiled: Compiled, context: Context) -> Compiled:
-    """Run the cutting passes over the dense model's changed weights."""
-    folded = cut_program(compiled.analysis, compiled.chosen.cut, context.log)
-    return replace(compiled, program=folded.program, epsilons=folded.epsilons)
-
-
 def recovered(compiled: Compiled, text: Text, context: Context) -> tuple[Compiled, list[Difference]]:
-    """Train the small model with the steps that are left, and take its weights over; the witness's difference too."""
+    """Train the small model with the remaining steps and adopt its weights. Also gives the witness's difference."""
     if context.folder is None or context.accelerator is None:
         return compiled, []
     prepared, chosen, form = compiled.prepared, compiled.chosen, compiled.written
@@ -274,9 +271,10 @@ def recovered(compiled: Compiled, text: Text, context: Context) -> tuple[Compile
     known = {name: tensor for name, tensor in trained.items() if name in prepared.analysis.weights}
     changes = {**chosen.changes, **widened(compiled.analysis, chosen.cut, known)}
     chosen = replace(chosen, changes=changes, trained=tuple(changes))
-    after = changed(prepared, chosen)
-    difference = check_witness(after, witness, text.proof)
-    return replace(cut(after, context), written=form), [difference]
+    analysis = changed(prepared, chosen)
+    difference = check_witness(analysis, chosen.cut, witness, text.proof)
+    program = cut_program(analysis, chosen.cut, context.log).program
+    return replace(compiled, chosen=chosen, analysis=analysis, program=program), [difference]
 
 
 def written_folder(job: Job, compiled: Compiled, text: Text, witnessed: list[Difference], context: Context) -> Report:

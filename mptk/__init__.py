@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mptk.driver.verification import verify
     from mptk.errors import MptkError, ProofError
     from mptk.ir.plan import FamilyPlan, Plan
+    from mptk.run.report import Report
     from mptk.run.settings import Settings
     from mptk.version import __version__
 
@@ -23,6 +24,7 @@ __all__ = [
     "MptkError",
     "Plan",
     "ProofError",
+    "Report",
     "Settings",
     "__version__",
     "analyze",
@@ -41,6 +43,7 @@ _HOMES = {
     "MptkError": "mptk.errors",
     "Plan": "mptk.ir.plan",
     "ProofError": "mptk.errors",
+    "Report": "mptk.run.report",
     "Settings": "mptk.run.settings",
     "__version__": "mptk.version",
     "prune": "mptk.driver.prune",

@@ -40,7 +40,11 @@ def test_a_command_that_needs_no_model_imports_no_heavy_library(arguments: str, 
 
 @pytest.mark.parametrize(
     "statement",
-    ["import mptk; mptk.__version__; dir(mptk)", "from mptk import MptkError, ProofError, FamilyPlan, Plan"],
+    [
+        "import mptk; mptk.__version__; dir(mptk)",
+        "from mptk import MptkError, ProofError, FamilyPlan, Plan",
+        "from mptk import Settings; Settings()",
+    ],
 )
 def test_an_import_that_needs_no_model_imports_no_heavy_library(statement: str, tmp_path: Path) -> None:
     assert imported(statement, tmp_path) == set()

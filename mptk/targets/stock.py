@@ -1,4 +1,4 @@
-"""stock: a plain checkpoint folder that transformers loads: the model's own class, or another that holds the cut."""
+"""stock: a plain checkpoint folder that transformers loads, of the model's own class or another that holds the cut."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from passes.verify import TOLERANCE
 
 
 class StockTarget(Target):
-    """A transformers checkpoint: config, safetensors, tokenizer. Nothing of mptk is needed to load it."""
+    """A transformers checkpoint: config, safetensors, tokenizer. It loads without mptk."""
 
     name = "stock"
     summary = "the model's own transformers class"
@@ -44,7 +44,7 @@ class StockTarget(Target):
         return find_home(analysis, legal.stock, model, widths)
 
     def fit(self, compiled: Compiled, text: Tensor) -> Written:
-        """The model's own class with a new config, or, if it refuses and ``rehome`` is set, another class.
+        """The model's own class with a new config. If it refuses and ``rehome`` is set, another class.
 
         Raises:
             MptkError: the class refuses these widths, and no other class may or can hold them.

@@ -1,4 +1,4 @@
-"""method: MaskPrune. Masks and the layers' common widths are learned together, then consumers are fitted."""
+"""method: MaskPrune. It learns masks and the layers' common widths together; reconstruction follows."""
 
 from __future__ import annotations
 

@@ -10,18 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from typer.models import OptionInfo
 
 from mptk.errors import MptkError
-from mptk.run.settings import Settings
+from mptk.run.settings import Learning, LossWeights, Settings, Training
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-Record = TypeVar("Record", bound="DataclassInstance")
+Record = TypeVar("Record", Settings, Learning, Training, LossWeights)
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or an alias of `mptk models`.")]
 Folder = Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")]

@@ -101,7 +101,7 @@ def verify(
     proof_length: ProofLength = Settings.proof_length,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Prove a pruned folder again: its files, config, weights and logits. Exit code 1 if a check fails."""
+    """Prove a pruned folder again: files, config, weights, logits (torch, ONNX Runtime). Exit code 1 if it fails."""
     from mptk.cli import report
     from mptk.driver import verification
 

@@ -100,7 +100,7 @@ def evaluate(
     json_file: Json = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure perplexity on a text, in torch or ONNX Runtime, and run lm-eval tasks."""
+    """Measure perplexity on a text in torch or ONNX Runtime, with its protocol, and run lm-eval tasks."""
     from mptk.io import data as text
     from mptk.io import evaluation
     from mptk.tasks import load_decoder
@@ -175,7 +175,7 @@ def bench(
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also plot the ratios to this file (.png, .svg).")] = None,
 ) -> None:
-    """Time prefill and decode in ONNX Runtime. Models take turns in one process; the ideal ratio is shown, too."""
+    """Time prefill and decode in ONNX Runtime, in turns in one process. Shows ideal ratios and the peak, too."""
     from mptk.cli import report
     from mptk.cli.plot import draw_bench, require_matplotlib
     from mptk.driver import api

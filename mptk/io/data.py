@@ -123,10 +123,10 @@ def self_sampled(
 ) -> Tensor:
     """Text that the model writes, as tokens, int64 [count, length].
 
-    This is ancestral sampling at temperature 1 from the full distribution. Each row starts with the begin-of-sequence
-    token, else the end-of-sequence token, else a uniformly random token. It does not stop at an end of sequence: the
-    model continues with the next text, as in text packed for training. The result depends on seed, batch size, device
-    and thread count only. The caller's random state does not change.
+    This is ancestral sampling at temperature 1 from the full distribution, with a KV cache. Each row starts with the
+    begin-of-sequence token, else the end-of-sequence token, else a uniformly random token. It does not stop at an end
+    of sequence: the model continues with the next text, as in text packed for training. For one model, the result
+    depends on seed, batch size, device and thread count only. The caller's random state does not change.
 
     Args:
         batch_size: rows sampled at once. More rows take more memory and less time each.

@@ -150,12 +150,12 @@ def _checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Pat
             raise _elsewhere(model) from error
         raise MptkError(
             f"{model!r} is no packaged alias ({', '.join(sorted(ALIASES))}), .gguf file or local folder, and the hub "
-            f"did not give it: {_first_line(error)}; check the name, the network and, if it is gated, HF_TOKEN"
+            f"does not provide it: {_first_line(error)}; check the name, the network and, if it is gated, HF_TOKEN"
         ) from error
 
 
 def _elsewhere(model: str) -> MptkError:
-    return MptkError(f"{model} is not on this machine, and a folder's word brings nothing here; give --model")
+    return MptkError(f"{model} is not on this machine, and a report may not start a download; give --model")
 
 
 def _gguf(model: str, *, local: bool = False) -> Path | None:

@@ -120,7 +120,7 @@ def bench_decoders(
 ) -> Bench:
     """Time ONNX decoders: prefill of ``lengths`` tokens, and one decoding step with that many tokens in the cache.
 
-    The graphs take turns, and each round starts with another graph. Inputs and cache are bound beforehand, so neither
+    The graphs take turns, and every other round reverses their order. Inputs and cache are bound beforehand, so neither
     the caller's work nor the first run of a session is timed.
 
     Args:

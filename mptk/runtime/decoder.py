@@ -77,7 +77,9 @@ class OrtDecoder:
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
         if not self.past or "input_ids" not in self.inputs:
-            raise MptkError(f"{file} is no decoder with a KV cache: its inputs are {', '.join(self.inputs)}")
+            raise MptkError(
+                f"{file} is no decoder with a KV cache: its inputs are {', '.join(self.inputs)}; export one with mptk"
+            )
         self.presents = [name.replace("past_key_values", "present") for name in self.past]
         self.outputs = ["logits", *self.presents]
 
@@ -104,7 +106,7 @@ class OrtDecoder:
     def torch_logits(self, ids: Tensor) -> Tensor:
         """``logits`` as a tensor, for perplexity. Raises MptkError if the graph gives only the last position's."""
         if self.last_only:
-            raise MptkError("the graph gives logits of the last position alone; export it with --logits all")
+            raise MptkError("the graph gives logits of the last position only; export it with --logits all")
         return torch.from_numpy(self.logits(ids.numpy()))
 
     @property

@@ -61,7 +61,7 @@ class StockTarget(Target):
             if isinstance(other, StockConfig):
                 note = f"written as {other.model_class.__name__}, with equal logits, since {found}"
                 return Written(other, loaded, found.config, note)
-            raise MptkError(f"the stock class refuses these widths: {found}; no other class will do: {other}")
+            raise MptkError(f"the stock class refuses these widths: {found}; no other class holds them: {other}")
         home = self.home(analysis, loaded.model, prepared.legal, widths)
         hint = "" if home is None else f", or give --rehome: {home} holds them with equal logits"
         raise MptkError(f"the stock class refuses these widths: {found}; choose others or use --target graph{hint}")

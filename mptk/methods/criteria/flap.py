@@ -60,7 +60,9 @@ def compensate(analysis: Analysis, cut: Cut, observations: Mapping[Site, Observa
             corrections.setdefault(bias, []).append(_lost(cut, seen, dim))
             applied[_label(analysis, site)] = None
     state = analysis.program.state
-    new = {name: (state[name] + torch.stack(c).mean(0)).to(state[name].dtype) for name, c in corrections.items()}
+    new = {
+        name: (state[name] + torch.stack(found).mean(0)).to(state[name].dtype) for name, found in corrections.items()
+    }
     return Compensation(new, _statement(list(applied), list(lacking)))
 
 

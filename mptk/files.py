@@ -1,4 +1,4 @@
-"""files: JSON that every reader accepts, and files that are written whole or not at all."""
+"""files: JSON that all readers accept, and atomic writes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mptk.errors import MptkError
 
 
 def json_text(content: object, *, indent: int | None = None, sort_keys: bool = False, ensure_ascii: bool = True) -> str:
-    """``content`` as JSON. NaN and infinity, which JSON does not have, become null. Options as in ``json.dumps``."""
+    """``content`` as JSON. NaN and infinity become null, since JSON has neither. Options as in ``json.dumps``."""
     return json.dumps(_finite(content), allow_nan=False, indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii)
 
 
 def write_json(path: Path | None, content: object) -> None:
-    """Write a result as JSON, if there is a path to write it to."""
+    """Write a result as JSON; nothing if ``path`` is None."""
     if path is not None:
         write_text(path, json_text(content, indent=1) + "\n")
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a file, in UTF-8, whole or not at all. Its folder is made if missing.
+    """Write a file in UTF-8, atomically. Its folder is made if missing.
 
     Raises:
         MptkError: it cannot be written.
@@ -40,12 +40,12 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write`` write a file under a temporary name beside ``path``, and rename it when it is complete.
+    """Call ``write`` with a temporary path beside ``path``, then rename the file to ``path``.
 
-    If ``write`` fails, ``path`` is as before. Processes that write the same path do not disturb each other.
+    If ``write`` fails, ``path`` stays as it was. Several processes may write the same path.
 
     Raises:
-        OSError: the file cannot be renamed; or what ``write`` raises.
+        OSError: the file cannot be renamed. Errors of ``write`` pass through.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -57,9 +57,9 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def write_together(folder: Path, *names: str) -> Iterator[Path]:
-    """A temporary folder to write the files ``names`` into; they move to ``folder``, in this order, if nothing fails.
+    """A temporary folder for the files ``names``. If nothing fails, they move to ``folder`` in this order.
 
-    For a file that refers to others: name it last. The other files of ``folder`` stay.
+    Name a file last if it refers to the others. Other files in ``folder`` stay.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as temporary:
         yield Path(temporary)

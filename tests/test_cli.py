@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,15 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import typer
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from toy_checkpoints import llama, tokenizer
 from transformers.utils import logging
 
-from mptk.cli import main as cli
-from mptk.cli import progress
+from mptk.cli import app
+from mptk.cli.main import main
 from mptk.errors import MptkError
+from mptk.files import write_json
 from mptk.io.manifest import check_manifest
 from passes.analysis.rules import RULES
 from passes.pipelines import LISTS
@@ -65,7 +62,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache folder of the tests' own, no network, and no bars of transformers, as ``cli.main`` sees to it."""
+    """A cache folder of the tests' own, no network, and no bars of transformers, as ``main`` sets it."""
     logging.disable_progress_bar()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MPTK_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -93,11 +90,11 @@ def mptk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
     def run(*arguments: str | Path) -> Result:
         monkeypatch.setattr(sys, "argv", ["mptk", *map(str, arguments)])
-        monkeypatch.setattr(cli, "out", Console(width=2000))
+        monkeypatch.setattr(app.out, "width", 2000)
         capsys.readouterr()
         with warnings.catch_warnings():
             try:
-                cli.main()
+                main()
                 code = 0
             except SystemExit as stop:
                 code = int(stop.code or 0)
@@ -183,7 +180,7 @@ def test_progress_is_lines_where_stderr_is_no_terminal(pruned):
     stages = [re.sub(r" \d+/\d+$", "", line.split(" s  ")[1]) for line in lines]
     steps = ["load", "trace", "analyse", "legalise", "calibration text", "score (wanda)", "choose widths"]
     assert list(dict.fromkeys(stages))[:7] == steps
-    assert {"write checkpoint", "export ONNX", "prove", "perplexity (dense)", "perplexity (pruned)"} <= set(stages)
+    assert {"write stock", "write onnx", "prove", "perplexity (dense)", "perplexity (pruned)"} <= set(stages)
 
 
 def test_verify_passes_until_a_weight_of_the_folder_changes(pruned, tmp_path, mptk):
@@ -350,7 +347,7 @@ def test_json_file_that_cannot_be_written_leaves_nothing(tmp_path):
     (tmp_path / "folder").mkdir()
     for path in ("file/a.json", "folder"):
         with pytest.raises(MptkError, match="cannot write"):
-            cli.write_json(tmp_path / path, {"a": 1})
+            write_json(tmp_path / path, {"a": 1})
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
 
 
@@ -360,67 +357,3 @@ def test_report_of_another_kind(tmp_path, mptk, content, message):
     result = mptk("report", tmp_path)
     assert result.code == 1
     assert f"report.json {message}" in result.error
-
-
-# ---- progress ----
-
-
-def test_lines_come_at_the_start_of_a_stage_and_every_ten_seconds():
-    file, now = io.StringIO(), 100.0
-    report = progress.lines(Console(file=file), clock=lambda: now)
-    for second, call in [
-        (0, ("load", 0, 0)),
-        (3, ("score [wanda]", 0, 0)),
-        (4, ("score [wanda]", 1, 9)),
-        (12.9, ("score [wanda]", 4, 9)),
-        (13, ("score [wanda]", 5, 9)),
-        (22, ("score [wanda]", 8, 9)),
-        (22.4, ("write", 0, 0)),
-    ]:
-        now = 100.0 + second
-        report(*call)
-    assert [line.split(" s  ") for line in file.getvalue().splitlines()] == [
-        ["    0", "load"],
-        ["    3", "score [wanda]"],
-        ["   13", "score [wanda] 5/9"],
-        ["   22", "write"],
-    ]
-
-
-def test_terminals_get_a_bar_for_each_stage():
-    file = io.StringIO()
-    with progress.stages(Console(file=file, force_terminal=True, width=80, force_interactive=True)) as report:
-        report("trace", 0, 0)
-        report("score", 3, 9)
-        report("score", 9, 9)
-    assert re.search(r"trace .* 1/1\b", plain := re.sub(r"\x1b\[[\d;]*m", "", file.getvalue()))
-    assert re.search(r"score .* 9/9\b", plain)
-
-
-# ---- documentation ----
-
-
-def command_lines() -> list[str]:
-    """Every ``mptk …`` line of the README's blocks and the Makefile, and inline ones with options."""
-    readme = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"^```\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    inline = re.findall(
-        r"`(mptk \w+ [^`]*--[^`]*)`", re.sub(r"^```.*?^```", "", readme, flags=re.MULTILINE | re.DOTALL)
-    )
-    made = re.findall(r"^\t\$\(BIN\)/(mptk .*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    return [line for block in blocks for line in block.splitlines() if line.startswith("mptk ")] + inline + made
-
-
-@pytest.mark.parametrize("line", command_lines())
-def test_documented_command_lines_parse(line):
-    group = typer.main.get_command(cli.app)
-    arguments = shlex.split(line, comments=True)[1:]
-    with group.make_context("mptk", list(arguments)) as context:
-        name, command, rest = group.resolve_command(context, arguments)
-        command.make_context(name, rest, parent=context)
-
-
-def test_documentation_has_command_lines():
-    lines = command_lines()
-    assert {line.split()[1] for line in lines} >= {"models", "fetch", "analyze", "prune", "bench", "report"}
-    assert any("--eval-data" in line for line in lines)

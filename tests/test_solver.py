@@ -165,7 +165,7 @@ def test_masks_at_one_are_passed_on_unchanged_with_their_gradient() -> None:
     assert solver.masks["ffn"].grad.tolist() == [[[1.0, -2.0, 3.0]]]
 
 
-def test_a_state_that_is_taken_up_goes_on_alike() -> None:
+def test_a_restored_solver_continues_with_the_same_numbers() -> None:
     h = curvatures(2)
     whole = solve(h, 0.6, steps=20)
     again = Solver(SHAPES, resource, 0.6, 20)

@@ -34,9 +34,16 @@ class Drawing(nn.Module):
 
 def loop(tmp_path: Path, name: str, *, micro: int = 4, noise: float = 0.0, steps: int = 4) -> Loop:
     training = Training(batch=4, micro=micro, lr=1e-2, save_every=1, losses=LossWeights(kl=0.0))
-    work = RunFolder(tmp_path / name, {}, resume=True)
+    folder = RunFolder(tmp_path / name, {}, resume=True)
     return Loop(
-        accelerator("no"), Drawing(noise), lambda _: (None, None), WINDOWS, steps, training, phase="masks", work=work
+        accelerator("no"),
+        Drawing(noise),
+        lambda _: (None, None),
+        WINDOWS,
+        steps,
+        training,
+        phase="masks",
+        folder=folder,
     )
 
 

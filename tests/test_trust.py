@@ -160,7 +160,7 @@ def test_recover_of_a_model_of_its_own_class(own_pruned: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ("someone/a-model", "someone/a-model is not on this machine, and a folder's word brings nothing here"),
+        ("someone/a-model", "someone/a-model is not on this machine, and a report may not start a download"),
         ("smollm2-135m", "smollm2-135m is not on this machine"),
         ("OTHER", "is not the dense model that was pruned: its files differ"),
         ("MOVED", "is not on this machine"),

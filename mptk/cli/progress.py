@@ -1,4 +1,4 @@
-"""progress: what a run is doing, on stderr: bars on a terminal, and plain lines where there is none (a log)."""
+"""progress: show the stages of a run on stderr: bars on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LINE_S = 10.0
 
 @contextlib.contextmanager
 def stages(console: Console) -> Iterator[Progress]:
-    """Show the stages of a run: a bar each on a terminal, lines with the seconds since the start elsewhere."""
+    """Show the stages of a run: a bar for each on a terminal; in a log, lines with the seconds since the start."""
     if not console.is_interactive:
         yield lines(console)
         return
@@ -57,7 +57,7 @@ def stages(console: Console) -> Iterator[Progress]:
 
 
 def lines(console: Console, clock: Callable[[], float] = time.monotonic) -> Progress:
-    """Print a line when a stage starts, and one every ``LINE_S`` seconds while it goes on and says how far it is."""
+    """Print a line when a stage starts, and every ``LINE_S`` seconds one with its progress."""
     start, current, printed = clock(), "", 0.0
 
     def report(stage: str, done: int, total: int, figures: str = "", /) -> None:

@@ -1,11 +1,11 @@
-"""prune: commands that make pruned folders and look at them: prune, recover, verify, report."""
+"""prune: commands that write or read pruned folders: prune, recover, verify, report."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,8 +20,8 @@ from mptk.cli.options import (
     ProofLength,
     Trust,
     Verbose,
-    latency_budget,
     settings_from,
+    with_latency,
     with_settings,
 )
 from mptk.cli.progress import stages
@@ -39,18 +39,16 @@ def prune(
     max_decode_ms: MaxMs = None,
     max_prefill_ms: MaxMs = None,
     verbose: Verbose = False,
-    **options: Any,
+    **options: object,
 ) -> None:
     """Cut a model, prove the result, and write it as a plain checkpoint folder and ONNX.
 
-    maskprune learns what to cut and trains the small model after; a one-shot method trains only if --steps is given.
+    maskprune learns what to cut and then trains the small model. A one-shot method trains only if --steps is given.
     """
-    from dataclasses import replace
-
     from mptk.cli import report
     from mptk.driver.prune import prune
 
-    settings = replace(settings_from(options), **latency_budget(max_decode_ms, max_prefill_ms))
+    settings = with_latency(settings_from(options), max_decode_ms, max_prefill_ms)
     with stages(err) as progress:
         result = prune(model, folder, settings, progress, on_stage=printed(verbose))
     if result is not None:
@@ -65,7 +63,7 @@ def recover(
     destination: Annotated[Path, typer.Option("--out", help="Folder for the trained model.")],
     model: Dense = None,
     verbose: Verbose = False,
-    **options: Any,
+    **options: object,
 ) -> None:
     """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
     from mptk.cli import report
@@ -74,10 +72,17 @@ def recover(
     steps = DEFAULT_STEPS if options["steps"] is None else options["steps"]
     settings = settings_from({**options, "steps": steps})
     given = ("data", "eval_data", "length", "seed", "resume", "onnx", "logits", "quantize", "proof_length")
-    changes: dict[str, Any] = {name: getattr(settings, name) for name in (*given, "trust_remote_code")}
+    changes: dict[str, object] = {name: getattr(settings, name) for name in given}
     with stages(err) as progress:
         result = recovery.recover(
-            folder, destination, settings.learning, progress, model=model, on_stage=printed(verbose), **changes
+            folder,
+            destination,
+            settings.learning,
+            progress,
+            model=model,
+            on_stage=printed(verbose),
+            trust_remote_code=settings.trust_remote_code,
+            **changes,
         )
     if result is not None:
         out.print(report.prune_view(result))
@@ -85,7 +90,7 @@ def recover(
 
 
 def printed(verbose: bool) -> Callable[[Record], None] | None:
-    """What prints each stage's record, if that is wanted: a pass with its difference."""
+    """A call that prints the record of a stage, with the difference if it is a pass; None unless ``verbose``."""
     return (lambda record: err.print(str(record), highlight=False)) if verbose else None
 
 
@@ -96,7 +101,7 @@ def verify(
     proof_length: ProofLength = Settings.proof_length,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Prove a pruned folder again: files, config, weights, and logits in torch and ONNX Runtime. Else exit code 1."""
+    """Prove a pruned folder again: files, config, weights, logits (torch, ONNX Runtime). Exit code 1 if it fails."""
     from mptk.cli import report
     from mptk.driver import verification
 
@@ -111,7 +116,7 @@ def show_report(
     folder: Folder,
     beside: Annotated[list[Path] | None, typer.Option(help="Another such folder to compare. May be repeated.")] = None,
 ) -> None:
-    """Show what a pruned folder holds: widths, costs, perplexity, proof, timings, files."""
+    """Show a pruned folder: widths, costs, perplexity, proof, timings, files."""
     from mptk.cli import report
     from mptk.run.report import Report
     from mptk.runtime.bench import Bench

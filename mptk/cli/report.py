@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 from rich.console import Group as Lines
 from rich.table import Table
@@ -13,20 +13,73 @@ from rich.text import Text
 
 from mptk.cost.model import CostModel
 from mptk.ir.families import Analysis
-from mptk.run.report import Report
+from mptk.run.report import Report, Row
 from mptk.runtime.bench import Bench
 
 ANALYSIS = "mptk-analysis/1"
 OPS = "mptk-ops/1"
 
 
+class MemberJson(TypedDict):
+    """A weight dimension that a group's units lie in."""
+
+    weight: str
+    dim: int
+    role: str
+    layout: str
+
+
+class GroupJson(TypedDict):
+    """One layer of a family."""
+
+    layer: str
+    members: list[MemberJson]
+
+
+class FamilyJson(TypedDict):
+    """A family; ``refused``: why the target cannot cut it, or None."""
+
+    name: str
+    description: str
+    width: int
+    layers: int
+    scopes: int
+    parameters_per_unit: float
+    share: float
+    minimum: int
+    multiple: int
+    legal_widths: list[int]
+    refused: str | None
+    groups: list[GroupJson]
+
+
+class BlockedJson(TypedDict):
+    """An axis that cannot be cut."""
+
+    name: str
+    size: int
+    weights: list[str]
+    reasons: list[str]
+
+
+class AnalysisJson(TypedDict):
+    """What ``mptk analyze --json`` writes."""
+
+    format: str
+    model: str
+    parameters: float
+    block_parameters: float
+    families: list[FamilyJson]
+    blocked: list[BlockedJson]
+
+
 def analysis_json(
     analysis: Analysis, ladders: Mapping[str, Sequence[int]], refused: Mapping[str, str], model: str
-) -> dict[str, Any]:
-    """The analysis as data (schema: ``docs/analysis.md``)."""
+) -> AnalysisJson:
+    """The analysis as JSON data (schema: ``docs/analysis.md``)."""
     cost = CostModel(analysis)
     total = cost.dense.parameters
-    families = []
+    families: list[FamilyJson] = []
     for f in analysis.families:
         families.append(
             {
@@ -53,7 +106,7 @@ def analysis_json(
                 ],
             }
         )
-    blocked = [
+    blocked: list[BlockedJson] = [
         {"name": b.name, "size": b.size, "weights": list(b.weights), "reasons": list(b.reasons)}
         for b in analysis.blocked
     ]
@@ -67,8 +120,8 @@ def analysis_json(
     }
 
 
-def analysis_view(report: Mapping[str, Any]) -> Lines:
-    """``mptk analyze``: the families, and below them the axes that cannot be cut and why."""
+def analysis_view(report: AnalysisJson) -> Lines:
+    """``mptk analyze``: the families, then the axes that cannot be cut, with reasons."""
     title = f"{report['model']}: {report['parameters']:,} parameters, {report['block_parameters']:,} of them prunable"
     table = Table(title=title, title_justify="left")
     for column in ("family", "what it is"):
@@ -111,8 +164,8 @@ def ops_view(ops: Sequence[Mapping[str, str]]) -> Table:
     return table
 
 
-def grouped(blocked: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """Blocked axes with the same reason in several layers as one row."""
+def grouped(blocked: Sequence[BlockedJson]) -> list[tuple[str, str, str, str]]:
+    """Rows of blocked axes; axes with the same reason in several layers share a row."""
     rows: dict[tuple[str, int, str, str], int] = {}
     for b in blocked:
         starred = re.sub(r"(?<=\.)\d+(?=\.)", "*", ", ".join(b["weights"][:3]))
@@ -123,7 +176,7 @@ def grouped(blocked: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, s
 
 
 def ranges(widths: Sequence[int]) -> str:
-    """``32…1536 step 32`` where widths are evenly spaced, a list otherwise."""
+    """``32…1536 step 32`` if the widths are evenly spaced, else a list."""
     if len(widths) > 3:
         steps = {b - a for a, b in itertools.pairwise(widths)}
         if len(steps) == 1:
@@ -133,7 +186,7 @@ def ranges(widths: Sequence[int]) -> str:
 
 
 def comparison_view(reports: Sequence[Report]) -> Table:
-    """Pruned models of one dense model: what each removed, its widths, its perplexity."""
+    """Pruned models of one dense model: method, share removed, perplexity, widths."""
     table = Table(title="side by side", title_justify="left")
     table.add_column("method")
     for column in ("steps", "removed", "dense perplexity", "perplexity"):
@@ -187,12 +240,12 @@ def prune_view(report: Report) -> Lines:
 
 
 def _figure(value: float | None) -> str:
-    """Two decimals; what was infinite or no number is null in JSON."""
+    """Two decimals. Infinity and NaN are null in JSON."""
     return "not finite" if value is None else f"{value:.2f}"
 
 
-def proof_view(proof: Sequence[Mapping[str, Any]]) -> Table:
-    """Each stage's difference from the masked dense model, and why a tolerance is more than the stage's own."""
+def proof_view(proof: Sequence[Row]) -> Table:
+    """Each stage's difference from the masked dense model, its tolerance, and why that was widened."""
     table = Table(title="proof: how far each stage is from what it must equal", title_justify="left")
     table.add_column("stage")
     for column in ("absolute", "relative", "tolerance"):
@@ -205,7 +258,7 @@ def proof_view(proof: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def bench_view(result: Bench) -> Lines:
-    """``mptk bench``: every graph in every case, what each weighs, and what the machine gave."""
+    """``mptk bench``: each graph in each case, the size of each graph, and the machine's peaks."""
     table = Table(title="ONNX Runtime, median of alternating rounds", title_justify="left")
     for index, column in enumerate(BENCH_COLUMNS):
         table.add_column(column, justify="left" if index < 2 else "right")
@@ -223,7 +276,7 @@ BENCH_COLUMNS = ("case", "graph", "threads", "ms", "tokens/s", "ratio", "ideal r
 
 
 def bench_cells(result: Bench) -> list[tuple[str, ...]]:
-    """The rows of the comparison as text."""
+    """The rows of the comparison, as text."""
     return [
         (
             str(row.case),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from mptk.cli.progress import stages
 from mptk.errors import MptkError
 from mptk.files import write_json, write_text
 
+if TYPE_CHECKING:
+    from mptk.io.evaluation import Perplexity
+
 
 @app.command("export")
 def export_onnx(
@@ -20,7 +23,7 @@ def export_onnx(
     folder: Out,
     logits: Logits = "all",
     quantize: Quantize = "",
-    data: Annotated[str | None, typer.Option(help="Text that int4 is rounded for: file, folder or dataset.")] = None,
+    data: Annotated[str | None, typer.Option(help="Calibration text for int4: file, folder or datasets id.")] = None,
     objective: Objective = "decode",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -44,16 +47,19 @@ def export_onnx(
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="The --out folder of `prune` or `export`, or an .onnx file in it.")],
-    prompts: Annotated[list[str], typer.Argument(help="Text to go on with; several are run as one batch.")],
+    prompts: Annotated[list[str], typer.Argument(help="Text to continue; several run as one batch.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token; else sampled.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample among so many likeliest tokens; 0: all.")] = 50,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest of this share.")] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: take the likeliest token; above 0: sample.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among this many likeliest tokens; 0: all.")] = 50,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens that have this probability together."),
+    ] = 1.0,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     threads: Threads = 0,
 ) -> None:
-    """Generate text in ONNX Runtime: one prompt is streamed, several are run as one batch."""
+    """Generate text in ONNX Runtime. One prompt is streamed; several run as one batch."""
     import numpy as np
     from transformers import TextStreamer
 
@@ -85,16 +91,16 @@ def evaluate(
     model: Model,
     data: Annotated[str | None, typer.Option(help="Text for perplexity: file, folder or datasets id.")] = None,
     length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
-    windows: Annotated[int | None, typer.Option(min=1, help="First windows only.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Use only the first windows.")] = None,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated.")] = "",
     include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Examples a task.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples of each task.")] = None,
     runtime: Annotated[str, typer.Option(help="torch, or onnx: a folder's ONNX or an .onnx file.")] = "torch",
     threads: Threads = 0,
     json_file: Json = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Perplexity on a text, with its protocol, in torch or in ONNX Runtime, and lm-eval tasks."""
+    """Measure perplexity on a text in torch or ONNX Runtime, with its protocol, and run lm-eval tasks."""
     from mptk.io import data as text
     from mptk.io import evaluation
     from mptk.tasks import load_decoder
@@ -109,7 +115,7 @@ def evaluate(
     with stages(err) as progress:
         progress("load", 0, 0)
         loaded = load_decoder(model, trust_remote_code=trust_remote_code)
-        result: dict[str, Any] = {"model": model}
+        result: dict[str, object] = {"model": model}
         if data is not None:
             text.check_length(loaded.model, length)
             held_out = text.evaluation_windows(loaded.tokenizer, data, length, windows)
@@ -122,11 +128,10 @@ def evaluate(
             result |= {"perplexity": measured.value, "protocol": measured.protocol}
         if tasks:
             progress("lm-eval", 0, 0)
-            names = [name.strip() for name in tasks.split(",")]
-            result["tasks"] = evaluation.zero_shot(loaded, names, include_path=include_path, limit=limit)
+            result["tasks"] = evaluation.zero_shot(loaded, names(tasks), include_path=include_path, limit=limit)
     write_json(json_file, result)
     if data is not None:
-        out.print(f"perplexity {result['perplexity']:.3f}  ({result['protocol']})", soft_wrap=True, highlight=False)
+        print_perplexity(measured)
     if tasks:
         out.print_json(data=result["tasks"])
 
@@ -134,7 +139,7 @@ def evaluate(
 def evaluate_onnx(
     model: str, data: str | None, length: int, windows: int | None, tasks: str, threads: int, json_file: Path | None
 ) -> None:
-    """`mptk eval --runtime onnx`: perplexity of an exported graph, quantised ones among them."""
+    """`mptk eval --runtime onnx`: perplexity of an exported graph, plain or quantised."""
     from mptk.io import data as text
     from mptk.io import evaluation
     from mptk.runtime.generation import TextGenerator
@@ -151,21 +156,26 @@ def evaluate_onnx(
             progress=lambda done, total: progress("perplexity", done, total),
         )
     write_json(json_file, {"model": model, "perplexity": measured.value, "protocol": measured.protocol})
+    print_perplexity(measured)
+
+
+def print_perplexity(measured: Perplexity) -> None:
+    """Print a perplexity and its protocol."""
     out.print(f"perplexity {measured.value:.3f}  ({measured.protocol})", soft_wrap=True, highlight=False)
 
 
 @app.command()
 def bench(
     models: Annotated[list[str], typer.Argument(help="Models, folders or .onnx files; the first is the baseline.")],
-    lengths: Annotated[str, typer.Option(help="Tokens of the prompt, or in the cache, comma-separated.")] = "128,512",
-    batches: Annotated[str, typer.Option(help="Sequences at once, comma-separated.")] = "1",
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompt or in the cache, comma-separated.")] = "128,512",
+    batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     threads: Annotated[str, typer.Option(help="Thread counts, comma-separated.")] = "1",
-    rounds: Annotated[int, typer.Option(min=2, help="Alternating rounds a case.")] = 7,
+    rounds: Annotated[int, typer.Option(min=2, help="Alternating rounds of each case.")] = 7,
     json_file: Json = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also draw the ratios into this file (.png, .svg).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also plot the ratios to this file (.png, .svg).")] = None,
 ) -> None:
-    """Prefill and decode in ONNX Runtime: all taking turns in one process, beside the ideal ratio and the peak."""
+    """Time prefill and decode in ONNX Runtime, in turns in one process. Shows ideal ratios and the peak, too."""
     from mptk.cli import report
     from mptk.cli.plot import draw_bench, require_matplotlib
     from mptk.driver import api

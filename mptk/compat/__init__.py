@@ -1,4 +1,4 @@
-"""compat: every private name of another library that mptk relies on, one module a library, each with a test.
+"""compat: all private names of other libraries that mptk uses. One module a library; each name has a test.
 
-An upgrade that changes one of them breaks ``tests/test_compat.py`` first.
+If an upgrade changes one of them, ``tests/test_compat.py`` fails first.
 """

@@ -1,4 +1,4 @@
-"""accelerate: global state that each run needs for itself, and weights that are fetched while a model is saved."""
+"""accelerate: set its global state aside for a run, and save a model whose weights are fetched one shard at a time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 @contextlib.contextmanager
 def own_state() -> Iterator[None]:
-    """Within it Accelerators are made as the first of this process; afterwards the caller's own are as before.
+    """Within it an Accelerator is made as if it were the first of this process. Afterwards the caller's state is back.
 
     accelerate keeps one precision and one plugin for all Accelerators of a process, and refuses a second. It has no
-    public way to set that state aside. How the processes meet stays as it is.
+    public way to set that state aside. The connection between the processes stays.
     """
     outer, meeting = dict(AcceleratorState._shared_state), dict(PartialState._shared_state)
     AcceleratorState._reset_state()
@@ -28,15 +28,15 @@ def own_state() -> Iterator[None]:
     finally:
         AcceleratorState._reset_state()
         AcceleratorState._shared_state.update(outer)
-        if meeting:  # else this run settled how the processes meet
+        if meeting:  # if not, this run connected the processes
             PartialState._shared_state.update(meeting)
 
 
 def save_lazily(shell: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path, *, max_shard_size: str) -> None:
-    """Save ``shell``, a model on meta, with ``weights`` (state-dict name → tensor), each asked for with its shard.
+    """Save ``shell``, a model on meta, with ``weights`` (state-dict name → tensor), fetched one shard at a time.
 
-    ``save_pretrained`` does that for models whose weights accelerate has offloaded to disk, so the shell is made to
-    look like one. It would be replaced by a ``save_pretrained`` that takes a lazy state dict.
+    ``save_pretrained`` does this for models that accelerate has offloaded to disk, so the shell is made to look like
+    one. A ``save_pretrained`` that takes a lazy state dict would replace this.
     """
     hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights, place_submodules=False)
     add_hook_to_module(shell, hook)

@@ -1,4 +1,4 @@
-"""onnxruntime: a session that takes and returns its own tensors, and a quantiser whose import sets up logging."""
+"""onnxruntime: run a session on its own tensors, and import a quantiser that sets up logging."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
 def run_on_values(
     session: ort.InferenceSession, feeds: Mapping[str, ort.OrtValue], outputs: Sequence[str]
 ) -> list[ort.OrtValue]:
-    """Run ``session`` on tensors of its own by input name; returns those of ``outputs``, in order, on the CPU.
+    """Run ``session`` on ``feeds`` (input name → tensor); returns the tensors of ``outputs``, in order, on the CPU.
 
     The public ``run_with_ort_values``, which takes a dict, is 0.2 ms slower for a cache of 60 tensors.
     """
@@ -29,8 +29,8 @@ def run_on_values(
 def matmul_quantizer() -> ModuleType:
     """The module ``onnxruntime.quantization.matmul_nbits_quantizer``.
 
-    Its import calls ``logging.basicConfig``, which would give the whole process a handler and another level; both are
-    put back. A quantiser that leaves logging alone could be imported as any module.
+    Its import calls ``logging.basicConfig``, which adds a handler to the process and changes the level. Both are
+    restored. If the quantiser leaves logging alone, a plain import will do.
     """
     handlers, level = logging.root.handlers[:], logging.root.level
     try:

@@ -1,4 +1,4 @@
-"""peft: adapters that are switched off for a moment."""
+"""peft: switch adapters off for a moment."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from peft.tuners.lora import LoraLayer
 def adapters_off(model: PeftModel) -> Iterator[None]:
     """Within it the model computes without its LoRA adapters.
 
-    peft's own ``disable_adapter`` first looks up the state of every module, which takes ten times as long, and its
-    ``enable_adapters`` also changes which parameters are trained. A property that can be set would replace this.
+    peft's ``disable_adapter`` first looks up the state of all modules and takes ten times as long. Its
+    ``enable_adapters`` also changes which parameters are trained. A property with a setter would replace this.
     """
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     for layer in layers:

@@ -18,12 +18,12 @@ from torch.export.graph_signature import ExportGraphSignature
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
-    "FakeTensor",  # What traced values are. A public name for the type would replace it.
+    "FakeTensor",  # The type of traced values. A public name would replace it.
     "FakeTensorMode",  # Runs a model on shapes alone, with real index constants. Meta tensors would lose those.
-    "OpOverload",  # The type of a traced call's target. A public name for the type would replace it.
+    "OpOverload",  # The type of a traced call's target. A public name would replace it.
     "build_exported",
     "check",  # States a relation between symbolic sizes; documented as ``torch._check``.
-    "enable_python_dispatcher",  # Some kernels know symbolic sizes in Python alone; export sets it, too.
+    "enable_python_dispatcher",  # Some kernels handle symbolic sizes only in Python. Export sets it, too.
     "quiet_exporter",
     "schema",
     "size_expression",
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def schema(target: object) -> FunctionSchema | None:
-    """The signature of an operator: arguments, results, and what is written to or shared. None for other callables.
+    """The schema of an operator: arguments, results, and what is written or aliased. None for other callables.
 
     ``OpOverload`` has no public attribute for it.
     """
@@ -44,7 +44,7 @@ def schema(target: object) -> FunctionSchema | None:
 
 
 def size_hint(size: torch.SymInt) -> int | None:
-    """The size that a symbolic size had in the example inputs; None if it depends on data.
+    """The value of a symbolic size in the example inputs; None if it depends on data.
 
     ``int(size)`` would specialise the graph to that size.
     """
@@ -53,7 +53,7 @@ def size_hint(size: torch.SymInt) -> int | None:
 
 
 def size_expression(size: torch.SymInt) -> object:
-    """A symbolic size as a sympy expression. To compare two sizes themselves would add a guard to the graph."""
+    """A symbolic size as a sympy expression. Comparing the sizes themselves would add a guard to the graph."""
     expression: object = size.node.expr
     return expression
 
@@ -67,7 +67,7 @@ def build_exported(
     constants: Mapping[str, Tensor],
     example_inputs: tuple[tuple[object, ...], dict[str, object]] | None,
 ) -> ExportedProgram:
-    """An ``ExportedProgram`` of another graph and weights; ranges of sizes, input nesting and verifier as in ``like``.
+    """An ``ExportedProgram`` with another graph and weights. Size ranges, nesting and verifier are those of ``like``.
 
     torch asks users not to call the constructor. A public way to edit an exported program would replace this.
     """
@@ -90,7 +90,7 @@ class _Undecomposed(ExportedProgram):
 
 
 def undecomposed(exported: ExportedProgram) -> ExportedProgram:
-    """``exported``, which ``torch.onnx.export`` translates as it is: it has no option to skip the decomposition."""
+    """``exported`` for ``torch.onnx.export`` without decomposition, for which that has no option."""
     return _Undecomposed(
         root=exported.graph_module,
         graph=exported.graph,
@@ -106,7 +106,7 @@ def undecomposed(exported: ExportedProgram) -> ExportedProgram:
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """No warnings from ``torch.onnx.export``, which logs one for each operator of torchvision if that is missing."""
+    """Silence ``torch.onnx.export``, which logs a warning for each torchvision operator if torchvision is missing."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)

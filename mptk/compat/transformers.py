@@ -1,4 +1,4 @@
-"""transformers: what its auto classes map to, and which attributes of a config its models ask for in vain."""
+"""transformers: the classes behind its auto classes, GGUF options, and reads of missing config attributes."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def model_classes(auto: str, config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
-    """The classes that an auto class (``AutoModelForCausalLM``) has for ``config``; none if it does not take it.
+    """The classes that an auto class (``AutoModelForCausalLM``) has for ``config``; empty if it does not take it.
 
-    transformers has no public way to ask an auto class for the class without building a model. Looking a class up
-    imports its module.
+    transformers has no public way to get the class from an auto class without building a model. The look-up imports
+    the module of the class.
     """
     found = getattr(transformers, auto)._model_mapping.get(type(config), ())
     return found if isinstance(found, tuple) else (found,)
 
 
 def forget_source(config: PreTrainedConfig) -> None:
-    """Remove the title that a GGUF file's metadata give a config: it would be saved as the model's path.
+    """Remove the title that a config gets from a GGUF file's metadata. It would be saved as the model's path.
 
-    The attribute has no public name and no option turns it off.
+    The attribute has no public name, and no option turns it off.
     """
     vars(config).pop("_model_name_or_path", None)
 
 
 def dequantize_gguf() -> dict[str, object]:
-    """Options with which ``from_pretrained`` reads a GGUF file into plain floats.
+    """Options that make ``from_pretrained`` read a GGUF file into plain floats.
 
-    Releases that can compute on GGUF blocks keep them unless they are told not to; earlier ones lack the class.
+    Releases that can compute on GGUF blocks keep them by default. Earlier ones lack the class.
     """
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
@@ -38,10 +38,10 @@ def dequantize_gguf() -> dict[str, object]:
 
 @contextlib.contextmanager
 def missing_attributes(found: Callable[[PreTrainedConfig, str], None]) -> Iterator[None]:
-    """Within it, ``found(config, name)`` is called for each attribute that is asked of any config in vain.
+    """Within it, each read of an attribute that a config lacks calls ``found(config, name)``.
 
-    The base class is patched, not one object: models copy their config and look up its exact type. May be nested; each
-    level hears of every miss, and the class is as before afterwards. A hook for lookups would replace this.
+    It patches the base class and not one object, since models copy their config and look up its exact type. It may be
+    nested: each level is called for each miss. Afterwards the class is restored. A hook for reads would replace this.
     """
     before = vars(PreTrainedConfig).get("__getattr__")
 

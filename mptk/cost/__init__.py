@@ -1,1 +1,1 @@
-"""cost: what a model costs at given widths, in parameters, flops, bytes or measured milliseconds."""
+"""cost: the cost of a model at given widths, in parameters, flops, bytes or predicted milliseconds."""

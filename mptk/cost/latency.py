@@ -1,9 +1,10 @@
-"""latency: predicted milliseconds of a decoder in ONNX Runtime as a function of its families' widths.
+"""latency: predict the milliseconds of a decoder in ONNX Runtime from its families' widths.
 
     T(widths) = Σ t_matmul(M, K, N) + Σ t_attention(M, past, heads, KV heads, dims) + Σ (a + b · elements)
 
-over the products with weights, the attentions and all other operators of the graph; M is the number of new tokens. The
-operators' times are measured (``operator_times.py``) at a few widths of each family and interpolated linearly between.
+The sums run over the products with weights, the attentions and all other operators of the graph. M is the number of new
+tokens. Operators are timed (``operator_times.py``) at a few widths of each family; between these, times are
+interpolated linearly.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from mptk.ir.source_location import SourceLocation
 PROBES = (0.91, 0.83, 0.71)
 
 KNOTS = {1: 6, 2: 4, 3: 3}
-"""Number of families that an operator depends on → at how many widths of each it is timed; 2 if there are more."""
+"""Number of families that an operator depends on → number of widths at which it is timed for each; else 2."""
 
 Widths = Mapping[str, float]
 Sizes = Callable[[Mapping[Axis, float]], tuple[float, ...]]
@@ -40,7 +41,7 @@ Measure = Callable[[Sequence[Operator]], Mapping[Operator, float]]
 
 @dataclass(frozen=True)
 class Part:
-    """``count`` operators of one kind whose sizes are the same function of the axes' sizes."""
+    """``count`` operators of one kind, whose sizes are the same function of the axes' sizes."""
 
     kind: str
     count: int
@@ -52,7 +53,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Grid:
-    """Milliseconds at the knots of some families' widths: ``values`` has a dimension a family."""
+    """Milliseconds at the knots of some families' widths. ``values`` has one dimension for each family."""
 
     knots: Mapping[str, Sequence[int]]
     values: npt.NDArray[np.float64]
@@ -65,16 +66,16 @@ class Grid:
 
 
 class Latency:
-    """Milliseconds of one step at any widths, whole numbers or not (families that are not named stay whole).
+    """Milliseconds of one step at any widths, which may be fractions. Families that are not named stay whole.
 
     Args:
         analysis: of a language model.
-        ladders: families that may be cut → the widths they may get, ascending, the dense one last.
+        ladders: family that may be cut → its legal widths, ascending, the dense width last.
         objective: a key of ``OBJECTIVES``.
         measure: operators → milliseconds of each. Called once.
 
     Raises:
-        MptkError: the objective is unknown, or the model computes something that no operator here stands for.
+        MptkError: the objective is unknown, or the model has an operation that cannot be timed here.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Latency:
         return part.at(self._analysis.sizes(widths))
 
     def _knots(self, part: Part, ladders: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
-        """Widths at which to time a part: of each family that it depends on, evenly spread over the ladder."""
+        """The widths at which a part is timed: for each family that it depends on, evenly spread over the ladder."""
         names = [name for name, ladder in ladders.items() if self._at(part, {name: ladder[0]}) != part.at({})]
         return {name: sample_rungs(ladders[name], KNOTS.get(len(names), 2)) for name in names}
 
@@ -126,7 +127,7 @@ def interpolate(knots: Sequence[int], values: npt.NDArray[np.float64], x: float)
 
 
 def sample_rungs(ladder: Sequence[int], most: int) -> list[int]:
-    """At most ``most`` entries, evenly spread, both ends among them."""
+    """At most ``most`` entries, evenly spread, with both ends."""
     if len(ladder) <= most:
         return list(ladder)
     return [ladder[round(i * (len(ladder) - 1) / (most - 1))] for i in range(most)]
@@ -140,16 +141,16 @@ def _corners(knots: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
 
 
 def find_parts(analysis: Analysis, tokens: int, past: int) -> list[Part]:
-    """The operators of one step of ``tokens`` new tokens after ``past`` cached ones; equal ones are counted.
+    """The operators of one step with ``tokens`` new and ``past`` cached tokens. Equal ones are one part with a count.
 
     Raises:
-        MptkError: a product whose time does not follow from its shape alone (routed experts, convolutions), or
-            attention that is written out.
+        MptkError: the time of a product does not follow from its shape (routed experts, convolutions), or attention is
+            written as two products.
     """
     share = tokens / example_tokens(analysis)
     found = [_contraction(analysis, product, share, tokens, past) for product in analysis.facts.contractions]
     found += [(ELEMENTWISE, _elements(analysis, node, share)) for node in _others(analysis)]
-    # Equal at three arbitrary points: the same function of the widths.
+    # Functions that are equal at three arbitrary points are taken as the same.
     points = [analysis.sizes({f.name: f.size * x ** (i + 1) for i, f in enumerate(analysis.families)}) for x in PROBES]
     equal: dict[tuple[str, tuple[float, ...]], list[Sizes]] = {}
     for kind, sizes in found:
@@ -177,7 +178,7 @@ def _contraction(analysis: Analysis, product: Contraction, share: float, tokens:
 
 
 def _attention(facts: AxisFacts, node: fx.Node, tokens: int, past: int) -> Sizes:
-    """The KV heads are those of the keys before they are repeated for the query heads that share them."""
+    """The number of KV heads is that of the keys before they are repeated for the query heads that share them."""
     q, k, v = (facts.dims(named_argument(node, name)) for name in ("query", "key", "value"))
     before = facts.dims(_smallest(named_argument(node, "key")))
 
@@ -189,7 +190,7 @@ def _attention(facts: AxisFacts, node: fx.Node, tokens: int, past: int) -> Sizes
 
 
 def _smallest(node: fx.Node) -> fx.Node:
-    """The value with the fewest elements among ``node`` and those that it is a view of."""
+    """The value with the fewest elements among ``node`` and the values that it is a view of."""
     seen = [node]
     while _is_view(seen[-1]):
         seen.append(seen[-1].all_input_nodes[0])
@@ -202,7 +203,7 @@ def _elements(analysis: Analysis, node: fx.Node, share: float) -> Sizes:
 
 
 def _others(analysis: Analysis) -> list[fx.Node]:
-    """The calls that compute an activation and are no product."""
+    """The calls that compute an activation and are neither a product nor a view."""
     facts, products = analysis.facts, {product.node for product in analysis.facts.contractions}
     nodes = [n for n, dims in facts.results.items() if n.op == "call_function" and isinstance(dims, tuple)]
     nodes = [n for n in nodes if n in facts.activations and n not in products]

@@ -1,4 +1,4 @@
-"""cost: parameters, operations, bytes and latency of a model as functions of its families' widths."""
+"""model: parameters, operations, bytes and latency of a model as functions of its families' widths."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mptk.ir.sizes import result_shape
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model of some widths costs.
+    """The cost of a model at some widths.
 
-    ``parameters``: all of them, a tied one once. ``block``: those of the prunable weights (``block_weights``).
-    ``flops``: operations in products with weights for one token of input, 2 for a multiply-add; attention's own
-    products grow with the context and are not counted. ``bytes``: size of all parameters in their dtype.
+    ``parameters``: all of them, tied ones once. ``block``: those of the prunable weights (``block_weights``).
+    ``flops``: operations in products with weights for one input token, 2 for a multiply-add. Attention's own products
+    grow with the context and are not counted. ``bytes``: size of all parameters in their dtype.
     ``latency_ms``: predicted milliseconds of a step (``mptk/cost/latency.py``), if latency is budgeted.
     """
 
@@ -29,15 +29,15 @@ class Cost:
     latency_ms: float | None = None
 
     def as_dict(self) -> dict[str, float]:
-        """What is known, by name."""
+        """The known figures by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class CostModel:
-    """Cost of an analysed model at any widths (family name → units kept; families that are not named stay whole).
+    """Cost of an analysed model at any widths (family name → units kept). Families that are not named stay whole.
 
-    ``budget`` is what sparsity is a share of: a key of ``BUDGETS``. ``latency``: widths → milliseconds, which the
-    budget of that name needs.
+    ``budget``: a key of ``BUDGETS``; sparsity is a share of it. ``latency``: widths → milliseconds, for the budget of
+    that name.
     """
 
     def __init__(
@@ -70,15 +70,15 @@ class CostModel:
         )
 
     def sparsity(self, widths: Mapping[str, int]) -> float:
-        """Share of the budget (the block parameters, as a rule) that a cut to ``widths`` removes."""
+        """Share of the budget that a cut to ``widths`` removes. The budget is usually the block parameters."""
         return 1 - self.share(widths)
 
     def share(self, widths: Mapping[str, float]) -> float:
-        """Share of the budget that is left at ``widths``, which need not be whole numbers."""
+        """Share of the budget that is left at ``widths``, which may be fractions."""
         return float(getattr(self(widths), self.budget) / getattr(self.dense, self.budget))
 
     def parameters_per_unit(self, family: Family) -> float:
-        """Parameters that one unit of ``family`` holds, over all layers, in the dense model."""
+        """Parameters of one unit of ``family`` in all layers of the dense model."""
         return (self.dense.parameters - self({family.name: family.size - 1}).parameters) if family.size > 1 else 0.0
 
     def _flops(self, sizes: Mapping[Axis, float]) -> float:
@@ -94,19 +94,19 @@ class CostModel:
 
 
 def example_tokens(analysis: Analysis) -> int:
-    """Positions of the example input: the product of its first two dimensions."""
+    """Number of tokens in the example input: the product of its first two dimensions."""
     first = next(n for n in analysis.program.placeholders() if n.name in analysis.program.user_inputs)
     shape = result_shape(first)
     return int(shape[0] * shape[1]) if len(shape) > 1 else int(shape[0])
 
 
 def block_weights(analysis: Analysis) -> frozenset[str]:
-    """The prunable weights: those that a family runs through whose groups each lie in one layer."""
+    """The prunable weights: members of families with one group for each layer; if there are none, of all families."""
     found = {m.weight for f in analysis.families if is_layered(f) for g in f.groups for m in g.members}
     found = found or {m.weight for f in analysis.families for g in f.groups for m in g.members}
     return frozenset(found & set(analysis.program.parameters))
 
 
 def is_layered(family: Family) -> bool:
-    """Whether a family has one group a layer, and not one that runs through all layers (the residual width)."""
+    """Whether a family has a group for each layer, and not one group over all layers (as the residual width)."""
     return len(family.groups) > 1

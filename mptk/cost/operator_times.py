@@ -1,8 +1,8 @@
-"""operators: milliseconds of single ONNX Runtime operators on this machine, measured once and kept.
+"""operator_times: milliseconds of single ONNX Runtime operators on this machine, measured once and stored.
 
-Each is timed in a small graph of its own, as it runs in a decoder. In decode, enough copies of the weights and of the
-cached keys are cycled that every run misses the processor's cache; they also evict from the nearer caches what the
-operators between them work with.
+Each operator is timed in a small graph, in its form in a decoder. In decode, enough copies of the weights and of the
+cached keys are cycled that every run misses the processor's cache. The copies also evict the operators' other data from
+the nearer caches.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ Floats = npt.NDArray[np.float32]
 MATMUL, ATTENTION, ELEMENTWISE = "MatMul", "Attention", "Mul"
 OPSET, IR_VERSION = 23, 10
 GRAPHS_VERSION = 3
-"""Raise it when an operator is timed in another form: times that were kept before are then measured again."""
+"""Raise it if an operator is timed in another form. Stored times are then measured again."""
 
 COLD_BYTES = 256 << 20
-"""What the copies of an operator read together in a step of one row: many times a large last-level cache. A cache keeps
-a part of data that is only a little larger: a cache of 32 MiB made a product over 64 MiB a quarter faster."""
+"""Bytes that all copies of an operator read in a step of one row: many times the size of a large last-level cache. If
+data is only a little larger, a part stays in the cache: 32 MiB of cache made a product over 64 MiB a quarter faster."""
 
 SESSIONS = 5
-"""Sessions in which each operator is timed, far apart in time: what disturbs one seldom disturbs another."""
+"""Sessions in which each operator is timed. They are far apart in time, so a disturbance seldom affects two."""
 
 SECONDS = 0.08
 """Seconds for which a session repeats its runs."""
 
 NEAR_BYTES = 24 << 20
-"""What the copies of an element-wise operator read and write together: it fits the last-level cache, no nearer one."""
+"""Bytes that all copies of an element-wise operator read and write. They fit the last-level cache only."""
 
 MOST_COPIES = 2048
-"""Most copies of an element-wise operator, which may be as small as one element."""
+"""Most copies of an element-wise operator, which may have only one element."""
 
 
 @dataclass(frozen=True, order=True)
@@ -72,7 +72,7 @@ Sweep = Callable[[Sequence[Operator], int, Progress], Mapping[Operator, float]]
 def kept_times(
     operators: Sequence[Operator], threads: int, progress: Progress, sweep: Sweep | None = None
 ) -> dict[Operator, float]:
-    """Milliseconds of each operator; those that the cache folder does not hold for this machine are measured.
+    """Milliseconds of each operator, from the cache folder; those that are missing for this machine are measured.
 
     Args:
         threads: threads of one operator; 0: one for each core.
@@ -90,7 +90,7 @@ def kept_times(
 
 
 def machine() -> dict[str, str | int | None]:
-    """What an operator's time depends on: processor, cores, version of ONNX Runtime, and ``GRAPHS_VERSION``."""
+    """What operator times depend on: processor, cores, version of ONNX Runtime, and ``GRAPHS_VERSION``."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -117,9 +117,9 @@ def time_once(operator: Operator, threads: int) -> float:
 
 
 def typical_ms(run: Callable[[], object], threads: int, seconds: float = SECONDS, runs: int = 3) -> float:
-    """Milliseconds of ``run``: the median of at least ``runs`` runs, after one that warms up.
+    """Milliseconds of ``run``: the median of at least ``runs`` runs, after a warm-up run.
 
-    One thread is timed by its processor time, which does not count what other processes took from it.
+    If it uses one thread, its processor time is measured, which other processes do not affect.
     """
     clock = time.thread_time if threads == 1 else time.perf_counter
     run()
@@ -145,7 +145,7 @@ def _matmul(threads: int, rows: int, k: int, n: int) -> float:
 
 
 def _attention(threads: int, tokens: int, past: int, heads: int, groups: int, dim: int, value_dim: int) -> float:
-    """As ``group_queries.py`` leaves it: in decode (one token) the queries of a group are rows of one head."""
+    """Attention after ``group_queries.py``: in decode (one token) the queries of a group are rows of one head."""
     count = _copies(4 * groups * (dim + value_dim) * past, tokens)
     total, repeat = past + tokens, heads // groups if tokens == 1 else 1
     heads //= repeat
@@ -172,7 +172,7 @@ GRAPHS: dict[str, Callable[..., float]] = {MATMUL: _matmul, ATTENTION: _attentio
 
 
 def _copies(size: int, rows: int) -> int:
-    """How many copies of an operator that reads ``size`` bytes beside its ``rows`` of input make up its graph."""
+    """Number of copies in the graph of an operator that reads ``size`` bytes besides its ``rows`` of input."""
     return max(1, -(-COLD_BYTES // size)) if rows == 1 and size else 2
 
 
@@ -181,7 +181,7 @@ def _value(name: str, *shape: int) -> ValueInfoProto:
 
 
 def _random(count: int) -> Floats:
-    """Numbers that all differ: equal weights would be one in memory."""
+    """Numbers that all differ, since equal weights would share memory."""
     return np.random.default_rng(0).random(count, dtype=np.float32) - np.float32(0.5)
 
 
@@ -212,7 +212,7 @@ def _ms(
 
 
 def _declared(name: str, array: Floats) -> TensorProto:
-    """An initialiser without its numbers, which the session is given beside the graph."""
+    """An initialiser without data. The session gets the data separately."""
     tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
     tensor.data_location = TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="memory")
@@ -220,7 +220,7 @@ def _declared(name: str, array: Floats) -> TensorProto:
 
 
 def _feed(name: str, shape: Sequence[int]) -> Floats:
-    """Ones: which numbers does not matter. The mask lets the last row see all, and each before it one token less."""
+    """Ones, since values do not matter. The mask lets the last row see all tokens, and each earlier row one less."""
     if name != "mask":
         return np.ones(shape, dtype=np.float32)
     rows, total = shape[-2:]

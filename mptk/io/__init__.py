@@ -1,1 +1,1 @@
-"""io: models, text and folders: what is read from and written to disk."""
+"""io: read and write models, text and folders."""

@@ -1,8 +1,8 @@
-"""Writing a transformers checkpoint folder that other releases of transformers read the same way.
+"""checkpoint: write a transformers checkpoint folder that other releases of transformers read the same way.
 
-transformers 5 renamed what it writes: the rotary base moved from ``rope_theta`` into ``rope_parameters``, and a
-tokenizer's class became ``TokenizersBackend``. Transformers 4 ignores the first without a word (it then computes
-with its default base) and refuses the second. What is written here carries both spellings.
+transformers 5 renamed fields: the rotary base moved from ``rope_theta`` into ``rope_parameters``, and a tokenizer's
+class became ``TokenizersBackend``. Transformers 4 silently ignores the first, and then computes with its default base.
+It refuses the second. So both spellings are written.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _PARTIAL_ROPE = {
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
 }
 _PLAIN_ROPE = {"rope_theta": ("rope_theta",)}
-# Where a tokenizer was loaded from is nobody's business but this machine's.
+# How the tokenizer was loaded concerns this machine only.
 _LOADING_STATE = ("is_local", "local_files_only")
 
 
 def portable_config(config: PreTrainedConfig) -> dict[str, object]:
-    """What to write as ``config.json``: ``config`` with its rotary settings in the spelling of transformers 4 too.
+    """The content of ``config.json``: ``config``, with its rotary settings also in the spelling of transformers 4.
 
-    Beside ``rope_parameters``, at the top level: ``rope_theta``; ``rope_scaling`` where the type is not the
-    default; ``partial_rotary_factor`` and its older names where only a part of the head is rotated; and
-    ``rope_local_base_freq`` where sliding and full attention rotate by different bases. Loading the result gives
-    the same config as before. Nested configs (a text model's inside a vision-language model's) are treated alike.
+    These fields are added at the top level, beside ``rope_parameters``: ``rope_theta``; ``rope_scaling``, if the type
+    is not the default; ``partial_rotary_factor`` and its older names, if only a part of the head is rotated; and
+    ``rope_local_base_freq``, if sliding and full attention have different bases. The result loads as the same config.
+    Nested configs (the text model's in a vision-language model's) are treated the same way.
     """
     return portable(json.loads(config.to_json_string()))
 
@@ -45,7 +45,7 @@ def save_config(config: PreTrainedConfig, folder: str | Path) -> None:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write the tokenizer, its chat template included, under a class name that transformers 4 knows as well."""
+    """Write the tokenizer with its chat template, under a class name that transformers 4 also knows."""
     tokenizer.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
@@ -61,8 +61,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
     """Write safetensors, ``config.json``, ``generation_config.json`` and the tokenizer's files into ``folder``.
 
-    The folder is made if it is not there. Stock ``from_pretrained`` loads it, in transformers 4 too where that has
-    the architecture.
+    The folder is made if missing. Stock ``from_pretrained`` loads it, also in transformers 4 if that has the
+    architecture.
     """
     model.save_pretrained(folder)
     config = Path(folder) / "config.json"
@@ -72,7 +72,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
 
 
 def portable(config: Mapping[str, object]) -> dict[str, object]:
-    """As :func:`portable_config`, from and to the content of a ``config.json``."""
+    """As :func:`portable_config`, for the content of a ``config.json``."""
     written = {key: portable(value) if _is_config(value, key) else value for key, value in config.items()}
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping):
@@ -99,7 +99,7 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
 
 @contextlib.contextmanager
 def replaced(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
-    """Lend a module other values for some parameters."""
+    """Within it, the parameters in ``state`` (name → value) have these values."""
     parameters = {name: p for name, p in model.named_parameters() if name in state}
     saved = {name: p.data for name, p in parameters.items()}
     try:

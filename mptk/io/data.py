@@ -1,4 +1,4 @@
-"""Text for calibration and evaluation: read, cut into windows of tokens, or sampled from the model itself."""
+"""data: text for calibration and evaluation. Read it, or let the model write it, and cut it into windows of tokens."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from mptk.errors import MptkError
 from mptk.progress import Count
 
 SELF = "self"
-"""The ``data`` that means text sampled from the model."""
+"""The value of ``data`` for text that the model writes."""
 
 _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _PLAIN = (".txt", ".text", ".raw", ".md")
-# Characters read for each token wanted: text has about 4 a token, and windows are chosen from what was read.
+# Characters to read for each wanted token. Text has about 4 a token; more are read so that windows can be chosen.
 _CHARACTERS_A_TOKEN = 64
 
 
@@ -33,16 +33,15 @@ def load_text(data: str, *, split: str | None = None, max_characters: int | None
     """The documents of ``data``.
 
     Args:
-        data: a text file, which is one document; a ``.jsonl``, ``.json`` or ``.parquet`` file, whose rows are the
-            documents (the column ``text``, else the only column that holds strings); a folder, for all such files in
-            it and below in the order of their paths; else an id of the datasets hub, ``ID``, ``ID:CONFIG`` or
-            ``ID:CONFIG:SPLIT``.
-        split: of a hub's dataset, where ``data`` does not name it; ``train`` if None.
-        max_characters: stop after the document with which this many are reached. Data sets are streamed, so that a
-            large one is not brought in full.
+        data: a text file, which is one document; a ``.jsonl``, ``.json`` or ``.parquet`` file with one document a row
+            (the column ``text``, else the only column of strings); a folder, for all such files in it and below, in
+            the order of their paths; or an id of the datasets hub: ``ID``, ``ID:CONFIG`` or ``ID:CONFIG:SPLIT``.
+        split: split of a hub's dataset, if ``data`` does not name one; ``train`` if None.
+        max_characters: stop after the document that reaches this number. Data sets are streamed, so a large one is not
+            downloaded in full.
 
     Raises:
-        MptkError: nothing there; no text in it, or no one column of text; not UTF-8.
+        MptkError: ``data`` does not exist, has no text or more than one column of it, or is not UTF-8.
     """
     texts: list[str] = []
     left = max_characters
@@ -68,17 +67,16 @@ def token_windows(
 ) -> Tensor:
     """Windows of tokens that do not overlap, int64 [n, length].
 
-    The documents, tokenised without special tokens, are put one after another with the end-of-sequence token (if the
-    tokenizer has one) between each two, and the stream is cut; what is left at the end is dropped. Where the
-    tokenizer starts every text with a begin-of-sequence token, every window starts with it, and holds length − 1
-    tokens of text.
+    Documents are tokenised without special tokens and joined by the end-of-sequence token, if the tokenizer has one.
+    The stream is cut into windows; an incomplete window at the end is dropped. If the tokenizer starts each text with a
+    begin-of-sequence token, each window starts with it and holds length − 1 tokens of text.
 
     Args:
-        count: the most windows to give; all if None.
-        seed: for the random order in which they come, and so for which ones; None keeps the text's order.
+        count: the most windows to return; all if None.
+        seed: seed of their random order, and so of the selection; None keeps the text's order.
 
     Raises:
-        MptkError: the text has fewer tokens than one window needs.
+        MptkError: the text has too few tokens for one window.
     """
     prefix = _prefix(tokenizer)
     stream = _stream(texts, tokenizer)
@@ -104,9 +102,9 @@ def evaluation_windows(
     *,
     split: str | None = None,
 ) -> Tensor:
-    """The first ``count`` windows of ``data``'s text in its order (see :func:`token_windows`): int64 [n, length].
+    """The first ``count`` windows of the text of ``data`` in its order (see :func:`token_windows`), int64 [n, length].
 
-    ``split`` of a hub's dataset is ``test`` if None.
+    ``split``: split of a hub's dataset; ``test`` if None.
     """
     wanted = None if count is None else count * length * _CHARACTERS_A_TOKEN
     texts = load_text(data, split=split or "test", max_characters=wanted)
@@ -123,16 +121,16 @@ def self_sampled(
     batch_size: int = 32,
     progress: Count | None = None,
 ) -> Tensor:
-    """Text that the model writes itself, as tokens: int64 [count, length].
+    """Text that the model writes, as tokens, int64 [count, length].
 
-    Ancestral sampling at temperature 1 from the full distribution, with the KV cache. Each row starts with the
-    begin-of-sequence token (else the end-of-sequence one, else a token drawn uniformly) and does not stop at an end of
-    sequence: the model goes on with what it takes to come next, as in text packed for training. The same for the same
-    seed, batch size, device and thread count; the caller's random state is left as it was.
+    This is ancestral sampling at temperature 1 from the full distribution, with a KV cache. Each row starts with the
+    begin-of-sequence token, else the end-of-sequence token, else a uniformly random token. It does not stop at an end
+    of sequence: the model continues with the next text, as in text packed for training. For one model, the result
+    depends on seed, batch size, device and thread count only. The caller's random state does not change.
 
     Args:
-        batch_size: rows sampled at once; more take more memory, and less time for each.
-        progress: called with the tokens done and those wanted, over all rows.
+        batch_size: rows sampled at once. More rows take more memory and less time each.
+        progress: called with (tokens done, all tokens).
 
     Raises:
         MptkError: the model cannot generate text.
@@ -163,9 +161,10 @@ def calibration(
     seed: int = 0,
     progress: Count | None = None,
 ) -> Tensor:
-    """Windows to calibrate on, int64 [n, length]: from ``data`` (see :func:`load_text`) or ``self``, the model.
+    """Up to ``count`` calibration windows, int64 [n, length], from ``data`` (see :func:`load_text`) or the model.
 
-    Up to ``count``: a text with fewer gives all it has.
+    Raises:
+        MptkError: as ``check_length``, ``self_sampled``, ``load_text``, ``token_windows``; or there is no tokenizer.
     """
     check_length(model, length)
     if data == SELF:
@@ -175,7 +174,7 @@ def calibration(
 
 
 def check_length(model: PreTrainedModel, length: int) -> None:
-    """Raise MptkError where ``model`` has no positions for windows of ``length`` tokens."""
+    """Raise MptkError if ``model`` has fewer than ``length`` positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and length > limit:
         raise MptkError(
@@ -193,7 +192,7 @@ def _documents(data: str, split: str | None) -> Iterator[str]:
     elif path.is_dir():
         files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in (*_PLAIN, *_TABLES)]
         if not files:
-            raise MptkError(f"{data} has no text in it; files that count end in {', '.join((*_PLAIN, *_TABLES))}")
+            raise MptkError(f"{data} has no text in it; text files end in {', '.join((*_PLAIN, *_TABLES))}")
         for file in files:
             yield from _file_documents(file)
     else:
@@ -231,7 +230,7 @@ def _hub_documents(data: str, split: str | None) -> Iterator[str]:
         dataset = load_dataset(name, config or None, split=named_split or split or "train", streaming=True)
     except (DatasetsError, ValueError, OSError) as error:
         raise MptkError(
-            f"{data!r} is no file or folder, and as a dataset it does not load: {str(error).splitlines()[0]}; "
+            f"{data!r} is no file or folder, and does not load as a dataset: {str(error).splitlines()[0]}; "
             "check the path, or the network and ID:CONFIG:SPLIT"
         ) from error
     yield from _rows(dataset, data)
@@ -272,7 +271,7 @@ def _stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[in
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The begin-of-sequence token, where the tokenizer itself puts it before a text."""
+    """The begin-of-sequence token, if the tokenizer puts it before a text."""
     ids = tokenizer("a").input_ids
     begin = tokenizer.bos_token_id
     return [begin] if begin is not None and ids[:1] == [begin] else []
@@ -288,7 +287,7 @@ def _required(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerB
 
 
 class _Counter(LogitsProcessor):
-    """Reports each step of generation; the logits pass unchanged."""
+    """Reports each step of generation, and leaves the logits unchanged."""
 
     def __init__(self, report: Count, done: int, rows: int, total: int) -> None:
         self.report, self.done, self.rows, self.total = report, done, rows, total
@@ -313,11 +312,11 @@ def _starts(
 @torch.no_grad()
 def _sample(model: PreTrainedModel, start: Tensor, length: int, counter: _Counter) -> Tensor:
     """Continue ``start`` [rows, 1] to [rows, length]."""
-    # Instead of the checkpoint's own generation config, whose settings would fill every gap of one that is passed.
+    # It replaces the checkpoint's generation config, whose settings would fill each gap of a config that is passed.
     settings = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1)
-    settings.pad_token_id = 0  # Said only to keep transformers from warning: no row ends early.
+    settings.pad_token_id = 0  # Only silences a warning of transformers: no row ends early.
     start = start.to(model.device)
-    writer = cast("GenerationMixin", model)  # PreTrainedModel itself does not declare what generation needs.
+    writer = cast("GenerationMixin", model)  # PreTrainedModel does not declare what generation needs.
     own, writer.generation_config = writer.generation_config, settings
     try:
         tokens: Tensor = writer.generate(

@@ -1,4 +1,4 @@
-"""dense: which dense model a folder was pruned from, by fingerprint, and loading it on nobody's word but the user's."""
+"""dense: identify a folder's dense model by fingerprint, and load it. Only the user allows a download or code."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _PARTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetenso
 
 
 def fingerprint(model: str, *, local: bool = False) -> str:
-    """SHA-256 over what a dense model is: its config, weights and code; of a ``.gguf`` file, over that file.
+    """SHA-256 of a dense model: of its config, weights and code, or of its ``.gguf`` file.
 
-    ``local``: nothing is brought from anywhere. Raises MptkError if the model is not found.
+    ``local``: download nothing. Raises MptkError if the model is not found.
     """
     path = models.locate(model, local=local)
     files = [path] if path.is_file() else sorted({p for pattern in _PARTS for p in path.glob(pattern)})
@@ -26,7 +26,7 @@ def fingerprint(model: str, *, local: bool = False) -> str:
 
 
 def absolute(model: str) -> str:
-    """A local model's absolute path; an alias or a hub's id as it is."""
+    """A local model's absolute path; an alias or a hub id unchanged."""
     path = Path(model).expanduser()
     return str(path.resolve()) if model not in ALIASES and path.exists() else model
 
@@ -35,13 +35,13 @@ def load_dense(said: str, expected: str, model: str | None, trust: bool) -> mode
     """The dense model of a pruned folder.
 
     Args:
-        said: where the folder's report says that it is; ``expected``: its fingerprint.
-        model: where the caller says that it is. Else it is where the report says, if that is on this machine: nothing
-            is downloaded because a folder names it.
-        trust: the caller's own word on the model's Python code; the report's is not asked.
+        said: the model's name in the folder's report.
+        expected: its fingerprint.
+        model: the caller's name for it. If None, the report's name is used and nothing is downloaded.
+        trust: whether the caller lets the model's Python code run. The report has no say in this.
 
     Raises:
-        MptkError: it is not there; or what is there has another fingerprint, which is looked at before it is loaded.
+        MptkError: the model is not found, or has another fingerprint. This is checked before it is loaded.
     """
     source = model or said
     if fingerprint(source, local=model is None) != expected:

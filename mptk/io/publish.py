@@ -1,4 +1,4 @@
-"""publish: a folder that appears whole or not at all. It is written beside its place and then renamed."""
+"""publish: write a folder atomically. It is written beside its place and then renamed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mptk.io.manifest import is_ours, write_manifest
 
 @contextlib.contextmanager
 def publish(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` to write into; it takes the place of ``folder`` if no exception is raised.
+    """A temporary folder beside ``folder``, which replaces ``folder`` if no exception is raised.
 
-    The finished folder holds ``mptk.json``: the SHA-256 of every file, by which ``verify`` knows the folder as it was
-    published, and the mark by which the next run knows that it may replace it.
+    The finished folder holds ``mptk.json`` with the SHA-256 of each file. ``verify`` checks these, and a later run
+    replaces only folders that have this file.
 
     Raises:
         MptkError: as ``check_replaceable``; or the folder cannot be written.
@@ -38,13 +38,13 @@ def publish(folder: str | Path) -> Iterator[Path]:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise MptkError if ``folder`` exists and is neither empty nor an earlier output of mptk."""
+    """Raise MptkError if ``folder`` exists, is not empty and is no output of mptk."""
     if folder.exists() and not _replaceable(folder):
         raise MptkError(f"{folder} exists and was not made by mptk; give another --out, or remove it yourself")
 
 
 def _swap(folder: Path, new: Path, old: Path) -> None:
-    """Move ``new`` to ``folder``, whose former content moves to ``old``; back again if that fails."""
+    """Move ``folder`` to ``old`` and ``new`` to ``folder``. If the second move fails, undo the first."""
     replaced = folder.exists()
     if replaced:
         folder.rename(old)

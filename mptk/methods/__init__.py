@@ -1,4 +1,4 @@
-"""methods: everything that chooses what is cut, and what is done to the weights that stay. One file a method."""
+"""methods: choose what is cut, and change the weights that stay. One file a method."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def methods() -> dict[str, Method]:
 
 
 def find_method(name: str) -> Method:
-    """The method of that name. Raises MptkError with the names there are."""
+    """The method of that name. Raises MptkError if there is none."""
     return find("method", name, methods())

@@ -1,6 +1,7 @@
-"""one_shot: score every unit once, by a criterion, and keep the best; the budget is divided as calibration text likes.
+"""one_shot: score every unit once by a criterion and keep the best.
 
-No weight is trained. A criterion that compensates (FLAP) corrects the consumers' biases.
+The budget is divided among families by the loss on calibration text. No weight is trained. A criterion that
+compensates (FLAP) corrects the consumers' biases.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from passes.targets.legalize import describe
 from passes.transforms.masked_reference import mask
 
 TOKENS = 1024
-"""Tokens of calibration text on which ways to divide the budget are compared."""
+"""Calibration tokens on which the ways to divide the budget are compared."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class OneShotMethod(Method):
 def _best(
     prepared: Prepared, plans: Sequence[Plan], text: Text, context: Context
 ) -> tuple[Plan, Cut, dict[str, float]]:
-    """The plan whose masked program has the lowest loss on a part of the calibration text, and widths → loss."""
+    """The plan with the lowest loss of its masked program on some calibration text, its cut, and widths → loss."""
     ids = text.calibration[: max(1, TOKENS // text.calibration.shape[1])]
     task, found = prepared.task, []
     for done, plan in enumerate(plans, 1):

@@ -1,20 +1,19 @@
-"""reconstruct: fit what is left of each consumer to the dense layer's outputs, by least squares.
+"""reconstruct: fit the kept columns of each consumer to the dense layer's outputs, by least squares.
 
-Layer-wise distillation in closed form: for a layer that sums over pruned units, with inputs x and outputs t of the
-dense model, the columns k that stay become
+This is layer-wise distillation in closed form. Take a layer that sums over pruned units, and its inputs x and outputs t
+in the dense model. The kept columns k become
 
     W' = argmin Σ ‖t − W' x_k‖² + λ ‖W' − W‖² = (Σ t x_kᵀ + λ W) (Σ x_k x_kᵀ + λ I)⁻¹,
 
-λ a share of the mean of x². This is the update of optimal brain surgeon (Hassibi & Stork 1992) for all removed units at
-once, as in ZipLM (arXiv 2302.04089) and SlimGPT (arXiv 2412.18110). ``docs/maskprune.md`` says why x is the dense
-model's and not the pruned one's.
+λ is a share (``RIDGE``) of the mean of x². This is the update of optimal brain surgeon (Hassibi & Stork 1992) for all
+removed units at once, as in ZipLM (arXiv 2302.04089) and SlimGPT (arXiv 2412.18110). ``docs/maskprune.md`` says why x
+comes from the dense model and not from the pruned one.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +41,8 @@ def reconstruct(
 
     Args:
         model: the dense model.
-        kept: weight name of a linear layer → which of its inputs stay, boolean [in].
-        state: the pruned model's weights where they differ from the dense ones, removed units at 0.
+        kept: weight name of a linear layer → which inputs it keeps, boolean [in].
+        state: the weights in which the pruned model differs from the dense one, removed units at 0.
         windows: token ids, int64 [n, length].
 
     Returns:
@@ -57,7 +56,7 @@ def reconstruct(
             model(batch, use_cache=False)
             progress(done, len(batches))
     weights = dict(model.named_parameters())
-    return {**state, **{name: s.solve(state.get(name, weights[name])) for name, s in sums.items()}}
+    return {**state, **{name: found.solve(state.get(name, weights[name])) for name, found in sums.items()}}
 
 
 class _Sums:
@@ -77,7 +76,7 @@ class _Sums:
         self.rows += len(x)
 
     def solve(self, weight: Tensor) -> Tensor:
-        """The weight in its own orientation ([out, in], or [in, out] for Conv1D)."""
+        """The fitted weight, in the layout of ``weight``: [out, in], or [in, out] for Conv1D."""
         transposed = isinstance(self.layer, Conv1D)
         old = (weight.T if transposed else weight)[:, self.index].double()
         assert isinstance(self.gram, Tensor)
@@ -93,7 +92,7 @@ class _Sums:
 
 @contextlib.contextmanager
 def _hooked(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    def hook(name: str) -> Any:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         return lambda module, args, out: see(name, args[0], out)
 
     handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
@@ -107,17 +106,17 @@ def _hooked(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor]
 def kept_units(analysis: Analysis, cut: Cut, families: Sequence[str]) -> dict[str, Tensor]:
     """What a plan keeps: family → boolean [layers, scopes, size]."""
     return {
-        name: torch.stack([torch.from_numpy(cut.choices[g.axis].table) for g in analysis.family(name).groups])
+        name: torch.stack([torch.from_numpy(cut.choices[group.axis].table) for group in analysis.family(name).groups])
         for name in families
     }
 
 
 def removed_at_zero(model: nn.Module, sites: Sequence[MaskSite], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights at which a plan's masks go in, with the removed units at 0."""
-    values = {c: t.float() for c, t in kept.items()}
+    """The weights that a plan's masks multiply, with the removed units at 0."""
+    values = {family: table.float() for family, table in kept.items()}
     masks = InsertedMasks(model, sites, lambda family, layer: values[family][layer])
     masks.remove()
-    return masks.folded({n: p.detach() for n, p in model.named_parameters()})
+    return masks.folded({name: p.detach() for name, p in model.named_parameters()})
 
 
 def reconstruct_consumers(
@@ -131,7 +130,8 @@ def reconstruct_consumers(
     """``state`` with every consumer of a cut family fitted to the dense layer's outputs (``reconstruct``).
 
     Args:
-        sites: where the families' masks go in (``find_mask_sites``); ``kept``: what stays (``kept_units``).
+        sites: where the families' masks go (``find_mask_sites``).
+        kept: family → kept units (``kept_units``).
     """
     inputs: dict[str, Tensor] = {}
     for site in sites:

@@ -1,1 +1,1 @@
-"""runtime: running and timing ONNX graphs."""
+"""runtime: run and time ONNX graphs."""

@@ -1,4 +1,4 @@
-"""turns: timing several things against each other, so that what disturbs the machine disturbs them alike."""
+"""alternate: time several steps in turns, so that disturbances of the machine affect all of them equally."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 
 ROUND_S = 0.05
-"""A step shorter than this is repeated within its turn, so that the change of sides does not dominate it."""
+"""A shorter step, in seconds, is repeated within its turn, so that switching between steps does not dominate."""
 
 
 def alternate(steps: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
-    """Milliseconds of each step in each round. The steps take turns; the order is reversed every other round."""
+    """Milliseconds of each step in each round. The steps take turns; every other round reverses their order."""
     repeats = [_repeats(step) for step in steps]
     times: list[list[float]] = [[] for _ in steps]
     order = list(range(len(steps)))
@@ -25,7 +25,7 @@ def alternate(steps: Sequence[Callable[[], None]], rounds: int) -> list[list[flo
 
 
 def _repeats(step: Callable[[], None]) -> int:
-    """Runs of ``step`` in one turn. Running it here warms it up, too."""
+    """Number of runs of ``step`` in one turn. This also warms it up."""
     for _ in range(2):
         start = time.perf_counter()
         step()

@@ -1,13 +1,14 @@
-"""bench: prefill and decode in ONNX Runtime, several graphs taking turns in one process.
+"""bench: time prefill and decode in ONNX Runtime. Several graphs take turns in one process.
 
-Absolute times belong to one machine at one moment, so what counts is the ratio to the first graph, beside the ratio
-that would be ideal: of the operations in prefill, which computes, and of the bytes in decode, which reads them. How
-much of the machine a graph uses is its share of the roofline: the peak of a matrix product, or of reading memory,
-measured between the same rounds.
+Absolute times hold for one machine at one moment, so the result is the ratio to the first graph. It is shown beside the
+ideal ratio: that of the operations in prefill, which is bound by compute, and that of the bytes in decode, which is
+bound by memory. The roofline share is the speed relative to the machine's peak (of a matrix product, or of reading
+memory), which is measured between the same rounds.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,13 +27,13 @@ from mptk.runtime.roofline import Peaks, Roofline, peak_memory
 
 PHASES = ("prefill", "decode")
 SESSIONS = 3
-"""Sets of fresh sessions: where the weights of a session happen to lie in memory changes the speed of its decoding by
-up to a quarter, for as long as the session lives."""
+"""Sets of fresh sessions. The place of a session's weights in memory changes its decoding speed by up to a quarter, for
+the life of the session."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """``length``: tokens of the prompt, or cached before the one decoding step."""
+    """One measured step. ``length``: tokens of the prompt, or tokens in the cache before one decoding step."""
 
     phase: str
     length: int
@@ -41,7 +42,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Tokens that one run takes in."""
+        """New tokens in one run."""
         return self.batch * (self.length if self.phase == "prefill" else 1)
 
     def __str__(self) -> str:
@@ -49,13 +50,17 @@ class Case:
         return f"{self.phase} {self.length}{batch}"
 
 
+Times = Mapping[Case, list[list[float]]]
+"""Case → graph → milliseconds of each round."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One graph in one case.
 
-    ``ms``: median, for prefill the time to the first token; ``iqr_ms``: interquartile range; ``tokens_s``: tokens a
-    second. ``ratio``: to the first graph, the median of the rounds' ratios, whose halves saw the same neighbours;
-    ``ideal``: the ratio of ``work``, operations in prefill and bytes in decode. ``roofline``: share of the peak.
+    ``ms``: median; in prefill, the time to the first token. ``iqr_ms``: interquartile range. ``tokens_s``: tokens a
+    second. ``ratio``: time over the first graph's, the median of the ratios within each round. ``work``: operations in
+    prefill, bytes in decode. ``ideal``: the ratio of ``work`` to the first graph's. ``roofline``: share of the peak.
     """
 
     graph: str
@@ -71,7 +76,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Graph:
-    """What was compared. ``bytes``: of its files. ``memory``: what a process grows by when it loads and runs it."""
+    """A compared graph. ``bytes``: size of its files. ``memory``: bytes by which a process that runs it grows."""
 
     name: str
     file: str
@@ -81,7 +86,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Bench:
-    """All cases of one comparison. ``peaks``: threads → what the machine gave meanwhile."""
+    """All cases of one comparison. ``peaks``: threads → the machine's peaks, measured meanwhile."""
 
     graphs: Sequence[Graph]
     onnxruntime: str
@@ -90,12 +95,12 @@ class Bench:
     rows: Sequence[Row]
 
     def to_json(self) -> dict[str, object]:
-        """As data; ``from_json`` reads it."""
+        """The comparison as JSON data, which ``from_json`` reads."""
         return asdict(self)
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Bench:
-        """A comparison that ``to_json`` wrote."""
+        """The comparison that ``to_json`` gave."""
         graphs = [Graph(**graph) for graph in data["graphs"]]
         peaks = {int(threads): Peaks(**found) for threads, found in data["peaks"].items()}
         rows = [Row(**{**row, "case": Case(**row["case"])}) for row in data["rows"]]
@@ -113,20 +118,20 @@ def bench_decoders(
     sessions: int = SESSIONS,
     progress: Progress | None = None,
 ) -> Bench:
-    """Time ONNX decoders: prefill of ``lengths`` tokens, and one decoding step after as many.
+    """Time ONNX decoders: prefill of ``lengths`` tokens, and one decoding step with that many tokens in the cache.
 
-    The graphs take turns, and who begins a round changes. Inputs and cache are bound beforehand, so the caller's own
-    work is not timed, nor is the first run of a session.
+    The graphs take turns, and every other round reverses their order. Inputs and cache are bound beforehand, so neither
+    the caller's work nor the first run of a session is timed.
 
     Args:
-        graphs: name → a folder with ``model.onnx``, or the file. The first is what the others are compared with.
-        lengths: in tokens.
-        batches: sequences at once.
-        threads: thread counts, each measured in sessions of its own.
+        graphs: name → a folder with ``model.onnx``, or the file. The others are compared with the first.
+        lengths: tokens of the prompt, or in the cache.
+        batches: batch sizes.
+        threads: thread counts, each measured in its own sessions.
         rounds: turns of each graph in a case, at least 2.
         phases: ``prefill``, ``decode`` or both.
-        sessions: sets of fresh sessions that the rounds are shared out among.
-        progress: called with a stage, the cases done and all of them.
+        sessions: sets of fresh sessions, over which the rounds are divided.
+        progress: called with a stage, the cases done and all cases.
 
     Raises:
         MptkError: a file is missing or is no decoder; fewer than two rounds.
@@ -137,31 +142,44 @@ def bench_decoders(
     files = {name: onnx_file(path) for name, path in graphs.items()}
     shares = [len(range(session, rounds, sessions)) for session in range(min(sessions, rounds))]
     cases = [Case(p, n, b, t) for t in threads for p in phases for b in batches for n in lengths]
-    times: dict[Case, list[list[float]]] = {case: [[] for _ in files] for case in cases}
+    times: Times = {case: [[] for _ in files] for case in cases}
     peaks: dict[int, Peaks] = {}
-    done, total = 0, len(cases) * len(shares)
-    say("bench", done, total)
+    done = itertools.count(1)
+
+    def finished() -> None:
+        say("bench", next(done), len(cases) * len(shares))
+
+    say("bench", 0, len(cases) * len(shares))
     for count in threads:
-        roofline = Roofline(count)
-        for index, share in enumerate(shares):
-            decoders = [OrtDecoder(file, threads=count) for file in files.values()]
-            turn = slice(None, None, -1 if index % 2 else 1)
-            for case in (case for case in cases if case.threads == count):
-                found = alternate([decoder_step(decoder, case) for decoder in decoders[turn]], share)
-                for side, more in zip(times[case][turn], found, strict=True):
-                    side += more
-                roofline.measure()
-                done += 1
-                say("bench", done, total)
-            del decoders
-        peaks[count] = roofline.peaks
+        own = {case: sides for case, sides in times.items() if case.threads == count}
+        peaks[count] = _time_cases(list(files.values()), own, shares, Roofline(count), finished)
     rows = [row for case in cases for row in _rows(case, files, times[case], peaks[case.threads])]
     measured = [_graph(name, file, max(lengths), say) for name, file in files.items()]
     return Bench(measured, ort.__version__, rounds, peaks, rows)
 
 
+def _time_cases(
+    files: Sequence[Path], times: Times, shares: Sequence[int], roofline: Roofline, finished: Callable[[], None]
+) -> Peaks:
+    """Extend ``times``, whose cases use the threads of ``roofline``; returns the machine's peaks.
+
+    Each entry of ``shares`` is the number of rounds in one set of fresh sessions.
+    """
+    for index, share in enumerate(shares):
+        decoders = [OrtDecoder(file, threads=roofline.threads) for file in files]
+        turn = slice(None, None, -1 if index % 2 else 1)
+        for case, sides in times.items():
+            found = alternate([decoder_step(decoder, case) for decoder in decoders[turn]], share)
+            for side, more in zip(sides[turn], found, strict=True):
+                side += more
+            roofline.measure()
+            finished()
+        del decoders
+    return roofline.peaks
+
+
 def decoder_step(decoder: OrtDecoder, case: Case) -> Callable[[], None]:
-    """A call that runs one step with everything bound beforehand. Which tokens does not matter, nor what is cached."""
+    """A call that runs one step with inputs and outputs bound beforehand. Token ids and cached values do not matter."""
     prefill = case.phase == "prefill"
     cache = decoder.empty(case.batch) if prefill else decoder.filled(case.batch, case.length)
     ids = np.zeros((case.batch, case.length if prefill else 1), dtype=np.int64)

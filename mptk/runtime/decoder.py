@@ -1,4 +1,4 @@
-"""runtime: a decoder in ONNX Runtime, its KV cache handed on from step to step without a copy."""
+"""decoder: a decoder in ONNX Runtime that passes its KV cache from step to step without a copy."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(do
 
 @dataclass(frozen=True)
 class Cache:
-    """What a step leaves for the next: each layer's keys and values in the runtime's own memory.
+    """The KV cache after a step, in the runtime's memory.
 
-    ``values``: by input name, [batch, heads, length, dim]. ``mask``: [batch, length], 1 for a token, 0 for padding.
+    ``values``: input name → keys or values of a layer, [batch, heads, length, dim].
+    ``mask``: [batch, length], 1 for a token, 0 for padding.
     """
 
     values: Mapping[str, ort.OrtValue]
@@ -37,7 +38,7 @@ class Cache:
 
 
 def onnx_file(path: str | Path) -> Path:
-    """``path`` itself, or the ``model.onnx`` in it or in its folder ``onnx``. Raises MptkError if there is none."""
+    """``path`` itself, or the ``model.onnx`` in ``path`` or ``path/onnx``. Raises MptkError if there is none."""
     path = Path(path)
     places = [path / FILE, path / "onnx" / FILE] if path.is_dir() else [path]
     for file in places:
@@ -47,7 +48,7 @@ def onnx_file(path: str | Path) -> Path:
 
 
 def model_folder(path: str | Path) -> Path:
-    """Where the config and tokenizer of a decoder are: the folder given, or that of the file, or the one above."""
+    """The folder with a decoder's config and tokenizer: that of the graph, or the one above if it is named ``onnx``."""
     folder = onnx_file(path).parent
     return folder.parent if folder.name == "onnx" else folder
 
@@ -57,10 +58,10 @@ class OrtDecoder:
 
     Args:
         path: a folder with ``model.onnx`` or ``onnx/model.onnx``, or the file.
-        threads: threads of one operator; 0: as many as there are cores.
+        threads: threads of one operator; 0: one for each core.
 
     Raises:
-        MptkError: there is no such file, ONNX Runtime refuses it, or it is not a decoder with a KV cache.
+        MptkError: there is no such file, ONNX Runtime refuses it, or it is no decoder with a KV cache.
     """
 
     def __init__(self, path: str | Path, *, threads: int = 0) -> None:
@@ -70,19 +71,21 @@ class OrtDecoder:
         options.log_severity_level = 3
         try:
             self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has no base class for its own
+        except Exception as error:  # onnxruntime's errors have no base class
             reason = str(error).strip().split("\n")[0]
             raise MptkError(f"ONNX Runtime cannot load {file}: {reason}; export the model again") from error
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
         if not self.past or "input_ids" not in self.inputs:
-            raise MptkError(f"{file} is no decoder with a KV cache: its inputs are {', '.join(self.inputs)}")
+            raise MptkError(
+                f"{file} is no decoder with a KV cache: its inputs are {', '.join(self.inputs)}; export one with mptk"
+            )
         self.presents = [name.replace("past_key_values", "present") for name in self.past]
         self.outputs = ["logits", *self.presents]
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the exporter wrote about the model (plan hash, versions)."""
+        """The exporter's metadata (plan hash, versions)."""
         return dict(self.session.get_modelmeta().custom_metadata_map)
 
     def prefill(self, ids: Ids, mask: Ids | None = None) -> tuple[LogitsArray, Cache]:
@@ -93,30 +96,30 @@ class OrtDecoder:
         return self._run(ids, np.ones_like(ids) if mask is None else mask, self.empty(len(ids)))
 
     def decode(self, ids: Ids, cache: Cache) -> tuple[LogitsArray, Cache]:
-        """Run the next tokens, [batch, n], after what is in ``cache``. The cache passed in stays usable."""
+        """Run the next tokens, [batch, n], after those in ``cache``, which stays usable."""
         return self._run(ids, np.ones_like(ids), cache)
 
     def logits(self, ids: Ids) -> LogitsArray:
-        """LogitsArray of whole sequences without padding: [batch, sequence or 1, vocab]."""
+        """Logits of whole sequences without padding: [batch, sequence or 1, vocab]."""
         return self.prefill(ids)[0]
 
     def torch_logits(self, ids: Tensor) -> Tensor:
-        """``logits`` for torch: what perplexity is measured with. Raises MptkError where they are the last alone."""
+        """``logits`` as a tensor, for perplexity. Raises MptkError if the graph gives only the last position's."""
         if self.last_only:
-            raise MptkError("the graph gives logits of the last position alone; export it with --logits all")
+            raise MptkError("the graph gives logits of the last position only; export it with --logits all")
         return torch.from_numpy(self.logits(ids.numpy()))
 
     @property
     def last_only(self) -> bool:
-        """Whether the graph gives logits of the last position alone."""
+        """Whether the graph gives logits of the last position only."""
         return bool(self.session.get_outputs()[0].shape[1] == 1)
 
     def empty(self, batch: int) -> Cache:
-        """A cache of no positions."""
+        """An empty cache."""
         return self.filled(batch, 0)
 
     def filled(self, batch: int, length: int, seed: int = 0) -> Cache:
-        """A cache of ``length`` random positions: a decoding step costs the same whatever it holds."""
+        """A cache of ``length`` random positions. The cost of a decoding step does not depend on its values."""
         rng = np.random.default_rng(seed)
         values = {}
         for name in self.past:
@@ -126,9 +129,9 @@ class OrtDecoder:
         return Cache(values, np.ones((batch, length), dtype=np.int64))
 
     def feeds(self, ids: Ids, mask: Ids, cache: Cache) -> dict[str, ort.OrtValue]:
-        """Inputs of one step by name, the cache without a copy.
+        """The inputs of one step by name. The cache is not copied.
 
-        ``ids`` [batch, n] are the new tokens, ``mask`` [batch, cache.length + n] covers the cache, too.
+        ``ids``: the new tokens, [batch, n]. ``mask``: [batch, cache.length + n], for the cache and the new tokens.
         """
         arrays = {"input_ids": ids, "attention_mask": mask}
         if "position_ids" in self.inputs:
@@ -140,9 +143,9 @@ class OrtDecoder:
         return {**values, **cache.values}
 
     def binding(self, ids: Ids, mask: Ids, cache: Cache) -> ort.IOBinding:
-        """``feeds`` and the outputs bound for one step that is run again and again, the results in place.
+        """Inputs (``feeds``) and outputs, bound for a step that runs many times.
 
-        For steps that differ, binding each of the cache's tensors anew takes longer than giving them as a vector.
+        For different steps, ``run_on_values`` is faster: binding all tensors of the cache again takes longer.
         """
         binding = self.session.io_binding()
         for name, value in self.feeds(ids, mask, cache).items():

@@ -1,4 +1,4 @@
-"""generation: tokens from a decoder in ONNX Runtime, greedy or sampled, one step at a time."""
+"""generation: generate tokens with a decoder in ONNX Runtime, greedy or sampled, one step at a time."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ Tokens = npt.NDArray[np.int64]
 class Sampling:
     """How the next token is chosen from its logits.
 
-    ``temperature`` 0: the likeliest. Else a draw from softmax(logits / temperature) among the ``top_k`` likeliest (0:
-    all) of which the fewest are kept whose probability reaches ``top_p`` (Holtzman et al. 2020, nucleus sampling).
+    ``temperature`` 0: the likeliest token. Above 0: a sample from softmax(logits / temperature) over the ``top_k``
+    likeliest tokens (0: all), reduced to the fewest whose probability reaches ``top_p`` (nucleus sampling, Holtzman et
+    al. 2020).
     """
 
     temperature: float = 0.0
@@ -57,17 +58,17 @@ def generate(
     sampling: Sampling | None = None,
     seed: int = 0,
 ) -> Iterator[list[int | None]]:
-    """Yield the next token of every prompt, step by step; None for one that has ended.
+    """Yield the next token of each prompt, step by step; None for a prompt that has ended.
 
-    Prompts of unequal length are padded on the left: each gets what it would get alone.
+    Shorter prompts are padded on the left, which does not change their tokens.
 
     Args:
-        decoder: what runs.
-        prompts: token ids, at least one each.
-        limit: new tokens at most.
-        stop: tokens that end a sequence; they are yielded.
+        decoder: the model.
+        prompts: token ids, at least one for each prompt.
+        limit: most new tokens of a prompt.
+        stop: tokens that end a sequence. They are yielded, too.
         sampling: greedy if None.
-        seed: of the draws.
+        seed: seed of the sampling.
 
     Raises:
         MptkError: a prompt is empty.
@@ -100,14 +101,14 @@ class Speed:
 
 
 class TextGenerator:
-    """A decoder with its folder's tokenizer.
+    """A decoder and the tokenizer of its folder.
 
     Args:
         path: the ``--out`` folder of ``prune`` or ``export``, or an ``.onnx`` file in it.
-        threads: threads of one operator; 0: as many as there are cores.
+        threads: threads of one operator; 0: one for each core.
 
     Raises:
-        MptkError: no decoder, or no tokenizer beside it.
+        MptkError: there is no decoder, or no tokenizer beside it.
     """
 
     def __init__(self, path: str | Path, *, threads: int = 0) -> None:
@@ -135,7 +136,7 @@ class TextGenerator:
         sampling: Sampling | None = None,
         seed: int = 0,
     ) -> Iterator[list[int | None]]:
-        """As ``generate``, ending at the model's own end tokens; then ``speed`` holds how fast it went."""
+        """As ``generate``, with the model's own end tokens. At the end it sets ``speed``."""
         began = time.perf_counter()
         first, count = 0.0, 0
         for tokens in generate(self.decoder, prompts, limit=limit, stop=self.stop, sampling=sampling, seed=seed):
@@ -148,7 +149,7 @@ class TextGenerator:
 
 
 def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """End tokens by the folder's generation config, else by its tokenizer."""
+    """End tokens of the folder's generation config, else of its tokenizer."""
     found: int | list[int] | None = None
     if (folder / "generation_config.json").is_file():
         found = GenerationConfig.from_pretrained(str(folder)).eos_token_id

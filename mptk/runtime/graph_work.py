@@ -1,4 +1,4 @@
-"""onnx_work: what one step of an ONNX decoder has to compute and to read, counted on its own graph."""
+"""graph_work: count the operations and bytes that one step of an ONNX decoder needs, from its graph."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ PASS_THEIR_INPUT = {"Transpose", "Identity", "Cast"}
 class Work:
     """One step's lower bounds.
 
-    ``flops``: operations in matrix products and attention, 2 for a multiply-add; no triangle is taken off attention,
-    for no runtime here skips it. ``bytes``: weights and KV cache that the step must read once. A table that is only
-    looked up counts for nothing; one that is also the output projection counts once.
+    ``flops``: operations in matrix products and attention, 2 for a multiply-add. Attention counts in full, since no
+    runtime here skips the masked triangle. ``bytes``: weights and KV cache, read once. A table that is only looked up
+    counts as 0; if it is also the output projection, it counts once.
     """
 
     flops: int
@@ -32,7 +32,8 @@ class Work:
 def graph_work(file: Path, *, sequence: int, past: int, batch: int = 1) -> Work:
     """Work of ``sequence`` new tokens after ``past`` cached ones, for each of ``batch`` sequences.
 
-    Sizes come from the graph's shapes at these lengths, so logits of the last position count as such.
+    Sizes come from the graph's shapes at these lengths. So if a graph gives logits of the last position, only these
+    count.
     """
     lengths = {
         "batch_size": batch,
@@ -79,7 +80,7 @@ def _flops(node: NodeProto, shapes: Mapping[str, Sequence[int]], positions: int)
 
 
 def _weight_bits(model: ModelProto) -> int:
-    """Bits of the initialisers that some node reads as a whole, directly or through a transpose or a cast."""
+    """Bits of the initialisers that a node reads in full, directly or through a transpose or a cast."""
     graph = model.graph
     weights = {w.name: math.prod(w.dims) * _bits(w.data_type) for w in graph.initializer}
     behind = {node.output[0]: node.input[0] for node in graph.node if node.op_type in PASS_THEIR_INPUT}

@@ -1,4 +1,4 @@
-"""roofline: what this machine can do at most (Williams et al. 2009): multiply matrices, and read memory."""
+"""roofline: measure the machine's peaks (Williams et al. 2009): of a matrix product, and of reading memory."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from onnx import TensorProto, helper
 from mptk.runtime.decoder import OrtDecoder
 
 SIDE = 1024
-"""Of the matrices: three of them, 12 MB, do not leave a cache for long."""
+"""Side of the matrices. Three of them take 12 MB, which a cache holds."""
 READ_BYTES = 512 << 20
-"""Read at once: far more than a cache holds."""
+"""Bytes of one read: far more than a cache holds."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Peaks:
 
 
 class Roofline:
-    """The best of what ``measure`` has seen, with ``threads`` threads (0: as many as there are cores).
+    """The highest peaks of all calls of ``measure``, with ``threads`` threads (0: one for each core).
 
-    The product is ONNX Runtime's own, since that is what graphs run on; the sum over memory is torch's.
+    ONNX Runtime computes the product, since it runs the graphs; torch sums over the memory.
     """
 
     def __init__(self, threads: int) -> None:
@@ -48,7 +48,7 @@ class Roofline:
         self.measure()
 
     def measure(self) -> None:
-        """Once more; takes a fraction of a second."""
+        """Measure once more; takes a fraction of a second."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or before)
         try:
@@ -60,9 +60,9 @@ class Roofline:
 
 
 def peak_memory(file: Path, length: int) -> int:
-    """Bytes by which a process of its own grows at most while it loads ``file`` and runs a prompt of ``length``.
+    """Peak growth in bytes of a new process that loads ``file`` and runs a prompt of ``length`` tokens.
 
-    The process does not import the caller's script again, as one of ``multiprocessing`` would.
+    Unlike ``multiprocessing``, it does not import the caller's script again.
     """
     code = "import sys; from pathlib import Path; from {} import grown; print(grown(Path(sys.argv[1]), {}))"
     command = [sys.executable, "-c", code.format(__name__, length), str(file.resolve())]
@@ -70,14 +70,14 @@ def peak_memory(file: Path, length: int) -> int:
 
 
 def grown(file: Path, length: int) -> int:
-    """Bytes by which this process grows at most while it loads ``file`` and runs a prompt of ``length``."""
+    """Peak growth in bytes of this process while it loads ``file`` and runs a prompt of ``length`` tokens."""
     before = _resident("VmRSS")
     OrtDecoder(file, threads=1).prefill(np.zeros((1, length), dtype=np.int64))
     return _resident("VmHWM") - before
 
 
 def _resident(field: str) -> int:
-    """Bytes of resident memory now (``VmRSS``) or at the highest (``VmHWM``) of this process, as Linux tells."""
+    """Resident memory of this process in bytes, now (``VmRSS``) or at its peak (``VmHWM``). Linux only, else 0."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""targets: what a cut model is written as. One file a target."""
+"""targets: the forms in which a cut model is written. One file a target."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mptk.targets.stock import StockTarget
 
 ONNX = OnnxTarget()
 TARGETS: dict[str, Target] = {target.name: target for target in (StockTarget(), GraphTarget())}
-"""What ``--target`` names. ONNX is written beside any of them."""
+"""The values of ``--target``. ONNX can be written with each of them."""
 
 
 def targets() -> dict[str, Target]:
@@ -20,10 +20,10 @@ def targets() -> dict[str, Target]:
 
 
 def find_target(name: str) -> Target:
-    """The target of that name. Raises MptkError with the names there are."""
+    """The target of that name. Raises MptkError if there is none."""
     return find("target", name, targets())
 
 
 def written(target: Target, settings: Settings) -> tuple[Target, ...]:
-    """All targets that a run writes: the one that decides the legal widths, and ONNX if it is asked for."""
+    """All targets that a run writes: ``target``, which decides the legal widths, and ONNX if requested."""
     return (target, ONNX) if settings.onnx else (target,)

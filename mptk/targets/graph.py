@@ -1,4 +1,4 @@
-"""graph: the rewritten graph's own weights, for whoever runs it from Python. Any width that the graph's ops accept."""
+"""graph: the weights of the rewritten graph, for use from Python. Any width that the graph's ops accept is legal."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from passes.verify import Difference, difference
 
 WEIGHTS = "model.safetensors"
 EXACT = 1e-6
-"""Largest difference of a stored weight, relative to the largest of its tensor."""
+"""Largest difference of a stored weight, relative to the largest element of its tensor."""
 
 
 class GraphTarget(Target):
-    """Weights under the dense model's names, with no config: no stock class needs to hold them."""
+    """Weights under the dense model's names, without a config: no stock class has to hold them."""
 
     name = "graph"
     summary = "any widths that the graph's ops accept"
@@ -36,10 +36,10 @@ class GraphTarget(Target):
 
 
 def stored_weights(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Difference:
-    """Every stored weight against that of the rewritten graph.
+    """The worst difference between stored weights and those of the rewritten graph.
 
     Raises:
-        ProofError: one of them has a weight that the other has not, or of another shape.
+        ProofError: a weight exists on one side only, or has another shape.
     """
     worst = Difference("stored weights", 0.0, 0.0, EXACT)
     for name in sorted(stored.keys() | expected.keys()):

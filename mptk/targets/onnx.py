@@ -1,4 +1,4 @@
-"""onnx: the ``onnx`` folder beside a checkpoint: a float graph with a KV cache, and quantised ones."""
+"""onnx: the ``onnx`` folder of a checkpoint: a float graph with a KV cache, and quantised graphs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from passes.verify import RUNTIME_TOLERANCE, Difference, StageLogits
 
 FOLDER = "onnx"
 DECODED = 4
-"""Decoding steps at the end of a sequence, and across each border."""
+"""Number of decoding steps at the end of a sequence, and at each border."""
 
 
 class OnnxTarget(Target):
-    """From the task's own graph, as of a decoding step: the dense model's weights, cut by the same plan."""
+    """The task's own graph (for a decoder, one decoding step) with the dense weights, cut to the same plan."""
 
     name = "onnx"
     summary = "ONNX with a KV cache, beside another target"
@@ -53,10 +53,10 @@ class OnnxTarget(Target):
         return Checks(stages=stages)
 
     def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Tensor]) -> list[Difference]:
-        """Each quantised graph's weights, as a share of what rounding may do, and its logits, in nats a token.
+        """For each quantised graph: the weights' error over the rounding limit, and the logits' error in nats a token.
 
         Raises:
-            ProofError: a graph cannot be read or run, or a weight is further away than rounding brings it.
+            ProofError: a graph cannot be read or run, or a weight differs by more than rounding allows.
         """
         files = sorted((folder / FOLDER).glob("model_*.onnx"))
         return [difference for file in files for difference in _quantized(file, batches)]
@@ -81,10 +81,9 @@ def _quantized(file: Path, batches: Sequence[Tensor]) -> list[Difference]:
 
 
 def decoded(decoder: OrtDecoder, ids: Tensor, crossed: Sequence[int] = ()) -> tuple[Tensor, list[int]]:
-    """Logits of decoding steps with the cache of what came before, and the positions that they are of.
+    """Logits of decoding steps with a KV cache, [batch, steps, vocab], and their positions.
 
-    Steps are taken across each border that lies within the sequence and at its end; what lies between is prefilled
-    with the cache of what came before it.
+    Steps cross each border within the sequence, and its end. The tokens between are run in one call with the cache.
     """
     length = ids.shape[1]
     starts = [max(1, border - DECODED // 2) for border in crossed if border + DECODED <= length]

@@ -1,4 +1,4 @@
-"""stock: a plain checkpoint folder that transformers loads: the model's own class, or another that holds the cut."""
+"""stock: a plain checkpoint folder that transformers loads, of the model's own class or another that holds the cut."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from passes.verify import TOLERANCE
 
 
 class StockTarget(Target):
-    """A transformers checkpoint: config, safetensors, tokenizer. Nothing of mptk is needed to load it."""
+    """A transformers checkpoint: config, safetensors, tokenizer. It loads without mptk."""
 
     name = "stock"
     summary = "the model's own transformers class"
@@ -45,7 +45,7 @@ class StockTarget(Target):
         return find_home(analysis, legal.stock, model, widths)
 
     def fit(self, compiled: Compiled, text: Tensor) -> Written:
-        """The model's own class with a new config, or, if it refuses and ``rehome`` is set, another class.
+        """The model's own class with a new config. If it refuses and ``rehome`` is set, another class.
 
         Raises:
             MptkError: the class refuses these widths, and no other class may or can hold them.
@@ -62,7 +62,7 @@ class StockTarget(Target):
             if isinstance(other, StockConfig):
                 note = f"written as {other.model_class.__name__}, with equal logits, since {found}"
                 return Written(other, loaded, found.config, note)
-            raise MptkError(f"the stock class refuses these widths: {found}; no other class will do: {other}")
+            raise MptkError(f"the stock class refuses these widths: {found}; no other class holds them: {other}")
         home = self.home(analysis, loaded.model, prepared.legal, widths)
         hint = "" if home is None else f", or give --rehome: {home} holds them with equal logits"
         raise MptkError(f"the stock class refuses these widths: {found}; choose others or use --target graph{hint}")

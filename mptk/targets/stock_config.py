@@ -1,11 +1,10 @@
-"""stock_config: every field of a written config against the dense model's; only what the plan changes may differ."""
+"""stock_config: check each field of a written config against the dense model's. Only the plan's changes may differ."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig
@@ -18,16 +17,17 @@ from mptk.run.values import Written
 from passes.verify import Difference
 
 STAGE = "config"
-# Who wrote a file, and what has its own check: the class and the weights' type.
+# Fields that say who wrote the file, and fields with a check of their own (the class, the weights' type).
 _APART = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "quantization_config")
 _GENERATION = ("transformers_version", "_from_model_config")
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MISSING = object()
+Json = Mapping[str, object]
 
 
-def config_changes(written: Written) -> dict[str, list[Any]]:
-    """Field → [old, new] for every field of config.json that is not the dense model's."""
-    changes = {**_cut_changes(written), **{k: list(v) for k, v in written.stock.changes.items()}}
+def config_changes(written: Written) -> dict[str, list[object]]:
+    """Field → [old, new] for each field of config.json that differs from the dense model's."""
+    changes = {**_cut_changes(written), **{name: list(values) for name, values in written.stock.changes.items()}}
     old = _dense(written).dtype
     if old is not None and str(old) != str(written.loaded.model.dtype):
         changes["dtype"] = [_plain(old), _plain(written.loaded.model.dtype)]
@@ -38,11 +38,11 @@ def check_config(written: Written, folder: Path, trust: bool) -> Difference:
     """The stage ``config``: config.json and generation_config.json in ``folder``. Run ``check_code`` first.
 
     Raises:
-        MptkError: a field or a file is not what the dense model and the plan make it.
+        MptkError: a field or a file differs from the dense model cut to the plan.
     """
     found = models.load_config(str(folder), trust_remote_code=trust)
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    _compare("config.json", raw, portable(raw))  # older spellings of a field say the same as the field
+    _compare("config.json", raw, portable(raw))  # older spellings of a field must agree with it
     _check_cut(written)
     _compare("config.json", _body(found), _body(_read_back(written.stock.config)))
     _require("config.json", "architectures", found.architectures, [written.stock.model_class.__name__])
@@ -58,7 +58,7 @@ def check_config(written: Written, folder: Path, trust: bool) -> Difference:
 
 
 def check_code(dense: Path, folder: Path) -> None:
-    """Raise MptkError if a model's own code in ``folder`` is not the dense model's: before it may be run."""
+    """Raise MptkError if Python code in ``folder`` is not the dense model's. Call it before the code is run."""
     for file in sorted(folder.rglob("*.py")):
         own = dense / file.relative_to(folder)
         if not own.is_file() or file_sha256(own) != file_sha256(file):
@@ -69,14 +69,14 @@ def check_code(dense: Path, folder: Path) -> None:
 
 
 def _repositories(file: Path) -> set[str]:
-    """The classes of other repositories that a JSON file's ``auto_map`` names, as ``OWNER/NAME--module.Class``."""
+    """Classes of other repositories in a JSON file's ``auto_map``, as ``OWNER/NAME--module.Class``."""
     classes = json.loads(file.read_text(encoding="utf-8")).get("auto_map") if file.is_file() else None
     values = classes.values() if isinstance(classes, dict) else []
     return {c for v in values for c in (v if isinstance(v, list) else [v]) if isinstance(c, str) and "--" in c}
 
 
 def _check_cut(written: Written) -> None:
-    """What is to be written differs from the dense config in listed fields alone."""
+    """The config to write must differ from the dense config in the listed fields only."""
     dense, cut, new = _body(_dense(written)), _body(written.cut), _body(written.stock.config)
     listed = set(written.stock.changes)
     if written.cut is written.stock.config:
@@ -86,23 +86,23 @@ def _check_cut(written: Written) -> None:
         _compare("config.json", {k: new[k] for k in common}, {k: cut[k] for k in common}, listed)
 
 
-def _cut_changes(written: Written) -> dict[str, list[Any]]:
-    """What the plan changed in the dense model's own config, if another class's config is written."""
+def _cut_changes(written: Written) -> dict[str, list[object]]:
+    """The plan's changes of the dense model's own config, if the config of another class is written."""
     if written.cut is written.stock.config:
         return {}
     dense, cut = dict(_leaves(_body(_dense(written)))), dict(_leaves(_body(written.cut)))
     return {k: [dense.get(k), cut[k]] for k in sorted(cut) if cut[k] != dense.get(k)}
 
 
-def _compare(file: str, found: Mapping[str, Any], expected: Mapping[str, Any], listed: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-    """Every field but the ``listed`` ones, and what lies within those, must be equal."""
+def _compare(file: str, found: Json, expected: Json, listed: Set[str] = frozenset()) -> None:
+    """All fields must be equal, except the ``listed`` ones and those nested in them."""
     one, other = dict(_leaves(found)), dict(_leaves(expected))
     for path in sorted(one.keys() | other.keys()):
         if not any(path == name or path.startswith(f"{name}.") for name in listed):
             _require(file, path, one.get(path, _MISSING), other.get(path, _MISSING))
 
 
-def _require(file: str, field: str, found: Any, expected: Any) -> None:
+def _require(file: str, field: str, found: object, expected: object) -> None:
     if type(found) is not type(expected) or found != expected:
         _fail(f"{field} of {file} is {_said(found)}, but {_said(expected)} in the dense model cut to the plan")
 
@@ -111,11 +111,12 @@ def _fail(what: str) -> None:
     raise MptkError(f"the proof fails at '{STAGE}': {what}; do not use it, and prune the model again")
 
 
-def _said(value: Any) -> str:
+def _said(value: object) -> str:
     return "missing" if value is _MISSING else json.dumps(value, default=str)
 
 
-def _leaves(body: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(body: Json, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted path → value of each field that is not an object with fields of its own."""
     for key, value in body.items():
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")
@@ -124,21 +125,21 @@ def _leaves(body: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _dense(written: Written) -> PreTrainedConfig:
-    """The dense model's config as its checkpoint has it; loading the model has set its own type in it."""
+    """The dense model's config as in its checkpoint. The config of the loaded model has the dtype of loading."""
     return models.config_in(written.loaded)
 
 
 def _read_back(config: PreTrainedConfig) -> PreTrainedConfig:
-    """``config`` as its file gives it: older spellings of its fields become fields, too."""
+    """``config`` as it is read from its file, where older spellings of fields become fields."""
     back: PreTrainedConfig = type(config).from_dict(portable(json.loads(config.to_json_string())))
     return back
 
 
-def _body(config: PreTrainedConfig) -> dict[str, Any]:
+def _body(config: PreTrainedConfig) -> dict[str, object]:
     return _without(json.loads(config.to_json_string(use_diff=False)), _APART)
 
 
-def _without(body: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+def _without(body: Json, names: tuple[str, ...]) -> dict[str, object]:
     return {
         key: _without(value, names) if isinstance(value, Mapping) else value
         for key, value in body.items()
@@ -147,11 +148,11 @@ def _without(body: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _kinds(file: Path) -> set[str]:
-    """The types of a file's weights that are no whole numbers."""
+    """The dtypes of a file's floating-point weights."""
     with safe_open(file, "pt") as weights:
         kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
     return {_TYPES[kind] for kind in kinds if kind in _TYPES}
 
 
-def _plain(dtype: Any) -> str:
+def _plain(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")

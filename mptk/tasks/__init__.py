@@ -1,15 +1,14 @@
-"""tasks: kinds of models, and loading a model as one of them. One file a task."""
+"""tasks: kinds of models, and how to load a model as one of them. One file a task."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.models import Loaded
 from mptk.plugins import load_plugins
 from mptk.run.protocols import Task
-from mptk.tasks.causal_lm import CausalLM
+from mptk.tasks.causal_lm import CausalLM, wrong_kind
 from mptk.tasks.masked_lm import MaskedLM
 
 CAUSAL_LM = CausalLM()
@@ -25,7 +24,7 @@ def load_task(model: str, *, trust_remote_code: bool = False) -> tuple[Loaded, T
     """Load a model with the first task that takes it.
 
     Raises:
-        MptkError: as ``models.load``; or no task takes it, which is said before weights are read.
+        MptkError: as ``models.load``; or no task takes the model, which is checked before weights are read.
     """
     config = models.load_config(model, trust_remote_code=trust_remote_code)
     task = _find(model, config, models.classes_of(config))
@@ -46,24 +45,19 @@ def _find(model: str, config: PreTrainedConfig, classes: set[type[PreTrainedMode
             return task
         reasons[task.summary] = reason
     said = " and ".join(f"no {what}: {why}" for what, why in reasons.items())
-    raise MptkError(
-        f"{model} is {said}; `mptk analyze` shows what can be cut in it, and mptk.rewrite cuts it in Python"
-    )
+    raise wrong_kind(model, said)
 
 
 def load_decoder(model: str, *, trust_remote_code: bool = False) -> Loaded:
     """Load a causal language model.
 
     Raises:
-        MptkError: as ``models.load``; or it is of another kind, which is said before weights are read.
+        MptkError: as ``models.load``; or it is of another kind, which is checked before weights are read.
     """
     config = models.load_config(model, trust_remote_code=trust_remote_code)
     reason = CAUSAL_LM.refusal(config, models.classes_of(config))
     if reason is not None:
-        raise MptkError(
-            f"{model} is no decoder: {reason}; `mptk analyze` shows what can be cut in it, and mptk.rewrite cuts it in "
-            "Python"
-        )
+        raise wrong_kind(model, f"no {CAUSAL_LM.summary}: {reason}")
     loaded = models.load(model, trust_remote_code=trust_remote_code)
     CAUSAL_LM.bind(loaded)
     return loaded

@@ -1,14 +1,13 @@
-"""causal_lm: models that predict the next token, from the tokens before it.
+"""causal_lm: models that predict the next token from the tokens before it.
 
-Recognised by what the model is, before weights are read (its classes generate text), and then by what it computes: a
-decoder's logits at a position do not depend on later tokens.
+A model is recognised before weights are read, by classes that generate text. After loading, ``bind`` checks that its
+logits do not depend on later tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.errors import MptkError
-from mptk.io import data
 from mptk.io.evaluation import LogitsFn, perplexities
 from mptk.io.models import Loaded
 from mptk.ir.plan import Plan
@@ -25,6 +23,7 @@ from mptk.run.protocols import Task
 from mptk.run.settings import Settings
 from mptk.run.values import Text
 from mptk.tasks.decoder_onnx import export_decoder
+from mptk.tasks.windows import calibration_windows, evaluation_windows
 
 
 class CausalLM(Task):
@@ -44,24 +43,22 @@ class CausalLM(Task):
 
     @torch.no_grad()
     def bind(self, loaded: Loaded) -> Task:
-        module: Any = loaded.model
+        module = loaded.model
         ids = torch.tensor([[1, 2], [1, 3]], device=module.device)
-        logits: Any = getattr(module(input_ids=ids), "logits", None)
+        logits: Tensor | None = getattr(module(input_ids=ids), "logits", None)
         name = type(module).__name__
         if logits is None or logits.ndim != 3 or logits.shape[1] != 2:
-            raise _no_decoder(loaded.source, f"{name} gives no logits for every token")
+            raise wrong_kind(loaded.source, f"no {self.summary}: {name} gives no logits for every token")
         first = logits[:, 0].float()
         if (first[0] - first[1]).abs().max() > 1e-3 * first.abs().max():
-            raise _no_decoder(loaded.source, f"{name} looks at later tokens")
+            raise wrong_kind(loaded.source, f"no {self.summary}: {name} looks at later tokens")
         return self
 
     def windows(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Tensor:
-        s = settings
-        return data.calibration(loaded.model, loaded.tokenizer, s.data, count, s.length, seed=s.seed, progress=progress)
+        return calibration_windows(loaded, settings, count, progress)
 
     def evaluation(self, loaded: Loaded, settings: Settings) -> Tensor:
-        s = settings
-        return data.evaluation_windows(loaded.tokenizer, s.eval_data or s.data, s.eval_length, s.eval_windows)
+        return evaluation_windows(loaded, settings, settings.eval_length)
 
     def loss(self, logits: Tensor, ids: Tensor) -> Tensor:
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
@@ -73,16 +70,24 @@ class CausalLM(Task):
         logits: Tensor = module(ids, use_cache=False).logits
         return logits
 
-    def quality(self, runs: Mapping[str, LogitsFn], text: Text, progress: Progress) -> dict[str, Any]:
+    def quality(self, runs: Mapping[str, LogitsFn], text: Text, progress: Progress) -> dict[str, float | str]:
         return perplexities(runs, text.evaluation, data=text.source, progress=progress)
 
     def export(self, loaded: Loaded, plan: Plan, settings: Settings, text: Tensor, folder: Path) -> None:
-        s = settings
-        how: dict[str, Any] = {"logits": s.logits, "quantize": s.quantize, "objective": s.objective}
-        export_decoder(loaded.model, folder, {"source": loaded.source}, plan=plan, text=text, **how)
+        export_decoder(
+            loaded.model,
+            folder,
+            {"source": loaded.source},
+            plan=plan,
+            logits=settings.logits,
+            quantize=settings.quantize,
+            text=text,
+            objective=settings.objective,
+        )
 
 
-def _no_decoder(model: str, why: str) -> MptkError:
+def wrong_kind(model: str, what: str) -> MptkError:
+    """The error for a model that no task takes. ``what``: what it is not, and why."""
     return MptkError(
-        f"{model} is no decoder: {why}; `mptk analyze` shows what can be cut in it, and mptk.rewrite cuts it in Python"
+        f"{model} is {what}; `mptk analyze` shows what can be cut in it, and mptk.rewrite cuts it in Python"
     )

@@ -1,4 +1,4 @@
-"""decoder_onnx: a causal language model as ONNX with a KV cache, from the compiler's own graph of a decoding step."""
+"""decoder_onnx: write a causal language model as ONNX with a KV cache, from the compiler's graph of a decoding step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def export_decoder(
     text: Tensor | None = None,
     objective: str = "decode",
 ) -> None:
-    """Write ``model.onnx`` and the quantised graphs. Arguments and errors are those of ``mptk.export``."""
+    """Write ``model.onnx`` and the quantised graphs. Arguments and errors are as in ``mptk.export``."""
     phase(objective)
     program = trace_decoder(model, logits=logits)
     about = {"mptk_version": __version__, "objective": objective, **metadata}

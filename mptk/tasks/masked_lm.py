@@ -1,7 +1,7 @@
-"""masked_lm: models that predict tokens which are masked, from the tokens on both sides.
+"""masked_lm: models that predict masked tokens from the tokens on both sides.
 
-The loss and the pseudo-perplexity are of masked tokens: every ``STRIDE``-th token of a window is replaced by the mask
-token, at the same places for every model that is measured.
+Loss and pseudo-perplexity count masked tokens only. Every ``STRIDE``-th token of a window is replaced by the mask
+token, at the same positions for each model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +26,10 @@ from mptk.progress import Count, Progress
 from mptk.run.protocols import Task
 from mptk.run.settings import Settings
 from mptk.run.values import Text
+from mptk.tasks.windows import calibration_windows, evaluation_windows
 
 STRIDE = 7
-"""One token in so many is masked: 14 %, near BERT's 15 %."""
+"""One token in ``STRIDE`` is masked: 14 %, close to BERT's 15 %."""
 FIRST = 3
 IGNORED = -100
 
@@ -59,16 +59,14 @@ class MaskedLM(Task):
         return MaskedLM(mask)
 
     def windows(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Tensor:
-        s = settings
-        if s.data == data.SELF:
+        if settings.data == data.SELF:
             raise MptkError(f"{loaded.source} cannot write text to calibrate on; give some with --data")
-        return data.calibration(loaded.model, loaded.tokenizer, s.data, count, s.length, seed=s.seed, progress=progress)
+        return calibration_windows(loaded, settings, count, progress)
 
     def evaluation(self, loaded: Loaded, settings: Settings) -> Tensor:
-        s = settings
-        limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", s.eval_length)
-        length = min(s.eval_length, limit)
-        return data.evaluation_windows(loaded.tokenizer, s.eval_data or s.data, length, s.eval_windows)
+        config = loaded.model.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", settings.eval_length)
+        return evaluation_windows(loaded, settings, min(settings.eval_length, limit))
 
     def inputs(self, ids: Tensor) -> Tensor:
         assert self.mask is not None
@@ -86,10 +84,10 @@ class MaskedLM(Task):
         return logits
 
     @torch.no_grad()
-    def quality(self, runs: Mapping[str, LogitsFn], text: Text, progress: Progress) -> dict[str, Any]:
+    def quality(self, runs: Mapping[str, LogitsFn], text: Text, progress: Progress) -> dict[str, float | str]:
         windows = text.evaluation
         tokens = self.predicted(windows)
-        result: dict[str, Any] = {}
+        result: dict[str, float | str] = {}
         for name, run in runs.items():
             total = 0.0
             for done, row in enumerate(windows.split(1), 1):

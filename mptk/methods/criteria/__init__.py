@@ -1,8 +1,7 @@
-"""criteria: one-shot scores. What each unit of each family is worth, from the weights and a little text.
+"""criteria: one-shot scores of each unit of each family, from the weights and a little text.
 
-``one_shot`` does all of it; ``gather``, ``score_evidence``, ``select`` and ``compensate`` are its steps, ``score`` the
-first two of them. A criterion is a ``Criterion`` in ``CRITERIA``: its own file with one function; ``docs/criteria.md``
-says how to add one.
+``one_shot`` runs all steps: ``gather``, ``score_evidence``, ``select``, ``compensate``. ``score`` runs the first two.
+Each criterion is one file with one function, listed in ``CRITERIA``. ``docs/criteria.md`` says how to add one.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from mptk.run.protocols import Task
 from mptk.tasks import CAUSAL_LM
 
 CRITERIA: dict[str, Criterion] = {
-    c.name: c
-    for c in (
+    criterion.name: criterion
+    for criterion in (
         Criterion("random", "random choice, from the seed", random.score),
         Criterion("magnitude", "L2 norm of all weights of a unit", magnitude.score),
         Criterion("wanda", "|weight| × input norm, summed over a unit's consumers", wanda.score, "activations"),
@@ -44,12 +43,12 @@ def all_criteria() -> dict[str, Criterion]:
 
 
 def find_criterion(name: str) -> Criterion:
-    """The criterion of that name. Raises MptkError with the names there are."""
+    """The criterion of that name. Raises MptkError if there is none."""
     return find("criterion", name, all_criteria())
 
 
 def needs_data(name: str) -> bool:
-    """Whether a criterion looks at calibration text. Raises MptkError if there is no such criterion."""
+    """Whether a criterion reads calibration text. Raises MptkError if there is no such criterion."""
     return find_criterion(name).needs != "nothing"
 
 
@@ -65,12 +64,12 @@ def score(
     """Score every unit.
 
     Args:
-        analysis: of a program traced on real weights; with ``dynamic=True`` if the criterion needs text.
+        analysis: of a program traced with weights, and with ``dynamic=True`` if the criterion needs text.
         name: a key of ``CRITERIA``.
         windows: calibration text as token ids, int64 [n, length]; may be None if ``needs_data(name)`` is False.
         families: names of the families to score; all by default.
-        seed: of the random criterion.
-        progress: called with (windows done, windows in all).
+        seed: used by the random criterion.
+        progress: called with (windows done, all windows).
 
     Returns:
         Family name → float32 [layers, scopes, size] on the CPU, higher = keep; layers in the order of
@@ -97,8 +96,8 @@ def gather(
 ) -> Evidence:
     """Run the program on ``windows`` and keep what criterion ``name`` needs to score ``families``.
 
-    The evidence's ``observations`` are also what ``compensate`` takes. ``objective``: whose loss gradients are of.
-    Other arguments and errors are those of ``score``.
+    ``compensate`` takes the evidence's ``observations``, too. Gradients are those of the loss of ``objective``. Other
+    arguments and errors are those of ``score``.
     """
     needs = find_criterion(name).needs
     if not analysis.program.has_values:
@@ -121,9 +120,9 @@ def gather(
 
 
 def score_evidence(evidence: Evidence, name: str, families: Sequence[str] | None = None) -> Scores:
-    """Scores, as ``score`` gives them, from what ``gather`` kept for the same criterion and families."""
+    """Scores, in the form of ``score``, from the evidence that ``gather`` kept for the same criterion and families."""
     chosen = _families(evidence.analysis, families)
-    scores = {f: s.cpu() for f, s in find_criterion(name).score(evidence, chosen).items()}
+    scores = {family: values.cpu() for family, values in find_criterion(name).score(evidence, chosen).items()}
     for family, values in scores.items():
         if not values.isfinite().all():
             raise MptkError(f"{name} gives {family} scores that are not finite; load the model in float32")
@@ -135,7 +134,7 @@ def select(
 ) -> Plan:
     """Keep the ``width`` best units of each family in each layer and each scope row.
 
-    Of equal scores the unit with the lower index stays. Kept indices are ascending; ``meta`` goes into the plan.
+    On equal scores the lower index stays. Kept indices are ascending. ``meta`` goes into the plan.
 
     Raises:
         MptkError: a family that the model or ``scores`` does not have, a width outside 1..size.
@@ -156,10 +155,10 @@ def select(
 
 @dataclass(frozen=True)
 class OneShot:
-    """What ``one_shot`` gives.
+    """The result of ``one_shot``.
 
-    ``state`` holds weights to replace in the dense program before cutting it (``program.with_state``), empty but for
-    FLAP's corrected biases; ``statement`` says for the report what was corrected and what not ("" for other criteria).
+    ``state``: weights to replace in the dense program before the cut (``program.with_state``); only FLAP's corrected
+    biases. ``statement``: which biases were corrected and which not, for the report; "" for other criteria.
     """
 
     plan: Plan

@@ -1,4 +1,4 @@
-"""What the criteria share: what they are given, and sums over the weights of a unit."""
+"""base: the input of criteria, and sums over the weights of a unit."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Scores = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a criterion may look at: the weights (through ``analysis``) and what it asked for in ``Criterion.needs``.
+    """The input of a criterion: the weights (through ``analysis``) and what its ``Criterion.needs`` asks for.
 
-    ``observations`` holds the activations' moments at each contraction with a weight, ``gradients`` the calibration
-    loss's gradient by weight name (mean over predicted tokens).
+    ``observations``: moments of the activations at each contraction with a weight. ``gradients``: weight name →
+    gradient of the calibration loss, a mean over predicted tokens.
     """
 
     analysis: Analysis
@@ -35,10 +35,10 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A one-shot criterion: ``score`` gives each of the families [layers, scopes, size], higher = keep.
+    """A one-shot criterion: ``score`` gives each family [layers, scopes, size], higher = keep.
 
-    ``needs`` says what has to be gathered first: nothing, the activations' moments, or the loss's gradients (both need
-    calibration text). ``compensates``: consumers' biases make up for the mean of what is removed.
+    ``needs``: what is gathered first: nothing, moments of activations, or gradients of the loss. The last two need
+    calibration text. ``compensates``: consumers' biases absorb the mean of the removed units.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Criterion:
 def sum_members(evidence: Evidence, families: Sequence[Family], importance: Callable[[str], Tensor]) -> Scores:
     """Sum ``importance(weight name)`` (the weight's shape) over all weights of each unit: every member of its group.
 
-    An element that belongs to a unit twice (a square weight whose both dimensions are cut) counts twice.
+    If an element belongs to a unit twice (both dimensions of a square weight are cut), it counts twice.
     """
     weights = evidence.analysis.weights
     return {
@@ -66,7 +66,7 @@ def sum_members(evidence: Evidence, families: Sequence[Family], importance: Call
 
 
 def sum_uses(evidence: Evidence, families: Sequence[Family], importance: Callable[[Observation], Tensor]) -> Scores:
-    """Sum ``importance(observation)`` (the weight operand's shape) over the contractions that judge each unit.
+    """Sum ``importance(observation)`` (the weight operand's shape) over the contractions that score each unit.
 
     These are its consumers or, if no weight sums over it, its producers (``observe.uses``).
 
@@ -91,13 +91,15 @@ def _use(evidence: Evidence, family: Family, group: Group, importance: Callable[
 
 
 def uses(sites: Iterable[Site], group: Group) -> list[tuple[Site, int]]:
-    """The contractions that judge a group's units, each with the weight operand's dimension that holds them.
+    """The contractions that score a group's units, each with the dimension of its weight that holds them.
 
-    Consumers (weights that sum over the units) if there are any. If not (query and key channels, which meet each other
-    and no weight; whole experts), the contractions with weights that make or hold the units.
+    If weights sum over the units, these are the consumers. If none does (query and key channels are multiplied with
+    each other; whole experts are only selected), they are the contractions with weights that make or hold the units.
     """
-    holding = [(s, d) for s in sites for d, term in enumerate(s.weight_dims) if group.axis in set(leaves(term))]
-    consumers = [(s, d) for s, d in holding if d == s.weight_dim]
+    holding = [
+        (site, d) for site in sites for d, term in enumerate(site.weight_dims) if group.axis in set(leaves(term))
+    ]
+    consumers = [(site, d) for site, d in holding if d == site.weight_dim]
     return consumers or holding
 
 
@@ -109,8 +111,8 @@ def _total(parts: Iterable[Tensor]) -> Tensor:
 def unit_sums(values: Tensor, dims: Sequence[Term], dim: int, group: Group) -> Tensor:
     """Sum ``values`` (axis terms ``dims``) by unit of ``group``, whose axis lies in dimension ``dim``: [scopes, size].
 
-    If the choice varies along an axis of another dimension (each expert's own channels), that dimension separates the
-    rows; all others are summed out.
+    If the choice varies along the axis of another dimension (each expert has its own channels), that dimension gives
+    the scope rows. All other dimensions are summed.
     """
     indices = unit_indices(dims, dim, group)
     summed = tuple(d for d, size in enumerate(indices[0].shape) if size == 1)

@@ -1,13 +1,15 @@
-"""flap: keep what fluctuates, and let a bias stand for the mean of what goes.
+"""flap: keep the inputs that fluctuate, and replace the mean of the removed ones by a bias.
 
-Source: An et al. 2023, FLAP (arXiv 2312.11983): the metric WIFV, S_j = Var(x_j) · ‖W_:j‖₂², the sample variance of the
-consumer's input over all calibration tokens times its column's squared norm; and the baseline bias compensation,
-b ← b + Σ_{j removed} W_:j · mean(x_j).
+Source: An et al. 2023, FLAP (arXiv 2312.11983). Its metric WIFV is S_j = Var(x_j) · ‖W_:j‖₂²: the sample variance of
+the consumer's input over all calibration tokens, times the squared norm of its column. Its baseline bias compensation
+is b ← b + Σ_{j removed} W_:j · mean(x_j).
 
-What differs: a unit of several positions (a head) is the sum over them; layers are not standardised against each other
-and get no ratios of their own, since all layers keep one width here; and biases are only corrected if the
-architecture has them: a stock checkpoint has no place for new ones. Units that no weight sums over are scored by the
-weights that make or hold them, as in ``wanda``: Σ Var(x_j) · W_ij² over the unit's rows.
+What differs:
+- A unit of several positions (a head) is the sum over them.
+- All layers keep one width, so layers are not standardised against each other and get no ratios of their own.
+- Biases are corrected only if the architecture has them: a stock checkpoint has no place for new ones.
+- If no weight sums over a unit, the weights that make or hold it score it, as in ``wanda``: Σ Var(x_j) · W_ij² over
+  the unit's rows.
 """
 
 from __future__ import annotations
@@ -33,17 +35,17 @@ def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
 
 @dataclass(frozen=True)
 class Compensation:
-    """New values of biases by name, and a sentence for people: which layers had a bias to correct."""
+    """New values of biases by name, and a sentence for the report: which layers had a bias to correct."""
 
     state: Mapping[str, Tensor]
     statement: str
 
 
 def compensate(analysis: Analysis, cut: Cut, observations: Mapping[Site, Observation]) -> Compensation:
-    """Correct the bias of every consumer of removed units by the mean of what it no longer receives.
+    """Add to the bias of each consumer of removed units the mean of what it no longer receives.
 
-    The new values belong in the dense program (``program.with_state``), before it is masked or rewritten. A bias that
-    several contractions use (layers that share weights) gets the mean of their corrections.
+    Put the new values into the dense program (``program.with_state``) before it is masked or rewritten. If several
+    contractions use one bias (layers that share weights), it gets the mean of their corrections.
     """
     corrections: dict[str, list[Tensor]] = {}
     applied: dict[str, None] = {}
@@ -58,7 +60,9 @@ def compensate(analysis: Analysis, cut: Cut, observations: Mapping[Site, Observa
             corrections.setdefault(bias, []).append(_lost(cut, seen, dim))
             applied[_label(analysis, site)] = None
     state = analysis.program.state
-    new = {name: (state[name] + torch.stack(c).mean(0)).to(state[name].dtype) for name, c in corrections.items()}
+    new = {
+        name: (state[name] + torch.stack(found).mean(0)).to(state[name].dtype) for name, found in corrections.items()
+    }
     return Compensation(new, _statement(list(applied), list(lacking)))
 
 
@@ -70,7 +74,7 @@ def _lost(cut: Cut, seen: Observation, dim: int) -> Tensor:
 
 
 def _bias(analysis: Analysis, site: Site) -> tuple[str | None, int]:
-    """The vector that the contraction itself adds to its result, and the weight's dimension that it runs along."""
+    """The bias that the contraction adds to its result, and the dimension of the weight that it runs along."""
     node = named_argument(site.node, "bias")
     if named_argument(site.node, "mat1") is not None:
         node = named_argument(site.node, "self")
@@ -84,7 +88,7 @@ def _bias(analysis: Analysis, site: Site) -> tuple[str | None, int]:
 
 
 def _label(analysis: Analysis, site: Site) -> str:
-    """The consumer's own name, as people know it: ``down_proj``."""
+    """The short name of the consumer: ``down_proj``."""
     node = site.weight
     while node.op != "placeholder":
         node = next(n for n in node.all_input_nodes if analysis.facts.is_weight(n))

@@ -1,8 +1,8 @@
 """magnitude: the L2 norm of a unit's weights.
 
 Source: Han et al. 2015 (arXiv 1506.02626) for single weights; Li et al. 2017 (arXiv 1608.08710, §3.1) for whole
-filters, with the L1 norm of the producing weights. Here the norm is L2 and runs over *all* weights of the unit, in
-every member of its group: producer's rows, consumer's columns, biases, norms.
+filters, with the L1 norm of the producing weights. Here it is the L2 norm over *all* weights of the unit, in every
+member of its group: rows of the producer, columns of the consumer, biases, norms.
 """
 
 from __future__ import annotations

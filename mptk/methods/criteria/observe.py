@@ -1,7 +1,7 @@
-"""observe: run a program on calibration text and keep what criteria need: activations' moments, the loss's gradients.
+"""observe: run a program on calibration text and keep moments of activations or gradients of the loss, for criteria.
 
-Activations are read off the FX graph, at the operand of each sum of products whose other operand is a weight. So fused
-projections, transposed layers and packed experts need no case of their own, and a weight used twice is seen twice.
+Activations are read in the FX graph, at each sum of products of an activation and a weight. So fused projections,
+transposed layers and packed experts need no special case, and a weight that is used twice is observed twice.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from mptk.progress import Count
 from mptk.run.protocols import Task
 
 OBSERVED_TOKENS = 2048
-"""Tokens in a forward batch. Bounds memory; results do not depend on it beyond rounding."""
+"""Tokens in a forward batch. It bounds memory and changes results by rounding only."""
 GRADIENT_TOKENS = 512
 """Tokens in a batch whose activations autograd keeps."""
 
 
 Stream = tuple[fx.Node, int, tuple[int, ...], fx.Node | None]
-"""An activation: its value, the dimension summed over, the dimensions that are kept apart, and ends of routed rows."""
+"""An activation: its value, the summed dimension, the shared dimensions, and the ends of routed rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A contraction of an activation with a weight: which operand is which.
+    """A contraction of an activation ``x`` with a weight.
 
-    ``x_dim`` and ``weight_dim`` are the dimensions summed over. ``shared`` pairs dimensions (of x, of the weight) that
-    are no part of the sum but one axis: heads or experts of a batched product. ``ends`` is the graph's tensor of row
-    ends by expert if the rows of x are routed; the one pair in ``shared`` is then (rows, experts).
+    ``x_dim`` and ``weight_dim`` are the summed dimensions. ``shared`` pairs dimensions (of x, of the weight) that are
+    the same axis and are not summed: heads or experts of a batched product. If the rows of x are routed, ``ends`` is
+    the graph's tensor with the end row of each expert, and ``shared`` has one pair, (rows, experts).
     """
 
     node: fx.Node
@@ -51,20 +51,20 @@ class Site:
 
     @property
     def stream(self) -> Stream:
-        """The activation that is read: query, key and value layers read the same one."""
+        """The activation that is read. Query, key and value layers share one."""
         return self.x, self.x_dim, tuple(x for x, _ in self.shared), self.ends
 
 
 @dataclass
 class Moments:
-    """Running mean and sum of squared deviations of activations, float64 [*shared, K]; ``count`` rows, [*shared, 1]."""
+    """Running mean and sum of squared deviations, float64 [*shared, K]. ``count``: rows, [*shared, 1]."""
 
     count: Tensor
     mean: Tensor
     deviation: Tensor
 
     def merge(self, other: Moments) -> Moments:
-        """Of both samples together (Chan, Golub & LeVeque 1983): no cancellation, whatever the order of batches."""
+        """The moments of both samples together, without cancellation (Chan, Golub & LeVeque 1983)."""
         count = self.count + other.count
         share = other.count / count.clamp(min=1)
         delta = other.mean - self.mean
@@ -74,7 +74,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Observation:
-    """What was seen at a site. Properties are shaped to broadcast against ``weight``, the operand as the op saw it."""
+    """The moments at a site. Properties broadcast against ``weight``, the weight operand as the op received it."""
 
     site: Site
     weight: Tensor
@@ -82,9 +82,9 @@ class Observation:
 
     @property
     def norm(self) -> Tensor:
-        """‖x_j‖₂ over all rows seen, for each summed position j."""
-        m = self.moments
-        return self._against_weight((m.deviation + m.count * m.mean.square()).sqrt())
+        """‖x_j‖₂ over all rows, for each summed position j."""
+        seen = self.moments
+        return self._against_weight((seen.deviation + seen.count * seen.mean.square()).sqrt())
 
     @property
     def variance(self) -> Tensor:
@@ -96,7 +96,7 @@ class Observation:
         return self._against_weight(self.moments.mean)
 
     def _against_weight(self, values: Tensor) -> Tensor:
-        """[*shared, K] → the weight's dimensions in their order, with size 1 for its others."""
+        """[*shared, K] → the weight's dimensions in order, with size 1 for those that are not in ``values``."""
         dims = [*(w for _, w in self.site.shared), self.site.weight_dim]
         values = values.float().permute([dims.index(d) for d in sorted(dims)])
         shape = [self.weight.shape[d] if d in dims else 1 for d in range(self.weight.ndim)]
@@ -123,7 +123,7 @@ def find_sites(analysis: Analysis) -> list[Site]:
 def _shared(
     analysis: Analysis, node: fx.Node, x: tuple[Dims, int], weight: tuple[Dims, int]
 ) -> tuple[tuple[tuple[int, int], ...], fx.Node | None]:
-    """Pairs of dimensions that x and the weight share beside the summed one, and the ends of routed rows."""
+    """Pairs of dimensions that x and the weight share besides the summed one, and the ends of routed rows."""
     x_free = [(d, t) for d, t in enumerate(x[0]) if d != x[1]]
     weight_free = [(d, t) for d, t in enumerate(weight[0]) if d != weight[1]]
     ends = named_argument(node, "offs")
@@ -140,13 +140,13 @@ def _shared(
 def activations(
     analysis: Analysis, sites: Sequence[Site], windows: Tensor, progress: Count | None = None
 ) -> dict[Site, Observation]:
-    """Run the program on ``windows`` [n, length] of token ids and take the moments of x at each site.
+    """Run the program on token ids ``windows`` [n, length] and return the moments of x at each site.
 
-    Batch by batch: nothing but running sums [shared, K] is kept. Nodes after the last site (the output layer, as a
-    rule) are not computed.
+    Batches run one at a time and only running sums [*shared, K] are kept. Nodes after the last site (usually the output
+    layer) are not computed.
 
     Raises:
-        MptkError: the program was traced for other sizes than the windows'.
+        MptkError: the program was traced for another size of input.
     """
     seen = _Observed(analysis.program, sites)
     for batch, done in batches(analysis.program, windows, OBSERVED_TOKENS):
@@ -154,11 +154,11 @@ def activations(
             seen.see(analysis.program.arguments(batch))
         if progress is not None:
             progress(done, len(windows))
-    return {s: Observation(s, seen.weights[s], seen.moments[s.stream]) for s in sites}
+    return {site: Observation(site, seen.weights[site], seen.moments[site.stream]) for site in sites}
 
 
 def batches(program: Program, windows: Tensor, tokens: int) -> Iterator[tuple[Tensor, int]]:
-    """``windows`` in batches of about ``tokens`` tokens, one window at least; each with the windows done by its end."""
+    """Batches of about ``tokens`` tokens, at least one window each, with the number of windows done after each."""
     device = next(iter(program.state.values())).device
     example = next(n for n in program.placeholders() if n.name in program.user_inputs).meta["val"]
     done = 0
@@ -177,7 +177,7 @@ def batches(program: Program, windows: Tensor, tokens: int) -> Iterator[tuple[Te
 
 
 class _Observed(fx.Interpreter):
-    """Runs a graph and merges the moments of each site's activation as the site is reached."""
+    """Runs a graph and merges the moments of each site's activation when it reaches the site."""
 
     def __init__(self, program: Program, sites: Sequence[Site]) -> None:
         super().__init__(program.graph)
@@ -209,10 +209,10 @@ class _Observed(fx.Interpreter):
 
 
 def moments_of(x: Tensor, dim: int, shared: Sequence[int], ends: Tensor | None = None) -> Moments:
-    """Moments of ``x`` along ``dim``, apart for each position of the ``shared`` dimensions, over all others.
+    """Moments of ``x`` for each position of ``dim`` and of the ``shared`` dimensions, over all other dimensions.
 
-    With ``ends``, x is [rows, K] (or [K, rows]), sorted by expert, and ``ends`` [experts] says where each expert's rows
-    end; rows after the last belong to none. The result is then by expert.
+    With ``ends``, x is [rows, K] or [K, rows], sorted by expert. ``ends`` [experts] is the end row of each expert; rows
+    after the last belong to no expert. The result is [experts, K].
     """
     if ends is not None:
         return _routed_moments(x.float().movedim(dim, -1), ends)
@@ -241,12 +241,12 @@ def _routed_moments(x: Tensor, ends: Tensor) -> Moments:
 def gradients(
     program: Program, names: Collection[str], windows: Tensor, objective: Task, progress: Count | None = None
 ) -> Mapping[str, Tensor]:
-    """Gradient of the objective's mean loss over ``windows`` [n, length] in each weight of ``names``.
+    """Gradient of the mean loss of ``objective`` on ``windows`` [n, length], for each weight of ``names``.
 
-    Summed batch by batch; memory: the weights' gradients and one batch's activations.
+    Gradients are accumulated over batches. Memory: the gradients of the weights, and the activations of one batch.
 
     Raises:
-        MptkError: the program does not give logits [batch, length, vocab], or was traced for other sizes.
+        MptkError: the program gives no logits [batch, length, vocab], or was traced for another size of input.
     """
     leaf = {name: program.state[name].detach().requires_grad_() for name in names}
     trainable = program.with_state(leaf)

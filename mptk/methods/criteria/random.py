@@ -1,4 +1,4 @@
-"""random: the baseline that any criterion has to beat."""
+"""random: the baseline that each criterion must beat."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from mptk.methods.criteria.base import Evidence, Scores
 
 
 def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
-    """Uniform numbers in [0, 1). Each family has its own stream, from the seed and its name: what else is scored
-    beside it does not change its numbers."""
+    """Uniform numbers in [0, 1).
+
+    The seed and a family's name give its stream, so other families do not change its numbers.
+    """
     scores = {}
     for family in families:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{evidence.seed} {family.name}".encode()))

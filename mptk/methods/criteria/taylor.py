@@ -1,12 +1,11 @@
-"""taylor: first-order estimate of how much the loss changes without a unit.
+"""taylor: first-order estimate of the change of the loss if a unit is removed.
 
-Source: Ma et al. 2023, LLM-Pruner (arXiv 2305.11627), the element-wise importance in its first-order form, summed over
-the coupled structure (``param_first`` in its code): I = Σ_k |w_k · ∂L/∂w_k|. Older roots: Molchanov et al. 2019 (arXiv
-1906.10771).
+Source: Ma et al. 2023, LLM-Pruner (arXiv 2305.11627): the first-order element-wise importance, summed over the coupled
+structure (``param_first`` in its code), I = Σ_k |w_k · ∂L/∂w_k|. Earlier: Molchanov et al. 2019 (arXiv 1906.10771).
 
-What differs: L is the mean next-token cross entropy over all calibration windows, whose gradient is added up batch by
-batch before |·|; the sum runs over every member of the group, biases and norms too, and over all positions of a unit
-(LLM-Pruner scores a head by other rules than a channel).
+What differs: L is the mean next-token cross entropy over all calibration windows. Its gradient is accumulated over the
+batches before |·|. The sum runs over every member of the group, biases and norms included, and over all positions of a
+unit (LLM-Pruner scores heads and channels by different rules).
 """
 
 from __future__ import annotations

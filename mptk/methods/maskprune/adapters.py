@@ -1,16 +1,15 @@
-"""adapters: LoRA (Hu et al. 2021, arXiv 2106.09685) on every linear layer but the output head, by peft.
+"""adapters: LoRA (Hu et al. 2021, arXiv 2106.09685) on all linear layers except the output head, by peft.
 
-And gradient checkpointing of the adapted model's blocks.
+Also gradient checkpointing of the adapted model's blocks.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -20,7 +19,7 @@ from mptk.run.processes import blocks, full
 
 
 def adapt(model: PreTrainedModel, rank: int, seed: int) -> PeftModel:
-    """``model`` with LoRA of ``rank`` and scale 2, drawn from ``seed``; its own weights are frozen in place."""
+    """``model`` with LoRA of ``rank`` and scale 2, initialised from ``seed``. Its own weights are frozen in place."""
     head = model.get_output_embeddings()
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     transposed = any(isinstance(m, Conv1D) for m in model.modules())
@@ -30,28 +29,28 @@ def adapt(model: PreTrainedModel, rank: int, seed: int) -> PeftModel:
         return get_peft_model(model, config)
 
 
-def original(model: PeftModel) -> Any:
-    """The module that was wrapped: its submodules have the names they had."""
-    return model.base_model.model
+def original(model: PeftModel) -> nn.Module:
+    """The wrapped module, whose submodules keep their names."""
+    return model.base_model.get_submodule("model")
 
 
 @torch.no_grad()
 def merged(model: PeftModel) -> dict[str, Tensor]:
-    """Weight name → weight with its adapter added, for every adapted layer; the model stays as it is.
+    """Weight name → weight plus adapter, for each adapted layer. The model does not change.
 
-    Where weights are spread over processes, all of them must ask; each gets the whole.
+    If weights are sharded over processes, all processes must call it, and each gets whole weights.
     """
     return {
-        f"{name}.weight": full(cast(Any, layer).get_base_layer().weight + cast(Any, layer).get_delta_weight("default"))
+        f"{name}.weight": full(layer.get_base_layer().get_parameter("weight") + layer.get_delta_weight("default"))
         for name, layer in original(model).named_modules()
-        if isinstance(layer, LoraLayer)
+        if isinstance(layer, Linear)
     }
 
 
 def recompute(model: nn.Module, on: bool) -> None:
-    """Let blocks forget their activations and compute them again in the backward pass; or no longer.
+    """Switch gradient checkpointing of the blocks on or off.
 
-    transformers' own gradient checkpointing does nothing outside training mode, in which dropout would be at work.
+    transformers' own gradient checkpointing needs training mode, which would switch dropout on.
     """
     for block in blocks(model):
         if on:

@@ -1,4 +1,4 @@
-"""learner: MaskPrune's phases on a loaded model: learn masks and widths, choose units; then recovery.
+"""learner: MaskPrune's phases on a loaded model: learn masks and widths, choose units, and recovery after the cut.
 
 The phases use the solver, the training loop, the adapters and the teacher of this package.
 """
@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mptk.compat.peft import adapters_off
@@ -24,8 +24,8 @@ from mptk.methods.criteria import Scores, gather, score_evidence, select
 from mptk.methods.maskprune.adapters import adapt, merged, original, recompute
 from mptk.methods.maskprune.losses import language_model
 from mptk.methods.maskprune.solver import Solver
-from mptk.methods.maskprune.teacher import CachedTeacher, LiveTeacher, fingerprint
-from mptk.methods.maskprune.train import Loop, Metrics
+from mptk.methods.maskprune.teacher import CachedTeacher, LiveTeacher, Output, fingerprint
+from mptk.methods.maskprune.train import Extra, Loop, Metrics, Teacher
 from mptk.methods.reconstruct import kept_units
 from mptk.progress import Progress
 from mptk.run.folder import TRACKER, RunFolder
@@ -37,14 +37,14 @@ from passes.transforms.insert_masks import InsertedMasks
 from passes.verify import RUNTIME_TOLERANCE, TOLERANCE
 
 HALF_TOLERANCE = 5e-2
-"""Largest logit difference, relative to the largest logit, of a model that computes in half precision."""
+"""Largest logit difference, relative to the largest logit, if the model computes in half precision."""
 
 
 def start_training(settings: Learning, folder: RunFolder) -> Accelerator:
-    """The processes of this run, with the tracker that the settings name.
+    """The processes of this run, with the tracker of the settings.
 
     Raises:
-        MptkError: the batch does not divide over the processes; a tracker that is not installed.
+        MptkError: the batch does not divide over the processes, or the tracker is not installed.
     """
     tracker = None if settings.tracker == "none" else settings.tracker
     made = accelerator(settings.precision, log_with=tracker, project_dir=folder.path)
@@ -61,7 +61,7 @@ def start_training(settings: Learning, folder: RunFolder) -> Accelerator:
 
 
 class Learner:
-    """The phases of one run. ``windows`` are the training text, int64 [n, length]; ``folder`` keeps checkpoints."""
+    """The phases of one run. ``windows``: training text, int64 [n, length]. ``folder`` keeps checkpoints."""
 
     def __init__(
         self,
@@ -82,8 +82,8 @@ class Learner:
     def learn(self, prepared: Prepared, text: Text) -> Chosen:
         """Learn masks and widths. The changed weights have dense shapes, with removed units at 0.
 
-        The witness is the student's own logits, hardened masks and adapters still in place: what those weights must
-        give. Units are judged on ``text.calibration`` before anything is trained.
+        The witness holds the student's logits with hardened masks and adapters, which the changed weights must give.
+        Units are first scored on ``text.calibration``, before any training.
         """
         analysis = prepared.analysis
         begins = self.folder.latest("masks") is None
@@ -93,8 +93,8 @@ class Learner:
             solver.prior = prior
             self._saliency(student, solver, text.calibration)
         loop.run()
-        widths = {c: w for c, w in solver.fixed.items() if w < solver.shapes[c][2]}
-        plan = select(analysis, {c: solver.saliency(c) for c in widths}, widths)
+        widths = {family: width for family, width in solver.fixed.items() if width < solver.shapes[family][2]}
+        plan = select(analysis, {family: solver.saliency(family) for family in widths}, widths)
         cut = resolve_plan(analysis, plan)
         solver.harden(kept_units(analysis, cut, list(widths)))
         logits = own_logits(self.accelerator, loop.student, text.proof)
@@ -109,18 +109,22 @@ class Learner:
         witness = Witness("learned masks", logits, self.tolerance)
         return Chosen(plan, cut, state, tuple(state), witness=witness, steps=self.mask_steps)
 
-    def begin(self, prepared: Prepared) -> tuple[Any, InsertedMasks, Solver, Loop]:
-        """The student with adapters and masks, the masks, their solver, and the loop that is to train them."""
+    def begin(self, prepared: Prepared) -> tuple[PeftModel, InsertedMasks, Solver, Loop]:
+        """The student with adapters and masks, the masks, their solver, and the loop that trains them."""
         candidates = prepared.candidates
-        shapes = {c: _shape(prepared.analysis, c) for c in prepared.families}
-        given = {c: w for c, w in candidates[0].widths.items() if {k.widths[c] for k in candidates} == {w}}
+        shapes = {family: _shape(prepared.analysis, family) for family in prepared.families}
+        given = {
+            family: width
+            for family, width in candidates[0].widths.items()
+            if all(candidate.widths[family] == width for candidate in candidates)
+        }
         budget = 1 - prepared.settings.sparsity
         solver = Solver(shapes, prepared.cost.share, budget, self.mask_steps, self.settings.rates, given=given)
-        base = deepcopy(self.model) if self.accelerator.is_fsdp2 else self.model  # shards do not become whole again
+        base = deepcopy(self.model) if self.accelerator.is_fsdp2 else self.model  # shards cannot be joined again
         student = adapt(base, self.settings.rank, self.settings.training.seed)
         masks = InsertedMasks(original(student), prepared.mask_sites, solver.applied, solver.watch)
         recompute(student, self.settings.gradient_checkpointing)
-        teacher = self._teacher(lambda ids, **k: _dense(student, masks, ids, **k))
+        teacher = self._teacher(partial(_dense, student, masks))
 
         def each_step(tokens: int) -> Metrics:
             self._average(solver)
@@ -134,24 +138,24 @@ class Learner:
         return student, masks, solver, loop
 
     def _prior(self, analysis: Analysis, families: Sequence[str], calibration: Tensor) -> Scores:
-        """Wanda's scores: what they take for F comes from weights and inputs alone, without a gradient."""
+        """Wanda's scores: an estimate of √F from weights and inputs, without gradients."""
         say = partial(self.progress, "activations")
         evidence = gather(analysis, "wanda", calibration, families=families, progress=say)
-        return {c: t.detach().cpu() for c, t in score_evidence(evidence, "wanda", families).items()}
+        return {family: values.detach().cpu() for family, values in score_evidence(evidence, "wanda", families).items()}
 
-    def _saliency(self, student: Any, solver: Solver, calibration: Tensor) -> None:
-        """F before anything is trained: gradients of the language-model loss in the masks, all at one.
+    def _saliency(self, student: PeftModel, solver: Solver, calibration: Tensor) -> None:
+        """Estimate F before any training, from gradients of the language-model loss in the masks, which are all 1.
 
-        Each is of ``micro`` windows over all processes, rounded up to as many for each, so that F does not depend on
-        how many processes there are; windows that are left over are not used.
+        A batch has ``micro`` windows over all processes, rounded up to a multiple of their number. So F does not
+        depend on the number of processes. Windows that do not fill a batch are dropped.
         """
-        a = self.accelerator
-        together = -(-self.settings.training.micro // a.num_processes) * a.num_processes
+        acc = self.accelerator
+        together = -(-self.settings.training.micro // acc.num_processes) * acc.num_processes
         repeated = calibration.repeat(-(-together // len(calibration)), 1)
         parts = repeated[: len(repeated) // together * together].split(together)
         for done, part in enumerate(parts, 1):
             with adapters_off(student):
-                ids = part.chunk(a.num_processes)[a.process_index].to(a.device)
+                ids = part.chunk(acc.num_processes)[acc.process_index].to(acc.device)
                 language_model(student(input_ids=ids, use_cache=False).logits, ids).backward()
             self._average(solver)
             solver.observe(part.numel())
@@ -159,23 +163,25 @@ class Learner:
             self.progress("saliency", done, len(parts))
 
     def _average(self, solver: Solver) -> None:
-        """Over processes, so that every one of them takes the same step."""
-        a = self.accelerator
-        if a.num_processes > 1:
+        """Average gradients over processes, so that all of them take the same step."""
+        acc = self.accelerator
+        if acc.num_processes > 1:
             for m in solver.masks.values():
                 assert m.grad is not None
-                m.grad = a.reduce(m.grad.to(a.device), "mean").to(m.device)
-            for c, squares in solver.squares.items():  # of gradients of each process's own mean
-                mean = a.reduce(squares.to(a.device), "mean") / a.num_processes
-                solver.squares[c] = mean.to(squares.device)
+                m.grad = acc.reduce(m.grad.to(acc.device), "mean").to(m.device)
+            for family, squares in solver.squares.items():  # each process's gradients are of its own mean
+                mean = acc.reduce(squares.to(acc.device), "mean") / acc.num_processes
+                solver.squares[family] = mean.to(squares.device)
 
     # ---- after the cut ----
 
-    def recover(self, small: Any, steps: int, tokens: Tensor, used: int = 0) -> tuple[dict[str, Tensor], Witness]:
-        """Train the cut model against the dense one; returns the weights that changed, in its own shapes.
+    def recover(
+        self, small: PreTrainedModel, steps: int, tokens: Tensor, used: int = 0
+    ) -> tuple[dict[str, Tensor], Witness]:
+        """Train the cut model to imitate the dense one; returns the changed weights, in the cut model's shapes.
 
-        ``used``: training windows that were used before. The witness is the trained model's own logits on ``tokens``,
-        adapters not yet merged.
+        ``used``: number of training windows that the run has used already. The witness holds the trained model's logits
+        on ``tokens``, before its adapters are merged.
         """
         loop = self.recovery(small, steps, used)
         loop.run()
@@ -188,27 +194,40 @@ class Learner:
 
     @property
     def tolerance(self) -> float:
-        """How near the weights taken over must come to the trained model's own logits, relative to the largest."""
-        a = self.accelerator
-        if a.is_fsdp2 and self.settings.precision != "no":  # its blocks compute in half precision, trained or not
+        """Largest logit difference between the trained model and its stored weights, relative to the largest logit."""
+        acc = self.accelerator
+        if acc.is_fsdp2 and self.settings.precision != "no":  # its blocks compute in half precision even after training
             return HALF_TOLERANCE
-        return TOLERANCE if a.device.type == "cpu" else RUNTIME_TOLERANCE
+        return TOLERANCE if acc.device.type == "cpu" else RUNTIME_TOLERANCE
 
-    def recovery(self, small: Any, steps: int, used: int = 0) -> Loop:
-        """The loop that is to train the cut model."""
-        s = self.settings
-        a = self.accelerator
-        dense = sharded(a, deepcopy(self.model)) if a.is_fsdp2 else self.model
-        teacher = self._teacher(
-            lambda ids, **k: (dense if a.is_fsdp2 else dense.to(a.device))(ids, use_cache=False, **k)
-        )
-        student = adapt(small, s.rank, s.training.seed) if s.rank else small.requires_grad_(True)
-        recompute(student, s.gradient_checkpointing)
-        return self._loop(student, teacher, steps, "recovery", first_row=used)
+    def recovery(self, small: PreTrainedModel, steps: int, used: int = 0) -> Loop:
+        """The loop that trains the cut model."""
+        acc, settings = self.accelerator, self.settings
+        dense: nn.Module = sharded(acc, deepcopy(self.model)) if acc.is_fsdp2 else self.model
+
+        def run(ids: Tensor, hidden: bool) -> Output:
+            placed = dense if acc.is_fsdp2 else dense.to(acc.device)
+            output: Output = placed(ids, use_cache=False, output_hidden_states=hidden)
+            return output
+
+        rank = settings.rank
+        student = adapt(small, rank, settings.training.seed) if rank else small.requires_grad_(True)
+        recompute(student, settings.gradient_checkpointing)
+        return self._loop(student, self._teacher(run), steps, "recovery", first_row=used)
 
     # ---- shared ----
 
-    def _loop(self, student: Any, teacher: Any, steps: int, phase: str, **each: Any) -> Loop:
+    def _loop(
+        self,
+        student: nn.Module,
+        teacher: Teacher,
+        steps: int,
+        phase: str,
+        *,
+        first_row: int = 0,
+        each_step: Callable[[int], Metrics] = lambda tokens: {},
+        extra: Extra | None = None,
+    ) -> Loop:
         return Loop(
             self.accelerator,
             student,
@@ -218,13 +237,16 @@ class Learner:
             self.settings.training,
             phase=phase,
             folder=self.folder,
+            first_row=first_row,
+            each_step=each_step,
+            extra=extra,
             progress=lambda done, total, metrics: self.progress(phase, done, total, _figures(metrics)),
-            **each,
         )
 
-    def _teacher(self, run: Callable[..., Any]) -> Any:
+    def _teacher(self, run: Callable[[Tensor, bool], Output]) -> Teacher:
+        """``run``: (ids, whether hidden states are wanted) → the dense model's output."""
         hidden = bool(self.settings.training.losses.hidden)
-        live = LiveTeacher(lambda ids: run(ids, output_hidden_states=hidden))
+        live = LiveTeacher(lambda ids: run(ids, hidden))
         if self.settings.teacher == "live":
             return live
         shared = self.settings.teacher_cache
@@ -233,10 +255,10 @@ class Learner:
 
 
 @torch.no_grad()
-def own_logits(accelerator: Accelerator, student: Any, tokens: Tensor) -> Tensor:
-    """Logits of a student as it was trained, in evaluation mode and float32. All processes must ask.
+def own_logits(accelerator: Accelerator, student: nn.Module, tokens: Tensor) -> Tensor:
+    """The trained student's logits in evaluation mode, as float32. All processes must call it.
 
-    Its training is over: the wrapper that computes in half precision is taken off. Shards keep theirs.
+    The wrapper that computes in half precision is removed, since training is over. Shards keep theirs.
     """
     if not accelerator.is_fsdp2:
         student = accelerator.unwrap_model(student, keep_fp32_wrapper=False)
@@ -247,10 +269,10 @@ def own_logits(accelerator: Accelerator, student: Any, tokens: Tensor) -> Tensor
 def nearest_candidate(
     candidates: Sequence[Candidate], learned: Mapping[str, float], shapes: Mapping[str, tuple[int, int, int]]
 ) -> dict[str, int]:
-    """The candidate whose widths are nearest to the learned ones, as shares of the dense widths."""
+    """The widths of the candidate that is nearest to the learned widths, as shares of the dense widths."""
 
     def distance(candidate: Candidate) -> float:
-        return sum(((w - learned[c]) / shapes[c][2]) ** 2 for c, w in candidate.widths.items())
+        return sum(((width - learned[family]) / shapes[family][2]) ** 2 for family, width in candidate.widths.items())
 
     return dict(min(candidates, key=distance).widths)
 
@@ -264,10 +286,11 @@ def _shape(analysis: Analysis, name: str) -> tuple[int, int, int]:
     return len(family.groups), family.scopes, family.size
 
 
-def _dense(student: Any, masks: InsertedMasks, ids: Tensor, **options: Any) -> Any:
-    """The dense model inside the student: the same weights, with masks and adapters off."""
+def _dense(student: PeftModel, masks: InsertedMasks, ids: Tensor, hidden: bool) -> Output:
+    """The output of the dense model inside the student: the same weights, with masks and adapters off."""
     with masks.disabled(), adapters_off(student):
-        return student(input_ids=ids, use_cache=False, **options)
+        output: Output = student(input_ids=ids, use_cache=False, output_hidden_states=hidden)
+    return output
 
 
 __all__ = ["Learner", "nearest_candidate", "start_training"]

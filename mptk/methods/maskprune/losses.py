@@ -1,15 +1,17 @@
-"""losses: what a student is trained on. All are means over positions, in nats, but for the relative hidden error.
+"""losses: the losses that a student is trained on.
 
-At a vocabulary's width the losses cost as much as several layers, and their temporary tensors most of the memory. So
-both are computed together, a few positions at a time, and their gradient with them: student and teacher pass through
-one softmax each, and nothing but the gradient is kept for the backward pass.
+Cross entropy and divergence are means over positions, in nats. The hidden error is relative and has no unit.
+
+With a large vocabulary the losses cost as much as several layers, and their temporary tensors take most of the memory.
+So ``token_losses`` computes both losses and their gradient together, a few positions at a time. Student and teacher go
+through one softmax each, and only the gradient is kept for the backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,14 +19,14 @@ from torch import Tensor
 from mptk.run.settings import LossWeights
 
 CHUNK = 2**20
-"""Numbers of a tensor of logits that are worked on at once: they should stay in the processor's cache."""
+"""Logits that are processed at once. They should fit the processor's cache."""
 
 NO_TARGET = -1
 
 
 @dataclass(frozen=True)
 class TopLogits:
-    """A teacher's distribution, shortened: log probabilities of its k likeliest tokens, and of all the others together.
+    """A shortened distribution: the log probabilities of the k likeliest tokens and of all other tokens together.
 
     ``tokens`` int64 [..., k], ``logs`` [..., k], ``rest`` [...].
     """
@@ -42,16 +44,16 @@ def language_model(logits: Tensor, ids: Tensor) -> Tensor:
 def token_losses(
     logits: Tensor, ids: Tensor, teacher: Tensor | TopLogits | None, weights: LossWeights
 ) -> dict[str, Tensor]:
-    """``loss`` = lm · cross entropy + kl · KL(teacher ‖ student), and each of the two for which a weight is not 0.
+    """``loss`` = lm · cross entropy + kl · KL(teacher ‖ student), and each of the two terms if its weight is not 0.
 
-    Only ``loss`` has a gradient. The cross entropy is the mean over positions with a next token, the divergence that
-    over all positions. With ``TopLogits`` the tokens beyond the top k count as one event: by the log-sum inequality
-    that is a lower bound on the full divergence, and the two are equal where student and teacher divide the rest alike.
+    Only ``loss`` has a gradient. The cross entropy is a mean over positions with a next token, the divergence a mean
+    over all positions. With ``TopLogits`` the tokens outside the top k count as one event. By the log-sum inequality
+    this is a lower bound on the full divergence. The bound is tight if student and teacher distribute the rest equally.
 
     Args:
         logits: [batch, length, vocab].
         ids: int64 [batch, length].
-        teacher: logits like the student's, or their shortened form; None only if ``kl`` is 0.
+        teacher: logits of the shape of the student's, or their shortened form; None only if ``kl`` is 0.
     """
     targets = torch.full_like(ids, NO_TARGET)
     targets[:, :-1] = ids[:, 1:]
@@ -64,16 +66,25 @@ def token_losses(
     return {"loss": loss} | ({"lm": lm} if weights.lm else {}) | ({"kl": kl} if weights.kl else {})
 
 
-class _Fused(torch.autograd.Function):
-    """(loss, lm, kl) of flat logits [positions, vocab], the gradient of ``loss`` computed on the way.
+class _Context(Protocol):
+    """What ``_Fused`` uses of its autograd context."""
 
-    With student probabilities p, the teacher's q, and a the share of a position in a mean, the gradient in the logits
-    is a_lm (p − onehot) + a_kl (p − q).
+    needs_input_grad: Sequence[bool]
+    gradient: Tensor | None
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+
+class _Fused(torch.autograd.Function):
+    """(loss, lm, kl) of flat logits [positions, vocab]. The forward pass also computes the gradient of ``loss``.
+
+    The gradient in the logits is a_lm (p − onehot) + a_kl (p − q): p and q are the probabilities of student and
+    teacher, a the weight of a position in each mean.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, weights: LossWeights, *teacher: Tensor
+        ctx: _Context, logits: Tensor, targets: Tensor, weights: LossWeights, *teacher: Tensor
     ) -> tuple[Tensor, ...]:
         known = targets != NO_TARGET
         of_lm = weights.lm / known.sum().clamp_min(1) * known
@@ -103,20 +114,21 @@ class _Fused(torch.autograd.Function):
         return loss, lm, kl
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient, ctx.gradient = ctx.gradient, None
+        assert gradient is not None
         return gradient.mul_(gradients[0]), *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def _log_total(z: Tensor, p: Tensor) -> Tensor:
-    """log Σ exp z from p = softmax(z), without another pass of exponentials: the largest p is at least 1 / vocab."""
+    """log Σ exp z from p = softmax(z), without more exponentials. It is stable: the largest p is at least 1 / vocab."""
     return z.amax(-1) - p.amax(-1).log()
 
 
 def _divergence(
     z: Tensor, p: Tensor, total: Tensor, teacher: Sequence[Tensor], of_lm: Tensor, of_kl: float
 ) -> tuple[Tensor, Tensor]:
-    """Σ KL(q ‖ p) over rows, and (of_lm + of_kl) p − of_kl q, written over ``p`` [rows, vocab]."""
+    """Σ KL(q ‖ p) over rows, and (of_lm + of_kl) p − of_kl q, which overwrites ``p`` [rows, vocab]."""
     if len(teacher) == 1:
         t = teacher[0].float()
         q = t.softmax(-1)
@@ -127,14 +139,14 @@ def _divergence(
     others = 1 - seen.sum(-1).clamp(max=1 - 1e-6)
     student = z.gather(-1, tokens) - total[:, None]
     found = (q * (logs - student)).sum() + (r * (rest - others.log())).sum()
-    # The other tokens' common event moves with each of them: q is r · p / others there.
+    # For each token of the common event, q is r · p / others.
     spread = (r / others)[:, None]
     gradient = p.mul_(of_lm + of_kl * ((q.sum(-1) + r)[:, None] - spread))
     return found.double(), gradient.scatter_add_(-1, tokens, of_kl * (spread * seen - q))
 
 
 def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean over layers of ‖h − h*‖² / ‖h* − mean h*‖², hidden states [batch, length, hidden] of student and teacher."""
+    """Mean over layers of ‖h − h*‖² / ‖h* − mean h*‖²: h of the student, h* of the teacher, [batch, length, hidden]."""
     errors = []
     for ours, theirs in zip(student, teacher, strict=True):
         spread = (theirs - theirs.mean((0, 1))).square().sum().clamp_min(1e-12)
@@ -143,7 +155,7 @@ def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
 
 
 def shorten(logits: Tensor, k: int) -> TopLogits:
-    """The k likeliest tokens of ``logits`` [..., vocab] with their log probabilities and the others' mass."""
+    """The k likeliest tokens of ``logits`` [..., vocab], their log probabilities, and that of all other tokens."""
     logs = logits.float().log_softmax(-1)
     top = logs.topk(min(k, logs.shape[-1]), -1)
     rest = torch.log1p(-top.values.exp().sum(-1).clamp(max=1 - 1e-6))

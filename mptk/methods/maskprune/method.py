@@ -1,4 +1,4 @@
-"""method: MaskPrune. Masks and the layers' common widths are learned together, then consumers are fitted."""
+"""method: MaskPrune. It learns masks and the layers' common widths together; reconstruction follows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MaskPrune(Method):
         if not settings.learning.rank:
             raise MptkError("masks are learned with LoRA; give --rank 1 or more; `mptk recover --rank 0` can follow")
         if settings.learning.precision == "fp16":
-            raise MptkError("fp16 scales gradients, which masks are learned from; use --precision bf16 or no")
+            raise MptkError("fp16 scales gradients, and masks are learned from these; use --precision bf16 or no")
 
     def refusal(self, analysis: Analysis, family: str) -> str | None:
         return disturbed(analysis, family)

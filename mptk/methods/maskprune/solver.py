@@ -2,19 +2,23 @@
 
     min_{θ,m,s} max_{y,z ≥ 0}  L(θ, m) + Σ_{l,c} y[l,c] · ‖m[l,c]‖²_{⌈s_c⌉,F} + z · (R(s) − B)
 
-m[l,c] are the masks of family c in layer l, s_c the units removed *from every layer alike*, R the cost of the uniform
-model over the dense one's. ‖·‖²_{k,F} sums F m² over the k units whose removal is predicted to cost least. F is the
-variance of the loss's gradient in a mask (the diagonal of the empirical Fisher, so a curvature), d what the gradient is
-beyond a quadratic of that curvature, and v = ½ F̂ + d the rise of the loss, in nats a token, when the unit goes, where F̂
-is F after a second estimate has had its say (``saliency``). So masks of different families, layers and models are
-measured in one unit, and no step size depends on the model's size.
-``docs/maskprune.md`` gives each equation with these names and what differs from the paper.
+- m[l,c]: the masks of family c in layer l.
+- s_c: the number of units removed from each layer, the same for all layers.
+- R: the cost of the pruned model, as a share of the dense model's cost. B: the budget.
+- ‖·‖²_{k,F}: the sum of F m² over the k units with the lowest predicted cost of removal.
+- F: the variance of the loss's gradient in a mask. This is the diagonal of the empirical Fisher matrix, a curvature.
+- F̂: F combined with Wanda's estimate (``saliency``).
+- d: the part of the gradient that a quadratic of curvature F does not explain.
+- v = ½ F̂ + d: the predicted rise of the loss, in nats a token, if the unit is removed.
+
+So masks of all families, layers and models are measured in one unit, and no step size depends on the model's size.
+``docs/maskprune.md`` gives each equation with these names, and the differences from the paper.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,26 +27,28 @@ from mptk.errors import MptkError
 from mptk.run.settings import Rates
 
 Resource = Callable[[Mapping[str, float]], float]
-"""R: widths (family → units kept, real numbers) → cost over the dense model's."""
+"""R: widths (family → units kept, real numbers) → cost, as a share of the dense model's."""
 
 EPSILON = 1e-12
 DIVERGED = 1e100
 LARGEST_EXPONENT = 700.0
 ROUNDS = 120
-"""Updates of widths and z in all, at least: they cost nothing beside a step of the model, and need this many."""
+"""Least number of updates of widths and z. They need this many, and cost nothing compared with a step of the model."""
 
 
 class Solver:
-    """Masks, widths and duals. Tensors are on the CPU, in float32 but for F.
+    """Masks, widths and duals, on the CPU. Masks and duals are float32, F and d are float64.
 
     Args:
         shapes: family → (layers, scopes, size).
         resource: R(widths).
         budget: B, the share of the dense cost to keep.
-        steps: in how many steps masks are learned; the budget is reached after ``ramp`` of them.
-        given: widths that are not to be learned; they are approached as the target is, and the rest meets the budget.
+        steps: number of steps that learn masks.
+        ramp: share of the steps after which the budget is reached.
+        given: widths that are not learned. They are approached at the pace of the target; the other families meet the
+            budget.
 
-    ``prior``, by family, may be given another estimate of F by its square root, in any unit: [layers, scopes, size].
+    ``prior``: family → square root of another estimate of F, in any unit, [layers, scopes, size]. It may stay empty.
     """
 
     def __init__(
@@ -58,91 +64,96 @@ class Solver:
         self.shapes, self.resource, self.budget, self.steps = dict(shapes), resource, budget, steps
         self.rates, self.ramp, self.given = rates or Rates(), ramp, dict(given or {})
         self.rounds = max(1, math.ceil(ROUNDS / steps))
-        self.masks = {c: torch.ones(shape, requires_grad=True) for c, shape in shapes.items()}
-        self.fisher = {c: torch.zeros(shape, dtype=torch.float64) for c, shape in shapes.items()}
-        self.drift = {c: torch.zeros(shape, dtype=torch.float64) for c, shape in shapes.items()}
-        self.last = {c: torch.zeros(shape, dtype=torch.float64) for c, shape in shapes.items()}
-        self.squares = {c: torch.zeros(shape, dtype=torch.float64) for c, shape in shapes.items()}
+        self.masks = {family: torch.ones(shape, requires_grad=True) for family, shape in shapes.items()}
+        self.fisher = {family: torch.zeros(shape, dtype=torch.float64) for family, shape in shapes.items()}
+        self.drift = {family: torch.zeros(shape, dtype=torch.float64) for family, shape in shapes.items()}
+        self.last = {family: torch.zeros(shape, dtype=torch.float64) for family, shape in shapes.items()}
+        self.squares = {family: torch.zeros(shape, dtype=torch.float64) for family, shape in shapes.items()}
         self.prior: dict[str, Tensor] = {}
         self.removed = dict.fromkeys(shapes, 0.0)
         self.fixed: dict[str, int] = {}
-        self.y = {c: torch.ones(shape[0]) for c, shape in shapes.items()}
+        self.y = {family: torch.ones(shape[0]) for family, shape in shapes.items()}
         self.z = 0.0
         self.step_count = self.seen = self.tokens = 0
 
-    # ---- what is read ----
+    # ---- derived values ----
 
     def applied(self, family: str, layer: int) -> Tensor:
         """The mask that the model applies, [scopes, size]: the learned one, at most 1."""
         return Clamp.apply(self.masks[family][layer])  # type: ignore[no-any-return, no-untyped-call]
 
     def saliency(self, family: str) -> Tensor:
-        """v = ½ F̂ + d: predicted rise of the loss, nats a token, when a unit goes to 0: [layers, scopes, size].
+        """v = ½ F̂ + d: predicted rise of the loss in nats a token if a unit goes to 0: [layers, scopes, size].
 
-        F̂ is the geometric mean of F and the prior P², which is first given F's mean over a layer's units. The errors of
-        the two are of different kinds, so that their mean ranks units better than either.
+        F̂ is the geometric mean of F and the prior P², scaled to the mean of F over a layer's units. The two estimates
+        have different errors, so their mean ranks units better than either.
         """
-        f = self.curvature(family)
+        fisher = self.curvature(family)
         if family in self.prior:
-            p = self.prior[family].double().square()
-            f = (f * p * f.mean(-1, keepdim=True) / p.mean(-1, keepdim=True).clamp_min(EPSILON)).sqrt()
-        return 0.5 * f + self.beyond(family)
+            prior = self.prior[family].double().square()
+            scale = prior.mean(-1, keepdim=True).clamp_min(EPSILON)
+            fisher = (fisher * prior * fisher.mean(-1, keepdim=True) / scale).sqrt()
+        return 0.5 * fisher + self.beyond(family)
 
     def beyond(self, family: str) -> Tensor:
-        """d, moved towards 0 by two of its standard errors: where it is noise, it is 0."""
+        """d, moved towards 0 by two standard errors, so that noise gives 0."""
         drift, memory = self.drift[family], self.rates.drift
         error = (self.curvature(family) * (1 - memory) / (1 + memory) / max(self.tokens, 1)).sqrt()
         return drift.sign() * (drift.abs() - 2 * error).clamp_min(0)
 
     def curvature(self, family: str) -> Tensor:
-        """F, corrected for the start of its average."""
+        """F: the running average, corrected for its start at 0."""
         return self.fisher[family] / max(1 - self.rates.fisher**self.seen, EPSILON)
 
     def widths(self) -> dict[str, float]:
-        return {c: shape[2] - self.removed[c] for c, shape in self.shapes.items()}
+        return {family: shape[2] - self.removed[family] for family, shape in self.shapes.items()}
 
     def tail(self, family: str) -> Tensor:
-        """Which units are among the ⌈s⌉ least of their layer and scope row: boolean, [layers, scopes, size]."""
+        """The ⌈s⌉ units of lowest v in each layer and scope row: boolean [layers, scopes, size]."""
         order = self.saliency(family).argsort(dim=-1, stable=True).argsort(dim=-1)
         return order < math.ceil(self.removed[family])
 
     def target(self) -> float:
-        """The budget now: it falls from 1 to B along a cubic (Zhu & Gupta 2017) over the ramp."""
+        """The budget of the current step. It falls from 1 to B over the ramp, along a cubic (Zhu & Gupta 2017)."""
         done = min(1.0, (self.step_count + 1) / max(1.0, self.ramp * self.steps))
         return self.budget + (1 - self.budget) * (1 - done) ** 3
 
     # ---- the updates ----
 
     def watch(self, family: str, layer: int, gradients: Tensor) -> None:
-        """Take gradients of the mean loss in a layer's masks, token by token: [tokens, scopes · size]."""
+        """Accumulate squares of the mean loss's gradients in a layer's masks, by token: [tokens, scopes · size]."""
         squares = gradients.float().square().sum(0)
         self.squares[family][layer] += squares.reshape(self.shapes[family][1:]).to(self.squares[family])
 
     def observe(self, tokens: int) -> None:
-        """Take the gradients of one batch of ``tokens`` into F and d. Gradients are of the mean loss over the tokens.
+        """Update F and d with the gradients of the mean loss of one batch of ``tokens`` tokens.
 
-        F is the variance of the gradient of one token's loss. 1. From the tokens' own gradients, where ``watch`` saw
-        them: thousands of samples a batch. 2. Else half the mean square difference of successive batches' gradients,
-        which masks that move slowly do not touch. A quadratic would give −g = F (1 − m); d averages what −g has beyond.
+        F is the variance of the gradient of one token's loss.
+
+        1. If ``watch`` received the tokens' own gradients, F comes from these: thousands of samples a batch.
+        2. If not, F is half the mean square difference of the gradients of successive batches. Masks move slowly, so
+           their movement does not affect it.
+
+        A quadratic loss would give −g = F (1 − m). d averages the difference of −g from that.
         """
-        for c, m in self.masks.items():
+        for family, m in self.masks.items():
             assert m.grad is not None
             g = m.grad.double()
-            if self.squares[c].any():
-                noise = (tokens * self.squares[c] - g.square()).clamp_min(0)
+            if self.squares[family].any():
+                noise = (tokens * self.squares[family] - g.square()).clamp_min(0)
             else:
-                noise = 0.5 * tokens * (g - self.last[c]).square() if self.seen else tokens * g.square()
-            self.fisher[c].mul_(self.rates.fisher).add_(noise, alpha=1 - self.rates.fisher)
-            self.last[c] = g
-            self.squares[c].zero_()
+                noise = 0.5 * tokens * (g - self.last[family]).square() if self.seen else tokens * g.square()
+            self.fisher[family].mul_(self.rates.fisher).add_(noise, alpha=1 - self.rates.fisher)
+            self.last[family] = g
+            self.squares[family].zero_()
         self.seen += 1
         self.tokens = tokens
-        for c, m in self.masks.items():
-            beyond = -self.last[c] - self.curvature(c) * (1 - m.detach().double())
-            self.drift[c].mul_(self.rates.drift).add_(beyond, alpha=1 - self.rates.drift)
+        for family, m in self.masks.items():
+            beyond = -self.last[family] - self.curvature(family) * (1 - m.detach().double())
+            self.drift[family].mul_(self.rates.drift).add_(beyond, alpha=1 - self.rates.drift)
 
     def step(self, tokens: int) -> None:
-        """One step of everything but θ, from the gradients in ``masks``; then the gradients are cleared."""
+        """Update everything except θ from the gradients in ``masks``, then clear the gradients."""
         self.observe(tokens)
         self._descend()
         self._shrink()
@@ -154,53 +165,64 @@ class Solver:
 
     @torch.no_grad()
     def _descend(self) -> None:
-        """m ← m + η_m (F (1 − m) + d) / (F + mean F): a damped Newton step along what the gradient is known to be.
+        """m ← m + η_m (F (1 − m) + d) / (F + mean F): a damped Newton step along the averaged gradient.
 
-        The gradient of one batch is noise for most masks, and noise only drives a mask below 1, never above.
+        The gradient of one batch is noise for most masks, and noise only pushes masks below 1, never above.
         """
         rate = min(1.0, self.rates.mask / self.steps)
-        for c, m in self.masks.items():
-            if not self.last[c].isfinite().all():
-                raise MptkError(f"the gradient of {c}'s masks is not finite; lower --lr or train in float32")
-            curvature = self.curvature(c)
-            pull = curvature * (1 - m.double()) + self.beyond(c)
+        for family, m in self.masks.items():
+            if not self.last[family].isfinite().all():
+                raise MptkError(f"the gradient of {family}'s masks is not finite; lower --lr or train in float32")
+            curvature = self.curvature(family)
+            pull = curvature * (1 - m.double()) + self.beyond(family)
             m.add_((rate * pull / (curvature + curvature.mean()).clamp_min(EPSILON)).float()).clamp_(0, 1)
 
     @torch.no_grad()
     def _shrink(self) -> None:
-        """The proximal step of y‖m‖²_{k,F} in the metric F: m / (1 + 2 η y) on the tail, the identity elsewhere."""
+        """The proximal step of y‖m‖²_{k,F} in the metric F: m / (1 + 2 η y) in the tail. Other masks stay."""
         rate = self.rates.prox / self.steps
-        for c, m in self.masks.items():
-            m.copy_(torch.where(self.tail(c), proximal(m, rate, self.y[c][:, None, None]), m))
+        for family, m in self.masks.items():
+            m.copy_(torch.where(self.tail(family), proximal(m, rate, self.y[family][:, None, None]), m))
 
     def _resize(self) -> None:
-        """s ← s − η_s ∂/∂s: Σ_l y q against z ∂R/∂s, over their sum, so that a step has no unit; then z.
-
-        z ← z · exp(η_z (R − B)): never below 0, falling once the budget is met.
-        """
+        """One update of the widths, then one of z. Given widths follow the budget's ramp."""
         if self.fixed:
             return
-        share = (1 - self.target()) / (1 - self.budget) if self.budget < 1 else 1.0
-        self.removed |= {c: share * (self.shapes[c][2] - w) for c, w in self.given.items()}
-        free = [c for c in self.shapes if c not in self.given]
-        if not free:
-            return
-        pains = {c: self._marginal(c) for c in free}
-        slopes = {c: self._slope(c) for c in free}
+        ramped = (1 - self.target()) / (1 - self.budget) if self.budget < 1 else 1.0
+        self.removed |= {family: ramped * (self.shapes[family][2] - width) for family, width in self.given.items()}
+        free = [family for family in self.shapes if family not in self.given]
+        if free:
+            self._move_widths(free)
+            self._move_price()
+
+    def _move_widths(self, free: Sequence[str]) -> None:
+        """s ← s + η_s (a − b) / (a + b), with a = −z' ∂R/∂s and b = Σ_l y q.
+
+        If one more unit goes, a is the value of the saved cost and b the predicted loss. z' is z, raised while R
+        exceeds the budget. The division by a + b makes the step independent of their unit. The first call sets z to the
+        mean price at which a = b.
+        """
+        losses = {family: self._marginal(family) for family in free}
+        slopes = {family: self._slope(family) for family in free}
         if self.z <= 0:
-            prices = [pains[c] / slopes[c] for c in pains if slopes[c] > EPSILON]
+            prices = [losses[family] / slopes[family] for family in free if slopes[family] > EPSILON]
             self.z = max(sum(prices) / max(1, len(prices)), EPSILON)
-        urgency = self.z * math.exp(10 * self.rates.urgency * (self.resource(self.widths()) - self.target()))
-        for c in free:
-            size = self.shapes[c][2]
-            gain = urgency * slopes[c]
-            direction = (gain - pains[c]) / max(gain + pains[c], EPSILON)
-            self.removed[c] = min(
-                max(self.removed[c] + self.rates.width / (self.steps * self.rounds) * size * direction, 0.0), size - 1.0
-            )
-        missed = self.resource(self.widths()) - self.target()
-        self.z *= math.exp(min(10 * self.rates.price / (self.steps * self.rounds) * missed, LARGEST_EXPONENT))
+        price = self.z * math.exp(10 * self.rates.urgency * self._excess())
+        rate = self.rates.width / (self.steps * self.rounds)
+        for family in free:
+            size, saved = self.shapes[family][2], price * slopes[family]
+            direction = (saved - losses[family]) / max(saved + losses[family], EPSILON)
+            self.removed[family] = min(max(self.removed[family] + rate * size * direction, 0.0), size - 1.0)
+
+    def _move_price(self) -> None:
+        """z ← z · exp(η_z (R − B)): it stays above 0, and falls once the budget is met."""
+        rate = 10 * self.rates.price / (self.steps * self.rounds)
+        self.z *= math.exp(min(rate * self._excess(), LARGEST_EXPONENT))
         self._require(self.z, f"dual z is {self.z:.3g} at {self.resource(self.widths()):.3f} of the cost")
+
+    def _excess(self) -> float:
+        """R − B: the cost above the current budget, as a share of the dense cost."""
+        return self.resource(self.widths()) - self.target()
 
     def _require(self, dual: float, what: str) -> None:
         if not 0 <= dual < DIVERGED:
@@ -209,21 +231,21 @@ class Solver:
             )
 
     def _ascend(self) -> None:
-        """y ← y + η_y ‖m‖²_k, over what it was with the tail at 1."""
-        for c, m in self.masks.items():
-            tail = self.tail(c)
+        """y ← y + η_y · (mean of m² over the tail)."""
+        for family, m in self.masks.items():
+            tail = self.tail(family)
             left = (m.detach().square() * tail).sum((1, 2)) / tail.sum((1, 2)).clamp_min(1)
-            self.y[c] = self.y[c] + self.rates.dual / self.steps * left
-            self._require(float(self.y[c].max()), f"dual y of {c} is {float(self.y[c].max()):.3g}")
+            self.y[family] = self.y[family] + self.rates.dual / self.steps * left
+            self._require(float(self.y[family].max()), f"dual y of {family} is {float(self.y[family].max()):.3g}")
 
     def _marginal(self, family: str) -> float:
-        """Σ_l y_l q_l: q is the (⌈s⌉+1)-th smallest v, straight through the ceiling; summed over scope rows."""
+        """Σ_l y_l q_l, the predicted cost of one more unit. q is the (⌈s⌉+1)-th smallest v, summed over scope rows."""
         values = self.saliency(family).clamp_min(0).sort(dim=-1).values
         k = min(math.ceil(self.removed[family]), values.shape[-1] - 1)
         return float((self.y[family] * values[..., k].sum(-1)).sum())
 
     def _slope(self, family: str) -> float:
-        """−∂R/∂s of one unit, by a central difference."""
+        """−∂R/∂s: the cost that one more unit saves, by a central difference."""
         widths = self.widths()
         below, above = max(widths[family] - 0.5, 0.0), widths[family] + 0.5
         return (self.resource(widths | {family: above}) - self.resource(widths | {family: below})) / (above - below)
@@ -231,63 +253,65 @@ class Solver:
     # ---- the end ----
 
     def fix(self, widths: Mapping[str, int]) -> None:
-        """Widths are settled: from now on only masks move."""
+        """Fix the widths; only masks change from now on."""
         self.fixed = dict(widths)
-        self.removed = {c: float(self.shapes[c][2] - w) for c, w in widths.items()}
+        self.removed = {family: float(self.shapes[family][2] - width) for family, width in widths.items()}
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients of the masks."""
         for m in self.masks.values():
             m.grad = None
 
     @torch.no_grad()
     def harden(self, kept: Mapping[str, Tensor]) -> None:
-        """Masks of removed units become exactly 0; all other families' masks become 1."""
-        for c, m in self.masks.items():
-            m.copy_(m * kept[c] if c in kept else torch.ones_like(m))
+        """Set the masks of removed units to 0, and all masks of families that are not in ``kept`` to 1."""
+        for family, m in self.masks.items():
+            m.copy_(m * kept[family] if family in kept else torch.ones_like(m))
 
     def metrics(self) -> dict[str, float]:
-        """What is shown: cost and target, widths, and how much of the tail is left (root of the mean square)."""
-        left = [m.detach()[self.tail(c)] for c, m in self.masks.items()]
+        """Cost, target, widths, z, and the root mean square of the masks in the tail."""
+        left = [m.detach()[self.tail(family)] for family, m in self.masks.items()]
         norm = torch.cat(left).square().mean().sqrt().item() if sum(map(len, left)) else 0.0
-        widths = {f"width/{c}": w for c, w in self.widths().items()}
+        widths = {f"width/{family}": width for family, width in self.widths().items()}
         return {"cost": self.resource(self.widths()), "target": self.target(), "tail": norm, "z": self.z, **widths}
 
     # ---- checkpoints ----
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, as tensors by name."""
+        """The state that a resumed run needs: name → tensor."""
         counts = [self.z, self.step_count, self.seen, self.tokens, bool(self.fixed)]
         tensors = {"solver.z": torch.tensor(counts, dtype=torch.float64)}
-        for c in self.shapes:
-            tensors[f"solver.{c}.mask"] = self.masks[c].detach()
-            tensors[f"solver.{c}.fisher"] = self.fisher[c]
-            tensors[f"solver.{c}.drift"] = self.drift[c]
-            tensors[f"solver.{c}.last"] = self.last[c]
-            tensors[f"solver.{c}.y"] = self.y[c]
-            tensors[f"solver.{c}.removed"] = torch.tensor(self.removed[c], dtype=torch.float64)
-        tensors |= {f"solver.{c}.prior": prior for c, prior in self.prior.items()}
+        for family in self.shapes:
+            tensors[f"solver.{family}.mask"] = self.masks[family].detach()
+            tensors[f"solver.{family}.fisher"] = self.fisher[family]
+            tensors[f"solver.{family}.drift"] = self.drift[family]
+            tensors[f"solver.{family}.last"] = self.last[family]
+            tensors[f"solver.{family}.y"] = self.y[family]
+            tensors[f"solver.{family}.removed"] = torch.tensor(self.removed[family], dtype=torch.float64)
+        tensors |= {f"solver.{family}.prior": prior for family, prior in self.prior.items()}
         return tensors
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up the state that ``state`` gave."""
+        """Restore what ``state`` returned."""
         z, count, seen, tokens, fixed = tensors["solver.z"].tolist()
         self.z, self.step_count, self.seen, self.tokens = z, int(count), int(seen), int(tokens)
-        for c in self.shapes:
-            self.masks[c].copy_(tensors[f"solver.{c}.mask"])
-            self.fisher[c].copy_(tensors[f"solver.{c}.fisher"])
-            self.drift[c].copy_(tensors[f"solver.{c}.drift"])
-            self.last[c].copy_(tensors[f"solver.{c}.last"])
-            self.y[c] = tensors[f"solver.{c}.y"].clone()
-            self.removed[c] = float(tensors[f"solver.{c}.removed"])
-        self.prior = {c: tensors[f"solver.{c}.prior"] for c in self.shapes if f"solver.{c}.prior" in tensors}
+        for family in self.shapes:
+            self.masks[family].copy_(tensors[f"solver.{family}.mask"])
+            self.fisher[family].copy_(tensors[f"solver.{family}.fisher"])
+            self.drift[family].copy_(tensors[f"solver.{family}.drift"])
+            self.last[family].copy_(tensors[f"solver.{family}.last"])
+            self.y[family] = tensors[f"solver.{family}.y"].clone()
+            self.removed[family] = float(tensors[f"solver.{family}.removed"])
+        self.prior = {
+            family: tensors[f"solver.{family}.prior"] for family in self.shapes if f"solver.{family}.prior" in tensors
+        }
         if fixed:
-            self.fix({c: round(w) for c, w in self.widths().items()})
+            self.fix({family: round(width) for family, width in self.widths().items()})
 
 
 class Clamp(torch.autograd.Function):
-    """min(max(m, 0), 1), with the gradient straight through."""
+    """min(max(m, 0), 1) with a straight-through gradient."""
 
     @staticmethod
     def forward(_: object, m: Tensor) -> Tensor:

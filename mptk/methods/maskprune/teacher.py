@@ -1,12 +1,12 @@
-"""teacher: the dense model's outputs on training windows, computed live or kept on disk for several epochs or runs."""
+"""teacher: the dense model's outputs on training windows, computed live or cached on disk for more epochs or runs."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,11 +15,18 @@ from torch import Tensor, nn
 from mptk.files import write_file
 from mptk.methods.maskprune.losses import TopLogits, shorten
 
-Output = Any
-"""What a transformers model returns: ``logits``, and ``hidden_states`` where they were asked for."""
+Target = tuple[Tensor | TopLogits, Sequence[Tensor] | None]
+"""Logits or their shortened form, and each layer's hidden states [batch, length, hidden] or None."""
+
+
+class Output(Protocol):
+    """What a transformers model returns: ``logits`` [batch, length, vocab], and ``hidden_states`` if requested."""
+
+    logits: Tensor
+
 
 TOP = 64
-"""Tokens kept of each distribution."""
+"""Number of tokens kept of each distribution."""
 
 
 class LiveTeacher:
@@ -28,20 +35,21 @@ class LiveTeacher:
     def __init__(self, run: Callable[[Tensor], Output]) -> None:
         self.run = run
 
-    def __call__(self, windows: Tensor) -> tuple[Tensor | TopLogits, Any]:
-        """(logits or their shortened form, hidden states or None) for ``windows`` [batch, length]."""
+    def __call__(self, windows: Tensor) -> Target:
+        """The outputs for ``windows`` [batch, length]."""
         with torch.no_grad():
             output = self.run(windows)
-        return output.logits, getattr(output, "hidden_states", None)
+        states: Sequence[Tensor] | None = getattr(output, "hidden_states", None)
+        return output.logits, states
 
 
 class CachedTeacher:
-    """Keeps the top ``k`` log probabilities of every window in ``folder``, each computed when first asked for.
+    """Keeps the top ``k`` log probabilities of each window in ``folder``, and computes them at the first request.
 
-    A file is named after its window's tokens, so that runs on the same model may share the folder.
+    A file is named after the tokens of its window, so runs on the same model may share the folder.
 
-    ``wanted`` turns "this process lacks a window" into "the dense model must run": processes that hold it in shards
-    must all run it if one of them does.
+    ``wanted`` maps "this process lacks a window" to "the dense model must run". If the model is sharded over processes,
+    all of them must run it when one does.
     """
 
     def __init__(
@@ -50,7 +58,7 @@ class CachedTeacher:
         self.live, self.folder, self.k, self.wanted = live, folder, k, wanted
         folder.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, windows: Tensor) -> tuple[Tensor | TopLogits, Any]:
+    def __call__(self, windows: Tensor) -> Target:
         files = [self._file(ids) for ids in windows]
         if self.wanted(not all(file.is_file() for file in files)):
             self._keep(windows, files)
@@ -64,7 +72,7 @@ class CachedTeacher:
         return self.folder / f"{name}-{self.k}.safetensors"
 
     def _keep(self, windows: Tensor, files: list[Path]) -> None:
-        """All together, though some may be there: a resumed run must get the same bits."""
+        """Run all windows together, even if some are cached: a resumed run must get the same bits."""
         logits, _ = self.live(windows)
         assert isinstance(logits, Tensor)
         for file, rows in ((f, r) for f, r in zip(files, logits, strict=True) if not f.is_file()):
@@ -74,7 +82,7 @@ class CachedTeacher:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A name for a model's weights: the same for equal ones, and another if any of them changes."""
+    """A name for a model's weights. Equal weights give the same name; another weight gives another name."""
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         x = p.detach().double()

@@ -1,8 +1,8 @@
-"""train: the distillation loop of both phases, masks being learned and recovery, on one device or many.
+"""train: the distillation loop of both phases, mask learning and recovery, on one or more devices.
 
-Devices, precision, gradient accumulation over processes and trackers are accelerate's. Which windows a step takes, and
-its learning rate, follow from the seed and the step's number alone, so that a resumed run needs neither sampler nor
-scheduler state, and any number of processes sees the same global batch.
+accelerate handles devices, precision, gradient synchronisation and trackers. The seed and the number of a step
+determine its windows and its learning rate. So a resumed run needs no sampler or scheduler state, and the global batch
+does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -11,34 +11,36 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mptk.errors import MptkError
-from mptk.methods.maskprune.losses import TopLogits, hidden_error, token_losses
+from mptk.methods.maskprune.losses import hidden_error, token_losses
+from mptk.methods.maskprune.teacher import Target
 from mptk.run.folder import RunFolder
 from mptk.run.processes import full, prepare, shard_like
 from mptk.run.settings import Training
 
-Teacher = Callable[[Tensor], tuple[Tensor | TopLogits, Any]]
-"""Windows → logits or their shortened form, and hidden states or None."""
+Teacher = Callable[[Tensor], Target]
+"""Windows [batch, length] → the dense model's outputs."""
 Metrics = dict[str, float]
+Extra = tuple[Callable[[], dict[str, Tensor]], Callable[[Mapping[str, Tensor]], None]]
+"""State that checkpoints hold besides the student's: a call that returns it, and one that restores it."""
 
 
 class Loop:
-    """Steps of one phase. ``run`` goes on from the newest checkpoint of that phase, if there is one.
+    """The steps of one phase. ``run`` continues from the newest checkpoint of the phase, if there is one.
 
     Args:
-        accelerator: as the run's settings made it; it prepares ``student`` here.
-        student: gives an output with ``logits`` for ids; its parameters that require a gradient are trained.
+        accelerator: made from the run's settings; it prepares ``student`` here.
+        student: maps ids to an output with ``logits``. Parameters that require a gradient are trained.
         windows: int64 [n, length].
-        steps: how many; ``rows`` says which windows each takes.
-        each_step: called with the tokens of the step after the gradients are there and before the optimiser; returns
-            values for the metrics.
-        extra: state beside the student's that checkpoints hold, and what takes it back.
+        steps: number of steps. ``rows`` gives the windows of each.
+        each_step: called with the tokens of the step, after the backward passes and before the optimiser; returns
+            metrics.
+        extra: state that checkpoints also hold.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Loop:
         folder: RunFolder,
         first_row: int = 0,
         each_step: Callable[[int], Metrics] = lambda tokens: {},
-        extra: tuple[Callable[[], dict[str, Tensor]], Callable[[Mapping[str, Tensor]], None]] | None = None,
+        extra: Extra | None = None,
         progress: Callable[[int, int, Metrics], None] = lambda done, total, metrics: None,
     ) -> None:
         self.accelerator, self.teacher, self.windows, self.steps = accelerator, teacher, windows, steps
@@ -87,46 +89,49 @@ class Loop:
             self.progress(done, self.steps, metrics)
 
     def rows(self, step: int) -> Tensor:
-        """Rows of the set that ``step`` takes: the set in random order, epoch after epoch, each in another order."""
+        """The windows of ``step``, as row numbers. Each epoch takes all windows in a random order of its own."""
         first = self.first_row + step * self.settings.batch
         return shuffled(first, self.settings.batch, len(self.windows), self.settings.seed)
 
     def _step(self, step: int) -> tuple[Metrics, int]:
-        a, s = self.accelerator, self.settings
+        acc, settings = self.accelerator, self.settings
         for group in self.optimizer.param_groups:
-            group["lr"] = s.lr * schedule(step, self.steps, s.warmup)
-        own = self.rows(step).chunk(a.num_processes)[a.process_index]
-        parts = list(own.split(s.micro))
+            group["lr"] = settings.lr * schedule(step, self.steps, settings.warmup)
+        own = self.rows(step).chunk(acc.num_processes)[acc.process_index]
+        parts = list(own.split(settings.micro))
         sums: dict[str, Tensor] = {}
         for i, rows in enumerate(parts):
             share = len(rows) / len(own)
             with self._synchronised(i == len(parts) - 1):
-                losses = self._losses(self.windows[rows].to(a.device))
-                a.backward(losses["loss"] * share)
+                losses = self._losses(self.windows[rows].to(acc.device))
+                acc.backward(losses["loss"] * share)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() * share
-        metrics = {name: float(a.reduce(value, "mean")) for name, value in sums.items()}
-        metrics["gradient"] = float(full(a.clip_grad_norm_(self.student.parameters(), s.clip)))
+        metrics = {name: float(acc.reduce(value, "mean")) for name, value in sums.items()}
+        metrics["gradient"] = float(full(acc.clip_grad_norm_(self.student.parameters(), settings.clip)))
         self._require_finite(metrics, step)
-        tokens = s.batch * self.windows.shape[1]
+        tokens = settings.batch * self.windows.shape[1]
         metrics |= self.each_step(tokens)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return metrics, tokens
 
-    def _synchronised(self, last: bool) -> Any:
-        """Gradients are averaged over processes with the last part of a step only."""
-        return self.accelerator.no_sync(self.student) if not last else contextlib.nullcontext()
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Average gradients over processes after the last part of a step only."""
+        if last:
+            return contextlib.nullcontext()
+        without: contextlib.AbstractContextManager[None] = self.accelerator.no_sync(self.student)
+        return without
 
     def _losses(self, ids: Tensor) -> dict[str, Tensor]:
-        w = self.settings.losses
-        target, states = self.teacher(ids) if w.kl or w.hidden else (None, None)
-        output = self.student(input_ids=ids, use_cache=False, output_hidden_states=bool(w.hidden))
-        found = token_losses(output.logits, ids, target, w)
-        if w.hidden:
+        weights = self.settings.losses
+        target, states = self.teacher(ids) if weights.kl or weights.hidden else (None, None)
+        output = self.student(input_ids=ids, use_cache=False, output_hidden_states=bool(weights.hidden))
+        found = token_losses(output.logits, ids, target, weights)
+        if weights.hidden:
             assert states is not None
             found["hidden"] = hidden_error(output.hidden_states[1:], states[1:])
-            found["loss"] = found["loss"] + w.hidden * found["hidden"]
+            found["loss"] = found["loss"] + weights.hidden * found["hidden"]
         return found
 
     def _require_finite(self, metrics: Metrics, step: int) -> None:
@@ -171,16 +176,16 @@ class Loop:
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak learning rate at ``step``: linear warm-up, then a cosine to 0."""
+    """Learning rate at ``step``, as a share of its peak: linear warm-up, then a cosine to 0."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def shuffled(first: int, many: int, count: int, seed: int) -> Tensor:
-    """Rows at positions ``first`` … ``first + many − 1`` of ``count`` rows repeated, each epoch in another order."""
-    wanted = range(first, first + many)
+def shuffled(first: int, length: int, count: int, seed: int) -> Tensor:
+    """Entries ``first`` to ``first + length − 1`` of all epochs in a row: each is a random order of ``count`` rows."""
+    wanted = range(first, first + length)
     orders = {
         epoch: torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         for epoch in {i // count for i in wanted}

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -88,7 +88,7 @@ class Log:
         if self.on_record is not None:
             self.on_record(record)
 
-    def as_list(self) -> list[dict[str, Any]]:
+    def as_list(self) -> list[dict[str, object]]:
         return [{k: v for k, v in asdict(r).items() if v not in (None, ())} for r in self.records]
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 
@@ -27,7 +27,7 @@ from mptk.ir.ops import base_name, named_argument, target_name
 from mptk.ir.passes import Pass, Result, shapes
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
-from passes.transforms.rewrite import SCALE
+from passes.transforms.rewrite import scale_of
 
 CASTS = frozenset({"to", "_to_copy", "type_as"})
 MOVES = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "clone"})
@@ -66,7 +66,7 @@ class FoldNorms(Pass):
         copied = replace(program, graph=graph)
         state = dict(program.state)
         epsilons: dict[float, float] = {}
-        found = _foldable(copied, (n for n in graph.graph.nodes if SCALE in n.meta))
+        found = _foldable(copied, (n for n in graph.graph.nodes if scale_of(n) is not None))
         for weight, norms in found.items():
             factor = _factor(norms[0])
             offset = norms[0].offset
@@ -110,20 +110,23 @@ def _foldable(program: Program, roots: Iterator[fx.Node]) -> dict[fx.Node, list[
 
 def _factor(norm: Norm) -> float:
     """What the weight is multiplied by; 1 before a cut."""
-    scale = norm.root.meta.get(SCALE, 1.0)
-    return float(1 / math.sqrt(scale) if norm.add is not None else scale)
+    scale = scale_of(norm.root)
+    if scale is None:
+        return 1.0
+    return 1 / math.sqrt(scale) if norm.add is not None else scale
 
 
 def _shrink_epsilon(norm: Norm) -> tuple[float, float]:
     """Take the scale out of the graph. Returns the old epsilon and the new one."""
-    scaled, source = norm.root, norm.root.args[0]
+    scaled, source, scale = norm.root, norm.root.args[0], scale_of(norm.root)
     assert isinstance(source, fx.Node)
-    scale = scaled.meta[SCALE]
+    assert scale is not None
     if norm.add is None:  # ``rms_norm``'s epsilon follows the number of channels already
         new = named_argument(source, "eps")
         scaled.replace_all_uses_with(source)
         return new / scale**2, new
-    old: Any = norm.add.args[1]
+    old = norm.add.args[1]
+    assert isinstance(old, float)
     norm.add.args = (source, old / scale)
     return old, old / scale
 
@@ -133,7 +136,7 @@ def _shrink_epsilon(norm: Norm) -> tuple[float, float]:
 
 def _match(program: Program, root: fx.Node) -> Norm | None:
     """The norm whose mean, or whose ``rms_norm``, ``root`` is or scales."""
-    statistic = root.args[0] if SCALE in root.meta else root
+    statistic = root if scale_of(root) is None else root.args[0]
     assert isinstance(statistic, fx.Node)
     op = base_name(statistic.target)
     if op == "rms_norm":

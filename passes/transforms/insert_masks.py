@@ -12,7 +12,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -132,17 +132,26 @@ Watch = Callable[[str, int, Tensor], None]
 """(family, layer, gradient in the mask from each position, [positions, scopes · size])."""
 
 
+class _Context(Protocol):
+    """What autograd keeps from ``Multiply.forward`` to ``Multiply.backward``."""
+
+    saved_tensors: tuple[Tensor, ...]
+    see: Callable[[Tensor], None]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class Multiply(torch.autograd.Function):
     """x · factor along the last dimension, where ``see`` gets the gradient in the factor from each position."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor, see: Callable[[Tensor], None]) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, factor: Tensor, see: Callable[[Tensor], None]) -> Tensor:
         ctx.save_for_backward(x, factor)
         ctx.see = see
         return x * factor
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x, factor), (gradient,) = ctx.saved_tensors, gradients
         each = (gradient * x).flatten(0, -2)
         ctx.see(each)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -23,7 +23,7 @@ from mptk.ir.resolved_plan import Cut
 from passes.analysis.rules.reduce import correction_of
 from passes.analysis.rules.table import normalize_all
 
-Keep = list[Any]
+Keep = list[bool] | list["Keep"]
 """A nested list of booleans that broadcasts against the tensor it masks."""
 
 
@@ -134,7 +134,7 @@ def masked_layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    *_: Any,
+    *_: object,
 ) -> Tensor:
     """Layer norm over the last dimensions whose mean and variance run over kept channels; others come out as 0."""
     var, mean = masked_moments(keep, x, list(range(x.ndim - len(shape), x.ndim)), 0, True)
@@ -143,9 +143,19 @@ def masked_layer_norm(
     return out if bias is None else out + bias
 
 
-def masked_batch_norm(keep: Keep, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> Tensor:
+def masked_batch_norm(
+    keep: Keep,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    _running_mean: Tensor | None,
+    _running_var: Tensor | None,
+    _training: bool,
+    _momentum: float,
+    eps: float,
+    *_: object,
+) -> Tensor:
     """Batch norm by the input's own statistics over kept positions of all dimensions but 1; others come out as 0."""
-    eps = rest[4]
     var, mean = masked_moments(keep, x, [d for d in range(x.ndim) if d != 1], 0, True)
     out = (x - mean) * torch.rsqrt(var + eps) * torch.tensor(keep, device=x.device)
     shape = [1, -1] + [1] * (x.ndim - 2)
@@ -168,7 +178,7 @@ def masked_moments(keep: Keep, x: Tensor, dim: list[int], correction: float, kee
     return (var, mean) if keepdim else (var.squeeze(dim), mean.squeeze(dim))
 
 
-_MOMENTS: dict[str, Callable[..., Any]] = {
+_MOMENTS: dict[str, Callable[..., object]] = {
     "var": lambda *a: masked_moments(*a)[0],
     "std": lambda *a: masked_moments(*a)[0].sqrt(),
     "var_mean": masked_moments,
@@ -183,7 +193,7 @@ def masked_group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    *_: Any,
+    *_: object,
 ) -> Tensor:
     """Group norm over [N, C, …] whose statistics run over each group's kept channels (``keep``: [C])."""
     kept = torch.tensor(keep, device=x.device).reshape(groups, -1, 1)

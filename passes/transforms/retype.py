@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
+from torch.fx.node import Argument
 
 from mptk.compat.torch import tree_leaves
 from mptk.ir.passes import Pass, Result
@@ -31,7 +32,7 @@ class Retype(Pass):
                 given = (node.args, node.kwargs)
                 node.args, node.kwargs = fx.node.map_aggregate(given, lambda a: _retyped(a, self.dtype))
         graph.recompile()
-        state = {n: _retyped(t, self.dtype) for n, t in program.state.items()}
+        state = {n: t.to(self.dtype) if t.is_floating_point() else t for n, t in program.state.items()}
         return Result(replace(program, graph=graph, state=state), _asks_for(program) != {self.dtype})
 
     def ensures(self, before: Program, after: Program) -> None:
@@ -49,7 +50,5 @@ def _asks_for(program: Program) -> set[torch.dtype]:
     return found & set(FLOATS)
 
 
-def _retyped(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    return dtype if value in FLOATS else value
+def _retyped(value: Argument, dtype: torch.dtype) -> Argument:
+    return dtype if isinstance(value, torch.dtype) and value in FLOATS else value

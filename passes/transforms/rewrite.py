@@ -5,10 +5,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
 from mptk.compat.torch import FakeTensorMode, enable_python_dispatcher
 from mptk.errors import ProofError
@@ -22,8 +23,8 @@ from mptk.ir.resolved_plan import Cut, resolve_plan
 from mptk.ir.source_location import SourceLocation
 from passes.analysis.rules.table import find_rule
 
-SCALE = "mptk_scale"
-"""Metadata of a product with a number that the rewriting inserted: the number."""
+_SCALE = "mptk_scale"
+"""The key of ``scale_of`` in a node's metadata, which copies of the graph keep."""
 
 
 def rewrite(analysis: Analysis, plan: Plan) -> Program:
@@ -136,7 +137,7 @@ class Resizer:
     def changed(self, term: Term) -> bool:
         return self.cut.size(term) != term.size
 
-    def scaled(self, argument: Any, term: Term) -> Any:
+    def scaled(self, argument: Argument, term: Term) -> Argument:
         """A size argument after the cut. −1 stays; a symbolic size that also counts channels is scaled."""
         if not self.changed(term) or argument == -1:
             return argument
@@ -149,7 +150,7 @@ class Resizer:
                 return self.graph.graph.call_function(operator.floordiv, (scaled, term.size))
         return argument
 
-    def replace(self, node: fx.Node, op: str, arguments: tuple[Any, ...]) -> None:
+    def replace(self, node: fx.Node, op: str, arguments: tuple[Argument, ...]) -> None:
         """Make ``node`` another call."""
         _, name, overload = op.split(".")
         node.target = getattr(getattr(torch.ops.aten, name), overload)
@@ -159,7 +160,7 @@ class Resizer:
         """Multiply the result of ``node`` by ``factor`` for all its users."""
         with self.graph.graph.inserting_after(node):
             scaled = self.graph.graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
-        scaled.meta[SCALE] = factor
+        scaled.meta[_SCALE] = factor
         node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
 
     def index(self, before: fx.Node, positions: Sequence[int]) -> fx.Node:
@@ -188,6 +189,12 @@ class Resizer:
             return self.graph.graph.call_function(torch.ops.aten.index_select.default, (source, dim, index))
 
 
+def scale_of(node: fx.Node) -> float | None:
+    """The number that ``Resizer.scale`` multiplies by in ``node``; None for any other node."""
+    factor: float | None = node.meta.get(_SCALE)
+    return factor
+
+
 def _index_of(graph: fx.Graph, positions: Sequence[int]) -> fx.Node:
     """A constant index as graph nodes: a range where the positions are contiguous, else a concatenation of ranges."""
     ranges: list[list[int]] = []
@@ -204,17 +211,20 @@ def _index_of(graph: fx.Graph, positions: Sequence[int]) -> fx.Node:
 
 
 def _at(node: fx.Node, path: Path) -> fx.Node:
-    value: Any = node.kwargs[path[0]] if isinstance(path[0], str) else node.args[path[0]]
+    value = node.kwargs[path[0]] if isinstance(path[0], str) else node.args[path[0]]
     for step in path[1:]:
+        assert isinstance(value, (list, tuple))
+        assert isinstance(step, int)
         value = value[step]
     assert isinstance(value, fx.Node)
     return value
 
 
 def _put(node: fx.Node, path: Path, new: fx.Node) -> None:
-    def put(value: Any, steps: Path) -> Any:
+    def put(value: Argument, steps: Path) -> Argument:
         if not steps:
             return new
+        assert isinstance(value, (list, tuple))
         return [put(v, steps[1:]) if i == steps[0] else v for i, v in enumerate(value)]
 
     if isinstance(path[0], str):
@@ -231,7 +241,7 @@ def propagate_shapes(program: Program, untouched: Collection[str] = (), changed:
     placeholders = list(program.placeholders())
     modes = [n.meta["val"].fake_mode for n in placeholders if hasattr(n.meta.get("val"), "fake_mode")]
     mode: FakeTensorMode = modes[0]
-    values: list[Any] = []
+    values: list[object] = []
     weights = program.weights
     unchanged: set[fx.Node] = set()
     for node in placeholders:
@@ -259,7 +269,7 @@ class _ShapeInterpreter(fx.Interpreter):
         self.untouched, self.unchanged = untouched, unchanged
         self.node: fx.Node = next(iter(graph.graph.nodes))
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         self.node = n
         if n.op != "call_function":
             return super().run_node(n)
@@ -267,16 +277,16 @@ class _ShapeInterpreter(fx.Interpreter):
             self.unchanged.add(n)
             return n.meta.get("val")
         result = super().run_node(n)
-        if _alike(result, n.meta.get("val")):
+        if _equivalent(result, n.meta.get("val")):
             self.unchanged.add(n)
         n.meta["val"] = result
         return result
 
 
-def _alike(a: Any, b: Any) -> bool:
+def _equivalent(a: object, b: object) -> bool:
     """Two example values with which a call would do the same: tensors of one layout, equal numbers."""
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_alike, a, b))
+        return len(a) == len(b) and all(map(_equivalent, a, b))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
     return type(a) is type(b) and not isinstance(a, torch.SymInt) and bool(a == b)

@@ -139,8 +139,7 @@ def masked_layer_norm(
     """Layer norm over the last dimensions whose mean and variance run over kept channels; others come out as 0."""
     var, mean = masked_moments(keep, x, list(range(x.ndim - len(shape), x.ndim)), 0, True)
     out = (x - mean) * torch.rsqrt(var + eps) * torch.tensor(keep, device=x.device)
-    out = out if weight is None else out * weight
-    return out if bias is None else out + bias
+    return _affine(out, weight, bias, shape)
 
 
 def masked_batch_norm(
@@ -158,9 +157,7 @@ def masked_batch_norm(
     """Batch norm by the input's own statistics over kept positions of all dimensions but 1; others come out as 0."""
     var, mean = masked_moments(keep, x, [d for d in range(x.ndim) if d != 1], 0, True)
     out = (x - mean) * torch.rsqrt(var + eps) * torch.tensor(keep, device=x.device)
-    shape = [1, -1] + [1] * (x.ndim - 2)
-    out = out if weight is None else out * weight.reshape(shape)
-    return out if bias is None else out + bias.reshape(shape)
+    return _affine(out, weight, bias, [-1] + [1] * (x.ndim - 2))
 
 
 def masked_weight_norm(keep: Keep, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -202,6 +199,10 @@ def masked_group_norm(
     mean = (grouped * kept).sum((2, 3), keepdim=True) / count
     var = ((grouped - mean).square() * kept).sum((2, 3), keepdim=True) / count
     out = ((grouped - mean) * torch.rsqrt(var + eps) * kept).reshape(x.shape)
-    shape = [1, -1] + [1] * (x.ndim - 2)
-    out = out if weight is None else out * weight.reshape(shape)
-    return out if bias is None else out + bias.reshape(shape)
+    return _affine(out, weight, bias, [-1] + [1] * (x.ndim - 2))
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int]) -> Tensor:
+    """``x · weight + bias``, both of this shape, which broadcasts against ``x``."""
+    scaled = x if weight is None else x * weight.reshape(shape)
+    return scaled if bias is None else scaled + bias.reshape(shape)

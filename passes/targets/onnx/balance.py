@@ -39,13 +39,18 @@ def balanced(gate: FloatArray, up: FloatArray, down: FloatArray) -> tuple[FloatA
     A channel that is zero somewhere keeps its scale.
     """
     size = np.linalg.norm(gate, axis=0) * np.linalg.norm(up, axis=0)
-    rows = np.linalg.norm(down, axis=1)
+    scale = equalising(size, np.linalg.norm(down, axis=1))
+    order = np.argsort(size / scale, kind="stable")
+    return gate[:, order], (up / scale)[:, order], (down * scale[:, None])[order]
+
+
+def equalising(size: FloatArray, rows: FloatArray) -> FloatArray:
+    """``sqrt(size / rows)`` by channel, divided by its geometric mean; 1 for a channel that is zero in either."""
     alive = (size > 0) & (rows > 0)
     scale = np.ones_like(size)
     scale[alive] = np.sqrt(size[alive] / rows[alive])
     scale[alive] /= np.exp(np.log(scale[alive]).mean()) if alive.any() else 1
-    order = np.argsort(size / scale, kind="stable")
-    return gate[:, order], (up / scale)[:, order], (down * scale[:, None])[order]
+    return scale
 
 
 def gated(down: ir.Node) -> tuple[ir.Node, ir.Node, ir.Node] | None:

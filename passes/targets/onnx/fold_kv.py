@@ -62,7 +62,8 @@ def _fold_past(graph: ir.Graph, node: ir.Node, earlier: Set[ir.Node]) -> ir.Node
     """
     query, key, value, mask = (*node.inputs, None)[:4]
     has_past = len(node.inputs) > 4 and node.inputs[4] is not None
-    if has_past or len(node.outputs[0].shape or ()) != 4 or _int_attribute(node, "is_causal"):
+    is_causal = node.attributes.get_int("is_causal", 0)
+    if has_past or is_causal or len(node.outputs[0].shape or ()) != 4:
         return node
     keys, values = _cached(key), _cached(value)
     if keys is None or values is None or _size(keys.new, 1) != _size(values.new, 1):
@@ -86,7 +87,7 @@ def _cached(operand: ir.Value | None) -> _Cached | None:
         return None
     present = _unrepeated(operand)
     concat = producer(present, "Concat")
-    if concat is None or len(concat.inputs) != 2 or _int_attribute(concat, "axis") not in (2, -2):
+    if concat is None or len(concat.inputs) != 2 or concat.attributes.get_int("axis", None) not in (2, -2):
         return None
     past, new = concat.inputs
     if past is None or new is None or not past.is_graph_input():
@@ -165,7 +166,7 @@ class _Flat:
 
 def _flat(operand: ir.Value | None) -> _Flat | None:
     rotary = producer(operand, "RotaryEmbedding")
-    if rotary is not None and _int_attribute(rotary, "num_heads") != _size(operand, 1):
+    if rotary is not None and rotary.attributes.get_int("num_heads", None) != _size(operand, 1):
         return None
     transpose = producer(rotary.inputs[0] if rotary is not None else operand, "Transpose")
     reshape = transpose and producer(transpose.inputs[0], "Reshape")
@@ -216,13 +217,7 @@ def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
 
 
 def _permutation(transpose: ir.Node) -> tuple[int, ...]:
-    attribute = transpose.attributes.get("perm")
-    return tuple(attribute.as_ints()) if attribute is not None else ()
-
-
-def _int_attribute(node: ir.Node, name: str) -> int | None:
-    attribute = node.attributes.get(name)
-    return attribute.as_int() if attribute is not None else None
+    return tuple(transpose.attributes.get_ints("perm", ()))
 
 
 def _size(value: ir.Value | None, dimension: int) -> int | None:

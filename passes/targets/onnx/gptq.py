@@ -11,7 +11,6 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -148,7 +147,7 @@ def _set_blocks(graph: ir.Graph, product: ir.Node, blocks: Blocks) -> None:
     padded = np.pad(blocks.codes, ((0, count * blocks.size - inputs), (0, 0))).T.reshape(outputs, count, blocks.size)
     zeros = np.pad(blocks.zeros, ((0, count % 2), (0, 0))).T
     name = str(product.inputs[1].name)  # type: ignore[union-attr]
-    arrays: dict[str, npt.NDArray[Any]] = {
+    arrays: dict[str, npt.NDArray[np.generic]] = {
         "Q4": _pairs(padded),
         "scales": blocks.scales.T.flatten(),
         "zero_points": _pairs(zeros).flatten(),

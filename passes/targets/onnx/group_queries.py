@@ -16,7 +16,6 @@ there were 9 (``docs/onnx.md``). So step 2 is optional. A node that does not hav
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -89,12 +88,13 @@ class _Heads:
 def _heads(node: ir.Node, mask: ir.Value) -> _Heads | None:
     """None where no heads share keys, or where the mask differs from head to head."""
     query, key, result = (value.shape if value is not None else None for value in (*node.inputs[:2], node.outputs[0]))
-    if query is None or key is None or result is None or mask.shape is None or _number(node, "softcap"):
+    softcap = node.attributes.get_float("softcap", 0.0)
+    if softcap or query is None or key is None or result is None or mask.shape is None:
         return None
     flat = len(query) == 3
-    counts = [_number(node, "q_num_heads"), _number(node, "kv_num_heads")] if flat else [query[1], key[1]]
-    sizes: list[Any] = [*counts, query[-1], result[-1]]
-    if not all(isinstance(size, int) for size in sizes) or len(mask.shape) != 4 or mask.shape[1] != 1:
+    counts = [node.attributes.get_int(f"{side}_num_heads", 0) for side in ("q", "kv")] if flat else [query[1], key[1]]
+    sizes = [size for size in (*counts, query[-1], result[-1]) if isinstance(size, int)]
+    if len(sizes) < 4 or len(mask.shape) != 4 or mask.shape[1] != 1:
         return None
     heads, groups, dim, value_dim = sizes
     per = heads if flat else 1
@@ -194,12 +194,7 @@ def _reshape(steps: ir.tape.Tape, value: ir.Value, shape: list[int]) -> ir.Value
     return result
 
 
-def _constant(steps: ir.tape.Tape, array: npt.NDArray[Any]) -> ir.Value:
+def _constant(steps: ir.tape.Tape, array: npt.NDArray[np.generic]) -> ir.Value:
     result = steps.op("Constant", [], {"value": ir.tensor(array)})
     result.const_value = ir.tensor(array)
     return result
-
-
-def _number(node: ir.Node, name: str) -> Any:
-    attribute = node.attributes.get(name)
-    return attribute.value if attribute is not None else 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -50,7 +48,7 @@ def _blocks_of(graph: ir.Graph, table: ir.Value) -> tuple[ir.Value, ir.Value]:
     return blocks, constant(graph, f"{table.name}_row_scales", scales)
 
 
-def quantize_rows(table: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def quantize_rows(table: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
     """8-bit symmetric blocks of each row, rounded to nearest: uint8 [rows, blocks, block] and scales [.., 1].
 
     The last block is padded with zeros.

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -54,7 +54,7 @@ RETURN_THEIR_INPUT = {
 }
 """Ops whose output is their input if it has the same shape and dtype."""
 
-RENAMED: dict[Any, Callable[..., Any]] = {
+RENAMED: dict[object, Callable[..., object]] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
     aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
@@ -99,7 +99,7 @@ def relinked(program: Program, module: fx.GraphModule) -> Program:
     module.graph.eliminate_dead_code()
     module.recompile()
     signature = copy.deepcopy(program.signature)
-    outputs: Any = module.graph.output_node().args[0]
+    outputs = cast("Sequence[fx.Node]", module.graph.output_node().args[0])
     for spec, node in zip(signature.output_specs, outputs, strict=True):
         spec.arg.name = node.name
     return replace(program, graph=module, signature=signature)
@@ -115,42 +115,44 @@ def to_exporter(program: Program) -> ExportedProgram:
 
 def _functional(node: fx.Node) -> bool:
     """Whether ``node`` writes to no input, or could be changed into its twin that does not (case 5)."""
-    overload: OpOverload = node.target  # type: ignore[assignment]
-    signature = schema(overload)
+    assert isinstance(node.target, OpOverload)
+    signature = schema(node.target)
     assert signature is not None
     if not signature.is_mutable:
         return True
-    name = overload.overloadpacket.__name__
-    written: Any = node.args[0]
+    written = node.args[0]
+    if not isinstance(written, fx.Node) or written.op != "call_function" or _is_view(written):
+        return False
 
     def shows(user: fx.Node) -> bool:
         return user is not node and (node < user or _is_view(user))
 
+    name = node.target.overloadpacket.__name__
     twin = getattr(getattr(aten, name.removesuffix("_"), None), signature.overload_name or "default", None)
-    fresh = isinstance(written, fx.Node) and written.op == "call_function" and not _is_view(written)
-    if twin is None or not fresh or not name.endswith("_") or any(map(shows, written.users)):
+    if twin is None or not name.endswith("_") or any(map(shows, written.users)):
         return False
     node.target = twin
     return True
 
 
-def _is_view(node: Any) -> bool:
+def _is_view(node: fx.Node) -> bool:
     """Whether the node's output shares memory with an input, which others may read."""
     if node.target is operator.getitem:
-        return _is_view(node.args[0])
+        return _is_view(node.all_input_nodes[0])
     signature = schema(node.target)
     return signature is None or any(result.alias_info is not None for result in signature.returns)
 
 
 def _lower(node: fx.Node) -> None:
-    packet = node.target.overloadpacket  # type: ignore[union-attr]
+    assert isinstance(node.target, OpOverload)
+    packet = node.target.overloadpacket
     source = node.args[0] if node.args else None
     if node.target in ASSERTIONS:
         node.graph.erase_node(node)
     elif node.target in RENAMED:
         node.target = RENAMED[node.target]
     elif packet is aten.scaled_dot_product_attention:
-        query, key = (argument.meta["val"].shape[1] for argument in node.args[:2])  # type: ignore[union-attr]
+        query, key = (operand.meta["val"].shape[1] for operand in node.args[:2] if isinstance(operand, fx.Node))
         if key == 1 != query:
             node.kwargs = {**node.kwargs, "enable_gqa": True}
     elif packet is aten.square:
@@ -167,7 +169,7 @@ def _lower(node: fx.Node) -> None:
             node.args, node.kwargs = (source,), {"dtype": node.meta["val"].dtype}
 
 
-def _type(node: fx.Node) -> tuple[torch.dtype, list[Any]]:
+def _type(node: fx.Node) -> tuple[torch.dtype, list[object]]:
     """Dtype and shape; symbolic sizes as expressions, so that comparing them adds no guard."""
     value: Tensor = node.meta["val"]
     return value.dtype, [size if isinstance(size, int) else size_expression(size) for size in value.shape]

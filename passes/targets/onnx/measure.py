@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +53,7 @@ def _sums(file: Path, channels: Mapping[str, int], text: Text, what: str) -> dic
     options = ort.SessionOptions()
     options.add_session_config_entry(WEIGHTS_FOLDER, str(file.parent.resolve()))
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    sums: dict[str, Any] = dict.fromkeys(channels, 0)
+    sums: dict[str, Floats] = dict.fromkeys(channels, np.zeros((), dtype=np.float32))
     names = [f"{name}.sum" for name in channels]
     for start in range(0, len(text), step := max(1, TOKENS // text.shape[1])):
         for name, found in zip(channels, session.run(names, _feeds(session, text[start : start + step])), strict=True):
@@ -70,7 +70,7 @@ def _nodes(name: str, what: str) -> list[NodeProto]:
     return [*nodes, helper.make_node("ReduceSumSquare", [flat, axes], [result], keepdims=0)]
 
 
-def _feeds(session: ort.InferenceSession, ids: Text) -> dict[str, npt.NDArray[Any]]:
+def _feeds(session: ort.InferenceSession, ids: Text) -> dict[str, npt.NDArray[np.generic]]:
     """A prompt without padding and an empty cache."""
     batch, length = ids.shape
     given = {

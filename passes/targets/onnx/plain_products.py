@@ -8,8 +8,6 @@ Quantisers look at nothing else.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -73,7 +71,7 @@ def is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.const_value is not None and value.const_value.shape.rank() == 2
 
 
-def constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+def constant(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
     """A new constant of the graph."""
     value = ir.Value(name=name, const_value=ir.Tensor(array, name=name), shape=ir.Shape(array.shape))
     value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))

@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from passes.targets.onnx.balance import is_product
+from passes.targets.onnx.balance import equalising, is_product, weight_of
 from passes.targets.onnx.measure import measure_onnx
 from passes.targets.onnx.plain_products import logit_products
 
@@ -54,7 +53,7 @@ class SmoothPass(ir.passes.InPlacePass):
         text = np.random.default_rng(0).integers(0, _vocabulary(model), PROMPTS)
         for name, squares in measure_onnx(self.source, channels, text, "squares"):
             node, products = found[name]
-            weights = [_array(product.inputs[1]) for product in products]
+            weights = list(map(weight_of, products))
             scale = smoothing(np.sqrt(squares / text.size), weights)
             for index in _scales(node):
                 _set_input(model.graph, node, index, _array(node.inputs[index]) / scale)
@@ -73,12 +72,7 @@ def smoothing(size: Sizes, weights: Collection[Sizes]) -> Sizes:
 
     A channel that is zero in either keeps its scale.
     """
-    rows = np.sqrt(np.square(np.concatenate(list(weights), axis=1)).mean(axis=1))
-    alive = (size > 0) & (rows > 0)
-    scale = np.ones_like(size)
-    scale[alive] = np.sqrt(size[alive] / rows[alive])
-    scale[alive] /= np.exp(np.log(scale[alive]).mean()) if alive.any() else 1
-    return scale
+    return equalising(size, np.sqrt(np.square(np.concatenate(list(weights), axis=1)).mean(axis=1)))
 
 
 def _readers(value: ir.Value, without: Collection[str]) -> list[ir.Node]:
@@ -121,7 +115,7 @@ def _array(value: ir.Value | None) -> Sizes:
     return constant.numpy()
 
 
-def _set_input(graph: ir.Graph, node: ir.Node, index: int, array: npt.NDArray[Any]) -> None:
+def _set_input(graph: ir.Graph, node: ir.Node, index: int, array: Sizes) -> None:
     """An input of a node, which other nodes may read, too, by a constant of its own."""
     name = f"{node.outputs[0].name}.smooth.{index}"
     tensor = ir.Tensor(np.ascontiguousarray(array, dtype=np.float32), name=name)

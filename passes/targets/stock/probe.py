@@ -18,11 +18,11 @@ import logging
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeGuard
+from typing import Literal, TypeGuard
 
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -172,8 +172,9 @@ class Prober:
 
     def lookup(self, path: tuple[str, ...]) -> object:
         """The value that the unchanged config has at ``path``."""
-        value: Any = self.body
+        value: object = self.body
         for key in path:
+            assert isinstance(value, dict)
             value = value[key]
         return value
 
@@ -270,17 +271,21 @@ def _is_size(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _set(body: dict[str, Any], target: Field, value: int) -> None:
+def _set(body: dict[str, object], target: Field, value: int) -> None:
     *parents, leaf = target.path
     for key in parents:
-        body = body[key]
+        inner = body[key]
+        assert isinstance(inner, dict)
+        body = inner
     if target.items:
-        body[leaf] = [value if i in target.items else old for i, old in enumerate(body[leaf])]
+        entries = body[leaf]
+        assert isinstance(entries, list)
+        body[leaf] = [value if i in target.items else old for i, old in enumerate(entries)]
     else:
         body[leaf] = value
 
 
-def _truncate(body: dict[str, Any], length: int, to: int) -> None:
+def _truncate(body: dict[str, object], length: int, to: int) -> None:
     """Shorten every list of ``length`` entries: per-layer lists, while the depth is lowered."""
     for key, value in body.items():
         if isinstance(value, dict):
@@ -289,19 +294,21 @@ def _truncate(body: dict[str, Any], length: int, to: int) -> None:
             body[key] = value[:to]
 
 
-def _construct(template: PreTrainedConfig, body: dict[str, Any]) -> tuple[PreTrainedConfig, Refusal | None]:
+def _construct(template: PreTrainedConfig, body: dict[str, object]) -> tuple[PreTrainedConfig, Refusal | None]:
     """Build ``template``'s class from ``body``, inner configs first, and go on if a validator refuses.
 
     Validators run when the object is complete, so the object that they refuse can still be used to build a model.
     """
     refused = None
     for key, inner in vars(template).items():
-        if isinstance(inner, PreTrainedConfig) and isinstance(body.get(key), dict):
-            body[key], inner_refused = _construct(inner, body[key])
+        own = body.get(key)
+        if isinstance(inner, PreTrainedConfig) and isinstance(own, dict):
+            body[key], inner_refused = _construct(inner, own)
             refused = refused or inner_refused
     config = type(template).__new__(type(template))
+    construct: Callable[..., None] = type(template).__init__
     try:
-        type(template).__init__(config, **body)
+        construct(config, **body)
     except StrictDataclassClassValidationError as error:
         refused = refused or _refusal(error, type(template))
     if refused is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate import init_empty_weights
@@ -159,10 +159,10 @@ def _off(cls: type[PreTrainedConfig], names: set[str]) -> dict[str, None]:
     return {name: None for name in sorted(names) if _construct(cls, {name: None}) is not None}
 
 
-def _construct(cls: type[PreTrainedConfig], body: dict[str, Any]) -> PreTrainedConfig | None:
+def _construct(cls: Callable[..., PreTrainedConfig], body: Mapping[str, object]) -> PreTrainedConfig | None:
     with quiet():
         try:
-            return cls(**copy.deepcopy(body))
+            return cls(**copy.deepcopy(dict(body)))
         except Exception:  # noqa: BLE001 (any error means that this class does not take these fields)
             return None
 

@@ -168,6 +168,13 @@ class Resizer:
         with self.graph.graph.inserting_before(before):
             return _index_of(self.graph.graph, positions)
 
+    def copy(self, before: fx.Node, source: fx.Node) -> fx.Node:
+        """A contiguous copy of ``source``, for use in ``before``."""
+        with self.graph.graph.inserting_before(before):
+            return self.graph.graph.call_function(
+                torch.ops.aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
+            )
+
     def epsilon(self, node: fx.Node) -> float:
         """The default epsilon of a norm: that of the type it computes in, float32 or more."""
         dtype = self.original[node.name].meta["val"].dtype

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from mptk.ir.axes import ONE, concat
@@ -14,13 +13,7 @@ from passes.analysis.rules.table import rule
 
 def _resize_view(resizer: Resizer, node: fx.Node) -> None:
     """The op wants strides that are even: what was sliced to an odd width is copied first."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    with resizer.graph.graph.inserting_before(node):
-        copied = resizer.graph.graph.call_function(
-            torch.ops.aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
-        )
-    node.update_arg(0, copied)
+    node.update_arg(0, resizer.copy(node, node.all_input_nodes[0]))
 
 
 @rule("aten.view_as_complex", zero="keep", positions="carry", resize=_resize_view)

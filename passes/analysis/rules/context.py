@@ -82,10 +82,6 @@ class RuleContext(Protocol):
 class Resizer(Protocol):
     """What ``resize`` may ask and do. ``node`` is the call in the graph that is being cut."""
 
-    @property
-    def graph(self) -> fx.GraphModule:
-        """The graph that is being cut."""
-
     def dims(self, node: fx.Node) -> Dims:
         """The terms of the call's result in the dense graph."""
 
@@ -109,6 +105,9 @@ class Resizer(Protocol):
 
     def index(self, before: fx.Node, positions: Sequence[int]) -> fx.Node:
         """A constant index of ``positions``, for use in ``before``."""
+
+    def copy(self, before: fx.Node, source: fx.Node) -> fx.Node:
+        """A contiguous copy of ``source``, for use in ``before``."""
 
     def epsilon(self, node: fx.Node) -> float:
         """The default epsilon of a norm: that of the type it computes in, float32 or more."""

@@ -1,7 +1,7 @@
-"""mask: the dense Program with a plan's removed channels masked. What the cut program must equal.
+"""mask: the dense Program with a plan's removed channels masked. The cut program must equal it.
 
-Removed positions of every weight become zero. At a reduction that zeros would disturb, masked channels do not take
-part: statistics of norms run over the kept ones, a softmax or a top-k sees −inf (``passes/analysis/rules/reduce.py``).
+Removed positions of every weight become zero. If zeros would disturb a reduction, it leaves the masked channels out:
+a norm's statistics run over the kept ones, a softmax or a top-k sees −inf (``passes/analysis/rules/reduce.py``).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Mask(Pass):
     name: ClassVar[str] = "mask"
 
     def requires(self, program: Program) -> None:
-        """The program that was analysed."""
+        """The program is the analysed one."""
         assert program.graph is self.analysis.program.graph, "the analysis is of another program"
 
     def run(self, program: Program) -> Result:
@@ -161,7 +161,7 @@ def masked_batch_norm(
 
 
 def masked_weight_norm(keep: Keep, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """A weight of which each row has the norm ``g``; removed rows, which have no direction, come out as 0."""
+    """A weight whose rows have the norms ``g``; removed rows have no direction and come out as 0."""
     weight: Tensor = torch.ops.aten._weight_norm.default(v, g, dim)
     return weight.masked_fill(~torch.tensor(keep, device=v.device), 0)
 
@@ -192,7 +192,7 @@ def masked_group_norm(
     eps: float = 1e-5,
     *_: object,
 ) -> Tensor:
-    """Group norm over [N, C, …] whose statistics run over each group's kept channels (``keep``: [C])."""
+    """Group norm over [N, C, …]; its statistics run over each group's kept channels (``keep``: [C])."""
     kept = torch.tensor(keep, device=x.device).reshape(groups, -1, 1)
     grouped = x.reshape(x.shape[0], groups, kept.shape[1], -1)
     count = (kept.sum((1, 2), keepdim=True) * grouped.shape[-1]).clamp_min(1)

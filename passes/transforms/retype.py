@@ -1,4 +1,4 @@
-"""retype: a program in another floating type: its weights, and the types that its graph asks for."""
+"""retype: change the floating type of a program's weights and of the casts in its graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Retype(Pass):
-    """Make every floating type of the program another one; float inputs must have that type, too."""
+    """Use one floating type throughout the program. Float inputs must have that type, too."""
 
     dtype: torch.dtype
     name: ClassVar[str] = "retype"
@@ -36,12 +36,12 @@ class Retype(Pass):
         return Result(replace(program, graph=graph, state=state), _asks_for(program) != {self.dtype})
 
     def ensures(self, before: Program, after: Program) -> None:
-        """The weights and the types that the graph asks for are of no other floating type."""
+        """No other floating type is left in the weights or the graph's calls."""
         assert _asks_for(after) <= {self.dtype}, "another floating type is left"
 
 
 def _asks_for(program: Program) -> set[torch.dtype]:
-    """The floating types of the weights, and those that calls name."""
+    """The floating types of the weights and of the calls' arguments."""
     found = {t.dtype for t in program.state.values()}
     for node in program.graph.graph.nodes:
         for given in tree_leaves((node.args, node.kwargs)):

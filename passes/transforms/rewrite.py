@@ -1,4 +1,4 @@
-"""rewrite: Program + plan → a smaller Program, whose shape constants are right and whose weights are slices."""
+"""rewrite: Program + plan → a smaller Program with sliced weights and corrected shape constants."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _SCALE = "mptk_scale"
 def rewrite(analysis: Analysis, plan: Plan) -> Program:
     """Cut ``analysis.program`` to ``plan``.
 
-    Every size in the graph is recomputed from the axis term of the value it makes, constants that lose positions are
-    indexed at the use, and weights are sliced. A family whose choice is already whole changes nothing.
+    Each size in the graph is recomputed from the axis term of the value that it shapes. Weights are sliced. A constant
+    that loses positions is indexed at each use. A family that keeps all its units changes nothing.
 
     Raises:
         MptkError: the plan does not fit the model (unknown family or layer, illegal width).
@@ -49,7 +49,7 @@ class Rewrite(Pass):
     name: ClassVar[str] = "rewrite"
 
     def requires(self, program: Program) -> None:
-        """The program that was analysed."""
+        """The program is the analysed one."""
         assert program.graph is self.analysis.program.graph, "the analysis is of another program"
 
     def run(self, program: Program) -> Result:
@@ -65,14 +65,14 @@ class Rewrite(Pass):
         return Result(result, self.cut.removes, (f"{sliced} weights sliced",) if sliced else ())
 
     def ensures(self, before: Program, after: Program) -> None:
-        """Every weight has the shape that the plan gives it; all others keep theirs."""
+        """Each weight has the shape that the plan gives it; weights outside the plan keep theirs."""
         planned = {n: tuple(map(self.cut.size, dims)) for n, dims in self.analysis.weights.items()}
-        assert shapes(after) == {**shapes(before), **planned}, "a weight has not the planned shape"
+        assert shapes(after) == {**shapes(before), **planned}, "a weight does not have the planned shape"
 
 
 @dataclass
 class Resizer:
-    """Edits a copy of the graph; what rules' ``resize`` functions work with."""
+    """Edits a copy of the graph. The rules' ``resize`` functions get it as their argument."""
 
     facts: AxisFacts
     cut: Cut
@@ -97,7 +97,7 @@ class Resizer:
         self.graph.recompile()
 
     def untouched(self) -> set[str]:
-        """Names of the calls that are as they were: same target, same arguments."""
+        """Names of the calls that did not change: same target, same arguments."""
         return {n.name for n in self.graph.graph.nodes if n.name in self.original and self._same(n)}
 
     def cut_caches(self) -> set[str]:
@@ -176,14 +176,14 @@ class Resizer:
             )
 
     def epsilon(self, node: fx.Node) -> float:
-        """The default epsilon of a norm: that of the type it computes in, float32 or more."""
+        """The default epsilon of a norm: that of the type in which it computes, float32 or wider."""
         dtype = self.original[node.name].meta["val"].dtype
         return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
     # ---- constants ----
 
     def _select_constants(self, node: fx.Node, original: fx.Node) -> None:
-        """A constant used where axes were cut keeps the positions that stay."""
+        """If the cut shortens the axes of a constant, index the constant at this use."""
         for path, dims in self.facts.constant_uses.get(original, []):
             for d, term in enumerate(dims):
                 if self.cut.touches(term):
@@ -203,7 +203,7 @@ def scale_of(node: fx.Node) -> float | None:
 
 
 def _index_of(graph: fx.Graph, positions: Sequence[int]) -> fx.Node:
-    """A constant index as graph nodes: a range where the positions are contiguous, else a concatenation of ranges."""
+    """A constant index as graph nodes: one range if the positions are contiguous, else a concatenation of ranges."""
     ranges: list[list[int]] = []
     for p in positions:
         if ranges and p == ranges[-1][1]:
@@ -241,9 +241,15 @@ def _put(node: fx.Node, path: Path, new: fx.Node) -> None:
 
 
 def propagate_shapes(program: Program, untouched: Collection[str] = (), changed: Collection[str] = ()) -> None:
-    """Recompute every node's example value (``meta["val"]``) from the program's weights. Fails if sizes do not fit.
+    """Recompute every node's example value (``meta["val"]``) from the program's weights.
 
-    Calls named in ``untouched`` are skipped where no value that they take has changed; inputs in ``changed`` have.
+    Args:
+        program: changed in place.
+        untouched: names of calls that are skipped if none of their inputs has changed.
+        changed: names of user inputs whose example value has changed.
+
+    Raises:
+        ProofError: the sizes do not fit together.
     """
     placeholders = list(program.placeholders())
     modes = [n.meta["val"].fake_mode for n in placeholders if hasattr(n.meta.get("val"), "fake_mode")]
@@ -291,7 +297,7 @@ class _ShapeInterpreter(fx.Interpreter):
 
 
 def _equivalent(a: object, b: object) -> bool:
-    """Two example values with which a call would do the same: tensors of one layout, equal numbers."""
+    """Whether a call does the same with either example value: tensors of one layout, or equal numbers."""
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_equivalent, a, b))
     if isinstance(a, Tensor) and isinstance(b, Tensor):

@@ -1,17 +1,18 @@
-"""lower: ops that torch.onnx.export translates one by one, without decomposing the graph.
+"""lower: replace ops so that torch.onnx.export translates the graph op by op, without decomposing it.
 
-torch.onnx.export first runs ``ExportedProgram.run_decompositions``, which retraces the graph twice on symbolic shapes:
-nine tenths of its time. The exporter knows nearly every op of the pre-dispatch graph as it is (linear, silu and
-scaled_dot_product_attention even better than their parts), so a few local replacements are enough instead:
+torch.onnx.export first runs ``ExportedProgram.run_decompositions``, which retraces the graph twice on symbolic shapes
+and takes nine tenths of the export's time. The exporter already knows nearly every op of the pre-dispatch graph. It
+even translates linear, silu and scaled_dot_product_attention better than their parts. So a few local replacements are
+enough:
 
-1. assertions are dropped;
+1. an assertion is dropped;
 2. a call that returns its input (same shape, same dtype) is replaced by the input;
 3. a change of dtype becomes ``_to_copy``;
-4. operators under another name get the name that the exporter knows;
-5. an op that writes to a fresh tensor, of which no view was taken and which is not read after the write but by its
-   result (``x = linear(...); x += y``), becomes the op without the write. A graph with any other write is left to
-   torch's own decomposition, which makes it functional, except for case 1;
-6. attention whose one key head serves all query heads says so, as the exporter does not broadcast it.
+4. an operator with an alias gets the name that the exporter knows;
+5. an op that writes in place (``x = linear(...); x += y``) becomes the op without the write, if the tensor is fresh,
+   has no view, and is read after the write only through the op's result. For any other write, the graph is left to
+   torch's own decomposition, which makes it functional, and only case 1 applies;
+6. attention with one key head for all query heads sets ``enable_gqa``, since the exporter does not broadcast the head.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ RETURN_THEIR_INPUT = {
     aten.to,
     aten.view,
 }
-"""Ops whose output is their input if it has the same shape and dtype."""
+"""Ops whose output equals their input if it has the same shape and dtype."""
 
 RENAMED: dict[object, Callable[..., object]] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
@@ -95,7 +96,7 @@ class LowerOps(Pass):
 
 
 def relinked(program: Program, module: fx.GraphModule) -> Program:
-    """``program`` with the graph ``module``, without dead calls and with the names of what that returns."""
+    """``program`` with the graph ``module``: dead calls removed, and the signature's output names updated."""
     module.graph.eliminate_dead_code()
     module.recompile()
     signature = copy.deepcopy(program.signature)
@@ -106,7 +107,7 @@ def relinked(program: Program, module: fx.GraphModule) -> Program:
 
 
 def to_exporter(program: Program) -> ExportedProgram:
-    """A lowered program for ``torch.onnx.export``, which decomposes it only if a write in place is left."""
+    """A lowered program for ``torch.onnx.export``. It is decomposed only if a write in place is left."""
     exported = program.to_exported()
     signatures = [schema(node.target) for node in program.graph.graph.nodes]
     mutable = any(signature is not None and signature.is_mutable for signature in signatures)
@@ -114,7 +115,7 @@ def to_exporter(program: Program) -> ExportedProgram:
 
 
 def _functional(node: fx.Node) -> bool:
-    """Whether ``node`` writes to no input, or could be changed into its twin that does not (case 5)."""
+    """Whether ``node`` writes to no input. If case 5 allows it, ``node`` is changed into its op without the write."""
     assert isinstance(node.target, OpOverload)
     signature = schema(node.target)
     assert signature is not None
@@ -170,6 +171,6 @@ def _lower(node: fx.Node) -> None:
 
 
 def _type(node: fx.Node) -> tuple[torch.dtype, list[object]]:
-    """Dtype and shape; symbolic sizes as expressions, so that comparing them adds no guard."""
+    """Dtype and shape. Symbolic sizes are expressions, since a comparison of the sizes would add a guard."""
     value: Tensor = node.meta["val"]
     return value.dtype, [size if isinstance(size, int) else size_expression(size) for size in value.shape]

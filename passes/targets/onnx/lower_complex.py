@@ -1,7 +1,7 @@
-"""lower_complex: complex values of a graph → their real and imaginary parts in a last dimension of size 2.
+"""lower_complex: replace complex values by their real and imaginary parts, in a last dimension of size 2.
 
-ONNX has no complex numbers. Rotary embeddings written with them need few ops: polar, view_as_complex, view_as_real,
-products, and changes of shape. A graph with any other complex op is left as it is.
+ONNX has no complex numbers. Complex rotary embeddings need few ops: polar, view_as_complex, view_as_real, products, and
+changes of shape. A graph with any other complex op does not change.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Lowering = Callable[[tuple[Argument, ...]], fx.Node]
 
 @dataclass(frozen=True)
 class LowerComplex(Pass):
-    """Replace complex numbers by pairs of real ones, in a graph whose complex ops are all known."""
+    """Replace complex numbers by pairs of real ones, if all complex ops of the graph are known."""
 
     name: ClassVar[str] = "lower complex"
 
@@ -42,7 +42,7 @@ class LowerComplex(Pass):
         return Result(relinked(program, module), True)
 
     def ensures(self, before: Program, after: Program) -> None:
-        """No complex number is left if anything changed; the weights have the same names and shapes."""
+        """If anything changed, no complex number is left. The weights have the same names and shapes."""
         assert after is before or not _complex_ops(after.graph.graph), "a complex number is left"
         assert shapes(after) == shapes(before), "a weight has another shape"
 
@@ -52,7 +52,7 @@ def _complex_ops(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _lower(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    """Replace ``nodes``, which stay behind without users."""
+    """Replace ``nodes``. They keep no users, but stay in the graph."""
     pairs: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         with graph.inserting_before(node):
@@ -92,7 +92,7 @@ def _node(argument: Argument) -> fx.Node:
 
 
 def _same(args: tuple[Argument, ...]) -> fx.Node:
-    """The two views between pairs and complex numbers, and copies."""
+    """The input itself: for the views between pairs and complex numbers, and for copies."""
     return _node(args[0])
 
 

@@ -1,4 +1,4 @@
-"""translate_onnx: operators that torch.onnx does not know, in those of ONNX, for its ``custom_translation_table``."""
+"""translate: ONNX code for operators that torch.onnx lacks, for its ``custom_translation_table``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ op: Any = onnxscript.opset23
 
 
 def grouped_mm(x: object, weight: object, offs: object) -> object:
-    """Rows ``offs[e - 1]`` to ``offs[e]`` of x [rows, in] times weight[e] of [experts, in, out]; ``offs[-1]`` = rows.
+    """Multiply the rows of each expert by its weight.
 
-    One MatMul an expert, so that no expert's weights are copied for each row; many get no row in a step.
+    Rows ``offs[e - 1]`` to ``offs[e]`` of x [rows, in] times weight[e] of [experts, in, out]; ``offs[-1]`` = rows.
+    Each expert has a MatMul of its own, so its weights are not copied for each row. In one step, many experts have no
+    row.
     """
     assert isinstance(weight, ir.Value)
     assert weight.shape is not None
@@ -34,6 +36,6 @@ def grouped_mm(x: object, weight: object, offs: object) -> object:
 
 
 def translations() -> dict[Callable[..., object], Callable[..., object]]:
-    """The ops by what writes them; those that a library registers are there if it is loaded."""
+    """Op → the function that writes it. A library's op is included if the library is loaded."""
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
     return {} if fallback is None else {fallback.default: grouped_mm}

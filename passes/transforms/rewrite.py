@@ -67,7 +67,7 @@ class Rewrite(Pass):
     def ensures(self, before: Program, after: Program) -> None:
         """Each weight has the shape that the plan gives it; weights outside the plan keep theirs."""
         planned = {n: tuple(map(self.cut.size, dims)) for n, dims in self.analysis.weights.items()}
-        assert shapes(after) == {**shapes(before), **planned}, "a weight does not have the planned shape"
+        assert shapes(after) == {**shapes(before), **planned}, "a weight's shape is not the planned shape"
 
 
 @dataclass

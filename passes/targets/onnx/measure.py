@@ -1,4 +1,4 @@
-"""measure_onnx: sums over tokens of what the nodes of an ONNX decoder hand on, taken in ONNX Runtime."""
+"""measure: second moments of an ONNX decoder's activations over tokens, computed in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Floats = npt.NDArray[np.float32]
 Text = npt.NDArray[np.int64]
 
 TOKENS = 1024
-"""Of a run, if a window has no more."""
+"""Tokens in one run, or one window if that is longer."""
 BYTES = 1 << 30
-"""Of the sums that one session takes, if one value has no more."""
+"""Size of the sums in one session, or of one value's sums if they are larger."""
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def measure_onnx(
     file: Path, channels: Mapping[str, int], text: Text, what: Literal["squares", "products"]
 ) -> Iterator[tuple[str, Floats]]:
-    """Sums over all tokens, value by value: Σ x² [channels], or Σ x xᵀ [channels, channels].
+    """Sums over all tokens for each value: Σ x² [channels], or Σ x xᵀ [channels, channels].
 
     Args:
         file: a decoder of ``emit_onnx`` in float32.
-        channels: the values' names → their last axis.
+        channels: name of a value → size of its last axis.
         text: token ids, [windows, length].
     """
     size = {name: 4 * count ** (1 if what == "squares" else 2) for name, count in channels.items()}
@@ -71,7 +71,7 @@ def _nodes(name: str, what: str) -> list[NodeProto]:
 
 
 def _feeds(session: ort.InferenceSession, ids: Text) -> dict[str, npt.NDArray[np.generic]]:
-    """A prompt without padding and an empty cache."""
+    """The inputs of a prompt without padding, with an empty cache."""
     batch, length = ids.shape
     given = {
         "input_ids": ids,

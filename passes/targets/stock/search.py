@@ -1,4 +1,4 @@
-"""Which numbers of a config give a stock class the wanted shapes: expressions over the axes' sizes, and the search."""
+"""search: the numbers of a config that give a stock class the target's shapes, as expressions of axis sizes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from passes.targets.stock.probe import Assignment, Build, Field, Prober, Refusal, Shapes, starred
 
 Expression = tuple[str | int, ...]
-"""A product: names of families (their width) and fixed sizes, e.g. ``("kv_groups", "q_heads_per_group")``."""
+"""A product of families' widths, by name, and fixed sizes, e.g. ``("kv_groups", "q_heads_per_group")``."""
 SizeSlot = tuple[str, int]
-"""One dimension of one parameter; dimension -1 when even the number of dimensions differs."""
+"""One dimension of one parameter; dimension -1 if the number of dimensions differs."""
 FACTORS = 3
 MAX_BUILDS = 400
 
 
 class Expressions:
-    """For every field, the products that it may be; each known model rules some out (a version space).
+    """The possible products of every field. Each observed model rules some out (a version space).
 
-    A field of value v starts with v itself, a constant, and all products of at most 3 leaf sizes that equal v.
+    A field of value v starts with the constant v and all products of at most 3 leaf sizes that equal v.
     """
 
     def __init__(self, fields: Iterable[Field], families: Mapping[str, int], fixed: Sequence[int]) -> None:
@@ -38,40 +38,40 @@ class Expressions:
         self.alive = {f: self.of(f.value) for f in fields}
 
     def of(self, value: int) -> list[Expression]:
-        """All expressions whose old product is ``value``: the constant first, then the shortest."""
+        """All expressions whose old product is ``value``: the constant first, then the others, shortest first."""
         return [(value,), *self._by_value.get(value, [])]
 
     def candidates(self, widths: Mapping[str, int]) -> dict[Field, list[int]]:
-        """Field → the values other than its old one that it may take at ``widths``."""
+        """Field → its possible new values at ``widths``, without its old value."""
         found = {f: {evaluate(e, widths, self.families) for e in alive} for f, alive in self.alive.items()}
         return {f: sorted(values - {f.value}) for f, values in found.items() if values - {f.value}}
 
     def observe(self, widths: Mapping[str, int], assignment: Assignment) -> None:
-        """Keep what agrees with a model of these ``widths`` whose fields are as in ``assignment`` (or unchanged)."""
+        """Keep the expressions that agree with a model of these ``widths`` and of the fields in ``assignment``."""
         for f, alive in self.alive.items():
             value = assignment.get(f, f.value)
             self.alive[f] = [e for e in alive if evaluate(e, widths, self.families) == value]
 
     def observed(self, widths: Mapping[str, int], assignment: Assignment) -> Expressions:
-        """A copy that has observed a model, as ``observe`` does."""
+        """A copy after ``observe``."""
         learned = copy.copy(self)
         learned.alive = dict(self.alive)
         learned.observe(widths, assignment)
         return learned
 
     def allows(self, old: int, new: int, widths: Mapping[str, int]) -> bool:
-        """May a number that was ``old`` be ``new`` when the families have ``widths``?"""
+        """Whether a number may change from ``old`` to ``new`` if the families have ``widths``."""
         return any(evaluate(e, widths, self.families) == new for e in self.of(old))
 
 
 def evaluate(expression: Expression, widths: Mapping[str, int], families: Mapping[str, int]) -> int:
-    """The product; a family that ``widths`` does not name has its old width."""
+    """The product. A family without an entry in ``widths`` has its old width."""
     return math.prod(leaf if isinstance(leaf, int) else widths.get(leaf, families[leaf]) for leaf in expression)
 
 
 @dataclass(frozen=True)
 class DeadEnd:
-    """An assignment from which no field leads on: ``place`` cannot be put right."""
+    """An assignment after which no field can correct ``place``. ``wrong``: the number of wrong dimensions."""
 
     assignment: Assignment
     build: Build
@@ -80,12 +80,12 @@ class DeadEnd:
 
 
 class ConfigSearch:
-    """Best-first search for an assignment whose shapes are ``target``, led by the shapes themselves.
+    """Best-first search for an assignment whose shapes are ``target``, guided by the shapes.
 
-    One build for each field and candidate says which dimensions it moves. From a state, the first wrong dimension is
-    taken, and only fields that move it are tried; a state with a wrong dimension that no free field moves is dropped.
-    A field whose build raises or has other parameters may move anything: another field may mend that. Fewest wrong
-    dimensions first, then fewest changes.
+    One build for each field and candidate finds the dimensions that it moves. Each state is extended by the fields that
+    move its first wrong dimension. If no free field moves some wrong dimension, the state is dropped. A field whose
+    build raises or has other parameters may move anything, since another field may correct that. States with the
+    fewest wrong dimensions come first, then those with the fewest changes.
     """
 
     def __init__(self, prober: Prober, target: Shapes, candidates: Mapping[Field, Sequence[int]]) -> None:
@@ -107,13 +107,13 @@ class ConfigSearch:
         return frozenset(differences(built.shapes, self.prober.base.shapes))
 
     def wrong(self, built: Build | Refusal) -> list[SizeSlot] | None:
-        """The dimensions to put right; None for a build that raised or has other parameters."""
+        """The wrong dimensions of a build; None if it raised or has other parameters."""
         if isinstance(built, Refusal) or built.shapes.keys() != self.target.keys():
             return None
         return differences(built.shapes, self.target)
 
     def matches(self) -> Iterator[dict[Field, int]]:
-        """The assignments with the target's shapes, in the order in which they are found. ``MAX_BUILDS`` ends it."""
+        """The assignments with the target's shapes, in the order of the search. It ends after ``MAX_BUILDS`` builds."""
         order = itertools.count()
         start: dict[Field, int] = dict(self.prober.pins)
         queue: list[tuple[int, int, int, dict[Field, int]]] = [(0, 0, next(order), start)]
@@ -152,7 +152,7 @@ class ConfigSearch:
                 yield {**assignment, f: value}
 
     def reason(self) -> Refusal:
-        """Why no assignment has the target's shapes: the constructor that raised, or the parameter in the way."""
+        """Why no assignment has the target's shapes: the constructor that raised, or the parameter that cannot fit."""
         changed = [d for d in self.dead if self._changes(d)]
         if changed:
             best = min(changed, key=lambda d: (len(self._changes(d)), d.wrong))
@@ -167,7 +167,7 @@ class ConfigSearch:
         return Refusal("shape", param, f"no field of {name} turns {have} into {want} (dimension {place[1]})")
 
     def moved_by_dead_ends(self) -> frozenset[SizeSlot]:
-        """The dimensions that fields move which move a wrong one: what is tied to the cut in the stock class."""
+        """All dimensions moved by fields that move a wrong one: these are tied to the cut in the stock class."""
         wrong = set(differences(self.prober.base.shapes, self.target))
         moved = [m for m in self.moves.values() if m is not None and wrong & m]
         return frozenset().union(*moved)
@@ -180,7 +180,7 @@ class ConfigSearch:
 
 
 def differences(shapes: Shapes, target: Shapes) -> list[SizeSlot]:
-    """The places where ``shapes`` and ``target`` (of the same names) differ, in the order of ``shapes``."""
+    """The dimensions in which ``shapes`` and ``target`` differ, in the order of ``shapes``. Their names are equal."""
     found: list[SizeSlot] = []
     for name, shape in shapes.items():
         wanted = target.get(name, ())
@@ -194,10 +194,10 @@ def differences(shapes: Shapes, target: Shapes) -> list[SizeSlot]:
 def implied(
     search: ConfigSearch, expressions: Expressions, widths: Mapping[str, int], solution: dict[Field, int]
 ) -> dict[Field, int]:
-    """Set the fields that no shape shows but that the change implies (GPT-2's ``n_head`` when hidden = heads * size).
+    """Set fields that no shape depends on but that the cut implies (GPT-2's ``n_head`` if hidden = heads * size).
 
-    Every number that a module keeps must be an expression of the widths, as the fields are. If some are not, the
-    fields without influence on shapes are tried, and kept if fewer such numbers remain.
+    Every number that a module keeps must be an expression of the widths. If some are not, fields without influence on
+    shapes are tried. A field is set if it leaves fewer such numbers.
     """
     silent = [(f, v) for (f, v), moved in search.moves.items() if moved == frozenset() and f not in solution]
     best, odd = solution, strange_constants(search, expressions, widths, solution)
@@ -214,11 +214,11 @@ def implied(
 def strange_constants(
     search: ConfigSearch, expressions: Expressions, widths: Mapping[str, int], assignment: Assignment
 ) -> list[str]:
-    """Constants of the modules that the assignment changes and the cut does not explain, described.
+    """Descriptions of module constants that the assignment changes although the cut does not explain it.
 
-    Integers must follow the widths, or be sizes that the cut changes so. Floats (an attention scale made from the head
-    size) and unsaved tables (rotary frequencies) must not change: the cut model keeps their values, the stock class
-    would compute others.
+    An integer may change if it is an expression of the widths, or a size that the cut changes the same way. Floats (an
+    attention scale made from the head size) and unsaved tables (rotary frequencies) must not change: the cut model
+    keeps their values, but the stock class would compute others.
     """
     old, built = search.prober.base, search.prober.build(assignment)
     if isinstance(built, Refusal):

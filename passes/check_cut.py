@@ -140,17 +140,18 @@ def _outputs(program: Program, inputs: Iterable[Tensor]) -> list[Tensor]:
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest difference of any output, relative to its largest finite value; infinite for NaN or another shape."""
-    return max(_relative(a, b) for a, b in zip(found, expected, strict=True))
+    return max(_relative(*pair) for pair in zip(found, expected, strict=True))
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
-    if a.shape != b.shape:
+def _relative(found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape:
         return float("inf")
-    if not a.numel():
+    if not found.numel():
         return 0.0
-    a, b = a.double(), b.double()
-    apart = torch.where(a == b, 0.0, a - b).abs().max().item()
-    largest = b[torch.isfinite(b)].abs().max().item() if torch.isfinite(b).any() else 0.0
+    found, expected = found.double(), expected.double()
+    apart = torch.where(found == expected, 0.0, found - expected).abs().max().item()
+    finite = expected[torch.isfinite(expected)]
+    largest = finite.abs().max().item() if finite.numel() else 0.0
     if apart != apart:
         return float("inf")
     return apart / largest if largest else apart

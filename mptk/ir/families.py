@@ -73,8 +73,8 @@ def unit_positions(term: Term, axis: Axis, scope: Sequence[Axis] = ()) -> Index:
         if leaf is axis:
             for position in np.flatnonzero(coordinate >= 0):
                 targets = range(scopes) if scope_index is None else [scope_index[position]]
-                for s in targets:
-                    rows[s][coordinate[position]].append(int(position))
+                for row in targets:
+                    rows[row][coordinate[position]].append(int(position))
     return np.array([[sorted(set(unit)) for unit in row] for row in rows], dtype=np.int64)
 
 
@@ -85,11 +85,11 @@ def unit_indices(dims: Sequence[Term], dim: int, group: Group) -> list[Index]:
     dimensions along which it does not vary. A scope axis is searched in ``dim`` first, then in the other dimensions.
     """
     scope = np.zeros([1] * len(dims), dtype=np.int64)
-    for a in group.scope:
-        holder = next(d for d in (dim, *range(len(dims))) if a in leaves(dims[d]))
-        coordinate = scope_coordinates(occurrences(dims[holder]), (a,), dims[holder].size)
+    for outer in group.scope:
+        holder = next(d for d in (dim, *range(len(dims))) if outer in leaves(dims[d]))
+        coordinate = scope_coordinates(occurrences(dims[holder]), (outer,), dims[holder].size)
         assert coordinate is not None
-        scope = scope * a.size + _along(coordinate, holder, len(dims))
+        scope = scope * outer.size + _along(coordinate, holder, len(dims))
     units = [_along(c, dim, len(dims)) for leaf, c in occurrences(dims[dim]) if leaf is group.axis]
     return [np.where(unit < 0, -1, scope * group.size + unit) for unit in units]
 
@@ -102,11 +102,11 @@ def _along(coordinate: Index, dim: int, ndim: int) -> Index:
 def scope_coordinates(found: Sequence[tuple[Axis, Index]], scope: Sequence[Axis], size: int) -> Index | None:
     """The scope's flat coordinate at every position, or None if the scope has no axis here."""
     flat = np.zeros(size, dtype=np.int64)
-    for a in scope:
-        coordinates = [c for leaf, c in found if leaf is a]
+    for outer in scope:
+        coordinates = [c for leaf, c in found if leaf is outer]
         if not coordinates:
             return None
-        flat = flat * a.size + np.max(coordinates, axis=0)
+        flat = flat * outer.size + np.max(coordinates, axis=0)
     return flat if scope else None
 
 

@@ -95,9 +95,9 @@ class Log:
 def run(program: Program, passes: Sequence[Pass], log: Log) -> list[Result]:
     """Apply ``passes`` in order, each with its checks, and record them in ``log``. Returns their results."""
     results: list[Result] = []
-    for p in passes:
-        with log.stage(p.name) as record:
-            result = p(program)
+    for step in passes:
+        with log.stage(step.name) as record:
+            result = step(program)
             record.ops = (count_ops(program), count_ops(result.program))
             record.parameters = (parameter_count(program), parameter_count(result.program))
             record.changed, record.notes = result.changed, result.notes

@@ -73,7 +73,7 @@ class Cut:
         return None
 
     def mask_tensor(self, dims: Sequence[Term]) -> Tensor:
-        """Boolean mask over a whole weight: True where every dimension keeps the position."""
+        """Boolean mask over a whole weight: True if every dimension keeps the position."""
         scope_dim = self.elsewhere(dims)
         if scope_dim is None:
             keep = torch.ones([d.size for d in dims], dtype=torch.bool)

@@ -177,8 +177,8 @@ def find_candidates(cost: CostModel, target: LegalWidths, families: Sequence[str
     found: dict[tuple[int, ...], Candidate] = {}
     for combination in itertools.product(*choices):
         widths = dict(zip(rest, combination, strict=True))
-        for w in _around(cost, widths, finest, ladders[finest], sparsity):
-            full = widths | {finest: w}
+        for width in _around(cost, widths, finest, ladders[finest], sparsity):
+            full = widths | {finest: width}
             key = tuple(full[name] for name in families)
             if key not in found and target.accepts(full) is None:
                 found[key] = Candidate(full, cost.sparsity(full), _unevenness(cost, full))

@@ -75,10 +75,10 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
 def disturbed(analysis: Analysis, name: str) -> str | None:
     """The reason why a family cannot fade out: zeros would enter a softmax, a top-k or a norm's statistics. Or None."""
     for group in analysis.family(name).groups:
-        for r in analysis.facts.reductions:
-            if r.kind in ("max", "min", "statistic") and group.axis in set(leaves(r.axis)):
+        for reduction in analysis.facts.reductions:
+            if reduction.kind in ("max", "min", "statistic") and group.axis in set(leaves(reduction.axis)):
                 return (
-                    f"{name} cannot be learned: zeros would disturb {r.node.target} in {group.layer}; "
+                    f"{name} cannot be learned: zeros would disturb {reduction.node.target} in {group.layer}; "
                     "leave it out with --families, or cut it with a one-shot --method"
                 )
     return None

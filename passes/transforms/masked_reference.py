@@ -67,20 +67,20 @@ class Mask(Pass):
 def _disturbed(facts: AxisFacts, cut: Cut) -> dict[fx.Node, list[Reduction]]:
     """The calls whose result zeros would change, with their reductions over cut axes."""
     found: dict[fx.Node, list[Reduction]] = {}
-    for r in facts.reductions:
-        if r.kind in ("max", "min", "statistic") and cut.touches(r.axis):
-            found.setdefault(r.node, []).append(r)
+    for reduction in facts.reductions:
+        if reduction.kind in ("max", "min", "statistic") and cut.touches(reduction.axis):
+            found.setdefault(reduction.node, []).append(reduction)
     return found
 
 
 def _mask_reduction(graph: fx.Graph, node: fx.Node, facts: AxisFacts, cut: Cut, reductions: list[Reduction]) -> None:
-    r = reductions[0]
-    dims = facts.dims(next(n for n in r.node.all_input_nodes if n in facts.results))
-    if r.kind == "statistic":
+    first = reductions[0]
+    dims = facts.dims(next(n for n in first.node.all_input_nodes if n in facts.results))
+    if first.kind == "statistic":
         return _mask_statistic(node, dims, cut)
     last = -1 if base_name(node.target) in ("topk", "sort") else None
     reduced = normalize_all(named_argument(node, "dim", last), len(dims))
-    neutral = torch.inf if r.kind == "min" else -torch.inf
+    neutral = torch.inf if first.kind == "min" else -torch.inf
     source = node.args[0]
     assert isinstance(source, fx.Node)
     with graph.inserting_before(node):

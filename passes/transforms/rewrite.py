@@ -205,11 +205,11 @@ def scale_of(node: fx.Node) -> float | None:
 def _index_of(graph: fx.Graph, positions: Sequence[int]) -> fx.Node:
     """A constant index as graph nodes: one range if the positions are contiguous, else a concatenation of ranges."""
     ranges: list[list[int]] = []
-    for p in positions:
-        if ranges and p == ranges[-1][1]:
-            ranges[-1][1] = p + 1
+    for position in positions:
+        if ranges and position == ranges[-1][1]:
+            ranges[-1][1] = position + 1
         else:
-            ranges.append([p, p + 1])
+            ranges.append([position, position + 1])
     parts = [
         graph.call_function(torch.ops.aten.arange.start, (a, b), {"dtype": torch.int64, "device": torch.device("cpu")})
         for a, b in ranges

@@ -35,7 +35,7 @@ class Result:
 Propagate = Callable[..., Results | Result]
 F = TypeVar("F", bound=Propagate)
 ZeroOf = Callable[[object], set[Axis]]
-"""The axes along which an operand is zero where the weights of that axis are."""
+"""Operand → the axes along which it is zero if the weights of that axis are."""
 Zero = Literal["keep", "any", "all", "join", "drop"] | Callable[[fx.Node, ZeroOf, AxisFacts], set[Axis]]
 OnPositions = Literal["freeze", "carry", "own"]
 Dim = int | Sequence[int] | None

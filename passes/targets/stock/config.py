@@ -145,8 +145,8 @@ def minimise(prober: Prober, target: Shapes, solution: Assignment) -> dict[Field
     whole = prober.build(solution)
     assert isinstance(whole, Build)
     kept = dict(solution)
-    for f in list(solution):
-        fewer = {other: value for other, value in kept.items() if other != f}
+    for key in list(solution):
+        fewer = {other: value for other, value in kept.items() if other != key}
         built = prober.build(fewer)
         if isinstance(built, Build) and built.shapes == target and built.constants == whole.constants:
             kept = fewer
@@ -179,15 +179,15 @@ def finish(
 
 def _changes(prober: Prober, assignment: Assignment) -> dict[str, tuple[object, object]]:
     changes: dict[str, tuple[object, object]] = {}
-    for f, value in assignment.items():
-        name = ".".join(f.path)
-        if f.items:
-            old = prober.lookup(f.path)
+    for key, value in assignment.items():
+        name = ".".join(key.path)
+        if key.items:
+            old = prober.lookup(key.path)
             current = changes[name][1] if name in changes else old
             assert isinstance(current, list)
-            changes[name] = (old, [value if i in f.items else entry for i, entry in enumerate(current)])
+            changes[name] = (old, [value if i in key.items else entry for i, entry in enumerate(current)])
         else:
-            changes[name] = (None if f.implicit else f.value, value)
+            changes[name] = (None if key.implicit else key.value, value)
     return changes
 
 
@@ -214,4 +214,4 @@ def _scalar_changes(config: PreTrainedConfig, scalars: Mapping[float, float]) ->
 
 def shortest(expressions: Expressions, assignment: Assignment) -> dict[str, Expression]:
     """The shortest remaining expression of each field that is set."""
-    return {f.name: expressions.alive[f][0] for f in assignment if expressions.alive.get(f)}
+    return {key.name: expressions.alive[key][0] for key in assignment if expressions.alive.get(key)}

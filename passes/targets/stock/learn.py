@@ -65,7 +65,7 @@ class Stock:
     @property
     def expressions(self) -> dict[str, tuple[Expression, ...]]:
         """Field → its possible products, for fields that depend on a family. Several products must be equal."""
-        return {f.name: tuple(alive) for f, alive in self._fields().items()}
+        return {field.name: tuple(alive) for field, alive in self._fields().items()}
 
     def accepts(self, widths: Mapping[str, int]) -> Refusal | None:
         """None if the class's config can be constructed for ``widths``, else the refusal. No model is built.
@@ -103,8 +103,8 @@ class Stock:
 
     def _fields(self) -> dict[Field, list[Expression]]:
         return {
-            f: alive
-            for f, alive in self._space.alive.items()
+            field: alive
+            for field, alive in self._space.alive.items()
             if alive and any(isinstance(leaf, str) for leaf in alive[0])
         }
 
@@ -121,13 +121,13 @@ class Stock:
             others = " and ".join(sorted(groups[0] - cut))
             return Refusal("shared", name, f"the config can only express it cut together with {others}")
         assignment: dict[Field, int] = dict(self._prober.pins)
-        for f, alive in self._fields().items():
+        for field, alive in self._fields().items():
             values = {evaluate(e, widths, families) for e in alive}
             if len(values) > 1:
                 products = " and ".join("*".join(map(str, e)) for e in alive)
-                return Refusal("shared", f.name, f"{products} are one number in the config and must be equal")
-            assignment[f] = values.pop()
-        return {f: v for f, v in assignment.items() if v != f.value or f.implicit}
+                return Refusal("shared", field.name, f"{products} are one number in the config and must be equal")
+            assignment[field] = values.pop()
+        return {field: v for field, v in assignment.items() if v != field.value or field.implicit}
 
     def _learn(self, group: frozenset[str]) -> bool:
         """Cut the families of ``group`` in proportion, to two trial widths. Returns whether the class can express one.

@@ -35,7 +35,7 @@ class Expressions:
                 if any(isinstance(leaf, str) for leaf, _ in chosen):
                     product = math.prod(size for _, size in chosen)
                     self._by_value.setdefault(product, []).append(tuple(leaf for leaf, _ in chosen))
-        self.alive = {f: self.of(f.value) for f in fields}
+        self.alive = {field: self.of(field.value) for field in fields}
 
     def of(self, value: int) -> list[Expression]:
         """All expressions whose old product is ``value``: the constant first, then the others, shortest first."""
@@ -43,14 +43,14 @@ class Expressions:
 
     def candidates(self, widths: Mapping[str, int]) -> dict[Field, list[int]]:
         """Field → its possible new values at ``widths``, without its old value."""
-        found = {f: {evaluate(e, widths, self.families) for e in alive} for f, alive in self.alive.items()}
-        return {f: sorted(values - {f.value}) for f, values in found.items() if values - {f.value}}
+        found = {field: {evaluate(e, widths, self.families) for e in alive} for field, alive in self.alive.items()}
+        return {field: sorted(values - {field.value}) for field, values in found.items() if values - {field.value}}
 
     def observe(self, widths: Mapping[str, int], assignment: Assignment) -> None:
         """Keep the expressions that agree with a model of these ``widths`` and of the fields in ``assignment``."""
-        for f, alive in self.alive.items():
-            value = assignment.get(f, f.value)
-            self.alive[f] = [e for e in alive if evaluate(e, widths, self.families) == value]
+        for field, alive in self.alive.items():
+            value = assignment.get(field, field.value)
+            self.alive[field] = [e for e in alive if evaluate(e, widths, self.families) == value]
 
     def observed(self, widths: Mapping[str, int], assignment: Assignment) -> Expressions:
         """A copy after ``observe``."""
@@ -94,11 +94,11 @@ class ConfigSearch:
         self.raised: list[Refusal] = []
         self.dead: list[DeadEnd] = []
         self.moves: dict[tuple[Field, int], frozenset[SizeSlot] | None] = {
-            (f, value): self._moved(f, value) for f, values in candidates.items() for value in values
+            (field, value): self._moved(field, value) for field, values in candidates.items() for value in values
         }
 
-    def _moved(self, f: Field, value: int) -> frozenset[SizeSlot] | None:
-        built = self.prober.build({**self.prober.pins, f: value})
+    def _moved(self, field: Field, value: int) -> frozenset[SizeSlot] | None:
+        built = self.prober.build({**self.prober.pins, field: value})
         if isinstance(built, Refusal):
             self.raised.append(built)
             return None
@@ -137,8 +137,8 @@ class ConfigSearch:
     def _successors(
         self, assignment: dict[Field, int], built: Build | Refusal, wrong: list[SizeSlot] | None
     ) -> Iterable[dict[Field, int]]:
-        free = {f: v for f, v in self.candidates.items() if assignment.get(f, f.value) == f.value}
-        movers = {(f, v): self.moves[f, v] for f, values in free.items() for v in values}
+        free = {field: v for field, v in self.candidates.items() if assignment.get(field, field.value) == field.value}
+        movers = {(field, v): self.moves[field, v] for field, values in free.items() for v in values}
         place: SizeSlot | None = None
         if wrong is not None and isinstance(built, Build):
             reach: set[SizeSlot] = set().union(*(moved for moved in movers.values() if moved is not None))
@@ -147,9 +147,9 @@ class ConfigSearch:
                 self.dead.append(DeadEnd(assignment, built, stuck, len(wrong)))
                 return
             place = stuck or wrong[0]
-        for (f, value), moved in movers.items():
+        for (field, value), moved in movers.items():
             if moved is None or place is None or place in moved:
-                yield {**assignment, f: value}
+                yield {**assignment, field: value}
 
     def reason(self) -> Refusal:
         """Why no assignment has the target's shapes: the constructor that raised, or the parameter that cannot fit."""
@@ -157,7 +157,7 @@ class ConfigSearch:
         if changed:
             best = min(changed, key=lambda d: (len(self._changes(d)), d.wrong))
             param, want, have = self._sizes(best.build, best.place)
-            setting = ", ".join(f"{f.name}={v}" for f, v in self._changes(best).items())
+            setting = ", ".join(f"{field.name}={v}" for field, v in self._changes(best).items())
             return Refusal("shape", param, f"{setting} would make it {have}, but the cut leaves {want}")
         if self.raised:
             return self.raised[0]
@@ -173,7 +173,7 @@ class ConfigSearch:
         return frozenset().union(*moved)
 
     def _changes(self, dead: DeadEnd) -> dict[Field, int]:
-        return {f: v for f, v in dead.assignment.items() if v != f.value}
+        return {field: v for field, v in dead.assignment.items() if v != field.value}
 
     def _sizes(self, built: Build, place: SizeSlot) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         return starred(place[0]), self.target[place[0]], built.shapes[place[0]]
@@ -199,10 +199,11 @@ def implied(
     Every number that a module keeps must be an expression of the widths. If some are not, fields without influence on
     shapes are tried. A field is set if it leaves fewer such numbers.
     """
-    silent = [(f, v) for (f, v), moved in search.moves.items() if moved == frozenset() and f not in solution]
+    shapeless = [key for key, moved in search.moves.items() if moved == frozenset()]
+    silent = [(field, value) for field, value in shapeless if field not in solution]
     best, odd = solution, strange_constants(search, expressions, widths, solution)
-    for f, value in silent if odd else ():
-        trial = {**best, f: value}
+    for field, value in silent if odd else ():
+        trial = {**best, field: value}
         built = search.prober.build(trial)
         if isinstance(built, Build) and built.shapes == search.target:
             remaining = strange_constants(search, expressions, widths, trial)

@@ -172,4 +172,4 @@ def check_schemes(names: Iterable[str]) -> None:
     """Raise MptkError if a name is not in ``SCHEMES``."""
     for name in names:
         if name not in SCHEMES:
-            raise MptkError(f"no scheme {name!r} to quantise by; choose one of {', '.join(SCHEMES)}")
+            raise MptkError(f"unknown scheme {name!r}; choose one of {', '.join(SCHEMES)}")

@@ -158,7 +158,7 @@ def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
 def _table(family: Family, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.bool_]:
     keep = chosen.keep.get(group.layer)
     if keep is None:
-        raise MptkError(f"plan: {family.name} says nothing of layer {group.layer!r}; every layer needs its kept units")
+        raise MptkError(f"plan: {family.name} has no entry for layer {group.layer!r}; every layer needs its kept units")
     if len(keep) not in (1, group.scopes):
         raise MptkError(f"plan: {family.name}.{group.layer} has {len(keep)} rows of units; give 1 or {group.scopes}")
     for row in keep:

@@ -180,7 +180,7 @@ class FilledCache(nn.Module):
         output = self.module(input_ids=input_ids, use_cache=True)
         cache = output.get("cache", output.get("past_key_values"))
         if type(cache) is not DynamicCache:
-            raise MptkError(f"{type(self.module).__name__} returns no cache of only keys and values; {ONLY}")
+            raise MptkError(f"{type(self.module).__name__} returns no cache of keys and values alone; {ONLY}")
         return tuple(tensor for index, layer in enumerate(cache.layers) for tensor in _keys_values(index, layer))
 
 

@@ -1,4 +1,4 @@
-"""check_cut: a cut program against the masked one on seeded inputs, as ``mptk.rewrite`` proves what it returns."""
+"""check_cut: compare a cut program with the masked one on seeded inputs. ``mptk.rewrite`` proves its result with it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ COARSE = (torch.float16, torch.bfloat16)
 
 @torch.no_grad()
 def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program], *, seed: int = 0) -> None:
-    """Compare the program after each of ``stages``, in order, with the masked one, on seeded inputs of traced shapes.
+    """Compare the program after each of ``stages`` with the masked one, on seeded inputs of the traced shapes.
 
     Raises:
-        ProofError: outputs differ at a stage, which is named with the size of the difference.
-        MptkError: the mask moves the output no further than rounding, or rounding as far as the difference, so that
-            nothing would be proven.
+        ProofError: outputs differ at a stage. The message names the stage and the difference.
+        MptkError: nothing is proven, because the mask moves the outputs no further than rounding does, or because
+            rounding alone moves them as far as the difference found.
     """
     inputs = seeded_inputs(analysis.program, seed)
     masked, dense = _fine(mask(analysis, cut)), _fine(analysis.program)
@@ -63,20 +63,20 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program], *, se
 
 
 def in_float32(analysis: Analysis) -> Analysis:
-    """The analysis with weights of coarser types in float32, in which what folding rounds is no error of the cut."""
+    """The analysis with float16 and bfloat16 weights in float32, so that folding adds no rounding error to the cut."""
     coarse = {n: t.float() for n, t in analysis.program.state.items() if t.dtype in COARSE}
     return replace(analysis, program=analysis.program.with_state(coarse)) if coarse else analysis
 
 
 def _fine(program: Program) -> Program:
-    """The program in float32, if its graph asks for a coarser type somewhere."""
+    """The program in float32, if any of its values has a coarser type."""
     values = (node.meta.get("val") for node in program.graph.graph.nodes)
     coarse = any(isinstance(value, Tensor) and value.dtype in COARSE for value in values)
     return Retype(torch.float32)(program).program if coarse else program
 
 
 def seeded_inputs(program: Program, seed: int = 0) -> dict[fx.Node, Tensor]:
-    """Inputs of the traced shapes: floats are normal, ids are below the size of what they index, others as traced."""
+    """Inputs of the traced shapes: normal floats, ids below the size of the table they index, all others as traced."""
     generator = torch.Generator().manual_seed(seed)
     traced = iter(t for t in tree_leaves(program.exported.example_inputs) if isinstance(t, Tensor))
     user = set(program.user_inputs)
@@ -97,7 +97,7 @@ def _seeded(node: fx.Node, traced: Tensor, generator: torch.Generator) -> Tensor
 
 
 def _indexed(node: fx.Node) -> int | None:
-    """The size of the smallest table that the value is looked up in, through views; None if there is none."""
+    """The size of the smallest table that the value indexes, also through views; None if there is none."""
     sizes: list[int | None] = []
     for user in node.users:
         if user.op != "call_function" or isinstance(user.meta.get("val"), (list, tuple)):
@@ -110,7 +110,7 @@ def _indexed(node: fx.Node) -> int | None:
     return min((s for s in sizes if s is not None), default=None)
 
 
-# ---- caches lose channels as weights do ----
+# ---- caches lose channels, as weights do ----
 
 
 def _masked_input(analysis: Analysis, cut: Cut, given: tuple[fx.Node, Tensor]) -> Tensor:
@@ -124,7 +124,7 @@ def _cut_input(analysis: Analysis, cut: Cut, given: tuple[fx.Node, Tensor]) -> T
 
 
 def _cut_outputs(analysis: Analysis, cut: Cut, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The masked program's outputs as the cut one should give them: caches without their removed channels."""
+    """The outputs expected of the cut program: the masked one's, and caches without their removed channels."""
     caches = set(analysis.facts.caches.values())
     nodes = tree_leaves(analysis.program.graph.graph.output_node().args[0])
     return [cut.slice(t, analysis.facts.dims(n)) if n in caches else t for n, t in zip(nodes, outputs, strict=True)]
@@ -134,23 +134,24 @@ def _cut_outputs(analysis: Analysis, cut: Cut, outputs: Sequence[Tensor]) -> lis
 
 
 def _outputs(program: Program, inputs: Iterable[Tensor]) -> list[Tensor]:
-    """The program's outputs, flat. It may write to what it is given."""
+    """The program's outputs, flat. Inputs are copied, since the program may write to them."""
     return [t for t in tree_leaves(program(*(t.clone() for t in inputs))) if isinstance(t, Tensor)]
 
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest difference of any output, relative to its largest finite value; infinite for NaN or another shape."""
-    return max(_relative(a, b) for a, b in zip(found, expected, strict=True))
+    return max(_relative(*pair) for pair in zip(found, expected, strict=True))
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
-    if a.shape != b.shape:
+def _relative(found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape:
         return float("inf")
-    if not a.numel():
+    if not found.numel():
         return 0.0
-    a, b = a.double(), b.double()
-    apart = torch.where(a == b, 0.0, a - b).abs().max().item()
-    largest = b[torch.isfinite(b)].abs().max().item() if torch.isfinite(b).any() else 0.0
+    found, expected = found.double(), expected.double()
+    apart = torch.where(found == expected, 0.0, found - expected).abs().max().item()
+    finite = expected[torch.isfinite(expected)]
+    largest = finite.abs().max().item() if finite.numel() else 0.0
     if apart != apart:
         return float("inf")
     return apart / largest if largest else apart

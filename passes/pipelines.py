@@ -40,7 +40,7 @@ def cutting(analysis: Analysis, cut: Cut) -> list[Pass]:
 
 
 def reference(analysis: Analysis, cut: Cut) -> list[Pass]:
-    """The dense program → the masked one, which the pruned one must equal."""
+    """The dense program → the masked one. The pruned one must equal it."""
     return [Mask(analysis, cut)]
 
 
@@ -109,20 +109,20 @@ LISTS: tuple[Callable[..., Sequence[Pass | ir.passes.PassBase]], ...] = (
 """Every list."""
 
 SCHEMES = ("int8", "int4", "fp16")
-"""What ``quantize_onnx`` writes."""
+"""The schemes of ``quantize_onnx``."""
 
 # ---- runs ----
 
 
 def cut_program(analysis: Analysis, cut: Cut, log: Log) -> Folded:
-    """Run ``cutting``, unproven: the pruned program, and the norms' epsilons that changed."""
+    """Run ``cutting`` without proof. Returns the pruned program, and the norms' epsilons that changed."""
     folded = run(analysis.program, cutting(analysis, cut), log)[-1]
     assert isinstance(folded, Folded)
     return folded
 
 
 def passes_until(name: str, analysis: Analysis, cut: Cut) -> list[Pass]:
-    """The pass of that name in ``cutting`` or ``reference``, after those before it.
+    """The passes of ``cutting`` or ``reference`` up to the one named ``name``.
 
     Raises:
         MptkError: there is no such pass.
@@ -140,20 +140,20 @@ def emit_onnx(
 ) -> Path:
     """``write_onnx`` with the product's passes.
 
-    ``objective``: ``"decode"`` or ``"prefill"``: which phase the graph is to be fast in, if they differ.
+    ``objective``: ``"decode"`` or ``"prefill"``, the phase to be fast in if the two need different graphs.
     """
     return write_onnx(program, folder, lowering(), onnx_optimization(objective), metadata or {})
 
 
 def quantize_onnx(source: Path, scheme: str, text: Text | None = None) -> Path:
-    """Write ``model_SCHEME.onnx`` and its weights beside ``source``, a ``model.onnx`` of ``emit_onnx``; returns it.
+    """Write ``model_SCHEME.onnx`` and its weights beside ``source``. Returns the new file.
 
-    Inputs and outputs keep their names and shapes; only with ``fp16`` is the KV cache of another type.
+    Inputs and outputs keep their names and shapes. Only ``fp16`` changes a type: the KV cache is float16.
 
     Args:
-        source: the float graph.
+        source: the float graph, a ``model.onnx`` of ``emit_onnx``.
         scheme: one of ``SCHEMES``.
-        text: token ids [windows, length] that ``int4`` rounds for; each weight is rounded by itself if there are none.
+        text: calibration token ids [windows, length] for ``int4``; None: each weight is rounded by itself.
 
     Raises:
         MptkError: there is no such scheme.
@@ -169,7 +169,7 @@ def quantize_onnx(source: Path, scheme: str, text: Text | None = None) -> Path:
 
 
 def check_schemes(names: Iterable[str]) -> None:
-    """Raise MptkError for a name that is none of ``SCHEMES``."""
+    """Raise MptkError if a name is not in ``SCHEMES``."""
     for name in names:
         if name not in SCHEMES:
-            raise MptkError(f"no scheme {name!r} to quantise by; choose one of {', '.join(SCHEMES)}")
+            raise MptkError(f"unknown scheme {name!r}; choose one of {', '.join(SCHEMES)}")

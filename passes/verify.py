@@ -1,4 +1,4 @@
-"""verify: the proof. Each stage's logits against the masked dense model's, on real tokens."""
+"""verify: the proof. Compares each stage's logits with the masked dense model's on real tokens."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ from mptk.ir.program import Program
 from passes.transforms.round_weights import RoundWeights
 
 StageLogits = Callable[[Tensor], "Tensor | tuple[Tensor, list[int]]"]
-"""Token ids [batch, sequence] → logits of all or of the last positions; or logits and the positions they are of."""
+"""Token ids [batch, sequence] → logits of all or of the last positions; or logits and their positions."""
 
 TOLERANCE = 5e-5
-"""Largest logit difference relative to the largest logit, in float32, between two torch programs."""
+"""Largest difference of the logits of two torch programs in float32, relative to the largest logit."""
 RUNTIME_TOLERANCE = 1e-4
-"""The same for another runtime, whose kernels sum in another order."""
+"""The same for another runtime: its kernels sum in another order."""
 ROUNDINGS = 10
-"""Where the masked model itself is so sensitive that a rounding error in each weight moves its logits further than a
-tenth of the tolerance, as after a cut that ruins it, the tolerance is so many times that movement."""
+"""If the masked model is ill-conditioned, as after a cut that ruins it, allow ROUNDINGS × its own rounding drift. The
+drift is how far its logits move if each weight gets a rounding error."""
 WIDEST = 1e-3
-"""A tolerance is never more than this, however sensitive the model."""
+"""Upper bound of every tolerance, however ill-conditioned the model is."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a stage is from the masked dense model: ``max_abs`` of the logits, ``relative`` to the largest logit.
+    """The difference between a stage and the masked dense model.
 
-    ``widened``: why the tolerance is more than the stage's own, if it is. ``failure``: why the stage gave no logits.
+    Attributes:
+        max_abs: the largest difference of a logit.
+        relative: ``max_abs`` relative to the largest logit.
+        widened: the reason, if the tolerance is wider than the stage's own.
+        failure: the reason, if the stage gave no logits.
     """
 
     stage: str
@@ -59,8 +63,8 @@ def prove(masked: Program, stages: Mapping[str, tuple[StageLogits, float]], *bat
         batches: real token ids, each [batch, sequence].
 
     Returns:
-        Each stage's largest difference over the batches. If one is above its tolerance, tolerances allow for the
-        model's own rounding errors. A stage that cannot be computed is infinitely far away.
+        Each stage's largest difference over the batches. If a stage is above its tolerance, tolerances are widened by
+        the model's own rounding drift. The difference of a stage that fails is infinite.
     """
     with torch.no_grad():
         pairs = [(tokens, masked(tokens).float()) for tokens in batches]
@@ -76,7 +80,7 @@ def prove(masked: Program, stages: Mapping[str, tuple[StageLogits, float]], *bat
 
 
 def widen(found: Difference, own: float) -> Difference:
-    """``found`` with the tolerance of a model whose logits move by ``own`` of the largest if weights are rounded."""
+    """``found`` with a wider tolerance, if rounding the weights moves the logits by ``own`` of the largest."""
     tolerance = min(ROUNDINGS * own, WIDEST)
     if found.ok or not tolerance > found.tolerance:
         return found
@@ -85,7 +89,7 @@ def widen(found: Difference, own: float) -> Difference:
 
 
 def _run(name: str, run: StageLogits, tokens: Tensor, reference: Tensor, tolerance: float) -> Difference:
-    """The difference of a stage on one batch; whatever stops it is a difference too: runtimes share no error class."""
+    """A stage's difference on one batch. Any error is a difference too, since runtimes share no error class."""
     try:
         return difference(name, run(tokens), reference, tolerance)
     except MptkError:
@@ -98,7 +102,10 @@ def _run(name: str, run: StageLogits, tokens: Tensor, reference: Tensor, toleran
 def difference(
     stage: str, logits: Tensor | tuple[Tensor, list[int]], reference: Tensor, tolerance: float
 ) -> Difference:
-    """NaN anywhere is an infinite difference, relatively also any difference from zeros alone."""
+    """The difference of logits [batch, sequence, vocab] from ``reference``.
+
+    NaN is an infinite difference. If all reference logits are zero, any difference is relatively infinite.
+    """
     if isinstance(logits, tuple):
         logits, positions = logits
         expected = reference[:, positions]

@@ -50,8 +50,8 @@ ALLOWED: dict[str, str] = {
 -@functools.cache""": "a cache saves time alone",
     """-    generator = torch.Generator().manual_seed(0)
 +    generator = torch.Generator().manual_seed( -1)""": "any noise of that size will do",
-    """-    scale = norm.root.meta.get(SCALE, 1.0)
-+    scale = norm.root.meta.get(SCALE, 2.0)""": "before a cut all norms have one factor, whichever it is",
+    """-        return 1.0
++        return 2.0""": "before a cut all norms have one factor, whichever it is",
     """-    if outer_size == 1 or inner_size == 1:
 +    if outer_size == 1 and inner_size == 1:""": "a factor of 1 is split off by the general way, too",
     """-    _count = 0

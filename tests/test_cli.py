@@ -263,8 +263,8 @@ def test_passes_lists_the_pipelines_without_loading_transformers(mptk):
     ]
     start = lines.index("  rewrite: Cut the graph's sizes and the weights to a plan.")
     assert lines[start + 1 : start + 4] == [
-        "    requires: The program that was analysed.",
-        "    ensures: Every weight has the shape that the plan gives it; all others keep theirs.",
+        "    requires: The program is the analysed one.",
+        "    ensures: Each weight has the shape that the plan gives it; weights outside the plan keep theirs.",
         "  fold norms: Fold the scales of cut RMS norms into their weights and epsilons.",
     ]
     check = "import sys; from mptk.cli.inspect import list_passes as f; f(); assert 'transformers' not in sys.modules"

@@ -17,7 +17,7 @@ from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 from passes.transforms.fold_norms import FoldNorms, unfoldable
 from passes.transforms.masked_reference import mask
-from passes.transforms.rewrite import SCALE, rewrite
+from passes.transforms.rewrite import rewrite, scale_of
 
 SIZES = {
     "hidden_size": 48,
@@ -156,7 +156,7 @@ def cut_width(body: Callable[[Tensor, nn.Parameter, nn.Parameter], Tensor]) -> t
 
 
 def scales(program: Program) -> int:
-    return sum(SCALE in n.meta and bool(n.users) for n in program.graph.graph.nodes)
+    return sum(scale_of(n) is not None and bool(n.users) for n in program.graph.graph.nodes)
 
 
 @torch.no_grad()

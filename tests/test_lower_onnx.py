@@ -13,7 +13,7 @@ from torch import Tensor
 from mptk.errors import MptkError
 from mptk.runtime.decoder import OrtDecoder
 from passes.frontend.trace_decoder import trace_decoder
-from passes.targets.onnx.emit import emit_onnx
+from passes.pipelines import emit_onnx
 
 
 def test_operator_that_onnx_lacks_is_named(tmp_path):

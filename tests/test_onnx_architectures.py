@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from passes.frontend.trace_decoder import trace_decoder
-from passes.targets.onnx.emit import emit_onnx
+from passes.pipelines import emit_onnx
 
 
 def test_positions_start_where_the_model_starts_them(tmp_path):

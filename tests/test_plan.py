@@ -213,7 +213,7 @@ def test_a_plan_that_does_not_fit_the_model_is_refused(analysis: Analysis, name:
 def test_a_layer_left_out_is_refused(analysis: Analysis) -> None:
     data = fitting(analysis)
     del data["families"]["ffn"]["keep"]["model.layers.1.mlp.experts"]
-    with pytest.raises(MptkError, match=r"ffn says nothing of layer 'model\.layers\.1\.mlp\.experts'"):
+    with pytest.raises(MptkError, match=r"ffn has no entry for layer 'model\.layers\.1\.mlp\.experts'"):
         resolve_plan(analysis, Plan.from_json(data))
 
 

@@ -278,7 +278,7 @@ def test_rows_are_rounded_to_the_nearest_step():
 def test_an_unknown_scheme_is_named_and_nothing_is_written(tmp_path):
     source = emit_onnx(trace_decoder(tiny_decoder(BIASED, num_hidden_layers=1)), tmp_path)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(MptkError, match=r"no scheme 'int3'.*int8, int4, fp16"):
+    with pytest.raises(MptkError, match=r"unknown scheme 'int3'.*int8, int4, fp16"):
         quantize_onnx(source, "int3")
     assert sorted(tmp_path.iterdir()) == before
 

@@ -106,7 +106,7 @@ def test_a_plan_that_keeps_everything_changes_nothing(llama: Analysis) -> None:
 
 def test_a_plan_that_does_not_fit_is_refused_before_anything_is_cut(llama: Analysis) -> None:
     wrong = Plan({"ffn": FamilyPlan(3, 80, {"model.layers.0.mlp": ((0, 1, 2),)})})
-    with pytest.raises(MptkError, match=r"says nothing of layer 'model\.layers\.1\.mlp'"):
+    with pytest.raises(MptkError, match=r"has no entry for layer 'model\.layers\.1\.mlp'"):
         mptk.rewrite(llama, wrong)
 
 

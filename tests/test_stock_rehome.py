@@ -11,7 +11,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from passes.targets.stock.config import Refusal, StockConfig
+from passes.targets.stock.config import StockConfig
+from passes.targets.stock.probe import Refusal
 from passes.targets.stock.rehome import rehome
 
 

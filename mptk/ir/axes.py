@@ -19,14 +19,17 @@ import numpy as np
 import numpy.typing as npt
 
 Size = TypeVar("Size", int, float)
-"""Sizes are whole numbers in a model, and real ones where widths are being learned."""
+"""Sizes are integers in a model, and real numbers while widths are being learned."""
 
 
 class Axis:
     """An index space of ``size`` positions: a union-find node, perhaps bound to a finer term.
 
-    ``frozen`` holds the reasons why it cannot be cut (none: it can), ``roles`` what it was seen to be (only used to
-    name it for people), ``minimum`` and ``multiple`` the widths that its ops accept.
+    Attributes:
+        frozen: the reasons why it cannot be cut; empty if it can.
+        roles: how the graph uses it; serves only its name for people.
+        minimum: the smallest width that its ops accept.
+        multiple: the number that every accepted width is a multiple of.
     """
 
     __slots__ = ("bound", "frozen", "id", "minimum", "multiple", "parent", "roles", "size")
@@ -75,7 +78,7 @@ ZERO = Sum((), 0)
 
 
 def axis(size: int) -> Term:
-    """A fresh axis; sizes 0 and 1 have no choice in them and are constants."""
+    """A fresh axis. Sizes 0 and 1 leave no choice, so they are constants."""
     return ZERO if size == 0 else ONE if size == 1 else Axis(size)
 
 
@@ -109,7 +112,7 @@ def find(a: Axis) -> Axis:
 
 
 def resolve(term: Term) -> Term:
-    """Normal form: representatives only, bindings replaced, products and sums flat."""
+    """The normal form: representatives only, bindings replaced, products and sums flat."""
     if isinstance(term, Axis):
         root = term if term.parent is None else find(term)
         if root.bound is None:
@@ -125,7 +128,7 @@ def resolve(term: Term) -> Term:
 
 
 def leaves(term: Term) -> list[Axis]:
-    """The axes of a term in order (an axis that occurs twice comes twice)."""
+    """The axes of a term in order. An axis that occurs twice is listed twice."""
     term = resolve(term)
     if isinstance(term, Axis):
         return [term]
@@ -156,13 +159,13 @@ def freeze(term: Term, reason: str) -> None:
 
 
 def add_role(term: Term, role: str) -> None:
-    """Note what the axes of ``term`` were seen to be."""
+    """Note a use of the axes of ``term``."""
     for leaf in leaves(term):
         leaf.roles.add(role)
 
 
 def require_size(term: Term, minimum: int) -> None:
-    """At least ``minimum`` positions of ``term`` must stay: of its largest axis, or all if none is large enough."""
+    """Keep at least ``minimum`` positions of the largest axis of ``term``. If it has fewer, keep all axes whole."""
     found = leaves(term)
     largest = max(found, key=lambda leaf: leaf.size, default=None)
     for leaf in found:
@@ -171,7 +174,7 @@ def require_size(term: Term, minimum: int) -> None:
 
 
 def require_multiple(term: Term, multiple: int) -> None:
-    """The size of ``term`` must stay a multiple of ``multiple``: each segment of a sum, one factor of a product."""
+    """Keep the size of ``term`` a multiple of ``multiple``: each segment of a sum, a factor of a product."""
     term = resolve(term)
     if isinstance(term, Axis):
         term.multiple = math.lcm(term.multiple, multiple)
@@ -184,7 +187,7 @@ def require_multiple(term: Term, multiple: int) -> None:
             require_multiple(factor, multiple)
 
 
-# ---- index arithmetic: which positions of a dimension hold which positions of its axes ----
+# ---- index arithmetic: the positions of the axes at each position of a dimension ----
 
 Index = npt.NDArray[np.int64]
 
@@ -223,7 +226,11 @@ def encloses(term: Term, outer: Axis, inner: Axis) -> bool:
 
 
 def coordinates(terms: Iterable[Term], *, each: bool) -> dict[Axis, int]:
-    """How many coordinates run along each axis: a position has one in each term (of a product) or in one (of a sum)."""
+    """The number of coordinates along each axis.
+
+    A position has a coordinate in each of ``terms`` (factors of a product, ``each``) or in one of them (segments of a
+    sum).
+    """
     counts: dict[Axis, int] = {}
     for term in map(resolve, terms):
         if isinstance(term, Axis):
@@ -238,7 +245,7 @@ def coordinates(terms: Iterable[Term], *, each: bool) -> dict[Axis, int]:
 
 
 def evaluate(term: Term, sizes: Mapping[Axis, Size]) -> Size:
-    """Size of ``term`` when the axes in ``sizes`` have these sizes and all others keep theirs."""
+    """The size of ``term`` if the axes in ``sizes`` have these sizes and all others keep theirs."""
     term = resolve(term)
     if isinstance(term, Axis):
         return sizes.get(term, term.size)

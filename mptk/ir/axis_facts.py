@@ -1,4 +1,4 @@
-"""AxisFacts: what the axis analysis knows of a graph. The terms of every value, and what its calls do along them."""
+"""AxisFacts: the findings of the axis analysis. The terms of every value, and what the calls do along them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Dims = tuple[Term, ...]
 """One term for each dimension of a tensor."""
 
 Results = Dims | list[Dims] | list[Dims | None]
-"""The dimensions of what a call returns; of several results a list, with None for a result that is no tensor."""
+"""The dimensions of a call's result. Several results are a list, with None for a result that is no tensor."""
 
 Positions = Term | list[Term | None] | None
-"""The axis that a value's integers are positions of, as an argmax's are; of several results a list."""
+"""The axis whose positions a value's integers are, as after an argmax. Several results are a list."""
 
 Path = tuple[int | str, ...]
-"""Where an argument stands in a call: its position or its name, then positions in nested lists."""
+"""The place of an argument in a call: its position or its name, then positions in nested lists."""
 
 ReductionKind = Literal["sum", "mean", "statistic", "max", "min"]
 
@@ -31,7 +31,7 @@ Note = TypeVar("Note")
 
 @dataclass(frozen=True)
 class Contraction:
-    """A sum of products over ``axis``. ``left`` and ``right`` are (node, dimension) of operands; ``out`` the result."""
+    """A sum of products over ``axis``. ``left``, ``right``: (node, dimension) of an operand; ``out``: the result."""
 
     node: fx.Node
     axis: Term
@@ -68,12 +68,12 @@ class AxisFacts:
     Attributes:
         results: value → the terms of its dimensions, in the graph's order.
         weights: name of a weight in the program's state → its terms.
-        constant_uses: call → its constant arguments: where each stands, and its terms at this use.
+        constant_uses: call → its constant arguments: the place of each, and its terms at this use.
         contractions: every sum of products, in the graph's order.
         reductions: every other operation that combines positions along an axis.
-        inner: dimensions of values that calls make inside, as attention's scores.
+        inner: dimensions of values inside a call, such as attention scores.
         routes: rows that were routed to experts.
-        notes: call → what its rule noted for cutting it (``passes/analysis/rules/notes.py``).
+        notes: call → its rule's note for the cut (``passes/analysis/rules/notes.py``).
         activations: values that depend on the user's inputs.
         caches: an input that the model continues (a KV cache) → the output that continues it.
         writes: call that writes in place → every value whose memory it may change, in the graph's order.
@@ -93,7 +93,7 @@ class AxisFacts:
     writes: Mapping[fx.Node, Sequence[fx.Node]] = field(repr=False)
 
     def dims(self, node: fx.Node) -> Dims:
-        """The terms of a value that is one tensor; no terms for a constant."""
+        """The terms of a value, which must be one tensor; no terms for a constant."""
         found = self.results.get(node, ())
         assert isinstance(found, tuple), f"{node} has several results"
         return found
@@ -107,15 +107,15 @@ class AxisFacts:
         return self._axes[node]
 
     def is_weight(self, node: fx.Node) -> bool:
-        """Whether a value is made of weights alone (a weight, its transpose, a merge of several)."""
+        """Whether a value depends on weights alone (a weight, its transpose, a merge of several)."""
         return node in self.results and node not in self.activations
 
     def has_weight(self, product: Contraction) -> bool:
-        """Whether an operand of a product is a weight; if not, two activations meet."""
+        """Whether an operand of a product is a weight. If not, both are activations."""
         return self.is_weight(product.left[0]) or self.is_weight(product.right[0])
 
     def note(self, node: fx.Node, kind: type[Note]) -> Note | None:
-        """What the rule of a call noted, if it is of this kind."""
+        """The note of a call's rule, if it is of this kind."""
         found = self.notes.get(node)
         return found if isinstance(found, kind) else None
 

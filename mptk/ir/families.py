@@ -1,4 +1,4 @@
-"""Families: what can be cut, and what must be cut with it."""
+"""Families: the channels that can be cut, and the channels that must be cut with them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Role = Literal["producer", "consumer", "other"]
 
 @dataclass(frozen=True)
 class Member:
-    """A dimension of a weight that a group's units run through.
+    """A dimension of a weight that holds a group's units.
 
-    ``role`` is ``producer`` (the weight makes the units: a linear layer's rows), ``consumer`` (it sums over them: a
-    linear layer's columns) or ``other`` (a bias, a norm's weight, an embedding).
+    ``role`` is ``producer`` (the weight makes the units: a linear layer's rows), ``consumer`` (it sums over the units:
+    a linear layer's columns) or ``other`` (a bias, a norm's weight, an embedding).
     """
 
     weight: str
@@ -37,8 +37,8 @@ class Member:
 class Group:
     """One layer's coupled channels: an axis of ``size`` units and every weight dimension that holds it.
 
-    If the choice of units may differ along other axes (query heads, in each KV group), these are ``scope``; else it
-    is empty. ``layer`` is the module that holds all members.
+    ``scope``: the axes along which the choice of units may differ (query heads, in each KV group); usually empty.
+    ``layer``: the module that holds all members.
     """
 
     layer: str
@@ -56,12 +56,15 @@ class Group:
         return math.prod(a.size for a in self.scope)
 
     def positions(self, member: Member) -> Index:
-        """Where each unit lies along ``member``'s dimension: [scopes, size, k] indices, ascending in k."""
+        """The k positions of each unit along ``member``'s dimension: indices [scopes, size, k], ascending in k."""
         return unit_positions(member.term, self.axis, self.scope)
 
 
 def unit_positions(term: Term, axis: Axis, scope: Sequence[Axis] = ()) -> Index:
-    """Positions of ``term`` by unit of ``axis``: [scopes, axis.size, k], ascending. Scopes it lacks do not split it."""
+    """Positions of ``term`` by unit of ``axis``: [scopes, axis.size, k], ascending in k.
+
+    If ``term`` lacks an axis of the scope, each scope has all positions.
+    """
     found = occurrences(term)
     scopes = math.prod(a.size for a in scope)
     rows: list[list[list[int]]] = [[[] for _ in range(axis.size)] for _ in range(scopes)]
@@ -70,23 +73,23 @@ def unit_positions(term: Term, axis: Axis, scope: Sequence[Axis] = ()) -> Index:
         if leaf is axis:
             for position in np.flatnonzero(coordinate >= 0):
                 targets = range(scopes) if scope_index is None else [scope_index[position]]
-                for s in targets:
-                    rows[s][coordinate[position]].append(int(position))
+                for row in targets:
+                    rows[row][coordinate[position]].append(int(position))
     return np.array([[sorted(set(unit)) for unit in row] for row in rows], dtype=np.int64)
 
 
 def unit_indices(dims: Sequence[Term], dim: int, group: Group) -> list[Index]:
     """The unit of ``group`` at each position of a weight, for each occurrence of its axis in dimension ``dim``.
 
-    An index is scope · size + unit, −1 if there is none. It has size 1 in dimensions along which it does not vary, so
-    that it broadcasts against the weight. A scope axis is looked for in ``dim`` first, then in the other dimensions.
+    An entry is scope · size + unit, −1 if there is none. Each index broadcasts against the weight: it has size 1 in
+    dimensions along which it does not vary. A scope axis is searched in ``dim`` first, then in the other dimensions.
     """
     scope = np.zeros([1] * len(dims), dtype=np.int64)
-    for a in group.scope:
-        holder = next(d for d in (dim, *range(len(dims))) if a in leaves(dims[d]))
-        coordinate = scope_coordinates(occurrences(dims[holder]), (a,), dims[holder].size)
+    for outer in group.scope:
+        holder = next(d for d in (dim, *range(len(dims))) if outer in leaves(dims[d]))
+        coordinate = scope_coordinates(occurrences(dims[holder]), (outer,), dims[holder].size)
         assert coordinate is not None
-        scope = scope * a.size + _along(coordinate, holder, len(dims))
+        scope = scope * outer.size + _along(coordinate, holder, len(dims))
     units = [_along(c, dim, len(dims)) for leaf, c in occurrences(dims[dim]) if leaf is group.axis]
     return [np.where(unit < 0, -1, scope * group.size + unit) for unit in units]
 
@@ -99,20 +102,20 @@ def _along(coordinate: Index, dim: int, ndim: int) -> Index:
 def scope_coordinates(found: Sequence[tuple[Axis, Index]], scope: Sequence[Axis], size: int) -> Index | None:
     """The scope's flat coordinate at every position, or None if the scope has no axis here."""
     flat = np.zeros(size, dtype=np.int64)
-    for a in scope:
-        coordinates = [c for leaf, c in found if leaf is a]
+    for outer in scope:
+        coordinates = [c for leaf, c in found if leaf is outer]
         if not coordinates:
             return None
-        flat = flat * a.size + np.max(coordinates, axis=0)
+        flat = flat * outer.size + np.max(coordinates, axis=0)
     return flat if scope else None
 
 
 @dataclass(frozen=True)
 class Family:
-    """Groups of one kind, one a layer: cut to the same width, so that all layers keep one shape.
+    """Groups of one kind, one for each layer. They are cut to the same width, so that all layers have one shape.
 
-    ``name`` and ``description`` are inferred from structure and only for people. ``minimum`` and ``multiple`` are what
-    the graph's ops accept; targets narrow them further (``passes/targets/legalize.py``).
+    ``name`` and ``description`` are inferred from structure and serve people only. ``minimum`` and ``multiple`` limit
+    the widths that the graph's ops accept; targets narrow them further (``passes/targets/legalize.py``).
     """
 
     name: str
@@ -133,7 +136,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Blocked:
-    """Axes that weights have but that cannot be cut, and why."""
+    """An axis of weights that cannot be cut, with the reasons."""
 
     name: str
     size: int
@@ -143,9 +146,9 @@ class Blocked:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the axis analysis found: families that can be cut, axes that cannot, and the terms behind both.
+    """The result of the axis analysis: families that can be cut, axes that cannot, and the terms behind both.
 
-    ``weights`` maps each weight used in the graph to one term a dimension; ``facts`` holds the terms of every value.
+    ``weights``: each weight in the graph → one term for each dimension. ``facts``: the terms of every value.
     """
 
     program: Program
@@ -155,7 +158,7 @@ class Analysis:
     facts: AxisFacts = field(repr=False)
 
     def family(self, name: str) -> Family:
-        """The family of that name. Raises KeyError with the names there are."""
+        """The family of that name. Raises KeyError with all names if there is none."""
         for family in self.families:
             if family.name == name:
                 return family

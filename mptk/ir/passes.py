@@ -1,4 +1,4 @@
-"""passes: the protocol of everything that changes a Program, and how a list of passes runs."""
+"""passes: the protocol of all passes that change a Program, and the loop that runs a list of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from mptk.ir.program import Program, parameter_count
 
 @dataclass(frozen=True)
 class Result:
-    """What a pass returns: a new program, whether it differs from the one before, and what was done, for people."""
+    """What a pass returns: the new program, whether it differs from the old one, and notes for people."""
 
     program: Program
     changed: bool
@@ -26,8 +26,8 @@ class Result:
 class Pass(ABC):
     """One transformation: Program in, Program out.
 
-    A pass is a frozen dataclass whose fields are its arguments. The first lines of the docstrings of the class,
-    ``requires`` and ``ensures`` are what ``mptk passes`` prints.
+    A pass is a frozen dataclass; its fields are its arguments. The first lines of the docstrings of the class,
+    ``requires`` and ``ensures`` are printed by ``mptk passes``.
     """
 
     name: ClassVar[str]
@@ -37,11 +37,11 @@ class Pass(ABC):
 
     @abstractmethod
     def run(self, program: Program) -> Result:
-        """The transformation. ``program`` stays as it is."""
+        """Transform ``program``, which itself does not change."""
 
     @abstractmethod
     def ensures(self, before: Program, after: Program) -> None:
-        """What holds after the pass, besides ``check``. Raises AssertionError if it does not hold."""
+        """Check what holds after the pass, besides ``check``. Raises AssertionError if it does not hold."""
 
     def __call__(self, program: Program) -> Result:
         """Run the pass with its checks: requires, run, ``check``, ensures."""
@@ -54,7 +54,7 @@ class Pass(ABC):
 
 @dataclass
 class Record:
-    """What one stage did: seconds taken, and for a pass the ops and parameters before and after.
+    """The record of one stage: its seconds, and for a pass the ops and parameters before and after.
 
     Prints as ``rewrite: 1,204 → 1,188 ops, 134,515,008 → 98,211,456 parameters``.
     """
@@ -74,7 +74,7 @@ class Record:
 
 @dataclass
 class Log:
-    """The stages of a run in order, for the report. ``on_record`` is called with each when it is finished."""
+    """The stages of a run in order, for the report. ``on_record`` is called with each finished stage."""
 
     records: list[Record] = field(default_factory=list)
     on_record: Callable[[Record], None] | None = None
@@ -88,16 +88,16 @@ class Log:
         if self.on_record is not None:
             self.on_record(record)
 
-    def as_list(self) -> list[dict[str, Any]]:
+    def as_list(self) -> list[dict[str, object]]:
         return [{k: v for k, v in asdict(r).items() if v not in (None, ())} for r in self.records]
 
 
 def run(program: Program, passes: Sequence[Pass], log: Log) -> list[Result]:
-    """Apply ``passes`` in order, each with its checks, and record the differences in ``log``. One result a pass."""
+    """Apply ``passes`` in order, each with its checks, and record them in ``log``. Returns their results."""
     results: list[Result] = []
-    for p in passes:
-        with log.stage(p.name) as record:
-            result = p(program)
+    for step in passes:
+        with log.stage(step.name) as record:
+            result = step(program)
             record.ops = (count_ops(program), count_ops(result.program))
             record.parameters = (parameter_count(program), parameter_count(result.program))
             record.changed, record.notes = result.changed, result.notes
@@ -107,7 +107,7 @@ def run(program: Program, passes: Sequence[Pass], log: Log) -> list[Result]:
 
 
 def count_ops(program: Program) -> int:
-    """Calls in the graph."""
+    """The number of calls in the graph."""
     return sum(n.op == "call_function" for n in program.graph.graph.nodes)
 
 
@@ -117,7 +117,7 @@ def shapes(program: Program) -> dict[str, tuple[int, ...]]:
 
 
 def check(program: Program) -> None:
-    """A program's invariants: a well-formed graph, and every weight of the size that the graph expects."""
+    """Check a program's invariants: a well-formed graph, and every weight has the shape that the graph expects."""
     program.graph.graph.lint()
     weights = program.weights
     for node in program.placeholders():

@@ -1,4 +1,4 @@
-"""The plan: which units each family keeps. The one thing that passes from choosing to cutting."""
+"""The plan: which units each family keeps. Methods write it; the cut reads nothing else from them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mptk.files import json_text, write_json
 
 FORMAT = "mptk-plan/1"
 Keep = tuple[tuple[int, ...], ...]
-"""Kept unit indices, ascending: one tuple for each scope position (a single one if the choice may not vary)."""
+"""Kept unit indices, ascending: one tuple for each scope position (one in all if the choice cannot vary)."""
 
 
 @dataclass(frozen=True)
 class FamilyPlan:
-    """One family's choice: ``width`` of ``of`` units stay in every layer; ``keep`` maps a layer's label to them."""
+    """One family's choice: ``width`` of ``of`` units stay in each layer. ``keep``: layer's label → these units."""
 
     width: int
     of: int
@@ -27,7 +27,7 @@ class FamilyPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Family name → what it keeps. Families that are not named stay whole."""
+    """Family name → its kept units. A family without an entry stays whole."""
 
     families: Mapping[str, FamilyPlan]
     meta: Mapping[str, object] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the plan keeps."""
+        """SHA-256 of the kept units."""
         return hashlib.sha256(json_text(self.to_json()["families"], sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, object]:
@@ -56,12 +56,12 @@ class Plan:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON (schema: ``docs/plan.md``), whole or not at all. Raises MptkError if it cannot."""
+        """Write the plan as JSON (schema: ``docs/plan.md``), atomically. Raises MptkError if it cannot."""
         write_json(Path(path), self.to_json())
 
     @staticmethod
     def load(path: str | Path) -> Plan:
-        """Read and validate a plan file. Raises MptkError with the place that is wrong."""
+        """Read and validate a plan file. Raises MptkError with the place of the mistake."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -98,7 +98,7 @@ def _family(body: object, where: str) -> FamilyPlan:
 
 
 def check_units(row: Sequence[int], width: int, of: int, where: str) -> None:
-    """Raise MptkError, with the place, unless ``row`` holds ``width`` distinct units of 0 … of − 1, ascending."""
+    """Raise MptkError, which names ``where``, unless ``row`` is ``width`` ascending, distinct units of 0 … of − 1."""
     if len(row) != width:
         raise MptkError(f"{where}: {len(row)} units kept, but width is {width}")
     if list(row) != sorted(set(row)) or row[0] < 0 or row[-1] >= of:

@@ -1,4 +1,4 @@
-"""Program: a traced model. An FX graph over ATen ops, and the weights it uses by qualified name."""
+"""Program: a traced model. An FX graph over ATen ops, and its weights by qualified name."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from torch.nn import Parameter
 from mptk.compat.torch import FakeTensor, build_exported, tree_map
 
 ExampleInputs = tuple[tuple[object, ...], dict[str, object]]
-"""What a model was traced on, by position and by name."""
+"""The inputs of the trace, by position and by name."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A model as data: what passes work on.
+    """A model as data. Passes take and return it.
 
-    ``graph`` is the pre-dispatch ATen graph of ``torch.export`` (linear, scaled_dot_product_attention and layer_norm
-    stay whole). Its placeholders are the lifted weights and then the user's inputs. ``state`` maps each weight's
-    qualified name to its tensor (parameters, buffers and constants; fake tensors if traced without weights), so that
-    the program runs without the module it came from. ``aliases`` maps the other names of a tied weight to the name
-    the graph uses.
+    Attributes:
+        graph: the pre-dispatch ATen graph of ``torch.export`` (linear, scaled_dot_product_attention and layer_norm
+            stay whole). Its placeholders are the lifted weights and then the user's inputs.
+        signature: which placeholder is which weight or input.
+        state: qualified name → tensor of each parameter, buffer and constant (fake tensors if traced without
+            weights). With it the program runs without its module.
+        aliases: other name of a tied weight → the name in ``state``.
+        exported: the export from which the program was made.
     """
 
     graph: fx.GraphModule
@@ -56,7 +59,7 @@ class Program:
 
     @property
     def has_values(self) -> bool:
-        """Whether the weights are real: not fake tensors, nor on the meta device."""
+        """Whether the weights are real: neither fake tensors nor on the meta device."""
         return not any(isinstance(t, FakeTensor) or t.is_meta for t in self.state.values())
 
     def placeholders(self) -> Iterator[fx.Node]:
@@ -65,8 +68,8 @@ class Program:
     def __call__(self, *inputs: Tensor) -> Any:
         """Run the graph on ``inputs`` (the user's inputs in order) with the program's own weights.
 
-        Returns what the traced wrapper returned: for a traced model one tensor (logits, [batch, sequence, vocab] for a
-        language model), or a tuple if it returned several.
+        Returns one tensor, or a tuple if the traced module returned several. A language model's tensor is its logits,
+        [batch, sequence, vocab].
         """
         outputs = self.graph(*self.arguments(*inputs))
         return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else outputs
@@ -77,7 +80,7 @@ class Program:
         return [self.state[weights[n.name]] if n.name in weights else next(user) for n in self.placeholders()]
 
     def with_state(self, state: Mapping[str, Tensor]) -> Program:
-        """The same graph over other tensors of the same shapes; names missing in ``state`` keep their tensor."""
+        """The same graph with other tensors of the same shapes; a name missing in ``state`` keeps its tensor."""
         return replace(self, state={name: state.get(name, tensor) for name, tensor in self.state.items()})
 
     def copy_graph(self) -> fx.GraphModule:
@@ -85,7 +88,7 @@ class Program:
         return copy.deepcopy(self.graph)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Parameters and persistent buffers by name, tied names included: what a checkpoint of the module holds."""
+        """Parameters and persistent buffers by name, tied names included, as in a checkpoint of the module."""
         saved = {
             spec.target: self.state[self.aliases.get(spec.target, spec.target)]
             for spec in self.signature.input_specs
@@ -95,7 +98,7 @@ class Program:
         return saved | {alias: saved[name] for alias, name in self.aliases.items() if name in saved}
 
     def to_exported(self) -> ExportedProgram:
-        """An ``ExportedProgram`` of this graph and these weights: for ``torch.onnx.export``, ``torch.export.save``."""
+        """This graph and these weights as an ``ExportedProgram``, for ``torch.onnx.export``, ``torch.export.save``."""
         parameters = {s.target for s in self.signature.input_specs if s.kind is InputKind.PARAMETER}
         state = {n: _parameter(t) if n in parameters else t for n, t in self.state_dict().items()}
         constants = {
@@ -113,7 +116,7 @@ class Program:
         )
 
     def _example_inputs(self) -> ExampleInputs | None:
-        """The inputs that the model was traced on; an input that has lost channels (a KV cache) is cut."""
+        """The inputs of the trace. An input that has lost channels (a KV cache) is cut."""
         values = iter([n.meta["val"] for n in self.placeholders() if n.name in self.user_inputs])
 
         def fit(example: object) -> object:

@@ -1,4 +1,4 @@
-"""Cut: a plan resolved on an analysis. Which positions of which dimensions stay."""
+"""Cut: a plan resolved on an analysis, that is, which positions of which dimensions stay."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mptk.ir.plan import FamilyPlan, Plan, check_units
 
 @dataclass(frozen=True)
 class Choice:
-    """What one axis keeps: ``table`` is boolean, [scopes, size], the same number of units in each row."""
+    """The kept units of one axis: ``table`` is boolean, [scopes, size], with the same number of units in each row."""
 
     scope: tuple[Axis, ...]
     table: npt.NDArray[np.bool_]
@@ -27,7 +27,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Cut:
-    """Axis → what it keeps. Axes that are not named stay whole."""
+    """Axis → its kept units. An axis without an entry stays whole."""
 
     choices: dict[Axis, Choice]
     sizes: dict[Axis, int]
@@ -38,14 +38,14 @@ class Cut:
 
     @property
     def removes(self) -> bool:
-        """Whether anything is removed: false if every choice is whole."""
+        """Whether the cut removes any unit."""
         return any(not choice.table.all() for choice in self.choices.values())
 
     def touches(self, term: Term) -> bool:
         return any(leaf in self.choices for leaf in leaves(term))
 
     def mask(self, term: Term) -> npt.NDArray[np.bool_]:
-        """Whether each position of a dimension stays, [size]. A choice whose scope lies elsewhere must not vary."""
+        """Whether each position of a dimension stays, [size]. A choice whose scope is not in it must not vary."""
         found = occurrences(term)
         stays = np.ones(term.size, dtype=bool)
         for leaf, coordinate in found:
@@ -63,7 +63,7 @@ class Cut:
         return np.flatnonzero(self.mask(term))
 
     def elsewhere(self, dims: Sequence[Term]) -> int | None:
-        """A dimension that some other dimension's choice varies along."""
+        """The index of a dimension along which the choice of another dimension varies; None if there is none."""
         for term in dims:
             own = set(leaves(term))
             for leaf in own & self.choices.keys():
@@ -73,7 +73,7 @@ class Cut:
         return None
 
     def mask_tensor(self, dims: Sequence[Term]) -> Tensor:
-        """Boolean mask over a whole weight: True where every dimension keeps the position."""
+        """Boolean mask over a whole weight: True if every dimension keeps the position."""
         scope_dim = self.elsewhere(dims)
         if scope_dim is None:
             keep = torch.ones([d.size for d in dims], dtype=torch.bool)
@@ -88,7 +88,7 @@ class Cut:
         return torch.stack(rows, scope_dim)
 
     def slice(self, tensor: Tensor, dims: Sequence[Term]) -> Tensor:
-        """The kept part of a weight, contiguous (the tensor itself where nothing is cut)."""
+        """The kept part of a weight, contiguous; the tensor itself if nothing is cut."""
         scope_dim = self.elsewhere(dims)
         if scope_dim is not None:
             return self._slice_rows(tensor, dims, scope_dim)
@@ -98,13 +98,13 @@ class Cut:
         return tensor
 
     def scatter(self, tensor: Tensor, small: Tensor, dims: Sequence[Term]) -> Tensor:
-        """A weight whose kept part is ``small``, as ``slice`` gives it; the rest is as in ``tensor``."""
+        """A copy of ``tensor`` whose kept part is ``small``, the inverse of ``slice``."""
         result = tensor.detach().clone()
         result[self.mask_tensor(dims)] = small.flatten().to(result)
         return result
 
     def _slice_rows(self, tensor: Tensor, dims: Sequence[Term], scope_dim: int) -> Tensor:
-        """Each row along ``scope_dim`` keeps its own positions of other dimensions (an expert's channels)."""
+        """Slice row by row: each row along ``scope_dim`` (an expert) keeps its own positions of other dimensions."""
         rest = [t for d, t in enumerate(dims) if d != scope_dim]
         kept = [
             self._row(dims, scope_dim, s).slice(tensor.select(scope_dim, s), rest)
@@ -113,7 +113,7 @@ class Cut:
         return torch.stack(kept, scope_dim)
 
     def _row(self, dims: Sequence[Term], scope_dim: int, position: int) -> Cut:
-        """The cut as seen from one position of a scope's dimension: no other dimension's choice varies along it."""
+        """The cut at one position of a scope's dimension, where no other dimension's choice varies along it."""
         at = {leaf: int(coordinate[position]) for leaf, coordinate in occurrences(dims[scope_dim])}
         choices = dict(self.choices)
         for d, term in enumerate(dims):
@@ -158,7 +158,7 @@ def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
 def _table(family: Family, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.bool_]:
     keep = chosen.keep.get(group.layer)
     if keep is None:
-        raise MptkError(f"plan: {family.name} says nothing of layer {group.layer!r}; every layer needs its kept units")
+        raise MptkError(f"plan: {family.name} has no entry for layer {group.layer!r}; every layer needs its kept units")
     if len(keep) not in (1, group.scopes):
         raise MptkError(f"plan: {family.name}.{group.layer} has {len(keep)} rows of units; give 1 or {group.scopes}")
     for row in keep:

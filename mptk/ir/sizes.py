@@ -1,4 +1,4 @@
-"""sizes: the sizes of traced values as plain integers. A symbolic size counts as its value in the example."""
+"""sizes: the sizes of traced values as plain integers. A symbolic size is its value in the example inputs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def shape_of(value: Tensor) -> tuple[int, ...]:
 
 
 def result_shape(node: fx.Node) -> tuple[int, ...]:
-    """Sizes of a node's result, which is one tensor."""
+    """Sizes of a node's result. It must be one tensor."""
     return shape_of(node.meta["val"])
 
 
 def example_size(size: int | torch.SymInt) -> int:
-    """One size.
+    """One size as an integer.
 
     Raises:
         MptkError: the size depends on data.

@@ -1,4 +1,4 @@
-"""source_location: where in the model's source a call of the graph was made, as far as export recorded it."""
+"""source_location: the line in the model's source that made a call of the graph, if export recorded it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _ROOT = Path(__file__).parents[2]
 _TRANSFORMERS = find_spec("transformers")
 assert _TRANSFORMERS is not None
 assert _TRANSFORMERS.origin is not None
-_TRANSFORMERS_FOLDER = Path(_TRANSFORMERS.origin).parent  # without the time that importing it takes
+_TRANSFORMERS_FOLDER = Path(_TRANSFORMERS.origin).parent  # without importing it, which is slow
 LIBRARIES = tuple(
     f"{folder}/" for folder in (Path(torch.__path__[0]), _TRANSFORMERS_FOLDER, _ROOT / "mptk", _ROOT / "passes")
 )
-"""Their files are no part of a model: layers, dispatch, the wrappers that tracing puts around it."""
+"""Folders whose files are no part of a model: layers, dispatch, wrappers for tracing."""
 MODELS = f"{_TRANSFORMERS_FOLDER}/models/"
 
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """Prints as ``op in module.path, file.py:12``. Cheap to make, so that each call can bring one with it."""
+    """Prints as ``op in module.path, file.py:12``. The text is made only when it is printed."""
 
     node: fx.Node
 
@@ -40,7 +40,7 @@ class SourceLocation:
 
 
 def source_line(stack_trace: str) -> str:
-    """``file.py:12`` of the innermost frame in the model's own files; if all are libraries', of the innermost."""
+    """``file.py:12`` of the innermost frame in the model's own files; of the innermost one if all are libraries'."""
     frames = re.findall(r'^\s*File "(.+)", line (\d+)', stack_trace, re.MULTILINE)
     if not frames:
         return ""

@@ -1,12 +1,12 @@
-"""text: a program as text, one line a value, each dimension by the names of its axes.
+"""text: a program as text, one value a line, each dimension by the names of its axes.
 
     model.embed_tokens.weight : [97, hidden(48)]
     %ids : [batch, seq]
     %embedding : [batch, seq, hidden(48)] = aten.embedding(model.embed_tokens.weight, %ids)
 
-A weight is written by its qualified name, any other value as ``%name``. An axis that can be cut is its family's name
-with its size; symbolic sizes of the inputs have names; any other axis is its size. ``·`` is a product of axes, as a
-view makes it, ``+`` a concatenation. Calls that give no value (assertions) are left out.
+A weight prints as its qualified name, any other value as ``%name``. An axis that can be cut prints as its family's
+name with its size, a symbolic size of an input as its name, any other axis as its size. ``·`` is a product of axes (a
+view), ``+`` a concatenation. Calls without a value (assertions) are left out.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ def program_text(
     """The program as text.
 
     Args:
-        program: a traced program, or what passes made of it.
-        analysis: of the traced program, for the axes of values that keep their names; without it dimensions are sizes.
-        sizes: of axes that were cut (``Cut.sizes``).
-        source: add the line of the model's source to each call, as ``# file.py:12``.
+        program: a traced program, or a later form of it.
+        analysis: the analysis of the traced program, for the axes of values that keep their names. None: dimensions
+            print as sizes.
+        sizes: new sizes of the axes that were cut (``Cut.sizes``).
+        source: end each call with the line of the model's source, ``# file.py:12``.
     """
     return _Printer(program, analysis, sizes or {}, source).text()
 
@@ -96,7 +97,7 @@ class _Printer:
                         self.symbols.setdefault(str(size), name)
 
     def _name_input_axes(self) -> None:
-        """Axes whose size is a symbol in some value have the symbol's name in all."""
+        """If an axis has a symbol as its size in some value, it has the symbol's name in all values."""
         assert self.analysis is not None
         names = set(self.symbols.values())
         for node in self.analysis.program.graph.graph.nodes:
@@ -110,7 +111,7 @@ class _Printer:
     # ---- shapes ----
 
     def shape(self, value: object, dims: Dims | Sequence[Dims | None] | None) -> str:
-        """The shape of what a node gives; empty if it gives no tensor and no number."""
+        """The shape of a node's value; empty if that is neither a tensor nor a number."""
         if isinstance(value, (list, tuple)):
             several = dims if isinstance(dims, list) else [None] * len(value)
             return f"({', '.join(self.shape(v, d) for v, d in zip(value, several, strict=True))})"
@@ -155,7 +156,7 @@ class _Printer:
 
 
 def _flags(value: Sequence[object]) -> list[bool]:
-    """The booleans of a nested list of them, as masks are; empty if it holds anything else."""
+    """The booleans of a nested list of booleans, such as a mask; empty if it holds anything else."""
     found: list[bool] = []
     for item in value:
         part = [item] if isinstance(item, bool) else _flags(item) if isinstance(item, (list, tuple)) else []
@@ -166,7 +167,7 @@ def _flags(value: Sequence[object]) -> list[bool]:
 
 
 def _op(node: fx.Node) -> str:
-    """``aten.linear`` or ``aten.add.Tensor``; of a Python function its name."""
+    """``aten.linear`` or ``aten.add.Tensor``, or the name of a Python function."""
     if isinstance(node.target, OpOverload):
         return str(node.target).removesuffix(".default")
     return str(getattr(node.target, "__name__", node.target))

@@ -1,6 +1,6 @@
 """Unification: make two terms equal, by merging axes (union-find) or by *binding* an axis to a finer term.
 
-If two terms cannot be aligned, all their axes are frozen: cutting them would not be sound, and the reason is kept.
+If two terms cannot be aligned, a cut of their axes would not be sound. All their axes are frozen, with the reason.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mptk.ir.axes import (
 
 
 def unify(a: Term, b: Term, where: object = "") -> None:
-    """Make two terms of equal size equal; freeze both if they cannot be aligned (``where``: at which op)."""
+    """Make two terms of equal size equal, or freeze both if they cannot be aligned. ``where``: the op to name."""
     a, b = resolve(a), resolve(b)
     if a is b:
         return
@@ -99,7 +99,7 @@ def _flat(terms: list[Term]) -> list[Term]:
 
 
 def split_product(term: Term, size: int, *, last: bool, where: object = "") -> list[Term] | None:
-    """Split ``term`` in two factors, the first (or last) of ``size`` positions. None if it does not divide so."""
+    """Split ``term`` into two factors, the first (or last) of ``size`` positions. None if that is impossible."""
     term = resolve(term)
     if size == 0 or term.size % size:
         return None
@@ -125,7 +125,7 @@ def split_product(term: Term, size: int, *, last: bool, where: object = "") -> l
 
 
 def _regroup(term: Product, outer_size: int, where: object) -> list[Term] | None:
-    """Split a product after its first ``outer_size`` positions, splitting the factor that straddles the border."""
+    """Split a product after factors of ``outer_size`` positions; the factor across the border is split itself."""
     outer: list[Term] = []
     factors = list(term.factors)
     while factors and outer_size % factors[0].size == 0:

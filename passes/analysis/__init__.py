@@ -1,1 +1,1 @@
-"""analysis: what the axes of a program mean, which channels are coupled, and where values live."""
+"""analysis: the meaning of a program's axes, the coupled channels, and the memory that values share."""

@@ -1,7 +1,7 @@
-"""aliasing: which values of a graph may share memory, and what calls that write in place may change.
+"""aliasing: find the values of a graph that may share memory, and the values that a write in place may change.
 
-A write in place changes the value that is written to, every value that it is a view of, and every view that was made
-of either, before the write or after it. So views are gathered in classes, and a write counts for the whole class.
+A write in place changes its target, every value of which the target is a view, and every view of either, made before or
+after the write. So values that may share memory form classes, and a write counts for the whole class.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.fx.node import Argument
 from mptk.ir.ops import aliased_arguments, base_name
 
 MAY_BE_ITS_OPERAND = frozenset({"dropout", "feature_dropout", "alpha_dropout", "type_as", "broadcast_tensors"})
-"""Ops that may return their operand itself although their schema does not say so."""
+"""Ops that may return their operand itself, although it is not in their schema."""
 
 
 def find_writes(graph: fx.Graph) -> Mapping[fx.Node, Sequence[fx.Node]]:
@@ -29,9 +29,9 @@ def find_writes(graph: fx.Graph) -> Mapping[fx.Node, Sequence[fx.Node]]:
 
 
 def memory_classes(graph: fx.Graph) -> Mapping[fx.Node, Sequence[fx.Node]]:
-    """Node → all nodes that may share its memory, itself among them, in the graph's order.
+    """Node → all nodes that may share its memory, itself included, in the graph's order.
 
-    These are views, results of writes in place, and what views with several results give.
+    These are views, single results of views with several results, and results of writes in place.
     """
     shares: nx.Graph[fx.Node] = nx.Graph()
     shares.add_nodes_from(graph.nodes)
@@ -43,7 +43,7 @@ def memory_classes(graph: fx.Graph) -> Mapping[fx.Node, Sequence[fx.Node]]:
 
 
 def _shared(node: fx.Node) -> list[fx.Node]:
-    """The arguments that the result may share memory with."""
+    """The arguments whose memory the result may share."""
     if node.target is operator.getitem:
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -54,13 +54,13 @@ def _shared(node: fx.Node) -> list[fx.Node]:
 
 
 def _arguments(node: fx.Node, *, writes: bool) -> list[fx.Node]:
-    """The nodes in the arguments that the call writes to, or else whose memory its result may share."""
+    """The nodes in arguments to which the call writes, or in those whose memory its result may share."""
     positions = aliased_arguments(node.target, writes=writes)
     return [a for p in positions if p < len(node.args) for a in nodes_in(node.args[p])]
 
 
 def nodes_in(value: Argument) -> Iterator[fx.Node]:
-    """The nodes in an argument, which may be nested lists, in order; each as often as it stands there."""
+    """The nodes in an argument, which may be nested lists, in order and with repeats."""
     if isinstance(value, fx.Node):
         yield value
     elif isinstance(value, (list, tuple)):

@@ -1,12 +1,12 @@
-"""borders: the positions at which a decoder begins to compute something else, so that a proof can go beyond them.
+"""borders: find the positions at which a decoder changes its computation, so that a proof can cross them.
 
-A sliding window of 512 is a window only from position 512 on; a rotary embedding may change its base there. Borders
-come from two places, and no model is known by name:
+A sliding window of 512 has an effect only from position 512 on; a rotary embedding may change its base there. No model
+is known by name. Borders come from
 
-- the config: whole numbers of fields whose name says window, chunk, local attention or the original number of
-  positions, in nested configs and ``rope_parameters`` too, and ``max_position_embeddings`` if a rope type is dynamic;
-- the graph: whole numbers that positions are compared with, shifted or divided by. Positions are whole-number and
-  boolean tensors that depend on no parameter.
+- the config: integers of fields whose name contains window, chunk, local attention or the original number of
+  positions, also in nested configs and ``rope_parameters``, and ``max_position_embeddings`` if a rope type is dynamic;
+- the graph: integers with which positions are compared, or by which they are shifted or divided. Positions are
+  integer and boolean tensors that depend on no parameter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mptk.ir.ops import op_name
 from mptk.ir.program import Program
 
 MARGIN = 8
-"""Positions beyond a border that a proof needs: a few steps after it, and some for a border that is off by a few."""
+"""Positions that a proof needs beyond a border: a few steps after it, and a few in case the border is inexact."""
 _FIELDS = re.compile(r"window|chunk|local_attention|original_max_position_embeddings")
 _POSITIONS = "max_position_embeddings"
 _COMPARED = {"sub", "rsub", "add", "floor_divide", "div", "remainder", "fmod", "lt", "le", "gt", "ge", "clamp"}
@@ -33,9 +33,12 @@ _KEPT = {"lift_fresh_copy", "detach_", "detach", "to", "_to_copy", "clone", "exp
 
 @dataclass(frozen=True)
 class Reach:
-    """How far a proof goes: ``borders`` to be crossed, ascending; ``beyond`` those that lie further than it may go.
+    """The length of a proof.
 
-    ``length``: tokens of a sequence that crosses all of ``borders``; 0 if there is none.
+    Attributes:
+        borders: the borders that it crosses, ascending.
+        beyond: the borders that are too far for it, ascending.
+        length: tokens of a sequence that crosses all of ``borders``; 0 if there are none.
     """
 
     borders: tuple[int, ...]
@@ -47,7 +50,7 @@ class Reach:
 
     @property
     def note(self) -> str:
-        """What is left out, and the option that brings it in; empty if nothing is."""
+        """The borders left out and the option that covers them; empty if there are none."""
         if not self.beyond:
             return ""
         places = ", ".join(map(str, self.beyond))
@@ -60,8 +63,8 @@ class Reach:
 def reach(program: Program, *configs: PreTrainedConfig, bound: int) -> Reach:
     """The borders of a program and of its configs: the dense model's, and the one written for the pruned model.
 
-    ``bound`` is the longest sequence that a proof may take. The model's own number of positions bounds it too, unless
-    its rope type is made for more.
+    ``bound``: the longest sequence of a proof, in tokens. The model's own number of positions is a bound, too, unless
+    its rope type allows more.
     """
     found = set(graph_borders(program)).union(*(config_borders(config.to_dict()) for config in configs))
     longest = min((n for config in configs if (n := _longest(config)) is not None), default=None)
@@ -73,7 +76,7 @@ def reach(program: Program, *configs: PreTrainedConfig, bound: int) -> Reach:
 
 
 def config_borders(config: Mapping[str, object]) -> Iterator[int]:
-    """Borders that a config names."""
+    """Borders in a config."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from config_borders(value)
@@ -86,7 +89,7 @@ def config_borders(config: Mapping[str, object]) -> Iterator[int]:
 
 
 def graph_borders(program: Program) -> Iterator[int]:
-    """Whole numbers in the graph that positions are compared with, shifted or divided by."""
+    """Integers in the graph with which positions are compared, or by which they are shifted or divided."""
     parameters = {s.arg.name for s in program.signature.input_specs if s.kind is InputKind.PARAMETER}
     numbers = _numbers(program)
     learned: set[fx.Node] = set()
@@ -101,7 +104,7 @@ def graph_borders(program: Program) -> Iterator[int]:
 
 
 def _numbers(program: Program) -> dict[fx.Node, int]:
-    """Nodes that are one whole number: constants of the model, and tensors filled with one."""
+    """Node → its value, if it is one integer: a constant of the model, or a tensor filled with one."""
     found: dict[fx.Node, int] = {}
     weights = program.weights
     for node in program.graph.graph.nodes:
@@ -133,7 +136,7 @@ def _dynamic(config: Mapping[str, object]) -> bool:
 
 
 def _longest(config: PreTrainedConfig) -> int | None:
-    """Positions that a model has, if it says so; None if it may be given more."""
+    """The number of positions in a model's config; None if it has none or allows more."""
     own = config.get_text_config()
     positions = getattr(own, _POSITIONS, None)
     return positions if type(positions) is int and not _dynamic(own.to_dict()) else None

@@ -1,4 +1,4 @@
-"""dependence: which values of a program depend on its weights, and which on the user's inputs."""
+"""dependence: find the values that depend on a program's weights, and those that depend on the user's inputs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from mptk.ir.program import Program
 
 @dataclass(frozen=True)
 class Dependence:
-    """What the values of a program depend on.
+    """The values of a program by what they depend on.
 
-    ``variables``: on a weight or a cache, so that their axes can be cut. ``activations``: on the user's inputs.
-    ``data``: on inputs of floating point. ``caches``: an input that the model continues → the output that does.
+    Attributes:
+        variables: values that depend on a weight or a cache. Only their axes can be cut.
+        activations: values that depend on the user's inputs.
+        data: values that depend on floating-point inputs other than caches.
+        caches: input that the model continues → the output that continues it.
     """
 
     variables: set[fx.Node]
@@ -28,7 +31,7 @@ class Dependence:
 
 
 def find_dependence(program: Program, writes: Mapping[fx.Node, Sequence[fx.Node]]) -> Dependence:
-    """Follow weights and inputs through calls, and through ``writes`` in place (call → what it may change)."""
+    """Follow weights and inputs through calls and ``writes`` in place (call → the values it may change)."""
     flow: nx.DiGraph[fx.Node | str] = nx.DiGraph()
     for node in program.graph.graph.nodes:
         if node.op != "placeholder" and isinstance(node.meta.get("val"), (Tensor, list, tuple)):
@@ -47,7 +50,7 @@ def find_dependence(program: Program, writes: Mapping[fx.Node, Sequence[fx.Node]
 
 
 def _reached(flow: nx.DiGraph[fx.Node | str], sources: Iterable[fx.Node]) -> set[fx.Node]:
-    """The sources and all that depends on them."""
+    """The sources and all values that depend on them."""
     flow.add_edges_from(("start", source) for source in sources)
     found = nx.descendants(flow, "start") if "start" in flow else set()
     flow.remove_nodes_from(["start"])
@@ -55,7 +58,7 @@ def _reached(flow: nx.DiGraph[fx.Node | str], sources: Iterable[fx.Node]) -> set
 
 
 def _is_weight(program: Program, spec: InputSpec) -> bool:
-    """Whether an input is a parameter, or a buffer of floating point that is saved."""
+    """Whether an input is a parameter or a saved floating-point buffer."""
     if spec.kind is InputKind.PARAMETER:
         return True
     weight = program.state[program.weights[spec.arg.name]] if spec.kind is InputKind.BUFFER else None
@@ -68,9 +71,9 @@ def _is_floating(node: fx.Node) -> bool:
 
 
 def find_caches(program: Program) -> dict[fx.Node, fx.Node]:
-    """Inputs that a further output continues (a concatenation of the input with new values), with that output.
+    """Input → the output that continues it: a concatenation of the input with new values.
 
-    These hold the model's own earlier values, so their axes are those of the weights that made them.
+    Such an input holds the model's own earlier values, so its axes are those of the weights that made them.
     """
     outputs = [s.arg.name for s in program.signature.output_specs if s.kind is OutputKind.USER_OUTPUT][1:]
     inputs = set(program.user_inputs)

@@ -1,4 +1,4 @@
-"""group: axis terms → families. Axes that weights share become groups, groups of one structure become a family."""
+"""group: axis terms → families. An axis of weights becomes a group; groups of one structure become a family."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from passes.analysis.zero_propagation import find_spoilers
 
 
 def analyze(program: Program) -> Analysis:
-    """Find what can be cut in ``program``: propagate axes, check exactness, group coupled channels, name families.
+    """Find the families of ``program``: propagate axes, check exactness, group coupled channels, name families.
 
     Raises:
         MptkError: an op has no axis rule.
@@ -53,7 +53,7 @@ def analyze(program: Program) -> Analysis:
 
 
 def _members(weights: Mapping[str, Dims]) -> Members:
-    """Every axis of the weights, in their order, with the dimensions that hold it."""
+    """Axis of the weights, in their order → the dimensions of weights that hold it."""
     found: dict[Axis, list[Place]] = {}
     for name, dims in weights.items():
         for d, term in enumerate(dims):
@@ -63,7 +63,7 @@ def _members(weights: Mapping[str, Dims]) -> Members:
 
 
 def _refuse(axis: Axis, live: set[Axis], place: SourceLocation) -> None:
-    """Freeze an axis that has no smaller width, or that no value computed from the input holds."""
+    """Freeze an axis that has no smaller legal width, or that is in no value computed from the input."""
     least = -(-axis.minimum // axis.multiple) * axis.multiple
     if least >= axis.size:
         freeze(axis, f"its ops need at least {least} units ({place})")
@@ -72,7 +72,7 @@ def _refuse(axis: Axis, live: set[Axis], place: SourceLocation) -> None:
 
 
 def _member_roles(program: Program, facts: AxisFacts) -> dict[Place, Role]:
-    """Whether a weight's dimension is summed over (consumer) or makes new channels (producer)."""
+    """The role of each weight's dimension: consumer if it is summed over, producer if it makes new channels."""
     roles: dict[Place, Role] = {}
     for contraction in facts.contractions:
         made = axes_in(contraction.out)
@@ -89,7 +89,7 @@ def _member_roles(program: Program, facts: AxisFacts) -> dict[Place, Role]:
 
 
 def _weight_dimension(program: Program, facts: AxisFacts, node: fx.Node, dim: int) -> Place | None:
-    """The weight behind a contraction's operand and which of its dimensions that is (through transposes, by term)."""
+    """The weight behind a contraction's operand and its dimension, found by term, also through transposes."""
     if not facts.is_weight(node):
         return None
     term = resolve(facts.dims(node)[dim])
@@ -115,7 +115,7 @@ def _group(
 
 
 def common_module(names: list[str]) -> str:
-    """The longest module path that all weights share."""
+    """The longest common module path of all weights."""
     paths = [name.split(".")[:-1] for name in names]
     common = []
     for parts in zip(*paths, strict=False):
@@ -129,7 +129,7 @@ def common_module(names: list[str]) -> str:
 
 
 def _families(groups: list[Group]) -> tuple[Family, ...]:
-    """Groups with the same structural signature form a family; names are made distinct."""
+    """Make a family of all groups with the same signature, with distinct names."""
     by_signature: dict[object, list[Group]] = {}
     for group in groups:
         by_signature.setdefault(signature(group), []).append(group)
@@ -142,13 +142,13 @@ def _families(groups: list[Group]) -> tuple[Family, ...]:
 
 
 def _distinct_layers(groups: list[Group]) -> tuple[Group, ...]:
-    """Each group needs a layer label of its own; two groups of one family in one module get the first member's name."""
+    """Give each group a distinct layer label: the first member's name if a family has two groups in one module."""
     count = Counter(group.layer for group in groups)
     return tuple(g if count[g.layer] == 1 else replace(g, layer=g.members[0].weight) for g in groups)
 
 
 def signature(group: Group) -> object:
-    """What two groups must share to be of one family: members by name with layer numbers left out, and their layout."""
+    """Groups of one family have the same signature: members' names without layer numbers, and their layout."""
     labels = {group.axis: "X", **{axis: f"s{i}" for i, axis in enumerate(group.scope)}}
     members = sorted(
         (re.sub(r"(?<=\.)\d+(?=\.)", "*", m.weight), m.dim, _layout(m.term, labels)) for m in group.members
@@ -157,7 +157,7 @@ def signature(group: Group) -> object:
 
 
 def _layout(term: Term, labels: Mapping[Axis, str]) -> str:
-    """A term as text: axes by label, all others by their size."""
+    """A term as text: labelled axes by label, all others by size."""
     term = resolve(term)
     if isinstance(term, Axis):
         return labels.get(term, str(term.size))

@@ -1,7 +1,7 @@
-"""liveness: which values the model's output depends on, and so which axes a cut would be seen in at all.
+"""liveness: find the values on which the model's output depends, and so the axes whose cut has an effect.
 
-An axis of values that never reach the output (a compressor whose window is longer than the example, an unused branch)
-could be cut without any effect on the example, which proves nothing: such axes are not offered.
+Some values never reach the output (a compressor whose window is longer than the example, an unused branch). A cut of
+their axes would have no effect on the example, so it could not be proven. Such axes are not offered.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mptk.ir.sizes import result_shape, shape_of
 
 
 def live_axes(facts: AxisFacts) -> set[Axis]:
-    """Axes of values that depend on the input and reach the output, and axes that are summed over on the way."""
+    """Axes of values between the input and the output, and axes that calls between them sum over."""
     reached = reaching(facts.graph, facts.writes)
     found = axes_in(product.axis for product in facts.contractions if {product.node, product.left[0]} <= reached)
     found |= axes_in(reduction.axis for reduction in facts.reductions if reduction.node in reached)
@@ -27,7 +27,7 @@ def live_axes(facts: AxisFacts) -> set[Axis]:
 
 
 def reaching(graph: fx.Graph, writes: Mapping[fx.Node, Sequence[fx.Node]]) -> set[fx.Node]:
-    """The nodes whose value, not being empty, reaches the output: through calls, and through ``writes`` in place."""
+    """The nodes with a value that is not empty and reaches the output through calls and ``writes`` in place."""
     writers: dict[fx.Node, list[fx.Node]] = {}
     for node, changed in writes.items():
         for value in changed:
@@ -46,7 +46,7 @@ SHAPE_ONLY = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros",
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
-    """The operands on whose values the result depends: not those of which only the shape counts, or one choice."""
+    """The operands whose values change the result: not if only the shape counts, or if the call chooses from one."""
     if node.target is operator.getitem and node.args[1] == 1:
         source = node.all_input_nodes[0]
         return [] if _op(source) in ("topk", "sort", "max", "min") and _lone(source) else [source]
@@ -63,7 +63,7 @@ def _op(node: fx.Node) -> str:
 
 
 def _lone(node: fx.Node) -> bool:
-    """Whether the dimension that is chosen from has one position."""
+    """Whether the dimension from which the call chooses has one position."""
     value, dim = node.all_input_nodes[0].meta["val"], named_argument(node, "dim", -1)
     return isinstance(value, Tensor) and isinstance(dim, int) and value.ndim > 0 and shape_of(value)[dim] == 1
 

@@ -1,4 +1,4 @@
-"""naming: names and descriptions of families, for people. They are guessed from structure; nothing depends on them."""
+"""naming: names and descriptions of families for people. They are guessed from structure; no code depends on them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mptk.ir.families import Group
 def name_family(group: Group, layers: int) -> tuple[str, str]:
     """A name and a description of the family of ``group``, which has ``layers`` groups.
 
-    1. An axis with a role was seen by attention, by a mixture or by an embedding.
-    2. An axis that weights make and sum over within one layer is the feed-forward width.
-    3. Any other is just channels.
+    1. If the axis has a role, it is used by attention, a mixture of experts or an embedding.
+    2. If weights of one layer make the axis and sum over it, it is the feed-forward width.
+    3. Otherwise it is just channels.
     """
     roles = group.axis.roles
     if "expert" in roles:
@@ -61,7 +61,7 @@ def _name_heads(group: Group) -> tuple[str, str]:
 
 
 def _name_query_channels(group: Group) -> tuple[str, str]:
-    """Rotation ties the two halves of a head: then the axis comes twice in the query (and in the key)."""
+    """Name query channels. A rotation ties the two halves of a head, so the axis occurs twice in query and key."""
     times = [sum(leaf is group.axis for leaf in leaves(m.term)) for m in group.members if m.role == "producer"]
     tied = "value" in group.axis.roles
     fused = len(times) == 1 and not tied

@@ -1,8 +1,8 @@
-"""propagate: one walk over the graph that gives every tensor dimension its axis term.
+"""propagate: give every tensor dimension its axis term, in one walk over the graph.
 
-Values that depend on no parameter (rotary tables, masks, position ids, alibi slopes) are *polymorphic*, as a
-let-bound value is in Hindley–Milner inference: each use gets fresh axes, so that one shared table does not tie all
-layers' heads together. A use whose axes are cut later selects from the table (``passes/transforms/rewrite.py``).
+Values that depend on no parameter (rotary tables, masks, position ids, alibi slopes) are *polymorphic*, like let-bound
+values in Hindley–Milner inference: each use gets fresh axes. So a shared table does not tie all layers' heads together.
+If the axes of a use are cut, that use selects from the table (``passes/transforms/rewrite.py``).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def propagate(program: Program) -> AxisFacts:
     """Give every dimension of every value of ``program`` its axis term.
 
     Raises:
-        MptkError: an op has no rule; the message names the op, its module and how to register one.
+        MptkError: an op has no rule. The message names the op, its module, and how to register a rule.
     """
     load_rules()
     return _Walk(program).run()
 
 
 class _Walk:
-    """The state of one walk: the terms of the values seen so far, and what rules said."""
+    """The state of one walk: the terms of the visited values, and the rules' findings."""
 
     def __init__(self, program: Program) -> None:
         self.program, self.graph = program, program.graph.graph
@@ -79,7 +79,7 @@ class _Walk:
         return self._apply(_rule_of(node), node)
 
     def _placeholder(self, node: fx.Node) -> Dims:
-        """A weight, a cache, or an input of the user's that the model writes to."""
+        """The terms of a weight, of a cache, or of a user's input to which the model writes."""
         dims = tuple(axis(size) for size in result_shape(node))
         if node.name in self.program.weights:
             return self.weights.setdefault(self.program.weights[node.name], dims)
@@ -100,7 +100,7 @@ class _Walk:
         return dims
 
     def _apply(self, rule: Rule, node: fx.Node) -> Results:
-        """Ask the rule for the results' terms, and keep what else it says."""
+        """Apply the rule: return the results' terms, and store its note and positions."""
         if rule.positions == "freeze":
             self.recorder.freeze_positions(node)
         arguments = [self._argument(node, (i,), a) for i, a in enumerate(node.args)]
@@ -135,7 +135,7 @@ class _Walk:
         return Value(argument, dims)
 
     def _freeze_outputs(self) -> None:
-        """Every output's axes are the caller's, but for those of caches, which come back as inputs."""
+        """Freeze the axes of every output except caches, which come back as inputs."""
         for value in nodes_in(self.graph.output_node().args[0]):
             if value in self.depends.variables and value not in self.depends.caches.values():
                 positions = self.recorder.positions_of(value)
@@ -144,7 +144,7 @@ class _Walk:
 
 
 def _rule_of(node: fx.Node) -> Rule:
-    """The op's rule. Ops that torch tags as pointwise need none of their own: they tie broadcast axes."""
+    """The op's rule. An op that torch tags as pointwise needs no rule of its own: it ties broadcast axes."""
     found = find_rule(node)
     if found is not None:
         return found
@@ -157,7 +157,7 @@ def _rule_of(node: fx.Node) -> Rule:
 
 
 def _check(node: fx.Node, results: Results) -> None:
-    """Each result has a term for every dimension, of the traced size."""
+    """Check that each result has a term of the traced size for every dimension."""
     value = node.meta.get("val")
     pairs = zip(results, value or (), strict=False) if isinstance(results, list) else [(results, value)]
     for dims, tensor in pairs:

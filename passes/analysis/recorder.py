@@ -1,4 +1,4 @@
-"""recorder: what rules say about a program, taken down while axes are propagated."""
+"""recorder: collect the rules' findings about a program while axes are propagated."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ UNCHANGED = ("aten.lift_fresh_copy", "aten.to", "aten.clone")
 
 
 class Recorder:
-    """The ``RuleContext`` that rules see, and what they said so far.
+    """The ``RuleContext`` of the rules, with their findings so far.
 
-    ``positions_in``: a value that holds positions → the axis that they were drawn from.
+    ``positions_in``: value that holds positions → the axis of these positions.
     """
 
     def __init__(self, program: Program, depends: Dependence) -> None:
@@ -95,24 +95,24 @@ class Recorder:
     # ---- for the walk ----
 
     def freeze_input(self, dims: Dims, node: fx.Node) -> None:
-        """The dimensions are those of the user's inputs."""
+        """Freeze dimensions of the user's inputs."""
         for d in dims:
             self.freeze(d, "comes from the model's input", node)
 
     def positions_of(self, node: fx.Node) -> Term | None:
-        """The axis that a value of one result holds positions of."""
+        """The axis whose positions a value holds, which must be one tensor; None if it holds none."""
         found = self.positions_in.get(node)
         assert not isinstance(found, list), f"{node} has several results"
         return found
 
     def freeze_positions(self, node: fx.Node) -> None:
-        """Operands of a call that hold positions are computed with: the axes that they were drawn from are frozen."""
+        """Freeze the axes whose positions the operands hold, since the call computes with the positions."""
         for source in node.all_input_nodes:
             if (domain := self.positions_of(source)) is not None:
                 self.freeze(domain, "its positions are computed with", node)
 
     def carried(self, node: fx.Node, results: Results) -> Positions:
-        """What the results are positions of if the first operand's values only move."""
+        """The axes whose positions the results hold, if the call only moves the first operand's values."""
         source = node.args[0] if node.args else None
         domain = self.positions_of(source) if isinstance(source, fx.Node) else None
         return [domain] * len(results) if domain is not None and isinstance(results, list) else domain

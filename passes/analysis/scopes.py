@@ -1,8 +1,8 @@
-"""scopes: the axes along which the choice of an axis's units may vary, as query heads' choice may in each KV group.
+"""scopes: find the axes along which the choice of an axis's units may vary (query heads, in each KV group).
 
-Every value that holds the axis must hold its scope (attention scores included), and every weight too: at one coordinate
-(of a Gram matrix Σ_k x_ik x_jk, the choice of k would be that of i or that of j). Of two axes that accompany each
-other, the inner one varies along the outer.
+Every value with the axis must have its scope, attention scores included, and every weight, too. It must have the scope
+at one coordinate only: in a Gram matrix Σ_k x_ik x_jk, the choice of k could be that of i or that of j. If two axes
+always occur together, the inner one varies along the outer one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Members = Mapping[Axis, Sequence[Place]]
 """Axis → the weights' dimensions that hold it."""
 
 Holder = tuple[Term, set[Term]]
-"""A dimension of a weight or a constant, and the terms of that weight's dimensions (of a constant: none)."""
+"""A dimension of a weight or a constant, and the terms of the weight's dimensions (for a constant: none)."""
 
 
 def find_scopes(
@@ -35,7 +35,7 @@ def find_scopes(
 
 
 def _companions(facts: AxisFacts, wanted: set[Axis]) -> dict[Axis, set[Axis]]:
-    """Axis → the other axes that every value that holds it has, at one coordinate."""
+    """Axis → the other axes that every value with this axis has at one coordinate."""
     found: dict[Axis, set[Axis]] = {}
     for counts in {frozenset(coordinates(dims, each=True).items()) for dims in _values(facts)}:
         held = {axis for axis, _ in counts}
@@ -47,7 +47,7 @@ def _companions(facts: AxisFacts, wanted: set[Axis]) -> dict[Axis, set[Axis]]:
 
 
 def _values(facts: AxisFacts) -> set[Dims]:
-    """The dimensions of every value, of what calls make inside and of constants where they are used; each kind once."""
+    """The dimensions of all values, of values inside calls, and of constants at their uses, without repeats."""
     found = set(facts.inner).union(*(facts.tensors(node) for node in facts.results))
     return found.union(dims for uses in facts.constant_uses.values() for _, dims in uses)
 
@@ -65,5 +65,5 @@ def _holders(facts: AxisFacts, weights: Mapping[str, Dims]) -> dict[Axis, list[H
 
 
 def _can_vary(axis: Axis, scope: Axis, holders: Sequence[Holder]) -> bool:
-    """In every dimension the scope must enclose the axis, or be another dimension of the same weight."""
+    """Whether in every dimension the scope encloses the axis or is another dimension of the same weight."""
     return all(encloses(term, scope, axis) or scope in apart for term, apart in holders)

@@ -1,8 +1,8 @@
-"""zero_propagation: which axes may be cut so that the cut model equals the masked one.
+"""zero_propagation: find the axes that can be cut so that the cut model equals the masked one.
 
-"Zero the weights" is not "zero the activation": a head whose query rows are zero attends uniformly. So for every value
-this analysis finds the axes along which it is zero at removed positions if every weight is zero there, and then asks
-of every sum over an axis whether its terms vanish. An axis with a sum that does not is *spoiled*; the place is kept.
+"Zero the weights" is not "zero the activation": a head with zero query rows attends uniformly. So the analysis assumes
+that every weight is zero at removed positions, and finds the axes along which each value is then zero, too. For every
+sum over an axis it checks that the removed terms vanish. If they do not, the axis is *spoiled*, with the place.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Multiplicities = Callable[[fx.Node], Mapping[Axis, int]]
 
 
 def find_spoilers(facts: AxisFacts) -> dict[Axis, list[str]]:
-    """Axis → why cutting it would change the result, for every axis whose cut would."""
+    """Axis → the reasons why a cut of it would change the result; only axes with such a reason."""
     zeros = propagate_zeros(facts)
     spoilers: dict[Axis, list[str]] = {}
 
@@ -59,7 +59,7 @@ POWERS = frozenset({"pow", "pow_", "float_power", "float_power_"})
 
 
 def _infinite(node: fx.Node, zeros: Zeros) -> set[Axis]:
-    """The axes along which a call has no finite value where its operand is zero."""
+    """The axes along which a call has no finite value if its operand is zero there."""
     if node.op != "call_function":
         return set()
     name = base_name(node.target)
@@ -76,9 +76,10 @@ def _is_negative(exponent: object) -> bool:
 
 
 def propagate_zeros(facts: AxisFacts) -> Zeros:
-    """For each value, the axes along which it is zero wherever the weights of that axis are.
+    """Value → the axes along which it is zero at the positions at which the weights of that axis are zero.
 
-    A cache is zero where all that was ever added to it is: assumed of its input, until the output confirms it.
+    A cache is zero along an axis if every value added to it is. This is assumed of its input until the output confirms
+    it.
     """
     caches = {node: set(facts.axes(node)) for node in facts.caches}
     multiplicities = functools.cache(functools.partial(find_multiplicities, facts))
@@ -91,9 +92,10 @@ def propagate_zeros(facts: AxisFacts) -> Zeros:
 
 
 def find_multiplicities(facts: AxisFacts, node: fx.Node) -> Mapping[Axis, int]:
-    """How many coordinates of a value run along the same axis, for axes with more than one.
+    """Axis → the number of coordinates of a value along it, for axes with more than one.
 
-    Of an outer sum x_i + x_j over one axis, each operand is zero along its own coordinate only: the result at neither.
+    In an outer sum x_i + x_j over one axis, each operand is zero along its own coordinate only, so the result is zero
+    along neither.
     """
     counts: dict[Axis, int] = {}
     for dims in facts.tensors(node):
@@ -126,7 +128,7 @@ class _Propagation:
         return self._result(node) & axes
 
     def _result(self, node: fx.Node) -> set[Axis]:
-        """Where the result of a call is zero, by the rule of its op."""
+        """The axes along which the result of a call is zero, by the rule of its op."""
         rule = find_rule(node) or POINTWISE
         zero = functools.partial(self._operand, node)
         if callable(rule.zero):
@@ -145,7 +147,7 @@ class _Propagation:
         return found.difference(*(self._axes_of_use(node, v) - zero(v) for v in operands))
 
     def _operand(self, node: fx.Node, value: object) -> set[Axis]:
-        """Where an operand of a call is zero: not along an axis that fewer of its coordinates run along."""
+        """The axes along which an operand is zero. It must have as many coordinates along them as the result."""
         if not isinstance(value, fx.Node):
             return set()
         found = self.zeros.get(value, set())
@@ -155,15 +157,15 @@ class _Propagation:
         return {a for a in found if held.get(a, 1) >= several.get(a, 1)}
 
     def _axes_of_use(self, node: fx.Node, value: fx.Node) -> AbstractSet[Axis]:
-        """The axes of an operand as the call sees it (a constant has its own at each use)."""
+        """The axes of an operand at this call (a constant has its own axes at each use)."""
         if value in self.facts.results:
             return self.facts.axes(value)
         return axes_in(t for _, dims in self.facts.constant_uses.get(node, []) for t in dims)
 
     def _write_back(self, node: fx.Node) -> None:
-        """If a call leaves its target other than zero, so is all that shares the target's memory.
+        """If a call writes numbers other than zero, no value that shares the target's memory is zero there.
 
-        Axes that the target lacks stay as they were: it is a view of fixed positions along them.
+        Axes that the target lacks do not change: the target is a view of fixed positions along them.
         """
         lost = self.facts.axes(node) - self.zeros[node]
         for changed in self.facts.writes.get(node, ()):

@@ -1,15 +1,15 @@
-"""inline: regions that only set a mode become part of the graph around them.
+"""inline: move regions that only set a mode into the graph around them.
 
-torch.export keeps ``with torch.autocast(…)`` and ``with torch.enable_grad()`` as a call of a graph of its own. Takes an
-exported program; afterwards its graph holds those regions' calls itself, each with its own module and source line, and
+torch.export keeps ``with torch.autocast(…)`` and ``with torch.enable_grad()`` as a call of a separate graph. ``inline``
+moves the calls of these graphs into the exported program's graph, each with its module and source line. The program
 computes the same numbers. The modes:
 
-1. gradients on or off: they change no number;
-2. autocast off, or on for a device on which the region has no tensor: what the calls do by themselves;
-3. autocast on: it casts what goes in and what comes out of calls without a trace in the graph. Refused;
+1. gradients on or off: no number depends on them;
+2. autocast off, or on for a device on which the region has no tensor: the calls compute the same without it;
+3. autocast on: it casts the inputs and outputs of calls without a trace in the graph. Refused;
 4. a region within another: the innermost one decides.
 
-Regions whose values decide what is computed (``cond``, ``while_loop``) are left: no axis rule takes them.
+Control flow (``cond``, ``while_loop``) stays: no axis rule takes it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from mptk.ir.source_location import SourceLocation
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 GRADIENTS = torch.ops.higher_order.wrap_with_set_grad_enabled
 REGION_ARGUMENT: dict[object, int] = {AUTOCAST: 4, GRADIENTS: 1}
-"""Where each call takes the region's graph; what comes after it goes into the graph's placeholders."""
+"""The position of the region's graph in each call's arguments. Later arguments are the graph's inputs."""
 
 
 def inline(exported: ExportedProgram) -> None:
-    """Move the calls of all such regions into the graph of ``exported``, in place.
+    """Move the calls of all regions that set a mode into the graph of ``exported``, in place.
 
     Raises:
         MptkError: autocast is on for the device of a region's tensors.
@@ -44,7 +44,7 @@ def inline(exported: ExportedProgram) -> None:
 
 
 def _inline(module: fx.GraphModule, casts: frozenset[str]) -> dict[str, str]:
-    """Inline the regions of ``module``. ``casts``: the devices that autocast is on for around it."""
+    """Inline the regions of ``module``. ``casts``: the devices for which autocast is on around it."""
     renamed: dict[str, str] = {}
     for node in list(module.graph.nodes):
         if node.target in REGION_ARGUMENT:
@@ -58,7 +58,7 @@ def _inline(module: fx.GraphModule, casts: frozenset[str]) -> dict[str, str]:
 
 
 def _inline_call(module: fx.GraphModule, node: fx.Node, casts: frozenset[str]) -> dict[str, str]:
-    """Put the calls of ``node``'s region before it. Returns its results' names: old → new."""
+    """Replace ``node`` by the calls of its region. Returns the names of its results: old → new."""
     position = REGION_ARGUMENT[node.target]
     source = node.args[position]
     assert isinstance(source, fx.Node)
@@ -92,7 +92,7 @@ def _inline_call(module: fx.GraphModule, node: fx.Node, casts: frozenset[str]) -
 
 
 def _devices(node: fx.Node) -> set[str]:
-    """Where a call's results are; taking one of several is no call."""
+    """The devices of a call's results; none for the choice of one of several results."""
     if node.op != "call_function" or node.target is operator.getitem:
         return set()
     value = node.meta.get("val")

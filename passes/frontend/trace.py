@@ -23,10 +23,10 @@ BATCH, SEQUENCE = 2, 7
 
 
 class Flat(nn.Module):
-    """Calls a module with positional tensors and returns its tensors, flat; one alone if there is one.
+    """Calls a module with positional tensors and returns its tensors, flat; the tensor itself if there is only one.
 
-    Of a transformers model that is the first output (logits or last hidden state): it returns its cache as well, which
-    as an output of the graph would count as a use of the heads.
+    From a transformers model it returns the first output only (logits or last hidden state). The model also returns
+    its cache, which would count as a use of the heads if it were an output of the graph.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -49,12 +49,11 @@ def trace(module: nn.Module, example_inputs: Sequence[Tensor] | None = None, *, 
     """Trace ``module`` to a Program without running it on real numbers.
 
     Args:
-        module: any module. Weights may be real (the program shares their storage) or on the meta device: then the
-            program's weights are fake tensors and nothing of the model's size is allocated.
-        example_inputs: positional tensors for ``forward``. May be left out for a language model, which is then traced
-            on token ids [2, 7].
-        dynamic: leave every size of the inputs that the model allows symbolic, so that the program runs on other
-            batch sizes and sequence lengths. Export then takes 2-4 times as long.
+        module: any module. Weights may be real (the program shares their storage) or on the meta device. For meta
+            weights the program's weights are fake tensors, and no memory of the model's size is allocated.
+        example_inputs: positional tensors for ``forward``. None: token ids [2, 7], for a language model.
+        dynamic: make every size of the inputs symbolic if the model allows it. The program then runs on other batch
+            sizes and sequence lengths; export takes 2-4 times as long.
 
     Raises:
         MptkError: torch.export refuses the module (data-dependent control flow, a construct it cannot trace).
@@ -103,10 +102,10 @@ def evaluating(wrapper: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _fake_weights(wrapper: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """If the weights are on meta, lend the module fake CPU weights for the time of the export.
+    """If the weights are on meta, give the module fake CPU weights during the export.
 
-    Pure meta tensors would lose the values of index constants that the forward makes; fake tensors keep them and
-    take the CPU's code paths.
+    Meta tensors would lose the values of index constants that the forward makes. Fake tensors keep the values and take
+    the CPU's code paths.
     """
     tensors = [
         *wrapper.named_parameters(remove_duplicate=False),
@@ -141,10 +140,10 @@ def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def program_from_exported(exported: ExportedProgram, wrapper: nn.Module) -> Program:
-    """Take an exported program of ``wrapper`` apart: graph, weights under the user module's own names, tied names.
+    """The Program of an export of ``wrapper``: graph, weights under the user module's own names, tied names.
 
-    Tied weights are found by object identity (a fake tensor has no address). Calls without users are dropped, so that
-    weights that do not reach the output do not count as used. Regions that only set a mode are inlined.
+    Tied weights are found by object identity (a fake tensor has no address). Calls without users are dropped, so a
+    weight that does not reach the output does not count as used. Regions that only set a mode are inlined.
     """
     inline(exported)
     graph = exported.graph_module
@@ -170,7 +169,7 @@ def _public_signature(signature: ExportGraphSignature) -> ExportGraphSignature:
 
 
 def _opens_vmap(node: fx.Node) -> bool:
-    """Calls that open and close a level of ``torch.vmap`` (masks are made under it) have no users and yet count."""
+    """Whether a call opens or closes a level of ``torch.vmap`` (masks are made under it): it counts without users."""
     return str(getattr(node.target, "__name__", "")).endswith("crement_nesting")
 
 

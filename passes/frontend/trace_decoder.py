@@ -1,4 +1,4 @@
-"""trace_decoder: a causal language model → a Program of one decoding step, the KV cache passed in and out."""
+"""trace_decoder: a causal language model → a Program of one decode step that takes and returns the KV cache."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from mptk.ir.program import Program
 from passes.frontend.trace import evaluating, export_program
 
 BATCH, SEQUENCE, PAST = 2, 11, 23
-"""Example sizes: distinct, and neither they nor PAST + SEQUENCE = 34 are likely to be a size in a config."""
+"""Example sizes. They are distinct, and neither they nor PAST + SEQUENCE = 34 are likely to occur in a config."""
 
 ONLY = "a decoder can be traced only if every layer caches its keys and values"
 
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
-"""Layers of a cache that hold keys and values alone. Their subclasses may hold more."""
+"""Cache layers that hold only keys and values. Their subclasses may hold more."""
 
 LogitsScope = Literal["all", "last"]
 
 
 @dataclass(frozen=True)
 class CacheLayerShape:
-    """What a layer caches: keys [batch, heads, tokens, key_dim], values [batch, heads, tokens, value_dim]."""
+    """The shapes of a layer's cache: keys [batch, heads, tokens, key_dim], values [batch, heads, tokens, value_dim]."""
 
     heads: int
     key_dim: int
@@ -45,10 +45,10 @@ class DecoderStep(nn.Module):
     Inputs: input_ids [B, S], attention_mask [B, P + S], position_ids [B, S] from 0, then each layer's past key and
     past value [B, heads, P, dim]. Returns (logits, key, value, key, value, ...), the cache now of length P + S.
 
-    ``first_position`` is the model's own number of the first token; None: it is not given positions and counts itself.
+    ``first_position`` is the model's own number of the first token. None: the model derives positions itself.
 
-    Every layer's cache is kept whole, also where the model attends through a sliding window (the mask does
-    that): one past length for all layers is what ONNX consumers expect.
+    Every layer's cache is kept whole, even if the model attends through a sliding window (its mask does that), since
+    ONNX consumers expect one past length for all layers.
     """
 
     def __init__(self, module: PreTrainedModel, logits: LogitsScope = "all") -> None:
@@ -89,21 +89,21 @@ def filled_cache(past: Iterable[Tensor]) -> DynamicCache:
 
 
 def trace_decoder(model: PreTrainedModel, *, logits: LogitsScope = "all") -> Program:
-    """Trace one decoding step of ``model``, with batch, sequence and past length symbolic.
+    """Trace one decode step of ``model``, with batch, sequence and past length symbolic.
 
-    The program's inputs and outputs are those of :class:`DecoderStep`; the past may be empty (prefill).
-    Number of layers, heads and head sizes are read off the cache that the model's plain forward fills.
+    The program's inputs and outputs are those of :class:`DecoderStep`. The past may be empty (prefill). The number of
+    layers, heads and head sizes come from the cache that the model's plain forward fills.
 
     Args:
-        model: a causal language model of transformers whose cache holds attention keys and values. Weights
-            may be real (the program shares their storage) or on meta (the program's weights are fake).
-        logits: ``"all"`` positions, [B, S, vocab], or the ``"last"`` only, [B, 1, vocab], which saves the
-            output projection of the others in prefill; batches must then be padded on the left.
+        model: a causal language model of transformers whose cache holds attention keys and values. Weights may be
+            real (the program shares their storage) or on meta (the program's weights are fake).
+        logits: ``"all"`` positions, [B, S, vocab], or only the ``"last"``, [B, 1, vocab]. The last one saves the
+            output projection of all others in prefill; batches must then be padded on the left.
 
     Raises:
-        MptkError: the model keeps another kind of state (a recurrent or convolutional one), shares the cache
-            between layers, or torch.export refuses it; or, with real weights, the step gives other logits than the
-            model's plain forward.
+        MptkError: the model keeps another kind of state (a recurrent or convolutional one) or shares the cache between
+            layers; torch.export refuses it; or, with real weights, the step's logits differ from those of the model's
+            plain forward.
     """
     shapes = cache_shapes(model)
     inputs = _example_inputs(shapes)
@@ -114,13 +114,13 @@ def trace_decoder(model: PreTrainedModel, *, logits: LogitsScope = "all") -> Pro
         if not program.has_values or _agrees(program, model, shapes):
             return program
     raise MptkError(
-        f"one decoding step of {type(model).__name__} with its cache given back computes other logits than the whole "
-        f"sequence; {ONLY}"
+        f"one decode step of {type(model).__name__} with its own cache computes other logits than the whole sequence; "
+        f"{ONLY}"
     )
 
 
 def _export_step(step: DecoderStep, inputs: tuple[Tensor, ...]) -> Program:
-    """At any lengths, or else at any that the model has positions for: it may slice a table of that length."""
+    """Export for all lengths. If the model slices a table of positions, export for the lengths of that table."""
     longest = getattr(step.module.config.get_text_config(), "max_position_embeddings", None)
     try:
         return export_program(step, inputs, dynamic=_dynamic(inputs))
@@ -131,7 +131,7 @@ def _export_step(step: DecoderStep, inputs: tuple[Tensor, ...]) -> Program:
 
 
 def _dynamic(inputs: tuple[Tensor, ...], longest: int | None = None) -> dict[str, object]:
-    """``dynamic_shapes`` of the inputs. ``longest``: of new tokens and of past ones; at least 2 of the other."""
+    """The inputs' ``dynamic_shapes``. ``longest``: the largest number of new tokens and of past tokens; None: any."""
     batch, sequence, past = (
         Dim("batch_size"),
         Dim("sequence_length", max=longest),
@@ -142,7 +142,7 @@ def _dynamic(inputs: tuple[Tensor, ...], longest: int | None = None) -> dict[str
 
 
 def first_positions(step: DecoderStep) -> list[int | None]:
-    """Numbers that the first token may have: 0; what follows the padding token's, which some models reserve."""
+    """Candidates for ``first_position``: 0, padding id + 1 (some models reserve the numbers below), None."""
     padding = getattr(step.module.config.get_text_config(), "pad_token_id", None)
     if step.first_position is None:
         return [None]
@@ -151,7 +151,7 @@ def first_positions(step: DecoderStep) -> list[int | None]:
 
 @torch.no_grad()
 def _agrees(program: Program, model: PreTrainedModel, shapes: list[CacheLayerShape]) -> bool:
-    """Whether a prompt and then two more tokens get the logits of the model's plain forward, which sets positions."""
+    """Whether a prompt and two more tokens get the logits of the model's plain forward, which sets positions itself."""
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     ids = torch.tensor([[token for token in range(3, 9) if token != padding]], device=model.device)
     positions = torch.arange(ids.shape[1], device=model.device)[None]
@@ -169,7 +169,7 @@ def _agrees(program: Program, model: PreTrainedModel, shapes: list[CacheLayerSha
 
 
 class FilledCache(nn.Module):
-    """Calls a causal language model on token ids and returns the keys and values that it caches, flat."""
+    """Calls a causal language model on token ids [B, S] and returns the keys and values of its cache, flat."""
 
     def __init__(self, module: PreTrainedModel) -> None:
         super().__init__()
@@ -191,9 +191,10 @@ def _keys_values(index: int, layer: object) -> tuple[Tensor, Tensor]:
 
 
 def cache_shapes(model: PreTrainedModel) -> list[CacheLayerShape]:
-    """The cache layers of ``model`` in order, found by a plain forward on fake tensors (nothing is computed).
+    """The cache layers of ``model`` in order, from a plain forward on fake tensors (nothing is computed).
 
-    Raises MptkError where :func:`trace_decoder` does.
+    Raises:
+        MptkError: the cache holds anything but keys and values, or the forward fails.
     """
     tensors = _fake_cache(FilledCache(model))
     return [

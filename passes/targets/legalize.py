@@ -1,4 +1,4 @@
-"""legalize: the widths that a target accepts, and those among them that meet a budget. Before anything is cut."""
+"""legalize: find the widths that a target accepts and that meet a budget, before anything is cut."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from passes.targets.stock.learn import Stock
 from passes.transforms.fold_norms import unfoldable
 
 MULTIPLE = 32
-"""Block of the common 4- and 8-bit quantisers: contraction axes are padded to it."""
+"""Block of the common 4- and 8-bit quantisers. They pad contraction axes to it."""
 COMBINATIONS = 20_000
 LADDER_POINTS = 12
 
@@ -26,10 +26,13 @@ Accepts = Callable[[Mapping[str, int]], str | None]
 
 @dataclass(frozen=True)
 class LegalWidths:
-    """What may be cut for a target: each family's legal widths (dense last), and why others may not be cut.
+    """What a target allows.
 
-    ``accepts`` says of a combination of widths why it is refused, or None. ``stock``: what the model's own config class
-    can express, if the target asked.
+    Attributes:
+        ladders: family → its legal widths, the dense one last.
+        refused: family that cannot be cut → the reason.
+        accepts: widths → the reason why their combination is refused, or None.
+        stock: what the model's own config class can express; None for a target without a stock class.
     """
 
     ladders: Mapping[str, tuple[int, ...]]
@@ -40,7 +43,7 @@ class LegalWidths:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Widths (family → units kept), the sparsity they give, and how unevenly the families are cut (0: evenly)."""
+    """Widths (family → units kept), their sparsity, and the unevenness of the cut across families (0: even)."""
 
     widths: Mapping[str, int]
     sparsity: float
@@ -48,16 +51,21 @@ class Candidate:
 
 
 def graph_widths(analysis: Analysis, multiple: int | Sequence[int] = MULTIPLE) -> LegalWidths:
-    """The rewritten graph itself: what its ops accept, in multiples that quantisers like."""
+    """Legal widths for the rewritten graph itself: those that its ops accept, in multiples for quantisers."""
     return LegalWidths({f.name: aligned(f, multiple) for f in analysis.families}, {}, lambda widths: None)
 
 
 def stock_widths(
     analysis: Analysis, stock: Stock, multiple: int | Sequence[int] = MULTIPLE, *, rehome: bool = False
 ) -> LegalWidths:
-    """A stock transformers checkpoint: what the model's own config class can express (``discover``).
+    """Legal widths for a stock transformers checkpoint: those that the model's own config class can express.
 
-    ``rehome``: also the widths that only that class's validators refuse, for another to hold (``stock/rehome.py``).
+    Args:
+        analysis: of the model.
+        stock: the result of ``discover``.
+        multiple: see ``aligned``.
+        rehome: also allow widths that only the class's validators refuse. Another class may hold such a model
+            (``stock/rehome.py``).
     """
     derived = derived_families(analysis)
     layered = {f.name for f in analysis.families if is_layered(f)}
@@ -79,11 +87,12 @@ def stock_widths(
 
 
 def derived_families(analysis: Analysis) -> dict[str, str]:
-    """Families whose width enters numbers that a stock class computes from its config: shapes fit, logits do not.
+    """Families whose width enters numbers that a stock class computes from its config, with the reason.
 
-    These are channels that two activations are contracted over (attention's scale follows from their number), those
-    along which the graph reads a constant (rotary tables, position biases), and those that a mean runs over whose
-    scale no weight can take (``passes/transforms/fold_norms.py``).
+    If they were cut, the shapes would fit but the logits would not:
+    1. channels in a contraction of two activations: attention's scale depends on their number;
+    2. channels along which the graph reads a constant: rotary tables, position biases;
+    3. channels under a mean whose scale no weight can take (``passes/transforms/fold_norms.py``).
     """
     facts = analysis.facts
     scaled = axes_in(product.axis for product in facts.contractions if not facts.has_weight(product))
@@ -103,7 +112,7 @@ def derived_families(analysis: Analysis) -> dict[str, str]:
 
 
 def discover(analysis: Analysis, model: PreTrainedModel) -> Stock:
-    """What the stock class of ``model`` can express of the analysis's families."""
+    """Learn which families the stock class of ``model`` can express."""
     families = {f.name: f.size for f in analysis.families}
     own = {g.axis for f in analysis.families for g in f.groups}
     others = {leaf.size for dims in analysis.weights.values() for d in dims for leaf in leaves(d) if leaf not in own}
@@ -111,7 +120,7 @@ def discover(analysis: Analysis, model: PreTrainedModel) -> Stock:
 
 
 def cut_shapes(analysis: Analysis, widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """State-dict name → shape of the model cut to ``widths``, tied names included."""
+    """State-dict name → shape after a cut to ``widths``, tied names included."""
     sizes, aliases = analysis.sizes(widths), analysis.program.aliases
     shapes = {}
     for name, tensor in analysis.program.state_dict().items():
@@ -121,7 +130,7 @@ def cut_shapes(analysis: Analysis, widths: Mapping[str, int]) -> dict[str, tuple
 
 
 def aligned(family: Family, multiples: int | Sequence[int]) -> tuple[int, ...]:
-    """Widths that the graph accepts and that keep each contraction a multiple of those ``multiples`` that it is now."""
+    """Widths that the graph accepts. A contraction that is a multiple of one of ``multiples`` stays one."""
     steps = [multiples] if isinstance(multiples, int) else multiples
     terms = [m.term for g in family.groups[:1] for m in g.members if m.role == "consumer"]
     kept = [(t, step) for t in terms for step in steps if t.size % step == 0]
@@ -135,12 +144,12 @@ def aligned(family: Family, multiples: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def default_families(analysis: Analysis, target: LegalWidths) -> list[str]:
-    """What is cut if nothing else is said: the families of single layers that the target can express."""
+    """The families that are cut by default: those of single layers that the target can express."""
     return [f.name for f in analysis.families if is_layered(f) and len(target.ladders[f.name]) > 1]
 
 
 def unbeaten(cost: CostModel, target: LegalWidths, families: Sequence[str]) -> LegalWidths:
-    """The target without the widths of ``families`` that save nothing over a wider one, the other families whole."""
+    """The target without widths of ``families`` that save nothing over a wider one, if all other families are whole."""
     ladders = dict(target.ladders)
     for name in families:
         kept: list[int] = []
@@ -152,10 +161,10 @@ def unbeaten(cost: CostModel, target: LegalWidths, families: Sequence[str]) -> L
 
 
 def find_candidates(cost: CostModel, target: LegalWidths, families: Sequence[str], sparsity: float) -> list[Candidate]:
-    """Legal widths by their distance to ``sparsity``, within reach of one step of the finest family.
+    """Legal widths sorted by their distance to ``sparsity``, which is at most one step of the finest family.
 
-    Combinations of all families but the finest are enumerated; for each, the finest family's two widths around the
-    budget are taken.
+    All combinations of the other families are enumerated. Each is completed by the finest family's two widths around
+    the budget.
     """
     ladders = {name: list(target.ladders[name]) for name in families}
     if not ladders:
@@ -168,8 +177,8 @@ def find_candidates(cost: CostModel, target: LegalWidths, families: Sequence[str
     found: dict[tuple[int, ...], Candidate] = {}
     for combination in itertools.product(*choices):
         widths = dict(zip(rest, combination, strict=True))
-        for w in _around(cost, widths, finest, ladders[finest], sparsity):
-            full = widths | {finest: w}
+        for width in _around(cost, widths, finest, ladders[finest], sparsity):
+            full = widths | {finest: width}
             key = tuple(full[name] for name in families)
             if key not in found and target.accepts(full) is None:
                 found[key] = Candidate(full, cost.sparsity(full), _unevenness(cost, full))
@@ -179,10 +188,10 @@ def find_candidates(cost: CostModel, target: LegalWidths, families: Sequence[str
 def choose_candidates(
     candidates: Sequence[Candidate], sparsity: float, tolerance: float, count: int
 ) -> list[Candidate]:
-    """The candidates within ``tolerance`` of the budget that cut the families most evenly, the most even first.
+    """The ``count`` candidates within ``tolerance`` of the budget that cut the families most evenly, sorted.
 
     Raises:
-        MptkError: none is within ``tolerance``; the message names the nearest.
+        MptkError: no candidate is within ``tolerance``. The message names the nearest ones.
     """
     near = [c for c in candidates if abs(c.sparsity - sparsity) <= tolerance]
     if near:
@@ -200,7 +209,7 @@ def describe(widths: Mapping[str, int]) -> str:
 
 
 def _around(cost: CostModel, widths: dict[str, int], finest: str, ladder: list[int], sparsity: float) -> list[int]:
-    """The neighbouring widths of ``finest`` between which the budget lies (bisection: sparsity falls with width)."""
+    """The two widths of ``finest`` around the budget, by bisection, since sparsity falls with width."""
     low, high = 0, len(ladder) - 1
     if cost.sparsity(widths | {finest: ladder[low]}) <= sparsity:
         return [ladder[low]]
@@ -214,7 +223,7 @@ def _around(cost: CostModel, widths: dict[str, int], finest: str, ladder: list[i
 
 
 def _thinned(ladder: list[int]) -> list[int]:
-    """At most ``LADDER_POINTS`` widths, evenly spread, the dense one among them."""
+    """At most ``LADDER_POINTS`` evenly spread widths, with the dense one."""
     if len(ladder) <= LADDER_POINTS:
         return ladder
     step = (len(ladder) - 1) / (LADDER_POINTS - 1)
@@ -222,7 +231,7 @@ def _thinned(ladder: list[int]) -> list[int]:
 
 
 def _unevenness(cost: CostModel, widths: Mapping[str, int]) -> float:
-    """Spread of the shares kept, over the families' weights: attention's heads count by what they leave of it."""
+    """The largest minus the smallest kept share. Families with common weights (attention's) count as one share."""
     kept: dict[frozenset[str], float] = {}
     for name, width in widths.items():
         family = cost.analysis.family(name)

@@ -1,15 +1,15 @@
 """fold_norms: after a cut of the residual width, RMS norms become ordinary ones over fewer channels.
 
-The rewritten graph keeps a norm equal to the masked one by scaling: mean over n' channels · n'/n
-(``rules/reduce.py``).
-With c = n'/n, 1/√(c·m + eps) = 1/√c · 1/√(m + eps/c). So the scale goes into the weight and eps is divided by c:
+``rewrite`` keeps a norm equal to the masked one with a scale: mean over n' channels · n'/n (``rules/reduce.py``).
+With c = n'/n, 1/√(c·m + eps) = 1/√c · 1/√(m + eps/c). So the scale moves into the weight, and eps is divided by c:
 weight' = weight/√c, or for a norm that multiplies by (1 + weight): 1 + weight' = (1 + weight)/√c.
 
-A norm is matched whole, or its scale stays in the graph:
-1. ``mean``, + eps, then ``rsqrt``, a power of −1/2, or 1/√ or a division by √, or the op ``rms_norm``;
-2. products, changes of type and of shape alone, each used once, up to a product with the weight;
+The scale is folded only if the whole norm matches:
+1. ``mean``, + eps, then ``rsqrt``, a power of −1/2, 1/√ or a division by √; or the op ``rms_norm``;
+2. then only products and changes of type or shape, each used once, up to a product with the weight;
 3. every use of the weight is in a norm with the same scale.
-The graph is right either way. A stock class cannot hold a scale, so ``unfoldable`` refuses the family beforehand.
+Otherwise the scale stays in the graph, which is still right. A stock class cannot hold a scale, so ``unfoldable``
+refuses such a family before the cut.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 
@@ -27,7 +27,7 @@ from mptk.ir.ops import base_name, named_argument, target_name
 from mptk.ir.passes import Pass, Result, shapes
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
-from passes.transforms.rewrite import SCALE
+from passes.transforms.rewrite import scale_of
 
 CASTS = frozenset({"to", "_to_copy", "type_as"})
 MOVES = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "clone"})
@@ -36,10 +36,13 @@ PRODUCTS = frozenset({"mul", "multiply"})
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm whose statistic is ``root``, the mean or the whole ``rms_norm``.
+    """A norm that matched.
 
-    ``weight`` is a placeholder, ``offset`` what is added to it before the product (0 or 1). ``add`` is the call that
-    adds eps, None for ``rms_norm``.
+    Attributes:
+        root: the mean or the whole ``rms_norm``, with its scale if it has one.
+        add: the call that adds eps; None for ``rms_norm``.
+        weight: the weight's placeholder.
+        offset: the number added to the weight before the product (0 or 1).
     """
 
     root: fx.Node
@@ -66,7 +69,7 @@ class FoldNorms(Pass):
         copied = replace(program, graph=graph)
         state = dict(program.state)
         epsilons: dict[float, float] = {}
-        found = _foldable(copied, (n for n in graph.graph.nodes if SCALE in n.meta))
+        found = _foldable(copied, (n for n in graph.graph.nodes if scale_of(n) is not None))
         for weight, norms in found.items():
             factor = _factor(norms[0])
             offset = norms[0].offset
@@ -86,7 +89,7 @@ class FoldNorms(Pass):
 
 
 def unfoldable(analysis: Analysis, family: Family) -> str | None:
-    """Where a cut of ``family`` would leave a scale that no weight can take, with op, module and line; or None."""
+    """The place (op, module, line) at which a cut of ``family`` leaves a scale that no weight can take; or None."""
     axes = {g.axis for g in family.groups}
     means = {r.node: None for r in analysis.facts.reductions if r.kind == "mean" and axes & set(leaves(r.axis))}
     found = _foldable(analysis.program, iter(means))
@@ -95,7 +98,7 @@ def unfoldable(analysis: Analysis, family: Family) -> str | None:
 
 
 def _foldable(program: Program, roots: Iterator[fx.Node]) -> dict[fx.Node, list[Norm]]:
-    """Weight → all the norms that use it, for weights that every use of is a norm with the same scale."""
+    """Weight → the norms that use it, if every use of the weight is a norm with the same scale."""
     by_weight: dict[fx.Node, list[Norm]] = {}
     for root in roots:
         norm = _match(program, root)
@@ -109,21 +112,24 @@ def _foldable(program: Program, roots: Iterator[fx.Node]) -> dict[fx.Node, list[
 
 
 def _factor(norm: Norm) -> float:
-    """What the weight is multiplied by; 1 before a cut."""
-    scale = norm.root.meta.get(SCALE, 1.0)
-    return float(1 / math.sqrt(scale) if norm.add is not None else scale)
+    """The factor for the weight; 1 before a cut."""
+    scale = scale_of(norm.root)
+    if scale is None:
+        return 1.0
+    return 1 / math.sqrt(scale) if norm.add is not None else scale
 
 
 def _shrink_epsilon(norm: Norm) -> tuple[float, float]:
     """Take the scale out of the graph. Returns the old epsilon and the new one."""
-    scaled, source = norm.root, norm.root.args[0]
+    scaled, source, scale = norm.root, norm.root.args[0], scale_of(norm.root)
     assert isinstance(source, fx.Node)
-    scale = scaled.meta[SCALE]
-    if norm.add is None:  # ``rms_norm``'s epsilon follows the number of channels already
+    assert scale is not None
+    if norm.add is None:  # ``rms_norm`` already has the epsilon for the new number of channels
         new = named_argument(source, "eps")
         scaled.replace_all_uses_with(source)
         return new / scale**2, new
-    old: Any = norm.add.args[1]
+    old = norm.add.args[1]
+    assert isinstance(old, float)
     norm.add.args = (source, old / scale)
     return old, old / scale
 
@@ -132,8 +138,8 @@ def _shrink_epsilon(norm: Norm) -> tuple[float, float]:
 
 
 def _match(program: Program, root: fx.Node) -> Norm | None:
-    """The norm whose mean, or whose ``rms_norm``, ``root`` is or scales."""
-    statistic = root.args[0] if SCALE in root.meta else root
+    """The norm of ``root``, which is a mean or an ``rms_norm``, or the product of one with its scale."""
+    statistic = root if scale_of(root) is None else root.args[0]
     assert isinstance(statistic, fx.Node)
     op = base_name(statistic.target)
     if op == "rms_norm":
@@ -182,7 +188,7 @@ def _divides_by(node: fx.Node, divisor: fx.Node) -> bool:
 
 
 def _weight_after(program: Program, node: fx.Node) -> tuple[fx.Node, float] | None:
-    """The weight that the result is multiplied by, through what a factor passes, and what is added to it first."""
+    """The weight that multiplies ``node`` after products and moves, and the number added to it before."""
     while (user := _only_user(node)) is not None:
         others = [a for a in user.args if a is not node]
         if base_name(user.target) in PRODUCTS and len(others) == 1:
@@ -200,7 +206,7 @@ def _reads_bits(node: fx.Node) -> bool:
 
 
 def _weight(program: Program, node: fx.Node) -> tuple[fx.Node, float] | None:
-    """A weight and what is added to it, through calls that are used once."""
+    """A weight and the number added to it, through calls that are used once."""
     offset = 0.0
     while node.op == "call_function" and len(node.all_input_nodes) == 1 and _only_user(node) is not None:
         if base_name(node.target) == "add" and not node.kwargs:

@@ -1,9 +1,10 @@
-"""insert_masks: one mask value a unit and layer, on the module's own forward pass, where the graph says.
+"""insert_masks: multiply one mask value for each unit and layer into the module's own forward pass.
 
-A mask multiplies the input of the layers that sum over its units (output projection, down projection). If the units
-meet something else on their way (a norm over them, a product of two activations), it multiplies the output of the
-layers that make them. Hooks sit on the module that is called, an adapter's wrapper as a rule, so that the adapter's
-path is masked too. If no layer of its own holds the weight (packed experts), the parameter is masked.
+The analysis gives the places. A mask multiplies the input of the layers that sum over its units (output projection,
+down projection). If another call combines the units before (a norm over them, a product of two activations), the mask
+multiplies the output of the layers that make them. Hooks sit on the module that is called, usually an adapter's
+wrapper, so the adapter's path is masked too. If the weight has no layer of its own (packed experts), the parameter is
+masked.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,11 +30,14 @@ from mptk.ir.families import Analysis, Family, Group, Member, unit_indices
 
 @dataclass(frozen=True)
 class MaskSite:
-    """Where a group's mask goes: ``where`` is ``input`` or ``output`` (last dimension) of ``module``, or a parameter.
+    """One place of a group's mask.
 
-    ``index`` holds for each position the unit (scope · size + unit), or −1 if it belongs to none; it broadcasts
-    against what is masked. ``weights`` are the parameters (name, dimension) that take the mask's values when it is
-    folded; the dimension is None if ``index`` has the parameter's own dimensions.
+    Attributes:
+        where: ``input`` or ``output`` (last dimension) of ``module``, or the name of a parameter of it.
+        index: the unit at each position (scope · size + unit), −1 if there is none. Broadcasts against the masked
+            tensor.
+        weights: the parameters (name, dimension) that are multiplied when the mask is folded; the dimension is None
+            if ``index`` has the parameter's own dimensions.
     """
 
     family: str
@@ -45,10 +49,10 @@ class MaskSite:
 
 
 def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[str]) -> list[MaskSite]:
-    """Where the masks of ``families`` go in ``module``, which may be wrapped by peft.
+    """The places of the masks of ``families`` in ``module``, which may be wrapped by peft.
 
     Raises:
-        MptkError: a family whose masked zeros would disturb a softmax, a top-k or a norm's statistics: it can be cut
+        MptkError: masked zeros of a family would disturb a softmax, a top-k or a norm's statistics. It can be cut
             one-shot, but not faded out.
     """
     sites = []
@@ -69,19 +73,19 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
 
 
 def disturbed(analysis: Analysis, name: str) -> str | None:
-    """Why a family cannot fade out, or None: masked zeros would enter a softmax, a top-k or a norm's statistics."""
+    """The reason why a family cannot fade out: zeros would enter a softmax, a top-k or a norm's statistics. Or None."""
     for group in analysis.family(name).groups:
-        for r in analysis.facts.reductions:
-            if r.kind in ("max", "min", "statistic") and group.axis in set(leaves(r.axis)):
+        for reduction in analysis.facts.reductions:
+            if reduction.kind in ("max", "min", "statistic") and group.axis in set(leaves(reduction.axis)):
                 return (
-                    f"{name} cannot be learned: zeros would disturb {r.node.target} in {group.layer}; "
+                    f"{name} cannot be learned: zeros would disturb {reduction.node.target} in {group.layer}; "
                     "leave it out with --families, or cut it with a one-shot --method"
                 )
     return None
 
 
 def _masked_members(facts: AxisFacts, group: Group) -> list[Member]:
-    """The consumers, if nothing else depends on the units; else everything that makes them."""
+    """The consumers, if nothing else depends on the units; otherwise all members that make the units."""
     consumers = [m for m in group.members if m.role == "consumer"]
     met = axes_in(reduction.axis for reduction in facts.reductions)
     met |= axes_in(product.axis for product in facts.contractions if not facts.has_weight(product))
@@ -111,7 +115,7 @@ def _mask_site(analysis: Analysis, module: nn.Module, family: Family, layer: int
 
 
 def _linear_dims(layer: nn.Module) -> tuple[int | None, int | None]:
-    """The weight's dimensions of inputs and outputs, for layers whose units lie in the last dimension of both."""
+    """The weight's input and output dimension, for layers with units in the last dimension of input and output."""
     if isinstance(layer, nn.Linear):
         return 1, 0
     if isinstance(layer, Conv1D):
@@ -120,29 +124,38 @@ def _linear_dims(layer: nn.Module) -> tuple[int | None, int | None]:
 
 
 def _index(dims: Sequence[Term], dim: int, group: Group) -> Tensor:
-    """The unit at each position of a weight, int64 (``unit_indices``); a position belongs to one at most."""
+    """The unit at each position of a weight, int64 (``unit_indices``). A position belongs to at most one unit."""
     return torch.from_numpy(np.max(unit_indices(dims, dim, group), axis=0))
 
 
 Values = Callable[[str, int], Tensor]
-"""(family, layer) → the mask applied now, [scopes, size]."""
+"""(family, layer) → the current mask, [scopes, size]."""
 
 
 Watch = Callable[[str, int, Tensor], None]
-"""(family, layer, gradient in the mask from each position, [positions, scopes · size])."""
+"""Called with family, layer, and the mask's gradient from each position, [positions, scopes · size]."""
+
+
+class _Context(Protocol):
+    """What autograd keeps from ``Multiply.forward`` to ``Multiply.backward``."""
+
+    saved_tensors: tuple[Tensor, ...]
+    see: Callable[[Tensor], None]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 class Multiply(torch.autograd.Function):
-    """x · factor along the last dimension, where ``see`` gets the gradient in the factor from each position."""
+    """x · factor along the last dimension. ``see`` gets the factor's gradient from each position."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor, see: Callable[[Tensor], None]) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, factor: Tensor, see: Callable[[Tensor], None]) -> Tensor:
         ctx.save_for_backward(x, factor)
         ctx.see = see
         return x * factor
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x, factor), (gradient,) = ctx.saved_tensors, gradients
         each = (gradient * x).flatten(0, -2)
         ctx.see(each)
@@ -150,9 +163,9 @@ class Multiply(torch.autograd.Function):
 
 
 class InsertedMasks:
-    """Masks at work in a module. ``values`` gives them at each forward pass; ``remove`` takes everything out again.
+    """Active masks of a module. ``values`` gives them at each forward pass; ``remove`` takes them out again.
 
-    ``watch`` is called in the backward pass for families that have one site a layer, and that in activations.
+    ``watch`` is called in the backward pass for families that mask activations at one site a layer.
     """
 
     def __init__(
@@ -192,7 +205,7 @@ class InsertedMasks:
         return torch.cat([values, values.new_ones(1)])[site.index]
 
     def _see(self, site: MaskSite, each: Tensor) -> None:
-        """Sum a unit's channels at each position, and pass that on."""
+        """Sum the gradients of a unit's channels at each position, and pass the sums to ``watch``."""
         assert self.watch is not None
         units = self.values(site.family, site.layer).numel()
         if each.shape[1] != units or not torch.equal(site.index, torch.arange(units)):
@@ -202,7 +215,7 @@ class InsertedMasks:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within it the module computes as if there were no masks."""
+        """In this context the module computes without masks."""
         before, self.enabled = self.enabled, False
         try:
             yield
@@ -210,7 +223,7 @@ class InsertedMasks:
             self.enabled = before
 
     def folded(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The masked weights of ``state`` with the present masks multiplied in."""
+        """The masked weights of ``state``, multiplied by the current masks."""
         result: dict[str, Tensor] = {}
         for site in self.sites:
             for name, dim in site.weights:
@@ -221,7 +234,7 @@ class InsertedMasks:
         return result
 
     def remove(self) -> None:
-        """Take hooks and parametrisations out; the module is as it was before."""
+        """Remove hooks and parametrisations; the module is unchanged after that."""
         for handle in self._handles:
             handle.remove()
         for module, name in self._parametrized:
@@ -232,7 +245,7 @@ class InsertedMasks:
 
 
 class _Masked(nn.Module):
-    """A parametrisation that multiplies a mask in."""
+    """A parametrisation that multiplies by a mask."""
 
     def __init__(self, masked: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -248,8 +261,8 @@ def insert_masks(
     """Insert masks of ``families`` into ``module`` (the analysed one, wrapped by peft or not).
 
     Args:
-        values: called at every forward pass with (family name, layer), gives the mask [scopes, size].
-        watch: called in every backward pass with the masks' gradients position by position (``InsertedMasks``).
+        values: called at every forward pass with (family name, layer); returns the mask [scopes, size].
+        watch: called in every backward pass with the masks' gradient from each position (``InsertedMasks``).
 
     Raises:
         MptkError: as ``find_mask_sites``.

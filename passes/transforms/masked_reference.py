@@ -1,14 +1,14 @@
-"""mask: the dense Program with a plan's removed channels masked. What the cut program must equal.
+"""mask: the dense Program with a plan's removed channels masked. The cut program must equal it.
 
-Removed positions of every weight become zero. At a reduction that zeros would disturb, masked channels do not take
-part: statistics of norms run over the kept ones, a softmax or a top-k sees −inf (``passes/analysis/rules/reduce.py``).
+Removed positions of every weight become zero. If zeros would disturb a reduction, it leaves the masked channels out:
+a norm's statistics run over the kept ones, a softmax or a top-k sees −inf (``passes/analysis/rules/reduce.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -23,7 +23,7 @@ from mptk.ir.resolved_plan import Cut
 from passes.analysis.rules.reduce import correction_of
 from passes.analysis.rules.table import normalize_all
 
-Keep = list[Any]
+Keep = list[bool] | list["Keep"]
 """A nested list of booleans that broadcasts against the tensor it masks."""
 
 
@@ -41,7 +41,7 @@ class Mask(Pass):
     name: ClassVar[str] = "mask"
 
     def requires(self, program: Program) -> None:
-        """The program that was analysed."""
+        """The program is the analysed one."""
         assert program.graph is self.analysis.program.graph, "the analysis is of another program"
 
     def run(self, program: Program) -> Result:
@@ -67,20 +67,20 @@ class Mask(Pass):
 def _disturbed(facts: AxisFacts, cut: Cut) -> dict[fx.Node, list[Reduction]]:
     """The calls whose result zeros would change, with their reductions over cut axes."""
     found: dict[fx.Node, list[Reduction]] = {}
-    for r in facts.reductions:
-        if r.kind in ("max", "min", "statistic") and cut.touches(r.axis):
-            found.setdefault(r.node, []).append(r)
+    for reduction in facts.reductions:
+        if reduction.kind in ("max", "min", "statistic") and cut.touches(reduction.axis):
+            found.setdefault(reduction.node, []).append(reduction)
     return found
 
 
 def _mask_reduction(graph: fx.Graph, node: fx.Node, facts: AxisFacts, cut: Cut, reductions: list[Reduction]) -> None:
-    r = reductions[0]
-    dims = facts.dims(next(n for n in r.node.all_input_nodes if n in facts.results))
-    if r.kind == "statistic":
+    first = reductions[0]
+    dims = facts.dims(next(n for n in first.node.all_input_nodes if n in facts.results))
+    if first.kind == "statistic":
         return _mask_statistic(node, dims, cut)
     last = -1 if base_name(node.target) in ("topk", "sort") else None
     reduced = normalize_all(named_argument(node, "dim", last), len(dims))
-    neutral = torch.inf if r.kind == "min" else -torch.inf
+    neutral = torch.inf if first.kind == "min" else -torch.inf
     source = node.args[0]
     assert isinstance(source, fx.Node)
     with graph.inserting_before(node):
@@ -134,27 +134,34 @@ def masked_layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    *_: Any,
+    *_: object,
 ) -> Tensor:
     """Layer norm over the last dimensions whose mean and variance run over kept channels; others come out as 0."""
     var, mean = masked_moments(keep, x, list(range(x.ndim - len(shape), x.ndim)), 0, True)
     out = (x - mean) * torch.rsqrt(var + eps) * torch.tensor(keep, device=x.device)
-    out = out if weight is None else out * weight
-    return out if bias is None else out + bias
+    return _affine(out, weight, bias, shape)
 
 
-def masked_batch_norm(keep: Keep, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> Tensor:
+def masked_batch_norm(
+    keep: Keep,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    _running_mean: Tensor | None,
+    _running_var: Tensor | None,
+    _training: bool,
+    _momentum: float,
+    eps: float,
+    *_: object,
+) -> Tensor:
     """Batch norm by the input's own statistics over kept positions of all dimensions but 1; others come out as 0."""
-    eps = rest[4]
     var, mean = masked_moments(keep, x, [d for d in range(x.ndim) if d != 1], 0, True)
     out = (x - mean) * torch.rsqrt(var + eps) * torch.tensor(keep, device=x.device)
-    shape = [1, -1] + [1] * (x.ndim - 2)
-    out = out if weight is None else out * weight.reshape(shape)
-    return out if bias is None else out + bias.reshape(shape)
+    return _affine(out, weight, bias, [-1] + [1] * (x.ndim - 2))
 
 
 def masked_weight_norm(keep: Keep, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """A weight of which each row has the norm ``g``; removed rows, which have no direction, come out as 0."""
+    """A weight whose rows have the norms ``g``; removed rows have no direction and come out as 0."""
     weight: Tensor = torch.ops.aten._weight_norm.default(v, g, dim)
     return weight.masked_fill(~torch.tensor(keep, device=v.device), 0)
 
@@ -168,7 +175,7 @@ def masked_moments(keep: Keep, x: Tensor, dim: list[int], correction: float, kee
     return (var, mean) if keepdim else (var.squeeze(dim), mean.squeeze(dim))
 
 
-_MOMENTS: dict[str, Callable[..., Any]] = {
+_MOMENTS: dict[str, Callable[..., object]] = {
     "var": lambda *a: masked_moments(*a)[0],
     "std": lambda *a: masked_moments(*a)[0].sqrt(),
     "var_mean": masked_moments,
@@ -183,15 +190,19 @@ def masked_group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    *_: Any,
+    *_: object,
 ) -> Tensor:
-    """Group norm over [N, C, …] whose statistics run over each group's kept channels (``keep``: [C])."""
+    """Group norm over [N, C, …]; its statistics run over each group's kept channels (``keep``: [C])."""
     kept = torch.tensor(keep, device=x.device).reshape(groups, -1, 1)
     grouped = x.reshape(x.shape[0], groups, kept.shape[1], -1)
     count = (kept.sum((1, 2), keepdim=True) * grouped.shape[-1]).clamp_min(1)
     mean = (grouped * kept).sum((2, 3), keepdim=True) / count
     var = ((grouped - mean).square() * kept).sum((2, 3), keepdim=True) / count
     out = ((grouped - mean) * torch.rsqrt(var + eps) * kept).reshape(x.shape)
-    shape = [1, -1] + [1] * (x.ndim - 2)
-    out = out if weight is None else out * weight.reshape(shape)
-    return out if bias is None else out + bias.reshape(shape)
+    return _affine(out, weight, bias, [-1] + [1] * (x.ndim - 2))
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int]) -> Tensor:
+    """``x · weight + bias``, both of this shape, which broadcasts against ``x``."""
+    scaled = x if weight is None else x * weight.reshape(shape)
+    return scaled if bias is None else scaled + bias.reshape(shape)

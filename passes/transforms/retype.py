@@ -1,12 +1,13 @@
-"""retype: a program in another floating type: its weights, and the types that its graph asks for."""
+"""retype: change the floating type of a program's weights and of the casts in its graph."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
+from torch.fx.node import Argument
 
 from mptk.compat.torch import tree_leaves
 from mptk.ir.passes import Pass, Result
@@ -17,7 +18,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Retype(Pass):
-    """Make every floating type of the program another one; float inputs must have that type, too."""
+    """Use one floating type throughout the program. Float inputs must have that type, too."""
 
     dtype: torch.dtype
     name: ClassVar[str] = "retype"
@@ -31,16 +32,16 @@ class Retype(Pass):
                 given = (node.args, node.kwargs)
                 node.args, node.kwargs = fx.node.map_aggregate(given, lambda a: _retyped(a, self.dtype))
         graph.recompile()
-        state = {n: _retyped(t, self.dtype) for n, t in program.state.items()}
+        state = {n: t.to(self.dtype) if t.is_floating_point() else t for n, t in program.state.items()}
         return Result(replace(program, graph=graph, state=state), _asks_for(program) != {self.dtype})
 
     def ensures(self, before: Program, after: Program) -> None:
-        """The weights and the types that the graph asks for are of no other floating type."""
+        """No other floating type is left in the weights or the graph's calls."""
         assert _asks_for(after) <= {self.dtype}, "another floating type is left"
 
 
 def _asks_for(program: Program) -> set[torch.dtype]:
-    """The floating types of the weights, and those that calls name."""
+    """The floating types of the weights and of the calls' arguments."""
     found = {t.dtype for t in program.state.values()}
     for node in program.graph.graph.nodes:
         for given in tree_leaves((node.args, node.kwargs)):
@@ -49,7 +50,5 @@ def _asks_for(program: Program) -> set[torch.dtype]:
     return found & set(FLOATS)
 
 
-def _retyped(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    return dtype if value in FLOATS else value
+def _retyped(value: Argument, dtype: torch.dtype) -> Argument:
+    return dtype if isinstance(value, torch.dtype) and value in FLOATS else value

@@ -1,14 +1,15 @@
-"""rewrite: Program + plan → a smaller Program, whose shape constants are right and whose weights are slices."""
+"""rewrite: Program + plan → a smaller Program with sliced weights and corrected shape constants."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
 from mptk.compat.torch import FakeTensorMode, enable_python_dispatcher
 from mptk.errors import ProofError
@@ -22,15 +23,15 @@ from mptk.ir.resolved_plan import Cut, resolve_plan
 from mptk.ir.source_location import SourceLocation
 from passes.analysis.rules.table import find_rule
 
-SCALE = "mptk_scale"
-"""Metadata of a product with a number that the rewriting inserted: the number."""
+_SCALE = "mptk_scale"
+"""The key of ``scale_of`` in a node's metadata, which copies of the graph keep."""
 
 
 def rewrite(analysis: Analysis, plan: Plan) -> Program:
     """Cut ``analysis.program`` to ``plan``.
 
-    Every size in the graph is recomputed from the axis term of the value it makes, constants that lose positions are
-    indexed at the use, and weights are sliced. A family whose choice is already whole changes nothing.
+    Each size in the graph is recomputed from the axis term of the value that it shapes. Weights are sliced. A constant
+    that loses positions is indexed at each use. A family that keeps all its units changes nothing.
 
     Raises:
         MptkError: the plan does not fit the model (unknown family or layer, illegal width).
@@ -48,7 +49,7 @@ class Rewrite(Pass):
     name: ClassVar[str] = "rewrite"
 
     def requires(self, program: Program) -> None:
-        """The program that was analysed."""
+        """The program is the analysed one."""
         assert program.graph is self.analysis.program.graph, "the analysis is of another program"
 
     def run(self, program: Program) -> Result:
@@ -64,14 +65,14 @@ class Rewrite(Pass):
         return Result(result, self.cut.removes, (f"{sliced} weights sliced",) if sliced else ())
 
     def ensures(self, before: Program, after: Program) -> None:
-        """Every weight has the shape that the plan gives it; all others keep theirs."""
+        """Each weight has the shape that the plan gives it; weights outside the plan keep theirs."""
         planned = {n: tuple(map(self.cut.size, dims)) for n, dims in self.analysis.weights.items()}
-        assert shapes(after) == {**shapes(before), **planned}, "a weight has not the planned shape"
+        assert shapes(after) == {**shapes(before), **planned}, "a weight's shape is not the planned shape"
 
 
 @dataclass
 class Resizer:
-    """Edits a copy of the graph; what rules' ``resize`` functions work with."""
+    """Edits a copy of the graph. The rules' ``resize`` functions get it as their argument."""
 
     facts: AxisFacts
     cut: Cut
@@ -96,7 +97,7 @@ class Resizer:
         self.graph.recompile()
 
     def untouched(self) -> set[str]:
-        """Names of the calls that are as they were: same target, same arguments."""
+        """Names of the calls that did not change: same target, same arguments."""
         return {n.name for n in self.graph.graph.nodes if n.name in self.original and self._same(n)}
 
     def cut_caches(self) -> set[str]:
@@ -136,7 +137,7 @@ class Resizer:
     def changed(self, term: Term) -> bool:
         return self.cut.size(term) != term.size
 
-    def scaled(self, argument: Any, term: Term) -> Any:
+    def scaled(self, argument: Argument, term: Term) -> Argument:
         """A size argument after the cut. −1 stays; a symbolic size that also counts channels is scaled."""
         if not self.changed(term) or argument == -1:
             return argument
@@ -149,7 +150,7 @@ class Resizer:
                 return self.graph.graph.call_function(operator.floordiv, (scaled, term.size))
         return argument
 
-    def replace(self, node: fx.Node, op: str, arguments: tuple[Any, ...]) -> None:
+    def replace(self, node: fx.Node, op: str, arguments: tuple[Argument, ...]) -> None:
         """Make ``node`` another call."""
         _, name, overload = op.split(".")
         node.target = getattr(getattr(torch.ops.aten, name), overload)
@@ -159,7 +160,7 @@ class Resizer:
         """Multiply the result of ``node`` by ``factor`` for all its users."""
         with self.graph.graph.inserting_after(node):
             scaled = self.graph.graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
-        scaled.meta[SCALE] = factor
+        scaled.meta[_SCALE] = factor
         node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
 
     def index(self, before: fx.Node, positions: Sequence[int]) -> fx.Node:
@@ -175,14 +176,14 @@ class Resizer:
             )
 
     def epsilon(self, node: fx.Node) -> float:
-        """The default epsilon of a norm: that of the type it computes in, float32 or more."""
+        """The default epsilon of a norm: that of the type in which it computes, float32 or wider."""
         dtype = self.original[node.name].meta["val"].dtype
         return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
     # ---- constants ----
 
     def _select_constants(self, node: fx.Node, original: fx.Node) -> None:
-        """A constant used where axes were cut keeps the positions that stay."""
+        """If the cut shortens the axes of a constant, index the constant at this use."""
         for path, dims in self.facts.constant_uses.get(original, []):
             for d, term in enumerate(dims):
                 if self.cut.touches(term):
@@ -195,14 +196,20 @@ class Resizer:
             return self.graph.graph.call_function(torch.ops.aten.index_select.default, (source, dim, index))
 
 
+def scale_of(node: fx.Node) -> float | None:
+    """The number that ``Resizer.scale`` multiplies by in ``node``; None for any other node."""
+    factor: float | None = node.meta.get(_SCALE)
+    return factor
+
+
 def _index_of(graph: fx.Graph, positions: Sequence[int]) -> fx.Node:
-    """A constant index as graph nodes: a range where the positions are contiguous, else a concatenation of ranges."""
+    """A constant index as graph nodes: one range if the positions are contiguous, else a concatenation of ranges."""
     ranges: list[list[int]] = []
-    for p in positions:
-        if ranges and p == ranges[-1][1]:
-            ranges[-1][1] = p + 1
+    for position in positions:
+        if ranges and position == ranges[-1][1]:
+            ranges[-1][1] = position + 1
         else:
-            ranges.append([p, p + 1])
+            ranges.append([position, position + 1])
     parts = [
         graph.call_function(torch.ops.aten.arange.start, (a, b), {"dtype": torch.int64, "device": torch.device("cpu")})
         for a, b in ranges
@@ -211,17 +218,20 @@ def _index_of(graph: fx.Graph, positions: Sequence[int]) -> fx.Node:
 
 
 def _at(node: fx.Node, path: Path) -> fx.Node:
-    value: Any = node.kwargs[path[0]] if isinstance(path[0], str) else node.args[path[0]]
+    value = node.kwargs[path[0]] if isinstance(path[0], str) else node.args[path[0]]
     for step in path[1:]:
+        assert isinstance(value, (list, tuple))
+        assert isinstance(step, int)
         value = value[step]
     assert isinstance(value, fx.Node)
     return value
 
 
 def _put(node: fx.Node, path: Path, new: fx.Node) -> None:
-    def put(value: Any, steps: Path) -> Any:
+    def put(value: Argument, steps: Path) -> Argument:
         if not steps:
             return new
+        assert isinstance(value, (list, tuple))
         return [put(v, steps[1:]) if i == steps[0] else v for i, v in enumerate(value)]
 
     if isinstance(path[0], str):
@@ -231,14 +241,20 @@ def _put(node: fx.Node, path: Path, new: fx.Node) -> None:
 
 
 def propagate_shapes(program: Program, untouched: Collection[str] = (), changed: Collection[str] = ()) -> None:
-    """Recompute every node's example value (``meta["val"]``) from the program's weights. Fails if sizes do not fit.
+    """Recompute every node's example value (``meta["val"]``) from the program's weights.
 
-    Calls named in ``untouched`` are skipped where no value that they take has changed; inputs in ``changed`` have.
+    Args:
+        program: changed in place.
+        untouched: names of calls that are skipped if none of their inputs has changed.
+        changed: names of user inputs whose example value has changed.
+
+    Raises:
+        ProofError: the sizes do not fit together.
     """
     placeholders = list(program.placeholders())
     modes = [n.meta["val"].fake_mode for n in placeholders if hasattr(n.meta.get("val"), "fake_mode")]
     mode: FakeTensorMode = modes[0]
-    values: list[Any] = []
+    values: list[object] = []
     weights = program.weights
     unchanged: set[fx.Node] = set()
     for node in placeholders:
@@ -266,7 +282,7 @@ class _ShapeInterpreter(fx.Interpreter):
         self.untouched, self.unchanged = untouched, unchanged
         self.node: fx.Node = next(iter(graph.graph.nodes))
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         self.node = n
         if n.op != "call_function":
             return super().run_node(n)
@@ -274,16 +290,16 @@ class _ShapeInterpreter(fx.Interpreter):
             self.unchanged.add(n)
             return n.meta.get("val")
         result = super().run_node(n)
-        if _alike(result, n.meta.get("val")):
+        if _equivalent(result, n.meta.get("val")):
             self.unchanged.add(n)
         n.meta["val"] = result
         return result
 
 
-def _alike(a: Any, b: Any) -> bool:
-    """Two example values with which a call would do the same: tensors of one layout, equal numbers."""
+def _equivalent(a: object, b: object) -> bool:
+    """Whether a call does the same with either example value: tensors of one layout, or equal numbers."""
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_alike, a, b))
+        return len(a) == len(b) and all(map(_equivalent, a, b))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
     return type(a) is type(b) and not isinstance(a, torch.SymInt) and bool(a == b)

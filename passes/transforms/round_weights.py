@@ -1,4 +1,4 @@
-"""round_weights: a program whose weights differ by a rounding error each, to see how far rounding alone moves it."""
+"""round_weights: add a rounding error to every weight, to measure how far rounding alone moves the outputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mptk.ir.program import Program
 
 @dataclass(frozen=True)
 class RoundWeights(Pass):
-    """Move every weight by the relative error of its type, at random."""
+    """Change every weight at random by the relative rounding error of its type."""
 
     name: ClassVar[str] = "round weights"
 

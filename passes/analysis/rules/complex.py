@@ -1,4 +1,4 @@
-"""Complex numbers as pairs of real ones (rotary embeddings): the pair is enumerated, all other dimensions pass."""
+"""Complex numbers as pairs of real ones (rotary embeddings): the pair cannot be cut, all other dimensions pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from passes.analysis.rules.table import rule
 
 
 def _resize_view(resizer: Resizer, node: fx.Node) -> None:
-    """The op wants strides that are even: what was sliced to an odd width is copied first."""
+    """The op needs even strides, so an operand sliced to an odd width is copied first."""
     node.update_arg(0, resizer.copy(node, node.all_input_nodes[0]))
 
 

@@ -1,4 +1,4 @@
-"""What rules see: the tensors of a call, and the two things that they may ask for.
+"""context: the interface of rules: the tensors of a call, and the two protocols that rules use.
 
 ``RuleContext`` is given to a rule while axes are propagated (``passes/analysis/recorder.py`` implements it).
 ``Resizer`` is given to a rule's ``resize`` when the graph is cut (``passes/transforms/rewrite.py`` implements it).
@@ -19,7 +19,7 @@ from mptk.ir.axis_facts import Dims, Note, ReductionKind
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor as a rule sees it: the node that made it and one term a dimension."""
+    """A tensor argument of a rule: its node, and one term for each dimension."""
 
     node: fx.Node
     dims: Dims
@@ -34,59 +34,59 @@ class Value:
 
 
 class RuleContext(Protocol):
-    """What a rule may do. ``node`` is always the call whose rule it is."""
+    """The methods for a rule. ``node`` is always the rule's own call."""
 
     def unify(self, a: Term, b: Term, node: fx.Node) -> None:
-        """The two dimensions are one: what is cut in one is cut in the other."""
+        """Make the two dimensions one axis: they are cut together."""
 
     def freeze(self, term: Term, reason: str, node: fx.Node) -> None:
-        """``term`` cannot be cut. The user sees the reason with the call's module and source line."""
+        """Forbid a cut of ``term``. The user sees the reason with the call's module and source line."""
 
     def frozen(self, size: int, reason: str, node: fx.Node) -> Term:
         """A fresh axis that cannot be cut."""
 
     def role(self, term: Term, role: str) -> None:
-        """Note what an axis was seen to be. Only used to name its family for people."""
+        """Note a use of an axis. It serves only the family's name for people."""
 
     def contract(self, node: fx.Node, left: Value, i: int, right: Value, j: int, out: Dims, also: Dims = ()) -> None:
-        """A sum of products over dimension ``i`` of ``left`` and ``j`` of ``right``, which are tied.
+        """Record a sum of products over dimension ``i`` of ``left`` and ``j`` of ``right``, and tie the two.
 
-        ``out`` are the result's dimensions. ``also`` are further dimensions that the same call sums over.
+        ``out``: the result's dimensions. ``also``: further dimensions that the same call sums over.
         """
 
     def reduce(self, node: fx.Node, term: Term, kind: ReductionKind, source: fx.Node | None = None) -> None:
-        """The call reduces ``source`` (its first operand by default) over ``term``."""
+        """Record that the call reduces ``source`` (default: its first operand) over ``term``."""
 
     def inner(self, dims: Dims) -> None:
-        """The call makes a value of these dimensions inside, such as attention scores."""
+        """Record a value of these dimensions inside the call, such as attention scores."""
 
     def route(self, rows: Term, expert: Term) -> None:
-        """``rows`` were sorted by expert: a row determines its ``expert``."""
+        """Record that ``rows`` were sorted by expert: a row determines its ``expert``."""
 
     def positions(self, value: Value) -> Term | None:
-        """The axis that the integers in ``value`` are positions of; None if they are no known positions."""
+        """The axis whose positions the integers in ``value`` are; None if it is not known."""
 
     def index(self, node: fx.Node, indices: Value, indexed: Term) -> None:
-        """``indexed`` is read or written at the positions in ``indices``: ties it to their axis, or freezes it."""
+        """Record that ``indexed`` is read or written at ``indices``: tie it to their axis, or freeze it."""
 
     def pin_input(self, node: fx.Node, value: Value) -> None:
-        """``value`` meets a weight: if it depends on the user's inputs alone, its dimensions are the caller's."""
+        """Freeze an operand that is combined with a weight, if it depends only on the user's inputs."""
 
     def is_weight(self, node: fx.Node) -> bool:
-        """Whether a value is made of weights alone."""
+        """Whether a value depends on weights only."""
 
     def constant(self, node: fx.Node) -> Tensor | None:
-        """The tensor of a constant that is written in the model; None for any other value."""
+        """The tensor of a constant in the model's code; None for any other value."""
 
 
 class Resizer(Protocol):
-    """What ``resize`` may ask and do. ``node`` is the call in the graph that is being cut."""
+    """The methods for ``resize``. ``node`` is the call in the graph that is being cut."""
 
     def dims(self, node: fx.Node) -> Dims:
         """The terms of the call's result in the dense graph."""
 
     def note(self, node: fx.Node, kind: type[Note]) -> Note | None:
-        """What the call's rule noted, if it is of this kind."""
+        """The note of the call's rule, if it is of this kind."""
 
     def size(self, term: Term) -> int:
         """The size of a dimension after the cut."""
@@ -110,4 +110,4 @@ class Resizer(Protocol):
         """A contiguous copy of ``source``, for use in ``before``."""
 
     def epsilon(self, node: fx.Node) -> float:
-        """The default epsilon of a norm: that of the type it computes in, float32 or more."""
+        """The default epsilon of a norm: that of the type in which it computes, float32 or wider."""

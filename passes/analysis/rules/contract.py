@@ -20,7 +20,7 @@ BIAS_FIRST = ("addmm", "baddbmm", "addmv")
 
 
 def zero_of_product(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """A product is zero along an axis that it keeps from an operand which is zero there; a bias must be zero too."""
+    """A product is zero along an axis that it keeps from an operand that is zero there. A bias must be zero, too."""
     values = [a for a in node.args if isinstance(a, fx.Node)]
     bias_first = base_name(node.target) in BIAS_FIRST
     bias = values[0] if bias_first else named_argument(node, "bias")
@@ -35,7 +35,7 @@ def _ndim(ctx: RuleContext, value: fx.Node) -> int:
 
 
 def zero_of_kept(facts: AxisFacts, zero: ZeroOf, value: fx.Node, contracted: int) -> set[Axis]:
-    """Where an operand is zero along the dimensions that the product keeps (all but ``contracted``)."""
+    """Zero if an operand is zero along a dimension that the product keeps (all but ``contracted``)."""
     dims = facts.dims(value)
     rest = [t for d, t in enumerate(dims) if d != contracted + len(dims)]
     return zero(value) & axes_in(rest)
@@ -122,7 +122,7 @@ def addbmm(ctx: RuleContext, node: fx.Node, bias: Value, a: Value, b: Value, **_
 
 
 def _zero_of_bilinear(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """Along leading dimensions where an operand is, along the channels made where the weight and the bias are."""
+    """Zero along leading dimensions if an operand is; along new channels if the weight and the bias are."""
     a, b, weight = (v for v in node.args[:3] if isinstance(v, fx.Node))
     bias = named_argument(node, "bias")
     made = zero(weight) & axes_in([facts.dims(node)[-1]])
@@ -144,7 +144,7 @@ def bilinear(ctx: RuleContext, node: fx.Node, a: Value, b: Value, weight: Value,
 
 
 def _zero_of_einsum(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """As a product's; the letters that the result keeps."""
+    """Zero as a product: along letters that the result keeps."""
     equation, operands = cast("tuple[str, Sequence[fx.Node]]", node.args[:2])
     sources, result = _subscripts(equation)
     found: set[Axis] = set()
@@ -156,7 +156,7 @@ def _zero_of_einsum(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
 
 
 def _subscripts(equation: str) -> tuple[list[str], str]:
-    """The operands' letters and the result's: if it is not given, the ellipsis and the letters that occur once."""
+    """The letters of operands and result. The default result is the ellipsis and all letters that occur once."""
     sources, arrow, result = equation.replace(" ", "").partition("->")
     if not arrow:
         once = sorted(x for x in set(sources) - {",", "."} if sources.count(x) == 1)
@@ -166,7 +166,7 @@ def _subscripts(equation: str) -> tuple[list[str], str]:
 
 @rule("aten.einsum", zero=_zero_of_einsum)
 def einsum(ctx: RuleContext, node: fx.Node, equation: str, operands: Sequence[Value], **__: object) -> Dims:
-    """One axis a letter; a letter that the result lacks is summed over."""
+    """Each letter is an axis. The call sums over letters that are missing in the result."""
     sources, result = _subscripts(equation)
     terms: dict[str, Term] = {}
     places = _places(sources, operands)
@@ -182,13 +182,13 @@ def einsum(ctx: RuleContext, node: fx.Node, equation: str, operands: Sequence[Va
 
 
 def _places(sources: Sequence[str], operands: Sequence[Value]) -> list[tuple[str, Value, int]]:
-    """Each letter with the operand and the dimension that it names there."""
+    """Letter → its operands, each with the dimension that it names."""
     pairs = zip(sources, operands, strict=True)
     return [(letter, v, i) for source, v in pairs for i, letter in enumerate(_letters(source, v.ndim))]
 
 
 def _letters(subscripts: str, ndim: int) -> list[str]:
-    """Subscripts as names; an ellipsis stands for the leading dimensions, counted from the right."""
+    """Subscripts as names. An ellipsis stands for the leading dimensions, counted from the right."""
     if "..." not in subscripts:
         return list(subscripts)
     before, after = subscripts.split("...")
@@ -197,12 +197,12 @@ def _letters(subscripts: str, ndim: int) -> list[str]:
 
 
 def _zero_of_attention(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """The result is zero where the values are (heads and value channels)."""
+    """Zero along heads and value channels if the values are."""
     return zero(node.args[2])
 
 
 def _resize_attention(resizer: Resizer, node: fx.Node) -> None:
-    """The scale is that of the dense model: 1/√(old head size) stays when q and k lose channels."""
+    """Keep the dense model's scale 1/√(old head size) if q and k lose channels."""
     channels = resizer.note(node, Counted)
     if channels is not None and node.kwargs.get("scale") is None and resizer.changed(channels.term):
         node.update_kwarg("scale", 1 / math.sqrt(channels.term.size))
@@ -224,14 +224,14 @@ def attention(
 
 
 def _pin_positions(ctx: RuleContext, node: fx.Node, q: Value, k: Value) -> None:
-    """Keys' positions are normalised over; a causal mask counts both."""
+    """Pin keys' positions, since the softmax runs over them, and queries' positions if the mask is causal."""
     ctx.freeze(k.dims[-2], "attended positions", node)
     if named_argument(node, "is_causal", False):
         ctx.freeze(q.dims[-2], "compared by position", node)
 
 
 def _tie_heads(ctx: RuleContext, node: fx.Node, q: Value, k: Value, v: Value) -> Dims:
-    """k = v but for channels; q heads = k heads (with enable_gqa: k heads · fresh); sizes of 1 broadcast."""
+    """k = v except channels; q heads = k heads (with enable_gqa: k heads · fresh); sizes of 1 broadcast."""
     ctx.unify(k.dims[-2], v.dims[-2], node)
     ndim = max(q.ndim, k.ndim, v.ndim) - 2
     heads = list(_pad(q.dims[:-2], ndim))
@@ -249,14 +249,14 @@ def _tie_heads(ctx: RuleContext, node: fx.Node, q: Value, k: Value, v: Value) ->
 
 
 ROW_BYTES = 16
-"""torch's grouped product takes rows of whole multiples of 16 bytes."""
+"""torch's grouped product needs rows that are multiples of 16 bytes."""
 
 
 @rule("aten._grouped_mm", "transformers.grouped_mm_fallback", zero=zero_of_product)
 def grouped_mm(
     ctx: RuleContext, node: fx.Node, x: Value, weight: Value, offs: Value | None = None, *_: object, **__: object
 ) -> Dims:
-    """y[t, n] = Σ_k x[t, k] W[e(t), k, n]: rows are sorted by expert, ``offs`` holds where each expert's rows end."""
+    """y[t, n] = Σ_k x[t, k] W[e(t), k, n]: rows are sorted by expert; ``offs``: end of each expert's rows."""
     out = (*x.dims[:-1], weight.dims[2])
     ctx.contract(node, x, x.ndim - 1, weight, 1, out)
     if offs is not None:

@@ -15,7 +15,7 @@ from passes.analysis.rules.table import Result, ZeroOf, meet, rule, zero_of_firs
 
 
 def _space(ctx: RuleContext, node: fx.Node, x: Value, first: int) -> Dims:
-    """Freeze the operand's spatial dimensions and make the result's (of several results, those of the first)."""
+    """Freeze the operand's spatial dimensions and make those of the (first) result."""
     result = node.meta["val"]
     for d in x.dims[first:]:
         ctx.freeze(d, "positions in space", node)
@@ -24,7 +24,7 @@ def _space(ctx: RuleContext, node: fx.Node, x: Value, first: int) -> Dims:
 
 
 def _zero_of_convolution(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """Zero along groups and batches where x is, along the result's channels where W is; a bias must be zero too."""
+    """Zero along groups and batches if x is, along the result's channels if W is. A bias must be zero, too."""
     x, weight, bias = (named_argument(node, name) for name in ("input", "weight", "bias"))
     dims, kernel, groups = facts.dims(x), facts.dims(weight), facts.note(node, Counted)
     assert groups is not None
@@ -66,7 +66,7 @@ def conv_transpose(
 
 
 def _kernel(ctx: RuleContext, node: fx.Node, weight: Value, bias: Value | None, channels: Term) -> None:
-    """Freeze the kernel's positions; the bias is one number for each of the result's ``channels``."""
+    """Freeze the kernel's positions. The bias has one number for each of the result's ``channels``."""
     for d in weight.dims[2:]:
         ctx.freeze(d, "positions of a kernel", node)
     if bias is not None:
@@ -100,7 +100,7 @@ def pool(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) ->
     zero=zero_of_first,
 )
 def pool_with_positions(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) -> list[Dims]:
-    """Channels pass, positions in space change; the second result holds where the largest were."""
+    """Channels pass, positions in space change; the second result holds the positions of the largest values."""
     return [_pooled(ctx, node, x)] * 2
 
 

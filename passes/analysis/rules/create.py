@@ -1,4 +1,4 @@
-"""Ops that fill tensors: their axes are fresh, or those of the tensor they imitate."""
+"""Ops that fill tensors: their axes are fresh, or those of the tensor that gives the shape."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def like(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) ->
 @rule("aten.zeros", zero=_every, resize=shape_argument())
 @rule("aten.ones", "aten.full", "aten.empty", resize=shape_argument())
 def fresh(ctx: RuleContext, node: fx.Node, *_: object, **__: object) -> Dims:
-    """Fresh axes of the sizes asked for."""
+    """Fresh axes of the given sizes."""
     return tuple(axis(size) for size in result_shape(node))
 
 

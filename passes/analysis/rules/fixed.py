@@ -15,7 +15,7 @@ from passes.analysis.rules.table import normalize, rule
 
 @rule("aten.diagonal", zero="keep", positions="carry")
 def diagonal(ctx: RuleContext, node: fx.Node, x: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Results:
-    """y[…, k] = x[…, k, …, k]: both dimensions are one axis. Beside the main diagonal nothing can be followed."""
+    """y[…, k] = x[…, k, …, k]: both dimensions are one axis. Other diagonals than the main one are opaque."""
     i, j = normalize(dim1, x.ndim), normalize(dim2, x.ndim)
     if offset or x.dims[i].size != x.dims[j].size:
         return opaque(ctx, node, x)
@@ -33,7 +33,7 @@ def linalg_diagonal(
 
 @rule("aten.diag_embed", zero="keep")
 def diag_embed(ctx: RuleContext, node: fx.Node, x: Value, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Results:
-    """y[…, k, …, k] = x[…, k]: two dimensions of one axis. Beside the main diagonal nothing can be followed."""
+    """y[…, k, …, k] = x[…, k]: two dimensions of one axis. Other diagonals than the main one are opaque."""
     if offset:
         return opaque(ctx, node, x)
     out = list(x.dims[:-1])

@@ -20,7 +20,7 @@ from passes.analysis.rules.table import Result, ZeroOf, align, freeze_positions,
 
 
 def _zero_beside(node: fx.Node, zero: ZeroOf, facts: AxisFacts, read: Collection[int]) -> set[Axis]:
-    """Where x is, along dimensions that are not ``read`` at positions."""
+    """Zero if x is, along dimensions that are not ``read`` at positions."""
     dims = facts.dims(node.all_input_nodes[0])
     return zero(node.args[0]) & axes_in(t for d, t in enumerate(dims) if d not in read)
 
@@ -42,7 +42,7 @@ def embedding(ctx: RuleContext, node: fx.Node, weight: Value, indices: Value, *_
 
 @rule("aten.embedding_bag", zero=lambda node, zero, facts: zero(node.args[0]))
 def embedding_bag(ctx: RuleContext, node: fx.Node, weight: Value, *others: object, **keywords: object) -> Results:
-    """y[b, c] = Σ (or mean) of W[i, c] over the indices i of bag b: channels pass, rows, indices and bags do not."""
+    """y[b, c] = Σ (or mean) of W[i, c] over the indices i of bag b: only channels can be cut."""
     if named_argument(node, "mode", 0) == 2:
         return opaque(ctx, node, weight, *others, **keywords)
     ctx.freeze(weight.dims[0], "indexed in bags", node)
@@ -53,7 +53,7 @@ def embedding_bag(ctx: RuleContext, node: fx.Node, weight: Value, *others: objec
 
 
 def _resize_picked(resizer: Resizer, node: fx.Node) -> None:
-    """Known positions follow the segments before them."""
+    """Shift known positions by what the segments before them lose."""
     picked = resizer.note(node, Picked)
     if picked is not None and any(map(resizer.changed, picked.before)):
         indices = list(named_argument(node, "indices"))
@@ -62,7 +62,7 @@ def _resize_picked(resizer: Resizer, node: fx.Node) -> None:
 
 
 def _zero_of_index(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """Of known positions only segments are taken, and zeros with them."""
+    """Zero as x: along dimensions that are not read at positions, and along segments at known positions."""
     known = facts.note(node, Picked) is not None
     read = [d for d, i in enumerate(named_argument(node, "indices")) if i is not None and not known]
     return _zero_beside(node, zero, facts, read)
@@ -70,7 +70,7 @@ def _zero_of_index(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
 
 @rule("aten.index", "aten._unsafe_index", zero=_zero_of_index, resize=_resize_picked, positions="own")
 def index(ctx: RuleContext, node: fx.Node, x: Value, indices: Sequence[Value | None]) -> Results | Result:
-    """y[i…, rest] = x[indices[i…], rest]; index dimensions stand where they stood if adjacent, else in front."""
+    """y[i…, rest] = x[indices[i…], rest]; adjacent index dimensions keep their place, others go to the front."""
     places, values = zip(*[(d, i) for d, i in enumerate(indices) if i is not None], strict=True)
     if (known := _short_list(ctx, values)) is not None:
         return _pick(ctx, node, x, places[0], known)
@@ -85,7 +85,7 @@ def index(ctx: RuleContext, node: fx.Node, x: Value, indices: Sequence[Value | N
 
 
 def _short_list(ctx: RuleContext, indices: Sequence[Value]) -> list[int] | None:
-    """The positions, if the only index is a short list written in the model."""
+    """The positions, if the only index is a short list in the model's code."""
     known = ctx.constant(indices[0].node) if len(indices) == 1 else None
     return known.tolist() if known is not None and known.dim() == 1 and known.numel() <= 8 else None
 
@@ -93,7 +93,7 @@ def _short_list(ctx: RuleContext, indices: Sequence[Value]) -> list[int] | None:
 def _index_dims(
     ctx: RuleContext, node: fx.Node, x: Value, indices: Mapping[int, Value], shape: Sequence[int]
 ) -> list[Term]:
-    """Dimensions of x are read at positions; the index tensors' broadcast dimensions, of sizes ``shape``."""
+    """Index dimensions of x. Returns the index tensors' broadcast dimensions, of sizes ``shape``."""
     for d, positions in indices.items():
         ctx.index(node, positions, x.dims[d])
     out: list[Term] = [axis(size) for size in shape]
@@ -105,7 +105,7 @@ def _index_dims(
 
 
 def _pick(ctx: RuleContext, node: fx.Node, x: Value, d: int, positions: Sequence[int]) -> Result:
-    """A short list of known positions: each is a segment of its own."""
+    """Read a short list of known positions. Each is a segment of its own."""
     size = x.dims[d].size
     wanted = [normalize(p, size) for p in positions]
     borders = sorted({0, size, *wanted, *(p + 1 for p in wanted)})
@@ -129,7 +129,7 @@ def index_select(ctx: RuleContext, node: fx.Node, x: Value, dim: int, indices: V
 
 @rule("aten.gather", zero=_zero_beside_dim, positions="own")
 def gather(ctx: RuleContext, node: fx.Node, x: Value, dim: int, indices: Value, **_: object) -> Result:
-    """y has the index's axes; those beside d are x's."""
+    """y has the index's axes; those other than d are x's."""
     d = normalize(dim, x.ndim)
     ctx.index(node, indices, x.dims[d])
     _beside(ctx, node, x, indices, d, "gathered in part")
@@ -137,7 +137,7 @@ def gather(ctx: RuleContext, node: fx.Node, x: Value, dim: int, indices: Value, 
 
 
 def _beside(ctx: RuleContext, node: fx.Node, x: Value, other: Value, d: int, reason: str) -> None:
-    """Dimensions other than d are the same axes; if sizes differ, neither can be cut."""
+    """Tie dimensions other than d. If their sizes differ, neither can be cut."""
     meet(ctx, x.dims, [d])
     for i, (a, b) in enumerate(zip(x.dims, other.dims, strict=True)):
         if i != d and a.size == b.size:
@@ -151,7 +151,7 @@ def _beside(ctx: RuleContext, node: fx.Node, x: Value, other: Value, d: int, rea
 def take_along_dim(
     ctx: RuleContext, node: fx.Node, x: Value, indices: Value, dim: int | None = None
 ) -> Results | Result:
-    """As gather, other dimensions broadcast; without a dimension, from x flattened."""
+    """Like gather, but other dimensions broadcast. Without a dimension, x is flattened first."""
     beside = [i for i in range(x.ndim) if dim is not None and i != normalize(dim, x.ndim)]
     if dim is None or any(x.dims[i].size != indices.dims[i].size for i in beside):
         return opaque(ctx, node, x, indices)
@@ -159,7 +159,7 @@ def take_along_dim(
 
 
 def _zero_of_scatter(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """Zero where x is, along the positions' axis (removed ones are never written to) and where the values are too."""
+    """Zero if x is, along the positions' axis (removed ones are never written), and along others if values are, too."""
     base, dim = zero(node.args[0]), named_argument(node, "dim")
     value = next(
         named_argument(node, name) for name in ("src", "source", "value") if name in argument_names(node.target)
@@ -232,7 +232,7 @@ def index_put(
 
 
 def _whole_rows(node: fx.Node) -> bool:
-    """Whether a mask is one decision for a row, expanded along it."""
+    """Whether a mask has one value for each row, expanded along it."""
     while node.op == "call_function" and base_name(node.target) in ("to", "clone", "expand", "expand_as"):
         node = node.all_input_nodes[0]
     value = node.meta["val"]
@@ -245,7 +245,7 @@ def _whole_rows(node: fx.Node) -> bool:
     zero=lambda node, zero, facts: zero(node.args[0]) & zero(node.args[2]),
 )
 def masked_scatter(ctx: RuleContext, node: fx.Node, x: Value, mask: Value, source: Value) -> Dims:
-    """y = x, with the source's elements in order where the mask is set: whole rows of it, then y_last = source_last."""
+    """y = x, with the source's elements in order at set positions of the mask. For whole rows, y_last = source_last."""
     if not _whole_rows(mask.node) or source.dims[-1].size != x.dims[-1].size:
         opaque(ctx, node, x, mask, source)
     else:

@@ -40,7 +40,7 @@ def same(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) ->
 
 @rule("aten.transpose", "aten.swapaxes", "aten.swapdims", "aten.transpose_", zero="keep", positions="carry")
 def transpose(ctx: RuleContext, node: fx.Node, x: Value, dim0: int, dim1: int) -> Dims:
-    """Two dimensions change places."""
+    """Exchange two dimensions."""
     a, b = normalize(dim0, x.ndim), normalize(dim1, x.ndim)
     order = list(range(x.ndim))
     order[a], order[b] = b, a
@@ -61,7 +61,7 @@ def numpy_transpose(ctx: RuleContext, node: fx.Node, x: Value) -> Dims:
 
 @rule("aten.t", "aten.mT", "aten.mH", "aten.matrix_H", "aten.adjoint", zero="keep", positions="carry")
 def reverse(ctx: RuleContext, node: fx.Node, x: Value) -> Dims:
-    """The last two dimensions change places."""
+    """Exchange the last two dimensions."""
     return _move(ctx, node, x, [*range(x.ndim - 2), *reversed(range(max(x.ndim - 2, 0), x.ndim))])
 
 
@@ -82,13 +82,13 @@ def _move(ctx: RuleContext, node: fx.Node, x: Value, order: Sequence[int]) -> Di
 
 @rule("aten.unsqueeze", "aten.unsqueeze_", zero="keep", positions="carry")
 def unsqueeze(ctx: RuleContext, node: fx.Node, x: Value, dim: int) -> Dims:
-    """A dimension of 1 comes in."""
+    """Add a dimension of 1."""
     d = normalize(dim, x.ndim + 1)
     return (*x.dims[:d], ONE, *x.dims[d:])
 
 
 def _resize_squeeze(resizer: Resizer, node: fx.Node) -> None:
-    """Dimensions that are cut to 1 stay: the others are named."""
+    """Name the dimensions to drop, so that dimensions that are cut to 1 stay."""
     squeezed = resizer.note(node, Squeezed)
     if squeezed is not None and any(resizer.size(t) == 1 for t in squeezed.kept):
         resizer.replace(node, f"aten.{base_name(node.target)}.dims", (node.args[0], list(squeezed.gone)))
@@ -96,7 +96,7 @@ def _resize_squeeze(resizer: Resizer, node: fx.Node) -> None:
 
 @rule("aten.squeeze", "aten.squeeze_", zero="keep", positions="carry", resize=_resize_squeeze)
 def squeeze(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None) -> Result:
-    """Dimensions of 1 go (all, or those named)."""
+    """Drop dimensions of 1 (all, or those named)."""
     gone = [d for d in normalize_all(dim, x.ndim) if x.dims[d].size == 1]
     out = tuple(t for d, t in enumerate(x.dims) if d not in gone)
     return Result(out, Squeezed(tuple(gone), tuple(t for t in out if t.size > 1)))
@@ -104,7 +104,7 @@ def squeeze(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None) -> Resul
 
 @rule("aten.unfold", zero="keep", positions="carry")
 def unfold(ctx: RuleContext, node: fx.Node, x: Value, dim: int, size: int, step: int) -> Dims:
-    """x_d becomes windows, and each window's positions a last dimension; neither can be cut, the others pass."""
+    """x_d becomes windows; the positions in a window are the last dimension. Neither can be cut, the others pass."""
     d = normalize(dim, x.ndim)
     ctx.freeze(x.dims[d], "the order of its positions matters", node)
     meet(ctx, x.dims, [d])
@@ -114,7 +114,7 @@ def unfold(ctx: RuleContext, node: fx.Node, x: Value, dim: int, size: int, step:
 
 @rule("aten.tril", "aten.triu")
 def triangle(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) -> Dims:
-    """y_d = x_d; the last two are compared by position and cannot be cut."""
+    """y_d = x_d; the last two are compared by position, so they cannot be cut."""
     for d in x.dims[-2:]:
         ctx.freeze(d, "compared by position", node)
     return x.dims

@@ -17,7 +17,7 @@ from passes.analysis.rules.table import ZeroOf, align, meet, normalize, rule
 
 
 def _zero_of_weight_norm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """Where v is, along d too: a removed row without a norm counts as zero (``masked_reference.py``)."""
+    """Zero if v is, also along d: a removed row has no norm and counts as zero (``masked_reference.py``)."""
     return zero(node.args[0])
 
 
@@ -33,7 +33,7 @@ def weight_norm(ctx: RuleContext, node: fx.Node, v: Value, g: Value, dim: int = 
 
 
 def _zero_of_cosine(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """Along the dimensions that stay, where an operand is."""
+    """Zero along the remaining dimensions if an operand is."""
     x, y = (a for a in node.args[:2] if isinstance(a, fx.Node))
     ndim = len(result_shape(node)) + 1
     reduced = normalize(named_argument(node, "dim", 1), ndim) - ndim
@@ -44,7 +44,7 @@ def _zero_of_cosine(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
 def cosine_similarity(
     ctx: RuleContext, node: fx.Node, x: Value, y: Value, dim: int = 1, *_: object, **__: object
 ) -> Dims:
-    """y = Σ_d x y / (‖x‖ ‖y‖): both must vanish where d is cut."""
+    """y = Σ_d x y / (‖x‖ ‖y‖): both must be zero at removed positions of d."""
     both = broadcast(ctx, node, x, y)
     d = normalize(dim, len(both))
     for value in (x, y):
@@ -56,7 +56,7 @@ def cosine_similarity(
 
 @rule("aten.native_layer_norm")
 def native_layer_norm(ctx: RuleContext, node: fx.Node, x: Value, shape: Sequence[int], *affine: object) -> list[Dims]:
-    """y = x less its mean over its deviation, both over the last dimensions, which cannot be cut; and those two."""
+    """y = (x − mean) / deviation over the last dimensions, which cannot be cut; also returns mean and 1/deviation."""
     first = x.ndim - len(shape)
     for value in (x, *(a for a in affine if isinstance(a, Value))):
         for d in value.dims[value.ndim - len(shape) :]:

@@ -1,4 +1,4 @@
-"""What rules note about a call, for the functions that later cut it (``resize``) or ask where it is zero (``zero``)."""
+"""notes: the notes of rules about a call, for its ``resize`` and ``zero`` functions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Averaged:
 
 @dataclass(frozen=True)
 class Segments:
-    """Dimension ``dim`` of the operand is cut in ``parts``, in order."""
+    """Dimension ``dim`` of the operand is cut into ``parts``, in order."""
 
     dim: int
     parts: tuple[Term, ...]
@@ -31,7 +31,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class Picked:
-    """The call reads known positions of dimension ``dim``; ``before`` is what lies before each."""
+    """The call reads known positions of dimension ``dim``. ``before``: the terms before each."""
 
     dim: int
     before: tuple[Term, ...]
@@ -47,7 +47,7 @@ class Repeated:
 
 @dataclass(frozen=True)
 class Squeezed:
-    """Dimensions ``gone`` of the operand, of size 1, are dropped. ``kept`` are the terms that have more positions."""
+    """Dimensions ``gone`` of the operand, of size 1, are dropped. ``kept``: the terms with more positions."""
 
     gone: tuple[int, ...]
     kept: tuple[Term, ...]

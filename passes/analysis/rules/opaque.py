@@ -1,7 +1,7 @@
-"""Ops whose result keeps no axis of its operands apart. Nothing of either side can be cut, and the reason is kept.
+"""Ops whose result mixes all axes of its operands. No axis of either side can be cut; the reason is recorded.
 
-This is the rule of last resort: it costs families but is always sound. An op that is not in the table at all is an
-error, never opaque by default.
+This is the rule of last resort: it is always sound, but families are lost. An op that is not in the table is an error.
+No op is opaque by default.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ OPAQUE = (
 
 @rule(*OPAQUE)
 def opaque(ctx: RuleContext, node: fx.Node, *args: object, **kwargs: object) -> Results:
-    """No axis of the operands can be followed: theirs are frozen, and so are the result's (fresh)."""
+    """No axis can be followed: those of the operands are frozen, and so are the fresh ones of the result."""
     for value in _values([*args, *kwargs.values()]):
         for d in value.dims:
             ctx.freeze(d, "mixed by an op that keeps no axes apart", node)
@@ -51,7 +51,7 @@ def opaque(ctx: RuleContext, node: fx.Node, *args: object, **kwargs: object) -> 
 
 
 def opaque_tensor(ctx: RuleContext, node: fx.Node, *args: object) -> Dims:
-    """``opaque`` of a call that has one result."""
+    """``opaque`` for a call with one result."""
     return single(opaque(ctx, node, *args))
 
 

@@ -1,6 +1,6 @@
-"""Ops in which the order of positions counts, along some dimensions alone: those cannot be cut, the others pass.
+"""Ops that depend on the order of positions along some dimensions: these cannot be cut, the others pass.
 
-The result has fresh axes there, since a position of it is no position of the operand.
+The result has fresh axes there, since its positions are not the operand's positions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def pinned(ctx: RuleContext, node: fx.Node, x: Value, dims: Sequence[int], sizes
 
 @rule("aten.roll", zero="keep", positions="carry")
 def roll(ctx: RuleContext, node: fx.Node, x: Value, shifts: object, dims: Sequence[int] = ()) -> Dims:
-    """y_d = x_d shifted, which pins d; without dimensions x is flattened before, which pins all."""
+    """y_d = x_d shifted, which pins d. Without dimensions x is flattened first, which pins all."""
     return pinned(ctx, node, x, normalize_all(dims, x.ndim), x.shape)
 
 
@@ -61,7 +61,7 @@ def rot90(ctx: RuleContext, node: fx.Node, x: Value, k: int = 1, dims: Sequence[
 @rule("aten.logcumsumexp")
 @rule("aten.cumprod", zero="keep")
 def scan(ctx: RuleContext, node: fx.Node, x: Value, dim: int, **_: object) -> Dims:
-    """y_d = each position with the ones before it, which pins d."""
+    """y_d combines each position with all before it, which pins d."""
     return pinned(ctx, node, x, [normalize(dim, x.ndim)], x.shape)
 
 
@@ -73,7 +73,7 @@ def extremes(ctx: RuleContext, node: fx.Node, x: Value, dim: int) -> list[Dims]:
 
 @rule("aten.diff", zero="all")
 def diff(ctx: RuleContext, node: fx.Node, x: Value, n: int = 1, dim: int = -1, *ends: object, **named: object) -> Dims:
-    """y_d = x_d less the position before it, which pins d; what is put before and behind has the other axes."""
+    """y_d = x_d less the position before it, which pins d; ``prepend`` and ``append`` have the other axes."""
     d = normalize(dim, x.ndim)
     for other in (*ends, *named.values()):
         for i, t in enumerate(other.dims if isinstance(other, Value) else ()):
@@ -83,13 +83,13 @@ def diff(ctx: RuleContext, node: fx.Node, x: Value, n: int = 1, dim: int = -1, *
 
 @rule("aten.kthvalue", zero=zero_of_first)
 def kthvalue(ctx: RuleContext, node: fx.Node, x: Value, k: int, dim: int = -1, keepdim: bool = False) -> list[Dims]:
-    """The k-th position of d in order of size, which pins d."""
+    """The k-th smallest value along d, which pins d."""
     return median(ctx, node, x, dim, keepdim)
 
 
 @rule("aten.median.dim", "aten.nanmedian.dim", "aten.mode", zero=zero_of_first)
 def median(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1, keepdim: bool = False) -> list[Dims]:
-    """One position of d, chosen by all of them, which pins d."""
+    """The median along d depends on all its positions, which pins d."""
     d = normalize(dim, x.ndim)
     ctx.freeze(x.dims[d], "ranked", node)
     return [tuple(ONE if i == d else t for i, t in enumerate(x.dims) if keepdim or i != d)] * 2

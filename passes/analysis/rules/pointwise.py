@@ -78,7 +78,7 @@ rule("aten.mul", "aten.mul_", "aten.multiply", "aten.__and__", "aten.logical_and
 
 
 def _zero_of_sum(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """x + y is zero where both are; adding a number other than 0 leaves no zero."""
+    """x + y is zero if both are. If a number other than 0 is added, nothing is zero."""
     other = node.args[1]
     if isinstance(other, (int, float)):
         return zero(node.args[0]) if other == 0 else set()
@@ -123,7 +123,7 @@ rule("aten.pow", "aten.pow_", zero=_zero_of_power)(broadcast)
 
 
 def zero_of_clamp(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """Clamping keeps zeros where its bounds are numbers with 0 between them."""
+    """Clamping keeps zeros if its bounds are numbers with 0 between them."""
     low, high = named_argument(node, "min"), named_argument(node, "max")
     keeps = all(b is None or isinstance(b, (int, float)) for b in (low, high))
     keeps = keeps and (low is None or low <= 0) and (high is None or high >= 0)
@@ -164,7 +164,7 @@ def copy(ctx: RuleContext, node: fx.Node, x: Value, source: Value, *_: object) -
 
 @rule("aten.glu", zero="keep")
 def glu(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1) -> Dims:
-    """x_d = A + A: y = x_A · σ(x_A'), both halves are one axis; zero where the first is."""
+    """x_d = A + A: y = x_A · σ(x_A'). Both halves are one axis; zero if the first is."""
     d = normalize(dim, x.ndim)
     half = x.dims[d].size // 2
     first, second = cut(ctx, node, x.dims[d], [half, half])
@@ -177,7 +177,7 @@ rule("aten._prelu_kernel", zero="keep")(broadcast)
 
 @rule("aten.prelu", zero="keep")
 def prelu(ctx: RuleContext, node: fx.Node, x: Value, weight: Value) -> Dims:
-    """y_d = x_d; one slope a channel (dimension 1), or one for all."""
+    """y_d = x_d; one slope for each channel (dimension 1), or one for all."""
     if weight.ndim and weight.dims[0].size > 1:
         ctx.unify(weight.dims[0], x.dims[1], node)
     return x.dims

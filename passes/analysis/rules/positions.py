@@ -1,4 +1,4 @@
-"""Ops that make positions (ranks), and ops that take them as numbers. Positions remember the axis they came from."""
+"""Ops that make positions (ranks), and ops that use them as numbers. Positions remember their axis."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def topk(ctx: RuleContext, node: fx.Node, x: Value, k: int, dim: int = -1, *_: o
 
 @rule("aten.sort", zero="drop", positions="own")
 def sort(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1, *_: object, **__: object) -> Result:
-    """All positions of d in order of size."""
+    """All values along d, sorted, and their positions."""
     d = normalize(dim, x.ndim)
     if (domain := ctx.positions(x)) is not None:
         return _grouped(ctx, x, d, domain)
@@ -36,14 +36,14 @@ def sort(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1, *_: object, *
 
 
 def _grouped(ctx: RuleContext, x: Value, d: int, domain: Term) -> Result:
-    """Sorting positions groups rows by them: the rows are permuted, the values keep their axis."""
+    """Sorted positions group rows: the rows are permuted, the values keep their axis."""
     ctx.route(x.dims[d], domain)
     return Result([x.dims, x.dims], positions=[domain, None])
 
 
 @rule("aten.max.dim", "aten.min.dim", zero="drop", positions="own")
 def max_dim(ctx: RuleContext, node: fx.Node, x: Value, dim: int, keepdim: bool = False) -> Result:
-    """The largest position of d."""
+    """The largest value along d, and its position."""
     d = normalize(dim, x.ndim)
     kept = _ranked(ctx, node, x, d, axis(1), "min" if base_name(node.target) == "min" else "max")
     out = (*x.dims[:d], *x.dims[d + 1 :])
@@ -51,7 +51,7 @@ def max_dim(ctx: RuleContext, node: fx.Node, x: Value, dim: int, keepdim: bool =
 
 
 def _ranked(ctx: RuleContext, node: fx.Node, x: Value, d: int, found: Term, kind: ReductionKind) -> Result:
-    """Values of d and their positions in it, in order of size."""
+    """Sorted values along d, and their positions in d."""
     freeze_positions(ctx, node, x)
     ctx.reduce(node, x.dims[d], kind)
     meet(ctx, x.dims, [d])
@@ -63,7 +63,7 @@ def _ranked(ctx: RuleContext, node: fx.Node, x: Value, d: int, found: Term, kind
 def argmax(
     ctx: RuleContext, node: fx.Node, x: Value, dim: int | None = None, keepdim: bool = False
 ) -> Results | Result:
-    """The largest position of d (of all, if none is given)."""
+    """The position of the largest value along d, or of all values if d is not given."""
     if dim is None:
         return opaque(ctx, node, x)
     d = normalize(dim, x.ndim)
@@ -75,7 +75,7 @@ def argmax(
 
 @rule("aten.argsort", zero="drop", positions="own")
 def argsort(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1, *_: object, **__: object) -> Dims | Result:
-    """Positions of d in order."""
+    """The positions along d, sorted by value."""
     if ctx.positions(x) is not None:
         return x.dims
     d = normalize(dim, x.ndim)
@@ -102,7 +102,7 @@ def one_hot(ctx: RuleContext, node: fx.Node, x: Value, num_classes: int = -1) ->
 
 
 def _resize_histc(resizer: Resizer, node: fx.Node) -> None:
-    """Bins of width one from 0: bins = n', max = n' − 1 (as the n bins ended at n − 1)."""
+    """Bins of width one from 0: bins = n', max = n' − 1 (n bins end at n − 1)."""
     bins = resizer.note(node, Counted)
     if bins is not None and resizer.changed(bins.term):
         new = resizer.size(bins.term)
@@ -112,7 +112,7 @@ def _resize_histc(resizer: Resizer, node: fx.Node) -> None:
 
 @rule("aten.histc", zero=lambda node, zero, facts: axes_in(facts.dims(node)), resize=_resize_histc, positions="own")
 def histc(ctx: RuleContext, node: fx.Node, x: Value, bins: int = 100, *_: object, **__: object) -> Result:
-    """How often each position occurs: the result's dimension is the positions' axis."""
+    """The count of each position: the result's dimension is the positions' axis."""
     domain = ctx.positions(x)
     if domain is None or domain.size != bins:
         freeze_positions(ctx, node, x)

@@ -1,8 +1,8 @@
-"""Ops that reduce over axes: sums, means, norms, softmax. What they reduce over is recorded for the exactness check.
+"""Ops that reduce over axes: sums, means, norms, softmax. Their axes are recorded for the exactness check.
 
-Masks' meaning at a reduction over cut channels (``Reduction.kind``):
-- ``sum``: removed channels must be zero, then nothing changes;
-- ``mean``: they must be zero, and the cut mean is scaled by n'/n so that it equals the masked one;
+Masked channels in a reduction (``Reduction.kind``):
+- ``sum``: removed channels must be zero; then nothing changes;
+- ``mean``: they must be zero, and the cut mean is scaled by n'/n, so that it equals the masked one;
 - ``statistic`` (mean subtraction, variance): statistics run over the kept channels;
 - ``max`` (softmax, top-k), ``min``: removed channels count as −inf, as +inf.
 """
@@ -30,7 +30,7 @@ def _reduced(x: Value, dims: Sequence[int], keepdim: bool) -> Dims:
 
 
 def _resize_mean(resizer: Resizer, node: fx.Node) -> None:
-    """mean over n' kept channels · n'/n = mean over n channels, the removed ones being zero."""
+    """mean over n' kept channels · n'/n = mean over n channels, if the removed ones are zero."""
     averaged = resizer.note(node, Averaged)
     assert averaged is not None
     old, new = math.prod(t.size for t in averaged.terms), math.prod(map(resizer.size, averaged.terms))
@@ -95,7 +95,7 @@ def linalg_norm(
 
 @rule("aten.renorm", zero="keep")
 def renorm(ctx: RuleContext, node: fx.Node, x: Value, order: float, dim: int, maxnorm: float) -> Dims:
-    """y_d = x_d over its norm over all other dimensions, where that is too large."""
+    """y_d = x_d, divided by its norm over all other dimensions if that is too large."""
     others = [d for d in range(x.ndim) if d != normalize(dim, x.ndim)]
     for d in others:
         ctx.reduce(node, x.dims[d], "sum")
@@ -104,27 +104,27 @@ def renorm(ctx: RuleContext, node: fx.Node, x: Value, order: float, dim: int, ma
 
 
 def _zero_of_cumsum(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """Along the other dimensions."""
+    """Zero along the other dimensions."""
     return zero(node.args[0]) - axes_in([facts.dims(node)[named_argument(node, "dim")]])
 
 
 @rule("aten.cumsum", "aten.cumsum_", zero=_zero_of_cumsum)
 def cumsum(ctx: RuleContext, node: fx.Node, x: Value, dim: int, **_: object) -> Dims:
-    """y_d = x_d; each position sums the ones before it, so zeros may go."""
+    """y_d = x_d; each position is the sum up to it, so positions with zeros can be removed."""
     ctx.reduce(node, x.dims[dim], "sum")
     meet(ctx, x.dims, [normalize(dim, x.ndim)])
     return x.dims
 
 
 def correction_of(node: fx.Node) -> int:
-    """What a variance takes off the number of positions: 1 unless the call says otherwise."""
+    """The number that a variance subtracts from the number of positions; 1 by default."""
     correction = named_argument(node, "correction")
     return int(named_argument(node, "unbiased", True)) if correction is None else int(correction)
 
 
 @rule("aten.var", "aten.std", "aten.var_mean", "aten.std_mean", zero="drop")
 def variance(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) -> Results:
-    """y = variance over d (and its mean). It is over n less a correction, so that more than that must stay."""
+    """y = variance over d (and its mean). Its divisor is n − correction, so more positions than that must stay."""
     dims = normalize_all(named_argument(node, "dim"), x.ndim)
     keepdim = named_argument(node, "keepdim", False)
     for d in dims:
@@ -145,7 +145,7 @@ def extremum(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None, keepdim
 
 @rule("aten.aminmax")
 def aminmax(ctx: RuleContext, node: fx.Node, x: Value, *, dim: int | None = None, keepdim: bool = False) -> list[Dims]:
-    """y = min and max over d: no number stands for a removed channel in both, so d cannot be cut."""
+    """y = min and max over d: no number is neutral for both, so d cannot be cut."""
     dims = normalize_all(dim, x.ndim)
     for d in dims:
         ctx.freeze(x.dims[d], "both its smallest and its largest value count", node)
@@ -154,7 +154,7 @@ def aminmax(ctx: RuleContext, node: fx.Node, x: Value, *, dim: int | None = None
 
 @rule("aten.prod")
 def prod(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None, keepdim: bool = False, **_: object) -> Dims:
-    """y = Π_d x: a factor that is zero makes it zero, so d cannot be cut."""
+    """y = Π_d x: a zero factor makes it zero, so d cannot be cut."""
     dims = normalize_all(dim, x.ndim)
     for d in dims:
         ctx.freeze(x.dims[d], "multiplied over", node)
@@ -180,14 +180,14 @@ def softmax(ctx: RuleContext, node: fx.Node, x: Value, dim: int, *_: object, **_
 
 @rule("aten.log_softmax", "aten._log_softmax")
 def log_softmax(ctx: RuleContext, node: fx.Node, x: Value, dim: int, *_: object, **__: object) -> Dims:
-    """y_d = x_d. The logarithm of a removed channel's share is −inf, which nothing downstream would take: d stays."""
+    """y_d = x_d. A removed channel would be −inf, which later ops could not use, so d cannot be cut."""
     ctx.freeze(x.dims[dim], "log of a share of it", node)
     meet(ctx, x.dims, [normalize(dim, x.ndim)])
     return x.dims
 
 
 def _zero_of_norm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """Affine after the statistics: zero where the weight and the bias are."""
+    """The last step is affine: zero if the weight and the bias are."""
     weight, bias = named_argument(node, "weight"), named_argument(node, "bias")
     return zero(weight) & zero(bias) if bias is not None else zero(weight)
 
@@ -210,7 +210,7 @@ def layer_norm(
 def _normalise(
     ctx: RuleContext, node: fx.Node, x: Value, count: int, affine: Iterable[object], kind: ReductionKind
 ) -> None:
-    """A norm over the last ``count`` dimensions, and weights that have those dimensions."""
+    """A norm over the last ``count`` dimensions. Its weights have these dimensions."""
     first = x.ndim - count
     for value in affine:
         if isinstance(value, Value):
@@ -227,7 +227,7 @@ def _zero_of_rms(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
 
 
 def _resize_rms(resizer: Resizer, node: fx.Node) -> None:
-    """rms_norm(x; eps) over n = √(n/n') · rms_norm(x'; eps · n/n') over the n' channels that are not zero."""
+    """rms_norm(x; eps) over n channels = √(n/n') · rms_norm(x'; eps · n/n') over the n' that are not zero."""
     dims = resizer.dims(node)
     count = len(named_argument(node, "normalized_shape"))
     old = math.prod(d.size for d in dims[-count:])
@@ -266,20 +266,20 @@ def group_norm(
 
 
 def _tie_channels(ctx: RuleContext, node: fx.Node, x: Value, affine: Sequence[object]) -> None:
-    """Weights, biases and statistics hold one number a channel (dimension 1)."""
+    """Weights, biases and statistics have one number for each channel (dimension 1)."""
     for value in affine:
         if isinstance(value, Value):
             ctx.unify(value.dims[0], x.dims[1], node)
 
 
 def _own_statistics(node: fx.Node) -> bool:
-    """Whether a norm takes the input's own statistics."""
+    """Whether a norm computes statistics of its input."""
     own = named_argument(node, "training", named_argument(node, "use_input_stats"))
     return bool(own) or named_argument(node, "running_mean") is None
 
 
 def _zero_of_batch_norm(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """Affine last; without bias, channels that are zero stay so where the statistics are their own."""
+    """The last step is affine. Without bias, zero channels stay zero if the statistics are their own."""
     weight, bias = node.args[1], node.args[2]
     if bias is not None:
         return zero(weight) & zero(bias) if weight is not None else set()

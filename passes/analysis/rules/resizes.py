@@ -1,4 +1,4 @@
-"""Resizes of the common kinds: how a size argument of a call follows when axes shrink."""
+"""resizes: common ``resize`` functions. They adapt a call's size arguments if axes shrink."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from passes.analysis.rules.table import Resize
 
 
 def shape_argument(name: str = "size") -> Resize:
-    """The argument is a list of sizes that follow the result's dimensions."""
+    """The argument is the list of the result's sizes."""
 
     def resize(resizer: Resizer, node: fx.Node) -> None:
         sizes = named_argument(node, name)
@@ -21,7 +21,7 @@ def shape_argument(name: str = "size") -> Resize:
 
 
 def counted_argument(name: str, less: int = 0) -> Resize:
-    """The argument is the number of positions of the axis that the rule noted as ``Counted``, less a constant."""
+    """The argument is the number of positions of the rule's ``Counted`` axis, minus a constant."""
 
     def resize(resizer: Resizer, node: fx.Node) -> None:
         counted = resizer.note(node, Counted)

@@ -30,7 +30,7 @@ def view(ctx: RuleContext, node: fx.Node, x: Value, *_: object) -> Dims:
 
 @rule("aten.view.dtype")
 def view_dtype(ctx: RuleContext, node: fx.Node, x: Value, *_: object) -> Results:
-    """y_d = x_d, the same bits as other numbers (−0 is not 0); of another size, nothing can be followed."""
+    """y_d = x_d, the same bits as other numbers (−0 is not 0). If the sizes differ, the op is opaque."""
     before, after = (n.meta["val"].dtype.itemsize for n in (x.node, node))
     return x.dims if before == after else opaque(ctx, node, x)
 
@@ -76,7 +76,7 @@ def expand(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) 
 
 @rule("aten.expand_as", zero="keep", positions="carry")
 def expand_as(ctx: RuleContext, node: fx.Node, x: Value, other: Value) -> Dims:
-    """As expand, to the axes of ``other``."""
+    """Like expand, to the axes of ``other``."""
     for d, o in zip(x.dims, other.dims[other.ndim - x.ndim :], strict=True):
         if d.size == o.size:
             ctx.unify(d, o, node)
@@ -115,7 +115,7 @@ def repeat_interleave(
 
 @rule("aten.repeat_interleave.self_Tensor", zero="keep", positions="carry")
 def repeat_each(ctx: RuleContext, node: fx.Node, x: Value, repeats: Value, dim: int | None = None, **_: object) -> Dims:
-    """y_d = each position of x_d as often as ``repeats`` says, which pins d; without d x is flattened before."""
+    """y_d = each position of x_d, repeated ``repeats`` times, which pins d. Without d, x is flattened first."""
     d = None if dim is None else normalize(dim, x.ndim)
     for t in (*(x.dims if d is None else x.dims[d : d + 1]), *repeats.dims):
         ctx.freeze(t, "repeated by computed numbers", node)
@@ -127,7 +127,7 @@ def repeat_each(ctx: RuleContext, node: fx.Node, x: Value, repeats: Value, dim: 
 
 @rule("aten.cat", "aten.concat", "aten.concatenate", zero="join")
 def cat(ctx: RuleContext, node: fx.Node, tensors: Sequence[Value], dim: int = 0) -> Dims:
-    """y_d = Σ x_d over the operands, other dimensions are equal."""
+    """y_d = Σ x_d over the operands; other dimensions are equal."""
     present = [t for t in tensors if t.shape != (0,)]
     first = present[0]
     d = normalize(dim, first.ndim)
@@ -150,7 +150,7 @@ def stack(ctx: RuleContext, node: fx.Node, tensors: Sequence[Value], dim: int = 
 
 
 def cut(ctx: RuleContext, node: fx.Node, term: Term, sizes: Sequence[int]) -> list[Term]:
-    """Cut ``term`` in segments of ``sizes``; if a cut falls inside a unit, freeze it and return fresh segments."""
+    """Cut ``term`` into segments of ``sizes``. If a border is inside a unit, freeze it and return fresh segments."""
     parts: list[Term] = []
     rest = term
     for size in sizes:
@@ -164,7 +164,7 @@ def cut(ctx: RuleContext, node: fx.Node, term: Term, sizes: Sequence[int]) -> li
 
 
 def _resize_split(resizer: Resizer, node: fx.Node) -> None:
-    """Any split becomes split_with_sizes over the segments' new sizes."""
+    """Every split becomes split_with_sizes with the segments' new sizes."""
     segments = resizer.note(node, Segments)
     if segments is not None and any(map(resizer.changed, segments.parts)):
         sizes = list(map(resizer.size, segments.parts))
@@ -260,14 +260,14 @@ def select(ctx: RuleContext, node: fx.Node, x: Value, dim: int, index: int) -> R
 
 
 def _zero_of_padding(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """Padding with another number than 0 leaves no zeros beside it; padding with the operand's values does."""
+    """Padding with another number than 0 leaves no zeros; padding with 0 or the operand's values keeps them."""
     keeps = named_argument(node, "mode", "constant") != "constant" or not named_argument(node, "value")
     return zero(node.args[0]) if keeps else set()
 
 
 @rule("aten.pad", "aten.constant_pad_nd", zero=_zero_of_padding)
 def pad(ctx: RuleContext, node: fx.Node, x: Value, pads: Sequence[int], *_: object, **__: object) -> Dims:
-    """y_d = fresh + x_d + fresh, the padding cannot be cut; negative padding slices."""
+    """y_d = fresh + x_d + fresh. The padding cannot be cut; negative padding slices."""
     out = list(x.dims)
     if named_argument(node, "mode", "constant") != "constant":
         for term in out[x.ndim - len(pads) // 2 :]:
@@ -279,7 +279,7 @@ def pad(ctx: RuleContext, node: fx.Node, x: Value, pads: Sequence[int], *_: obje
 
 
 def _padded(ctx: RuleContext, node: fx.Node, term: Term, left: int, right: int) -> Term:
-    """fresh(left) + term + fresh(right); a negative number crops that side."""
+    """fresh(left) + term + fresh(right). A negative number crops that side."""
     if min(left, right) < 0:
         ctx.freeze(term, "cropped by negative padding", node)
         before, after = max(-left, 0), max(-right, 0)

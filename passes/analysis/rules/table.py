@@ -1,8 +1,8 @@
-"""The rule table: ATen op → what it does to axes. Rules are data; this file is their form, the others hold them.
+"""table: the rules by ATen op. Rules are data: this file defines their form, the other files hold the rules.
 
-A rule is a function ``(ctx, node, *args, **kwargs) → dims``. It receives the call's own arguments, with each tensor
-replaced by a ``Value``. It unifies terms through ``ctx`` and returns the dimensions of the result, a list of them for
-several results. A rule that has more to say returns a ``Result``. ``Rule`` holds what else is known of an op.
+A rule is a function ``(ctx, node, *args, **kwargs) → dims``. It gets the call's own arguments, with each tensor
+replaced by a ``Value``. It unifies terms through ``ctx`` and returns the result's dimensions, or a list of them for
+several results. A ``Result`` holds more than dimensions. ``Rule`` holds all other facts about an op.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from passes.analysis.rules.context import Resizer, RuleContext, Value
 
 @dataclass(frozen=True)
 class Result:
-    """What a rule returns if dimensions are not all.
+    """What a rule returns if it has more than dimensions.
 
-    ``note`` is kept for the op's ``resize`` and ``zero``. ``positions``: the result holds positions of this axis; of
-    several results a list.
+    ``note``: for the op's ``resize`` and ``zero``. ``positions``: the axis whose positions the result holds; a list for
+    several results.
     """
 
     dims: Results
@@ -35,11 +35,11 @@ class Result:
 Propagate = Callable[..., Results | Result]
 F = TypeVar("F", bound=Propagate)
 ZeroOf = Callable[[object], set[Axis]]
-"""The axes along which an operand is zero where the weights of that axis are."""
+"""Operand → the axes along which it is zero if the weights of that axis are."""
 Zero = Literal["keep", "any", "all", "join", "drop"] | Callable[[fx.Node, ZeroOf, AxisFacts], set[Axis]]
 OnPositions = Literal["freeze", "carry", "own"]
 Dim = int | Sequence[int] | None
-"""A dimension argument: one, several, or all."""
+"""A dimension argument: one, several, or None for all."""
 Order = float | str | None
 """The order of a norm."""
 Resize = Callable[[Resizer, fx.Node], None]
@@ -47,15 +47,17 @@ Resize = Callable[[Resizer, fx.Node], None]
 
 @dataclass(frozen=True)
 class Rule:
-    """What one op does to axes.
+    """The effect of one op on axes.
 
-    ``zero``: along which axes the result is zero, given those of its operands (``zero_propagation.py``). ``keep``: as
-    the first tensor (f(0) = 0); ``any``: if any operand is (a product); ``all``: if every operand is (a sum);
-    ``join``: if every operand that has the axis is (a concatenation); ``drop``: nowhere; or a function of the node.
-    ``resize``: how the call's own size arguments follow when axes shrink.
-    ``positions``: what happens to an operand that holds positions of an axis, as an argmax does. ``freeze``: they are
-    computed with, so their axis cannot be cut; ``carry``: the first operand's values only move, so they stay
-    positions; ``own``: the rule says.
+    Attributes:
+        zero: the axes along which the result is zero, given those of its operands (``zero_propagation.py``). ``keep``:
+            if the first tensor is (f(0) = 0); ``any``: if any operand is (a product); ``all``: if every operand is (a
+            sum); ``join``: if every operand with the axis is (a concatenation); ``drop``: none; or a function of the
+            node.
+        resize: adapts the call's own size arguments if axes shrink.
+        positions: the effect on an operand that holds positions of an axis (after an argmax). ``freeze``: the call
+            computes with them, so their axis cannot be cut; ``carry``: the first operand's values only move, so they
+            stay positions; ``own``: the rule itself decides.
     """
 
     propagate: Propagate
@@ -81,7 +83,7 @@ def rule(
 
 
 def find_rule(node: fx.Node) -> Rule | None:
-    """The rule of a call: its overload's, else its op's."""
+    """The rule of a call: that of its overload, else that of its op."""
     name = target_name(node.target)
     return RULES.get(name) or RULES.get(name.rsplit(".", 1)[0])
 
@@ -102,41 +104,41 @@ def normalize_all(dims: int | Sequence[int] | None, ndim: int) -> list[int]:
 
 
 def single(results: Results) -> Dims:
-    """The dimensions of a call that has one result."""
+    """The dimensions of a call with one result."""
     assert isinstance(results, tuple)
     return results
 
 
 def lone(dims: Dims, d: int) -> set[Axis]:
-    """The axes of dimension d that no other coordinate runs along: zeros along d are zeros along them."""
+    """The axes of dimension d that have no other coordinate: a value that is zero along d is zero along them."""
     counts = coordinates(dims, each=True)
     return {a for a in axes_in([dims[d]]) if counts[a] == 1}
 
 
 def freeze_positions(ctx: RuleContext, node: fx.Node, *values: object) -> None:
-    """Positions are used as numbers: the axis that they were drawn from cannot be cut."""
+    """Freeze the axis of positions that are used as numbers."""
     for value in values:
         if isinstance(value, Value) and (domain := ctx.positions(value)) is not None:
             ctx.freeze(domain, "its positions are computed with", node)
 
 
 def zero_of_first(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """Of several results the first is zero where the operand is: known if no other is used (positions are not zero)."""
+    """The first of several results is zero if the operand is. Holds if no other is used: positions are not zero."""
     return zero(node.args[0]) if all(user.args[1] == 0 for user in node.users) else set()
 
 
 def meet(ctx: RuleContext, dims: Dims, along: Iterable[int]) -> None:
-    """Positions along these dimensions meet or change places: no other axis' choice of units may vary along them.
+    """Record that positions along these dimensions are combined or reordered.
 
-    A value without them is recorded. A fresh axis of the result is not enough, as it may be tied to the operand's
-    later (x + x.roll(1, 2)).
+    The choice of another axis's units must not vary along them, so a value without them is recorded. A fresh axis in
+    the result is not enough: it may be tied to the operand's axis later (x + x.roll(1, 2)).
     """
     gone = set(along)
     ctx.inner(tuple(t for d, t in enumerate(dims) if d not in gone))
 
 
 def align(ctx: RuleContext, node: fx.Node, dims: Sequence[Term], onto: Sequence[Term]) -> None:
-    """Dimensions of equal size, counted from the last, are the same axis; the others broadcast."""
+    """Tie dimensions of equal size, counted from the last. Dimensions of 1 broadcast."""
     for a, b in zip(reversed(dims), reversed(onto), strict=False):
         if a.size == b.size:
             ctx.unify(a, b, node)

@@ -1,14 +1,14 @@
-"""balance: gated products of an ONNX decoder, rearranged so that blocks of channels quantise well.
+"""balance: scale and sort the channels of an ONNX decoder's gated products, so that their blocks quantise well.
 
-In ``(f(x·G) ∘ (x·U))·D`` the channels between U and D may be scaled, U's columns by 1/s and D's rows by s, and put in
-any order, in G as well. The logits stay the same. Two steps, without data:
+In ``(f(x·G) ∘ (x·U))·D`` the logits do not change if U's columns are scaled by 1/s and D's rows by s, or if the
+channels of G, U and D are reordered. Two steps, without data:
 
-1. Scale: each channel's expected size ``a = |G column| · |U column|`` and the size of its row in D become equal, as in
+1. Scale: make each channel's expected size ``a = |G column| · |U column|`` and the size of its row in D equal, as in
    cross-layer equalisation (Nagel et al. 2019): ``s = sqrt(a / |D row|)``, divided by the geometric mean.
-2. Order: channels by ``a / s``, so that those which share a scale in a block, of activations or weights, are alike.
+2. Order: sort the channels by ``a / s``, so that channels in one block, which share a scale, have similar sizes.
 
-The pattern is found by its operators: D's input is a Mul of which one side is a product with U used nowhere else, and
-the other comes by element-wise operators and scalars alone from a product with G. Anything else is left as it is.
+The pattern is found by its operators. D's input is a Mul. One side is a product with U that has no other use; the other
+side comes from a product with G through element-wise operators and scalars only. Other products do not change.
 """
 
 from __future__ import annotations
@@ -34,22 +34,27 @@ class BalancePass(ir.passes.InPlacePass):
 
 
 def balanced(gate: FloatArray, up: FloatArray, down: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """The three weights with channels scaled and sorted. ``gate``, ``up`` [hidden, channels], ``down`` [channels, out].
+    """Scale and sort the channels of three weights: ``gate``, ``up`` [hidden, channels], ``down`` [channels, out].
 
     A channel that is zero somewhere keeps its scale.
     """
     size = np.linalg.norm(gate, axis=0) * np.linalg.norm(up, axis=0)
-    rows = np.linalg.norm(down, axis=1)
-    alive = (size > 0) & (rows > 0)
-    scale = np.ones_like(size)
-    scale[alive] = np.sqrt(size[alive] / rows[alive])
-    scale[alive] /= np.exp(np.log(scale[alive]).mean()) if alive.any() else 1
+    scale = equalising(size, np.linalg.norm(down, axis=1))
     order = np.argsort(size / scale, kind="stable")
     return gate[:, order], (up / scale)[:, order], (down * scale[:, None])[order]
 
 
+def equalising(size: FloatArray, rows: FloatArray) -> FloatArray:
+    """``sqrt(size / rows)`` by channel, divided by its geometric mean; 1 for a channel that is zero in either."""
+    alive = (size > 0) & (rows > 0)
+    scale = np.ones_like(size)
+    scale[alive] = np.sqrt(size[alive] / rows[alive])
+    scale[alive] /= np.exp(np.log(scale[alive]).mean()) if alive.any() else 1
+    return scale
+
+
 def gated(down: ir.Node) -> tuple[ir.Node, ir.Node, ir.Node] | None:
-    """(G, U, D) if ``down`` is such a D, with weights that nothing else uses."""
+    """(G, U, D) if ``down`` is the D of a gated product and the three weights have no other use."""
     if not is_product(down) or down.inputs[0] is None:
         return None
     mul = down.inputs[0].producer()
@@ -66,7 +71,7 @@ def gated(down: ir.Node) -> tuple[ir.Node, ir.Node, ir.Node] | None:
 
 
 def _source(value: ir.Value | None, end: ir.Node) -> ir.Node | None:
-    """The one product from which ``value`` comes by element-wise operators, which lead nowhere but to ``end``."""
+    """The one product from which ``value`` comes through element-wise operators that only ``end`` uses; else None."""
     inside, waiting, products = {end}, [value], set[ir.Node]()
     while waiting:
         current = waiting.pop()
@@ -87,7 +92,7 @@ def _source(value: ir.Value | None, end: ir.Node) -> ir.Node | None:
 
 
 def is_product(node: ir.Node) -> bool:
-    """Whether a node multiplies by a matrix of weights that nothing else uses."""
+    """Whether a node multiplies by a matrix of weights that has no other use."""
     weight = node.inputs[1] if node.op_type == "MatMul" else None
     return (
         weight is not None
@@ -106,7 +111,7 @@ def _uses(value: ir.Value) -> set[ir.Node]:
 
 
 def weight_of(product: ir.Node) -> FloatArray:
-    """The weight that a product multiplies by."""
+    """The weight of a product, [inputs, outputs]."""
     weight = product.inputs[1]
     assert weight is not None
     assert weight.const_value is not None

@@ -1,4 +1,4 @@
-"""block_weights: products with weights → MatMulNBits, by ONNX Runtime's own quantiser."""
+"""block_weights: round products with weights to MatMulNBits with ONNX Runtime's own quantiser."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from passes.targets.onnx.gptq import ACCURACY_LEVEL
 from passes.targets.onnx.plain_products import logit_products, products
 
 BLOCK = 32
-"""Inputs that share a scale in 4 bits, where each is too coarse for more."""
+"""Inputs that share a scale in 4 bits. More of them would be too coarse."""
 
 WIDE, LEAST = 128, 16
-"""Inputs that share a scale in 8 bits: ``WIDE``, which is the fastest even if the last block is padded, or, if there
-are fewer, the least power of two that holds them; the kernel takes none below ``LEAST``."""
+"""Inputs that share a scale in 8 bits: ``WIDE``, the fastest block even if the last one is padded. Fewer inputs get the
+least power of two that holds them, but at least ``LEAST``, the kernel's minimum."""
 
 ZERO = 128
-"""What 8-bit symmetric weights are stored above."""
+"""The zero point of 8-bit symmetric weights."""
 
 
 @dataclass(frozen=True)
 class BlockWeightsPass(ir.passes.FunctionalPass):
-    """Round the weights of products in blocks of 8 or 4 bits; with 4, the output projection has 8."""
+    """Round the weights of products to blocks of 8 or 4 bits. With 4, the output projection has 8."""
 
     bits: Literal[8, 4]
 

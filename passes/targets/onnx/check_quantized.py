@@ -1,15 +1,15 @@
-"""check_quantized: a quantised ONNX decoder, weight by weight, against the float graph that it was made of.
+"""check_quantized: compare a quantised ONNX decoder with its float graph, weight by weight.
 
-Channels are evened out before they are rounded (``smooth.py``, ``balance.py``), so the float graph is evened out
-again here. What is then compared, for each output of a product and each block of its inputs:
+Channels are evened out before rounding (``smooth.py``, ``balance.py``), so the same is done to the float graph here.
+Then each output of a product and each block of its inputs must satisfy:
 
-1. 8 bits: every weight is within half a step of the float one, or within one if its code is the last of the range;
-2. 4 bits: the root mean square of errors is at most ``WHOLE`` steps in a weight and ``PART`` in a block. Rounding for a
-   text moves a weight by more than half a step, to make up for others (SmolLM2-135M: at most 0.53 and 2.6);
+1. 8 bits: every weight is within half a step of the float one, or within one step if its code is the last of the range;
+2. 4 bits: the root mean square of errors is at most ``WHOLE`` steps in a weight and ``PART`` in a block. Calibration
+   moves a weight by more than half a step to compensate other errors (SmolLM2-135M: at most 0.53 and 2.6);
 3. float16: every number is the nearest one.
 
-Channels that balancing finds equally large may come in another order on another processor, so columns that do not fit
-are tried in each other's place.
+Channels of equal size may be sorted in another order on another processor, so columns that do not match are tried in
+each other's place.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from passes.targets.onnx.quantize import even_channels, read_float
 Floats = npt.NDArray[np.float32]
 
 HALF = 0.505
-"""Half a step, and what float32 rounds of it."""
+"""Half a step, plus float32's own rounding."""
 WHOLE, PART = 0.75, 3.5
-"""Codes drawn at random are 5 to 6 steps away; a scale that is twice too large gives 1.8 in a weight."""
+"""For comparison: random codes are 5 to 6 steps away; a scale twice too large gives 1.8 in a weight."""
 HALVES, LEAST, LARGEST = 2.0**-11, 2.0**-23, 65504.0
-"""float16: the nearest one's relative error, its absolute error near 0 (numbers start at 1e-7), the largest number."""
+"""float16: the relative rounding error, the absolute one near 0 (numbers start at 1e-7), the largest number."""
 
 SHIFT = 1e-4
-"""What constants in float32 may be apart, relative to the largest: norms' scales follow from a run of the graph."""
+"""Allowed difference of float32 constants, relative to the largest. A norm's scale depends on a run of the graph."""
 DIVERGENCES = {"fp16": 1e-3, "int8": 0.1, "int4": 1.0}
-"""What the logits of a scheme may diverge by, in nats a token. SmolLM2-135M on WikiText-2: 6e-6, 0.008 and 0.09."""
+"""Allowed divergence of the logits, in nats for each token. SmolLM2-135M on WikiText-2: 6e-6, 0.008 and 0.09."""
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A quantised weight, all arrays [inputs, outputs]: its codes, its values, and the size of a step at each."""
+    """A quantised weight: codes, values, and the size of the step at each. All arrays are [inputs, outputs]."""
 
     codes: npt.NDArray[np.uint8]
     values: Floats
@@ -54,7 +54,7 @@ class Rounded:
     block: int
 
     def deviations(self, weight: Floats) -> Floats:
-        """How far each output is from ``weight``, as a share of what is allowed, [outputs]."""
+        """The deviation of each output from ``weight``, as a share of the allowed one, [outputs]."""
         apart = _in_steps(self.values - weight, self.steps)
         if self.bits == 8:
             return np.asarray(_eight(self.codes, apart).max(axis=0))
@@ -65,29 +65,29 @@ class Rounded:
 
 
 def _in_steps(difference: Floats, steps: Floats) -> Floats:
-    """A difference in steps; none of a block of zeros, whose step may be 0. NaN is infinitely far away."""
+    """A difference in steps. A block of zeros has difference 0, even if its step is 0. NaN is infinitely far away."""
     least = np.finfo(np.float32).tiny
     return np.asarray(np.nan_to_num(np.abs(difference) / np.maximum(np.abs(steps), least), nan=np.inf))
 
 
 def _eight(codes: npt.NDArray[np.generic], apart: Floats) -> Floats:
-    """Steps from the float weight as a share of what is allowed of codes of 8 bits."""
+    """Steps from the float weight, as a share of those allowed for 8-bit codes."""
     return np.asarray(apart / np.where((codes == 0) | (codes == 255), 2 * HALF, HALF))
 
 
 def check_quantized(source: Path, file: Path, scheme: str) -> float:
-    """Compare ``file``, the graph of a scheme of ``quantize_onnx``, with ``source``, its ``model.onnx``.
+    """Compare ``file``, a graph of ``quantize_onnx``, with ``source``, its ``model.onnx``.
 
-    Returns the largest deviation as a share of what is allowed.
+    Returns the largest deviation as a share of the allowed one.
 
     Raises:
-        ProofError: a weight is missing or further from the float one than rounding brings it; the message names it.
+        ProofError: a weight is missing, or is further from the float one than rounding explains. The message names it.
     """
     quantized = ir.load(file)
     worst = _check_halves(ir.load(source), quantized) if scheme == "fp16" else _check_blocks(source, quantized, scheme)
     name = max(worst, key=worst.__getitem__)
     if not worst[name] <= 1:
-        _fail(scheme, f"{name} is {worst[name]:.1f} times as far from the float weight as rounding brings it")
+        _fail(scheme, f"{name} is {worst[name]:.1f} times as far from the float weight as rounding explains")
     return worst[name]
 
 
@@ -96,14 +96,14 @@ def _fail(scheme: str, what: str) -> None:
 
 
 def _check_blocks(source: Path, quantized: ir.Model, scheme: str) -> dict[str, float]:
-    """Constant → its largest deviation, as a share of what is allowed, in a graph whose products are in blocks."""
+    """Constant → its largest deviation as a share of the allowed one, if the graph's products are in blocks."""
     rounded = {_name(node): read(node) for node in quantized.graph if node.op_type == "MatMulNBits"}
     model = read_float(source)
     ir.passes.Sequential(*even_channels(source))(model)
     even = products(model)
     weights = {_weight_name(node): weight_of(node) for node in model.graph if node.name in even}
     if missing := weights.keys() ^ rounded.keys():
-        _fail(scheme, f"{min(missing)} is a weight of one graph alone")
+        _fail(scheme, f"{min(missing)} is a weight of only one of the graphs")
     if not all(rounded[name].values.shape == weight.shape for name, weight in weights.items()):
         _fail(scheme, "a weight is of another size")
     _reorder(model, rounded, weights)
@@ -112,7 +112,7 @@ def _check_blocks(source: Path, quantized: ir.Model, scheme: str) -> dict[str, f
 
 
 def divergence(logits: Tensor, reference: Tensor) -> float:
-    """Mean Kullback-Leibler divergence of next tokens from those of ``reference``, in nats; infinite with a NaN."""
+    """Mean Kullback-Leibler divergence of next tokens from ``reference``, in nats. NaN counts as infinite."""
     expected, found = reference.double().log_softmax(-1), logits.double().log_softmax(-1)
     apart = (expected.exp() * (expected - found)).sum(-1).mean().item()
     return apart if apart == apart else float("inf")
@@ -134,12 +134,12 @@ def read(node: ir.Node) -> Rounded:
 
 
 def _codes(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    """Codes of 4 bits are two to a byte, the first in its lower half."""
+    """Unpack codes. A byte holds two 4-bit codes, the first in its lower half."""
     return packed if bits == 8 else np.stack((packed & 15, packed >> 4), -1).reshape(*packed.shape[:-1], -1)
 
 
 def _name(node: ir.Node) -> str:
-    """The float weight's name, to which quantisers add ``_Q8`` or ``_Q4``."""
+    """The float weight's name, without the quantiser's suffix ``_Q8`` or ``_Q4``."""
     return _weight_name(node).rpartition("_Q")[0]
 
 
@@ -155,7 +155,7 @@ def _array(node: ir.Node, index: int) -> npt.NDArray[np.uint8]:
 
 
 def _reorder(model: ir.Model, rounded: dict[str, Rounded], weights: dict[str, Floats]) -> None:
-    """Put channels of gated products that do not fit in each other's place, if they fit there."""
+    """Exchange channels of gated products that do not match, if they match in each other's place."""
     for node in model.graph:
         for gate, up, down in filter(None, [gated(node)]):
             names = [_weight_name(part) for part in (gate, up, down)]
@@ -171,7 +171,7 @@ def _reorder(model: ir.Model, rounded: dict[str, Rounded], weights: dict[str, Fl
 
 
 def _check_lookup(model: ir.Model, quantized: ir.Model) -> dict[str, float]:
-    """The embedding's rows in 8-bit blocks: table → the largest deviation, as a share of what is allowed."""
+    """The embedding in 8-bit blocks: table → its largest deviation as a share of the allowed one."""
     worst = {}
     constants = {name: v.const_value.numpy() for name, v in quantized.graph.initializers.items() if v.const_value}
     for name, value in model.graph.initializers.items():
@@ -186,7 +186,7 @@ def _check_lookup(model: ir.Model, quantized: ir.Model) -> dict[str, float]:
 
 
 def _check_rest(model: ir.Model, quantized: ir.Model) -> dict[str, float]:
-    """Constants that stay in float32 (norms, tables) → the largest difference, as a share of what is allowed."""
+    """Constant that stays in float32 (norm, table) → its largest difference as a share of the allowed one."""
     worst = {}
     for name, value in model.graph.initializers.items():
         other = quantized.graph.initializers.get(name)
@@ -199,7 +199,7 @@ def _check_rest(model: ir.Model, quantized: ir.Model) -> dict[str, float]:
 
 
 def _check_halves(source: ir.Model, quantized: ir.Model) -> dict[str, float]:
-    """Every float32 constant of the source → how far the graph's is, as a share of the distance to the next float16."""
+    """Float32 constant of the source → its largest difference, as a share of the rounding error of float16."""
     worst = {}
     for name, value in source.graph.initializers.items():
         assert value.const_value is not None

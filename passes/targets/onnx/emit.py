@@ -1,7 +1,7 @@
-"""emit: a traced decoder → ``model.onnx`` with its KV cache as inputs and outputs, in standard operators.
+"""emit: a traced decoder → ``model.onnx`` in standard operators, with the KV cache as inputs and outputs.
 
-The graph is the program's own: nothing of the model's class is exported again. Names and axes are those of the ONNX
-ecosystem (optimum, onnxruntime-genai), see :func:`input_names` and :func:`output_names`.
+The graph is the program's own; the model's class is not exported again. Names and axes are those of the ONNX ecosystem
+(optimum, onnxruntime-genai), see :func:`input_names` and :func:`output_names`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from passes.targets.onnx.lower import to_exporter
 from passes.targets.onnx.translate import translations
 
 OPSET = 23
-"""The first opset with Attention, RMSNormalization and RotaryEmbedding, and the one the fusions are written for."""
+"""The first opset with Attention, RMSNormalization and RotaryEmbedding. The fusions are written for it."""
 
 FILE, DATA = "model.onnx", "model.onnx.data"
 Axes = tuple[str | None, ...]
@@ -50,24 +50,24 @@ def write_onnx(
     optimization: Sequence[ir.passes.PassBase],
     metadata: Mapping[str, str],
 ) -> Path:
-    """Write ``program`` as ``folder/model.onnx`` and its weights as ``folder/model.onnx.data``; returns the first.
+    """Write ``program`` as ``folder/model.onnx`` and its weights as ``folder/model.onnx.data``. Returns the first path.
 
     Inputs: input_ids and position_ids int64 [batch_size, sequence_length], attention_mask int64 [batch_size,
     total_sequence_length] (1 for a token, 0 for padding on either side), past_key_values.N.key and .value
-    [batch_size, heads, past_sequence_length, dim], where past_sequence_length may be 0. Outputs: logits [batch_size,
+    [batch_size, heads, past_sequence_length, dim]; past_sequence_length may be 0. Outputs: logits [batch_size,
     sequence_length or 1, vocabulary] and present.N.key and .value, of total_sequence_length = past + sequence.
 
-    The files appear under their names only when complete and accepted by ``onnx.checker``.
+    The files get their names only when they are complete and ``onnx.checker`` accepts them.
 
     Args:
-        program: what ``trace_decoder`` returns, or a rewrite of it, with real weights.
+        program: the result of ``trace_decoder``, or a rewrite of it, with real weights.
         folder: made if missing; other files in it stay.
-        lowering: what makes the program one that the exporter can translate.
+        lowering: passes that leave only ops that the exporter can translate.
         optimization: passes over the ONNX graph.
         metadata: goes into the model's ``metadata_props`` (plan hash, versions).
 
     Raises:
-        MptkError: the program is no traced decoder or has no real weights, or the ONNX exporter lacks one of its
+        MptkError: the program is no traced decoder, or it has no real weights, or the ONNX exporter lacks one of its
             operators.
     """
     layers, rest = divmod(len(program.user_inputs) - 3, 2)
@@ -84,10 +84,9 @@ def write_onnx(
 
 
 def translate(program: Program, lowering: Sequence[Pass]) -> ir.Model:
-    """The program, lowered, in ONNX operators as torch.onnx.export writes them, without any optimisation.
+    """The lowered program in the ONNX operators of torch.onnx.export, without any optimisation.
 
-    An operator that the exporter lacks may have a decomposition into those it knows; only then torch decomposes the
-    whole graph, which takes ten times as long.
+    If the exporter lacks an operator, torch decomposes the whole graph into simpler ones. That takes ten times as long.
     """
     lowered = run(program, lowering, Log())[-1].program
     try:
@@ -130,7 +129,7 @@ def _name(model: ir.Model, layers: int) -> None:
 
 
 def _first_cause(error: BaseException) -> str:
-    """The first line of what began the chain of exceptions: the exporter wraps it several times."""
+    """The first line of the first exception in the chain: the exporter wraps it several times."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip().split("\n")[0]

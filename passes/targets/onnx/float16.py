@@ -7,10 +7,10 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 
 class Float16Pass(ir.passes.FunctionalPass):
-    """Make float32 float16, except the logits and what the rotary angles are computed from."""
+    """Convert float32 to float16, except the logits and the inputs of the rotary angles."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        # A position above 2048 is no float16.
+        # float16 cannot hold every position above 2048.
         angles = _ancestors([node for node in model.graph if node.op_type in ("Cos", "Sin")])
         proto = convert_float_to_float16(
             ir.to_proto(model), keep_io_types=["logits"], node_block_list=[node.name for node in angles]

@@ -1,16 +1,16 @@
-"""fold_kv: the KV cache of an ONNX decoder moves into the Attention operator, which is made for it.
+"""fold_kv: move the KV cache of an ONNX decoder into the Attention operator.
 
 An exported decoder concatenates each layer's past and new keys and values, repeats them for every query head that
 shares them, and attends. ONNX ``Attention`` (opset 23) takes the past as inputs, returns the present as outputs, and
-knows grouped heads itself, so nothing is repeated in memory. For every Attention node:
+supports grouped heads, so nothing is repeated in memory. For every Attention node:
 
-1. ``K = repeat(Concat(past, new))`` (the repeat is optional), and V alike, with ``past`` a graph input: the node takes
-   ``new`` and ``past``, and its present outputs replace the concatenations, the graph's outputs among them.
-2. If then query, new key, new value are ``Transpose(Reshape(x))``, with or without rotary embedding, and the result
-   goes through ``Reshape(Transpose(y))``, both operators work on the projections' own layout [batch, sequence, heads ×
-   dim], and the transposes and reshapes go.
+1. If K and V are ``repeat(Concat(past, new))`` (the repeat is optional) and ``past`` is a graph input, the node takes
+   ``new`` and ``past``. Its present outputs replace the concatenations, also as the graph's outputs.
+2. If then query, new key and new value are ``Transpose(Reshape(x))``, with or without rotary embedding, and the result
+   goes through ``Reshape(Transpose(y))``, the transposes and reshapes are dropped. Attention and rotary embedding then
+   work on the projections' own layout [batch, sequence, heads × dim].
 
-A node that does not have the form is left as it is. Standard operators only: any padding stays right.
+A node of another form does not change. All operators are standard ones, so padding may be on either side.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class FoldKVPass(ir.passes.InPlacePass):
     """
 
     def requires(self, model: ir.Model) -> None:
-        """Opset 23 or later, whose Attention takes a past."""
+        """Opset 23 or later: its Attention takes a past."""
         opset = model.opset_imports.get("", 0)
         if opset < 23:
             raise ir.passes.PreconditionError(f"opset {opset} has no Attention")
@@ -58,11 +58,12 @@ class _Cached:
 def _fold_past(graph: ir.Graph, node: ir.Node, earlier: Set[ir.Node]) -> ir.Node:
     """Case 1. Returns the new Attention node, or ``node`` itself if it does not have the form.
 
-    What comes ``earlier`` and reads the present (a mask made from the values, say) keeps the concatenation.
+    A node in ``earlier`` that reads the present (to make a mask from the values, say) keeps the concatenation.
     """
     query, key, value, mask = (*node.inputs, None)[:4]
     has_past = len(node.inputs) > 4 and node.inputs[4] is not None
-    if has_past or len(node.outputs[0].shape or ()) != 4 or _int_attribute(node, "is_causal"):
+    is_causal = node.attributes.get_int("is_causal", 0)
+    if has_past or is_causal or len(node.outputs[0].shape or ()) != 4:
         return node
     keys, values = _cached(key), _cached(value)
     if keys is None or values is None or _size(keys.new, 1) != _size(values.new, 1):
@@ -86,7 +87,7 @@ def _cached(operand: ir.Value | None) -> _Cached | None:
         return None
     present = _unrepeated(operand)
     concat = producer(present, "Concat")
-    if concat is None or len(concat.inputs) != 2 or _int_attribute(concat, "axis") not in (2, -2):
+    if concat is None or len(concat.inputs) != 2 or concat.attributes.get_int("axis", None) not in (2, -2):
         return None
     past, new = concat.inputs
     if past is None or new is None or not past.is_graph_input():
@@ -144,7 +145,7 @@ def _fold_layout(graph: ir.Graph, node: ir.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Flat:
-    """A 4-D operand that comes from ``flat`` [batch, sequence, heads × dim], by way of ``rotary`` or directly."""
+    """A 4-D operand made from ``flat`` [batch, sequence, heads × dim], through ``rotary`` or directly."""
 
     flat: ir.Value
     rotary: ir.Node | None
@@ -165,7 +166,7 @@ class _Flat:
 
 def _flat(operand: ir.Value | None) -> _Flat | None:
     rotary = producer(operand, "RotaryEmbedding")
-    if rotary is not None and _int_attribute(rotary, "num_heads") != _size(operand, 1):
+    if rotary is not None and rotary.attributes.get_int("num_heads", None) != _size(operand, 1):
         return None
     transpose = producer(rotary.inputs[0] if rotary is not None else operand, "Transpose")
     reshape = transpose and producer(transpose.inputs[0], "Reshape")
@@ -193,7 +194,7 @@ def _merges(flat: ir.Value, split: ir.Value) -> bool:
 
 
 def _redirect(graph: ir.Graph, old: ir.Value, new: ir.Value, earlier: Set[ir.Node] = frozenset()) -> None:
-    """Let ``new`` be used for ``old`` everywhere but in ``earlier``; it becomes the graph's output if that was."""
+    """Use ``new`` instead of ``old`` everywhere except in ``earlier``, and as the graph's output if ``old`` was one."""
     new.shape, new.type = new.shape or old.shape, new.type or old.type
     for user, index in tuple(old.uses()):
         if user not in earlier:
@@ -205,7 +206,7 @@ def _redirect(graph: ir.Graph, old: ir.Value, new: ir.Value, earlier: Set[ir.Nod
 
 
 def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """The node that ``value`` comes from, if it is such a one."""
+    """The node that makes ``value``, if it is of this standard operator."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.domain == "" and node.op_type == op_type else None
 
@@ -216,13 +217,7 @@ def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
 
 
 def _permutation(transpose: ir.Node) -> tuple[int, ...]:
-    attribute = transpose.attributes.get("perm")
-    return tuple(attribute.as_ints()) if attribute is not None else ()
-
-
-def _int_attribute(node: ir.Node, name: str) -> int | None:
-    attribute = node.attributes.get(name)
-    return attribute.as_int() if attribute is not None else None
+    return tuple(transpose.attributes.get_ints("perm", ()))
 
 
 def _size(value: ir.Value | None, dimension: int) -> int | None:

@@ -1,9 +1,9 @@
-"""gptq: products with weights of an ONNX decoder → MatMulNBits in 4-bit blocks that are rounded for a text.
+"""gptq: round the weights of an ONNX decoder's products to 4-bit blocks (MatMulNBits) with a calibration text.
 
-GPTQ (Frantar et al. 2023, arXiv 2210.17323): a product's inputs are rounded one after another, and what rounding one
-changes in the result, on the text, the inputs that are not yet rounded make up for. A block's range is the one of
-``SHRINKS`` shrunk ones that changes the result least, each weight by itself. (ONNX Runtime's own GPTQ runs the graph
-once for each value and each window.)
+GPTQ (Frantar et al. 2023, arXiv 2210.17323): a product's inputs are rounded one after another. Each rounding error is
+compensated by the inputs not yet rounded, so that the result on the text changes least. A block's range is the one of
+the ``SHRINKS`` ranges with the least error. (ONNX Runtime's own GPTQ runs the graph once for each value and each
+window.)
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +23,14 @@ from passes.targets.onnx.plain_products import logit_products, products
 Floats = npt.NDArray[np.float32]
 
 SHRINKS = np.linspace(1, 0.75, 11)
-"""Ranges that are tried, as shares of the weights' own."""
+"""The ranges that are tried, as shares of the weights' own range."""
 DAMPING = 0.01
-"""Added to the second moments, as a share of their mean (the paper's)."""
+"""Added to the diagonal of the second moments, as a share of its mean (the paper's value)."""
 LEVELS = 15
 """Steps in a range of 4 bits."""
 ACCURACY_LEVEL = 4
-"""MatMulNBits multiplies in int8. With level 0 it would unpack the weights to float32 first, which is 40 times slower
-in decoding."""
+"""MatMulNBits multiplies in int8. Level 0 would unpack the weights to float32 first, which is 40 times slower in
+decode."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,12 @@ class Blocks:
 
 @dataclass(frozen=True, eq=False)
 class GPTQPass(ir.passes.InPlacePass):
-    """Round products with weights in 4-bit blocks for a text, except the output projection.
+    """Round products with weights to 4-bit blocks for a calibration text, except the output projection.
 
-    ``source``: the file that the graph was read from; beside it lies a copy of the graph while that is run. ``block``:
-    inputs that share a scale and a zero point. ``text``: token ids, [windows, length]. Random ones are no use: 512 of
-    them did more harm than good.
+    Attributes:
+        source: the file of the graph. A copy of the graph is written beside it and run.
+        text: token ids, [windows, length]. Random ids do not help: 512 of them did more harm than good.
+        block: inputs that share a scale and a zero point.
     """
 
     source: Path
@@ -84,25 +84,26 @@ class GPTQPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(readers))
 
     def ensures(self, model: ir.Model) -> None:
-        """The output projection alone has a float weight."""
+        """Only the output projection has a float weight."""
         left = sorted(products(model).keys() - logit_products(model))
         if left:
             raise ir.passes.PostconditionError(f"{left[0]} has a float weight")
 
 
 def inverse_root(moments: Floats) -> Floats:
-    """The upper triangular U with Uᵀ U = (moments + damping)⁻¹; an input that is always 0 counts as 1."""
+    """The upper triangular U with Uᵀ U = (moments + damping)⁻¹. An input that is always 0 counts as 1."""
     damped = moments.astype(np.float64)
     damped[np.diag_indices_from(damped)] += DAMPING * damped.diagonal().mean() + (damped.diagonal() == 0)
     return np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
 
 
 def rounded_blocks(weight: Floats, sizes: Floats, inverse: Floats, block: int) -> Blocks:
-    """``weight`` [inputs, outputs] in blocks.
+    """Round ``weight`` [inputs, outputs] to blocks.
 
     Args:
-        sizes: mean squares of the inputs, by any factor.
-        inverse: of ``inverse_root``.
+        weight: [inputs, outputs].
+        sizes: mean squares of the inputs, times any factor, [inputs].
+        inverse: the result of ``inverse_root``, [inputs, inputs].
         block: inputs that share a scale and a zero point.
     """
     left, codes, grids = weight.copy(), np.empty_like(weight), []
@@ -122,7 +123,7 @@ def rounded_blocks(weight: Floats, sizes: Floats, inverse: Floats, block: int) -
 
 
 def grid(part: Floats, sizes: Floats) -> tuple[Floats, Floats]:
-    """Scale and zero point of a block [inputs, outputs], for each output: of shrunk ranges the one that fits best."""
+    """Scale and zero point of a block [inputs, outputs], each [outputs]: the ``SHRINKS`` range with the least error."""
     low, high = np.minimum(part.min(axis=0), 0), np.maximum(part.max(axis=0), 0)
     best = np.full(part.shape[1], np.inf, dtype=np.float32)
     scale, zero = np.ones_like(best), np.zeros_like(best)
@@ -142,13 +143,13 @@ def round_to_grid(values: Floats, scale: Floats, zero: Floats) -> Floats:
 
 
 def _set_blocks(graph: ir.Graph, product: ir.Node, blocks: Blocks) -> None:
-    """MatMulNBits in place of ``product``: codes of a block side by side, the first in the lower half of a byte."""
+    """Replace ``product`` by MatMulNBits. A byte holds two neighbours of a block, the first in its lower half."""
     inputs, outputs = blocks.codes.shape
     count = len(blocks.scales)
     padded = np.pad(blocks.codes, ((0, count * blocks.size - inputs), (0, 0))).T.reshape(outputs, count, blocks.size)
     zeros = np.pad(blocks.zeros, ((0, count % 2), (0, 0))).T
     name = str(product.inputs[1].name)  # type: ignore[union-attr]
-    arrays: dict[str, npt.NDArray[Any]] = {
+    arrays: dict[str, npt.NDArray[np.generic]] = {
         "Q4": _pairs(padded),
         "scales": blocks.scales.T.flatten(),
         "zero_points": _pairs(zeros).flatten(),
@@ -168,6 +169,6 @@ def _set_blocks(graph: ir.Graph, product: ir.Node, blocks: Blocks) -> None:
 
 
 def _pairs(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Two neighbours of the last axis in a byte."""
+    """Pack two neighbours of the last axis into a byte."""
     joined: npt.NDArray[np.uint8] = np.ascontiguousarray(codes[..., ::2] | codes[..., 1::2] << 4)
     return joined

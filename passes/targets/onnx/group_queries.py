@@ -1,22 +1,22 @@
-"""group_queries: ONNX Attention multiplies the query heads that share keys at once, and reads its mask as numbers.
+"""group_queries: convert Attention's mask to floats once, and fold grouped queries into the row axis.
 
-ONNX Runtime multiplies each query head with its keys by itself, so that keys are read again for every head of their
-group, and makes numbers of a bool mask in every layer. Here
+ONNX Runtime multiplies each query head by its keys separately, so it reads the keys again for every head of the group.
+It also converts a bool mask to floats in every layer. Instead:
 
-1. a bool mask becomes 0 and the lowest float, once for all layers (not -inf: a padded token's row may see nothing);
-2. the queries of a group become rows of one head, and the mask's rows are repeated with them, once for all layers:
-   [batch, heads, sequence, dim] → [batch, KV heads, repeat × sequence, dim], which is a change of shape, or
-   [batch, sequence, heads × dim] → [batch, sequence × repeat, KV heads × dim], which is one if heads lie in the order
-   (repeat, KV head): columns of the query projection and rows of the output projection are put into it.
+1. A bool mask becomes 0 and the lowest float, once for all layers. −inf would not do: a padded token's row may be
+   masked everywhere.
+2. The queries of a group become rows of one head. The mask's rows are repeated to match, once for all layers.
+   [batch, heads, sequence, dim] → [batch, KV heads, repeat × sequence, dim] is only a change of shape.
+   [batch, sequence, heads × dim] → [batch, sequence × repeat, KV heads × dim] is one if heads are in the order
+   (repeat, KV head), so the columns of the query projection and the rows of the output projection are reordered.
 
-Decoding gains by it, prefill loses: ONNX Runtime shares out heads among threads, of which there are fewer then, 3 where
-there were 9 (``docs/onnx.md``). So step 2 is optional. A node that does not have the form keeps its heads.
+Step 2 makes decode faster and prefill slower: ONNX Runtime splits heads among threads, and fewer heads are left (3
+instead of 9, ``docs/onnx.md``). So it is optional. A node of another form keeps its heads.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,21 +26,21 @@ from passes.targets.onnx.fold_kv import producer
 
 LOWEST = np.array(np.finfo(np.float32).min)
 Mask = tuple[ir.Value, int, bool]
-"""What a new mask is made of: the old one, how often its rows are repeated, and ``_Heads.flat``."""
+"""The source of a new mask: the old mask, the number of repeats of its rows, and ``_Heads.flat``."""
 
 
 @dataclass(frozen=True)
 class GroupQueriesPass(ir.passes.InPlacePass):
-    """Make Attention's mask numbers, once for all layers, and multiply query heads that share keys at once.
+    """Convert Attention's mask to floats once, and fold grouped queries into the row axis.
 
-    Uses the shapes of the values around each Attention node; leaves unused nodes behind. ``rows``: whether to take
+    Uses the shapes of the values around each Attention node. Leaves unused nodes behind. ``rows``: whether to do
     step 2.
     """
 
     rows: bool = True
 
     def requires(self, model: ir.Model) -> None:
-        """No unused nodes: each of them would count as a use."""
+        """No unused nodes, since each would count as a use."""
         used = {value for node in model.graph for value in node.inputs} | set(model.graph.outputs)
         unused = [node.name for node in model.graph if used.isdisjoint(node.outputs)]
         if unused:
@@ -77,7 +77,7 @@ class _Heads:
         return self.query // self.key
 
     def shape(self, heads: int, dim: int) -> list[int]:
-        """For a Reshape (0: as it is) to so many heads."""
+        """The shape argument of a Reshape to this number of heads (0: the size does not change)."""
         return [0, -1, heads * dim] if self.flat else [0, heads, -1, dim]
 
     def order(self, dim: int) -> npt.NDArray[np.int64]:
@@ -87,14 +87,15 @@ class _Heads:
 
 
 def _heads(node: ir.Node, mask: ir.Value) -> _Heads | None:
-    """None where no heads share keys, or where the mask differs from head to head."""
+    """The sizes of ``node``; None if no heads share keys, or if the mask differs between heads."""
     query, key, result = (value.shape if value is not None else None for value in (*node.inputs[:2], node.outputs[0]))
-    if query is None or key is None or result is None or mask.shape is None or _number(node, "softcap"):
+    softcap = node.attributes.get_float("softcap", 0.0)
+    if softcap or query is None or key is None or result is None or mask.shape is None:
         return None
     flat = len(query) == 3
-    counts = [_number(node, "q_num_heads"), _number(node, "kv_num_heads")] if flat else [query[1], key[1]]
-    sizes: list[Any] = [*counts, query[-1], result[-1]]
-    if not all(isinstance(size, int) for size in sizes) or len(mask.shape) != 4 or mask.shape[1] != 1:
+    counts = [node.attributes.get_int(f"{side}_num_heads", 0) for side in ("q", "kv")] if flat else [query[1], key[1]]
+    sizes = [size for size in (*counts, query[-1], result[-1]) if isinstance(size, int)]
+    if len(sizes) < 4 or len(mask.shape) != 4 or mask.shape[1] != 1:
         return None
     heads, groups, dim, value_dim = sizes
     per = heads if flat else 1
@@ -102,7 +103,7 @@ def _heads(node: ir.Node, mask: ir.Value) -> _Heads | None:
 
 
 def _to_rows(graph: ir.Graph, node: ir.Node, heads: _Heads) -> bool:
-    """Reshape what goes into ``node`` and what comes out. Returns whether the node has the form."""
+    """Reshape the query and the result of ``node``. Returns whether the node has the form."""
     query, result = node.inputs[0], node.outputs[0]
     assert query is not None
     if heads.flat and not _put_in_order(node, heads):
@@ -123,7 +124,7 @@ def _to_rows(graph: ir.Graph, node: ir.Node, heads: _Heads) -> bool:
 
 
 def _put_in_order(node: ir.Node, heads: _Heads) -> bool:
-    """Put the heads of query and output projection in order, if both are there and serve nothing else."""
+    """Reorder the heads of query and output projection, if both exist and have no other use."""
     query, result = node.inputs[0], node.outputs[0]
     rotary = _made_by(query, "RotaryEmbedding")
     if rotary is not None:
@@ -149,7 +150,7 @@ def _put_in_order(node: ir.Node, heads: _Heads) -> bool:
 
 
 def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """The node that ``value``, used once, comes from, if it is such a one."""
+    """The node that makes ``value``, if it is of this operator and ``value`` is used once."""
     return producer(value, op_type) if value is not None and _used_once(value) else None
 
 
@@ -171,7 +172,7 @@ def _take(value: ir.Value | None, order: npt.NDArray[np.int64], axis: int) -> No
 
 
 def _mask(steps: ir.tape.Tape, mask: ir.Value, repeat: int, flat: bool) -> ir.Value:
-    """``mask`` in numbers, its rows repeated: each by itself if ``flat``, else all of them one after another."""
+    """``mask`` as floats with repeated rows: each row is repeated in place if ``flat``, else the whole is repeated."""
     if mask.dtype == ir.DataType.BOOL:
         old = mask.shape
         mask = steps.op("Where", [mask, _constant(steps, np.zeros((), dtype=np.float32)), _constant(steps, LOWEST)])
@@ -194,12 +195,7 @@ def _reshape(steps: ir.tape.Tape, value: ir.Value, shape: list[int]) -> ir.Value
     return result
 
 
-def _constant(steps: ir.tape.Tape, array: npt.NDArray[Any]) -> ir.Value:
+def _constant(steps: ir.tape.Tape, array: npt.NDArray[np.generic]) -> ir.Value:
     result = steps.op("Constant", [], {"value": ir.tensor(array)})
     result.const_value = ir.tensor(array)
     return result
-
-
-def _number(node: ir.Node, name: str) -> Any:
-    attribute = node.attributes.get(name)
-    return attribute.value if attribute is not None else 0

@@ -1,7 +1,7 @@
-"""library: what onnxscript does to a graph, as passes of onnx_ir.
+"""library: onnxscript's graph rewrites as passes of onnx_ir.
 
-onnxscript's own ``optimize`` gives the same graph in 20 times the time: it infers shapes node by node and tries 50
-rules, most of them for convolutions. The exporter has set the shapes already.
+onnxscript's own ``optimize`` gives the same graph but takes 20 times as long: it infers shapes node by node and tries
+50 rules, most of them for convolutions. Here the exporter has already set the shapes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from onnxscript.rewriter import RewritePass, onnx_fusions
 from onnxscript.rewriter.rules import common as rules
 
 CONSTANT_SIZE = 1024
-"""Elements of the largest constant that is folded."""
+"""The largest constant that is folded, in elements."""
 
 
 class FoldConstantsPass(ir.passes.InPlacePass):
-    """Compute what follows from small constants alone."""
+    """Compute values that depend only on small constants."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         limits = {"input_size_limit": CONSTANT_SIZE, "output_size_limit": CONSTANT_SIZE}
@@ -34,7 +34,7 @@ class FusePass(ir.passes.InPlacePass):
     """Fuse RMSNorm, rotary embedding and attention into the operators of opset 23."""
 
     def requires(self, model: ir.Model) -> None:
-        """Opset 23: onnxscript has fusions for no other."""
+        """Opset 23: onnxscript has fusions for this one only."""
         if model.opset_imports.get("") != 23:
             raise ir.passes.PreconditionError(f"opset {model.opset_imports.get('')} has no fusions")
 

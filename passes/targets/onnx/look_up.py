@@ -1,8 +1,6 @@
-"""look_up: the embedding's table in 8-bit blocks, those of the output projection if both are one table."""
+"""look_up: store the embedding in 8-bit blocks. If the output projection is the same table, share its blocks."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +11,7 @@ from passes.targets.onnx.plain_products import constant, is_constant, put
 
 
 class LookUpInBlocksPass(ir.passes.InPlacePass):
-    """Look the embedding up in 8-bit blocks: those of the output projection if that is its transpose."""
+    """Look the embedding up in 8-bit blocks, those of the output projection if that is its transpose."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -50,8 +48,8 @@ def _blocks_of(graph: ir.Graph, table: ir.Value) -> tuple[ir.Value, ir.Value]:
     return blocks, constant(graph, f"{table.name}_row_scales", scales)
 
 
-def quantize_rows(table: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """8-bit symmetric blocks of each row, rounded to nearest: uint8 [rows, blocks, block] and scales [.., 1].
+def quantize_rows(table: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """Round each row to 8-bit symmetric blocks: uint8 [rows, blocks, block] and scales float32 [rows, blocks, 1].
 
     The last block is padded with zeros.
     """
@@ -62,7 +60,7 @@ def quantize_rows(table: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], npt
 
 
 def _look_up(graph: ir.Graph, gather: ir.Node, blocks: ir.Value, scales: ir.Value) -> None:
-    """``reshape((Gather(blocks) − ZERO) · Gather(scales))[..., :width]`` in place of ``gather``."""
+    """Replace ``gather`` by ``reshape((Gather(blocks) − ZERO) · Gather(scales))[..., :width]``."""
     ids, result = gather.inputs[1], gather.outputs[0]
     assert result.shape is not None
     width = int(result.shape[-1])  # type: ignore[arg-type]

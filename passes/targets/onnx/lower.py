@@ -1,26 +1,27 @@
-"""lower: ops that torch.onnx.export translates one by one, without decomposing the graph.
+"""lower: replace ops so that torch.onnx.export translates the graph op by op, without decomposing it.
 
-torch.onnx.export first runs ``ExportedProgram.run_decompositions``, which retraces the graph twice on symbolic shapes:
-nine tenths of its time. The exporter knows nearly every op of the pre-dispatch graph as it is (linear, silu and
-scaled_dot_product_attention even better than their parts), so a few local replacements are enough instead:
+torch.onnx.export first runs ``ExportedProgram.run_decompositions``, which retraces the graph twice on symbolic shapes
+and takes nine tenths of the export's time. The exporter already knows nearly every op of the pre-dispatch graph. It
+even translates linear, silu and scaled_dot_product_attention better than their parts. So a few local replacements are
+enough:
 
-1. assertions are dropped;
+1. an assertion is dropped;
 2. a call that returns its input (same shape, same dtype) is replaced by the input;
 3. a change of dtype becomes ``_to_copy``;
-4. operators under another name get the name that the exporter knows;
-5. an op that writes to a fresh tensor, of which no view was taken and which is not read after the write but by its
-   result (``x = linear(...); x += y``), becomes the op without the write. A graph with any other write is left to
-   torch's own decomposition, which makes it functional, except for case 1;
-6. attention whose one key head serves all query heads says so, as the exporter does not broadcast it.
+4. an operator with an alias gets the name that the exporter knows;
+5. an op that writes in place (``x = linear(...); x += y``) becomes the op without the write, if the tensor is fresh,
+   has no view, and is read after the write only through the op's result. For any other write, the graph is left to
+   torch's own decomposition, which makes it functional, and only case 1 applies;
+6. attention with one key head for all query heads sets ``enable_gqa``, since the exporter does not broadcast the head.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -52,9 +53,9 @@ RETURN_THEIR_INPUT = {
     aten.to,
     aten.view,
 }
-"""Ops whose output is their input if it has the same shape and dtype."""
+"""Ops whose output equals their input if it has the same shape and dtype."""
 
-RENAMED: dict[Any, Callable[..., Any]] = {
+RENAMED: dict[object, Callable[..., object]] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
     aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
@@ -95,18 +96,18 @@ class LowerOps(Pass):
 
 
 def relinked(program: Program, module: fx.GraphModule) -> Program:
-    """``program`` with the graph ``module``, without dead calls and with the names of what that returns."""
+    """``program`` with the graph ``module``: dead calls removed, and the signature's output names updated."""
     module.graph.eliminate_dead_code()
     module.recompile()
     signature = copy.deepcopy(program.signature)
-    outputs: Any = module.graph.output_node().args[0]
+    outputs = cast("Sequence[fx.Node]", module.graph.output_node().args[0])
     for spec, node in zip(signature.output_specs, outputs, strict=True):
         spec.arg.name = node.name
     return replace(program, graph=module, signature=signature)
 
 
 def to_exporter(program: Program) -> ExportedProgram:
-    """A lowered program for ``torch.onnx.export``, which decomposes it only if a write in place is left."""
+    """A lowered program for ``torch.onnx.export``. It is decomposed only if a write in place is left."""
     exported = program.to_exported()
     signatures = [schema(node.target) for node in program.graph.graph.nodes]
     mutable = any(signature is not None and signature.is_mutable for signature in signatures)
@@ -114,43 +115,45 @@ def to_exporter(program: Program) -> ExportedProgram:
 
 
 def _functional(node: fx.Node) -> bool:
-    """Whether ``node`` writes to no input, or could be changed into its twin that does not (case 5)."""
-    overload: OpOverload = node.target  # type: ignore[assignment]
-    signature = schema(overload)
+    """Whether ``node`` writes to no input. If case 5 allows it, ``node`` is changed into its op without the write."""
+    assert isinstance(node.target, OpOverload)
+    signature = schema(node.target)
     assert signature is not None
     if not signature.is_mutable:
         return True
-    name = overload.overloadpacket.__name__
-    written: Any = node.args[0]
+    written = node.args[0]
+    if not isinstance(written, fx.Node) or written.op != "call_function" or _is_view(written):
+        return False
 
     def shows(user: fx.Node) -> bool:
         return user is not node and (node < user or _is_view(user))
 
+    name = node.target.overloadpacket.__name__
     twin = getattr(getattr(aten, name.removesuffix("_"), None), signature.overload_name or "default", None)
-    fresh = isinstance(written, fx.Node) and written.op == "call_function" and not _is_view(written)
-    if twin is None or not fresh or not name.endswith("_") or any(map(shows, written.users)):
+    if twin is None or not name.endswith("_") or any(map(shows, written.users)):
         return False
     node.target = twin
     return True
 
 
-def _is_view(node: Any) -> bool:
+def _is_view(node: fx.Node) -> bool:
     """Whether the node's output shares memory with an input, which others may read."""
     if node.target is operator.getitem:
-        return _is_view(node.args[0])
+        return _is_view(node.all_input_nodes[0])
     signature = schema(node.target)
     return signature is None or any(result.alias_info is not None for result in signature.returns)
 
 
 def _lower(node: fx.Node) -> None:
-    packet = node.target.overloadpacket  # type: ignore[union-attr]
+    assert isinstance(node.target, OpOverload)
+    packet = node.target.overloadpacket
     source = node.args[0] if node.args else None
     if node.target in ASSERTIONS:
         node.graph.erase_node(node)
     elif node.target in RENAMED:
         node.target = RENAMED[node.target]
     elif packet is aten.scaled_dot_product_attention:
-        query, key = (argument.meta["val"].shape[1] for argument in node.args[:2])  # type: ignore[union-attr]
+        query, key = (operand.meta["val"].shape[1] for operand in node.args[:2] if isinstance(operand, fx.Node))
         if key == 1 != query:
             node.kwargs = {**node.kwargs, "enable_gqa": True}
     elif packet is aten.square:
@@ -167,7 +170,7 @@ def _lower(node: fx.Node) -> None:
             node.args, node.kwargs = (source,), {"dtype": node.meta["val"].dtype}
 
 
-def _type(node: fx.Node) -> tuple[torch.dtype, list[Any]]:
-    """Dtype and shape; symbolic sizes as expressions, so that comparing them adds no guard."""
+def _type(node: fx.Node) -> tuple[torch.dtype, list[object]]:
+    """Dtype and shape. Symbolic sizes are expressions, since a comparison of the sizes would add a guard."""
     value: Tensor = node.meta["val"]
     return value.dtype, [size if isinstance(size, int) else size_expression(size) for size in value.shape]

@@ -1,17 +1,18 @@
-"""lower_complex: complex values of a graph → their real and imaginary parts in a last dimension of size 2.
+"""lower_complex: replace complex values by their real and imaginary parts, in a last dimension of size 2.
 
-ONNX has no complex numbers. Rotary embeddings written with them need few ops: polar, view_as_complex, view_as_real,
-products, and changes of shape. A graph with any other complex op is left as it is.
+ONNX has no complex numbers. Complex rotary embeddings need few ops: polar, view_as_complex, view_as_real, products, and
+changes of shape. A graph with any other complex op does not change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
 from mptk.compat.torch import enable_python_dispatcher
 from mptk.ir.ops import op_name
@@ -21,10 +22,13 @@ from passes.targets.onnx.lower import relinked
 
 aten = torch.ops.aten
 
+Lowering = Callable[[tuple[Argument, ...]], fx.Node]
+"""A call's arguments, pairs for complex values → the call on pairs."""
+
 
 @dataclass(frozen=True)
 class LowerComplex(Pass):
-    """Replace complex numbers by pairs of real ones, in a graph whose complex ops are all known."""
+    """Replace complex numbers by pairs of real ones, if all complex ops of the graph are known."""
 
     name: ClassVar[str] = "lower complex"
 
@@ -38,7 +42,7 @@ class LowerComplex(Pass):
         return Result(relinked(program, module), True)
 
     def ensures(self, before: Program, after: Program) -> None:
-        """No complex number is left if anything changed; the weights have the same names and shapes."""
+        """If anything changed, no complex number is left. The weights have the same names and shapes."""
         assert after is before or not _complex_ops(after.graph.graph), "a complex number is left"
         assert shapes(after) == shapes(before), "a weight has another shape"
 
@@ -48,7 +52,7 @@ def _complex_ops(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _lower(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    """Replace ``nodes``, which stay behind without users."""
+    """Replace ``nodes``. They keep no users, but stay in the graph."""
     pairs: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         with graph.inserting_before(node):
@@ -64,13 +68,13 @@ def _is_complex(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and value.is_complex()
 
 
-def _packet(node: fx.Node) -> Any:
+def _packet(node: fx.Node) -> object:
     return getattr(node.target, "overloadpacket", None)
 
 
-def _call(op: Any, first: Any, *rest: Any) -> fx.Node:
+def _call(op: Callable[..., object], first: fx.Node | list[fx.Node], *rest: Argument) -> fx.Node:
     """A new call with its example value, at the graph's place for new nodes."""
-    owner: fx.Node = first[0] if isinstance(first, list) else first
+    owner = first[0] if isinstance(first, list) else first
     call = owner.graph.call_function(op, (first, *rest))
     values = fx.map_arg(call.args, lambda n: n.meta["val"])
     with owner.meta["val"].fake_mode, enable_python_dispatcher():
@@ -82,19 +86,24 @@ def _stack(real: fx.Node, imaginary: fx.Node) -> fx.Node:
     return _call(aten.stack.default, [real, imaginary], -1)
 
 
-def _same(args: Any) -> fx.Node:
-    """The two views between pairs and complex numbers, and copies."""
-    return args[0]  # type: ignore[no-any-return]
+def _node(argument: Argument) -> fx.Node:
+    assert isinstance(argument, fx.Node)
+    return argument
 
 
-def _polar(args: Any) -> fx.Node:
-    length, angle = args
+def _same(args: tuple[Argument, ...]) -> fx.Node:
+    """The input itself: for the views between pairs and complex numbers, and for copies."""
+    return _node(args[0])
+
+
+def _polar(args: tuple[Argument, ...]) -> fx.Node:
+    length, angle = map(_node, args)
     cosine, sine = _call(aten.cos.default, angle), _call(aten.sin.default, angle)
     return _stack(_call(aten.mul.Tensor, length, cosine), _call(aten.mul.Tensor, length, sine))
 
 
-def _product(args: Any) -> fx.Node:
-    x, y = args
+def _product(args: tuple[Argument, ...]) -> fx.Node:
+    x, y = _node(args[0]), args[1]
     if not isinstance(y, fx.Node):
         return _call(aten.mul.Tensor, x, y)
     a, b, c, d = (_call(aten.select.int, pair, -1, part) for pair in (x, y) for part in (0, 1))
@@ -102,17 +111,18 @@ def _product(args: Any) -> fx.Node:
     return _stack(real, _call(aten.add.Tensor, _call(aten.mul.Tensor, a, d), _call(aten.mul.Tensor, b, c)))
 
 
-def _along(op: Any) -> Callable[[Any], fx.Node]:
-    """For an op on one dimension, of which negative ones now count from the parts."""
+def _along(op: Callable[..., object]) -> Lowering:
+    """For an op on one dimension: a negative dimension now counts from the parts."""
 
-    def lower(args: Any) -> fx.Node:
+    def lower(args: tuple[Argument, ...]) -> fx.Node:
         pair, dim, *rest = args
-        return _call(op, pair, dim if dim >= 0 else dim - 1, *rest)
+        assert isinstance(dim, int)
+        return _call(op, _node(pair), dim if dim >= 0 else dim - 1, *rest)
 
     return lower
 
 
-LOWERED: dict[Any, Callable[[Any], fx.Node]] = {
+LOWERED: dict[object, Lowering] = {
     aten._to_copy: _same,
     aten.index_select: _along(aten.index_select.default),
     aten.mul: _product,

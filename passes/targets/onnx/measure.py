@@ -1,10 +1,10 @@
-"""measure_onnx: sums over tokens of what the nodes of an ONNX decoder hand on, taken in ONNX Runtime."""
+"""measure: second moments of an ONNX decoder's activations over tokens, computed in ONNX Runtime."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,20 +16,20 @@ Floats = npt.NDArray[np.float32]
 Text = npt.NDArray[np.int64]
 
 TOKENS = 1024
-"""Of a run, if a window has no more."""
+"""Tokens in one run, or one window if that is longer."""
 BYTES = 1 << 30
-"""Of the sums that one session takes, if one value has no more."""
+"""Size of the sums in one session, or of one value's sums if they are larger."""
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def measure_onnx(
     file: Path, channels: Mapping[str, int], text: Text, what: Literal["squares", "products"]
 ) -> Iterator[tuple[str, Floats]]:
-    """Sums over all tokens, value by value: Σ x² [channels], or Σ x xᵀ [channels, channels].
+    """Sums over all tokens for each value: Σ x² [channels], or Σ x xᵀ [channels, channels].
 
     Args:
         file: a decoder of ``emit_onnx`` in float32.
-        channels: the values' names → their last axis.
+        channels: name of a value → size of its last axis.
         text: token ids, [windows, length].
     """
     size = {name: 4 * count ** (1 if what == "squares" else 2) for name, count in channels.items()}
@@ -53,7 +53,7 @@ def _sums(file: Path, channels: Mapping[str, int], text: Text, what: str) -> dic
     options = ort.SessionOptions()
     options.add_session_config_entry(WEIGHTS_FOLDER, str(file.parent.resolve()))
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    sums: dict[str, Any] = dict.fromkeys(channels, 0)
+    sums: dict[str, Floats] = dict.fromkeys(channels, np.zeros((), dtype=np.float32))
     names = [f"{name}.sum" for name in channels]
     for start in range(0, len(text), step := max(1, TOKENS // text.shape[1])):
         for name, found in zip(channels, session.run(names, _feeds(session, text[start : start + step])), strict=True):
@@ -70,8 +70,8 @@ def _nodes(name: str, what: str) -> list[NodeProto]:
     return [*nodes, helper.make_node("ReduceSumSquare", [flat, axes], [result], keepdims=0)]
 
 
-def _feeds(session: ort.InferenceSession, ids: Text) -> dict[str, npt.NDArray[Any]]:
-    """A prompt without padding and an empty cache."""
+def _feeds(session: ort.InferenceSession, ids: Text) -> dict[str, npt.NDArray[np.generic]]:
+    """The inputs of a prompt without padding, with an empty cache."""
     batch, length = ids.shape
     given = {
         "input_ids": ids,

@@ -1,14 +1,12 @@
 """plain_products: every product with a weight becomes ``MatMul(x, weight [inputs, outputs])``.
 
-Quantisers look at nothing else.
+Quantisers support no other form.
 
 1. ``Transpose(weight)`` becomes a weight.
 2. ``Gemm(x, weight, bias)`` becomes ``MatMul`` and ``Add``.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +50,7 @@ def _split_gemm(graph: ir.Graph, gemm: ir.Node) -> bool:
 
 
 def put(graph: ir.Graph, old: ir.Node, steps: ir.tape.Tape, result: ir.Value) -> None:
-    """``steps``, of which ``result`` comes, in place of ``old``."""
+    """Replace ``old`` by ``steps``, which end in ``result``."""
     graph.insert_before(old, steps.nodes)
     result.shape, result.type = old.outputs[0].shape, old.outputs[0].type
     ir.convenience.replace_all_uses_with(old.outputs[0], result)
@@ -60,7 +58,7 @@ def put(graph: ir.Graph, old: ir.Node, steps: ir.tape.Tape, result: ir.Value) ->
 
 
 def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
-    """The transpose of a matrix as a weight of its own, once."""
+    """The transpose of a matrix as a new weight, made once."""
     name = f"{weight.name}.T"
     if name in graph.initializers:
         return graph.initializers[name]
@@ -73,7 +71,7 @@ def is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.const_value is not None and value.const_value.shape.rank() == 2
 
 
-def constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+def constant(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
     """A new constant of the graph."""
     value = ir.Value(name=name, const_value=ir.Tensor(array, name=name), shape=ir.Shape(array.shape))
     value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
@@ -82,7 +80,7 @@ def constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
 
 
 def products(model: ir.Model) -> dict[str, npt.NDArray[np.float32]]:
-    """Names of the products with a weight → the weight, [inputs, outputs]."""
+    """Name of each product with a weight → the weight, [inputs, outputs]."""
     constants = {
         node.name: node.inputs[1].const_value.numpy()
         for node in model.graph
@@ -92,6 +90,6 @@ def products(model: ir.Model) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def logit_products(model: ir.Model) -> set[str]:
-    """Names of the products that give the logits, as far as their outputs are the vocabulary."""
+    """Names of the products that give the logits: those whose outputs are the vocabulary."""
     vocabulary = model.graph.outputs[0].shape
     return {name for name, weight in products(model).items() if vocabulary and weight.shape[1] == vocabulary[-1]}

@@ -1,17 +1,17 @@
-"""quantize: an ONNX decoder in float32 → the same decoder with smaller numbers, beside it.
+"""quantize: write an ONNX decoder in float32 again with smaller numbers, beside it.
 
 | scheme | weights of products | kernel |
 |---|---|---|
-| ``int8`` | 8 bits, a scale a block of 128 inputs | MatMulNBits, activations in blocks, too |
-| ``int4`` | 4 bits, a scale and a zero point a block of 32; the output projection 8 bits | the same |
-| ``fp16`` | float16, and so the KV cache | float16 if there is one; rotary angles stay float32 |
+| ``int8`` | 8 bits, a scale for each block of 128 inputs | MatMulNBits, activations in blocks, too |
+| ``int4`` | 4 bits, a scale and a zero point for each block of 32; the output projection 8 bits | the same |
+| ``fp16`` | float16, and the KV cache, too | float16 if there is one; rotary angles stay float32 |
 
-The numbers are those of ONNX Runtime's own quantiser, except for ``int4`` with a text (``gptq.py``). It leaves
-two things in float32 that are the larger part of a small model, and which are quantised here: an output projection that
-is the transposed embedding, and the embedding. It is looked up in the output projection's blocks if both are one
-table, so that the table is stored once.
+The weights are rounded by ONNX Runtime's own quantiser, or by ``gptq.py`` for ``int4`` with a calibration text. That
+quantiser leaves the embedding in float32, and also an output projection that is the transposed embedding. They are the
+larger part of a small model, so both are quantised here. If both are one table, it is stored once: tokens are looked up
+in the output projection's blocks.
 
-ONNX Runtime's dynamic int8 (one scale for a whole tensor of activations) is not among them: padding changes its logits,
+ONNX Runtime's dynamic int8 (one scale for a whole tensor of activations) is not offered: padding changes its logits,
 and it cost SmolLM2-135M two thirds of its perplexity (``docs/onnx.md``).
 """
 
@@ -33,16 +33,19 @@ from passes.targets.onnx.plain_products import PlainProductsPass
 from passes.targets.onnx.smooth import SmoothPass
 
 BLOCKS = {"int8": 32, "int4": BLOCK}
-"""What the sums of products in a quantised graph should be multiples of. A remainder of a wide block is padded: 928
-channels still take less time than 1024, and steps of 128 would leave most budgets without legal widths."""
+"""Scheme → the number that a product's inputs should be a multiple of. It is less than the block of ``int8``, whose
+last block is padded: 928 channels still take less time than 1024, and steps of 128 would leave most budgets without
+legal widths."""
 
 
 def write_quantized(source: Path, scheme: str, steps: Sequence[ir.passes.PassBase]) -> Path:
-    """Write ``model_SCHEME.onnx`` and its weights beside ``source``, a ``model.onnx`` of ``write_onnx``; returns it.
+    """Write ``model_SCHEME.onnx`` and its weights beside ``source``. Returns the new file.
 
     Inputs and outputs keep their names and shapes.
 
     Args:
+        source: the float graph, a ``model.onnx`` of ``write_onnx``.
+        scheme: its name, for the file and its metadata.
         steps: the passes that quantise.
     """
     model = read_float(source)
@@ -55,7 +58,7 @@ def write_quantized(source: Path, scheme: str, steps: Sequence[ir.passes.PassBas
 
 
 def even_channels(source: Path) -> list[ir.passes.PassBase]:
-    """The passes that make channels equally large before they are rounded. They start from ``read_float(source)``."""
+    """The passes that make channels equally large before rounding. Their input is ``read_float(source)``."""
     return [
         PlainProductsPass(),
         common.RemoveUnusedNodesPass(),
@@ -75,7 +78,7 @@ def read_float(source: Path) -> ir.Model:
 
 
 def _save(model: ir.Model, file: Path) -> Path:
-    """Under its name only when complete and accepted by ``onnx.checker``."""
+    """Write the file. It gets its name only when it is complete and ``onnx.checker`` accepts it."""
     data = f"{file.name}.data"
     with write_together(file.parent, data, file.name) as temporary:
         ir.save(model, temporary / file.name, external_data=data)
@@ -85,7 +88,7 @@ def _save(model: ir.Model, file: Path) -> Path:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """ONNX Runtime's quantisers log every node."""
+    """Disable the log of ONNX Runtime's quantisers, which has a line for every node."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,12 +1,12 @@
-"""smooth: what norms of an ONNX decoder hand to products, rescaled so that blocks of channels quantise well.
+"""smooth: rescale the channels between an ONNX decoder's norms and products, so that their blocks quantise well.
 
-A norm ends in a scale of each channel. Where all that reads its result are products with weights, channel i may be
-divided by s_i there and row i of the weights multiplied by it: the logits stay the same (SmoothQuant, Xiao et al.
-2023). With ``s = sqrt(a / w)``, a the channel's root mean square and w that of its row in all those weights, divided
-by the geometric mean, a channel is as large in the activations as in the weights, and none is an outlier in either.
+A norm ends in a scale for each channel. If only products with weights read its result, channel i can be divided by s_i
+in the norm and row i of the weights multiplied by s_i. The logits do not change (SmoothQuant, Xiao et al. 2023).
+``s = sqrt(a / w)``, divided by its geometric mean, with the root mean square a of the channel and w of its row in all
+those weights. A channel is then as large in the activations as in the weights, so it is no outlier in either.
 
-``a`` is measured on prompts of random tokens in ONNX Runtime, since which channels are large is the model's doing and
-hardly the text's (``docs/onnx.md``).
+``a`` is measured on prompts of random tokens in ONNX Runtime, since the large channels depend on the model and hardly
+on the text (``docs/onnx.md``).
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from passes.targets.onnx.balance import is_product
+from passes.targets.onnx.balance import equalising, is_product, weight_of
 from passes.targets.onnx.measure import measure_onnx
 from passes.targets.onnx.plain_products import logit_products
 
 PROMPTS = (16, 32)
-"""How many, and tokens of each: few enough for any table of positions."""
+"""The number of prompts, and of tokens in each: few enough for any table of positions."""
 
 Sizes = npt.NDArray[np.float32]
 
@@ -34,7 +33,7 @@ Sizes = npt.NDArray[np.float32]
 class SmoothPass(ir.passes.InPlacePass):
     """Move scales of channels from norms into the products that read them, except the output projection.
 
-    ``source``: the file of the same graph, which is run.
+    ``source``: the file of the same graph. It is run.
     """
 
     source: Path
@@ -54,7 +53,7 @@ class SmoothPass(ir.passes.InPlacePass):
         text = np.random.default_rng(0).integers(0, _vocabulary(model), PROMPTS)
         for name, squares in measure_onnx(self.source, channels, text, "squares"):
             node, products = found[name]
-            weights = [_array(product.inputs[1]) for product in products]
+            weights = list(map(weight_of, products))
             scale = smoothing(np.sqrt(squares / text.size), weights)
             for index in _scales(node):
                 _set_input(model.graph, node, index, _array(node.inputs[index]) / scale)
@@ -64,25 +63,20 @@ class SmoothPass(ir.passes.InPlacePass):
 
 
 def _vocabulary(model: ir.Model) -> int:
-    """Tokens that the logits are of."""
+    """The size of the logits' last axis."""
     return int(model.graph.outputs[0].shape[-1])  # type: ignore[arg-type, index]
 
 
 def smoothing(size: Sizes, weights: Collection[Sizes]) -> Sizes:
-    """s by channel, from the activations' root mean squares [inputs] and the weights that read them [inputs, outputs].
+    """s by channel, from the activations' root mean squares [inputs] and their weights, each [inputs, outputs].
 
     A channel that is zero in either keeps its scale.
     """
-    rows = np.sqrt(np.square(np.concatenate(list(weights), axis=1)).mean(axis=1))
-    alive = (size > 0) & (rows > 0)
-    scale = np.ones_like(size)
-    scale[alive] = np.sqrt(size[alive] / rows[alive])
-    scale[alive] /= np.exp(np.log(scale[alive]).mean()) if alive.any() else 1
-    return scale
+    return equalising(size, np.sqrt(np.square(np.concatenate(list(weights), axis=1)).mean(axis=1)))
 
 
 def _readers(value: ir.Value, without: Collection[str]) -> list[ir.Node]:
-    """The products that read ``value``, [..., channels], through changes of the shape before it; none if others do."""
+    """The products that read ``value`` [..., channels], also after reshapes of [...]; none if it has other readers."""
     readers: list[ir.Node] = []
     for node in (use.node for use in value.uses()):
         if node.op_type == "Reshape" and _channels(node.outputs[0]) == _channels(value) is not None:
@@ -103,7 +97,7 @@ def _channels(value: ir.Value) -> int | None:
 
 
 def _scales(node: ir.Node) -> list[int]:
-    """Which inputs of a norm are multiplied with or added to its result: constants of one number a channel."""
+    """The inputs by which a norm scales or shifts its result, if all are constants with one number for each channel."""
     if node.op_type not in ("RMSNormalization", "LayerNormalization"):
         return []
     indices = [i for i, value in enumerate(node.inputs) if i > 0 and value is not None]
@@ -121,8 +115,8 @@ def _array(value: ir.Value | None) -> Sizes:
     return constant.numpy()
 
 
-def _set_input(graph: ir.Graph, node: ir.Node, index: int, array: npt.NDArray[Any]) -> None:
-    """An input of a node, which other nodes may read, too, by a constant of its own."""
+def _set_input(graph: ir.Graph, node: ir.Node, index: int, array: Sizes) -> None:
+    """Replace an input of a node by a new constant. Other nodes may still read the old one."""
     name = f"{node.outputs[0].name}.smooth.{index}"
     tensor = ir.Tensor(np.ascontiguousarray(array, dtype=np.float32), name=name)
     value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))

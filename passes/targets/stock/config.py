@@ -1,11 +1,11 @@
-"""stock_config: the config with which a stock transformers class has exactly the shapes of a cut model.
+"""config: find the config with which a stock transformers class has exactly the shapes of a cut model.
 
-Nothing here knows a model or a field by name: the config's integers are set to products of the cut's axis sizes, the
-class is built on the meta device, and its shapes are compared. ``probe_config`` does so for one cut; ``learn.py``
-learns which cuts a class can express at all.
+The search knows no model and no field by name. It sets the config's integers to products of the cut's axis sizes,
+builds the class on the meta device, and compares shapes. ``probe_config`` does this for one cut; ``learn.py`` learns
+which cuts a class can express at all.
 
-Equal shapes do not prove equal logits. Numbers that a module derives (an attention scale, rotary tables) are compared
-too; the verify pass has the last word.
+Equal shapes do not prove equal logits. The search also compares numbers that a module derives (an attention scale,
+rotary tables), and the proof compares logits (``passes/verify.py``).
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from passes.targets.stock.search import (
 class StockConfig:
     """A stock class and the config that gives it the cut model's shapes.
 
-    ``changes``: field → (old, new); old is None for a field that the config had not spelled out; per-layer lists as
-    whole lists. ``expressions``: field → the product (family names and fixed sizes) that it is.
+    Attributes:
+        changes: field → (old, new). Old is None for an implicit field; a per-layer list is one whole value.
+        expressions: field → its value as a product of family names and fixed sizes.
     """
 
     model_class: type[PreTrainedModel]
@@ -55,15 +56,15 @@ def probe_config(
 
     Args:
         model_class: the stock class, e.g. ``type(model)``.
-        config: its config before the cut (not changed).
+        config: its config before the cut; not changed.
         target_shapes: state-dict name → shape after the cut, tied names included.
         widths: family → (old, new) width, for every leaf axis that the cut touches.
-        fixed: sizes of the other leaf axes; a field may be a product of up to three of all these sizes.
-        scalars: old → new values of float fields (a norm's eps after a cut of its axis); every float field of the
-            old value gets the new one.
+        fixed: sizes of the other leaf axes. A field may be a product of up to three of all these sizes.
+        scalars: old → new value of float fields (a norm's eps after a cut of its axis). Every float field with the old
+            value gets the new one.
 
     Returns:
-        The config, with the fewest changes found, or the refusal.
+        The config with the fewest changes found, or the refusal.
     """
     prober = Prober(model_class, config)
     families = {name: old for name, (old, _) in widths.items()}
@@ -75,7 +76,7 @@ def probe_config(
 
 @dataclass(frozen=True)
 class Solved:
-    """A config for a target, and the value of every field that the target's widths set, pins included."""
+    """A config for a target, and all field values that the target's widths determine, pins included."""
 
     stock: StockConfig
     assignment: Assignment
@@ -83,7 +84,7 @@ class Solved:
 
 @dataclass(frozen=True)
 class Unsolved:
-    """Why there is no config for a target, and the search that found none; None if there was nothing to search."""
+    """Why there is no config for a target, and the search that found none (None if there was nothing to search)."""
 
     refusal: Refusal
     search: ConfigSearch | None
@@ -98,10 +99,10 @@ def solve(
     scalars: Mapping[float, float] = MappingProxyType({}),
     shapes_only: bool = False,
 ) -> Solved | Unsolved:
-    """Search a config for ``target``; ``shapes_only`` accepts what a validator refuses (to learn expressions).
+    """Search a config for ``target``.
 
-    Of the assignments with the target's shapes the first is taken whose numbers the widths explain and whose class
-    can be built.
+    The result is the first assignment that has the target's shapes, whose numbers the widths explain, and with which
+    the class can be built. ``shapes_only`` also accepts configs that a validator refuses, to learn expressions.
     """
     if (refusal := _same_names(prober.full.shapes, target)) is not None:
         return Unsolved(refusal, None)
@@ -126,26 +127,26 @@ def solve(
 def _same_names(stock: Shapes, target: Shapes) -> Refusal | None:
     for name in [*stock, *target]:
         if name not in target:
-            return Refusal("names", name, "the stock class has this weight, the cut model has not")
+            return Refusal("names", name, "the stock class has this weight, the cut model does not")
         if name not in stock:
-            return Refusal("names", name, "the cut model has this weight, the stock class has not")
+            return Refusal("names", name, "the cut model has this weight, the stock class does not")
     return None
 
 
 def _representative(prober: Prober, target: Shapes) -> bool:
-    """Whether the layers of the lowered model show every (place, old shape, new shape) of the whole."""
+    """Whether the model with few layers has every (place, old shape, new shape) of the whole model."""
     old = prober.full.shapes
     kinds = {(starred(n), old[n], tuple(target[n])) for n in old}
     return kinds == {(starred(n), old[n], tuple(target[n])) for n in prober.base.shapes}
 
 
 def minimise(prober: Prober, target: Shapes, solution: Assignment) -> dict[Field, int]:
-    """Leave out every change, and every pin, without which shapes and constants stay the same."""
+    """Drop every change and every pin that shapes and constants do not need."""
     whole = prober.build(solution)
     assert isinstance(whole, Build)
     kept = dict(solution)
-    for f in list(solution):
-        fewer = {other: value for other, value in kept.items() if other != f}
+    for key in list(solution):
+        fewer = {other: value for other, value in kept.items() if other != key}
         built = prober.build(fewer)
         if isinstance(built, Build) and built.shapes == target and built.constants == whole.constants:
             kept = fewer
@@ -160,7 +161,7 @@ def finish(
     *,
     shapes_only: bool = False,
 ) -> StockConfig | Refusal:
-    """Build all layers with validation; the config must be accepted and every shape must be the target's."""
+    """Build all layers with validation. Refuse a config that is not accepted or has another shape than the target."""
     built = prober.build(assignment, full=True)
     if isinstance(built, Refusal):
         return built
@@ -178,15 +179,15 @@ def finish(
 
 def _changes(prober: Prober, assignment: Assignment) -> dict[str, tuple[object, object]]:
     changes: dict[str, tuple[object, object]] = {}
-    for f, value in assignment.items():
-        name = ".".join(f.path)
-        if f.items:
-            old = prober.lookup(f.path)
+    for key, value in assignment.items():
+        name = ".".join(key.path)
+        if key.items:
+            old = prober.lookup(key.path)
             current = changes[name][1] if name in changes else old
             assert isinstance(current, list)
-            changes[name] = (old, [value if i in f.items else entry for i, entry in enumerate(current)])
+            changes[name] = (old, [value if i in key.items else entry for i, entry in enumerate(current)])
         else:
-            changes[name] = (None if f.implicit else f.value, value)
+            changes[name] = (None if key.implicit else key.value, value)
     return changes
 
 
@@ -212,5 +213,5 @@ def _scalar_changes(config: PreTrainedConfig, scalars: Mapping[float, float]) ->
 
 
 def shortest(expressions: Expressions, assignment: Assignment) -> dict[str, Expression]:
-    """The first (shortest) expression left for each field that is set."""
-    return {f.name: expressions.alive[f][0] for f in assignment if expressions.alive.get(f)}
+    """The shortest remaining expression of each field that is set."""
+    return {key.name: expressions.alive[key][0] for key in assignment if expressions.alive.get(key)}

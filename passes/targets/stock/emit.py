@@ -1,4 +1,4 @@
-"""emit: the cut weights as a plain checkpoint folder that stock transformers loads, with nothing of mptk needed."""
+"""emit: write the cut weights as a checkpoint folder that stock transformers loads without mptk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def emit_hf(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | Path,
 ) -> Path:
-    """Write a checkpoint folder, whole or not at all: ``write_checkpoint`` inside ``publish``."""
+    """Write a checkpoint folder atomically: ``write_checkpoint`` inside ``publish``."""
     with publish(folder) as temporary:
         write_checkpoint(state, stock, model, tokenizer, temporary)
     return Path(folder)
@@ -45,16 +45,16 @@ def write_checkpoint(
     """Write config, generation config, weights (safetensors) and tokenizer into the existing ``folder``.
 
     Args:
-        state: state-dict name → tensor after the cut, tied names included. It may be lazy: each weight is asked for
-            when its shard is written, and no more than one shard is held.
+        state: state-dict name → tensor after the cut, tied names included. It may be lazy: a weight is read when its
+            shard is written, and at most one shard is in memory.
         stock: the class and config to write.
         model: the model before the cut; its generation config is copied.
         tokenizer: saved with the model; None if there is none.
-        portable: last change to the content of config.json; by default the spellings of older releases are added.
-        max_shard_size: largest weights file; a model that needs more gets several and an index.
+        portable: last change to the content of config.json. The default adds the spellings of older releases.
+        max_shard_size: largest weights file. A larger model gets several files and an index.
 
     Raises:
-        MptkError: ``state`` does not have the names and shapes of the stock class, or differs in tied weights.
+        MptkError: ``state`` has other names or shapes than the stock class, or its tied weights differ.
     """
     dtype = next((t.dtype for name in state if (t := state[name]).is_floating_point()), torch.float32)
     shell = _shell(stock, dtype)
@@ -83,7 +83,7 @@ def _shell(stock: StockConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _check_tied(shell: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
-    """Weights that the stock class ties are stored once, so they must be equal in ``state``."""
+    """Check that weights tied in the stock class are equal in ``state``: the checkpoint holds only one of them."""
     first: dict[int, str] = {}
     for name, parameter in shell.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
@@ -94,12 +94,12 @@ def _check_tied(shell: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
 
 
 class _CheckedState(Mapping[str, Tensor]):
-    """``state`` with every shape checked; no two tensors share memory, which safetensors would refuse."""
+    """``state`` with checked shapes. Tensors that share memory are copied, since safetensors would refuse them."""
 
     def __init__(self, state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._state, self._shapes = state, shapes
         self._seen: set[int] = set()
-        names = set(state)  # ``in state`` would ask a lazy mapping for the tensor
+        names = set(state)  # ``in state`` would read the tensor of a lazy mapping
         for name in sorted(names ^ shapes.keys()):
             owner = "cut model" if name in names else "stock class"
             raise MptkError(f"only the {owner} has the weight {name}; the stock config does not fit the cut")

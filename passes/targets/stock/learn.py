@@ -1,6 +1,6 @@
-"""learn: what a stock transformers class can express of a model's families, learned from a few trial cuts.
+"""learn: learn from a few trial cuts which families of a model a stock transformers class can express.
 
-Afterwards ``Stock`` answers in about two milliseconds whether the class accepts given widths.
+After that, ``Stock`` answers in about two milliseconds whether the class accepts given widths.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ Check = Callable[[StockConfig, Mapping[str, int]], float]
 class Stock:
     """What a stock class can express of a model's families, learned by trial cuts.
 
-    ``refusals``: family → why it cannot be cut alone in the stock class. ``together``: sets of families that the class
-    can only cut together (one field serves them all), e.g. the heads of an encoder and of its decoder.
-    ``expressions``: field → product, for every field that a family reaches.
+    Attributes:
+        refusals: family → why it cannot be cut alone in the stock class.
+        together: sets of families that the class can only cut together because they share a field, e.g. the heads of
+            an encoder and of its decoder.
     """
 
     def __init__(self, prober: Prober, expressions: Expressions, shapes: Callable[[Mapping[str, int]], Shapes]) -> None:
@@ -45,11 +46,11 @@ class Stock:
         """Learn, by trial cuts, which of ``families`` the class of ``model`` can express.
 
         Args:
-            model: a transformers model, on any device (only its class and config are used).
+            model: a transformers model on any device. Only its class and config are used.
             families: name → width before the cut.
             fixed: sizes of the leaf axes that belong to no family.
-            shapes: widths (families that are not named keep theirs) → shapes of the cut model's state dict.
-            check: optional proof for one legal cut of each family; above ``tolerance`` the family is refused.
+            shapes: widths (missing families keep theirs) → shapes of the cut model's state dict.
+            check: optional proof for one legal cut of each family. A family above ``tolerance`` is refused.
         """
         prober = Prober(type(model), model.config)
         stock = Stock(prober, Expressions(prober.fields, families, fixed), shapes)
@@ -63,13 +64,13 @@ class Stock:
 
     @property
     def expressions(self) -> dict[str, tuple[Expression, ...]]:
-        """Field → the products it may be (more than one: they must be equal), without the fields that stay fixed."""
-        return {f.name: tuple(alive) for f, alive in self._fields().items()}
+        """Field → its possible products, for fields that depend on a family. Several products must be equal."""
+        return {field.name: tuple(alive) for field, alive in self._fields().items()}
 
     def accepts(self, widths: Mapping[str, int]) -> Refusal | None:
         """None if the class's config can be constructed for ``widths``, else the refusal. No model is built.
 
-        ``widths``: family → new width; families that are not named keep theirs.
+        ``widths``: family → new width; missing families keep theirs.
         """
         assignment = self._assign(widths)
         if isinstance(assignment, Refusal):
@@ -80,14 +81,14 @@ class Stock:
     def ladder(
         self, family: str, widths: Iterable[int] | None = None, others: Mapping[str, int] | None = None
     ) -> list[int]:
-        """The widths of ``family`` (of ``widths``; all by default) that are accepted while ``others`` are as given."""
+        """The accepted widths of ``family`` among ``widths`` (None: all), with other families at ``others``."""
         choices = range(1, self._space.families[family] + 1) if widths is None else widths
         return [w for w in choices if self.accepts({**(others or {}), family: w}) is None]
 
     def config(
         self, widths: Mapping[str, int], *, scalars: Mapping[float, float] | None = None
     ) -> StockConfig | Refusal:
-        """The config for ``widths``, checked by building the class (all layers, on meta) and comparing every shape."""
+        """The config for ``widths``. Checked: the class is built (all layers, on meta) and every shape compared."""
         assignment = self._assign(widths)
         if isinstance(assignment, Refusal):
             return assignment
@@ -102,8 +103,8 @@ class Stock:
 
     def _fields(self) -> dict[Field, list[Expression]]:
         return {
-            f: alive
-            for f, alive in self._space.alive.items()
+            field: alive
+            for field, alive in self._space.alive.items()
             if alive and any(isinstance(leaf, str) for leaf in alive[0])
         }
 
@@ -120,18 +121,18 @@ class Stock:
             others = " and ".join(sorted(groups[0] - cut))
             return Refusal("shared", name, f"the config can only express it cut together with {others}")
         assignment: dict[Field, int] = dict(self._prober.pins)
-        for f, alive in self._fields().items():
+        for field, alive in self._fields().items():
             values = {evaluate(e, widths, families) for e in alive}
             if len(values) > 1:
                 products = " and ".join("*".join(map(str, e)) for e in alive)
-                return Refusal("shared", f.name, f"{products} are one number in the config and must be equal")
-            assignment[f] = values.pop()
-        return {f: v for f, v in assignment.items() if v != f.value or f.implicit}
+                return Refusal("shared", field.name, f"{products} are one number in the config and must be equal")
+            assignment[field] = values.pop()
+        return {field: v for field, v in assignment.items() if v != field.value or field.implicit}
 
     def _learn(self, group: frozenset[str]) -> bool:
-        """Cut the families of ``group`` in proportion, to two trial widths. Whether the class can express a cut.
+        """Cut the families of ``group`` in proportion, to two trial widths. Returns whether the class can express one.
 
-        If it can, its fields' expressions are narrowed; if not, the refusal of a family on its own is kept.
+        If it can, its fields' expressions are narrowed. If not, and the group is one family, its refusal is kept.
         """
         trials = _trial_widths({name: self._space.families[name] for name in sorted(group)})
         found = [self._try(widths) for widths in trials]
@@ -143,7 +144,7 @@ class Stock:
         return learned
 
     def _try(self, widths: Mapping[str, int]) -> Unsolved | None:
-        """Search a config for a trial cut and learn from it; or why there is none."""
+        """Search a config for a trial cut and learn from it. Returns None, or the failed search."""
         result = solve(self._prober, self._space, self._shapes(widths), widths, shapes_only=True)
         if isinstance(result, Unsolved):
             return result
@@ -151,7 +152,7 @@ class Stock:
         return None
 
     def _learn_together(self, name: str) -> None:
-        """Try to cut a refused family together with others, unless it is in such a group already."""
+        """Try to cut a refused family together with others, unless it already is in such a group."""
         if any(name in group for group in self.together):
             return
         for group in self._partners(name):
@@ -160,10 +161,10 @@ class Stock:
                 return
 
     def _partners(self, name: str) -> list[frozenset[str]]:
-        """The groups in which a refused family may be expressed.
+        """Groups in which the class may be able to express a refused family.
 
-        1. With each other refused family that shares a weight with it, or that its fields shape too.
-        2. With all those that its fields shape.
+        1. The family with one other refused family that shares a weight with it, or whose sizes its fields move.
+        2. The family with all refused families whose sizes its fields move.
         """
         search = self._failed[name].search
         moved = search.moved_by_dead_ends() if search is not None else frozenset()
@@ -175,7 +176,7 @@ class Stock:
         return [*pairs, frozenset((name, *shaped))] if shaped else pairs
 
     def _touched(self, name: str) -> set[SizeSlot]:
-        """The weights' dimensions that a cut of the family changes."""
+        """The dimensions of weights that a cut of the family changes."""
         trials = _trial_widths({name: self._space.families[name]})
         return set(differences(self._prober.full.shapes, self._shapes(trials[0]))) if trials else set()
 
@@ -194,7 +195,7 @@ class Stock:
 
 
 def _trial_widths(old: Mapping[str, int]) -> list[dict[str, int]]:
-    """Up to two cuts of all these families by one ratio, near two thirds and near one half, with integer widths."""
+    """Up to two cuts of all families by one ratio, near two thirds and near one half, with integer widths."""
     width = next(iter(old.values()))
     possible = [w for w in range(1, width) if all(other * w % width == 0 for other in old.values())]
     nearest = [min(possible, key=lambda w: abs(w / width - ratio)) for ratio in (2 / 3, 1 / 2) if possible]

@@ -1,30 +1,28 @@
-"""What a stock transformers class makes of a config: built on the meta device, its shapes and constants read off.
+"""probe: build a stock transformers class from a config on the meta device, and read its shapes and constants.
 
-A ``Prober`` takes one model class and one config and answers "which shapes does the class have if these fields are
-set so?". It knows no field by name. Two things that a constructor hides are found by trying:
+A ``Prober`` takes one model class and one config and answers "which shapes does the class have with these fields?". It
+knows no field by name. It finds two things by trial that a constructor hides:
 
-1. *Implicit fields*: a field that is None, or that the constructor asks for (``getattr``) although the config lacks it,
-   may stand for a number derived from others (hidden // heads, 4 * hidden). Such a number is *pinned*: written down,
-   so that it stays when the fields it derives from change.
-2. *Depth fields*: a field that only repeats layers is lowered while probing, down to where every kind of layer is
-   still there. A probe of an 80-layer model then costs what a probe of one layer costs.
+1. *Implicit fields*: a field that is None, or that the constructor reads (``getattr``) although the config lacks it,
+   may stand for a number derived from others (hidden // heads, 4 * hidden). Such a number is *pinned*: it is written
+   into the config, so that it stays when the other fields change.
+2. *Depth fields*: a field that only repeats layers is lowered for probes, as far as every kind of layer remains. A
+   probe of an 80-layer model then costs as much as a probe of one layer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import logging
-import operator
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeGuard
+from typing import Literal, TypeGuard
 
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -39,18 +37,20 @@ Shapes = Mapping[str, Shape]
 TORCH = str(Path(torch.__file__).parent)
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 TRIAL_VALUES = (8, 6)
-"""Two numbers to set an implicit field to; two, because the first may be the number it already stands for."""
+"""Two trial values of an implicit field. The first may be the number for which it already stands."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why the stock class cannot be had. A value, not an exception: the caller shows it or tries something else.
+    """Why the stock class cannot hold the model. A value, not an exception: the caller prints it or tries another way.
 
-    ``kind``: which step refused. "validator": the config's own check; "constructor": the model's; "names": the set of
-    parameters differs; "shape": no config field gives a parameter its shape; "shared": one field serves several
-    families, which then must be cut together; "numeric": the shapes fit but the class computes another function.
-    ``where``: the validator, the line of the constructor, or the parameter. ``config``: with "validator", the complete
-    config that was refused (what ``rehome`` starts from).
+    Attributes:
+        kind: the step that refused. "validator": the config's own check. "constructor": the model's. "names": the set
+            of parameters differs. "shape": no config field gives a parameter its shape. "shared": one field serves
+            several families, which must be cut together. "numeric": the shapes fit, but the class computes another
+            function.
+        where: the validator, the line of the constructor, or the parameter.
+        config: for "validator", the complete config that was refused (``rehome`` starts from it).
     """
 
     kind: Literal["validator", "constructor", "names", "shape", "shared", "numeric"]
@@ -64,10 +64,12 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Field:
-    """An integer of the config: the keys that lead to it and its value.
+    """An integer of the config.
 
-    ``items``: for a per-layer list, the positions that hold this value; they change together. ``implicit``: the config
-    itself has None or nothing here, and ``value`` is the number that this stands for.
+    Attributes:
+        path: its keys, outermost first.
+        items: for a per-layer list, the positions with this value. They change together.
+        implicit: the config itself has None or nothing here, and ``value`` is the number it stands for.
     """
 
     path: tuple[str, ...]
@@ -86,10 +88,15 @@ Assignment = Mapping[Field, int]
 
 @dataclass(frozen=True)
 class Build:
-    """A model built on meta: its state dict's shapes, its validated config or who refused it, and its constants.
+    """A model built on meta.
 
-    ``constants``: every number that a module keeps (``head_dim``, ``scaling``) and the shape of every buffer that is
-    not saved (rotary tables): what the class derives from the config beyond the parameters' shapes.
+    Attributes:
+        shapes: of its state dict.
+        constants: other values derived from the config: every number that a module keeps (``head_dim``, ``scaling``),
+            and the shape of every buffer that is not saved (rotary tables).
+        config: its config.
+        refused: the refusal of the config's validators, or None.
+        lists: the lengths of its module lists.
     """
 
     shapes: Shapes
@@ -102,8 +109,10 @@ class Build:
 class Prober:
     """Builds ``model_class`` from variations of ``config``.
 
-    ``fields`` are the config's integers, implicit ones included; ``base`` is the unchanged model (few layers).
-    Raises MptkError if the class cannot be built from ``config`` as it is.
+    ``fields`` are the config's integers, implicit ones included. ``base`` is the unchanged model with few layers.
+
+    Raises:
+        MptkError: the class cannot be built from ``config`` itself.
     """
 
     def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
@@ -129,9 +138,9 @@ class Prober:
         self.fields = [f for f in [*explicit, *pins] if f not in self.depth]
 
     def build(self, assignment: Assignment, *, full: bool = False) -> Build | Refusal:
-        """Build with ``assignment``. Validators do not stop it: their verdict is in ``Build.refused``.
+        """Build with ``assignment``. Validators do not stop it; their refusal is in ``Build.refused``.
 
-        ``full=False`` builds the lowered depth, and remembers the result.
+        ``full=False`` builds the lowered depth and caches the result.
         """
         depth = {} if full else self.depth
         key = frozenset(assignment.items())
@@ -146,9 +155,9 @@ class Prober:
     def configure(
         self, assignment: Assignment, depth: Assignment = MappingProxyType({})
     ) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
-        """The config with ``assignment``, and the refusal of its validators if they refuse it.
+        """The config with ``assignment``, and its validators' refusal or None.
 
-        A Refusal alone: there is no config object at all (a field's own check raised).
+        If a field's own check raises, there is no config object, and the result is only a Refusal.
         """
         body = copy.deepcopy(self.body)
         for target, value in [*depth.items(), *assignment.items()]:
@@ -163,18 +172,22 @@ class Prober:
 
     @property
     def builds(self) -> int:
-        """How many different models were built so far (few layers)."""
+        """The number of different models built so far (with few layers)."""
         return len(self._cache)
 
     def at_full_depth(self) -> Prober:
-        """The same prober with every layer: for a cut that treats layers of one kind differently."""
+        """The same prober with all layers, for a cut that treats layers of one kind differently."""
         whole = copy.copy(self)
         whole.depth, whole._cache, whole.base = {}, {}, self.full
         return whole
 
     def lookup(self, path: tuple[str, ...]) -> object:
-        """The value that the unchanged config has at ``path``."""
-        return functools.reduce(operator.getitem, path, self.body)
+        """The value at ``path`` in the unchanged config."""
+        value: object = self.body
+        for key in path:
+            assert isinstance(value, dict)
+            value = value[key]
+        return value
 
     def _instantiate(self, config: PreTrainedConfig, refused: Refusal | None) -> Build | Refusal:
         with quiet(), torch.device("meta"):
@@ -192,7 +205,7 @@ class Prober:
         return built
 
     def _lower_depth(self, explicit: list[Field]) -> None:
-        """Lower every field that does nothing but repeat layers, as far as each kind of layer remains."""
+        """Lower every field that only repeats layers, as far as each kind of layer remains."""
         for candidate in explicit:
             if candidate.items or candidate.value not in self.full.lists or candidate.value < 3:
                 continue
@@ -211,9 +224,9 @@ class Prober:
             self._cache.clear()
 
     def _pin(self, path: tuple[str, ...]) -> Field | None:
-        """The field at ``path``, which has no value, with the number it stands for; None if it shapes nothing.
+        """The implicit field at ``path`` with the number v it stands for; None if no shape depends on it.
 
-        Setting it to t turns a size s into s·t/v, v being the number it stood for; v is right if it changes nothing.
+        A trial value t turns a size s into s·t/v, which gives v. v is right if the field set to v changes no shape.
         """
         for trial in TRIAL_VALUES:
             built = self.build({Field(path, trial, implicit=True): trial})
@@ -237,7 +250,7 @@ class Prober:
 
 
 def starred(name: str) -> str:
-    """A parameter's name with every index replaced by ``*``: equal for the same place in different layers."""
+    """A parameter's name with ``*`` for every index, so that it is the same in all layers."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
@@ -246,7 +259,7 @@ def _kinds(shapes: Shapes) -> set[tuple[str, Shape]]:
 
 
 def _integers(body: Mapping[str, object], prefix: tuple[str, ...] = ()) -> tuple[list[Field], set[tuple[str, ...]]]:
-    """Every positive integer in a config's dictionary, and the paths of every None."""
+    """The positive integers in a config's dictionary, and the paths of all None."""
     fields: list[Field] = []
     empty: set[tuple[str, ...]] = set()
     for key, value in body.items():
@@ -269,17 +282,22 @@ def _is_size(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _set(body: dict[str, Any], target: Field, value: int) -> None:
+def _set(body: dict[str, object], target: Field, value: int) -> None:
     *parents, leaf = target.path
-    body = functools.reduce(operator.getitem, parents, body)
+    for key in parents:
+        inner = body[key]
+        assert isinstance(inner, dict)
+        body = inner
     if target.items:
-        body[leaf] = [value if i in target.items else old for i, old in enumerate(body[leaf])]
+        entries = body[leaf]
+        assert isinstance(entries, list)
+        body[leaf] = [value if i in target.items else old for i, old in enumerate(entries)]
     else:
         body[leaf] = value
 
 
 def _truncate(body: dict[str, object], length: int, to: int) -> None:
-    """Shorten every list of ``length`` entries: per-layer lists, while the depth is lowered."""
+    """Shorten every list of ``length`` entries (per-layer lists) to the lowered depth ``to``."""
     for key, value in body.items():
         if isinstance(value, dict):
             _truncate(value, length, to)
@@ -287,19 +305,21 @@ def _truncate(body: dict[str, object], length: int, to: int) -> None:
             body[key] = value[:to]
 
 
-def _construct(template: PreTrainedConfig, body: dict[str, Any]) -> tuple[PreTrainedConfig, Refusal | None]:
-    """Build ``template``'s class from ``body``, inner configs first, and go on if a validator refuses.
+def _construct(template: PreTrainedConfig, body: dict[str, object]) -> tuple[PreTrainedConfig, Refusal | None]:
+    """Build ``template``'s class from ``body``, inner configs first, even if a validator refuses.
 
-    Validators run when the object is complete, so the object that they refuse can still be used to build a model.
+    Validators run when the object is complete, so a model can be built from an object that they refuse.
     """
     refused = None
     for key, inner in vars(template).items():
-        if isinstance(inner, PreTrainedConfig) and isinstance(body.get(key), dict):
-            body[key], inner_refused = _construct(inner, body[key])
+        own = body.get(key)
+        if isinstance(inner, PreTrainedConfig) and isinstance(own, dict):
+            body[key], inner_refused = _construct(inner, own)
             refused = refused or inner_refused
     config = type(template).__new__(type(template))
+    construct: Callable[..., None] = type(template).__init__
     try:
-        type(template).__init__(config, **body)
+        construct(config, **body)
     except StrictDataclassClassValidationError as error:
         refused = refused or _refusal(error, type(template))
     if refused is not None:
@@ -308,7 +328,7 @@ def _construct(template: PreTrainedConfig, body: dict[str, Any]) -> tuple[PreTra
 
 
 def _refusal(error: Exception, cls: type) -> Refusal:
-    """The refusal that ``error`` means: a validator's, or the innermost line of ``cls``'s own file that raised."""
+    """``error`` as a refusal of a validator, or of the innermost line outside torch that raised."""
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
     if issubclass(cls, PreTrainedConfig):
@@ -332,7 +352,7 @@ def _constants(model: nn.Module, saved: Shapes) -> dict[str, int | float | Shape
 
 @contextlib.contextmanager
 def _recorded_misses(config: PreTrainedConfig) -> Iterator[set[tuple[str, ...]]]:
-    """Gives the paths of the attributes that are read from ``config``, or a part of it, and that it does not have."""
+    """Collects the paths of attributes that are read from ``config`` or its parts but do not exist."""
     missing: set[tuple[str, ...]] = set()
     prefixes = {type(c): path for path, c in reversed(list(_parts(config)))}
 
@@ -355,7 +375,7 @@ def _parts(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings while odd configs are tried. Handlers are swapped, since a change of level costs milliseconds."""
+    """No warnings while unusual configs are tried. Handlers are swapped, since a change of level costs milliseconds."""
     logger = logging.getLogger("transformers")
     saved = logger.handlers, logger.propagate
     logger.handlers, logger.propagate = [logging.NullHandler()], False

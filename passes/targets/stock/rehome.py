@@ -1,9 +1,9 @@
-"""rehome: another registered class with the same parameters, where a model's own config class refuses the cut.
+"""rehome: find another registered class with the same parameters, if a model's own config class refuses the cut.
 
 Some config classes check more than the model needs (hidden_size % num_attention_heads with head_dim given). Another
-class may have exactly the same parameters and compute the same function without that check. It is found by trying
-the registered causal language models, those with the most similar config first; never from a table. Equal names and
-shapes are no proof of equal logits, so the caller's check decides.
+class may have exactly the same parameters and compute the same function without that check. There is no table of such
+classes: the registered causal language models are tried, those with the most similar config first. Equal names and
+shapes do not prove equal logits, so the caller's check decides.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate import init_empty_weights
@@ -46,15 +46,15 @@ def rehome(
     Args:
         config: the config after the cut, which its own class refuses (``Refusal.config``).
         target_shapes: state-dict name → shape after the cut, tied names included.
-        check: the largest logit difference between the class found, with the cut weights, and the cut model
-            (``logits_check``). It is called for every candidate that fits; its inputs should be as long as the caller
+        check: the largest logit difference between the class with the cut weights and the cut model
+            (``logits_check``). It is called for every candidate that fits. Its inputs should be as long as the caller
             can afford.
         tolerance: the largest difference that counts as equal.
 
     Returns:
-        The class and its config. ``changes`` holds every field whose value is not that of ``config``, ``model_type``
-        among them. Fields that only the new class has are None (off) wherever it accepts None. A Refusal (``names``
-        or ``numeric``) if no candidate will do.
+        The class and its config. ``changes`` holds every field that differs from ``config``, ``model_type`` included.
+        Fields that only the new class has are None (off) if it accepts None. If no candidate fits, a Refusal
+        (``names`` or ``numeric``).
     """
     refusals: list[str] = []
     for candidate in _candidates(config):
@@ -71,11 +71,15 @@ def rehome(
 
 
 def find_home(analysis: Analysis, stock: Stock, model: PreTrainedModel, widths: Mapping[str, int]) -> str | None:
-    """The class that holds ``model`` cut to ``widths`` with equal logits, where only its own config class refuses it.
+    """The name of a class that holds ``model`` cut to ``widths`` with equal logits, if only its own validators refuse.
 
-    ``stock``: what the own class can express (``legalize.discover``). The first units of each family are kept, on
-    random tokens: what the result will be with other units. None if the own class does not refuse, or refuses for
-    another reason, or there is no such class.
+    The trial keeps the first units of each family and runs on random tokens; the result holds for any other units.
+
+    Args:
+        stock: what the model's own class can express (``legalize.discover``).
+
+    Returns:
+        None if the own class accepts the widths, or refuses them for another reason, or no class holds the model.
     """
     folded = FoldNorms().run(rewrite(analysis, _first_units(analysis, widths)))
     refusal = stock.config(widths, scalars=folded.epsilons)
@@ -99,9 +103,10 @@ def _first_units(analysis: Analysis, widths: Mapping[str, int]) -> Plan:
 
 
 def logits_check(program: Program, tokens: Tensor) -> Callable[[StockConfig], float]:
-    """A check for ``rehome``: a class with the weights of ``program`` against it, relative to its largest logit.
+    """A check for ``rehome``: the difference between a class with the weights of ``program`` and ``program`` itself.
 
-    ``tokens``: token ids [batch, sequence]. The weights are lent to the class, not copied.
+    The difference is relative to the largest logit. ``tokens``: token ids [batch, sequence]. The class shares the
+    weights' memory.
     """
     state = program.state_dict()
     with torch.no_grad():
@@ -127,10 +132,10 @@ def _objection(stock: StockConfig, check: Callable[[StockConfig], float], tolera
 
 
 def _candidates(config: PreTrainedConfig) -> list[type[PreTrainedConfig]]:
-    """The registered config classes nearest to ``config``: fewest fields that only one of the two has.
+    """The registered config classes nearest to ``config``: those with the fewest fields that only one of the two has.
 
-    A field of ``config`` that is still at its default costs nothing to lose. Of the nearest, those come first that
-    bring no feature of their own that cannot be switched off.
+    A missing field of ``config`` does not count if it has its default value. The nearest classes are sorted by the
+    number of their own fields that cannot be switched off.
     """
     own = _names(type(config))
     default = type(config)().to_dict()
@@ -146,7 +151,7 @@ def _candidates(config: PreTrainedConfig) -> list[type[PreTrainedConfig]]:
 
 
 def _stock(cls: type[PreTrainedConfig]) -> bool:
-    """Not one that a program or a repository's code has registered: the folder must load without that."""
+    """Whether the class is part of transformers: the folder must load without other code."""
     return cls.__module__.startswith("transformers.") and dataclasses.is_dataclass(cls)
 
 
@@ -155,14 +160,14 @@ def _names(cls: type[PreTrainedConfig]) -> set[str]:
 
 
 def _off(cls: type[PreTrainedConfig], names: set[str]) -> dict[str, None]:
-    """Those of ``names`` that ``cls`` accepts as None."""
+    """The ``names`` that ``cls`` accepts as None."""
     return {name: None for name in sorted(names) if _construct(cls, {name: None}) is not None}
 
 
-def _construct(cls: type[PreTrainedConfig], body: dict[str, Any]) -> PreTrainedConfig | None:
+def _construct(cls: Callable[..., PreTrainedConfig], body: Mapping[str, object]) -> PreTrainedConfig | None:
     with quiet():
         try:
-            return cls(**copy.deepcopy(body))
+            return cls(**copy.deepcopy(dict(body)))
         except Exception:  # noqa: BLE001 (any error means that this class does not take these fields)
             return None
 
@@ -170,7 +175,7 @@ def _construct(cls: type[PreTrainedConfig], body: dict[str, Any]) -> PreTrainedC
 def _fits(config: PreTrainedConfig, candidate: type[PreTrainedConfig], target: Shapes) -> StockConfig | None:
     """``candidate`` with the fields of ``config`` copied by name, if its model has the target's names and shapes.
 
-    First only the fields that the class declares are copied, then all: a constructor may ask for others.
+    First only fields that the class declares are copied, then all, since a constructor may ask for others.
     """
     source = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
     for key in ("model_type", "architectures", "transformers_version"):

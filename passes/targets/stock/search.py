@@ -1,4 +1,4 @@
-"""Which numbers of a config give a stock class the wanted shapes: expressions over the axes' sizes, and the search."""
+"""search: the numbers of a config that give a stock class the target's shapes, as expressions of axis sizes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from passes.targets.stock.probe import Assignment, Build, Field, Prober, Refusal, Shapes, starred
 
 Expression = tuple[str | int, ...]
-"""A product: names of families (their width) and fixed sizes, e.g. ``("kv_groups", "q_heads_per_group")``."""
+"""A product of families' widths, by name, and fixed sizes, e.g. ``("kv_groups", "q_heads_per_group")``."""
 SizeSlot = tuple[str, int]
-"""One dimension of one parameter; dimension -1 when even the number of dimensions differs."""
+"""One dimension of one parameter; dimension -1 if the number of dimensions differs."""
 FACTORS = 3
 MAX_BUILDS = 400
 
 
 class Expressions:
-    """For every field, the products that it may be; each known model rules some out (a version space).
+    """The possible products of every field. Each observed model rules some out (a version space).
 
-    A field of value v starts with v itself, a constant, and all products of at most 3 leaf sizes that equal v.
+    A field of value v starts with the constant v and all products of at most 3 leaf sizes that equal v.
     """
 
     def __init__(self, fields: Iterable[Field], families: Mapping[str, int], fixed: Sequence[int]) -> None:
@@ -35,43 +35,43 @@ class Expressions:
                 if any(isinstance(leaf, str) for leaf, _ in chosen):
                     product = math.prod(size for _, size in chosen)
                     self._by_value.setdefault(product, []).append(tuple(leaf for leaf, _ in chosen))
-        self.alive = {f: self.of(f.value) for f in fields}
+        self.alive = {field: self.of(field.value) for field in fields}
 
     def of(self, value: int) -> list[Expression]:
-        """All expressions whose old product is ``value``: the constant first, then the shortest."""
+        """All expressions whose old product is ``value``: the constant first, then the others, shortest first."""
         return [(value,), *self._by_value.get(value, [])]
 
     def candidates(self, widths: Mapping[str, int]) -> dict[Field, list[int]]:
-        """Field → the values other than its old one that it may take at ``widths``."""
-        found = {f: {evaluate(e, widths, self.families) for e in alive} for f, alive in self.alive.items()}
-        return {f: sorted(values - {f.value}) for f, values in found.items() if values - {f.value}}
+        """Field → its possible new values at ``widths``, without its old value."""
+        found = {field: {evaluate(e, widths, self.families) for e in alive} for field, alive in self.alive.items()}
+        return {field: sorted(values - {field.value}) for field, values in found.items() if values - {field.value}}
 
     def observe(self, widths: Mapping[str, int], assignment: Assignment) -> None:
-        """Keep what agrees with a model of these ``widths`` whose fields are as in ``assignment`` (or unchanged)."""
-        for f, alive in self.alive.items():
-            value = assignment.get(f, f.value)
-            self.alive[f] = [e for e in alive if evaluate(e, widths, self.families) == value]
+        """Keep the expressions that agree with a model of these ``widths`` and of the fields in ``assignment``."""
+        for field, alive in self.alive.items():
+            value = assignment.get(field, field.value)
+            self.alive[field] = [e for e in alive if evaluate(e, widths, self.families) == value]
 
     def observed(self, widths: Mapping[str, int], assignment: Assignment) -> Expressions:
-        """A copy that has observed a model, as ``observe`` does."""
+        """A copy after ``observe``."""
         learned = copy.copy(self)
         learned.alive = dict(self.alive)
         learned.observe(widths, assignment)
         return learned
 
     def allows(self, old: int, new: int, widths: Mapping[str, int]) -> bool:
-        """May a number that was ``old`` be ``new`` when the families have ``widths``?"""
+        """Whether a number may change from ``old`` to ``new`` if the families have ``widths``."""
         return any(evaluate(e, widths, self.families) == new for e in self.of(old))
 
 
 def evaluate(expression: Expression, widths: Mapping[str, int], families: Mapping[str, int]) -> int:
-    """The product; a family that ``widths`` does not name has its old width."""
+    """The product. A family without an entry in ``widths`` has its old width."""
     return math.prod(leaf if isinstance(leaf, int) else widths.get(leaf, families[leaf]) for leaf in expression)
 
 
 @dataclass(frozen=True)
 class DeadEnd:
-    """An assignment from which no field leads on: ``place`` cannot be put right."""
+    """An assignment after which no field can correct ``place``. ``wrong``: the number of wrong dimensions."""
 
     assignment: Assignment
     build: Build
@@ -80,12 +80,12 @@ class DeadEnd:
 
 
 class ConfigSearch:
-    """Best-first search for an assignment whose shapes are ``target``, led by the shapes themselves.
+    """Best-first search for an assignment whose shapes are ``target``, guided by the shapes.
 
-    One build for each field and candidate says which dimensions it moves. From a state, the first wrong dimension is
-    taken, and only fields that move it are tried; a state with a wrong dimension that no free field moves is dropped.
-    A field whose build raises or has other parameters may move anything: another field may mend that. Fewest wrong
-    dimensions first, then fewest changes.
+    One build for each field and candidate finds the dimensions that it moves. Each state is extended by the fields that
+    move its first wrong dimension. If no free field moves some wrong dimension, the state is dropped. A field whose
+    build raises or has other parameters may move anything, since another field may correct that. States with the
+    fewest wrong dimensions come first, then those with the fewest changes.
     """
 
     def __init__(self, prober: Prober, target: Shapes, candidates: Mapping[Field, Sequence[int]]) -> None:
@@ -94,11 +94,11 @@ class ConfigSearch:
         self.raised: list[Refusal] = []
         self.dead: list[DeadEnd] = []
         self.moves: dict[tuple[Field, int], frozenset[SizeSlot] | None] = {
-            (f, value): self._moved(f, value) for f, values in candidates.items() for value in values
+            (field, value): self._moved(field, value) for field, values in candidates.items() for value in values
         }
 
-    def _moved(self, f: Field, value: int) -> frozenset[SizeSlot] | None:
-        built = self.prober.build({**self.prober.pins, f: value})
+    def _moved(self, field: Field, value: int) -> frozenset[SizeSlot] | None:
+        built = self.prober.build({**self.prober.pins, field: value})
         if isinstance(built, Refusal):
             self.raised.append(built)
             return None
@@ -107,13 +107,13 @@ class ConfigSearch:
         return frozenset(differences(built.shapes, self.prober.base.shapes))
 
     def wrong(self, built: Build | Refusal) -> list[SizeSlot] | None:
-        """The dimensions to put right; None for a build that raised or has other parameters."""
+        """The wrong dimensions of a build; None if it raised or has other parameters."""
         if isinstance(built, Refusal) or built.shapes.keys() != self.target.keys():
             return None
         return differences(built.shapes, self.target)
 
     def matches(self) -> Iterator[dict[Field, int]]:
-        """The assignments with the target's shapes, in the order in which they are found. ``MAX_BUILDS`` ends it."""
+        """The assignments with the target's shapes, in the order of the search. It ends after ``MAX_BUILDS`` builds."""
         order = itertools.count()
         start: dict[Field, int] = dict(self.prober.pins)
         queue: list[tuple[int, int, int, dict[Field, int]]] = [(0, 0, next(order), start)]
@@ -137,8 +137,8 @@ class ConfigSearch:
     def _successors(
         self, assignment: dict[Field, int], built: Build | Refusal, wrong: list[SizeSlot] | None
     ) -> Iterable[dict[Field, int]]:
-        free = {f: v for f, v in self.candidates.items() if assignment.get(f, f.value) == f.value}
-        movers = {(f, v): self.moves[f, v] for f, values in free.items() for v in values}
+        free = {field: v for field, v in self.candidates.items() if assignment.get(field, field.value) == field.value}
+        movers = {(field, v): self.moves[field, v] for field, values in free.items() for v in values}
         place: SizeSlot | None = None
         if wrong is not None and isinstance(built, Build):
             reach: set[SizeSlot] = set().union(*(moved for moved in movers.values() if moved is not None))
@@ -147,17 +147,17 @@ class ConfigSearch:
                 self.dead.append(DeadEnd(assignment, built, stuck, len(wrong)))
                 return
             place = stuck or wrong[0]
-        for (f, value), moved in movers.items():
+        for (field, value), moved in movers.items():
             if moved is None or place is None or place in moved:
-                yield {**assignment, f: value}
+                yield {**assignment, field: value}
 
     def reason(self) -> Refusal:
-        """Why no assignment has the target's shapes: the constructor that raised, or the parameter in the way."""
+        """Why no assignment has the target's shapes: the constructor that raised, or the parameter that cannot fit."""
         changed = [d for d in self.dead if self._changes(d)]
         if changed:
             best = min(changed, key=lambda d: (len(self._changes(d)), d.wrong))
             param, want, have = self._sizes(best.build, best.place)
-            setting = ", ".join(f"{f.name}={v}" for f, v in self._changes(best).items())
+            setting = ", ".join(f"{field.name}={v}" for field, v in self._changes(best).items())
             return Refusal("shape", param, f"{setting} would make it {have}, but the cut leaves {want}")
         if self.raised:
             return self.raised[0]
@@ -167,20 +167,20 @@ class ConfigSearch:
         return Refusal("shape", param, f"no field of {name} turns {have} into {want} (dimension {place[1]})")
 
     def moved_by_dead_ends(self) -> frozenset[SizeSlot]:
-        """The dimensions that fields move which move a wrong one: what is tied to the cut in the stock class."""
+        """All dimensions moved by fields that move a wrong one: these are tied to the cut in the stock class."""
         wrong = set(differences(self.prober.base.shapes, self.target))
         moved = [m for m in self.moves.values() if m is not None and wrong & m]
         return frozenset().union(*moved)
 
     def _changes(self, dead: DeadEnd) -> dict[Field, int]:
-        return {f: v for f, v in dead.assignment.items() if v != f.value}
+        return {field: v for field, v in dead.assignment.items() if v != field.value}
 
     def _sizes(self, built: Build, place: SizeSlot) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         return starred(place[0]), self.target[place[0]], built.shapes[place[0]]
 
 
 def differences(shapes: Shapes, target: Shapes) -> list[SizeSlot]:
-    """The places where ``shapes`` and ``target`` (of the same names) differ, in the order of ``shapes``."""
+    """The dimensions in which ``shapes`` and ``target`` differ, in the order of ``shapes``. Their names are equal."""
     found: list[SizeSlot] = []
     for name, shape in shapes.items():
         wanted = target.get(name, ())
@@ -194,15 +194,16 @@ def differences(shapes: Shapes, target: Shapes) -> list[SizeSlot]:
 def implied(
     search: ConfigSearch, expressions: Expressions, widths: Mapping[str, int], solution: dict[Field, int]
 ) -> dict[Field, int]:
-    """Set the fields that no shape shows but that the change implies (GPT-2's ``n_head`` when hidden = heads * size).
+    """Set fields that no shape depends on but that the cut implies (GPT-2's ``n_head`` if hidden = heads * size).
 
-    Every number that a module keeps must be an expression of the widths, as the fields are. If some are not, the
-    fields without influence on shapes are tried, and kept if fewer such numbers remain.
+    Every number that a module keeps must be an expression of the widths. If some are not, fields without influence on
+    shapes are tried. A field is set if it leaves fewer such numbers.
     """
-    silent = [(f, v) for (f, v), moved in search.moves.items() if moved == frozenset() and f not in solution]
+    shapeless = [key for key, moved in search.moves.items() if moved == frozenset()]
+    silent = [(field, value) for field, value in shapeless if field not in solution]
     best, odd = solution, strange_constants(search, expressions, widths, solution)
-    for f, value in silent if odd else ():
-        trial = {**best, f: value}
+    for field, value in silent if odd else ():
+        trial = {**best, field: value}
         built = search.prober.build(trial)
         if isinstance(built, Build) and built.shapes == search.target:
             remaining = strange_constants(search, expressions, widths, trial)
@@ -214,11 +215,11 @@ def implied(
 def strange_constants(
     search: ConfigSearch, expressions: Expressions, widths: Mapping[str, int], assignment: Assignment
 ) -> list[str]:
-    """Constants of the modules that the assignment changes and the cut does not explain, described.
+    """Descriptions of module constants that the assignment changes although the cut does not explain it.
 
-    Integers must follow the widths, or be sizes that the cut changes so. Floats (an attention scale made from the head
-    size) and unsaved tables (rotary frequencies) must not change: the cut model keeps their values, the stock class
-    would compute others.
+    An integer may change if it is an expression of the widths, or a size that the cut changes the same way. Floats (an
+    attention scale made from the head size) and unsaved tables (rotary frequencies) must not change: the cut model
+    keeps their values, but the stock class would compute others.
     """
     old, built = search.prober.base, search.prober.build(assignment)
     if isinstance(built, Refusal):

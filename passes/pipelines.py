@@ -136,16 +136,21 @@ def passes_until(name: str, analysis: Analysis, cut: Cut) -> list[Pass]:
 
 
 def emit_onnx(
-    program: Program, folder: Path, *, objective: str = "decode", metadata: Mapping[str, str] | None = None
+    program: Program,
+    folder: Path,
+    *,
+    objective: str = "decode",
+    metadata: Mapping[str, str] | None = None,
+    log: Log | None = None,
 ) -> Path:
     """``write_onnx`` with the product's passes.
 
     ``objective``: ``"decode"`` or ``"prefill"``, the phase to be fast in if the two need different graphs.
     """
-    return write_onnx(program, folder, lowering(), onnx_optimization(objective), metadata or {})
+    return write_onnx(program, folder, lowering(), onnx_optimization(objective), metadata or {}, log or Log())
 
 
-def quantize_onnx(source: Path, scheme: str, text: Text | None = None) -> Path:
+def quantize_onnx(source: Path, scheme: str, text: Text | None = None, log: Log | None = None) -> Path:
     """Write ``model_SCHEME.onnx`` and its weights beside ``source``. Returns the new file.
 
     Inputs and outputs keep their names and shapes. Only ``fp16`` changes a type: the KV cache is float16.
@@ -154,6 +159,7 @@ def quantize_onnx(source: Path, scheme: str, text: Text | None = None) -> Path:
         source: the float graph, a ``model.onnx`` of ``emit_onnx``.
         scheme: one of ``SCHEMES``.
         text: calibration token ids [windows, length] for ``int4``; None: each weight is rounded by itself.
+        log: is given a record of each pass.
 
     Raises:
         MptkError: there is no such scheme.
@@ -165,7 +171,7 @@ def quantize_onnx(source: Path, scheme: str, text: Text | None = None) -> Path:
         steps = int8(source)
     else:
         steps = int4(source) if text is None else int4_for_text(source, text)
-    return write_quantized(source, scheme, steps)
+    return write_quantized(source, scheme, steps, log or Log())
 
 
 def check_schemes(names: Iterable[str]) -> None:

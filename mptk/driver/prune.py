@@ -290,7 +290,7 @@ def written_folder(job: Job, compiled: Compiled, text: Text, witnessed: list[Dif
         notes = [*chosen.notes, describe_processes(context.accelerator) if context.accelerator else ""]
         for target in targets:
             with context.stage(f"write {target.name}"):
-                notes += target.emit(compiled, text, folder)
+                notes += target.emit(compiled, text, folder, context.log)
         with context.stage("prove"):
             proven = prove_folder(compiled, targets, folder, text.calibration)
         proven = replace(proven, differences=(*witnessed, *proven.differences))

@@ -50,15 +50,9 @@ def recover(
     folder = Path(folder)
     report = Report.read(folder)
     check_manifest(folder)
-    texts = {"data": Settings.data, "eval_data": Settings.eval_data, **changes}
-    settings = replace(
-        report.settings,
-        **texts,
-        plan=str(folder / "plan.json"),
-        learning=learning,
-        trust_remote_code=trust_remote_code,
-        reconstruct=False,
-    )
+    changes = {"data": Settings.data, "eval_data": Settings.eval_data, **changes, "reconstruct": False}
+    changes |= {"plan": str(folder / "plan.json"), "learning": learning, "trust_remote_code": trust_remote_code}
+    settings = replace(report.settings, **changes)
 
     def given(prepared: Prepared) -> Chosen:
         check_code(prepared.loaded.path, folder)

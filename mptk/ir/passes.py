@@ -84,6 +84,10 @@ class Log:
         record, start = Record(name), time.perf_counter()
         yield record
         record.seconds = round(time.perf_counter() - start, 2)
+        self.add(record)
+
+    def add(self, record: Record) -> None:
+        """Keep the record of a finished stage."""
         self.records.append(record)
         if self.on_record is not None:
             self.on_record(record)

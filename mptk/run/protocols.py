@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mptk.io.evaluation import LogitsFn
 from mptk.io.models import Loaded
 from mptk.ir.families import Analysis
+from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.progress import Count, Progress
 from mptk.run.settings import Settings
@@ -89,8 +90,8 @@ class Target(Protocol):
         """
         return None
 
-    def emit(self, compiled: Compiled, text: Text, folder: Path) -> list[str]:
-        """Write into the existing ``folder``; returns notes for the report."""
+    def emit(self, compiled: Compiled, text: Text, folder: Path, log: Log) -> list[str]:
+        """Write into the existing ``folder``; returns notes for the report. ``log``: for records of passes."""
         ...
 
     def wrote(self, folder: Path) -> bool:
@@ -164,8 +165,10 @@ class Task(Protocol):
         """Name → perplexity of each run, and ``protocol``: how it was measured."""
         ...
 
-    def export(self, loaded: Loaded, plan: Plan, settings: Settings, text: Tensor, folder: Path) -> None:
+    def export(self, loaded: Loaded, plan: Plan, settings: Settings, text: Tensor, folder: Path, log: Log) -> None:
         """Write the model, with its changed weights, cut to ``plan``, as ONNX into ``folder``.
+
+        ``log`` is given a record of each pass.
 
         Raises:
             MptkError: this kind of model has no ONNX form, or this model cannot be exported.

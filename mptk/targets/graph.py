@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mptk.errors import ProofError
+from mptk.ir.passes import Log
 from mptk.run.protocols import Target
 from mptk.run.values import Checks, Compiled, Text
 from passes.verify import Difference, difference
@@ -24,7 +25,7 @@ class GraphTarget(Target):
     name = "graph"
     summary = "any widths that the graph's ops accept"
 
-    def emit(self, compiled: Compiled, text: Text, folder: Path) -> list[str]:
+    def emit(self, compiled: Compiled, text: Text, folder: Path, log: Log) -> list[str]:
         save_file({n: t.contiguous() for n, t in compiled.program.state.items()}, folder / WEIGHTS)
         return []
 

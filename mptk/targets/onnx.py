@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mptk.errors import MptkError, ProofError
 from mptk.io.checkpoint import replaced
+from mptk.ir.passes import Log
 from mptk.run.protocols import Target
 from mptk.run.values import Checks, Compiled, Text
 from mptk.runtime.decoder import OrtDecoder
@@ -27,13 +28,13 @@ class OnnxTarget(Target):
     name = "onnx"
     summary = "ONNX with a KV cache, beside another target"
 
-    def emit(self, compiled: Compiled, text: Text, folder: Path) -> list[str]:
+    def emit(self, compiled: Compiled, text: Text, folder: Path, log: Log) -> list[str]:
         prepared, chosen = compiled.prepared, compiled.chosen
         out = folder / FOLDER
         out.mkdir()
         try:
             with replaced(prepared.loaded.model, chosen.changes):
-                prepared.task.export(prepared.loaded, chosen.plan, prepared.settings, text.calibration, out)
+                prepared.task.export(prepared.loaded, chosen.plan, prepared.settings, text.calibration, out, log)
         except MptkError as error:
             out.rmdir()
             return [f"no ONNX: {error}"]

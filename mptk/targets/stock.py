@@ -12,6 +12,7 @@ from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.checkpoint import portable
 from mptk.ir.families import Analysis
+from mptk.ir.passes import Log
 from mptk.run.protocols import Target
 from mptk.run.values import Checks, Compiled, Text, Written
 from mptk.targets.graph import stored_weights
@@ -67,7 +68,7 @@ class StockTarget(Target):
         hint = "" if home is None else f", or give --rehome: {home} holds them with equal logits"
         raise MptkError(f"the stock class refuses these widths: {found}; choose others or use --target graph{hint}")
 
-    def emit(self, compiled: Compiled, text: Text, folder: Path) -> list[str]:
+    def emit(self, compiled: Compiled, text: Text, folder: Path, log: Log) -> list[str]:
         loaded, written = compiled.prepared.loaded, compiled.written
         assert written is not None
         state = compiled.program.state_dict()

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mptk.errors import MptkError
 from mptk.io.evaluation import LogitsFn, perplexities
 from mptk.io.models import Loaded
+from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.progress import Count, Progress
 from mptk.run.protocols import Task
@@ -73,7 +74,7 @@ class CausalLM(Task):
     def quality(self, runs: Mapping[str, LogitsFn], text: Text, progress: Progress) -> dict[str, float | str]:
         return perplexities(runs, text.evaluation, data=text.source, progress=progress)
 
-    def export(self, loaded: Loaded, plan: Plan, settings: Settings, text: Tensor, folder: Path) -> None:
+    def export(self, loaded: Loaded, plan: Plan, settings: Settings, text: Tensor, folder: Path, log: Log) -> None:
         export_decoder(
             loaded.model,
             folder,
@@ -83,6 +84,7 @@ class CausalLM(Task):
             quantize=settings.quantize,
             text=text,
             objective=settings.objective,
+            log=log,
         )
 
 

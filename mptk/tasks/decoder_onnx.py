@@ -28,15 +28,20 @@ def export_decoder(
     quantize: Sequence[str] = (),
     text: Tensor | None = None,
     objective: str = "decode",
+    log: Log | None = None,
 ) -> None:
-    """Write ``model.onnx`` and the quantised graphs. Arguments and errors are as in ``mptk.export``."""
+    """Write ``model.onnx`` and the quantised graphs. Arguments and errors are as in ``mptk.export``.
+
+    ``log`` is given a record of each pass.
+    """
     phase(objective)
+    log = log or Log()
     program = trace_decoder(model, logits=logits)
     about = {"mptk_version": __version__, "objective": objective, **metadata}
     if plan is not None:
         analysis = group.analyze(program)
-        program = cut_program(analysis, resolve_plan(analysis, plan), Log()).program
+        program = cut_program(analysis, resolve_plan(analysis, plan), log).program
         about["plan_sha256"] = plan.digest
-    file = emit_onnx(program, folder, objective=objective, metadata=about)
+    file = emit_onnx(program, folder, objective=objective, metadata=about, log=log)
     for scheme in quantize:
-        quantize_onnx(file, scheme, None if text is None else text.numpy())
+        quantize_onnx(file, scheme, None if text is None else text.numpy(), log)

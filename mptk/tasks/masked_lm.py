@@ -21,6 +21,7 @@ from mptk.errors import MptkError
 from mptk.io import data
 from mptk.io.evaluation import LogitsFn
 from mptk.io.models import Loaded
+from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.progress import Count, Progress
 from mptk.run.protocols import Task
@@ -100,7 +101,7 @@ class MaskedLM(Task):
         )
         return result
 
-    def export(self, loaded: Loaded, plan: Plan, settings: Settings, text: Tensor, folder: Path) -> None:
+    def export(self, loaded: Loaded, plan: Plan, settings: Settings, text: Tensor, folder: Path, log: Log) -> None:
         raise MptkError("only decoders are written as ONNX; export the folder with torch.onnx or optimum")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mptk.ir.families import Analysis
+from mptk.ir.passes import Log
 from mptk.run.protocols import Target
 from mptk.run.values import Checks, Compiled, Text
 from mptk.targets.graph import stored_weights
@@ -34,7 +35,7 @@ class NpzTarget(Target):
         }
         return LegalWidths(ladders, whole.refused, whole.accepts)
 
-    def emit(self, compiled: Compiled, text: Text, folder: Path) -> list[str]:
+    def emit(self, compiled: Compiled, text: Text, folder: Path, log: Log) -> list[str]:
         np.savez(folder / FILE, **{name: weight.detach().numpy() for name, weight in compiled.program.state.items()})
         return []
 

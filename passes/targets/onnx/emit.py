@@ -20,6 +20,7 @@ from mptk.files import write_together
 from mptk.ir.passes import Log, Pass, run
 from mptk.ir.program import Program
 from passes.targets.onnx.lower import to_exporter
+from passes.targets.onnx.run import run_onnx
 from passes.targets.onnx.translate import translations
 
 OPSET = 23
@@ -49,6 +50,7 @@ def write_onnx(
     lowering: Sequence[Pass],
     optimization: Sequence[ir.passes.PassBase],
     metadata: Mapping[str, str],
+    log: Log,
 ) -> Path:
     """Write ``program`` as ``folder/model.onnx`` and its weights as ``folder/model.onnx.data``. Returns the first path.
 
@@ -65,6 +67,7 @@ def write_onnx(
         lowering: passes that leave only ops that the exporter can translate.
         optimization: passes over the ONNX graph.
         metadata: goes into the model's ``metadata_props`` (plan hash, versions).
+        log: is given a record of each pass.
 
     Raises:
         MptkError: the program is no traced decoder, or it has no real weights, or the ONNX exporter lacks one of its
@@ -73,7 +76,7 @@ def write_onnx(
     layers, rest = divmod(len(program.user_inputs) - 3, 2)
     if layers < 1 or rest:
         raise MptkError("cannot write ONNX: the program has no KV cache inputs; make it with trace_decoder")
-    model = ir.passes.Sequential(*optimization)(translate(program, lowering)).model
+    model = run_onnx(translate(program, lowering, log), optimization, log)
     _name(model, layers)
     model.metadata_props.update(metadata)
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,12 +86,12 @@ def write_onnx(
     return folder / FILE
 
 
-def translate(program: Program, lowering: Sequence[Pass]) -> ir.Model:
+def translate(program: Program, lowering: Sequence[Pass], log: Log) -> ir.Model:
     """The lowered program in the ONNX operators of torch.onnx.export, without any optimisation.
 
     If the exporter lacks an operator, torch decomposes the whole graph into simpler ones. That takes ten times as long.
     """
-    lowered = run(program, lowering, Log())[-1].program
+    lowered = run(program, lowering, log)[-1].program
     try:
         return _exported(to_exporter(lowered))
     except torch.onnx.OnnxExporterError as error:

@@ -27,9 +27,11 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from mptk.files import write_together
+from mptk.ir.passes import Log
 from passes.targets.onnx.balance import BalancePass
 from passes.targets.onnx.block_weights import BLOCK
 from passes.targets.onnx.plain_products import PlainProductsPass
+from passes.targets.onnx.run import run_onnx
 from passes.targets.onnx.smooth import SmoothPass
 
 BLOCKS = {"int8": 32, "int4": BLOCK}
@@ -38,7 +40,7 @@ last block is padded: 928 channels still take less time than 1024, and steps of 
 legal widths."""
 
 
-def write_quantized(source: Path, scheme: str, steps: Sequence[ir.passes.PassBase]) -> Path:
+def write_quantized(source: Path, scheme: str, steps: Sequence[ir.passes.PassBase], log: Log) -> Path:
     """Write ``model_SCHEME.onnx`` and its weights beside ``source``. Returns the new file.
 
     Inputs and outputs keep their names and shapes.
@@ -47,11 +49,12 @@ def write_quantized(source: Path, scheme: str, steps: Sequence[ir.passes.PassBas
         source: the float graph, a ``model.onnx`` of ``write_onnx``.
         scheme: its name, for the file and its metadata.
         steps: the passes that quantise.
+        log: is given a record of each pass.
     """
     model = read_float(source)
     metadata = {**model.metadata_props, "quantization": scheme}
     with _quiet():
-        quantized = ir.passes.Sequential(*steps)(model).model
+        quantized = run_onnx(model, steps, log)
     quantized.graph.sort()
     quantized.metadata_props.update(metadata)
     return _save(quantized, source.with_name(f"{source.stem}_{scheme}.onnx"))

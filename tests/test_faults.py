@@ -64,7 +64,7 @@ FFN, ATTENTION = f"{LAYER}.mlp", f"{LAYER}.self_attn"
 
 
 def unmasked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("mptk.run.values.mask", lambda analysis, cut: analysis.program)
+    patch.setattr("mptk.run.chain.mask", lambda analysis, cut: analysis.program)
 
 
 def untied(patch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.progress import silent
-from mptk.run.values import Prepared
+from mptk.run.chain import Prepared
 from mptk.tasks import CAUSAL_LM
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace

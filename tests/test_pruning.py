@@ -23,8 +23,8 @@ from mptk.cli.main import app
 from mptk.driver import prune as pruning
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
+from mptk.run.chain import Proven
 from mptk.run.report import Report
-from mptk.run.values import Proven
 from mptk.runtime.decoder import OrtDecoder
 from passes.pipelines import quantize_onnx
 from passes.verify import Difference

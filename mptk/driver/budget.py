@@ -15,8 +15,8 @@ from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.progress import Progress
+from mptk.run.chain import Method, Target
 from mptk.run.processes import processes
-from mptk.run.protocols import Method, Target
 from mptk.run.settings import Settings
 from passes.targets import legalize
 from passes.targets.legalize import Candidate, LegalWidths

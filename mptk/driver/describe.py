@@ -9,8 +9,9 @@ from mptk.driver.claims import widths
 from mptk.io.dense import absolute, fingerprint
 from mptk.io.evaluation import LogitsFn
 from mptk.io.manifest import listed, weights_digest
+from mptk.run.chain import Compiled, Proven
 from mptk.run.report import FILE, Report
-from mptk.run.values import Compiled, Context, Proven, Text
+from mptk.run.values import Context, Text
 from mptk.runtime.decoder import OrtDecoder
 from mptk.targets.stock_config import config_changes
 from mptk.version import __version__

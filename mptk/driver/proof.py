@@ -14,8 +14,8 @@ from torch import Tensor
 from mptk.errors import ProofError
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import Cut
-from mptk.run.protocols import Target
-from mptk.run.values import Compiled, Proven, Witness, short_batch
+from mptk.run.chain import Compiled, Proven, Target
+from mptk.run.values import Witness, short_batch
 from passes.analysis.borders import Reach, reach
 from passes.transforms.masked_reference import mask
 from passes.verify import TOLERANCE, Difference, StageLogits, prove

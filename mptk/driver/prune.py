@@ -34,13 +34,13 @@ from mptk.methods import find_method
 from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.methods.reconstruct import kept_units, reconstruct_consumers, removed_at_zero
 from mptk.progress import Progress, silent
+from mptk.run.chain import Chosen, Compiled, Prepared, Task
 from mptk.run.folder import RunFolder
 from mptk.run.processes import describe as describe_processes
 from mptk.run.processes import leads, processes
-from mptk.run.protocols import Task
 from mptk.run.report import Report
 from mptk.run.settings import DEFAULT_STEPS, Settings
-from mptk.run.values import Chosen, Compiled, Context, Prepared, Text
+from mptk.run.values import Context, Text
 from mptk.targets import find_target, written
 from mptk.tasks import load_task
 from passes.analysis import group

@@ -14,10 +14,10 @@ from mptk.io.manifest import check_manifest
 from mptk.io.models import Loaded
 from mptk.ir.passes import Log, Record
 from mptk.progress import Progress, silent
-from mptk.run.protocols import Task
+from mptk.run.chain import Chosen, Prepared, Task
 from mptk.run.report import Report
 from mptk.run.settings import Learning, Settings
-from mptk.run.values import Chosen, Context, Prepared
+from mptk.run.values import Context
 from mptk.targets.stock_config import check_code
 from mptk.tasks import task_of
 

@@ -27,9 +27,10 @@ from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import find_method
 from mptk.progress import silent
+from mptk.run.chain import Chosen, Prepared
 from mptk.run.report import Report, unreadable
 from mptk.run.settings import Settings
-from mptk.run.values import Chosen, Context, Prepared
+from mptk.run.values import Context
 from mptk.targets import ONNX, find_target
 from mptk.targets.stock_config import check_code, config_changes
 from mptk.tasks import task_of

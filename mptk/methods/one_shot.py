@@ -17,8 +17,8 @@ from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import Cut, resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Criterion
-from mptk.run.protocols import Method
-from mptk.run.values import Chosen, Context, Prepared, Text
+from mptk.run.chain import Chosen, Method, Prepared
+from mptk.run.values import Context, Text
 from passes.targets.legalize import describe
 from passes.transforms.masked_reference import mask
 

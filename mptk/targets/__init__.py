@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mptk.plugins import find, with_plugins
-from mptk.run.protocols import Target
+from mptk.run.chain import Target
 from mptk.run.settings import Settings
 from mptk.targets.graph import GraphTarget
 from mptk.targets.onnx import OnnxTarget

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mptk.errors import ProofError
 from mptk.ir.passes import Log
-from mptk.run.protocols import Target
-from mptk.run.values import Checks, Compiled, Text
+from mptk.run.chain import Compiled, Target
+from mptk.run.values import Checks, Text
 from passes.verify import Difference, difference
 
 WEIGHTS = "model.safetensors"

@@ -11,8 +11,8 @@ from torch import Tensor
 from mptk.errors import MptkError, ProofError
 from mptk.io.checkpoint import replaced
 from mptk.ir.passes import Log
-from mptk.run.protocols import Target
-from mptk.run.values import Checks, Compiled, Text
+from mptk.run.chain import Compiled, Target
+from mptk.run.values import Checks, Text
 from mptk.runtime.decoder import OrtDecoder
 from passes.targets.onnx.check_quantized import DIVERGENCES, check_quantized, divergence
 from passes.verify import RUNTIME_TOLERANCE, Difference, StageLogits

@@ -13,8 +13,8 @@ from mptk.io import models
 from mptk.io.checkpoint import portable
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
-from mptk.run.protocols import Target
-from mptk.run.values import Checks, Compiled, Text, Written
+from mptk.run.chain import Compiled, Target
+from mptk.run.values import Checks, Text, Written
 from mptk.targets.graph import stored_weights
 from mptk.targets.stock_config import check_code, check_config
 from passes.targets import legalize

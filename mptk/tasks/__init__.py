@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mptk.io import models
 from mptk.io.models import Loaded
 from mptk.plugins import load_plugins
-from mptk.run.protocols import Task
+from mptk.run.chain import Task
 from mptk.tasks.causal_lm import CausalLM, wrong_kind
 from mptk.tasks.masked_lm import MaskedLM
 

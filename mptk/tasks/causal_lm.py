@@ -20,7 +20,7 @@ from mptk.io.models import Loaded
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.progress import Count, Progress
-from mptk.run.protocols import Task
+from mptk.run.chain import Task
 from mptk.run.settings import Settings
 from mptk.run.values import Text
 from mptk.tasks.decoder_onnx import export_decoder

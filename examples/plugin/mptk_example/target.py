@@ -11,8 +11,8 @@ from torch import nn
 
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
-from mptk.run.protocols import Target
-from mptk.run.values import Checks, Compiled, Text
+from mptk.run.chain import Compiled, Target
+from mptk.run.values import Checks, Text
 from mptk.targets.graph import stored_weights
 from passes.targets.legalize import LegalWidths, graph_widths
 

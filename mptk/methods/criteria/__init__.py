@@ -22,7 +22,7 @@ from mptk.methods.criteria.flap import Compensation, compensate
 from mptk.methods.criteria.observe import activations, find_sites, gradients
 from mptk.plugins import find, with_plugins
 from mptk.progress import Count
-from mptk.run.protocols import Task
+from mptk.run.chain import Task
 from mptk.tasks import CAUSAL_LM
 
 CRITERIA: dict[str, Criterion] = {

@@ -19,7 +19,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.ops import named_argument
 from mptk.ir.program import Program
 from mptk.progress import Count
-from mptk.run.protocols import Task
+from mptk.run.chain import Task
 
 OBSERVED_TOKENS = 2048
 """Tokens in a forward batch. It bounds memory and changes results by rounding only."""

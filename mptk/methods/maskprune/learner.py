@@ -28,10 +28,11 @@ from mptk.methods.maskprune.teacher import CachedTeacher, LiveTeacher, Output, f
 from mptk.methods.maskprune.train import Extra, Loop, Metrics, Teacher
 from mptk.methods.reconstruct import kept_units
 from mptk.progress import Progress
+from mptk.run.chain import Chosen, Prepared
 from mptk.run.folder import TRACKER, RunFolder
 from mptk.run.processes import accelerator, anywhere, full, sharded
 from mptk.run.settings import Learning
-from mptk.run.values import Chosen, Prepared, Text, Witness
+from mptk.run.values import Text, Witness
 from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import InsertedMasks
 from passes.verify import RUNTIME_TOLERANCE, TOLERANCE

@@ -5,9 +5,9 @@ from __future__ import annotations
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.methods.maskprune.learner import Learner
-from mptk.run.protocols import Method
+from mptk.run.chain import Chosen, Method, Prepared
 from mptk.run.settings import Settings
-from mptk.run.values import Chosen, Context, Prepared, Text
+from mptk.run.values import Context, Text
 from passes.transforms.insert_masks import disturbed
 
 

@@ -1,29 +1,124 @@
-"""protocols: what differs between runs: how units are chosen, what is written, and what kind of model it is.
+"""chain: the values that the stages of a run hand on, and the protocols of what differs between runs.
 
-mptk's own are in ``mptk/methods``, ``mptk/targets`` and ``mptk/tasks``. Other packages add theirs by entry points of
-the groups ``mptk.methods``, ``mptk.targets`` and ``mptk.tasks``. A class derives from its protocol and inherits the
-defaults.
+Prepared → Chosen → Compiled → Proven → Report (``report.py``). Each is made by one function of ``mptk.driver``.
+
+Three things differ between runs: how units are chosen (``Method``), what is written (``Target``), and what kind of
+model it is (``Task``). mptk's own are in ``mptk/methods``, ``mptk/targets`` and ``mptk/tasks``. Other packages add theirs
+by entry points of the groups ``mptk.methods``, ``mptk.targets`` and ``mptk.tasks``. A class derives from its protocol
+and inherits the defaults.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mptk.cost.model import CostModel
 from mptk.io.evaluation import LogitsFn
 from mptk.io.models import Loaded
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
+from mptk.ir.program import Program
+from mptk.ir.resolved_plan import Cut
 from mptk.progress import Count, Progress
 from mptk.run.settings import Settings
-from mptk.run.values import Checks, Chosen, Compiled, Context, Prepared, Text, Written
-from passes.targets.legalize import LegalWidths, graph_widths
+from mptk.run.values import Checks, Context, Text, Witness, Written
+from passes.targets.legalize import Candidate, LegalWidths, graph_widths
+from passes.transforms.insert_masks import MaskSite, disturbed, find_mask_sites
+from passes.transforms.masked_reference import mask
 from passes.verify import Difference
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A dense model, analysed, with the widths that the settings and the target allow.
+
+    ``source``: the model as the user named it. ``candidates``: legal widths that meet the budget, none if a ``plan`` is
+    given; ``cut`` is that plan, resolved.
+    """
+
+    source: str
+    settings: Settings
+    loaded: Loaded
+    task: Task
+    method: Method
+    target: Target
+    analysis: Analysis
+    legal: LegalWidths
+    cost: CostModel
+    candidates: tuple[Candidate, ...] = ()
+    plan: Plan | None = None
+    cut: Cut | None = None
+
+    @property
+    def families(self) -> list[str]:
+        """The families that are cut."""
+        return list(self.candidates[0].widths if self.plan is None else self.plan.families)
+
+    @cached_property
+    def mask_sites(self) -> tuple[MaskSite, ...]:
+        """Where masks of these families go into the module, of those families that masks can hold."""
+        maskable = [name for name in self.families if disturbed(self.analysis, name) is None]
+        return tuple(find_mask_sites(self.analysis, self.loaded.model, maskable))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is cut: the plan, that plan resolved, and the dense model's weights that ``changes`` replaces.
+
+    ``trained``: the names of changed weights that are in the folder as trained. ``losses``: widths tried → loss on
+    calibration text. ``compensation``: whether the changes are biases that make up for what is removed.
+    ``steps``: training steps that choosing took.
+    """
+
+    plan: Plan
+    cut: Cut
+    changes: Mapping[str, Tensor] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
+    losses: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    witness: Witness | None = None
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The cut program and the form in which the target holds it.
+
+    ``analysis``: of the dense model with ``chosen.changes``. ``epsilons``: the norms' epsilons that the cut changed,
+    old → new. ``written``: the class and config that hold it; None if the target needs none.
+    """
+
+    prepared: Prepared
+    chosen: Chosen
+    analysis: Analysis
+    program: Program
+    epsilons: Mapping[float, float]
+    written: Written | None = None
+
+    @cached_property
+    def masked(self) -> Program:
+        """The reference: the dense model with the removed channels masked."""
+        return mask(self.analysis, self.chosen.cut)
+
+
+@dataclass(frozen=True)
+class Proven:
+    """Each stage's difference from the masked dense model. ``length``: tokens of the longest sequence that was run.
+
+    ``note``: what the proof does not reach; empty if nothing.
+    """
+
+    differences: tuple[Difference, ...]
+    length: int
+    note: str = ""
 
 
 class Method(Protocol):

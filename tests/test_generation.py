@@ -162,7 +162,6 @@ def test_export_rounds_int4_for_a_text(source, tmp_path):
         (["generate", "SOURCE", "a"], "mptk export MODEL"),
         (["eval", "FOLDER", "--runtime", "onnx", "--tasks", "arc"], "tasks run in torch"),
         (["eval", "FOLDER", "--runtime", "tvm", "--data", "a"], "choose torch or onnx"),
-        (["export", "SOURCE", "--out", "OUT", "--logits", "first"], "choose all or last"),
         (["export", "SOURCE", "--out", "OUT", "--quantize", "int3"], "int8, int4, fp16"),
         (["export", "SOURCE", "--out", "OUT", "--objective", "speed"], "decode"),
     ],
@@ -172,4 +171,11 @@ def test_errors_name_the_way_out(folder, source, tmp_path, words, message):
     run = CliRunner().invoke(app, [places.get(word, word) for word in words])
     assert isinstance(run.exception, MptkError)
     assert message in str(run.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_kind_of_logits_is_a_usage_error_that_names_the_choices(source, tmp_path):
+    run = CliRunner().invoke(app, ["export", str(source), "--out", str(tmp_path / "out"), "--logits", "first"])
+    assert run.exit_code == 2
+    assert all(choice in run.output for choice in ("'all'", "'last'"))
     assert not (tmp_path / "out").exists()

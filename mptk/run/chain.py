@@ -3,9 +3,9 @@
 Prepared → Chosen → Compiled → Proven → Report (``report.py``). Each is made by one function of ``mptk.driver``.
 
 Three things differ between runs: how units are chosen (``Method``), what is written (``Target``), and what kind of
-model it is (``Task``). mptk's own are in ``mptk/methods``, ``mptk/targets`` and ``mptk/tasks``. Other packages add theirs
-by entry points of the groups ``mptk.methods``, ``mptk.targets`` and ``mptk.tasks``. A class derives from its protocol
-and inherits the defaults.
+model it is (``Task``). mptk's own are in ``mptk/methods``, ``mptk/targets`` and ``mptk/tasks``. Other packages add
+theirs by entry points of the groups ``mptk.methods``, ``mptk.targets`` and ``mptk.tasks``. A class derives from its
+protocol and inherits the defaults.
 """
 
 from __future__ import annotations

@@ -5,8 +5,10 @@ from __future__ import annotations
 LAYOUT = "how many spaces a JSON file is indented by is for people's eyes"
 
 ALLOWED: dict[str, str] = {
-    """-    return _at(node, _positions(node.target, writes=True))
-+    return _at(node, _positions(node.target, writes=False))""": "a view that counts as a write is caution: nothing is lost",
+    """-    targets = {node: found for node in graph.nodes if (found := _arguments(node, writes=True))}
++    targets = {node: found for node in graph.nodes if (found := _arguments(node, writes=False))}""": (
+        "a view that counts as a write is caution: nothing is lost"
+    ),
     """-    path.write_text(json_text(content, indent=2, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")
 +    path.write_text(json_text(content, indent= 3, sort_keys=True, ensure_ascii=False) + "\\n", encoding="utf-8")""": LAYOUT,
     """-    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\\n")
@@ -23,10 +25,6 @@ ALLOWED: dict[str, str] = {
     ),
     """-@dataclass(frozen=True)
 +@dataclass(frozen=False)""": "nothing assigns to the fields of a claim; frozen keeps it so",
-    """-        stages["reloaded checkpoint"] = (lambda ids: reloaded(ids, use_cache=False).logits, TOLERANCE)
-+        stages["reloaded checkpoint"] = (lambda ids: reloaded(ids, use_cache=True).logits, TOLERANCE)""": (
-        "a cache that is filled changes no logits"
-    ),
     """-    *,
 +    /,""": "who calls it names these arguments already",
     """-        return node.all_input_nodes[:1]
@@ -43,8 +41,8 @@ ALLOWED: dict[str, str] = {
     ),
     """-    generator = torch.Generator().manual_seed(0)
 +    generator = torch.Generator().manual_seed( 1)""": "any noise of that size will do",
-    """-                if n > 1:
-+                if n > 0:""": "an axis that is not listed counts as having one coordinate",
+    """-            if n > 1:
++            if n > 0:""": "an axis that is not listed counts as having one coordinate",
     """-
 -
 -@functools.cache""": "a cache saves time alone",

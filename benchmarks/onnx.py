@@ -30,7 +30,7 @@ from mptk.cli.plot import draw_bench
 from mptk.cli.report import bench_markdown
 from mptk.io import models
 from mptk.runtime.bench import Bench, bench_decoders
-from passes.frontend.trace_decoder import Logits, trace_decoder
+from passes.frontend.trace_decoder import LogitsScope, trace_decoder
 from passes.pipelines import emit_onnx, quantize_onnx
 
 MODEL = "smollm2-135m"
@@ -53,7 +53,7 @@ def resized(model: PreTrainedModel, **sizes: int) -> PreTrainedModel:
     return result
 
 
-def export(model: PreTrainedModel, folder: Path, logits: Logits = "last", objective: str = "decode") -> Path:
+def export(model: PreTrainedModel, folder: Path, logits: LogitsScope = "last", objective: str = "decode") -> Path:
     start = time.perf_counter()
     program = trace_decoder(model, logits=logits)
     traced = time.perf_counter()

@@ -27,16 +27,19 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 import passes.frontend.trace
 from benchmarks.common import result_header, write_result
-from mptk.cost.model import CostModel
+from mptk.driver.prune import legalise
 from mptk.io import models
 from mptk.ir.passes import Log
+from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import criteria
-from mptk.methods.maskprune.learner import Learner
+from mptk.methods.maskprune.learner import Learner, start_training
+from mptk.progress import silent
+from mptk.run.chain import Prepared
 from mptk.run.folder import RunFolder
-from mptk.run.settings import Learning, Training
+from mptk.run.settings import Learning, Settings, Training
+from mptk.tasks import CAUSAL_LM
 from passes.analysis import group
 from passes.pipelines import cut_program
-from passes.targets import legalize
 
 MODEL = "smollm2-135m"
 BATCH, MICRO, LENGTH, RANK = 4, 4, 256, 16
@@ -73,42 +76,46 @@ def plain() -> Step:
     return step
 
 
-def learner(teacher: str, model: Any) -> Learner:
+def settings(teacher: str) -> Settings:
     training = Training(batch=BATCH, micro=MICRO, save_every=10**9)
-    settings = Learning(steps=10_000, rank=RANK, teacher=teacher, training=training)
-    work = RunFolder(Path(tempfile.mkdtemp()) / "out", {}, resume=False)
-    return Learner(model, windows(), settings, work, lambda *_: None)
+    learning = Learning(steps=10_000, rank=RANK, teacher=teacher, training=training)
+    return Settings(sparsity=0.3, learning=learning)
 
 
-def analysed() -> tuple[Any, Any, CostModel, list[legalize.Candidate]]:
-    model = models.load(MODEL).model
-    analysis = group.analyze(passes.frontend.trace.trace(model, dynamic=True))
-    cost = CostModel(analysis)
-    target = legalize.stock_widths(analysis, model)
-    names = legalize.default_families(analysis, target)
-    found = legalize.find_candidates(cost, target, names, 0.3)
-    return model, analysis, cost, legalize.choose_candidates(found, 0.3, 0.01, len(found))
+def prepared(teacher: str) -> Prepared:
+    """The model as `prune` prepares it for MaskPrune at 30 %."""
+    loaded = models.load(MODEL)
+    analysis = group.analyze(passes.frontend.trace.trace(loaded.model, dynamic=True))
+    return legalise(MODEL, settings(teacher), loaded, CAUSAL_LM, analysis, silent)
+
+
+def learner(run: Prepared) -> Learner:
+    learning = run.settings.learning
+    folder = RunFolder(Path(tempfile.mkdtemp()) / "out", {}, resume=False)
+    return Learner(start_training(learning, folder), run.loaded.model, windows(), learning, folder, silent)
 
 
 def masks(teacher: str) -> Step:
     """A step of the mask phase, with some units removed already."""
-    model, analysis, cost, candidates = analysed()
-    _, _, _, loop = learner(teacher, model).begin(analysis, cost, candidates, 0.7)
+    run = prepared(teacher)
+    _, _, _, loop = learner(run).begin(run)
     return counted(loop)
 
 
 def recovery(teacher: str) -> Step:
     """A step of recovery, after a cut of 30 %."""
-    model, analysis, _, candidates = analysed()
-    scores = criteria.score(analysis, "magnitude", families=list(candidates[0].widths))
-    ffn = min(candidates, key=lambda c: c.widths["ffn"])
+    run = prepared(teacher)
+    analysis = run.analysis
+    scores = criteria.score(analysis, "magnitude", families=run.families)
+    ffn = min(run.candidates, key=lambda c: c.widths["ffn"])
     widths = {n: w for n, w in ffn.widths.items() if w < analysis.family(n).size}
     plan = criteria.select(analysis, scores, widths)
-    cut, _ = cut_program(analysis, plan, Log())
-    stock = legalize.discover(analysis, model).config(widths)
+    cut = cut_program(analysis, resolve_plan(analysis, plan), Log()).program
+    assert run.legal.stock is not None
+    stock = run.legal.stock.config(widths)
     small = stock.model_class(stock.config)
     small.load_state_dict(cut.state_dict())
-    return counted(learner(teacher, model).recovery(small.eval(), 10_000))
+    return counted(learner(run).recovery(small.eval(), 10_000))
 
 
 def counted(loop: Any) -> Step:

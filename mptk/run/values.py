@@ -63,9 +63,9 @@ def short_batch(windows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Witness:
-    """A trained model's own ``logits`` on the proof's short batch, before its weights are taken over.
+    """A trained model's own ``logits`` on the proof's short batch, before its weights are adopted.
 
-    ``tolerance``: how near the weights taken over must come, relative to the largest logit.
+    ``tolerance``: how near the adopted weights must come, relative to the largest logit.
     """
 
     stage: str

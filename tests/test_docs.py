@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def test_modules_can_be_imported(page: str) -> None:
     named = found(page, r"(?<![\w./])((?:mptk|passes|benchmarks)(?:\.[a-z_]+)+)(?![\w(])")
     modules = [name for name in named if not _public(name) and not name.endswith((".json", ".onnx"))]
     assert [name for name in modules if not _there(name)] == []
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_imports_of_examples_work(page: str) -> None:
+    for code in found(page, r"```python\n([^`]+)```"):
+        for module, names in re.findall(r"^from ((?:mptk|passes)[\w.]*) import ([\w, ]+)", code, re.MULTILINE):
+            for name in names.split(", "):
+                assert hasattr(import_module(module), name) or find_spec(f"{module}.{name}") is not None
 
 
 @pytest.mark.parametrize("page", NAMES)

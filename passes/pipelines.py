@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+import torch
 from onnx_ir.passes import common
 
 from mptk.errors import MptkError
@@ -28,15 +30,16 @@ from passes.targets.onnx.quantize import even_channels, write_quantized
 from passes.transforms.fold_norms import Folded, FoldNorms
 from passes.transforms.masked_reference import Mask
 from passes.transforms.rewrite import Rewrite
+from passes.transforms.store import Store
 
 OnnxPasses = list[ir.passes.PassBase]
 
 # ---- programs ----
 
 
-def cutting(analysis: Analysis, cut: Cut) -> list[Pass]:
-    """The dense program → the pruned one."""
-    return [Rewrite(analysis, cut), FoldNorms()]
+def cutting(analysis: Analysis, cut: Cut, dtype: torch.dtype = torch.float32) -> list[Pass]:
+    """The dense program → the pruned one, whose weights ``dtype`` holds exactly."""
+    return [Rewrite(analysis, cut), FoldNorms(), Store(dtype)]
 
 
 def reference(analysis: Analysis, cut: Cut) -> list[Pass]:
@@ -114,11 +117,24 @@ SCHEMES = ("int8", "int4", "fp16")
 # ---- runs ----
 
 
-def cut_program(analysis: Analysis, cut: Cut, log: Log) -> Folded:
-    """Run ``cutting`` without proof. Returns the pruned program, and the norms' epsilons that changed."""
-    folded = run(analysis.program, cutting(analysis, cut), log)[-1]
+@dataclass(frozen=True)
+class Pruned:
+    """The pruned program.
+
+    ``exact``: the same before its weights were rounded to the stored type, which changes folded norms alone.
+    ``epsilons``: the norms' epsilons that the cut changed, old → new.
+    """
+
+    program: Program
+    exact: Program
+    epsilons: Mapping[float, float]
+
+
+def cut_program(analysis: Analysis, cut: Cut, log: Log, dtype: torch.dtype = torch.float32) -> Pruned:
+    """Run ``cutting``, unproven. ``dtype``: the type in which the weights are stored."""
+    _, folded, stored = run(analysis.program, cutting(analysis, cut, dtype), log)
     assert isinstance(folded, Folded)
-    return folded
+    return Pruned(stored.program, folded.program, folded.epsilons)
 
 
 def passes_until(name: str, analysis: Analysis, cut: Cut) -> list[Pass]:

@@ -175,8 +175,9 @@ def cut_wrongly(
         from passes.pipelines import cut_program
 
         def damaged(*arguments: Any) -> Any:
-            folded = cut_program(*arguments)
-            return replace(folded, program=damage(folded.program))
+            pruned = cut_program(*arguments)
+            damaged = damage(pruned.program)
+            return replace(pruned, program=damaged, exact=damaged)
 
         patch.setattr(target, damaged)
 

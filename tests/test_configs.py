@@ -31,7 +31,7 @@ def write(folder: Path, name: str, *, changed: dict[str, Any] | None = None, lis
     stock = StockConfig(type(loaded.model), config, changes)
     (folder / "out").mkdir()
     write_checkpoint(loaded.model.state_dict(), stock, loaded.model, None, folder / "out", portable=portable)
-    return Written(stock, loaded, config)
+    return Written(stock, loaded, config, loaded.dtype)
 
 
 @pytest.mark.parametrize("name", architectures.CONFIGS)

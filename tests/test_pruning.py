@@ -187,10 +187,10 @@ def test_a_plan_file_decides_everything(pruned, llama, tmp_path):
     assert report.plan_sha256 == pruned[1].plan_sha256
 
 
-def test_a_dense_model_in_half_precision_is_written_in_float32_and_that_is_said(tmp_path):
+def test_a_dense_model_in_half_precision_is_written_in_float32_if_that_is_asked_for(tmp_path):
     dense = save(LlamaForCausalLM(llama_config()).to(torch.bfloat16), tmp_path / "dense")
-    settings = replace(SETTINGS, method="magnitude", widths={"ffn": 40}, families=("ffn",), onnx=False)
-    report = mptk.prune(dense, tmp_path / "out", settings)
+    given = {"widths": {"ffn": 40}, "families": ("ffn",), "onnx": False, "dtype": "float32"}
+    report = mptk.prune(dense, tmp_path / "out", replace(SETTINGS, method="magnitude", **given))
     assert report.config_changes == {"intermediate_size": [80, 40], "dtype": ["bfloat16", "float32"]}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     assert mptk.verify(tmp_path / "out")

@@ -146,6 +146,7 @@ FIELDS: dict[str, Field] = {
     "save_every": Field("learning.training.save_every", int, TRAIN, "Steps between checkpoints.", least=1),
     "resume": Field("resume", bool, TRAIN, "Continue the unfinished run beside --out.", switch=True),
     "target": Field("target", str, WRITE, "stock: the model's own transformers class; graph: any widths."),
+    "dtype": Field("dtype", str, WRITE, "Type of the stored weights: auto (as the model), float32, bfloat16, float16."),
     "rehome": Field(
         "rehome",
         bool,

@@ -37,18 +37,26 @@ class CostModel:
     """Cost of an analysed model at any widths (family name → units kept). Families that are not named stay whole.
 
     ``budget``: a key of ``BUDGETS``; sparsity is a share of it. ``latency``: widths → milliseconds, for the budget of
-    that name.
+    that name. ``itemsize``: bytes of a floating number as it is stored; None: as in the program.
     """
 
     def __init__(
-        self, analysis: Analysis, budget: str = "params", latency: Callable[[Mapping[str, float]], float] | None = None
+        self,
+        analysis: Analysis,
+        budget: str = "params",
+        latency: Callable[[Mapping[str, float]], float] | None = None,
+        *,
+        itemsize: int | None = None,
     ) -> None:
         if budget not in BUDGETS:
             raise MptkError(f"no budget {budget!r}; choose one of {', '.join(BUDGETS)}")
         self.analysis, self.budget, self._latency = analysis, BUDGETS[budget], latency
         program = analysis.program
         self._used = {name: analysis.weights[name] for name in program.parameters if name in analysis.weights}
-        self._itemsize = {name: program.state[name].element_size() for name in program.parameters}
+        sizes = {name: program.state[name] for name in program.parameters}
+        self._itemsize = {
+            n: itemsize if itemsize and t.is_floating_point() else t.element_size() for n, t in sizes.items()
+        }
         self._idle = {name: program.state[name].numel() for name in program.parameters if name not in self._used}
         self.block_weights = block_weights(analysis)
         self.dense = self({})

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mptk.cost.model import CostModel
 from mptk.driver.changes import COMPENSATION
@@ -54,20 +57,23 @@ def _target_of(folder: Path) -> str:
     return next((name for name, target in targets().items() if target.wrote(folder)), "none")
 
 
-def check_numbers(report: Report, folder: Path, analysis: Analysis, plan: Plan) -> None:
+def check_numbers(
+    report: Report, folder: Path, analysis: Analysis, plan: Plan, dense: torch.dtype, stored: torch.dtype
+) -> None:
     """The report's words on what was cut and trained: families, sparsity, cost, plan, and the trained weights.
+
+    ``dense``, ``stored``: the types that the dense and the pruned model's weights are stored in.
 
     Raises:
         MptkError: one is not what the plan and the dense model give.
     """
     _require("plan_sha256", report.plan_sha256, plan.digest)
     _require("families", report.families, widths(analysis, plan))
-    cost = CostModel(analysis)
-    dense, pruned = cost.dense, cost(plan.widths)
-    _require("sparsity", report.sparsity, 1 - pruned.block / dense.block)
-    for name, found in (("dense", dense), ("pruned", pruned)):
+    cost = CostModel(analysis, itemsize=stored.itemsize)
+    _require("sparsity", report.sparsity, 1 - cost(plan.widths).block / cost.dense.block)
+    for name, figures in costs(cost, plan, dense).items():
         said = {k: v for k, v in report.cost[name].items() if k != "latency_ms"}
-        _require(f"cost.{name}", said, found.as_dict())
+        _require(f"cost.{name}", said, figures)
     settings, trained = report.settings, report.trained
     method = find_method(settings.method)
     learned = method.learns or method.reconstructs or settings.reconstruct or settings.steps
@@ -92,6 +98,12 @@ def check_tokens(report: Report, vocabulary: int) -> Sequence[Sequence[int]]:
     ):
         raise MptkError("proof_tokens in report.json are no rows of token ids; do not use the folder, prune again")
     return rows
+
+
+def costs(cost: CostModel, plan: Plan, dense: torch.dtype) -> dict[str, dict[str, float]]:
+    """``dense`` and ``pruned`` → figures. ``cost`` counts bytes of the stored type; ``dense`` is the dense model's."""
+    whole = replace(cost.dense, bytes=CostModel(cost.analysis, itemsize=dense.itemsize).dense.bytes)
+    return {"dense": whole.as_dict(), "pruned": cost(plan.widths).as_dict()}
 
 
 def widths(analysis: Analysis, plan: Plan) -> dict[str, dict[str, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mptk.driver.claims import widths
+from mptk.driver.claims import costs, widths
 from mptk.io.dense import absolute, fingerprint
 from mptk.io.evaluation import LogitsFn
 from mptk.io.manifest import listed, weights_digest
@@ -24,15 +24,15 @@ def describe(
     prepared, chosen = compiled.prepared, compiled.chosen
     with context.stage("perplexity"):
         quality, quantized = measure(compiled, text, folder, context)
-    dense, pruned = prepared.cost.dense, prepared.cost(chosen.plan.widths)
+    figures = costs(prepared.cost, chosen.plan, prepared.loaded.dtype)
     return Report(
         mptk=__version__,
         model=absolute(prepared.source),
         model_sha256=fingerprint(prepared.source, local=True),
         settings=prepared.settings,
         families=widths(prepared.analysis, chosen.plan),
-        sparsity=1 - pruned.block / dense.block,
-        cost={"dense": dense.as_dict(), "pruned": pruned.as_dict()},
+        sparsity=1 - figures["pruned"]["block"] / figures["dense"]["block"],
+        cost=figures,
         splits=chosen.losses,
         trained=chosen.trained,
         weights_sha256=weights_digest(folder),

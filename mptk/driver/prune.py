@@ -34,7 +34,7 @@ from mptk.methods import find_method
 from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.methods.reconstruct import kept_units, reconstruct_consumers, removed_at_zero
 from mptk.progress import Progress, silent
-from mptk.run.chain import Chosen, Compiled, Prepared, Task
+from mptk.run.chain import Chosen, Compiled, Prepared, Task, stored_type
 from mptk.run.folder import RunFolder
 from mptk.run.processes import describe as describe_processes
 from mptk.run.processes import leads, processes
@@ -45,6 +45,7 @@ from mptk.targets import find_target, written
 from mptk.tasks import load_task
 from passes.analysis import group
 from passes.pipelines import check_schemes, cut_program
+from passes.transforms.store import Store
 from passes.verify import Difference
 
 REMEDY = "nothing was published. Please report this model"
@@ -167,7 +168,8 @@ def legalise(
     """The widths that the settings and the target allow, or the plan that the settings give, resolved."""
     method, target = find_method(settings.method), find_target(settings.target)
     legal = target.legal(analysis, loaded.model, multiples(settings))
-    cost, settings = budgeted(analysis, legal, settings, progress)
+    stored = stored_type(settings, loaded)
+    cost, settings = budgeted(analysis, legal, settings, progress, stored.itemsize)
     prepared = Prepared(source, settings, loaded, task, method, target, analysis, legal, cost)
     if settings.plan is not None:
         plan = Plan.load(settings.plan)
@@ -246,11 +248,17 @@ def changed(prepared: Prepared, chosen: Chosen) -> Analysis:
     return replace(prepared.analysis, program=prepared.analysis.program.with_state(chosen.changes))
 
 
+def stored_analysis(prepared: Prepared, chosen: Chosen) -> Analysis:
+    """The same, with every weight as the stored type holds it."""
+    analysis = changed(prepared, chosen)
+    return replace(analysis, program=Store(prepared.dtype).run(analysis.program).program)
+
+
 def compile_plan(prepared: Prepared, chosen: Chosen, windows: Tensor, context: Context) -> Compiled:
     """Cut the program to the plan and find the form in which the target holds it. ``windows``: ids [n, length]."""
-    analysis = changed(prepared, chosen)
-    folded = cut_program(analysis, chosen.cut, context.log)
-    compiled = Compiled(prepared, chosen, analysis, folded.program, folded.epsilons)
+    analysis = stored_analysis(prepared, chosen)
+    pruned = cut_program(analysis, chosen.cut, context.log, prepared.dtype)
+    compiled = Compiled(prepared, chosen, analysis, pruned.program, pruned.exact, pruned.epsilons)
     return replace(compiled, written=prepared.target.fit(compiled, windows[:1]))
 
 
@@ -271,10 +279,11 @@ def recovered(compiled: Compiled, text: Text, context: Context) -> tuple[Compile
     known = {name: tensor for name, tensor in trained.items() if name in prepared.analysis.weights}
     changes = {**chosen.changes, **widened(compiled.analysis, chosen.cut, known)}
     chosen = replace(chosen, changes=changes, trained=tuple(changes))
-    analysis = changed(prepared, chosen)
-    difference = check_witness(analysis, chosen.cut, witness, text.proof)
-    program = cut_program(analysis, chosen.cut, context.log).program
-    return replace(compiled, chosen=chosen, analysis=analysis, program=program), [difference]
+    difference = check_witness(changed(prepared, chosen), chosen.cut, witness, text.proof)
+    analysis = stored_analysis(prepared, chosen)
+    pruned = cut_program(analysis, chosen.cut, context.log, prepared.dtype)
+    after = replace(compiled, chosen=chosen, analysis=analysis, program=pruned.program, exact=pruned.exact)
+    return after, [difference]
 
 
 def written_folder(job: Job, compiled: Compiled, text: Text, witnessed: list[Difference], context: Context) -> Report:

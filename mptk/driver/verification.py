@@ -27,7 +27,7 @@ from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import find_method
 from mptk.progress import silent
-from mptk.run.chain import Chosen, Prepared
+from mptk.run.chain import Chosen, Prepared, stored_type
 from mptk.run.report import Report, unreadable
 from mptk.run.settings import Settings
 from mptk.run.values import Context
@@ -80,7 +80,7 @@ def verify(
     analysis = group.analyze(passes.frontend.trace.trace(loaded.model, dynamic=True))
     embeddings: Any = loaded.model.get_input_embeddings()
     with _readable(folder):
-        check_numbers(report, folder, analysis, plan)
+        check_numbers(report, folder, analysis, plan, loaded.dtype, stored_type(report.settings, loaded))
         tokens = torch.tensor(check_tokens(report, embeddings.num_embeddings))
     settings = replace(report.settings, trust_remote_code=trust_remote_code, proof_length=proof_length)
     prepared = _prepared(folder, report, replace(settings, rehome=_rehomed(folder, loaded)), loaded, analysis, plan)
@@ -109,7 +109,7 @@ def _prepared(
         target=target,
         analysis=analysis,
         legal=legal,
-        cost=CostModel(analysis),
+        cost=CostModel(analysis, itemsize=stored_type(settings, loaded).itemsize),
         plan=plan,
         cut=resolve_plan(analysis, plan),
     )

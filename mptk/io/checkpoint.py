@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeGuard
 
+import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -95,6 +99,34 @@ def _is_config(value: object, key: str) -> TypeGuard[Mapping[str, object]]:
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json_text(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_QUANTIZED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8"}
+
+
+def stored_dtypes(folder: Path) -> Counter[str]:
+    """The types of the numbers in a folder's safetensors, as safetensors names them → how many numbers."""
+    found: Counter[str] = Counter()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                part = weights.get_slice(name)
+                found[part.get_dtype()] += math.prod(part.get_shape())
+    return found
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The floating type of most numbers in a folder's safetensors. float32 if there is none."""
+    counts = {name: count for name, count in stored_dtypes(folder).items() if name in _FLOATS}
+    return _FLOATS[max(counts, key=lambda name: counts[name])] if counts else torch.float32
+
+
+def quantized_dtype(folder: Path) -> str | None:
+    """The type of quantised weights, if most numbers in a folder's safetensors are quantised."""
+    counts = stored_dtypes(folder)
+    most = max(counts, key=lambda name: counts[name], default="")
+    return most if most in _QUANTIZED else None
 
 
 @contextlib.contextmanager

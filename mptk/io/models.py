@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from mptk.compat.transformers import dequantize_gguf, forget_source, model_classes
 from mptk.errors import MptkError
-from mptk.io.checkpoint import save_checkpoint
+from mptk.io.checkpoint import quantized_dtype, save_checkpoint, stored_dtype
 from mptk.io.packaged import ALIASES, build_once, cache_dir, cached, fetch
 
 _CONVERSION = 1  # Raise it if the same GGUF file is now converted differently.
@@ -38,7 +38,8 @@ _FIRST_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMa
 class Loaded:
     """A model and its tokenizer. ``source``: its name as the user gave it. ``path``: its checkpoint folder.
 
-    ``trusted``: whether the caller let its own Python code run.
+    ``trusted``: whether the caller let its own Python code run. ``dtype``: the type of the stored weights; the model
+    itself has the type that it was loaded in.
     """
 
     model: PreTrainedModel
@@ -46,6 +47,7 @@ class Loaded:
     source: str
     path: Path
     trusted: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 def load(
@@ -70,9 +72,10 @@ def load(
     with _explained(model):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     _refuse_pickles(folder, config)
+    _refuse_quantized(model, folder, config)
     module = _from_pretrained(folder, model, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
     tokenizer = _tokenizer(folder, model, trust_remote_code) if _has_tokenizer(folder) else None
-    return Loaded(module, tokenizer, source=model, path=folder, trusted=trust_remote_code)
+    return Loaded(module, tokenizer, model, folder, trust_remote_code, stored_dtype(folder))
 
 
 def skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -259,6 +262,18 @@ def _refuse_pickles(folder: Path, config: PreTrainedConfig) -> None:
         f"{folder} has no safetensors weights ({found}); if you trust it, convert it with transformers: "
         "AutoModel....from_pretrained(DIR).save_pretrained(NEW_DIR)"
     )
+
+
+def _refuse_quantized(model: str, folder: Path, config: PreTrainedConfig) -> None:
+    """Quantised weights cannot be cut and trained as they are."""
+    settings = getattr(config, "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    found = quantized_dtype(folder) if method is None else getattr(method, "value", method)
+    if found is not None:
+        raise MptkError(
+            f"{model} is quantised ({found}), and mptk prunes float weights; give the float checkpoint that it was "
+            "made of, or dequantise it with transformers (model.dequantize()) and save that"
+        )
 
 
 def _has_tokenizer(folder: Path) -> bool:

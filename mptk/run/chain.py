@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -58,6 +59,11 @@ class Prepared:
     cut: Cut | None = None
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type in which the weights are stored."""
+        return stored_type(self.settings, self.loaded)
+
+    @property
     def families(self) -> list[str]:
         """The families that are cut."""
         return list(self.candidates[0].widths if self.plan is None else self.plan.families)
@@ -67,6 +73,12 @@ class Prepared:
         """Where masks of these families go into the module, of those families that masks can hold."""
         maskable = [name for name in self.families if disturbed(self.analysis, name) is None]
         return tuple(find_mask_sites(self.analysis, self.loaded.model, maskable))
+
+
+def stored_type(settings: Settings, loaded: Loaded) -> torch.dtype:
+    """The type in which the weights of the result are stored."""
+    made: torch.dtype = loaded.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    return made
 
 
 @dataclass(frozen=True)
@@ -92,14 +104,16 @@ class Chosen:
 class Compiled:
     """The cut program and the form in which the target holds it.
 
-    ``analysis``: of the dense model with ``chosen.changes``. ``epsilons``: the norms' epsilons that the cut changed,
-    old → new. ``written``: the class and config that hold it; None if the target needs none.
+    ``analysis``: of the dense model with ``chosen.changes``, in the stored type. ``program``: the cut program, as the
+    stored type holds it; ``exact``: before folded norms were rounded to that type. ``epsilons``: the norms' epsilons
+    that the cut changed, old → new. ``written``: the class and config that hold it; None if the target needs none.
     """
 
     prepared: Prepared
     chosen: Chosen
     analysis: Analysis
     program: Program
+    exact: Program
     epsilons: Mapping[float, float]
     written: Written | None = None
 
@@ -260,7 +274,7 @@ class Task(Protocol):
         """Name → perplexity of each run, and ``protocol``: how it was measured."""
         ...
 
-    def export(self, loaded: Loaded, plan: Plan, settings: Settings, text: Tensor, folder: Path, log: Log) -> None:
+    def export(self, prepared: Prepared, plan: Plan, text: Tensor, folder: Path, log: Log) -> None:
         """Write the model, with its changed weights, cut to ``plan``, as ONNX into ``folder``.
 
         ``log`` is given a record of each pass.

@@ -12,6 +12,9 @@ from mptk.errors import MptkError
 DEFAULT_STEPS = 200
 """Training steps of a method that learns, if no number is given."""
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Types of stored weights; ``auto`` is the checkpoint's own."""
+
 
 @dataclass(frozen=True)
 class LossWeights:
@@ -114,14 +117,15 @@ class Settings:
     writes). ``reconstruct``: fit the consumers to the dense layers' outputs (None: if the method does by itself).
     ``learning``: training with the method and after the cut. ``resume``: go on with an unfinished run.
 
-    What is written: ``target``; ``rehome``: if the model's config class refuses the cut, another class may hold it;
-    ``onnx`` with ``logits``, ``quantize`` and ``objective`` as in ``mptk.export``.
+    What is written: ``target``. ``dtype``: type of the stored weights (``auto``: the checkpoint's own). ``rehome``: if
+    the model's config class refuses the cut, another class may hold it. ``onnx`` with ``logits``, ``quantize`` and
+    ``objective`` as in ``mptk.export``.
 
     What is measured: ``eval_windows`` windows of ``eval_length`` tokens of ``eval_data`` (None: of ``data``).
     ``proof_length``: tokens of the longest sequence that the proof may run, to go beyond the model's windows.
 
     Raises:
-        MptkError: an unknown objective, or milliseconds for another budget than latency.
+        MptkError: an unknown objective or dtype, or milliseconds for another budget than latency.
     """
 
     sparsity: float = 0.3
@@ -141,6 +145,7 @@ class Settings:
     widths: Mapping[str, int] = field(default_factory=dict)
     plan: str | None = None
     target: str = "stock"
+    dtype: str = "auto"
     multiple: int = 32
     tolerance: float = 0.01
     onnx: bool = True
@@ -156,6 +161,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         phase(self.objective)
+        if self.dtype not in DTYPES:
+            raise MptkError(f"no dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.max_ms is not None and self.budget != LATENCY:
             raise MptkError(f"milliseconds are no budget of {self.budget}; set budget to {LATENCY}")
 

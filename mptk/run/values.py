@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -78,12 +79,14 @@ class Written:
     """What is written as a checkpoint: ``stock`` is its class and config, ``loaded`` the dense model.
 
     ``cut``: the dense model's own config after the cut; that of ``stock`` unless another class holds the weights.
+    ``dtype``: the type of the stored weights.
     ``note``: why it is another class; empty if it is not.
     """
 
     stock: StockConfig
     loaded: Loaded
     cut: PreTrainedConfig
+    dtype: torch.dtype
     note: str = ""
 
 

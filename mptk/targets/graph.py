@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,14 +27,21 @@ class GraphTarget(Target):
     summary = "any widths that the graph's ops accept"
 
     def emit(self, compiled: Compiled, text: Text, folder: Path, log: Log) -> list[str]:
-        save_file({n: t.contiguous() for n, t in compiled.program.state.items()}, folder / WEIGHTS)
+        state = in_stored_type(compiled.program.state, compiled.prepared.dtype)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
         return []
 
     def wrote(self, folder: Path) -> bool:
         return (folder / WEIGHTS).is_file() and not (folder / "config.json").is_file()
 
     def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
-        return Checks((stored_weights(load_file(folder / WEIGHTS), dict(compiled.program.state)),))
+        expected = in_stored_type(compiled.program.state, compiled.prepared.dtype)
+        return Checks((stored_weights(load_file(folder / WEIGHTS), expected),))
+
+
+def in_stored_type(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights by name in the type that they are stored in. Tensors that are no floating numbers keep theirs."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
 def stored_weights(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Difference:

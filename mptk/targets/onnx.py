@@ -33,8 +33,8 @@ class OnnxTarget(Target):
         out = folder / FOLDER
         out.mkdir()
         try:
-            with replaced(prepared.loaded.model, chosen.changes):
-                prepared.task.export(prepared.loaded, chosen.plan, prepared.settings, text.calibration, out, log)
+            with replaced(prepared.loaded.model, compiled.analysis.program.state):
+                prepared.task.export(prepared, chosen.plan, text.calibration, out, log)
         except MptkError as error:
             out.rmdir()
             return [f"no ONNX: {error}"]

@@ -15,7 +15,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.run.chain import Compiled, Target
 from mptk.run.values import Checks, Text, Written
-from mptk.targets.graph import stored_weights
+from mptk.targets.graph import in_stored_type, stored_weights
 from mptk.targets.stock_config import check_code, check_config
 from passes.targets import legalize
 from passes.targets.legalize import LegalWidths, cut_shapes, graph_widths, stock_widths
@@ -55,14 +55,15 @@ class StockTarget(Target):
         analysis, loaded, stock = prepared.analysis, prepared.loaded, prepared.legal.stock
         assert stock is not None
         found = stock.config(widths, scalars=compiled.epsilons)
+        dtype = prepared.dtype
         if isinstance(found, StockConfig):
-            return Written(found, loaded, found.config)
+            return Written(found, loaded, found.config, dtype)
         if prepared.settings.rehome and found.config is not None:
             check = logits_check(compiled.program, text)
             other = rehome(found.config, cut_shapes(analysis, widths), check, tolerance=TOLERANCE)
             if isinstance(other, StockConfig):
                 note = f"written as {other.model_class.__name__}, with equal logits, since {found}"
-                return Written(other, loaded, found.config, note)
+                return Written(other, loaded, found.config, dtype, note)
             raise MptkError(f"the stock class refuses these widths: {found}; no other class holds them: {other}")
         home = self.home(analysis, loaded.model, prepared.legal, widths)
         hint = "" if home is None else f", or give --rehome: {home} holds them with equal logits"
@@ -71,7 +72,7 @@ class StockTarget(Target):
     def emit(self, compiled: Compiled, text: Text, folder: Path, log: Log) -> list[str]:
         loaded, written = compiled.prepared.loaded, compiled.written
         assert written is not None
-        state = compiled.program.state_dict()
+        state = in_stored_type(compiled.program.state_dict(), compiled.prepared.dtype)
         write_checkpoint(state, written.stock, loaded.model, loaded.tokenizer, folder, portable=portable)
         return [written.note]
 

@@ -29,8 +29,8 @@ def config_changes(written: Written) -> dict[str, list[object]]:
     """Field → [old, new] for each field of config.json that differs from the dense model's."""
     changes = {**_cut_changes(written), **{name: list(values) for name, values in written.stock.changes.items()}}
     old = _dense(written).dtype
-    if old is not None and str(old) != str(written.loaded.model.dtype):
-        changes["dtype"] = [_plain(old), _plain(written.loaded.model.dtype)]
+    if old is not None and _plain(old) != _plain(written.dtype):
+        changes["dtype"] = [_plain(old), _plain(written.dtype)]
     return changes
 
 

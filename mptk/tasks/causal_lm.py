@@ -20,7 +20,7 @@ from mptk.io.models import Loaded
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.progress import Count, Progress
-from mptk.run.chain import Task
+from mptk.run.chain import Prepared, Task
 from mptk.run.settings import Settings
 from mptk.run.values import Text
 from mptk.tasks.decoder_onnx import export_decoder
@@ -74,17 +74,19 @@ class CausalLM(Task):
     def quality(self, runs: Mapping[str, LogitsFn], text: Text, progress: Progress) -> dict[str, float | str]:
         return perplexities(runs, text.evaluation, data=text.source, progress=progress)
 
-    def export(self, loaded: Loaded, plan: Plan, settings: Settings, text: Tensor, folder: Path, log: Log) -> None:
+    def export(self, prepared: Prepared, plan: Plan, text: Tensor, folder: Path, log: Log) -> None:
+        settings = prepared.settings
         export_decoder(
-            loaded.model,
+            prepared.loaded.model,
             folder,
-            {"source": loaded.source},
+            {"source": prepared.loaded.source},
             plan=plan,
             logits=settings.logits,
             quantize=settings.quantize,
             text=text,
             objective=settings.objective,
             log=log,
+            dtype=prepared.dtype,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,10 +30,12 @@ def export_decoder(
     text: Tensor | None = None,
     objective: str = "decode",
     log: Log | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write ``model.onnx`` and the quantised graphs. Arguments and errors are as in ``mptk.export``.
 
-    ``log`` is given a record of each pass.
+    ``log`` is given a record of each pass. ``dtype``: the type that the checkpoint's weights are stored in; the graph's
+    numbers are those, in the model's own type.
     """
     phase(objective)
     log = log or Log()
@@ -40,7 +43,7 @@ def export_decoder(
     about = {"mptk_version": __version__, "objective": objective, **metadata}
     if plan is not None:
         analysis = group.analyze(program)
-        program = cut_program(analysis, resolve_plan(analysis, plan), log).program
+        program = cut_program(analysis, resolve_plan(analysis, plan), log, dtype).program
         about["plan_sha256"] = plan.digest
     file = emit_onnx(program, folder, objective=objective, metadata=about, log=log)
     for scheme in quantize:

@@ -24,7 +24,7 @@ from mptk.io.models import Loaded
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.progress import Count, Progress
-from mptk.run.chain import Task
+from mptk.run.chain import Prepared, Task
 from mptk.run.settings import Settings
 from mptk.run.values import Text
 from mptk.tasks.windows import calibration_windows, evaluation_windows
@@ -101,7 +101,7 @@ class MaskedLM(Task):
         )
         return result
 
-    def export(self, loaded: Loaded, plan: Plan, settings: Settings, text: Tensor, folder: Path, log: Log) -> None:
+    def export(self, prepared: Prepared, plan: Plan, text: Tensor, folder: Path, log: Log) -> None:
         raise MptkError("only decoders are written as ONNX; export the folder with torch.onnx or optimum")
 
 

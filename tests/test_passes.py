@@ -52,7 +52,7 @@ def test_a_run_records_what_each_pass_did(normed: tuple[Analysis, Cut]) -> None:
     assert seen == log.records
     assert str(rewrite) == "rewrite: 3 → 4 ops, 137 → 82 parameters, 4 weights sliced"
     assert str(fold) == "fold norms: 4 → 3 ops, 82 → 82 parameters, epsilon 0.001 → 0.00171429"
-    assert str(store) == "store: 3 → 3 ops, 82 → 82 parameters, 4 weights rounded"
+    assert str(store) == "store: 3 → 3 ops, 82 → 82 parameters, 5 weights rounded"
     assert [record["changed"] for record in log.as_list()] == [True, True, True]
     assert results[-1].program.state["up.weight"].shape == (7, 4)
 

@@ -281,3 +281,14 @@ def test_verbose_prints_what_each_pass_changed(llama, tmp_path):
     before, after = stages["rewrite"]["parameters"]
     assert after < before
     assert stages["rewrite"]["changed"]
+
+
+def test_a_run_that_is_stopped_while_it_measures_leaves_a_proven_folder(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(pruning, "measured", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    settings = replace(SETTINGS, method="magnitude", onnx=False)
+    with pytest.raises(KeyboardInterrupt):
+        mptk.prune(llama, tmp_path / "out", settings)
+    assert Report.read(tmp_path / "out").perplexity == {}
+    assert mptk.verify(tmp_path / "out")
+    shown = CliRunner().invoke(app, ["report", str(tmp_path / "out"), "--beside", str(tmp_path / "out")])
+    assert "not measured, since the run was stopped before" in shown.stdout

@@ -194,13 +194,12 @@ def comparison_view(reports: Sequence[Report]) -> Table:
     table.add_column("widths")
     for r in reports:
         widths = {n: f["width"] for n, f in r.families.items() if f["width"] < f["of"]}
-        quality = r.perplexity
         table.add_row(
             r.settings.method,
             str(r.settings.steps),
             f"{r.sparsity:.1%}",
-            _figure(quality["dense"]),
-            _figure(quality["pruned"]),
+            _quality(r, "dense"),
+            _quality(r, "pruned"),
             ", ".join(f"{n} {w}" for n, w in widths.items()),
         )
     return table
@@ -230,13 +229,18 @@ def prune_view(report: Report) -> Lines:
         before, after = dense["latency_ms"], pruned["latency_ms"]
         label = f"predicted {report.settings.objective} (ms)"
         cost.add_row(label, f"{before:.2f}", f"{after:.2f}", f"{1 - after / before:.1%}")
-    quality = report.perplexity
-    cost.add_row("perplexity", _figure(quality["dense"]), _figure(quality["pruned"]), "")
+    cost.add_row("perplexity", _quality(report, "dense"), _quality(report, "pruned"), "")
     for scheme, q in report.quantized.items():
         measured = _figure(q["perplexity"]) if "perplexity" in q else ""
         cost.add_row(f"perplexity, {scheme} in ONNX Runtime", "", measured, f"{q['bytes'] / 1e6:.0f} MB")
-    notes = [Text(f"perplexity: {quality['protocol']}"), *map(Text, report.notes)]
+    protocol = report.perplexity.get("protocol", "not measured, since the run was stopped before")
+    notes = [Text(f"perplexity: {protocol}"), *map(Text, report.notes)]
     return Lines(widths, cost, *notes, proof_view(report.proof))
+
+
+def _quality(report: Report, name: str) -> str:
+    """A perplexity of the report; empty if it was not measured."""
+    return _figure(report.perplexity[name]) if name in report.perplexity else ""
 
 
 def _figure(value: float | None) -> str:

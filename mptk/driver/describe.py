@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mptk.driver.claims import costs, widths
 from mptk.io.dense import absolute, fingerprint
 from mptk.io.evaluation import LogitsFn
-from mptk.io.manifest import listed, weights_digest
+from mptk.io.manifest import listed, update_manifest, weights_digest
 from mptk.run.chain import Compiled, Proven
 from mptk.run.report import FILE, Report
 from mptk.run.values import Context, Text
@@ -20,10 +21,8 @@ from mptk.version import __version__
 def describe(
     compiled: Compiled, proven: Proven, text: Text, notes: list[str], folder: Path, context: Context
 ) -> Report:
-    """Measure how good the cut model is, and say all that is known of it."""
+    """Everything that is known of a proven folder but how good it is, which ``measured`` adds."""
     prepared, chosen = compiled.prepared, compiled.chosen
-    with context.stage("perplexity"):
-        quality, quantized = measure(compiled, text, folder, context)
     figures = costs(prepared.cost, chosen.plan, prepared.loaded.dtype)
     return Report(
         mptk=__version__,
@@ -36,8 +35,8 @@ def describe(
         splits=chosen.losses,
         trained=chosen.trained,
         weights_sha256=weights_digest(folder),
-        perplexity=quality,
-        quantized=quantized,
+        perplexity={},
+        quantized=_sizes(folder, prepared.settings.quantize),
         proof=[d.as_dict() for d in proven.differences],
         proof_tokens=text.proof.tolist(),
         proof_length=proven.length,
@@ -50,21 +49,32 @@ def describe(
     )
 
 
-def measure(
-    compiled: Compiled, text: Text, folder: Path, context: Context
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Quality of the dense and the pruned graph, and size and quality of each quantised ONNX graph."""
+def measured(report: Report, compiled: Compiled, text: Text, folder: Path, context: Context) -> Report:
+    """The report with the quality of the dense, the pruned and each quantised graph of the published ``folder``."""
     prepared = compiled.prepared
-    files = {scheme: folder / "onnx" / f"model_{scheme}.onnx" for scheme in prepared.settings.quantize}
-    files = {scheme: file for scheme, file in files.items() if file.is_file()}
     runs: dict[str, LogitsFn] = {"dense": prepared.analysis.program, "pruned": compiled.program}
     if prepared.settings.logits == "all":
-        runs |= {scheme: OrtDecoder(file).torch_logits for scheme, file in files.items()}
-    quality = prepared.task.quality(runs, text, context.progress)
-    quantized: dict[str, dict[str, Any]] = {}
-    for scheme, file in files.items():
-        size = sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
-        quantized[scheme] = {"file": str(file.relative_to(folder)), "bytes": size}
-        if scheme in quality:
-            quantized[scheme]["perplexity"] = quality.pop(scheme)
-    return quality, quantized
+        runs |= {scheme: OrtDecoder(folder / row["file"]).torch_logits for scheme, row in report.quantized.items()}
+    with context.stage("perplexity"):
+        quality = prepared.task.quality(runs, text, context.progress)
+    quantized = {
+        scheme: {**row, "perplexity": quality.pop(scheme)} if scheme in quality else row
+        for scheme, row in report.quantized.items()
+    }
+    report = replace(report, perplexity=quality, quantized=quantized, stages=context.log.as_list())
+    report.write(folder)
+    update_manifest(folder, FILE)
+    return report
+
+
+def _sizes(folder: Path, schemes: Sequence[str]) -> dict[str, dict[str, str | int]]:
+    """Scheme → the quantised graph's file and the bytes of all its files."""
+    files = {scheme: folder / "onnx" / f"model_{scheme}.onnx" for scheme in schemes}
+    return {
+        scheme: {
+            "file": str(file.relative_to(folder)),
+            "bytes": sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*")),
+        }
+        for scheme, file in files.items()
+        if file.is_file()
+    }

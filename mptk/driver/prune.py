@@ -21,7 +21,7 @@ from mptk.compat.accelerate import own_state
 from mptk.cost.model import is_layered
 from mptk.driver.budget import WidthSearch, budgeted, multiples
 from mptk.driver.changes import COMPENSATION, widened
-from mptk.driver.describe import describe
+from mptk.driver.describe import describe, measured
 from mptk.driver.proof import check_proof, check_witness, prove_folder
 from mptk.errors import MptkError
 from mptk.io.models import Loaded
@@ -114,7 +114,7 @@ def stages(job: Job, settings: Settings, context: Context) -> Report | None:
     report = written_folder(job, compiled, text, [*witnessed, *more], context)
     if context.folder is not None:
         context.folder.remove()
-    return report
+    return measured(report, compiled, text, job.out, context)
 
 
 # ---- before anything is cut ----
@@ -287,7 +287,7 @@ def recovered(compiled: Compiled, text: Text, context: Context) -> tuple[Compile
 
 
 def written_folder(job: Job, compiled: Compiled, text: Text, witnessed: list[Difference], context: Context) -> Report:
-    """Write, prove and publish the folder; its report."""
+    """Write, prove and publish the folder. Its report lacks the quality, which is measured afterwards."""
     prepared, chosen = compiled.prepared, compiled.chosen
     targets = written(prepared.target, prepared.settings)
     with publish(job.out) as folder:

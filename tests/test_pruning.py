@@ -292,3 +292,13 @@ def test_a_run_that_is_stopped_while_it_measures_leaves_a_proven_folder(llama, t
     assert mptk.verify(tmp_path / "out")
     shown = CliRunner().invoke(app, ["report", str(tmp_path / "out"), "--beside", str(tmp_path / "out")])
     assert "not measured, since the run was stopped before" in shown.stdout
+
+
+def test_reports_of_earlier_versions_are_read(pruned, tmp_path):
+    report = json.loads((pruned[0] / "report.json").read_text())
+    del report["task"], report["settings"]["dtype"]
+    report["settings"]["no_longer"] = 1
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    old = Report.read(tmp_path)
+    assert (old.task, old.settings.dtype) == ("causal-lm", "auto")
+    assert old.perplexity == pruned[1].perplexity

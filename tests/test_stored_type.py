@@ -16,7 +16,7 @@ from mptk.errors import MptkError
 from mptk.io import models
 from mptk.run.report import Report
 from mptk.run.settings import Learning, Training
-from passes.transforms.store import stored
+from passes.transforms.store import Store, stored
 from tests import toy_checkpoints
 
 SETTINGS = mptk.Settings(
@@ -109,6 +109,16 @@ def test_a_number_that_is_too_large_is_refused() -> None:
         stored(torch.tensor([1.0, 7e4]), torch.float16)
     same = torch.tensor([1.0, 2.0])
     assert stored(same, torch.bfloat16) is same
+
+
+def test_what_no_checkpoint_holds_is_not_rounded() -> None:
+    program = mptk.trace(toy_checkpoints.llama())
+    after = Store(torch.bfloat16).run(program).program
+    constants = program.state.keys() - program.state_dict().keys()
+    assert any("inv_freq" in name for name in constants)
+    assert all(after.state[name] is program.state[name] for name in constants)
+    assert after.state["model.norm.weight"] is program.state["model.norm.weight"]  # ones
+    assert after.state["model.embed_tokens.weight"] is not program.state["model.embed_tokens.weight"]
 
 
 def test_quantised_checkpoints_are_refused_by_name(half: str, tmp_path: Path) -> None:

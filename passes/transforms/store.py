@@ -24,7 +24,8 @@ class Store(Pass):
     name: ClassVar[str] = "store"
 
     def run(self, program: Program) -> Result:
-        state = {name: stored(tensor, self.dtype) for name, tensor in program.state.items()}
+        held = program.state_dict().keys()  # constants, as rotary frequencies, are not in a checkpoint
+        state = {n: stored(t, self.dtype) if n in held else t for n, t in program.state.items()}
         rounded = sum(tensor is not state[name] for name, tensor in program.state.items())
         if not rounded:
             return Result(program, False)

@@ -75,7 +75,8 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def pruned(files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """``mptk prune`` as a process of its own, which is no terminal."""
     out = tmp_path_factory.mktemp("pruned") / "out"
-    command = [sys.executable, "-m", "mptk", "prune", files.model, "--out", str(out), "--data", files.text, *SHORT]
+    options = ["--data", files.text, "--eval-windows", "5", "--eval-length", "24", *SHORT]
+    command = [sys.executable, "-m", "mptk", "prune", files.model, "--out", str(out), *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     run = subprocess.run(
         command, cwd=out.parent, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
@@ -169,6 +170,7 @@ def test_prune_reports_what_it_printed(pruned):
             assert re.search(rf"{name} +│ +{family['of']} → {family['width']} ", result.stdout)
     for stage in report["proof"]:
         assert f"{stage['stage']} " in result.stdout
+    assert "5 windows of 24 tokens" in report["perplexity"]["protocol"]
     for model in ("dense", "pruned"):
         assert f"{report['perplexity'][model]:.2f}" in result.stdout
     assert result.stdout.splitlines()[-1] == f"written to {out}"

@@ -203,6 +203,12 @@ def test_same_seed_same_result(llama, tmp_path):
     assert (tmp_path / "a" / "plan.json").read_bytes() == (tmp_path / "b" / "plan.json").read_bytes()
 
 
+def test_perplexity_is_measured_on_the_windows_asked_for_also_of_the_models_own_text(llama, tmp_path):
+    settings = mptk.Settings(method="random", samples=4, length=48, multiple=8, onnx=False, eval_windows=3, eval_length=21)
+    report = mptk.prune(llama, tmp_path / "out", settings)
+    assert report.perplexity["protocol"].startswith("sampled from the dense model: 3 windows of 21 tokens")
+
+
 def test_flap_writes_its_bias_compensation_and_proves_it(gpt2, tmp_path):
     """GPT-2's heads have no stock config, so only the feed-forward channels go; its biases take up the means."""
     text = tmp_path / "text.txt"

@@ -113,10 +113,12 @@ def test_masking_keeps_every_size_and_masks_the_softmax() -> None:
         f"up.weight : [{channels}, 5]\n"
         f"head.weight : [3, {channels}]\n"
         "%inputs_0 : [batch, 5]\n"
-        f"%linear : [batch, {channels}] = aten.linear(%inputs_0, up.weight)\n"
+        "%mul_tensor : [8, 5] = aten.mul.Tensor(up.weight, keep(6 of 8))\n"
+        f"%linear : [batch, {channels}] = aten.linear(%inputs_0, %mul_tensor)\n"
         "%_fill : [batch, 8] = _fill(%linear, keep(6 of 8), -inf)\n"
         f"%softmax : [batch, {channels}] = aten.softmax.int(%_fill, -1)\n"
-        f"%linear_1 : [batch, 3] = aten.linear(%softmax, head.weight)\n"
+        "%mul_tensor_1 : [3, 8] = aten.mul.Tensor(head.weight, keep(6 of 8))\n"
+        "%linear_1 : [batch, 3] = aten.linear(%softmax, %mul_tensor_1)\n"
         "return %linear_1\n"
     )
 

@@ -165,6 +165,8 @@ FIELDS: dict[str, Field] = {
         "quantize", str, WRITE, "More ONNX graphs to write: int8, int4, fp16, comma-separated.", names, empty=""
     ),
     "eval_data": Field("eval_data", str | None, TEXT, "Text for the perplexity in the report."),
+    "eval_windows": Field("eval_windows", int, TEXT, "Windows for the perplexity in the report.", least=1),
+    "eval_length": Field("eval_length", int, TEXT, "Tokens in such a window.", least=2),
     "proof_length": Field("proof_length", int, TEXT, "Most tokens of a sequence in the proof.", least=48),
     "trust_remote_code": Field(
         "trust_remote_code",
@@ -178,6 +180,8 @@ FIELDS: dict[str, Field] = {
 RECOVERY = (
     "data",
     "eval_data",
+    "eval_windows",
+    "eval_length",
     "length",
     "onnx",
     "logits",

@@ -71,8 +71,9 @@ def recover(
 
     steps = DEFAULT_STEPS if options["steps"] is None else options["steps"]
     settings = settings_from({**options, "steps": steps})
-    given = ("data", "eval_data", "length", "seed", "resume", "onnx", "logits", "quantize", "proof_length")
-    changes: dict[str, object] = {name: getattr(settings, name) for name in given}
+    measured = ("eval_data", "eval_windows", "eval_length")
+    given = ("data", "length", "seed", "resume", "onnx", "logits", "quantize", "proof_length")
+    changes: dict[str, object] = {name: getattr(settings, name) for name in (*given, *measured)}
     with stages(err) as progress:
         result = recovery.recover(
             folder,

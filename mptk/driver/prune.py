@@ -205,6 +205,7 @@ def read_text(prepared: Prepared, context: Context) -> Text:
                 folder.save("text", saved)
         training, evaluation = saved["training"], saved["evaluation"]
         if len(evaluation):
+            evaluation = evaluation[: s.eval_windows, : s.eval_length]
             source = "sampled from the dense model"
         else:
             evaluation = task.evaluation(prepared.loaded, s)

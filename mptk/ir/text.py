@@ -61,6 +61,7 @@ class _Printer:
     dims: dict[str, Dims | Sequence[Dims | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.constants = dict(self.program.graph.named_buffers())
         self._name_symbols()
         if self.analysis is not None:
             self.dims = {node.name: dims for node, dims in self.analysis.facts.results.items()}
@@ -68,7 +69,8 @@ class _Printer:
             self._name_input_axes()
 
     def text(self) -> str:
-        shown = (n for n in self.program.graph.graph.nodes if n.op in ("placeholder", "output") or n.users)
+        nodes = (n for n in self.program.graph.graph.nodes if self.constant(n) is None)
+        shown = (n for n in nodes if n.op in ("placeholder", "output") or n.users)
         return "".join(f"{self.line(node)}\n" for node in shown)
 
     def line(self, node: fx.Node) -> str:
@@ -144,8 +146,15 @@ class _Printer:
 
     # ---- arguments ----
 
+    def constant(self, node: fx.Node) -> Tensor | None:
+        """The tensor that a pass has put into the graph, such as a mask; None for any other node."""
+        return self.constants.get(str(node.target)) if node.op == "get_attr" else None
+
     def argument(self, value: object) -> str:
         if isinstance(value, fx.Node):
+            constant = self.constant(value)
+            if constant is not None:
+                return self.argument(constant.tolist())
             return self.program.weights.get(value.name, f"%{value.name}")
         if isinstance(value, (list, tuple)):
             flags = _flags(value)

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
+from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Criterion
-from mptk.run.chain import Chosen, Method, Prepared
+from mptk.run.chain import Chosen, Method, Prepared, Task
 from mptk.run.values import Context, Text
 from passes.targets.legalize import describe
 from passes.transforms.masked_reference import mask
@@ -73,13 +75,16 @@ def _best(
     task, found = prepared.task, []
     for done, plan in enumerate(plans, 1):
         cut = resolve_plan(prepared.analysis, plan)
-        with torch.no_grad():
-            logits = mask(prepared.analysis, cut)(task.inputs(ids))
-            loss = float(task.loss(logits, ids)) / task.predicted(ids)
-        found.append((loss, plan, cut))
+        found.append((_loss(mask(prepared.analysis, cut), task, ids), plan, cut))
         context.progress("choose widths", done, len(plans))
     _, plan, cut = min(found, key=lambda tried: tried[0])
     return plan, cut, {describe(tried.widths): round(loss, 4) for loss, tried, _ in found}
+
+
+@torch.no_grad()
+def _loss(program: Program, task: Task, ids: Tensor) -> float:
+    """The mean loss of what ``program`` predicts of ``ids`` [windows, length], in nats."""
+    return float(task.loss(program(task.inputs(ids)), ids)) / task.predicted(ids)
 
 
 def _narrowed(analysis: Analysis, widths: Mapping[str, int]) -> dict[str, int]:

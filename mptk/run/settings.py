@@ -121,7 +121,9 @@ class Settings:
     the model's config class refuses the cut, another class may hold it. ``onnx`` with ``logits``, ``quantize`` and
     ``objective`` as in ``mptk.export``.
 
-    What is measured: ``eval_windows`` windows of ``eval_length`` tokens of ``eval_data`` (None: of ``data``).
+    What is measured: ``eval_windows`` windows of ``eval_length`` tokens of ``eval_data`` (None: of ``data``). Text that
+    the model writes has at most ``samples`` windows of ``length`` tokens. The defaults cost no more than the rest of a
+    one-shot run.
     ``proof_length``: tokens of the longest sequence that the proof may run, to go beyond the model's windows.
 
     Raises:
@@ -134,7 +136,7 @@ class Settings:
     samples: int = 32
     length: int = 256
     eval_data: str | None = None
-    eval_windows: int = 40
+    eval_windows: int = 16
     eval_length: int = 512
     budget: str = "params"
     objective: str = "decode"

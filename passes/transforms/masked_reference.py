@@ -45,19 +45,30 @@ class Mask(Pass):
         assert program.graph is self.analysis.program.graph, "the analysis is of another program"
 
     def run(self, program: Program) -> Result:
-        state = dict(program.state)
-        for name, dims in self.analysis.weights.items():
-            if any(self.cut.touches(d) for d in dims):
-                keep = self.cut.mask_tensor(dims).to(state[name].device)
-                state[name] = state[name] * keep if state[name].is_floating_point() else state[name]
         graph = program.copy_graph()
         nodes = {n.name: n for n in graph.graph.nodes}
+        for node in program.placeholders():
+            if node.name in program.weights:
+                self._mask_weight(graph, nodes[node.name], program.weights[node.name], program)
         disturbed = _disturbed(self.analysis.facts, self.cut)
         for node, reductions in disturbed.items():
             _mask_reduction(graph.graph, nodes[node.name], self.analysis.facts, self.cut, reductions)
         graph.recompile()
         notes = (f"{len(disturbed)} reductions masked",) if disturbed else ()
-        return Result(replace(program, graph=graph, state=state), self.cut.removes, notes)
+        return Result(replace(program, graph=graph), self.cut.removes, notes)
+
+    def _mask_weight(self, graph: fx.GraphModule, node: fx.Node, name: str, program: Program) -> None:
+        """Multiply a weight by its mask where it is first used, so that the product is freed after its last use."""
+        dims, weight = self.analysis.weights.get(name, ()), program.state[name]
+        touched = [d for d, term in enumerate(dims) if self.cut.touches(term)]
+        if not touched or not node.users or not weight.is_floating_point():
+            return
+        keep = f"{node.name}_keep"
+        graph.register_buffer(keep, keep_along(self.cut, dims, touched).to(weight.device), persistent=False)
+        with graph.graph.inserting_before(min(node.users)):
+            product = graph.graph.call_function(torch.ops.aten.mul.Tensor, (node, graph.graph.get_attr(keep)))
+        product.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(product, delete_user_cb=lambda user: user is not product)
 
     def ensures(self, before: Program, after: Program) -> None:
         """The weights have the same names and shapes."""

@@ -1,0 +1,70 @@
+"""The masked program: its weights are those of the dense one, multiplied by their masks while it runs."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+
+import architectures
+import pytest
+import torch
+from cutting import random_plan
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mptk.ir.families import Analysis
+from mptk.ir.program import Program
+from mptk.ir.resolved_plan import Cut, resolve_plan
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+from passes.transforms.masked_reference import mask
+
+
+def analysis_and_cut(architecture: str) -> tuple[Analysis, Cut]:
+    analysis = analyze(trace(architectures.model(architecture)))
+    return analysis, resolve_plan(analysis, random_plan(analysis))
+
+
+def with_masked_weights(analysis: Analysis, cut: Cut) -> Program:
+    """The masked program, if its weights are multiplied by whole masks beforehand."""
+    program = mask(analysis, cut)
+    for keep in program.graph.buffers():
+        keep.fill_(True)
+    dims = analysis.weights
+    return replace(
+        program, state={n: t * cut.mask_tensor(dims[n]) if n in dims else t for n, t in program.state.items()}
+    )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt2"])
+def test_no_bit_differs_from_weights_masked_beforehand(architecture: str) -> None:
+    """gpt2: layer norms over the cut residual width. mixtral: each expert keeps its own units."""
+    analysis, cut = analysis_and_cut(architecture)
+    ids = architectures.tokens()
+    assert torch.equal(mask(analysis, cut)(ids), with_masked_weights(analysis, cut)(ids))
+    assert not torch.equal(mask(analysis, cut)(ids), analysis.program(ids))
+
+
+class Alive(TorchDispatchMode):
+    """Counts the masked weights that are alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made, self.most = [], 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        if op is torch.ops.aten.mul.Tensor and getattr(args[1], "dtype", None) is torch.bool:
+            self.made.append(weakref.ref(result))
+            self.most = max(self.most, sum(ref() is not None for ref in self.made))
+        return result
+
+
+def test_no_weight_is_copied_but_while_it_is_used() -> None:
+    analysis, _ = analysis_and_cut("llama")
+    cut = resolve_plan(analysis, random_plan(analysis, ["ffn"]))
+    program = mask(analysis, cut)
+    assert all(program.state[name] is tensor for name, tensor in analysis.program.state.items())
+    with torch.no_grad(), Alive() as alive:
+        program(architectures.tokens())
+    assert len(alive.made) == 3 * architectures.LAYERS
+    assert alive.most == 1

@@ -204,7 +204,9 @@ def test_same_seed_same_result(llama, tmp_path):
 
 
 def test_perplexity_is_measured_on_the_windows_asked_for_also_of_the_models_own_text(llama, tmp_path):
-    settings = mptk.Settings(method="random", samples=4, length=48, multiple=8, onnx=False, eval_windows=3, eval_length=21)
+    settings = mptk.Settings(
+        method="random", samples=4, length=48, multiple=8, onnx=False, eval_windows=3, eval_length=21
+    )
     report = mptk.prune(llama, tmp_path / "out", settings)
     assert report.perplexity["protocol"].startswith("sampled from the dense model: 3 windows of 21 tokens")
 

@@ -261,6 +261,8 @@ def test_a_criterion_can_be_added_as_the_docs_say(gqa: Case, monkeypatch: pytest
     page = (Path(__file__).parents[1] / "docs" / "criteria.md").read_text()
     example = page.split("```python\n")[-1].split("```")[0]
     monkeypatch.setattr(criteria, "CRITERIA", dict(criteria.CRITERIA))
-    exec(compile(example, "docs/criteria.md", "exec"), {})  # noqa: S102
+    made: dict[str, Any] = {}
+    exec(compile(example, "docs/criteria.md", "exec"), made)  # noqa: S102
+    criteria.CRITERIA["norm"] = made["NORM"]
     scores = criteria.score(gqa.analysis, "norm", WINDOWS, families=["ffn"])["ffn"]
     assert_scores(scores, layers(lambda n: HIDDEN * norm(gqa.inputs[f"{n}.mlp.down_proj"])[None]))

@@ -33,7 +33,7 @@ def load_plugins(group: str) -> Mapping[str, Any]:
 
 def with_plugins(own: Mapping[str, T], group: str) -> dict[str, T]:
     """What mptk brings itself and what plugins add, by name. A plugin does not replace what mptk brings."""
-    return {**load_plugins(group), **own}
+    return {**own, **{name: made for name, made in load_plugins(group).items() if name not in own}}
 
 
 def find(kind: str, name: str, known: Mapping[str, T]) -> T:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mptk.methods.criteria import all_criteria
 from mptk.methods.maskprune.method import MaskPrune
 from mptk.methods.one_shot import OneShotMethod
-from mptk.plugins import find, load_plugins
+from mptk.plugins import find, with_plugins
 from mptk.run.chain import Method
 
 MASKPRUNE = MaskPrune()
@@ -14,7 +14,7 @@ MASKPRUNE = MaskPrune()
 def methods() -> dict[str, Method]:
     """MaskPrune, a one-shot method for each criterion, and those of plugins (group ``mptk.methods``), by name."""
     one_shot = {name: OneShotMethod(criterion) for name, criterion in all_criteria().items()}
-    return {MASKPRUNE.name: MASKPRUNE, **one_shot, **load_plugins("mptk.methods")}
+    return with_plugins({MASKPRUNE.name: MASKPRUNE, **one_shot}, "mptk.methods")
 
 
 def find_method(name: str) -> Method:

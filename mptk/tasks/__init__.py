@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.io import models
 from mptk.io.models import Loaded
-from mptk.plugins import load_plugins
+from mptk.plugins import with_plugins
 from mptk.run.chain import Task
 from mptk.tasks.causal_lm import CausalLM, wrong_kind
 from mptk.tasks.masked_lm import MaskedLM
@@ -17,7 +17,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (CAUSAL_LM, MaskedLM())}
 
 def tasks() -> dict[str, Task]:
     """mptk's tasks and those of plugins (group ``mptk.tasks``), by name."""
-    return TASKS | dict(load_plugins("mptk.tasks"))
+    return with_plugins(TASKS, "mptk.tasks")
 
 
 def load_task(model: str, *, trust_remote_code: bool = False) -> tuple[Loaded, Task]:

@@ -28,7 +28,7 @@ from mptk.tasks.windows import calibration_windows, evaluation_windows
 
 
 class CausalLM(Task):
-    """A causal language model: GPT, Llama, Gemma, Mamba."""
+    """A causal language model, with a KV cache or a state."""
 
     name = "causal-lm"
     summary = "decoder"

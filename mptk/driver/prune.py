@@ -250,7 +250,7 @@ def changed(prepared: Prepared, chosen: Chosen) -> Analysis:
 
 
 def stored_analysis(prepared: Prepared, chosen: Chosen) -> Analysis:
-    """The same, with every weight as the stored type holds it."""
+    """The analysis over these weights, each rounded to the stored type."""
     analysis = changed(prepared, chosen)
     return replace(analysis, program=Store(prepared.dtype).run(analysis.program).program)
 

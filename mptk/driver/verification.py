@@ -83,7 +83,7 @@ def verify(
         check_numbers(report, folder, analysis, plan, loaded.dtype, stored_type(report.settings, loaded))
         tokens = torch.tensor(check_tokens(report, embeddings.num_embeddings))
     settings = replace(report.settings, trust_remote_code=trust_remote_code, proof_length=proof_length)
-    prepared = _prepared(folder, report, replace(settings, rehome=_rehomed(folder, loaded)), loaded, analysis, plan)
+    prepared = _prepared(report, replace(settings, rehome=_rehomed(folder, loaded)), loaded, analysis, plan)
     assert prepared.cut is not None
     chosen = Chosen(plan, prepared.cut, changes_of(analysis, prepared.cut, folder, report, trust_remote_code))
     compiled = compile_plan(prepared, chosen, tokens, Context(Log(), silent))
@@ -94,9 +94,7 @@ def verify(
     return Proof(proven.differences, [proven.note] if proven.note else [])
 
 
-def _prepared(
-    folder: Path, report: Report, settings: Settings, loaded: Loaded, analysis: Analysis, plan: Plan
-) -> Prepared:
+def _prepared(report: Report, settings: Settings, loaded: Loaded, analysis: Analysis, plan: Plan) -> Prepared:
     """The dense model as ``prune`` prepared it to cut it to this plan."""
     target, method = find_target(settings.target), find_method(settings.method)
     legal = target.legal(analysis, loaded.model, settings.multiple)

@@ -64,8 +64,10 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program], *, se
 
 def in_float32(analysis: Analysis) -> Analysis:
     """The analysis with float16 and bfloat16 weights in float32, so that folding adds no rounding error to the cut."""
-    coarse = {n: t.float() for n, t in analysis.program.state.items() if t.dtype in COARSE}
-    return replace(analysis, program=analysis.program.with_state(coarse)) if coarse else analysis
+    state = analysis.program.state
+    coarse = [name for name, like in state.likes.items() if like.dtype in COARSE]
+    fine = state.changed(dict.fromkeys(coarse, Tensor.float))
+    return replace(analysis, program=replace(analysis.program, state=fine)) if coarse else analysis
 
 
 def _fine(program: Program) -> Program:

@@ -131,10 +131,11 @@ class Pruned:
 
 
 def cut_program(analysis: Analysis, cut: Cut, log: Log, dtype: torch.dtype = torch.float32) -> Pruned:
-    """Run ``cutting``, unproven. ``dtype``: the type in which the weights are stored."""
+    """Run ``cutting``, unproven. ``dtype``: the type in which weights are stored; it holds those of ``analysis``."""
     _, folded, stored = run(analysis.program, cutting(analysis, cut, dtype), log)
     assert isinstance(folded, Folded)
-    return Pruned(stored.program, folded.program, folded.epsilons)
+    program = stored.program if folded.changed else folded.program
+    return Pruned(program, folded.program, folded.epsilons)
 
 
 def passes_until(name: str, analysis: Analysis, cut: Cut) -> list[Pass]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mptk.errors import MptkError
 from mptk.ir.program import Program
+from mptk.runtime.staged import EXECUTOR, Executor
 from passes.transforms.round_weights import RoundWeights
 
 StageLogits = Callable[[Tensor], "Tensor | tuple[Tensor, list[int]]"]
@@ -54,29 +55,50 @@ class Difference:
         return said | {"ok": self.ok}
 
 
-def prove(masked: Program, stages: Mapping[str, tuple[StageLogits, float]], *batches: Tensor) -> list[Difference]:
+def prove(
+    masked: Program,
+    stages: Mapping[str, tuple[Program | StageLogits, float]],
+    *batches: Tensor,
+    executor: Executor = EXECUTOR,
+) -> list[Difference]:
     """Compare every stage with the masked dense model.
 
     Args:
         masked: token ids [batch, sequence] → logits [batch, sequence, vocab] of the dense model with masks.
-        stages: name → (logits function, tolerance).
+        stages: name → (program or logits function, tolerance). Programs run beside the masked one.
         batches: real token ids, each [batch, sequence].
+        executor: runs the programs.
 
     Returns:
         Each stage's largest difference over the batches. If a stage is above its tolerance, tolerances are widened by
         the model's own rounding drift. The difference of a stage that fails is infinite.
     """
     with torch.no_grad():
-        pairs = [(tokens, masked(tokens).float()) for tokens in batches]
-        found = [
-            max((_run(name, run, *pair, tolerance) for pair in pairs), key=lambda d: d.relative)
-            for name, (run, tolerance) in stages.items()
-        ]
+        found = _compared(masked, stages, batches, executor)
         if all(d.ok for d in found):
             return found
         jittered = RoundWeights()(masked).program
-        own = max(difference("rounding", jittered(ids), expected, WIDEST).relative for ids, expected in pairs)
-    return [widen(d, own) for d in found]
+        (own,) = _compared(masked, {"rounding": (jittered, WIDEST)}, batches, executor)
+    return [widen(d, own.relative) for d in found]
+
+
+def _compared(
+    masked: Program,
+    stages: Mapping[str, tuple[Program | StageLogits, float]],
+    batches: Sequence[Tensor],
+    executor: Executor,
+) -> list[Difference]:
+    """Each stage's largest difference over the batches."""
+    programs = [run for run, _ in stages.values() if isinstance(run, Program)]
+    results = executor.outputs([masked, *programs], [(ids,) for ids in batches])
+    worst: dict[str, Difference] = {}
+    for ids in batches:
+        reference = next(results).float()
+        for name, (run, tolerance) in stages.items():
+            logits_of = (lambda _: next(results)) if isinstance(run, Program) else run
+            found = _run(name, logits_of, ids, reference, tolerance)
+            worst[name] = max(worst.get(name, found), found, key=lambda d: d.relative)
+    return list(worst.values())
 
 
 def widen(found: Difference, own: float) -> Difference:
@@ -111,7 +133,7 @@ def difference(
         expected = reference[:, positions]
     else:
         expected = reference[:, reference.shape[1] - logits.shape[1] :]
-    largest = (logits.float() - expected).abs_().max().item()
+    largest = (logits.float() - expected.to(logits.device)).abs_().max().item()
     scale = expected.abs().max().item()
     if largest != largest:
         return Difference(stage, math.inf, math.inf, tolerance)

@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 from typer.models import OptionInfo
 
 from mptk.errors import MptkError
 from mptk.run.settings import Learning, LossWeights, Settings, Training
+
+_BASES = {"B": 1000, "iB": 1024}
 
 Record = TypeVar("Record", Settings, Learning, Training, LossWeights)
 
@@ -31,6 +33,7 @@ MaxMs = Annotated[
 ]
 
 CUT, CHOICE, TRAIN, WRITE, TEXT = "What is cut", "How it is chosen", "Training", "What is written", "Text and proof"
+MACHINE = "Memory and device"
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -44,6 +47,25 @@ def parse_width(text: str) -> tuple[str, int]:
     if not value.isdigit() or not int(value):
         raise MptkError(f"--width {text}: write FAMILY=UNITS, as ffn=1024")
     return name.strip(), int(value)
+
+
+_UNITS = {f"{prefix}{unit}": base**power for power, prefix in enumerate("KMGT", 1) for unit, base in _BASES.items()}
+
+
+def parse_size(text: str | None) -> int | None:
+    """``8GB`` → 8,000,000,000 bytes; ``8GiB`` → 8 · 2³⁰."""
+    if text is None:
+        return None
+    number = text.strip().rstrip("BbIiKkMmGgTt")
+    unit = {known.upper(): size for known, size in _UNITS.items()}.get(text.strip()[len(number) :].upper())
+    try:
+        return int(float(number) * unit) if unit is not None and float(number) > 0 else _no_size(text)
+    except ValueError:
+        return _no_size(text)
+
+
+def _no_size(text: str) -> NoReturn:
+    raise MptkError(f"{text!r} is no size; write a number and KB, MB, GB or GiB, as 8GB")
 
 
 def text_of(path: Path | None) -> str | None:
@@ -147,6 +169,9 @@ FIELDS: dict[str, Field] = {
     "resume": Field("resume", bool, TRAIN, "Continue the unfinished run beside --out.", switch=True),
     "target": Field("target", str, WRITE, "stock: the model's own transformers class; graph: any widths."),
     "dtype": Field("dtype", str, WRITE, "Type of the stored weights: auto (as the model), float32, bfloat16, float16."),
+    "max_shard_size": Field(
+        "max_shard_size", str | None, WRITE, "Largest file of weights, as 5GB; then there are several.", parse_size
+    ),
     "rehome": Field(
         "rehome",
         bool,
@@ -168,6 +193,14 @@ FIELDS: dict[str, Field] = {
     "eval_windows": Field("eval_windows", int, TEXT, "Windows for the perplexity in the report.", least=1),
     "eval_length": Field("eval_length", int, TEXT, "Tokens in such a window.", least=2),
     "proof_length": Field("proof_length", int, TEXT, "Most tokens of a sequence in the proof.", least=48),
+    "memory": Field(
+        "memory",
+        str | None,
+        MACHINE,
+        "Bound on weights in memory, as 8GB; by default half of what is free.",
+        parse_size,
+    ),
+    "device": Field("device", str, MACHINE, "auto, cpu, cuda, cuda:N, mps or xpu."),
     "trust_remote_code": Field(
         "trust_remote_code",
         bool,
@@ -203,6 +236,9 @@ RECOVERY = (
     "resume",
     "seed",
     "proof_length",
+    "max_shard_size",
+    "memory",
+    "device",
     "trust_remote_code",
 )
 """The ``FIELDS`` that ``mptk recover`` takes."""
@@ -220,6 +256,8 @@ def option(name: str, *, panel: bool = False) -> OptionInfo:
 TargetName = Annotated[str, option("target")]
 MultipleOf = Annotated[int, option("multiple_of")]
 ProofLength = Annotated[int, option("proof_length")]
+Memory = Annotated[str | None, option("memory")]
+Device = Annotated[str, option("device")]
 Logits = Annotated[Literal["all", "last"], option("logits")]
 Quantize = Annotated[str, option("quantize")]
 Objective = Annotated[str, option("objective")]

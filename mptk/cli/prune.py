@@ -13,13 +13,16 @@ from mptk.cli.app import app, err, out
 from mptk.cli.options import (
     RECOVERY,
     Dense,
+    Device,
     Folder,
     MaxMs,
+    Memory,
     Model,
     Out,
     ProofLength,
     Trust,
     Verbose,
+    parse_size,
     settings_from,
     with_latency,
     with_settings,
@@ -73,7 +76,8 @@ def recover(
     settings = settings_from({**options, "steps": steps})
     measured = ("eval_data", "eval_windows", "eval_length")
     given = ("data", "length", "seed", "resume", "onnx", "logits", "quantize", "proof_length")
-    changes: dict[str, object] = {name: getattr(settings, name) for name in (*given, *measured)}
+    machine = ("max_shard_size", "memory", "device")
+    changes: dict[str, object] = {name: getattr(settings, name) for name in (*given, *measured, *machine)}
     with stages(err) as progress:
         result = recovery.recover(
             folder,
@@ -100,6 +104,8 @@ def verify(
     folder: Folder,
     model: Dense = None,
     proof_length: ProofLength = Settings.proof_length,
+    memory: Memory = None,
+    device: Device = Settings.device,
     trust_remote_code: Trust = False,
 ) -> None:
     """Prove a pruned folder again: files, config, weights, logits (torch, ONNX Runtime). Exit code 1 if it fails."""
@@ -108,7 +114,14 @@ def verify(
 
     with stages(err) as progress:
         progress("prove", 0, 0)
-        proof = verification.verify(folder, model=model, trust_remote_code=trust_remote_code, proof_length=proof_length)
+        proof = verification.verify(
+            folder,
+            model=model,
+            trust_remote_code=trust_remote_code,
+            proof_length=proof_length,
+            memory=parse_size(memory),
+            device=device,
+        )
     out.print(report.proof_view([d.as_dict() for d in proof]), *proof.notes, sep="\n")
 
 

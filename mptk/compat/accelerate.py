@@ -1,4 +1,4 @@
-"""accelerate: set its global state aside for a run, and save a model whose weights are fetched one shard at a time."""
+"""accelerate: its global state, and models whose weights stay on disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -32,7 +32,9 @@ def own_state() -> Iterator[None]:
             PartialState._shared_state.update(meeting)
 
 
-def save_lazily(shell: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path, *, max_shard_size: str) -> None:
+def save_lazily(
+    shell: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path, *, max_shard_size: int | str
+) -> None:
     """Save ``shell``, a model on meta, with ``weights`` (state-dict name → tensor), fetched one shard at a time.
 
     ``save_pretrained`` does this for models that accelerate has offloaded to disk, so the shell is made to look like
@@ -44,3 +46,27 @@ def save_lazily(shell: PreTrainedModel, weights: Mapping[str, Tensor], folder: P
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
         shell.save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+def offload_to(folder: str) -> dict[str, object]:
+    """Options that make ``from_pretrained`` leave all weights on disk.
+
+    Weights that it would convert go to ``folder``. The rest stays in the checkpoint's files.
+    """
+    return {"device_map": {"": "disk"}, "offload_folder": folder}
+
+
+def take_offload_index(model: PreTrainedModel) -> dict[str, tuple[Path, str]]:
+    """Where each weight of a model that was loaded with ``offload_to`` lies: name → (safetensors file, key).
+
+    The hooks that would read them go. The index has no public name; a loader that returns it would replace this.
+    """
+    maps = (getattr(getattr(module, "_hf_hook", None), "weights_map", None) for module in model.modules())
+    index = next(m.dataset.index if hasattr(m, "dataset") else m.index for m in maps if m is not None)
+    remove_hook_from_submodules(model)
+    for name in ("hf_device_map", "to", "cuda", "npu", "xpu", "mlu", "musa", "sdaa", "neuron"):  # those that warn
+        vars(model).pop(name, None)
+    for module in model.modules():
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del vars(module)["forward"]
+    return {name: (Path(place["safetensors_file"]), place["weight_name"]) for name, place in index.items()}

@@ -53,11 +53,11 @@ class CostModel:
         self.analysis, self.budget, self._latency = analysis, BUDGETS[budget], latency
         program = analysis.program
         self._used = {name: analysis.weights[name] for name in program.parameters if name in analysis.weights}
-        sizes = {name: program.state[name] for name in program.parameters}
+        sizes = {name: program.state.like(name) for name in program.parameters}
         self._itemsize = {
             n: itemsize if itemsize and t.is_floating_point() else t.element_size() for n, t in sizes.items()
         }
-        self._idle = {name: program.state[name].numel() for name in program.parameters if name not in self._used}
+        self._idle = {name: sizes[name].numel() for name in program.parameters if name not in self._used}
         self.block_weights = block_weights(analysis)
         self.dense = self({})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from mptk.errors import MptkError
 from mptk.io import models
+from mptk.io.resident import Resident
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import Cut
+from mptk.ir.weights import Lazy, Weights
 from mptk.run.report import Report
 
 COMPENSATION = "compensation.safetensors"
@@ -28,7 +31,7 @@ def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust
     if (folder / COMPENSATION).is_file():
         biases = load_file(folder / COMPENSATION)
         for name, bias in biases.items():
-            if name not in state or bias.ndim != 1 or bias.shape != state[name].shape:
+            if name not in state or bias.ndim != 1 or bias.shape != state.like(name).shape:
                 raise MptkError(
                     f"{COMPENSATION} holds {name}, which is no bias of the model; "
                     "do not use it, and prune the model again"
@@ -36,11 +39,16 @@ def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust
         return biases
     if not report.trained:
         return {}
-    small = models.load(str(folder), trust_remote_code=trust).model.state_dict()
-    return widened(analysis, cut, {name: small[name] for name in report.trained})
+    small = models.open_weights(str(folder), Resident(0), trust_remote_code=trust).weights
+    assert small is not None
+    return widened(analysis, cut, small.selected({name: name for name in report.trained}))
 
 
-def widened(analysis: Analysis, cut: Cut, small: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def widened(analysis: Analysis, cut: Cut, small: Weights) -> Weights:
     """The dense weights with a cut model's weights at the positions that stay."""
     state = analysis.program.state
-    return {name: cut.scatter(state[name], tensor, analysis.weights[name]) for name, tensor in small.items()}
+
+    def wide(name: str) -> Tensor:
+        return cut.scatter(state[name], small[name], analysis.weights[name])
+
+    return Weights({name: Lazy(state.like(name).to("meta"), partial(wide, name)) for name in small})

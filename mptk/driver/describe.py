@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from mptk.driver.claims import costs, widths
 from mptk.io.dense import absolute, fingerprint
 from mptk.io.evaluation import LogitsFn
 from mptk.io.manifest import listed, update_manifest, weights_digest
+from mptk.progress import Count
 from mptk.run.chain import Compiled, Proven
 from mptk.run.report import FILE, Report
 from mptk.run.values import Context, Text
@@ -52,9 +55,19 @@ def describe(
 def measured(report: Report, compiled: Compiled, text: Text, folder: Path, context: Context) -> Report:
     """The report with the quality of the dense, the pruned and each quantised graph of the published ``folder``."""
     prepared = compiled.prepared
-    runs: dict[str, LogitsFn] = {"dense": prepared.analysis.program, "pruned": compiled.program}
+    rounded: dict[str, LogitsFn] = {}
     if prepared.settings.logits == "all":
-        runs |= {scheme: OrtDecoder(folder / row["file"]).torch_logits for scheme, row in report.quantized.items()}
+        rounded = {scheme: OrtDecoder(folder / row["file"]).torch_logits for scheme, row in report.quantized.items()}
+
+    def runs(batches: Sequence[Tensor], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
+        programs = {"dense": prepared.analysis.program, "pruned": compiled.program}
+        results = prepared.executor.outputs(list(programs.values()), [(ids,) for ids in batches], progress)
+        for i, ids in enumerate(batches):
+            for name in programs:
+                yield name, i, next(results)
+            for name, run in rounded.items():
+                yield name, i, run(ids)
+
     with context.stage("perplexity"):
         quality = prepared.task.quality(runs, text, context.progress)
     quantized = {

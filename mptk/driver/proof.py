@@ -7,15 +7,18 @@ logits of the rewritten graph, the reloaded checkpoint and ONNX Runtime.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from mptk.errors import ProofError
 from mptk.ir.families import Analysis
+from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.run.chain import Compiled, Proven, Target
 from mptk.run.values import Witness, short_batch
+from mptk.runtime.staged import Executor
 from passes.analysis.borders import Reach, reach
 from passes.transforms.masked_reference import mask
 from passes.verify import TOLERANCE, Difference, StageLogits, prove
@@ -32,15 +35,16 @@ def prove_folder(compiled: Compiled, targets: Sequence[Target], folder: Path, wi
     reached = find_reach(compiled)
     batches = proof_batches(windows, reached.length)
     checks = [target.checks(compiled, folder, reached.borders) for target in targets]
-    rewritten: dict[str, tuple[StageLogits, float]] = {"rewritten graph": (compiled.exact, TOLERANCE)}
-    written: dict[str, tuple[StageLogits, float]] = {}
+    run = partial(prove, executor=compiled.prepared.executor)
+    rewritten: dict[str, tuple[Program | StageLogits, float]] = {"rewritten graph": (compiled.exact, TOLERANCE)}
+    written: dict[str, tuple[Program | StageLogits, float]] = {}
     for check in checks:
         written |= check.stages
     found = [d for check in checks for d in check.exact]
     if compiled.program is compiled.exact:
-        found += prove(compiled.masked, rewritten | written, *batches)
+        found += run(compiled.masked, rewritten | written, *batches)
     else:  # folded norms were rounded to the stored type: what is written equals the rounded program
-        found += prove(compiled.masked, rewritten, *batches) + prove(compiled.program, written, *batches)
+        found += run(compiled.masked, rewritten, *batches) + run(compiled.program, written, *batches)
     if all(d.ok for d in found):
         found += [d for target in targets for d in target.rounded(compiled, folder, batches)]
     return Proven(tuple(found), max(reached.length, batches[0].shape[1]), reached.note)
@@ -63,7 +67,7 @@ def proof_batches(windows: Tensor, length: int = 0) -> list[Tensor]:
     return [short, flat.repeat(-(-length // len(flat)))[None, :length]]
 
 
-def check_witness(analysis: Analysis, cut: Cut, witness: Witness, tokens: Tensor) -> Difference:
+def check_witness(analysis: Analysis, cut: Cut, witness: Witness, tokens: Tensor, executor: Executor) -> Difference:
     """Compare adopted weights with the trained model they come from, by the logits that it gave itself.
 
     ``analysis``: of the dense model with the adopted weights. ``cut``: what the plan keeps of it.
@@ -71,7 +75,8 @@ def check_witness(analysis: Analysis, cut: Cut, witness: Witness, tokens: Tensor
     Raises:
         ProofError: they are further away than the witness allows.
     """
-    (found,) = prove(mask(analysis, cut), {witness.stage: (lambda _: witness.logits, witness.tolerance)}, tokens)
+    stages = {witness.stage: (lambda _: witness.logits, witness.tolerance)}
+    (found,) = prove(mask(analysis, cut), stages, tokens, executor=executor)
     check_proof([found], "nothing was published. Please report this model")
     return found
 

@@ -26,27 +26,35 @@ from mptk.driver.proof import check_proof, check_witness, prove_folder
 from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.io.publish import check_replaceable, publish
+from mptk.io.resident import Resident
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log, Record
 from mptk.ir.plan import Plan
+from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.weights import Weights
 from mptk.methods import find_method
 from mptk.methods.maskprune.learner import Learner, start_training
-from mptk.methods.reconstruct import kept_units, reconstruct_consumers, removed_at_zero
+from mptk.methods.reconstruct import kept_units, reconstruct_consumers
 from mptk.progress import Progress, silent
 from mptk.run.chain import Chosen, Compiled, Prepared, Task, stored_type
+from mptk.run.execution import execution
 from mptk.run.folder import RunFolder
 from mptk.run.processes import describe as describe_processes
 from mptk.run.processes import leads, processes
 from mptk.run.report import Report
 from mptk.run.settings import DEFAULT_STEPS, Settings
 from mptk.run.values import Context, Text
+from mptk.runtime.staged import Executor
 from mptk.targets import find_target, written
-from mptk.tasks import load_task
+from mptk.tasks import open_task
 from passes.analysis import group
 from passes.pipelines import check_schemes, cut_program
 from passes.transforms.store import Store
 from passes.verify import Difference
+
+ELSEWHERE = ("resume", "proof_length", "memory", "device", "max_shard_size")
+"""Settings that may differ when an unfinished run goes on."""
 
 REMEDY = "nothing was published. Please report this model"
 
@@ -69,7 +77,11 @@ def prune(
             or a stage of the proof is above its tolerance. Then nothing is written.
     """
     settings = settings or Settings()
-    load = partial(load_task, model, trust_remote_code=settings.trust_remote_code)
+    trust = settings.trust_remote_code
+
+    def load(resident: Resident) -> tuple[Loaded, Task]:
+        return open_task(model, resident, trust_remote_code=trust)
+
     return run(Job(model, Path(out), load), settings, Context(Log(on_record=on_stage), progress or silent))
 
 
@@ -77,13 +89,13 @@ def prune(
 class Job:
     """What a run starts from and where it ends.
 
-    ``load`` gives the dense model. ``given`` gives the plan and the weights to start from (a recovery). If it is None,
-    the method chooses them, or ``settings.plan`` gives the plan.
+    ``load`` gives the dense model, whose weights are read when they are asked for. ``given`` gives the plan and the
+    weights to start from (a recovery). If it is None, the method chooses them, or ``settings.plan`` gives the plan.
     """
 
     source: str
     out: Path
-    load: Callable[[], tuple[Loaded, Task]]
+    load: Callable[[Resident], tuple[Loaded, Task]]
     given: Callable[[Prepared], Chosen] | None = None
 
 
@@ -105,7 +117,8 @@ def stages(job: Job, settings: Settings, context: Context) -> Report | None:
     chosen = choose(job, prepared, text, context)
     witnessed = []
     if chosen.witness is not None:
-        witnessed.append(check_witness(changed(prepared, chosen), chosen.cut, chosen.witness, text.proof))
+        analysis = changed(prepared, chosen)
+        witnessed.append(check_witness(analysis, chosen.cut, chosen.witness, text.proof, prepared.executor))
     chosen = reconstructed(prepared, chosen, text, context)
     compiled = compile_plan(prepared, chosen, text.calibration, context)
     compiled, more = recovered(compiled, text, context)
@@ -146,20 +159,29 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     Raises:
         MptkError: one of these fails; no legal widths meet the budget; or the training cannot follow the cut.
     """
+    resident, executor = execution(settings)
     with context.stage("load"):
-        loaded, task = job.load()
+        loaded, task = job.load(resident)
     if settings.steps and not task.causal:
         raise MptkError(f"training distils next tokens, but {job.source} is no decoder; use --method wanda, no --steps")
     with context.stage("trace"):
-        program = passes.frontend.trace.trace(loaded.model, dynamic=True)
+        program = traced(loaded, task, executor)
     with context.stage("analyse"):
         analysis = group.analyze(program)
     with context.stage("legalise"):
         prepared = legalise(job.source, settings, loaded, task, analysis, context.progress)
+    prepared = replace(prepared, executor=executor)
     whole = [name for name in prepared.families if not is_layered(analysis.family(name))]
     if settings.steps and not settings.learning.rank and whole:
         raise MptkError(f"all weights cannot be trained where {whole[0]} is cut, as norms follow it; use --rank 16")
     return prepared
+
+
+def traced(loaded: Loaded, task: Task, executor: Executor) -> Program:
+    """The model's program with its weights. Raises MptkError if it does not compute what the task says."""
+    program = loaded.with_weights(passes.frontend.trace.trace(loaded.model, dynamic=True))
+    task.check(loaded, lambda ids: next(executor.outputs([program], [(ids,)])))
+    return program
 
 
 def legalise(
@@ -185,7 +207,7 @@ def begin(job: Job, prepared: Prepared, context: Context) -> Context:
     """The context with the folder of the unfinished run, if there is something to train."""
     if not prepared.settings.steps:
         return context
-    settings = {k: v for k, v in asdict(prepared.settings).items() if k not in ("resume", "proof_length")}
+    settings = {k: v for k, v in asdict(prepared.settings).items() if k not in ELSEWHERE}
     return replace(context, folder=RunFolder(job.out, {"model": job.source, **settings}, prepared.settings.resume))
 
 
@@ -233,11 +255,10 @@ def reconstructed(prepared: Prepared, chosen: Chosen, text: Text, context: Conte
     if not wanted:
         return chosen
     with context.stage("reconstruct"):
-        model, sites = prepared.loaded.model, [s for s in prepared.mask_sites if s.family in chosen.plan.families]
-        kept = kept_units(prepared.analysis, chosen.cut, list({site.family: None for site in sites}))
-        state = {**removed_at_zero(model, sites, kept), **chosen.changes}
-        say = partial(context.progress, "reconstruct")
-        fitted = reconstruct_consumers(model, sites, kept, state, text.calibration, say)
+        analysis, sites = prepared.analysis, [s for s in prepared.mask_sites if s.family in chosen.plan.families]
+        kept = kept_units(analysis, chosen.cut, list({site.family: None for site in sites}))
+        inputs, say = prepared.task.inputs(text.calibration), partial(context.progress, "reconstruct")
+        fitted = reconstruct_consumers(analysis, sites, kept, chosen.changes, inputs, say, prepared.executor)
     return replace(chosen, changes=fitted, trained=tuple(fitted))
 
 
@@ -270,7 +291,7 @@ def recovered(compiled: Compiled, text: Text, context: Context) -> tuple[Compile
     prepared, chosen, form = compiled.prepared, compiled.chosen, compiled.written
     assert form is not None
     s = prepared.settings.learning
-    model, windows = prepared.loaded.model, text.training
+    model, windows = prepared.loaded.whole(), text.training
     learner = Learner(context.accelerator, model, windows, s, context.folder, context.progress)
     with context.stage("recover"):
         small: Any = form.stock.model_class(form.stock.config)
@@ -278,9 +299,9 @@ def recovered(compiled: Compiled, text: Text, context: Context) -> tuple[Compile
         steps, used = prepared.settings.steps - chosen.steps, chosen.steps * s.training.batch
         trained, witness = learner.recover(small.eval(), steps, text.proof, used)
     known = {name: tensor for name, tensor in trained.items() if name in prepared.analysis.weights}
-    changes = {**chosen.changes, **widened(compiled.analysis, chosen.cut, known)}
+    changes = Weights(chosen.changes).updated(widened(compiled.analysis, chosen.cut, Weights(known)))
     chosen = replace(chosen, changes=changes, trained=tuple(changes))
-    difference = check_witness(changed(prepared, chosen), chosen.cut, witness, text.proof)
+    difference = check_witness(changed(prepared, chosen), chosen.cut, witness, text.proof, prepared.executor)
     analysis = stored_analysis(prepared, chosen)
     pruned = cut_program(analysis, chosen.cut, context.log, prepared.dtype)
     after = replace(compiled, chosen=chosen, analysis=analysis, program=pruned.program, exact=pruned.exact)

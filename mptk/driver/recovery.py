@@ -9,9 +9,10 @@ from typing import Any
 
 from mptk.driver.changes import changes_of
 from mptk.driver.prune import Job, run
-from mptk.io.dense import load_dense
+from mptk.io.dense import open_dense
 from mptk.io.manifest import check_manifest
 from mptk.io.models import Loaded
+from mptk.io.resident import Resident
 from mptk.ir.passes import Log, Record
 from mptk.progress import Progress, silent
 from mptk.run.chain import Chosen, Prepared, Task
@@ -61,8 +62,8 @@ def recover(
         found = changes_of(prepared.analysis, prepared.cut, folder, report, trust_remote_code)
         return Chosen(prepared.plan, prepared.cut, found)
 
-    def load() -> tuple[Loaded, Task]:
-        loaded = load_dense(report.model, report.model_sha256, model, trust_remote_code)
+    def load(resident: Resident) -> tuple[Loaded, Task]:
+        loaded = open_dense(report.model, report.model_sha256, model, trust_remote_code, resident)
         return loaded, task_of(loaded)
 
     context = Context(Log(on_record=on_stage), progress or silent)

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-import passes.frontend.trace
 from mptk.cost.model import CostModel
 from mptk.driver.changes import changes_of
 from mptk.driver.claims import check_files, check_numbers, check_tokens, require_same
 from mptk.driver.proof import check_proof, prove_folder
-from mptk.driver.prune import compile_plan
+from mptk.driver.prune import compile_plan, traced
 from mptk.errors import MptkError
-from mptk.io.dense import load_dense
+from mptk.io.dense import open_dense
 from mptk.io.manifest import check_manifest
 from mptk.io.models import Loaded
 from mptk.ir.families import Analysis
@@ -27,7 +26,8 @@ from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import find_method
 from mptk.progress import silent
-from mptk.run.chain import Chosen, Prepared, stored_type
+from mptk.run.chain import Chosen, Prepared, Task, stored_type
+from mptk.run.execution import execution
 from mptk.run.report import Report, unreadable
 from mptk.run.settings import Settings
 from mptk.run.values import Context
@@ -54,6 +54,8 @@ def verify(
     model: str | None = None,
     trust_remote_code: bool = False,
     proof_length: int = Settings.proof_length,
+    memory: int | None = None,
+    device: str = Settings.device,
 ) -> Proof:
     """Prove a pruned folder again, from the dense model and ``plan.json``.
 
@@ -65,6 +67,7 @@ def verify(
         model: the dense model, if it is no longer where the report says.
         trust_remote_code: whether the model's own Python code may run; the folder's report has no say in it.
         proof_length: tokens of the longest sequence that may be run, to go beyond the model's windows.
+        memory, device: as in ``Settings``.
 
     Raises:
         MptkError: a file was changed, is missing or was added; the report contradicts the folder; the dense model is
@@ -75,15 +78,18 @@ def verify(
     check_manifest(folder)
     with _readable(folder):
         check_files(report, folder)
-    loaded = load_dense(report.model, report.model_sha256, model, trust_remote_code)
+    resident, executor = execution(Settings(memory=memory, device=device))
+    loaded = open_dense(report.model, report.model_sha256, model, trust_remote_code, resident)
     check_code(loaded.path, folder)
-    analysis = group.analyze(passes.frontend.trace.trace(loaded.model, dynamic=True))
+    task = task_of(loaded)
+    analysis = group.analyze(traced(loaded, task, executor))
     embeddings: Any = loaded.model.get_input_embeddings()
     with _readable(folder):
         check_numbers(report, folder, analysis, plan, loaded.dtype, stored_type(report.settings, loaded))
         tokens = torch.tensor(check_tokens(report, embeddings.num_embeddings))
     settings = replace(report.settings, trust_remote_code=trust_remote_code, proof_length=proof_length)
-    prepared = _prepared(report, replace(settings, rehome=_rehomed(folder, loaded)), loaded, analysis, plan)
+    prepared = _prepared(report, replace(settings, rehome=_rehomed(folder, loaded)), loaded, task, analysis, plan)
+    prepared = replace(prepared, executor=executor)
     assert prepared.cut is not None
     chosen = Chosen(plan, prepared.cut, changes_of(analysis, prepared.cut, folder, report, trust_remote_code))
     compiled = compile_plan(prepared, chosen, tokens, Context(Log(), silent))
@@ -94,7 +100,9 @@ def verify(
     return Proof(proven.differences, [proven.note] if proven.note else [])
 
 
-def _prepared(report: Report, settings: Settings, loaded: Loaded, analysis: Analysis, plan: Plan) -> Prepared:
+def _prepared(
+    report: Report, settings: Settings, loaded: Loaded, task: Task, analysis: Analysis, plan: Plan
+) -> Prepared:
     """The dense model as ``prune`` prepared it to cut it to this plan."""
     target, method = find_target(settings.target), find_method(settings.method)
     legal = target.legal(analysis, loaded.model, settings.multiple)
@@ -102,7 +110,7 @@ def _prepared(report: Report, settings: Settings, loaded: Loaded, analysis: Anal
         source=report.model,
         settings=settings,
         loaded=loaded,
-        task=task_of(loaded),
+        task=task,
         method=method,
         target=target,
         analysis=analysis,

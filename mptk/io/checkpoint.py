@@ -129,6 +129,21 @@ def quantized_dtype(folder: Path) -> str | None:
     return most if most in _QUANTIZED else None
 
 
+def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give the parameters of ``model`` that are on the meta device their values."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_meta:
+            names.setdefault(id(parameter), []).append(name)
+    for tied in names.values():
+        old = model.get_parameter(tied[0])
+        value = next(weights[name] for name in tied if name in weights)
+        new = nn.Parameter(value, requires_grad=old.requires_grad)
+        for name in tied:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, new)
+
+
 @contextlib.contextmanager
 def replaced(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
     """Within it, the parameters in ``state`` (name → value) have these values."""

@@ -1,4 +1,4 @@
-"""dense: identify a folder's dense model by fingerprint, and load it. Only the user allows a download or code."""
+"""dense: identify a folder's dense model by fingerprint, and open it. Only the user allows a download or code."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from mptk.files import json_text
 from mptk.io import models
 from mptk.io.manifest import file_sha256
 from mptk.io.packaged import ALIASES
+from mptk.io.resident import Resident
 
 _PARTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
 
@@ -31,14 +32,15 @@ def absolute(model: str) -> str:
     return str(path.resolve()) if model not in ALIASES and path.exists() else model
 
 
-def load_dense(said: str, expected: str, model: str | None, trust: bool) -> models.Loaded:
-    """The dense model of a pruned folder.
+def open_dense(said: str, expected: str, model: str | None, trust: bool, resident: Resident) -> models.Loaded:
+    """The dense model of a pruned folder, as ``models.open_weights`` gives it.
 
     Args:
         said: the model's name in the folder's report.
         expected: its fingerprint.
         model: the caller's name for it. If None, the report's name is used and nothing is downloaded.
         trust: whether the caller lets the model's Python code run. The report has no say in this.
+        resident: keeps weights that were read.
 
     Raises:
         MptkError: the model is not found, or has another fingerprint. This is checked before it is loaded.
@@ -46,4 +48,4 @@ def load_dense(said: str, expected: str, model: str | None, trust: bool) -> mode
     source = model or said
     if fingerprint(source, local=model is None) != expected:
         raise MptkError(f"{source} is not the dense model that was pruned: its files differ; give that one as --model")
-    return models.load(source, trust_remote_code=trust, local=model is None)
+    return models.open_weights(source, resident, trust_remote_code=trust, local=model is None)

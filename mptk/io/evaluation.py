@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +14,17 @@ from torch import Tensor
 
 from mptk.errors import MptkError
 from mptk.io import models
+from mptk.progress import Count
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 LogitsFn = Callable[[Tensor], Tensor]
 """Token ids, int64 [B, T] → logits [B, T, V]. A torch module, a graph or an ONNX Runtime session."""
+
+
+Runs = Callable[[Sequence[Tensor], Count], Iterator[tuple[str, int, Tensor]]]
+"""Batches of token ids → (name of a run, number of the batch, logits [B, T, V]), for each batch and each run."""
 
 
 @dataclass(frozen=True)
@@ -81,23 +85,34 @@ def perplexity(
         MptkError: there is no window, or windows have one token.
     """
     windows = windows[:max_windows]
-    count, length = windows.shape
-    if count == 0 or length < 2:
-        raise MptkError(f"no token to predict in {count} windows of {length} tokens; give more text")
+    _check(windows)
     total, dtype = 0.0, torch.float32
-    for first in range(0, count, batch_size):
+    for first in range(0, len(windows), batch_size):
         ids = windows[first : first + batch_size]
         logits = logits_fn(ids)
         dtype = logits.dtype
         total += _summed_loss(logits, ids)
         if progress is not None:
-            progress(min(first + batch_size, count), count)
-    tokens = count * (length - 1)
-    nll = total / tokens
+            progress(min(first + batch_size, len(windows)), len(windows))
+    return _measured(total, windows, dtype, data, split, seed)
+
+
+def _check(windows: Tensor) -> None:
+    count, length = windows.shape
+    if count == 0 or length < 2:
+        raise MptkError(f"no token to predict in {count} windows of {length} tokens; give more text")
+
+
+def _measured(
+    total: float, windows: Tensor, dtype: torch.dtype, data: str, split: str | None = None, seed: int | None = None
+) -> Perplexity:
+    """The perplexity of a ``total`` negative log-likelihood, in nats."""
+    count, length = windows.shape
+    nll = total / (count * (length - 1))
     return Perplexity(
         value=torch.tensor(nll, dtype=torch.float64).exp().item(),
         nll=nll,
-        tokens=tokens,
+        tokens=count * (length - 1),
         windows=count,
         length=length,
         stride=length,
@@ -114,20 +129,16 @@ def _summed_loss(logits: Tensor, ids: Tensor) -> float:
     return F.cross_entropy(predicted, target, reduction="sum").item()
 
 
-def perplexities(
-    runs: Mapping[str, LogitsFn],
-    windows: Tensor,
-    *,
-    data: str,
-    progress: Callable[[str, int, int], None],
-) -> dict[str, float | str]:
-    """Name → perplexity of each of ``runs``, to 4 decimals, and their ``protocol``."""
-    result: dict[str, float | str] = {}
-    for name, run in runs.items():
-        say = partial(progress, f"perplexity ({name})")
-        measured = perplexity(run, windows, data=data, progress=say)
-        result |= {name: round(measured.value, 4), "protocol": measured.protocol}
-    return result
+def perplexities(runs: Runs, windows: Tensor, *, data: str, progress: Count) -> dict[str, float | str]:
+    """Name → perplexity of each of ``runs``, to 4 decimals, and their ``protocol``. ``windows``: int64 [n, T]."""
+    _check(windows)
+    rows, totals, dtype = windows.split(1), dict[str, float](), torch.float32
+    for name, i, logits in runs(rows, progress):
+        totals[name] = totals.get(name, 0.0) + _summed_loss(logits, rows[i])
+        dtype = logits.dtype
+    measured = {name: _measured(total, windows, dtype, data) for name, total in totals.items()}
+    protocol = _measured(0.0, windows, dtype, data).protocol
+    return {**{name: round(found.value, 4) for name, found in measured.items()}, "protocol": protocol}
 
 
 @torch.no_grad()

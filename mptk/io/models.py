@@ -8,10 +8,12 @@ code. A model's own Python code runs only if the caller trusts it.
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -19,10 +21,14 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mptk.compat.accelerate import offload_to, take_offload_index
 from mptk.compat.transformers import dequantize_gguf, forget_source, model_classes
 from mptk.errors import MptkError
-from mptk.io.checkpoint import quantized_dtype, save_checkpoint, stored_dtype
+from mptk.io.checkpoint import fill, quantized_dtype, save_checkpoint, stored_dtype
 from mptk.io.packaged import ALIASES, build_once, cache_dir, cached, fetch
+from mptk.io.resident import Resident, stored_weight
+from mptk.ir.program import Program
+from mptk.ir.weights import Weights
 
 _CONVERSION = 1  # Raise it if the same GGUF file is now converted differently.
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -39,7 +45,8 @@ class Loaded:
     """A model and its tokenizer. ``source``: its name as the user gave it. ``path``: its checkpoint folder.
 
     ``trusted``: whether the caller let its own Python code run. ``dtype``: the type of the stored weights; the model
-    itself has the type that it was loaded in.
+    itself has the type that it was loaded in. ``weights``: its parameters and saved buffers, read when asked for, if it
+    was only opened; the parameters of ``model`` are then on the meta device until ``whole`` is called.
     """
 
     model: PreTrainedModel
@@ -48,6 +55,21 @@ class Loaded:
     path: Path
     trusted: bool = False
     dtype: torch.dtype = torch.float32
+    weights: Weights | None = None
+
+    def whole(self) -> PreTrainedModel:
+        """``model`` with all its weights in memory."""
+        if self.weights is not None:
+            fill(self.model, self.weights)
+        return self.model
+
+    def with_weights(self, program: Program) -> Program:
+        """A program that was traced from ``model``, with the checkpoint's weights."""
+        if self.weights is None:
+            return program
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        known = {name: self.weights.entry(name) for name in program.state if name in self.weights}
+        return program.with_state({n: b for n, b in buffers.items() if n in program.state} | known)
 
 
 def load(
@@ -68,14 +90,33 @@ def load(
         MptkError: there is no such model; its weights are pickles, or lack some parameters; it needs code that is not
             trusted; or transformers cannot read the GGUF file.
     """
+    return _load(model, trust_remote_code, local, dtype=dtype)
+
+
+def open_weights(model: str, resident: Resident, *, trust_remote_code: bool = False, local: bool = False) -> Loaded:
+    """As ``load`` in float32, but weights are read when they are asked for. ``resident`` keeps what fits.
+
+    Weights that the module holds in another form than the checkpoint (the experts of a layer in one tensor) are
+    converted first, into a temporary folder.
+    """
+    scratch = TemporaryDirectory(prefix="mptk-", ignore_cleanup_errors=True)
+    loaded = _load(model, trust_remote_code, local, dtype=torch.float32, **offload_to(scratch.name))
+    likes = {name: tensor.detach() for name, tensor in loaded.model.state_dict(keep_vars=True).items()}
+    index = take_offload_index(loaded.model)
+    weights = Weights({n: stored_weight(file, key, likes[n], resident) for n, (file, key) in index.items()})
+    weakref.finalize(weights, scratch.cleanup)
+    return replace(loaded, weights=weights)
+
+
+def _load(model: str, trust: bool, local: bool, **options: object) -> Loaded:
     folder = _checkpoint(model, local=local)
     with _explained(model):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     _refuse_pickles(folder, config)
     _refuse_quantized(model, folder, config)
-    module = _from_pretrained(folder, model, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
-    tokenizer = _tokenizer(folder, model, trust_remote_code) if _has_tokenizer(folder) else None
-    return Loaded(module, tokenizer, model, folder, trust_remote_code, stored_dtype(folder))
+    module = _from_pretrained(folder, model, config=config, trust_remote_code=trust, **options)
+    tokenizer = _tokenizer(folder, model, trust) if _has_tokenizer(folder) else None
+    return Loaded(module, tokenizer, model, folder, trust, stored_dtype(folder))
 
 
 def skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -117,7 +117,7 @@ def count_ops(program: Program) -> int:
 
 def shapes(program: Program) -> dict[str, tuple[int, ...]]:
     """The shape of every weight by name, for ``ensures``."""
-    return {name: tuple(tensor.shape) for name, tensor in program.state.items()}
+    return {name: tuple(like.shape) for name, like in program.state.likes.items()}
 
 
 def check(program: Program) -> None:
@@ -127,5 +127,5 @@ def check(program: Program) -> None:
     for node in program.placeholders():
         value = node.meta.get("val")
         if node.name in weights and isinstance(value, Tensor):
-            weight = program.state[weights[node.name]]
+            weight = program.state.like(weights[node.name])
             assert tuple(value.shape) == tuple(weight.shape), f"{weights[node.name]}: {value.shape} != {weight.shape}"

@@ -13,7 +13,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.nn import Parameter
 
-from mptk.compat.torch import FakeTensor, build_exported, tree_map
+from mptk.compat.torch import build_exported, tree_map
+from mptk.ir.weights import Lazy, Weights
 
 ExampleInputs = tuple[tuple[object, ...], dict[str, object]]
 """The inputs of the trace, by position and by name."""
@@ -28,14 +29,14 @@ class Program:
             stay whole). Its placeholders are the lifted weights and then the user's inputs.
         signature: which placeholder is which weight or input.
         state: qualified name → tensor of each parameter, buffer and constant (fake tensors if traced without
-            weights). With it the program runs without its module.
+            weights). With it the program runs without its module. A tensor may be read or computed at each request.
         aliases: other name of a tied weight → the name in ``state``.
         exported: the export from which the program was made.
     """
 
     graph: fx.GraphModule
     signature: ExportGraphSignature
-    state: Mapping[str, Tensor]
+    state: Weights
     aliases: Mapping[str, str]
     exported: ExportedProgram = field(repr=False)
 
@@ -60,13 +61,13 @@ class Program:
     @property
     def has_values(self) -> bool:
         """Whether the weights are real: neither fake tensors nor on the meta device."""
-        return not any(isinstance(t, FakeTensor) or t.is_meta for t in self.state.values())
+        return self.state.real
 
     def placeholders(self) -> Iterator[fx.Node]:
         return (n for n in self.graph.graph.nodes if n.op == "placeholder")
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """Run the graph on ``inputs`` (the user's inputs in order) with the program's own weights.
+        """Run the graph on ``inputs`` (the user's inputs in order), with all weights in memory at once.
 
         Returns one tensor, or a tuple if the traced module returned several. A language model's tensor is its logits,
         [batch, sequence, vocab].
@@ -79,23 +80,24 @@ class Program:
         weights, user = self.weights, iter(inputs)
         return [self.state[weights[n.name]] if n.name in weights else next(user) for n in self.placeholders()]
 
-    def with_state(self, state: Mapping[str, Tensor]) -> Program:
+    def with_state(self, state: Mapping[str, Tensor | Lazy]) -> Program:
         """The same graph with other tensors of the same shapes; a name missing in ``state`` keeps its tensor."""
-        return replace(self, state={name: state.get(name, tensor) for name, tensor in self.state.items()})
+        given = Weights(state)
+        return replace(self, state=self.state.updated(given.selected({n: n for n in given if n in self.state})))
 
     def copy_graph(self) -> fx.GraphModule:
         """A copy of the graph that a pass may edit (node names, metadata and placeholders kept)."""
         return copy.deepcopy(self.graph)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> Weights:
         """Parameters and persistent buffers by name, tied names included, as in a checkpoint of the module."""
         saved = {
-            spec.target: self.state[self.aliases.get(spec.target, spec.target)]
+            spec.target: self.aliases.get(spec.target, spec.target)
             for spec in self.signature.input_specs
             if spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent)
             if spec.target is not None
         }
-        return saved | {alias: saved[name] for alias, name in self.aliases.items() if name in saved}
+        return self.state.selected(saved | {alias: name for alias, name in self.aliases.items() if name in saved})
 
     def to_exported(self) -> ExportedProgram:
         """This graph and these weights as an ``ExportedProgram``, for ``torch.onnx.export``, ``torch.export.save``."""
@@ -134,4 +136,4 @@ def _parameter(tensor: Tensor) -> Parameter:
 
 def parameter_count(program: Program) -> int:
     """Number of parameters in the program; a tied weight counts once."""
-    return sum(program.state[name].numel() for name in program.parameters)
+    return sum(program.state.like(name).numel() for name in program.parameters)

@@ -10,16 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
-from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Criterion
-from mptk.run.chain import Chosen, Method, Prepared, Task
+from mptk.run.chain import Chosen, Method, Prepared
 from mptk.run.values import Context, Text
 from passes.targets.legalize import describe
 from passes.transforms.masked_reference import mask
@@ -54,6 +50,7 @@ class OneShotMethod(Method):
                 seed=prepared.settings.seed,
                 objective=prepared.task,
                 progress=partial(context.progress, stage),
+                executor=prepared.executor,
             )
             scores = criteria.score_evidence(evidence, name, families)
         narrowed = [_narrowed(analysis, candidate.widths) for candidate in prepared.candidates]
@@ -72,19 +69,18 @@ def _best(
 ) -> tuple[Plan, Cut, dict[str, float]]:
     """The plan with the lowest loss of its masked program on some calibration text, its cut, and widths → loss."""
     ids = text.calibration[: max(1, TOKENS // text.calibration.shape[1])]
-    task, found = prepared.task, []
-    for done, plan in enumerate(plans, 1):
-        cut = resolve_plan(prepared.analysis, plan)
-        found.append((_loss(mask(prepared.analysis, cut), task, ids), plan, cut))
-        context.progress("choose widths", done, len(plans))
-    _, plan, cut = min(found, key=lambda tried: tried[0])
-    return plan, cut, {describe(tried.widths): round(loss, 4) for loss, tried, _ in found}
-
-
-@torch.no_grad()
-def _loss(program: Program, task: Task, ids: Tensor) -> float:
-    """The mean loss of what ``program`` predicts of ``ids`` [windows, length], in nats."""
-    return float(task.loss(program(task.inputs(ids)), ids)) / task.predicted(ids)
+    task, executor = prepared.task, prepared.executor
+    cuts = [resolve_plan(prepared.analysis, plan) for plan in plans]
+    if len(plans) == 1:
+        return plans[0], cuts[0], {}
+    masked = [mask(prepared.analysis, cut) for cut in cuts]
+    on_device = ids.to(executor.device)
+    losses = [
+        float(task.loss(logits, on_device)) / task.predicted(ids)
+        for logits in executor.outputs(masked, [(task.inputs(ids),)], partial(context.progress, "choose widths"))
+    ]
+    _, plan, cut = min(zip(losses, plans, cuts, strict=True), key=lambda tried: tried[0])
+    return plan, cut, {describe(plan.widths): round(loss, 4) for plan, loss in zip(plans, losses, strict=True)}
 
 
 def _narrowed(analysis: Analysis, widths: Mapping[str, int]) -> dict[str, int]:

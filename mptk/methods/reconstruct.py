@@ -1,106 +1,159 @@
 """reconstruct: fit the kept columns of each consumer to the dense layer's outputs, by least squares.
 
-This is layer-wise distillation in closed form. Take a layer that sums over pruned units, and its inputs x and outputs t
-in the dense model. The kept columns k become
+This is layer-wise distillation in closed form. Take a layer that sums over pruned units, and its inputs x and outputs
+t = W x in the dense model. The kept columns k become
 
-    W' = argmin Σ ‖t − W' x_k‖² + λ ‖W' − W‖² = (Σ t x_kᵀ + λ W) (Σ x_k x_kᵀ + λ I)⁻¹,
+    W' = argmin Σ ‖t − W' x_k‖² + λ ‖W' − W_k‖² = (Σ t x_kᵀ + λ W_k) (Σ x_k x_kᵀ + λ I)⁻¹,
 
-λ is a share (``RIDGE``) of the mean of x². This is the update of optimal brain surgeon (Hassibi & Stork 1992) for all
-removed units at once, as in ZipLM (arXiv 2302.04089) and SlimGPT (arXiv 2412.18110). ``docs/maskprune.md`` says why x
-comes from the dense model and not from the pruned one.
+λ is a share (``RIDGE``) of the mean over channels of Σ x_k². With fewer rows than kept channels the same W'
+comes from a system in the rows (Woodbury): W' = W_k + (T − W_k X_k) (X_kᵀ X_k + λ I)⁻¹ X_kᵀ.
+
+This is the update of optimal brain surgeon (Hassibi & Stork 1992) for all removed units at once, as in ZipLM (arXiv
+2302.04089) and SlimGPT (arXiv 2412.18110). ``docs/maskprune.md`` says why x comes from the dense model and not from the
+pruned one.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor, fx
 
 from mptk.ir.families import Analysis
+from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
+from mptk.ir.weights import Weights
+from mptk.methods.criteria.observe import OBSERVED_TOKENS, batches, find_sites
 from mptk.progress import Count
-from passes.transforms.insert_masks import InsertedMasks, MaskSite
+from mptk.runtime.shelf import Shelf
+from mptk.runtime.staged import EXECUTOR, Executor
+from passes.transforms.insert_masks import MaskSite
 
 RIDGE = 0.01
-TOKENS = 2048
-"""Tokens in a forward pass."""
 
 
-@torch.no_grad()
-def reconstruct(
-    model: nn.Module,
+def reconstruct_consumers(
+    analysis: Analysis,
+    sites: Sequence[MaskSite],
     kept: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    windows: Tensor,
-    progress: Count = lambda done, total: None,
-) -> dict[str, Tensor]:
-    """New weights for the layers that sum over pruned units.
+    changes: Mapping[str, Tensor],
+    inputs: Tensor,
+    progress: Count | None = None,
+    executor: Executor = EXECUTOR,
+) -> Weights:
+    """``changes`` with every consumer of a cut family fitted to the dense layer's outputs.
 
     Args:
-        model: the dense model.
-        kept: weight name of a linear layer → which inputs it keeps, boolean [in].
-        state: the weights in which the pruned model differs from the dense one, removed units at 0.
-        windows: token ids, int64 [n, length].
+        analysis: of the dense model.
+        sites: where the families' masks go (``find_mask_sites``).
+        kept: family → kept units (``kept_units``).
+        changes: the weights in which the pruned model differs from the dense one.
+        inputs: what the model is given, token ids, int64 [n, length].
+        executor: runs the dense program; what it has no memory for goes to files.
 
     Returns:
-        ``state`` with the weights of ``kept`` replaced; their removed inputs are 0.
+        ``changes`` with the fitted weights in dense shapes; their removed inputs are 0.
     """
-    layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in kept}
-    sums = {name: _Sums(layers[name], keep) for name, keep in kept.items()}
-    batches = windows.split(max(1, TOKENS // windows.shape[1]))
-    with _hooked(layers, lambda name, x, out: sums[name].add(x, out)):
-        for done, batch in enumerate(batches, 1):
-            model(batch, use_cache=False)
-            progress(done, len(batches))
-    weights = dict(model.named_parameters())
-    return {**state, **{name: found.solve(state.get(name, weights[name])) for name, found in sums.items()}}
+    dense, changed = analysis.program, analysis.program.with_state(changes)
+    fits: dict[str, _Fit] = {}
+    for name, keep, dim in _kept_inputs(sites, kept):
+        fits[name] = _Fit(keep, transposed=dim == 0, few=inputs.numel() < int(keep.sum()))
+    layers = [(site, name) for site in find_sites(analysis) if (name := _stored(dense, site.weight)) in fits]
+    given = batches(dense, inputs, OBSERVED_TOKENS)
+    left = {name: len(given) * sum(other == name for _, other in layers) for name in fits}
+    shelf = Shelf(executor.borders)
+
+    def see(name: str, x_dim: int, x: Tensor) -> None:
+        fits[name].add(x.movedim(x_dim, -1))
+        left[name] -= 1
+        if not left[name]:  # the layer has seen all inputs, and its stage is about to end
+            shelf.add(name, fits.pop(name).solved(dense.state[name], changed.state[name]))
+
+    watches = [((site.x,), partial(see, name, site.x_dim)) for site, name in layers]
+    executor.watch(dense, given, watches, progress)
+    return Weights(changes).updated(shelf.weights({name: dense.state.like(name) for _, name in layers}))
 
 
-class _Sums:
-    """Σ x xᵀ over kept inputs and Σ t xᵀ of one layer."""
+def _kept_inputs(sites: Sequence[MaskSite], kept: Mapping[str, Tensor]) -> list[tuple[str, Tensor, int]]:
+    """Each consumer: weight name, which of its inputs stay (boolean [in]), and their dimension in the weight."""
+    found: dict[str, tuple[Tensor, int]] = {}
+    for site in sites:
+        if site.where == "input":
+            flat = torch.cat([kept[site.family][site.layer].flatten(), torch.ones(1, dtype=torch.bool)])
+            (name, dim), *_ = site.weights
+            assert dim is not None
+            before, _ = found.get(name, (torch.tensor(True), dim))
+            found[name] = (before & flat[site.index], dim)
+    return [(name, keep, dim) for name, (keep, dim) in found.items()]
 
-    def __init__(self, layer: nn.Module, keep: Tensor) -> None:
-        self.layer, self.index = layer, keep.nonzero().flatten()
-        self.gram: Tensor | float = 0.0
-        self.cross: Tensor | float = 0.0
-        self.rows = 0
 
-    def add(self, x: Tensor, out: Tensor) -> None:
-        bias = getattr(self.layer, "bias", None)
-        x, t = x.flatten(0, -2)[:, self.index], (out if bias is None else out - bias).flatten(0, -2)
-        self.gram = self.gram + x.T @ x
-        self.cross = self.cross + t.T @ x
-        self.rows += len(x)
+def _stored(program: Program, node: fx.Node) -> str:
+    """The name of the weight that a contraction's operand is made of."""
+    while node.op != "placeholder":
+        node = node.all_input_nodes[0]
+    return program.weights[node.name]
 
-    def solve(self, weight: Tensor) -> Tensor:
-        """The fitted weight, in the layout of ``weight``: [out, in], or [in, out] for Conv1D."""
-        transposed = isinstance(self.layer, Conv1D)
-        old = (weight.T if transposed else weight)[:, self.index].double()
-        assert isinstance(self.gram, Tensor)
-        assert isinstance(self.cross, Tensor)
-        gram, cross = self.gram.double() / self.rows, self.cross.double() / self.rows
+
+@dataclass
+class _Fit:
+    """The inputs of one layer: their rows, if these are fewer than its kept channels, or their products.
+
+    ``keep``: which inputs stay, boolean [in]. ``transposed``: the weight is [in, out].
+    """
+
+    keep: Tensor
+    transposed: bool
+    few: bool
+    rows: list[Tensor] = field(default_factory=list)
+    products: Tensor | None = None
+    count: int = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in rows of the layer's inputs, [..., in]."""
+        x = x.flatten(0, -2).float()
+        self.count += len(x)
+        if self.few:
+            self.rows.append(x)
+        else:
+            found = x.T @ x[:, self.keep.to(x.device)]
+            self.products = found if self.products is None else self.products + found
+
+    def solved(self, dense: Tensor, changed: Tensor) -> Tensor:
+        """The fitted weight, in the layout and type of ``dense``. ``changed``: the weight that it may stay near to."""
+        device = self.rows[0].device if self.few else self._products.device
+        own, old = (w.to(device).T if self.transposed else w.to(device) for w in (dense, changed))
+        keep = self.keep.to(device)
+        near = old[:, keep].double()
+        fitted = self._by_rows(own, keep, near) if self.few else self._by_channels(own, keep, near)
+        result = torch.zeros_like(own)
+        result[:, keep] = fitted.to(own.dtype)
+        return (result.T if self.transposed else result).contiguous()
+
+    @property
+    def _products(self) -> Tensor:
+        assert self.products is not None, "a consumer was not reached"
+        return self.products
+
+    def _by_channels(self, own: Tensor, keep: Tensor, near: Tensor) -> Tensor:
+        cross = (own.float() @ self._products).double() / self.count
+        gram = self._products[keep].double() / self.count
         ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-12)
-        left = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        solved = torch.linalg.solve(left, (cross + ridge * old).T).T.to(weight.dtype)
-        result = torch.zeros_like(weight.T if transposed else weight)
-        result[:, self.index] = solved
-        return result.T.contiguous() if transposed else result
+        gram.diagonal().add_(ridge)
+        solved: Tensor = torch.linalg.solve(gram, (cross + ridge * near).T).T
+        return solved
 
-
-@contextlib.contextmanager
-def _hooked(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda module, args, out: see(name, args[0], out)
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _by_rows(self, own: Tensor, keep: Tensor, near: Tensor) -> Tensor:
+        x = torch.cat(self.rows)
+        small = x[:, keep].double()
+        missed = (x @ own.float().T).double() - small @ near.T
+        ridge = RIDGE * (small.square().sum() / small.shape[1]).clamp_min(1e-12 * self.count)
+        outer = small @ small.T
+        outer.diagonal().add_(ridge)
+        correction: Tensor = torch.linalg.solve(outer, missed)
+        return near + correction.T @ small
 
 
 def kept_units(analysis: Analysis, cut: Cut, families: Sequence[str]) -> dict[str, Tensor]:
@@ -109,34 +162,3 @@ def kept_units(analysis: Analysis, cut: Cut, families: Sequence[str]) -> dict[st
         name: torch.stack([torch.from_numpy(cut.choices[group.axis].table) for group in analysis.family(name).groups])
         for name in families
     }
-
-
-def removed_at_zero(model: nn.Module, sites: Sequence[MaskSite], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that a plan's masks multiply, with the removed units at 0."""
-    values = {family: table.float() for family, table in kept.items()}
-    masks = InsertedMasks(model, sites, lambda family, layer: values[family][layer])
-    masks.remove()
-    return masks.folded({name: p.detach() for name, p in model.named_parameters()})
-
-
-def reconstruct_consumers(
-    model: nn.Module,
-    sites: Sequence[MaskSite],
-    kept: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    windows: Tensor,
-    progress: Count,
-) -> dict[str, Tensor]:
-    """``state`` with every consumer of a cut family fitted to the dense layer's outputs (``reconstruct``).
-
-    Args:
-        sites: where the families' masks go (``find_mask_sites``).
-        kept: family → kept units (``kept_units``).
-    """
-    inputs: dict[str, Tensor] = {}
-    for site in sites:
-        if site.where == "input":
-            flat = torch.cat([kept[site.family][site.layer].flatten(), torch.ones(1, dtype=torch.bool)])
-            name = site.weights[0][0]
-            inputs[name] = inputs.get(name, torch.tensor(True)) & flat[site.index]
-    return reconstruct(model.cpu(), inputs, state, windows, progress)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.cost.model import CostModel
-from mptk.io.evaluation import LogitsFn
+from mptk.io.evaluation import LogitsFn, Runs
 from mptk.io.models import Loaded
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
@@ -31,6 +31,7 @@ from mptk.ir.resolved_plan import Cut
 from mptk.progress import Count, Progress
 from mptk.run.settings import Settings
 from mptk.run.values import Checks, Context, Text, Witness, Written
+from mptk.runtime.staged import EXECUTOR, Executor
 from passes.targets.legalize import Candidate, LegalWidths, graph_widths
 from passes.transforms.insert_masks import MaskSite, disturbed, find_mask_sites
 from passes.transforms.masked_reference import mask
@@ -42,7 +43,7 @@ class Prepared:
     """A dense model, analysed, with the widths that the settings and the target allow.
 
     ``source``: the model as the user named it. ``candidates``: legal widths that meet the budget, none if a ``plan`` is
-    given; ``cut`` is that plan, resolved.
+    given; ``cut`` is that plan, resolved. ``executor`` runs its programs.
     """
 
     source: str
@@ -54,6 +55,7 @@ class Prepared:
     analysis: Analysis
     legal: LegalWidths
     cost: CostModel
+    executor: Executor = EXECUTOR
     candidates: tuple[Candidate, ...] = ()
     plan: Plan | None = None
     cut: Cut | None = None
@@ -235,12 +237,12 @@ class Task(Protocol):
         ...
 
     def bind(self, loaded: Loaded) -> Task:
-        """The task for this model.
-
-        Raises:
-            MptkError: the model lacks something, or does not compute what its class promises.
-        """
+        """The task for this model. Raises MptkError if the model lacks something."""
         return self
+
+    def check(self, loaded: Loaded, logits: LogitsFn) -> None:
+        """Raise MptkError if the model does not compute what its class promises."""
+        return None
 
     def windows(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Tensor:
         """``count`` windows to calibrate or train on, int64 [n, length].
@@ -270,7 +272,7 @@ class Task(Protocol):
         """A transformers module's logits, [batch, sequence, vocabulary]."""
         ...
 
-    def quality(self, runs: Mapping[str, LogitsFn], text: Text, progress: Progress) -> dict[str, Any]:
+    def quality(self, runs: Runs, text: Text, progress: Progress) -> dict[str, Any]:
         """Name → perplexity of each run, and ``protocol``: how it was measured."""
         ...
 

@@ -117,14 +117,18 @@ class Settings:
     writes). ``reconstruct``: fit the consumers to the dense layers' outputs (None: if the method does by itself).
     ``learning``: training with the method and after the cut. ``resume``: go on with an unfinished run.
 
-    What is written: ``target``. ``dtype``: type of the stored weights (``auto``: the checkpoint's own). ``rehome``: if
-    the model's config class refuses the cut, another class may hold it. ``onnx`` with ``logits``, ``quantize`` and
-    ``objective`` as in ``mptk.export``.
+    What is written: ``target``. ``dtype``: type of the stored weights (``auto``: the checkpoint's own).
+    ``max_shard_size``: bytes of the largest file of weights (None: 5 GB). ``rehome``: if the model's config class
+    refuses the cut, another class may hold it. ``onnx`` with ``logits``, ``quantize`` and ``objective`` as in
+    ``mptk.export``.
 
     What is measured: ``eval_windows`` windows of ``eval_length`` tokens of ``eval_data`` (None: of ``data``). Text that
     the model writes has at most ``samples`` windows of ``length`` tokens. The defaults cost no more than the rest of a
     one-shot run.
     ``proof_length``: tokens of the longest sequence that the proof may run, to go beyond the model's windows.
+
+    Where it is computed: ``device`` (``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps``, ``xpu``), with ``memory`` bytes
+    for weights and for values between stages (None: half of what is free).
 
     Raises:
         MptkError: an unknown objective or dtype, or milliseconds for another budget than latency.
@@ -159,6 +163,9 @@ class Settings:
     reconstruct: bool | None = None
     learning: Learning = field(default_factory=Learning)
     resume: bool = False
+    memory: int | None = None
+    device: str = "auto"
+    max_shard_size: int | None = None
     proof_length: int = 1024
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from mptk.io.models import Loaded
 from mptk.ir.passes import Log
+from mptk.ir.program import Program
 from mptk.progress import Progress
 from mptk.run.folder import RunFolder
 from passes.targets.stock.config import StockConfig
@@ -99,4 +100,4 @@ class Checks:
     """
 
     exact: tuple[Difference, ...] = ()
-    stages: Mapping[str, tuple[StageLogits, float]] = field(default_factory=dict)
+    stages: Mapping[str, tuple[Program | StageLogits, float]] = field(default_factory=dict)

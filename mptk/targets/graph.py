@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from mptk.errors import ProofError
 from mptk.ir.passes import Log
+from mptk.ir.weights import Weights
 from mptk.run.chain import Compiled, Target
 from mptk.run.values import Checks, Text
 from passes.verify import Difference, difference
@@ -36,26 +36,28 @@ class GraphTarget(Target):
 
     def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
         expected = in_stored_type(compiled.program.state, compiled.prepared.dtype)
-        return Checks((stored_weights(load_file(folder / WEIGHTS), expected),))
+        return Checks((stored_weights(Weights(load_file(folder / WEIGHTS)), expected),))
 
 
-def in_stored_type(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def in_stored_type(state: Weights, dtype: torch.dtype) -> Weights:
     """Weights by name in the type that they are stored in. Tensors that are no floating numbers keep theirs."""
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    floats = [name for name, like in state.likes.items() if like.is_floating_point()]
+    return state.changed(dict.fromkeys(floats, lambda tensor: tensor.to(dtype)))
 
 
-def stored_weights(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Difference:
-    """The worst difference between stored weights and those of the rewritten graph.
+def stored_weights(stored: Weights, expected: Weights) -> Difference:
+    """The worst difference between stored weights and those of the rewritten graph. One weight is in memory at a time.
 
     Raises:
         ProofError: a weight exists on one side only, or has another shape.
     """
     worst = Difference("stored weights", 0.0, 0.0, EXACT)
     for name in sorted(stored.keys() | expected.keys()):
-        if name not in stored or name not in expected or stored[name].shape != expected[name].shape:
+        if name not in stored or name not in expected or stored.like(name).shape != expected.like(name).shape:
             raise ProofError(f"the proof fails at 'stored weights': {name} is missing or of another shape; prune again")
-        if not stored[name].equal(expected[name]):
-            one, other = (tensor.float().flatten()[None, None] for tensor in (stored[name], expected[name]))
+        pair = stored[name], expected[name]
+        if not pair[0].equal(pair[1]):
+            one, other = (tensor.float().flatten()[None, None] for tensor in pair)
             found = difference("stored weights", one, other, EXACT)
             worst = found if not found.relative <= worst.relative else worst
     return worst

@@ -33,7 +33,7 @@ class OnnxTarget(Target):
         out = folder / FOLDER
         out.mkdir()
         try:
-            with replaced(prepared.loaded.model, compiled.analysis.program.state):
+            with replaced(prepared.loaded.whole(), compiled.analysis.program.state):
                 prepared.task.export(prepared, chosen.plan, text.calibration, out, log)
         except MptkError as error:
             out.rmdir()

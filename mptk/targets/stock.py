@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -11,18 +12,33 @@ from transformers import PreTrainedModel
 from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.checkpoint import portable
+from mptk.io.resident import Resident
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
+from mptk.ir.program import Program
 from mptk.run.chain import Compiled, Target
+from mptk.run.execution import STAGE
+from mptk.run.settings import Settings
 from mptk.run.values import Checks, Text, Written
 from mptk.targets.graph import in_stored_type, stored_weights
 from mptk.targets.stock_config import check_code, check_config
+from passes.frontend.trace import trace
 from passes.targets import legalize
 from passes.targets.legalize import LegalWidths, cut_shapes, graph_widths, stock_widths
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.emit import write_checkpoint
 from passes.targets.stock.rehome import find_home, logits_check, rehome
-from passes.verify import TOLERANCE
+from passes.verify import TOLERANCE, StageLogits
+
+SHARD = 5 * 10**9
+"""Bytes of the largest file of weights, if the user names none. One file is in memory at a time."""
+
+
+def shard_size(settings: Settings) -> int:
+    """Bytes of the largest file: as asked, or ``SHARD``, or what a named memory bound has room for."""
+    if settings.max_shard_size is not None:
+        return settings.max_shard_size
+    return SHARD if settings.memory is None else min(SHARD, int(STAGE * settings.memory))
 
 
 class StockTarget(Target):
@@ -73,7 +89,10 @@ class StockTarget(Target):
         loaded, written = compiled.prepared.loaded, compiled.written
         assert written is not None
         state = in_stored_type(compiled.program.state_dict(), compiled.prepared.dtype)
-        write_checkpoint(state, written.stock, loaded.model, loaded.tokenizer, folder, portable=portable)
+        shard = shard_size(compiled.prepared.settings)
+        write_checkpoint(
+            state, written.stock, loaded.model, loaded.tokenizer, folder, portable=portable, max_shard_size=shard
+        )
         return [written.note]
 
     def wrote(self, folder: Path) -> bool:
@@ -85,6 +104,12 @@ class StockTarget(Target):
         trust = compiled.prepared.settings.trust_remote_code
         check_code(loaded.path, folder)
         config = check_config(compiled.written, folder, trust)
-        reloaded = models.load(str(folder), trust_remote_code=trust).model
-        weights = stored_weights(reloaded.state_dict(), compiled.program.state_dict())
-        return Checks((config, weights), {"reloaded checkpoint": (lambda ids: task.logits(reloaded, ids), TOLERANCE)})
+        executor = compiled.prepared.executor
+        reloaded = models.open_weights(str(folder), Resident(0), trust_remote_code=trust)
+        assert reloaded.weights is not None
+        weights = stored_weights(reloaded.weights, compiled.program.state_dict())
+        if sum(like.nbytes for like in reloaded.weights.likes.values()) <= executor.stage:
+            run: Program | StageLogits = partial(task.logits, reloaded.whole())
+        else:  # stage by stage, as the class computes
+            run = reloaded.with_weights(trace(reloaded.model, dynamic=True))
+        return Checks((config, weights), {"reloaded checkpoint": (run, TOLERANCE)})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.io import models
 from mptk.io.models import Loaded
+from mptk.io.resident import Resident
 from mptk.plugins import with_plugins
 from mptk.run.chain import Task
 from mptk.tasks.causal_lm import CausalLM, wrong_kind
@@ -20,15 +22,15 @@ def tasks() -> dict[str, Task]:
     return with_plugins(TASKS, "mptk.tasks")
 
 
-def load_task(model: str, *, trust_remote_code: bool = False) -> tuple[Loaded, Task]:
-    """Load a model with the first task that takes it.
+def open_task(model: str, resident: Resident, *, trust_remote_code: bool = False) -> tuple[Loaded, Task]:
+    """Open a model (``models.open_weights``) with the first task that takes it.
 
     Raises:
         MptkError: as ``models.load``; or no task takes the model, which is checked before weights are read.
     """
     config = models.load_config(model, trust_remote_code=trust_remote_code)
     task = _find(model, config, models.classes_of(config))
-    loaded = models.load(model, trust_remote_code=trust_remote_code)
+    loaded = models.open_weights(model, resident, trust_remote_code=trust_remote_code)
     return loaded, task.bind(loaded)
 
 
@@ -59,5 +61,6 @@ def load_decoder(model: str, *, trust_remote_code: bool = False) -> Loaded:
     if reason is not None:
         raise wrong_kind(model, f"no {CAUSAL_LM.summary}: {reason}")
     loaded = models.load(model, trust_remote_code=trust_remote_code)
-    CAUSAL_LM.bind(loaded)
+    with torch.no_grad():
+        CAUSAL_LM.check(loaded, lambda ids: getattr(loaded.model(input_ids=ids), "logits", ids))
     return loaded

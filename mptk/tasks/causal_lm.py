@@ -1,12 +1,12 @@
 """causal_lm: models that predict the next token from the tokens before it.
 
-A model is recognised before weights are read, by classes that generate text. After loading, ``bind`` checks that its
-logits do not depend on later tokens.
+A model is recognised before weights are read, by classes that generate text. ``check`` then finds out whether its
+logits depend on later tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.errors import MptkError
-from mptk.io.evaluation import LogitsFn, perplexities
+from mptk.io.evaluation import LogitsFn, Runs, perplexities
 from mptk.io.models import Loaded
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
@@ -42,18 +42,14 @@ class CausalLM(Task):
             return f"{name} does not predict the next token"
         return None
 
-    @torch.no_grad()
-    def bind(self, loaded: Loaded) -> Task:
-        module = loaded.model
-        ids = torch.tensor([[1, 2], [1, 3]], device=module.device)
-        logits: Tensor | None = getattr(module(input_ids=ids), "logits", None)
-        name = type(module).__name__
-        if logits is None or logits.ndim != 3 or logits.shape[1] != 2:
+    def check(self, loaded: Loaded, logits: LogitsFn) -> None:
+        found = logits(torch.tensor([[1, 2], [1, 3]]))
+        name, vocabulary = type(loaded.model).__name__, loaded.model.config.get_text_config().vocab_size
+        if not isinstance(found, Tensor) or found.ndim != 3 or found.shape[1] != 2 or found.shape[2] < vocabulary:
             raise wrong_kind(loaded.source, f"no {self.summary}: {name} gives no logits for every token")
-        first = logits[:, 0].float()
+        first = found[:, 0].float()
         if (first[0] - first[1]).abs().max() > 1e-3 * first.abs().max():
             raise wrong_kind(loaded.source, f"no {self.summary}: {name} looks at later tokens")
-        return self
 
     def windows(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Tensor:
         return calibration_windows(loaded, settings, count, progress)
@@ -71,13 +67,13 @@ class CausalLM(Task):
         logits: Tensor = module(ids, use_cache=False).logits
         return logits
 
-    def quality(self, runs: Mapping[str, LogitsFn], text: Text, progress: Progress) -> dict[str, float | str]:
-        return perplexities(runs, text.evaluation, data=text.source, progress=progress)
+    def quality(self, runs: Runs, text: Text, progress: Progress) -> dict[str, float | str]:
+        return perplexities(runs, text.evaluation, data=text.source, progress=partial(progress, "perplexity"))
 
     def export(self, prepared: Prepared, plan: Plan, text: Tensor, folder: Path, log: Log) -> None:
         settings = prepared.settings
         export_decoder(
-            prepared.loaded.model,
+            prepared.loaded.whole(),
             folder,
             {"source": prepared.loaded.source},
             plan=plan,

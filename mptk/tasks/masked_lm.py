@@ -7,8 +7,8 @@ token, at the same positions for each model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from mptk.errors import MptkError
 from mptk.io import data
-from mptk.io.evaluation import LogitsFn
+from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
@@ -85,16 +85,15 @@ class MaskedLM(Task):
         return logits
 
     @torch.no_grad()
-    def quality(self, runs: Mapping[str, LogitsFn], text: Text, progress: Progress) -> dict[str, float | str]:
+    def quality(self, runs: Runs, text: Text, progress: Progress) -> dict[str, float | str]:
         windows = text.evaluation
         tokens = self.predicted(windows)
-        result: dict[str, float | str] = {}
-        for name, run in runs.items():
-            total = 0.0
-            for done, row in enumerate(windows.split(1), 1):
-                total += float(self.loss(run(self.inputs(row)), row))
-                progress(f"pseudo-perplexity ({name})", done, len(windows))
-            result[name] = round(math.exp(total / tokens), 4)
+        rows = windows.split(1)
+        totals: dict[str, float] = {}
+        say = partial(progress, "pseudo-perplexity")
+        for name, i, logits in runs([self.inputs(row) for row in rows], say):
+            totals[name] = totals.get(name, 0.0) + float(self.loss(logits, rows[i].to(logits.device)))
+        result: dict[str, float | str] = {n: round(math.exp(total / tokens), 4) for n, total in totals.items()}
         result["protocol"] = (
             f"{text.source}: pseudo-perplexity, {len(windows)} windows of {windows.shape[1]} tokens, one token in "
             f"{STRIDE} masked, {tokens:,} predicted"

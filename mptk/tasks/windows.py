@@ -13,7 +13,7 @@ from mptk.run.settings import Settings
 def calibration_windows(loaded: Loaded, settings: Settings, count: int, progress: Count) -> Tensor:
     """Up to ``count`` windows of the calibration text, int64 [n, length]. Errors are those of ``data.calibration``."""
     return data.calibration(
-        loaded.model,
+        loaded.whole() if settings.data == data.SELF else loaded.model,
         loaded.tokenizer,
         settings.data,
         count,

@@ -109,9 +109,9 @@ def _numbers(program: Program) -> dict[fx.Node, int]:
     weights = program.weights
     for node in program.graph.graph.nodes:
         if node.op == "placeholder" and node.name in weights and program.has_values:
-            tensor = program.state[weights[node.name]]
-            if tensor.numel() == 1 and not tensor.is_floating_point() and not tensor.is_complex():
-                found[node] = int(tensor.item())
+            like = program.state.like(weights[node.name])
+            if like.numel() == 1 and not like.is_floating_point() and not like.is_complex():
+                found[node] = int(program.state[weights[node.name]].item())
         elif node.op == "call_function" and _name(node) in _MADE:
             found.update((node, a) for a in node.args if type(a) is int)
         elif len(node.all_input_nodes) == 1 and node.all_input_nodes[0] in found and _name(node) in _KEPT:

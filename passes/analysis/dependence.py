@@ -61,7 +61,7 @@ def _is_weight(program: Program, spec: InputSpec) -> bool:
     """Whether an input is a parameter or a saved floating-point buffer."""
     if spec.kind is InputKind.PARAMETER:
         return True
-    weight = program.state[program.weights[spec.arg.name]] if spec.kind is InputKind.BUFFER else None
+    weight = program.state.like(program.weights[spec.arg.name]) if spec.kind is InputKind.BUFFER else None
     return weight is not None and bool(spec.persistent) and weight.is_floating_point()
 
 

@@ -17,6 +17,7 @@ from transformers.utils.generic import ModelOutput
 from mptk.compat.torch import FakeTensorMode, tree_leaves
 from mptk.errors import MptkError
 from mptk.ir.program import Program
+from mptk.ir.weights import Weights
 from passes.frontend.inline import inline
 
 BATCH, SEQUENCE = 2, 7
@@ -159,7 +160,7 @@ def program_from_exported(exported: ExportedProgram, wrapper: nn.Module) -> Prog
         owner = first.setdefault(id(named[name]), name)
         if owner != name:
             aliases[_public(name)] = _public(owner)
-    state = {_public(spec.target): weights[spec.target] for spec in specs if _public(spec.target) not in aliases}
+    state = Weights({_public(s.target): weights[s.target] for s in specs if _public(s.target) not in aliases})
     return Program(graph, _public_signature(exported.graph_signature), state, aliases, exported)
 
 

@@ -17,9 +17,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
-from torch import fx
+from torch import Tensor, fx
 
 from mptk.ir.axes import leaves
 from mptk.ir.families import Analysis, Family
@@ -27,6 +28,7 @@ from mptk.ir.ops import base_name, named_argument, target_name
 from mptk.ir.passes import Pass, Result, shapes
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
+from mptk.ir.weights import Change
 from passes.transforms.rewrite import scale_of
 
 CASTS = frozenset({"to", "_to_copy", "type_as"})
@@ -67,25 +69,30 @@ class FoldNorms(Pass):
     def run(self, program: Program) -> Folded:
         graph = program.copy_graph()
         copied = replace(program, graph=graph)
-        state = dict(program.state)
+        folded: dict[str, Change] = {}
         epsilons: dict[float, float] = {}
         found = _foldable(copied, (n for n in graph.graph.nodes if scale_of(n) is not None))
         for weight, norms in found.items():
             factor = _factor(norms[0])
             offset = norms[0].offset
             name = program.weights[weight.name]
-            state[name] = ((state[name].float() + offset) * factor - offset).to(state[name].dtype)
+            folded[name] = partial(_scaled, factor=factor, offset=offset)
             for norm in norms:
                 old, new = _shrink_epsilon(norm)
                 epsilons[old] = new
                 graph.graph.erase_node(norm.root)
         graph.recompile()
         notes = [f"epsilon {old:g} → {new:g}" for old, new in epsilons.items()]
-        return Folded(replace(copied, state=state), bool(found), tuple(notes), epsilons=epsilons)
+        result = replace(copied, state=program.state.changed(folded))
+        return Folded(result, bool(found), tuple(notes), epsilons=epsilons)
 
     def ensures(self, before: Program, after: Program) -> None:
         """The weights have the same names and shapes."""
         assert shapes(after) == shapes(before), "a weight has another shape"
+
+
+def _scaled(weight: Tensor, factor: float, offset: float) -> Tensor:
+    return ((weight.float() + offset) * factor - offset).to(weight.dtype)
 
 
 def unfoldable(analysis: Analysis, family: Family) -> str | None:

@@ -59,12 +59,12 @@ class Mask(Pass):
 
     def _mask_weight(self, graph: fx.GraphModule, node: fx.Node, name: str, program: Program) -> None:
         """Multiply a weight by its mask where it is first used, so that the product is freed after its last use."""
-        dims, weight = self.analysis.weights.get(name, ()), program.state[name]
+        dims, weight = self.analysis.weights.get(name, ()), program.state.like(name)
         touched = [d for d, term in enumerate(dims) if self.cut.touches(term)]
         if not touched or not node.users or not weight.is_floating_point():
             return
         keep = f"{node.name}_keep"
-        graph.register_buffer(keep, keep_along(self.cut, dims, touched).to(weight.device), persistent=False)
+        graph.register_buffer(keep, keep_along(self.cut, dims, touched), persistent=False)
         with graph.graph.inserting_before(min(node.users)):
             product = graph.graph.call_function(torch.ops.aten.mul.Tensor, (node, graph.graph.get_attr(keep)))
         product.meta["val"] = node.meta["val"]

@@ -32,7 +32,8 @@ class Retype(Pass):
                 given = (node.args, node.kwargs)
                 node.args, node.kwargs = fx.node.map_aggregate(given, lambda a: _retyped(a, self.dtype))
         graph.recompile()
-        state = {n: t.to(self.dtype) if t.is_floating_point() else t for n, t in program.state.items()}
+        floats = [n for n, like in program.state.likes.items() if like.is_floating_point()]
+        state = program.state.changed(dict.fromkeys(floats, lambda t: t.to(self.dtype)))
         return Result(replace(program, graph=graph, state=state), _asks_for(program) != {self.dtype})
 
     def ensures(self, before: Program, after: Program) -> None:
@@ -42,7 +43,7 @@ class Retype(Pass):
 
 def _asks_for(program: Program) -> set[torch.dtype]:
     """The floating types of the weights and of the calls' arguments."""
-    found = {t.dtype for t in program.state.values()}
+    found = {like.dtype for like in program.state.likes.values()}
     for node in program.graph.graph.nodes:
         for given in tree_leaves((node.args, node.kwargs)):
             if isinstance(given, torch.dtype):

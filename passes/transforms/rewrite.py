@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -55,13 +56,15 @@ class Rewrite(Pass):
     def run(self, program: Program) -> Result:
         resizer = Resizer(self.analysis.facts, self.cut, program.copy_graph())
         resizer.run()
-        state = {
-            name: self.cut.slice(tensor, self.analysis.weights[name]) if name in self.analysis.weights else tensor
-            for name, tensor in program.state.items()
+        cut = {
+            name: partial(self.cut.slice, dims=dims)
+            for name, dims in self.analysis.weights.items()
+            if any(map(self.cut.touches, dims))
         }
+        state = program.state.changed(cut)
         result = replace(program, graph=resizer.graph, state=state)
         propagate_shapes(result, resizer.untouched(), resizer.cut_caches())
-        sliced = sum(tensor.shape != state[name].shape for name, tensor in program.state.items())
+        sliced = sum(like.shape != state.like(name).shape for name, like in program.state.likes.items())
         return Result(result, self.cut.removes, (f"{sliced} weights sliced",) if sliced else ())
 
     def ensures(self, before: Program, after: Program) -> None:
@@ -258,7 +261,7 @@ def propagate_shapes(program: Program, untouched: Collection[str] = (), changed:
     weights = program.weights
     unchanged: set[fx.Node] = set()
     for node in placeholders:
-        tensor = program.state[weights[node.name]] if node.name in weights else None
+        tensor = program.state.like(weights[node.name]) if node.name in weights else None
         if tensor is None:
             unchanged.update(() if node.name in changed else (node,))
         elif tensor.shape == node.meta["val"].shape:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -19,16 +21,18 @@ class RoundWeights(Pass):
     name: ClassVar[str] = "round weights"
 
     def run(self, program: Program) -> Result:
-        generator = torch.Generator().manual_seed(0)
-
-        def jittered(weight: Tensor) -> Tensor:
-            noise = torch.randn(weight.shape, generator=generator).to(weight)
-            return weight * (1 + torch.finfo(weight.dtype).eps * noise)
-
-        moved = {n: jittered(t) for n, t in program.state.items() if t.is_floating_point()}
-        return Result(program.with_state(moved), bool(moved))
+        floats = [name for name, like in program.state.likes.items() if like.is_floating_point()]
+        moved = program.state.changed({name: partial(_jittered, seed=zlib.crc32(name.encode())) for name in floats})
+        return Result(replace(program, state=moved), bool(floats))
 
     def ensures(self, before: Program, after: Program) -> None:
         """The weights have the same names, shapes and types."""
-        kinds = [{n: (t.shape, t.dtype) for n, t in program.state.items()} for program in (before, after)]
+        kinds = [{n: (like.shape, like.dtype) for n, like in p.state.likes.items()} for p in (before, after)]
         assert kinds[0] == kinds[1], "a weight has another shape or type"
+
+
+def _jittered(weight: Tensor, seed: int) -> Tensor:
+    if weight.is_meta:
+        return weight
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)).to(weight)
+    return weight * (1 + torch.finfo(weight.dtype).eps * noise)

@@ -6,6 +6,7 @@ The program computes as before, in the type of its tensors, with numbers that a 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -24,18 +25,18 @@ class Store(Pass):
     name: ClassVar[str] = "store"
 
     def run(self, program: Program) -> Result:
-        held = program.state_dict().keys()  # constants, as rotary frequencies, are not in a checkpoint
-        state = {n: stored(t, self.dtype) if n in held else t for n, t in program.state.items()}
-        rounded = sum(tensor is not state[name] for name, tensor in program.state.items())
-        if not rounded:
+        held = program.state_dict().likes  # constants, as rotary frequencies, are not in a checkpoint
+        wider = [name for name, like in held.items() if is_wider(like, self.dtype) and name in program.state]
+        if not wider:
             return Result(program, False)
-        return Result(replace(program, state=state), True, (f"{rounded} weights rounded",))
+        state = program.state.changed(dict.fromkeys(wider, partial(stored, dtype=self.dtype)))
+        return Result(replace(program, state=state), True, (f"{len(wider)} weights rounded",))
 
     def ensures(self, before: Program, after: Program) -> None:
         """The weights have the same names, shapes and types."""
         assert shapes(after) == shapes(before), "a weight has another shape"
-        for name, tensor in after.state.items():
-            assert tensor.dtype == before.state[name].dtype, f"{name} has another type"
+        for name, like in after.state.likes.items():
+            assert like.dtype == before.state.like(name).dtype, f"{name} has another type"
 
 
 def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,9 +45,14 @@ def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         MptkError: a finite number is too large for ``dtype``.
     """
-    if not tensor.is_floating_point() or tensor.is_meta or torch.finfo(tensor.dtype).bits <= torch.finfo(dtype).bits:
+    if tensor.is_meta or not is_wider(tensor, dtype):
         return tensor
     rounded = tensor.detach().to(dtype).to(tensor.dtype)
     if not rounded.isfinite().all() and tensor.isfinite().all():
         raise MptkError(f"a weight is larger than {dtype} can hold; use --dtype bfloat16 or float32")
     return tensor if torch.equal(rounded, tensor) else rounded
+
+
+def is_wider(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor's floating type has more bits than ``dtype``."""
+    return tensor.is_floating_point() and torch.finfo(tensor.dtype).bits > torch.finfo(dtype).bits

@@ -23,6 +23,7 @@ from mptk.methods.criteria.observe import activations, find_sites, gradients
 from mptk.plugins import find, with_plugins
 from mptk.progress import Count
 from mptk.run.chain import Task
+from mptk.runtime.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
 
 CRITERIA: dict[str, Criterion] = {
@@ -93,11 +94,12 @@ def gather(
     seed: int = 0,
     objective: Task = CAUSAL_LM,
     progress: Count | None = None,
+    executor: Executor = EXECUTOR,
 ) -> Evidence:
     """Run the program on ``windows`` and keep what criterion ``name`` needs to score ``families``.
 
-    ``compensate`` takes the evidence's ``observations``, too. Gradients are those of the loss of ``objective``. Other
-    arguments and errors are those of ``score``.
+    ``compensate`` takes the evidence's ``observations``, too. Gradients are those of the loss of ``objective``.
+    ``executor`` runs it. Other arguments and errors are those of ``score``.
     """
     needs = find_criterion(name).needs
     if not analysis.program.has_values:
@@ -113,10 +115,12 @@ def gather(
     groups = [g for f in _families(analysis, families) for g in f.groups]
     if needs == "gradients":
         names = dict.fromkeys(m.weight for g in groups for m in g.members)
-        return Evidence(analysis, seed, gradients=gradients(analysis.program, names, windows, objective, progress))
+        found = gradients(analysis.program, names, windows, objective, progress, executor)
+        return Evidence(analysis, seed, gradients=found)
     sites = find_sites(analysis)
     used = dict.fromkeys(site for g in groups for site, _ in uses(sites, g))
-    return Evidence(analysis, seed, observations=activations(analysis, list(used), objective.inputs(windows), progress))
+    seen = activations(analysis, list(used), objective.inputs(windows), progress, executor)
+    return Evidence(analysis, seed, observations=seen)
 
 
 def score_evidence(evidence: Evidence, name: str, families: Sequence[str] | None = None) -> Scores:

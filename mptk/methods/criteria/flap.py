@@ -68,8 +68,8 @@ def compensate(analysis: Analysis, cut: Cut, observations: Mapping[Site, Observa
 
 def _lost(cut: Cut, seen: Observation, dim: int) -> Tensor:
     """Σ_{j removed} W_ij · mean(x_j), by output position i: [outputs]."""
-    removed = ~cut.mask_tensor(seen.site.weight_dims).to(seen.weight.device)
-    lost = seen.weight.float() * seen.mean * removed
+    mean = seen.mean
+    lost = seen.weight.float() * mean * ~cut.mask_tensor(seen.site.weight_dims).to(mean.device)
     return lost.sum([d for d in range(lost.ndim) if d != dim])
 
 

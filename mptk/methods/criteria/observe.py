@@ -6,8 +6,9 @@ transposed layers and packed experts need no special case, and a weight that is 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +21,7 @@ from mptk.ir.ops import named_argument
 from mptk.ir.program import Program
 from mptk.progress import Count
 from mptk.run.chain import Task
+from mptk.runtime.staged import EXECUTOR, Executor
 
 OBSERVED_TOKENS = 2048
 """Tokens in a forward batch. It bounds memory and changes results by rounding only."""
@@ -74,11 +76,16 @@ class Moments:
 
 @dataclass(frozen=True)
 class Observation:
-    """The moments at a site. Properties broadcast against ``weight``, the weight operand as the op received it."""
+    """The moments at a site. Properties broadcast against ``weight``, the weight operand as the op receives it."""
 
     site: Site
-    weight: Tensor
+    program: Program = field(repr=False)
     moments: Moments = field(repr=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight operand, on the device of the moments; made at each request."""
+        return weight_value(self.program, self.site.weight).to(self.moments.mean.device)
 
     @property
     def norm(self) -> Tensor:
@@ -99,8 +106,18 @@ class Observation:
         """[*shared, K] → the weight's dimensions in order, with size 1 for those that are not in ``values``."""
         dims = [*(w for _, w in self.site.shared), self.site.weight_dim]
         values = values.float().permute([dims.index(d) for d in sorted(dims)])
-        shape = [self.weight.shape[d] if d in dims else 1 for d in range(self.weight.ndim)]
-        return values.reshape(shape)
+        sizes = iter(values.shape)
+        return values.reshape([next(sizes) if d in dims else 1 for d in range(len(self.site.weight_dims))])
+
+
+def weight_value(program: Program, node: fx.Node) -> Tensor:
+    """The value of a node that is made of weights alone."""
+    if node.op == "placeholder":
+        return program.state[program.weights[node.name]]
+    assert callable(node.target)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: weight_value(program, source))
+    value: Tensor = node.target(*args, **kwargs)
+    return value
 
 
 def find_sites(analysis: Analysis) -> list[Site]:
@@ -138,31 +155,40 @@ def _shared(
 
 
 def activations(
-    analysis: Analysis, sites: Sequence[Site], windows: Tensor, progress: Count | None = None
+    analysis: Analysis,
+    sites: Sequence[Site],
+    windows: Tensor,
+    progress: Count | None = None,
+    executor: Executor = EXECUTOR,
 ) -> dict[Site, Observation]:
     """Run the program on token ids ``windows`` [n, length] and return the moments of x at each site.
 
-    Batches run one at a time and only running sums [*shared, K] are kept. Nodes after the last site (usually the output
-    layer) are not computed.
+    Only running sums [*shared, K] are kept. What follows the last site (usually the output layer) is not computed.
 
     Raises:
         MptkError: the program was traced for another size of input.
     """
-    seen = _Observed(analysis.program, sites)
-    for batch, done in batches(analysis.program, windows, OBSERVED_TOKENS):
-        with torch.no_grad():
-            seen.see(analysis.program.arguments(batch))
-        if progress is not None:
-            progress(done, len(windows))
-    return {site: Observation(site, seen.weights[site], seen.moments[site.stream]) for site in sites}
+    moments: dict[Stream, Moments] = {}
+
+    def see(stream: Stream, x: Tensor, ends: Tensor | None = None) -> None:
+        seen = moments_of(x, stream[1], stream[2], ends)
+        moments[stream] = seen if stream not in moments else moments[stream].merge(seen)
+
+    streams = dict.fromkeys(site.stream for site in sites)
+    watches = [((s[0],) if s[3] is None else (s[0], s[3]), partial(see, s)) for s in streams]
+    executor.watch(analysis.program, batches(analysis.program, windows, OBSERVED_TOKENS), watches, progress)
+    return {site: Observation(site, analysis.program, moments[site.stream]) for site in sites}
 
 
-def batches(program: Program, windows: Tensor, tokens: int) -> Iterator[tuple[Tensor, int]]:
-    """Batches of about ``tokens`` tokens, at least one window each, with the number of windows done after each."""
-    device = next(iter(program.state.values())).device
+def batches(program: Program, windows: Tensor, tokens: int) -> list[tuple[Tensor]]:
+    """Windows in batches of about ``tokens`` tokens, at least one window each.
+
+    Raises:
+        MptkError: the program was traced for another size of input.
+    """
     example = next(n for n in program.placeholders() if n.name in program.user_inputs).meta["val"]
-    done = 0
-    for batch in windows.split(max(1, tokens // windows.shape[1])):
+    found = windows.split(max(1, tokens // windows.shape[1]))
+    for batch in found:
         fits = example.ndim == 2 and all(
             isinstance(size, torch.SymInt) or size == actual
             for size, actual in zip(example.shape, batch.shape, strict=True)
@@ -172,40 +198,7 @@ def batches(program: Program, windows: Tensor, tokens: int) -> Iterator[tuple[Te
                 f"the program was traced for inputs {list(example.shape)} and calibration has {list(batch.shape)}; "
                 "trace the model with dynamic=True"
             )
-        done += len(batch)
-        yield batch.to(device), done
-
-
-class _Observed(fx.Interpreter):
-    """Runs a graph and merges the moments of each site's activation when it reaches the site."""
-
-    def __init__(self, program: Program, sites: Sequence[Site]) -> None:
-        super().__init__(program.graph)
-        self.sites: dict[fx.Node, list[Site]] = {}
-        for site in sites:
-            self.sites.setdefault(site.node, []).append(site)
-        nodes = list(program.graph.graph.nodes)
-        last = max((i for i, n in enumerate(nodes) if n in self.sites), default=0)
-        self.unneeded = set(nodes[last:])
-        self.batch: dict[Stream, Moments] = {}
-        self.moments: dict[Stream, Moments] = {}
-        self.weights: dict[Site, Tensor] = {}
-
-    def see(self, arguments: Sequence[Tensor]) -> None:
-        """Run the graph on a batch and merge its moments."""
-        self.batch.clear()
-        self.run(*arguments)
-        for stream, moments in self.batch.items():
-            before = self.moments.get(stream)
-            self.moments[stream] = moments if before is None else before.merge(moments)
-
-    def run_node(self, n: fx.Node) -> object:
-        for site in self.sites.get(n, ()):
-            self.weights.setdefault(site, self.env[site.weight])
-            if site.stream not in self.batch:
-                ends = None if site.ends is None else self.env[site.ends]
-                self.batch[site.stream] = moments_of(self.env[site.x], site.x_dim, [d for d, _ in site.shared], ends)
-        return None if n in self.unneeded else super().run_node(n)
+    return [(batch,) for batch in found]
 
 
 def moments_of(x: Tensor, dim: int, shared: Sequence[int], ends: Tensor | None = None) -> Moments:
@@ -239,27 +232,28 @@ def _routed_moments(x: Tensor, ends: Tensor) -> Moments:
 
 
 def gradients(
-    program: Program, names: Collection[str], windows: Tensor, objective: Task, progress: Count | None = None
+    program: Program,
+    names: Collection[str],
+    windows: Tensor,
+    objective: Task,
+    progress: Count | None = None,
+    executor: Executor = EXECUTOR,
 ) -> Mapping[str, Tensor]:
     """Gradient of the mean loss of ``objective`` on ``windows`` [n, length], for each weight of ``names``.
-
-    Gradients are accumulated over batches. Memory: the gradients of the weights, and the activations of one batch.
 
     Raises:
         MptkError: the program gives no logits [batch, length, vocab], or was traced for another size of input.
     """
-    leaf = {name: program.state[name].detach().requires_grad_() for name in names}
-    trainable = program.with_state(leaf)
     predicted = objective.predicted(windows)
-    for batch, done in batches(program, windows, GRADIENT_TOKENS):
-        with torch.enable_grad():
-            logits = trainable(objective.inputs(batch))
-            if not isinstance(logits, Tensor) or logits.shape[:2] != batch.shape or logits.ndim != 3 or not predicted:
-                raise MptkError(
-                    "the gradient of a language model's loss needs logits [batch, length, vocab] and windows of 2 or "
-                    "more tokens; use magnitude or random for other models"
-                )
-            (objective.loss(logits, batch) / predicted).backward()
-        if progress is not None:
-            progress(done, len(windows))
-    return {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in leaf.items()}
+    targets = [batch for (batch,) in batches(program, windows, GRADIENT_TOKENS)]
+
+    def loss(logits: Tensor, i: int) -> Tensor:
+        ids = targets[i].to(executor.device)
+        if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape or logits.ndim != 3 or not predicted:
+            raise MptkError(
+                "the gradient of a language model's loss needs logits [batch, length, vocab] and windows of 2 or "
+                "more tokens; use magnitude or random for other models"
+            )
+        return objective.loss(logits, ids) / predicted
+
+    return executor.gradients(program, names, [(objective.inputs(ids),) for ids in targets], loss, progress)

@@ -16,6 +16,7 @@ from mptk.errors import MptkError
 from mptk.files import json_text
 from mptk.io.checkpoint import portable, save_tokenizer
 from mptk.io.publish import publish
+from mptk.ir.weights import Weights
 from passes.targets.stock.config import StockConfig
 
 
@@ -40,7 +41,7 @@ def write_checkpoint(
     folder: Path,
     *,
     portable: Callable[[Mapping[str, object]], dict[str, object]] = portable,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Write config, generation config, weights (safetensors) and tokenizer into the existing ``folder``.
 
@@ -56,7 +57,8 @@ def write_checkpoint(
     Raises:
         MptkError: ``state`` has other names or shapes than the stock class, or its tied weights differ.
     """
-    dtype = next((t.dtype for name in state if (t := state[name]).is_floating_point()), torch.float32)
+    likes = state.likes if isinstance(state, Weights) else state
+    dtype = next((t.dtype for name in likes if (t := likes[name]).is_floating_point()), torch.float32)
     shell = _shell(stock, dtype)
     weights = _CheckedState(state, {name: tuple(t.shape) for name, t in shell.state_dict().items()})
     _check_tied(shell, state)
@@ -87,10 +89,16 @@ def _check_tied(shell: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
     first: dict[int, str] = {}
     for name, parameter in shell.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
-        if other != name and not torch.equal(state[name], state[other]):
+        if other != name and not _same(state, name, other):
             raise MptkError(
                 f"{name} and {other} are one weight in the stock class but differ; untie them in the config"
             )
+
+
+def _same(state: Mapping[str, Tensor], name: str, other: str) -> bool:
+    if isinstance(state, Weights) and state.entry(name) is state.entry(other):
+        return True
+    return torch.equal(state[name], state[other])
 
 
 class _CheckedState(Mapping[str, Tensor]):

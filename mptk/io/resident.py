@@ -1,0 +1,58 @@
+"""resident: what stays in memory of weights that are read from files when a stage needs them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+from safetensors import safe_open
+from torch import Tensor
+
+from mptk.ir.weights import Lazy
+
+SHARE = 0.5
+"""Share of the free memory that is used if the user names no bound."""
+
+
+class Resident:
+    """Tensors that were read, up to ``bound`` bytes in all. The one that was not used for longest goes first."""
+
+    def __init__(self, bound: int) -> None:
+        self.bound = bound
+        self._tensors: OrderedDict[str, Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, name: str, read: Callable[[], Tensor]) -> Tensor:
+        """The tensor, from memory or by ``read``."""
+        if name in self._tensors:
+            self._tensors.move_to_end(name)
+            return self._tensors[name]
+        tensor = read()
+        self._tensors[name] = tensor
+        self._bytes += tensor.nbytes
+        while self._bytes > self.bound:
+            self._bytes -= self._tensors.popitem(last=False)[1].nbytes
+        return tensor
+
+
+def stored_weight(file: Path, key: str, like: Tensor, resident: Resident) -> Lazy:
+    """The tensor ``key`` of a safetensors file, in the type of ``like``."""
+
+    def read() -> Tensor:
+        with safe_open(file, "pt") as opened:  # each tensor has a mapping of its own, which is closed with it
+            tensor: Tensor = opened.get_tensor(key)
+        return tensor.to(like.dtype)
+
+    return Lazy(like, lambda: resident.get(f"{file}|{key}", read))
+
+
+def free_memory() -> int:
+    """Bytes of this machine's memory that a process can still have."""
+    return int(psutil.virtual_memory().available)
+
+
+def memory_bound(asked: int | None) -> int:
+    """Bytes that weights and intermediate values may take: those that the user named, or a share of the free memory."""
+    return asked if asked is not None else int(SHARE * free_memory())

@@ -1,0 +1,90 @@
+"""weights: tensors by name that need not be in memory. A pass describes new weights; they are made when one asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mptk.compat.torch import FakeTensor
+
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A weight that ``make`` reads or computes at each request. ``like``: its shape and type, on the meta device."""
+
+    like: Tensor
+    make: Callable[[], Tensor]
+
+
+class Weights(Mapping[str, Tensor]):
+    """Weights by name. ``weights[name]`` makes a lazy one; nothing keeps it."""
+
+    def __init__(self, entries: Mapping[str, Tensor | Lazy]) -> None:
+        self._entries = {name: _entry(entries, name) for name in entries}
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        return entry.make() if isinstance(entry, Lazy) else entry
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def entry(self, name: str) -> Tensor | Lazy:
+        """The tensor, or how it is made."""
+        return self._entries[name]
+
+    def like(self, name: str) -> Tensor:
+        """A tensor of this weight's shape and type: itself if it is in memory, else one on the meta device."""
+        entry = self._entries[name]
+        return entry.like if isinstance(entry, Lazy) else entry
+
+    @property
+    def likes(self) -> dict[str, Tensor]:
+        """``like`` of every weight."""
+        return {name: self.like(name) for name in self._entries}
+
+    @property
+    def real(self) -> bool:
+        """Whether the numbers are there, in memory or to be made: no weight is a fake tensor or on the meta device."""
+        return not any(isinstance(e, Tensor) and _is_empty(e) for e in self._entries.values())
+
+    def updated(self, changes: Mapping[str, Tensor | Lazy]) -> Weights:
+        """These weights with others in the place of some; lazy ones of ``changes`` stay lazy."""
+        return Weights({**self._entries, **{name: _entry(changes, name) for name in changes}})
+
+    def selected(self, names: Mapping[str, str]) -> Weights:
+        """A selection under other names: new name → name."""
+        return Weights({new: self._entries[name] for new, name in names.items()})
+
+    def changed(self, changes: Mapping[str, Change]) -> Weights:
+        """These weights, each passed through its change when it is asked for.
+
+        A change must also take a tensor on the meta device, for its shape and type.
+        """
+        return self.updated({name: _changed(self._entries[name], change) for name, change in changes.items()})
+
+
+def _entry(entries: Mapping[str, Tensor | Lazy], name: str) -> Tensor | Lazy:
+    return entries.entry(name) if isinstance(entries, Weights) else entries[name]
+
+
+def _changed(entry: Tensor | Lazy, change: Change) -> Tensor | Lazy:
+    if isinstance(entry, Lazy):
+        return Lazy(change(entry.like), lambda: change(entry.make()))
+    if _is_empty(entry):
+        return change(entry)
+    return Lazy(change(entry.to("meta")), lambda: change(entry))
+
+
+def _is_empty(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) or tensor.is_meta

@@ -1,0 +1,239 @@
+"""partition: cut a program's graph into stages where few values are alive, without knowledge of architectures.
+
+In a transformer these places are the residual stream between blocks. A value that depends on weights and constants
+alone is made again in each stage that uses it, so it never crosses a border.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, fx
+
+from mptk.compat.torch import schema, size_hint, tree_leaves
+from mptk.ir.program import Program
+
+Wanted = Sequence[tuple[fx.Node, ...]]
+"""Values that are read together, each group as soon as its last value is there."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a graph.
+
+    ``nodes``: its calls in order. ``weights``: the placeholders that they read. ``inputs``: values of earlier stages
+    that are used here or later. ``outputs``: values that are used later. ``dead``: call → values not used after it.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    weights: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    dead: Mapping[fx.Node, tuple[fx.Node, ...]]
+
+
+class _Bound:
+    """Calls of a graph that share a state: writes into a tensor through its views, and levels of ``torch.vmap``."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.writes = {node: _storage(node) for node in graph.nodes if _writes(node)}
+        self.levels = _levels(graph)
+        self.stateful = {*self.writes.values(), *(node for level in self.levels for node in level)}
+
+    def needed(self, wanted: Iterable[fx.Node]) -> set[fx.Node]:
+        """``wanted``, what they are made of, and what writes into that."""
+        found = _ancestors(wanted)
+        while True:
+            more = {write for write, storage in self.writes.items() if storage in found}
+            more |= {node for level in self.levels if not found.isdisjoint(level) for node in level}
+            if more <= found:
+                return found
+            found |= _ancestors(more)
+
+    def spans(self, made: Mapping[fx.Node, int]) -> list[tuple[int, int]]:
+        """Positions (first, end) of calls after which there can be no border."""
+        groups = [(storage, write) for write, storage in self.writes.items() if write in made]
+        groups += [(level[0], level[-1]) for level in self.levels if level[-1] in made]
+        return [(max(made.get(first, 0), 0), made[last]) for first, last in groups]
+
+
+class Flow:
+    """The calls that the wanted values of a program need, in order, and how long each value is alive.
+
+    ``wanted``: none if it is the program's result, which is alive to the end.
+    """
+
+    def __init__(self, program: Program, wanted: Wanted = ()) -> None:
+        self.program, self._weights = program, program.weights
+        graph = program.graph.graph
+        result = tuple(graph.output_node().all_input_nodes)
+        bound = _Bound(graph)
+        needed = bound.needed(node for group in wanted or [result] for node in group)
+        self.made: dict[fx.Node, int] = {}
+        """Value that depends on an input → the position of its call in ``calls``; −1 for the inputs themselves."""
+        self.calls: list[fx.Node] = []
+        self.fixed: list[fx.Node] = []
+        """Calls that depend on no input."""
+        for node in graph.nodes:
+            if node not in needed or node.name in self._weights:
+                continue
+            if node.op == "placeholder":
+                self.made[node] = -1
+            elif node in bound.stateful or any(source in self.made for source in node.all_input_nodes):
+                self.made[node] = len(self.calls)
+                self.calls.append(node)
+            else:
+                self.fixed.append(node)
+        self.result = () if wanted else result
+        self.last = self._last_uses(wanted)
+        self.uncut = bound.spans(self.made)
+
+    def _last_uses(self, wanted: Wanted) -> dict[fx.Node, int]:
+        last = {value: max((self.made.get(user, -1) for user in value.users), default=-1) for value in self.made}
+        for group in wanted:
+            there = max(self.made[value] for value in group)
+            last.update((value, max(last[value], there)) for value in group)
+        last.update((value, len(self.calls)) for value in self.result if value in self.made)
+        return last
+
+    def alive(self) -> list[float]:
+        """Bytes that are alive after each call, in the sizes of the trace; infinite if no border may be there."""
+        change: list[float] = [0] * (len(self.calls) + 1)
+        for value, made in self.made.items():
+            size = _size(value)
+            change[max(made, 0)] += size
+            change[min(self.last[value], len(self.calls))] -= size
+        alive = list(accumulate(change[:-1]))
+        for start, end in self.uncut:
+            alive[start:end] = [math.inf] * (end - start)
+        return alive
+
+    def weights_of(self, calls: Iterable[fx.Node]) -> dict[fx.Node, None]:
+        """The weights that calls read, also through fixed calls."""
+        return {n: None for n in self._fixed_sources(calls) if n.op == "placeholder"}
+
+    def _fixed_sources(self, calls: Iterable[fx.Node]) -> set[fx.Node]:
+        """Weights and fixed calls behind the arguments of calls."""
+        return _ancestors(s for call in calls for s in call.all_input_nodes if s not in self.made)
+
+    def stage(self, start: int, end: int) -> Stage:
+        """The stage of calls ``start`` to ``end`` − 1."""
+        own = self.calls[start:end]
+        is_last = end == len(self.calls)
+        sources = self._fixed_sources(own)
+        if is_last:
+            sources |= _ancestors(value for value in self.result if value not in self.made)
+        fixed = [node for node in self.fixed if node in sources]
+        nodes = [*fixed, *own]
+        last_here = {source: node for node in nodes for source in node.all_input_nodes}
+        dead: dict[fx.Node, list[fx.Node]] = {}
+        for value in fixed:
+            if value not in self.result and value in last_here:
+                dead.setdefault(last_here[value], []).append(value)
+        for value, last in self.last.items():
+            if start <= (place := max(last, self.made[value])) < end:
+                dead.setdefault(self.calls[place], []).append(value)
+        return Stage(
+            nodes=tuple(nodes),
+            weights=tuple(n for n in sources if n.op == "placeholder"),
+            inputs=tuple(v for v, made in self.made.items() if made < start and (self.last[v] >= start or not start)),
+            outputs=tuple(v for v, made in self.made.items() if made < end and self.last[v] >= end),
+            dead={node: tuple(values) for node, values in dead.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The last calls, by name, of all stages but the last. Programs that were made from one program share them."""
+
+    ends: tuple[str, ...]
+
+    def stages(self, flow: Flow) -> list[Stage]:
+        """The stages of a flow. A call that the partitioned graph does not have belongs to the stage around it."""
+        place = {node.name: i + 1 for i, node in enumerate(flow.calls)}
+        borders = [0, *accumulate((place.get(name, 0) for name in self.ends), max), len(flow.calls)]
+        return [flow.stage(start, end) for start, end in pairwise(borders)]
+
+
+def partition(flow: Flow, limit: float) -> Partition:
+    """Stages whose weights take at most ``limit`` bytes, unless one call needs more, with least alive between them."""
+    likes, names, alive = flow.program.state.likes, flow.program.weights, flow.alive()
+    own = [flow.weights_of([call]) for call in flow.calls]
+    ends: list[str] = []
+    start = 0
+    while start < len(flow.calls):
+        seen: set[fx.Node] = set()
+        size, end = 0, start
+        for end in range(start, len(flow.calls)):
+            new = [n for n in own[end] if n not in seen]
+            seen.update(new)
+            size += sum(likes[names[n.name]].nbytes for n in new)
+            if size > limit and end > start:
+                break
+        else:
+            break
+        cut = min(range(end - 1, start - 1, -1), key=alive.__getitem__)
+        while alive[cut] == math.inf:  # the whole of the span is one stage
+            cut += 1
+        ends.append(flow.calls[cut].name)
+        start = cut + 1
+    return Partition(tuple(ends))
+
+
+def _writes(node: fx.Node) -> bool:
+    found = schema(node.target)
+    return found is not None and found.is_mutable
+
+
+def _storage(node: fx.Node) -> fx.Node:
+    """The value that holds the memory that a call writes to or gives a view of."""
+    found = schema(node.target)
+    if found is None or not any(result.alias_info is not None for result in found.returns):
+        return node
+    for argument, given in zip(found.arguments, node.args, strict=False):
+        if argument.alias_info is not None and isinstance(given, fx.Node):
+            return _storage(given)
+    return node
+
+
+def _levels(graph: fx.Graph) -> list[list[fx.Node]]:
+    """The calls between the opening and the closing of each outer level of ``torch.vmap``."""
+    levels: list[list[fx.Node]] = []
+    depth = 0
+    for node in graph.nodes:
+        name = str(getattr(node.target, "__name__", ""))
+        if name.endswith("increment_nesting"):
+            if not depth:
+                levels.append([])
+            depth += 1
+        if depth:
+            levels[-1].append(node)
+        depth -= name.endswith("decrement_nesting")
+    return levels
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def _size(node: fx.Node) -> int:
+    """Bytes of a value in the sizes of the trace."""
+    return sum(_numel(t) * t.element_size() for t in tree_leaves(node.meta.get("val")) if isinstance(t, Tensor))
+
+
+def _numel(tensor: Tensor) -> int:
+    count = 1
+    for size in tensor.shape:
+        count *= (size_hint(size) or 1) if isinstance(size, torch.SymInt) else size
+    return count

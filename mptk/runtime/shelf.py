@@ -1,0 +1,76 @@
+"""shelf: values between stages, in memory up to a bound and the rest in files of a temporary folder."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx
+
+from mptk.ir.weights import Lazy, Weights
+
+Values = dict[fx.Node, Any]
+"""Values of a graph: tensors, sizes, or lists of these."""
+
+LEAST = 1 << 16
+"""Bytes of the smallest tensor that goes to a file."""
+
+
+class Shelf:
+    """Values by key. At most ``bound`` bytes of tensors stay in memory. Files go with the shelf."""
+
+    def __init__(self, bound: float) -> None:
+        self._bound, self._bytes = bound, 0.0
+        self._kept: dict[Any, dict[Any, Any]] = {}
+        self._files: dict[Any, dict[Any, Path]] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._count = 0
+
+    def put(self, key: object, values: Mapping[Any, Any]) -> None:
+        """Keep ``values`` under ``key``."""
+        kept, files = self._kept.setdefault(key, {}), self._files.setdefault(key, {})
+        for name, value in values.items():
+            size = value.nbytes if isinstance(value, Tensor) else 0
+            if size >= LEAST and self._bytes + size > self._bound:
+                files[name] = self._write(value)
+            else:
+                kept[name] = value
+                self._bytes += size
+
+    def take(self, key: object, keep: bool = False) -> dict[Any, Any]:
+        """The values under ``key``, which are then gone unless ``keep``."""
+        kept, files = dict(self._kept[key]), dict(self._files[key])
+        found = {**kept, **{name: load_file(file)["value"] for name, file in files.items()}}
+        if not keep:
+            self._bytes -= sum(value.nbytes for value in kept.values() if isinstance(value, Tensor))
+            for file in files.values():
+                file.unlink()
+            del self._kept[key], self._files[key]
+        return found
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor under ``name``, added to one that is there already."""
+        before = self.take(name).get(name) if name in self._kept else None
+        self.put(name, {name: tensor if before is None else before + tensor})
+
+    def weights(self, likes: Mapping[str, Tensor]) -> Weights:
+        """What was added, by name; zeros like ``likes`` if nothing was."""
+        return Weights({name: Lazy(like.to("meta"), partial(self._one, name, like)) for name, like in likes.items()})
+
+    def _one(self, name: str, like: Tensor) -> Tensor:
+        if name not in self._kept:
+            return like.new_zeros(like.shape, device="cpu")
+        tensor: Tensor = self.take(name, keep=True)[name]
+        return tensor
+
+    def _write(self, tensor: Tensor) -> Path:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="mptk-", ignore_cleanup_errors=True)
+        self._count += 1
+        file = Path(self._folder.name) / str(self._count)
+        save_file({"value": tensor.detach().cpu().contiguous()}, file)
+        return file

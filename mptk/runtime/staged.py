@@ -1,0 +1,236 @@
+"""staged: run programs stage by stage, all inputs through one stage before the next.
+
+A stage's weights are made when it starts and dropped when it ends, so memory follows the largest stage and not the
+model. Values that cross a border are kept for all inputs. Dense, masked and cut programs run side by side: a stage of
+each, then the next stage, so that they share what they read. Gradients are made by running a stage again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import Argument, Target
+
+from mptk.compat.torch import tree_map
+from mptk.ir.program import Program
+from mptk.ir.weights import Weights
+from mptk.progress import Count
+from mptk.runtime.partition import Flow, Partition, Stage, partition
+from mptk.runtime.shelf import Shelf, Values
+
+Inputs = Sequence[Tensor]
+"""A program's inputs in order."""
+
+Watch = tuple[tuple[fx.Node, ...], Callable[..., None]]
+"""Values of a program, and what is called with them once for each inputs, as soon as they are there."""
+
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Executor:
+    """Where and in how much memory programs run.
+
+    ``stage``: bytes of a stage's weights, unless one call needs more. ``borders``: bytes of values between stages that
+    are kept in memory; the rest goes to files. ``device``: where it is computed.
+    """
+
+    stage: float = sys.maxsize
+    borders: float = sys.maxsize
+    device: torch.device = CPU
+
+    @torch.no_grad()
+    def outputs(
+        self, programs: Sequence[Program], inputs: Sequence[Inputs], progress: Count | None = None
+    ) -> Iterator[Any]:
+        """The results of all ``programs`` for the first of ``inputs``, then for the second, and so on.
+
+        The programs were made from one traced program, the first with all its weights. Results are as those of
+        ``Program.__call__``, on ``device``. ``progress``: called with (inputs done, all inputs).
+        """
+        flows = [Flow(program) for program in programs]
+        shared = partition(flows[0], self.stage)
+        runs = [_Run(self, flow, shared, inputs) for flow in flows]
+        count = _Counter(progress, len(inputs), len(shared.ends) + 1, len(runs))
+        for k in range(len(shared.ends)):
+            for run in runs:
+                run.advance(k, count)
+        loaded = [run.load(len(shared.ends)) for run in runs]
+        for i in range(len(inputs)):
+            for run, weights in zip(runs, loaded, strict=True):
+                yield run.result(weights, i, count)
+
+    @torch.no_grad()
+    def watch(
+        self, program: Program, inputs: Sequence[Inputs], watches: Sequence[Watch], progress: Count | None = None
+    ) -> None:
+        """Run what the watched values need, and call each watch with its values. Nothing after them is computed."""
+        flow = Flow(program, [nodes for nodes, _ in watches])
+        shared = partition(flow, self.stage)
+        run = _Run(self, flow, shared, inputs, watches)
+        count = _Counter(progress, len(inputs), len(run.stages), 1)
+        for k in range(len(run.stages)):
+            run.advance(k, count)
+
+    def gradients(
+        self,
+        program: Program,
+        names: Iterable[str],
+        inputs: Sequence[Inputs],
+        loss: Callable[[Any, int], Tensor],
+        progress: Count | None = None,
+    ) -> Weights:
+        """The gradient of Σ ``loss(result, i)`` over all inputs i, for each weight of ``names``.
+
+        A stage runs again from its saved inputs, and its border's gradient is carried back. Gradients are kept as the
+        values of borders are.
+        """
+        flow = Flow(program)
+        run = _Run(self, flow, partition(flow, self.stage), inputs, keep=True)
+        count = _Counter(progress, len(inputs), 2 * len(run.stages) - 1, 1)
+        with torch.no_grad():
+            for k in range(len(run.stages) - 1):
+                run.advance(k, count)
+        kept = Shelf(self.borders)
+        above: list[Values] = [{} for _ in inputs]
+        for k in reversed(range(len(run.stages))):
+            leaves = {node: weight.detach().requires_grad_(_learns(weight)) for node, weight in run.load(k).items()}
+            for i in range(len(inputs)):
+                above[i] = run.back(k, leaves, i, above[i], loss)
+                count.step()
+            for node, leaf in leaves.items():
+                if (name := program.weights[node.name]) in names and leaf.grad is not None:
+                    kept.add(name, leaf.grad)
+        return kept.weights({name: program.state.like(name) for name in names})
+
+
+EXECUTOR = Executor()
+"""All in memory, on the CPU."""
+
+
+class _Counter:
+    """Progress over stages and programs, in inputs done."""
+
+    def __init__(self, progress: Count | None, inputs: int, stages: int, programs: int) -> None:
+        self.progress, self.inputs, self.total = progress, inputs, stages * programs
+        self.done = 0
+
+    def step(self) -> None:
+        self.done += 1
+        if self.progress is not None and self.done % self.total == 0:
+            self.progress(self.done // self.total, self.inputs)
+
+
+class _Run(fx.Interpreter):
+    """One program on all inputs. ``keep``: the inputs of all stages stay, for ``back``."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        flow: Flow,
+        shared: Partition,
+        inputs: Sequence[Inputs],
+        watches: Sequence[Watch] = (),
+        keep: bool = False,
+    ) -> None:
+        super().__init__(flow.program.graph, garbage_collect_values=False)
+        self.flow, self.program, self.device, self.keep = flow, flow.program, executor.device, keep
+        self.stages = shared.stages(flow)
+        self.borders = Shelf(executor.borders)
+        self.watches: dict[fx.Node, list[Watch]] = {}
+        for watch in watches:
+            self.watches.setdefault(max(watch[0], key=lambda node: flow.made[node]), []).append(watch)
+        users = [n for n in self.program.placeholders() if n.name not in self.program.weights]
+        for i, given in enumerate(inputs):
+            values = {n: x.to(self.device) for n, x in zip(users, given, strict=True) if n in flow.made}
+            self.borders.put((0, i), values)
+        self.count = len(inputs)
+
+    def load(self, k: int) -> dict[fx.Node, Tensor]:
+        """The weights of stage ``k``."""
+        names = self.program.weights
+        return {node: self.program.state[names[node.name]].to(self.device) for node in self.stages[k].weights}
+
+    def advance(self, k: int, count: _Counter) -> None:
+        """Run stage ``k`` on all inputs."""
+        weights = self.load(k)
+        for i in range(self.count):
+            values = self.run_stage(self.stages[k], weights, self.borders.take((k, i), self.keep))
+            if k + 1 < len(self.stages):
+                self.borders.put((k + 1, i), values)
+            count.step()
+
+    def result(self, weights: Mapping[fx.Node, Tensor], i: int, count: _Counter) -> Any:
+        """Run the last stage on one of the inputs, and give the program's result."""
+        k = len(self.stages) - 1
+        made = self._result(self.run_stage(self.stages[k], weights, self.borders.take((k, i), self.keep)))
+        count.step()
+        return made
+
+    def back(
+        self,
+        k: int,
+        leaves: Mapping[fx.Node, Tensor],
+        i: int,
+        above: Mapping[fx.Node, Any],
+        loss: Callable[[Any, int], Tensor],
+    ) -> Values:
+        """Run stage ``k`` again and go back through it, to the weights' gradients and those of its inputs.
+
+        ``above``: gradients of its outputs; for the last stage, ``loss`` gives them.
+        """
+        saved = self.borders.take((k, i))
+        given = {
+            n: v.detach().requires_grad_() if isinstance(v, Tensor) and _learns(v) else v for n, v in saved.items()
+        }
+        with torch.enable_grad():
+            values = self.run_stage(self.stages[k], leaves, given)
+            if k == len(self.stages) - 1:
+                pairs: list[tuple[Tensor, Tensor | None]] = [(loss(self._result(values), i), None)]
+            else:
+                pairs = [(values[n], g) for n, g in above.items() if values[n].requires_grad]
+        torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
+        return {n: v.grad for n, v in given.items() if isinstance(v, Tensor) and v.grad is not None}
+
+    def run_stage(self, stage: Stage, weights: Mapping[fx.Node, Tensor], values: Values) -> Values:
+        """Run a stage's calls. Gives the values that are used later and, of the last stage, those of the result."""
+        self.env = {**weights, **values}
+        for node in values if stage is self.stages[0] else ():
+            self._watched(node)
+        for node in stage.nodes:
+            self.env[node] = self.run_node(node)
+            self._watched(node)
+            for value in stage.dead.get(node, ()):
+                self.env.pop(value, None)
+        wanted = (*stage.outputs, *self.flow.result) if stage is self.stages[-1] else stage.outputs
+        found = {node: self.env[node] for node in wanted}
+        self.env = {}
+        return found
+
+    def _watched(self, node: fx.Node) -> None:
+        for nodes, see in self.watches.get(node, ()):
+            see(*(self.env[n] for n in nodes))
+
+    def _result(self, values: Values) -> Any:
+        node = self.program.graph.graph.output_node()
+        outputs: Any = fx.map_arg(node.args[0], lambda source: values[source])
+        return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else outputs
+
+    def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+        if self.device.type != "cpu":  # where the graph was traced
+            args, kwargs = tree_map(lambda a: self.device if isinstance(a, torch.device) else a, (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+    def get_attr(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+        found = super().get_attr(target, args, kwargs)
+        return found.to(self.device) if isinstance(found, Tensor) else found
+
+
+def _learns(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

@@ -24,6 +24,8 @@ RUNTIME_TOLERANCE = 1e-4
 ROUNDINGS = 10
 """If the masked model is ill-conditioned, as after a cut that ruins it, allow ROUNDINGS × its own rounding drift. The
 drift is how far its logits move if each weight gets a rounding error."""
+POSITIONS = 64
+"""Positions of a sequence that are compared at once: logits are large."""
 WIDEST = 1e-3
 """Upper bound of every tolerance, however ill-conditioned the model is."""
 
@@ -133,8 +135,9 @@ def difference(
         expected = reference[:, positions]
     else:
         expected = reference[:, reference.shape[1] - logits.shape[1] :]
-    largest = (logits.float() - expected.to(logits.device)).abs_().max().item()
-    scale = expected.abs().max().item()
+    pairs = zip(logits.split(POSITIONS, 1), expected.to(logits.device).split(POSITIONS, 1), strict=True)
+    largest = torch.stack([(one.float() - other).abs_().max() for one, other in pairs]).max().item()
+    scale = max(abs(limit.item()) for limit in expected.aminmax())
     if largest != largest:
         return Difference(stage, math.inf, math.inf, tolerance)
     if not scale:

@@ -22,6 +22,8 @@ from passes.transforms.masked_reference import mask
 
 TOKENS = 1024
 """Calibration tokens on which the ways to divide the budget are compared."""
+AT_ONCE = 256
+"""Tokens in a batch of these, of which there are logits."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,13 @@ def _best(
     if len(plans) == 1:
         return plans[0], cuts[0], {}
     masked = [mask(prepared.analysis, cut) for cut in cuts]
-    on_device = ids.to(executor.device)
-    losses = [
-        float(task.loss(logits, on_device)) / task.predicted(ids)
-        for logits in executor.outputs(masked, [(task.inputs(ids),)], partial(context.progress, "choose widths"))
-    ]
+    windows = ids.split(max(1, AT_ONCE // ids.shape[1]))
+    say = partial(context.progress, "choose widths")
+    results = executor.outputs(masked, [(task.inputs(batch),) for batch in windows], say)
+    losses = [0.0] * len(plans)
+    for batch in windows:
+        for i in range(len(plans)):
+            losses[i] += float(task.loss(next(results), batch.to(executor.device))) / task.predicted(ids)
     _, plan, cut = min(zip(losses, plans, cuts, strict=True), key=lambda tried: tried[0])
     return plan, cut, {describe(plan.widths): round(loss, 4) for plan, loss in zip(plans, losses, strict=True)}
 

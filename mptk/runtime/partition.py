@@ -7,8 +7,9 @@ alone is made again in each stage that uses it, so it never crosses a border.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -112,9 +113,16 @@ class Flow:
             alive[start:end] = [math.inf] * (end - start)
         return alive
 
-    def weights_of(self, calls: Iterable[fx.Node]) -> dict[fx.Node, None]:
-        """The weights that calls read, also through fixed calls."""
-        return {n: None for n in self._fixed_sources(calls) if n.op == "placeholder"}
+    @cached_property
+    def own_weights(self) -> list[list[fx.Node]]:
+        """The weights that each call reads, also through fixed calls."""
+        return [[n for n in self._fixed_sources([call]) if n.op == "placeholder"] for call in self.calls]
+
+    @cached_property
+    def weight_bytes(self) -> dict[fx.Node, int]:
+        """Bytes of each weight that is read."""
+        likes = self.program.state.likes
+        return {n: likes[self._weights[n.name]].nbytes for own in self.own_weights for n in own}
 
     def _fixed_sources(self, calls: Iterable[fx.Node]) -> set[fx.Node]:
         """Weights and fixed calls behind the arguments of calls."""
@@ -160,28 +168,38 @@ class Partition:
 
 
 def partition(flow: Flow, limit: float) -> Partition:
-    """Stages whose weights take at most ``limit`` bytes, unless one call needs more, with least alive between them."""
-    likes, names, alive = flow.program.state.likes, flow.program.weights, flow.alive()
-    own = [flow.weights_of([call]) for call in flow.calls]
+    """Stages whose weights take at most ``limit`` bytes, unless one call needs more.
+
+    Of all such divisions it is the one with the least bytes alive at all borders together.
+    """
+    count, alive = len(flow.calls), flow.alive()
+    best: list[tuple[float, int]] = [(0.0, 0)] + [(math.inf, 0)] * count
+    for start in range(count):
+        if best[start][0] < math.inf:
+            for end in _ends(flow, start, limit, alive):
+                cost = best[start][0] + (alive[end - 1] if end < count else 0.0)
+                if cost < best[end][0]:
+                    best[end] = (cost, start)
     ends: list[str] = []
-    start = 0
-    while start < len(flow.calls):
-        seen: set[fx.Node] = set()
-        size, end = 0, start
-        for end in range(start, len(flow.calls)):
-            new = [n for n in own[end] if n not in seen]
-            seen.update(new)
-            size += sum(likes[names[n.name]].nbytes for n in new)
-            if size > limit and end > start:
-                break
-        else:
-            break
-        cut = min(range(end - 1, start - 1, -1), key=alive.__getitem__)
-        while alive[cut] == math.inf:  # the whole of the span is one stage
-            cut += 1
-        ends.append(flow.calls[cut].name)
-        start = cut + 1
-    return Partition(tuple(ends))
+    at = count
+    while at and (at := best[at][1]):
+        ends.append(flow.calls[at - 1].name)
+    return Partition(tuple(reversed(ends)))
+
+
+def _ends(flow: Flow, start: int, limit: float, alive: Sequence[float]) -> Iterator[int]:
+    """Where a stage from call ``start`` may end: the number of calls before it ends."""
+    seen: set[fx.Node] = set()
+    size, found = 0, False
+    for end in range(start, len(flow.calls)):
+        new = [weight for weight in flow.own_weights[end] if weight not in seen]
+        seen.update(new)
+        size += sum(map(flow.weight_bytes.__getitem__, new))
+        if size > limit and found:
+            return
+        if alive[end] < math.inf or end + 1 == len(flow.calls):
+            found = True
+            yield end + 1
 
 
 def _writes(node: fx.Node) -> bool:

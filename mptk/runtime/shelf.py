@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from mptk.ir.weights import Lazy, Weights
 Values = dict[fx.Node, Any]
 """Values of a graph: tensors, sizes, or lists of these."""
 
+Layout = Callable[[Tensor], Tensor]
+
 LEAST = 1 << 16
 """Bytes of the smallest tensor that goes to a file."""
 
@@ -26,7 +28,7 @@ class Shelf:
     def __init__(self, bound: float) -> None:
         self._bound, self._bytes = bound, 0.0
         self._kept: dict[Any, dict[Any, Any]] = {}
-        self._files: dict[Any, dict[Any, Path]] = {}
+        self._files: dict[Any, dict[Any, tuple[Path, Layout]]] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._count = 0
 
@@ -44,10 +46,10 @@ class Shelf:
     def take(self, key: object, keep: bool = False) -> dict[Any, Any]:
         """The values under ``key``, which are then gone unless ``keep``."""
         kept, files = dict(self._kept[key]), dict(self._files[key])
-        found = {**kept, **{name: load_file(file)["value"] for name, file in files.items()}}
+        found = {**kept, **{name: restored(load_file(file)["value"]) for name, (file, restored) in files.items()}}
         if not keep:
             self._bytes -= sum(value.nbytes for value in kept.values() if isinstance(value, Tensor))
-            for file in files.values():
+            for file, _ in files.values():
                 file.unlink()
             del self._kept[key], self._files[key]
         return found
@@ -67,10 +69,24 @@ class Shelf:
         tensor: Tensor = self.take(name, keep=True)[name]
         return tensor
 
-    def _write(self, tensor: Tensor) -> Path:
+    def _write(self, tensor: Tensor) -> tuple[Path, Layout]:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="mptk-", ignore_cleanup_errors=True)
         self._count += 1
         file = Path(self._folder.name) / str(self._count)
-        save_file({"value": tensor.detach().cpu().contiguous()}, file)
-        return file
+        flat, layout = _flattened(tensor.detach())
+        save_file({"value": flat.cpu()}, file)
+        return file, layout
+
+
+def _flattened(tensor: Tensor) -> tuple[Tensor, Layout]:
+    """The numbers of a tensor in the order of its memory, each once, and what gives it its old layout.
+
+    Kernels round differently in another layout.
+    """
+    strides = list(tensor.stride())
+    order = sorted(range(tensor.ndim), key=strides.__getitem__, reverse=True)
+    once = tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in strides)]
+    back = [order.index(d) for d in range(tensor.ndim)]
+    shape, device = tensor.shape, tensor.device
+    return once.permute(order).contiguous(), lambda flat: flat.to(device).permute(back).expand(shape)

@@ -61,6 +61,7 @@ def score(
     families: Sequence[str] | None = None,
     seed: int = 0,
     progress: Count | None = None,
+    executor: Executor = EXECUTOR,
 ) -> Scores:
     """Score every unit.
 
@@ -70,7 +71,8 @@ def score(
         windows: calibration text as token ids, int64 [n, length]; may be None if ``needs_data(name)`` is False.
         families: names of the families to score; all by default.
         seed: used by the random criterion.
-        progress: called with (windows done, all windows).
+        progress: called with (batches done, all batches).
+        executor: runs the program.
 
     Returns:
         Family name → float32 [layers, scopes, size] on the CPU, higher = keep; layers in the order of
@@ -80,9 +82,8 @@ def score(
         MptkError: unknown criterion or family, text missing, a program without weights or of fixed sizes, a family
             that the criterion cannot score, scores that are not finite.
     """
-    return score_evidence(
-        gather(analysis, name, windows, families=families, seed=seed, progress=progress), name, families
-    )
+    evidence = gather(analysis, name, windows, families=families, seed=seed, progress=progress, executor=executor)
+    return score_evidence(evidence, name, families)
 
 
 def gather(

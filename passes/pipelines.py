@@ -134,8 +134,8 @@ def cut_program(analysis: Analysis, cut: Cut, log: Log, dtype: torch.dtype = tor
     """Run ``cutting``, unproven. ``dtype``: the type in which weights are stored; it holds those of ``analysis``."""
     _, folded, stored = run(analysis.program, cutting(analysis, cut, dtype), log)
     assert isinstance(folded, Folded)
-    program = stored.program if folded.changed else folded.program
-    return Pruned(program, folded.program, folded.epsilons)
+    exact = folded.program if folded.changed else stored.program
+    return Pruned(stored.program, exact, folded.epsilons)
 
 
 def passes_until(name: str, analysis: Analysis, cut: Cut) -> list[Pass]:

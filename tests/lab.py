@@ -40,8 +40,12 @@ def remembered() -> Iterator[None]:
             (legalize, "discover", lambda analysis, model: (id(analysis.facts), id(model))),
         ):
             patch.setattr(owner, name, once(getattr(owner, name), key))
-        load, dense = models.load, once(models.load, lambda model, **_: model)
-        patch.setattr(models, "load", lambda model, **o: (dense if Path(model).name == "dense" else load)(model, **o))
+        load, dense = models.open_weights, once(models.open_weights, lambda model, *_, **__: model)
+        patch.setattr(
+            models,
+            "open_weights",
+            lambda model, *a, **o: (dense if Path(model).name == "dense" else load)(model, *a, **o),
+        )
         yield
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import architectures
 import pytest
 import torch
@@ -9,17 +11,18 @@ from cutting import random_plan
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from mptk.errors import MptkError
-from mptk.io.checkpoint import replaced
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.maskprune.losses import TopLogits, hidden_error, language_model, shorten, token_losses
 from mptk.methods.maskprune.teacher import CachedTeacher, LiveTeacher, fingerprint
 from mptk.methods.maskprune.train import schedule
-from mptk.methods.reconstruct import kept_units, reconstruct_consumers, removed_at_zero
+from mptk.methods.reconstruct import _Fit, kept_units, reconstruct_consumers
 from mptk.run.folder import RunFolder
 from mptk.run.settings import LossWeights
+from mptk.runtime.staged import EXECUTOR, Executor
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 from passes.transforms.insert_masks import find_mask_sites
+from passes.transforms.masked_reference import mask
 
 
 def logits(seed: int, *shape: int) -> torch.Tensor:
@@ -131,8 +134,11 @@ def test_a_fingerprint_tells_models_apart() -> None:
     assert fingerprint(one) != fingerprint(other)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2", "opt"])
-def test_what_is_left_takes_over_for_a_removed_copy_of_it(architecture: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "executor"),
+    [("llama", Executor(stage=9_000, borders=0)), ("phi3", EXECUTOR), ("gpt2", EXECUTOR), ("opt", EXECUTOR)],
+)
+def test_what_is_left_takes_over_for_a_removed_copy_of_it(architecture: str, executor: Executor) -> None:
     """If every removed unit is the double of a kept one, nothing need be lost."""
     model, ids = architectures.model(architecture), architectures.tokens(8, 40)
     analysis = analyze(trace(model, dynamic=True))
@@ -149,13 +155,28 @@ def test_what_is_left_takes_over_for_a_removed_copy_of_it(architecture: str) -> 
         dense = model(ids, use_cache=False).logits
         kept = kept_units(analysis, resolve_plan(analysis, plan), ["ffn"])
         sites = find_mask_sites(analysis, model, ["ffn"])
-        zeroed = removed_at_zero(model, sites, kept)
-        with replaced(model, zeroed):
-            masked = model(ids, use_cache=False).logits
-        with replaced(model, reconstruct_consumers(model, sites, kept, zeroed, ids, lambda *_: None)):
-            fitted = model(ids, use_cache=False).logits
-    assert (fitted - dense).norm() < 0.1 * (masked - dense).norm()
-    assert torch.equal(model(ids, use_cache=False).logits, dense)
+        cut = resolve_plan(analysis, plan)
+        masked = mask(analysis, cut)(ids)
+        fitted = reconstruct_consumers(analysis, sites, kept, {}, ids, executor=executor)
+        found = mask(replace(analysis, program=analysis.program.with_state(fitted)), cut)(ids)
+    assert (found - dense).norm() < 0.1 * (masked - dense).norm()
+    consumers = {m.weight for g in analysis.family("ffn").groups for m in g.members if m.role == "consumer"}
+    assert set(fitted) == consumers
+
+
+@torch.no_grad()
+def test_few_rows_give_the_same_fit_as_their_products() -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense, x = torch.randn(11, 17, generator=generator), torch.randn(5, 17, generator=generator)
+    keep = torch.arange(17) % 3 > 0
+    found = []
+    for few in (True, False):
+        fit = _Fit(keep, transposed=False, few=few)
+        for row in x.split(2):
+            fit.add(row)
+        found.append(fit.solved(dense, dense * 1.1))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert not found[0][:, ~keep].any()
 
 
 def test_the_rate_rises_and_falls_to_nothing() -> None:

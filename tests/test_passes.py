@@ -87,7 +87,7 @@ def test_the_analysis_must_be_of_the_program(normed: tuple[Analysis, Cut]) -> No
 )
 def test_each_pass_checks_its_result(normed: tuple[Analysis, Cut], step: Callable[..., Pass], reason: str) -> None:
     before = normed[0].program
-    wrong = replace(before, state={**before.state, "head.bias": torch.ones(4)})
+    wrong = replace(before, state=before.state.updated({"head.bias": torch.ones(4)}))
     with pytest.raises(AssertionError, match=reason):
         step(*normed).ensures(before, wrong)
 
@@ -99,7 +99,7 @@ class Shorten(Pass):
     name: ClassVar[str] = "shorten"
 
     def run(self, program: Program) -> Result:
-        return Result(replace(program, state={**program.state, "head.bias": torch.ones(4)}), True)
+        return Result(replace(program, state=program.state.updated({"head.bias": torch.ones(4)})), True)
 
     def ensures(self, before: Program, after: Program) -> None:
         """Nothing."""

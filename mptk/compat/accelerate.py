@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,16 +49,23 @@ def save_lazily(
         shell.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
-def offload_to(folder: str) -> dict[str, object]:
-    """Options that make ``from_pretrained`` leave all weights on disk.
+@contextlib.contextmanager
+def offloaded(folder: str) -> Iterator[dict[str, object]]:
+    """Options that make ``from_pretrained`` leave all weights on disk, without accelerate's warning.
 
     Weights that it would convert go to ``folder``. The rest stays in the checkpoint's files.
     """
-    return {"device_map": {"": "disk"}, "offload_folder": folder}
+    logger = logging.getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield {"device_map": {"": "disk"}, "offload_folder": folder}
+    finally:
+        logger.setLevel(level)
 
 
 def take_offload_index(model: PreTrainedModel) -> dict[str, tuple[Path, str]]:
-    """Where each weight of a model that was loaded with ``offload_to`` lies: name → (safetensors file, key).
+    """Where each weight of a model that was loaded with ``offloaded`` lies: name → (safetensors file, key).
 
     The hooks that would read them go. The index has no public name; a loader that returns it would replace this.
     """

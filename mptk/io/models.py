@@ -21,7 +21,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from mptk.compat.accelerate import offload_to, take_offload_index
+from mptk.compat.accelerate import offloaded, take_offload_index
 from mptk.compat.transformers import dequantize_gguf, forget_source, model_classes
 from mptk.errors import MptkError
 from mptk.io.checkpoint import fill, quantized_dtype, save_checkpoint, stored_dtype
@@ -100,7 +100,8 @@ def open_weights(model: str, resident: Resident, *, trust_remote_code: bool = Fa
     converted first, into a temporary folder.
     """
     scratch = TemporaryDirectory(prefix="mptk-", ignore_cleanup_errors=True)
-    loaded = _load(model, trust_remote_code, local, dtype=torch.float32, **offload_to(scratch.name))
+    with offloaded(scratch.name) as options:
+        loaded = _load(model, trust_remote_code, local, dtype=torch.float32, **options)
     likes = {name: tensor.detach() for name, tensor in loaded.model.state_dict(keep_vars=True).items()}
     index = take_offload_index(loaded.model)
     weights = Weights({n: stored_weight(file, key, likes[n], resident) for n, (file, key) in index.items()})

@@ -11,6 +11,7 @@ from torch import nn
 
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
+from mptk.ir.weights import Weights
 from mptk.run.chain import Compiled, Target
 from mptk.run.values import Checks, Text
 from mptk.targets.graph import stored_weights
@@ -45,7 +46,7 @@ class NpzTarget(Target):
     def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
         with np.load(folder / FILE) as archive:
             stored = {name: torch.from_numpy(archive[name]) for name in archive.files}
-        return Checks((stored_weights(stored, dict(compiled.program.state)),))
+        return Checks((stored_weights(Weights(stored), compiled.program.state),))
 
 
 NPZ = NpzTarget()

@@ -71,7 +71,7 @@ def score(
         windows: calibration text as token ids, int64 [n, length]; may be None if ``needs_data(name)`` is False.
         families: names of the families to score; all by default.
         seed: used by the random criterion.
-        progress: called with (batches done, all batches).
+        progress: called with (windows done, all windows).
         executor: runs the program.
 
     Returns:

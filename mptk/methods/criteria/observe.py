@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, fx
@@ -176,7 +177,8 @@ def activations(
 
     streams = dict.fromkeys(site.stream for site in sites)
     watches = [((s[0],) if s[3] is None else (s[0], s[3]), partial(see, s)) for s in streams]
-    executor.watch(analysis.program, batches(analysis.program, windows, OBSERVED_TOKENS), watches, progress)
+    given = batches(analysis.program, windows, OBSERVED_TOKENS)
+    executor.watch(analysis.program, given, watches, _in_windows(progress, given))
     return {site: Observation(site, analysis.program, moments[site.stream]) for site in sites}
 
 
@@ -228,6 +230,12 @@ def _routed_moments(x: Tensor, ends: Tensor) -> Moments:
     return Moments(count[:-1], mean[:-1], deviation[:-1])
 
 
+def _in_windows(progress: Count | None, given: Sequence[tuple[Tensor]]) -> Count | None:
+    """Progress over batches as progress over their windows."""
+    done = list(accumulate(len(batch) for (batch,) in given))
+    return None if progress is None else lambda count, _: progress(done[count - 1], done[-1])
+
+
 # ---- gradients ----
 
 
@@ -256,4 +264,5 @@ def gradients(
             )
         return objective.loss(logits, ids) / predicted
 
-    return executor.gradients(program, names, [(objective.inputs(ids),) for ids in targets], loss, progress)
+    given = [(objective.inputs(ids),) for ids in targets]
+    return executor.gradients(program, names, given, loss, _in_windows(progress, given))

@@ -95,11 +95,16 @@ def _compared(
     results = executor.outputs([masked, *programs], [(ids,) for ids in batches])
     worst: dict[str, Difference] = {}
     for ids in batches:
-        reference = next(results).float()
+        try:
+            reference = next(results).float()
+        except RuntimeError as error:  # stages run side by side, so the fault may be any program's
+            return [failed(name, error, tolerance) for name, (run, tolerance) in stages.items()]
         for name, (run, tolerance) in stages.items():
             logits_of = (lambda _: next(results)) if isinstance(run, Program) else run
             found = _run(name, logits_of, ids, reference, tolerance)
             worst[name] = max(worst.get(name, found), found, key=lambda d: d.relative)
+        if any(d.failure for d in worst.values()):
+            break
     return list(worst.values())
 
 
@@ -119,8 +124,13 @@ def _run(name: str, run: StageLogits, tokens: Tensor, reference: Tensor, toleran
     except MptkError:
         raise
     except Exception as error:  # noqa: BLE001
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return Difference(name, math.inf, math.inf, tolerance, failure=reason[:200])
+        return failed(name, error, tolerance)
+
+
+def failed(name: str, error: Exception, tolerance: float) -> Difference:
+    """The infinite difference of a stage that gave no logits."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return Difference(name, math.inf, math.inf, tolerance, failure=reason[:200])
 
 
 def difference(

@@ -70,7 +70,7 @@ def unmasked(patch: pytest.MonkeyPatch) -> None:
 def untied(patch: pytest.MonkeyPatch) -> None:
     state_dict = Program.state_dict
     patch.setattr(
-        Program, "state_dict", lambda p: state_dict(p) | {"lm_head.weight": state_dict(p)["lm_head.weight"] + 1}
+        Program, "state_dict", lambda p: state_dict(p).updated({"lm_head.weight": state_dict(p)["lm_head.weight"] + 1})
     )
 
 
@@ -145,7 +145,7 @@ def swapped_rows(patch: pytest.MonkeyPatch) -> None:
     from mptk.driver.changes import widened
 
     def damaged(*arguments: Any) -> dict[str, torch.Tensor]:
-        result = widened(*arguments)
+        result = dict(widened(*arguments))
         name = f"{FFN}.up_proj.weight"
         kept = (0, 1)
         result[name] = result[name].clone()

@@ -82,7 +82,7 @@ MODELS: dict[str, Callable[[], tuple[Program, list[tuple[Tensor, ...]]]]] = {
 
 
 @cache
-def made(name: str) -> tuple[Program, list[tuple[Tensor, ...]]]:
+def built(name: str) -> tuple[Program, list[tuple[Tensor, ...]]]:
     return MODELS[name]()
 
 
@@ -94,7 +94,7 @@ def _all_to_files(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_stages_give_the_numbers_of_the_whole_program(name: str) -> None:
-    program, inputs = made(name)
+    program, inputs = built(name)
     assert len(partition(Flow(program), SMALL.stage).ends) >= 2
     expected = [program(*given) for given in inputs]
     for executor in (SMALL, Executor(stage=0), EXECUTOR):
@@ -106,7 +106,7 @@ def test_stages_give_the_numbers_of_the_whole_program(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_dense_masked_and_cut_programs_run_side_by_side(name: str) -> None:
-    program, inputs = made(name)
+    program, inputs = built(name)
     analysis = analyze(program)
     plan = random_plan(analysis)
     masked, cut = mask(analysis, resolve_plan(analysis, plan)), rewrite(analysis, plan)
@@ -137,7 +137,7 @@ def counted(program: Program) -> tuple[Program, list[int], list[int]]:
 
 @torch.no_grad()
 def test_one_stage_of_weights_is_in_memory_and_each_is_made_once() -> None:
-    program, inputs = made("decoder")
+    program, inputs = built("decoder")
     lazy, history, made = counted(program)
     largest = max(t.nbytes for t in program.state.values())
     for executor in (Executor(stage=40_000), Executor(stage=largest)):
@@ -151,7 +151,7 @@ def test_one_stage_of_weights_is_in_memory_and_each_is_made_once() -> None:
 
 
 def test_borders_are_where_the_residual_stream_alone_is_alive() -> None:
-    program, _ = made("decoder")
+    program, _ = built("decoder")
     flow = Flow(program)
     layer = sum(t.nbytes for n, t in program.state.items() if "layers.0" in n)
     ends = partition(flow, layer).ends
@@ -163,7 +163,7 @@ def test_borders_are_where_the_residual_stream_alone_is_alive() -> None:
 @pytest.mark.parametrize("name", ["wanda", "flap", "taylor", "magnitude"])
 @pytest.mark.parametrize("model", ["decoder", "learned positions", "mixture"])
 def test_scores_are_those_of_the_whole_program(name: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    analysis = analyze(made(model)[0])
+    analysis = analyze(built(model)[0])
     windows = architectures.tokens(5, 9)
     monkeypatch.setattr("mptk.methods.criteria.observe.OBSERVED_TOKENS", 18)
     monkeypatch.setattr("mptk.methods.criteria.observe.GRADIENT_TOKENS", 18)
@@ -188,7 +188,7 @@ def test_a_tied_weight_has_the_gradients_of_all_its_uses() -> None:
 
 
 def test_nothing_after_the_last_watched_value_is_computed() -> None:
-    program, inputs = made("decoder")
+    program, inputs = built("decoder")
     analysis = analyze(program)
     sites = [site for site in find_sites(analysis) if "layers.0.self_attn" in program.weights.get(site.weight.name, "")]
     lazy, _, made = counted(program)

@@ -12,8 +12,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, PreT
 
 import mptk
 from mptk.errors import MptkError
-from mptk.io import models
-from mptk.io.models import Loaded
+from mptk.io.models import Loaded, load
 from mptk.tasks import task_of
 from mptk.tasks.masked_lm import FIRST, STRIDE
 
@@ -85,7 +84,7 @@ def test_a_masked_language_model_is_pruned_and_verified(bert: Path, text: str, t
 
 
 def test_its_quality_is_that_of_tokens_under_masks(bert: Path) -> None:
-    loaded = models.load(str(bert))
+    loaded = load(str(bert))
     task = task_of(loaded)
     ids = torch.randint(3, 20, (2, 17))
     masked = ids.clone()
@@ -110,6 +109,6 @@ def test_masks_are_not_learned_for_it(bert: Path, text: str, tmp_path: Path) -> 
 
 
 def test_a_tokenizer_without_a_mask_is_said(bert: Path) -> None:
-    loaded = models.load(str(bert))
+    loaded = load(str(bert))
     with pytest.raises(MptkError, match="has no tokenizer with a mask token"):
         task_of(Loaded(loaded.model, None, "model", bert))

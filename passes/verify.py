@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from mptk.errors import MptkError
+from mptk.errors import MptkError, exhausted
 from mptk.ir.program import Program
 from passes.transforms.round_weights import RoundWeights
 
@@ -94,7 +94,9 @@ def _run(name: str, run: StageLogits, tokens: Tensor, reference: Tensor, toleran
         return difference(name, run(tokens), reference, tolerance)
     except MptkError:
         raise
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
+        if (lacking := exhausted(error)) is not None:
+            raise lacking from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return Difference(name, math.inf, math.inf, tolerance, failure=reason[:200])
 

@@ -23,7 +23,7 @@ from mptk.driver.budget import WidthSearch, budgeted, multiples
 from mptk.driver.changes import COMPENSATION, widened
 from mptk.driver.describe import describe, measured
 from mptk.driver.proof import check_proof, check_witness, prove_folder
-from mptk.errors import MptkError
+from mptk.errors import MptkError, explained
 from mptk.io.models import Loaded
 from mptk.io.publish import check_replaceable, publish
 from mptk.ir.families import Analysis
@@ -89,7 +89,7 @@ class Job:
 
 def run(job: Job, settings: Settings, context: Context) -> Report | None:
     """Run every stage in order. Settings, errors and result are those of ``prune``."""
-    with own_state():
+    with own_state(), explained():
         return stages(job, settings, context if leads() else replace(context, progress=silent))
 
 

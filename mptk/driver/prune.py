@@ -22,6 +22,7 @@ from mptk.cost.model import is_layered
 from mptk.driver.budget import WidthSearch, budgeted, multiples
 from mptk.driver.changes import COMPENSATION, widened
 from mptk.driver.describe import describe, measured
+from mptk.driver.estimate import check_fits, estimated
 from mptk.driver.proof import check_proof, check_witness, prove_folder
 from mptk.errors import MptkError, explained
 from mptk.io.models import Loaded
@@ -98,6 +99,9 @@ def stages(job: Job, settings: Settings, context: Context) -> Report | None:
     settings = settled(settings)
     check_settings(settings)
     check_replaceable(job.out)
+    needs = estimated(job.source, settings)
+    context.progress(str(needs), 0, 0)
+    check_fits(needs, job.out)
     prepared = prepare(job, settings, context)
     context = begin(job, prepared, context)
     text = read_text(prepared, context)

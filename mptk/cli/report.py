@@ -11,7 +11,7 @@ from rich.console import Group as Lines
 from rich.table import Table
 from rich.text import Text
 
-from mptk.cost.estimate import Estimate, duration, gigabytes
+from mptk.cost.estimate import Estimate, duration, size_text
 from mptk.cost.model import CostModel
 from mptk.ir.families import Analysis
 from mptk.run.report import Report, Row
@@ -256,8 +256,8 @@ def estimate_view(found: Estimate) -> Lines:
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for what, parts in (("memory", {**found.needed, **found.held}), ("disk", {**found.output, **found.temporary})):
         for number, (name, size) in enumerate(parts.items()):
-            table.add_row("" if number else what, name, gigabytes(size))
-        table.add_row("", "in all", gigabytes(sum(parts.values())), style="bold", end_section=True)
+            table.add_row("" if number else what, name, size_text(size))
+        table.add_row("", "in all", size_text(sum(parts.values())), style="bold", end_section=True)
     for number, (stage, seconds) in enumerate(found.seconds.items()):
         table.add_row("" if number else "time", stage, duration(seconds))
     table.add_row("", "in all", duration(sum(found.seconds.values())), style="bold")

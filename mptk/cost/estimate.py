@@ -32,7 +32,7 @@ BATCH = 2048
 LOGITS = 3
 """Copies of a batch's logits while a loss is taken."""
 
-EFFICIENCY = 0.6
+EFFICIENCY = 0.7
 """Share of the matrix product's rate that a whole forward pass reaches."""
 
 TRACE_S = 0.17
@@ -60,7 +60,8 @@ class Sizes:
 
     ``blocks``: parameters of all blocks. ``stage``: of the largest block or, if it is larger, the largest tensor.
     ``products``: parameters that each token is multiplied with; of a mixture all experts. ``hidden``, ``widest``: most
-    numbers of a token between blocks and within. ``fit``: operations that fit the outputs of all layers again.
+    numbers of a token between blocks and within. ``fit``: operations that fit again what blocks add to
+    the residual stream.
     """
 
     parameters: int
@@ -96,7 +97,7 @@ class Sizes:
             heads=heads,
             vocab=vocab,
             layers=len(blocks),
-            fit=sum(2 / 3 * k**3 + 2 * n * k**2 for n, k in matrices if k >= n),
+            fit=sum(2 / 3 * k**3 + 2 * n * k**2 for n, k in matrices if k >= n == embedding),
             stored=stored,
         )
 
@@ -152,9 +153,11 @@ class Estimate:
     seconds: Mapping[str, float]
 
     def __str__(self) -> str:
-        memory, disk = (sum({**a, **b}.values()) for a, b in ((self.needed, self.held), (self.output, self.temporary)))
+        memory, disk = (
+            sum([*a.values(), *b.values()]) for a, b in ((self.needed, self.held), (self.output, self.temporary))
+        )
         time = duration(sum(self.seconds.values()))
-        return f"will need about {gigabytes(memory)} of memory, {gigabytes(disk)} of disk and {time}"
+        return f"will need about {size_text(memory)} of memory, {size_text(disk)} of disk and {time}"
 
 
 def estimate(sizes: Sizes, work: Work, on: Machine, bound: float) -> Estimate:
@@ -206,7 +209,7 @@ def this_machine() -> Machine:
 
 
 def calibrate(folder: Path) -> Machine:
-    """Time a matrix product, and a file of bf16 in ``folder``: writing it, and reading it as float32; best of 3 files."""
+    """Time a matrix product, and the best of three files in ``folder``: writing bf16, and reading it as float32."""
     folder.mkdir(parents=True, exist_ok=True)
     x, w, numbers = torch.rand(1024, 1024), torch.rand(1024, 4096), torch.ones(SAMPLE, dtype=torch.bfloat16)
     ms = typical_ms(lambda: x @ w, torch.get_num_threads(), seconds=0.3)
@@ -238,9 +241,9 @@ def free_memory() -> float:
 # ---- as text ----
 
 
-def gigabytes(size: float) -> str:
-    """Bytes as ``2.1 GB``."""
-    return f"{size / 1e9:.1f} GB"
+def size_text(size: float) -> str:
+    """Bytes as ``2.1 GB`` or ``30 MB``."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
 
 
 def duration(seconds: float) -> str:

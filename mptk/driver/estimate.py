@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mptk.cost.estimate import Estimate, Pass, Sizes, Work, estimate, free_memory, gigabytes, this_machine
+from mptk.cost.estimate import Estimate, Pass, Sizes, Work, estimate, free_memory, size_text, this_machine
 from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.checkpoint import stored_dtype
@@ -106,21 +106,22 @@ def check_fits(found: Estimate, out: Path) -> None:
     if least > free:
         most = max(found.needed, key=lambda name: found.needed[name])
         raise MptkError(
-            f"the run needs at least {gigabytes(least)} of memory, {gigabytes(found.needed[most])} of it for {most}, "
-            f"and {gigabytes(free)} is free; {REMEDIES[most]}"
+            f"the run needs at least {size_text(least)} of memory ({size_text(found.needed[most])} of it: {most}), and "
+            f"{size_text(free)} is free; {REMEDIES[most]}"
         )
-    for what, place, parts in (
-        ("the result", _existing(out), found.output),
-        ("temporary files", Path(tempfile.gettempdir()), found.temporary),
+    no_onnx = "give --no-onnx, or " if "ONNX" in found.output else ""
+    for what, place, parts, remedy in (
+        ("the result needs", _existing(out), found.output, f"{no_onnx}give an --out on a larger disk"),
+        (
+            "temporary files need",
+            Path(tempfile.gettempdir()),
+            found.temporary,
+            "set TMPDIR to a folder on a larger disk",
+        ),
     ):
         needed, room = sum(parts.values()), shutil.disk_usage(place).free
         if needed > room:
-            remedy = "give --no-onnx, or an --out on a larger disk" if "ONNX" in parts else "use a larger disk (--out)"
-            if what != "the result":
-                remedy = "set TMPDIR to a folder on a larger disk, or give fewer --samples"
-            raise MptkError(
-                f"{what} needs {gigabytes(needed)} of disk and {place} has {gigabytes(room)} free; {remedy}"
-            )
+            raise MptkError(f"{what} {size_text(needed)} of disk and {place} has {size_text(room)} free; {remedy}")
 
 
 REMEDIES = {

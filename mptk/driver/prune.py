@@ -99,9 +99,10 @@ def stages(job: Job, settings: Settings, context: Context) -> Report | None:
     settings = settled(settings)
     check_settings(settings)
     check_replaceable(job.out)
-    needs = estimated(job.source, settings)
-    context.progress(str(needs), 0, 0)
-    check_fits(needs, job.out)
+    if job.given is None:  # a recovery's source is what a report names, which must be checked before it is fetched
+        needs = estimated(job.source, settings)
+        context.progress(str(needs), 0, 0)
+        check_fits(needs, job.out)
     prepared = prepare(job, settings, context)
     context = begin(job, prepared, context)
     text = read_text(prepared, context)

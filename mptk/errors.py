@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import re
+from collections.abc import Iterator
+
 
 class MptkError(Exception):
     """A user-facing error: one line that names the cause and the remedy. The command line prints it and exits 1."""
@@ -9,3 +14,73 @@ class MptkError(Exception):
 
 class ProofError(MptkError):
     """A result is not what it must be: an error of mptk's own, or of a file that was changed. Nothing is published."""
+
+
+class Exhausted(MptkError):
+    """The machine ran out of memory or of disk space."""
+
+
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file is too large",
+}
+_MEMORY = re.compile(r"out of memory|(?:can't|cannot|failed to|unable to) allocate|not enough memory|bad_alloc", re.I)
+_DEVICE = re.compile(r"(CUDA|HIP|XPU|MPS)\b.*out of memory")
+_AMOUNT = re.compile(r"(?:allocate|buffer of size) ([\d.]+)(?: ([KMGTP]iB))?", re.I)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Within it, what the machine runs out of is an Exhausted error, whichever library says so."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, Exhausted) or (found := exhausted(error)) is None:
+            raise
+        raise found from error
+
+
+def exhausted(error: BaseException) -> Exhausted | None:
+    """What ``error``, or an error that it was raised from, says of memory or disk; None if it says nothing of them.
+
+    Libraries have no class for it in common: torch raises a RuntimeError, safetensors a class of its own.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        number = _number(cause)
+        if number in _FULL and not isinstance(error, MptkError):  # an MptkError knows what it could not write
+            where = getattr(cause, "filename", None)
+            said = _FULL[number] + (f" ({where})" if where else "")
+            return Exhausted(f"{said}; free some space, or give a place on another disk")
+        if isinstance(cause, MemoryError) or number == errno.ENOMEM or _says_memory(cause):
+            return Exhausted(_out_of_memory(str(cause)))
+        cause = cause.__cause__
+    return None
+
+
+def _number(error: BaseException) -> int | None:
+    """The system's number of an error; libraries in Rust have it in their text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = _OS_ERROR.search(str(error))
+    return int(told[1]) if told else None
+
+
+def _says_memory(error: BaseException) -> bool:
+    return not isinstance(error, MptkError | OSError) and _MEMORY.search(str(error)) is not None
+
+
+def _out_of_memory(text: str) -> str:
+    device, amount = _DEVICE.search(text), _AMOUNT.search(text)
+    where = f"the {device[1]} device is out of memory" if device else "out of memory"
+    wanted = f" ({_readable(float(amount[1]), amount[2])} more were asked for)" if amount else ""
+    return (
+        f"{where}{wanted}; free some, or ask for less at once: shorter --length, fewer --samples, a smaller --micro; "
+        "`mptk prune MODEL --estimate` says what a run needs"
+    )
+
+
+def _readable(number: float, unit: str | None) -> str:
+    return f"{number:g} {unit}" if unit else f"{number / 1e9:.3g} GB"

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from mptk.errors import MptkError
+from mptk.errors import MptkError, exhausted
 from mptk.ir.program import Program
 from mptk.runtime.staged import EXECUTOR, Executor
 from passes.transforms.round_weights import RoundWeights
@@ -98,6 +98,8 @@ def _compared(
         try:
             reference = next(results).float()
         except RuntimeError as error:  # stages run side by side, so the fault may be any program's
+            if (lacking := exhausted(error)) is not None:
+                raise lacking from error
             return [failed(name, error, tolerance) for name, (run, tolerance) in stages.items()]
         for name, (run, tolerance) in stages.items():
             logits_of = (lambda _: next(results)) if isinstance(run, Program) else run
@@ -123,7 +125,9 @@ def _run(name: str, run: StageLogits, tokens: Tensor, reference: Tensor, toleran
         return difference(name, run(tokens), reference, tolerance)
     except MptkError:
         raise
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
+        if (lacking := exhausted(error)) is not None:
+            raise lacking from error
         return failed(name, error, tolerance)
 
 

@@ -176,10 +176,30 @@ def test_prune_reports_what_it_printed(pruned):
     assert result.stdout.splitlines()[-1] == f"written to {out}"
 
 
+def test_the_first_line_of_a_run_says_what_it_will_need(pruned):
+    first = pruned[1].stderr.splitlines()[0]
+    assert re.fullmatch(r" *\d s  will need about [\d.]+ GB of memory, \d+ MB of disk and \d+ s", first)
+
+
+def test_an_estimate_alone_writes_nothing_and_needs_no_weights(files, mptk, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(Path(files.model) / "config.json", tmp_path)
+    result = mptk("prune", tmp_path, "--estimate", "--method", "wanda", "--reconstruct")
+    assert result.code == 0
+    for part in ("memory", "largest stage", "disk", "checkpoint", "ONNX", "time", "score (wanda)", "reconstruct"):
+        assert part in result.stdout
+    assert re.search(r"A run will need about [\d.]+ GB of memory", result.stdout)
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_a_run_needs_a_place(files, mptk):
+    assert mptk("prune", files.model).error == "error: there is no place for the result; give --out FOLDER"
+
+
 def test_progress_is_lines_where_stderr_is_no_terminal(pruned):
     lines = pruned[1].stderr.splitlines()
     assert all(re.match(r" *\d+ s  \w", line) for line in lines), pruned[1].stderr
-    stages = [re.sub(r" \d+/\d+$", "", line.split(" s  ")[1]) for line in lines]
+    stages = [re.sub(r" \d+/\d+$", "", line.split(" s  ")[1]) for line in lines[1:]]
     steps = ["load", "trace", "analyse", "legalise", "calibration text", "score (wanda)", "choose widths"]
     assert list(dict.fromkeys(stages))[:7] == steps
     assert {"write stock", "write onnx", "prove", "perplexity (dense)", "perplexity (pruned)"} <= set(stages)

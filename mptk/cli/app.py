@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mptk.errors import MptkError
+from mptk.errors import MptkError, explained
 
 app = typer.Typer(
     help="Structured pruning for language models: analyse, cut, prove, emit.",
@@ -28,7 +28,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
     try:
-        app()
+        with explained():
+            app()
     except MptkError as error:
         err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -28,6 +28,7 @@ from mptk.cli.options import (
     with_settings,
 )
 from mptk.cli.progress import stages
+from mptk.errors import MptkError
 from mptk.run.settings import DEFAULT_STEPS, Settings
 
 if TYPE_CHECKING:
@@ -38,9 +39,12 @@ if TYPE_CHECKING:
 @with_settings()
 def prune(
     model: Model,
-    folder: Out,
+    folder: Annotated[Path | None, Out.__metadata__[0]] = None,
     max_decode_ms: MaxMs = None,
     max_prefill_ms: MaxMs = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only say what memory, disk and time the run will need.")
+    ] = False,
     verbose: Verbose = False,
     **options: object,
 ) -> None:
@@ -49,9 +53,17 @@ def prune(
     maskprune learns what to cut and then trains the small model. A one-shot method trains only if --steps is given.
     """
     from mptk.cli import report
-    from mptk.driver.prune import prune
+    from mptk.driver.estimate import check_fits, estimated
+    from mptk.driver.prune import prune, settled
 
     settings = with_latency(settings_from(options), max_decode_ms, max_prefill_ms)
+    if estimate:
+        found = estimated(model, settled(settings))
+        out.print(report.estimate_view(found))
+        check_fits(found, folder or Path.cwd())
+        return
+    if folder is None:
+        raise MptkError("there is no place for the result; give --out FOLDER")
     with stages(err) as progress:
         result = prune(model, folder, settings, progress, on_stage=printed(verbose))
     if result is not None:

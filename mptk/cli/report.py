@@ -11,6 +11,7 @@ from rich.console import Group as Lines
 from rich.table import Table
 from rich.text import Text
 
+from mptk.cost.estimate import Estimate, duration, size_text
 from mptk.cost.model import CostModel
 from mptk.ir.families import Analysis
 from mptk.run.report import Report, Row
@@ -246,6 +247,21 @@ def _quality(report: Report, name: str) -> str:
 def _figure(value: float | None) -> str:
     """Two decimals. Infinity and NaN are null in JSON."""
     return "not finite" if value is None else f"{value:.2f}"
+
+
+def estimate_view(found: Estimate) -> Lines:
+    """Memory, disk and time that a run will need, part by part."""
+    table = Table(show_edge=False)
+    for column, justify in (("", "left"), ("for", "left"), ("about", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for what, parts in (("memory", {**found.needed, **found.held}), ("disk", {**found.output, **found.temporary})):
+        for number, (name, size) in enumerate(parts.items()):
+            table.add_row("" if number else what, name, size_text(size))
+        table.add_row("", "in all", size_text(sum(parts.values())), style="bold", end_section=True)
+    for number, (stage, seconds) in enumerate(found.seconds.items()):
+        table.add_row("" if number else "time", stage, duration(seconds))
+    table.add_row("", "in all", duration(sum(found.seconds.values())), style="bold")
+    return Lines(table, Text(f"\nA run {found}."))
 
 
 def proof_view(proof: Sequence[Row]) -> Table:

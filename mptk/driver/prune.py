@@ -22,8 +22,9 @@ from mptk.cost.model import is_layered
 from mptk.driver.budget import WidthSearch, budgeted, multiples
 from mptk.driver.changes import COMPENSATION, widened
 from mptk.driver.describe import describe, measured
+from mptk.driver.estimate import check_fits, estimated
 from mptk.driver.proof import check_proof, check_witness, prove_folder
-from mptk.errors import MptkError
+from mptk.errors import MptkError, explained
 from mptk.io.models import Loaded
 from mptk.io.publish import check_replaceable, publish
 from mptk.io.resident import Resident
@@ -101,7 +102,7 @@ class Job:
 
 def run(job: Job, settings: Settings, context: Context) -> Report | None:
     """Run every stage in order. Settings, errors and result are those of ``prune``."""
-    with own_state():
+    with own_state(), explained():
         return stages(job, settings, context if leads() else replace(context, progress=silent))
 
 
@@ -110,6 +111,10 @@ def stages(job: Job, settings: Settings, context: Context) -> Report | None:
     settings = settled(settings)
     check_settings(settings)
     check_replaceable(job.out)
+    if job.given is None:  # a recovery's source is what a report names, which must be checked before it is fetched
+        needs = estimated(job.source, settings)
+        context.progress(str(needs), 0, 0)
+        check_fits(needs, job.out)
     prepared = prepare(job, settings, context)
     context = begin(job, prepared, context)
     text = read_text(prepared, context)

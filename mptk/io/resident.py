@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 from safetensors import safe_open
 from torch import Tensor
 
@@ -48,9 +48,15 @@ def stored_weight(file: Path, key: str, like: Tensor, resident: Resident) -> Laz
     return Lazy(like, lambda: resident.get(f"{file}|{key}", read))
 
 
-def free_memory() -> int:
-    """Bytes of this machine's memory that a process can still have."""
-    return int(psutil.virtual_memory().available)
+def free_memory() -> float:
+    """Bytes of memory that a new process can have: what is free, and what this process's control group allows."""
+    info, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if not info.is_file():
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    lines = (line.split() for line in info.read_text().splitlines())
+    free = next(float(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    return free if allowed == "max" else min(free, float(allowed))
 
 
 def memory_bound(asked: int | None) -> int:

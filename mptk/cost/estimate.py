@@ -1,0 +1,242 @@
+"""estimate: what a run will need, from the sizes of a model: memory, disk, and time by stage (docs/scale.md).
+
+Weights are read stage by stage. Those that the memory bound holds stay resident in float32; the rest is read again in
+every pass over the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mptk.cost.operator_times import machine, typical_ms
+from mptk.files import json_text, write_json
+from mptk.io.packaged import cache_dir
+
+BASE = 600_000_000
+"""Bytes of a process that has imported everything and holds no weights."""
+
+BATCH = 2048
+"""Most tokens that go through a stage at once."""
+
+LOGITS = 3
+"""Copies of a batch's logits while a loss is taken."""
+
+EFFICIENCY = 0.7
+"""Share of the matrix product's rate that a whole forward pass reaches."""
+
+TRACE_S = 0.17
+"""Seconds of trace, analysis and legal widths for each layer."""
+
+SAMPLE = 32 << 20
+"""Numbers in the file whose reading and writing is timed."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """``flops``: of a float32 matrix product. ``read``: bytes of stored weights, made float32. ``write``: to the disk.
+
+    All are rates a second.
+    """
+
+    flops: float
+    read: float
+    write: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model, in numbers. ``stored``: bytes of a stored one.
+
+    ``blocks``: parameters of all blocks. ``stage``: of the largest block or, if it is larger, the largest tensor.
+    ``products``: parameters that each token is multiplied with; of a mixture all experts. ``hidden``, ``widest``: most
+    numbers of a token between blocks and within. ``fit``: operations that fit again what blocks add to
+    the residual stream.
+    """
+
+    parameters: int
+    blocks: int
+    stage: int
+    products: int
+    hidden: int
+    widest: int
+    heads: int
+    vocab: int
+    layers: int
+    fit: float
+    stored: int
+
+    @staticmethod
+    def of(model: nn.Module, blocks: Sequence[nn.Module], *, stored: int, heads: int, vocab: int) -> Sizes:
+        """The sizes of a module, which may be on the meta device. ``blocks``: its layers."""
+        count = {name: p.numel() for name, p in model.named_parameters()}
+        inner = [sum(p.numel() for p in block.parameters()) for block in blocks]
+        matrices = [p.shape for block in blocks for p in block.parameters() if p.ndim == 2]
+        looked_up = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+        multiplied = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+        narrow = min((min(shape) for shape in matrices), default=0)
+        widest = max((max(shape) for shape in matrices), default=0)
+        embedding = max((w.shape[1] for w in looked_up), default=narrow)
+        return Sizes(
+            parameters=sum(count.values()),
+            blocks=sum(inner),
+            stage=max([*inner, *count.values()]),
+            products=sum(count.values()) - sum(w.numel() for w in looked_up - multiplied),
+            hidden=embedding,
+            widest=widest,
+            heads=heads,
+            vocab=vocab,
+            layers=len(blocks),
+            fit=sum(2 / 3 * k**3 + 2 * n * k**2 for n, k in matrices if k >= n == embedding),
+            stored=stored,
+        )
+
+    def flops(self, length: int) -> float:
+        """Operations of a token in a window of ``length`` tokens."""
+        return 2 * self.products + 4 * length * self.hidden * self.layers
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Work on the whole model: ``tokens`` in windows of ``length``, ``reads`` times through the weights.
+
+    ``flops``: operations beside those of the forward pass.
+    """
+
+    tokens: float
+    length: int
+    reads: float = 1
+    flops: float = 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run does. ``kept``: share of the parameters that is left.
+
+    ``passes``: stage → work. ``calibration``, ``evaluated``: tokens of all windows, and of one window's logits.
+    ``onnx``: bytes of a number in each graph. ``gradients``: whether those of all weights are kept. ``training``:
+    bytes that training takes beside the weights; None if nothing is trained.
+    """
+
+    kept: float
+    passes: Mapping[str, Pass]
+    calibration: int
+    evaluated: int
+    length: int
+    onnx: tuple[float, ...] = ()
+    gradients: bool = False
+    training: float | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will need, each as what for → how much.
+
+    ``needed``: bytes of memory without which it cannot run. ``held``: bytes of memory that a smaller bound makes less.
+    ``output``, ``temporary``: bytes of disk. ``seconds``: stage → time.
+    """
+
+    needed: Mapping[str, float]
+    held: Mapping[str, float]
+    output: Mapping[str, float]
+    temporary: Mapping[str, float]
+    seconds: Mapping[str, float]
+
+    def __str__(self) -> str:
+        memory, disk = (
+            sum([*a.values(), *b.values()]) for a, b in ((self.needed, self.held), (self.output, self.temporary))
+        )
+        time = duration(sum(self.seconds.values()))
+        return f"will need about {size_text(memory)} of memory, {size_text(disk)} of disk and {time}"
+
+
+def estimate(sizes: Sizes, work: Work, on: Machine, bound: float) -> Estimate:
+    """What ``work`` needs if resident weights and values between stages take at most ``bound`` bytes."""
+    weights, borders = 4.0 * sizes.parameters, 8.0 * work.calibration * sizes.hidden
+    kept_borders = min(borders, bound / 4)
+    trains = work.training is not None
+    resident = weights if trains else min(weights, bound - kept_borders)
+    missing = (1 - resident / weights) * sizes.parameters * sizes.stored
+    needed = {
+        "libraries": BASE,
+        "weights": weights if trains else 0,
+        "training": work.training or 0,
+        "largest stage": 4 * sizes.stage * ((resident < weights) + work.kept),
+        "activations": 4 * BATCH * (6 * sizes.hidden + 3 * sizes.widest + 2 * sizes.heads * work.length),
+        "logits": 4 * LOGITS * work.evaluated * sizes.vocab,
+    }
+    held = {"weights that stay": 0 if trains else resident, "values between stages": kept_borders}
+    output = {
+        "checkpoint": work.kept * sizes.parameters * sizes.stored,
+        "ONNX": sum(work.onnx) * work.kept * sizes.parameters,
+    }
+    temporary = {
+        "values between stages": borders - kept_borders,
+        "gradients": max(0, weights - bound) if work.gradients else 0,
+    }
+    seconds = {"read": sizes.parameters * sizes.stored / on.read, "trace and analyse": TRACE_S * sizes.layers}
+    for stage, done in work.passes.items():
+        operations = done.tokens * sizes.flops(done.length) + done.flops
+        seconds[stage] = operations / (EFFICIENCY * on.flops) + done.reads * missing / on.read
+    seconds["write"] = sum(output.values()) / on.write + missing / on.read
+    return Estimate(_some(needed), _some(held), _some(output), _some(temporary), seconds)
+
+
+def _some(parts: Mapping[str, float]) -> dict[str, float]:
+    return {name: size for name, size in parts.items() if size}
+
+
+# ---- this machine ----
+
+
+def this_machine() -> Machine:
+    """The rates of this machine, measured in a second or two and kept in the cache folder."""
+    about = {**machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    file = cache_dir() / "machine" / f"{hashlib.sha256(json_text(about).encode()).hexdigest()[:16]}.json"
+    if not file.is_file():
+        write_json(file, {"machine": about, "rates": asdict(calibrate(file.parent))})
+    return Machine(**json.loads(file.read_text())["rates"])
+
+
+def calibrate(folder: Path) -> Machine:
+    """Time a matrix product, and the best of three files in ``folder``: writing bf16, and reading it as float32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    x, w, numbers = torch.rand(1024, 1024), torch.rand(1024, 4096), torch.ones(SAMPLE, dtype=torch.bfloat16)
+    ms = typical_ms(lambda: x @ w, torch.get_num_threads(), seconds=0.3)
+    wrote, read = [], []
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".rates-") as temporary:
+        for i in range(3):
+            file, start = Path(temporary) / str(i), time.perf_counter()
+            save_file({"x": numbers}, file)
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+            wrote.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            load_file(file)["x"].float()
+            read.append(time.perf_counter() - start)
+    return Machine(2 * 1024 * 1024 * 4096 / ms * 1e3, numbers.nbytes / min(read), numbers.nbytes / min(wrote))
+
+
+# ---- as text ----
+
+
+def size_text(size: float) -> str:
+    """Bytes as ``2.1 GB`` or ``30 MB``."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``40 s``, ``12 min`` or ``3.5 h``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

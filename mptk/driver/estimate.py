@@ -1,0 +1,139 @@
+"""estimate: what ``prune`` will need with its settings, from a model's config, and whether it is there."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from mptk.cost.estimate import Estimate, Pass, Sizes, Work, estimate, size_text, this_machine
+from mptk.errors import MptkError
+from mptk.io import models
+from mptk.io.checkpoint import stored_dtype
+from mptk.io.resident import free_memory, memory_bound
+from mptk.methods import find_method
+from mptk.methods.one_shot import TOKENS
+from mptk.run.processes import blocks
+from mptk.run.settings import Settings
+from mptk.run.values import PROOF_SHAPE
+from passes.analysis.borders import MARGIN, config_borders
+
+SCORES = {"random": 0, "magnitude": 0, "taylor": 3}
+"""Forward passes that a method's scores cost, if not 1; going back costs 2."""
+
+ONNX_BYTES = {"": 4.0, "int8": 1.0, "int4": 0.6, "fp16": 2.0}
+"""Bytes of a number in an ONNX graph."""
+
+
+def estimated(model: str, settings: Settings) -> Estimate:
+    """What ``prune(model, …, settings)`` will need. Reads the config alone; hub ids need not be downloaded.
+
+    Raises:
+        MptkError: there is no such model.
+    """
+    skeleton = models.skeleton(model, trust_remote_code=settings.trust_remote_code)
+    config = skeleton.config.get_text_config()
+    stored = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    if settings.dtype == "auto":
+        stored = _stored(model, settings)
+    heads, vocab = (int(getattr(config, name, None) or 0) for name in ("num_attention_heads", "vocab_size"))
+    sizes = Sizes.of(skeleton, blocks(skeleton), stored=stored.itemsize, heads=heads, vocab=vocab)
+    borders = [b for b in config_borders(config.to_dict()) if b + MARGIN <= settings.proof_length]
+    return estimate(sizes, work_of(settings, sizes, bool(borders)), this_machine(), memory_bound(settings.memory))
+
+
+def _stored(model: str, settings: Settings) -> torch.dtype:
+    """The type of a checkpoint's weights: of its files, or of its config if they are not there."""
+    folder = Path(model).expanduser()
+    if any(folder.glob("*.safetensors")):
+        return stored_dtype(folder)
+    dtype = models.load_config(model, trust_remote_code=settings.trust_remote_code).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def work_of(settings: Settings, sizes: Sizes, long_proof: bool) -> Work:
+    """The work of a run. ``long_proof``: whether the config has borders that its proof must go beyond."""
+    s, training = settings, settings.learning.training
+    method, calibration = find_method(s.method), s.samples * s.length
+    chooses, reconstructs = s.plan is None, s.reconstruct
+    if reconstructs is None:
+        reconstructs = chooses and method.reconstructs
+    passes: dict[str, Pass] = {}
+    if s.data == "self":  # the model reads its weights for every token of 32 windows
+        count = max(s.samples, s.steps * training.batch) * (1 + (s.eval_data is None))
+        passes["calibration text"] = Pass(2 * count * s.length, s.length, reads=s.length * -(-count // 32))
+    if chooses and method.learns:
+        passes["score"] = Pass(3 * calibration, s.length, reads=2)
+    elif chooses:
+        tokens = SCORES.get(s.method, 1) * calibration
+        passes[f"score ({s.method})"] = Pass(tokens, s.length, reads=2 if tokens > calibration else 1)
+        passes["choose widths"] = Pass((method.splits or 1) * TOKENS, s.length)
+    if s.steps:
+        passes["train"] = Pass(4 * s.steps * training.batch * s.length, s.length, reads=0)
+    if reconstructs:
+        passes["reconstruct"] = Pass(calibration, s.length, flops=sizes.fit)
+    proof = PROOF_SHAPE[0] * PROOF_SHAPE[1] + (s.proof_length if long_proof else 0)
+    passes["prove"] = Pass(3 * proof, s.length, reads=2)
+    passes["perplexity"] = Pass(2 * s.eval_windows * s.eval_length, s.eval_length, reads=2)
+    return Work(
+        kept=1 - s.sparsity * sizes.blocks / sizes.parameters if chooses else 1.0,
+        passes=passes,
+        calibration=calibration,
+        evaluated=max(TOKENS, s.eval_length),
+        length=s.length,
+        onnx=tuple(ONNX_BYTES[scheme] for scheme in ("", *s.quantize)) if s.onnx else (),
+        gradients=chooses and s.method == "taylor",
+        training=_training(s, sizes) if s.steps else None,
+    )
+
+
+def _training(settings: Settings, sizes: Sizes) -> float:
+    """Bytes that training takes beside the weights: optimizer and gradients, activations, logits of both models."""
+    s, tokens = settings.learning, settings.learning.training.micro * settings.length
+    states = 12.0 * sizes.parameters if not s.rank else 16.0 * s.rank * sizes.layers * 8 * sizes.hidden
+    layers = 1 if s.gradient_checkpointing else sizes.layers
+    kept = 4 * tokens * (layers * (12 * sizes.hidden + 4 * sizes.widest) + sizes.layers * sizes.hidden)
+    return states + kept + 4 * 4 * tokens * sizes.vocab
+
+
+def check_fits(found: Estimate, out: Path) -> None:
+    """Raise MptkError if the memory or a disk cannot hold what a run needs, with what would make it fit."""
+    free, least = free_memory(), sum(found.needed.values())
+    if least > free:
+        most = max(found.needed, key=lambda name: found.needed[name])
+        raise MptkError(
+            f"the run needs at least {size_text(least)} of memory ({size_text(found.needed[most])} of it: {most}), and "
+            f"{size_text(free)} is free; {REMEDIES[most]}"
+        )
+    no_onnx = "give --no-onnx, or " if "ONNX" in found.output else ""
+    for what, place, parts, remedy in (
+        ("the result needs", _existing(out), found.output, f"{no_onnx}give an --out on a larger disk"),
+        (
+            "temporary files need",
+            Path(tempfile.gettempdir()),
+            found.temporary,
+            "set TMPDIR to a folder on a larger disk",
+        ),
+    ):
+        needed, room = sum(parts.values()), shutil.disk_usage(place).free
+        if needed > room:
+            raise MptkError(f"{what} {size_text(needed)} of disk and {place} has {size_text(room)} free; {remedy}")
+
+
+REMEDIES = {
+    "libraries": "close other programs",
+    "weights": "training holds all of them; give a one-shot --method, as wanda, and no --steps",
+    "training": "give a smaller --micro, a shorter --length or --gradient-checkpointing",
+    "largest stage": "use a machine with more memory",
+    "activations": "give a shorter --length, or use a machine with more memory",
+    "logits": "give a shorter --eval-length, or use a machine with more memory",
+}
+"""Part of the memory → what makes it smaller."""
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -1,0 +1,200 @@
+"""What a run will need is said before it starts, and what cannot fit is refused then."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from toy_checkpoints import llama
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from mptk import Settings, prune
+from mptk.cost import estimate as costs
+from mptk.cost.estimate import Estimate, Machine, Pass, Sizes, Work, duration, estimate, size_text
+from mptk.driver.estimate import check_fits, estimated
+from mptk.errors import MptkError
+from mptk.run.processes import blocks
+from mptk.run.settings import Learning
+
+ATTENTION, FFN, NORMS = 2 * 48 * 96 + 2 * 48 * 32, 3 * 48 * 64, 2 * 48
+BLOCK, EMBEDDING = ATTENTION + FFN + NORMS, 300 * 48
+SLOW = Machine(flops=1e9, read=1e6, write=2e6)
+WORK = Work(kept=0.75, passes={"score": Pass(tokens=1000, length=10)}, calibration=200, evaluated=20, length=10)
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mptk.driver.estimate.this_machine", lambda: SLOW)
+
+
+@pytest.fixture
+def eight_billion(tmp_path: Path) -> str:
+    """A folder with the config of Llama-3-8B and nothing else."""
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(tmp_path / "config")
+    return str(tmp_path / "config")
+
+
+def toy(*, tied: bool) -> Sizes:
+    model = llama(tied=tied)
+    return Sizes.of(model, blocks(model), stored=2, heads=6, vocab=300)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sizes_of_a_model(tied: bool) -> None:
+    norms = 2 * 2 * 48 + 48
+    assert toy(tied=tied) == Sizes(
+        parameters=(1 if tied else 2) * EMBEDDING + 2 * BLOCK + 48,
+        blocks=2 * BLOCK,
+        stage=BLOCK,
+        products=EMBEDDING + 2 * (ATTENTION + FFN) + norms,
+        hidden=48,
+        widest=96,
+        heads=6,
+        vocab=300,
+        layers=2,
+        fit=pytest.approx(2 * (2 / 3 * 96**3 + 2 * 48 * 96**2 + 2 / 3 * 64**3 + 2 * 48 * 64**2)),
+        stored=2,
+    )
+
+
+def test_the_embedding_may_be_the_largest_stage() -> None:
+    with torch.device("meta"):
+        config = LlamaConfig(hidden_size=40, intermediate_size=56, num_attention_heads=5, vocab_size=9000)
+        model = AutoModelForCausalLM.from_config(config)
+    assert Sizes.of(model, blocks(model), stored=4, heads=1, vocab=9000).stage == 9000 * 40
+
+
+def test_everything_stays_if_the_bound_allows_it_and_is_read_once() -> None:
+    sizes = toy(tied=True)
+    found = estimate(sizes, WORK, SLOW, bound=1e9)
+    assert found.held == {"weights that stay": 4 * sizes.parameters, "values between stages": 8 * 200 * 48}
+    assert found.needed["largest stage"] == 4 * 0.75 * BLOCK
+    assert found.needed["logits"] == 3 * 4 * 20 * 300
+    assert found.output == {"checkpoint": 0.75 * 2 * sizes.parameters}
+    assert found.temporary == {}
+    assert found.seconds["read"] == 2 * sizes.parameters / 1e6
+    operations = 1000 * (2 * sizes.products + 4 * 10 * 48 * 2)
+    assert found.seconds["score"] == pytest.approx(operations / (costs.EFFICIENCY * 1e9))
+    assert found.seconds["write"] == 0.75 * 2 * sizes.parameters / 2e6
+
+
+def test_a_smaller_bound_takes_less_memory_more_time_and_temporary_files() -> None:
+    sizes = toy(tied=True)
+    loose, tight = (estimate(sizes, replace(WORK, gradients=True), SLOW, bound) for bound in (1e9, 100_000))
+    assert sum(tight.held.values()) == 100_000
+    assert tight.needed["largest stage"] == 4 * 1.75 * BLOCK
+    assert tight.temporary == {
+        "values between stages": 8 * 200 * 48 - 25_000,
+        "gradients": 4 * sizes.parameters - 100_000,
+    }
+    missing = (1 - 75_000 / (4 * sizes.parameters)) * 2 * sizes.parameters / 1e6
+    assert tight.seconds["score"] - loose.seconds["score"] == pytest.approx(missing)
+
+
+def test_training_holds_all_weights() -> None:
+    sizes = toy(tied=True)
+    found = estimate(sizes, replace(WORK, training=7e6), SLOW, bound=1000)
+    assert (found.needed["weights"], found.needed["training"]) == (4 * sizes.parameters, 7e6)
+    assert "weights that stay" not in found.held
+
+
+def test_a_config_is_enough(eight_billion: str) -> None:
+    found = estimated(eight_billion, Settings(method="wanda", onnx=False, data="text"))
+    assert found.seconds["read"] == 16_060_522_496 / 1e6  # bfloat16, as the config says
+    block = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
+    assert found.output["checkpoint"] == pytest.approx(16_060_522_496 - 0.3 * 2 * 32 * block)
+    assert set(found.seconds) >= {"score (wanda)", "choose widths", "prove", "perplexity"}
+    assert "calibration text" not in found.seconds
+
+
+def test_what_a_run_does_is_what_it_takes_time_for(eight_billion: str) -> None:
+    base = Settings(method="wanda", onnx=False, data="text")
+    ask = lambda **changes: estimated(eight_billion, replace(base, **changes))  # noqa: E731
+    plan = ask(plan="plan.json")
+    assert not {"score (wanda)", "choose widths", "reconstruct"} & set(plan.seconds)
+    assert plan.output["checkpoint"] == 16_060_522_496
+    assert ask(reconstruct=True).seconds["reconstruct"] > 32 * 2 / 3 * 14336**3 / 1e9
+    assert ask(method="taylor").seconds["score (taylor)"] > 2 * ask().seconds["score (wanda)"]
+    assert ask(method="magnitude").seconds["score (magnitude)"] < 0.1 * ask().seconds["score (wanda)"]
+    assert ask(data="self").seconds["calibration text"] > 0
+    assert ask(onnx=True, quantize=("int8",)).output["ONNX"] == pytest.approx(2.5 * ask().output["checkpoint"])
+    assert ask(dtype="float32").output["checkpoint"] == 2 * ask().output["checkpoint"]
+    learned = ask(method="maskprune", learning=Learning(steps=10))
+    assert learned.needed["weights"] == 2 * 16_060_522_496
+    assert set(learned.seconds) >= {"train", "reconstruct"}
+
+
+class Disk(NamedTuple):
+    free: int
+
+
+@pytest.mark.parametrize(
+    ("changes", "memory", "disk", "said"),
+    [
+        (
+            {},
+            2e9,
+            10**12,
+            r"needs at least 6\.\d GB of memory \(3\.\d GB of it: largest stage\), and 2\.0 GB is free; use a",
+        ),
+        ({"steps": 5}, 20e9, 10**12, r"\(32\.1 GB of it: weights\), and 20\.0 GB is free; .* give a one-shot --method"),
+        ({}, 60e9, 10**10, r"the result needs 11\.\d GB of disk and .* has 10\.0 GB free; give an --out on a"),
+        ({"onnx": True}, 60e9, 2 * 10**10, r"the result needs 35\.\d GB of disk and .* give --no-onnx"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_what_would_make_it_fit(
+    eight_billion: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, int],
+    memory: float,
+    disk: int,
+    said: str,
+) -> None:
+    monkeypatch.setattr("mptk.driver.estimate.free_memory", lambda: memory)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Disk(disk))
+    monkeypatch.setattr("mptk.io.models.load", lambda *_, **__: pytest.fail("weights were read"))
+    learning = Learning(steps=changes.pop("steps", 0))
+    settings = Settings(method="wanda", data="text", learning=learning, **({"onnx": False} | changes))  # type: ignore[arg-type]
+    with pytest.raises(MptkError, match=said) as raised:
+        prune(eight_billion, tmp_path / "out", settings)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_temporary_files_have_a_place_of_their_own(tmp_path: Path) -> None:
+    found = Estimate({"libraries": 1.0}, {}, {"checkpoint": 1.0}, {"gradients": 1e18}, {})
+    with pytest.raises(MptkError, match=r"temporary files need .*; set TMPDIR to a folder on a larger disk"):
+        check_fits(found, tmp_path / "not" / "there")
+
+
+def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPTK_CACHE", str(tmp_path))
+    monkeypatch.setattr(costs, "SAMPLE", 1 << 16)
+    first = costs.this_machine()
+    assert min(first.flops, first.read, first.write) > 0
+    (kept,) = (tmp_path / "machine").iterdir()
+    assert json.loads(kept.read_text())["rates"]["flops"] == first.flops
+    monkeypatch.setattr(costs, "calibrate", lambda _: pytest.fail("measured again"))
+    assert costs.this_machine() == first
+
+
+def test_sizes_and_times_as_text() -> None:
+    assert [size_text(s) for s in (2.14e9, 3e7)] == ["2.1 GB", "30 MB"]
+    assert [duration(s) for s in (40, 119.6, 720, 12_600)] == ["40 s", "120 s", "12 min", "3.5 h"]
+    found = Estimate({"a": 1e9}, {"b": 1.1e9}, {"a": 5e8}, {"b": 1e8}, {"x": 30, "y": 10})
+    assert str(found) == "will need about 2.1 GB of memory, 0.6 GB of disk and 40 s"

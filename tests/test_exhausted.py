@@ -1,0 +1,147 @@
+"""Out of memory and a full disk are one line, whichever library says so and wherever it happens."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper
+from toy_checkpoints import TEXT, llama, tokenizer
+
+from mptk.cli.main import main
+from mptk.errors import Exhausted, MptkError, explained
+from passes.verify import prove
+
+ROOT = Path(__file__).resolve().parents[1]
+TOO_MANY = 10**14
+
+
+def no_memory_in_onnxruntime() -> None:
+    shape, made = (
+        helper.make_tensor_value_info("s", TensorProto.INT64, [1]),
+        helper.make_tensor_value_info("y", 1, None),
+    )
+    graph = helper.make_graph([helper.make_node("ConstantOfShape", ["s"], ["y"])], "huge", [shape], [made])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    ort.InferenceSession(model.SerializeToString()).run(None, {"s": np.array([TOO_MANY])})
+
+
+def failing(error: Exception) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("run", "amount"),
+    [
+        (lambda: torch.empty(TOO_MANY), " (4e+05 GB more were asked for)"),
+        (lambda: np.empty(TOO_MANY), " (728 TiB more were asked for)"),
+        (lambda: bytearray(10**16), ""),
+        (no_memory_in_onnxruntime, " (4e+05 GB more were asked for)"),
+        (failing(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))), ""),
+        (failing(Exception("I/O error: Cannot allocate memory (os error 12)")), ""),
+    ],
+)
+def test_out_of_memory(run: Callable[[], object], amount: str) -> None:
+    with pytest.raises(Exhausted) as raised, explained():
+        run()
+    assert str(raised.value).startswith(f"out of memory{amount}; free some, or ask for less")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_device_is_named() -> None:
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has 79 GiB, of which 1 is free.\n"
+    )
+    with (
+        pytest.raises(Exhausted, match=r"^the CUDA device is out of memory \(2.5 GiB more were asked for\); "),
+        explained(),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/somewhere/x"), r"^the disk is full \(/somewhere/x\); free"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "^the disk quota is used up; free"),
+        (
+            Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "^the disk is full; free",
+        ),
+    ],
+)
+def test_a_full_disk(error: Exception, said: str) -> None:
+    with pytest.raises(Exhausted, match=said), explained():
+        raise error
+
+
+def test_other_errors_stay_as_they_are() -> None:
+    for error in (
+        RuntimeError("size mismatch"),
+        OSError(errno.ENOENT, "No such file"),
+        MptkError("no such model; see"),
+    ):
+        with pytest.raises(type(error)) as raised, explained():
+            raise error
+        assert raised.value is error
+
+
+def test_a_message_that_names_the_place_is_kept_and_one_that_hides_the_memory_is_not() -> None:
+    def wrapped(cause: Exception) -> None:
+        try:
+            raise cause
+        except Exception as error:
+            raise MptkError("cannot load or write model; check the model") from error
+
+    with pytest.raises(MptkError, match=r"^cannot load"), explained():
+        wrapped(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(Exhausted, match=r"^out of memory"), explained():
+        wrapped(MemoryError())
+
+
+def test_the_proof_does_not_take_it_for_a_wrong_result() -> None:
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(Exhausted, match="out of memory"):
+        prove(lambda ids: torch.ones(1, 3, 5), {"stage": (lambda ids: torch.empty(TOO_MANY), 1e-3)}, ids)
+
+
+def test_the_command_line_prints_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mptk.io.models.skeleton", lambda *_, **__: torch.empty(TOO_MANY))
+    monkeypatch.setattr(sys, "argv", ["mptk", "show", "anything"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "0 s  " not in line]
+    assert line.startswith("error: out of memory (4e+05 GB more were asked for); ")
+
+
+def test_a_run_that_fills_the_disk_ends_with_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_text(TEXT)
+    short = "--samples 2 --length 32 --eval-windows 2 --eval-length 32 --multiple-of 8 --data text --no-onnx"
+    command = [sys.executable, "-m", "mptk", "prune", "model", "--method", "magnitude", "--out", "out", *short.split()]
+    ended = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MPTK_CACHE": str(tmp_path / "cache")},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1, ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if " s  " not in line]
+    assert line == "error: a file is too large; free some space, or give a place on another disk"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["model", "text"]

@@ -116,7 +116,8 @@ def removed_at_zero(model: nn.Module, sites: Sequence[MaskSite], kept: Mapping[s
     values = {family: table.float() for family, table in kept.items()}
     masks = InsertedMasks(model, sites, lambda family, layer: values[family][layer])
     masks.remove()
-    return masks.folded({name: p.detach() for name, p in model.named_parameters()})
+    weights = dict(model.named_parameters())
+    return {name: masks.fold(name, weights[name]) for name in masks.weights}
 
 
 def reconstruct_consumers(
@@ -139,4 +140,4 @@ def reconstruct_consumers(
             flat = torch.cat([kept[site.family][site.layer].flatten(), torch.ones(1, dtype=torch.bool)])
             name = site.weights[0][0]
             inputs[name] = inputs.get(name, torch.tensor(True)) & flat[site.index]
-    return reconstruct(model.cpu(), inputs, state, windows, progress)
+    return reconstruct(model, inputs, state, windows, progress)

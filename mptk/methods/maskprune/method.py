@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.methods.maskprune.learner import Learner
 from mptk.run.chain import Chosen, Method, Prepared
+from mptk.run.processes import replica
 from mptk.run.settings import Settings
 from mptk.run.values import Context, Text
 from passes.transforms.insert_masks import disturbed
@@ -36,6 +39,6 @@ class MaskPrune(Method):
         assert context.accelerator is not None
         learning = prepared.settings.learning
         with context.stage("learn masks"):
-            model, windows = prepared.loaded.model, text.training
-            learner = Learner(context.accelerator, model, windows, learning, context.folder, context.progress)
+            dense, windows = partial(replica, prepared.loaded.model), text.training
+            learner = Learner(context.accelerator, dense, windows, learning, context.folder, context.progress)
             return learner.learn(prepared, text)

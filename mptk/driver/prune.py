@@ -229,7 +229,7 @@ def reconstructed(prepared: Prepared, chosen: Chosen, text: Text, context: Conte
     wanted = prepared.settings.reconstruct
     if wanted is None:
         wanted = prepared.method.reconstructs and prepared.plan is None
-    if not wanted or (context.accelerator is not None and not holds(context.accelerator)):
+    if not wanted or not holds():
         return chosen
     with context.stage("reconstruct"):
         model, sites = prepared.loaded.model, [s for s in prepared.mask_sites if s.family in chosen.plan.families]

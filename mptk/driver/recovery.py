@@ -15,6 +15,7 @@ from mptk.io.models import Loaded
 from mptk.ir.passes import Log, Record
 from mptk.progress import Progress, silent
 from mptk.run.chain import Chosen, Prepared, Task
+from mptk.run.processes import holds
 from mptk.run.report import Report
 from mptk.run.settings import Learning, Settings
 from mptk.run.values import Context
@@ -58,7 +59,7 @@ def recover(
         check_code(prepared.loaded.path, folder)
         assert prepared.plan is not None
         assert prepared.cut is not None
-        found = changes_of(prepared.analysis, prepared.cut, folder, report, trust_remote_code)
+        found = changes_of(prepared.analysis, prepared.cut, folder, report, trust_remote_code) if holds() else {}
         return Chosen(prepared.plan, prepared.cut, found)
 
     def load() -> tuple[Loaded, Task]:

@@ -84,7 +84,7 @@ class Learner:
         self.accelerator, self.dense, self.windows = accelerator, dense, windows
         self.settings, self.folder, self.progress = settings, folder, progress
         self.mask_steps = max(2, round((settings.steps or 0) * settings.mask_share))
-        self.keeps = holds(accelerator)
+        self.keeps = holds()
         self.fingerprint = "" if settings.teacher_cache is None else self._fingerprint()
 
     def _fingerprint(self) -> str:

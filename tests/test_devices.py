@@ -33,6 +33,7 @@ from mptk.run.values import Text
 from mptk.tasks import CAUSAL_LM
 from passes.analysis import group
 from passes.frontend import trace
+from passes.targets.stock.config import StockConfig
 
 TEXT = architectures.tokens(8, 32)
 ADAPTED = 7 * 3
@@ -191,3 +192,17 @@ def test_a_devices_tensors_meet_no_others() -> None:
         assert second.crossed == []
         assert there.cpu().tolist() == [[1.0] * 5] * 3
         assert second.crossed == [("to the host", (3, 5))]
+
+
+def test_a_cut_model_shares_the_weights_that_it_is_given_if_it_may_and_ties_them() -> None:
+    config = llama_config()
+    config.tie_word_embeddings = True
+    given = {name: torch.randn_like(t) for name, t in LlamaForCausalLM(config).state_dict().items()}
+    given["lm_head.weight"] = given["model.embed_tokens.weight"]
+    stock = StockConfig(LlamaForCausalLM, config, {})
+    for shared in (True, False):
+        model = stock.build(given, shared=shared)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert all(torch.equal(t, given[name]) for name, t in model.state_dict().items())
+        assert all((t.data_ptr() == given[name].data_ptr()) == shared for name, t in model.state_dict().items())
+    assert stock.build({}).state_dict().keys() == given.keys()

@@ -55,7 +55,7 @@ class StockConfig:
             model: PreTrainedModel = self.model_class(self.config).eval()
         if weights:
             model.load_state_dict(weights, assign=shared)
-            model.tie_weights()
+        model.tie_weights()
         return model
 
 

@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,7 @@ from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.progress import silent
 from mptk.run.chain import Prepared
 from mptk.run.folder import RunFolder
+from mptk.run.processes import replica
 from mptk.run.settings import Learning, Settings, Training
 from mptk.tasks import CAUSAL_LM
 from passes.analysis import group
@@ -92,7 +94,8 @@ def prepared(teacher: str) -> Prepared:
 def learner(run: Prepared) -> Learner:
     learning = run.settings.learning
     folder = RunFolder(Path(tempfile.mkdtemp()) / "out", {}, resume=False)
-    return Learner(start_training(learning, folder), run.loaded.model, windows(), learning, folder, silent)
+    dense = partial(replica, run.loaded.model)
+    return Learner(start_training(learning, folder), dense, windows(), learning, folder, silent)
 
 
 def masks(teacher: str) -> Step:
@@ -113,9 +116,8 @@ def recovery(teacher: str) -> Step:
     cut = cut_program(analysis, resolve_plan(analysis, plan), Log()).program
     assert run.legal.stock is not None
     stock = run.legal.stock.config(widths)
-    small = stock.model_class(stock.config)
-    small.load_state_dict(cut.state_dict())
-    return counted(learner(run).recovery(small.eval(), 10_000))
+    small = stock.build(cut.state_dict(), shared=True)
+    return counted(learner(run).recovery(small, 10_000))
 
 
 def counted(loop: Any) -> Step:

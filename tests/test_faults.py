@@ -159,7 +159,10 @@ TRAINING: dict[str, tuple[Inject, str]] = {
     "adapters merged with 1.01": (scaled_adapters, "learned masks"),
     "recovery dropped": (lambda p: p.setattr("mptk.driver.prune.widened", lambda *_: {}), "trained model"),
     "rows swapped after recovery": (swapped_rows, "trained model"),
-    "masks not folded": (lambda p: p.setattr(InsertedMasks, "folded", lambda *_: {}), "learned masks"),
+    "masks not folded": (
+        lambda p: p.setattr(InsertedMasks, "fold", lambda self, name, weight: weight),
+        "learned masks",
+    ),
 }
 LEARNING = Learning(steps=6, mask_share=0.5, rank=4, training=Training(batch=2, micro=2, lr=1e-2))
 LEARNED = {"method": "maskprune", "plan": None, "onnx": False, "families": ("ffn",), "widths": {"ffn": 48}}

@@ -93,7 +93,7 @@ def test_soft_masks_mask_the_adapter_too_and_fold_into_the_merged_weights(archit
     masks.remove()
     merged = adapted.merge_and_unload().eval()
     state = merged.state_dict()
-    merged.load_state_dict(state | masks.folded(state))
+    merged.load_state_dict(state | {name: masks.fold(name, state[name]) for name in masks.weights})
     assert (logits(merged, ids) - masked).abs().max() <= 2e-5 * max(1.0, masked.abs().max().item())
 
 

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -42,7 +41,7 @@ from mptk.run.chain import Chosen, Compiled, Prepared, Task, stored_type
 from mptk.run.execution import execution
 from mptk.run.folder import RunFolder
 from mptk.run.processes import describe as describe_processes
-from mptk.run.processes import leads, processes
+from mptk.run.processes import holds, leads, processes
 from mptk.run.report import Report
 from mptk.run.settings import DEFAULT_STEPS, Settings
 from mptk.run.values import Context, Text
@@ -257,7 +256,7 @@ def reconstructed(prepared: Prepared, chosen: Chosen, text: Text, context: Conte
     wanted = prepared.settings.reconstruct
     if wanted is None:
         wanted = prepared.method.reconstructs and prepared.plan is None
-    if not wanted:
+    if not wanted or not holds():
         return chosen
     with context.stage("reconstruct"):
         analysis, sites = prepared.analysis, [s for s in prepared.mask_sites if s.family in chosen.plan.families]
@@ -296,13 +295,15 @@ def recovered(compiled: Compiled, text: Text, context: Context) -> tuple[Compile
     prepared, chosen, form = compiled.prepared, compiled.chosen, compiled.written
     assert form is not None
     s = prepared.settings.learning
-    model, windows = prepared.loaded.whole(), text.training
-    learner = Learner(context.accelerator, model, windows, s, context.folder, context.progress)
+    learner = Learner(context.accelerator, prepared.dense, text.training, s, context.folder, context.progress)
     with context.stage("recover"):
-        small: Any = form.stock.model_class(form.stock.config)
-        small.load_state_dict(compiled.program.state_dict())
+        weights = compiled.program.state_dict() if learner.keeps else {}
+        small = form.stock.build(weights, shared=s.rank > 0)
         steps, used = prepared.settings.steps - chosen.steps, chosen.steps * s.training.batch
-        trained, witness = learner.recover(small.eval(), steps, text.proof, used)
+        found = learner.recover(small, steps, text.proof, used)
+    if found is None:
+        return compiled, []
+    trained, witness = found
     known = {name: tensor for name, tensor in trained.items() if name in prepared.analysis.weights}
     changes = Weights(chosen.changes).updated(widened(compiled.analysis, chosen.cut, Weights(known)))
     chosen = replace(chosen, changes=changes, trained=tuple(changes))

@@ -16,6 +16,7 @@ from mptk.io.resident import Resident
 from mptk.ir.passes import Log, Record
 from mptk.progress import Progress, silent
 from mptk.run.chain import Chosen, Prepared, Task
+from mptk.run.processes import holds
 from mptk.run.report import Report
 from mptk.run.settings import Learning, Settings
 from mptk.run.values import Context
@@ -59,7 +60,7 @@ def recover(
         check_code(prepared.loaded.path, folder)
         assert prepared.plan is not None
         assert prepared.cut is not None
-        found = changes_of(prepared.analysis, prepared.cut, folder, report, trust_remote_code)
+        found = changes_of(prepared.analysis, prepared.cut, folder, report, trust_remote_code) if holds() else {}
         return Chosen(prepared.plan, prepared.cut, found)
 
     def load(resident: Resident) -> tuple[Loaded, Task]:

@@ -29,6 +29,7 @@ from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.progress import Count, Progress
+from mptk.run.processes import replica
 from mptk.run.settings import Settings
 from mptk.run.values import Checks, Context, Text, Witness, Written
 from mptk.runtime.staged import EXECUTOR, Executor
@@ -69,6 +70,13 @@ class Prepared:
     def families(self) -> list[str]:
         """The families that are cut."""
         return list(self.candidates[0].widths if self.plan is None else self.plan.families)
+
+    def dense(self, weights: bool = True) -> PreTrainedModel:
+        """The dense module, to adapt and to move: its parameters are its own, their memory is shared.
+
+        ``weights``: whether they need values; if not, they take no memory.
+        """
+        return replica(self.loaded.whole() if weights else self.loaded.model, weights)
 
     @cached_property
     def mask_sites(self) -> tuple[MaskSite, ...]:

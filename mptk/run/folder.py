@@ -51,7 +51,7 @@ class RunFolder:
 
     def save(self, name: str, tensors: Mapping[str, Tensor], **metadata: str) -> None:
         """Write ``NAME.safetensors``, whole or not at all."""
-        whole = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+        whole = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
         write_file(self.path / f"{name}.safetensors", lambda file: save_file(whole, file, metadata=metadata))
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:

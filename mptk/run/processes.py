@@ -6,8 +6,11 @@ here, so that everything that runs on several devices can be run, and tested, on
 
 from __future__ import annotations
 
+import copy
 import os
-from typing import Any
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
@@ -18,6 +21,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mptk.errors import MptkError
 
+Model = TypeVar("Model", bound=nn.Module)
+PATIENCE = timedelta(hours=24)
+"""How long processes wait for one that works alone (writes text, fits layers). If one dies, the launcher ends all."""
+
 
 def leads() -> bool:
     """Whether this process speaks for all. Unlike ``processes`` it does not make them meet."""
@@ -26,7 +33,8 @@ def leads() -> bool:
 
 def processes() -> PartialState:
     """This process among those of the run. Whoever asks first settles how they meet."""
-    return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=cpu, timeout=PATIENCE)
 
 
 def accelerator(precision: str, **options: Any) -> Accelerator:
@@ -37,15 +45,15 @@ def accelerator(precision: str, **options: Any) -> Accelerator:
     Raises:
         MptkError: they were launched for FSDP's first version.
     """
-    wanted = processes().num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
-    # Every process loads the model: its analysis needs the weights.
-    plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False) if wanted else None
+    plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False) if _shards() else None
     if plugin is not None and plugin.fsdp_version != 2:
         raise MptkError("FSDP's first version flattens the weights that masks go into; add --fsdp_version 2")
     result = Accelerator(mixed_precision=precision, fsdp_plugin=plugin, **options)
     if plugin is not None:  # accelerate does this itself, but not on CPUs, and once in a process
         processes().distributed_type = result.state.distributed_type = DistributedType.FSDP
         result.state.fsdp_plugin = plugin
+        # Set here, it concerns sharding alone; set above, transformers would also load nothing on other processes.
+        plugin.cpu_ram_efficient_loading = True
         if precision != "no":
             plugin.set_mixed_precision(precision)
     return result
@@ -58,16 +66,44 @@ def describe(acc: Accelerator) -> str:
     return f"trained on {acc.num_processes} processes" + (", its weights in shards (FSDP2)" if acc.is_fsdp2 else "")
 
 
+def _shards() -> bool:
+    """Whether the processes were launched to hold weights in shards."""
+    return bool(processes().num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP"))
+
+
+def holds() -> bool:
+    """Whether this process needs whole weights on its host. With FSDP2 only the first does: it sends out the shards."""
+    return bool(processes().is_main_process) or not _shards()
+
+
+def replica(model: Model, weights: bool = True) -> Model:
+    """A copy of the modules of ``model`` that shares its weights, so that it can be adapted, moved or sharded alone.
+
+    ``weights``: if False, parameters are memory that was never written, which takes none.
+    """
+    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+    for p in model.parameters():
+        data = p.detach() if weights else torch.empty_like(p, device="cpu")
+        memo[id(p)] = nn.Parameter(data, requires_grad=p.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
 def prepare(acc: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-    """``model`` and ``optimizer`` on their device. With FSDP2 the parameters of ``model`` are replaced by shards."""
+    """``model`` and ``optimizer`` on their device.
+
+    With FSDP2 the parameters of ``model`` are replaced by shards of those that the first process has.
+    """
     _wrap_blocks(acc, model)
     return acc.prepare(model, optimizer)  # type: ignore[no-any-return]
 
 
-def sharded(acc: Accelerator, model: nn.Module) -> Any:
-    """``model`` in shards, for its outputs alone; FSDP2 only."""
+def placed(acc: Accelerator, model: nn.Module) -> Any:
+    """``model`` on its device, for its outputs alone; with FSDP2 in shards of what the first process has."""
+    model.requires_grad_(False)
+    if not acc.is_fsdp2:
+        return model.to(acc.device)
     _wrap_blocks(acc, model)
-    return fsdp2_prepare_model(acc, model.requires_grad_(False))
+    return fsdp2_prepare_model(acc, model)
 
 
 def anywhere(acc: Accelerator, here: bool) -> bool:
@@ -78,8 +114,16 @@ def anywhere(acc: Accelerator, here: bool) -> bool:
 
 
 def _wrap_blocks(acc: Accelerator, model: nn.Module) -> None:
-    """Let FSDP2 gather one block at a time, unless the launcher was told otherwise."""
-    if acc.is_fsdp2 and "FSDP_AUTO_WRAP_POLICY" not in os.environ:
+    """Let FSDP2 gather one block at a time, unless the launcher was told otherwise.
+
+    Buffers are whole on every process. If a checkpoint held them, accelerate would take them for parameters.
+    """
+    if not acc.is_fsdp2:
+        return
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, buffer, persistent=False)
+    if "FSDP_AUTO_WRAP_POLICY" not in os.environ:
         acc.state.fsdp_plugin.auto_wrap_policy = transformer_auto_wrap_policy
         acc.state.fsdp_plugin.transformer_cls_names_to_wrap = list({type(block).__name__ for block in blocks(model)})
 
@@ -93,6 +137,27 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be spread over the processes; all of them must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
+    """Name → whole tensor, on the host; empty unless ``keep``. One at a time is whole on the device.
+
+    If tensors are spread over the processes, all must call it.
+    """
+    found = {}
+    for name, tensor in tensors:
+        whole = full(tensor.detach())
+        if keep:
+            found[name] = whole.cpu()
+    return found
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The widest float type that ``device`` computes in. Apple's have no float64, nor have some of Intel's."""
+    narrow = device.type == "mps"
+    if device.type == "xpu":
+        narrow = not torch.xpu.get_device_properties(device).has_fp64
+    return torch.float32 if narrow else torch.float64
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
@@ -109,9 +174,13 @@ __all__ = [
     "blocks",
     "describe",
     "full",
+    "gathered",
+    "holds",
     "leads",
+    "placed",
     "prepare",
     "processes",
+    "replica",
     "shard_like",
-    "sharded",
+    "widest",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -162,10 +162,45 @@ class Multiply(torch.autograd.Function):
         return gradient * factor, each.sum(0), None
 
 
+@dataclass(frozen=True)
+class _Placed:
+    """The units at a site, on the device of the masks.
+
+    Attributes:
+        index: the unit at each position; the number of ``units`` if there is none.
+        whole: whether position i has unit i, and there are no other positions.
+    """
+
+    index: Tensor
+    units: int
+    whole: bool
+
+    @staticmethod
+    def of(site: MaskSite, values: Tensor) -> _Placed:
+        units, index = values.numel(), site.index
+        whole = index.ndim == 1 and torch.equal(index, torch.arange(units))
+        return _Placed(torch.where(index < 0, units, index).to(values.device), units, whole)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """The factor at each position: its unit's value, or 1."""
+        flat = values.flatten()
+        return flat if self.whole else torch.cat([flat, flat.new_ones(1)])[self.index]
+
+    def collect(self, each: Tensor) -> Tensor:
+        """[n, positions] → [n, units]: the sums over the positions of a unit."""
+        if self.whole:
+            return each
+        return each.new_zeros(len(each), self.units + 1).index_add_(1, self.index, each)[:, : self.units]
+
+
 class InsertedMasks:
     """Active masks of a module. ``values`` gives them at each forward pass; ``remove`` takes them out again.
 
-    ``watch`` is called in the backward pass for families that mask activations at one site a layer.
+    Masks and activations must be on one device. ``watch`` is called in the backward pass for families that mask
+    activations at one site a layer.
+
+    Attributes:
+        weights: name of a parameter that the masks multiply when they are folded → its sites, each with the dimension.
     """
 
     def __init__(
@@ -176,21 +211,26 @@ class InsertedMasks:
         held = Counter((site.family, site.layer) for site in sites)
         several = {family for (family, _), count in held.items() if count > 1}
         self.watched = {p.family for p in sites if p.where in ("input", "output")} - several
+        self.weights: dict[str, list[tuple[int, int | None]]] = {}
+        for i, site in enumerate(sites):
+            for name, dim in site.weights:
+                self.weights.setdefault(name, []).append((i, dim))
+        self._placed = [_Placed.of(site, values(site.family, site.layer).detach()) for site in sites]
         self._handles: list[RemovableHandle] = []
         self._parametrized: list[tuple[nn.Module, str]] = []
-        for site in sites:
-            self._insert(site)
+        for i, site in enumerate(sites):
+            self._insert(i, site)
 
-    def _insert(self, site: MaskSite) -> None:
+    def _insert(self, i: int, site: MaskSite) -> None:
         called = self.module.get_submodule(site.module)
 
         def masked(x: Tensor) -> Tensor:
             if not self.enabled:
                 return x
-            factor = self._spread(site).to(x)
+            factor = self._spread(i).to(x.dtype)
             if self.watch is None or site.family not in self.watched or not factor.requires_grad:
                 return x * factor
-            return Multiply.apply(x, factor, lambda each: self._see(site, each))  # type: ignore[no-any-return, no-untyped-call]
+            return Multiply.apply(x, factor, lambda each: self._see(i, each))  # type: ignore[no-any-return, no-untyped-call]
 
         if site.where == "input":
             self._handles.append(called.register_forward_pre_hook(lambda _, args: (masked(args[0]), *args[1:])))
@@ -200,18 +240,13 @@ class InsertedMasks:
             parametrize.register_parametrization(called, site.where, _Masked(masked), unsafe=True)
             self._parametrized.append((called, site.where))
 
-    def _spread(self, site: MaskSite) -> Tensor:
-        values = self.values(site.family, site.layer).flatten()
-        return torch.cat([values, values.new_ones(1)])[site.index]
+    def _spread(self, i: int) -> Tensor:
+        return self._placed[i].spread(self.values(self.sites[i].family, self.sites[i].layer))
 
-    def _see(self, site: MaskSite, each: Tensor) -> None:
+    def _see(self, i: int, each: Tensor) -> None:
         """Sum the gradients of a unit's channels at each position, and pass the sums to ``watch``."""
         assert self.watch is not None
-        units = self.values(site.family, site.layer).numel()
-        if each.shape[1] != units or not torch.equal(site.index, torch.arange(units)):
-            index = torch.where(site.index < 0, units, site.index).to(each.device)
-            each = each.new_zeros(len(each), units + 1).index_add_(1, index, each)[:, :units]
-        self.watch(site.family, site.layer, each)
+        self.watch(self.sites[i].family, self.sites[i].layer, self._placed[i].collect(each))
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -222,16 +257,14 @@ class InsertedMasks:
         finally:
             self.enabled = before
 
-    def folded(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The masked weights of ``state``, multiplied by the current masks."""
-        result: dict[str, Tensor] = {}
-        for site in self.sites:
-            for name, dim in site.weights:
-                weight = result.get(name, state[name])
-                factor = self._spread(site).detach().to(weight)
-                shape = factor.shape if dim is None else [-1 if d == dim else 1 for d in range(weight.ndim)]
-                result[name] = weight * factor.reshape(shape)
-        return result
+    @torch.no_grad()
+    def fold(self, name: str, weight: Tensor) -> Tensor:
+        """``weight``, the parameter ``name``, multiplied by the current masks; itself if no mask multiplies it."""
+        for i, dim in self.weights.get(name, ()):
+            factor = self._spread(i).to(weight)
+            shape = factor.shape if dim is None else [-1 if d == dim else 1 for d in range(weight.ndim)]
+            weight = weight * factor.reshape(shape)
+        return weight
 
     def remove(self) -> None:
         """Remove hooks and parametrisations; the module is unchanged after that."""

@@ -5,6 +5,7 @@ Also gradient checkpointing of the adapted model's blocks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -34,17 +35,16 @@ def original(model: PeftModel) -> nn.Module:
     return model.base_model.get_submodule("model")
 
 
-@torch.no_grad()
-def merged(model: PeftModel) -> dict[str, Tensor]:
-    """Weight name → weight plus adapter, for each adapted layer. The model does not change.
+def merged(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """Each adapted layer's (weight name, weight plus adapter), one at a time, on the device. The model does not change.
 
     If weights are sharded over processes, all processes must call it, and each gets whole weights.
     """
-    return {
-        f"{name}.weight": full(layer.get_base_layer().get_parameter("weight") + layer.get_delta_weight("default"))
-        for name, layer in original(model).named_modules()
-        if isinstance(layer, Linear)
-    }
+    for name, layer in original(model).named_modules():
+        if isinstance(layer, Linear):
+            with torch.no_grad():
+                weight = full(layer.get_base_layer().get_parameter("weight") + layer.get_delta_weight("default"))
+            yield f"{name}.weight", weight
 
 
 def recompute(model: nn.Module, on: bool) -> None:

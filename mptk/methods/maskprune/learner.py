@@ -5,13 +5,14 @@ The phases use the solver, the training loop, the adapters and the teacher of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -30,7 +31,7 @@ from mptk.methods.reconstruct import kept_units
 from mptk.progress import Progress
 from mptk.run.chain import Chosen, Prepared
 from mptk.run.folder import TRACKER, RunFolder
-from mptk.run.processes import accelerator, anywhere, full, sharded
+from mptk.run.processes import accelerator, anywhere, full, gathered, holds, placed
 from mptk.run.settings import Learning
 from mptk.run.values import Text, Witness
 from passes.targets.legalize import Candidate
@@ -62,21 +63,34 @@ def start_training(settings: Learning, folder: RunFolder) -> Accelerator:
 
 
 class Learner:
-    """The phases of one run. ``windows``: training text, int64 [n, length]. ``folder`` keeps checkpoints."""
+    """The phases of one run.
+
+    Args:
+        dense: gives a dense model of its own to each phase, on the host, to adapt and to move. With False its
+            parameters need no values: the first process sends them.
+        windows: training text, int64 [n, length].
+        folder: keeps checkpoints.
+    """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        model: PreTrainedModel,
+        dense: Callable[[bool], PreTrainedModel],
         windows: Tensor,
         settings: Learning,
         folder: RunFolder,
         progress: Progress,
     ) -> None:
-        self.accelerator, self.model, self.windows = accelerator, model, windows
+        self.accelerator, self.dense, self.windows = accelerator, dense, windows
         self.settings, self.folder, self.progress = settings, folder, progress
         self.mask_steps = max(2, round((settings.steps or 0) * settings.mask_share))
-        self.dense = "" if settings.teacher_cache is None else fingerprint(model)
+        self.keeps = holds()
+        self.fingerprint = "" if settings.teacher_cache is None else self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        """That of the dense weights, which the first process takes."""
+        found = [fingerprint(self.dense(True)) if self.accelerator.is_main_process else ""]
+        return str(broadcast_object_list(found)[0])
 
     # ---- masks and widths ----
 
@@ -84,30 +98,29 @@ class Learner:
         """Learn masks and widths. The changed weights have dense shapes, with removed units at 0.
 
         The witness holds the student's logits with hardened masks and adapters, which the changed weights must give.
-        Units are first scored on ``text.calibration``, before any training.
+        Units are first scored on ``text.calibration``, before any training. Processes that need no weights
+        (``processes.holds``) get neither changes nor witness.
         """
+        chosen = self._learned(prepared, text)
+        self.accelerator.free_memory()
+        return chosen
+
+    def _learned(self, prepared: Prepared, text: Text) -> Chosen:
         analysis = prepared.analysis
         begins = self.folder.latest("masks") is None
         prior = self._prior(analysis, prepared.families, text.calibration) if begins else {}
         student, masks, solver, loop = self.begin(prepared)
         if begins:
-            solver.prior = prior
+            solver.prior = {family: values.to(solver.device) for family, values in prior.items()}
             self._saliency(student, solver, text.calibration)
         loop.run()
         widths = {family: width for family, width in solver.fixed.items() if width < solver.shapes[family][2]}
-        plan = select(analysis, {family: solver.saliency(family) for family in widths}, widths)
+        plan = select(analysis, {family: solver.saliency(family).cpu() for family in widths}, widths)
         cut = resolve_plan(analysis, plan)
         solver.harden(kept_units(analysis, cut, list(widths)))
         logits = own_logits(self.accelerator, loop.student, text.proof)
-        changed = merged(student)
-        recompute(student, False)
-        masks.remove()
-        student.unload()
-        changed |= masks.folded({**dict(self.model.named_parameters()), **changed})
-        self.model.cpu()
-        self.accelerator.free_memory()
-        state = {n: t.detach().cpu() for n, t in changed.items()}
-        witness = Witness("learned masks", logits, self.tolerance)
+        state = gathered(changed(student, masks, analysis.program.state), keep=self.keeps)
+        witness = Witness("learned masks", logits, self.tolerance) if self.keeps else None
         return Chosen(plan, cut, state, tuple(state), witness=witness, steps=self.mask_steps)
 
     def begin(self, prepared: Prepared) -> tuple[PeftModel, InsertedMasks, Solver, Loop]:
@@ -120,9 +133,9 @@ class Learner:
             if all(candidate.widths[family] == width for candidate in candidates)
         }
         budget = 1 - prepared.settings.sparsity
-        solver = Solver(shapes, prepared.cost.share, budget, self.mask_steps, self.settings.rates, given=given)
-        base = deepcopy(self.model) if self.accelerator.is_fsdp2 else self.model  # shards cannot be joined again
-        student = adapt(base, self.settings.rank, self.settings.training.seed)
+        rates, device = self.settings.rates, self.accelerator.device
+        solver = Solver(shapes, prepared.cost.share, budget, self.mask_steps, rates, given=given, device=device)
+        student = adapt(self.dense(self.keeps), self.settings.rank, self.settings.training.seed)
         masks = InsertedMasks(original(student), prepared.mask_sites, solver.applied, solver.watch)
         recompute(student, self.settings.gradient_checkpointing)
         teacher = self._teacher(partial(_dense, student, masks))
@@ -169,28 +182,34 @@ class Learner:
         if acc.num_processes > 1:
             for m in solver.masks.values():
                 assert m.grad is not None
-                m.grad = acc.reduce(m.grad.to(acc.device), "mean").to(m.device)
+                m.grad = acc.reduce(m.grad, "mean")
             for family, squares in solver.squares.items():  # each process's gradients are of its own mean
-                mean = acc.reduce(squares.to(acc.device), "mean") / acc.num_processes
-                solver.squares[family] = mean.to(squares.device)
+                solver.squares[family] = acc.reduce(squares, "mean") / acc.num_processes
 
     # ---- after the cut ----
 
     def recover(
         self, small: PreTrainedModel, steps: int, tokens: Tensor, used: int = 0
-    ) -> tuple[dict[str, Tensor], Witness]:
+    ) -> tuple[dict[str, Tensor], Witness] | None:
         """Train the cut model to imitate the dense one; returns the changed weights, in the cut model's shapes.
 
-        ``used``: number of training windows that the run has used already. The witness holds the trained model's logits
-        on ``tokens``, before its adapters are merged.
+        ``small``: the cut model, which is adapted. Only processes that hold weights need its values. ``used``: number
+        of training windows that the run has used already. The witness holds the trained model's logits on ``tokens``,
+        before its adapters are merged. Processes other than the first get None.
         """
+        recovered = self._recovered(small, steps, tokens, used)
+        self.accelerator.free_memory()
+        return recovered if self.accelerator.is_main_process else None
+
+    def _recovered(
+        self, small: PreTrainedModel, steps: int, tokens: Tensor, used: int
+    ) -> tuple[dict[str, Tensor], Witness]:
         loop = self.recovery(small, steps, used)
         loop.run()
         logits = own_logits(self.accelerator, loop.student, tokens)
         student = self.accelerator.unwrap_model(loop.student)
-        state = merged(student) if self.settings.rank else dict(student.named_parameters())
-        self.model.cpu()
-        trained = {name: full(t.detach()).cpu() for name, t in state.items()}
+        state = merged(student) if self.settings.rank else student.named_parameters()
+        trained = gathered(state, keep=self.accelerator.is_main_process)
         return trained, Witness("trained model", logits, self.tolerance)
 
     @property
@@ -204,11 +223,13 @@ class Learner:
     def recovery(self, small: PreTrainedModel, steps: int, used: int = 0) -> Loop:
         """The loop that trains the cut model."""
         acc, settings = self.accelerator, self.settings
-        dense: nn.Module = sharded(acc, deepcopy(self.model)) if acc.is_fsdp2 else self.model
+
+        @cache
+        def dense() -> Any:  # with a cached teacher it may never run
+            return placed(acc, self.dense(self.keeps))
 
         def run(ids: Tensor, hidden: bool) -> Output:
-            placed = dense if acc.is_fsdp2 else dense.to(acc.device)
-            output: Output = placed(ids, use_cache=False, output_hidden_states=hidden)
+            output: Output = dense()(ids, use_cache=False, output_hidden_states=hidden)
             return output
 
         rank = settings.rank
@@ -247,12 +268,13 @@ class Learner:
     def _teacher(self, run: Callable[[Tensor, bool], Output]) -> Teacher:
         """``run``: (ids, whether hidden states are wanted) → the dense model's output."""
         hidden = bool(self.settings.training.losses.hidden)
-        live = LiveTeacher(lambda ids: run(ids, hidden))
+        device = self.accelerator.device
+        live = LiveTeacher(lambda ids: run(ids.to(device), hidden))
         if self.settings.teacher == "live":
             return live
         shared = self.settings.teacher_cache
-        folder = self.folder.path / "teacher" if shared is None else Path(shared) / self.dense
-        return CachedTeacher(live, folder, wanted=lambda missing: anywhere(self.accelerator, missing))
+        folder = self.folder.path / "teacher" if shared is None else Path(shared) / self.fingerprint
+        return CachedTeacher(live, folder, wanted=lambda missing: anywhere(self.accelerator, missing), device=device)
 
 
 @torch.no_grad()
@@ -265,6 +287,20 @@ def own_logits(accelerator: Accelerator, student: nn.Module, tokens: Tensor) -> 
         student = accelerator.unwrap_model(student, keep_fp32_wrapper=False)
     logits: Tensor = student.eval()(input_ids=tokens.to(accelerator.device), use_cache=False).logits
     return full(logits).float().cpu()
+
+
+def changed(student: PeftModel, masks: InsertedMasks, dense: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Each weight that learning changed, by name: adapters merged, masks folded, one at a time. Dense shapes.
+
+    ``dense``: the dense model's weights.
+    """
+    adapted = set()
+    for name, weight in merged(student):
+        adapted.add(name)
+        yield name, masks.fold(name, weight)
+    for name in masks.weights:
+        if name not in adapted:
+            yield name, masks.fold(name, dense[name])
 
 
 def nearest_candidate(

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mptk.run.processes import widest
 from mptk.run.settings import LossWeights
 
 CHUNK = 2**20
@@ -90,14 +91,15 @@ class _Fused(torch.autograd.Function):
         of_lm = weights.lm / known.sum().clamp_min(1) * known
         of_kl = weights.kl / len(logits)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        lm, kl = logits.new_zeros(2, dtype=torch.float64).unbind()
-        for rows in torch.arange(len(logits), device=logits.device).split(max(1, CHUNK // logits.shape[1])):
-            at = slice(int(rows[0]), int(rows[-1]) + 1)
+        wide = widest(logits.device)
+        lm, kl = logits.new_zeros(2, dtype=wide).unbind()
+        rows = max(1, CHUNK // logits.shape[1])
+        for at in (slice(first, first + rows) for first in range(0, len(logits), rows)):
             z = logits[at].float()
             p = z.softmax(-1)
             total = _log_total(z, p)
             target = targets[at].clamp_min(0)[:, None]
-            lm = lm + ((total - z.gather(-1, target)[:, 0]) * known[at]).sum(dtype=torch.float64)
+            lm = lm + ((total - z.gather(-1, target)[:, 0]) * known[at]).sum(dtype=wide)
             share = of_lm[at, None].float()
             if weights.kl:
                 found, p = _divergence(z, p, total, [t[at] for t in teacher], share, of_kl)
@@ -133,7 +135,7 @@ def _divergence(
         t = teacher[0].float()
         q = t.softmax(-1)
         apart = (t - z).sub_((_log_total(t, q) - total)[:, None])
-        return torch.linalg.vecdot(q, apart).sum(dtype=torch.float64), p.mul_(of_lm + of_kl).sub_(q, alpha=of_kl)
+        return torch.linalg.vecdot(q, apart).sum(dtype=widest(z.device)), p.mul_(of_lm + of_kl).sub_(q, alpha=of_kl)
     tokens, logs, rest = teacher[0], teacher[1].float(), teacher[2].float()
     q, r, seen = logs.exp(), rest.exp(), p.gather(-1, tokens)
     others = 1 - seen.sum(-1).clamp(max=1 - 1e-6)
@@ -142,7 +144,7 @@ def _divergence(
     # For each token of the common event, q is r · p / others.
     spread = (r / others)[:, None]
     gradient = p.mul_(of_lm + of_kl * ((q.sum(-1) + r)[:, None] - spread))
-    return found.double(), gradient.scatter_add_(-1, tokens, of_kl * (spread * seen - q))
+    return found, gradient.scatter_add_(-1, tokens, of_kl * (spread * seen - q))
 
 
 def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

@@ -36,6 +36,6 @@ class MaskPrune(Method):
         assert context.accelerator is not None
         learning = prepared.settings.learning
         with context.stage("learn masks"):
-            model, windows = prepared.loaded.whole(), text.training
-            learner = Learner(context.accelerator, model, windows, learning, context.folder, context.progress)
+            windows, folder = text.training, context.folder
+            learner = Learner(context.accelerator, prepared.dense, windows, learning, folder, context.progress)
             return learner.learn(prepared, text)

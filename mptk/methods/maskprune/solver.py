@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
+from mptk.run.processes import widest
 from mptk.run.settings import Rates
 
 Resource = Callable[[Mapping[str, float]], float]
@@ -37,7 +38,7 @@ ROUNDS = 120
 
 
 class Solver:
-    """Masks, widths and duals, on the CPU. Masks and duals are float32, F and d are float64.
+    """Masks, widths and duals. Masks and duals are float32, F and d are float64 if the device has that.
 
     Args:
         shapes: family → (layers, scopes, size).
@@ -47,6 +48,7 @@ class Solver:
         ramp: share of the steps after which the budget is reached.
         given: widths that are not learned. They are approached at the pace of the target; the other families meet the
             budget.
+        device: where the masks and everything of their shape are: where the activations are.
 
     ``prior``: family → square root of another estimate of F, in any unit, [layers, scopes, size]. It may stay empty.
     """
@@ -60,21 +62,24 @@ class Solver:
         rates: Rates | None = None,
         ramp: float = 0.6,
         given: Mapping[str, int] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.shapes, self.resource, self.budget, self.steps = dict(shapes), resource, budget, steps
         self.rates, self.ramp, self.given = rates or Rates(), ramp, dict(given or {})
         self.rounds = max(1, math.ceil(ROUNDS / steps))
-        self.masks = {family: torch.ones(shape, requires_grad=True) for family, shape in shapes.items()}
-        self.fisher = {family: torch.zeros(shape, dtype=torch.float64) for family, shape in shapes.items()}
-        self.drift = {family: torch.zeros(shape, dtype=torch.float64) for family, shape in shapes.items()}
-        self.last = {family: torch.zeros(shape, dtype=torch.float64) for family, shape in shapes.items()}
-        self.squares = {family: torch.zeros(shape, dtype=torch.float64) for family, shape in shapes.items()}
+        self.device = device or torch.device("cpu")
+        self.masks = {f: torch.ones(shape, device=self.device, requires_grad=True) for f, shape in shapes.items()}
+        self.fisher, self.drift, self.last, self.squares = (self._zeros() for _ in range(4))
         self.prior: dict[str, Tensor] = {}
         self.removed = dict.fromkeys(shapes, 0.0)
         self.fixed: dict[str, int] = {}
-        self.y = {family: torch.ones(shape[0]) for family, shape in shapes.items()}
+        self.y = {family: torch.ones(shape[0], device=self.device) for family, shape in shapes.items()}
         self.z = 0.0
         self.step_count = self.seen = self.tokens = 0
+
+    def _zeros(self) -> dict[str, Tensor]:
+        dtype = widest(self.device)
+        return {family: torch.zeros(shape, dtype=dtype, device=self.device) for family, shape in self.shapes.items()}
 
     # ---- derived values ----
 
@@ -90,7 +95,7 @@ class Solver:
         """
         fisher = self.curvature(family)
         if family in self.prior:
-            prior = self.prior[family].double().square()
+            prior = self.prior[family].to(fisher.dtype).square()
             scale = prior.mean(-1, keepdim=True).clamp_min(EPSILON)
             fisher = (fisher * prior * fisher.mean(-1, keepdim=True) / scale).sqrt()
         return 0.5 * fisher + self.beyond(family)
@@ -138,7 +143,7 @@ class Solver:
         """
         for family, m in self.masks.items():
             assert m.grad is not None
-            g = m.grad.double()
+            g = m.grad.to(self.last[family].dtype)
             if self.squares[family].any():
                 noise = (tokens * self.squares[family] - g.square()).clamp_min(0)
             else:
@@ -149,7 +154,7 @@ class Solver:
         self.seen += 1
         self.tokens = tokens
         for family, m in self.masks.items():
-            beyond = -self.last[family] - self.curvature(family) * (1 - m.detach().double())
+            beyond = -self.last[family] - self.curvature(family) * (1 - m.detach().to(self.last[family].dtype))
             self.drift[family].mul_(self.rates.drift).add_(beyond, alpha=1 - self.rates.drift)
 
     def step(self, tokens: int) -> None:
@@ -174,7 +179,7 @@ class Solver:
             if not self.last[family].isfinite().all():
                 raise MptkError(f"the gradient of {family}'s masks is not finite; lower --lr or train in float32")
             curvature = self.curvature(family)
-            pull = curvature * (1 - m.double()) + self.beyond(family)
+            pull = curvature * (1 - m.to(curvature.dtype)) + self.beyond(family)
             m.add_((rate * pull / (curvature + curvature.mean()).clamp_min(EPSILON)).float()).clamp_(0, 1)
 
     @torch.no_grad()
@@ -266,7 +271,7 @@ class Solver:
     def harden(self, kept: Mapping[str, Tensor]) -> None:
         """Set the masks of removed units to 0, and all masks of families that are not in ``kept`` to 1."""
         for family, m in self.masks.items():
-            m.copy_(m * kept[family] if family in kept else torch.ones_like(m))
+            m.copy_(m * kept[family].to(m.device) if family in kept else torch.ones_like(m))
 
     def metrics(self) -> dict[str, float]:
         """Cost, target, widths, z, and the root mean square of the masks in the tail."""
@@ -301,11 +306,10 @@ class Solver:
             self.fisher[family].copy_(tensors[f"solver.{family}.fisher"])
             self.drift[family].copy_(tensors[f"solver.{family}.drift"])
             self.last[family].copy_(tensors[f"solver.{family}.last"])
-            self.y[family] = tensors[f"solver.{family}.y"].clone()
+            self.y[family].copy_(tensors[f"solver.{family}.y"])
             self.removed[family] = float(tensors[f"solver.{family}.removed"])
-        self.prior = {
-            family: tensors[f"solver.{family}.prior"] for family in self.shapes if f"solver.{family}.prior" in tensors
-        }
+        priors = {family: tensors.get(f"solver.{family}.prior") for family in self.shapes}
+        self.prior = {family: prior.to(self.device) for family, prior in priors.items() if prior is not None}
         if fixed:
             self.fix({family: round(width) for family, width in self.widths().items()})
 

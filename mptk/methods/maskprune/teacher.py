@@ -30,7 +30,7 @@ TOP = 64
 
 
 class LiveTeacher:
-    """Runs the dense model for each batch. ``run`` computes without gradients."""
+    """Runs the dense model for each batch. ``run`` gets the windows as they are given, on the host."""
 
     def __init__(self, run: Callable[[Tensor], Output]) -> None:
         self.run = run
@@ -49,13 +49,18 @@ class CachedTeacher:
     A file is named after the tokens of its window, so runs on the same model may share the folder.
 
     ``wanted`` maps "this process lacks a window" to "the dense model must run". If the model is sharded over processes,
-    all of them must run it when one does.
+    all of them must run it when one does. ``device``: where the outputs go; by default they stay on the host.
     """
 
     def __init__(
-        self, live: LiveTeacher, folder: Path, k: int = TOP, wanted: Callable[[bool], bool] = lambda missing: missing
+        self,
+        live: LiveTeacher,
+        folder: Path,
+        k: int = TOP,
+        wanted: Callable[[bool], bool] = lambda missing: missing,
+        device: torch.device | None = None,
     ) -> None:
-        self.live, self.folder, self.k, self.wanted = live, folder, k, wanted
+        self.live, self.folder, self.k, self.wanted, self.device = live, folder, k, wanted, device
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, windows: Tensor) -> Target:
@@ -64,11 +69,11 @@ class CachedTeacher:
             self._keep(windows, files)
         found = [load_file(file) for file in files]
         tokens, logs, rest = (torch.stack([f[name] for f in found]) for name in ("tokens", "logs", "rest"))
-        device = windows.device
-        return TopLogits(tokens.long().to(device), logs.float().to(device), rest.float().to(device)), None
+        device = self.device or windows.device
+        return TopLogits(tokens.to(device).long(), logs.to(device).float(), rest.to(device).float()), None
 
     def _file(self, ids: Tensor) -> Path:
-        name = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:32]
+        name = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:32]
         return self.folder / f"{name}-{self.k}.safetensors"
 
     def _keep(self, windows: Tensor, files: list[Path]) -> None:

@@ -20,11 +20,11 @@ from mptk.errors import MptkError
 from mptk.methods.maskprune.losses import hidden_error, token_losses
 from mptk.methods.maskprune.teacher import Target
 from mptk.run.folder import RunFolder
-from mptk.run.processes import full, prepare, shard_like
+from mptk.run.processes import full, gathered, prepare, shard_like
 from mptk.run.settings import Training
 
 Teacher = Callable[[Tensor], Target]
-"""Windows [batch, length] → the dense model's outputs."""
+"""Windows [batch, length], on the host → the dense model's outputs, on the device."""
 Metrics = dict[str, float]
 Extra = tuple[Callable[[], dict[str, Tensor]], Callable[[Mapping[str, Tensor]], None]]
 """State that checkpoints hold besides the student's: a call that returns it, and one that restores it."""
@@ -103,7 +103,7 @@ class Loop:
         for i, rows in enumerate(parts):
             share = len(rows) / len(own)
             with self._synchronised(i == len(parts) - 1):
-                losses = self._losses(self.windows[rows].to(acc.device))
+                losses = self._losses(self.windows[rows])
                 acc.backward(losses["loss"] * share)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() * share
@@ -123,9 +123,9 @@ class Loop:
         without: contextlib.AbstractContextManager[None] = self.accelerator.no_sync(self.student)
         return without
 
-    def _losses(self, ids: Tensor) -> dict[str, Tensor]:
-        weights = self.settings.losses
-        target, states = self.teacher(ids) if weights.kl or weights.hidden else (None, None)
+    def _losses(self, windows: Tensor) -> dict[str, Tensor]:
+        weights, ids = self.settings.losses, windows.to(self.accelerator.device)
+        target, states = self.teacher(windows) if weights.kl or weights.hidden else (None, None)
         output = self.student(input_ids=ids, use_cache=False, output_hidden_states=bool(weights.hidden))
         found = token_losses(output.logits, ids, target, weights)
         if weights.hidden:
@@ -145,10 +145,13 @@ class Loop:
     # ---- checkpoints ----
 
     def _state(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {f"parameter.{n}": full(p.detach()) for n, p in self.parameters.items()}
+        """What a checkpoint holds, on the host of the main process. All processes must call it."""
         moments = self.optimizer.optimizer.state
-        for n, p in self.parameters.items():
-            state.update({f"optimizer.{key}.{n}": full(value) for key, value in moments[p].items()})
+        parameters = [(f"parameter.{n}", p) for n, p in self.parameters.items()]
+        parameters += [
+            (f"optimizer.{key}.{n}", value) for n, p in self.parameters.items() for key, value in moments[p].items()
+        ]
+        state = gathered(parameters, keep=self.accelerator.is_main_process)
         state["rng"] = torch.get_rng_state()
         return state | (self.extra[0]() if self.extra else {})
 

@@ -15,7 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from passes.targets.stock.probe import Assignment, Build, Field, Prober, Refusal, Shapes, starred
 from passes.targets.stock.search import (
@@ -41,6 +43,20 @@ class StockConfig:
     config: PreTrainedConfig
     changes: Mapping[str, tuple[object, object]]
     expressions: Mapping[str, Expression] = field(default_factory=dict)
+
+    def build(self, weights: Mapping[str, Tensor], *, shared: bool = False) -> PreTrainedModel:
+        """The model, float32, in evaluation mode.
+
+        Args:
+            weights: its state dict. If empty, the parameters are memory that was never written.
+            shared: whether the model may use the tensors of ``weights`` themselves.
+        """
+        with no_init_weights():
+            model: PreTrainedModel = self.model_class(self.config).eval()
+        if weights:
+            model.load_state_dict(weights, assign=shared)
+        model.tie_weights()
+        return model
 
 
 def probe_config(

@@ -1,0 +1,208 @@
+"""Training on another device than the host's, which ``second_device`` stands for: where tensors are, and what crosses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import architectures
+import pytest
+import torch
+from accelerate import Accelerator
+from second_device import DEVICE, SecondDevice, SecondTensor, live_bytes
+from test_learning import LEARNING, SETTINGS, Stopped, metrics
+from test_pruning import llama_config, save
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from mptk.compat.accelerate import own_state
+from mptk.driver.prune import legalise
+from mptk.io import models
+from mptk.methods.maskprune import learner as maskprune
+from mptk.methods.maskprune.learner import Learner, start_training
+from mptk.methods.maskprune.solver import Solver
+from mptk.methods.maskprune.train import Loop
+from mptk.progress import silent
+from mptk.run.chain import Chosen, Prepared
+from mptk.run.folder import RunFolder
+from mptk.run.processes import replica
+from mptk.run.settings import Learning
+from mptk.run.values import Text
+from mptk.tasks import CAUSAL_LM
+from passes.analysis import group
+from passes.frontend import trace
+from passes.targets.stock.config import StockConfig
+
+TEXT = architectures.tokens(8, 32)
+ADAPTED = 7 * 3
+"""Layers with an adapter."""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    path = save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama"))
+    loaded = models.load(path)
+    analysis = group.analyze(trace.trace(loaded.model, dynamic=True))
+    return legalise(path, SETTINGS, loaded, CAUSAL_LM, analysis, silent)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the phases gave: masks' choice, recovery's weights, and each step's metrics."""
+
+    chosen: Chosen
+    trained: Mapping[str, Tensor]
+    rows: Sequence[Mapping[str, float]]
+
+
+def train(prepared: Prepared, folder: Path, learning: Learning = LEARNING) -> Run:
+    """Both phases on ``Accelerator.device``, or what of them ``folder`` does not hold. Recovery is of the whole model."""
+    work = RunFolder(folder, {}, resume=True)
+    with own_state():
+        learner = Learner(
+            start_training(learning, work), partial(replica, prepared.loaded.model), TEXT, learning, work, silent
+        )
+        chosen = learner.learn(prepared, Text(TEXT, TEXT, TEXT, ""))
+        trained, _ = learner.recover(replica(prepared.loaded.model), 6, TEXT[:2])
+    return Run(chosen, trained, metrics(work.path))
+
+
+@pytest.fixture(scope="module")
+def on_the_host(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(prepared, tmp_path_factory.mktemp("host") / "out")
+
+
+@pytest.fixture
+def second(monkeypatch: pytest.MonkeyPatch) -> Iterator[SecondDevice]:
+    """Training happens on the second device."""
+    monkeypatch.setattr(Accelerator, "device", property(lambda _: DEVICE))
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)  # else ``Module.to`` replaces the parameters
+    with SecondDevice() as device:
+        yield device
+    torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+
+def require_same(one: Run, other: Run) -> None:
+    assert other.chosen.plan.families == one.chosen.plan.families
+    for a, b in zip(one.rows, other.rows, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    for a, b in ((one.chosen.changes, other.chosen.changes), (one.trained, other.trained)):
+        assert a.keys() == b.keys()
+        for name, weight in a.items():
+            assert type(b[name]) is not SecondTensor
+            assert torch.allclose(b[name], weight, rtol=1e-4, atol=1e-5), name
+
+
+def test_learning_and_recovery_give_what_they_give_on_the_host_and_only_text_crosses_in_a_step(
+    prepared: Prepared, on_the_host: Run, tmp_path: Path, second: SecondDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crossed: dict[int, set[tuple[str, tuple[int, ...]]]] = {}
+    step = Loop._step
+
+    def watched(loop: Loop, number: int) -> object:
+        before = len(second.crossed)
+        found = step(loop, number)
+        crossed.setdefault(number, set()).update(second.crossed[before:])
+        return found
+
+    monkeypatch.setattr(Loop, "_step", watched)
+    require_same(on_the_host, train(prepared, tmp_path / "out"))
+    crossed.pop(0)  # recovery puts its teacher there
+    assert crossed == {number: {("to the second device", (2, 32))} for number in range(1, 6)}
+
+
+@pytest.mark.parametrize("begins", ["on the host", "there"])
+def test_a_run_goes_on_on_another_device(
+    prepared: Prepared,
+    on_the_host: Run,
+    tmp_path: Path,
+    second: SecondDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    begins: str,
+) -> None:
+    host, step = property(lambda _: torch.device("cpu")), Loop._step
+
+    def stopped(loop: Loop, number: int) -> object:
+        if number == 4:
+            raise Stopped
+        return step(loop, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_step", stopped)
+        if begins == "on the host":
+            patch.setattr(Accelerator, "device", host)
+        with pytest.raises(Stopped):
+            train(prepared, tmp_path / "out")
+    if begins == "there":
+        monkeypatch.setattr(Accelerator, "device", host)
+    require_same(on_the_host, train(prepared, tmp_path / "out"))
+
+
+def test_the_cached_teachers_targets_go_to_the_device(
+    prepared: Prepared, on_the_host: Run, tmp_path: Path, second: SecondDevice
+) -> None:
+    run = train(prepared, tmp_path / "out", replace(LEARNING, teacher="cached"))
+    assert run.rows[0]["loss"] == pytest.approx(on_the_host.rows[0]["loss"], rel=1e-2)
+
+
+def test_changed_weights_leave_the_device_one_by_one(
+    prepared: Prepared, tmp_path: Path, second: SecondDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, live = maskprune.changed, []
+
+    def watched(*args: object) -> Iterator[tuple[str, Tensor]]:
+        live.append(live_bytes())
+        for name, weight in original(*args):
+            live.append(live_bytes())
+            yield name, weight
+            del weight
+
+    monkeypatch.setattr(maskprune, "changed", watched)
+    train(prepared, tmp_path / "out")
+    assert len(live) == 1 + ADAPTED
+    assert max(live) - live[0] <= 3 * 80 * 48 * 4  # the weight, its sum and what the next one needs
+
+
+def test_a_replica_is_adapted_and_moved_alone_and_copies_no_weight() -> None:
+    model = LlamaForCausalLM(llama_config())
+    weights = dict(model.named_parameters())
+    ids = torch.arange(12)[None]
+    expected = model(ids).logits
+    copy = replica(model)
+    assert torch.equal(copy(ids).logits, expected)
+    assert all(p.data_ptr() == weights[name].data_ptr() for name, p in copy.named_parameters())
+    copy.requires_grad_(False).half()
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    assert torch.equal(model(ids).logits, expected)
+    hollow = replica(model, False)
+    assert {name: p.shape for name, p in hollow.named_parameters()} == {name: p.shape for name, p in weights.items()}
+    assert all(p.data_ptr() != weights[name].data_ptr() for name, p in hollow.named_parameters())
+
+
+def test_a_devices_tensors_meet_no_others() -> None:
+    solver = Solver({"ffn": (2, 1, 5)}, lambda _: 1.0, 0.5, 10)
+    with SecondDevice() as second:
+        there = torch.ones(3, 5, device=DEVICE)
+        assert isinstance(there, SecondTensor)
+        with pytest.raises(AssertionError, match="two devices"):
+            there * solver.applied("ffn", 0)
+        assert second.crossed == []
+        assert there.cpu().tolist() == [[1.0] * 5] * 3
+        assert second.crossed == [("to the host", (3, 5))]
+
+
+def test_a_cut_model_shares_the_weights_that_it_is_given_if_it_may_and_ties_them() -> None:
+    config = llama_config()
+    config.tie_word_embeddings = True
+    given = {name: torch.randn_like(t) for name, t in LlamaForCausalLM(config).state_dict().items()}
+    given["lm_head.weight"] = given["model.embed_tokens.weight"]
+    stock = StockConfig(LlamaForCausalLM, config, {})
+    for shared in (True, False):
+        model = stock.build(given, shared=shared)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert all(torch.equal(t, given[name]) for name, t in model.state_dict().items())
+        assert all((t.data_ptr() == given[name].data_ptr()) == shared for name, t in model.state_dict().items())
+    assert stock.build({}).state_dict().keys() == given.keys()

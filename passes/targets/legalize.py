@@ -123,9 +123,9 @@ def cut_shapes(analysis: Analysis, widths: Mapping[str, int]) -> dict[str, tuple
     """State-dict name → shape after a cut to ``widths``, tied names included."""
     sizes, aliases = analysis.sizes(widths), analysis.program.aliases
     shapes = {}
-    for name, tensor in analysis.program.state_dict().items():
+    for name, like in analysis.program.state_dict().likes.items():
         dims = analysis.weights.get(aliases.get(name, name))
-        shapes[name] = tuple(tensor.shape) if dims is None else tuple(evaluate(d, sizes) for d in dims)
+        shapes[name] = tuple(like.shape) if dims is None else tuple(evaluate(d, sizes) for d in dims)
     return shapes
 
 

@@ -77,9 +77,13 @@ def measured(command: list[str], log: Path, *, threads: int, cwd: Path | None = 
     began, most = time.perf_counter(), 0
     with log.open("w") as output:
         child = subprocess.Popen([sys.executable, *command], stdout=output, stderr=output, cwd=cwd, env=env)
-        while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
-            most = max(most, sum(map(anonymous_bytes, family(child.pid))))
-            time.sleep(SAMPLE_S)
+        try:
+            while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
+                most = max(most, sum(map(anonymous_bytes, family(child.pid))))
+                time.sleep(SAMPLE_S)
+        except BaseException:
+            child.kill()
+            raise
     child.returncode = code = os.waitstatus_to_exitcode(ended[1])
     usage = ended[2]
     row: Row = {

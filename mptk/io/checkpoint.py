@@ -116,6 +116,12 @@ def stored_dtypes(folder: Path) -> Counter[str]:
     return found
 
 
+def dtypes_in(file: Path) -> dict[str, torch.dtype | None]:
+    """Name → floating type of each tensor in a safetensors file; None if it is no such number."""
+    with safe_open(file, "pt") as weights:
+        return {name: _FLOATS.get(weights.get_slice(name).get_dtype()) for name in weights.keys()}  # noqa: SIM118
+
+
 def stored_dtype(folder: Path) -> torch.dtype:
     """The floating type of most numbers in a folder's safetensors. float32 if there is none."""
     counts = {name: count for name, count in stored_dtypes(folder).items() if name in _FLOATS}

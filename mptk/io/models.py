@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from mptk.compat.accelerate import offloaded, take_offload_index
 from mptk.compat.transformers import dequantize_gguf, forget_source, model_classes
 from mptk.errors import MptkError
-from mptk.io.checkpoint import fill, quantized_dtype, save_checkpoint, stored_dtype
+from mptk.io.checkpoint import dtypes_in, fill, quantized_dtype, save_checkpoint, stored_dtype
 from mptk.io.packaged import ALIASES, build_once, cache_dir, cached, fetch
 from mptk.io.resident import Resident, stored_weight
 from mptk.ir.program import Program
@@ -104,7 +104,9 @@ def open_weights(model: str, resident: Resident, *, trust_remote_code: bool = Fa
         loaded = _load(model, trust_remote_code, local, dtype=torch.float32, **options)
     likes = {name: tensor.detach() for name, tensor in loaded.model.state_dict(keep_vars=True).items()}
     index = take_offload_index(loaded.model)
-    weights = Weights({n: stored_weight(file, key, likes[n], resident) for n, (file, key) in index.items()})
+    held = {file: dtypes_in(file) for file in {file for file, _ in index.values()}}
+    entries = {n: stored_weight(file, key, likes[n], resident, held[file][key]) for n, (file, key) in index.items()}
+    weights = Weights(entries)
     weakref.finalize(weights, scratch.cleanup)
     return replace(loaded, weights=weights)
 

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -37,15 +38,15 @@ class Resident:
         return tensor
 
 
-def stored_weight(file: Path, key: str, like: Tensor, resident: Resident) -> Lazy:
-    """The tensor ``key`` of a safetensors file, in the type of ``like``."""
+def stored_weight(file: Path, key: str, like: Tensor, resident: Resident, held: torch.dtype | None = None) -> Lazy:
+    """The tensor ``key`` of a safetensors file, in the type of ``like``. ``held``: its type in the file."""
 
     def read() -> Tensor:
         with safe_open(file, "pt") as opened:  # each tensor has a mapping of its own, which is closed with it
             tensor: Tensor = opened.get_tensor(key)
         return tensor.to(like.dtype)
 
-    return Lazy(like, lambda: resident.get(f"{file}|{key}", read))
+    return Lazy(like, lambda: resident.get(f"{file}|{key}", read), held)
 
 
 def free_memory() -> float:

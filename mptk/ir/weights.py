@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mptk.compat.torch import FakeTensor
@@ -14,10 +15,14 @@ Change = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Lazy:
-    """A weight that ``make`` reads or computes at each request. ``like``: its shape and type, on the meta device."""
+    """A weight that ``make`` reads or computes at each request.
+
+    ``like``: its shape and type, on the meta device. ``held``: a narrower type that holds its numbers exactly.
+    """
 
     like: Tensor
     make: Callable[[], Tensor]
+    held: torch.dtype | None = None
 
 
 class Weights(Mapping[str, Tensor]):
@@ -66,21 +71,21 @@ class Weights(Mapping[str, Tensor]):
         """A selection under other names: new name → name."""
         return Weights({new: self._entries[name] for new, name in names.items()})
 
-    def changed(self, changes: Mapping[str, Change]) -> Weights:
+    def changed(self, changes: Mapping[str, Change], *, moves: bool = False) -> Weights:
         """These weights, each passed through its change when it is asked for.
 
-        A change must also take a tensor on the meta device, for its shape and type.
+        A change must also take a tensor on the meta device, for its shape and type. ``moves``: it makes no new numbers.
         """
-        return self.updated({name: _changed(self._entries[name], change) for name, change in changes.items()})
+        return self.updated({name: _changed(self._entries[name], change, moves) for name, change in changes.items()})
 
 
 def _entry(entries: Mapping[str, Tensor | Lazy], name: str) -> Tensor | Lazy:
     return entries.entry(name) if isinstance(entries, Weights) else entries[name]
 
 
-def _changed(entry: Tensor | Lazy, change: Change) -> Tensor | Lazy:
+def _changed(entry: Tensor | Lazy, change: Change, moves: bool) -> Tensor | Lazy:
     if isinstance(entry, Lazy):
-        return Lazy(change(entry.like), lambda: change(entry.make()))
+        return Lazy(change(entry.like), lambda: change(entry.make()), entry.held if moves else None)
     if _is_empty(entry):
         return change(entry)
     return Lazy(change(entry.to("meta")), lambda: change(entry))

@@ -160,10 +160,14 @@ class Partition:
 
     ends: tuple[str, ...]
 
+    def fits(self, flow: Flow) -> bool:
+        """Whether the graph has these calls."""
+        return set(self.ends) <= {node.name for node in flow.calls}
+
     def stages(self, flow: Flow) -> list[Stage]:
         """The stages of a flow. A call that the partitioned graph does not have belongs to the stage around it."""
         place = {node.name: i + 1 for i, node in enumerate(flow.calls)}
-        borders = [0, *accumulate((place.get(name, 0) for name in self.ends), max), len(flow.calls)]
+        borders = [0, *accumulate((place[name] for name in self.ends), max), len(flow.calls)]
         return [flow.stage(start, end) for start, end in pairwise(borders)]
 
 

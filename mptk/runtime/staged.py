@@ -51,20 +51,23 @@ class Executor:
     ) -> Iterator[Any]:
         """The results of all ``programs`` for the first of ``inputs``, then for the second, and so on.
 
-        The programs were made from one traced program, the first with all its weights. Results are as those of
-        ``Program.__call__``, on ``device``. ``progress``: called with (inputs done, all inputs).
+        Programs that were made from the first one have its stages. Results are as those of ``Program.__call__``, on
+        ``device``. ``progress``: called with (inputs done, all inputs).
         """
         flows = [Flow(program) for program in programs]
         shared = partition(flows[0], self.stage)
-        runs = [_Run(self, flow, shared, inputs) for flow in flows]
-        count = _Counter(progress, len(inputs), len(shared.ends) + 1, len(runs))
-        for k in range(len(shared.ends)):
+        parts = [shared if shared.fits(flow) else partition(flow, self.stage) for flow in flows]
+        runs = [_Run(self, flow, part, inputs) for flow, part in zip(flows, parts, strict=True)]
+        count = _Counter(progress, len(inputs), sum(len(run.stages) for run in runs))
+        for k in range(max(len(run.stages) for run in runs)):
             for run in runs:
-                run.advance(k, count)
-        loaded = [run.load(len(shared.ends)) for run in runs]
+                if k + 1 < len(run.stages):
+                    run.advance(k, count)
+        held = sum(run.last_bytes for run in runs) <= self.stage
+        loaded = {run: run.load(len(run.stages) - 1) for run in runs if held}
         for i in range(len(inputs)):
-            for run, weights in zip(runs, loaded, strict=True):
-                yield run.result(weights, i, count)
+            for run in runs:
+                yield run.result(loaded.get(run), i, count)
 
     @torch.no_grad()
     def watch(
@@ -74,7 +77,7 @@ class Executor:
         flow = Flow(program, [nodes for nodes, _ in watches])
         shared = partition(flow, self.stage)
         run = _Run(self, flow, shared, inputs, watches)
-        count = _Counter(progress, len(inputs), len(run.stages), 1)
+        count = _Counter(progress, len(inputs), len(run.stages))
         for k in range(len(run.stages)):
             run.advance(k, count)
 
@@ -93,7 +96,7 @@ class Executor:
         """
         flow = Flow(program)
         run = _Run(self, flow, partition(flow, self.stage), inputs, keep=True)
-        count = _Counter(progress, len(inputs), 2 * len(run.stages) - 1, 1)
+        count = _Counter(progress, len(inputs), 2 * len(run.stages) - 1)
         with torch.no_grad():
             for k in range(len(run.stages) - 1):
                 run.advance(k, count)
@@ -115,11 +118,10 @@ EXECUTOR = Executor()
 
 
 class _Counter:
-    """Progress over stages and programs, in inputs done."""
+    """Progress over the stages of all programs, in inputs done."""
 
-    def __init__(self, progress: Count | None, inputs: int, stages: int, programs: int) -> None:
-        self.progress, self.inputs, self.total = progress, inputs, stages * programs
-        self.done = 0
+    def __init__(self, progress: Count | None, inputs: int, stages: int) -> None:
+        self.progress, self.inputs, self.total, self.done = progress, inputs, stages, 0
 
     def step(self) -> None:
         self.done += 1
@@ -166,10 +168,16 @@ class _Run(fx.Interpreter):
                 self.borders.put((k + 1, i), values)
             count.step()
 
-    def result(self, weights: Mapping[fx.Node, Tensor], i: int, count: _Counter) -> Any:
-        """Run the last stage on one of the inputs, and give the program's result."""
+    @property
+    def last_bytes(self) -> int:
+        """Bytes of the last stage's weights."""
+        return sum(self.flow.weight_bytes[node] for node in self.stages[-1].weights)
+
+    def result(self, weights: Mapping[fx.Node, Tensor] | None, i: int, count: _Counter) -> Any:
+        """Run the last stage on one of the inputs, and give the program's result. ``weights``: None if not loaded."""
         k = len(self.stages) - 1
-        made = self._result(self.run_stage(self.stages[k], weights, self.borders.take((k, i), self.keep)))
+        loaded = self.load(k) if weights is None else weights
+        made = self._result(self.run_stage(self.stages[k], loaded, self.borders.take((k, i), self.keep)))
         count.step()
         return made
 

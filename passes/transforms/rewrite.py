@@ -61,7 +61,7 @@ class Rewrite(Pass):
             for name, dims in self.analysis.weights.items()
             if any(map(self.cut.touches, dims))
         }
-        state = program.state.changed(cut)
+        state = program.state.changed(cut, moves=True)
         result = replace(program, graph=resizer.graph, state=state)
         propagate_shapes(result, resizer.untouched(), resizer.cut_caches())
         sliced = sum(like.shape != state.like(name).shape for name, like in program.state.likes.items())

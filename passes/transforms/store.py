@@ -15,6 +15,7 @@ from torch import Tensor
 from mptk.errors import MptkError
 from mptk.ir.passes import Pass, Result, shapes
 from mptk.ir.program import Program
+from mptk.ir.weights import Lazy
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,19 @@ class Store(Pass):
 
     def run(self, program: Program) -> Result:
         held = program.state_dict().likes  # constants, as rotary frequencies, are not in a checkpoint
-        wider = [name for name, like in held.items() if is_wider(like, self.dtype) and name in program.state]
+        wider = [
+            name
+            for name, like in held.items()
+            if name in program.state and is_wider(like, self.dtype) and not self._holds(program.state.entry(name))
+        ]
         if not wider:
             return Result(program, False)
         state = program.state.changed(dict.fromkeys(wider, partial(stored, dtype=self.dtype)))
         return Result(replace(program, state=state), True, (f"{len(wider)} weights rounded",))
+
+    def _holds(self, weight: Tensor | Lazy) -> bool:
+        """Whether it is known that the type holds every number."""
+        return isinstance(weight, Lazy) and weight.held == self.dtype
 
     def ensures(self, before: Program, after: Program) -> None:
         """The weights have the same names, shapes and types."""

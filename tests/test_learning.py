@@ -44,7 +44,10 @@ STAGES = ["learned masks", "trained model", "config", "stored weights", "rewritt
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> str:
-    return save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama"))
+    """Its head and its embedding are one weight, which shards and names must stay."""
+    config = llama_config()
+    config.tie_word_embeddings = True
+    return save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +271,13 @@ def test_a_trackers_files_come_with_the_folder(llama: str, tmp_path: Path) -> No
 def test_what_training_does_not_know_is_said_at_once(change: dict[str, str], message: str) -> None:
     with pytest.raises(MptkError, match=message):
         Learning(**change)
+
+
+def test_all_weights_can_be_trained_a_shared_one_too(llama: str, tmp_path: Path) -> None:
+    learning = replace(LEARNING, steps=2, rank=0)
+    report = mptk.prune(llama, tmp_path / "out", replace(SETTINGS, method="magnitude", learning=learning))
+    assert {"lm_head.weight", "model.embed_tokens.weight"} & set(report.trained)
+    assert verify(tmp_path / "out")
 
 
 def test_a_folder_can_be_recovered_alone(llama: str, tmp_path: Path) -> None:

@@ -304,7 +304,9 @@ def recovered(compiled: Compiled, text: Text, context: Context) -> tuple[Compile
     if found is None:
         return compiled, []
     trained, witness = found
-    known = {name: tensor for name, tensor in trained.items() if name in prepared.analysis.weights}
+    aliases = prepared.analysis.program.aliases
+    named = {aliases.get(name, name): tensor for name, tensor in trained.items()}
+    known = {name: tensor for name, tensor in named.items() if name in prepared.analysis.weights}
     changes = Weights(chosen.changes).updated(widened(compiled.analysis, chosen.cut, Weights(known)))
     chosen = replace(chosen, changes=changes, trained=tuple(changes))
     difference = check_witness(changed(prepared, chosen), chosen.cut, witness, text.proof, prepared.executor)

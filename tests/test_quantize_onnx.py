@@ -26,7 +26,7 @@ from passes.targets.onnx.measure import measure_onnx
 from passes.targets.onnx.plain_products import PlainProductsPass
 from passes.targets.onnx.quantize import read_float
 from passes.targets.onnx.smooth import SmoothPass, smoothing
-from passes.targets.onnx.tensors import read_when_asked
+from passes.targets.onnx.tensors import read_lazily
 
 RNG = np.random.default_rng(0)
 ERROR = {"int8": 0.1, "int4": 0.9, "fp16": 0.01}
@@ -141,8 +141,7 @@ def assert_same_logits(model, source, tmp_path) -> None:
 
 
 def loaded(source):
-    model = ir.load(source)
-    read_when_asked(model.graph)
+    model = read_lazily(source)
     PlainProductsPass()(model)
     for node in model.graph:
         node.name = node.outputs[0].name

@@ -51,11 +51,13 @@ def replace_tensor(value: ir.Value, make: Callable[[], Array]) -> None:
     value.const_value = lazy(tensor_of(value), make)
 
 
-def read_when_asked(graph: ir.Graph) -> None:
-    """Read the graph's external weights at each request. onnx_ir maps the file, and the mapped pages stay in memory."""
-    for value in graph.initializers.values():
+def read_lazily(file: Path) -> ir.Model:
+    """A model whose external weights are read at each request. onnx_ir maps files, and mapped pages stay in memory."""
+    model = ir.load(file)
+    for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = _from_file(value.const_value)
+    return model
 
 
 def _from_file(tensor: ir.ExternalTensor) -> ir.LazyTensor:

@@ -20,9 +20,11 @@ def without_weights(program: Program) -> Program:
 
 def with_weights(model: ir.Model, program: Program) -> ir.Model:
     """Give ``model``, the export of ``without_weights(program)``, the weights of ``program``, in the graph's types."""
+    held = set(program.state)
     for name, value in model.graph.initializers.items():
-        if name in program.state:
-            value.const_value = _lazy(value, program, program.aliases.get(name, name))
+        source = program.aliases.get(name, name)
+        if source in held:
+            value.const_value = _lazy(value, program, source)
     return model
 
 

@@ -163,14 +163,17 @@ def emit_onnx(
     folder: Path,
     *,
     objective: str = "decode",
+    half: bool = False,
     metadata: Mapping[str, str] | None = None,
     log: Log | None = None,
 ) -> Path:
     """``write_onnx`` with the product's passes.
 
-    ``objective``: ``"decode"`` or ``"prefill"``, the phase to be fast in if the two need different graphs.
+    ``objective``: ``"decode"`` or ``"prefill"``, the phase to be fast in if the two need different graphs. ``half``:
+    convert the graph, which must be float32, to float16.
     """
-    return write_onnx(program, folder, lowering(), onnx_optimization(objective), metadata or {}, log or Log())
+    passes = [*onnx_optimization(objective), *(fp16() if half else [])]
+    return write_onnx(program, folder, lowering(), passes, metadata or {}, log or Log())
 
 
 def quantize_onnx(source: Path, scheme: str, text: Text | None = None, log: Log | None = None) -> Path:

@@ -85,6 +85,7 @@ class CausalLM(Task):
             quantize=settings.quantize,
             text=text,
             objective=settings.objective,
+            onnx_dtype=settings.onnx_dtype,
             log=log,
             dtype=prepared.dtype,
         )

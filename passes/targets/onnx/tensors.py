@@ -60,6 +60,12 @@ def read_lazily(file: Path) -> ir.Model:
     return model
 
 
+def name_nodes(model: ir.Model) -> None:
+    """Give every node a name of its own."""
+    for index, node in enumerate(model.graph):
+        node.name = f"{node.op_type}_{index}"
+
+
 def _from_file(tensor: ir.ExternalTensor) -> ir.LazyTensor:
     kind, shape = tensor.dtype.numpy(), shape_of(tensor)
     return lazy(tensor, lambda: _read(Path(tensor.path), tensor.offset or 0, shape, kind))

@@ -59,10 +59,10 @@ class Read(Mapping[str, Tensor]):
         return len(self.state)
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self.state[name].clone()
-        if tensor.numel() > LARGE:
-            self.alive.add(tensor)
-        return tensor
+        array = self.state[name].detach().numpy().copy()
+        if array.size > LARGE:
+            self.alive.add(array)
+        return torch.from_numpy(array)
 
 
 def constants(file: Path) -> dict[str, np.ndarray]:

@@ -81,24 +81,24 @@ def onnx_optimization(objective: str) -> OnnxPasses:
     ]
 
 
-def _blocks(bits: Literal[8, 4], folder: Path) -> OnnxPasses:
-    return [BlockWeightsPass(bits, folder), LookUpInBlocksPass(folder), common.RemoveUnusedNodesPass()]
+def _blocks(bits: Literal[8, 4], source: Path) -> OnnxPasses:
+    return [BlockWeightsPass(bits, source), LookUpInBlocksPass(source), common.RemoveUnusedNodesPass()]
 
 
 def int8(source: Path) -> OnnxPasses:
     """The float ONNX graph → weights in 8-bit blocks."""
-    return [*even_channels(source), *_blocks(8, source.parent)]
+    return [*even_channels(source), *_blocks(8, source)]
 
 
 def int4(source: Path) -> OnnxPasses:
     """The float ONNX graph → weights in 4-bit blocks, each rounded by itself."""
-    return [*even_channels(source), *_blocks(4, source.parent)]
+    return [*even_channels(source), *_blocks(4, source)]
 
 
 def int4_for_text(source: Path, text: Text) -> OnnxPasses:
     """The float ONNX graph → weights in 4-bit blocks, rounded for a text."""
     rounding = [GPTQPass(source, text, BLOCK), common.RemoveUnusedNodesPass()]
-    return [*even_channels(source), *rounding, *_blocks(4, source.parent)]
+    return [*even_channels(source), *rounding, *_blocks(4, source)]
 
 
 def fp16() -> OnnxPasses:

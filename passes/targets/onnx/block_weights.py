@@ -30,14 +30,14 @@ ZERO = 128
 class BlockWeightsPass(ir.passes.InPlacePass):
     """Round the weights of products to blocks of 8 or 4 bits. With 4, the output projection has 8.
 
-    ``folder``: for the rounded weights until they are written.
+    ``source``: the file of the graph. Rounded weights wait in a temporary file beside it.
     """
 
     bits: Literal[8, 4]
-    folder: Path
+    source: Path
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        formats, spill = self._formats(model), Spill(self.folder)
+        formats, spill = self._formats(model), Spill(self.source.parent)
         nodes = {str(node.name): node for node in model.graph if node.name in formats}
         for name, (bits, block) in sorted(formats.items(), key=lambda item: item[1]):
             names = [f"Q{bits}", "scales", "zero_points"]

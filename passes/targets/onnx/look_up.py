@@ -18,16 +18,16 @@ from passes.targets.onnx.tensors import Spill, lazy, parts, shape_of, tensor_of
 class LookUpInBlocksPass(ir.passes.InPlacePass):
     """Look the embedding up in 8-bit blocks, those of the output projection if that is its transpose.
 
-    ``folder``: for the rounded table until it is written.
+    ``source``: the file of the graph. The rounded table waits in a temporary file beside it.
     """
 
-    folder: Path
+    source: Path
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         found = [node for node in graph if node.op_type == "Gather" and _is_embedding(graph, node)]
         for node in found:
-            blocks, scales = _blocks_of(graph, node.inputs[0], Spill(self.folder))  # type: ignore[arg-type]
+            blocks, scales = _blocks_of(graph, node.inputs[0], Spill(self.source.parent))  # type: ignore[arg-type]
             _look_up(graph, node, blocks, scales)
         return ir.passes.PassResult(model, bool(found))
 

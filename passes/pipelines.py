@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import onnx_ir as ir
 import torch
@@ -19,6 +20,7 @@ from passes.targets.onnx.block_weights import BLOCK, BlockWeightsPass
 from passes.targets.onnx.emit import write_onnx
 from passes.targets.onnx.float16 import Float16Pass
 from passes.targets.onnx.fold_kv import FoldKVPass
+from passes.targets.onnx.fold_transposes import FoldTransposesPass
 from passes.targets.onnx.gptq import GPTQPass
 from passes.targets.onnx.group_queries import GroupQueriesPass
 from passes.targets.onnx.library import FoldConstantsPass, FusePass, SimplifyPass
@@ -59,6 +61,7 @@ def onnx_optimization(objective: str) -> OnnxPasses:
     """The exported ONNX graph → the one that is written."""
     return [
         common.InlinePass(),
+        FoldTransposesPass(),
         FoldConstantsPass(),
         common.CommonSubexpressionEliminationPass(),
         SimplifyPass(),
@@ -78,20 +81,24 @@ def onnx_optimization(objective: str) -> OnnxPasses:
     ]
 
 
+def _blocks(bits: Literal[8, 4], source: Path) -> OnnxPasses:
+    return [BlockWeightsPass(bits, source), LookUpInBlocksPass(source), common.RemoveUnusedNodesPass()]
+
+
 def int8(source: Path) -> OnnxPasses:
     """The float ONNX graph → weights in 8-bit blocks."""
-    return [*even_channels(source), BlockWeightsPass(8), LookUpInBlocksPass(), common.RemoveUnusedNodesPass()]
+    return [*even_channels(source), *_blocks(8, source)]
 
 
 def int4(source: Path) -> OnnxPasses:
     """The float ONNX graph → weights in 4-bit blocks, each rounded by itself."""
-    return [*even_channels(source), BlockWeightsPass(4), LookUpInBlocksPass(), common.RemoveUnusedNodesPass()]
+    return [*even_channels(source), *_blocks(4, source)]
 
 
 def int4_for_text(source: Path, text: Text) -> OnnxPasses:
     """The float ONNX graph → weights in 4-bit blocks, rounded for a text."""
-    rounding = [GPTQPass(source, text, BLOCK), common.RemoveUnusedNodesPass(), BlockWeightsPass(4)]
-    return [*even_channels(source), *rounding, LookUpInBlocksPass(), common.RemoveUnusedNodesPass()]
+    rounding = [GPTQPass(source, text, BLOCK), common.RemoveUnusedNodesPass()]
+    return [*even_channels(source), *rounding, *_blocks(4, source)]
 
 
 def fp16() -> OnnxPasses:
@@ -157,14 +164,17 @@ def emit_onnx(
     folder: Path,
     *,
     objective: str = "decode",
+    half: bool = False,
     metadata: Mapping[str, str] | None = None,
     log: Log | None = None,
 ) -> Path:
     """``write_onnx`` with the product's passes.
 
-    ``objective``: ``"decode"`` or ``"prefill"``, the phase to be fast in if the two need different graphs.
+    ``objective``: ``"decode"`` or ``"prefill"``, the phase to be fast in if the two need different graphs. ``half``:
+    convert the graph, which must be float32, to float16.
     """
-    return write_onnx(program, folder, lowering(), onnx_optimization(objective), metadata or {}, log or Log())
+    passes = [*onnx_optimization(objective), *(fp16() if half else [])]
+    return write_onnx(program, folder, lowering(), passes, metadata or {}, log or Log())
 
 
 def quantize_onnx(source: Path, scheme: str, text: Text | None = None, log: Log | None = None) -> Path:

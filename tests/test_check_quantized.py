@@ -16,6 +16,7 @@ from mptk.errors import ProofError
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import SCHEMES, emit_onnx, quantize_onnx
 from passes.targets.onnx import check_quantized as checked
+from passes.targets.onnx.balance import weight_of
 from passes.targets.onnx.check_quantized import DIVERGENCES, check_quantized, divergence
 
 TEXT = np.random.default_rng(0).integers(3, 97, (16, 32))
@@ -94,7 +95,7 @@ class ReorderPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         for node in model.graph:
             for parts in filter(None, [checked.gated(node)]):
-                gate, up, down = (checked.weight_of(part) for part in parts)
+                gate, up, down = (weight_of(part) for part in parts)
                 order = np.r_[1, 0, 2 : gate.shape[1]]
                 for part, array in zip(parts, (gate[:, order], up[:, order], down[order]), strict=True):
                     part.inputs[1].const_value = ir.Tensor(np.ascontiguousarray(array), name=part.inputs[1].name)  # type: ignore[union-attr]

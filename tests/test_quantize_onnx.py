@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -17,7 +18,7 @@ from mptk.errors import MptkError
 from mptk.runtime.decoder import OrtDecoder
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import SCHEMES, emit_onnx, quantize_onnx
-from passes.targets.onnx.balance import BalancePass, balanced
+from passes.targets.onnx.balance import BalancePass, balancing
 from passes.targets.onnx.block_weights import BLOCK, LEAST, BlockWeightsPass
 from passes.targets.onnx.gptq import grid, inverse_root, round_to_grid, rounded_blocks
 from passes.targets.onnx.look_up import LookUpInBlocksPass, quantize_rows
@@ -25,6 +26,7 @@ from passes.targets.onnx.measure import measure_onnx
 from passes.targets.onnx.plain_products import PlainProductsPass
 from passes.targets.onnx.quantize import read_float
 from passes.targets.onnx.smooth import SmoothPass, smoothing
+from passes.targets.onnx.tensors import read_lazily
 
 RNG = np.random.default_rng(0)
 ERROR = {"int8": 0.1, "int4": 0.9, "fp16": 0.01}
@@ -139,8 +141,7 @@ def assert_same_logits(model, source, tmp_path) -> None:
 
 
 def loaded(source):
-    model = ir.load(source)
-    ir.external_data.load_to_model(model)
+    model = read_lazily(source)
     PlainProductsPass()(model)
     for node in model.graph:
         node.name = node.outputs[0].name
@@ -204,7 +205,8 @@ def test_balanced_channels_are_sorted_and_rounded_with_less_error():
         rounded = (np.rint(inner.reshape(500, 2, 128) / steps) * steps).reshape(500, 256)
         return float(np.linalg.norm(rounded @ down - expected))
 
-    arrays = balanced(gate, up, down)
+    balance = balancing(*map(ir.tensor, (gate, up, down)))
+    arrays = balance.gate(gate), balance.up(up), balance.down(down)
     sizes = np.linalg.norm(arrays[0], axis=0) * np.linalg.norm(arrays[1], axis=0)
     assert (np.diff(sizes) >= -1e-9).all()
     assert rounded_error(*arrays) < 0.8 * rounded_error(gate, up, down)
@@ -292,8 +294,8 @@ def test_logging_is_left_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("step", "left"),
     [
-        (BlockWeightsPass(8), "has a float weight"),
-        (LookUpInBlocksPass(), "looks up a float table"),
+        (BlockWeightsPass(8, Path()), "has a float weight"),
+        (LookUpInBlocksPass(Path()), "looks up a float table"),
         (PlainProductsPass(), "transposes a constant"),
     ],
 )

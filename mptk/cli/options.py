@@ -189,6 +189,7 @@ FIELDS: dict[str, Field] = {
     "quantize": Field(
         "quantize", str, WRITE, "More ONNX graphs to write: int8, int4, fp16, comma-separated.", names, empty=""
     ),
+    "onnx_dtype": Field("onnx_dtype", str, WRITE, "Type of the ONNX graph: auto (as it computes), float32, float16."),
     "eval_data": Field("eval_data", str | None, TEXT, "Text for the perplexity in the report."),
     "eval_windows": Field("eval_windows", int, TEXT, "Windows for the perplexity in the report.", least=1),
     "eval_length": Field("eval_length", int, TEXT, "Tokens in such a window.", least=2),
@@ -219,6 +220,7 @@ RECOVERY = (
     "onnx",
     "logits",
     "quantize",
+    "onnx_dtype",
     "steps",
     "batch",
     "micro",
@@ -260,6 +262,7 @@ Memory = Annotated[str | None, option("memory")]
 Device = Annotated[str, option("device")]
 Logits = Annotated[Literal["all", "last"], option("logits")]
 Quantize = Annotated[str, option("quantize")]
+OnnxDtype = Annotated[str, option("onnx_dtype")]
 Objective = Annotated[str, option("objective")]
 Threads = Annotated[int, option("threads")]
 Trust = Annotated[bool, option("trust_remote_code")]

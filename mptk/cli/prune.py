@@ -87,7 +87,7 @@ def recover(
     steps = DEFAULT_STEPS if options["steps"] is None else options["steps"]
     settings = settings_from({**options, "steps": steps})
     measured = ("eval_data", "eval_windows", "eval_length")
-    given = ("data", "length", "seed", "resume", "onnx", "logits", "quantize", "proof_length")
+    given = ("data", "length", "seed", "resume", "onnx", "logits", "quantize", "onnx_dtype", "proof_length")
     machine = ("max_shard_size", "memory", "device")
     changes: dict[str, object] = {name: getattr(settings, name) for name in (*given, *measured, *machine)}
     with stages(err) as progress:

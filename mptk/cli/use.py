@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mptk.cli.app import app, err, out
-from mptk.cli.options import Json, Logits, Model, Objective, Out, Quantize, Threads, Trust, names, parse_counts
+from mptk.cli.options import (
+    Json,
+    Logits,
+    Model,
+    Objective,
+    OnnxDtype,
+    Out,
+    Quantize,
+    Threads,
+    Trust,
+    names,
+    parse_counts,
+)
 from mptk.cli.progress import stages
 from mptk.errors import MptkError
 from mptk.files import write_json, write_text
@@ -25,6 +37,7 @@ def export_onnx(
     quantize: Quantize = "",
     data: Annotated[str | None, typer.Option(help="Calibration text for int4: file, folder or datasets id.")] = None,
     objective: Objective = "decode",
+    onnx_dtype: OnnxDtype = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
     """Write any causal language model as ONNX with a KV cache, with its config and tokenizer."""
@@ -38,6 +51,7 @@ def export_onnx(
             quantize=names(quantize),
             text=data,
             objective=objective,
+            onnx_dtype=onnx_dtype,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import passes.frontend.trace
 from mptk.cost.budgets import phase
+from mptk.driver.prune import traced
 from mptk.errors import MptkError
 from mptk.io import data, models
 from mptk.io.checkpoint import save_tokenizer
@@ -25,8 +26,10 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.text import program_text
 from mptk.progress import Progress, silent
+from mptk.run.execution import execution
+from mptk.run.settings import Settings, check_onnx_dtype
 from mptk.runtime.bench import Bench, bench_decoders
-from mptk.tasks import load_decoder
+from mptk.tasks import CAUSAL_LM, load_decoder, open_decoder
 from mptk.tasks.decoder_onnx import export_decoder
 from mptk.version import __version__
 from passes.analysis import group
@@ -141,6 +144,7 @@ def export(
     quantize: Sequence[str] = (),
     text: Tensor | None = None,
     objective: str = "decode",
+    onnx_dtype: str = "auto",
     **metadata: str,
 ) -> Path:
     """Write a causal language model as ONNX with a KV cache, cut to ``plan`` if one is given.
@@ -148,19 +152,22 @@ def export(
     Names, dynamic axes and external data follow the ecosystem (``docs/onnx.md``). Returns the folder.
 
     Args:
-        model: with real weights; of any float type, the graph is in that type.
+        model: with real weights; of any float type.
         folder: made if missing.
         logits: of ``"all"`` positions or the ``"last"`` alone, which saves a sixth of a small model's prefill.
         quantize: ``passes.pipelines.SCHEMES`` to write as well, each as ``model_SCHEME.onnx``.
         text: token ids, int64 [windows, length], that ``int4`` is rounded for; else each weight is rounded by itself.
+        onnx_dtype: ``"auto"``, the model's type; or ``"float32"`` or ``"float16"`` of a model in float32. In float16
+            the logits and the rotary angles stay float32.
         objective: ``"decode"`` or ``"prefill"``: which phase the graph is to be fast in, where they differ.
 
     Raises:
         MptkError: the model keeps another state than keys and values; torch.export or the exporter refuses it; there
-            is no such scheme or objective.
+            is no such scheme, objective or type; or graphs are to be quantised that are not float32.
     """
     folder = Path(folder)
-    export_decoder(model, folder, metadata, plan=plan, logits=logits, quantize=quantize, text=text, objective=objective)
+    how: dict[str, Any] = {"logits": logits, "quantize": quantize, "text": text, "objective": objective}
+    export_decoder(model, folder, metadata, plan=plan, onnx_dtype=onnx_dtype, **how)
     return folder
 
 
@@ -172,6 +179,7 @@ def export_folder(
     quantize: Sequence[str] = (),
     text: str | None = None,
     objective: str = "decode",
+    onnx_dtype: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -188,14 +196,27 @@ def export_folder(
     check_replaceable(Path(out))
     check_schemes(quantize)
     phase(objective)
+    check_onnx_dtype(onnx_dtype, quantize)
     say("load", 0, 0)
-    loaded = load_decoder(model, trust_remote_code=trust_remote_code)
+    resident, executor = execution(Settings())
+    loaded = open_decoder(model, resident, trust_remote_code=trust_remote_code)
+    plain = traced(loaded, CAUSAL_LM, executor)
     positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 256
     windows = None if text is None else data.calibration(loaded.model, loaded.tokenizer, text, 32, min(256, positions))
     with publish(Path(out)) as folder:
         say("export ONNX", 0, 0)
         how: dict[str, Any] = {"logits": logits, "quantize": quantize, "text": windows, "objective": objective}
-        export(loaded.model, folder / "onnx", **how, source=model)
+        about = {"source": model}
+        export_decoder(
+            loaded.model,
+            folder / "onnx",
+            about,
+            onnx_dtype=onnx_dtype,
+            weights=loaded.with_weights,
+            dense=lambda ids: next(executor.outputs([plain], [(ids,)])),
+            executor=executor,
+            **how,
+        )
         for scheme in quantize:
             say(f"check {scheme}", 0, 0)
             check_quantized(folder / "onnx" / "model.onnx", folder / "onnx" / f"model_{scheme}.onnx", scheme)

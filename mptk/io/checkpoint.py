@@ -7,11 +7,10 @@ It refuses the second. So both spellings are written.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeGuard
 
@@ -148,17 +147,3 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         for name in tied:
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, new)
-
-
-@contextlib.contextmanager
-def replaced(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it, the parameters in ``state`` (name → value) have these values."""
-    parameters = {name: p for name, p in model.named_parameters() if name in state}
-    saved = {name: p.data for name, p in parameters.items()}
-    try:
-        for name, p in parameters.items():
-            p.data = state[name]
-        yield
-    finally:
-        for name, p in parameters.items():
-            p.data = saved[name]

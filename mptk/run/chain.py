@@ -28,6 +28,7 @@ from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
+from mptk.ir.weights import Weights
 from mptk.progress import Count, Progress
 from mptk.run.processes import replica
 from mptk.run.settings import Settings
@@ -284,8 +285,8 @@ class Task(Protocol):
         """Name → perplexity of each run, and ``protocol``: how it was measured."""
         ...
 
-    def export(self, prepared: Prepared, plan: Plan, text: Tensor, folder: Path, log: Log) -> None:
-        """Write the model, with its changed weights, cut to ``plan``, as ONNX into ``folder``.
+    def export(self, prepared: Prepared, plan: Plan, state: Weights, text: Tensor, folder: Path, log: Log) -> None:
+        """Write the model, with the dense weights ``state``, cut to ``plan``, as ONNX into ``folder``.
 
         ``log`` is given a record of each pass.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -14,6 +14,9 @@ DEFAULT_STEPS = 200
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Types of stored weights; ``auto`` is the checkpoint's own."""
+
+ONNX_DTYPES = ("auto", "float32", "float16")
+"""Types of the ONNX graph; ``auto`` is the one in which the model computes, float32 on the command line."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,8 @@ class Settings:
 
     What is written: ``target``. ``dtype``: type of the stored weights (``auto``: the checkpoint's own).
     ``max_shard_size``: bytes of the largest file of weights (None: 5 GB). ``rehome``: if the model's config class
-    refuses the cut, another class may hold it. ``onnx`` with ``logits``, ``quantize`` and ``objective`` as in
-    ``mptk.export``.
+    refuses the cut, another class may hold it. ``onnx`` with ``logits``, ``quantize``, ``objective`` and ``onnx_dtype``
+    as in ``mptk.export``.
 
     What is measured: ``eval_windows`` windows of ``eval_length`` tokens of ``eval_data`` (None: of ``data``). Text that
     the model writes has at most ``samples`` windows of ``length`` tokens. The defaults cost no more than the rest of a
@@ -131,7 +134,8 @@ class Settings:
     for weights and for values between stages (None: half of what is free).
 
     Raises:
-        MptkError: an unknown objective or dtype, or milliseconds for another budget than latency.
+        MptkError: an unknown objective or dtype, quantised graphs beside one in float16, or milliseconds for another
+            budget than latency.
     """
 
     sparsity: float = 0.3
@@ -157,6 +161,7 @@ class Settings:
     onnx: bool = True
     logits: Literal["all", "last"] = "all"
     quantize: tuple[str, ...] = ()
+    onnx_dtype: str = "auto"
     seed: int = 0
     trust_remote_code: bool = False
     rehome: bool = False
@@ -172,6 +177,7 @@ class Settings:
         phase(self.objective)
         if self.dtype not in DTYPES:
             raise MptkError(f"no dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        check_onnx_dtype(self.onnx_dtype, self.quantize)
         if self.max_ms is not None and self.budget != LATENCY:
             raise MptkError(f"milliseconds are no budget of {self.budget}; set budget to {LATENCY}")
 
@@ -179,6 +185,20 @@ class Settings:
     def steps(self) -> int:
         """Training steps; 0 if they were not settled yet."""
         return self.learning.steps or 0
+
+
+def check_onnx_dtype(dtype: str, quantize: Sequence[str]) -> None:
+    """Check the type of an ONNX graph, and that the graphs ``quantize`` can be made of it.
+
+    Raises:
+        MptkError: ONNX Runtime does not run the type; or graphs are to be quantised that are not float32.
+    """
+    if dtype == "bfloat16":
+        raise MptkError("ONNX Runtime has no bfloat16 kernels for the CPU; use --onnx-dtype float32 or float16")
+    if dtype not in ONNX_DTYPES:
+        raise MptkError(f"no type {dtype!r} of an ONNX graph; choose one of {', '.join(ONNX_DTYPES)}")
+    if dtype == "float16" and quantize:
+        raise MptkError(f"{', '.join(quantize)} is made of a float32 graph; leave out --onnx-dtype or --quantize")
 
 
 def settings_from_json(data: Mapping[str, Any]) -> Settings:

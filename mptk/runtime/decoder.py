@@ -114,6 +114,11 @@ class OrtDecoder:
         """Whether the graph gives logits of the last position only."""
         return bool(self.session.get_outputs()[0].shape[1] == 1)
 
+    @property
+    def half(self) -> bool:
+        """Whether the graph computes in float16."""
+        return bool(self.inputs[self.past[0]].type == "tensor(float16)")
+
     def empty(self, batch: int) -> Cache:
         """An empty cache."""
         return self.filled(batch, 0)

@@ -50,16 +50,26 @@ def _find(model: str, config: PreTrainedConfig, classes: set[type[PreTrainedMode
     raise wrong_kind(model, said)
 
 
+def open_decoder(model: str, resident: Resident, *, trust_remote_code: bool = False) -> Loaded:
+    """Open a causal language model (``models.open_weights``). Raises MptkError as ``load_decoder``."""
+    _refuse_others(model, trust_remote_code)
+    return models.open_weights(model, resident, trust_remote_code=trust_remote_code)
+
+
+def _refuse_others(model: str, trust: bool) -> None:
+    config = models.load_config(model, trust_remote_code=trust)
+    reason = CAUSAL_LM.refusal(config, models.classes_of(config))
+    if reason is not None:
+        raise wrong_kind(model, f"no {CAUSAL_LM.summary}: {reason}")
+
+
 def load_decoder(model: str, *, trust_remote_code: bool = False) -> Loaded:
     """Load a causal language model.
 
     Raises:
         MptkError: as ``models.load``; or it is of another kind, which is checked before weights are read.
     """
-    config = models.load_config(model, trust_remote_code=trust_remote_code)
-    reason = CAUSAL_LM.refusal(config, models.classes_of(config))
-    if reason is not None:
-        raise wrong_kind(model, f"no {CAUSAL_LM.summary}: {reason}")
+    _refuse_others(model, trust_remote_code)
     loaded = models.load(model, trust_remote_code=trust_remote_code)
     with torch.no_grad():
         CAUSAL_LM.check(loaded, lambda ids: getattr(loaded.model(input_ids=ids), "logits", ids))

@@ -19,6 +19,7 @@ from mptk.io.evaluation import LogitsFn, Runs, perplexities
 from mptk.io.models import Loaded
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
+from mptk.ir.weights import Weights
 from mptk.progress import Count, Progress
 from mptk.run.chain import Prepared, Task
 from mptk.run.settings import Settings
@@ -70,19 +71,24 @@ class CausalLM(Task):
     def quality(self, runs: Runs, text: Text, progress: Progress) -> dict[str, float | str]:
         return perplexities(runs, text.evaluation, data=text.source, progress=partial(progress, "perplexity"))
 
-    def export(self, prepared: Prepared, plan: Plan, text: Tensor, folder: Path, log: Log) -> None:
-        settings = prepared.settings
+    def export(self, prepared: Prepared, plan: Plan, state: Weights, text: Tensor, folder: Path, log: Log) -> None:
+        settings, loaded, executor = prepared.settings, prepared.loaded, prepared.executor
+        dense = prepared.analysis.program.with_state(state)
         export_decoder(
-            prepared.loaded.whole(),
+            loaded.model,
             folder,
-            {"source": prepared.loaded.source},
+            {"source": loaded.source},
             plan=plan,
             logits=settings.logits,
             quantize=settings.quantize,
             text=text,
             objective=settings.objective,
+            onnx_dtype=settings.onnx_dtype,
             log=log,
             dtype=prepared.dtype,
+            weights=lambda program: loaded.with_weights(program).with_state(state),
+            dense=lambda ids: next(executor.outputs([dense], [(ids,)])),
+            executor=executor,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,9 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mptk.cost.budgets import phase
+from mptk.errors import MptkError
+from mptk.io.evaluation import LogitsFn
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
+from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.run.settings import check_onnx_dtype
+from mptk.runtime.staged import EXECUTOR, Executor
 from mptk.version import __version__
 from passes.analysis import group
 from passes.frontend.trace_decoder import LogitsScope, trace_decoder
@@ -29,22 +34,31 @@ def export_decoder(
     quantize: Sequence[str] = (),
     text: Tensor | None = None,
     objective: str = "decode",
+    onnx_dtype: str = "auto",
     log: Log | None = None,
     dtype: torch.dtype = torch.float32,
+    weights: Callable[[Program], Program] = lambda program: program,
+    dense: LogitsFn | None = None,
+    executor: Executor = EXECUTOR,
 ) -> None:
     """Write ``model.onnx`` and the quantised graphs. Arguments and errors are as in ``mptk.export``.
 
     ``log`` is given a record of each pass. ``dtype``: the type that the checkpoint's weights are stored in; the graph's
-    numbers are those, in the model's own type.
+    numbers are those, in the type that ``onnx_dtype`` names. ``weights``, ``dense``, ``executor``: as in
+    ``trace_decoder``.
     """
     phase(objective)
+    check_onnx_dtype(onnx_dtype, quantize)
     log = log or Log()
-    program = trace_decoder(model, logits=logits)
+    program = trace_decoder(model, logits=logits, weights=weights, dense=dense, executor=executor)
+    if onnx_dtype != "auto" and model.dtype is not torch.float32:
+        raise MptkError(f"a {onnx_dtype} graph is made of a float32 model, not {model.dtype}; call model.float()")
     about = {"mptk_version": __version__, "objective": objective, **metadata}
     if plan is not None:
         analysis = group.analyze(program)
         program = cut_program(analysis, resolve_plan(analysis, plan), log, dtype).program
         about["plan_sha256"] = plan.digest
-    file = emit_onnx(program, folder, objective=objective, metadata=about, log=log)
+    half = onnx_dtype == "float16"
+    file = emit_onnx(program, folder, objective=objective, half=half, metadata=about, log=log)
     for scheme in quantize:
         quantize_onnx(file, scheme, None if text is None else text.numpy(), log)

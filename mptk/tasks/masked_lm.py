@@ -23,6 +23,7 @@ from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
+from mptk.ir.weights import Weights
 from mptk.progress import Count, Progress
 from mptk.run.chain import Prepared, Task
 from mptk.run.settings import Settings
@@ -100,7 +101,7 @@ class MaskedLM(Task):
         )
         return result
 
-    def export(self, prepared: Prepared, plan: Plan, text: Tensor, folder: Path, log: Log) -> None:
+    def export(self, prepared: Prepared, plan: Plan, state: Weights, text: Tensor, folder: Path, log: Log) -> None:
         raise MptkError("only decoders are written as ONNX; export the folder with torch.onnx or optimum")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from mptk.compat.torch import FakeTensorMode, check
 from mptk.errors import MptkError
 from mptk.ir.program import Program
+from mptk.runtime.staged import EXECUTOR, Executor
 from passes.frontend.trace import evaluating, export_program
 
 BATCH, SEQUENCE, PAST = 2, 11, 23
@@ -88,7 +89,14 @@ def filled_cache(past: Iterable[Tensor]) -> DynamicCache:
     return cache
 
 
-def trace_decoder(model: PreTrainedModel, *, logits: LogitsScope = "all") -> Program:
+def trace_decoder(
+    model: PreTrainedModel,
+    *,
+    logits: LogitsScope = "all",
+    weights: Callable[[Program], Program] = lambda program: program,
+    dense: Callable[[Tensor], Tensor] | None = None,
+    executor: Executor = EXECUTOR,
+) -> Program:
     """Trace one decode step of ``model``, with batch, sequence and past length symbolic.
 
     The program's inputs and outputs are those of :class:`DecoderStep`. The past may be empty (prefill). The number of
@@ -99,6 +107,9 @@ def trace_decoder(model: PreTrainedModel, *, logits: LogitsScope = "all") -> Pro
             real (the program shares their storage) or on meta (the program's weights are fake).
         logits: ``"all"`` positions, [B, S, vocab], or only the ``"last"``, [B, 1, vocab]. The last one saves the
             output projection of all others in prefill; batches must then be padded on the left.
+        weights: gives the program real weights, if the model has none.
+        dense: token ids → logits of the model's plain forward; None: the model itself runs it.
+        executor: runs the program.
 
     Raises:
         MptkError: the model keeps another kind of state (a recurrent or convolutional one) or shares the cache between
@@ -110,8 +121,8 @@ def trace_decoder(model: PreTrainedModel, *, logits: LogitsScope = "all") -> Pro
     step = DecoderStep(model, logits)
     for first in first_positions(step):
         step.first_position = first
-        program = _export_step(step, inputs)
-        if not program.has_values or _agrees(program, model, shapes):
+        program = weights(_export_step(step, inputs))
+        if not program.has_values or _agrees(program, model, shapes, dense, executor):
             return program
     raise MptkError(
         f"one decode step of {type(model).__name__} with its own cache computes other logits than the whole sequence; "
@@ -150,20 +161,35 @@ def first_positions(step: DecoderStep) -> list[int | None]:
 
 
 @torch.no_grad()
-def _agrees(program: Program, model: PreTrainedModel, shapes: list[CacheLayerShape]) -> bool:
+def _agrees(
+    program: Program,
+    model: PreTrainedModel,
+    shapes: list[CacheLayerShape],
+    dense: Callable[[Tensor], Tensor] | None,
+    executor: Executor,
+) -> bool:
     """Whether a prompt and two more tokens get the logits of the model's plain forward, which sets positions itself."""
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
-    ids = torch.tensor([[token for token in range(3, 9) if token != padding]], device=model.device)
-    positions = torch.arange(ids.shape[1], device=model.device)[None]
+    ids = torch.tensor([[token for token in range(3, 9) if token != padding]])
+    positions = torch.arange(ids.shape[1])[None]
     cache = [
-        torch.zeros(1, shape.heads, 0, dim, dtype=shape.dtype, device=model.device)
+        torch.zeros(1, shape.heads, 0, dim, dtype=shape.dtype)
         for shape in shapes
         for dim in (shape.key_dim, shape.value_dim)
     ]
-    with evaluating(model):
-        expected = model(input_ids=ids, use_cache=False).logits[:, -1]
-    _, *cache = program(ids[:, :-2], torch.ones_like(ids[:, :-2]), positions[:, :-2], *cache)
-    found = program(ids[:, -2:], torch.ones_like(ids), positions[:, -2:], *cache)[0][:, -1]
+    if dense is None:
+        with evaluating(model):
+            expected = model(input_ids=ids.to(model.device), use_cache=False).logits[:, -1]
+    else:
+        expected = dense(ids)[:, -1]
+
+    def step(start: int, end: int, past: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        given = (ids[:, start:end], torch.ones_like(ids[:, :end]), positions[:, start:end], *past)
+        made: tuple[Tensor, ...] = next(executor.outputs([program], [given]))
+        return made
+
+    _, *cache = step(0, ids.shape[1] - 2, cache)
+    found = step(ids.shape[1] - 2, ids.shape[1], cache)[0][:, -1].to(expected.device)
     tolerance = torch.finfo(expected.dtype).eps ** 0.5
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 

@@ -13,9 +13,14 @@ side comes from a product with G through element-wise operators and scalars only
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+
+from passes.targets.onnx.tensors import replace_tensor, tensor_of
 
 ELEMENTWISE = {"Sigmoid", "Mul", "Gelu", "Relu", "Tanh", "Erf", "Add", "Sub", "Div", "Pow", "HardSigmoid", "Swish"}
 FloatArray = npt.NDArray[np.float32]
@@ -27,21 +32,44 @@ class BalancePass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         found = [parts for node in model.graph if (parts := gated(node)) is not None]
         for parts in found:
-            arrays = balanced(*map(weight_of, parts))
-            for part, array in zip(parts, arrays, strict=True):
-                _set_weights(part, array)
+            balance = balancing(*(tensor_of(part.inputs[1]) for part in parts))
+            for part, change in zip(parts, (balance.gate, balance.up, balance.down), strict=True):
+                _change_weight(part, change)
         return ir.passes.PassResult(model, bool(found))
 
 
-def balanced(gate: FloatArray, up: FloatArray, down: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Scale and sort the channels of three weights: ``gate``, ``up`` [hidden, channels], ``down`` [channels, out].
+@dataclass(frozen=True)
+class Balance:
+    """New scales and a new order of the channels of a gated product. Both arrays are [channels]."""
+
+    scale: FloatArray
+    order: npt.NDArray[np.int64]
+
+    def gate(self, weight: FloatArray) -> FloatArray:
+        """G in the new order, [hidden, channels]."""
+        return weight[:, self.order]
+
+    def up(self, weight: FloatArray) -> FloatArray:
+        """U, whose columns are divided by the scales, in the new order, [hidden, channels]."""
+        ordered = weight[:, self.order]
+        ordered /= self.scale[self.order]
+        return ordered
+
+    def down(self, weight: FloatArray) -> FloatArray:
+        """D, whose rows are multiplied by the scales, in the new order, [channels, out]."""
+        ordered = weight[self.order]
+        ordered *= self.scale[self.order, None]
+        return ordered
+
+
+def balancing(gate: ir.TensorProtocol, up: ir.TensorProtocol, down: ir.TensorProtocol) -> Balance:
+    """How to scale and sort the channels of ``gate``, ``up`` [hidden, channels] and ``down`` [channels, out].
 
     A channel that is zero somewhere keeps its scale.
     """
-    size = np.linalg.norm(gate, axis=0) * np.linalg.norm(up, axis=0)
-    scale = equalising(size, np.linalg.norm(down, axis=1))
-    order = np.argsort(size / scale, kind="stable")
-    return gate[:, order], (up / scale)[:, order], (down * scale[:, None])[order]
+    size = np.linalg.norm(gate.numpy(), axis=0) * np.linalg.norm(up.numpy(), axis=0)
+    scale = equalising(size, np.linalg.norm(down.numpy(), axis=1))
+    return Balance(scale, np.argsort(size / scale, kind="stable"))
 
 
 def equalising(size: FloatArray, rows: FloatArray) -> FloatArray:
@@ -112,13 +140,11 @@ def _uses(value: ir.Value) -> set[ir.Node]:
 
 def weight_of(product: ir.Node) -> FloatArray:
     """The weight of a product, [inputs, outputs]."""
-    weight = product.inputs[1]
-    assert weight is not None
-    assert weight.const_value is not None
-    return weight.const_value.numpy()
+    return tensor_of(product.inputs[1]).numpy()
 
 
-def _set_weights(product: ir.Node, array: FloatArray) -> None:
+def _change_weight(product: ir.Node, change: Callable[[FloatArray], FloatArray]) -> None:
     weight = product.inputs[1]
     assert weight is not None
-    weight.const_value = ir.Tensor(np.ascontiguousarray(array, dtype=np.float32), name=weight.name)
+    old = tensor_of(weight)
+    replace_tensor(weight, lambda: change(old.numpy()))

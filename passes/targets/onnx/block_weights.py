@@ -1,15 +1,19 @@
-"""block_weights: round products with weights to MatMulNBits with ONNX Runtime's own quantiser."""
+"""block_weights: round products with weights to MatMulNBits with ONNX Runtime's own quantiser, one weight at a time."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from mptk.compat.onnxruntime import matmul_quantizer
-from passes.targets.onnx.gptq import ACCURACY_LEVEL
+from passes.targets.onnx.balance import weight_of
+from passes.targets.onnx.matmul_nbits import ACCURACY_LEVEL, set_blocks
 from passes.targets.onnx.plain_products import logit_products, products
+from passes.targets.onnx.tensors import Array, Spill, parts, shape_of
 
 BLOCK = 32
 """Inputs that share a scale in 4 bits. More of them would be too coarse."""
@@ -23,23 +27,25 @@ ZERO = 128
 
 
 @dataclass(frozen=True)
-class BlockWeightsPass(ir.passes.FunctionalPass):
-    """Round the weights of products to blocks of 8 or 4 bits. With 4, the output projection has 8."""
+class BlockWeightsPass(ir.passes.InPlacePass):
+    """Round the weights of products to blocks of 8 or 4 bits. With 4, the output projection has 8.
+
+    ``source``: the file of the graph. Rounded weights wait in a temporary file beside it.
+    """
 
     bits: Literal[8, 4]
+    source: Path
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        ort = matmul_quantizer()
-        formats, proto = self._formats(model), ir.to_proto(model)
-        for bits, block in sorted(set(formats.values())):  # the quantiser takes one format a call
-            config = ort.DefaultWeightOnlyQuantConfig(
-                block_size=block, is_symmetric=bits == 8, accuracy_level=ACCURACY_LEVEL, bits=bits
+        formats, spill = self._formats(model), Spill(self.source.parent)
+        nodes = {str(node.name): node for node in model.graph if node.name in formats}
+        for name, (bits, block) in sorted(formats.items(), key=lambda item: item[1]):
+            names = [f"Q{bits}", "scales", "zero_points"]
+            arrays = dict(zip(names, rounded(weight_of(nodes[name]), bits, block), strict=False))
+            set_blocks(
+                model.graph, nodes[name], bits, block, {part: spill.keep(array) for part, array in arrays.items()}
             )
-            others = [name for name, other in formats.items() if other != (bits, block)]
-            quantizer = ort.MatMulNBitsQuantizer(proto, nodes_to_exclude=others, algo_config=config)
-            quantizer.process()
-            proto = quantizer.model.model
-        return ir.passes.PassResult(ir.from_proto(proto), bool(formats))
+        return ir.passes.PassResult(model, bool(formats))
 
     def ensures(self, model: ir.Model) -> None:
         """No product has a float weight."""
@@ -52,5 +58,20 @@ class BlockWeightsPass(ir.passes.FunctionalPass):
         if self.bits == 4:
             head = logit_products(model)
             return {name: (8 if name in head else 4, BLOCK) for name in products(model)}
-        inputs = {name: weight.shape[0] for name, weight in products(model).items()}
+        inputs = {name: shape_of(weight)[0] for name, weight in products(model).items()}
         return {name: (8, max(LEAST, min(WIDE, 1 << (count - 1).bit_length()))) for name, count in inputs.items()}
+
+
+def rounded(weight: Array, bits: int, block: int) -> list[Array]:
+    """Codes [outputs, blocks, bytes], scales [outputs, blocks] and, for 4 bits, zero points [outputs, bytes].
+
+    ``weight``: [inputs, outputs]. Each output is rounded by itself.
+    """
+    ort = matmul_quantizer()
+    symmetric = bits == 8
+    config = ort.DefaultWeightOnlyQuantConfig(
+        block_size=block, is_symmetric=symmetric, accuracy_level=ACCURACY_LEVEL, bits=bits
+    )
+    quantizer = ort.DefaultWeightOnlyQuantizer(config)
+    done = [quantizer.qbits_block_quant(np.ascontiguousarray(weight[:, outputs])) for outputs in parts(weight.shape, 1)]
+    return [np.concatenate(arrays) for arrays in zip(*done, strict=True)][: 2 if symmetric else 3]

@@ -14,6 +14,7 @@ each other's place.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +24,10 @@ import onnx_ir as ir
 from torch import Tensor
 
 from mptk.errors import ProofError
-from passes.targets.onnx.balance import gated, weight_of
-from passes.targets.onnx.block_weights import ZERO
+from passes.targets.onnx.balance import gated
 from passes.targets.onnx.plain_products import products
 from passes.targets.onnx.quantize import even_channels, read_float
+from passes.targets.onnx.tensors import Array, lazy, parts, read_lazily, shape_of, tensor_of
 
 Floats = npt.NDArray[np.float32]
 
@@ -45,23 +46,46 @@ DIVERGENCES = {"fp16": 1e-3, "int8": 0.1, "int4": 1.0}
 
 @dataclass(frozen=True)
 class Rounded:
-    """A quantised weight: codes, values, and the size of the step at each. All arrays are [inputs, outputs]."""
+    """A weight in blocks as MatMulNBits has it. Its numbers are ``scales · (codes − zeros)``.
 
-    codes: npt.NDArray[np.uint8]
-    values: Floats
-    steps: Floats
+    ``packed``: codes, uint8 [outputs, blocks, bytes]. ``scales``: [outputs, blocks]. ``zeros``: the same shape; None:
+    the middle code. ``inputs``: the last block may be longer.
+    """
+
+    packed: npt.NDArray[np.uint8]
+    scales: Floats
+    zeros: npt.NDArray[np.uint8] | None
+    inputs: int
     bits: int
     block: int
 
+    def part(self, outputs: slice | npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], Floats, Floats]:
+        """Codes, values and the size of the step at each, of some outputs. All arrays are [inputs, outputs]."""
+        codes, scales = _codes(self.packed[outputs], self.bits), self.scales[outputs, :, None]
+        zeros = float(1 << (self.bits - 1)) if self.zeros is None else self.zeros[outputs, :, None]
+        values = scales * (codes.astype(np.float32) - zeros)
+        flat = (len(codes), codes.shape[1] * codes.shape[2])
+        arrays = (codes, values, np.broadcast_to(scales, codes.shape))
+        codes, values, steps = (array.reshape(flat)[:, : self.inputs].T for array in arrays)
+        return codes, values, steps
+
     def deviations(self, weight: Floats) -> Floats:
-        """The deviation of each output from ``weight``, as a share of the allowed one, [outputs]."""
-        apart = _in_steps(self.values - weight, self.steps)
+        """The deviation of each output from ``weight`` [inputs, outputs], as a share of the allowed one, [outputs]."""
+        found = [self._deviations(weight[:, outputs], outputs) for outputs in parts(weight.shape, 1)]
+        each, squares = zip(*found, strict=True)
+        whole = np.sqrt(sum(squares) / weight.size) / WHOLE if self.bits == 4 else 0
+        deviations: Floats = np.maximum(np.concatenate(each), whole)
+        return deviations
+
+    def _deviations(self, weight: Floats, outputs: slice) -> tuple[Floats, float]:
+        """The same of some outputs. For 4 bits: of blocks, and the sum of squares over all."""
+        codes, values, steps = self.part(outputs)
+        apart = _in_steps(values - weight, steps)
         if self.bits == 8:
-            return np.asarray(_eight(self.codes, apart).max(axis=0))
-        whole = np.sqrt(np.square(apart).mean()) / WHOLE
-        padded = np.pad(apart, ((0, -len(apart) % self.block), (0, 0))).reshape(-1, self.block, apart.shape[1])
-        blocks = np.sqrt(np.square(padded).mean(axis=1)).max(axis=0) / PART
-        return np.asarray(np.maximum(blocks, whole))
+            return np.asarray(_eight(codes, apart).max(axis=0)), 0.0
+        squares = np.square(apart)
+        padded = np.pad(squares, ((0, -len(apart) % self.block), (0, 0))).reshape(-1, self.block, apart.shape[1])
+        return np.sqrt(padded.mean(axis=1)).max(axis=0) / PART, float(squares.sum(dtype=np.float64))
 
 
 def _in_steps(difference: Floats, steps: Floats) -> Floats:
@@ -83,8 +107,8 @@ def check_quantized(source: Path, file: Path, scheme: str) -> float:
     Raises:
         ProofError: a weight is missing, or is further from the float one than rounding explains. The message names it.
     """
-    quantized = ir.load(file)
-    worst = _check_halves(ir.load(source), quantized) if scheme == "fp16" else _check_blocks(source, quantized, scheme)
+    check = _check_halves if scheme == "fp16" else _check_blocks
+    worst = check(source, read_lazily(file), scheme)
     name = max(worst, key=worst.__getitem__)
     if not worst[name] <= 1:
         _fail(scheme, f"{name} is {worst[name]:.1f} times as far from the float weight as rounding explains")
@@ -97,17 +121,17 @@ def _fail(scheme: str, what: str) -> None:
 
 def _check_blocks(source: Path, quantized: ir.Model, scheme: str) -> dict[str, float]:
     """Constant → its largest deviation as a share of the allowed one, if the graph's products are in blocks."""
-    rounded = {_name(node): read(node) for node in quantized.graph if node.op_type == "MatMulNBits"}
+    rounded = {_name(node): node for node in quantized.graph if node.op_type == "MatMulNBits"}
     model = read_float(source)
     ir.passes.Sequential(*even_channels(source))(model)
     even = products(model)
-    weights = {_weight_name(node): weight_of(node) for node in model.graph if node.name in even}
+    weights = {_weight_name(node): even[node.name] for node in model.graph if node.name in even}
     if missing := weights.keys() ^ rounded.keys():
         _fail(scheme, f"{min(missing)} is a weight of only one of the graphs")
-    if not all(rounded[name].values.shape == weight.shape for name, weight in weights.items()):
+    if not all(_size(rounded[name]) == shape_of(weight) for name, weight in weights.items()):
         _fail(scheme, "a weight is of another size")
     _reorder(model, rounded, weights)
-    worst = {name: float(rounded[name].deviations(weight).max()) for name, weight in weights.items()}
+    worst = {name: float(read(rounded[name]).deviations(weight.numpy()).max()) for name, weight in weights.items()}
     return worst | _check_lookup(model, quantized) | _check_rest(model, quantized)
 
 
@@ -119,18 +143,17 @@ def divergence(logits: Tensor, reference: Tensor) -> float:
 
 
 def read(node: ir.Node) -> Rounded:
-    """The weight of a ``MatMulNBits``: codes [outputs, blocks, bytes], scales and zero points by output and block."""
+    """The weight of a ``MatMulNBits``."""
     inputs, outputs, bits, block = (node.attributes[n].as_int() for n in ("K", "N", "bits", "block_size"))
-    codes = _codes(_array(node, 1), bits).reshape(outputs, -1, block)
-    scales = _array(node, 2).reshape(outputs, -1, 1)
-    zeros: npt.NDArray[np.uint8] | float = float(1 << (bits - 1))
+    packed, scales = (tensor_of(value).numpy().reshape(outputs, -(-inputs // block), -1) for value in node.inputs[1:3])
+    zeros = None
     if len(node.inputs) > 3 and node.inputs[3] is not None:
-        packed = _array(node, 3).reshape(outputs, -1)
-        zeros = _codes(packed, bits)[:, : codes.shape[1], None]
-    values = (scales * (codes.astype(np.float32) - zeros)).reshape(outputs, -1)
-    steps: Floats = np.broadcast_to(scales, codes.shape).reshape(outputs, -1).astype(np.float32)
-    flat = codes.reshape(outputs, -1)
-    return Rounded(flat[:, :inputs].T, values[:, :inputs].T, steps[:, :inputs].T, bits, block)
+        zeros = _codes(tensor_of(node.inputs[3]).numpy().reshape(outputs, -1), bits)[:, : packed.shape[1]]
+    return Rounded(packed, scales[..., 0], zeros, inputs, bits, block)
+
+
+def _size(node: ir.Node) -> tuple[int, int]:
+    return node.attributes["K"].as_int(), node.attributes["N"].as_int()
 
 
 def _codes(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
@@ -154,34 +177,46 @@ def _array(node: ir.Node, index: int) -> npt.NDArray[np.uint8]:
     return value.const_value.numpy()
 
 
-def _reorder(model: ir.Model, rounded: dict[str, Rounded], weights: dict[str, Floats]) -> None:
+def _reorder(model: ir.Model, rounded: dict[str, ir.Node], weights: dict[str, ir.TensorProtocol]) -> None:
     """Exchange channels of gated products that do not match, if they match in each other's place."""
     for node in model.graph:
-        for gate, up, down in filter(None, [gated(node)]):
-            names = [_weight_name(part) for part in (gate, up, down)]
-            found = rounded[names[0]]
-            wrong = np.flatnonzero(found.deviations(weights[names[0]]) > 1)
-            order = np.arange(found.values.shape[1])
-            for channel in wrong:
-                apart = np.linalg.norm(weights[names[0]][:, wrong] - found.values[:, [channel]], axis=0)
-                order[channel] = wrong[apart.argmin()]
-            for name in names[:2]:
-                weights[name] = weights[name][:, order]
-            weights[names[2]] = weights[names[2]][order]
+        for gate_up_down in filter(None, [gated(node)]):
+            names = list(map(_weight_name, gate_up_down))
+            order = _order(read(rounded[names[0]]), weights[names[0]].numpy())
+            if order is not None:
+                for name, axis in zip(names, (1, 1, 0), strict=True):
+                    weights[name] = _taken(weights[name], order, axis)
+
+
+def _order(found: Rounded, exact: Floats) -> npt.NDArray[np.int64] | None:
+    """The channels of ``exact`` [hidden, channels] in the order of ``found``; None if all match."""
+    wrong = np.flatnonzero(found.deviations(exact) > 1)
+    if not len(wrong):
+        return None
+    order = np.arange(exact.shape[1])
+    _, values, _ = found.part(wrong)
+    for column, channel in enumerate(wrong):
+        apart = np.linalg.norm(exact[:, wrong] - values[:, [column]], axis=0)
+        order[channel] = wrong[apart.argmin()]
+    return order
+
+
+def _taken(tensor: ir.TensorProtocol, order: npt.NDArray[np.int64], axis: int) -> ir.TensorProtocol:
+    return lazy(tensor, lambda: np.take(tensor.numpy(), order, axis))
 
 
 def _check_lookup(model: ir.Model, quantized: ir.Model) -> dict[str, float]:
     """The embedding in 8-bit blocks: table → its largest deviation as a share of the allowed one."""
     worst = {}
-    constants = {name: v.const_value.numpy() for name, v in quantized.graph.initializers.items() if v.const_value}
+    constants = quantized.graph.initializers
     for name, value in model.graph.initializers.items():
         if value.const_value is None or f"{name}_row_scales" not in constants:
             continue
-        exact, scales = value.const_value.numpy(), constants[f"{name}_row_scales"]
-        blocks = constants[f"{name}_Q8" if f"{name}_Q8" in constants else f"{name}.T_Q8"].astype(np.float32)
-        flat = (blocks, scales * (blocks - ZERO), np.broadcast_to(scales, blocks.shape))
-        codes, values, steps = (array.reshape(len(exact), -1)[:, : exact.shape[1]] for array in flat)
-        worst[name] = float(_eight(codes, _in_steps(values - exact, steps)).max())
+        exact = value.const_value.numpy()
+        codes = tensor_of(constants.get(f"{name}_Q8") or constants[f"{name}.T_Q8"]).numpy()
+        scales = tensor_of(constants[f"{name}_row_scales"]).numpy()[..., 0]
+        table = Rounded(codes, scales, None, exact.shape[1], 8, codes.shape[2])
+        worst[name] = float(table.deviations(exact.T).max())
     return worst
 
 
@@ -190,26 +225,37 @@ def _check_rest(model: ir.Model, quantized: ir.Model) -> dict[str, float]:
     worst = {}
     for name, value in model.graph.initializers.items():
         other = quantized.graph.initializers.get(name)
-        if other is not None and value.const_value is not None and other.const_value is not None:
-            exact, found = value.const_value.numpy(), other.const_value.numpy()
-            if exact.dtype == np.float32 and exact.size:
-                apart = np.nan_to_num(np.abs(found - exact), nan=np.inf).max() / max(np.abs(exact).max(), LEAST)
-                worst[name] = float(apart / SHIFT)
+        if other is None or value.const_value is None or other.const_value is None:
+            continue
+        if value.const_value.dtype is ir.DataType.FLOAT and value.const_value.size:
+            pairs = list(_pairs(value.const_value, other.const_value))
+            apart = max(np.nan_to_num(np.abs(found - exact), nan=np.inf).max() for exact, found in pairs)
+            worst[name] = float(apart / max(LEAST, *(np.abs(exact).max() for exact, _ in pairs)) / SHIFT)
     return worst
 
 
-def _check_halves(source: ir.Model, quantized: ir.Model) -> dict[str, float]:
+def _check_halves(source: Path, quantized: ir.Model, scheme: str) -> dict[str, float]:
     """Float32 constant of the source → its largest difference, as a share of the rounding error of float16."""
     worst = {}
-    for name, value in source.graph.initializers.items():
-        assert value.const_value is not None
-        if value.const_value.dtype is not ir.DataType.FLOAT:
+    for name, value in read_lazily(source).graph.initializers.items():
+        if tensor_of(value).dtype is not ir.DataType.FLOAT or not tensor_of(value).size:
             continue
         other = quantized.graph.initializers.get(name)
         if other is None or other.const_value is None:
-            _fail("fp16", f"{name} is missing")
+            _fail(scheme, f"{name} is missing")
             break
-        exact = value.const_value.numpy().clip(-LARGEST, LARGEST)
-        apart = np.abs(other.const_value.numpy().astype(np.float32) - exact)
-        worst[name] = float(np.nan_to_num(apart / np.maximum(np.abs(exact) * HALVES, LEAST), nan=np.inf).max())
+        worst[name] = max(_halved(*pair) for pair in _pairs(tensor_of(value), other.const_value))
     return worst
+
+
+def _halved(exact: Floats, found: npt.NDArray[np.floating[npt.NBitBase]]) -> float:
+    """The largest difference, as a share of the rounding error of float16."""
+    exact = exact.clip(-LARGEST, LARGEST)
+    apart = np.abs(found.astype(np.float32) - exact)
+    return float(np.nan_to_num(apart / np.maximum(np.abs(exact) * HALVES, LEAST), nan=np.inf).max())
+
+
+def _pairs(exact: ir.TensorProtocol, found: ir.TensorProtocol) -> Iterator[tuple[Array, Array]]:
+    """Two tensors of one shape, part by part."""
+    flat = exact.numpy().reshape(-1), found.numpy().reshape(-1)
+    return ((flat[0][part], flat[1][part]) for part in parts(flat[0].shape))

@@ -19,6 +19,7 @@ from mptk.errors import MptkError
 from mptk.files import write_together
 from mptk.ir.passes import Log, Pass, run
 from mptk.ir.program import Program
+from passes.targets.onnx.lazy_weights import with_weights, without_weights
 from passes.targets.onnx.lower import to_exporter
 from passes.targets.onnx.run import run_onnx
 from passes.targets.onnx.translate import translations
@@ -93,11 +94,11 @@ def translate(program: Program, lowering: Sequence[Pass], log: Log) -> ir.Model:
     """
     lowered = run(program, lowering, log)[-1].program
     try:
-        return _exported(to_exporter(lowered))
+        return with_weights(_exported(to_exporter(without_weights(lowered))), lowered)
     except torch.onnx.OnnxExporterError as error:
         first = error
     try:
-        return _exported(program.to_exported())
+        return with_weights(_exported(without_weights(program).to_exported()), program)
     except torch.onnx.OnnxExporterError:
         raise MptkError(f"torch.onnx cannot write this model: {_first_cause(first)}; see docs/onnx.md") from first
 

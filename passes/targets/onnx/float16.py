@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
-from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnx_ir.passes import common
+from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16, convert_np_to_float16
+
+from passes.targets.onnx.tensors import Array, name_nodes, parts, shape_of, tensor_of
+
+LARGE = 1 << 10
+"""Weights of more numbers than this are converted when they are written."""
 
 
 class Float16Pass(ir.passes.FunctionalPass):
@@ -12,10 +19,17 @@ class Float16Pass(ir.passes.FunctionalPass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         # float16 cannot hold every position above 2048.
         angles = _ancestors([node for node in model.graph if node.op_type in ("Cos", "Sin")])
+        name_nodes(model)
+        names, weights = list(model.graph.initializers), _to_inputs(model.graph, set(angles))
+        logits = str(model.graph.outputs[0].name)
         proto = convert_float_to_float16(
-            ir.to_proto(model), keep_io_types=["logits"], node_block_list=[node.name for node in angles]
+            ir.to_proto(model), keep_io_types=[logits], node_block_list=[node.name for node in angles]
         )
-        return ir.passes.PassResult(ir.from_proto(proto), True)
+        converted = ir.from_proto(proto)
+        _to_constants(converted.graph, names, weights)
+        converted.graph.sort()
+        _drop_detours(converted)
+        return ir.passes.PassResult(converted, True)
 
     def ensures(self, model: ir.Model) -> None:
         """The logits are float32."""
@@ -32,3 +46,63 @@ def _ancestors(nodes: list[ir.Node]) -> list[ir.Node]:
             found[node] = None
             waiting += [p for value in node.inputs if value is not None and (p := value.producer()) is not None]
     return list(found)
+
+
+def _drop_detours(model: ir.Model) -> None:
+    """Drop casts to float16 and back. The converter puts one between any two nodes that stay float32."""
+    graph = model.graph
+    for node in list(graph):
+        there = _cast(node, ir.DataType.FLOAT) and _cast(node.inputs[0].producer(), ir.DataType.FLOAT16)  # type: ignore[union-attr]
+        source = there.inputs[0] if there else None
+        if source is not None and source.dtype is ir.DataType.FLOAT:
+            ir.convenience.replace_all_uses_with(node.outputs[0], source)
+            graph.remove(node, safe=True)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _cast(node: ir.Node | None, target: ir.DataType) -> ir.Node | None:
+    """``node`` if it is a cast to ``target``."""
+    return node if node is not None and node.op_type == "Cast" and node.attributes["to"].as_int() == target else None
+
+
+def _to_inputs(graph: ir.Graph, angles: set[ir.Node]) -> dict[str, ir.TensorProtocol]:
+    """Make the large weights inputs of the graph, since the converter holds all its constants in memory.
+
+    A constant that a node in float32 reads stays: the converter decides about its type. Returns the weights by name.
+    """
+    weights = {}
+    for name, value in list(graph.initializers.items()):
+        tensor, readers = tensor_of(value), {use.node for use in value.uses()}
+        blocked = not readers.isdisjoint(angles) or any(node.op_type in DEFAULT_OP_BLOCK_LIST for node in readers)
+        if tensor.dtype is ir.DataType.FLOAT and tensor.size > LARGE and not blocked:
+            weights[name] = tensor
+            graph.initializers.pop(name)
+            value.const_value, value.shape, value.type = None, ir.Shape(shape_of(tensor)), ir.TensorType(tensor.dtype)
+            graph.inputs.append(value)
+    return weights
+
+
+def _to_constants(graph: ir.Graph, names: list[str], weights: dict[str, ir.TensorProtocol]) -> None:
+    """Make the inputs ``weights`` constants again, in float16. ``names``: the order of all constants.
+
+    The converter also gives a constant that stays float32 the type float16, which is put right.
+    """
+    held = {str(value.name): value for value in graph.inputs if value.name in weights} | dict(graph.initializers)
+    del graph.inputs[len(graph.inputs) - len(weights) :]
+    graph.initializers.clear()
+    for name in names:
+        if name in weights:
+            held[name].const_value = _halved(weights[name])
+        held[name].type = ir.TensorType(tensor_of(held[name]).dtype)
+        graph.register_initializer(held[name])
+
+
+def _halved(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    def halve() -> ir.TensorProtocol:
+        numbers = tensor.numpy()
+        halves: Array = np.empty(numbers.shape, np.float16)
+        for part in parts(numbers.shape):
+            halves[part] = convert_np_to_float16(numbers[part])
+        return ir.Tensor(halves)
+
+    return ir.LazyTensor(halve, ir.DataType.FLOAT16, ir.Shape(shape_of(tensor)), name=tensor.name)

@@ -17,8 +17,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from passes.targets.onnx.balance import weight_of
+from passes.targets.onnx.matmul_nbits import set_blocks
 from passes.targets.onnx.measure import Text, measure_onnx
 from passes.targets.onnx.plain_products import logit_products, products
+from passes.targets.onnx.tensors import Spill
 
 Floats = npt.NDArray[np.float32]
 
@@ -28,9 +30,6 @@ DAMPING = 0.01
 """Added to the diagonal of the second moments, as a share of its mean (the paper's value)."""
 LEVELS = 15
 """Steps in a range of 4 bits."""
-ACCURACY_LEVEL = 4
-"""MatMulNBits multiplies in int8. Level 0 would unpack the weights to float32 first, which is 40 times slower in
-decode."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ class GPTQPass(ir.passes.InPlacePass):
             if node.name in names:
                 readers.setdefault(str(node.inputs[0].name), []).append(node)  # type: ignore[union-attr]
         channels = {name: weight_of(nodes[0]).shape[0] for name, nodes in readers.items()}
+        spill = Spill(self.source.parent)
         with tempfile.TemporaryDirectory(dir=self.source.parent, prefix=".onnx-") as temporary:
             file = Path(temporary) / self.source.name
             ir.save(model, file, external_data=f"{file.name}.data")
@@ -79,8 +79,7 @@ class GPTQPass(ir.passes.InPlacePass):
                 inverse = inverse_root(moments)
                 for node in readers[name]:
                     rounded = rounded_blocks(weight_of(node), moments.diagonal(), inverse, self.block)
-                    _set_blocks(model.graph, node, rounded)
-        model.graph.opset_imports.setdefault("com.microsoft", 1)
+                    set_blocks(model.graph, node, 4, self.block, _packed(rounded, spill))
         return ir.passes.PassResult(model, bool(readers))
 
     def ensures(self, model: ir.Model) -> None:
@@ -142,30 +141,17 @@ def round_to_grid(values: Floats, scale: Floats, zero: Floats) -> Floats:
     return codes
 
 
-def _set_blocks(graph: ir.Graph, product: ir.Node, blocks: Blocks) -> None:
-    """Replace ``product`` by MatMulNBits. A byte holds two neighbours of a block, the first in its lower half."""
+def _packed(blocks: Blocks, spill: Spill) -> dict[str, ir.TensorProtocol]:
+    """The constants of MatMulNBits. A byte holds two neighbours of a block, the first in its lower half."""
     inputs, outputs = blocks.codes.shape
     count = len(blocks.scales)
     padded = np.pad(blocks.codes, ((0, count * blocks.size - inputs), (0, 0))).T.reshape(outputs, count, blocks.size)
     zeros = np.pad(blocks.zeros, ((0, count % 2), (0, 0))).T
-    name = str(product.inputs[1].name)  # type: ignore[union-attr]
-    arrays: dict[str, npt.NDArray[np.generic]] = {
-        "Q4": _pairs(padded),
-        "scales": blocks.scales.T.flatten(),
-        "zero_points": _pairs(zeros).flatten(),
+    return {
+        "Q4": spill.keep(_pairs(padded)),
+        "scales": spill.keep(blocks.scales.T.flatten()),
+        "zero_points": spill.keep(_pairs(zeros).flatten()),
     }
-    held = [ir.Value(name=f"{name}_{part}", const_value=ir.tensor(array)) for part, array in arrays.items()]
-    for value in held:
-        assert value.const_value is not None
-        value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)  # type: ignore[assignment]
-        graph.register_initializer(value)
-    sizes = {"K": inputs, "N": outputs, "bits": 4, "block_size": blocks.size, "accuracy_level": ACCURACY_LEVEL}
-    node = ir.node("MatMulNBits", [product.inputs[0], *held], sizes, domain="com.microsoft", name=product.name)
-    result, old = node.outputs[0], product.outputs[0]
-    result.shape, result.type = old.shape, old.type
-    graph.insert_before(product, node)
-    ir.convenience.replace_all_uses_with(old, result)
-    graph.remove(product, safe=True)
 
 
 def _pairs(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from passes.targets.onnx.fold_kv import producer
+from passes.targets.onnx.tensors import replace_tensor, tensor_of
 
 LOWEST = np.array(np.finfo(np.float32).min)
 Mask = tuple[ir.Value, int, bool]
@@ -166,9 +167,8 @@ def _is_weight(value: ir.Value | None, rank: int) -> bool:
 
 def _take(value: ir.Value | None, order: npt.NDArray[np.int64], axis: int) -> None:
     assert value is not None
-    assert value.const_value is not None
-    array = np.take(value.const_value.numpy(), order, axis)
-    value.const_value = ir.Tensor(np.ascontiguousarray(array), name=value.name)
+    old = tensor_of(value)
+    replace_tensor(value, lambda: np.take(old.numpy(), order, axis))
 
 
 def _mask(steps: ir.tape.Tape, mask: ir.Value, repeat: int, flat: bool) -> ir.Value:

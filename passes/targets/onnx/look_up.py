@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from passes.targets.onnx.block_weights import BLOCK, ZERO
 from passes.targets.onnx.plain_products import constant, is_constant, put
+from passes.targets.onnx.tensors import Spill, lazy, parts, shape_of, tensor_of
 
 
+@dataclass(frozen=True)
 class LookUpInBlocksPass(ir.passes.InPlacePass):
-    """Look the embedding up in 8-bit blocks, those of the output projection if that is its transpose."""
+    """Look the embedding up in 8-bit blocks, those of the output projection if that is its transpose.
+
+    ``source``: the file of the graph. The rounded table waits in a temporary file beside it.
+    """
+
+    source: Path
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         found = [node for node in graph if node.op_type == "Gather" and _is_embedding(graph, node)]
         for node in found:
-            blocks, scales = _blocks_of(graph, node.inputs[0])  # type: ignore[arg-type]
+            blocks, scales = _blocks_of(graph, node.inputs[0], Spill(self.source.parent))  # type: ignore[arg-type]
             _look_up(graph, node, blocks, scales)
         return ir.passes.PassResult(model, bool(found))
 
@@ -32,19 +42,16 @@ def _is_embedding(graph: ir.Graph, gather: ir.Node) -> bool:
     return is_constant(gather.inputs[0]) and gather.inputs[1] is graph.inputs[0]
 
 
-def _blocks_of(graph: ir.Graph, table: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _blocks_of(graph: ir.Graph, table: ir.Value, spill: Spill) -> tuple[ir.Value, ir.Value]:
     """A table [rows, width] as uint8 [rows, blocks, block] and float32 [rows, blocks, 1]."""
-    assert table.const_value is not None
-    rows = int(table.const_value.shape[0])  # type: ignore[arg-type]
-    shared = graph.initializers.get(f"{table.name}.T_Q8")
-    if shared is not None and shared.const_value is not None:
-        blocks = shared
-        scale = graph.initializers[f"{table.name}.T_scales"].const_value
-        assert scale is not None
-        scales = scale.numpy().reshape(rows, -1, 1)
+    blocks = graph.initializers.get(f"{table.name}.T_Q8")
+    if blocks is not None:
+        shared = tensor_of(graph.initializers[f"{table.name}.T_scales"])
+        shape = (*shape_of(tensor_of(blocks))[:2], 1)
+        scales: ir.TensorProtocol = lazy(shared, lambda: shared.numpy().reshape(shape), shape)
     else:
-        array, scales = quantize_rows(table.const_value.numpy())
-        blocks = constant(graph, f"{table.name}_Q8", array)
+        codes, found = quantize_rows(tensor_of(table).numpy())
+        blocks, scales = constant(graph, f"{table.name}_Q8", spill.keep(codes)), spill.keep(found)
     return blocks, constant(graph, f"{table.name}_row_scales", scales)
 
 
@@ -53,6 +60,12 @@ def quantize_rows(table: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8]
 
     The last block is padded with zeros.
     """
+    done = [_quantized(table[rows]) for rows in parts(table.shape)]
+    codes, scales = (np.concatenate(arrays) for arrays in zip(*done, strict=True))
+    return codes, scales
+
+
+def _quantized(table: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
     rows, width = table.shape
     padded = np.pad(table, ((0, 0), (0, -width % BLOCK))).reshape(rows, -1, BLOCK)
     scales = np.maximum(np.abs(padded).max(axis=2, keepdims=True) / (ZERO - 1), np.finfo(np.float32).tiny)
@@ -64,15 +77,15 @@ def _look_up(graph: ir.Graph, gather: ir.Node, blocks: ir.Value, scales: ir.Valu
     ids, result = gather.inputs[1], gather.outputs[0]
     assert result.shape is not None
     width = int(result.shape[-1])  # type: ignore[arg-type]
-    zero = constant(graph, "embedding_zero", np.array(ZERO, dtype=np.float32))
-    merge = constant(graph, "embedding_merge", np.array([0, 0, -1], dtype=np.int64))
+    zero = constant(graph, "embedding_zero", ir.tensor(np.array(ZERO, dtype=np.float32)))
+    merge = constant(graph, "embedding_merge", ir.tensor(np.array([0, 0, -1], dtype=np.int64)))
     steps = ir.tape.Tape()
     looked = steps.op("Cast", [steps.op("Gather", [blocks, ids])], {"to": ir.DataType.FLOAT})
     scaled = steps.op("Mul", [steps.op("Sub", [looked, zero]), steps.op("Gather", [scales, ids])])
     merged = steps.op("Reshape", [scaled, merge])
     if blocks.shape is not None and int(blocks.shape[1]) * int(blocks.shape[2]) != width:  # type: ignore[arg-type]
         bounds = [
-            constant(graph, f"embedding_{name}", np.array([value], dtype=np.int64))
+            constant(graph, f"embedding_{name}", ir.tensor(np.array([value], dtype=np.int64)))
             for name, value in (("from", 0), ("to", width), ("axis", -1))
         ]
         merged = steps.op("Slice", [merged, *bounds])

@@ -8,9 +8,9 @@ Quantisers support no other form.
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
+
+from passes.targets.onnx.tensors import lazy, shape_of, tensor_of
 
 
 class PlainProductsPass(ir.passes.InPlacePass):
@@ -62,8 +62,8 @@ def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
     name = f"{weight.name}.T"
     if name in graph.initializers:
         return graph.initializers[name]
-    assert weight.const_value is not None
-    return constant(graph, name, np.ascontiguousarray(weight.const_value.numpy().T))
+    old = tensor_of(weight)
+    return constant(graph, name, lazy(old, lambda: old.numpy().T, shape_of(old)[::-1]))
 
 
 def is_constant(value: ir.Value | None) -> bool:
@@ -71,22 +71,22 @@ def is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.const_value is not None and value.const_value.shape.rank() == 2
 
 
-def constant(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+def constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     """A new constant of the graph."""
-    value = ir.Value(name=name, const_value=ir.Tensor(array, name=name), shape=ir.Shape(array.shape))
-    value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+    tensor.name = name
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(shape_of(tensor)))
+    value.type = ir.TensorType(tensor.dtype)
     graph.register_initializer(value)
     return value
 
 
-def products(model: ir.Model) -> dict[str, npt.NDArray[np.float32]]:
+def products(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     """Name of each product with a weight → the weight, [inputs, outputs]."""
-    constants = {
-        node.name: node.inputs[1].const_value.numpy()
+    return {
+        str(node.name): tensor_of(node.inputs[1])
         for node in model.graph
-        if node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].const_value is not None
+        if node.op_type == "MatMul" and is_constant(node.inputs[1])
     }
-    return {str(name): array for name, array in constants.items() if array.ndim == 2}
 
 
 def logit_products(model: ir.Model) -> set[str]:

@@ -33,6 +33,7 @@ from passes.targets.onnx.block_weights import BLOCK
 from passes.targets.onnx.plain_products import PlainProductsPass
 from passes.targets.onnx.run import run_onnx
 from passes.targets.onnx.smooth import SmoothPass
+from passes.targets.onnx.tensors import name_nodes, read_lazily
 
 BLOCKS = {"int8": 32, "int4": BLOCK}
 """Scheme → the number that a product's inputs should be a multiple of. It is less than the block of ``int8``, whose
@@ -72,11 +73,9 @@ def even_channels(source: Path) -> list[ir.passes.PassBase]:
 
 
 def read_float(source: Path) -> ir.Model:
-    """The model in ``source`` with weights in memory and a name for every node."""
-    model = common.ClearMetadataAndDocStringPass()(ir.load(source)).model
-    ir.external_data.load_to_model(model)
-    for index, node in enumerate(model.graph):
-        node.name = f"{node.op_type}_{index}"
+    """The model in ``source``, whose weights are read when they are asked for, with a name for every node."""
+    model = common.ClearMetadataAndDocStringPass()(read_lazily(source)).model
+    name_nodes(model)
     return model
 
 

@@ -11,7 +11,7 @@ on the text (``docs/onnx.md``).
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ import onnx_ir as ir
 
 from passes.targets.onnx.balance import equalising, is_product, weight_of
 from passes.targets.onnx.measure import measure_onnx
-from passes.targets.onnx.plain_products import logit_products
+from passes.targets.onnx.plain_products import constant, logit_products
+from passes.targets.onnx.tensors import lazy, parts, tensor_of
 
 PROMPTS = (16, 32)
 """The number of prompts, and of tokens in each: few enough for any table of positions."""
@@ -49,16 +50,15 @@ class SmoothPass(ir.passes.InPlacePass):
             for node in model.graph
             if _scales(node) and (products := _readers(node.outputs[0], head))
         }
-        channels = {name: _array(node.inputs[_scales(node)[0]]).size for name, (node, _) in found.items()}
+        channels = {name: tensor_of(node.inputs[_scales(node)[0]]).size for name, (node, _) in found.items()}
         text = np.random.default_rng(0).integers(0, _vocabulary(model), PROMPTS)
         for name, squares in measure_onnx(self.source, channels, text, "squares"):
             node, products = found[name]
-            weights = list(map(weight_of, products))
-            scale = smoothing(np.sqrt(squares / text.size), weights)
+            scale = smoothing(np.sqrt(squares / text.size), list(map(weight_of, products)))
             for index in _scales(node):
-                _set_input(model.graph, node, index, _array(node.inputs[index]) / scale)
-            for product, weight in zip(products, weights, strict=True):
-                _set_input(model.graph, product, 1, weight * scale[:, None])
+                _change_input(model.graph, node, index, scale, np.divide)
+            for product in products:
+                _change_input(model.graph, product, 1, scale[:, None], np.multiply)
         return ir.passes.PassResult(model, bool(found))
 
 
@@ -72,7 +72,9 @@ def smoothing(size: Sizes, weights: Collection[Sizes]) -> Sizes:
 
     A channel that is zero in either keeps its scale.
     """
-    return equalising(size, np.sqrt(np.square(np.concatenate(list(weights), axis=1)).mean(axis=1)))
+    sizes = (len(size), sum(weight.shape[1] for weight in weights))
+    squares = [np.square(np.concatenate([w[rows] for w in weights], axis=1)).mean(axis=1) for rows in parts(sizes)]
+    return equalising(size, np.sqrt(np.concatenate(squares)))
 
 
 def _readers(value: ir.Value, without: Collection[str]) -> list[ir.Node]:
@@ -109,16 +111,8 @@ def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     return value.const_value if value is not None else None
 
 
-def _array(value: ir.Value | None) -> Sizes:
-    constant = _constant(value)
-    assert constant is not None
-    return constant.numpy()
-
-
-def _set_input(graph: ir.Graph, node: ir.Node, index: int, array: Sizes) -> None:
-    """Replace an input of a node by a new constant. Other nodes may still read the old one."""
+def _change_input(graph: ir.Graph, node: ir.Node, index: int, scale: Sizes, change: Callable[..., Sizes]) -> None:
+    """Replace an input of a node by ``change(input, scale)``. Other nodes may still read the old one."""
+    old = tensor_of(node.inputs[index])
     name = f"{node.outputs[0].name}.smooth.{index}"
-    tensor = ir.Tensor(np.ascontiguousarray(array, dtype=np.float32), name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
-    graph.register_initializer(value)
-    node.replace_input_with(index, value)
+    node.replace_input_with(index, constant(graph, name, lazy(old, lambda: change(old.numpy(), scale))))

@@ -1,0 +1,104 @@
+"""tensors: constants of an ONNX graph that are read or computed when somebody asks, and that nothing keeps.
+
+A graph may have more weights than memory holds. So a pass describes a new weight by what makes it of the old one. The
+numbers are made when the file is written, one tensor at a time. What takes long to compute is kept in a ``Spill``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+Array = npt.NDArray[Any]
+"""Any: a graph's constants are of many types."""
+
+PART = 1 << 22
+"""Numbers that are worked on at once if a step does not need the whole weight."""
+
+
+def lazy(like: ir.TensorProtocol, make: Callable[[], Array], shape: Sequence[int] | None = None) -> ir.LazyTensor:
+    """A tensor that ``make`` computes at each request. It has the type of ``like``, and its shape or ``shape``."""
+    sizes = shape_of(like) if shape is None else shape
+    return ir.LazyTensor(lambda: _tensor(make()), like.dtype, ir.Shape(sizes), name=like.name)
+
+
+def _tensor(array: Array) -> ir.TensorProtocol:
+    return ir.Tensor(np.ascontiguousarray(array))
+
+
+def shape_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """The shape as numbers."""
+    return tuple(int(size) for size in tensor.shape)  # type: ignore[arg-type]
+
+
+def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
+    """The constant of ``value``, which has one."""
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value
+
+
+def replace_tensor(value: ir.Value, make: Callable[[], Array]) -> None:
+    """Give ``value`` another constant of the same shape and type."""
+    value.const_value = lazy(tensor_of(value), make)
+
+
+def read_lazily(file: Path) -> ir.Model:
+    """A model whose external weights are read at each request. onnx_ir maps files, and mapped pages stay in memory."""
+    model = ir.load(file)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = _from_file(value.const_value)
+    return model
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Give every node a name of its own."""
+    for index, node in enumerate(model.graph):
+        node.name = f"{node.op_type}_{index}"
+
+
+def _from_file(tensor: ir.ExternalTensor) -> ir.LazyTensor:
+    kind, shape = tensor.dtype.numpy(), shape_of(tensor)
+    return lazy(tensor, lambda: _read(Path(tensor.path), tensor.offset or 0, shape, kind))
+
+
+def _read(file: Path, offset: int, shape: tuple[int, ...], kind: np.dtype[Any]) -> Array:
+    return np.fromfile(file, kind, math.prod(shape), offset=offset).reshape(shape)
+
+
+def parts(shape: Sequence[int], axis: int = 0) -> Iterator[slice]:
+    """Slices of an axis of an array of this shape, of about ``PART`` numbers each."""
+    count = shape[axis]
+    step = max(1, PART * count // max(1, math.prod(shape)))
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+class Spill:
+    """A temporary file for computed tensors. It is deleted when nothing refers to them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder, prefix=".onnx-")  # noqa: SIM115 (closed with the last tensor)
+
+    def keep(self, array: Array) -> ir.LazyTensor:
+        """Write ``array``. Returns a tensor that reads it at each request."""
+        offset = self._file.seek(0, os.SEEK_END)
+        self._file.write(np.ascontiguousarray(array).data)
+        shape, kind = array.shape, array.dtype
+        return ir.LazyTensor(
+            lambda: ir.Tensor(self._read(offset, shape, kind)), ir.DataType.from_numpy(kind), ir.Shape(shape)
+        )
+
+    def _read(self, offset: int, shape: tuple[int, ...], kind: np.dtype[Any]) -> Array:
+        found = np.empty(shape, kind)
+        self._file.seek(offset)
+        self._file.readinto(found.data)
+        return found

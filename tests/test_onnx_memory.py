@@ -1,0 +1,181 @@
+"""ONNX is written and quantised tensor by tensor: few weights in memory at once, and the numbers of the direct way."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.transformers.float16 import convert_np_to_float16
+from tiny_decoders import CONFIGS, GROUPED, tiny_decoder
+from torch import Tensor
+
+from mptk.compat.onnxruntime import matmul_quantizer
+from mptk.ir.program import Program
+from mptk.ir.weights import Lazy, Weights
+from passes.frontend.trace_decoder import trace_decoder
+from passes.pipelines import SCHEMES, emit_onnx, quantize_onnx
+from passes.targets.onnx import emit, lazy_weights, tensors
+from passes.targets.onnx.block_weights import rounded
+from passes.targets.onnx.check_quantized import check_quantized
+
+RNG = np.random.default_rng(0)
+LARGE = 2000
+"""Numbers of what counts as a weight here."""
+
+
+class Alive:
+    """Counts the arrays that were made and are still referred to."""
+
+    def __init__(self) -> None:
+        self.now = self.most = self.made = 0
+
+    def add(self, array: object) -> None:
+        self.made += 1
+        self.now += 1
+        self.most = max(self.most, self.now)
+        weakref.finalize(array, self._end)
+
+    def _end(self) -> None:
+        self.now -= 1
+
+
+class Read(Weights):
+    """Weights that are made anew at each request, as if read from a file."""
+
+    def __init__(self, state: Weights) -> None:
+        self.alive = Alive()
+        super().__init__({n: Lazy(t.detach().to("meta"), partial(self.read, t.detach())) for n, t in state.items()})
+
+    def read(self, tensor: Tensor) -> Tensor:
+        array = tensor.numpy().copy()
+        if array.size > LARGE:
+            self.alive.add(array)
+        return torch.from_numpy(array)
+
+
+def constants(file: Path) -> dict[str, np.ndarray]:
+    return {c.name: numpy_helper.to_array(c) for c in onnx.load(file).graph.initializer}
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_weights_read_one_by_one_are_those_of_an_export_that_holds_all(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lazy_weights, "SMALL", 16)
+    program = trace_decoder(tiny_decoder(kind))
+    state = Read(program.state)
+    found = constants(emit_onnx(replace(program, state=state), tmp_path / "read"))
+    monkeypatch.setattr(emit, "without_weights", lambda program: program)
+    monkeypatch.setattr(emit, "with_weights", lambda model, _: model)
+    assert_same(found, constants(emit_onnx(program, tmp_path / "held")))
+
+
+def test_a_graph_is_written_with_one_weight_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lazy_weights, "SMALL", LARGE)
+    exported = emit.with_weights
+
+    def count(model: ir.Model, program: Program) -> ir.Model:
+        """From here on: the export itself may look at each weight's shape."""
+        state.alive = Alive()
+        return exported(model, program)
+
+    monkeypatch.setattr(emit, "with_weights", count)
+    program = trace_decoder(tiny_decoder(GROUPED))
+    state = Read(program.state)
+    emit_onnx(replace(program, state=state), tmp_path)
+    assert state.alive.made >= 10
+    assert state.alive.most == 1
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_graph_is_quantised_and_checked_with_few_weights_in_memory(
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three: queries, keys and values, which are smoothed by one scale."""
+    alive, read = Alive(), tensors._read
+
+    def counted(*of: object) -> np.ndarray:
+        array = read(*of)  # type: ignore[arg-type]
+        if array.size > 900:
+            alive.add(array)
+        return array
+
+    monkeypatch.setattr(tensors, "_read", counted)
+    source = emit_onnx(trace_decoder(tiny_decoder(GROUPED, num_hidden_layers=3)), tmp_path)
+    file = quantize_onnx(source, scheme)
+    assert alive.made >= 3 * 7
+    assert alive.most <= 3
+    check_quantized(source, file, scheme)
+    assert alive.most <= 3
+
+
+@pytest.mark.parametrize(("bits", "block"), [(8, 16), (8, 128), (4, 32)])
+@pytest.mark.parametrize("inputs", [96, 80])
+def test_a_weight_rounded_in_parts_is_the_one_that_onnx_runtime_rounds_in_a_graph(
+    bits: int, block: int, inputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = RNG.standard_normal((inputs, 37)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
+        "one",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, inputs])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 37])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    ort = matmul_quantizer()
+    config = ort.DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=bits == 8, accuracy_level=4, bits=bits)
+    quantizer = ort.MatMulNBitsQuantizer(helper.make_model(graph), algo_config=config)
+    quantizer.process()
+    expected = [numpy_helper.to_array(c) for c in quantizer.model.model.graph.initializer]
+    monkeypatch.setattr(tensors, "PART", 5 * inputs)
+    found = rounded(weight, bits, block)
+    assert len(found) == len(expected) == (2 if bits == 8 else 3)
+    for array, other in zip(found, expected, strict=True):
+        assert array.tobytes() == other.tobytes()
+
+
+def test_float16_weights_are_those_of_onnx_runtimes_converter(tmp_path: Path) -> None:
+    source = emit_onnx(trace_decoder(tiny_decoder(GROUPED)), tmp_path)
+    full, half = constants(source), constants(quantize_onnx(source, "fp16"))
+    large = [name for name, array in full.items() if array.size > LARGE]
+    assert len(large) >= 10
+    for name in large:
+        assert half[name].tobytes() == convert_np_to_float16(full[name]).tobytes()
+
+
+def test_a_spilled_array_is_read_back_and_its_file_goes_with_it(tmp_path: Path) -> None:
+    spill = tensors.Spill(tmp_path)
+    arrays = [RNG.integers(0, 255, (7, 5)).astype(np.uint8), RNG.standard_normal((3, 4)).astype(np.float32).T]
+    kept = [spill.keep(array) for array in arrays]
+    for tensor, array in zip(reversed(kept), reversed(arrays), strict=True):
+        np.testing.assert_array_equal(tensor.numpy(), array)
+        assert tensor.tobytes() == array.tobytes()
+    del spill, kept, tensor
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bfloat16_state_is_written_in_the_type_of_the_graph(tmp_path: Path) -> None:
+    program = trace_decoder(tiny_decoder(GROUPED, num_hidden_layers=1))
+    rounded_state = {n: t.detach().bfloat16() if t.is_floating_point() else t for n, t in program.state.items()}
+    full = {n: t.to(program.state[n].dtype) for n, t in rounded_state.items()}
+    found, expected = (
+        constants(emit_onnx(replace(program, state=state), tmp_path / name))
+        for name, state in (("stored", rounded_state), ("float32", full))
+    )
+    assert_same(found, expected)
+    assert torch.float32 not in {t.dtype for n, t in rounded_state.items() if "weight" in n}

@@ -1,6 +1,6 @@
 """Time and memory of the commands on checkpoints of any size.
 
-    python -m benchmarks.scale [--shapes 12-layers,24-layers] [--commands analyze,plan,...] [--more "--memory 3GB"]
+    python -m benchmarks.scale [--shapes 12-layers,24-layers] [--commands analyze,plan,...] [--memory 3GB]
         [--old WORKTREE] [--work DIR] [--json FILE] [--quick] [--table]
 
 A row is one command on one shape, in a process of its own. Checkpoints are synthetic (`scale_checkpoint.py`). Rows that
@@ -44,21 +44,21 @@ SHAPES: dict[str, dict[str, int]] = {
     "Llama-3-8B": {"layers": 32, **LLAMA3, "vocab": 128256},
     "Llama-3-70B": {"layers": 80, "hidden": 8192, "ffn": 28672, "heads": 64, "kv_heads": 8, "vocab": 128256},
 }
-FILES = "--out {out} --no-onnx --data {model}/text.txt --eval-windows 4 --eval-length 64 {more}"
+FILES = "--out {out} --no-onnx --data {model}/text.txt --eval-windows 4 --eval-length 64 {memory} {more}"
 COMMANDS = {
     "analyze": "-m mptk analyze {model}",
     "plan": f"-m mptk prune {{model}} --plan {{model}}/plan.json {FILES}",
-    "verify": "-m mptk verify {out}",
+    "verify": "-m mptk verify {out} {memory}",
     "magnitude": f"-m mptk prune {{model}} --method magnitude {FILES}",
     "wanda": f"-m mptk prune {{model}} --method wanda --reconstruct --samples 4 --length 64 {FILES}",
 }
 """Command → what Python gets. `verify` reads what `plan` wrote."""
 OLD_AND_NEW = "-m mptk prune smollm2-135m --method wanda --no-onnx --data {text} --samples 8 --out {out}"
-EXPORT = "-m mptk export {model} --quantize int8 --out {out}"
+EXPORT = "-m mptk export {model} --quantize int8 --out {out} {memory}"
 SESSION = "import sys; from mptk.runtime.decoder import OrtDecoder; OrtDecoder(sys.argv[1])"
 SCORING = f"-m mptk prune {{model}} --method wanda --samples 16 --length 256 {FILES}"
 LAUNCHER = "-m torch.distributed.run --standalone --nproc-per-node {processes}"
-ESTIMATE = "-m mptk prune {model} --estimate --out {out} {more}"
+ESTIMATE = "-m mptk prune {model} --estimate --out {out} {memory} {more}"
 
 Row = dict[str, Any]
 GB = 1e9
@@ -138,8 +138,9 @@ def read_and_write(files: list[Path], written: int, scratch: Path) -> float:
 class Bench:
     """The checkpoints and outputs in ``work``, and how commands are run."""
 
-    def __init__(self, work: Path, threads: int, more: str, old: Path | None, rounds: int) -> None:
+    def __init__(self, work: Path, threads: int, more: str, old: Path | None, rounds: int, memory: str) -> None:
         self.work, self.threads, self.more, self.old, self.rounds = work.resolve(), threads, more, old, rounds
+        self.memory = f"--memory {memory}" if memory else ""
         self.log = self.work / "last.log"
         self.work.mkdir(parents=True, exist_ok=True)
 
@@ -156,7 +157,7 @@ class Bench:
         return folder, json.loads((folder / "shape.json").read_text())
 
     def run(self, command: str, *, launcher: str = "", threads: int = 0, cwd: Path | None = None, **names: Any) -> Row:
-        words = shlex.split(f"{launcher} {command}".format(**{"more": self.more, **names}))
+        words = shlex.split(f"{launcher} {command}".format(**{"more": self.more, "memory": self.memory, **names}))
         return measured(words, self.log, threads=threads or self.threads, cwd=cwd)
 
     def out(self, name: str) -> Path:
@@ -307,6 +308,7 @@ def rows_in(file: Path) -> list[Row]:
 def main(
     shapes: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(SHAPES)}.")] = "12-layers,24-layers",
     commands: Annotated[str, typer.Option(help="Rows to run, comma-separated; all by default.")] = "",
+    memory: Annotated[str, typer.Option(help="The commands' --memory.")] = "",
     more: Annotated[str, typer.Option(help="Options for every prune of this tree.")] = "",
     export: Annotated[str, typer.Option(help="Shape that is exported.")] = "half-billion",
     scored: Annotated[str, typer.Option(help="Shape that two processes score.")] = "half-billion",
@@ -321,7 +323,7 @@ def main(
     if quick:
         shapes = export = scored = "tiny"
         rounds = 1
-    bench = Bench(work, threads, more, old, rounds)
+    bench = Bench(work, threads, more, old, rounds, memory)
     wanted = [name for name in commands.split(",") if name]
     for name, shape, job in jobs(bench, shapes.split(","), export, scored):
         done = any((r["row"], r["shape"]) == (name, shape) and "failed" not in r for r in rows_in(json_file))

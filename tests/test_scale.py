@@ -87,7 +87,7 @@ def test_a_copy_writes_as_many_bytes_as_it_is_told(tmp_path: Path, monkeypatch: 
 
 def test_the_bound_is_a_gigabyte_and_three_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(scale.COMMANDS, "analyze", "-c pass")
-    bench = scale.Bench(tmp_path, 1, "", None, 1)
+    bench = scale.Bench(tmp_path, 1, "", None, 1, "")
     sizes = {"block_bytes": 500_000_000, "tensor_bytes": 1}
     monkeypatch.setattr(bench, "checkpoint", lambda shape: (tmp_path, sizes))
     row = bench.command("analyze", "tiny")

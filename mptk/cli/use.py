@@ -9,8 +9,10 @@ import typer
 
 from mptk.cli.app import app, err, out
 from mptk.cli.options import (
+    Device,
     Json,
     Logits,
+    Memory,
     Model,
     Objective,
     OnnxDtype,
@@ -20,10 +22,12 @@ from mptk.cli.options import (
     Trust,
     names,
     parse_counts,
+    parse_size,
 )
 from mptk.cli.progress import stages
 from mptk.errors import MptkError
 from mptk.files import write_json, write_text
+from mptk.run.settings import Settings
 
 if TYPE_CHECKING:
     from mptk.io.evaluation import Perplexity
@@ -38,6 +42,8 @@ def export_onnx(
     data: Annotated[str | None, typer.Option(help="Calibration text for int4: file, folder or datasets id.")] = None,
     objective: Objective = "decode",
     onnx_dtype: OnnxDtype = "auto",
+    memory: Memory = None,
+    device: Device = Settings.device,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write any causal language model as ONNX with a KV cache, with its config and tokenizer."""
@@ -52,6 +58,8 @@ def export_onnx(
             text=data,
             objective=objective,
             onnx_dtype=onnx_dtype,
+            memory=parse_size(memory),
+            device=device,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

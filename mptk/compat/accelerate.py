@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,17 +17,29 @@ from transformers import PreTrainedModel
 
 
 @contextlib.contextmanager
-def own_state() -> Iterator[None]:
+def own_state(device: str = "auto") -> Iterator[None]:
     """Within it an Accelerator is made as if it were the first of this process. Afterwards the caller's state is back.
+
+    ``device``: where a process alone computes; ``auto``: as accelerate chooses.
 
     accelerate keeps one precision and one plugin for all Accelerators of a process, and refuses a second. It has no
     public way to set that state aside. The connection between the processes stays.
     """
     outer, meeting = dict(AcceleratorState._shared_state), dict(PartialState._shared_state)
     AcceleratorState._reset_state()
+    chosen = {"ACCELERATE_USE_CPU": "1"} if device == "cpu" else {"ACCELERATE_TORCH_DEVICE": device}
+    if device == "auto" or os.environ.get("WORLD_SIZE", "1") != "1":
+        chosen = {}
+    before = {name: os.environ[name] for name in chosen if name in os.environ}
+    if chosen:
+        PartialState._reset_state()
+        os.environ.update(chosen)
     try:
         yield
     finally:
+        for name in chosen:
+            del os.environ[name]
+        os.environ.update(before)
         AcceleratorState._reset_state()
         AcceleratorState._shared_state.update(outer)
         if meeting:  # if not, this run connected the processes

@@ -180,13 +180,15 @@ def export_folder(
     text: str | None = None,
     objective: str = "decode",
     onnx_dtype: str = "auto",
+    memory: int | None = None,
+    device: str = Settings.device,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write any causal language model as a folder that ONNX consumers take: config, tokenizer and ``onnx/``.
 
-    ``text``: a file, folder or dataset of which ``export`` gets 32 windows of 256 tokens, or of all positions. What is
-    not named here is as in ``export``.
+    ``text``: a file, folder or dataset of which ``export`` gets 32 windows of 256 tokens, or of all positions.
+    ``memory``, ``device``: as in ``Settings``. What is not named here is as in ``export``.
 
     Raises:
         MptkError: as ``export``; or ``out`` exists and was not made by mptk.
@@ -198,7 +200,7 @@ def export_folder(
     phase(objective)
     check_onnx_dtype(onnx_dtype, quantize)
     say("load", 0, 0)
-    resident, executor = execution(Settings())
+    resident, executor = execution(Settings(memory=memory, device=device))
     loaded = open_decoder(model, resident, trust_remote_code=trust_remote_code)
     plain = traced(loaded, CAUSAL_LM, executor)
     positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 256

@@ -101,7 +101,7 @@ class Job:
 
 def run(job: Job, settings: Settings, context: Context) -> Report | None:
     """Run every stage in order. Settings, errors and result are those of ``prune``."""
-    with own_state(), explained():
+    with own_state(settings.device), explained():
         return stages(job, settings, context if leads() else replace(context, progress=silent))
 
 

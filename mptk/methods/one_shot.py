@@ -10,12 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import Cut, resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Criterion
 from mptk.run.chain import Chosen, Method, Prepared
+from mptk.run.sharing import sharing
 from mptk.run.values import Context, Text
 from passes.targets.legalize import describe
 from passes.transforms.masked_reference import mask
@@ -76,13 +79,15 @@ def _best(
     if len(plans) == 1:
         return plans[0], cuts[0], {}
     masked = [mask(prepared.analysis, cut) for cut in cuts]
-    windows = ids.split(max(1, AT_ONCE // ids.shape[1]))
+    share = sharing(-(-len(ids) // (each := max(1, AT_ONCE // ids.shape[1]))))
+    windows = share.own(ids.split(each))
     say = partial(context.progress, "choose widths")
     results = executor.outputs(masked, [(task.inputs(batch),) for batch in windows], say)
-    losses = [0.0] * len(plans)
+    sums = torch.zeros(len(plans), dtype=torch.float64)
     for batch in windows:
         for i in range(len(plans)):
-            losses[i] += float(task.loss(next(results), batch.to(executor.device))) / task.predicted(ids)
+            sums[i] += float(task.loss(next(results), batch.to(executor.device)))
+    losses = (share.total(sums.to(executor.device)) / task.predicted(ids)).tolist()
     _, plan, cut = min(zip(losses, plans, cuts, strict=True), key=lambda tried: tried[0])
     return plan, cut, {describe(plan.widths): round(loss, 4) for plan, loss in zip(plans, losses, strict=True)}
 

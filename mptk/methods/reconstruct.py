@@ -28,6 +28,7 @@ from mptk.ir.resolved_plan import Cut
 from mptk.ir.weights import Weights
 from mptk.methods.criteria.observe import OBSERVED_TOKENS, batches, find_sites
 from mptk.progress import Count
+from mptk.run.sharing import Sharing, sharing
 from mptk.runtime.shelf import Shelf
 from mptk.runtime.staged import EXECUTOR, Executor
 from passes.transforms.insert_masks import MaskSite
@@ -63,17 +64,20 @@ def reconstruct_consumers(
         fits[name] = _Fit(keep, transposed=dim == 0, few=inputs.numel() < int(keep.sum()))
     layers = [(site, name) for site in find_sites(analysis) if (name := _stored(dense, site.weight)) in fits]
     given = batches(dense, inputs, OBSERVED_TOKENS)
-    left = {name: len(given) * sum(other == name for _, other in layers) for name in fits}
+    share = Sharing() if any(fit.few for fit in fits.values()) else sharing(len(given))
+    own = share.own(given)
+    left = {name: len(own) * sum(other == name for _, other in layers) for name in fits}
     shelf = Shelf(executor.borders)
 
     def see(name: str, x_dim: int, x: Tensor) -> None:
         fits[name].add(x.movedim(x_dim, -1))
         left[name] -= 1
         if not left[name]:  # the layer has seen all inputs, and its stage is about to end
+            fits[name].combine(share)
             shelf.add(name, fits.pop(name).solved(dense.state[name], changed.state[name]))
 
     watches = [((site.x,), partial(see, name, site.x_dim)) for site, name in layers]
-    executor.watch(dense, given, watches, progress)
+    executor.watch(dense, own, watches, progress)
     return Weights(changes).updated(shelf.weights({name: dense.state.like(name) for _, name in layers}))
 
 
@@ -120,6 +124,12 @@ class _Fit:
         else:
             found = x.T @ x[:, self.keep.to(x.device)]
             self.products = found if self.products is None else self.products + found
+
+    def combine(self, share: Sharing) -> None:
+        """Take in the rows of other processes."""
+        if share.count > 1:
+            self.products = share.total(self._products)
+            self.count = int(share.total(torch.tensor(float(self.count), device=self._products.device)))
 
     def solved(self, dense: Tensor, changed: Tensor) -> Tensor:
         """The fitted weight, in the layout and type of ``dense``. ``changed``: the weight that it may stay near to."""

@@ -45,7 +45,7 @@ def accelerator(precision: str, **options: Any) -> Accelerator:
     Raises:
         MptkError: they were launched for FSDP's first version.
     """
-    plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False) if _shards() else None
+    plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False) if shards() else None
     if plugin is not None and plugin.fsdp_version != 2:
         raise MptkError("FSDP's first version flattens the weights that masks go into; add --fsdp_version 2")
     result = Accelerator(mixed_precision=precision, fsdp_plugin=plugin, **options)
@@ -66,14 +66,14 @@ def describe(acc: Accelerator) -> str:
     return f"trained on {acc.num_processes} processes" + (", its weights in shards (FSDP2)" if acc.is_fsdp2 else "")
 
 
-def _shards() -> bool:
+def shards() -> bool:
     """Whether the processes were launched to hold weights in shards."""
     return bool(processes().num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
 def holds() -> bool:
     """Whether this process needs whole weights on its host. With FSDP2 only the first does: it sends out the shards."""
-    return bool(processes().is_main_process) or not _shards()
+    return bool(processes().is_main_process) or not shards()
 
 
 def replica(model: Model, weights: bool = True) -> Model:
@@ -182,5 +182,6 @@ __all__ = [
     "processes",
     "replica",
     "shard_like",
+    "shards",
     "widest",
 ]

@@ -26,8 +26,8 @@ Wanted = Sequence[tuple[fx.Node, ...]]
 class Stage:
     """A part of a graph.
 
-    ``nodes``: its calls in order. ``weights``: the placeholders that they read. ``inputs``: values of earlier stages
-    that are used here or later. ``outputs``: values that are used later. ``dead``: call → values not used after it.
+    ``nodes``: its calls in order. ``weights``: the placeholders that they read, by name. ``inputs``: values of earlier
+    stages that are used here or later. ``outputs``: values that are used later. ``dead``: call → values not used after it.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -147,7 +147,7 @@ class Flow:
                 dead.setdefault(self.calls[place], []).append(value)
         return Stage(
             nodes=tuple(nodes),
-            weights=tuple(n for n in sources if n.op == "placeholder"),
+            weights=tuple(sorted((n for n in sources if n.op == "placeholder"), key=lambda node: node.name)),
             inputs=tuple(v for v, made in self.made.items() if made < start and (self.last[v] >= start or not start)),
             outputs=tuple(v for v, made in self.made.items() if made < end and self.last[v] >= end),
             dead={node: tuple(values) for node, values in dead.items()},

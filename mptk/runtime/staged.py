@@ -88,11 +88,12 @@ class Executor:
         inputs: Sequence[Inputs],
         loss: Callable[[Any, int], Tensor],
         progress: Count | None = None,
+        total: Callable[[Tensor], Tensor] = lambda gradient: gradient,
     ) -> Weights:
         """The gradient of Σ ``loss(result, i)`` over all inputs i, for each weight of ``names``.
 
         A stage runs again from its saved inputs, and its border's gradient is carried back. Gradients are kept as the
-        values of borders are.
+        values of borders are. ``total`` adds up those of several processes.
         """
         flow = Flow(program)
         run = _Run(self, flow, partition(flow, self.stage), inputs, keep=True)
@@ -108,8 +109,8 @@ class Executor:
                 above[i] = run.back(k, leaves, i, above[i], loss)
                 count.step()
             for node, leaf in leaves.items():
-                if (name := program.weights[node.name]) in names and leaf.grad is not None:
-                    kept.add(name, leaf.grad)
+                if (name := program.weights[node.name]) in names:
+                    kept.add(name, total(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad))
         return kept.weights({name: program.state.like(name) for name in names})
 
 

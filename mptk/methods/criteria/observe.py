@@ -22,6 +22,7 @@ from mptk.ir.ops import named_argument
 from mptk.ir.program import Program
 from mptk.progress import Count
 from mptk.run.chain import Task
+from mptk.run.sharing import Sharing, sharing
 from mptk.runtime.staged import EXECUTOR, Executor
 
 OBSERVED_TOKENS = 2048
@@ -164,7 +165,8 @@ def activations(
 ) -> dict[Site, Observation]:
     """Run the program on token ids ``windows`` [n, length] and return the moments of x at each site.
 
-    Only running sums [*shared, K] are kept. What follows the last site (usually the output layer) is not computed.
+    Only running sums [*shared, K] are kept. What follows the last site (usually the output layer) is not computed. The
+    processes of a run share the batches.
 
     Raises:
         MptkError: the program was traced for another size of input.
@@ -178,8 +180,20 @@ def activations(
     streams = dict.fromkeys(site.stream for site in sites)
     watches = [((s[0],) if s[3] is None else (s[0], s[3]), partial(see, s)) for s in streams]
     given = batches(analysis.program, windows, OBSERVED_TOKENS)
-    executor.watch(analysis.program, given, watches, _in_windows(progress, given))
-    return {site: Observation(site, analysis.program, moments[site.stream]) for site in sites}
+    share = sharing(len(given))
+    own = share.own(given)
+    executor.watch(analysis.program, own, watches, _in_windows(progress, own))
+    merged = {stream: _merged(moments[stream], share) for stream in streams}
+    return {site: Observation(site, analysis.program, merged[site.stream]) for site in sites}
+
+
+def _merged(seen: Moments, share: Sharing) -> Moments:
+    """The moments of all processes' batches."""
+    parts = zip(share.all(seen.count), share.all(seen.mean), share.all(seen.deviation), strict=True)
+    first, *rest = (Moments(*part) for part in parts)
+    for more in rest:
+        first = first.merge(more)
+    return first
 
 
 def batches(program: Program, windows: Tensor, tokens: int) -> list[tuple[Tensor]]:
@@ -253,7 +267,9 @@ def gradients(
         MptkError: the program gives no logits [batch, length, vocab], or was traced for another size of input.
     """
     predicted = objective.predicted(windows)
-    targets = [batch for (batch,) in batches(program, windows, GRADIENT_TOKENS)]
+    given = batches(program, windows, GRADIENT_TOKENS)
+    share = sharing(len(given))
+    targets = [batch for (batch,) in share.own(given)]
 
     def loss(logits: Tensor, i: int) -> Tensor:
         ids = targets[i].to(executor.device)
@@ -264,5 +280,5 @@ def gradients(
             )
         return objective.loss(logits, ids) / predicted
 
-    given = [(objective.inputs(ids),) for ids in targets]
-    return executor.gradients(program, names, given, loss, _in_windows(progress, given))
+    inputs = [(objective.inputs(ids),) for ids in targets]
+    return executor.gradients(program, names, inputs, loss, _in_windows(progress, inputs), share.total)

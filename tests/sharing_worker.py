@@ -1,0 +1,40 @@
+"""Run by two processes: scores and fitted weights of a tiny model, saved by each into a file of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import architectures
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.methods import criteria
+from mptk.methods.criteria import observe
+from mptk.methods.reconstruct import kept_units, reconstruct_consumers
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+from passes.transforms.insert_masks import find_mask_sites
+
+
+def found() -> dict[str, Tensor]:
+    observe.OBSERVED_TOKENS = observe.GRADIENT_TOKENS = 18  # batches of two windows
+    model, windows = architectures.model("mixtral"), architectures.tokens(7, 9)
+    analysis = analyze(trace(model, dynamic=True))
+    result = {
+        f"{name}.{family}": values
+        for name in ("wanda", "flap", "taylor")
+        for family, values in criteria.score(analysis, name, windows, families=["q_heads"]).items()
+    }
+    scores = {family: result[f"wanda.{family}"] for family in ("q_heads",)}
+    cut = resolve_plan(analysis, criteria.select(analysis, scores, {"q_heads": 2}))
+    sites, kept = find_mask_sites(analysis, model, ["q_heads"]), kept_units(analysis, cut, ["q_heads"])
+    return result | dict(reconstruct_consumers(analysis, sites, kept, {}, windows))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    save_file(found(), Path(sys.argv[1]) / f"{os.environ['RANK']}.safetensors")

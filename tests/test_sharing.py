@@ -1,0 +1,45 @@
+"""Several processes share calibration: each runs its part of the windows, and all find what one finds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from sharing_worker import found
+
+from mptk.run.sharing import Sharing, sharing
+
+HERE = Path(__file__).parent
+
+
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "ACCELERATE_USE_CPU": "1"}
+    command = [*launcher, str(HERE / "sharing_worker.py"), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    expected = found()
+    assert one.keys() == two.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(one[name], two[name]), name
+        torch.testing.assert_close(one[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_every_batch_has_one_process() -> None:
+    for count in (1, 2, 3, 5):
+        for batches in range(count, 12):
+            parts = [Sharing(count, index).own(range(batches)) for index in range(count)]
+            assert [b for part in parts for b in part] == list(range(batches))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_process_alone_shares_nothing() -> None:
+    assert sharing(3) == Sharing()
+    ones = torch.ones(2)
+    assert Sharing().total(ones) is ones
+    assert Sharing().all(ones) == [ones]

@@ -27,7 +27,8 @@ class Stage:
     """A part of a graph.
 
     ``nodes``: its calls in order. ``weights``: the placeholders that they read, by name. ``inputs``: values of earlier
-    stages that are used here or later. ``outputs``: values that are used later. ``dead``: call → values not used after it.
+    stages that are used here or later. ``outputs``: values that are used later. ``dead``: call → values that are not
+    used after it.
     """
 
     nodes: tuple[fx.Node, ...]

@@ -110,7 +110,7 @@ def keep_along(cut: Cut, dims: Sequence[Term], wanted: Sequence[int]) -> Tensor:
 
 
 def _fill(x: Tensor, keep: Keep, neutral: float) -> Tensor:
-    return x.masked_fill(~torch.tensor(keep, device=x.device), neutral)
+    return x.masked_fill(~torch.tensor(keep).to(x.device), neutral)
 
 
 # ---- statistics over kept channels ----
@@ -149,7 +149,7 @@ def masked_layer_norm(
 ) -> Tensor:
     """Layer norm over the last dimensions whose mean and variance run over kept channels; others come out as 0."""
     var, mean = masked_moments(keep, x, list(range(x.ndim - len(shape), x.ndim)), 0, True)
-    out = (x - mean) * torch.rsqrt(var + eps) * torch.tensor(keep, device=x.device)
+    out = (x - mean) * torch.rsqrt(var + eps) * torch.tensor(keep).to(x.device)
     return _affine(out, weight, bias, shape)
 
 
@@ -167,19 +167,19 @@ def masked_batch_norm(
 ) -> Tensor:
     """Batch norm by the input's own statistics over kept positions of all dimensions but 1; others come out as 0."""
     var, mean = masked_moments(keep, x, [d for d in range(x.ndim) if d != 1], 0, True)
-    out = (x - mean) * torch.rsqrt(var + eps) * torch.tensor(keep, device=x.device)
+    out = (x - mean) * torch.rsqrt(var + eps) * torch.tensor(keep).to(x.device)
     return _affine(out, weight, bias, [-1] + [1] * (x.ndim - 2))
 
 
 def masked_weight_norm(keep: Keep, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """A weight whose rows have the norms ``g``; removed rows have no direction and come out as 0."""
     weight: Tensor = torch.ops.aten._weight_norm.default(v, g, dim)
-    return weight.masked_fill(~torch.tensor(keep, device=v.device), 0)
+    return weight.masked_fill(~torch.tensor(keep).to(v.device), 0)
 
 
 def masked_moments(keep: Keep, x: Tensor, dim: list[int], correction: float, keepdim: bool) -> tuple[Tensor, Tensor]:
     """Variance and mean of ``x`` over the kept positions of ``dim``."""
-    kept = torch.tensor(keep, device=x.device).expand(x.shape)
+    kept = torch.tensor(keep).to(x.device).expand(x.shape)
     count = kept.sum(dim, keepdim=True)
     mean = (x * kept).sum(dim, keepdim=True) / count
     var = ((x - mean).square() * kept).sum(dim, keepdim=True) / (count - correction)
@@ -204,7 +204,7 @@ def masked_group_norm(
     *_: object,
 ) -> Tensor:
     """Group norm over [N, C, …]; its statistics run over each group's kept channels (``keep``: [C])."""
-    kept = torch.tensor(keep, device=x.device).reshape(groups, -1, 1)
+    kept = torch.tensor(keep).to(x.device).reshape(groups, -1, 1)
     grouped = x.reshape(x.shape[0], groups, kept.shape[1], -1)
     count = (kept.sum((1, 2), keepdim=True) * grouped.shape[-1]).clamp_min(1)
     mean = (grouped * kept).sum((2, 3), keepdim=True) / count

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from mptk.ir.families import Family
 from mptk.methods.criteria.base import Evidence, Scores, sum_members
 
@@ -19,4 +21,9 @@ from mptk.methods.criteria.base import Evidence, Scores, sum_members
 def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
     """s_u = Σ_{w of unit u} |w · ∂L/∂w|."""
     state, gradients = evidence.analysis.program.state, evidence.gradients
-    return sum_members(evidence, families, lambda name: (state[name].float() * gradients[name].float()).abs())
+
+    def importance(name: str) -> Tensor:
+        gradient = gradients[name].float()
+        return (state[name].to(gradient.device).float() * gradient).abs()
+
+    return sum_members(evidence, families, importance)

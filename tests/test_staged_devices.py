@@ -1,0 +1,84 @@
+"""Staged execution on another device than the one that was traced on: the same numbers, and nothing goes back unasked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import architectures
+import pytest
+import torch
+from cutting import random_plan
+from second_device import DEVICE, SecondDevice, SecondTensor
+from test_staged import built
+from torch import Tensor
+
+from mptk.compat.torch import FakeTensorMode
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.methods.criteria import score
+from mptk.methods.reconstruct import kept_units, reconstruct_consumers
+from mptk.runtime.staged import Executor
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+from passes.transforms.insert_masks import find_mask_sites
+from passes.transforms.masked_reference import mask
+from passes.transforms.rewrite import rewrite
+
+THERE = Executor(stage=12_000, device=DEVICE)
+
+
+def close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["decoder", "sliding windows", "mixture", "encoder and decoder", "images"])
+@torch.no_grad()
+def test_dense_masked_and_cut_programs_run_there(name: str) -> None:
+    program, inputs = built(name)
+    analysis = analyze(program)
+    plan = random_plan(analysis)
+    programs = [program, mask(analysis, resolve_plan(analysis, plan)), rewrite(analysis, plan)]
+    with SecondDevice() as mode:
+        found = list(THERE.outputs(programs, inputs))
+    assert all(isinstance(result, SecondTensor) for result in found)
+    assert not [shape for where, shape in mode.crossed if where == "to the host" and shape]
+    for result, expected in zip(found, [run(*given) for given in inputs for run in programs], strict=True):
+        torch.testing.assert_close(result.held, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["wanda", "flap", "taylor"])
+@pytest.mark.parametrize("model", ["decoder", "mixture"])
+def test_scores_are_made_there(name: str, model: str) -> None:
+    analysis, windows = analyze(built(model)[0]), architectures.tokens(5, 9)
+    families = ["q_heads"]
+    expected = score(analysis, name, windows, families=families)
+    with SecondDevice():
+        found = score(analysis, name, windows, families=families, executor=THERE)
+    close(found, expected)
+
+
+@torch.no_grad()
+def test_consumers_are_fitted_there() -> None:
+    model, windows = architectures.model("llama"), architectures.tokens(20, 9)
+    analysis = analyze(trace(model, dynamic=True))
+    plan = random_plan(analysis, ["ffn"])
+    sites, kept = find_mask_sites(analysis, model, ["ffn"]), kept_units(analysis, resolve_plan(analysis, plan), ["ffn"])
+    expected = dict(reconstruct_consumers(analysis, sites, kept, {}, windows))
+    with SecondDevice():
+        fitted = reconstruct_consumers(analysis, sites, kept, {}, windows, executor=THERE)
+        found = {name: fitted[name].to("cpu") for name in fitted}
+    close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["decoder", "mixture", "images"])
+def test_a_program_runs_on_a_gpu_that_does_not_exist(name: str) -> None:
+    """On fake CUDA tensors, which refuse to meet tensors of the CPU."""
+    program, inputs = built(name)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        fake = replace(program, state=program.state.updated({n: mode.from_tensor(t) for n, t in program.state.items()}))
+        batches = [tuple(mode.from_tensor(t) for t in given) for given in inputs]
+        found = list(replace(THERE, device=torch.device("cuda", 0)).outputs([fake], batches))
+    assert all(result.device.type == "cuda" for result in found)
+    assert [result.shape for result in found] == [program(*given).shape for given in inputs]

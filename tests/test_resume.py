@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lab import remembered
 from test_pruning import WORDS, gpt2, llama_config, save  # noqa: F401 (a fixture)
 from transformers import LlamaForCausalLM
 
@@ -43,7 +44,13 @@ class Stopped(BaseException):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama"))
+    return save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama") / "dense")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepared_once() -> Iterator[None]:
+    with remembered():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +159,8 @@ def test_without_resume_a_run_that_trains_is_refused_and_another_is_replaced(tmp
         RunFolder(tmp_path / "out", one_shot, resume=False)
 
 
-def test_a_mistake_in_the_text_leaves_no_folder(llama: str, tmp_path: Path) -> None:
-    with pytest.raises(MptkError, match="nowhere"):
-        mptk.prune(llama, tmp_path / "out", replace(SETTINGS, data="nowhere.txt"))
+def test_a_run_stopped_before_anything_is_finished_leaves_no_folder(
+    llama: str, settings: mptk.Settings, tmp_path: Path
+) -> None:
+    stopped(llama, tmp_path / "out", settings, Counter(), TEXT)
     assert list(tmp_path.iterdir()) == []

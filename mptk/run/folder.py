@@ -48,7 +48,8 @@ class RunFolder:
             if not (unfinished and resume):
                 file.unlink(missing_ok=True)
             elif file.read_text() != self._described:
-                changed = [k for k, v in json.loads(file.read_text()).items() if settings.get(k) != v]
+                given = json.loads(self._described)
+                changed = [k for k, v in json.loads(file.read_text()).items() if given.get(k) != v]
                 raise MptkError(f"{self.path} was started with other settings ({', '.join(changed)}); give the same")
         state.wait_for_everyone()
         self._found = frozenset(path.name for path in self.path.glob("*"))

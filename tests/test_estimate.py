@@ -67,6 +67,7 @@ def test_sizes_of_a_model(tied: bool) -> None:
         vocab=300,
         layers=2,
         fit=pytest.approx(2 * (2 / 3 * 96**3 + 2 * 48 * 96**2 + 2 / 3 * 64**3 + 2 * 48 * 64**2)),
+        fitted=2 * 48 * (96 + 64),
         stored=2,
     )
 
@@ -90,6 +91,8 @@ def test_everything_stays_if_the_bound_allows_it_and_is_read_once() -> None:
     operations = 1000 * (2 * sizes.products + 4 * 10 * 48 * 2)
     assert found.seconds["score"] == pytest.approx(operations / (costs.EFFICIENCY * 1e9))
     assert found.seconds["write"] == 0.75 * 2 * sizes.parameters / 2e6
+    fits = estimate(sizes, replace(WORK, passes={"reconstruct": Pass(200, 10)}), SLOW, bound=1e9)
+    assert fits.output["fitted weights"] == 4 * 2 * 48 * (96 + 64)
 
 
 def test_a_smaller_bound_takes_less_memory_more_time_and_temporary_files() -> None:

@@ -166,7 +166,6 @@ FIELDS: dict[str, Field] = {
     ),
     "tracker": Field("learning.tracker", str, TRAIN, "tensorboard, wandb or none."),
     "save_every": Field("learning.training.save_every", int, TRAIN, "Steps between checkpoints.", least=1),
-    "resume": Field("resume", bool, TRAIN, "Continue the unfinished run beside --out.", switch=True),
     "target": Field("target", str, WRITE, "stock: the model's own transformers class; graph: any widths."),
     "dtype": Field("dtype", str, WRITE, "Type of the stored weights: auto (as the model), float32, bfloat16, float16."),
     "max_shard_size": Field(
@@ -190,6 +189,7 @@ FIELDS: dict[str, Field] = {
         "quantize", str, WRITE, "More ONNX graphs to write: int8, int4, fp16, comma-separated.", names, empty=""
     ),
     "onnx_dtype": Field("onnx_dtype", str, WRITE, "Type of the ONNX graph: auto (as it computes), float32, float16."),
+    "resume": Field("resume", bool, WRITE, "Continue the unfinished run beside --out.", switch=True),
     "eval_data": Field("eval_data", str | None, TEXT, "Text for the perplexity in the report."),
     "eval_windows": Field("eval_windows", int, TEXT, "Windows for the perplexity in the report.", least=1),
     "eval_length": Field("eval_length", int, TEXT, "Tokens in such a window.", least=2),

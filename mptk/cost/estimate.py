@@ -61,7 +61,7 @@ class Sizes:
     ``blocks``: parameters of all blocks. ``stage``: of the largest block or, if it is larger, the largest tensor.
     ``products``: parameters that each token is multiplied with; of a mixture all experts. ``hidden``, ``widest``: most
     numbers of a token between blocks and within. ``fit``: operations that fit again what blocks add to
-    the residual stream.
+    the residual stream. ``fitted``: how many parameters these are.
     """
 
     parameters: int
@@ -74,6 +74,7 @@ class Sizes:
     vocab: int
     layers: int
     fit: float
+    fitted: int
     stored: int
 
     @staticmethod
@@ -87,6 +88,7 @@ class Sizes:
         narrow = min((min(shape) for shape in matrices), default=0)
         widest = max((max(shape) for shape in matrices), default=0)
         embedding = max((w.shape[1] for w in looked_up), default=narrow)
+        fitted = [(n, k) for n, k in matrices if k >= n == embedding]
         return Sizes(
             parameters=sum(count.values()),
             blocks=sum(inner),
@@ -97,7 +99,8 @@ class Sizes:
             heads=heads,
             vocab=vocab,
             layers=len(blocks),
-            fit=sum(2 / 3 * k**3 + 2 * n * k**2 for n, k in matrices if k >= n == embedding),
+            fit=sum(2 / 3 * k**3 + 2 * n * k**2 for n, k in fitted),
+            fitted=sum(n * k for n, k in fitted),
             stored=stored,
         )
 
@@ -179,6 +182,7 @@ def estimate(sizes: Sizes, work: Work, on: Machine, bound: float) -> Estimate:
     output = {
         "checkpoint": work.kept * sizes.parameters * sizes.stored,
         "ONNX": sum(work.onnx) * work.kept * sizes.parameters,
+        "fitted weights": 4 * sizes.fitted if "reconstruct" in work.passes else 0,
     }
     temporary = {
         "values between stages": borders - kept_borders,

@@ -22,6 +22,7 @@ from mptk.driver.budget import WidthSearch, budgeted, multiples
 from mptk.driver.changes import COMPENSATION, widened
 from mptk.driver.describe import describe, measured
 from mptk.driver.estimate import check_fits, estimated
+from mptk.driver.kept import kept_choice, kept_fit
 from mptk.driver.proof import check_proof, check_witness, prove_folder
 from mptk.errors import MptkError, explained
 from mptk.io.models import Loaded
@@ -74,7 +75,7 @@ def prune(
 
     Raises:
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
-            or a stage of the proof is above its tolerance. Then nothing is written.
+            or a stage of the proof is above its tolerance. Then ``out`` stays as it was.
     """
     settings = settings or Settings()
     trust = settings.trust_remote_code
@@ -117,7 +118,8 @@ def stages(job: Job, settings: Settings, context: Context) -> Report | None:
     prepared = prepare(job, settings, context)
     context = begin(job, prepared, context)
     text = read_text(prepared, context)
-    context = replace(context, accelerator=context.folder and start_training(settings.learning, context.folder))
+    if context.folder is not None and settings.steps:
+        context = replace(context, accelerator=start_training(settings.learning, context.folder))
     chosen = choose(job, prepared, text, context)
     witnessed = []
     if chosen.witness is not None:
@@ -126,12 +128,15 @@ def stages(job: Job, settings: Settings, context: Context) -> Report | None:
     chosen = reconstructed(prepared, chosen, text, context)
     compiled = compile_plan(prepared, chosen, text.calibration, context)
     compiled, more = recovered(compiled, text, context)
+    processes().wait_for_everyone()  # the others may still read what the folder keeps
     if not processes().is_main_process:
         return None
     report = written_folder(job, compiled, text, [*witnessed, *more], context)
-    if context.folder is not None:
-        context.folder.remove()
-    return measured(report, compiled, text, job.out, context)
+    try:
+        return measured(report, compiled, text, job.out, context)
+    finally:
+        if context.folder is not None:
+            context.folder.remove()
 
 
 # ---- before anything is cut ----
@@ -208,8 +213,8 @@ def legalise(
 
 
 def begin(job: Job, prepared: Prepared, context: Context) -> Context:
-    """The context with the folder of the unfinished run, if there is something to train."""
-    if not prepared.settings.steps:
+    """The context with the folder of the unfinished run, if there is something to choose or to train."""
+    if prepared.plan is not None and not prepared.settings.steps:
         return context
     settings = {k: v for k, v in asdict(prepared.settings).items() if k not in ELSEWHERE}
     return replace(context, folder=RunFolder(job.out, {"model": job.source, **settings}, prepared.settings.resume))
@@ -246,7 +251,7 @@ def choose(job: Job, prepared: Prepared, text: Text, context: Context) -> Chosen
         assert prepared.cut is not None
         return Chosen(prepared.plan, prepared.cut)
     s = prepared.settings
-    chosen = prepared.method.choose(prepared, text, context)
+    chosen = kept_choice(prepared, context.folder, lambda: prepared.method.choose(prepared, text, context))
     meta = {"model": prepared.source, "method": s.method, "sparsity": s.sparsity, "seed": s.seed}
     return replace(chosen, plan=Plan(chosen.plan.families, meta))
 
@@ -258,11 +263,15 @@ def reconstructed(prepared: Prepared, chosen: Chosen, text: Text, context: Conte
         wanted = prepared.method.reconstructs and prepared.plan is None
     if not wanted or not holds():
         return chosen
-    with context.stage("reconstruct"):
+
+    def fit() -> Weights:
         analysis, sites = prepared.analysis, [s for s in prepared.mask_sites if s.family in chosen.plan.families]
         kept = kept_units(analysis, chosen.cut, list({site.family: None for site in sites}))
         inputs, say = prepared.task.inputs(text.calibration), partial(context.progress, "reconstruct")
-        fitted = reconstruct_consumers(analysis, sites, kept, chosen.changes, inputs, say, prepared.executor)
+        return reconstruct_consumers(analysis, sites, kept, chosen.changes, inputs, say, prepared.executor)
+
+    with context.stage("reconstruct"):
+        fitted = kept_fit(prepared, context.folder, fit)
     return replace(chosen, changes=fitted, trained=tuple(fitted))
 
 
@@ -321,7 +330,7 @@ def written_folder(job: Job, compiled: Compiled, text: Text, witnessed: list[Dif
     prepared, chosen = compiled.prepared, compiled.chosen
     targets = written(prepared.target, prepared.settings)
     with publish(job.out) as folder:
-        if context.folder is not None:
+        if context.folder is not None and context.accelerator is not None:
             context.folder.finish(folder)
         chosen.plan.save(folder / "plan.json")
         if chosen.changes and not chosen.trained:

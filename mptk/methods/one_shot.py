@@ -16,8 +16,10 @@ from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import Cut, resolve_plan
 from mptk.methods import criteria
-from mptk.methods.criteria.base import Criterion
+from mptk.methods.criteria.base import Criterion, Scores
+from mptk.methods.criteria.observe import Observation, Site
 from mptk.run.chain import Chosen, Method, Prepared
+from mptk.run.processes import leads
 from mptk.run.sharing import sharing
 from mptk.run.values import Context, Text
 from passes.targets.legalize import describe
@@ -25,6 +27,8 @@ from passes.transforms.masked_reference import mask
 
 TOKENS = 1024
 """Calibration tokens on which the ways to divide the budget are compared."""
+SCORES = "scores"
+"""Name of the scores in the folder of an unfinished run."""
 AT_ONCE = 256
 """Tokens in a batch of these, of which there are logits."""
 
@@ -44,20 +48,13 @@ class OneShotMethod(Method):
         return self.criterion.summary
 
     def choose(self, prepared: Prepared, text: Text, context: Context) -> Chosen:
-        analysis, name, families = prepared.analysis, self.name, prepared.families
-        stage = f"score ({name})"
-        with context.stage(stage):
-            evidence = criteria.gather(
-                analysis,
-                name,
-                text.calibration,
-                families=families,
-                seed=prepared.settings.seed,
-                objective=prepared.task,
-                progress=partial(context.progress, stage),
-                executor=prepared.executor,
-            )
-            scores = criteria.score_evidence(evidence, name, families)
+        analysis, observations = prepared.analysis, dict[Site, Observation]()
+        folder = None if self.criterion.compensates else context.folder  # to compensate takes the observations, too
+        scores = None if folder is None else folder.earlier(SCORES)
+        if scores is None:
+            scores, observations = self._scored(prepared, text, context)
+            if folder is not None and leads():
+                folder.save(SCORES, scores)
         narrowed = [_narrowed(analysis, candidate.widths) for candidate in prepared.candidates]
         plans = [criteria.select(analysis, scores, widths) for widths in narrowed]
         with context.stage("choose widths"):
@@ -65,8 +62,24 @@ class OneShotMethod(Method):
         chosen = Chosen(plan, cut, losses=losses)
         if not self.criterion.compensates:
             return chosen
-        biases = criteria.compensate(analysis, cut, evidence.observations)
+        biases = criteria.compensate(analysis, cut, observations)
         return Chosen(plan, cut, biases.state, losses=losses, notes=(biases.statement,))
+
+    def _scored(self, prepared: Prepared, text: Text, context: Context) -> tuple[Scores, dict[Site, Observation]]:
+        """The scores of the families that are cut, and what they were made of."""
+        stage = f"score ({self.name})"
+        with context.stage(stage):
+            evidence = criteria.gather(
+                prepared.analysis,
+                self.name,
+                text.calibration,
+                families=prepared.families,
+                seed=prepared.settings.seed,
+                objective=prepared.task,
+                progress=partial(context.progress, stage),
+                executor=prepared.executor,
+            )
+            return criteria.score_evidence(evidence, self.name, prepared.families), dict(evidence.observations)
 
 
 def _best(
@@ -87,7 +100,8 @@ def _best(
     for batch in windows:
         for i in range(len(plans)):
             sums[i] += float(task.loss(next(results), batch.to(executor.device)))
-    losses = (share.total(sums.to(executor.device)) / task.predicted(ids)).tolist()
+    sums = sums if share.count == 1 else share.total(sums.to(executor.device))
+    losses = (sums / task.predicted(ids)).tolist()
     _, plan, cut = min(zip(losses, plans, cuts, strict=True), key=lambda tried: tried[0])
     return plan, cut, {describe(plan.widths): round(loss, 4) for plan, loss in zip(plans, losses, strict=True)}
 

@@ -1,4 +1,4 @@
-"""work: the folder of an unfinished run. Checkpoints are written whole or not at all, and the last two are kept."""
+"""folder: the folder of an unfinished run. Files are written whole or not at all. The last two checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -19,38 +19,53 @@ from mptk.files import json_text, write_file, write_text
 from mptk.run.processes import processes
 
 KEPT = 2
+SETTINGS = "settings.json"
 TRACKER = "tracker"
 """Folder of a tracker that writes files."""
 
 
 class RunFolder:
-    """``NAME.run`` beside the output folder ``NAME``: settings, text, checkpoints, metrics. Removed when all is done.
-    A run is unfinished from when its text is there.
+    """``NAME.run`` beside the output folder ``NAME``: settings, text, what stages gave, checkpoints, metrics.
+
+    Removed when all is done. A run is unfinished from when its text is there. Without ``resume`` one that trains
+    nothing is replaced.
 
     Raises:
-        MptkError: an unfinished run is there and ``resume`` is False; or it was started with other settings.
+        MptkError: an unfinished run that trains is there and ``resume`` is False; or it was started with other
+            settings.
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool) -> None:
         self.path = out.with_name(out.name + ".run")
-        described = json_text(settings, indent=1, sort_keys=True) + "\n"
-        file = self.path / "settings.json"
-        state = processes()
-        if not state.is_main_process:
-            state.wait_for_everyone()
-            return
-        if any(self.path.glob("*.safetensors")):
-            if not resume:
-                raise MptkError(f"{self.path} holds an unfinished run; add --resume to go on, or remove it")
-            if file.read_text() != described:
-                changed = [k for k, v in json.loads(file.read_text()).items() if settings.get(k) != v]
+        self._described = json_text(settings, indent=1, sort_keys=True) + "\n"
+        file, state = self.path / SETTINGS, processes()
+        if state.is_main_process:
+            unfinished = any(self.path.glob("*.safetensors"))
+            if unfinished and not resume:
+                if not file.is_file() or _trains(json.loads(file.read_text())):
+                    raise MptkError(f"{self.path} holds an unfinished run; add --resume to go on, or remove it")
+                self.remove()
+            if not (unfinished and resume):
+                file.unlink(missing_ok=True)
+            elif file.read_text() != self._described:
+                given = json.loads(self._described)
+                changed = [k for k, v in json.loads(file.read_text()).items() if given.get(k) != v]
                 raise MptkError(f"{self.path} was started with other settings ({', '.join(changed)}); give the same")
-        else:
-            write_text(file, described)
         state.wait_for_everyone()
+        self._found = frozenset(path.name for path in self.path.glob("*"))
+
+    def holds(self, file: str) -> bool:
+        """Whether a file was there when the run went on. All processes find the same."""
+        return file in self._found
+
+    def earlier(self, name: str) -> dict[str, Tensor] | None:
+        """What ``save`` wrote under that name before the run went on, or None."""
+        return self.tensors(name) if self.holds(f"{name}.safetensors") else None
 
     def save(self, name: str, tensors: Mapping[str, Tensor], **metadata: str) -> None:
         """Write ``NAME.safetensors``, whole or not at all."""
+        if not (self.path / SETTINGS).is_file():
+            write_text(self.path / SETTINGS, self._described)
         whole = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
         write_file(self.path / f"{name}.safetensors", lambda file: save_file(whole, file, metadata=metadata))
 
@@ -75,6 +90,7 @@ class RunFolder:
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """Append a line to ``metrics.jsonl``."""
+        self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(
                 json_text({"phase": phase, "step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n"
@@ -100,6 +116,12 @@ class RunFolder:
 
     def _checkpoints(self, phase: str) -> list[Path]:
         return sorted(p for p in self.path.glob(f"{phase}-*.safetensors") if re.fullmatch(rf"{phase}-\d+", p.stem))
+
+
+def _trains(settings: Mapping[str, Any]) -> bool:
+    """Whether settings, as an unfinished run keeps them, ask for training."""
+    learning = settings.get("learning", {})
+    return bool(learning.get("steps") != 0)
 
 
 def _earlier(line: str, phase: str, step: int) -> bool:

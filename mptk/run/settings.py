@@ -118,7 +118,7 @@ class Settings:
 
     How it is chosen: ``method``, on ``samples`` windows of ``length`` tokens of ``data`` (``self``: text that the model
     writes). ``reconstruct``: fit the consumers to the dense layers' outputs (None: if the method does by itself).
-    ``learning``: training with the method and after the cut. ``resume``: go on with an unfinished run.
+    ``learning``: training with the method and after the cut. ``resume``: go on with an unfinished run, if there is one.
 
     What is written: ``target``. ``dtype``: type of the stored weights (``auto``: the checkpoint's own).
     ``max_shard_size``: bytes of the largest file of weights (None: 5 GB). ``rehome``: if the model's config class

@@ -25,7 +25,10 @@ PROOF_SHAPE = (2, 48)
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage may use: where it says how far it is and, if the run trains, its folder and its processes."""
+    """What every stage may use: where it says how far it is and, if something is chosen or trained, the run's folder.
+
+    ``accelerator``: the processes of a run that trains.
+    """
 
     log: Log
     progress: Progress

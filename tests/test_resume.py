@@ -1,0 +1,166 @@
+"""A run that trains nothing, stopped and resumed: finished stages are kept, and the result is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import pkgutil
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lab import remembered
+from test_pruning import WORDS, gpt2, llama_config, save  # noqa: F401 (a fixture)
+from transformers import LlamaForCausalLM
+
+import mptk
+from mptk.errors import MptkError
+from mptk.run.folder import RunFolder
+from mptk.run.report import Report
+
+SETTINGS = mptk.Settings(
+    method="wanda", reconstruct=True, sparsity=0.35, samples=4, length=32, multiple=8, onnx=False, eval_length=32
+)
+TEXT, SCORE, WIDTHS = (
+    "mptk.tasks.causal_lm.calibration_windows",
+    "mptk.methods.criteria.gather",
+    "mptk.methods.one_shot._best",
+)
+FIT, CUT, WRITE = (
+    "mptk.driver.prune.reconstruct_consumers",
+    "mptk.driver.prune.cut_program",
+    "mptk.targets.stock.write_checkpoint",
+)
+SAVE = "mptk.run.folder.save_file"
+
+
+class Stopped(BaseException):
+    """What no handler of errors catches."""
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama") / "dense")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepared_once() -> Iterator[None]:
+    with remembered():
+        yield
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> mptk.Settings:
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(" ".join(random.Random(0).choices(WORDS, k=900)))
+    return replace(SETTINGS, data=str(text))
+
+
+@contextmanager
+def counted(counts: Counter[str], stop: str | None, call: int = 1) -> Iterator[None]:
+    """Count the calls of the stages that end. The nth call of ``stop`` half writes its file, if it has one, and stops."""
+
+    def watched(name: str) -> Callable[..., object]:
+        original, calls = pkgutil.resolve_name(name), iter(range(1, 1000))
+
+        def run(*args: object, **options: object) -> object:
+            if name == stop and next(calls) == call:
+                for path in (a for a in args if isinstance(a, Path) and a.suffix == ".tmp"):
+                    path.write_bytes(b"half")
+                raise Stopped
+            result = original(*args, **options)
+            counts[name] += 1
+            return result
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (TEXT, SCORE, WIDTHS, FIT, CUT, WRITE, SAVE):
+            patch.setattr(name, watched(name))
+        yield
+
+
+def stopped(model: str, out: Path, settings: mptk.Settings, counts: Counter[str], stop: str, call: int = 1) -> None:
+    with counted(counts, stop, call), pytest.raises(Stopped):
+        mptk.prune(model, out, settings)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    names = [path.name for path in folder.iterdir() if path.suffix == ".safetensors"]
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("plan.json", *names)}
+
+
+def require_resumed(model: str, settings: mptk.Settings, tmp_path: Path, stops: list[tuple[str, int]]) -> Counter[str]:
+    """A run stopped at each of ``stops`` gives what an unbroken one gives; returns how often each stage ended."""
+    unbroken, out, counts = tmp_path / "unbroken", tmp_path / "out", Counter[str]()
+    mptk.prune(model, unbroken, settings)
+    for stop, call in stops:
+        stopped(model, out, replace(settings, resume=True), counts, stop, call)
+        assert not out.exists()
+    with counted(counts, None):
+        mptk.prune(model, out, replace(settings, resume=True))
+    assert digests(out) == digests(unbroken)
+    expected, report = Report.read(unbroken), Report.read(out)
+    assert (report.notes, report.splits, report.perplexity) == (expected.notes, expected.splits, expected.perplexity)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "unbroken"]
+    return counts
+
+
+def test_a_stopped_run_keeps_each_finished_stage(llama: str, settings: mptk.Settings, tmp_path: Path) -> None:
+    stops = [SCORE, WIDTHS, FIT, CUT, WRITE]
+    counts = require_resumed(llama, settings, tmp_path, [(stop, 1) for stop in stops])
+    assert [counts[name] for name in (TEXT, SCORE, WIDTHS, FIT)] == [1, 1, 1, 1]
+
+
+def test_a_stage_stopped_while_its_weights_are_written_runs_again(
+    llama: str,
+    settings: mptk.Settings,
+    tmp_path: Path,
+) -> None:
+    counts = require_resumed(llama, settings, tmp_path, [(FIT, 1), (SAVE, 2)])
+    assert [counts[name] for name in (SCORE, WIDTHS, FIT)] == [1, 1, 2]
+
+
+def test_flaps_biases_and_note_are_kept(gpt2: str, settings: mptk.Settings, tmp_path: Path) -> None:  # noqa: F811
+    flap = replace(settings, method="flap", families=("ffn",), widths={"ffn": 48}, reconstruct=None)
+    counts = require_resumed(gpt2, flap, tmp_path, [(CUT, 1)])
+    assert counts[SCORE] == 1
+    assert "compensation.safetensors" in digests(tmp_path / "out")
+
+
+def test_other_settings_are_refused_with_resume_and_start_anew_without(
+    llama: str,
+    settings: mptk.Settings,
+    tmp_path: Path,
+) -> None:
+    out, counts = tmp_path / "out", Counter[str]()
+    stopped(llama, out, settings, counts, SCORE)
+    other = replace(settings, method="magnitude", reconstruct=None)
+    with pytest.raises(MptkError, match=r"other settings \(method, reconstruct\); give the same"):
+        mptk.prune(llama, out, replace(other, resume=True))
+    stopped(llama, out, other, counts, SCORE)
+    with counted(counts, None):
+        mptk.prune(llama, out, replace(other, resume=True, device="cpu"))
+    assert counts[TEXT] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_without_resume_a_run_that_trains_is_refused_and_another_is_replaced(tmp_path: Path) -> None:
+    one_shot, training = ({"learning": {"steps": steps}} for steps in (0, 3))
+    RunFolder(tmp_path / "out", one_shot, resume=False).save("text", {"ids": torch.ones(2)})
+    work = RunFolder(tmp_path / "out", training, resume=False)
+    assert work.tensors("text") is None
+    work.save("text", {"ids": torch.ones(3)})
+    with pytest.raises(MptkError, match="unfinished run; add --resume"):
+        RunFolder(tmp_path / "out", one_shot, resume=False)
+
+
+def test_a_run_stopped_before_anything_is_finished_leaves_no_folder(
+    llama: str, settings: mptk.Settings, tmp_path: Path
+) -> None:
+    stopped(llama, tmp_path / "out", settings, Counter(), TEXT)
+    assert list(tmp_path.iterdir()) == []

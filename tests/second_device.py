@@ -34,9 +34,16 @@ class _Module(_DummyBackendModule):
     def is_available(self) -> bool:
         return False
 
+    def get_rng_state(self, *_: object) -> Tensor:
+        """That of the CPU, which draws the device's numbers, too."""
+        return torch.get_rng_state()
 
-_setup_privateuseone_for_python_backend("second", _Module(), _Hook())
-DEVICE = torch.device("second", 0)
+    def set_rng_state(self, *_: object) -> None:
+        """The CPU's is set by itself."""
+
+
+_setup_privateuseone_for_python_backend("stand_in", _Module(), _Hook())
+DEVICE = torch.device("stand_in", 0)
 
 
 _held: list[weakref.ref[Tensor]] = []

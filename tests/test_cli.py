@@ -202,7 +202,7 @@ def test_progress_is_lines_where_stderr_is_no_terminal(pruned):
     stages = [re.sub(r" \d+/\d+$", "", line.split(" s  ")[1]) for line in lines[1:]]
     steps = ["load", "trace", "analyse", "legalise", "calibration text", "score (wanda)", "choose widths"]
     assert list(dict.fromkeys(stages))[:7] == steps
-    assert {"write stock", "write onnx", "prove", "perplexity (dense)", "perplexity (pruned)"} <= set(stages)
+    assert {"write stock", "write onnx", "prove", "perplexity"} <= set(stages)
 
 
 def test_verify_passes_until_a_weight_of_the_folder_changes(pruned, tmp_path, mptk):

@@ -174,7 +174,7 @@ def test_a_bfloat16_state_is_written_in_the_type_of_the_graph(tmp_path: Path) ->
     rounded_state = {n: t.detach().bfloat16() if t.is_floating_point() else t for n, t in program.state.items()}
     full = {n: t.to(program.state[n].dtype) for n, t in rounded_state.items()}
     found, expected = (
-        constants(emit_onnx(replace(program, state=state), tmp_path / name))
+        constants(emit_onnx(replace(program, state=Weights(state)), tmp_path / name))
         for name, state in (("stored", rounded_state), ("float32", full))
     )
     assert_same(found, expected)

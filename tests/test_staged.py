@@ -10,10 +10,12 @@ from pathlib import Path
 import architectures
 import pytest
 import torch
+import toy_checkpoints
 from cutting import random_plan
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
+import mptk
 from mptk.errors import MptkError
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
@@ -261,3 +263,18 @@ def test_a_device_that_is_not_there_is_refused(name: str) -> None:
 def test_a_word_that_is_no_device_is_refused() -> None:
     with pytest.raises(MptkError, match="no device 'gpu'; choose auto"):
         find_device("gpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "wanda"}, "text that the model writes needs all weights in memory, .*; give text with --data"),
+        ({"method": "maskprune"}, "training holds all weights in memory, .*; give a one-shot --method without --steps"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused_if_it_does_not_fit(tmp_path: Path, changes: dict, said: str) -> None:
+    toy_checkpoints.llama().save_pretrained(tmp_path / "dense")
+    toy_checkpoints.tokenizer().save_pretrained(tmp_path / "dense")
+    with pytest.raises(MptkError, match=said):
+        mptk.prune(str(tmp_path / "dense"), tmp_path / "out", Settings(memory=100_000, **changes))
+    assert not (tmp_path / "out").exists()

@@ -25,9 +25,10 @@ from mptk.driver.estimate import check_fits, estimated
 from mptk.driver.kept import kept_choice, kept_fit
 from mptk.driver.proof import check_proof, check_witness, prove_folder
 from mptk.errors import MptkError, explained
+from mptk.io.data import SELF
 from mptk.io.models import Loaded
 from mptk.io.publish import check_replaceable, publish
-from mptk.io.resident import Resident
+from mptk.io.resident import Resident, free_memory
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log, Record
 from mptk.ir.plan import Plan
@@ -171,6 +172,7 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     resident, executor = execution(settings)
     with context.stage("load"):
         loaded, task = job.load(resident)
+    check_whole(loaded, settings)
     if settings.steps and not task.causal:
         raise MptkError(f"training distils next tokens, but {job.source} is no decoder; use --method wanda, no --steps")
     with context.stage("trace"):
@@ -184,6 +186,21 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     if settings.steps and not settings.learning.rank and whole:
         raise MptkError(f"all weights cannot be trained where {whole[0]} is cut, as norms follow it; use --rank 16")
     return prepared
+
+
+def check_whole(loaded: Loaded, settings: Settings) -> None:
+    """Raise MptkError if the run needs all weights in memory at once and they do not fit."""
+    needed = 4 * sum(p.numel() for p in loaded.model.parameters())
+    room = free_memory() if settings.memory is None else settings.memory
+    if (settings.steps or settings.data == SELF) and needed > room:
+        what, remedy = (
+            ("training holds", "give a one-shot --method without --steps")
+            if settings.steps
+            else ("text that the model writes needs", "give text with --data")
+        )
+        raise MptkError(
+            f"{what} all weights in memory, {needed / 1e9:.1f} GB of {room / 1e9:.1f} GB; {remedy}, or more --memory"
+        )
 
 
 def traced(loaded: Loaded, task: Task, executor: Executor) -> Program:

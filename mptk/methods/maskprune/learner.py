@@ -108,7 +108,7 @@ class Learner:
     def _learned(self, prepared: Prepared, text: Text) -> Chosen:
         analysis = prepared.analysis
         begins = self.folder.latest("masks") is None
-        prior = self._prior(analysis, prepared.families, text.calibration) if begins else {}
+        prior = self._prior(prepared, text.calibration) if begins else {}
         student, masks, solver, loop = self.begin(prepared)
         if begins:
             solver.prior = {family: values.to(solver.device) for family, values in prior.items()}
@@ -151,10 +151,11 @@ class Learner:
         loop = self._loop(student, teacher, self.mask_steps, "masks", each_step=each_step, extra=extra)
         return student, masks, solver, loop
 
-    def _prior(self, analysis: Analysis, families: Sequence[str], calibration: Tensor) -> Scores:
+    def _prior(self, prepared: Prepared, calibration: Tensor) -> Scores:
         """Wanda's scores: an estimate of √F from weights and inputs, without gradients."""
-        say = partial(self.progress, "activations")
-        evidence = gather(analysis, "wanda", calibration, families=families, progress=say)
+        families, say = prepared.families, partial(self.progress, "activations")
+        analysis, executor = prepared.analysis, prepared.executor
+        evidence = gather(analysis, "wanda", calibration, families=families, progress=say, executor=executor)
         return {family: values.detach().cpu() for family, values in score_evidence(evidence, "wanda", families).items()}
 
     def _saliency(self, student: PeftModel, solver: Solver, calibration: Tensor) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
@@ -18,6 +19,7 @@ from mptk.ir.resolved_plan import Cut, resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Criterion, Scores
 from mptk.methods.criteria.observe import Observation, Site
+from mptk.progress import Count
 from mptk.run.chain import Chosen, Method, Prepared
 from mptk.run.processes import leads
 from mptk.run.sharing import sharing
@@ -87,23 +89,35 @@ def _best(
 ) -> tuple[Plan, Cut, dict[str, float]]:
     """The plan with the lowest loss of its masked program on some calibration text, its cut, and widths → loss."""
     ids = text.calibration[: max(1, TOKENS // text.calibration.shape[1])]
-    task, executor = prepared.task, prepared.executor
     cuts = [resolve_plan(prepared.analysis, plan) for plan in plans]
     if len(plans) == 1:
         return plans[0], cuts[0], {}
-    masked = [mask(prepared.analysis, cut) for cut in cuts]
-    share = sharing(-(-len(ids) // (each := max(1, AT_ONCE // ids.shape[1]))))
-    windows = share.own(ids.split(each))
-    say = partial(context.progress, "choose widths")
-    results = executor.outputs(masked, [(task.inputs(batch),) for batch in windows], say)
-    sums = torch.zeros(len(plans), dtype=torch.float64)
-    for batch in windows:
-        for i in range(len(plans)):
-            sums[i] += float(task.loss(next(results), batch.to(executor.device)))
-    sums = sums if share.count == 1 else share.total(sums.to(executor.device))
-    losses = (sums / task.predicted(ids)).tolist()
+    losses = _losses(prepared, cuts, ids, partial(context.progress, "choose widths"))
     _, plan, cut = min(zip(losses, plans, cuts, strict=True), key=lambda tried: tried[0])
     return plan, cut, {describe(plan.widths): round(loss, 4) for plan, loss in zip(plans, losses, strict=True)}
+
+
+def _losses(prepared: Prepared, cuts: Sequence[Cut], ids: Tensor, progress: Count) -> list[float]:
+    """The mean loss of each masked program on ``ids`` [windows, length], in nats. The processes of a run share them.
+
+    Programs run side by side, to read weights once, or one after the other if all weights stay in memory.
+    """
+    task, executor, program = prepared.task, prepared.executor, prepared.analysis.program
+    each = max(1, AT_ONCE // ids.shape[1])
+    share = sharing(-(-len(ids) // each))
+    windows = share.own(ids.split(each))
+    fits = sum(like.nbytes for like in program.state.likes.values()) <= executor.stage
+    sums = torch.zeros(len(cuts), dtype=torch.float64)
+    for first in range(0, len(cuts), at_once := 1 if fits else len(cuts)):
+        masked = [mask(prepared.analysis, cut) for cut in cuts[first : first + at_once]]
+        results = executor.outputs(masked, [(task.inputs(batch),) for batch in windows])
+        for batch in windows:
+            for i in range(first, first + at_once):
+                sums[i] += float(task.loss(next(results), batch.to(executor.device)))
+        progress(first + at_once, len(cuts))
+    sums = sums if share.count == 1 else share.total(sums.to(executor.device))
+    losses: list[float] = (sums / task.predicted(ids)).tolist()
+    return losses
 
 
 def _narrowed(analysis: Analysis, widths: Mapping[str, int]) -> dict[str, int]:

@@ -8,7 +8,7 @@ each, then the next stage, so that they share what they read. Gradients are made
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,7 @@ class Executor:
     def gradients(
         self,
         program: Program,
-        names: Iterable[str],
+        names: Collection[str],
         inputs: Sequence[Inputs],
         loss: Callable[[Any, int], Tensor],
         progress: Count | None = None,
@@ -104,13 +104,15 @@ class Executor:
         kept = Shelf(self.borders)
         above: list[Values] = [{} for _ in inputs]
         for k in reversed(range(len(run.stages))):
-            leaves = {node: weight.detach().requires_grad_(_learns(weight)) for node, weight in run.load(k).items()}
+            wanted = {node: program.weights[node.name] in names for node in run.stages[k].weights}
+            leaves = {node: weight.detach().requires_grad_(wanted[node]) for node, weight in run.load(k).items()}
             for i in range(len(inputs)):
                 above[i] = run.back(k, leaves, i, above[i], loss)
                 count.step()
             for node, leaf in leaves.items():
-                if (name := program.weights[node.name]) in names:
-                    kept.add(name, total(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad))
+                if wanted[node]:
+                    gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+                    kept.add(program.weights[node.name], total(gradient))
         return kept.weights({name: program.state.like(name) for name in names})
 
 
@@ -204,7 +206,8 @@ class _Run(fx.Interpreter):
                 pairs: list[tuple[Tensor, Tensor | None]] = [(loss(self._result(values), i), None)]
             else:
                 pairs = [(values[n], g) for n, g in above.items() if values[n].requires_grad]
-        torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
+        if pairs:  # the first layers may have no weight that is asked for
+            torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
         return {n: v.grad for n, v in given.items() if isinstance(v, Tensor) and v.grad is not None}
 
     def run_stage(self, stage: Stage, weights: Mapping[fx.Node, Tensor], values: Values) -> Values:

@@ -240,3 +240,22 @@ class TestHub:
         with pytest.raises(MptkError, match=f"'{name}' is no packaged alias .*check the name") as caught:
             models.load(name)
         assert "\n" not in str(caught.value)
+
+
+def test_converted_weights_can_be_read_as_long_as_anything_has_them(tmp_path: Path) -> None:
+    """A mixture's experts are converted into a temporary folder, which a program may outlive its model with."""
+    import gc
+
+    import architectures
+
+    from mptk.io.resident import Resident
+
+    model = architectures.model("mixtral")
+    model.save_pretrained(tmp_path)
+    loaded = models.open_weights(str(tmp_path), Resident(0))
+    assert loaded.weights is not None
+    name = next(name for name in loaded.weights if "experts" in name)
+    some = loaded.weights.selected({name: name})
+    del loaded
+    gc.collect()
+    assert torch.equal(some[name], model.state_dict()[name])

@@ -93,6 +93,10 @@ def load(
     return _load(model, trust_remote_code, local, dtype=dtype)
 
 
+class Scratch:
+    """What holds a temporary folder: the folder goes with the last weight that may be read from it."""
+
+
 def open_weights(model: str, resident: Resident, *, trust_remote_code: bool = False, local: bool = False) -> Loaded:
     """As ``load`` in float32, but weights are read when they are asked for. ``resident`` keeps what fits.
 
@@ -105,10 +109,13 @@ def open_weights(model: str, resident: Resident, *, trust_remote_code: bool = Fa
     likes = {name: tensor.detach() for name, tensor in loaded.model.state_dict(keep_vars=True).items()}
     index = take_offload_index(loaded.model)
     held = {file: dtypes_in(file) for file in {file for file, _ in index.values()}}
-    entries = {n: stored_weight(file, key, likes[n], resident, held[file][key]) for n, (file, key) in index.items()}
-    weights = Weights(entries)
-    weakref.finalize(weights, scratch.cleanup)
-    return replace(loaded, weights=weights)
+    owner = Scratch()
+    weakref.finalize(owner, scratch.cleanup)
+    entries = {
+        name: stored_weight(file, key, likes[name], resident, held[file][key], owner)
+        for name, (file, key) in index.items()
+    }
+    return replace(loaded, weights=Weights(entries))
 
 
 def _load(model: str, trust: bool, local: bool, **options: object) -> Loaded:

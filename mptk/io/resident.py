@@ -38,10 +38,20 @@ class Resident:
         return tensor
 
 
-def stored_weight(file: Path, key: str, like: Tensor, resident: Resident, held: torch.dtype | None = None) -> Lazy:
-    """The tensor ``key`` of a safetensors file, in the type of ``like``. ``held``: its type in the file."""
+def stored_weight(
+    file: Path,
+    key: str,
+    like: Tensor,
+    resident: Resident,
+    held: torch.dtype | None = None,
+    owner: object = None,
+) -> Lazy:
+    """The tensor ``key`` of a safetensors file, in the type of ``like``. ``held``: its type in the file.
 
-    def read() -> Tensor:
+    ``owner``: kept for as long as the weight can be read, as what removes the file's folder.
+    """
+
+    def read(_: object = owner) -> Tensor:
         with safe_open(file, "pt") as opened:  # each tensor has a mapping of its own, which is closed with it
             tensor: Tensor = opened.get_tensor(key)
         return tensor.to(like.dtype)

@@ -45,7 +45,8 @@ class CausalLM(Task):
 
     def check(self, loaded: Loaded, logits: LogitsFn) -> None:
         found = logits(torch.tensor([[1, 2], [1, 3]]))
-        name, vocabulary = type(loaded.model).__name__, loaded.model.config.get_text_config().vocab_size
+        name = type(loaded.model).__name__
+        vocabulary = getattr(loaded.model.config.get_text_config(), "vocab_size", 0)  # a model's own config may lack it
         if not isinstance(found, Tensor) or found.ndim != 3 or found.shape[1] != 2 or found.shape[2] < vocabulary:
             raise wrong_kind(loaded.source, f"no {self.summary}: {name} gives no logits for every token")
         first = found[:, 0].float()

@@ -88,7 +88,7 @@ def recover(
     settings = settings_from({**options, "steps": steps})
     measured = ("eval_data", "eval_windows", "eval_length")
     given = ("data", "length", "seed", "resume", "onnx", "logits", "quantize", "onnx_dtype", "proof_length")
-    machine = ("max_shard_size", "memory", "device")
+    machine = ("max_shard_size", "memory", "device", "compute_dtype")
     changes: dict[str, object] = {name: getattr(settings, name) for name in (*given, *measured, *machine)}
     with stages(err) as progress:
         result = recovery.recover(

@@ -272,7 +272,7 @@ def proof_view(proof: Sequence[Row]) -> Table:
         table.add_column(column, justify="right")
     table.add_column("")
     for d in proof:
-        said = ", ".join(["ok" if d["ok"] else "FAILED", *([d["widened"]] if d.get("widened") else [])])
+        said = ", ".join(["ok" if d["ok"] else "FAILED", *(d[key] for key in ("widened", "ran") if d.get(key))])
         table.add_row(d["stage"], f"{d['max_abs']:.1e}", f"{d['relative']:.1e}", f"{d['tolerance']:.0e}", said)
     return table
 
@@ -322,7 +322,10 @@ def bench_markdown(result: Bench) -> str:
 
 def _peaks(result: Bench) -> list[str]:
     return [
-        f"{threads} thread{'s' * (threads != 1)}: {peak.flops / 1e9:.0f} GFLOP/s in a matrix product, "
-        f"{peak.bandwidth / 1e9:.1f} GB/s read"
-        for threads, peak in result.peaks.items()
+        f"ran in {', '.join(result.providers)}",
+        *(
+            f"{threads} thread{'s' * (threads != 1)}: {peak.flops / 1e9:.0f} GFLOP/s in a matrix product, "
+            f"{peak.bandwidth / 1e9:.1f} GB/s read"
+            for threads, peak in result.peaks.items()
+        ),
     ]

@@ -57,7 +57,8 @@ def measured(report: Report, compiled: Compiled, text: Text, folder: Path, conte
     prepared = compiled.prepared
     rounded: dict[str, LogitsFn] = {}
     if prepared.settings.logits == "all":
-        rounded = {scheme: OrtDecoder(folder / row["file"]).torch_logits for scheme, row in report.quantized.items()}
+        device, files = prepared.executor.device, {s: folder / row["file"] for s, row in report.quantized.items()}
+        rounded = {scheme: OrtDecoder(file, device=device).torch_logits for scheme, file in files.items()}
 
     def runs(batches: Sequence[Tensor], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
         programs = {"dense": prepared.analysis.program, "pruned": compiled.program}

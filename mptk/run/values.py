@@ -99,8 +99,10 @@ class Checks:
     """What a target puts up for proof.
 
     ``exact``: differences of what is compared without being run: configs, stored weights. ``stages``: stage of the
-    proof → its logits, and the largest difference relative to the largest logit.
+    proof → its logits, and the largest difference relative to the largest logit. ``ran``: stage → what ran it, if it is
+    not torch.
     """
 
     exact: tuple[Difference, ...] = ()
     stages: Mapping[str, tuple[Program | StageLogits, float]] = field(default_factory=dict)
+    ran: Mapping[str, str] = field(default_factory=dict)

@@ -49,13 +49,13 @@ class OnnxTarget(Target):
     def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
         if not (folder / FOLDER).is_dir():
             return Checks()
-        decoder = OrtDecoder(folder / FOLDER)
+        decoder = OrtDecoder(folder / FOLDER, device=compiled.prepared.executor.device)
         tolerance = HALF_TOLERANCE if decoder.half else RUNTIME_TOLERANCE
         stages: dict[str, tuple[StageLogits, float]] = {
             "ONNX Runtime prefill": (lambda ids: torch.from_numpy(decoder.prefill(ids.numpy())[0]), tolerance),
             "ONNX Runtime decode": (lambda ids: decoded(decoder, ids, crossed), tolerance),
         }
-        return Checks(stages=stages)
+        return Checks(stages=stages, ran=dict.fromkeys(stages, decoder.providers[0]))
 
     def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Tensor]) -> list[Difference]:
         """For each quantised graph: the weights' error over the rounding limit, and the logits' error in nats a token.
@@ -67,12 +67,13 @@ class OnnxTarget(Target):
         """
         main = folder / FOLDER / "model.onnx"
         files = sorted((folder / FOLDER).glob("model_*.onnx"))
-        found = [d for file in files for d in _quantized(file, main, file.stem.removeprefix("model_"), batches)]
+        device = compiled.prepared.executor.device
+        found = [d for file in files for d in _quantized(file, main, file.stem.removeprefix("model_"), batches, device)]
         if main.is_file() and OrtDecoder(main).half:
             with tempfile.TemporaryDirectory() as temporary:
                 settings = replace(compiled.prepared.settings, onnx_dtype="float32")
                 _export(compiled, settings, batches[0], Path(temporary), Log())
-                found += _quantized(main, Path(temporary) / main.name, "fp16", batches)
+                found += _quantized(main, Path(temporary) / main.name, "fp16", batches, device)
         return found
 
 
@@ -83,11 +84,13 @@ def _export(compiled: Compiled, settings: Settings, text: Tensor, folder: Path, 
     prepared.task.export(prepared, compiled.chosen.plan, state, text, folder, log)
 
 
-def _quantized(file: Path, whole: Path, scheme: str, batches: Sequence[Tensor]) -> list[Difference]:
+def _quantized(
+    file: Path, whole: Path, scheme: str, batches: Sequence[Tensor], device: torch.device
+) -> list[Difference]:
     """The differences of ``file`` from its float32 graph ``whole``."""
     try:
         share = check_quantized(whole, file, scheme)
-        small, full = OrtDecoder(file), OrtDecoder(whole)
+        small, full = OrtDecoder(file, device=device), OrtDecoder(whole, device=device)
         pairs = [[torch.from_numpy(g.logits(ids.numpy())) for g in (small, full)] for ids in batches]
     except MptkError:
         raise
@@ -97,7 +100,7 @@ def _quantized(file: Path, whole: Path, scheme: str, batches: Sequence[Tensor]) 
     apart = max(divergence(*pair) for pair in pairs)
     return [
         Difference(f"{scheme} weights", share, share, 1.0),
-        Difference(f"{scheme} logits", apart, apart, DIVERGENCES[scheme]),
+        Difference(f"{scheme} logits", apart, apart, DIVERGENCES[scheme], ran=small.providers[0]),
     ]
 
 

@@ -144,12 +144,15 @@ def stages(job: Job, settings: Settings, context: Context) -> Report | None:
 
 
 def settled(settings: Settings) -> Settings:
-    """The settings with a number of training steps. If they name none, the method decides."""
+    """The settings with a number of training steps, by default the method's, and the type in which training runs."""
     steps = settings.learning.steps
     if steps is None:
         learns = settings.plan is None and find_method(settings.method).learns
         steps = DEFAULT_STEPS if learns else 0
-    return replace(settings, learning=replace(settings.learning, steps=steps))
+    precision = settings.learning.precision
+    if precision == "no" and settings.compute_dtype == "bfloat16":
+        precision = "bf16"
+    return replace(settings, learning=replace(settings.learning, steps=steps, precision=precision))
 
 
 def check_settings(settings: Settings) -> None:
@@ -285,7 +288,7 @@ def reconstructed(prepared: Prepared, chosen: Chosen, text: Text, context: Conte
         analysis, sites = prepared.analysis, [s for s in prepared.mask_sites if s.family in chosen.plan.families]
         kept = kept_units(analysis, chosen.cut, list({site.family: None for site in sites}))
         inputs, say = prepared.task.inputs(text.calibration), partial(context.progress, "reconstruct")
-        return reconstruct_consumers(analysis, sites, kept, chosen.changes, inputs, say, prepared.executor)
+        return reconstruct_consumers(analysis, sites, kept, chosen.changes, inputs, say, prepared.calibrator)
 
     with context.stage("reconstruct"):
         fitted = kept_fit(prepared, context.folder, fit)

@@ -79,7 +79,7 @@ class OneShotMethod(Method):
                 seed=prepared.settings.seed,
                 objective=prepared.task,
                 progress=partial(context.progress, stage),
-                executor=prepared.executor,
+                executor=prepared.calibrator,
             )
             return criteria.score_evidence(evidence, self.name, prepared.families), dict(evidence.observations)
 
@@ -102,7 +102,7 @@ def _losses(prepared: Prepared, cuts: Sequence[Cut], ids: Tensor, progress: Coun
 
     Programs run side by side, to read weights once, or one after the other if all weights stay in memory.
     """
-    task, executor, program = prepared.task, prepared.executor, prepared.analysis.program
+    task, executor, program = prepared.task, prepared.calibrator, prepared.analysis.program
     each = max(1, AT_ONCE // ids.shape[1])
     share = sharing(-(-len(ids) // each))
     windows = share.own(ids.split(each))

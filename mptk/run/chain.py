@@ -11,7 +11,7 @@ protocol and inherits the defaults.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,6 +66,11 @@ class Prepared:
     def dtype(self) -> torch.dtype:
         """The type in which the weights are stored."""
         return stored_type(self.settings, self.loaded)
+
+    @property
+    def calibrator(self) -> Executor:
+        """Runs its programs to choose and to fit, in the type that the settings name; the proof never uses it."""
+        return replace(self.executor, compute=getattr(torch, self.settings.compute_dtype))
 
     @property
     def families(self) -> list[str]:

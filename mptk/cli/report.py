@@ -254,7 +254,12 @@ def estimate_view(found: Estimate) -> Lines:
     table = Table(show_edge=False)
     for column, justify in (("", "left"), ("for", "left"), ("about", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for what, parts in (("memory", {**found.needed, **found.held}), ("disk", {**found.output, **found.temporary})):
+    needed = (
+        ("memory", {**found.needed, **found.held}),
+        *([(f"memory on {found.device}", found.there)] if found.device else []),
+        ("disk", {**found.output, **found.temporary}),
+    )
+    for what, parts in needed:
         for number, (name, size) in enumerate(parts.items()):
             table.add_row("" if number else what, name, size_text(size))
         table.add_row("", "in all", size_text(sum(parts.values())), style="bold", end_section=True)

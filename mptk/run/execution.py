@@ -23,9 +23,17 @@ def execution(settings: Settings) -> tuple[Resident, Executor]:
     """
     bound, device = memory_bound(settings.memory), find_device(settings.device)
     stage = STAGE * bound
-    if device.type == "cuda":
-        stage = min(stage, STAGE * torch.cuda.mem_get_info(device)[0])
+    if (room := device_memory(device)) is not None:
+        stage = min(stage, STAGE * room)
     return Resident(int(KEPT * bound)), Executor(stage=stage, borders=BORDERS * bound, device=device)
+
+
+def device_memory(device: torch.device) -> float | None:
+    """Free bytes of the device's own memory; None if it has none, or does not say."""
+    if device.type == "cpu":
+        return None
+    asked = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return None if asked is None else float(asked(device)[0])
 
 
 def find_device(name: str) -> torch.device:

@@ -7,6 +7,7 @@ code. A model's own Python code runs only if the caller trusts it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import weakref
 from collections.abc import Iterator
@@ -292,6 +293,7 @@ def classes_of(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
     return set(model_classes(auto, config))
 
 
+@functools.cache
 def _auto_names() -> list[str]:
     names = {name for name in dir(transformers) if name.startswith("AutoModelFor")}
     return [*_FIRST_TASKS, *sorted(names.difference(_FIRST_TASKS)), "AutoModel"]

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from mptk.files import json_text
 from mptk.io.deferred import Deferred, deferred, made, sources
 from mptk.ir.weights import Weights
 
@@ -72,7 +73,7 @@ def _layout(tensors: Mapping[str, Deferred], metadata: dict[str, str] | None) ->
             places[name], begin = end, end
             end += tensors[name].nbytes
             entry |= {"shape": list(tensors[name].shape), "data_offsets": [begin, end]}
-    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header = json_text(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % ALIGNED)
     return len(header).to_bytes(8, "little") + header, places
 

@@ -17,6 +17,8 @@ from mptk.run.settings import Settings, settings_from_json
 
 FILE = "report.json"
 FORMAT = "mptk-report/1"
+PROVEN_ON = "proof/inputs.safetensors"
+"""The samples of the proof, the model's inputs by name. It lies apart: programs take any *.safetensors for weights."""
 Row = Mapping[str, Any]
 """An object of the JSON file."""
 
@@ -45,7 +47,6 @@ class Report:
     perplexity: Row
     quantized: Mapping[str, Row]
     proof: Sequence[Row]
-    proof_tokens: Sequence[Sequence[int]]
     proof_length: int
     config_changes: Mapping[str, Sequence[Any]]
     plan_sha256: str

@@ -45,7 +45,7 @@ from mptk.run.chain import Chosen, Compiled, Prepared, Task, stored_type
 from mptk.run.execution import execution
 from mptk.run.folder import RunFolder
 from mptk.run.processes import describe as describe_processes
-from mptk.run.processes import holds, leads, processes
+from mptk.run.processes import holds, leads, once, processes
 from mptk.run.report import Report
 from mptk.run.settings import DEFAULT_STEPS, Settings
 from mptk.run.values import Context, SampleSets
@@ -240,7 +240,7 @@ def legalise(
         plan = Plan.load(settings.plan)
         return replace(prepared, plan=plan, cut=resolve_plan(analysis, plan))
     search = WidthSearch(analysis, legal, cost, loaded.model, method, target, settings)
-    return replace(prepared, candidates=tuple(search.candidates()))
+    return replace(prepared, candidates=tuple(once(search.candidates)))
 
 
 # ---- choosing ----

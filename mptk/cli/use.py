@@ -144,7 +144,7 @@ def evaluate(
             measured = evaluation.perplexity(
                 lambda ids: loaded.model(ids, use_cache=False).logits,
                 held_out,
-                data=data,
+                data=text.protocol_name(data),
                 progress=lambda done, total: progress("perplexity", done, total),
             )
             result |= {"perplexity": measured.value, "protocol": measured.protocol}
@@ -174,7 +174,7 @@ def evaluate_onnx(
         measured = evaluation.perplexity(
             runner.decoder.torch_logits,
             text.evaluation_windows(runner.tokenizer, data, length, windows),
-            data=data,
+            data=text.protocol_name(data),
             progress=lambda done, total: progress("perplexity", done, total),
         )
     write_json(json_file, {"model": model, "perplexity": measured.value, "protocol": measured.protocol})

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from mptk.driver.claims import costs, widths
+from mptk.io import data
 from mptk.io.dense import absolute, fingerprint
 from mptk.io.evaluation import LogitsFn
 from mptk.io.manifest import listed, update_manifest, weights_digest
 from mptk.progress import Count
 from mptk.run.chain import Compiled, Proven
 from mptk.run.report import FILE, Report
+from mptk.run.settings import Settings
 from mptk.run.values import Context, Text
 from mptk.runtime.decoder import OrtDecoder
 from mptk.targets.stock_config import config_changes
@@ -49,7 +52,23 @@ def describe(
         stages=context.log.as_list(),
         files=sorted([*listed(folder), FILE]),
         task=prepared.task.name,
+        text=used_text(text, prepared.settings),
     )
+
+
+def used_text(text: Text, settings: Settings) -> dict[str, Any]:
+    """What was trained, calibrated and measured on: source and hash of each set of windows, and of the files."""
+    sources = {"training": settings.data, "calibration": settings.data, "evaluation": text.source}
+    windows = {"training": text.training, "calibration": text.calibration, "evaluation": text.evaluation}
+    if not settings.steps:
+        del windows["training"]
+    used: dict[str, Any] = {
+        name: {"source": sources[name], "windows": len(ids), "length": ids.shape[1], "sha256": data.digest(ids)}
+        for name, ids in windows.items()
+    }
+    for name in used.keys() - {"evaluation"}:
+        used[name]["seed"] = settings.seed
+    return {**used, "files": data.file_digests(settings.data, settings.eval_data)}
 
 
 def measured(report: Report, compiled: Compiled, text: Text, folder: Path, context: Context) -> Report:

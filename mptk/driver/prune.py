@@ -25,7 +25,7 @@ from mptk.driver.estimate import check_fits, estimated
 from mptk.driver.kept import kept_choice, kept_fit
 from mptk.driver.proof import check_proof, check_witness, prove_folder
 from mptk.errors import MptkError, explained
-from mptk.io.data import SELF
+from mptk.io import data
 from mptk.io.models import Loaded
 from mptk.io.publish import check_replaceable, publish
 from mptk.io.resident import Resident, free_memory
@@ -192,7 +192,7 @@ def check_whole(loaded: Loaded, settings: Settings) -> None:
     """Raise MptkError if the run needs all weights in memory at once and they do not fit."""
     needed = 4 * sum(p.numel() for p in loaded.model.parameters())
     room = free_memory() if settings.memory is None else settings.memory
-    if (settings.steps or settings.data == SELF) and needed > room:
+    if (settings.steps or settings.data == data.SELF) and needed > room:
         what, remedy = (
             ("training holds", "give a one-shot --method without --steps")
             if settings.steps
@@ -240,7 +240,7 @@ def begin(job: Job, prepared: Prepared, context: Context) -> Context:
 def read_text(prepared: Prepared, context: Context) -> Text:
     """Text to train, calibrate and measure on. Of several processes the first makes it; the others read it."""
     s, task, folder = prepared.settings, prepared.task, context.folder
-    own, source = s.data == "self", s.eval_data or s.data
+    own, source = s.data == data.SELF, s.eval_data or s.data
     with context.stage("calibration text"), processes().main_process_first() if folder else nullcontext():
         saved = None if folder is None else folder.tensors("text")
         if saved is None:
@@ -254,10 +254,10 @@ def read_text(prepared: Prepared, context: Context) -> Text:
         training, evaluation = saved["training"], saved["evaluation"]
         if len(evaluation):
             evaluation = evaluation[: s.eval_windows, : s.eval_length]
-            source = "sampled from the dense model"
+            source = data.SELF
         else:
             evaluation = task.evaluation(prepared.loaded, s)
-    return Text(training, training[: s.samples], evaluation, source)
+    return Text(training, training[: s.samples], evaluation, data.protocol_name(source))
 
 
 def choose(job: Job, prepared: Prepared, text: Text, context: Context) -> Chosen:

@@ -32,6 +32,7 @@ from mptk.driver.prune import legalise
 from mptk.io import models
 from mptk.ir.passes import Log
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.samples import next_tokens
 from mptk.methods import criteria
 from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.progress import silent
@@ -95,7 +96,8 @@ def learner(run: Prepared) -> Learner:
     learning = run.settings.learning
     folder = RunFolder(Path(tempfile.mkdtemp()) / "out", {}, resume=False)
     dense = partial(replica, run.loaded.model)
-    return Learner(start_training(learning, folder), dense, windows(), learning, folder, silent)
+    samples = next_tokens(windows())
+    return Learner(start_training(learning, folder), dense, CAUSAL_LM, samples, learning, folder, silent)
 
 
 def masks(teacher: str) -> Step:

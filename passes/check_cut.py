@@ -94,11 +94,11 @@ def _seeded(node: fx.Node, traced: Tensor, generator: torch.Generator) -> Tensor
     shape = shape_of(value)
     if value.is_floating_point():
         return torch.randn(shape, generator=generator).to(value.device, torch.promote_types(value.dtype, torch.float32))
-    bound = _indexed(node)
+    bound = table_size(node)
     return traced if bound is None else torch.randint(bound, shape, generator=generator, dtype=value.dtype)
 
 
-def _indexed(node: fx.Node) -> int | None:
+def table_size(node: fx.Node) -> int | None:
     """The size of the smallest table that the value indexes, also through views; None if there is none."""
     sizes: list[int | None] = []
     for user in node.users:
@@ -108,7 +108,7 @@ def _indexed(node: fx.Node) -> int | None:
         if op == "embedding" and user.args[1] is node:
             sizes.append(shape_of(user.args[0].meta["val"])[0])  # type: ignore[union-attr]
         elif op in ("view", "reshape", "to", "_to_copy", "unsqueeze", "flatten", "contiguous", "clone", "slice"):
-            sizes.append(_indexed(user))
+            sizes.append(table_size(user))
     return min((s for s in sizes if s is not None), default=None)
 
 

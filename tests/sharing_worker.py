@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.samples import next_tokens
 from mptk.methods import criteria
 from mptk.methods.criteria import observe
 from mptk.methods.reconstruct import kept_units, reconstruct_consumers
@@ -32,7 +33,7 @@ def found() -> dict[str, Tensor]:
     scores = {family: result[f"wanda.{family}"] for family in ("q_heads",)}
     cut = resolve_plan(analysis, criteria.select(analysis, scores, {"q_heads": 2}))
     sites, kept = find_mask_sites(analysis, model, ["q_heads"]), kept_units(analysis, cut, ["q_heads"])
-    return result | dict(reconstruct_consumers(analysis, sites, kept, {}, windows))
+    return result | dict(reconstruct_consumers(analysis, sites, kept, {}, next_tokens(windows)))
 
 
 if __name__ == "__main__":

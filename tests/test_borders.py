@@ -17,7 +17,8 @@ import mptk
 from mptk.driver.proof import proof_batches
 from mptk.errors import MptkError
 from mptk.io.manifest import write_manifest
-from mptk.targets.onnx import decoded
+from mptk.ir.samples import next_tokens
+from mptk.tasks.decoder_form import decoded
 from passes.analysis.borders import config_borders, graph_borders, reach
 from passes.frontend.trace import trace
 from passes.verify import Difference
@@ -83,7 +84,7 @@ def test_a_proof_stops_at_its_bound_and_at_the_models_last_position() -> None:
 
 def test_the_long_sequence_is_text_again_and_again() -> None:
     windows = torch.arange(60).reshape(3, 20)
-    short, long = proof_batches(windows, 130)
+    short, long = (batch.inputs["input_ids"] for batch in proof_batches(next_tokens(windows), 130))
     assert torch.equal(short, windows[:2])
     assert torch.equal(long[0, :61], torch.tensor([*range(60), 0]))
     assert long.shape == (1, 130)
@@ -128,7 +129,7 @@ def test_a_window_of_the_config_that_is_not_the_dense_models(tmp_path: Path, mon
     with pytest.raises(MptkError, match=r"'config': sliding_window of config.json is 96, but 64"):
         mptk.verify(out)
     monkeypatch.setattr("mptk.targets.stock.check_config", lambda *_: Difference("config", 0.0, 0.0, 0.0))
-    with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint': logits differ by"):
+    with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint': outputs differ by"):
         mptk.verify(out)
     after("mptk.targets.stock.write_checkpoint", fields("config.json", sliding_window=96), 4)(monkeypatch)
     with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint'"):

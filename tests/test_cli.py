@@ -200,7 +200,7 @@ def test_progress_is_lines_where_stderr_is_no_terminal(pruned):
     lines = pruned[1].stderr.splitlines()
     assert all(re.match(r" *\d+ s  \w", line) for line in lines), pruned[1].stderr
     stages = [re.sub(r" \d+/\d+$", "", line.split(" s  ")[1]) for line in lines[1:]]
-    steps = ["load", "trace", "analyse", "legalise", "calibration text", "score (wanda)", "choose widths"]
+    steps = ["load", "trace", "analyse", "legalise", "calibration data", "score (wanda)", "choose widths"]
     assert list(dict.fromkeys(stages))[:7] == steps
     assert {"write stock", "write onnx", "prove", "perplexity"} <= set(stages)
 
@@ -326,7 +326,7 @@ def test_what_cannot_be_pruned_is_said_before_any_work(files, tmp_path, mptk, ar
     result = mptk("prune", files.model, "--out", tmp_path / "out", "--data", files.text, *SHORT, *arguments)
     assert result.code == 1
     assert re.match(f"error: {message}", result.error)
-    assert "calibration text" not in result.stderr
+    assert "calibration data" not in result.stderr
     assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []
 

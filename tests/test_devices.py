@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 from mptk.compat.accelerate import own_state
 from mptk.driver.prune import legalise
 from mptk.io import models
+from mptk.ir.samples import next_tokens
 from mptk.methods.maskprune import learner as maskprune
 from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.methods.maskprune.solver import Solver
@@ -29,13 +30,13 @@ from mptk.run.chain import Chosen, Prepared
 from mptk.run.folder import RunFolder
 from mptk.run.processes import replica
 from mptk.run.settings import Learning
-from mptk.run.values import Text
+from mptk.run.values import SampleSets
 from mptk.tasks import CAUSAL_LM
 from passes.analysis import group
 from passes.frontend import trace
 from passes.targets.stock.config import StockConfig
 
-TEXT = architectures.tokens(8, 32)
+TEXT = next_tokens(architectures.tokens(8, 32))
 ADAPTED = 7 * 3
 """Layers with an adapter."""
 
@@ -62,9 +63,15 @@ def train(prepared: Prepared, folder: Path, learning: Learning = LEARNING) -> Ru
     work = RunFolder(folder, {}, resume=True)
     with own_state():
         learner = Learner(
-            start_training(learning, work), partial(replica, prepared.loaded.model), TEXT, learning, work, silent
+            start_training(learning, work),
+            partial(replica, prepared.loaded.model),
+            prepared.task,
+            TEXT,
+            learning,
+            work,
+            silent,
         )
-        chosen = learner.learn(prepared, Text(TEXT, TEXT, TEXT, ""))
+        chosen = learner.learn(prepared, SampleSets(TEXT, TEXT, TEXT, ""))
         trained, _ = learner.recover(replica(prepared.loaded.model), 6, TEXT[:2])
     return Run(chosen, trained, metrics(work.path))
 

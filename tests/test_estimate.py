@@ -121,7 +121,7 @@ def test_a_config_is_enough(eight_billion: str) -> None:
     block = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
     assert found.output["checkpoint"] == pytest.approx(16_060_522_496 - 0.3 * 2 * 32 * block)
     assert set(found.seconds) >= {"score (wanda)", "choose widths", "prove", "perplexity"}
-    assert "calibration text" not in found.seconds
+    assert "calibration data" not in found.seconds
 
 
 def test_what_a_run_does_is_what_it_takes_time_for(eight_billion: str) -> None:
@@ -133,7 +133,7 @@ def test_what_a_run_does_is_what_it_takes_time_for(eight_billion: str) -> None:
     assert ask(reconstruct=True).seconds["reconstruct"] > 32 * 2 / 3 * 14336**3 / 1e9
     assert ask(method="taylor").seconds["score (taylor)"] > 2 * ask().seconds["score (wanda)"]
     assert ask(method="magnitude").seconds["score (magnitude)"] < 0.1 * ask().seconds["score (wanda)"]
-    assert ask(data="self").seconds["calibration text"] > 0
+    assert ask(data="self").seconds["calibration data"] > 0
     assert ask(onnx=True, quantize=("int8",)).output["ONNX"] == pytest.approx(2.5 * ask().output["checkpoint"])
     assert ask(dtype="float32").output["checkpoint"] == 2 * ask().output["checkpoint"]
     learned = ask(method="maskprune", learning=Learning(steps=10))

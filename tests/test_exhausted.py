@@ -19,6 +19,7 @@ from toy_checkpoints import TEXT, llama, tokenizer
 
 from mptk.cli.main import main
 from mptk.errors import Exhausted, MptkError, explained
+from mptk.ir.samples import next_tokens
 from passes.frontend.trace import trace
 from passes.verify import prove
 
@@ -113,10 +114,10 @@ def test_a_message_that_names_the_place_is_kept_and_one_that_hides_the_memory_is
 
 
 def test_the_proof_does_not_take_it_for_a_wrong_result() -> None:
-    ids = torch.zeros(1, 3, dtype=torch.int64)
-    masked = trace(torch.nn.Embedding(7, 5), (ids,))
+    batch = next_tokens(torch.zeros(1, 3, dtype=torch.int64))
+    masked = trace(torch.nn.Embedding(7, 5), batch.tensors)
     with pytest.raises(Exhausted, match="out of memory"):
-        prove(masked, {"stage": (lambda ids: torch.empty(TOO_MANY), 1e-3)}, ids)
+        prove(masked, {"stage": (lambda batch: torch.empty(TOO_MANY), 1e-3)}, batch)
 
 
 def test_the_command_line_prints_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,12 +27,13 @@ from lab import (
     swapped,
     weights,
 )
+from safetensors.torch import save_file
 
 import mptk
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
-from mptk.run.report import Report
+from mptk.run.report import PROVEN_ON, Report
 from mptk.run.settings import Learning, Training
 from mptk.runtime.decoder import OrtDecoder
 from passes.transforms.insert_masks import InsertedMasks
@@ -207,6 +208,11 @@ def louder(folder: Path) -> None:
     (np.frombuffer(file.read_bytes(), np.float32) * np.float32(1.01)).tofile(file)
 
 
+def unknown_tokens(folder: Path) -> None:
+    """The proof's tokens are beyond the vocabulary."""
+    save_file({"input_ids": torch.full((1, 40), 97)}, folder / PROVEN_ON)
+
+
 def zero(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(tensor)
 
@@ -287,7 +293,7 @@ FORGED: dict[str, tuple[Edit, str]] = {
         fields("report.json", quantized={"int8": {"file": "onnx/model_int8.onnx", "bytes": 9}}),
         f"quantized {UNTRUE}",
     ),
-    "tokens": (fields("report.json", proof_tokens=[[97] * 40]), "proof_tokens in report.json are no rows of token ids"),
+    "tokens": (unknown_tokens, "proof/inputs.safetensors in .* holds no inputs of this model"),
     "a word less": (fields("report.json", cost=None), "report.json in .* is not as `mptk prune` writes it"),
     "another dense model": (fields("report.json", model_sha256="0" * 64), "is not the dense model that was pruned"),
     "plan": (other_plan, f"plan_sha256 {UNTRUE}"),

@@ -12,13 +12,15 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from mptk.errors import MptkError
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.methods.maskprune.losses import TopLogits, hidden_error, language_model, shorten, token_losses
-from mptk.methods.maskprune.teacher import CachedTeacher, LiveTeacher, fingerprint
+from mptk.ir.samples import Samples, next_tokens
+from mptk.methods.maskprune.losses import TopLogits, class_losses, hidden_error, shorten
+from mptk.methods.maskprune.teacher import CachedTeacher, LiveTeacher, Output, fingerprint
 from mptk.methods.maskprune.train import schedule
 from mptk.methods.reconstruct import _Fit, kept_units, reconstruct_consumers
 from mptk.run.folder import RunFolder
 from mptk.run.settings import LossWeights
 from mptk.runtime.staged import EXECUTOR, Executor
+from mptk.tasks import CAUSAL_LM
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 from passes.transforms.insert_masks import find_mask_sites
@@ -31,7 +33,7 @@ def logits(seed: int, *shape: int) -> torch.Tensor:
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor | TopLogits) -> torch.Tensor:
     ids = torch.zeros(student.shape[:2], dtype=torch.long)
-    return token_losses(student, ids, teacher, LossWeights(lm=0.0))["loss"]
+    return class_losses(student, ids, teacher, LossWeights(lm=0.0))["loss"]
 
 
 @pytest.mark.parametrize("positions", [1, 4, 100])
@@ -45,7 +47,9 @@ def test_losses_and_their_gradient_are_torchs_whatever_the_chunks(
     lm = cross_entropy(student[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     kl = kl_div(log_softmax(student, -1), log_softmax(teacher, -1), log_target=True, reduction="none").sum(-1).mean()
     (expected,) = torch.autograd.grad(3 * (weights.lm * lm + weights.kl * kl), student)
-    found = token_losses(student, ids, teacher, weights)
+    targets = next_tokens(ids).targets
+    assert targets is not None
+    found = class_losses(student, targets, teacher, weights)
     (seen,) = torch.autograd.grad(3 * found["loss"], student)
     assert found["loss"].item() == pytest.approx((weights.lm * lm + weights.kl * kl).item(), rel=1e-5)
     assert {name: value.item() for name, value in found.items() if name != "loss"} == pytest.approx(
@@ -80,11 +84,10 @@ def test_a_shortened_teacher_bounds_the_divergence_from_below_and_reaches_it() -
     assert divergence(teacher, teacher).item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_the_language_model_loss_predicts_the_next_token() -> None:
-    ids = torch.tensor([[3, 1, 2]])
+def test_the_loss_of_windows_predicts_the_next_token() -> None:
     sure = torch.full((1, 3, 5), -30.0)
     sure[0, 0, 1] = sure[0, 1, 2] = 30.0
-    assert language_model(sure, ids).item() == pytest.approx(0.0, abs=1e-6)
+    assert CAUSAL_LM.loss(sure, next_tokens(torch.tensor([[3, 1, 2]]))).item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_hidden_error_is_relative_to_the_teachers_spread() -> None:
@@ -96,31 +99,33 @@ def test_hidden_error_is_relative_to_the_teachers_spread() -> None:
 
 
 def test_the_cache_gives_what_the_live_teacher_gave_and_asks_it_once(tmp_path) -> None:
-    model, windows = architectures.model("llama"), architectures.tokens(6, 9)
+    model, windows = architectures.model("llama"), next_tokens(architectures.tokens(6, 9))
     calls = []
 
-    def run(ids: torch.Tensor) -> object:
-        calls.append(len(ids))
-        return model(ids, use_cache=False)
+    def run(samples: Samples) -> Output:
+        calls.append(len(samples))
+        return model(*samples.tensors, use_cache=False).logits, None
 
     live = LiveTeacher(run)
     student = logits(0, 2, 9, 97)
-    exact = divergence(student, live(windows[[4, 1]])[0]).item()
+    exact = divergence(student, live(windows[torch.tensor([4, 1])])[0]).item()
     calls.clear()
     for rows in ([4, 1], [1, 4]):
-        seen, states = CachedTeacher(live, tmp_path, k=96)(windows[rows])
+        seen, states = CachedTeacher(live, tmp_path, k=96)(windows[torch.tensor(rows)])
         assert divergence(student.flip(0) if rows[0] == 1 else student, seen).item() == pytest.approx(exact, rel=2e-3)
         assert states is None
     assert calls == [2]
-    CachedTeacher(live, tmp_path, k=96)(windows[[1, 2]])  # in one batch whatever is there, for the same bits
-    CachedTeacher(live, tmp_path, k=8)(windows[[1]])
+    CachedTeacher(live, tmp_path, k=96)(windows[1:3])  # in one batch whatever is there, for the same bits
+    CachedTeacher(live, tmp_path, k=8)(windows[1:2])
     assert calls == [2, 2, 1]
 
 
 def test_a_process_that_has_all_windows_runs_the_dense_model_if_another_needs_it(tmp_path) -> None:
     """As when it is in shards; else the other would wait for ever."""
-    model, windows, calls = architectures.model("llama"), architectures.tokens(2, 9), []
-    live = LiveTeacher(lambda ids: calls.append(len(ids)) or model(ids, use_cache=False))
+    model, windows, calls = architectures.model("llama"), next_tokens(architectures.tokens(2, 9)), []
+    live = LiveTeacher(
+        lambda samples: calls.append(len(samples)) or (model(*samples.tensors, use_cache=False).logits, None)
+    )
     for asked in (True, True, False):
         CachedTeacher(live, tmp_path, wanted=lambda missing, asked=asked: asked)(windows)
     assert calls == [2, 2]
@@ -157,7 +162,7 @@ def test_what_is_left_takes_over_for_a_removed_copy_of_it(architecture: str, exe
         sites = find_mask_sites(analysis, model, ["ffn"])
         cut = resolve_plan(analysis, plan)
         masked = mask(analysis, cut)(ids)
-        fitted = reconstruct_consumers(analysis, sites, kept, {}, ids, executor=executor)
+        fitted = reconstruct_consumers(analysis, sites, kept, {}, next_tokens(ids), executor=executor)
         found = mask(replace(analysis, program=analysis.program.with_state(fitted)), cut)(ids)
     assert (found - dense).norm() < 0.1 * (masked - dense).norm()
     consumers = {m.weight for g in analysis.family("ffn").groups for m in g.members if m.role == "consumer"}

@@ -227,19 +227,15 @@ def test_the_report_has_the_hash_of_every_text(llama, tmp_path):
     settings = mptk.Settings(
         method="random", data=str(text), samples=4, length=32, eval_length=24, eval_windows=2, multiple=8, onnx=False
     )
-    first, second = (mptk.prune(llama, tmp_path / name, settings).text for name in ("a", "b"))
+    first, second = (mptk.prune(llama, tmp_path / name, settings).data for name in ("a", "b"))
     assert first == second
     assert first["files"] == {str(text): hashlib.sha256(text.read_bytes()).hexdigest()}
-    assert {name: (used["windows"], used["length"]) for name, used in first.items() if name != "files"} == {
-        "calibration": (4, 32),
-        "evaluation": (2, 24),
-    }
+    inputs = {name: used["inputs"]["input_ids"] for name, used in first.items() if name != "files"}
+    assert {name: found["shape"] for name, found in inputs.items()} == {"calibration": [4, 32], "evaluation": [2, 24]}
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    assert first["evaluation"]["sha256"] == data.digest(data.evaluation_windows(tokenizer, str(text), 24, 2))
-    assert (
-        first["calibration"]["sha256"]
-        != mptk.prune(llama, tmp_path / "c", replace(settings, seed=1)).text["calibration"]["sha256"]
-    )
+    assert inputs["evaluation"]["sha256"] == data.digest(data.evaluation_windows(tokenizer, str(text), 24, 2))
+    other = mptk.prune(llama, tmp_path / "c", replace(settings, seed=1)).data
+    assert other["calibration"]["inputs"]["input_ids"] != inputs["calibration"]
 
 
 def test_flap_writes_its_bias_compensation_and_proves_it(gpt2, tmp_path):

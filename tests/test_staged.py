@@ -19,6 +19,7 @@ import mptk
 from mptk.errors import MptkError
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.samples import next_tokens
 from mptk.ir.weights import Lazy, Weights
 from mptk.methods.criteria import score
 from mptk.methods.criteria.observe import activations, find_sites, gradients
@@ -183,7 +184,7 @@ def test_a_tied_weight_has_the_gradients_of_all_its_uses() -> None:
     model = architectures.model("llama", tie_word_embeddings=True)
     program, windows = trace(model, dynamic=True), architectures.tokens(4, 9)
     (name,) = (n for n in program.state if n in ("lm_head.weight", "model.embed_tokens.weight"))
-    found = gradients(program, [name], windows, CAUSAL_LM, executor=SMALL)[name]
+    found = gradients(program, [name], next_tokens(windows), CAUSAL_LM, executor=SMALL)[name]
     loss = model(windows, labels=windows, use_cache=False).loss
     (expected,) = torch.autograd.grad(loss, [model.lm_head.weight])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -195,7 +196,7 @@ def test_nothing_after_the_last_watched_value_is_computed() -> None:
     sites = [site for site in find_sites(analysis) if "layers.0.self_attn" in program.weights.get(site.weight.name, "")]
     lazy, _, made = counted(program)
     analysis = type(analysis)(**{**vars(analysis), "program": lazy})
-    activations(analysis, sites, inputs[0][0])
+    activations(analysis, sites, next_tokens(inputs[0][0]))
     assert 0 < sum(made) < 0.5 * sum(t.nbytes for t in program.state.values())
 
 

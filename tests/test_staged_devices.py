@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mptk.compat.torch import FakeTensorMode
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.samples import next_tokens
 from mptk.methods.criteria import score
 from mptk.methods.reconstruct import kept_units, reconstruct_consumers
 from mptk.runtime.staged import Executor
@@ -65,9 +66,9 @@ def test_consumers_are_fitted_there() -> None:
     analysis = analyze(trace(model, dynamic=True))
     plan = random_plan(analysis, ["ffn"])
     sites, kept = find_mask_sites(analysis, model, ["ffn"]), kept_units(analysis, resolve_plan(analysis, plan), ["ffn"])
-    expected = dict(reconstruct_consumers(analysis, sites, kept, {}, windows))
+    expected = dict(reconstruct_consumers(analysis, sites, kept, {}, next_tokens(windows)))
     with SecondDevice():
-        fitted = reconstruct_consumers(analysis, sites, kept, {}, windows, executor=THERE)
+        fitted = reconstruct_consumers(analysis, sites, kept, {}, next_tokens(windows), executor=THERE)
         found = {name: fitted[name].to("cpu") for name in fitted}
     close(found, expected)
 

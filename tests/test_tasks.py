@@ -13,6 +13,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, PreT
 import mptk
 from mptk.errors import MptkError
 from mptk.io.models import Loaded, load
+from mptk.run.settings import Learning, Training
 from mptk.tasks import task_of
 from mptk.tasks.masked_lm import FIRST, STRIDE
 
@@ -90,10 +91,11 @@ def test_its_quality_is_that_of_tokens_under_masks(bert: Path) -> None:
     masked = ids.clone()
     masked[:, FIRST::STRIDE] = loaded.tokenizer.mask_token_id  # type: ignore[union-attr]
     with torch.no_grad():
-        logits = task.logits(loaded.model, task.inputs(ids))
+        samples = task.masked(ids)  # type: ignore[attr-defined]
+        logits = task.output(loaded.model, samples)
         expected = -loaded.model(input_ids=masked).logits.log_softmax(-1).gather(2, ids[..., None])[:, FIRST::STRIDE]
-    assert math.isclose(float(task.loss(logits, ids)), float(expected.sum()), rel_tol=1e-5)
-    assert task.predicted(ids) == expected.numel()
+    assert math.isclose(float(task.loss(logits, samples)), float(expected.sum()), rel_tol=1e-5)
+    assert task.predicted(samples) == expected.numel()
 
 
 def test_it_writes_no_text_for_itself(bert: Path, tmp_path: Path) -> None:
@@ -101,11 +103,13 @@ def test_it_writes_no_text_for_itself(bert: Path, tmp_path: Path) -> None:
         mptk.prune(str(bert), tmp_path / "out", mptk.Settings(method="wanda", **SETTINGS))
 
 
-def test_masks_are_not_learned_for_it(bert: Path, text: str, tmp_path: Path) -> None:
-    learning = mptk.Settings().learning
+def test_masks_are_learned_for_it_and_it_recovers(bert: Path, text: str, tmp_path: Path) -> None:
+    learning = Learning(steps=6, rank=2, training=Training(batch=4, micro=2))
     settings = mptk.Settings(data=text, learning=learning, **SETTINGS)
-    with pytest.raises(MptkError, match=r"training distils next tokens, but .* is no decoder; use --method wanda"):
-        mptk.prune(str(bert), tmp_path / "out", settings)
+    report = mptk.prune(str(bert), tmp_path / "out", settings)
+    assert report is not None
+    assert {"learned masks", "trained model"} <= {row["stage"] for row in report.proof}
+    assert report.trained
 
 
 def test_a_tokenizer_without_a_mask_is_said(bert: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import architectures
@@ -11,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mptk.ir.samples import next_tokens
 from mptk.methods.maskprune.train import Loop
 from mptk.run.folder import RunFolder
 from mptk.run.processes import accelerator
 from mptk.run.settings import LossWeights, Training
+from mptk.tasks import CAUSAL_LM
 
-WINDOWS = architectures.tokens(8, 9)
+WINDOWS = next_tokens(architectures.tokens(8, 9))
 
 
 class Drawing(nn.Module):
@@ -27,9 +28,9 @@ class Drawing(nn.Module):
         torch.manual_seed(0)
         self.embed, self.head, self.noise = nn.Embedding(97, 12), nn.Linear(12, 97), noise
 
-    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
         x = self.embed(input_ids)
-        return SimpleNamespace(logits=self.head(x + self.noise * torch.randn(x.shape)))
+        return (self.head(x + self.noise * torch.randn(x.shape)),)
 
 
 def loop(tmp_path: Path, name: str, *, micro: int = 4, noise: float = 0.0, steps: int = 4) -> Loop:
@@ -39,6 +40,7 @@ def loop(tmp_path: Path, name: str, *, micro: int = 4, noise: float = 0.0, steps
         accelerator("no"),
         Drawing(noise),
         lambda _: (None, None),
+        CAUSAL_LM,
         WINDOWS,
         steps,
         training,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,18 @@ from mptk.cli.report import proof_view
 from mptk.driver.verification import changes_of
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
+from mptk.ir.samples import next_tokens
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
-from passes.verify import TOLERANCE, WIDEST, Difference, difference, prove, widen
+from passes.verify import TOLERANCE, WIDEST, Difference, StageOutputs, difference, prove, widen
 
 TOKENS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(0))
+BATCH = next_tokens(TOKENS)
+
+
+def run_with(module: Callable[[Tensor], Tensor]) -> StageOutputs:
+    """``module`` as a stage of a proof."""
+    return lambda samples: module(*samples.tensors)
 
 
 class Cancelling(nn.Module):
@@ -43,7 +51,7 @@ def proof(part: float, change: float = 0.0):
     model = Cancelling(part)
     exact = Cancelling(part).double()
     exact.right.weight.data[3] += change * (exact.right.weight.data[3] - exact.left.weight.data[3])
-    (found,) = prove(trace(model, (TOKENS,)), {"exact": (exact, TOLERANCE)}, TOKENS)
+    (found,) = prove(trace(model, (TOKENS,)), {"exact": (run_with(exact), TOLERANCE)}, BATCH)
     return found
 
 
@@ -81,7 +89,7 @@ def test_no_number_is_an_infinite_difference_wherever_it_is() -> None:
 
 def test_a_stage_that_cannot_be_computed_has_failed_with_the_reason() -> None:
     model = trace(Cancelling(1.0), (TOKENS,))
-    (found,) = prove(model, {"broken": (lambda ids: ids.reshape(5, 5), TOLERANCE)}, TOKENS)
+    (found,) = prove(model, {"broken": (run_with(lambda ids: ids.reshape(5, 5)), TOLERANCE)}, BATCH)
     assert not found.ok
     assert "shape '[5, 5]' is invalid" in found.failure
 
@@ -97,13 +105,13 @@ def test_a_widened_tolerance_says_so_wherever_it_is_shown() -> None:
 
 def test_the_worst_batch_counts() -> None:
     model = trace(Cancelling(1.0), (TOKENS,), dynamic=True)
-    bad = TOKENS[:1, :9]
+    bad = next_tokens(TOKENS[:1, :9])
 
     def run(ids: Tensor) -> Tensor:
         return model(ids) + (ids.shape[1] == 9)
 
-    for batches in ((TOKENS, bad), (bad, TOKENS)):
-        (found,) = prove(model, {"stage": (run, TOLERANCE)}, *batches)
+    for batches in ((BATCH, bad), (bad, BATCH)):
+        (found,) = prove(model, {"stage": (run_with(run), TOLERANCE)}, *batches)
         assert not found.ok
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from mptk.cost.model import CostModel
 from mptk.driver.changes import COMPENSATION
@@ -18,10 +20,13 @@ from mptk.files import json_text
 from mptk.io.manifest import listed, weights_digest
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
+from mptk.ir.program import Program
+from mptk.ir.samples import Samples, is_tokens
 from mptk.methods import find_method
 from mptk.methods.criteria import all_criteria
-from mptk.run.report import Report
+from mptk.run.report import PROVEN_ON, Report
 from mptk.targets import ONNX, targets
+from passes.check_cut import table_size
 
 LATER = "bench.json"
 """The one file that is written into a published folder."""
@@ -87,17 +92,30 @@ def check_numbers(
         _require(f"proof.{d['stage']}", d["ok"], True)
 
 
-def check_tokens(report: Report, vocabulary: int) -> Sequence[Sequence[int]]:
-    """The report's proof tokens: at least 8 token ids in each of equally long rows."""
-    rows = report.proof_tokens
-    lengths = {len(row) for row in rows}
-    if (
-        len(lengths) != 1
-        or min(lengths) < 8
-        or not all(type(t) is int and 0 <= t < vocabulary for r in rows for t in r)
-    ):
-        raise MptkError("proof_tokens in report.json are no rows of token ids; do not use the folder, prune again")
-    return rows
+def proof_samples(folder: Path, program: Program, example: Samples) -> Samples:
+    """The samples of the proof: at least one, each with 8 tokens or more that the model has.
+
+    ``program``: the dense one. ``example``: samples of the same kind.
+
+    Raises:
+        MptkError: they are missing, of another kind, or name tokens that the model does not have.
+    """
+    fault = MptkError(f"{PROVEN_ON} in {folder} holds no inputs of this model; do not use the folder, prune again")
+    try:
+        tensors = load_file(folder / PROVEN_ON)
+    except (OSError, SafetensorError) as error:
+        raise fault from error
+    if tensors.keys() != example.inputs.keys():
+        raise fault
+    samples = Samples({name: tensors[name] for name in example.inputs})
+    nodes = (node for node in program.placeholders() if node.name in program.user_inputs)
+    for node, tensor, like in zip(nodes, samples.tensors, example.tensors, strict=True):
+        rows = table_size(node)
+        bounded = rows is None or (tensor.numel() > 0 and int(tensor.min()) >= 0 and int(tensor.max()) < rows)
+        same = tensor.dtype == like.dtype and tensor.ndim == like.ndim and len(tensor) == len(samples) > 0
+        if not same or not bounded or (is_tokens(tensor) and tensor.shape[1] < 8):
+            raise fault
+    return samples
 
 
 def costs(cost: CostModel, plan: Plan, dense: torch.dtype) -> dict[str, dict[str, float]]:

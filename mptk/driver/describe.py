@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mptk.driver.claims import costs, widths
 from mptk.io import data
 from mptk.io.dense import absolute, fingerprint
-from mptk.io.evaluation import LogitsFn
 from mptk.io.manifest import listed, update_manifest, weights_digest
+from mptk.ir.samples import Samples
 from mptk.progress import Count
 from mptk.run.chain import Compiled, Proven
-from mptk.run.report import FILE, Report
+from mptk.run.report import FILE, PROVEN_ON, Report
 from mptk.run.settings import Settings
-from mptk.run.values import Context, Text
-from mptk.runtime.decoder import OrtDecoder
+from mptk.run.values import Context, SampleSets
 from mptk.targets.stock_config import config_changes
 from mptk.version import __version__
 
 
 def describe(
-    compiled: Compiled, proven: Proven, text: Text, notes: list[str], folder: Path, context: Context
+    compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[str], folder: Path, context: Context
 ) -> Report:
     """Everything that is known of a proven folder but how good it is, which ``measured`` adds."""
     prepared, chosen = compiled.prepared, compiled.chosen
+    (folder / PROVEN_ON).parent.mkdir()
+    save_file({n: x.contiguous() for n, x in sets.proof.inputs.items()}, folder / PROVEN_ON)
     figures = costs(prepared.cost, chosen.plan, prepared.loaded.dtype)
     return Report(
         mptk=__version__,
@@ -44,7 +46,6 @@ def describe(
         perplexity={},
         quantized=_sizes(folder, prepared.settings.quantize),
         proof=[d.as_dict() for d in proven.differences],
-        proof_tokens=text.proof.tolist(),
         proof_length=proven.length,
         config_changes={} if compiled.written is None else config_changes(compiled.written),
         plan_sha256=chosen.plan.digest,
@@ -52,43 +53,45 @@ def describe(
         stages=context.log.as_list(),
         files=sorted([*listed(folder), FILE]),
         task=prepared.task.name,
-        text=used_text(text, prepared.settings),
+        data=used_data(sets, prepared.settings),
     )
 
 
-def used_text(text: Text, settings: Settings) -> dict[str, Any]:
-    """What was trained, calibrated and measured on: source and hash of each set of windows, and of the files."""
-    sources = {"training": settings.data, "calibration": settings.data, "evaluation": text.source}
-    windows = {"training": text.training, "calibration": text.calibration, "evaluation": text.evaluation}
-    if not settings.steps:
-        del windows["training"]
-    used: dict[str, Any] = {
-        name: {"source": sources[name], "windows": len(ids), "length": ids.shape[1], "sha256": data.digest(ids)}
-        for name, ids in windows.items()
-    }
-    for name in used.keys() - {"evaluation"}:
-        used[name]["seed"] = settings.seed
-    return {**used, "files": data.file_digests(settings.data, settings.eval_data)}
+def used_data(sets: SampleSets, settings: Settings) -> dict[str, Any]:
+    """What was trained, calibrated and measured on: source and hash of each set of samples, and of the files."""
+    found: dict[str, Any] = {}
+    for name, samples, source in (
+        ("training", sets.training if settings.steps else None, settings.data),
+        ("calibration", sets.calibration, settings.data),
+        ("evaluation", sets.evaluation, sets.source),
+    ):
+        if samples is not None:
+            inputs = {n: {"shape": list(x.shape), "sha256": data.digest(x)} for n, x in samples.inputs.items()}
+            found[name] = {"source": source, "samples": len(samples), "inputs": inputs}
+            if name != "evaluation":
+                found[name]["seed"] = settings.seed
+    return {**found, "files": data.file_digests(settings.data, settings.eval_data)}
 
 
-def measured(report: Report, compiled: Compiled, text: Text, folder: Path, context: Context) -> Report:
+def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, context: Context) -> Report:
     """The report with the quality of the dense, the pruned and each quantised graph of the published ``folder``."""
     prepared = compiled.prepared
-    rounded: dict[str, LogitsFn] = {}
-    if prepared.settings.logits == "all":
-        rounded = {scheme: OrtDecoder(folder / row["file"]).torch_logits for scheme, row in report.quantized.items()}
+    rounded: dict[str, Callable[[Samples], Tensor]] = {}
+    form = prepared.task.onnx
+    if form is not None and prepared.settings.logits == "all":
+        rounded = {scheme: form.outputs(folder / row["file"]) for scheme, row in report.quantized.items()}
 
-    def runs(batches: Sequence[Tensor], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
+    def runs(batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
         programs = {"dense": prepared.analysis.program, "pruned": compiled.program}
-        results = prepared.executor.outputs(list(programs.values()), [(ids,) for ids in batches], progress)
-        for i, ids in enumerate(batches):
+        results = prepared.executor.outputs(list(programs.values()), [batch.tensors for batch in batches], progress)
+        for i, batch in enumerate(batches):
             for name in programs:
                 yield name, i, next(results)
             for name, run in rounded.items():
-                yield name, i, run(ids)
+                yield name, i, run(batch)
 
     with context.stage("perplexity"):
-        quality = prepared.task.quality(runs, text, context.progress)
+        quality = prepared.task.quality(runs, sets, context.progress)
     quantized = {
         scheme: {**row, "perplexity": quality.pop(scheme)} if scheme in quality else row
         for scheme, row in report.quantized.items()

@@ -63,7 +63,7 @@ def work_of(settings: Settings, sizes: Sizes, long_proof: bool) -> Work:
     passes: dict[str, Pass] = {}
     if s.data == "self":  # the model reads its weights for every token of 32 windows
         count = max(s.samples, s.steps * training.batch) * (1 + (s.eval_data is None))
-        passes["calibration text"] = Pass(2 * count * s.length, s.length, reads=s.length * -(-count // 32))
+        passes["calibration data"] = Pass(2 * count * s.length, s.length, reads=s.length * -(-count // 32))
     if chooses and method.learns:
         passes["score"] = Pass(3 * calibration, s.length, reads=2)
     elif chooses:

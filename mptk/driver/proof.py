@@ -1,7 +1,7 @@
-"""proof: what a pruned folder must be, stage by stage, and the tokens on which its logits are compared.
+"""proof: what a pruned folder must be, stage by stage, and the samples on which its outputs are compared.
 
 The stages are in the order in which a user of the folder would meet a fault: its config, its weights, and then the
-logits of the rewritten graph, the reloaded checkpoint and ONNX Runtime.
+outputs of the rewritten graph, the reloaded checkpoint and ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ from mptk.errors import ProofError
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
+from mptk.ir.samples import Samples, is_tokens
 from mptk.run.chain import Compiled, Proven, Target
-from mptk.run.values import Witness, short_batch
+from mptk.run.values import PROOF_SHAPE, Witness
 from mptk.runtime.staged import Executor
 from passes.analysis.borders import Reach, reach
 from passes.transforms.masked_reference import mask
-from passes.verify import TOLERANCE, Difference, StageLogits, prove
+from passes.verify import TOLERANCE, Difference, StageOutputs, prove
 
 
-def prove_folder(compiled: Compiled, targets: Sequence[Target], folder: Path, windows: Tensor) -> Proven:
+def prove_folder(compiled: Compiled, targets: Sequence[Target], folder: Path, samples: Samples) -> Proven:
     """Every stage's difference, of the cut program and of what each target wrote into ``folder``.
 
-    ``windows``: token ids [n, length] that the proof's batches are made of (``proof_batches``).
+    ``samples``: what the proof's batches are made of (``proof_batches``).
 
     Raises:
         MptkError: the config is not what it must be; or the folder cannot be loaded.
     """
-    reached = find_reach(compiled)
-    batches = proof_batches(windows, reached.length)
+    reached = find_reach(compiled) if _tokens(samples) else Reach((), ())
+    batches = proof_batches(samples, reached.length)
     checks = [target.checks(compiled, folder, reached.borders) for target in targets]
     run = partial(prove, executor=compiled.prepared.executor)
-    rewritten: dict[str, tuple[Program | StageLogits, float]] = {"rewritten graph": (compiled.exact, TOLERANCE)}
-    written: dict[str, tuple[Program | StageLogits, float]] = {}
+    rewritten: dict[str, tuple[Program | StageOutputs, float]] = {"rewritten graph": (compiled.exact, TOLERANCE)}
+    written: dict[str, tuple[Program | StageOutputs, float]] = {}
     for check in checks:
         written |= check.stages
     found = [d for check in checks for d in check.exact]
@@ -47,7 +48,7 @@ def prove_folder(compiled: Compiled, targets: Sequence[Target], folder: Path, wi
         found += run(compiled.masked, rewritten, *batches) + run(compiled.program, written, *batches)
     if all(d.ok for d in found):
         found += [d for target in targets for d in target.rounded(compiled, folder, batches)]
-    return Proven(tuple(found), max(reached.length, batches[0].shape[1]), reached.note)
+    return Proven(tuple(found), max(reached.length, *map(_length, batches)), reached.note)
 
 
 def find_reach(compiled: Compiled) -> Reach:
@@ -58,25 +59,38 @@ def find_reach(compiled: Compiled) -> Reach:
     return reach(compiled.analysis.program, *configs, bound=prepared.settings.proof_length)
 
 
-def proof_batches(windows: Tensor, length: int = 0) -> list[Tensor]:
-    """The short batch of ``windows`` [n, tokens] and, if ``length`` is not 0, one sequence of ``length`` tokens."""
-    short = short_batch(windows)
+def proof_batches(samples: Samples, length: int = 0) -> list[Samples]:
+    """The short batch of ``samples`` and, if ``length`` is not 0, one sample whose token ids are that long."""
+    short = samples.shortened(*PROOF_SHAPE)
     if not length:
         return [short]
-    flat = windows.flatten()
-    return [short, flat.repeat(-(-length // len(flat)))[None, :length]]
+
+    def longer(tensor: Tensor) -> Tensor:
+        flat = tensor.flatten()
+        return flat.repeat(-(-length // len(flat)))[None, :length] if is_tokens(tensor) else tensor[:1]
+
+    return [short, Samples({name: longer(tensor) for name, tensor in samples.inputs.items()})]
 
 
-def check_witness(analysis: Analysis, cut: Cut, witness: Witness, tokens: Tensor, executor: Executor) -> Difference:
-    """Compare adopted weights with the trained model they come from, by the logits that it gave itself.
+def _tokens(samples: Samples) -> bool:
+    return any(map(is_tokens, samples.tensors))
+
+
+def _length(samples: Samples) -> int:
+    """Tokens of the longest input; 0 if none holds token ids."""
+    return max((tensor.shape[1] for tensor in samples.tensors if is_tokens(tensor)), default=0)
+
+
+def check_witness(analysis: Analysis, cut: Cut, witness: Witness, batch: Samples, executor: Executor) -> Difference:
+    """Compare adopted weights with the trained model they come from, by the outputs that it gave itself.
 
     ``analysis``: of the dense model with the adopted weights. ``cut``: what the plan keeps of it.
 
     Raises:
         ProofError: they are further away than the witness allows.
     """
-    stages = {witness.stage: (lambda _: witness.logits, witness.tolerance)}
-    (found,) = prove(mask(analysis, cut), stages, tokens, executor=executor)
+    stages = {witness.stage: (lambda _: witness.outputs, witness.tolerance)}
+    (found,) = prove(mask(analysis, cut), stages, batch, executor=executor)
     check_proof([found], "nothing was published. Please report this model")
     return found
 
@@ -87,7 +101,7 @@ def check_proof(proof: Sequence[Difference], remedy: str) -> None:
         if d.failure:
             raise ProofError(f"the proof fails at '{d.stage}': it does not run ({d.failure}); {remedy}")
         if not d.ok:
-            what = "weights differ" if d.stage == "stored weights" else "logits differ"
+            what = "weights differ" if d.stage == "stored weights" else "outputs differ"
             raise ProofError(
                 f"the proof fails at '{d.stage}': {what} by {d.max_abs:.2g} ({d.relative:.1e} of the largest, "
                 f"tolerance {d.tolerance:.0e}); {remedy}"

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 import passes.frontend.trace
 from mptk.compat.accelerate import own_state
@@ -34,6 +34,7 @@ from mptk.ir.passes import Log, Record
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.methods import find_method
 from mptk.methods.maskprune.learner import Learner, start_training
@@ -46,7 +47,7 @@ from mptk.run.processes import describe as describe_processes
 from mptk.run.processes import holds, leads, processes
 from mptk.run.report import Report
 from mptk.run.settings import DEFAULT_STEPS, Settings
-from mptk.run.values import Context, Text
+from mptk.run.values import Context, SampleSets
 from mptk.runtime.staged import Executor
 from mptk.targets import find_target, written
 from mptk.tasks import open_task
@@ -57,6 +58,11 @@ from passes.verify import Difference
 
 ELSEWHERE = ("resume", "proof_length", "memory", "device", "max_shard_size")
 """Settings that may differ when an unfinished run goes on."""
+
+SAMPLES = "samples"
+"""Name of the samples in the folder of an unfinished run."""
+COMPARED = 2048
+"""Positions of a batch of which the dense model's outputs are kept."""
 
 REMEDY = "nothing was published. Please report this model"
 
@@ -118,23 +124,23 @@ def stages(job: Job, settings: Settings, context: Context) -> Report | None:
         check_fits(needs, job.out)
     prepared = prepare(job, settings, context)
     context = begin(job, prepared, context)
-    text = read_text(prepared, context)
+    sets = compared(prepared, read_samples(prepared, context), context)
     if context.folder is not None and settings.steps:
         context = replace(context, accelerator=start_training(settings.learning, context.folder))
-    chosen = choose(job, prepared, text, context)
+    chosen = choose(job, prepared, sets, context)
     witnessed = []
     if chosen.witness is not None:
         analysis = changed(prepared, chosen)
-        witnessed.append(check_witness(analysis, chosen.cut, chosen.witness, text.proof, prepared.executor))
-    chosen = reconstructed(prepared, chosen, text, context)
-    compiled = compile_plan(prepared, chosen, text.calibration, context)
-    compiled, more = recovered(compiled, text, context)
+        witnessed.append(check_witness(analysis, chosen.cut, chosen.witness, sets.proof, prepared.executor))
+    chosen = reconstructed(prepared, chosen, sets, context)
+    compiled = compile_plan(prepared, chosen, sets.calibration, context)
+    compiled, more = recovered(compiled, sets, context)
     processes().wait_for_everyone()  # the others may still read what the folder keeps
     if not processes().is_main_process:
         return None
-    report = written_folder(job, compiled, text, [*witnessed, *more], context)
+    report = written_folder(job, compiled, sets, [*witnessed, *more], context)
     try:
-        return measured(report, compiled, text, job.out, context)
+        return measured(report, compiled, sets, job.out, context)
     finally:
         if context.folder is not None:
             context.folder.remove()
@@ -173,8 +179,6 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     with context.stage("load"):
         loaded, task = job.load(resident)
     check_whole(loaded, settings)
-    if settings.steps and not task.causal:
-        raise MptkError(f"training distils next tokens, but {job.source} is no decoder; use --method wanda, no --steps")
     with context.stage("trace"):
         program = traced(loaded, task, executor)
     with context.stage("analyse"):
@@ -205,8 +209,9 @@ def check_whole(loaded: Loaded, settings: Settings) -> None:
 
 def traced(loaded: Loaded, task: Task, executor: Executor) -> Program:
     """The model's program with its weights. Raises MptkError if it does not compute what the task says."""
-    program = loaded.with_weights(passes.frontend.trace.trace(loaded.model, dynamic=True))
-    task.check(loaded, lambda ids: next(executor.outputs([program], [(ids,)])))
+    example = task.example(loaded.model).inputs
+    program = loaded.with_weights(passes.frontend.trace.trace(loaded.model, example, dynamic=True))
+    task.check(loaded, lambda samples: next(executor.outputs([program], [samples.tensors])))
     return program
 
 
@@ -237,30 +242,43 @@ def begin(job: Job, prepared: Prepared, context: Context) -> Context:
     return replace(context, folder=RunFolder(job.out, {"model": job.source, **settings}, prepared.settings.resume))
 
 
-def read_text(prepared: Prepared, context: Context) -> Text:
-    """Text to train, calibrate and measure on. Of several processes the first makes it; the others read it."""
+def read_samples(prepared: Prepared, context: Context) -> SampleSets:
+    """Samples to train, calibrate and measure on. Of several processes the first makes them; the others read them."""
     s, task, folder = prepared.settings, prepared.task, context.folder
     own, source = s.data == data.SELF, s.eval_data or s.data
-    with context.stage("calibration text"), processes().main_process_first() if folder else nullcontext():
-        saved = None if folder is None else folder.tensors("text")
-        if saved is None:
+    with context.stage("calibration data"), processes().main_process_first() if folder else nullcontext():
+        kept = None if folder is None else folder.tensors(SAMPLES)
+        if kept is None:
             both = own and s.eval_data is None
             count = s.samples if own else max(s.samples, s.steps * s.learning.training.batch)
-            say = partial(context.progress, "calibration text")
-            windows = task.windows(prepared.loaded, s, (1 + both) * count, say)
-            saved = {"training": windows[:count], "evaluation": windows[count:]}
+            say = partial(context.progress, "calibration data")
+            made = task.samples(prepared.loaded, s, (1 + both) * count, say)
+            kept = made[:count].saved("training") | (made[count:].saved("evaluation") if len(made) > count else {})
             if folder is not None:
-                folder.save("text", saved)
-        training, evaluation = saved["training"], saved["evaluation"]
-        if len(evaluation):
-            evaluation = evaluation[: s.eval_windows, : s.eval_length]
+                folder.save(SAMPLES, kept)
+        names = list(task.example(prepared.loaded.model).inputs)
+        training, evaluation = (Samples.restored(kept, names, what) for what in ("training", "evaluation"))
+        assert training is not None
+        if evaluation is not None:
+            evaluation = evaluation.shortened(s.eval_windows, s.eval_length)
             source = data.SELF
         else:
             evaluation = task.evaluation(prepared.loaded, s)
-    return Text(training, training[: s.samples], evaluation, data.protocol_name(source))
+    return SampleSets(training, training[: s.samples], evaluation, data.protocol_name(source))
 
 
-def choose(job: Job, prepared: Prepared, text: Text, context: Context) -> Chosen:
+def compared(prepared: Prepared, sets: SampleSets, context: Context) -> SampleSets:
+    """The sets with the dense model's outputs as targets, if the task's loss compares outputs with these."""
+    if not prepared.task.compares or prepared.plan is not None:
+        return sets
+    batches, program = sets.calibration.batches(COMPARED), prepared.analysis.program
+    with context.stage("dense outputs"):
+        found = prepared.executor.outputs([program], [batch.tensors for batch in batches])
+        targets = torch.cat([output.cpu() for output in found])
+    return replace(sets, calibration=replace(sets.calibration, targets=targets))
+
+
+def choose(job: Job, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
     """What is cut: as the job gives it, as a file gives it, or as the method finds it."""
     if job.given is not None:
         return job.given(prepared)
@@ -268,12 +286,12 @@ def choose(job: Job, prepared: Prepared, text: Text, context: Context) -> Chosen
         assert prepared.cut is not None
         return Chosen(prepared.plan, prepared.cut)
     s = prepared.settings
-    chosen = kept_choice(prepared, context.folder, lambda: prepared.method.choose(prepared, text, context))
+    chosen = kept_choice(prepared, context.folder, lambda: prepared.method.choose(prepared, sets, context))
     meta = {"model": prepared.source, "method": s.method, "sparsity": s.sparsity, "seed": s.seed}
     return replace(chosen, plan=Plan(chosen.plan.families, meta))
 
 
-def reconstructed(prepared: Prepared, chosen: Chosen, text: Text, context: Context) -> Chosen:
+def reconstructed(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Context) -> Chosen:
     """The choice with every consumer fitted to the dense layer's outputs, if the settings or the method ask for it."""
     wanted = prepared.settings.reconstruct
     if wanted is None:
@@ -284,8 +302,8 @@ def reconstructed(prepared: Prepared, chosen: Chosen, text: Text, context: Conte
     def fit() -> Weights:
         analysis, sites = prepared.analysis, [s for s in prepared.mask_sites if s.family in chosen.plan.families]
         kept = kept_units(analysis, chosen.cut, list({site.family: None for site in sites}))
-        inputs, say = prepared.task.inputs(text.calibration), partial(context.progress, "reconstruct")
-        return reconstruct_consumers(analysis, sites, kept, chosen.changes, inputs, say, prepared.executor)
+        say = partial(context.progress, "reconstruct")
+        return reconstruct_consumers(analysis, sites, kept, chosen.changes, sets.calibration, say, prepared.executor)
 
     with context.stage("reconstruct"):
         fitted = kept_fit(prepared, context.folder, fit)
@@ -306,27 +324,29 @@ def stored_analysis(prepared: Prepared, chosen: Chosen) -> Analysis:
     return replace(analysis, program=Store(prepared.dtype).run(analysis.program).program)
 
 
-def compile_plan(prepared: Prepared, chosen: Chosen, windows: Tensor, context: Context) -> Compiled:
-    """Cut the program to the plan and find the form in which the target holds it. ``windows``: ids [n, length]."""
+def compile_plan(prepared: Prepared, chosen: Chosen, samples: Samples, context: Context) -> Compiled:
+    """Cut the program to the plan and find the form in which the target holds it."""
     analysis = stored_analysis(prepared, chosen)
     pruned = cut_program(analysis, chosen.cut, context.log, prepared.dtype)
     compiled = Compiled(prepared, chosen, analysis, pruned.program, pruned.exact, pruned.epsilons)
-    return replace(compiled, written=prepared.target.fit(compiled, windows[:1]))
+    return replace(compiled, written=prepared.target.fit(compiled, samples[:1]))
 
 
-def recovered(compiled: Compiled, text: Text, context: Context) -> tuple[Compiled, list[Difference]]:
+def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[Compiled, list[Difference]]:
     """Train the small model with the remaining steps and adopt its weights. Also gives the witness's difference."""
     if context.folder is None or context.accelerator is None:
         return compiled, []
     prepared, chosen, form = compiled.prepared, compiled.chosen, compiled.written
     assert form is not None
     s = prepared.settings.learning
-    learner = Learner(context.accelerator, prepared.dense, text.training, s, context.folder, context.progress)
+    learner = Learner(
+        context.accelerator, prepared.dense, prepared.task, sets.training, s, context.folder, context.progress
+    )
     with context.stage("recover"):
         weights = compiled.program.state_dict() if learner.keeps else {}
         small = form.stock.build(weights, shared=s.rank > 0)
         steps, used = prepared.settings.steps - chosen.steps, chosen.steps * s.training.batch
-        found = learner.recover(small, steps, text.proof, used)
+        found = learner.recover(small, steps, sets.proof, used)
     if found is None:
         return compiled, []
     trained, witness = found
@@ -335,14 +355,16 @@ def recovered(compiled: Compiled, text: Text, context: Context) -> tuple[Compile
     known = {name: tensor for name, tensor in named.items() if name in prepared.analysis.weights}
     changes = Weights(chosen.changes).updated(widened(compiled.analysis, chosen.cut, Weights(known)))
     chosen = replace(chosen, changes=changes, trained=tuple(changes))
-    difference = check_witness(changed(prepared, chosen), chosen.cut, witness, text.proof, prepared.executor)
+    difference = check_witness(changed(prepared, chosen), chosen.cut, witness, sets.proof, prepared.executor)
     analysis = stored_analysis(prepared, chosen)
     pruned = cut_program(analysis, chosen.cut, context.log, prepared.dtype)
     after = replace(compiled, chosen=chosen, analysis=analysis, program=pruned.program, exact=pruned.exact)
     return after, [difference]
 
 
-def written_folder(job: Job, compiled: Compiled, text: Text, witnessed: list[Difference], context: Context) -> Report:
+def written_folder(
+    job: Job, compiled: Compiled, sets: SampleSets, witnessed: list[Difference], context: Context
+) -> Report:
     """Write, prove and publish the folder. Its report lacks the quality, which is measured afterwards."""
     prepared, chosen = compiled.prepared, compiled.chosen
     targets = written(prepared.target, prepared.settings)
@@ -355,11 +377,11 @@ def written_folder(job: Job, compiled: Compiled, text: Text, witnessed: list[Dif
         notes = [*chosen.notes, describe_processes(context.accelerator) if context.accelerator else ""]
         for target in targets:
             with context.stage(f"write {target.name}"):
-                notes += target.emit(compiled, text, folder, context.log)
+                notes += target.emit(compiled, sets, folder, context.log)
         with context.stage("prove"):
-            proven = prove_folder(compiled, targets, folder, text.calibration)
+            proven = prove_folder(compiled, targets, folder, sets.calibration)
         proven = replace(proven, differences=(*witnessed, *proven.differences))
         check_proof(proven.differences, REMEDY)
-        report = describe(compiled, proven, text, [*notes, proven.note], folder, context)
+        report = describe(compiled, proven, sets, [*notes, proven.note], folder, context)
         report.write(folder)
     return report

@@ -7,13 +7,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from mptk.cost.model import CostModel
 from mptk.driver.changes import changes_of
-from mptk.driver.claims import check_files, check_numbers, check_tokens, require_same
+from mptk.driver.claims import check_files, check_numbers, proof_samples, require_same
 from mptk.driver.proof import check_proof, prove_folder
 from mptk.driver.prune import compile_plan, traced
 from mptk.errors import MptkError
@@ -83,19 +80,18 @@ def verify(
     check_code(loaded.path, folder)
     task = task_of(loaded)
     analysis = group.analyze(traced(loaded, task, executor))
-    embeddings: Any = loaded.model.get_input_embeddings()
     with _readable(folder):
         check_numbers(report, folder, analysis, plan, loaded.dtype, stored_type(report.settings, loaded))
-        tokens = torch.tensor(check_tokens(report, embeddings.num_embeddings))
+        samples = proof_samples(folder, analysis.program, task.example(loaded.model))
     settings = replace(report.settings, trust_remote_code=trust_remote_code, proof_length=proof_length)
     prepared = _prepared(report, replace(settings, rehome=_rehomed(folder, loaded)), loaded, task, analysis, plan)
     prepared = replace(prepared, executor=executor)
     assert prepared.cut is not None
     chosen = Chosen(plan, prepared.cut, changes_of(analysis, prepared.cut, folder, report, trust_remote_code))
-    compiled = compile_plan(prepared, chosen, tokens, Context(Log(), silent))
+    compiled = compile_plan(prepared, chosen, samples, Context(Log(), silent))
     found = {} if compiled.written is None else config_changes(compiled.written)
     require_same("config_changes", report.config_changes, found)
-    proven = prove_folder(compiled, (prepared.target, ONNX), folder, tokens)
+    proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples)
     check_proof(proven.differences, REMEDY)
     return Proof(proven.differences, [proven.note] if proven.note else [])
 

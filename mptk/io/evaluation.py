@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mptk.errors import MptkError
 from mptk.io import models
+from mptk.ir.samples import Samples, next_tokens
 from mptk.progress import Count
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ LogitsFn = Callable[[Tensor], Tensor]
 """Token ids, int64 [B, T] → logits [B, T, V]. A torch module, a graph or an ONNX Runtime session."""
 
 
-Runs = Callable[[Sequence[Tensor], Count], Iterator[tuple[str, int, Tensor]]]
-"""Batches of token ids → (name of a run, number of the batch, logits [B, T, V]), for each batch and each run."""
+Runs = Callable[[Sequence[Samples], Count], Iterator[tuple[str, int, Tensor]]]
+"""Batches of samples → (name of a run, number of the batch, outputs), for each batch and each run."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def perplexities(runs: Runs, windows: Tensor, *, data: str, progress: Count) -> 
     """Name → perplexity of each of ``runs``, to 4 decimals, and their ``protocol``. ``windows``: int64 [n, T]."""
     _check(windows)
     rows, totals, dtype = windows.split(1), dict[str, float](), torch.float32
-    for name, i, logits in runs(rows, progress):
+    for name, i, logits in runs([next_tokens(row) for row in rows], progress):
         totals[name] = totals.get(name, 0.0) + _summed_loss(logits, rows[i])
         dtype = logits.dtype
     measured = {name: _measured(total, windows, dtype, data) for name, total in totals.items()}

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import Cut, resolve_plan
+from mptk.ir.samples import Samples
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Criterion, Scores
 from mptk.methods.criteria.observe import Observation, Site
@@ -23,7 +23,7 @@ from mptk.progress import Count
 from mptk.run.chain import Chosen, Method, Prepared
 from mptk.run.processes import leads
 from mptk.run.sharing import sharing
-from mptk.run.values import Context, Text
+from mptk.run.values import Context, SampleSets
 from passes.targets.legalize import describe
 from passes.transforms.masked_reference import mask
 
@@ -49,32 +49,32 @@ class OneShotMethod(Method):
     def summary(self) -> str:  # type: ignore[override]
         return self.criterion.summary
 
-    def choose(self, prepared: Prepared, text: Text, context: Context) -> Chosen:
+    def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
         analysis, observations = prepared.analysis, dict[Site, Observation]()
         folder = None if self.criterion.compensates else context.folder  # to compensate takes the observations, too
         scores = None if folder is None else folder.earlier(SCORES)
         if scores is None:
-            scores, observations = self._scored(prepared, text, context)
+            scores, observations = self._scored(prepared, sets, context)
             if folder is not None and leads():
                 folder.save(SCORES, scores)
         narrowed = [_narrowed(analysis, candidate.widths) for candidate in prepared.candidates]
         plans = [criteria.select(analysis, scores, widths) for widths in narrowed]
         with context.stage("choose widths"):
-            plan, cut, losses = _best(prepared, plans, text, context)
+            plan, cut, losses = _best(prepared, plans, sets, context)
         chosen = Chosen(plan, cut, losses=losses)
         if not self.criterion.compensates:
             return chosen
         biases = criteria.compensate(analysis, cut, observations)
         return Chosen(plan, cut, biases.state, losses=losses, notes=(biases.statement,))
 
-    def _scored(self, prepared: Prepared, text: Text, context: Context) -> tuple[Scores, dict[Site, Observation]]:
+    def _scored(self, prepared: Prepared, sets: SampleSets, context: Context) -> tuple[Scores, dict[Site, Observation]]:
         """The scores of the families that are cut, and what they were made of."""
         stage = f"score ({self.name})"
         with context.stage(stage):
             evidence = criteria.gather(
                 prepared.analysis,
                 self.name,
-                text.calibration,
+                sets.calibration,
                 families=prepared.families,
                 seed=prepared.settings.seed,
                 objective=prepared.task,
@@ -85,38 +85,38 @@ class OneShotMethod(Method):
 
 
 def _best(
-    prepared: Prepared, plans: Sequence[Plan], text: Text, context: Context
+    prepared: Prepared, plans: Sequence[Plan], sets: SampleSets, context: Context
 ) -> tuple[Plan, Cut, dict[str, float]]:
     """The plan with the lowest loss of its masked program on some calibration text, its cut, and widths → loss."""
-    ids = text.calibration[: max(1, TOKENS // text.calibration.shape[1])]
+    samples = sets.calibration.batches(TOKENS)[0]
     cuts = [resolve_plan(prepared.analysis, plan) for plan in plans]
     if len(plans) == 1:
         return plans[0], cuts[0], {}
-    losses = _losses(prepared, cuts, ids, partial(context.progress, "choose widths"))
+    losses = _losses(prepared, cuts, samples, partial(context.progress, "choose widths"))
     _, plan, cut = min(zip(losses, plans, cuts, strict=True), key=lambda tried: tried[0])
     return plan, cut, {describe(plan.widths): round(loss, 4) for plan, loss in zip(plans, losses, strict=True)}
 
 
-def _losses(prepared: Prepared, cuts: Sequence[Cut], ids: Tensor, progress: Count) -> list[float]:
-    """The mean loss of each masked program on ``ids`` [windows, length], in nats. The processes of a run share them.
+def _losses(prepared: Prepared, cuts: Sequence[Cut], samples: Samples, progress: Count) -> list[float]:
+    """The mean loss of each masked program on ``samples``. The processes of a run share them.
 
     Programs run side by side, to read weights once, or one after the other if all weights stay in memory.
     """
     task, executor, program = prepared.task, prepared.executor, prepared.analysis.program
-    each = max(1, AT_ONCE // ids.shape[1])
-    share = sharing(-(-len(ids) // each))
-    windows = share.own(ids.split(each))
+    batches = samples.batches(AT_ONCE)
+    share = sharing(len(batches))
+    own = share.own(batches)
     fits = sum(like.nbytes for like in program.state.likes.values()) <= executor.stage
     sums = torch.zeros(len(cuts), dtype=torch.float64)
     for first in range(0, len(cuts), at_once := 1 if fits else len(cuts)):
         masked = [mask(prepared.analysis, cut) for cut in cuts[first : first + at_once]]
-        results = executor.outputs(masked, [(task.inputs(batch),) for batch in windows])
-        for batch in windows:
+        results = executor.outputs(masked, [batch.tensors for batch in own])
+        for batch in own:
             for i in range(first, first + at_once):
                 sums[i] += float(task.loss(next(results), batch.to(executor.device)))
         progress(first + at_once, len(cuts))
     sums = sums if share.count == 1 else share.total(sums.to(executor.device))
-    losses: list[float] = (sums / task.predicted(ids)).tolist()
+    losses: list[float] = (sums / task.predicted(samples)).tolist()
     return losses
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
+from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.methods.criteria.observe import OBSERVED_TOKENS, batches, find_sites
 from mptk.progress import Count
@@ -41,7 +42,7 @@ def reconstruct_consumers(
     sites: Sequence[MaskSite],
     kept: Mapping[str, Tensor],
     changes: Mapping[str, Tensor],
-    inputs: Tensor,
+    samples: Samples,
     progress: Count | None = None,
     executor: Executor = EXECUTOR,
 ) -> Weights:
@@ -52,7 +53,7 @@ def reconstruct_consumers(
         sites: where the families' masks go (``find_mask_sites``).
         kept: family → kept units (``kept_units``).
         changes: the weights in which the pruned model differs from the dense one.
-        inputs: what the model is given, token ids, int64 [n, length].
+        samples: what the model is given.
         executor: runs the dense program; what it has no memory for goes to files.
 
     Returns:
@@ -61,9 +62,9 @@ def reconstruct_consumers(
     dense, changed = analysis.program, analysis.program.with_state(changes)
     fits: dict[str, _Fit] = {}
     for name, keep, dim in _kept_inputs(sites, kept):
-        fits[name] = _Fit(keep, transposed=dim == 0, few=inputs.numel() < int(keep.sum()))
+        fits[name] = _Fit(keep, transposed=dim == 0, few=len(samples) * samples.positions < int(keep.sum()))
     layers = [(site, name) for site in find_sites(analysis) if (name := _stored(dense, site.weight)) in fits]
-    given = batches(dense, inputs, OBSERVED_TOKENS)
+    given = batches(dense, samples, OBSERVED_TOKENS)
     share = Sharing() if any(fit.few for fit in fits.values()) else sharing(len(given))
     own = share.own(given)
     left = {name: len(own) * sum(other == name for _, other in layers) for name in fits}
@@ -77,7 +78,7 @@ def reconstruct_consumers(
             shelf.add(name, fits.pop(name).solved(dense.state[name], changed.state[name]))
 
     watches = [((site.x,), partial(see, name, site.x_dim)) for site, name in layers]
-    executor.watch(dense, own, watches, progress)
+    executor.watch(dense, [batch.tensors for batch in own], watches, progress)
     return Weights(changes).updated(shelf.weights({name: dense.state.like(name) for _, name in layers}))
 
 

@@ -10,7 +10,7 @@ protocol and inherits the defaults.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,23 +21,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.cost.model import CostModel
-from mptk.io.evaluation import LogitsFn, Runs
+from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
+from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.progress import Count, Progress
 from mptk.run.processes import replica
 from mptk.run.settings import Settings
-from mptk.run.values import Checks, Context, Text, Witness, Written
+from mptk.run.values import Checks, Context, SampleSets, Witness, Written
 from mptk.runtime.staged import EXECUTOR, Executor
+from passes.frontend.trace import uncached
 from passes.targets.legalize import Candidate, LegalWidths, graph_widths
 from passes.transforms.insert_masks import MaskSite, disturbed, find_mask_sites
 from passes.transforms.masked_reference import mask
-from passes.verify import Difference
+from passes.verify import Difference, StageOutputs
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class Method(Protocol):
         """Why the method cannot choose among this family's units, or None."""
         return None
 
-    def choose(self, prepared: Prepared, text: Text, context: Context) -> Chosen:
+    def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
         """The plan, for one of ``prepared.candidates``, and the weights that change.
 
         Raises:
@@ -202,15 +204,15 @@ class Target(Protocol):
         """The name of that other class for ``widths``, or None."""
         return None
 
-    def fit(self, compiled: Compiled, text: Tensor) -> Written | None:
-        """The class and config that hold the cut program, or None if it needs none. ``text``: ids [1, sequence].
+    def fit(self, compiled: Compiled, sample: Samples) -> Written | None:
+        """The class and config that hold the cut program, or None if it needs none. ``sample``: one, to run it on.
 
         Raises:
             MptkError: there is none.
         """
         return None
 
-    def emit(self, compiled: Compiled, text: Text, folder: Path, log: Log) -> list[str]:
+    def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
         """Write into the existing ``folder``; returns notes for the report. ``log``: for records of passes."""
         ...
 
@@ -226,20 +228,24 @@ class Target(Protocol):
         """
         return Checks()
 
-    def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Tensor]) -> list[Difference]:
+    def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
         """What may differ by rounding, as quantised graphs. Asked for if all else is equal."""
         return []
 
 
 class Task(Protocol):
-    """What kind of model it is: text to calibrate on, its loss, how good it is, its ONNX form.
+    """What kind of model it is: its samples, its loss, how good it is, its ONNX form.
 
-    ``causal``: logits at a position predict the next token, so that a teacher's can be distilled.
+    ``compares``: the loss compares outputs with the dense model's, which then are the samples' targets.
+    ``classes``: outputs are logits, [..., classes], so that a teacher's distribution can be distilled.
+    ``onnx``: how it is written as ONNX; None if it is not.
     """
 
     name: str
     summary: str
-    causal: bool = False
+    compares: bool = False
+    classes: bool = True
+    onnx: OnnxForm | None = None
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         """Why a model of this config is of another kind, or None. ``classes``: empty for a model with its own code."""
@@ -249,48 +255,73 @@ class Task(Protocol):
         """The task for this model. Raises MptkError if the model lacks something."""
         return self
 
-    def check(self, loaded: Loaded, logits: LogitsFn) -> None:
+    def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
         """Raise MptkError if the model does not compute what its class promises."""
         return None
 
-    def windows(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Tensor:
-        """``count`` windows to calibrate or train on, int64 [n, length].
+    def example(self, model: nn.Module) -> Samples:
+        """A few small samples to trace the model with. It may have no weights."""
+        ...
+
+    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
+        """``count`` samples to calibrate or train on.
 
         Raises:
-            MptkError: no text is given and the model cannot write any.
+            MptkError: no data is given and the model cannot make any.
         """
         ...
 
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Tensor:
-        """Windows to measure quality on, int64 [n, length]."""
+    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
+        """Samples to measure quality on."""
         ...
 
-    def inputs(self, ids: Tensor) -> Tensor:
-        """What the model is given for windows ``ids`` when its loss is taken."""
-        return ids
-
-    def loss(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """Sum of the negative log-likelihoods, in nats, of what is predicted of ``ids`` from ``inputs(ids)``."""
+    def loss(self, output: Tensor, samples: Samples) -> Tensor:
+        """Sum over all that is predicted of ``samples``: how bad the model's ``output`` is."""
         ...
 
-    def predicted(self, ids: Tensor) -> int:
-        """How many tokens ``loss`` sums over."""
+    def sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
+        """What gradients are taken of at the dense model; another function if ``loss`` is at its minimum there."""
+        return self.loss(output, samples)
+
+    def predicted(self, samples: Samples) -> int:
+        """How many terms ``loss`` sums over."""
         ...
 
-    def logits(self, module: PreTrainedModel, ids: Tensor) -> Tensor:
-        """A transformers module's logits, [batch, sequence, vocabulary]."""
+    def output(self, module: nn.Module, samples: Samples) -> Tensor:
+        """What the program computes, by the module itself."""
+        found = module(**samples.inputs, **uncached(module))
+        output: Tensor = found if isinstance(found, Tensor) else found[0]
+        return output
+
+    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
+        """Name → how good each run is, and ``protocol``: how it was measured."""
         ...
 
-    def quality(self, runs: Runs, text: Text, progress: Progress) -> dict[str, Any]:
-        """Name → perplexity of each run, and ``protocol``: how it was measured."""
-        ...
 
-    def export(self, prepared: Prepared, plan: Plan, state: Weights, text: Tensor, folder: Path, log: Log) -> None:
+class OnnxForm(Protocol):
+    """How a kind of model is written as ONNX, and how the graphs are run."""
+
+    def export(self, prepared: Prepared, plan: Plan, state: Weights, samples: Samples, folder: Path, log: Log) -> None:
         """Write the model, with the dense weights ``state``, cut to ``plan``, as ONNX into ``folder``.
 
         ``log`` is given a record of each pass.
 
         Raises:
-            MptkError: this kind of model has no ONNX form, or this model cannot be exported.
+            MptkError: this model cannot be exported.
         """
         ...
+
+    def stages(self, folder: Path, crossed: Sequence[int]) -> Mapping[str, tuple[StageOutputs, float]]:
+        """Stages of the proof: what runs the graphs of ``folder``, and its tolerance.
+
+        ``crossed``: positions that decoding must cross.
+        """
+        ...
+
+    def outputs(self, file: Path) -> Callable[[Samples], Tensor]:
+        """What runs one graph, as the program runs."""
+        ...
+
+    def half(self, folder: Path) -> bool:
+        """Whether the main graph computes in float16."""
+        return False

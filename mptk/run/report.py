@@ -17,6 +17,8 @@ from mptk.run.settings import Settings, settings_from_json
 
 FILE = "report.json"
 FORMAT = "mptk-report/1"
+PROVEN_ON = "proof/inputs.safetensors"
+"""The samples of the proof, the model's inputs by name. It lies apart: programs take any *.safetensors for weights."""
 Row = Mapping[str, Any]
 """An object of the JSON file."""
 
@@ -29,8 +31,8 @@ class Report:
     ``cost.model.Cost``. ``splits``: widths tried → loss. ``perplexity``: ``dense``, ``pruned`` and ``protocol``;
     empty if the run was stopped after publishing.
     ``quantized``: scheme → ``file``, ``bytes``, ``perplexity``. ``proof``: a row a stage. ``config_changes``: field →
-    [old, new]. ``stages``: a row a stage of the run, passes with their differences. ``text``: what was trained,
-    calibrated and measured on, each with ``source``, ``windows``, ``length`` and ``sha256``; ``files``: path → sha256.
+    [old, new]. ``stages``: a row a stage of the run, passes with their differences. ``data``: what was trained,
+    calibrated and measured on, each with ``source``, ``samples``, ``inputs`` and ``seed``; ``files``: path → sha256.
     """
 
     mptk: str
@@ -46,7 +48,6 @@ class Report:
     perplexity: Row
     quantized: Mapping[str, Row]
     proof: Sequence[Row]
-    proof_tokens: Sequence[Sequence[int]]
     proof_length: int
     config_changes: Mapping[str, Sequence[Any]]
     plan_sha256: str
@@ -54,7 +55,7 @@ class Report:
     stages: Sequence[Row]
     files: Sequence[str]
     task: str = "causal-lm"
-    text: Row = field(default_factory=dict)
+    data: Row = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``report.json``."""

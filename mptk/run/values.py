@@ -1,4 +1,4 @@
-"""values: what the stages of a run use beside the chain itself (``chain.py``): context, text, witness, checks."""
+"""values: what the stages of a run use beside the chain itself (``chain.py``): context, samples, witness, checks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from transformers import PreTrainedConfig
 from mptk.io.models import Loaded
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
+from mptk.ir.samples import Samples
 from mptk.progress import Progress
 from mptk.run.folder import RunFolder
 from passes.targets.stock.config import StockConfig
-from passes.verify import Difference, StageLogits
+from passes.verify import Difference, StageOutputs
 
 PROOF_SHAPE = (2, 48)
-"""Sequences and tokens of the proof's short batch."""
+"""Samples of the proof's short batch, and the tokens of each."""
 
 
 @dataclass(frozen=True)
@@ -44,37 +45,32 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Text:
-    """Windows of token ids, int64 [n, length]: to train on, to calibrate on (the first of these), to measure on.
+class SampleSets:
+    """Samples to train on, to calibrate on (the first of these), and to measure on.
 
-    ``source``: where the windows for measuring come from.
+    ``source``: where those for measuring come from.
     """
 
-    training: Tensor
-    calibration: Tensor
-    evaluation: Tensor
+    training: Samples
+    calibration: Samples
+    evaluation: Samples
     source: str
 
     @property
-    def proof(self) -> Tensor:
-        """The proof's short batch, int64 [sequences, tokens]."""
-        return short_batch(self.calibration)
-
-
-def short_batch(windows: Tensor) -> Tensor:
-    """The first ``PROOF_SHAPE`` of windows [n, length]."""
-    return windows[: PROOF_SHAPE[0], : PROOF_SHAPE[1]]
+    def proof(self) -> Samples:
+        """The proof's short batch."""
+        return self.calibration.shortened(*PROOF_SHAPE)
 
 
 @dataclass(frozen=True)
 class Witness:
-    """A trained model's own ``logits`` on the proof's short batch, before its weights are adopted.
+    """A trained model's own ``outputs`` on the proof's short batch, before its weights are adopted.
 
-    ``tolerance``: how near the adopted weights must come, relative to the largest logit.
+    ``tolerance``: how near the adopted weights must come, relative to the largest output.
     """
 
     stage: str
-    logits: Tensor
+    outputs: Tensor
     tolerance: float
 
 
@@ -103,4 +99,4 @@ class Checks:
     """
 
     exact: tuple[Difference, ...] = ()
-    stages: Mapping[str, tuple[Program | StageLogits, float]] = field(default_factory=dict)
+    stages: Mapping[str, tuple[Program | StageOutputs, float]] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from mptk.errors import ProofError
 from mptk.ir.passes import Log
 from mptk.ir.weights import Weights
 from mptk.run.chain import Compiled, Target
-from mptk.run.values import Checks, Text
+from mptk.run.values import Checks, SampleSets
 from passes.verify import Difference, difference
 
 WEIGHTS = "model.safetensors"
@@ -26,7 +26,7 @@ class GraphTarget(Target):
     name = "graph"
     summary = "any widths that the graph's ops accept"
 
-    def emit(self, compiled: Compiled, text: Text, folder: Path, log: Log) -> list[str]:
+    def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
         state = in_stored_type(compiled.program.state, compiled.prepared.dtype)
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
         return []

@@ -1,4 +1,4 @@
-"""onnx: the ``onnx`` folder of a checkpoint: a float graph with a KV cache, and quantised graphs."""
+"""onnx: the ``onnx`` folder of a checkpoint: the task's graphs in float, and quantised ones."""
 
 from __future__ import annotations
 
@@ -7,57 +7,47 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from mptk.errors import MptkError, ProofError
 from mptk.ir.passes import Log
-from mptk.run.chain import Compiled, Target
+from mptk.ir.samples import Samples
+from mptk.run.chain import Compiled, OnnxForm, Target
 from mptk.run.settings import Settings
-from mptk.run.values import Checks, Text
-from mptk.runtime.decoder import OrtDecoder
+from mptk.run.values import Checks, SampleSets
 from passes.targets.onnx.check_quantized import DIVERGENCES, check_quantized, divergence
-from passes.verify import RUNTIME_TOLERANCE, Difference, StageLogits
+from passes.verify import Difference
 
 FOLDER = "onnx"
-HALF_TOLERANCE = 0.05
-"""As ``RUNTIME_TOLERANCE``, for a float16 graph: rounded activations move SmolLM2-135M's logits by 0.009 of the
-largest. The weights and the divergence of the logits are checked, too."""
-DECODED = 4
-"""Number of decoding steps at the end of a sequence, and at each border."""
 
 
 class OnnxTarget(Target):
-    """The task's own graph (for a decoder, one decoding step) with the dense weights, cut to the same plan."""
+    """The task's own graphs (for a decoder, one decoding step) with the dense weights, cut to the same plan."""
 
     name = "onnx"
-    summary = "ONNX with a KV cache, beside another target"
+    summary = "ONNX, a decoder's with a KV cache, beside another target"
 
-    def emit(self, compiled: Compiled, text: Text, folder: Path, log: Log) -> list[str]:
+    def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
+        task = compiled.prepared.task
+        if task.onnx is None:
+            return [f"no ONNX: mptk has no ONNX form of a {task.summary}; export the folder with optimum"]
         out = folder / FOLDER
         out.mkdir()
         try:
-            _export(compiled, compiled.prepared.settings, text.calibration, out, log)
+            _export(compiled, task.onnx, compiled.prepared.settings, sets.calibration, out, log)
         except MptkError as error:
             out.rmdir()
             return [f"no ONNX: {error}"]
         return []
 
     def wrote(self, folder: Path) -> bool:
-        return (folder / FOLDER / "model.onnx").is_file()
+        return next((folder / FOLDER).glob("*.onnx"), None) is not None
 
     def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
-        if not (folder / FOLDER).is_dir():
+        form = compiled.prepared.task.onnx
+        if form is None or not (folder / FOLDER).is_dir():
             return Checks()
-        decoder = OrtDecoder(folder / FOLDER)
-        tolerance = HALF_TOLERANCE if decoder.half else RUNTIME_TOLERANCE
-        stages: dict[str, tuple[StageLogits, float]] = {
-            "ONNX Runtime prefill": (lambda ids: torch.from_numpy(decoder.prefill(ids.numpy())[0]), tolerance),
-            "ONNX Runtime decode": (lambda ids: decoded(decoder, ids, crossed), tolerance),
-        }
-        return Checks(stages=stages)
+        return Checks(stages=form.stages(folder / FOLDER, crossed))
 
-    def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Tensor]) -> list[Difference]:
+    def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
         """For each quantised graph: the weights' error over the rounding limit, and the logits' error in nats a token.
 
         So has a main graph in float16. Its float32 graph is written to a temporary folder.
@@ -65,30 +55,32 @@ class OnnxTarget(Target):
         Raises:
             ProofError: a graph cannot be read or run, or a weight differs by more than rounding allows.
         """
-        main = folder / FOLDER / "model.onnx"
+        form, main = compiled.prepared.task.onnx, folder / FOLDER / "model.onnx"
+        if form is None:
+            return []
         files = sorted((folder / FOLDER).glob("model_*.onnx"))
-        found = [d for file in files for d in _quantized(file, main, file.stem.removeprefix("model_"), batches)]
-        if main.is_file() and OrtDecoder(main).half:
+        found = [d for file in files for d in _quantized(form, file, main, file.stem.removeprefix("model_"), batches)]
+        if main.is_file() and form.half(folder / FOLDER):
             with tempfile.TemporaryDirectory() as temporary:
                 settings = replace(compiled.prepared.settings, onnx_dtype="float32")
-                _export(compiled, settings, batches[0], Path(temporary), Log())
-                found += _quantized(main, Path(temporary) / main.name, "fp16", batches)
+                _export(compiled, form, settings, batches[0], Path(temporary), Log())
+                found += _quantized(form, main, Path(temporary) / main.name, "fp16", batches)
         return found
 
 
-def _export(compiled: Compiled, settings: Settings, text: Tensor, folder: Path, log: Log) -> None:
+def _export(compiled: Compiled, form: OnnxForm, settings: Settings, samples: Samples, folder: Path, log: Log) -> None:
     prepared = replace(compiled.prepared, settings=settings)
     program = compiled.analysis.program
     state = program.state_dict().updated(program.state)  # tied weights by all their names
-    prepared.task.export(prepared, compiled.chosen.plan, state, text, folder, log)
+    form.export(prepared, compiled.chosen.plan, state, samples, folder, log)
 
 
-def _quantized(file: Path, whole: Path, scheme: str, batches: Sequence[Tensor]) -> list[Difference]:
+def _quantized(form: OnnxForm, file: Path, whole: Path, scheme: str, batches: Sequence[Samples]) -> list[Difference]:
     """The differences of ``file`` from its float32 graph ``whole``."""
     try:
         share = check_quantized(whole, file, scheme)
-        small, full = OrtDecoder(file), OrtDecoder(whole)
-        pairs = [[torch.from_numpy(g.logits(ids.numpy())) for g in (small, full)] for ids in batches]
+        runs = [form.outputs(graph) for graph in (file, whole)]
+        pairs = [[run(batch) for run in runs] for batch in batches]
     except MptkError:
         raise
     except Exception as error:  # ONNX and ONNX Runtime share no error class
@@ -99,21 +91,3 @@ def _quantized(file: Path, whole: Path, scheme: str, batches: Sequence[Tensor]) 
         Difference(f"{scheme} weights", share, share, 1.0),
         Difference(f"{scheme} logits", apart, apart, DIVERGENCES[scheme]),
     ]
-
-
-def decoded(decoder: OrtDecoder, ids: Tensor, crossed: Sequence[int] = ()) -> tuple[Tensor, list[int]]:
-    """Logits of decoding steps with a KV cache, [batch, steps, vocab], and their positions.
-
-    Steps cross each border within the sequence, and its end. The tokens between are run in one call with the cache.
-    """
-    length = ids.shape[1]
-    starts = [max(1, border - DECODED // 2) for border in crossed if border + DECODED <= length]
-    single = sorted({p for start in (*starts, length - DECODED) for p in range(start, start + DECODED)})
-    steps, cache, done = [], decoder.empty(len(ids)), 0
-    for position in single:
-        if position > done:
-            _, cache = decoder.decode(ids[:, done:position].numpy(), cache)
-        logits, cache = decoder.decode(ids[:, position : position + 1].numpy(), cache)
-        steps.append(torch.from_numpy(logits.copy()))
-        done = position + 1
-    return torch.cat(steps, 1), single

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from mptk.errors import MptkError
@@ -16,10 +16,11 @@ from mptk.io.resident import Resident
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
+from mptk.ir.samples import Samples
 from mptk.run.chain import Compiled, Target
 from mptk.run.execution import STAGE
 from mptk.run.settings import Settings
-from mptk.run.values import Checks, Text, Written
+from mptk.run.values import Checks, SampleSets, Written
 from mptk.targets.graph import in_stored_type, stored_weights
 from mptk.targets.stock_config import check_code, check_config
 from passes.frontend.trace import trace
@@ -28,7 +29,7 @@ from passes.targets.legalize import LegalWidths, cut_shapes, graph_widths, stock
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.emit import write_checkpoint
 from passes.targets.stock.rehome import find_home, logits_check, rehome
-from passes.verify import TOLERANCE, StageLogits
+from passes.verify import TOLERANCE, StageOutputs
 
 SHARD = 5 * 10**9
 """Bytes of the largest file of weights, if the user names none. One file is in memory at a time."""
@@ -61,7 +62,7 @@ class StockTarget(Target):
             return None
         return find_home(analysis, legal.stock, model, widths)
 
-    def fit(self, compiled: Compiled, text: Tensor) -> Written:
+    def fit(self, compiled: Compiled, sample: Samples) -> Written:
         """The model's own class with a new config. If it refuses and ``rehome`` is set, another class.
 
         Raises:
@@ -74,8 +75,8 @@ class StockTarget(Target):
         dtype = prepared.dtype
         if isinstance(found, StockConfig):
             return Written(found, loaded, found.config, dtype)
-        if prepared.settings.rehome and found.config is not None:
-            check = logits_check(compiled.program, text)
+        if prepared.settings.rehome and found.config is not None and list(sample.inputs) == ["input_ids"]:
+            check = logits_check(compiled.program, sample.inputs["input_ids"])
             other = rehome(found.config, cut_shapes(analysis, widths), check, tolerance=TOLERANCE)
             if isinstance(other, StockConfig):
                 note = f"written as {other.model_class.__name__}, with equal logits, since {found}"
@@ -85,7 +86,7 @@ class StockTarget(Target):
         hint = "" if home is None else f", or give --rehome: {home} holds them with equal logits"
         raise MptkError(f"the stock class refuses these widths: {found}; choose others or use --target graph{hint}")
 
-    def emit(self, compiled: Compiled, text: Text, folder: Path, log: Log) -> list[str]:
+    def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
         loaded, written = compiled.prepared.loaded, compiled.written
         assert written is not None
         state = in_stored_type(compiled.program.state_dict(), compiled.prepared.dtype)
@@ -109,7 +110,7 @@ class StockTarget(Target):
         assert reloaded.weights is not None
         weights = stored_weights(reloaded.weights, compiled.program.state_dict())
         if sum(like.nbytes for like in reloaded.weights.likes.values()) <= executor.stage:
-            run: Program | StageLogits = partial(task.logits, reloaded.whole())
+            run: Program | StageOutputs = partial(task.output, reloaded.whole())
         else:  # stage by stage, as the class computes
-            run = reloaded.with_weights(trace(reloaded.model, dynamic=True))
+            run = reloaded.with_weights(trace(reloaded.model, task.example(reloaded.model).inputs, dynamic=True))
         return Checks((config, weights), {"reloaded checkpoint": (run, TOLERANCE)})

@@ -6,34 +6,32 @@ logits depend on later tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.errors import MptkError
-from mptk.io.evaluation import LogitsFn, Runs, perplexities
+from mptk.io.evaluation import Runs, perplexities
 from mptk.io.models import Loaded
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.weights import Weights
+from mptk.ir.samples import Samples, next_tokens
 from mptk.progress import Count, Progress
-from mptk.run.chain import Prepared, Task
 from mptk.run.settings import Settings
-from mptk.run.values import Text
-from mptk.tasks.decoder_onnx import export_decoder
+from mptk.run.values import SampleSets
+from mptk.tasks.decoder_form import DecoderForm
+from mptk.tasks.tokens import TokenTask, example_ids
 from mptk.tasks.windows import calibration_windows, evaluation_windows
 
 
-class CausalLM(Task):
+class CausalLM(TokenTask):
     """A causal language model, with a KV cache or a state."""
 
     name = "causal-lm"
     summary = "decoder"
-    causal = True
+    onnx = DecoderForm()
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         name = min((c.__name__ for c in classes), default=type(config).__name__)
@@ -43,8 +41,8 @@ class CausalLM(Task):
             return f"{name} does not predict the next token"
         return None
 
-    def check(self, loaded: Loaded, logits: LogitsFn) -> None:
-        found = logits(torch.tensor([[1, 2], [1, 3]]))
+    def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
+        found = run(next_tokens(torch.tensor([[1, 2], [1, 3]])))
         name = type(loaded.model).__name__
         vocabulary = getattr(loaded.model.config.get_text_config(), "vocab_size", 0)  # a model's own config may lack it
         if not isinstance(found, Tensor) or found.ndim != 3 or found.shape[1] != 2 or found.shape[2] < vocabulary:
@@ -53,44 +51,18 @@ class CausalLM(Task):
         if (first[0] - first[1]).abs().max() > 1e-3 * first.abs().max():
             raise wrong_kind(loaded.source, f"no {self.summary}: {name} looks at later tokens")
 
-    def windows(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Tensor:
-        return calibration_windows(loaded, settings, count, progress)
+    def example(self, model: nn.Module) -> Samples:
+        return next_tokens(example_ids())
 
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Tensor:
-        return evaluation_windows(loaded, settings, settings.eval_length)
+    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
+        return next_tokens(calibration_windows(loaded, settings, count, progress))
 
-    def loss(self, logits: Tensor, ids: Tensor) -> Tensor:
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
+        return next_tokens(evaluation_windows(loaded, settings, settings.eval_length))
 
-    def predicted(self, ids: Tensor) -> int:
-        return ids.shape[0] * (ids.shape[1] - 1)
-
-    def logits(self, module: PreTrainedModel, ids: Tensor) -> Tensor:
-        logits: Tensor = module(ids, use_cache=False).logits
-        return logits
-
-    def quality(self, runs: Runs, text: Text, progress: Progress) -> dict[str, float | str]:
-        return perplexities(runs, text.evaluation, data=text.source, progress=partial(progress, "perplexity"))
-
-    def export(self, prepared: Prepared, plan: Plan, state: Weights, text: Tensor, folder: Path, log: Log) -> None:
-        settings, loaded, executor = prepared.settings, prepared.loaded, prepared.executor
-        dense = prepared.analysis.program.with_state(state)
-        export_decoder(
-            loaded.model,
-            folder,
-            {"source": loaded.source},
-            plan=plan,
-            logits=settings.logits,
-            quantize=settings.quantize,
-            text=text,
-            objective=settings.objective,
-            onnx_dtype=settings.onnx_dtype,
-            log=log,
-            dtype=prepared.dtype,
-            weights=lambda program: loaded.with_weights(program).with_state(state),
-            dense=lambda ids: next(executor.outputs([dense], [(ids,)])),
-            executor=executor,
-        )
+    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, float | str]:
+        ids = sets.evaluation.inputs["input_ids"]
+        return perplexities(runs, ids, data=sets.source, progress=partial(progress, "perplexity"))
 
 
 def wrong_kind(model: str, what: str) -> MptkError:

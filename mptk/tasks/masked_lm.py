@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
@@ -21,23 +20,21 @@ from mptk.errors import MptkError
 from mptk.io import data
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
-from mptk.ir.passes import Log
-from mptk.ir.plan import Plan
-from mptk.ir.weights import Weights
+from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Count, Progress
-from mptk.run.chain import Prepared, Task
+from mptk.run.chain import Task
 from mptk.run.settings import Settings
-from mptk.run.values import Text
+from mptk.run.values import SampleSets
+from mptk.tasks.tokens import TokenTask, example_ids
 from mptk.tasks.windows import calibration_windows, evaluation_windows
 
 STRIDE = 7
 """One token in ``STRIDE`` is masked: 14 %, close to BERT's 15 %."""
 FIRST = 3
-IGNORED = -100
 
 
 @dataclass(frozen=True)
-class MaskedLM(Task):
+class MaskedLM(TokenTask):
     """A masked language model: BERT, RoBERTa, ModernBERT. ``mask``: its mask token."""
 
     mask: int | None = None
@@ -60,49 +57,40 @@ class MaskedLM(Task):
             raise MptkError(f"{loaded.source} has no tokenizer with a mask token, which its loss needs; add its files")
         return MaskedLM(mask)
 
-    def windows(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Tensor:
+    def example(self, model: nn.Module) -> Samples:
+        return self.masked(example_ids())
+
+    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
         if settings.data == data.SELF:
             raise MptkError(f"{loaded.source} cannot write text to calibrate on; give some with --data")
-        return calibration_windows(loaded, settings, count, progress)
+        return self.masked(calibration_windows(loaded, settings, count, progress))
 
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Tensor:
+    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
         config = loaded.model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", settings.eval_length)
-        return evaluation_windows(loaded, settings, min(settings.eval_length, limit))
+        return self.masked(evaluation_windows(loaded, settings, min(settings.eval_length, limit)))
 
-    def inputs(self, ids: Tensor) -> Tensor:
+    def masked(self, ids: Tensor) -> Samples:
+        """Windows of token ids, int64 [n, length], with some masked; these are the targets."""
         assert self.mask is not None
-        return ids.masked_fill(_masked(ids), self.mask)
-
-    def loss(self, logits: Tensor, ids: Tensor) -> Tensor:
-        targets = ids.masked_fill(~_masked(ids), IGNORED)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-
-    def predicted(self, ids: Tensor) -> int:
-        return int(_masked(ids).sum())
-
-    def logits(self, module: PreTrainedModel, ids: Tensor) -> Tensor:
-        logits: Tensor = module(input_ids=ids).logits
-        return logits
+        hidden = _masked(ids)
+        return Samples({"input_ids": ids.masked_fill(hidden, self.mask)}, ids.masked_fill(~hidden, IGNORED))
 
     @torch.no_grad()
-    def quality(self, runs: Runs, text: Text, progress: Progress) -> dict[str, float | str]:
-        windows = text.evaluation
-        tokens = self.predicted(windows)
-        rows = windows.split(1)
+    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
+        samples = sets.evaluation
+        tokens = self.predicted(samples)
+        rows = samples.split(1)
         totals: dict[str, float] = {}
         say = partial(progress, "pseudo-perplexity")
-        for name, i, logits in runs([self.inputs(row) for row in rows], say):
+        for name, i, logits in runs(rows, say):
             totals[name] = totals.get(name, 0.0) + float(self.loss(logits, rows[i].to(logits.device)))
         result: dict[str, float | str] = {n: round(math.exp(total / tokens), 4) for n, total in totals.items()}
         result["protocol"] = (
-            f"{text.source}: pseudo-perplexity, {len(windows)} windows of {windows.shape[1]} tokens, one token in "
+            f"{sets.source}: pseudo-perplexity, {len(samples)} windows of {samples.positions} tokens, one token in "
             f"{STRIDE} masked, {tokens:,} predicted"
         )
         return result
-
-    def export(self, prepared: Prepared, plan: Plan, state: Weights, text: Tensor, folder: Path, log: Log) -> None:
-        raise MptkError("only decoders are written as ONNX; export the folder with torch.onnx or optimum")
 
 
 def _masked(ids: Tensor) -> Tensor:

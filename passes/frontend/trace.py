@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,35 +24,50 @@ BATCH, SEQUENCE = 2, 7
 
 
 class Flat(nn.Module):
-    """Calls a module with positional tensors and returns its tensors, flat; the tensor itself if there is only one.
+    """Calls a module with tensors and returns its tensors, flat; the tensor itself if there is only one.
 
-    From a transformers model it returns the first output only (logits or last hidden state). The model also returns
-    its cache, which would count as a use of the heads if it were an output of the graph.
+    ``names``: the arguments of ``forward`` that the tensors are; by default the first ones, in order. From a
+    transformers model it returns the first output only (logits or last hidden state). The model also returns its cache,
+    which would count as a use of the heads if it were an output of the graph.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, names: Sequence[str] = ()) -> None:
         super().__init__()
-        self.module = module
-        accepted = inspect.signature(module.forward).parameters
-        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
-        caches = hasattr(module, "config") and ("use_cache" in accepted or takes_any)
-        self.keywords: dict[str, bool] = {"use_cache": False} if caches else {}
+        self.module, self.names = module, tuple(names)
+        self.keywords = uncached(module)
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        output = self.module(*inputs, **self.keywords)
+        named = dict(zip(self.names, inputs, strict=True)) if self.names else {}
+        output = self.module(*(() if named else inputs), **named, **self.keywords)
         if isinstance(self.module, PreTrainedModel) or isinstance(output, ModelOutput):
             return output if isinstance(output, Tensor) else output[0]
         tensors = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
-def trace(module: nn.Module, example_inputs: Sequence[Tensor] | None = None, *, dynamic: bool = False) -> Program:
+def uncached(module: nn.Module) -> dict[str, bool]:
+    """The keyword that keeps a cache out of a transformers module's outputs, if it takes one."""
+    while (inner := getattr(module, "module", None)) is not None and not hasattr(module, "config"):
+        module = inner  # a wrapper of several processes
+    if callable(of_adapter := getattr(module, "get_base_model", None)):
+        module = of_adapter()
+    accepted = inspect.signature(module.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+    caches = "use_cache" in accepted or (takes_any and hasattr(getattr(module, "config", None), "use_cache"))
+    return {"use_cache": False} if caches else {}
+
+
+ExampleInputs = Sequence[Tensor] | Mapping[str, Tensor]
+"""Tensors for ``forward``, by position or by the argument's name."""
+
+
+def trace(module: nn.Module, example_inputs: ExampleInputs | None = None, *, dynamic: bool = False) -> Program:
     """Trace ``module`` to a Program without running it on real numbers.
 
     Args:
         module: any module. Weights may be real (the program shares their storage) or on the meta device. For meta
             weights the program's weights are fake tensors, and no memory of the model's size is allocated.
-        example_inputs: positional tensors for ``forward``. None: token ids [2, 7], for a language model.
+        example_inputs: tensors for ``forward``, by position or by name. None: token ids [2, 7], for a language model.
         dynamic: make every size of the inputs symbolic if the model allows it. The program then runs on other batch
             sizes and sequence lengths; export takes 2-4 times as long.
 
@@ -63,6 +78,8 @@ def trace(module: nn.Module, example_inputs: Sequence[Tensor] | None = None, *, 
         if not hasattr(module, "config"):
             raise MptkError("cannot trace: example inputs are missing; pass the tensors that forward() takes")
         example_inputs = (torch.arange(BATCH * SEQUENCE).reshape(BATCH, SEQUENCE) % 11 + 1,)
+    if isinstance(example_inputs, Mapping):
+        return export_program(Flat(module, list(example_inputs)), tuple(example_inputs.values()), dynamic=dynamic)
     return export_program(Flat(module), tuple(example_inputs), dynamic=dynamic)
 
 

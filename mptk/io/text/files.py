@@ -88,12 +88,16 @@ def text_files(folder: Path) -> list[Path]:
     Raises:
         MptkError: there are none.
     """
-    inside = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    shown = (f for f in inside if not any(part.startswith(".") for part in f.relative_to(folder).parts))
-    found = [file for file in shown if _suffix(file) in _TABLES or _is_text(file)]
+    found = [file for file in shown(folder) if _suffix(file) in _TABLES or _is_text(file)]
     if not found:
         raise MptkError(f"{folder} has no text in it; give a folder with text files or {', '.join(_TABLES)}")
     return found
+
+
+def shown(folder: Path) -> list[Path]:
+    """The files in a folder and below that are not hidden, in the order of their paths."""
+    inside = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return [f for f in inside if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
 
 
 def _suffix(path: Path) -> str:

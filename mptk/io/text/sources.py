@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
 from mptk.io.manifest import file_sha256
-from mptk.io.text.files import Document, file_documents, folder_documents, text_files
+from mptk.io.text.files import Document, file_documents, folder_documents, shown
 from mptk.io.text.hub import HubText, hub_text
 
 SELF = "self"
@@ -43,10 +43,10 @@ class Source:
         return file_documents(self.place, self.column, tokenizer)
 
     def digests(self) -> dict[str, str]:
-        """Path → SHA-256 of each file that it names; nothing for a data set of the hub."""
+        """Path → SHA-256 of each file that it names or holds; nothing for a data set of the hub."""
         if isinstance(self.place, HubText):
             return {}
-        return {str(file): file_sha256(file) for file in (text_files(self.place) if self.is_folder else [self.place])}
+        return {str(file): file_sha256(file) for file in (shown(self.place) if self.is_folder else [self.place])}
 
 
 def parse(data: str, *, held_out: bool = False, split: str | None = None) -> tuple[Source, ...]:

@@ -97,9 +97,11 @@ def begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def digest(windows: Tensor) -> str:
-    """SHA-256 of windows of token ids: of their int64 numbers, little-endian, row by row."""
-    numbers = windows.detach().cpu().contiguous().numpy().astype("<i8", copy=False)
-    return hashlib.sha256(numbers.tobytes()).hexdigest()
+    """SHA-256 of windows of token ids: of their int64 numbers, little-endian, row by row. Other inputs: as float32."""
+    numbers = windows.detach().cpu().contiguous()
+    kind = "<f4" if numbers.is_floating_point() else "<i8"
+    found = (numbers.float() if numbers.is_floating_point() else numbers).numpy()
+    return hashlib.sha256(found.astype(kind, copy=False).tobytes()).hexdigest()
 
 
 def _tensor(ids: array[int]) -> Tensor:

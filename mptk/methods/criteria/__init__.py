@@ -16,6 +16,7 @@ from mptk.errors import MptkError
 from mptk.ir.families import Analysis, Family
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.samples import Samples, next_tokens
 from mptk.methods.criteria import flap, magnitude, random, taylor, wanda
 from mptk.methods.criteria.base import Criterion, Evidence, Scores, uses
 from mptk.methods.criteria.flap import Compensation, compensate
@@ -56,7 +57,7 @@ def needs_data(name: str) -> bool:
 def score(
     analysis: Analysis,
     name: str,
-    windows: Tensor | None = None,
+    windows: Tensor | Samples | None = None,
     *,
     families: Sequence[str] | None = None,
     seed: int = 0,
@@ -68,7 +69,8 @@ def score(
     Args:
         analysis: of a program traced with weights, and with ``dynamic=True`` if the criterion needs text.
         name: a key of ``CRITERIA``.
-        windows: calibration text as token ids, int64 [n, length]; may be None if ``needs_data(name)`` is False.
+        windows: calibration text as token ids, int64 [n, length], or samples of a model of another kind; may be None
+            if ``needs_data(name)`` is False.
         families: names of the families to score; all by default.
         seed: used by the random criterion.
         progress: called with (windows done, all windows).
@@ -89,7 +91,7 @@ def score(
 def gather(
     analysis: Analysis,
     name: str,
-    windows: Tensor | None = None,
+    windows: Tensor | Samples | None = None,
     *,
     families: Sequence[str] | None = None,
     seed: int = 0,
@@ -109,19 +111,26 @@ def gather(
         )
     if needs == "nothing":
         return Evidence(analysis, seed)
-    if windows is None:
-        raise MptkError(f"{name} needs calibration text; pass windows of token ids, or use magnitude or random")
-    if windows.ndim != 2 or windows.dtype != torch.int64 or not windows.numel():
-        raise MptkError(f"calibration windows are {windows.dtype} {list(windows.shape)}; pass int64 [n, length]")
+    samples = _samples(name, windows)
     groups = [g for f in _families(analysis, families) for g in f.groups]
     if needs == "gradients":
         names = dict.fromkeys(m.weight for g in groups for m in g.members)
-        found = gradients(analysis.program, names, windows, objective, progress, executor)
+        found = gradients(analysis.program, names, samples, objective, progress, executor)
         return Evidence(analysis, seed, gradients=found)
     sites = find_sites(analysis)
     used = dict.fromkeys(site for g in groups for site, _ in uses(sites, g))
-    seen = activations(analysis, list(used), objective.inputs(windows), progress, executor)
+    seen = activations(analysis, list(used), samples, progress, executor)
     return Evidence(analysis, seed, observations=seen)
+
+
+def _samples(name: str, windows: Tensor | Samples | None) -> Samples:
+    if windows is None:
+        raise MptkError(f"{name} needs calibration text; pass windows of token ids, or use magnitude or random")
+    if isinstance(windows, Samples):
+        return windows
+    if windows.ndim != 2 or windows.dtype != torch.int64 or not windows.numel():
+        raise MptkError(f"calibration windows are {windows.dtype} {list(windows.shape)}; pass int64 [n, length]")
+    return next_tokens(windows)
 
 
 def score_evidence(evidence: Evidence, name: str, families: Sequence[str] | None = None) -> Scores:
@@ -176,7 +185,7 @@ def one_shot(
     analysis: Analysis,
     name: str,
     widths: Mapping[str, int],
-    windows: Tensor | None = None,
+    windows: Tensor | Samples | None = None,
     *,
     seed: int = 0,
     progress: Count | None = None,
@@ -190,7 +199,8 @@ def one_shot(
     scores = score_evidence(evidence, name, families)
     meta: dict[str, object] = {"criterion": name, "seed": seed}
     if windows is not None and needs_data(name):
-        meta["calibration"] = {"windows": len(windows), "length": windows.shape[1]}
+        samples = _samples(name, windows)
+        meta["calibration"] = {"windows": len(samples), "length": samples.positions}
     plan = select(analysis, scores, widths, meta)
     if not find_criterion(name).compensates:
         return OneShot(plan, scores)

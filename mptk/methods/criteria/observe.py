@@ -20,6 +20,7 @@ from mptk.ir.axis_facts import Dims
 from mptk.ir.families import Analysis
 from mptk.ir.ops import named_argument
 from mptk.ir.program import Program
+from mptk.ir.samples import Samples
 from mptk.progress import Count
 from mptk.run.chain import Task
 from mptk.run.sharing import Sharing, sharing
@@ -159,11 +160,11 @@ def _shared(
 def activations(
     analysis: Analysis,
     sites: Sequence[Site],
-    windows: Tensor,
+    samples: Samples,
     progress: Count | None = None,
     executor: Executor = EXECUTOR,
 ) -> dict[Site, Observation]:
-    """Run the program on token ids ``windows`` [n, length] and return the moments of x at each site.
+    """Run the program on ``samples`` and return the moments of x at each site.
 
     Only running sums [*shared, K] are kept. What follows the last site (usually the output layer) is not computed. The
     processes of a run share the batches.
@@ -179,10 +180,10 @@ def activations(
 
     streams = dict.fromkeys(site.stream for site in sites)
     watches = [((s[0],) if s[3] is None else (s[0], s[3]), partial(see, s)) for s in streams]
-    given = batches(analysis.program, windows, OBSERVED_TOKENS)
+    given = batches(analysis.program, samples, OBSERVED_TOKENS)
     share = sharing(len(given))
     own = share.own(given)
-    executor.watch(analysis.program, own, watches, _in_windows(progress, own))
+    executor.watch(analysis.program, [batch.tensors for batch in own], watches, _in_samples(progress, own))
     merged = {stream: _merged(moments[stream], share) for stream in streams}
     return {site: Observation(site, analysis.program, merged[site.stream]) for site in sites}
 
@@ -196,25 +197,29 @@ def _merged(seen: Moments, share: Sharing) -> Moments:
     return first
 
 
-def batches(program: Program, windows: Tensor, tokens: int) -> list[tuple[Tensor]]:
-    """Windows in batches of about ``tokens`` tokens, at least one window each.
+def batches(program: Program, samples: Samples, positions: int) -> list[Samples]:
+    """Samples in batches of about that many ``positions``, at least one sample each.
 
     Raises:
         MptkError: the program was traced for another size of input.
     """
-    example = next(n for n in program.placeholders() if n.name in program.user_inputs).meta["val"]
-    found = windows.split(max(1, tokens // windows.shape[1]))
+    user = set(program.user_inputs)
+    traced = [n.meta["val"].shape for n in program.placeholders() if n.name in user]
+    found = samples.batches(positions)
     for batch in found:
-        fits = example.ndim == 2 and all(
-            isinstance(size, torch.SymInt) or size == actual
-            for size, actual in zip(example.shape, batch.shape, strict=True)
-        )
-        if not fits:
+        shapes = [tensor.shape for tensor in batch.tensors]
+        if len(traced) != len(shapes) or not all(map(_fits, traced, shapes)):
+            said = ", ".join(str(list(shape)) for shape in traced)
             raise MptkError(
-                f"the program was traced for inputs {list(example.shape)} and calibration has {list(batch.shape)}; "
-                "trace the model with dynamic=True"
+                f"the program was traced for inputs {said} and calibration has "
+                f"{', '.join(str(list(shape)) for shape in shapes)}; trace the model with dynamic=True"
             )
-    return [(batch,) for batch in found]
+    return found
+
+
+def _fits(traced: Sequence[int | torch.SymInt], shape: Sequence[int]) -> bool:
+    sizes = zip(traced, shape, strict=False)
+    return len(traced) == len(shape) and all(isinstance(size, torch.SymInt) or size == n for size, n in sizes)
 
 
 def moments_of(x: Tensor, dim: int, shared: Sequence[int], ends: Tensor | None = None) -> Moments:
@@ -244,9 +249,9 @@ def _routed_moments(x: Tensor, ends: Tensor) -> Moments:
     return Moments(count[:-1], mean[:-1], deviation[:-1])
 
 
-def _in_windows(progress: Count | None, given: Sequence[tuple[Tensor]]) -> Count | None:
-    """Progress over batches as progress over their windows."""
-    done = list(accumulate(len(batch) for (batch,) in given))
+def _in_samples(progress: Count | None, given: Sequence[Samples]) -> Count | None:
+    """Progress over batches as progress over their samples."""
+    done = list(accumulate(map(len, given)))
     return None if progress is None else lambda count, _: progress(done[count - 1], done[-1])
 
 
@@ -256,29 +261,24 @@ def _in_windows(progress: Count | None, given: Sequence[tuple[Tensor]]) -> Count
 def gradients(
     program: Program,
     names: Collection[str],
-    windows: Tensor,
+    samples: Samples,
     objective: Task,
     progress: Count | None = None,
     executor: Executor = EXECUTOR,
 ) -> Mapping[str, Tensor]:
-    """Gradient of the mean loss of ``objective`` on ``windows`` [n, length], for each weight of ``names``.
+    """Gradient of the mean ``sensitivity`` of ``objective`` on ``samples``, for each weight of ``names``.
 
     Raises:
-        MptkError: the program gives no logits [batch, length, vocab], or was traced for another size of input.
+        MptkError: the program's outputs are none of which the objective has a loss; or it was traced for another size
+            of input.
     """
-    predicted = objective.predicted(windows)
-    given = batches(program, windows, GRADIENT_TOKENS)
+    predicted = objective.predicted(samples)
+    given = batches(program, samples, GRADIENT_TOKENS)
     share = sharing(len(given))
-    targets = [batch for (batch,) in share.own(given)]
+    own = share.own(given)
 
-    def loss(logits: Tensor, i: int) -> Tensor:
-        ids = targets[i].to(executor.device)
-        if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape or logits.ndim != 3 or not predicted:
-            raise MptkError(
-                "the gradient of a language model's loss needs logits [batch, length, vocab] and windows of 2 or "
-                "more tokens; use magnitude or random for other models"
-            )
-        return objective.loss(logits, ids) / predicted
+    def loss(output: Tensor, i: int) -> Tensor:
+        return objective.sensitivity(output, own[i].to(executor.device)) / predicted
 
-    inputs = [(objective.inputs(ids),) for ids in targets]
-    return executor.gradients(program, names, inputs, loss, _in_windows(progress, inputs), share.total)
+    inputs = [batch.tensors for batch in own]
+    return executor.gradients(program, names, inputs, loss, _in_samples(progress, own), share.total)

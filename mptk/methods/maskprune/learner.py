@@ -21,25 +21,26 @@ from mptk.compat.peft import adapters_off
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.samples import Samples
 from mptk.methods.criteria import Scores, gather, score_evidence, select
 from mptk.methods.maskprune.adapters import adapt, merged, original, recompute
-from mptk.methods.maskprune.losses import language_model
+from mptk.methods.maskprune.losses import cross_entropy
 from mptk.methods.maskprune.solver import Solver
 from mptk.methods.maskprune.teacher import CachedTeacher, LiveTeacher, Output, fingerprint
-from mptk.methods.maskprune.train import Extra, Loop, Metrics, Teacher
+from mptk.methods.maskprune.train import Extra, Loop, Metrics, Teacher, run_module
 from mptk.methods.reconstruct import kept_units
 from mptk.progress import Progress
-from mptk.run.chain import Chosen, Prepared
+from mptk.run.chain import Chosen, Prepared, Task
 from mptk.run.folder import TRACKER, RunFolder
 from mptk.run.processes import accelerator, anywhere, full, gathered, holds, placed
 from mptk.run.settings import Learning
-from mptk.run.values import Text, Witness
+from mptk.run.values import SampleSets, Witness
 from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import InsertedMasks
 from passes.verify import RUNTIME_TOLERANCE, TOLERANCE
 
 HALF_TOLERANCE = 5e-2
-"""Largest logit difference, relative to the largest logit, if the model computes in half precision."""
+"""Largest output difference, relative to the largest output, if the model computes in half precision."""
 
 
 def start_training(settings: Learning, folder: RunFolder) -> Accelerator:
@@ -68,7 +69,8 @@ class Learner:
     Args:
         dense: gives a dense model of its own to each phase, on the host, to adapt and to move. With False its
             parameters need no values: the first process sends them.
-        windows: training text, int64 [n, length].
+        task: what kind of model it is.
+        samples: what is trained on.
         folder: keeps checkpoints.
     """
 
@@ -76,12 +78,13 @@ class Learner:
         self,
         accelerator: Accelerator,
         dense: Callable[[bool], PreTrainedModel],
-        windows: Tensor,
+        task: Task,
+        samples: Samples,
         settings: Learning,
         folder: RunFolder,
         progress: Progress,
     ) -> None:
-        self.accelerator, self.dense, self.windows = accelerator, dense, windows
+        self.accelerator, self.dense, self.task, self.samples = accelerator, dense, task, samples
         self.settings, self.folder, self.progress = settings, folder, progress
         self.mask_steps = max(2, round((settings.steps or 0) * settings.mask_share))
         self.keeps = holds()
@@ -94,33 +97,33 @@ class Learner:
 
     # ---- masks and widths ----
 
-    def learn(self, prepared: Prepared, text: Text) -> Chosen:
+    def learn(self, prepared: Prepared, sets: SampleSets) -> Chosen:
         """Learn masks and widths. The changed weights have dense shapes, with removed units at 0.
 
-        The witness holds the student's logits with hardened masks and adapters, which the changed weights must give.
-        Units are first scored on ``text.calibration``, before any training. Processes that need no weights
+        The witness holds the student's outputs with hardened masks and adapters, which the changed weights must give.
+        Units are first scored on ``sets.calibration``, before any training. Processes that need no weights
         (``processes.holds``) get neither changes nor witness.
         """
-        chosen = self._learned(prepared, text)
+        chosen = self._learned(prepared, sets)
         self.accelerator.free_memory()
         return chosen
 
-    def _learned(self, prepared: Prepared, text: Text) -> Chosen:
+    def _learned(self, prepared: Prepared, sets: SampleSets) -> Chosen:
         analysis = prepared.analysis
         begins = self.folder.latest("masks") is None
-        prior = self._prior(prepared, text.calibration) if begins else {}
+        prior = self._prior(prepared, sets.calibration) if begins else {}
         student, masks, solver, loop = self.begin(prepared)
         if begins:
             solver.prior = {family: values.to(solver.device) for family, values in prior.items()}
-            self._saliency(student, solver, text.calibration)
+            self._saliency(student, solver, sets.calibration)
         loop.run()
         widths = {family: width for family, width in solver.fixed.items() if width < solver.shapes[family][2]}
         plan = select(analysis, {family: solver.saliency(family).cpu() for family in widths}, widths)
         cut = resolve_plan(analysis, plan)
         solver.harden(kept_units(analysis, cut, list(widths)))
-        logits = own_logits(self.accelerator, loop.student, text.proof)
+        outputs = own_outputs(self.accelerator, loop.student, sets.proof)
         state = gathered(changed(student, masks, analysis.program.state), keep=self.keeps)
-        witness = Witness("learned masks", logits, self.tolerance) if self.keeps else None
+        witness = Witness("learned masks", outputs, self.tolerance) if self.keeps else None
         return Chosen(plan, cut, state, tuple(state), witness=witness, steps=self.mask_steps)
 
     def begin(self, prepared: Prepared) -> tuple[PeftModel, InsertedMasks, Solver, Loop]:
@@ -151,31 +154,37 @@ class Learner:
         loop = self._loop(student, teacher, self.mask_steps, "masks", each_step=each_step, extra=extra)
         return student, masks, solver, loop
 
-    def _prior(self, prepared: Prepared, calibration: Tensor) -> Scores:
+    def _prior(self, prepared: Prepared, calibration: Samples) -> Scores:
         """Wanda's scores: an estimate of √F from weights and inputs, without gradients."""
         families, say = prepared.families, partial(self.progress, "activations")
         analysis, executor = prepared.analysis, prepared.executor
         evidence = gather(analysis, "wanda", calibration, families=families, progress=say, executor=executor)
         return {family: values.detach().cpu() for family, values in score_evidence(evidence, "wanda", families).items()}
 
-    def _saliency(self, student: PeftModel, solver: Solver, calibration: Tensor) -> None:
-        """Estimate F before any training, from gradients of the language-model loss in the masks, which are all 1.
+    def _saliency(self, student: PeftModel, solver: Solver, calibration: Samples) -> None:
+        """Estimate F before any training, from gradients of the task's loss in the masks, which are all 1.
 
-        A batch has ``micro`` windows over all processes, rounded up to a multiple of their number. So F does not
-        depend on the number of processes. Windows that do not fill a batch are dropped.
+        A batch has ``micro`` samples over all processes, rounded up to a multiple of their number. So F does not
+        depend on the number of processes. Samples that do not fill a batch are dropped.
         """
         acc = self.accelerator
         together = -(-self.settings.training.micro // acc.num_processes) * acc.num_processes
-        repeated = calibration.repeat(-(-together // len(calibration)), 1)
+        repeated = calibration.repeated(-(-together // len(calibration)))
         parts = repeated[: len(repeated) // together * together].split(together)
         for done, part in enumerate(parts, 1):
             with adapters_off(student):
-                ids = part.chunk(acc.num_processes)[acc.process_index].to(acc.device)
-                language_model(student(input_ids=ids, use_cache=False).logits, ids).backward()
+                own = part.chunk(acc.num_processes)[acc.process_index].to(acc.device)
+                self._sensitivity(run_module(student, own)[0], own).backward()
             self._average(solver)
-            solver.observe(part.numel())
+            solver.observe(len(part) * part.positions)
             solver.clear()
             self.progress("saliency", done, len(parts))
+
+    def _sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
+        """The mean of what saliency is a gradient of, on this process's part of a batch."""
+        if self.task.classes and samples.targets is not None and not self.task.compares:
+            return cross_entropy(output, samples.targets)  # in chunks: logits are large
+        return self.task.sensitivity(output, samples) / self.task.predicted(samples)
 
     def _average(self, solver: Solver) -> None:
         """Average gradients over processes, so that all of them take the same step."""
@@ -190,32 +199,32 @@ class Learner:
     # ---- after the cut ----
 
     def recover(
-        self, small: PreTrainedModel, steps: int, tokens: Tensor, used: int = 0
+        self, small: PreTrainedModel, steps: int, batch: Samples, used: int = 0
     ) -> tuple[dict[str, Tensor], Witness] | None:
         """Train the cut model to imitate the dense one; returns the changed weights, in the cut model's shapes.
 
         ``small``: the cut model, which is adapted. Only processes that hold weights need its values. ``used``: number
-        of training windows that the run has used already. The witness holds the trained model's logits on ``tokens``,
+        of training samples that the run has used already. The witness holds the trained model's outputs on ``batch``,
         before its adapters are merged. Processes other than the first get None.
         """
-        recovered = self._recovered(small, steps, tokens, used)
+        recovered = self._recovered(small, steps, batch, used)
         self.accelerator.free_memory()
         return recovered if self.accelerator.is_main_process else None
 
     def _recovered(
-        self, small: PreTrainedModel, steps: int, tokens: Tensor, used: int
+        self, small: PreTrainedModel, steps: int, batch: Samples, used: int
     ) -> tuple[dict[str, Tensor], Witness]:
         loop = self.recovery(small, steps, used)
         loop.run()
-        logits = own_logits(self.accelerator, loop.student, tokens)
+        outputs = own_outputs(self.accelerator, loop.student, batch)
         student = self.accelerator.unwrap_model(loop.student)
         state = merged(student) if self.settings.rank else student.named_parameters()
         trained = gathered(state, keep=self.accelerator.is_main_process)
-        return trained, Witness("trained model", logits, self.tolerance)
+        return trained, Witness("trained model", outputs, self.tolerance)
 
     @property
     def tolerance(self) -> float:
-        """Largest logit difference between the trained model and its stored weights, relative to the largest logit."""
+        """Largest difference of the trained model and its stored weights, relative to the largest output."""
         acc = self.accelerator
         if acc.is_fsdp2 and self.settings.precision != "no":  # its blocks compute in half precision even after training
             return HALF_TOLERANCE
@@ -229,9 +238,8 @@ class Learner:
         def dense() -> Any:  # with a cached teacher it may never run
             return placed(acc, self.dense(self.keeps))
 
-        def run(ids: Tensor, hidden: bool) -> Output:
-            output: Output = dense()(ids, use_cache=False, output_hidden_states=hidden)
-            return output
+        def run(samples: Samples, hidden: bool) -> Output:
+            return run_module(dense(), samples, hidden=hidden)
 
         rank = settings.rank
         student = adapt(small, rank, settings.training.seed) if rank else small.requires_grad_(True)
@@ -255,7 +263,8 @@ class Learner:
             self.accelerator,
             student,
             teacher,
-            self.windows,
+            self.task,
+            self.samples,
             steps,
             self.settings.training,
             phase=phase,
@@ -266,11 +275,11 @@ class Learner:
             progress=lambda done, total, metrics: self.progress(phase, done, total, _figures(metrics)),
         )
 
-    def _teacher(self, run: Callable[[Tensor, bool], Output]) -> Teacher:
-        """``run``: (ids, whether hidden states are wanted) → the dense model's output."""
+    def _teacher(self, run: Callable[[Samples, bool], Output]) -> Teacher:
+        """``run``: (samples, whether hidden states are wanted) → the dense model's output."""
         hidden = bool(self.settings.training.losses.hidden)
         device = self.accelerator.device
-        live = LiveTeacher(lambda ids: run(ids.to(device), hidden))
+        live = LiveTeacher(lambda samples: run(samples.to(device), hidden))
         if self.settings.teacher == "live":
             return live
         shared = self.settings.teacher_cache
@@ -279,15 +288,15 @@ class Learner:
 
 
 @torch.no_grad()
-def own_logits(accelerator: Accelerator, student: nn.Module, tokens: Tensor) -> Tensor:
-    """The trained student's logits in evaluation mode, as float32. All processes must call it.
+def own_outputs(accelerator: Accelerator, student: nn.Module, batch: Samples) -> Tensor:
+    """The trained student's outputs in evaluation mode, as float32. All processes must call it.
 
     The wrapper that computes in half precision is removed, since training is over. Shards keep theirs.
     """
     if not accelerator.is_fsdp2:
         student = accelerator.unwrap_model(student, keep_fp32_wrapper=False)
-    logits: Tensor = student.eval()(input_ids=tokens.to(accelerator.device), use_cache=False).logits
-    return full(logits).float().cpu()
+    output, _ = run_module(student.eval(), batch.to(accelerator.device))
+    return full(output).float().cpu()
 
 
 def changed(student: PeftModel, masks: InsertedMasks, dense: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -324,11 +333,10 @@ def _shape(analysis: Analysis, name: str) -> tuple[int, int, int]:
     return len(family.groups), family.scopes, family.size
 
 
-def _dense(student: PeftModel, masks: InsertedMasks, ids: Tensor, hidden: bool) -> Output:
+def _dense(student: PeftModel, masks: InsertedMasks, samples: Samples, hidden: bool) -> Output:
     """The output of the dense model inside the student: the same weights, with masks and adapters off."""
     with masks.disabled(), adapters_off(student):
-        output: Output = student(input_ids=ids, use_cache=False, output_hidden_states=hidden)
-    return output
+        return run_module(student, samples, hidden=hidden)
 
 
 __all__ = ["Learner", "nearest_candidate", "start_training"]

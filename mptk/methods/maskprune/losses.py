@@ -3,7 +3,7 @@
 Cross entropy and divergence are means over positions, in nats. The hidden error is relative and has no unit.
 
 With a large vocabulary the losses cost as much as several layers, and their temporary tensors take most of the memory.
-So ``token_losses`` computes both losses and their gradient together, a few positions at a time. Student and teacher go
+So ``class_losses`` computes both losses and their gradient together, a few positions at a time. Student and teacher go
 through one softmax each, and only the gradient is kept for the backward pass.
 """
 
@@ -16,13 +16,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mptk.ir.samples import IGNORED
 from mptk.run.processes import widest
 from mptk.run.settings import LossWeights
 
 CHUNK = 2**20
 """Logits that are processed at once. They should fit the processor's cache."""
-
-NO_TARGET = -1
 
 
 @dataclass(frozen=True)
@@ -37,34 +36,49 @@ class TopLogits:
     rest: Tensor
 
 
-def language_model(logits: Tensor, ids: Tensor) -> Tensor:
-    """Mean next-token cross entropy of ``logits`` [batch, length, vocab] on ``ids`` [batch, length]."""
-    return token_losses(logits, ids, None, LossWeights(kl=0.0))["loss"]
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy of ``logits`` [..., classes] on ``targets`` [...]; ``IGNORED`` ones do not count."""
+    return class_losses(logits, targets, None, LossWeights(kl=0.0))["loss"]
 
 
-def token_losses(
-    logits: Tensor, ids: Tensor, teacher: Tensor | TopLogits | None, weights: LossWeights
+def class_losses(
+    logits: Tensor, targets: Tensor, teacher: Tensor | TopLogits | None, weights: LossWeights
 ) -> dict[str, Tensor]:
     """``loss`` = lm · cross entropy + kl · KL(teacher ‖ student), and each of the two terms if its weight is not 0.
 
-    Only ``loss`` has a gradient. The cross entropy is a mean over positions with a next token, the divergence a mean
+    Only ``loss`` has a gradient. The cross entropy is a mean over positions with a target, the divergence a mean
     over all positions. With ``TopLogits`` the tokens outside the top k count as one event. By the log-sum inequality
     this is a lower bound on the full divergence. The bound is tight if student and teacher distribute the rest equally.
 
     Args:
-        logits: [batch, length, vocab].
-        ids: int64 [batch, length].
+        logits: [..., classes].
+        targets: int64 [...], ``IGNORED`` if there is none.
         teacher: logits of the shape of the student's, or their shortened form; None only if ``kl`` is 0.
     """
-    targets = torch.full_like(ids, NO_TARGET)
-    targets[:, :-1] = ids[:, 1:]
     parts: tuple[Tensor, ...] = ()
     if weights.kl:
         assert teacher is not None
         parts = (teacher,) if isinstance(teacher, Tensor) else (teacher.tokens, teacher.logs, teacher.rest)
-    flat = tuple(t.flatten(0, 1) for t in parts)
-    loss, lm, kl = _Fused.apply(logits.flatten(0, 1), targets.flatten(), weights, *flat)  # type: ignore[no-untyped-call]
+    flat = tuple(t.flatten(0, targets.ndim - 1) for t in parts)
+    loss, lm, kl = _Fused.apply(logits.flatten(0, -2), targets.flatten(), weights, *flat)  # type: ignore[no-untyped-call]
     return {"loss": loss} | ({"lm": lm} if weights.lm else {}) | ({"kl": kl} if weights.kl else {})
+
+
+def distilled(
+    output: Tensor, targets: Tensor | None, teacher: Tensor | TopLogits | None, weights: LossWeights, *, classes: bool
+) -> dict[str, Tensor]:
+    """``class_losses`` if the model gives logits of ``classes``, else the error of its features.
+
+    Without ``targets`` the class that the teacher finds likeliest is the target. The features' error is
+    ‖f − f*‖² / ‖f* − mean f*‖², f* of the teacher.
+    """
+    if not classes:
+        assert isinstance(teacher, Tensor)
+        return {"loss": hidden_error([output], [teacher])}
+    if targets is None:
+        assert teacher is not None
+        targets = teacher.argmax(-1) if isinstance(teacher, Tensor) else teacher.tokens[..., 0]
+    return class_losses(output, targets, teacher, weights)
 
 
 class _Context(Protocol):
@@ -87,7 +101,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: _Context, logits: Tensor, targets: Tensor, weights: LossWeights, *teacher: Tensor
     ) -> tuple[Tensor, ...]:
-        known = targets != NO_TARGET
+        known = targets != IGNORED
         of_lm = weights.lm / known.sum().clamp_min(1) * known
         of_kl = weights.kl / len(logits)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
@@ -151,7 +165,7 @@ def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
     """Mean over layers of ‖h − h*‖² / ‖h* − mean h*‖²: h of the student, h* of the teacher, [batch, length, hidden]."""
     errors = []
     for ours, theirs in zip(student, teacher, strict=True):
-        spread = (theirs - theirs.mean((0, 1))).square().sum().clamp_min(1e-12)
+        spread = (theirs - theirs.mean(tuple(range(theirs.ndim - 1)))).square().sum().clamp_min(1e-12)
         errors.append((ours - theirs).float().square().sum() / spread)
     return torch.stack(errors).mean()
 

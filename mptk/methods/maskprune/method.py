@@ -7,7 +7,7 @@ from mptk.ir.families import Analysis
 from mptk.methods.maskprune.learner import Learner
 from mptk.run.chain import Chosen, Method, Prepared
 from mptk.run.settings import Settings
-from mptk.run.values import Context, Text
+from mptk.run.values import Context, SampleSets
 from passes.transforms.insert_masks import disturbed
 
 
@@ -31,11 +31,18 @@ class MaskPrune(Method):
     def refusal(self, analysis: Analysis, family: str) -> str | None:
         return disturbed(analysis, family)
 
-    def choose(self, prepared: Prepared, text: Text, context: Context) -> Chosen:
+    def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
         assert context.folder is not None
         assert context.accelerator is not None
         learning = prepared.settings.learning
         with context.stage("learn masks"):
-            windows, folder = text.training, context.folder
-            learner = Learner(context.accelerator, prepared.dense, windows, learning, folder, context.progress)
-            return learner.learn(prepared, text)
+            learner = Learner(
+                context.accelerator,
+                prepared.dense,
+                prepared.task,
+                sets.training,
+                learning,
+                context.folder,
+                context.progress,
+            )
+            return learner.learn(prepared, sets)

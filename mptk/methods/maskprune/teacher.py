@@ -1,4 +1,4 @@
-"""teacher: the dense model's outputs on training windows, computed live or cached on disk for more epochs or runs."""
+"""teacher: the dense model's outputs on training samples, computed live or cached on disk for more epochs or runs."""
 
 from __future__ import annotations
 
@@ -6,23 +6,21 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mptk.files import write_file
+from mptk.ir.samples import Samples
 from mptk.methods.maskprune.losses import TopLogits, shorten
 
 Target = tuple[Tensor | TopLogits, Sequence[Tensor] | None]
 """Logits or their shortened form, and each layer's hidden states [batch, length, hidden] or None."""
 
 
-class Output(Protocol):
-    """What a transformers model returns: ``logits`` [batch, length, vocab], and ``hidden_states`` if requested."""
-
-    logits: Tensor
+Output = tuple[Tensor, Sequence[Tensor] | None]
+"""A model's output (logits or features), and each layer's hidden states if they were asked for."""
 
 
 TOP = 64
@@ -30,25 +28,23 @@ TOP = 64
 
 
 class LiveTeacher:
-    """Runs the dense model for each batch. ``run`` gets the windows as they are given, on the host."""
+    """Runs the dense model for each batch. ``run`` gets the samples as they are given, on the host."""
 
-    def __init__(self, run: Callable[[Tensor], Output]) -> None:
+    def __init__(self, run: Callable[[Samples], Output]) -> None:
         self.run = run
 
-    def __call__(self, windows: Tensor) -> Target:
-        """The outputs for ``windows`` [batch, length]."""
+    def __call__(self, samples: Samples) -> Target:
+        """The outputs for ``samples``."""
         with torch.no_grad():
-            output = self.run(windows)
-        states: Sequence[Tensor] | None = getattr(output, "hidden_states", None)
-        return output.logits, states
+            return self.run(samples)
 
 
 class CachedTeacher:
-    """Keeps the top ``k`` log probabilities of each window in ``folder``, and computes them at the first request.
+    """Keeps the top ``k`` log probabilities of each sample in ``folder``, and computes them at the first request.
 
-    A file is named after the tokens of its window, so runs on the same model may share the folder.
+    A file is named after its sample's inputs, so runs on the same model may share the folder.
 
-    ``wanted`` maps "this process lacks a window" to "the dense model must run". If the model is sharded over processes,
+    ``wanted`` maps "this process lacks a sample" to "the dense model must run". If the model is sharded over processes,
     all of them must run it when one does. ``device``: where the outputs go; by default they stay on the host.
     """
 
@@ -63,22 +59,25 @@ class CachedTeacher:
         self.live, self.folder, self.k, self.wanted, self.device = live, folder, k, wanted, device
         folder.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, windows: Tensor) -> Target:
-        files = [self._file(ids) for ids in windows]
+    def __call__(self, samples: Samples) -> Target:
+        files = [self._file(sample) for sample in samples.split(1)]
         if self.wanted(not all(file.is_file() for file in files)):
-            self._keep(windows, files)
+            self._keep(samples, files)
         found = [load_file(file) for file in files]
         tokens, logs, rest = (torch.stack([f[name] for f in found]) for name in ("tokens", "logs", "rest"))
-        device = self.device or windows.device
+        device = self.device or samples.tensors[0].device
         return TopLogits(tokens.to(device).long(), logs.to(device).float(), rest.to(device).float()), None
 
-    def _file(self, ids: Tensor) -> Path:
-        name = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:32]
+    def _file(self, sample: Samples) -> Path:
+        digest = hashlib.sha256()
+        for tensor in sample.tensors:
+            digest.update(tensor.contiguous().numpy().tobytes())
+        name = digest.hexdigest()[:32]
         return self.folder / f"{name}-{self.k}.safetensors"
 
-    def _keep(self, windows: Tensor, files: list[Path]) -> None:
-        """Run all windows together, even if some are cached: a resumed run must get the same bits."""
-        logits, _ = self.live(windows)
+    def _keep(self, samples: Samples, files: list[Path]) -> None:
+        """Run all samples together, even if some are cached: a resumed run must get the same bits."""
+        logits, _ = self.live(samples)
         assert isinstance(logits, Tensor)
         for file, rows in ((f, r) for f, r in zip(files, logits, strict=True) if not f.is_file()):
             top = shorten(rows, self.k)

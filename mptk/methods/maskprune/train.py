@@ -17,14 +17,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mptk.errors import MptkError
-from mptk.methods.maskprune.losses import hidden_error, token_losses
-from mptk.methods.maskprune.teacher import Target
+from mptk.ir.samples import Samples
+from mptk.methods.maskprune.losses import distilled, hidden_error
+from mptk.methods.maskprune.teacher import Output, Target
+from mptk.run.chain import Task
 from mptk.run.folder import RunFolder
 from mptk.run.processes import full, gathered, prepare, shard_like
 from mptk.run.settings import Training
+from passes.frontend.trace import uncached
 
-Teacher = Callable[[Tensor], Target]
-"""Windows [batch, length], on the host → the dense model's outputs, on the device."""
+Teacher = Callable[[Samples], Target]
+"""Samples on the host → the dense model's outputs, on the device."""
 Metrics = dict[str, float]
 Extra = tuple[Callable[[], dict[str, Tensor]], Callable[[Mapping[str, Tensor]], None]]
 """State that checkpoints hold besides the student's: a call that returns it, and one that restores it."""
@@ -35,9 +38,9 @@ class Loop:
 
     Args:
         accelerator: made from the run's settings; it prepares ``student`` here.
-        student: maps ids to an output with ``logits``. Parameters that require a gradient are trained.
-        windows: int64 [n, length].
-        steps: number of steps. ``rows`` gives the windows of each.
+        student: a module of ``task``. Parameters that require a gradient are trained.
+        samples: what it is trained on.
+        steps: number of steps. ``rows`` gives the samples of each.
         each_step: called with the tokens of the step, after the backward passes and before the optimiser; returns
             metrics.
         extra: state that checkpoints also hold.
@@ -48,7 +51,8 @@ class Loop:
         accelerator: Accelerator,
         student: nn.Module,
         teacher: Teacher,
-        windows: Tensor,
+        task: Task,
+        samples: Samples,
         steps: int,
         settings: Training,
         *,
@@ -59,7 +63,8 @@ class Loop:
         extra: Extra | None = None,
         progress: Callable[[int, int, Metrics], None] = lambda done, total, metrics: None,
     ) -> None:
-        self.accelerator, self.teacher, self.windows, self.steps = accelerator, teacher, windows, steps
+        self.accelerator, self.teacher, self.task = accelerator, teacher, task
+        self.samples, self.steps = samples, steps
         self.settings, self.phase, self.folder, self.first_row = settings, phase, folder, first_row
         self.each_step, self.extra, self.progress = each_step, extra, progress
         trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
@@ -89,9 +94,9 @@ class Loop:
             self.progress(done, self.steps, metrics)
 
     def rows(self, step: int) -> Tensor:
-        """The windows of ``step``, as row numbers. Each epoch takes all windows in a random order of its own."""
+        """The samples of ``step``, as row numbers. Each epoch takes all samples in a random order of its own."""
         first = self.first_row + step * self.settings.batch
-        return shuffled(first, self.settings.batch, len(self.windows), self.settings.seed)
+        return shuffled(first, self.settings.batch, len(self.samples), self.settings.seed)
 
     def _step(self, step: int) -> tuple[Metrics, int]:
         acc, settings = self.accelerator, self.settings
@@ -103,14 +108,14 @@ class Loop:
         for i, rows in enumerate(parts):
             share = len(rows) / len(own)
             with self._synchronised(i == len(parts) - 1):
-                losses = self._losses(self.windows[rows])
+                losses = self._losses(self.samples[rows])
                 acc.backward(losses["loss"] * share)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() * share
         metrics = {name: float(acc.reduce(value, "mean")) for name, value in sums.items()}
         metrics["gradient"] = float(full(acc.clip_grad_norm_(self.student.parameters(), settings.clip)))
         self._require_finite(metrics, step)
-        tokens = settings.batch * self.windows.shape[1]
+        tokens = settings.batch * self.samples.positions
         metrics |= self.each_step(tokens)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -123,14 +128,17 @@ class Loop:
         without: contextlib.AbstractContextManager[None] = self.accelerator.no_sync(self.student)
         return without
 
-    def _losses(self, windows: Tensor) -> dict[str, Tensor]:
-        weights, ids = self.settings.losses, windows.to(self.accelerator.device)
-        target, states = self.teacher(windows) if weights.kl or weights.hidden else (None, None)
-        output = self.student(input_ids=ids, use_cache=False, output_hidden_states=bool(weights.hidden))
-        found = token_losses(output.logits, ids, target, weights)
+    def _losses(self, samples: Samples) -> dict[str, Tensor]:
+        weights, task = self.settings.losses, self.task
+        compares = weights.kl or weights.hidden or task.compares
+        target, states = self.teacher(samples) if compares else (None, None)
+        own = samples.to(self.accelerator.device)
+        output, hidden = run_module(self.student, own, hidden=bool(weights.hidden))
+        found = distilled(output, own.targets, target, weights, classes=task.classes)
         if weights.hidden:
             assert states is not None
-            found["hidden"] = hidden_error(output.hidden_states[1:], states[1:])
+            assert hidden is not None
+            found["hidden"] = hidden_error(hidden[1:], states[1:])
             found["loss"] = found["loss"] + weights.hidden * found["hidden"]
         return found
 
@@ -176,6 +184,15 @@ class Loop:
         if self.extra:
             self.extra[1](state)
         return step
+
+
+def run_module(module: nn.Module, samples: Samples, *, hidden: bool = False) -> Output:
+    """A transformers module's output on ``samples``, and its hidden states if ``hidden``."""
+    states = {"output_hidden_states": True} if hidden else {}
+    found = module(**samples.inputs, **uncached(module), **states)
+    if hidden and getattr(found, "hidden_states", None) is None:
+        raise MptkError("this model gives no hidden states to compare; leave out --hidden")
+    return found if isinstance(found, Tensor) else found[0], getattr(found, "hidden_states", None)
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

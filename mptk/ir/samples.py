@@ -1,0 +1,99 @@
+"""samples: what a model is run on to be traced, calibrated, trained, measured and proven."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""A target that no loss counts."""
+POSITION = 768
+"""Numbers of an input that is no token ids which count as one token: a patch of a vision transformer."""
+_TARGETS = "targets"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of a model's inputs, along the first dimension.
+
+    Attributes:
+        inputs: argument of the model's ``forward`` → tensor, in the order of the program's inputs.
+        targets: what the loss compares the outputs with: class numbers at the outputs' positions (``IGNORED`` if there
+            is none), or the dense model's outputs. None if the loss needs none.
+    """
+
+    inputs: Mapping[str, Tensor]
+    targets: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def __getitem__(self, rows: slice | Tensor) -> Samples:
+        return self.map(lambda tensor: tensor[rows])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Samples:
+        """The samples with every tensor changed."""
+        targets = None if self.targets is None else change(self.targets)
+        return Samples({name: change(tensor) for name, tensor in self.inputs.items()}, targets)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The program's inputs, in order."""
+        return tuple(self.inputs.values())
+
+    @property
+    def positions(self) -> int:
+        """About how many tokens one sample is: it decides how many samples go into a batch."""
+        found = (x[:1].numel() if is_tokens(x) else -(-x[:1].numel() // POSITION) for x in self.tensors)
+        return max(1, sum(found))
+
+    def split(self, count: int) -> list[Samples]:
+        """Batches of ``count`` samples; the last may have fewer."""
+        return [self[first : first + count] for first in range(0, len(self), count)]
+
+    def batches(self, positions: int) -> list[Samples]:
+        """Batches of about that many ``positions``, at least one sample each."""
+        return self.split(max(1, positions // self.positions))
+
+    def chunk(self, count: int) -> list[Samples]:
+        """``count`` parts of equal size, as ``Tensor.chunk``."""
+        return self.split(-(-len(self) // count))
+
+    def to(self, device: torch.device) -> Samples:
+        return self.map(lambda tensor: tensor.to(device))
+
+    def shortened(self, count: int, length: int) -> Samples:
+        """The first ``count`` samples without targets: token ids are cut to ``length``, other inputs stay."""
+        inputs = {n: x[:count, :length] if is_tokens(x) else x[:count] for n, x in self.inputs.items()}
+        return Samples(inputs)
+
+    def repeated(self, count: int) -> Samples:
+        """The samples ``count`` times in a row."""
+        return self.map(lambda tensor: tensor.repeat(count, *[1] * (tensor.ndim - 1)))
+
+    def saved(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors by name, for a file."""
+        named = dict(self.inputs) | ({} if self.targets is None else {_TARGETS: self.targets})
+        return {f"{prefix}.{name}": tensor for name, tensor in named.items()}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor], names: Sequence[str], prefix: str) -> Samples | None:
+        """What ``saved`` gave, with the inputs ``names`` in order; None if it is not there."""
+        if f"{prefix}.{names[0]}" not in tensors:
+            return None
+        return Samples({name: tensors[f"{prefix}.{name}"] for name in names}, tensors.get(f"{prefix}.{_TARGETS}"))
+
+
+def is_tokens(tensor: Tensor) -> bool:
+    """Whether an input holds token ids, [samples, length]."""
+    return tensor.ndim == 2 and not tensor.is_floating_point()
+
+
+def next_tokens(ids: Tensor) -> Samples:
+    """Windows of token ids, int64 [n, length]; each position's target is the next token."""
+    targets = torch.full_like(ids, IGNORED)
+    targets[:, :-1] = ids[:, 1:]
+    return Samples({"input_ids": ids}, targets)

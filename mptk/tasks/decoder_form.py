@@ -1,0 +1,82 @@
+"""decoder_form: a causal language model as ONNX: one decoding step with its KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mptk.ir.passes import Log
+from mptk.ir.plan import Plan
+from mptk.ir.samples import Samples
+from mptk.ir.weights import Weights
+from mptk.run.chain import OnnxForm, Prepared
+from mptk.runtime.decoder import OrtDecoder
+from mptk.tasks.decoder_onnx import export_decoder
+from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, StageOutputs
+
+DECODED = 4
+"""Number of decoding steps at the end of a sequence, and at each border."""
+
+
+class DecoderForm(OnnxForm):
+    """``model.onnx`` takes token ids, mask, positions and the cache, and gives logits and the new cache."""
+
+    def export(self, prepared: Prepared, plan: Plan, state: Weights, samples: Samples, folder: Path, log: Log) -> None:
+        settings, loaded, executor = prepared.settings, prepared.loaded, prepared.executor
+        dense = prepared.analysis.program.with_state(state)
+        export_decoder(
+            loaded.model,
+            folder,
+            {"source": loaded.source},
+            plan=plan,
+            logits=settings.logits,
+            quantize=settings.quantize,
+            text=samples.inputs["input_ids"],
+            objective=settings.objective,
+            onnx_dtype=settings.onnx_dtype,
+            log=log,
+            dtype=prepared.dtype,
+            weights=lambda program: loaded.with_weights(program).with_state(state),
+            dense=lambda ids: next(executor.outputs([dense], [(ids,)])),
+            executor=executor,
+        )
+
+    def stages(self, folder: Path, crossed: Sequence[int]) -> dict[str, tuple[StageOutputs, float]]:
+        decoder = OrtDecoder(folder)
+        tolerance = HALF_TOLERANCE if decoder.half else RUNTIME_TOLERANCE
+
+        def prefill(samples: Samples) -> Tensor:
+            return torch.from_numpy(decoder.prefill(samples.inputs["input_ids"].numpy())[0])
+
+        def decode(samples: Samples) -> tuple[Tensor, list[int]]:
+            return decoded(decoder, samples.inputs["input_ids"], crossed)
+
+        return {"ONNX Runtime prefill": (prefill, tolerance), "ONNX Runtime decode": (decode, tolerance)}
+
+    def outputs(self, file: Path) -> Callable[[Samples], Tensor]:
+        decoder = OrtDecoder(file)
+        return lambda samples: torch.from_numpy(decoder.logits(samples.inputs["input_ids"].numpy()))
+
+    def half(self, folder: Path) -> bool:
+        return OrtDecoder(folder).half
+
+
+def decoded(decoder: OrtDecoder, ids: Tensor, crossed: Sequence[int] = ()) -> tuple[Tensor, list[int]]:
+    """Logits of decoding steps with a KV cache, [batch, steps, vocab], and their positions.
+
+    Steps cross each border within the sequence, and its end. The tokens between are run in one call with the cache.
+    """
+    length = ids.shape[1]
+    starts = [max(1, border - DECODED // 2) for border in crossed if border + DECODED <= length]
+    single = sorted({p for start in (*starts, length - DECODED) for p in range(start, start + DECODED)})
+    steps, cache, done = [], decoder.empty(len(ids)), 0
+    for position in single:
+        if position > done:
+            _, cache = decoder.decode(ids[:, done:position].numpy(), cache)
+        logits, cache = decoder.decode(ids[:, position : position + 1].numpy(), cache)
+        steps.append(torch.from_numpy(logits.copy()))
+        done = position + 1
+    return torch.cat(steps, 1), single

@@ -1,0 +1,38 @@
+"""tokens: what tasks share whose models predict tokens: their loss, and short token ids to trace them with."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mptk.errors import MptkError
+from mptk.ir.samples import IGNORED, Samples
+from mptk.run.chain import Task
+
+BATCH, SEQUENCE = 2, 7
+
+
+class TokenTask(Task):
+    """A task whose samples' targets are token ids at the positions of the logits."""
+
+    def loss(self, output: Tensor, samples: Samples) -> Tensor:
+        """Sum of the negative log-likelihoods of the targets, in nats."""
+        targets = samples.targets
+        assert targets is not None
+        if not isinstance(output, Tensor) or output.shape[:-1] != targets.shape or not self.predicted(samples):
+            raise MptkError(
+                "the gradient of a language model's loss needs logits [batch, length, vocab] and windows of 2 or "
+                "more tokens; use magnitude or random for other models"
+            )
+        flat = output.flatten(0, -2).float()
+        return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def predicted(self, samples: Samples) -> int:
+        assert samples.targets is not None
+        return int((samples.targets != IGNORED).sum())
+
+
+def example_ids(batch: int = BATCH, length: int = SEQUENCE) -> Tensor:
+    """Small token ids, int64 [batch, length]."""
+    return torch.arange(batch * length).reshape(batch, length) % 11 + 1

@@ -150,7 +150,7 @@ def evaluate(
             measured = evaluation.perplexity(
                 lambda ids: module(ids.to(there), use_cache=False).logits,
                 held_out,
-                data=data,
+                data=text.protocol_name(data),
                 progress=lambda done, total: progress("perplexity", done, total),
             )
             result |= {"perplexity": measured.value, "protocol": measured.protocol}
@@ -188,7 +188,7 @@ def evaluate_onnx(
         measured = evaluation.perplexity(
             runner.decoder.torch_logits,
             text.evaluation_windows(runner.tokenizer, data, length, windows),
-            data=data,
+            data=text.protocol_name(data),
             progress=lambda done, total: progress("perplexity", done, total),
         )
     write_json(json_file, {"model": model, "perplexity": measured.value, "protocol": measured.protocol})

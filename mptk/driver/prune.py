@@ -26,7 +26,7 @@ from mptk.driver.estimate import check_fits, estimated, estimated_for
 from mptk.driver.kept import kept_choice, kept_fit
 from mptk.driver.proof import check_proof, check_witness, prove_folder
 from mptk.errors import MptkError, explained
-from mptk.io.data import SELF
+from mptk.io import data
 from mptk.io.models import Loaded
 from mptk.io.publish import check_replaceable, publish
 from mptk.io.resident import Resident, free_memory
@@ -45,7 +45,7 @@ from mptk.run.chain import Chosen, Compiled, Prepared, Task, stored_type
 from mptk.run.execution import execution
 from mptk.run.folder import RunFolder
 from mptk.run.processes import describe as describe_processes
-from mptk.run.processes import holds, leads, processes
+from mptk.run.processes import holds, leads, once, processes
 from mptk.run.report import Report
 from mptk.run.settings import DEFAULT_STEPS, Settings
 from mptk.run.values import Context, SampleSets
@@ -208,7 +208,7 @@ def check_whole(loaded: Loaded, settings: Settings) -> None:
     """Raise MptkError if the run needs all weights in memory at once and they do not fit."""
     needed = 4 * sum(p.numel() for p in loaded.model.parameters())
     room = free_memory() if settings.memory is None else settings.memory
-    if (settings.steps or settings.data == SELF) and needed > room:
+    if (settings.steps or settings.data == data.SELF) and needed > room:
         what, remedy = (
             ("training holds", "give a one-shot --method without --steps")
             if settings.steps
@@ -240,7 +240,7 @@ def legalise(
         plan = Plan.load(settings.plan)
         return replace(prepared, plan=plan, cut=resolve_plan(analysis, plan))
     search = WidthSearch(analysis, legal, cost, loaded.model, method, target, settings)
-    return replace(prepared, candidates=tuple(search.candidates()))
+    return replace(prepared, candidates=tuple(once(search.candidates)))
 
 
 # ---- choosing ----
@@ -257,7 +257,7 @@ def begin(job: Job, prepared: Prepared, context: Context) -> Context:
 def read_samples(prepared: Prepared, context: Context) -> SampleSets:
     """Samples to train, calibrate and measure on. Of several processes the first makes them; the others read them."""
     s, task, folder = prepared.settings, prepared.task, context.folder
-    own, source = s.data == SELF, s.eval_data or s.data
+    own, source = s.data == data.SELF, s.eval_data or s.data
     with context.stage("calibration data"), processes().main_process_first() if folder else nullcontext():
         kept = None if folder is None else folder.tensors(SAMPLES)
         if kept is None:
@@ -273,10 +273,10 @@ def read_samples(prepared: Prepared, context: Context) -> SampleSets:
         assert training is not None
         if evaluation is not None:
             evaluation = evaluation.shortened(s.eval_windows, s.eval_length)
-            source = "sampled from the dense model"
+            source = data.SELF
         else:
             evaluation = task.evaluation(prepared.loaded, s)
-    return SampleSets(training, training[: s.samples], evaluation, source)
+    return SampleSets(training, training[: s.samples], evaluation, data.protocol_name(source))
 
 
 def compared(prepared: Prepared, sets: SampleSets, context: Context) -> SampleSets:

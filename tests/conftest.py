@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import numpy as np
 import pytest
@@ -19,3 +21,14 @@ def _same_numbers(request):
     torch.manual_seed(0)
     if hasattr(request.module, "RNG"):
         request.module.RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Text that models of the tests write goes into a cache of the tests' own."""
+    if "MPTK_CACHE" in os.environ:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPTK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

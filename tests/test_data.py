@@ -70,7 +70,7 @@ class TestLoadText:
             ("org/set", "cfg", "test", True),
         ]
         with pytest.raises(MptkError, match="too many colons"):
-            data.load_text("a:b:c:d")
+            data.load_text("a:b:c:d:e")
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),

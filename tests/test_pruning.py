@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import json
 import os
 import random
@@ -15,13 +16,21 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 import mptk
 from mptk.cli.main import app
 from mptk.driver import prune as pruning
 from mptk.errors import MptkError
+from mptk.io import data
 from mptk.ir.plan import Plan
 from mptk.run.chain import Proven
 from mptk.run.report import Report
@@ -208,7 +217,25 @@ def test_perplexity_is_measured_on_the_windows_asked_for_also_of_the_models_own_
         method="random", samples=4, length=48, multiple=8, onnx=False, eval_windows=3, eval_length=21
     )
     report = mptk.prune(llama, tmp_path / "out", settings)
-    assert report.perplexity["protocol"].startswith("sampled from the dense model: 3 windows of 21 tokens")
+    said = "text sampled from the dense model (compares runs of this model only): 3 windows of 21 tokens"
+    assert report.perplexity["protocol"].startswith(said)
+
+
+def test_the_report_has_the_hash_of_every_text(llama, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(random.Random(0).choices(WORDS, k=900)))
+    settings = mptk.Settings(
+        method="random", data=str(text), samples=4, length=32, eval_length=24, eval_windows=2, multiple=8, onnx=False
+    )
+    first, second = (mptk.prune(llama, tmp_path / name, settings).data for name in ("a", "b"))
+    assert first == second
+    assert first["files"] == {str(text): hashlib.sha256(text.read_bytes()).hexdigest()}
+    inputs = {name: used["inputs"]["input_ids"] for name, used in first.items() if name != "files"}
+    assert {name: found["shape"] for name, found in inputs.items()} == {"calibration": [4, 32], "evaluation": [2, 24]}
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    assert inputs["evaluation"]["sha256"] == data.digest(data.evaluation_windows(tokenizer, str(text), 24, 2))
+    other = mptk.prune(llama, tmp_path / "c", replace(settings, seed=1)).data
+    assert other["calibration"]["inputs"]["input_ids"] != inputs["calibration"]
 
 
 def test_flap_writes_its_bias_compensation_and_proves_it(gpt2, tmp_path):

@@ -202,6 +202,9 @@ FIELDS: dict[str, Field] = {
         parse_size,
     ),
     "device": Field("device", str, MACHINE, "auto, cpu, cuda, cuda:N, mps or xpu."),
+    "compute_dtype": Field(
+        "compute_dtype", str, MACHINE, "Type in which scores and training compute: float32, or bfloat16."
+    ),
     "trust_remote_code": Field(
         "trust_remote_code",
         bool,
@@ -241,6 +244,7 @@ RECOVERY = (
     "max_shard_size",
     "memory",
     "device",
+    "compute_dtype",
     "trust_remote_code",
 )
 """The ``FIELDS`` that ``mptk recover`` takes."""

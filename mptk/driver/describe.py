@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mptk.driver.claims import costs, widths
+from mptk.io import data
 from mptk.io.dense import absolute, fingerprint
 from mptk.io.manifest import listed, update_manifest, weights_digest
 from mptk.ir.samples import Samples
 from mptk.progress import Count
 from mptk.run.chain import Compiled, Proven
 from mptk.run.report import FILE, PROVEN_ON, Report
+from mptk.run.settings import Settings
 from mptk.run.values import Context, SampleSets
 from mptk.targets.stock_config import config_changes
 from mptk.version import __version__
@@ -50,7 +53,24 @@ def describe(
         stages=context.log.as_list(),
         files=sorted([*listed(folder), FILE]),
         task=prepared.task.name,
+        data=used_data(sets, prepared.settings),
     )
+
+
+def used_data(sets: SampleSets, settings: Settings) -> dict[str, Any]:
+    """What was trained, calibrated and measured on: source and hash of each set of samples, and of the files."""
+    found: dict[str, Any] = {}
+    for name, samples, source in (
+        ("training", sets.training if settings.steps else None, settings.data),
+        ("calibration", sets.calibration, settings.data),
+        ("evaluation", sets.evaluation, sets.source),
+    ):
+        if samples is not None:
+            inputs = {n: {"shape": list(x.shape), "sha256": data.digest(x)} for n, x in samples.inputs.items()}
+            found[name] = {"source": source, "samples": len(samples), "inputs": inputs}
+            if name != "evaluation":
+                found[name]["seed"] = settings.seed
+    return {**found, "files": data.file_digests(settings.data, settings.eval_data)}
 
 
 def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, context: Context) -> Report:
@@ -59,7 +79,8 @@ def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path,
     rounded: dict[str, Callable[[Samples], Tensor]] = {}
     form = prepared.task.onnx
     if form is not None and prepared.settings.logits == "all":
-        rounded = {scheme: form.outputs(folder / row["file"]) for scheme, row in report.quantized.items()}
+        device = prepared.executor.device
+        rounded = {scheme: form.outputs(folder / row["file"], device) for scheme, row in report.quantized.items()}
 
     def runs(batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
         programs = {"dense": prepared.analysis.program, "pruned": compiled.program}

@@ -17,15 +17,16 @@ from safetensors.torch import save_file
 
 import passes.frontend.trace
 from mptk.compat.accelerate import own_state
+from mptk.cost.estimate import Estimate
 from mptk.cost.model import is_layered
 from mptk.driver.budget import WidthSearch, budgeted, multiples
 from mptk.driver.changes import COMPENSATION, widened
 from mptk.driver.describe import describe, measured
-from mptk.driver.estimate import check_fits, estimated
+from mptk.driver.estimate import check_fits, estimated, estimated_for
 from mptk.driver.kept import kept_choice, kept_fit
 from mptk.driver.proof import check_proof, check_witness, prove_folder
 from mptk.errors import MptkError, explained
-from mptk.io.data import SELF
+from mptk.io import data
 from mptk.io.models import Loaded
 from mptk.io.publish import check_replaceable, publish
 from mptk.io.resident import Resident, free_memory
@@ -99,12 +100,14 @@ class Job:
 
     ``load`` gives the dense model, whose weights are read when they are asked for. ``given`` gives the plan and the
     weights to start from (a recovery). If it is None, the method chooses them, or ``settings.plan`` gives the plan.
+    ``kept``: the share of the parameters that ``given`` keeps.
     """
 
     source: str
     out: Path
     load: Callable[[Resident], tuple[Loaded, Task]]
     given: Callable[[Prepared], Chosen] | None = None
+    kept: float = 1.0
 
 
 def run(job: Job, settings: Settings, context: Context) -> Report | None:
@@ -119,9 +122,7 @@ def stages(job: Job, settings: Settings, context: Context) -> Report | None:
     check_settings(settings)
     check_replaceable(job.out)
     if job.given is None:  # a recovery's source is what a report names, which must be checked before it is fetched
-        needs = estimated(job.source, settings)
-        context.progress(str(needs), 0, 0)
-        check_fits(needs, job.out)
+        announce(estimated(job.source, settings), job, context)
     prepared = prepare(job, settings, context)
     context = begin(job, prepared, context)
     sets = compared(prepared, read_samples(prepared, context), context)
@@ -149,13 +150,22 @@ def stages(job: Job, settings: Settings, context: Context) -> Report | None:
 # ---- before anything is cut ----
 
 
+def announce(needs: Estimate, job: Job, context: Context) -> None:
+    """Say what the run will need. Raises MptkError if it is not there."""
+    context.progress(str(needs), 0, 0)
+    check_fits(needs, job.out)
+
+
 def settled(settings: Settings) -> Settings:
-    """The settings with a number of training steps. If they name none, the method decides."""
+    """The settings with a number of training steps, by default the method's, and the type in which training runs."""
     steps = settings.learning.steps
     if steps is None:
         learns = settings.plan is None and find_method(settings.method).learns
         steps = DEFAULT_STEPS if learns else 0
-    return replace(settings, learning=replace(settings.learning, steps=steps))
+    precision = settings.learning.precision
+    if precision == "no" and settings.compute_dtype == "bfloat16":
+        precision = "bf16"
+    return replace(settings, learning=replace(settings.learning, steps=steps, precision=precision))
 
 
 def check_settings(settings: Settings) -> None:
@@ -178,6 +188,8 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     resident, executor = execution(settings)
     with context.stage("load"):
         loaded, task = job.load(resident)
+    if job.given is not None:
+        announce(estimated_for(loaded.model, loaded.dtype, settings, job.kept), job, context)
     check_whole(loaded, settings)
     with context.stage("trace"):
         program = traced(loaded, task, executor)
@@ -196,7 +208,7 @@ def check_whole(loaded: Loaded, settings: Settings) -> None:
     """Raise MptkError if the run needs all weights in memory at once and they do not fit."""
     needed = 4 * sum(p.numel() for p in loaded.model.parameters())
     room = free_memory() if settings.memory is None else settings.memory
-    if (settings.steps or settings.data == SELF) and needed > room:
+    if (settings.steps or settings.data == data.SELF) and needed > room:
         what, remedy = (
             ("training holds", "give a one-shot --method without --steps")
             if settings.steps
@@ -245,7 +257,7 @@ def begin(job: Job, prepared: Prepared, context: Context) -> Context:
 def read_samples(prepared: Prepared, context: Context) -> SampleSets:
     """Samples to train, calibrate and measure on. Of several processes the first makes them; the others read them."""
     s, task, folder = prepared.settings, prepared.task, context.folder
-    own, source = s.data == SELF, s.eval_data or s.data
+    own, source = s.data == data.SELF, s.eval_data or s.data
     with context.stage("calibration data"), processes().main_process_first() if folder else nullcontext():
         kept = None if folder is None else folder.tensors(SAMPLES)
         if kept is None:
@@ -261,10 +273,10 @@ def read_samples(prepared: Prepared, context: Context) -> SampleSets:
         assert training is not None
         if evaluation is not None:
             evaluation = evaluation.shortened(s.eval_windows, s.eval_length)
-            source = "sampled from the dense model"
+            source = data.SELF
         else:
             evaluation = task.evaluation(prepared.loaded, s)
-    return SampleSets(training, training[: s.samples], evaluation, source)
+    return SampleSets(training, training[: s.samples], evaluation, data.protocol_name(source))
 
 
 def compared(prepared: Prepared, sets: SampleSets, context: Context) -> SampleSets:
@@ -303,7 +315,7 @@ def reconstructed(prepared: Prepared, chosen: Chosen, sets: SampleSets, context:
         analysis, sites = prepared.analysis, [s for s in prepared.mask_sites if s.family in chosen.plan.families]
         kept = kept_units(analysis, chosen.cut, list({site.family: None for site in sites}))
         say = partial(context.progress, "reconstruct")
-        return reconstruct_consumers(analysis, sites, kept, chosen.changes, sets.calibration, say, prepared.executor)
+        return reconstruct_consumers(analysis, sites, kept, chosen.changes, sets.calibration, say, prepared.calibrator)
 
     with context.stage("reconstruct"):
         fitted = kept_fit(prepared, context.folder, fit)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ class Report:
     ``cost.model.Cost``. ``splits``: widths tried → loss. ``perplexity``: ``dense``, ``pruned`` and ``protocol``;
     empty if the run was stopped after publishing.
     ``quantized``: scheme → ``file``, ``bytes``, ``perplexity``. ``proof``: a row a stage. ``config_changes``: field →
-    [old, new]. ``stages``: a row a stage of the run, passes with their differences.
+    [old, new]. ``stages``: a row a stage of the run, passes with their differences. ``data``: what was trained,
+    calibrated and measured on, each with ``source``, ``samples``, ``inputs`` and ``seed``; ``files``: path → sha256.
     """
 
     mptk: str
@@ -54,6 +55,7 @@ class Report:
     stages: Sequence[Row]
     files: Sequence[str]
     task: str = "causal-lm"
+    data: Row = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``report.json``."""

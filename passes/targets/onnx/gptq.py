@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 
+from mptk.runtime.sessions import CPU
 from passes.targets.onnx.balance import weight_of
 from passes.targets.onnx.matmul_nbits import set_blocks
 from passes.targets.onnx.measure import Text, measure_onnx
@@ -55,7 +57,7 @@ class GPTQPass(ir.passes.InPlacePass):
     """Round products with weights to 4-bit blocks for a calibration text, except the output projection.
 
     Attributes:
-        source: the file of the graph. A copy of the graph is written beside it and run.
+        source: the file of the graph. A copy of the graph is written beside it and run on ``device``.
         text: token ids, [windows, length]. Random ids do not help: 512 of them did more harm than good.
         block: inputs that share a scale and a zero point.
     """
@@ -63,6 +65,7 @@ class GPTQPass(ir.passes.InPlacePass):
     source: Path
     text: Text
     block: int
+    device: torch.device = CPU
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         names = products(model).keys() - logit_products(model)
@@ -75,7 +78,7 @@ class GPTQPass(ir.passes.InPlacePass):
         with tempfile.TemporaryDirectory(dir=self.source.parent, prefix=".onnx-") as temporary:
             file = Path(temporary) / self.source.name
             ir.save(model, file, external_data=f"{file.name}.data")
-            for name, moments in measure_onnx(file, channels, self.text, "products"):
+            for name, moments in measure_onnx(file, channels, self.text, "products", self.device):
                 inverse = inverse_root(moments)
                 for node in readers[name]:
                     rounded = rounded_blocks(weight_of(node), moments.diagonal(), inverse, self.block)

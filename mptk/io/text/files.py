@@ -1,0 +1,164 @@
+"""files: the documents of a text file, of a table (json, jsonl, csv, tsv, parquet; also compressed), of a folder."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from mptk.errors import MptkError
+from mptk.io.text.rows import row_texts
+
+Document = Iterable[str]
+"""One text, in pieces."""
+
+PIECE = 1 << 16
+"""Characters that are read, or tokenised, at once."""
+
+_TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+_PACKED = (".gz", ".bz2", ".xz", ".zst")
+_SNIFFED = 4096
+
+
+def file_documents(
+    path: Path, column: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Iterator[Document]:
+    """The documents of a file: each row of a table, or the text file as a whole. Nothing is read in full.
+
+    Raises:
+        MptkError: it cannot be read; as ``row_texts``; or a column is named and the file is no table.
+    """
+    suffix = _suffix(path)
+    if suffix not in _TABLES:
+        if column is not None:
+            raise MptkError(f"{path} is plain text and has no column {column!r}; give the file's name alone")
+        yield _pieces(path)
+        return
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    options = {"delimiter": "\t"} if suffix == ".tsv" else {}
+    try:
+        rows = load_dataset(_TABLES[suffix], data_files=str(path), split="train", streaming=True, **options)
+        for text in row_texts(rows, str(path), column, tokenizer):
+            yield [text]
+    except (DatasetsError, ValueError, OSError) as error:
+        raise MptkError(f"cannot read {path}: {_first_line(error)}; check that it is {suffix[1:]}") from error
+
+
+def folder_documents(
+    folder: Path,
+    column: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    characters: int | None = None,
+    least: int = 0,
+    seed: int = 0,
+) -> Iterator[Document]:
+    """The documents of all text files and tables in a folder and below, without hidden ones.
+
+    Args:
+        characters: how much is wanted. Then files come in a random order, and each gives a share by its size, of at
+            least ``least`` characters. If None, files come whole, in the order of their paths.
+
+    Raises:
+        MptkError: as ``file_documents``; or there is no text.
+    """
+    files = text_files(folder)
+    if characters is None:
+        for file in files:
+            yield from file_documents(file, column if _suffix(file) in _TABLES else None, tokenizer)
+        return
+    random.Random(seed).shuffle(files)
+    total = sum(file.stat().st_size for file in files) or 1
+    for file in files:
+        share = max(least, characters * file.stat().st_size // total)
+        named = column if _is_table(file) else None
+        documents = file_documents(file, named, tokenizer) if _is_table(file) else iter([_pieces(file)])
+        yield from _first(documents, share)
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The tables in a folder and below, and the files that begin as UTF-8 text, in the order of their paths.
+
+    Raises:
+        MptkError: there are none.
+    """
+    found = [file for file in shown(folder) if _suffix(file) in _TABLES or _is_text(file)]
+    if not found:
+        raise MptkError(f"{folder} has no text in it; give a folder with text files or {', '.join(_TABLES)}")
+    return found
+
+
+def shown(folder: Path) -> list[Path]:
+    """The files in a folder and below that are not hidden, in the order of their paths."""
+    inside = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return [f for f in inside if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
+
+
+def _suffix(path: Path) -> str:
+    """The file's suffix in small letters, without that of a compressed table."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in _PACKED else suffix
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a file of a folder is a table. A ``.json`` file is one if it is a list, or has an object a line."""
+    suffix = _suffix(path)
+    if suffix != ".json" or path.suffix.lower() in _PACKED:
+        return suffix in _TABLES
+    with path.open(encoding="utf-8", errors="replace") as file:
+        start = file.read(PIECE).lstrip()
+    if start.startswith("["):
+        return True
+    try:
+        return isinstance(json.loads(start.partition("\n")[0]), dict)
+    except ValueError:
+        return False
+
+
+def _is_text(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(_SNIFFED)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start, final=len(start) < _SNIFFED)
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in start
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            while piece := file.read(PIECE):
+                yield piece
+    except UnicodeDecodeError as error:
+        raise MptkError(f"{path} is not UTF-8 text ({error.reason}); convert it, or give a .parquet file") from error
+    except OSError as error:
+        raise MptkError(f"cannot read {path}: {error.strerror}; check its rights") from error
+
+
+def _first(documents: Iterable[Document], characters: int) -> Iterator[Document]:
+    """Documents until ``characters`` were taken from them; the last one is cut off."""
+    left = characters
+
+    def taken(document: Document) -> Iterator[str]:
+        nonlocal left
+        for piece in document:
+            yield piece[:left]
+            left -= len(piece)
+            if left <= 0:
+                return
+
+    for document in documents:
+        yield taken(document)
+        if left <= 0:
+            return
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

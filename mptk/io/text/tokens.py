@@ -1,0 +1,130 @@
+"""tokens: documents to a stream of token ids, piece by piece, and the stream to windows."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mptk.errors import MptkError
+from mptk.io.text.files import PIECE, Document
+
+_SLACK = 1 << 20
+"""A document is read to its end if that is no more characters beyond what is wanted."""
+
+
+def token_stream(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    characters: int | None = None,
+    tokens: int | None = None,
+) -> Tensor:
+    """The documents' tokens, int64 [n], with the end-of-sequence token between documents, if there is one.
+
+    Documents are tokenised without special tokens, in pieces that end before a space. Documents of white space are left
+    out.
+
+    Args:
+        characters: read about this many, to the end of the document that reaches it if it is near.
+        tokens: stop as soon as there are so many.
+    """
+    ids, read, end, spaced = array("q"), 0, tokenizer.eos_token_id, _keeps_space(tokenizer)
+    for document in documents:
+        begun = False
+        for piece in chunks(document, spaced):
+            if not begun and not piece.strip():
+                continue
+            if not begun and ids and end is not None:
+                ids.append(end)
+            begun = True
+            ids.extend(tokenizer(piece, add_special_tokens=False, verbose=False).input_ids)
+            read += len(piece)
+            enough = tokens is not None and len(ids) >= tokens
+            if enough or (characters is not None and read >= characters + _SLACK):
+                return _tensor(ids)
+        if characters is not None and read >= characters:
+            break
+    return _tensor(ids)
+
+
+def chunks(document: Document, spaced: bool = True) -> Iterator[str]:
+    """A text in pieces of at most ``PIECE`` characters that end before a space, where there is one.
+
+    ``spaced``: whether the space goes to the next piece.
+    """
+    kept = ""
+    for part in document:
+        kept, start = kept + part, 0
+        while len(kept) - start > PIECE:
+            at = _cut(kept, start + PIECE)
+            yield kept[start:at]
+            start = at + (kept[at] == " " and not spaced)
+        kept = kept[start:]
+    if kept:
+        yield kept
+
+
+def windows_of(
+    stream: Tensor, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None, seed: int | None
+) -> Tensor:
+    """Windows of the stream that do not overlap, int64 [n, length]. Arguments and errors: ``data.token_windows``."""
+    prefix = begin(tokenizer)
+    size = length - len(prefix)
+    total = len(stream) // size if size > 0 else 0
+    if total == 0:
+        raise MptkError(
+            f"the text has {len(stream)} tokens, too few for a window of {length}; give more, or a shorter length"
+        )
+    rows = stream[: total * size].view(total, size)
+    if seed is not None:
+        rows = rows[torch.randperm(total, generator=torch.Generator().manual_seed(seed))]
+    rows = rows[:count]
+    start = torch.tensor(prefix, dtype=torch.long).expand(len(rows), -1)
+    return torch.cat([start, rows], dim=1)
+
+
+def begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The begin-of-sequence token, if the tokenizer puts it before a text."""
+    ids = tokenizer("a").input_ids
+    first = tokenizer.bos_token_id
+    return [first] if first is not None and ids[:1] == [first] else []
+
+
+def digest(windows: Tensor) -> str:
+    """SHA-256 of windows of token ids: of their int64 numbers, little-endian, row by row. Other inputs: as float32."""
+    numbers = windows.detach().cpu().contiguous()
+    kind = "<f4" if numbers.is_floating_point() else "<i8"
+    found = (numbers.float() if numbers.is_floating_point() else numbers).numpy()
+    return hashlib.sha256(found.astype(kind, copy=False).tobytes()).hexdigest()
+
+
+def _tensor(ids: array[int]) -> Tensor:
+    return torch.from_numpy(np.array(ids, dtype=np.int64))
+
+
+def _keeps_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text that is cut before a space has the same tokens as the whole.
+
+    Tokenizers that put a space before each text themselves need the space left out.
+    """
+
+    def ids(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return found
+
+    return ids("some words") == ids("some") + ids(" words")
+
+
+def _cut(text: str, last: int) -> int:
+    """Where a piece ends that may reach ``last``: before the last lone space of its last quarter, else there."""
+    at = last
+    while (at := text.rfind(" ", last - PIECE // 4, at)) > 0:
+        if not text[at - 1].isspace() and not text[at + 1].isspace():
+            return at
+    return last

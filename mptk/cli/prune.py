@@ -9,33 +9,43 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mptk.cli.app import app, err, out
+from mptk.cli.app import command, err, out, resumable, show
 from mptk.cli.options import (
     RECOVERY,
     Dense,
     Device,
     Folder,
+    Json,
     MaxMs,
     Memory,
     Model,
     Out,
     ProofLength,
     Trust,
-    Verbose,
     parse_size,
     settings_from,
     with_latency,
     with_settings,
 )
 from mptk.cli.progress import stages
+from mptk.cli.recipes import Config
+from mptk.cli.voice import VOICE
 from mptk.errors import MptkError
+from mptk.progress import within
 from mptk.run.settings import DEFAULT_STEPS, Settings
 
 if TYPE_CHECKING:
     from mptk.ir.passes import Record
 
 
-@app.command()
+@command(
+    examples=(
+        "prune smollm2-135m --sparsity 0.3 --data book.txt --out runs/m30",
+        "prune smollm2-135m --sparsity 0.3 --method wanda --data c4.jsonl=0.7,code/=0.3 --out runs/w30",
+        "prune smollm2-135m --max-decode-ms 15 --data wikitext2 --quantize int8 --out runs/fast",
+        "prune --config runs/m30/run.yaml --sparsity 0.5 --out runs/m50",
+    )
+)
 @with_settings()
 def prune(
     model: Model,
@@ -45,7 +55,7 @@ def prune(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Only say what memory, disk and time the run will need.")
     ] = False,
-    verbose: Verbose = False,
+    config: Config = None,
     **options: object,
 ) -> None:
     """Cut a model, prove the result, and write it as a plain checkpoint folder and ONNX.
@@ -64,20 +74,20 @@ def prune(
         return
     if folder is None:
         raise MptkError("there is no place for the result; give --out FOLDER")
-    with stages(err) as progress:
-        result = prune(model, folder, settings, progress, on_stage=printed(verbose))
+    with resumable(folder), stages(err) as progress:
+        result = prune(model, folder, settings, progress, on_stage=printed())
     if result is not None:
         out.print(report.prune_view(result))
         out.print(f"written to {folder}", soft_wrap=True)
 
 
-@app.command()
+@command(examples=("recover runs/w30 --data book.txt --steps 100 --out runs/w30r",))
 @with_settings(*RECOVERY)
 def recover(
     folder: Folder,
     destination: Annotated[Path, typer.Option("--out", help="Folder for the trained model.")],
     model: Dense = None,
-    verbose: Verbose = False,
+    config: Config = None,
     **options: object,
 ) -> None:
     """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
@@ -90,14 +100,14 @@ def recover(
     given = ("data", "length", "seed", "resume", "onnx", "logits", "quantize", "onnx_dtype", "proof_length")
     machine = ("max_shard_size", "memory", "device")
     changes: dict[str, object] = {name: getattr(settings, name) for name in (*given, *measured, *machine)}
-    with stages(err) as progress:
+    with resumable(destination), stages(err) as progress:
         result = recovery.recover(
             folder,
             destination,
             settings.learning,
             progress,
             model=model,
-            on_stage=printed(verbose),
+            on_stage=printed(),
             trust_remote_code=settings.trust_remote_code,
             **changes,
         )
@@ -106,12 +116,12 @@ def recover(
         out.print(f"written to {destination}", soft_wrap=True)
 
 
-def printed(verbose: bool) -> Callable[[Record], None] | None:
-    """A call that prints the record of a stage, with the difference if it is a pass; None unless ``verbose``."""
-    return (lambda record: err.print(str(record), highlight=False)) if verbose else None
+def printed() -> Callable[[Record], None] | None:
+    """A call that prints the record of a stage, with the difference if it is a pass; None unless ``-v`` is given."""
+    return (lambda record: err.print(str(record), highlight=False)) if VOICE.verbose else None
 
 
-@app.command()
+@command(examples=("verify runs/m30", "verify runs/m30 --model models/dense"))
 def verify(
     folder: Folder,
     model: Dense = None,
@@ -124,7 +134,7 @@ def verify(
     from mptk.cli import report
     from mptk.driver import verification
 
-    with stages(err) as progress:
+    with stages(err) as progress, within(progress, "prove"):
         progress("prove", 0, 0)
         proof = verification.verify(
             folder,
@@ -137,7 +147,27 @@ def verify(
     out.print(report.proof_view([d.as_dict() for d in proof]), *proof.notes, sep="\n")
 
 
-@app.command("report")
+@command(examples=("rerun runs/m30 --out runs/again",))
+def rerun(
+    folder: Folder,
+    destination: Annotated[Path, typer.Option("--out", help="Folder for the new result.")],
+    model: Dense = None,
+    json_file: Json = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Repeat the run that made a folder, from its report, and show what differs: plan, weights, text, quality."""
+    from mptk.cli import report
+    from mptk.driver.rerun import rerun
+
+    with resumable(destination), stages(err) as progress:
+        found = rerun(
+            folder, destination, progress, model=model, on_stage=printed(), trust_remote_code=trust_remote_code
+        )
+    if found is not None:
+        show(json_file, {"folder": str(folder), "out": str(destination), "rows": found}, report.rerun_view(found))
+
+
+@command("report", examples=("report runs/m30 --beside runs/w30",))
 def show_report(
     folder: Folder,
     beside: Annotated[list[Path] | None, typer.Option(help="Another such folder to compare. May be repeated.")] = None,

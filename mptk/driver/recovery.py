@@ -68,4 +68,4 @@ def recover(
         return loaded, task_of(loaded)
 
     context = Context(Log(on_record=on_stage), progress or silent)
-    return run(Job(model or report.model, Path(out), load, given), settings, context)
+    return run(Job(model or report.model, Path(out), load, given, folder), settings, context)

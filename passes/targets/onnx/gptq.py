@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from mptk.progress import step
 from passes.targets.onnx.balance import weight_of
 from passes.targets.onnx.matmul_nbits import set_blocks
 from passes.targets.onnx.measure import Text, measure_onnx
@@ -75,7 +76,8 @@ class GPTQPass(ir.passes.InPlacePass):
         with tempfile.TemporaryDirectory(dir=self.source.parent, prefix=".onnx-") as temporary:
             file = Path(temporary) / self.source.name
             ir.save(model, file, external_data=f"{file.name}.data")
-            for name, moments in measure_onnx(file, channels, self.text, "products"):
+            for done, (name, moments) in enumerate(measure_onnx(file, channels, self.text, "products")):
+                step(done, len(channels), "inputs of weights in 4-bit blocks")
                 inverse = inverse_root(moments)
                 for node in readers[name]:
                     rounded = rounded_blocks(weight_of(node), moments.diagonal(), inverse, self.block)

@@ -13,9 +13,23 @@ from pathlib import Path
 from mptk.errors import MptkError
 
 
-def json_text(content: object, *, indent: int | None = None, sort_keys: bool = False, ensure_ascii: bool = True) -> str:
+def json_text(
+    content: object,
+    *,
+    indent: int | None = None,
+    sort_keys: bool = False,
+    ensure_ascii: bool = True,
+    separators: tuple[str, str] | None = None,
+) -> str:
     """``content`` as JSON. NaN and infinity become null, since JSON has neither. Options as in ``json.dumps``."""
-    return json.dumps(_finite(content), allow_nan=False, indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii)
+    return json.dumps(
+        _finite(content),
+        allow_nan=False,
+        indent=indent,
+        sort_keys=sort_keys,
+        ensure_ascii=ensure_ascii,
+        separators=separators,
+    )
 
 
 def write_json(path: Path | None, content: object) -> None:

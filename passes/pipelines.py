@@ -16,6 +16,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.passes import Log, Pass, run
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
+from mptk.runtime.sessions import CPU
 from passes.targets.onnx.block_weights import BLOCK, BlockWeightsPass
 from passes.targets.onnx.emit import write_onnx
 from passes.targets.onnx.float16 import Float16Pass
@@ -95,9 +96,9 @@ def int4(source: Path) -> OnnxPasses:
     return [*even_channels(source), *_blocks(4, source)]
 
 
-def int4_for_text(source: Path, text: Text) -> OnnxPasses:
+def int4_for_text(source: Path, text: Text, device: torch.device = CPU) -> OnnxPasses:
     """The float ONNX graph → weights in 4-bit blocks, rounded for a text."""
-    rounding = [GPTQPass(source, text, BLOCK), common.RemoveUnusedNodesPass()]
+    rounding = [GPTQPass(source, text, BLOCK, device), common.RemoveUnusedNodesPass()]
     return [*even_channels(source), *rounding, *_blocks(4, source)]
 
 
@@ -177,7 +178,9 @@ def emit_onnx(
     return write_onnx(program, folder, lowering(), passes, metadata or {}, log or Log())
 
 
-def quantize_onnx(source: Path, scheme: str, text: Text | None = None, log: Log | None = None) -> Path:
+def quantize_onnx(
+    source: Path, scheme: str, text: Text | None = None, log: Log | None = None, device: torch.device = CPU
+) -> Path:
     """Write ``model_SCHEME.onnx`` and its weights beside ``source``. Returns the new file.
 
     Inputs and outputs keep their names and shapes. Only ``fp16`` changes a type: the KV cache is float16.
@@ -187,6 +190,7 @@ def quantize_onnx(source: Path, scheme: str, text: Text | None = None, log: Log 
         scheme: one of ``SCHEMES``.
         text: calibration token ids [windows, length] for ``int4``; None: each weight is rounded by itself.
         log: is given a record of each pass.
+        device: where the graph runs on ``text``.
 
     Raises:
         MptkError: there is no such scheme.
@@ -197,7 +201,7 @@ def quantize_onnx(source: Path, scheme: str, text: Text | None = None, log: Log 
     elif scheme == "int8":
         steps = int8(source)
     else:
-        steps = int4(source) if text is None else int4_for_text(source, text)
+        steps = int4(source) if text is None else int4_for_text(source, text, device)
     return write_quantized(source, scheme, steps, log or Log())
 
 

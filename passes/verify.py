@@ -44,6 +44,7 @@ class Difference:
         relative: ``max_abs`` relative to the largest logit.
         widened: the reason, if the tolerance is wider than the stage's own.
         failure: the reason, if the stage gave no logits.
+        ran: the execution provider of ONNX Runtime that ran the stage, if one did.
     """
 
     stage: str
@@ -52,13 +53,14 @@ class Difference:
     tolerance: float
     widened: str = ""
     failure: str = ""
+    ran: str = ""
 
     @property
     def ok(self) -> bool:
         return self.relative <= self.tolerance
 
     def as_dict(self) -> dict[str, object]:
-        said = {k: v for k, v in asdict(self).items() if k not in ("widened", "failure") or v}
+        said = {k: v for k, v in asdict(self).items() if k not in ("widened", "failure", "ran") or v}
         return said | {"ok": self.ok}
 
 

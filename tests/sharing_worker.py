@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mptk.errors import MptkError
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import next_tokens
 from mptk.methods import criteria
 from mptk.methods.criteria import observe
 from mptk.methods.reconstruct import kept_units, reconstruct_consumers
+from mptk.run.processes import once
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 from passes.transforms.insert_masks import find_mask_sites
@@ -36,6 +38,22 @@ def found() -> dict[str, Tensor]:
     return result | dict(reconstruct_consumers(analysis, sites, kept, {}, next_tokens(windows)))
 
 
+def refused() -> str:
+    """The error that all get if the first process finds nothing; the others would find something."""
+
+    def find() -> str:
+        if os.environ["RANK"] == "0":
+            raise MptkError("no width meets the budget")
+        return "something"
+
+    try:
+        return once(find)
+    except MptkError as error:
+        return str(error)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    save_file(found(), Path(sys.argv[1]) / f"{os.environ['RANK']}.safetensors")
+    file = Path(sys.argv[1]) / f"{os.environ['RANK']}.safetensors"
+    said = {"rank": once(lambda: os.environ["RANK"]), "refused": refused()}
+    save_file(found(), file, metadata=said)

@@ -21,10 +21,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, FunnelConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers import FunnelConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from mptk.compat import torch as compat
-from mptk.compat.accelerate import own_state, save_lazily
+from mptk.compat.accelerate import own_state
 from mptk.compat.onnxruntime import run_on_values
 from mptk.compat.peft import adapters_off
 from mptk.compat.transformers import dequantize_gguf, forget_source, missing_attributes, model_classes
@@ -181,25 +181,6 @@ def test_a_run_has_an_accelerator_of_its_own_and_the_callers_is_as_before() -> N
                 "accelerate", "AcceleratorState's global state"
             )
         assert mine.mixed_precision == AcceleratorState().mixed_precision == "bf16"
-
-
-def test_a_model_on_meta_is_saved_with_weights_that_are_asked_for_shard_by_shard(tmp_path: Path) -> None:
-    model = architectures.model("llama")
-    state = model.state_dict()
-    asked: list[str] = []
-
-    class Lazy(dict[str, torch.Tensor]):
-        def __getitem__(self, name: str) -> torch.Tensor:
-            asked.append(name)
-            return super().__getitem__(name)
-
-    with torch.device("meta"):
-        shell = type(model)(model.config)
-    save_lazily(shell, Lazy(state), tmp_path, max_shard_size="20KB")
-    assert set(asked) == set(state), changed("accelerate", "how offloaded weights are saved")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
 # ---- peft ----

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import architectures
 import pytest
 import torch
+from test_pruning import SETTINGS, WORDS, llama_config, save
 from toy_checkpoints import llama
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 from mptk import Settings, prune
+from mptk.cli.main import app
 from mptk.cost import estimate as costs
-from mptk.cost.estimate import Estimate, Machine, Pass, Sizes, Work, duration, estimate, size_text
-from mptk.driver.estimate import check_fits, estimated
+from mptk.cost.estimate import Estimate, Machine, Pass, Sizes, Work, duration, estimate, size_text, stacked
+from mptk.cost.model import CostModel
+from mptk.driver import recovery
+from mptk.driver.estimate import check_fits, estimated, estimated_for
 from mptk.errors import MptkError
 from mptk.run.processes import blocks
-from mptk.run.settings import Learning
+from mptk.run.settings import Learning, Training
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
 
 ATTENTION, FFN, NORMS = 2 * 48 * 96 + 2 * 48 * 32, 3 * 48 * 64, 2 * 48
 BLOCK, EMBEDDING = ATTENTION + FFN + NORMS, 300 * 48
@@ -28,7 +37,7 @@ WORK = Work(kept=0.75, passes={"score": Pass(tokens=1000, length=10)}, calibrati
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mptk.driver.estimate.this_machine", lambda: SLOW)
+    monkeypatch.setattr("mptk.driver.estimate.this_machine", lambda *_: SLOW)
 
 
 @pytest.fixture
@@ -141,6 +150,91 @@ def test_what_a_run_does_is_what_it_takes_time_for(eight_billion: str) -> None:
     assert set(learned.seconds) >= {"train", "reconstruct"}
 
 
+@pytest.mark.parametrize(("named", "share"), [(2, 2 / 5), (None, 1)])
+def test_a_mixture_counts_the_experts_that_a_token_is_routed_to(named: int | None, share: float) -> None:
+    model = architectures.model("mixtral", meta=True)
+    sizes = Sizes.of(model, blocks(model), stored=4, heads=6, vocab=97, experts=named or 0)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert experts == 2 * 5 * 3 * 48 * 80
+    table = model.get_input_embeddings().weight.numel()
+    assert sizes.products == sizes.parameters - table - round((1 - share) * experts)
+    assert sizes.widest == (2 * 2 * 80 if named else 48)
+    assert sizes.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_products_are_those_of_the_traced_graph() -> None:
+    model = architectures.model("mixtral", meta=True)
+    found = estimated_for(model, torch.float32, Settings(method="wanda", data="text", onnx=False, length=8))
+    per_token = CostModel(analyze(trace(model, dynamic=True))).dense.flops
+    of_text = 32 * 8 * (per_token + 4 * 8 * 48 * 2)
+    assert found.seconds["score (wanda)"] == pytest.approx(of_text / (costs.EFFICIENCY * 1e9), rel=0.01)
+
+
+def test_a_short_convolution_is_no_mixture() -> None:
+    block = torch.nn.Sequential(torch.nn.Conv1d(12, 12, 4, groups=12), torch.nn.Linear(12, 12))
+    assert stacked([block]) == []
+
+
+def test_a_device_has_memory_and_rates_of_its_own(eight_billion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[torch.device, torch.dtype]] = []
+    monkeypatch.setattr("mptk.driver.estimate.this_machine", lambda *on: asked.append(on) or SLOW)
+    settings = Settings(method="wanda", data="text", onnx=False, device="cpu", memory=8 * 10**9)
+    host = estimated(eight_billion, settings)
+    assert (host.there, host.device) == ({}, "")
+    monkeypatch.setattr("mptk.driver.estimate.find_device", lambda _: torch.device("cuda", 1))
+    found = estimated(eight_billion, replace(settings, compute_dtype="bfloat16"))
+    assert asked == [(torch.device("cpu"), torch.float32), (torch.device("cuda", 1), torch.bfloat16)]
+    assert set(found.there) == {"largest stage", "activations", "logits", "values between stages"}
+    assert found.there["activations"] == host.needed["activations"]
+    assert set(found.needed) == {"libraries", "largest stage"}
+    assert re.search(r"GB of memory, \d+\.\d GB on cuda:1, ", str(found))
+    trained = estimated(eight_billion, replace(settings, learning=Learning(steps=3)))
+    assert trained.there["weights"] == trained.needed["weights"] == 2 * 16_060_522_496
+    assert trained.there["cut model"] == pytest.approx(2 * trained.output["checkpoint"])
+
+
+def test_what_a_device_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Estimate({"libraries": 1.0}, {}, {}, {}, {}, {"weights": 3e9, "logits": 1e9}, "cuda:1")
+    monkeypatch.setattr("mptk.driver.estimate.device_memory", lambda device: 2e9 if device.index == 1 else None)
+    said = r"at least 4\.0 GB of memory on cuda:1 \(3\.0 GB of it: weights\), and 2\.0 GB is free; .*, or --device cpu"
+    with pytest.raises(MptkError, match=said):
+        check_fits(found, tmp_path)
+    check_fits(replace(found, device="cuda:0"), tmp_path)  # it does not say what is free
+
+
+def test_a_recovery_says_what_it_needs(tmp_path: Path) -> None:
+    dense = save(LlamaForCausalLM(llama_config()), tmp_path / "dense")
+    prune(dense, tmp_path / "pruned", replace(SETTINGS, onnx=False))
+    learning = Learning(steps=2, training=Training(batch=2, micro=2))
+    found = recovery.needed(tmp_path / "pruned", learning, length=16)
+    kept, parameters = (
+        sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
+        for folder in (tmp_path / "pruned", dense)
+    )
+    assert found.needed["weights"] == 4 * parameters
+    assert found.output["checkpoint"] == pytest.approx(4 * kept)
+    assert {"train", "prove"} <= set(found.seconds)
+    assert not any(stage.startswith("score") for stage in found.seconds)
+    said: list[str] = []
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(WORDS * 50))
+    recovery.recover(
+        tmp_path / "pruned",
+        tmp_path / "out",
+        learning,
+        lambda stage, *_: said.append(stage),
+        length=16,
+        data=str(text),
+        eval_length=16,
+    )
+    assert next(line for line in said if line not in ("load", "reading")).startswith("will need about ")
+    shown = CliRunner().invoke(app, ["recover", str(tmp_path / "pruned"), "--estimate", "--steps", "2"])
+    assert shown.exit_code == 0, shown.output
+    assert "A run will need about" in shown.output.replace("\n", " ")
+    refused = CliRunner().invoke(app, ["recover", str(tmp_path / "pruned"), "--steps", "2"])
+    assert "give --out FOLDER" in refused.output.replace("\n", " ") or "give --out FOLDER" in str(refused.exception)
+
+
 class Disk(NamedTuple):
     free: int
 
@@ -192,7 +286,9 @@ def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert min(first.flops, first.read, first.write) > 0
     (kept,) = (tmp_path / "machine").iterdir()
     assert json.loads(kept.read_text())["rates"]["flops"] == first.flops
-    monkeypatch.setattr(costs, "calibrate", lambda _: pytest.fail("measured again"))
+    assert costs.this_machine(dtype=torch.bfloat16).read > 0
+    assert len(list((tmp_path / "machine").iterdir())) == 2, "another type has a rate of its own"
+    monkeypatch.setattr(costs, "calibrate", lambda *_: pytest.fail("measured again"))
     assert costs.this_machine() == first
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
+import time
 from pathlib import Path
 
 import pytest
 
 from mptk.errors import MptkError
 from mptk.files import json_text, write_file, write_json, write_text, write_together
+from mptk.io import manifest
 from mptk.io.manifest import check_manifest, read_manifest, update_manifest
 from mptk.io.publish import publish
 
@@ -134,3 +137,21 @@ def test_a_marker_of_an_earlier_version_lists_nothing(folder: Path) -> None:
     with publish(folder) as new:
         (new / "second").touch()
     check_manifest(folder)
+
+
+def test_a_file_is_digested_once_and_again_after_every_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[object] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: read.append(given) or digest(*given))
+    monkeypatch.setattr(manifest, "SETTLED", 10**7)
+    file = tmp_path / "weights"
+    file.write_bytes(b"one")
+    time.sleep(0.05)
+    before, state = manifest.file_sha256(file), file.stat()
+    assert manifest.file_sha256(file) == before == hashlib.sha256(b"one").hexdigest()
+    assert len(read) == 1
+    file.write_bytes(b"two")
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert manifest.file_sha256(file) == hashlib.sha256(b"two").hexdigest()
+    file.write_bytes(b"six")  # at once, when a coarse clock may not show it
+    assert manifest.file_sha256(file) == hashlib.sha256(b"six").hexdigest()

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import architectures
 import huggingface_hub.constants
 import pytest
 import torch
 import toy_checkpoints as toys
 import transformers
 import transformers.dynamic_module_utils
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -23,7 +33,9 @@ from transformers import (
 
 from mptk.errors import MptkError
 from mptk.io import models
+from mptk.io.resident import Resident
 
+ROOT = Path(__file__).parents[1]
 IDS = torch.arange(3, 40)[None]
 
 
@@ -259,3 +271,76 @@ def test_converted_weights_can_be_read_as_long_as_anything_has_them(tmp_path: Pa
     del loaded
     gc.collect()
     assert torch.equal(some[name], model.state_dict()[name])
+
+
+OPEN = """
+import sys
+from pathlib import Path
+from mptk.io.models import open_weights
+from mptk.io.resident import Resident
+import mptk.driver.prune  # what a run has imported
+
+def most():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+before = most()
+loaded = open_weights(sys.argv[1], Resident(0))
+opened = most() - before
+for name in loaded.weights:
+    loaded.weights[name]
+print(opened, most() - before)
+"""
+
+
+def test_opening_touches_no_page_of_a_weight_and_reading_gives_pages_back(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=20_000, num_hidden_layers=6, vocab_size=128, num_attention_heads=4
+    )
+    with torch.device("meta"):
+        state = LlamaForCausalLM(config).state_dict()
+    entries, end = {}, 0
+    for name, tensor in state.items():
+        size = 2 * tensor.numel()
+        entries[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+        end += size
+    header = json.dumps(entries).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:  # its numbers are a hole in the file: zeros
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    done = subprocess.run([sys.executable, "-c", OPEN, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    opened, read = map(int, done.stdout.split())
+    assert end > 350e6
+    assert opened < 60e6
+    assert read < 200e6
+
+
+@pytest.mark.parametrize("kind", ["buffers", "tied", "renamed", "converted"])
+def test_an_opened_model_has_the_weights_and_buffers_of_a_loaded_one(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    if kind == "buffers":
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "num_labels": 3}
+        model: Any = ResNetForImageClassification(ResNetConfig(**sizes, layer_type="basic"))
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.uniform_(1, 2)
+    else:
+        model = architectures.model({"tied": "gemma3", "renamed": "llama", "converted": "mixtral"}[kind])
+    model.save_pretrained(tmp_path)
+    if kind == "renamed":  # a checkpoint of the model without its head
+        model.config.architectures, model = ["LlamaModel"], model.model
+        shutil.rmtree(tmp_path)
+        model.save_pretrained(tmp_path)
+        file = tmp_path / "model.safetensors"
+        save_file({f"model.{name}": tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    opened = models.open_weights(str(tmp_path), Resident(0))
+    buffers = dict(opened.model.named_buffers())
+    assert opened.weights is not None
+    for name, tensor in model.state_dict().items():
+        found = opened.weights[name] if name in opened.weights else buffers[name]
+        assert torch.equal(found, tensor), name
+    whole = opened.whole().state_dict()
+    assert all(torch.equal(whole[name], tensor) for name, tensor in model.state_dict().items())

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from sharing_worker import found
 
@@ -28,6 +29,9 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     for name, tensor in expected.items():
         assert torch.equal(one[name], two[name]), name
         torch.testing.assert_close(one[name], tensor, rtol=1e-5, atol=1e-6)
+    for rank in range(2):
+        with safe_open(tmp_path / f"{rank}.safetensors", "pt") as file:
+            assert file.metadata() == {"rank": "0", "refused": "no width meets the budget"}
 
 
 def test_every_batch_has_one_process() -> None:

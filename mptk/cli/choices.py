@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 from mptk.cost.budgets import BUDGETS
-from mptk.run.settings import DTYPES, ONNX_DTYPES
+from mptk.run.settings import COMPUTE_DTYPES, DTYPES, ONNX_DTYPES
 
 METHODS = ("maskprune", "random", "magnitude", "wanda", "flap", "taylor")
 TARGETS = ("stock", "graph")
@@ -97,6 +97,7 @@ TEACHER = one_of(TEACHERS)
 PRECISION = one_of(PRECISIONS)
 TRACKER = one_of(TRACKERS)
 DTYPE = one_of(DTYPES)
+COMPUTE_DTYPE = one_of(COMPUTE_DTYPES)
 ONNX_DTYPE = one_of(ONNX_DTYPES)
 QUANTIZE = some_of(SCHEMES)
 RUNTIME = one_of(RUNTIMES)

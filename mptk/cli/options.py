@@ -216,6 +216,9 @@ FIELDS: dict[str, Field] = {
         parse_size,
     ),
     "device": Field("device", str, MACHINE, "Where it runs.", choices=choices.DEVICE),
+    "compute_dtype": Field(
+        "compute_dtype", str, MACHINE, "Type in which scores and training compute.", choices=choices.COMPUTE_DTYPE
+    ),
     "trust_remote_code": Field(
         "trust_remote_code",
         bool,
@@ -255,6 +258,7 @@ RECOVERY = (
     "max_shard_size",
     "memory",
     "device",
+    "compute_dtype",
     "trust_remote_code",
 )
 """The ``FIELDS`` that ``mptk recover`` takes."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mptk.cli.app import command, err, out, resumable, show
 from mptk.cli.options import (
+    MACHINE,
     RECOVERY,
     Dense,
     Device,
@@ -38,6 +39,13 @@ if TYPE_CHECKING:
     from mptk.ir.passes import Record
 
 
+NO_PLACE = "there is no place for the result; give --out FOLDER"
+Estimate = Annotated[
+    bool,
+    typer.Option("--estimate", rich_help_panel=MACHINE, help="Only say what memory, disk and time the run will need."),
+]
+
+
 @command(
     examples=(
         "prune smollm2-135m --sparsity 0.3 --data book.txt --out runs/m30",
@@ -52,9 +60,7 @@ def prune(
     folder: Annotated[Path | None, Out.__metadata__[0]] = None,
     max_decode_ms: MaxMs = None,
     max_prefill_ms: MaxMs = None,
-    estimate: Annotated[
-        bool, typer.Option("--estimate", help="Only say what memory, disk and time the run will need.")
-    ] = False,
+    estimate: Estimate = False,
     config: Config = None,
     **options: object,
 ) -> None:
@@ -73,7 +79,7 @@ def prune(
         check_fits(found, folder or Path.cwd())
         return
     if folder is None:
-        raise MptkError("there is no place for the result; give --out FOLDER")
+        raise MptkError(NO_PLACE)
     with resumable(folder), stages(err) as progress:
         result = prune(model, folder, settings, progress, on_stage=printed())
     if result is not None:
@@ -85,32 +91,33 @@ def prune(
 @with_settings(*RECOVERY)
 def recover(
     folder: Folder,
-    destination: Annotated[Path, typer.Option("--out", help="Folder for the trained model.")],
+    destination: Annotated[Path | None, typer.Option("--out", help="Folder for the trained model.")] = None,
     model: Dense = None,
+    estimate: Estimate = False,
     config: Config = None,
     **options: object,
 ) -> None:
     """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
     from mptk.cli import report
     from mptk.driver import recovery
+    from mptk.driver.estimate import check_fits
 
     steps = DEFAULT_STEPS if options["steps"] is None else options["steps"]
     settings = settings_from({**options, "steps": steps})
     measured = ("eval_data", "eval_windows", "eval_length")
     given = ("data", "length", "seed", "resume", "onnx", "logits", "quantize", "onnx_dtype", "proof_length")
-    machine = ("max_shard_size", "memory", "device")
-    changes: dict[str, object] = {name: getattr(settings, name) for name in (*given, *measured, *machine)}
+    machine = ("max_shard_size", "memory", "device", "compute_dtype")
+    changes: dict[str, Any] = {name: getattr(settings, name) for name in (*given, *measured, *machine)}
+    changes |= {"model": model, "trust_remote_code": settings.trust_remote_code}
+    if estimate:
+        found = recovery.needed(folder, settings.learning, **changes)
+        out.print(report.estimate_view(found))
+        check_fits(found, destination or Path.cwd())
+        return
+    if destination is None:
+        raise MptkError(NO_PLACE)
     with resumable(destination), stages(err) as progress:
-        result = recovery.recover(
-            folder,
-            destination,
-            settings.learning,
-            progress,
-            model=model,
-            on_stage=printed(),
-            trust_remote_code=settings.trust_remote_code,
-            **changes,
-        )
+        result = recovery.recover(folder, destination, settings.learning, progress, on_stage=printed(), **changes)
     if result is not None:
         out.print(report.prune_view(result))
         out.print(f"written to {destination}", soft_wrap=True)

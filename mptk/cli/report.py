@@ -254,7 +254,12 @@ def estimate_view(found: Estimate) -> Lines:
     table = Table(show_edge=False)
     for column, justify in (("", "left"), ("for", "left"), ("about", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for what, parts in (("memory", {**found.needed, **found.held}), ("disk", {**found.output, **found.temporary})):
+    needed = (
+        ("memory", {**found.needed, **found.held}),
+        *([(f"memory on {found.device}", found.there)] if found.device else []),
+        ("disk", {**found.output, **found.temporary}),
+    )
+    for what, parts in needed:
         for number, (name, size) in enumerate(parts.items()):
             table.add_row("" if number else what, name, size_text(size))
         table.add_row("", "in all", size_text(sum(parts.values())), style="bold", end_section=True)
@@ -272,7 +277,7 @@ def proof_view(proof: Sequence[Row]) -> Table:
         table.add_column(column, justify="right")
     table.add_column("")
     for d in proof:
-        said = ", ".join(["ok" if d["ok"] else "FAILED", *([d["widened"]] if d.get("widened") else [])])
+        said = ", ".join(["ok" if d["ok"] else "FAILED", *(d[key] for key in ("widened", "ran") if d.get(key))])
         table.add_row(d["stage"], f"{d['max_abs']:.1e}", f"{d['relative']:.1e}", f"{d['tolerance']:.0e}", said)
     return table
 
@@ -322,9 +327,12 @@ def bench_markdown(result: Bench) -> str:
 
 def _peaks(result: Bench) -> list[str]:
     return [
-        f"{threads} thread{'s' * (threads != 1)}: {peak.flops / 1e9:.0f} GFLOP/s in a matrix product, "
-        f"{peak.bandwidth / 1e9:.1f} GB/s read"
-        for threads, peak in result.peaks.items()
+        f"ran in {', '.join(result.providers)}",
+        *(
+            f"{threads} thread{'s' * (threads != 1)}: {peak.flops / 1e9:.0f} GFLOP/s in a matrix product, "
+            f"{peak.bandwidth / 1e9:.1f} GB/s read"
+            for threads, peak in result.peaks.items()
+        ),
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
@@ -89,14 +89,16 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     threads: Threads = 0,
+    device: Device = Settings.device,
 ) -> None:
     """Generate text in ONNX Runtime. One prompt is streamed; several run as one batch."""
     import numpy as np
     from transformers import TextStreamer
 
+    from mptk.run.execution import session_device
     from mptk.runtime.generation import Sampling, TextGenerator
 
-    runner = TextGenerator(model, threads=threads)
+    runner = TextGenerator(model, threads=threads, device=session_device(device))
     encoded = [runner.encode(prompt, chat=chat) for prompt in prompts]
     sampling = Sampling(temperature, top_k, top_p)
     steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed)
@@ -112,7 +114,7 @@ def generate(
     speed = runner.speed
     err.print(
         f"{speed.prompt_tokens} prompt tokens, first token after {speed.first_s * 1000:.0f} ms; "
-        f"{speed.new_tokens} new tokens, {speed.rate:.1f} tokens/s",
+        f"{speed.new_tokens} new tokens, {speed.rate:.1f} tokens/s, {runner.decoder.providers[0]}",
         highlight=False,
     )
 
@@ -128,28 +130,32 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Examples of each task.")] = None,
     runtime: Annotated[str, typer.Option(help="onnx: a folder's ONNX or an .onnx file.", **choices.RUNTIME)] = "torch",
     threads: Threads = 0,
+    device: Device = Settings.device,
     json_file: Json = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure perplexity on a text in torch or ONNX Runtime, with its protocol, and run lm-eval tasks."""
     from mptk.io import data as text
     from mptk.io import evaluation
+    from mptk.run.execution import find_device
     from mptk.tasks import load_decoder
 
     if data is None and not tasks:
         raise MptkError("nothing to evaluate; give --data TEXT for perplexity or --tasks NAMES for lm-eval")
     if runtime == "onnx":
-        evaluate_onnx(model, data, length, windows, tasks, threads, json_file)
+        evaluate_onnx(model, data, length, windows, tasks, threads, device, json_file)
         return
     with stages(err) as progress:
         progress("load", 0, 0)
+        there = find_device(device)
         loaded = load_decoder(model, trust_remote_code=trust_remote_code)
+        module: Any = loaded.model.to(there)  # type: ignore[arg-type]
         result: dict[str, object] = {"model": model}
         if data is not None:
             text.check_length(loaded.model, length)
             held_out = text.evaluation_windows(loaded.tokenizer, data, length, windows)
             measured = evaluation.perplexity(
-                lambda ids: loaded.model(ids, use_cache=False).logits,
+                lambda ids: module(ids.to(there), use_cache=False).logits,
                 held_out,
                 data=text.protocol_name(data),
                 progress=lambda done, total: progress("perplexity", done, total),
@@ -163,18 +169,26 @@ def evaluate(
 
 
 def evaluate_onnx(
-    model: str, data: str | None, length: int, windows: int | None, tasks: str, threads: int, json_file: Path | None
+    model: str,
+    data: str | None,
+    length: int,
+    windows: int | None,
+    tasks: str,
+    threads: int,
+    device: str,
+    json_file: Path | None,
 ) -> None:
     """`mptk eval --runtime onnx`: perplexity of an exported graph, plain or quantised."""
     from mptk.io import data as text
     from mptk.io import evaluation
+    from mptk.run.execution import session_device
     from mptk.runtime.generation import TextGenerator
 
     if tasks or data is None:
         raise MptkError("lm-eval tasks run in torch; give --data TEXT for perplexity with --runtime onnx")
     with stages(err) as progress:
         progress("load", 0, 0)
-        runner = TextGenerator(model, threads=threads)
+        runner = TextGenerator(model, threads=threads, device=session_device(device))
         measured = evaluation.perplexity(
             runner.decoder.torch_logits,
             text.evaluation_windows(runner.tokenizer, data, length, windows),
@@ -197,6 +211,7 @@ def bench(
     batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     threads: Annotated[str, typer.Option(help="Thread counts, comma-separated.")] = "1",
     rounds: Annotated[int, typer.Option(min=2, help="Alternating rounds of each case.")] = 7,
+    device: Device = Settings.device,
     json_file: Json = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also plot the ratios to this file (.png, .svg).")] = None,
@@ -212,6 +227,7 @@ def bench(
     with stages(err) as progress:
         result = api.bench(
             models,
+            device=device,
             progress=progress,
             lengths=parse_counts(lengths, "--lengths"),
             batches=parse_counts(batches, "--batches"),

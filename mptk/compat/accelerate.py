@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
+from accelerate.hooks import remove_hook_from_submodules
 from accelerate.state import AcceleratorState
-from torch import Tensor
 from transformers import PreTrainedModel
 
 
@@ -44,22 +42,6 @@ def own_state(device: str = "auto") -> Iterator[None]:
         AcceleratorState._shared_state.update(outer)
         if meeting:  # if not, this run connected the processes
             PartialState._shared_state.update(meeting)
-
-
-def save_lazily(
-    shell: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path, *, max_shard_size: int | str
-) -> None:
-    """Save ``shell``, a model on meta, with ``weights`` (state-dict name → tensor), fetched one shard at a time.
-
-    ``save_pretrained`` does this for models that accelerate has offloaded to disk, so the shell is made to look like
-    one. A ``save_pretrained`` that takes a lazy state dict would replace this.
-    """
-    hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights, place_submodules=False)
-    add_hook_to_module(shell, hook)
-    vars(shell)["hf_device_map"] = {"": "disk"}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
-        shell.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
 @contextlib.contextmanager

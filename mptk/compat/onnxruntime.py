@@ -12,16 +12,22 @@ from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
 
 
 def run_on_values(
-    session: ort.InferenceSession, feeds: Mapping[str, ort.OrtValue], outputs: Sequence[str]
+    session: ort.InferenceSession,
+    feeds: Mapping[str, ort.OrtValue],
+    outputs: Sequence[str],
+    places: Sequence[tuple[str, int]] | None = None,
 ) -> list[ort.OrtValue]:
-    """Run ``session`` on ``feeds`` (input name → tensor); returns the tensors of ``outputs``, in order, on the CPU.
+    """Run ``session`` on ``feeds`` (input name → tensor); returns the tensors of ``outputs``, in order.
+
+    ``places``: the device of each output, as (type, index); by default the CPU.
 
     The public ``run_with_ort_values``, which takes a dict, is 0.2 ms slower for a cache of 60 tensors.
     """
     given, made = OrtValueVector(), OrtValueVector()
     for value in feeds.values():
         given.push_back(value._get_c_value())
-    devices = [ort.OrtDevice.make("cpu", 0)._get_c_device()] * len(outputs)
+    made_at = {place: ort.OrtDevice.make(*place)._get_c_device() for place in {("cpu", 0), *(places or ())}}
+    devices = [made_at[place] for place in places or [("cpu", 0)] * len(outputs)]
     session.run_with_ortvaluevector(ort.RunOptions(), list(feeds), given, list(outputs), made, devices)
     return [ort.OrtValue(value) for value in made]
 

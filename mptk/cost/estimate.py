@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,6 +22,8 @@ from torch import nn
 from mptk.cost.operator_times import machine, typical_ms
 from mptk.files import json_text, write_json
 from mptk.io.packaged import cache_dir
+
+CPU = torch.device("cpu")
 
 BASE = 600_000_000
 """Bytes of a process that has imported everything and holds no weights."""
@@ -59,9 +61,9 @@ class Sizes:
     """Sizes of a model, in numbers. ``stored``: bytes of a stored one.
 
     ``blocks``: parameters of all blocks. ``stage``: of the largest block or, if it is larger, the largest tensor.
-    ``products``: parameters that each token is multiplied with; of a mixture all experts. ``hidden``, ``widest``: most
-    numbers of a token between blocks and within. ``fit``: operations that fit again what blocks add to
-    the residual stream. ``fitted``: how many parameters these are.
+    ``products``: parameters that each token is multiplied with; of a mixture the experts that it is routed to.
+    ``hidden``, ``widest``: most numbers of a token between blocks and within. ``fit``: operations that fit again what
+    blocks add to the residual stream. ``fitted``: how many parameters these are.
     """
 
     parameters: int
@@ -78,22 +80,32 @@ class Sizes:
     stored: int
 
     @staticmethod
-    def of(model: nn.Module, blocks: Sequence[nn.Module], *, stored: int, heads: int, vocab: int) -> Sizes:
-        """The sizes of a module, which may be on the meta device. ``blocks``: its layers."""
+    def of(
+        model: nn.Module, blocks: Sequence[nn.Module], *, stored: int, heads: int, vocab: int, experts: int = 0
+    ) -> Sizes:
+        """The sizes of a module, which may be on the meta device.
+
+        ``blocks``: its layers. ``experts``: to how many experts of a mixture a token is routed; 0 if not known.
+        """
         count = {name: p.numel() for name, p in model.named_parameters()}
         inner = [sum(p.numel() for p in block.parameters()) for block in blocks]
         matrices = [p.shape for block in blocks for p in block.parameters() if p.ndim == 2]
         looked_up = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
         multiplied = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
         narrow = min((min(shape) for shape in matrices), default=0)
-        widest = max((max(shape) for shape in matrices), default=0)
+        routed = [(p, min(1.0, experts / p.shape[0])) for p in stacked(blocks)] if experts else []
+        widest = max(
+            [max(s) for s in matrices] + [round(part * len(p)) * max(p.shape[1:]) for p, part in routed] or [0]
+        )
         embedding = max((w.shape[1] for w in looked_up), default=narrow)
         fitted = [(n, k) for n, k in matrices if k >= n == embedding]
         return Sizes(
             parameters=sum(count.values()),
             blocks=sum(inner),
             stage=max([*inner, *count.values()]),
-            products=sum(count.values()) - sum(w.numel() for w in looked_up - multiplied),
+            products=sum(count.values())
+            - sum(w.numel() for w in looked_up - multiplied)
+            - round(sum((1 - part) * p.numel() for p, part in routed)),
             hidden=embedding,
             widest=widest,
             heads=heads,
@@ -107,6 +119,18 @@ class Sizes:
     def flops(self, length: int) -> float:
         """Operations of a token in a window of ``length`` tokens."""
         return 2 * self.products + 4 * length * self.hidden * self.layers
+
+
+def stacked(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The weights of a mixture's experts, [experts, …, …]: transformers keeps those of a layer in one tensor."""
+    return [
+        p
+        for block in blocks
+        for module in block.modules()
+        if not isinstance(module, nn.Conv1d)
+        for p in module.parameters(recurse=False)
+        if p.ndim == 3
+    ]
 
 
 @dataclass(frozen=True)
@@ -146,6 +170,7 @@ class Estimate:
     """What a run will need, each as what for → how much.
 
     ``needed``: bytes of memory without which it cannot run. ``held``: bytes of memory that a smaller bound makes less.
+    ``there``: bytes of the memory of ``device``, which is "" if the CPU computes.
     ``output``, ``temporary``: bytes of disk. ``seconds``: stage → time.
     """
 
@@ -154,31 +179,43 @@ class Estimate:
     output: Mapping[str, float]
     temporary: Mapping[str, float]
     seconds: Mapping[str, float]
+    there: Mapping[str, float] = field(default_factory=dict)
+    device: str = ""
 
     def __str__(self) -> str:
         memory, disk = (
             sum([*a.values(), *b.values()]) for a, b in ((self.needed, self.held), (self.output, self.temporary))
         )
         time = duration(sum(self.seconds.values()))
-        return f"will need about {size_text(memory)} of memory, {size_text(disk)} of disk and {time}"
+        there = f", {size_text(sum(self.there.values()))} on {self.device}" if self.device else ""
+        return f"will need about {size_text(memory)} of memory{there}, {size_text(disk)} of disk and {time}"
 
 
-def estimate(sizes: Sizes, work: Work, on: Machine, bound: float) -> Estimate:
-    """What ``work`` needs if resident weights and values between stages take at most ``bound`` bytes."""
+def estimate(sizes: Sizes, work: Work, on: Machine, bound: float, device: str = "") -> Estimate:
+    """What ``work`` needs if resident weights and values between stages take at most ``bound`` bytes.
+
+    ``device``: what computes if it is not the CPU. Then activations, what is trained and values between stages are
+    there, and of each stage's weights a copy.
+    """
     weights, borders = 4.0 * sizes.parameters, 8.0 * work.calibration * sizes.hidden
     kept_borders = min(borders, bound / 4)
     trains = work.training is not None
     resident = weights if trains else min(weights, bound - kept_borders)
     missing = (1 - resident / weights) * sizes.parameters * sizes.stored
-    needed = {
-        "libraries": BASE,
+    loaded = {
         "weights": weights if trains else 0,
-        "training": work.training or 0,
+        "cut model": work.kept * weights if trains else 0,
         "largest stage": 4 * sizes.stage * ((resident < weights) + work.kept),
+    }
+    computed = {
+        "training": work.training or 0,
         "activations": 4 * BATCH * (6 * sizes.hidden + 3 * sizes.widest + 2 * sizes.heads * work.length),
         "logits": 4 * LOGITS * work.evaluated * sizes.vocab,
     }
-    held = {"weights that stay": 0 if trains else resident, "values between stages": kept_borders}
+    between = {"values between stages": kept_borders}
+    needed = {"libraries": BASE, **loaded, **({} if device else computed)}
+    held = {"weights that stay": 0 if trains else resident, **({} if device else between)}
+    there = {**loaded, "largest stage": 4 * sizes.stage * (1 + work.kept), **computed, **between} if device else {}
     output = {
         "checkpoint": work.kept * sizes.parameters * sizes.stored,
         "ONNX": sum(work.onnx) * work.kept * sizes.parameters,
@@ -193,7 +230,7 @@ def estimate(sizes: Sizes, work: Work, on: Machine, bound: float) -> Estimate:
         operations = done.tokens * sizes.flops(done.length) + done.flops
         seconds[stage] = operations / (EFFICIENCY * on.flops) + done.reads * missing / on.read
     seconds["write"] = sum(output.values()) / on.write + missing / on.read
-    return Estimate(_some(needed), _some(held), _some(output), _some(temporary), seconds)
+    return Estimate(_some(needed), _some(held), _some(output), _some(temporary), seconds, _some(there), device)
 
 
 def _some(parts: Mapping[str, float]) -> dict[str, float]:
@@ -203,20 +240,27 @@ def _some(parts: Mapping[str, float]) -> dict[str, float]:
 # ---- this machine ----
 
 
-def this_machine() -> Machine:
-    """The rates of this machine, measured in a second or two and kept in the cache folder."""
+def this_machine(device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Machine:
+    """The rates of this machine, measured in a second or two and kept in the cache folder.
+
+    ``device``, ``dtype``: of the matrix product.
+    """
     about = {**machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    if device.type != "cpu":
+        name = getattr(torch.get_device_module(device), "get_device_name", str)
+        about["device"] = f"{device.type} {name(device)}"
+    if dtype is not torch.float32:
+        about["dtype"] = str(dtype)
     file = cache_dir() / "machine" / f"{hashlib.sha256(json_text(about).encode()).hexdigest()[:16]}.json"
     if not file.is_file():
-        write_json(file, {"machine": about, "rates": asdict(calibrate(file.parent))})
+        write_json(file, {"machine": about, "rates": asdict(calibrate(file.parent, device, dtype))})
     return Machine(**json.loads(file.read_text())["rates"])
 
 
-def calibrate(folder: Path) -> Machine:
-    """Time a matrix product, and the best of three files in ``folder``: writing bf16, and reading it as float32."""
+def calibrate(folder: Path, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Machine:
+    """Time a matrix product on ``device``, and the best of three files in ``folder``: bf16, read as float32."""
     folder.mkdir(parents=True, exist_ok=True)
-    x, w, numbers = torch.rand(1024, 1024), torch.rand(1024, 4096), torch.ones(SAMPLE, dtype=torch.bfloat16)
-    ms = typical_ms(lambda: x @ w, torch.get_num_threads(), seconds=0.3)
+    flops, numbers = product_rate(device, dtype), torch.ones(SAMPLE, dtype=torch.bfloat16)
     wrote, read = [], []
     with tempfile.TemporaryDirectory(dir=folder, prefix=".rates-") as temporary:
         for i in range(3):
@@ -228,7 +272,16 @@ def calibrate(folder: Path) -> Machine:
             start = time.perf_counter()
             load_file(file)["x"].float()
             read.append(time.perf_counter() - start)
-    return Machine(2 * 1024 * 1024 * 4096 / ms * 1e3, numbers.nbytes / min(read), numbers.nbytes / min(wrote))
+    return Machine(flops, numbers.nbytes / min(read), numbers.nbytes / min(wrote))
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a matrix product. A number of the result is read, so that a device has finished."""
+    rows, inner, columns = (1024, 1024, 4096) if device.type == "cpu" else (4096, 4096, 4096)
+    x, w = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, columns)))
+    threads = torch.get_num_threads() if device.type == "cpu" else 0  # a device's time is not this thread's
+    ms = typical_ms(lambda: (x @ w)[0, 0].item(), threads, seconds=0.3)
+    return 2 * rows * inner * columns / ms * 1e3
 
 
 # ---- as text ----

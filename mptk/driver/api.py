@@ -26,7 +26,7 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.text import program_text
 from mptk.progress import Progress, silent, within
-from mptk.run.execution import execution
+from mptk.run.execution import execution, session_device
 from mptk.run.settings import Settings, check_onnx_dtype
 from mptk.runtime.bench import Bench, bench_decoders
 from mptk.tasks import CAUSAL_LM, load_decoder, open_decoder
@@ -231,26 +231,29 @@ def export_folder(
     return Path(out)
 
 
-def bench(models: Sequence[str | Path], *, progress: Progress | None = None, **settings: Any) -> Bench:
+def bench(
+    models: Sequence[str | Path], *, device: str = Settings.device, progress: Progress | None = None, **settings: Any
+) -> Bench:
     """Time prefill and decode in ONNX Runtime, all graphs taking turns in one process (``mptk.runtime.bench``).
 
     Args:
         models: models, folders with ``onnx`` in them, or ``.onnx`` files; the first is what the others are compared
             with. Quantised graphs of a folder are taken as well. A model that has no ONNX is exported first, into the
             cache folder.
+        device: as in ``Settings``; ONNX Runtime must have an execution provider for it.
         progress: called with stages.
         settings: of ``bench_decoders``.
 
     Raises:
-        MptkError: a model cannot be found or exported.
+        MptkError: a model cannot be found or exported, or there is no such device.
     """
-    graphs: dict[str, Path] = {}
+    there, graphs = session_device(device), dict[str, Path]()
     for model in map(str, models):
         file = Path(model) if model.endswith(".onnx") else onnx_folder(model, progress) / "model.onnx"
         graphs[model] = file
         if file.name == "model.onnx":
             graphs |= {f"{model} {other.stem.removeprefix('model_')}": other for other in _quantized(file)}
-    return bench_decoders(graphs, progress=progress, **settings)
+    return bench_decoders(graphs, device=there, progress=progress, **settings)
 
 
 def _quantized(file: Path) -> list[Path]:

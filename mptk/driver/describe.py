@@ -84,7 +84,8 @@ def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path,
     rounded: dict[str, Callable[[Samples], Tensor]] = {}
     form = prepared.task.onnx
     if form is not None and prepared.settings.logits == "all":
-        rounded = {scheme: form.outputs(folder / row["file"]) for scheme, row in report.quantized.items()}
+        device = prepared.executor.device
+        rounded = {scheme: form.outputs(folder / row["file"], device) for scheme, row in report.quantized.items()}
 
     def runs(batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
         programs = {"dense": prepared.analysis.program, "pruned": compiled.program}

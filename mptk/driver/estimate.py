@@ -1,12 +1,14 @@
-"""estimate: what ``prune`` will need with its settings, from a model's config, and whether it is there."""
+"""estimate: what a run will need with its settings, from a model's config, and whether it is there."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from mptk.cost.estimate import Estimate, Pass, Sizes, Work, estimate, size_text, this_machine
 from mptk.errors import MptkError
@@ -15,6 +17,7 @@ from mptk.io.checkpoint import stored_dtype
 from mptk.io.resident import free_memory, memory_bound
 from mptk.methods import find_method
 from mptk.methods.one_shot import TOKENS
+from mptk.run.execution import device_memory, find_device
 from mptk.run.processes import blocks
 from mptk.run.settings import Settings
 from mptk.run.values import PROOF_SHAPE
@@ -34,14 +37,24 @@ def estimated(model: str, settings: Settings) -> Estimate:
         MptkError: there is no such model.
     """
     skeleton = models.skeleton(model, trust_remote_code=settings.trust_remote_code)
-    config = skeleton.config.get_text_config()
-    stored = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    if settings.dtype == "auto":
-        stored = _stored(model, settings)
-    heads, vocab = (int(getattr(config, name, None) or 0) for name in ("num_attention_heads", "vocab_size"))
-    sizes = Sizes.of(skeleton, blocks(skeleton), stored=stored.itemsize, heads=heads, vocab=vocab)
+    return estimated_for(skeleton, _stored(model, settings), settings)
+
+
+def estimated_for(model: PreTrainedModel, checkpoint: torch.dtype, settings: Settings, kept: float = 1.0) -> Estimate:
+    """What a run needs on a model, which may have no weights and whose checkpoint has this type.
+
+    ``kept``: the share of the parameters that a plan leaves, if there is one.
+    """
+    config = model.config.get_text_config()
+    stored = checkpoint if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    names = ("num_attention_heads", "vocab_size", "num_experts_per_tok")
+    heads, vocab, experts = (int(getattr(config, name, None) or 0) for name in names)
+    sizes = Sizes.of(model, blocks(model), stored=stored.itemsize, heads=heads, vocab=vocab, experts=experts)
     borders = [b for b in config_borders(config.to_dict()) if b + MARGIN <= settings.proof_length]
-    return estimate(sizes, work_of(settings, sizes, bool(borders)), this_machine(), memory_bound(settings.memory))
+    device = find_device(settings.device)
+    rates = this_machine(device, getattr(torch, settings.compute_dtype))
+    work = work_of(settings, sizes, bool(borders), kept)
+    return estimate(sizes, work, rates, memory_bound(settings.memory), "" if device.type == "cpu" else str(device))
 
 
 def _stored(model: str, settings: Settings) -> torch.dtype:
@@ -53,8 +66,11 @@ def _stored(model: str, settings: Settings) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def work_of(settings: Settings, sizes: Sizes, long_proof: bool) -> Work:
-    """The work of a run. ``long_proof``: whether the config has borders that its proof must go beyond."""
+def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.0) -> Work:
+    """The work of a run.
+
+    ``long_proof``: whether the config has borders that its proof must go beyond. ``kept``: what a plan leaves.
+    """
     s, training = settings, settings.learning.training
     method, calibration = find_method(s.method), s.samples * s.length
     chooses, reconstructs = s.plan is None, s.reconstruct
@@ -77,8 +93,9 @@ def work_of(settings: Settings, sizes: Sizes, long_proof: bool) -> Work:
     proof = PROOF_SHAPE[0] * PROOF_SHAPE[1] + (s.proof_length if long_proof else 0)
     passes["prove"] = Pass(3 * proof, s.length, reads=2)
     passes["perplexity"] = Pass(2 * s.eval_windows * s.eval_length, s.eval_length, reads=2)
+    kept = 1 - s.sparsity * sizes.blocks / sizes.parameters if chooses else kept
     return Work(
-        kept=1 - s.sparsity * sizes.blocks / sizes.parameters if chooses else 1.0,
+        kept=kept,
         passes=passes,
         calibration=calibration,
         evaluated=max(TOKENS, s.eval_length),
@@ -94,19 +111,16 @@ def _training(settings: Settings, sizes: Sizes) -> float:
     s, tokens = settings.learning, settings.learning.training.micro * settings.length
     states = 12.0 * sizes.parameters if not s.rank else 16.0 * s.rank * sizes.layers * 8 * sizes.hidden
     layers = 1 if s.gradient_checkpointing else sizes.layers
-    kept = 4 * tokens * (layers * (12 * sizes.hidden + 4 * sizes.widest) + sizes.layers * sizes.hidden)
-    return states + kept + 4 * 4 * tokens * sizes.vocab
+    activations = 4 * tokens * (layers * (12 * sizes.hidden + 4 * sizes.widest) + sizes.layers * sizes.hidden)
+    return states + activations + 4 * 4 * tokens * sizes.vocab
 
 
 def check_fits(found: Estimate, out: Path) -> None:
     """Raise MptkError if the memory or a disk cannot hold what a run needs, with what would make it fit."""
-    free, least = free_memory(), sum(found.needed.values())
-    if least > free:
-        most = max(found.needed, key=lambda name: found.needed[name])
-        raise MptkError(
-            f"the run needs at least {size_text(least)} of memory ({size_text(found.needed[most])} of it: {most}), and "
-            f"{size_text(free)} is free; {REMEDIES[most]}"
-        )
+    _check_memory(found.needed, "memory", free_memory(), "")
+    if found.device:
+        room = device_memory(torch.device(found.device))
+        _check_memory(found.there, f"memory on {found.device}", room, ", or --device cpu")
     no_onnx = "give --no-onnx, or " if "ONNX" in found.output else ""
     for what, place, parts, remedy in (
         ("the result needs", _existing(out), found.output, f"{no_onnx}give an --out on a larger disk"),
@@ -122,10 +136,23 @@ def check_fits(found: Estimate, out: Path) -> None:
             raise MptkError(f"{what} {size_text(needed)} of disk and {place} has {size_text(room)} free; {remedy}")
 
 
+def _check_memory(parts: Mapping[str, float], what: str, free: float | None, more: str) -> None:
+    """Raise MptkError if ``parts`` need more than ``free``; None is not known. ``more``: another remedy."""
+    least = sum(parts.values())
+    if free is not None and least > free:
+        most = max(parts, key=lambda name: parts[name])
+        raise MptkError(
+            f"the run needs at least {size_text(least)} of {what} ({size_text(parts[most])} of it: {most}), and "
+            f"{size_text(free)} is free; {REMEDIES[most]}{more}"
+        )
+
+
 REMEDIES = {
     "libraries": "close other programs",
     "weights": "training holds all of them; give a one-shot --method, as wanda, and no --steps",
+    "cut model": "training holds it beside the dense one; give a one-shot --method, as wanda, and no --steps",
     "training": "give a smaller --micro, a shorter --length or --gradient-checkpointing",
+    "values between stages": "give a smaller --memory, so that they go to files",
     "largest stage": "use a machine with more memory",
     "activations": "give a shorter --length, or use a machine with more memory",
     "logits": "give a shorter --eval-length, or use a machine with more memory",

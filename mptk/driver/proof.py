@@ -7,6 +7,7 @@ outputs of the rewritten graph, the reloaded checkpoint and ONNX Runtime.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def prove_folder(compiled: Compiled, targets: Sequence[Target], folder: Path, sa
         found += run(compiled.masked, rewritten | written, *batches)
     else:  # folded norms were rounded to the stored type: what is written equals the rounded program
         found += run(compiled.masked, rewritten, *batches) + run(compiled.program, written, *batches)
+    ran = {stage: provider for check in checks for stage, provider in check.ran.items()}
+    found = [replace(d, ran=ran.get(d.stage, d.ran)) for d in found]
     if all(d.ok for d in found):
         found += [d for target in targets for d in target.rounded(compiled, folder, batches)]
     return Proven(tuple(found), max(reached.length, *map(_length, batches)), reached.note)

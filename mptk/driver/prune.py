@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 
 import passes.frontend.trace
 from mptk.compat.accelerate import own_state
+from mptk.cost.estimate import Estimate
 from mptk.cost.model import is_layered
 from mptk.driver.budget import WidthSearch, budgeted, multiples
 from mptk.driver.changes import COMPENSATION, widened
 from mptk.driver.describe import describe, measured
-from mptk.driver.estimate import check_fits, estimated
+from mptk.driver.estimate import check_fits, estimated, estimated_for
 from mptk.driver.kept import kept_choice, kept_fit
 from mptk.driver.proof import check_proof, check_witness, prove_folder
 from mptk.errors import MptkError, explained
@@ -44,7 +45,7 @@ from mptk.run.chain import Chosen, Compiled, Prepared, Task, stored_type
 from mptk.run.execution import execution
 from mptk.run.folder import RunFolder
 from mptk.run.processes import describe as describe_processes
-from mptk.run.processes import holds, leads, processes
+from mptk.run.processes import holds, leads, once, processes
 from mptk.run.recipe import write_recipe
 from mptk.run.report import Report
 from mptk.run.settings import DEFAULT_STEPS, Settings
@@ -100,13 +101,14 @@ class Job:
 
     ``load`` gives the dense model, whose weights are read when they are asked for. ``given`` gives the plan and the
     weights to start from (a recovery of the folder ``start``). If it is None, the method chooses them, or
-    ``settings.plan`` gives the plan.
+    ``settings.plan`` gives the plan. ``kept``: the share of the parameters that ``given`` keeps.
     """
 
     source: str
     out: Path
     load: Callable[[Resident], tuple[Loaded, Task]]
     given: Callable[[Prepared], Chosen] | None = None
+    kept: float = 1.0
     start: Path | None = None
 
 
@@ -122,9 +124,7 @@ def stages(job: Job, settings: Settings, context: Context) -> Report | None:
     check_settings(settings)
     check_replaceable(job.out)
     if job.given is None:  # a recovery's source is what a report names, which must be checked before it is fetched
-        needs = estimated(job.source, settings)
-        context.progress(str(needs), 0, 0)
-        check_fits(needs, job.out)
+        announce(estimated(job.source, settings), job, context)
     prepared = prepare(job, settings, context)
     context = begin(job, prepared, context)
     sets = compared(prepared, read_samples(prepared, context), context)
@@ -152,13 +152,22 @@ def stages(job: Job, settings: Settings, context: Context) -> Report | None:
 # ---- before anything is cut ----
 
 
+def announce(needs: Estimate, job: Job, context: Context) -> None:
+    """Say what the run will need. Raises MptkError if it is not there."""
+    context.progress(str(needs), 0, 0)
+    check_fits(needs, job.out)
+
+
 def settled(settings: Settings) -> Settings:
-    """The settings with a number of training steps. If they name none, the method decides."""
+    """The settings with a number of training steps, by default the method's, and the type in which training runs."""
     steps = settings.learning.steps
     if steps is None:
         learns = settings.plan is None and find_method(settings.method).learns
         steps = DEFAULT_STEPS if learns else 0
-    return replace(settings, learning=replace(settings.learning, steps=steps))
+    precision = settings.learning.precision
+    if precision == "no" and settings.compute_dtype == "bfloat16":
+        precision = "bf16"
+    return replace(settings, learning=replace(settings.learning, steps=steps, precision=precision))
 
 
 def check_settings(settings: Settings) -> None:
@@ -181,6 +190,8 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     resident, executor = execution(settings)
     with context.stage("load"):
         loaded, task = job.load(resident)
+    if job.given is not None:
+        announce(estimated_for(loaded.model, loaded.dtype, settings, job.kept), job, context)
     check_whole(loaded, settings)
     with context.stage("trace"):
         program = traced(loaded, task, executor)
@@ -231,7 +242,7 @@ def legalise(
         plan = Plan.load(settings.plan)
         return replace(prepared, plan=plan, cut=resolve_plan(analysis, plan))
     search = WidthSearch(analysis, legal, cost, loaded.model, method, target, settings)
-    return replace(prepared, candidates=tuple(search.candidates()))
+    return replace(prepared, candidates=tuple(once(search.candidates)))
 
 
 # ---- choosing ----
@@ -306,7 +317,7 @@ def reconstructed(prepared: Prepared, chosen: Chosen, sets: SampleSets, context:
         analysis, sites = prepared.analysis, [s for s in prepared.mask_sites if s.family in chosen.plan.families]
         kept = kept_units(analysis, chosen.cut, list({site.family: None for site in sites}))
         say = partial(context.progress, "reconstruct")
-        return reconstruct_consumers(analysis, sites, kept, chosen.changes, sets.calibration, say, prepared.executor)
+        return reconstruct_consumers(analysis, sites, kept, chosen.changes, sets.calibration, say, prepared.calibrator)
 
     with context.stage("reconstruct"):
         fitted = kept_fit(prepared, context.folder, fit)

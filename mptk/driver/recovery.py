@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mptk.cost.estimate import Estimate
 from mptk.driver.changes import changes_of
-from mptk.driver.prune import Job, run
+from mptk.driver.estimate import estimated_for
+from mptk.driver.prune import Job, run, settled
 from mptk.io.dense import open_dense
 from mptk.io.manifest import check_manifest
 from mptk.io.models import Loaded
@@ -49,6 +51,33 @@ def recover(
         MptkError: as ``prune``; the folder holds no pruned model, or is not as it was published; or the dense model is
             not there, or not the one that was pruned.
     """
+    job, settings = _job(folder, out, learning, model, trust_remote_code, changes)
+    return run(job, settings, Context(Log(on_record=on_stage), progress or silent))
+
+
+def needed(
+    folder: str | Path,
+    learning: Learning,
+    *,
+    model: str | None = None,
+    trust_remote_code: bool = False,
+    **changes: Any,
+) -> Estimate:
+    """What ``recover`` will need with these arguments. No model is run. Errors are those of ``recover``."""
+    job, settings = _job(folder, "", learning, model, trust_remote_code, changes)
+    loaded, _ = job.load(Resident(0))
+    return estimated_for(loaded.model, loaded.dtype, settled(settings), job.kept)
+
+
+def _job(
+    folder: str | Path,
+    out: str | Path,
+    learning: Learning,
+    model: str | None,
+    trust_remote_code: bool,
+    changes: Mapping[str, Any],
+) -> tuple[Job, Settings]:
+    """The recovery of ``folder`` as a job, and its settings."""
     folder = Path(folder)
     report = Report.read(folder)
     check_manifest(folder)
@@ -67,5 +96,5 @@ def recover(
         loaded = open_dense(report.model, report.model_sha256, model, trust_remote_code, resident)
         return loaded, task_of(loaded)
 
-    context = Context(Log(on_record=on_stage), progress or silent)
-    return run(Job(model or report.model, Path(out), load, given, folder), settings, context)
+    kept = report.cost["pruned"]["parameters"] / report.cost["dense"]["parameters"]
+    return Job(model or report.model, Path(out), load, given, kept, folder), settings

@@ -8,7 +8,7 @@ from pathlib import Path
 from mptk.errors import MptkError
 from mptk.files import json_text
 from mptk.io import models
-from mptk.io.manifest import file_sha256
+from mptk.io.manifest import file_digests
 from mptk.io.packaged import ALIASES
 from mptk.io.resident import Resident
 
@@ -22,7 +22,8 @@ def fingerprint(model: str, *, local: bool = False) -> str:
     """
     path = models.locate(model, local=local)
     files = [path] if path.is_file() else sorted({p for pattern in _PARTS for p in path.glob(pattern)})
-    digests = {"" if path.is_file() else file.name: file_sha256(file) for file in files}
+    names = ["" if path.is_file() else file.name for file in files]
+    digests = dict(zip(names, file_digests(files), strict=True))
     return hashlib.sha256(json_text(digests, sort_keys=True).encode()).hexdigest()
 
 

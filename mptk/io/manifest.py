@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mptk.errors import MptkError
@@ -16,10 +20,32 @@ MARKER = "mptk.json"
 FORMAT = "mptk-output/1"
 
 
+SETTLED = 10**8
+"""Nanoseconds after its last change from when on a file's digest is remembered: clocks of file systems are coarse."""
+_known: dict[tuple[int, ...], str] = {}
+
+
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file. A file that was not touched since is not read again by this process."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        key, began = _identity(file.fileno()), time.time_ns()
+        if key not in _known:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if _identity(file.fileno()) != key or began - max(key[-2:]) < SETTLED:
+                return digest
+            _known[key] = digest
+        return _known[key]
+
+
+def file_digests(paths: Iterable[Path]) -> list[str]:
+    """``file_sha256`` of each file, some at a time."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(file_sha256, paths))
+
+
+def _identity(descriptor: int) -> tuple[int, ...]:
+    state = os.fstat(descriptor)
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def listed(folder: Path) -> list[str]:
@@ -30,13 +56,14 @@ def listed(folder: Path) -> list[str]:
 
 def weights_digest(folder: Path) -> str:
     """SHA-256 of the folder's weight files, in the order of their names."""
-    digests = [bytes.fromhex(file_sha256(path)) for path in sorted(folder.glob("*.safetensors"))]
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+    digests = file_digests(sorted(folder.glob("*.safetensors")))
+    return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
 def write_manifest(folder: Path) -> None:
     """Write ``mptk.json`` for the files that are in the folder now."""
-    _write(folder, {name: file_sha256(folder / name) for name in listed(folder)})
+    names = listed(folder)
+    _write(folder, dict(zip(names, file_digests(folder / name for name in names), strict=True)))
 
 
 def update_manifest(folder: Path, name: str) -> None:
@@ -59,8 +86,9 @@ def check_manifest(folder: Path) -> None:
     for what, names in (("is missing", files.keys() - set(there)), ("was added", set(there) - files.keys())):
         if names:
             raise MptkError(f"{min(names)} {what} in {folder} since it was published; do not use it, write it again")
+    digests = iter(file_digests(folder / name for name in there if (folder / name).is_file()))
     for name in there:
-        if not (folder / name).is_file() or file_sha256(folder / name) != files[name]:
+        if not (folder / name).is_file() or next(digests) != files[name]:
             raise MptkError(f"{name} in {folder} was changed since it was published; do not use it, write it again")
 
 

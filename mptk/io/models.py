@@ -7,6 +7,7 @@ code. A model's own Python code runs only if the caller trusts it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import weakref
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.compat.accelerate import offloaded, take_offload_index
-from mptk.compat.transformers import dequantize_gguf, forget_source, model_classes
+from mptk.compat.transformers import dequantize_gguf, forget_source, model_classes, unread_weights
 from mptk.errors import MptkError
 from mptk.io.checkpoint import dtypes_in, fill, quantized_dtype, save_checkpoint, stored_dtype
 from mptk.io.packaged import ALIASES, build_once, cache_dir, cached, fetch
@@ -104,7 +105,7 @@ def open_weights(model: str, resident: Resident, *, trust_remote_code: bool = Fa
     converted first, into a temporary folder.
     """
     scratch = TemporaryDirectory(prefix="mptk-", ignore_cleanup_errors=True)
-    with offloaded(scratch.name) as options:
+    with offloaded(scratch.name) as options, unread_weights():
         loaded = _load(model, trust_remote_code, local, dtype=torch.float32, **options)
     likes = {name: tensor.detach() for name, tensor in loaded.model.state_dict(keep_vars=True).items()}
     index = take_offload_index(loaded.model)
@@ -292,6 +293,7 @@ def classes_of(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
     return set(model_classes(auto, config))
 
 
+@functools.cache
 def _auto_names() -> list[str]:
     names = {name for name in dir(transformers) if name.startswith("AutoModelFor")}
     return [*_FIRST_TASKS, *sorted(names.difference(_FIRST_TASKS)), "AutoModel"]

@@ -51,12 +51,13 @@ def stored_weight(
     ``owner``: kept for as long as the weight can be read, as what removes the file's folder.
     """
 
-    def read(_: object = owner) -> Tensor:
+    def narrow(_: object = owner) -> Tensor:
         with safe_open(file, "pt") as opened:  # each tensor has a mapping of its own, which is closed with it
             tensor: Tensor = opened.get_tensor(key)
-        return tensor.to(like.dtype)
+        return tensor
 
-    return Lazy(like, lambda: resident.get(f"{file}|{key}", read), held)
+    make = lambda: resident.get(f"{file}|{key}", lambda: narrow().to(like.dtype))  # noqa: E731
+    return Lazy(like, make, held, narrow if held is not None else None)
 
 
 def free_memory() -> float:

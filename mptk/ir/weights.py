@@ -18,11 +18,13 @@ class Lazy:
     """A weight that ``make`` reads or computes at each request.
 
     ``like``: its shape and type, on the meta device. ``held``: a narrower type that holds its numbers exactly.
+    ``narrow``: makes it in that type, without the way through the wider one.
     """
 
     like: Tensor
     make: Callable[[], Tensor]
     held: torch.dtype | None = None
+    narrow: Callable[[], Tensor] | None = None
 
 
 class Weights(Mapping[str, Tensor]):
@@ -63,6 +65,16 @@ class Weights(Mapping[str, Tensor]):
         """Whether the numbers are there, in memory or to be made: no weight is a fake tensor or on the meta device."""
         return not any(isinstance(e, Tensor) and _is_empty(e) for e in self._entries.values())
 
+    def narrow(self, name: str) -> Tensor:
+        """The weight in the narrowest type that it is known to be held in."""
+        entry = self._entries[name]
+        return entry.narrow() if isinstance(entry, Lazy) and entry.narrow is not None else self[name]
+
+    def cast(self, dtype: torch.dtype) -> Weights:
+        """Weights in ``dtype``. Tensors that are no floating numbers keep their type."""
+        floats = [name for name, like in self.likes.items() if like.is_floating_point()]
+        return self.updated({name: _cast(self._entries[name], dtype) for name in floats})
+
     def updated(self, changes: Mapping[str, Tensor | Lazy]) -> Weights:
         """These weights with others in the place of some; lazy ones of ``changes`` stay lazy."""
         return Weights({**self._entries, **{name: _entry(changes, name) for name in changes}})
@@ -85,10 +97,19 @@ def _entry(entries: Mapping[str, Tensor | Lazy], name: str) -> Tensor | Lazy:
 
 def _changed(entry: Tensor | Lazy, change: Change, moves: bool) -> Tensor | Lazy:
     if isinstance(entry, Lazy):
-        return Lazy(change(entry.like), lambda: change(entry.make()), entry.held if moves else None)
+        like, narrow = change(entry.like), entry.narrow
+        if not moves:
+            return Lazy(like, lambda: change(entry.make()))
+        return Lazy(like, lambda: change(entry.make()), entry.held, narrow and (lambda: change(narrow())))
     if _is_empty(entry):
         return change(entry)
     return Lazy(change(entry.to("meta")), lambda: change(entry))
+
+
+def _cast(entry: Tensor | Lazy, dtype: torch.dtype) -> Tensor | Lazy:
+    if isinstance(entry, Lazy) and entry.narrow is not None and entry.held == dtype:
+        return Lazy(entry.like.to(dtype), entry.narrow, dtype, entry.narrow)
+    return _changed(entry, lambda tensor: tensor.to(dtype), False)
 
 
 def _is_empty(tensor: Tensor) -> bool:

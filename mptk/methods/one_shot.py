@@ -79,7 +79,7 @@ class OneShotMethod(Method):
                 seed=prepared.settings.seed,
                 objective=prepared.task,
                 progress=partial(context.progress, stage),
-                executor=prepared.executor,
+                executor=prepared.calibrator,
             )
             return criteria.score_evidence(evidence, self.name, prepared.families), dict(evidence.observations)
 
@@ -102,7 +102,7 @@ def _losses(prepared: Prepared, cuts: Sequence[Cut], samples: Samples, progress:
 
     Programs run side by side, to read weights once, or one after the other if all weights stay in memory.
     """
-    task, executor, program = prepared.task, prepared.executor, prepared.analysis.program
+    task, executor, program = prepared.task, prepared.calibrator, prepared.analysis.program
     batches = samples.batches(AT_ONCE)
     share = sharing(len(batches))
     own = share.own(batches)

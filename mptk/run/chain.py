@@ -11,7 +11,7 @@ protocol and inherits the defaults.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,7 +39,7 @@ from passes.frontend.trace import uncached
 from passes.targets.legalize import Candidate, LegalWidths, graph_widths
 from passes.transforms.insert_masks import MaskSite, disturbed, find_mask_sites
 from passes.transforms.masked_reference import mask
-from passes.verify import Difference, StageOutputs
+from passes.verify import Difference
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class Prepared:
     def dtype(self) -> torch.dtype:
         """The type in which the weights are stored."""
         return stored_type(self.settings, self.loaded)
+
+    @property
+    def calibrator(self) -> Executor:
+        """Runs its programs to choose and to fit, in the type that the settings name; the proof never uses it."""
+        return replace(self.executor, compute=getattr(torch, self.settings.compute_dtype))
 
     @property
     def families(self) -> list[str]:
@@ -311,14 +316,14 @@ class OnnxForm(Protocol):
         """
         ...
 
-    def stages(self, folder: Path, crossed: Sequence[int]) -> Mapping[str, tuple[StageOutputs, float]]:
-        """Stages of the proof: what runs the graphs of ``folder``, and its tolerance.
+    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device) -> Checks:
+        """Stages of the proof: what runs the graphs of ``folder`` on ``device``, its tolerance, and what ran them.
 
         ``crossed``: positions that decoding must cross.
         """
         ...
 
-    def outputs(self, file: Path) -> Callable[[Samples], Tensor]:
+    def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         """What runs one graph, as the program runs."""
         ...
 

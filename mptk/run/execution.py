@@ -7,6 +7,7 @@ import torch
 from mptk.errors import MptkError
 from mptk.io.resident import Resident, memory_bound
 from mptk.run.settings import Settings
+from mptk.runtime.sessions import HOST, providers
 from mptk.runtime.staged import CPU, Executor
 
 KEPT, STAGE, BORDERS = 0.5, 0.25, 0.125
@@ -22,9 +23,17 @@ def execution(settings: Settings) -> tuple[Resident, Executor]:
     """
     bound, device = memory_bound(settings.memory), find_device(settings.device)
     stage = STAGE * bound
-    if device.type == "cuda":
-        stage = min(stage, STAGE * torch.cuda.mem_get_info(device)[0])
+    if (room := device_memory(device)) is not None:
+        stage = min(stage, STAGE * room)
     return Resident(int(KEPT * bound)), Executor(stage=stage, borders=BORDERS * bound, device=device)
+
+
+def device_memory(device: torch.device) -> float | None:
+    """Free bytes of the device's own memory; None if it has none, or does not say."""
+    if device.type == "cpu":
+        return None
+    asked = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return None if asked is None else float(asked(device)[0])
 
 
 def find_device(name: str) -> torch.device:
@@ -46,3 +55,20 @@ def find_device(name: str) -> torch.device:
     if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
         raise MptkError(f"there is no device {name} here, only {torch.accelerator.device_count()} of them")
     return device
+
+
+def session_device(name: str) -> torch.device:
+    """The device of that name, for a command that runs in ONNX Runtime alone; ``auto`` without a provider is the CPU.
+
+    Raises:
+        MptkError: this machine has no such device, or this ONNX Runtime no execution provider for it.
+    """
+    device = find_device(name)
+    if device.type == "cpu" or providers(device)[0][0] != HOST:
+        return device
+    if name != "auto":
+        raise MptkError(
+            f"this ONNX Runtime has no execution provider for {name}; install the onnxruntime that has, as "
+            "onnxruntime-gpu for cuda, or choose --device cpu"
+        )
+    return CPU

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import fsdp2_prepare_model, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, fsdp2_prepare_model, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from mptk.errors import MptkError
 
 Model = TypeVar("Model", bound=nn.Module)
+Found = TypeVar("Found")
 PATIENCE = timedelta(hours=24)
 """How long processes wait for one that works alone (writes text, fits layers). If one dies, the launcher ends all."""
 
@@ -64,6 +65,27 @@ def describe(acc: Accelerator) -> str:
     if acc.num_processes == 1:
         return ""
     return f"trained on {acc.num_processes} processes" + (", its weights in shards (FSDP2)" if acc.is_fsdp2 else "")
+
+
+def once(find: Callable[[], Found]) -> Found:
+    """What ``find`` gives in the first process, for all of them, which must ask for it in the same order.
+
+    Raises:
+        MptkError: that of ``find``, in every process.
+    """
+    if processes().num_processes == 1:
+        return find()
+    found: list[Any] = [None]
+    if processes().is_main_process:
+        try:
+            found = [find()]
+        except MptkError as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], MptkError):
+        raise found[0]
+    result: Found = found[0]
+    return result
 
 
 def shards() -> bool:
@@ -177,6 +199,7 @@ __all__ = [
     "gathered",
     "holds",
     "leads",
+    "once",
     "placed",
     "prepare",
     "processes",

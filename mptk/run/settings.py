@@ -15,6 +15,9 @@ DEFAULT_STEPS = 200
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Types of stored weights; ``auto`` is the checkpoint's own."""
 
+COMPUTE_DTYPES = ("float32", "bfloat16")
+"""Types in which a model runs while units are chosen and weights are trained."""
+
 ONNX_DTYPES = ("auto", "float32", "float16")
 """Types of the ONNX graph; ``auto`` is the one in which the model computes, float32 on the command line."""
 
@@ -131,7 +134,9 @@ class Settings:
     ``proof_length``: tokens of the longest sequence that the proof may run, to go beyond the model's windows.
 
     Where it is computed: ``device`` (``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps``, ``xpu``), with ``memory`` bytes
-    for weights and for values between stages (None: half of what is free).
+    for weights and for values between stages (None: half of what is free). ``compute_dtype``: the type in which the
+    model runs for scores, the choice of widths, reconstruction and training. Sums, losses, solves and the proof are
+    float32.
 
     Raises:
         MptkError: an unknown objective or dtype, quantised graphs beside one in float16, or milliseconds for another
@@ -170,13 +175,15 @@ class Settings:
     resume: bool = False
     memory: int | None = None
     device: str = "auto"
+    compute_dtype: str = "float32"
     max_shard_size: int | None = None
     proof_length: int = 1024
 
     def __post_init__(self) -> None:
         phase(self.objective)
-        if self.dtype not in DTYPES:
-            raise MptkError(f"no dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        for name, known in (("dtype", DTYPES), ("compute_dtype", COMPUTE_DTYPES)):
+            if getattr(self, name) not in known:
+                raise MptkError(f"no {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
         check_onnx_dtype(self.onnx_dtype, self.quantize)
         if self.max_ms is not None and self.budget != LATENCY:
             raise MptkError(f"milliseconds are no budget of {self.budget}; set budget to {LATENCY}")

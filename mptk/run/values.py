@@ -95,8 +95,10 @@ class Checks:
     """What a target puts up for proof.
 
     ``exact``: differences of what is compared without being run: configs, stored weights. ``stages``: stage of the
-    proof → its logits, and the largest difference relative to the largest logit.
+    proof → its logits, and the largest difference relative to the largest logit. ``ran``: stage → the execution
+    provider that runs it, if it is of ONNX Runtime.
     """
 
     exact: tuple[Difference, ...] = ()
     stages: Mapping[str, tuple[Program | StageOutputs, float]] = field(default_factory=dict)
+    ran: Mapping[str, str] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import torch
 
 from mptk.errors import MptkError
 from mptk.progress import Progress, silent
@@ -24,6 +25,7 @@ from mptk.runtime.alternate import alternate
 from mptk.runtime.decoder import OrtDecoder, onnx_file
 from mptk.runtime.graph_work import graph_work
 from mptk.runtime.roofline import Peaks, Roofline, peak_memory
+from mptk.runtime.sessions import CPU, HOST
 
 PHASES = ("prefill", "decode")
 SESSIONS = 3
@@ -86,13 +88,17 @@ class Graph:
 
 @dataclass(frozen=True)
 class Bench:
-    """All cases of one comparison. ``peaks``: threads → the machine's peaks, measured meanwhile."""
+    """All cases of one comparison.
+
+    ``peaks``: threads → the machine's peaks, measured meanwhile. ``providers``: the execution providers that ran it.
+    """
 
     graphs: Sequence[Graph]
     onnxruntime: str
     rounds: int
     peaks: Mapping[int, Peaks]
     rows: Sequence[Row]
+    providers: Sequence[str] = (HOST,)
 
     def to_json(self) -> dict[str, object]:
         """The comparison as JSON data, which ``from_json`` reads."""
@@ -104,7 +110,8 @@ class Bench:
         graphs = [Graph(**graph) for graph in data["graphs"]]
         peaks = {int(threads): Peaks(**found) for threads, found in data["peaks"].items()}
         rows = [Row(**{**row, "case": Case(**row["case"])}) for row in data["rows"]]
-        return Bench(graphs, data["onnxruntime"], data["rounds"], peaks, rows)
+        ran = data.get("providers", [HOST])  # the only one of earlier versions
+        return Bench(graphs, data["onnxruntime"], data["rounds"], peaks, rows, ran)
 
 
 def bench_decoders(
@@ -116,6 +123,7 @@ def bench_decoders(
     rounds: int = 7,
     phases: Sequence[str] = PHASES,
     sessions: int = SESSIONS,
+    device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> Bench:
     """Time ONNX decoders: prefill of ``lengths`` tokens, and one decoding step with that many tokens in the cache.
@@ -131,6 +139,7 @@ def bench_decoders(
         rounds: turns of each graph in a case, at least 2.
         phases: ``prefill``, ``decode`` or both.
         sessions: sets of fresh sessions, over which the rounds are divided.
+        device: where the graphs run, and whose peaks are measured.
         progress: called with a stage, the cases done and all cases.
 
     Raises:
@@ -144,6 +153,7 @@ def bench_decoders(
     cases = [Case(p, n, b, t) for t in threads for p in phases for b in batches for n in lengths]
     times: Times = {case: [[] for _ in files] for case in cases}
     peaks: dict[int, Peaks] = {}
+    ran: list[str] = []
     done = itertools.count(1)
 
     def finished() -> None:
@@ -152,21 +162,27 @@ def bench_decoders(
     say("bench", 0, len(cases) * len(shares))
     for count in threads:
         own = {case: sides for case, sides in times.items() if case.threads == count}
-        peaks[count] = _time_cases(list(files.values()), own, shares, Roofline(count), finished)
+        peaks[count], ran = _time_cases(list(files.values()), own, shares, Roofline(count, device), device, finished)
     rows = [row for case in cases for row in _rows(case, files, times[case], peaks[case.threads])]
-    measured = [_graph(name, file, max(lengths), say) for name, file in files.items()]
-    return Bench(measured, ort.__version__, rounds, peaks, rows)
+    measured = [_graph(name, file, max(lengths), device, say) for name, file in files.items()]
+    return Bench(measured, ort.__version__, rounds, peaks, rows, ran)
 
 
 def _time_cases(
-    files: Sequence[Path], times: Times, shares: Sequence[int], roofline: Roofline, finished: Callable[[], None]
-) -> Peaks:
-    """Extend ``times``, whose cases use the threads of ``roofline``; returns the machine's peaks.
+    files: Sequence[Path],
+    times: Times,
+    shares: Sequence[int],
+    roofline: Roofline,
+    device: torch.device,
+    finished: Callable[[], None],
+) -> tuple[Peaks, list[str]]:
+    """Extend ``times``, whose cases use the threads of ``roofline``; returns the peaks, and what ran the graphs.
 
     Each entry of ``shares`` is the number of rounds in one set of fresh sessions.
     """
     for index, share in enumerate(shares):
-        decoders = [OrtDecoder(file, threads=roofline.threads) for file in files]
+        decoders = [OrtDecoder(file, threads=roofline.threads, device=device) for file in files]
+        ran = decoders[0].providers
         turn = slice(None, None, -1 if index % 2 else 1)
         for case, sides in times.items():
             found = alternate([decoder_step(decoder, case) for decoder in decoders[turn]], share)
@@ -175,7 +191,7 @@ def _time_cases(
             roofline.measure()
             finished()
         del decoders
-    return roofline.peaks
+    return roofline.peaks, ran
 
 
 def decoder_step(decoder: OrtDecoder, case: Case) -> Callable[[], None]:
@@ -221,7 +237,7 @@ def _iqr(values: Sequence[float]) -> float:
     return third - first
 
 
-def _graph(name: str, file: Path, length: int, say: Progress) -> Graph:
+def _graph(name: str, file: Path, length: int, device: torch.device, say: Progress) -> Graph:
     say(f"peak memory of {name}", 0, 0)
     size = sum(part.stat().st_size for part in (file, file.with_name(f"{file.name}.data")) if part.is_file())
-    return Graph(name, str(file), size, peak_memory(file, length))
+    return Graph(name, str(file), size, peak_memory(file, length, device))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mptk.compat.onnxruntime import run_on_values
 from mptk.errors import MptkError
+from mptk.runtime.sessions import CPU, memory_of, open_session
 
 FILE = "model.onnx"
 Ids = npt.NDArray[np.int64]
@@ -54,23 +55,22 @@ def model_folder(path: str | Path) -> Path:
 
 
 class OrtDecoder:
-    """An ONNX decoder with the inputs and outputs of ``passes/targets/onnx/emit.py``, on the CPU.
+    """An ONNX decoder with the inputs and outputs of ``passes/targets/onnx/emit.py``.
 
     Args:
         path: a folder with ``model.onnx`` or ``onnx/model.onnx``, or the file.
         threads: threads of one operator; 0: one for each core.
+        device: where it runs, if ONNX Runtime has an execution provider for it; else it runs on the CPU (``sessions``).
+            On a CUDA device the cache stays there.
 
     Raises:
         MptkError: there is no such file, ONNX Runtime refuses it, or it is no decoder with a KV cache.
     """
 
-    def __init__(self, path: str | Path, *, threads: int = 0) -> None:
+    def __init__(self, path: str | Path, *, threads: int = 0, device: torch.device = CPU) -> None:
         file = onnx_file(path)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
         try:
-            self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+            self.session = open_session(str(file), device, threads=threads)
         except Exception as error:  # onnxruntime's errors have no base class
             reason = str(error).strip().split("\n")[0]
             raise MptkError(f"ONNX Runtime cannot load {file}: {reason}; export the model again") from error
@@ -82,6 +82,12 @@ class OrtDecoder:
             )
         self.presents = [name.replace("past_key_values", "present") for name in self.past]
         self.outputs = ["logits", *self.presents]
+        self.memory = memory_of(self.session, device)
+
+    @property
+    def providers(self) -> list[str]:
+        """The execution providers that run it, the one that is asked first coming first."""
+        return list(self.session.get_providers())
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -130,7 +136,8 @@ class OrtDecoder:
         for name in self.past:
             _, heads, _, dim = self.inputs[name].shape
             numbers = rng.standard_normal((batch, heads, length, dim), dtype=np.float32)
-            values[name] = ort.OrtValue.ortvalue_from_numpy(numbers.astype(DTYPES[self.inputs[name].type]))
+            typed = numbers.astype(DTYPES[self.inputs[name].type])
+            values[name] = ort.OrtValue.ortvalue_from_numpy(typed, *self.memory)
         return Cache(values, np.ones((batch, length), dtype=np.int64))
 
     def feeds(self, ids: Ids, mask: Ids, cache: Cache) -> dict[str, ort.OrtValue]:
@@ -155,14 +162,18 @@ class OrtDecoder:
         binding = self.session.io_binding()
         for name, value in self.feeds(ids, mask, cache).items():
             binding.bind_ortvalue_input(name, value)
-        for name in self.outputs:
-            binding.bind_output(name, "cpu")
+        for name, place in zip(self.outputs, self._places(), strict=True):
+            binding.bind_output(name, *place)
         return binding
+
+    def _places(self) -> list[tuple[str, int]]:
+        """Where each output goes: logits to the CPU, and the cache to where it is read."""
+        return [("cpu", 0), *[self.memory] * len(self.presents)]
 
     def _run(self, ids: Ids, mask: Ids, cache: Cache) -> tuple[LogitsArray, Cache]:
         if ids.ndim != 2 or mask.shape != ids.shape or len(cache.mask) != len(ids):
             raise ValueError(f"token ids {ids.shape}, mask {mask.shape} and a cache for {len(cache.mask)} do not fit")
         mask = np.concatenate([cache.mask, mask], axis=1)
         feeds = self.feeds(ids, mask, cache)
-        logits, *present = run_on_values(self.session, feeds, self.outputs)
+        logits, *present = run_on_values(self.session, feeds, self.outputs, self._places())
         return logits.numpy(), Cache(dict(zip(self.past, present, strict=True)), mask)

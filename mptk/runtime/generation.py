@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
 from mptk.io import models
 from mptk.runtime.decoder import LogitsArray, OrtDecoder, model_folder
+from mptk.runtime.sessions import CPU
 
 Tokens = npt.NDArray[np.int64]
 
@@ -106,13 +108,14 @@ class TextGenerator:
     Args:
         path: the ``--out`` folder of ``prune`` or ``export``, or an ``.onnx`` file in it.
         threads: threads of one operator; 0: one for each core.
+        device: as of ``OrtDecoder``.
 
     Raises:
         MptkError: there is no decoder, or no tokenizer beside it.
     """
 
-    def __init__(self, path: str | Path, *, threads: int = 0) -> None:
-        self.decoder = OrtDecoder(path, threads=threads)
+    def __init__(self, path: str | Path, *, threads: int = 0, device: torch.device = CPU) -> None:
+        self.decoder = OrtDecoder(path, threads=threads, device=device)
         folder = model_folder(path)
         self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(str(folder))
         self.stop = stop_tokens(folder, self.tokenizer)

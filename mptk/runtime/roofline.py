@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
 from mptk.runtime.decoder import OrtDecoder
+from mptk.runtime.sessions import CPU, open_session
 
 SIDE = 1024
 """Side of the matrices. Three of them take 12 MB, which a cache holds."""
@@ -31,19 +31,17 @@ class Peaks:
 
 
 class Roofline:
-    """The highest peaks of all calls of ``measure``, with ``threads`` threads (0: one for each core).
+    """The highest peaks of all calls of ``measure``, with ``threads`` threads (0: one for each core), on ``device``.
 
     ONNX Runtime computes the product, since it runs the graphs; torch sums over the memory.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, device: torch.device = CPU) -> None:
         self.threads = threads
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = ort.InferenceSession(_product(), options, providers=["CPUExecutionProvider"])
+        session = open_session(_product(), device, threads=threads)
         feeds = dict.fromkeys(("left", "right"), np.ones((SIDE, SIDE), dtype=np.float32))
         self._multiply = lambda: session.run(None, feeds)
-        self._memory = torch.ones(READ_BYTES // 4)
+        self._memory = torch.ones(READ_BYTES // 4, device=device)
         self.peaks = Peaks(0.0, 0.0)
         self.measure()
 
@@ -52,27 +50,29 @@ class Roofline:
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or before)
         try:
-            bandwidth = READ_BYTES / _seconds(self._memory.sum)
+            bandwidth = READ_BYTES / _seconds(lambda: self._memory.sum().item())
         finally:
             torch.set_num_threads(before)
         flops = 2 * SIDE**3 / _seconds(self._multiply)
         self.peaks = Peaks(max(self.peaks.flops, flops), max(self.peaks.bandwidth, bandwidth))
 
 
-def peak_memory(file: Path, length: int) -> int:
-    """Peak growth in bytes of a new process that loads ``file`` and runs a prompt of ``length`` tokens.
+def peak_memory(file: Path, length: int, device: torch.device = CPU) -> int:
+    """Peak growth in bytes of a new process that loads ``file`` and runs a prompt of ``length`` tokens on ``device``.
+
+    A device's own memory is not counted.
 
     Unlike ``multiprocessing``, it does not import the caller's script again.
     """
-    code = "import sys; from pathlib import Path; from {} import grown; print(grown(Path(sys.argv[1]), {}))"
-    command = [sys.executable, "-c", code.format(__name__, length), str(file.resolve())]
+    code = "import sys; from pathlib import Path; from {} import grown; print(grown(Path(sys.argv[1]), {}, {!r}))"
+    command = [sys.executable, "-c", code.format(__name__, length, str(device)), str(file.resolve())]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
-def grown(file: Path, length: int) -> int:
-    """Peak growth in bytes of this process while it loads ``file`` and runs a prompt of ``length`` tokens."""
+def grown(file: Path, length: int, device: str) -> int:
+    """What ``peak_memory`` says of a new process, of this one."""
     before = _resident("VmRSS")
-    OrtDecoder(file, threads=1).prefill(np.zeros((1, length), dtype=np.int64))
+    OrtDecoder(file, threads=1, device=torch.device(device)).prefill(np.zeros((1, length), dtype=np.int64))
     return _resident("VmHWM") - before
 
 

@@ -20,6 +20,7 @@ from mptk.compat.torch import tree_map
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
 from mptk.progress import Count
+from mptk.runtime.narrow import Narrow, widened
 from mptk.runtime.partition import Flow, Partition, Stage, partition
 from mptk.runtime.shelf import Shelf, Values
 
@@ -38,12 +39,14 @@ class Executor:
     """Where and in how much memory programs run.
 
     ``stage``: bytes of a stage's weights, unless one call needs more. ``borders``: bytes of values between stages that
-    are kept in memory; the rest goes to files. ``device``: where it is computed.
+    are kept in memory; the rest goes to files. ``device``: where it is computed. ``compute``: the type of products
+    (``narrow``). Results and gradients are float32 all the same.
     """
 
     stage: float = sys.maxsize
     borders: float = sys.maxsize
     device: torch.device = CPU
+    compute: torch.dtype = torch.float32
 
     @torch.no_grad()
     def outputs(
@@ -105,7 +108,7 @@ class Executor:
         above: list[Values] = [{} for _ in inputs]
         for k in reversed(range(len(run.stages))):
             wanted = {node: program.weights[node.name] in names for node in run.stages[k].weights}
-            leaves = {node: weight.detach().requires_grad_(wanted[node]) for node, weight in run.load(k).items()}
+            leaves = {node: weight.detach().requires_grad_(wanted[node]) for node, weight in run.read(k).items()}
             for i in range(len(inputs)):
                 above[i] = run.back(k, leaves, i, above[i], loss)
                 count.step()
@@ -147,6 +150,7 @@ class _Run(fx.Interpreter):
         super().__init__(flow.program.graph, garbage_collect_values=False)
         self.flow, self.program, self.device, self.keep = flow, flow.program, executor.device, keep
         self.stages = shared.stages(flow)
+        self.narrow = Narrow.of(flow.program, executor.compute)
         self.borders = Shelf(executor.borders)
         self.watches: dict[fx.Node, list[Watch]] = {}
         for watch in watches:
@@ -158,6 +162,10 @@ class _Run(fx.Interpreter):
         self.count = len(inputs)
 
     def load(self, k: int) -> dict[fx.Node, Tensor]:
+        """The weights of stage ``k``, in the type in which it runs."""
+        return self._narrowed(self.read(k))
+
+    def read(self, k: int) -> dict[fx.Node, Tensor]:
         """The weights of stage ``k``."""
         names = self.program.weights
         return {node: self.program.state[names[node.name]].to(self.device) for node in self.stages[k].weights}
@@ -201,7 +209,7 @@ class _Run(fx.Interpreter):
             n: v.detach().requires_grad_() if isinstance(v, Tensor) and _learns(v) else v for n, v in saved.items()
         }
         with torch.enable_grad():
-            values = self.run_stage(self.stages[k], leaves, given)
+            values = self.run_stage(self.stages[k], self._narrowed(leaves), given)
             if k == len(self.stages) - 1:
                 pairs: list[tuple[Tensor, Tensor | None]] = [(loss(self._result(values), i), None)]
             else:
@@ -213,17 +221,23 @@ class _Run(fx.Interpreter):
     def run_stage(self, stage: Stage, weights: Mapping[fx.Node, Tensor], values: Values) -> Values:
         """Run a stage's calls. Gives the values that are used later and, of the last stage, those of the result."""
         self.env = {**weights, **values}
+        last = stage is self.stages[-1]
         for node in values if stage is self.stages[0] else ():
             self._watched(node)
         for node in stage.nodes:
-            self.env[node] = self.run_node(node)
+            if self.narrow is None or not self.narrow.skips(node):
+                self.env[node] = self.run_node(node)
             self._watched(node)
             for value in stage.dead.get(node, ()):
                 self.env.pop(value, None)
-        wanted = (*stage.outputs, *self.flow.result) if stage is self.stages[-1] else stage.outputs
-        found = {node: self.env[node] for node in wanted}
+        found = {node: self.env[node] for node in ((*stage.outputs, *self.flow.result) if last else stage.outputs)}
         self.env = {}
-        return found
+        return found if last else self._narrowed(found)
+
+    def _narrowed(self, values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+        """Weights, or what crosses a border, in the type in which stages run."""
+        narrow = self.narrow
+        return dict(values) if narrow is None else {node: narrow.value(node, value) for node, value in values.items()}
 
     def _watched(self, node: fx.Node) -> None:
         for nodes, see in self.watches.get(node, ()):
@@ -232,7 +246,13 @@ class _Run(fx.Interpreter):
     def _result(self, values: Values) -> Any:
         node = self.program.graph.graph.output_node()
         outputs: Any = fx.map_arg(node.args[0], lambda source: values[source])
+        if self.narrow is not None:
+            outputs = widened(outputs)
         return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else outputs
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        found = super().fetch_args_kwargs_from_env(n)
+        return found if self.narrow is None else self.narrow.operands(n, found)
 
     def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
         if self.device.type != "cpu":  # where the graph was traced

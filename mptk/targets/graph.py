@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mptk.errors import ProofError
+from mptk.io.tensors import write_weights
 from mptk.ir.passes import Log
 from mptk.ir.weights import Weights
 from mptk.run.chain import Compiled, Target
@@ -27,22 +27,15 @@ class GraphTarget(Target):
     summary = "any widths that the graph's ops accept"
 
     def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
-        state = in_stored_type(compiled.program.state, compiled.prepared.dtype)
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+        write_weights(folder / WEIGHTS, compiled.program.state.cast(compiled.prepared.dtype))
         return []
 
     def wrote(self, folder: Path) -> bool:
         return (folder / WEIGHTS).is_file() and not (folder / "config.json").is_file()
 
     def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
-        expected = in_stored_type(compiled.program.state, compiled.prepared.dtype)
+        expected = compiled.program.state.cast(compiled.prepared.dtype)
         return Checks((stored_weights(Weights(load_file(folder / WEIGHTS)), expected),))
-
-
-def in_stored_type(state: Weights, dtype: torch.dtype) -> Weights:
-    """Weights by name in the type that they are stored in. Tensors that are no floating numbers keep theirs."""
-    floats = [name for name, like in state.likes.items() if like.is_floating_point()]
-    return state.changed(dict.fromkeys(floats, lambda tensor: tensor.to(dtype)))
 
 
 def stored_weights(stored: Weights, expected: Weights) -> Difference:
@@ -55,7 +48,9 @@ def stored_weights(stored: Weights, expected: Weights) -> Difference:
     for name in sorted(stored.keys() | expected.keys()):
         if name not in stored or name not in expected or stored.like(name).shape != expected.like(name).shape:
             raise ProofError(f"the proof fails at 'stored weights': {name} is missing or of another shape; prune again")
-        pair = stored[name], expected[name]
+        pair = stored.narrow(name), expected.narrow(name)
+        if pair[0].dtype != pair[1].dtype:
+            pair = stored[name], expected[name]
         if not pair[0].equal(pair[1]):
             one, other = (tensor.float().flatten()[None, None] for tensor in pair)
             found = difference("stored weights", one, other, EXACT)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from mptk.errors import MptkError, ProofError
 from mptk.ir.passes import Log
@@ -45,7 +48,7 @@ class OnnxTarget(Target):
         form = compiled.prepared.task.onnx
         if form is None or not (folder / FOLDER).is_dir():
             return Checks()
-        return Checks(stages=form.stages(folder / FOLDER, crossed))
+        return form.stages(folder / FOLDER, crossed, compiled.prepared.executor.device)
 
     def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
         """For each quantised graph: the weights' error over the rounding limit, and the logits' error in nats a token.
@@ -59,12 +62,13 @@ class OnnxTarget(Target):
         if form is None:
             return []
         files = sorted((folder / FOLDER).glob("model_*.onnx"))
-        found = [d for file in files for d in _quantized(form, file, main, file.stem.removeprefix("model_"), batches)]
+        quantized = partial(_quantized, form, compiled.prepared.executor.device)
+        found = [d for file in files for d in quantized(file, main, file.stem.removeprefix("model_"), batches)]
         if main.is_file() and form.half(folder / FOLDER):
             with tempfile.TemporaryDirectory() as temporary:
                 settings = replace(compiled.prepared.settings, onnx_dtype="float32")
                 _export(compiled, form, settings, batches[0], Path(temporary), Log())
-                found += _quantized(form, main, Path(temporary) / main.name, "fp16", batches)
+                found += quantized(main, Path(temporary) / main.name, "fp16", batches)
         return found
 
 
@@ -75,11 +79,13 @@ def _export(compiled: Compiled, form: OnnxForm, settings: Settings, samples: Sam
     form.export(prepared, compiled.chosen.plan, state, samples, folder, log)
 
 
-def _quantized(form: OnnxForm, file: Path, whole: Path, scheme: str, batches: Sequence[Samples]) -> list[Difference]:
+def _quantized(
+    form: OnnxForm, device: torch.device, file: Path, whole: Path, scheme: str, batches: Sequence[Samples]
+) -> list[Difference]:
     """The differences of ``file`` from its float32 graph ``whole``."""
     try:
         share = check_quantized(whole, file, scheme)
-        runs = [form.outputs(graph) for graph in (file, whole)]
+        runs = [form.outputs(graph, device) for graph in (file, whole)]
         pairs = [[run(batch) for run in runs] for batch in batches]
     except MptkError:
         raise

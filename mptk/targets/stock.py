@@ -18,10 +18,8 @@ from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.run.chain import Compiled, Target
-from mptk.run.execution import STAGE
-from mptk.run.settings import Settings
 from mptk.run.values import Checks, SampleSets, Written
-from mptk.targets.graph import in_stored_type, stored_weights
+from mptk.targets.graph import stored_weights
 from mptk.targets.stock_config import check_code, check_config
 from passes.frontend.trace import trace
 from passes.targets import legalize
@@ -32,14 +30,7 @@ from passes.targets.stock.rehome import find_home, logits_check, rehome
 from passes.verify import TOLERANCE, StageOutputs
 
 SHARD = 5 * 10**9
-"""Bytes of the largest file of weights, if the user names none. One file is in memory at a time."""
-
-
-def shard_size(settings: Settings) -> int:
-    """Bytes of the largest file: as asked, or ``SHARD``, or what a named memory bound has room for."""
-    if settings.max_shard_size is not None:
-        return settings.max_shard_size
-    return SHARD if settings.memory is None else min(SHARD, int(STAGE * settings.memory))
+"""Bytes of the largest file of weights, if the user names none."""
 
 
 class StockTarget(Target):
@@ -89,8 +80,8 @@ class StockTarget(Target):
     def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
         loaded, written = compiled.prepared.loaded, compiled.written
         assert written is not None
-        state = in_stored_type(compiled.program.state_dict(), compiled.prepared.dtype)
-        shard = shard_size(compiled.prepared.settings)
+        state = compiled.program.state_dict().cast(compiled.prepared.dtype)
+        shard = compiled.prepared.settings.max_shard_size or SHARD
         write_checkpoint(
             state, written.stock, loaded.model, loaded.tokenizer, folder, portable=portable, max_shard_size=shard
         )

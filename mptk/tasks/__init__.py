@@ -11,10 +11,13 @@ from mptk.io.resident import Resident
 from mptk.plugins import with_plugins
 from mptk.run.chain import Task
 from mptk.tasks.causal_lm import CausalLM, wrong_kind
+from mptk.tasks.classifier import Classifier
+from mptk.tasks.encoder import Encoder
 from mptk.tasks.masked_lm import MaskedLM
+from mptk.tasks.seq2seq import Seq2Seq
 
 CAUSAL_LM = CausalLM()
-TASKS: dict[str, Task] = {task.name: task for task in (CAUSAL_LM, MaskedLM())}
+TASKS: dict[str, Task] = {task.name: task for task in (CAUSAL_LM, Seq2Seq(), MaskedLM(), Classifier(), Encoder())}
 
 
 def tasks() -> dict[str, Task]:

@@ -22,8 +22,10 @@ from mptk.progress import Count, Progress
 from mptk.run.settings import Settings
 from mptk.run.values import SampleSets
 from mptk.tasks.decoder_form import DecoderForm
-from mptk.tasks.tokens import TokenTask, example_ids
-from mptk.tasks.windows import calibration_windows, evaluation_windows
+from mptk.tasks.inputs.text import Tokens, example_ids
+from mptk.tasks.tokens import TokenTask
+
+TOKENS = Tokens()
 
 
 class CausalLM(TokenTask):
@@ -55,10 +57,10 @@ class CausalLM(TokenTask):
         return next_tokens(example_ids())
 
     def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
-        return next_tokens(calibration_windows(loaded, settings, count, progress))
+        return next_tokens(TOKENS.calibration(loaded, settings, count, progress)["input_ids"])
 
     def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
-        return next_tokens(evaluation_windows(loaded, settings, settings.eval_length))
+        return next_tokens(TOKENS.evaluation(loaded, settings)["input_ids"])
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, float | str]:
         ids = sets.evaluation.inputs["input_ids"]

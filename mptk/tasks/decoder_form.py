@@ -10,9 +10,11 @@ from torch import Tensor
 
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
+from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.run.chain import OnnxForm, Prepared
+from mptk.run.values import Checks
 from mptk.runtime.decoder import OrtDecoder
 from mptk.tasks.decoder_onnx import export_decoder
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, StageOutputs
@@ -44,8 +46,8 @@ class DecoderForm(OnnxForm):
             executor=executor,
         )
 
-    def stages(self, folder: Path, crossed: Sequence[int]) -> dict[str, tuple[StageOutputs, float]]:
-        decoder = OrtDecoder(folder)
+    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device) -> Checks:
+        decoder = OrtDecoder(folder, device=device)
         tolerance = HALF_TOLERANCE if decoder.half else RUNTIME_TOLERANCE
 
         def prefill(samples: Samples) -> Tensor:
@@ -54,10 +56,14 @@ class DecoderForm(OnnxForm):
         def decode(samples: Samples) -> tuple[Tensor, list[int]]:
             return decoded(decoder, samples.inputs["input_ids"], crossed)
 
-        return {"ONNX Runtime prefill": (prefill, tolerance), "ONNX Runtime decode": (decode, tolerance)}
+        stages: dict[str, tuple[Program | StageOutputs, float]] = {
+            "ONNX Runtime prefill": (prefill, tolerance),
+            "ONNX Runtime decode": (decode, tolerance),
+        }
+        return Checks(stages=stages, ran=dict.fromkeys(stages, decoder.providers[0]))
 
-    def outputs(self, file: Path) -> Callable[[Samples], Tensor]:
-        decoder = OrtDecoder(file)
+    def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
+        decoder = OrtDecoder(file, device=device)
         return lambda samples: torch.from_numpy(decoder.logits(samples.inputs["input_ids"].numpy()))
 
     def half(self, folder: Path) -> bool:

@@ -64,4 +64,4 @@ def export_decoder(
     half = onnx_dtype == "float16"
     file = emit_onnx(program, folder, objective=objective, half=half, metadata=about, log=log)
     for scheme in quantize:
-        quantize_onnx(file, scheme, None if text is None else text.numpy(), log)
+        quantize_onnx(file, scheme, None if text is None else text.numpy(), log, executor.device)

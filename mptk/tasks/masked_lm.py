@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from mptk.errors import MptkError
-from mptk.io import data
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.ir.samples import IGNORED, Samples
@@ -25,8 +24,11 @@ from mptk.progress import Count, Progress
 from mptk.run.chain import Task
 from mptk.run.settings import Settings
 from mptk.run.values import SampleSets
-from mptk.tasks.tokens import TokenTask, example_ids
-from mptk.tasks.windows import calibration_windows, evaluation_windows
+from mptk.tasks.classes import known_to
+from mptk.tasks.inputs.text import Tokens, example_ids
+from mptk.tasks.tokens import TokenTask
+
+TOKENS = Tokens()
 
 STRIDE = 7
 """One token in ``STRIDE`` is masked: 14 %, close to BERT's 15 %."""
@@ -42,14 +44,7 @@ class MaskedLM(TokenTask):
     summary = "masked language model"
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
-        known = {
-            c
-            for found in MODEL_FOR_MASKED_LM_MAPPING.values()
-            for c in (found if isinstance(found, tuple) else (found,))
-        }
-        if classes and classes <= known:
-            return None
-        return f"{min((c.__name__ for c in classes), default=type(config).__name__)} does not predict masked tokens"
+        return known_to((MODEL_FOR_MASKED_LM_MAPPING_NAMES,), config, classes, "predict masked tokens")
 
     def bind(self, loaded: Loaded) -> Task:
         mask = getattr(loaded.tokenizer, "mask_token_id", None)
@@ -61,14 +56,10 @@ class MaskedLM(TokenTask):
         return self.masked(example_ids())
 
     def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
-        if settings.data == data.SELF:
-            raise MptkError(f"{loaded.source} cannot write text to calibrate on; give some with --data")
-        return self.masked(calibration_windows(loaded, settings, count, progress))
+        return self.masked(TOKENS.calibration(loaded, settings, count, progress)["input_ids"])
 
     def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
-        config = loaded.model.config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", settings.eval_length)
-        return self.masked(evaluation_windows(loaded, settings, min(settings.eval_length, limit)))
+        return self.masked(TOKENS.evaluation(loaded, settings)["input_ids"])
 
     def masked(self, ids: Tensor) -> Samples:
         """Windows of token ids, int64 [n, length], with some masked; these are the targets."""

@@ -1,16 +1,13 @@
-"""tokens: what tasks share whose models predict tokens: their loss, and short token ids to trace them with."""
+"""tokens: what tasks share whose models predict tokens: their loss."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mptk.errors import MptkError
 from mptk.ir.samples import IGNORED, Samples
 from mptk.run.chain import Task
-
-BATCH, SEQUENCE = 2, 7
 
 
 class TokenTask(Task):
@@ -31,8 +28,3 @@ class TokenTask(Task):
     def predicted(self, samples: Samples) -> int:
         assert samples.targets is not None
         return int((samples.targets != IGNORED).sum())
-
-
-def example_ids(batch: int = BATCH, length: int = SEQUENCE) -> Tensor:
-    """Small token ids, int64 [batch, length]."""
-    return torch.arange(batch * length).reshape(batch, length) % 11 + 1

@@ -157,7 +157,7 @@ class Learner:
     def _prior(self, prepared: Prepared, calibration: Samples) -> Scores:
         """Wanda's scores: an estimate of √F from weights and inputs, without gradients."""
         families, say = prepared.families, partial(self.progress, "activations")
-        analysis, executor = prepared.analysis, prepared.executor
+        analysis, executor = prepared.analysis, prepared.calibrator
         evidence = gather(analysis, "wanda", calibration, families=families, progress=say, executor=executor)
         return {family: values.detach().cpu() for family, values in score_evidence(evidence, "wanda", families).items()}
 

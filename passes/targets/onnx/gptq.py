@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 
 from mptk.progress import step
+from mptk.runtime.sessions import CPU
 from passes.targets.onnx.balance import weight_of
 from passes.targets.onnx.matmul_nbits import set_blocks
 from passes.targets.onnx.measure import Text, measure_onnx
@@ -56,7 +58,7 @@ class GPTQPass(ir.passes.InPlacePass):
     """Round products with weights to 4-bit blocks for a calibration text, except the output projection.
 
     Attributes:
-        source: the file of the graph. A copy of the graph is written beside it and run.
+        source: the file of the graph. A copy of the graph is written beside it and run on ``device``.
         text: token ids, [windows, length]. Random ids do not help: 512 of them did more harm than good.
         block: inputs that share a scale and a zero point.
     """
@@ -64,6 +66,7 @@ class GPTQPass(ir.passes.InPlacePass):
     source: Path
     text: Text
     block: int
+    device: torch.device = CPU
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         names = products(model).keys() - logit_products(model)
@@ -76,7 +79,8 @@ class GPTQPass(ir.passes.InPlacePass):
         with tempfile.TemporaryDirectory(dir=self.source.parent, prefix=".onnx-") as temporary:
             file = Path(temporary) / self.source.name
             ir.save(model, file, external_data=f"{file.name}.data")
-            for done, (name, moments) in enumerate(measure_onnx(file, channels, self.text, "products")):
+            found = measure_onnx(file, channels, self.text, "products", self.device)
+            for done, (name, moments) in enumerate(found):
                 step(done, len(channels), "inputs of weights in 4-bit blocks")
                 inverse = inverse_root(moments)
                 for node in readers[name]:

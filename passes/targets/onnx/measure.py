@@ -10,7 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
+import torch
 from onnx import NodeProto, TensorProto, helper
+
+from mptk.runtime.sessions import CPU, open_session
 
 Floats = npt.NDArray[np.float32]
 Text = npt.NDArray[np.int64]
@@ -23,7 +26,11 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def measure_onnx(
-    file: Path, channels: Mapping[str, int], text: Text, what: Literal["squares", "products"]
+    file: Path,
+    channels: Mapping[str, int],
+    text: Text,
+    what: Literal["squares", "products"],
+    device: torch.device = CPU,
 ) -> Iterator[tuple[str, Floats]]:
     """Sums over all tokens for each value: Σ x² [channels], or Σ x xᵀ [channels, channels].
 
@@ -31,28 +38,28 @@ def measure_onnx(
         file: a decoder of ``emit_onnx`` in float32.
         channels: name of a value → size of its last axis.
         text: token ids, [windows, length].
+        device: where the graph runs.
     """
     size = {name: 4 * count ** (1 if what == "squares" else 2) for name, count in channels.items()}
     part: list[str] = []
     for name in channels:
         if part and sum(map(size.__getitem__, part)) + size[name] > BYTES:
-            yield from _sums(file, {name: channels[name] for name in part}, text, what).items()
+            yield from _sums(file, {name: channels[name] for name in part}, text, what, device).items()
             part = []
         part.append(name)
     if part:
-        yield from _sums(file, {name: channels[name] for name in part}, text, what).items()
+        yield from _sums(file, {name: channels[name] for name in part}, text, what, device).items()
 
 
-def _sums(file: Path, channels: Mapping[str, int], text: Text, what: str) -> dict[str, Floats]:
+def _sums(file: Path, channels: Mapping[str, int], text: Text, what: str, device: torch.device) -> dict[str, Floats]:
     proto = onnx.load(file, load_external_data=False)
     for name, count in channels.items():
         proto.graph.initializer.append(helper.make_tensor(f"{name}.shape", TensorProto.INT64, [2], [-1, count]))
         proto.graph.node.extend(_nodes(name, what))
         shape = [count] if what == "squares" else [count, count]
         proto.graph.output.append(helper.make_tensor_value_info(f"{name}.sum", TensorProto.FLOAT, shape))
-    options = ort.SessionOptions()
-    options.add_session_config_entry(WEIGHTS_FOLDER, str(file.parent.resolve()))
-    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    entries = {WEIGHTS_FOLDER: str(file.parent.resolve())}
+    session = open_session(proto.SerializeToString(), device, entries=entries)
     sums: dict[str, Floats] = dict.fromkeys(channels, np.zeros((), dtype=np.float32))
     names = [f"{name}.sum" for name in channels]
     for start in range(0, len(text), step := max(1, TOKENS // text.shape[1])):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mptk.compat.accelerate import save_lazily
+from mptk.compat.transformers import saved_by
 from mptk.errors import MptkError
 from mptk.files import json_text
 from mptk.io.checkpoint import portable, save_tokenizer
+from mptk.io.deferred import deferred
 from mptk.io.publish import publish
+from mptk.io.tensors import split, writer
 from mptk.ir.weights import Weights
 from passes.targets.stock.config import StockConfig
 
@@ -46,8 +48,8 @@ def write_checkpoint(
     """Write config, generation config, weights (safetensors) and tokenizer into the existing ``folder``.
 
     Args:
-        state: state-dict name → tensor after the cut, tied names included. It may be lazy: a weight is read when its
-            shard is written, and at most one shard is in memory.
+        state: state-dict name → tensor after the cut, tied names included. If they are ``Weights``, lazy ones are made
+            when they are written, one at a time.
         stock: the class and config to write.
         model: the model before the cut; its generation config is copied.
         tokenizer: saved with the model; None if there is none.
@@ -57,14 +59,17 @@ def write_checkpoint(
     Raises:
         MptkError: ``state`` has other names or shapes than the stock class, or its tied weights differ.
     """
-    likes = state.likes if isinstance(state, Weights) else state
-    dtype = next((t.dtype for name in likes if (t := likes[name]).is_floating_point()), torch.float32)
+    weights = Weights(state)
+    likes = weights.likes
+    dtype = next((like.dtype for like in likes.values() if like.is_floating_point()), torch.float32)
     shell = _shell(stock, dtype)
-    weights = _CheckedState(state, {name: tuple(t.shape) for name, t in shell.state_dict().items()})
-    _check_tied(shell, state)
+    _check_shapes(likes, {name: tuple(t.shape) for name, t in shell.state_dict().items()})
+    _check_tied(shell, weights)
     if shell.can_generate() and getattr(model, "generation_config", None) is not None:
         shell.generation_config = copy.deepcopy(model.generation_config)
-    save_lazily(shell, weights, folder, max_shard_size=max_shard_size)
+    later = {name: deferred(name, likes[name]) for name in shell.state_dict()}
+    with saved_by(split, writer(weights)):
+        shell.save_pretrained(folder, state_dict=later, max_shard_size=max_shard_size)
     path = folder / "config.json"
     written = portable(json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json_text(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -84,48 +89,28 @@ def _shell(stock: StockConfig, dtype: torch.dtype) -> PreTrainedModel:
     return shell
 
 
-def _check_tied(shell: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
-    """Check that weights tied in the stock class are equal in ``state``: the checkpoint holds only one of them."""
+def _check_shapes(likes: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name in sorted(likes.keys() ^ shapes.keys()):
+        owner = "cut model" if name in likes else "stock class"
+        raise MptkError(f"only the {owner} has the weight {name}; the stock config does not fit the cut")
+    for name, like in likes.items():
+        if tuple(like.shape) != shapes[name]:
+            raise MptkError(
+                f"{name} is {tuple(like.shape)} after the cut but {shapes[name]} in the stock class; "
+                "the stock config does not fit the cut"
+            )
+
+
+def _check_tied(shell: PreTrainedModel, weights: Weights) -> None:
+    """Check that weights tied in the stock class are equal: the checkpoint holds only one of them."""
     first: dict[int, str] = {}
     for name, parameter in shell.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
-        if other != name and not _same(state, name, other):
+        if other != name and not _same(weights, name, other):
             raise MptkError(
                 f"{name} and {other} are one weight in the stock class but differ; untie them in the config"
             )
 
 
-def _same(state: Mapping[str, Tensor], name: str, other: str) -> bool:
-    if isinstance(state, Weights) and state.entry(name) is state.entry(other):
-        return True
-    return torch.equal(state[name], state[other])
-
-
-class _CheckedState(Mapping[str, Tensor]):
-    """``state`` with checked shapes. Tensors that share memory are copied, since safetensors would refuse them."""
-
-    def __init__(self, state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._state, self._shapes = state, shapes
-        self._seen: set[int] = set()
-        names = set(state)  # ``in state`` would read the tensor of a lazy mapping
-        for name in sorted(names ^ shapes.keys()):
-            owner = "cut model" if name in names else "stock class"
-            raise MptkError(f"only the {owner} has the weight {name}; the stock config does not fit the cut")
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self._state[name].detach()
-        if tuple(tensor.shape) != self._shapes[name]:
-            raise MptkError(
-                f"{name} is {tuple(tensor.shape)} after the cut but {self._shapes[name]} in the stock class; "
-                "the stock config does not fit the cut"
-            )
-        storage = tensor.untyped_storage()
-        shared = storage.nbytes() != tensor.nbytes or storage.data_ptr() in self._seen
-        self._seen.add(storage.data_ptr())
-        return tensor.clone() if shared else tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
+def _same(weights: Weights, name: str, other: str) -> bool:
+    return weights.entry(name) is weights.entry(other) or torch.equal(weights[name], weights[other])

@@ -1,0 +1,48 @@
+"""audio: the sounds of a folder."""
+
+from __future__ import annotations
+
+import wave
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mptk.errors import MptkError
+
+SUFFIX = ".wav"
+Sound = npt.NDArray[np.float32]
+
+
+def find_sounds(data: str) -> list[Path]:
+    """All WAV files in the folder ``data`` and below, in the order of their paths.
+
+    Raises:
+        MptkError: there is no such folder, or it has none.
+    """
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        raise MptkError(f"this model reads sound; {data} is no folder of WAV files; give one with --data, or random")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() == SUFFIX)
+    if not found:
+        raise MptkError(f"{data} holds no {SUFFIX} file; convert its sounds, for instance with ffmpeg -i IN OUT.wav")
+    return found
+
+
+def read_sound(path: Path, rate: int) -> Sound:
+    """The samples of a WAV file with 16 bits a sample, all channels averaged, in −1..1.
+
+    Raises:
+        MptkError: it is no such file, or has another rate than ``rate`` samples a second.
+    """
+    remedy = f"convert it with ffmpeg -i IN -ar {rate} -ac 1 -c:a pcm_s16le OUT.wav"
+    try:
+        with wave.open(str(path)) as file:
+            if file.getsampwidth() != 2 or file.getframerate() != rate:
+                bits, own = 8 * file.getsampwidth(), file.getframerate()
+                raise MptkError(f"{path} has {bits} bits and {own} samples a second, not 16 and {rate}; {remedy}")
+            raw = np.frombuffer(file.readframes(file.getnframes()), np.int16)
+            sound: Sound = (raw.reshape(-1, file.getnchannels()).mean(1) / 32768).astype(np.float32)
+            return sound
+    except (wave.Error, EOFError, OSError) as error:
+        raise MptkError(f"{path} is no WAV file that can be read ({error}); {remedy}") from error

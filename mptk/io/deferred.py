@@ -1,0 +1,59 @@
+"""deferred: tensors whose numbers are made later, by the calls that they went through meanwhile.
+
+``save_pretrained`` renames, splits and joins weights before it writes them. With these it does so to shapes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mptk.compat.torch import tree_leaves, tree_map
+
+
+class Deferred(Tensor):
+    """A tensor on the meta device that is a named weight, or what a call made of such tensors."""
+
+    weight: str | None = None
+    call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], int | None]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        given = {id(value) for value in tree_leaves((args, kwargs))}
+        several = isinstance(found, (tuple, list))
+        for i, result in enumerate(found if several else (found,)):
+            if isinstance(result, Deferred) and id(result) not in given:
+                result.call = func, args, kwargs or {}, i if several else None
+        return found
+
+
+def deferred(name: str, like: Tensor) -> Deferred:
+    """The weight ``name``, of the shape and type of ``like``."""
+    tensor: Deferred = torch.empty_like(like, device="meta").as_subclass(Deferred)
+    tensor.weight = name
+    return tensor
+
+
+def sources(tensor: Deferred) -> frozenset[str]:
+    """The names of the weights that ``tensor`` is made of."""
+    if tensor.weight is not None:
+        return frozenset([tensor.weight])
+    parts = (sources(part) for part in tree_leaves(tensor.call[1:3]) if isinstance(part, Deferred))
+    return frozenset[str]().union(*parts)
+
+
+def made(tensor: Deferred, weights: Mapping[str, Tensor]) -> Tensor:
+    """``tensor`` with numbers, from those of its weights."""
+    if tensor.weight is not None:
+        return weights[tensor.weight]
+    func, args, kwargs, index = tensor.call
+    args, kwargs = tree_map(lambda a: made(a, weights) if isinstance(a, Deferred) else a, (args, kwargs))
+    found = func(*args, **kwargs)
+    result: Tensor = found if index is None else found[index]
+    return result

@@ -1,0 +1,57 @@
+"""sessions: ONNX Runtime sessions, in the execution provider of a device if this ONNX Runtime has it, else on the CPU.
+
+Numbers are those of float32 everywhere: providers that round them by default (TensorFloat-32, float16) are told not to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import onnxruntime as ort
+import torch
+
+CPU = torch.device("cpu")
+HOST = "CPUExecutionProvider"
+
+Provider = tuple[str, dict[str, Any]]
+"""Name and options, as ``InferenceSession`` takes them."""
+
+OF_DEVICE: dict[str, Callable[[int], Provider]] = {
+    "cuda": lambda index: ("CUDAExecutionProvider", {"device_id": index, "use_tf32": 0}),
+    "mps": lambda _: ("CoreMLExecutionProvider", {"ModelFormat": "MLProgram", "MLComputeUnits": "CPUAndGPU"}),
+    "xpu": lambda index: ("OpenVINOExecutionProvider", {"device_type": f"GPU.{index}", "precision": "FP32"}),
+}
+"""Type of a device → the execution provider of its n-th one."""
+
+
+def providers(device: torch.device) -> list[Provider]:
+    """The execution providers for a session on ``device``: the device's own, if it is there, and the CPU's last."""
+    found = [OF_DEVICE[device.type](device.index or 0)] if device.type in OF_DEVICE else []
+    return [own for own in found if own[0] in ort.get_available_providers()] + [(HOST, {})]
+
+
+def open_session(
+    model: str | bytes,
+    device: torch.device = CPU,
+    *,
+    threads: int = 0,
+    entries: Mapping[str, str] | None = None,
+) -> ort.InferenceSession:
+    """A session for ``model`` (a file, or a graph's bytes) on ``device``.
+
+    ``threads``: of one operator; 0: one for each core. ``entries``: of the session's configuration. The session's
+    ``get_providers`` says what was taken. Raises what ONNX Runtime raises.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    for name, value in (entries or {}).items():
+        options.add_session_config_entry(name, value)
+    return ort.InferenceSession(model, options, providers=providers(device))
+
+
+def memory_of(session: ort.InferenceSession, device: torch.device) -> tuple[str, int]:
+    """Where the session's own values can stay from run to run: the device's type and index, or the CPU's."""
+    there = device.type == "cuda" and "CUDAExecutionProvider" in session.get_providers()
+    return ("cuda", device.index or 0) if there else ("cpu", 0)

@@ -1,0 +1,101 @@
+"""encoder: bare models that give features, not classes: encoders of sentences, images and speech, decoders' trunks.
+
+What counts is how far the features move from the dense model's.
+"""
+
+from __future__ import annotations
+
+import zlib
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+from mptk.io.evaluation import Runs
+from mptk.io.models import Loaded
+from mptk.ir.samples import Samples
+from mptk.progress import Count, Progress
+from mptk.run.chain import Task
+from mptk.run.settings import Settings
+from mptk.run.values import SampleSets
+from mptk.tasks.classes import known_to
+from mptk.tasks.inputs import inputs_of
+
+
+class Encoder(Task):
+    """BertModel, ViTModel, Wav2Vec2Model: features of the last layer, [samples, positions, channels]."""
+
+    name = "encoder"
+    summary = "bare encoder"
+    compares = True
+    classes = False
+
+    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+        if getattr(config, "is_encoder_decoder", False):
+            return f"{type(config).__name__} has an encoder and a decoder; give the model with its output layer"
+        return known_to((MODEL_MAPPING_NAMES,), config, classes, "give features")
+
+    def example(self, model: nn.Module) -> Samples:
+        return Samples(inputs_of(model).example(model))
+
+    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
+        return Samples(inputs_of(loaded.model).calibration(loaded, settings, count, progress))
+
+    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
+        return Samples(inputs_of(loaded.model).evaluation(loaded, settings))
+
+    def loss(self, output: Tensor, samples: Samples) -> Tensor:
+        """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense model's features (``targets``)."""
+        assert samples.targets is not None
+        return errors(output, samples.targets).sum()
+
+    def sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
+        """A random projection of the features, since the loss has no slope at the dense model.
+
+        With signs r, E[(∂ rᵀf / ∂w)²] = Σ (∂f/∂w)²: squared gradients estimate the Gauss-Newton matrix's diagonal.
+        """
+        seed = zlib.crc32(samples.tensors[0].cpu().numpy().tobytes())
+        signs = torch.randint(2, output.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        return (output.float() * signs.to(output.device)).sum()
+
+    def predicted(self, samples: Samples) -> int:
+        return len(samples)
+
+    @torch.no_grad()
+    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
+        alike: dict[str, float] = {}
+        apart: dict[str, float] = {}
+        reference = torch.empty(0)
+        for name, _, output in runs(sets.evaluation.split(1), partial(progress, "cosine")):
+            features = output.float().cpu()
+            reference = features if name == "dense" else reference
+            pooled = (mean_of_positions(features), mean_of_positions(reference))
+            alike[name] = alike.get(name, 0.0) + float(F.cosine_similarity(*pooled, dim=-1).sum())
+            apart[name] = apart.get(name, 0.0) + float(errors(features, reference).sqrt().sum())
+        count = len(sets.evaluation)
+        return {
+            **{name: round(total / count, 4) for name, total in alike.items()},
+            "metric": "cosine",
+            "distance": {name: round(total / count, 6) for name, total in apart.items()},
+            "protocol": (
+                f"{sets.source}: mean over {count} samples of the cosine of the features' mean over positions with the "
+                "dense model's; distance: of all features, relative to their norm"
+            ),
+        }
+
+
+def errors(features: Tensor, reference: Tensor) -> Tensor:
+    """‖f − f*‖² / ‖f*‖² of each sample."""
+    apart = (features.float() - reference.float()).flatten(1).square().sum(1)
+    return apart / reference.float().flatten(1).square().sum(1).clamp_min(1e-12)
+
+
+def mean_of_positions(features: Tensor) -> Tensor:
+    """[samples, channels] of features [samples, positions, channels] or [samples, channels, height, width]."""
+    if features.ndim == 4:
+        return features.mean((2, 3))
+    return features.mean(1) if features.ndim == 3 else features

@@ -1,0 +1,31 @@
+"""inputs: what models read: token ids, images or sound, one file a kind. transformers says which a class reads."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mptk.errors import MptkError
+from mptk.tasks.inputs.audio import Audio
+from mptk.tasks.inputs.base import Inputs
+from mptk.tasks.inputs.images import Images
+from mptk.tasks.inputs.text import Tokens
+
+KINDS: dict[str, Inputs] = {
+    "input_ids": Tokens(),
+    "pixel_values": Images(),
+    "input_features": Audio("input_features"),
+    "input_values": Audio("input_values"),
+}
+
+
+def inputs_of(model: nn.Module) -> Inputs:
+    """What a transformers model reads. Raises MptkError for what no file here makes."""
+    main = getattr(model, "main_input_name", "input_ids")
+    if main not in KINDS:
+        raise MptkError(
+            f"{type(model).__name__} reads {main}, which mptk cannot make; call mptk.prune with example_inputs"
+        )
+    return KINDS[main]
+
+
+__all__ = ["KINDS", "Inputs", "inputs_of"]

@@ -1,0 +1,69 @@
+"""base: the protocol of a kind of inputs, and random inputs of any kind."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mptk.errors import MptkError
+from mptk.io.models import Loaded
+from mptk.progress import Count
+from mptk.run.settings import Settings
+
+RANDOM = "random"
+"""The value of ``data`` for seeded random inputs. They show that all works, and nothing of how good a model is."""
+
+Named = dict[str, Tensor]
+"""Argument of ``forward`` → tensor, samples in the first dimension."""
+
+
+class Inputs(Protocol):
+    """A kind of inputs."""
+
+    def example(self, model: nn.Module) -> Named:
+        """Two small samples, from the model's config alone."""
+        ...
+
+    def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
+        """``count`` samples of ``settings.data``.
+
+        Raises:
+            MptkError: there is no such data, or the model lacks what prepares it.
+        """
+        ...
+
+    def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
+        """``settings.eval_windows`` samples of ``settings.eval_data``, else of ``settings.data``. Errors are those."""
+        ...
+
+
+def random_inputs(example: Mapping[str, Tensor], count: int, bounds: Mapping[str, int], seed: int) -> Named:
+    """``count`` random samples in the shapes of ``example``: normal numbers, integers below their bound."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, tensor in example.items():
+        shape = (count, *tensor.shape[1:])
+        if tensor.is_floating_point():
+            made[name] = torch.randn(shape, generator=generator)
+        elif name in bounds:
+            made[name] = torch.randint(bounds[name], shape, generator=generator)
+        else:
+            made[name] = tensor[:1].expand(shape).clone()
+    return made
+
+
+def accepted(model: nn.Module, inputs: Mapping[str, Tensor]) -> Named:
+    """Those of ``inputs`` that the model's ``forward`` takes."""
+    names = inspect.signature(model.forward).parameters
+    return {name: tensor for name, tensor in inputs.items() if name in names}
+
+
+def no_text(loaded: Loaded) -> MptkError:
+    """The error if a model is to write what it cannot."""
+    return MptkError(
+        f"{loaded.source} cannot write text to calibrate on; give some with --data (or random, to try the commands)"
+    )

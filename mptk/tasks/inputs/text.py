@@ -1,0 +1,60 @@
+"""text: windows of token ids."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mptk.io.data import SELF
+from mptk.io.models import Loaded
+from mptk.progress import Count
+from mptk.run.settings import Settings
+from mptk.tasks.inputs.base import RANDOM, Inputs, Named, no_text
+from mptk.tasks.windows import calibration_windows, evaluation_windows
+
+BATCH, SEQUENCE = 2, 7
+
+
+def example_ids(batch: int = BATCH, length: int = SEQUENCE) -> Tensor:
+    """Small token ids, int64 [batch, length]."""
+    return torch.arange(batch * length).reshape(batch, length) % 11 + 1
+
+
+class Tokens(Inputs):
+    """``input_ids``: windows of a text without padding. They are no longer than the model's positions."""
+
+    def example(self, model: nn.Module) -> Named:
+        return {"input_ids": example_ids()}
+
+    def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
+        if settings.data == RANDOM:
+            return random_ids(loaded, count, settings.length, settings.seed)
+        if settings.data == SELF and not loaded.model.can_generate():
+            raise no_text(loaded)
+        return {"input_ids": calibration_windows(loaded, settings, count, progress)}
+
+    def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
+        length = fitting(loaded, settings.eval_length)
+        if (settings.eval_data or settings.data) == RANDOM:
+            return random_ids(loaded, settings.eval_windows, length, settings.seed + 1)
+        return {"input_ids": evaluation_windows(loaded, settings, length)}
+
+
+def fitting(loaded: Loaded, length: int) -> int:
+    """``length``, or the model's number of positions if that is less."""
+    limit: int = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or length
+    return min(length, limit)
+
+
+def random_ids(loaded: Loaded, count: int, length: int, seed: int) -> Named:
+    """Uniform token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, fitting(loaded, length))
+    return {"input_ids": torch.randint(vocabulary(loaded.model), shape, generator=generator)}
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many tokens a transformers model has."""
+    size: int = model.config.get_text_config().vocab_size
+    return size

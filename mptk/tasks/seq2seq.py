@@ -1,0 +1,107 @@
+"""seq2seq: models with an encoder and a decoder that predict a text from another text or from sound: T5, BART, Whisper.
+
+The decoder is given the true text (teacher forcing). That text is what the dense model writes itself, greedily, so no
+second column of data is needed and the targets are of the model's own kind.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from mptk.io.evaluation import Runs
+from mptk.io.models import Loaded
+from mptk.ir.samples import IGNORED, Samples
+from mptk.progress import Count, Progress
+from mptk.run.settings import Settings
+from mptk.run.values import SampleSets
+from mptk.tasks.classes import known_to
+from mptk.tasks.inputs import inputs_of
+from mptk.tasks.inputs.base import RANDOM, Named
+from mptk.tasks.inputs.text import example_ids, vocabulary
+from mptk.tasks.tokens import TokenTask
+
+MAPPINGS = (
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
+WRITTEN = 48
+"""Tokens that the dense model writes for a sample, at most."""
+AT_ONCE = 8
+"""Samples for which it writes at once."""
+DECODER = "decoder_input_ids"
+
+
+class Seq2Seq(TokenTask):
+    """An encoder and a decoder; families of both are cut together."""
+
+    name = "seq2seq"
+    summary = "encoder-decoder"
+
+    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+        return known_to(MAPPINGS, config, classes, "predict a text from another input")
+
+    def example(self, model: nn.Module) -> Samples:
+        return Samples({**inputs_of(model).example(model), DECODER: example_ids(length=5)})
+
+    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
+        found = inputs_of(loaded.model).calibration(loaded, settings, count, progress)
+        return self.answered(loaded, found, settings.data == RANDOM, settings.seed)
+
+    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
+        found = inputs_of(loaded.model).evaluation(loaded, settings)
+        return self.answered(loaded, found, (settings.eval_data or settings.data) == RANDOM, settings.seed + 1)
+
+    def answered(self, loaded: Loaded, inputs: Named, random: bool, seed: int) -> Samples:
+        """The inputs with what the dense model writes for them; ``random``: with random tokens."""
+        if random:
+            generator = torch.Generator().manual_seed(seed)
+            shape = (len(next(iter(inputs.values()))), 12)
+            ids = torch.randint(vocabulary(loaded.model), shape, generator=generator)
+        else:
+            ids = written(loaded.whole(), inputs)
+        end = loaded.model.generation_config.eos_token_id if loaded.model.generation_config is not None else None
+        return Samples({**inputs, DECODER: ids[:, :-1]}, until_end(ids, end))
+
+    @torch.no_grad()
+    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
+        samples, totals = sets.evaluation, dict[str, float]()
+        rows, tokens = samples.split(1), self.predicted(samples)
+        for name, i, logits in runs(rows, partial(progress, "perplexity")):
+            totals[name] = totals.get(name, 0.0) + float(self.loss(logits, rows[i].to(logits.device)))
+        return {
+            **{name: round(math.exp(total / tokens), 4) for name, total in totals.items()},
+            "metric": "perplexity",
+            "protocol": (
+                f"{sets.source}: teacher-forced perplexity of what the dense model writes for {len(samples)} samples, "
+                f"{tokens:,} tokens predicted"
+            ),
+        }
+
+
+def written(model: Any, inputs: Named) -> Tensor:
+    """What the model writes for each sample, greedily, after a start token: int64 [samples, tokens], padded."""
+    parts: list[Tensor] = []
+    count = len(next(iter(inputs.values())))
+    pad = model.generation_config.pad_token_id
+    for first in range(0, count, AT_ONCE):
+        batch = {name: tensor[first : first + AT_ONCE] for name, tensor in inputs.items()}
+        with torch.no_grad():
+            parts.append(model.generate(**batch, max_new_tokens=WRITTEN, do_sample=False, num_beams=1))
+    longest = max(part.shape[1] for part in parts)
+    fill = 0 if pad is None else pad
+    return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts])
+
+
+def until_end(ids: Tensor, end: int | list[int] | None) -> Tensor:
+    """The targets of ids [samples, tokens]: the next token of each but the last, up to the first end of a text."""
+    targets = ids[:, 1:].clone()
+    ends = torch.isin(targets, torch.tensor([] if end is None else end, dtype=targets.dtype))
+    over = ends.cumsum(1) - ends.long() > 0
+    return targets.masked_fill(over, IGNORED)

@@ -12,6 +12,7 @@ from torch import Tensor
 from mptk.errors import MptkError, exhausted
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
+from mptk.progress import steps
 from mptk.runtime.staged import EXECUTOR, Executor
 from passes.transforms.round_weights import RoundWeights
 
@@ -107,7 +108,7 @@ def _compared(
             if (lacking := exhausted(error)) is not None:
                 raise lacking from error
             return [failed(name, error, tolerance) for name, (run, tolerance) in stages.items()]
-        for name, (run, tolerance) in stages.items():
+        for name, (run, tolerance) in steps(stages.items(), lambda stage: stage[0]):
             outputs_of = (lambda _: next(results)) if isinstance(run, Program) else run
             found = _run(name, outputs_of, batch, reference, tolerance)
             worst[name] = max(worst.get(name, found), found, key=lambda d: d.relative)

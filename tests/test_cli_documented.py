@@ -26,7 +26,11 @@ def command_lines() -> list[str]:
 
 
 @pytest.mark.parametrize("line", command_lines())
-def test_documented_command_lines_parse(line):
+def test_documented_command_lines_parse(line, tmp_path, monkeypatch):
+    for recipe in re.findall(r"--config (\S+)", line):  # which is read when the line is parsed
+        (tmp_path / recipe).parent.mkdir(parents=True)
+        (tmp_path / recipe).write_text("model: smollm2-135m\n")
+    monkeypatch.chdir(tmp_path)
     group = typer.main.get_command(app)
     arguments = shlex.split(line, comments=True)[1:]
     with group.make_context("mptk", list(arguments)) as context:

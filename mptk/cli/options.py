@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 import typer
 from typer.models import OptionInfo
 
+from mptk.cli import choices
 from mptk.errors import MptkError
 from mptk.run.settings import Learning, LossWeights, Settings, Training
 
@@ -25,15 +26,12 @@ Record = TypeVar("Record", Settings, Learning, Training, LossWeights)
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or an alias of `mptk models`.")]
 Folder = Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the result; replaced only if mptk made it.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
-Dense = Annotated[str | None, typer.Option("--model", help="The dense model, if it has moved.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print each pass's difference as it runs.")]
-MaxMs = Annotated[
-    float | None, typer.Option(help="Cut until the predicted latency is this low.", rich_help_panel="What is cut")
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Also write the result to this file; - prints it in place of the table.")
 ]
-
-CUT, CHOICE, TRAIN, WRITE, TEXT = "What is cut", "How it is chosen", "Training", "What is written", "Text and proof"
-MACHINE = "Memory and device"
+Dense = Annotated[str | None, typer.Option("--model", help="The dense model, if it has moved.")]
+CUT, CHOICE, DATA, TRAIN, WRITE, MACHINE = "What to cut", "How to choose", "Data", "Training", "Output", "Machine"
+MaxMs = Annotated[float | None, typer.Option(help="Cut until the predicted latency is this low.", rich_help_panel=CUT)]
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -49,7 +47,9 @@ def parse_width(text: str) -> tuple[str, int]:
     return name.strip(), int(value)
 
 
-_UNITS = {f"{prefix}{unit}": base**power for power, prefix in enumerate("KMGT", 1) for unit, base in _BASES.items()}
+_UNITS = {"B": 1} | {
+    f"{prefix}{unit}": base**power for power, prefix in enumerate("KMGT", 1) for unit, base in _BASES.items()
+}
 
 
 def parse_size(text: str | None) -> int | None:
@@ -84,7 +84,7 @@ class Field:
 
     ``path``: the field, with dots. ``kind``: the type that typer parses. ``read`` converts the parsed value to the
     field's, and ``empty`` is then the default. ``switch``: no negative form, as ``--resume``. ``least`` and ``most``:
-    limits of a number.
+    limits of a number. ``choices``: arguments of the option from ``choices.py``.
     """
 
     path: str
@@ -96,6 +96,7 @@ class Field:
     least: float | None = None
     most: float | None = None
     empty: object = None
+    choices: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def default(self) -> object:
@@ -105,8 +106,8 @@ class Field:
 
 FIELDS: dict[str, Field] = {
     "sparsity": Field("sparsity", float, CUT, "Share of the budget to remove.", least=0.0, most=0.99),
-    "budget": Field("budget", str, CUT, "What is budgeted: params (of blocks), flops, bytes or latency."),
-    "objective": Field("objective", str, CUT, "Phase whose latency counts: decode or prefill."),
+    "budget": Field("budget", str, CUT, "What is budgeted; params: those of blocks.", choices=choices.BUDGET),
+    "objective": Field("objective", str, CUT, "Phase whose latency counts.", choices=choices.OBJECTIVE),
     "threads": Field("threads", int, CUT, "Threads of an operator; 0: all cores.", least=0),
     "families": Field(
         "families", str, CUT, "Families to cut, comma-separated; by default all legal ones.", names, empty=""
@@ -121,15 +122,20 @@ FIELDS: dict[str, Field] = {
     ),
     "plan": Field("plan", Path | None, CUT, "Cut to this plan.json instead of choosing.", text_of),
     "multiple_of": Field("multiple", int, CUT, "If a sum over channels is a multiple of this, it stays one."),
-    "method": Field("method", str, CHOICE, "maskprune, or one-shot: random, magnitude, wanda, flap, taylor."),
+    "method": Field(
+        "method", str, CHOICE, "maskprune learns what to cut; the others score once.", choices=choices.METHOD
+    ),
     "reconstruct": Field(
         "reconstruct", bool | None, CHOICE, "Fit the kept weights to the dense layers' outputs; default of maskprune."
     ),
     "data": Field(
-        "data", str, CHOICE, "Calibration and training text: file, folder, datasets id, or self (the model writes it)."
+        "data",
+        str,
+        DATA,
+        "Text to calibrate and train on: file, FILE:COLUMN, folder, data set, A=0.7,B=0.3; self: the model writes it.",
     ),
-    "samples": Field("samples", int, CHOICE, "Calibration windows.", least=1),
-    "length": Field("length", int, CHOICE, "Tokens in a window.", least=8),
+    "samples": Field("samples", int, DATA, "Calibration windows.", least=1),
+    "length": Field("length", int, DATA, "Tokens in a window.", least=8),
     "seed": Field("seed", int, CHOICE, "Seed of the random choices."),
     "steps": Field("learning.steps", int | None, TRAIN, "Training steps, in total.", least=0),
     "mask_share": Field(
@@ -148,7 +154,9 @@ FIELDS: dict[str, Field] = {
         least=0.0,
     ),
     "hidden": Field("learning.training.losses.hidden", float, TRAIN, "Weight of the hidden states' error.", least=0.0),
-    "teacher": Field("learning.teacher", str, TRAIN, "live, or cached: keep the dense model's top logits on disk."),
+    "teacher": Field(
+        "learning.teacher", str, TRAIN, "cached: keep the dense model's top logits on disk.", choices=choices.TEACHER
+    ),
     "teacher_cache": Field(
         "learning.teacher_cache",
         Path | None,
@@ -156,7 +164,9 @@ FIELDS: dict[str, Field] = {
         "Folder of a cached teacher's outputs; runs may share it.",
         text_of,
     ),
-    "precision": Field("learning.precision", str, TRAIN, "no (float32), bf16, or fp16 (recovery only)."),
+    "precision": Field(
+        "learning.precision", str, TRAIN, "no: float32; fp16: in recovery only.", choices=choices.PRECISION
+    ),
     "gradient_checkpointing": Field(
         "learning.gradient_checkpointing",
         bool,
@@ -164,10 +174,12 @@ FIELDS: dict[str, Field] = {
         "Less memory for more time.",
         switch=True,
     ),
-    "tracker": Field("learning.tracker", str, TRAIN, "tensorboard, wandb or none."),
+    "tracker": Field("learning.tracker", str, TRAIN, "Where training is logged.", choices=choices.TRACKER),
     "save_every": Field("learning.training.save_every", int, TRAIN, "Steps between checkpoints.", least=1),
-    "target": Field("target", str, WRITE, "stock: the model's own transformers class; graph: any widths."),
-    "dtype": Field("dtype", str, WRITE, "Type of the stored weights: auto (as the model), float32, bfloat16, float16."),
+    "target": Field(
+        "target", str, WRITE, "stock: the model's own transformers class; graph: any widths.", choices=choices.TARGET
+    ),
+    "dtype": Field("dtype", str, WRITE, "Type of the stored weights; auto: as the model.", choices=choices.DTYPE),
     "max_shard_size": Field(
         "max_shard_size", str | None, WRITE, "Largest file of weights, as 5GB; then there are several.", parse_size
     ),
@@ -186,14 +198,16 @@ FIELDS: dict[str, Field] = {
         "Logits of the ONNX graph: all positions, or the last.",
     ),
     "quantize": Field(
-        "quantize", str, WRITE, "More ONNX graphs to write: int8, int4, fp16, comma-separated.", names, empty=""
+        "quantize", str, WRITE, "More ONNX graphs to write, comma-separated.", names, empty="", choices=choices.QUANTIZE
     ),
-    "onnx_dtype": Field("onnx_dtype", str, WRITE, "Type of the ONNX graph: auto (as it computes), float32, float16."),
+    "onnx_dtype": Field(
+        "onnx_dtype", str, WRITE, "Type of the ONNX graph; auto: as it computes.", choices=choices.ONNX_DTYPE
+    ),
     "resume": Field("resume", bool, WRITE, "Continue the unfinished run beside --out.", switch=True),
-    "eval_data": Field("eval_data", str | None, TEXT, "Text for the perplexity in the report."),
-    "eval_windows": Field("eval_windows", int, TEXT, "Windows for the perplexity in the report.", least=1),
-    "eval_length": Field("eval_length", int, TEXT, "Tokens in such a window.", least=2),
-    "proof_length": Field("proof_length", int, TEXT, "Most tokens of a sequence in the proof.", least=48),
+    "eval_data": Field("eval_data", str | None, DATA, "Text for the perplexity in the report."),
+    "eval_windows": Field("eval_windows", int, DATA, "Windows for the perplexity in the report.", least=1),
+    "eval_length": Field("eval_length", int, DATA, "Tokens in such a window.", least=2),
+    "proof_length": Field("proof_length", int, WRITE, "Most tokens of a sequence in the proof.", least=48),
     "memory": Field(
         "memory",
         str | None,
@@ -201,14 +215,14 @@ FIELDS: dict[str, Field] = {
         "Bound on weights in memory, as 8GB; by default half of what is free.",
         parse_size,
     ),
-    "device": Field("device", str, MACHINE, "auto, cpu, cuda, cuda:N, mps or xpu."),
+    "device": Field("device", str, MACHINE, "Where it runs.", choices=choices.DEVICE),
     "compute_dtype": Field(
-        "compute_dtype", str, MACHINE, "Type in which scores and training compute: float32, or bfloat16."
+        "compute_dtype", str, MACHINE, "Type in which scores and training compute.", choices=choices.COMPUTE_DTYPE
     ),
     "trust_remote_code": Field(
         "trust_remote_code",
         bool,
-        TEXT,
+        MACHINE,
         "Run the Python code in the model's repository.",
         switch=True,
     ),
@@ -252,10 +266,11 @@ RECOVERY = (
 
 def option(name: str, *, panel: bool = False) -> OptionInfo:
     """The typer option of an entry of ``FIELDS``. ``panel``: show it in its panel of the help."""
-    field = FIELDS[name]
-    flags = [f"--{name.replace('_', '-')}"] if field.switch else []
-    shown = field.panel if panel else None
-    made: OptionInfo = typer.Option(*flags, help=field.help, rich_help_panel=shown, min=field.least, max=field.most)
+    found = FIELDS[name]
+    flags = [f"--{name.replace('_', '-')}"] if found.switch else []
+    shown = found.panel if panel else None
+    more: dict[str, Any] = {"min": found.least, "max": found.most, **found.choices}
+    made: OptionInfo = typer.Option(..., *flags, help=found.help, rich_help_panel=shown, **more)
     return made
 
 

@@ -20,7 +20,8 @@ from rich.progress import (
     Progress as Bars,
 )
 
-from mptk.progress import Progress
+from mptk.cli.voice import VOICE
+from mptk.progress import Progress, silent
 
 LINE_S = 10.0
 """Seconds between two lines of one stage in a log."""
@@ -29,6 +30,9 @@ LINE_S = 10.0
 @contextlib.contextmanager
 def stages(console: Console) -> Iterator[Progress]:
     """Show the stages of a run: a bar for each on a terminal; in a log, lines with the seconds since the start."""
+    if VOICE.quiet:
+        yield silent
+        return
     if not console.is_interactive:
         yield lines(console)
         return

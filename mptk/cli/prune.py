@@ -9,26 +9,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mptk.cli.app import app, err, out
+from mptk.cli.app import command, err, out, resumable, show
 from mptk.cli.options import (
+    MACHINE,
     RECOVERY,
     Dense,
     Device,
     Folder,
+    Json,
     MaxMs,
     Memory,
     Model,
     Out,
     ProofLength,
     Trust,
-    Verbose,
     parse_size,
     settings_from,
     with_latency,
     with_settings,
 )
 from mptk.cli.progress import stages
+from mptk.cli.recipes import Config
+from mptk.cli.voice import VOICE
 from mptk.errors import MptkError
+from mptk.progress import within
 from mptk.run.settings import DEFAULT_STEPS, Settings
 
 if TYPE_CHECKING:
@@ -36,10 +40,20 @@ if TYPE_CHECKING:
 
 
 NO_PLACE = "there is no place for the result; give --out FOLDER"
-Estimate = Annotated[bool, typer.Option("--estimate", help="Only say what memory, disk and time the run will need.")]
+Estimate = Annotated[
+    bool,
+    typer.Option("--estimate", rich_help_panel=MACHINE, help="Only say what memory, disk and time the run will need."),
+]
 
 
-@app.command()
+@command(
+    examples=(
+        "prune smollm2-135m --sparsity 0.3 --data book.txt --out runs/m30",
+        "prune smollm2-135m --sparsity 0.3 --method wanda --data c4.jsonl=0.7,code/=0.3 --out runs/w30",
+        "prune smollm2-135m --max-decode-ms 15 --data wikitext2 --quantize int8 --out runs/fast",
+        "prune --config runs/m30/run.yaml --sparsity 0.5 --out runs/m50",
+    )
+)
 @with_settings()
 def prune(
     model: Model,
@@ -47,7 +61,7 @@ def prune(
     max_decode_ms: MaxMs = None,
     max_prefill_ms: MaxMs = None,
     estimate: Estimate = False,
-    verbose: Verbose = False,
+    config: Config = None,
     **options: object,
 ) -> None:
     """Cut a model, prove the result, and write it as a plain checkpoint folder and ONNX.
@@ -66,21 +80,21 @@ def prune(
         return
     if folder is None:
         raise MptkError(NO_PLACE)
-    with stages(err) as progress:
-        result = prune(model, folder, settings, progress, on_stage=printed(verbose))
+    with resumable(folder), stages(err) as progress:
+        result = prune(model, folder, settings, progress, on_stage=printed())
     if result is not None:
         out.print(report.prune_view(result))
         out.print(f"written to {folder}", soft_wrap=True)
 
 
-@app.command()
+@command(examples=("recover runs/w30 --data book.txt --steps 100 --out runs/w30r",))
 @with_settings(*RECOVERY)
 def recover(
     folder: Folder,
     destination: Annotated[Path | None, typer.Option("--out", help="Folder for the trained model.")] = None,
     model: Dense = None,
     estimate: Estimate = False,
-    verbose: Verbose = False,
+    config: Config = None,
     **options: object,
 ) -> None:
     """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
@@ -102,21 +116,19 @@ def recover(
         return
     if destination is None:
         raise MptkError(NO_PLACE)
-    with stages(err) as progress:
-        result = recovery.recover(
-            folder, destination, settings.learning, progress, on_stage=printed(verbose), **changes
-        )
+    with resumable(destination), stages(err) as progress:
+        result = recovery.recover(folder, destination, settings.learning, progress, on_stage=printed(), **changes)
     if result is not None:
         out.print(report.prune_view(result))
         out.print(f"written to {destination}", soft_wrap=True)
 
 
-def printed(verbose: bool) -> Callable[[Record], None] | None:
-    """A call that prints the record of a stage, with the difference if it is a pass; None unless ``verbose``."""
-    return (lambda record: err.print(str(record), highlight=False)) if verbose else None
+def printed() -> Callable[[Record], None] | None:
+    """A call that prints the record of a stage, with the difference if it is a pass; None unless ``-v`` is given."""
+    return (lambda record: err.print(str(record), highlight=False)) if VOICE.verbose else None
 
 
-@app.command()
+@command(examples=("verify runs/m30", "verify runs/m30 --model models/dense"))
 def verify(
     folder: Folder,
     model: Dense = None,
@@ -129,7 +141,7 @@ def verify(
     from mptk.cli import report
     from mptk.driver import verification
 
-    with stages(err) as progress:
+    with stages(err) as progress, within(progress, "prove"):
         progress("prove", 0, 0)
         proof = verification.verify(
             folder,
@@ -142,7 +154,27 @@ def verify(
     out.print(report.proof_view([d.as_dict() for d in proof]), *proof.notes, sep="\n")
 
 
-@app.command("report")
+@command(examples=("rerun runs/m30 --out runs/again",))
+def rerun(
+    folder: Folder,
+    destination: Annotated[Path, typer.Option("--out", help="Folder for the new result.")],
+    model: Dense = None,
+    json_file: Json = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Repeat the run that made a folder, from its report, and show what differs: plan, weights, text, quality."""
+    from mptk.cli import report
+    from mptk.driver.rerun import rerun
+
+    with resumable(destination), stages(err) as progress:
+        found = rerun(
+            folder, destination, progress, model=model, on_stage=printed(), trust_remote_code=trust_remote_code
+        )
+    if found is not None:
+        show(json_file, {"folder": str(folder), "out": str(destination), "rows": found}, report.rerun_view(found))
+
+
+@command("report", examples=("report runs/m30 --beside runs/w30",))
 def show_report(
     folder: Folder,
     beside: Annotated[list[Path] | None, typer.Option(help="Another such folder to compare. May be repeated.")] = None,

@@ -334,3 +334,15 @@ def _peaks(result: Bench) -> list[str]:
             for threads, peak in result.peaks.items()
         ),
     ]
+
+
+def rerun_view(rows: Sequence[Row]) -> Lines:
+    """``mptk rerun``: what was compared, before and now, and a sentence."""
+    table = Table()
+    for column in ("", "before", "now", ""):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row["what"], str(row["before"]), str(row["now"]), "same" if row["same"] else "DIFFERS")
+    differ = [row["what"] for row in rows if not row["same"]]
+    said = f"differs in {', '.join(differ)}" if differ else "the run gave the same result"
+    return Lines(table, Text(said))

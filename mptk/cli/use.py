@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group
+from rich.json import JSON
+from rich.text import Text
 
-from mptk.cli.app import app, err, out
+from mptk.cli import choices
+from mptk.cli.app import command, err, out, show
 from mptk.cli.options import (
     Device,
     Json,
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     from mptk.io.evaluation import Perplexity
 
 
-@app.command("export")
+@command("export", examples=("export smollm2-135m --quantize int8 --out runs/dense",))
 def export_onnx(
     model: Model,
     folder: Out,
@@ -66,7 +70,12 @@ def export_onnx(
     out.print(f"written to {folder}", soft_wrap=True)
 
 
-@app.command()
+@command(
+    examples=(
+        'generate runs/m30 "Once upon a time"',
+        'generate runs/m30 "Why is the sky blue?" --chat --temperature 0.7',
+    )
+)
 def generate(
     model: Annotated[str, typer.Argument(help="The --out folder of `prune` or `export`, or an .onnx file in it.")],
     prompts: Annotated[list[str], typer.Argument(help="Text to continue; several run as one batch.")],
@@ -110,7 +119,7 @@ def generate(
     )
 
 
-@app.command("eval")
+@command("eval", examples=("eval runs/m30 --data wikitext2 --windows 40", "eval runs/m30 --tasks arc_easy --limit 100"))
 def evaluate(
     model: Model,
     data: Annotated[str | None, typer.Option(help="Text for perplexity: file, folder or datasets id.")] = None,
@@ -119,7 +128,7 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated.")] = "",
     include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples of each task.")] = None,
-    runtime: Annotated[str, typer.Option(help="torch, or onnx: a folder's ONNX or an .onnx file.")] = "torch",
+    runtime: Annotated[str, typer.Option(help="onnx: a folder's ONNX or an .onnx file.", **choices.RUNTIME)] = "torch",
     threads: Threads = 0,
     device: Device = Settings.device,
     json_file: Json = None,
@@ -136,8 +145,6 @@ def evaluate(
     if runtime == "onnx":
         evaluate_onnx(model, data, length, windows, tasks, threads, device, json_file)
         return
-    if runtime != "torch":
-        raise MptkError(f"no runtime {runtime!r}; choose torch or onnx")
     with stages(err) as progress:
         progress("load", 0, 0)
         there = find_device(device)
@@ -157,11 +164,8 @@ def evaluate(
         if tasks:
             progress("lm-eval", 0, 0)
             result["tasks"] = evaluation.zero_shot(loaded, names(tasks), include_path=include_path, limit=limit)
-    write_json(json_file, result)
-    if data is not None:
-        print_perplexity(measured)
-    if tasks:
-        out.print_json(data=result["tasks"])
+    views = [] if data is None else [perplexity_view(measured)]
+    show(json_file, result, Group(*views, *([JSON.from_data(result["tasks"])] if tasks else [])))
 
 
 def evaluate_onnx(
@@ -191,16 +195,16 @@ def evaluate_onnx(
             data=text.protocol_name(data),
             progress=lambda done, total: progress("perplexity", done, total),
         )
-    write_json(json_file, {"model": model, "perplexity": measured.value, "protocol": measured.protocol})
-    print_perplexity(measured)
+    content = {"model": model, "perplexity": measured.value, "protocol": measured.protocol}
+    show(json_file, content, perplexity_view(measured))
 
 
-def print_perplexity(measured: Perplexity) -> None:
-    """Print a perplexity and its protocol."""
-    out.print(f"perplexity {measured.value:.3f}  ({measured.protocol})", soft_wrap=True, highlight=False)
+def perplexity_view(measured: Perplexity) -> Text:
+    """A perplexity and its protocol."""
+    return Text(f"perplexity {measured.value:.3f}  ({measured.protocol})")
 
 
-@app.command()
+@command(examples=("bench smollm2-135m runs/m30 --threads 1,4 --plot bench.png",))
 def bench(
     models: Annotated[list[str], typer.Argument(help="Models, folders or .onnx files; the first is the baseline.")],
     lengths: Annotated[str, typer.Option(help="Tokens of the prompt or in the cache, comma-separated.")] = "128,512",
@@ -230,7 +234,6 @@ def bench(
             threads=parse_counts(threads, "--threads"),
             rounds=rounds,
         )
-    write_json(json_file, result.to_json())
     for model in models[1:]:
         if (Path(model) / "report.json").is_file():
             write_json(Path(model) / "bench.json", result.to_json())
@@ -239,4 +242,4 @@ def bench(
         write_text(markdown, report.bench_markdown(result))
     if plot is not None:
         draw_bench(result, plot)
-    out.print(report.bench_view(result))
+    show(json_file, result.to_json(), report.bench_view(result))

@@ -25,7 +25,7 @@ from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.text import program_text
-from mptk.progress import Progress, silent
+from mptk.progress import Progress, silent, within
 from mptk.run.execution import execution, session_device
 from mptk.run.settings import Settings, check_onnx_dtype
 from mptk.runtime.bench import Bench, bench_decoders
@@ -209,19 +209,20 @@ def export_folder(
         say("export ONNX", 0, 0)
         how: dict[str, Any] = {"logits": logits, "quantize": quantize, "text": windows, "objective": objective}
         about = {"source": model}
-        export_decoder(
-            loaded.model,
-            folder / "onnx",
-            about,
-            onnx_dtype=onnx_dtype,
-            weights=loaded.with_weights,
-            dense=lambda ids: next(executor.outputs([plain], [(ids,)])),
-            executor=executor,
-            **how,
-        )
+        with within(say, "export ONNX"):
+            export_decoder(
+                loaded.model,
+                folder / "onnx",
+                about,
+                onnx_dtype=onnx_dtype,
+                weights=loaded.with_weights,
+                dense=lambda ids: next(executor.outputs([plain], [(ids,)])),
+                executor=executor,
+                **how,
+            )
         for scheme in quantize:
-            say(f"check {scheme}", 0, 0)
-            check_quantized(folder / "onnx" / "model.onnx", folder / "onnx" / f"model_{scheme}.onnx", scheme)
+            with within(say, f"check {scheme}"):
+                check_quantized(folder / "onnx" / "model.onnx", folder / "onnx" / f"model_{scheme}.onnx", scheme)
         loaded.model.config.save_pretrained(folder)
         if loaded.model.generation_config is not None:
             loaded.model.generation_config.save_pretrained(folder)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from mptk.run.settings import Settings
 from mptk.run.values import Context, SampleSets
 from mptk.targets.stock_config import config_changes
 from mptk.version import __version__
+
+PACKAGES = ("numpy", "onnxruntime", "torch", "transformers")
 
 
 def describe(
@@ -54,6 +58,7 @@ def describe(
         files=sorted([*listed(folder), FILE]),
         task=prepared.task.name,
         data=used_data(sets, prepared.settings),
+        versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     )
 
 

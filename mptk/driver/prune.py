@@ -46,6 +46,7 @@ from mptk.run.execution import execution
 from mptk.run.folder import RunFolder
 from mptk.run.processes import describe as describe_processes
 from mptk.run.processes import holds, leads, once, processes
+from mptk.run.recipe import write_recipe
 from mptk.run.report import Report
 from mptk.run.settings import DEFAULT_STEPS, Settings
 from mptk.run.values import Context, SampleSets
@@ -99,8 +100,8 @@ class Job:
     """What a run starts from and where it ends.
 
     ``load`` gives the dense model, whose weights are read when they are asked for. ``given`` gives the plan and the
-    weights to start from (a recovery). If it is None, the method chooses them, or ``settings.plan`` gives the plan.
-    ``kept``: the share of the parameters that ``given`` keeps.
+    weights to start from (a recovery of the folder ``start``). If it is None, the method chooses them, or
+    ``settings.plan`` gives the plan. ``kept``: the share of the parameters that ``given`` keeps.
     """
 
     source: str
@@ -108,6 +109,7 @@ class Job:
     load: Callable[[Resident], tuple[Loaded, Task]]
     given: Callable[[Prepared], Chosen] | None = None
     kept: float = 1.0
+    start: Path | None = None
 
 
 def run(job: Job, settings: Settings, context: Context) -> Report | None:
@@ -394,6 +396,7 @@ def written_folder(
             proven = prove_folder(compiled, targets, folder, sets.calibration)
         proven = replace(proven, differences=(*witnessed, *proven.differences))
         check_proof(proven.differences, REMEDY)
+        write_recipe(folder, job.source, prepared.settings, job.start)
         report = describe(compiled, proven, sets, [*notes, proven.note], folder, context)
         report.write(folder)
     return report

@@ -97,4 +97,4 @@ def _job(
         return loaded, task_of(loaded)
 
     kept = report.cost["pruned"]["parameters"] / report.cost["dense"]["parameters"]
-    return Job(model or report.model, Path(out), load, given, kept), settings
+    return Job(model or report.model, Path(out), load, given, kept, folder), settings

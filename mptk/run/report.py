@@ -33,6 +33,7 @@ class Report:
     ``quantized``: scheme → ``file``, ``bytes``, ``perplexity``. ``proof``: a row a stage. ``config_changes``: field →
     [old, new]. ``stages``: a row a stage of the run, passes with their differences. ``data``: what was trained,
     calibrated and measured on, each with ``source``, ``samples``, ``inputs`` and ``seed``; ``files``: path → sha256.
+    ``versions``: of Python and of the packages that compute.
     """
 
     mptk: str
@@ -56,6 +57,7 @@ class Report:
     files: Sequence[str]
     task: str = "causal-lm"
     data: Row = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``report.json``."""

@@ -15,7 +15,7 @@ from mptk.io.models import Loaded
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
-from mptk.progress import Progress
+from mptk.progress import Progress, within
 from mptk.run.folder import RunFolder
 from passes.targets.stock.config import StockConfig
 from passes.verify import Difference, StageOutputs
@@ -40,7 +40,7 @@ class Context:
     def stage(self, name: str) -> Iterator[None]:
         """Announce and time a stage."""
         self.progress(name, 0, 0)
-        with self.log.stage(name):
+        with self.log.stage(name), within(self.progress, name):
             yield
 
 

@@ -75,5 +75,5 @@ def load_decoder(model: str, *, trust_remote_code: bool = False) -> Loaded:
     _refuse_others(model, trust_remote_code)
     loaded = models.load(model, trust_remote_code=trust_remote_code)
     with torch.no_grad():
-        CAUSAL_LM.check(loaded, lambda samples: getattr(loaded.model(**samples.inputs), "logits", None))
+        CAUSAL_LM.check(loaded, lambda batch: getattr(loaded.model(**batch.inputs), "logits", None))
     return loaded

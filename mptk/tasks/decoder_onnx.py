@@ -16,6 +16,7 @@ from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.progress import step
 from mptk.run.settings import check_onnx_dtype
 from mptk.runtime.staged import EXECUTOR, Executor
 from mptk.version import __version__
@@ -50,6 +51,7 @@ def export_decoder(
     phase(objective)
     check_onnx_dtype(onnx_dtype, quantize)
     log = log or Log()
+    step(0, 0, "trace a decoding step")
     program = trace_decoder(model, logits=logits, weights=weights, dense=dense, executor=executor)
     if onnx_dtype != "auto" and model.dtype is not torch.float32:
         raise MptkError(f"a {onnx_dtype} graph is made of a float32 model, not {model.dtype}; call model.float()")
@@ -58,6 +60,7 @@ def export_decoder(
         analysis = group.analyze(program)
         program = cut_program(analysis, resolve_plan(analysis, plan), log, dtype).program
         about["plan_sha256"] = plan.digest
+    step(0, 0, "translate the graph")
     half = onnx_dtype == "float16"
     file = emit_onnx(program, folder, objective=objective, half=half, metadata=about, log=log)
     for scheme in quantize:

@@ -13,7 +13,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.weights import Weights
 from mptk.run.chain import Compiled, Target
-from mptk.run.values import Checks, Text
+from mptk.run.values import Checks, SampleSets
 from mptk.targets.graph import stored_weights
 from passes.targets.legalize import LegalWidths, graph_widths
 
@@ -36,7 +36,7 @@ class NpzTarget(Target):
         }
         return LegalWidths(ladders, whole.refused, whole.accepts)
 
-    def emit(self, compiled: Compiled, text: Text, folder: Path, log: Log) -> list[str]:
+    def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
         np.savez(folder / FILE, **{name: weight.detach().numpy() for name, weight in compiled.program.state.items()})
         return []
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mptk.compat.onnxruntime import matmul_quantizer
+from mptk.progress import steps
 from passes.targets.onnx.balance import weight_of
 from passes.targets.onnx.matmul_nbits import ACCURACY_LEVEL, set_blocks
 from passes.targets.onnx.plain_products import logit_products, products
@@ -39,7 +40,8 @@ class BlockWeightsPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         formats, spill = self._formats(model), Spill(self.source.parent)
         nodes = {str(node.name): node for node in model.graph if node.name in formats}
-        for name, (bits, block) in sorted(formats.items(), key=lambda item: item[1]):
+        order = sorted(formats.items(), key=lambda item: item[1])
+        for name, (bits, block) in steps(order, f"weights in {self.bits}-bit blocks"):
             names = [f"Q{bits}", "scales", "zero_points"]
             arrays = dict(zip(names, rounded(weight_of(nodes[name]), bits, block), strict=False))
             set_blocks(

@@ -24,6 +24,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from mptk.errors import ProofError
+from mptk.progress import steps
 from passes.targets.onnx.balance import gated
 from passes.targets.onnx.plain_products import products
 from passes.targets.onnx.quantize import even_channels, read_float
@@ -131,7 +132,10 @@ def _check_blocks(source: Path, quantized: ir.Model, scheme: str) -> dict[str, f
     if not all(_size(rounded[name]) == shape_of(weight) for name, weight in weights.items()):
         _fail(scheme, "a weight is of another size")
     _reorder(model, rounded, weights)
-    worst = {name: float(read(rounded[name]).deviations(weight.numpy()).max()) for name, weight in weights.items()}
+    worst = {
+        name: float(read(rounded[name]).deviations(weight.numpy()).max())
+        for name, weight in steps(weights.items(), f"{scheme} weights")
+    }
     return worst | _check_lookup(model, quantized) | _check_rest(model, quantized)
 
 

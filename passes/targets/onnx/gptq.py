@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from mptk.progress import step
 from mptk.runtime.sessions import CPU
 from passes.targets.onnx.balance import weight_of
 from passes.targets.onnx.matmul_nbits import set_blocks
@@ -78,7 +79,9 @@ class GPTQPass(ir.passes.InPlacePass):
         with tempfile.TemporaryDirectory(dir=self.source.parent, prefix=".onnx-") as temporary:
             file = Path(temporary) / self.source.name
             ir.save(model, file, external_data=f"{file.name}.data")
-            for name, moments in measure_onnx(file, channels, self.text, "products", self.device):
+            found = measure_onnx(file, channels, self.text, "products", self.device)
+            for done, (name, moments) in enumerate(found):
+                step(done, len(channels), "inputs of weights in 4-bit blocks")
                 inverse = inverse_root(moments)
                 for node in readers[name]:
                     rounded = rounded_blocks(weight_of(node), moments.diagonal(), inverse, self.block)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from mptk.ir.passes import Log, Record
+from mptk.progress import steps
 
 
 def run_onnx(model: ir.Model, passes: Sequence[ir.passes.PassBase], log: Log) -> ir.Model:
@@ -16,15 +17,19 @@ def run_onnx(model: ir.Model, passes: Sequence[ir.passes.PassBase], log: Log) ->
     Raises:
         onnx_ir.passes.PassError: a condition of a pass does not hold.
     """
-    for step in passes:
+    for step in steps(passes, _name):
         before, start = (len(model.graph), _weights(model)), time.perf_counter()
         result = step(model)
         model = result.model
         if result.modified:
-            name, seconds = getattr(step, "name", type(step).__name__), round(time.perf_counter() - start, 2)
+            seconds = round(time.perf_counter() - start, 2)
             ops, parameters = zip(before, (len(model.graph), _weights(model)), strict=True)
-            log.add(Record(f"onnx: {name}", seconds, ops, parameters, changed=True))
+            log.add(Record(f"onnx: {_name(step)}", seconds, ops, parameters, changed=True))
     return model
+
+
+def _name(step: ir.passes.PassBase) -> str:
+    return str(getattr(step, "name", type(step).__name__))
 
 
 def _weights(model: ir.Model) -> int:

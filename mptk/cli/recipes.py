@@ -1,0 +1,57 @@
+"""recipes: ``--config``, the options of a command from a YAML file (``mptk/run/recipe.py``)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mptk.errors import MptkError
+
+
+def configured(context: typer.Context, file: Path | None) -> Path | None:
+    """Make the options of a recipe file the defaults of this call.
+
+    Raises:
+        MptkError: the file cannot be read, or names an option that the command does not have.
+    """
+    if file is None:
+        return None
+    from mptk.run.recipe import read_recipe
+
+    known: dict[str, Any] = {}
+    for parameter in context.command.params:
+        flags = [flag.removeprefix("--").replace("-", "_") for flag in parameter.opts if flag.startswith("--")]
+        known |= dict.fromkeys(flags or [parameter.name], parameter)
+    known = {name: found for name, found in known.items() if name not in ("config", "help")}
+    values: dict[str, Any] = {}
+    for name, value in read_recipe(file).items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}" if close else f"there are {', '.join(known)}"
+            raise MptkError(f"{file} has {name!r}, which is no option of `mptk {context.command.name}`; {hint}")
+        if value is not None:
+            values[known[name].name] = _as_typed(value, known[name])
+    context.default_map = values
+    return file
+
+
+def _as_typed(value: object, parameter: Any) -> object:
+    """A value of a recipe file as it would be typed: lists with commas, pairs as A=B."""
+    if isinstance(value, Mapping):
+        value = [f"{name}={each}" for name, each in value.items()]
+    many = getattr(parameter, "multiple", False)
+    if isinstance(value, list):
+        return list(map(str, value)) if many else ",".join(map(str, value))
+    if isinstance(value, bool):  # YAML reads a bare `no` as false
+        return value if getattr(parameter, "is_flag", False) else "yes" if value else "no"
+    return [str(value)] if many else str(value)
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", is_eager=True, callback=configured, help="Options from this YAML file; those given win."),
+]

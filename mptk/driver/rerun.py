@@ -1,0 +1,94 @@
+"""rerun: repeat the run that made a folder, from its report, and compare the two reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mptk.driver.prune import prune
+from mptk.driver.recovery import recover
+from mptk.errors import MptkError
+from mptk.io.manifest import check_manifest
+from mptk.ir.passes import Record
+from mptk.progress import Progress
+from mptk.run.recipe import FILE, read_recipe
+from mptk.run.report import Report
+
+_LEARNING = ("learning", "plan", "resume", "trust_remote_code", "reconstruct")
+
+
+def rerun(
+    folder: str | Path,
+    out: str | Path,
+    progress: Progress | None = None,
+    *,
+    model: str | None = None,
+    on_stage: Callable[[Record], None] | None = None,
+    trust_remote_code: bool = False,
+) -> list[dict[str, Any]] | None:
+    """Repeat the ``prune`` or ``recover`` that made ``folder``, and write the result to ``out``.
+
+    Settings, data and, unless ``model`` is given, the model are those that the folder's report names. They may be
+    downloaded. Code of the model runs only with ``trust_remote_code``.
+
+    Returns:
+        ``what`` was compared, ``before``, ``now``, and whether they are the ``same``. None in all but the first of
+        several processes.
+
+    Raises:
+        MptkError: as ``prune`` and ``recover``; or the folder has no report, or is not as it was published.
+    """
+    folder = Path(folder)
+    before = Report.read(folder)
+    check_manifest(folder)
+    if not (folder / FILE).is_file():
+        raise MptkError(
+            f"{folder} has no {FILE}; it was written by an earlier mptk, so run `mptk prune` with its settings"
+        )
+    start = read_recipe(folder / FILE).get("folder")
+    settings = replace(before.settings, resume=False, trust_remote_code=trust_remote_code)
+    if start is not None:
+        changes = {name: value for name, value in vars(settings).items() if name not in _LEARNING}
+        now = recover(
+            start,
+            out,
+            settings.learning,
+            progress,
+            model=model,
+            on_stage=on_stage,
+            trust_remote_code=trust_remote_code,
+            **changes,
+        )
+    else:
+        if settings.plan is not None:
+            settings = replace(settings, plan=str(folder / "plan.json"))
+        now = prune(model or before.model, out, settings, progress, on_stage=on_stage)
+    return None if now is None else compared(before, now)
+
+
+def compared(before: Report, now: Report) -> list[dict[str, Any]]:
+    """What two reports say of the same things, in rows of ``rerun``."""
+    first, second = _facts(before), _facts(now)
+    names = list(dict.fromkeys([*first, *second]))
+    rows = [{"what": name, "before": first.get(name, ""), "now": second.get(name, "")} for name in names]
+    return [{**row, "same": row["before"] == row["now"]} for row in rows]
+
+
+def _facts(report: Report) -> dict[str, Any]:
+    sets = {name: each for name, each in report.data.items() if name != "files"}
+    return {
+        "model": report.model_sha256[:12],
+        "plan": report.plan_sha256[:12],
+        "weights": report.weights_sha256[:12],
+        **{
+            f"{name} data ({key})": found["sha256"][:12]
+            for name, each in sets.items()
+            for key, found in each["inputs"].items()
+        },
+        **{f"file {path}": found[:12] for path, found in report.data.get("files", {}).items()},
+        **{f"quality of {name}": value for name, value in report.perplexity.items() if name != "protocol"},
+        "mptk": report.mptk,
+        **report.versions,
+    }

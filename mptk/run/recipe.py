@@ -1,0 +1,90 @@
+"""recipe: a run as a YAML file of the command line's options. ``mptk prune --config run.yaml`` repeats it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mptk.errors import MptkError
+from mptk.files import write_text
+from mptk.io.dense import absolute
+from mptk.run.settings import Settings
+
+FILE = "run.yaml"
+
+OPTIONS = {"widths": "width", "multiple": "multiple_of"}
+"""Fields of ``Settings`` whose option has another name."""
+_ELSEWHERE = ("max_ms", "tolerance", "warmup", "clip", "rates", "resume", "trust_remote_code")
+_BYTES = ("memory", "max_shard_size")
+_OF_THE_FOLDER = (
+    *("sparsity", "budget", "objective", "threads", "families", "keep", "width", "plan", "multiple_of"),
+    *("max_decode_ms", "max_prefill_ms", "method", "reconstruct", "samples", "mask_share", "target", "dtype", "rehome"),
+)
+
+
+def recipe(model: str, settings: Settings) -> dict[str, Any]:
+    """Option → value of a run, without what is at its default of None.
+
+    Left out are what has no option, and what a file must not decide: whether the model's own code may run.
+    """
+    found = {"model": model, **_flat(settings)}
+    if settings.max_ms is not None:
+        found[f"max_{settings.objective}_ms"] = settings.max_ms
+    return found | {name: f"{found[name]}B" for name in _BYTES if name in found}
+
+
+def recovery_recipe(folder: str, model: str, settings: Settings) -> dict[str, Any]:
+    """Option → value of a recovery of ``folder``, which decides what is cut."""
+    found = {name: value for name, value in recipe(model, settings).items() if name not in _OF_THE_FOLDER}
+    return {"folder": folder, **found}
+
+
+def write_recipe(folder: Path, source: str, settings: Settings, start: Path | None = None) -> None:
+    """Write ``run.yaml`` of a run on the model ``source``, or of a recovery of the folder ``start``."""
+    model = absolute(source)
+    command, values = "prune", recipe(model, settings)
+    if start is not None:
+        command, values = "recover", recovery_recipe(str(start.resolve()), model, settings)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    write_text(folder / FILE, f"# mptk {command} --config {FILE} --out FOLDER\n{text}")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Option → value of a recipe file; ``-`` and ``_`` in names are the same.
+
+    Raises:
+        MptkError: it cannot be read, or is no mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise MptkError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; check its name") from error
+    except yaml.YAMLError as error:
+        raise MptkError(f"{path} is no YAML: {' '.join(str(error).split())}; write lines as 'sparsity: 0.3'") from error
+    if not isinstance(content, dict):
+        raise MptkError(f"{path} is no list of options; write lines as 'sparsity: 0.3'")
+    return {str(name).replace("-", "_"): value for name, value in content.items()}
+
+
+def _flat(record: Any) -> dict[str, Any]:
+    """The fields of nested dataclasses by their options' names. What an outer one says goes before an inner one."""
+    found: dict[str, Any] = {}
+    for each in fields(record):
+        value = getattr(record, each.name)
+        if each.name in _ELSEWHERE or value is None:
+            continue
+        if is_dataclass(value):
+            found = {**_flat(value), **found}
+        else:
+            found[OPTIONS.get(each.name, each.name)] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value

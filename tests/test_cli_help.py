@@ -1,0 +1,189 @@
+"""The command line itself: choices, completion, help, quiet and verbose, JSON on standard output, wide tables, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from test_cli import ROOT, SHORT, files, mptk, surroundings  # noqa: F401 (fixtures)
+from typer.testing import CliRunner
+
+from mptk.cli import choices
+from mptk.cli.main import app as commands
+from mptk.methods import methods
+from mptk.targets import TARGETS
+from passes.pipelines import SCHEMES
+
+NAMES = sorted(typer.main.get_command(commands).commands)
+
+
+# ---- choices ----
+
+
+def test_the_names_of_choices_are_those_that_are_there() -> None:
+    assert tuple(methods()) == choices.METHODS
+    assert tuple(TARGETS) == choices.TARGETS
+    assert set(choices.SCHEMES) == set(SCHEMES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["prune", "m", "--method", "wandaa"], ["--method", "did you mean 'wanda'?", "maskprune, random, magnitude"]),
+        (["prune", "m", "--quantize", "int8,int5"], ["--quantize", "'int5' is not known", "int8, int4, fp16"]),
+        (["prune", "m", "--device", "gpu"], ["--device", "auto, cpu, cuda, mps, xpu"]),
+        (["prune", "m", "--dtype", "float"], ["--dtype", "float32"]),
+        (["analyze", "m", "--target", "stok"], ["--target", "did you mean 'stock'?"]),
+        (["eval", "m", "--runtime", "tf"], ["--runtime", "torch, onnx"]),
+        (["recover", "m", "--out", "o", "--teacher", "dead"], ["--teacher", "live, cached"]),
+    ],
+)
+def test_a_value_that_is_not_known_is_a_usage_error(arguments: list[str], said: list[str]) -> None:
+    result = CliRunner().invoke(commands, arguments, env={"COLUMNS": "300"})
+    assert result.exit_code == 2
+    assert all(words in result.stderr for words in said), result.stderr
+
+
+def test_devices_have_numbers() -> None:
+    assert choices.DEVICE["parser"]("cuda:3") == "cuda:3"
+    with pytest.raises(typer.BadParameter):
+        choices.DEVICE["parser"]("cuda:x")
+
+
+def test_plugins_are_accepted_and_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Entry:
+        name = "sparsegpt"
+
+    monkeypatch.setattr(choices, "entry_points", lambda group: [Entry] if group == "mptk.methods" else [])
+    assert choices.METHOD["parser"]("sparsegpt") == "sparsegpt"
+    assert choices.METHOD["autocompletion"]("s") == ["sparsegpt"]
+
+
+def complete(line: str) -> list[str]:
+    """What bash gets for a line of ``mptk``."""
+    environment = os.environ | {
+        "_MPTK_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(line.split(" ")) - 1),
+        "PYTHONPATH": str(ROOT),
+    }
+    code = "import sys; sys.argv[0] = 'mptk'; from mptk.cli.main import app; app(prog_name='mptk')"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    return run.stdout.split()
+
+
+def test_completion() -> None:
+    assert complete("mptk prune m --method wa") == ["wanda"]
+    assert complete("mptk prune m --quantize int8,") == ["int8,int4", "int8,fp16"]
+    assert "--install-completion" in CliRunner().invoke(commands, ["--help"], env={"COLUMNS": "200"}).stdout
+
+
+# ---- help ----
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_command_has_short_help_and_an_example_that_parses(name: str) -> None:
+    result = CliRunner().invoke(commands, [name, "-h"], env={"COLUMNS": "300", "TERMINAL_WIDTH": "300"})
+    assert result.exit_code == 0
+    shown = [line.strip() for line in result.stdout.splitlines() if line.strip().startswith("mptk ")]
+    assert shown
+    assert all(line.split()[1] == name for line in shown)
+    assert "--quiet" in result.stdout
+    assert "-v" in result.stdout
+
+
+def test_options_of_prune_are_in_groups() -> None:
+    text = CliRunner().invoke(commands, ["prune", "-h"], env={"TERMINAL_WIDTH": "120"}).stdout
+    titles = [line.split()[1:-1] for line in text.splitlines() if line.startswith("╭─")]
+    names = [" ".join(word for word in title if set(word) != {"─"}) for title in titles]
+    assert names[2:] == ["What to cut", "How to choose", "Data", "Training", "Output", "Machine"]
+
+
+# ---- output ----
+
+
+def test_json_goes_to_standard_output_in_place_of_the_table(files, mptk, tmp_path, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    result = mptk("analyze", files.model, "--json", "-")
+    assert json.loads(result.stdout)["format"] == "mptk-analysis/1"
+    result = mptk("eval", files.model, "--data", files.text, "--length", "32", "--windows", "2", "--json", "-", "-q")
+    assert json.loads(result.stdout)["perplexity"] > 1
+    assert result.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quiet_shows_no_progress_and_verbose_the_cause_of_an_error(files, mptk) -> None:  # noqa: F811
+    assert mptk("analyze", files.model).stderr
+    assert mptk("analyze", files.model, "-q").stderr == ""
+    assert "Traceback" not in mptk("analyze", "./none").stderr
+    loud = mptk("analyze", "./none", "-v")
+    assert "Traceback" in loud.stderr
+    assert "error: './none'" in loud.stderr.splitlines()[-1]
+
+
+def test_tables_are_wide_where_no_terminal_is(files) -> None:  # noqa: F811
+    environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mptk", "ops"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "y[…, o] = Σ_i x[…, i] W[o, i] + b[o]." in run.stdout
+
+
+def test_no_bars_of_other_libraries(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['mptk', 'models']\nfrom mptk.cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
+        "from tqdm.auto import tqdm\nlist(tqdm(range(3), desc='Converting'))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPTK_CACHE": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "Converting" not in run.stderr
+
+
+# ---- Ctrl-C ----
+
+
+def interrupted(command: list[str], ready, folder: Path) -> subprocess.CompletedProcess:
+    """Run mptk in ``folder`` and press Ctrl-C as soon as ``ready()``."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mptk", *command],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell started with &
+    )
+    for _ in range(3000):
+        if ready() or process.poll() is not None:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(files, tmp_path: Path) -> None:  # noqa: F811
+    command = ["prune", files.model, "--out", "out", "--data", files.text, *SHORT, "--no-onnx"]
+    kept = tmp_path / "out.run" / "settings.json"
+    run = interrupted(command, lambda: any(kept.parent.glob("*.safetensors")), tmp_path)
+    assert run.returncode == 130, run.stderr
+    last = run.stderr.splitlines()[-1]
+    assert last == (
+        "interrupted; nothing was published. out.run keeps the finished stages and the same command with --resume goes on"
+    )
+
+
+def test_ctrl_c_elsewhere(mptk, files, monkeypatch) -> None:  # noqa: F811
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mptk.driver.api.analyze", stop)
+    result = mptk("analyze", files.model)
+    assert (result.code, result.error) == (130, "interrupted; nothing was published")

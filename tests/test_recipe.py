@@ -1,0 +1,214 @@
+"""Recipes: every option a key, the command line wins, each run writes its own; `mptk rerun` repeats a run."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_cli import SHORT, files, mptk, surroundings  # noqa: F401 (fixtures)
+from typer.testing import CliRunner
+
+import mptk as api
+from mptk.cli import prune as commands
+from mptk.cli.main import app
+from mptk.cli.options import FIELDS, RECOVERY, settings_from
+from mptk.io.manifest import check_manifest
+from mptk.run.recipe import read_recipe, recipe, recovery_recipe
+from mptk.run.settings import Learning, LossWeights, Training
+
+OTHER = api.Settings(
+    sparsity=0.4,
+    method="wanda",
+    data="a.jsonl=0.7,b=0.3",
+    families=("ffn", "heads"),
+    widths={"ffn": 64, "heads": 3},
+    quantize=("int8", "int4"),
+    onnx=False,
+    reconstruct=False,
+    memory=8_000_000_001,
+    max_shard_size=5000,
+    rehome=True,
+    learning=Learning(
+        steps=7,
+        precision="no",
+        teacher="cached",
+        gradient_checkpointing=True,
+        training=Training(losses=LossWeights(lm=0.5)),
+    ),
+)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Collects what `prune` and `recover` are asked for, in place of a run."""
+    calls: list[Any] = []
+    monkeypatch.setattr("mptk.driver.prune.prune", lambda *arguments, **_: calls.append(arguments))
+    monkeypatch.setattr(
+        "mptk.driver.recovery.recover", lambda *arguments, **options: calls.append((arguments, options))
+    )
+    return calls
+
+
+def write(path: Path, **values: object) -> str:
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "300"})
+
+
+@pytest.mark.parametrize("settings", [api.Settings(), OTHER], ids=["defaults", "others"])
+def test_the_recipe_of_settings_gives_these_settings(settings: api.Settings, tmp_path: Path, asked: list[Any]) -> None:
+    path = write(tmp_path / "run.yaml", **recipe("dense", settings))
+    result = run("prune", "--config", path, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 0, (result.output, result.exception)
+    ((model, out, found, _),) = asked
+    assert (model, out) == ("dense", tmp_path / "out")
+    assert found == settings
+
+
+def test_the_command_line_wins(tmp_path: Path, asked: list[Any]) -> None:
+    path = write(tmp_path / "a.yaml", model="m", sparsity=0.5, steps=9, onnx=False, seed=3, width={"ffn": 32}, out="o")
+    assert run("prune", "other", "--config", path, "--sparsity", "0.2", "--onnx", "--out", "p").exit_code == 0
+    ((model, out, settings, _),) = asked
+    assert (model, str(out), settings.sparsity, settings.onnx) == ("other", "p", 0.2, True)
+    assert (settings.steps, settings.seed, settings.widths) == (9, 3, {"ffn": 32})
+
+
+def test_latencies_dashes_and_a_bare_no(tmp_path: Path, asked: list[Any]) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "model: m\nout: o\nmax-decode-ms: 12.5\nprecision: no\ndata: {a.txt: 1, b.txt: 3}\n"
+    )
+    assert run("prune", "--config", str(tmp_path / "a.yaml")).exit_code == 0
+    settings = asked[0][2]
+    assert (settings.max_ms, settings.budget, settings.learning.precision) == (12.5, "latency", "no")
+    assert settings.data == "a.txt=1,b.txt=3"
+    again = write(tmp_path / "b.yaml", **recipe("m", settings))
+    assert run("prune", "--config", again, "--out", "o").exit_code == 0
+    assert asked[1][2] == settings
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("sparsty: 0.3", "'sparsty', which is no option of `mptk prune`; did you mean 'sparsity'"),
+        ("config: other.yaml", "'config', which is no option"),
+        ("- a list", "is no list of options"),
+        ("a: [", "is no YAML"),
+    ],
+)
+def test_what_is_wrong_with_a_recipe(tmp_path: Path, content: str, message: str, mptk) -> None:  # noqa: F811
+    (tmp_path / "a.yaml").write_text(content)
+    result = mptk("prune", "m", "--out", "o", "--config", tmp_path / "a.yaml")
+    assert result.code == 1
+    assert message in result.error
+    assert "cannot read" in mptk("prune", "m", "--out", "o", "--config", tmp_path / "none.yaml").error
+
+
+def test_values_of_a_recipe_are_checked_as_typed_ones(tmp_path: Path) -> None:
+    result = run("prune", "m", "--out", "o", "--config", write(tmp_path / "a.yaml", sparsity=3))
+    assert result.exit_code == 2
+    assert "--sparsity" in result.stderr
+    assert run("prune", "m", "--out", "o", "--config", write(tmp_path / "a.yaml", method="wandaa")).exit_code == 2
+
+
+def test_every_option_is_a_key_of_the_recipe() -> None:
+    full = replace(OTHER, plan="plan.json", eval_data="c", learning=replace(OTHER.learning, teacher_cache="cache"))
+    missing = set(FIELDS) - set(recipe("m", full)) - {"resume", "trust_remote_code"}
+    assert missing == set()
+    assert set(recovery_recipe("f", "m", full)) <= {*RECOVERY, "folder", "model"}
+    assert set(RECOVERY) - {"resume", "trust_remote_code"} <= set(recovery_recipe("f", "m", full))
+    assert settings_from({}) == api.Settings()
+    assert "config" in inspect.signature(commands.prune).parameters
+
+
+# ---- real runs ----
+
+
+@pytest.fixture(scope="module")
+def made(files, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    folder = tmp_path_factory.mktemp("recipe")
+    arguments = ["prune", files.model, "--data", files.text, *SHORT, "--eval-length", "24", "--no-onnx"]
+    assert run(*arguments, "--out", str(folder / "out")).exit_code == 0
+    return folder / "out"
+
+
+def test_each_run_writes_its_recipe(made: Path, files) -> None:  # noqa: F811
+    check_manifest(made)
+    written = read_recipe(made / "run.yaml")
+    assert (written["model"], written["data"], written["method"], written["onnx"]) == (
+        files.model,
+        files.text,
+        "wanda",
+        False,
+    )
+    assert "run.yaml" in json.loads((made / "report.json").read_text())["files"]
+
+
+def test_rerun_gives_the_same_and_says_so(made: Path, tmp_path: Path, mptk) -> None:  # noqa: F811
+    result = mptk("rerun", made, "--out", tmp_path / "again", "--json", tmp_path / "rerun.json")
+    assert result.code == 0, result.stderr
+    assert "the run gave the same result" in result.stdout
+    rows = {row["what"]: row for row in json.loads((tmp_path / "rerun.json").read_text())["rows"]}
+    assert {"model", "plan", "weights", "calibration data (input_ids)", "quality of pruned", "mptk", "torch"} <= set(
+        rows
+    )
+    assert all(row["same"] for row in rows.values())
+
+
+def test_rerun_says_what_differs(made: Path, tmp_path: Path, mptk) -> None:  # noqa: F811
+    other = tmp_path / "other"
+    shutil.copytree(made, other)
+    text = tmp_path / "text.raw"
+    text.write_text(" ".join(f"dragon {n} has {n * n} jars of gold\n" for n in range(150)))
+    report = json.loads((other / "report.json").read_text())
+    report["settings"]["data"] = str(text)
+    report["versions"]["torch"] = "1.0"
+    (other / "report.json").write_text(json.dumps(report))
+    assert "was changed since it was published" in mptk("rerun", other, "--out", tmp_path / "again").error
+    from mptk.io.manifest import write_manifest
+
+    write_manifest(other)
+    result = mptk("rerun", other, "--out", tmp_path / "again")
+    assert result.code == 0, result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("differs in ")
+    assert "weights" in last or "plan" in last
+    assert all(words in last for words in ("calibration data", "quality of pruned", "torch"))
+    assert "transformers" not in last
+
+
+def test_a_recovery_is_repeated_too(made: Path, tmp_path: Path, mptk) -> None:  # noqa: F811
+    text = read_recipe(made / "run.yaml")["data"]
+    options = [
+        "--data",
+        text,
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--micro",
+        "2",
+        "--length",
+        "32",
+        "--no-onnx",
+        "--rank",
+        "2",
+    ]
+    result = mptk("recover", made, "--out", tmp_path / "r", *options, "--eval-length", "24")
+    assert result.code == 0, result.stderr
+    assert read_recipe(tmp_path / "r" / "run.yaml")["folder"] == str(made)
+    result = mptk("rerun", tmp_path / "r", "--out", tmp_path / "again")
+    assert result.code == 0, result.stderr
+    assert "the run gave the same result" in result.stdout
+    result = mptk("recover", "--config", tmp_path / "r" / "run.yaml", "--out", tmp_path / "third")
+    assert result.code == 0, result.stderr
+    first, third = (json.loads((tmp_path / n / "report.json").read_text()) for n in ("r", "third"))
+    assert first["weights_sha256"] == third["weights_sha256"]

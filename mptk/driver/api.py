@@ -29,7 +29,7 @@ from mptk.progress import Progress, silent, within
 from mptk.run.execution import execution, session_device
 from mptk.run.settings import Settings, check_onnx_dtype
 from mptk.runtime.bench import Bench, bench_decoders
-from mptk.tasks import CAUSAL_LM, load_decoder, open_decoder
+from mptk.tasks import CAUSAL_LM, example_of, load_decoder, open_decoder
 from mptk.tasks.decoder_onnx import export_decoder
 from mptk.version import __version__
 from passes.analysis import group
@@ -49,14 +49,15 @@ def trace(model: nn.Module | str, example_inputs: ExampleInputs | None = None, *
     Args:
         model: any ``nn.Module`` (its weights may lie on the meta device), or what ``io.models`` can find: a hub id,
             a local folder, a ``.gguf`` file or a packaged alias; of those only the config is read.
-        example_inputs: tensors for ``forward``, by position or by name; may be left out for language models.
+        example_inputs: tensors for ``forward``, by position or by name; may be left out for transformers models.
         dynamic: leave batch size and sequence length symbolic, so that the program runs at any.
 
     Raises:
         MptkError: the model is not found, or torch.export cannot trace it.
     """
     module = models.skeleton(model) if isinstance(model, str) else model
-    return passes.frontend.trace.trace(module, example_inputs, dynamic=dynamic)
+    example = example_of(module) if example_inputs is None else example_inputs
+    return passes.frontend.trace.trace(module, example, dynamic=dynamic)
 
 
 def analyze(model: nn.Module | str | Program, example_inputs: ExampleInputs | None = None) -> Analysis:

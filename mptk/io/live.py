@@ -19,12 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
 from mptk.io import models
+from mptk.io.checkpoint import copy_processors
 from mptk.io.models import Loaded
 from mptk.ir.weights import Lazy, Weights
-
-_BESIDE = ("*processor_config.json", "*.py")
-"""Files of the model's own folder that a run reads: of image and sound processors, and its own code."""
-
 
 def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, trusted: bool = False) -> Loaded:
     """A model in memory as a run takes it, with its weights as they are now.
@@ -140,6 +137,7 @@ def _describe(model: PreTrainedModel, folder: Path, home: Path | None, dtype: to
     config = copy.deepcopy(model.config)
     config.dtype, config.architectures = dtype, [type(model).__name__]
     config.save_pretrained(folder)
-    for pattern in _BESIDE if home is not None else ():
-        for file in home.glob(pattern) if home is not None else ():
-            shutil.copy(file, folder)
+    if home is not None:
+        copy_processors(home, folder, same_features=True)
+        for file in home.glob("*.py"):
+            shutil.copyfile(file, folder / file.name)

@@ -23,6 +23,7 @@ from mptk.io.checkpoint import copy_processors
 from mptk.io.models import Loaded
 from mptk.ir.weights import Lazy, Weights
 
+
 def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, trusted: bool = False) -> Loaded:
     """A model in memory as a run takes it, with its weights as they are now.
 
@@ -48,8 +49,8 @@ def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
 
 def name_of(model: nn.Module) -> str:
     """What a report calls a model in memory: where it was loaded from, else its class."""
-    known = getattr(getattr(model, "config", None), "_name_or_path", "")
-    return str(known) if isinstance(known, str) and known else type(model).__name__
+    known = model.config.name_or_path if isinstance(model, PreTrainedModel) else ""
+    return str(known) or type(model).__name__
 
 
 def weights_fingerprint(loaded: Loaded) -> str:

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from mptk.ir.program import Program
 
 
+class Names(nn.Module):
+    """Holds what lies under a part of dotted names; ``module.layers[0]`` is ``layers.0``."""
+
+    def __getitem__(self, index: int | str) -> Any:
+        return getattr(self, str(index))
+
+
 class ProgramModule(nn.Module):
     """Parameters and buffers under the traced module's names, and its traced ``forward``.
 
@@ -45,7 +52,8 @@ class ProgramModule(nn.Module):
     def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
         """Run the graph. Raises TypeError for inputs that are missing or unknown."""
         given = iter(self._in_order(inputs, named))
-        weights = {**dict(self.named_parameters(remove_duplicate=False)), **dict(self.named_buffers(remove_duplicate=False))}
+        weights: dict[str, Tensor] = dict(self.named_parameters(remove_duplicate=False))
+        weights |= dict(self.named_buffers(remove_duplicate=False))
         arguments = [next(given) if name is None else weights[name] for _, name in self._placeholders]
         device = next((tensor.device for tensor in weights.values()), None)
         graph: fx.GraphModule = self._graph[0]
@@ -71,7 +79,7 @@ class ProgramModule(nn.Module):
         owner: nn.Module = self
         for part in path:
             if part not in dict(owner.named_children()):
-                owner.add_module(part, nn.Module())
+                owner.add_module(part, Names())
             owner = owner.get_submodule(part)
         if isinstance(tensor, nn.Parameter):
             owner.register_parameter(leaf, tensor)

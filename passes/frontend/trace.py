@@ -99,10 +99,11 @@ def export_program(
 ) -> Program:
     """Export ``wrapper(*inputs)``; ``wrapper.module`` is the user's module and gives the weights their names.
 
-    ``dynamic`` is False, True (every dimension of every input ``Dim.AUTO``) or the ``dynamic_shapes`` of torch.export.
+    ``dynamic`` is False, True (every dimension of every input ``Dim.AUTO``, but those of size 1, which a trace takes
+    for constants) or the ``dynamic_shapes`` of torch.export.
     """
     if dynamic is True:
-        dynamic = {"inputs": tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in inputs)}
+        dynamic = {"inputs": tuple({d: Dim.AUTO for d, size in enumerate(t.shape) if size != 1} for t in inputs)}
     try:
         with evaluating(wrapper), _fake_weights(wrapper, inputs) as fake_inputs, torch.no_grad():
             exported = torch.export.export(wrapper, fake_inputs, dynamic_shapes=dynamic or None, strict=False)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.text import Text
 
 from mptk.cli.voice import VOICE
 from mptk.errors import MptkError, explained
@@ -36,8 +37,9 @@ def _width(terminal: bool) -> int | None:
     return None if terminal or "COLUMNS" in os.environ else WIDE
 
 
-out = Console(width=_width(sys.stdout.isatty()))
-err = Console(stderr=True, width=_width(sys.stderr.isatty()))
+# Names of models, folders and files are no markup.
+out = Console(width=_width(sys.stdout.isatty()), markup=False)
+err = Console(stderr=True, width=_width(sys.stderr.isatty()), markup=False)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress: results and errors only.")]
 Verbose = Annotated[
@@ -63,10 +65,10 @@ def main() -> None:
     except MptkError as error:
         if VOICE.verbose:
             traceback.print_exc()
-        err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        err.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(1)
     except (Interrupted, KeyboardInterrupt) as stop:
-        err.print(f"interrupted; {str(stop) or 'nothing was published'}", highlight=False, markup=False, soft_wrap=True)
+        err.print(f"interrupted; {str(stop) or 'nothing was published'}", highlight=False, soft_wrap=True)
         sys.exit(130)
 
 

@@ -41,6 +41,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "half-billion": {"layers": 10, "hidden": 2048, "ffn": 5632, "heads": 16, "kv_heads": 4, "vocab": 32000},
     "12-layers": {"layers": 12, **LLAMA3, "vocab": 32000},
     "24-layers": {"layers": 24, **LLAMA3, "vocab": 32000},
+    "Llama-2-7B": {"layers": 32, "hidden": 4096, "ffn": 11008, "heads": 32, "kv_heads": 32, "vocab": 32000},
     "Llama-3-8B": {"layers": 32, **LLAMA3, "vocab": 128256},
     "Llama-3-70B": {"layers": 80, "hidden": 8192, "ffn": 28672, "heads": 64, "kv_heads": 8, "vocab": 128256},
 }

@@ -21,13 +21,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch import nn
-from transformers import FunnelConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, FunnelConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from mptk.compat import torch as compat
-from mptk.compat.accelerate import own_state
+from mptk.compat import transformers as compat_transformers
+from mptk.compat.accelerate import offloaded, own_state, take_offload_index
 from mptk.compat.onnxruntime import run_on_values
 from mptk.compat.peft import adapters_off
-from mptk.compat.transformers import dequantize_gguf, forget_source, missing_attributes, model_classes
+from mptk.compat.transformers import dequantize_gguf, forget_source, missing_attributes, model_classes, unread_weights
 from mptk.methods.maskprune.adapters import adapt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,6 +169,22 @@ def test_missing_attributes_of_configs_are_heard_of_and_nothing_stays() -> None:
     assert inner == ["first"]
     assert outer == ["first", "second", "third"]
     assert "__getattr__" not in vars(PreTrainedConfig)
+
+
+def test_of_weights_that_stay_on_disk_only_converted_ones_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model := architectures.model("mixtral")).save_pretrained(tmp_path / "model")
+    read: list[str] = []
+    get = compat_transformers._Slice.__getitem__
+    monkeypatch.setattr(
+        compat_transformers._Slice, "__getitem__", lambda self, index: read.append(self._key) or get(self, index)
+    )
+    with offloaded(str(tmp_path / "converted")) as options, unread_weights():
+        opened = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options)
+    assert read, changed("transformers", "modeling_utils.safe_open")
+    assert all(".experts." in key for key in read), changed("transformers", "WeightRenaming.materialize_tensors")
+    assert take_offload_index(opened).keys() == model.state_dict().keys()
 
 
 # ---- accelerate ----

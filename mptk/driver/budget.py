@@ -127,9 +127,9 @@ class WidthSearch:
         """Raise MptkError unless each of the families ``names`` can be cut, by this method and for this target."""
         s = self.settings
         if not names and not s.widths:
-            wide = ", ".join(name for name, ladder in legal.ladders.items() if len(ladder) > 1) or "none"
+            why = "; ".join(f"{name}: {reason}" for name, reason in list(legal.refused.items())[:3])
             raise MptkError(
-                f"no family that repeats over layers can be cut for target {s.target}; name --families: {wide}"
+                f"no family can be cut for target {s.target} ({why or 'none was found'}); try --target graph"
             )
         for name in [*names, *s.keep, *s.widths]:
             if name not in legal.ladders:

@@ -48,13 +48,18 @@ def estimated_for(model: PreTrainedModel, checkpoint: torch.dtype, settings: Set
     config = model.config.get_text_config()
     stored = checkpoint if settings.dtype == "auto" else getattr(torch, settings.dtype)
     names = ("num_attention_heads", "vocab_size", "num_experts_per_tok")
-    heads, vocab, experts = (int(getattr(config, name, None) or 0) for name in names)
+    heads, vocab, experts = (_number(getattr(config, name, None)) for name in names)
     sizes = Sizes.of(model, blocks(model), stored=stored.itemsize, heads=heads, vocab=vocab, experts=experts)
     borders = [b for b in config_borders(config.to_dict()) if b + MARGIN <= settings.proof_length]
     device = find_device(settings.device)
     rates = this_machine(device, getattr(torch, settings.compute_dtype))
     work = work_of(settings, sizes, bool(borders), kept)
     return estimate(sizes, work, rates, memory_bound(settings.memory), "" if device.type == "cpu" else str(device))
+
+
+def _number(value: object) -> int:
+    """A number of a config; the largest of one for each stage, 0 if there is none."""
+    return max(map(int, value), default=0) if isinstance(value, list | tuple) else int(value or 0)  # type: ignore[call-overload]
 
 
 def _stored(model: str, settings: Settings) -> torch.dtype:

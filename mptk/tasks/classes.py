@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def known_to(
-    lists: Iterable[Mapping[str, str | tuple[str, ...]]],
+    lists: Iterable[Mapping[str, str | Sequence[str]]],
     config: PreTrainedConfig,
     classes: set[type[PreTrainedModel]],
     what: str,
@@ -18,7 +18,7 @@ def known_to(
     ``lists``: model type → name of a class, or several.
     """
     entries = [entry for named in lists for entry in named.values()]
-    known = {name for entry in entries for name in (entry if isinstance(entry, tuple) else (entry,))}
+    known = {name for entry in entries for name in ((entry,) if isinstance(entry, str) else entry)}
     names = {c.__name__ for c in classes}
     if names and names <= known:
         return None

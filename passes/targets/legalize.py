@@ -144,8 +144,9 @@ def aligned(family: Family, multiples: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def default_families(analysis: Analysis, target: LegalWidths) -> list[str]:
-    """The families that are cut by default: those of single layers that the target can express."""
-    return [f.name for f in analysis.families if is_layered(f) and len(target.ladders[f.name]) > 1]
+    """The families that are cut by default: those of single layers that the target can express; all if none repeats."""
+    cut = [f for f in analysis.families if len(target.ladders[f.name]) > 1]
+    return [f.name for f in cut if is_layered(f)] or [f.name for f in cut]
 
 
 def unbeaten(cost: CostModel, target: LegalWidths, families: Sequence[str]) -> LegalWidths:

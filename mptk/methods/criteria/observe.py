@@ -134,7 +134,7 @@ def find_sites(analysis: Analysis) -> list[Site]:
             (x, x_dim), (weight, weight_dim) = others[0], weights[0]
             x_dims = tuple(map(resolve, facts.dims(x)))
             weight_dims = tuple(map(resolve, facts.dims(weight)))
-            if x_dims[x_dim].size == weight_dims[weight_dim].size:
+            if x_dims and x_dims[x_dim].size == weight_dims[weight_dim].size:  # else it is an input itself
                 shared, ends = _shared(analysis, product.node, (x_dims, x_dim), (weight_dims, weight_dim))
                 found.append(Site(product.node, x, x_dim, weight, weight_dim, weight_dims, shared, ends))
     return found

@@ -1,0 +1,89 @@
+"""The benchmark of accelerators runs on a CPU, too: each job's stages, resumed, side by side in a table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, scale, scale_checkpoint
+from benchmarks.gpu import JOBS, Stages, do, main, table
+
+SIZES = {"layers": 2, "hidden": 64, "ffn": 320, "heads": 4, "kv_heads": 2, "vocab": 301}
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the checkpoint of the quick run, of which jobs run in this process."""
+    monkeypatch.setattr(scale_checkpoint, "CHARACTERS", 20_000)
+    scale_checkpoint.make_checkpoint(tmp_path / "tiny", scale_checkpoint.config_of(**SIZES))
+
+    def here(command: list[str], *_: object, **__: object) -> scale.Row:
+        do(gpu.Job(**json.loads(command[-1])))
+        return {"seconds": 1.0, "command": "here"}
+
+    monkeypatch.setattr(gpu, "measured", here)
+    return tmp_path
+
+
+def run(work: Path, *, jobs: str) -> list[scale.Row]:
+    file = work / "gpu.json"
+    options = {"models": "", "samples": 1, "length": 1, "steps": 1, "memory": "", "threads": 1, "job": ""}
+    main(devices="cpu", jobs=jobs, work=work, json_file=file, quick=True, show=False, **options)  # type: ignore[arg-type]
+    return scale.rows_in(file)
+
+
+def test_every_job_runs_by_stages_and_is_not_run_again(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [job for job in JOBS if job != "taylor"]  # as wanda
+    rows = run(work, jobs=",".join(jobs))
+    assert [row["row"] for row in rows] == jobs
+    stages = {row["row"]: set(row["stages"]) for row in rows}
+    assert {"score (wanda)", "choose widths", "prove"} <= stages["wanda"]
+    assert {"masks", "recovery", "prove"} <= stages["masks"]
+    assert {"recovery", "prove"} <= stages["recovery"]
+    assert stages["proof"] == {"proof"}
+    assert all(found["seconds"] >= 0 and "peak_bytes" not in found for r in rows for found in r["stages"].values())
+    assert "| tiny | masks | recovery | " in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "do", lambda _: pytest.fail("run again"))
+    assert run(work, jobs=",".join(jobs)) == rows
+
+
+def test_a_devices_peak_belongs_to_the_stage_that_reached_it() -> None:
+    class Memory:
+        peak, now = 0, 5
+
+        def reset_peak_memory_stats(self, _: torch.device) -> None:
+            self.peak = self.now
+
+        def synchronize(self, _: torch.device) -> None:
+            """Nothing is pending."""
+
+        def max_memory_allocated(self, _: torch.device) -> int:
+            return self.peak
+
+    stages, memory = Stages("cpu"), Memory()
+    stages.module = memory  # type: ignore[assignment]
+    for stage, peak in (("will need about 1 GB", 99), ("load", 7), ("load", 9), ("score", 30), ("load", 8)):
+        stages(stage, 0, 0)
+        memory.peak = max(memory.peak, peak)
+    stages.end()
+    assert {name: found["peak_bytes"] for name, found in stages.found.items()} == {"load": 9, "score": 30}
+
+
+def test_devices_stand_side_by_side_and_a_failure_is_said() -> None:
+    row = {"row": "wanda", "shape": "7B", "seconds": 9.0}
+    there = row | {"device": "cuda", "stages": {"score": {"seconds": 2.0, "peak_bytes": 3e9}}}
+    here = row | {"device": "cpu", "stages": {"score": {"seconds": 40.0}, "prove": {"seconds": 5.0}}}
+    failed = row | {"row": "masks", "device": "cuda", "stages": {}, "failed": "exit 1: out of memory"}
+    lines = table([there, here, failed]).splitlines()
+    assert lines[0] == "| model | job | stage | cuda, s | cuda, peak | cpu, s | cpu, peak |"
+    assert lines[2:5] == [
+        "| 7B | wanda | score | 2.0 | 3.00 GB | 40.0 |  |",
+        "| 7B | wanda | prove |  |  | 5.0 |  |",
+        "| 7B | wanda | **whole process** | 9.0 |  | 9.0 |  |",
+    ]
+    assert lines[-1] == "masks 7B on cuda failed: exit 1: out of memory"

@@ -199,7 +199,7 @@ def _extract_folder(wheel: Wheel, out: Path) -> None:
                 continue
             if name.is_absolute() or ".." in name.parts:
                 raise MptkError(
-                    f"{wheel.filename} holds {entry.filename}, which leads out of its folder; do not use it"
+                    f"{wheel.filename} holds {entry.filename}, which leads out of it; do not use it"
                 )
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             with archive.open(entry) as source, (out / name).open("wb") as file:

@@ -16,6 +16,8 @@ from mptk.io.text.hub import HubText, hub_text
 
 SELF = "self"
 """The value of ``data`` for text that the model writes."""
+RANDOM = "random"
+"""The value of ``data`` for seeded random inputs. They show that all works, and nothing of how good a model is."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def test_the_recipe_of_settings_gives_these_settings(settings: api.Settings, tmp
     path = write(tmp_path / "run.yaml", **recipe("dense", settings))
     result = run("prune", "--config", path, "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, (result.output, result.exception)
-    ((model, out, found, _),) = asked
+    ((model, out, found),) = asked
     assert (model, out) == ("dense", tmp_path / "out")
     assert found == settings
 

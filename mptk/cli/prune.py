@@ -11,7 +11,6 @@ import typer
 
 from mptk.cli.app import command, err, out, resumable, show
 from mptk.cli.options import (
-    MACHINE,
     RECOVERY,
     Dense,
     Device,
@@ -40,10 +39,7 @@ if TYPE_CHECKING:
 
 
 NO_PLACE = "there is no place for the result; give --out FOLDER"
-Estimate = Annotated[
-    bool,
-    typer.Option("--estimate", rich_help_panel=MACHINE, help="Only say what memory, disk and time the run will need."),
-]
+Estimate = Annotated[bool, typer.Option("--estimate", help="Only say what memory, disk and time the run will need.")]
 
 
 @command(

@@ -50,7 +50,7 @@ def bars(console: Console) -> Iterator[Progress]:
     """A bar for each stage."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

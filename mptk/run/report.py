@@ -28,8 +28,8 @@ class Report:
     """The fields of ``report.json``, in its order.
 
     ``families``: name → ``of``, ``width``, ``layers``. ``cost``: ``dense`` and ``pruned`` → figures of
-    ``cost.model.Cost``. ``splits``: widths tried → loss. ``quality``: ``metric``, ``dense``, ``pruned`` and
-    ``protocol``; empty if the run was stopped after publishing.
+    ``cost.model.Cost``. ``splits``: widths tried → loss. ``quality``: ``metric``, ``dense``, ``pruned``, ``protocol``;
+    empty if the run was stopped after publishing.
     ``quantized``: scheme → ``file``, ``bytes``, ``quality``. ``proof``: a row a stage. ``config_changes``: field →
     [old, new]. ``stages``: a row a stage of the run, passes with their differences. ``data``: what was trained,
     calibrated and measured on, each with ``source``, ``samples``, ``inputs`` and ``seed``; ``files``: path → sha256.

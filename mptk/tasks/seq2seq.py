@@ -18,13 +18,14 @@ from transformers.models.auto import modeling_auto
 
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
+from mptk.io.text.sources import RANDOM
 from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Count, Progress
 from mptk.run.settings import Settings
 from mptk.run.values import SampleSets
 from mptk.tasks.classes import known_to
 from mptk.tasks.inputs import inputs_of
-from mptk.tasks.inputs.base import RANDOM, Named
+from mptk.tasks.inputs.base import Named
 from mptk.tasks.inputs.text import example_ids, vocabulary
 from mptk.tasks.tokens import TokenTask
 

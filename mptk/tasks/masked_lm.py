@@ -7,6 +7,7 @@ token, at the same positions for each model.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -63,6 +64,9 @@ class MaskedLM(TokenTask):
     def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
         task = self.with_mask(loaded, settings.eval_data or settings.data)
         return task.masked(TOKENS.evaluation(loaded, settings)["input_ids"])
+
+    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
+        return self.masked(inputs["input_ids"])
 
     def masked(self, ids: Tensor) -> Samples:
         """Windows of token ids, int64 [n, length], with some masked; these are the targets."""

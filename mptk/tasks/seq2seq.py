@@ -7,6 +7,7 @@ second column of data is needed and the targets are of the model's own kind.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -58,6 +59,9 @@ class Seq2Seq(TokenTask):
     def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
         found = inputs_of(loaded.model).evaluation(loaded, settings)
         return self.answered(loaded, found, (settings.eval_data or settings.data) == RANDOM, settings.seed + 1)
+
+    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
+        return self.answered(loaded, {n: x for n, x in inputs.items() if n != DECODER}, False, 0)
 
     def answered(self, loaded: Loaded, inputs: Named, random: bool, seed: int) -> Samples:
         """The inputs with what the dense model writes for them; ``random``: with random tokens."""

@@ -170,9 +170,9 @@ def test_prune_reports_what_it_printed(pruned):
             assert re.search(rf"{name} +│ +{family['of']} → {family['width']} ", result.stdout)
     for stage in report["proof"]:
         assert f"{stage['stage']} " in result.stdout
-    assert "5 windows of 24 tokens" in report["perplexity"]["protocol"]
+    assert "5 windows of 24 tokens" in report["quality"]["protocol"]
     for model in ("dense", "pruned"):
-        assert f"{report['perplexity'][model]:.2f}" in result.stdout
+        assert f"{report['quality'][model]:.2f}" in result.stdout
     assert result.stdout.splitlines()[-1] == f"written to {out}"
 
 
@@ -202,7 +202,7 @@ def test_progress_is_lines_where_stderr_is_no_terminal(pruned):
     stages = [re.sub(r" \d+/\d+$", "", line.split(" s  ")[1]) for line in lines[1:]]
     steps = ["load", "trace", "analyse", "legalise", "calibration data", "score (wanda)", "choose widths"]
     assert list(dict.fromkeys(stages))[:7] == steps
-    assert {"write stock", "write onnx", "prove", "perplexity"} <= set(stages)
+    assert {"write stock", "write onnx", "prove", "measure"} <= set(stages)
 
 
 def test_verify_passes_until_a_weight_of_the_folder_changes(pruned, tmp_path, mptk):
@@ -232,7 +232,7 @@ def test_eval_gives_perplexity_and_its_protocol(files, pruned, tmp_path, mptk):
     assert "3 windows of 32 tokens" in result["protocol"]
     mptk("eval", pruned[0], *protocol)
     assert json.loads((tmp_path / "eval.json").read_text())["perplexity"] != result["perplexity"]
-    assert report["perplexity"]["dense"] > 1
+    assert report["quality"]["dense"] > 1
 
 
 def test_bench_is_shown_again_by_report(files, pruned, tmp_path, mptk):

@@ -144,7 +144,7 @@ def test_a_run_keeps_nearly_the_same_units_and_its_folder_passes_the_same_proof(
     chosen = {"score (wanda)", "choose widths", "reconstruct"}
     assert {dtype for stage, dtype in ran if stage in chosen} == {torch.bfloat16}
     assert {dtype for stage, dtype in ran if stage not in chosen} == {torch.float32}
-    assert {stage for stage, _ in ran} >= {"score (wanda)", "reconstruct", "prove", "perplexity"}
+    assert {stage for stage, _ in ran} >= {"score (wanda)", "reconstruct", "prove", "measure"}
     ran.clear()
     assert all(d.ok and d.tolerance <= 1e-4 for d in verify(tmp_path / "bf16"))
     assert {dtype for _, dtype in ran} == {torch.float32}

@@ -105,7 +105,7 @@ def test_report_says_what_was_cut_and_that_it_is_proven(pruned):
     ]
     assert all(d["ok"] and d["max_abs"] < 1e-3 for d in report.proof)
     assert report.cost["pruned"]["parameters"] < report.cost["dense"]["parameters"]
-    assert report.perplexity["dense"] > 1
+    assert report.quality["dense"] > 1
     assert len(report.splits) > 1
     assert {"config.json", "model.safetensors", "plan.json", "onnx/model.onnx"} <= set(report.files)
 
@@ -155,7 +155,7 @@ def test_quantised_graphs_lie_beside_and_their_perplexity_is_told(llama, pruned,
         assert found["file"] == f"onnx/model_{scheme}.onnx"
         assert {found["file"], f"{found['file']}.data"} <= set(report.files)
         assert found["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out/onnx").glob(f"model_{scheme}.onnx*"))
-        assert found["perplexity"] == pytest.approx(report.perplexity["pruned"], rel=0.05)
+        assert found["perplexity"] == pytest.approx(report.quality["pruned"], rel=0.05)
     assert report.plan_sha256 == pruned[1].plan_sha256
 
 
@@ -173,7 +173,7 @@ def test_last_logits_alone_are_proven_too(llama, tmp_path):
     assert OrtDecoder(tmp_path / "out").metadata["objective"] == "prefill"
     assert [d["stage"] for d in report.proof][-3:] == ["ONNX Runtime decode", "int8 weights", "int8 logits"]
     assert all(d["ok"] for d in report.proof)
-    assert "perplexity" not in report.quantized["int8"]
+    assert "quality" not in report.quantized["int8"]
 
 
 def test_a_failed_proof_publishes_nothing(llama, tmp_path, monkeypatch):
@@ -218,7 +218,7 @@ def test_perplexity_is_measured_on_the_windows_asked_for_also_of_the_models_own_
     )
     report = mptk.prune(llama, tmp_path / "out", settings)
     said = "text sampled from the dense model (compares runs of this model only): 3 windows of 21 tokens"
-    assert report.perplexity["protocol"].startswith(said)
+    assert report.quality["protocol"].startswith(said)
 
 
 def test_the_report_has_the_hash_of_every_text(llama, tmp_path):
@@ -323,7 +323,7 @@ def test_a_run_that_is_stopped_while_it_measures_leaves_a_proven_folder(llama, t
     settings = replace(SETTINGS, method="magnitude", onnx=False)
     with pytest.raises(KeyboardInterrupt):
         mptk.prune(llama, tmp_path / "out", settings)
-    assert Report.read(tmp_path / "out").perplexity == {}
+    assert Report.read(tmp_path / "out").quality == {}
     assert mptk.verify(tmp_path / "out")
     shown = CliRunner().invoke(app, ["report", str(tmp_path / "out"), "--beside", str(tmp_path / "out")])
     assert "not measured, since the run was stopped before" in shown.stdout
@@ -336,4 +336,4 @@ def test_reports_of_earlier_versions_are_read(pruned, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(report))
     old = Report.read(tmp_path)
     assert (old.task, old.settings.dtype) == ("causal-lm", "auto")
-    assert old.perplexity == pruned[1].perplexity
+    assert old.quality == pruned[1].quality

@@ -105,7 +105,7 @@ def require_resumed(model: str, settings: mptk.Settings, tmp_path: Path, stops: 
         mptk.prune(model, out, replace(settings, resume=True))
     assert digests(out) == digests(unbroken)
     expected, report = Report.read(unbroken), Report.read(out)
-    assert (report.notes, report.splits, report.perplexity) == (expected.notes, expected.splits, expected.perplexity)
+    assert (report.notes, report.splits, report.quality) == (expected.notes, expected.splits, expected.quality)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "unbroken"]
     return counts
 

@@ -77,7 +77,7 @@ def test_a_masked_language_model_is_pruned_and_verified(bert: Path, text: str, t
     assert report.task == "masked-lm"
     assert report.families["ffn"]["width"] < 40
     assert all(row["ok"] for row in report.proof)
-    assert "pseudo-perplexity, 3 windows of 24 tokens, one token in 7 masked" in report.perplexity["protocol"]
+    assert "pseudo-perplexity, 3 windows of 24 tokens, one token in 7 masked" in report.quality["protocol"]
     assert any(note.startswith("no ONNX") for note in report.notes)
     small = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
     assert small.config.intermediate_size == report.families["ffn"]["width"]

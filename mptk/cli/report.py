@@ -230,23 +230,26 @@ def prune_view(report: Report) -> Lines:
         before, after = dense["latency_ms"], pruned["latency_ms"]
         label = f"predicted {report.settings.objective} (ms)"
         cost.add_row(label, f"{before:.2f}", f"{after:.2f}", f"{1 - after / before:.1%}")
-    cost.add_row("perplexity", _quality(report, "dense"), _quality(report, "pruned"), "")
+    metric = str(report.quality.get("metric", "quality"))
+    cost.add_row(metric, _quality(report, "dense"), _quality(report, "pruned"), "")
     for scheme, q in report.quantized.items():
-        measured = _figure(q["perplexity"]) if "perplexity" in q else ""
-        cost.add_row(f"perplexity, {scheme} in ONNX Runtime", "", measured, f"{q['bytes'] / 1e6:.0f} MB")
-    protocol = report.perplexity.get("protocol", "not measured, since the run was stopped before")
-    notes = [Text(f"perplexity: {protocol}"), *map(Text, report.notes)]
+        measured = _figure(q["quality"]) if "quality" in q else ""
+        cost.add_row(f"{metric}, {scheme} in ONNX Runtime", "", measured, f"{q['bytes'] / 1e6:.0f} MB")
+    protocol = report.quality.get("protocol", "not measured, since the run was stopped before")
+    notes = [Text(f"{metric}: {protocol}"), *map(Text, report.notes)]
     return Lines(widths, cost, *notes, proof_view(report.proof))
 
 
 def _quality(report: Report, name: str) -> str:
-    """A perplexity of the report; empty if it was not measured."""
-    return _figure(report.perplexity[name]) if name in report.perplexity else ""
+    """How good a model of the report is; empty if it was not measured."""
+    return _figure(report.quality[name]) if name in report.quality else ""
 
 
 def _figure(value: float | None) -> str:
-    """Two decimals. Infinity and NaN are null in JSON."""
-    return "not finite" if value is None else f"{value:.2f}"
+    """Two decimals, four of what is at most 1. Infinity and NaN are null in JSON."""
+    if value is None:
+        return "not finite"
+    return f"{value:.4f}" if abs(value) <= 1 else f"{value:.2f}"
 
 
 def estimate_view(found: Estimate) -> Lines:

@@ -29,12 +29,13 @@ from mptk.progress import Progress, silent, within
 from mptk.run.execution import execution, session_device
 from mptk.run.settings import Settings, check_onnx_dtype
 from mptk.runtime.bench import Bench, bench_decoders
-from mptk.tasks import CAUSAL_LM, load_decoder, open_decoder
+from mptk.tasks import CAUSAL_LM, example_of, load_decoder, open_decoder
 from mptk.tasks.decoder_onnx import export_decoder
 from mptk.version import __version__
 from passes.analysis import group
 from passes.analysis.rules import load_rules, rule
 from passes.check_cut import check_cut, in_float32
+from passes.frontend.trace import ExampleInputs
 from passes.frontend.trace_decoder import LogitsScope
 from passes.pipelines import check_schemes, cutting, passes_until
 from passes.targets.onnx.check_quantized import check_quantized
@@ -42,23 +43,24 @@ from passes.targets.onnx.check_quantized import check_quantized
 __all__ = ["analyze", "bench", "export", "export_folder", "ops", "rewrite", "rule", "show", "trace"]
 
 
-def trace(model: nn.Module | str, example_inputs: Sequence[Tensor] | None = None, *, dynamic: bool = False) -> Program:
+def trace(model: nn.Module | str, example_inputs: ExampleInputs | None = None, *, dynamic: bool = False) -> Program:
     """Trace a model to a Program.
 
     Args:
         model: any ``nn.Module`` (its weights may lie on the meta device), or what ``io.models`` can find: a hub id,
             a local folder, a ``.gguf`` file or a packaged alias; of those only the config is read.
-        example_inputs: positional tensors for ``forward``; may be left out for language models.
+        example_inputs: tensors for ``forward``, by position or by name; may be left out for transformers models.
         dynamic: leave batch size and sequence length symbolic, so that the program runs at any.
 
     Raises:
         MptkError: the model is not found, or torch.export cannot trace it.
     """
     module = models.skeleton(model) if isinstance(model, str) else model
-    return passes.frontend.trace.trace(module, example_inputs, dynamic=dynamic)
+    example = example_of(module) if example_inputs is None else example_inputs
+    return passes.frontend.trace.trace(module, example, dynamic=dynamic)
 
 
-def analyze(model: nn.Module | str | Program, example_inputs: Sequence[Tensor] | None = None) -> Analysis:
+def analyze(model: nn.Module | str | Program, example_inputs: ExampleInputs | None = None) -> Analysis:
     """Find what can be cut in a model: its families of coupled channels, and what cannot be cut and why.
 
     Takes what ``trace`` takes, or a Program. Needs no weights.
@@ -103,7 +105,7 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
 
 def show(
     model: nn.Module | str | Program,
-    example_inputs: Sequence[Tensor] | None = None,
+    example_inputs: ExampleInputs | None = None,
     *,
     after: str | None = None,
     plan: Plan | None = None,

@@ -47,7 +47,7 @@ def describe(
         splits=chosen.losses,
         trained=chosen.trained,
         weights_sha256=weights_digest(folder),
-        perplexity={},
+        quality={},
         quantized=_sizes(folder, prepared.settings.quantize),
         proof=[d.as_dict() for d in proven.differences],
         proof_length=proven.length,
@@ -96,13 +96,13 @@ def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path,
             for name, run in rounded.items():
                 yield name, i, run(batch)
 
-    with context.stage("perplexity"):
+    with context.stage("measure"):
         quality = prepared.task.quality(runs, sets, context.progress)
     quantized = {
-        scheme: {**row, "perplexity": quality.pop(scheme)} if scheme in quality else row
+        scheme: {**row, "quality": quality.pop(scheme)} if scheme in quality else row
         for scheme, row in report.quantized.items()
     }
-    report = replace(report, perplexity=quality, quantized=quantized, stages=context.log.as_list())
+    report = replace(report, quality=quality, quantized=quantized, stages=context.log.as_list())
     report.write(folder)
     update_manifest(folder, FILE)
     return report

@@ -97,7 +97,7 @@ def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.
         passes["reconstruct"] = Pass(calibration, s.length, flops=sizes.fit)
     proof = PROOF_SHAPE[0] * PROOF_SHAPE[1] + (s.proof_length if long_proof else 0)
     passes["prove"] = Pass(3 * proof, s.length, reads=2)
-    passes["perplexity"] = Pass(2 * s.eval_windows * s.eval_length, s.eval_length, reads=2)
+    passes["measure"] = Pass(2 * s.eval_windows * s.eval_length, s.eval_length, reads=2)
     kept = 1 - s.sparsity * sizes.blocks / sizes.parameters if chooses else kept
     return Work(
         kept=kept,

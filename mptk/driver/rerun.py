@@ -88,7 +88,7 @@ def _facts(report: Report) -> dict[str, Any]:
             for key, found in each["inputs"].items()
         },
         **{f"file {path}": found[:12] for path, found in report.data.get("files", {}).items()},
-        **{f"quality of {name}": value for name, value in report.perplexity.items() if name != "protocol"},
+        **{f"quality of {name}": value for name, value in report.quality.items() if name != "protocol"},
         "mptk": report.mptk,
         **report.versions,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,9 @@ _PARTIAL_ROPE = {
 _PLAIN_ROPE = {"rope_theta": ("rope_theta",)}
 # How the tokenizer was loaded concerns this machine only.
 _LOADING_STATE = ("is_local", "local_files_only")
+
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_POOLING = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "*_Pooling/config.json")
 
 
 def portable_config(config: PreTrainedConfig) -> dict[str, object]:
@@ -72,6 +76,18 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     _write_json(config, portable(json.loads(config.read_text(encoding="utf-8"))))
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
+
+
+def copy_processors(source: Path, folder: Path, *, same_features: bool) -> None:
+    """Copy what prepares images and sound for a model, and what pools its features, as they are.
+
+    ``same_features``: whether its features have as many channels as before; a pooling layer's file names the number.
+    """
+    patterns = (*_PROCESSORS, *(_POOLING if same_features else ()))
+    for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
 
 
 def portable(config: Mapping[str, object]) -> dict[str, object]:

@@ -139,7 +139,11 @@ def perplexities(runs: Runs, windows: Tensor, *, data: str, progress: Count) -> 
         dtype = logits.dtype
     measured = {name: _measured(total, windows, dtype, data) for name, total in totals.items()}
     protocol = _measured(0.0, windows, dtype, data).protocol
-    return {**{name: round(found.value, 4) for name, found in measured.items()}, "protocol": protocol}
+    return {
+        **{name: round(found.value, 4) for name, found in measured.items()},
+        "metric": "perplexity",
+        "protocol": protocol,
+    }
 
 
 @torch.no_grad()

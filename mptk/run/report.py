@@ -28,9 +28,9 @@ class Report:
     """The fields of ``report.json``, in its order.
 
     ``families``: name → ``of``, ``width``, ``layers``. ``cost``: ``dense`` and ``pruned`` → figures of
-    ``cost.model.Cost``. ``splits``: widths tried → loss. ``perplexity``: ``dense``, ``pruned`` and ``protocol``;
+    ``cost.model.Cost``. ``splits``: widths tried → loss. ``quality``: ``metric``, ``dense``, ``pruned`` and ``protocol``;
     empty if the run was stopped after publishing.
-    ``quantized``: scheme → ``file``, ``bytes``, ``perplexity``. ``proof``: a row a stage. ``config_changes``: field →
+    ``quantized``: scheme → ``file``, ``bytes``, ``quality``. ``proof``: a row a stage. ``config_changes``: field →
     [old, new]. ``stages``: a row a stage of the run, passes with their differences. ``data``: what was trained,
     calibrated and measured on, each with ``source``, ``samples``, ``inputs`` and ``seed``; ``files``: path → sha256.
     ``versions``: of Python and of the packages that compute.
@@ -46,7 +46,7 @@ class Report:
     splits: Mapping[str, float]
     trained: Sequence[str]
     weights_sha256: str
-    perplexity: Row
+    quality: Row
     quantized: Mapping[str, Row]
     proof: Sequence[Row]
     proof_length: int

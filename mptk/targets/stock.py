@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from mptk.errors import MptkError
 from mptk.io import models
-from mptk.io.checkpoint import portable
+from mptk.io.checkpoint import copy_processors, portable
 from mptk.io.resident import Resident
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
@@ -85,6 +85,8 @@ class StockTarget(Target):
         write_checkpoint(
             state, written.stock, loaded.model, loaded.tokenizer, folder, portable=portable, max_shard_size=shard
         )
+        same = "hidden" not in compiled.chosen.plan.families
+        copy_processors(loaded.path, folder, same_features=same)
         return [written.note]
 
     def wrote(self, folder: Path) -> bool:

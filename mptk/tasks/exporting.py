@@ -1,4 +1,4 @@
-"""exporting: what the ONNX forms without a cache share: the trace with named inputs, the cut, and the proof's stages."""
+"""exporting: what the ONNX forms without a cache share: the trace with named inputs, the cut, the proof's stages."""
 
 from __future__ import annotations
 

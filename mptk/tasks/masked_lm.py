@@ -27,6 +27,7 @@ from mptk.run.settings import Settings
 from mptk.run.values import SampleSets
 from mptk.tasks.classes import known_to
 from mptk.tasks.inputs.text import Tokens, example_ids
+from mptk.tasks.model_form import LOGITS, ModelForm
 from mptk.tasks.tokens import TokenTask
 
 TOKENS = Tokens()
@@ -43,6 +44,7 @@ class MaskedLM(TokenTask):
     mask: int = 0
     name = "masked-lm"
     summary = "masked language model"
+    onnx = ModelForm(LOGITS)
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return known_to((MODEL_FOR_MASKED_LM_MAPPING_NAMES,), config, classes, "predict masked tokens")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, PreT
 
 import mptk
 from mptk.errors import MptkError
-from mptk.io.models import Loaded, load
+from mptk.io.models import load
 from mptk.run.settings import Learning, Training
 from mptk.tasks import task_of
 from mptk.tasks.masked_lm import FIRST, STRIDE
@@ -91,7 +92,7 @@ def test_its_quality_is_that_of_tokens_under_masks(bert: Path) -> None:
     masked = ids.clone()
     masked[:, FIRST::STRIDE] = loaded.tokenizer.mask_token_id  # type: ignore[union-attr]
     with torch.no_grad():
-        samples = task.masked(ids)  # type: ignore[attr-defined]
+        samples = task.with_mask(loaded, "").masked(ids)  # type: ignore[attr-defined]
         logits = task.output(loaded.model, samples)
         expected = -loaded.model(input_ids=masked).logits.log_softmax(-1).gather(2, ids[..., None])[:, FIRST::STRIDE]
     assert math.isclose(float(task.loss(logits, samples)), float(expected.sum()), rel_tol=1e-5)
@@ -113,6 +114,6 @@ def test_masks_are_learned_for_it_and_it_recovers(bert: Path, text: str, tmp_pat
 
 
 def test_a_tokenizer_without_a_mask_is_said(bert: Path) -> None:
-    loaded = load(str(bert))
+    loaded = replace(load(str(bert)), tokenizer=None)
     with pytest.raises(MptkError, match="has no tokenizer with a mask token"):
-        task_of(Loaded(loaded.model, None, "model", bert))
+        task_of(loaded).evaluation(loaded, mptk.Settings(data="text.txt"))

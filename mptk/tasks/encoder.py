@@ -24,6 +24,7 @@ from mptk.run.settings import Settings
 from mptk.run.values import SampleSets
 from mptk.tasks.classes import known_to
 from mptk.tasks.inputs import inputs_of
+from mptk.tasks.model_form import FEATURES, ModelForm
 
 
 class Encoder(Task):
@@ -31,6 +32,7 @@ class Encoder(Task):
 
     name = "encoder"
     summary = "bare encoder"
+    onnx = ModelForm(FEATURES)
     compares = True
     classes = False
 

@@ -24,6 +24,7 @@ from mptk.progress import Count, Progress
 from mptk.run.settings import Settings
 from mptk.run.values import SampleSets
 from mptk.tasks.classes import known_to
+from mptk.tasks.encoder_decoder_form import EncoderDecoderForm
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.inputs.base import Named
 from mptk.tasks.inputs.text import example_ids, vocabulary
@@ -45,6 +46,7 @@ class Seq2Seq(TokenTask):
 
     name = "seq2seq"
     summary = "encoder-decoder"
+    onnx = EncoderDecoderForm()
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return known_to(MAPPINGS, config, classes, "predict a text from another input")

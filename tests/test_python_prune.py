@@ -43,6 +43,18 @@ def test_a_model_in_memory_stays_as_it_is() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("rank", [2, 0])
+def test_masks_are_learned_and_a_small_model_trained_from_one_in_memory(rank: int) -> None:
+    model = toys.llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    learning = {"steps": 4, "rank": rank, "batch": 2, "micro": 2, "method": "maskprune" if rank else "magnitude"}
+    found = mptk.prune(model, data=torch.randint(3, 300, (8, 24)), families="ffn", **learning, **SMALL)
+    assert found is not None
+    assert found.report.trained
+    assert "trained model" in {row["stage"] for row in found.report.proof}
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_it_gives_a_stock_model_that_trains(pruned: mptk.Pruned) -> None:
     assert isinstance(pruned.model, LlamaForCausalLM)
     assert pruned.folder is None

@@ -55,7 +55,7 @@ class MaskedLM(TokenTask):
         return MaskedLM(mask)
 
     def example(self, model: nn.Module) -> Samples:
-        return self.masked(example_ids())
+        return Samples({"input_ids": example_ids()})
 
     def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
         return self.masked(TOKENS.calibration(loaded, settings, count, progress)["input_ids"])

@@ -1,6 +1,6 @@
 """The zoo sweep: every model type that transformers registers, analysed, cut and proven.
 
-    python -m benchmarks.zoo [--mapping NAME] [--types A,B] [--jobs N] [--json FILE]
+    python -m benchmarks.zoo [--mapping NAME] [--types A,B] [--jobs N] [--json FILE] [--end-to-end]
 
 Each type runs in a process of its own: a tiny random model is built and traced, and for every family units are chosen
 at random in each layer (and in each row of its scope). The cut program must equal the dense one with those units
@@ -31,6 +31,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from benchmarks import zoo_end_to_end
 from benchmarks.common import result_header, write_result
 from benchmarks.tiny_models import MAPPINGS, CannotBuild, Tiny, model_types, tiny_model
 from benchmarks.zoo_plans import random_plan
@@ -269,11 +270,20 @@ def main(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Rows are kept here; types it has already are not run again")
     ] = None,
+    end_to_end: Annotated[
+        bool, typer.Option("--end-to-end", help="Save each type and run `mptk prune` and `mptk verify` on it instead")
+    ] = False,
 ) -> None:
     """Prove every family of every model type; prints a row each and the totals."""
     rows = saved_rows(json_file)
     wanted = [m for m in MAPPINGS if mapping in ("", m)]
     pairs = [(m, t) for m in wanted for t in model_types(m) if not types or t in types.split(",")]
+    if end_to_end:
+        for row in sweep(pairs, rows, jobs, json_file, zoo_end_to_end.run_type):
+            said = f"{row.get('task', ''):15} {row.get('target', ''):6} {row['seconds']:6.1f}s  {row['reason'][:400]}"
+            print(f"{row['mapping']:20} {row['type']:28} {row['stage']:8} {said}", flush=True)
+        print("\n".join(zoo_end_to_end.totals(rows)))
+        return
     for row in sweep(pairs, rows, jobs, json_file):
         print(
             f"{row['mapping']:20} {row['type']:28} {row['stage']:8} {row['proven']:3}/{row['families']:<3} "

@@ -145,6 +145,10 @@ def test_no_bars_of_other_libraries(tmp_path: Path) -> None:
     assert "Converting" not in run.stderr
 
 
+def test_brackets_in_a_name_are_no_markup(mptk) -> None:  # noqa: F811
+    assert "'./[/x][bold]y'" in mptk("analyze", "./[/x][bold]y").error
+
+
 # ---- Ctrl-C ----
 
 

@@ -81,6 +81,7 @@ class TestLoadText:
             ("a.jsonl", b'{"a": 1}', "no columns of strings"),
             ("a.jsonl", b"{not json", "cannot read"),
             ("a.parquet", b"not parquet", "cannot read"),
+            ("a.jsonl", b"", "holds no text"),
         ],
     )
     def test_what_is_wrong_with_a_file(self, tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -90,6 +91,9 @@ class TestLoadText:
 
     def test_nothing_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        for name in ("x" * 300, "~nobody-at-all/a.txt"):
+            with pytest.raises(MptkError, match="no file or folder"):
+                data.load_text(name)
         with pytest.raises(MptkError, match="no text in it"):
             data.load_text(str(tmp_path))
         with pytest.raises(MptkError, match=r"no file or folder.*check the path"):

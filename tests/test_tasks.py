@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, PreT
 
 import mptk
 from mptk.errors import MptkError
-from mptk.io.models import Loaded, load
+from mptk.io.models import load
 from mptk.run.settings import Learning, Training
 from mptk.tasks import task_of
 from mptk.tasks.masked_lm import FIRST, STRIDE
@@ -72,7 +73,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("method", ["wanda", "taylor", "flap"])
 def test_a_masked_language_model_is_pruned_and_verified(bert: Path, text: str, tmp_path: Path, method: str) -> None:
     settings = mptk.Settings(method=method, data=text, **SETTINGS)
-    report = mptk.prune(str(bert), tmp_path / "out", settings)
+    report = mptk.prune(str(bert), tmp_path / "out", settings).report
     assert report is not None
     assert report.task == "masked-lm"
     assert report.families["ffn"]["width"] < 40
@@ -92,7 +93,7 @@ def test_its_quality_is_that_of_tokens_under_masks(bert: Path) -> None:
     masked = ids.clone()
     masked[:, FIRST::STRIDE] = loaded.tokenizer.mask_token_id  # type: ignore[union-attr]
     with torch.no_grad():
-        samples = task.masked(ids)  # type: ignore[attr-defined]
+        samples = task.with_mask(loaded, "").masked(ids)  # type: ignore[attr-defined]
         logits = task.output(loaded.model, samples)
         expected = -loaded.model(input_ids=masked).logits.log_softmax(-1).gather(2, ids[..., None])[:, FIRST::STRIDE]
     assert math.isclose(float(task.loss(logits, samples)), float(expected.sum()), rel_tol=1e-5)
@@ -107,13 +108,13 @@ def test_it_writes_no_text_for_itself(bert: Path, tmp_path: Path) -> None:
 def test_masks_are_learned_for_it_and_it_recovers(bert: Path, text: str, tmp_path: Path) -> None:
     learning = Learning(steps=6, rank=2, training=Training(batch=4, micro=2))
     settings = mptk.Settings(data=text, learning=learning, **SETTINGS)
-    report = mptk.prune(str(bert), tmp_path / "out", settings)
+    report = mptk.prune(str(bert), tmp_path / "out", settings).report
     assert report is not None
     assert {"learned masks", "trained model"} <= {row["stage"] for row in report.proof}
     assert report.trained
 
 
 def test_a_tokenizer_without_a_mask_is_said(bert: Path) -> None:
-    loaded = load(str(bert))
+    loaded = replace(load(str(bert)), tokenizer=None)
     with pytest.raises(MptkError, match="has no tokenizer with a mask token"):
-        task_of(Loaded(loaded.model, None, "model", bert))
+        task_of(loaded).evaluation(loaded, mptk.Settings(data="text.txt"))

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.text import Text
 
 from mptk.cli.voice import VOICE
 from mptk.errors import MptkError, explained
@@ -36,8 +37,9 @@ def _width(terminal: bool) -> int | None:
     return None if terminal or "COLUMNS" in os.environ else WIDE
 
 
-out = Console(width=_width(sys.stdout.isatty()))
-err = Console(stderr=True, width=_width(sys.stderr.isatty()))
+# Names of models, folders and files are no markup.
+out = Console(width=_width(sys.stdout.isatty()), markup=False)
+err = Console(stderr=True, width=_width(sys.stderr.isatty()), markup=False)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress: results and errors only.")]
 Verbose = Annotated[
@@ -53,6 +55,7 @@ def main() -> None:
     """Run the command line. A user's error prints one line to stderr and exits with 1; an interrupt exits with 130."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of transformers' GGUF reader, datasets and others
     # Weights come and go: with large pages torch makes a float32 weight in half the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -63,10 +66,10 @@ def main() -> None:
     except MptkError as error:
         if VOICE.verbose:
             traceback.print_exc()
-        err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        err.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(1)
     except (Interrupted, KeyboardInterrupt) as stop:
-        err.print(f"interrupted; {str(stop) or 'nothing was published'}", highlight=False, markup=False, soft_wrap=True)
+        err.print(f"interrupted; {str(stop) or 'nothing was published'}", highlight=False, soft_wrap=True)
         sys.exit(130)
 
 

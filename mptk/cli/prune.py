@@ -11,7 +11,6 @@ import typer
 
 from mptk.cli.app import command, err, out, resumable, show
 from mptk.cli.options import (
-    MACHINE,
     RECOVERY,
     Dense,
     Device,
@@ -40,10 +39,7 @@ if TYPE_CHECKING:
 
 
 NO_PLACE = "there is no place for the result; give --out FOLDER"
-Estimate = Annotated[
-    bool,
-    typer.Option("--estimate", rich_help_panel=MACHINE, help="Only say what memory, disk and time the run will need."),
-]
+Estimate = Annotated[bool, typer.Option("--estimate", help="Only say what memory, disk and time the run will need.")]
 
 
 @command(
@@ -70,7 +66,8 @@ def prune(
     """
     from mptk.cli import report
     from mptk.driver.estimate import check_fits, estimated
-    from mptk.driver.prune import prune, settled
+    from mptk.driver.prune import settled
+    from mptk.driver.pruned import prune
 
     settings = with_latency(settings_from(options), max_decode_ms, max_prefill_ms)
     if estimate:
@@ -81,9 +78,9 @@ def prune(
     if folder is None:
         raise MptkError(NO_PLACE)
     with resumable(folder), stages(err) as progress:
-        result = prune(model, folder, settings, progress, on_stage=printed())
+        result = prune(model, folder, settings, progress=progress, on_stage=printed())
     if result is not None:
-        out.print(report.prune_view(result))
+        out.print(report.prune_view(result.report))
         out.print(f"written to {folder}", soft_wrap=True)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
 from mptk.io.text import sampled
-from mptk.io.text.sources import SELF, Source, parse, shared
+from mptk.io.text.sources import RANDOM, SELF, Source, parse, shared
 from mptk.io.text.tokens import digest, token_stream, windows_of
 from mptk.progress import Count
 
@@ -182,13 +182,15 @@ def protocol_name(data: str) -> str:
     """``data`` as the protocol of a measurement names it."""
     if data == SELF:
         return sampled.NAME
+    if data == RANDOM:
+        return "random inputs, which say nothing of real data"
     folders = [source.name for source in parse(data, held_out=True) if source.is_folder]
     return f"{data} (windows of all files of {' and '.join(folders)}, seed 0)" if folders else data
 
 
 def file_digests(*data: str | None) -> dict[str, str]:
     """Path → SHA-256 of each text file that the sources ``data`` name. Data sets of the hub have none."""
-    named = [source for each in data if each not in (None, SELF) for source in parse(str(each))]
+    named = [source for each in data if each not in (None, SELF, RANDOM) for source in parse(str(each))]
     return {path: found for source in named for path, found in source.digests().items()}
 
 

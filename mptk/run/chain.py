@@ -242,13 +242,14 @@ class Task(Protocol):
 
     ``compares``: the loss compares outputs with the dense model's, which then are the samples' targets.
     ``classes``: outputs are logits, [..., classes], so that a teacher's distribution can be distilled.
-    ``onnx``: how it is written as ONNX; None if it is not.
+    ``sequences``: inputs of token ids may be cut to any length. ``onnx``: how it is written as ONNX; None if it is not.
     """
 
     name: str
     summary: str
     compares: bool = False
     classes: bool = True
+    sequences: bool = True
     onnx: OnnxForm | None = None
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
@@ -278,6 +279,10 @@ class Task(Protocol):
     def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
         """Samples to measure quality on."""
         ...
+
+    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
+        """Samples of inputs that the caller prepared, with the targets that the loss needs beside them."""
+        return Samples(dict(inputs))
 
     def loss(self, output: Tensor, samples: Samples) -> Tensor:
         """Sum over all that is predicted of ``samples``: how bad the model's ``output`` is."""

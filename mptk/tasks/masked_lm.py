@@ -7,6 +7,7 @@ token, at the same positions for each model.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,9 +20,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from mptk.errors import MptkError
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
+from mptk.io.text.sources import RANDOM
 from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Count, Progress
-from mptk.run.chain import Task
 from mptk.run.settings import Settings
 from mptk.run.values import SampleSets
 from mptk.tasks.classes import known_to
@@ -40,7 +41,7 @@ FIRST = 3
 class MaskedLM(TokenTask):
     """A masked language model: BERT, RoBERTa, ModernBERT. ``mask``: its mask token."""
 
-    mask: int | None = None
+    mask: int = 0
     name = "masked-lm"
     summary = "masked language model"
     onnx = ModelForm(LOGITS)
@@ -48,24 +49,29 @@ class MaskedLM(TokenTask):
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return known_to((MODEL_FOR_MASKED_LM_MAPPING_NAMES,), config, classes, "predict masked tokens")
 
-    def bind(self, loaded: Loaded) -> Task:
+    def with_mask(self, loaded: Loaded, data: str) -> MaskedLM:
+        """The task with the model's mask token, which random inputs do without."""
         mask = getattr(loaded.tokenizer, "mask_token_id", None)
-        if mask is None:
+        if mask is None and data != RANDOM:
             raise MptkError(f"{loaded.source} has no tokenizer with a mask token, which its loss needs; add its files")
-        return MaskedLM(mask)
+        return MaskedLM(mask or 0)
 
     def example(self, model: nn.Module) -> Samples:
         return Samples({"input_ids": example_ids()})
 
     def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
-        return self.masked(TOKENS.calibration(loaded, settings, count, progress)["input_ids"])
+        task = self.with_mask(loaded, settings.data)
+        return task.masked(TOKENS.calibration(loaded, settings, count, progress)["input_ids"])
 
     def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
-        return self.masked(TOKENS.evaluation(loaded, settings)["input_ids"])
+        task = self.with_mask(loaded, settings.eval_data or settings.data)
+        return task.masked(TOKENS.evaluation(loaded, settings)["input_ids"])
+
+    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
+        return self.masked(inputs["input_ids"])
 
     def masked(self, ids: Tensor) -> Samples:
         """Windows of token ids, int64 [n, length], with some masked; these are the targets."""
-        assert self.mask is not None
         hidden = _masked(ids)
         return Samples({"input_ids": ids.masked_fill(hidden, self.mask)}, ids.masked_fill(~hidden, IGNORED))
 

@@ -7,6 +7,7 @@ second column of data is needed and the targets are of the model's own kind.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.models.auto import modeling_auto
 
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
+from mptk.io.text.sources import RANDOM
 from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Count, Progress
 from mptk.run.settings import Settings
@@ -24,7 +26,7 @@ from mptk.run.values import SampleSets
 from mptk.tasks.classes import known_to
 from mptk.tasks.encoder_decoder_form import EncoderDecoderForm
 from mptk.tasks.inputs import inputs_of
-from mptk.tasks.inputs.base import RANDOM, Named
+from mptk.tasks.inputs.base import Named
 from mptk.tasks.inputs.text import example_ids, vocabulary
 from mptk.tasks.tokens import TokenTask
 
@@ -59,6 +61,9 @@ class Seq2Seq(TokenTask):
     def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
         found = inputs_of(loaded.model).evaluation(loaded, settings)
         return self.answered(loaded, found, (settings.eval_data or settings.data) == RANDOM, settings.seed + 1)
+
+    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
+        return self.answered(loaded, {n: x for n, x in inputs.items() if n != DECODER}, False, 0)
 
     def answered(self, loaded: Loaded, inputs: Named, random: bool, seed: int) -> Samples:
         """The inputs with what the dense model writes for them; ``random``: with random tokens."""

@@ -38,6 +38,8 @@ def file_documents(
             raise MptkError(f"{path} is plain text and has no column {column!r}; give the file's name alone")
         yield _pieces(path)
         return
+    if not path.stat().st_size:
+        return
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 

@@ -16,6 +16,8 @@ from mptk.io.text.hub import HubText, hub_text
 
 SELF = "self"
 """The value of ``data`` for text that the model writes."""
+RANDOM = "random"
+"""The value of ``data`` for seeded random inputs. They show that all works, and nothing of how good a model is."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,23 @@ def parse(data: str, *, held_out: bool = False, split: str | None = None) -> tup
     Raises:
         MptkError: a weight is no positive number, or ``self`` stands beside other sources.
     """
-    parts = [data] if Path(data).expanduser().exists() else [part.strip() for part in data.split(",")]
+    parts = [data] if _is_there(data) else [part.strip() for part in data.split(",")]
     if len(parts) > 1 and any(part.partition("=")[0] == SELF for part in parts):
         raise MptkError(f"{data}: text that the model writes cannot be mixed with other text; give {SELF} alone")
     return tuple(_source(*_weighted(part), held_out, split) for part in parts)
 
 
+def _is_there(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, RuntimeError):  # too long for a path; the home of a user who is not there
+        return False
+
+
 def _weighted(part: str) -> tuple[str, float]:
     """``c4.jsonl=0.7`` → ("c4.jsonl", 0.7)."""
     name, equals, weight = part.rpartition("=")
-    if not equals or Path(part).expanduser().exists():
+    if not equals or _is_there(part):
         return part, 1.0
     try:
         value = float(weight)
@@ -76,11 +85,10 @@ def _weighted(part: str) -> tuple[str, float]:
 
 
 def _source(name: str, weight: float, held_out: bool, split: str | None) -> Source:
-    path = Path(name).expanduser()
-    if path.exists():
-        return Source(name, path, weight=weight)
+    if _is_there(name):
+        return Source(name, Path(name).expanduser(), weight=weight)
     before, colon, column = name.rpartition(":")
-    if colon and Path(before).expanduser().exists():
+    if colon and _is_there(before):
         return Source(name, Path(before).expanduser(), column, weight)
     return Source(name, hub_text(name, held_out=held_out, split=split), weight=weight)
 

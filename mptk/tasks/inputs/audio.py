@@ -14,9 +14,10 @@ from transformers import AutoFeatureExtractor
 from mptk.errors import MptkError
 from mptk.io.audio import find_sounds, read_sound
 from mptk.io.models import Loaded
+from mptk.io.text.sources import RANDOM
 from mptk.progress import Count
 from mptk.run.settings import Settings
-from mptk.tasks.inputs.base import RANDOM, Inputs, Named, random_inputs
+from mptk.tasks.inputs.base import Inputs, Named, random_inputs
 
 SECONDS = 1
 RATE = 16_000

@@ -14,9 +14,6 @@ from mptk.io.models import Loaded
 from mptk.progress import Count
 from mptk.run.settings import Settings
 
-RANDOM = "random"
-"""The value of ``data`` for seeded random inputs. They show that all works, and nothing of how good a model is."""
-
 Named = dict[str, Tensor]
 """Argument of ``forward`` → tensor, samples in the first dimension."""
 

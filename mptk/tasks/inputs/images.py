@@ -13,9 +13,10 @@ from transformers import AutoImageProcessor
 from mptk.errors import MptkError
 from mptk.io.images import find_images, open_image
 from mptk.io.models import Loaded
+from mptk.io.text.sources import RANDOM
 from mptk.progress import Count
 from mptk.run.settings import Settings
-from mptk.tasks.inputs.base import RANDOM, Inputs, Named, accepted, random_inputs
+from mptk.tasks.inputs.base import Inputs, Named, accepted, random_inputs
 
 SIZE, CHANNELS = 224, 3
 """Size of an image if neither processor nor config says one."""

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mptk.io.data import SELF
 from mptk.io.models import Loaded
+from mptk.io.text.sources import RANDOM, SELF
 from mptk.progress import Count
 from mptk.run.settings import Settings
-from mptk.tasks.inputs.base import RANDOM, Inputs, Named, no_text
+from mptk.tasks.inputs.base import Inputs, Named, no_text
 from mptk.tasks.windows import calibration_windows, evaluation_windows
 
 BATCH, SEQUENCE = 2, 7

@@ -1,0 +1,98 @@
+"""The zoo through the front door: each type is saved as a checkpoint, pruned and verified by the command line.
+
+A type that its stock class cannot hold is pruned to ``--target graph``. Data are random, models tiny and random, so
+this shows that the commands work for the kind of model, not how good a pruned model is.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from benchmarks.tiny_models import CannotBuild, tiny_model
+from mptk.cli.main import app
+
+STAGES = ("none", "built", "pruned", "verified")
+OPTIONS = (
+    "--method wanda --data random --samples 4 --length 12 --eval-windows 2 --eval-length 12 --multiple-of 1 "
+    "--no-onnx --memory 2GB"
+)
+"""What is asked of ``mptk prune``, beside the widths."""
+SHARE = 0.6
+"""Of a family's units that stay, about."""
+
+
+def run_type(mapping: str, model_type: str) -> dict[str, Any]:
+    """One row; ``stage`` is the last of ``STAGES`` that passed, ``reason`` why the next one did not."""
+    row: dict[str, Any] = {"type": model_type, "mapping": mapping, "stage": "none", "reason": "", "target": ""}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        try:
+            model: Any = tiny_model(mapping, model_type).model
+            model.save_pretrained(folder / "dense")
+        except CannotBuild as error:
+            return {**row, "reason": str(error)}
+        except Exception as error:
+            return {**row, "reason": f"save_pretrained: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        row["stage"] = "built"
+        for target in ("stock", "graph"):
+            row |= {"target": target, "reason": _pruned(folder, target)}
+            if not row["reason"]:
+                break
+        else:
+            return row
+        report = json.loads((folder / target / "report.json").read_text())
+        widths = {name: [f["width"], f["of"]] for name, f in report["families"].items() if f["width"] < f["of"]}
+        row |= {"stage": "pruned", "task": report["task"], "widths": widths}
+        row["reason"] = _said("verify", folder / target, "--memory", "2GB")
+        return row if row["reason"] else {**row, "stage": "verified"}
+
+
+def _pruned(folder: Path, target: str) -> str:
+    """Why ``prune`` fails with all families near ``SHARE`` at once and with each of the first three alone, or ""."""
+    if failure := _said("analyze", folder / "dense", "--target", target, "--multiple-of", 1, "--json", folder / "all"):
+        return failure
+    found = json.loads((folder / "all").read_text())["families"]
+    widths = {
+        f["name"]: min(f["legal_widths"], key=lambda w: abs(w - SHARE * f["width"]))
+        for f in sorted(found, key=lambda f: -f["layers"])
+        if len(f["legal_widths"]) > 1
+    }
+    if not widths:
+        return "analyze: no family has another legal width"
+    reasons = []
+    for chosen in (widths, *({name: width} for name, width in list(widths.items())[:3])):
+        given = [word for name, width in chosen.items() for word in ("--width", f"{name}={width}")]
+        words = ("prune", folder / "dense", "--out", folder / target, "--target", target, *OPTIONS.split())
+        failure = _said(*words, "--families", ",".join(chosen), *given)
+        if not failure:
+            return ""
+        reasons.append(failure)
+    return reasons[-1]
+
+
+def _said(*words: object) -> str:
+    """What a command line says on failure; "" if it succeeds."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exit_code == 0:
+        return ""
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        return f"{words[0]}: {type(result.exception).__name__}: {' '.join(str(result.exception).split())[:400]}"
+    return f"{words[0]}: {' '.join(result.output.split())[-400:]}"
+
+
+def totals(rows: list[dict[str, Any]]) -> list[str]:
+    """A line a mapping: types, built, pruned, verified."""
+    lines = []
+    for mapping in dict.fromkeys(row["mapping"] for row in rows):
+        reached = [STAGES.index(row["stage"]) for row in rows if row["mapping"] == mapping]
+        counts = [f"{sum(r >= i for r in reached)} {name}" for i, name in enumerate(STAGES) if i]
+        stock = sum(
+            row["target"] == "stock" and row["stage"] == "verified" for row in rows if row["mapping"] == mapping
+        )
+        lines.append(f"{mapping}: {len(reached)} types, {', '.join(counts)}, {stock} of them as stock checkpoints")
+    return lines

@@ -31,7 +31,7 @@ class DecoderForm(OnnxForm):
         export_decoder(
             loaded.model,
             folder,
-            {"source": loaded.source},
+            {"source": loaded.source, **dense.about},
             plan=plan,
             logits=settings.logits,
             quantize=settings.quantize,

@@ -43,7 +43,9 @@ def export_onnx(
     folder: Out,
     logits: Logits = "all",
     quantize: Quantize = "",
-    data: Annotated[str | None, typer.Option(help="Calibration text for a decoder's int4: file, folder or datasets id.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Calibration text for a decoder's int4: file, folder or datasets id.")
+    ] = None,
     objective: Objective = "decode",
     onnx_dtype: OnnxDtype = "auto",
     memory: Memory = None,

@@ -118,7 +118,7 @@ def do(job: Job) -> None:
             **common,
             **where,
         )
-        prune(job.model, out, settings, say)
+        prune(job.model, out, settings, progress=say)
     say.end()
     Path(job.stages).write_text(json.dumps(say.found))
 

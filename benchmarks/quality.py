@@ -95,7 +95,7 @@ def row_of(
     folder = tempfile.mkdtemp(prefix="quality-")
     began = time.perf_counter()
     chosen = settings(method, sparsity, seed, tokens, work, widths)
-    report = prune(MODEL, Path(folder) / "out", chosen)
+    report = prune(MODEL, Path(folder) / "out", chosen).report
     steps, batch = chosen.learning.steps, chosen.learning.training.batch
     return {
         "method": method,

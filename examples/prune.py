@@ -12,7 +12,7 @@ def main(model: str, folder: str, sparsity: float = 0.3) -> None:
     analysis = mptk.analyze(model)  # needs no weights
     for family in analysis.families:
         print(f"{family.name}: {family.size} units in each of {len(family.groups)} layers, {family.description}")
-    report = mptk.prune(model, folder, mptk.Settings(sparsity=sparsity, method="wanda"))
+    report = mptk.prune(model, folder, mptk.Settings(sparsity=sparsity, method="wanda")).report
     print(f"sparsity {report.sparsity:.3f}, widths {[(n, f['width']) for n, f in report.families.items()]}")
     for difference in mptk.verify(folder):
         print(f"{difference.stage}: largest logit difference {difference.max_abs:.1e}")

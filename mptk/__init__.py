@@ -1,7 +1,8 @@
-"""mptk: compiler-style structured pruning for language models.
+"""mptk: compiler-style structured pruning.
 
-The main job is ``mptk.prune``. Its steps are functions too: ``trace``, ``analyze``, ``rewrite``, ``export`` and
-``verify``.
+The main job is ``mptk.prune``, which gives a ``Pruned``; ``recover`` trains it; ``evaluate``, ``generate`` and
+``bench`` use it. Its steps are functions too: ``trace``, ``analyze``, ``rewrite``, ``export`` and ``verify``. ``fetch``
+and ``load`` get dense models. docs/python.md shows all of them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mptk.driver.api import analyze, bench, export, rewrite, rule, show, trace
-    from mptk.driver.prune import prune
+    from mptk.driver.pruned import Pruned, prune, recover
+    from mptk.driver.use import evaluate, generate
     from mptk.driver.verification import verify
     from mptk.errors import MptkError, ProofError
+    from mptk.io.models import load
+    from mptk.io.packaged import fetch
     from mptk.ir.plan import FamilyPlan, Plan
+    from mptk.ir.samples import Samples
     from mptk.run.report import Report
     from mptk.run.settings import Settings
     from mptk.version import __version__
@@ -24,13 +29,20 @@ __all__ = [
     "MptkError",
     "Plan",
     "ProofError",
+    "Pruned",
     "Report",
+    "Samples",
     "Settings",
     "__version__",
     "analyze",
     "bench",
+    "evaluate",
     "export",
+    "fetch",
+    "generate",
+    "load",
     "prune",
+    "recover",
     "rewrite",
     "rule",
     "show",
@@ -43,10 +55,17 @@ _HOMES = {
     "MptkError": "mptk.errors",
     "Plan": "mptk.ir.plan",
     "ProofError": "mptk.errors",
+    "Pruned": "mptk.driver.pruned",
     "Report": "mptk.run.report",
+    "Samples": "mptk.ir.samples",
     "Settings": "mptk.run.settings",
     "__version__": "mptk.version",
-    "prune": "mptk.driver.prune",
+    "evaluate": "mptk.driver.use",
+    "fetch": "mptk.io.packaged",
+    "generate": "mptk.driver.use",
+    "load": "mptk.io.models",
+    "prune": "mptk.driver.pruned",
+    "recover": "mptk.driver.pruned",
     "verify": "mptk.driver.verification",
 }
 

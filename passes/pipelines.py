@@ -18,7 +18,8 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.runtime.sessions import CPU
 from passes.targets.onnx.block_weights import BLOCK, BlockWeightsPass
-from passes.targets.onnx.emit import write_onnx
+from passes.targets.onnx.emit import FILE, Interface, decoder_interface, write_onnx
+from passes.targets.onnx.extract import ExtractPass, Part
 from passes.targets.onnx.float16 import Float16Pass
 from passes.targets.onnx.fold_kv import FoldKVPass
 from passes.targets.onnx.fold_transposes import FoldTransposesPass
@@ -51,7 +52,7 @@ def reference(analysis: Analysis, cut: Cut) -> list[Pass]:
 
 
 def lowering() -> list[Pass]:
-    """A decoder's program → one that the ONNX exporter translates op by op."""
+    """A program → one that the ONNX exporter translates op by op."""
     return [LowerOps(), LowerComplex()]
 
 
@@ -80,6 +81,11 @@ def onnx_optimization(objective: str) -> OnnxPasses:
         common.RemoveUnusedNodesPass(),
         common.ClearMetadataAndDocStringPass(),
     ]
+
+
+def extracting(part: Part) -> OnnxPasses:
+    """The optimised ONNX graph → one part of it."""
+    return [ExtractPass(part), common.RemoveUnusedNodesPass()]
 
 
 def _blocks(bits: Literal[8, 4], source: Path) -> OnnxPasses:
@@ -112,6 +118,7 @@ LISTS: tuple[Callable[..., Sequence[Pass | ir.passes.PassBase]], ...] = (
     reference,
     lowering,
     onnx_optimization,
+    extracting,
     int8,
     int4,
     int4_for_text,
@@ -163,19 +170,27 @@ def passes_until(name: str, analysis: Analysis, cut: Cut) -> list[Pass]:
 def emit_onnx(
     program: Program,
     folder: Path,
+    interface: Interface | None = None,
     *,
+    parts: Mapping[str, Part] | None = None,
     objective: str = "decode",
     half: bool = False,
     metadata: Mapping[str, str] | None = None,
     log: Log | None = None,
 ) -> Path:
-    """``write_onnx`` with the product's passes.
+    """``write_onnx`` with the product's passes. Returns the (first) file that was written.
 
-    ``objective``: ``"decode"`` or ``"prefill"``, the phase to be fast in if the two need different graphs. ``half``:
-    convert the graph, which must be float32, to float16.
+    ``interface``: names of inputs and outputs; None: those of a decoding step. ``parts``: name of a file → the part of
+    the graph that it holds; None: ``model.onnx`` holds all. ``objective``: ``"decode"`` or ``"prefill"``, the phase to
+    be fast in if the two need different graphs. ``half``: convert the graph, which must be float32, to float16.
     """
-    passes = [*onnx_optimization(objective), *(fp16() if half else [])]
-    return write_onnx(program, folder, lowering(), passes, metadata or {}, log or Log())
+    interface = decoder_interface(program) if interface is None else interface
+    last = fp16() if half else []
+    files = {FILE: last} if parts is None else {file: [*extracting(part), *last] for file, part in parts.items()}
+    write_onnx(
+        program, folder, interface, lowering(), onnx_optimization(objective), files, metadata or {}, log or Log()
+    )
+    return folder / next(iter(files))
 
 
 def quantize_onnx(

@@ -103,7 +103,7 @@ def _compared(
     worst: dict[str, Difference] = {}
     for batch in batches:
         try:
-            reference = next(results).float()
+            reference = next(results)
         except RuntimeError as error:  # stages run side by side, so the fault may be any program's
             if (lacking := exhausted(error)) is not None:
                 raise lacking from error
@@ -126,10 +126,20 @@ def widen(found: Difference, own: float) -> Difference:
     return replace(found, tolerance=tolerance, widened=said)
 
 
-def _run(name: str, run: StageOutputs, batch: Samples, reference: Tensor, tolerance: float) -> Difference:
-    """A stage's difference on one batch. Any error is a difference too, since runtimes share no error class."""
+def _run(
+    name: str, run: StageOutputs, batch: Samples, reference: Tensor | Sequence[Tensor], tolerance: float
+) -> Difference:
+    """A stage's difference on one batch. Any error is a difference too, since runtimes share no error class.
+
+    Of several outputs, it is that of the worst.
+    """
     try:
-        return difference(name, run(batch), reference, tolerance)
+        found = run(batch)
+        if isinstance(reference, Tensor):
+            return difference(name, found, reference.float(), tolerance)
+        pairs = zip(found, reference, strict=True)
+        each = [difference(name, one, other.float(), tolerance) for one, other in pairs if isinstance(one, Tensor)]
+        return max(each, key=lambda d: d.relative)
     except MptkError:
         raise
     except Exception as error:
@@ -149,8 +159,11 @@ def difference(
 ) -> Difference:
     """The difference of logits [batch, sequence, vocab] from ``reference``.
 
-    NaN is an infinite difference. If all reference logits are zero, any difference is relatively infinite.
+    NaN is an infinite difference. If all reference logits are zero, any difference is relatively infinite. Outputs of
+    other shapes are compared as they are.
     """
+    if isinstance(logits, Tensor) and logits.ndim < 2:
+        logits, reference = logits.reshape(1, -1), reference.reshape(1, -1)
     if isinstance(logits, tuple):
         logits, positions = logits
         expected = reference[:, positions]

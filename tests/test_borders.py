@@ -121,7 +121,7 @@ def test_a_window_of_the_config_that_is_not_the_dense_models(tmp_path: Path, mon
         method="magnitude", families=("ffn",), widths={"ffn": 40}, samples=2, length=48, onnx=False, multiple=8
     )
     out = tmp_path / "out"
-    report = mptk.prune(dense, out, settings)
+    report = mptk.prune(dense, out, settings).report
     assert report.proof_length == 72
     edited = json.loads((out / "config.json").read_text()) | {"sliding_window": 96}
     (out / "config.json").write_text(json.dumps(edited))

@@ -10,13 +10,14 @@ import toy_checkpoints as toys
 from rich.console import Console
 
 from mptk.cli import progress
+from mptk.driver import display
 from mptk.driver.api import export
 from mptk.progress import silent, step, steps, within
 
 
 def test_lines_come_at_the_start_of_a_stage_and_every_ten_seconds():
     file, now = io.StringIO(), 100.0
-    report = progress.lines(Console(file=file), clock=lambda: now)
+    report = display.lines(Console(file=file), clock=lambda: now)
     for second, call in [
         (0, ("load", 0, 0)),
         (3, ("score [wanda]", 0, 0)),

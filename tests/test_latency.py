@@ -202,7 +202,7 @@ def test_shares_fall_between_those_of_the_neighbouring_widths(analysis):
 @pytest.mark.parametrize("method", ["random", "maskprune"])
 def test_prune_removes_the_asked_share_of_the_predicted_latency(llama, machine, tmp_path, method):  # noqa: F811
     learning = replace(SETTINGS.learning, steps=8 if method == "maskprune" else 0, rank=2)
-    report = mptk.prune(llama, tmp_path / "out", replace(SETTINGS, method=method, learning=learning))
+    report = mptk.prune(llama, tmp_path / "out", replace(SETTINGS, method=method, learning=learning)).report
     dense, pruned = (report.cost[side]["latency_ms"] for side in ("dense", "pruned"))
     assert 1 - pruned / dense == pytest.approx(0.25, abs=0.02)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["cost"]["pruned"]["latency_ms"] == pruned
@@ -269,7 +269,7 @@ def test_settings_that_contradict_each_other_are_refused():
 def test_command_line_says_what_is_budgeted(monkeypatch, options, wanted):
     asked: list[mptk.Settings] = []
     monkeypatch.setattr(
-        "mptk.driver.prune.prune", lambda model, folder, settings, progress, on_stage: asked.append(settings)
+        "mptk.driver.pruned.prune", lambda model, folder, settings, progress, on_stage: asked.append(settings)
     )
     CliRunner().invoke(app, ["prune", "model", "--out", "out", *options.split()], catch_exceptions=False)
     (s,) = asked

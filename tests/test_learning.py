@@ -248,7 +248,7 @@ def test_activations_computed_again_change_no_loss_and_no_model(
 def test_half_precision_learns_much_the_same_and_what_it_learns_is_proven(
     llama: str, learned: Path, tmp_path: Path
 ) -> None:
-    report = mptk.prune(llama, tmp_path / "out", replace(SETTINGS, learning=replace(LEARNING, precision="bf16")))
+    report = mptk.prune(llama, tmp_path / "out", replace(SETTINGS, learning=replace(LEARNING, precision="bf16"))).report
     first, exact = metrics(tmp_path / "out")[0]["loss"], metrics(learned)[0]["loss"]
     assert first != exact
     assert first == pytest.approx(exact, rel=5e-3)
@@ -275,14 +275,14 @@ def test_what_training_does_not_know_is_said_at_once(change: dict[str, str], mes
 
 def test_all_weights_can_be_trained_a_shared_one_too(llama: str, tmp_path: Path) -> None:
     learning = replace(LEARNING, steps=2, rank=0)
-    report = mptk.prune(llama, tmp_path / "out", replace(SETTINGS, method="magnitude", learning=learning))
+    report = mptk.prune(llama, tmp_path / "out", replace(SETTINGS, method="magnitude", learning=learning)).report
     assert {"lm_head.weight", "model.embed_tokens.weight"} & set(report.trained)
     assert verify(tmp_path / "out")
 
 
 def test_a_folder_can_be_recovered_alone(llama: str, tmp_path: Path) -> None:
     one_shot = replace(SETTINGS, method="wanda", learning=Learning())
-    before = mptk.prune(llama, tmp_path / "pruned", one_shot)
+    before = mptk.prune(llama, tmp_path / "pruned", one_shot).report
     training = replace(TRAINING, lr=1e-3, losses=LossWeights(lm=0.0))
     after = recover(tmp_path / "pruned", tmp_path / "recovered", replace(LEARNING, steps=24, training=training))
     kl = [row["kl"] for row in metrics(tmp_path / "recovered")]
@@ -302,7 +302,7 @@ def test_a_diverging_run_stops_and_keeps_its_last_checkpoint(llama: str, tmp_pat
 
 def test_budgets_count_what_they_say_and_kept_families_stay_whole(llama: str, tmp_path: Path) -> None:
     settings = replace(SETTINGS, budget="flops", sparsity=0.21, keep=("kv_groups", "q_heads"))
-    report = mptk.prune(llama, tmp_path / "out", settings)
+    report = mptk.prune(llama, tmp_path / "out", settings).report
     dense, pruned = (report.cost[k]["flops"] for k in ("dense", "pruned"))
     assert 1 - pruned / dense == pytest.approx(0.21, abs=0.01)
     changed = [name for name, f in report.families.items() if f["width"] < f["of"]]
@@ -310,7 +310,7 @@ def test_budgets_count_what_they_say_and_kept_families_stay_whole(llama: str, tm
 
 
 def test_a_given_width_is_kept_and_the_others_are_learned_to_meet_the_budget(llama: str, tmp_path: Path) -> None:
-    report = mptk.prune(llama, tmp_path / "out", replace(SETTINGS, widths={"ffn": 48}, sparsity=0.37))
+    report = mptk.prune(llama, tmp_path / "out", replace(SETTINGS, widths={"ffn": 48}, sparsity=0.37)).report
     assert report.families["ffn"]["width"] == 48
     assert report.sparsity == pytest.approx(0.37, abs=0.01)
     assert report.families["kv_groups"]["width"] == 2
@@ -320,7 +320,7 @@ def test_flaps_biases_go_through_recovery(gpt2: str, tmp_path: Path) -> None:  #
     settings = replace(
         SETTINGS, method="flap", families=("ffn",), widths={"ffn": 48}, learning=replace(LEARNING, steps=2)
     )
-    report = mptk.prune(gpt2, tmp_path / "out", settings)
+    report = mptk.prune(gpt2, tmp_path / "out", settings).report
     assert any(name.endswith("bias") for name in report.trained)
     assert verify(tmp_path / "out")
 
@@ -329,7 +329,7 @@ def test_experts_stay_whole_unless_they_are_asked_for(tmp_path: Path) -> None:
     values = {**llama_config().to_dict(), "num_local_experts": 4, "num_experts_per_tok": 2}
     config = MixtralConfig(**{k: v for k, v in values.items() if k not in ("model_type", "architectures")})
     mixtral = save(MixtralForCausalLM(config), tmp_path / "mixtral")
-    report = mptk.prune(mixtral, tmp_path / "out", replace(SETTINGS, learning=replace(LEARNING, steps=4)))
+    report = mptk.prune(mixtral, tmp_path / "out", replace(SETTINGS, learning=replace(LEARNING, steps=4))).report
     assert report.families["experts"]["width"] == 4
     assert report.families["ffn"]["width"] < 80
     with pytest.raises(MptkError, match="experts cannot be learned"):

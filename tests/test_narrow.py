@@ -137,7 +137,9 @@ def test_a_run_keeps_nearly_the_same_units_and_its_folder_passes_the_same_proof(
     prune(dense, tmp_path / "float32", settings)
     assert {dtype for _, dtype in ran} == {torch.float32}
     ran.clear()
-    report = prune(dense, tmp_path / "bf16", replace(settings, compute_dtype="bfloat16"), ran.progress())
+    report = prune(
+        dense, tmp_path / "bf16", replace(settings, compute_dtype="bfloat16"), progress=ran.progress()
+    ).report
     assert report is not None
     plans = [Plan.load(tmp_path / name / "plan.json") for name in ("float32", "bf16")]
     assert share_kept(*plans) >= 0.9

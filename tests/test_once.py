@@ -49,7 +49,7 @@ def test_learned_plan_is_resolved_once_for_each_analysis(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolved, discovered, sites = (counted(monkeypatch, f) for f in (resolve_plan, discover, find_mask_sites))
-    report = mptk.prune(model, tmp_path / "out", SETTINGS)
+    report = mptk.prune(model, tmp_path / "out", SETTINGS).report
     assert report is not None
     assert report.trained
     assert (tmp_path / "out" / "onnx" / "model.onnx").is_file()

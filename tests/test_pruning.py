@@ -88,7 +88,7 @@ def gpt2(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def pruned(llama, tmp_path_factory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("out") / "pruned"
-    return out, mptk.prune(llama, out, SETTINGS)
+    return out, mptk.prune(llama, out, SETTINGS).report
 
 
 def test_report_says_what_was_cut_and_that_it_is_proven(pruned):
@@ -149,7 +149,7 @@ def test_verify_proves_the_folder_again_and_sees_a_changed_weight(pruned, tmp_pa
 
 def test_quantised_graphs_lie_beside_and_their_perplexity_is_told(llama, pruned, tmp_path):
     settings = replace(SETTINGS, quantize=("int8", "fp16"))
-    report = mptk.prune(llama, tmp_path / "out", settings)
+    report = mptk.prune(llama, tmp_path / "out", settings).report
     assert set(report.quantized) == {"int8", "fp16"}
     for scheme, found in report.quantized.items():
         assert found["file"] == f"onnx/model_{scheme}.onnx"
@@ -169,7 +169,7 @@ def test_int4_is_rounded_for_the_calibration_text(llama, tmp_path):
 
 def test_last_logits_alone_are_proven_too(llama, tmp_path):
     settings = replace(SETTINGS, logits="last", quantize=("int8",), objective="prefill")
-    report = mptk.prune(llama, tmp_path / "out", settings)
+    report = mptk.prune(llama, tmp_path / "out", settings).report
     assert OrtDecoder(tmp_path / "out").metadata["objective"] == "prefill"
     assert [d["stage"] for d in report.proof][-3:] == ["ONNX Runtime decode", "int8 weights", "int8 logits"]
     assert all(d["ok"] for d in report.proof)
@@ -189,7 +189,7 @@ def test_a_plan_file_decides_everything(pruned, llama, tmp_path):
     out, _ = pruned
     plan = Plan.load(out / "plan.json")
     settings = mptk.Settings(plan=str(out / "plan.json"), samples=4, length=48, onnx=False)
-    report = mptk.prune(llama, tmp_path / "again", settings)
+    report = mptk.prune(llama, tmp_path / "again", settings).report
     assert Plan.load(tmp_path / "again" / "plan.json").families == plan.families
     assert filecmp.cmp((tmp_path / "again" / "model.safetensors"), (out / "model.safetensors"), shallow=False)
     assert "onnx" not in {p.name for p in (tmp_path / "again").iterdir()}
@@ -199,7 +199,7 @@ def test_a_plan_file_decides_everything(pruned, llama, tmp_path):
 def test_a_dense_model_in_half_precision_is_written_in_float32_if_that_is_asked_for(tmp_path):
     dense = save(LlamaForCausalLM(llama_config()).to(torch.bfloat16), tmp_path / "dense")
     given = {"widths": {"ffn": 40}, "families": ("ffn",), "onnx": False, "dtype": "float32"}
-    report = mptk.prune(dense, tmp_path / "out", replace(SETTINGS, method="magnitude", **given))
+    report = mptk.prune(dense, tmp_path / "out", replace(SETTINGS, method="magnitude", **given)).report
     assert report.config_changes == {"intermediate_size": [80, 40], "dtype": ["bfloat16", "float32"]}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     assert mptk.verify(tmp_path / "out")
@@ -216,7 +216,7 @@ def test_perplexity_is_measured_on_the_windows_asked_for_also_of_the_models_own_
     settings = mptk.Settings(
         method="random", samples=4, length=48, multiple=8, onnx=False, eval_windows=3, eval_length=21
     )
-    report = mptk.prune(llama, tmp_path / "out", settings)
+    report = mptk.prune(llama, tmp_path / "out", settings).report
     said = "text sampled from the dense model (compares runs of this model only): 3 windows of 21 tokens"
     assert report.quality["protocol"].startswith(said)
 
@@ -227,14 +227,14 @@ def test_the_report_has_the_hash_of_every_text(llama, tmp_path):
     settings = mptk.Settings(
         method="random", data=str(text), samples=4, length=32, eval_length=24, eval_windows=2, multiple=8, onnx=False
     )
-    first, second = (mptk.prune(llama, tmp_path / name, settings).data for name in ("a", "b"))
+    first, second = (mptk.prune(llama, tmp_path / name, settings).report.data for name in ("a", "b"))
     assert first == second
     assert first["files"] == {str(text): hashlib.sha256(text.read_bytes()).hexdigest()}
     inputs = {name: used["inputs"]["input_ids"] for name, used in first.items() if name != "files"}
     assert {name: found["shape"] for name, found in inputs.items()} == {"calibration": [4, 32], "evaluation": [2, 24]}
     tokenizer = AutoTokenizer.from_pretrained(llama)
     assert inputs["evaluation"]["sha256"] == data.digest(data.evaluation_windows(tokenizer, str(text), 24, 2))
-    other = mptk.prune(llama, tmp_path / "c", replace(settings, seed=1)).data
+    other = mptk.prune(llama, tmp_path / "c", replace(settings, seed=1)).report.data
     assert other["calibration"]["inputs"]["input_ids"] != inputs["calibration"]
 
 
@@ -253,7 +253,7 @@ def test_flap_writes_its_bias_compensation_and_proves_it(gpt2, tmp_path):
         eval_length=32,
         multiple=8,
     )
-    report = mptk.prune(gpt2, tmp_path / "out", settings)
+    report = mptk.prune(gpt2, tmp_path / "out", settings).report
     assert report.families["ffn"]["width"] < 80
     assert report.families["heads"]["width"] == 6
     assert any("bias" in note for note in report.notes)
@@ -267,7 +267,7 @@ def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2, t
     settings = mptk.Settings(
         families=("heads",), widths={"heads": 4}, target="graph", method="magnitude", samples=4, length=48
     )
-    report = mptk.prune(gpt2, tmp_path / "out", settings)
+    report = mptk.prune(gpt2, tmp_path / "out", settings).report
     assert report.families["heads"] == {"of": 6, "width": 4, "layers": 2}
     stages = {"stored weights", "rewritten graph", "ONNX Runtime prefill", "ONNX Runtime decode"}
     assert {d["stage"] for d in report.proof} == stages

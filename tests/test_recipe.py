@@ -48,7 +48,7 @@ OTHER = api.Settings(
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Collects what `prune` and `recover` are asked for, in place of a run."""
     calls: list[Any] = []
-    monkeypatch.setattr("mptk.driver.prune.prune", lambda *arguments, **_: calls.append(arguments))
+    monkeypatch.setattr("mptk.driver.pruned.prune", lambda *arguments, **_: calls.append(arguments))
     monkeypatch.setattr(
         "mptk.driver.recovery.recover", lambda *arguments, **options: calls.append((arguments, options))
     )
@@ -69,7 +69,7 @@ def test_the_recipe_of_settings_gives_these_settings(settings: api.Settings, tmp
     path = write(tmp_path / "run.yaml", **recipe("dense", settings))
     result = run("prune", "--config", path, "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, (result.output, result.exception)
-    ((model, out, found, _),) = asked
+    ((model, out, found),) = asked
     assert (model, out) == ("dense", tmp_path / "out")
     assert found == settings
 
@@ -77,7 +77,7 @@ def test_the_recipe_of_settings_gives_these_settings(settings: api.Settings, tmp
 def test_the_command_line_wins(tmp_path: Path, asked: list[Any]) -> None:
     path = write(tmp_path / "a.yaml", model="m", sparsity=0.5, steps=9, onnx=False, seed=3, width={"ffn": 32}, out="o")
     assert run("prune", "other", "--config", path, "--sparsity", "0.2", "--onnx", "--out", "p").exit_code == 0
-    ((model, out, settings, _),) = asked
+    ((model, out, settings),) = asked
     assert (model, str(out), settings.sparsity, settings.onnx) == ("other", "p", 0.2, True)
     assert (settings.steps, settings.seed, settings.widths) == (9, 3, {"ffn": 32})
 

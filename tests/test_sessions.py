@@ -150,7 +150,7 @@ def test_the_proof_is_run_on_the_device_and_says_what_ran_it(
         return prove_folder(compiled, targets, out, windows)
 
     monkeypatch.setattr("mptk.driver.prune.prove_folder", checked)
-    report = prune(str(folder.parent / "dense"), tmp_path / "out", replace(SETTINGS, quantize=("int8",)))
+    report = prune(str(folder.parent / "dense"), tmp_path / "out", replace(SETTINGS, quantize=("int8",))).report
     own, smoothing, int8, whole, main = proven
     assert own == int8 == whole == (GPU, {"device_id": 1, "use_tf32": 0})
     assert smoothing == (HOST, {}), "everywhere the same scales"

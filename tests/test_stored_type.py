@@ -45,7 +45,7 @@ def bytes_of(folder: Path) -> int:
 
 @pytest.mark.parametrize("target", ["stock", "graph"])
 def test_bfloat16_stays_and_the_report_counts_its_bytes(half: str, tmp_path: Path, target: str) -> None:
-    report = mptk.prune(half, tmp_path / "out", replace(SETTINGS, target=target))
+    report = mptk.prune(half, tmp_path / "out", replace(SETTINGS, target=target)).report
     assert report is not None
     assert kinds(tmp_path / "out") == {torch.bfloat16}
     assert "dtype" not in report.config_changes
@@ -60,7 +60,7 @@ def test_bfloat16_stays_and_the_report_counts_its_bytes(half: str, tmp_path: Pat
 def test_trained_weights_are_rounded_before_the_proof(half: str, tmp_path: Path) -> None:
     learning = Learning(steps=4, mask_share=0.5, rank=2, training=Training(batch=2, micro=2, lr=1e-2))
     settings = replace(SETTINGS, method="maskprune", learning=learning, onnx=True, quantize=("int8",), sparsity=0.286)
-    report = mptk.prune(half, tmp_path / "out", settings)
+    report = mptk.prune(half, tmp_path / "out", settings).report
     assert report is not None
     assert kinds(tmp_path / "out") == {torch.bfloat16}
     stages = {row["stage"]: row for row in report.proof}
@@ -73,7 +73,7 @@ def test_trained_weights_are_rounded_before_the_proof(half: str, tmp_path: Path)
 def test_folded_norms_are_rounded_and_what_is_written_equals_that(half: str, tmp_path: Path) -> None:
     report = mptk.prune(
         half, tmp_path / "out", replace(SETTINGS, families=("hidden",), widths={"hidden": 36}, onnx=True)
-    )
+    ).report
     assert report is not None
     assert any(row["name"] == "store" and row["notes"] for row in report.stages)
     assert kinds(tmp_path / "out") == {torch.bfloat16}
@@ -83,7 +83,7 @@ def test_folded_norms_are_rounded_and_what_is_written_equals_that(half: str, tmp
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_another_type_is_stored_if_it_is_asked_for(tmp_path: Path, dtype: str) -> None:
     dense = checkpoint(tmp_path / "dense", torch.float32)
-    report = mptk.prune(dense, tmp_path / "out", replace(SETTINGS, dtype=dtype, onnx=True))
+    report = mptk.prune(dense, tmp_path / "out", replace(SETTINGS, dtype=dtype, onnx=True)).report
     assert report is not None
     assert kinds(tmp_path / "out") == {getattr(torch, dtype)}
     changed = {} if dtype == "float32" else {"dtype": ["float32", dtype]}

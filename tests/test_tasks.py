@@ -73,7 +73,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("method", ["wanda", "taylor", "flap"])
 def test_a_masked_language_model_is_pruned_and_verified(bert: Path, text: str, tmp_path: Path, method: str) -> None:
     settings = mptk.Settings(method=method, data=text, **SETTINGS)
-    report = mptk.prune(str(bert), tmp_path / "out", settings)
+    report = mptk.prune(str(bert), tmp_path / "out", settings).report
     assert report is not None
     assert report.task == "masked-lm"
     assert report.families["ffn"]["width"] < 40
@@ -107,7 +107,7 @@ def test_it_writes_no_text_for_itself(bert: Path, tmp_path: Path) -> None:
 def test_masks_are_learned_for_it_and_it_recovers(bert: Path, text: str, tmp_path: Path) -> None:
     learning = Learning(steps=6, rank=2, training=Training(batch=4, micro=2))
     settings = mptk.Settings(data=text, learning=learning, **SETTINGS)
-    report = mptk.prune(str(bert), tmp_path / "out", settings)
+    report = mptk.prune(str(bert), tmp_path / "out", settings).report
     assert report is not None
     assert {"learned masks", "trained model"} <= {row["stage"] for row in report.proof}
     assert report.trained

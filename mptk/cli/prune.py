@@ -66,7 +66,8 @@ def prune(
     """
     from mptk.cli import report
     from mptk.driver.estimate import check_fits, estimated
-    from mptk.driver.prune import prune, settled
+    from mptk.driver.prune import settled
+    from mptk.driver.pruned import prune
 
     settings = with_latency(settings_from(options), max_decode_ms, max_prefill_ms)
     if estimate:
@@ -77,9 +78,9 @@ def prune(
     if folder is None:
         raise MptkError(NO_PLACE)
     with resumable(folder), stages(err) as progress:
-        result = prune(model, folder, settings, progress, on_stage=printed())
+        result = prune(model, folder, settings, progress=progress, on_stage=printed())
     if result is not None:
-        out.print(report.prune_view(result))
+        out.print(report.prune_view(result.report))
         out.print(f"written to {folder}", soft_wrap=True)
 
 

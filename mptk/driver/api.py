@@ -230,6 +230,7 @@ def export_folder(
             loaded.model.generation_config.save_pretrained(folder)
         if loaded.tokenizer is not None:
             save_tokenizer(loaded.tokenizer, folder)
+        CAUSAL_LM.onnx.describe(loaded.model.config, loaded.model.generation_config, folder, "onnx")
     return Path(out)
 
 

@@ -13,9 +13,9 @@ from mptk.io.markdown import code, table
 from mptk.io.models import auto_class
 from mptk.run.chain import Compiled
 from mptk.run.report import Report
+from mptk.tasks.genai import FILE as GENAI_CONFIG
 from passes.targets.stock.config import StockConfig
 
-GENAI = "genai_config.json"
 TEXT = "Once upon a time"
 FOLDER = 'folder = "."  # this folder, or its name on a hub'
 
@@ -134,7 +134,7 @@ def onnx(report: Report, folder: Path, graphs: list[Path]) -> str:
         "print([(value.name, value.shape) for value in session.get_inputs()])",
     ]
     parts = [table(["graph", "weights", "MB"], rows), python(*lines)]
-    if (folder / GENAI).is_file():
+    if (folder / GENAI_CONFIG).is_file():
         parts.append(f"Text, with the package onnxruntime-genai:\n\n{python(*GENAI_LINES)}")
     return section("ONNX Runtime", "\n\n".join(parts))
 

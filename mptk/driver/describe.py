@@ -17,12 +17,13 @@ from mptk.driver.claims import costs, widths
 from mptk.io import data
 from mptk.io.dense import absolute, fingerprint
 from mptk.io.licence import CARD
+from mptk.io.live import weights_fingerprint
 from mptk.io.manifest import listed, update_manifest, weights_digest
 from mptk.ir.samples import Samples
 from mptk.progress import Count
-from mptk.run.chain import Compiled, Proven
+from mptk.run.chain import Compiled, Prepared, Proven
 from mptk.run.report import FILE, PROVEN_ON, Report
-from mptk.run.settings import Settings
+from mptk.run.settings import IN_MEMORY, Settings
 from mptk.run.values import Context, SampleSets
 from mptk.targets.stock_config import config_changes
 from mptk.version import __version__
@@ -41,7 +42,8 @@ def describe(
     return Report(
         mptk=__version__,
         model=absolute(prepared.source),
-        model_sha256=fingerprint(prepared.source, local=True),
+        model_sha256=_fingerprint(prepared),
+        live=prepared.loaded.live,
         settings=prepared.settings,
         families=widths(prepared.analysis, chosen.plan),
         sparsity=1 - figures["pruned"]["block"] / figures["dense"]["block"],
@@ -64,6 +66,11 @@ def describe(
     )
 
 
+def _fingerprint(prepared: Prepared) -> str:
+    loaded = prepared.loaded
+    return weights_fingerprint(loaded) if loaded.live else fingerprint(prepared.source, local=True)
+
+
 def used_data(sets: SampleSets, settings: Settings) -> dict[str, Any]:
     """What was trained, calibrated and measured on: source and hash of each set of samples, and of the files."""
     found: dict[str, Any] = {}
@@ -77,7 +84,12 @@ def used_data(sets: SampleSets, settings: Settings) -> dict[str, Any]:
             found[name] = {"source": source, "samples": len(samples), "inputs": inputs}
             if name != "evaluation":
                 found[name]["seed"] = settings.seed
-    return {**found, "files": data.file_digests(settings.data, settings.eval_data)}
+    return {**found, "files": data.file_digests(*_named(settings))}
+
+
+def _named(settings: Settings) -> list[str]:
+    """The sources of samples that have names."""
+    return [source for source in (settings.data, settings.eval_data) if source not in (None, IN_MEMORY)]
 
 
 def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, context: Context) -> Report:

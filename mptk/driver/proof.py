@@ -19,7 +19,7 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.ir.samples import Samples, is_tokens
 from mptk.run.chain import Compiled, Proven, Target
-from mptk.run.values import PROOF_SHAPE, Witness
+from mptk.run.values import Witness, short
 from mptk.runtime.staged import Executor
 from passes.analysis.borders import Reach, reach
 from passes.transforms.masked_reference import mask
@@ -34,8 +34,9 @@ def prove_folder(compiled: Compiled, targets: Sequence[Target], folder: Path, sa
     Raises:
         MptkError: the config is not what it must be; or the folder cannot be loaded.
     """
-    reached = find_reach(compiled) if _tokens(samples) else Reach((), ())
-    batches = proof_batches(samples, reached.length)
+    sequences = compiled.prepared.task.sequences and _tokens(samples)
+    reached = find_reach(compiled) if sequences else Reach((), ())
+    batches = proof_batches(samples, reached.length, sequences)
     checks = [target.checks(compiled, folder, reached.borders) for target in targets]
     run = partial(prove, executor=compiled.prepared.executor)
     rewritten: dict[str, tuple[Program | StageOutputs, float]] = {"rewritten graph": (compiled.exact, TOLERANCE)}
@@ -58,21 +59,21 @@ def find_reach(compiled: Compiled) -> Reach:
     """How far the proof must go: past the borders of the graph, of the dense config and of the one written."""
     written = [] if compiled.written is None else [compiled.written.stock.config]
     prepared = compiled.prepared
-    configs = [prepared.loaded.model.config, *written]
+    configs = [prepared.loaded.model.config, *written]  # a module with sequences is a transformers model
     return reach(compiled.analysis.program, *configs, bound=prepared.settings.proof_length)
 
 
-def proof_batches(samples: Samples, length: int = 0) -> list[Samples]:
+def proof_batches(samples: Samples, length: int = 0, sequences: bool = True) -> list[Samples]:
     """The short batch of ``samples`` and, if ``length`` is not 0, one sample whose token ids are that long."""
-    short = samples.shortened(*PROOF_SHAPE)
+    first = short(samples, sequences)
     if not length:
-        return [short]
+        return [first]
 
     def longer(tensor: Tensor) -> Tensor:
         flat = tensor.flatten()
         return flat.repeat(-(-length // len(flat)))[None, :length] if is_tokens(tensor) else tensor[:1]
 
-    return [short, Samples({name: longer(tensor) for name, tensor in samples.inputs.items()})]
+    return [first, Samples({name: longer(tensor) for name, tensor in samples.inputs.items()})]
 
 
 def _tokens(samples: Samples) -> bool:

@@ -1,4 +1,4 @@
-"""prune: the main job, from a model's name to a proven folder, as a chain of values.
+"""prune: the main job, from a dense model to a proven folder, as a chain of values. ``driver/pruned.py`` starts it.
 
 ``prepare`` → Prepared, ``choose`` → Chosen, ``compile_plan`` → Compiled, ``prove_folder`` → Proven, ``describe`` →
 Report. Nothing is published unless every stage of the proof is within its tolerance.
@@ -6,14 +6,13 @@ Report. Nothing is published unless every stage of the proof is within its toler
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 import passes.frontend.trace
 from mptk.compat.accelerate import own_state
@@ -23,7 +22,8 @@ from mptk.driver.budget import WidthSearch, budgeted, multiples
 from mptk.driver.card import write_card
 from mptk.driver.changes import COMPENSATION, widened
 from mptk.driver.describe import describe, measured
-from mptk.driver.estimate import check_fits, estimated, estimated_for
+from mptk.driver.estimate import check_fits, estimated_for
+from mptk.driver.job import Finished, Given, Job
 from mptk.driver.kept import kept_choice, kept_fit
 from mptk.driver.proof import check_proof, check_witness, prove_folder
 from mptk.errors import MptkError, explained
@@ -31,13 +31,12 @@ from mptk.io import data
 from mptk.io.licence import copy_notices
 from mptk.io.models import Loaded
 from mptk.io.publish import check_replaceable, publish
-from mptk.io.resident import Resident, free_memory
+from mptk.io.resident import free_memory
 from mptk.ir.families import Analysis
-from mptk.ir.passes import Log, Record
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import Samples
+from mptk.ir.samples import Samples, joined
 from mptk.ir.weights import Weights
 from mptk.methods import find_method
 from mptk.methods.maskprune.learner import Learner, start_training
@@ -50,11 +49,10 @@ from mptk.run.processes import describe as describe_processes
 from mptk.run.processes import holds, leads, once, processes
 from mptk.run.recipe import write_recipe
 from mptk.run.report import Report
-from mptk.run.settings import DEFAULT_STEPS, Settings
+from mptk.run.settings import DEFAULT_STEPS, IN_MEMORY, Settings
 from mptk.run.values import Context, SampleSets
 from mptk.runtime.staged import Executor
 from mptk.targets import find_target, written
-from mptk.tasks import open_task
 from passes.analysis import group
 from passes.pipelines import check_schemes, cut_program
 from passes.transforms.store import Store
@@ -71,65 +69,27 @@ COMPARED = 2048
 REMEDY = "nothing was published. Please report this model"
 
 
-def prune(
-    model: str,
-    out: str | Path,
-    settings: Settings | None = None,
-    progress: Progress | None = None,
-    *,
-    on_stage: Callable[[Record], None] | None = None,
-) -> Report | None:
-    """Prune ``model`` and write the result to the folder ``out``; returns its report (also ``out/report.json``).
-
-    ``on_stage`` is called with the record of each stage, passes with their differences. Of several processes that work
-    on one run, all but the first return None.
+def run(job: Job, settings: Settings, context: Context) -> Finished | None:
+    """Run every stage in order. Of several processes that work on one run, all but the first get None.
 
     Raises:
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
-            or a stage of the proof is above its tolerance. Then ``out`` stays as it was.
+            or a stage of the proof is above its tolerance. Then ``job.out`` stays as it was.
     """
-    settings = settings or Settings()
-    trust = settings.trust_remote_code
-
-    def load(resident: Resident) -> tuple[Loaded, Task]:
-        return open_task(model, resident, trust_remote_code=trust)
-
-    return run(Job(model, Path(out), load), settings, Context(Log(on_record=on_stage), progress or silent))
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a run starts from and where it ends.
-
-    ``load`` gives the dense model, whose weights are read when they are asked for. ``given`` gives the plan and the
-    weights to start from (a recovery of the folder ``start``). If it is None, the method chooses them, or
-    ``settings.plan`` gives the plan. ``kept``: the share of the parameters that ``given`` keeps.
-    """
-
-    source: str
-    out: Path
-    load: Callable[[Resident], tuple[Loaded, Task]]
-    given: Callable[[Prepared], Chosen] | None = None
-    kept: float = 1.0
-    start: Path | None = None
-
-
-def run(job: Job, settings: Settings, context: Context) -> Report | None:
-    """Run every stage in order. Settings, errors and result are those of ``prune``."""
     with own_state(settings.device), explained():
         return stages(job, settings, context if leads() else replace(context, progress=silent))
 
 
-def stages(job: Job, settings: Settings, context: Context) -> Report | None:
+def stages(job: Job, settings: Settings, context: Context) -> Finished | None:
     """The stages of ``run``, which gives them an accelerate state of their own."""
     settings = settled(settings)
     check_settings(settings)
     check_replaceable(job.out)
-    if job.given is None:  # a recovery's source is what a report names, which must be checked before it is fetched
-        announce(estimated(job.source, settings), job, context)
+    if job.needs is not None:
+        announce(job.needs(settings), job, context)
     prepared = prepare(job, settings, context)
     context = begin(job, prepared, context)
-    sets = compared(prepared, read_samples(prepared, context), context)
+    sets = compared(prepared, read_samples(job, prepared, context), context)
     if context.folder is not None and settings.steps:
         context = replace(context, accelerator=start_training(settings.learning, context.folder))
     chosen = choose(job, prepared, sets, context)
@@ -145,7 +105,7 @@ def stages(job: Job, settings: Settings, context: Context) -> Report | None:
         return None
     report = written_folder(job, compiled, sets, [*witnessed, *more], context)
     try:
-        return measured(report, compiled, sets, job.out, context)
+        return Finished(measured(report, compiled, sets, job.out, context), compiled)
     finally:
         if context.folder is not None:
             context.folder.remove()
@@ -258,29 +218,38 @@ def begin(job: Job, prepared: Prepared, context: Context) -> Context:
     return replace(context, folder=RunFolder(job.out, {"model": job.source, **settings}, prepared.settings.resume))
 
 
-def read_samples(prepared: Prepared, context: Context) -> SampleSets:
+def read_samples(job: Job, prepared: Prepared, context: Context) -> SampleSets:
     """Samples to train, calibrate and measure on. Of several processes the first makes them; the others read them."""
     s, task, folder = prepared.settings, prepared.task, context.folder
-    own, source = s.data == data.SELF, s.eval_data or s.data
+    given = Given() if job.samples is None else job.samples(prepared)
+    own, source = s.data == data.SELF and given.training is None, s.eval_data or s.data
     with context.stage("calibration data"), processes().main_process_first() if folder else nullcontext():
         kept = None if folder is None else folder.tensors(SAMPLES)
         if kept is None:
-            both = own and s.eval_data is None
-            count = s.samples if own else max(s.samples, s.steps * s.learning.training.batch)
+            both = own and s.eval_data is None and given.evaluation is None
+            count = s.samples if own else wanted(s)
             say = partial(context.progress, "calibration data")
-            made = task.samples(prepared.loaded, s, (1 + both) * count, say)
-            kept = made[:count].saved("training") | (made[count:].saved("evaluation") if len(made) > count else {})
+            made = given.training or task.samples(prepared.loaded, s, (1 + both) * count, say)
+            kept = made[:count].saved("training") | (made[count:].saved("evaluation") if both else {})
             if folder is not None:
                 folder.save(SAMPLES, kept)
         names = list(task.example(prepared.loaded.model).inputs)
         training, evaluation = (Samples.restored(kept, names, what) for what in ("training", "evaluation"))
         assert training is not None
-        if evaluation is not None:
+        if given.evaluation is not None:
+            evaluation = given.evaluation
+        elif evaluation is not None:
             evaluation = evaluation.shortened(s.eval_windows, s.eval_length)
             source = data.SELF
         else:
             evaluation = task.evaluation(prepared.loaded, s)
-    return SampleSets(training, training[: s.samples], evaluation, data.protocol_name(source))
+    said = source if source == IN_MEMORY else data.protocol_name(source)
+    return SampleSets(training, training[: s.samples], evaluation, said, task.sequences)
+
+
+def wanted(settings: Settings) -> int:
+    """How many samples a run takes at most to calibrate and to train on."""
+    return max(settings.samples, settings.steps * settings.learning.training.batch)
 
 
 def compared(prepared: Prepared, sets: SampleSets, context: Context) -> SampleSets:
@@ -290,7 +259,7 @@ def compared(prepared: Prepared, sets: SampleSets, context: Context) -> SampleSe
     batches, program = sets.calibration.batches(COMPARED), prepared.analysis.program
     with context.stage("dense outputs"):
         found = prepared.executor.outputs([program], [batch.tensors for batch in batches])
-        targets = torch.cat([output.cpu() for output in found])
+        targets = torch.cat([(output if isinstance(output, Tensor) else joined(output)).cpu() for output in found])
     return replace(sets, calibration=replace(sets.calibration, targets=targets))
 
 

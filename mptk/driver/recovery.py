@@ -7,10 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from mptk.cost.estimate import Estimate
 from mptk.driver.changes import changes_of
 from mptk.driver.estimate import estimated_for
-from mptk.driver.prune import Job, run, settled
+from mptk.driver.job import Given, Job
+from mptk.driver.prune import run, settled
+from mptk.driver.sources import task_of_folder
 from mptk.io.dense import open_dense
 from mptk.io.manifest import check_manifest
 from mptk.io.models import Loaded
@@ -23,7 +27,6 @@ from mptk.run.report import Report
 from mptk.run.settings import Learning, Settings
 from mptk.run.values import Context
 from mptk.targets.stock_config import check_code
-from mptk.tasks import task_of
 
 
 def recover(
@@ -51,8 +54,9 @@ def recover(
         MptkError: as ``prune``; the folder holds no pruned model, or is not as it was published; or the dense model is
             not there, or not the one that was pruned.
     """
-    job, settings = _job(folder, out, learning, model, trust_remote_code, changes)
-    return run(job, settings, Context(Log(on_record=on_stage), progress or silent))
+    job, settings = recovery(folder, out, learning, model, trust_remote_code, changes)
+    finished = run(job, settings, Context(Log(on_record=on_stage), progress or silent))
+    return None if finished is None else finished.report
 
 
 def needed(
@@ -64,20 +68,22 @@ def needed(
     **changes: Any,
 ) -> Estimate:
     """What ``recover`` will need with these arguments. No model is run. Errors are those of ``recover``."""
-    job, settings = _job(folder, "", learning, model, trust_remote_code, changes)
+    job, settings = recovery(folder, "", learning, model, trust_remote_code, changes)
     loaded, _ = job.load(Resident(0))
     return estimated_for(loaded.model, loaded.dtype, settled(settings), job.kept)
 
 
-def _job(
+def recovery(
     folder: str | Path,
     out: str | Path,
     learning: Learning,
-    model: str | None,
+    model: str | nn.Module | None,
     trust_remote_code: bool,
     changes: Mapping[str, Any],
+    dense: tuple[Loaded, Task] | None = None,
+    samples: Callable[[Prepared], Given] | None = None,
 ) -> tuple[Job, Settings]:
-    """The recovery of ``folder`` as a job, and its settings."""
+    """The recovery of ``folder`` as a job, and its settings. ``dense``: the dense model, if it is opened already."""
     folder = Path(folder)
     report = Report.read(folder)
     check_manifest(folder)
@@ -93,8 +99,11 @@ def _job(
         return Chosen(prepared.plan, prepared.cut, found)
 
     def load(resident: Resident) -> tuple[Loaded, Task]:
-        loaded = open_dense(report.model, report.model_sha256, model, trust_remote_code, resident)
-        return loaded, task_of(loaded)
+        if dense is not None:
+            return dense
+        loaded = open_dense(report.model, report.model_sha256, model, trust_remote_code, resident, live=report.live)
+        return loaded, task_of_folder(folder, report, loaded)
 
     kept = report.cost["pruned"]["parameters"] / report.cost["dense"]["parameters"]
-    return Job(model or report.model, Path(out), load, given, kept, folder), settings
+    source = model if isinstance(model, str) else report.model
+    return Job(source, Path(out), load, given, kept, folder, samples=samples), settings

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mptk.driver.prune import prune
+from mptk.driver.pruned import prune
 from mptk.driver.recovery import recover
 from mptk.errors import MptkError
 from mptk.io.manifest import check_manifest
@@ -15,6 +15,7 @@ from mptk.ir.passes import Record
 from mptk.progress import Progress
 from mptk.run.recipe import FILE, read_recipe
 from mptk.run.report import Report
+from mptk.run.settings import IN_MEMORY
 
 _LEARNING = ("learning", "plan", "resume", "trust_remote_code", "reconstruct")
 
@@ -47,6 +48,8 @@ def rerun(
         raise MptkError(
             f"{folder} has no {FILE}; it was written by an earlier mptk, so run `mptk prune` with its settings"
         )
+    if IN_MEMORY in (before.settings.data, before.settings.eval_data):
+        raise MptkError(f"{folder} was pruned in Python with samples in memory; run that program again")
     start = read_recipe(folder / FILE).get("folder")
     settings = replace(before.settings, resume=False, trust_remote_code=trust_remote_code)
     if start is not None:
@@ -64,7 +67,8 @@ def rerun(
     else:
         if settings.plan is not None:
             settings = replace(settings, plan=str(folder / "plan.json"))
-        now = prune(model or before.model, out, settings, progress, on_stage=on_stage)
+        found = prune(model or before.model, out, settings, progress=progress, on_stage=on_stage)
+        now = None if found is None else found.report
     return None if now is None else compared(before, now)
 
 

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from mptk.cost.model import CostModel
 from mptk.driver.changes import changes_of
 from mptk.driver.claims import check_files, check_numbers, proof_samples, require_same
 from mptk.driver.proof import check_proof, prove_folder
 from mptk.driver.prune import compile_plan, traced
+from mptk.driver.sources import task_of_folder
 from mptk.errors import MptkError
 from mptk.io.dense import open_dense
 from mptk.io.manifest import check_manifest
@@ -30,7 +33,6 @@ from mptk.run.settings import Settings
 from mptk.run.values import Context
 from mptk.targets import ONNX, find_target
 from mptk.targets.stock_config import check_code, config_changes
-from mptk.tasks import task_of
 from passes.analysis import group
 from passes.verify import Difference
 
@@ -48,7 +50,7 @@ class Proof(list[Difference]):
 def verify(
     folder: str | Path,
     *,
-    model: str | None = None,
+    model: str | nn.Module | None = None,
     trust_remote_code: bool = False,
     proof_length: int = Settings.proof_length,
     memory: int | None = None,
@@ -61,7 +63,7 @@ def verify(
 
     Args:
         folder: an ``--out`` folder of ``prune``.
-        model: the dense model, if it is no longer where the report says.
+        model: the dense model, if it is no longer where the report says; or itself, if it was pruned in memory.
         trust_remote_code: whether the model's own Python code may run; the folder's report has no say in it.
         proof_length: tokens of the longest sequence that may be run, to go beyond the model's windows.
         memory, device: as in ``Settings``.
@@ -76,9 +78,9 @@ def verify(
     with _readable(folder):
         check_files(report, folder)
     resident, executor = execution(Settings(memory=memory, device=device))
-    loaded = open_dense(report.model, report.model_sha256, model, trust_remote_code, resident)
+    loaded = open_dense(report.model, report.model_sha256, model, trust_remote_code, resident, live=report.live)
     check_code(loaded.path, folder)
-    task = task_of(loaded)
+    task = task_of_folder(folder, report, loaded)
     analysis = group.analyze(traced(loaded, task, executor))
     with _readable(folder):
         check_numbers(report, folder, analysis, plan, loaded.dtype, stored_type(report.settings, loaded))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from torch import nn
+
 from mptk.errors import MptkError
 from mptk.files import json_text
 from mptk.io import models
+from mptk.io.live import open_live, weights_fingerprint
 from mptk.io.manifest import file_digests
 from mptk.io.packaged import ALIASES
 from mptk.io.resident import Resident
@@ -33,20 +36,57 @@ def absolute(model: str) -> str:
     return str(path.resolve()) if model not in ALIASES and path.exists() else model
 
 
-def open_dense(said: str, expected: str, model: str | None, trust: bool, resident: Resident) -> models.Loaded:
-    """The dense model of a pruned folder, as ``models.open_weights`` gives it.
+def open_dense(
+    said: str,
+    expected: str,
+    model: str | nn.Module | None,
+    trust: bool,
+    resident: Resident,
+    *,
+    live: bool = False,
+) -> models.Loaded:
+    """The dense model of a pruned folder, as ``models.open_weights`` or ``open_live`` gives it.
 
     Args:
         said: the model's name in the folder's report.
         expected: its fingerprint.
-        model: the caller's name for it. If None, the report's name is used and nothing is downloaded.
+        model: the caller's name for it, or itself. If None, the report's name is used and nothing is downloaded.
         trust: whether the caller lets the model's Python code run. The report has no say in this.
         resident: keeps weights that were read.
+        live: it was in memory when it was pruned, so that the fingerprint is of its weights alone.
 
     Raises:
         MptkError: the model is not found, or has another fingerprint. This is checked before it is loaded.
     """
+    if isinstance(model, nn.Module) or live:
+        return _open_same_weights(said, expected, model, trust, resident, live)
     source = model or said
     if fingerprint(source, local=model is None) != expected:
         raise MptkError(f"{source} is not the dense model that was pruned: its files differ; give that one as --model")
     return models.open_weights(source, resident, trust_remote_code=trust, local=model is None)
+
+
+def _open_same_weights(
+    said: str, expected: str, model: str | nn.Module | None, trust: bool, resident: Resident, live: bool
+) -> models.Loaded:
+    """The dense model, if it has the weights that were pruned."""
+    if not live:
+        raise MptkError("this folder was pruned from files; give the name of that model, and not a model in memory")
+    if isinstance(model, nn.Module):
+        loaded = open_live(model, trusted=trust)
+    else:
+        try:
+            loaded = models.open_weights(model or said, resident, trust_remote_code=trust, local=model is None)
+        except MptkError as error:
+            if model is not None:
+                raise
+            raise MptkError(
+                f"the dense {said} was pruned in memory and is not on this disk; save it with save_pretrained(DIR) and "
+                "give --model DIR, or give the model itself to mptk.verify"
+            ) from error
+    if weights_fingerprint(loaded) != expected:
+        raise MptkError(
+            f"{loaded.source} is not the dense model that was pruned: its weights differ; save that one with "
+            "save_pretrained(DIR) and give --model DIR"
+        )
+    return loaded

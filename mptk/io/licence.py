@@ -45,6 +45,13 @@ def copy_notices(source: Path, folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
+def copy_card(source: Path, folder: Path) -> None:
+    """Copy a checkpoint's model card and its licence and notice files, as they are."""
+    copy_notices(source, folder)
+    if (source / CARD).is_file():
+        shutil.copyfile(source / CARD, folder / CARD)
+
+
 def notices(folder: Path) -> Iterator[Path]:
     """The licence and notice files of a checkpoint folder."""
     found = {file for pattern in NOTICES for file in folder.glob(pattern) if file.is_file()}

@@ -49,7 +49,8 @@ class Loaded:
 
     ``trusted``: whether the caller let its own Python code run. ``dtype``: the type of the stored weights; the model
     itself has the type that it was loaded in. ``weights``: its parameters and saved buffers, read when asked for, if it
-    was only opened; the parameters of ``model`` are then on the meta device until ``whole`` is called.
+    was only opened; the parameters of ``model`` are then on the meta device until ``whole`` is called. ``live``: the
+    caller holds the model in memory (``io/live.py``).
     """
 
     model: PreTrainedModel
@@ -59,6 +60,7 @@ class Loaded:
     trusted: bool = False
     dtype: torch.dtype = torch.float32
     weights: Weights | None = None
+    live: bool = False
 
     def whole(self) -> PreTrainedModel:
         """``model`` with all its weights in memory."""
@@ -128,7 +130,7 @@ def _load(model: str, trust: bool, local: bool, **options: object) -> Loaded:
     _refuse_pickles(folder, config)
     _refuse_quantized(model, folder, config)
     module = _from_pretrained(folder, model, config=config, trust_remote_code=trust, **options)
-    tokenizer = _tokenizer(folder, model, trust) if _has_tokenizer(folder) else None
+    tokenizer = _tokenizer(folder, model, trust) if has_tokenizer(folder) else None
     return Loaded(module, tokenizer, model, folder, trust, stored_dtype(folder))
 
 
@@ -165,7 +167,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
         MptkError: the checkpoint has none.
     """
     folder = _checkpoint(model, weights=False)
-    if not _has_tokenizer(folder):
+    if not has_tokenizer(folder):
         raise MptkError(f"{model} has no tokenizer; copy the tokenizer files of the model it came from into {folder}")
     return _tokenizer(folder, model, trust_remote_code)
 
@@ -346,7 +348,8 @@ def _refuse_quantized(model: str, folder: Path, config: PreTrainedConfig) -> Non
         )
 
 
-def _has_tokenizer(folder: Path) -> bool:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint folder has files of a tokenizer."""
     return any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES)
 
 

@@ -14,6 +14,8 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.nn import Parameter
 
 from mptk.compat.torch import build_exported, tree_map
+from mptk.errors import MptkError
+from mptk.ir.module import ProgramModule
 from mptk.ir.weights import Lazy, Weights
 
 ExampleInputs = tuple[tuple[object, ...], dict[str, object]]
@@ -32,6 +34,7 @@ class Program:
             weights). With it the program runs without its module. A tensor may be read or computed at each request.
         aliases: other name of a tied weight → the name in ``state``.
         exported: the export from which the program was made.
+        inputs: the arguments of the module's ``forward`` that the user's inputs are, where that is known.
     """
 
     graph: fx.GraphModule
@@ -39,6 +42,7 @@ class Program:
     state: Weights
     aliases: Mapping[str, str]
     exported: ExportedProgram = field(repr=False)
+    inputs: tuple[str, ...] = ()
 
     @cached_property
     def weights(self) -> dict[str, str]:
@@ -98,6 +102,18 @@ class Program:
             if spec.target is not None
         }
         return self.state.selected(saved | {alias: name for alias, name in self.aliases.items() if name in saved})
+
+    def module(self) -> ProgramModule:
+        """An ``nn.Module`` with these weights under the traced module's names, ready for training (``ir/module.py``).
+
+        It works on any ``nn.Module`` that was traced. Weights of the traced module are copied, never shared.
+
+        Raises:
+            MptkError: the program was traced without weights.
+        """
+        if not self.has_values:
+            raise MptkError("this program was traced without weights; trace the model with its weights")
+        return ProgramModule(self)
 
     def to_exported(self) -> ExportedProgram:
         """This graph and these weights as an ``ExportedProgram``, for ``torch.onnx.export``, ``torch.export.save``."""

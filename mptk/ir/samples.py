@@ -87,6 +87,12 @@ class Samples:
         return Samples({name: tensors[f"{prefix}.{name}"] for name in names}, tensors.get(f"{prefix}.{_TARGETS}"))
 
 
+def joined(outputs: Tensor | Sequence[Tensor]) -> Tensor:
+    """What a model gives for each sample as one row: float32 [samples, numbers], of all its outputs."""
+    each = [outputs] if isinstance(outputs, Tensor) else outputs
+    return torch.cat([tensor.reshape(len(tensor), -1).float() for tensor in each], 1)
+
+
 def is_tokens(tensor: Tensor) -> bool:
     """Whether an input holds token ids, [samples, length]."""
     return tensor.ndim == 2 and not tensor.is_floating_point()

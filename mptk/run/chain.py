@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from mptk.cost.model import CostModel
 from mptk.io.evaluation import Runs
@@ -29,7 +29,6 @@ from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
 from mptk.progress import Count, Progress
 from mptk.run.processes import replica
 from mptk.run.settings import Settings
@@ -243,13 +242,14 @@ class Task(Protocol):
 
     ``compares``: the loss compares outputs with the dense model's, which then are the samples' targets.
     ``classes``: outputs are logits, [..., classes], so that a teacher's distribution can be distilled.
-    ``onnx``: how it is written as ONNX; None if it is not.
+    ``sequences``: inputs of token ids may be cut to any length. ``onnx``: how it is written as ONNX; None if it is not.
     """
 
     name: str
     summary: str
     compares: bool = False
     classes: bool = True
+    sequences: bool = True
     onnx: OnnxForm | None = None
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
@@ -280,6 +280,10 @@ class Task(Protocol):
         """Samples to measure quality on."""
         ...
 
+    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
+        """Samples of inputs that the caller prepared, with the targets that the loss needs beside them."""
+        return Samples(dict(inputs))
+
     def loss(self, output: Tensor, samples: Samples) -> Tensor:
         """Sum over all that is predicted of ``samples``: how bad the model's ``output`` is."""
         ...
@@ -303,13 +307,40 @@ class Task(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Dense:
+    """A dense model that is to be written as ONNX, in the type and the form that the settings name.
+
+    ``program``: as its task traces it, with its weights; with those that a method changed.
+    """
+
+    loaded: Loaded
+    settings: Settings
+    program: Program
+    executor: Executor = EXECUTOR
+
+    def weighted(self, program: Program) -> Program:
+        """Another trace of the same model, with the weights of this one."""
+        own = self.program.state_dict().updated(self.program.state)  # tied weights by all their names
+        return self.loaded.with_weights(program).with_state(own)
+
+    def run(self, samples: Samples) -> Tensor:
+        """What the program computes."""
+        output: Tensor = next(self.executor.outputs([self.program], [samples.tensors]))
+        return output
+
+
 class OnnxForm(Protocol):
     """How a kind of model is written as ONNX, and how the graphs are run."""
 
-    def export(self, prepared: Prepared, plan: Plan, state: Weights, samples: Samples, folder: Path, log: Log) -> None:
-        """Write the model, with the dense weights ``state``, cut to ``plan``, as ONNX into ``folder``.
+    def check(self, settings: Settings) -> None:
+        """Raise MptkError if models of this kind are not written as the settings ask."""
+        return None
 
-        ``log`` is given a record of each pass.
+    def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
+        """Write the model, cut to ``plan`` if there is one, as ONNX into ``folder``. Returns notes for the report.
+
+        ``samples``: of the task, to calibrate on; None: there are none. ``log`` is given a record of each pass.
 
         Raises:
             MptkError: this model cannot be exported.
@@ -326,6 +357,16 @@ class OnnxForm(Protocol):
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         """What runs one graph, as the program runs."""
         ...
+
+    def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
+        """The largest difference that a quantised graph makes. ``pairs``: its outputs and the float graph's."""
+        ...
+
+    def describe(
+        self, config: PreTrainedConfig, generation: GenerationConfig | None, folder: Path, graphs: str
+    ) -> None:
+        """Write into ``folder`` what programs need that look for the graphs in its subfolder ``graphs``."""
+        return None
 
     def half(self, folder: Path) -> bool:
         """Whether the main graph computes in float16."""

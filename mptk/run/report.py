@@ -33,6 +33,7 @@ class Report:
     ``quantized``: scheme → ``file``, ``bytes``, ``quality``. ``proof``: a row a stage. ``config_changes``: field →
     [old, new]. ``stages``: a row a stage of the run, passes with their differences. ``data``: what was trained,
     calibrated and measured on, each with ``source``, ``samples``, ``inputs`` and ``seed``; ``files``: path → sha256.
+    ``live``: the dense model was given in memory, and ``model_sha256`` is of its weights alone.
     ``versions``: of Python and of the packages that compute.
     """
 
@@ -57,6 +58,7 @@ class Report:
     files: Sequence[str]
     task: str = "causal-lm"
     data: Row = field(default_factory=dict)
+    live: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

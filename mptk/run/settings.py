@@ -12,6 +12,9 @@ from mptk.errors import MptkError
 DEFAULT_STEPS = 200
 """Training steps of a method that learns, if no number is given."""
 
+IN_MEMORY = "samples given in Python"
+"""What settings and reports call ``data`` that was given in memory."""
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Types of stored weights; ``auto`` is the checkpoint's own."""
 

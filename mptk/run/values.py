@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,18 +49,25 @@ class Context:
 class SampleSets:
     """Samples to train on, to calibrate on (the first of these), and to measure on.
 
-    ``source``: where those for measuring come from.
+    ``source``: where those for measuring come from. ``sequences``: as of their task.
     """
 
     training: Samples
     calibration: Samples
     evaluation: Samples
     source: str
+    sequences: bool = True
 
     @property
     def proof(self) -> Samples:
         """The proof's short batch."""
-        return self.calibration.shortened(*PROOF_SHAPE)
+        return short(self.calibration, self.sequences)
+
+
+def short(samples: Samples, sequences: bool) -> Samples:
+    """The proof's short batch of ``samples``. ``sequences``: as of their task."""
+    count, length = PROOF_SHAPE
+    return samples.shortened(count, length if sequences else sys.maxsize)
 
 
 @dataclass(frozen=True)

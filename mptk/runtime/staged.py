@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import Argument, Target
 
-from mptk.compat.torch import tree_map
+from mptk.ir.placed import Placed
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
 from mptk.progress import Count
@@ -135,7 +134,7 @@ class _Counter:
             self.progress(self.done // self.total, self.inputs)
 
 
-class _Run(fx.Interpreter):
+class _Run(Placed):
     """One program on all inputs. ``keep``: the inputs of all stages stay, for ``back``."""
 
     def __init__(
@@ -253,15 +252,6 @@ class _Run(fx.Interpreter):
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         found = super().fetch_args_kwargs_from_env(n)
         return found if self.narrow is None else self.narrow.operands(n, found)
-
-    def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
-        if self.device.type != "cpu":  # where the graph was traced
-            args, kwargs = tree_map(lambda a: self.device if isinstance(a, torch.device) else a, (args, kwargs))
-        return super().call_function(target, args, kwargs)
-
-    def get_attr(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
-        found = super().get_attr(target, args, kwargs)
-        return found.to(self.device) if isinstance(found, Tensor) else found
 
 
 def _learns(tensor: Tensor) -> bool:

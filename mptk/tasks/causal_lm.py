@@ -6,7 +6,7 @@ logits depend on later tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -61,6 +61,9 @@ class CausalLM(TokenTask):
 
     def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
         return next_tokens(TOKENS.evaluation(loaded, settings)["input_ids"])
+
+    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
+        return next_tokens(inputs["input_ids"])
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, float | str]:
         ids = sets.evaluation.inputs["input_ids"]

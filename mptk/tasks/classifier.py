@@ -23,6 +23,7 @@ from mptk.run.settings import Settings
 from mptk.run.values import SampleSets
 from mptk.tasks.classes import known_to
 from mptk.tasks.inputs import inputs_of
+from mptk.tasks.model_form import LOGITS, ModelForm
 
 MAPPINGS = (
     modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -36,6 +37,7 @@ class Classifier(Task):
 
     name = "classification"
     summary = "classifier"
+    onnx = ModelForm(LOGITS)
     compares = True
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:

@@ -7,17 +7,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig
 
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
-from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
-from mptk.run.chain import OnnxForm, Prepared
+from mptk.ir.samples import Samples, next_tokens
+from mptk.run.chain import Dense, OnnxForm, stored_type
 from mptk.run.values import Checks
-from mptk.runtime.decoder import OrtDecoder
+from mptk.runtime.decoder import FILE, OrtDecoder
 from mptk.tasks.decoder_onnx import export_decoder
-from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, StageOutputs
+from mptk.tasks.genai import write_genai_config
+from mptk.tasks.rounding import logits_apart
+from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, StageOutputs
 
 DECODED = 4
 """Number of decoding steps at the end of a sequence, and at each border."""
@@ -26,9 +28,8 @@ DECODED = 4
 class DecoderForm(OnnxForm):
     """``model.onnx`` takes token ids, mask, positions and the cache, and gives logits and the new cache."""
 
-    def export(self, prepared: Prepared, plan: Plan, state: Weights, samples: Samples, folder: Path, log: Log) -> None:
-        settings, loaded, executor = prepared.settings, prepared.loaded, prepared.executor
-        dense = prepared.analysis.program.with_state(state)
+    def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
+        settings, loaded = dense.settings, dense.loaded
         export_decoder(
             loaded.model,
             folder,
@@ -36,15 +37,16 @@ class DecoderForm(OnnxForm):
             plan=plan,
             logits=settings.logits,
             quantize=settings.quantize,
-            text=samples.inputs["input_ids"],
+            text=None if samples is None else samples.inputs["input_ids"],
             objective=settings.objective,
             onnx_dtype=settings.onnx_dtype,
             log=log,
-            dtype=prepared.dtype,
-            weights=lambda program: loaded.with_weights(program).with_state(state),
-            dense=lambda ids: next(executor.outputs([dense], [(ids,)])),
-            executor=executor,
+            dtype=stored_type(settings, loaded),
+            weights=dense.weighted,
+            dense=lambda ids: dense.run(next_tokens(ids)),
+            executor=dense.executor,
         )
+        return []
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device) -> Checks:
         decoder = OrtDecoder(folder, device=device)
@@ -65,6 +67,14 @@ class DecoderForm(OnnxForm):
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         decoder = OrtDecoder(file, device=device)
         return lambda samples: torch.from_numpy(decoder.logits(samples.inputs["input_ids"].numpy()))
+
+    def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
+        return logits_apart(scheme, pairs)
+
+    def describe(
+        self, config: PreTrainedConfig, generation: GenerationConfig | None, folder: Path, graphs: str
+    ) -> None:
+        write_genai_config(config, generation, folder, f"{graphs}/{FILE}")
 
     def half(self, folder: Path) -> bool:
         return OrtDecoder(folder).half

@@ -24,6 +24,7 @@ from mptk.run.settings import Settings
 from mptk.run.values import SampleSets
 from mptk.tasks.classes import known_to
 from mptk.tasks.inputs import inputs_of
+from mptk.tasks.model_form import FEATURES, ModelForm
 
 
 class Encoder(Task):
@@ -31,6 +32,7 @@ class Encoder(Task):
 
     name = "encoder"
     summary = "bare encoder"
+    onnx = ModelForm(FEATURES)
     compares = True
     classes = False
 
@@ -54,13 +56,7 @@ class Encoder(Task):
         return errors(output, samples.targets).sum()
 
     def sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
-        """A random projection of the features, since the loss has no slope at the dense model.
-
-        With signs r, E[(∂ rᵀf / ∂w)²] = Σ (∂f/∂w)²: squared gradients estimate the Gauss-Newton matrix's diagonal.
-        """
-        seed = zlib.crc32(samples.tensors[0].cpu().numpy().tobytes())
-        signs = torch.randint(2, output.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-        return (output.float() * signs.to(output.device)).sum()
+        return projection(output, samples)
 
     def predicted(self, samples: Samples) -> int:
         return len(samples)
@@ -86,6 +82,16 @@ class Encoder(Task):
                 "dense model's; distance: of all features, relative to their norm"
             ),
         }
+
+
+def projection(features: Tensor, samples: Samples) -> Tensor:
+    """A random projection of the features, for gradients where the distance from the dense model's has no slope.
+
+    With signs r, E[(∂ rᵀf / ∂w)²] = Σ (∂f/∂w)²: squared gradients estimate the Gauss-Newton matrix's diagonal.
+    """
+    seed = zlib.crc32(samples.tensors[0].cpu().numpy().tobytes())
+    signs = torch.randint(2, features.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return (features.float() * signs.to(features.device)).sum()
 
 
 def errors(features: Tensor, reference: Tensor) -> Tensor:

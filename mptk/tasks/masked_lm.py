@@ -7,6 +7,7 @@ token, at the same positions for each model.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from mptk.run.settings import Settings
 from mptk.run.values import SampleSets
 from mptk.tasks.classes import known_to
 from mptk.tasks.inputs.text import Tokens, example_ids
+from mptk.tasks.model_form import LOGITS, ModelForm
 from mptk.tasks.tokens import TokenTask
 
 TOKENS = Tokens()
@@ -42,6 +44,7 @@ class MaskedLM(TokenTask):
     mask: int = 0
     name = "masked-lm"
     summary = "masked language model"
+    onnx = ModelForm(LOGITS)
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return known_to((MODEL_FOR_MASKED_LM_MAPPING_NAMES,), config, classes, "predict masked tokens")
@@ -63,6 +66,9 @@ class MaskedLM(TokenTask):
     def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
         task = self.with_mask(loaded, settings.eval_data or settings.data)
         return task.masked(TOKENS.evaluation(loaded, settings)["input_ids"])
+
+    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
+        return self.masked(inputs["input_ids"])
 
     def masked(self, ids: Tensor) -> Samples:
         """Windows of token ids, int64 [n, length], with some masked; these are the targets."""

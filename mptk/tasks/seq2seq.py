@@ -7,6 +7,7 @@ second column of data is needed and the targets are of the model's own kind.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from mptk.progress import Count, Progress
 from mptk.run.settings import Settings
 from mptk.run.values import SampleSets
 from mptk.tasks.classes import known_to
+from mptk.tasks.encoder_decoder_form import EncoderDecoderForm
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.inputs.base import Named
 from mptk.tasks.inputs.text import example_ids, vocabulary
@@ -44,6 +46,7 @@ class Seq2Seq(TokenTask):
 
     name = "seq2seq"
     summary = "encoder-decoder"
+    onnx = EncoderDecoderForm()
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return known_to(MAPPINGS, config, classes, "predict a text from another input")
@@ -58,6 +61,9 @@ class Seq2Seq(TokenTask):
     def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
         found = inputs_of(loaded.model).evaluation(loaded, settings)
         return self.answered(loaded, found, (settings.eval_data or settings.data) == RANDOM, settings.seed + 1)
+
+    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
+        return self.answered(loaded, {n: x for n, x in inputs.items() if n != DECODER}, False, 0)
 
     def answered(self, loaded: Loaded, inputs: Named, random: bool, seed: int) -> Samples:
         """The inputs with what the dense model writes for them; ``random``: with random tokens."""

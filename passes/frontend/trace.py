@@ -80,7 +80,18 @@ def trace(module: nn.Module, example_inputs: ExampleInputs | None = None, *, dyn
         example_inputs = (torch.arange(BATCH * SEQUENCE).reshape(BATCH, SEQUENCE) % 11 + 1,)
     if isinstance(example_inputs, Mapping):
         return export_program(Flat(module, list(example_inputs)), tuple(example_inputs.values()), dynamic=dynamic)
-    return export_program(Flat(module), tuple(example_inputs), dynamic=dynamic)
+    found = export_program(Flat(module), tuple(example_inputs), dynamic=dynamic)
+    return replace(found, inputs=_arguments(module, len(example_inputs)))
+
+
+def _arguments(module: nn.Module, count: int) -> tuple[str, ...]:
+    """The names of the first ``count`` arguments of ``forward``; none if it takes them without names."""
+    named = [
+        name
+        for name, argument in inspect.signature(module.forward).parameters.items()
+        if argument.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]
+    return tuple(named[:count]) if len(named) >= count else ()
 
 
 def export_program(
@@ -88,10 +99,11 @@ def export_program(
 ) -> Program:
     """Export ``wrapper(*inputs)``; ``wrapper.module`` is the user's module and gives the weights their names.
 
-    ``dynamic`` is False, True (every dimension of every input ``Dim.AUTO``) or the ``dynamic_shapes`` of torch.export.
+    ``dynamic`` is False, True (every dimension of every input ``Dim.AUTO``, but those of size 1, which a trace takes
+    for constants) or the ``dynamic_shapes`` of torch.export.
     """
     if dynamic is True:
-        dynamic = {"inputs": tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in inputs)}
+        dynamic = {"inputs": tuple({d: Dim.AUTO for d, size in enumerate(t.shape) if size != 1} for t in inputs)}
     try:
         with evaluating(wrapper), _fake_weights(wrapper, inputs) as fake_inputs, torch.no_grad():
             exported = torch.export.export(wrapper, fake_inputs, dynamic_shapes=dynamic or None, strict=False)
@@ -178,7 +190,8 @@ def program_from_exported(exported: ExportedProgram, wrapper: nn.Module) -> Prog
         if owner != name:
             aliases[_public(name)] = _public(owner)
     state = Weights({_public(s.target): weights[s.target] for s in specs if _public(s.target) not in aliases})
-    return Program(graph, _public_signature(exported.graph_signature), state, aliases, exported)
+    names = tuple(getattr(wrapper, "names", ()))
+    return Program(graph, _public_signature(exported.graph_signature), state, aliases, exported, names)
 
 
 def _public_signature(signature: ExportGraphSignature) -> ExportGraphSignature:

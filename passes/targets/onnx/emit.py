@@ -1,12 +1,13 @@
-"""emit: a traced decoder → ``model.onnx`` in standard operators, with the KV cache as inputs and outputs.
+"""emit: a traced program → ONNX files in standard operators, with given names of inputs, outputs and axes.
 
-The graph is the program's own; the model's class is not exported again. Names and axes are those of the ONNX ecosystem
-(optimum, onnxruntime-genai), see :func:`input_names` and :func:`output_names`.
+The graph is the program's own; the model's class is not exported again. ``decoder_interface`` has the names and axes of
+a decoder with its KV cache as optimum and onnxruntime-genai have them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -27,64 +28,82 @@ from passes.targets.onnx.translate import translations
 OPSET = 23
 """The first opset with Attention, RMSNormalization and RotaryEmbedding. The fusions are written for it."""
 
-FILE, DATA = "model.onnx", "model.onnx.data"
+FILE = "model.onnx"
 Axes = tuple[str | None, ...]
 TOKEN_AXES: Axes = ("batch_size", "sequence_length")
 MASK_AXES: Axes = ("batch_size", "total_sequence_length")
 PAST_AXES: Axes = ("batch_size", None, "past_sequence_length", None)
 
 
-def input_names(layers: int) -> list[str]:
-    """Names of the inputs, in order: tokens, then each layer's past."""
-    past = [f"past_key_values.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
-    return ["input_ids", "attention_mask", "position_ids", *past]
+@dataclass(frozen=True)
+class Interface:
+    """Names of a program's inputs and outputs, in order, and of the inputs' axes (None: no name).
+
+    An axis of fixed size keeps its number. Any other axis of the graph that has an input's size has its name.
+    """
+
+    inputs: Mapping[str, Axes]
+    outputs: Sequence[str]
 
 
-def output_names(layers: int) -> list[str]:
-    """Names of the outputs, in order: logits, then each layer's present (past and new tokens)."""
-    return ["logits", *(f"present.{layer}.{part}" for layer in range(layers) for part in ("key", "value"))]
-
-
-def write_onnx(
-    program: Program,
-    folder: Path,
-    lowering: Sequence[Pass],
-    optimization: Sequence[ir.passes.PassBase],
-    metadata: Mapping[str, str],
-    log: Log,
-) -> Path:
-    """Write ``program`` as ``folder/model.onnx`` and its weights as ``folder/model.onnx.data``. Returns the first path.
+def decoder_interface(program: Program) -> Interface:
+    """The names of a traced decoding step.
 
     Inputs: input_ids and position_ids int64 [batch_size, sequence_length], attention_mask int64 [batch_size,
     total_sequence_length] (1 for a token, 0 for padding on either side), past_key_values.N.key and .value
     [batch_size, heads, past_sequence_length, dim]; past_sequence_length may be 0. Outputs: logits [batch_size,
     sequence_length or 1, vocabulary] and present.N.key and .value, of total_sequence_length = past + sequence.
 
-    The files get their names only when they are complete and ``onnx.checker`` accepts them.
-
-    Args:
-        program: the result of ``trace_decoder``, or a rewrite of it, with real weights.
-        folder: made if missing; other files in it stay.
-        lowering: passes that leave only ops that the exporter can translate.
-        optimization: passes over the ONNX graph.
-        metadata: goes into the model's ``metadata_props`` (plan hash, versions).
-        log: is given a record of each pass.
-
     Raises:
-        MptkError: the program is no traced decoder, or it has no real weights, or the ONNX exporter lacks one of its
-            operators.
+        MptkError: the program is no traced decoder.
     """
     layers, rest = divmod(len(program.user_inputs) - 3, 2)
     if layers < 1 or rest:
         raise MptkError("cannot write ONNX: the program has no KV cache inputs; make it with trace_decoder")
-    model = run_onnx(translate(program, lowering, log), optimization, log)
-    _name(model, layers)
-    model.metadata_props.update(metadata)
+    parts = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+    tokens = {"input_ids": TOKEN_AXES, "attention_mask": MASK_AXES, "position_ids": TOKEN_AXES}
+    past = {f"past_key_values.{part}": PAST_AXES for part in parts}
+    return Interface({**tokens, **past}, ["logits", *(f"present.{part}" for part in parts)])
+
+
+def write_onnx(
+    program: Program,
+    folder: Path,
+    interface: Interface,
+    lowering: Sequence[Pass],
+    optimization: Sequence[ir.passes.PassBase],
+    files: Mapping[str, Sequence[ir.passes.PassBase]],
+    metadata: Mapping[str, str],
+    log: Log,
+) -> None:
+    """Write ``program`` as ONNX into ``folder``; the weights of FILE are in FILE.data.
+
+    The files get their names only when they are complete and ``onnx.checker`` accepts them.
+
+    Args:
+        program: any program with real weights.
+        folder: made if missing; other files in it stay.
+        interface: names of its inputs and outputs.
+        lowering: passes that leave only ops that the exporter can translate.
+        optimization: passes over the ONNX graph.
+        files: name of a file → passes that make its graph of the whole one.
+        metadata: goes into each model's ``metadata_props`` (plan hash, versions).
+        log: is given a record of each pass.
+
+    Raises:
+        MptkError: the program has no real weights, or the ONNX exporter lacks one of its operators.
+    """
+    model = translate(program, lowering, log)
+    _name(model, interface)
+    whole = run_onnx(model, optimization, log)
     folder.mkdir(parents=True, exist_ok=True)
-    with write_together(folder, DATA, FILE) as temporary:
-        ir.save(model, temporary / FILE, external_data=DATA)
-        onnx.checker.check_model(temporary / FILE, full_check=True)
-    return folder / FILE
+    for file, passes in files.items():
+        model = run_onnx(whole.clone() if len(files) > 1 else whole, passes, log)
+        model.metadata_props.update(metadata)
+        data = f"{file}.data"
+        with write_together(folder, data, file) as temporary:
+            ir.save(model, temporary / file, external_data=data)
+            onnx.checker.check_model(temporary / file, full_check=True)
 
 
 def translate(program: Program, lowering: Sequence[Pass], log: Log) -> ir.Model:
@@ -117,16 +136,17 @@ def _exported(program: ExportedProgram) -> ir.Model:
     return exported.model
 
 
-def _name(model: ir.Model, layers: int) -> None:
-    """Give inputs, outputs and symbolic axes the ecosystem's names."""
+def _name(model: ir.Model, interface: Interface) -> None:
+    """Give inputs, outputs and symbolic axes their names."""
     inputs, outputs = model.graph.inputs, model.graph.outputs
-    for names, values in ((input_names(layers), inputs), (output_names(layers), outputs)):
+    for names, values in ((interface.inputs, inputs), (interface.outputs, outputs)):
         for name, value in zip(names, values, strict=True):
             value.name = name
     axes: dict[object, str] = {}
-    for value, axis_names in ((inputs[0], TOKEN_AXES), (inputs[1], MASK_AXES), (inputs[3], PAST_AXES)):
+    for value, axis_names in zip(inputs, interface.inputs.values(), strict=True):
         assert value.shape is not None
-        axes |= {size: name for size, name in zip(value.shape, axis_names, strict=True) if name}
+        pairs = zip(value.shape, axis_names, strict=True)
+        axes = {size: name for size, name in pairs if name} | axes
     for value in (*inputs, *(result for node in model.graph for result in node.outputs)):
         if value.shape is not None:
             value.shape = ir.Shape([size if isinstance(size, int) else axes.get(size) for size in value.shape])

@@ -1,0 +1,88 @@
+"""display: where progress of a run is shown: bars on a terminal and in a notebook, plain lines in a log."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bars,
+)
+
+from mptk.progress import Progress, silent
+
+LINE_S = 10.0
+"""Seconds between two lines of one stage in a log."""
+
+
+@contextlib.contextmanager
+def shown(console: Console | None = None) -> Iterator[Progress]:
+    """Progress for whoever calls from Python: bars on a terminal and in a notebook, nothing in a script's log.
+
+    A notebook without ipywidgets cannot move bars, and gets lines.
+    """
+    console = console or Console(stderr=True)
+    if console.is_jupyter:
+        if importlib.util.find_spec("ipywidgets") is None:
+            yield lines(console)
+            return
+    elif not console.is_interactive:
+        yield silent
+        return
+    with bars(console) as progress:
+        yield progress
+
+
+@contextlib.contextmanager
+def bars(console: Console) -> Iterator[Progress]:
+    """A bar for each stage."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Bars(*columns, TimeRemainingColumn(), console=console) as drawn:
+        tasks: dict[str, TaskID] = {}
+
+        def finish() -> None:
+            for task in tasks.values():
+                drawn.update(task, total=1, completed=1) if not drawn.tasks[task].total else drawn.stop_task(task)
+
+        def report(stage: str, done: int, total: int, figures: str = "", /) -> None:
+            if stage not in tasks:
+                finish()
+                tasks[stage] = drawn.add_task(stage, total=total or None)
+            drawn.update(tasks[stage], completed=done, total=total or None, description=f"{stage}  {figures}".rstrip())
+
+        yield report
+        finish()
+
+
+def lines(console: Console, clock: Callable[[], float] = time.monotonic) -> Progress:
+    """Print a line when a stage starts, and every ``LINE_S`` seconds one with its progress."""
+    start, current, printed = clock(), "", 0.0
+
+    def report(stage: str, done: int, total: int, figures: str = "", /) -> None:
+        nonlocal current, printed
+        now = clock()
+        if stage == current and now - printed < LINE_S:
+            return
+        current, printed = stage, now
+        reached = (f" {done}/{total}" if done else "") + (f"  {figures}" if figures else "")
+        console.print(f"{now - start:5.0f} s  {stage}{reached}", markup=False, highlight=False, soft_wrap=True)
+
+    return report

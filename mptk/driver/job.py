@@ -1,0 +1,51 @@
+"""job: what a run starts from and what it ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mptk.cost.estimate import Estimate
+from mptk.io.models import Loaded
+from mptk.io.resident import Resident
+from mptk.ir.samples import Samples
+from mptk.run.chain import Chosen, Compiled, Prepared, Task
+from mptk.run.report import Report
+from mptk.run.settings import Settings
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run starts from and where it ends.
+
+    ``load`` gives the dense model, whose weights are read when they are asked for. ``given`` gives the plan and the
+    weights to start from (a recovery of the folder ``start``). If it is None, the method chooses them, or
+    ``settings.plan`` gives the plan. ``kept``: the share of the parameters that ``given`` keeps. ``needs`` says what
+    the run will need, if that is known before the model is opened. ``samples``: those that the caller gives.
+    """
+
+    source: str
+    out: Path
+    load: Callable[[Resident], tuple[Loaded, Task]]
+    given: Callable[[Prepared], Chosen] | None = None
+    kept: float = 1.0
+    start: Path | None = None
+    needs: Callable[[Settings], Estimate] | None = None
+    samples: Callable[[Prepared], Given] | None = None
+
+
+@dataclass(frozen=True)
+class Given:
+    """Samples that the caller gives for training and calibration, and to measure on; None: as the settings say."""
+
+    training: Samples | None = None
+    evaluation: Samples | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The report of a proven folder, and what was compiled for it."""
+
+    report: Report
+    compiled: Compiled

@@ -1,0 +1,193 @@
+"""sources: what the Python API takes: a model by name or in memory, and samples in memory, as a run takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mptk.cost.estimate import Estimate
+from mptk.driver.estimate import estimated, estimated_for
+from mptk.driver.job import Given
+from mptk.driver.prune import wanted
+from mptk.errors import MptkError
+from mptk.io import data as text
+from mptk.io import models
+from mptk.io.live import name_of, open_live
+from mptk.io.models import Loaded
+from mptk.io.resident import Resident
+from mptk.ir.samples import Samples
+from mptk.run.chain import Prepared, Task
+from mptk.run.report import PROVEN_ON, Report
+from mptk.run.settings import IN_MEMORY, Settings
+from mptk.tasks import open_task, task_of
+from mptk.tasks.inputs.text import fitting
+from mptk.tasks.module import Module, argument_names, example_samples, named_inputs
+
+Model = str | Path | nn.Module
+"""A hub id, a folder, a ``.gguf`` file, a packaged alias, or a model in memory."""
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""Tensors for ``forward``, by position or by the argument's name, samples in the first dimension."""
+Data = str | Path | Samples | Tensor | Mapping[str, Tensor] | Iterable[Any]
+"""A name as ``--data`` takes it; or samples, token ids [n, length], inputs by name, texts, or batches of inputs."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dense model. ``plain``: it is no transformers model, so that no stock class can hold it."""
+
+    name: str
+    load: Callable[[Resident], tuple[Loaded, Task]]
+    needs: Callable[[Settings], Estimate] | None
+    plain: bool
+
+
+def source_of(
+    model: Model, *, trust: bool, tokenizer: PreTrainedTokenizerBase | None, example_inputs: Inputs | None
+) -> Source:
+    """What a run starts from.
+
+    Raises:
+        MptkError: example inputs are missing, or are none; the weights are not in memory; or, when ``load`` is called,
+            no task takes the model.
+    """
+    if not isinstance(model, nn.Module):
+        name = str(model)
+
+        def opened(resident: Resident) -> tuple[Loaded, Task]:
+            if example_inputs is None and tokenizer is None:
+                return open_task(name, resident, trust_remote_code=trust)
+            loaded = models.open_weights(name, resident, trust_remote_code=trust)
+            loaded = loaded if tokenizer is None else replace(loaded, tokenizer=tokenizer)
+            return loaded, _task(loaded, example_inputs)
+
+        return Source(name, opened, partial(estimated, name), plain=False)
+    plain = not isinstance(model, PreTrainedModel)
+    if plain and example_inputs is None:
+        raise MptkError(
+            f"{type(model).__name__} is no transformers model, so mptk cannot know its inputs; give example_inputs, "
+            "the tensors that forward() takes"
+        )
+    loaded = open_live(model, tokenizer, trusted=trust)
+    task = _task(loaded, example_inputs)
+    needs = None if plain else partial(estimated_for, loaded.model, loaded.dtype)
+    return Source(name_of(model), lambda _: (loaded, task), needs, plain)
+
+
+def _task(loaded: Loaded, example_inputs: Inputs | None) -> Task:
+    return task_of(loaded) if example_inputs is None else Module(example_samples(loaded.model, example_inputs))
+
+
+def task_of_folder(folder: Path, report: Report, loaded: Loaded) -> Task:
+    """The task that a folder was pruned as. A module's example inputs are those of its proof."""
+    if report.task != Module.name:
+        return task_of(loaded)
+    try:
+        found = load_file(folder / PROVEN_ON)
+    except OSError as error:
+        raise MptkError(f"{folder} has no {PROVEN_ON}; do not use the folder, prune again") from error
+    order = [name for name in argument_names(loaded.model) if name in found]
+    return Module(example_samples(loaded.model, {name: found[name] for name in order}))
+
+
+# ---- samples ----
+
+
+def in_memory(data: Data | None) -> bool:
+    """Whether ``data`` holds samples, and is no name of some."""
+    return data is not None and not isinstance(data, str | Path)
+
+
+def names_of(**given: Data | None) -> dict[str, str]:
+    """Argument → what settings call it, for each that is given."""
+    return {n: IN_MEMORY if in_memory(data) else str(data) for n, data in given.items() if data is not None}
+
+
+def given(data: Data | None, eval_data: Data | None) -> Callable[[Prepared], Given] | None:
+    """What gives a run the samples that are in memory; None if there are none."""
+    if not in_memory(data) and not in_memory(eval_data):
+        return None
+
+    def collect(prepared: Prepared) -> Given:
+        s = prepared.settings
+        opened = prepared.loaded, prepared.task
+        training = collected(data, *opened, wanted(s), s.length, s.seed) if in_memory(data) else None
+        if in_memory(eval_data):
+            return Given(training, collected(eval_data, *opened, s.eval_windows, s.eval_length, None))
+        own = training is not None and s.eval_data in (None, IN_MEMORY)
+        return Given(training, training[: s.eval_windows] if own and training is not None else None)
+
+    return collect
+
+
+def collected(data: Any, loaded: Loaded, task: Task, count: int, length: int, seed: int | None = None) -> Samples:
+    """At most ``count`` samples of ``data``; windows of text have ``length`` tokens.
+
+    ``seed``: of their order; None keeps that of the text.
+
+    Raises:
+        MptkError: they are not of this model's kind, or there are none.
+    """
+    names = list(task.example(loaded.model).inputs)
+    if isinstance(data, Samples):
+        return _ordered(data, names)[:count]
+    if _is_text(data):
+        inputs = {"input_ids": _windows(list(data), loaded, count, fitting(loaded, length), seed)}
+    elif isinstance(data, Tensor | Mapping):
+        inputs = named_inputs(names, data)
+    else:
+        inputs = _batched(data, names, count)
+    made = task.made(loaded, {name: tensor[:count] for name, tensor in inputs.items()})
+    return _ordered(made, names)
+
+
+def _is_text(data: Any) -> bool:
+    return isinstance(data, list | tuple) and bool(data) and all(isinstance(each, str) for each in data)
+
+
+def _windows(texts: list[str], loaded: Loaded, count: int, length: int, seed: int | None) -> Tensor:
+    if loaded.tokenizer is None:
+        raise MptkError(f"{loaded.source} has no tokenizer to read texts with; give tokenizer=, or token ids as data")
+    return text.token_windows(texts, loaded.tokenizer, length, count, seed)
+
+
+def _ordered(samples: Samples, names: Sequence[str]) -> Samples:
+    """The samples with the model's inputs alone, in their order."""
+    missing = [name for name in names if name not in samples.inputs]
+    if missing or not len(samples):
+        what = f"lack the input {missing[0]!r}" if missing else "are none"
+        raise MptkError(f"the samples in data {what}; the model takes {', '.join(names)}")
+    return Samples({name: samples.inputs[name] for name in names}, samples.targets)
+
+
+def _batched(batches: Iterable[Any], names: Sequence[str], count: int) -> dict[str, Tensor]:
+    """At most ``count`` samples of batches of inputs: tensors, tuples by position, or dicts by name.
+
+    What a batch has beyond the model's inputs (labels) is left out.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    found = 0
+    try:
+        for batch in islice(batches, count):
+            one = batch[: len(names)] if isinstance(batch, list | tuple) else batch
+            one = {n: x for n, x in one.items() if n in names} if isinstance(one, Mapping) else one
+            inputs = named_inputs(names, one)
+            for name, tensor in inputs.items():
+                parts.setdefault(name, []).append(tensor)
+            found += min((len(tensor) for tensor in inputs.values()), default=0)
+            if found >= count:
+                break
+        return {name: torch.cat(each) for name, each in parts.items()}
+    except (TypeError, RuntimeError) as error:
+        raise MptkError(
+            f"data is not as it must be ({str(error).partition(chr(10))[0]}); give texts, token ids [n, length], or "
+            "batches of inputs of one shape, with the samples in the first dimension"
+        ) from error

@@ -1,0 +1,209 @@
+"""use: what ``mptk.evaluate`` and ``mptk.generate`` do with a model: pruned or dense, in a folder or in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mptk.driver.prune import traced
+from mptk.driver.pruned import Pruned, Shown, reporting
+from mptk.driver.sources import Data, Inputs, Model, collected, in_memory, names_of, source_of, task_of_folder
+from mptk.errors import MptkError, explained
+from mptk.io import data as text
+from mptk.io import models
+from mptk.io.dense import open_dense
+from mptk.io.resident import Resident
+from mptk.ir.program import Program
+from mptk.ir.samples import Samples
+from mptk.progress import Count
+from mptk.run.chain import Task
+from mptk.run.execution import execution, session_device
+from mptk.run.keywords import with_keywords
+from mptk.run.report import FILE, Report
+from mptk.run.settings import IN_MEMORY, Settings
+from mptk.run.values import SampleSets
+from mptk.runtime.generation import Sampling, TextGenerator
+from mptk.runtime.staged import Executor
+
+
+def evaluate(
+    model: Pruned | Model,
+    data: Data | None = None,
+    *,
+    dense: Model | None = None,
+    windows: int = Settings.eval_windows,
+    length: int = Settings.eval_length,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    example_inputs: Inputs | None = None,
+    memory: int | None = None,
+    device: str = Settings.device,
+    trust_remote_code: bool = False,
+    progress: Shown = "auto",
+) -> dict[str, Any]:
+    """How good a model is, as its kind is measured: perplexity of language models, distance from the dense model, …
+
+    Args:
+        model: a ``Pruned``, an ``--out`` folder of ``prune``, or what ``prune`` takes.
+        data: as in ``prune``. None: the example inputs of a ``Pruned`` that was a plain module.
+        dense: the dense model to measure beside it. A pruned model knows its own; it is used where the metric is a
+            distance from the dense model's outputs, and always for a ``Pruned`` that ``prune`` gave.
+        windows, length: as ``eval_windows`` and ``eval_length`` of ``Settings``.
+
+    Returns:
+        The value for ``model`` or, if both were measured, for ``dense`` and ``pruned``; ``metric``; ``protocol``.
+
+    Raises:
+        MptkError: there is no data, or no dense model where the metric needs one.
+    """
+    settings = Settings(eval_windows=windows, eval_length=length, memory=memory, device=device)
+    settings = with_keywords(settings, names_of(data=data))
+    resident, executor = execution(settings)
+    with explained(), reporting(progress) as say:
+        say("load", 0, 0)
+        runs = _Programs(resident, executor, trust_remote_code, tokenizer, example_inputs)
+        runs.add(model, dense)
+        loaded, task = runs.opened[0]
+        if in_memory(data):
+            samples = collected(data, loaded, task, windows, length)
+        elif data is None and task.sequences:
+            raise MptkError("there is nothing to measure on; give data")
+        else:
+            samples = task.evaluation(loaded, settings)
+        source = IN_MEMORY if data is None or in_memory(data) else text.protocol_name(str(data))
+        sets = SampleSets(samples, samples, samples, source, task.sequences)
+        return dict(task.quality(runs, sets, say))
+
+
+class _Programs:
+    """The programs that are measured side by side, by name. Called, it is a ``mptk.io.evaluation.Runs``."""
+
+    def __init__(
+        self,
+        resident: Resident,
+        executor: Executor,
+        trust: bool,
+        tokenizer: PreTrainedTokenizerBase | None,
+        example_inputs: Inputs | None,
+    ) -> None:
+        self.resident, self.executor, self.trust = resident, executor, trust
+        self.tokenizer, self.example_inputs = tokenizer, example_inputs
+        self.programs: dict[str, Program] = {}
+        self.opened: list[tuple[models.Loaded, Task]] = []
+
+    def add(self, model: Pruned | Model, dense: Model | None) -> None:
+        """The programs of a model and of its dense model, if that is given, known or needed."""
+        if isinstance(model, Pruned) and model.compiled is not None and dense is None:
+            prepared = model.compiled.prepared
+            self.opened.append((prepared.loaded, prepared.task))
+            self.programs = {"dense": prepared.analysis.program, "pruned": model.compiled.program}
+            return
+        place = model.place if isinstance(model, Pruned) else model
+        small = self._open(place)
+        report = None
+        if isinstance(place, str | Path) and (Path(place) / FILE).is_file():
+            report = Report.read(place)
+        if dense is not None:
+            self._take("dense", self._open(dense))
+        elif small[1].compares:
+            if report is None:
+                raise MptkError(
+                    f"a {small[1].summary} is measured by its distance from the dense model; give it as dense"
+                )
+            loaded = open_dense(report.model, report.model_sha256, None, self.trust, self.resident, live=report.live)
+            self._take("dense", (loaded, task_of_folder(Path(str(place)), report, loaded)))
+        self._take("pruned" if self.programs else "model", small)
+
+    def _open(self, model: Model) -> tuple[models.Loaded, Task]:
+        source = source_of(model, trust=self.trust, tokenizer=self.tokenizer, example_inputs=self.example_inputs)
+        return source.load(self.resident)
+
+    def _take(self, name: str, opened: tuple[models.Loaded, Task]) -> None:
+        self.opened.append(opened)
+        self.programs[name] = traced(*opened, self.executor)
+
+    def __call__(self, batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
+        names = list(self.programs)
+        found = self.executor.outputs(list(self.programs.values()), [batch.tensors for batch in batches], progress)
+        for i in range(len(batches)):
+            for name in names:
+                yield name, i, next(found)
+
+
+def generate(
+    model: Pruned | str | Path | PreTrainedModel,
+    prompts: str | Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    threads: int = 0,
+    device: str = Settings.device,
+) -> list[str]:
+    """What a language model writes after each of ``prompts``.
+
+    Args:
+        model: a folder with ``onnx`` in it (as ``prune`` and ``export`` write it) or an ``.onnx`` file, run in ONNX
+            Runtime; or a ``Pruned`` or a transformers model in memory, run in torch if there is no ONNX.
+        temperature, top_k, top_p, seed: as of ``mptk.runtime.generation.Sampling``; temperature 0 takes the likeliest.
+        chat: put each prompt into the model's chat template.
+        tokenizer: for a model in memory.
+        threads, device: for ONNX Runtime.
+
+    Raises:
+        MptkError: there is no tokenizer, or no decoder.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    sampling = Sampling(temperature, top_k, top_p)
+    place = _graphs(model)
+    if place is not None:
+        runner = TextGenerator(place, threads=threads, device=session_device(device))
+        encoded = [runner.encode(prompt, chat=chat) for prompt in prompts]
+        steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed)
+        rows = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+        return [str(runner.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+    module: Any = model.model if isinstance(model, Pruned) else model
+    words = tokenizer or (model.tokenizer if isinstance(model, Pruned) else None)
+    if words is None:
+        raise MptkError("there is no tokenizer to read prompts with; give tokenizer=")
+    return [_written(module, words, prompt, max_new_tokens, sampling, seed, chat) for prompt in prompts]
+
+
+def _graphs(model: Pruned | str | Path | PreTrainedModel) -> str | Path | None:
+    """Where the model's ONNX is; None if it must run in torch."""
+    if isinstance(model, Pruned):
+        return model.place if any(model.place.glob("onnx/*.onnx")) else None
+    return None if isinstance(model, PreTrainedModel) else model
+
+
+def _written(
+    module: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    limit: int,
+    sampling: Sampling,
+    seed: int,
+    chat: bool,
+) -> str:
+    """What a transformers module writes after one prompt."""
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        found: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+    else:
+        found = tokenizer(prompt)
+    how: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature:
+        how = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    given = torch.tensor([list(found["input_ids"])], device=module.device)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        written = module.generate(given, max_new_tokens=limit, **how)
+    return str(tokenizer.decode(written[0, given.shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,146 @@
+"""live: a model that the caller holds in memory, in the form in which ``models.open_weights`` gives one of a folder.
+
+Nothing of the caller's model changes: the run has a copy of its modules, whose parameters are on the meta device, and
+reads the numbers from the caller's parameters, in float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import shutil
+import weakref
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mptk.errors import MptkError
+from mptk.io import models
+from mptk.io.checkpoint import copy_processors
+from mptk.io.licence import copy_card
+from mptk.io.models import Loaded
+from mptk.ir.weights import Lazy, Weights
+
+
+def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, trusted: bool = False) -> Loaded:
+    """A model in memory as a run takes it, with its weights as they are now.
+
+    ``tokenizer``: if None, that of the folder or hub model that a transformers model was loaded from, if it is here.
+
+    Raises:
+        MptkError: some weights are not in memory, or are quantised.
+    """
+    _check(model)
+    source, home = name_of(model), _home(model)
+    dtype = _most(model)
+    place = TemporaryDirectory(prefix="mptk-", ignore_cleanup_errors=True)
+    bare = _without_weights(model)
+    weakref.finalize(bare, place.cleanup)
+    folder = Path(place.name)
+    if isinstance(model, PreTrainedModel):
+        _describe(model, folder, home, dtype)
+        if tokenizer is None and home is not None and models.has_tokenizer(home):
+            tokenizer = models.load_tokenizer(str(home), trust_remote_code=trusted)
+    made: PreTrainedModel = bare  # type: ignore[assignment]  # any module: only the task ``module`` gets another
+    return Loaded(made, tokenizer, source, folder, trusted, dtype, _weights(model), live=True)
+
+
+def name_of(model: nn.Module) -> str:
+    """What a report calls a model in memory: where it was loaded from, else its class."""
+    known = model.config.name_or_path if isinstance(model, PreTrainedModel) else ""
+    return str(known) or type(model).__name__
+
+
+def weights_fingerprint(loaded: Loaded) -> str:
+    """SHA-256 of a model's weights: names, shapes and float32 numbers, of whatever type they are stored in."""
+    digest, weights = hashlib.sha256(), loaded.weights
+    assert weights is not None
+    kept = loaded.model.state_dict(keep_vars=True)
+    named = {name for name, _ in loaded.model.named_parameters()} | {name for name, _ in loaded.model.named_buffers()}
+    for name in sorted(named & kept.keys() & weights.keys()):
+        tensor = weights[name]
+        numbers = tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+        digest.update(f"{name} {list(tensor.shape)} {numbers.dtype}\n".encode())
+        digest.update(numbers.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check(model: nn.Module) -> None:
+    name = type(model).__name__
+    if any(tensor.is_meta for tensor in model.parameters()):
+        raise MptkError(f"some weights of this {name} are not in memory; load it without device_map and offloading")
+    if getattr(model, "is_quantized", False) or any(p.dtype in (torch.int8, torch.uint8) for p in model.parameters()):
+        raise MptkError(f"this {name} is quantised, and mptk prunes float weights; load the float model")
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """A copy of the modules in evaluation mode: parameters on the meta device, buffers on the CPU, all in float32."""
+    memo: dict[int, object] = {}
+    for p in model.parameters():
+        bare = torch.empty_like(p, dtype=_computed(p), device="meta")
+        memo[id(p)] = nn.Parameter(bare, requires_grad=p.requires_grad)
+    for b in model.buffers():
+        memo[id(b)] = b.detach().to("cpu", _computed(b), copy=True)
+    try:
+        return copy.deepcopy(model, memo).eval()
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise MptkError(
+            f"this {type(model).__name__} cannot be copied ({reason}); keep tensors in parameters and buffers"
+        ) from error
+
+
+def _weights(model: nn.Module) -> Weights:
+    """The parameters and saved buffers, in float32 on the CPU when they are asked for."""
+    entries = {name: _entry(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    return Weights({name: entry for name, entry in entries.items() if entry is not None})
+
+
+def _entry(tensor: object) -> Tensor | Lazy | None:
+    if not isinstance(tensor, Tensor):
+        return None
+    there, dtype = tensor.detach(), _computed(tensor)
+    if there.device.type == "cpu" and there.dtype == dtype:
+        return there
+    held = there.dtype if there.dtype in (torch.float16, torch.bfloat16) else None
+    narrow = (lambda: there.cpu()) if held is not None else None
+    return Lazy(torch.empty_like(there, dtype=dtype, device="meta"), lambda: there.to("cpu", dtype), held, narrow)
+
+
+def _computed(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.is_floating_point() else tensor.dtype
+
+
+def _most(model: nn.Module) -> torch.dtype:
+    """The type of most floating weights."""
+    counts: dict[torch.dtype, int] = {}
+    for p in model.parameters():
+        if p.is_floating_point():
+            counts[p.dtype] = counts.get(p.dtype, 0) + p.numel()
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+
+
+def _home(model: nn.Module) -> Path | None:
+    """The folder that a transformers model was loaded from, if it is on this machine."""
+    if not isinstance(model, PreTrainedModel) or name_of(model) == type(model).__name__:
+        return None
+    try:
+        found = models.locate(name_of(model), local=True)
+    except MptkError:
+        return None
+    return found if found.is_dir() else None
+
+
+def _describe(model: PreTrainedModel, folder: Path, home: Path | None, dtype: torch.dtype) -> None:
+    """Write into ``folder`` what a run reads of a checkpoint beside its weights."""
+    config = copy.deepcopy(model.config)
+    config.dtype, config.architectures = dtype, [type(model).__name__]
+    config.save_pretrained(folder)
+    if home is not None:
+        copy_processors(home, folder, same_features=True)
+        copy_card(home, folder)
+        for file in home.glob("*.py"):
+            shutil.copyfile(file, folder / file.name)

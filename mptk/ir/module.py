@@ -1,0 +1,87 @@
+"""module: a Program as an ``nn.Module`` that can be trained, saved and moved like the one that was traced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+
+from mptk.ir.placed import Placed
+
+if TYPE_CHECKING:
+    from mptk.ir.program import Program
+
+
+class Names(nn.Module):
+    """Holds what lies under a part of dotted names; ``module.layers[0]`` is ``layers.0``."""
+
+    def __getitem__(self, index: int | str) -> Any:
+        return getattr(self, str(index))
+
+
+class ProgramModule(nn.Module):
+    """Parameters and buffers under the traced module's names, and its traced ``forward``.
+
+    Its parameters are its own: they share no memory with the program, and all floating ones require gradients. Tied
+    weights are one parameter. ``state_dict()`` has the names of the traced module's.
+
+    ``forward`` takes the tensors of the trace, by position or by the argument's name, and gives one tensor, or a tuple
+    if there were several. The graph was traced in evaluation mode: ``train()`` adds no dropout, and batch norms keep
+    their statistics.
+    """
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self._graph = (program.graph,)  # in a tuple, as a submodule would add its names to state_dict()
+        self._placeholders = [(n.name, program.weights.get(n.name)) for n in program.placeholders()]
+        self._inputs = program.inputs
+        kinds = {program.weights[s.arg.name]: s for s in program.signature.input_specs if s.target is not None}
+        others: dict[str, list[str]] = {}
+        for alias, name in program.aliases.items():
+            others.setdefault(name, []).append(alias)
+        for name in program.state:
+            spec, tensor = kinds[name], program.state[name].detach().clone()
+            made: Tensor = tensor
+            if spec.kind is InputKind.PARAMETER:
+                made = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() or tensor.is_complex())
+            for each in (name, *others.get(name, ())):
+                self._place(each, made, persistent=spec.kind is InputKind.BUFFER and bool(spec.persistent))
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
+        """Run the graph. Raises TypeError for inputs that are missing or unknown."""
+        given = iter(self._in_order(inputs, named))
+        weights: dict[str, Tensor] = dict(self.named_parameters(remove_duplicate=False))
+        weights |= dict(self.named_buffers(remove_duplicate=False))
+        arguments = [next(given) if name is None else weights[name] for _, name in self._placeholders]
+        device = next((tensor.device for tensor in weights.values()), None)
+        graph: fx.GraphModule = self._graph[0]
+        if device is None or device.type == "cpu":
+            outputs = graph(*arguments)
+        else:
+            runner = Placed(graph)
+            runner.device = device
+            outputs = runner.run(*arguments)
+        return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else tuple(outputs)
+
+    def _in_order(self, inputs: Sequence[Tensor], named: dict[str, Tensor]) -> list[Tensor]:
+        count = sum(name is None for _, name in self._placeholders)
+        names = self._inputs[len(inputs) : count]
+        if len(inputs) + len(named) != count or set(names) != set(named):
+            said = ", ".join(self._inputs) or f"{count} tensors"
+            raise TypeError(f"forward() takes {said}; it was given {len(inputs)} by position and {sorted(named)}")
+        return [*inputs, *(named[name] for name in names)]
+
+    def _place(self, name: str, tensor: Tensor, *, persistent: bool) -> None:
+        """Register a parameter or a buffer under a dotted name."""
+        *path, leaf = name.split(".")
+        owner: nn.Module = self
+        for part in path:
+            if part not in dict(owner.named_children()):
+                owner.add_module(part, Names())
+            owner = owner.get_submodule(part)
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(leaf, tensor)
+        else:
+            owner.register_buffer(leaf, tensor, persistent=persistent)

@@ -1,0 +1,58 @@
+"""keywords: settings as keywords of one call: ``prune(model, sparsity=0.3, steps=100, rank=8)``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from mptk.errors import MptkError
+from mptk.run.settings import Learning, LossWeights, Settings, Training
+
+_LISTS = ("families", "keep", "quantize")
+
+
+def with_keywords(settings: Settings, keywords: Mapping[str, Any]) -> Settings:
+    """The settings with some fields replaced: of ``Settings``, or of what is in them, by their bare names.
+
+    A ``seed`` is that of everything. A list may be given as one name.
+
+    Raises:
+        MptkError: there is no such field (with the nearest name), or its value is refused.
+    """
+    unknown = sorted(keywords.keys() - set(keyword_names()))
+    if unknown:
+        raise no_keyword(unknown[0], keyword_names())
+    outer, learning, training, losses = (
+        {name: keywords[name] for name in _names(kind) if name in keywords}
+        for kind in (Settings, Learning, Training, LossWeights)
+    )
+    for name in _LISTS:
+        if name in outer:
+            outer[name] = (outer[name],) if isinstance(outer[name], str) else tuple(outer[name])
+    base: Learning = outer.get("learning", settings.learning)
+    train: Training = learning.get("training", base.training)
+    if losses:
+        training["losses"] = replace(training.get("losses", train.losses), **losses)
+    if training:
+        learning["training"] = replace(train, **training)
+    if learning:
+        outer["learning"] = replace(base, **learning)
+    return replace(settings, **outer)
+
+
+def keyword_names() -> list[str]:
+    """Every name that ``with_keywords`` knows."""
+    return list(dict.fromkeys(name for kind in (Settings, Learning, Training, LossWeights) for name in _names(kind)))
+
+
+def no_keyword(name: str, known: list[str]) -> MptkError:
+    """The error of a keyword that does not exist."""
+    near = get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else "help(mptk.Settings) has them all"
+    return MptkError(f"there is no setting {name!r}; {hint}")
+
+
+def _names(kind: type) -> list[str]:
+    return [field.name for field in fields(kind)]

@@ -1,0 +1,124 @@
+"""encoder_decoder_form: an encoder–decoder as ONNX: two graphs, divided at the encoder's last hidden state.
+
+The whole is traced, analysed and cut as one program, so both parts follow the plan. The encoder's last hidden state is
+no output meanwhile: the plan may cut its channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mptk.errors import MptkError
+from mptk.ir.passes import Log
+from mptk.ir.plan import Plan
+from mptk.ir.samples import Samples
+from mptk.progress import step
+from mptk.run.chain import Dense, OnnxForm
+from mptk.run.settings import Settings
+from mptk.run.values import PROOF_SHAPE, Checks
+from mptk.runtime.graphs import OrtGraph
+from mptk.tasks.exporting import CHANGED, HALF, Runs, Traced, about, cut, equal, stages_of, traced_as
+from mptk.tasks.inputs import inputs_of
+from mptk.tasks.inputs.text import example_ids
+from mptk.tasks.padding import IDS, MASK, about_padding, candidates, padded_as_said, with_mask
+from passes.frontend.trace import uncached
+from passes.pipelines import emit_onnx
+from passes.targets.onnx.emit import Interface
+from passes.targets.onnx.extract import Part
+from passes.transforms.outputs import output_names, with_outputs
+from passes.verify import Difference
+
+ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
+DECODER_IDS = "decoder_input_ids"
+LOGITS, HIDDEN = "logits", "last_hidden_state"
+RENAMED = {MASK: "encoder_attention_mask", DECODER_IDS: IDS, HIDDEN: "encoder_hidden_states"}
+"""Name in the whole → optimum's name of the decoder's input, in the order of these inputs."""
+TEXT = ("batch_size", "encoder_sequence_length")
+AXES = {
+    "input_features": ("batch_size", "feature_size", "encoder_sequence_length"),
+    DECODER_IDS: ("batch_size", "decoder_sequence_length"),
+}
+
+
+class WithHidden(nn.Module):
+    """Calls an encoder–decoder with named tensors; returns its logits and its encoder's last hidden state."""
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.module, self.names = module, tuple(names)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.module(**dict(zip(self.names, inputs, strict=True)), **uncached(self.module))
+        return output.logits, output.encoder_last_hidden_state
+
+
+class EncoderDecoderForm(OnnxForm):
+    """``encoder_model.onnx`` and ``decoder_model.onnx``, which takes all tokens of the text so far."""
+
+    def check(self, settings: Settings) -> None:
+        if settings.quantize or settings.onnx_dtype == HALF:
+            raise MptkError(
+                "the graphs of an encoder-decoder are written in float32 only; leave out --quantize and --onnx-dtype"
+            )
+
+    def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
+        self.check(dense.settings)
+        traced, padding = named(dense, samples)
+        logits, hidden = output_names(traced.program)
+        program = cut(with_outputs(traced.program, [logits]), dense, plan, log)
+        program = with_outputs(program, [*output_names(program), hidden])
+        step(0, 0, "translate the graph")
+        given = [name for name in traced.names if name != DECODER_IDS]
+        decoder = {name: new for name, new in RENAMED.items() if name in (*traced.names, HIDDEN)}
+        emit_onnx(
+            program,
+            folder,
+            Interface({name: AXES.get(name, TEXT) for name in traced.names}, (LOGITS, HIDDEN)),
+            parts={
+                ENCODER: Part({name: name for name in given}, (HIDDEN,)),
+                DECODER: Part(decoder, (LOGITS,)),
+            },
+            objective="prefill",
+            metadata=about(dense, plan) | padding,
+            log=log,
+        )
+        return [CHANGED] if IDS in traced.names and not padding else []
+
+    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device) -> Checks:
+        return stages_of(both(folder, device), OrtGraph(folder / ENCODER), lambda output, _: output)
+
+    def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
+        run = both(file.parent, device)
+        return lambda samples: run(with_mask(samples.inputs))
+
+    def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
+        raise MptkError(f"an encoder-decoder has no {scheme} graph; remove it from the folder")
+
+
+def named(dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
+    """The model with the inputs of its graphs, and what their metadata says of padding."""
+    model, executor = dense.loaded.model, dense.executor
+    example = {**inputs_of(model).example(model), DECODER_IDS: example_ids(length=5)}
+    samples = Samples(example) if samples is None else samples.shortened(*PROOF_SHAPE)
+    inputs, expected = samples.inputs, dense.run(samples)
+    wrapped = [(WithHidden(model, names), names) for names in candidates(dense.loaded, inputs)]
+    traced = traced_as(dense, wrapped, with_mask(example), with_mask(inputs), expected)
+    if IDS not in inputs:
+        return traced, {}
+    said = about_padding(model)
+    return traced, said if equal(traced.run(executor, padded_as_said(inputs, said)), expected) else {}
+
+
+def both(folder: Path, device: torch.device) -> Runs:
+    """What encoder and decoder compute together."""
+    encoder, decoder = OrtGraph(folder / ENCODER, device), OrtGraph(folder / DECODER, device)
+
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        made = dict(inputs) | {HIDDEN: encoder(inputs)}
+        return decoder({new: made[name] for name, new in RENAMED.items() if name in made})
+
+    return run

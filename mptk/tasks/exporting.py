@@ -1,0 +1,132 @@
+"""exporting: what the ONNX forms without a cache share: the trace with named inputs, the cut, the proof's stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mptk.errors import MptkError
+from mptk.ir.passes import Log
+from mptk.ir.plan import Plan
+from mptk.ir.program import Program
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.samples import Samples, is_tokens
+from mptk.progress import step
+from mptk.run.chain import Dense, stored_type
+from mptk.run.settings import Settings
+from mptk.run.values import Checks
+from mptk.runtime.graphs import OrtGraph
+from mptk.runtime.staged import Executor
+from mptk.tasks.inputs.base import Named
+from mptk.tasks.padding import PADDING, padded_as_said, with_mask
+from mptk.version import __version__
+from passes.analysis import group
+from passes.frontend.trace import export_program
+from passes.pipelines import cut_program
+from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, StageOutputs, difference
+
+HALF, DTYPE = "float16", "dtype"
+"""A type, and the key in a graph's metadata of the type in which it computes."""
+CHANGED = "padding changes what the model computes, with a mask as well; give the ONNX graph rows of one length"
+
+Runs = Callable[[Mapping[str, Tensor]], Tensor]
+"""Named inputs → what a form's graphs compute."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A program and the names of its inputs, in order."""
+
+    program: Program
+    names: list[str]
+
+    def run(self, executor: Executor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The first output for those of ``inputs`` that it has."""
+        found = next(executor.outputs([self.program], [[inputs[name] for name in self.names]]))
+        output: Tensor = found[0] if isinstance(found, tuple | list) else found
+        return output
+
+    def check_sizes(self) -> None:
+        """Raise MptkError if the program runs on one number of samples or tokens only."""
+        nodes = {node.name: node.meta["val"] for node in self.program.placeholders()}
+        for name, node in zip(self.names, self.program.user_inputs, strict=True):
+            axes = nodes[node].shape[: 2 if is_tokens(nodes[node]) else 1]
+            if fixed := [size for size in axes if isinstance(size, int)]:
+                raise MptkError(f"the trace of this model runs only on {name} with {fixed[0]} rows or columns")
+
+
+def traced_as(
+    dense: Dense, wrapped: Iterable[tuple[nn.Module, list[str]]], example: Named, inputs: Named, expected: Tensor
+) -> Traced:
+    """The first of the wrapped models whose trace computes what the dense model does.
+
+    ``wrapped``: modules that take positional tensors, with their names. ``example``: to trace them with. ``inputs``:
+    to run them on. ``expected``: what the dense model gives for these.
+
+    Raises:
+        MptkError: none does.
+    """
+    step(0, 0, "trace with named inputs")
+    reason = "with a mask of ones it computes other outputs than without a mask"
+    for module, names in wrapped:
+        try:
+            program = export_program(module, tuple(example[name] for name in names), dynamic=True)
+            traced = Traced(dense.weighted(program), names)
+            traced.check_sizes()
+            if equal(traced.run(dense.executor, inputs), expected):
+                return traced
+        except (MptkError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+    raise MptkError(f"{type(dense.loaded.model).__name__} is not written with named inputs: {reason}")
+
+
+def equal(found: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs are the same up to rounding."""
+    if found.shape != expected.shape:
+        return False
+    return difference("trace", found.to(expected.device), expected, RUNTIME_TOLERANCE).ok
+
+
+def cut(program: Program, dense: Dense, plan: Plan | None, log: Log) -> Program:
+    """The program, cut to the plan. Raises MptkError if the plan does not fit."""
+    if plan is None:
+        return program
+    analysis = group.analyze(program)
+    dtype = stored_type(dense.settings, dense.loaded)
+    return cut_program(analysis, resolve_plan(analysis, plan), log, dtype).program
+
+
+def about(dense: Dense, plan: Plan | None) -> dict[str, str]:
+    """The metadata of every graph."""
+    said = {"mptk_version": __version__, "source": dense.loaded.source, DTYPE: written_type(dense.settings)}
+    return said if plan is None else said | {"plan_sha256": plan.digest}
+
+
+def written_type(settings: Settings) -> str:
+    """The type in which a graph computes."""
+    return HALF if settings.onnx_dtype == HALF else "float32"
+
+
+def is_half(graph: OrtGraph) -> bool:
+    """Whether a graph computes in float16."""
+    return graph.metadata.get(DTYPE) == HALF
+
+
+def stages_of(run: Runs, graph: OrtGraph, unpadded: Callable[[Tensor, Mapping[str, Tensor]], Tensor]) -> Checks:
+    """What ``run`` gives for the proof's samples, and for the same with padding.
+
+    ``graph``: the one whose metadata speak of all. ``unpadded``: outputs without those at padding.
+    """
+    said, tolerance = graph.metadata, HALF_TOLERANCE if is_half(graph) else RUNTIME_TOLERANCE
+
+    def plain(samples: Samples) -> Tensor:
+        return run(with_mask(samples.inputs))
+
+    def padded(samples: Samples) -> Tensor:
+        return unpadded(run(padded_as_said(samples.inputs, said)), samples.inputs)
+
+    runs = {"ONNX Runtime": plain} | ({"ONNX Runtime padded": padded} if PADDING in said else {})
+    stages: dict[str, tuple[Program | StageOutputs, float]] = {name: (run, tolerance) for name, run in runs.items()}
+    return Checks(stages=stages, ran=dict.fromkeys(stages, graph.provider))

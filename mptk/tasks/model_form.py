@@ -1,0 +1,102 @@
+"""model_form: a model without a decoder as ONNX: one graph, whose inputs are those that the processor makes.
+
+A text model is traced again, with the mask of its padding as an input, and cut to the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mptk.ir.passes import Log
+from mptk.ir.plan import Plan
+from mptk.ir.samples import Samples
+from mptk.progress import step
+from mptk.run.chain import Dense, OnnxForm
+from mptk.run.values import PROOF_SHAPE, Checks
+from mptk.runtime.graphs import OrtGraph
+from mptk.tasks.exporting import CHANGED, HALF, Traced, about, cut, equal, is_half, stages_of, traced_as
+from mptk.tasks.inputs import inputs_of
+from mptk.tasks.padding import IDS, about_padding, candidates, is_text, padded_as_said, with_mask
+from mptk.tasks.rounding import features_apart, logits_apart
+from passes.frontend.trace import Flat
+from passes.pipelines import emit_onnx, quantize_onnx
+from passes.targets.onnx.emit import FILE, TOKEN_AXES, Interface
+from passes.verify import Difference
+
+LOGITS, FEATURES = "logits", "last_hidden_state"
+AXES = {
+    "pixel_values": ("batch_size", "num_channels", "height", "width"),
+    "input_features": ("batch_size", "feature_size", "sequence_length"),
+}
+"""Optimum's names of the axes; those of other inputs are the axes of tokens."""
+
+
+@dataclass(frozen=True)
+class ModelForm(OnnxForm):
+    """``model.onnx`` with one output, ``logits`` or ``last_hidden_state``."""
+
+    output: str
+
+    def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
+        settings = dense.settings
+        traced, padding = named(dense, samples)
+        program = cut(traced.program, dense, plan, log)
+        step(0, 0, "translate the graph")
+        file = emit_onnx(
+            program,
+            folder,
+            Interface({name: AXES.get(name, TOKEN_AXES) for name in traced.names}, (self.output,)),
+            objective="prefill",
+            half=settings.onnx_dtype == HALF,
+            metadata=about(dense, plan) | padding,
+            log=log,
+        )
+        for scheme in settings.quantize:
+            quantize_onnx(file, scheme, None, log, dense.executor.device)
+        return [CHANGED] if IDS in traced.names and not padding else []
+
+    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device) -> Checks:
+        graph = OrtGraph(folder / FILE, device)
+        return stages_of(graph, graph, unpadded)
+
+    def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
+        graph = OrtGraph(file, device)
+        return lambda samples: graph(with_mask(samples.inputs))
+
+    def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
+        return (logits_apart if self.output == LOGITS else features_apart)(scheme, pairs)
+
+    def half(self, folder: Path) -> bool:
+        return is_half(OrtGraph(folder / FILE))
+
+
+def named(dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
+    """The model with the inputs that its graph has, and what the graph's metadata says of padding."""
+    model, executor = dense.loaded.model, dense.executor
+    example = inputs_of(model).example(model)
+    if not is_text(example):
+        traced = Traced(dense.program, list(example))
+        traced.check_sizes()
+        return traced, {}
+    samples = Samples(longer(example)) if samples is None else samples.shortened(*PROOF_SHAPE)
+    inputs, expected = samples.inputs, dense.run(samples)
+    wrapped = [(Flat(model, names), names) for names in candidates(dense.loaded, inputs)]
+    traced = traced_as(dense, wrapped, with_mask(example), with_mask(inputs), expected)
+    said = about_padding(model)
+    found = traced.run(executor, padded_as_said(inputs, said))
+    return traced, said if equal(unpadded(found, inputs), expected) else {}
+
+
+def longer(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Example inputs of another size: token ids twice in a row."""
+    return {name: torch.cat([x, x], 1) if name == IDS else x for name, x in example.items()}
+
+
+def unpadded(output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The outputs [samples, positions, channels] at the positions of ``inputs``; outputs of whole samples stay."""
+    return output[:, : inputs[IDS].shape[1]] if output.ndim > 2 else output

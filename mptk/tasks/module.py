@@ -1,0 +1,131 @@
+"""module: any ``nn.Module`` that the caller gives with example inputs. What counts is how far its outputs move."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mptk.errors import MptkError
+from mptk.io.evaluation import Runs
+from mptk.io.models import Loaded
+from mptk.ir.samples import Samples, joined
+from mptk.progress import Count, Progress
+from mptk.run.chain import Task
+from mptk.run.settings import Settings
+from mptk.run.values import SampleSets
+from mptk.tasks.encoder import errors, projection
+
+Outputs = Tensor | Sequence[Tensor]
+AT_ONCE = 2048
+"""Positions that are measured at once."""
+
+
+@dataclass(frozen=True)
+class Module(Task):
+    """A module with one output or several, each with the samples in its first dimension. ``given``: example inputs."""
+
+    given: Samples
+    name = "module"
+    summary = "module"
+    compares = True
+    classes = False
+    sequences = False
+
+    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+        return None
+
+    def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
+        found = run(self.given)
+        each = [found] if isinstance(found, Tensor) else found
+        if not each or any(tensor.ndim < 1 or len(tensor) != len(self.given) for tensor in each):
+            said = ", ".join(str(list(tensor.shape)) for tensor in each) or "nothing"
+            raise MptkError(
+                f"{loaded.source} gives {said} for {len(self.given)} samples; give a module whose outputs have the "
+                "samples in their first dimension, as its inputs have"
+            )
+
+    def example(self, model: nn.Module) -> Samples:
+        return self.given
+
+    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
+        return self.given
+
+    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
+        return self.given
+
+    def loss(self, output: Outputs, samples: Samples) -> Tensor:
+        """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense module's outputs (``targets``) in one row."""
+        assert samples.targets is not None
+        return errors(joined(output), joined(samples.targets)).sum()
+
+    def sensitivity(self, output: Outputs, samples: Samples) -> Tensor:
+        return projection(joined(output), samples)
+
+    def predicted(self, samples: Samples) -> int:
+        return len(samples)
+
+    @torch.no_grad()
+    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
+        apart: dict[str, float] = {}
+        reference = torch.empty(0)
+        for name, _, output in runs(sets.evaluation.batches(AT_ONCE), partial(progress, "distance")):
+            found = joined(output).cpu()
+            reference = found if name == "dense" else reference
+            apart[name] = apart.get(name, 0.0) + float(errors(found, reference).sqrt().sum())
+        count = len(sets.evaluation)
+        return {
+            **{name: round(total / count, 6) for name, total in apart.items()},
+            "metric": "distance",
+            "protocol": (
+                f"{sets.source}: mean over {count} samples of the distance of all outputs from the dense module's, "
+                "relative to their norm"
+            ),
+        }
+
+
+def example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Samples:
+    """Example inputs, by position or by name, as samples under the names of ``forward``'s arguments.
+
+    One sample becomes two, since a trace takes a size of 1 for a constant.
+
+    Raises:
+        MptkError: ``forward`` has no names for them, or they are no tensors with samples in their first dimension.
+    """
+    found = named_inputs(argument_names(module), inputs)
+    sizes = {len(tensor) if tensor.ndim else 0 for tensor in found.values()}
+    if len(sizes) != 1 or sizes == {0}:
+        said = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in found.items()) or "none"
+        raise MptkError(f"example inputs need the samples in their first dimension, all as many; they are {said}")
+    samples = Samples(found)
+    return samples if len(samples) > 1 else samples.repeated(2)
+
+
+def named_inputs(names: Sequence[str], inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs by name; ``names`` are those of inputs by position.
+
+    Raises:
+        MptkError: there are more than names, or one is no tensor.
+    """
+    if isinstance(inputs, Tensor):
+        inputs = (inputs,)
+    if not isinstance(inputs, Mapping):
+        if len(inputs) > len(names):
+            raise MptkError(f"{len(inputs)} inputs by position and {len(names)} names; give them by name, as a dict")
+        inputs = dict(zip(names, inputs, strict=False))
+    odd = [name for name, value in inputs.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise MptkError(f"{odd[0]} is no tensor but {type(inputs[odd[0]]).__name__}; give tensors only")
+    return {name: tensor.detach().cpu() for name, tensor in inputs.items()}
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """The arguments of ``forward`` that have names."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds]

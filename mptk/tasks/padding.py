@@ -1,0 +1,72 @@
+"""padding: the inputs by which a text model knows its padding, and batches with padding to prove that it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mptk.io.models import Loaded
+from mptk.tasks.inputs.base import Named, accepted
+
+IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
+ADDED = 3
+"""Tokens of padding that the proof adds to each row."""
+PADDING = "padding_token"
+"""The key in a graph's metadata of the token that pads its rows; missing if padding changes what it computes."""
+POSITIONS = "positions"
+"""The key of the longest row; missing if any length will do."""
+
+
+def is_text(inputs: Mapping[str, Tensor]) -> bool:
+    """Whether a model reads text."""
+    return IDS in inputs
+
+
+def with_mask(inputs: Mapping[str, Tensor]) -> Named:
+    """The inputs with a mask of ones and types of zeros after the token ids, if they are token ids."""
+    if not is_text(inputs):
+        return dict(inputs)
+    ids = inputs[IDS]
+    given = {IDS: ids, MASK: torch.ones_like(ids), TYPES: torch.zeros_like(ids)}
+    return given | {name: tensor for name, tensor in inputs.items() if name != IDS}
+
+
+def padded(inputs: Mapping[str, Tensor], token: int) -> Named:
+    """``with_mask`` with ADDED tokens of padding to the right of each row."""
+    given = with_mask(inputs)
+    values = {IDS: token, MASK: 0, TYPES: 0}
+    return {name: F.pad(x, (0, ADDED), value=values[name]) if name in values else x for name, x in given.items()}
+
+
+def candidates(loaded: Loaded, inputs: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """The names of the inputs that a text model may be given, the tokenizer's first: with types of tokens and without.
+
+    The types are left out first if neither the tokenizer nor the config knows any.
+    """
+    names = list(accepted(loaded.model, with_mask(inputs)))
+    plain = [name for name in names if name != TYPES]
+    known = getattr(loaded.tokenizer, "model_input_names", None) or []
+    typed = TYPES in known or (getattr(loaded.model.config, "type_vocab_size", None) or 0) > 1
+    if TYPES in names and typed:
+        yield names
+    yield plain
+
+
+def about_padding(model: PreTrainedModel) -> dict[str, str]:
+    """What a graph's metadata says of padding, if the model computes the same with it."""
+    config = model.config.get_text_config()
+    token, positions = (getattr(config, name, None) for name in ("pad_token_id", "max_position_embeddings"))
+    said = {PADDING: str(token if isinstance(token, int) and token >= 0 else 0)}
+    return said | ({POSITIONS: str(positions)} if isinstance(positions, int) and positions > 0 else {})
+
+
+def padded_as_said(inputs: Mapping[str, Tensor], said: Mapping[str, str]) -> Named:
+    """``padded`` as a graph's metadata says; without padding if it says nothing, or rows would be too long."""
+    longest = int(said.get(POSITIONS, "0")) or inputs[IDS].shape[1] + ADDED
+    if PADDING not in said or inputs[IDS].shape[1] + ADDED > longest:
+        return with_mask(inputs)
+    return padded(inputs, int(said[PADDING]))

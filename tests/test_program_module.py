@@ -1,0 +1,106 @@
+"""``Program.module()``: a cut model as a module to train, under the dense model's names."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import toy_checkpoints as toys
+from cutting import random_plan
+from torch import nn
+
+import mptk
+from mptk.errors import MptkError
+
+
+class Net(nn.Module):
+    """Two inputs, two outputs, a batch norm, a tied weight and a buffer that no checkpoint holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 22), nn.Linear(22, 6)
+        self.norm = nn.BatchNorm1d(22)
+        self.head = nn.Linear(6, 6, bias=False)
+        self.again = nn.Linear(6, 6, bias=False)
+        self.again.weight = self.head.weight
+        self.register_buffer("scale", torch.tensor([2.0]), persistent=False)
+
+    def forward(self, x: torch.Tensor, shift: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.norm(self.up(x)).relu()
+        made = self.down(hidden) * self.scale + shift
+        return {"first": self.head(made), "second": self.again(made + 1)}
+
+
+INPUTS = {"x": torch.randn(3, 6), "shift": torch.randn(3, 6)}
+
+
+def cut(module: nn.Module) -> mptk.ir.program.Program:  # type: ignore[name-defined]
+    analysis = mptk.analyze(module, INPUTS)
+    return mptk.rewrite(analysis, random_plan(analysis, [analysis.families[0].name], share=0.5))
+
+
+@pytest.fixture
+def program():
+    return cut(Net())
+
+
+def test_it_has_the_cut_weights_under_the_old_names(program) -> None:
+    small = program.module()
+    assert set(small.state_dict()) == set(Net().state_dict())
+    assert small.up.weight.shape == (11, 6)
+    assert small.norm.running_mean.shape == (11,)
+    assert small.again.weight is small.head.weight
+    assert "scale" in dict(small.named_buffers())
+    outputs, expected = small(**INPUTS), program(*INPUTS.values())
+    assert all(torch.equal(one, other) for one, other in zip(outputs, expected, strict=True))
+    assert torch.equal(small(INPUTS["x"], shift=INPUTS["shift"])[0], outputs[0])
+
+
+def test_it_trains_and_shares_nothing_with_the_dense_model() -> None:
+    dense = Net()
+    before = copy.deepcopy(dense.state_dict())
+    small = cut(dense).module().train()
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
+    losses = []
+    for _ in range(3):
+        first, second = small(**INPUTS)
+        loss = first.square().mean() + second.square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(before[name], tensor) for name, tensor in dense.state_dict().items())
+    assert small.again.weight is small.head.weight
+
+
+def test_its_state_goes_into_another_one(program) -> None:
+    one, other = program.module(), program.module()
+    with torch.no_grad():
+        for parameter in one.parameters():
+            parameter.add_(0.5)
+    assert not torch.equal(one(**INPUTS)[0], other(**INPUTS)[0])
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one(**INPUTS)[0], other(**INPUTS)[0])
+    copied = copy.deepcopy(one)
+    assert torch.equal(one(**INPUTS)[1], copied(**INPUTS)[1])
+
+
+def test_a_transformers_model_keeps_its_names_and_ties() -> None:
+    model = toys.llama()
+    analysis = mptk.analyze(model)
+    program = mptk.rewrite(analysis, random_plan(analysis, ["ffn"], share=0.5))
+    small, ids = program.module(), torch.tensor([[3, 4, 5, 6, 7, 8, 9], [9, 8, 7, 6, 5, 4, 3]])
+    assert set(small.state_dict()) == set(model.state_dict())
+    assert small.lm_head.weight is small.model.embed_tokens.weight
+    assert torch.equal(small(input_ids=ids), program(ids))
+
+
+def test_what_is_missing_is_said(program) -> None:
+    with pytest.raises(TypeError, match=r"forward\(\) takes x, shift"):
+        program.module()(INPUTS["x"])
+    with torch.device("meta"):
+        bare = Net()
+    with pytest.raises(MptkError, match="traced without weights"):
+        mptk.trace(bare, INPUTS).module()

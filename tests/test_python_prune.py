@@ -1,0 +1,296 @@
+"""``mptk.prune`` from Python: models by name and in memory, keywords, data in memory; what ``Pruned`` gives."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import toy_checkpoints as toys
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import mptk
+from mptk.errors import MptkError
+from mptk.ir.module import ProgramModule
+from mptk.run.keywords import with_keywords
+from mptk.run.settings import IN_MEMORY, Learning, Settings, Training
+
+SMALL = {"sparsity": 0.3, "multiple": 4, "samples": 4, "length": 24, "eval_windows": 3, "eval_length": 24}
+SMALL |= {"progress": None}
+TEXTS = [toys.TEXT, "seven wizards mix blue jars of honey while the fox jumps over the lazy dog\n" * 8]
+
+
+@pytest.fixture(scope="module")
+def pruned() -> mptk.Pruned:
+    """A live model, pruned with texts in memory; nothing is written."""
+    found = mptk.prune(toys.llama(), method="wanda", data=TEXTS, tokenizer=toys.tokenizer(), **SMALL)
+    assert found is not None
+    return found
+
+
+def test_a_model_in_memory_stays_as_it_is() -> None:
+    model = toys.llama().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mptk.prune(model, method="taylor", data=torch.randint(3, 300, (4, 24)), **SMALL)
+    assert model.training
+    assert all(parameter.grad is None and not parameter.is_meta for parameter in model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+def test_masks_are_learned_and_a_small_model_trained_from_one_in_memory(rank: int) -> None:
+    model = toys.llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    learning = {"steps": 4, "rank": rank, "batch": 2, "micro": 2, "method": "maskprune" if rank else "magnitude"}
+    found = mptk.prune(model, data=torch.randint(3, 300, (8, 24)), families="ffn", **learning, **SMALL)
+    assert found is not None
+    assert found.report.trained
+    assert "trained model" in {row["stage"] for row in found.report.proof}
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_it_gives_a_stock_model_that_trains(pruned: mptk.Pruned) -> None:
+    assert isinstance(pruned.model, LlamaForCausalLM)
+    assert pruned.folder is None
+    assert pruned.model.config.intermediate_size == pruned.report.families["ffn"]["width"] < 64
+    assert pruned.plan.widths["ffn"] == pruned.model.config.intermediate_size
+    ids = torch.randint(3, 300, (2, 12))
+    pruned.model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in pruned.model.parameters())
+    assert pruned.report.model == "LlamaForCausalLM"
+    assert pruned.report.data["calibration"]["source"] == IN_MEMORY
+    assert IN_MEMORY in pruned.report.quality["protocol"]
+    assert "sparsity" in repr(pruned)
+
+
+def test_it_is_saved_as_prune_writes_and_verified(pruned: mptk.Pruned, tmp_path: Path) -> None:
+    folder = pruned.save(tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(folder).config.intermediate_size == pruned.plan.widths["ffn"]
+    with pytest.raises(MptkError, match=r"was pruned in memory .* save_pretrained\(DIR\) and give --model DIR"):
+        mptk.verify(folder)
+    assert all(d.ok for d in mptk.verify(folder, model=toys.llama()))
+    toys.llama().save_pretrained(tmp_path / "dense")
+    stages = [d.stage for d in mptk.verify(folder, model=str(tmp_path / "dense"))]
+    assert stages == [row["stage"] for row in pruned.report.proof]
+    with pytest.raises(MptkError, match="its weights differ"):
+        mptk.verify(folder, model=toys.llama(seed=1))
+    opened = mptk.Pruned.open(folder)
+    assert opened.folder == folder
+    assert opened.plan.digest == pruned.plan.digest
+    assert len(opened.model.state_dict()) == len(pruned.model.state_dict())
+
+
+def test_without_a_folder_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = mptk.prune(toys.llama(), method="magnitude", data=torch.randint(3, 300, (4, 24)), **SMALL)
+    assert found is not None
+    assert found.model is found.model
+    del found
+    gc.collect()
+    assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
+
+
+def test_half_precision_weights_are_computed_with_in_float32_and_stored_as_they_were() -> None:
+    model = toys.llama().to(torch.bfloat16)
+    found = mptk.prune(model, method="wanda", data=torch.randint(3, 300, (4, 24)), **SMALL)
+    assert found is not None
+    assert {parameter.dtype for parameter in found.model.parameters()} == {torch.bfloat16}
+    assert model.dtype == torch.bfloat16
+    assert all(row["ok"] for row in found.report.proof)
+
+
+def test_the_tokenizer_is_found_where_the_model_came_from(tmp_path: Path) -> None:
+    toys.llama().save_pretrained(tmp_path)
+    toys.tokenizer().save_pretrained(tmp_path)
+    found = mptk.prune(LlamaForCausalLM.from_pretrained(tmp_path), method="wanda", data=TEXTS, **SMALL)
+    assert found is not None
+    assert found.tokenizer is not None
+    assert found.report.model == str(tmp_path)
+    assert mptk.verify(found.save(tmp_path / "out"))
+
+
+def test_settings_and_keywords_go_together(tmp_path: Path) -> None:
+    settings = Settings(method="magnitude", **{n: v for n, v in SMALL.items() if n != "progress"})
+    toys.llama().save_pretrained(tmp_path / "dense")
+    found = mptk.prune(
+        str(tmp_path / "dense"),
+        tmp_path / "out",
+        settings,
+        data=torch.randint(3, 300, (4, 24)),
+        onnx=False,
+        progress=None,
+    )
+    assert found is not None
+    assert found.folder == tmp_path / "out"
+    assert found.report.settings.method == "magnitude"
+    assert not found.report.settings.onnx
+    assert not found.report.live
+
+
+def test_keywords_reach_every_setting() -> None:
+    found = with_keywords(Settings(method="wanda"), {"steps": 3, "rank": 2, "lr": 0.1, "kl": 0.5, "families": "ffn"})
+    assert (found.method, found.families, found.learning.steps, found.learning.rank) == ("wanda", ("ffn",), 3, 2)
+    assert (found.learning.training.lr, found.learning.training.losses.kl) == (0.1, 0.5)
+    kept = with_keywords(found, {"learning": Learning(steps=5), "training": Training(batch=2), "lm": 0.0})
+    assert (kept.learning.steps, kept.learning.training.batch, kept.learning.training.losses.lm) == (5, 2, 0.0)
+
+
+@pytest.mark.parametrize(("given", "said"), [("sparsty", "did you mean 'sparsity'"), ("qqq", "help")])
+def test_an_unknown_keyword_is_refused(given: str, said: str) -> None:
+    with pytest.raises(MptkError, match=f"there is no setting '{given}'; .*{said}"):
+        mptk.prune(toys.llama(), **{given: 1})
+
+
+def test_it_recovers_and_is_measured(pruned: mptk.Pruned, tmp_path: Path) -> None:
+    learning = {"steps": 2, "rank": 2, "batch": 2, "micro": 2}
+    better = mptk.recover(
+        pruned,
+        tmp_path / "out",
+        data=TEXTS,
+        length=24,
+        onnx=False,
+        eval_windows=2,
+        eval_length=24,
+        progress=None,
+        **learning,
+    )
+    assert better is not None
+    assert better.plan.digest == pruned.plan.digest
+    assert "trained model" in {row["stage"] for row in better.report.proof}
+    ids = torch.randint(3, 300, (3, 24))
+    measured = mptk.evaluate(better, ids, progress=None)
+    assert measured["dense"] > 1
+    assert measured["pruned"] > 1
+    alone = mptk.evaluate(str(tmp_path / "out"), ids, progress=None)
+    assert alone["model"] == pytest.approx(measured["pruned"], rel=1e-4)
+    assert mptk.evaluate(better.model, ids, progress=None)["model"] == pytest.approx(alone["model"], rel=1e-4)
+    with pytest.raises(MptkError, match="sparsity is settled by what was pruned"):
+        mptk.recover(pruned, sparsity=0.5)
+
+
+def test_it_writes_text(pruned: mptk.Pruned) -> None:
+    (text,) = mptk.generate(pruned, "the quick", max_new_tokens=4)
+    inputs = toys.tokenizer()("the quick", return_tensors="pt")
+    expected = pruned.model.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False)[
+        0, inputs["input_ids"].shape[1] :
+    ]
+    assert text == toys.tokenizer().decode(expected, skip_special_tokens=True)
+    with pytest.raises(MptkError, match="no tokenizer to read prompts"):
+        mptk.generate(toys.llama(), "the quick")
+
+
+# ---- any module ----
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 40), nn.Linear(40, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+class Net(nn.Module):
+    """Two outputs of different sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x) * scale, x.mean(-1)
+
+
+EXAMPLE = (torch.randn(3, 7, 12), torch.rand(3, 1, 1))
+
+
+@pytest.mark.parametrize("method", ["wanda", "taylor", "flap", "magnitude", "random"])
+def test_any_module_is_pruned(method: str) -> None:
+    net = Net()
+    loader = DataLoader(TensorDataset(torch.randn(10, 7, 12), torch.rand(10, 1, 1), torch.arange(10)), batch_size=4)
+    found = mptk.prune(net, example_inputs=EXAMPLE, data=loader, method=method, sparsity=0.3, multiple=4, progress=None)
+    assert found is not None
+    assert (found.report.task, found.report.quality["metric"]) == ("module", "distance")
+    assert found.report.quality["dense"] == 0 < found.report.quality["pruned"]
+    assert found.report.data["calibration"]["samples"] == 10
+    assert all(row["ok"] for row in found.report.proof)
+    small = found.model
+    assert isinstance(small, ProgramModule)
+    assert set(small.state_dict()) == set(net.state_dict())
+    width = found.plan.widths[next(iter(found.plan.widths))]
+    assert small.blocks[0].up.weight.shape == (width, 12)
+    first, second = small(x=EXAMPLE[0], scale=EXAMPLE[1])
+    assert (first.shape, second.shape) == ((3, 7, 5), (3, 7))
+    first.sum().backward()
+    assert small.blocks[1].up.weight.grad is not None
+
+
+def test_a_module_is_verified_with_itself(tmp_path: Path) -> None:
+    net = Net()
+    found = mptk.prune(net, tmp_path / "out", example_inputs={"x": EXAMPLE[0], "scale": EXAMPLE[1]}, progress=None)
+    assert found is not None
+    assert found.report.settings.method == "wanda"
+    assert all(d.ok for d in mptk.verify(tmp_path / "out", model=net))
+    changed = copy.deepcopy(net)
+    nn.init.ones_(changed.head.weight)
+    with pytest.raises(MptkError, match="its weights differ"):
+        mptk.verify(tmp_path / "out", model=changed)
+    measured = mptk.evaluate(found, progress=None)
+    assert measured["pruned"] == pytest.approx(found.report.quality["pruned"], abs=1e-5)
+
+
+def test_one_sample_is_enough_and_sizes_stay_free() -> None:
+    found = mptk.prune(Net(), example_inputs=(EXAMPLE[0][:1], EXAMPLE[1][:1]), progress=None)
+    assert found is not None
+    assert found.model(torch.randn(5, 9, 12), torch.rand(5, 1, 1))[0].shape == (5, 9, 5)
+
+
+class Names(nn.Module):
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        return tensors[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: mptk.prune(Net()), "no transformers model.*give example_inputs"),
+        (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, method="maskprune"), "maskprune trains transformers models"),
+        (
+            lambda: mptk.prune(Net(), example_inputs=EXAMPLE, steps=3),
+            "leave out steps, and train Pruned.model yourself",
+        ),
+        (lambda: mptk.prune(Net(), example_inputs=(EXAMPLE[0], EXAMPLE[1][:2])), "samples in their first dimension"),
+        (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, data=[{"x": EXAMPLE[0]}]), "lack the input 'scale'"),
+        (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, data=[(1, 2)]), "no tensor but int"),
+        (lambda: mptk.prune(Names(), example_inputs=EXAMPLE), "give them by name"),
+        (
+            lambda: mptk.prune(toys.llama(), data=["text"], method="wanda", multiple=4),
+            "no tokenizer to read texts with",
+        ),
+        (lambda: mptk.prune(toys.llama().to("meta")), "not in memory"),
+        (lambda: mptk.evaluate(Net(), example_inputs=EXAMPLE), "give it as dense"),
+    ],
+)
+def test_what_cannot_be_done_is_said(call, said: str) -> None:
+    with pytest.raises(MptkError, match=said):
+        call()
+
+
+def test_help_and_completion_know_the_arguments() -> None:
+    names = list(inspect.signature(mptk.prune).parameters)
+    assert names[:3] == ["model", "out", "settings"]
+    assert {"example_inputs", "data", "tokenizer"} <= set(names)
+    assert "sparsity" in (inspect.getdoc(mptk.prune) or "")
+    assert {"Pruned", "Samples", "load", "fetch", "recover", "evaluate", "generate", "export", "show"} <= set(dir(mptk))

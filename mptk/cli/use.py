@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -122,7 +123,7 @@ def generate(
 @command("eval", examples=("eval runs/m30 --data wikitext2 --windows 40", "eval runs/m30 --tasks arc_easy --limit 100"))
 def evaluate(
     model: Model,
-    data: Annotated[str | None, typer.Option(help="Text for perplexity: file, folder or datasets id.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text to measure on (or images, sounds).")] = None,
     length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
     windows: Annotated[int | None, typer.Option(min=1, help="Use only the first windows.")] = None,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated.")] = "",
@@ -134,16 +135,23 @@ def evaluate(
     json_file: Json = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure perplexity on a text in torch or ONNX Runtime, with its protocol, and run lm-eval tasks."""
+    """Measure how good a model is, by its kind: a decoder's perplexity, in torch or ONNX Runtime, and lm-eval tasks."""
+    from mptk.driver import use
     from mptk.io import data as text
     from mptk.io import evaluation
     from mptk.run.execution import find_device
-    from mptk.tasks import load_decoder
+    from mptk.tasks import CAUSAL_LM, kind_of, load_decoder
 
     if data is None and not tasks:
         raise MptkError("nothing to evaluate; give --data TEXT for perplexity or --tasks NAMES for lm-eval")
     if runtime == "onnx":
         evaluate_onnx(model, data, length, windows, tasks, threads, device, json_file)
+        return
+    if not tasks and kind_of(model, trust_remote_code=trust_remote_code) is not CAUSAL_LM:
+        given = {"device": device, "length": length, "windows": windows or Settings.eval_windows}
+        with stages(err) as progress:
+            found = use.evaluate(model, data, **given, trust_remote_code=trust_remote_code, progress=progress)
+        show(json_file, {"model": model, **found}, quality_view(found))
         return
     with stages(err) as progress:
         progress("load", 0, 0)
@@ -197,6 +205,13 @@ def evaluate_onnx(
         )
     content = {"model": model, "perplexity": measured.value, "protocol": measured.protocol}
     show(json_file, content, perplexity_view(measured))
+
+
+def quality_view(found: Mapping[str, Any]) -> Text:
+    """How good models are, by their metric, with its protocol."""
+    values = [(name, value) for name, value in found.items() if isinstance(value, float)]
+    said = ", ".join(f"{value:.4f} {name}" for name, value in values)
+    return Text(f"{found['metric']} {said}  ({found['protocol']})")
 
 
 def perplexity_view(measured: Perplexity) -> Text:

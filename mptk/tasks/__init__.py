@@ -40,6 +40,12 @@ def open_task(model: str, resident: Resident, *, trust_remote_code: bool = False
     return loaded, task.bind(loaded)
 
 
+def kind_of(model: str, *, trust_remote_code: bool = False) -> Task:
+    """The task of a model by its config alone. Raises MptkError if there is no such model, or no task takes it."""
+    config = models.load_config(model, trust_remote_code=trust_remote_code)
+    return _find(model, config, models.classes_of(config))
+
+
 def task_of(loaded: Loaded) -> Task:
     """The task of a loaded model. Raises MptkError if no task takes it."""
     return _find(loaded.source, loaded.model.config, {type(loaded.model)}).bind(loaded)

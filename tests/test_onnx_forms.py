@@ -141,8 +141,7 @@ def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     root = tmp_path_factory.mktemp("forms")
     dense = saved(request.param, root / "dense")
     settings = mptk.Settings(sparsity=0.3, tolerance=0.3, method="wanda", **SETTINGS)
-    report = mptk.prune(str(dense), root / "out", settings)
-    assert report is not None
+    report = mptk.prune(str(dense), root / "out", settings).report
     return Pruned(request.param, dense, root / "out", report)
 
 
@@ -223,8 +222,7 @@ def test_a_wrong_weight_fails_the_proof(pruned: Pruned, tmp_path: Path) -> None:
 def test_a_plan_may_cut_what_the_encoder_hands_on(tmp_path: Path) -> None:
     dense = saved("t5", tmp_path / "dense")
     options = {"sparsity": 0.3, "tolerance": 0.3, "method": "magnitude", "families": ("hidden",), "target": "graph"}
-    report = mptk.prune(str(dense), tmp_path / "out", mptk.Settings(**options, **SETTINGS))
-    assert report is not None
+    report = mptk.prune(str(dense), tmp_path / "out", mptk.Settings(**options, **SETTINGS)).report
     assert [row["stage"] for row in report.proof][-2:] == ["ONNX Runtime", "ONNX Runtime padded"]
     width = report.families["hidden"]["width"]
     session = ort.InferenceSession(tmp_path / "out" / "onnx" / "encoder_model.onnx")
@@ -235,8 +233,7 @@ def test_a_graph_without_a_mask_is_not_said_to_take_padding(tmp_path: Path, monk
     dense = saved("encoder", tmp_path / "dense")
     monkeypatch.setattr("mptk.tasks.padding.MASK", "no mask")
     settings = mptk.Settings(sparsity=0.3, tolerance=0.3, method="random", **SETTINGS)
-    report = mptk.prune(str(dense), tmp_path / "out", settings)
-    assert report is not None
+    report = mptk.prune(str(dense), tmp_path / "out", settings).report
     assert any("padding changes what the model computes" in note for note in report.notes)
 
 
@@ -263,8 +260,7 @@ def test_quantised_and_in_float16(kind: str, tmp_path: Path) -> None:
 def test_an_image_model_in_float16_takes_the_processors_own_numbers(tmp_path: Path) -> None:
     dense = saved("image classifier", tmp_path / "dense")
     settings = mptk.Settings(sparsity=0.3, tolerance=0.3, method="random", onnx_dtype="float16", **SETTINGS)
-    report = mptk.prune(str(dense), tmp_path / "out", settings)
-    assert report is not None
+    report = mptk.prune(str(dense), tmp_path / "out", settings).report
     assert [row["stage"] for row in report.proof][4:] == ["ONNX Runtime", "fp16 weights", "fp16 logits"]
     session = ort.InferenceSession(tmp_path / "out" / "onnx" / "model.onnx")
     assert [value.type for value in (*session.get_inputs(), *session.get_outputs())] == ["tensor(float)"] * 2

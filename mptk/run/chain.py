@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from mptk.cost.model import CostModel
 from mptk.io.evaluation import Runs
@@ -363,6 +363,12 @@ class OnnxForm(Protocol):
     def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
         """The largest difference that a quantised graph makes. ``pairs``: its outputs and the float graph's."""
         ...
+
+    def describe(
+        self, config: PreTrainedConfig, generation: GenerationConfig | None, folder: Path, graphs: str
+    ) -> None:
+        """Write into ``folder`` what programs need that look for the graphs in its subfolder ``graphs``."""
+        return None
 
     def half(self, folder: Path) -> bool:
         """Whether the main graph computes in float16."""

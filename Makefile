@@ -30,7 +30,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mptk prune $(MODEL) --sparsity 0.3 --samples 16 --steps 12 --out $(DEMO)
 	$(BIN)/mptk prune $(MODEL) --sparsity 0.3 --samples 16 --method wanda --no-onnx --out $(DEMO)-wanda
 	$(BIN)/mptk bench $(MODEL) $(DEMO) --rounds 5
-	$(BIN)/mptk report $(DEMO) --beside $(DEMO)-wanda
+	$(BIN)/mptk report $(DEMO) $(DEMO)-wanda
 
 test: check
 	$(call RUN_TESTS,$(VENV))

@@ -155,7 +155,7 @@ def test_quantised_graphs_lie_beside_and_their_perplexity_is_told(llama, pruned,
         assert found["file"] == f"onnx/model_{scheme}.onnx"
         assert {found["file"], f"{found['file']}.data"} <= set(report.files)
         assert found["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out/onnx").glob(f"model_{scheme}.onnx*"))
-        assert found["perplexity"] == pytest.approx(report.quality["pruned"], rel=0.05)
+        assert found["quality"] == pytest.approx(report.quality["pruned"], rel=0.05)
     assert report.plan_sha256 == pruned[1].plan_sha256
 
 
@@ -325,7 +325,7 @@ def test_a_run_that_is_stopped_while_it_measures_leaves_a_proven_folder(llama, t
         mptk.prune(llama, tmp_path / "out", settings)
     assert Report.read(tmp_path / "out").quality == {}
     assert mptk.verify(tmp_path / "out")
-    shown = CliRunner().invoke(app, ["report", str(tmp_path / "out"), "--beside", str(tmp_path / "out")])
+    shown = CliRunner().invoke(app, ["report", str(tmp_path / "out"), str(tmp_path / "out")])
     assert "not measured, since the run was stopped before" in shown.stdout
 
 

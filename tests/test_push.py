@@ -132,7 +132,7 @@ def test_a_refusal_is_one_line_that_says_what_to_check(hub: Hub, folder: Path) -
 
 def test_a_hub_that_cannot_be_reached(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(MptkError, match="was not uploaded to http://127.0.0.1:9.*the network"):
+    with pytest.raises(MptkError, match=r"was not uploaded to http://127\.0\.0\.1:9.*the network"):
         push(folder, "me/small")
 
 

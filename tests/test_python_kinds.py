@@ -69,7 +69,8 @@ def test_samples_and_texts_are_the_same_data(tmp_path: Path) -> None:
     assert seen["shape"] == [4, 12]
     windows = stream[: len(stream) // 12 * 12].reshape(-1, 12)[:4]
     given = [
-        mptk.prune(llama(), data=data, **SMALL) for data in (windows, next_tokens(windows), list(windows[:, None]))
+        mptk.prune(llama(), data=data, **SMALL)
+        for data in (windows, next_tokens(windows), list(windows[:, None]), list(windows))
     ]
     assert len({found.plan.digest for found in given if found is not None}) == 1
 

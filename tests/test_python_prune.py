@@ -257,6 +257,18 @@ def test_one_sample_is_enough_and_sizes_stay_free() -> None:
     assert found.model(torch.randn(5, 9, 12), torch.rand(5, 1, 1))[0].shape == (5, 9, 5)
 
 
+def test_a_pruned_module_is_pruned_again_and_measured_alone() -> None:
+    net = Net()
+    first = mptk.prune(net, example_inputs=EXAMPLE, sparsity=0.2, multiple=4, tolerance=0.05, progress=None)
+    assert first is not None
+    second = mptk.prune(first.model, example_inputs=EXAMPLE, sparsity=0.4, multiple=4, tolerance=0.05, progress=None)
+    assert second is not None
+    assert set(second.model.state_dict()) == set(net.state_dict())
+    assert second.model(*EXAMPLE)[0].shape == (3, 7, 5)
+    measured = mptk.evaluate(second.model, dense=net, example_inputs=EXAMPLE, progress=None)
+    assert measured["pruned"] > first.report.quality["pruned"]
+
+
 class Names(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         return tensors[0]
@@ -274,6 +286,14 @@ class Names(nn.Module):
         (lambda: mptk.prune(Net(), example_inputs=(EXAMPLE[0], EXAMPLE[1][:2])), "samples in their first dimension"),
         (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, data=[{"x": EXAMPLE[0]}]), "lack the input 'scale'"),
         (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, data=[(1, 2)]), "no tensor but int"),
+        (
+            lambda: mptk.prune(toys.llama(), data={"x": torch.ones(2, 3)}, method="wanda", multiple=4),
+            "lack the input 'in",
+        ),
+        (
+            lambda: mptk.prune(toys.llama(), data=torch.arange(9), method="wanda", multiple=4),
+            r"input_ids in data is \[9\]",
+        ),
         (lambda: mptk.prune(Names(), example_inputs=EXAMPLE), "give them by name"),
         (
             lambda: mptk.prune(toys.llama(), data=["text"], method="wanda", multiple=4),

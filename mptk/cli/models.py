@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from rich.table import Table
 from mptk.cli.app import command, err, out, show
 from mptk.cli.options import Json, Model, MultipleOf, TargetName, Trust
 from mptk.cli.progress import stages
+from mptk.files import write_text
 from mptk.run.settings import Settings
 
 
@@ -52,6 +54,9 @@ def fetch(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`."
 def analyze(
     model: Model,
     json_file: Json = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write a page to this file: what of a layer is cut together, drawn.")
+    ] = None,
     target: TargetName = Settings.target,
     multiple_of: MultipleOf = Settings.multiple,
     trust_remote_code: Trust = False,
@@ -60,8 +65,11 @@ def analyze(
     from mptk.cli import report
     from mptk.driver import api
     from mptk.io import models
+    from mptk.page.svg import require_matplotlib
     from mptk.targets import find_target
 
+    if html is not None:
+        require_matplotlib()
     with stages(err) as progress:
         progress("trace", 0, 0)
         skeleton = models.skeleton(model, trust_remote_code=trust_remote_code)
@@ -69,4 +77,8 @@ def analyze(
         progress("legal widths", 0, 0)
         found = find_target(target).legal(analysis, skeleton, multiple_of)
     result = report.analysis_json(analysis, found.ladders, found.refused, model)
+    if html is not None:
+        from mptk.page.render import analysis_page
+
+        write_text(html, analysis_page(model, analysis, found, report.grouped(result["blocked"])))
     show(json_file, result, report.analysis_view(result))

@@ -31,6 +31,7 @@ from mptk.cli.progress import stages
 from mptk.cli.recipes import Config
 from mptk.cli.voice import VOICE
 from mptk.errors import MptkError
+from mptk.files import write_text
 from mptk.progress import within
 from mptk.run.settings import DEFAULT_STEPS, Settings
 
@@ -171,20 +172,29 @@ def rerun(
         show(json_file, {"folder": str(folder), "out": str(destination), "rows": found}, report.rerun_view(found))
 
 
-@command("report", examples=("report runs/m30 --beside runs/w30",))
+@command("report", examples=("report runs/m30", "report runs/m30 runs/w30 --html report.html"))
 def show_report(
-    folder: Folder,
-    beside: Annotated[list[Path] | None, typer.Option(help="Another such folder to compare. May be repeated.")] = None,
+    folders: Annotated[
+        list[Path], typer.Argument(help="The --out folder of `mptk prune`; further ones stand beside it.")
+    ],
+    html: Annotated[Path | None, typer.Option(help="Write a page with charts to this file instead.")] = None,
 ) -> None:
-    """Show a pruned folder: widths, costs, perplexity, proof, timings, files."""
+    """Show a pruned folder: widths, costs, perplexity, proof, timings, files. Several are compared."""
     from mptk.cli import report
     from mptk.run.report import Report
     from mptk.runtime.bench import Bench
 
-    result = Report.read(folder)
-    out.print(report.prune_view(result))
+    if html is not None:
+        from mptk.page.render import report_page
+        from mptk.page.runs import read_runs
+
+        write_text(html, report_page(read_runs(folders)))
+        out.print(f"written to {html}", soft_wrap=True)
+        return
+    folder, results = folders[0], [Report.read(each) for each in folders]
+    out.print(report.prune_view(results[0]))
     if (folder / "bench.json").is_file():
         out.print(report.bench_view(Bench.from_json(json.loads((folder / "bench.json").read_text()))))
-    if beside:
-        out.print(report.comparison_view([result, *map(Report.read, beside)]))
-    out.print(f"files in {folder}: {', '.join(result.files)}", soft_wrap=True, highlight=False)
+    if len(results) > 1:
+        out.print(report.comparison_view(results))
+    out.print(f"files in {folder}: {', '.join(results[0].files)}", soft_wrap=True, highlight=False)

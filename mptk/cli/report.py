@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
@@ -14,6 +13,7 @@ from rich.text import Text
 from mptk.cost.estimate import Estimate, duration, size_text
 from mptk.cost.model import CostModel
 from mptk.ir.families import Analysis
+from mptk.page.words import figure, ranges
 from mptk.run.report import Report, Row
 from mptk.runtime.bench import Bench
 
@@ -176,16 +176,6 @@ def grouped(blocked: Sequence[BlockedJson]) -> list[tuple[str, str, str, str]]:
     return [(n if c == 1 else f"{n} ×{c}", str(size), weights, why) for (n, size, weights, why), c in rows.items()]
 
 
-def ranges(widths: Sequence[int]) -> str:
-    """``32…1536 step 32`` if the widths are evenly spaced, else a list."""
-    if len(widths) > 3:
-        steps = {b - a for a, b in itertools.pairwise(widths)}
-        if len(steps) == 1:
-            step = steps.pop()
-            return f"{widths[0]}…{widths[-1]}" + (f" step {step}" if step > 1 else "")
-    return ", ".join(map(str, widths)) if len(widths) <= 12 else f"{widths[0]}…{widths[-1]}, {len(widths)} widths"
-
-
 def comparison_view(reports: Sequence[Report]) -> Table:
     """Pruned models of one dense model: method, share removed, perplexity, widths."""
     table = Table(title="side by side", title_justify="left")
@@ -233,7 +223,7 @@ def prune_view(report: Report) -> Lines:
     metric = str(report.quality.get("metric", "quality"))
     cost.add_row(metric, _quality(report, "dense"), _quality(report, "pruned"), "")
     for scheme, q in report.quantized.items():
-        measured = _figure(q["quality"]) if "quality" in q else ""
+        measured = figure(q["quality"]) if "quality" in q else ""
         cost.add_row(f"{metric}, {scheme} in ONNX Runtime", "", measured, f"{q['bytes'] / 1e6:.0f} MB")
     protocol = report.quality.get("protocol", "not measured, since the run was stopped before")
     notes = [Text(f"{metric}: {protocol}"), *map(Text, report.notes)]
@@ -242,14 +232,7 @@ def prune_view(report: Report) -> Lines:
 
 def _quality(report: Report, name: str) -> str:
     """How good a model of the report is; empty if it was not measured."""
-    return _figure(report.quality[name]) if name in report.quality else ""
-
-
-def _figure(value: float | None) -> str:
-    """Two decimals, four of what is at most 1. Infinity and NaN are null in JSON."""
-    if value is None:
-        return "not finite"
-    return f"{value:.4f}" if abs(value) <= 1 else f"{value:.2f}"
+    return figure(report.quality[name]) if name in report.quality else ""
 
 
 def estimate_view(found: Estimate) -> Lines:

@@ -43,14 +43,14 @@ def export_onnx(
     folder: Out,
     logits: Logits = "all",
     quantize: Quantize = "",
-    data: Annotated[str | None, typer.Option(help="Calibration text for int4: file, folder or datasets id.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text for a decoder's int4: file, folder or datasets id.")] = None,
     objective: Objective = "decode",
     onnx_dtype: OnnxDtype = "auto",
     memory: Memory = None,
     device: Device = Settings.device,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write any causal language model as ONNX with a KV cache, with its config and tokenizer."""
+    """Write a model as ONNX, a decoder with its KV cache, with its config and tokenizer."""
     from mptk.driver import api
 
     with stages(err) as progress:

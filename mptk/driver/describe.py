@@ -61,6 +61,10 @@ def describe(
         stages=context.log.as_list(),
         files=sorted([*listed(folder), FILE, CARD]),
         task=prepared.task.name,
+        legal={
+            name: {"widths": list(ladder), "refused": prepared.legal.refused.get(name)}
+            for name, ladder in prepared.legal.ladders.items()
+        },
         data=used_data(sets, prepared.settings),
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     )

@@ -152,6 +152,8 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     resident, executor = execution(settings)
     with context.stage("load"):
         loaded, task = job.load(resident)
+    if settings.onnx and task.onnx is not None:
+        task.onnx.check(loaded.model, settings)
     if job.given is not None:
         announce(estimated_for(loaded.model, loaded.dtype, settings, job.kept), job, context)
     check_whole(loaded, settings)

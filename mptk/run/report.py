@@ -27,7 +27,8 @@ Row = Mapping[str, Any]
 class Report:
     """The fields of ``report.json``, in its order.
 
-    ``families``: name → ``of``, ``width``, ``layers``. ``cost``: ``dense`` and ``pruned`` → figures of
+    ``families``: name → ``of``, ``width``, ``layers``. ``legal``: family → ``widths`` that the target can hold, the
+    dense one last, and ``refused``, why it can hold no other, or None. ``cost``: ``dense`` and ``pruned`` → figures of
     ``cost.model.Cost``. ``splits``: widths tried → loss. ``quality``: ``metric``, ``dense``, ``pruned``, ``protocol``;
     empty if the run was stopped after publishing.
     ``quantized``: scheme → ``file``, ``bytes``, ``quality``. ``proof``: a row a stage. ``config_changes``: field →
@@ -57,6 +58,7 @@ class Report:
     stages: Sequence[Row]
     files: Sequence[str]
     task: str = "causal-lm"
+    legal: Mapping[str, Row] = field(default_factory=dict)
     data: Row = field(default_factory=dict)
     live: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)

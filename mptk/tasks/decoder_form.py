@@ -33,7 +33,7 @@ class DecoderForm(OnnxForm):
         export_decoder(
             loaded.model,
             folder,
-            {"source": loaded.source},
+            {"source": loaded.source, **dense.about},
             plan=plan,
             logits=settings.logits,
             quantize=settings.quantize,

@@ -1,0 +1,113 @@
+"""runs: what a page shows of a pruned folder, read from its files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mptk.errors import MptkError
+from mptk.ir.plan import Plan
+from mptk.run.report import Report, unreadable
+from mptk.runtime.bench import Bench
+
+Row = Mapping[str, Any]
+"""A line of ``metrics.jsonl``, or an object of ``report.json``."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A pruned folder. ``metrics``: phase of training → its steps, none if nothing was trained."""
+
+    name: str
+    report: Report
+    plan: Plan
+    bench: Bench | None = None
+    metrics: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> bool:
+        """Whether the quality of the dense and of the pruned model is known."""
+        return all(isinstance(self.report.quality.get(name), int | float) for name in ("dense", "pruned"))
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs of these folders, each with a name of its own: as short a path as tells them apart.
+
+    Raises:
+        MptkError: one is no pruned folder, or a file of it is damaged.
+    """
+    return [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Report, plan, timings and metrics of a pruned folder. Raises MptkError as ``read_runs``."""
+    report, plan = Report.read(folder), Plan.load(folder / "plan.json")
+    bench, phases = folder / "bench.json", dict[str, list[Row]]()
+    try:
+        timed = Bench.from_json(json.loads(bench.read_text(encoding="utf-8"))) if bench.is_file() else None
+        for row in _lines(folder / "metrics.jsonl"):
+            phases.setdefault(row["phase"], []).append(row)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise MptkError(
+            f"bench.json or metrics.jsonl in {folder} is damaged ({error!r}); remove that file, or prune again"
+        ) from error
+    return Run(name, report, plan, timed, phases)
+
+
+def _lines(path: Path) -> list[Row]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line]
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as few as tell them apart. A folder that is given twice has one name."""
+    paths = [Path(os.path.abspath(folder)) for folder in folders]
+    for count in range(1, max((len(path.parts) for path in paths), default=1)):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return [str(path) for path in paths]
+
+
+def model_name(model: str) -> str:
+    """A hub id as it is; of an absolute path its last part, or the two that a cached snapshot is known by."""
+    if not os.path.isabs(model):
+        return model
+    cached = re.search(r"/models--([^/]+)/snapshots/", model)
+    return cached[1].replace("--", "/") if cached else Path(model).name
+
+
+def whole(run: Run, family: str) -> str:
+    """Why a family was not cut, or not further."""
+    settings, here = run.report.settings, run.report.families[family]
+    legal = run.report.legal.get(family)
+    narrower = None if legal is None else [w for w in legal["widths"] if w < here["width"]]
+    if here["width"] < here["of"]:
+        if settings.plan is not None or family in settings.widths:
+            return "this width was given"
+        if narrower == []:
+            return "no narrower width is legal"
+        return "the budget was met at this width"
+    if legal is not None and legal["refused"]:
+        return str(legal["refused"])
+    if narrower == []:
+        return "no narrower width is legal"
+    if family in settings.keep:
+        return "kept whole on request (--keep)"
+    if settings.plan is not None:
+        return "the given plan keeps it whole"
+    if settings.families and family not in settings.families:
+        return "not among the requested --families"
+    if here["layers"] == 1 and not settings.families:
+        return "runs through all layers: cut only if asked for"
+    return "the chosen division of the budget keeps it whole"
+
+
+def guarded(run: Run, error: Exception) -> MptkError:
+    """The error of a report whose fields are not as ``mptk prune`` writes them."""
+    return unreadable(run.name, error)

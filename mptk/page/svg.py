@@ -1,0 +1,137 @@
+"""svg: charts as SVG that a page holds inline. Their colours are the style sheet's, so they follow light and dark.
+
+matplotlib draws. What it writes is taken apart and put together again: colours become CSS variables, text stays text,
+and names of elements become the chart's own, since one page holds many charts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mptk.errors import MptkError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 5.0
+"""Inches: 360 units, so that a phone shows the text in its own size."""
+
+INK, QUIET, LINE, PAPER = "#010101", "#010102", "#010103", "#010104"
+SERIES = ("#010201", "#010202", "#010203", "#010204", "#010205", "#010206")
+BAD = "#010301"
+CSS = {
+    INK: "currentColor",
+    QUIET: "var(--quiet)",
+    LINE: "var(--line)",
+    PAPER: "var(--paper)",
+    BAD: "var(--bad)",
+    **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, 1)},
+}
+"""Stand-ins, as matplotlib knows colours by numbers only → what the page's style sheet names."""
+
+STYLE: dict[Any, Any] = {
+    "axes.edgecolor": QUIET,
+    "axes.facecolor": "none",
+    "axes.labelcolor": QUIET,
+    "axes.labelsize": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "font.size": 9.5,
+    "grid.color": LINE,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mptk",
+    "text.color": INK,
+    "text.parse_math": False,  # names are no formulas
+    "text.usetex": False,
+    "xtick.color": QUIET,
+    "xtick.labelsize": 9,
+    "ytick.color": QUIET,
+    "ytick.labelcolor": INK,
+    "ytick.labelsize": 9.5,
+}
+XLINK = "{http://www.w3.org/1999/xlink}href"
+
+
+@dataclass(frozen=True)
+class Svg:
+    """An SVG element. Templates take it as it is, since its text was escaped when it was made."""
+
+    text: str
+
+    def __html__(self) -> str:
+        return self.text
+
+
+def require_matplotlib() -> None:
+    """Raise MptkError if matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MptkError("matplotlib is not installed, and it draws the charts; run: pip install 'mptk[plot]'")
+
+
+def chart(draw: Callable[[Axes], None], label: str, height: float, width: float = WIDTH) -> Svg:
+    """An SVG element with what ``draw`` puts on axes of ``width`` × ``height`` inches. ``label`` is read aloud."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    plain: dict[Any, Any] = {**matplotlib.rcParamsDefault, **STYLE}
+    plain.pop("backend", None)  # to name one would load it
+    with matplotlib.rc_context(plain):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure.subplots())
+        return inline(_written(figure), label)
+
+
+def _written(figure: Figure) -> str:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return file.getvalue()
+
+
+def inline(drawn: str, label: str) -> Svg:
+    """matplotlib's SVG as an element of a page. ``label`` becomes its name for those who cannot see it."""
+    root = ET.fromstring(drawn)
+    for parent in root.iter():
+        for child in list(parent):
+            if child.tag.rpartition("}")[2] in ("metadata", "style"):  # rules for the page stand in its style sheet
+                parent.remove(child)
+    own = hashlib.sha256(f"{label}\0{drawn}".encode()).hexdigest()[:8]
+    used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", drawn))
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        if XLINK in element.attrib:
+            element.set("href", element.attrib.pop(XLINK))
+        for name, value in list(element.attrib.items()):
+            if name == "id" and value not in used:
+                del element.attrib[name]
+            else:
+                element.set(name, _adapted(name, value, own))
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
+    root.attrib |= {"class": "chart", "role": "img", "aria-label": label}
+    return Svg(ET.tostring(root, encoding="unicode"))
+
+
+def _adapted(name: str, value: str, own: str) -> str:
+    """An attribute's value with the page's colours, and with names that start with ``own``."""
+    if name == "id":
+        return f"{own}-{value}"
+    if name == "href":
+        return value.replace("#", f"#{own}-", 1) if value.startswith("#") else value
+    value = value.replace("url(#", f"url(#{own}-")
+    if name in ("style", "fill", "stroke"):
+        value = re.sub(r"#[0-9a-f]{6}\b", lambda found: CSS.get(found[0], found[0]), value)
+    return value

@@ -1,0 +1,91 @@
+"""The drawing of one layer: which modules a family ties, which way its units go, and where they stand."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import MixtralConfig, PreTrainedConfig
+
+import mptk
+from mptk.page.coupling import (
+    AFTER,
+    BEFORE,
+    HOLDS,
+    MAKES,
+    SUMS,
+    Layer,
+    broken,
+    coupled,
+    coupling_chart,
+    flow,
+    labels,
+    rows_of,
+)
+from mptk.page.render import analysis_page
+from mptk.targets import find_target
+from tests.page_runs import HOSTILE
+from tests.test_page import Parsed
+from tests.tiny_decoders import tiny_decoder
+
+ROTARY = "grouped heads, rotary"
+SIZES = {"hidden_size": 36, "intermediate_size": 20, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 97}
+EXPERTS = MixtralConfig(**SIZES, num_attention_heads=6, num_key_value_heads=3, num_local_experts=4)
+
+
+def layer_of(kind: str | PreTrainedConfig) -> Layer:
+    model = tiny_decoder(kind)
+    analysis = mptk.analyze(model)
+    return coupled(analysis, find_target("graph").legal(analysis, model, 1))
+
+
+def test_units_go_from_what_makes_them_to_what_sums_over_them() -> None:
+    graph = flow(layer_of(ROTARY))
+    how = {(one, other): data["how"] for one, other, data in graph.edges(data=True)}
+    assert how[("module", "mlp.up_proj"), ("family", "ffn")] == MAKES
+    assert how[("family", "ffn"), ("module", "mlp.down_proj")] == SUMS
+    assert how[(BEFORE, "hidden"), ("module", "mlp.up_proj")] == SUMS
+    assert how[(BEFORE, "hidden"), ("module", "input_layernorm")] == HOLDS
+    assert how[("module", "mlp.down_proj"), (AFTER, "hidden")] == MAKES
+
+
+def test_rows_follow_the_units() -> None:
+    rows = [{name for _, name in row} for row in rows_of(flow(layer_of(ROTARY)))]
+    assert rows[0] == {"hidden"}
+    assert {"mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj"} <= rows[1]
+    assert "ffn" in rows[2]
+    assert {"mlp.down_proj", "self_attn.o_proj"} <= rows[3]
+    assert rows[4] == {"hidden"}
+
+
+def test_experts_are_one_module() -> None:
+    modules = {edge.module for edge in layer_of(EXPERTS).edges}
+    assert any("experts" in name for name in modules)
+    assert not any(part.isdecimal() for name in modules for part in name.split("."))
+
+
+def test_labels_tell_modules_apart() -> None:
+    names = ["attention.output.dense", "output.dense", "attention.self.query"]
+    assert labels(names) == {
+        "attention.output.dense": "attention.output.dense",
+        "output.dense": "output.dense",
+        "attention.self.query": "query",
+    }
+    assert broken("post_attention_layernorm") == "post_\nattention_\nlayernorm"
+
+
+@pytest.mark.parametrize("kind", [ROTARY, "learned positions, fused qkv", "learned positions, biases"])
+def test_a_layer_of_any_kind_is_drawn(kind: str) -> None:
+    layer = layer_of(kind)
+    drawn = coupling_chart(layer).text
+    assert drawn.startswith("<svg")
+    for family in layer.units:
+        assert family.split("_")[0] in drawn
+
+
+def test_no_name_becomes_markup() -> None:
+    model = tiny_decoder(ROTARY)
+    analysis = mptk.analyze(model)
+    legal = find_target("stock").legal(analysis, model, 1)
+    page = analysis_page(HOSTILE, analysis, legal, [(HOSTILE, "3", HOSTILE, HOSTILE)])
+    assert "script" not in Parsed(page).tags
+    assert "img" not in Parsed(page).tags
+    assert HOSTILE in Parsed(page).text

@@ -1,0 +1,272 @@
+"""Pages that show pruned folders: what they say, what they refuse to compare, and that no text becomes markup."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import mptk
+from mptk.cli.main import app
+from mptk.errors import MptkError
+from mptk.ir.plan import FamilyPlan
+from mptk.page.charts import kept_shares, trace_charts
+from mptk.page.compare import front, grouped
+from mptk.page.render import report_page
+from mptk.page.runs import model_name, read_runs, short_names, whole
+from mptk.run.settings import Learning
+from tests.page_runs import HOSTILE, WORDS, made
+from tests.test_pruning import save
+
+VOID = {"meta", "link", "br", "img"}
+
+
+class Parsed(HTMLParser):
+    """Tags, attributes and texts of a page, as a browser reads them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str]] = []
+        self.texts: list[str] = []
+        self.feed(page)
+        self.text = re.sub(r"\s+", " ", " ".join(self.texts))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    """A page about two runs."""
+    return report_page([made(), made(run="other")])
+
+
+def test_a_page_says_what_a_run_did() -> None:
+    written = report_page([made()])
+    assert written == report_page([made()])  # the same each time
+    page = Parsed(written)
+    for said in (
+        "acme/small pruned by maskprune",
+        "30.0%",
+        "40 → 24",
+        "8…40 step 8",
+        "the budget was met at this width",
+        "the class derives it",
+        "runs through all layers",
+        "wikitext: 4 windows of 32 tokens",
+        "40.00",
+        "pruned, int8 in ONNX Runtime 41.00",
+        "ffn=24 4.25",
+        "2.5e-06 5e-05 ok, rounding moves it as much",
+        "decode 128, 1 thread pruned 9.4 ± 0.5 0.750 0.700 60 %",
+    ):
+        assert said in page.text, said
+    drawn = [value for name, value in page.attributes if name == "aria-label"]
+    for chart in (
+        "m30: the width of each family",
+        "m30: costs as shares of the dense model's",
+        "m30: kept units of ffn",
+        "m30: kept units of q_heads",
+        "m30: loss in phase masks",
+        "m30: cost in phase masks",
+        "m30: widths, as shares of the dense ones in phase masks",
+        "m30: dual z, and what is left of removed masks in phase masks",
+        "m30: each stage of the proof, and its tolerance",
+        "m30: times in ONNX Runtime over those of dense, and the ideal",
+        "m30: seconds of each stage",
+    ):
+        assert chart in drawn
+
+
+def test_no_text_becomes_markup(page: str) -> None:
+    """Every text of a run at once; no page has the names of a plan's layers, nor all of a long stage."""
+    plain, hostile = Parsed(page), {word: f"{word}{HOSTILE}" for word in WORDS}
+    written = report_page([made(**hostile), made(run="other")])
+    read = Parsed(written)
+    assert read.tags == plain.tags
+    assert "script" not in read.tags
+    assert {name for name, _ in read.attributes} == {name for name, _ in plain.attributes}
+    assert "<script" not in written
+    assert "<img" not in written
+    assert [word for word in WORDS if hostile[word] not in read.text] == ["layer", "pass"]
+
+
+def test_a_page_needs_nothing_from_elsewhere(page: str) -> None:
+    read = Parsed(page)
+    links = [value for name, value in read.attributes if name in ("src", "href", "xlink:href", "data", "action")]
+    assert all(link.startswith(("#", "data:")) for link in links)
+    assert "default-src 'none'" in page
+    assert "@import" not in page
+    assert re.findall(r"url\((?!#)", page) == []
+    assert len(page) < 600_000
+
+
+def test_charts_share_no_names_and_take_their_colours_from_the_page(page: str) -> None:
+    names = re.findall(r"\bid=\"([^\"]+)\"", page)
+    assert len(names) == len(set(names))
+    assert set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", page)) <= set(names)
+    body = page.partition("</style>")[2]
+    assert set(re.findall(r"(?:fill|stroke): (#[0-9a-f]+)", body)) == set()
+    assert {f"var(--series-{n})" for n in (1, 2)} <= set(re.findall(r"var\(--[a-z0-9-]+\)", body))
+    assert "currentColor" in body
+
+
+def test_runs_that_do_not_compare_stand_apart() -> None:
+    alike = [made(run="a"), made(run="b", quality=35.0, removed=0.2)]
+    other_text = made(run="c", protocol="c4: 4 windows of 32 tokens")
+    other_model = made(run="d", sha="x", model="acme/large")
+    stopped = made(run="e")
+    stopped = replace(stopped, report=replace(stopped.report, quality={}))
+    groups, unmeasured = grouped([other_text, *alike, other_model, stopped])
+    assert [[run.name for run in group.runs] for group in groups] == [["a", "b"], ["c"], ["d"]]
+    assert [group.apart for group in groups] == ["", "another protocol", "another dense model"]
+    assert [run.name for run in unmeasured] == ["e"]
+    text = Parsed(report_page([alike[0], other_text, stopped])).text
+    assert "Not comparable with the first group: another protocol." in text
+    assert "since its quality was not measured: e." in text
+
+
+def test_the_same_protocol_on_other_text_does_not_compare() -> None:
+    one, other = made(run="a"), made(run="b")
+    data = {"evaluation": {"source": "text.txt", "samples": 4, "inputs": {"input_ids": {"sha256": "other"}}}}
+    other = replace(other, report=replace(other.report, data=data))
+    groups, _ = grouped([one, other])
+    assert [group.apart for group in groups] == ["", "other text"]
+
+
+@pytest.mark.parametrize(("dense", "best"), [(20.0, ["b", "a"]), (1.0, ["b", "c"])])
+def test_the_front_is_what_no_other_run_beats(dense: float, best: list[str]) -> None:
+    """Less is better of a perplexity; more is better of a share, of which the dense model has 1."""
+    scale = 1.0 if dense > 1 else 0.01
+    worse, better = (60, 50) if dense > 1 else (50, 60)
+    runs = [
+        made(run="a", dense=dense, quality=50 * scale, removed=0.5),
+        made(run="b", dense=dense, quality=(30 if dense > 1 else 90) * scale, removed=0.2),
+        made(run="c", dense=dense, quality=60 * scale, removed=0.5),
+        made(run="d", dense=dense, quality=worse * scale, removed=0.4 if dense > 1 else 0.5),
+    ]
+    (group,), _ = grouped(runs)
+    assert [run.name for run in front(group)] == best
+    assert better
+
+
+def test_why_a_family_is_as_wide_as_it_is() -> None:
+    run = made()
+    asked = replace(run, report=replace(run.report, settings=replace(run.report.settings, keep=("hidden",))))
+    narrowest = dict(run.report.families) | {"ffn": {"of": 40, "width": 8, "layers": 3}}
+    assert whole(run, "v_dim") == "the class derives it"
+    assert whole(asked, "hidden") == "kept whole on request (--keep)"
+    assert whole(replace(run, report=replace(run.report, families=narrowest)), "ffn") == "no narrower width is legal"
+    earlier = replace(run, report=replace(run.report, legal={}))
+    assert "not recorded" in Parsed(report_page([earlier])).text
+
+
+def test_a_map_shows_the_share_of_kept_units() -> None:
+    few = FamilyPlan(2, 3, {"0": ((0, 1), (1, 2)), "1": ((0, 2), (0, 1))})
+    shares, each = kept_shares(few)
+    assert each == 1
+    assert shares.tolist() == [[1, 1, 0, 0, 1, 1], [1, 0, 1, 1, 1, 0]]
+    many = FamilyPlan(300, 500, {"0": (tuple(range(300)),)})
+    shares, each = kept_shares(many)
+    assert each == 3
+    assert np.allclose(shares[0, :100], 1)
+    assert np.allclose(shares[0, 100:], 0)
+
+
+def test_traces_of_recovery_show_the_loss_alone() -> None:
+    run = made()
+    rows = [{"step": step, "loss": 3.0 / step, "lm": 2.0 / step, "kl": 0.5} for step in (1, 2)]
+    (trace,) = trace_charts(replace(run, metrics={"recovery": rows}), "recovery")
+    assert all(f">{name}<" in trace.text for name in ("loss", "lm", "kl"))
+
+
+def test_a_loss_that_is_not_finite_is_a_gap() -> None:
+    run = made()
+    rows = [{"step": 1, "loss": None}, {"step": 2, "loss": 2.0}]
+    assert len(trace_charts(replace(run, metrics={"masks": rows}), "masks")) == 1
+
+
+def test_names_are_as_short_as_they_can_be() -> None:
+    assert short_names([Path("runs/a"), Path("runs/b")]) == ["a", "b"]
+    assert short_names([Path("x/m"), Path("y/m")]) == ["x/m", "y/m"]
+    assert model_name("/home/me/models/small") == "small"
+    assert model_name("/c/models--acme--small/snapshots/0a1b") == "acme/small"
+    assert model_name("acme/small") == "acme/small"
+
+
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    with pytest.raises(MptkError, match=r"^matplotlib is not installed.*mptk\[plot\]"):
+        report_page([made()])
+
+
+def test_a_report_of_another_kind_is_one_error() -> None:
+    run = made()
+    broken = replace(run, report=replace(run.report, cost={"dense": {}, "pruned": {}}))
+    with pytest.raises(MptkError, match="m30 is not as `mptk prune` writes it"):
+        report_page([broken])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Path]]:
+    """A tiny dense model, and two pruned folders of it: one learned, one not."""
+    root = tmp_path_factory.mktemp("page")
+    sizes = {"hidden_size": 36, "intermediate_size": 56, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 97}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 64}
+    dense = save(LlamaForCausalLM(LlamaConfig(**sizes, **heads)), root / "dense")
+    common = {"sparsity": 0.3, "samples": 4, "length": 32, "multiple": 4, "onnx": False, "families": ("ffn",)}
+    learning = Learning(steps=4)
+    mptk.prune(dense, root / "wanda", mptk.Settings(method="wanda", **common))
+    mptk.prune(dense, root / "learned", mptk.Settings(method="maskprune", learning=learning, **common))
+    return dense, [root / "wanda", root / "learned"]
+
+
+def test_the_command_writes_one_page_about_several_folders(folders, tmp_path: Path) -> None:
+    arguments = [*map(str, folders[1]), "--html", str(tmp_path / "page.html")]
+    run = CliRunner().invoke(app, ["report", *arguments])
+    assert run.exit_code == 0, run.output
+    page = Parsed((tmp_path / "page.html").read_text())
+    assert "2 pruned models side by side" in page.text
+    drawn = [value for name, value in page.attributes if name == "aria-label"]
+    assert "learned: loss in phase masks" in drawn
+    assert "the stock class" in page.text  # why rotary pairs are refused
+    assert "not recorded" not in page.text
+
+
+def test_several_folders_are_compared_as_text_too(folders) -> None:
+    run = CliRunner().invoke(app, ["report", *map(str, folders[1])])
+    assert run.exit_code == 0, run.output
+    assert "side by side" in run.output
+
+
+def test_damaged_metrics_are_one_error(folders, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for name in ("report.json", "plan.json"):
+        (damaged / name).write_bytes((folders[1][1] / name).read_bytes())
+    (damaged / "metrics.jsonl").write_text('{"phase": "masks"')
+    with pytest.raises(MptkError, match=r"metrics\.jsonl in .* is damaged"):
+        read_runs([damaged])
+
+
+def test_analyze_draws_what_is_cut_together(folders, tmp_path: Path) -> None:
+    file = tmp_path / "analysis.html"
+    run = CliRunner().invoke(app, ["analyze", folders[0], "--html", str(file)])
+    assert run.exit_code == 0, run.output
+    page = Parsed(file.read_text())
+    assert "which modules of model.layers.0 are cut together" in [v for n, v in page.attributes if n == "aria-label"]
+    assert "self_attn.o_proj.weight 36 × 48 0: hidden; 1: kv_groups, q_heads, v_dim" in page.text
+    assert "feed-forward channels" in page.text

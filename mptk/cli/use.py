@@ -258,3 +258,25 @@ def bench(
     if plot is not None:
         draw_bench(result, plot)
     show(json_file, result.to_json(), report.bench_view(result))
+
+
+@command(examples=("push runs/m30 me/smollm2-pruned --private",))
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that mptk wrote.")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made if missing.")],
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Of a new repository. Default: as your account makes them."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="The branch; made if missing. Default: the main one.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+) -> None:
+    """Upload a folder, model card included, to the hub. It must be as mptk wrote it.
+
+    report.json and run.yaml name the dense model and the data as you gave them, local paths included.
+    """
+    from mptk.io.push import push as upload
+
+    with stages(err) as progress:
+        progress("upload", 0, 0)
+        typer.echo(upload(folder, repo, private=private, revision=revision, message=message))

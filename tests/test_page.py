@@ -192,6 +192,13 @@ def test_traces_of_recovery_show_the_loss_alone() -> None:
     assert all(f">{name}<" in trace.text for name in ("loss", "lm", "kl"))
 
 
+def test_widths_are_shares_and_what_is_the_same_shares_a_line() -> None:
+    run = made()
+    rows = [{"step": step, "loss": 2.0, "width/ffn": 40.0, "width/q_heads": 3.0} for step in (1, 2)]
+    _, widths = trace_charts(replace(run, metrics={"masks": rows}), "masks")
+    assert ">ffn, q_heads<" in widths.text
+
+
 def test_a_loss_that_is_not_finite_is_a_gap() -> None:
     run = made()
     rows = [{"step": 1, "loss": None}, {"step": 2, "loss": 2.0}]

@@ -50,7 +50,7 @@ def widths_chart(run: Run) -> Svg:
             share, of = family["width"] / family["of"], family["of"]
             colour = QUIET if legal["refused"] else SERIES[0]
             axes.barh(row, 1, 0.5, color=LINE)
-            axes.barh(row, share, 0.5, color=colour)
+            axes.barh(row, share, 0.5, color=colour, alpha=0.5 if legal["refused"] else 1)
             text = f"{of} → {family['width']}" if share < 1 else f"{of}, refused" if legal["refused"] else f"{of}"
             axes.text(1.02, row, text, va="center", size=9)
             shares = [width / of for width in legal["widths"]]
@@ -134,22 +134,27 @@ def trace_charts(run: Run, phase: str) -> list[Svg]:
     """The traces of a phase of training of which there is something to see."""
     rows = run.metrics[phase]
     return [
-        trace_chart(run, phase, title, names) for title, keys in TRACES if (names := _logged(rows, keys)) and len(rows)
+        trace_chart(run, phase, title, lines) for title, keys in TRACES if rows and (lines := _lines(run, rows, keys))
     ]
 
 
-def _logged(rows: Sequence[Mapping[str, object]], keys: Sequence[str]) -> list[str]:
-    """The metrics that the keys stand for. One that says what another says is left out."""
-    there = [name for key in keys for name in rows[0] if name == key or (key.endswith("/") and name.startswith(key))]
-    seen: list[str] = []
-    for name in there:
-        if any(row.get(name) for row in rows) and not any(_same(rows, name, other) for other in seen):
-            seen.append(name)
-    return seen
+Line = tuple[list[str], list[float]]
+"""Metrics that are the same in each step, and their values."""
 
 
-def _same(rows: Sequence[Mapping[str, object]], one: str, other: str) -> bool:
-    return all(np.isclose(_number(row.get(one)), _number(row.get(other)), rtol=1e-3, equal_nan=True) for row in rows)
+def _lines(run: Run, rows: Sequence[Mapping[str, object]], keys: Sequence[str]) -> list[Line]:
+    """The metrics that the keys stand for, without those that are always zero."""
+    found: list[Line] = []
+    for name in (n for key in keys for n in rows[0] if n == key or (key.endswith("/") and n.startswith(key))):
+        family = run.report.families.get(name.removeprefix("width/"))
+        dense = 1 if family is None or "/" not in name else family["of"]
+        values = [_number(row.get(name)) / dense for row in rows]
+        alike = next((names for names, other in found if np.allclose(values, other, rtol=1e-4, equal_nan=True)), None)
+        if alike is not None:
+            alike.append(name)
+        elif any(values):
+            found.append(([name], values))
+    return found
 
 
 def _number(value: object) -> float:
@@ -157,24 +162,21 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) else float("nan")
 
 
-def trace_chart(run: Run, phase: str, title: str, names: Sequence[str]) -> Svg:
-    """Metrics of a phase of training over its steps."""
-    rows = run.metrics[phase]
-    steps = [row["step"] for row in rows]
+def trace_chart(run: Run, phase: str, title: str, lines: Sequence[Line]) -> Svg:
+    """Metrics of a phase of training over its steps, widths as shares of the dense ones."""
+    steps = [row["step"] for row in run.metrics[phase]]
 
     def draw(axes: Axes) -> None:
-        for name, colour, style in zip(names, SERIES * len(names), ("-", "--", "-.", ":") * len(names), strict=False):
-            label = name.removeprefix("width/")
-            of = run.report.families[label]["of"] if label != name and label in run.report.families else 1
-            values = [_number(row.get(name)) / of for row in rows]
-            marker = "o" if len(rows) == 1 else ""
-            axes.plot(steps, values, style, color=colour, label=short(label), marker=marker)
+        for number, (names, values) in enumerate(lines):
+            colour, style = SERIES[number % len(SERIES)], ("-", "--", "-.", ":")[number % 4]
+            label = ", ".join(short(name.removeprefix("width/")) for name in names)
+            axes.plot(steps, values, style, color=colour, label=label, marker="o" if len(steps) == 1 else "")
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.grid(axis="y", linewidth=0.6)
         axes.locator_params(axis="x", integer=True)
         axes.ticklabel_format(axis="y", useOffset=False, style="plain")
-        if len(names) > 1:
+        if len(lines) > 1 or len(lines[0][0]) > 1:
             axes.legend(loc="best", handlelength=2.2)
 
     return chart(draw, f"{run.name}: {title} in phase {phase}", 2.3)

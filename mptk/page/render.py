@@ -143,8 +143,16 @@ def family_rows(run: Run) -> list[dict[str, str]]:
             "name": name,
             "layers": str(family["layers"]),
             "width": f"{family['of']} → {family['width']}" if family["width"] < family["of"] else str(family["of"]),
-            "legal": words.ranges(run.report.legal[name]["widths"]) if name in run.report.legal else "not recorded",
+            "legal": legal_widths(run, name),
             "why": whole(run, name),
         }
         for name, family in run.report.families.items()
     ]
+
+
+def legal_widths(run: Run, family: str) -> str:
+    """The widths of a family that the target can hold, in words."""
+    if family not in run.report.legal:
+        return "not recorded"
+    widths = run.report.legal[family]["widths"]
+    return words.ranges(widths) if len(widths) > 1 else "none narrower"

@@ -1,6 +1,10 @@
-# make demo | test | check: each sets up .venv first. PYTHON names another interpreter: make test PYTHON=python3.12
+# make demo | test | check: each sets up .venv first. PYTHON names another interpreter, which gets an environment of its
+# own, .venv-3.12: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
+ifneq ($(origin PYTHON),file)
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+endif
 BIN := $(VENV)/bin
 LOWEST := build/lowest
 MODEL := smollm2-135m
@@ -21,7 +25,7 @@ help:
 	@echo "make test-lowest  the tests on the oldest dependencies that pyproject.toml allows"
 	@echo "make fuzz         5,000 random programs: refused by name, or cut right; FUZZ_ARGS=... for other numbers"
 	@echo "make mutants      a sample of small errors in the code, and which of them the tests notice; MUTANTS_ARGS=..."
-	@echo "make clean        remove .venv, caches and build files"
+	@echo "make clean        remove .venv, .venv-*, caches and build files"
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO) $(DEMO)-wanda $(DEMO).run
@@ -46,7 +50,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 test-lowest:
-	$(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet uv
 	$(LOWEST)/bin/uv pip install --python $(LOWEST) --resolution lowest-direct --editable '.[dev]'
 	$(call RUN_TESTS,$(LOWEST))
@@ -58,7 +62,7 @@ mutants: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(MUTANTS_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 define install
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo >&2 \

@@ -164,7 +164,7 @@ def interrupted(command: list[str], ready, folder: Path) -> subprocess.Completed
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell started with &
     )
-    for _ in range(3000):
+    for _ in range(30_000):  # ten minutes: a busy machine imports slowly
         if ready() or process.poll() is not None:
             break
         time.sleep(0.02)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import wave
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import toy_checkpoints as toys
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import (
     BertConfig,
@@ -111,6 +113,13 @@ METRICS = {
     "image classifier": ("classification", "agreement"),
     "speech": ("seq2seq", "perplexity"),
 }
+TAGS = {
+    "encoder": "feature-extraction",
+    "text classifier": "text-classification",
+    "encoder-decoder": "text2text-generation",
+    "image classifier": "image-classification",
+    "speech": "automatic-speech-recognition",
+}
 
 
 def settings(folders: Path, name: str, **more: object) -> mptk.Settings:
@@ -141,6 +150,11 @@ def test_it_is_pruned_proven_and_measured_in_its_own_terms(folders: Path, tmp_pa
     assert math.isfinite(report.quality["pruned"])
     assert {"stored weights", "rewritten graph", "reloaded checkpoint"} <= {row["stage"] for row in report.proof}
     assert [d.stage for d in mptk.verify(out)] == [row["stage"] for row in report.proof]
+    card = ModelCard.load(out / "README.md")
+    assert card.data.pipeline_tag == TAGS[name]
+    assert report.quality["protocol"] in card.text
+    for block in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
+        exec(block.replace('"."', repr(str(out))), {})  # noqa: S102
     for file in ("preprocessor_config.json", "tokenizer.json"):
         assert (out / file).is_file() == (folders / name / file).is_file()
 

@@ -155,7 +155,7 @@ def test_quantised_graphs_lie_beside_and_their_perplexity_is_told(llama, pruned,
         assert found["file"] == f"onnx/model_{scheme}.onnx"
         assert {found["file"], f"{found['file']}.data"} <= set(report.files)
         assert found["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out/onnx").glob(f"model_{scheme}.onnx*"))
-        assert found["perplexity"] == pytest.approx(report.quality["pruned"], rel=0.05)
+        assert found["quality"] == pytest.approx(report.quality["pruned"], rel=0.05)
     assert report.plan_sha256 == pruned[1].plan_sha256
 
 

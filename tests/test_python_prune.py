@@ -43,6 +43,18 @@ def test_a_model_in_memory_stays_as_it_is() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("rank", [2, 0])
+def test_masks_are_learned_and_a_small_model_trained_from_one_in_memory(rank: int) -> None:
+    model = toys.llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    learning = {"steps": 4, "rank": rank, "batch": 2, "micro": 2, "method": "maskprune" if rank else "magnitude"}
+    found = mptk.prune(model, data=torch.randint(3, 300, (8, 24)), families="ffn", **learning, **SMALL)
+    assert found is not None
+    assert found.report.trained
+    assert "trained model" in {row["stage"] for row in found.report.proof}
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_it_gives_a_stock_model_that_trains(pruned: mptk.Pruned) -> None:
     assert isinstance(pruned.model, LlamaForCausalLM)
     assert pruned.folder is None
@@ -245,6 +257,18 @@ def test_one_sample_is_enough_and_sizes_stay_free() -> None:
     assert found.model(torch.randn(5, 9, 12), torch.rand(5, 1, 1))[0].shape == (5, 9, 5)
 
 
+def test_a_pruned_module_is_pruned_again_and_measured_alone() -> None:
+    net = Net()
+    first = mptk.prune(net, example_inputs=EXAMPLE, sparsity=0.2, multiple=4, tolerance=0.05, progress=None)
+    assert first is not None
+    second = mptk.prune(first.model, example_inputs=EXAMPLE, sparsity=0.4, multiple=4, tolerance=0.05, progress=None)
+    assert second is not None
+    assert set(second.model.state_dict()) == set(net.state_dict())
+    assert second.model(*EXAMPLE)[0].shape == (3, 7, 5)
+    measured = mptk.evaluate(second.model, dense=net, example_inputs=EXAMPLE, progress=None)
+    assert measured["pruned"] > first.report.quality["pruned"]
+
+
 class Names(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         return tensors[0]
@@ -262,6 +286,14 @@ class Names(nn.Module):
         (lambda: mptk.prune(Net(), example_inputs=(EXAMPLE[0], EXAMPLE[1][:2])), "samples in their first dimension"),
         (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, data=[{"x": EXAMPLE[0]}]), "lack the input 'scale'"),
         (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, data=[(1, 2)]), "no tensor but int"),
+        (
+            lambda: mptk.prune(toys.llama(), data={"x": torch.ones(2, 3)}, method="wanda", multiple=4),
+            "lack the input 'in",
+        ),
+        (
+            lambda: mptk.prune(toys.llama(), data=torch.arange(9), method="wanda", multiple=4),
+            r"input_ids in data is \[9\]",
+        ),
         (lambda: mptk.prune(Names(), example_inputs=EXAMPLE), "give them by name"),
         (
             lambda: mptk.prune(toys.llama(), data=["text"], method="wanda", multiple=4),

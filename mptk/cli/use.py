@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,14 +44,14 @@ def export_onnx(
     folder: Out,
     logits: Logits = "all",
     quantize: Quantize = "",
-    data: Annotated[str | None, typer.Option(help="Calibration text for int4: file, folder or datasets id.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text for a decoder's int4: file, folder or datasets id.")] = None,
     objective: Objective = "decode",
     onnx_dtype: OnnxDtype = "auto",
     memory: Memory = None,
     device: Device = Settings.device,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write any causal language model as ONNX with a KV cache, with its config and tokenizer."""
+    """Write a model as ONNX, a decoder with its KV cache, with its config and tokenizer."""
     from mptk.driver import api
 
     with stages(err) as progress:
@@ -122,7 +123,7 @@ def generate(
 @command("eval", examples=("eval runs/m30 --data wikitext2 --windows 40", "eval runs/m30 --tasks arc_easy --limit 100"))
 def evaluate(
     model: Model,
-    data: Annotated[str | None, typer.Option(help="Text for perplexity: file, folder or datasets id.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text to measure on (or images, sounds).")] = None,
     length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
     windows: Annotated[int | None, typer.Option(min=1, help="Use only the first windows.")] = None,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated.")] = "",
@@ -134,16 +135,23 @@ def evaluate(
     json_file: Json = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure perplexity on a text in torch or ONNX Runtime, with its protocol, and run lm-eval tasks."""
+    """Measure how good a model is, by its kind: a decoder's perplexity, in torch or ONNX Runtime, and lm-eval tasks."""
+    from mptk.driver import use
     from mptk.io import data as text
     from mptk.io import evaluation
     from mptk.run.execution import find_device
-    from mptk.tasks import load_decoder
+    from mptk.tasks import CAUSAL_LM, kind_of, load_decoder
 
     if data is None and not tasks:
         raise MptkError("nothing to evaluate; give --data TEXT for perplexity or --tasks NAMES for lm-eval")
     if runtime == "onnx":
         evaluate_onnx(model, data, length, windows, tasks, threads, device, json_file)
+        return
+    if not tasks and kind_of(model, trust_remote_code=trust_remote_code) is not CAUSAL_LM:
+        given = {"device": device, "length": length, "windows": windows or Settings.eval_windows}
+        with stages(err) as progress:
+            found = use.evaluate(model, data, **given, trust_remote_code=trust_remote_code, progress=progress)
+        show(json_file, {"model": model, **found}, quality_view(found))
         return
     with stages(err) as progress:
         progress("load", 0, 0)
@@ -199,6 +207,13 @@ def evaluate_onnx(
     show(json_file, content, perplexity_view(measured))
 
 
+def quality_view(found: Mapping[str, Any]) -> Text:
+    """How good models are, by their metric, with its protocol."""
+    values = [(name, value) for name, value in found.items() if isinstance(value, float)]
+    said = ", ".join(f"{value:.4f} {name}" for name, value in values)
+    return Text(f"{found['metric']} {said}  ({found['protocol']})")
+
+
 def perplexity_view(measured: Perplexity) -> Text:
     """A perplexity and its protocol."""
     return Text(f"perplexity {measured.value:.3f}  ({measured.protocol})")
@@ -243,3 +258,25 @@ def bench(
     if plot is not None:
         draw_bench(result, plot)
     show(json_file, result.to_json(), report.bench_view(result))
+
+
+@command(examples=("push runs/m30 me/smollm2-pruned --private",))
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that mptk wrote.")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made if missing.")],
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Of a new repository. Default: as your account makes them."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="The branch; made if missing. Default: the main one.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+) -> None:
+    """Upload a folder, model card included, to the hub. It must be as mptk wrote it.
+
+    report.json and run.yaml name the dense model and the data as you gave them, local paths included.
+    """
+    from mptk.io.push import push as upload
+
+    with stages(err) as progress:
+        progress("upload", 0, 0)
+        typer.echo(upload(folder, repo, private=private, revision=revision, message=message))

@@ -16,7 +16,8 @@ from mptk.cost.budgets import phase
 from mptk.driver.prune import traced
 from mptk.errors import MptkError
 from mptk.io import data, models
-from mptk.io.checkpoint import save_tokenizer
+from mptk.io.checkpoint import copy_processors, save_tokenizer
+from mptk.io.models import Loaded
 from mptk.io.packaged import cache_dir
 from mptk.io.publish import check_replaceable, publish
 from mptk.ir.families import Analysis
@@ -24,12 +25,14 @@ from mptk.ir.passes import Log, run, shapes
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.samples import next_tokens
 from mptk.ir.text import program_text
 from mptk.progress import Progress, silent, within
+from mptk.run.chain import Dense
 from mptk.run.execution import execution, session_device
 from mptk.run.settings import Settings, check_onnx_dtype
 from mptk.runtime.bench import Bench, bench_decoders
-from mptk.tasks import CAUSAL_LM, example_of, load_decoder, open_decoder
+from mptk.tasks import CAUSAL_LM, example_of, form_of, load_decoder, open_task
 from mptk.tasks.decoder_onnx import export_decoder
 from mptk.version import __version__
 from passes.analysis import group
@@ -149,9 +152,10 @@ def export(
     onnx_dtype: str = "auto",
     **metadata: str,
 ) -> Path:
-    """Write a causal language model as ONNX with a KV cache, cut to ``plan`` if one is given.
+    """Write a model as ONNX, cut to ``plan`` if one is given: a causal language model with its KV cache.
 
-    Names, dynamic axes and external data follow the ecosystem (``docs/onnx.md``). Returns the folder.
+    A model of another kind has the graphs of its task; ``logits``, ``text`` and ``objective`` are a decoder's. Names,
+    dynamic axes and external data follow the ecosystem (``docs/onnx.md``). Returns the folder.
 
     Args:
         model: with real weights; of any float type.
@@ -167,10 +171,19 @@ def export(
         MptkError: the model keeps another state than keys and values; torch.export or the exporter refuses it; there
             is no such scheme, objective or type; or graphs are to be quantised that are not float32.
     """
-    folder = Path(folder)
-    how: dict[str, Any] = {"logits": logits, "quantize": quantize, "text": text, "objective": objective}
-    export_decoder(model, folder, metadata, plan=plan, onnx_dtype=onnx_dtype, **how)
-    return folder
+    form, how = form_of(model), dict[str, Any]({"logits": logits, "quantize": tuple(quantize), "objective": objective})
+    if form is None or form is CAUSAL_LM.onnx:
+        export_decoder(model, Path(folder), metadata, plan=plan, text=text, onnx_dtype=onnx_dtype, **how)
+        return Path(folder)
+    check_onnx_dtype(onnx_dtype, quantize)
+    if model.dtype is not torch.float32:
+        raise MptkError(f"the graphs of a {type(model).__name__} are made of a float32 model; call model.float()")
+    name, settings = type(model).__name__, Settings(onnx_dtype=onnx_dtype, **how)
+    program = trace(model, example_of(model), dynamic=True)
+    form.check(model, settings)
+    dense = Dense(Loaded(model, None, name, Path(), dtype=model.dtype), settings, program, about=metadata)
+    form.export(dense, plan, None, Path(folder), Log())
+    return Path(folder)
 
 
 def export_folder(
@@ -187,10 +200,10 @@ def export_folder(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Write any causal language model as a folder that ONNX consumers take: config, tokenizer and ``onnx/``.
+    """Write a model of any task as a folder that ONNX consumers take: config, tokenizer and ``onnx/``.
 
-    ``text``: a file, folder or dataset of which ``export`` gets 32 windows of 256 tokens, or of all positions.
-    ``memory``, ``device``: as in ``Settings``. What is not named here is as in ``export``.
+    ``text``: a file, folder or dataset of which a decoder's ``int4`` gets 32 windows of 256 tokens, or of all
+    positions. ``memory``, ``device``: as in ``Settings``. What is not named here is as in ``export``.
 
     Raises:
         MptkError: as ``export``; or ``out`` exists and was not made by mptk.
@@ -202,34 +215,34 @@ def export_folder(
     phase(objective)
     check_onnx_dtype(onnx_dtype, quantize)
     say("load", 0, 0)
-    resident, executor = execution(Settings(memory=memory, device=device))
-    loaded = open_decoder(model, resident, trust_remote_code=trust_remote_code)
-    plain = traced(loaded, CAUSAL_LM, executor)
+    how: dict[str, Any] = {"logits": logits, "quantize": tuple(quantize), "objective": objective}
+    settings = Settings(memory=memory, device=device, onnx_dtype=onnx_dtype, **how)
+    resident, executor = execution(settings)
+    loaded, task = open_task(model, resident, trust_remote_code=trust_remote_code)
+    if task.onnx is None:
+        raise MptkError(f"mptk has no ONNX form of a {task.summary}; export {model} with optimum")
+    task.onnx.check(loaded.model, settings)
+    if text is not None and task.onnx is not CAUSAL_LM.onnx:
+        raise MptkError(f"text is for a decoder's int4, and {model} is a {task.summary}; leave out --data")
+    dense = Dense(loaded, settings, traced(loaded, task, executor), executor)
     positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 256
     windows = None if text is None else data.calibration(loaded.model, loaded.tokenizer, text, 32, min(256, positions))
     with publish(Path(out)) as folder:
         say("export ONNX", 0, 0)
-        how: dict[str, Any] = {"logits": logits, "quantize": quantize, "text": windows, "objective": objective}
-        about = {"source": model}
         with within(say, "export ONNX"):
-            export_decoder(
-                loaded.model,
-                folder / "onnx",
-                about,
-                onnx_dtype=onnx_dtype,
-                weights=loaded.with_weights,
-                dense=lambda ids: next(executor.outputs([plain], [(ids,)])),
-                executor=executor,
-                **how,
-            )
+            samples = None if windows is None else next_tokens(windows)
+            task.onnx.export(dense, None, samples, folder / "onnx", Log())
         for scheme in quantize:
             with within(say, f"check {scheme}"):
                 check_quantized(folder / "onnx" / "model.onnx", folder / "onnx" / f"model_{scheme}.onnx", scheme)
         loaded.model.config.save_pretrained(folder)
-        if loaded.model.generation_config is not None:
-            loaded.model.generation_config.save_pretrained(folder)
+        copy_processors(loaded.path, folder, same_features=True)
+        generation = getattr(loaded.model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(folder)
         if loaded.tokenizer is not None:
             save_tokenizer(loaded.tokenizer, folder)
+        CAUSAL_LM.onnx.describe(loaded.model.config, loaded.model.generation_config, folder, "onnx")
     return Path(out)
 
 

@@ -12,9 +12,11 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mptk.driver.card import write_card
 from mptk.driver.claims import costs, widths
 from mptk.io import data
 from mptk.io.dense import absolute, fingerprint
+from mptk.io.licence import CARD
 from mptk.io.live import weights_fingerprint
 from mptk.io.manifest import listed, update_manifest, weights_digest
 from mptk.ir.samples import Samples
@@ -57,7 +59,7 @@ def describe(
         plan_sha256=chosen.plan.digest,
         notes=[note for note in notes if note],
         stages=context.log.as_list(),
-        files=sorted([*listed(folder), FILE]),
+        files=sorted([*listed(folder), FILE, CARD]),
         task=prepared.task.name,
         legal={
             name: {"widths": list(ladder), "refused": prepared.legal.refused.get(name)}
@@ -120,7 +122,8 @@ def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path,
     }
     report = replace(report, quality=quality, quantized=quantized, stages=context.log.as_list())
     report.write(folder)
-    update_manifest(folder, FILE)
+    write_card(report, compiled, folder)
+    update_manifest(folder, FILE, CARD)
     return report
 
 

@@ -19,6 +19,7 @@ from mptk.compat.accelerate import own_state
 from mptk.cost.estimate import Estimate
 from mptk.cost.model import is_layered
 from mptk.driver.budget import WidthSearch, budgeted, multiples
+from mptk.driver.card import write_card
 from mptk.driver.changes import COMPENSATION, widened
 from mptk.driver.describe import describe, measured
 from mptk.driver.estimate import check_fits, estimated_for
@@ -27,6 +28,7 @@ from mptk.driver.kept import kept_choice, kept_fit
 from mptk.driver.proof import check_proof, check_witness, prove_folder
 from mptk.errors import MptkError, explained
 from mptk.io import data
+from mptk.io.licence import copy_notices
 from mptk.io.models import Loaded
 from mptk.io.publish import check_replaceable, publish
 from mptk.io.resident import free_memory
@@ -150,6 +152,8 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     resident, executor = execution(settings)
     with context.stage("load"):
         loaded, task = job.load(resident)
+    if settings.onnx and task.onnx is not None:
+        task.onnx.check(loaded.model, settings)
     if job.given is not None:
         announce(estimated_for(loaded.model, loaded.dtype, settings, job.kept), job, context)
     check_whole(loaded, settings)
@@ -366,6 +370,8 @@ def written_folder(
         proven = replace(proven, differences=(*witnessed, *proven.differences))
         check_proof(proven.differences, REMEDY)
         write_recipe(folder, job.source, prepared.settings, job.start)
+        copy_notices(prepared.loaded.path, folder)
         report = describe(compiled, proven, sets, [*notes, proven.note], folder, context)
         report.write(folder)
+        write_card(report, compiled, folder)
     return report

@@ -30,7 +30,8 @@ from mptk.run.report import PROVEN_ON, Report
 from mptk.run.settings import IN_MEMORY, Settings
 from mptk.tasks import open_task, task_of
 from mptk.tasks.inputs.text import fitting
-from mptk.tasks.module import Module, argument_names, example_samples, named_inputs
+from mptk.tasks.module import Module, example_samples, named_inputs
+from passes.frontend.trace import argument_names
 
 Model = str | Path | nn.Module
 """A hub id, a folder, a ``.gguf`` file, a packaged alias, or a model in memory."""
@@ -136,17 +137,22 @@ def collected(data: Any, loaded: Loaded, task: Task, count: int, length: int, se
     Raises:
         MptkError: they are not of this model's kind, or there are none.
     """
-    names = list(task.example(loaded.model).inputs)
+    like = task.example(loaded.model).inputs
+    names = list(like)
     if isinstance(data, Samples):
-        return _ordered(data, names)[:count]
+        return _ordered(data, like)[:count]
     if _is_text(data):
         inputs = {"input_ids": _windows(list(data), loaded, count, fitting(loaded, length), seed)}
     elif isinstance(data, Tensor | Mapping):
         inputs = named_inputs(names, data)
     else:
-        inputs = _batched(data, names, count)
-    made = task.made(loaded, {name: tensor[:count] for name, tensor in inputs.items()})
-    return _ordered(made, names)
+        inputs = _batched(data, like, count)
+    _check_dimensions(inputs, like)
+    try:
+        made = task.made(loaded, {name: tensor[:count] for name, tensor in inputs.items()})
+    except KeyError as error:
+        raise _lacking(error.args[0], like) from error
+    return _ordered(made, like)
 
 
 def _is_text(data: Any) -> bool:
@@ -159,20 +165,36 @@ def _windows(texts: list[str], loaded: Loaded, count: int, length: int, seed: in
     return text.token_windows(texts, loaded.tokenizer, length, count, seed)
 
 
-def _ordered(samples: Samples, names: Sequence[str]) -> Samples:
-    """The samples with the model's inputs alone, in their order."""
-    missing = [name for name in names if name not in samples.inputs]
-    if missing or not len(samples):
-        what = f"lack the input {missing[0]!r}" if missing else "are none"
-        raise MptkError(f"the samples in data {what}; the model takes {', '.join(names)}")
-    return Samples({name: samples.inputs[name] for name in names}, samples.targets)
+def _ordered(samples: Samples, like: Mapping[str, Tensor]) -> Samples:
+    """The samples with the model's inputs alone, in the order of ``like``, examples of them."""
+    for name in like:
+        if name not in samples.inputs:
+            raise _lacking(name, like)
+    _check_dimensions(samples.inputs, like)
+    return Samples({name: samples.inputs[name] for name in like}, samples.targets)
 
 
-def _batched(batches: Iterable[Any], names: Sequence[str], count: int) -> dict[str, Tensor]:
+def _check_dimensions(inputs: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Raise MptkError unless there are samples, each with the dimensions of the examples ``like``."""
+    for name in inputs.keys() & like.keys():
+        tensor, wanted = inputs[name], ["n", *like[name].shape[1:]]
+        if tensor.ndim != len(wanted) or not len(tensor):
+            raise MptkError(
+                f"{name} in data is {list(tensor.shape)}, not like {wanted}; put the samples in the first dimension"
+            )
+
+
+def _lacking(name: str, like: Mapping[str, Tensor]) -> MptkError:
+    return MptkError(f"the samples in data lack the input {name!r}; the model takes {', '.join(like)}")
+
+
+def _batched(batches: Iterable[Any], like: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     """At most ``count`` samples of batches of inputs: tensors, tuples by position, or dicts by name.
 
-    What a batch has beyond the model's inputs (labels) is left out.
+    What a batch has beyond the model's inputs (labels) is left out. An item with a dimension less than ``like``, as a
+    data set gives them, is one sample.
     """
+    names = list(like)
     parts: dict[str, list[Tensor]] = {}
     found = 0
     try:
@@ -180,6 +202,7 @@ def _batched(batches: Iterable[Any], names: Sequence[str], count: int) -> dict[s
             one = batch[: len(names)] if isinstance(batch, list | tuple) else batch
             one = {n: x for n, x in one.items() if n in names} if isinstance(one, Mapping) else one
             inputs = named_inputs(names, one)
+            inputs = {name: x[None] if x.ndim == like[name].ndim - 1 else x for name, x in inputs.items()}
             for name, tensor in inputs.items():
                 parts.setdefault(name, []).append(tensor)
             found += min((len(tensor) for tensor in inputs.values()), default=0)

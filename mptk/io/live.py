@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.checkpoint import copy_processors
+from mptk.io.licence import copy_card
 from mptk.io.models import Loaded
 from mptk.ir.weights import Lazy, Weights
 
@@ -140,5 +141,6 @@ def _describe(model: PreTrainedModel, folder: Path, home: Path | None, dtype: to
     config.save_pretrained(folder)
     if home is not None:
         copy_processors(home, folder, same_features=True)
+        copy_card(home, folder)
         for file in home.glob("*.py"):
             shutil.copyfile(file, folder / file.name)

@@ -66,10 +66,10 @@ def write_manifest(folder: Path) -> None:
     _write(folder, dict(zip(names, file_digests(folder / name for name in names), strict=True)))
 
 
-def update_manifest(folder: Path, name: str) -> None:
-    """Add a file to the manifest of a published folder, or update its entry. Other entries stay."""
+def update_manifest(folder: Path, *names: str) -> None:
+    """Add files to the manifest of a published folder, or update their entries. Other entries stay."""
     files = read_manifest(folder)
-    _write(folder, {**files, name: file_sha256(folder / name)})
+    _write(folder, {**files, **{name: file_sha256(folder / name) for name in names}})
 
 
 def read_manifest(folder: Path) -> dict[str, str]:

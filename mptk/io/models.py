@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 import transformers
+from gguf import GGUFReader
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,16 +27,17 @@ from mptk.compat.accelerate import offloaded, take_offload_index
 from mptk.compat.transformers import dequantize_gguf, forget_source, model_classes, unread_weights
 from mptk.errors import MptkError
 from mptk.io.checkpoint import dtypes_in, fill, quantized_dtype, save_checkpoint, stored_dtype
+from mptk.io.licence import CARD, NOTICES, write_stub
 from mptk.io.packaged import ALIASES, build_once, cache_dir, cached, fetch
 from mptk.io.resident import Resident, stored_weight
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
 
-_CONVERSION = 1  # Raise it if the same GGUF file is now converted differently.
+_CONVERSION = 2  # Raise it if the same GGUF file is now converted differently.
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.tiktoken", "*.model")
 # Files to download from a hub: no pickles, no subfolders, no second copy in another format.
-_HUB_SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
+_HUB_SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", CARD, *NOTICES)
 _HUB_IGNORED = ("*/*", "consolidated*")
 # If the classes of several tasks take a config, the first of these wins, unless the checkpoint names another.
 _FIRST_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
@@ -139,7 +141,7 @@ def skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust_remote_cod
     """
     config = load_config(model, trust_remote_code=trust_remote_code)
     with _explained(model), torch.device("meta"):
-        module = getattr(transformers, _auto_class(config)).from_config(
+        module = getattr(transformers, auto_class(config)).from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     made: PreTrainedModel = module.eval()
@@ -253,6 +255,14 @@ def _convert(gguf: Path, folder: Path) -> None:
     if isinstance(length := getattr(config, "max_position_embeddings", None), int):
         tokenizer.model_max_length = length
     save_checkpoint(module, tokenizer, folder)
+    if said := _gguf_licence(gguf):
+        write_stub(folder, said)
+
+
+def _gguf_licence(gguf: Path) -> str:
+    """The licence in a GGUF file's metadata; empty if it names none."""
+    field = GGUFReader(gguf).get_field("general.license")
+    return "" if field is None else str(field.contents())
 
 
 def _gguf_config(gguf: Path) -> PreTrainedConfig:
@@ -271,7 +281,7 @@ def _gguf_config(gguf: Path) -> PreTrainedConfig:
 def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **options: object) -> PreTrainedModel:
     """The model in ``folder``, in evaluation mode, with every parameter from the checkpoint."""
     with _explained(model):
-        module, report = getattr(transformers, _auto_class(config)).from_pretrained(
+        module, report = getattr(transformers, auto_class(config)).from_pretrained(
             folder, config=config, use_safetensors=True, output_loading_info=True, **options
         )
     if missing := sorted(report["missing_keys"]):
@@ -283,7 +293,7 @@ def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **op
     return loaded
 
 
-def _auto_class(config: PreTrainedConfig) -> str:
+def auto_class(config: PreTrainedConfig) -> str:
     """Name of the auto class for ``config``: the first with the checkpoint's class, else the first that takes it."""
     code: dict[str, str] = getattr(config, "auto_map", None) or {}
     fitting = {name: _class_names(name, config, code) for name in _auto_names()}
@@ -296,7 +306,7 @@ def _auto_class(config: PreTrainedConfig) -> str:
 
 def classes_of(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
     """The classes that transformers has for ``config``; empty if the model brings its own."""
-    auto = _auto_class(config)
+    auto = auto_class(config)
     if auto in (getattr(config, "auto_map", None) or {}):
         return set()
     return set(model_classes(auto, config))

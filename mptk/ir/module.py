@@ -36,7 +36,7 @@ class ProgramModule(nn.Module):
         super().__init__()
         self._graph = (program.graph,)  # in a tuple, as a submodule would add its names to state_dict()
         self._placeholders = [(n.name, program.weights.get(n.name)) for n in program.placeholders()]
-        self._inputs = program.inputs
+        self.input_names = program.inputs
         kinds = {program.weights[s.arg.name]: s for s in program.signature.input_specs if s.target is not None}
         others: dict[str, list[str]] = {}
         for alias, name in program.aliases.items():
@@ -67,9 +67,9 @@ class ProgramModule(nn.Module):
 
     def _in_order(self, inputs: Sequence[Tensor], named: dict[str, Tensor]) -> list[Tensor]:
         count = sum(name is None for _, name in self._placeholders)
-        names = self._inputs[len(inputs) : count]
+        names = self.input_names[len(inputs) : count]
         if len(inputs) + len(named) != count or set(names) != set(named):
-            said = ", ".join(self._inputs) or f"{count} tensors"
+            said = ", ".join(self.input_names) or f"{count} tensors"
             raise TypeError(f"forward() takes {said}; it was given {len(inputs)} by position and {sorted(named)}")
         return [*inputs, *(named[name] for name in names)]
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from mptk.cost.model import CostModel
 from mptk.io.evaluation import Runs
@@ -311,13 +311,15 @@ class Task(Protocol):
 class Dense:
     """A dense model that is to be written as ONNX, in the type and the form that the settings name.
 
-    ``program``: as its task traces it, with its weights; with those that a method changed.
+    ``program``: as its task traces it, with its weights; with those that a method changed. ``about``: what the
+    graphs' metadata say beside the source, the plan and versions.
     """
 
     loaded: Loaded
     settings: Settings
     program: Program
     executor: Executor = EXECUTOR
+    about: Mapping[str, str] = field(default_factory=dict)
 
     def weighted(self, program: Program) -> Program:
         """Another trace of the same model, with the weights of this one."""
@@ -333,8 +335,8 @@ class Dense:
 class OnnxForm(Protocol):
     """How a kind of model is written as ONNX, and how the graphs are run."""
 
-    def check(self, settings: Settings) -> None:
-        """Raise MptkError if models of this kind are not written as the settings ask."""
+    def check(self, model: PreTrainedModel, settings: Settings) -> None:
+        """Raise MptkError if a model like this is not written as the settings ask."""
         return None
 
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
@@ -361,6 +363,12 @@ class OnnxForm(Protocol):
     def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
         """The largest difference that a quantised graph makes. ``pairs``: its outputs and the float graph's."""
         ...
+
+    def describe(
+        self, config: PreTrainedConfig, generation: GenerationConfig | None, folder: Path, graphs: str
+    ) -> None:
+        """Write into ``folder`` what programs need that look for the graphs in its subfolder ``graphs``."""
+        return None
 
     def half(self, folder: Path) -> bool:
         """Whether the main graph computes in float16."""

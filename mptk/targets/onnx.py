@@ -36,10 +36,14 @@ class OnnxTarget(Target):
         out = folder / FOLDER
         out.mkdir()
         try:
-            return _export(compiled, task.onnx, compiled.prepared.settings, sets.calibration, out, log)
+            notes = _export(compiled, task.onnx, compiled.prepared.settings, sets.calibration, out, log)
         except MptkError as error:
             shutil.rmtree(out)
             return [f"no ONNX: {error}"]
+        if compiled.written is not None:
+            generation = getattr(compiled.prepared.loaded.model, "generation_config", None)
+            task.onnx.describe(compiled.written.stock.config, generation, folder, FOLDER)
+        return notes
 
     def wrote(self, folder: Path) -> bool:
         return next((folder / FOLDER).glob("*.onnx"), None) is not None

@@ -12,7 +12,7 @@ from mptk.io import models
 from mptk.io.models import Loaded
 from mptk.io.resident import Resident
 from mptk.plugins import with_plugins
-from mptk.run.chain import Task
+from mptk.run.chain import OnnxForm, Task
 from mptk.tasks.causal_lm import CausalLM, wrong_kind
 from mptk.tasks.classifier import Classifier
 from mptk.tasks.encoder import Encoder
@@ -40,6 +40,12 @@ def open_task(model: str, resident: Resident, *, trust_remote_code: bool = False
     return loaded, task.bind(loaded)
 
 
+def kind_of(model: str, *, trust_remote_code: bool = False) -> Task:
+    """The task of a model by its config alone. Raises MptkError if there is no such model, or no task takes it."""
+    config = models.load_config(model, trust_remote_code=trust_remote_code)
+    return _find(model, config, models.classes_of(config))
+
+
 def task_of(loaded: Loaded) -> Task:
     """The task of a loaded model. Raises MptkError if no task takes it."""
     return _find(loaded.source, loaded.model.config, {type(loaded.model)}).bind(loaded)
@@ -56,6 +62,14 @@ def _find(model: str, config: PreTrainedConfig, classes: set[type[PreTrainedMode
     raise wrong_kind(model, said)
 
 
+def form_of(model: PreTrainedModel) -> OnnxForm | None:
+    """The ONNX form of the first task that takes the model; None if no task does, or it has none."""
+    for task in tasks().values():
+        if task.refusal(model.config, {type(model)}) is None:
+            return task.onnx
+    return None
+
+
 def example_of(model: nn.Module) -> Mapping[str, Tensor] | None:
     """Inputs to trace a transformers model with, by the first task that takes its class; None if no task does."""
     if not isinstance(model, PreTrainedModel):
@@ -64,12 +78,6 @@ def example_of(model: nn.Module) -> Mapping[str, Tensor] | None:
         if task.refusal(model.config, {type(model)}) is None:
             return task.example(model).inputs
     return None
-
-
-def open_decoder(model: str, resident: Resident, *, trust_remote_code: bool = False) -> Loaded:
-    """Open a causal language model (``models.open_weights``). Raises MptkError as ``load_decoder``."""
-    _refuse_others(model, trust_remote_code)
-    return models.open_weights(model, resident, trust_remote_code=trust_remote_code)
 
 
 def _refuse_others(model: str, trust: bool) -> None:

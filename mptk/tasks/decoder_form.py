@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig
 
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
@@ -14,8 +15,9 @@ from mptk.ir.program import Program
 from mptk.ir.samples import Samples, next_tokens
 from mptk.run.chain import Dense, OnnxForm, stored_type
 from mptk.run.values import Checks
-from mptk.runtime.decoder import OrtDecoder
+from mptk.runtime.decoder import FILE, OrtDecoder
 from mptk.tasks.decoder_onnx import export_decoder
+from mptk.tasks.genai import write_genai_config
 from mptk.tasks.rounding import logits_apart
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, StageOutputs
 
@@ -31,7 +33,7 @@ class DecoderForm(OnnxForm):
         export_decoder(
             loaded.model,
             folder,
-            {"source": loaded.source},
+            {"source": loaded.source, **dense.about},
             plan=plan,
             logits=settings.logits,
             quantize=settings.quantize,
@@ -68,6 +70,11 @@ class DecoderForm(OnnxForm):
 
     def rounding(self, scheme: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Difference:
         return logits_apart(scheme, pairs)
+
+    def describe(
+        self, config: PreTrainedConfig, generation: GenerationConfig | None, folder: Path, graphs: str
+    ) -> None:
+        write_genai_config(config, generation, folder, f"{graphs}/{FILE}")
 
     def half(self, folder: Path) -> bool:
         return OrtDecoder(folder).half

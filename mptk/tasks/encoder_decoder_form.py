@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mptk.errors import MptkError
 from mptk.ir.passes import Log
@@ -59,14 +60,13 @@ class WithHidden(nn.Module):
 class EncoderDecoderForm(OnnxForm):
     """``encoder_model.onnx`` and ``decoder_model.onnx``, which takes all tokens of the text so far."""
 
-    def check(self, settings: Settings) -> None:
+    def check(self, model: PreTrainedModel, settings: Settings) -> None:
         if settings.quantize or settings.onnx_dtype == HALF:
             raise MptkError(
                 "the graphs of an encoder-decoder are written in float32 only; leave out --quantize and --onnx-dtype"
             )
 
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
-        self.check(dense.settings)
         traced, padding = named(dense, samples)
         logits, hidden = output_names(traced.program)
         program = cut(with_outputs(traced.program, [logits]), dense, plan, log)

@@ -53,7 +53,7 @@ class Traced:
         nodes = {node.name: node.meta["val"] for node in self.program.placeholders()}
         for name, node in zip(self.names, self.program.user_inputs, strict=True):
             axes = nodes[node].shape[: 2 if is_tokens(nodes[node]) else 1]
-            if fixed := [size for size in axes if isinstance(size, int)]:
+            if fixed := [size for size in axes if str(size).isdigit()]:
                 raise MptkError(f"the trace of this model runs only on {name} with {fixed[0]} rows or columns")
 
 
@@ -101,7 +101,7 @@ def cut(program: Program, dense: Dense, plan: Plan | None, log: Log) -> Program:
 def about(dense: Dense, plan: Plan | None) -> dict[str, str]:
     """The metadata of every graph."""
     said = {"mptk_version": __version__, "source": dense.loaded.source, DTYPE: written_type(dense.settings)}
-    return said if plan is None else said | {"plan_sha256": plan.digest}
+    return {**said, **dense.about, **({} if plan is None else {"plan_sha256": plan.digest})}
 
 
 def written_type(settings: Settings) -> str:

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from mptk.errors import MptkError
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.samples import Samples
 from mptk.progress import step
 from mptk.run.chain import Dense, OnnxForm
+from mptk.run.settings import Settings
 from mptk.run.values import PROOF_SHAPE, Checks
 from mptk.runtime.graphs import OrtGraph
 from mptk.tasks.exporting import CHANGED, HALF, Traced, about, cut, equal, is_half, stages_of, traced_as
@@ -26,6 +29,7 @@ from mptk.tasks.rounding import features_apart, logits_apart
 from passes.frontend.trace import Flat
 from passes.pipelines import emit_onnx, quantize_onnx
 from passes.targets.onnx.emit import FILE, TOKEN_AXES, Interface
+from passes.targets.onnx.quantize import BLOCKS
 from passes.verify import Difference
 
 LOGITS, FEATURES = "logits", "last_hidden_state"
@@ -41,6 +45,11 @@ class ModelForm(OnnxForm):
     """``model.onnx`` with one output, ``logits`` or ``last_hidden_state``."""
 
     output: str
+
+    def check(self, model: PreTrainedModel, settings: Settings) -> None:
+        blocks = [scheme for scheme in settings.quantize if scheme in BLOCKS]
+        if blocks and not is_text(inputs_of(model).example(model)):
+            raise MptkError(f"{blocks[0]} is for models that read tokens, not {model.main_input_name}; use fp16")
 
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         settings = dense.settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from mptk.run.chain import Task
 from mptk.run.settings import Settings
 from mptk.run.values import SampleSets
 from mptk.tasks.encoder import errors, projection
+from passes.frontend.trace import argument_names
 
 Outputs = Tensor | Sequence[Tensor]
 AT_ONCE = 2048
@@ -108,7 +108,7 @@ def example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | Mappi
 
 
 def named_inputs(names: Sequence[str], inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs by name; ``names`` are those of inputs by position.
+    """Inputs by name, on the CPU and in float32, as mptk computes; ``names`` are those of inputs by position.
 
     Raises:
         MptkError: there are more than names, or one is no tensor.
@@ -122,10 +122,5 @@ def named_inputs(names: Sequence[str], inputs: Tensor | Sequence[Tensor] | Mappi
     odd = [name for name, value in inputs.items() if not isinstance(value, Tensor)]
     if odd:
         raise MptkError(f"{odd[0]} is no tensor but {type(inputs[odd[0]]).__name__}; give tensors only")
-    return {name: tensor.detach().cpu() for name, tensor in inputs.items()}
-
-
-def argument_names(module: nn.Module) -> list[str]:
-    """The arguments of ``forward`` that have names."""
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds]
+    found = {name: tensor.detach().cpu() for name, tensor in inputs.items()}
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()}

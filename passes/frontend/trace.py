@@ -16,6 +16,7 @@ from transformers.utils.generic import ModelOutput
 
 from mptk.compat.torch import FakeTensorMode, tree_leaves
 from mptk.errors import MptkError
+from mptk.ir.module import ProgramModule
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
 from passes.frontend.inline import inline
@@ -81,17 +82,16 @@ def trace(module: nn.Module, example_inputs: ExampleInputs | None = None, *, dyn
     if isinstance(example_inputs, Mapping):
         return export_program(Flat(module, list(example_inputs)), tuple(example_inputs.values()), dynamic=dynamic)
     found = export_program(Flat(module), tuple(example_inputs), dynamic=dynamic)
-    return replace(found, inputs=_arguments(module, len(example_inputs)))
+    names = argument_names(module)[: len(example_inputs)]
+    return replace(found, inputs=names if len(names) == len(example_inputs) else ())
 
 
-def _arguments(module: nn.Module, count: int) -> tuple[str, ...]:
-    """The names of the first ``count`` arguments of ``forward``; none if it takes them without names."""
-    named = [
-        name
-        for name, argument in inspect.signature(module.forward).parameters.items()
-        if argument.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-    ]
-    return tuple(named[:count]) if len(named) >= count else ()
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """The arguments that ``forward`` takes by position and by name."""
+    if isinstance(module, ProgramModule):
+        return module.input_names
+    arguments = inspect.signature(module.forward).parameters.items()
+    return tuple(name for name, p in arguments if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def export_program(

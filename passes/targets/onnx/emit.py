@@ -149,7 +149,13 @@ def _name(model: ir.Model, interface: Interface) -> None:
         axes = {size: name for size, name in pairs if name} | axes
     for value in (*inputs, *(result for node in model.graph for result in node.outputs)):
         if value.shape is not None:
-            value.shape = ir.Shape([size if isinstance(size, int) else axes.get(size) for size in value.shape])
+            value.shape = ir.Shape([_named(size, axes) for size in value.shape])
+
+
+def _named(size: int | ir.SymbolicDim, axes: Mapping[object, str]) -> int | str | None:
+    """A size that varies by the name of its axis. The exporter writes a size that export has fixed as a symbol."""
+    text = str(size if isinstance(size, int) else size.value)
+    return int(text) if text.isdigit() else axes.get(size)
 
 
 def _first_cause(error: BaseException) -> str:

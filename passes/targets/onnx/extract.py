@@ -76,7 +76,7 @@ def _as_input(value: ir.Value) -> ir.Value:
     """Case 1."""
     if value.is_graph_input():
         return value
-    made = ir.Input(name=f"{value.name}_given", shape=value.shape, type=value.type)
+    made = ir.val(f"{value.name}_given", shape=value.shape, type=value.type)
     ir.convenience.replace_all_uses_with(value, made)
     return made
 

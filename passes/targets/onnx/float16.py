@@ -9,21 +9,27 @@ from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_floa
 
 from passes.targets.onnx.tensors import Array, name_nodes, parts, shape_of, tensor_of
 
+CACHE = "past_key_values."
+"""What the names of a cache's inputs start with."""
 LARGE = 1 << 10
 """Weights of more numbers than this are converted when they are written."""
 
 
 class Float16Pass(ir.passes.FunctionalPass):
-    """Convert float32 to float16, except the logits and the inputs of the rotary angles."""
+    """Convert float32 to float16, except what comes from outside, the outputs, and the inputs of the rotary angles.
+
+    A KV cache goes in and out in float16: only the graph itself reads it.
+    """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         # float16 cannot hold every position above 2048.
         angles = _ancestors([node for node in model.graph if node.op_type in ("Cos", "Sin")])
         name_nodes(model)
+        inputs = [str(value.name) for value in model.graph.inputs]
+        kept = [str(model.graph.outputs[0].name), *(name for name in inputs if not name.startswith(CACHE))]
         names, weights = list(model.graph.initializers), _to_inputs(model.graph, set(angles))
-        logits = str(model.graph.outputs[0].name)
         proto = convert_float_to_float16(
-            ir.to_proto(model), keep_io_types=[logits], node_block_list=[node.name for node in angles]
+            ir.to_proto(model), keep_io_types=kept, node_block_list=[node.name for node in angles]
         )
         converted = ir.from_proto(proto)
         _to_constants(converted.graph, names, weights)

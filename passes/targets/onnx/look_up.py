@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from passes.targets.onnx.block_weights import BLOCK, ZERO
-from passes.targets.onnx.plain_products import constant, is_constant, put
+from passes.targets.onnx.plain_products import constant, looks_up_tokens, put
 from passes.targets.onnx.tensors import Spill, lazy, parts, shape_of, tensor_of
 
 
@@ -25,7 +25,7 @@ class LookUpInBlocksPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        found = [node for node in graph if node.op_type == "Gather" and _is_embedding(graph, node)]
+        found = [node for node in graph if looks_up_tokens(graph, node)]
         for node in found:
             blocks, scales = _blocks_of(graph, node.inputs[0], Spill(self.source.parent))  # type: ignore[arg-type]
             _look_up(graph, node, blocks, scales)
@@ -33,13 +33,9 @@ class LookUpInBlocksPass(ir.passes.InPlacePass):
 
     def ensures(self, model: ir.Model) -> None:
         """No float table is looked up by token ids."""
-        left = [n.name for n in model.graph if n.op_type == "Gather" and _is_embedding(model.graph, n)]
+        left = [n.name for n in model.graph if looks_up_tokens(model.graph, n)]
         if left:
             raise ir.passes.PostconditionError(f"{left[0]} looks up a float table")
-
-
-def _is_embedding(graph: ir.Graph, gather: ir.Node) -> bool:
-    return is_constant(gather.inputs[0]) and gather.inputs[1] is graph.inputs[0]
 
 
 def _blocks_of(graph: ir.Graph, table: ir.Value, spill: Spill) -> tuple[ir.Value, ir.Value]:

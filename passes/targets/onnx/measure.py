@@ -35,7 +35,7 @@ def measure_onnx(
     """Sums over all tokens for each value: Σ x² [channels], or Σ x xᵀ [channels, channels].
 
     Args:
-        file: a decoder of ``emit_onnx`` in float32.
+        file: a graph of ``emit_onnx`` in float32 that reads tokens.
         channels: name of a value → size of its last axis.
         text: token ids, [windows, length].
         device: where the graph runs.
@@ -78,11 +78,12 @@ def _nodes(name: str, what: str) -> list[NodeProto]:
 
 
 def _feeds(session: ort.InferenceSession, ids: Text) -> dict[str, npt.NDArray[np.generic]]:
-    """The inputs of a prompt without padding, with an empty cache."""
+    """The inputs of a prompt without padding, with an empty cache, if the graph has one."""
     batch, length = ids.shape
     given = {
         "input_ids": ids,
         "attention_mask": np.ones_like(ids),
+        "token_type_ids": np.zeros_like(ids),
         "position_ids": np.tile(np.arange(length), (batch, 1)),
     }
     empty = {

@@ -53,7 +53,9 @@ def put(graph: ir.Graph, old: ir.Node, steps: ir.tape.Tape, result: ir.Value) ->
     """Replace ``old`` by ``steps``, which end in ``result``."""
     graph.insert_before(old, steps.nodes)
     result.shape, result.type = old.outputs[0].shape, old.outputs[0].type
-    ir.convenience.replace_all_uses_with(old.outputs[0], result)
+    replaced = old.outputs[0]
+    ir.convenience.replace_all_uses_with(replaced, result, replace_graph_outputs=True)
+    result.name, replaced.name = replaced.name, f"{replaced.name}_earlier"
     graph.remove(old, safe=True)
 
 
@@ -89,7 +91,13 @@ def products(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     }
 
 
+def looks_up_tokens(graph: ir.Graph, node: ir.Node) -> bool:
+    """Whether a node looks token ids, the first input, up in a table."""
+    return node.op_type == "Gather" and is_constant(node.inputs[0]) and node.inputs[1] is graph.inputs[0]
+
+
 def logit_products(model: ir.Model) -> set[str]:
-    """Names of the products that give the logits: those whose outputs are the vocabulary."""
-    vocabulary = model.graph.outputs[0].shape
+    """Names of the products that give the logits: those whose outputs are the vocabulary. None if features come out."""
+    output = model.graph.outputs[0]
+    vocabulary = output.shape if output.name == "logits" else None
     return {name for name, weight in products(model).items() if vocabulary and weight.shape[1] == vocabulary[-1]}

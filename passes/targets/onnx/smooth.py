@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from passes.targets.onnx.balance import equalising, is_product, weight_of
 from passes.targets.onnx.measure import measure_onnx
-from passes.targets.onnx.plain_products import constant, logit_products
+from passes.targets.onnx.plain_products import constant, logit_products, looks_up_tokens
 from passes.targets.onnx.tensors import lazy, parts, tensor_of
 
 PROMPTS = (16, 32)
@@ -64,8 +64,9 @@ class SmoothPass(ir.passes.InPlacePass):
 
 
 def _vocabulary(model: ir.Model) -> int:
-    """The size of the logits' last axis."""
-    return int(model.graph.outputs[0].shape[-1])  # type: ignore[arg-type, index]
+    """The number of tokens: rows of the table in which the first input is looked up, else the logits' last axis."""
+    tables = [tensor_of(node.inputs[0]).shape for node in model.graph if looks_up_tokens(model.graph, node)]
+    return int(tables[0][0] if tables else model.graph.outputs[0].shape[-1])  # type: ignore[arg-type, index]
 
 
 def smoothing(size: Sizes, weights: Collection[Sizes]) -> Sizes:

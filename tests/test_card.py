@@ -1,0 +1,126 @@
+"""README.md of a pruned folder: metadata that a hub reads, figures of the report, lines of Python that run as they are."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import toy_checkpoints as toys
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+
+import mptk
+from mptk.driver.card import is_hub_id, proof, title
+from mptk.io import licence
+from mptk.io.manifest import check_manifest
+from mptk.io.markdown import code, table
+from mptk.run.report import Report
+
+BASE = "a`b|<img src=x>[me](http:e)*x*"
+SETTINGS = mptk.Settings(method="wanda", widths={"ffn": 32}, families=("ffn",), data="random", samples=2, length=24)
+LICENCE = "---\nlicense: mit\nlanguage: [en]\ntags: [secret]\n---\nA dense model.\n"
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small llama that was pruned with ONNX, from a folder with a hostile name, a card and a licence file."""
+    source = tmp_path_factory.mktemp("dense") / BASE
+    toys.llama().save_pretrained(source)
+    toys.tokenizer().save_pretrained(source)
+    (source / "README.md").write_text(LICENCE)
+    (source / "LICENSE").write_text("be kind")
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    mptk.prune(str(source), out, replace(SETTINGS, multiple=8, quantize=("int8",)))
+    return out
+
+
+def blocks(folder: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+
+
+def tokens(text: str) -> list[str]:
+    found = MarkdownIt("commonmark").enable("table").parse(text)
+    return [t.type for token in found for t in (token, *(token.children or ()))]
+
+
+def test_metadata_is_what_a_hub_wants_with_the_dense_models_licence(pruned: Path) -> None:
+    card = ModelCard.load(pruned / "README.md").data.to_dict()
+    assert card["license"] == "mit"
+    assert card["language"] == ["en"]
+    assert card["library_name"] == "transformers"
+    assert card["pipeline_tag"] == "text-generation"
+    assert {"pruned", "onnx"} <= set(card["tags"])
+    assert "secret" not in card["tags"]
+    assert "base_model" not in card  # a folder of this machine is no model of the hub
+    assert (pruned / "LICENSE").read_text() == "be kind"
+
+
+def test_the_card_tells_the_reports_figures_and_belongs_to_the_folder(pruned: Path) -> None:
+    text, report = (pruned / "README.md").read_text(), Report.read(pruned)
+    assert "README.md" in report.files
+    check_manifest(pruned)
+    assert str(pruned.parent) not in text
+    assert str(Path(report.model).parent) not in text
+    for figure in (
+        "| `ffn` | 64 | 32 | 2 |",
+        f"{report.cost['pruned']['parameters']:,.0f}",
+        f"{report.quality['pruned']:,}",
+        f"{report.quantized['int8']['quality']:,}",
+        report.quality["protocol"],
+        *(d["stage"] for d in report.proof),
+    ):
+        assert figure in text
+    assert all(d.ok for d in mptk.verify(pruned))
+
+
+def test_its_lines_of_python_run_in_the_folder(pruned: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(pruned)
+    ran = [block for block in blocks(pruned) if "onnxruntime_genai" not in block]
+    assert len(ran) == 2
+    torch.manual_seed(0)
+    for block in ran:
+        exec(block, {})  # noqa: S102
+    assert "input_ids" in capsys.readouterr().out
+
+
+def test_names_stay_text(pruned: Path) -> None:
+    found = tokens((pruned / "README.md").read_text().split("\n---\n", 1)[1])
+    assert not {"html_inline", "html_block", "link_open", "image", "em_open"} & set(found)
+    assert "table_open" in found
+
+
+@pytest.mark.parametrize(
+    "text", ["`", "``a`", "a|b", "<b>", "[x](y)", "# x\n---\n\n<b>", "\x1b[31m\u202e", "| `|` |", ""]
+)
+def test_any_text_is_one_code_span_and_one_cell(text: str) -> None:
+    plain = tokens(f"A {code(text)} b")
+    assert set(plain) <= {"paragraph_open", "paragraph_close", "inline", "text", "code_inline"}
+    assert tokens(table(["a", "b"], [[code(text), code(text)]])).count("td_open") == 2
+
+
+def test_a_card_of_a_hub_model_names_it() -> None:
+    assert is_hub_id("HuggingFaceTB/SmolLM2-135M")
+    assert not any(is_hub_id(name) for name in ("smollm2-135m", "/models/a", "../a/b", "a/b.gguf/c", "a/-b", "a/b c"))
+
+
+@pytest.mark.parametrize(
+    "card", ["", "no metadata", "---\nlicense: [\n---\n", "---\n- a\n---\n", "---\nlicense: {a: 1}\n---\n"]
+)
+def test_a_dense_card_that_says_nothing_readable_gives_no_licence(card: str, tmp_path: Path) -> None:
+    assert licence.stated(tmp_path) == {}
+    (tmp_path / "README.md").write_text(card)
+    assert licence.stated(tmp_path) == {}
+
+
+def test_a_licence_in_words_is_another_one() -> None:
+    assert licence.as_fields("Apache-2.0") == {"license": "apache-2.0"}
+    assert licence.as_fields("Gemma Terms of Use") == {"license": "other", "license_name": "Gemma Terms of Use"}
+
+
+def test_what_is_not_known_is_said(pruned: Path) -> None:
+    report = Report.read(pruned)
+    assert "2 training steps" not in title(report)
+    assert "no |" in proof(replace(report, proof=[{**report.proof[0], "ok": False}]))

@@ -1,0 +1,142 @@
+"""`mptk push` against a hub on loopback that records what it is sent."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from typer.testing import CliRunner
+
+from mptk.cli.main import app
+from mptk.errors import MptkError
+from mptk.io.manifest import write_manifest
+from mptk.io.push import push
+
+CARD = "---\nlicense: mit\nbase_model: me/dense\ntags:\n- pruned\n---\n\n# A card\n"
+
+
+class Hub(ThreadingHTTPServer):
+    """Keeps the files of a commit and the bodies of other requests by path. ``refuses``: paths answered with 403."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: dict[str, dict] = {}
+        self.files: dict[str, bytes] = {}
+        self.summary, self.refuses = "", ""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.answer({"sha": "0" * 40, "id": "me/small", "siblings": []})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.server.refuses and self.server.refuses in self.path:
+            self.answer({"error": "you may not write here"}, 403)
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "header":
+                    self.server.summary = line["value"]["summary"]
+                else:
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.server.asked[self.path] = {}
+            self.answer({"success": True, "commitOid": "1" * 40, "commitUrl": f"{self.server.url}/me/small/commit/1"})
+        else:
+            asked = self.server.asked[self.path] = json.loads(body or b"{}")
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked.get("files", [])
+            ]
+            self.answer({"files": files, "url": f"{self.server.url}/me/small", "name": "me/small", "warnings": []})
+
+    def answer(self, content: object, status: int = 200) -> None:
+        said = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    server = Hub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "small"
+    (made / "onnx").mkdir(parents=True)
+    (made / "README.md").write_text(CARD)
+    (made / "config.json").write_text("{}")
+    (made / "onnx" / "model.onnx").write_bytes(b"graph")
+    write_manifest(made)
+    return made
+
+
+def test_every_file_of_the_folder_is_uploaded(hub: Hub, folder: Path) -> None:
+    run = CliRunner().invoke(app, ["push", str(folder), "me/small"])
+    assert run.exit_code == 0, run.exception
+    assert "/me/small/commit/" in run.stdout
+    assert set(hub.files) == {"README.md", "config.json", "mptk.json", "onnx/model.onnx"}
+    assert hub.files["onnx/model.onnx"] == b"graph"
+    assert "small" in hub.summary
+    assert "private" not in hub.asked["/api/repos/create"]
+    assert any(path.endswith("/commit/main") for path in hub.asked)
+
+
+def test_a_private_repository_a_branch_and_a_message(hub: Hub, folder: Path) -> None:
+    push(folder, "me/small", private=True, revision="v2", message="cut by a third")
+    created = hub.asked["/api/repos/create"]
+    assert created.get("private") is True or created.get("visibility") == "private"
+    assert {"/api/models/me/small/branch/v2", "/api/models/me/small/commit/v2"} <= set(hub.asked)
+    assert hub.summary == "cut by a third"
+
+
+def test_a_folder_that_changed_or_is_not_ours_is_not_sent(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    (folder / "config.json").write_text("{ }")
+    with pytest.raises(MptkError, match=r"config.json in .* was changed since it was published"):
+        push(folder, "me/small")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(MptkError, match=r"has no mptk.json"):
+        push(tmp_path / "other", "me/small")
+    assert not hub.asked
+
+
+def test_a_refusal_is_one_line_that_says_what_to_check(hub: Hub, folder: Path) -> None:
+    hub.refuses = "/commit/"
+    with pytest.raises(MptkError, match=r"^me/small was not uploaded to http://127.*403.*hf auth login.*") as raised:
+        push(folder, "me/small")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_hub_that_cannot_be_reached(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(MptkError, match=r"was not uploaded to http://127\.0\.0\.1:9.*the network"):
+        push(folder, "me/small")
+
+
+def test_a_name_that_no_hub_takes(hub: Hub, folder: Path) -> None:
+    with pytest.raises(MptkError, match="check the name"):
+        push(folder, "me/../x")
+    assert not hub.files

@@ -1,0 +1,146 @@
+"""Models of every kind in memory, with data in memory: what ``mptk.prune`` makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_kinds import METRICS, MODELS
+from torch import nn
+from toy_checkpoints import TEXT, tokenizer
+
+import mptk
+from mptk.errors import MptkError
+from mptk.ir.samples import Samples, next_tokens
+from mptk.targets.graph import WEIGHTS
+
+SMALL: dict[str, Any] = {"method": "wanda", "sparsity": 0.3, "tolerance": 0.2, "multiple": 2, "samples": 4}
+SMALL |= {"length": 12, "eval_windows": 3, "eval_length": 12, "progress": None}
+
+
+def ids(count: int = 4, length: int = 12) -> torch.Tensor:
+    return torch.randint(3, 97, (count, length))
+
+
+DATA: dict[str, Any] = {
+    "encoder": lambda: ids(),
+    "text classifier": lambda: {"input_ids": ids(), "labels": torch.arange(4)},
+    "encoder-decoder": lambda: {"input_ids": ids()},
+    "image classifier": lambda: [{"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.arange(2)}] * 3,
+    "speech": lambda: {"input_features": torch.randn(4, 8, 100)},
+}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_kind_is_pruned_in_memory(name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    found = mptk.prune(model, data=DATA[name](), **SMALL)
+    assert found is not None
+    assert (found.report.task, found.report.quality["metric"]) == METRICS[name]
+    assert all(row["ok"] for row in found.report.proof)
+    assert type(found.model) is type(model)
+    assert sum(p.numel() for p in found.model.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_example_inputs_make_a_module_of_a_transformers_model(tmp_path: Path) -> None:
+    """Its stock class still holds it, and what counts is the distance of its outputs."""
+    model = MODELS["encoder"]()
+    example = {"input_ids": ids(2, 9), "token_type_ids": torch.ones(2, 9, dtype=torch.int64)}
+    found = mptk.prune(model, tmp_path / "out", example_inputs=example, onnx=False, **SMALL)
+    assert found is not None
+    assert (found.report.task, found.report.quality["metric"]) == ("module", "distance")
+    assert type(found.model) is type(model)
+    model.save_pretrained(tmp_path / "dense")
+    assert all(d.ok for d in mptk.verify(tmp_path / "out", model=str(tmp_path / "dense")))
+
+
+def test_samples_and_texts_are_the_same_data(tmp_path: Path) -> None:
+    """Windows that the caller cuts give the plan of the texts that they are cut from."""
+    from toy_checkpoints import llama
+
+    words = tokenizer()
+    by_texts = mptk.prune(llama(), data=[TEXT] * 4, tokenizer=words, **SMALL)
+    assert by_texts is not None
+    seen = by_texts.report.data["calibration"]["inputs"]["input_ids"]
+    stream = torch.tensor(words("".join(TEXT), add_special_tokens=False)["input_ids"])
+    assert seen["shape"] == [4, 12]
+    windows = stream[: len(stream) // 12 * 12].reshape(-1, 12)[:4]
+    given = [
+        mptk.prune(llama(), data=data, **SMALL)
+        for data in (windows, next_tokens(windows), list(windows[:, None]), list(windows))
+    ]
+    assert len({found.plan.digest for found in given if found is not None}) == 1
+
+
+class Convolutions(nn.Module):
+    """Batch norms between convolutions, and an image of class scores that is given twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 24, 3, padding=1),
+            nn.BatchNorm2d(24),
+            nn.ReLU(),
+            nn.Conv2d(24, 20, 3, padding=1),
+            nn.BatchNorm2d(20),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(20, 6)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layers(image).mean((2, 3)))
+
+
+def test_convolutions_and_their_statistics_are_cut(tmp_path: Path) -> None:
+    net = Convolutions()
+    net(torch.randn(8, 3, 10, 10))  # running statistics that are not 0 and 1
+    found = mptk.prune(net, tmp_path / "out", example_inputs=torch.randn(4, 3, 10, 10), **SMALL)
+    assert found is not None
+    small = found.model
+    assert small.layers[1].running_mean.shape == small.layers[0].bias.shape
+    assert small.layers[0].bias.shape[0] < 24
+    assert net.training
+    assert (tmp_path / "out" / WEIGHTS).is_file()
+    assert all(d.ok for d in mptk.verify(tmp_path / "out", model=net))
+
+
+class Tabular(nn.Module):
+    """Whole numbers of a fixed length, which no proof may cut or repeat as it does with tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 6)
+        self.up, self.down = nn.Linear(60 * 6, 32), nn.Linear(32, 1)
+
+    def forward(self, columns: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(self.table(columns).flatten(1)).relu()).squeeze(1)
+
+
+def test_whole_numbers_are_no_sequence(tmp_path: Path) -> None:
+    net, columns = Tabular(), torch.randint(0, 11, (6, 60))
+    found = mptk.prune(net, tmp_path / "out", example_inputs=columns, families="ffn", **SMALL)
+    assert found is not None
+    assert found.model(columns).shape == (6,)
+    assert all(d.ok for d in mptk.verify(tmp_path / "out", model=net))
+
+
+class Total(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).relu()).sum()
+
+
+def test_outputs_without_samples_are_refused() -> None:
+    with pytest.raises(MptkError, match="whose outputs have the samples in their first dimension"):
+        mptk.prune(Total(), example_inputs=torch.randn(4, 6), **SMALL)
+
+
+def test_samples_of_other_inputs_are_refused() -> None:
+    with pytest.raises(MptkError, match="lack the input 'input_ids'"):
+        mptk.prune(MODELS["encoder"](), data=Samples({"words": ids()}), **SMALL)

@@ -148,9 +148,16 @@ def evaluate(
         evaluate_onnx(model, data, length, windows, tasks, threads, device, json_file)
         return
     if not tasks and kind_of(model, trust_remote_code=trust_remote_code) is not CAUSAL_LM:
-        given = {"device": device, "length": length, "windows": windows or Settings.eval_windows}
         with stages(err) as progress:
-            found = use.evaluate(model, data, **given, trust_remote_code=trust_remote_code, progress=progress)
+            found = use.evaluate(
+                model,
+                data,
+                windows=windows or Settings.eval_windows,
+                length=length,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
         show(json_file, {"model": model, **found}, quality_view(found))
         return
     with stages(err) as progress:

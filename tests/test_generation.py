@@ -161,8 +161,6 @@ def test_export_rounds_int4_for_a_text(source, tmp_path):
         (["generate", "FOLDER", "a", "--chat"], "no chat template"),
         (["generate", "SOURCE", "a"], "mptk export MODEL"),
         (["eval", "FOLDER", "--runtime", "onnx", "--tasks", "arc"], "tasks run in torch"),
-        (["export", "SOURCE", "--out", "OUT", "--quantize", "int3"], "int8, int4, fp16"),
-        (["export", "SOURCE", "--out", "OUT", "--objective", "speed"], "decode"),
     ],
 )
 def test_errors_name_the_way_out(folder, source, tmp_path, words, message):

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import pkgutil
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,9 +80,7 @@ def test_masks_are_learned_and_the_folder_is_an_ordinary_model(learned: Path) ->
 
 def test_weights_that_are_not_the_proven_ones_are_found_out(learned: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in learned.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(learned, copy)
     weights = load_file(copy / "model.safetensors")
     name = "model.layers.0.mlp.down_proj.weight"
     weights[name][0, 0] += 1e-3

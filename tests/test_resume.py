@@ -26,7 +26,7 @@ SETTINGS = mptk.Settings(
     method="wanda", reconstruct=True, sparsity=0.35, samples=4, length=32, multiple=8, onnx=False, eval_length=32
 )
 TEXT, SCORE, WIDTHS = (
-    "mptk.tasks.causal_lm.calibration_windows",
+    "mptk.tasks.inputs.text.calibration_windows",
     "mptk.methods.criteria.gather",
     "mptk.methods.one_shot._best",
 )

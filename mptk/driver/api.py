@@ -242,7 +242,7 @@ def export_folder(
             generation.save_pretrained(folder)
         if loaded.tokenizer is not None:
             save_tokenizer(loaded.tokenizer, folder)
-        CAUSAL_LM.onnx.describe(loaded.model.config, loaded.model.generation_config, folder, "onnx")
+        task.onnx.describe(loaded.model.config, generation, folder, "onnx")
     return Path(out)
 
 

@@ -167,7 +167,7 @@ def test_units_are_scored_by_the_loss_of_the_kind(folders: Path, tmp_path: Path,
     assert all(row["ok"] for row in mptk.Report.read(tmp_path / "out").proof)
 
 
-@pytest.mark.parametrize("name", ["encoder", "image classifier", "encoder-decoder"])
+@pytest.mark.parametrize("name", ["encoder", "image classifier"])
 def test_masks_are_learned_and_it_recovers(folders: Path, tmp_path: Path, name: str) -> None:
     learning = Learning(steps=6, rank=2, training=Training(batch=4, micro=2))
     mptk.prune(str(folders / name), tmp_path / "out", settings(folders, name, method="maskprune", learning=learning))
@@ -238,7 +238,6 @@ def test_a_kind_is_found_by_the_class(folders: Path) -> None:
     assert {name: task_of(load(str(folders / name))).name for name in MODELS} == {n: k for n, (k, _) in METRICS.items()}
 
 
-@pytest.mark.parametrize(("mapping", "model_type"), [("masked-lm", "albert"), ("image-classification", "mobilenet_v2")])
-def test_types_of_the_zoo_pass_the_command_line(mapping: str, model_type: str) -> None:
-    row = zoo_end_to_end.run_type(mapping, model_type)
+def test_a_type_of_the_zoo_passes_the_command_line() -> None:
+    row = zoo_end_to_end.run_type("masked-lm", "albert")
     assert row["stage"] == "verified", row["reason"]

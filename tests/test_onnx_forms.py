@@ -17,8 +17,6 @@ from graph_damage import damaged
 from torch import Tensor
 from transformers import (
     AutoModel,
-    BartConfig,
-    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
@@ -61,7 +59,6 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "t5": lambda: T5ForConditionalGeneration(
         T5Config(vocab_size=61, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=3, decoder_start_token_id=0)
     ),
-    "bart": lambda: BartForConditionalGeneration(BartConfig(**SMALL, **HEADS, max_position_embeddings=64)),
     "whisper": lambda: WhisperForConditionalGeneration(
         WhisperConfig(**SMALL, **HEADS, **SOUND, **ENDS, begin_suppress_tokens=None)
     ),
@@ -94,7 +91,6 @@ NAMES: dict[str, Callable[[int], dict[str, Shapes]]] = {
         "model.onnx": {"pixel_values": ["batch_size", 3, 32, 32], "logits": ["batch_size", 7]}
     },
     "t5": text_parts,
-    "bart": text_parts,
     "whisper": lambda width: {
         "encoder_model.onnx": {
             "input_features": ["batch_size", 8, 60],

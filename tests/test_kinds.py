@@ -148,6 +148,7 @@ def test_it_is_pruned_proven_and_measured_in_its_own_terms(folders: Path, tmp_pa
     assert (report.task, report.quality["metric"]) == METRICS[name]
     assert any(f["width"] < f["of"] for f in report.families.values())
     assert math.isfinite(report.quality["pruned"])
+    assert report.quality["protocol"].startswith(f"{folders / DATA.get(name, 'text.txt')}: ")
     assert {"stored weights", "rewritten graph", "reloaded checkpoint"} <= {row["stage"] for row in report.proof}
     assert [d.stage for d in mptk.verify(out)] == [row["stage"] for row in report.proof]
     card = ModelCard.load(out / "README.md")
@@ -208,9 +209,10 @@ def test_targets_end_with_the_text() -> None:
     [
         ("image classifier", "self", "this model reads images, and self is no folder of them"),
         ("image classifier", "text.txt", "is no folder of them; give one with --data, or random"),
-        ("image classifier", "sounds", "holds no image"),
-        ("speech", "images", "holds no .wav file"),
+        ("image classifier", "sounds", "holds no images"),
+        ("speech", "images", "holds no WAV files"),
         ("encoder", "self", "cannot write text to calibrate on"),
+        ("encoder-decoder", "self", "cannot write text to calibrate on"),
     ],
 )
 def test_data_of_another_kind_is_said(folders: Path, tmp_path: Path, name: str, data: str, line: str) -> None:

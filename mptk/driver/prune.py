@@ -245,7 +245,7 @@ def read_samples(job: Job, prepared: Prepared, context: Context) -> SampleSets:
             source = data.SELF
         else:
             evaluation = task.evaluation(prepared.loaded, s)
-    said = source if source == IN_MEMORY else data.protocol_name(source)
+    said = source if source == IN_MEMORY else task.named(prepared.loaded.model, source)
     return SampleSets(training, training[: s.samples], evaluation, said, task.sequences)
 
 

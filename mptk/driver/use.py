@@ -14,7 +14,6 @@ from mptk.driver.prune import traced
 from mptk.driver.pruned import Pruned, Shown, reporting
 from mptk.driver.sources import Data, Inputs, Model, collected, in_memory, names_of, source_of, task_of_folder
 from mptk.errors import MptkError, explained
-from mptk.io import data as text
 from mptk.io import models
 from mptk.io.dense import open_dense
 from mptk.io.resident import Resident
@@ -74,7 +73,7 @@ def evaluate(
             raise MptkError("there is nothing to measure on; give data")
         else:
             samples = task.evaluation(loaded, settings)
-        source = IN_MEMORY if data is None or in_memory(data) else text.protocol_name(str(data))
+        source = IN_MEMORY if data is None or in_memory(data) else task.named(loaded.model, str(data))
         sets = SampleSets(samples, samples, samples, source, task.sequences)
         return dict(task.quality(runs, sets, say))
 

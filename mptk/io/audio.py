@@ -9,24 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mptk.errors import MptkError
+from mptk.io.media import media_files
 
 SUFFIX = ".wav"
 Sound = npt.NDArray[np.float32]
 
 
 def find_sounds(data: str) -> list[Path]:
-    """All WAV files in the folder ``data`` and below, in the order of their paths.
-
-    Raises:
-        MptkError: there is no such folder, or it has none.
-    """
-    folder = Path(data).expanduser()
-    if not folder.is_dir():
-        raise MptkError(f"this model reads sound; {data} is no folder of WAV files; give one with --data, or random")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() == SUFFIX)
-    if not found:
-        raise MptkError(f"{data} holds no {SUFFIX} file; convert its sounds, for instance with ffmpeg -i IN OUT.wav")
-    return found
+    """All WAV files in the folder ``data`` and below. Errors are those of ``media_files``."""
+    return media_files(data, "WAV files", (SUFFIX,))
 
 
 def read_sound(path: Path, rate: int) -> Sound:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
 from mptk.io.text import sampled
-from mptk.io.text.sources import RANDOM, SELF, Source, parse, shared
+from mptk.io.text.sources import RANDOM, RANDOM_NAME, SELF, Source, parse, shared
 from mptk.io.text.tokens import digest, token_stream, windows_of
 from mptk.progress import Count
 
@@ -183,7 +183,7 @@ def protocol_name(data: str) -> str:
     if data == SELF:
         return sampled.NAME
     if data == RANDOM:
-        return "random inputs, which say nothing of real data"
+        return RANDOM_NAME
     folders = [source.name for source in parse(data, held_out=True) if source.is_folder]
     return f"{data} (windows of all files of {' and '.join(folders)}, seed 0)" if folders else data
 

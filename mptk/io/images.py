@@ -6,23 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from mptk.errors import MptkError
+from mptk.io.media import media_files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def find_images(data: str) -> list[Path]:
-    """All pictures in the folder ``data`` and below, in the order of their paths.
-
-    Raises:
-        MptkError: there is no such folder, or it has none.
-    """
-    folder = Path(data).expanduser()
-    if not folder.is_dir():
-        raise MptkError(f"this model reads images, and {data} is no folder of them; give one with --data, or random")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise MptkError(f"{data} holds no image ({', '.join(SUFFIXES)}); give a folder with some")
-    return found
+    """All pictures in the folder ``data`` and below. Errors are those of ``media_files``."""
+    return media_files(data, "images", SUFFIXES)
 
 
 def open_image(path: Path) -> Any:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from mptk.cost.model import CostModel
+from mptk.io.data import protocol_name
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.ir.families import Analysis
@@ -283,6 +284,10 @@ class Task(Protocol):
     def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
         """Samples of inputs that the caller prepared, with the targets that the loss needs beside them."""
         return Samples(dict(inputs))
+
+    def named(self, model: nn.Module, data: str) -> str:
+        """``data`` of the settings, by default text, as the protocol of a measurement names it."""
+        return protocol_name(data)
 
     def loss(self, output: Tensor, samples: Samples) -> Tensor:
         """Sum over all that is predicted of ``samples``: how bad the model's ``output`` is."""

@@ -11,44 +11,31 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from mptk.io.evaluation import Runs
-from mptk.io.models import Loaded
 from mptk.ir.samples import Samples
-from mptk.progress import Count, Progress
-from mptk.run.chain import Task
-from mptk.run.settings import Settings
+from mptk.progress import Progress
 from mptk.run.values import SampleSets
 from mptk.tasks.classes import known_to
-from mptk.tasks.inputs import inputs_of
+from mptk.tasks.compared import ComparedTask, means
 from mptk.tasks.model_form import FEATURES, ModelForm
 
 
-class Encoder(Task):
+class Encoder(ComparedTask):
     """BertModel, ViTModel, Wav2Vec2Model: features of the last layer, [samples, positions, channels]."""
 
     name = "encoder"
     summary = "bare encoder"
     onnx = ModelForm(FEATURES)
-    compares = True
     classes = False
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         if getattr(config, "is_encoder_decoder", False):
             return f"{type(config).__name__} has an encoder and a decoder; give the model with its output layer"
         return known_to((MODEL_MAPPING_NAMES,), config, classes, "give features")
-
-    def example(self, model: nn.Module) -> Samples:
-        return Samples(inputs_of(model).example(model))
-
-    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
-        return Samples(inputs_of(loaded.model).calibration(loaded, settings, count, progress))
-
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
-        return Samples(inputs_of(loaded.model).evaluation(loaded, settings))
 
     def loss(self, output: Tensor, samples: Samples) -> Tensor:
         """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense model's features (``targets``)."""
@@ -58,28 +45,16 @@ class Encoder(Task):
     def sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
         return projection(output, samples)
 
-    def predicted(self, samples: Samples) -> int:
-        return len(samples)
-
-    @torch.no_grad()
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
-        alike: dict[str, float] = {}
-        apart: dict[str, float] = {}
-        reference = torch.empty(0)
-        for name, _, output in runs(sets.evaluation.split(1), partial(progress, "cosine")):
-            features = output.float().cpu()
-            reference = features if name == "dense" else reference
-            pooled = (mean_of_positions(features), mean_of_positions(reference))
-            alike[name] = alike.get(name, 0.0) + float(F.cosine_similarity(*pooled, dim=-1).sum())
-            apart[name] = apart.get(name, 0.0) + float(errors(features, reference).sqrt().sum())
-        count = len(sets.evaluation)
+        samples, figures = sets.evaluation, {"cosine": _alike, "distance": distances}
+        found = means(runs, samples.split(1), figures, partial(progress, "cosine"))
         return {
-            **{name: round(total / count, 4) for name, total in alike.items()},
+            **found["cosine"],
             "metric": "cosine",
-            "distance": {name: round(total / count, 6) for name, total in apart.items()},
+            "distance": found["distance"],
             "protocol": (
-                f"{sets.source}: mean over {count} samples of the cosine of the features' mean over positions with the "
-                "dense model's; distance: of all features, relative to their norm"
+                f"{sets.source}: mean over {len(samples)} samples of the cosine of the features' mean over positions "
+                "with the dense model's; distance: of all features, relative to their norm"
             ),
         }
 
@@ -98,6 +73,16 @@ def errors(features: Tensor, reference: Tensor) -> Tensor:
     """‖f − f*‖² / ‖f*‖² of each sample."""
     apart = (features.float() - reference.float()).flatten(1).square().sum(1)
     return apart / reference.float().flatten(1).square().sum(1).clamp_min(1e-12)
+
+
+def distances(features: Tensor, reference: Tensor) -> Tensor:
+    """Σ ‖f − f*‖ / ‖f*‖ over samples."""
+    return errors(features, reference).sqrt().sum()
+
+
+def _alike(features: Tensor, reference: Tensor) -> Tensor:
+    pooled, other = (mean_of_positions(f.float()) for f in (features, reference))
+    return F.cosine_similarity(pooled, other, dim=-1).sum()
 
 
 def mean_of_positions(features: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ token, at the same positions for each model.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -75,22 +74,16 @@ class MaskedLM(TokenTask):
         hidden = _masked(ids)
         return Samples({"input_ids": ids.masked_fill(hidden, self.mask)}, ids.masked_fill(~hidden, IGNORED))
 
-    @torch.no_grad()
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
         samples = sets.evaluation
-        tokens = self.predicted(samples)
-        rows = samples.split(1)
-        totals: dict[str, float] = {}
-        say = partial(progress, "pseudo-perplexity")
-        for name, i, logits in runs(rows, say):
-            totals[name] = totals.get(name, 0.0) + float(self.loss(logits, rows[i].to(logits.device)))
-        result: dict[str, float | str] = {n: round(math.exp(total / tokens), 4) for n, total in totals.items()}
-        result["metric"] = "pseudo-perplexity"
-        result["protocol"] = (
-            f"{sets.source}: pseudo-perplexity, {len(samples)} windows of {samples.positions} tokens, one token in "
-            f"{STRIDE} masked, {tokens:,} predicted"
-        )
-        return result
+        return {
+            **self.perplexities(runs, samples, partial(progress, "pseudo-perplexity")),
+            "metric": "pseudo-perplexity",
+            "protocol": (
+                f"{sets.source}: pseudo-perplexity, {len(samples)} windows of {samples.positions} tokens, one token in "
+                f"{STRIDE} masked, {self.predicted(samples):,} predicted"
+            ),
+        }
 
 
 def _masked(ids: Tensor) -> Tensor:

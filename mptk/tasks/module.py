@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -19,7 +18,8 @@ from mptk.progress import Count, Progress
 from mptk.run.chain import Task
 from mptk.run.settings import Settings
 from mptk.run.values import SampleSets
-from mptk.tasks.encoder import errors, projection
+from mptk.tasks.compared import means
+from mptk.tasks.encoder import distances, errors, projection
 from passes.frontend.trace import argument_names
 
 Outputs = Tensor | Sequence[Tensor]
@@ -71,23 +71,21 @@ class Module(Task):
     def predicted(self, samples: Samples) -> int:
         return len(samples)
 
-    @torch.no_grad()
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
-        apart: dict[str, float] = {}
-        reference = torch.empty(0)
-        for name, _, output in runs(sets.evaluation.batches(AT_ONCE), partial(progress, "distance")):
-            found = joined(output).cpu()
-            reference = found if name == "dense" else reference
-            apart[name] = apart.get(name, 0.0) + float(errors(found, reference).sqrt().sum())
-        count = len(sets.evaluation)
+        batches = sets.evaluation.batches(AT_ONCE)
+        found = means(runs, batches, {"distance": _distances}, partial(progress, "distance"))
         return {
-            **{name: round(total / count, 6) for name, total in apart.items()},
+            **found["distance"],
             "metric": "distance",
             "protocol": (
-                f"{sets.source}: mean over {count} samples of the distance of all outputs from the dense module's, "
-                "relative to their norm"
+                f"{sets.source}: mean over {len(sets.evaluation)} samples of the distance of all outputs from the "
+                "dense module's, relative to their norm"
             ),
         }
+
+
+def _distances(output: Outputs, reference: Outputs) -> Tensor:
+    return distances(joined(output), joined(reference))
 
 
 def example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Samples:

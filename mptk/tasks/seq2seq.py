@@ -6,7 +6,6 @@ second column of data is needed and the targets are of the model's own kind.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -65,6 +64,9 @@ class Seq2Seq(TokenTask):
     def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
         return self.answered(loaded, {n: x for n, x in inputs.items() if n != DECODER}, False, 0)
 
+    def named(self, model: nn.Module, data: str) -> str:
+        return inputs_of(model).named(data)
+
     def answered(self, loaded: Loaded, inputs: Named, random: bool, seed: int) -> Samples:
         """The inputs with what the dense model writes for them; ``random``: with random tokens."""
         if random:
@@ -76,18 +78,14 @@ class Seq2Seq(TokenTask):
         end = loaded.model.generation_config.eos_token_id if loaded.model.generation_config is not None else None
         return Samples({**inputs, DECODER: ids[:, :-1]}, until_end(ids, end))
 
-    @torch.no_grad()
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
-        samples, totals = sets.evaluation, dict[str, float]()
-        rows, tokens = samples.split(1), self.predicted(samples)
-        for name, i, logits in runs(rows, partial(progress, "perplexity")):
-            totals[name] = totals.get(name, 0.0) + float(self.loss(logits, rows[i].to(logits.device)))
+        samples = sets.evaluation
         return {
-            **{name: round(math.exp(total / tokens), 4) for name, total in totals.items()},
+            **self.perplexities(runs, samples, partial(progress, "perplexity")),
             "metric": "perplexity",
             "protocol": (
                 f"{sets.source}: teacher-forced perplexity of what the dense model writes for {len(samples)} samples, "
-                f"{tokens:,} tokens predicted"
+                f"{self.predicted(samples):,} tokens predicted"
             ),
         }
 

@@ -1,12 +1,17 @@
-"""tokens: what tasks share whose models predict tokens: their loss."""
+"""tokens: what tasks share whose models predict tokens: their loss and perplexity."""
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mptk.errors import MptkError
+from mptk.io.evaluation import Runs
 from mptk.ir.samples import IGNORED, Samples
+from mptk.progress import Count
 from mptk.run.chain import Task
 
 
@@ -28,3 +33,12 @@ class TokenTask(Task):
     def predicted(self, samples: Samples) -> int:
         assert samples.targets is not None
         return int((samples.targets != IGNORED).sum())
+
+    @torch.no_grad()
+    def perplexities(self, runs: Runs, samples: Samples, progress: Count) -> dict[str, float]:
+        """Run → e to the mean loss of a target, to 4 decimals."""
+        rows, totals = samples.split(1), dict[str, float]()
+        for name, i, logits in runs(rows, progress):
+            totals[name] = totals.get(name, 0.0) + float(self.loss(logits, rows[i].to(logits.device)))
+        tokens = self.predicted(samples)
+        return {name: round(math.exp(total / tokens), 4) for name, total in totals.items()}

@@ -43,7 +43,7 @@ def sampled(
     progress: Count | None = None,
 ) -> Tensor:
     """Text that the model writes, as tokens, int64 [count, length]: ``data.self_sampled``."""
-    if not model.can_generate():
+    if not model.can_generate() or model.config.is_encoder_decoder:
         raise MptkError(f"{type(model).__name__} cannot write text to calibrate on; give some with --data")
     report = progress or (lambda done, total: None)
     generator = torch.Generator().manual_seed(seed)

@@ -18,6 +18,7 @@ SELF = "self"
 """The value of ``data`` for text that the model writes."""
 RANDOM = "random"
 """The value of ``data`` for seeded random inputs. They show that all works, and nothing of how good a model is."""
+RANDOM_NAME = "random inputs, which say nothing of real data"
 
 
 @dataclass(frozen=True)

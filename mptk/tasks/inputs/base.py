@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from mptk.errors import MptkError
 from mptk.io.models import Loaded
+from mptk.io.text.sources import RANDOM, RANDOM_NAME
 from mptk.progress import Count
 from mptk.run.settings import Settings
 
@@ -37,6 +37,10 @@ class Inputs(Protocol):
         """``settings.eval_windows`` samples of ``settings.eval_data``, else of ``settings.data``. Errors are those."""
         ...
 
+    def named(self, data: str) -> str:
+        """``data`` as the protocol of a measurement names it."""
+        return RANDOM_NAME if data == RANDOM else data
+
 
 def random_inputs(example: Mapping[str, Tensor], count: int, bounds: Mapping[str, int], seed: int) -> Named:
     """``count`` random samples in the shapes of ``example``: normal numbers, integers below their bound."""
@@ -57,10 +61,3 @@ def accepted(model: nn.Module, inputs: Mapping[str, Tensor]) -> Named:
     """Those of ``inputs`` that the model's ``forward`` takes."""
     names = inspect.signature(model.forward).parameters
     return {name: tensor for name, tensor in inputs.items() if name in names}
-
-
-def no_text(loaded: Loaded) -> MptkError:
-    """The error if a model is to write what it cannot."""
-    return MptkError(
-        f"{loaded.source} cannot write text to calibrate on; give some with --data (or random, to try the commands)"
-    )

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mptk.io.data import protocol_name
 from mptk.io.models import Loaded
-from mptk.io.text.sources import RANDOM, SELF
+from mptk.io.text.sources import RANDOM
 from mptk.progress import Count
 from mptk.run.settings import Settings
-from mptk.tasks.inputs.base import Inputs, Named, no_text
+from mptk.tasks.inputs.base import Inputs, Named
 from mptk.tasks.windows import calibration_windows, evaluation_windows
 
 BATCH, SEQUENCE = 2, 7
@@ -30,8 +31,6 @@ class Tokens(Inputs):
     def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
         if settings.data == RANDOM:
             return random_ids(loaded, count, settings.length, settings.seed)
-        if settings.data == SELF and not loaded.model.can_generate():
-            raise no_text(loaded)
         return {"input_ids": calibration_windows(loaded, settings, count, progress)}
 
     def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
@@ -39,6 +38,9 @@ class Tokens(Inputs):
         if (settings.eval_data or settings.data) == RANDOM:
             return random_ids(loaded, settings.eval_windows, length, settings.seed + 1)
         return {"input_ids": evaluation_windows(loaded, settings, length)}
+
+    def named(self, data: str) -> str:
+        return protocol_name(data)
 
 
 def fitting(loaded: Loaded, length: int) -> int:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class MptkError(Exception):
     """A user-facing error: one line that names the cause and the remedy. The command line prints it and exits 1."""
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """A question with the name of ``known`` that is closest to a mistyped one; ``otherwise`` if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else otherwise
 
 
 class ProofError(MptkError):

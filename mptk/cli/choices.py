@@ -5,7 +5,6 @@ The names are listed here so that ``--help`` imports no method. A test compares 
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
@@ -14,6 +13,7 @@ from typing import Any
 import typer
 
 from mptk.cost.budgets import BUDGETS
+from mptk.errors import did_you_mean
 from mptk.run.settings import COMPUTE_DTYPES, DTYPES, ONNX_DTYPES
 
 METHODS = ("maskprune", "random", "magnitude", "wanda", "flap", "taylor")
@@ -67,9 +67,8 @@ def checked(text: str, known: Sequence[str]) -> str:
     """``text``, if it is one of ``known``; else an error that names what is close to it."""
     if text in known:
         return text
-    close = difflib.get_close_matches(text, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise typer.BadParameter(f"{text!r} is not known; {hint}Choose one of {', '.join(known)}.")
+    said = (f"{text!r} is not known.", did_you_mean(text, known, ""), f"Choose one of {', '.join(known)}.")
+    raise typer.BadParameter(" ".join(filter(None, said)))
 
 
 def _all(known: Sequence[str], groups: Sequence[str]) -> list[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mptk.errors import MptkError
+from mptk.errors import MptkError, did_you_mean
 
 
 def configured(context: typer.Context, file: Path | None) -> Path | None:
@@ -30,8 +29,7 @@ def configured(context: typer.Context, file: Path | None) -> Path | None:
     values: dict[str, Any] = {}
     for name, value in read_recipe(file).items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}" if close else f"there are {', '.join(known)}"
+            hint = did_you_mean(name, known, f"there are {', '.join(known)}")
             raise MptkError(f"{file} has {name!r}, which is no option of `mptk {context.command.name}`; {hint}")
         if value is not None:
             values[known[name].name] = _as_typed(value, known[name])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from typing import Any
 
-from mptk.errors import MptkError
+from mptk.errors import MptkError, did_you_mean
 from mptk.run.settings import Learning, LossWeights, Settings, Training
 
 _LISTS = ("families", "keep", "quantize")
@@ -49,9 +48,7 @@ def keyword_names() -> list[str]:
 
 def no_keyword(name: str, known: list[str]) -> MptkError:
     """The error of a keyword that does not exist."""
-    near = get_close_matches(name, known, 1)
-    hint = f"did you mean {near[0]!r}?" if near else "help(mptk.Settings) has them all"
-    return MptkError(f"there is no setting {name!r}; {hint}")
+    return MptkError(f"there is no setting {name!r}; {did_you_mean(name, known, 'help(mptk.Settings) has them all')}")
 
 
 def _names(kind: type) -> list[str]:

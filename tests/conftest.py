@@ -32,3 +32,11 @@ def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MPTK_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory, _own_cache):
+    """Name → a tiny model, an export, a pruned folder, …, for tests that damage copies of them."""
+    from tests.bad_inputs.shared import shared_folders
+
+    return shared_folders(tmp_path_factory.mktemp("tiny"))

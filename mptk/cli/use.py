@@ -128,7 +128,7 @@ def generate(
         encoded, max_new_tokens = fitting(runner.positions, encoded, max_new_tokens)
     steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed)
     if len(prompts) == 1:
-        streamer = Streamer(runner.tokenizer, skip_special_tokens=True)
+        streamer: Any = Streamer(runner.tokenizer, skip_special_tokens=True)
         for (token,) in steps:
             streamer.put(np.array([token]))
         streamer.end()

@@ -203,7 +203,7 @@ def traced(loaded: Loaded, task: Task, executor: Executor) -> Program:
 
     def run(samples: Samples) -> Tensor | tuple[Tensor, ...]:
         nonlocal ran
-        found = next(executor.outputs([program], [samples.tensors]))
+        found: Tensor | tuple[Tensor, ...] = next(executor.outputs([program], [samples.tensors]))
         check_alive(loaded.source, program, (found,) if isinstance(found, Tensor) else found)
         ran += 1
         return found

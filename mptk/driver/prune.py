@@ -32,6 +32,7 @@ from mptk.io.licence import copy_notices
 from mptk.io.models import Loaded
 from mptk.io.publish import check_replaceable, publish
 from mptk.io.resident import free_memory
+from mptk.io.text.sampled import writes
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
@@ -152,6 +153,8 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     resident, executor = execution(settings)
     with context.stage("load"):
         loaded, task = job.load(resident)
+        if not settings.resume:  # what was read before is kept
+            check_data(job, loaded, task, settings)
     if settings.onnx and task.onnx is not None:
         task.onnx.check(loaded.model, settings)
     if job.given is not None:
@@ -168,6 +171,16 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     if settings.steps and not settings.learning.rank and whole:
         raise MptkError(f"all weights cannot be trained where {whole[0]} is cut, as norms follow it; use --rank 16")
     return prepared
+
+
+def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> None:
+    """Read one sample of each source. Raises MptkError if that cannot be done, before anything takes time."""
+    if job.samples is not None:
+        return
+    if settings.data != data.SELF or not writes(loaded.model):  # to write text takes time
+        task.samples(loaded, replace(settings, samples=1), 1, lambda done, total: None)
+    if settings.eval_data is not None:
+        task.evaluation(loaded, replace(settings, eval_windows=1))
 
 
 def check_whole(loaded: Loaded, settings: Settings) -> None:

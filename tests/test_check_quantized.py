@@ -19,6 +19,7 @@ from passes.pipelines import SCHEMES, emit_onnx, quantize_onnx
 from passes.targets.onnx import check_quantized as checked
 from passes.targets.onnx.balance import weight_of
 from passes.targets.onnx.check_quantized import DIVERGENCES, check_quantized, divergence
+from passes.targets.onnx.names import QUANTIZED
 
 TEXT = np.random.default_rng(0).integers(3, 97, (16, 32))
 
@@ -77,7 +78,7 @@ DAMAGES: dict[str, tuple[str, str, Damage]] = {
 def test_damage_is_found(name: str, graphs: Path, tmp_path: Path) -> None:
     scheme, ending, damage = DAMAGES[name]
     shutil.copytree(graphs, tmp_path, dirs_exist_ok=True)
-    file = tmp_path / f"model_{scheme}.onnx"
+    file = tmp_path / QUANTIZED[scheme]
     check_quantized(tmp_path / "model.onnx", file, scheme)
     where = rf"the proof fails at '{scheme} weights': (linear_2|model\.embed_tokens|val_140|model\.norm)"
     with pytest.raises(ProofError, match=where):
@@ -108,7 +109,7 @@ def test_channels_in_another_order_are_the_same_weights(graphs: Path, monkeypatc
     even_channels = checked.even_channels
     monkeypatch.setattr(checked, "even_channels", lambda source: [*even_channels(source), ReorderPass()])
     for scheme in ("int8", "int4"):
-        assert check_quantized(graphs / "model.onnx", graphs / f"model_{scheme}.onnx", scheme) <= 1
+        assert check_quantized(graphs / "model.onnx", graphs / QUANTIZED[scheme], scheme) <= 1
 
 
 # ---- logits ----

@@ -188,10 +188,10 @@ def test_quantised_and_in_float16(folders: Path, tmp_path: Path) -> None:
         scheme: ort.InferenceSession(out / "onnx" / f"model{scheme}.onnx").run(
             None, {name: tensor.numpy() for name, tensor in inputs.items()}
         )[0]
-        for scheme in ("", "_int8", "_int4", "_fp16")
+        for scheme in ("", "_quantized", "_q4", "_fp16")
     }
     apart = {s: float(np.linalg.norm(run - runs[""]) / np.linalg.norm(runs[""])) for s, run in runs.items()}
-    assert 0 < apart["_fp16"] < apart["_int8"] < apart["_int4"] < 0.3
+    assert 0 < apart["_fp16"] < apart["_quantized"] < apart["_q4"] < 0.3
     assert runs["_fp16"].dtype == np.float32
     with torch.no_grad():
         assert_equal(torch.from_numpy(runs[""]), model(**inputs).last_hidden_state)
@@ -211,7 +211,7 @@ def test_an_image_model_in_float16_takes_the_processors_own_numbers(folders: Pat
 def test_an_encoder_decoder_is_exported_and_not_quantised(folders: Path, tmp_path: Path) -> None:
     dense = folders / "encoder-decoder"
     out = export_folder(str(dense), tmp_path / "export")
-    names = ["decoder_model.onnx", "decoder_model.onnx.data", "encoder_model.onnx", "encoder_model.onnx.data"]
+    names = ["decoder_model.onnx", "decoder_model.onnx_data", "encoder_model.onnx", "encoder_model.onnx_data"]
     assert sorted(path.name for path in (out / "onnx").iterdir()) == names
     with pytest.raises(MptkError, match="written in float32 only; leave out --quantize and --onnx-dtype"):
         export_folder(str(dense), tmp_path / "int8", quantize=("int8",))

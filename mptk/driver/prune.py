@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from functools import partial
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import passes.frontend.trace
@@ -32,6 +31,7 @@ from mptk.io.licence import copy_notices
 from mptk.io.models import Loaded
 from mptk.io.publish import check_replaceable, publish
 from mptk.io.resident import free_memory
+from mptk.io.tensors import write_weights
 from mptk.io.text.sampled import writes
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
@@ -373,7 +373,7 @@ def written_folder(
             context.folder.finish(folder)
         chosen.plan.save(folder / "plan.json")
         if chosen.changes and not chosen.trained:
-            save_file(dict(chosen.changes), folder / COMPENSATION)
+            write_weights(folder / COMPENSATION, Weights(chosen.changes))
         notes = [*chosen.notes, describe_processes(context.accelerator) if context.accelerator else ""]
         for target in targets:
             with context.stage(f"write {target.name}"):

@@ -80,7 +80,7 @@ def export_onnx(
 def generate(
     model: Annotated[str, typer.Argument(help="The --out folder of `prune` or `export`, or an .onnx file in it.")],
     prompts: Annotated[list[str], typer.Argument(help="Text to continue; several run as one batch.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write after each prompt.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: take the likeliest token; above 0: sample.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample among this many likeliest tokens; 0: all.")] = 50,
     top_p: Annotated[

@@ -133,7 +133,7 @@ def stopping(target: str, call: int) -> Callable[..., object]:
     def stop(*args: object, **options: object) -> object:
         if next(calls) < call:
             return original(*args, **options)
-        for path in (a for a in args if isinstance(a, Path) and a.suffix == ".tmp"):
+        for path in (a for a in args if isinstance(a, Path) and a.parent.name == "new"):
             path.write_bytes(b"half")
         raise Stopped
 

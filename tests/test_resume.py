@@ -69,7 +69,7 @@ def counted(counts: Counter[str], stop: str | None, call: int = 1) -> Iterator[N
 
         def run(*args: object, **options: object) -> object:
             if name == stop and next(calls) == call:
-                for path in (a for a in args if isinstance(a, Path) and a.suffix == ".tmp"):
+                for path in (a for a in args if isinstance(a, Path) and a.parent.name == "new"):
                     path.write_bytes(b"half")
                 raise Stopped
             result = original(*args, **options)

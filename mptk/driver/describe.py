@@ -19,6 +19,7 @@ from mptk.io.dense import absolute, fingerprint
 from mptk.io.licence import CARD
 from mptk.io.live import weights_fingerprint
 from mptk.io.manifest import listed, update_manifest, weights_digest
+from mptk.io.publish import amend
 from mptk.ir.samples import Samples
 from mptk.progress import Count
 from mptk.run.chain import Compiled, Prepared, Proven
@@ -121,9 +122,10 @@ def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path,
         for scheme, row in report.quantized.items()
     }
     report = replace(report, quality=quality, quantized=quantized, stages=context.log.as_list())
-    report.write(folder)
-    write_card(report, compiled, folder)
-    update_manifest(folder, FILE, CARD)
+    with amend(folder) as new:
+        report.write(new)
+        write_card(report, compiled, new)
+        update_manifest(new, FILE, CARD)
     return report
 
 

@@ -255,6 +255,16 @@ def test_half_precision_learns_much_the_same_and_what_it_learns_is_proven(
     assert [d["stage"] for d in report.proof] == STAGES
 
 
+def test_a_configuration_that_fails_leaves_nothing_in_the_way(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [])
+    wanting = replace(SETTINGS, learning=replace(LEARNING, steps=2, tracker="wandb"))
+    with pytest.raises(MptkError, match="the tracker wandb is not installed"):
+        mptk.prune(llama, tmp_path / "out", wanting)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 def test_a_trackers_files_come_with_the_folder(llama: str, tmp_path: Path) -> None:
     settings = replace(LEARNING, steps=2, tracker="tensorboard")

@@ -136,7 +136,9 @@ class Stage:
             there = made(place)
         if out is not None and (found := within(there, out)):
             if found not in (within(before, out), within(self.expected, out)):
-                wrong.append(f"{out} is neither the earlier nor the new one: {differences(within(self.expected, out), found)}")
+                wrong.append(
+                    f"{out} is neither the earlier nor the new one: {differences(within(self.expected, out), found)}"
+                )
             try:
                 check_manifest(place / out)
             except MptkError as error:
@@ -227,7 +229,9 @@ def main(
     head = header(trials, seed, done=True)
     if json_file is not None:
         write_result(json_file, head, [asdict(trial) for trial in trials])
-    print(f"seed {seed}: {head['kills']} kills, {head['wrong']} wrong, {head['finished']} ended before they were killed")
+    print(
+        f"seed {seed}: {head['kills']} kills, {head['wrong']} wrong, {head['finished']} ended before they were killed"
+    )
     raise typer.Exit(head["wrong"] > 0)
 
 

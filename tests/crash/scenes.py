@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import shlex
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -14,9 +15,9 @@ from pathlib import Path
 from mptk.io import packaged
 from tests.crash.forked import Trap, run
 
-WORDS = "the quick brown fox jumps over lazy dogs while seven wizards mix pale blue jars of honey".split()
-SHORT = "--samples 4 --length 16 --eval-windows 2 --eval-length 16 --multiple-of 4 --data text.txt --seed 3".split()
-TRAIN = "--batch 2 --micro 2 --rank 2 --save-every 2".split()
+MEASURED = shlex.split("--data text.txt --length 16 --eval-windows 2 --eval-length 16")
+SHORT = [*MEASURED, *shlex.split("--samples 4 --multiple-of 4 --seed 3")]
+TRAIN = shlex.split("--batch 2 --micro 2 --rank 2 --save-every 2")
 WANDA = ["prune", "model", "--method", "wanda", "--reconstruct", *SHORT, "--no-onnx"]
 OWN = ("mptk.json", "report.json", "README.md", "bench.json", "metrics.jsonl", "run.yaml")
 """Files that name times and places: other runs have others."""
@@ -62,7 +63,7 @@ def packaged_here() -> None:
     os.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(Path("index").resolve()), "PIP_NO_CACHE_DIR": "1"}
 
 
-PRUNED = ["prune", "model", "--method", "magnitude", "--sparsity", "0.3", *SHORT, "--no-onnx", "--out", "pruned"]
+PRUNED = ["prune", "model", "--method", "magnitude", "--sparsity", "0.286", *SHORT, "--no-onnx", "--out", "pruned"]
 EARLIER = [*PRUNED[:-1], "out"]
 SCENES = {
     scene.name: scene
@@ -91,15 +92,16 @@ SCENES = {
         ),
         Scene(
             "recover",
-            ["recover", "pruned", "--steps", "6", "--data", "text.txt", "--length", "16", "--eval-windows", "2"]
-            + ["--eval-length", "16", *TRAIN, "--no-onnx", "--out", "out"],
+            ["recover", "pruned", "--steps", "6", *MEASURED, *TRAIN, "--no-onnx", "--out", "out"],
             (PRUNED,),
             resumes=True,
             share=3,
         ),
         Scene("export", ["export", "model", "--quantize", "int8", "--out", "out"], share=2),
         Scene("fetch", ["fetch", "toy"], out=None, prepare=packaged_here, share=2),
-        Scene("bench", ["bench", "model", "--lengths", "8", "--rounds", "2", "--json", "times.json"], out=None, share=2),
+        Scene(
+            "bench", ["bench", "model", "--lengths", "8", "--rounds", "2", "--json", "times.json"], out=None, share=2
+        ),
         Scene("report", ["report", "pruned", "--html", "page.html"], (PRUNED,), out=None),
     )
 }
@@ -107,7 +109,7 @@ SCENES = {
 
 def write_inputs(place: Path) -> None:
     """A model with 2 layers and 16 hidden units, and a text. To be called in a process of its own."""
-    from toy_checkpoints import tokenizer
+    from toy_checkpoints import TEXT, tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
     set_seed(0)
@@ -126,7 +128,7 @@ def write_inputs(place: Path) -> None:
     )
     LlamaForCausalLM(config).save_pretrained(place / "model")
     tokenizer().save_pretrained(place / "model")
-    (place / "text.txt").write_text(" ".join(random.Random(0).choices(WORDS, k=2000)))
+    (place / "text.txt").write_text(" ".join(random.Random(0).choices(TEXT.split(), k=2000)))
     for name in ("cache", "tmp"):
         (place / name).mkdir()
 
@@ -138,7 +140,12 @@ def made(place: Path) -> dict[str, str]:
 
 
 def _digest(path: Path) -> str:
-    if path.name in OWN or path.suffix == ".html" or path.parent.name in ("machine", "latency") or path.name == "times.json":
+    if (
+        path.name in OWN
+        or path.suffix == ".html"
+        or path.parent.name in ("machine", "latency")
+        or path.name == "times.json"
+    ):
         return ""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -259,7 +259,7 @@ def bench(
         )
     for model in models[1:]:
         if (Path(model) / "report.json").is_file():
-            with amend(Path(model)) as new:
+            with amend(Path(model).resolve()) as new:
                 write_json(new / "bench.json", result.to_json())
                 update_manifest(new, "bench.json")
     if markdown is not None:

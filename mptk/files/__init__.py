@@ -3,7 +3,7 @@
 from mptk.files.claims import claimed
 from mptk.files.replace import discard, fill_folder, put_folder, put_made, write_file, write_together
 from mptk.files.staging import Staging, scratch, staged, tidy, tidy_scratch
-from mptk.files.text import json_text, write_json, write_text
+from mptk.files.text import json_text, write_json, write_result, write_text
 from mptk.files.trouble import cannot_write, writing
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "tidy_scratch",
     "write_file",
     "write_json",
+    "write_result",
     "write_text",
     "write_together",
     "writing",

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mptk.files.staging import OLD, Staging, staged
+from mptk.files.staging import OLD, Staging, staged, tidy
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
@@ -39,6 +39,7 @@ def write_together(folder: Path, *names: str) -> Iterator[Path]:
 
     Name a file last if it refers to the others. Other files in ``folder`` stay.
     """
+    tidy(folder)
     with staged(folder) as staging:
         yield staging.folder
         ordinary(staging.folder)

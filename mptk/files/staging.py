@@ -87,7 +87,11 @@ def take(path: Path) -> Staging | None:
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:
-        if not _own(path):
+        try:
+            mine = _own(path)
+        except FileNotFoundError:
+            return None
+        if not mine:
             raise PermissionError(errno.EPERM, f"{path} is no folder of yours; remove it") from None
     descriptor = _locked(path, create=True)
     return None if descriptor is None else Staging(path, descriptor)
@@ -104,7 +108,8 @@ def tidy(parent: Path) -> None:
 
 def tidy_scratch() -> None:
     """``tidy`` for the system's temporary files."""
-    tidy(Path(tempfile.gettempdir()))
+    with contextlib.suppress(OSError):  # there is none
+        tidy(Path(tempfile.gettempdir()))
 
 
 def holder() -> str:

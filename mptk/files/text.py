@@ -6,7 +6,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mptk.files.replace import write_file
@@ -39,7 +39,12 @@ def write_json(path: Path | None, content: object) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a file in UTF-8, atomically. Its folder is made if missing. A device or a pipe is written as it is.
+    """Write a file in UTF-8. Otherwise as ``write_result``."""
+    write_result(path, lambda file: file.write_text(content, encoding="utf-8"))
+
+
+def write_result(path: Path, write: Callable[[Path], object]) -> None:
+    """As ``write_file``, for a path that a user named. Its folder is made if missing; a device is written as it is.
 
     Raises:
         MptkError: it cannot be written, or is a symbolic link.
@@ -49,9 +54,9 @@ def write_text(path: Path, content: str) -> None:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
-            path.write_text(content, encoding="utf-8")
+            write(path)
         else:
-            write_file(path, lambda file: file.write_text(content, encoding="utf-8"))
+            write_file(path, write)
     except OSError as error:
         raise cannot_write(path, error) from error
 

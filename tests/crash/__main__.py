@@ -92,7 +92,7 @@ class Stage:
             event = draw.choice(list(words.values())[number // 3 % len(words)])
         else:
             seconds = 0.9 * draw.random() * self.unbroken.seconds
-            return Trap(how, seconds=seconds, exchange=self.scene.exchange), f"after {seconds:.2f} s"
+            return Trap(how, seconds=seconds, exchange=self.scene.exchange), f"after {seconds:.2f} s of work"
         return Trap(how, event=event, exchange=self.scene.exchange), f"{event}: {events[event]}"
 
     def play(self, number: int, seed: int) -> Trial:

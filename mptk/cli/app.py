@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import signal
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +22,8 @@ from rich.text import Text
 
 from mptk.cli.voice import VOICE
 from mptk.errors import MptkError, explained
-from mptk.files import json_text, write_json
+from mptk.files import json_text, tidy, write_json
+from mptk.io.cache import tidy_shared
 
 app = typer.Typer(
     help="Structured pruning for language models: analyse, cut, prove, emit.",
@@ -47,12 +50,21 @@ Verbose = Annotated[
 ]
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
 class Interrupted(Exception):
-    """Ctrl-C. The text says what is kept."""
+    """Ctrl-C, or SIGTERM. The text says what is kept."""
+
+    def __init__(self, stop: KeyboardInterrupt) -> None:
+        super().__init__(str(stop) or "nothing was published")
+        by_ctrl_c = not isinstance(stop, Terminated)
+        self.word, self.code = ("interrupted", 130) if by_ctrl_c else ("terminated", 143)
 
 
 def main() -> None:
-    """Run the command line. A user's error prints one line to stderr and exits with 1; an interrupt exits with 130."""
+    """Run the command line. A user's error prints one line to stderr and exits with 1; Ctrl-C with 130, SIGTERM 143."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -61,16 +73,35 @@ def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     warnings.filterwarnings("ignore")
     try:
-        with explained():
+        with explained(), _terminable():
             app()
     except MptkError as error:
         if VOICE.verbose:
             traceback.print_exc()
         err.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(1)
-    except (Interrupted, KeyboardInterrupt) as stop:
-        err.print(f"interrupted; {str(stop) or 'nothing was published'}", highlight=False, soft_wrap=True)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        ended = Interrupted(stop)
+    except Interrupted as stop:
+        ended = stop
+    else:
+        return
+    err.print(f"{ended.word}; {ended}", highlight=False, soft_wrap=True)
+    sys.exit(ended.code)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within it SIGTERM raises Terminated, so that a command cleans up after itself."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def command(name: str | None = None, *, examples: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Any]:
@@ -81,9 +112,10 @@ def command(name: str | None = None, *, examples: tuple[str, ...] = ()) -> Calla
         def run(*, quiet: bool, verbose: bool, **values: Any) -> None:
             VOICE.quiet, VOICE.verbose = quiet, verbose
             try:
+                tidy_for(values.values())
                 function(**values)
             except KeyboardInterrupt as stop:  # typer would end without a word
-                raise Interrupted(str(stop)) from stop
+                raise Interrupted(stop) from stop
 
         own = inspect.signature(function, eval_str=True)
         more = [
@@ -109,6 +141,15 @@ def show(json_file: Path | None, content: object, view: RenderableType) -> None:
     out.print(view)
 
 
+def tidy_for(arguments: Iterable[object]) -> None:
+    """Remove what killed commands left in the cache folder and beside the files and folders that are named."""
+    tidy_shared()
+    for argument in arguments:
+        for name in argument if isinstance(argument, list | tuple) else [argument]:
+            if isinstance(name, str | Path):
+                tidy(Path(name).expanduser().parent)
+
+
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
     """Within it, Ctrl-C says what is kept of the run that writes to ``folder``, and how to go on."""
@@ -116,7 +157,7 @@ def resumable(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(_kept(folder, began)) from stop
+        raise type(stop)(_kept(folder, began)) from stop
 
 
 def _kept(folder: Path, began: float) -> str:

@@ -243,6 +243,7 @@ def bench(
     from mptk.cli.plot import draw_bench, require_matplotlib
     from mptk.driver import api
     from mptk.io.manifest import update_manifest
+    from mptk.io.publish import amend
 
     if plot is not None:
         require_matplotlib()
@@ -258,8 +259,9 @@ def bench(
         )
     for model in models[1:]:
         if (Path(model) / "report.json").is_file():
-            write_json(Path(model) / "bench.json", result.to_json())
-            update_manifest(Path(model), "bench.json")
+            with amend(Path(model).resolve()) as new:
+                write_json(new / "bench.json", result.to_json())
+                update_manifest(new, "bench.json")
     if markdown is not None:
         write_text(markdown, report.bench_markdown(result))
     if plot is not None:

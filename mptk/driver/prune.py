@@ -22,14 +22,14 @@ from mptk.driver.card import write_card
 from mptk.driver.changes import COMPENSATION, widened
 from mptk.driver.describe import describe, measured
 from mptk.driver.estimate import check_fits, estimated_for
-from mptk.driver.job import Finished, Given, Job
+from mptk.driver.job import Finished, Given, Job, held
 from mptk.driver.kept import kept_choice, kept_fit
 from mptk.driver.proof import check_proof, check_witness, prove_folder
 from mptk.errors import MptkError, explained
 from mptk.io import data
 from mptk.io.licence import copy_notices
 from mptk.io.models import Loaded
-from mptk.io.publish import check_replaceable, publish
+from mptk.io.publish import publish
 from mptk.io.resident import free_memory
 from mptk.io.tensors import write_weights
 from mptk.io.text.sampled import writes
@@ -77,7 +77,7 @@ def run(job: Job, settings: Settings, context: Context) -> Finished | None:
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
             or a stage of the proof is above its tolerance. Then ``job.out`` stays as it was.
     """
-    with own_state(settings.device), explained():
+    with own_state(settings.device), explained(), held(job):
         return stages(job, settings, context if leads() else replace(context, progress=silent))
 
 
@@ -85,11 +85,21 @@ def stages(job: Job, settings: Settings, context: Context) -> Finished | None:
     """The stages of ``run``, which gives them an accelerate state of their own."""
     settings = settled(settings)
     check_settings(settings)
-    check_replaceable(job.out)
     if job.needs is not None:
         announce(job.needs(settings), job, context)
     prepared = prepare(job, settings, context)
     context = begin(job, prepared, context)
+    try:
+        return worked(job, prepared, context)
+    except Exception:
+        if context.folder is not None and leads():
+            context.folder.remove_unless(SAMPLES)  # nothing that a further run could not do as fast
+        raise
+
+
+def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
+    """The stages that follow when widths are known: samples, choice, cut, training, proof, report."""
+    settings = prepared.settings
     sets = compared(prepared, read_samples(job, prepared, context), context)
     if context.folder is not None and settings.steps:
         context = replace(context, accelerator=start_training(settings.learning, context.folder))

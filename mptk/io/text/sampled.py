@@ -22,7 +22,7 @@ from transformers import (
 
 from mptk.errors import MptkError
 from mptk.files import write_file
-from mptk.io.packaged import cache_dir
+from mptk.io.cache import cache_dir
 from mptk.progress import Count
 
 NAME = "text sampled from the dense model (compares runs of this model only)"

@@ -6,6 +6,7 @@ Report. Nothing is published unless every stage of the proof is within its toler
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -209,11 +210,40 @@ def check_whole(loaded: Loaded, settings: Settings) -> None:
 
 
 def traced(loaded: Loaded, task: Task, executor: Executor) -> Program:
-    """The model's program with its weights. Raises MptkError if it does not compute what the task says."""
-    example = task.example(loaded.model).inputs
-    program = loaded.with_weights(passes.frontend.trace.trace(loaded.model, example, dynamic=True))
-    task.check(loaded, lambda samples: next(executor.outputs([program], [samples.tensors])))
+    """The model's program with its weights.
+
+    Raises:
+        MptkError: it does not compute what the task says, or its outputs are not finite, or zero alone.
+    """
+    example = task.example(loaded.model)
+    program = loaded.with_weights(passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=True))
+    ran = 0
+
+    def run(samples: Samples) -> Tensor | tuple[Tensor, ...]:
+        nonlocal ran
+        found: Tensor | tuple[Tensor, ...] = next(executor.outputs([program], [samples.tensors]))
+        check_alive(loaded.source, program, (found,) if isinstance(found, Tensor) else found)
+        ran += 1
+        return found
+
+    task.check(loaded, run)
+    if not ran:
+        run(example)
     return program
+
+
+def check_alive(source: str, program: Program, outputs: Sequence[Tensor]) -> None:
+    """Raise MptkError if a model's ``outputs`` are not finite, with the name of such a weight, or are all zero."""
+    if not all(output.isfinite().all() for output in outputs):
+        weights = (name for name, like in program.state.likes.items() if like.is_floating_point())
+        name = next((name for name in weights if not program.state[name].isfinite().all()), None)
+        if name is not None:
+            raise MptkError(f"{name} of {source} holds numbers that are not finite; give undamaged weights")
+        raise MptkError(f"the outputs of {source} are not finite, though its weights are; give undamaged ones")
+    if not any(output.any() for output in outputs):
+        raise MptkError(
+            f"the outputs of {source} are all zero: its weights are zero, or too large to be squared; give trained ones"
+        )
 
 
 def legalise(

@@ -84,7 +84,7 @@ def test_portable_refuses_what_breaks(found: tuple[Analysis, LegalWidths]) -> No
     search = WidthSearch(analysis, legal.portable(), cost, derivable(), method, target, settings)
     with pytest.raises(MptkError, match=rf"q_heads cannot be cut .*{HEADS}; leave out --portable"):
         search.candidates()
-    with pytest.raises(MptkError, match="writes no config.json .* leave out --portable"):
+    with pytest.raises(MptkError, match=r"writes no config\.json .* leave out --portable"):
         find_target("graph").legal(analysis, derivable(), 2).portable()
 
 

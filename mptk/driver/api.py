@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,10 +17,11 @@ from mptk.cost.budgets import phase
 from mptk.driver.prune import traced
 from mptk.errors import MptkError
 from mptk.io import data, models
+from mptk.io.cache import build_once, cache_dir
 from mptk.io.checkpoint import copy_processors, save_tokenizer
+from mptk.io.dense import fingerprint
 from mptk.io.models import Loaded
-from mptk.io.packaged import cache_dir
-from mptk.io.publish import check_replaceable, publish
+from mptk.io.publish import check_apart, check_replaceable, publish
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log, run, shapes
 from mptk.ir.plan import Plan
@@ -213,6 +215,7 @@ def export_folder(
     """
     say = progress or silent
     check_replaceable(Path(out))
+    check_apart(Path(out), model, *([] if text is None else [text]))
     check_schemes(quantize)
     phase(objective)
     check_onnx_dtype(onnx_dtype, quantize)
@@ -274,18 +277,20 @@ def bench(
 
 
 def onnx_folder(model: str, progress: Progress | None = None) -> Path:
-    """``MODEL`` or ``MODEL/onnx`` if it holds ``model.onnx``, else an export kept in the cache folder."""
+    """``MODEL`` or ``MODEL/onnx`` if it holds ``model.onnx``, else an export kept in the cache folder.
+
+    Its name there is made of what the model's files hold, so that a model that changed is exported again.
+    """
     for own in (Path(model), Path(model) / "onnx"):
         if (own / "model.onnx").is_file():
             return own
-    loaded = load_decoder(model)
-    stamp = hashlib.sha256(f"{loaded.path.resolve()} {__version__} {torch.__version__}".encode()).hexdigest()[:16]
-    cached = cache_dir() / "onnx" / stamp
-    if not (cached / "model.onnx").is_file():
-        if progress is not None:
-            progress(f"exporting {model} to ONNX", 0, 1)
-        with publish(cached) as folder:
-            export(loaded.model, folder)
-        if progress is not None:
-            progress(f"exporting {model} to ONNX", 1, 1)
-    return cached
+    say = progress or silent
+
+    def build(folder: Path) -> None:
+        say(f"exporting {model} to ONNX", 0, 1)
+        export(load_decoder(model).model, folder)
+        say(f"exporting {model} to ONNX", 1, 1)
+
+    made_of = (fingerprint(model), __version__, torch.__version__, transformers.__version__)
+    stamp = hashlib.sha256(" ".join(made_of).encode()).hexdigest()[:16]
+    return build_once(cache_dir() / "onnx" / stamp, build)

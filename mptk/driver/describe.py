@@ -18,6 +18,7 @@ from mptk.io.dense import absolute, fingerprint
 from mptk.io.licence import CARD
 from mptk.io.live import weights_fingerprint
 from mptk.io.manifest import listed, update_manifest, weights_digest
+from mptk.io.publish import amend
 from mptk.io.tensors import write_weights
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
@@ -123,9 +124,10 @@ def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path,
         for scheme, row in report.quantized.items()
     }
     report = replace(report, quality=quality, quantized=quantized, stages=context.log.as_list())
-    report.write(folder)
-    write_card(report, compiled, folder)
-    update_manifest(folder, FILE, CARD)
+    with amend(folder) as new:
+        report.write(new)
+        write_card(report, compiled, new)
+        update_manifest(new, FILE, CARD)
     return report
 
 

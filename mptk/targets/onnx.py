@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from mptk.errors import MptkError, ProofError
+from mptk.files import scratch
 from mptk.ir.passes import Log
 from mptk.ir.samples import Samples
 from mptk.run.chain import Compiled, Dense, OnnxForm, Target
@@ -70,10 +70,10 @@ class OnnxTarget(Target):
         quantized = partial(_quantized, form, compiled.prepared.executor.device)
         found = [d for file in files for d in quantized(file, main, scheme_of(file), batches)]
         if main.is_file() and form.half(folder / FOLDER):
-            with tempfile.TemporaryDirectory() as temporary:
+            with scratch() as staging:
                 settings = replace(compiled.prepared.settings, onnx_dtype="float32")
-                _export(compiled, form, settings, batches[0], Path(temporary), Log())
-                found += quantized(main, Path(temporary) / main.name, "fp16", batches)
+                _export(compiled, form, settings, batches[0], staging.folder, Log())
+                found += quantized(main, staging.folder / main.name, "fp16", batches)
         return found
 
 

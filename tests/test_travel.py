@@ -29,7 +29,7 @@ HEADS = "programs that derive head_dim from hidden_size and num_attention_heads"
 
 def derivable() -> LlamaForCausalLM:
     """6 heads of 8 in hidden 48."""
-    config = toys.llama(layers=1).config
+    config = toys.llama().config
     config.head_dim = 8
     return LlamaForCausalLM(config).eval()
 

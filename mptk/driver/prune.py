@@ -18,7 +18,7 @@ import passes.frontend.trace
 from mptk.compat.accelerate import own_state
 from mptk.cost.estimate import Estimate
 from mptk.cost.model import is_layered
-from mptk.driver.budget import WidthSearch, budgeted, multiples
+from mptk.driver.budget import WidthSearch, budgeted, left_whole, multiples
 from mptk.driver.card import write_card
 from mptk.driver.changes import COMPENSATION, widened
 from mptk.driver.describe import describe, measured
@@ -252,6 +252,8 @@ def legalise(
     """The widths that the settings and the target allow, or the plan that the settings give, resolved."""
     method, target = find_method(settings.method), find_target(settings.target)
     legal = target.legal(analysis, loaded.model, multiples(settings))
+    if settings.portable:
+        legal = legal.portable()
     stored = stored_type(settings, loaded)
     cost, settings = budgeted(analysis, legal, settings, progress, stored.itemsize)
     prepared = Prepared(source, settings, loaded, task, method, target, analysis, legal, cost)
@@ -415,6 +417,7 @@ def written_folder(
         if chosen.changes and not chosen.trained:
             write_weights(folder / COMPENSATION, Weights(chosen.changes))
         notes = [*chosen.notes, describe_processes(context.accelerator) if context.accelerator else ""]
+        notes.append(left_whole(prepared.analysis, prepared.legal, prepared.settings))
         for target in targets:
             with context.stage(f"write {target.name}"):
                 notes += target.emit(compiled, sets, folder, context.log)

@@ -131,8 +131,9 @@ class Settings:
 
     What is cut: ``sparsity`` is a share of the ``budget`` (``cost.budgets.BUDGETS``), or ``max_ms`` is the latency to
     reach, in milliseconds of ``objective`` with ``threads`` of ONNX Runtime (0: all cores). ``families`` are cut,
-    ``keep`` stay whole, ``widths`` fixes some, ``plan`` (a file) fixes everything. Sums over cut channels stay
-    multiples of ``multiple``. ``tolerance``: how far the sparsity may miss.
+    ``keep`` stay whole, ``widths`` fixes some, ``plan`` (a file) fixes everything. ``portable``: only cuts that every
+    program reads rightly, not transformers alone. Sums over cut channels stay multiples of ``multiple``.
+    ``tolerance``: how far the sparsity may miss.
 
     How it is chosen: ``method``, on ``samples`` windows of ``length`` tokens of ``data`` (``self``: text that the model
     writes). ``reconstruct``: fit the consumers to the dense layers' outputs (None: if the method does by itself).
@@ -175,6 +176,7 @@ class Settings:
     keep: tuple[str, ...] = ()
     widths: Mapping[str, int] = field(default_factory=dict)
     plan: str | None = None
+    portable: bool = False
     target: str = "stock"
     dtype: str = "auto"
     multiple: int = 32

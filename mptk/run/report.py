@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mptk.errors import MptkError
-from mptk.files import write_json
+from mptk.files import tidy, write_json
 from mptk.run.settings import Settings, settings_from_json
 
 FILE = "report.json"
@@ -75,6 +75,7 @@ class Report:
     def read(folder: str | Path) -> Report:
         """``report.json`` of a pruned folder. Raises MptkError if there is none, or it is no report."""
         path = Path(folder) / FILE
+        tidy(path.parent.parent)
         if not path.is_file():
             raise MptkError(f"{folder} holds no {FILE}; give the --out folder of `mptk prune`")
         try:

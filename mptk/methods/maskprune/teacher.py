@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mptk.files import write_file
+from mptk.files import tidy, write_file
 from mptk.ir.samples import Samples
 from mptk.methods.maskprune.losses import TopLogits, shorten
 
@@ -58,6 +58,7 @@ class CachedTeacher:
     ) -> None:
         self.live, self.folder, self.k, self.wanted, self.device = live, folder, k, wanted, device
         folder.mkdir(parents=True, exist_ok=True)
+        tidy(folder)
 
     def __call__(self, samples: Samples) -> Target:
         files = [self._file(sample) for sample in samples.split(1)]

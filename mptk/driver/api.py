@@ -262,7 +262,10 @@ def bench(
             cache folder.
         device: as in ``Settings``; ONNX Runtime must have an execution provider for it.
         progress: called with stages.
-        settings: of ``bench_decoders``.
+        settings: of ``mptk.runtime.bench.bench_decoders``: ``lengths`` (tokens), ``batches``, ``threads``, ``rounds``.
+
+    Returns:
+        A ``Bench``: times in milliseconds, each with its ratio to the first graph's and the ideal ratio.
 
     Raises:
         MptkError: a model cannot be found or exported, or there is no such device.

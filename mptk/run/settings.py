@@ -51,7 +51,8 @@ class Training:
     """How long and how a student is trained.
 
     ``batch`` windows a step over all processes, ``micro`` of them in one forward pass of one process. ``lr`` is the
-    peak learning rate (AdamW), reached after ``warmup`` of the steps and falling to 0 along a cosine.
+    peak learning rate (AdamW), reached after ``warmup``, a share of the steps, and falling to 0 along a cosine.
+    ``clip``: largest norm of a step's gradient. ``save_every``: steps between checkpoints.
     """
 
     batch: int = 8

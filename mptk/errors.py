@@ -32,6 +32,11 @@ _FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file is too large",
 }
+_REFUSED = {
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "not permitted",
+}
 _MEMORY = re.compile(r"out of memory|(?:can't|cannot|failed to|unable to) allocate|not enough memory|bad_alloc", re.I)
 _DEVICE = re.compile(r"(CUDA|HIP|XPU|MPS)\b.*out of memory")
 _AMOUNT = re.compile(r"(?:allocate|buffer of size) ([\d.]+)(?: ([KMGTP]iB))?", re.I)
@@ -40,7 +45,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Within it, what the machine runs out of is an Exhausted error, whichever library says so."""
+    """Within it, what the machine runs out of is an Exhausted error, whichever library says so. So are rights."""
     try:
         yield
     except Exception as error:
@@ -49,8 +54,8 @@ def explained() -> Iterator[None]:
         raise found from error
 
 
-def exhausted(error: BaseException) -> Exhausted | None:
-    """What ``error``, or an error that it was raised from, says of memory or disk; None if it says nothing of them.
+def exhausted(error: BaseException) -> MptkError | None:
+    """What ``error``, or an error that it was raised from, says of memory, disk or rights; None if it says nothing.
 
     Libraries have no class for it in common: torch raises a RuntimeError, safetensors a class of its own.
     """
@@ -61,6 +66,10 @@ def exhausted(error: BaseException) -> Exhausted | None:
             where = getattr(cause, "filename", None)
             said = _FULL[number] + (f" ({where})" if where else "")
             return Exhausted(f"{said}; free some space, or give a place on another disk")
+        if number in _REFUSED and not isinstance(error, MptkError):
+            where = getattr(cause, "filename", None)
+            said = _REFUSED[number] + (f" ({where})" if where else "")
+            return MptkError(f"{said}; check the rights of what is read and written, or give another place")
         if isinstance(cause, MemoryError) or number == errno.ENOMEM or _says_memory(cause):
             return Exhausted(_out_of_memory(str(cause)))
         cause = cause.__cause__

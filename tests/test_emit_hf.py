@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -276,14 +277,15 @@ def test_the_former_folder_comes_back_if_the_new_one_cannot_take_its_place(
     folder = tmp_path / "out"
     with publish(folder) as temporary:
         (temporary / "good").write_text("1")
-    rename = Path.rename
+    rename = os.rename
 
-    def failing(path: Path, target: Path) -> Path:
+    def failing(path: Path, target: Path) -> None:
         if path.name == "new":
             raise OSError(28, "No space left on device")
-        return rename(path, target)
+        rename(path, target)
 
-    monkeypatch.setattr(Path, "rename", failing)
+    monkeypatch.setattr("mptk.files.replace._exchanged", lambda one, two: False)
+    monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(MptkError, match=r"cannot write .*No space left"), publish(folder) as temporary:
         (temporary / "second").write_text("2")
     assert {path.name for path in folder.iterdir()} == {"good", "mptk.json"}

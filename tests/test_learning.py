@@ -133,7 +133,7 @@ def stopping(target: str, call: int) -> Callable[..., object]:
     def stop(*args: object, **options: object) -> object:
         if next(calls) < call:
             return original(*args, **options)
-        for path in (a for a in args if isinstance(a, Path) and a.suffix == ".tmp"):
+        for path in (a for a in args if isinstance(a, Path) and a.parent.name == "new"):
             path.write_bytes(b"half")
         raise Stopped
 
@@ -253,6 +253,16 @@ def test_half_precision_learns_much_the_same_and_what_it_learns_is_proven(
     assert first == pytest.approx(exact, rel=5e-3)
     assert report.sparsity == pytest.approx(0.35, abs=0.01)
     assert [d["stage"] for d in report.proof] == STAGES
+
+
+def test_a_configuration_that_fails_leaves_nothing_in_the_way(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [])
+    wanting = replace(SETTINGS, learning=replace(LEARNING, steps=2, tracker="wandb"))
+    with pytest.raises(MptkError, match="the tracker wandb is not installed"):
+        mptk.prune(llama, tmp_path / "out", wanting)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")

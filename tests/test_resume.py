@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import pkgutil
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from lab import remembered
+from safetensors import SafetensorError
 from test_pruning import WORDS, gpt2, llama_config, save  # noqa: F401 (a fixture)
 from transformers import LlamaForCausalLM
 
@@ -36,6 +40,21 @@ FIT, CUT, WRITE = (
     "mptk.targets.stock.write_checkpoint",
 )
 SAVE = "mptk.run.folder.save_file"
+REFUSED = [
+    (SAVE, errno.ENOSPC),
+    ("mptk.files.replace.os.replace", errno.EROFS),
+    ("mptk.driver.kept.write_json", errno.EDQUOT),
+    ("mptk.files.staging.Path.mkdir", errno.EACCES),
+    (WRITE, errno.ENOSPC),
+    ("mptk.files.replace._exchanged", errno.EROFS),
+]
+"""What writes, in the order of the stages, and why it may not."""
+SAID = {
+    errno.ENOSPC: "the disk is full|No space left",
+    errno.EROFS: "[Rr]ead-only",
+    errno.EDQUOT: "[Dd]isk quota",
+    errno.EACCES: "Permission denied",
+}
 
 
 class Stopped(BaseException):
@@ -69,7 +88,7 @@ def counted(counts: Counter[str], stop: str | None, call: int = 1) -> Iterator[N
 
         def run(*args: object, **options: object) -> object:
             if name == stop and next(calls) == call:
-                for path in (a for a in args if isinstance(a, Path) and a.suffix == ".tmp"):
+                for path in (a for a in args if isinstance(a, Path) and a.parent.name == "new"):
                     path.write_bytes(b"half")
                 raise Stopped
             result = original(*args, **options)
@@ -89,9 +108,9 @@ def stopped(model: str, out: Path, settings: mptk.Settings, counts: Counter[str]
         mptk.prune(model, out, settings)
 
 
-def digests(folder: Path) -> dict[str, str]:
-    names = [path.name for path in folder.iterdir() if path.suffix == ".safetensors"]
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("plan.json", *names)}
+def digests(folder: Path, *, plan: bool = True) -> dict[str, str]:
+    names = [path.name for path in folder.iterdir() if path.suffix == ".safetensors"] + ["plan.json"] * plan
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
 
 
 def require_resumed(model: str, settings: mptk.Settings, tmp_path: Path, stops: list[tuple[str, int]]) -> Counter[str]:
@@ -157,6 +176,42 @@ def test_without_resume_a_run_that_trains_is_refused_and_another_is_replaced(tmp
     work.save("text", {"ids": torch.ones(3)})
     with pytest.raises(MptkError, match="unfinished run; add --resume"):
         RunFolder(tmp_path / "out", one_shot, resume=False)
+
+
+def test_what_the_system_refuses_is_one_line_and_the_run_goes_on_afterwards(
+    llama: str, settings: mptk.Settings, tmp_path: Path
+) -> None:
+    """At each stage that writes, with each reason; the earlier output and the model stay as they are."""
+    out, resumed = tmp_path / "out", replace(settings, resume=True)
+    mptk.prune(llama, out, replace(settings, sparsity=0.2))
+    earlier, model = digests(out), digests(Path(llama), plan=False)
+    for stage, number in REFUSED:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stage, refusing(number))
+            with pytest.raises(MptkError) as raised:
+                mptk.prune(llama, out, resumed)
+        assert re.search(SAID[number], str(raised.value))
+        assert "; " in str(raised.value)
+        assert "\n" not in str(raised.value)
+        assert digests(out) == earlier
+        assert digests(Path(llama), plan=False) == model
+        assert {path.name for path in tmp_path.iterdir()} <= {"out", "out.run"}
+    counts = Counter[str]()
+    with counted(counts, None):
+        mptk.prune(llama, out, resumed)
+    assert (counts[TEXT], counts[SCORE], counts[FIT], digests(out) == earlier) == (0, 0, 0, False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def refusing(number: int) -> Callable[..., object]:
+    """What the system says to a library in C, or one in Rust, that writes."""
+    said = f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
+    error = SafetensorError(said) if number in (errno.ENOSPC, errno.EROFS) else OSError(number, os.strerror(number))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    return refuse
 
 
 def test_a_run_stopped_before_anything_is_finished_leaves_no_folder(

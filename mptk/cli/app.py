@@ -6,23 +6,26 @@ import functools
 import inspect
 import io
 import os
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from rich.console import RenderableType
 
 from mptk.cli.console import echo, out
-from mptk.cli.failure import Interrupted, ended
+from mptk.cli.failure import Interrupted, Terminated, ended
 from mptk.cli.idle import TYPED
 from mptk.cli.voice import VOICE
 from mptk.errors import explained
-from mptk.files import json_text, write_json
+from mptk.files import json_text, tidy, write_json
+from mptk.io.cache import tidy_shared
 
 app = typer.Typer(
     help="Structured pruning for language models: analyse, cut, prove, emit.",
@@ -50,12 +53,26 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a name or a sign that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     try:
-        with explained():
+        with explained(), _terminable():
             code = app(standalone_mode=False, prog_name="mptk")
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the net: what no other place has translated
         code = ended(error)
     if code:
         sys.exit(code)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within it SIGTERM raises Terminated, so that a command cleans up after itself."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def command(name: str | None = None, *, examples: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Any]:
@@ -67,9 +84,10 @@ def command(name: str | None = None, *, examples: tuple[str, ...] = ()) -> Calla
             VOICE.quiet, VOICE.verbose = quiet, verbose
             TYPED.set(frozenset(name for name in values if _typed(context, name)))
             try:
+                tidy_for(values.values())
                 function(**values)
             except KeyboardInterrupt as stop:  # typer would end without a word
-                raise Interrupted(str(stop)) from stop
+                raise Interrupted(stop) from stop
 
         own = inspect.signature(function, eval_str=True)
         more = [
@@ -101,6 +119,15 @@ def show(json_file: Path | None, content: object, view: RenderableType) -> None:
     out.print(view)
 
 
+def tidy_for(arguments: Iterable[object]) -> None:
+    """Remove what killed commands left in the cache folder and beside the files and folders that are named."""
+    tidy_shared()
+    for argument in arguments:
+        for name in argument if isinstance(argument, list | tuple) else [argument]:
+            if isinstance(name, str | Path):
+                tidy(Path(name).expanduser().parent)
+
+
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
     """Within it, Ctrl-C says what is kept of the run that writes to ``folder``, and how to go on."""
@@ -108,7 +135,7 @@ def resumable(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(_kept(folder, began)) from stop
+        raise type(stop)(_kept(folder, began)) from stop
 
 
 def _kept(folder: Path, began: float) -> str:

@@ -17,25 +17,36 @@ from mptk.errors import MptkError
 from mptk.plain import plain
 from mptk.version import __version__
 
-FAILED, USAGE, BUG, STOPPED = 1, 2, 70, 130
-"""Exit codes: an error that the user can mend, a wrong option, an error of mptk's own, Ctrl-C."""
+FAILED, USAGE, BUG, STOPPED, TERMINATED = 1, 2, 70, 130, 143
+"""Exit codes: an error that the user can mend, a wrong option, an error of mptk's own, Ctrl-C, SIGTERM."""
 KEPT = 20
 """Logs of mptk's own errors that are kept."""
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, which typer exports under no name
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
 class Interrupted(Exception):
-    """Ctrl-C. The text says what is kept."""
+    """Ctrl-C, or SIGTERM. The text says what is kept."""
+
+    def __init__(self, stop: KeyboardInterrupt) -> None:
+        super().__init__(str(stop) or "nothing was published")
+        by_ctrl_c = not isinstance(stop, Terminated)
+        self.word, self.code = ("interrupted", STOPPED) if by_ctrl_c else ("terminated", TERMINATED)
 
 
 def ended(error: BaseException) -> int:
     """Say in one line what happened, and return the exit code."""
     if VOICE.verbose and isinstance(error, Exception) and not isinstance(error, Interrupted | USAGE_ERROR):
         err.print("".join(traceback.format_exception(error)), highlight=False, soft_wrap=True)
-    if isinstance(error, Interrupted | KeyboardInterrupt):
-        err.print(f"interrupted; {str(error) or 'nothing was published'}", highlight=False, soft_wrap=True)
-        return STOPPED
+    if isinstance(error, KeyboardInterrupt):
+        error = Interrupted(error)
+    if isinstance(error, Interrupted):
+        err.print(f"{error.word}; {error}", highlight=False, soft_wrap=True)
+        return error.code
     if isinstance(error, MptkError):
         _say(str(error))
         return FAILED
@@ -84,6 +95,6 @@ def _log(error: BaseException) -> str:
 
 
 def _logs() -> Path:
-    from mptk.io.packaged import cache_dir
+    from mptk.io.cache import cache_dir
 
     return cache_dir() / "logs"

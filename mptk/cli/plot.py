@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mptk.errors import MptkError
+from mptk.files import write_result
 from mptk.plain import plain
 from mptk.runtime.bench import Bench, Case
 
@@ -44,7 +45,7 @@ def draw_bench(result: Bench, path: Path) -> None:
         _draw_cases(axes, result, names, part)
     figure.suptitle("ONNX Runtime, median of alternating rounds")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
-    figure.savefig(path)
+    write_result(path, figure.savefig)
     pyplot.close(figure)
 
 

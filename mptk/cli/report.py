@@ -17,6 +17,7 @@ from mptk.ir.families import Analysis
 from mptk.page.words import figure, ranges
 from mptk.run.report import Report, Row
 from mptk.runtime.bench import Bench
+from passes.targets.legalize import LegalWidths
 
 ANALYSIS = "mptk-analysis/1"
 OPS = "mptk-ops/1"
@@ -39,7 +40,7 @@ class GroupJson(TypedDict):
 
 
 class FamilyJson(TypedDict):
-    """A family; ``refused``: why the target cannot cut it, or None."""
+    """A family; ``refused``: why the target cannot cut it; ``breaks``: programs that a cut of it breaks; or None."""
 
     name: str
     description: str
@@ -52,6 +53,7 @@ class FamilyJson(TypedDict):
     multiple: int
     legal_widths: list[int]
     refused: str | None
+    breaks: str | None
     groups: list[GroupJson]
 
 
@@ -75,9 +77,7 @@ class AnalysisJson(TypedDict):
     blocked: list[BlockedJson]
 
 
-def analysis_json(
-    analysis: Analysis, ladders: Mapping[str, Sequence[int]], refused: Mapping[str, str], model: str
-) -> AnalysisJson:
+def analysis_json(analysis: Analysis, legal: LegalWidths, model: str) -> AnalysisJson:
     """The analysis as JSON data (schema: ``docs/analysis.md``)."""
     cost = CostModel(analysis)
     total = cost.dense.parameters
@@ -94,8 +94,9 @@ def analysis_json(
                 "share": 1 - cost({f.name: 0}).parameters / total,
                 "minimum": f.minimum,
                 "multiple": f.multiple,
-                "legal_widths": list(ladders.get(f.name, ())),
-                "refused": refused.get(f.name),
+                "legal_widths": list(legal.ladders.get(f.name, ())),
+                "refused": legal.refused.get(f.name),
+                "breaks": legal.breaks.get(f.name),
                 "groups": [
                     {
                         "layer": g.layer,
@@ -148,7 +149,16 @@ def analysis_view(report: AnalysisJson) -> Lines:
         fixed.add_column(column)
     for row in grouped(report["blocked"]):
         fixed.add_row(*row)
-    return Lines(table, fixed)
+    return Lines(table, *map(Text, breaking(report["families"])), fixed)
+
+
+def breaking(families: Sequence[FamilyJson]) -> list[str]:
+    """For each kind of programs that a cut breaks: the families whose cut does."""
+    found: dict[str, list[str]] = {}
+    for f in families:
+        if f["breaks"]:
+            found.setdefault(f["breaks"], []).append(f["name"])
+    return [f"a cut of {', '.join(names)} breaks {why}; --portable leaves it out" for why, names in found.items()]
 
 
 def ops_view(ops: Sequence[Mapping[str, str]]) -> Table:

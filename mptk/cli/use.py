@@ -89,7 +89,7 @@ def export_onnx(
 def generate(
     model: Annotated[str, typer.Argument(help="The --out folder of `prune` or `export`, or an .onnx file in it.")],
     prompts: Annotated[list[str], typer.Argument(help="Text to continue; several run as one batch.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write after a prompt.", **within(1))] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write after each prompt.", **within(1))] = 64,
     temperature: Annotated[
         float, typer.Option(**within(0, 1e6), help="0: take the likeliest token; above 0: sample.")
     ] = 0.0,
@@ -277,6 +277,7 @@ def bench(
     from mptk.cli.plot import draw_bench, require_matplotlib
     from mptk.driver import api
     from mptk.io.manifest import update_manifest
+    from mptk.io.publish import amend
 
     if twice := [model for model in models if models.count(model) > 1]:
         raise MptkError(f"{twice[0]} is given twice, and would be compared with itself; name it once")
@@ -294,8 +295,9 @@ def bench(
         )
     for model in models[1:]:
         if (Path(model) / "report.json").is_file():
-            write_json(Path(model) / "bench.json", result.to_json())
-            update_manifest(Path(model), "bench.json")
+            with amend(Path(model).resolve()) as new:
+                write_json(new / "bench.json", result.to_json())
+                update_manifest(new, "bench.json")
     if markdown is not None:
         write_text(markdown, report.bench_markdown(result))
     if plot is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mptk.cost.operator_times import machine, typical_ms
-from mptk.files import json_text, write_json
-from mptk.io.packaged import cache_dir
+from mptk.files import json_text, staged, write_json
+from mptk.io.cache import cache_dir
 
 CPU = torch.device("cpu")
 
@@ -262,9 +261,9 @@ def calibrate(folder: Path, device: torch.device = CPU, dtype: torch.dtype = tor
     folder.mkdir(parents=True, exist_ok=True)
     flops, numbers = product_rate(device, dtype), torch.ones(SAMPLE, dtype=torch.bfloat16)
     wrote, read = [], []
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".rates-") as temporary:
+    with staged(folder) as staging:
         for i in range(3):
-            file, start = Path(temporary) / str(i), time.perf_counter()
+            file, start = staging.folder / str(i), time.perf_counter()
             save_file({"x": numbers}, file)
             with file.open("rb") as written:
                 os.fsync(written.fileno())

@@ -23,7 +23,7 @@ import onnxruntime as ort
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from mptk.files import json_text, write_json
-from mptk.io.packaged import cache_dir
+from mptk.io.cache import cache_dir
 from mptk.progress import Progress
 
 Floats = npt.NDArray[np.float32]

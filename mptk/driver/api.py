@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,11 +17,12 @@ from mptk.cost.budgets import phase
 from mptk.driver.prune import traced
 from mptk.errors import MptkError
 from mptk.io import data, models
+from mptk.io.cache import build_once, cache_dir
 from mptk.io.checkpoint import copy_processors, save_tokenizer
 from mptk.io.data import check_positions, positions_of
+from mptk.io.dense import fingerprint
 from mptk.io.models import Loaded
-from mptk.io.packaged import cache_dir
-from mptk.io.publish import check_replaceable, publish
+from mptk.io.publish import check_apart, check_replaceable, publish
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log, run, shapes
 from mptk.ir.plan import Plan
@@ -34,6 +36,7 @@ from mptk.run.execution import execution, session_device
 from mptk.run.settings import Settings, check_onnx_dtype
 from mptk.runtime.bench import LENGTHS, Bench, bench_decoders
 from mptk.runtime.decoder import model_folder
+from mptk.targets.onnx import describe
 from mptk.tasks import CAUSAL_LM, example_of, form_of, load_decoder, open_task
 from mptk.tasks.decoder_onnx import export_decoder
 from mptk.version import __version__
@@ -44,6 +47,7 @@ from passes.frontend.trace import ExampleInputs
 from passes.frontend.trace_decoder import LogitsScope
 from passes.pipelines import check_schemes, cutting, passes_until
 from passes.targets.onnx.check_quantized import check_quantized
+from passes.targets.onnx.names import FILE, QUANTIZED, quantized_files, scheme_of
 
 __all__ = ["analyze", "bench", "export", "export_folder", "ops", "rewrite", "rule", "show", "trace"]
 
@@ -163,7 +167,7 @@ def export(
         model: with real weights; of any float type.
         folder: made if missing.
         logits: of ``"all"`` positions or the ``"last"`` alone, which saves a sixth of a small model's prefill.
-        quantize: ``passes.pipelines.SCHEMES`` to write as well, each as ``model_SCHEME.onnx``.
+        quantize: ``passes.pipelines.SCHEMES`` to write as well, each in its file of ``names.QUANTIZED``.
         text: token ids, int64 [windows, length], that ``int4`` is rounded for; else each weight is rounded by itself.
         onnx_dtype: ``"auto"``, the model's type; or ``"float32"`` or ``"float16"`` of a model in float32. In float16
             the logits and the rotary angles stay float32.
@@ -213,6 +217,7 @@ def export_folder(
     """
     say = progress or silent
     check_replaceable(Path(out))
+    check_apart(Path(out), model, *([] if text is None else [text]))
     check_schemes(quantize)
     phase(objective)
     check_onnx_dtype(onnx_dtype, quantize)
@@ -236,7 +241,7 @@ def export_folder(
             task.onnx.export(dense, None, samples, folder / "onnx", Log())
         for scheme in quantize:
             with within(say, f"check {scheme}"):
-                check_quantized(folder / "onnx" / "model.onnx", folder / "onnx" / f"model_{scheme}.onnx", scheme)
+                check_quantized(folder / "onnx" / FILE, folder / "onnx" / QUANTIZED[scheme], scheme)
         loaded.model.config.save_pretrained(folder)
         copy_processors(loaded.path, folder, same_features=True)
         generation = getattr(loaded.model, "generation_config", None)
@@ -244,7 +249,7 @@ def export_folder(
             generation.save_pretrained(folder)
         if loaded.tokenizer is not None:
             save_tokenizer(loaded.tokenizer, folder)
-        task.onnx.describe(loaded.model.config, generation, folder, "onnx")
+        describe(task.onnx, loaded.model.config, generation, folder)
     return Path(out)
 
 
@@ -259,17 +264,20 @@ def bench(
             cache folder.
         device: as in ``Settings``; ONNX Runtime must have an execution provider for it.
         progress: called with stages.
-        settings: of ``bench_decoders``.
+        settings: of ``mptk.runtime.bench.bench_decoders``: ``lengths`` (tokens), ``batches``, ``threads``, ``rounds``.
+
+    Returns:
+        A ``Bench``: times in milliseconds, each with its ratio to the first graph's and the ideal ratio.
 
     Raises:
         MptkError: a model cannot be found or exported, or there is no such device.
     """
     there, graphs = session_device(device), dict[str, Path]()
     for model in map(str, models):
-        file = Path(model) if model.endswith(".onnx") else onnx_folder(model, progress) / "model.onnx"
+        file = Path(model) if model.endswith(".onnx") else onnx_folder(model, progress) / FILE
         graphs[model] = file
-        if file.name == "model.onnx":
-            graphs |= {f"{model} {other.stem.removeprefix('model_')}": other for other in _quantized(file)}
+        if file.name == FILE:
+            graphs |= {f"{model} {scheme_of(other)}": other for other in quantized_files(file.parent)}
     longest = max(settings.get("lengths", LENGTHS))
     for name, file in graphs.items():
         check_positions(positions_beside(file), longest + 1, f"{longest} tokens and one more in the cache of {name}")
@@ -284,24 +292,21 @@ def positions_beside(graph: Path) -> int | None:
     return positions_of(models.load_config(str(folder)))
 
 
-def _quantized(file: Path) -> list[Path]:
-    """The quantised graphs beside ``model.onnx``."""
-    return sorted(file.parent.glob("model_*.onnx"))
-
-
 def onnx_folder(model: str, progress: Progress | None = None) -> Path:
-    """``MODEL`` or ``MODEL/onnx`` if it holds ``model.onnx``, else an export kept in the cache folder."""
+    """``MODEL`` or ``MODEL/onnx`` if it holds ``model.onnx``, else an export kept in the cache folder.
+
+    Its name there is made of what the model's files hold, so that a model that changed is exported again.
+    """
     for own in (Path(model), Path(model) / "onnx"):
         if (own / "model.onnx").is_file():
             return own
-    loaded = load_decoder(model)
-    stamp = hashlib.sha256(f"{loaded.path.resolve()} {__version__} {torch.__version__}".encode()).hexdigest()[:16]
-    cached = cache_dir() / "onnx" / stamp
-    if not (cached / "model.onnx").is_file():
-        if progress is not None:
-            progress(f"exporting {model} to ONNX", 0, 1)
-        with publish(cached) as folder:
-            export(loaded.model, folder)
-        if progress is not None:
-            progress(f"exporting {model} to ONNX", 1, 1)
-    return cached
+    say = progress or silent
+
+    def build(folder: Path) -> None:
+        say(f"exporting {model} to ONNX", 0, 1)
+        export(load_decoder(model).model, folder)
+        say(f"exporting {model} to ONNX", 1, 1)
+
+    made_of = (fingerprint(model), __version__, torch.__version__, transformers.__version__)
+    stamp = hashlib.sha256(" ".join(made_of).encode()).hexdigest()[:16]
+    return build_once(cache_dir() / "onnx" / stamp, build)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mptk.cost.estimate import Estimate
+from mptk.files import claimed
+from mptk.io.cache import tidy_shared
 from mptk.io.models import Loaded
+from mptk.io.publish import check_apart, check_replaceable
 from mptk.io.resident import Resident
 from mptk.ir.samples import Samples
 from mptk.run.chain import Chosen, Compiled, Prepared, Task
+from mptk.run.processes import once
 from mptk.run.report import Report
 from mptk.run.settings import Settings
 
@@ -41,6 +46,26 @@ class Given:
 
     training: Samples | None = None
     evaluation: Samples | None = None
+
+
+@contextmanager
+def held(job: Job) -> Iterator[None]:
+    """Within it the job's output, and the folder of its unfinished run, are this run's alone.
+
+    Raises:
+        MptkError: it cannot be replaced, is read by the job, or is held by another process; in each of several
+            processes, of which the first holds it.
+    """
+    check_replaceable(job.out)
+    check_apart(job.out, job.source, *([] if job.start is None else [job.start]))
+    with ExitStack() as stack:
+
+        def hold() -> None:
+            tidy_shared()
+            stack.enter_context(claimed(job.out))
+
+        once(hold)
+        yield
 
 
 @dataclass(frozen=True)

@@ -13,27 +13,28 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import passes.frontend.trace
 from mptk.compat.accelerate import own_state
 from mptk.cost.estimate import Estimate
 from mptk.cost.model import is_layered
-from mptk.driver.budget import WidthSearch, budgeted, multiples
+from mptk.driver.budget import WidthSearch, budgeted, left_whole, multiples
 from mptk.driver.card import write_card
 from mptk.driver.changes import COMPENSATION, widened
 from mptk.driver.describe import describe, measured
 from mptk.driver.estimate import check_fits, estimated_for
-from mptk.driver.job import Finished, Given, Job
+from mptk.driver.job import Finished, Given, Job, held
 from mptk.driver.kept import kept_choice, kept_fit
 from mptk.driver.proof import check_proof, check_witness, prove_folder
 from mptk.errors import MptkError, explained
 from mptk.io import data
 from mptk.io.licence import copy_notices
 from mptk.io.models import Loaded
-from mptk.io.publish import check_replaceable, publish
+from mptk.io.publish import publish
 from mptk.io.resident import free_memory
+from mptk.io.tensors import write_weights
+from mptk.io.text.sampled import writes
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
@@ -78,7 +79,7 @@ def run(job: Job, settings: Settings, context: Context) -> Finished | None:
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
             or a stage of the proof is above its tolerance. Then ``job.out`` stays as it was.
     """
-    with own_state(settings.device), explained():
+    with own_state(settings.device), explained(), held(job):
         return stages(job, settings, context if leads() else replace(context, progress=silent))
 
 
@@ -86,13 +87,23 @@ def stages(job: Job, settings: Settings, context: Context) -> Finished | None:
     """The stages of ``run``, which gives them an accelerate state of their own."""
     settings = settled(settings)
     check_settings(settings)
-    check_replaceable(job.out)
     if keeps_stages(settings):
         check_unfinished(job.out, described(job, settings), settings.resume, but=("sparsity",))  # a latency sets it
     if job.needs is not None:
         announce(job.needs(settings), job, context)
     prepared = prepare(job, settings, context)
     context = begin(job, prepared, context)
+    try:
+        return worked(job, prepared, context)
+    except Exception:
+        if context.folder is not None and leads():
+            context.folder.remove_unless(SAMPLES)  # nothing that a further run could not do as fast
+        raise
+
+
+def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
+    """The stages that follow when widths are known: samples, choice, cut, training, proof, report."""
+    settings = prepared.settings
     sets = compared(prepared, read_samples(job, prepared, context), context)
     if context.folder is not None and settings.steps:
         context = replace(context, accelerator=start_training(settings.learning, context.folder))
@@ -158,6 +169,8 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     resident, executor = execution(settings)
     with context.stage("load"):
         loaded, task = job.load(resident)
+        if not settings.resume:  # what was read before is kept
+            check_data(job, loaded, task, settings)
     if settings.onnx and task.onnx is not None:
         task.onnx.check(loaded.model, settings)
     if job.given is not None:
@@ -174,6 +187,16 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     if settings.steps and not settings.learning.rank and whole:
         raise MptkError(f"all weights cannot be trained where {whole[0]} is cut, as norms follow it; use --rank 16")
     return prepared
+
+
+def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> None:
+    """Read one sample of each source. Raises MptkError if that cannot be done, before anything takes time."""
+    if job.samples is not None:
+        return
+    if settings.data != data.SELF or not writes(loaded.model):  # to write text takes time
+        task.samples(loaded, replace(settings, samples=1), 1, lambda done, total: None)
+    if settings.eval_data is not None:
+        task.evaluation(loaded, replace(settings, eval_windows=1))
 
 
 def check_whole(loaded: Loaded, settings: Settings) -> None:
@@ -234,6 +257,8 @@ def legalise(
     """The widths that the settings and the target allow, or the plan that the settings give, resolved."""
     method, target = find_method(settings.method), find_target(settings.target)
     legal = target.legal(analysis, loaded.model, multiples(settings))
+    if settings.portable:
+        legal = legal.portable()
     stored = stored_type(settings, loaded)
     cost, settings = budgeted(analysis, legal, settings, progress, stored.itemsize)
     prepared = Prepared(source, settings, loaded, task, method, target, analysis, legal, cost)
@@ -405,8 +430,9 @@ def written_folder(
             context.folder.finish(folder)
         chosen.plan.save(folder / "plan.json")
         if chosen.changes and not chosen.trained:
-            save_file(dict(chosen.changes), folder / COMPENSATION)
+            write_weights(folder / COMPENSATION, Weights(chosen.changes))
         notes = [*chosen.notes, describe_processes(context.accelerator) if context.accelerator else ""]
+        notes.append(left_whole(prepared.analysis, prepared.legal, prepared.settings))
         for target in targets:
             with context.stage(f"write {target.name}"):
                 notes += target.emit(compiled, sets, folder, context.log)

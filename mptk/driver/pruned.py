@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from safetensors.torch import load_file
@@ -23,6 +22,7 @@ from mptk.driver.prune import run
 from mptk.driver.sources import Data, Inputs, Model, given, names_of, source_of
 from mptk.driver.verification import plan_of
 from mptk.errors import MptkError
+from mptk.files import scratch
 from mptk.io import models
 from mptk.io.checkpoint import stored_dtype
 from mptk.io.manifest import MARKER, check_manifest
@@ -137,7 +137,7 @@ def prune(
     eval_data: Data | None = None,
     **keywords: Any,
 ) -> Pruned | None:
-    """Prune a model and prove the result.
+    """Prune a model and prove the result::
 
         small = mptk.prune(model, sparsity=0.3, method="wanda", data=texts).model
 
@@ -235,8 +235,8 @@ def _finished(
     on_stage: Callable[[Record], None] | None,
 ) -> Pruned | None:
     """Run a job into ``out``, or into a temporary folder that lives as long as the result."""
-    kept = TemporaryDirectory(prefix="mptk-", ignore_cleanup_errors=True) if out is None else None
-    made, settings = job(Path(kept.name) / "pruned" if kept is not None else Path(str(out)))
+    kept = scratch() if out is None else None
+    made, settings = job(kept.folder / "pruned" if kept is not None else Path(str(out)))
     with reporting(progress) as say:
         found: Finished | None = run(made, settings, Context(Log(on_record=on_stage), say))
     return None if found is None else Pruned(found.report, made.out, compiled=found.compiled, kept=kept)

@@ -156,7 +156,10 @@ def generate(
         temperature, top_k, top_p, seed: as of ``mptk.runtime.generation.Sampling``; temperature 0 takes the likeliest.
         chat: put each prompt into the model's chat template.
         tokenizer: for a model in memory.
-        threads, device: for ONNX Runtime.
+        threads, device: for ONNX Runtime; 0 threads: all cores.
+
+    Returns:
+        The new text alone, one for each prompt, of at most ``max_new_tokens`` tokens.
 
     Raises:
         MptkError: there is no tokenizer, or no decoder; or a prompt and what follows do not fit the model's positions.

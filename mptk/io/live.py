@@ -11,13 +11,13 @@ import hashlib
 import shutil
 import weakref
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
+from mptk.files import scratch
 from mptk.io import models
 from mptk.io.checkpoint import copy_processors
 from mptk.io.licence import copy_card
@@ -36,10 +36,10 @@ def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
     _check(model)
     source, home = name_of(model), _home(model)
     dtype = _most(model)
-    place = TemporaryDirectory(prefix="mptk-", ignore_cleanup_errors=True)
+    place = scratch()
     bare = _without_weights(model)
-    weakref.finalize(bare, place.cleanup)
-    folder = Path(place.name)
+    weakref.finalize(bare, place.close)
+    folder = place.folder
     if isinstance(model, PreTrainedModel):
         _describe(model, folder, home, dtype)
         if tokenizer is None and home is not None and models.has_tokenizer(home):

@@ -10,12 +10,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -28,9 +26,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from mptk.compat.accelerate import offloaded, take_offload_index
 from mptk.compat.transformers import dequantize_gguf, forget_source, model_classes, unread_weights
 from mptk.errors import MptkError
+from mptk.files import scratch, tidy
+from mptk.io.cache import build_once, cache_dir
 from mptk.io.checkpoint import dtypes_in, fill, quantized_dtype, save_checkpoint, shapes_in, stored_dtype
 from mptk.io.licence import CARD, NOTICES, write_stub
-from mptk.io.packaged import ALIASES, build_once, cache_dir, cached, fetch
+from mptk.io.packaged import ALIASES, cached, fetch
 from mptk.io.resident import Resident, stored_weight
 from mptk.io.untrusted import PARAMETERS, check_folder, check_gguf, check_sizes
 from mptk.ir.program import Program
@@ -101,30 +101,25 @@ def load(
     return _load(model, trust_remote_code, local, dtype=dtype)
 
 
-class Scratch:
-    """What holds a temporary folder: the folder goes with the last weight that may be read from it."""
-
-
 def open_weights(model: str, resident: Resident, *, trust_remote_code: bool = False, local: bool = False) -> Loaded:
     """As ``load`` in float32, but weights are read when they are asked for. ``resident`` keeps what fits.
 
     Weights that the module holds in another form than the checkpoint (the experts of a layer in one tensor) are
     converted first, into a temporary folder.
     """
-    scratch = TemporaryDirectory(prefix="mptk-", ignore_cleanup_errors=True)
-    with offloaded(scratch.name) as options, unread_weights():
+    converted = scratch()  # it goes with the last weight that may be read from it
+    with offloaded(str(converted.folder)) as options, unread_weights():
         loaded = _load(model, trust_remote_code, local, dtype=torch.float32, **options)
-    likes = {name: tensor.detach() for name, tensor in loaded.model.state_dict(keep_vars=True).items()}
     index = take_offload_index(loaded.model)
+    likes = {name: tensor.detach() for name, tensor in loaded.model.state_dict(keep_vars=True).items()}
     held = {file: dtypes_in(file) for file in {file for file, _ in index.values()}}
     _check_stored(index, likes, held)
-    owner = Scratch()
-    weakref.finalize(owner, scratch.cleanup)
     entries = {
-        name: stored_weight(file, key, likes[name], resident, held[file][key], owner)
+        name: stored_weight(file, key, likes[name], resident, held[file][key], converted)
         for name, (file, key) in index.items()
     }
-    return replace(loaded, weights=Weights(entries))
+    made = {name: like for name, like in likes.items() if name not in index and not like.is_meta}
+    return replace(loaded, weights=Weights(entries | made))
 
 
 def _check_stored(
@@ -218,6 +213,7 @@ def _checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Pat
     if gguf is not None:
         return build_once(_conversion(gguf), lambda folder: _convert(gguf, folder))
     path = _path(model)
+    tidy(path.parent)
     if path.is_dir():
         if not os.path.lexists(path / "config.json") or (path / "config.json").is_dir():
             raise MptkError(f"{model} has no config.json; give a transformers checkpoint folder or a .gguf file")

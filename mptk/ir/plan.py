@@ -25,7 +25,11 @@ Keep = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class FamilyPlan:
-    """One family's choice: ``width`` of ``of`` units stay in each layer. ``keep``: layer's label → these units."""
+    """One family's choice: ``width`` of ``of`` units stay in each layer.
+
+    ``keep``: layer's label → the units that stay, ascending, from 0: one tuple for each scope (each KV group, each
+    expert), or one for all.
+    """
 
     width: int
     of: int
@@ -34,13 +38,14 @@ class FamilyPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Family name → its kept units. A family without an entry stays whole."""
+    """Family name → its kept units. A family without an entry stays whole. ``meta``: free, nothing depends on it."""
 
     families: Mapping[str, FamilyPlan]
     meta: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def widths(self) -> dict[str, int]:
+        """Family name → units that stay in each layer."""
         return {name: family.width for name, family in self.families.items()}
 
     @property
@@ -49,6 +54,7 @@ class Plan:
         return hashlib.sha256(json_text(self.to_json()["families"], sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, object]:
+        """The content of a plan file (``docs/plan.md``)."""
         return {
             "format": FORMAT,
             "meta": dict(self.meta),
@@ -75,6 +81,7 @@ class Plan:
 
     @staticmethod
     def from_json(data: object, *, source: str = "plan") -> Plan:
+        """The plan in the content of a plan file. Raises MptkError with ``source`` and the place of the mistake."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise MptkError(f'{source}: "format" is not "{FORMAT}"; see docs/plan.md')
         families = data.get("families")

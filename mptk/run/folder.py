@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.files import json_text, write_file, write_text
+from mptk.files import discard, json_text, tidy, write_file, write_text
 from mptk.io.untrusted import load_tensors
 from mptk.reading import Damaged, read_json
 from mptk.run.processes import processes
@@ -42,6 +41,9 @@ class RunFolder:
         self._described = json_text(settings, indent=1, sort_keys=True) + "\n"
         file, state = self.path / SETTINGS, processes()
         if state.is_main_process:
+            if self.path.is_symlink():
+                raise MptkError(f"{self.path} is a symbolic link; remove it, the run keeps its stages there")
+            tidy(self.path)
             unfinished = check_unfinished(out, settings, resume)
             if unfinished and not resume:
                 self.remove()
@@ -105,9 +107,15 @@ class RunFolder:
             shutil.copytree(self.path / TRACKER, folder / TRACKER)
 
     def remove(self) -> None:
-        """Remove the folder, from one moment to the next: half of it would be no run that can be resumed."""
-        with tempfile.TemporaryDirectory(prefix=f".{self.path.name}.", dir=self.path.parent) as beside:
-            self.path.rename(Path(beside) / "done")
+        """Remove the folder, if there is one. Half of it would be no run that can be resumed."""
+        if self.path.is_dir():
+            discard(self.path)
+
+    def remove_unless(self, name: str) -> None:
+        """Remove the folder if it keeps no stage but what ``save`` wrote under that name."""
+        kept = {path.name for pattern in ("*.safetensors", "*.json") for path in self.path.glob(pattern)}
+        if not kept - {SETTINGS, f"{name}.safetensors"}:
+            self.remove()
 
     def read(self, name: str) -> dict[str, Any]:
         """The content of ``NAME.json``. Raises MptkError if it is no object."""

@@ -24,7 +24,7 @@ LARGEST = 1 << 20
 _ELSEWHERE = ("max_ms", "tolerance", "warmup", "clip", "rates", "resume", "trust_remote_code")
 _BYTES = ("memory", "max_shard_size")
 _OF_THE_FOLDER = (
-    *("sparsity", "budget", "objective", "threads", "families", "keep", "width", "plan", "multiple_of"),
+    *("sparsity", "budget", "objective", "threads", "families", "keep", "width", "plan", "portable", "multiple_of"),
     *("max_decode_ms", "max_prefill_ms", "method", "reconstruct", "samples", "mask_share", "target", "dtype", "rehome"),
 )
 

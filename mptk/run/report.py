@@ -12,7 +12,7 @@ from typing import Any
 
 from mptk.conform import made
 from mptk.errors import MptkError
-from mptk.files import write_json
+from mptk.files import tidy, write_json
 from mptk.reading import read_json
 from mptk.run.report_rows import check_rows
 from mptk.run.settings import Settings, settings_from_json
@@ -77,6 +77,7 @@ class Report:
     def read(folder: str | Path) -> Report:
         """``report.json`` of a pruned folder. Raises MptkError if there is none, or it is no report."""
         path = Path(folder) / FILE
+        tidy(path.parent.parent)
         if not path.is_file():
             raise MptkError(f"{folder} holds no {FILE}; give the --out folder of `mptk prune`")
         data = read_json(path, lambda why: MptkError(f"{path} is damaged: {why}; prune the model again"))

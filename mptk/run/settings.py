@@ -52,7 +52,8 @@ class Training:
     """How long and how a student is trained.
 
     ``batch`` windows a step over all processes, ``micro`` of them in one forward pass of one process. ``lr`` is the
-    peak learning rate (AdamW), reached after ``warmup`` of the steps and falling to 0 along a cosine.
+    peak learning rate (AdamW), reached after ``warmup``, a share of the steps, and falling to 0 along a cosine.
+    ``clip``: largest norm of a step's gradient. ``save_every``: steps between checkpoints.
     """
 
     batch: int = 8
@@ -132,8 +133,9 @@ class Settings:
 
     What is cut: ``sparsity`` is a share of the ``budget`` (``cost.budgets.BUDGETS``), or ``max_ms`` is the latency to
     reach, in milliseconds of ``objective`` with ``threads`` of ONNX Runtime (0: all cores). ``families`` are cut,
-    ``keep`` stay whole, ``widths`` fixes some, ``plan`` (a file) fixes everything. Sums over cut channels stay
-    multiples of ``multiple``. ``tolerance``: how far the sparsity may miss.
+    ``keep`` stay whole, ``widths`` fixes some, ``plan`` (a file) fixes everything. ``portable``: only cuts that every
+    program reads rightly, not transformers alone. Sums over cut channels stay multiples of ``multiple``.
+    ``tolerance``: how far the sparsity may miss.
 
     How it is chosen: ``method``, on ``samples`` windows of ``length`` tokens of ``data`` (``self``: text that the model
     writes). ``reconstruct``: fit the consumers to the dense layers' outputs (None: if the method does by itself).
@@ -176,6 +178,7 @@ class Settings:
     keep: tuple[str, ...] = ()
     widths: Mapping[str, int] = field(default_factory=dict)
     plan: str | None = None
+    portable: bool = False
     target: str = "stock"
     dtype: str = "auto"
     multiple: int = 32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
+from mptk.files import Staging, scratch
 from mptk.ir.weights import Lazy, Weights
 
 Values = dict[fx.Node, Any]
@@ -29,7 +29,7 @@ class Shelf:
         self._bound, self._bytes = bound, 0.0
         self._kept: dict[Any, dict[Any, Any]] = {}
         self._files: dict[Any, dict[Any, tuple[Path, Layout]]] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._staging: Staging | None = None
         self._count = 0
 
     def put(self, key: object, values: Mapping[Any, Any]) -> None:
@@ -70,10 +70,10 @@ class Shelf:
         return tensor
 
     def _write(self, tensor: Tensor) -> tuple[Path, Layout]:
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="mptk-", ignore_cleanup_errors=True)
+        if self._staging is None:
+            self._staging = scratch()
         self._count += 1
-        file = Path(self._folder.name) / str(self._count)
+        file = self._staging.folder / str(self._count)
         flat, layout = _flattened(tensor.detach())
         save_file({"value": flat.cpu()}, file)
         return file, layout

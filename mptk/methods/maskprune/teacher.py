@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mptk.errors import MptkError
-from mptk.files import write_file
+from mptk.files import tidy, write_file
 from mptk.io.untrusted import load_tensors
 from mptk.ir.samples import Samples
 from mptk.methods.maskprune.losses import TopLogits, shorten
@@ -60,6 +60,7 @@ class CachedTeacher:
     ) -> None:
         self.live, self.folder, self.k, self.wanted, self.device = live, folder, k, wanted, device
         folder.mkdir(parents=True, exist_ok=True)
+        tidy(folder)
 
     def __call__(self, samples: Samples) -> Target:
         files = [self._file(sample) for sample in samples.split(1)]

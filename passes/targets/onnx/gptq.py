@@ -8,7 +8,6 @@ window.)
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from mptk.files import staged
 from mptk.progress import step
 from mptk.runtime.sessions import CPU
 from passes.targets.onnx.balance import weight_of
@@ -76,8 +76,8 @@ class GPTQPass(ir.passes.InPlacePass):
                 readers.setdefault(str(node.inputs[0].name), []).append(node)  # type: ignore[union-attr]
         channels = {name: weight_of(nodes[0]).shape[0] for name, nodes in readers.items()}
         spill = Spill(self.source.parent)
-        with tempfile.TemporaryDirectory(dir=self.source.parent, prefix=".onnx-") as temporary:
-            file = Path(temporary) / self.source.name
+        with staged(self.source.parent) as staging:
+            file = staging.folder / self.source.name
             ir.save(model, file, external_data=f"{file.name}.data")
             found = measure_onnx(file, channels, self.text, "products", self.device)
             for done, (name, moments) in enumerate(found):

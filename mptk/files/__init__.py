@@ -1,0 +1,28 @@
+"""files: the one place where files are written, replaced and removed (SECURITY.md says what is promised)."""
+
+from mptk.files.claims import claimed
+from mptk.files.replace import discard, fill_folder, put_folder, put_made, write_file, write_together
+from mptk.files.staging import Staging, scratch, staged, tidy, tidy_scratch
+from mptk.files.text import json_text, write_json, write_result, write_text
+from mptk.files.trouble import cannot_write, writing
+
+__all__ = [
+    "Staging",
+    "cannot_write",
+    "claimed",
+    "discard",
+    "fill_folder",
+    "json_text",
+    "put_folder",
+    "put_made",
+    "scratch",
+    "staged",
+    "tidy",
+    "tidy_scratch",
+    "write_file",
+    "write_json",
+    "write_result",
+    "write_text",
+    "write_together",
+    "writing",
+]

@@ -1,0 +1,121 @@
+"""replace: files and folders get their names when they are complete; what was there before goes at that moment."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mptk.files.staging import OLD, Staging, staged, tidy
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write`` with a temporary path, then rename the file to ``path``.
+
+    If ``write`` fails, ``path`` stays as it was. Several processes may write the same path. A link at ``path`` is
+    replaced, not followed.
+
+    Raises:
+        OSError: the file cannot be renamed. Errors of ``write`` pass through.
+    """
+    with staged(path.parent) as staging:
+        temporary = staging.folder / path.name
+        write(temporary)
+        ordinary(staging.folder)
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def write_together(folder: Path, *names: str) -> Iterator[Path]:
+    """A temporary folder for the files ``names``. If nothing fails, they move to ``folder`` in this order.
+
+    Name a file last if it refers to the others. Other files in ``folder`` stay.
+    """
+    tidy(folder)
+    with staged(folder) as staging:
+        yield staging.folder
+        ordinary(staging.folder)
+        for name in names:
+            os.replace(staging.folder / name, folder / name)
+
+
+def put_folder(staging: Staging, target: Path) -> None:
+    """Give the staging folder's ``new`` the name ``target``; an earlier folder of that name is removed.
+
+    At every moment the one or the other is there, if the system can exchange two names at once. Else the earlier one
+    is kept aside, and whoever tidies puts it back.
+    """
+    ordinary(staging.folder)
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(target))
+    if not target.exists() or not any(target.iterdir()):
+        os.rename(staging.folder, target)
+    elif not _exchanged(staging.folder, target):
+        os.rename(target, staging.path / OLD)
+        try:
+            os.rename(staging.folder, target)
+        except OSError:
+            os.rename(staging.path / OLD, target)
+            raise
+    with contextlib.suppress(OSError):  # what is left of the earlier one is no reason to fail
+        staging.renew()
+
+
+def put_made(staging: Staging, target: Path) -> None:
+    """Move the one file or folder that was made in the staging folder to ``target``, where nothing is yet."""
+    ordinary(staging.folder)
+    os.rename(staging.folder / target.name, target)
+
+
+def fill_folder(folder: Path, source: Path) -> None:
+    """Fill an empty folder with links to the files of another one, or with copies where there can be no links."""
+    shutil.copytree(source, folder, symlinks=True, dirs_exist_ok=True, copy_function=_link)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, from one moment to the next: no half of it stays under its name."""
+    with staged(folder.parent) as staging:
+        os.rename(folder, staging.folder / folder.name)
+
+
+def ordinary(folder: Path) -> None:
+    """Give everything in a folder the rights that the user's umask leaves, which are the folder's own.
+
+    Libraries that write through temporary files make them private.
+    """
+    wanted = stat.S_IMODE(folder.stat().st_mode) & 0o777
+    for at, folders, files in os.walk(folder):
+        for names, mode in ((folders, wanted), (files, wanted & 0o666)):
+            for name in names:
+                path = os.path.join(at, name)
+                state = os.lstat(path)
+                if not stat.S_ISLNK(state.st_mode) and state.st_mode & 0o777 != mode:
+                    os.chmod(path, mode)
+
+
+def _exchanged(one: Path, two: Path) -> bool:
+    """Exchange two names at once. False if the kernel or the file system cannot."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    if not call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(two), _RENAME_EXCHANGE):
+        return True
+    number = ctypes.get_errno()
+    if number in _UNSUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), str(two))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

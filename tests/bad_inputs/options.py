@@ -11,7 +11,7 @@ ONCE = "prune {model} --data {text.raw} --out {out} --method magnitude --length 
 
 def number(command: str, option: str, *, least: str = "-1", most: str = "9" * 30, zero: bool = False) -> list[Row]:
     """Values that a numeric option refuses: of another kind, not finite, too small, too large."""
-    values = {"word": "many", "nan": "nan", "infinite": "inf", "small": least, "large": most, "superscript": "²"}
+    values = {"nan": "nan", "small": least, "large": most}
     if zero:
         values["zero"] = "0"
     start = command.split(" ")[0]

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mptk.cost.estimate import Estimate, duration, size_text
 from mptk.cost.model import CostModel
+from mptk.io.markdown import code
 from mptk.ir.families import Analysis
 from mptk.page.words import figure, ranges
 from mptk.run.report import Report, Row
@@ -274,7 +275,8 @@ def proof_view(proof: Sequence[Row]) -> Table:
     table.add_column("")
     for d in proof:
         said = ", ".join(["ok" if d["ok"] else "FAILED", *(d[key] for key in ("widened", "ran") if d.get(key))])
-        table.add_row(d["stage"], f"{d['max_abs']:.1e}", f"{d['relative']:.1e}", f"{d['tolerance']:.0e}", said)
+        numbers = ("not finite" if d[key] is None else f"{d[key]:.1e}" for key in ("max_abs", "relative", "tolerance"))
+        table.add_row(d["stage"], *numbers, said)
     return table
 
 
@@ -316,9 +318,16 @@ def bench_cells(result: Bench) -> list[tuple[str, ...]]:
 def bench_markdown(result: Bench) -> str:
     """The comparison as a Markdown table."""
     head = [" | ".join(BENCH_COLUMNS), "|".join("---" if i < 2 else "---:" for i in range(len(BENCH_COLUMNS)))]
-    rows = [f"| {line} |" for line in (*head, *(" | ".join(cells) for cells in bench_cells(result)))]
-    sizes = [f"- {g.name}: {g.bytes / 1e6:.0f} MB in files, {g.memory / 1e6:.0f} MB of memory" for g in result.graphs]
+    cells = ([code(cell) if i == 1 else cell for i, cell in enumerate(row)] for row in bench_cells(result))
+    rows = [f"| {line} |" for line in (*head, *(" | ".join(map(_cell, row)) for row in cells))]
+    sizes = [
+        f"- {code(g.name)}: {g.bytes / 1e6:.0f} MB in files, {g.memory / 1e6:.0f} MB of memory" for g in result.graphs
+    ]
     return "\n".join([*rows, "", *sizes, *(f"- {line}" for line in _peaks(result))]) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _peaks(result: Bench) -> list[str]:

@@ -27,6 +27,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -36,8 +37,8 @@ import typer
 from benchmarks.common import result_header, write_result
 from mptk.errors import MptkError
 from mptk.io.manifest import check_manifest
-from tests.crash.forked import Ended, Trap, run
-from tests.crash.scenes import SCENES, Scene, made, starting, write_inputs
+from tests.crash.forked import Ended, Trap, run, warm
+from tests.crash.scenes import PRUNED, SCENES, Scene, made, starting, write_inputs
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)
 
@@ -189,7 +190,7 @@ def known(file: Path | None, seed: int) -> list[Trial]:
 
 
 def inputs_in(work: Path) -> Path:
-    """Made in a fork: what runs in this process must start no threads, which forks would lack."""
+    """What all scenes start from, made in a fork; and this process made ready to be forked."""
     (work / "inputs").mkdir()
     pid = os.fork()
     if pid == 0:
@@ -199,6 +200,10 @@ def inputs_in(work: Path) -> Path:
         finally:
             os._exit(not (work / "inputs" / "text.txt").is_file())
     assert os.waitpid(pid, 0)[1] == 0
+    shutil.copytree(work / "inputs", work / "warm")
+    with suppress(SystemExit):
+        warm(PRUNED, work / "warm")
+    assert (work / "warm" / PRUNED[-1]).is_dir()
     return work / "inputs"
 
 

@@ -28,6 +28,7 @@ import mptk.driver.api
 import mptk.driver.pruned
 import mptk.driver.verification
 import mptk.page.render
+import passes.frontend.trace
 from mptk.cli.main import main
 from mptk.files import replace
 from mptk.progress import Progress
@@ -56,6 +57,26 @@ class Ended:
     said: str
     events: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+
+def warm(command: list[str], place: Path) -> None:
+    """Run a command in this process, so that its forks need not import, nor trace the same model without weights."""
+    trace, known, here = passes.frontend.trace.trace, dict[Any, Any](), Path.cwd()
+
+    def remembered(model: Any, *given: Any, **options: Any) -> Any:
+        if not all(p.is_meta for p in model.parameters()):
+            return trace(model, *given, **options)
+        key = type(model), model.config.to_json_string(), str(options)
+        if key not in known:
+            known[key] = trace(model, *given, **options)
+        return known[key]
+
+    passes.frontend.trace.trace = remembered
+    os.environ |= {"MPTK_CACHE": str(place / "cache")}
+    os.chdir(place)
+    sys.argv = ["mptk", *command, "--quiet"]
+    main()
+    os.chdir(here)
 
 
 def run(

@@ -41,7 +41,7 @@ SLOW = re.compile(r"--max-(decode|prefill)-ms|--budget latency|--batches")
 FOLLOWED = ("README.md", "docs/tutorial.md", "docs/how-to/")
 """The pages that a newcomer follows."""
 WRITE = ("prune", "recover", "export", "rerun", "bench")
-SIZES = {"num_attention_heads": 12, "num_key_value_heads": 3, "intermediate_size": 1536, "max_position_embeddings": 256}
+SIZES = {"num_attention_heads": 12, "num_key_value_heads": 3, "intermediate_size": 1536, "max_position_embeddings": 1024}
 """Feed-forward layers as wide as those of SmolLM2-135M, since pages name widths of it."""
 
 

@@ -127,7 +127,7 @@ def _command(line: str, page: str, folder: Path) -> str:
     words = shlex.split(line, comments=True)
     written = words[0] == "mptk" and words[1] in WRITE and "--estimate" not in words and "-h" not in words
     if words[0] == "mptk" and not SLOW.search(line) and not (written and not page.startswith(FOLLOWED)):
-        return _runs(words[1:])
+        return _runs(*words[1:])
     if words[:2] == ["python", "-c"]:
         (folder / "line.py").write_text(words[2])
         run_path(str(folder / "line.py"))
@@ -145,10 +145,12 @@ def _command(line: str, page: str, folder: Path) -> str:
     return "parsed"
 
 
-def _runs(words: list[str]) -> str:
+@cache
+def _runs(*words: str) -> str:
+    """Run a command; the same one on another page is not run again."""
     if words[0] in ("prune", "recover") and words[-1] not in _read() and "--quantize" not in words:
-        words = [*words, "--no-onnx"]
-    done = CliRunner().invoke(app, words)
+        words = (*words, "--no-onnx")
+    done = CliRunner().invoke(app, list(words))
     assert done.exit_code == 0, f"mptk {shlex.join(words)}: {done.output} {done.exception!r}"
     return "executed"
 

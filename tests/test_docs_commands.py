@@ -13,6 +13,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from runpy import run_path
@@ -31,7 +32,7 @@ import mptk.cli.prune
 import mptk.driver.prune
 import mptk.driver.pruned
 from mptk.cli.main import app
-from mptk.io.packaged import ALIASES, _target
+from mptk.io.packaged import ALIASES, _target, content_sha256
 from passes.analysis.rules import RULES
 
 GROUP = typer.main.get_command(app)
@@ -41,7 +42,12 @@ SLOW = re.compile(r"--max-(decode|prefill)-ms|--budget latency|--batches")
 FOLLOWED = ("README.md", "docs/tutorial.md", "docs/how-to/")
 """The pages that a newcomer follows."""
 WRITE = ("prune", "recover", "export", "rerun", "bench")
-SIZES = {"num_attention_heads": 12, "num_key_value_heads": 3, "intermediate_size": 1536, "max_position_embeddings": 1024}
+SIZES = {
+    "num_attention_heads": 12,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 1024,
+}
 """Feed-forward layers as wide as those of SmolLM2-135M, since pages name widths of it."""
 
 
@@ -63,6 +69,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 words.save_pretrained(path)
             else:
                 toys.write_gguf(model, words, path)
+            patch.setitem(ALIASES, name, replace(ALIASES[name], sha256=content_sha256(path)))
         for name in ("MODEL", "DENSE", "HuggingFaceTB/SmolLM2-135M"):
             model.save_pretrained(name)
             words.save_pretrained(name)

@@ -14,7 +14,7 @@ from mptk.files import json_text, write_json
 from mptk.reading import read_json
 
 FORMAT = "mptk-plan/1"
-_UNIT = re.compile(r"[0-9]{1,12}")
+_UNIT = re.compile(r"[0-9]{1,18}")
 LARGEST = 1 << 24
 """Units of the largest family."""
 MOST = 1 << 26
@@ -76,7 +76,9 @@ class Plan:
     def load(path: str | Path) -> Plan:
         """Read and validate a plan file. Raises MptkError with the place of the mistake."""
         where = Path(path)
-        data = read_json(where, lambda why: MptkError(f"plan {where}: {why}; give a plan.json, as docs/plan.md has it"))
+        data = read_json(
+            where, lambda why: MptkError(f"cannot read plan {where}: {why}; give a plan.json, as docs/plan.md has it")
+        )
         return Plan.from_json(data, source=str(path))
 
     @staticmethod

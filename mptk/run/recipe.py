@@ -71,7 +71,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         MptkError: it cannot be read, or is no mapping.
     """
-    text = read_text(path, lambda why: MptkError(f"cannot use {path}: {why}; check its name"), LARGEST)
+    text = read_text(path, lambda why: MptkError(f"cannot read {path}: {why}; check its name"), LARGEST)
     try:
         content = yaml.load(text, Loader=_Recipe)  # it is a SafeLoader
     except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError

@@ -27,9 +27,9 @@ def read_bytes(path: Path, damaged: Damaged, most: int = MOST) -> bytes:
                 raise damaged("it is no regular file")
             content = file.read(most + 1)
     except OSError as error:
-        raise damaged(f"cannot be read: {error.strerror or error}") from error
+        raise damaged(str(error.strerror or error)) from error
     except ValueError as error:  # a null character in the name
-        raise damaged(f"cannot be read: {error}") from error
+        raise damaged(str(error)) from error
     if len(content) > most:
         raise damaged(f"it has more than {most >> 20} MB")
     return content

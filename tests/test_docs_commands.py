@@ -13,6 +13,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from runpy import run_path
@@ -31,7 +32,7 @@ import mptk.cli.prune
 import mptk.driver.prune
 import mptk.driver.pruned
 from mptk.cli.main import app
-from mptk.io.packaged import ALIASES, _target
+from mptk.io.packaged import ALIASES, _target, content_sha256
 from passes.analysis.rules import RULES
 
 GROUP = typer.main.get_command(app)
@@ -41,7 +42,12 @@ SLOW = re.compile(r"--max-(decode|prefill)-ms|--budget latency|--batches")
 FOLLOWED = ("README.md", "docs/tutorial.md", "docs/how-to/")
 """The pages that a newcomer follows."""
 WRITE = ("prune", "recover", "export", "rerun", "bench")
-SIZES = {"num_attention_heads": 12, "num_key_value_heads": 3, "intermediate_size": 1536, "max_position_embeddings": 256}
+SIZES = {
+    "num_attention_heads": 12,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 1024,
+}
 """Feed-forward layers as wide as those of SmolLM2-135M, since pages name widths of it."""
 
 
@@ -63,6 +69,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 words.save_pretrained(path)
             else:
                 toys.write_gguf(model, words, path)
+            patch.setitem(ALIASES, name, replace(ALIASES[name], sha256=content_sha256(path)))
         for name in ("MODEL", "DENSE", "HuggingFaceTB/SmolLM2-135M"):
             model.save_pretrained(name)
             words.save_pretrained(name)
@@ -127,7 +134,7 @@ def _command(line: str, page: str, folder: Path) -> str:
     words = shlex.split(line, comments=True)
     written = words[0] == "mptk" and words[1] in WRITE and "--estimate" not in words and "-h" not in words
     if words[0] == "mptk" and not SLOW.search(line) and not (written and not page.startswith(FOLLOWED)):
-        return _runs(words[1:])
+        return _runs(*words[1:])
     if words[:2] == ["python", "-c"]:
         (folder / "line.py").write_text(words[2])
         run_path(str(folder / "line.py"))
@@ -145,10 +152,12 @@ def _command(line: str, page: str, folder: Path) -> str:
     return "parsed"
 
 
-def _runs(words: list[str]) -> str:
+@cache
+def _runs(*words: str) -> str:
+    """Run a command; the same one on another page is not run again."""
     if words[0] in ("prune", "recover") and words[-1] not in _read() and "--quantize" not in words:
-        words = [*words, "--no-onnx"]
-    done = CliRunner().invoke(app, words)
+        words = (*words, "--no-onnx")
+    done = CliRunner().invoke(app, list(words))
     assert done.exit_code == 0, f"mptk {shlex.join(words)}: {done.output} {done.exception!r}"
     return "executed"
 

@@ -228,7 +228,7 @@ class TestGguf:
         with pytest.raises(MptkError, match="no file"):
             models.load(str(tmp_path / "none.gguf"))
         (tmp_path / "broken.gguf").write_bytes(b"not one at all" * 9)
-        with pytest.raises(MptkError, match="cannot load"):
+        with pytest.raises(MptkError, match="does not begin as a GGUF file does"):
             models.load(str(tmp_path / "broken.gguf"))
         assert not list((tmp_path / "cache" / "checkpoints").glob("[!.]*"))
 

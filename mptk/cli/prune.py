@@ -73,11 +73,12 @@ def prune(
     from mptk.driver.pruned import prune
     from mptk.methods import find_method
 
-    settings = settled(with_latency(settings_from(options), max_decode_ms, max_prefill_ms))
-    check_prune(settings, settings.plan is None and find_method(settings.method).learns, estimate)
-    check_settings(settings)
+    settings = with_latency(settings_from(options), max_decode_ms, max_prefill_ms)
+    meant = settled(settings)
+    check_prune(meant, meant.plan is None and find_method(meant.method).learns, estimate)
+    check_settings(meant)
     if estimate:
-        found = estimated(model, settings)
+        found = estimated(model, meant)
         out.print(report.estimate_view(found))
         check_fits(found, folder or Path.cwd())
         return

@@ -14,7 +14,7 @@ from mptk.files import json_text, write_json
 from mptk.reading import read_json
 
 FORMAT = "mptk-plan/1"
-_UNIT = re.compile(r"[0-9]{1,12}")
+_UNIT = re.compile(r"[0-9]{1,18}")
 LARGEST = 1 << 24
 """Units of the largest family."""
 MOST = 1 << 26
@@ -76,7 +76,9 @@ class Plan:
     def load(path: str | Path) -> Plan:
         """Read and validate a plan file. Raises MptkError with the place of the mistake."""
         where = Path(path)
-        data = read_json(where, lambda why: MptkError(f"plan {where}: {why}; give a plan.json, as docs/plan.md has it"))
+        data = read_json(
+            where, lambda why: MptkError(f"cannot read plan {where}: {why}; give a plan.json, as docs/plan.md has it")
+        )
         return Plan.from_json(data, source=str(path))
 
     @staticmethod
@@ -137,9 +139,8 @@ def _ranges(units: tuple[int, ...]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
-def _decode(value: object, width: int, of: int, where: str) -> Keep:
-    given = value if isinstance(value, list) and _scoped(value) else [value]
-    rows = tuple(_units(row, width, of, where) for row in given)
+def _decode(value: Any, width: int, of: int, where: str) -> Keep:
+    rows = tuple(_units(row, width, of, where) for row in (value if _scoped(value) else [value]))
     for row in rows:
         check_units(row, width, of, where)
     return rows

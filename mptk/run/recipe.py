@@ -56,7 +56,7 @@ def write_recipe(folder: Path, source: str, settings: Settings, start: Path | No
     write_text(folder / FILE, f"# mptk {command} --config {FILE} --out FOLDER\n{text}")
 
 
-class _Recipe(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+class _Recipe(yaml.SafeLoader):  # type: ignore[misc]
     """Reads plain values. An alias (``*name``) could stand for more than memory holds, and no recipe needs one."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -71,7 +71,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         MptkError: it cannot be read, or is no mapping.
     """
-    text = read_text(path, lambda why: MptkError(f"cannot use {path}: {why}; check its name"), LARGEST)
+    text = read_text(path, lambda why: MptkError(f"cannot read {path}: {why}; check its name"), LARGEST)
     try:
         content = yaml.load(text, Loader=_Recipe)  # it is a SafeLoader
     except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError

@@ -77,7 +77,7 @@ class Rows(TypedDict):
     families: Mapping[str, FamilyRow]
     cost: CostRows
     splits: Mapping[str, Number]
-    quality: Mapping[str, str | Number]
+    quality: Mapping[str, str | Number | Mapping[str, Number]]
     quantized: Mapping[str, QuantizedRow]
     proof: Sequence[ProofRow]
     config_changes: Mapping[str, Sequence[Any]]

@@ -223,7 +223,7 @@ def plan(**ffn: object) -> str:
 
 PLANS = [
     *(Row(f"plan {n}", PLAN, ("plan.json",), (write("plan.json", c),)) for n, c in BODIES.items()),
-    Row("plan missing", PLAN, ("plan.json", "cannot be read")),
+    Row("plan missing", PLAN, ("plan.json", "cannot read plan")),
     Row("plan a folder", PLAN, ("plan.json",), (folder("plan.json"),)),
     Row("plan a fifo", PLAN, ("no regular file",), (fifo("plan.json"),)),
     Row("plan of /dev/zero", PLAN.replace("{plan.json}", "/dev/zero"), ("no regular file",)),
@@ -327,7 +327,7 @@ FOLDERS = [
     ),
     Row(
         "graph no graph, timed",
-        "bench {gpt2}",
+        "bench {gpt2} --lengths 8",
         ("ONNX Runtime cannot load",),
         (write("gpt2/onnx/model.onnx", b"\x00\x01" * 400),),
     ),

@@ -238,12 +238,12 @@ def test_eval_gives_perplexity_and_its_protocol(files, pruned, tmp_path, mptk):
 def test_bench_is_shown_again_by_report(files, pruned, tmp_path, mptk):
     out = tmp_path / "out"
     shutil.copytree(pruned[0], out)
-    result = mptk("bench", files.model, out, "--rounds", "2", "--json", tmp_path / "bench.json")
+    result = mptk("bench", files.model, out, "--lengths", "16,40", "--rounds", "2", "--json", tmp_path / "bench.json")
     assert result.code == 0
     bench = json.loads((tmp_path / "bench.json").read_text())
     cases = [(row["graph"], row["case"]["phase"], row["case"]["length"]) for row in bench["rows"]]
     graphs = (files.model, str(out))
-    assert cases == [(g, p, n) for p in ("prefill", "decode") for n in (128, 512) for g in graphs]
+    assert cases == [(g, p, n) for p in ("prefill", "decode") for n in (16, 40) for g in graphs]
     assert all(0 < row["ideal"] < 1 and row["ratio"] > 0 for row in bench["rows"] if row["graph"] == str(out))
     assert bench["rounds"] == 2
     check_manifest(out)

@@ -137,7 +137,7 @@ def test_files_that_are_no_plan(tmp_path: Path) -> None:
     with pytest.raises(MptkError, match=r"is not JSON \(line 2"):
         Plan.load(path)
     path.write_bytes(b"\xff\xfe\x80")
-    with pytest.raises(MptkError, match="is not a text file"):
+    with pytest.raises(MptkError, match="it is not UTF-8 text"):
         Plan.load(path)
 
 

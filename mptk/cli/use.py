@@ -279,6 +279,10 @@ def bench(
     from mptk.io.manifest import update_manifest
     from mptk.io.publish import amend
 
+    counts = {
+        name: parse_counts(text, f"--{name}")
+        for name, text in (("lengths", lengths), ("batches", batches), ("threads", threads))
+    }
     if twice := [model for model in models if models.count(model) > 1]:
         raise MptkError(f"{twice[0]} is given twice, and would be compared with itself; name it once")
     if plot is not None:
@@ -288,10 +292,8 @@ def bench(
             models,
             device=device,
             progress=progress,
-            lengths=parse_counts(lengths, "--lengths"),
-            batches=parse_counts(batches, "--batches"),
-            threads=parse_counts(threads, "--threads"),
             rounds=rounds,
+            **counts,
         )
     for model in models[1:]:
         if (Path(model) / "report.json").is_file():

@@ -270,26 +270,27 @@ def bench(
         A ``Bench``: times in milliseconds, each with its ratio to the first graph's and the ideal ratio.
 
     Raises:
-        MptkError: a model cannot be found or exported, or there is no such device.
+        MptkError: a model cannot be found or exported, has too few positions, or there is no such device.
     """
     there, graphs = session_device(device), dict[str, Path]()
+    longest = max(settings.get("lengths", LENGTHS))
+    for model in map(str, models):
+        check_positions(positions_named(model), longest + 1, f"{longest} tokens and one more in the cache of {model}")
     for model in map(str, models):
         file = Path(model) if model.endswith(".onnx") else onnx_folder(model, progress) / FILE
         graphs[model] = file
         if file.name == FILE:
             graphs |= {f"{model} {scheme_of(other)}": other for other in quantized_files(file.parent)}
-    longest = max(settings.get("lengths", LENGTHS))
-    for name, file in graphs.items():
-        check_positions(positions_beside(file), longest + 1, f"{longest} tokens and one more in the cache of {name}")
     return bench_decoders(graphs, device=there, progress=progress, **settings)
 
 
-def positions_beside(graph: Path) -> int | None:
-    """The positions of a graph's model, by the config beside it; None if there is none."""
-    folder = model_folder(graph)
-    if not (folder / "config.json").is_file():
-        return None
-    return positions_of(models.load_config(str(folder)))
+def positions_named(model: str) -> int | None:
+    """The positions of a model, or of the one that a graph was made of, by its config; None if it is not known."""
+    there = Path(model)
+    if not model.endswith(".onnx") and not any((folder / FILE).is_file() for folder in (there, there / "onnx")):
+        return positions_of(models.load_config(model))
+    folder = model_folder(there)
+    return positions_of(models.load_config(str(folder))) if (folder / "config.json").is_file() else None
 
 
 def onnx_folder(model: str, progress: Progress | None = None) -> Path:

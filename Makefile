@@ -1,4 +1,4 @@
-# make demo | test | check: each sets up .venv first. PYTHON names another interpreter, which gets an environment of its
+# make demo | test | check | docs: each sets up .venv first. PYTHON names another interpreter, which gets an environment of its
 # own, .venv-3.12: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
@@ -16,12 +16,13 @@ CRASH_ARGS ?= --kills 160 --json benchmarks/results/crash.json
 FUZZ_ARGS ?= --programs 5000 --jobs 2 --json benchmarks/results/fuzz.json
 RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_ARGS)
 
-.PHONY: help demo test check format test-lowest fuzz crash mutants clean
+.PHONY: help demo test check docs format test-lowest fuzz crash mutants clean
 
 help:
 	@echo "make demo         learn to prune SmolLM2-135M by 30 %, prove it, time it, with Wanda beside it"
 	@echo "make test         make check, then every test"
 	@echo "make check        ruff, mypy --strict, import contracts"
+	@echo "make docs         the documentation as a site, build/site; a warning is an error"
 	@echo "make format       let ruff format and fix what it can"
 	@echo "make test-lowest  the tests on the oldest dependencies that pyproject.toml allows"
 	@echo "make fuzz         5,000 random programs: refused by name, or cut right; FUZZ_ARGS=... for other numbers"
@@ -46,6 +47,11 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict mptk passes
 	$(BIN)/lint-imports
+
+# sphinx: it reads these pages as they are (myst), and the docstrings are its markup already.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --conf-dir docs . build/site
+	@echo "open build/site/index.html"
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
@@ -82,3 +88,6 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-dev: pyproject.toml
 	$(call install,.[dev])
+
+$(VENV)/.installed-docs: pyproject.toml
+	$(call install,.[docs])

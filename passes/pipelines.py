@@ -18,7 +18,7 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.runtime.sessions import CPU
 from passes.targets.onnx.block_weights import BLOCK, BlockWeightsPass
-from passes.targets.onnx.emit import FILE, Interface, decoder_interface, write_onnx
+from passes.targets.onnx.emit import Interface, decoder_interface, write_onnx
 from passes.targets.onnx.extract import ExtractPass, Part
 from passes.targets.onnx.float16 import Float16Pass
 from passes.targets.onnx.fold_kv import FoldKVPass
@@ -30,6 +30,7 @@ from passes.targets.onnx.look_up import LookUpInBlocksPass
 from passes.targets.onnx.lower import LowerOps
 from passes.targets.onnx.lower_complex import LowerComplex
 from passes.targets.onnx.measure import Text
+from passes.targets.onnx.names import FILE
 from passes.targets.onnx.quantize import even_channels, write_quantized
 from passes.transforms.fold_norms import Folded, FoldNorms
 from passes.transforms.masked_reference import Mask
@@ -196,7 +197,7 @@ def emit_onnx(
 def quantize_onnx(
     source: Path, scheme: str, text: Text | None = None, log: Log | None = None, device: torch.device = CPU
 ) -> Path:
-    """Write ``model_SCHEME.onnx`` and its weights beside ``source``. Returns the new file.
+    """Write the scheme's graph and its weights beside ``source``, as ``names.QUANTIZED`` names it. Returns the file.
 
     Inputs and outputs keep their names and shapes. Only ``fp16`` changes a type: the KV cache is float16.
 

@@ -66,7 +66,7 @@ def made(*, quality: float = 40.0, dense: float = 20.0, sha: str = "d", removed:
         trained=[],
         weights_sha256="",
         quality={"metric": w["metric"], "dense": dense, "pruned": quality, "protocol": w["protocol"]},
-        quantized={w["scheme"]: {"file": "onnx/model_int8.onnx", "bytes": 9000, "quality": quality + 1}},
+        quantized={w["scheme"]: {"file": "onnx/model_quantized.onnx", "bytes": 9000, "quality": quality + 1}},
         proof=[
             {"stage": "config", "max_abs": 0.0, "relative": 0.0, "tolerance": 0.0, "ok": True},
             {

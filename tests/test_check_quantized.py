@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from graph_damage import Damage, damaged, garbage_block, one_code
-from tiny_decoders import CONFIGS, GROUPED, tiny_decoder
+from tiny_decoders import CONFIGS, GROUPED, graphs_of, tiny_decoder
 
 from mptk.errors import ProofError
 from passes.frontend.trace_decoder import trace_decoder
@@ -18,21 +19,24 @@ from passes.pipelines import SCHEMES, emit_onnx, quantize_onnx
 from passes.targets.onnx import check_quantized as checked
 from passes.targets.onnx.balance import weight_of
 from passes.targets.onnx.check_quantized import DIVERGENCES, check_quantized, divergence
+from passes.targets.onnx.names import QUANTIZED
 
 TEXT = np.random.default_rng(0).integers(3, 97, (16, 32))
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return emit_onnx(trace_decoder(tiny_decoder(request.param)), tmp_path_factory.mktemp("onnx"))
-
-
+@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_what_was_quantised_is_near_the_float_weights(source: Path, scheme: str) -> None:
-    assert 0.3 < check_quantized(source, quantize_onnx(source, scheme), scheme) <= 1
+def test_what_was_quantised_is_near_the_float_weights(
+    decoder_graphs: Callable[[str], Path], kind: str, scheme: str
+) -> None:
+    graphs = graphs_of(decoder_graphs(kind))
+    assert 0.3 < check_quantized(graphs["float"], graphs[scheme], scheme) <= 1
 
 
-def test_what_was_rounded_for_a_text_is_too(source: Path) -> None:
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_was_rounded_for_a_text_is_too(decoder_graphs: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    shutil.copytree(decoder_graphs(kind), tmp_path, dirs_exist_ok=True)
+    source = graphs_of(tmp_path)["float"]
     assert 0.3 < check_quantized(source, quantize_onnx(source, "int4", TEXT), "int4") <= 1
 
 
@@ -40,12 +44,11 @@ def test_what_was_rounded_for_a_text_is_too(source: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Float, int8, int4 and float16 graphs of one decoder."""
+def graphs(decoder_graphs: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Float, int8, int4 and float16 graphs of one decoder, int4 rounded for a text."""
     folder = tmp_path_factory.mktemp("graphs")
-    source = emit_onnx(trace_decoder(tiny_decoder(GROUPED)), folder)
-    for scheme in SCHEMES:
-        quantize_onnx(source, scheme, TEXT)
+    shutil.copytree(decoder_graphs(GROUPED), folder, dirs_exist_ok=True)
+    quantize_onnx(graphs_of(folder)["float"], "int4", TEXT)
     return folder
 
 
@@ -75,7 +78,7 @@ DAMAGES: dict[str, tuple[str, str, Damage]] = {
 def test_damage_is_found(name: str, graphs: Path, tmp_path: Path) -> None:
     scheme, ending, damage = DAMAGES[name]
     shutil.copytree(graphs, tmp_path, dirs_exist_ok=True)
-    file = tmp_path / f"model_{scheme}.onnx"
+    file = tmp_path / QUANTIZED[scheme]
     check_quantized(tmp_path / "model.onnx", file, scheme)
     where = rf"the proof fails at '{scheme} weights': (linear_2|model\.embed_tokens|val_140|model\.norm)"
     with pytest.raises(ProofError, match=where):
@@ -84,9 +87,8 @@ def test_damage_is_found(name: str, graphs: Path, tmp_path: Path) -> None:
 
 def test_the_graph_of_another_model_is_found(graphs: Path, tmp_path: Path) -> None:
     other = emit_onnx(trace_decoder(tiny_decoder(GROUPED, intermediate_size=96)), tmp_path)
-    quantize_onnx(other, "int8")
     with pytest.raises(ProofError, match="a weight is of another size"):
-        check_quantized(graphs / "model.onnx", tmp_path / "model_int8.onnx", "int8")
+        check_quantized(graphs / "model.onnx", quantize_onnx(other, "int8"), "int8")
 
 
 class ReorderPass(ir.passes.InPlacePass):
@@ -107,7 +109,7 @@ def test_channels_in_another_order_are_the_same_weights(graphs: Path, monkeypatc
     even_channels = checked.even_channels
     monkeypatch.setattr(checked, "even_channels", lambda source: [*even_channels(source), ReorderPass()])
     for scheme in ("int8", "int4"):
-        assert check_quantized(graphs / "model.onnx", graphs / f"model_{scheme}.onnx", scheme) <= 1
+        assert check_quantized(graphs / "model.onnx", graphs / QUANTIZED[scheme], scheme) <= 1
 
 
 # ---- logits ----

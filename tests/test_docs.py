@@ -81,3 +81,16 @@ def _there(name: str) -> bool:
         except (ModuleNotFoundError, AttributeError):
             continue
     return False
+
+
+def test_reference_has_every_public_name() -> None:
+    import mptk
+
+    shown = found("docs/api.md", r"^\.\. auto(?:function|class):: ([\w.]+)")
+    assert {f"mptk.{name}" for name in mptk.__all__} - {"mptk.__version__"} <= shown
+    assert [name for name in shown if not _holds(name)] == []
+
+
+def _holds(name: str) -> bool:
+    module, _, own = name.rpartition(".")
+    return hasattr(import_module(module), own)

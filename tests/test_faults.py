@@ -36,6 +36,7 @@ from mptk.ir.program import Program
 from mptk.run.report import PROVEN_ON, Report
 from mptk.run.settings import Learning, Training
 from mptk.runtime.decoder import OrtDecoder
+from passes.targets.onnx.names import QUANTIZED
 from passes.transforms.insert_masks import InsertedMasks
 
 Inject = Callable[[pytest.MonkeyPatch], None]
@@ -204,7 +205,7 @@ def told_plan(folder: Path) -> None:
 
 def louder(folder: Path) -> None:
     """The ONNX graph's weights are 1 % larger."""
-    file = folder / "onnx" / "model.onnx.data"
+    file = folder / "onnx" / "model.onnx_data"
     (np.frombuffer(file.read_bytes(), np.float32) * np.float32(1.01)).tofile(file)
 
 
@@ -226,12 +227,12 @@ def nudged(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def quantised(scheme: str, ending: str, damage: Damage) -> Edit:
     """A constant of a quantised graph damaged."""
-    return lambda folder: damaged(folder / "onnx" / f"model_{scheme}.onnx", ending, damage) and None
+    return lambda folder: damaged(folder / "onnx" / QUANTIZED[scheme], ending, damage) and None
 
 
 def noise(folder: Path) -> None:
     """Two fifths of the int8 graph's numbers are noise."""
-    file = folder / "onnx" / "model_int8.onnx.data"
+    file = folder / "onnx" / "model_quantized.onnx_data"
     content = bytearray(file.read_bytes())
     size = len(content) * 2 // 5
     content[-size:] = np.random.default_rng(0).bytes(size)
@@ -239,13 +240,13 @@ def noise(folder: Path) -> None:
 
 
 def no_graph(folder: Path) -> None:
-    file = folder / "onnx" / "model_int4.onnx"
+    file = folder / "onnx" / "model_q4.onnx"
     file.write_bytes(np.random.default_rng(0).bytes(file.stat().st_size))
 
 
 UNTRUE = "in report.json is not true"
 PLAIN: dict[str, tuple[Edit, str]] = {
-    "data file missing": (remove("onnx/model.onnx.data"), "onnx/model.onnx.data is missing in .* since"),
+    "data file missing": (remove("onnx/model.onnx_data"), "onnx/model.onnx_data is missing in .* since"),
     "onnx folder deleted": (remove("onnx"), "onnx/model.onnx is missing in .* since"),
     "tokenizer changed": (fields("tokenizer_config.json", eos_token="w1"), "tokenizer_config.json in .* was changed"),
     "generation config": (fields("generation_config.json", eos_token_id=5), "generation_config.json in .* was changed"),
@@ -254,12 +255,12 @@ PLAIN: dict[str, tuple[Edit, str]] = {
     "file added": (lambda folder: (folder / "extra.py").touch(), "extra.py was added in .* since"),
     "one byte of an int8 block": (
         quantised("int8", "linear_2.smooth.1_Q8", one_code),
-        r"onnx/model_int8.onnx(\.data)? in .* was changed",
+        r"onnx/model_quantized.onnx(_data)? in .* was changed",
     ),
     "no manifest": (remove("mptk.json"), "has no mptk.json that lists its files"),
 }
 FORGED: dict[str, tuple[Edit, str]] = {
-    "data file missing": (remove("onnx/model.onnx.data"), "lacks onnx/model.onnx.data, which its report names"),
+    "data file missing": (remove("onnx/model.onnx_data"), "lacks onnx/model.onnx_data, which its report names"),
     "onnx folder deleted": (remove("onnx"), "lacks onnx/model.onnx, which its report names"),
     "onnx folder deleted, list edited": (remove("onnx", told=True), f"settings.onnx {UNTRUE}: it says true"),
     "onnx of other weights": (louder, "the proof fails at 'ONNX Runtime prefill'"),
@@ -267,8 +268,11 @@ FORGED: dict[str, tuple[Edit, str]] = {
     "garbage int8 block": (quantised("int8", "linear_2.smooth.1_Q8", garbage_block), "fails at 'int8 weights'"),
     "int4 scales doubled": (quantised("int4", "linear_2.smooth.1_scales", lambda a: a * 2), "fails at 'int4 weights'"),
     "int8 file of noise": (noise, "fails at 'int8 weights'"),
-    "int4 file of garbage": (no_graph, r"fails at 'int4 weights': model_int4.onnx does not run \(.+\)"),
-    "int8 file deleted": (remove("onnx/model_int8.onnx"), "lacks onnx/model_int8.onnx, which its report names"),
+    "int4 file of garbage": (no_graph, r"fails at 'int4 weights': model_q4.onnx does not run \(.+\)"),
+    "int8 file deleted": (
+        remove("onnx/model_quantized.onnx"),
+        "lacks onnx/model_quantized.onnx, which its report names",
+    ),
     "file added": (lambda folder: (folder / "extra.txt").touch(), f"files {UNTRUE}"),
     "weights changed": (weights(nudged, told=False), f"weights_sha256 {UNTRUE}"),
     "weights and digest changed": (weights(nudged), "the proof fails at 'stored weights'"),
@@ -290,7 +294,7 @@ FORGED: dict[str, tuple[Edit, str]] = {
     "called trained": (fields("report.json", trained=["model.norm.weight"]), f"trained {UNTRUE}"),
     "changes": (fields("report.json", config_changes={}), f"config_changes {UNTRUE}"),
     "quantised": (
-        fields("report.json", quantized={"int8": {"file": "onnx/model_int8.onnx", "bytes": 9}}),
+        fields("report.json", quantized={"int8": {"file": "onnx/model_quantized.onnx", "bytes": 9}}),
         f"quantized {UNTRUE}",
     ),
     "tokens": (unknown_tokens, "proof/inputs.safetensors in .* holds no inputs of this model"),
@@ -301,6 +305,10 @@ FORGED: dict[str, tuple[Edit, str]] = {
     "config": (
         fields("config.json", max_position_embeddings=8),
         "max_position_embeddings of config.json is 8, but 128",
+    ),
+    "words to transformers.js": (
+        fields("config.json", **{"transformers.js_config": {"use_external_data_format": False}}),
+        r"transformers\.js_config\.\w+ of config.json is",
     ),
     "generation config": (
         fields("generation_config.json", eos_token_id=5),

@@ -92,7 +92,7 @@ def test_the_exported_folder_has_what_consumers_look_for(source, folder):
     assert AutoConfig.from_pretrained(folder).hidden_size == AutoConfig.from_pretrained(source).hidden_size
     assert AutoTokenizer.from_pretrained(folder)("a").input_ids == AutoTokenizer.from_pretrained(source)("a").input_ids
     names = {path.name for path in (folder / "onnx").iterdir()}
-    assert names == {"model.onnx", "model.onnx.data", "model_int8.onnx", "model_int8.onnx.data"}
+    assert names == {"model.onnx", "model.onnx_data", "model_quantized.onnx", "model_quantized.onnx_data"}
     assert not list(folder.glob("*.safetensors"))
     assert onnx_folder(str(folder)) == onnx_folder(str(folder / "onnx")) == folder / "onnx"
 
@@ -132,7 +132,7 @@ def test_commands_generate_and_eval(folder, source, tmp_path):
     assert run.stdout.strip() == tokenizer().decode([t for (t,) in tokens], skip_special_tokens=True).strip()
     assert "5 new tokens" in run.stderr
     values = {}
-    for model, runtime in ((source, "torch"), (folder, "onnx"), (folder / "onnx" / "model_int8.onnx", "onnx")):
+    for model, runtime in ((source, "torch"), (folder, "onnx"), (folder / "onnx" / "model_quantized.onnx", "onnx")):
         words = ["eval", str(model), "--runtime", runtime, "--data", str(text), "--length", "32"]
         run = CliRunner().invoke(app, words, catch_exceptions=False)
         values[model] = float(run.stdout.split()[1])
@@ -149,7 +149,7 @@ def test_export_rounds_int4_for_a_text(source, tmp_path):
     for name, more in (("alone", []), ("for", ["--data", str(text)])):
         words = ["export", str(source), "--out", str(tmp_path / name), "--quantize", "int4", *more]
         assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
-        found.append((tmp_path / name / "onnx" / "model_int4.onnx.data").read_bytes())
+        found.append((tmp_path / name / "onnx" / "model_q4.onnx_data").read_bytes())
     assert len(found[0]) == len(found[1])
     assert found[0] != found[1]
 

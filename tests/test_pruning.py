@@ -36,6 +36,7 @@ from mptk.run.chain import Proven
 from mptk.run.report import Report
 from mptk.runtime.decoder import OrtDecoder
 from passes.pipelines import quantize_onnx
+from passes.targets.onnx.names import QUANTIZED
 from passes.verify import Difference
 
 SETTINGS = mptk.Settings(method="wanda", sparsity=0.35, samples=4, length=48, multiple=8)
@@ -152,9 +153,9 @@ def test_quantised_graphs_lie_beside_and_their_perplexity_is_told(llama, pruned,
     report = mptk.prune(llama, tmp_path / "out", settings).report
     assert set(report.quantized) == {"int8", "fp16"}
     for scheme, found in report.quantized.items():
-        assert found["file"] == f"onnx/model_{scheme}.onnx"
-        assert {found["file"], f"{found['file']}.data"} <= set(report.files)
-        assert found["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out/onnx").glob(f"model_{scheme}.onnx*"))
+        assert found["file"] == f"onnx/{QUANTIZED[scheme]}"
+        assert {found["file"], f"{found['file']}_data"} <= set(report.files)
+        assert found["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out/onnx").glob(f"{QUANTIZED[scheme]}*"))
         assert found["quality"] == pytest.approx(report.quality["pruned"], rel=0.05)
     assert report.plan_sha256 == pruned[1].plan_sha256
 
@@ -162,9 +163,9 @@ def test_quantised_graphs_lie_beside_and_their_perplexity_is_told(llama, pruned,
 def test_int4_is_rounded_for_the_calibration_text(llama, tmp_path):
     mptk.prune(llama, tmp_path / "out", replace(SETTINGS, quantize=("int4",)))
     folder = tmp_path / "out" / "onnx"
-    ours = (folder / "model_int4.onnx.data").read_bytes()
+    ours = (folder / "model_q4.onnx_data").read_bytes()
     quantize_onnx(folder / "model.onnx", "int4")
-    assert (folder / "model_int4.onnx.data").read_bytes() != ours
+    assert (folder / "model_q4.onnx_data").read_bytes() != ours
 
 
 def test_last_logits_alone_are_proven_too(llama, tmp_path):

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_kinds import METRICS, MODELS
+from kinds import METRICS, MODELS
 from torch import nn
-from toy_checkpoints import TEXT, tokenizer
+from toy_checkpoints import TEXT, llama, tokenizer
 
 import mptk
+from mptk.driver.sources import collected
 from mptk.errors import MptkError
+from mptk.io.live import open_live
 from mptk.ir.samples import Samples, next_tokens
 from mptk.targets.graph import WEIGHTS
+from mptk.tasks import task_of
 
 SMALL: dict[str, Any] = {"method": "wanda", "sparsity": 0.3, "tolerance": 0.2, "multiple": 2, "samples": 4}
 SMALL |= {"length": 12, "eval_windows": 3, "eval_length": 12, "progress": None}
@@ -25,15 +28,13 @@ def ids(count: int = 4, length: int = 12) -> torch.Tensor:
 
 
 DATA: dict[str, Any] = {
-    "encoder": lambda: ids(),
     "text classifier": lambda: {"input_ids": ids(), "labels": torch.arange(4)},
     "encoder-decoder": lambda: {"input_ids": ids()},
     "image classifier": lambda: [{"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.arange(2)}] * 3,
-    "speech": lambda: {"input_features": torch.randn(4, 8, 100)},
 }
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", list(DATA))
 def test_every_kind_is_pruned_in_memory(name: str) -> None:
     torch.manual_seed(0)
     model = MODELS[name]()
@@ -57,22 +58,16 @@ def test_example_inputs_make_a_module_of_a_transformers_model(tmp_path: Path) ->
     assert all(d.ok for d in mptk.verify(tmp_path / "out", model=str(tmp_path / "dense")))
 
 
-def test_samples_and_texts_are_the_same_data(tmp_path: Path) -> None:
-    """Windows that the caller cuts give the plan of the texts that they are cut from."""
-    from toy_checkpoints import llama
-
+def test_samples_and_texts_are_the_same_data() -> None:
+    """Windows that the caller cuts are those that mptk cuts of the texts."""
     words = tokenizer()
-    by_texts = mptk.prune(llama(), data=[TEXT] * 4, tokenizer=words, **SMALL)
-    assert by_texts is not None
-    seen = by_texts.report.data["calibration"]["inputs"]["input_ids"]
-    stream = torch.tensor(words("".join(TEXT), add_special_tokens=False)["input_ids"])
-    assert seen["shape"] == [4, 12]
+    loaded = open_live(llama(), words)
+    stream = torch.tensor(words(TEXT * 4, add_special_tokens=False)["input_ids"])
     windows = stream[: len(stream) // 12 * 12].reshape(-1, 12)[:4]
-    given = [
-        mptk.prune(llama(), data=data, **SMALL)
-        for data in (windows, next_tokens(windows), list(windows[:, None]), list(windows))
-    ]
-    assert len({found.plan.digest for found in given if found is not None}) == 1
+    for data in ([TEXT] * 4, windows, next_tokens(windows), list(windows[:, None]), list(windows)):
+        found = collected(data, loaded, task_of(loaded), 4, 12)
+        assert torch.equal(found.inputs["input_ids"], windows)
+        assert torch.equal(found.targets, next_tokens(windows).targets)
 
 
 class Convolutions(nn.Module):

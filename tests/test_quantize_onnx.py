@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx_ir.passes import common
-from tiny_decoders import BIASED, CONFIGS, FUSED, GROUPED, tiny_decoder
+from tiny_decoders import BIASED, CONFIGS, FUSED, GROUPED, graphs_of, tiny_decoder
 
 import passes.targets.onnx.measure
 from mptk.errors import MptkError
@@ -34,9 +34,13 @@ ERROR = {"int8": 0.1, "int4": 0.9, "fp16": 0.01}
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
-def source(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("onnx")
-    return emit_onnx(trace_decoder(tiny_decoder(request.param)), folder, metadata={"plan_sha256": "0a1b"})
+def graphs(request, decoder_graphs):
+    return graphs_of(decoder_graphs(request.param))
+
+
+@pytest.fixture(scope="module")
+def source(graphs):
+    return graphs["float"]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +49,8 @@ def plain(source):
 
 
 @pytest.fixture(scope="module", params=list(SCHEMES))
-def quantized(request, source):
-    return request.param, OrtDecoder(quantize_onnx(source, request.param), threads=1)
+def quantized(request, graphs):
+    return request.param, OrtDecoder(graphs[request.param], threads=1)
 
 
 def error(found, expected) -> float:
@@ -83,10 +87,10 @@ def test_a_left_padded_prompt_gets_the_logits_it_gets_alone(quantized):
     assert np.mean(np.array(apart) <= 1e-4) >= 0.9
 
 
-def test_no_table_or_product_stays_float32(source):
+def test_no_table_or_product_stays_float32(graphs):
     """Neither the embedding, nor the output projection, nor a product with a weight, for each kind of decoder."""
     for scheme in ("int8", "int4"):
-        model = onnx.load(quantize_onnx(source, scheme))
+        model = onnx.load(graphs[scheme])
         large = {
             w.name for w in model.graph.initializer if w.data_type == onnx.TensorProto.FLOAT and w.dims[1:] == [48]
         }
@@ -277,18 +281,26 @@ def test_rows_are_rounded_to_the_nearest_step():
     assert not back[:, 40:].any()
 
 
-def test_an_unknown_scheme_is_named_and_nothing_is_written(tmp_path):
-    source = emit_onnx(trace_decoder(tiny_decoder(BIASED, num_hidden_layers=1)), tmp_path)
+def test_an_unknown_scheme_is_named_and_nothing_is_written(decoder_graphs, tmp_path):
+    shutil.copytree(decoder_graphs(BIASED), tmp_path, dirs_exist_ok=True)
+    source = graphs_of(tmp_path)["float"]
     before = sorted(tmp_path.iterdir())
     with pytest.raises(MptkError, match=r"unknown scheme 'int3'.*int8, int4, fp16"):
         quantize_onnx(source, "int3")
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_logging_is_left_as_it_was(tmp_path):
+def test_logging_is_left_as_it_was(decoder_graphs, tmp_path):
+    shutil.copytree(decoder_graphs(FUSED), tmp_path, dirs_exist_ok=True)
     before = logging.root.level, logging.root.handlers[:], logging.root.manager.disable
-    quantize_onnx(emit_onnx(trace_decoder(tiny_decoder(FUSED, n_layer=1)), tmp_path), "int4")
+    quantize_onnx(graphs_of(tmp_path)["float"], "int4")
     assert (logging.root.level, logging.root.handlers[:], logging.root.manager.disable) == before
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    model = tiny_decoder(GROUPED, num_hidden_layers=1, tie_word_embeddings=True)
+    return emit_onnx(trace_decoder(model), tmp_path_factory.mktemp("tied"))
 
 
 @pytest.mark.parametrize(
@@ -299,9 +311,8 @@ def test_logging_is_left_as_it_was(tmp_path):
         (PlainProductsPass(), "transposes a constant"),
     ],
 )
-def test_what_a_pass_leaves_in_float32_is_named(tmp_path, step, left):
-    source = emit_onnx(trace_decoder(tiny_decoder(GROUPED, num_hidden_layers=1, tie_word_embeddings=True)), tmp_path)
-    model = read_float(source)
+def test_what_a_pass_leaves_in_float32_is_named(tied, step, left):
+    model = read_float(tied)
     if not isinstance(step, PlainProductsPass):
         PlainProductsPass()(model)
     with pytest.raises(ir.passes.PostconditionError, match=left):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -12,6 +15,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+
+from passes.frontend.trace_decoder import trace_decoder
+from passes.pipelines import SCHEMES, emit_onnx, quantize_onnx
 
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -63,3 +69,16 @@ def tiny_decoder(kind: str | PreTrainedConfig, **changes: int) -> PreTrainedMode
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.3)
     return model
+
+
+def write_graphs(kind: str, folder: Path) -> None:
+    """The ONNX graph of a tiny decoder, and one quantised by each scheme."""
+    folder.mkdir()
+    source = emit_onnx(trace_decoder(tiny_decoder(kind)), folder, metadata={"plan_sha256": "0a1b"})
+    files = {"float": source.name} | {scheme: quantize_onnx(source, scheme).name for scheme in SCHEMES}
+    (folder / "files.json").write_text(json.dumps(files))
+
+
+def graphs_of(folder: Path) -> dict[str, Path]:
+    """Scheme, or float → the file of its graph."""
+    return {scheme: folder / name for scheme, name in json.loads((folder / "files.json").read_text()).items()}

@@ -1,14 +1,14 @@
-"""app: the typer application, what all commands share, its consoles, and its error handling."""
+"""app: the typer application, what all commands share, and what is kept of a command that is stopped."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import io
 import os
 import signal
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,11 +17,13 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
+from mptk.cli.console import echo, out
+from mptk.cli.failure import Interrupted, Terminated, ended
+from mptk.cli.idle import TYPED
 from mptk.cli.voice import VOICE
-from mptk.errors import MptkError, explained
+from mptk.errors import explained
 from mptk.files import json_text, tidy, write_json
 from mptk.io.cache import tidy_shared
 
@@ -32,39 +34,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-WIDE = 1000
-"""Columns where the output is no terminal: no table is cut."""
-
-
-def _width(terminal: bool) -> int | None:
-    return None if terminal or "COLUMNS" in os.environ else WIDE
-
-
-# Names of models, folders and files are no markup.
-out = Console(width=_width(sys.stdout.isatty()), markup=False)
-err = Console(stderr=True, width=_width(sys.stderr.isatty()), markup=False)
-
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress: results and errors only.")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Say more: each pass's difference, the traceback of an error.")
 ]
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
-
-
-class Interrupted(Exception):
-    """Ctrl-C, or SIGTERM. The text says what is kept."""
-
-    def __init__(self, stop: KeyboardInterrupt) -> None:
-        super().__init__(str(stop) or "nothing was published")
-        by_ctrl_c = not isinstance(stop, Terminated)
-        self.word, self.code = ("interrupted", 130) if by_ctrl_c else ("terminated", 143)
-
-
 def main() -> None:
-    """Run the command line. A user's error prints one line to stderr and exits with 1; Ctrl-C with 130, SIGTERM 143."""
+    """Run the command line. ``mptk.cli.failure`` has the exit codes; whatever fails says so in one line on stderr."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -72,22 +49,16 @@ def main() -> None:
     # Weights come and go: with large pages torch makes a float32 weight in half the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     warnings.filterwarnings("ignore")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name or a sign that the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
         with explained(), _terminable():
-            app()
-    except MptkError as error:
-        if VOICE.verbose:
-            traceback.print_exc()
-        err.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
-        sys.exit(1)
-    except KeyboardInterrupt as stop:
-        ended = Interrupted(stop)
-    except Interrupted as stop:
-        ended = stop
-    else:
-        return
-    err.print(f"{ended.word}; {ended}", highlight=False, soft_wrap=True)
-    sys.exit(ended.code)
+            code = app(standalone_mode=False, prog_name="mptk")
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the net: what no other place has translated
+        code = ended(error)
+    if code:
+        sys.exit(code)
 
 
 @contextmanager
@@ -109,8 +80,9 @@ def command(name: str | None = None, *, examples: tuple[str, ...] = ()) -> Calla
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
-        def run(*, quiet: bool, verbose: bool, **values: Any) -> None:
+        def run(*, quiet: bool, verbose: bool, context: typer.Context, **values: Any) -> None:
             VOICE.quiet, VOICE.verbose = quiet, verbose
+            TYPED.set(frozenset(name for name in values if _typed(context, name)))
             try:
                 tidy_for(values.values())
                 function(**values)
@@ -122,6 +94,7 @@ def command(name: str | None = None, *, examples: tuple[str, ...] = ()) -> Calla
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
             for name, annotation in (("quiet", Quiet), ("verbose", Verbose))
         ]
+        more.append(inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
         parameters = [*own.parameters.values(), *more]
         run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -132,10 +105,15 @@ def command(name: str | None = None, *, examples: tuple[str, ...] = ()) -> Calla
     return add
 
 
+def _typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def show(json_file: Path | None, content: object, view: RenderableType) -> None:
     """Print a result as a table and write it as JSON to a file; if that is -, print the JSON in place of the table."""
     if json_file == Path("-"):
-        typer.echo(json_text(content, indent=1))
+        echo(json_text(content, indent=1))
         return
     write_json(json_file, content)
     out.print(view)
@@ -177,7 +155,7 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         from mptk.version import __version__
 
-        typer.echo(f"mptk {__version__}")
+        echo(f"mptk {__version__}")
         raise typer.Exit
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mptk.cli.app import command, err
+from mptk.cli.app import command
+from mptk.cli.console import echo, err
 from mptk.cli.options import Model, Trust
 from mptk.cli.progress import stages
 
@@ -24,13 +24,13 @@ def list_passes() -> None:
     for pipeline in LISTS:
         # A pipeline stores its arguments without using them, so None will do.
         steps = pipeline(*[None] * len(inspect.signature(pipeline).parameters))
-        typer.echo(f"{pipeline.__name__.replace('_', ' ')}: {_summary(pipeline)}")
+        echo(f"{pipeline.__name__.replace('_', ' ')}: {_summary(pipeline)}")
         for step in steps:
-            typer.echo(f"  {getattr(step, 'name', type(step).__name__)}: {_summary(type(step))}")
+            echo(f"  {getattr(step, 'name', type(step).__name__)}: {_summary(type(step))}")
             for condition in ("requires", "ensures"):
                 method = getattr(type(step), condition)
                 if method.__doc__ and method is not getattr(PassBase, condition):  # the base class checks nothing
-                    typer.echo(f"    {condition}: {_summary(method)}")
+                    echo(f"    {condition}: {_summary(method)}")
 
 
 def _summary(documented: object) -> str:
@@ -57,4 +57,4 @@ def show_program(
         progress("trace", 0, 0)
         skeleton = models.skeleton(model, trust_remote_code=trust_remote_code)
         text = api.show(skeleton, after=after, plan=chosen, source=source)
-    sys.stdout.write(text)
+    echo(text, end="")

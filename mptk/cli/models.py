@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from mptk.cli.app import command, err, out, show
+from mptk.cli.app import command, show
+from mptk.cli.console import err, out
 from mptk.cli.options import Json, Model, MultipleOf, TargetName, Trust
+from mptk.cli.places import file_to_write
 from mptk.cli.progress import stages
 from mptk.files import write_text
 from mptk.run.settings import Settings
@@ -55,7 +57,10 @@ def analyze(
     model: Model,
     json_file: Json = None,
     html: Annotated[
-        Path | None, typer.Option(help="Also write a page to this file: what of a layer is cut together, drawn.")
+        Path | None,
+        typer.Option(
+            callback=file_to_write(), help="Also write a page to this file: what of a layer is cut together, drawn."
+        ),
     ] = None,
     target: TargetName = Settings.target,
     multiple_of: MultipleOf = Settings.multiple,

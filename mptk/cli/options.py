@@ -6,17 +6,20 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from typer.models import OptionInfo
 
 from mptk.cli import choices
+from mptk.cli.places import file_to_write, folder_to_write
 from mptk.errors import MptkError
+from mptk.run.bounds import BOUNDS, COUNT, outside, shown
 from mptk.run.settings import Learning, LossWeights, Settings, Training
 
 _BASES = {"B": 1000, "iB": 1024}
@@ -25,13 +28,19 @@ Record = TypeVar("Record", Settings, Learning, Training, LossWeights)
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or an alias of `mptk models`.")]
 Folder = Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder for the result; replaced only if mptk made it.")]
+Out = Annotated[
+    Path, typer.Option("--out", callback=folder_to_write, help="Folder for the result; replaced only if mptk made it.")
+]
 Json = Annotated[
-    Path | None, typer.Option("--json", help="Also write the result to this file; - prints it in place of the table.")
+    Path | None,
+    typer.Option(
+        "--json",
+        callback=file_to_write(dash=True),
+        help="Also write the result to this file; - prints it in place of the table.",
+    ),
 ]
 Dense = Annotated[str | None, typer.Option("--model", help="The dense model, if it has moved.")]
 CUT, CHOICE, DATA, TRAIN, WRITE, MACHINE = "What to cut", "How to choose", "Data", "Training", "Output", "Machine"
-MaxMs = Annotated[float | None, typer.Option(help="Cut until the predicted latency is this low.", rich_help_panel=CUT)]
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -42,7 +51,7 @@ def names(text: str) -> tuple[str, ...]:
 def parse_width(text: str) -> tuple[str, int]:
     """``ffn=1024`` → ("ffn", 1024)."""
     name, _, value = text.partition("=")
-    if not value.isdigit() or not int(value):
+    if not re.fullmatch(r"[0-9]{1,9}", value) or not int(value) or not name.strip():
         raise MptkError(f"--width {text}: write FAMILY=UNITS, as ffn=1024")
     return name.strip(), int(value)
 
@@ -56,16 +65,17 @@ def parse_size(text: str | None) -> int | None:
     """``8GB`` → 8,000,000,000 bytes; ``8GiB`` → 8 · 2³⁰."""
     if text is None:
         return None
-    number = text.strip().rstrip("BbIiKkMmGgTt")
-    unit = {known.upper(): size for known, size in _UNITS.items()}.get(text.strip()[len(number) :].upper())
-    try:
-        return int(float(number) * unit) if unit is not None and float(number) > 0 else _no_size(text)
-    except ValueError:
-        return _no_size(text)
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) *([KMGT]?I?B)", text.strip(), re.I | re.ASCII)
+    unit = {known.upper(): size for known, size in _UNITS.items()}.get(found[2].upper()) if found else None
+    size = int(float(found[1]) * unit) if found and unit else 0
+    if not 0 < size <= BOUNDS["memory"][1]:
+        raise MptkError(f"{shortened(text)!r} is no size; write a number and KB, MB, GB or GiB, as 8GB")
+    return size
 
 
-def _no_size(text: str) -> NoReturn:
-    raise MptkError(f"{text!r} is no size; write a number and KB, MB, GB or GiB, as 8GB")
+def shortened(text: str) -> str:
+    """A typed value as an error repeats it."""
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def text_of(path: Path | None) -> str | None:
@@ -83,8 +93,8 @@ class Field:
     """An option that sets a field of ``Settings``.
 
     ``path``: the field, with dots. ``kind``: the type that typer parses. ``read`` converts the parsed value to the
-    field's, and ``empty`` is then the default. ``switch``: no negative form, as ``--resume``. ``least`` and ``most``:
-    limits of a number. ``choices``: arguments of the option from ``choices.py``.
+    field's, and ``empty`` is then the default. ``switch``: no negative form, as ``--resume``. ``choices``: arguments of
+    the option from ``choices.py``. Limits of a number are those of ``mptk.run.bounds``.
     """
 
     path: str
@@ -93,8 +103,6 @@ class Field:
     help: str
     read: Callable[[Any], object] = same
     switch: bool = False
-    least: float | None = None
-    most: float | None = None
     empty: object = None
     choices: Mapping[str, Any] = field(default_factory=dict)
 
@@ -105,10 +113,10 @@ class Field:
 
 
 FIELDS: dict[str, Field] = {
-    "sparsity": Field("sparsity", float, CUT, "Share of the budget to remove.", least=0.0, most=0.99),
+    "sparsity": Field("sparsity", float, CUT, "Share of the budget to remove."),
     "budget": Field("budget", str, CUT, "What is budgeted; params: those of blocks.", choices=choices.BUDGET),
     "objective": Field("objective", str, CUT, "Phase whose latency counts.", choices=choices.OBJECTIVE),
-    "threads": Field("threads", int, CUT, "Threads of an operator; 0: all cores.", least=0),
+    "threads": Field("threads", int, CUT, "Threads of an operator; 0: all cores."),
     "families": Field(
         "families", str, CUT, "Families to cut, comma-separated; by default all legal ones.", names, empty=""
     ),
@@ -134,26 +142,23 @@ FIELDS: dict[str, Field] = {
         DATA,
         "Text to calibrate and train on: file, FILE:COLUMN, folder, data set, A=0.7,B=0.3; self: the model writes it.",
     ),
-    "samples": Field("samples", int, DATA, "Calibration windows.", least=1),
-    "length": Field("length", int, DATA, "Tokens in a window.", least=8),
+    "samples": Field("samples", int, DATA, "Calibration windows."),
+    "length": Field("length", int, DATA, "Tokens in a window."),
     "seed": Field("seed", int, CHOICE, "Seed of the random choices."),
-    "steps": Field("learning.steps", int | None, TRAIN, "Training steps, in total.", least=0),
-    "mask_share": Field(
-        "learning.mask_share", float, TRAIN, "Share of the steps that learn masks.", least=0.0, most=1.0
-    ),
-    "batch": Field("learning.training.batch", int, TRAIN, "Windows in a step, over all processes.", least=1),
-    "micro": Field("learning.training.micro", int, TRAIN, "Windows in one forward pass of one process.", least=1),
-    "lr": Field("learning.training.lr", float, TRAIN, "Peak learning rate.", least=0.0),
-    "rank": Field("learning.rank", int, TRAIN, "Rank of LoRA; 0 trains all weights after the cut.", least=0),
-    "lm": Field("learning.training.losses.lm", float, TRAIN, "Weight of the language-model loss.", least=0.0),
+    "steps": Field("learning.steps", int | None, TRAIN, "Training steps, in total."),
+    "mask_share": Field("learning.mask_share", float, TRAIN, "Share of the steps that learn masks."),
+    "batch": Field("learning.training.batch", int, TRAIN, "Windows in a step, over all processes."),
+    "micro": Field("learning.training.micro", int, TRAIN, "Windows in one forward pass of one process."),
+    "lr": Field("learning.training.lr", float, TRAIN, "Peak learning rate."),
+    "rank": Field("learning.rank", int, TRAIN, "Rank of LoRA; 0 trains all weights after the cut."),
+    "lm": Field("learning.training.losses.lm", float, TRAIN, "Weight of the language-model loss."),
     "kl": Field(
         "learning.training.losses.kl",
         float,
         TRAIN,
         "Weight of the KL divergence from the dense model.",
-        least=0.0,
     ),
-    "hidden": Field("learning.training.losses.hidden", float, TRAIN, "Weight of the hidden states' error.", least=0.0),
+    "hidden": Field("learning.training.losses.hidden", float, TRAIN, "Weight of the hidden states' error."),
     "teacher": Field(
         "learning.teacher", str, TRAIN, "cached: keep the dense model's top logits on disk.", choices=choices.TEACHER
     ),
@@ -175,7 +180,7 @@ FIELDS: dict[str, Field] = {
         switch=True,
     ),
     "tracker": Field("learning.tracker", str, TRAIN, "Where training is logged.", choices=choices.TRACKER),
-    "save_every": Field("learning.training.save_every", int, TRAIN, "Steps between checkpoints.", least=1),
+    "save_every": Field("learning.training.save_every", int, TRAIN, "Steps between checkpoints."),
     "target": Field(
         "target", str, WRITE, "stock: the model's own transformers class; graph: any widths.", choices=choices.TARGET
     ),
@@ -205,9 +210,9 @@ FIELDS: dict[str, Field] = {
     ),
     "resume": Field("resume", bool, WRITE, "Continue the unfinished run beside --out.", switch=True),
     "eval_data": Field("eval_data", str | None, DATA, "Text for the perplexity in the report."),
-    "eval_windows": Field("eval_windows", int, DATA, "Windows for the perplexity in the report.", least=1),
-    "eval_length": Field("eval_length", int, DATA, "Tokens in such a window.", least=2),
-    "proof_length": Field("proof_length", int, WRITE, "Most tokens of a sequence in the proof.", least=48),
+    "eval_windows": Field("eval_windows", int, DATA, "Windows for the perplexity in the report."),
+    "eval_length": Field("eval_length", int, DATA, "Tokens in such a window."),
+    "proof_length": Field("proof_length", int, WRITE, "Most tokens of a sequence in the proof."),
     "memory": Field(
         "memory",
         str | None,
@@ -264,16 +269,33 @@ RECOVERY = (
 """The ``FIELDS`` that ``mptk recover`` takes."""
 
 
+def within(least: float, most: float = COUNT) -> dict[str, Any]:
+    """Arguments of ``typer.Option`` for a finite number from ``least`` to ``most``, which the help shows of shares."""
+
+    def check(value: float | None) -> float | None:
+        if value is not None and (wrong := outside(value, least, most)) is not None:
+            raise typer.BadParameter(f"{wrong}. Give a number from {shown(least)} to {shown(most)}.")
+        return value
+
+    return {"min": least, "max": most if most <= 1 else None, "callback": check}
+
+
 def option(name: str, *, panel: bool = False) -> OptionInfo:
     """The typer option of an entry of ``FIELDS``. ``panel``: show it in its panel of the help."""
     found = FIELDS[name]
     flags = [f"--{name.replace('_', '-')}"] if found.switch else []
     shown = found.panel if panel else None
-    more: dict[str, Any] = {"min": found.least, "max": found.most, **found.choices}
+    leaf = found.path.rpartition(".")[2]
+    number = leaf in BOUNDS and found.kind not in (str, str | None)
+    more: dict[str, Any] = {**(within(*BOUNDS[leaf]) if number else {}), **found.choices}
     made: OptionInfo = typer.Option(..., *flags, help=found.help, rich_help_panel=shown, **more)
     return made
 
 
+MaxMs = Annotated[
+    float | None,
+    typer.Option(help="Cut until the predicted latency is this low.", rich_help_panel=CUT, **within(*BOUNDS["max_ms"])),
+]
 TargetName = Annotated[str, option("target")]
 MultipleOf = Annotated[int, option("multiple_of")]
 ProofLength = Annotated[int, option("proof_length")]
@@ -341,6 +363,8 @@ def with_latency(settings: Settings, decode_ms: float | None, prefill_ms: float 
 def parse_counts(text: str, option: str) -> tuple[int, ...]:
     """``128,512`` → (128, 512). Raises MptkError if a number is below 1; ``option`` is its name."""
     counts = text.split(",")
-    if not all(count.strip().isdigit() and int(count) for count in counts):
-        raise MptkError(f"{option} {text}: write numbers of at least 1, separated by commas")
+    if not all(re.fullmatch(r"[0-9]{1,7}", count.strip()) and int(count) for count in counts):
+        raise MptkError(f"{option} {shortened(text)}: write numbers of at least 1 and at most 9999999, as 128,512")
+    if len({*map(int, counts)}) < len(counts):
+        raise MptkError(f"{option} {shortened(text)}: a number stands there twice; leave out one")
     return tuple(map(int, counts))

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mptk.cli.app import command, err, out, resumable, show
+from mptk.cli.app import command, resumable, show
+from mptk.cli.console import err, out
+from mptk.cli.idle import check_prune, check_recover
 from mptk.cli.options import (
     RECOVERY,
     Dense,
@@ -27,6 +29,7 @@ from mptk.cli.options import (
     with_latency,
     with_settings,
 )
+from mptk.cli.places import file_to_write, folder_to_write
 from mptk.cli.progress import stages
 from mptk.cli.recipes import Config
 from mptk.cli.voice import VOICE
@@ -67,12 +70,15 @@ def prune(
     """
     from mptk.cli import report
     from mptk.driver.estimate import check_fits, estimated
-    from mptk.driver.prune import settled
+    from mptk.driver.prune import check_settings, settled
     from mptk.driver.pruned import prune
+    from mptk.methods import find_method
 
-    settings = with_latency(settings_from(options), max_decode_ms, max_prefill_ms)
+    settings = settled(with_latency(settings_from(options), max_decode_ms, max_prefill_ms))
+    check_settings(settings)
+    check_prune(settings, settings.plan is None and find_method(settings.method).learns, estimate)
     if estimate:
-        found = estimated(model, settled(settings))
+        found = estimated(model, settings)
         out.print(report.estimate_view(found))
         check_fits(found, folder or Path.cwd())
         return
@@ -89,7 +95,9 @@ def prune(
 @with_settings(*RECOVERY)
 def recover(
     folder: Folder,
-    destination: Annotated[Path | None, typer.Option("--out", help="Folder for the trained model.")] = None,
+    destination: Annotated[
+        Path | None, typer.Option("--out", callback=folder_to_write, help="Folder for the trained model.")
+    ] = None,
     model: Dense = None,
     estimate: Estimate = False,
     config: Config = None,
@@ -102,6 +110,7 @@ def recover(
 
     steps = DEFAULT_STEPS if options["steps"] is None else options["steps"]
     settings = settings_from({**options, "steps": steps})
+    check_recover(settings)
     measured = ("eval_data", "eval_windows", "eval_length")
     given = ("data", "length", "seed", "resume", "onnx", "logits", "quantize", "onnx_dtype", "proof_length")
     machine = ("max_shard_size", "memory", "device", "compute_dtype")
@@ -155,7 +164,7 @@ def verify(
 @command(examples=("rerun runs/m30 --out runs/again",))
 def rerun(
     folder: Folder,
-    destination: Annotated[Path, typer.Option("--out", help="Folder for the new result.")],
+    destination: Annotated[Path, typer.Option("--out", callback=folder_to_write, help="Folder for the new result.")],
     model: Dense = None,
     json_file: Json = None,
     trust_remote_code: Trust = False,
@@ -177,7 +186,9 @@ def show_report(
     folders: Annotated[
         list[Path], typer.Argument(help="The --out folder of `mptk prune`; further ones stand beside it.")
     ],
-    html: Annotated[Path | None, typer.Option(help="Write a page with charts to this file instead.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(callback=file_to_write(), help="Write a page with charts to this file instead.")
+    ] = None,
 ) -> None:
     """Show a pruned folder: widths, costs, perplexity, proof, timings, files. Several are compared."""
     from mptk.cli import report

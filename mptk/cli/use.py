@@ -12,7 +12,9 @@ from rich.json import JSON
 from rich.text import Text
 
 from mptk.cli import choices
-from mptk.cli.app import command, err, out, show
+from mptk.cli.app import command, show
+from mptk.cli.console import echo, err, out
+from mptk.cli.idle import check_eval, check_generate, refuse
 from mptk.cli.options import (
     Device,
     Json,
@@ -28,14 +30,19 @@ from mptk.cli.options import (
     names,
     parse_counts,
     parse_size,
+    within,
 )
+from mptk.cli.places import file_to_write
 from mptk.cli.progress import stages
 from mptk.errors import MptkError
 from mptk.files import write_json, write_text
+from mptk.run.bounds import BOUNDS
 from mptk.run.settings import Settings
 
 if TYPE_CHECKING:
     from mptk.io.evaluation import Perplexity
+
+PLOTS = (".png", ".svg", ".pdf")
 
 
 @command("export", examples=("export smollm2-135m --quantize int8 --out runs/dense",))
@@ -54,6 +61,8 @@ def export_onnx(
     """Write a model as ONNX, a decoder with its KV cache, with its config and tokenizer."""
     from mptk.driver import api
 
+    if "int4" not in names(quantize):
+        refuse(("data",), "text is for int4 alone", "give --quantize int4, or leave it out")
     with stages(err) as progress:
         api.export_folder(
             model,
@@ -80,15 +89,17 @@ def export_onnx(
 def generate(
     model: Annotated[str, typer.Argument(help="The --out folder of `prune` or `export`, or an .onnx file in it.")],
     prompts: Annotated[list[str], typer.Argument(help="Text to continue; several run as one batch.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: take the likeliest token; above 0: sample.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample among this many likeliest tokens; 0: all.")] = 50,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write after each prompt.", **within(1))] = 64,
+    temperature: Annotated[
+        float, typer.Option(**within(0, 1e6), help="0: take the likeliest token; above 0: sample.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option(**within(0), help="Sample among this many likeliest tokens; 0: all.")] = 50,
     top_p: Annotated[
         float,
-        typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens that have this probability together."),
+        typer.Option(**within(0, 1), help="Sample among the likeliest tokens that have this probability together."),
     ] = 1.0,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", **within(*BOUNDS["seed"]))] = 0,
     threads: Threads = 0,
     device: Device = Settings.device,
 ) -> None:
@@ -99,19 +110,26 @@ def generate(
     from mptk.run.execution import session_device
     from mptk.runtime.generation import Sampling, TextGenerator
 
+    class Streamer(TextStreamer):
+        """Prints text as it comes."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            echo(text, end="\n" if stream_end else "")
+
+    check_generate(temperature)
     runner = TextGenerator(model, threads=threads, device=session_device(device))
     encoded = [runner.encode(prompt, chat=chat) for prompt in prompts]
     sampling = Sampling(temperature, top_k, top_p)
     steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed)
     if len(prompts) == 1:
-        streamer = TextStreamer(runner.tokenizer, skip_special_tokens=True)
+        streamer: Any = Streamer(runner.tokenizer, skip_special_tokens=True)
         for (token,) in steps:
             streamer.put(np.array([token]))
         streamer.end()
     else:
         for prompt, row in zip(prompts, zip(*steps, strict=True), strict=True):
             text = runner.tokenizer.decode([token for token in row if token is not None], skip_special_tokens=True)
-            typer.echo(f"{prompt} ▸{text}\n")
+            echo(f"{prompt} ▸{text}\n")
     speed = runner.speed
     err.print(
         f"{speed.prompt_tokens} prompt tokens, first token after {speed.first_s * 1000:.0f} ms; "
@@ -124,11 +142,11 @@ def generate(
 def evaluate(
     model: Model,
     data: Annotated[str | None, typer.Option(help="Text to measure on (or images, sounds).")] = None,
-    length: Annotated[int, typer.Option(min=8, help="Tokens in a window.")] = 512,
-    windows: Annotated[int | None, typer.Option(min=1, help="Use only the first windows.")] = None,
+    length: Annotated[int, typer.Option(**within(8), help="Tokens in a window.")] = 512,
+    windows: Annotated[int | None, typer.Option(**within(1), help="Use only the first windows.")] = None,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated.")] = "",
     include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Examples of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(**within(1), help="Examples of each task.")] = None,
     runtime: Annotated[str, typer.Option(help="onnx: a folder's ONNX or an .onnx file.", **choices.RUNTIME)] = "torch",
     threads: Threads = 0,
     device: Device = Settings.device,
@@ -142,6 +160,7 @@ def evaluate(
     from mptk.run.execution import find_device
     from mptk.tasks import CAUSAL_LM, kind_of, load_decoder
 
+    check_eval(data, tasks, runtime)
     if data is None and not tasks:
         raise MptkError("nothing to evaluate; give --data TEXT for perplexity or --tasks NAMES for lm-eval")
     if runtime == "onnx":
@@ -169,6 +188,7 @@ def evaluate(
         if data is not None:
             text.check_length(loaded.model, length)
             held_out = text.evaluation_windows(loaded.tokenizer, data, length, windows)
+            text.check_ids(loaded.model, held_out)
             measured = evaluation.perplexity(
                 lambda ids: module(ids.to(there), use_cache=False).logits,
                 held_out,
@@ -232,11 +252,16 @@ def bench(
     lengths: Annotated[str, typer.Option(help="Tokens of the prompt or in the cache, comma-separated.")] = "128,512",
     batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     threads: Annotated[str, typer.Option(help="Thread counts, comma-separated.")] = "1",
-    rounds: Annotated[int, typer.Option(min=2, help="Alternating rounds of each case.")] = 7,
+    rounds: Annotated[int, typer.Option(**within(2, 10_000), help="Alternating rounds of each case.")] = 7,
     device: Device = Settings.device,
     json_file: Json = None,
-    markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also plot the ratios to this file (.png, .svg).")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(callback=file_to_write(), help="Also write the table to this file.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(callback=file_to_write(*PLOTS), help="Also plot the ratios to this file (.png, .svg, .pdf)."),
+    ] = None,
 ) -> None:
     """Time prefill and decode in ONNX Runtime, in turns in one process. Shows ideal ratios and the peak, too."""
     from mptk.cli import report
@@ -245,6 +270,8 @@ def bench(
     from mptk.io.manifest import update_manifest
     from mptk.io.publish import amend
 
+    if twice := [model for model in models if models.count(model) > 1]:
+        raise MptkError(f"{twice[0]} is given twice, and would be compared with itself; name it once")
     if plot is not None:
         require_matplotlib()
     with stages(err) as progress:
@@ -288,4 +315,4 @@ def push(
 
     with stages(err) as progress:
         progress("upload", 0, 0)
-        typer.echo(upload(folder, repo, private=private, revision=revision, message=message))
+        echo(upload(folder, repo, private=private, revision=revision, message=message))

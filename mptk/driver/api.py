@@ -34,6 +34,7 @@ from mptk.run.chain import Dense
 from mptk.run.execution import execution, session_device
 from mptk.run.settings import Settings, check_onnx_dtype
 from mptk.runtime.bench import Bench, bench_decoders
+from mptk.targets.onnx import describe
 from mptk.tasks import CAUSAL_LM, example_of, form_of, load_decoder, open_task
 from mptk.tasks.decoder_onnx import export_decoder
 from mptk.version import __version__
@@ -44,6 +45,7 @@ from passes.frontend.trace import ExampleInputs
 from passes.frontend.trace_decoder import LogitsScope
 from passes.pipelines import check_schemes, cutting, passes_until
 from passes.targets.onnx.check_quantized import check_quantized
+from passes.targets.onnx.names import FILE, QUANTIZED, quantized_files, scheme_of
 
 __all__ = ["analyze", "bench", "export", "export_folder", "ops", "rewrite", "rule", "show", "trace"]
 
@@ -163,7 +165,7 @@ def export(
         model: with real weights; of any float type.
         folder: made if missing.
         logits: of ``"all"`` positions or the ``"last"`` alone, which saves a sixth of a small model's prefill.
-        quantize: ``passes.pipelines.SCHEMES`` to write as well, each as ``model_SCHEME.onnx``.
+        quantize: ``passes.pipelines.SCHEMES`` to write as well, each in its file of ``names.QUANTIZED``.
         text: token ids, int64 [windows, length], that ``int4`` is rounded for; else each weight is rounded by itself.
         onnx_dtype: ``"auto"``, the model's type; or ``"float32"`` or ``"float16"`` of a model in float32. In float16
             the logits and the rotary angles stay float32.
@@ -237,7 +239,7 @@ def export_folder(
             task.onnx.export(dense, None, samples, folder / "onnx", Log())
         for scheme in quantize:
             with within(say, f"check {scheme}"):
-                check_quantized(folder / "onnx" / "model.onnx", folder / "onnx" / f"model_{scheme}.onnx", scheme)
+                check_quantized(folder / "onnx" / FILE, folder / "onnx" / QUANTIZED[scheme], scheme)
         loaded.model.config.save_pretrained(folder)
         copy_processors(loaded.path, folder, same_features=True)
         generation = getattr(loaded.model, "generation_config", None)
@@ -245,7 +247,7 @@ def export_folder(
             generation.save_pretrained(folder)
         if loaded.tokenizer is not None:
             save_tokenizer(loaded.tokenizer, folder)
-        task.onnx.describe(loaded.model.config, generation, folder, "onnx")
+        describe(task.onnx, loaded.model.config, generation, folder)
     return Path(out)
 
 
@@ -267,16 +269,11 @@ def bench(
     """
     there, graphs = session_device(device), dict[str, Path]()
     for model in map(str, models):
-        file = Path(model) if model.endswith(".onnx") else onnx_folder(model, progress) / "model.onnx"
+        file = Path(model) if model.endswith(".onnx") else onnx_folder(model, progress) / FILE
         graphs[model] = file
-        if file.name == "model.onnx":
-            graphs |= {f"{model} {other.stem.removeprefix('model_')}": other for other in _quantized(file)}
+        if file.name == FILE:
+            graphs |= {f"{model} {scheme_of(other)}": other for other in quantized_files(file.parent)}
     return bench_decoders(graphs, device=there, progress=progress, **settings)
-
-
-def _quantized(file: Path) -> list[Path]:
-    """The quantised graphs beside ``model.onnx``."""
-    return sorted(file.parent.glob("model_*.onnx"))
 
 
 def onnx_folder(model: str, progress: Progress | None = None) -> Path:

@@ -27,6 +27,7 @@ from mptk.methods.criteria import all_criteria
 from mptk.run.report import PROVEN_ON, Report
 from mptk.targets import ONNX, targets
 from passes.check_cut import table_size
+from passes.targets.onnx.names import quantized_files
 
 LATER = "bench.json"
 """The one file that is written into a published folder."""
@@ -49,7 +50,7 @@ def check_files(report: Report, folder: Path) -> None:
     _require("settings.target", settings.target, settings.target if wrote else _target_of(folder))
     refused = any(note.startswith("no ONNX") for note in report.notes)
     _require("settings.onnx", bool(settings.onnx and not refused), ONNX.wrote(folder))
-    graphs = sorted(p.relative_to(folder).as_posix() for p in folder.glob("onnx/model_*.onnx"))
+    graphs = sorted(p.relative_to(folder).as_posix() for p in quantized_files(folder / "onnx"))
     _require("quantized", sorted(q["file"] for q in report.quantized.values()), graphs)
     for scheme, said in report.quantized.items():
         size = sum(p.stat().st_size for p in (folder / said["file"]).parent.glob(f"{Path(said['file']).name}*"))

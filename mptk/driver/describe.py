@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mptk.driver.card import write_card
@@ -20,7 +19,9 @@ from mptk.io.licence import CARD
 from mptk.io.live import weights_fingerprint
 from mptk.io.manifest import listed, update_manifest, weights_digest
 from mptk.io.publish import amend
+from mptk.io.tensors import write_weights
 from mptk.ir.samples import Samples
+from mptk.ir.weights import Weights
 from mptk.progress import Count
 from mptk.run.chain import Compiled, Prepared, Proven
 from mptk.run.report import FILE, PROVEN_ON, Report
@@ -28,6 +29,7 @@ from mptk.run.settings import IN_MEMORY, Settings
 from mptk.run.values import Context, SampleSets
 from mptk.targets.stock_config import config_changes
 from mptk.version import __version__
+from passes.targets.onnx.names import QUANTIZED
 
 PACKAGES = ("numpy", "onnxruntime", "torch", "transformers")
 
@@ -38,7 +40,7 @@ def describe(
     """Everything that is known of a proven folder but how good it is, which ``measured`` adds."""
     prepared, chosen = compiled.prepared, compiled.chosen
     (folder / PROVEN_ON).parent.mkdir()
-    save_file({n: x.contiguous() for n, x in sets.proof.inputs.items()}, folder / PROVEN_ON)
+    write_weights(folder / PROVEN_ON, Weights(sets.proof.inputs))
     figures = costs(prepared.cost, chosen.plan, prepared.loaded.dtype)
     return Report(
         mptk=__version__,
@@ -56,7 +58,7 @@ def describe(
         quantized=_sizes(folder, prepared.settings.quantize),
         proof=[d.as_dict() for d in proven.differences],
         proof_length=proven.length,
-        config_changes={} if compiled.written is None else config_changes(compiled.written),
+        config_changes={} if compiled.written is None else config_changes(compiled.written, folder),
         plan_sha256=chosen.plan.digest,
         notes=[note for note in notes if note],
         stages=context.log.as_list(),
@@ -131,7 +133,7 @@ def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path,
 
 def _sizes(folder: Path, schemes: Sequence[str]) -> dict[str, dict[str, str | int]]:
     """Scheme → the quantised graph's file and the bytes of all its files."""
-    files = {scheme: folder / "onnx" / f"model_{scheme}.onnx" for scheme in schemes}
+    files = {scheme: folder / "onnx" / QUANTIZED[scheme] for scheme in schemes}
     return {
         scheme: {
             "file": str(file.relative_to(folder)),

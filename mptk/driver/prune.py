@@ -6,12 +6,12 @@ Report. Nothing is published unless every stage of the proof is within its toler
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import passes.frontend.trace
@@ -32,6 +32,8 @@ from mptk.io.licence import copy_notices
 from mptk.io.models import Loaded
 from mptk.io.publish import publish
 from mptk.io.resident import free_memory
+from mptk.io.tensors import write_weights
+from mptk.io.text.sampled import writes
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
@@ -162,6 +164,8 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     resident, executor = execution(settings)
     with context.stage("load"):
         loaded, task = job.load(resident)
+        if not settings.resume:  # what was read before is kept
+            check_data(job, loaded, task, settings)
     if settings.onnx and task.onnx is not None:
         task.onnx.check(loaded.model, settings)
     if job.given is not None:
@@ -180,6 +184,16 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     return prepared
 
 
+def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> None:
+    """Read one sample of each source. Raises MptkError if that cannot be done, before anything takes time."""
+    if job.samples is not None:
+        return
+    if settings.data != data.SELF or not writes(loaded.model):  # to write text takes time
+        task.samples(loaded, replace(settings, samples=1), 1, lambda done, total: None)
+    if settings.eval_data is not None:
+        task.evaluation(loaded, replace(settings, eval_windows=1))
+
+
 def check_whole(loaded: Loaded, settings: Settings) -> None:
     """Raise MptkError if the run needs all weights in memory at once and they do not fit."""
     needed = 4 * sum(p.numel() for p in loaded.model.parameters())
@@ -196,11 +210,40 @@ def check_whole(loaded: Loaded, settings: Settings) -> None:
 
 
 def traced(loaded: Loaded, task: Task, executor: Executor) -> Program:
-    """The model's program with its weights. Raises MptkError if it does not compute what the task says."""
-    example = task.example(loaded.model).inputs
-    program = loaded.with_weights(passes.frontend.trace.trace(loaded.model, example, dynamic=True))
-    task.check(loaded, lambda samples: next(executor.outputs([program], [samples.tensors])))
+    """The model's program with its weights.
+
+    Raises:
+        MptkError: it does not compute what the task says, or its outputs are not finite, or zero alone.
+    """
+    example = task.example(loaded.model)
+    program = loaded.with_weights(passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=True))
+    ran = 0
+
+    def run(samples: Samples) -> Tensor | tuple[Tensor, ...]:
+        nonlocal ran
+        found: Tensor | tuple[Tensor, ...] = next(executor.outputs([program], [samples.tensors]))
+        check_alive(loaded.source, program, (found,) if isinstance(found, Tensor) else found)
+        ran += 1
+        return found
+
+    task.check(loaded, run)
+    if not ran:
+        run(example)
     return program
+
+
+def check_alive(source: str, program: Program, outputs: Sequence[Tensor]) -> None:
+    """Raise MptkError if a model's ``outputs`` are not finite, with the name of such a weight, or are all zero."""
+    if not all(output.isfinite().all() for output in outputs):
+        weights = (name for name, like in program.state.likes.items() if like.is_floating_point())
+        name = next((name for name in weights if not program.state[name].isfinite().all()), None)
+        if name is not None:
+            raise MptkError(f"{name} of {source} holds numbers that are not finite; give undamaged weights")
+        raise MptkError(f"the outputs of {source} are not finite, though its weights are; give undamaged ones")
+    if not any(output.any() for output in outputs):
+        raise MptkError(
+            f"the outputs of {source} are all zero: its weights are zero, or too large to be squared; give trained ones"
+        )
 
 
 def legalise(
@@ -370,7 +413,7 @@ def written_folder(
             context.folder.finish(folder)
         chosen.plan.save(folder / "plan.json")
         if chosen.changes and not chosen.trained:
-            save_file(dict(chosen.changes), folder / COMPENSATION)
+            write_weights(folder / COMPENSATION, Weights(chosen.changes))
         notes = [*chosen.notes, describe_processes(context.accelerator) if context.accelerator else ""]
         for target in targets:
             with context.stage(f"write {target.name}"):

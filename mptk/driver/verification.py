@@ -91,7 +91,7 @@ def verify(
     assert prepared.cut is not None
     chosen = Chosen(plan, prepared.cut, changes_of(analysis, prepared.cut, folder, report, trust_remote_code))
     compiled = compile_plan(prepared, chosen, samples, Context(Log(), silent))
-    found = {} if compiled.written is None else config_changes(compiled.written)
+    found = {} if compiled.written is None else config_changes(compiled.written, folder)
     require_same("config_changes", report.config_changes, found)
     proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples)
     check_proof(proven.differences, REMEDY)

@@ -20,6 +20,7 @@ from mptk.progress import Count
 __all__ = [
     "SELF",
     "calibration",
+    "check_ids",
     "check_length",
     "digest",
     "evaluation_windows",
@@ -166,7 +167,9 @@ def calibration(
     check_length(model, length)
     if data == SELF:
         return sampled.kept(model, tokenizer, count=count, length=length, seed=seed, progress=progress)
-    return _shared_out(parse(data), _required(tokenizer), length, count, seed)
+    windows = _shared_out(parse(data), _required(tokenizer), length, count, seed)
+    check_ids(model, windows)
+    return windows
 
 
 def check_length(model: PreTrainedModel, length: int) -> None:
@@ -175,6 +178,16 @@ def check_length(model: PreTrainedModel, length: int) -> None:
     if isinstance(limit, int) and length > limit:
         raise MptkError(
             f"windows of {length} tokens are longer than the model's {limit} positions; ask for shorter ones"
+        )
+
+
+def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
+    """Raise MptkError if a token id is none of the model's: the tokenizer is of another model."""
+    size = getattr(model.config.get_text_config(), "vocab_size", None)
+    if isinstance(size, int) and ids.numel() and int(ids.max()) >= size:
+        raise MptkError(
+            f"the tokenizer gives token {int(ids.max())}, and the model's vocabulary has {size}; give the tokenizer "
+            "files that belong to the model"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,10 @@ def perplexity(
         total += _summed_loss(logits, ids)
         if progress is not None:
             progress(min(first + batch_size, len(windows)), len(windows))
+    if not math.isfinite(total):
+        raise MptkError(
+            f"the logits on {data} are not finite; the model's weights are damaged, or too large for {dtype}"
+        )
     return _measured(total, windows, dtype, data, split, seed)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 import transformers
 from gguf import GGUFReader
 from huggingface_hub import snapshot_download
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.compat.accelerate import offloaded, take_offload_index
@@ -26,10 +28,11 @@ from mptk.compat.transformers import dequantize_gguf, forget_source, model_class
 from mptk.errors import MptkError
 from mptk.files import scratch, tidy
 from mptk.io.cache import build_once, cache_dir
-from mptk.io.checkpoint import dtypes_in, fill, quantized_dtype, save_checkpoint, stored_dtype
+from mptk.io.checkpoint import dtypes_in, fill, quantized_dtype, save_checkpoint, shapes_in, stored_dtype
 from mptk.io.licence import CARD, NOTICES, write_stub
 from mptk.io.packaged import ALIASES, cached, fetch
 from mptk.io.resident import Resident, stored_weight
+from mptk.io.untrusted import PARAMETERS, check_folder, check_gguf, check_sizes
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
 
@@ -110,6 +113,7 @@ def open_weights(model: str, resident: Resident, *, trust_remote_code: bool = Fa
     likes = {name: tensor.detach() for name, tensor in loaded.model.state_dict(keep_vars=True).items()}
     index = take_offload_index(loaded.model)
     held = {file: dtypes_in(file) for file in {file for file, _ in index.values()}}
+    _check_stored(index, likes, held)
     entries = {
         name: stored_weight(file, key, likes[name], resident, held[file][key], converted)
         for name, (file, key) in index.items()
@@ -117,10 +121,29 @@ def open_weights(model: str, resident: Resident, *, trust_remote_code: bool = Fa
     return replace(loaded, weights=Weights(entries))
 
 
+def _check_stored(
+    index: Mapping[str, tuple[Path, str]],
+    likes: Mapping[str, Tensor],
+    held: Mapping[Path, Mapping[str, torch.dtype | None]],
+) -> None:
+    """Raise MptkError if a weight in a file has another shape than the module's, or is of whole numbers."""
+    shapes = {file: shapes_in(file) for file in held}
+    for name, (file, key) in index.items():
+        found, wanted = shapes[file][key], tuple(likes[name].shape)
+        if found != wanted:
+            raise MptkError(
+                f"{key} in {file} is {list(found)}, and config.json makes it {list(wanted)}; one of both is of another "
+                "model: download it again"
+            )
+        if held[file][key] is None and likes[name].is_floating_point():
+            raise MptkError(f"{key} in {file} is not of floating-point numbers; give the float checkpoint")
+
+
 def _load(model: str, trust: bool, local: bool, **options: object) -> Loaded:
     folder = _checkpoint(model, local=local)
     with _explained(model):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    check_sizes(model, config)
     _refuse_pickles(folder, config)
     _refuse_quantized(model, folder, config)
     module = _from_pretrained(folder, model, config=config, trust_remote_code=trust, **options)
@@ -139,6 +162,8 @@ def skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust_remote_cod
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     made: PreTrainedModel = module.eval()
+    if (count := sum(p.numel() for p in made.parameters())) > PARAMETERS:
+        raise MptkError(f"{model} would have {count:.1e} parameters; check the numbers in its config.json")
     return made
 
 
@@ -151,6 +176,7 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
     folder = _checkpoint(model, weights=False)
     with _explained(model):
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    check_sizes(model, config)
     return config
 
 
@@ -168,7 +194,8 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
 
 def config_in(loaded: Loaded) -> PreTrainedConfig:
     """The config in a loaded model's folder. The model's own config has the dtype of loading."""
-    config: PreTrainedConfig = AutoConfig.from_pretrained(loaded.path, trust_remote_code=loaded.trusted)
+    with _explained(loaded.source):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(loaded.path, trust_remote_code=loaded.trusted)
     return config
 
 
@@ -184,16 +211,17 @@ def _checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Pat
     gguf = _gguf(model, local=local)
     if gguf is not None:
         return build_once(_conversion(gguf), lambda folder: _convert(gguf, folder))
-    path = Path(model).expanduser()
+    path = _path(model)
     tidy(path.parent)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not os.path.lexists(path / "config.json") or (path / "config.json").is_dir():
             raise MptkError(f"{model} has no config.json; give a transformers checkpoint folder or a .gguf file")
+        check_folder(path)
         return path
-    if path.exists():
+    if os.path.lexists(path):
         raise MptkError(f"{model} is neither a checkpoint folder nor a .gguf file; give one of these")
     try:
-        return Path(
+        found = Path(
             snapshot_download(
                 model,
                 allow_patterns=[*_HUB_SMALL, "*.safetensors"] if weights else [*_HUB_SMALL],
@@ -201,6 +229,8 @@ def _checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Pat
                 local_files_only=local,
             )
         )
+        check_folder(found)
+        return found
     except (OSError, ValueError) as error:
         if local:
             raise _elsewhere(model) from error
@@ -208,6 +238,20 @@ def _checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Pat
             f"{model!r} is no packaged alias ({', '.join(sorted(ALIASES))}), .gguf file or local folder, and the hub "
             f"does not provide it: {_first_line(error)}; check the name, the network and, if it is gated, HF_TOKEN"
         ) from error
+
+
+def _path(model: str) -> Path:
+    """A model's name as a path. Raises MptkError if it cannot be one."""
+    try:
+        path = Path(model).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long; a null character; the home of nobody
+        raise MptkError(
+            f"{model!r} cannot be a model's name: {error}; give a folder, a file, an alias or a hub id"
+        ) from error
+    if not model or "\0" in model:
+        raise MptkError(f"{model!r} cannot be a model's name; give a folder, a file, an alias or a hub id")
+    return path
 
 
 def _elsewhere(model: str) -> MptkError:
@@ -227,9 +271,10 @@ def _gguf(model: str, *, local: bool = False) -> Path | None:
         return None if ALIASES[model].folder else _fetched(model, local)
     if not model.lower().endswith(".gguf"):
         return None
-    path = Path(model).expanduser()
+    path = _path(model)
     if not path.is_file():
         raise MptkError(f"there is no file {model}; check the path")
+    check_gguf(path)
     return path
 
 
@@ -256,8 +301,9 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _gguf_licence(gguf: Path) -> str:
     """The licence in a GGUF file's metadata; empty if it names none."""
-    field = GGUFReader(gguf).get_field("general.license")
-    return "" if field is None else str(field.contents())
+    with _explained(str(gguf)):
+        field = GGUFReader(gguf).get_field("general.license")
+        return "" if field is None else str(field.contents())
 
 
 def _gguf_config(gguf: Path) -> PreTrainedConfig:
@@ -321,6 +367,10 @@ def _class_names(auto: str, config: PreTrainedConfig, code: dict[str, str]) -> s
 
 def _refuse_pickles(folder: Path, config: PreTrainedConfig) -> None:
     named = getattr(config, "transformers_weights", None)
+    if named is not None and (not isinstance(named, str) or named != Path(named).name):
+        raise MptkError(
+            f"config.json in {folder} names {named!r} for weights, which is no file of it; remove that name"
+        )
     if any(folder.glob("*.safetensors")) and (named is None or ".safetensors" in named):
         return
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
@@ -359,7 +409,9 @@ def _explained(model: str) -> Iterator[None]:
     """Turn errors of transformers into MptkErrors of one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, NotImplementedError, ImportError, RuntimeError) as error:
+    except MptkError:
+        raise
+    except Exception as error:  # a config of any content meets code of any class: no error has a base class in common
         if "trust_remote_code" in str(error):
             raise MptkError(
                 f"{model} needs Python code of its own, which would run on this machine; read it, and if you trust "

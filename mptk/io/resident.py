@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mptk.errors import MptkError
 from mptk.ir.weights import Lazy
 
 SHARE = 0.5
@@ -52,8 +53,11 @@ def stored_weight(
     """
 
     def narrow(_: object = owner) -> Tensor:
-        with safe_open(file, "pt") as opened:  # each tensor has a mapping of its own, which is closed with it
-            tensor: Tensor = opened.get_tensor(key)
+        try:
+            with safe_open(file, "pt") as opened:  # each tensor has a mapping of its own, which is closed with it
+                tensor: Tensor = opened.get_tensor(key)
+        except SafetensorError as error:
+            raise MptkError(f"{file} was changed or damaged while it was read ({error}); start again") from error
         return tensor
 
     make = lambda: resident.get(f"{file}|{key}", lambda: narrow().to(like.dtype))  # noqa: E731

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mptk.cost.budgets import LATENCY, phase
 from mptk.errors import MptkError
+from mptk.run.bounds import check_bounds
 
 DEFAULT_STEPS = 200
 """Training steps of a method that learns, if no number is given."""
@@ -37,6 +38,13 @@ class LossWeights:
     kl: float = 1.0
     hidden: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if not (self.lm or self.kl or self.hidden):
+            raise MptkError(
+                "all three losses have weight 0, so that training has no aim; give one of --lm, --kl, --hidden"
+            )
+
 
 @dataclass(frozen=True)
 class Training:
@@ -54,6 +62,9 @@ class Training:
     losses: LossWeights = field(default_factory=LossWeights)
     save_every: int = 25
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,7 @@ class Learning:
     rates: Rates = field(default_factory=Rates)
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         for what, chosen, known in (
             ("teacher", self.teacher, ("live", "cached")),
             ("precision", self.precision, ("no", "bf16", "fp16")),
@@ -142,7 +154,8 @@ class Settings:
     float32.
 
     Raises:
-        MptkError: an unknown objective or dtype, quantised graphs beside one in float16, or milliseconds for another
+        MptkError: a number outside of its bounds (``run/bounds.py``); an unknown objective or dtype; a family that is
+            to be kept and cut; quantised graphs beside one in float16, or milliseconds for another
             budget than latency.
     """
 
@@ -183,6 +196,7 @@ class Settings:
     proof_length: int = 1024
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         phase(self.objective)
         for name, known in (("dtype", DTYPES), ("compute_dtype", COMPUTE_DTYPES)):
             if getattr(self, name) not in known:
@@ -190,6 +204,10 @@ class Settings:
         check_onnx_dtype(self.onnx_dtype, self.quantize)
         if self.max_ms is not None and self.budget != LATENCY:
             raise MptkError(f"milliseconds are no budget of {self.budget}; set budget to {LATENCY}")
+        for name in self.keep:
+            if name in self.families or name in self.widths:
+                other = "families" if name in self.families else "width"
+                raise MptkError(f"{name} is to stay whole by --keep and to be cut by --{other}; leave out one of both")
 
     @property
     def steps(self) -> int:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig, PreTrainedConfig
 
 from mptk.errors import MptkError, ProofError
 from mptk.files import scratch
@@ -17,10 +18,10 @@ from mptk.ir.samples import Samples
 from mptk.run.chain import Compiled, Dense, OnnxForm, Target
 from mptk.run.settings import Settings
 from mptk.run.values import Checks, SampleSets
+from mptk.tasks.transformers_js import write_entry
 from passes.targets.onnx.check_quantized import check_quantized
+from passes.targets.onnx.names import FILE, FOLDER, quantized_files, scheme_of
 from passes.verify import Difference
-
-FOLDER = "onnx"
 
 
 class OnnxTarget(Target):
@@ -42,7 +43,7 @@ class OnnxTarget(Target):
             return [f"no ONNX: {error}"]
         if compiled.written is not None:
             generation = getattr(compiled.prepared.loaded.model, "generation_config", None)
-            task.onnx.describe(compiled.written.stock.config, generation, folder, FOLDER)
+            describe(task.onnx, compiled.written.stock.config, generation, folder)
         return notes
 
     def wrote(self, folder: Path) -> bool:
@@ -62,18 +63,24 @@ class OnnxTarget(Target):
         Raises:
             ProofError: a graph cannot be read or run, or a weight differs by more than rounding allows.
         """
-        form, main = compiled.prepared.task.onnx, folder / FOLDER / "model.onnx"
+        form, main = compiled.prepared.task.onnx, folder / FOLDER / FILE
         if form is None:
             return []
-        files = sorted((folder / FOLDER).glob("model_*.onnx"))
+        files = quantized_files(folder / FOLDER)
         quantized = partial(_quantized, form, compiled.prepared.executor.device)
-        found = [d for file in files for d in quantized(file, main, file.stem.removeprefix("model_"), batches)]
+        found = [d for file in files for d in quantized(file, main, scheme_of(file), batches)]
         if main.is_file() and form.half(folder / FOLDER):
             with scratch() as staging:
                 settings = replace(compiled.prepared.settings, onnx_dtype="float32")
                 _export(compiled, form, settings, batches[0], staging.folder, Log())
                 found += quantized(main, staging.folder / main.name, "fp16", batches)
         return found
+
+
+def describe(form: OnnxForm, config: PreTrainedConfig, generation: GenerationConfig | None, folder: Path) -> None:
+    """Write what programs need that load the graphs of a checkpoint ``folder``."""
+    form.describe(config, generation, folder, FOLDER)
+    write_entry(folder, FOLDER)
 
 
 def _export(

@@ -14,6 +14,8 @@ from mptk.io import models
 from mptk.io.checkpoint import portable
 from mptk.io.manifest import file_sha256
 from mptk.run.values import Written
+from mptk.tasks.transformers_js import KEY, entry
+from passes.targets.onnx.names import FOLDER
 from passes.verify import Difference
 
 STAGE = "config"
@@ -25,12 +27,14 @@ _MISSING = object()
 Json = Mapping[str, object]
 
 
-def config_changes(written: Written) -> dict[str, list[object]]:
-    """Field → [old, new] for each field of config.json that differs from the dense model's."""
+def config_changes(written: Written, folder: Path) -> dict[str, list[object]]:
+    """Field → [old, new] for each field of config.json in ``folder`` that differs from the dense model's."""
     changes = {**_cut_changes(written), **{name: list(values) for name, values in written.stock.changes.items()}}
-    old = _dense(written).dtype
-    if old is not None and _plain(old) != _plain(written.dtype):
-        changes["dtype"] = [_plain(old), _plain(written.dtype)]
+    dense, graphs = _dense(written), entry(folder / FOLDER)
+    if dense.dtype is not None and _plain(dense.dtype) != _plain(written.dtype):
+        changes["dtype"] = [_plain(dense.dtype), _plain(written.dtype)]
+    if graphs and graphs != (known := getattr(dense, KEY, None)):
+        changes[KEY] = [known, graphs]
     return changes
 
 
@@ -44,7 +48,10 @@ def check_config(written: Written, folder: Path, trust: bool) -> Difference:
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     _compare("config.json", raw, portable(raw))  # older spellings of a field must agree with it
     _check_cut(written)
-    _compare("config.json", _body(found), _body(_read_back(written.stock.config)))
+    graphs = entry(folder / FOLDER)
+    if graphs:
+        _compare("config.json", {KEY: raw.get(KEY)}, {KEY: graphs})
+    _compare("config.json", _body(found), _body(_read_back(written.stock.config)), {KEY} if graphs else set())
     _require("config.json", "architectures", found.architectures, [written.stock.model_class.__name__])
     for file in sorted(folder.glob("*.safetensors")):
         for kind in _kinds(file):

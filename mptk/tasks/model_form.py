@@ -28,7 +28,8 @@ from mptk.tasks.padding import IDS, about_padding, candidates, is_text, padded_a
 from mptk.tasks.rounding import features_apart, logits_apart
 from passes.frontend.trace import Flat
 from passes.pipelines import emit_onnx, quantize_onnx
-from passes.targets.onnx.emit import FILE, TOKEN_AXES, Interface
+from passes.targets.onnx.emit import TOKEN_AXES, Interface
+from passes.targets.onnx.names import FILE
 from passes.targets.onnx.quantize import BLOCKS
 from passes.verify import Difference
 

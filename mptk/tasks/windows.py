@@ -26,4 +26,6 @@ def calibration_windows(loaded: Loaded, settings: Settings, count: int, progress
 def evaluation_windows(loaded: Loaded, settings: Settings, length: int) -> Tensor:
     """Windows of the evaluation text, int64 [n, length]. Errors are those of ``data.evaluation_windows``."""
     source = settings.eval_data or settings.data
-    return data.evaluation_windows(loaded.tokenizer, source, length, settings.eval_windows)
+    windows = data.evaluation_windows(loaded.tokenizer, source, length, settings.eval_windows)
+    data.check_ids(loaded.model, windows)
+    return windows

@@ -43,7 +43,7 @@ def sampled(
     progress: Count | None = None,
 ) -> Tensor:
     """Text that the model writes, as tokens, int64 [count, length]: ``data.self_sampled``."""
-    if not model.can_generate() or model.config.is_encoder_decoder:
+    if not writes(model):
         raise MptkError(f"{type(model).__name__} cannot write text to calibrate on; give some with --data")
     report = progress or (lambda done, total: None)
     generator = torch.Generator().manual_seed(seed)
@@ -54,6 +54,11 @@ def sampled(
         rows.append(_continued(model, start, length, draw))
     report(count * length, count * length)
     return torch.cat(rows)
+
+
+def writes(model: PreTrainedModel) -> bool:
+    """Whether the model writes text from nothing."""
+    return model.can_generate() and not model.config.is_encoder_decoder
 
 
 def kept(

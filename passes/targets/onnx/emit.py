@@ -22,13 +22,13 @@ from mptk.ir.passes import Log, Pass, run
 from mptk.ir.program import Program
 from passes.targets.onnx.lazy_weights import with_weights, without_weights
 from passes.targets.onnx.lower import to_exporter
+from passes.targets.onnx.names import data_file
 from passes.targets.onnx.run import run_onnx
 from passes.targets.onnx.translate import translations
 
 OPSET = 23
 """The first opset with Attention, RMSNormalization and RotaryEmbedding. The fusions are written for it."""
 
-FILE = "model.onnx"
 Axes = tuple[str | None, ...]
 TOKEN_AXES: Axes = ("batch_size", "sequence_length")
 MASK_AXES: Axes = ("batch_size", "total_sequence_length")
@@ -76,7 +76,7 @@ def write_onnx(
     metadata: Mapping[str, str],
     log: Log,
 ) -> None:
-    """Write ``program`` as ONNX into ``folder``; the weights of FILE are in FILE.data.
+    """Write ``program`` as ONNX into ``folder``; the weights of each are in its ``data_file``.
 
     The files get their names only when they are complete and ``onnx.checker`` accepts them.
 
@@ -100,7 +100,7 @@ def write_onnx(
     for file, passes in files.items():
         model = run_onnx(whole.clone() if len(files) > 1 else whole, passes, log)
         model.metadata_props.update(metadata)
-        data = f"{file}.data"
+        data = data_file(file)
         with write_together(folder, data, file) as temporary:
             ir.save(model, temporary / file, external_data=data)
             onnx.checker.check_model(temporary / file, full_check=True)

@@ -30,6 +30,7 @@ from mptk.files import write_together
 from mptk.ir.passes import Log
 from passes.targets.onnx.balance import BalancePass
 from passes.targets.onnx.block_weights import BLOCK
+from passes.targets.onnx.names import QUANTIZED, data_file
 from passes.targets.onnx.plain_products import PlainProductsPass
 from passes.targets.onnx.run import run_onnx
 from passes.targets.onnx.smooth import SmoothPass
@@ -42,7 +43,7 @@ legal widths."""
 
 
 def write_quantized(source: Path, scheme: str, steps: Sequence[ir.passes.PassBase], log: Log) -> Path:
-    """Write ``model_SCHEME.onnx`` and its weights beside ``source``. Returns the new file.
+    """Write the scheme's graph (``names.QUANTIZED``) and its weights beside ``source``. Returns the new file.
 
     Inputs and outputs keep their names and shapes.
 
@@ -58,7 +59,7 @@ def write_quantized(source: Path, scheme: str, steps: Sequence[ir.passes.PassBas
         quantized = run_onnx(model, steps, log)
     quantized.graph.sort()
     quantized.metadata_props.update(metadata)
-    return _save(quantized, source.with_name(f"{source.stem}_{scheme}.onnx"))
+    return _save(quantized, source.with_name(QUANTIZED[scheme]))
 
 
 def even_channels(source: Path) -> list[ir.passes.PassBase]:
@@ -81,10 +82,10 @@ def read_float(source: Path) -> ir.Model:
 
 def _save(model: ir.Model, file: Path) -> Path:
     """Write the file. It gets its name only when it is complete and ``onnx.checker`` accepts it."""
-    data = f"{file.name}.data"
+    data = data_file(file.name)
     with write_together(file.parent, data, file.name) as temporary:
         ir.save(model, temporary / file.name, external_data=data)
-        onnx.checker.check_model(temporary / file.name)
+        onnx.checker.check_model(temporary / file.name, full_check=True)
     return file
 
 

@@ -1,0 +1,100 @@
+"""failure: how a command ends that fails: one line with cause and remedy, and an exit code for the kind."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import typer
+from rich.text import Text
+
+from mptk.cli.console import err
+from mptk.cli.voice import VOICE
+from mptk.errors import MptkError
+from mptk.plain import plain
+from mptk.version import __version__
+
+FAILED, USAGE, BUG, STOPPED, TERMINATED = 1, 2, 70, 130, 143
+"""Exit codes: an error that the user can mend, a wrong option, an error of mptk's own, Ctrl-C, SIGTERM."""
+KEPT = 20
+"""Logs of mptk's own errors that are kept."""
+
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, which typer exports under no name
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, or SIGTERM. The text says what is kept."""
+
+    def __init__(self, stop: KeyboardInterrupt) -> None:
+        super().__init__(str(stop) or "nothing was published")
+        by_ctrl_c = not isinstance(stop, Terminated)
+        self.word, self.code = ("interrupted", STOPPED) if by_ctrl_c else ("terminated", TERMINATED)
+
+
+def ended(error: BaseException) -> int:
+    """Say in one line what happened, and return the exit code."""
+    if VOICE.verbose and isinstance(error, Exception) and not isinstance(error, Interrupted | USAGE_ERROR):
+        err.print("".join(traceback.format_exception(error)), highlight=False, soft_wrap=True)
+    if isinstance(error, KeyboardInterrupt):
+        error = Interrupted(error)
+    if isinstance(error, Interrupted):
+        err.print(f"{error.word}; {error}", highlight=False, soft_wrap=True)
+        return error.code
+    if isinstance(error, MptkError):
+        _say(str(error))
+        return FAILED
+    if isinstance(error, USAGE_ERROR):
+        return _wrong_usage(error)
+    if isinstance(error, typer.Abort):
+        _say("stopped; give what was asked for")
+        return FAILED
+    _say(
+        f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0] or 'no reason given'}. This is an error of "
+        f"mptk's own, not of yours; please report it with {_log(error)}"
+    )
+    return BUG
+
+
+def _say(message: str) -> None:
+    line = plain(" ".join(message.split("\n")), lines=False)
+    err.print(Text.assemble(("error:", "bold red"), f" {line}"), soft_wrap=True)
+
+
+def _wrong_usage(error: Exception) -> int:
+    if type(error).__name__ != "NoArgsIsHelpError":  # which has printed the help
+        context = getattr(error, "ctx", None)
+        command = getattr(context, "command_path", "mptk")
+        said = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
+        _say(f"{said.rstrip('.')}; `{command} -h` has the options")
+    return USAGE
+
+
+def _log(error: BaseException) -> str:
+    """The file that keeps the traceback of an error, and the words that it is called by."""
+    text = f"mptk {__version__}\n{''.join(traceback.format_exception(error))}"
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{time.monotonic_ns()}"
+    for folder in (_logs(), Path(tempfile.gettempdir())):
+        file = folder / f"mptk-error-{stamp}.log"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with file.open("x", encoding="utf-8", errors="backslashreplace") as opened:
+                opened.write(text)
+            for old in sorted(folder.glob("mptk-error-*.log"))[:-KEPT]:
+                old.unlink(missing_ok=True)
+            return str(file)
+        except OSError:
+            continue
+    return "what -v prints"
+
+
+def _logs() -> Path:
+    from mptk.io.cache import cache_dir
+
+    return cache_dir() / "logs"

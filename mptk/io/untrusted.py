@@ -1,0 +1,141 @@
+"""untrusted: what is checked of a model's folder or GGUF file before any library reads it.
+
+Files stay in their folder, are ordinary files of a bounded size, and are what their names say. The libraries then read
+them; their errors become MptkErrors where they are called (``io/models.py``).
+"""
+
+from __future__ import annotations
+
+import stat
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
+
+from mptk.errors import MptkError
+from mptk.reading import Damaged, check_inside, read_json
+
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+ADAPTER = "adapter_config.json"
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
+    "max_position_embeddings",
+)
+"""Names that transformers gives to what every config of text has."""
+LARGEST = 1 << 31
+"""No number of a config that is a size is as large."""
+LAYERS = 10_000
+PARAMETERS = 10**14
+MOST_JSON = 1 << 28
+"""Bytes of the largest JSON file in a folder: a tokenizer."""
+GGUF_COUNTS = 1 << 20
+"""Tensors, and fields of metadata, that a GGUF file has at most."""
+
+
+def check_folder(folder: Path) -> None:
+    """Check a checkpoint folder.
+
+    Raises:
+        MptkError: a file leads out of it, is damaged or no ordinary file; or there is an adapter beside the model.
+    """
+    check_inside(folder)
+    for file in sorted(folder.glob("*.json")):
+        _check_ordinary(file, MOST_JSON)
+    if (folder / ADAPTER).exists():
+        raise MptkError(
+            f"{folder} has an {ADAPTER}: whether an adapter is part of the model is not clear; merge it (peft's "
+            "merge_and_unload) and save that, or move the adapter's files elsewhere"
+        )
+    check_config(folder / CONFIG)
+    if (folder / GENERATION).exists():
+        read_object(folder / GENERATION)
+    for file in sorted(folder.glob("*.safetensors")):
+        check_weights(file)
+
+
+def check_config(file: Path) -> dict[str, Any]:
+    """The content of a config.json. Raises MptkError if it is none, or has sizes that no model has."""
+    content = read_object(file)
+    classes = content.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
+        raise damaged(file)("architectures is no list of names of classes")
+    for name in ("dtype", "torch_dtype"):
+        said = content.get(name)
+        if said not in (None, "auto") and not isinstance(
+            getattr(torch, str(said).removeprefix("torch."), 0), torch.dtype
+        ):
+            raise damaged(file)(f"{name} is {said!r}, which is no type of numbers")
+    for name, value in _numbers(content, ""):
+        if abs(value) >= LARGEST and isinstance(value, int):
+            raise damaged(file)(f"{name} is {value if abs(value) < 10**20 else 'a number of many digits'}")
+        if value > LAYERS and "layer" in name.rpartition(".")[2]:
+            raise damaged(file)(f"{name} is {value}")
+    return content
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The content of a JSON file of a model. Raises MptkError if it is no object."""
+    content = read_json(file, damaged(file))
+    if not isinstance(content, dict):
+        raise damaged(file)("it is no object")
+    return content
+
+
+def check_sizes(model: str, config: PreTrainedConfig) -> None:
+    """Raise MptkError if a size of a config is below 1."""
+    text = config.get_text_config()
+    for name in SIZES:
+        value = getattr(text, name, None)
+        if isinstance(value, int | float) and value < 1:
+            raise MptkError(f"{name} of {model} is {value}, and must be 1 or more; mend its config.json")
+
+
+def check_weights(file: Path) -> None:
+    """Raise MptkError if a safetensors file's header is not one, or does not fit the file. No weight is read."""
+    _check_ordinary(file)
+    try:
+        with safe_open(file, "pt") as opened:
+            opened.keys()
+    except (SafetensorError, OSError) as error:
+        raise damaged(file)(str(error).strip().partition("\n")[0]) from error
+
+
+def check_gguf(file: Path) -> None:
+    """Raise MptkError unless a file begins as a GGUF file does, with counts that one can have."""
+    _check_ordinary(file)
+    with file.open("rb") as opened:
+        start = opened.read(24)
+    if len(start) < 24 or start[:4] != b"GGUF":
+        raise damaged(file)("it does not begin as a GGUF file does")
+    tensors, fields = struct.unpack("<QQ", start[8:])
+    if max(tensors, fields) > GGUF_COUNTS:
+        raise damaged(file)(f"it claims {tensors} tensors and {fields} fields")
+
+
+def damaged(file: Path) -> Damaged:
+    """The error of a model's file, with what is wrong with it."""
+    return lambda why: MptkError(f"{file} is damaged: {why}; download or export the model again")
+
+
+def _check_ordinary(file: Path, most: int | None = None) -> None:
+    try:
+        state = file.stat()
+    except OSError as error:
+        raise damaged(file)(f"it cannot be read: {error.strerror or error}") from error
+    if not stat.S_ISREG(state.st_mode):
+        raise damaged(file)("it is no ordinary file")
+    if most is not None and state.st_size > most:
+        raise damaged(file)(f"it has {state.st_size >> 20} MB")
+
+
+def _numbers(content: object, name: str) -> list[tuple[str, float]]:
+    """Every number of a JSON value with the names that lead to it."""
+    if isinstance(content, dict):
+        return [found for key, value in content.items() for found in _numbers(value, f"{name}.{key}".lstrip("."))]
+    if isinstance(content, list):
+        return [found for value in content for found in _numbers(value, name)]
+    return [(name, content)] if isinstance(content, int | float) and not isinstance(content, bool) else []

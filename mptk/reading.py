@@ -1,0 +1,132 @@
+"""reading: files of unknown origin, within bounds of time and memory, and never from outside of their folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mptk.errors import MptkError
+
+MOST = 1 << 26
+"""Bytes of the largest JSON file that is read: a report or a plan of a large model has a hundredth of that."""
+DEPTH = 64
+"""Objects and lists within one another, at most."""
+Damaged = Callable[[str], MptkError]
+"""What is wrong with a file → the error to raise."""
+
+
+def read_bytes(path: Path, damaged: Damaged, most: int = MOST) -> bytes:
+    """The content of a regular file. Raises ``damaged`` if it is none, cannot be read, or has more than ``most``."""
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(_mode(file.fileno())):
+                raise damaged("it is no regular file")
+            content = file.read(most + 1)
+    except OSError as error:
+        raise damaged(f"cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a null character in the name
+        raise damaged(f"cannot be read: {error}") from error
+    if len(content) > most:
+        raise damaged(f"it has more than {most >> 20} MB")
+    return content
+
+
+def read_text(path: Path, damaged: Damaged, most: int = MOST) -> str:
+    """As ``read_bytes``, in UTF-8."""
+    try:
+        return read_bytes(path, damaged, most).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise damaged("it is not UTF-8 text") from error
+
+
+def read_json(path: Path, damaged: Damaged, most: int = MOST) -> Any:
+    """The content of a JSON file; NaN, infinity and what is nested deeper than ``DEPTH`` are refused."""
+    return json_of(read_text(path, damaged, most), damaged)
+
+
+def json_of(text: str, damaged: Damaged) -> Any:
+    """``text`` as JSON, within the same bounds."""
+    try:
+        content = json.loads(text, parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        raise damaged(f"it is not JSON (line {error.lineno}: {error.msg})") from error
+    except ValueError as error:  # NaN, or an integer of more digits than Python reads
+        raise damaged(f"it is not JSON ({str(error).partition(';')[0]})") from error
+    except RecursionError as error:
+        raise damaged("it is nested too deep") from error
+    if _depth(content) > DEPTH:
+        raise damaged("it is nested too deep")
+    return content
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _depth(content: object) -> int:
+    """How deep objects and lists lie in one another, up to ``DEPTH`` + 1."""
+    level: list[object] = [content]
+    for depth in range(DEPTH + 1):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return depth
+    return DEPTH + 1
+
+
+def _inside(value: object) -> Iterable[object]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a named pipe is opened at once, without waiting for its other end."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _mode(descriptor: int) -> int:
+    return os.fstat(descriptor).st_mode
+
+
+# ---- what leads out of a folder ----
+
+
+def check_inside(folder: Path) -> None:
+    """Raise MptkError if a file of a checkpoint folder lies elsewhere: by a link, or by a name in an index of shards.
+
+    A snapshot in the hub's cache may link to the files of its own model there.
+    """
+    home = folder.resolve()
+    homes = [home, *([home.parent.parent] if home.parent.name == "snapshots" else [])]
+    for entry in sorted(folder.iterdir()):
+        if entry.is_symlink() and not any(_end(entry).is_relative_to(place) for place in homes):
+            raise MptkError(f"{entry} is a link to {_end(entry)}, outside of its folder; put the file itself there")
+    for index in sorted(folder.glob("*.index.json")):
+        _check_shards(index)
+
+
+def _end(link: Path) -> Path:
+    """Where a link leads."""
+    try:
+        return link.resolve()
+    except (OSError, RuntimeError) as error:
+        raise MptkError(f"{link} is a link that leads in a circle; put the file itself there") from error
+
+
+def _check_shards(index: Path) -> None:
+    def damaged(why: str) -> MptkError:
+        return MptkError(f"{index} is damaged: {why}; download the model again")
+
+    content = read_json(index, damaged)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise damaged("it has no weight_map from weights to files")
+    for name in sorted(set(shards.values())):
+        if name != Path(name).name or name in ("", ".", ".."):
+            raise MptkError(f"{index} names {name}, which leads out of its folder; do not use this model")
+        if not (index.parent / name).is_file():
+            raise damaged(f"it names {name}, which is not there")

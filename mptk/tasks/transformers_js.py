@@ -1,0 +1,53 @@
+"""transformers_js: ``transformers.js_config`` in config.json, what transformers.js must know of ONNX graphs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import TensorProto
+
+from mptk.files import json_text, write_text
+from passes.targets.onnx.names import FILE, QUANTIZED, data_file
+
+KEY = "transformers.js_config"
+DTYPES = {FILE: "fp32", QUANTIZED["int8"]: "q8", QUANTIZED["int4"]: "q4", QUANTIZED["fp16"]: "fp16"}
+"""File → what transformers.js calls its ``dtype``."""
+
+
+def entry(graphs: Path) -> dict[str, Any]:
+    """The entry that is true of a folder of graphs; empty if none has its weights where transformers.js looks.
+
+    ``use_external_data_format``: each graph has its weights in a file beside it. ``dtype``: what to take unless the
+    program says otherwise, if there is no int8 graph, which browsers take by themselves. ``kv_cache_dtype``: dtype →
+    the type of its cache, for releases before 4, which assume float32.
+    """
+    files = [file for file in sorted(graphs.glob("*.onnx")) if file.with_name(data_file(file.name)).is_file()]
+    if not files:
+        return {}
+    names = {file.name for file in files}
+    caches = {
+        DTYPES[file.name]: "float16" for file in files if file.name in DTYPES and TensorProto.FLOAT16 in past(file)
+    }
+    return {
+        "use_external_data_format": True,
+        **({} if QUANTIZED["int8"] in names else {"dtype": "fp32"}),
+        **({"kv_cache_dtype": caches} if caches else {}),
+    }
+
+
+def past(file: Path) -> Iterator[int]:
+    """The types of a graph's inputs that hold a KV cache."""
+    for value in onnx.load(file, load_external_data=False).graph.input:
+        if value.name.startswith("past_key_values."):
+            yield value.type.tensor_type.elem_type
+
+
+def write_entry(folder: Path, graphs: str) -> None:
+    """Put the entry into ``config.json`` of ``folder``, for the graphs in its subfolder ``graphs``."""
+    file = folder / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8")) | {KEY: entry(folder / graphs)}
+    write_text(file, json_text(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

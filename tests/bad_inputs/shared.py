@@ -1,0 +1,32 @@
+"""The folders that rows start from: tiny models, one of them pruned, an export, text, a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from toy_checkpoints import llama, tokenizer, write_gguf
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mptk.driver import api
+from tests.bad_inputs.table import run
+
+SHORT = "--method magnitude --multiple-of 8 --samples 2 --length 16 --eval-windows 1 --eval-length 16"
+
+
+def shared_folders(root: Path) -> Mapping[str, Path]:
+    """Name → path. ``model``: a LLaMA of 70 positions. ``gpt2``: an export of 16 positions. ``pruned``: of ``model``."""
+    model = llama()
+    model.save_pretrained(root / "model")
+    tokenizer().save_pretrained(root / "model")
+    (root / "text.raw").write_text(" ".join(f"wizard {n} has {n * n} jars of honey\n" for n in range(60)))
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=24, n_head=2, n_layer=1, n_positions=16, vocab_size=300, bos_token_id=0, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(root / "gpt2-dense")
+    tokenizer().save_pretrained(root / "gpt2-dense")
+    api.export_folder(str(root / "gpt2-dense"), root / "gpt2")
+    write_gguf(model, tokenizer(), root / "toy.gguf")
+    line = f"prune {root / 'model'} --data {root / 'text.raw'} --out {root / 'pruned'} {SHORT}"
+    assert run(line.split()).code == 0
+    return {path.name: path for path in root.iterdir()}

@@ -1,0 +1,158 @@
+"""onnxruntime-genai and transformers.js load our folders and write what transformers writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+import toy_checkpoints as toys
+from onnx import TensorProto, helper
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+import mptk
+from mptk.run.report import Report
+from mptk.runtime.generation import TextGenerator
+from mptk.tasks.genai import write_genai_config
+from mptk.tasks.transformers_js import KEY, entry
+from passes.pipelines import SCHEMES
+
+PROMPTS = ("the quick", "jars of honey", "seven wizards mix", "a", "lazy dog while the")
+NEW = 64
+NODE = shutil.which("node")
+TRANSFORMERS_JS = Path(os.environ.get("MPTK_NODE_MODULES", "build/node_modules")) / "@huggingface" / "transformers"
+QUANTIZED_DTYPES = {"q8": "model_quantized.onnx", "q4": "model_q4.onnx", "fp16": "model_fp16.onnx"}
+SETTINGS = mptk.Settings(
+    method="magnitude", sparsity=0.5, data="random", samples=2, length=24, multiple=2, tolerance=0.1
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    config = toys.llama().config
+    config.head_dim, config.max_position_embeddings = 32, 96  # blocks of 32 weights, and room for the text
+    model = LlamaForCausalLM(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.3)
+    model.model.embed_tokens.weight.data[1] = 0  # and its logit: no text ends early
+    model.save_pretrained(folder)
+    toys.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pruned(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Feed-forward units and whole groups of heads are cut."""
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    mptk.prune(
+        str(source),
+        out,
+        replace(SETTINGS, widths={"kv_groups": 1}, families=("kv_groups", "ffn"), quantize=tuple(SCHEMES)),
+    )
+    return out
+
+
+def test_the_config_says_what_the_graph_is(pruned: Path) -> None:
+    said = json.loads((pruned / "genai_config.json").read_text())
+    config = json.loads((pruned / "config.json").read_text())
+    decoder = said["model"]["decoder"]
+    assert (pruned / decoder["filename"]).is_file()
+    for name in ("head_dim", "hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers"):
+        assert decoder["head_size" if name == "head_dim" else name] == config[name]
+    assert decoder["num_key_value_heads"] == 1
+    assert (said["model"]["vocab_size"], said["model"]["context_length"]) == (300, 96)
+    assert (said["model"]["eos_token_id"], said["model"]["pad_token_id"]) == (1, 2)
+    assert said["search"]["past_present_share_buffer"] is False
+    assert config[KEY] == {"use_external_data_format": True, "kv_cache_dtype": {"fp16": "float16"}}
+    assert Report.read(pruned).config_changes[KEY] == [None, config[KEY]]
+
+
+def test_files_have_ordinary_modes(pruned: Path) -> None:
+    os.umask(mask := os.umask(0))
+    modes = {file.name: file.stat().st_mode & 0o777 for file in pruned.rglob("*") if file.is_file()}
+    assert {"model.safetensors", "inputs.safetensors", "model_q4.onnx_data", "mptk.json"} < modes.keys()
+    assert set(modes.values()) == {0o666 & ~mask}
+
+
+def test_words_to_transformers_js_follow_the_files(tmp_path: Path) -> None:
+    """Folders whose weights lie under another name say nothing; without int8, float32 is what browsers take, too."""
+    onnx.save(helper.make_model(helper.make_graph([], "g", [], [])), tmp_path / "model.onnx")
+    assert entry(tmp_path) == {}
+    (tmp_path / "model.onnx_data").touch()
+    assert entry(tmp_path) == {"use_external_data_format": True, "dtype": "fp32"}
+
+
+def test_layers_of_several_widths_and_models_without_an_end(tmp_path: Path) -> None:
+    def graph(*heads: int) -> None:
+        past = [
+            helper.make_tensor_value_info(f"past_key_values.{i}.key", TensorProto.FLOAT, ["b", n, "p", 8])
+            for i, n in enumerate(heads)
+        ]
+        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", "s", 9])
+        onnx.save(helper.make_model(helper.make_graph([], "g", past, [logits])), tmp_path / "model.onnx")
+
+    config = LlamaConfig(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    graph(2, 3)
+    write_genai_config(config, None, tmp_path, "model.onnx")
+    assert not (tmp_path / "genai_config.json").exists()
+    graph(2, 2)
+    write_genai_config(config, None, tmp_path, "model.onnx")
+    model = json.loads((tmp_path / "genai_config.json").read_text())["model"]
+    assert (model["eos_token_id"], model["pad_token_id"], "bos_token_id" in model) == (-1, 0, False)
+    write_genai_config(config, GenerationConfig(eos_token_id=[4, 5], top_k=7), tmp_path, "model.onnx")
+    said = json.loads((tmp_path / "genai_config.json").read_text())
+    assert (said["model"]["eos_token_id"], said["model"]["pad_token_id"], said["search"]["top_k"]) == ([4, 5], 4, 7)
+
+
+@pytest.fixture(scope="module")
+def greedy(pruned: Path) -> list[list[int]]:
+    """What transformers writes after each prompt, token ids with the prompt's."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(pruned), AutoTokenizer.from_pretrained(pruned)
+    texts = []
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        texts.append(model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0].tolist())
+    assert len({token for text in texts for token in text}) > 20
+    assert all(len(text) == NEW + len(tokenizer(prompt).input_ids) for text, prompt in zip(texts, PROMPTS, strict=True))
+    return texts
+
+
+def test_genai_writes_what_transformers_writes(pruned: Path, greedy: list[list[int]]) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(pruned))
+    words = genai.Tokenizer(model)
+    for prompt, expected in zip(PROMPTS, greedy, strict=True):
+        params = genai.GeneratorParams(model)
+        ids = words.encode(prompt)
+        params.set_search_options(max_length=len(ids) + NEW, do_sample=False)
+        generator = genai.Generator(model, params)
+        generator.append_tokens(ids)
+        while not generator.is_done():
+            generator.generate_next_token()
+        assert [int(i) for i in generator.get_sequence(0)] == expected
+
+
+@pytest.mark.skipif(not (NODE and TRANSFORMERS_JS.is_dir()), reason="Node or transformers.js is not installed")
+def test_transformers_js_writes_what_transformers_writes(pruned: Path, greedy: list[list[int]]) -> None:
+    """By the names and the config entry that it looks for. Quantised graphs: as our own decoder runs them."""
+    asked = {"dtypes": [None, *QUANTIZED_DTYPES], "prompts": PROMPTS, "tokens": NEW}
+    script = Path(__file__).with_name("transformers_js.mjs")
+    command = [str(NODE), str(script), str(TRANSFORMERS_JS), str(pruned), json.dumps(asked)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    written: dict[str, Any] = json.loads(run.stdout)
+    assert written["default"]["texts"] == greedy
+    for dtype, name in QUANTIZED_DTYPES.items():
+        assert {f"onnx/{name}", f"onnx/{name}_data"} < set(written[dtype]["files"])
+        generator = TextGenerator(pruned / "onnx" / name)
+        for prompt, found in zip(PROMPTS, written[dtype]["texts"], strict=True):
+            ids = generator.encode(prompt)
+            assert found == [*ids, *(token for (token,) in generator.stream([ids], limit=NEW))]

@@ -90,7 +90,7 @@ SCENES = {
         ),
         Scene(
             "prune to ONNX",
-            [*WANDA[:-1], "--sparsity", "0.4", "--quantize", "int8", "--out", "out"],
+            [*WANDA[:-1], "--sparsity", "0.357", "--quantize", "int8", "--out", "out"],
             resumes=True,
             share=3,
         ),

@@ -203,7 +203,7 @@ def run_limited(
     mapping: str, model_type: str, limit_s: float = 3 * TIME_LIMIT_S, run: Run = run_type
 ) -> dict[str, Any]:
     """``run`` in a process of its own, forked from a server that has imported its module already."""
-    row = {"type": model_type, "mapping": mapping, "stage": "none", "families": 0, "proven": 0}
+    row = {"type": model_type, "mapping": mapping, "stage": "none", "families": 0, "proven": 0, "target": ""}
     context = multiprocessing.get_context("forkserver")
     spec = sys.modules[run.__module__].__spec__
     context.set_forkserver_preload([spec.name] if spec else [])

@@ -1,6 +1,6 @@
-"""Turns the rows of both zoo sweeps into docs/architectures.md.
+"""Turns the rows of the zoo sweeps into docs/architectures.md.
 
-python -m benchmarks.zoo_table [RESULTS] [PAGE] [ONNX]
+python -m benchmarks.zoo_table [RESULTS] [PAGE] [ONNX] [END_TO_END]
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pruned model is good. `python -m benchmarks.zoo_table` makes the page from `benc
 """
 
 
-def page(result: dict[str, Any], onnx: list[dict[str, Any]]) -> str:
+def page(result: dict[str, Any], onnx: list[dict[str, Any]], end_to_end: list[dict[str, Any]]) -> str:
     """The whole page: totals, stock classes, ONNX, then for each mapping its proven types and all others."""
     rows: list[dict[str, Any]] = result["rows"]
     count = Counter(row["commit"] for row in rows)
@@ -51,6 +51,7 @@ def page(result: dict[str, Any], onnx: list[dict[str, Any]]) -> str:
         parts.append(f"| {mapping} | {len(mine)} | {analysed} | {proven} | {families} |")
     parts += _stock([row for row in rows if "stock" in row])
     parts += _onnx(onnx)
+    parts += _end_to_end(end_to_end, {(row["mapping"], row["type"]) for row in rows if row["stage"] == "proven"})
     reached = {(row["mapping"], row["type"]): row["stage"] for row in onnx}
     for mapping in mappings:
         parts += _section(mapping, [row for row in rows if row["mapping"] == mapping], reached)
@@ -162,6 +163,31 @@ def _onnx(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+END_TO_END_HEAD = """
+## Through the command line
+
+By `python -m benchmarks.zoo --end-to-end`: each type is saved as a checkpoint, cut by `mptk prune` to about 60 % of its widths, as a
+stock checkpoint or else as a graph, and checked by `mptk verify`. Data are random. Types that are not listed were not run yet.
+
+| mapping | types run | proven above | pruned and verified | of them as stock checkpoints |
+|---|---|---|---|---|"""
+
+
+def _end_to_end(rows: list[dict[str, Any]], proven: set[tuple[str, str]]) -> list[str]:
+    lines = END_TO_END_HEAD.splitlines()
+    for mapping in dict.fromkeys(row["mapping"] for row in rows):
+        mine = [row for row in rows if row["mapping"] == mapping]
+        verified = [row for row in mine if row["stage"] == "verified"]
+        known = sum((mapping, row["type"]) in proven for row in mine)
+        stock = sum(row["target"] == "stock" for row in verified)
+        lines.append(f"| {mapping} | {len(mine)} | {known} | {len(verified)} | {stock} |")
+    failed = [row for row in rows if row["stage"] != "verified" and (row["mapping"], row["type"]) in proven]
+    if failed:
+        lines += ["", "Proven above, and not verified here:", "", "| type | last stage | reason |", "|---|---|---|"]
+        lines += [f"| {row['type']} | {row['stage']} | {row['reason'].replace('|', chr(92) + '|')} |" for row in failed]
+    return lines
+
+
 def _general(reason: str) -> str:
     """A reason without the names and numbers of one model, as far as they stand in front."""
     reason = re.sub(r"layer \d+ caches", "a layer caches", reason)
@@ -202,9 +228,13 @@ def main(
     onnx: Annotated[Path, typer.Argument(help="What benchmarks.zoo_onnx --json wrote")] = HERE
     / "results"
     / "zoo_onnx.json",
+    end_to_end: Annotated[Path, typer.Argument(help="What benchmarks.zoo --end-to-end --json wrote")] = HERE
+    / "results"
+    / "zoo_end_to_end.json",
 ) -> None:
     """Write the page of architectures from the sweeps' rows."""
-    output.write_text(page(json.loads(results.read_text()), json.loads(onnx.read_text())["rows"]))
+    more = [json.loads(file.read_text())["rows"] for file in (onnx, end_to_end)]
+    output.write_text(page(json.loads(results.read_text()), *more))
 
 
 if __name__ == "__main__":

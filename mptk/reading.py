@@ -60,7 +60,18 @@ def json_of(text: str, damaged: Damaged) -> Any:
         raise damaged("it is nested too deep") from error
     if _depth(content) > DEPTH:
         raise damaged("it is nested too deep")
+    if "\\ud" in text.lower() and not _is_text(content):
+        raise damaged("it holds half of a character")
     return content
+
+
+def _is_text(content: object) -> bool:
+    """Whether all text in it can be written as UTF-8."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _no_number(name: str) -> NoReturn:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from passes.targets.onnx.names import data_file
+
 Damage = Callable[[np.ndarray], np.ndarray]
 
 
@@ -21,7 +23,7 @@ def damaged(file: Path, ending: str, damage: Damage) -> Path:
     array = damage(value.const_value.numpy())
     assert array.shape == tuple(value.const_value.shape.numpy())
     value.const_value = ir.Tensor(np.ascontiguousarray(array), name=name)
-    ir.save(model, file, external_data=f"{file.name}.data")
+    ir.save(model, file, external_data=data_file(file.name))
     return file
 
 

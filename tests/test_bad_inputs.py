@@ -10,7 +10,6 @@ import pytest
 from transformers.utils import logging
 
 from tests.bad_inputs import ROWS
-from tests.bad_inputs.shared import shared_folders
 from tests.bad_inputs.table import Place, Row, listing, run
 
 REMEDY = re.compile(r"[;:,.] ?\S|give|do not use|check|write|choose|see|add|remove", re.I)
@@ -26,24 +25,19 @@ def _surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     logging.enable_progress_bar()
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    return shared_folders(tmp_path_factory.mktemp("shared"))
-
-
 def test_the_table_is_large_and_each_row_has_a_name_of_its_own() -> None:
     assert len(ROWS) >= 250
     assert len({row.name for row in ROWS}) == len(ROWS)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_bad_input(row: Row, shared: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = Place(tmp_path, shared)
+def test_bad_input(row: Row, tiny_folders: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(tmp_path, tiny_folders)
     arguments = row.arguments(place)
     for step in row.prepare:
         step(place)
     monkeypatch.chdir(tmp_path)
-    before, sources = listing(tmp_path), [listing(folder) for folder in shared.values() if folder.is_dir()]
+    before, sources = listing(tmp_path), [listing(folder) for folder in tiny_folders.values() if folder.is_dir()]
     result = run(arguments)
     after = listing(tmp_path)
     assert "Traceback" not in result.stderr
@@ -59,4 +53,4 @@ def test_bad_input(row: Row, shared: Mapping[str, Path], tmp_path: Path, monkeyp
     said = result.stdout + result.stderr
     assert [words for words in row.says if words not in said] == [], said
     assert said.isprintable() or not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", said), "control characters are shown"
-    assert sources == [listing(folder) for folder in shared.values() if folder.is_dir()]
+    assert sources == [listing(folder) for folder in tiny_folders.values() if folder.is_dir()]

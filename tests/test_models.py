@@ -23,6 +23,8 @@ from transformers import (
     BertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
     ResNetConfig,
     ResNetForImageClassification,
     T5Config,
@@ -344,3 +346,17 @@ def test_an_opened_model_has_the_weights_and_buffers_of_a_loaded_one(kind: str, 
         assert torch.equal(found, tensor), name
     whole = opened.whole().state_dict()
     assert all(torch.equal(whole[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_positions_that_a_class_makes_itself_are_in_no_file_and_there_when_opened(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = {f"{part}_{what}": 1 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    config = MarianConfig(vocab_size=31, d_model=12, max_position_embeddings=16, pad_token_id=30, **layers)
+    model = MarianMTModel(config).eval()
+    model.save_pretrained(tmp_path)
+    assert "model.encoder.embed_positions.weight" not in load_file(tmp_path / "model.safetensors")
+    opened = models.open_weights(str(tmp_path), Resident(0))
+    assert opened.weights is not None
+    found = opened.whole().state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found[name], tensor), name

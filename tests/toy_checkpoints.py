@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import gguf
 import torch
+from gguf import GGMLQuantizationType as Kind
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks import gguf_file
 
 BEGIN, END = "<s>", "</s>"
 SPECIAL = [BEGIN, END, "<pad>"]
@@ -56,74 +57,6 @@ def llama(*, tied: bool = True, layers: int = 2, seed: int = 0) -> LlamaForCausa
 
 def write_gguf(model: LlamaForCausalLM, text: PreTrainedTokenizerFast, path: Path, *, quantise: bool = False) -> None:
     """``model`` as llama.cpp's converter writes it; ``quantise``: the matrices of the feed-forward part as Q8_0."""
-    config, state = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("Toy Of The Tests")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    _write_tokenizer(writer, text)
-    for name, tensor in state.items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        kind = gguf.GGMLQuantizationType.F32
-        if ".q_proj." in name or ".k_proj." in name:
-            heads = tensor.shape[0] // config.head_dim
-            tensor = _interleave(tensor, heads)
-        if quantise and ".mlp." in name and tensor.shape[-1] % 32 == 0:
-            kind = gguf.GGMLQuantizationType.Q8_0
-        writer.add_tensor(_gguf_name(name), gguf.quantize(tensor.numpy(), kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rotary halves → llama.cpp's adjacent pairs, in each head."""
-    out, hidden = weight.shape
-    return weight.view(heads, 2, out // heads // 2, hidden).transpose(1, 2).reshape(out, hidden).contiguous()
-
-
-def _gguf_name(name: str) -> str:
-    for old, new in {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "model.layers.": "blk.",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "post_attention_layernorm": "ffn_norm",
-        "input_layernorm": "attn_norm",
-    }.items():
-        name = name.replace(old, new)
-    return name
-
-
-def _write_tokenizer(writer: gguf.GGUFWriter, text: PreTrainedTokenizerFast) -> None:
-    spec = json.loads(text.backend_tokenizer.to_str())["model"]
-    tokens = sorted(spec["vocab"], key=spec["vocab"].get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if token in SPECIAL else gguf.TokenType.NORMAL for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in spec["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_unk_token_id(2)
-    writer.add_add_bos_token(False)
-    writer.add_add_space_prefix(False)
-    writer.add_pad_token_id(2)
+    gguf_file.write_gguf(
+        model, text, path, "Toy Of The Tests", lambda name: Kind.Q8_0 if quantise and ".mlp." in name else Kind.F32
+    )

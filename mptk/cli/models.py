@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mptk.cli.app import command, show
 from mptk.cli.console import err, out
-from mptk.cli.options import Json, Model, MultipleOf, TargetName, Trust
+from mptk.cli.options import Json, Model, MultipleOf, Portable, TargetName, Trust
 from mptk.cli.places import file_to_write
 from mptk.cli.progress import stages
 from mptk.files import write_text
@@ -64,6 +64,7 @@ def analyze(
     ] = None,
     target: TargetName = Settings.target,
     multiple_of: MultipleOf = Settings.multiple,
+    portable: Portable = Settings.portable,
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what can be cut and to which widths, and what cannot be cut and why. Reads no weights."""
@@ -81,7 +82,8 @@ def analyze(
         analysis = api.analyze(skeleton)
         progress("legal widths", 0, 0)
         found = find_target(target).legal(analysis, skeleton, multiple_of)
-    result = report.analysis_json(analysis, found.ladders, found.refused, model)
+        found = found.portable() if portable else found
+    result = report.analysis_json(analysis, found, model)
     if html is not None:
         from mptk.page.render import analysis_page
 

@@ -129,6 +129,9 @@ FIELDS: dict[str, Field] = {
         lambda texts: dict(map(parse_width, texts or [])),
     ),
     "plan": Field("plan", Path | None, CUT, "Cut to this plan.json instead of choosing.", text_of),
+    "portable": Field(
+        "portable", bool, CUT, "Cut only what every program reads rightly, not transformers alone.", switch=True
+    ),
     "multiple_of": Field("multiple", int, CUT, "If a sum over channels is a multiple of this, it stays one."),
     "method": Field(
         "method", str, CHOICE, "maskprune learns what to cut; the others score once.", choices=choices.METHOD
@@ -292,6 +295,7 @@ def option(name: str, *, panel: bool = False) -> OptionInfo:
     return made
 
 
+Portable = Annotated[bool, option("portable")]
 MaxMs = Annotated[
     float | None,
     typer.Option(help="Cut until the predicted latency is this low.", rich_help_panel=CUT, **within(*BOUNDS["max_ms"])),

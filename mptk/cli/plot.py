@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mptk.errors import MptkError
 from mptk.files import write_result
+from mptk.plain import plain
 from mptk.runtime.bench import Bench, Case
 
 if TYPE_CHECKING:
@@ -34,10 +35,11 @@ def draw_bench(result: Bench, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = [graph.name for graph in result.graphs]
+    names = [plain(graph.name) for graph in result.graphs]
     cases = list(dict.fromkeys(row.case for row in result.rows))
     parts = [cases[start : start + PER_ROW] for start in range(0, len(cases), PER_ROW)]
     wide = max(6.0, 0.3 * len(parts[0]) * len(names))
+    pyplot.rcParams["text.parse_math"] = False  # names are no formulas
     figure, grid = pyplot.subplots(len(parts), figsize=(wide, 3 * len(parts) + 1), squeeze=False, layout="constrained")
     for axes, part in zip(grid[:, 0], parts, strict=True):
         _draw_cases(axes, result, names, part)
@@ -52,7 +54,7 @@ def _draw_cases(axes: Axes, result: Bench, names: Sequence[str], cases: Sequence
 
     width, colours = 0.8 / len(names), matplotlib.colormaps["tab20"]
     for index, name in enumerate(names):
-        rows = {row.case: row for row in result.rows if row.graph == name}
+        rows = {row.case: row for row in result.rows if plain(row.graph) == name}
         places = [at + index * width for at in range(len(cases))]
         axes.bar(places, [rows[c].ratio for c in cases], width, label=name, color=colours(index % colours.N))
         ends = [place - width / 2 for place in places], [place + width / 2 for place in places]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -75,8 +74,8 @@ def prune(
     from mptk.methods import find_method
 
     settings = settled(with_latency(settings_from(options), max_decode_ms, max_prefill_ms))
-    check_settings(settings)
     check_prune(settings, settings.plan is None and find_method(settings.method).learns, estimate)
+    check_settings(settings)
     if estimate:
         found = estimated(model, settings)
         out.print(report.estimate_view(found))
@@ -192,8 +191,8 @@ def show_report(
 ) -> None:
     """Show a pruned folder: widths, costs, perplexity, proof, timings, files. Several are compared."""
     from mptk.cli import report
+    from mptk.page.runs import read_bench
     from mptk.run.report import Report
-    from mptk.runtime.bench import Bench
 
     if html is not None:
         from mptk.page.render import report_page
@@ -203,9 +202,10 @@ def show_report(
         out.print(f"written to {html}", soft_wrap=True)
         return
     folder, results = folders[0], [Report.read(each) for each in folders]
+    timed = read_bench(folder)
     out.print(report.prune_view(results[0]))
-    if (folder / "bench.json").is_file():
-        out.print(report.bench_view(Bench.from_json(json.loads((folder / "bench.json").read_text()))))
+    if timed is not None:
+        out.print(report.bench_view(timed))
     if len(results) > 1:
         out.print(report.comparison_view(results))
     out.print(f"files in {folder}: {', '.join(results[0].files)}", soft_wrap=True, highlight=False)

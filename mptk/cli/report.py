@@ -12,10 +12,12 @@ from rich.text import Text
 
 from mptk.cost.estimate import Estimate, duration, size_text
 from mptk.cost.model import CostModel
+from mptk.io.markdown import code
 from mptk.ir.families import Analysis
 from mptk.page.words import figure, ranges
 from mptk.run.report import Report, Row
 from mptk.runtime.bench import Bench
+from passes.targets.legalize import LegalWidths
 
 ANALYSIS = "mptk-analysis/1"
 OPS = "mptk-ops/1"
@@ -38,7 +40,7 @@ class GroupJson(TypedDict):
 
 
 class FamilyJson(TypedDict):
-    """A family; ``refused``: why the target cannot cut it, or None."""
+    """A family; ``refused``: why the target cannot cut it; ``breaks``: programs that a cut of it breaks; or None."""
 
     name: str
     description: str
@@ -51,6 +53,7 @@ class FamilyJson(TypedDict):
     multiple: int
     legal_widths: list[int]
     refused: str | None
+    breaks: str | None
     groups: list[GroupJson]
 
 
@@ -74,9 +77,7 @@ class AnalysisJson(TypedDict):
     blocked: list[BlockedJson]
 
 
-def analysis_json(
-    analysis: Analysis, ladders: Mapping[str, Sequence[int]], refused: Mapping[str, str], model: str
-) -> AnalysisJson:
+def analysis_json(analysis: Analysis, legal: LegalWidths, model: str) -> AnalysisJson:
     """The analysis as JSON data (schema: ``docs/analysis.md``)."""
     cost = CostModel(analysis)
     total = cost.dense.parameters
@@ -93,8 +94,9 @@ def analysis_json(
                 "share": 1 - cost({f.name: 0}).parameters / total,
                 "minimum": f.minimum,
                 "multiple": f.multiple,
-                "legal_widths": list(ladders.get(f.name, ())),
-                "refused": refused.get(f.name),
+                "legal_widths": list(legal.ladders.get(f.name, ())),
+                "refused": legal.refused.get(f.name),
+                "breaks": legal.breaks.get(f.name),
                 "groups": [
                     {
                         "layer": g.layer,
@@ -147,7 +149,16 @@ def analysis_view(report: AnalysisJson) -> Lines:
         fixed.add_column(column)
     for row in grouped(report["blocked"]):
         fixed.add_row(*row)
-    return Lines(table, fixed)
+    return Lines(table, *map(Text, breaking(report["families"])), fixed)
+
+
+def breaking(families: Sequence[FamilyJson]) -> list[str]:
+    """For each kind of programs that a cut breaks: the families whose cut does."""
+    found: dict[str, list[str]] = {}
+    for f in families:
+        if f["breaks"]:
+            found.setdefault(f["breaks"], []).append(f["name"])
+    return [f"a cut of {', '.join(names)} breaks {why}; --portable leaves it out" for why, names in found.items()]
 
 
 def ops_view(ops: Sequence[Mapping[str, str]]) -> Table:
@@ -264,7 +275,8 @@ def proof_view(proof: Sequence[Row]) -> Table:
     table.add_column("")
     for d in proof:
         said = ", ".join(["ok" if d["ok"] else "FAILED", *(d[key] for key in ("widened", "ran") if d.get(key))])
-        table.add_row(d["stage"], f"{d['max_abs']:.1e}", f"{d['relative']:.1e}", f"{d['tolerance']:.0e}", said)
+        numbers = ("not finite" if d[key] is None else f"{d[key]:.1e}" for key in ("max_abs", "relative", "tolerance"))
+        table.add_row(d["stage"], *numbers, said)
     return table
 
 
@@ -306,9 +318,16 @@ def bench_cells(result: Bench) -> list[tuple[str, ...]]:
 def bench_markdown(result: Bench) -> str:
     """The comparison as a Markdown table."""
     head = [" | ".join(BENCH_COLUMNS), "|".join("---" if i < 2 else "---:" for i in range(len(BENCH_COLUMNS)))]
-    rows = [f"| {line} |" for line in (*head, *(" | ".join(cells) for cells in bench_cells(result)))]
-    sizes = [f"- {g.name}: {g.bytes / 1e6:.0f} MB in files, {g.memory / 1e6:.0f} MB of memory" for g in result.graphs]
+    cells = ([code(cell) if i == 1 else cell for i, cell in enumerate(row)] for row in bench_cells(result))
+    rows = [f"| {line} |" for line in (*head, *(" | ".join(map(_cell, row)) for row in cells))]
+    sizes = [
+        f"- {code(g.name)}: {g.bytes / 1e6:.0f} MB in files, {g.memory / 1e6:.0f} MB of memory" for g in result.graphs
+    ]
     return "\n".join([*rows, "", *sizes, *(f"- {line}" for line in _peaks(result))]) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _peaks(result: Bench) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,6 +98,10 @@ def generate(
         float,
         typer.Option(**within(0, 1), help="Sample among the likeliest tokens that have this probability together."),
     ] = 1.0,
+    cut: Annotated[
+        bool,
+        typer.Option("--cut", help="Cut what the model's positions do not hold: the prompt's start, the answer's end."),
+    ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", **within(*BOUNDS["seed"]))] = 0,
     threads: Threads = 0,
@@ -108,7 +112,7 @@ def generate(
     from transformers import TextStreamer
 
     from mptk.run.execution import session_device
-    from mptk.runtime.generation import Sampling, TextGenerator
+    from mptk.runtime.generation import Sampling, TextGenerator, fitting
 
     class Streamer(TextStreamer):
         """Prints text as it comes."""
@@ -118,8 +122,10 @@ def generate(
 
     check_generate(temperature)
     runner = TextGenerator(model, threads=threads, device=session_device(device))
-    encoded = [runner.encode(prompt, chat=chat) for prompt in prompts]
+    encoded: list[Sequence[int]] = [runner.encode(prompt, chat=chat) for prompt in prompts]
     sampling = Sampling(temperature, top_k, top_p)
+    if cut:
+        encoded, max_new_tokens = fitting(runner.positions, encoded, max_new_tokens)
     steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed)
     if len(prompts) == 1:
         streamer: Any = Streamer(runner.tokenizer, skip_special_tokens=True)
@@ -224,9 +230,12 @@ def evaluate_onnx(
     with stages(err) as progress:
         progress("load", 0, 0)
         runner = TextGenerator(model, threads=threads, device=session_device(device))
+        text.check_positions(runner.positions, length, f"windows of {length} tokens")
+        held_out = text.evaluation_windows(runner.tokenizer, data, length, windows)
+        runner.check_ids(held_out.flatten().tolist())
         measured = evaluation.perplexity(
             runner.decoder.torch_logits,
-            text.evaluation_windows(runner.tokenizer, data, length, windows),
+            held_out,
             data=text.protocol_name(data),
             progress=lambda done, total: progress("perplexity", done, total),
         )

@@ -8,9 +8,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.state import AcceleratorState
+from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -66,6 +68,7 @@ def take_offload_index(model: PreTrainedModel) -> dict[str, tuple[Path, str]]:
     """
     maps = (getattr(getattr(module, "_hf_hook", None), "weights_map", None) for module in model.modules())
     index = next(m.dataset.index if hasattr(m, "dataset") else m.index for m in maps if m is not None)
+    _make_again(model)
     remove_hook_from_submodules(model)
     for name in ("hf_device_map", "to", "cuda", "npu", "xpu", "mlu", "musa", "sdaa", "neuron"):  # those that warn
         vars(model).pop(name, None)
@@ -73,3 +76,19 @@ def take_offload_index(model: PreTrainedModel) -> dict[str, tuple[Path, str]]:
         if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
             del vars(module)["forward"]
     return {name: (Path(place["safetensors_file"]), place["weight_name"]) for name, place in index.items()}
+
+
+def _make_again(model: PreTrainedModel) -> None:
+    """Weights that a class makes itself and no file has (sines of positions): the offload has dropped them."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        kept = getattr(hook, "weights_map", None)
+        if hook is None or kept is None:
+            continue
+        lost = [name for name, device in hook.original_devices.items() if device.type != "meta" and name not in kept]
+        for name in lost:
+            like = getattr(module, name)
+            fresh = torch.empty_like(like, device=hook.original_devices.pop(name))
+            setattr(module, name, nn.Parameter(fresh, like.requires_grad) if name in module._parameters else fresh)
+        if lost:
+            model._init_weights(module)

@@ -19,6 +19,7 @@ from mptk.errors import MptkError
 from mptk.io import data, models
 from mptk.io.cache import build_once, cache_dir
 from mptk.io.checkpoint import copy_processors, save_tokenizer
+from mptk.io.data import check_positions, positions_of
 from mptk.io.dense import fingerprint
 from mptk.io.models import Loaded
 from mptk.io.publish import check_apart, check_replaceable, publish
@@ -33,7 +34,8 @@ from mptk.progress import Progress, silent, within
 from mptk.run.chain import Dense
 from mptk.run.execution import execution, session_device
 from mptk.run.settings import Settings, check_onnx_dtype
-from mptk.runtime.bench import Bench, bench_decoders
+from mptk.runtime.bench import LENGTHS, Bench, bench_decoders
+from mptk.runtime.decoder import model_folder
 from mptk.targets.onnx import describe
 from mptk.tasks import CAUSAL_LM, example_of, form_of, load_decoder, open_task
 from mptk.tasks.decoder_onnx import export_decoder
@@ -262,7 +264,10 @@ def bench(
             cache folder.
         device: as in ``Settings``; ONNX Runtime must have an execution provider for it.
         progress: called with stages.
-        settings: of ``bench_decoders``.
+        settings: of ``mptk.runtime.bench.bench_decoders``: ``lengths`` (tokens), ``batches``, ``threads``, ``rounds``.
+
+    Returns:
+        A ``Bench``: times in milliseconds, each with its ratio to the first graph's and the ideal ratio.
 
     Raises:
         MptkError: a model cannot be found or exported, or there is no such device.
@@ -273,7 +278,18 @@ def bench(
         graphs[model] = file
         if file.name == FILE:
             graphs |= {f"{model} {scheme_of(other)}": other for other in quantized_files(file.parent)}
+    longest = max(settings.get("lengths", LENGTHS))
+    for name, file in graphs.items():
+        check_positions(positions_beside(file), longest + 1, f"{longest} tokens and one more in the cache of {name}")
     return bench_decoders(graphs, device=there, progress=progress, **settings)
+
+
+def positions_beside(graph: Path) -> int | None:
+    """The positions of a graph's model, by the config beside it; None if there is none."""
+    folder = model_folder(graph)
+    if not (folder / "config.json").is_file():
+        return None
+    return positions_of(models.load_config(str(folder)))
 
 
 def onnx_folder(model: str, progress: Progress | None = None) -> Path:

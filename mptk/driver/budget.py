@@ -67,6 +67,16 @@ def multiples(settings: Settings) -> tuple[int, ...]:
     return (settings.multiple, *(BLOCKS[scheme] for scheme in settings.quantize if scheme in BLOCKS))
 
 
+def left_whole(analysis: Analysis, legal: LegalWidths, settings: Settings) -> str:
+    """What ``portable`` left whole of the families that are cut by default, as a note; empty if nothing."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in legal.left.items():
+        if not settings.families and is_layered(analysis.family(name)):
+            reasons.setdefault(why, []).append(name)
+    said = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
+    return f"--portable left whole {said}" if said else ""
+
+
 @dataclass(frozen=True)
 class WidthSearch:
     """Widths that meet the settings, most even first. ``legal``: what ``target`` can hold of the analysed ``model``."""
@@ -98,7 +108,7 @@ class WidthSearch:
     def _elsewhere(self) -> tuple[list[Candidate], str | None]:
         """Candidates that only another class than the model's own would hold, and that class's name."""
         legal = self.target.elsewhere(self.analysis, self.legal, multiples(self.settings))
-        if legal is None:
+        if legal is None or self.settings.portable:
             return [], None
         try:
             candidates = self._within(legal)
@@ -140,7 +150,8 @@ class WidthSearch:
                 raise MptkError(refusal)
             if len(legal.ladders[name]) == 1:
                 why = legal.refused.get(name, "no narrower width is legal")
-                raise MptkError(f"{name} cannot be cut for target {s.target}: {why}; try --target graph")
+                remedy = "leave out --portable" if name in legal.left else "try --target graph"
+                raise MptkError(f"{name} cannot be cut for target {s.target}: {why}; {remedy}")
 
     def _check_reached(self, candidates: Sequence[legalize.Candidate]) -> None:
         """Raise MptkError, with the nearest there are, unless a candidate takes ``max_ms`` or little less."""

@@ -23,13 +23,11 @@ FOLDER = 'folder = "."  # this folder, or its name on a hub'
 def usage(report: Report, compiled: Compiled, folder: Path) -> Iterator[str]:
     """The sections of the card that say how to use ``folder``, each for a program that can."""
     if compiled.written is not None:
-        stock = compiled.written.stock
         yield section("transformers", python(*transformers_lines(compiled, folder)))
         if (folder / "modules.json").is_file():
             yield section("sentence-transformers", python(*SENTENCES))
         if report.task == "causal-lm":
             yield section("llama.cpp", f"If llama.cpp knows the architecture:\n\n{shell(*LLAMA_CPP)}")
-        yield heads(stock.config)
     if graphs := onnx_graphs(folder):
         yield onnx(report, folder, graphs)
 
@@ -137,14 +135,3 @@ def onnx(report: Report, folder: Path, graphs: list[Path]) -> str:
     if (folder / GENAI_CONFIG).is_file():
         parts.append(f"Text, with the package onnxruntime-genai:\n\n{python(*GENAI_LINES)}")
     return section("ONNX Runtime", "\n\n".join(parts))
-
-
-def heads(config: Any) -> str:
-    """A word for programs that derive the size of a head, if that gives another one than the config's."""
-    hidden, count, size = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads", "head_dim"))
-    if not (isinstance(hidden, int) and isinstance(count, int) and isinstance(size, int)) or size * count == hidden:
-        return ""
-    return (
-        f"`head_dim` is {size}, and not `hidden_size / num_attention_heads` ({hidden} / {count}). Programs that derive "
-        "it (optimum-onnx, old releases of vLLM) refuse this model; those that read it from `config.json` run it."
-    )

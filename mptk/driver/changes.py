@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.resident import Resident
+from mptk.io.untrusted import damaged, load_tensors
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import Cut
 from mptk.ir.weights import Lazy, Weights
@@ -29,7 +29,7 @@ def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust
     """
     state = analysis.program.state
     if (folder / COMPENSATION).is_file():
-        biases = load_file(folder / COMPENSATION)
+        biases = load_tensors(folder / COMPENSATION, damaged(folder / COMPENSATION))
         for name, bias in biases.items():
             if name not in state or bias.ndim != 1 or bias.shape != state.like(name).shape:
                 raise MptkError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
 
 from torch import Tensor
 
+from mptk.conform import misfit
+from mptk.errors import MptkError
 from mptk.files import write_json
 from mptk.io.resident import Resident, stored_weight
 from mptk.ir.plan import Plan
@@ -25,7 +27,7 @@ def kept_choice(prepared: Prepared, folder: RunFolder | None, make: Callable[[],
     A choice that took training is not kept: training keeps its own checkpoints.
     """
     if folder is not None and folder.holds(f"{CHOICE}.json"):
-        known = json.loads((folder.path / f"{CHOICE}.json").read_text())
+        known = _known(folder, CHOICE, Choice)
         plan = Plan.from_json(known["plan"])
         changes = _stored(folder, CHOICE, known["changes"], prepared)
         cut, trained, notes = resolve_plan(prepared.analysis, plan), tuple(known["trained"]), tuple(known["notes"])
@@ -51,8 +53,31 @@ def kept_fit(
         if not leads():
             return fitted
         _save(folder, FITTED, fitted, {"changes": list(fitted)})
-    names = json.loads((folder.path / f"{FITTED}.json").read_text())["changes"]
+    names = _known(folder, FITTED, Fitted)["changes"]
     return _stored(folder, FITTED, names, prepared)
+
+
+class Fitted(TypedDict):
+    """The content of ``fitted.json``."""
+
+    changes: Sequence[str]
+
+
+class Choice(Fitted):
+    """The content of ``choice.json``."""
+
+    plan: Mapping[str, Any]
+    trained: Sequence[str]
+    losses: Mapping[str, float | None]
+    notes: Sequence[str]
+
+
+def _known(folder: RunFolder, name: str, kind: type) -> dict[str, Any]:
+    """What was kept under a name. Raises MptkError if it is damaged."""
+    known = folder.read(name)
+    if (wrong := misfit(known, kind)) is not None:
+        raise MptkError(f"{name}.json in {folder.path} is damaged: {wrong}; remove the folder, and start again")
+    return known
 
 
 def _save(folder: RunFolder, name: str, weights: Mapping[str, Tensor], known: Mapping[str, object]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ import passes.frontend.trace
 from mptk.compat.accelerate import own_state
 from mptk.cost.estimate import Estimate
 from mptk.cost.model import is_layered
-from mptk.driver.budget import WidthSearch, budgeted, multiples
+from mptk.driver.budget import WidthSearch, budgeted, left_whole, multiples
 from mptk.driver.card import write_card
 from mptk.driver.changes import COMPENSATION, widened
 from mptk.driver.describe import describe, measured
@@ -46,7 +47,7 @@ from mptk.methods.reconstruct import kept_units, reconstruct_consumers
 from mptk.progress import Progress, silent
 from mptk.run.chain import Chosen, Compiled, Prepared, Task, stored_type
 from mptk.run.execution import execution
-from mptk.run.folder import RunFolder
+from mptk.run.folder import RunFolder, check_unfinished
 from mptk.run.processes import describe as describe_processes
 from mptk.run.processes import holds, leads, once, processes
 from mptk.run.recipe import write_recipe
@@ -86,6 +87,8 @@ def stages(job: Job, settings: Settings, context: Context) -> Finished | None:
     """The stages of ``run``, which gives them an accelerate state of their own."""
     settings = settled(settings)
     check_settings(settings)
+    if keeps_stages(settings):
+        check_unfinished(job.out, described(job, settings), settings.resume, but=("sparsity",))  # a latency sets it
     if job.needs is not None:
         announce(job.needs(settings), job, context)
     prepared = prepare(job, settings, context)
@@ -150,6 +153,8 @@ def check_settings(settings: Settings) -> None:
     target = find_target(settings.target)
     if settings.plan is None:
         method.check(settings)
+    else:
+        Plan.load(settings.plan)
     if settings.steps and not target.trainable:
         raise MptkError("only a stock checkpoint can be trained after the cut; use --target stock, or no --steps")
     check_schemes(settings.quantize)
@@ -252,6 +257,8 @@ def legalise(
     """The widths that the settings and the target allow, or the plan that the settings give, resolved."""
     method, target = find_method(settings.method), find_target(settings.target)
     legal = target.legal(analysis, loaded.model, multiples(settings))
+    if settings.portable:
+        legal = legal.portable()
     stored = stored_type(settings, loaded)
     cost, settings = budgeted(analysis, legal, settings, progress, stored.itemsize)
     prepared = Prepared(source, settings, loaded, task, method, target, analysis, legal, cost)
@@ -267,10 +274,20 @@ def legalise(
 
 def begin(job: Job, prepared: Prepared, context: Context) -> Context:
     """The context with the folder of the unfinished run, if there is something to choose or to train."""
-    if prepared.plan is not None and not prepared.settings.steps:
+    settings = prepared.settings
+    if not keeps_stages(settings):
         return context
-    settings = {k: v for k, v in asdict(prepared.settings).items() if k not in ELSEWHERE}
-    return replace(context, folder=RunFolder(job.out, {"model": job.source, **settings}, prepared.settings.resume))
+    return replace(context, folder=RunFolder(job.out, described(job, settings), settings.resume))
+
+
+def keeps_stages(settings: Settings) -> bool:
+    """Whether something is chosen or trained, which an unfinished run keeps."""
+    return settings.plan is None or settings.steps > 0
+
+
+def described(job: Job, settings: Settings) -> dict[str, Any]:
+    """What an unfinished run says of itself, and must be the same to go on with it."""
+    return {"model": job.source, **{k: v for k, v in asdict(settings).items() if k not in ELSEWHERE}}
 
 
 def read_samples(job: Job, prepared: Prepared, context: Context) -> SampleSets:
@@ -415,6 +432,7 @@ def written_folder(
         if chosen.changes and not chosen.trained:
             write_weights(folder / COMPENSATION, Weights(chosen.changes))
         notes = [*chosen.notes, describe_processes(context.accelerator) if context.accelerator else ""]
+        notes.append(left_whole(prepared.analysis, prepared.legal, prepared.settings))
         for target in targets:
             with context.stage(f"write {target.name}"):
                 notes += target.emit(compiled, sets, folder, context.log)

@@ -137,7 +137,7 @@ def prune(
     eval_data: Data | None = None,
     **keywords: Any,
 ) -> Pruned | None:
-    """Prune a model and prove the result.
+    """Prune a model and prove the result::
 
         small = mptk.prune(model, sparsity=0.3, method="wanda", data=texts).model
 

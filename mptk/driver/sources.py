@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +23,7 @@ from mptk.io import models
 from mptk.io.live import name_of, open_live
 from mptk.io.models import Loaded
 from mptk.io.resident import Resident
+from mptk.io.untrusted import load_tensors
 from mptk.ir.samples import Samples
 from mptk.run.chain import Prepared, Task
 from mptk.run.report import PROVEN_ON, Report
@@ -91,10 +91,10 @@ def task_of_folder(folder: Path, report: Report, loaded: Loaded) -> Task:
     """The task that a folder was pruned as. A module's example inputs are those of its proof."""
     if report.task != Module.name:
         return task_of(loaded)
-    try:
-        found = load_file(folder / PROVEN_ON)
-    except OSError as error:
-        raise MptkError(f"{folder} has no {PROVEN_ON}; do not use the folder, prune again") from error
+    found = load_tensors(
+        folder / PROVEN_ON,
+        lambda why: MptkError(f"{folder} has no {PROVEN_ON} ({why}); do not use the folder, prune again"),
+    )
     order = [name for name in argument_names(loaded.model) if name in found]
     return Module(example_samples(loaded.model, {name: found[name] for name in order}))
 

@@ -15,6 +15,7 @@ from mptk.driver.pruned import Pruned, Shown, reporting
 from mptk.driver.sources import Data, Inputs, Model, collected, in_memory, names_of, source_of, task_of_folder
 from mptk.errors import MptkError, explained
 from mptk.io import models
+from mptk.io.data import positions_of
 from mptk.io.dense import open_dense
 from mptk.io.resident import Resident
 from mptk.ir.program import Program
@@ -26,7 +27,7 @@ from mptk.run.keywords import with_keywords
 from mptk.run.report import FILE, Report
 from mptk.run.settings import IN_MEMORY, Settings
 from mptk.run.values import SampleSets
-from mptk.runtime.generation import Sampling, TextGenerator
+from mptk.runtime.generation import Sampling, TextGenerator, check_room
 from mptk.runtime.staged import Executor
 
 
@@ -155,10 +156,13 @@ def generate(
         temperature, top_k, top_p, seed: as of ``mptk.runtime.generation.Sampling``; temperature 0 takes the likeliest.
         chat: put each prompt into the model's chat template.
         tokenizer: for a model in memory.
-        threads, device: for ONNX Runtime.
+        threads, device: for ONNX Runtime; 0 threads: all cores.
+
+    Returns:
+        The new text alone, one for each prompt, of at most ``max_new_tokens`` tokens.
 
     Raises:
-        MptkError: there is no tokenizer, or no decoder.
+        MptkError: there is no tokenizer, or no decoder; or a prompt and what follows do not fit the model's positions.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     sampling = Sampling(temperature, top_k, top_p)
@@ -201,6 +205,7 @@ def _written(
     how: dict[str, Any] = {"do_sample": False}
     if sampling.temperature:
         how = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    check_room(positions_of(module.config), [list(found["input_ids"])], limit)
     given = torch.tensor([list(found["input_ids"])], device=module.device)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

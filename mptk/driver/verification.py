@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +19,7 @@ from mptk.errors import MptkError
 from mptk.io.dense import open_dense
 from mptk.io.manifest import check_manifest
 from mptk.io.models import Loaded
+from mptk.io.untrusted import read_object
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
@@ -124,7 +124,7 @@ def _rehomed(folder: Path, loaded: Loaded) -> bool:
     file = folder / "config.json"
     if not file.is_file():
         return False
-    return bool(json.loads(file.read_text(encoding="utf-8")).get("model_type") != loaded.model.config.model_type)
+    return bool(read_object(file).get("model_type") != loaded.model.config.model_type)
 
 
 def plan_of(folder: str | Path) -> Plan:

@@ -32,8 +32,11 @@ def read_sound(path: Path, rate: int) -> Sound:
             if file.getsampwidth() != 2 or file.getframerate() != rate:
                 bits, own = 8 * file.getsampwidth(), file.getframerate()
                 raise MptkError(f"{path} has {bits} bits and {own} samples a second, not 16 and {rate}; {remedy}")
-            raw = np.frombuffer(file.readframes(file.getnframes()), np.int16)
+            frames = min(file.getnframes(), path.stat().st_size // (2 * file.getnchannels()))
+            raw = np.frombuffer(file.readframes(frames), np.int16)
+            if not len(raw):
+                raise MptkError(f"{path} holds no sound; remove it or give another folder")
             sound: Sound = (raw.reshape(-1, file.getnchannels()).mean(1) / 32768).astype(np.float32)
             return sound
-    except (wave.Error, EOFError, OSError) as error:
+    except (wave.Error, EOFError, OSError, ValueError, ArithmeticError) as error:
         raise MptkError(f"{path} is no WAV file that can be read ({error}); {remedy}") from error

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
 from mptk.io.text import sampled
@@ -22,10 +22,12 @@ __all__ = [
     "calibration",
     "check_ids",
     "check_length",
+    "check_positions",
     "digest",
     "evaluation_windows",
     "file_digests",
     "load_text",
+    "positions_of",
     "protocol_name",
     "self_sampled",
     "token_windows",
@@ -172,13 +174,21 @@ def calibration(
     return windows
 
 
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """How many positions a model has; None if their number is not bounded, or not known."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def check_length(model: PreTrainedModel, length: int) -> None:
     """Raise MptkError if ``model`` has fewer than ``length`` positions."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and length > limit:
-        raise MptkError(
-            f"windows of {length} tokens are longer than the model's {limit} positions; ask for shorter ones"
-        )
+    check_positions(positions_of(model.config), length, f"windows of {length} tokens")
+
+
+def check_positions(positions: int | None, length: int, what: str) -> None:
+    """Raise MptkError if ``what``, of ``length`` tokens, is longer than a model's ``positions``."""
+    if positions is not None and length > positions:
+        raise MptkError(f"{what} are longer than the model's {positions} positions; ask for shorter ones")
 
 
 def check_ids(model: PreTrainedModel, ids: Tensor) -> None:

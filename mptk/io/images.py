@@ -19,11 +19,11 @@ def find_images(data: str) -> list[Path]:
 def open_image(path: Path) -> Any:
     """The picture as a PIL image, RGB. Raises MptkError if it cannot be read."""
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ImportError as error:
         raise MptkError("pillow is not installed, and it reads images; run: pip install 'mptk[images]'") from error
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except Exception as error:  # each format's reader has errors of its own
         raise MptkError(f"{path} is no image that can be read ({error}); remove it or give another folder") from error

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from mptk.errors import MptkError
 from mptk.files import json_text, write_text
+from mptk.reading import read_json
 
 MARKER = "mptk.json"
 FORMAT = "mptk-output/1"
@@ -86,6 +86,8 @@ def check_manifest(folder: Path) -> None:
     for what, names in (("is missing", files.keys() - set(there)), ("was added", set(there) - files.keys())):
         if names:
             raise MptkError(f"{min(names)} {what} in {folder} since it was published; do not use it, write it again")
+    if linked := next((name for name in there if (folder / name).is_symlink()), None):
+        raise MptkError(f"{linked} in {folder} is a link, which mptk never writes; do not use it, write it again")
     digests = iter(file_digests(folder / name for name in there if (folder / name).is_file()))
     for name in there:
         if not (folder / name).is_file() or next(digests) != files[name]:
@@ -95,10 +97,10 @@ def check_manifest(folder: Path) -> None:
 def is_ours(folder: Path) -> dict[str, object]:
     """The content of a folder's ``mptk.json``; empty if it is missing or has another format."""
     try:
-        content: dict[str, object] = json.loads((folder / MARKER).read_text())
-        return content if content["format"] == FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        content = read_json(folder / MARKER, MptkError)
+    except MptkError:
         return {}
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else {}
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:

@@ -19,7 +19,7 @@ def media_files(data: str, what: str, suffixes: Sequence[str]) -> list[Path]:
     folder = Path(data).expanduser()
     if not folder.is_dir():
         raise MptkError(f"this model reads {what}, and {data} is no folder of them; give one with --data, or random")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     if not found:
         raise MptkError(f"{data} holds no {what} ({', '.join(suffixes)}); give a folder with some, or convert them")
     return found

@@ -110,15 +110,16 @@ def open_weights(model: str, resident: Resident, *, trust_remote_code: bool = Fa
     converted = scratch()  # it goes with the last weight that may be read from it
     with offloaded(str(converted.folder)) as options, unread_weights():
         loaded = _load(model, trust_remote_code, local, dtype=torch.float32, **options)
-    likes = {name: tensor.detach() for name, tensor in loaded.model.state_dict(keep_vars=True).items()}
     index = take_offload_index(loaded.model)
+    likes = {name: tensor.detach() for name, tensor in loaded.model.state_dict(keep_vars=True).items()}
     held = {file: dtypes_in(file) for file in {file for file, _ in index.values()}}
     _check_stored(index, likes, held)
     entries = {
         name: stored_weight(file, key, likes[name], resident, held[file][key], converted)
         for name, (file, key) in index.items()
     }
-    return replace(loaded, weights=Weights(entries))
+    made = {name: like for name, like in likes.items() if name not in index and not like.is_meta}
+    return replace(loaded, weights=Weights(entries | made))
 
 
 def _check_stored(

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from mptk.errors import MptkError
@@ -102,6 +104,15 @@ def check_weights(file: Path) -> None:
             opened.keys()
     except (SafetensorError, OSError) as error:
         raise damaged(file)(str(error).strip().partition("\n")[0]) from error
+
+
+def load_tensors(file: Path, damaged: Damaged) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ``damaged`` if it is missing or is none."""
+    try:
+        _check_ordinary(file)
+        return load_file(file)
+    except (SafetensorError, OSError, MptkError) as error:
+        raise damaged(str(error).strip().partition("\n")[0]) from error
 
 
 def check_gguf(file: Path) -> None:

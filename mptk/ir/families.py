@@ -131,6 +131,7 @@ class Family:
 
     @property
     def scopes(self) -> int:
+        """How many choices each layer makes: 1, or one for each KV group or expert."""
         return self.groups[0].scopes
 
 
@@ -148,7 +149,8 @@ class Blocked:
 class Analysis:
     """The result of the axis analysis: families that can be cut, axes that cannot, and the terms behind both.
 
-    ``weights``: each weight in the graph → one term for each dimension. ``facts``: the terms of every value.
+    ``weights``: each weight in the graph → one term for each dimension (``mptk/ir/axes.py``). ``facts``: the terms of
+    every value.
     """
 
     program: Program

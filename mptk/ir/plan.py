@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mptk.errors import MptkError
 from mptk.files import json_text, write_json
+from mptk.reading import read_json
 
 FORMAT = "mptk-plan/1"
+_UNIT = re.compile(r"[0-9]{1,12}")
+LARGEST = 1 << 24
+"""Units of the largest family."""
+MOST = 1 << 26
+"""Kept units of a plan, over all layers."""
 Keep = tuple[tuple[int, ...], ...]
 """Kept unit indices, ascending: one tuple for each scope position (one in all if the choice cannot vary)."""
 
 
 @dataclass(frozen=True)
 class FamilyPlan:
-    """One family's choice: ``width`` of ``of`` units stay in each layer. ``keep``: layer's label → these units."""
+    """One family's choice: ``width`` of ``of`` units stay in each layer.
+
+    ``keep``: layer's label → the units that stay, ascending, from 0: one tuple for each scope (each KV group, each
+    expert), or one for all.
+    """
 
     width: int
     of: int
@@ -27,13 +38,14 @@ class FamilyPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Family name → its kept units. A family without an entry stays whole."""
+    """Family name → its kept units. A family without an entry stays whole. ``meta``: free, nothing depends on it."""
 
     families: Mapping[str, FamilyPlan]
     meta: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def widths(self) -> dict[str, int]:
+        """Family name → units that stay in each layer."""
         return {name: family.width for name, family in self.families.items()}
 
     @property
@@ -42,6 +54,7 @@ class Plan:
         return hashlib.sha256(json_text(self.to_json()["families"], sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, object]:
+        """The content of a plan file (``docs/plan.md``)."""
         return {
             "format": FORMAT,
             "meta": dict(self.meta),
@@ -62,18 +75,13 @@ class Plan:
     @staticmethod
     def load(path: str | Path) -> Plan:
         """Read and validate a plan file. Raises MptkError with the place of the mistake."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise MptkError(f"cannot read plan {path}: {error.strerror}; give the path of a plan.json") from error
-        except json.JSONDecodeError as error:
-            raise MptkError(f"{path} is not JSON (line {error.lineno}: {error.msg}); see docs/plan.md") from error
-        except UnicodeDecodeError as error:
-            raise MptkError(f"{path} is not a text file; give the path of a plan.json") from error
+        where = Path(path)
+        data = read_json(where, lambda why: MptkError(f"plan {where}: {why}; give a plan.json, as docs/plan.md has it"))
         return Plan.from_json(data, source=str(path))
 
     @staticmethod
     def from_json(data: object, *, source: str = "plan") -> Plan:
+        """The plan in the content of a plan file. Raises MptkError with ``source`` and the place of the mistake."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise MptkError(f'{source}: "format" is not "{FORMAT}"; see docs/plan.md')
         families = data.get("families")
@@ -82,18 +90,26 @@ class Plan:
         meta = data.get("meta", {})
         if not isinstance(meta, dict):
             raise MptkError(f'{source}: "meta" is not an object; see docs/plan.md')
-        parsed = {name: _family(body, f"{source}: families.{name}") for name, body in families.items()}
+        parsed, units = {}, 0
+        for name, body in families.items():
+            parsed[name] = _family(body, f"{source}: families.{name}", MOST - units)
+            units += sum(len(row) for keep in parsed[name].keep.values() for row in keep)
         return Plan(parsed, meta)
 
 
-def _family(body: object, where: str) -> FamilyPlan:
+def _family(body: object, where: str, most: int) -> FamilyPlan:
+    """A family's choice, with at most ``most`` kept units in all, which are counted before they are listed."""
     if not isinstance(body, dict):
         raise MptkError(f"{where} is not an object; see docs/plan.md")
     width, of, keep = body.get("width"), body.get("of"), body.get("keep")
     if type(width) is not int or type(of) is not int or not 0 < width <= of:
         raise MptkError(f'{where}: "width" and "of" must be integers with 0 < width <= of')
+    if of > LARGEST:
+        raise MptkError(f'{where}: "of" is more than {LARGEST}; no family of a model has so many units')
     if not isinstance(keep, dict) or not keep:
         raise MptkError(f'{where}: "keep" must map each layer to its kept units; see docs/plan.md')
+    if width * sum(len(rows) if _scoped(rows) else 1 for rows in keep.values()) > most:
+        raise MptkError(f"{where}: the plan keeps more than {MOST} units, more than a model has; see docs/plan.md")
     return FamilyPlan(width, of, {layer: _decode(k, width, of, f"{where}.keep.{layer}") for layer, k in keep.items()})
 
 
@@ -122,14 +138,19 @@ def _ranges(units: tuple[int, ...]) -> str:
 
 
 def _decode(value: object, width: int, of: int, where: str) -> Keep:
-    scoped = isinstance(value, list) and value and all(isinstance(row, (list, str)) for row in value)
-    rows = tuple(_units(row, of, where) for row in (value if scoped and isinstance(value, list) else [value]))
+    given = value if isinstance(value, list) and _scoped(value) else [value]
+    rows = tuple(_units(row, width, of, where) for row in given)
     for row in rows:
         check_units(row, width, of, where)
     return rows
 
 
-def _units(value: object, of: int, where: str) -> tuple[int, ...]:
+def _scoped(value: Any) -> bool:
+    """Whether a layer has several rows of units."""
+    return isinstance(value, list) and bool(value) and all(isinstance(row, (list, str)) for row in value)
+
+
+def _units(value: object, width: int, of: int, where: str) -> tuple[int, ...]:
     if isinstance(value, list) and all(isinstance(u, int) and not isinstance(u, bool) for u in value):
         return tuple(value)
     if not isinstance(value, str):
@@ -137,9 +158,11 @@ def _units(value: object, of: int, where: str) -> tuple[int, ...]:
     units: list[int] = []
     for part in value.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise MptkError(f'{where}: "{part}" is not a unit or a range; write "0-3,7"')
+        if not _UNIT.fullmatch(first) or (dash and not _UNIT.fullmatch(last)):
+            raise MptkError(f'{where}: "{part[:40]}" is not a unit or a range; write "0-3,7"')
         if int(last or first) >= of:
             raise MptkError(f"{where}: units must be ascending, distinct and in 0..{of - 1}")
         units.extend(range(int(first), int(last or first) + 1))
+        if len(units) > width:
+            raise MptkError(f"{where}: more units are kept than width, which is {width}")
     return tuple(units)

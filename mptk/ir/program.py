@@ -68,6 +68,7 @@ class Program:
         return self.state.real
 
     def placeholders(self) -> Iterator[fx.Node]:
+        """The graph's inputs in order: weights, then the user's."""
         return (n for n in self.graph.graph.nodes if n.op == "placeholder")
 
     def __call__(self, *inputs: Tensor) -> Any:

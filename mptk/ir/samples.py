@@ -20,7 +20,8 @@ class Samples:
     """Samples of a model's inputs, along the first dimension.
 
     Attributes:
-        inputs: argument of the model's ``forward`` → tensor, in the order of the program's inputs.
+        inputs: argument of the model's ``forward`` → tensor [samples, …], in the order of the program's inputs; token
+            ids are int64 [samples, length].
         targets: what the loss compares the outputs with: class numbers at the outputs' positions (``IGNORED`` if there
             is none), or the dense model's outputs. None if the loss needs none.
     """
@@ -63,6 +64,7 @@ class Samples:
         return self.split(-(-len(self) // count))
 
     def to(self, device: torch.device) -> Samples:
+        """The samples on a device."""
         return self.map(lambda tensor: tensor.to(device))
 
     def shortened(self, count: int, length: int) -> Samples:

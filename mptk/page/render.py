@@ -1,4 +1,4 @@
-"""render: values to pages. Templates lay out, jinja2 escapes every text; only ``Svg`` goes in as it is."""
+"""render: values to pages. Templates lay out, every text is escaped; only ``Svg`` goes in as it is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mptk.page.compare import Comparable, front, grouped, pareto_chart
 from mptk.page.coupling import coupled, coupling_chart
 from mptk.page.runs import Run, guarded, model_name, whole
 from mptk.page.svg import Svg, require_matplotlib
+from mptk.plain import plain
 from mptk.version import __version__
 from passes.targets.legalize import LegalWidths
 
@@ -87,6 +88,7 @@ def _filled(template: str, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("mptk.page"),
         autoescape=True,
+        finalize=lambda value: plain(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from mptk.conform import misfit
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
+from mptk.reading import Damaged, json_of, read_json, read_text
 from mptk.run.report import Report, unreadable
 from mptk.runtime.bench import Bench
 
@@ -47,21 +48,45 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def read_run(folder: Path, name: str) -> Run:
     """Report, plan, timings and metrics of a pruned folder. Raises MptkError as ``read_runs``."""
     report, plan = Report.read(folder), Plan.load(folder / "plan.json")
-    bench, phases = folder / "bench.json", dict[str, list[Row]]()
+    return Run(name, report, plan, read_bench(folder), _metrics(folder / "metrics.jsonl"))
+
+
+def read_bench(folder: Path) -> Bench | None:
+    """The timings of a pruned folder, if there are any. Raises MptkError if they are damaged."""
+    file = folder / "bench.json"
+    if not os.path.lexists(file):
+        return None
+    damaged = _damaged(file)
     try:
-        timed = Bench.from_json(json.loads(bench.read_text(encoding="utf-8"))) if bench.is_file() else None
-        for row in _lines(folder / "metrics.jsonl"):
+        return Bench.from_json(read_json(file, damaged))
+    except ValueError as error:
+        raise damaged(str(error)) from error
+
+
+def _metrics(file: Path) -> dict[str, list[Row]]:
+    """Phase of training → its steps. Raises MptkError if the file is damaged."""
+    phases: dict[str, list[Row]] = {}
+    if not os.path.lexists(file):
+        return phases
+    damaged = _damaged(file)
+    for number, line in enumerate(read_text(file, damaged).splitlines(), 1):
+        row = json_of(line, damaged) if line else {}
+        if line and misfit(row, Metrics) is not None:
+            raise damaged(f"line {number} is no step of training")
+        if line:
             phases.setdefault(row["phase"], []).append(row)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise MptkError(
-            f"bench.json or metrics.jsonl in {folder} is damaged ({error!r}); remove that file, or prune again"
-        ) from error
-    return Run(name, report, plan, timed, phases)
+    return phases
 
 
-def _lines(path: Path) -> list[Row]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line]
+def _damaged(file: Path) -> Damaged:
+    return lambda why: MptkError(f"{file} is damaged: {why}; remove that file, or prune again")
+
+
+class Metrics(TypedDict):
+    """What each line of ``metrics.jsonl`` has, beside numbers."""
+
+    phase: str
+    step: int
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

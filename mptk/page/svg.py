@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mptk.errors import MptkError
+from mptk.plain import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,7 +99,7 @@ def chart(draw: Callable[[Axes], None], label: str, height: float, width: float 
 def _written(figure: Figure) -> str:
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return file.getvalue()
+    return plain(file.getvalue())  # XML has no place for control characters
 
 
 def inline(drawn: str, label: str) -> Svg:

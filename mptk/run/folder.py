@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mptk.errors import MptkError
 from mptk.files import discard, json_text, tidy, write_file, write_text
+from mptk.io.untrusted import load_tensors
+from mptk.reading import Damaged, read_json
 from mptk.run.processes import processes
 
 KEPT = 2
@@ -35,24 +37,18 @@ class RunFolder:
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool) -> None:
-        self.path = out.with_name(out.name + ".run")
+        self.path = _beside(out)
         self._described = json_text(settings, indent=1, sort_keys=True) + "\n"
         file, state = self.path / SETTINGS, processes()
         if state.is_main_process:
             if self.path.is_symlink():
                 raise MptkError(f"{self.path} is a symbolic link; remove it, the run keeps its stages there")
             tidy(self.path)
-            unfinished = any(self.path.glob("*.safetensors"))
+            unfinished = check_unfinished(out, settings, resume)
             if unfinished and not resume:
-                if not file.is_file() or _trains(json.loads(file.read_text())):
-                    raise MptkError(f"{self.path} holds an unfinished run; add --resume to go on, or remove it")
                 self.remove()
             if not (unfinished and resume):
                 file.unlink(missing_ok=True)
-            elif file.read_text() != self._described:
-                given = json.loads(self._described)
-                changed = [k for k, v in json.loads(file.read_text()).items() if given.get(k) != v]
-                raise MptkError(f"{self.path} was started with other settings ({', '.join(changed)}); give the same")
         state.wait_for_everyone()
         self._found = frozenset(path.name for path in self.path.glob("*"))
 
@@ -72,9 +68,9 @@ class RunFolder:
         write_file(self.path / f"{name}.safetensors", lambda file: save_file(whole, file, metadata=metadata))
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
-        """What ``save`` wrote under that name, or None."""
+        """What ``save`` wrote under that name, or None. Raises MptkError if the file is damaged."""
         path = self.path / f"{name}.safetensors"
-        return load_file(path) if path.is_file() else None
+        return load_tensors(path, _damaged(path)) if os.path.lexists(path) else None
 
     def checkpoint(self, phase: str, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep the state after ``step`` steps of a phase; older ones but one are removed."""
@@ -87,8 +83,7 @@ class RunFolder:
         found = self._checkpoints(phase)
         if not found:
             return None
-        with safe_open(found[-1], "pt") as file:
-            return int(found[-1].stem.rpartition("-")[2]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return int(found[-1].stem.rpartition("-")[2]), load_tensors(found[-1], _damaged(found[-1]))
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """Append a line to ``metrics.jsonl``."""
@@ -122,14 +117,58 @@ class RunFolder:
         if not kept - {SETTINGS, f"{name}.safetensors"}:
             self.remove()
 
+    def read(self, name: str) -> dict[str, Any]:
+        """The content of ``NAME.json``. Raises MptkError if it is no object."""
+        return _object(self.path / f"{name}.json")
+
     def _checkpoints(self, phase: str) -> list[Path]:
         return sorted(p for p in self.path.glob(f"{phase}-*.safetensors") if re.fullmatch(rf"{phase}-\d+", p.stem))
 
 
+def check_unfinished(out: Path, settings: Mapping[str, Any], resume: bool, but: Sequence[str] = ()) -> bool:
+    """Whether an unfinished run is beside ``out``. ``but``: settings that need not be the same to go on with it.
+
+    Raises:
+        MptkError: as ``RunFolder``; or its settings are damaged.
+    """
+    path = _beside(out)
+    file = path / SETTINGS
+    if not any(path.glob("*.safetensors")):
+        return False
+    before = _object(file) if os.path.lexists(file) else None
+    if not resume and (before is None or _trains(before)):
+        raise MptkError(f"{path} holds an unfinished run; add --resume to go on, or remove it")
+    if resume:
+        before, given = before or {}, json.loads(json_text(settings))
+        names = sorted({*before, *given}.difference(but))
+        if changed := [name for name in names if before.get(name) != given.get(name)]:
+            raise MptkError(
+                f"{path} was started with other settings ({', '.join(changed)}); give the same, or remove it"
+            )
+    return True
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(out.name + ".run")
+
+
+def _object(file: Path) -> dict[str, Any]:
+    content = read_json(file, _damaged(file))
+    if not isinstance(content, dict):
+        raise _damaged(file)("it is no object")
+    return content
+
+
+def _damaged(file: Path) -> Damaged:
+    """The error of a file that cannot be gone on from. An older checkpoint may stand beside a damaged one."""
+    what = file if re.search(r"-\d{8}\.safetensors$", file.name) else file.parent
+    return lambda why: MptkError(f"{file} is damaged: {why}; remove {what}, and start again with --resume")
+
+
 def _trains(settings: Mapping[str, Any]) -> bool:
     """Whether settings, as an unfinished run keeps them, ask for training."""
-    learning = settings.get("learning", {})
-    return bool(learning.get("steps") != 0)
+    learning = settings.get("learning")
+    return not isinstance(learning, dict) or learning.get("steps") != 0
 
 
 def _earlier(line: str, phase: str, step: int) -> bool:
@@ -137,4 +176,5 @@ def _earlier(line: str, phase: str, step: int) -> bool:
         row = json.loads(line)
     except json.JSONDecodeError:  # the run was stopped while it wrote
         return False
-    return bool(row["phase"] != phase or row["step"] <= step)
+    known = isinstance(row, dict) and isinstance(row.get("step"), int)
+    return known and bool(row.get("phase") != phase or row["step"] <= step)

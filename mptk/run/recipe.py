@@ -12,16 +12,19 @@ import yaml
 from mptk.errors import MptkError
 from mptk.files import write_text
 from mptk.io.dense import absolute
+from mptk.reading import read_text
 from mptk.run.settings import Settings
 
 FILE = "run.yaml"
 
 OPTIONS = {"widths": "width", "multiple": "multiple_of"}
 """Fields of ``Settings`` whose option has another name."""
+LARGEST = 1 << 20
+"""Bytes of the largest recipe."""
 _ELSEWHERE = ("max_ms", "tolerance", "warmup", "clip", "rates", "resume", "trust_remote_code")
 _BYTES = ("memory", "max_shard_size")
 _OF_THE_FOLDER = (
-    *("sparsity", "budget", "objective", "threads", "families", "keep", "width", "plan", "multiple_of"),
+    *("sparsity", "budget", "objective", "threads", "families", "keep", "width", "plan", "portable", "multiple_of"),
     *("max_decode_ms", "max_prefill_ms", "method", "reconstruct", "samples", "mask_share", "target", "dtype", "rehome"),
 )
 
@@ -53,18 +56,28 @@ def write_recipe(folder: Path, source: str, settings: Settings, start: Path | No
     write_text(folder / FILE, f"# mptk {command} --config {FILE} --out FOLDER\n{text}")
 
 
+class _Recipe(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+    """Reads plain values. An alias (``*name``) could stand for more than memory holds, and no recipe needs one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias, which recipes do not have")
+        return super().compose_node(parent, index)
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """Option → value of a recipe file; ``-`` and ``_`` in names are the same.
 
     Raises:
         MptkError: it cannot be read, or is no mapping.
     """
+    text = read_text(path, lambda why: MptkError(f"cannot use {path}: {why}; check its name"), LARGEST)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise MptkError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; check its name") from error
-    except yaml.YAMLError as error:
+        content = yaml.load(text, Loader=_Recipe)  # it is a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
         raise MptkError(f"{path} is no YAML: {' '.join(str(error).split())}; write lines as 'sparsity: 0.3'") from error
+    except RecursionError as error:
+        raise MptkError(f"{path} is nested too deep; write lines as 'sparsity: 0.3'") from error
     if not isinstance(content, dict):
         raise MptkError(f"{path} is no list of options; write lines as 'sparsity: 0.3'")
     return {str(name).replace("-", "_"): value for name, value in content.items()}

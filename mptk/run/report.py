@@ -5,14 +5,16 @@ docs/report.md describes every field. ``verify`` believes none of them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mptk.conform import made
 from mptk.errors import MptkError
 from mptk.files import tidy, write_json
+from mptk.reading import read_json
+from mptk.run.report_rows import check_rows
 from mptk.run.settings import Settings, settings_from_json
 
 FILE = "report.json"
@@ -78,22 +80,20 @@ class Report:
         tidy(path.parent.parent)
         if not path.is_file():
             raise MptkError(f"{folder} holds no {FILE}; give the --out folder of `mptk prune`")
-        try:
-            data = json.loads(path.read_text())
-        except ValueError as error:
-            raise MptkError(f"{path} is damaged ({error}); prune the model again") from error
+        data = read_json(path, lambda why: MptkError(f"{path} is damaged: {why}; prune the model again"))
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise MptkError(f"{path} is no {FORMAT}; read it with the version of mptk that wrote it")
         try:
-            settings = settings_from_json(data["settings"])
-            known = {f.name for f in fields(Report)}
-            return Report(**{**{name: value for name, value in data.items() if name in known}, "settings": settings})
-        except (KeyError, TypeError, AttributeError) as error:
+            settings = settings_from_json(data.get("settings"))
+            check_rows(data)
+            return made(Report, {**data, "settings": settings}, "")
+        except ValueError as error:
             raise unreadable(folder, error) from error
 
 
 def unreadable(folder: str | Path, error: Exception) -> MptkError:
     """The error of a report that lacks a word, or has one of another kind."""
+    said = str(error) if isinstance(error, ValueError) else repr(error)
     return MptkError(
-        f"{FILE} in {folder} is not as `mptk prune` writes it ({error!r}); do not use it, and prune the model again"
+        f"{FILE} in {folder} is not as `mptk prune` writes it ({said}); do not use it, and prune the model again"
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mptk.conform import made
 from mptk.cost.budgets import LATENCY, phase
 from mptk.errors import MptkError
 from mptk.run.bounds import check_bounds
@@ -51,7 +52,8 @@ class Training:
     """How long and how a student is trained.
 
     ``batch`` windows a step over all processes, ``micro`` of them in one forward pass of one process. ``lr`` is the
-    peak learning rate (AdamW), reached after ``warmup`` of the steps and falling to 0 along a cosine.
+    peak learning rate (AdamW), reached after ``warmup``, a share of the steps, and falling to 0 along a cosine.
+    ``clip``: largest norm of a step's gradient. ``save_every``: steps between checkpoints.
     """
 
     batch: int = 8
@@ -131,8 +133,9 @@ class Settings:
 
     What is cut: ``sparsity`` is a share of the ``budget`` (``cost.budgets.BUDGETS``), or ``max_ms`` is the latency to
     reach, in milliseconds of ``objective`` with ``threads`` of ONNX Runtime (0: all cores). ``families`` are cut,
-    ``keep`` stay whole, ``widths`` fixes some, ``plan`` (a file) fixes everything. Sums over cut channels stay
-    multiples of ``multiple``. ``tolerance``: how far the sparsity may miss.
+    ``keep`` stay whole, ``widths`` fixes some, ``plan`` (a file) fixes everything. ``portable``: only cuts that every
+    program reads rightly, not transformers alone. Sums over cut channels stay multiples of ``multiple``.
+    ``tolerance``: how far the sparsity may miss.
 
     How it is chosen: ``method``, on ``samples`` windows of ``length`` tokens of ``data`` (``self``: text that the model
     writes). ``reconstruct``: fit the consumers to the dense layers' outputs (None: if the method does by itself).
@@ -175,6 +178,7 @@ class Settings:
     keep: tuple[str, ...] = ()
     widths: Mapping[str, int] = field(default_factory=dict)
     plan: str | None = None
+    portable: bool = False
     target: str = "stock"
     dtype: str = "auto"
     multiple: int = 32
@@ -229,21 +233,29 @@ def check_onnx_dtype(dtype: str, quantize: Sequence[str]) -> None:
         raise MptkError(f"{', '.join(quantize)} is made of a float32 graph; leave out --onnx-dtype or --quantize")
 
 
-def settings_from_json(data: Mapping[str, Any]) -> Settings:
+def settings_from_json(data: object) -> Settings:
     """Settings as ``dataclasses.asdict`` and JSON give them back; fields that this version lacks are left out.
 
     Raises:
-        KeyError, TypeError: ``data`` does not hold settings.
+        ValueError: ``data`` does not hold settings; with the place.
     """
-    learning = dict(data["learning"])
-    training = dict(learning["training"])
-    training["losses"] = _known(LossWeights, training["losses"])
-    learning |= {"training": _known(Training, training), "rates": _known(Rates, learning["rates"])}
-    lists = {name: tuple(data[name]) for name in ("families", "keep", "quantize")}
-    made: Settings = _known(Settings, {**data, **lists, "learning": _known(Learning, learning)})
-    return made
+    outer = _object(data, "settings")
+    learning = _object(outer.get("learning"), "settings.learning")
+    training = _object(learning.get("training"), "settings.learning.training")
+    try:
+        training["losses"] = made(LossWeights, training.get("losses"), "settings.learning.training.losses")
+        learning["training"] = made(Training, training, "settings.learning.training")
+        learning["rates"] = made(Rates, learning.get("rates"), "settings.learning.rates")
+        outer["learning"] = made(Learning, learning, "settings.learning")
+        for name in ("families", "keep", "quantize"):
+            if isinstance(found := outer.get(name), list):
+                outer[name] = tuple(found)
+        return made(Settings, outer, "settings")
+    except MptkError as error:  # a value that no settings take
+        raise ValueError(f"settings: {error}") from error
 
 
-def _known(kind: type, data: Mapping[str, Any]) -> Any:
-    names = {f.name for f in fields(kind)}
-    return kind(**{name: value for name, value in data.items() if name in names})
+def _object(data: object, where: str) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where} is no object")
+    return dict(data)

@@ -13,12 +13,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import onnxruntime as ort
 import torch
 
+from mptk.conform import made, misfit
 from mptk.errors import MptkError
 from mptk.progress import Progress, silent
 from mptk.runtime.alternate import alternate
@@ -28,6 +29,7 @@ from mptk.runtime.roofline import Peaks, Roofline, peak_memory
 from mptk.runtime.sessions import CPU, HOST
 
 PHASES = ("prefill", "decode")
+LENGTHS = (128, 512)
 SESSIONS = 3
 """Sets of fresh sessions. The place of a session's weights in memory changes its decoding speed by up to a quarter, for
 the life of the session."""
@@ -106,18 +108,36 @@ class Bench:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Bench:
-        """The comparison that ``to_json`` gave."""
-        graphs = [Graph(**graph) for graph in data["graphs"]]
-        peaks = {int(threads): Peaks(**found) for threads, found in data["peaks"].items()}
-        rows = [Row(**{**row, "case": Case(**row["case"])}) for row in data["rows"]]
+        """The comparison that ``to_json`` gave. Raises ValueError, with the place, if it is none."""
+        if (wrong := misfit(data, BenchJson)) is not None:
+            raise ValueError(wrong)
+        graphs = [made(Graph, graph, f"graphs.{i}") for i, graph in enumerate(data["graphs"])]
+        peaks = {int(threads): made(Peaks, found, f"peaks.{threads}") for threads, found in data["peaks"].items()}
+        rows = [
+            made(Row, {**row, "case": made(Case, row.get("case"), f"rows.{i}.case")}, f"rows.{i}")
+            for i, row in enumerate(data["rows"])
+        ]
         ran = data.get("providers", [HOST])  # the only one of earlier versions
+        if not graphs or not rows or any(row.graph not in {graph.name for graph in graphs} for row in rows):
+            raise ValueError("rows and graphs do not fit")
         return Bench(graphs, data["onnxruntime"], data["rounds"], peaks, rows, ran)
+
+
+class BenchJson(TypedDict):
+    """The outer fields of ``bench.json``."""
+
+    graphs: Sequence[Mapping[str, Any]]
+    onnxruntime: str
+    rounds: int
+    peaks: Mapping[str, Mapping[str, float]]
+    rows: Sequence[Mapping[str, Any]]
+    providers: NotRequired[Sequence[str]]
 
 
 def bench_decoders(
     graphs: Mapping[str, Path],
     *,
-    lengths: Sequence[int] = (128, 512),
+    lengths: Sequence[int] = LENGTHS,
     batches: Sequence[int] = (1,),
     threads: Sequence[int] = (1,),
     rounds: int = 7,

@@ -121,6 +121,12 @@ class OrtDecoder:
         return bool(self.session.get_outputs()[0].shape[1] == 1)
 
     @property
+    def vocabulary(self) -> int | None:
+        """How many tokens there are logits for; None if the graph does not say."""
+        size = self.session.get_outputs()[0].shape[-1]
+        return size if isinstance(size, int) else None
+
+    @property
     def half(self) -> bool:
         """Whether the graph computes in float16."""
         return bool(self.inputs[self.past[0]].type == "tensor(float16)")

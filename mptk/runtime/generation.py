@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBas
 
 from mptk.errors import MptkError
 from mptk.io import models
+from mptk.io.data import positions_of
 from mptk.runtime.decoder import LogitsArray, OrtDecoder, model_folder
 from mptk.runtime.sessions import CPU
 
@@ -118,6 +119,7 @@ class TextGenerator:
         self.decoder = OrtDecoder(path, threads=threads, device=device)
         folder = model_folder(path)
         self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(str(folder))
+        self.positions = positions_of(models.load_config(str(folder)))
         self.stop = stop_tokens(folder, self.tokenizer)
 
     def encode(self, text: str, *, chat: bool = False) -> list[int]:
@@ -131,6 +133,15 @@ class TextGenerator:
         assert isinstance(found, BatchEncoding)
         return list(found["input_ids"])
 
+    def check_ids(self, ids: Iterable[int]) -> None:
+        """Raise MptkError if a token id is none of the graph's vocabulary."""
+        largest, size = max(ids, default=0), self.decoder.vocabulary
+        if size is not None and largest >= size:
+            raise MptkError(
+                f"the tokenizer gives token {largest}, and the graph's vocabulary has {size}; give the tokenizer files "
+                "that belong to the model"
+            )
+
     def stream(
         self,
         prompts: Sequence[Sequence[int]],
@@ -139,7 +150,15 @@ class TextGenerator:
         sampling: Sampling | None = None,
         seed: int = 0,
     ) -> Iterator[list[int | None]]:
-        """As ``generate``, with the model's own end tokens. At the end it sets ``speed``."""
+        """As ``generate``, with the model's own end tokens. At the end it sets ``speed``.
+
+        Raises:
+            MptkError: as ``generate``; a token is none of the model's; or a prompt and what is to be written after it
+                have more tokens than the model has positions (``fitting`` cuts them).
+        """
+        if all(map(len, prompts)):
+            check_room(self.positions, prompts, limit)
+        self.check_ids(token for prompt in prompts for token in prompt)
         began = time.perf_counter()
         first, count = 0.0, 0
         for tokens in generate(self.decoder, prompts, limit=limit, stop=self.stop, sampling=sampling, seed=seed):
@@ -149,6 +168,34 @@ class TextGenerator:
         rest = time.perf_counter() - began - first
         after = count - len(prompts)
         self.speed = Speed(sum(map(len, prompts)), count, first, after / rest if after > 0 else 0.0)
+
+
+def check_room(positions: int | None, prompts: Sequence[Sequence[int]], limit: int) -> None:
+    """Raise MptkError if a model's ``positions`` do not hold each prompt and ``limit`` tokens after it."""
+    longest = max(map(len, prompts), default=0)
+    if positions is None or longest + limit <= positions:
+        return
+    if longest >= positions:
+        raise MptkError(
+            f"the prompt has {longest} tokens and the model {positions} positions; give a shorter one, or --cut "
+            "(its end alone is read)"
+        )
+    raise MptkError(
+        f"the model has {positions} positions, and a prompt of {longest} tokens leaves {positions - longest} of them; "
+        f"give --max-new-tokens {positions - longest}, or --cut"
+    )
+
+
+def fitting(positions: int | None, prompts: Sequence[Sequence[int]], limit: int) -> tuple[list[Sequence[int]], int]:
+    """The prompts and the number of new tokens that a model's positions hold.
+
+    The start of a prompt goes first, as far as half of the positions are left to it; then new tokens are fewer.
+    """
+    if positions is None:
+        return list(prompts), limit
+    most = max(positions // 2, positions - limit)
+    cut = [prompt[-most:] for prompt in prompts]
+    return cut, min(limit, positions - max(map(len, cut), default=0))
 
 
 def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:

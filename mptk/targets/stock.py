@@ -27,6 +27,7 @@ from passes.targets.legalize import LegalWidths, cut_shapes, graph_widths, stock
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.emit import write_checkpoint
 from passes.targets.stock.rehome import find_home, logits_check, rehome
+from passes.targets.stock.travel import broken
 from passes.verify import TOLERANCE, StageOutputs
 
 SHARD = 5 * 10**9
@@ -65,6 +66,8 @@ class StockTarget(Target):
         found = stock.config(widths, scalars=compiled.epsilons)
         dtype = prepared.dtype
         if isinstance(found, StockConfig):
+            if prepared.settings.portable and (reasons := broken(found, stock.dense)):
+                raise MptkError(f"these widths break {'; '.join(reasons)}; cut other families or leave out --portable")
             return Written(found, loaded, found.config, dtype)
         if prepared.settings.rehome and found.config is not None and list(sample.inputs) == ["input_ids"]:
             check = logits_check(compiled.program, sample.inputs["input_ids"])
@@ -87,7 +90,8 @@ class StockTarget(Target):
         )
         same = "hidden" not in compiled.chosen.plan.families
         copy_processors(loaded.path, folder, same_features=same)
-        return [written.note]
+        reasons = broken(written.stock, models.config_in(loaded))
+        return [written.note, *(f"this cut breaks {reason}; see docs/deploy.md" for reason in reasons)]
 
     def wrote(self, folder: Path) -> bool:
         return (folder / "config.json").is_file()

@@ -13,6 +13,7 @@ from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.checkpoint import portable
 from mptk.io.manifest import file_sha256
+from mptk.io.untrusted import read_object
 from mptk.run.values import Written
 from mptk.tasks.transformers_js import KEY, entry
 from passes.targets.onnx.names import FOLDER
@@ -45,7 +46,7 @@ def check_config(written: Written, folder: Path, trust: bool) -> Difference:
         MptkError: a field or a file differs from the dense model cut to the plan.
     """
     found = models.load_config(str(folder), trust_remote_code=trust)
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    raw = read_object(folder / "config.json")
     _compare("config.json", raw, portable(raw))  # older spellings of a field must agree with it
     _check_cut(written)
     graphs = entry(folder / FOLDER)
@@ -77,7 +78,7 @@ def check_code(dense: Path, folder: Path) -> None:
 
 def _repositories(file: Path) -> set[str]:
     """Classes of other repositories in a JSON file's ``auto_map``, as ``OWNER/NAME--module.Class``."""
-    classes = json.loads(file.read_text(encoding="utf-8")).get("auto_map") if file.is_file() else None
+    classes = read_object(file).get("auto_map") if file.is_file() else None
     values = classes.values() if isinstance(classes, dict) else []
     return {c for v in values for c in (v if isinstance(v, list) else [v]) if isinstance(c, str) and "--" in c}
 

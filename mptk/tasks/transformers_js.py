@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
 from onnx import TensorProto
 
+from mptk.errors import ProofError
 from mptk.files import json_text, write_text
 from passes.targets.onnx.names import FILE, QUANTIZED, data_file
 
 KEY = "transformers.js_config"
-DTYPES = {FILE: "fp32", QUANTIZED["int8"]: "q8", QUANTIZED["int4"]: "q4", QUANTIZED["fp16"]: "fp16"}
-"""File → what transformers.js calls its ``dtype``."""
+CACHE = "past_key_values."
+HALVES = {FILE: "fp32", QUANTIZED["fp16"]: "fp16"}
+"""File whose cache may be float16 → what transformers.js calls its ``dtype``."""
 
 
 def entry(graphs: Path) -> dict[str, Any]:
@@ -29,9 +30,7 @@ def entry(graphs: Path) -> dict[str, Any]:
     if not files:
         return {}
     names = {file.name for file in files}
-    caches = {
-        DTYPES[file.name]: "float16" for file in files if file.name in DTYPES and TensorProto.FLOAT16 in past(file)
-    }
+    caches = {dtype: "float16" for name, dtype in HALVES.items() if name in names and has_half_cache(graphs / name)}
     return {
         "use_external_data_format": True,
         **({} if QUANTIZED["int8"] in names else {"dtype": "fp32"}),
@@ -39,11 +38,13 @@ def entry(graphs: Path) -> dict[str, Any]:
     }
 
 
-def past(file: Path) -> Iterator[int]:
-    """The types of a graph's inputs that hold a KV cache."""
-    for value in onnx.load(file, load_external_data=False).graph.input:
-        if value.name.startswith("past_key_values."):
-            yield value.type.tensor_type.elem_type
+def has_half_cache(file: Path) -> bool:
+    """Whether a graph takes a KV cache in float16. Raises ProofError if the file is no graph."""
+    try:
+        inputs = onnx.load(file, load_external_data=False).graph.input
+    except Exception as error:  # protobuf's, which onnx does not name
+        raise ProofError(f"{file} is no ONNX graph; export the model again") from error
+    return any(v.name.startswith(CACHE) and v.type.tensor_type.elem_type == TensorProto.FLOAT16 for v in inputs)
 
 
 def write_entry(folder: Path, graphs: str) -> None:

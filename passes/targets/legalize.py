@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from transformers import PreTrainedModel
 
@@ -14,6 +15,7 @@ from mptk.errors import MptkError
 from mptk.ir.axes import axes_in, evaluate, leaves
 from mptk.ir.families import Analysis, Family
 from passes.targets.stock.learn import Stock
+from passes.targets.stock.travel import breaks
 from passes.transforms.fold_norms import unfoldable
 
 MULTIPLE = 32
@@ -33,12 +35,31 @@ class LegalWidths:
         refused: family that cannot be cut → the reason.
         accepts: widths → the reason why their combination is refused, or None.
         stock: what the model's own config class can express; None for a target without a stock class.
+        left: family that ``portable`` left whole → the reason.
     """
 
     ladders: Mapping[str, tuple[int, ...]]
     refused: Mapping[str, str]
     accepts: Accepts
     stock: Stock | None = None
+    left: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def breaks(self) -> Mapping[str, str]:
+        """Family → programs other than transformers that a cut of it breaks (``stock/travel.py``)."""
+        return {} if self.stock is None else breaks(self.stock, self.ladders)
+
+    def portable(self) -> LegalWidths:
+        """The same without the families whose cut breaks some program.
+
+        Raises:
+            MptkError: the target writes no config that other programs read.
+        """
+        if self.stock is None:
+            raise MptkError("this target writes no config.json for other programs to read; leave out --portable")
+        left = {name: f"a cut of it breaks {programs}" for name, programs in self.breaks.items()}
+        whole = {name: self.ladders[name][-1:] for name in left}
+        return replace(self, ladders={**self.ladders, **whole}, refused={**self.refused, **left}, left=left)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.bad_inputs import models, options
+from tests.bad_inputs import data, models, options, results
 
-ROWS = [*options.ROWS, *models.ROWS]
+ROWS = [*options.ROWS, *models.ROWS, *results.ROWS, *data.ROWS]

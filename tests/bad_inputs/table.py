@@ -65,7 +65,7 @@ class Row:
 
     def arguments(self, place: Place) -> list[str]:
         def path(found: re.Match[str]) -> str:
-            return self.words.get(found[1]) or str(place[found[1]])
+            return self.words.get(found[1]) or str(at(place, found[1]))
 
         return [re.sub(r"\{(\w[\w./-]*)\}", path, word) for word in self.line.split(" ")]
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import codecs
 import json
 import random
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
+from mptk.io.text.json_rows import json_rows
 from mptk.io.text.rows import row_texts
 
 Document = Iterable[str]
@@ -41,15 +44,20 @@ def file_documents(
     if not path.stat().st_size:
         return
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
     options = {"delimiter": "\t"} if suffix == ".tsv" else {}
     try:
-        rows = load_dataset(_TABLES[suffix], data_files=str(path), split="train", streaming=True, **options)
+        rows: Iterable[Mapping[str, Any]]
+        if _TABLES[suffix] == "json":
+            rows = json_rows(path)
+        else:
+            rows = load_dataset(_TABLES[suffix], data_files=str(path), split="train", streaming=True, **options)
         for text in row_texts(rows, str(path), column, tokenizer):
             yield [text]
-    except (DatasetsError, ValueError, OSError) as error:
-        raise MptkError(f"cannot read {path}: {_first_line(error)}; check that it is {suffix[1:]}") from error
+    except MptkError:
+        raise
+    except Exception as error:  # of the library of each format: they have no base class
+        raise MptkError(f"cannot read {path}: {first_line(error)}; check that it is {suffix[1:]}") from error
 
 
 def folder_documents(
@@ -119,7 +127,7 @@ def _is_table(path: Path) -> bool:
         return True
     try:
         return isinstance(json.loads(start.partition("\n")[0]), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -162,5 +170,15 @@ def _first(documents: Iterable[Document], characters: int) -> Iterator[Document]
             return
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def check_ordinary(path: Path) -> None:
+    """Raise MptkError if a path is no ordinary file and no folder: text is read more than once, and has an end."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise MptkError(f"{path} is no ordinary file; write the text to one and give that")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or else its cause."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    cause = error.__cause__
+    return f"{said} ({first_line(cause)})" if isinstance(cause, Exception) and str(cause) not in str(error) else said

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
-from mptk.io.text.files import Document
+from mptk.io.text.files import Document, first_line
 from mptk.io.text.rows import row_texts
 
 
@@ -41,13 +41,14 @@ class HubText:
 
     def _texts(self, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
         from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
 
         try:
             rows = load_dataset(self.id, self.config, split=self.split, streaming=True)
             yield from row_texts(rows, self.id, self.column, tokenizer)
-        except (DatasetsError, ValueError, OSError) as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+        except MptkError:
+            raise
+        except Exception as error:  # of the hub, and of the library of each format: they have no base class
+            said = first_line(error)
             raise MptkError(
                 f"{self.id!r} is no file or folder, and does not load as a dataset: {said}; "
                 "check the path, or the network and ID:CONFIG:SPLIT; a file of your own needs neither"

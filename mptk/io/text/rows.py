@@ -30,7 +30,7 @@ def row_texts(
     chosen: str | None = None
     for row in rows:
         chosen = chosen or _column(row, source, column)
-        value = row[chosen]
+        value = row.get(chosen)
         if value is None:
             continue
         if isinstance(value, str):

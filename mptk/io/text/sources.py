@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
 from mptk.io.manifest import file_sha256
-from mptk.io.text.files import Document, file_documents, folder_documents, shown
+from mptk.io.text.files import Document, check_ordinary, file_documents, folder_documents, shown
 from mptk.io.text.hub import HubText, hub_text
 
 SELF = "self"
@@ -67,7 +67,11 @@ def parse(data: str, *, held_out: bool = False, split: str | None = None) -> tup
 def _is_there(name: str) -> bool:
     try:
         return Path(name).expanduser().exists()
-    except (OSError, RuntimeError):  # too long for a path; the home of a user who is not there
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ):  # too long for a path; the home of a user who is not there; a null character
         return False
 
 
@@ -86,10 +90,14 @@ def _weighted(part: str) -> tuple[str, float]:
 
 
 def _source(name: str, weight: float, held_out: bool, split: str | None) -> Source:
+    if not name:
+        raise MptkError("'' names no text; give a file, folder or dataset")
     if _is_there(name):
+        check_ordinary(Path(name).expanduser())
         return Source(name, Path(name).expanduser(), weight=weight)
     before, colon, column = name.rpartition(":")
     if colon and _is_there(before):
+        check_ordinary(Path(before).expanduser())
         return Source(name, Path(before).expanduser(), column, weight)
     return Source(name, hub_text(name, held_out=held_out, split=split), weight=weight)
 

@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mptk.errors import MptkError
 from mptk.files import tidy, write_file
+from mptk.io.untrusted import load_tensors
 from mptk.ir.samples import Samples
 from mptk.methods.maskprune.losses import TopLogits, shorten
 
@@ -64,7 +66,7 @@ class CachedTeacher:
         files = [self._file(sample) for sample in samples.split(1)]
         if self.wanted(not all(file.is_file() for file in files)):
             self._keep(samples, files)
-        found = [load_file(file) for file in files]
+        found = [load_tensors(file, partial(_damaged, file)) for file in files]
         tokens, logs, rest = (torch.stack([f[name] for f in found]) for name in ("tokens", "logs", "rest"))
         device = self.device or samples.tensors[0].device
         return TopLogits(tokens.to(device).long(), logs.to(device).float(), rest.to(device).float()), None
@@ -84,6 +86,10 @@ class CachedTeacher:
             top = shorten(rows, self.k)
             half = {"tokens": top.tokens.int(), "logs": top.logs.half(), "rest": top.rest.half()}
             write_file(file, partial(save_file, {name: t.contiguous().cpu() for name, t in half.items()}))
+
+
+def _damaged(file: Path, why: str) -> MptkError:
+    return MptkError(f"{file} is no output of a teacher ({why}); remove it, and it is computed again")
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -72,7 +72,18 @@ RULES: dict[str, Rule] = {}
 def rule(
     *ops: str, zero: Zero = "drop", resize: Resize | None = None, positions: OnPositions = "freeze"
 ) -> Callable[[F], F]:
-    """Register a function as the rule of ``ops``: ``"aten.view"`` (all overloads) or ``"aten.add.Tensor"`` (one)."""
+    """Register a function as the rule of operators (``docs/adding-an-op.md``). A rule that exists is replaced.
+
+    The function takes a ``RuleContext``, the node and the call's arguments, with a ``Value`` in the place of each
+    tensor. It returns the terms of the result's dimensions, or a ``Result``; a list of terms for several results.
+
+    Args:
+        ops: ``"aten.view"`` or ``"my_ops::gated"`` (all overloads), ``"aten.add.Tensor"`` (one).
+        zero: where the result is zero: ``"drop"`` claims nothing; ``"keep"``, ``"any"``, ``"all"``, ``"join"``, or a
+            function of the node.
+        resize: changes the call's own sizes when axes are cut.
+        positions: what happens to positions of an axis in an operand: ``"freeze"``, ``"carry"`` or ``"own"``.
+    """
 
     def register(propagate: F) -> F:
         for op in ops:

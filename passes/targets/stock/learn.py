@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from passes.targets.stock.config import StockConfig, Unsolved, finish, minimise, shortest, solve
 from passes.targets.stock.probe import Field, Prober, Refusal, Shapes
@@ -61,6 +61,11 @@ class Stock:
         if check is not None:
             stock._prove(check, tolerance)
         return stock
+
+    @property
+    def dense(self) -> PreTrainedConfig:
+        """The config before the cut."""
+        return self._prober.template
 
     @property
     def expressions(self) -> dict[str, tuple[Expression, ...]]:

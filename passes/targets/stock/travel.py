@@ -1,0 +1,74 @@
+"""travel: which cuts of a model break programs other than transformers, by how its config holds the widths.
+
+Such programs have code of their own for an architecture. They read most numbers of config.json and derive the others as
+the class itself does by default. Two kinds of cuts break that:
+
+1. The size of a head was ``hidden_size / num_attention_heads``, and no longer is. Its field says so, but many programs
+   do not read it.
+2. The class derives a number from others unless its field is set. The dense config leaves it open; the cut needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from transformers import PreTrainedConfig
+
+from passes.targets.stock.config import StockConfig
+from passes.targets.stock.learn import Stock
+
+SIZE, HIDDEN, HEADS = "head_dim", "hidden_size", "num_attention_heads"
+"""Names that every config class with such a field has, by itself or through its ``attribute_map``."""
+
+
+def breaks(stock: Stock, ladders: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Family → the programs that a cut of it alone breaks; families that travel everywhere have no entry.
+
+    ``ladders``: each family's legal widths, the dense one last.
+    """
+    found = {}
+    for name, widths in _cuts(stock, ladders):
+        cut = stock.config(widths)
+        if isinstance(cut, StockConfig) and (reasons := broken(cut, stock.dense)):
+            found[name] = "; ".join(reasons)
+    return found
+
+
+def broken(cut: StockConfig, dense: PreTrainedConfig) -> list[str]:
+    """The programs that do not read the config of a cut rightly, each named by what it derives."""
+    reasons = [
+        f"programs that derive {SIZE} from {HIDDEN} and {HEADS}"
+        for before, after in _inner(dense, cut.config)
+        if _derivable(before) and not _derivable(after)
+    ]
+    implied = [name for name, (old, _) in cut.changes.items() if old is None and name.rpartition(".")[2] != SIZE]
+    if implied:
+        reasons.append(f"programs that derive {', '.join(implied)}, which the dense model's config leaves open")
+    return reasons
+
+
+def _cuts(stock: Stock, ladders: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, dict[str, int]]]:
+    """Each family that can be cut, with its widest cut and that of those that can only be cut with it."""
+    for name, ladder in ladders.items():
+        partners = next((group for group in stock.together if name in group), frozenset((name,)))
+        sizes = {partner: ladders[partner][-1] for partner in partners}
+        for width in reversed(ladder[:-1]):
+            if all(size * width % ladder[-1] == 0 for size in sizes.values()):
+                yield name, {partner: size * width // ladder[-1] for partner, size in sizes.items()}
+                break
+
+
+def _inner(dense: PreTrainedConfig, cut: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, PreTrainedConfig]]:
+    """Both configs, and the configs within them in pairs."""
+    yield dense, cut
+    for key, value in vars(dense).items():
+        if isinstance(value, PreTrainedConfig) and isinstance(other := getattr(cut, key, None), PreTrainedConfig):
+            yield from _inner(value, other)
+
+
+def _derivable(config: PreTrainedConfig) -> bool:
+    """Whether the size of a head is what programs derive, or the config has no such field."""
+    hidden, heads, size = (getattr(config, name, None) for name in (HIDDEN, HEADS, SIZE))
+    if not (isinstance(hidden, int) and isinstance(heads, int) and isinstance(size, int)):
+        return True
+    return hidden // heads == size

@@ -1,0 +1,137 @@
+"""Text of unknown origin stays text: no markup, no escape sequence, no turned writing direction reaches a reader."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+from rich.text import Text
+
+from mptk.cli.console import PlainConsole
+from mptk.plain import plain
+from tests.bad_inputs.table import Place, run
+
+ACTS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
+EVIL = {
+    "closing tag": ("[/x]", "[/x]"),
+    "link": ("[link=https://evil.example]here[/link]", "[link=https://evil.example]here[/link]"),
+    "hyperlink": ("\x1b]8;;https://evil.example\x1b\\here\x1b]8;;\x1b\\", r"\x1b]8;;https:"),
+    "title": ("\x1b]0;owned\x07", r"\x1b]0;owned\x07"),
+    "clear": ("\x1b[2J\x9b31m", r"\x1b[2J\x9b31m"),
+    "bidi": ("gnp\u202egpj.exe\u2066", r"gnp\u202egpj.exe\u2066"),
+    "emoji": (":smile:", ":smile:"),
+    "half": ("caf\udce9", r"\udce9"),
+    "script": ("<script>alert(1)</script>", "<script>alert(1)</script>"),
+    "formula": (r"$\frac{1}$", r"$\frac{1}$"),
+    "lines": ("a\u2028b\x85c", r"a\u2028b\x85c"),
+}
+
+
+def test_ordinary_text_of_any_script_stays_as_it_is() -> None:
+    text = "naïve café 漢字 \N{GRINNING FACE} نص\n\tline"
+    assert plain(text) == text
+    assert plain(text, lines=False).endswith(r"\n\tline")
+
+
+@pytest.mark.parametrize("kind", EVIL)
+def test_the_console_prints_it_as_text(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    evil, shown = EVIL[kind]
+    table = Table(title=evil)
+    table.add_column(evil)
+    table.add_row(evil)
+    table.add_row(Text(evil))
+    console = PlainConsole()
+    console.print(table, evil, soft_wrap=True)
+    printed = capsys.readouterr().out
+    assert not ACTS.search(printed)
+    assert printed.count(shown) >= 4, printed
+
+
+@pytest.mark.parametrize("kind", EVIL)
+def test_names_in_errors(kind: str, tmp_path: Path) -> None:
+    evil, shown = EVIL[kind]
+    name = evil.replace("/", "_")
+    (tmp_path / name).mkdir()
+    for line in (
+        ["analyze", str(tmp_path / name)],
+        ["report", str(tmp_path / name)],
+        ["prune", "m", f"--{name}"],
+        [name],
+    ):
+        result = run(line)
+        assert result.code in (1, 2)
+        (said,) = result.errors
+        assert kind == "lines" or shown.replace("/", "_") in said.replace("\\\\", "\\"), said
+        assert not ACTS.search(result.stderr)
+
+
+def evil_report(place: Place, evil: str) -> None:
+    """Text that may be anything, in every field of the report that is text."""
+    file = place["pruned"] / "report.json"
+    report = json.loads(file.read_text())
+    report["model"] = report["settings"]["method"] = evil
+    report["notes"], report["files"] = [evil], [evil]
+    report["families"][evil] = {"of": 8, "width": 4, "layers": 2}
+    report["quality"] |= {"metric": evil, "protocol": evil}
+    report["quantized"] = {evil: {"file": evil, "bytes": 7, "quality": 1.0}}
+    report["stages"][0]["name"] = report["proof"][0]["stage"] = evil
+    report["proof"][0]["widened"] = evil
+    report["versions"], report["splits"] = {evil: evil}, {evil: 1.0}
+    report["data"]["calibration"]["source"] = evil
+    file.unlink()
+    file.write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize("kind", EVIL)
+def test_a_report_on_the_screen_and_as_a_page(kind: str, tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
+    evil, shown = EVIL[kind]
+    place = Place(tmp_path, tiny_folders)
+    evil_report(place, evil)
+    result = run(["report", str(place["pruned"])])
+    if kind == "half":
+        assert result.code == 1
+        assert "half of a character" in result.errors[0]
+        return
+    assert result.code == 0, result.stderr
+    assert not ACTS.search(result.stdout)
+    assert result.stdout.count(shown) >= 8, result.stdout
+    result = run(["report", str(place["pruned"]), "--html", str(tmp_path / "page.html")])
+    assert result.code == 0, result.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert not ACTS.search(page)
+    assert "<script" not in page
+    assert page.count(shown.replace("<", "&lt;").replace(">", "&gt;")) >= 8
+
+
+def test_a_model_and_data_with_such_names(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
+    place, name = Place(tmp_path, tiny_folders), "[/x]\x1b]8;;evil\x07\u202e"
+    name = name.replace("/", "_")
+    place["model"].rename(tmp_path / name)
+    place["text.raw"].rename(tmp_path / f"{name}.txt")
+    line = ["eval", str(tmp_path / name), "--data", str(tmp_path / f"{name}.txt"), "--windows", "2", "--length", "16"]
+    result = run(line)
+    assert result.code == 0, result.stderr
+    assert r"[_x]\x1b]8;;evil\u202e.txt" in result.stdout
+    assert not ACTS.search(result.stdout + result.stderr)
+    result = run([*line, "--json", "-"])
+    assert json.loads(result.stdout)["model"] == str(tmp_path / name)
+    assert not ACTS.search(result.stdout)
+
+
+def test_mptks_own_error_has_a_log_and_an_exit_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MPTK_CACHE", str(tmp_path))
+    monkeypatch.setattr("mptk.io.packaged.cached", lambda alias: 1 / 0)
+    result = run(["models"])
+    assert result.code == 70
+    (line,) = result.errors
+    assert line.startswith("error: ZeroDivisionError: division by zero. This is an error of mptk's own")
+    assert "please report it with" in line
+    (log,) = (tmp_path / "logs").iterdir()
+    assert str(log) in line
+    assert "Traceback" in log.read_text()
+    result = run(["models", "-v"])
+    assert "Traceback" in result.stderr

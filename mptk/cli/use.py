@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -122,7 +122,7 @@ def generate(
 
     check_generate(temperature)
     runner = TextGenerator(model, threads=threads, device=session_device(device))
-    encoded: list[Sequence[int]] = [runner.encode(prompt, chat=chat) for prompt in prompts]
+    encoded = [runner.encode(prompt, chat=chat) for prompt in prompts]
     sampling = Sampling(temperature, top_k, top_p)
     if cut:
         encoded, max_new_tokens = fitting(runner.positions, encoded, max_new_tokens)

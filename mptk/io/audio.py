@@ -38,5 +38,5 @@ def read_sound(path: Path, rate: int) -> Sound:
                 raise MptkError(f"{path} holds no sound; remove it or give another folder")
             sound: Sound = (raw.reshape(-1, file.getnchannels()).mean(1) / 32768).astype(np.float32)
             return sound
-    except (wave.Error, EOFError, OSError, ValueError, ArithmeticError) as error:
+    except (wave.Error, EOFError, OSError, ValueError, ArithmeticError, RuntimeError) as error:
         raise MptkError(f"{path} is no WAV file that can be read ({error}); {remedy}") from error

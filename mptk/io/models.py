@@ -402,6 +402,7 @@ def has_tokenizer(folder: Path) -> bool:
 def _tokenizer(folder: Path, model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     with _explained(model):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer("a")  # some damage shows at the first text
     return tokenizer
 
 

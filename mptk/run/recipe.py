@@ -56,7 +56,7 @@ def write_recipe(folder: Path, source: str, settings: Settings, start: Path | No
     write_text(folder / FILE, f"# mptk {command} --config {FILE} --out FOLDER\n{text}")
 
 
-class _Recipe(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+class _Recipe(yaml.SafeLoader):  # type: ignore[misc]
     """Reads plain values. An alias (``*name``) could stand for more than memory holds, and no recipe needs one."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:

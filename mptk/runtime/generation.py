@@ -186,7 +186,7 @@ def check_room(positions: int | None, prompts: Sequence[Sequence[int]], limit: i
     )
 
 
-def fitting(positions: int | None, prompts: Sequence[Sequence[int]], limit: int) -> tuple[list[Sequence[int]], int]:
+def fitting(positions: int | None, prompts: Sequence[list[int]], limit: int) -> tuple[list[list[int]], int]:
     """The prompts and the number of new tokens that a model's positions hold.
 
     The start of a prompt goes first, as far as half of the positions are left to it; then new tokens are fewer.

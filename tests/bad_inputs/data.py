@@ -124,6 +124,11 @@ POSITIONS = [
     Row("cache longer than the positions of a LLaMA", "bench {pruned} --lengths 70", ("70 positions",)),
     Row("lengths of bench left out", "bench {gpt2}", ("16 positions", "ask for shorter")),
     Row("answer of a LLaMA longer than the positions", "generate {pruned} hi --max-new-tokens 80", ("70 positions",)),
+    Row(
+        "windows to calibrate on longer than the positions",
+        "prune {model} --data {text.raw} --method magnitude --out {out} --length 71",
+        ("70 positions",),
+    ),
     Row("prompt cut by choice", f"{GENERATE}{'x' * 40} --cut", ("8 prompt tokens",), done=True),
     Row("empty prompt", f"{GENERATE}", ("an empty prompt",)),
 ]

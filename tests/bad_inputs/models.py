@@ -104,7 +104,7 @@ DAMAGED = {
 
 FILES = [
     *(
-        Row(f"weights {name}", PRUNE, ("model.safetensors is damaged",), (write(WEIGHTS, content),))
+        Row(f"weights {name}", PRUNE, ("model.safetensors",), (write(WEIGHTS, content),))
         for name, content in DAMAGED.items()
     ),
     Row("weights missing", PRUNE, ("no safetensors weights",), (remove(WEIGHTS),)),

@@ -5,11 +5,14 @@ The readers of pyarrow, which ``datasets`` calls, crash the process on a line th
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import importlib
+import importlib.util
+import lzma
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import fsspec
+from typing import Any, BinaryIO, cast
 
 from mptk.errors import MptkError
 from mptk.reading import Damaged, json_of
@@ -25,7 +28,7 @@ def json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     def damaged(why: str) -> MptkError:
         return MptkError(f'{path}, line {number}: {why}; write an object a line, as {{"text": "…"}}')
 
-    with fsspec.open(str(path), "rb", compression="infer") as file:
+    with _opened(path) as file:
         while line := file.readline(LONGEST + 1):
             number += 1
             if len(line) > LONGEST:
@@ -35,6 +38,16 @@ def json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                 return
             if line.strip():
                 yield _object(_decoded(line, damaged), damaged)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The file, unpacked as it is read."""
+    suffix = path.suffix.lower()
+    if suffix == ".zst" and importlib.util.find_spec("zstandard") is None:
+        raise MptkError(f"zstandard is not installed, and it unpacks {path}; run: pip install zstandard")
+    openers: dict[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    opener = importlib.import_module("zstandard").open if suffix == ".zst" else openers.get(suffix, open)
+    return cast("BinaryIO", opener(path, "rb"))
 
 
 def _listed(start: bytes, read: Callable[[int], bytes], damaged: Damaged) -> Iterator[Mapping[str, Any]]:

@@ -1,0 +1,445 @@
+"""Damaged files for every reader: each is read, or refused by an MptkError, within bounds of time and memory.
+
+    python -m tests.fuzz_files --minutes 30
+
+Inputs are made from good files by seeded mutations of bytes, of JSON values and of lines. Batches run in processes of
+their own, so that a crash of a library is a finding too. The result in ``benchmarks/results/fuzz_files.json`` is written
+after each batch, and a later call goes on from it. A finding names its reader and its seed: ``--only READER:SEED``
+writes that input to a file and reads it in this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import multiprocessing
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import wave
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import save
+
+from mptk.cli import report as views
+from mptk.driver.kept import CHOICE, Choice
+from mptk.errors import MptkError, exhausted
+from mptk.io import models
+from mptk.io.audio import read_sound
+from mptk.io.images import open_image
+from mptk.io.manifest import check_manifest
+from mptk.io.text.files import file_documents
+from mptk.io.untrusted import check_folder, load_tensors
+from mptk.ir.plan import Plan
+from mptk.page.runs import read_bench, read_run
+from mptk.run.folder import check_unfinished
+from mptk.run.recipe import read_recipe
+from mptk.run.report import Report
+
+RESULT = Path("benchmarks/results/fuzz_files.json")
+BATCH, SECONDS, MEMORY = 40, 20, 2 << 30
+"""Inputs of a process; seconds that one may take; bytes that a process may have beside what it starts with."""
+VALUES = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    -(2**63),
+    10**30,
+    1e308,
+    0.1,
+    "",
+    "x",
+    "../x",
+    "/etc/passwd",
+    "\x1b[31m",
+    [],
+    {},
+    [[]],
+    {"a": 1},
+)
+PIECES = (
+    b"",
+    b"\x00",
+    b"\xff",
+    b"\xff" * 8,
+    b"\x00" * 8,
+    b"{",
+    b"}",
+    b"[",
+    b'"',
+    b",",
+    b"\n",
+    b"NaN",
+    b"Infinity",
+    b"-",
+    b"e9999",
+    b"9" * 400,
+    b"\\ud800",
+    b"\xef\xbb\xbf",
+    b"*a",
+    b"&a",
+    b"{" * 3000,
+    b"[" * 3000,
+)
+
+Read = Callable[[Path], object]
+
+
+def shown(view: object) -> None:
+    Console(file=io.StringIO(), width=200).print(view)
+
+
+def of_folder(read: Read) -> Read:
+    return lambda path: read(path.parent)
+
+
+def tokens_of(folder: Path) -> None:
+    models.load_tokenizer(str(folder))("some words")
+
+
+def documents(path: Path) -> None:
+    for document in file_documents(path):
+        for _ in document:
+            pass
+
+
+def unfinished(path: Path) -> None:
+    check_unfinished(path.parent.with_name(path.parent.name.removesuffix(".run")), {"method": "wanda"}, True)
+
+
+def kept(path: Path) -> None:
+    from mptk.driver import kept as module
+
+    folder = type("Folder", (), {"path": path.parent, "read": lambda self, name: Report and _object(path)})()
+    Plan.from_json(module._known(folder, CHOICE, Choice)["plan"])
+
+
+def _object(path: Path) -> Any:
+    from mptk.run import folder
+
+    return folder._object(path)
+
+
+READERS: Mapping[str, tuple[str, Read]] = {
+    "plan": ("pruned/plan.json", Plan.load),
+    "report": ("pruned/report.json", of_folder(lambda folder: shown(views.prune_view(Report.read(folder))))),
+    "manifest": ("pruned/mptk.json", of_folder(check_manifest)),
+    "bench": (
+        "pruned/bench.json",
+        of_folder(lambda folder: shown(views.bench_view(found)) if (found := read_bench(folder)) else None),
+    ),
+    "metrics": ("pruned/metrics.jsonl", of_folder(lambda folder: read_run(folder, "x"))),
+    "recipe": ("pruned/run.yaml", read_recipe),
+    "settings": ("out.run/settings.json", unfinished),
+    "choice": ("out.run/choice.json", kept),
+    "weights": ("model/model.safetensors", lambda path: load_tensors(path, MptkError)),
+    "index": ("model/model.safetensors.index.json", of_folder(check_folder)),
+    "config": ("model/config.json", of_folder(lambda folder: models.skeleton(str(folder)))),
+    "generation config": ("model/generation_config.json", of_folder(check_folder)),
+    "tokenizer": ("model/tokenizer.json", of_folder(tokens_of)),
+    "tokenizer config": ("model/tokenizer_config.json", of_folder(tokens_of)),
+    "gguf": ("toy.gguf", lambda path: models.load_config(str(path))),
+    "jsonl": ("t.jsonl", documents),
+    "json": ("t.json", documents),
+    "jsonl.gz": ("t.jsonl.gz", documents),
+    "csv": ("t.csv", documents),
+    "parquet": ("t.parquet", documents),
+    "text": ("t.txt", documents),
+    "png": ("i.png", open_image),
+    "jpeg": ("i.jpg", open_image),
+    "wav": ("s.wav", lambda path: read_sound(path, 16_000)),
+}
+"""Reader → the good file that its inputs are made from, and how it is read."""
+
+
+# ---- good files ----
+
+
+def make_seeds(root: Path) -> None:
+    """The files of ``READERS`` below ``root``."""
+    from tests.bad_inputs.shared import shared_folders
+
+    shared_folders(root)
+    case = {"phase": "decode", "length": 8, "batch": 1, "threads": 1}
+    row = {
+        "graph": "g",
+        "case": case,
+        "ms": 1.0,
+        "iqr_ms": 0.1,
+        "tokens_s": 9.0,
+        "ratio": 1.0,
+        "ideal": 1.0,
+        "work": 7,
+        "roofline": 0.5,
+    }
+    graph = {"name": "g", "file": "g.onnx", "bytes": 7, "memory": 9}
+    bench = {
+        "graphs": [graph],
+        "onnxruntime": "1",
+        "rounds": 2,
+        "peaks": {"1": {"flops": 1.0, "bandwidth": 1.0}},
+        "rows": [row],
+    }
+    rows = [{"text": f"some words {n}", "n": n} for n in range(40)]
+    lines = "".join(json.dumps(each) + "\n" for each in rows)
+    choice = {
+        "plan": json.loads((root / "pruned/plan.json").read_text()),
+        "trained": [],
+        "losses": {"ffn": 1.0},
+        "notes": [],
+        "changes": [],
+    }
+    weights = dict.fromkeys(("a", "b"), "model.safetensors")
+    for name, content in {
+        "pruned/bench.json": json.dumps(bench),
+        "pruned/metrics.jsonl": json.dumps({"phase": "masks", "step": 1, "loss": 2.0}) + "\n",
+        "out.run/settings.json": json.dumps({"method": "wanda", "learning": {"steps": 0}}),
+        "out.run/choice.json": json.dumps(choice),
+        "model/model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": weights}),
+        "t.jsonl": lines,
+        "t.json": json.dumps(rows),
+        "t.csv": "text,n\n" + "".join(f'"some words",{n}\n' for n in range(40)),
+        "t.txt": "some words " * 90,
+    }.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(content)
+    (root / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (root / "out.run/samples.safetensors").write_bytes(save({"x": torch.zeros(2)}))
+    image = Image.fromarray(np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3))
+    image.save(root / "i.png")
+    image.save(root / "i.jpg")
+    with wave.open(str(root / "s.wav"), "wb") as sound:
+        sound.setparams((1, 2, 16_000, 400, "NONE", ""))
+        sound.writeframes(bytes(800))
+    multiprocessing.get_context("spawn").Process(target=write_parquet, args=(root / "t.parquet",)).run()
+
+
+def write_parquet(path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["some words"] * 40}), path)
+
+
+# ---- mutations ----
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    """Other content, by one to four changes."""
+    for _ in range(rng.randint(1, 4)):
+        content = rng.choice(CHANGES)(content, rng)
+    return content
+
+
+def flip(content: bytes, rng: random.Random) -> bytes:
+    if not content:
+        return b"\x01"
+    at = rng.randrange(min(len(content), rng.choice((16, 200, 1 << 40))))
+    return content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :]
+
+
+def cut(content: bytes, rng: random.Random) -> bytes:
+    return content[: rng.randrange(len(content) + 1)]
+
+
+def drop(content: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(len(content) + 1)
+    return content[:at] + content[at + rng.randint(1, 40) :]
+
+
+def insert(content: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(len(content) + 1)
+    return content[:at] + rng.choice(PIECES) * rng.choice((1, 1, 1, 7)) + content[at + rng.choice((0, 1, 8)) :]
+
+
+def double(content: bytes, rng: random.Random) -> bytes:
+    return content[:100_000] * rng.randint(2, 5)
+
+
+def value(content: bytes, rng: random.Random) -> bytes:
+    """Another value, a missing or a new name somewhere in the JSON of a file, or of one of its lines."""
+    lines = content.split(b"\n")
+    at = rng.randrange(len(lines))
+    try:
+        whole = json.loads(content)
+    except (ValueError, RecursionError):
+        try:
+            whole = json.loads(lines[at])
+        except (ValueError, RecursionError):
+            return flip(content, rng)
+        return b"\n".join([*lines[:at], dumped(changed(whole, rng)), *lines[at + 1 :]])
+    return dumped(changed(whole, rng))
+
+
+def dumped(content: object) -> bytes:
+    try:
+        return json.dumps(content).encode()
+    except (ValueError, RecursionError):
+        return b"{}"
+
+
+def changed(content: Any, rng: random.Random) -> Any:
+    if isinstance(content, dict | list) and content and rng.random() < 0.85:
+        keys = list(content) if isinstance(content, dict) else range(len(content))
+        key = rng.choice(keys)
+        if rng.random() < 0.15:
+            del content[key]
+        else:
+            content[key] = changed(content[key], rng)
+        return content
+    if isinstance(content, dict) and rng.random() < 0.2:
+        return {**content, rng.choice(("", "x", "format")): rng.choice(VALUES)}
+    if isinstance(content, int) and rng.random() < 0.3:
+        return content * rng.choice((-1, 2, 1000, 10**9)) + rng.choice((0, 1))
+    return rng.choice(VALUES)
+
+
+CHANGES = (flip, flip, cut, drop, insert, double, value, value, value)
+
+
+# ---- running ----
+
+
+def input_of(reader: str, seed: int, root: Path, place: Path) -> Path:
+    """Write the input of a reader and a seed, among good files; returns its path."""
+    name, _ = READERS[reader]
+    folder = root / name.split("/")[0]
+    if folder.is_dir() and not (place / folder.name).exists():
+        shutil.copytree(folder, place / folder.name)
+        if reader != "index":
+            (place / "model/model.safetensors.index.json").unlink(missing_ok=True)
+    file = place / name
+    file.unlink(missing_ok=True)
+    file.write_bytes(mutated((root / name).read_bytes(), random.Random(f"{reader}:{seed}")))
+    return file
+
+
+def outcome(reader: str, file: Path) -> str:
+    """``read``, ``refused`` or what went wrong."""
+    signal.signal(signal.SIGALRM, _slow)
+    signal.alarm(SECONDS)
+    try:
+        READERS[reader][1](file)
+    except MptkError:
+        return "refused"
+    except Exception as error:
+        if exhausted(error) is not None:
+            return "out of memory"
+        at = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in at if "/mptk/" in frame.filename] or at
+        return f"{type(error).__name__}: {str(error)[:120]} ({Path(own[-1].filename).name}:{own[-1].name})"
+    finally:
+        signal.alarm(0)
+    return "read"
+
+
+def _slow(*_: object) -> None:
+    raise TimeoutError(f"more than {SECONDS} s")
+
+
+def batch(reader: str, seeds: range, root: Path, to: Any) -> None:
+    """Read inputs in this process, within bounds; what came of each goes to ``to``."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    sys.stdout = sys.stderr = io.StringIO()
+    with tempfile.TemporaryDirectory() as place:
+        for seed in seeds:
+            file = input_of(reader, seed, root, Path(place))
+            to.send((seed, None))
+            to.send((seed, outcome(reader, file)))
+
+
+def run_batch(reader: str, seeds: range, root: Path) -> dict[int, str]:
+    """Seed → what came of it. A process that dies leaves what its last input was."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=batch, args=(reader, seeds, root, theirs))
+    process.start()
+    theirs.close()
+    found: dict[int, str] = {}
+    while True:
+        try:
+            if not ours.poll(3 * SECONDS):
+                process.kill()
+                break
+            seed, result = ours.recv()
+        except EOFError:
+            break
+        found[seed] = result or "the process died or hung"
+    process.join()
+    return found
+
+
+def main() -> None:
+    """Fuzz, or with ``--only`` repeat one input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30, help="in all, with those of earlier calls")
+    parser.add_argument("--fresh", action="store_true", help="start anew")
+    parser.add_argument("--only", help="READER:SEED")
+    parser.add_argument("--json", type=Path, default=RESULT)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary) / "seeds"
+        root.mkdir()
+        make_seeds(root)
+        if options.only:
+            reader, _, seed = options.only.partition(":")
+            place = Path(tempfile.mkdtemp())
+            file = input_of(reader, int(seed), root, place)
+            print(file)
+            READERS[reader][1](file)
+            return
+        fuzz(root, options.minutes, options.json, options.fresh)
+
+
+def fuzz(root: Path, minutes: float, file: Path, fresh: bool) -> None:
+    known = json.loads(file.read_text()) if file.is_file() and not fresh else {}
+    seconds, counts = known.get("seconds", 0.0), {r: Counter(c) for r, c in known.get("readers", {}).items()}
+    findings: dict[str, str] = known.get("findings", {})
+    while seconds < 60 * minutes:
+        reader = min(READERS, key=lambda name: counts.get(name, Counter())["seconds"])
+        count, began = counts.setdefault(reader, Counter()), time.monotonic()
+        first = count["inputs"]
+        for seed, result in run_batch(reader, range(first, first + BATCH), root).items():
+            count[result if result in ("read", "refused") else "findings"] += 1
+            if result not in ("read", "refused"):
+                findings[f"{reader}:{seed}"] = result
+                print(f"{reader}:{seed}  {result}", flush=True)
+        count["inputs"] = first + BATCH
+        took = time.monotonic() - began
+        count["seconds"] += round(took, 2)
+        seconds += took
+        content = {
+            "seconds": round(seconds),
+            "inputs": sum(c["inputs"] for c in counts.values()),
+            "readers": counts,
+            "findings": findings,
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content, indent=1) + "\n")
+    print(
+        f"{sum(c['inputs'] for c in counts.values()):,} inputs in {seconds / 60:.0f} minutes, {len(findings)} findings"
+    )
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, "tests")
+    main()

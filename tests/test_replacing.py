@@ -343,9 +343,12 @@ def test_what_is_read_is_never_replaced(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_real_cause_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str) -> None:
     write(tmp_path / "out", "earlier")
 
-    def refused(*_: object, **__: object) -> None:
+    def refused(*given: object, **_: object) -> int:
+        if given[1:] and isinstance(given[1], int) and not given[1] & os.O_CREAT:
+            return opening(*given)  # it only reads
         raise OSError(number, os.strerror(number))
 
+    opening = os.open
     for call in ("fill", "mkdir", "rename", "open"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("mptk.files.replace._exchanged", refused)

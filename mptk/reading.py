@@ -128,6 +128,13 @@ def _end(link: Path) -> Path:
         raise MptkError(f"{link} is a link that leads in a circle; put the file itself there") from error
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or has a null character
+        return False
+
+
 def _check_shards(index: Path) -> None:
     def damaged(why: str) -> MptkError:
         return MptkError(f"{index} is damaged: {why}; download the model again")
@@ -139,5 +146,5 @@ def _check_shards(index: Path) -> None:
     for name in sorted(set(shards.values())):
         if name != Path(name).name or name in ("", ".", ".."):
             raise MptkError(f"{index} names {name}, which leads out of its folder; do not use this model")
-        if not (index.parent / name).is_file():
-            raise damaged(f"it names {name}, which is not there")
+        if not _is_file(index.parent / name):
+            raise damaged(f"it names {name[:80]}, which is not there")

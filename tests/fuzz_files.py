@@ -4,7 +4,7 @@
 
 Inputs are made from good files by seeded mutations of bytes, of JSON values and of lines. Batches run in processes of
 their own, so that a crash of a library is a finding too. The result in ``benchmarks/results/fuzz_files.json`` is written
-after each batch, and a later call goes on from it. A finding names its reader and its seed: ``--only READER:SEED``
+after each batch, and a later call goes on from it: what was found is read again, and is mended if it is refused now. A finding names its reader and its seed: ``--only READER:SEED``
 writes that input to a file and reads it in this process.
 """
 
@@ -129,7 +129,7 @@ def unfinished(path: Path) -> None:
 def kept(path: Path) -> None:
     from mptk.driver import kept as module
 
-    folder = type("Folder", (), {"path": path.parent, "read": lambda self, name: Report and _object(path)})()
+    folder = type("Folder", (), {"path": path.parent, "read": lambda self, name: _object(path)})()
     Plan.from_json(module._known(folder, CHOICE, Choice)["plan"])
 
 
@@ -413,7 +413,11 @@ def main() -> None:
 def fuzz(root: Path, minutes: float, file: Path, fresh: bool) -> None:
     known = json.loads(file.read_text()) if file.is_file() and not fresh else {}
     seconds, counts = known.get("seconds", 0.0), {r: Counter(c) for r, c in known.get("readers", {}).items()}
-    findings: dict[str, str] = known.get("findings", {})
+    findings, mended = known.get("findings", {}), known.get("mended", {})
+    for name in list(findings):
+        reader, _, seed = name.partition(":")
+        if run_batch(reader, range(int(seed), int(seed) + 1), root).get(int(seed)) in ("read", "refused"):
+            mended[name] = findings.pop(name)
     while seconds < 60 * minutes:
         reader = min(READERS, key=lambda name: counts.get(name, Counter())["seconds"])
         count, began = counts.setdefault(reader, Counter()), time.monotonic()
@@ -432,6 +436,7 @@ def fuzz(root: Path, minutes: float, file: Path, fresh: bool) -> None:
             "inputs": sum(c["inputs"] for c in counts.values()),
             "readers": counts,
             "findings": findings,
+            "mended": mended,
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(content, indent=1) + "\n")

@@ -265,7 +265,7 @@ def test_damaged_metrics_are_one_error(folders, tmp_path: Path) -> None:
     for name in ("report.json", "plan.json"):
         (damaged / name).write_bytes((folders[1][1] / name).read_bytes())
     (damaged / "metrics.jsonl").write_text('{"phase": "masks"')
-    with pytest.raises(MptkError, match=r"metrics\.jsonl in .* is damaged"):
+    with pytest.raises(MptkError, match=r"metrics\.jsonl is damaged"):
         read_runs([damaged])
 
 

@@ -6,7 +6,6 @@ Report. Nothing is published unless every stage of the proof is within its toler
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,6 +18,7 @@ import passes.frontend.trace
 from mptk.compat.accelerate import own_state
 from mptk.cost.estimate import Estimate
 from mptk.cost.model import is_layered
+from mptk.driver.alive import check_alive
 from mptk.driver.budget import WidthSearch, budgeted, left_whole, multiples
 from mptk.driver.card import write_card
 from mptk.driver.changes import COMPENSATION, widened
@@ -235,20 +235,6 @@ def traced(loaded: Loaded, task: Task, executor: Executor) -> Program:
     if not ran:
         run(example)
     return program
-
-
-def check_alive(source: str, program: Program, outputs: Sequence[Tensor]) -> None:
-    """Raise MptkError if a model's ``outputs`` are not finite, with the name of such a weight, or are all zero."""
-    if not all(output.isfinite().all() for output in outputs):
-        weights = (name for name, like in program.state.likes.items() if like.is_floating_point())
-        name = next((name for name in weights if not program.state[name].isfinite().all()), None)
-        if name is not None:
-            raise MptkError(f"{name} of {source} holds numbers that are not finite; give undamaged weights")
-        raise MptkError(f"the outputs of {source} are not finite, though its weights are; give undamaged ones")
-    if not any(output.any() for output in outputs):
-        raise MptkError(
-            f"the outputs of {source} are all zero: its weights are zero, or too large to be squared; give trained ones"
-        )
 
 
 def legalise(

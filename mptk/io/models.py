@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,6 @@ import torch
 import transformers
 from gguf import GGUFReader
 from huggingface_hub import snapshot_download
-from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.compat.accelerate import offloaded, take_offload_index
@@ -28,11 +27,11 @@ from mptk.compat.transformers import dequantize_gguf, forget_source, model_class
 from mptk.errors import MptkError
 from mptk.files import scratch, tidy
 from mptk.io.cache import build_once, cache_dir
-from mptk.io.checkpoint import dtypes_in, fill, quantized_dtype, save_checkpoint, shapes_in, stored_dtype
+from mptk.io.checkpoint import dtypes_in, fill, quantized_dtype, save_checkpoint, stored_dtype
 from mptk.io.licence import CARD, NOTICES, write_stub
 from mptk.io.packaged import ALIASES, cached, fetch
 from mptk.io.resident import Resident, stored_weight
-from mptk.io.untrusted import PARAMETERS, check_folder, check_gguf, check_sizes
+from mptk.io.untrusted import PARAMETERS, check_folder, check_gguf, check_sizes, check_stored
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
 
@@ -113,31 +112,13 @@ def open_weights(model: str, resident: Resident, *, trust_remote_code: bool = Fa
     index = take_offload_index(loaded.model)
     likes = {name: tensor.detach() for name, tensor in loaded.model.state_dict(keep_vars=True).items()}
     held = {file: dtypes_in(file) for file in {file for file, _ in index.values()}}
-    _check_stored(index, likes, held)
+    check_stored(index, likes, held)
     entries = {
         name: stored_weight(file, key, likes[name], resident, held[file][key], converted)
         for name, (file, key) in index.items()
     }
     made = {name: like for name, like in likes.items() if name not in index and not like.is_meta}
     return replace(loaded, weights=Weights(entries | made))
-
-
-def _check_stored(
-    index: Mapping[str, tuple[Path, str]],
-    likes: Mapping[str, Tensor],
-    held: Mapping[Path, Mapping[str, torch.dtype | None]],
-) -> None:
-    """Raise MptkError if a weight in a file has another shape than the module's, or is of whole numbers."""
-    shapes = {file: shapes_in(file) for file in held}
-    for name, (file, key) in index.items():
-        found, wanted = shapes[file][key], tuple(likes[name].shape)
-        if found != wanted:
-            raise MptkError(
-                f"{key} in {file} is {list(found)}, and config.json makes it {list(wanted)}; one of both is of another "
-                "model: download it again"
-            )
-        if held[file][key] is None and likes[name].is_floating_point():
-            raise MptkError(f"{key} in {file} is not of floating-point numbers; give the float checkpoint")
 
 
 def _load(model: str, trust: bool, local: bool, **options: object) -> Loaded:

@@ -36,6 +36,15 @@ class CostRows(TypedDict):
     pruned: CostRow
 
 
+class QualityRow(TypedDict):
+    """How good both models are; empty if it was not measured."""
+
+    metric: NotRequired[str]
+    protocol: NotRequired[str]
+    dense: NotRequired[Number]
+    pruned: NotRequired[Number]
+
+
 class QuantizedRow(TypedDict):
     """A quantised graph."""
 
@@ -77,7 +86,7 @@ class Rows(TypedDict):
     families: Mapping[str, FamilyRow]
     cost: CostRows
     splits: Mapping[str, Number]
-    quality: Mapping[str, str | Number | Mapping[str, Number]]
+    quality: QualityRow
     quantized: Mapping[str, QuantizedRow]
     proof: Sequence[ProofRow]
     config_changes: Mapping[str, Sequence[Any]]

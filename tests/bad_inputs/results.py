@@ -143,6 +143,7 @@ REPORTS = [
             (("proof", 0, "stage"), None),
             (("proof", 0, "ok"), "yes"),
             (("quality", "dense"), []),
+            (("quality", "pruned"), "good"),
             (("settings",), []),
             (("settings", "samples"), "many"),
             (("settings", "samples"), -5),

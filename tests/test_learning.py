@@ -97,22 +97,6 @@ COMMAND = [
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def test_a_killed_run_resumes_to_the_same_bits(llama: str, learned: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "mptk", *COMMAND, llama, "--out", str(out)]
-    log = out.with_name("out.run") / "metrics.jsonl"
-    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not reached(log, "recovery", 3):
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-    assert not out.exists(), "it was over before it could be killed"
-    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    assert again.returncode == 1
-    assert "add --resume" in again.stderr
-    subprocess.run([*command, "--resume"], env=ENVIRONMENT, check=True, capture_output=True)
-    require_same_bits(learned, out)
-
-
 class Stopped(BaseException):
     """What no handler of errors catches."""
 

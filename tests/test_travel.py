@@ -23,7 +23,8 @@ from passes.targets.legalize import LegalWidths
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.travel import broken
 
-HOW: dict[str, Any] = {"method": "magnitude", "data": "random", "samples": 1, "length": 16, "multiple": 2}
+SMALL = {"samples": 1, "length": 16, "eval_windows": 1, "eval_length": 16}
+HOW: dict[str, Any] = {"method": "magnitude", "data": "random", "multiple": 2, **SMALL}
 HEADS = "programs that derive head_dim from hidden_size and num_attention_heads"
 
 

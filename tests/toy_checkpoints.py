@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from gguf import GGMLQuantizationType as Kind
@@ -33,24 +34,27 @@ def tokenizer(*, begin: bool = False, vocab_size: int = 300) -> PreTrainedTokeni
     )
 
 
-def llama(*, tied: bool = True, layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
-    """Hidden 48, 6 heads of 16 on 2 key/value heads, ffn 64, vocabulary 300."""
+def llama(*, tied: bool = True, layers: int = 2, seed: int = 0, **sizes: int) -> LlamaForCausalLM:
+    """Hidden 48, 6 heads of 16 on 2 key/value heads, ffn 64, vocabulary 300; ``sizes``: other entries of the config."""
     torch.manual_seed(seed)
+    own: dict[str, Any] = {
+        "hidden_size": 48,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "vocab_size": 300,
+        "max_position_embeddings": 70,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+    }
     config = LlamaConfig(
-        hidden_size=48,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=64,
-        vocab_size=300,
+        **{**own, **sizes},
         num_hidden_layers=layers,
-        max_position_embeddings=70,
         tie_word_embeddings=tied,
         rms_norm_eps=1e-5,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 50000.0},
     )
     return LlamaForCausalLM(config).eval()
 

@@ -259,5 +259,5 @@ def _iqr(values: Sequence[float]) -> float:
 
 def _graph(name: str, file: Path, length: int, device: torch.device, say: Progress) -> Graph:
     say(f"peak memory of {name}", 0, 0)
-    size = sum(part.stat().st_size for part in (file, file.with_name(f"{file.name}.data")) if part.is_file())
+    size = sum(part.stat().st_size for part in file.parent.iterdir() if part.name.startswith(file.name))
     return Graph(name, str(file), size, peak_memory(file, length, device))

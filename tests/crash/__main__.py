@@ -79,7 +79,7 @@ class Stage:
         return Stage(scene, before, made(after), unbroken, work)
 
     def trap(self, number: int, seed: int) -> tuple[Trap, str]:
-        """Where kill ``number`` of the scene comes, and that in words."""
+        """Where kill ``number`` of the scene is to come, and that in words."""
         draw = random.Random(f"{seed} {self.scene.name} {number}")
         events, how = self.unbroken.events, SIGNALS[draw.randrange(len(SIGNALS))]
         renames = [i for i, event in enumerate(events) if not event.startswith("at ")]
@@ -103,6 +103,8 @@ class Stage:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(self.before, place)
         killed = run(again, place, self.work / "aside", trap, self.scene.prepare)
+        if trap.event is not None and trap.event < len(killed.events):
+            at = f"{trap.event}: {killed.events[trap.event]}"
         resumes = self.scene.resumes and number % 2 == 0
         trial = Trial(self.scene.name, number, signal.Signals(trap.signal).name, at, resumes, killed.code, "finished")
         if killed.code == 0:

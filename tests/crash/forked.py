@@ -75,8 +75,10 @@ def warm(command: list[str], place: Path) -> None:
     os.environ |= {"MPTK_CACHE": str(place / "cache")}
     os.chdir(place)
     sys.argv = ["mptk", *command, "--quiet"]
-    main()
-    os.chdir(here)
+    try:
+        main()
+    finally:
+        os.chdir(here)
 
 
 def run(

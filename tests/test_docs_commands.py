@@ -1,0 +1,228 @@
+"""Every command and every Python block of the README and the docs runs, in one folder, page after page.
+
+The folder holds what the pages speak of: TEXT, MODEL, a tiny model in the cache under each packaged alias. So the lines
+run as they are written, but for ``--no-onnx`` where no later line needs a graph. Not run, but read by the command
+line's own parser: what starts processes, what times the machine for minutes, and on pages to look things up in what
+writes a model (the README and the tutorial have run that). A block or a line that says that it needs a network, a GPU
+or another program is skipped.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from runpy import run_path
+from typing import Any
+
+import pytest
+import torch
+import toy_checkpoints as toys
+import typer
+from docs_blocks import MARK, PAGES, ROOT, Block, blocks, inline
+from transformers import BertConfig, BertModel
+from typer.testing import CliRunner
+
+import mptk
+import mptk.cli.prune
+import mptk.driver.prune
+import mptk.driver.pruned
+from mptk.cli.main import app
+from mptk.io.packaged import ALIASES, _target, content_sha256
+from passes.analysis.rules import RULES
+
+GROUP = typer.main.get_command(app)
+COUNTS: Counter[str] = Counter()
+SLOW = re.compile(r"--max-(decode|prefill)-ms|--budget latency|--batches")
+"""Options that time each operator of the machine first, or many cases."""
+FOLLOWED = ("README.md", "docs/tutorial.md", "docs/how-to/")
+"""The pages that a newcomer follows."""
+WRITE = ("prune", "recover", "export", "rerun", "bench")
+SIZES = {
+    "num_attention_heads": 12,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 1024,
+}
+"""Feed-forward layers as wide as those of SmolLM2-135M, since pages name widths of it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder in which the reader works, and a cache with tiny models in it; training takes two steps, not 200."""
+    folder = tmp_path_factory.mktemp("reader")
+    words, model = toys.tokenizer(), toys.llama(layers=1, **SIZES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPTK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.chdir(folder)
+        for module in (mptk.driver.prune, mptk.driver.pruned, mptk.cli.prune):
+            patch.setattr(module, "DEFAULT_STEPS", 2)
+        for name, path in {name: _target(name) for name in ALIASES}.items():
+            path.parent.mkdir(parents=True)
+            if ALIASES[name].folder:
+                _bert().save_pretrained(path)
+                words.save_pretrained(path)
+            else:
+                toys.write_gguf(model, words, path)
+            patch.setitem(ALIASES, name, replace(ALIASES[name], sha256=content_sha256(path)))
+        for name in ("MODEL", "DENSE", "HuggingFaceTB/SmolLM2-135M"):
+            model.save_pretrained(name)
+            words.save_pretrained(name)
+        _texts(folder)
+        Path("DIR").symlink_to("runs/recovered")  # which the tutorial writes
+        before = dict(RULES)
+        yield folder
+        RULES.clear()
+        RULES.update(before)
+
+
+def _bert() -> BertModel:
+    return BertModel(
+        BertConfig(
+            vocab_size=300,
+            hidden_size=24,
+            num_attention_heads=3,
+            intermediate_size=1536,
+            num_hidden_layers=1,
+            max_position_embeddings=512,
+        )
+    )
+
+
+def _texts(folder: Path) -> None:
+    """The files that commands name; ``run.yaml`` is the recipe of docs/command-line.md."""
+    text = " ".join(f"wizard {n} has {n * n} jars of honey\n" for n in range(4000))
+    for name in (
+        "TEXT",
+        "OTHER",
+        "FILE",
+        "wiki.valid.raw",
+        "wiki.test.raw",
+        "wikitext2",
+        "code/a.txt",
+        "docs/report.md",
+        "CHANGELOG.md",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "c4.jsonl").write_text("".join(f'{{"text": "{line}"}}\n' for line in text.splitlines()))
+    (recipe,) = [block for block in blocks("docs/command-line.md") if block.kind == "yaml"]
+    (folder / "run.yaml").write_text(recipe.text)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_run(page: str, tmp_path: Path) -> None:
+    scope: dict[str, Any] = {}
+    for block in blocks(page):
+        if block.kind == "commands":
+            for line in block.lines:
+                COUNTS["skipped" if block.marked or MARK.search(line) else _command(line, page, tmp_path)] += 1
+        elif block.kind == "python":
+            COUNTS["skipped" if block.marked else _python(block, scope or _names(), tmp_path / "block.py", scope)] += 1
+    for line in inline(page):
+        _has_options(line)
+
+
+def _command(line: str, page: str, folder: Path) -> str:
+    """Run a line, or read it if it is none of ours or takes long: what was done."""
+    line = re.sub(r"\[(--[^\]]*)\]", r"\1", line).replace(" …", "")
+    words = shlex.split(line, comments=True)
+    written = words[0] == "mptk" and words[1] in WRITE and "--estimate" not in words and "-h" not in words
+    if words[0] == "mptk" and not SLOW.search(line) and not (written and not page.startswith(FOLLOWED)):
+        return _runs(*words[1:])
+    if words[:2] == ["python", "-c"]:
+        (folder / "line.py").write_text(words[2])
+        run_path(str(folder / "line.py"))
+        return "executed"
+    if "mptk" in (words[0], words[words.index("-m") + 1] if "-m" in words else ""):
+        _parses(line[line.index("mptk") :])
+    elif words[:2] == ["python", "-m"]:
+        _known(words[2], [word for word in words[3:] if word.startswith("--")])
+    elif words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+    else:
+        assert words[:2] == ["pip", "install"], f"not ours, so it needs a mark above it (docs_blocks.MARK): {line}"
+        for extra in re.findall(r"\[(\w+)\]", line):
+            assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
+    return "parsed"
+
+
+@cache
+def _runs(*words: str) -> str:
+    """Run a command; the same one on another page is not run again."""
+    if words[0] in ("prune", "recover") and words[-1] not in _read() and "--quantize" not in words:
+        words = (*words, "--no-onnx")
+    done = CliRunner().invoke(app, list(words))
+    assert done.exit_code == 0, f"mptk {shlex.join(words)}: {done.output} {done.exception!r}"
+    return "executed"
+
+
+@cache
+def _read() -> set[str]:
+    """What ``bench``, ``generate`` and ``rerun`` lines name: folders that need their graph, which takes most time."""
+    lines = [line for page in PAGES for block in blocks(page) if block.kind == "commands" for line in block.lines]
+    return {word for line in lines if re.match("mptk (bench|generate|rerun) ", line) for word in line.split()}
+
+
+def _parses(line: str) -> None:
+    """What the command line's parser says of a line; words that stand for files need not exist."""
+    words = shlex.split(line.partition(" | ")[0], comments=True)[1:]
+    with GROUP.make_context("mptk", list(words)) as context:
+        name, command, rest = GROUP.resolve_command(context, words)  # type: ignore[attr-defined]
+        command.make_context(name, rest, parent=context)
+
+
+def _has_options(line: str) -> None:
+    """A command in the text may be a part of one: its name and options exist."""
+    name, *words = shlex.split(line)[1:]
+    known = {flag for option in GROUP.commands[name].params for flag in (*option.opts, *option.secondary_opts)}  # type: ignore[attr-defined]
+    assert {word for word in words if word.startswith("--")} <= known, line
+
+
+def _known(module: str, options: list[str]) -> None:
+    """Every option of a benchmark is a parameter of a function in its module."""
+    source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    names = [option.removeprefix("--").replace("-", "_") for option in options]
+    assert [name for name in names if not re.search(rf"\b{name}: |--{name.replace('_', '-')}\"", source)] == []
+
+
+def _python(block: Block, names: dict[str, Any], file: Path, scope: dict[str, Any]) -> str:
+    """Run a block after those before it on its page."""
+    file.write_text(block.text)
+    scope.update(run_path(str(file), init_globals=names))
+    return "executed"
+
+
+def _names() -> dict[str, Any]:
+    """What a reader of a page has before its first block."""
+    net = torch.nn.Sequential(torch.nn.Linear(7, 320), torch.nn.ReLU(), torch.nn.Linear(320, 5))
+    model = toys.llama(layers=1, **SIZES)
+    model.name_or_path = model.config._name_or_path = str(Path("MODEL").resolve())
+    analysis = mptk.analyze(mptk.trace(model, dynamic=True))
+    return {
+        "model": model,
+        "texts": Path("TEXT").read_text().splitlines(),
+        "net": net,
+        "x": torch.randn(2, 7),
+        "loader": [torch.randn(2, 7)],
+        "analysis": analysis,
+        "windows": torch.randint(300, (4, 32)),
+    }
+
+
+def test_lines_of_the_makefile_parse() -> None:
+    lines = re.findall(r"^\t\$\(BIN\)/(mptk .*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert lines
+    for line in lines:
+        _parses(line)
+
+
+def test_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        print(f"\ndocs: {dict(COUNTS)}")
+    assert COUNTS["executed"] > COUNTS["parsed"]

@@ -12,12 +12,13 @@ DEMO := runs/demo
 # Two workers with one thread each, so that timings and results do not depend on the machine's size.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 MUTANTS_ARGS ?= --sample 208 --jobs 2 --json benchmarks/results/mutants.json
+SOAK_ARGS ?= --minutes 60 --json benchmarks/results/soak.json
 CRASH_ARGS ?= --kills 160 --json benchmarks/results/crash.json
 FUZZ_ARGS ?= --programs 5000 --jobs 2 --json benchmarks/results/fuzz.json
 FUZZ_FILES_ARGS ?= --minutes 30
 RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_ARGS)
 
-.PHONY: help demo test check docs format test-lowest fuzz fuzz-files crash mutants clean
+.PHONY: help demo test check docs format test-lowest fuzz fuzz-files crash soak mutants clean
 
 help:
 	@echo "make demo         learn to prune SmolLM2-135M by 30 %, prove it, time it, with Wanda beside it"
@@ -28,6 +29,7 @@ help:
 	@echo "make test-lowest  the tests on the oldest dependencies that pyproject.toml allows"
 	@echo "make fuzz         5,000 random programs: refused by name, or cut right; FUZZ_ARGS=... for other numbers"
 	@echo "make fuzz-files   damaged files for every reader, half an hour: read, or refused in one line; FUZZ_FILES_ARGS=..."
+	@echo "make soak         an hour of random commands, a fifth of them killed; SOAK_ARGS=... for other numbers"
 	@echo "make crash        160 kills of commands: what the next run makes of them; CRASH_ARGS=... for other numbers"
 	@echo "make mutants      a sample of small errors in the code, and which of them the tests notice; MUTANTS_ARGS=..."
 	@echo "make clean        remove .venv, .venv-*, caches and build files"
@@ -73,6 +75,9 @@ fuzz-files: $(VENV)/.installed-dev
 
 crash: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.crash $(CRASH_ARGS)
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.soak $(SOAK_ARGS)
 
 mutants: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(MUTANTS_ARGS)

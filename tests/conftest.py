@@ -35,14 +35,6 @@ def _own_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_folders(tmp_path_factory, _own_cache):
-    """Name → a tiny model, an export, a pruned folder, …, for tests that damage copies of them."""
-    from tests.bad_inputs.shared import shared_folders
-
-    return shared_folders(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="session")
 def shared(tmp_path_factory, worker_id):
     """A folder that all workers of a run share."""
     base = tmp_path_factory.getbasetemp()
@@ -80,3 +72,13 @@ def decoder_graphs(shared):
     import tiny_decoders
 
     return lambda kind: kinds.made_once(shared, f"graphs {kind}", lambda out: tiny_decoders.write_graphs(kind, out))
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(shared, _own_cache):
+    """Name → a tiny model, an export, a pruned folder, …, for tests that damage copies of them."""
+    import kinds
+
+    from tests.bad_inputs.shared import write_folders
+
+    return {path.name: path for path in kinds.made_once(shared, "tiny", write_folders).iterdir()}

@@ -79,7 +79,7 @@ class TestLoadText:
             ("a.txt", b"\xff\xfe\xff", "not UTF-8"),
             ("a.jsonl", b'{"a": "x", "b": "y"}', r"2 columns of strings \(a, b\)"),
             ("a.jsonl", b'{"a": 1}', "no columns of strings"),
-            ("a.jsonl", b"{not json", "cannot read"),
+            ("a.jsonl", b"{not json", "line 1: it is not JSON"),
             ("a.parquet", b"not parquet", "cannot read"),
             ("a.jsonl", b"", "holds no text"),
         ],

@@ -39,8 +39,9 @@ def test_all_json_is_written_by_the_one_helper() -> None:
     assert sorted(writers) == [
         "mptk/files/staging.py",
         "mptk/files/text.py",
+        "mptk/reading.py",
         "mptk/targets/stock_config.py",
-    ]  # the second prints values in errors
+    ]  # the last two look at values and print them in errors
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from mptk.driver.recovery import recover
 from mptk.driver.verification import verify
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
+from mptk.run.bounds import BOUNDS
 from mptk.run.report import Report
 from mptk.run.settings import Learning, LossWeights, Training
 
@@ -284,7 +285,11 @@ def test_a_folder_can_be_recovered_alone(llama: str, tmp_path: Path) -> None:
     assert verify(tmp_path / "recovered")
 
 
-def test_a_diverging_run_stops_and_keeps_its_last_checkpoint(llama: str, tmp_path: Path) -> None:
+def test_a_diverging_run_stops_and_keeps_its_last_checkpoint(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("lr", "clip"):
+        monkeypatch.setitem(BOUNDS, name, (0.0, 1e31))
     wild = replace(LEARNING, rank=0, training=replace(TRAINING, lr=1e30, clip=1e30), steps=8)
     one_shot = replace(SETTINGS, method="magnitude", learning=wild)
     with pytest.raises(MptkError, match=r"step \d+ of recovery: .*lower --lr.*--resume"):

@@ -228,7 +228,7 @@ def test_results_can_be_kept_in_files_and_come_back() -> None:
     kept = shelf.Shelf(bound=100)
     tensors = {"a": torch.randn(20), "b": torch.randn(30), "size": 7}
     kept.put("here", tensors)
-    folder = Path(kept._folder.name)
+    folder = kept._staging.folder
     assert len(list(folder.iterdir())) == 1
     back = kept.take("here")
     assert back["size"] == 7

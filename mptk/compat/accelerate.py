@@ -15,6 +15,9 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import PreTrainedModel
 
+_FSDP_LOADS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+"""The variable by which accelerate tells transformers that only the first process loads weights."""
+
 
 @contextlib.contextmanager
 def own_state(device: str = "auto") -> Iterator[None]:
@@ -50,15 +53,18 @@ def own_state(device: str = "auto") -> Iterator[None]:
 def offloaded(folder: str) -> Iterator[dict[str, object]]:
     """Options that make ``from_pretrained`` leave all weights on disk, without accelerate's warning.
 
-    Weights that it would convert go to ``folder``. The rest stays in the checkpoint's files.
+    Weights that it would convert go to ``folder``. The rest stays in the checkpoint's files. Under FSDP transformers
+    would load them on the first process alone, and heed no options.
     """
     logger = logging.getLogger("accelerate.big_modeling")
-    level = logger.level
+    level, sharded = logger.level, os.environ.pop(_FSDP_LOADS, None)
     logger.setLevel(logging.ERROR)
     try:
         yield {"device_map": {"": "disk"}, "offload_folder": folder}
     finally:
         logger.setLevel(level)
+        if sharded is not None:
+            os.environ[_FSDP_LOADS] = sharded
 
 
 def take_offload_index(model: PreTrainedModel) -> dict[str, tuple[Path, str]]:

@@ -37,7 +37,7 @@ from mptk.run.settings import Settings, check_onnx_dtype
 from mptk.runtime.bench import LENGTHS, Bench, bench_decoders
 from mptk.runtime.decoder import model_folder
 from mptk.targets.onnx import describe
-from mptk.tasks import CAUSAL_LM, example_of, form_of, load_decoder, open_task
+from mptk.tasks import CAUSAL_LM, check_decoder, example_of, form_of, load_decoder, open_task
 from mptk.tasks.decoder_onnx import export_decoder
 from mptk.version import __version__
 from passes.analysis import group
@@ -288,6 +288,7 @@ def positions_named(model: str) -> int | None:
     """The positions of a model, or of the one that a graph was made of, by its config; None if it is not known."""
     there = Path(model)
     if not model.endswith(".onnx") and not any((folder / FILE).is_file() for folder in (there, there / "onnx")):
+        check_decoder(model)
         return positions_of(models.load_config(model))
     folder = model_folder(there)
     return positions_of(models.load_config(str(folder))) if (folder / "config.json").is_file() else None

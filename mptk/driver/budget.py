@@ -15,6 +15,7 @@ from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.progress import Progress
+from mptk.run.bounds import BOUNDS
 from mptk.run.chain import Method, Target
 from mptk.run.processes import processes
 from mptk.run.settings import Settings
@@ -48,7 +49,8 @@ def budgeted(
     dense = latency({})
     if dense <= s.max_ms:
         raise MptkError(f"{s.objective} of the dense model is predicted to take {dense:.2f} ms; ask for less than that")
-    return cost, replace(s, sparsity=1 - s.max_ms / dense + s.tolerance)
+    wanted = 1 - s.max_ms / dense + s.tolerance
+    return cost, replace(s, sparsity=min(wanted, BOUNDS["sparsity"][1]))
 
 
 def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings) -> list[str]:

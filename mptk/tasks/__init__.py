@@ -80,8 +80,9 @@ def example_of(model: nn.Module) -> Mapping[str, Tensor] | None:
     return None
 
 
-def _refuse_others(model: str, trust: bool) -> None:
-    config = models.load_config(model, trust_remote_code=trust)
+def check_decoder(model: str, *, trust_remote_code: bool = False) -> None:
+    """Raise MptkError if a model is no causal language model, by its config alone."""
+    config = models.load_config(model, trust_remote_code=trust_remote_code)
     reason = CAUSAL_LM.refusal(config, models.classes_of(config))
     if reason is not None:
         raise wrong_kind(model, f"no {CAUSAL_LM.summary}: {reason}")
@@ -93,7 +94,7 @@ def load_decoder(model: str, *, trust_remote_code: bool = False) -> Loaded:
     Raises:
         MptkError: as ``models.load``; or it is of another kind, which is checked before weights are read.
     """
-    _refuse_others(model, trust_remote_code)
+    check_decoder(model, trust_remote_code=trust_remote_code)
     loaded = models.load(model, trust_remote_code=trust_remote_code)
     with torch.no_grad():
         CAUSAL_LM.check(loaded, lambda batch: getattr(loaded.model(**batch.inputs), "logits", None))

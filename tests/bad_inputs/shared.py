@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,8 +14,9 @@ from tests.bad_inputs.table import run
 SHORT = "--method magnitude --multiple-of 8 --samples 2 --length 16 --eval-windows 1 --eval-length 16"
 
 
-def shared_folders(root: Path) -> Mapping[str, Path]:
-    """Name → path. ``model``: a LLaMA of 70 positions. ``gpt2``: an export of 16 positions. ``pruned``: of ``model``."""
+def write_folders(root: Path) -> None:
+    """``model``: a LLaMA of 70 positions. ``gpt2``: an export of 16 positions. ``pruned``: of ``model``."""
+    root.mkdir()
     model = llama()
     model.save_pretrained(root / "model")
     tokenizer().save_pretrained(root / "model")
@@ -29,4 +29,3 @@ def shared_folders(root: Path) -> Mapping[str, Path]:
     write_gguf(model, tokenizer(), root / "toy.gguf")
     line = f"prune {root / 'model'} --data {root / 'text.raw'} --out {root / 'pruned'} {SHORT}"
     assert run(line.split()).code == 0
-    return {path.name: path for path in root.iterdir()}

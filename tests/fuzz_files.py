@@ -176,9 +176,9 @@ READERS: Mapping[str, tuple[str, Read]] = {
 
 def make_seeds(root: Path) -> None:
     """The files of ``READERS`` below ``root``."""
-    from tests.bad_inputs.shared import shared_folders
+    from tests.bad_inputs.shared import write_folders
 
-    shared_folders(root)
+    write_folders(root)
     case = {"phase": "decode", "length": 8, "batch": 1, "threads": 1}
     row = {
         "graph": "g",

@@ -16,7 +16,7 @@ SHORT = "--method magnitude --multiple-of 8 --samples 2 --length 16 --eval-windo
 
 def write_folders(root: Path) -> None:
     """``model``: a LLaMA of 70 positions. ``gpt2``: an export of 16 positions. ``pruned``: of ``model``."""
-    root.mkdir()
+    root.mkdir(exist_ok=True)
     model = llama()
     model.save_pretrained(root / "model")
     tokenizer().save_pretrained(root / "model")

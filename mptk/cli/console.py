@@ -32,8 +32,19 @@ class PlainConsole(Console):
         return super().render_str(plain(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        if isinstance(renderable, Text):
+            renderable = self._written_out(renderable)
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(plain(segment.text), segment.style)
+
+    def _written_out(self, text: Text) -> Text:
+        """``text`` with its control characters written out, before it is broken into lines."""
+        if plain(text.plain) == text.plain:
+            return text
+        made = text.blank_copy()
+        for at, character in enumerate(text.plain):
+            made.append(plain(character), text.get_style_at_offset(self, at))
+        return made
 
 
 out = PlainConsole()

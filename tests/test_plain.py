@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging
 
-from mptk.cli.console import PlainConsole, out
+from mptk.cli.console import PlainConsole
 from mptk.plain import plain
 from tests.bad_inputs.table import Place, run
 
@@ -112,16 +112,13 @@ def test_a_report_on_the_screen_and_as_a_page(kind: str, tiny_folders: Mapping[s
     assert page.count(shown.replace("<", "&lt;").replace(">", "&gt;")) >= 8
 
 
-def test_a_model_and_data_with_such_names(
-    tiny_folders: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_and_data_with_such_names(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
     place, name = Place(tmp_path, tiny_folders), "[/x]\x1b]8;;evil\x07\u202e"
     name = name.replace("/", "_")
     place["model"].rename(tmp_path / name)
     place["text.raw"].rename(tmp_path / f"{name}.txt")
     line = ["eval", str(tmp_path / name), "--data", str(tmp_path / f"{name}.txt"), "--windows", "2", "--length", "16"]
-    monkeypatch.setattr(out, "width", 60)
-    result = run(line)
+    result = run(line, width=60)
     assert result.code == 0, result.stderr
     assert r"[_x]\x1b]8;;evil\u202e.txt" in result.stdout.replace("\n", "")
     assert not ACTS.search(result.stdout + result.stderr)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+from mptk.cli import console
 from mptk.cli.main import main
 from mptk.cli.voice import VOICE
 
@@ -82,9 +83,10 @@ class Outcome:
         return [line for line in self.stderr.splitlines() if not PROGRESS.match(line)]
 
 
-def run(arguments: list[str]) -> Outcome:
-    """A command line in this process, as the console script runs it."""
+def run(arguments: list[str], width: int = console.WIDE) -> Outcome:
+    """A command line in this process, as the console script runs it. ``width``: columns of what it prints."""
     out, err = io.StringIO(), io.StringIO()
+    console.out.width = console.err.width = width
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(PATIENCE)
     with (

@@ -24,7 +24,7 @@ from mptk.cli.failure import Interrupted, Terminated, ended
 from mptk.cli.idle import TYPED
 from mptk.cli.voice import VOICE
 from mptk.errors import explained
-from mptk.files import json_text, tidy, write_json
+from mptk.files import json_text, path_of, tidy, write_json
 from mptk.io.cache import tidy_shared
 
 app = typer.Typer(
@@ -125,7 +125,7 @@ def tidy_for(arguments: Iterable[object]) -> None:
     for argument in arguments:
         for name in argument if isinstance(argument, list | tuple) else [argument]:
             if isinstance(name, str | Path):
-                tidy(Path(name).expanduser().parent)
+                tidy(path_of(name).parent)
 
 
 @contextmanager

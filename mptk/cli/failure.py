@@ -55,9 +55,9 @@ def ended(error: BaseException) -> int:
     if isinstance(error, typer.Abort):
         _say("stopped; give what was asked for")
         return FAILED
+    said = str(error).strip().partition("\n")[0].rstrip(".") or "no reason given"
     _say(
-        f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0] or 'no reason given'}. This is an error of "
-        f"mptk's own, not of yours; please report it with {_log(error)}"
+        f"{type(error).__name__}: {said}. This is an error of mptk's own, not of yours; please report it with {_log(error)}"
     )
     return BUG
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from mptk.cost.estimate import Estimate, Pass, Sizes, Work, estimate, size_text, this_machine
 from mptk.errors import MptkError
+from mptk.files import path_of
 from mptk.io import models
 from mptk.io.checkpoint import stored_dtype
 from mptk.io.resident import free_memory, memory_bound
@@ -64,7 +65,7 @@ def _number(value: object) -> int:
 
 def _stored(model: str, settings: Settings) -> torch.dtype:
     """The type of a checkpoint's weights: of its files, or of its config if they are not there."""
-    folder = Path(model).expanduser()
+    folder = path_of(model)
     if any(folder.glob("*.safetensors")):
         return stored_dtype(folder)
     dtype = models.load_config(model, trust_remote_code=settings.trust_remote_code).dtype

@@ -1,6 +1,7 @@
 """files: the one place where files are written, replaced and removed (SECURITY.md says what is promised)."""
 
 from mptk.files.claims import claimed
+from mptk.files.paths import path_of
 from mptk.files.replace import discard, fill_folder, put_folder, put_made, write_file, write_together
 from mptk.files.staging import Staging, scratch, staged, tidy, tidy_scratch
 from mptk.files.text import json_text, write_json, write_result, write_text
@@ -13,6 +14,7 @@ __all__ = [
     "discard",
     "fill_folder",
     "json_text",
+    "path_of",
     "put_folder",
     "put_made",
     "scratch",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import platformdirs
 
-from mptk.files import claimed, put_made, tidy, tidy_scratch, writing
+from mptk.files import claimed, path_of, put_made, tidy, tidy_scratch, writing
 
 REMEDY = "set MPTK_CACHE to a folder with room for it"
 DEPTH = 2
@@ -18,7 +18,7 @@ DEPTH = 2
 def cache_dir() -> Path:
     """The cache folder: ``MPTK_CACHE``, else the platform's user cache folder."""
     configured = os.environ.get("MPTK_CACHE")
-    return Path(configured).expanduser() if configured else platformdirs.user_cache_path("mptk")
+    return path_of(configured) if configured else platformdirs.user_cache_path("mptk")
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 from torch import nn
 
 from mptk.errors import MptkError
-from mptk.files import json_text
+from mptk.files import json_text, path_of
 from mptk.io import models
 from mptk.io.live import open_live, weights_fingerprint
 from mptk.io.manifest import file_digests
@@ -32,7 +31,7 @@ def fingerprint(model: str, *, local: bool = False) -> str:
 
 def absolute(model: str) -> str:
     """A local model's absolute path; an alias or a hub id unchanged."""
-    path = Path(model).expanduser()
+    path = path_of(model)
     return str(path.resolve()) if model not in ALIASES and path.exists() else model
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mptk.errors import MptkError
+from mptk.files import path_of
 
 
 def media_files(data: str, what: str, suffixes: Sequence[str]) -> list[Path]:
@@ -16,7 +17,7 @@ def media_files(data: str, what: str, suffixes: Sequence[str]) -> list[Path]:
     Raises:
         MptkError: there is no such folder, or it has none.
     """
-    folder = Path(data).expanduser()
+    folder = path_of(data)
     if not folder.is_dir():
         raise MptkError(f"this model reads {what}, and {data} is no folder of them; give one with --data, or random")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from mptk.compat.accelerate import offloaded, take_offload_index
 from mptk.compat.transformers import dequantize_gguf, forget_source, model_classes, unread_weights
 from mptk.errors import MptkError
-from mptk.files import scratch, tidy
+from mptk.files import path_of, scratch, tidy
 from mptk.io.cache import build_once, cache_dir
 from mptk.io.checkpoint import dtypes_in, fill, quantized_dtype, save_checkpoint, stored_dtype
 from mptk.io.licence import CARD, NOTICES, write_stub
@@ -225,9 +225,9 @@ def _checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Pat
 def _path(model: str) -> Path:
     """A model's name as a path. Raises MptkError if it cannot be one."""
     try:
-        path = Path(model).expanduser()
+        path = path_of(model)
         path.exists()
-    except (OSError, ValueError, RuntimeError) as error:  # too long; a null character; the home of nobody
+    except (OSError, ValueError) as error:  # too long; a null character
         raise MptkError(
             f"{model!r} cannot be a model's name: {error}; give a folder, a file, an alias or a hub id"
         ) from error

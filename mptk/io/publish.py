@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mptk.errors import MptkError
-from mptk.files import claimed, fill_folder, put_folder, writing
+from mptk.files import claimed, fill_folder, path_of, put_folder, writing
 from mptk.io.manifest import is_ours, write_manifest
 
 
@@ -59,7 +59,7 @@ def check_apart(folder: Path, *sources: str | Path) -> None:
     """Raise MptkError if writing ``folder`` would replace a file or folder that is read."""
     place = folder.resolve()
     for source in sources:
-        path = Path(source).expanduser()
+        path = path_of(source)
         if path.exists() and (path.resolve() == place or place in path.resolve().parents):
             raise MptkError(f"{source} is what is read, and {folder} would replace it; give another --out")
 

@@ -64,6 +64,7 @@ def rows() -> list[Row]:
 
 SOURCES = [
     Row("text that is not there", f"{EVAL}{{none.raw}}", ("no file or folder",)),
+    Row("text in the home of nobody", f"{EVAL}~nobody-here/text", ("~nobody-here/text",)),
     Row("text of 300 characters", f"{EVAL}{'n' * 300}", ("no file or folder",)),
     Row("text without a name", f"{EVAL}", ("names no text",)),
     Row("text named with a null", f"{EVAL}a\0b", ("a\\x00b",)),
@@ -129,6 +130,7 @@ POSITIONS = [
         "prune {model} --data {text.raw} --method magnitude --out {out} --length 71",
         ("70 positions",),
     ),
+    Row("prompt that begins as a home does", f"{GENERATE}~nobody --max-new-tokens 2", ("new tokens",), done=True),
     Row("prompt cut by choice", f"{GENERATE}{'x' * 40} --cut", ("8 prompt tokens",), done=True),
     Row("empty prompt", f"{GENERATE}", ("an empty prompt",)),
 ]

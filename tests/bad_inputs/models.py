@@ -166,6 +166,7 @@ FILES = [
     Row("a model that is not there", "analyze {nowhere}", ("nowhere", "check the name")),
     Row("a model without a name", "analyze ", ("''",)),
     Row("a model of 300 characters", f"analyze {'n' * 300}", ("nnn",)),
+    Row("a model in the home of nobody", "analyze ~nobody-here/model", ("~nobody-here/model", "check the name")),
     Row("a model named dash", "analyze -", ("'-'",)),
     Row("a model named with a null", "analyze a\0b", ("cannot be a model's name",)),
 ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
+from mptk.files import path_of
 from mptk.io.manifest import file_sha256
 from mptk.io.text.files import Document, check_ordinary, file_documents, folder_documents, shown
 from mptk.io.text.hub import HubText, hub_text
@@ -66,12 +67,8 @@ def parse(data: str, *, held_out: bool = False, split: str | None = None) -> tup
 
 def _is_there(name: str) -> bool:
     try:
-        return Path(name).expanduser().exists()
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ):  # too long for a path; the home of a user who is not there; a null character
+        return path_of(name).exists()
+    except (OSError, ValueError):  # too long for a path; a null character
         return False
 
 
@@ -93,12 +90,12 @@ def _source(name: str, weight: float, held_out: bool, split: str | None) -> Sour
     if not name:
         raise MptkError("'' names no text; give a file, folder or dataset")
     if _is_there(name):
-        check_ordinary(Path(name).expanduser())
-        return Source(name, Path(name).expanduser(), weight=weight)
+        check_ordinary(path_of(name))
+        return Source(name, path_of(name), weight=weight)
     before, colon, column = name.rpartition(":")
     if colon and _is_there(before):
-        check_ordinary(Path(before).expanduser())
-        return Source(name, Path(before).expanduser(), column, weight)
+        check_ordinary(path_of(before))
+        return Source(name, path_of(before), column, weight)
     return Source(name, hub_text(name, held_out=held_out, split=split), weight=weight)
 
 

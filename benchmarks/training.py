@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 import passes.frontend.trace
 from benchmarks.common import result_header, write_result
-from mptk.driver.prune import legalise
+from mptk.driver.prepare import legalise
 from mptk.io import models
 from mptk.ir.passes import Log
 from mptk.ir.resolved_plan import resolve_plan

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from transformers.utils import logging
+from test_cli import surroundings  # noqa: F401 (a fixture)
 
 from tests.bad_inputs import ROWS
 from tests.bad_inputs.table import Place, Row, listing, run
 
 REMEDY = re.compile(r"[;:,.] ?\S|give|do not use|check|write|choose|see|add|remove", re.I)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    logging.disable_progress_bar()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MPTK_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield
-    logging.enable_progress_bar()
 
 
 def test_the_table_is_large_and_each_row_has_a_name_of_its_own() -> None:

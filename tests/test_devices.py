@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from mptk.compat.accelerate import own_state
-from mptk.driver.prune import legalise
+from mptk.driver.prepare import legalise
 from mptk.io import models
 from mptk.ir.samples import next_tokens
 from mptk.methods.maskprune import learner as maskprune

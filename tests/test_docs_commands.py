@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 
 import mptk
 import mptk.cli.prune
-import mptk.driver.prune
+import mptk.driver.prepare
 import mptk.driver.pruned
 from mptk.cli.main import app
 from mptk.io.packaged import ALIASES, _target, content_sha256
@@ -60,7 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("MPTK_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.chdir(folder)
-        for module in (mptk.driver.prune, mptk.driver.pruned, mptk.cli.prune):
+        for module in (mptk.driver.prepare, mptk.driver.pruned, mptk.cli.prune):
             patch.setattr(module, "DEFAULT_STEPS", 2)
         for name, path in {name: _target(name) for name in ALIASES}.items():
             path.parent.mkdir(parents=True)

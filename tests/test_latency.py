@@ -21,7 +21,7 @@ from mptk.cost.budgets import phase
 from mptk.cost.latency import Latency, find_parts, interpolate
 from mptk.cost.model import CostModel
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, kept_times, measure
-from mptk.driver.prune import legalise
+from mptk.driver.prepare import legalise
 from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.ir.plan import FamilyPlan, Plan

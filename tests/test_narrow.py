@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from mptk import Settings, prune
-from mptk.driver.prune import settled
+from mptk.driver.prepare import settled
 from mptk.driver.verification import verify
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan

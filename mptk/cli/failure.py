@@ -56,9 +56,8 @@ def ended(error: BaseException) -> int:
         _say("stopped; give what was asked for")
         return FAILED
     said = str(error).strip().partition("\n")[0].rstrip(".") or "no reason given"
-    _say(
-        f"{type(error).__name__}: {said}. This is an error of mptk's own, not of yours; please report it with {_log(error)}"
-    )
+    ours = "This is an error of mptk's own, not of yours"
+    _say(f"{type(error).__name__}: {said}. {ours}; please report it with {_log(error)}")
     return BUG
 
 

@@ -69,7 +69,7 @@ def prune(
     """
     from mptk.cli import report
     from mptk.driver.estimate import check_fits, estimated
-    from mptk.driver.prune import check_settings, settled
+    from mptk.driver.prepare import check_settings, settled
     from mptk.driver.pruned import prune
     from mptk.methods import find_method
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -161,10 +161,7 @@ def evaluate(
 ) -> None:
     """Measure how good a model is, by its kind: a decoder's perplexity, in torch or ONNX Runtime, and lm-eval tasks."""
     from mptk.driver import use
-    from mptk.io import data as text
-    from mptk.io import evaluation
-    from mptk.run.execution import find_device
-    from mptk.tasks import CAUSAL_LM, kind_of, load_decoder
+    from mptk.tasks import CAUSAL_LM, kind_of
 
     check_eval(data, tasks, runtime)
     if data is None and not tasks:
@@ -185,6 +182,29 @@ def evaluate(
             )
         show(json_file, {"model": model, **found}, quality_view(found))
         return
+    evaluate_torch(
+        model, data, length, windows, names(tasks), include_path, limit, device, json_file, trust_remote_code
+    )
+
+
+def evaluate_torch(
+    model: str,
+    data: str | None,
+    length: int,
+    windows: int | None,
+    tasks: Sequence[str],
+    include_path: Path | None,
+    limit: int | None,
+    device: str,
+    json_file: Path | None,
+    trust_remote_code: bool,
+) -> None:
+    """`mptk eval` of a decoder in torch: perplexity, lm-eval tasks, or both."""
+    from mptk.io import data as text
+    from mptk.io import evaluation
+    from mptk.run.execution import find_device
+    from mptk.tasks import load_decoder
+
     with stages(err) as progress:
         progress("load", 0, 0)
         there = find_device(device)
@@ -204,7 +224,7 @@ def evaluate(
             result |= {"perplexity": measured.value, "protocol": measured.protocol}
         if tasks:
             progress("lm-eval", 0, 0)
-            result["tasks"] = evaluation.zero_shot(loaded, names(tasks), include_path=include_path, limit=limit)
+            result["tasks"] = evaluation.zero_shot(loaded, tasks, include_path=include_path, limit=limit)
     views = [] if data is None else [perplexity_view(measured)]
     show(json_file, result, Group(*views, *([JSON.from_data(result["tasks"])] if tasks else [])))
 

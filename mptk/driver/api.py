@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import passes.frontend.trace
 from mptk.cost.budgets import phase
-from mptk.driver.prune import traced
+from mptk.driver.prepare import traced
 from mptk.errors import MptkError
 from mptk.io import data, models
 from mptk.io.cache import build_once, cache_dir

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
+from mptk.io.auto_classes import auto_class
 from mptk.io.markdown import code, table
-from mptk.io.models import auto_class
 from mptk.run.chain import Compiled
 from mptk.run.report import Report
 from mptk.tasks.genai import FILE as GENAI_CONFIG

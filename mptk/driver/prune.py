@@ -14,50 +14,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import passes.frontend.trace
 from mptk.compat.accelerate import own_state
-from mptk.cost.estimate import Estimate
-from mptk.cost.model import is_layered
-from mptk.driver.alive import check_alive
-from mptk.driver.budget import WidthSearch, budgeted, left_whole, multiples
+from mptk.driver.budget import left_whole
 from mptk.driver.card import write_card
 from mptk.driver.changes import COMPENSATION, widened
 from mptk.driver.describe import describe, measured
-from mptk.driver.estimate import check_fits, estimated_for
 from mptk.driver.job import Finished, Given, Job, held
 from mptk.driver.kept import kept_choice, kept_fit
+from mptk.driver.prepare import announce, check_settings, prepare, settled
 from mptk.driver.proof import check_proof, check_witness, prove_folder
-from mptk.errors import MptkError, explained
+from mptk.errors import explained
 from mptk.io import data
 from mptk.io.licence import copy_notices
-from mptk.io.models import Loaded
 from mptk.io.publish import publish
-from mptk.io.resident import free_memory
 from mptk.io.tensors import write_weights
-from mptk.io.text.sampled import writes
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples, joined
 from mptk.ir.weights import Weights
-from mptk.methods import find_method
 from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.methods.reconstruct import kept_units, reconstruct_consumers
-from mptk.progress import Progress, silent
-from mptk.run.chain import Chosen, Compiled, Prepared, Task, stored_type
-from mptk.run.execution import execution
+from mptk.progress import silent
+from mptk.run.chain import Chosen, Compiled, Prepared
 from mptk.run.folder import RunFolder, check_unfinished
 from mptk.run.processes import describe as describe_processes
-from mptk.run.processes import holds, leads, once, processes
+from mptk.run.processes import holds, leads, processes
 from mptk.run.recipe import write_recipe
 from mptk.run.report import Report
-from mptk.run.settings import DEFAULT_STEPS, IN_MEMORY, Settings
+from mptk.run.settings import IN_MEMORY, Settings
 from mptk.run.values import Context, SampleSets
-from mptk.runtime.staged import Executor
-from mptk.targets import find_target, written
-from passes.analysis import group
-from passes.pipelines import check_schemes, cut_program
+from mptk.targets import written
+from passes.pipelines import cut_program
 from passes.transforms.store import Store
 from passes.verify import Difference
 
@@ -124,135 +111,6 @@ def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
     finally:
         if context.folder is not None:
             context.folder.remove()
-
-
-# ---- before anything is cut ----
-
-
-def announce(needs: Estimate, job: Job, context: Context) -> None:
-    """Say what the run will need. Raises MptkError if it is not there."""
-    context.progress(str(needs), 0, 0)
-    check_fits(needs, job.out)
-
-
-def settled(settings: Settings) -> Settings:
-    """The settings with a number of training steps, by default the method's, and the type in which training runs."""
-    steps = settings.learning.steps
-    if steps is None:
-        learns = settings.plan is None and find_method(settings.method).learns
-        steps = DEFAULT_STEPS if learns else 0
-    precision = settings.learning.precision
-    if precision == "no" and settings.compute_dtype == "bfloat16":
-        precision = "bf16"
-    return replace(settings, learning=replace(settings.learning, steps=steps, precision=precision))
-
-
-def check_settings(settings: Settings) -> None:
-    """Raise MptkError for what cannot be done with any model."""
-    method = find_method(settings.method)
-    target = find_target(settings.target)
-    if settings.plan is None:
-        method.check(settings)
-    else:
-        Plan.load(settings.plan)
-    if settings.steps and not target.trainable:
-        raise MptkError("only a stock checkpoint can be trained after the cut; use --target stock, or no --steps")
-    check_schemes(settings.quantize)
-
-
-def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
-    """Load, trace, analyse and find legal widths.
-
-    Raises:
-        MptkError: one of these fails; no legal widths meet the budget; or the training cannot follow the cut.
-    """
-    resident, executor = execution(settings)
-    with context.stage("load"):
-        loaded, task = job.load(resident)
-        if not settings.resume:  # what was read before is kept
-            check_data(job, loaded, task, settings)
-    if settings.onnx and task.onnx is not None:
-        task.onnx.check(loaded.model, settings)
-    if job.given is not None:
-        announce(estimated_for(loaded.model, loaded.dtype, settings, job.kept), job, context)
-    check_whole(loaded, settings)
-    with context.stage("trace"):
-        program = traced(loaded, task, executor)
-    with context.stage("analyse"):
-        analysis = group.analyze(program)
-    with context.stage("legalise"):
-        prepared = legalise(job.source, settings, loaded, task, analysis, context.progress)
-    prepared = replace(prepared, executor=executor)
-    whole = [name for name in prepared.families if not is_layered(analysis.family(name))]
-    if settings.steps and not settings.learning.rank and whole:
-        raise MptkError(f"all weights cannot be trained where {whole[0]} is cut, as norms follow it; use --rank 16")
-    return prepared
-
-
-def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> None:
-    """Read one sample of each source. Raises MptkError if that cannot be done, before anything takes time."""
-    if job.samples is not None:
-        return
-    if settings.data != data.SELF or not writes(loaded.model):  # to write text takes time
-        task.samples(loaded, replace(settings, samples=1), 1, lambda done, total: None)
-    if settings.eval_data is not None:
-        task.evaluation(loaded, replace(settings, eval_windows=1))
-
-
-def check_whole(loaded: Loaded, settings: Settings) -> None:
-    """Raise MptkError if the run needs all weights in memory at once and they do not fit."""
-    needed = 4 * sum(p.numel() for p in loaded.model.parameters())
-    room = free_memory() if settings.memory is None else settings.memory
-    if (settings.steps or settings.data == data.SELF) and needed > room:
-        what, remedy = (
-            ("training holds", "give a one-shot --method without --steps")
-            if settings.steps
-            else ("text that the model writes needs", "give text with --data")
-        )
-        raise MptkError(
-            f"{what} all weights in memory, {needed / 1e9:.1f} GB of {room / 1e9:.1f} GB; {remedy}, or more --memory"
-        )
-
-
-def traced(loaded: Loaded, task: Task, executor: Executor) -> Program:
-    """The model's program with its weights.
-
-    Raises:
-        MptkError: it does not compute what the task says, or its outputs are not finite, or zero alone.
-    """
-    example = task.example(loaded.model)
-    program = loaded.with_weights(passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=True))
-    ran = 0
-
-    def run(samples: Samples) -> Tensor | tuple[Tensor, ...]:
-        nonlocal ran
-        found: Tensor | tuple[Tensor, ...] = next(executor.outputs([program], [samples.tensors]))
-        check_alive(loaded.source, program, (found,) if isinstance(found, Tensor) else found)
-        ran += 1
-        return found
-
-    task.check(loaded, run)
-    if not ran:
-        run(example)
-    return program
-
-
-def legalise(
-    source: str, settings: Settings, loaded: Loaded, task: Task, analysis: Analysis, progress: Progress
-) -> Prepared:
-    """The widths that the settings and the target allow, or the plan that the settings give, resolved."""
-    method, target = find_method(settings.method), find_target(settings.target)
-    legal = target.legal(analysis, loaded.model, multiples(settings))
-    if settings.portable:
-        legal = legal.portable()
-    stored = stored_type(settings, loaded)
-    cost, settings = budgeted(analysis, legal, settings, progress, stored.itemsize)
-    prepared = Prepared(source, settings, loaded, task, method, target, analysis, legal, cost)
-    if settings.plan is not None:
-        plan = Plan.load(settings.plan)
-        return replace(prepared, plan=plan, cut=resolve_plan(analysis, plan))
-    search = WidthSearch(analysis, legal, cost, loaded.model, method, target, settings)
-    return replace(prepared, candidates=tuple(once(search.candidates)))
 
 
 # ---- choosing ----

@@ -13,7 +13,8 @@ from mptk.cost.estimate import Estimate
 from mptk.driver.changes import changes_of
 from mptk.driver.estimate import estimated_for
 from mptk.driver.job import Given, Job
-from mptk.driver.prune import run, settled
+from mptk.driver.prepare import settled
+from mptk.driver.prune import run
 from mptk.driver.sources import task_of_folder
 from mptk.io.dense import open_dense
 from mptk.io.manifest import check_manifest

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mptk.driver.prune import traced
+from mptk.driver.prepare import traced
 from mptk.driver.pruned import Pruned, Shown, reporting
 from mptk.driver.sources import Data, Inputs, Model, collected, in_memory, names_of, source_of, task_of_folder
 from mptk.errors import MptkError, explained

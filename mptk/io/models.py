@@ -7,7 +7,6 @@ code. A model's own Python code runs only if the caller trusts it.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from collections.abc import Iterator
@@ -23,9 +22,10 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.compat.accelerate import offloaded, take_offload_index
-from mptk.compat.transformers import dequantize_gguf, forget_source, model_classes, unread_weights
+from mptk.compat.transformers import dequantize_gguf, forget_source, unread_weights
 from mptk.errors import MptkError
 from mptk.files import path_of, scratch, tidy
+from mptk.io.auto_classes import auto_class
 from mptk.io.cache import build_once, cache_dir
 from mptk.io.checkpoint import dtypes_in, fill, quantized_dtype, save_checkpoint, stored_dtype
 from mptk.io.licence import CARD, NOTICES, write_stub
@@ -41,8 +41,6 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.tiktoken", "*.model")
 # Files to download from a hub: no pickles, no subfolders, no second copy in another format.
 _HUB_SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", CARD, *NOTICES)
 _HUB_IGNORED = ("*/*", "consolidated*")
-# If the classes of several tasks take a config, the first of these wins, unless the checkpoint names another.
-_FIRST_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
 
 
 @dataclass(frozen=True)
@@ -314,37 +312,6 @@ def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **op
         )
     loaded: PreTrainedModel = module.eval()
     return loaded
-
-
-def auto_class(config: PreTrainedConfig) -> str:
-    """Name of the auto class for ``config``: the first with the checkpoint's class, else the first that takes it."""
-    code: dict[str, str] = getattr(config, "auto_map", None) or {}
-    fitting = {name: _class_names(name, config, code) for name in _auto_names()}
-    taken = [name for name, classes in fitting.items() if classes]
-    if not taken:
-        raise MptkError(f"transformers has no model class for {type(config).__name__}; trust its own code or update")
-    saved = set(config.architectures or ())
-    return next((name for name in taken if fitting[name] & saved), taken[0])
-
-
-def classes_of(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
-    """The classes that transformers has for ``config``; empty if the model brings its own."""
-    auto = auto_class(config)
-    if auto in (getattr(config, "auto_map", None) or {}):
-        return set()
-    return set(model_classes(auto, config))
-
-
-@functools.cache
-def _auto_names() -> list[str]:
-    names = {name for name in dir(transformers) if name.startswith("AutoModelFor")}
-    return [*_FIRST_TASKS, *sorted(names.difference(_FIRST_TASKS)), "AutoModel"]
-
-
-def _class_names(auto: str, config: PreTrainedConfig, code: dict[str, str]) -> set[str]:
-    """Names of the classes that the auto class has for ``config``: transformers' and the model's own."""
-    names = {known.__name__ for known in model_classes(auto, config)}
-    return names | {code[auto].rsplit(".", 1)[-1]} if auto in code else names
 
 
 def _refuse_pickles(folder: Path, config: PreTrainedConfig) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.io import models
+from mptk.io.auto_classes import classes_of
 from mptk.io.models import Loaded
 from mptk.io.resident import Resident
 from mptk.plugins import with_plugins
@@ -35,7 +36,7 @@ def open_task(model: str, resident: Resident, *, trust_remote_code: bool = False
         MptkError: as ``models.load``; or no task takes the model, which is checked before weights are read.
     """
     config = models.load_config(model, trust_remote_code=trust_remote_code)
-    task = _find(model, config, models.classes_of(config))
+    task = _find(model, config, classes_of(config))
     loaded = models.open_weights(model, resident, trust_remote_code=trust_remote_code)
     return loaded, task.bind(loaded)
 
@@ -43,7 +44,7 @@ def open_task(model: str, resident: Resident, *, trust_remote_code: bool = False
 def kind_of(model: str, *, trust_remote_code: bool = False) -> Task:
     """The task of a model by its config alone. Raises MptkError if there is no such model, or no task takes it."""
     config = models.load_config(model, trust_remote_code=trust_remote_code)
-    return _find(model, config, models.classes_of(config))
+    return _find(model, config, classes_of(config))
 
 
 def task_of(loaded: Loaded) -> Task:
@@ -83,7 +84,7 @@ def example_of(model: nn.Module) -> Mapping[str, Tensor] | None:
 def check_decoder(model: str, *, trust_remote_code: bool = False) -> None:
     """Raise MptkError if a model is no causal language model, by its config alone."""
     config = models.load_config(model, trust_remote_code=trust_remote_code)
-    reason = CAUSAL_LM.refusal(config, models.classes_of(config))
+    reason = CAUSAL_LM.refusal(config, classes_of(config))
     if reason is not None:
         raise wrong_kind(model, f"no {CAUSAL_LM.summary}: {reason}")
 

@@ -24,6 +24,24 @@ PATIENCE = int(os.environ.get("PATIENCE", 60))
 PROGRESS = re.compile(r" *\d+ s  ")
 
 
+DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
+LESS_DEEP = '{"a":' * 900 + "1" + "}" * 900
+BODIES = {
+    "empty": "",
+    "a list": "[]",
+    "null": "null",
+    "a number": "7",
+    "no JSON": "{",
+    "not UTF-8": b'{"format": "\xff"}',
+    "deep": DEEP,
+    "deep and short": LESS_DEEP,
+    "of 5000 digits": '{"format": ' + "9" * 5000 + "}",
+    "of NaN": '{"format": NaN}',
+    "of 80 MB": lambda path: b" " * (80 << 20),
+}
+"""What a JSON file may hold in place of an object that can be read."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a row works. ``model``, ``pruned``, …: copies of the shared folders, made when they are asked for."""

@@ -112,7 +112,10 @@ def test_targets_end_with_the_text() -> None:
         ("encoder-decoder", "self", "cannot write text to calibrate on"),
     ],
 )
-def test_data_of_another_kind_is_said(folders: Path, tmp_path: Path, name: str, data: str, line: str) -> None:
+def test_data_of_another_kind_is_said_before_any_work(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, data: str, line: str
+) -> None:
+    monkeypatch.setattr("passes.frontend.trace.trace", lambda *_, **__: pytest.fail("the model was traced first"))
     given = data if data == "self" else str(folders / data)
     with pytest.raises(MptkError, match=line):
         mptk.prune(str(folders / name), tmp_path / "out", settings(folders, name, data=given))

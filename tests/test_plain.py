@@ -112,6 +112,15 @@ def test_a_report_on_the_screen_and_as_a_page(kind: str, tiny_folders: Mapping[s
     assert page.count(shown.replace("<", "&lt;").replace(">", "&gt;")) >= 8
 
 
+def test_nothing_is_lost_at_the_edge_of_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is written out is longer than what it stands for, so it comes before the lines are broken."""
+    evil = "\x1b]8;;" * 20
+    console = PlainConsole()
+    console.width = 21
+    console.print(Text(evil))
+    assert capsys.readouterr().out.replace("\n", "") == plain(evil)
+
+
 def test_a_model_and_data_with_such_names(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
     place, name = Place(tmp_path, tiny_folders), "[/x]\x1b]8;;evil\x07\u202e"
     name = name.replace("/", "_")

@@ -127,7 +127,8 @@ class Stage:
         """What is wrong with what a killed command left."""
         wrong, there, before = [], made(place), made(self.before)
         if trap.signal != signal.SIGKILL:
-            wrong += told(killed, trap.signal, place)
+            if last_words(killed) != last_words(self.unbroken):  # if not, only the interpreter was left to end
+                wrong += told(killed, trap.signal, place)
             wrong += [f"{path} stayed after {trap.signal.name}" for path in there if ".mptk" in path]
         out = self.scene.out
         if out is not None and within(before, out) and not within(there, out):
@@ -156,12 +157,16 @@ class Stage:
 def told(killed: Ended, by: signal.Signals, place: Path) -> list[str]:
     """What is wrong with the last words of a command that could speak them."""
     word, code = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}[by]
-    last = (killed.said.splitlines() or [""])[-1]
+    last = last_words(killed)
     wrong = [] if killed.code == code else [f"{by.name} ended with {killed.code}"]
     if not last.startswith(f"{word}; "):
         wrong.append(f"{by.name} said {killed.said[-300:]!r}")
     kept = any(place.glob("out.run/*.safetensors")) and "proven and published" not in last
     return wrong + (["what is kept was not said: " + last] if kept and "--resume goes on" not in last else [])
+
+
+def last_words(ended: Ended) -> str:
+    return (ended.said.splitlines() or [""])[-1]
 
 
 def within(files: dict[str, str], folder: str) -> dict[str, str]:

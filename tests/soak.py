@@ -102,7 +102,9 @@ class Draw:
         words = ["prune", model, "--method", method, *self.measured(MODELS[model]), "--samples", "4"]
         target = self.random.choice(("stock", "stock", "graph"))
         words += ["--target", target, "--multiple-of", "1", *self.shape(model, target)]
-        words += self.some("--reconstruct", "--seed 3", "--memory 2GB", "--compute-dtype bfloat16", "--portable")
+        words += self.some(
+            "--reconstruct", "--distil-epochs 1", "--seed 3", "--memory 2GB", "--compute-dtype bfloat16", "--portable"
+        )
         words += self.random.choice(("--no-onnx", "--no-onnx --dtype bfloat16", "")).split()
         if model == "llama" and self.random.random() < 0.2:
             words += shlex.split("--steps 4 --batch 2 --micro 2 --rank 2 --save-every 2")

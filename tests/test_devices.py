@@ -72,8 +72,8 @@ def train(prepared: Prepared, folder: Path, learning: Learning = LEARNING) -> Ru
             silent,
         )
         chosen = learner.learn(prepared, SampleSets(TEXT, TEXT, TEXT, ""))
-        trained, _ = learner.recover(replica(prepared.loaded.model), 6, TEXT[:2])
-    return Run(chosen, trained, metrics(work.path))
+        recovered = learner.recover(replica(prepared.loaded.model), 6, TEXT[:2])
+    return Run(chosen, recovered.weights, metrics(work.path))
 
 
 @pytest.fixture(scope="module")

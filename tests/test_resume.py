@@ -40,6 +40,7 @@ FIT, CUT, WRITE = (
     "mptk.targets.stock.write_checkpoint",
 )
 SAVE = "mptk.run.folder.save_file"
+BLOCK = "mptk.methods.distil._Block.trained"
 REFUSED = [
     (SAVE, errno.ENOSPC),
     ("mptk.files.replace.os.replace", errno.EROFS),
@@ -98,7 +99,7 @@ def counted(counts: Counter[str], stop: str | None, call: int = 1) -> Iterator[N
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in (TEXT, SCORE, WIDTHS, FIT, CUT, WRITE, SAVE):
+        for name in (TEXT, SCORE, WIDTHS, FIT, BLOCK, CUT, WRITE, SAVE):
             patch.setattr(name, watched(name))
         yield
 
@@ -142,6 +143,18 @@ def test_a_stage_stopped_while_its_weights_are_written_runs_again(
 ) -> None:
     counts = require_resumed(llama, settings, tmp_path, [(FIT, 1), (SAVE, 2)])
     assert [counts[name] for name in (SCORE, WIDTHS, FIT)] == [1, 1, 2]
+
+
+def test_a_block_is_distilled_once_and_stored_in_the_models_type(
+    llama: str, settings: mptk.Settings, tmp_path: Path
+) -> None:
+    distilling = replace(settings, reconstruct=None, distil_epochs=1, dtype="bfloat16")
+    counts = require_resumed(llama, distilling, tmp_path, [(BLOCK, 3), (CUT, 1)])
+    report = Report.read(tmp_path / "out")
+    assert (counts[FIT], counts[BLOCK]) == (1, 3)
+    assert {"model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.o_proj.weight"} <= set(report.trained)
+    assert [note for note in report.notes if note.startswith("local distillation made")]
+    assert all(d.ok for d in mptk.verify(tmp_path / "out"))
 
 
 def test_flaps_biases_and_note_are_kept(gpt2: str, settings: mptk.Settings, tmp_path: Path) -> None:  # noqa: F811

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from mptk.ir.samples import next_tokens
 from mptk.methods.maskprune.train import Loop
+from mptk.methods.maskprune.watch import Watch
 from mptk.run.folder import RunFolder
 from mptk.run.processes import accelerator
 from mptk.run.settings import LossWeights, Training
@@ -33,7 +35,9 @@ class Drawing(nn.Module):
         return (self.head(x + self.noise * torch.randn(x.shape)),)
 
 
-def loop(tmp_path: Path, name: str, *, micro: int = 4, noise: float = 0.0, steps: int = 4) -> Loop:
+def loop(
+    tmp_path: Path, name: str, *, micro: int = 4, noise: float = 0.0, steps: int = 4, watch: Watch | None = None
+) -> Loop:
     training = Training(batch=4, micro=micro, lr=1e-2, save_every=1, losses=LossWeights(kl=0.0))
     folder = RunFolder(tmp_path / name, {}, resume=True)
     return Loop(
@@ -46,6 +50,7 @@ def loop(tmp_path: Path, name: str, *, micro: int = 4, noise: float = 0.0, steps
         training,
         phase="masks",
         folder=folder,
+        watch=watch,
     )
 
 
@@ -70,6 +75,49 @@ def test_random_numbers_go_on_where_a_stopped_run_left_them(tmp_path: Path) -> N
     (tmp_path / "run.run" / "masks-00000004.safetensors").unlink()
     torch.manual_seed(99)  # as another process would begin
     assert losses() == whole[3:]
+
+
+def watching(tmp_path: Path, losses: list[float], monkeypatch: pytest.MonkeyPatch) -> tuple[Loop, list[Tensor]]:
+    """A loop that measures these losses, and what its embedding was at each measurement."""
+    one, weights = loop(tmp_path, "watched", watch=Watch(WINDOWS)), []
+
+    def measured(samples: Any) -> float:
+        weights.append(one.parameters["embed.weight"].detach().clone())
+        return losses[len(one.watch.losses)]
+
+    monkeypatch.setattr(one, "_held_out", measured)
+    return one, weights
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept", "said"),
+    [
+        ([5.0, 4.0, 3.0, 2.0, 1.0], 4, ""),
+        ([5.0, 4.0, float("nan"), 4.0, 4.5], 1, r"worse on held-out samples after step 1 of 4 \(loss 4 → 4.5\); the w"),
+        ([5.0, 6.0, 7.0, 8.0, 9.0], 0, r"made the model worse on held-out .* \(loss 5 → 9 in 4 steps\).* lower --lr"),
+    ],
+)
+def test_the_weights_with_the_least_held_out_loss_are_kept_before_a_stop_and_after(
+    tmp_path: Path, losses: list[float], kept: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, weights = watching(tmp_path, losses, monkeypatch)
+    one.run()
+    assert torch.equal(one.parameters["embed.weight"], weights[kept])
+    assert not torch.equal(weights[0], weights[4])
+    (tmp_path / "watched.run" / "masks-00000004.safetensors").unlink()
+    again, _ = watching(tmp_path, losses, monkeypatch)
+    again.run()
+    assert torch.equal(again.parameters["embed.weight"], weights[kept])
+    assert again.watch.row("text", 1) == one.watch.row("text", 1)
+    assert one.watch.row("text", 1)["kept"] == kept
+    assert "\n" not in one.watch.note()
+    assert re.search(said, one.watch.note()) if said else not one.watch.note()
+
+
+def test_the_held_out_loss_is_that_of_all_windows(tmp_path: Path) -> None:
+    one = loop(tmp_path, "held", watch=Watch(WINDOWS))
+    with torch.no_grad():
+        assert one._held_out(WINDOWS) == pytest.approx(float(one._losses(WINDOWS)["loss"]), rel=1e-6)
 
 
 def test_a_checkpoint_that_was_stopped_half_way_is_no_checkpoint(

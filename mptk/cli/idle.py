@@ -35,7 +35,7 @@ def check_prune(settings: Settings, learns: bool, estimate: bool) -> None:
     """Check the options of ``prune``. ``settings`` are settled; ``learns``: the method learns in steps."""
     latency = TYPED.get() & {"max_decode_ms", "max_prefill_ms"}
     if settings.plan is not None:
-        refuse((*CHOOSING, "reconstruct"), "--plan says which units stay", "leave out one of both")
+        refuse((*CHOOSING, "reconstruct", "distil_epochs"), "--plan says which units stay", "leave out one of both")
         if not settings.steps:
             refuse(("resume",), "a run that neither chooses nor trains keeps no stages", "leave it out")
     if latency:
@@ -47,6 +47,8 @@ def check_prune(settings: Settings, learns: bool, estimate: bool) -> None:
             refuse(("objective",), "neither a latency is predicted nor a graph written", "leave it out")
     if not learns:
         refuse(("mask_share",), "this method learns no masks", "give --method maskprune, or leave it out")
+    if not settings.distil_epochs:
+        refuse(("distil_lr",), "no block is distilled", "give --distil-epochs, as 3, or leave it out")
     _check_training(settings)
     _check_onnx(settings)
     if settings.target != "stock":

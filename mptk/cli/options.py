@@ -139,6 +139,13 @@ FIELDS: dict[str, Field] = {
     "reconstruct": Field(
         "reconstruct", bool | None, CHOICE, "Fit the kept weights to the dense layers' outputs; default of maskprune."
     ),
+    "distil_epochs": Field(
+        "distil_epochs",
+        int,
+        CHOICE,
+        "After reconstruction, train block by block to the dense blocks' outputs: so many epochs, as 3.",
+    ),
+    "distil_lr": Field("distil_lr", float, CHOICE, "Learning rate of that."),
     "data": Field(
         "data",
         str,

@@ -82,7 +82,7 @@ def check_numbers(
         _require(f"cost.{name}", said, figures)
     settings, trained = report.settings, report.trained
     method = find_method(settings.method)
-    learned = method.learns or method.reconstructs or settings.reconstruct or settings.steps
+    learned = method.learns or method.reconstructs or settings.reconstruct or settings.distil_epochs or settings.steps
     unknown = [name for name in trained if not learned or name not in analysis.program.state]
     _require("trained", trained, [name for name in trained if name not in unknown])
     if (folder / COMPENSATION).is_file():

@@ -69,6 +69,7 @@ def describe(
             for name, ladder in prepared.legal.ladders.items()
         },
         data=used_data(sets, prepared.settings),
+        recovery=compiled.recovery,
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     )
 
@@ -83,6 +84,7 @@ def used_data(sets: SampleSets, settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, samples, source in (
         ("training", sets.training if settings.steps else None, settings.data),
+        ("held-out", sets.held_out, settings.data),
         ("calibration", sets.calibration, settings.data),
         ("evaluation", sets.evaluation, sets.source),
     ):

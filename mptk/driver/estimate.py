@@ -18,6 +18,7 @@ from mptk.io.checkpoint import stored_dtype
 from mptk.io.resident import free_memory, memory_bound
 from mptk.methods import find_method
 from mptk.methods.one_shot import TOKENS
+from mptk.run.chain import reconstructs
 from mptk.run.execution import device_memory, find_device
 from mptk.run.processes import blocks
 from mptk.run.settings import Settings
@@ -79,9 +80,7 @@ def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.
     """
     s, training = settings, settings.learning.training
     method, calibration = find_method(s.method), s.samples * s.length
-    chooses, reconstructs = s.plan is None, s.reconstruct
-    if reconstructs is None:
-        reconstructs = chooses and method.reconstructs
+    chooses = s.plan is None
     passes: dict[str, Pass] = {}
     if s.data == "self":  # the model reads its weights for every token of 32 windows
         count = max(s.samples, s.steps * training.batch) * (1 + (s.eval_data is None))
@@ -94,12 +93,14 @@ def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.
         passes["choose widths"] = Pass((method.splits or 1) * TOKENS, s.length)
     if s.steps:
         passes["train"] = Pass(4 * s.steps * training.batch * s.length, s.length, reads=0)
-    if reconstructs:
+    kept = 1 - s.sparsity * sizes.blocks / sizes.parameters if chooses else kept
+    if reconstructs(s, method):
         passes["reconstruct"] = Pass(calibration, s.length, flops=sizes.fit)
+    if s.distil_epochs:  # the dense model once, the small one forward, and forward and back in each epoch
+        passes["distil"] = Pass(calibration * (1 + kept * (1 + 3 * s.distil_epochs)), s.length, reads=2)
     proof = PROOF_SHAPE[0] * PROOF_SHAPE[1] + (s.proof_length if long_proof else 0)
     passes["prove"] = Pass(3 * proof, s.length, reads=2)
     passes["measure"] = Pass(2 * s.eval_windows * s.eval_length, s.eval_length, reads=2)
-    kept = 1 - s.sparsity * sizes.blocks / sizes.parameters if chooses else kept
     return Work(
         kept=kept,
         passes=passes,

@@ -32,19 +32,21 @@ from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.ir.samples import Samples, joined
 from mptk.ir.weights import Weights
+from mptk.methods.distil import Schedule, distil_blocks
 from mptk.methods.maskprune.learner import Learner, start_training
-from mptk.methods.reconstruct import kept_units, reconstruct_consumers
+from mptk.methods.reconstruct import consumers, kept_units, reconstruct_consumers
 from mptk.progress import silent
-from mptk.run.chain import Chosen, Compiled, Prepared
+from mptk.run.chain import Chosen, Compiled, Prepared, reconstructs
 from mptk.run.folder import RunFolder, check_unfinished
 from mptk.run.processes import describe as describe_processes
 from mptk.run.processes import holds, leads, processes
 from mptk.run.recipe import write_recipe
-from mptk.run.report import Report
+from mptk.run.report import Report, Row
 from mptk.run.settings import IN_MEMORY, Settings
 from mptk.run.values import Context, SampleSets
 from mptk.targets import written
 from passes.pipelines import cut_program
+from passes.transforms.insert_masks import MaskSite
 from passes.transforms.store import Store
 from passes.verify import Difference
 
@@ -53,6 +55,8 @@ ELSEWHERE = ("resume", "proof_length", "memory", "device", "max_shard_size")
 
 SAMPLES = "samples"
 """Name of the samples in the folder of an unfinished run."""
+SHARE = 8
+"""At most one sample for each so many that are trained on is held out."""
 COMPARED = 2048
 """Positions of a batch of which the dense model's outputs are kept."""
 
@@ -99,7 +103,7 @@ def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
     if chosen.witness is not None:
         analysis = changed(prepared, chosen)
         witnessed.append(check_witness(analysis, chosen.cut, chosen.witness, sets.proof, prepared.executor))
-    chosen = reconstructed(prepared, chosen, sets, context)
+    chosen = distilled(prepared, reconstructed(prepared, chosen, sets, context), sets, context)
     compiled = compile_plan(prepared, chosen, sets.calibration, context)
     compiled, more = recovered(compiled, sets, context)
     processes().wait_for_everyone()  # the others may still read what the folder keeps
@@ -139,11 +143,11 @@ def read_samples(job: Job, prepared: Prepared, context: Context) -> SampleSets:
     s, task, folder = prepared.settings, prepared.task, context.folder
     given = Given() if job.samples is None else job.samples(prepared)
     own, source = s.data == data.SELF and given.training is None, s.eval_data or s.data
+    count = wanted(s, s.samples) if own else wanted(s)
     with context.stage("calibration data"), processes().main_process_first() if folder else nullcontext():
         kept = None if folder is None else folder.tensors(SAMPLES)
         if kept is None:
             both = own and s.eval_data is None and given.evaluation is None
-            count = s.samples if own else wanted(s)
             say = partial(context.progress, "calibration data")
             made = given.training or task.samples(prepared.loaded, s, (1 + both) * count, say)
             kept = made[:count].saved("training") | (made[count:].saved("evaluation") if both else {})
@@ -160,12 +164,27 @@ def read_samples(job: Job, prepared: Prepared, context: Context) -> SampleSets:
         else:
             evaluation = task.evaluation(prepared.loaded, s)
     said = source if source == IN_MEMORY else task.named(prepared.loaded.model, source)
-    return SampleSets(training, training[: s.samples], evaluation, said, task.sequences)
+    training, held_out = apart(training, s)
+    return SampleSets(training, training[: s.samples], evaluation, said, task.sequences, held_out)
 
 
-def wanted(settings: Settings) -> int:
-    """How many samples a run takes at most to calibrate and to train on."""
-    return max(settings.samples, settings.steps * settings.learning.training.batch)
+def wanted(settings: Settings, used: int | None = None) -> int:
+    """How many samples a run takes at most. ``used``: to calibrate and to train on; None: as many as there are."""
+    if used is None:
+        used = max(settings.samples, settings.steps * settings.learning.training.batch)
+    return used + watched(settings, used)
+
+
+def watched(settings: Settings, samples: int) -> int:
+    """How many samples are held out of training beside so many: at most a batch, none if nothing is trained."""
+    return min(settings.learning.training.batch, max(1, samples // SHARE)) if settings.steps else 0
+
+
+def apart(samples: Samples, settings: Settings) -> tuple[Samples, Samples | None]:
+    """What is trained on, and what is held out of it: the last samples, none of a single one."""
+    used = len(samples) * SHARE // (SHARE + 1)
+    count = min(watched(settings, used), len(samples) - 1)
+    return (samples[:-count], samples[-count:]) if count else (samples, None)
 
 
 def compared(prepared: Prepared, sets: SampleSets, context: Context) -> SampleSets:
@@ -194,14 +213,11 @@ def choose(job: Job, prepared: Prepared, sets: SampleSets, context: Context) -> 
 
 def reconstructed(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Context) -> Chosen:
     """The choice with every consumer fitted to the dense layer's outputs, if the settings or the method ask for it."""
-    wanted = prepared.settings.reconstruct
-    if wanted is None:
-        wanted = prepared.method.reconstructs and prepared.plan is None
-    if not wanted or not holds():
+    if not reconstructs(prepared.settings, prepared.method) or not holds():
         return chosen
 
     def fit() -> Weights:
-        analysis, sites = prepared.analysis, [s for s in prepared.mask_sites if s.family in chosen.plan.families]
+        analysis, sites = prepared.analysis, sites_of(prepared, chosen)
         kept = kept_units(analysis, chosen.cut, list({site.family: None for site in sites}))
         say = partial(context.progress, "reconstruct")
         return reconstruct_consumers(analysis, sites, kept, chosen.changes, sets.calibration, say, prepared.calibrator)
@@ -209,6 +225,32 @@ def reconstructed(prepared: Prepared, chosen: Chosen, sets: SampleSets, context:
     with context.stage("reconstruct"):
         fitted = kept_fit(prepared, context.folder, fit)
     return replace(chosen, changes=fitted, trained=tuple(fitted))
+
+
+def sites_of(prepared: Prepared, chosen: Chosen) -> list[MaskSite]:
+    """Where masks of the families that are cut would be."""
+    return [site for site in prepared.mask_sites if site.family in chosen.plan.families]
+
+
+def distilled(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Context) -> Chosen:
+    """The choice with every block trained to give the dense block's outputs, if the settings ask for it."""
+    s = prepared.settings
+    if not s.distil_epochs or not holds():
+        return chosen
+    with context.stage("distil"):
+        found = distil_blocks(
+            prepared.analysis,
+            chosen.cut,
+            consumers(sites_of(prepared, chosen)),
+            chosen.changes,
+            sets.calibration,
+            Schedule(s.distil_epochs, s.distil_lr, s.seed),
+            partial(context.progress, "distil"),
+            prepared.calibrator,
+            context.folder,
+        )
+    changes = Weights(chosen.changes).updated(widened(changed(prepared, chosen), chosen.cut, found.weights))
+    return replace(chosen, changes=changes, trained=tuple(changes), notes=(*chosen.notes, found.note))
 
 
 # ---- cutting, training, writing ----
@@ -247,19 +289,24 @@ def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[C
         weights = compiled.program.state_dict() if learner.keeps else {}
         small = form.stock.build(weights, shared=s.rank > 0)
         steps, used = prepared.settings.steps - chosen.steps, chosen.steps * s.training.batch
-        found = learner.recover(small, steps, sets.proof, used)
+        found = learner.recover(small, steps, sets.proof, used, sets.held_out)
     if found is None:
         return compiled, []
-    trained, witness = found
     aliases = prepared.analysis.program.aliases
-    named = {aliases.get(name, name): tensor for name, tensor in trained.items()}
+    named = {aliases.get(name, name): tensor for name, tensor in found.weights.items()}
     known = {name: tensor for name, tensor in named.items() if name in prepared.analysis.weights}
     changes = Weights(chosen.changes).updated(widened(compiled.analysis, chosen.cut, Weights(known)))
     chosen = replace(chosen, changes=changes, trained=tuple(changes))
-    difference = check_witness(changed(prepared, chosen), chosen.cut, witness, sets.proof, prepared.executor)
+    row: Row = {}
+    if found.watch is not None:
+        row = found.watch.row(prepared.settings.data, s.training.save_every)
+        chosen = replace(chosen, notes=(*chosen.notes, found.watch.note()))
+    difference = check_witness(changed(prepared, chosen), chosen.cut, found.witness, sets.proof, prepared.executor)
     analysis = stored_analysis(prepared, chosen)
     pruned = cut_program(analysis, chosen.cut, context.log, prepared.dtype)
-    after = replace(compiled, chosen=chosen, analysis=analysis, program=pruned.program, exact=pruned.exact)
+    after = replace(
+        compiled, chosen=chosen, analysis=analysis, program=pruned.program, exact=pruned.exact, recovery=row
+    )
     return after, [difference]
 
 

@@ -63,7 +63,7 @@ def reconstruct_consumers(
     fits: dict[str, _Fit] = {}
     for name, keep, dim in _kept_inputs(sites, kept):
         fits[name] = _Fit(keep, transposed=dim == 0, few=len(samples) * samples.positions < int(keep.sum()))
-    layers = [(site, name) for site in find_sites(analysis) if (name := _stored(dense, site.weight)) in fits]
+    layers = [(site, name) for site in find_sites(analysis) if (name := stored(dense, site.weight)) in fits]
     given = batches(dense, samples, OBSERVED_TOKENS)
     share = Sharing() if any(fit.few for fit in fits.values()) else sharing(len(given))
     own = share.own(given)
@@ -82,6 +82,11 @@ def reconstruct_consumers(
     return Weights(changes).updated(shelf.weights({name: dense.state.like(name) for _, name in layers}))
 
 
+def consumers(sites: Sequence[MaskSite]) -> set[str]:
+    """The names of the weights that sum over the units of these sites' families."""
+    return {site.weights[0][0] for site in sites if site.where == "input"}
+
+
 def _kept_inputs(sites: Sequence[MaskSite], kept: Mapping[str, Tensor]) -> list[tuple[str, Tensor, int]]:
     """Each consumer: weight name, which of its inputs stay (boolean [in]), and their dimension in the weight."""
     found: dict[str, tuple[Tensor, int]] = {}
@@ -95,7 +100,7 @@ def _kept_inputs(sites: Sequence[MaskSite], kept: Mapping[str, Tensor]) -> list[
     return [(name, keep, dim) for name, (keep, dim) in found.items()]
 
 
-def _stored(program: Program, node: fx.Node) -> str:
+def stored(program: Program, node: fx.Node) -> str:
     """The name of the weight that a contraction's operand is made of."""
     while node.op != "placeholder":
         node = node.all_input_nodes[0]

@@ -25,6 +25,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "proof_length": (48, COUNT),
     "memory": (1, 2**60),
     "max_shard_size": (1, 2**60),
+    "distil_epochs": (0, COUNT),
+    "distil_lr": (0.0, 100.0),
     "seed": (0, SEED),
     "steps": (0, COUNT),
     "mask_share": (0.0, 1.0),

@@ -93,6 +93,13 @@ class Prepared:
         return tuple(find_mask_sites(self.analysis, self.loaded.model, maskable))
 
 
+def reconstructs(settings: Settings, method: Method) -> bool:
+    """Whether the consumers of a run are fitted to the dense layers' outputs."""
+    if settings.reconstruct is None:
+        return bool(settings.distil_epochs) or (settings.plan is None and method.reconstructs)
+    return settings.reconstruct
+
+
 def stored_type(settings: Settings, loaded: Loaded) -> torch.dtype:
     """The type in which the weights of the result are stored."""
     made: torch.dtype = loaded.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -125,6 +132,7 @@ class Compiled:
     ``analysis``: of the dense model with ``chosen.changes``, in the stored type. ``program``: the cut program, as the
     stored type holds it; ``exact``: before folded norms were rounded to that type. ``epsilons``: the norms' epsilons
     that the cut changed, old → new. ``written``: the class and config that hold it; None if the target needs none.
+    ``recovery``: how the loss on held-out samples went, for the report.
     """
 
     prepared: Prepared
@@ -134,6 +142,7 @@ class Compiled:
     exact: Program
     epsilons: Mapping[float, float]
     written: Written | None = None
+    recovery: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def masked(self) -> Program:

@@ -1,4 +1,7 @@
-"""folder: the folder of an unfinished run. Files are written whole or not at all. The last two checkpoints are kept."""
+"""folder: the folder of an unfinished run. Files are written whole or not at all.
+
+Of the checkpoints of a phase the last two are kept, and the best.
+"""
 
 from __future__ import annotations
 
@@ -72,11 +75,17 @@ class RunFolder:
         path = self.path / f"{name}.safetensors"
         return load_tensors(path, _damaged(path)) if os.path.lexists(path) else None
 
-    def checkpoint(self, phase: str, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the state after ``step`` steps of a phase; older ones but one are removed."""
-        self.save(f"{phase}-{step:08d}", tensors)
+    def checkpoint(self, phase: str, step: int, tensors: Mapping[str, Tensor], best: int | None = None) -> None:
+        """Keep the state after ``step`` steps of a phase. Older ones but one, and that of the ``best`` step, go."""
+        self.save(_name(phase, step), tensors)
         for old in self._checkpoints(phase)[:-KEPT]:
-            old.unlink()
+            if best is None or old.stem != _name(phase, best):
+                old.unlink()
+
+    def checkpointed(self, phase: str, step: int) -> dict[str, Tensor]:
+        """The state after ``step`` steps of a phase, which was kept. Raises MptkError if the file is damaged."""
+        file = self.path / f"{_name(phase, step)}.safetensors"
+        return load_tensors(file, _damaged(file))
 
     def latest(self, phase: str) -> tuple[int, dict[str, Tensor]] | None:
         """Steps done and state of the newest checkpoint of a phase, or None."""
@@ -146,6 +155,10 @@ def check_unfinished(out: Path, settings: Mapping[str, Any], resume: bool, but: 
                 f"{path} was started with other settings ({', '.join(changed)}); give the same, or remove it"
             )
     return True
+
+
+def _name(phase: str, step: int) -> str:
+    return f"{phase}-{step:08d}"
 
 
 def _beside(out: Path) -> Path:

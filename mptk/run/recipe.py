@@ -25,7 +25,8 @@ _ELSEWHERE = ("max_ms", "tolerance", "warmup", "clip", "rates", "resume", "trust
 _BYTES = ("memory", "max_shard_size")
 _OF_THE_FOLDER = (
     *("sparsity", "budget", "objective", "threads", "families", "keep", "width", "plan", "portable", "multiple_of"),
-    *("max_decode_ms", "max_prefill_ms", "method", "reconstruct", "samples", "mask_share", "target", "dtype", "rehome"),
+    *("max_decode_ms", "max_prefill_ms", "method", "reconstruct", "distil_epochs", "distil_lr", "samples"),
+    *("mask_share", "target", "dtype", "rehome"),
 )
 
 

@@ -37,7 +37,8 @@ class Report:
     [old, new]. ``stages``: a row a stage of the run, passes with their differences. ``data``: what was trained,
     calibrated and measured on, each with ``source``, ``samples``, ``inputs`` and ``seed``; ``files``: path → sha256.
     ``live``: the dense model was given in memory, and ``model_sha256`` is of its weights alone.
-    ``versions``: of Python and of the packages that compute.
+    ``versions``: of Python and of the packages that compute. ``recovery``: ``metric``, ``protocol``, ``losses`` on
+    held-out samples by step, and ``kept``, the step whose weights were kept; empty if no sample was held out.
     """
 
     mptk: str
@@ -64,6 +65,7 @@ class Report:
     data: Row = field(default_factory=dict)
     live: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
+    recovery: Row = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``report.json``."""

@@ -80,6 +80,15 @@ class LegalRow(TypedDict):
     refused: str | None
 
 
+class RecoveryRow(TypedDict):
+    """How training after the cut went; empty if there was none. ``losses``: steps done → loss."""
+
+    metric: NotRequired[str]
+    protocol: NotRequired[str]
+    losses: NotRequired[Mapping[str, Number]]
+    kept: NotRequired[int]
+
+
 class Rows(TypedDict):
     """The fields of a report that hold objects."""
 
@@ -93,6 +102,7 @@ class Rows(TypedDict):
     stages: Sequence[StageRow]
     legal: NotRequired[Mapping[str, LegalRow]]
     data: NotRequired[Mapping[str, Mapping[str, Any]]]
+    recovery: NotRequired[RecoveryRow]
 
 
 def check_rows(data: Mapping[str, Any]) -> None:

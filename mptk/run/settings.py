@@ -138,8 +138,10 @@ class Settings:
     ``tolerance``: how far the sparsity may miss.
 
     How it is chosen: ``method``, on ``samples`` windows of ``length`` tokens of ``data`` (``self``: text that the model
-    writes). ``reconstruct``: fit the consumers to the dense layers' outputs (None: if the method does by itself).
-    ``learning``: training with the method and after the cut. ``resume``: go on with an unfinished run, if there is one.
+    writes). ``reconstruct``: fit the consumers to the dense layers' outputs (None: if the method does by itself, or
+    ``distil_epochs`` is given). ``distil_epochs``: then train each block to give the dense block's outputs, in so many
+    passes over the windows, at ``distil_lr``. ``learning``: training with the method and after the cut. ``resume``: go
+    on with an unfinished run, if there is one.
 
     What is written: ``target``. ``dtype``: type of the stored weights (``auto``: the checkpoint's own).
     ``max_shard_size``: bytes of the largest file of weights (None: 5 GB). ``rehome``: if the model's config class
@@ -191,6 +193,8 @@ class Settings:
     trust_remote_code: bool = False
     rehome: bool = False
     reconstruct: bool | None = None
+    distil_epochs: int = 0
+    distil_lr: float = 1e-3
     learning: Learning = field(default_factory=Learning)
     resume: bool = False
     memory: int | None = None
@@ -206,6 +210,8 @@ class Settings:
             if getattr(self, name) not in known:
                 raise MptkError(f"no {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
         check_onnx_dtype(self.onnx_dtype, self.quantize)
+        if self.distil_epochs and self.reconstruct is False:
+            raise MptkError("blocks are distilled after reconstruction; leave out --no-reconstruct or --distil-epochs")
         if self.max_ms is not None and self.budget != LATENCY:
             raise MptkError(f"milliseconds are no budget of {self.budget}; set budget to {LATENCY}")
         for name in self.keep:

@@ -49,7 +49,8 @@ class Context:
 class SampleSets:
     """Samples to train on, to calibrate on (the first of these), and to measure on.
 
-    ``source``: where those for measuring come from. ``sequences``: as of their task.
+    ``source``: where those for measuring come from. ``sequences``: as of their task. ``held_out``: samples of the same
+    data that are never trained on; None if nothing is trained.
     """
 
     training: Samples
@@ -57,6 +58,7 @@ class SampleSets:
     evaluation: Samples
     source: str
     sequences: bool = True
+    held_out: Samples | None = None
 
     @property
     def proof(self) -> Samples:

@@ -192,6 +192,20 @@ def partition(flow: Flow, limit: float) -> Partition:
     return Partition(tuple(reversed(ends)))
 
 
+def blocks(flow: Flow, inner: Iterable[fx.Node]) -> Partition:
+    """A stage for each of the calls ``inner``, which ends where the fewest bytes are alive before the next of them.
+
+    The last one ends where no more are alive than at the other borders. What follows it is a stage of its own.
+    """
+    places, alive = sorted({flow.made[node] for node in inner}), flow.alive()
+    ends = [min(range(first, second), key=alive.__getitem__) for first, second in pairwise(places)]
+    ends = [end for end in ends if alive[end] < math.inf]
+    most = max((alive[end] for end in ends), default=math.inf)
+    after = range(places[-1], len(flow.calls)) if places else ()
+    ends += [end for end in after if alive[end] < math.inf and alive[end] <= most][:1]
+    return Partition(tuple(flow.calls[end].name for end in ends))
+
+
 def _ends(flow: Flow, start: int, limit: float, alive: Sequence[float]) -> Iterator[int]:
     """Where a stage from call ``start`` may end: the number of calls before it ends."""
     seen: set[fx.Node] = set()

@@ -59,7 +59,7 @@ class Executor:
         flows = [Flow(program) for program in programs]
         shared = partition(flows[0], self.stage)
         parts = [shared if shared.fits(flow) else partition(flow, self.stage) for flow in flows]
-        runs = [_Run(self, flow, part, inputs) for flow, part in zip(flows, parts, strict=True)]
+        runs = [Run(self, flow, part, inputs) for flow, part in zip(flows, parts, strict=True)]
         count = _Counter(progress, len(inputs), sum(len(run.stages) for run in runs))
         for k in range(max(len(run.stages) for run in runs)):
             for run in runs:
@@ -78,7 +78,7 @@ class Executor:
         """Run what the watched values need, and call each watch with its values. Nothing after them is computed."""
         flow = Flow(program, [nodes for nodes, _ in watches])
         shared = partition(flow, self.stage)
-        run = _Run(self, flow, shared, inputs, watches)
+        run = Run(self, flow, shared, inputs, watches)
         count = _Counter(progress, len(inputs), len(run.stages))
         for k in range(len(run.stages)):
             run.advance(k, count)
@@ -98,7 +98,7 @@ class Executor:
         values of borders are. ``total`` adds up those of several processes.
         """
         flow = Flow(program)
-        run = _Run(self, flow, partition(flow, self.stage), inputs, keep=True)
+        run = Run(self, flow, partition(flow, self.stage), inputs, keep=True)
         count = _Counter(progress, len(inputs), 2 * len(run.stages) - 1)
         with torch.no_grad():
             for k in range(len(run.stages) - 1):
@@ -134,8 +134,11 @@ class _Counter:
             self.progress(self.done // self.total, self.inputs)
 
 
-class _Run(Placed):
-    """One program on all inputs. ``keep``: the inputs of all stages stay, for ``back``."""
+class Run(Placed):
+    """One program on all inputs, stage by stage. ``keep``: the inputs of all stages stay, for ``back``.
+
+    ``borders`` holds the values between stages: under (k, i) what stage k gets of inputs i.
+    """
 
     def __init__(
         self,
@@ -162,21 +165,22 @@ class _Run(Placed):
 
     def load(self, k: int) -> dict[fx.Node, Tensor]:
         """The weights of stage ``k``, in the type in which it runs."""
-        return self._narrowed(self.read(k))
+        return self.narrowed(self.read(k))
 
     def read(self, k: int) -> dict[fx.Node, Tensor]:
         """The weights of stage ``k``."""
         names = self.program.weights
         return {node: self.program.state[names[node.name]].to(self.device) for node in self.stages[k].weights}
 
-    def advance(self, k: int, count: _Counter) -> None:
-        """Run stage ``k`` on all inputs."""
-        weights = self.load(k)
+    def advance(self, k: int, count: _Counter | None = None, weights: Mapping[fx.Node, Tensor] | None = None) -> None:
+        """Run stage ``k`` on all inputs. ``weights``: other ones than the program's."""
+        weights = self.load(k) if weights is None else self.narrowed(weights)
         for i in range(self.count):
             values = self.run_stage(self.stages[k], weights, self.borders.take((k, i), self.keep))
             if k + 1 < len(self.stages):
                 self.borders.put((k + 1, i), values)
-            count.step()
+            if count is not None:
+                count.step()
 
     @property
     def last_bytes(self) -> int:
@@ -208,7 +212,7 @@ class _Run(Placed):
             n: v.detach().requires_grad_() if isinstance(v, Tensor) and _learns(v) else v for n, v in saved.items()
         }
         with torch.enable_grad():
-            values = self.run_stage(self.stages[k], self._narrowed(leaves), given)
+            values = self.run_stage(self.stages[k], self.narrowed(leaves), given)
             if k == len(self.stages) - 1:
                 pairs: list[tuple[Tensor, Tensor | None]] = [(loss(self._result(values), i), None)]
             else:
@@ -231,9 +235,9 @@ class _Run(Placed):
                 self.env.pop(value, None)
         found = {node: self.env[node] for node in ((*stage.outputs, *self.flow.result) if last else stage.outputs)}
         self.env = {}
-        return found if last else self._narrowed(found)
+        return found if last else self.narrowed(found)
 
-    def _narrowed(self, values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+    def narrowed(self, values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
         """Weights, or what crosses a border, in the type in which stages run."""
         narrow = self.narrow
         return dict(values) if narrow is None else {node: narrow.value(node, value) for node, value in values.items()}

@@ -167,6 +167,7 @@ CONTRADICTIONS = [
             ("--max-decode-ms", "5"),
             ("--rehome", ""),
             ("--reconstruct", ""),
+            ("--distil-epochs", "1"),
             ("--resume", ""),
         )
         if option != "--resume"
@@ -176,6 +177,8 @@ CONTRADICTIONS = [
         "prune {model} --data {text.raw} --out {out} --plan {pruned/plan.json} --resume",
         ("--resume would do nothing", "leave it out"),
     ),
+    Row("rate of no distillation", f"{PRUNE} --distil-lr 0.1", ("--distil-lr would do nothing", "--distil-epochs")),
+    Row("distillation without its start", f"{PRUNE} --distil-epochs 1 --no-reconstruct", ("leave out --no-reconstr",)),
     Row("two latencies", f"{ONCE} --max-decode-ms 5 --max-prefill-ms 9", ("only one latency",)),
     Row("latency and sparsity", f"{ONCE} --max-decode-ms 5 --sparsity 0.5", ("--sparsity would do nothing",)),
     Row("latency and budget", f"{ONCE} --max-decode-ms 5 --budget flops", ("--budget would do nothing",)),

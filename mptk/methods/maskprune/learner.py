@@ -6,6 +6,7 @@ The phases use the solver, the training loop, the adapters and the teacher of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from mptk.methods.maskprune.losses import cross_entropy
 from mptk.methods.maskprune.solver import Solver
 from mptk.methods.maskprune.teacher import CachedTeacher, LiveTeacher, Output, fingerprint
 from mptk.methods.maskprune.train import Extra, Loop, Metrics, Teacher, run_module
+from mptk.methods.maskprune.watch import Watch
 from mptk.methods.reconstruct import kept_units
 from mptk.progress import Progress
 from mptk.run.chain import Chosen, Prepared, Task
@@ -61,6 +63,15 @@ def start_training(settings: Learning, folder: RunFolder) -> Accelerator:
             "give another --batch"
         )
     return made
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """``weights``: those that changed, in the cut model's shapes. ``watch``: the losses on held-out samples."""
+
+    weights: dict[str, Tensor]
+    witness: Witness
+    watch: Watch | None
 
 
 class Learner:
@@ -199,28 +210,30 @@ class Learner:
     # ---- after the cut ----
 
     def recover(
-        self, small: PreTrainedModel, steps: int, batch: Samples, used: int = 0
-    ) -> tuple[dict[str, Tensor], Witness] | None:
-        """Train the cut model to imitate the dense one; returns the changed weights, in the cut model's shapes.
+        self, small: PreTrainedModel, steps: int, batch: Samples, used: int = 0, held_out: Samples | None = None
+    ) -> Recovered | None:
+        """Train the cut model to imitate the dense one.
 
         ``small``: the cut model, which is adapted. Only processes that hold weights need its values. ``used``: number
-        of training samples that the run has used already. The witness holds the trained model's outputs on ``batch``,
-        before its adapters are merged. Processes other than the first get None.
+        of training samples that the run has used already. ``held_out``: samples that say which weights are kept. The
+        witness holds the outputs of these on ``batch``, before adapters are merged. Processes other than the first get
+        None.
         """
-        recovered = self._recovered(small, steps, batch, used)
+        watch = None if held_out is None or not steps else Watch(held_out)
+        recovered = self._recovered(small, steps, batch, used, watch)
         self.accelerator.free_memory()
         return recovered if self.accelerator.is_main_process else None
 
     def _recovered(
-        self, small: PreTrainedModel, steps: int, batch: Samples, used: int
-    ) -> tuple[dict[str, Tensor], Witness]:
-        loop = self.recovery(small, steps, used)
+        self, small: PreTrainedModel, steps: int, batch: Samples, used: int, watch: Watch | None
+    ) -> Recovered:
+        loop = self.recovery(small, steps, used, watch)
         loop.run()
         outputs = own_outputs(self.accelerator, loop.student, batch)
         student = self.accelerator.unwrap_model(loop.student)
         state = merged(student) if self.settings.rank else student.named_parameters()
         trained = gathered(state, keep=self.accelerator.is_main_process)
-        return trained, Witness("trained model", outputs, self.tolerance)
+        return Recovered(trained, Witness("trained model", outputs, self.tolerance), watch)
 
     @property
     def tolerance(self) -> float:
@@ -230,7 +243,7 @@ class Learner:
             return HALF_TOLERANCE
         return TOLERANCE if acc.device.type == "cpu" else RUNTIME_TOLERANCE
 
-    def recovery(self, small: PreTrainedModel, steps: int, used: int = 0) -> Loop:
+    def recovery(self, small: PreTrainedModel, steps: int, used: int = 0, watch: Watch | None = None) -> Loop:
         """The loop that trains the cut model."""
         acc, settings = self.accelerator, self.settings
 
@@ -244,7 +257,7 @@ class Learner:
         rank = settings.rank
         student = adapt(small, rank, settings.training.seed) if rank else small.requires_grad_(True)
         recompute(student, settings.gradient_checkpointing)
-        return self._loop(student, self._teacher(run), steps, "recovery", first_row=used)
+        return self._loop(student, self._teacher(run), steps, "recovery", first_row=used, watch=watch)
 
     # ---- shared ----
 
@@ -258,6 +271,7 @@ class Learner:
         first_row: int = 0,
         each_step: Callable[[int], Metrics] = lambda tokens: {},
         extra: Extra | None = None,
+        watch: Watch | None = None,
     ) -> Loop:
         return Loop(
             self.accelerator,
@@ -272,6 +286,7 @@ class Learner:
             first_row=first_row,
             each_step=each_step,
             extra=extra,
+            watch=watch,
             progress=lambda done, total, metrics: self.progress(phase, done, total, _figures(metrics)),
         )
 

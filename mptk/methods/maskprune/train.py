@@ -20,9 +20,10 @@ from mptk.errors import MptkError
 from mptk.ir.samples import Samples
 from mptk.methods.maskprune.losses import distilled, hidden_error
 from mptk.methods.maskprune.teacher import Output, Target
+from mptk.methods.maskprune.watch import NAME, STATE, Watch
 from mptk.run.chain import Task
 from mptk.run.folder import RunFolder
-from mptk.run.processes import full, gathered, prepare, shard_like
+from mptk.run.processes import full, gathered, prepare, shard_like, widest
 from mptk.run.settings import Training
 from passes.frontend.trace import uncached
 
@@ -35,6 +36,9 @@ Extra = tuple[Callable[[], dict[str, Tensor]], Callable[[Mapping[str, Tensor]], 
 
 class Loop:
     """The steps of one phase. ``run`` continues from the newest checkpoint of the phase, if there is one.
+
+    With a ``watch`` the loss on its samples is measured before the first step and at each checkpoint. The student ends
+    with the weights that had the least.
 
     Args:
         accelerator: made from the run's settings; it prepares ``student`` here.
@@ -61,12 +65,13 @@ class Loop:
         first_row: int = 0,
         each_step: Callable[[int], Metrics] = lambda tokens: {},
         extra: Extra | None = None,
+        watch: Watch | None = None,
         progress: Callable[[int, int, Metrics], None] = lambda done, total, metrics: None,
     ) -> None:
         self.accelerator, self.teacher, self.task = accelerator, teacher, task
         self.samples, self.steps = samples, steps
         self.settings, self.phase, self.folder, self.first_row = settings, phase, folder, first_row
-        self.each_step, self.extra, self.progress = each_step, extra, progress
+        self.each_step, self.extra, self.watch, self.progress = each_step, extra, watch, progress
         trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, weight_decay=0.0)
         self.student, self.optimizer = prepare(accelerator, student, optimizer)
@@ -79,19 +84,26 @@ class Loop:
             MptkError: the loss or a gradient is not finite; the last good checkpoint is kept.
         """
         start = self._restore()
+        if self.watch is not None and start not in self.watch.losses:
+            self.watch.add(start, self._held_out(self.watch.samples))
+            self._save(start)
         for step in range(start, self.steps):
             began = time.perf_counter()
             metrics, tokens = self._step(step)
             metrics["tokens/s"] = tokens / (time.perf_counter() - began)
             done = step + 1
             saves = done % self.settings.save_every == 0 or done == self.steps
-            state = self._state() if saves else {}  # shards are gathered from all processes
+            if saves and self.watch is not None:
+                self.watch.add(done, self._held_out(self.watch.samples))
+                metrics[NAME] = self.watch.losses[done]
             if self.accelerator.is_main_process:
                 self.folder.log(self.phase, done, metrics)
-                if saves:
-                    self.folder.checkpoint(self.phase, done, state)
+            if saves:
+                self._save(done)
             self.accelerator.log({f"{self.phase}/{name}": value for name, value in metrics.items()}, step=done)
             self.progress(done, self.steps, metrics)
+        if self.watch is not None:
+            self._adopt(self.watch.best)
 
     def rows(self, step: int) -> Tensor:
         """The samples of ``step``, as row numbers. Each epoch takes all samples in a random order of its own."""
@@ -142,6 +154,17 @@ class Loop:
             found["loss"] = found["loss"] + weights.hidden * found["hidden"]
         return found
 
+    @torch.no_grad()
+    def _held_out(self, samples: Samples) -> float:
+        """The mean loss on ``samples``, whose windows the processes share. It does not depend on their number."""
+        acc, count = self.accelerator, len(samples)
+        each = -(-count // acc.num_processes)
+        total = torch.zeros((), dtype=widest(acc.device), device=acc.device)
+        for row in range(acc.process_index * each, (acc.process_index + 1) * each):
+            found = self._losses(samples[row % count : row % count + 1])["loss"]  # all must run a sharded model
+            total = total + found * (row < count)
+        return float(acc.reduce(total, "sum")) / count
+
     def _require_finite(self, metrics: Metrics, step: int) -> None:
         if not all(math.isfinite(v) for v in metrics.values()):
             values = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
@@ -152,6 +175,22 @@ class Loop:
 
     # ---- checkpoints ----
 
+    def _save(self, step: int) -> None:
+        state = self._state()  # shards are gathered from all processes
+        if self.accelerator.is_main_process:
+            best = None if self.watch is None else self.watch.best
+            self.folder.checkpoint(self.phase, step, state, best)
+
+    def _adopt(self, step: int) -> None:
+        """Go back to the weights after ``step`` steps."""
+        if step == self.steps:
+            return
+        self.accelerator.wait_for_everyone()  # the first process writes
+        state = self.folder.checkpointed(self.phase, step)
+        with torch.no_grad():
+            for n, p in self.parameters.items():
+                p.copy_(shard_like(state[f"parameter.{n}"], p))
+
     def _state(self) -> dict[str, Tensor]:
         """What a checkpoint holds, on the host of the main process. All processes must call it."""
         moments = self.optimizer.optimizer.state
@@ -161,6 +200,8 @@ class Loop:
         ]
         state = gathered(parameters, keep=self.accelerator.is_main_process)
         state["rng"] = torch.get_rng_state()
+        if self.watch is not None:
+            state[STATE] = self.watch.state()
         return state | (self.extra[0]() if self.extra else {})
 
     @torch.no_grad()
@@ -181,6 +222,8 @@ class Loop:
                 key: shard_like(value, p) if value.shape == p.shape else value for key, value in values.items()
             }
         torch.set_rng_state(state["rng"])
+        if self.watch is not None:
+            self.watch.load(state)
         if self.extra:
             self.extra[1](state)
         return step

@@ -1,0 +1,256 @@
+"""distil: train what is left of each block to give the dense block's outputs, block after block.
+
+A block ends where its consumer (``reconstruct``) has been added to what goes on, so in a transformer it is an
+attention or a feed-forward layer. Its inputs are those that the blocks before it, cut and trained, really give. Its
+targets are the dense model's own values at its end. So it also learns to make up for what was lost before it, which a
+fit on the dense model's inputs cannot. BRECQ learns rounding in this way (Li et al. 2021, arXiv 2102.05426).
+
+One block of each program is in memory at a time, so a model that is too large to train can be distilled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, fx
+
+from mptk.errors import MptkError
+from mptk.ir.axes import axes_in
+from mptk.ir.axis_facts import Dims
+from mptk.ir.families import Analysis
+from mptk.ir.program import Program
+from mptk.ir.resolved_plan import Cut
+from mptk.ir.samples import Samples
+from mptk.ir.weights import Weights
+from mptk.methods.criteria.observe import batches, find_sites
+from mptk.methods.maskprune.train import schedule
+from mptk.methods.reconstruct import stored
+from mptk.progress import Count
+from mptk.run.processes import leads
+from mptk.run.sharing import Sharing, sharing
+from mptk.runtime.partition import Flow, blocks
+from mptk.runtime.shelf import Shelf
+from mptk.runtime.staged import EXECUTOR, Executor, Run
+from passes.transforms.rewrite import Rewrite
+
+STEP = 512
+"""Tokens of a training step."""
+JUDGING = 8
+"""One step's samples of so many are not trained on: they say whether training made the block better."""
+WARMUP = 0.05
+FLOOR = 1e-3
+"""Positions of less than this share of the mean square count as if they had it."""
+ERRORS = "errors"
+
+
+class Kept(Protocol):
+    """Where trained blocks are kept, so that a stopped run need not train them again."""
+
+    def earlier(self, name: str) -> dict[str, Tensor] | None:
+        """What an earlier run kept under a name, or None."""
+        ...
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under a name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Adam for ``epochs`` over the samples, in an order by ``seed``, at a ``rate`` that falls to 0."""
+
+    epochs: int
+    rate: float
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """``weights``: those that were trained, in the cut model's shapes. ``errors``: of each block, before and after."""
+
+    weights: Weights
+    errors: Sequence[tuple[float, float]]
+
+    @property
+    def note(self) -> str:
+        """One line on how it went."""
+        before, after = (sum(each) / len(self.errors) for each in zip(*self.errors, strict=True))
+        better = sum(after < before for before, after in self.errors)
+        return (
+            f"local distillation made {better} of {len(self.errors)} blocks better and left the others; mean error on "
+            f"samples that were not trained on: {before:.3g} → {after:.3g}"
+        )
+
+
+@torch.no_grad()
+def distil_blocks(
+    analysis: Analysis,
+    cut: Cut,
+    consumers: Collection[str],
+    changes: Mapping[str, Tensor],
+    samples: Samples,
+    how: Schedule,
+    progress: Count | None = None,
+    executor: Executor = EXECUTOR,
+    kept: Kept | None = None,
+) -> Distilled:
+    """Train the matrices of every block that has a consumer of a cut family.
+
+    The processes of a run share the samples of each step, if these divide among them.
+
+    Args:
+        analysis: of the dense model.
+        consumers: names of the weights that sum over cut units; each ends a block.
+        changes: the weights in which the pruned model differs from the dense one, in dense shapes.
+        samples: what the model is given.
+        executor: runs both programs; what it has no memory for goes to files.
+        kept: where the blocks of an unfinished run are.
+
+    Raises:
+        MptkError: no block has a matrix that no other block uses.
+    """
+    dense, sites = analysis.program, find_sites(analysis)
+    small, flow = Rewrite(analysis, cut)(dense.with_state(changes)).program, Flow(dense)
+    part = blocks(flow, [site.node for site in sites if stored(dense, site.weight) in consumers])
+    given, share = _steps(dense, samples)
+    teacher, student = (Run(executor, each, part, given) for each in (flow, Flow(small)))
+    count, owned = len(part.ends), _owned(student, {stored(dense, site.weight) for site in sites})
+    if not any(owned[:count]):
+        raise MptkError("no block has matrices of its own, which could be distilled; leave out --distil-epochs")
+    known = [None if kept is None else kept.earlier(f"block-{k}") for k in range(count)]
+    shelf, errors = Shelf(executor.borders), list[tuple[float, float]]()
+    for k, earlier in enumerate(known):
+        block = _Block(analysis, cut, teacher, student, share, k, owned[k])
+        if None in known:
+            teacher.advance(k)
+        found = earlier or block.trained(how)
+        if earlier is None and kept is not None and leads():
+            kept.save(f"block-{k}", found)
+        if None in known:
+            student.advance(k, weights=block.weights(found))
+        before, after = found.pop(ERRORS).tolist()
+        errors.append((before, after))
+        for name, weight in found.items():
+            shelf.add(name, weight)
+        if progress is not None:
+            progress(k + 1, count)
+    names = {name for nodes in owned[:count] for name in nodes.values()}
+    return Distilled(shelf.weights({name: small.state.like(name) for name in names}), errors)
+
+
+def _steps(program: Program, samples: Samples) -> tuple[list[tuple[Tensor, ...]], Sharing]:
+    """The program's inputs in each step, those of this process, and how the processes share them."""
+    steps = batches(program, samples, STEP)
+    if len(steps) > 1 and len(steps[-1]) < len(steps[0]):  # a step of fewer samples would count as much as another
+        steps.pop()
+    share = sharing(min(len(step) for step in steps))
+    if len(steps[0]) % share.count:
+        share = Sharing()
+    return [step.chunk(share.count)[share.index].tensors for step in steps], share
+
+
+def _owned(run: Run, matrices: Collection[str]) -> list[dict[fx.Node, str]]:
+    """Each stage's matrices that no other stage uses, by name."""
+    weights = run.program.weights
+    each = [{weights[node.name] for node in stage.weights} for stage in run.stages]
+    return [
+        {
+            node: name
+            for node in stage.weights
+            if (name := weights[node.name]) in matrices and sum(name in used for used in each) == 1
+        }
+        for stage in run.stages
+    ]
+
+
+class _Block:
+    """Block ``k`` of both programs. ``owned``: the placeholders of the weights that are trained, with their names."""
+
+    def __init__(
+        self,
+        analysis: Analysis,
+        cut: Cut,
+        teacher: Run,
+        student: Run,
+        share: Sharing,
+        k: int,
+        owned: dict[fx.Node, str],
+    ) -> None:
+        self.cut, self.teacher, self.student, self.share, self.k = cut, teacher, student, share, k
+        stages = teacher.stages[k], student.stages[k]
+        made, theirs = set(stages[0].nodes), {node.name: node for node in stages[1].outputs}
+        learned = {axis for dims in analysis.weights.values() for axis in axes_in(dims)}
+        self.ends: list[tuple[fx.Node, fx.Node, Dims, list[int]]] = []
+        for node in stages[0].outputs:
+            dims = analysis.facts.results.get(node)
+            if (
+                node in made
+                and node.name in theirs
+                and isinstance(dims, tuple)
+                and node.meta["val"].is_floating_point()
+            ):
+                channels = [d for d, term in enumerate(dims) if learned & set(axes_in([term]))]
+                self.ends.append((node, theirs[node.name], dims, channels))
+        self.owned = owned if self.ends else {}
+
+    def trained(self, how: Schedule) -> dict[str, Tensor]:
+        """The weights of the epoch with the least error, or the first ones if none had less, and ``ERRORS``."""
+        values = {node: weight.detach() for node, weight in self.student.read(self.k).items()}
+        values |= {node: values[node].clone().requires_grad_() for node in self.owned}
+        learned = [values[node] for node in self.owned]
+        steps = range(self.student.count)
+        judged = steps[-max(1, len(steps) // JUDGING) :]
+        taught = steps[: -len(judged)] or judged
+        first = least = self._mean(values, judged)
+        best = [weight.detach().clone() for weight in learned]
+        optimizer = torch.optim.Adam([{"params": learned}], lr=how.rate)  # there may be none
+        generator = torch.Generator().manual_seed(how.seed * 1_000_003 + self.k)
+        for epoch in range(how.epochs if learned else 0):
+            for done, i in enumerate(torch.randperm(len(taught), generator=generator).tolist()):
+                rate = schedule(epoch * len(taught) + done, how.epochs * len(taught), WARMUP)
+                self._step(optimizer, how.rate * rate, values, taught[i])
+            found = self._mean(values, judged)
+            if found < least:
+                least, best = found, [weight.detach().clone() for weight in learned]
+        named = {name: weight.cpu() for name, weight in zip(self.owned.values(), best, strict=True)}
+        return {**named, ERRORS: torch.tensor([first, least], dtype=torch.float64)}
+
+    def weights(self, found: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
+        """The student's weights in this block with the trained ones among them."""
+        values = self.student.read(self.k)
+        return values | {node: found[name].to(values[node].device) for node, name in self.owned.items()}
+
+    def _step(self, optimizer: torch.optim.Optimizer, rate: float, values: dict[fx.Node, Tensor], i: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            self._error(values, i).backward()
+        for node in self.owned:
+            if (gradient := values[node].grad) is not None:
+                values[node].grad = self.share.total(gradient) / self.share.count
+        optimizer.step()
+
+    def _mean(self, values: dict[fx.Node, Tensor], steps: Sequence[int]) -> float:
+        """The mean error in some steps; 0 if the block has no results to compare."""
+        if not self.ends:
+            return 0.0
+        total = torch.stack([self._error(values, i) for i in steps]).mean()
+        return float(self.share.total(total)) / self.share.count
+
+    def _error(self, values: dict[fx.Node, Tensor], i: int) -> Tensor:
+        """The block's squared error in step ``i`` over the squares of the dense block's results, a mean of places."""
+        given = self.student.borders.take((self.k, i), keep=True)
+        found = self.student.run_stage(self.student.stages[self.k], self.student.narrowed(values), given)
+        wanted = self.teacher.borders.take((self.k + 1, i), keep=True)
+        errors = []
+        for dense, small, dims, channels in self.ends:
+            target = self.cut.slice(wanted[dense].float(), dims)
+            apart, size = (found[small].float() - target).square(), target.square()
+            if channels:
+                apart, size = apart.sum(channels), size.sum(channels)
+            errors.append((apart / size.clamp_min(FLOOR * size.mean() + 1e-12)).mean())
+        return torch.stack(errors).sum()

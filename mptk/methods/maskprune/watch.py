@@ -1,0 +1,69 @@
+"""watch: the loss on samples that are held out of training, step by step, and which step's weights had the least."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mptk.ir.samples import Samples
+
+NAME = "held-out"
+"""The metric in the log of a phase."""
+STATE = "watched"
+"""The losses in a checkpoint."""
+
+
+@dataclass
+class Watch:
+    """``losses``: steps done → the training loss on ``samples``, which are never trained on."""
+
+    samples: Samples
+    losses: dict[int, float] = field(default_factory=dict)
+
+    def add(self, step: int, loss: float) -> None:
+        """Note the loss after ``step`` steps. One that is not a number is the worst there is."""
+        self.losses[step] = math.inf if math.isnan(loss) else loss
+
+    @property
+    def best(self) -> int:
+        """The step with the least loss, the first of several."""
+        return min(self.losses, key=lambda step: (self.losses[step], step))
+
+    def state(self) -> Tensor:
+        """The losses for a checkpoint, float64 [n, 2]."""
+        return torch.tensor(list(self.losses.items()), dtype=torch.float64)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with the losses of a checkpoint, if it has some."""
+        if STATE in state:
+            self.losses = {int(step): loss for step, loss in state[STATE].tolist()}
+
+    def row(self, source: str, every: int) -> dict[str, Any]:
+        """What the report says. ``source``: of the samples. ``every``: steps between two measurements."""
+        return {
+            "metric": "training loss",
+            "protocol": f"{len(self.samples)} samples of {source}, never trained on; every {every} steps and after all",
+            "losses": {str(step): loss for step, loss in self.losses.items()},
+            "kept": self.best,
+        }
+
+    def note(self) -> str:
+        """One line if training ended worse than it was before; empty if not."""
+        first, last, best = 0, max(self.losses), self.best
+        if best == last:
+            return ""
+        worse = f"{self.losses[best]:.4g} → {self.losses[last]:.4g}"
+        if best == first:
+            return (
+                f"recovery made the model worse on held-out samples (loss {worse} in {last} steps), and the weights "
+                "from before it were kept; try a lower --lr or more text"
+            )
+        return (
+            f"recovery got worse on held-out samples after step {best} of {last} (loss {worse}); the weights of step "
+            f"{best} were kept"
+        )

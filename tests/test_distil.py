@@ -1,0 +1,138 @@
+"""Local distillation: what is left of each block is trained to give the dense block's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from cutting import random_plan
+from test_staged import built
+from torch import Tensor, nn
+
+import mptk
+from mptk.errors import MptkError
+from mptk.ir.families import Analysis
+from mptk.ir.program import Program
+from mptk.ir.resolved_plan import Cut, resolve_plan
+from mptk.ir.samples import Samples
+from mptk.methods.distil import Distilled, Kept, Schedule, distil_blocks
+from mptk.runtime import shelf
+from mptk.runtime.staged import EXECUTOR, Executor
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+from passes.transforms.rewrite import rewrite
+
+HOW = Schedule(epochs=2, rate=3e-3)
+INNER = ("ffn", "heads", "q_heads", "kv_groups", "channels")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A dense model and a cut of what is inside of its blocks. ``ends``: the weights that end these."""
+
+    analysis: Analysis
+    cut: Cut
+    small: Program
+    ends: frozenset[str]
+    samples: Samples
+
+    def distil(self, how: Schedule = HOW, executor: Executor = EXECUTOR, kept: Kept | None = None) -> Distilled:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mptk.methods.distil.STEP", 2 * self.samples.positions)
+            return distil_blocks(
+                self.analysis, self.cut, self.ends, {}, self.samples, how, executor=executor, kept=kept
+            )
+
+    @torch.no_grad()
+    def error(self, weights: Mapping[str, Tensor]) -> float:
+        """How far the cut model with some weights is from the dense one."""
+        given = self.samples[:2].tensors
+        return float((self.small.with_state(weights)(*given) - self.analysis.program(*given)).norm())
+
+
+@cache
+def case(name: str) -> Case:
+    program, inputs = built(name)
+    analysis = analyze(program)
+    plan = random_plan(analysis, [f.name for f in analysis.families if f.name.partition(".")[0] in INNER], share=0.6)
+    members = [m for name in plan.families for group in analysis.family(name).groups for m in group.members]
+    torch.manual_seed(1)
+    rows = [
+        torch.randn(12, *t.shape[1:]) if t.is_floating_point() else torch.randint(1, 97, (12, *t.shape[1:]))
+        for t in inputs[0]
+    ]
+    samples = Samples({str(i): t for i, t in enumerate(rows)})
+    ends = frozenset(m.weight for m in members if m.role == "consumer")
+    return Case(analysis, resolve_plan(analysis, plan), rewrite(analysis, plan), ends, samples)
+
+
+@pytest.mark.parametrize("name", ["decoder", "mixture", "encoder and decoder", "images"])
+def test_a_cut_model_comes_nearer_to_the_dense_one(name: str) -> None:
+    cut = case(name)
+    found = cut.distil()
+    assert len(found.errors) >= 2
+    assert all(after <= before for before, after in found.errors)
+    assert cut.error(found.weights) < 0.97 * cut.error({})
+
+
+def test_a_block_that_training_makes_worse_stays_as_it_was() -> None:
+    cut = case("images")
+    found = cut.distil(Schedule(epochs=2, rate=50.0))
+    assert all(after == before for before, after in found.errors)
+    assert all(torch.equal(found.weights[name], cut.small.state[name]) for name in found.weights)
+
+
+def test_stages_in_files_and_blocks_that_were_kept_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut, kept = case("decoder"), Folder()
+    expected = cut.distil(kept=kept)
+    assert cut.distil(kept=kept).errors == expected.errors
+    del kept.blocks["block-2"]
+    monkeypatch.setattr(shelf, "LEAST", 0)
+    found = cut.distil(executor=Executor(borders=0), kept=kept)
+    assert list(kept.saved) == [f"block-{k}" for k in (0, 1, 2, 3, 2)]
+    for weight in expected.weights:
+        torch.testing.assert_close(found.weights[weight], expected.weights[weight], rtol=1e-4, atol=1e-5)
+
+
+class Folder:
+    """Keeps blocks in memory."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[str, dict[str, Tensor]] = {}
+        self.saved: list[str] = []
+
+    def earlier(self, name: str) -> dict[str, Tensor] | None:
+        return dict(self.blocks[name]) if name in self.blocks else None
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.blocks[name] = dict(tensors)
+        self.saved.append(name)
+
+
+class Repeated(nn.Module):
+    """One feed-forward layer, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + self.down(self.up(x).relu())
+        return x
+
+
+def test_weights_that_blocks_share_are_refused_in_one_line() -> None:
+    analysis = analyze(trace(Repeated().eval(), (torch.randn(2, 6),)))
+    (family,) = [f for f in analysis.families if f.size == 10]
+    cut = resolve_plan(analysis, random_plan(analysis, [family.name]))
+    with pytest.raises(MptkError, match=r"no block has matrices of its own.*leave out --distil-epochs"):
+        distil_blocks(analysis, cut, {"down.weight"}, {}, Samples({"x": torch.randn(2, 6)}), HOW)
+
+
+def test_it_follows_reconstruction() -> None:
+    with pytest.raises(MptkError, match="after reconstruction; leave out --no-reconstruct or --distil-epochs"):
+        mptk.Settings(reconstruct=False, distil_epochs=1)

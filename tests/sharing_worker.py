@@ -1,4 +1,4 @@
-"""Run by two processes: scores and fitted weights of a tiny model, saved by each into a file of its own."""
+"""Run by two processes: scores, fitted and distilled weights of a tiny model, saved by each into a file of its own."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from mptk.errors import MptkError
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import next_tokens
-from mptk.methods import criteria
+from mptk.methods import criteria, distil
 from mptk.methods.criteria import observe
-from mptk.methods.reconstruct import kept_units, reconstruct_consumers
+from mptk.methods.reconstruct import consumers, kept_units, reconstruct_consumers
 from mptk.run.processes import once
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
@@ -24,7 +24,7 @@ from passes.transforms.insert_masks import find_mask_sites
 
 
 def found() -> dict[str, Tensor]:
-    observe.OBSERVED_TOKENS = observe.GRADIENT_TOKENS = 18  # batches of two windows
+    observe.OBSERVED_TOKENS = observe.GRADIENT_TOKENS = distil.STEP = 18  # batches of two windows
     model, windows = architectures.model("mixtral"), architectures.tokens(7, 9)
     analysis = analyze(trace(model, dynamic=True))
     result = {
@@ -35,7 +35,10 @@ def found() -> dict[str, Tensor]:
     scores = {family: result[f"wanda.{family}"] for family in ("q_heads",)}
     cut = resolve_plan(analysis, criteria.select(analysis, scores, {"q_heads": 2}))
     sites, kept = find_mask_sites(analysis, model, ["q_heads"]), kept_units(analysis, cut, ["q_heads"])
-    return result | dict(reconstruct_consumers(analysis, sites, kept, {}, next_tokens(windows)))
+    fitted = dict(reconstruct_consumers(analysis, sites, kept, {}, next_tokens(windows)))
+    how = distil.Schedule(epochs=1, rate=1e-3)
+    trained = distil.distil_blocks(analysis, cut, consumers(sites), fitted, next_tokens(windows), how).weights
+    return result | fitted | {f"distilled.{name}": trained[name] for name in trained}
 
 
 def refused() -> str:

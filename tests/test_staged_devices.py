@@ -17,7 +17,8 @@ from mptk.compat.torch import FakeTensorMode
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import next_tokens
 from mptk.methods.criteria import score
-from mptk.methods.reconstruct import kept_units, reconstruct_consumers
+from mptk.methods.distil import Schedule, distil_blocks
+from mptk.methods.reconstruct import consumers, kept_units, reconstruct_consumers
 from mptk.runtime.staged import Executor
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
@@ -61,7 +62,7 @@ def test_scores_are_made_there(name: str, model: str) -> None:
 
 
 @torch.no_grad()
-def test_consumers_are_fitted_there() -> None:
+def test_consumers_are_fitted_and_blocks_are_distilled_there() -> None:
     model, windows = architectures.model("llama"), architectures.tokens(20, 9)
     analysis = analyze(trace(model, dynamic=True))
     plan = random_plan(analysis, ["ffn"])
@@ -71,6 +72,12 @@ def test_consumers_are_fitted_there() -> None:
         fitted = reconstruct_consumers(analysis, sites, kept, {}, next_tokens(windows), executor=THERE)
         found = {name: fitted[name].to("cpu") for name in fitted}
     close(found, expected)
+    arguments = (analysis, resolve_plan(analysis, plan), consumers(sites), expected, next_tokens(windows))
+    here = distil_blocks(*arguments, Schedule(epochs=1, rate=1e-3))
+    with SecondDevice():
+        there = distil_blocks(*arguments, Schedule(epochs=1, rate=1e-3), executor=THERE)
+    torch.testing.assert_close(torch.tensor(there.errors), torch.tensor(here.errors), rtol=1e-4, atol=0)
+    assert not [name for name, weight in there.weights.items() if isinstance(weight, SecondTensor)]
 
 
 @pytest.mark.parametrize("name", ["decoder", "mixture", "images"])

@@ -24,6 +24,8 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods import find_method
+from mptk.methods.distil import NO_BLOCK
+from mptk.methods.reconstruct import consumers
 from mptk.progress import Progress
 from mptk.run.chain import Prepared, Task, stored_type
 from mptk.run.execution import execution
@@ -90,6 +92,8 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     with context.stage("legalise"):
         prepared = legalise(job.source, settings, loaded, task, analysis, context.progress)
     prepared = replace(prepared, executor=executor)
+    if settings.distil_epochs and not consumers(prepared.mask_sites):
+        raise MptkError(NO_BLOCK)
     whole = [name for name in prepared.families if not is_layered(analysis.family(name))]
     if settings.steps and not settings.learning.rank and whole:
         raise MptkError(f"all weights cannot be trained where {whole[0]} is cut, as norms follow it; use --rank 16")

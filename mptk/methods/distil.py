@@ -44,6 +44,7 @@ WARMUP = 0.05
 FLOOR = 1e-3
 """Positions of less than this share of the mean square count as if they had it."""
 ERRORS = "errors"
+NO_BLOCK = "no block that is cut has matrices of its own, which could be distilled; leave out --distil-epochs"
 
 
 class Kept(Protocol):
@@ -119,7 +120,7 @@ def distil_blocks(
     teacher, student = (Run(executor, each, part, given) for each in (flow, Flow(small)))
     count, owned = len(part.ends), _owned(student, {stored(dense, site.weight) for site in sites})
     if not any(owned[:count]):
-        raise MptkError("no block has matrices of its own, which could be distilled; leave out --distil-epochs")
+        raise MptkError(NO_BLOCK)
     known = [None if kept is None else kept.earlier(f"block-{k}") for k in range(count)]
     shelf, errors = Shelf(executor.borders), list[tuple[float, float]]()
     for k, earlier in enumerate(known):

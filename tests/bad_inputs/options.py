@@ -179,6 +179,11 @@ CONTRADICTIONS = [
     ),
     Row("rate of no distillation", f"{PRUNE} --distil-lr 0.1", ("--distil-lr would do nothing", "--distil-epochs")),
     Row("distillation without its start", f"{PRUNE} --distil-epochs 1 --no-reconstruct", ("leave out --no-reconstr",)),
+    Row(
+        "distillation of no block",
+        f"{PRUNE} --families hidden --sparsity 0.5 --distil-epochs 1",
+        ("no block that is cut has",),
+    ),
     Row("two latencies", f"{ONCE} --max-decode-ms 5 --max-prefill-ms 9", ("only one latency",)),
     Row("latency and sparsity", f"{ONCE} --max-decode-ms 5 --sparsity 0.5", ("--sparsity would do nothing",)),
     Row("latency and budget", f"{ONCE} --max-decode-ms 5 --budget flops", ("--budget would do nothing",)),

@@ -45,9 +45,10 @@ class Watch:
 
     def row(self, source: str, every: int) -> dict[str, Any]:
         """What the report says. ``source``: of the samples. ``every``: steps between two measurements."""
+        when = f"before training, every {every} steps and at the end"
         return {
             "metric": "training loss",
-            "protocol": f"{len(self.samples)} samples of {source}, never trained on; every {every} steps and after all",
+            "protocol": f"{len(self.samples)} samples of {source}, never trained on; {when}",
             "losses": {str(step): loss for step, loss in self.losses.items()},
             "kept": self.best,
         }

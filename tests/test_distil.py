@@ -104,6 +104,9 @@ class Folder:
         self.blocks: dict[str, dict[str, Tensor]] = {}
         self.saved: list[str] = []
 
+    def holds(self, file: str) -> bool:
+        return file.removesuffix(".safetensors") in self.blocks
+
     def earlier(self, name: str) -> dict[str, Tensor] | None:
         return dict(self.blocks[name]) if name in self.blocks else None
 

@@ -50,6 +50,10 @@ NO_BLOCK = "no block that is cut has matrices of its own, which could be distill
 class Kept(Protocol):
     """Where trained blocks are kept, so that a stopped run need not train them again."""
 
+    def holds(self, file: str) -> bool:
+        """Whether an earlier run left a file: a name with ``.safetensors``."""
+        ...
+
     def earlier(self, name: str) -> dict[str, Tensor] | None:
         """What an earlier run kept under a name, or None."""
         ...
@@ -57,6 +61,19 @@ class Kept(Protocol):
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors under a name."""
         ...
+
+
+class _Nowhere(Kept):
+    """Keeps nothing."""
+
+    def holds(self, file: str) -> bool:
+        return False
+
+    def earlier(self, name: str) -> dict[str, Tensor] | None:
+        return None
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -98,9 +115,7 @@ def distil_blocks(
     executor: Executor = EXECUTOR,
     kept: Kept | None = None,
 ) -> Distilled:
-    """Train the matrices of every block that has a consumer of a cut family.
-
-    The processes of a run share the samples of each step, if these divide among them.
+    """Train the matrices of every block that has a consumer of a cut family. Processes share a step if it divides.
 
     Args:
         analysis: of the dense model.
@@ -121,25 +136,28 @@ def distil_blocks(
     count, owned = len(part.ends), _owned(student, {stored(dense, site.weight) for site in sites})
     if not any(owned[:count]):
         raise MptkError(NO_BLOCK)
-    known = [None if kept is None else kept.earlier(f"block-{k}") for k in range(count)]
-    shelf, errors = Shelf(executor.borders), list[tuple[float, float]]()
-    for k, earlier in enumerate(known):
+    kept = kept or _Nowhere()
+    runs = not all(kept.holds(f"block-{k}.safetensors") for k in range(count))
+    shelf, errors, likes = Shelf(executor.borders), list[tuple[float, float]](), dict[str, Tensor]()
+    for k in range(count):
         block = _Block(analysis, cut, teacher, student, share, k, owned[k])
-        if None in known:
+        if runs:
             teacher.advance(k)
-        found = earlier or block.trained(how)
-        if earlier is None and kept is not None and leads():
-            kept.save(f"block-{k}", found)
-        if None in known:
+        found = kept.earlier(f"block-{k}")
+        if found is None:
+            found = block.trained(how)
+            if leads():
+                kept.save(f"block-{k}", found)
+        if runs:
             student.advance(k, weights=block.weights(found))
         before, after = found.pop(ERRORS).tolist()
         errors.append((before, after))
         for name, weight in found.items():
             shelf.add(name, weight)
+            likes[name] = small.state.like(name)
         if progress is not None:
             progress(k + 1, count)
-    names = {name for nodes in owned[:count] for name in nodes.values()}
-    return Distilled(shelf.weights({name: small.state.like(name) for name in names}), errors)
+    return Distilled(shelf.weights(likes), errors)
 
 
 def _steps(program: Program, samples: Samples) -> tuple[list[tuple[Tensor, ...]], Sharing]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import passes.frontend.trace
+from mptk.compat.torch import sources_forgotten
 from mptk.cost.budgets import phase
 from mptk.driver.prepare import traced
 from mptk.errors import MptkError
@@ -52,6 +53,7 @@ from passes.targets.onnx.names import FILE, QUANTIZED, quantized_files, scheme_o
 __all__ = ["analyze", "bench", "export", "export_folder", "ops", "rewrite", "rule", "show", "trace"]
 
 
+@sources_forgotten()
 def trace(model: nn.Module | str, example_inputs: ExampleInputs | None = None, *, dynamic: bool = False) -> Program:
     """Trace a model to a Program.
 
@@ -69,6 +71,7 @@ def trace(model: nn.Module | str, example_inputs: ExampleInputs | None = None, *
     return passes.frontend.trace.trace(module, example, dynamic=dynamic)
 
 
+@sources_forgotten()
 def analyze(model: nn.Module | str | Program, example_inputs: ExampleInputs | None = None) -> Analysis:
     """Find what can be cut in a model: its families of coupled channels, and what cannot be cut and why.
 
@@ -92,6 +95,7 @@ def ops() -> list[dict[str, str]]:
     ]
 
 
+@sources_forgotten()
 def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
     """Cut the analysed program to ``plan``: smaller weights, right shape constants, the same function as when masked.
 
@@ -146,6 +150,7 @@ def show(
     return program_text(result, analysis, sizes, source=source)
 
 
+@sources_forgotten()
 def export(
     model: PreTrainedModel,
     folder: str | Path,
@@ -192,6 +197,7 @@ def export(
     return Path(folder)
 
 
+@sources_forgotten()
 def export_folder(
     model: str,
     out: str | Path,
@@ -253,6 +259,7 @@ def export_folder(
     return Path(out)
 
 
+@sources_forgotten()
 def bench(
     models: Sequence[str | Path], *, device: str = Settings.device, progress: Progress | None = None, **settings: Any
 ) -> Bench:

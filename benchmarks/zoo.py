@@ -63,10 +63,11 @@ def prove(analysis: Analysis, inputs: Sequence[Tensor], seed: int = 0) -> Iterat
     rng = random.Random(seed)
     with torch.no_grad():
         dense = analysis.program(*inputs)
-        for family in analysis.families:
+        families = [*analysis.families, *analysis.depths]
+        for family in families:
             yield family.name, _disprove(analysis, random_plan([family], rng), inputs, dense)
-        if len(analysis.families) > 1:
-            yield "all", _disprove(analysis, random_plan(analysis.families, rng), inputs, dense)
+        if len(families) > 1:
+            yield "all", _disprove(analysis, random_plan(families, rng), inputs, dense)
 
 
 def _disprove(analysis: Analysis, plan: Plan, inputs: Sequence[Tensor], dense: Tensor) -> str:

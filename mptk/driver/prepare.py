@@ -90,7 +90,8 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     with context.stage("legalise"):
         prepared = legalise(job.source, settings, loaded, task, analysis, context.progress)
     prepared = replace(prepared, executor=executor)
-    whole = [name for name in prepared.families if not is_layered(analysis.family(name))]
+    families = [analysis.family(name) for name in prepared.families]
+    whole = [family.name for family in families if not is_layered(family) and family.stack is None]
     if settings.steps and not settings.learning.rank and whole:
         raise MptkError(f"all weights cannot be trained where {whole[0]} is cut, as norms follow it; use --rank 16")
     return prepared

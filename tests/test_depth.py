@@ -225,8 +225,25 @@ def test_a_block_that_turns_its_input_least_goes_first(llama):
     assert set(range(4)) - set(kept) == {int(found.argmin())}
 
 
+def test_greedy_removes_the_block_without_which_the_loss_is_lowest(llama):
+    """Each round looks at the model without the blocks that are gone already."""
+    ids = torch.randint(5, 97, (2, 12))
+    found = criteria.score(llama.analysis, "greedy", ids, families=["layers"])["layers"].flatten()
+    layers = list(llama.model.model.layers)
+    left = list(range(4))
+    with torch.no_grad():
+        for _ in range(3):
+            losses = {}
+            for unit in left:
+                llama.model.model.layers = nn.ModuleList(layers[i] for i in left if i != unit)
+                losses[unit] = llama.model(ids, labels=ids, use_cache=False).loss.item()
+            left.remove(min(losses, key=losses.get))
+    llama.model.model.layers = nn.ModuleList(layers)
+    assert [int(unit) for unit in found.argsort()][3:] == left
+
+
 def test_influence_judges_no_channels(llama):
-    with pytest.raises(MptkError, match="influence judges whole blocks, not the channels of ffn"):
+    with pytest.raises(MptkError, match="this method judges whole blocks, not the channels of ffn"):
         criteria.score(llama.analysis, "influence", IDS, families=["ffn"])
 
 

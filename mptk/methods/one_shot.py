@@ -85,6 +85,10 @@ class OneShotMethod(Method):
                 objective=prepared.task,
                 progress=partial(context.progress, stage),
                 executor=prepared.calibrator,
+                removals={
+                    f.name: f.size - min(c.widths.get(f.name, f.size) for c in prepared.candidates)
+                    for f in prepared.analysis.depths
+                },
             )
             return criteria.score_evidence(evidence, self.name, prepared.families), dict(evidence.observations)
 

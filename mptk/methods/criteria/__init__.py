@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from mptk.ir.families import Analysis, Family
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples, next_tokens
-from mptk.methods.criteria import flap, influence, magnitude, random, taylor, wanda
+from mptk.methods.criteria import flap, greedy, influence, magnitude, random, taylor, wanda
 from mptk.methods.criteria.base import Criterion, Evidence, Scores, uses
 from mptk.methods.criteria.flap import Compensation, compensate
 from mptk.methods.criteria.observe import activations, find_sites, gradients
@@ -40,6 +41,7 @@ CRITERIA: dict[str, Criterion] = {
         Criterion(
             "influence", "how far a block turns its input, 1 − cosine", influence.score, "blocks", judges="blocks"
         ),
+        Criterion("greedy", "blocks one by one, by the loss without them", influence.score, "losses", judges="blocks"),
     )
 }
 
@@ -76,7 +78,7 @@ def score(
         name: a key of ``CRITERIA``.
         windows: calibration text as token ids, int64 [n, length], or samples of a model of another kind; may be None
             if ``needs_data(name)`` is False.
-        families: names of the families to score; all by default.
+        families: names of the families to score; by default all of channels, or the depths if it judges blocks.
         seed: used by the random criterion.
         progress: called with (windows done, all windows).
         executor: runs the program.
@@ -103,21 +105,26 @@ def gather(
     objective: Task = CAUSAL_LM,
     progress: Count | None = None,
     executor: Executor = EXECUTOR,
+    removals: Mapping[str, int] = MappingProxyType({}),
 ) -> Evidence:
     """Run the program on ``windows`` and keep what criterion ``name`` needs to score ``families``.
 
-    ``compensate`` takes the evidence's ``observations``, too. Gradients are those of the loss of ``objective``.
-    ``executor`` runs it. Other arguments and errors are those of ``score``.
+    ``compensate`` takes the evidence's ``observations``, too. Losses and gradients are those of ``objective``.
+    ``executor`` runs it. ``removals``: depth → how many blocks ``greedy`` looks for. Other arguments and errors are
+    those of ``score``.
     """
     criterion = find_criterion(name)
     if not analysis.program.has_values:
         raise MptkError(
             "this program was traced without weights and cannot be scored; trace the model with its weights"
         )
-    channels, depths = _by_kind(_families(analysis, families))
+    channels, depths = _by_kind(_families(analysis, families, criterion))
     if criterion.needs == "nothing" and (criterion.judges != "channels" or not depths):
         return Evidence(analysis, seed)
     samples = _samples(name, windows)
+    if criterion.needs == "losses":
+        order = greedy.measure(analysis, depths, samples, objective, removals, progress, executor)
+        return Evidence(analysis, seed, influences=order)
     influences = influence.measure(analysis, depths, samples, progress, executor)
     groups = [g for f in channels for g in f.groups]
     if criterion.needs == "gradients" and groups:
@@ -149,7 +156,8 @@ def _samples(name: str, windows: Tensor | Samples | None) -> Samples:
 
 def score_evidence(evidence: Evidence, name: str, families: Sequence[str] | None = None) -> Scores:
     """Scores, in the form of ``score``, from the evidence that ``gather`` kept for the same criterion and families."""
-    chosen, criterion = _families(evidence.analysis, families), find_criterion(name)
+    criterion = find_criterion(name)
+    chosen = _families(evidence.analysis, families, criterion)
     channels, depths = _by_kind(chosen)
     found = criterion.score(evidence, channels if criterion.judges == "channels" else chosen)
     found |= influence.score(evidence, depths) if criterion.judges == "channels" else {}
@@ -234,9 +242,12 @@ def one_shot(
     return OneShot(plan, scores, compensation.state, compensation.statement)
 
 
-def _families(analysis: Analysis, names: Sequence[str] | None) -> tuple[Family, ...]:
+def _families(
+    analysis: Analysis, names: Sequence[str] | None, criterion: Criterion | None = None
+) -> tuple[Family, ...]:
+    """The families of these names; by default all channels or, for a criterion of blocks, all depths."""
     if names is None:
-        return analysis.families
+        return analysis.depths if criterion is not None and criterion.judges == "blocks" else analysis.families
     try:
         return tuple(analysis.family(name) for name in names)
     except KeyError as error:

@@ -24,7 +24,8 @@ class Evidence:
     """The input of a criterion: the weights (through ``analysis``) and what its ``Criterion.needs`` asks for.
 
     ``observations``: moments of the activations at each contraction with a weight. ``gradients``: weight name →
-    gradient of the calibration loss, a mean over predicted tokens. ``influences``: depth → influence of each block.
+    gradient of the calibration loss, a mean over predicted tokens. ``influences``: depth → each block's influence, or
+    its rank.
     """
 
     analysis: Analysis
@@ -38,15 +39,16 @@ class Evidence:
 class Criterion:
     """A one-shot criterion: ``score`` gives each family [layers, scopes, size], higher = keep.
 
-    ``needs``: what is gathered first: nothing, moments of activations, gradients of the loss, or only the influence of
-    blocks. All but the first need calibration text. ``compensates``: consumers' biases absorb the mean of the removed
-    units. ``judges``: channels, whole residual blocks, or both. Blocks that it does not judge are scored by influence.
+    ``needs``: what is gathered first: nothing, moments of activations, gradients of the loss, only the influence of
+    blocks, or the losses without blocks. All but the first need calibration text. ``compensates``: consumers' biases
+    absorb the mean of the removed units. ``judges``: channels, whole residual blocks, or both. Blocks that it does not
+    judge are scored by influence.
     """
 
     name: str
     summary: str
     score: Callable[[Evidence, Sequence[Family]], Scores]
-    needs: Literal["nothing", "activations", "gradients", "blocks"] = "nothing"
+    needs: Literal["nothing", "activations", "gradients", "blocks", "losses"] = "nothing"
     compensates: bool = False
     judges: Literal["channels", "both", "blocks"] = "channels"
 

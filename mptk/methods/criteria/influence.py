@@ -28,7 +28,7 @@ from mptk.runtime.staged import EXECUTOR, Executor
 
 
 def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
-    """The influence of each block, [1, 1, blocks].
+    """The influence of each block, or its rank (``greedy.py``), [1, 1, blocks].
 
     Raises:
         MptkError: the units of a family are channels.
@@ -42,7 +42,7 @@ def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
 def refusal(name: str) -> str:
     """Why a family of channels is not scored."""
     return (
-        f"influence judges whole blocks, not the channels of {name}; name a depth, or use another --method, which "
+        f"this method judges whole blocks, not the channels of {name}; name a depth, or use another --method, which "
         "removes blocks by their influence, too"
     )
 

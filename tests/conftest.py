@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
+
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")  # tiny models fill that cache and seldom read it
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
 import transformers
+from onnxscript._framework_apis import torch_2_5 as onnx_operators
 
+onnx_operators.get_torchlib_ops = functools.cache(onnx_operators.get_torchlib_ops)  # made anew for each export
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("same")
 transformers.logging.set_verbosity_error()

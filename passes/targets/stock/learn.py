@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from passes.targets.stock.config import StockConfig, Unsolved, finish, minimise, shortest, solve
 from passes.targets.stock.depth import pattern, shorten
 from passes.targets.stock.probe import Field, Prober, Refusal, Shapes
-from passes.targets.stock.search import Expression, Expressions, SizeSlot, differences, evaluate
+from passes.targets.stock.search import MAX_BUILDS, Expression, Expressions, SizeSlot, differences, evaluate
 
 Check = Callable[[StockConfig, Mapping[str, int]], float]
 """Largest absolute logit difference between the stock class with this config and the cut model of these widths."""
@@ -47,6 +47,8 @@ class Stock:
     ) -> Stock:
         """Learn, by trial cuts, which of ``families`` the class of ``model`` can express.
 
+        Families that it cannot express alone are tried together with others, until ``MAX_BUILDS`` more models are built.
+
         Args:
             model: a transformers model on any device. Only its class and config are used.
             families: name → width before the cut.
@@ -58,8 +60,10 @@ class Stock:
         stock = Stock(prober, Expressions(prober.fields, families, fixed), shapes)
         for name in families:
             stock._learn(frozenset((name,)))
+        limit = prober.builds + MAX_BUILDS
         for name in list(stock.refusals):
-            stock._learn_together(name)
+            if prober.builds < limit:
+                stock._learn_together(name)
         if check is not None:
             stock._prove(check, tolerance)
         return stock

@@ -64,6 +64,16 @@ def stock_acceptance(analysis: Analysis, tiny: Tiny) -> dict[str, dict[str, Any]
     return rows | {family.name: _depth(analysis, tiny, stock, family) for family in analysis.depths}
 
 
+def depth_acceptance(analysis: Analysis, tiny: Tiny) -> dict[str, dict[str, Any]]:
+    """The same of the depths alone, for models of any kind."""
+
+    def shapes(widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        return {n.removeprefix(PREFIX): shape for n, shape in cut_shapes(analysis, widths).items()}
+
+    stock = Stock.discover(tiny.model, {}, [], shapes)  # type: ignore[arg-type]
+    return {family.name: _depth(analysis, tiny, stock, family) for family in analysis.depths}
+
+
 def _depth(analysis: Analysis, tiny: Tiny, stock: Stock, family: Family) -> dict[str, Any]:
     """The same of a depth: how many numbers of blocks the class holds, with blocks chosen by random scores."""
     assert family.stack is not None

@@ -85,15 +85,7 @@ class CostModel:
 
     def _cost(self, widths: Mapping[str, float], shares: Shares) -> Cost:
         sizes = self.analysis.sizes(widths)
-        counts: dict[str, float] = dict(self._idle)
-        for name, dims in self._used.items():
-            count: float = 1
-            for term in dims:
-                count *= evaluate(term, sizes)
-            counts[name] = count
-        for name, (axis, unit) in self._blocks.items():
-            if axis in shares:
-                counts[name] *= shares[axis][unit]
+        counts = {name: self._count(name, sizes, shares) for name in (*self._idle, *self._used)}
         return Cost(
             parameters=sum(counts.values()),
             block=sum(counts[name] for name in self.block_weights),
@@ -108,7 +100,20 @@ class CostModel:
 
     def share(self, widths: Mapping[str, float]) -> float:
         """Share of the budget that is left at ``widths``, which may be fractions."""
-        return float(getattr(self(widths), self.budget) / getattr(self.dense, self.budget))
+        if self.budget == "block":  # asked for often: nothing else is counted
+            sizes, shares = self.analysis.sizes(widths), depth_shares(self.analysis, widths)
+            left = sum(self._count(name, sizes, shares) for name in self.block_weights)
+        else:
+            left = getattr(self(widths), self.budget)
+        return float(left / getattr(self.dense, self.budget))
+
+    def _count(self, name: str, sizes: Mapping[Axis, float], shares: Shares) -> float:
+        """The numbers of a weight that are left."""
+        count: float = self._idle.get(name, 1)
+        for term in self._used.get(name, ()):
+            count *= evaluate(term, sizes)
+        axis, unit = self._blocks.get(name, (None, 0))
+        return count if axis not in shares else count * shares[axis][unit]
 
     def parameters_per_unit(self, family: Family) -> float:
         """Parameters of one unit of ``family`` in all layers of the dense model."""

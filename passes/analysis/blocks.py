@@ -13,7 +13,6 @@ nested, the outermost one counts.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -159,5 +158,5 @@ def name_stacks(stacks: Sequence[Stack]) -> list[str]:
     for place in range(min(map(len, parts), default=0)):
         words = [path[place] for path in parts]
         if len(set(words)) == len(words):
-            return [f"{re.sub('s$', '', word)}_layers" for word in words]
+            return [f"layers.{word}" if word.isdigit() else f"{word.removesuffix('s')}_layers" for word in words]
     return [f"layers.{i}" for i in range(1, len(stacks) + 1)]

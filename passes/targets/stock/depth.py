@@ -60,13 +60,17 @@ def _traits(module: nn.Module) -> dict[str, object]:
     return plain | {name: tuple(buffer.shape) for name, buffer in module.named_buffers(recurse=False)}
 
 
-def shorten(stock: StockConfig, kept: Mapping[str, Sequence[int]]) -> StockConfig | Refusal:
-    """The config with which the class has only the ``kept`` blocks (path of a list → their numbers, ascending)."""
+def shorten(stock: StockConfig, kept: Mapping[str, Sequence[int]], dense: Built | None = None) -> StockConfig | Refusal:
+    """The config with which the class has only the ``kept`` blocks (path of a list → their numbers, ascending).
+
+    ``dense``: the class built from ``stock``, if that was done before.
+    """
     for module, units in kept.items():
-        found = _Search(stock, module, tuple(units)).run()
+        found = _Search(stock, module, tuple(units), dense).run()
         if isinstance(found, Refusal):
             return found
-        stock = found
+        if found is not stock:
+            stock, dense = found, None
     return stock
 
 
@@ -88,6 +92,7 @@ class _Search:
     stock: StockConfig
     module: str
     units: tuple[int, ...]
+    before: Built | None = None
 
     @cached_property
     def body(self) -> dict[str, object]:
@@ -95,6 +100,8 @@ class _Search:
 
     @cached_property
     def dense(self) -> Built:
+        if self.before is not None:
+            return self.before
         built = build(self.stock.model_class, self.stock.config)
         assert isinstance(built, Built), built
         return built
@@ -122,6 +129,8 @@ class _Search:
         for near, count in [*((place, None) for place in places), *((path[:-1], path) for path in counts)]:
             for more in self._variants(near):
                 edits = more if count is None else {count: len(self.units), **more}
+                if not edits:
+                    break
                 built = self._build(edits)
                 if isinstance(built, Built) and built.blocks(self.module) != set(range(len(self.units))):
                     break  # it counts something else

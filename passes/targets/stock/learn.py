@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from types import MappingProxyType
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from passes.targets.stock.config import StockConfig, Unsolved, finish, minimise, shortest, solve
-from passes.targets.stock.depth import pattern, shorten
+from passes.targets.stock.depth import Built, build, pattern, shorten
 from passes.targets.stock.probe import Field, Prober, Refusal, Shapes
 from passes.targets.stock.search import MAX_BUILDS, Expression, Expressions, SizeSlot, differences, evaluate
 
@@ -121,7 +122,7 @@ class Stock:
 
     def shorter(self, kept: Mapping[str, Sequence[int]]) -> StockConfig | Refusal:
         """The config for all widths and the ``kept`` blocks, as in ``config``."""
-        return shorten(self._whole, kept)
+        return shorten(self._whole, kept, self._built)
 
     def pattern(self, module: str, width: int) -> tuple[list[object], list[object]] | None:
         """The kinds of a list's blocks, and those that the class has with ``width`` blocks (``depth.pattern``)."""
@@ -130,6 +131,11 @@ class Stock:
     @property
     def _whole(self) -> StockConfig:
         return StockConfig(self._prober.model_class, self._prober.template, {})
+
+    @cached_property
+    def _built(self) -> Built | None:
+        built = build(self._prober.model_class, self._prober.template)
+        return built if isinstance(built, Built) else None
 
     def _fields(self) -> dict[Field, list[Expression]]:
         return {

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import os
 
-os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")  # tiny models fill that cache and seldom read it
-
 import hypothesis
 import numpy as np
 import pytest

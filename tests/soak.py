@@ -8,7 +8,7 @@ each command:
 
 - it ended as its exit code says: 0, one line with 1 or 2, and for a kill 130, 143 or the signal; never with a traceback;
 - nothing of it is left: no hidden folder beside its files, in the cache or among the temporary files. What a killed
-  command leaves goes with the next one that ends by itself.
+  command leaves goes with the next one that names something beside it and whose options can be read.
 
 At the end memory and open files of this process must be flat. Exit code 1 if anything is wrong.
 """
@@ -56,6 +56,8 @@ MODELS = {
 }
 OUTPUTS = ("a", "b", "c")
 """Folders that commands write, read, and replace."""
+NAMED = {*OUTPUTS, "llama", "text.txt", "nowhere", "found.json"}
+"""Names beside which commands write."""
 WRONG = (
     "analyze nowhere",
     "prune llama --sparsity 2 --out a",
@@ -179,14 +181,14 @@ def here(arguments: list[str]) -> tuple[int, str]:
     return code, said.getvalue()
 
 
-def wrong_with(code: int, said: str, allowed: set[int], place: Path) -> list[str]:
-    """What is wrong with how a command ended and with what it left; a killed one may leave something."""
+def wrong_with(command: list[str], code: int, said: str, allowed: set[int], place: Path) -> list[str]:
+    """What is wrong with how a command ended and with what is left; a killed one may leave something."""
     found = [] if code in allowed else [f"exit code {code}: {said[-300:]}"]
     if "Traceback (most recent call last)" in said:
         found.append(f"a traceback: {said[-300:]}")
     if code in (1, 2) and not (said.splitlines() or [""])[-1].startswith("error: "):
         found.append(f"no line on what is wrong: {said[-300:]}")
-    if allowed == ALLOWED:
+    if allowed == ALLOWED and code != 2 and NAMED.intersection(command):
         left = {*place.rglob(".*mptk*"), *(place / "tmp").iterdir()}
         found += [f"{path.relative_to(place)} is left" for path in sorted(left) if not held(path)]
     return found
@@ -248,11 +250,11 @@ def main(
         command, trap = draw.command(), draw.trap()
         if trap is None:
             code, said = here(command)
-            found = wrong_with(code, said, ALLOWED, place)
+            found = wrong_with(command, code, said, ALLOWED, place)
         else:
             ended = run(command, place, work / "aside", trap)
             code = ended.code
-            found = wrong_with(code, ended.said, ALLOWED | KILLED, place)
+            found = wrong_with(command, code, ended.said, ALLOWED | KILLED, place)
         counts |= {"commands": counts["commands"] + 1, f"exit {code}": counts[f"exit {code}"] + 1}
         counts["killed"] += code in KILLED
         wrong += [f"{shlex.join(command)}: {each}" for each in found]

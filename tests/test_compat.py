@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import linecache
 import logging
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import PeftModel
-from torch import nn
+from torch import fx, nn
 from transformers import AutoModelForCausalLM, FunnelConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from mptk.compat import torch as compat
@@ -126,6 +127,23 @@ def test_the_exporter_is_quiet_for_a_time() -> None:
     with compat.quiet_exporter():
         assert not logger.isEnabledFor(logging.WARNING)
     assert logger.isEnabledFor(logging.WARNING)
+
+
+def test_what_operators_gave_is_not_kept() -> None:
+    with compat.uncached_operators():
+        mode = compat.FakeTensorMode()
+    assert mode.cache_enabled is False, changed("torch", "fake_tensor_cache_enabled")
+    assert compat.FakeTensorMode().cache_enabled, changed("torch", "fake_tensor_cache_enabled")
+
+
+def test_sources_of_generated_code_are_forgotten() -> None:
+    before = fx.symbolic_trace(torch.nn.ReLU())
+    with compat.sources_forgotten():
+        within = fx.symbolic_trace(torch.nn.ReLU())
+        assert linecache.getlines(within.forward.__code__.co_filename), changed("torch", "where fx keeps sources")
+    assert not linecache.getlines(within.forward.__code__.co_filename), changed("torch", "where fx keeps sources")
+    assert linecache.getlines(before.forward.__code__.co_filename)
+    assert within(torch.ones(1)) == 1
 
 
 # ---- transformers ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import linecache
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
+from torch.fx.graph_module import _loader
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
@@ -28,10 +30,27 @@ __all__ = [
     "schema",
     "size_expression",
     "size_hint",
+    "sources_forgotten",
     "tree_leaves",  # The tensors of nested inputs, in torch.export's own order.
     "tree_map",  # The same nesting with other tensors.
+    "uncached_operators",
     "undecomposed",
 ]
+
+
+@contextlib.contextmanager
+def sources_forgotten() -> Iterator[None]:
+    """Within it torch.fx keeps the source of each module that it generates, for tracebacks. Afterwards it is dropped.
+
+    torch.fx drops none, so a process that compiles many models would grow with each. It has no public way to.
+    """
+    before = set(_loader.eval_cache)
+    try:
+        yield
+    finally:
+        for name in _loader.eval_cache.keys() - before:
+            del _loader.eval_cache[name]
+            linecache.cache.pop(name, None)
 
 
 def schema(target: object) -> FunctionSchema | None:
@@ -102,6 +121,18 @@ def undecomposed(exported: ExportedProgram) -> ExportedProgram:
         constants=exported.constants,
         verifiers=list(exported.verifiers),
     )
+
+
+@contextlib.contextmanager
+def uncached_operators() -> Iterator[None]:
+    """Within it fake tensors do not remember what operators gave, which a symbolic trace would keep for ever.
+
+    A tiny decoder is traced in two thirds of the time; one of 30 layers in the same. There is no public switch.
+    """
+    import torch._dynamo.config  # takes a second, so not before a trace
+
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        yield
 
 
 @contextlib.contextmanager

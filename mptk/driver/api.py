@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import passes.frontend.trace
+from mptk.compat.torch import sources_forgotten
 from mptk.cost.budgets import phase
 from mptk.driver.prepare import traced
 from mptk.errors import MptkError
@@ -53,6 +54,7 @@ from passes.transforms.rewrite import Rewrite
 __all__ = ["analyze", "bench", "export", "export_folder", "ops", "rewrite", "rule", "show", "trace"]
 
 
+@sources_forgotten()
 def trace(model: nn.Module | str, example_inputs: ExampleInputs | None = None, *, dynamic: bool = False) -> Program:
     """Trace a model to a Program.
 
@@ -70,6 +72,7 @@ def trace(model: nn.Module | str, example_inputs: ExampleInputs | None = None, *
     return passes.frontend.trace.trace(module, example, dynamic=dynamic)
 
 
+@sources_forgotten()
 def analyze(model: nn.Module | str | Program, example_inputs: ExampleInputs | None = None) -> Analysis:
     """Find what can be cut in a model: its families of coupled channels, and what cannot be cut and why.
 
@@ -93,6 +96,7 @@ def ops() -> list[dict[str, str]]:
     ]
 
 
+@sources_forgotten()
 def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
     """Cut the analysed program to ``plan``: smaller weights, right shape constants, the same function as when masked.
 
@@ -150,6 +154,7 @@ def show(
     return program_text(result, analysis, sizes, source=source)
 
 
+@sources_forgotten()
 def export(
     model: PreTrainedModel,
     folder: str | Path,
@@ -196,6 +201,7 @@ def export(
     return Path(folder)
 
 
+@sources_forgotten()
 def export_folder(
     model: str,
     out: str | Path,
@@ -257,6 +263,7 @@ def export_folder(
     return Path(out)
 
 
+@sources_forgotten()
 def bench(
     models: Sequence[str | Path], *, device: str = Settings.device, progress: Progress | None = None, **settings: Any
 ) -> Bench:

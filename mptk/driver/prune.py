@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mptk.compat.accelerate import own_state
+from mptk.compat.torch import sources_forgotten
 from mptk.driver.budget import left_whole
 from mptk.driver.card import write_card
 from mptk.driver.changes import COMPENSATION, widened
@@ -60,6 +61,7 @@ COMPARED = 2048
 REMEDY = "nothing was published. Please report this model"
 
 
+@sources_forgotten()
 def run(job: Job, settings: Settings, context: Context) -> Finished | None:
     """Run every stage in order. Of several processes that work on one run, all but the first get None.
 

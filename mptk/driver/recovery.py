@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from mptk.compat.torch import sources_forgotten
 from mptk.cost.estimate import Estimate
 from mptk.driver.changes import changes_of
 from mptk.driver.estimate import estimated_for
@@ -30,6 +31,7 @@ from mptk.run.values import Context
 from mptk.targets.stock_config import check_code
 
 
+@sources_forgotten()
 def recover(
     folder: str | Path,
     out: str | Path,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mptk.compat.torch import sources_forgotten
 from mptk.driver.prepare import traced
 from mptk.driver.pruned import Pruned, Shown, reporting
 from mptk.driver.sources import Data, Inputs, Model, collected, in_memory, names_of, source_of, task_of_folder
@@ -31,6 +32,7 @@ from mptk.runtime.generation import Sampling, TextGenerator, check_room
 from mptk.runtime.staged import Executor
 
 
+@sources_forgotten()
 def evaluate(
     model: Pruned | Model,
     data: Data | None = None,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from mptk.compat.torch import sources_forgotten
 from mptk.cost.model import CostModel
 from mptk.driver.changes import changes_of
 from mptk.driver.claims import check_files, check_numbers, proof_samples, require_same
@@ -48,6 +49,7 @@ class Proof(list[Difference]):
         self.notes = notes
 
 
+@sources_forgotten()
 def verify(
     folder: str | Path,
     *,

@@ -14,7 +14,7 @@ from torch.export.graph_signature import ExportGraphSignature
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from mptk.compat.torch import FakeTensorMode, tree_leaves
+from mptk.compat.torch import FakeTensorMode, tree_leaves, uncached_operators
 from mptk.errors import MptkError
 from mptk.ir.module import ProgramModule
 from mptk.ir.program import Program
@@ -105,7 +105,7 @@ def export_program(
     if dynamic is True:
         dynamic = {"inputs": tuple({d: Dim.AUTO for d, size in enumerate(t.shape) if size != 1} for t in inputs)}
     try:
-        with evaluating(wrapper), _fake_weights(wrapper, inputs) as fake_inputs, torch.no_grad():
+        with uncached_operators(), evaluating(wrapper), _fake_weights(wrapper, inputs) as fake_inputs, torch.no_grad():
             exported = torch.export.export(wrapper, fake_inputs, dynamic_shapes=dynamic or None, strict=False)
     except MptkError:
         raise

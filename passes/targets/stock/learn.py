@@ -48,7 +48,8 @@ class Stock:
     ) -> Stock:
         """Learn, by trial cuts, which of ``families`` the class of ``model`` can express.
 
-        Families that it cannot express alone are tried together with others, until ``MAX_BUILDS`` more models are built.
+        Families that it cannot express alone are tried together with others, until ``MAX_BUILDS`` more models are
+        built.
 
         Args:
             model: a transformers model on any device. Only its class and config are used.

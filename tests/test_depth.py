@@ -18,6 +18,8 @@ from transformers import (
     BertModel,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     JambaConfig,
@@ -200,6 +202,13 @@ def test_a_hybrid_whose_pattern_follows_from_the_place_says_so():
     """Jamba: every third layer is attention, and no field can say otherwise."""
     found = shorten(StockConfig(JambaForCausalLM, JAMBA, {}), {"model.layers": (0, 2, 3, 4, 5)})
     assert "model.layers.1.mamba.A_log: the class would have no such weight" in str(found)
+
+
+def test_a_number_that_follows_from_the_place_is_refused():
+    """DiffLlama: each layer's first λ follows from its number, and no shape shows it."""
+    config = DiffLlamaConfig(**{**SIZES, "num_attention_heads": 4}, num_key_value_heads=2)
+    found = shorten(StockConfig(DiffLlamaForCausalLM, config, {}), {"model.layers": (0, 2)})
+    assert "model.layers.2.self_attn.lambda_init: DiffLlamaConfig derives it from a block's place" in str(found)
 
 
 def test_the_best_choice_that_keeps_the_pattern():

@@ -106,8 +106,25 @@ def test_a_block_that_others_read_from_stays_and_says_why():
         mptk.rewrite(analysis, keeping(analysis, 1, 2))
 
 
+class Block(nn.Module):
+    """Adds to its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.inner(x).relu()
+
+
+def test_a_product_may_enter_a_block():
+    net = nn.Sequential(nn.Linear(4, 8), nn.Sequential(Block(), Block()))
+    (family,) = mptk.analyze(mptk.trace(net, [torch.randn(3, 4)])).depths
+    assert (family.groups[0].layer, family.size, family.stack.stay) == ("1", 2, {})
+
+
 class Plain(nn.Module):
-    """Three modules: one that adds to its input, two that do not."""
+    """Modules without an addition: it is done outside of them, or not at all."""
 
     def __init__(self, adds):
         super().__init__()

@@ -90,12 +90,14 @@ class _Search:
         todo, found = [(y, False)], []
         while todo:
             node, added = state = todo.pop()
-            if state in seen or node in products:
+            if state in seen:
                 continue
             seen.add(state)
             if node not in nodes:
                 if added and self._alike(node, y):
                     found.append(node)
+                continue
+            if node in products:
                 continue
             added = added or base_name(node.target) in _ADDITIONS
             todo += [(source, added) for source in node.all_input_nodes]

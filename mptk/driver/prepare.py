@@ -16,6 +16,7 @@ from mptk.driver.job import Job
 from mptk.errors import MptkError
 from mptk.io import data
 from mptk.io.models import Loaded
+from mptk.io.publish import check_apart
 from mptk.io.resident import free_memory
 from mptk.io.text.sampled import writes
 from mptk.ir.families import Analysis
@@ -98,9 +99,13 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
 
 
 def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> None:
-    """Read one sample of each source. Raises MptkError if that cannot be done, before anything takes time."""
+    """Read one sample of each source. Raises MptkError if that cannot be done, before anything takes time.
+
+    Nor may the output replace what is read.
+    """
     if job.samples is not None:
         return
+    check_apart(job.out, *data.read_places(settings.data, settings.eval_data))
     if settings.data != data.SELF or not writes(loaded.model):  # to write text takes time
         task.samples(loaded, replace(settings, samples=1), 1, lambda done, total: None)
     if settings.eval_data is not None:

@@ -6,6 +6,7 @@ docs/data.md says what ``data`` may name. The kinds of sources are in ``io/text/
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ __all__ = [
     "load_text",
     "positions_of",
     "protocol_name",
+    "read_places",
     "self_sampled",
     "token_windows",
 ]
@@ -213,8 +215,16 @@ def protocol_name(data: str) -> str:
 
 def file_digests(*data: str | None) -> dict[str, str]:
     """Path → SHA-256 of each text file that the sources ``data`` name. Data sets of the hub have none."""
-    named = [source for each in data if each not in (None, SELF, RANDOM) for source in parse(str(each))]
-    return {path: found for source in named for path, found in source.digests().items()}
+    return {path: found for source in _named(*data) for path, found in source.digests().items()}
+
+
+def read_places(*data: str | None) -> list[Path]:
+    """The files and folders that the sources ``data`` name."""
+    return [source.place for source in _named(*data) if isinstance(source.place, Path)]
+
+
+def _named(*data: str | None) -> list[Source]:
+    return [source for each in data if each not in (None, SELF, RANDOM) for source in parse(str(each))]
 
 
 def _shared_out(

@@ -90,6 +90,22 @@ SOURCES = [
     Row("text the model writes, to measure on", f"{EVAL}self", ("no model to write the text",)),
 ]
 
+READ = "prune {model} --method magnitude --no-onnx --out {pruned} --length 16 --samples 2"
+REPLACED = [
+    Row(
+        "text in the folder that is replaced",
+        f"{READ} --data {{pruned/notes.txt}}",
+        ("is what is read",),
+        (write("pruned/notes.txt", "some words " * 400),),
+    ),
+    Row(
+        "text to measure on in the folder that is replaced",
+        f"{READ} --data {{text.raw}} --eval-data {{pruned/notes.txt}}=2",
+        ("is what is read",),
+        (write("pruned/notes.txt", "some words " * 400),),
+    ),
+]
+
 LONG = "word " * 400
 LINE = ("abcdefghijklmnop" * 64).encode() * 51_200
 """50 MB without a space or a line end."""
@@ -135,4 +151,4 @@ POSITIONS = [
     Row("empty prompt", f"{GENERATE}", ("an empty prompt",)),
 ]
 
-ROWS = [*rows(), *SOURCES, *BOUNDED, *POSITIONS]
+ROWS = [*rows(), *SOURCES, *REPLACED, *BOUNDED, *POSITIONS]

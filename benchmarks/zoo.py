@@ -35,7 +35,7 @@ from benchmarks import zoo_end_to_end
 from benchmarks.common import result_header, write_result
 from benchmarks.tiny_models import MAPPINGS, CannotBuild, Tiny, model_types, tiny_model
 from benchmarks.zoo_plans import random_plan
-from benchmarks.zoo_stock import stock_acceptance
+from benchmarks.zoo_stock import depth_acceptance, stock_acceptance
 from mptk import rewrite
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
@@ -63,10 +63,11 @@ def prove(analysis: Analysis, inputs: Sequence[Tensor], seed: int = 0) -> Iterat
     rng = random.Random(seed)
     with torch.no_grad():
         dense = analysis.program(*inputs)
-        for family in analysis.families:
+        families = [*analysis.families, *analysis.depths]
+        for family in families:
             yield family.name, _disprove(analysis, random_plan([family], rng), inputs, dense)
-        if len(analysis.families) > 1:
-            yield "all", _disprove(analysis, random_plan(analysis.families, rng), inputs, dense)
+        if len(families) > 1:
+            yield "all", _disprove(analysis, random_plan(families, rng), inputs, dense)
 
 
 def _disprove(analysis: Analysis, plan: Plan, inputs: Sequence[Tensor], dense: Tensor) -> str:
@@ -165,7 +166,9 @@ def _run(mapping: str, model_type: str, seed: int) -> dict[str, Any]:
     if not results:
         row["reason"] = "no family: " + "; ".join(f"{b.weights[0]} {b.reasons[0]}" for b in analysis.blocked[:4])
     if mapping == "causal-lm":
-        row |= _stock(analysis, tiny)
+        row |= _stock(analysis, tiny, "stock", stock_acceptance)
+    elif analysis.depths:
+        row |= _stock(analysis, tiny, "depth", depth_acceptance)
     return row
 
 
@@ -173,8 +176,8 @@ class OutOfTime(BaseException):
     """Not an Exception: probing takes any of those for a refusal."""
 
 
-def _stock(analysis: Analysis, tiny: Tiny) -> dict[str, Any]:
-    """``stock``: family → what the model's own class accepts of it; or ``stock_error``, why that cannot be said."""
+def _stock(analysis: Analysis, tiny: Tiny, key: str, ask: Callable[[Analysis, Tiny], dict[str, Any]]) -> dict[str, Any]:
+    """``key``: family → what the model's own class accepts of it; or ``stock_error``, why that cannot be said."""
 
     def stop(*_: object) -> None:
         raise OutOfTime
@@ -182,7 +185,7 @@ def _stock(analysis: Analysis, tiny: Tiny) -> dict[str, Any]:
     signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, STOCK_LIMIT_S)
     try:
-        return {"stock": stock_acceptance(analysis, tiny)}
+        return {key: ask(analysis, tiny)}
     except OutOfTime:
         return {"stock_error": f"probing the config class ran past {STOCK_LIMIT_S} s"}
     except Exception as error:

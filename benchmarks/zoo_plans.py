@@ -20,9 +20,11 @@ def plan_of_widths(analysis: Analysis, widths: Mapping[str, int], rng: random.Ra
 
 
 def draw(family: Family, width: int, rng: random.Random) -> FamilyPlan:
-    """``width`` units of each layer, and of each row of its scope."""
+    """``width`` units of each layer, and of each row of its scope; blocks that must stay are among them."""
+    stay = [] if family.stack is None else list(family.stack.stay)
+    free = [unit for unit in range(family.size) if unit not in stay]
     keep = {
-        group.layer: tuple(tuple(sorted(rng.sample(range(family.size), width))) for _ in range(group.scopes))
+        group.layer: tuple(tuple(sorted([*stay, *rng.sample(free, width - len(stay))])) for _ in range(group.scopes))
         for group in family.groups
     }
     return FamilyPlan(width, family.size, keep)

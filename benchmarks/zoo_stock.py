@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from benchmarks.tiny_models import Logits, Tiny
 from benchmarks.zoo_plans import legal_widths, plan_of_widths
+from mptk.errors import MptkError
 from mptk.ir.axes import leaves
 from mptk.ir.families import Analysis, Family
 from mptk.ir.passes import Log
+from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
 from passes.pipelines import cut_program
+from passes.targets.choose_blocks import choose_blocks
 from passes.targets.legalize import cut_shapes, derived_families
 from passes.targets.stock.learn import Stock
 from passes.targets.stock.probe import Refusal
@@ -56,7 +61,36 @@ def stock_acceptance(analysis: Analysis, tiny: Tiny) -> dict[str, dict[str, Any]
         rows[name] = row
     for name, why in _reload_all(analysis, tiny, stock, typical):
         rows[name]["reloaded"] = why
-    return rows
+    return rows | {family.name: _depth(analysis, tiny, stock, family) for family in analysis.depths}
+
+
+def depth_acceptance(analysis: Analysis, tiny: Tiny) -> dict[str, dict[str, Any]]:
+    """The same of the depths alone, for models of any kind."""
+
+    def shapes(widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        return {n.removeprefix(PREFIX): shape for n, shape in cut_shapes(analysis, widths).items()}
+
+    stock = Stock.discover(tiny.model, {}, [], shapes)  # type: ignore[arg-type]
+    return {family.name: _depth(analysis, tiny, stock, family) for family in analysis.depths}
+
+
+def _depth(analysis: Analysis, tiny: Tiny, stock: Stock, family: Family) -> dict[str, Any]:
+    """The same of a depth: how many numbers of blocks the class holds, with blocks chosen by random scores."""
+    assert family.stack is not None
+    rng, accepted, refusals = random.Random(0), {}, []
+    stack = replace(family.stack, module=family.stack.module.removeprefix(PREFIX))
+    for width in legal_widths(family):
+        try:
+            accepted[width] = choose_blocks(stack, [rng.random() for _ in range(family.size)], width, stock)
+        except MptkError as error:
+            refusals.append(" ".join(str(error).split())[:300])
+    row: dict[str, Any] = {"accepted": len(accepted), "of": len(legal_widths(family)), "with": []}
+    row |= {"by": "depth" if refusals else "", "refusal": refusals[0] if refusals else "", "reloaded": None}
+    if accepted:
+        width = min(accepted, key=lambda w: abs(w / family.size - 0.6))
+        plan = Plan({family.name: FamilyPlan(width, family.size, {family.stack.module: (accepted[width],)})})
+        row["reloaded"] = _reload(analysis, tiny, stock, plan, {stack.module: accepted[width]})
+    return row
 
 
 def _reload_all(
@@ -65,10 +99,12 @@ def _reload_all(
     """Reload with all cuts at once and, if that is refused or differs, with each on its own."""
     together = {name: width for cut in cuts.values() for name, width in cut.items()}
     agree = all(together[name] == width for cut in cuts.values() for name, width in cut.items())
-    if len(cuts) > 1 and agree and stock.accepts(together) is None and not _reload(analysis, tiny, stock, together):
+    every = plan_of_widths(analysis, together, random.Random(0)) if agree else Plan({})
+    if len(cuts) > 1 and agree and stock.accepts(together) is None and not _reload(analysis, tiny, stock, every):
         yield from ((name, "") for name in cuts)
     else:
-        yield from ((name, _reload(analysis, tiny, stock, cut)) for name, cut in cuts.items())
+        for name, cut in cuts.items():
+            yield name, _reload(analysis, tiny, stock, plan_of_widths(analysis, cut, random.Random(0)))
 
 
 def _thinned(cuts: list[dict[str, int]]) -> list[dict[str, int]]:
@@ -103,12 +139,13 @@ def _cuts(family: Family, partners: list[Family]) -> Iterator[dict[str, int]]:
             yield {p.name: p.size * width // family.size for p in partners}
 
 
-def _reload(analysis: Analysis, tiny: Tiny, stock: Stock, widths: Mapping[str, int]) -> str:
-    """Cut units at random, load the weights into the stock class, compare logits; why they differ, or ""."""
+def _reload(
+    analysis: Analysis, tiny: Tiny, stock: Stock, plan: Plan, kept: Mapping[str, Sequence[int]] = MappingProxyType({})
+) -> str:
+    """Cut to a plan, load the weights into the stock class, compare logits; why they differ, or ""."""
     try:
-        plan = plan_of_widths(analysis, widths, random.Random(0))
         folded = cut_program(analysis, resolve_plan(analysis, plan), Log())
-        program, found = folded.program, stock.config(widths, scalars=folded.epsilons)
+        program, found = folded.program, stock.config(plan.widths, scalars=folded.epsilons, kept=kept)
         if isinstance(found, Refusal):
             return _line(found)
         attention = tiny.model.config._attn_implementation  # type: ignore[union-attr]

@@ -66,8 +66,7 @@ every width, at *some* widths (a validator or constructor refuses the others), o
 proportion (one config field serves both). In these three cases the cut weights were loaded into the stock class, and its logits
 equal the cut graph's within 1e-5 of the largest. *Differs*: the config is accepted, but the class computes another function or does
 not run; the proof in `mptk prune` refuses these. *Refused*: no config field gives the shapes, or numbers that the class
-derives would change. There are {types} types; a type may have several families of a kind. Layers are not a width: mptk cuts no
-layers.
+derives would change. There are {types} types; a type may have several families of a kind.
 
 | kind | types | families | every width | some widths | together | differs | refused |
 |---|---|---|---|---|---|---|---|"""
@@ -84,6 +83,7 @@ KINDS = {
     "rotary_pairs": "rotary pairs",
     "head_dim": "query, key and value channels of a head",
     "channels": "other channels",
+    "layers": "whole residual blocks",
 }
 
 
@@ -103,6 +103,8 @@ def _stock(rows: list[dict[str, Any]]) -> list[str]:
     found = [(row["type"], name.split(".")[0], f) for row in rows for name, f in row["stock"].items()]
     for kind, words in KINDS.items():
         mine = [(model_type, verdict(f)) for model_type, k, f in found if k == kind]
+        if not mine:
+            continue
         counts = Counter(v for _, v in mine)
         cells = [len({t for t, _ in mine}), len(mine), *(counts[v] for v in VERDICTS)]
         lines.append(f"| {words} (`{kind}`) | {' | '.join(map(str, cells))} |")

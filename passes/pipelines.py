@@ -34,6 +34,7 @@ from passes.targets.onnx.names import FILE
 from passes.targets.onnx.quantize import even_channels, write_quantized
 from passes.transforms.fold_norms import Folded, FoldNorms
 from passes.transforms.masked_reference import Mask
+from passes.transforms.remove_blocks import RemoveBlocks
 from passes.transforms.rewrite import Rewrite
 from passes.transforms.store import Store
 
@@ -44,7 +45,7 @@ OnnxPasses = list[ir.passes.PassBase]
 
 def cutting(analysis: Analysis, cut: Cut, dtype: torch.dtype = torch.float32) -> list[Pass]:
     """The dense program → the pruned one, whose weights ``dtype`` holds exactly."""
-    return [Rewrite(analysis, cut), FoldNorms(), Store(dtype)]
+    return [Rewrite(analysis, cut), RemoveBlocks(analysis, cut), FoldNorms(), Store(dtype)]
 
 
 def reference(analysis: Analysis, cut: Cut) -> list[Pass]:
@@ -148,7 +149,7 @@ class Pruned:
 
 def cut_program(analysis: Analysis, cut: Cut, log: Log, dtype: torch.dtype = torch.float32) -> Pruned:
     """Run ``cutting``, unproven. ``dtype``: the type in which weights are stored; it holds those of ``analysis``."""
-    _, folded, stored = run(analysis.program, cutting(analysis, cut, dtype), log)
+    *_, folded, stored = run(analysis.program, cutting(analysis, cut, dtype), log)
     assert isinstance(folded, Folded)
     exact = folded.program if folded.changed else stored.program
     return Pruned(stored.program, exact, folded.epsilons)

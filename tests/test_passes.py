@@ -48,12 +48,13 @@ def test_a_run_records_what_each_pass_did(normed: tuple[Analysis, Cut]) -> None:
     seen: list[Record] = []
     log = Log(on_record=seen.append)
     results = run(normed[0].program, cutting(*normed, torch.bfloat16), log)
-    rewrite, fold, store = seen
+    rewrite, blocks, fold, store = seen
     assert seen == log.records
     assert str(rewrite) == "rewrite: 3 → 4 ops, 137 → 82 parameters, 4 weights sliced"
+    assert str(blocks) == "remove blocks: 4 → 4 ops, 82 → 82 parameters"
     assert str(fold) == "fold norms: 4 → 3 ops, 82 → 82 parameters, epsilon 0.001 → 0.00171429"
     assert str(store) == "store: 3 → 3 ops, 82 → 82 parameters, 5 weights rounded"
-    assert [record["changed"] for record in log.as_list()] == [True, True, True]
+    assert [record["changed"] for record in log.as_list()] == [True, False, True, True]
     assert results[-1].program.state["up.weight"].shape == (7, 4)
 
 
@@ -62,7 +63,7 @@ def test_a_pass_that_finds_nothing_to_do_says_so(normed: tuple[Analysis, Cut]) -
     whole = resolve_plan(analysis, random_plan(analysis, []))
     log = Log()
     run(analysis.program, [*cutting(analysis, whole), Retype(torch.float32)], log)
-    assert [record.changed for record in log.records] == [False, False, False, False]
+    assert [record.changed for record in log.records] == [False, False, False, False, False]
     assert str(log.records[0]) == "rewrite: 3 → 3 ops, 137 → 137 parameters"
 
 

@@ -178,7 +178,9 @@ def test_an_axis_is_not_named_if_its_size_is_another(gated: Analysis) -> None:
 
 
 def test_an_unknown_pass_is_named_with_those_there_are(gated: Analysis) -> None:
-    with pytest.raises(MptkError, match="no pass 'fold'; choose one of: rewrite, fold norms, store, mask"):
+    with pytest.raises(
+        MptkError, match="no pass 'fold'; choose one of: rewrite, remove blocks, fold norms, store, mask"
+    ):
         mptk.show(gated.program, after="fold", plan=Plan({}))
 
 

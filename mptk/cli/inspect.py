@@ -41,7 +41,8 @@ def _summary(documented: object) -> str:
 def show_program(
     model: Model,
     after: Annotated[
-        str | None, typer.Option(help="Show it after this pass of `mptk passes`: rewrite, 'fold norms' or mask.")
+        str | None,
+        typer.Option(help="Show it after this pass of `mptk passes`: rewrite, 'remove blocks', 'fold norms' or mask."),
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="The plan.json that the pass cuts to.")] = None,
     source: Annotated[bool, typer.Option("--source", help="Add the line of the model's source to each call.")] = False,

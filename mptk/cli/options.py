@@ -118,7 +118,7 @@ FIELDS: dict[str, Field] = {
     "objective": Field("objective", str, CUT, "Phase whose latency counts.", choices=choices.OBJECTIVE),
     "threads": Field("threads", int, CUT, "Threads of an operator; 0: all cores."),
     "families": Field(
-        "families", str, CUT, "Families to cut, comma-separated; by default all legal ones.", names, empty=""
+        "families", str, CUT, "Families to cut, comma-separated; by default those of single layers.", names, empty=""
     ),
     "keep": Field("keep", str, CUT, "Families that stay whole, comma-separated.", names, empty=""),
     "width": Field(

@@ -82,7 +82,7 @@ def analysis_json(analysis: Analysis, legal: LegalWidths, model: str) -> Analysi
     cost = CostModel(analysis)
     total = cost.dense.parameters
     families: list[FamilyJson] = []
-    for f in analysis.families:
+    for f in (*analysis.families, *analysis.depths):
         families.append(
             {
                 "name": f.name,
@@ -113,6 +113,10 @@ def analysis_json(analysis: Analysis, legal: LegalWidths, model: str) -> Analysi
         {"name": b.name, "size": b.size, "weights": list(b.weights), "reasons": list(b.reasons)}
         for b in analysis.blocked
     ]
+    for f in analysis.depths:
+        for unit, why in f.stack.stay.items() if f.stack is not None else ():
+            module = f.groups[0].layer
+            blocked.append({"name": f"{f.name} {unit}", "size": 1, "weights": [f"{module}.{unit}"], "reasons": [why]})
     return {
         "format": ANALYSIS,
         "model": model,

@@ -19,11 +19,12 @@ import numpy.typing as npt
 from torch import fx
 
 from mptk.cost.budgets import phase
-from mptk.cost.model import example_tokens
+from mptk.cost.model import Shares, depth_shares, example_tokens
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, Term, evaluate
 from mptk.ir.axis_facts import AxisFacts, Contraction
+from mptk.ir.blocks import units_of
 from mptk.ir.families import Analysis
 from mptk.ir.ops import aliased_arguments, argument_names, named_argument
 from mptk.ir.sizes import result_shape
@@ -41,11 +42,20 @@ Measure = Callable[[Sequence[Operator]], Mapping[Operator, float]]
 
 @dataclass(frozen=True)
 class Part:
-    """``count`` operators of one kind, whose sizes are the same function of the axes' sizes."""
+    """``count`` operators of one kind, whose sizes are the same function of the axes' sizes.
+
+    ``block``: a block in which they all are, or one like it, if blocks can be removed; the stack's axis and its number.
+    """
 
     kind: str
     count: int
     sizes: Sizes
+    block: tuple[Axis, int] | None = None
+
+    def left(self, shares: Shares) -> float:
+        """How many operators are left, on average over the choices of blocks."""
+        axis, unit = self.block or (None, 0)
+        return self.count * shares[axis][unit] if axis in shares else self.count
 
     def at(self, axes: Mapping[Axis, float]) -> Operator:
         return Operator(self.kind, tuple(round(size) for size in self.sizes(axes)))
@@ -89,13 +99,14 @@ class Latency:
         ends = [Operator(ELEMENTWISE, (size,)) for size in self._ends]
         wanted = {self._at(p, widths) for p, k in knots for widths in _corners(k)}
         times = measure(sorted(wanted | set(ends)))
-        self._grids = [(p.count, self._grid(p, k, times)) for p, k in knots]
+        self._grids = [(p, self._grid(p, k, times)) for p, k in knots]
         self._end_ms = np.array([times[end] for end in ends])
 
     def __call__(self, widths: Widths) -> float:
         axes = self._analysis.sizes(widths)
-        total = sum(count * grid(widths) for count, grid in self._grids)
-        return total + sum(p.count * self._elementwise(p.sizes(axes)[0]) for p in self._simple)
+        shares = depth_shares(self._analysis, widths)
+        total = sum(part.left(shares) * grid(widths) for part, grid in self._grids)
+        return total + sum(p.left(shares) * self._elementwise(p.sizes(axes)[0]) for p in self._simple)
 
     def _elementwise(self, elements: float) -> float:
         return float(interpolate(self._ends, self._end_ms, elements))
@@ -148,15 +159,22 @@ def find_parts(analysis: Analysis, tokens: int, past: int) -> list[Part]:
             written as two products.
     """
     share = tokens / example_tokens(analysis)
-    found = [_contraction(analysis, product, share, tokens, past) for product in analysis.facts.contractions]
-    found += [(ELEMENTWISE, _elements(analysis, node, share)) for node in _others(analysis)]
+    products = analysis.facts.contractions
+    found = [(p.node, *_contraction(analysis, p, share, tokens, past)) for p in products]
+    found += [(node, ELEMENTWISE, _elements(analysis, node, share)) for node in _others(analysis)]
+    blocks = {node: (stack.axis, unit) for node, (stack, unit) in units_of(analysis.stacks) if unit not in stack.stay}
     # Functions that are equal at three arbitrary points are taken as the same.
     points = [analysis.sizes({f.name: f.size * x ** (i + 1) for i, f in enumerate(analysis.families)}) for x in PROBES]
-    equal: dict[tuple[str, tuple[float, ...]], list[Sizes]] = {}
-    for kind, sizes in found:
+    equal: dict[tuple[str, Axis | None, tuple[float, ...]], list[tuple[fx.Node, Sizes]]] = {}
+    for node, kind, sizes in found:
         values = tuple(round(x, 6) for point in points for x in sizes(point))
-        equal.setdefault((kind, values), []).append(sizes)
-    return [Part(kind, len(same), same[0]) for (kind, _), same in equal.items()]
+        stack, _ = blocks.get(node, (None, 0))
+        equal.setdefault((kind, stack, values), []).append((node, sizes))
+    return [
+        Part(kind, len(same), sizes, blocks.get(node))
+        for (kind, _, _), same in equal.items()
+        for node, sizes in same[:1]
+    ]
 
 
 def _contraction(analysis: Analysis, product: Contraction, share: float, tokens: int, past: int) -> tuple[str, Sizes]:

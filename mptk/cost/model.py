@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from mptk.cost.budgets import BUDGETS
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, evaluate
+from mptk.ir.blocks import numbered, units_of
 from mptk.ir.families import Analysis, Family
+from mptk.ir.plan import Plan
 from mptk.ir.sizes import result_shape
 
 
@@ -31,6 +33,10 @@ class Cost:
     def as_dict(self) -> dict[str, float]:
         """The known figures by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+Shares = dict[Axis, Sequence[float]]
+"""Axis of a stack → how much of each of its blocks is left. A stack without an entry stays whole."""
 
 
 class CostModel:
@@ -58,21 +64,32 @@ class CostModel:
             n: itemsize if itemsize and t.is_floating_point() else t.element_size() for n, t in sizes.items()
         }
         self._idle = {name: sizes[name].numel() for name in program.parameters if name not in self._used}
+        self._blocks = {name: at for name in program.parameters if (at := _block(analysis, name)) is not None}
+        self._calls = {node: (stack.axis, unit) for node, (stack, unit) in units_of(analysis.stacks)}
         self.block_weights = block_weights(analysis)
         self.dense = self({})
 
     def __call__(self, widths: Mapping[str, float]) -> Cost:
+        """The cost at ``widths``. Which blocks a depth keeps is not known: each counts with its share on average."""
+        return self._cost(widths, depth_shares(self.analysis, widths))
+
+    def of(self, plan: Plan) -> Cost:
+        """The cost of the model cut to ``plan``."""
+        kept = {self.analysis.family(name).groups[0].axis: f.keep for name, f in plan.families.items()}
+        shares: Shares = {}
+        for stack in self.analysis.stacks:
+            if stack.axis in kept:
+                (units,) = kept[stack.axis][stack.module]
+                shares[stack.axis] = [int(unit in units) for unit in range(len(stack.blocks))]
+        return self._cost(plan.widths, shares)
+
+    def _cost(self, widths: Mapping[str, float], shares: Shares) -> Cost:
         sizes = self.analysis.sizes(widths)
-        counts: dict[str, float] = dict(self._idle)
-        for name, dims in self._used.items():
-            count: float = 1
-            for term in dims:
-                count *= evaluate(term, sizes)
-            counts[name] = count
+        counts = {name: self._count(name, sizes, shares) for name in (*self._idle, *self._used)}
         return Cost(
             parameters=sum(counts.values()),
             block=sum(counts[name] for name in self.block_weights),
-            flops=self._flops(sizes),
+            flops=self._flops(sizes, shares),
             bytes=sum(n * self._itemsize[name] for name, n in counts.items()),
             latency_ms=None if self._latency is None else self._latency(widths),
         )
@@ -83,13 +100,26 @@ class CostModel:
 
     def share(self, widths: Mapping[str, float]) -> float:
         """Share of the budget that is left at ``widths``, which may be fractions."""
-        return float(getattr(self(widths), self.budget) / getattr(self.dense, self.budget))
+        if self.budget == "block":  # asked for often: nothing else is counted
+            sizes, shares = self.analysis.sizes(widths), depth_shares(self.analysis, widths)
+            left = sum(self._count(name, sizes, shares) for name in self.block_weights)
+        else:
+            left = getattr(self(widths), self.budget)
+        return float(left / getattr(self.dense, self.budget))
+
+    def _count(self, name: str, sizes: Mapping[Axis, float], shares: Shares) -> float:
+        """The numbers of a weight that are left."""
+        count: float = self._idle.get(name, 1)
+        for term in self._used.get(name, ()):
+            count *= evaluate(term, sizes)
+        axis, unit = self._blocks.get(name, (None, 0))
+        return count if axis not in shares else count * shares[axis][unit]
 
     def parameters_per_unit(self, family: Family) -> float:
         """Parameters of one unit of ``family`` in all layers of the dense model."""
         return (self.dense.parameters - self({family.name: family.size - 1}).parameters) if family.size > 1 else 0.0
 
-    def _flops(self, sizes: Mapping[Axis, float]) -> float:
+    def _flops(self, sizes: Mapping[Axis, float], shares: Shares) -> float:
         facts, tokens = self.analysis.facts, example_tokens(self.analysis)
         total: float = 0
         for product in facts.contractions:
@@ -97,8 +127,24 @@ class CostModel:
                 count: float = 2 * evaluate(product.axis, sizes)
                 for term in product.out:
                     count *= evaluate(term, sizes)
-                total += count
+                axis, unit = self._calls.get(product.node, (None, 0))
+                total += count * shares[axis][unit] if axis in shares else count
         return total // tokens if isinstance(total, int) else total / tokens
+
+
+def depth_shares(analysis: Analysis, widths: Mapping[str, float]) -> Shares:
+    """Of each depth in ``widths``, how much of each block is left on average over the choices of blocks."""
+    return {
+        f.stack.axis: [f.stack.share(unit, widths[f.name]) for unit in range(f.size)]
+        for f in analysis.depths
+        if f.stack is not None and widths.get(f.name, f.size) != f.size
+    }
+
+
+def _block(analysis: Analysis, name: str) -> tuple[Axis, int] | None:
+    """The block that a weight belongs to: its stack's axis, and its number."""
+    found = ((stack.axis, at[0]) for stack in analysis.stacks if (at := numbered(stack.module, name)) is not None)
+    return next(found, None)
 
 
 def example_tokens(analysis: Analysis) -> int:

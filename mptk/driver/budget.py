@@ -40,7 +40,8 @@ def budgeted(
     if s.budget != LATENCY:
         return CostModel(analysis, s.budget, itemsize=itemsize), s
     names = _variable(analysis, legal, s)
-    ladders = {name: legalize.aligned(analysis.family(name), multiples(s)) for name in names}
+    channels = [name for name in names if analysis.family(name).stack is None]
+    ladders = {name: legalize.aligned(analysis.family(name), multiples(s)) for name in channels}
     with processes().main_process_first():  # the others read what the first has kept, so that all plan alike
         latency = Latency(analysis, ladders, s.objective, lambda ops: kept_times(ops, s.threads, progress))
     cost = CostModel(analysis, s.budget, latency, itemsize=itemsize)
@@ -55,7 +56,7 @@ def budgeted(
 
 def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings) -> list[str]:
     """Families that the settings and the target may cut."""
-    s, there = settings, {f.name: f for f in analysis.families}
+    s, there = settings, {f.name: f for f in (*analysis.families, *analysis.depths)}
     if s.plan is not None:
         names = list(Plan.load(s.plan).families)
     else:
@@ -167,8 +168,15 @@ class WidthSearch:
         )
 
     def _default_families(self, legal: LegalWidths) -> list[str]:
-        """What is cut if nothing else is said: what repeats over layers, and the method can choose among."""
+        """What is cut if nothing else is said: what repeats over layers, and the method can choose among.
+
+        A method that judges no channels removes blocks.
+        """
         names = legalize.default_families(self.analysis, legal)
+        depths = [f.name for f in self.analysis.depths if names and len(legal.ladders[f.name]) > 1]
+        return self._judged(names) or self._judged(depths)
+
+    def _judged(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if self.method.refusal(self.analysis, name) is None]
 
 

@@ -13,7 +13,7 @@ from mptk.io import models
 from mptk.io.resident import Resident
 from mptk.io.untrusted import damaged, load_tensors
 from mptk.ir.families import Analysis
-from mptk.ir.resolved_plan import Cut
+from mptk.ir.resolved_plan import Cut, renumbering
 from mptk.ir.weights import Lazy, Weights
 from mptk.run.report import Report
 
@@ -41,11 +41,12 @@ def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust
         return {}
     small = models.open_weights(str(folder), Resident(0), trust_remote_code=trust).weights
     assert small is not None
-    return widened(analysis, cut, small.selected({name: name for name in report.trained}))
+    new = renumbering(analysis, cut).new
+    return widened(analysis, cut, small.selected({n: there for n in report.trained if (there := new(n)) is not None}))
 
 
 def widened(analysis: Analysis, cut: Cut, small: Weights) -> Weights:
-    """The dense weights with a cut model's weights at the positions that stay."""
+    """The dense weights with a cut model's weights at the positions that stay. ``small``: under the dense names."""
     state = analysis.program.state
 
     def wide(name: str) -> Tensor:

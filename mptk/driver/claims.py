@@ -76,7 +76,7 @@ def check_numbers(
     _require("plan_sha256", report.plan_sha256, plan.digest)
     _require("families", report.families, widths(analysis, plan))
     cost = CostModel(analysis, itemsize=stored.itemsize)
-    _require("sparsity", report.sparsity, 1 - cost(plan.widths).block / cost.dense.block)
+    _require("sparsity", report.sparsity, 1 - cost.of(plan).block / cost.dense.block)
     for name, figures in costs(cost, plan, dense).items():
         said = {k: v for k, v in report.cost[name].items() if k != "latency_ms"}
         _require(f"cost.{name}", said, figures)
@@ -122,14 +122,15 @@ def proof_samples(folder: Path, program: Program, example: Samples) -> Samples:
 def costs(cost: CostModel, plan: Plan, dense: torch.dtype) -> dict[str, dict[str, float]]:
     """``dense`` and ``pruned`` → figures. ``cost`` counts bytes of the stored type; ``dense`` is the dense model's."""
     whole = replace(cost.dense, bytes=CostModel(cost.analysis, itemsize=dense.itemsize).dense.bytes)
-    return {"dense": whole.as_dict(), "pruned": cost(plan.widths).as_dict()}
+    return {"dense": whole.as_dict(), "pruned": cost.of(plan).as_dict()}
 
 
 def widths(analysis: Analysis, plan: Plan) -> dict[str, dict[str, int]]:
-    """Family → its dense width, its width after the cut, and its layers."""
+    """Family → its dense width, its width after the cut, and its layers. A depth is named if it is cut."""
+    depths = [f for f in analysis.depths if f.name in plan.families]
     return {
         f.name: {"of": f.size, "width": plan.widths.get(f.name, f.size), "layers": len(f.groups)}
-        for f in analysis.families
+        for f in (*analysis.families, *depths)
     }
 
 

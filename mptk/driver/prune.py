@@ -31,6 +31,7 @@ from mptk.io.publish import publish
 from mptk.io.tensors import write_weights
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
+from mptk.ir.resolved_plan import renumbering
 from mptk.ir.samples import Samples, joined
 from mptk.ir.weights import Weights
 from mptk.methods.distil import Schedule, distil_blocks
@@ -295,7 +296,8 @@ def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[C
     if found is None:
         return compiled, []
     aliases = prepared.analysis.program.aliases
-    named = {aliases.get(name, name): tensor for name, tensor in found.weights.items()}
+    dense = renumbering(compiled.analysis, chosen.cut).names(prepared.analysis.program.state_dict())
+    named = {aliases.get(dense[name], dense[name]): each for name, each in found.weights.items() if name in dense}
     known = {name: tensor for name, tensor in named.items() if name in prepared.analysis.weights}
     changes = Weights(chosen.changes).updated(widened(compiled.analysis, chosen.cut, Weights(known)))
     chosen = replace(chosen, changes=changes, trained=tuple(changes))

@@ -11,6 +11,7 @@ import numpy as np
 
 from mptk.ir.axes import Axis, Index, Size, Term, leaves, occurrences
 from mptk.ir.axis_facts import AxisFacts, Dims
+from mptk.ir.blocks import Stack
 from mptk.ir.program import Program
 
 Place = tuple[str, int]
@@ -116,6 +117,7 @@ class Family:
 
     ``name`` and ``description`` are inferred from structure and serve people only. ``minimum`` and ``multiple`` limit
     the widths that the graph's ops accept; targets narrow them further (``passes/targets/legalize.py``).
+    ``stack``: the blocks that are its units, if it is a depth. It then has one group, without members.
     """
 
     name: str
@@ -123,6 +125,7 @@ class Family:
     groups: tuple[Group, ...]
     minimum: int = 1
     multiple: int = 1
+    stack: Stack | None = None
 
     @property
     def size(self) -> int:
@@ -150,7 +153,8 @@ class Analysis:
     """The result of the axis analysis: families that can be cut, axes that cannot, and the terms behind both.
 
     ``weights``: each weight in the graph → one term for each dimension (``mptk/ir/axes.py``). ``facts``: the terms of
-    every value.
+    every value. ``depths``: families whose units are whole residual blocks, one for each list of blocks. They are not
+    among ``families``, whose units are channels.
     """
 
     program: Program
@@ -158,13 +162,19 @@ class Analysis:
     blocked: tuple[Blocked, ...]
     weights: Mapping[str, Dims]
     facts: AxisFacts = field(repr=False)
+    depths: tuple[Family, ...] = ()
 
     def family(self, name: str) -> Family:
-        """The family of that name. Raises KeyError with all names if there is none."""
-        for family in self.families:
+        """The family of that name, a depth too. Raises KeyError with all names if there is none."""
+        for family in (*self.families, *self.depths):
             if family.name == name:
                 return family
-        raise KeyError(f"no family {name!r}; there are {', '.join(f.name for f in self.families)}")
+        raise KeyError(f"no family {name!r}; there are {', '.join(f.name for f in (*self.families, *self.depths))}")
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The lists of residual blocks of which some can be removed."""
+        return tuple(family.stack for family in self.depths if family.stack is not None)
 
     def sizes(self, widths: Mapping[str, Size]) -> dict[Axis, Size]:
         """Axis sizes of the model cut to ``widths`` (family name → units kept)."""

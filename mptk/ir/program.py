@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.nn import Parameter
 
-from mptk.compat.torch import build_exported, tree_map
+from mptk.compat.torch import build_exported, tree_leaves, tree_map
 from mptk.errors import MptkError
 from mptk.ir.module import ProgramModule
 from mptk.ir.weights import Lazy, Weights
@@ -135,16 +135,22 @@ class Program:
         )
 
     def _example_inputs(self) -> ExampleInputs | None:
-        """The inputs of the trace. An input that has lost channels (a KV cache) is cut."""
-        values = iter([n.meta["val"] for n in self.placeholders() if n.name in self.user_inputs])
+        """The inputs of the trace that are left. An input that has lost channels (a KV cache) is cut."""
+        values = {n.name: n.meta["val"] for n in self.placeholders()}
+        names = iter(self.exported.graph_signature.user_inputs)
 
         def fit(example: object) -> object:
-            shape = next(values).shape
-            kept = [slice(size if isinstance(size, int) else None) for size in shape]
-            return example[tuple(kept)] if isinstance(example, Tensor) else example
+            name = next(names)
+            if not isinstance(example, Tensor) or name not in values:
+                return example
+            return example[tuple(slice(size if isinstance(size, int) else None) for size in values[name].shape)]
 
         fitted: ExampleInputs | None = tree_map(fit, self.exported.example_inputs)
-        return fitted
+        traced = self.exported.graph_signature.user_inputs
+        if fitted is None or len(self.user_inputs) == len(traced):
+            return fitted
+        left = zip(traced, tree_leaves(fitted), strict=True)
+        return tuple(example for name, example in left if name in values), {}
 
 
 def _parameter(tensor: Tensor) -> Parameter:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, Index, Term, evaluate, leaves, occurrences
+from mptk.ir.blocks import Block, Renumbering, Stack
 from mptk.ir.families import Analysis, Family, Group, scope_coordinates
 from mptk.ir.plan import FamilyPlan, Plan, check_units
 
@@ -31,6 +32,11 @@ class Cut:
 
     choices: dict[Axis, Choice]
     sizes: dict[Axis, int]
+
+    def units(self, axis: Axis) -> list[int] | None:
+        """The kept units of an axis without a scope, ascending; None if it stays whole."""
+        choice = self.choices.get(axis)
+        return None if choice is None else [int(unit) for unit in np.flatnonzero(choice.table[0])]
 
     def size(self, term: Term) -> int:
         """Size of a dimension after the cut."""
@@ -152,7 +158,32 @@ def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
             )
         for group in family.groups:
             choices[group.axis] = Choice(group.scope, _table(family, group, chosen))
+        if family.stack is not None:
+            _check_blocks(name, family.stack, choices[family.stack.axis])
     return Cut(choices, {axis: int(c.table[0].sum()) for axis, c in choices.items()})
+
+
+def _check_blocks(name: str, stack: Stack, choice: Choice) -> None:
+    for unit, why in stack.stay.items():
+        if not choice.table[0, unit]:
+            raise MptkError(f"plan: {name} cannot lose block {unit}, {stack.blocks[unit].module}: {why}")
+
+
+def removed_blocks(analysis: Analysis, cut: Cut) -> list[Block]:
+    """The blocks that a cut removes, in the graph's order."""
+    return [
+        block
+        for stack in analysis.stacks
+        if (kept := cut.units(stack.axis)) is not None
+        for unit, block in enumerate(stack.blocks)
+        if unit not in kept
+    ]
+
+
+def renumbering(analysis: Analysis, cut: Cut) -> Renumbering:
+    """The names that weights have after a cut."""
+    kept = {stack.module: cut.units(stack.axis) for stack in analysis.stacks}
+    return Renumbering({module: units for module, units in kept.items() if units is not None})
 
 
 def _table(family: Family, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.bool_]:

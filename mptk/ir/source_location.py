@@ -31,12 +31,17 @@ class SourceLocation:
     node: fx.Node
 
     def __str__(self) -> str:
-        modules = list((self.node.meta.get("nn_module_stack") or {}).values())
-        call = self.node.name
+        modules, call = module_paths(self.node), self.node.name
         if modules:
-            call = f"{op_name(self.node)} in {modules[-1][0].removeprefix('module').removeprefix('.') or 'the model'}"
+            call = f"{op_name(self.node)} in {modules[-1] or 'the model'}"
         line = source_line(self.node.meta.get("stack_trace") or "")
         return f"{call}, {line}" if line else call
+
+
+def module_paths(node: fx.Node) -> list[str]:
+    """The modules in which a call was made, outermost first, as the user names them; "" is the model itself."""
+    modules = (node.meta.get("nn_module_stack") or {}).values()
+    return [path.removeprefix("module").removeprefix(".") for path, *_ in modules]
 
 
 def source_line(stack_trace: str) -> str:

@@ -17,6 +17,7 @@ from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import Cut, resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods import criteria
+from mptk.methods.criteria import influence
 from mptk.methods.criteria.base import Criterion, Scores
 from mptk.methods.criteria.observe import Observation, Site
 from mptk.progress import Count
@@ -49,6 +50,10 @@ class OneShotMethod(Method):
     def summary(self) -> str:  # type: ignore[override]
         return self.criterion.summary
 
+    def refusal(self, analysis: Analysis, family: str) -> str | None:
+        blocks = analysis.family(family).stack is not None
+        return None if blocks or self.criterion.judges != "blocks" else influence.refusal(family)
+
     def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
         analysis, observations = prepared.analysis, dict[Site, Observation]()
         folder = None if self.criterion.compensates else context.folder  # to compensate takes the observations, too
@@ -58,7 +63,7 @@ class OneShotMethod(Method):
             if folder is not None and leads():
                 folder.save(SCORES, scores)
         narrowed = [_narrowed(analysis, candidate.widths) for candidate in prepared.candidates]
-        plans = [criteria.select(analysis, scores, widths) for widths in narrowed]
+        plans = [criteria.select(analysis, scores, widths, stock=prepared.legal.stock) for widths in narrowed]
         with context.stage("choose widths"):
             plan, cut, losses = _best(prepared, plans, sets, context)
         chosen = Chosen(plan, cut, losses=losses)
@@ -80,6 +85,10 @@ class OneShotMethod(Method):
                 objective=prepared.task,
                 progress=partial(context.progress, stage),
                 executor=prepared.calibrator,
+                removals={
+                    f.name: f.size - min(c.widths.get(f.name, f.size) for c in prepared.candidates)
+                    for f in prepared.analysis.depths
+                },
             )
             return criteria.score_evidence(evidence, self.name, prepared.families), dict(evidence.observations)
 

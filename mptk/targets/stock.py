@@ -16,6 +16,7 @@ from mptk.io.resident import Resident
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
+from mptk.ir.resolved_plan import renumbering
 from mptk.ir.samples import Samples
 from mptk.run.chain import Compiled, Target
 from mptk.run.values import Checks, SampleSets, Written
@@ -63,13 +64,16 @@ class StockTarget(Target):
         prepared, widths = compiled.prepared, compiled.chosen.plan.widths
         analysis, loaded, stock = prepared.analysis, prepared.loaded, prepared.legal.stock
         assert stock is not None
-        found = stock.config(widths, scalars=compiled.epsilons)
+        kept = renumbering(analysis, compiled.chosen.cut).kept
+        found = stock.config(widths, scalars=compiled.epsilons, kept=kept)
         dtype = prepared.dtype
         if isinstance(found, StockConfig):
             if prepared.settings.portable and (reasons := broken(found, stock.dense)):
                 raise MptkError(f"these widths break {'; '.join(reasons)}; cut other families or leave out --portable")
             return Written(found, loaded, found.config, dtype)
-        if prepared.settings.rehome and found.config is not None and list(sample.inputs) == ["input_ids"]:
+        if kept and isinstance(stock.config(widths, scalars=compiled.epsilons), StockConfig):
+            raise MptkError(f"the stock class does not hold these blocks: {found}; keep others or use --target graph")
+        if prepared.settings.rehome and not kept and found.config is not None and list(sample.inputs) == ["input_ids"]:
             check = logits_check(compiled.program, sample.inputs["input_ids"])
             other = rehome(found.config, cut_shapes(analysis, widths), check, tolerance=TOLERANCE)
             if isinstance(other, StockConfig):

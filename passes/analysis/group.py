@@ -11,9 +11,11 @@ from torch import fx
 
 from mptk.ir.axes import Axis, Sum, Term, axes_in, freeze, leaves, resolve
 from mptk.ir.axis_facts import AxisFacts, Dims
+from mptk.ir.blocks import Stack
 from mptk.ir.families import Analysis, Blocked, Family, Group, Member, Place, Role
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
+from passes.analysis.blocks import find_stacks, name_stacks
 from passes.analysis.liveness import live_axes
 from passes.analysis.naming import distinct, name_blocked, name_family
 from passes.analysis.propagate import propagate
@@ -49,6 +51,16 @@ def analyze(program: Program) -> Analysis:
         blocked=tuple(_blocked(axis, members[axis], spoilers) for axis in members if axis not in scopes),
         weights=weights,
         facts=facts,
+        depths=_depths(find_stacks(program, facts)),
+    )
+
+
+def _depths(stacks: Sequence[Stack]) -> tuple[Family, ...]:
+    """A family for each list of residual blocks, whose units are the blocks."""
+    described = "residual blocks, each removed whole"
+    return tuple(
+        Family(name, described, (Group(stack.module, stack.axis, (), ()),), max(1, len(stack.stay)), stack=stack)
+        for name, stack in zip(name_stacks(stacks), stacks, strict=True)
     )
 
 

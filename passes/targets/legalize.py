@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from mptk.cost.model import CostModel, is_layered
 from mptk.errors import MptkError
 from mptk.ir.axes import axes_in, evaluate, leaves
 from mptk.ir.families import Analysis, Family
+from passes.targets.choose_blocks import choose_blocks
 from passes.targets.stock.learn import Stock
 from passes.targets.stock.travel import breaks
 from passes.transforms.fold_norms import unfoldable
@@ -73,7 +75,8 @@ class Candidate:
 
 def graph_widths(analysis: Analysis, multiple: int | Sequence[int] = MULTIPLE) -> LegalWidths:
     """Legal widths for the rewritten graph itself: those that its ops accept, in multiples for quantisers."""
-    return LegalWidths({f.name: aligned(f, multiple) for f in analysis.families}, {}, lambda widths: None)
+    ladders = {f.name: aligned(f, multiple) for f in (*analysis.families, *analysis.depths)}
+    return LegalWidths(ladders, {}, lambda widths: None)
 
 
 def stock_widths(
@@ -94,7 +97,21 @@ def stock_widths(
     alone = {n: str(r) for n, r in stock.refusals.items() if not any(n in group for group in together)}
     refused = alone | derived
 
+    @functools.cache
+    def shorter(name: str, width: int) -> str | None:
+        family = analysis.family(name)
+        assert family.stack is not None
+        try:
+            choose_blocks(family.stack, [0.0] * family.size, width, stock)
+        except MptkError as error:
+            return str(error)
+        return None
+
     def accepts(widths: Mapping[str, int]) -> str | None:
+        for family in analysis.depths:
+            width = widths.get(family.name, family.size)
+            if width < family.size and (why := shorter(family.name, width)) is not None:
+                return why
         refusal = stock.accepts(widths)
         return None if refusal is None or (rehome and refusal.config is not None) else str(refusal)
 
@@ -104,6 +121,11 @@ def stock_widths(
         joint = any(family.name in group for group in together)
         legal = widths if joint else [w for w in widths if accepts({family.name: w}) is None]
         ladders[family.name] = (*legal, family.size)
+    for family in analysis.depths:
+        why = accepts({family.name: family.size - 1})
+        counted = why is None or stock.pattern(family.groups[0].layer, family.size - 1) is not None
+        ladders[family.name] = aligned(family, multiple) if counted else (family.size,)
+        refused |= {} if counted else {family.name: str(why)}
     return LegalWidths(ladders, refused, accepts, stock)
 
 
@@ -257,7 +279,7 @@ def _unevenness(cost: CostModel, widths: Mapping[str, int]) -> float:
     kept: dict[frozenset[str], float] = {}
     for name, width in widths.items():
         family = cost.analysis.family(name)
-        weights = frozenset(m.weight for m in family.groups[0].members)
+        weights = frozenset(m.weight for m in family.groups[0].members) or frozenset((name,))
         same = next((k for k in kept if k & weights), weights)
         kept[same | weights] = kept.pop(same, 1.0) * width / family.size
     return max(kept.values()) - min(kept.values())

@@ -74,6 +74,8 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
 
 def disturbed(analysis: Analysis, name: str) -> str | None:
     """The reason why a family cannot fade out: zeros would enter a softmax, a top-k or a norm's statistics. Or None."""
+    if analysis.family(name).stack is not None:
+        return f"{name} are removed whole and not learned; leave them out, or choose them with a one-shot --method"
     for group in analysis.family(name).groups:
         for reduction in analysis.facts.reductions:
             if reduction.kind in ("max", "min", "statistic") and group.axis in set(leaves(reduction.axis)):

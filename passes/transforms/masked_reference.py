@@ -1,7 +1,8 @@
 """mask: the dense Program with a plan's removed channels masked. The cut program must equal it.
 
 Removed positions of every weight become zero. If zeros would disturb a reduction, it leaves the masked channels out:
-a norm's statistics run over the kept ones, a softmax or a top-k sees −inf (``passes/analysis/rules/reduce.py``).
+a norm's statistics run over the kept ones, a softmax or a top-k sees −inf (``passes/analysis/rules/reduce.py``). What a
+removed block adds is multiplied by 0 (``remove_blocks.py``).
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from mptk.ir.families import Analysis
 from mptk.ir.ops import base_name, named_argument, op_name
 from mptk.ir.passes import Pass, Result, shapes
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut
+from mptk.ir.resolved_plan import Cut, removed_blocks
 from passes.analysis.rules.reduce import correction_of
 from passes.analysis.rules.table import normalize_all
+from passes.transforms.remove_blocks import mask_blocks
 
 Keep = list[bool] | list["Keep"]
 """A nested list of booleans that broadcasts against the tensor it masks."""
@@ -34,7 +36,10 @@ def mask(analysis: Analysis, cut: Cut) -> Program:
 
 @dataclass(frozen=True)
 class Mask(Pass):
-    """Zero the removed channels of every weight and leave them out of every statistic, softmax and maximum."""
+    """Zero the removed channels of every weight and leave them out of every statistic, softmax and maximum.
+
+    What a removed block adds to its input is multiplied by 0.
+    """
 
     analysis: Analysis
     cut: Cut
@@ -53,8 +58,11 @@ class Mask(Pass):
         disturbed = _disturbed(self.analysis.facts, self.cut)
         for node, reductions in disturbed.items():
             _mask_reduction(graph.graph, nodes[node.name], self.analysis.facts, self.cut, reductions)
+        blocks = removed_blocks(self.analysis, self.cut)
+        mask_blocks(graph.graph, blocks)
         graph.recompile()
-        notes = (f"{len(disturbed)} reductions masked",) if disturbed else ()
+        counts = {"reductions": len(disturbed), "blocks": len(blocks)}
+        notes = tuple(f"{count} {what} masked" for what, count in counts.items() if count)
         return Result(replace(program, graph=graph), self.cut.removes, notes)
 
     def _mask_weight(self, graph: fx.GraphModule, node: fx.Node, name: str, program: Program) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from mptk.ir.families import Analysis, Family
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples, next_tokens
-from mptk.methods.criteria import flap, magnitude, random, taylor, wanda
+from mptk.methods.criteria import flap, greedy, influence, magnitude, random, taylor, wanda
 from mptk.methods.criteria.base import Criterion, Evidence, Scores, uses
 from mptk.methods.criteria.flap import Compensation, compensate
 from mptk.methods.criteria.observe import activations, find_sites, gradients
@@ -26,15 +27,21 @@ from mptk.progress import Count
 from mptk.run.chain import Task
 from mptk.runtime.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
+from passes.targets.choose_blocks import choose_blocks
+from passes.targets.stock.learn import Stock
 
 CRITERIA: dict[str, Criterion] = {
     criterion.name: criterion
     for criterion in (
-        Criterion("random", "random choice, from the seed", random.score),
+        Criterion("random", "random choice, from the seed", random.score, judges="both"),
         Criterion("magnitude", "L2 norm of all weights of a unit", magnitude.score),
         Criterion("wanda", "|weight| × input norm, summed over a unit's consumers", wanda.score, "activations"),
         Criterion("flap", "input variance × squared column norm; means go to biases", flap.score, "activations", True),
         Criterion("taylor", "first-order change of the loss, |weight × gradient|", taylor.score, "gradients"),
+        Criterion(
+            "influence", "how far a block turns its input, 1 − cosine", influence.score, "blocks", judges="blocks"
+        ),
+        Criterion("greedy", "blocks one by one, by the loss without them", influence.score, "losses", judges="blocks"),
     )
 }
 
@@ -71,7 +78,7 @@ def score(
         name: a key of ``CRITERIA``.
         windows: calibration text as token ids, int64 [n, length], or samples of a model of another kind; may be None
             if ``needs_data(name)`` is False.
-        families: names of the families to score; all by default.
+        families: names of the families to score; by default all of channels, or the depths if it judges blocks.
         seed: used by the random criterion.
         progress: called with (windows done, all windows).
         executor: runs the program.
@@ -98,29 +105,43 @@ def gather(
     objective: Task = CAUSAL_LM,
     progress: Count | None = None,
     executor: Executor = EXECUTOR,
+    removals: Mapping[str, int] = MappingProxyType({}),
 ) -> Evidence:
     """Run the program on ``windows`` and keep what criterion ``name`` needs to score ``families``.
 
-    ``compensate`` takes the evidence's ``observations``, too. Gradients are those of the loss of ``objective``.
-    ``executor`` runs it. Other arguments and errors are those of ``score``.
+    ``compensate`` takes the evidence's ``observations``, too. Losses and gradients are those of ``objective``.
+    ``executor`` runs it. ``removals``: depth → how many blocks ``greedy`` looks for. Other arguments and errors are
+    those of ``score``.
     """
-    needs = find_criterion(name).needs
+    criterion = find_criterion(name)
     if not analysis.program.has_values:
         raise MptkError(
             "this program was traced without weights and cannot be scored; trace the model with its weights"
         )
-    if needs == "nothing":
+    channels, depths = _by_kind(_families(analysis, families, criterion))
+    if criterion.needs == "nothing" and (criterion.judges != "channels" or not depths):
         return Evidence(analysis, seed)
     samples = _samples(name, windows)
-    groups = [g for f in _families(analysis, families) for g in f.groups]
-    if needs == "gradients":
+    if criterion.needs == "losses":
+        order = greedy.measure(analysis, depths, samples, objective, removals, progress, executor)
+        return Evidence(analysis, seed, influences=order)
+    influences = influence.measure(analysis, depths, samples, progress, executor)
+    groups = [g for f in channels for g in f.groups]
+    if criterion.needs == "gradients" and groups:
         names = dict.fromkeys(m.weight for g in groups for m in g.members)
         found = gradients(analysis.program, names, samples, objective, progress, executor)
-        return Evidence(analysis, seed, gradients=found)
+        return Evidence(analysis, seed, gradients=found, influences=influences)
+    if criterion.needs != "activations" or not groups:
+        return Evidence(analysis, seed, influences=influences)
     sites = find_sites(analysis)
     used = dict.fromkeys(site for g in groups for site, _ in uses(sites, g))
     seen = activations(analysis, list(used), samples, progress, executor)
-    return Evidence(analysis, seed, observations=seen)
+    return Evidence(analysis, seed, seen, influences=influences)
+
+
+def _by_kind(families: Sequence[Family]) -> tuple[list[Family], list[Family]]:
+    """The families whose units are channels, and the depths, whose units are whole blocks."""
+    return [f for f in families if f.stack is None], [f for f in families if f.stack is not None]
 
 
 def _samples(name: str, windows: Tensor | Samples | None) -> Samples:
@@ -135,8 +156,12 @@ def _samples(name: str, windows: Tensor | Samples | None) -> Samples:
 
 def score_evidence(evidence: Evidence, name: str, families: Sequence[str] | None = None) -> Scores:
     """Scores, in the form of ``score``, from the evidence that ``gather`` kept for the same criterion and families."""
-    chosen = _families(evidence.analysis, families)
-    scores = {family: values.cpu() for family, values in find_criterion(name).score(evidence, chosen).items()}
+    criterion = find_criterion(name)
+    chosen = _families(evidence.analysis, families, criterion)
+    channels, depths = _by_kind(chosen)
+    found = criterion.score(evidence, channels if criterion.judges == "channels" else chosen)
+    found |= influence.score(evidence, depths) if criterion.judges == "channels" else {}
+    scores = {family: values.cpu() for family, values in found.items()}
     for family, values in scores.items():
         if not values.isfinite().all():
             raise MptkError(f"{name} gives {family} scores that are not finite; load the model in float32")
@@ -144,11 +169,16 @@ def score_evidence(evidence: Evidence, name: str, families: Sequence[str] | None
 
 
 def select(
-    analysis: Analysis, scores: Scores, widths: Mapping[str, int], meta: Mapping[str, object] | None = None
+    analysis: Analysis,
+    scores: Scores,
+    widths: Mapping[str, int],
+    meta: Mapping[str, object] | None = None,
+    stock: Stock | None = None,
 ) -> Plan:
     """Keep the ``width`` best units of each family in each layer and each scope row.
 
-    On equal scores the lower index stays. Kept indices are ascending. ``meta`` goes into the plan.
+    On equal scores the lower index stays. Kept indices are ascending. ``meta`` goes into the plan. ``stock``: the class
+    that must hold the blocks that stay.
 
     Raises:
         MptkError: a family that the model or ``scores`` does not have, a width outside 1..size.
@@ -160,6 +190,10 @@ def select(
             raise MptkError(f"{family.name} has no scores; score it before choosing its units")
         if not 1 <= width <= family.size:
             raise MptkError(f"{family.name} cannot keep {width} units; give a width in 1..{family.size}")
+        if family.stack is not None:
+            units = choose_blocks(family.stack, scores[family.name].flatten().tolist(), width, stock)
+            plans[family.name] = FamilyPlan(width, family.size, {family.stack.module: (units,)})
+            continue
         order = scores[family.name].sort(dim=-1, descending=True, stable=True).indices
         kept = order[..., :width].sort(dim=-1).values.tolist()
         keep = {g.layer: tuple(tuple(row) for row in rows) for g, rows in zip(family.groups, kept, strict=True)}
@@ -208,9 +242,12 @@ def one_shot(
     return OneShot(plan, scores, compensation.state, compensation.statement)
 
 
-def _families(analysis: Analysis, names: Sequence[str] | None) -> tuple[Family, ...]:
+def _families(
+    analysis: Analysis, names: Sequence[str] | None, criterion: Criterion | None = None
+) -> tuple[Family, ...]:
+    """The families of these names; by default all channels or, for a criterion of blocks, all depths."""
     if names is None:
-        return analysis.families
+        return analysis.depths if criterion is not None and criterion.judges == "blocks" else analysis.families
     try:
         return tuple(analysis.family(name) for name in names)
     except KeyError as error:

@@ -183,7 +183,7 @@ def activations(
     given = batches(analysis.program, samples, OBSERVED_TOKENS)
     share = sharing(len(given))
     own = share.own(given)
-    executor.watch(analysis.program, [batch.tensors for batch in own], watches, _in_samples(progress, own))
+    executor.watch(analysis.program, [batch.tensors for batch in own], watches, in_samples(progress, own))
     merged = {stream: _merged(moments[stream], share) for stream in streams}
     return {site: Observation(site, analysis.program, merged[site.stream]) for site in sites}
 
@@ -249,7 +249,7 @@ def _routed_moments(x: Tensor, ends: Tensor) -> Moments:
     return Moments(count[:-1], mean[:-1], deviation[:-1])
 
 
-def _in_samples(progress: Count | None, given: Sequence[Samples]) -> Count | None:
+def in_samples(progress: Count | None, given: Sequence[Samples]) -> Count | None:
     """Progress over batches as progress over their samples."""
     done = list(accumulate(map(len, given)))
     return None if progress is None else lambda count, _: progress(done[count - 1], done[-1])
@@ -281,4 +281,4 @@ def gradients(
         return objective.sensitivity(output, own[i].to(executor.device)) / predicted
 
     inputs = [batch.tensors for batch in own]
-    return executor.gradients(program, names, inputs, loss, _in_samples(progress, own), share.total)
+    return executor.gradients(program, names, inputs, loss, in_samples(progress, own), share.total)

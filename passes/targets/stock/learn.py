@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
+from types import MappingProxyType
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from passes.targets.stock.config import StockConfig, Unsolved, finish, minimise, shortest, solve
+from passes.targets.stock.depth import Built, build, pattern, shorten
 from passes.targets.stock.probe import Field, Prober, Refusal, Shapes
 from passes.targets.stock.search import MAX_BUILDS, Expression, Expressions, SizeSlot, differences, evaluate
 
@@ -96,9 +99,16 @@ class Stock:
         return [w for w in choices if self.accepts({**(others or {}), family: w}) is None]
 
     def config(
-        self, widths: Mapping[str, int], *, scalars: Mapping[float, float] | None = None
+        self,
+        widths: Mapping[str, int],
+        *,
+        scalars: Mapping[float, float] | None = None,
+        kept: Mapping[str, Sequence[int]] = MappingProxyType({}),
     ) -> StockConfig | Refusal:
-        """The config for ``widths``. Checked: the class is built (all layers, on meta) and every shape compared."""
+        """The config for ``widths``. Checked: the class is built (all layers, on meta) and every shape compared.
+
+        ``kept``: path of a list of blocks → the numbers of those that stay; lists without an entry stay whole.
+        """
         assignment = self._assign(widths)
         if isinstance(assignment, Refusal):
             return assignment
@@ -109,7 +119,24 @@ class Stock:
         result = finish(self._prober, needed, self._shapes(widths), scalars or {})
         if isinstance(result, Refusal):
             return result
-        return replace(result, expressions=shortest(self._space, needed))
+        return shorten(replace(result, expressions=shortest(self._space, needed)), kept)
+
+    def shorter(self, kept: Mapping[str, Sequence[int]]) -> StockConfig | Refusal:
+        """The config for all widths and the ``kept`` blocks, as in ``config``."""
+        return shorten(self._whole, kept, self._built)
+
+    def pattern(self, module: str, width: int) -> tuple[list[object], list[object]] | None:
+        """The kinds of a list's blocks, and those that the class has with ``width`` blocks (``depth.pattern``)."""
+        return pattern(self._whole, module, width)
+
+    @property
+    def _whole(self) -> StockConfig:
+        return StockConfig(self._prober.model_class, self._prober.template, {})
+
+    @cached_property
+    def _built(self) -> Built | None:
+        built = build(self._prober.model_class, self._prober.template)
+        return built if isinstance(built, Built) else None
 
     def _fields(self) -> dict[Field, list[Expression]]:
         return {
@@ -121,7 +148,7 @@ class Stock:
     def _assign(self, widths: Mapping[str, int]) -> dict[Field, int] | Refusal:
         """Every field's value at ``widths``, pins included."""
         families = self._space.families
-        cut = {name for name, width in widths.items() if width != families[name]}
+        cut = {name for name, width in widths.items() if name in families and width != families[name]}
         for name in sorted(cut):
             groups = [group for group in self.together if name in group]
             if name not in self.refusals or any(group <= cut for group in groups):

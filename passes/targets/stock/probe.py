@@ -155,20 +155,13 @@ class Prober:
     def configure(
         self, assignment: Assignment, depth: Assignment = MappingProxyType({})
     ) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
-        """The config with ``assignment``, and its validators' refusal or None.
-
-        If a field's own check raises, there is no config object, and the result is only a Refusal.
-        """
+        """The config with ``assignment``, as ``configured`` gives it."""
         body = copy.deepcopy(self.body)
         for target, value in [*depth.items(), *assignment.items()]:
             _set(body, target, value)
         for target, value in depth.items():
             _truncate(body, target.value, value)
-        with quiet():
-            try:
-                return _construct(self.template, body)
-            except Exception as error:  # noqa: BLE001 (a config class may raise anything: it is the refusal)
-                return _refusal(error, type(self.template))
+        return configured(self.template, body)
 
     @property
     def builds(self) -> int:
@@ -190,11 +183,9 @@ class Prober:
         return value
 
     def _instantiate(self, config: PreTrainedConfig, refused: Refusal | None) -> Build | Refusal:
-        with quiet(), torch.device("meta"):
-            try:
-                model = self.model_class(copy.deepcopy(config))
-            except Exception as error:  # noqa: BLE001 (a model class may raise anything: it is the refusal)
-                return _refusal(error, self.model_class)
+        model = on_meta(self.model_class, config)
+        if isinstance(model, Refusal):
+            return model
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         lists = frozenset(len(m) for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential)))
         return Build(shapes, _constants(model, shapes), config, refused, lists)
@@ -247,6 +238,29 @@ class Prober:
                 if isinstance(pinned, Build) and pinned.shapes == self.base.shapes:
                     return pin
         return None
+
+
+def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | Refusal:
+    """The model of a config, without memory for its weights."""
+    with quiet(), torch.device("meta"):
+        try:
+            return model_class(copy.deepcopy(config))
+        except Exception as error:  # noqa: BLE001 (a model class may raise anything: it is the refusal)
+            return _refusal(error, model_class)
+
+
+def configured(
+    template: PreTrainedConfig, body: dict[str, object]
+) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
+    """The config of ``template``'s class with the fields of ``body``, and its validators' refusal or None.
+
+    If a field's own check raises, there is no config object, and the result is only a Refusal.
+    """
+    with quiet():
+        try:
+            return _construct(template, body)
+        except Exception as error:  # noqa: BLE001 (a config class may raise anything: it is the refusal)
+            return _refusal(error, type(template))
 
 
 def starred(name: str) -> str:

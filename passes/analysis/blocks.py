@@ -1,0 +1,164 @@
+"""blocks: find residual blocks in the graph: modules of one list whose result is their input plus what they add.
+
+No model is known by name. A list of modules is a stack of blocks if each of them
+
+1. has one input and one result with the same axes;
+2. adds to it: a path of calls leads from the input to the result through an addition and through no product with a
+   weight. Several additions in a row (attention, then feed-forward) and norms behind them are such a path.
+
+A block stays, with the reason, if more than its result is used elsewhere: a position bias that other blocks read, a
+weight that they share, memory of others that it writes. A KV cache that only it continues goes with it. If lists are
+nested, the outermost one counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from mptk.ir.axes import Axis, resolve
+from mptk.ir.axis_facts import AxisFacts
+from mptk.ir.blocks import Block, Stack, numbered, prefix
+from mptk.ir.ops import base_name
+from mptk.ir.program import Program
+from mptk.ir.source_location import SourceLocation, module_paths
+
+_ADDITIONS = frozenset({"add", "add_"})
+Lists = dict[str, dict[int, set[fx.Node]]]
+"""Path of a list → number of each of its modules → the calls within."""
+
+
+def find_stacks(program: Program, facts: AxisFacts) -> tuple[Stack, ...]:
+    """The stacks of the program of which at least one block can be removed, in the graph's order."""
+    lists = _lists(program.graph.graph)
+    found: list[Stack] = []
+    for module in sorted(lists, key=lambda path: path.count(".") if path else -1):
+        if any(numbered(other.module, module) for other in found):
+            continue
+        blocks = _Search(program, facts, module, lists[module]).blocks()
+        if len(blocks) > 1 and any(not block.stays for block in blocks):
+            found.append(Stack(module, Axis(len(blocks)), tuple(blocks)))
+    order = {node: i for i, node in enumerate(program.graph.graph.nodes)}
+    return tuple(sorted(found, key=lambda stack: order[stack.blocks[0].output]))
+
+
+def _lists(graph: fx.Graph) -> Lists:
+    """Every list of modules, numbered from 0 without a gap, with the calls of each module."""
+    found: Lists = {}
+    for node in graph.nodes:
+        for path in module_paths(node) if node.op == "call_function" else ():
+            parent, _, number = path.rpartition(".")
+            if number.isdigit():
+                found.setdefault(parent, {}).setdefault(int(number), set()).add(node)
+    return {path: modules for path, modules in found.items() if sorted(modules) == list(range(len(modules)))}
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The search for the blocks of one list."""
+
+    program: Program
+    facts: AxisFacts
+    module: str
+    modules: Mapping[int, set[fx.Node]]
+
+    def blocks(self) -> list[Block]:
+        """The blocks in their order; none if one of the modules is no residual block."""
+        found: list[Block] = []
+        for unit in sorted(self.modules):
+            nodes = self.modules[unit]
+            exits = [node for node in self.facts.graph.nodes if node in nodes and not nodes.issuperset(node.users)]
+            ends = [(x, y) for y in reversed(exits) for x in self._carried(y, nodes)]
+            if not ends:
+                return []
+            before = found[-1].output if found else None
+            x, y = next(((x, y) for x, y in ends if x is before), ends[0])
+            caches = {i: o for i, o in self.facts.caches.items() if o in nodes}
+            path = f"{prefix(self.module)}{unit}"
+            reason = next(self._reasons(unit, nodes, [e for e in exits if e is not y], set(caches.values())), "")
+            found.append(Block(path, x, y, frozenset(nodes), caches, reason))
+        return found
+
+    def _carried(self, y: fx.Node, nodes: set[fx.Node]) -> list[fx.Node]:
+        """The values outside ``nodes`` with the axes of ``y`` to which the block adds on the way to ``y``."""
+        if not isinstance(self.facts.results.get(y), tuple):
+            return []
+        products = {product.node for product in self.facts.contractions}
+        seen: set[tuple[fx.Node, bool]] = set()
+        todo, found = [(y, False)], []
+        while todo:
+            node, added = state = todo.pop()
+            if state in seen:
+                continue
+            seen.add(state)
+            if node not in nodes:
+                if added and self._alike(node, y):
+                    found.append(node)
+                continue
+            if node in products:
+                continue
+            added = added or base_name(node.target) in _ADDITIONS
+            todo += [(source, added) for source in node.all_input_nodes]
+        return sorted(found)
+
+    def _alike(self, x: fx.Node, y: fx.Node) -> bool:
+        """Whether two values have the same axes, sizes and type."""
+        if not isinstance(self.facts.results.get(x), tuple):
+            return False
+        one, other = x.meta["val"], y.meta["val"]
+        dims = [tuple(map(resolve, self.facts.dims(value))) for value in (x, y)]
+        return dims[0] == dims[1] and one.shape == other.shape and one.dtype == other.dtype
+
+    def _reasons(self, unit: int, nodes: set[fx.Node], exits: Sequence[fx.Node], caches: set[fx.Node]) -> Iterator[str]:
+        """Why a block cannot be removed."""
+        for node in exits:
+            users = [user for user in node.users if user not in nodes and not (node in caches and user.op == "output")]
+            if users and self._made_within(node, nodes):
+                yield f"{_place(users[0])} uses {SourceLocation(node)}"
+        for call, changed in self.facts.writes.items():
+            if call in nodes and (other := next((v for v in changed if v not in nodes), None)) is not None:
+                yield f"{SourceLocation(call)} writes into {other.name}, which is not its own"
+        for node in self.program.placeholders():
+            name = self.program.weights.get(node.name)
+            if name is not None and self._owns(name, unit) and not nodes.issuperset(node.users):
+                yield f"{_place(next(user for user in node.users if user not in nodes))} uses its {name}"
+        for alias, name in self.program.aliases.items():
+            if self._owns(name, unit) and not self._owns(alias, unit):
+                yield f"{alias} is the same weight as its {name}"
+
+    def _made_within(self, node: fx.Node, nodes: set[fx.Node]) -> bool:
+        """Whether a value is made of weights or activations in the block; if not, it needs none of what is removed."""
+        todo, seen = [node], set[fx.Node]()
+        while todo:
+            source = todo.pop()
+            if source in seen or source not in nodes:
+                continue
+            seen.add(source)
+            if source in self.facts.results:
+                return True
+            todo += source.all_input_nodes
+        return False
+
+    def _owns(self, name: str, unit: int) -> bool:
+        at = numbered(self.module, name)
+        return at is not None and at[0] == unit
+
+
+def _place(node: fx.Node) -> str:
+    """The module that a call is in, for people."""
+    paths = module_paths(node)
+    return paths[-1] if paths else "the model's output"
+
+
+def name_stacks(stacks: Sequence[Stack]) -> list[str]:
+    """A name for each: ``layers``; if there are several, with the part of its path that tells it from the others."""
+    if len(stacks) == 1:
+        return ["layers"]
+    parts = [stack.module.split(".") for stack in stacks]
+    for place in range(min(map(len, parts), default=0)):
+        words = [path[place] for path in parts]
+        if len(set(words)) == len(words):
+            return [f"layers.{word}" if word.isdigit() else f"{word.removesuffix('s')}_layers" for word in words]
+    return [f"layers.{i}" for i in range(1, len(stacks) + 1)]

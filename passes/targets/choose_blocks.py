@@ -1,0 +1,59 @@
+"""choose_blocks: the blocks that stay, by their scores, among the choices that a target can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from mptk.errors import MptkError
+from mptk.ir.blocks import Stack
+from passes.targets.stock.config import StockConfig
+from passes.targets.stock.learn import Stock
+
+Chosen = tuple[float, tuple[int, ...]]
+"""The sum of the scores of some blocks, and their numbers."""
+
+
+def choose_blocks(stack: Stack, scores: Sequence[float], width: int, stock: Stock | None) -> tuple[int, ...]:
+    """The ``width`` blocks with the largest scores, ascending; those that cannot be removed are among them.
+
+    ``scores``: one for each block. ``stock``: the class that must hold the choice. If it derives what a block is from
+    its place and does not hold the best choice, the best one with its pattern is taken.
+
+    Raises:
+        MptkError: the class holds none of ``width`` blocks.
+    """
+    free = sorted((unit for unit in range(len(scores)) if unit not in stack.stay), key=lambda unit: -scores[unit])
+    best = tuple(sorted([*stack.stay, *free[: width - len(stack.stay)]]))
+    if stock is None:
+        return best
+    found = stock.shorter({stack.module: best})
+    if isinstance(found, StockConfig):
+        return best
+    kinds = stock.pattern(stack.module, width)
+    other = None if kinds is None else best_sequence(*kinds, scores, stack.stay)
+    if other is None or not isinstance(stock.shorter({stack.module: other}), StockConfig):
+        raise MptkError(
+            f"the stock class does not hold {width} of the {len(scores)} blocks of {stack.module}: {found}; choose "
+            "another number, or use --target graph"
+        )
+    return other
+
+
+def best_sequence(
+    kinds: Sequence[object], wanted: Sequence[object], scores: Sequence[float], stay: Collection[int]
+) -> tuple[int, ...] | None:
+    """The blocks of the wanted kinds, in this order, that have the largest sum of scores; None if there are none.
+
+    ``stay``: numbers of blocks that must be among them. It is found place by place: the best choice for the first j
+    places among the first i blocks ends with block i or is one among the first i − 1.
+    """
+    none: Chosen = (float("-inf"), ())
+    row: list[Chosen] = [(0.0, ()), *[none] * len(wanted)]
+    for unit, kind in enumerate(kinds):
+        skipped = [none] * len(row) if unit in stay else row
+        taken = [none] + [
+            (total + scores[unit], (*units, unit)) if want == kind and total > none[0] else none
+            for (total, units), want in zip(row, wanted, strict=False)
+        ]
+        row = [max(pair, key=lambda choice: choice[0]) for pair in zip(skipped, taken, strict=True)]
+    return row[-1][1] if row[-1][0] > none[0] else None

@@ -1,0 +1,293 @@
+"""depth: find the config with which a stock transformers class has fewer of its blocks, each as it was.
+
+The search knows no field by name. A field counts the blocks of a list if its number is theirs and, one lower, the class
+has one block less. Beside it, these change with the blocks that are removed:
+
+1. lists and words with one entry for each block (layer types): the entries of the blocks that stay;
+2. lists of blocks' numbers (layers without experts): the numbers after the removal;
+3. a number of first blocks that differ from the others: how many of them stay.
+
+The class is built without memory. Each of its blocks must have the weights, the shapes and the numbers (windows,
+scales, types of attention) of the dense block whose place it takes. A class that derives what a block is from the
+block's number has no config for most choices; ``pattern`` says which ones it has.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mptk.ir.blocks import Renumbering, numbered, prefix
+from passes.targets.stock.config import StockConfig
+from passes.targets.stock.probe import Refusal, Shapes, configured, on_meta
+
+Path = tuple[str | int, ...]
+Edits = Mapping[Path, object]
+"""Place in a config's dictionary → its new value."""
+_SIMPLE = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Built:
+    """A class built from a config: the shapes of its weights; path of a module → the plain values that it keeps."""
+
+    config: PreTrainedConfig
+    shapes: Shapes
+    traits: Mapping[str, Mapping[str, object]]
+
+    def blocks(self, module: str) -> set[int]:
+        """The numbers of the blocks of a list."""
+        return {at[0] for name in self.shapes if (at := numbered(module, name)) is not None}
+
+
+def build(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Built | Refusal:
+    """The class on the meta device."""
+    model = on_meta(model_class, config)
+    if isinstance(model, Refusal):
+        return model
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return Built(config, shapes, {name: _traits(module) for name, module in model.named_modules()})
+
+
+def _traits(module: nn.Module) -> dict[str, object]:
+    plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and isinstance(v, _SIMPLE)}
+    return plain | {name: tuple(buffer.shape) for name, buffer in module.named_buffers(recurse=False)}
+
+
+def shorten(stock: StockConfig, kept: Mapping[str, Sequence[int]], dense: Built | None = None) -> StockConfig | Refusal:
+    """The config with which the class has only the ``kept`` blocks (path of a list → their numbers, ascending).
+
+    ``dense``: the class built from ``stock``, if that was done before.
+    """
+    for module, units in kept.items():
+        found = _Search(stock, module, tuple(units), dense).run()
+        if isinstance(found, Refusal):
+            return found
+        if found is not stock:
+            stock, dense = found, None
+    return stock
+
+
+def pattern(stock: StockConfig, module: str, width: int) -> tuple[list[object], list[object]] | None:
+    """The kind of each dense block of a list, and the kinds that the class has if it has ``width`` blocks.
+
+    Blocks of one kind have the same weights, shapes and traits. The class holds a choice of blocks that has the wanted
+    kind at each place. None: no field counts the blocks.
+    """
+    search = _Search(stock, module, tuple(range(width)))
+    built = next((built for _, built in search.tries() if isinstance(built, Built)), None)
+    return None if built is None else (search.kinds(search.dense), search.kinds(built))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The search for the config that keeps the blocks ``units`` of the list ``module``."""
+
+    stock: StockConfig
+    module: str
+    units: tuple[int, ...]
+    before: Built | None = None
+
+    @cached_property
+    def body(self) -> dict[str, object]:
+        return self.stock.config.to_dict()
+
+    @cached_property
+    def dense(self) -> Built:
+        if self.before is not None:
+            return self.before
+        built = build(self.stock.model_class, self.stock.config)
+        assert isinstance(built, Built), built
+        return built
+
+    @property
+    def count(self) -> int:
+        return len(self.dense.blocks(self.module))
+
+    def run(self) -> StockConfig | Refusal:
+        """The first config whose class has the blocks that stay, and nothing else is different."""
+        refusals: dict[bool, Refusal] = {}
+        for edits, built in self.tries():
+            found = built if isinstance(built, Refusal) else self._wrong(built)
+            if found is None:
+                assert isinstance(built, Built)
+                return replace(self.stock, config=built.config, changes=self._changes(edits))
+            refusals.setdefault(isinstance(built, Built), found)
+        none = Refusal("names", self.module, f"no field of {type(self.stock.config).__name__} counts these blocks")
+        return refusals.get(True, refusals.get(False, none))
+
+    def tries(self) -> Iterator[tuple[Edits, Built | Refusal]]:
+        """Changes after which the class has as many blocks as stay, or refuses the config; likely ones first."""
+        places = dict.fromkeys(path[:-1] for path, _ in _values(self.body) if isinstance(path[-1], str))
+        counts = [path for path, value in _values(self.body) if type(value) is int and value == self.count]
+        for near, count in [*((place, None) for place in places), *((path[:-1], path) for path in counts)]:
+            for more in self._variants(near):
+                edits = more if count is None else {count: len(self.units), **more}
+                if not edits:
+                    break
+                built = self._build(edits)
+                if isinstance(built, Built) and built.blocks(self.module) != set(range(len(self.units))):
+                    break  # it counts something else
+                if isinstance(built, Built) or count is not None:
+                    yield edits, built
+
+    def _build(self, edits: Edits) -> Built | Refusal:
+        body = copy.deepcopy(self.body)
+        for path, value in edits.items():
+            _put(body, path, value)
+        made = configured(self.stock.config, body)
+        if isinstance(made, Refusal):
+            return made
+        config, refused = made
+        return build(self.stock.model_class, config) if refused is None or self._lenient else refused
+
+    @cached_property
+    def _lenient(self) -> bool:
+        """Whether validators refuse the dense config itself."""
+        made = configured(self.stock.config, copy.deepcopy(self.body))
+        return isinstance(made, Refusal) or made[1] is not None
+
+    # ---- what may change ----
+
+    def _variants(self, near: Path) -> Iterator[Edits]:
+        """What may change beside the number, most likely first. ``near``: where in the config the number is."""
+        fields = [(path, value) for path, value in _values(self.body) if path[:-1] == near]
+        each = {path: kept for path, value in fields if (kept := self._entries(value)) is not None}
+        numbers = {path: kept for path, value in fields if (kept := self._numbers(value)) is not None}
+        others = [{p: kept} for p, v in fields for case in (self._word, self._first) if (kept := case(v)) is not None]
+        both = {**each, **numbers}
+        lists = [both, each] if self.count > 2 else [each, both]  # 1, 0 may be two flags, or two blocks
+        tried: list[Edits] = []
+        for more in ({}, *others):
+            without = [{path: left for path, left in each.items() if path != other} for other in each]
+            alone = [{path: left} for path, left in each.items()]
+            for edits in (
+                *lists,
+                *({**each, path: left} for path, left in numbers.items()),
+                *without,
+                *alone,
+                numbers,
+                {},
+            ):
+                if (full := {**edits, **more}) not in tried:
+                    tried.append(full)
+                    yield full
+
+    def _entries(self, value: object) -> object | None:
+        """Case 1."""
+        return [value[unit] for unit in self.units] if isinstance(value, list) and len(value) == self.count else None
+
+    def _word(self, value: object) -> object | None:
+        """Case 1, in a word."""
+        fits = isinstance(value, str) and len(value) == self.count
+        return "".join(str(value)[unit] for unit in self.units) if fits else None
+
+    def _numbers(self, value: object) -> object | None:
+        """Case 2."""
+        if not isinstance(value, list) or not value or not all(type(v) is int and 0 <= v < self.count for v in value):
+            return None
+        return [self.units.index(v) for v in value if v in self.units] if len({*value}) == len(value) else None
+
+    def _first(self, value: object) -> object | None:
+        """Case 3."""
+        if type(value) is not int or not 0 < value <= self.count:
+            return None
+        left = sum(unit < value for unit in self.units)
+        return None if left == value else left
+
+    def _changes(self, edits: Edits) -> dict[str, tuple[object, object]]:
+        changes = dict(self.stock.changes)
+        for path in edits:
+            keys = tuple(itertools.takewhile(lambda key: isinstance(key, str), path))
+            name, old = ".".join(map(str, keys)), _get(self.body, keys)
+            before = changes[name][0] if name in changes else old
+            new = copy.deepcopy(self.body)
+            for other, value in edits.items():
+                _put(new, other, value)
+            changes[name] = (before, _get(new, keys))
+        return {name: (old, new) for name, (old, new) in changes.items() if old != new}
+
+    # ---- what must not ----
+
+    def _wrong(self, built: Built) -> Refusal | None:
+        """The first difference between the class and the dense one without the removed blocks."""
+        names = Renumbering({self.module: self.units})
+        target = {new: self.dense.shapes[name] for new, name in names.names(self.dense.shapes).items()}
+        for name in [*target, *built.shapes]:
+            have, want = built.shapes.get(name), target.get(name)
+            if have != want:
+                return Refusal("names", name, f"the class would have {_said(have)}, but the cut leaves {_said(want)}")
+        for place, unit in enumerate(self.units):
+            here, there = _of_block(built, self.module, place), _of_block(self.dense, self.module, unit)
+            for key in [*there, *here]:
+                new, old = here.get(key), there.get(key)
+                numbered_anew = key in self._numbering and isinstance(old, int) and new == old + place - unit
+                if new != old and not numbered_anew:
+                    kind = type(self.stock.config).__name__
+                    what = f"{kind} derives it from a block's place, and would make it {new} instead of {old}"
+                    return Refusal("numeric", f"{prefix(self.module)}{unit}{key}", what)
+        return None
+
+    def kinds(self, built: Built) -> list[object]:
+        """What each block of the list is: its shapes and traits, but for the traits that count blocks."""
+        found: list[object] = []
+        for unit in sorted(built.blocks(self.module)):
+            own = (
+                (at[1], shape)
+                for n, shape in built.shapes.items()
+                if (at := numbered(self.module, n)) and at[0] == unit
+            )
+            traits = {k: v for k, v in _of_block(built, self.module, unit).items() if k not in self._numbering}
+            found.append((frozenset(own), frozenset(traits.items())))
+        return found
+
+    @cached_property
+    def _numbering(self) -> frozenset[str]:
+        """The traits that say which block it is: the same number more than the block's own in all of them."""
+        offsets: dict[str, set[object]] = {}
+        for unit in range(self.count):
+            for key, value in _of_block(self.dense, self.module, unit).items():
+                offsets.setdefault(key, set()).add(value - unit if type(value) is int else None)
+        return frozenset(key for key, found in offsets.items() if len(found) == 1 and None not in found)
+
+
+def _of_block(built: Built, module: str, unit: int) -> dict[str, object]:
+    """Place within a block, as ``.self_attn.layer_idx`` → the plain value that is kept there."""
+    start = f"{prefix(module)}{unit}"
+    return {
+        f"{path.removeprefix(start)}.{key}": value
+        for path, traits in built.traits.items()
+        if path == start or path.startswith(f"{start}.")
+        for key, value in traits.items()
+    }
+
+
+def _said(shape: object) -> str:
+    return "no such weight" if shape is None else f"one of shape {shape}"
+
+
+def _values(body: Mapping[str, object], at: Path = ()) -> Iterator[tuple[Path, object]]:
+    """Every value of a config's dictionary, and every entry of its lists, with its place."""
+    for key, value in body.items():
+        if isinstance(value, dict):
+            yield from _values(value, (*at, key))
+            continue
+        yield (*at, key), value
+        if isinstance(value, list):
+            yield from (((*at, key, i), entry) for i, entry in enumerate(value))
+
+
+def _get(body: object, path: Path) -> object:
+    for key in path:
+        body = body[key]  # type: ignore[index]
+    return body
+
+
+def _put(body: object, path: Path, value: object) -> None:
+    _get(body, path[:-1])[path[-1]] = value  # type: ignore[index]

@@ -1,0 +1,309 @@
+"""Depth: whole residual blocks are found in the graph, masked, removed, and held by the stock class."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cutting import cut_and_compare
+from test_pruning import SETTINGS, save
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
+
+import mptk
+from mptk.cost.model import CostModel
+from mptk.errors import MptkError
+from mptk.ir.plan import FamilyPlan, Plan
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.methods import criteria
+from mptk.runtime.decoder import OrtDecoder
+from passes.targets.choose_blocks import best_sequence, choose_blocks
+from passes.targets.legalize import discover
+from passes.targets.stock.config import StockConfig
+from passes.targets.stock.depth import shorten
+
+SIZES = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "vocab_size": 97, "num_hidden_layers": 4}
+LLAMA = LlamaConfig(
+    **SIZES, num_key_value_heads=3, head_dim=8, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True
+)
+IDS = torch.tensor([[5, 9, 2, 31, 8, 4, 11]])
+
+
+def random_model(model):
+    torch.manual_seed(0)
+    for p in model.parameters():
+        nn.init.normal_(p, mean=float(p.ndim == 1), std=0.15)
+    return model.eval()
+
+
+def keeping(analysis, *units, name="layers"):
+    """A plan that keeps these blocks and leaves all else whole."""
+    family = analysis.family(name)
+    return Plan({name: FamilyPlan(len(units), family.size, {family.groups[0].layer: (units,)})})
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model = random_model(LlamaForCausalLM(LLAMA))
+    analysis = mptk.analyze(mptk.trace(model, dynamic=True))
+    return SimpleNamespace(model=model, analysis=analysis, stock=discover(analysis, model))
+
+
+# ---- what is found ----
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "inner"),
+    [
+        (GPTNeoXForCausalLM, GPTNeoXConfig(**SIZES, use_parallel_residual=True), "gpt_neox.layers"),
+        (BertModel, BertConfig(**SIZES), "encoder.layer"),
+        (
+            T5EncoderModel,
+            T5Config(vocab_size=97, d_model=24, d_kv=8, d_ff=40, num_heads=3, num_layers=4),
+            "encoder.block",
+        ),
+    ],
+)
+def test_blocks_are_found_in_parallel_with_norms_behind_and_with_a_shared_bias(model, config, inner):
+    """Two branches beside each other, a norm after each addition, a first block that others read from."""
+    analysis = mptk.analyze(mptk.trace(random_model(model(config)), [IDS]))
+    family = analysis.family("layers")
+    assert family.groups[0].layer == inner
+    assert family.size == 4
+    assert list(family.stack.stay) == ([0] if model is T5EncoderModel else [])
+    found = cut_and_compare(analysis, keeping(analysis, 0, 3), [IDS])
+    assert found.error < 1e-5 < 1e-2 < found.moved
+
+
+def test_a_block_that_others_read_from_stays_and_says_why():
+    config = T5Config(vocab_size=97, d_model=24, d_kv=8, d_ff=40, num_heads=3, num_layers=3)
+    analysis = mptk.analyze(mptk.trace(T5EncoderModel(config).eval(), [IDS]))
+    with pytest.raises(
+        MptkError, match=r"layers cannot lose block 0, encoder\.block\.0: .*block\.1.* uses .*unsqueeze"
+    ):
+        mptk.rewrite(analysis, keeping(analysis, 1, 2))
+
+
+class Block(nn.Module):
+    """Adds to its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.inner(x).relu()
+
+
+def test_a_product_may_enter_a_block():
+    net = nn.Sequential(nn.Linear(4, 8), nn.Sequential(Block(), Block()))
+    (family,) = mptk.analyze(mptk.trace(net, [torch.randn(3, 4)])).depths
+    assert (family.groups[0].layer, family.size, family.stack.stay) == ("1", 2, {})
+
+
+class Plain(nn.Module):
+    """Modules without an addition: it is done outside of them, or not at all."""
+
+    def __init__(self, adds):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.adds, self.seen = adds, nn.Linear(8, 5)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x) if self.adds else layer(x)
+        return self.seen(x)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_modules_that_do_not_add_to_their_input_are_no_blocks(adds):
+    """An addition outside the modules is no part of them: what they return is not their input and more."""
+    assert not mptk.analyze(mptk.trace(Plain(adds), [torch.randn(3, 8)])).depths
+
+
+# ---- masked and cut ----
+
+
+def test_the_cut_equals_the_mask_with_channels_too(llama):
+    plan = keeping(llama.analysis, 1, 3)
+    ffn = llama.analysis.family("ffn")
+    channels = FamilyPlan(24, 40, {g.layer: (tuple(range(i, 24 + i)),) for i, g in enumerate(ffn.groups)})
+    both = Plan({**plan.families, "ffn": channels})
+    found = cut_and_compare(llama.analysis, both, [IDS])
+    assert found.error < 1e-5 < 1e-2 < found.moved
+    small = mptk.rewrite(llama.analysis, both)
+    names = set(small.state_dict())
+    assert {n.split(".")[2] for n in names if n.startswith("model.layers.")} == {"0", "1"}
+    dense = llama.model.state_dict()
+    assert torch.equal(
+        small.state["model.layers.1.mlp.up_proj.weight"], dense["model.layers.3.mlp.up_proj.weight"][3:27]
+    )
+
+
+def test_removed_blocks_are_counted_exactly(llama):
+    cost = CostModel(llama.analysis)
+    block = sum(p.numel() for p in llama.model.model.layers[0].parameters())
+    assert cost.dense.parameters - cost.of(keeping(llama.analysis, 0, 2)).parameters == 2 * block
+    assert cost({"layers": 2}).parameters == cost.of(keeping(llama.analysis, 0, 2)).parameters
+    assert cost.sparsity({"layers": 3}) == pytest.approx(0.25)
+    assert cost({"layers": 3}).flops < cost.dense.flops
+
+
+# ---- the stock class ----
+
+
+def test_every_list_by_layer_follows_the_blocks():
+    """SmolLM3: layer types and layers without rotary embedding are lists with one entry for each layer."""
+    sizes = {**SIZES, "num_hidden_layers": 5, "num_key_value_heads": 3, "pad_token_id": 0}
+    config = SmolLM3Config(**sizes, no_rope_layers=[1, 1, 0, 1, 0])
+    found = shorten(StockConfig(SmolLM3ForCausalLM, config, {}), {"model.layers": (0, 2, 3)})
+    assert found.config.num_hidden_layers == 3
+    assert found.config.no_rope_layers == [1, 0, 1]
+    assert found.changes["no_rope_layers"] == ([1, 1, 0, 1, 0], [1, 0, 1])
+
+
+def test_a_number_of_first_blocks_follows():
+    """DeepSeek: the first k layers are dense, the others mixtures."""
+    sizes = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 40}
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "n_group": 2,
+        "topk_group": 1,
+    }
+    heads = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+    config = DeepseekV3Config(**sizes, **experts, **heads, vocab_size=97, num_hidden_layers=5, first_k_dense_replace=3)
+    found = shorten(StockConfig(DeepseekV3ForCausalLM, config, {}), {"model.layers": (0, 2, 3)})
+    assert {name: new for name, (_, new) in found.changes.items()} == {
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 2,
+    }
+
+
+JAMBA = JambaConfig(
+    **{**SIZES, "num_hidden_layers": 6},
+    num_key_value_heads=3,
+    attn_layer_period=3,
+    attn_layer_offset=1,
+    num_experts=1,
+    mamba_d_state=4,
+    mamba_dt_rank=4,
+    use_mamba_kernels=False,
+)
+
+
+def test_a_hybrid_whose_pattern_follows_from_the_place_says_so():
+    """Jamba: every third layer is attention, and no field can say otherwise."""
+    found = shorten(StockConfig(JambaForCausalLM, JAMBA, {}), {"model.layers": (0, 2, 3, 4, 5)})
+    assert "model.layers.1.mamba.A_log: the class would have no such weight" in str(found)
+
+
+def test_a_number_that_follows_from_the_place_is_refused():
+    """DiffLlama: each layer's first λ follows from its number, and no shape shows it."""
+    config = DiffLlamaConfig(**{**SIZES, "num_attention_heads": 4}, num_key_value_heads=2)
+    found = shorten(StockConfig(DiffLlamaForCausalLM, config, {}), {"model.layers": (0, 2)})
+    assert "model.layers.2.self_attn.lambda_init: DiffLlamaConfig derives it from a block's place" in str(found)
+
+
+def test_the_best_choice_that_keeps_the_pattern():
+    kinds, wanted = ["m", "a", "m", "m", "a", "m"], ["m", "a", "m", "m"]
+    assert best_sequence(kinds, wanted, [1, 5, 9, 2, 3, 4], ()) == (0, 1, 2, 5)
+    assert best_sequence(kinds, wanted, [1, 5, 9, 2, 3, 4], (3,)) == (0, 1, 2, 3)
+    assert best_sequence(kinds, ["a", "a", "a"], [1] * 6, ()) is None
+
+
+# ---- what is chosen ----
+
+
+def test_a_block_that_turns_its_input_least_goes_first(llama):
+    """The influence is 1 − cosine of what enters and leaves, and every criterion for channels uses it for blocks."""
+    with torch.no_grad():
+        hidden = llama.model.model(IDS, output_hidden_states=True).hidden_states
+    found = criteria.score(llama.analysis, "influence", IDS, families=["layers"])["layers"].flatten()
+    expected = [1 - torch.cosine_similarity(x, y, -1).mean().item() for x, y in pairwise(hidden[:4])]
+    assert found[:3].tolist() == pytest.approx(expected, rel=1e-4)
+    both = criteria.score(llama.analysis, "wanda", IDS, families=["ffn", "layers"])
+    assert torch.equal(both["layers"].flatten(), found)
+    kept = choose_blocks(llama.analysis.stacks[0], found.tolist(), 3, llama.stock)
+    assert set(range(4)) - set(kept) == {int(found.argmin())}
+
+
+def test_greedy_removes_the_block_without_which_the_loss_is_lowest(llama):
+    """Each round looks at the model without the blocks that are gone already."""
+    ids = torch.randint(5, 97, (2, 12))
+    found = criteria.score(llama.analysis, "greedy", ids, families=["layers"])["layers"].flatten()
+    layers = list(llama.model.model.layers)
+    left = list(range(4))
+    with torch.no_grad():
+        for _ in range(3):
+            losses = {}
+            for unit in left:
+                llama.model.model.layers = nn.ModuleList(layers[i] for i in left if i != unit)
+                losses[unit] = llama.model(ids, labels=ids, use_cache=False).loss.item()
+            left.remove(min(losses, key=losses.get))
+    llama.model.model.layers = nn.ModuleList(layers)
+    assert [int(unit) for unit in found.argsort()][3:] == left
+
+
+def test_influence_judges_no_channels(llama):
+    with pytest.raises(MptkError, match="this method judges whole blocks, not the channels of ffn"):
+        criteria.score(llama.analysis, "influence", IDS, families=["ffn"])
+
+
+# ---- the main job ----
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """A folder with fewer blocks and narrower feed-forward layers, with ONNX."""
+    root = tmp_path_factory.mktemp("depth")
+    config = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 3})
+    source = save(LlamaForCausalLM(config), root / "dense")
+    settings = replace(SETTINGS, families=("layers", "ffn"), widths={"layers": 2}, sparsity=0.4, tolerance=0.1)
+    return root, mptk.prune(source, root / "small", settings)
+
+
+def test_prune_removes_blocks_from_checkpoint_and_graph(pruned):
+    root, made = pruned
+    report = made.report
+    assert report.families["layers"] == {"of": 3, "width": 2, "layers": 1}
+    assert report.families["ffn"]["width"] < 40
+    assert report.config_changes["num_hidden_layers"] == [3, 2]
+    assert {d["stage"] for d in report.proof if d["ok"]} >= {"reloaded checkpoint", "ONNX Runtime decode"}
+    model = AutoModelForCausalLM.from_pretrained(root / "small")
+    assert len(model.model.layers) == 2
+    assert OrtDecoder(root / "small").past == [
+        f"past_key_values.{i}.{part}" for i in range(2) for part in ("key", "value")
+    ]
+    assert all(d.ok for d in mptk.verify(root / "small"))
+    plan = json.loads((root / "small" / "plan.json").read_text())["families"]["layers"]
+    assert (plan["width"], plan["of"], list(plan["keep"])) == (2, 3, ["model.layers"])
+
+
+def test_depth_is_left_alone_unless_it_is_named(llama):
+    """What is cut by default has no blocks in it."""
+    assert "layers" not in [family.name for family in llama.analysis.families]
+    assert resolve_plan(llama.analysis, keeping(llama.analysis, 0, 1, 2, 3)).removes is False

@@ -181,7 +181,7 @@ CONTRADICTIONS = [
     Row("distillation without its start", f"{PRUNE} --distil-epochs 1 --no-reconstruct", ("leave out --no-reconstr",)),
     Row(
         "distillation where blocks go",
-        f"{PRUNE} --families layers,ffn --sparsity 0.3 --distil-epochs 1",
+        f"{PRUNE} --families layers,ffn --sparsity 0.5 --distil-epochs 1",
         ("whole blocks go", "leave out --distil-epochs"),
     ),
     Row(

@@ -43,7 +43,8 @@ from mptk.files.staging import held_by
 from tests.crash.forked import Trap, run
 
 ALLOWED = {0, 1, 2}
-KILLED = {130, 143, -signal.SIGKILL}
+KILLED = {130, 143, -signal.SIGKILL, -signal.SIGTERM}
+"""The last one: between a command's end and the interpreter's."""
 GROWTH = 1.1
 """Most that memory may grow from the second quarter of the commands to the last."""
 MODELS = {

@@ -191,3 +191,18 @@ def test_ctrl_c_elsewhere(mptk, files, monkeypatch) -> None:  # noqa: F811
     monkeypatch.setattr("mptk.driver.api.analyze", stop)
     result = mptk("analyze", files.model)
     assert (result.code, result.error) == (130, "interrupted; nothing was published")
+
+
+def test_a_signal_after_the_last_word_changes_nothing() -> None:
+    code = """
+import atexit, os, signal, sys
+from mptk.cli.main import main
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    atexit.register(os.kill, os.getpid(), number)
+sys.argv = ["mptk", "--version"]
+main()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith("mptk ")

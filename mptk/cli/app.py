@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import inspect
 import io
@@ -57,8 +58,16 @@ def main() -> None:
             code = app(standalone_mode=False, prog_name="mptk")
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the net: what no other place has translated
         code = ended(error)
+    atexit.unregister(_deaf)
+    atexit.register(_deaf)  # what is registered last is called first
     if code:
         sys.exit(code)
+
+
+def _deaf() -> None:
+    """The command is over: a signal while the interpreter ends would only stop other libraries' last acts."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

@@ -173,7 +173,7 @@ class WidthSearch:
         A method that judges no channels removes blocks.
         """
         names = legalize.default_families(self.analysis, legal)
-        depths = [f.name for f in self.analysis.depths if names and len(legal.ladders[f.name]) > 1]
+        depths = [f.name for f in self.analysis.depths if names and len(legal.ladders.get(f.name, ())) > 1]
         return self._judged(names) or self._judged(depths)
 
     def _judged(self, names: Sequence[str]) -> list[str]:

@@ -29,12 +29,11 @@ class NpzTarget(Target):
 
     def legal(self, analysis: Analysis, model: nn.Module, multiple: int | Sequence[int]) -> LegalWidths:
         whole = graph_widths(analysis, multiple)
-        sizes = {family.name: family.size for family in analysis.families}
         ladders = {
-            name: tuple(width for width in ladder if width % STEP == 0 or width == sizes[name])
-            for name, ladder in whole.ladders.items()
+            family.name: tuple(w for w in whole.ladders[family.name] if w % STEP == 0 or w == family.size)
+            for family in analysis.families
         }
-        return LegalWidths(ladders, whole.refused, whole.accepts)
+        return LegalWidths({**whole.ladders, **ladders}, whole.refused, whole.accepts)
 
     def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
         np.savez(folder / FILE, **{name: weight.detach().numpy() for name, weight in compiled.program.state.items()})

@@ -63,7 +63,7 @@ def prove(analysis: Analysis, inputs: Sequence[Tensor], seed: int = 0) -> Iterat
     rng = random.Random(seed)
     with torch.no_grad():
         dense = analysis.program(*inputs)
-        families = [*analysis.families, *analysis.depths]
+        families = list(analysis.all_families)
         for family in families:
             yield family.name, _disprove(analysis, random_plan([family], rng), inputs, dense)
         if len(families) > 1:

@@ -33,9 +33,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig, probe_config
 from passes.targets.stock.learn import Stock
-from passes.targets.stock.probe import Refusal
 
 Keep = Mapping[str, Sequence[int]]
 VOCAB = 101

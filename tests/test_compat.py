@@ -24,6 +24,7 @@ from peft import PeftModel
 from torch import fx, nn
 from transformers import AutoModelForCausalLM, FunnelConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
+import mptk
 from mptk.compat import torch as compat
 from mptk.compat import transformers as compat_transformers
 from mptk.compat.accelerate import offloaded, own_state, take_offload_index
@@ -144,6 +145,12 @@ def test_sources_of_generated_code_are_forgotten() -> None:
     assert not linecache.getlines(within.forward.__code__.co_filename), changed("torch", "where fx keeps sources")
     assert linecache.getlines(before.forward.__code__.co_filename)
     assert within(torch.ones(1)) == 1
+
+
+def test_a_trace_leaves_nothing_behind() -> None:
+    program = mptk.trace(torch.nn.Linear(2, 3), [torch.ones(1, 2)])
+    assert not linecache.getlines(program.graph.forward.__code__.co_filename)
+    assert all(not n.meta["val"].fake_mode.cache_enabled for n in program.graph.graph.nodes if "val" in n.meta)
 
 
 # ---- transformers ----

@@ -11,8 +11,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig
-from passes.targets.stock.probe import Refusal
 from passes.targets.stock.rehome import rehome
 
 

@@ -82,7 +82,7 @@ def analysis_json(analysis: Analysis, legal: LegalWidths, model: str) -> Analysi
     cost = CostModel(analysis)
     total = cost.dense.parameters
     families: list[FamilyJson] = []
-    for f in (*analysis.families, *analysis.depths):
+    for f in analysis.all_families:
         families.append(
             {
                 "name": f.name,

@@ -127,9 +127,9 @@ def undecomposed(exported: ExportedProgram) -> ExportedProgram:
 def uncached_operators() -> Iterator[None]:
     """Within it fake tensors do not remember what operators gave, which a symbolic trace would keep for ever.
 
-    A tiny decoder is traced in two thirds of the time; one of 30 layers in the same. There is no public switch.
+    There is no public switch.
     """
-    import torch._dynamo.config  # takes a second, so not before a trace
+    import torch._dynamo.config  # takes time, so not before a trace
 
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         yield

@@ -56,7 +56,7 @@ def budgeted(
 
 def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings) -> list[str]:
     """Families that the settings and the target may cut."""
-    s, there = settings, {f.name: f for f in (*analysis.families, *analysis.depths)}
+    s, there = settings, {f.name: f for f in analysis.all_families}
     if s.plan is not None:
         names = list(Plan.load(s.plan).families)
     else:

@@ -166,10 +166,15 @@ class Analysis:
 
     def family(self, name: str) -> Family:
         """The family of that name, a depth too. Raises KeyError with all names if there is none."""
-        for family in (*self.families, *self.depths):
+        for family in self.all_families:
             if family.name == name:
                 return family
-        raise KeyError(f"no family {name!r}; there are {', '.join(f.name for f in (*self.families, *self.depths))}")
+        raise KeyError(f"no family {name!r}; there are {', '.join(f.name for f in self.all_families)}")
+
+    @property
+    def all_families(self) -> tuple[Family, ...]:
+        """Those of channels, then the depths."""
+        return (*self.families, *self.depths)
 
     @property
     def stacks(self) -> tuple[Stack, ...]:

@@ -75,7 +75,7 @@ class Candidate:
 
 def graph_widths(analysis: Analysis, multiple: int | Sequence[int] = MULTIPLE) -> LegalWidths:
     """Legal widths for the rewritten graph itself: those that its ops accept, in multiples for quantisers."""
-    ladders = {f.name: aligned(f, multiple) for f in (*analysis.families, *analysis.depths)}
+    ladders = {f.name: aligned(f, multiple) for f in analysis.all_families}
     return LegalWidths(ladders, {}, lambda widths: None)
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from passes.targets.stock.probe import Assignment, Build, Field, Prober, Refusal, Shapes, starred
+from passes.targets.stock.attempt import Refusal
+from passes.targets.stock.probe import Assignment, Build, Field, Prober, Shapes, starred
 from passes.targets.stock.search import (
     ConfigSearch,
     Expression,

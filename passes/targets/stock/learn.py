@@ -12,9 +12,10 @@ from types import MappingProxyType
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig, Unsolved, finish, minimise, shortest, solve
 from passes.targets.stock.depth import Built, build, pattern, shorten
-from passes.targets.stock.probe import Field, Prober, Refusal, Shapes
+from passes.targets.stock.probe import Field, Prober, Shapes
 from passes.targets.stock.search import MAX_BUILDS, Expression, Expressions, SizeSlot, differences, evaluate
 
 Check = Callable[[StockConfig, Mapping[str, int]], float]

@@ -23,9 +23,10 @@ from mptk.ir.families import Analysis
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.program import Program
 from passes.targets.legalize import cut_shapes
+from passes.targets.stock.attempt import Refusal, quiet
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.learn import Stock
-from passes.targets.stock.probe import Refusal, Shapes, quiet
+from passes.targets.stock.probe import Shapes
 from passes.transforms.fold_norms import FoldNorms
 from passes.transforms.rewrite import rewrite
 from passes.verify import TOLERANCE

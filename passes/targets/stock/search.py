@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from passes.targets.stock.probe import Assignment, Build, Field, Prober, Refusal, Shapes, starred
+from passes.targets.stock.attempt import Refusal
+from passes.targets.stock.probe import Assignment, Build, Field, Prober, Shapes, starred
 
 Expression = tuple[str | int, ...]
 """A product of families' widths, by name, and fixed sizes, e.g. ``("kv_groups", "q_heads_per_group")``."""

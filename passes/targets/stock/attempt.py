@@ -1,0 +1,113 @@
+"""attempt: make a config, or a class from one, and give a refusal if that raises."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+TORCH = str(Path(torch.__file__).parent)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why the stock class cannot hold the model. A value, not an exception: the caller prints it or tries another way.
+
+    Attributes:
+        kind: the step that refused. "validator": the config's own check. "constructor": the model's. "names": the set
+            of parameters differs. "shape": no config field gives a parameter its shape. "shared": one field serves
+            several families, which must be cut together. "numeric": the shapes fit, but the class computes another
+            function.
+        where: the validator, the line of the constructor, or the parameter.
+        config: for "validator", the complete config that was refused (``rehome`` starts from it).
+    """
+
+    kind: Literal["validator", "constructor", "names", "shape", "shared", "numeric"]
+    where: str
+    reason: str
+    config: PreTrainedConfig | None = field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | Refusal:
+    """The model of a config, without memory for its weights."""
+    with quiet(), torch.device("meta"):
+        try:
+            return model_class(copy.deepcopy(config))
+        except Exception as error:  # noqa: BLE001 (a model class may raise anything: it is the refusal)
+            return _refusal(error, model_class)
+
+
+def configured(
+    template: PreTrainedConfig, body: dict[str, object]
+) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
+    """The config of ``template``'s class with the fields of ``body``, and its validators' refusal or None.
+
+    If a field's own check raises, there is no config object, and the result is only a Refusal.
+    """
+    with quiet():
+        try:
+            return _construct(template, body)
+        except Exception as error:  # noqa: BLE001 (a config class may raise anything: it is the refusal)
+            return _refusal(error, type(template))
+
+
+def _construct(template: PreTrainedConfig, body: dict[str, object]) -> tuple[PreTrainedConfig, Refusal | None]:
+    """Build ``template``'s class from ``body``, inner configs first, even if a validator refuses.
+
+    Validators run when the object is complete, so a model can be built from an object that they refuse.
+    """
+    refused = None
+    for key, inner in vars(template).items():
+        own = body.get(key)
+        if isinstance(inner, PreTrainedConfig) and isinstance(own, dict):
+            body[key], inner_refused = _construct(inner, own)
+            refused = refused or inner_refused
+    config = type(template).__new__(type(template))
+    construct: Callable[..., None] = type(template).__init__
+    try:
+        construct(config, **body)
+    except StrictDataclassClassValidationError as error:
+        refused = refused or _refusal(error, type(template))
+    if refused is not None:
+        refused = Refusal(refused.kind, refused.where, refused.reason, config)
+    return config, refused
+
+
+def _refusal(error: Exception, cls: type) -> Refusal:
+    """``error`` as a refusal of a validator, or of the innermost line outside torch that raised."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+    if issubclass(cls, PreTrainedConfig):
+        place = re.search(r"for (?:validator|field) '(\w+)'", str(error))
+        return Refusal("validator", f"{cls.__name__}.{place[1] if place else '__init__'}", reason)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith((TORCH, __file__))] or list(frames)
+    return Refusal("constructor", f"{cls.__name__}, {Path(own[-1].filename).name}:{own[-1].lineno}", reason)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings while unusual configs are tried. Handlers are swapped, since a change of level costs milliseconds."""
+    logger = logging.getLogger("transformers")
+    saved = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [logging.NullHandler()], False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.handlers, logger.propagate = saved

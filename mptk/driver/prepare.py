@@ -97,10 +97,18 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     families = [analysis.family(name) for name in prepared.families]
     if settings.distil_epochs:
         check_distils(prepared, families)
-    whole = [family.name for family in families if not is_layered(family) and family.stack is None]
-    if settings.steps and not settings.learning.rank and whole:
-        raise MptkError(f"all weights cannot be trained where {whole[0]} is cut, as norms follow it; use --rank 16")
+    across = across_layers(prepared)
+    if settings.steps and settings.learning.rank == 0 and across:
+        raise MptkError(
+            f"all weights cannot be trained where {across[0]} is cut, as norms follow it; leave out --rank 0"
+        )
     return prepared
+
+
+def across_layers(prepared: Prepared) -> list[str]:
+    """The families that are cut and run through all layers. Norms follow them, so that the own weights must stay."""
+    families = [prepared.analysis.family(name) for name in prepared.families]
+    return [family.name for family in families if not is_layered(family) and family.stack is None]
 
 
 def check_distils(prepared: Prepared, families: Sequence[Family]) -> None:

@@ -22,7 +22,7 @@ from mptk.driver.changes import COMPENSATION, widened
 from mptk.driver.describe import describe, measured
 from mptk.driver.job import Finished, Given, Job, held
 from mptk.driver.kept import kept_choice, kept_fit
-from mptk.driver.prepare import announce, check_settings, prepare, settled
+from mptk.driver.prepare import across_layers, announce, check_settings, prepare, settled
 from mptk.driver.proof import check_proof, check_witness, prove_folder
 from mptk.errors import explained
 from mptk.io import data
@@ -284,13 +284,13 @@ def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[C
         return compiled, []
     prepared, chosen, form = compiled.prepared, compiled.chosen, compiled.written
     assert form is not None
-    s = prepared.settings.learning
+    s = prepared.settings.learning.of_recovery(frozen=bool(across_layers(prepared)))
     learner = Learner(
         context.accelerator, prepared.dense, prepared.task, sets.training, s, context.folder, context.progress
     )
     with context.stage("recover"):
         weights = compiled.program.state_dict() if learner.keeps else {}
-        small = form.stock.build(weights, shared=s.rank > 0)
+        small = form.stock.build(weights, shared=learner.rank > 0)
         steps, used = prepared.settings.steps - chosen.steps, chosen.steps * s.training.batch
         found = learner.recover(small, steps, sets.proof, used, sets.held_out)
     if found is None:
@@ -301,9 +301,9 @@ def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[C
     known = {name: tensor for name, tensor in named.items() if name in prepared.analysis.weights}
     changes = Weights(chosen.changes).updated(widened(compiled.analysis, chosen.cut, Weights(known)))
     chosen = replace(chosen, changes=changes, trained=tuple(changes))
-    row: Row = {}
+    row: Row = {"rank": learner.rank, "lr": s.training.lr}
     if found.watch is not None:
-        row = found.watch.row(prepared.settings.data, s.training.save_every)
+        row = {**row, **found.watch.row(prepared.settings.data, s.training.save_every)}
         chosen = replace(chosen, notes=(*chosen.notes, found.watch.note()))
     difference = check_witness(changed(prepared, chosen), chosen.cut, found.witness, sets.proof, prepared.executor)
     analysis = stored_analysis(prepared, chosen)

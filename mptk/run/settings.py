@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mptk.conform import made
@@ -13,6 +13,11 @@ from mptk.run.bounds import check_bounds
 
 DEFAULT_STEPS = 200
 """Training steps of a method that learns, if no number is given."""
+
+LORA_RANK = 16
+"""Rank of LoRA, if none is given."""
+LORA_RATE, FULL_RATE = 1e-3, 3e-4
+"""Peak learning rates of adapters and of all weights, if none is given (``docs/recovery.md``)."""
 
 IN_MEMORY = "samples given in Python"
 """What settings and reports call ``data`` that was given in memory."""
@@ -52,13 +57,14 @@ class Training:
     """How long and how a student is trained.
 
     ``batch`` windows a step over all processes, ``micro`` of them in one forward pass of one process. ``lr`` is the
-    peak learning rate (AdamW), reached after ``warmup``, a share of the steps, and falling to 0 along a cosine.
+    peak learning rate (AdamW), reached after ``warmup``, a share of the steps, and falling to 0 along a cosine; None:
+    ``LORA_RATE`` for adapters, ``FULL_RATE`` for all weights.
     ``clip``: largest norm of a step's gradient. ``save_every``: steps between checkpoints.
     """
 
     batch: int = 8
     micro: int = 4
-    lr: float = 1e-3
+    lr: float | None = None
     warmup: float = 0.05
     clip: float = 1.0
     losses: LossWeights = field(default_factory=LossWeights)
@@ -94,8 +100,9 @@ class Learning:
     """How a model is trained while it is pruned and after.
 
     ``steps`` in all (None: ``DEFAULT_STEPS`` if the method learns, else none); MaskPrune learns masks in the first
-    ``mask_share`` of them. ``rank`` is LoRA's; 0 trains all weights (in recovery only). ``teacher``: ``live`` or
-    ``cached``, for this run or, in ``teacher_cache``, for others too. ``precision``: ``no``, ``bf16`` or ``fp16``.
+    ``mask_share`` of them. ``rank``: of LoRA. With 0 or None recovery trains all weights, and masks are learned with
+    ``LORA_RANK``. ``teacher``: ``live`` or ``cached``, for this run or, in ``teacher_cache``, for others too.
+    ``precision``: ``no``, ``bf16`` or ``fp16``.
 
     Raises:
         MptkError: an unknown teacher, precision or tracker, or a cached teacher with a hidden-state loss.
@@ -103,7 +110,7 @@ class Learning:
 
     steps: int | None = None
     mask_share: float = 0.4
-    rank: int = 16
+    rank: int | None = None
     teacher: str = "live"
     teacher_cache: str | None = None
     precision: str = "no"
@@ -125,6 +132,19 @@ class Learning:
             raise MptkError("a folder for the teacher's outputs is of use to a cached teacher; add --teacher cached")
         if self.teacher == "cached" and self.training.losses.hidden:
             raise MptkError("a cached teacher keeps logits only; use --teacher live with a hidden-state loss")
+
+    def of_masks(self) -> Learning:
+        """The same with the rank and the rate with which masks are learned."""
+        return self._with(self.rank or LORA_RANK)
+
+    def of_recovery(self, frozen: bool) -> Learning:
+        """The same with the rank and the rate of recovery. ``frozen``: the model's own weights must stay."""
+        return self._with(LORA_RANK if self.rank is None and frozen else self.rank or 0)
+
+    def _with(self, rank: int) -> Learning:
+        training = self.training
+        lr = training.lr if training.lr is not None else LORA_RATE if rank else FULL_RATE
+        return replace(self, rank=rank, training=replace(training, lr=lr))
 
 
 @dataclass(frozen=True)

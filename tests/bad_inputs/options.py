@@ -221,7 +221,7 @@ CONTRADICTIONS = [
     Row("maskprune without steps", "prune {model} --data {text.raw} --out {out} --steps 0", ("learns in steps",)),
     Row(
         "all weights beside cut norms",
-        "prune {model} --data {text.raw} --out {out} --families hidden --width hidden=24 --method wanda --steps 2 --rank 0",
+        "prune {model} --data {text.raw} --out {out} --families hidden --width hidden=24 --method wanda --steps 2 --rank 0 --length 16",
         ("leave out --rank 0",),
     ),
     Row(

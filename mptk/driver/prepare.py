@@ -31,7 +31,8 @@ from mptk.methods.reconstruct import consumers
 from mptk.progress import Progress
 from mptk.run.chain import Prepared, Task, stored_type
 from mptk.run.execution import execution
-from mptk.run.processes import once
+from mptk.run.processes import once, processes
+from mptk.run.rungs import rungs
 from mptk.run.settings import DEFAULT_STEPS, Settings
 from mptk.run.values import Context
 from mptk.runtime.staged import Executor
@@ -66,8 +67,13 @@ def check_settings(settings: Settings) -> None:
         method.check(settings)
     else:
         Plan.load(settings.plan)
-    if settings.steps and not target.trainable:
-        raise MptkError("only a stock checkpoint can be trained after the cut; use --target stock, or no --steps")
+    if settings.trains and not target.trainable:
+        without = "--steps" if settings.steps else "tokens for the search (--search-tokens 0)"
+        raise MptkError(f"only a stock checkpoint can be trained after the cut; use --target stock, or no {without}")
+    if settings.search:
+        rungs(settings, settings.search_finalists)
+        if processes().num_processes > 1:
+            raise MptkError("one process searches; run `mptk shapes` in one, and give prune the --width that it prints")
     check_schemes(settings.quantize)
 
 
@@ -98,7 +104,7 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     if settings.distil_epochs:
         check_distils(prepared, families)
     whole = [family.name for family in families if not is_layered(family) and family.stack is None]
-    if settings.steps and not settings.learning.rank and whole:
+    if settings.trains and not settings.learning.rank and whole:
         raise MptkError(f"all weights cannot be trained where {whole[0]} is cut, as norms follow it; use --rank 16")
     return prepared
 
@@ -130,10 +136,10 @@ def check_whole(loaded: Loaded, settings: Settings) -> None:
     """Raise MptkError if the run needs all weights in memory at once and they do not fit."""
     needed = 4 * sum(p.numel() for p in loaded.model.parameters())
     room = free_memory() if settings.memory is None else settings.memory
-    if (settings.steps or settings.data == data.SELF) and needed > room:
+    if (settings.trains or settings.data == data.SELF) and needed > room:
         what, remedy = (
-            ("training holds", "give a one-shot --method without --steps")
-            if settings.steps
+            ("training holds", "give a one-shot --method without --steps, and a search no tokens")
+            if settings.trains
             else ("text that the model writes needs", "give text with --data")
         )
         raise MptkError(

@@ -39,6 +39,7 @@ class Report:
     ``live``: the dense model was given in memory, and ``model_sha256`` is of its weights alone.
     ``versions``: of Python and of the packages that compute. ``recovery``: ``metric``, ``protocol``, ``losses`` on
     held-out samples by step, and ``kept``, the step whose weights were kept; empty if no sample was held out.
+    ``search``: the ranking of ``mptk shapes --json``, of which the first is what was cut; empty if none was asked for.
     """
 
     mptk: str
@@ -66,6 +67,7 @@ class Report:
     live: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
     recovery: Row = field(default_factory=dict)
+    search: Row = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``report.json``."""

@@ -113,7 +113,7 @@ def test_an_impossible_budget_names_the_nearest(small):
     _, cost, target = small
     found = legalize.find_candidates(cost, target, ["ffn"], 0.97)
     with pytest.raises(MptkError, match=r"nearest: 0\.\d+ with ffn=32"):
-        legalize.choose_candidates(found, 0.97, 0.01, 4)
+        legalize.choose_candidates(found, 0.97, 0.01, "ffn", 4)
 
 
 @pytest.mark.parametrize(

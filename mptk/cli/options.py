@@ -146,6 +146,12 @@ FIELDS: dict[str, Field] = {
         "After reconstruction, train block by block to the dense blocks' outputs: so many epochs, as 3.",
     ),
     "distil_lr": Field("distil_lr", float, CHOICE, "Learning rate of that."),
+    "search": Field(
+        "search", bool, CHOICE, "First rank ways to divide the budget, as `mptk shapes`; cut to the best.", switch=True
+    ),
+    "search_shapes": Field("search_shapes", int, CHOICE, "Most shapes that the search measures without training."),
+    "search_finalists": Field("search_finalists", int, CHOICE, "How many of them it trains."),
+    "search_tokens": Field("search_tokens", int, CHOICE, "Tokens of text that it trains on in all; 0: none."),
     "data": Field(
         "data",
         str,

@@ -9,7 +9,6 @@ from torch import Tensor
 
 import passes.frontend.trace
 from mptk.cost.estimate import Estimate
-from mptk.cost.model import is_layered
 from mptk.driver.alive import check_alive
 from mptk.driver.budget import WidthSearch, budgeted, multiples
 from mptk.driver.estimate import check_fits, estimated_for
@@ -31,7 +30,8 @@ from mptk.methods.reconstruct import consumers
 from mptk.progress import Progress
 from mptk.run.chain import Prepared, Task, stored_type
 from mptk.run.execution import execution
-from mptk.run.processes import once
+from mptk.run.processes import once, processes
+from mptk.run.rungs import rungs
 from mptk.run.settings import DEFAULT_STEPS, Settings
 from mptk.run.values import Context
 from mptk.runtime.staged import Executor
@@ -66,8 +66,13 @@ def check_settings(settings: Settings) -> None:
         method.check(settings)
     else:
         Plan.load(settings.plan)
-    if settings.steps and not target.trainable:
-        raise MptkError("only a stock checkpoint can be trained after the cut; use --target stock, or no --steps")
+    if settings.trains and not target.trainable:
+        without = "--steps" if settings.steps else "tokens for the search (--search-tokens 0)"
+        raise MptkError(f"only a stock checkpoint can be trained after the cut; use --target stock, or no {without}")
+    if settings.search:
+        rungs(settings, settings.search_finalists)
+        if processes().num_processes > 1:
+            raise MptkError("one process searches; run `mptk shapes` in one, and give prune the --width that it prints")
     check_schemes(settings.quantize)
 
 
@@ -97,18 +102,12 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     families = [analysis.family(name) for name in prepared.families]
     if settings.distil_epochs:
         check_distils(prepared, families)
-    across = across_layers(prepared)
-    if settings.steps and settings.learning.rank == 0 and across:
+    across = prepared.across_layers
+    if settings.trains and settings.learning.rank == 0 and across:
         raise MptkError(
             f"all weights cannot be trained where {across[0]} is cut, as norms follow it; leave out --rank 0"
         )
     return prepared
-
-
-def across_layers(prepared: Prepared) -> list[str]:
-    """The families that are cut and run through all layers. Norms follow them, so that the own weights must stay."""
-    families = [prepared.analysis.family(name) for name in prepared.families]
-    return [family.name for family in families if not is_layered(family) and family.stack is None]
 
 
 def check_distils(prepared: Prepared, families: Sequence[Family]) -> None:
@@ -138,10 +137,10 @@ def check_whole(loaded: Loaded, settings: Settings) -> None:
     """Raise MptkError if the run needs all weights in memory at once and they do not fit."""
     needed = 4 * sum(p.numel() for p in loaded.model.parameters())
     room = free_memory() if settings.memory is None else settings.memory
-    if (settings.steps or settings.data == data.SELF) and needed > room:
+    if (settings.trains or settings.data == data.SELF) and needed > room:
         what, remedy = (
-            ("training holds", "give a one-shot --method without --steps")
-            if settings.steps
+            ("training holds", "give a one-shot --method without --steps, and a search no tokens")
+            if settings.trains
             else ("text that the model writes needs", "give text with --data")
         )
         raise MptkError(

@@ -94,6 +94,12 @@ class RecoveryRow(TypedDict):
     kept: NotRequired[int]
 
 
+class SearchRow(TypedDict):
+    """What a search found; empty if there was none. Shapes are those of ``run/shapes.py``."""
+
+    shapes: NotRequired[Sequence[Mapping[str, Any]]]
+
+
 class Rows(TypedDict):
     """The fields of a report that hold objects."""
 
@@ -108,6 +114,7 @@ class Rows(TypedDict):
     legal: NotRequired[Mapping[str, LegalRow]]
     data: NotRequired[Mapping[str, Mapping[str, Any]]]
     recovery: NotRequired[RecoveryRow]
+    search: NotRequired[SearchRow]
 
 
 def check_rows(data: Mapping[str, Any]) -> None:

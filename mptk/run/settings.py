@@ -163,6 +163,10 @@ class Settings:
     passes over the windows, at ``distil_lr``. ``learning``: training with the method and after the cut. ``resume``: go
     on with an unfinished run, if there is one.
 
+    ``search``: rank ways to divide the budget first, and cut to the best one (``driver/shape_search.py``). At most
+    ``search_shapes`` of them are measured without training. ``search_tokens`` are spent on a short recovery of the best
+    ``search_finalists`` (0: none is trained).
+
     What is written: ``target``. ``dtype``: type of the stored weights (``auto``: the checkpoint's own).
     ``max_shard_size``: bytes of the largest file of weights (None: 5 GB). ``rehome``: if the model's config class
     refuses the cut, another class may hold it. ``onnx`` with ``logits``, ``quantize``, ``objective`` and ``onnx_dtype``
@@ -180,8 +184,8 @@ class Settings:
 
     Raises:
         MptkError: a number outside of its bounds (``run/bounds.py``); an unknown objective or dtype; a family that is
-            to be kept and cut; quantised graphs beside one in float16, or milliseconds for another
-            budget than latency.
+            to be kept and cut; a search beside a plan; quantised graphs beside one in float16, or milliseconds for
+            another budget than latency.
     """
 
     sparsity: float = 0.3
@@ -215,6 +219,10 @@ class Settings:
     reconstruct: bool | None = None
     distil_epochs: int = 0
     distil_lr: float = 1e-3
+    search: bool = False
+    search_shapes: int = 64
+    search_finalists: int = 6
+    search_tokens: int = 131_072
     learning: Learning = field(default_factory=Learning)
     resume: bool = False
     memory: int | None = None
@@ -234,6 +242,8 @@ class Settings:
             raise MptkError("blocks are distilled after reconstruction; leave out --no-reconstruct or --distil-epochs")
         if self.max_ms is not None and self.budget != LATENCY:
             raise MptkError(f"milliseconds are no budget of {self.budget}; set budget to {LATENCY}")
+        if self.search and self.plan is not None:
+            raise MptkError("--plan says which units stay, so --search has nothing to choose; leave out one of both")
         for name in self.keep:
             if name in self.families or name in self.widths:
                 other = "families" if name in self.families else "width"
@@ -243,6 +253,11 @@ class Settings:
     def steps(self) -> int:
         """Training steps; 0 if they were not settled yet."""
         return self.learning.steps or 0
+
+    @property
+    def trains(self) -> bool:
+        """Whether weights are trained, be it in a search alone."""
+        return bool(self.steps or (self.search and self.search_tokens))
 
 
 def check_onnx_dtype(dtype: str, quantize: Sequence[str]) -> None:

@@ -128,6 +128,9 @@ FIELDS: dict[str, Field] = {
         "Fix a family's width, as ffn=1024. May be repeated.",
         lambda texts: dict(map(parse_width, texts or [])),
     ),
+    "layers": Field(
+        "layers", str, CUT, "uniform: all layers get the same widths; free: each its own.", choices=choices.LAYER_WIDTHS
+    ),
     "plan": Field("plan", Path | None, CUT, "Cut to this plan.json instead of choosing.", text_of),
     "portable": Field(
         "portable", bool, CUT, "Cut only what every program reads rightly, not transformers alone.", switch=True

@@ -84,7 +84,7 @@ class Prepared:
 
     @property
     def across_layers(self) -> list[str]:
-        """The families that are cut and run through all layers. Norms follow them, so that the own weights must stay."""
+        """The families that are cut and run through all layers. Norms follow them, and weights beside stay."""
         families = [self.analysis.family(name) for name in self.families]
         return [family.name for family in families if not is_layered(family) and family.stack is None]
 
@@ -180,14 +180,16 @@ class Method(Protocol):
     """How the units that stay are chosen.
 
     ``learns``: it trains before the cut, in ``settings.steps``. ``reconstructs``: consumers are fitted to the dense
-    layers' outputs unless the user says otherwise. ``splits``: from how many ways of dividing the budget among families
-    it chooses at most, spread over all that are legal; None: from all.
+    layers' outputs unless the user says otherwise. ``divides``: it can give each layer a width of its own. ``splits``:
+    from how many ways of dividing the budget among families it chooses at most, spread over all that are legal; None:
+    from all.
     """
 
     name: str
     summary: str
     learns: bool = False
     reconstructs: bool = False
+    divides: bool = False
     splits: int | None = 24
 
     def check(self, settings: Settings) -> None:
@@ -210,12 +212,13 @@ class Method(Protocol):
 class Target(Protocol):
     """What is written: which widths it can hold, how it is written, and what it must be equal to.
 
-    ``trainable``: ``fit`` gives a module that recovery can train.
+    ``trainable``: ``fit`` gives a module that recovery can train. ``ragged``: layers may have different widths.
     """
 
     name: str
     summary: str
     trainable: bool = False
+    ragged: bool = False
 
     def legal(self, analysis: Analysis, model: nn.Module, multiple: int | Sequence[int]) -> LegalWidths:
         """Each family's legal widths; by default all that the graph's ops accept."""

@@ -25,6 +25,9 @@ IN_MEMORY = "samples given in Python"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Types of stored weights; ``auto`` is the checkpoint's own."""
 
+UNIFORM, FREE = LAYERS = ("uniform", "free")
+"""Whether all layers get the same widths, or each its own."""
+
 COMPUTE_DTYPES = ("float32", "bfloat16")
 """Types in which a model runs while units are chosen and weights are trained."""
 
@@ -153,7 +156,8 @@ class Settings:
 
     What is cut: ``sparsity`` is a share of the ``budget`` (``cost.budgets.BUDGETS``), or ``max_ms`` is the latency to
     reach, in milliseconds of ``objective`` with ``threads`` of ONNX Runtime (0: all cores). ``families`` are cut,
-    ``keep`` stay whole, ``widths`` fixes some, ``plan`` (a file) fixes everything. ``portable``: only cuts that every
+    ``keep`` stay whole, ``widths`` fixes some, ``plan`` (a file) fixes everything. ``layers``: ``uniform``, all get the
+    same widths; or ``free``, the budget is divided over the layers, too. ``portable``: only cuts that every
     program reads rightly, not transformers alone. Sums over cut channels stay multiples of ``multiple``.
     ``tolerance``: how far the sparsity may miss.
 
@@ -203,6 +207,7 @@ class Settings:
     families: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     widths: Mapping[str, int] = field(default_factory=dict)
+    layers: str = UNIFORM
     plan: str | None = None
     portable: bool = False
     target: str = "stock"
@@ -234,7 +239,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_bounds(self)
         phase(self.objective)
-        for name, known in (("dtype", DTYPES), ("compute_dtype", COMPUTE_DTYPES)):
+        for name, known in (("layers", LAYERS), ("dtype", DTYPES), ("compute_dtype", COMPUTE_DTYPES)):
             if getattr(self, name) not in known:
                 raise MptkError(f"no {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
         check_onnx_dtype(self.onnx_dtype, self.quantize)

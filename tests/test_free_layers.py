@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy_checkpoints as toys
+from torch import nn
 
 import mptk
 from mptk.cost.model import CostModel
@@ -33,37 +34,57 @@ SETTINGS = mptk.Settings(
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A decoder whose second MLP adds nearly nothing to the residual stream, and whose first and last add much."""
-    model = toys.llama(layers=3)
-    with torch.no_grad():
-        for layer, scale in zip(model.model.layers, (30, 1e-3, 30), strict=True):
-            layer.mlp.down_proj.weight *= scale
     folder = tmp_path_factory.mktemp("dense")
-    model.save_pretrained(folder)
+    toys.llama(layers=3).save_pretrained(folder)
     toys.tokenizer().save_pretrained(folder)
     return str(folder)
 
 
 @pytest.fixture(scope="module")
 def pruned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pruned:
+    """Its layers' widths differ, whatever calibration says of a model that has learned nothing."""
     out = tmp_path_factory.mktemp("pruned") / "out"
-    found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mptk.methods.division.losses", lambda prepared, programs, *rest: range(len(programs), 0, -1))
+        found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 8)
     assert found is not None
+    assert len({found.report.families[f"ffn.{layer}"]["width"] for layer in range(3)}) > 1
     return found
 
 
-def test_the_layer_that_matters_least_loses_most(pruned: mptk.Pruned) -> None:
-    widths = [pruned.report.families[f"ffn.{layer}"]["width"] for layer in range(3)]
-    assert widths[1] < min(widths[0], widths[2])
-    assert pruned.report.sparsity == pytest.approx(0.214, abs=0.01)
-    assert pruned.report.losses["free layers"] < pruned.report.losses["equal layers"]
-    assert pruned.report.families["kv_groups"] == {"of": 2, "width": 2, "layers": 3}
+class Residual(nn.Module):
+    """Three layers, of which the second adds nearly nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.ModuleList(nn.Linear(24, 64) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(64, 24) for _ in range(3))
+        with torch.no_grad():
+            self.down[1].weight *= 1e-3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.relu(up(x)))
+        return x
+
+
+def test_the_layer_that_matters_least_loses_most() -> None:
+    samples = torch.randn(16, 24)
+    found = mptk.prune(Residual(), settings=SETTINGS, example_inputs=(samples,), onnx=False)
+    assert found is not None
+    widths = {name: family["width"] for name, family in found.report.families.items() if family["of"] == 64}
+    assert len(widths) == 3
+    assert widths.pop(next(name for name in widths if name.endswith(".1"))) < min(widths.values())
+    assert found.report.sparsity == pytest.approx(0.214, abs=0.01)
+    assert set(found.report.splits) == {"free layers"}  # no equal widths give this sparsity
 
 
 def test_it_is_proven_and_verified_with_its_graph(pruned: mptk.Pruned) -> None:
     assert pruned.folder is not None
     stages = {row["stage"]: row["ok"] for row in pruned.report.proof}
     assert all(stages.values())
+    assert pruned.report.families["kv_groups"] == {"of": 2, "width": 2, "layers": 3}
     assert any("ONNX" in stage for stage in stages)
     assert mptk.verify(pruned.folder)
 
@@ -75,6 +96,13 @@ def test_its_plan_cuts_the_same_model_again(checkpoint: str, pruned: mptk.Pruned
     assert again is not None
     assert again.report.families == pruned.report.families
     assert again.report.plan_sha256 == pruned.report.plan_sha256
+
+
+def test_a_budget_that_no_tried_width_meets_is_refused(checkpoint: str, tmp_path: Path) -> None:
+    with pytest.raises(MptkError, match=r"give sparsity 0\.950; nearest: 0\.\d+\. Ask for that, or leave out"):
+        mptk.prune(
+            checkpoint, tmp_path / "out", SETTINGS, sparsity=0.95, families="ffn", data=[toys.TEXT] * 8, onnx=False
+        )
 
 
 def test_a_width_of_all_layers_stays_that_of_all(checkpoint: str, tmp_path: Path) -> None:

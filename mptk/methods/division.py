@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from mptk.cost.model import CostModel
+from mptk.errors import MptkError
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.criteria.base import Scores
@@ -55,13 +56,23 @@ def divided(
     """The plan with a width for each layer, or ``uniform`` if its masked loss is less; and the loss of both.
 
     ``prepared``: each layer is a family of its own in its analysis. ``uniform``: the plan with equal layers.
+
+    Raises:
+        MptkError: neither meets the budget.
     """
     ladders = {name: prepared.legal.ladders[name] for name in prepared.families}
     curves = measured(prepared, scores, ladders, sets, progress)
     widths = divide(curves, ladders, prepared.cost, prepared.settings.sparsity)
-    plans = {"equal layers": uniform}
-    if abs(prepared.cost.sparsity(widths) - prepared.settings.sparsity) <= prepared.settings.tolerance:
-        plans["free layers"] = plan_of(prepared, scores, widths)
+    plans = {"equal layers": uniform, "free layers": plan_of(prepared, scores, widths)}
+    sparsity, tolerance = prepared.settings.sparsity, prepared.settings.tolerance
+    removed = {name: prepared.cost.sparsity(plan.widths) for name, plan in plans.items()}
+    plans = {name: plan for name, plan in plans.items() if abs(removed[name] - sparsity) <= tolerance}
+    if not plans:
+        nearest = min(removed.values(), key=lambda share: abs(share - sparsity))
+        raise MptkError(
+            f"no widths that were tried give sparsity {sparsity:.3f}; nearest: {nearest:.3f}. Ask for that, or leave "
+            "out --layers free"
+        )
     masked = [partial(mask, prepared.analysis, resolve_plan(prepared.analysis, plan)) for plan in plans.values()]
     found = dict(zip(plans, losses(prepared, masked, sets.calibration.batches(COMPARED)[0]), strict=True))
     return plans[min(found, key=lambda name: found[name])], {name: round(loss, 4) for name, loss in found.items()}

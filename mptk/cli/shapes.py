@@ -119,33 +119,13 @@ def shapes(
 
 
 def shapes_view(found: Shapes) -> Lines:
-    """``mptk shapes``: each shape with its costs and its losses, the best first, and the command of the best."""
-    rungs = sorted({rung.tokens for shape in found.shapes for rung in shape.rungs})
-    timed, fitted = found.dense.latency_ms is not None, found.best.reconstructed is not None
+    """``mptk shapes``: each shape with its costs and its losses, the best first."""
+    from mptk.page.shapes import columns, rows
+
     table = Table(title=f"{len(found.shapes)} shapes of {found.model}, by {found.metric}", title_justify="left")
-    for column in (
-        *("", *found.best.widths, "removed", "parameters"),
-        *(["ms"] if timed else []),
-        *("masked", *(["reconstructed"] if fitted else []), *(f"{tokens:,} tokens" for tokens in rungs)),
-    ):
+    for column in columns(found):
         table.add_column(column, justify="right")
-    front = found.front
-    for shape in (found.dense, *found.shapes):
-        after = {rung.tokens: rung.loss for rung in shape.rungs}
-        losses = [shape.masked, *([shape.reconstructed] if fitted else []), *map(after.get, rungs)]
-        table.add_row(
-            "dense" if shape is found.dense else "★" if shape in front else "",
-            *(str(shape.widths[name]) for name in found.best.widths),
-            f"{shape.sparsity:.1%}",
-            f"{shape.parameters:,.0f}",
-            *([f"{shape.latency_ms:.2f}"] if shape.latency_ms is not None else []),
-            *("" if loss is None else shown(found.figure(loss)) for loss in losses),
-            end_section=shape is found.dense,
-        )
+    for number, row in enumerate(rows(found)):
+        table.add_row(*row, end_section=not number)
     note = "★ no other shape costs as little and is as good, at the last stage that both went through"
     return Lines(table, Text(note), Text(found.protocol))
-
-
-def shown(value: float | None) -> str:
-    """A loss or a perplexity, of which some are enormous."""
-    return "not finite" if value is None else f"{value:.2f}" if value < 1e5 else f"{value:.1e}"

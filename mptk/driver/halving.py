@@ -73,15 +73,21 @@ class Trainer:
         self.learning = replace(self.prepared.recovery, tracker="none")
         self.accelerator = cache(lambda: self._accelerator())
         self.quiet = Context(Log(), silent)
+        self._compiled: dict[int, Compiled] = {}
 
     def _accelerator(self) -> Accelerator:
         return start_training(self.learning, self.search.folder)
 
+    def compiled(self, number: int, shape: Shape) -> Compiled:
+        """The cut model of a shape, its consumers fitted."""
+        if number not in self._compiled:
+            chosen, samples = self.search.chosen(shape.widths), self.search.sets.calibration
+            self._compiled[number] = compile_plan(self.prepared, chosen, samples, self.quiet)
+        return self._compiled[number]
+
     def trained(self, number: int, shape: Shape, rung: int, steps: int) -> Shape:
         """The shape after a further rung."""
-        compiled = compile_plan(
-            self.prepared, self.search.chosen(shape.widths), self.search.sets.calibration, self.quiet
-        )
+        compiled = self.compiled(number, shape)
         assert compiled.written is not None
         state = compiled.program.state_dict()
         before = self.search.folder.tensors(f"{file_of(number)}-{rung - 1}") or {}

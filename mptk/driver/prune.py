@@ -43,7 +43,7 @@ from mptk.run.processes import describe as describe_processes
 from mptk.run.processes import holds, leads, processes
 from mptk.run.recipe import write_recipe
 from mptk.run.report import Report, Row
-from mptk.run.rungs import searched
+from mptk.run.rungs import judged, searched
 from mptk.run.settings import IN_MEMORY, Settings
 from mptk.run.values import Context, SampleSets
 from mptk.targets import written
@@ -57,8 +57,6 @@ SAMPLES = "samples"
 """Name of the samples in the folder of an unfinished run."""
 SHARE = 8
 """At most one sample for each so many that are trained on is held out."""
-JUDGED = 8
-"""At most so many samples, a quarter of those that calibrate, are what a search measures shapes on."""
 
 REMEDY = "nothing was published. Please report this model"
 
@@ -181,7 +179,7 @@ def wanted(settings: Settings, used: int | None = None) -> int:
 def watched(settings: Settings, samples: int) -> int:
     """How many samples are held out beside so many: at most a batch if something is trained, more for a search."""
     count = min(settings.learning.training.batch, max(1, samples // SHARE)) if settings.steps else 0
-    return max(count, min(JUDGED, max(1, samples // 4))) if settings.search else count
+    return max(count, judged(samples)) if settings.search else count
 
 
 def apart(samples: Samples, settings: Settings) -> tuple[Samples, Samples | None]:

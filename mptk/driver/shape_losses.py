@@ -11,16 +11,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
+from torch import Tensor
 
 from mptk.driver.dense_outputs import with_outputs
 from mptk.errors import MptkError
 from mptk.files import write_json
-from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
-from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, resolve_plan
+from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
+from mptk.ir.weights import Lazy, Weights
 from mptk.methods.criteria import all_criteria
 from mptk.methods.criteria.base import Scores
 from mptk.methods.one_shot import scored
@@ -106,13 +105,17 @@ class Search:
     def measured(self, candidate: Candidate) -> Shape:
         """A candidate's losses before training."""
         analysis, chosen = self.prepared.analysis, self.chosen(candidate.widths)
-        states = [Weights({}), *([] if self.products is None else [Weights(chosen.changes)])]
-        programs = [partial(_cut, analysis, chosen.cut, state) for state in states]
-        masked, *rest = map(bounded, losses(self.prepared, programs, self.samples))
+        fits = Fits(analysis.program.state, chosen.changes)
+        changed = replace(analysis, program=analysis.program.with_state(fits.weights()))
+        program = cut_program(changed, chosen.cut, Log(), torch.float32).exact
+        (masked,) = losses(self.prepared, [lambda: program], self.samples)
+        fitted = None
+        if self.products is not None:
+            fits.used = True
+            (fitted,) = map(bounded, losses(self.prepared, [lambda: program], self.samples))
         cost = self.prepared.cost(candidate.widths)
-        return Shape(
-            candidate.widths, candidate.sparsity, cost.parameters, cost.latency_ms, masked, rest[0] if rest else None
-        )
+        found = candidate.widths, candidate.sparsity, cost.parameters, cost.latency_ms
+        return Shape(*found, bounded(masked), fitted)
 
     def dense(self) -> Shape:
         """The dense model, with which shapes are compared."""
@@ -144,6 +147,17 @@ def file_of(number: int) -> str:
     return f"shape-{number:05d}"
 
 
-def _cut(analysis: Analysis, cut: Cut, state: Weights) -> Program:
-    changed = replace(analysis, program=analysis.program.with_state(state))
-    return cut_program(changed, cut, Log(), torch.float32).exact
+@dataclass
+class Fits:
+    """Weights that are the dense ones or, if they are ``used``, the fitted ones: to cut a program takes time."""
+
+    dense: Weights
+    fitted: Mapping[str, Tensor]
+    used: bool = False
+
+    def weights(self) -> Weights:
+        """Those that were fitted, by name."""
+        return Weights({name: Lazy(self.dense.like(name).to("meta"), partial(self._one, name)) for name in self.fitted})
+
+    def _one(self, name: str) -> Tensor:
+        return (self.fitted if self.used else self.dense)[name]

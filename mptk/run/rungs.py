@@ -5,6 +5,14 @@ from __future__ import annotations
 from mptk.errors import MptkError
 from mptk.run.settings import Settings
 
+JUDGED = 8
+"""At most so many samples, or a quarter of as many as there are others, are what a search measures shapes on."""
+
+
+def judged(samples: int) -> int:
+    """How many samples a search holds out beside so many others."""
+    return min(JUDGED, max(1, samples // 4))
+
 
 def rungs(settings: Settings, shapes: int) -> list[tuple[int, int]]:
     """How many shapes each rung trains, and for how many steps. ``shapes``: those that there are.

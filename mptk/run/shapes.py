@@ -71,7 +71,7 @@ class Shape:
         rows = data.get("rungs") if isinstance(data, Mapping) else None
         if not isinstance(data, Mapping) or not isinstance(rows, list):
             raise ValueError("it is no shape")
-        return made(Shape, {**data, "rungs": [made(Rung, row, "rungs") for row in rows]}, "")
+        return made(Shape, {**data, "rungs": tuple(made(Rung, row, "rungs") for row in rows)}, "")
 
 
 @dataclass(frozen=True)

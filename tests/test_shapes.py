@@ -161,6 +161,15 @@ def test_a_killed_search_loses_one_rung_of_one_shape(
     with pytest.raises(MptkError, match="holds an unfinished run; add --resume"):
         mptk.shapes(llama, out, settings, progress=None, **TRAINED)
     monkeypatch.setattr("mptk.driver.shape_losses.Search.measured", None)  # all of these were kept
+    file = tmp_path / "out.run" / "shape-00003.json"
+    written = file.read_text()
+    for damage in ("{}", written.replace('"masked"', '"veiled"'), "["):
+        file.write_text(damage)
+        with pytest.raises(
+            MptkError, match=r"shape-00003.json is damaged: .*; remove .*, and start again with --resume"
+        ):
+            mptk.shapes(llama, out, settings, progress=None, resume=True, **TRAINED)
+    file.write_text(written)
     found = mptk.shapes(llama, out, settings, progress=None, resume=True, **TRAINED)
     assert len(calls) == 6  # five rungs, of which the last was begun twice
     assert found.shapes == trained.shapes

@@ -20,7 +20,10 @@ TRAINING = (
     *("gradient_checkpointing", "tracker", "save_every"),
 )
 ONNX = ("logits", "quantize", "onnx_dtype")
-CHOOSING = ("sparsity", "families", "keep", "width", "method", "budget", "max_decode_ms", "max_prefill_ms", "rehome")
+CHOOSING = (
+    *("sparsity", "families", "keep", "width", "layers", "method", "budget", "max_decode_ms", "max_prefill_ms"),
+    "rehome",
+)
 SEARCHING = ("search_shapes", "search_finalists", "search_tokens")
 SAMPLING = ("top_k", "top_p", "seed")
 

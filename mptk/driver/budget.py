@@ -18,7 +18,7 @@ from mptk.progress import Progress
 from mptk.run.bounds import BOUNDS
 from mptk.run.chain import Method, Target
 from mptk.run.processes import processes
-from mptk.run.settings import Settings
+from mptk.run.settings import FREE, Settings
 from passes.targets import legalize
 from passes.targets.legalize import Candidate, LegalWidths
 from passes.targets.onnx.quantize import BLOCKS
@@ -136,6 +136,8 @@ class WidthSearch:
             return candidates[:1]
         if s.max_ms is not None:
             self._check_reached(candidates)
+        if s.layers == FREE and not any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):
+            return candidates[:1]  # equal layers are where the division starts
         splits = s.search_shapes if s.search else self.method.splits
         finest = legalize.finest_family(legal, families)
         return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, finest, splits)

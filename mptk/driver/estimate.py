@@ -164,7 +164,7 @@ REMEDIES = {
     "libraries": "close other programs",
     "weights": "training holds all of them; give a one-shot --method, as wanda, and no --steps",
     "cut model": "training holds it beside the dense one; give a one-shot --method, as wanda, and no --steps",
-    "training": "give a smaller --micro, a shorter --length or --gradient-checkpointing",
+    "training": "give --rank 16, a smaller --micro, a shorter --length or --gradient-checkpointing",
     "values between stages": "give a smaller --memory, so that they go to files",
     "largest stage": "use a machine with more memory",
     "activations": "give a shorter --length, or use a machine with more memory",

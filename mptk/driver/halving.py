@@ -19,7 +19,7 @@ from mptk.driver.shape_losses import Search, file_of
 from mptk.ir.passes import Log
 from mptk.ir.weights import Weights
 from mptk.methods.maskprune.learner import Learner, start_training
-from mptk.methods.one_shot import losses
+from mptk.methods.trial import losses
 from mptk.progress import silent
 from mptk.run.chain import Compiled
 from mptk.run.folder import RunFolder
@@ -70,7 +70,7 @@ class Trainer:
 
     def __init__(self, search: Search) -> None:
         self.search, self.prepared = search, search.prepared
-        self.learning = replace(self.prepared.settings.learning, tracker="none")
+        self.learning = replace(self.prepared.recovery, tracker="none")
         self.accelerator = cache(lambda: self._accelerator())
         self.quiet = Context(Log(), silent)
         self._compiled: dict[int, Compiled] = {}

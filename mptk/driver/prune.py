@@ -261,13 +261,13 @@ def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[C
         return compiled, []
     prepared, chosen, form = compiled.prepared, compiled.chosen, compiled.written
     assert form is not None
-    s = prepared.settings.learning
+    s = prepared.recovery
     learner = Learner(
         context.accelerator, prepared.dense, prepared.task, sets.training, s, context.folder, context.progress
     )
     with context.stage("recover"):
         weights = compiled.program.state_dict() if learner.keeps else {}
-        small = form.stock.build(weights, shared=s.rank > 0)
+        small = form.stock.build(weights, shared=learner.rank > 0)
         steps, used = prepared.settings.steps - chosen.steps, chosen.steps * s.training.batch
         held_out = None if sets.held_out is None else sets.held_out[: s.training.batch]
         found = learner.recover(small, steps, sets.proof, used, held_out)
@@ -279,9 +279,9 @@ def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[C
     known = {name: tensor for name, tensor in named.items() if name in prepared.analysis.weights}
     changes = Weights(chosen.changes).updated(widened(compiled.analysis, chosen.cut, Weights(known)))
     chosen = replace(chosen, changes=changes, trained=tuple(changes))
-    row: Row = {}
+    row: Row = {"rank": learner.rank, "lr": s.training.lr}
     if found.watch is not None:
-        row = found.watch.row(prepared.settings.data, s.training.save_every)
+        row = {**row, **found.watch.row(prepared.settings.data, s.training.save_every)}
         chosen = replace(chosen, notes=(*chosen.notes, found.watch.note()))
     difference = check_witness(changed(prepared, chosen), chosen.cut, found.witness, sets.proof, prepared.executor)
     return replace(cut_to(prepared, chosen, context), written=form, recovery=row), [difference]

@@ -1,31 +1,28 @@
 """one_shot: score every unit once by a criterion and keep the best.
 
-The budget is divided among families by the loss on calibration text. No weight is trained. A criterion that
-compensates (FLAP) corrects the consumers' biases.
+The budget is divided among families by the loss on calibration text, and over the layers if these are free. No weight
+is trained. A criterion that compensates (FLAP) corrects the consumers' biases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
-from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, resolve_plan
-from mptk.ir.samples import Samples
 from mptk.methods import criteria
 from mptk.methods.criteria import influence
 from mptk.methods.criteria.base import Criterion, Scores
 from mptk.methods.criteria.observe import Observation, Site
-from mptk.progress import Count
+from mptk.methods.division import divided
+from mptk.methods.trial import losses, plan_of
 from mptk.run.chain import Chosen, Method, Prepared
 from mptk.run.folder import RunFolder
 from mptk.run.processes import leads
-from mptk.run.sharing import sharing
+from mptk.run.settings import FREE
 from mptk.run.values import Context, SampleSets
 from passes.targets.legalize import describe
 from passes.transforms.masked_reference import mask
@@ -34,8 +31,6 @@ TOKENS = 1024
 """Calibration tokens on which the ways to divide the budget are compared."""
 SCORES = "scores"
 """Name of the scores in the folder of an unfinished run."""
-AT_ONCE = 256
-"""Tokens in a batch of these, of which there are logits."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +38,7 @@ class OneShotMethod(Method):
     """The method of one criterion."""
 
     criterion: Criterion
+    divides = True
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -63,6 +59,10 @@ class OneShotMethod(Method):
         plans = [plan_of(prepared, scores, candidate.widths) for candidate in prepared.candidates]
         with context.stage("choose widths"):
             plan, cut, found = _best(prepared, plans, sets, context)
+        if prepared.settings.layers == FREE:
+            with context.stage("divide over layers"):
+                plan, found = divided(prepared, scores, plan, sets, partial(context.progress, "divide over layers"))
+            cut = resolve_plan(analysis, plan)
         chosen = Chosen(plan, cut, losses=found)
         if not self.criterion.compensates:
             return chosen
@@ -101,12 +101,6 @@ def scored(
     return scores, dict(evidence.observations)
 
 
-def plan_of(prepared: Prepared, scores: Scores, widths: Mapping[str, int]) -> Plan:
-    """The best units for ``widths``, of the families that become narrower."""
-    narrowed = {name: width for name, width in widths.items() if width < prepared.analysis.family(name).size}
-    return criteria.select(prepared.analysis, scores, narrowed, stock=prepared.legal.stock)
-
-
 def _best(
     prepared: Prepared, plans: Sequence[Plan], sets: SampleSets, context: Context
 ) -> tuple[Plan, Cut, dict[str, float]]:
@@ -119,31 +113,3 @@ def _best(
     found = losses(prepared, masked, samples, partial(context.progress, "choose widths"))
     _, plan, cut = min(zip(found, plans, cuts, strict=True), key=lambda tried: tried[0])
     return plan, cut, {describe(plan.widths): round(loss, 4) for plan, loss in zip(plans, found, strict=True)}
-
-
-def losses(
-    prepared: Prepared,
-    programs: Sequence[Callable[[], Program]],
-    samples: Samples,
-    progress: Count = lambda done, total: None,
-) -> list[float]:
-    """The mean loss of each program on ``samples``. The processes of a run share them.
-
-    Programs run side by side, to read weights once, or one after the other if all weights stay in memory.
-    """
-    task, executor, dense = prepared.task, prepared.calibrator, prepared.analysis.program
-    batches = samples.batches(AT_ONCE)
-    share = sharing(len(batches))
-    own = share.own(batches)
-    fits = sum(like.nbytes for like in dense.state.likes.values()) <= executor.stage
-    sums = torch.zeros(len(programs), dtype=torch.float64)
-    for first in range(0, len(programs), at_once := 1 if fits else len(programs)):
-        made = [make() for make in programs[first : first + at_once]]
-        results = executor.outputs(made, [batch.tensors for batch in own])
-        for batch in own:
-            for i in range(first, first + at_once):
-                sums[i] += float(task.loss(next(results), batch.to(executor.device)))
-        progress(first + at_once, len(programs))
-    sums = sums if share.count == 1 else share.total(sums.to(executor.device))
-    found: list[float] = (sums / task.predicted(samples)).tolist()
-    return found

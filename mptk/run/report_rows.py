@@ -81,8 +81,13 @@ class LegalRow(TypedDict):
 
 
 class RecoveryRow(TypedDict):
-    """How training after the cut went; empty if there was none. ``losses``: steps done → loss."""
+    """How training after the cut went; empty if there was none. ``losses``: steps done → loss.
 
+    ``rank``: of LoRA, 0 if all weights were trained. ``lr``: the peak learning rate.
+    """
+
+    rank: NotRequired[int]
+    lr: NotRequired[Number]
     metric: NotRequired[str]
     protocol: NotRequired[str]
     losses: NotRequired[Mapping[str, Number]]

@@ -250,7 +250,11 @@ CONTRADICTIONS = [
     Row("teacher cache without a cached teacher", f"{ONCE} --steps 2 --teacher-cache {{t}}", ("add --teacher cached",)),
     Row("cached teacher and hidden states", f"{ONCE} --steps 2 --teacher cached --hidden 1", ("--teacher live",)),
     Row("maskprune without steps", "prune {model} --data {text.raw} --out {out} --steps 0", ("learns in steps",)),
-    Row("maskprune without rank", "prune {model} --data {text.raw} --out {out} --rank 0", ("--rank 1 or more",)),
+    Row(
+        "all weights beside cut norms",
+        "prune {model} --data {text.raw} --out {out} --families hidden --width hidden=24 --method wanda --steps 2 --rank 0 --length 16",
+        ("leave out --rank 0",),
+    ),
     Row(
         "maskprune in fp16", "prune {model} --data {text.raw} --out {out} --precision fp16", ("--precision bf16 or no",)
     ),

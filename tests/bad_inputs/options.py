@@ -190,6 +190,11 @@ CONTRADICTIONS = [
         "prune {model} --data {text.raw} --out {out} --plan {pruned/plan.json} --search",
         ("--plan says which units stay, so --search has nothing to choose", "leave out one of both"),
     ),
+    Row(
+        "free layers with search",
+        f"{PRUNE} --search --target graph --layers free",
+        ("--search ranks shapes whose layers are alike", "leave out one of both"),
+    ),
     Row("search-tokens without search", f"{PRUNE} --search-tokens 5", ("--search-tokens would do nothing", "--search")),
     Row(
         "finalists of a search that trains none",

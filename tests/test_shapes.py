@@ -180,12 +180,13 @@ def test_a_killed_search_loses_one_rung_of_one_shape(
 # ---- what is said ----
 
 
-def test_the_front_compares_shapes_at_the_last_stage_that_both_went_through() -> None:
+def test_the_front_compares_a_shape_with_those_that_went_as_far() -> None:
     worse, better = shape(1.1, parameters=100), shape(1.0, 0.8, 0.7, parameters=100)
-    cheap, between = shape(0.9, 0.85, parameters=90), shape(1.05, parameters=95)
-    found = Shapes("m", "", shape(0.1), ranked([worse, better, cheap, between]))
-    assert found.shapes == (better, cheap, between, worse)
-    assert found.front == (better, cheap)  # before training `cheap` was the best, too
+    cheap, costly = shape(0.9, 0.85, parameters=90), shape(0.9, 0.9, parameters=95)
+    found = Shapes("m", "", shape(0.1), ranked([worse, better, cheap, costly]))
+    assert found.shapes == (better, cheap, costly, worse)
+    assert found.best is better
+    assert found.front == (better, cheap)  # `cheap` was better before training, but did not go as far as `better`
 
 
 def test_the_command_prints_a_table_and_what_prunes_to_the_best(

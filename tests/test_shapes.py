@@ -121,7 +121,7 @@ def test_finalists_are_good_and_unlike_each_other() -> None:
         shape(1.0, ffn=40),
         shape(1.1, ffn=48),
         shape(1.2, q_heads=1),
-        shape(1.3, kv_groups=2),
+        shape(1.3, 0.2, kv_groups=2),
         shape(1.4, ffn=32),
     ]
     assert finalists(shapes, DENSE, 3) == [0, 2, 3]

@@ -117,6 +117,7 @@ def test_a_width_of_all_layers_stays_that_of_all(checkpoint: str, tmp_path: Path
         ({"target": "stock"}, "a stock checkpoint has one width for all layers; use --target graph"),
         ({"method": "maskprune", "steps": 4}, "maskprune gives all layers one width; use a one-shot --method"),
         ({"budget": "latency"}, "use another --budget"),
+        ({"search": True}, "leave out --search"),
         ({"layers": "loose"}, "no layers 'loose'; choose one of uniform, free"),
     ],
 )

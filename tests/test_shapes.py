@@ -121,7 +121,7 @@ def test_finalists_are_good_and_unlike_each_other() -> None:
         shape(1.0, ffn=40),
         shape(1.1, ffn=48),
         shape(1.2, q_heads=1),
-        shape(1.3, kv_groups=2),
+        shape(1.3, 0.2, kv_groups=2),
         shape(1.4, ffn=32),
     ]
     assert finalists(shapes, DENSE, 3) == [0, 2, 3]
@@ -161,6 +161,15 @@ def test_a_killed_search_loses_one_rung_of_one_shape(
     with pytest.raises(MptkError, match="holds an unfinished run; add --resume"):
         mptk.shapes(llama, out, settings, progress=None, **TRAINED)
     monkeypatch.setattr("mptk.driver.shape_losses.Search.measured", None)  # all of these were kept
+    file = tmp_path / "out.run" / "shape-00003.json"
+    written = file.read_text()
+    for damage in ("{}", written.replace('"masked"', '"veiled"'), "["):
+        file.write_text(damage)
+        with pytest.raises(
+            MptkError, match=r"shape-00003.json is damaged: .*; remove .*, and start again with --resume"
+        ):
+            mptk.shapes(llama, out, settings, progress=None, resume=True, **TRAINED)
+    file.write_text(written)
     found = mptk.shapes(llama, out, settings, progress=None, resume=True, **TRAINED)
     assert len(calls) == 6  # five rungs, of which the last was begun twice
     assert found.shapes == trained.shapes
@@ -171,12 +180,13 @@ def test_a_killed_search_loses_one_rung_of_one_shape(
 # ---- what is said ----
 
 
-def test_the_front_compares_shapes_at_the_last_stage_that_both_went_through() -> None:
+def test_the_front_compares_a_shape_with_those_that_went_as_far() -> None:
     worse, better = shape(1.1, parameters=100), shape(1.0, 0.8, 0.7, parameters=100)
-    cheap, between = shape(0.9, 0.85, parameters=90), shape(1.05, parameters=95)
-    found = Shapes("m", "", shape(0.1), ranked([worse, better, cheap, between]))
-    assert found.shapes == (better, cheap, between, worse)
-    assert found.front == (better, cheap)  # before training `cheap` was the best, too
+    cheap, costly = shape(0.9, 0.85, parameters=90), shape(0.9, 0.9, parameters=95)
+    found = Shapes("m", "", shape(0.1), ranked([worse, better, cheap, costly]))
+    assert found.shapes == (better, cheap, costly, worse)
+    assert found.best is better
+    assert found.front == (better, cheap)  # `cheap` was better before training, but did not go as far as `better`
 
 
 def test_the_command_prints_a_table_and_what_prunes_to_the_best(

@@ -127,5 +127,5 @@ def shapes_view(found: Shapes) -> Lines:
         table.add_column(column, justify="right")
     for number, row in enumerate(rows(found)):
         table.add_row(*row, end_section=not number)
-    note = "★ no other shape costs as little and is as good, at the last stage that both went through"
+    note = "★ no other shape that went as far costs as little and was as good at that stage"
     return Lines(table, Text(note), Text(found.protocol))

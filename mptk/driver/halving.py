@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cached_property, partial
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -20,7 +20,7 @@ from mptk.ir.passes import Log
 from mptk.ir.weights import Weights
 from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.methods.trial import losses
-from mptk.progress import silent
+from mptk.progress import Progress, silent
 from mptk.run.chain import Compiled
 from mptk.run.folder import RunFolder
 from mptk.run.rungs import rungs
@@ -34,7 +34,7 @@ def finalists(shapes: Sequence[Shape], dense: Mapping[str, int], count: int) -> 
 
     First the best of each set of families that is cut, then the best of the others.
     """
-    order = sorted(range(len(shapes)), key=lambda i: shapes[i].loss)
+    order = sorted(range(len(shapes)), key=lambda i: shapes[i].stages[0])
     best: dict[frozenset[str], int] = {}
     for i in order:
         best.setdefault(frozenset(n for n, width in shapes[i].widths.items() if width < dense[n]), i)
@@ -53,16 +53,23 @@ def halved(search: Search, shapes: list[Shape]) -> list[Shape]:
     trainer, done, total = Trainer(search), 0, sum(count for count, _ in planned)
     with search.context.stage("train shapes"):
         for rung, (count, steps) in enumerate(planned):
-            alive = sorted(alive, key=lambda i: shapes[i].loss)[:count]
+            alive = sorted(alive, key=lambda i: shapes[i].stages[rung])[:count]
             for i in alive:
-                search.context.progress("train shapes", done, total, describe(shapes[i].widths))
+                say = partial(_say, search.context.progress, done, total, describe(shapes[i].widths))
                 if len(shapes[i].rungs) <= rung:
-                    shapes[i] = trainer.trained(i, shapes[i], rung, steps)
+                    shapes[i] = trainer.trained(i, shapes[i], rung, steps, say)
                     search.keep(i, shapes[i])
                     trainer.forget(i, rung - 1)
                 done += 1
         search.context.progress("train shapes", done, total)
     return shapes
+
+
+def _say(
+    progress: Progress, done: int, total: int, widths: str, phase: str, step: int, steps: int, figures: str = "", /
+) -> None:
+    """A step of ``phase`` as a part of a stage whose units are the rungs of all shapes."""
+    progress("train shapes", done, total, f"{widths}, step {step}/{steps}  {figures}")
 
 
 class Trainer:
@@ -71,11 +78,12 @@ class Trainer:
     def __init__(self, search: Search) -> None:
         self.search, self.prepared = search, search.prepared
         self.learning = replace(self.prepared.recovery, tracker="none")
-        self.accelerator = cache(lambda: self._accelerator())
         self.quiet = Context(Log(), silent)
         self._compiled: dict[int, Compiled] = {}
 
-    def _accelerator(self) -> Accelerator:
+    @cached_property
+    def accelerator(self) -> Accelerator:
+        """The process that trains."""
         return start_training(self.learning, self.search.folder)
 
     def compiled(self, number: int, shape: Shape) -> Compiled:
@@ -85,8 +93,8 @@ class Trainer:
             self._compiled[number] = compile_plan(self.prepared, chosen, samples, self.quiet)
         return self._compiled[number]
 
-    def trained(self, number: int, shape: Shape, rung: int, steps: int) -> Shape:
-        """The shape after a further rung."""
+    def trained(self, number: int, shape: Shape, rung: int, steps: int, say: Progress = silent) -> Shape:
+        """The shape after a further rung of ``steps`` steps."""
         compiled = self.compiled(number, shape)
         assert compiled.written is not None
         state = compiled.program.state_dict()
@@ -96,13 +104,13 @@ class Trainer:
         seen = shape.rungs[-1].tokens if shape.rungs else 0
         place = RunFolder(self.search.folder.path / f"{file_of(number)}-{rung}", {}, resume=True)
         learner = Learner(
-            self.accelerator(),
+            self.accelerator,
             self.prepared.dense,
             self.prepared.task,
             self.search.sets.training,
             self.learning,
             place,
-            silent,
+            say,
         )
         found = learner.recover(small, steps, self.search.sets.proof, seen // positions)
         assert found is not None

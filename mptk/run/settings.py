@@ -249,6 +249,8 @@ class Settings:
             raise MptkError(f"milliseconds are no budget of {self.budget}; set budget to {LATENCY}")
         if self.search and self.plan is not None:
             raise MptkError("--plan says which units stay, so --search has nothing to choose; leave out one of both")
+        if self.search and self.layers == FREE:
+            raise MptkError("--search ranks shapes whose layers are alike, not --layers free; leave out one of both")
         for name in self.keep:
             if name in self.families or name in self.widths:
                 other = "families" if name in self.families else "width"

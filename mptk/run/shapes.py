@@ -56,8 +56,10 @@ class Shape:
         return self.parameters if self.latency_ms is None else self.latency_ms
 
     def beats(self, other: Shape) -> bool:
-        """Whether it costs no more and is no worse, at the last stage that both went through, and better in one."""
-        last = min(len(self.stages), len(other.stages)) - 1
+        """Whether it went as far, costs no more, was no worse at the other's last stage, and is better in one."""
+        last = len(other.stages) - 1
+        if len(self.stages) <= last:
+            return False
         own, theirs = (self.cost, self.stages[last]), (other.cost, other.stages[last])
         return own != theirs and own[0] <= theirs[0] and own[1] <= theirs[1]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -21,7 +20,7 @@ from mptk.io.models import Loaded
 from mptk.io.publish import check_apart
 from mptk.io.resident import free_memory
 from mptk.io.text.sampled import writes
-from mptk.ir.families import Analysis, Family
+from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
@@ -115,24 +114,14 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     with context.stage("legalise"):
         prepared = legalise(job.source, settings, loaded, task, analysis, context.progress)
     prepared = replace(prepared, executor=executor)
-    families = [analysis.family(name) for name in prepared.families]
-    if settings.distil_epochs:
-        check_distils(prepared, families)
+    if settings.distil_epochs and not consumers(prepared.mask_sites):
+        raise MptkError(NO_BLOCK)
     across = prepared.across_layers
     if settings.trains and settings.learning.rank == 0 and across:
         raise MptkError(
             f"all weights cannot be trained where {across[0]} is cut, as norms follow it; leave out --rank 0"
         )
     return prepared
-
-
-def check_distils(prepared: Prepared, families: Sequence[Family]) -> None:
-    """Raise MptkError if no block can be distilled, or whole ones may go: each learns on what those before it give."""
-    stacks = [family.name for family in families if family.stack is not None]
-    if stacks:
-        raise MptkError(f"no block is distilled where whole blocks go ({stacks[0]}); leave out --distil-epochs")
-    if not consumers(prepared.mask_sites):
-        raise MptkError(NO_BLOCK)
 
 
 def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> None:

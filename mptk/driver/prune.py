@@ -30,7 +30,7 @@ from mptk.io.licence import copy_notices
 from mptk.io.publish import publish
 from mptk.io.tensors import write_weights
 from mptk.ir.plan import Plan
-from mptk.ir.resolved_plan import renumbering
+from mptk.ir.resolved_plan import removed_blocks, renumbering
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.methods.distil import Schedule, distil_blocks
@@ -236,11 +236,13 @@ def distilled(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Con
     s = prepared.settings
     if not s.distil_epochs or not holds():
         return chosen
+    blocks_go = removed_blocks(prepared.analysis, chosen.cut)
+    sites = prepared.mask_sites if blocks_go else sites_of(prepared, chosen)  # all that stays makes up for blocks
     with context.stage("distil"):
         found = distil_blocks(
             prepared.analysis,
             chosen.cut,
-            consumers(sites_of(prepared, chosen)),
+            consumers(sites),
             chosen.changes,
             sets.calibration,
             Schedule(s.distil_epochs, s.distil_lr, s.seed),

@@ -216,9 +216,9 @@ CONTRADICTIONS = [
     Row("rate of no distillation", f"{PRUNE} --distil-lr 0.1", ("--distil-lr would do nothing", "--distil-epochs")),
     Row("distillation without its start", f"{PRUNE} --distil-epochs 1 --no-reconstruct", ("leave out --no-reconstr",)),
     Row(
-        "distillation where blocks go",
-        f"{PRUNE} --families layers,ffn --sparsity 0.5 --distil-epochs 1",
-        ("whole blocks go", "leave out --distil-epochs"),
+        "distillation where blocks alone go",
+        f"{PRUNE} --families layers --sparsity 0.5 --distil-epochs 1",
+        ("no block that is cut has", "leave out --distil-epochs"),
     ),
     Row(
         "distillation of no block",

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from lab import remembered
+from test_latency import times
 from test_pruning import WORDS, llama_config, save
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import mptk
 from mptk.cli.main import app
+from mptk.cost import operator_times
 from mptk.driver.halving import Trainer, finalists
 from mptk.errors import MptkError
 from mptk.run.rungs import rungs
@@ -97,6 +99,22 @@ def test_a_shape_is_measured_as_the_model_that_prune_makes_of_it(llama: str, set
         assert float(loss) == pytest.approx(expected, abs=1e-4)
     assert short.masked != short.reconstructed
     assert found.dense.parameters == sum(p.numel() for p in LlamaForCausalLM(llama_config()).parameters())
+
+
+def test_a_latency_is_a_budget_too(
+    llama: str, settings: mptk.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(operator_times, "measure", lambda found, threads, progress: times(found))
+    asked = {"budget": "latency", "sparsity": 0.3, "tolerance": 0.1, "search_shapes": 2}
+    found = mptk.shapes(llama, settings=settings, progress=None, **asked)
+    dense = found.dense.latency_ms
+    assert dense is not None
+    assert len(found.shapes) == 2
+    for shape in found.shapes:
+        assert shape.cost == shape.latency_ms == pytest.approx((1 - shape.sparsity) * dense)
+        assert 0.6 <= shape.cost / dense <= 0.8
+    assert " --budget latency " in found.command
 
 
 # ---- halving ----

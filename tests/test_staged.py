@@ -163,6 +163,15 @@ def test_borders_are_where_the_residual_stream_alone_is_alive() -> None:
     assert all(alive[name] < 1.3 * min(alive[other] for other in ends) < 0.7 * max(alive.values()) for name in ends)
 
 
+def test_what_fits_into_memory_is_one_stage_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search takes time with the square of the number of calls."""
+    flow = Flow(built("decoder")[0])
+    whole = sum(flow.weight_bytes.values())
+    assert partition(flow, whole - 1).ends != ()
+    monkeypatch.setattr("mptk.runtime.partition._ends", lambda *_: pytest.fail("there was a search"))
+    assert partition(flow, whole).ends == ()
+
+
 @pytest.mark.parametrize("name", ["wanda", "flap", "taylor", "magnitude"])
 @pytest.mark.parametrize("model", ["decoder", "learned positions", "mixture"])
 def test_scores_are_those_of_the_whole_program(name: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

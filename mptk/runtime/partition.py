@@ -177,6 +177,8 @@ def partition(flow: Flow, limit: float) -> Partition:
 
     Of all such divisions it is the one with the least bytes alive at all borders together.
     """
+    if sum(flow.weight_bytes.values()) <= limit:
+        return Partition(())  # a search takes time with the square of the number of calls
     count, alive = len(flow.calls), flow.alive()
     best: list[tuple[float, int]] = [(0.0, 0)] + [(math.inf, 0)] * count
     for start in range(count):

@@ -1,11 +1,11 @@
 """Perplexity after pruning and recovery, method by method, at equal training tokens.
 
     python -m benchmarks.quality --train PATH[,PATH] --wikitext FILE --c4 FILE [--tokens N] [--sparsities 0.2,0.3,0.5]
-        [--methods A,B] [--seeds 0] [--tasks A,B --include-path DIR --limit N] [--json FILE] [--plot FILE] [--quick]
+        [--methods A,B] [--seeds 0] [--rank 16] [--widths kv_groups=2,ffn=672] [--tasks A,B --include-path DIR --limit N] [--json FILE] [--plot FILE] [--quick]
 
-Every row is one `prune` run: the same text, the same number of training tokens and the same recovery (LoRA, language
-model loss and KL to the dense model, whose top logits are kept in `--work` for all rows). A one-shot method uses all
-tokens for recovery, MaskPrune a part for its masks. A method's name may have additions:
+Every row is one `prune` run: the same text, the same number of training tokens and the same recovery (of all weights,
+or LoRA of `--rank`; language model loss and KL to the dense model, whose top logits are kept in `--work` for all rows). A
+one-shot method uses all tokens for recovery, MaskPrune a part for its masks. A method's name may have additions:
 
     +fit       with the closed-form reconstruction that MaskPrune uses      +nofit    without it
     +learned   at the widths that MaskPrune learned                    +fixed    at those of the best one-shot method
@@ -31,6 +31,7 @@ from filelock import FileLock
 from benchmarks.common import result_header, write_result
 from benchmarks.quality_text import write_mixture
 from mptk import Settings, prune
+from mptk.cli.options import parse_width
 from mptk.io import data, models
 from mptk.io.evaluation import perplexity, zero_shot
 from mptk.run.settings import Learning, Rates, Training
@@ -47,11 +48,15 @@ CHANGES: dict[str, dict[str, Any]] = {
 """What an addition to ``maskprune`` changes in ``Learning``: an ablation each."""
 
 
-def settings(method: str, sparsity: float, seed: int, tokens: int, work: Path, widths: dict[str, int]) -> Settings:
+def settings(
+    method: str, sparsity: float, seed: int, tokens: int, work: Path, widths: dict[str, int], rank: int | None
+) -> Settings:
     name, *additions = method.split("+")
     training = Training(seed=seed, save_every=1000)
     steps = max(4, round(tokens / (training.batch * 256)))
-    learning = Learning(steps=steps, training=training, teacher="cached", teacher_cache=str(work / "teacher"))
+    learning = Learning(
+        steps=steps, rank=rank, training=training, teacher="cached", teacher_cache=str(work / "teacher")
+    )
     for addition in additions:
         learning = replace(learning, **CHANGES.get(addition, {}))
     return Settings(
@@ -90,11 +95,11 @@ def score(values: dict[str, float]) -> float:
 
 
 def row_of(
-    method: str, sparsity: float, seed: int, tokens: int, work: Path, widths: dict[str, int]
+    method: str, sparsity: float, seed: int, tokens: int, work: Path, widths: dict[str, int], rank: int | None
 ) -> tuple[dict, str]:
     folder = tempfile.mkdtemp(prefix="quality-")
     began = time.perf_counter()
-    chosen = settings(method, sparsity, seed, tokens, work, widths)
+    chosen = settings(method, sparsity, seed, tokens, work, widths, rank)
     report = prune(MODEL, Path(folder) / "out", chosen).report
     steps, batch = chosen.learning.steps, chosen.learning.training.batch
     return {
@@ -102,6 +107,7 @@ def row_of(
         "sparsity": sparsity,
         "seed": seed,
         "tokens": steps * batch * chosen.length,
+        "rank": rank or 0,
         "widths": {n: f["width"] for n, f in report.families.items() if f["width"] < f["of"]},
         "removed": round(report.sparsity, 4),
         "parameters": report.cost["pruned"]["parameters"],
@@ -127,6 +133,8 @@ def main(
     sparsities: str = "0.2,0.3,0.5",
     methods: str = METHODS,
     seeds: str = "0",
+    rank: Annotated[int | None, typer.Option(help="LoRA of this rank; without it all weights are trained.")] = None,
+    widths: Annotated[str, typer.Option(help="Widths of every row, as kv_groups=2,ffn=672.")] = "",
     windows: int = 40,
     json_file: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/quality.json"),
     work: Annotated[Path, typer.Option(help="Folder for the mixture and the teacher's outputs.")] = Path(
@@ -153,11 +161,12 @@ def main(
                 rows = [
                     r
                     for r in rows_in(json_file)
-                    if (r["sparsity"], r["seed"], r["tokens"]) == (sparsity, seed, counted)
+                    if (r["sparsity"], r["seed"], r["tokens"], r.get("rank")) == (sparsity, seed, counted, rank or 0)
                 ]
-                if any(r["method"] == method for r in rows):
+                given = dict(parse_width(each) for each in widths.split(",") if each) | given_widths(method, rows)
+                if any(r["method"] == method and given.items() <= r["widths"].items() for r in rows):
                     continue
-                row, folder = row_of(method, sparsity, seed, counted, work, given_widths(method, rows))
+                row, folder = row_of(method, sparsity, seed, counted, work, given, rank)
                 row |= measure(f"{folder}/out", texts, windows, zero)
                 shutil.rmtree(folder)
                 print(row, flush=True)
@@ -179,16 +188,22 @@ def given_widths(method: str, rows: list[dict[str, Any]]) -> dict[str, int]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     tasks = sorted({task for r in rows for task in r.get("tasks", {})})
-    columns = ["method", "sparsity", "seed", "tokens", "widths", "WikiText-2", "C4", *tasks]
+    columns = ["method", "sparsity", "seed", "tokens", "trained", "widths", "WikiText-2", "C4", *tasks]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for r in sorted(rows, key=lambda r: (r["sparsity"], r["wikitext2"])):
         widths = ", ".join(f"{n} {w}" for n, w in r.get("widths", {}).items())
         lines.append(
-            f"| {r['method']} | {r['sparsity']:.0%} | {r['seed']} | {r['tokens']:,} | {widths} "
+            f"| {r['method']} | {r['sparsity']:.0%} | {r['seed']} | {r['tokens']:,} | {trained(r)} | {widths} "
             f"| {r['wikitext2']:.2f} | {r['c4']:.2f} |"
             + "".join(f" {r['tasks'][task]:.3f} |" if task in r.get("tasks", {}) else " |" for task in tasks)
         )
     return "\n".join(lines)
+
+
+def trained(row: dict[str, Any]) -> str:
+    if not row["tokens"]:
+        return ""
+    return f"LoRA {row['rank']}" if row["rank"] else "all weights"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -93,7 +93,7 @@ def prepared(teacher: str) -> Prepared:
 
 
 def learner(run: Prepared) -> Learner:
-    learning = run.settings.learning
+    learning = run.settings.learning.of_masks()
     folder = RunFolder(Path(tempfile.mkdtemp()) / "out", {}, resume=False)
     dense = partial(replica, run.loaded.model)
     samples = next_tokens(windows())

@@ -8,6 +8,7 @@ The same file each time. `tests/test_docs_settings.py` compares.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import typer
 
 from mptk.cli.main import app
 from mptk.cli.options import FIELDS, RECOVERY
+from mptk.cli.shapes import OPTIONS as SEARCH
 from mptk.run.settings import Settings
 
 PAGE = Path(__file__).with_name("settings.md")
@@ -30,13 +32,14 @@ def written(page: str) -> str:
 
 
 def runs() -> Iterator[str]:
-    """The options of ``prune`` and ``recover`` that set a field of ``Settings``, panel by panel."""
+    """The options of ``prune``, ``recover`` and ``shapes`` that set a field of ``Settings``, panel by panel."""
     yield from _head("option", "keyword in Python", "default", "what it says")
     for panel in dict.fromkeys(field.panel for field in FIELDS.values()):
         yield _row(f"**{panel}**", "", "", "")
         for name, field in FIELDS.items():
             if field.panel == panel:
-                shown = f"`--{name.replace('_', '-')}`" + (" ᴿ" if name in RECOVERY else "")
+                marks = [mark for mark, taken in (("ᴿ", RECOVERY), ("ˢ", SEARCH)) if name in taken]
+                shown = f"`--{name.replace('_', '-')}`" + (f" {''.join(marks)}" if marks else "")
                 keyword = field.path.rpartition(".")[2]
                 choices = field.choices.get("metavar") or "|".join(
                     get_args(field.kind) if get_origin(field.kind) is Literal else ()
@@ -56,11 +59,13 @@ def python() -> Iterator[str]:
 def commands() -> Iterator[str]:
     """What commands take besides: options that are no settings, and all options of the commands that do not prune."""
     yield from _head("command", "option", "default", "what it says")
-    shared = {f"--{name.replace('_', '-')}" for name in FIELDS}
+    shared: dict[str, set[str]] = defaultdict(set)
+    for name, taken in (("prune", FIELDS), ("recover", FIELDS), ("shapes", SEARCH)):
+        shared[name] = {f"--{option.replace('_', '-')}" for option in taken}
     for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
         for option in command.params:
             flag = next((flag for flag in option.opts if flag.startswith("--")), None)
-            if flag is not None and flag not in EVERYWHERE and not (name in ("prune", "recover") and flag in shared):
+            if flag is not None and flag not in EVERYWHERE and flag not in shared[name]:
                 yield _row(f"`{name}`", f"`{flag}`", _default(option.default), str(option.help))
 
 

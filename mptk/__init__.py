@@ -1,6 +1,7 @@
 """mptk: compiler-style structured pruning.
 
-The main job is ``mptk.prune``, which gives a ``Pruned``; ``recover`` trains it; ``evaluate``, ``generate`` and
+The main job is ``mptk.prune``, which gives a ``Pruned``; ``shapes`` says how a budget is best divided; ``recover``
+trains it; ``evaluate``, ``generate`` and
 ``bench`` use it. Its steps are functions too: ``trace``, ``analyze``, ``rewrite``, ``export`` and ``verify``. ``fetch``
 and ``load`` get dense models. docs/python.md shows all of them.
 """
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mptk.driver.api import analyze, bench, export, rewrite, rule, show, trace
     from mptk.driver.pruned import Pruned, prune, recover
+    from mptk.driver.shapes import shapes
     from mptk.driver.use import evaluate, generate
     from mptk.driver.verification import verify
     from mptk.errors import MptkError, ProofError
@@ -45,6 +47,7 @@ __all__ = [
     "recover",
     "rewrite",
     "rule",
+    "shapes",
     "show",
     "trace",
     "verify",
@@ -66,6 +69,7 @@ _HOMES = {
     "load": "mptk.io.models",
     "prune": "mptk.driver.pruned",
     "recover": "mptk.driver.pruned",
+    "shapes": "mptk.driver.shapes",
     "verify": "mptk.driver.verification",
 }
 

@@ -171,7 +171,7 @@ def all_of(*edits: Edit) -> Edit:
 
 
 def cut_wrongly(
-    damage: Callable[[Program], Program], target: str = "mptk.driver.prune.cut_program"
+    damage: Callable[[Program], Program], target: str = "mptk.driver.compiling.cut_program"
 ) -> Callable[..., None]:
     """The rewritten program comes out damaged."""
 

@@ -193,6 +193,24 @@ def test_ctrl_c_elsewhere(mptk, files, monkeypatch) -> None:  # noqa: F811
     assert (result.code, result.error) == (130, "interrupted; nothing was published")
 
 
+def test_a_library_that_turns_ctrl_c_into_an_error_of_its_own(mptk, files, monkeypatch) -> None:  # noqa: F811
+    def traced(*arguments: object, **options: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("what a tracer says") from None
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started with &
+    try:
+        monkeypatch.setattr("mptk.driver.api.analyze", traced)
+        result = mptk("analyze", files.model)
+        assert (result.code, result.error) == (130, "interrupted; nothing was published")
+        monkeypatch.setattr("mptk.driver.api.analyze", lambda *arguments, **options: 1 / 0)
+        assert mptk("analyze", files.model).code == 70  # the next command knows of no signal
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_signal_after_the_last_word_changes_nothing() -> None:
     code = """
 import atexit, os, signal, sys

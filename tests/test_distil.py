@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
@@ -15,14 +15,16 @@ from torch import Tensor, nn
 import mptk
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
+from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut, resolve_plan
+from mptk.ir.resolved_plan import Cut, removed_blocks, resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods.distil import Distilled, Kept, Schedule, distil_blocks
 from mptk.runtime import shelf
 from mptk.runtime.staged import EXECUTOR, Executor
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
+from passes.transforms.remove_blocks import mask_blocks
 from passes.transforms.rewrite import rewrite
 
 HOW = Schedule(epochs=2, rate=3e-3)
@@ -75,6 +77,22 @@ def test_a_cut_model_comes_nearer_to_the_dense_one(name: str) -> None:
     found = cut.distil()
     assert len(found.errors) >= 2
     assert all(after <= before for before, after in found.errors)
+    assert cut.error(found.weights) < 0.97 * cut.error({})
+
+
+def test_what_stays_makes_up_for_a_whole_block_that_goes() -> None:
+    cut, (depth, *_) = case("decoder"), case("decoder").analysis.depths
+    assert depth.stack is not None
+    kept = tuple(unit for unit in range(depth.size) if unit)
+    without = Plan({depth.name: FamilyPlan(depth.size - 1, depth.size, {depth.stack.module: (kept,)})})
+    both = replace(cut.cut, choices=cut.cut.choices | resolve_plan(cut.analysis, without).choices)
+    small = replace(cut.small, graph=cut.small.copy_graph())
+    mask_blocks(small.graph.graph, removed_blocks(cut.analysis, both))
+    small.graph.recompile()
+    cut = replace(cut, cut=both, small=small)
+    found = cut.distil()
+    assert not [name for name in found.weights if name.startswith(f"{depth.stack.module}.0.")]
+    assert [name for name in found.weights if name.startswith(f"{depth.stack.module}.1.")]
     assert cut.error(found.weights) < 0.97 * cut.error({})
 
 

@@ -371,7 +371,10 @@ def test_experts_stay_whole_unless_they_are_asked_for(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"target": "graph"}, "only a stock checkpoint can be trained"),
-        ({"learning": replace(LEARNING, rank=0)}, "masks are learned with LoRA"),
+        (
+            {"learning": replace(LEARNING, rank=0), "families": ("hidden",), "tolerance": 0.9},
+            "cannot be trained where hidden is cut",
+        ),
         ({"learning": replace(LEARNING, precision="fp16")}, "fp16 scales gradients"),
         ({"plan": "nowhere.json"}, "nowhere.json"),
         ({"data": "nowhere.txt"}, "nowhere.txt"),

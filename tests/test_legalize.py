@@ -109,11 +109,37 @@ def test_every_candidate_is_legal_and_its_sparsity_true(small, sparsity):
     assert distances[0] == pytest.approx(brute)
 
 
+@pytest.mark.parametrize("sparsity", [0.35, 0.5])
+def test_no_combination_is_left_out_because_a_list_is_short(small, sparsity):
+    """Each of the other families' combinations stands once, with the ffn nearest to the budget."""
+    _, cost, target = small
+    found = legalize.find_candidates(cost, target, ["kv_groups", "q_heads", "ffn"], sparsity)
+    chosen = legalize.choose_candidates(found, sparsity, 0.1, "ffn", 100)
+    pairs = [(c.widths["kv_groups"], c.widths["q_heads"]) for c in chosen]
+    assert len(set(pairs)) == len(pairs)
+    assert set(pairs) == {
+        (c.widths["kv_groups"], c.widths["q_heads"]) for c in found if abs(c.sparsity - sparsity) <= 0.1
+    }
+    for c in chosen:
+        widths = [{**c.widths, "ffn": ffn} for ffn in target.ladders["ffn"]]
+        assert abs(c.sparsity - sparsity) == pytest.approx(min(abs(cost.sparsity(w) - sparsity) for w in widths))
+
+
+def test_few_candidates_are_far_from_each_other():
+    """The most even one and the ends: not the neighbours of the most even one."""
+    line = [legalize.Candidate({"heads": heads, "ffn": 100 - 9 * heads}, 0.5, abs(heads - 5)) for heads in range(1, 11)]
+    assert [c.widths["heads"] for c in legalize.spread(line, 3)] == [5, 10, 1]
+    assert legalize.spread(line, 10) == line
+    chosen = legalize.choose_candidates(line, 0.5, 0.1, "ffn", 3)
+    assert [c.widths["heads"] for c in chosen] == [5, 1, 10]
+    assert len(legalize.choose_candidates(line, 0.5, 0.1, "ffn")) == 10
+
+
 def test_an_impossible_budget_names_the_nearest(small):
     _, cost, target = small
     found = legalize.find_candidates(cost, target, ["ffn"], 0.97)
     with pytest.raises(MptkError, match=r"nearest: 0\.\d+ with ffn=32"):
-        legalize.choose_candidates(found, 0.97, 0.01, 4)
+        legalize.choose_candidates(found, 0.97, 0.01, "ffn", 4)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +149,7 @@ def test_widths_for_a_quantised_graph_are_multiples_of_its_blocks(small, asked, 
     """Whatever is asked for: of the ffn, whose 160 channels are five blocks of 32."""
     analysis, cost, _ = small
     settings = Settings(multiple=asked, quantize=quantize, method="random", families=("ffn",), tolerance=0.2)
-    method, target, model = find_method("random"), find_target("stock"), llama()
+    method, target, model = find_method("maskprune"), find_target("stock"), llama()  # it gets all that are near
     legal = target.legal(analysis, model, multiples(settings))
     search = WidthSearch(analysis, legal, cost, model, method, target, settings)
     widths = [c.widths["ffn"] for c in search.candidates()]

@@ -19,9 +19,10 @@ from mptk.errors import MptkError
 from mptk.ir.plan import FamilyPlan
 from mptk.page.charts import kept_shares, trace_charts
 from mptk.page.compare import front, grouped
-from mptk.page.render import report_page
+from mptk.page.render import report_page, shapes_page
 from mptk.page.runs import model_name, read_runs, short_names, whole
 from mptk.run.settings import Learning
+from mptk.run.shapes import WORST, Rung, Shape, Shapes
 from tests.page_runs import HOSTILE, WORDS, made
 from tests.test_pruning import save
 
@@ -277,3 +278,29 @@ def test_analyze_draws_what_is_cut_together(folders, tmp_path: Path) -> None:
     assert "which modules of model.layers.0 are cut together" in [v for n, v in page.attributes if n == "aria-label"]
     assert "self_attn.o_proj.weight 36 × 48 0: hidden; 1: kv_groups, q_heads, v_dim" in page.text
     assert "feed-forward channels" in page.text
+
+
+def test_a_page_about_shapes_has_a_row_a_shape_and_no_markup_of_others() -> None:
+    widths = {"ffn": 24, HOSTILE: 2}
+    first = Shape(widths, 0.3, 7e6, 12.5, 6.0, 5.0, (Rung(64, 4.5), Rung(192, 4.25)))
+    second = replace(first, latency_ms=11.0, reconstructed=4.8, rungs=(Rung(64, 4.75),))
+    lost = replace(first, latency_ms=14.0, masked=WORST, reconstructed=WORST, rungs=())
+    dense = Shape({"ffn": 40, HOSTILE: 3}, 0.0, 9e6, 20.0, 3.0)
+    page = Parsed(shapes_page(Shapes(HOSTILE, HOSTILE, dense, (first, second, lost), command=HOSTILE)))
+    assert not page.tags & {"script", "img"}
+    assert f"shape ffn {HOSTILE} removed parameters ms masked reconstructed 64 tokens 192 tokens" in page.text
+    assert "dense 40 3 0.0% 9.0 M 20.00 20.09" in page.text
+    assert "1 ★ 24 2 30.0% 7.0 M 12.50 403.43 148.41 90.02 70.11" in page.text
+    assert "2 ★ 24 2 30.0% 7.0 M 11.00 403.43 121.51 115.58" in page.text
+    assert "3 24 2 30.0% 7.0 M 14.00 not finite not finite" in page.text
+    drawn = [value for name, value in page.attributes if name == "aria-label"]
+    assert drawn == [
+        "perplexity over predicted milliseconds of 3 shapes",
+        "perplexity of the shapes that were trained, over tokens",
+    ]
+    bare = Shapes("m", "p", replace(dense, latency_ms=None), (replace(first, latency_ms=None, rungs=()),), False)
+    page = Parsed(shapes_page(bare))
+    assert [value for name, value in page.attributes if name == "aria-label"] == [
+        "loss over parameters (millions) of 1 shapes"
+    ]
+    assert "6.00 5.00" in page.text

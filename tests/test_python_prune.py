@@ -7,6 +7,7 @@ import gc
 import inspect
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,14 +48,25 @@ def test_a_model_in_memory_stays_as_it_is() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("rank", [2, 0])
-def test_masks_are_learned_and_a_small_model_trained_from_one_in_memory(rank: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "given", "used"),
+    [
+        ("ffn", {}, {"rank": 0, "lr": 3e-4}),
+        ("ffn", {"rank": 2, "lr": 0.01}, {"rank": 2, "lr": 0.01}),
+        ("hidden", {"method": "magnitude", "sparsity": 0.25}, {"rank": 16, "lr": 1e-3}),
+    ],
+)
+def test_masks_are_learned_and_a_small_model_trained_from_one_in_memory(
+    family: str, given: dict[str, Any], used: dict[str, Any]
+) -> None:
+    """All weights by default, and adapters where norms follow the cut."""
     model = toys.llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    learning = {"steps": 4, "rank": rank, "batch": 2, "micro": 2, "method": "maskprune" if rank else "magnitude"}
-    found = mptk.prune(model, data=torch.randint(3, 300, (8, 24)), families="ffn", **learning, **SMALL)
+    learning = {"steps": 4, "batch": 2, "micro": 2, "method": "maskprune", **given}
+    found = mptk.prune(model, data=torch.randint(3, 300, (8, 24)), families=family, **SMALL | learning)
     assert found is not None
     assert found.report.trained
+    assert found.report.recovery.items() >= used.items()
     assert "trained model" in {row["stage"] for row in found.report.proof}
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 

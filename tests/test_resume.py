@@ -36,7 +36,7 @@ TEXT, SCORE, WIDTHS = (
 )
 FIT, CUT, WRITE = (
     "mptk.driver.prune.reconstruct_consumers",
-    "mptk.driver.prune.cut_program",
+    "mptk.driver.compiling.cut_program",
     "mptk.targets.stock.write_checkpoint",
 )
 SAVE = "mptk.run.folder.save_file"

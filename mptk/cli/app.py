@@ -21,7 +21,7 @@ import typer
 from rich.console import RenderableType
 
 from mptk.cli.console import echo, out
-from mptk.cli.failure import Interrupted, Terminated, ended
+from mptk.cli.failure import STOPPED, Interrupted, Terminated, ended
 from mptk.cli.idle import TYPED
 from mptk.cli.voice import VOICE
 from mptk.errors import explained
@@ -54,7 +54,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a name or a sign that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     try:
-        with explained(), _terminable():
+        with explained(), _stoppable():
             code = app(standalone_mode=False, prog_name="mptk")
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the net: what no other place has translated
         code = ended(error)
@@ -71,17 +71,23 @@ def _deaf() -> None:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Within it SIGTERM raises Terminated, so that a command cleans up after itself."""
+def _stoppable() -> Iterator[None]:
+    """Within it Ctrl-C raises KeyboardInterrupt and SIGTERM Terminated, so that a command cleans up after itself.
+
+    A signal that the process was started to ignore stays ignored.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+        raise STOPPED.note(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
 
-    before = signal.signal(signal.SIGTERM, stop)
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        STOPPED.by = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def command(name: str | None = None, *, examples: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Any]:
@@ -95,8 +101,11 @@ def command(name: str | None = None, *, examples: tuple[str, ...] = ()) -> Calla
             try:
                 tidy_for(values.values())
                 function(**values)
-            except KeyboardInterrupt as stop:  # typer would end without a word
-                raise Interrupted(stop) from stop
+            except (KeyboardInterrupt, Exception) as error:
+                stop = STOPPED.behind(error)
+                if stop is None:
+                    raise
+                raise Interrupted(stop) from error  # at a KeyboardInterrupt typer would end without a word
 
         own = inspect.signature(function, eval_str=True)
         more = [
@@ -143,8 +152,11 @@ def resumable(folder: Path) -> Iterator[None]:
     began = time.time()
     try:
         yield
-    except KeyboardInterrupt as stop:
-        raise type(stop)(_kept(folder, began)) from stop
+    except (KeyboardInterrupt, Exception) as error:
+        stop = STOPPED.behind(error)
+        if stop is None:
+            raise
+        raise type(stop)(_kept(folder, began)) from error
 
 
 def _kept(folder: Path, began: float) -> str:

@@ -14,7 +14,7 @@ import typer
 
 from mptk.cost.budgets import BUDGETS
 from mptk.errors import did_you_mean
-from mptk.run.settings import COMPUTE_DTYPES, DTYPES, ONNX_DTYPES
+from mptk.run.settings import COMPUTE_DTYPES, DTYPES, LAYERS, ONNX_DTYPES
 
 METHODS = ("maskprune", "random", "magnitude", "wanda", "flap", "taylor", "influence", "greedy")
 TARGETS = ("stock", "graph")
@@ -91,6 +91,7 @@ def _option(
 BUDGET = one_of(tuple(BUDGETS))
 OBJECTIVE = one_of(OBJECTIVES)
 METHOD = one_of(METHODS, "mptk.methods", "mptk.criteria")
+LAYER_WIDTHS = one_of(LAYERS)
 TARGET = one_of(TARGETS, "mptk.targets")
 TEACHER = one_of(TEACHERS)
 PRECISION = one_of(PRECISIONS)

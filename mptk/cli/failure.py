@@ -17,7 +17,7 @@ from mptk.errors import MptkError
 from mptk.plain import plain
 from mptk.version import __version__
 
-FAILED, USAGE, BUG, STOPPED, TERMINATED = 1, 2, 70, 130, 143
+FAILED, USAGE, BUG, INTERRUPTED, TERMINATED = 1, 2, 70, 130, 143
 """Exit codes: an error that the user can mend, a wrong option, an error of mptk's own, Ctrl-C, SIGTERM."""
 KEPT = 20
 """Logs of mptk's own errors that are kept."""
@@ -29,13 +29,32 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does."""
 
 
+class _Stopped:
+    """The signal that asked this process to stop. A library may turn the exception it raised into one of its own."""
+
+    def __init__(self) -> None:
+        self.by: KeyboardInterrupt | None = None
+
+    def note(self, stop: KeyboardInterrupt) -> KeyboardInterrupt:
+        """Keep ``stop``, which is about to be raised, and return it."""
+        self.by = stop
+        return stop
+
+    def behind(self, error: BaseException) -> KeyboardInterrupt | None:
+        """What stopped the command that ended with ``error``; None if nothing did."""
+        return error if isinstance(error, KeyboardInterrupt) else self.by
+
+
+STOPPED = _Stopped()
+
+
 class Interrupted(Exception):
     """Ctrl-C, or SIGTERM. The text says what is kept."""
 
     def __init__(self, stop: KeyboardInterrupt) -> None:
         super().__init__(str(stop) or "nothing was published")
         by_ctrl_c = not isinstance(stop, Terminated)
-        self.word, self.code = ("interrupted", STOPPED) if by_ctrl_c else ("terminated", TERMINATED)
+        self.word, self.code = ("interrupted", INTERRUPTED) if by_ctrl_c else ("terminated", TERMINATED)
 
 
 def ended(error: BaseException) -> int:

@@ -20,7 +20,11 @@ TRAINING = (
     *("gradient_checkpointing", "tracker", "save_every"),
 )
 ONNX = ("logits", "quantize", "onnx_dtype")
-CHOOSING = ("sparsity", "families", "keep", "width", "method", "budget", "max_decode_ms", "max_prefill_ms", "rehome")
+CHOOSING = (
+    *("sparsity", "families", "keep", "width", "layers", "method", "budget", "max_decode_ms", "max_prefill_ms"),
+    "rehome",
+)
+SEARCHING = ("search_shapes", "search_finalists", "search_tokens")
 SAMPLING = ("top_k", "top_p", "seed")
 
 
@@ -33,20 +37,17 @@ def refuse(names: Iterable[str], why: str, remedy: str) -> None:
 
 def check_prune(settings: Settings, learns: bool, estimate: bool) -> None:
     """Check the options of ``prune``. ``settings`` are settled; ``learns``: the method learns in steps."""
-    latency = TYPED.get() & {"max_decode_ms", "max_prefill_ms"}
     if settings.plan is not None:
         refuse((*CHOOSING, "reconstruct", "distil_epochs"), "--plan says which units stay", "leave out one of both")
         if not settings.steps:
             refuse(("resume",), "a run that neither chooses nor trains keeps no stages", "leave it out")
-    if latency:
-        refuse(("sparsity", "budget"), "a latency is the budget", "leave out one of both")
-        refuse(("objective",), "the option of the latency names the phase", "leave it out")
-    if settings.budget != LATENCY:
-        refuse(("threads",), "they are those of a predicted latency", "give --max-decode-ms, or leave it out")
-        if not settings.onnx:
-            refuse(("objective",), "neither a latency is predicted nor a graph written", "leave it out")
+    _check_budget(settings)
     if not learns:
         refuse(("mask_share",), "this method learns no masks", "give --method maskprune, or leave it out")
+    if not settings.search:
+        refuse(SEARCHING, "no shapes are searched", "give --search, or leave it out")
+    elif not settings.search_tokens:
+        refuse(("search_finalists",), "the search trains nothing", "give --search-tokens, or leave it out")
     if not settings.distil_epochs:
         refuse(("distil_lr",), "no block is distilled", "give --distil-epochs, as 3, or leave it out")
     _check_training(settings)
@@ -57,6 +58,17 @@ def check_prune(settings: Settings, learns: bool, estimate: bool) -> None:
         refuse(("resume",), "--estimate runs nothing", "leave out one of both")
 
 
+def check_shapes(settings: Settings, writes: bool) -> None:
+    """Check the options of ``shapes``. ``writes``: it has a folder."""
+    _check_budget(settings)
+    if not settings.search_tokens:
+        refuse((*TRAINING, "finalists"), "nothing is trained", "give --tokens, or leave it out")
+    if settings.target != "stock":
+        refuse(("rehome",), f"the target {settings.target} needs no class", "leave it out")
+    if not writes:
+        refuse(("resume",), "without --out no results are kept", "give --out, or leave it out")
+
+
 def check_recover(settings: Settings) -> None:
     """Check the options of ``recover``."""
     if not settings.steps:
@@ -64,8 +76,18 @@ def check_recover(settings: Settings) -> None:
     _check_onnx(settings)
 
 
+def _check_budget(settings: Settings) -> None:
+    if TYPED.get() & {"max_decode_ms", "max_prefill_ms"}:
+        refuse(("sparsity", "budget"), "a latency is the budget", "leave out one of both")
+        refuse(("objective",), "the option of the latency names the phase", "leave it out")
+    if settings.budget != LATENCY:
+        refuse(("threads",), "they are those of a predicted latency", "give --max-decode-ms, or leave it out")
+        if not settings.onnx:
+            refuse(("objective",), "neither a latency is predicted nor a graph written", "leave it out")
+
+
 def _check_training(settings: Settings) -> None:
-    if not settings.steps:
+    if not settings.trains:
         refuse(TRAINING, "nothing is trained", "give --steps, or leave it out")
 
 

@@ -128,6 +128,9 @@ FIELDS: dict[str, Field] = {
         "Fix a family's width, as ffn=1024. May be repeated.",
         lambda texts: dict(map(parse_width, texts or [])),
     ),
+    "layers": Field(
+        "layers", str, CUT, "uniform: all layers get the same widths; free: each its own.", choices=choices.LAYER_WIDTHS
+    ),
     "plan": Field("plan", Path | None, CUT, "Cut to this plan.json instead of choosing.", text_of),
     "portable": Field(
         "portable", bool, CUT, "Cut only what every program reads rightly, not transformers alone.", switch=True
@@ -146,6 +149,12 @@ FIELDS: dict[str, Field] = {
         "After reconstruction, train block by block to the dense blocks' outputs: so many epochs, as 3.",
     ),
     "distil_lr": Field("distil_lr", float, CHOICE, "Learning rate of that."),
+    "search": Field(
+        "search", bool, CHOICE, "First rank ways to divide the budget, as `mptk shapes`; cut to the best.", switch=True
+    ),
+    "search_shapes": Field("search_shapes", int, CHOICE, "Most shapes that the search measures without training."),
+    "search_finalists": Field("search_finalists", int, CHOICE, "How many of them it trains."),
+    "search_tokens": Field("search_tokens", int, CHOICE, "Tokens of text that it trains on in all; 0: none."),
     "data": Field(
         "data",
         str,
@@ -159,8 +168,15 @@ FIELDS: dict[str, Field] = {
     "mask_share": Field("learning.mask_share", float, TRAIN, "Share of the steps that learn masks."),
     "batch": Field("learning.training.batch", int, TRAIN, "Windows in a step, over all processes."),
     "micro": Field("learning.training.micro", int, TRAIN, "Windows in one forward pass of one process."),
-    "lr": Field("learning.training.lr", float, TRAIN, "Peak learning rate."),
-    "rank": Field("learning.rank", int, TRAIN, "Rank of LoRA; 0 trains all weights after the cut."),
+    "lr": Field(
+        "learning.training.lr", float | None, TRAIN, "Peak learning rate; 0.0003 for all weights, 0.001 for LoRA."
+    ),
+    "rank": Field(
+        "learning.rank",
+        int | None,
+        TRAIN,
+        "Rank of LoRA; without it, or if it is 0, all weights are trained after the cut.",
+    ),
     "lm": Field("learning.training.losses.lm", float, TRAIN, "Weight of the language-model loss."),
     "kl": Field(
         "learning.training.losses.kl",

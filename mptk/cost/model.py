@@ -163,4 +163,4 @@ def block_weights(analysis: Analysis) -> frozenset[str]:
 
 def is_layered(family: Family) -> bool:
     """Whether a family has a group for each layer, and not one group over all layers (as the residual width)."""
-    return len(family.groups) > 1
+    return len(family.groups) > 1 or bool(family.part_of)

@@ -18,7 +18,7 @@ from mptk.progress import Progress
 from mptk.run.bounds import BOUNDS
 from mptk.run.chain import Method, Target
 from mptk.run.processes import processes
-from mptk.run.settings import Settings
+from mptk.run.settings import FREE, Settings
 from passes.targets import legalize
 from passes.targets.legalize import Candidate, LegalWidths
 from passes.targets.onnx.quantize import BLOCKS
@@ -126,15 +126,21 @@ class WidthSearch:
         legal = fixed(legal, s.widths)
         if s.budget == LATENCY:
             legal = legalize.unbeaten(self.cost, legal, names)
-        candidates = legalize.find_candidates(self.cost, legal, [*dict.fromkeys([*names, *s.widths])], s.sparsity)
+        families = list(dict.fromkeys([*names, *s.widths]))
+        candidates = legalize.find_candidates(self.cost, legal, families, s.sparsity)
         if set(names) <= set(s.widths):
+            if s.search:
+                raise MptkError("--width gives every family, and --search has nothing to choose; leave out one of both")
             if not candidates:
                 raise MptkError(f"the stock class refuses these widths together: {legal.accepts(s.widths)}")
             return candidates[:1]
         if s.max_ms is not None:
             self._check_reached(candidates)
-        splits = len(candidates) if self.method.splits is None else self.method.splits
-        return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, splits)
+        if s.layers == FREE and not any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):
+            return candidates[:1]  # equal layers are where the division starts
+        splits = s.search_shapes if s.search else self.method.splits
+        finest = legalize.finest_family(legal, families)
+        return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, finest, splits)
 
     def _check(self, legal: LegalWidths, names: Sequence[str]) -> None:
         """Raise MptkError unless each of the families ``names`` can be cut, by this method and for this target."""
@@ -170,11 +176,13 @@ class WidthSearch:
     def _default_families(self, legal: LegalWidths) -> list[str]:
         """What is cut if nothing else is said: what repeats over layers, and the method can choose among.
 
-        A method that judges no channels removes blocks.
+        A method that judges no channels removes blocks. A search may remove both, if no block is to be distilled.
         """
         names = legalize.default_families(self.analysis, legal)
         depths = [f.name for f in self.analysis.depths if names and len(legal.ladders.get(f.name, ())) > 1]
-        return self._judged(names) or self._judged(depths)
+        channels, blocks = self._judged(names), self._judged(depths)
+        both = self.settings.search and not self.settings.distil_epochs
+        return [*channels, *blocks] if both else channels or blocks
 
     def _judged(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if self.method.refusal(self.analysis, name) is None]

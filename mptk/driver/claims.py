@@ -127,6 +127,7 @@ def costs(cost: CostModel, plan: Plan, dense: torch.dtype) -> dict[str, dict[str
 
 def widths(analysis: Analysis, plan: Plan) -> dict[str, dict[str, int]]:
     """Family → its dense width, its width after the cut, and its layers. A depth is named if it is cut."""
+    analysis = analysis.divided(plan.divided)
     depths = [f for f in analysis.depths if f.name in plan.families]
     return {
         f.name: {"of": f.size, "width": plan.widths.get(f.name, f.size), "layers": len(f.groups)}

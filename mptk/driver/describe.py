@@ -70,6 +70,7 @@ def describe(
         },
         data=used_data(sets, prepared.settings),
         recovery=compiled.recovery,
+        search={} if prepared.shapes is None else prepared.shapes.to_json(),
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     )
 

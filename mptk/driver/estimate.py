@@ -21,6 +21,7 @@ from mptk.methods.one_shot import TOKENS
 from mptk.run.chain import reconstructs
 from mptk.run.execution import device_memory, find_device
 from mptk.run.processes import blocks
+from mptk.run.rungs import judged, searched
 from mptk.run.settings import Settings
 from mptk.run.values import PROOF_SHAPE
 from passes.analysis.borders import MARGIN, config_borders
@@ -83,17 +84,22 @@ def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.
     chooses = s.plan is None
     passes: dict[str, Pass] = {}
     if s.data == "self":  # the model reads its weights for every token of 32 windows
-        count = max(s.samples, s.steps * training.batch) * (1 + (s.eval_data is None))
+        count = max(s.samples, s.steps * training.batch, searched(s)) * (1 + (s.eval_data is None))
         passes["calibration data"] = Pass(2 * count * s.length, s.length, reads=s.length * -(-count // 32))
     if chooses and method.learns:
         passes["score"] = Pass(3 * calibration, s.length, reads=2)
     elif chooses:
         tokens = SCORES.get(s.method, 1) * calibration
         passes[f"score ({s.method})"] = Pass(tokens, s.length, reads=2 if tokens > calibration else 1)
-        passes["choose widths"] = Pass((method.splits or 1) * TOKENS, s.length)
+        passes["choose widths"] = Pass((1 if s.search else method.splits or 1) * TOKENS, s.length)
     if s.steps:
         passes["train"] = Pass(4 * s.steps * training.batch * s.length, s.length, reads=0)
     kept = 1 - s.sparsity * sizes.blocks / sizes.parameters if chooses else kept
+    if s.search:
+        measured = s.search_shapes * 2 * kept * judged(s.samples) * s.length
+        fits = s.search_shapes * sizes.fit * reconstructs(s, method)
+        passes["shapes"] = Pass(calibration + measured, s.length, flops=fits)
+        passes["train shapes"] = Pass(4 * s.search_tokens, s.length, reads=0)
     if reconstructs(s, method):
         passes["reconstruct"] = Pass(calibration, s.length, flops=sizes.fit)
     if s.distil_epochs:  # the dense model once, the small one forward, and forward and back in each epoch
@@ -109,7 +115,7 @@ def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.
         length=s.length,
         onnx=tuple(ONNX_BYTES[scheme] for scheme in ("", *s.quantize)) if s.onnx else (),
         gradients=chooses and s.method == "taylor",
-        training=_training(s, sizes) if s.steps else None,
+        training=_training(s, sizes) if s.trains else None,
     )
 
 
@@ -158,7 +164,7 @@ REMEDIES = {
     "libraries": "close other programs",
     "weights": "training holds all of them; give a one-shot --method, as wanda, and no --steps",
     "cut model": "training holds it beside the dense one; give a one-shot --method, as wanda, and no --steps",
-    "training": "give a smaller --micro, a shorter --length or --gradient-checkpointing",
+    "training": "give --rank 16, a smaller --micro, a shorter --length or --gradient-checkpointing",
     "values between stages": "give a smaller --memory, so that they go to files",
     "largest stage": "use a machine with more memory",
     "activations": "give a shorter --length, or use a machine with more memory",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
 import passes.frontend.trace
+from mptk.cost.budgets import LATENCY
 from mptk.cost.estimate import Estimate
-from mptk.cost.model import is_layered
+from mptk.cost.model import CostModel
 from mptk.driver.alive import check_alive
 from mptk.driver.budget import WidthSearch, budgeted, multiples
 from mptk.driver.estimate import check_fits, estimated_for
@@ -20,7 +20,7 @@ from mptk.io.models import Loaded
 from mptk.io.publish import check_apart
 from mptk.io.resident import free_memory
 from mptk.io.text.sampled import writes
-from mptk.ir.families import Analysis, Family
+from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
@@ -29,10 +29,11 @@ from mptk.methods import find_method
 from mptk.methods.distil import NO_BLOCK
 from mptk.methods.reconstruct import consumers
 from mptk.progress import Progress
-from mptk.run.chain import Prepared, Task, stored_type
+from mptk.run.chain import Method, Prepared, Target, Task, stored_type
 from mptk.run.execution import execution
-from mptk.run.processes import once
-from mptk.run.settings import DEFAULT_STEPS, Settings
+from mptk.run.processes import once, processes
+from mptk.run.rungs import rungs
+from mptk.run.settings import DEFAULT_STEPS, FREE, Settings
 from mptk.run.values import Context
 from mptk.runtime.staged import Executor
 from mptk.targets import find_target
@@ -64,11 +65,30 @@ def check_settings(settings: Settings) -> None:
     target = find_target(settings.target)
     if settings.plan is None:
         method.check(settings)
+        if settings.layers == FREE:
+            check_divides(settings, method, target)
     else:
         Plan.load(settings.plan)
-    if settings.steps and not target.trainable:
-        raise MptkError("only a stock checkpoint can be trained after the cut; use --target stock, or no --steps")
+    if settings.trains and not target.trainable:
+        without = "--steps" if settings.steps else "tokens for the search (--search-tokens 0)"
+        raise MptkError(f"only a stock checkpoint can be trained after the cut; use --target stock, or no {without}")
+    if settings.search:
+        rungs(settings, settings.search_finalists)
+        if processes().num_processes > 1:
+            raise MptkError("one process searches; run `mptk shapes` in one, and give prune the --width that it prints")
     check_schemes(settings.quantize)
+
+
+def check_divides(settings: Settings, method: Method, target: Target) -> None:
+    """Raise MptkError if layers cannot have widths of their own."""
+    if not target.ragged:
+        raise MptkError(f"--layers free: a {target.name} checkpoint has one width for all layers; use --target graph")
+    if not method.divides:
+        raise MptkError(f"--layers free: {method.name} gives all layers one width; use a one-shot --method, as wanda")
+    if settings.search:
+        raise MptkError("--layers free divides the budget by itself; leave out --search")
+    if settings.budget == LATENCY:
+        raise MptkError("--layers free divides parameters, FLOPs or bytes over the layers; use another --budget")
 
 
 def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
@@ -94,22 +114,14 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     with context.stage("legalise"):
         prepared = legalise(job.source, settings, loaded, task, analysis, context.progress)
     prepared = replace(prepared, executor=executor)
-    families = [analysis.family(name) for name in prepared.families]
-    if settings.distil_epochs:
-        check_distils(prepared, families)
-    whole = [family.name for family in families if not is_layered(family) and family.stack is None]
-    if settings.steps and not settings.learning.rank and whole:
-        raise MptkError(f"all weights cannot be trained where {whole[0]} is cut, as norms follow it; use --rank 16")
-    return prepared
-
-
-def check_distils(prepared: Prepared, families: Sequence[Family]) -> None:
-    """Raise MptkError if no block can be distilled, or whole ones may go: each learns on what those before it give."""
-    stacks = [family.name for family in families if family.stack is not None]
-    if stacks:
-        raise MptkError(f"no block is distilled where whole blocks go ({stacks[0]}); leave out --distil-epochs")
-    if not consumers(prepared.mask_sites):
+    if settings.distil_epochs and not consumers(prepared.mask_sites):
         raise MptkError(NO_BLOCK)
+    across = prepared.across_layers
+    if settings.trains and settings.learning.rank == 0 and across:
+        raise MptkError(
+            f"all weights cannot be trained where {across[0]} is cut, as norms follow it; leave out --rank 0"
+        )
+    return prepared
 
 
 def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> None:
@@ -130,10 +142,10 @@ def check_whole(loaded: Loaded, settings: Settings) -> None:
     """Raise MptkError if the run needs all weights in memory at once and they do not fit."""
     needed = 4 * sum(p.numel() for p in loaded.model.parameters())
     room = free_memory() if settings.memory is None else settings.memory
-    if (settings.steps or settings.data == data.SELF) and needed > room:
+    if (settings.trains or settings.data == data.SELF) and needed > room:
         what, remedy = (
-            ("training holds", "give a one-shot --method without --steps")
-            if settings.steps
+            ("training holds", "give a one-shot --method without --steps, and a search no tokens")
+            if settings.trains
             else ("text that the model writes needs", "give text with --data")
         )
         raise MptkError(
@@ -177,6 +189,29 @@ def legalise(
     prepared = Prepared(source, settings, loaded, task, method, target, analysis, legal, cost)
     if settings.plan is not None:
         plan = Plan.load(settings.plan)
-        return replace(prepared, plan=plan, cut=resolve_plan(analysis, plan))
+        analysis = analysis.divided(plan.divided)
+        return replace(prepared, analysis=analysis, plan=plan, cut=resolve_plan(analysis, plan))
     search = WidthSearch(analysis, legal, cost, loaded.model, method, target, settings)
-    return replace(prepared, candidates=tuple(once(search.candidates)))
+    prepared = replace(prepared, candidates=tuple(once(search.candidates)))
+    return by_layer(prepared) if settings.layers == FREE else prepared
+
+
+def by_layer(prepared: Prepared) -> Prepared:
+    """The same with each layer of the families that are cut as a family of its own, equal in each candidate."""
+    s, whole = prepared.settings, prepared.analysis
+    analysis = whole.divided(prepared.families)
+    parts = {name: [part.name for part in whole.family(name).parts] or [name] for name in prepared.families}
+    legal = prepared.target.legal(analysis, prepared.loaded.model, multiples(s))
+    ladders = {**legal.ladders, **{part: (s.widths[name],) for name in s.widths for part in parts[name]}}
+    candidates = [
+        replace(c, widths={part: width for name, width in c.widths.items() for part in parts[name]})
+        for c in prepared.candidates
+    ]
+    cost = CostModel(analysis, s.budget, itemsize=stored_type(s, prepared.loaded).itemsize)
+    return replace(
+        prepared,
+        analysis=analysis,
+        legal=replace(legal, ladders=ladders),
+        cost=cost,
+        candidates=tuple(candidates),
+    )

@@ -11,28 +11,27 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from mptk.compat.accelerate import own_state
 from mptk.compat.torch import sources_forgotten
 from mptk.driver.budget import left_whole
 from mptk.driver.card import write_card
 from mptk.driver.changes import COMPENSATION, widened
+from mptk.driver.compiling import changed, compile_plan, cut_to
+from mptk.driver.dense_outputs import with_outputs
 from mptk.driver.describe import describe, measured
 from mptk.driver.job import Finished, Given, Job, held
 from mptk.driver.kept import kept_choice, kept_fit
 from mptk.driver.prepare import announce, check_settings, prepare, settled
 from mptk.driver.proof import check_proof, check_witness, prove_folder
+from mptk.driver.shape_search import search_shapes, winner
 from mptk.errors import explained
 from mptk.io import data
 from mptk.io.licence import copy_notices
 from mptk.io.publish import publish
 from mptk.io.tensors import write_weights
-from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
-from mptk.ir.resolved_plan import renumbering
-from mptk.ir.samples import Samples, joined
+from mptk.ir.resolved_plan import removed_blocks, renumbering
+from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.methods.distil import Schedule, distil_blocks
 from mptk.methods.maskprune.learner import Learner, start_training
@@ -44,12 +43,11 @@ from mptk.run.processes import describe as describe_processes
 from mptk.run.processes import holds, leads, processes
 from mptk.run.recipe import write_recipe
 from mptk.run.report import Report, Row
+from mptk.run.rungs import judged, searched
 from mptk.run.settings import IN_MEMORY, Settings
 from mptk.run.values import Context, SampleSets
 from mptk.targets import written
-from passes.pipelines import cut_program
 from passes.transforms.insert_masks import MaskSite
-from passes.transforms.store import Store
 from passes.verify import Difference
 
 ELSEWHERE = ("resume", "proof_length", "memory", "device", "max_shard_size")
@@ -59,8 +57,6 @@ SAMPLES = "samples"
 """Name of the samples in the folder of an unfinished run."""
 SHARE = 8
 """At most one sample for each so many that are trained on is held out."""
-COMPARED = 2048
-"""Positions of a batch of which the dense model's outputs are kept."""
 
 REMEDY = "nothing was published. Please report this model"
 
@@ -99,6 +95,8 @@ def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
     """The stages that follow when widths are known: samples, choice, cut, training, proof, report."""
     settings = prepared.settings
     sets = compared(prepared, read_samples(job, prepared, context), context)
+    if settings.search:
+        prepared = winner(prepared, search_shapes(prepared, sets, context))
     if context.folder is not None and settings.steps:
         context = replace(context, accelerator=start_training(settings.learning, context.folder))
     chosen = choose(job, prepared, sets, context)
@@ -174,13 +172,14 @@ def read_samples(job: Job, prepared: Prepared, context: Context) -> SampleSets:
 def wanted(settings: Settings, used: int | None = None) -> int:
     """How many samples a run takes at most. ``used``: to calibrate and to train on; None: as many as there are."""
     if used is None:
-        used = max(settings.samples, settings.steps * settings.learning.training.batch)
+        used = max(settings.samples, settings.steps * settings.learning.training.batch, searched(settings))
     return used + watched(settings, used)
 
 
 def watched(settings: Settings, samples: int) -> int:
-    """How many samples are held out of training beside so many: at most a batch, none if nothing is trained."""
-    return min(settings.learning.training.batch, max(1, samples // SHARE)) if settings.steps else 0
+    """How many samples are held out beside so many: at most a batch if something is trained, more for a search."""
+    count = min(settings.learning.training.batch, max(1, samples // SHARE)) if settings.steps else 0
+    return max(count, judged(samples)) if settings.search else count
 
 
 def apart(samples: Samples, settings: Settings) -> tuple[Samples, Samples | None]:
@@ -194,11 +193,8 @@ def compared(prepared: Prepared, sets: SampleSets, context: Context) -> SampleSe
     """The sets with the dense model's outputs as targets, if the task's loss compares outputs with these."""
     if not prepared.task.compares or prepared.plan is not None:
         return sets
-    batches, program = sets.calibration.batches(COMPARED), prepared.analysis.program
     with context.stage("dense outputs"):
-        found = prepared.executor.outputs([program], [batch.tensors for batch in batches])
-        targets = torch.cat([(output if isinstance(output, Tensor) else joined(output)).cpu() for output in found])
-    return replace(sets, calibration=replace(sets.calibration, targets=targets))
+        return replace(sets, calibration=with_outputs(prepared, sets.calibration))
 
 
 def choose(job: Job, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
@@ -240,11 +236,13 @@ def distilled(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Con
     s = prepared.settings
     if not s.distil_epochs or not holds():
         return chosen
+    blocks_go = removed_blocks(prepared.analysis, chosen.cut)
+    sites = prepared.mask_sites if blocks_go else sites_of(prepared, chosen)  # all that stays makes up for blocks
     with context.stage("distil"):
         found = distil_blocks(
             prepared.analysis,
             chosen.cut,
-            consumers(sites_of(prepared, chosen)),
+            consumers(sites),
             chosen.changes,
             sets.calibration,
             Schedule(s.distil_epochs, s.distil_lr, s.seed),
@@ -259,40 +257,22 @@ def distilled(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Con
 # ---- cutting, training, writing ----
 
 
-def changed(prepared: Prepared, chosen: Chosen) -> Analysis:
-    """The analysis over the dense weights with the choice's changes."""
-    return replace(prepared.analysis, program=prepared.analysis.program.with_state(chosen.changes))
-
-
-def stored_analysis(prepared: Prepared, chosen: Chosen) -> Analysis:
-    """The analysis over these weights, each rounded to the stored type."""
-    analysis = changed(prepared, chosen)
-    return replace(analysis, program=Store(prepared.dtype).run(analysis.program).program)
-
-
-def compile_plan(prepared: Prepared, chosen: Chosen, samples: Samples, context: Context) -> Compiled:
-    """Cut the program to the plan and find the form in which the target holds it."""
-    analysis = stored_analysis(prepared, chosen)
-    pruned = cut_program(analysis, chosen.cut, context.log, prepared.dtype)
-    compiled = Compiled(prepared, chosen, analysis, pruned.program, pruned.exact, pruned.epsilons)
-    return replace(compiled, written=prepared.target.fit(compiled, samples[:1]))
-
-
 def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[Compiled, list[Difference]]:
     """Train the small model with the remaining steps and adopt its weights. Also gives the witness's difference."""
     if context.folder is None or context.accelerator is None:
         return compiled, []
     prepared, chosen, form = compiled.prepared, compiled.chosen, compiled.written
     assert form is not None
-    s = prepared.settings.learning
+    s = prepared.recovery
     learner = Learner(
         context.accelerator, prepared.dense, prepared.task, sets.training, s, context.folder, context.progress
     )
     with context.stage("recover"):
         weights = compiled.program.state_dict() if learner.keeps else {}
-        small = form.stock.build(weights, shared=s.rank > 0)
+        small = form.stock.build(weights, shared=learner.rank > 0)
         steps, used = prepared.settings.steps - chosen.steps, chosen.steps * s.training.batch
-        found = learner.recover(small, steps, sets.proof, used, sets.held_out)
+        held_out = None if sets.held_out is None else sets.held_out[: s.training.batch]
+        found = learner.recover(small, steps, sets.proof, used, held_out)
     if found is None:
         return compiled, []
     aliases = prepared.analysis.program.aliases
@@ -301,17 +281,12 @@ def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[C
     known = {name: tensor for name, tensor in named.items() if name in prepared.analysis.weights}
     changes = Weights(chosen.changes).updated(widened(compiled.analysis, chosen.cut, Weights(known)))
     chosen = replace(chosen, changes=changes, trained=tuple(changes))
-    row: Row = {}
+    row: Row = {"rank": learner.rank, "lr": s.training.lr}
     if found.watch is not None:
-        row = found.watch.row(prepared.settings.data, s.training.save_every)
+        row = {**row, **found.watch.row(prepared.settings.data, s.training.save_every)}
         chosen = replace(chosen, notes=(*chosen.notes, found.watch.note()))
     difference = check_witness(changed(prepared, chosen), chosen.cut, found.witness, sets.proof, prepared.executor)
-    analysis = stored_analysis(prepared, chosen)
-    pruned = cut_program(analysis, chosen.cut, context.log, prepared.dtype)
-    after = replace(
-        compiled, chosen=chosen, analysis=analysis, program=pruned.program, exact=pruned.exact, recovery=row
-    )
-    return after, [difference]
+    return replace(cut_to(prepared, chosen, context), written=form, recovery=row), [difference]
 
 
 def written_folder(

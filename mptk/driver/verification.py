@@ -13,9 +13,9 @@ from mptk.compat.torch import sources_forgotten
 from mptk.cost.model import CostModel
 from mptk.driver.changes import changes_of
 from mptk.driver.claims import check_files, check_numbers, proof_samples, require_same
+from mptk.driver.compiling import compile_plan
 from mptk.driver.prepare import traced
 from mptk.driver.proof import check_proof, prove_folder
-from mptk.driver.prune import compile_plan
 from mptk.driver.sources import task_of_folder
 from mptk.errors import MptkError
 from mptk.io.dense import open_dense

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -118,6 +119,7 @@ class Family:
     ``name`` and ``description`` are inferred from structure and serve people only. ``minimum`` and ``multiple`` limit
     the widths that the graph's ops accept; targets narrow them further (``passes/targets/legalize.py``).
     ``stack``: the blocks that are its units, if it is a depth. It then has one group, without members.
+    ``part_of``: the family that it is one layer of; empty for a whole one.
     """
 
     name: str
@@ -126,6 +128,7 @@ class Family:
     minimum: int = 1
     multiple: int = 1
     stack: Stack | None = None
+    part_of: str = ""
 
     @property
     def size(self) -> int:
@@ -136,6 +139,16 @@ class Family:
     def scopes(self) -> int:
         """How many choices each layer makes: 1, or one for each KV group or expert."""
         return self.groups[0].scopes
+
+    @cached_property
+    def parts(self) -> tuple[Family, ...]:
+        """A family for each layer, ``ffn.0``, ``ffn.1``, …, whose widths may differ. None if there is one layer."""
+        if len(self.groups) < 2:
+            return ()
+        return tuple(
+            replace(self, name=f"{self.name}.{layer}", groups=(group,), part_of=self.name)
+            for layer, group in enumerate(self.groups)
+        )
 
 
 @dataclass(frozen=True)
@@ -165,10 +178,13 @@ class Analysis:
     depths: tuple[Family, ...] = ()
 
     def family(self, name: str) -> Family:
-        """The family of that name, a depth too. Raises KeyError with all names if there is none."""
+        """The family of that name, a depth too, or one layer of a family. Raises KeyError if there is none."""
+        whole, _, layer = name.rpartition(".")
         for family in self.all_families:
             if family.name == name:
                 return family
+            if family.name == whole and layer.isdecimal() and int(layer) < len(family.parts):
+                return family.parts[int(layer)]
         raise KeyError(f"no family {name!r}; there are {', '.join(f.name for f in self.all_families)}")
 
     @property
@@ -180,6 +196,11 @@ class Analysis:
     def stacks(self) -> tuple[Stack, ...]:
         """The lists of residual blocks of which some can be removed."""
         return tuple(family.stack for family in self.depths if family.stack is not None)
+
+    def divided(self, names: Collection[str]) -> Analysis:
+        """The same with the families ``names`` divided into their layers, as far as they have several."""
+        found = [part for f in self.families for part in (f.name in names and f.parts) or (f,)]
+        return replace(self, families=tuple(found))
 
     def sizes(self, widths: Mapping[str, Size]) -> dict[Axis, Size]:
         """Axis sizes of the model cut to ``widths`` (family name → units kept)."""

@@ -49,6 +49,12 @@ class Plan:
         return {name: family.width for name, family in self.families.items()}
 
     @property
+    def divided(self) -> set[str]:
+        """The families of which it names layers, each with a width of its own: ``ffn`` if it has ``ffn.3``."""
+        parts = (name.rpartition(".") for name in self.families)
+        return {whole for whole, _, layer in parts if whole and layer.isdecimal()}
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the kept units."""
         return hashlib.sha256(json_text(self.to_json()["families"], sort_keys=True).encode()).hexdigest()

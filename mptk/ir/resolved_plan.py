@@ -157,6 +157,8 @@ def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
                 f"and a multiple of {family.multiple}"
             )
         for group in family.groups:
+            if group.axis in choices:
+                raise MptkError(f"plan: {name} names units of {group.layer} that another family names, too")
             choices[group.axis] = Choice(group.scope, _table(family, group, chosen))
         if family.stack is not None:
             _check_blocks(name, family.stack, choices[family.stack.axis])

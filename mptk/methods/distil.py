@@ -11,7 +11,7 @@ One block of each program is in memory at a time, so a model that is too large t
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -22,7 +22,7 @@ from mptk.ir.axes import axes_in
 from mptk.ir.axis_facts import Dims
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import Cut
+from mptk.ir.resolved_plan import Cut, removed_blocks
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.methods.criteria.observe import batches, find_sites
@@ -34,6 +34,7 @@ from mptk.run.sharing import Sharing, sharing
 from mptk.runtime.partition import Flow, blocks
 from mptk.runtime.shelf import Shelf
 from mptk.runtime.staged import EXECUTOR, Executor, Run
+from passes.transforms.remove_blocks import mask_blocks
 from passes.transforms.rewrite import Rewrite
 
 STEP = 512
@@ -129,11 +130,11 @@ def distil_blocks(
         MptkError: no block has a matrix that no other block uses.
     """
     dense, sites = analysis.program, find_sites(analysis)
-    small, flow = Rewrite(analysis, cut)(dense.with_state(changes)).program, Flow(dense)
+    small, flow = _student(analysis, cut, dense.with_state(changes)), Flow(dense)
     part = blocks(flow, [site.node for site in sites if stored(dense, site.weight) in consumers])
     given, share = _steps(dense, samples)
     teacher, student = (Run(executor, each, part, given) for each in (flow, Flow(small)))
-    count, owned = len(part.ends), _owned(student, {stored(dense, site.weight) for site in sites})
+    count, owned = len(part.ends), _owned(student, _staying(analysis, cut, [stored(dense, s.weight) for s in sites]))
     if not any(owned[:count]):
         raise MptkError(NO_BLOCK)
     kept = kept or _Nowhere()
@@ -158,6 +159,22 @@ def distil_blocks(
         if progress is not None:
             progress(k + 1, count)
     return Distilled(shelf.weights(likes), errors)
+
+
+def _student(analysis: Analysis, cut: Cut, changed: Program) -> Program:
+    """The cut program with the dense one's calls. What a removed block adds is multiplied by 0."""
+    small = Rewrite(analysis, cut)(changed).program
+    if removed := removed_blocks(analysis, cut):
+        small = replace(small, graph=small.copy_graph())
+        mask_blocks(small.graph.graph, removed)
+        small.graph.recompile()
+    return small
+
+
+def _staying(analysis: Analysis, cut: Cut, names: Collection[str]) -> set[str]:
+    """The weights ``names`` without those of removed blocks."""
+    gone = tuple(f"{block.module}." for block in removed_blocks(analysis, cut))
+    return {name for name in names if not name.startswith(gone)}
 
 
 def _steps(program: Program, samples: Samples) -> tuple[list[tuple[Tensor, ...]], Sharing]:

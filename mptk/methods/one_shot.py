@@ -1,7 +1,7 @@
 """one_shot: score every unit once by a criterion and keep the best.
 
-The budget is divided among families by the loss on calibration text. No weight is trained. A criterion that
-compensates (FLAP) corrects the consumers' biases.
+The budget is divided among families by the loss on calibration text, and over the layers if these are free. No weight
+is trained. A criterion that compensates (FLAP) corrects the consumers' biases.
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import Cut, resolve_plan
-from mptk.ir.samples import Samples
 from mptk.methods import criteria
 from mptk.methods.criteria import influence
 from mptk.methods.criteria.base import Criterion, Scores
 from mptk.methods.criteria.observe import Observation, Site
-from mptk.progress import Count
+from mptk.methods.division import divided
+from mptk.methods.trial import losses, plan_of
 from mptk.run.chain import Chosen, Method, Prepared
+from mptk.run.folder import RunFolder
 from mptk.run.processes import leads
-from mptk.run.sharing import sharing
+from mptk.run.settings import FREE
 from mptk.run.values import Context, SampleSets
 from passes.targets.legalize import describe
 from passes.transforms.masked_reference import mask
@@ -32,8 +31,6 @@ TOKENS = 1024
 """Calibration tokens on which the ways to divide the budget are compared."""
 SCORES = "scores"
 """Name of the scores in the folder of an unfinished run."""
-AT_ONCE = 256
-"""Tokens in a batch of these, of which there are logits."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,7 @@ class OneShotMethod(Method):
     """The method of one criterion."""
 
     criterion: Criterion
+    divides = True
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -55,42 +53,52 @@ class OneShotMethod(Method):
         return None if blocks or self.criterion.judges != "blocks" else influence.refusal(family)
 
     def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
-        analysis, observations = prepared.analysis, dict[Site, Observation]()
-        folder = None if self.criterion.compensates else context.folder  # to compensate takes the observations, too
-        scores = None if folder is None else folder.earlier(SCORES)
-        if scores is None:
-            scores, observations = self._scored(prepared, sets, context)
-            if folder is not None and leads():
-                folder.save(SCORES, scores)
-        narrowed = [_narrowed(analysis, candidate.widths) for candidate in prepared.candidates]
-        plans = [criteria.select(analysis, scores, widths, stock=prepared.legal.stock) for widths in narrowed]
+        analysis = prepared.analysis
+        kept = None if self.criterion.compensates else context.folder  # to compensate takes the observations, too
+        scores, observations = scored(prepared, self.name, sets, context, kept)
+        plans = [plan_of(prepared, scores, candidate.widths) for candidate in prepared.candidates]
         with context.stage("choose widths"):
-            plan, cut, losses = _best(prepared, plans, sets, context)
-        chosen = Chosen(plan, cut, losses=losses)
+            plan, cut, found = _best(prepared, plans, sets, context)
+        if prepared.settings.layers == FREE:
+            with context.stage("divide over layers"):
+                plan, found = divided(prepared, scores, plan, sets, partial(context.progress, "divide over layers"))
+            cut = resolve_plan(analysis, plan)
+        chosen = Chosen(plan, cut, losses=found)
         if not self.criterion.compensates:
             return chosen
         biases = criteria.compensate(analysis, cut, observations)
-        return Chosen(plan, cut, biases.state, losses=losses, notes=(biases.statement,))
+        return Chosen(plan, cut, biases.state, losses=found, notes=(biases.statement,))
 
-    def _scored(self, prepared: Prepared, sets: SampleSets, context: Context) -> tuple[Scores, dict[Site, Observation]]:
-        """The scores of the families that are cut, and what they were made of."""
-        stage = f"score ({self.name})"
-        with context.stage(stage):
-            evidence = criteria.gather(
-                prepared.analysis,
-                self.name,
-                sets.calibration,
-                families=prepared.families,
-                seed=prepared.settings.seed,
-                objective=prepared.task,
-                progress=partial(context.progress, stage),
-                executor=prepared.calibrator,
-                removals={
-                    f.name: f.size - min(c.widths.get(f.name, f.size) for c in prepared.candidates)
-                    for f in prepared.analysis.depths
-                },
-            )
-            return criteria.score_evidence(evidence, self.name, prepared.families), dict(evidence.observations)
+
+def scored(
+    prepared: Prepared, criterion: str, sets: SampleSets, context: Context, folder: RunFolder | None
+) -> tuple[Scores, Mapping[Site, Observation]]:
+    """The scores of the families that are cut, and what they were made of.
+
+    ``folder`` keeps the scores; if they were kept before, there is nothing that they were made of.
+    """
+    before = None if folder is None else folder.earlier(SCORES)
+    if before is not None:
+        return before, {}
+    with context.stage(stage := f"score ({criterion})"):
+        evidence = criteria.gather(
+            prepared.analysis,
+            criterion,
+            sets.calibration,
+            families=prepared.families,
+            seed=prepared.settings.seed,
+            objective=prepared.task,
+            progress=partial(context.progress, stage),
+            executor=prepared.calibrator,
+            removals={
+                f.name: f.size - min(c.widths.get(f.name, f.size) for c in prepared.candidates)
+                for f in prepared.analysis.depths
+            },
+        )
+        scores = criteria.score_evidence(evidence, criterion, prepared.families)
+    if folder is not None and leads():
+        folder.save(SCORES, scores)
+    return scores, dict(evidence.observations)
 
 
 def _best(
@@ -101,34 +109,7 @@ def _best(
     cuts = [resolve_plan(prepared.analysis, plan) for plan in plans]
     if len(plans) == 1:
         return plans[0], cuts[0], {}
-    losses = _losses(prepared, cuts, samples, partial(context.progress, "choose widths"))
-    _, plan, cut = min(zip(losses, plans, cuts, strict=True), key=lambda tried: tried[0])
-    return plan, cut, {describe(plan.widths): round(loss, 4) for plan, loss in zip(plans, losses, strict=True)}
-
-
-def _losses(prepared: Prepared, cuts: Sequence[Cut], samples: Samples, progress: Count) -> list[float]:
-    """The mean loss of each masked program on ``samples``. The processes of a run share them.
-
-    Programs run side by side, to read weights once, or one after the other if all weights stay in memory.
-    """
-    task, executor, program = prepared.task, prepared.calibrator, prepared.analysis.program
-    batches = samples.batches(AT_ONCE)
-    share = sharing(len(batches))
-    own = share.own(batches)
-    fits = sum(like.nbytes for like in program.state.likes.values()) <= executor.stage
-    sums = torch.zeros(len(cuts), dtype=torch.float64)
-    for first in range(0, len(cuts), at_once := 1 if fits else len(cuts)):
-        masked = [mask(prepared.analysis, cut) for cut in cuts[first : first + at_once]]
-        results = executor.outputs(masked, [batch.tensors for batch in own])
-        for batch in own:
-            for i in range(first, first + at_once):
-                sums[i] += float(task.loss(next(results), batch.to(executor.device)))
-        progress(first + at_once, len(cuts))
-    sums = sums if share.count == 1 else share.total(sums.to(executor.device))
-    losses: list[float] = (sums / task.predicted(samples)).tolist()
-    return losses
-
-
-def _narrowed(analysis: Analysis, widths: Mapping[str, int]) -> dict[str, int]:
-    """The families that become narrower."""
-    return {name: width for name, width in widths.items() if width < analysis.family(name).size}
+    masked = [partial(mask, prepared.analysis, cut) for cut in cuts]
+    found = losses(prepared, masked, samples, partial(context.progress, "choose widths"))
+    _, plan, cut = min(zip(found, plans, cuts, strict=True), key=lambda tried: tried[0])
+    return plan, cut, {describe(plan.widths): round(loss, 4) for plan, loss in zip(plans, found, strict=True)}

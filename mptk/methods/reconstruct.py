@@ -15,7 +15,7 @@ pruned one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,7 +26,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.ir.samples import Samples
-from mptk.ir.weights import Weights
+from mptk.ir.weights import Lazy, Weights
 from mptk.methods.criteria.observe import OBSERVED_TOKENS, batches, find_sites
 from mptk.progress import Count
 from mptk.run.sharing import Sharing, sharing
@@ -60,26 +60,101 @@ def reconstruct_consumers(
         ``changes`` with the fitted weights in dense shapes; their removed inputs are 0.
     """
     dense, changed = analysis.program, analysis.program.with_state(changes)
-    fits: dict[str, _Fit] = {}
-    for name, keep, dim in _kept_inputs(sites, kept):
-        fits[name] = _Fit(keep, transposed=dim == 0, few=len(samples) * samples.positions < int(keep.sum()))
+    shelf = Shelf(executor.borders)
+    fits = {
+        name: _Fit(keep, transposed=dim == 0, few=len(samples) * samples.positions < int(keep.sum()))
+        for name, keep, dim in _kept_inputs(sites, kept)
+    }
+    found: dict[str, Tensor] = {}
+
+    def solve(name: str, fit: _Fit) -> None:
+        found[name] = dense.state.like(name)
+        shelf.add(name, fit.solved(dense.state[name], changed.state[name]))
+
+    _observe(analysis, fits, samples, solve, progress, executor)
+    return Weights(changes).updated(shelf.weights(found))
+
+
+@dataclass(frozen=True)
+class Products:
+    """Σ x xᵀ of each consumer's inputs in the dense model, with which ``fitted`` solves for any choice of units.
+
+    ``sums``: weight → float32 [in, in]. ``counts``: weight → rows of x.
+    """
+
+    program: Program
+    sites: Sequence[MaskSite]
+    sums: Weights
+    counts: Mapping[str, int]
+
+    def fitted(self, kept: Mapping[str, Tensor]) -> Weights:
+        """The consumers of the families in ``kept`` as ``reconstruct_consumers`` fits them, each when it is asked for.
+
+        ``kept``: family → kept units (``kept_units``).
+        """
+        sites, state = [site for site in self.sites if site.family in kept], self.program.state
+        return Weights(
+            {
+                name: Lazy(state.like(name).to("meta"), partial(self._solved, name, keep, dim))
+                for name, keep, dim in _kept_inputs(sites, kept)
+                if name in self.sums
+            }
+        )
+
+    def _solved(self, name: str, keep: Tensor, dim: int) -> Tensor:
+        dense, products = self.program.state[name], self.sums[name]
+        fit = _Fit(keep, dim == 0, few=False, products=products[:, keep.to(products.device)], count=self.counts[name])
+        return fit.solved(dense, dense).cpu()
+
+
+def gather_products(
+    analysis: Analysis,
+    sites: Sequence[MaskSite],
+    samples: Samples,
+    progress: Count | None = None,
+    executor: Executor = EXECUTOR,
+) -> Products:
+    """Run the dense model on ``samples`` once and keep what fits the consumers of ``sites`` to any cut of them."""
+    state, shelf = analysis.program.state, Shelf(executor.borders)
+    fits, counts, likes = dict[str, _Fit](), dict[str, int](), dict[str, Tensor]()
+    for name, dim in (site.weights[0] for site in sites if site.where == "input"):
+        assert dim is not None
+        fits[name] = _Fit(torch.ones(state.like(name).shape[dim], dtype=torch.bool), transposed=False, few=False)
+
+    def keep(name: str, fit: _Fit) -> None:
+        assert fit.products is not None
+        counts[name], likes[name] = fit.count, fit.products.to("meta")
+        shelf.add(name, fit.products)
+
+    _observe(analysis, fits, samples, keep, progress, executor)
+    return Products(analysis.program, sites, shelf.weights(likes), counts)
+
+
+def _observe(
+    analysis: Analysis,
+    fits: dict[str, _Fit],
+    samples: Samples,
+    done: Callable[[str, _Fit], None],
+    progress: Count | None,
+    executor: Executor,
+) -> None:
+    """Show each of ``fits`` its layer's inputs, and call ``done`` with it when it has seen all; then it is dropped."""
+    dense = analysis.program
     layers = [(site, name) for site in find_sites(analysis) if (name := stored(dense, site.weight)) in fits]
     given = batches(dense, samples, OBSERVED_TOKENS)
     share = Sharing() if any(fit.few for fit in fits.values()) else sharing(len(given))
     own = share.own(given)
     left = {name: len(own) * sum(other == name for _, other in layers) for name in fits}
-    shelf = Shelf(executor.borders)
 
     def see(name: str, x_dim: int, x: Tensor) -> None:
         fits[name].add(x.movedim(x_dim, -1))
         left[name] -= 1
         if not left[name]:  # the layer has seen all inputs, and its stage is about to end
             fits[name].combine(share)
-            shelf.add(name, fits.pop(name).solved(dense.state[name], changed.state[name]))
+            done(name, fits.pop(name))
 
     watches = [((site.x,), partial(see, name, site.x_dim)) for site, name in layers]
     executor.watch(dense, [batch.tensors for batch in own], watches, progress)
-    return Weights(changes).updated(shelf.weights({name: dense.state.like(name) for _, name in layers}))
 
 
 def consumers(sites: Sequence[MaskSite]) -> set[str]:

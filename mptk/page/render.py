@@ -9,12 +9,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mptk.ir.families import Analysis
-from mptk.page import charts, words
+from mptk.page import charts, shapes, words
 from mptk.page.compare import Comparable, front, grouped, pareto_chart
 from mptk.page.coupling import coupled, coupling_chart
 from mptk.page.runs import Run, guarded, model_name, whole
 from mptk.page.svg import Svg, require_matplotlib
 from mptk.plain import plain
+from mptk.run.shapes import Shapes
 from mptk.version import __version__
 from passes.targets.legalize import LegalWidths
 
@@ -81,6 +82,20 @@ def analysis_page(model: str, analysis: Analysis, legal: LegalWidths, blocked: S
         blocked=blocked,
         layer=layer,
         chart=chart,
+    )
+
+
+def shapes_page(found: Shapes) -> str:
+    """One page about the shapes of a search. Raises MptkError if matplotlib is not installed."""
+    require_matplotlib()
+    return _filled(
+        "shapes.html",
+        model=model_name(found.model),
+        found=found,
+        front=shapes.front_chart(found),
+        training=shapes.training_chart(found),
+        columns=shapes.columns(found),
+        rows=shapes.rows(found),
     )
 
 

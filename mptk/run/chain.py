@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from mptk.cost.model import CostModel
+from mptk.cost.model import CostModel, is_layered
 from mptk.io.data import protocol_name
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
@@ -32,7 +32,8 @@ from mptk.ir.resolved_plan import Cut
 from mptk.ir.samples import Samples
 from mptk.progress import Count, Progress
 from mptk.run.processes import replica
-from mptk.run.settings import Settings
+from mptk.run.settings import Learning, Settings
+from mptk.run.shapes import Shapes
 from mptk.run.values import Checks, Context, SampleSets, Witness, Written
 from mptk.runtime.staged import EXECUTOR, Executor
 from passes.frontend.trace import uncached
@@ -47,7 +48,8 @@ class Prepared:
     """A dense model, analysed, with the widths that the settings and the target allow.
 
     ``source``: the model as the user named it. ``candidates``: legal widths that meet the budget, none if a ``plan`` is
-    given; ``cut`` is that plan, resolved. ``executor`` runs its programs.
+    given; ``cut`` is that plan, resolved. ``shapes``: what a search found, of which the candidate is the best.
+    ``executor`` runs its programs.
     """
 
     source: str
@@ -63,6 +65,7 @@ class Prepared:
     candidates: tuple[Candidate, ...] = ()
     plan: Plan | None = None
     cut: Cut | None = None
+    shapes: Shapes | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,6 +81,17 @@ class Prepared:
     def families(self) -> list[str]:
         """The families that are cut."""
         return list(self.candidates[0].widths if self.plan is None else self.plan.families)
+
+    @property
+    def across_layers(self) -> list[str]:
+        """The families that are cut and run through all layers. Norms follow them, and weights beside stay."""
+        families = [self.analysis.family(name) for name in self.families]
+        return [family.name for family in families if not is_layered(family) and family.stack is None]
+
+    @property
+    def recovery(self) -> Learning:
+        """How the cut model is trained."""
+        return self.settings.learning.of_recovery(frozen=bool(self.across_layers))
 
     def dense(self, weights: bool = True) -> PreTrainedModel:
         """The dense module, to adapt and to move: its parameters are its own, their memory is shared.
@@ -166,15 +180,17 @@ class Method(Protocol):
     """How the units that stay are chosen.
 
     ``learns``: it trains before the cut, in ``settings.steps``. ``reconstructs``: consumers are fitted to the dense
-    layers' outputs unless the user says otherwise. ``splits``: how many ways of dividing the budget among families it
-    wants to choose from; None: all that are legal.
+    layers' outputs unless the user says otherwise. ``divides``: it can give each layer a width of its own. ``splits``:
+    from how many ways of dividing the budget among families it chooses at most, spread over all that are legal; None:
+    from all.
     """
 
     name: str
     summary: str
     learns: bool = False
     reconstructs: bool = False
-    splits: int | None = 6
+    divides: bool = False
+    splits: int | None = 24
 
     def check(self, settings: Settings) -> None:
         """Raise MptkError if the method cannot do what the settings ask."""
@@ -196,12 +212,13 @@ class Method(Protocol):
 class Target(Protocol):
     """What is written: which widths it can hold, how it is written, and what it must be equal to.
 
-    ``trainable``: ``fit`` gives a module that recovery can train.
+    ``trainable``: ``fit`` gives a module that recovery can train. ``ragged``: layers may have different widths.
     """
 
     name: str
     summary: str
     trainable: bool = False
+    ragged: bool = False
 
     def legal(self, analysis: Analysis, model: nn.Module, multiple: int | Sequence[int]) -> LegalWidths:
         """Each family's legal widths; by default all that the graph's ops accept."""

@@ -69,6 +69,8 @@ class RunFolder:
             write_text(self.path / SETTINGS, self._described)
         whole = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
         write_file(self.path / f"{name}.safetensors", lambda file: save_file(whole, file, metadata=metadata))
+        if processes().num_processes == 1:  # nobody else has to find the same
+            self._found |= {f"{name}.safetensors"}
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
         """What ``save`` wrote under that name, or None. Raises MptkError if the file is damaged."""
@@ -179,9 +181,9 @@ def _damaged(file: Path) -> Damaged:
 
 
 def _trains(settings: Mapping[str, Any]) -> bool:
-    """Whether settings, as an unfinished run keeps them, ask for training."""
+    """Whether settings, as an unfinished run keeps them, ask for training or a search, which take long."""
     learning = settings.get("learning")
-    return not isinstance(learning, dict) or learning.get("steps") != 0
+    return settings.get("search") is True or not isinstance(learning, dict) or learning.get("steps") != 0
 
 
 def _earlier(line: str, phase: str, step: int) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mptk.errors import MptkError
 from mptk.files import write_text
 from mptk.io.dense import absolute
 from mptk.reading import read_text
-from mptk.run.settings import Settings
+from mptk.run.settings import Learning, Settings
 
 FILE = "run.yaml"
 
@@ -23,10 +24,12 @@ LARGEST = 1 << 20
 """Bytes of the largest recipe."""
 _ELSEWHERE = ("max_ms", "tolerance", "warmup", "clip", "rates", "resume", "trust_remote_code")
 _BYTES = ("memory", "max_shard_size")
+_SEARCH = ("search", "search_shapes", "search_finalists", "search_tokens")
 _OF_THE_FOLDER = (
     *("sparsity", "budget", "objective", "threads", "families", "keep", "width", "plan", "portable", "multiple_of"),
     *("max_decode_ms", "max_prefill_ms", "method", "reconstruct", "distil_epochs", "distil_lr", "samples"),
     *("mask_share", "target", "dtype", "rehome"),
+    *_SEARCH,
 )
 
 
@@ -55,6 +58,32 @@ def write_recipe(folder: Path, source: str, settings: Settings, start: Path | No
         command, values = "recover", recovery_recipe(str(start.resolve()), model, settings)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     write_text(folder / FILE, f"# mptk {command} --config {FILE} --out FOLDER\n{text}")
+
+
+def command(model: str, settings: Settings, widths: Mapping[str, int]) -> str:
+    """The command that prunes ``model`` to ``widths`` with the settings of a search.
+
+    What is at its default is left out, and what concerns training alone if the settings name no number of steps.
+    """
+    learning = settings.learning if settings.learning.steps else Learning()
+    own = recipe(model, replace(settings, widths=dict(widths), search=False, onnx=True, learning=learning))
+    plain = recipe(model, Settings())
+    skipped = {"model", *_SEARCH, *(("sparsity", "budget", "objective") if settings.max_ms is not None else ())}
+    found = ["mptk", "prune", model]
+    for name, value in own.items():
+        if name not in skipped and value != plain.get(name):
+            found += _typed(f"--{name.replace('_', '-')}", value)
+    found += ["--trust-remote-code"] if settings.trust_remote_code else []
+    return shlex.join([*found, "--out", f"{Path(model).stem}-pruned"])
+
+
+def _typed(flag: str, value: Any) -> list[str]:
+    """An option as it is typed."""
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    if isinstance(value, Mapping):
+        return [word for name, each in value.items() for word in (flag, f"{name}={each}")]
+    return [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
 
 
 class _Recipe(yaml.SafeLoader):  # type: ignore[misc]

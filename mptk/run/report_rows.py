@@ -81,12 +81,23 @@ class LegalRow(TypedDict):
 
 
 class RecoveryRow(TypedDict):
-    """How training after the cut went; empty if there was none. ``losses``: steps done → loss."""
+    """How training after the cut went; empty if there was none. ``losses``: steps done → loss.
 
+    ``rank``: of LoRA, 0 if all weights were trained. ``lr``: the peak learning rate.
+    """
+
+    rank: NotRequired[int]
+    lr: NotRequired[Number]
     metric: NotRequired[str]
     protocol: NotRequired[str]
     losses: NotRequired[Mapping[str, Number]]
     kept: NotRequired[int]
+
+
+class SearchRow(TypedDict):
+    """What a search found; empty if there was none. Shapes are those of ``run/shapes.py``."""
+
+    shapes: NotRequired[Sequence[Mapping[str, Any]]]
 
 
 class Rows(TypedDict):
@@ -103,6 +114,7 @@ class Rows(TypedDict):
     legal: NotRequired[Mapping[str, LegalRow]]
     data: NotRequired[Mapping[str, Mapping[str, Any]]]
     recovery: NotRequired[RecoveryRow]
+    search: NotRequired[SearchRow]
 
 
 def check_rows(data: Mapping[str, Any]) -> None:

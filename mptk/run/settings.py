@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mptk.conform import made
@@ -14,11 +14,19 @@ from mptk.run.bounds import check_bounds
 DEFAULT_STEPS = 200
 """Training steps of a method that learns, if no number is given."""
 
+LORA_RANK = 16
+"""Rank of LoRA, if none is given."""
+LORA_RATE, FULL_RATE = 1e-3, 3e-4
+"""Peak learning rates of adapters and of all weights, if none is given (``docs/recovery.md``)."""
+
 IN_MEMORY = "samples given in Python"
 """What settings and reports call ``data`` that was given in memory."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Types of stored weights; ``auto`` is the checkpoint's own."""
+
+UNIFORM, FREE = LAYERS = ("uniform", "free")
+"""Whether all layers get the same widths, or each its own."""
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 """Types in which a model runs while units are chosen and weights are trained."""
@@ -52,13 +60,14 @@ class Training:
     """How long and how a student is trained.
 
     ``batch`` windows a step over all processes, ``micro`` of them in one forward pass of one process. ``lr`` is the
-    peak learning rate (AdamW), reached after ``warmup``, a share of the steps, and falling to 0 along a cosine.
+    peak learning rate (AdamW), reached after ``warmup``, a share of the steps, and falling to 0 along a cosine; None:
+    ``LORA_RATE`` for adapters, ``FULL_RATE`` for all weights.
     ``clip``: largest norm of a step's gradient. ``save_every``: steps between checkpoints.
     """
 
     batch: int = 8
     micro: int = 4
-    lr: float = 1e-3
+    lr: float | None = None
     warmup: float = 0.05
     clip: float = 1.0
     losses: LossWeights = field(default_factory=LossWeights)
@@ -94,8 +103,9 @@ class Learning:
     """How a model is trained while it is pruned and after.
 
     ``steps`` in all (None: ``DEFAULT_STEPS`` if the method learns, else none); MaskPrune learns masks in the first
-    ``mask_share`` of them. ``rank`` is LoRA's; 0 trains all weights (in recovery only). ``teacher``: ``live`` or
-    ``cached``, for this run or, in ``teacher_cache``, for others too. ``precision``: ``no``, ``bf16`` or ``fp16``.
+    ``mask_share`` of them. ``rank``: of LoRA. With 0 or None recovery trains all weights, and masks are learned with
+    ``LORA_RANK``. ``teacher``: ``live`` or ``cached``, for this run or, in ``teacher_cache``, for others too.
+    ``precision``: ``no``, ``bf16`` or ``fp16``.
 
     Raises:
         MptkError: an unknown teacher, precision or tracker, or a cached teacher with a hidden-state loss.
@@ -103,7 +113,7 @@ class Learning:
 
     steps: int | None = None
     mask_share: float = 0.4
-    rank: int = 16
+    rank: int | None = None
     teacher: str = "live"
     teacher_cache: str | None = None
     precision: str = "no"
@@ -126,6 +136,19 @@ class Learning:
         if self.teacher == "cached" and self.training.losses.hidden:
             raise MptkError("a cached teacher keeps logits only; use --teacher live with a hidden-state loss")
 
+    def of_masks(self) -> Learning:
+        """The same with the rank and the rate with which masks are learned."""
+        return self._with(self.rank or LORA_RANK)
+
+    def of_recovery(self, frozen: bool) -> Learning:
+        """The same with the rank and the rate of recovery. ``frozen``: the model's own weights must stay."""
+        return self._with(LORA_RANK if self.rank is None and frozen else self.rank or 0)
+
+    def _with(self, rank: int) -> Learning:
+        training = self.training
+        lr = training.lr if training.lr is not None else LORA_RATE if rank else FULL_RATE
+        return replace(self, rank=rank, training=replace(training, lr=lr))
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -133,7 +156,8 @@ class Settings:
 
     What is cut: ``sparsity`` is a share of the ``budget`` (``cost.budgets.BUDGETS``), or ``max_ms`` is the latency to
     reach, in milliseconds of ``objective`` with ``threads`` of ONNX Runtime (0: all cores). ``families`` are cut,
-    ``keep`` stay whole, ``widths`` fixes some, ``plan`` (a file) fixes everything. ``portable``: only cuts that every
+    ``keep`` stay whole, ``widths`` fixes some, ``plan`` (a file) fixes everything. ``layers``: ``uniform``, all get the
+    same widths; or ``free``, the budget is divided over the layers, too. ``portable``: only cuts that every
     program reads rightly, not transformers alone. Sums over cut channels stay multiples of ``multiple``.
     ``tolerance``: how far the sparsity may miss.
 
@@ -142,6 +166,10 @@ class Settings:
     ``distil_epochs`` is given). ``distil_epochs``: then train each block to give the dense block's outputs, in so many
     passes over the windows, at ``distil_lr``. ``learning``: training with the method and after the cut. ``resume``: go
     on with an unfinished run, if there is one.
+
+    ``search``: rank ways to divide the budget first, and cut to the best one (``driver/shape_search.py``). At most
+    ``search_shapes`` of them are measured without training. ``search_tokens`` are spent on a short recovery of the best
+    ``search_finalists`` (0: none is trained).
 
     What is written: ``target``. ``dtype``: type of the stored weights (``auto``: the checkpoint's own).
     ``max_shard_size``: bytes of the largest file of weights (None: 5 GB). ``rehome``: if the model's config class
@@ -160,8 +188,8 @@ class Settings:
 
     Raises:
         MptkError: a number outside of its bounds (``run/bounds.py``); an unknown objective or dtype; a family that is
-            to be kept and cut; quantised graphs beside one in float16, or milliseconds for another
-            budget than latency.
+            to be kept and cut; a search beside a plan; quantised graphs beside one in float16, or milliseconds for
+            another budget than latency.
     """
 
     sparsity: float = 0.3
@@ -179,6 +207,7 @@ class Settings:
     families: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     widths: Mapping[str, int] = field(default_factory=dict)
+    layers: str = UNIFORM
     plan: str | None = None
     portable: bool = False
     target: str = "stock"
@@ -195,6 +224,10 @@ class Settings:
     reconstruct: bool | None = None
     distil_epochs: int = 0
     distil_lr: float = 1e-3
+    search: bool = False
+    search_shapes: int = 64
+    search_finalists: int = 6
+    search_tokens: int = 131_072
     learning: Learning = field(default_factory=Learning)
     resume: bool = False
     memory: int | None = None
@@ -206,7 +239,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_bounds(self)
         phase(self.objective)
-        for name, known in (("dtype", DTYPES), ("compute_dtype", COMPUTE_DTYPES)):
+        for name, known in (("layers", LAYERS), ("dtype", DTYPES), ("compute_dtype", COMPUTE_DTYPES)):
             if getattr(self, name) not in known:
                 raise MptkError(f"no {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
         check_onnx_dtype(self.onnx_dtype, self.quantize)
@@ -214,6 +247,10 @@ class Settings:
             raise MptkError("blocks are distilled after reconstruction; leave out --no-reconstruct or --distil-epochs")
         if self.max_ms is not None and self.budget != LATENCY:
             raise MptkError(f"milliseconds are no budget of {self.budget}; set budget to {LATENCY}")
+        if self.search and self.plan is not None:
+            raise MptkError("--plan says which units stay, so --search has nothing to choose; leave out one of both")
+        if self.search and self.layers == FREE:
+            raise MptkError("--search ranks shapes whose layers are alike, not --layers free; leave out one of both")
         for name in self.keep:
             if name in self.families or name in self.widths:
                 other = "families" if name in self.families else "width"
@@ -223,6 +260,11 @@ class Settings:
     def steps(self) -> int:
         """Training steps; 0 if they were not settled yet."""
         return self.learning.steps or 0
+
+    @property
+    def trains(self) -> bool:
+        """Whether weights are trained, be it in a search alone."""
+        return bool(self.steps or (self.search and self.search_tokens))
 
 
 def check_onnx_dtype(dtype: str, quantize: Sequence[str]) -> None:

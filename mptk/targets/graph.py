@@ -24,6 +24,7 @@ class GraphTarget(Target):
 
     name = "graph"
     summary = "any widths that the graph's ops accept"
+    ragged = True
 
     def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
         write_weights(folder / WEIGHTS, compiled.program.state.cast(compiled.prepared.dtype))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from mptk.cost.model import CostModel, is_layered
@@ -213,7 +214,7 @@ def find_candidates(cost: CostModel, target: LegalWidths, families: Sequence[str
     ladders = {name: list(target.ladders[name]) for name in families}
     if not ladders:
         return []
-    finest = max(ladders, key=lambda name: len(ladders[name]))
+    finest = finest_family(target, families)
     rest = [name for name in ladders if name != finest]
     choices = [_thinned(ladders[name]) for name in rest]
     while choices and math.prod(map(len, choices)) > COMBINATIONS:
@@ -229,22 +230,57 @@ def find_candidates(cost: CostModel, target: LegalWidths, families: Sequence[str
     return sorted(found.values(), key=lambda c: abs(c.sparsity - sparsity))
 
 
+def finest_family(target: LegalWidths, families: Sequence[str]) -> str:
+    """The family with the most legal widths, by which a combination of the others is brought to the budget."""
+    return max(families, key=lambda name: len(target.ladders[name]))
+
+
 def choose_candidates(
-    candidates: Sequence[Candidate], sparsity: float, tolerance: float, count: int
+    candidates: Sequence[Candidate], sparsity: float, tolerance: float, finest: str, count: int | None = None
 ) -> list[Candidate]:
-    """The ``count`` candidates within ``tolerance`` of the budget that cut the families most evenly, sorted.
+    """The candidates within ``tolerance`` of the budget, the most even first.
+
+    With a ``count`` each combination of the families other than ``finest`` stands once, with the width nearest to the
+    budget, and of more than ``count`` those stay that ``spread`` takes. Evenness alone drops none.
 
     Raises:
         MptkError: no candidate is within ``tolerance``. The message names the nearest ones.
     """
     near = [c for c in candidates if abs(c.sparsity - sparsity) <= tolerance]
     if near:
-        return sorted(near, key=lambda c: c.unevenness)[:count]
+        kept = near if count is None else spread(_once(near, finest), count)
+        return sorted(kept, key=lambda c: c.unevenness)
     nearest = "; ".join(f"{c.sparsity:.3f} with {describe(c.widths)}" for c in candidates[:3])
     raise MptkError(
         f"no legal widths give sparsity {sparsity:.3f}; nearest: {nearest or 'none, nothing can be cut'}. "
         "Ask for one of these, name other --families, or use --target graph"
     )
+
+
+def _once(candidates: Sequence[Candidate], finest: str) -> list[Candidate]:
+    """The first candidate of each combination of the families other than ``finest``."""
+    found: dict[tuple[int, ...], Candidate] = {}
+    for candidate in candidates:
+        found.setdefault(tuple(width for name, width in candidate.widths.items() if name != finest), candidate)
+    return list(found.values())
+
+
+def spread(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
+    """At most ``count`` candidates, as far from each other as can be.
+
+    The most even one is taken first, then always the one whose widths, as shares of the widest, are farthest from all
+    that were taken (Gonzalez 1985). So the extremes are among the first.
+    """
+    if len(candidates) <= count:
+        return list(candidates)
+    widths = np.array([list(c.widths.values()) for c in candidates], dtype=float)
+    shares = widths / widths.max(0)
+    taken = [min(range(len(candidates)), key=lambda i: candidates[i].unevenness)]
+    distance = np.full(len(candidates), np.inf)
+    while len(taken) < count:
+        distance = np.minimum(distance, np.square(shares - shares[taken[-1]]).sum(1))
+        taken.append(int(distance.argmax()))
+    return [candidates[i] for i in taken]
 
 
 def describe(widths: Mapping[str, int]) -> str:

@@ -42,6 +42,14 @@ NUMBERS = [
             "--max-decode-ms": {"zero": True},
             "--max-prefill-ms": {"zero": True},
             "--proof-length": {"zero": True},
+            "--search-shapes": {"zero": True},
+            "--search-finalists": {"zero": True},
+            "--search-tokens": {},
+        },
+        "shapes {model} --data {text.raw}": {
+            "--shapes": {"zero": True},
+            "--finalists": {"zero": True},
+            "--tokens": {},
         },
         "recover {pruned} --out {out}": {"--steps": {}},
         "generate {gpt2} hello": {
@@ -177,12 +185,40 @@ CONTRADICTIONS = [
         "prune {model} --data {text.raw} --out {out} --plan {pruned/plan.json} --resume",
         ("--resume would do nothing", "leave it out"),
     ),
+    Row(
+        "plan with search",
+        "prune {model} --data {text.raw} --out {out} --plan {pruned/plan.json} --search",
+        ("--plan says which units stay, so --search has nothing to choose", "leave out one of both"),
+    ),
+    Row(
+        "free layers with search",
+        f"{PRUNE} --search --target graph --layers free",
+        ("--search ranks shapes whose layers are alike", "leave out one of both"),
+    ),
+    Row("search-tokens without search", f"{PRUNE} --search-tokens 5", ("--search-tokens would do nothing", "--search")),
+    Row(
+        "finalists of a search that trains none",
+        f"{PRUNE} --search --search-tokens 0 --search-finalists 3",
+        ("--search-finalists would do nothing", "--search-tokens"),
+    ),
+    Row(
+        "finalists of shapes that trains none",
+        "shapes {model} --data {text.raw} --tokens 0 --finalists 3",
+        ("--finalists would do nothing", "--tokens"),
+    ),
+    Row("few tokens for a search", f"{PRUNE} --search --search-tokens 9", ("9 tokens do not suffice", "--batch")),
+    Row("few tokens for shapes", "shapes {model} --data {text.raw} --tokens 9", ("9 tokens do not suffice", "--batch")),
+    Row(
+        "shapes resumed from nowhere",
+        "shapes {model} --data {text.raw} --resume",
+        ("--resume would do nothing", "give --out"),
+    ),
     Row("rate of no distillation", f"{PRUNE} --distil-lr 0.1", ("--distil-lr would do nothing", "--distil-epochs")),
     Row("distillation without its start", f"{PRUNE} --distil-epochs 1 --no-reconstruct", ("leave out --no-reconstr",)),
     Row(
-        "distillation where blocks go",
-        f"{PRUNE} --families layers,ffn --sparsity 0.5 --distil-epochs 1",
-        ("whole blocks go", "leave out --distil-epochs"),
+        "distillation where blocks alone go",
+        f"{PRUNE} --families layers --sparsity 0.5 --distil-epochs 1",
+        ("no block that is cut has", "leave out --distil-epochs"),
     ),
     Row(
         "distillation of no block",
@@ -219,7 +255,11 @@ CONTRADICTIONS = [
     Row("teacher cache without a cached teacher", f"{ONCE} --steps 2 --teacher-cache {{t}}", ("add --teacher cached",)),
     Row("cached teacher and hidden states", f"{ONCE} --steps 2 --teacher cached --hidden 1", ("--teacher live",)),
     Row("maskprune without steps", "prune {model} --data {text.raw} --out {out} --steps 0", ("learns in steps",)),
-    Row("maskprune without rank", "prune {model} --data {text.raw} --out {out} --rank 0", ("--rank 1 or more",)),
+    Row(
+        "all weights beside cut norms",
+        "prune {model} --data {text.raw} --out {out} --families hidden --width hidden=24 --method wanda --steps 2 --rank 0 --length 16",
+        ("leave out --rank 0",),
+    ),
     Row(
         "maskprune in fp16", "prune {model} --data {text.raw} --out {out} --precision fp16", ("--precision bf16 or no",)
     ),

@@ -82,6 +82,7 @@ class Learner:
             parameters need no values: the first process sends them.
         task: what kind of model it is.
         samples: what is trained on.
+        settings: ``Learning.of_masks`` or ``of_recovery``.
         folder: keeps checkpoints.
     """
 
@@ -97,6 +98,7 @@ class Learner:
     ) -> None:
         self.accelerator, self.dense, self.task, self.samples = accelerator, dense, task, samples
         self.settings, self.folder, self.progress = settings, folder, progress
+        self.rank = settings.rank or 0
         self.mask_steps = max(2, round((settings.steps or 0) * settings.mask_share))
         self.keeps = holds()
         self.fingerprint = "" if settings.teacher_cache is None else self._fingerprint()
@@ -149,7 +151,7 @@ class Learner:
         budget = 1 - prepared.settings.sparsity
         rates, device = self.settings.rates, self.accelerator.device
         solver = Solver(shapes, prepared.cost.share, budget, self.mask_steps, rates, given=given, device=device)
-        student = adapt(self.dense(self.keeps), self.settings.rank, self.settings.training.seed)
+        student = adapt(self.dense(self.keeps), self.rank, self.settings.training.seed)
         masks = InsertedMasks(original(student), prepared.mask_sites, solver.applied, solver.watch)
         recompute(student, self.settings.gradient_checkpointing)
         teacher = self._teacher(partial(_dense, student, masks))
@@ -231,7 +233,7 @@ class Learner:
         loop.run()
         outputs = own_outputs(self.accelerator, loop.student, batch)
         student = self.accelerator.unwrap_model(loop.student)
-        state = merged(student) if self.settings.rank else student.named_parameters()
+        state = merged(student) if self.rank else student.named_parameters()
         trained = gathered(state, keep=self.accelerator.is_main_process)
         return Recovered(trained, Witness("trained model", outputs, self.tolerance), watch)
 
@@ -254,8 +256,8 @@ class Learner:
         def run(samples: Samples, hidden: bool) -> Output:
             return run_module(dense(), samples, hidden=hidden)
 
-        rank = settings.rank
-        student = adapt(small, rank, settings.training.seed) if rank else small.requires_grad_(True)
+        adapts = self.rank > 0
+        student = adapt(small, self.rank, settings.training.seed) if adapts else small.requires_grad_(True)
         recompute(student, settings.gradient_checkpointing)
         return self._loop(student, self._teacher(run), steps, "recovery", first_row=used, watch=watch)
 

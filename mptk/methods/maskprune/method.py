@@ -23,8 +23,6 @@ class MaskPrune(Method):
     def check(self, settings: Settings) -> None:
         if not settings.steps:
             raise MptkError("maskprune learns in steps; give --steps, 100 or more, or a one-shot --method")
-        if not settings.learning.rank:
-            raise MptkError("masks are learned with LoRA; give --rank 1 or more; `mptk recover --rank 0` can follow")
         if settings.learning.precision == "fp16":
             raise MptkError("fp16 scales gradients, and masks are learned from these; use --precision bf16 or no")
 
@@ -34,7 +32,7 @@ class MaskPrune(Method):
     def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
         assert context.folder is not None
         assert context.accelerator is not None
-        learning = prepared.settings.learning
+        learning = prepared.settings.learning.of_masks()
         with context.stage("learn masks"):
             learner = Learner(
                 context.accelerator,

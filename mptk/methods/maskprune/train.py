@@ -73,7 +73,9 @@ class Loop:
         self.settings, self.phase, self.folder, self.first_row = settings, phase, folder, first_row
         self.each_step, self.extra, self.watch, self.progress = each_step, extra, watch, progress
         trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, weight_decay=0.0)
+        assert settings.lr is not None
+        self.peak = settings.lr
+        optimizer = torch.optim.AdamW(trained.values(), lr=self.peak, weight_decay=0.0)
         self.student, self.optimizer = prepare(accelerator, student, optimizer)
         self.parameters = {n: p for n, p in student.named_parameters() if n in trained}  # FSDP2 replaced them
 
@@ -113,7 +115,7 @@ class Loop:
     def _step(self, step: int) -> tuple[Metrics, int]:
         acc, settings = self.accelerator, self.settings
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.lr * schedule(step, self.steps, settings.warmup)
+            group["lr"] = self.peak * schedule(step, self.steps, settings.warmup)
         own = self.rows(step).chunk(acc.num_processes)[acc.process_index]
         parts = list(own.split(settings.micro))
         sums: dict[str, Tensor] = {}

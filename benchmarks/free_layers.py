@@ -1,0 +1,97 @@
+"""What layers of their own width bring: one-shot cuts with equal and with free layers, without training.
+
+    python -m benchmarks.free_layers --data FILE --text NAME=FILE [--text NAME=FILE …] [--sparsities 0.2,0.3] [--windows 3]
+        [--methods wanda] [--families ffn] [--json FILE]
+
+Every row is one `prune --reconstruct --target graph`: 32 windows of 256 tokens of `--data` to calibrate. Perplexity is that
+of the first windows of 512 tokens of each text. Rows that the JSON file has are not computed again.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.quality import MODEL, add, rows_in
+from mptk import prune
+from mptk.io import data, models
+from mptk.io.evaluation import perplexity
+
+
+def measured(module: Any, texts: dict[str, str], windows: int) -> dict[str, float]:
+    tokenizer = models.load(MODEL).tokenizer
+    found = {}
+    for name, text in texts.items():
+        held_out = data.evaluation_windows(tokenizer, text, 512, windows)
+        with torch.no_grad():
+            found[name] = round(perplexity(lambda ids: module(ids), held_out, data=name).value, 3)
+    return found
+
+
+def row_of(layers: str, method: str, sparsity: float, text: str, families: tuple[str, ...]) -> tuple[dict, Any]:
+    began, busy = time.perf_counter(), time.process_time()
+    pruned = prune(
+        MODEL,
+        sparsity=sparsity,
+        method=method,
+        reconstruct=True,
+        layers=layers,
+        families=families,
+        target="graph",
+        data=text,
+        samples=32,
+        length=256,
+        eval_windows=1,
+    )
+    assert pruned is not None
+    report = pruned.report
+    return {
+        "layers": layers,
+        "method": method,
+        "sparsity": sparsity,
+        "removed": round(report.sparsity, 4),
+        "widths": {name: f["width"] for name, f in report.families.items() if f["width"] < f["of"]},
+        "masked": report.splits,
+        "minutes": round((time.perf_counter() - began) / 60, 1),
+        "cpu_minutes": round((time.process_time() - busy) / 60, 1),
+    }, pruned.model
+
+
+def main(
+    text: Annotated[list[str], typer.Option(help="NAME=FILE, may be repeated.")],
+    calibration: Annotated[str, typer.Option("--data")],
+    sparsities: str = "0.2,0.3",
+    methods: str = "wanda",
+    families: str = "ffn",
+    windows: int = 3,
+    json_file: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/free_layers.json"),
+) -> None:
+    texts = dict(each.split("=", 1) for each in text)
+    for sparsity in map(float, sparsities.split(",")):
+        for method in methods.split(","):
+            for layers in ("uniform", "free"):
+                wanted = (layers, method, sparsity)
+                if any((r["layers"], r["method"], r["sparsity"]) == wanted for r in rows_in(json_file)):
+                    continue
+                row, module = row_of(layers, method, sparsity, calibration, tuple(families.split(",")))
+                row |= {"windows": windows, "perplexity": measured(module, texts, windows)}
+                print(row, flush=True)
+                add(json_file, row)
+    print(table(rows_in(json_file)))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for r in rows for name in r["perplexity"]))
+    lines = [f"| layers | method | removed | {' | '.join(names)} |", "|---|---|---:|" + "---:|" * len(names)]
+    for r in sorted(rows, key=lambda r: (r["sparsity"], r["method"], r["layers"])):
+        cells = [r["layers"], r["method"], f"{r['removed']:.1%}", *(f"{r['perplexity'][n]:.1f}" for n in names)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)

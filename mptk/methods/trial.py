@@ -1,0 +1,53 @@
+"""trial: what a choice would do: the plan for given widths, and the loss of a masked program on calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from mptk.ir.plan import Plan
+from mptk.ir.program import Program
+from mptk.ir.samples import Samples
+from mptk.methods import criteria
+from mptk.methods.criteria.base import Scores
+from mptk.progress import Count
+from mptk.run.chain import Prepared
+from mptk.run.sharing import sharing
+
+AT_ONCE = 256
+"""Tokens in a batch, of which there are logits."""
+
+
+def plan_of(prepared: Prepared, scores: Scores, widths: Mapping[str, int]) -> Plan:
+    """The best units for ``widths``, of the families that become narrower."""
+    narrowed = {name: width for name, width in widths.items() if width < prepared.analysis.family(name).size}
+    return criteria.select(prepared.analysis, scores, narrowed, stock=prepared.legal.stock)
+
+
+def losses(
+    prepared: Prepared,
+    programs: Sequence[Callable[[], Program]],
+    samples: Samples,
+    progress: Count = lambda done, total: None,
+) -> list[float]:
+    """The mean loss of each program on ``samples``. The processes of a run share them.
+
+    Programs run side by side, to read weights once, or one after the other if all weights stay in memory.
+    """
+    task, executor, dense = prepared.task, prepared.calibrator, prepared.analysis.program
+    batches = samples.batches(AT_ONCE)
+    share = sharing(len(batches))
+    own = share.own(batches)
+    fits = sum(like.nbytes for like in dense.state.likes.values()) <= executor.stage
+    sums = torch.zeros(len(programs), dtype=torch.float64)
+    for first in range(0, len(programs), at_once := 1 if fits else len(programs)):
+        made = [make() for make in programs[first : first + at_once]]
+        results = executor.outputs(made, [batch.tensors for batch in own])
+        for batch in own:
+            for i in range(first, first + at_once):
+                sums[i] += float(task.loss(next(results), batch.to(executor.device)))
+        progress(first + at_once, len(programs))
+    sums = sums if share.count == 1 else share.total(sums.to(executor.device))
+    found: list[float] = (sums / task.predicted(samples)).tolist()
+    return found

@@ -1,0 +1,171 @@
+"""``--layers free``: the budget is divided over the layers, and the result is proven and read as every other."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import toy_checkpoints as toys
+from torch import nn
+
+import mptk
+from mptk.cost.model import CostModel
+from mptk.errors import MptkError
+from mptk.ir.plan import Plan
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.methods.division import LEVELS, Curve, divide, levels
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+
+SETTINGS = mptk.Settings(
+    method="wanda",
+    target="graph",
+    layers="free",
+    sparsity=0.214,
+    multiple=4,
+    samples=4,
+    length=24,
+    eval_windows=2,
+    eval_length=24,
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("dense")
+    toys.llama(layers=3).save_pretrained(folder)
+    toys.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pruned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pruned:
+    """Its layers' widths differ, whatever calibration says of a model that has learned nothing."""
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mptk.methods.division.losses", lambda prepared, programs, *rest: range(len(programs), 0, -1))
+        found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 8)
+    assert found is not None
+    assert len({found.report.families[f"ffn.{layer}"]["width"] for layer in range(3)}) > 1
+    return found
+
+
+class Residual(nn.Module):
+    """Three layers, of which the second adds nearly nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.ModuleList(nn.Linear(24, 64) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(64, 24) for _ in range(3))
+        with torch.no_grad():
+            self.down[1].weight *= 1e-3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.relu(up(x)))
+        return x
+
+
+def test_the_layer_that_matters_least_loses_most() -> None:
+    samples = torch.randn(16, 24)
+    found = mptk.prune(Residual(), settings=SETTINGS, example_inputs=(samples,), onnx=False)
+    assert found is not None
+    widths = {name: family["width"] for name, family in found.report.families.items() if family["of"] == 64}
+    assert len(widths) == 3
+    assert widths.pop(next(name for name in widths if name.endswith(".1"))) < min(widths.values())
+    assert found.report.sparsity == pytest.approx(0.214, abs=0.01)
+    assert set(found.report.splits) == {"free layers"}  # no equal widths give this sparsity
+
+
+def test_it_is_proven_and_verified_with_its_graph(pruned: mptk.Pruned) -> None:
+    assert pruned.folder is not None
+    stages = {row["stage"]: row["ok"] for row in pruned.report.proof}
+    assert all(stages.values())
+    assert pruned.report.families["kv_groups"] == {"of": 2, "width": 2, "layers": 3}
+    assert any("ONNX" in stage for stage in stages)
+    assert mptk.verify(pruned.folder)
+
+
+def test_its_plan_cuts_the_same_model_again(checkpoint: str, pruned: mptk.Pruned, tmp_path: Path) -> None:
+    assert pruned.folder is not None
+    plan = str(pruned.folder / "plan.json")
+    again = mptk.prune(checkpoint, tmp_path / "again", target="graph", plan=plan, data=[toys.TEXT] * 8, onnx=False)
+    assert again is not None
+    assert again.report.families == pruned.report.families
+    assert again.report.plan_sha256 == pruned.report.plan_sha256
+
+
+def test_a_budget_that_no_tried_width_meets_is_refused(checkpoint: str, tmp_path: Path) -> None:
+    with pytest.raises(MptkError, match=r"give sparsity 0\.950; nearest: 0\.\d+\. Ask for that, or leave out"):
+        mptk.prune(
+            checkpoint, tmp_path / "out", SETTINGS, sparsity=0.95, families="ffn", data=[toys.TEXT] * 8, onnx=False
+        )
+
+
+def test_a_width_of_all_layers_stays_that_of_all(checkpoint: str, tmp_path: Path) -> None:
+    found = mptk.prune(checkpoint, tmp_path / "out", SETTINGS, widths={"q_heads": 2}, data=[toys.TEXT] * 8, onnx=False)
+    assert found is not None
+    assert {f["width"] for name, f in found.report.families.items() if name.startswith("q_heads.")} == {2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "stock"}, "a stock checkpoint has one width for all layers; use --target graph"),
+        ({"method": "maskprune", "steps": 4}, "maskprune gives all layers one width; use a one-shot --method"),
+        ({"budget": "latency"}, "use another --budget"),
+        ({"search": True}, "leave out --search"),
+        ({"layers": "loose"}, "no layers 'loose'; choose one of uniform, free"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(checkpoint: str, tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(MptkError, match=message):
+        mptk.prune(checkpoint, tmp_path / "out", SETTINGS, data=[toys.TEXT], **change)
+
+
+def test_a_plan_names_no_unit_twice() -> None:
+    analysis = analyze(trace(toys.llama(), dynamic=True))
+    keep = {"model.layers.0.mlp": "0-31", "model.layers.1.mlp": "0-31"}
+    whole = {"width": 32, "of": 64, "keep": keep}
+    layer = {"width": 16, "of": 64, "keep": {"model.layers.1.mlp": "0-15"}}
+    plan = Plan.from_json({"format": "mptk-plan/1", "families": {"ffn": whole, "ffn.1": layer}})
+    with pytest.raises(MptkError, match=r"ffn\.1 names units of model\.layers\.1\.mlp that another family names, too"):
+        resolve_plan(analysis, plan)
+
+
+def test_no_other_division_loses_less() -> None:
+    """Against all divisions of the same layers, with convex curves."""
+    whole = analyze(trace(toys.llama(layers=3), dynamic=True))
+    cost = CostModel(whole.divided(["ffn"]))
+    steepness = {"ffn.0": 5.0, "ffn.1": 0.2, "ffn.2": 1.0}
+    ladder = tuple(range(4, 65, 4))
+
+    def loss(name: str, width: float) -> float:
+        return steepness[name] * (1 - width / 64) ** 2
+
+    widths = levels(ladder)
+    curves = {name: Curve(widths, tuple(loss(name, w) for w in widths)) for name in steepness}
+    found = divide(curves, dict.fromkeys(steepness, ladder), cost, 0.2)
+    best = min(
+        (w for w in itertools.product(widths, repeat=3) if cost.sparsity(dict(zip(steepness, w, strict=True))) >= 0.2),
+        key=lambda w: sum(loss(name, width) for name, width in zip(steepness, w, strict=True)),
+    )
+    assert cost.sparsity(found) == pytest.approx(0.2, abs=0.01)
+    assert sum(loss(n, w) for n, w in found.items()) <= sum(loss(n, w) for n, w in zip(steepness, best, strict=True))
+
+
+def test_levels_are_legal_and_fall_from_the_whole() -> None:
+    assert levels(range(4, 65, 4)) == (64, *(round(64 * share) for share in LEVELS))
+    assert levels([1, 2, 3]) == (3, 2, 1)
+    assert levels([7]) == (7,)
+
+
+def test_a_curve_that_rises_again_is_read_as_level() -> None:
+    """Noise may make a narrower layer seem better than a wider one."""
+    cost = CostModel(analyze(trace(toys.llama(), dynamic=True)).divided(["ffn"]))
+    curves = {"ffn.0": Curve((64, 32, 16), (0.0, 0.4, 0.1)), "ffn.1": Curve((64, 32, 16), (0.0, 0.1, 0.2))}
+    widths = divide(curves, dict.fromkeys(curves, (16, 32, 48, 64)), cost, cost.sparsity({"ffn.1": 16}))
+    assert widths == {"ffn.0": 64, "ffn.1": 16}

@@ -1,0 +1,249 @@
+"""The search of the shape: what it tries, what it measures, how it halves, what it keeps, and what `prune` makes of it."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lab import remembered
+from test_pruning import WORDS, llama_config, save
+from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
+
+import mptk
+from mptk.cli.main import app
+from mptk.driver.halving import Trainer, finalists
+from mptk.errors import MptkError
+from mptk.run.rungs import rungs
+from mptk.run.shapes import Rung, Shape, Shapes, ranked
+
+SETTINGS = mptk.Settings(
+    method="wanda",
+    reconstruct=True,
+    sparsity=0.35,
+    tolerance=0.03,
+    samples=8,
+    length=32,
+    multiple=8,
+    search_tokens=0,
+    search_finalists=3,
+    onnx=False,
+)
+TRAINED = {"search_tokens": 1344, "batch": 2, "micro": 2}
+"""Three shapes for three steps of 64 tokens each, then two of them for six more."""
+DENSE = {"kv_groups": 3, "q_heads": 2, "ffn": 80, "layers": 3}
+
+
+class Stopped(BaseException):
+    """What no handler of errors catches."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepared_once() -> Iterator[None]:
+    with remembered():
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama") / "dense")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> mptk.Settings:
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(" ".join(random.Random(0).choices(WORDS, k=6000)))
+    return replace(SETTINGS, data=str(text))
+
+
+@pytest.fixture(scope="module")
+def trained(llama: str, settings: mptk.Settings) -> Shapes:
+    """An unbroken search."""
+    return mptk.shapes(llama, settings=settings, progress=None, **TRAINED)
+
+
+def shape(loss: float, *after: float, parameters: float = 100.0, **widths: int) -> Shape:
+    return Shape({**DENSE, **widths}, 0.35, parameters, None, 9.0, loss, tuple(Rung(8, each) for each in after))
+
+
+# ---- what is tried and measured ----
+
+
+def test_every_combination_is_tried_and_blocks_are_among_them(trained: Shapes) -> None:
+    tried = [tuple(shape.widths[name] for name in ("kv_groups", "q_heads", "layers")) for shape in trained.shapes]
+    assert len(set(tried)) == len(tried) == 7
+    assert {shape.widths["layers"] for shape in trained.shapes} == {2, 3}
+    assert all(abs(shape.sparsity - 0.35) <= 0.03 for shape in trained.shapes)
+
+
+def test_a_shape_is_measured_as_the_model_that_prune_makes_of_it(llama: str, settings: mptk.Settings) -> None:
+    """Masked, and fitted: a block less and fewer channels, on the samples that nothing was fitted to."""
+    ids, asked = torch.randint(2, 97, (10, 32)), replace(settings, sparsity=0.5)
+    found = mptk.shapes(llama, settings=asked, data=ids, keep=("kv_groups", "q_heads"), progress=None)
+    assert [shape.widths["layers"] for shape in found.shapes] == [3, 2]
+    short = found.shapes[1]
+    assert short.widths["ffn"] < 80
+    for reconstruct, expected in ((False, short.masked), (True, short.reconstructed)):
+        more = {"widths": short.widths, "reconstruct": reconstruct, "eval_windows": 1, "progress": None}
+        small = mptk.prune(llama, settings=asked, data=ids[:8], **more).model
+        with torch.no_grad():
+            loss = small(ids[8:], labels=ids[8:]).loss
+        assert float(loss) == pytest.approx(expected, abs=1e-4)
+    assert short.masked != short.reconstructed
+    assert found.dense.parameters == sum(p.numel() for p in LlamaForCausalLM(llama_config()).parameters())
+
+
+# ---- halving ----
+
+
+def test_tokens_are_halved_over_rungs() -> None:
+    settings = mptk.Settings(search=True, search_tokens=100_000, search_finalists=6, length=32)
+    found = rungs(settings, 64)
+    assert [count for count, _ in found] == [6, 3, 2]
+    assert [steps for _, steps in found] == [19, 39, 78]
+    assert sum(count * steps for count, steps in found) * 8 * 32 <= 100_000
+    assert [count for count, _ in rungs(settings, 4)] == [4, 2]
+    assert rungs(settings, 1) == rungs(replace(settings, search_tokens=0), 64) == []
+    with pytest.raises(
+        MptkError, match=r"5119 tokens do not suffice to train 6 shapes by halves: .* give 5120 or more"
+    ):
+        rungs(replace(settings, search_tokens=5119), 64)
+
+
+def test_finalists_are_good_and_unlike_each_other() -> None:
+    shapes = [
+        shape(1.0, ffn=40),
+        shape(1.1, ffn=48),
+        shape(1.2, q_heads=1),
+        shape(1.3, 0.2, kv_groups=2),
+        shape(1.4, ffn=32),
+    ]
+    assert finalists(shapes, DENSE, 3) == [0, 2, 3]
+    assert finalists(shapes, DENSE, 4) == [0, 2, 3, 1]
+
+
+def test_the_better_half_goes_on_and_the_best_of_it_wins(trained: Shapes) -> None:
+    first, second, *others = trained.shapes
+    assert [len(shape.rungs) for shape in trained.shapes] == [2, 2, 1, 0, 0, 0, 0]
+    assert first.loss <= second.loss
+    assert max(s.rungs[0].loss for s in (first, second)) <= min(s.rungs[0].loss for s in others[:1])
+    assert all(after <= before for s in trained.shapes for before, after in zip(s.stages, s.stages[1:], strict=False))
+    assert any(after < before for s in (first, second) for before, after in zip(s.stages, s.stages[1:], strict=False))
+    assert sum(rung.tokens - before for s in trained.shapes for before, rung in spent(s)) == 1344
+
+
+def spent(shape: Shape) -> list[tuple[int, Rung]]:
+    return list(zip([0, *(rung.tokens for rung in shape.rungs)], shape.rungs, strict=False))
+
+
+def test_a_killed_search_loses_one_rung_of_one_shape(
+    llama: str, settings: mptk.Settings, trained: Shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, train = [], Trainer.trained
+
+    def stopping(*arguments: object) -> Shape:
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise Stopped
+        return train(*arguments)
+
+    monkeypatch.setattr(Trainer, "trained", stopping)
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        mptk.shapes(llama, out, settings, progress=None, **TRAINED)
+    assert len(list((tmp_path / "out.run").glob("shape-*.json"))) == 7
+    with pytest.raises(MptkError, match="holds an unfinished run; add --resume"):
+        mptk.shapes(llama, out, settings, progress=None, **TRAINED)
+    monkeypatch.setattr("mptk.driver.shape_losses.Search.measured", None)  # all of these were kept
+    file = tmp_path / "out.run" / "shape-00003.json"
+    written = file.read_text()
+    for damage in ("{}", written.replace('"masked"', '"veiled"'), "["):
+        file.write_text(damage)
+        with pytest.raises(
+            MptkError, match=r"shape-00003.json is damaged: .*; remove .*, and start again with --resume"
+        ):
+            mptk.shapes(llama, out, settings, progress=None, resume=True, **TRAINED)
+    file.write_text(written)
+    found = mptk.shapes(llama, out, settings, progress=None, resume=True, **TRAINED)
+    assert len(calls) == 6  # five rungs, of which the last was begun twice
+    assert found.shapes == trained.shapes
+    assert json.loads((out / "shapes.json").read_text()) == json.loads(json.dumps(found.to_json()))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# ---- what is said ----
+
+
+def test_the_front_compares_a_shape_with_those_that_went_as_far() -> None:
+    worse, better = shape(1.1, parameters=100), shape(1.0, 0.8, 0.7, parameters=100)
+    cheap, costly = shape(0.9, 0.85, parameters=90), shape(0.9, 0.9, parameters=95)
+    found = Shapes("m", "", shape(0.1), ranked([worse, better, cheap, costly]))
+    assert found.shapes == (better, cheap, costly, worse)
+    assert found.best is better
+    assert found.front == (better, cheap)  # `cheap` was better before training, but did not go as far as `better`
+
+
+def test_the_command_prints_a_table_and_what_prunes_to_the_best(
+    llama: str, settings: mptk.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed = f"--sparsity 0.33 --data {settings.data} --samples 8 --length 32 --multiple-of 8 --keep q_heads"
+    run = CliRunner().invoke(app, ["shapes", llama, *typed.split(), "--tokens", "0", "--html", "page.html", "-q"])
+    assert run.exit_code == 0, run.output
+    *table, command = run.stdout.strip().splitlines()
+    assert "reconstructed" in " ".join(table)
+    assert "fitted to or trained on" in " ".join(table)
+    assert command.startswith(f"mptk prune {llama} --sparsity 0.33 --method wanda")
+    run = CliRunner().invoke(app, [*shlex.split(command)[1:], "--no-onnx", "--eval-length", "32", "-q"])
+    assert run.exit_code == 0, run.output
+    cut = {
+        f"{name}={f['width']}" for name, f in mptk.Report.read("dense-pruned").families.items() if f["width"] < f["of"]
+    }
+    assert cut
+    assert cut <= {word for word in shlex.split(command) if "=" in word}
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 1
+    assert "--width" in page
+
+
+def report_width(report: mptk.Report, name: str) -> int:
+    """The width of a family; a report has no row of blocks that are all there."""
+    return int(report.families[name]["width"]) if name in report.families else DENSE[name]
+
+
+def test_prune_cuts_to_the_best_shape(llama: str, settings: mptk.Settings) -> None:
+    found = mptk.prune(llama, settings=settings, search=True, search_shapes=3, eval_windows=1, progress=None)
+    assert found is not None
+    best = found.report.search["shapes"][0]
+    assert best["widths"] == {name: report_width(found.report, name) for name in DENSE}
+    losses = [each["reconstructed"] for each in found.report.search["shapes"]]
+    assert losses == sorted(losses)
+    assert len(losses) == 3
+
+
+def test_maskprune_learns_units_at_the_widths_of_the_best_shape(llama: str, settings: mptk.Settings) -> None:
+    asked = {"method": "maskprune", "steps": 5, "batch": 2, "micro": 2, "eval_windows": 1, "search_shapes": 2}
+    found = mptk.prune(llama, settings=settings, search=True, progress=None, **asked)
+    assert found is not None
+    best = found.report.search["shapes"][0]["widths"]
+    assert "layers" not in best  # blocks are not learned
+    assert {name: report_width(found.report, name) for name in best} == best
+
+
+# ---- what is refused ----
+
+
+def test_a_search_with_nothing_to_choose_is_refused(llama: str, settings: mptk.Settings, tmp_path: Path) -> None:
+    with pytest.raises(MptkError, match="--plan says which units stay, so --search has nothing to choose"):
+        replace(settings, search=True, plan=str(tmp_path / "plan.json"))
+    widths = {"kv_groups": 2, "q_heads": 2, "ffn": 48, "layers": 3}
+    with pytest.raises(MptkError, match="--width gives every family, and --search has nothing to choose"):
+        mptk.prune(llama, settings=settings, search=True, widths=widths, progress=None)
+    with pytest.raises(MptkError, match="do not suffice to train"):
+        mptk.prune(llama, settings=settings, search=True, search_tokens=64, progress=None)

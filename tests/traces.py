@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 import mptk.tasks.exporting
 import passes.frontend.trace
 import passes.frontend.trace_decoder
+from mptk.compat.torch import FakeTensor
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
 from passes.targets.onnx import emit
@@ -57,6 +58,8 @@ def remembered() -> Iterator[None]:
         return _copied(programs[key], wrapper)
 
     def translate(program: ExportedProgram) -> ir.Model:
+        if not all(isinstance(t, FakeTensor) for t in (*program.state_dict.values(), *program.constants.values())):
+            return TRANSLATE(program)  # its weights go into the result
         key = _text(program)
         if key not in translations:
             translations[key] = TRANSLATE(program)

@@ -18,11 +18,12 @@ FUZZ_ARGS ?= --programs 5000 --jobs 2 --json benchmarks/results/fuzz.json
 FUZZ_FILES_ARGS ?= --minutes 30
 RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_ARGS)
 
-.PHONY: help demo test check docs format test-lowest fuzz fuzz-files crash soak mutants clean
+.PHONY: help demo test test-long check docs format test-lowest fuzz fuzz-files crash soak mutants clean
 
 help:
 	@echo "make demo         learn to prune SmolLM2-135M by 30 %, prove it, time it, with Wanda beside it"
-	@echo "make test         make check, then every test"
+	@echo "make test         make check, then every test but the long ones"
+	@echo "make test-long    the long tests: more of what a shorter test of \`make test\` shows, too"
 	@echo "make check        ruff, mypy --strict, import contracts"
 	@echo "make docs         the documentation as a site, build/site; a warning is an error"
 	@echo "make format       let ruff format and fix what it can"
@@ -45,6 +46,9 @@ demo: $(VENV)/.installed
 
 test: check
 	$(call RUN_TESTS,$(VENV))
+
+test-long: $(VENV)/.installed-dev
+	$(call RUN_TESTS,$(VENV)) -m long
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

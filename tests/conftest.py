@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+import traces
 import transformers
 from onnxscript._framework_apis import torch_2_5 as onnx_operators
+from torch.onnx._internal.exporter import _schemas as schemas
 
 onnx_operators.get_torchlib_ops = functools.cache(onnx_operators.get_torchlib_ops)  # made anew for each export
+schemas.op_signature_from_function = functools.cache(schemas.op_signature_from_function)  # so are their signatures
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("same")
 transformers.logging.set_verbosity_error()
@@ -24,6 +28,19 @@ def _same_numbers(request):
     torch.manual_seed(0)
     if hasattr(request.module, "RNG"):
         request.module.RNG = np.random.default_rng(0)
+
+
+def pytest_collection_finish():
+    """What the imports made stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once():
+    """The same model is traced and translated to ONNX once in a process (traces.py)."""
+    with traces.remembered():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,6 +25,7 @@ from mptk.files import write_json
 from mptk.io.manifest import check_manifest
 from passes.analysis.rules import RULES
 from passes.pipelines import LISTS
+from tests.bad_inputs import table
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--method", "wanda", "--multiple-of", "8", "--samples", "4", "--length", "32"]
@@ -73,16 +74,12 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def pruned(files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    """``mptk prune`` as a process of its own, which is no terminal."""
+    """``mptk prune`` where no terminal is."""
     out = tmp_path_factory.mktemp("pruned") / "out"
     options = ["--data", files.text, "--eval-windows", "5", "--eval-length", "24", *SHORT]
-    command = [sys.executable, "-m", "mptk", "prune", files.model, "--out", str(out), *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    run = subprocess.run(
-        command, cwd=out.parent, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    return out, Result(run.returncode, run.stdout, run.stderr)
+    ended = table.run(["prune", files.model, "--out", str(out), *options], width=200)
+    assert ended.code == 0, ended.stderr
+    return out, Result(ended.code, ended.stdout, ended.stderr)
 
 
 @pytest.fixture

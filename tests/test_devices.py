@@ -37,16 +37,18 @@ from passes.frontend import trace
 from passes.targets.stock.config import StockConfig
 
 TEXT = next_tokens(architectures.tokens(8, 32))
-ADAPTED = 7 * 3
-"""Layers with an adapter."""
+ADAPTED = 7
+"""Layers with an adapter: those of one block."""
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    path = save(LlamaForCausalLM(llama_config()), tmp_path_factory.mktemp("llama"))
+    config = llama_config()
+    config.num_hidden_layers = 1
+    path = save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama"))
     loaded = models.load(path)
     analysis = group.analyze(trace.trace(loaded.model, dynamic=True))
-    return legalise(path, SETTINGS, loaded, CAUSAL_LM, analysis, silent)
+    return legalise(path, replace(SETTINGS, keep=("hidden",)), loaded, CAUSAL_LM, analysis, silent)
 
 
 @dataclass(frozen=True)

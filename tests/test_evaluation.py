@@ -122,6 +122,7 @@ class TestZeroShot:
             evaluation.zero_shot("any", ["arc_easy"])
 
 
+@pytest.mark.long
 def test_packaged_model_on_english() -> None:
     """The real weights, through GGUF, conversion and tokenizer: English is easy, the same words shuffled are not."""
     try:

@@ -298,7 +298,14 @@ CHOSEN = {
 }
 
 
-@pytest.mark.parametrize(("architecture", "variant"), [(a, v) for v, chosen in CHOSEN.items() for a in chosen])
+TRACED = [
+    pytest.param(a, v, marks=[pytest.mark.long] if chosen is CONFIGS and a not in FEW else [])
+    for v, chosen in CHOSEN.items()
+    for a in chosen
+]
+
+
+@pytest.mark.parametrize(("architecture", "variant"), TRACED)
 def test_families_do_not_depend_on_how_the_model_was_traced(architecture: str, variant: str) -> None:
     assert listing(analyze(VARIANTS[variant](architecture))) == listing(analysis(architecture))
 

@@ -187,18 +187,45 @@ def test_two_processes_learn_what_one_learns(llama: str, learned: Path, tmp_path
     require_same(learned, out)
 
 
-def test_sharded_processes_go_on_where_one_stopped_and_end_where_it_would_have(
-    llama: str, learned: Path, tmp_path: Path
-) -> None:
-    """Masks on one process; then, twice, on two that hold the weights in shards. Checkpoints are whole in between."""
-    out, run = tmp_path / "out", tmp_path / "out.run"
-    sharded = [*launch("--use_fsdp", "--fsdp_version", "2"), "--resume", llama, "--out", str(out)]
+def sharded(llama: str, out: Path) -> list[str]:
+    return [*launch("--use_fsdp", "--fsdp_version", "2"), "--resume", llama, "--out", str(out)]
+
+
+def begin(llama: str, out: Path) -> Path:
+    """Learn masks on one process, which stops. Gives the folder of the unfinished run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mptk.run.folder.save_file", stopping("mptk.run.folder.save_file", 4))
         with pytest.raises(Stopped):
             mptk.prune(llama, out, SETTINGS)
+    run = out.with_name("out.run")
     assert reached(run / "metrics.jsonl", "masks", 3)
-    with subprocess.Popen(sharded, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    return run
+
+
+def end_sharded(llama: str, learned: Path, out: Path) -> None:
+    done = subprocess.run(sharded(llama, out), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "trained on 2 processes, its weights in shards (FSDP2)" in Report.read(out).notes
+    require_same(learned, out)
+
+
+def test_sharded_processes_go_on_where_one_stopped_and_end_where_it_would_have(
+    llama: str, learned: Path, tmp_path: Path
+) -> None:
+    """Masks on one process; then on two that hold the weights in shards."""
+    begin(llama, tmp_path / "out")
+    end_sharded(llama, learned, tmp_path / "out")
+
+
+@pytest.mark.long
+def test_sharded_processes_that_are_killed_leave_whole_checkpoints_to_go_on_from(
+    llama: str, learned: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run = begin(llama, out)
+    with subprocess.Popen(
+        sharded(llama, out), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         while process.poll() is None and not reached(run / "metrics.jsonl", "recovery", 3):
             time.sleep(0.005)
         kill_all(process)
@@ -208,10 +235,7 @@ def test_sharded_processes_go_on_where_one_stopped_and_end_where_it_would_have(
     for kind in ("parameter", "optimizer.exp_avg", "optimizer.exp_avg_sq"):
         assert state[f"{kind}.{part}.lora_A.default.weight"].shape == (4, width)
         assert state[f"{kind}.{part}.lora_B.default.weight"].shape == (48, 4)
-    done = subprocess.run(sharded, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "trained on 2 processes, its weights in shards (FSDP2)" in Report.read(out).notes
-    require_same(learned, out)
+    end_sharded(llama, learned, out)
 
 
 def test_activations_computed_again_change_no_loss_and_no_model(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from onnx_checks import padded
-from tiny_decoders import CONFIGS, GROUPED, tiny_decoder
+from tiny_decoders import BIASED, FUSED, GROUPED, SLIDING, tiny_decoder
 
 import mptk
 from mptk.driver.api import export_folder
@@ -31,7 +31,9 @@ SETTINGS = Settings(
 )
 
 
-@pytest.mark.parametrize("kind", list(CONFIGS))
+@pytest.mark.parametrize(
+    "kind", [GROUPED, FUSED, *(pytest.param(kind, marks=pytest.mark.long) for kind in (SLIDING, BIASED))]
+)
 def test_a_float16_graph_is_the_one_that_the_float32_graph_is_converted_to(kind: str, tmp_path: Path) -> None:
     model = tiny_decoder(kind)
     half = OrtDecoder(mptk.export(model, tmp_path / "half", onnx_dtype="float16"), threads=1)

@@ -17,25 +17,28 @@ from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 
 TYPES = [
-    ("causal-lm", "gpt2"),  # fused qkv in Conv1D
-    ("causal-lm", "gpt_neox"),  # fused qkv by head, parallel residual, rotary on part of a head
     ("causal-lm", "falcon"),  # multi-query, index by a list
-    ("causal-lm", "bloom"),  # alibi
-    ("causal-lm", "gemma3_text"),  # QK-norm, 1 + weight norms, sliding window
     ("causal-lm", "mamba2"),  # state space: convolution, cumulative sums
-    ("causal-lm", "mixtral"),  # experts
     ("causal-lm", "deepseek_v3"),  # latent attention, grouped experts
-    ("causal-lm", "llama4_text"),  # complex rotary embeddings, interleaved experts
-    ("masked-lm", "bert"),
     ("masked-lm", "deberta-v2"),  # disentangled attention by gather
-    ("masked-lm", "perceiver"),  # learned latents between two cross attentions, each with widths of its own
     ("seq2seq", "t5"),  # a shared relative bias ties all layers' heads
     ("image-classification", "vit"),
     ("image-classification", "resnet"),
 ]
+ALSO = [  # test_families.py has the first four
+    ("causal-lm", "gpt2"),  # fused qkv in Conv1D
+    ("causal-lm", "gpt_neox"),  # fused qkv by head, parallel residual, rotary on part of a head
+    ("causal-lm", "gemma3_text"),  # QK-norm, 1 + weight norms, sliding window
+    ("causal-lm", "mixtral"),  # experts
+    ("causal-lm", "bloom"),  # alibi
+    ("causal-lm", "llama4_text"),  # complex rotary embeddings, interleaved experts
+    ("masked-lm", "bert"),
+    ("masked-lm", "perceiver"),  # learned latents between two cross attentions, each with widths of its own
+]
+EACH = [pytest.param(*t, id=t[1]) for t in TYPES] + [pytest.param(*t, id=t[1], marks=pytest.mark.long) for t in ALSO]
 
 
-@pytest.mark.parametrize(("mapping", "model_type"), TYPES, ids=[t for _, t in TYPES])
+@pytest.mark.parametrize(("mapping", "model_type"), EACH)
 def test_type_is_proven(mapping: str, model_type: str) -> None:
     row = zoo.run_type(mapping, model_type)
     assert row["stage"] == "proven", row["reason"]

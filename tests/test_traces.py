@@ -1,0 +1,78 @@
+"""A trace that is asked for again (traces.py) is what a new one would be; where it may not be, there is a new one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import architectures
+import pytest
+import torch
+import traces
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import mptk
+from mptk.ir.text import program_text
+from passes.frontend.trace_decoder import trace_decoder
+from passes.pipelines import emit_onnx
+
+
+@pytest.fixture
+def exports(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The modules that are traced for real."""
+    export, seen = traces.EXPORT, []
+    monkeypatch.setattr(traces, "EXPORT", lambda module, *a, **o: seen.append(module) or export(module, *a, **o))
+    return seen
+
+
+def tiny(seed: int = 0, **changes: object) -> PreTrainedModel:
+    model = architectures.model("llama", num_hidden_layers=1, **changes)
+    with torch.no_grad():
+        model.lm_head.weight.add_(seed)
+    return model
+
+
+def test_a_second_trace_is_a_copy_with_the_weights_of_its_own_module(exports: list[nn.Module]) -> None:
+    ids = architectures.tokens()
+    with traces.remembered():
+        first, second = tiny(), tiny(1)
+        one, two = mptk.trace(first, (ids,), dynamic=True), mptk.trace(second, (ids,), dynamic=True)
+    assert len(exports) == 1
+    assert program_text(one) == program_text(two)
+    assert {*one.graph.graph.nodes}.isdisjoint(two.graph.graph.nodes)
+    assert two.state["lm_head.weight"] is second.lm_head.weight
+    assert torch.equal(two(ids), second(ids, use_cache=False).logits)
+    assert torch.equal(one(ids), first(ids, use_cache=False).logits)
+
+
+def test_the_trace_of_another_module_is_another(exports: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, hooked, other = architectures.tokens(), tiny(), tiny()
+    hooked.model.register_forward_hook(lambda *_: None)
+    other.model.layers[0].mlp.forward = lambda x: x
+    models = [tiny(), tiny(intermediate_size=84), tiny(attention="eager"), tiny(tie_word_embeddings=True)]
+    with traces.remembered():
+        for model in (*models, tiny().bfloat16(), tiny(meta=True), hooked, other, nn.Sequential(tiny())):
+            mptk.trace(model, (ids,))
+        mptk.trace(tiny(), (ids[:1],))
+        mptk.trace(tiny(), (ids,), dynamic=True)
+        monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, x: x)
+        mptk.trace(tiny(), (ids,))
+    assert len(exports) == 12
+
+
+def test_a_second_translation_is_the_same_graph_with_weights_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    translate, made_anew = traces.TRANSLATE, []
+    monkeypatch.setattr(traces, "TRANSLATE", lambda program: made_anew.append(program) or translate(program))
+    with traces.remembered():
+        program = trace_decoder(tiny())
+        paths = [emit_onnx(program, tmp_path / name) for name in ("made", "copied")]
+        other = emit_onnx(trace_decoder(tiny(1)), tmp_path / "other")
+    made, copied, others = (
+        path.read_bytes() + path.with_name(f"{path.name}_data").read_bytes() for path in (*paths, other)
+    )
+    assert len(made_anew) == 1
+    assert made == copied
+    assert others != made

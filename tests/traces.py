@@ -1,0 +1,153 @@
+"""Traces and ONNX translations that tests ask for again: each is made once in a process, and copied for who asks.
+
+Tests prune the same tiny models over and over, and torch.export takes most of such a run. A trace depends on the model's
+class, config, shapes and code, and not on the numbers in its weights, so a later one of the same gets a copy of the
+graph and the weights of its own module. Whatever could make two traces differ is part of the key (``_key``); a module
+of which not everything is known is traced anew. A translation to ONNX depends on the lowered graph alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from transformers import PreTrainedConfig
+
+import mptk.tasks.exporting
+import passes.frontend.trace
+import passes.frontend.trace_decoder
+from mptk.compat.torch import FakeTensor
+from mptk.ir.program import Program
+from mptk.ir.weights import Weights
+from passes.targets.onnx import emit
+
+LIBRARIES = ("torch", "transformers", "timm", "passes", "mptk")
+PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, type)
+LEFT_OUT = (
+    *("_parameters", "_buffers", "training"),  # told by ``_tensors``; a trace is made in evaluation mode
+    *("_forward_hooks", "_forward_pre_hooks", "_backward", "_state_dict", "_load_state_dict"),  # hooks: there are none
+    *("generation_config", "name_or_path"),  # of no effect on a forward pass
+)
+EXPORT, TRANSLATE = passes.frontend.trace.export_program, emit._exported
+
+
+class Unknown(Exception):
+    """A part of a module that may be anything."""
+
+
+@contextmanager
+def remembered() -> Iterator[None]:
+    """Within it ``export_program`` and the translation to ONNX work once for the same."""
+    programs: dict[Hashable, Program] = {}
+    translations: dict[str, ir.Model] = {}
+
+    def export(wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: Any = False) -> Program:
+        try:
+            key = _key(wrapper, inputs, dynamic)
+        except Unknown:
+            return EXPORT(wrapper, inputs, dynamic=dynamic)
+        if key not in programs:
+            programs[key] = EXPORT(wrapper, inputs, dynamic=dynamic)
+        return _copied(programs[key], wrapper)
+
+    def translate(program: ExportedProgram) -> ir.Model:
+        if not all(isinstance(t, FakeTensor) for t in (*program.state_dict.values(), *program.constants.values())):
+            return TRANSLATE(program)  # its weights go into the result
+        key = _text(program)
+        if key not in translations:
+            translations[key] = TRANSLATE(program)
+        return translations[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (passes.frontend.trace, passes.frontend.trace_decoder, mptk.tasks.exporting):
+            patch.setattr(module, "export_program", export)
+        patch.setattr(emit, "_exported", translate)
+        yield
+
+
+def _copied(program: Program, wrapper: nn.Module) -> Program:
+    """The program with a graph of its own and the weights of ``wrapper``; constants of the trace are its own already."""
+    named = dict([*wrapper.named_parameters(remove_duplicate=False), *wrapper.named_buffers(remove_duplicate=False)])
+    own = {name.removeprefix("module."): tensor for name, tensor in named.items()}
+    fake = any(tensor.is_meta for tensor in named.values())
+    state = program.state if fake else Weights({name: own.get(name, like) for name, like in program.state.items()})
+    return replace(program, graph=program.copy_graph(), state=state)
+
+
+# ---- what a trace depends on ----
+
+
+def _key(wrapper: nn.Module, inputs: tuple[Tensor, ...], dynamic: object) -> Hashable:
+    """Everything that a trace of ``wrapper(*inputs)`` may depend on.
+
+    Raises:
+        Unknown: of a part of it that cannot be said.
+    """
+    modules = tuple(
+        (name, type(module), type(module).forward, _plain(module)) for name, module in wrapper.named_modules()
+    )
+    given = tuple((tuple(t.shape), t.stride(), t.dtype, str(t.device), tuple(t.flatten().tolist())) for t in inputs)
+    return modules, _tensors(wrapper), given, str(dynamic), torch.get_default_dtype()
+
+
+def _plain(module: nn.Module) -> Hashable:
+    """The attributes of a module itself."""
+    if not type(module).__module__.startswith(LIBRARIES) or module._forward_hooks or module._forward_pre_hooks:
+        raise Unknown
+    return tuple((name, _value(value)) for name, value in vars(module).items() if not name.startswith(LEFT_OUT))
+
+
+def _value(value: object) -> Hashable:
+    if isinstance(value, PLAIN):
+        return type(value), value
+    if isinstance(value, PreTrainedConfig):
+        return (
+            value.to_json_string(use_diff=False),
+            value._attn_implementation,
+            getattr(value, "_experts_implementation", None),
+        )
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return type(value), tuple(map(_value, value))
+    if isinstance(value, dict):
+        return tuple((str(key), _value(each)) for key, each in value.items())
+    if isinstance(value, nn.Module):
+        return type(value)
+    raise Unknown
+
+
+def _tensors(wrapper: nn.Module) -> Hashable:
+    """Names, shapes and types of the weights, and which of them are one."""
+    named = [*wrapper.named_parameters(remove_duplicate=False), *wrapper.named_buffers(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    return tuple(
+        (
+            name,
+            first.setdefault(id(t), name),
+            type(t),
+            tuple(t.shape),
+            t.stride(),
+            t.dtype,
+            str(t.device),
+            t.requires_grad,
+        )
+        for name, t in named
+    )
+
+
+def _text(program: ExportedProgram) -> str:
+    """The graph with the shapes of all values, and what its placeholders are."""
+    graphs = [module for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
+    nodes = [
+        f"{node.format_node()} {node.args} {node.kwargs} {node.meta.get('val')}"
+        for graph in graphs
+        for node in graph.graph.nodes
+    ]
+    said = (program.graph_signature, program.range_constraints, program.example_inputs, type(program))
+    return "\n".join([*nodes, *map(str, said)])

@@ -146,6 +146,8 @@ def test_what_a_run_does_is_what_it_takes_time_for(eight_billion: str) -> None:
     assert ask(onnx=True, quantize=("int8",)).output["ONNX"] == pytest.approx(2.5 * ask().output["checkpoint"])
     assert ask(dtype="float32").output["checkpoint"] == 2 * ask().output["checkpoint"]
     learned = ask(method="maskprune", learning=Learning(steps=10))
+    adapted = ask(method="maskprune", learning=Learning(steps=10, rank=16))
+    assert learned.needed["training"] - adapted.needed["training"] > 5 * 8e9  # gradients and moments of what is left
     assert learned.needed["weights"] == 2 * 16_060_522_496
     assert set(learned.seconds) >= {"train", "reconstruct"}
 
@@ -248,7 +250,18 @@ class Disk(NamedTuple):
             10**12,
             r"needs at least 6\.\d GB of memory \(3\.\d GB of it: largest stage\), and 2\.0 GB is free; use a",
         ),
-        ({"steps": 5}, 20e9, 10**12, r"\(32\.1 GB of it: weights\), and 20\.0 GB is free; .* give a one-shot --method"),
+        (
+            {"steps": 5},
+            90e9,
+            10**12,
+            r"\(8\d\.\d GB of it: training\), and 90\.0 GB is free; give --rank 16, a smaller",
+        ),
+        (
+            {"steps": 5, "rank": 16},
+            20e9,
+            10**12,
+            r"\(32\.1 GB of it: weights\), and 20\.0 GB is free; .* give a one-shot --method",
+        ),
         ({}, 60e9, 10**10, r"the result needs 11\.\d GB of disk and .* has 10\.0 GB free; give an --out on a"),
         ({"onnx": True}, 60e9, 2 * 10**10, r"the result needs 35\.\d GB of disk and .* give --no-onnx"),
     ],
@@ -265,7 +278,8 @@ def test_what_cannot_fit_is_refused_with_what_would_make_it_fit(
     monkeypatch.setattr("mptk.driver.estimate.free_memory", lambda: memory)
     monkeypatch.setattr("shutil.disk_usage", lambda _: Disk(disk))
     monkeypatch.setattr("mptk.io.models.load", lambda *_, **__: pytest.fail("weights were read"))
-    learning = Learning(steps=changes.pop("steps", 0))
+    learning = Learning(steps=changes.get("steps", 0), rank=changes.get("rank"))
+    changes = {name: value for name, value in changes.items() if name not in ("steps", "rank")}
     settings = Settings(method="wanda", data="text", learning=learning, **({"onnx": False} | changes))  # type: ignore[arg-type]
     with pytest.raises(MptkError, match=said) as raised:
         prune(eight_billion, tmp_path / "out", settings)

@@ -89,6 +89,15 @@ def test_it_is_proven_and_verified_with_its_graph(pruned: mptk.Pruned) -> None:
     assert mptk.verify(pruned.folder)
 
 
+def test_its_graph_writes_text_as_the_cut_model_does(pruned: mptk.Pruned) -> None:
+    assert pruned.folder is not None
+    ids = torch.tensor([toys.tokenizer()("the quick brown")["input_ids"]])
+    with torch.no_grad():
+        token = int(pruned.model(ids)[0, -1].argmax())
+    (text,) = mptk.generate(pruned.folder, "the quick brown", max_new_tokens=1)
+    assert text == toys.tokenizer().decode([token], skip_special_tokens=True)
+
+
 def test_its_plan_cuts_the_same_model_again(checkpoint: str, pruned: mptk.Pruned, tmp_path: Path) -> None:
     assert pruned.folder is not None
     plan = str(pruned.folder / "plan.json")
@@ -117,7 +126,7 @@ def test_a_width_of_all_layers_stays_that_of_all(checkpoint: str, tmp_path: Path
         ({"target": "stock"}, "a stock checkpoint has one width for all layers; use --target graph"),
         ({"method": "maskprune", "steps": 4}, "maskprune gives all layers one width; use a one-shot --method"),
         ({"budget": "latency"}, "use another --budget"),
-        ({"search": True}, "leave out --search"),
+        ({"search": True}, "not --layers free; leave out one of both"),
         ({"layers": "loose"}, "no layers 'loose'; choose one of uniform, free"),
     ],
 )

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +17,11 @@ from typer.testing import CliRunner
 import mptk
 from mptk.cli.main import app
 from mptk.errors import MptkError
-from mptk.ir.plan import FamilyPlan
+from mptk.ir.plan import FamilyPlan, Plan
 from mptk.page.charts import kept_shares, trace_charts
 from mptk.page.compare import front, grouped
 from mptk.page.render import report_page, shapes_page
-from mptk.page.runs import model_name, read_runs, short_names, whole
+from mptk.page.runs import Run, model_name, read_runs, short_names, whole
 from mptk.run.settings import Learning
 from mptk.run.shapes import WORST, Rung, Shape, Shapes
 from tests.page_runs import HOSTILE, WORDS, made
@@ -184,6 +185,16 @@ def test_a_map_shows_the_share_of_kept_units() -> None:
     assert each == 3
     assert np.allclose(shares[0, :100], 1)
     assert np.allclose(shares[0, 100:], 0)
+
+
+def test_layers_of_their_own_width_are_one_map() -> None:
+    plan = Plan({"ffn.1": FamilyPlan(2, 4, {"model.layers.1.mlp": ((0, 3),)})})
+    sizes = {"ffn.0": 4, "ffn.1": 2, "heads": 8}
+    report = SimpleNamespace(families={n: {"width": w, "of": 8 if n == "heads" else 4} for n, w in sizes.items()})
+    (name,) = (run := Run("run", report, plan)).kept
+    assert name == "ffn"
+    shares, _ = kept_shares(run.kept["ffn"])
+    assert shares.tolist() == [[1, 1, 1, 1], [1, 0, 0, 1]]
 
 
 def test_traces_of_recovery_show_the_loss_alone() -> None:

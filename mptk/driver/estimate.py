@@ -115,14 +115,17 @@ def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.
         length=s.length,
         onnx=tuple(ONNX_BYTES[scheme] for scheme in ("", *s.quantize)) if s.onnx else (),
         gradients=chooses and s.method == "taylor",
-        training=_training(s, sizes) if s.trains else None,
+        training=_training(s, sizes, kept) if s.trains else None,
     )
 
 
-def _training(settings: Settings, sizes: Sizes) -> float:
-    """Bytes that training takes beside the weights: optimizer and gradients, activations, logits of both models."""
+def _training(settings: Settings, sizes: Sizes, kept: float) -> float:
+    """Bytes that training takes beside the weights: optimizer and gradients, activations, logits of both models.
+
+    ``kept``: the share of the parameters that is left.
+    """
     s, tokens = settings.learning, settings.learning.training.micro * settings.length
-    states = 12.0 * sizes.parameters if not s.rank else 16.0 * s.rank * sizes.layers * 8 * sizes.hidden
+    states = 12.0 * kept * sizes.parameters if not s.rank else 16.0 * s.rank * sizes.layers * 8 * sizes.hidden
     layers = 1 if s.gradient_checkpointing else sizes.layers
     activations = 4 * tokens * (layers * (12 * sizes.hidden + 4 * sizes.widest) + sizes.layers * sizes.hidden)
     return states + activations + 4 * 4 * tokens * sizes.vocab

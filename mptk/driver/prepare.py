@@ -85,8 +85,6 @@ def check_divides(settings: Settings, method: Method, target: Target) -> None:
         raise MptkError(f"--layers free: a {target.name} checkpoint has one width for all layers; use --target graph")
     if not method.divides:
         raise MptkError(f"--layers free: {method.name} gives all layers one width; use a one-shot --method, as wanda")
-    if settings.search:
-        raise MptkError("--layers free divides the budget by itself; leave out --search")
     if settings.budget == LATENCY:
         raise MptkError("--layers free divides parameters, FLOPs or bytes over the layers; use another --budget")
 

@@ -109,8 +109,7 @@ def kept_shares(family: FamilyPlan) -> tuple[np.ndarray, int]:
 
 def kept_chart(run: Run, name: str) -> Svg:
     """A map of a family's units: a row for each layer, darker where more is kept."""
-    family = run.plan.families[name]
-    shares, each = kept_shares(family)
+    shares, each = kept_shares(run.kept[name])
     image = np.zeros((*shares.shape, 4))
     image[..., :3] = (0.16, 0.47, 0.84)  # an image has its own colours: one that shows on white and on black
     image[..., 3] = np.nan_to_num(shares)

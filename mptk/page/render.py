@@ -116,7 +116,6 @@ def _filled(template: str, **values: Any) -> str:
 def run_view(run: Run) -> RunView:
     """The charts and the words of one run. Raises MptkError if its report is not as ``mptk prune`` writes it."""
     try:
-        cut = [name for name, family in run.plan.families.items() if family.width < family.of]
         return RunView(
             run=run,
             title=f"{model_name(run.report.model)} pruned by {run.report.settings.method}",
@@ -124,7 +123,7 @@ def run_view(run: Run) -> RunView:
             families=family_rows(run),
             widths=charts.widths_chart(run),
             cost=charts.cost_chart(run),
-            kept={name: charts.kept_chart(run, name) for name in cut},
+            kept={name: charts.kept_chart(run, name) for name in run.kept},
             traces={phase: charts.trace_charts(run, phase) for phase in run.metrics},
             proof=charts.proof_chart(run) if run.report.proof else None,
             bench=charts.bench_chart(run, run.bench) if run.bench is not None else None,

@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 from mptk.conform import misfit
 from mptk.errors import MptkError
-from mptk.ir.plan import Plan
+from mptk.ir.plan import FamilyPlan, Plan
 from mptk.reading import Damaged, json_of, read_json, read_text
 from mptk.run.report import Report, unreadable
 from mptk.runtime.bench import Bench
@@ -34,6 +34,20 @@ class Run:
     def measured(self) -> bool:
         """Whether the quality of the dense and of the pruned model is known."""
         return all(isinstance(self.report.quality.get(name), int | float) for name in ("dense", "pruned"))
+
+    @property
+    def kept(self) -> dict[str, FamilyPlan]:
+        """What families that were cut keep. Layers with widths of their own are one family again."""
+        found = {name: family for name, family in self.plan.families.items() if family.width < family.of}
+        for whole in sorted(self.plan.divided):
+            rows = {n: row for n, row in self.report.families.items() if n.rpartition(".")[0] == whole}
+            parts = {name: found.pop(name).keep for name in rows if name in found}
+            scopes = max(len(kept) for keep in parts.values() for kept in keep.values())
+            of = max(row["of"] for row in rows.values())
+            entire = {"": (tuple(range(of)),) * scopes}
+            keep = {f"{name}{layer}": kept for name in rows for layer, kept in parts.get(name, entire).items()}
+            found[whole] = FamilyPlan(max(row["width"] for row in rows.values()), of, keep)
+        return found
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

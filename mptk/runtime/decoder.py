@@ -49,9 +49,9 @@ def onnx_file(path: str | Path) -> Path:
 
 
 def model_folder(path: str | Path) -> Path:
-    """The folder with a decoder's config and tokenizer: that of the graph, or the one above if it is named ``onnx``."""
+    """The folder with a decoder's config and tokenizer: the graph's, or the one above if it is named ``onnx``."""
     folder = onnx_file(path).parent
-    return folder.parent if folder.name == "onnx" else folder
+    return folder.parent if folder.name == "onnx" and not (folder / "config.json").is_file() else folder
 
 
 class OrtDecoder:

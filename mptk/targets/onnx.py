@@ -9,10 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from mptk.errors import MptkError, ProofError
 from mptk.files import scratch
+from mptk.io import models
+from mptk.io.checkpoint import save_tokenizer
+from mptk.io.models import Loaded
 from mptk.ir.passes import Log
 from mptk.ir.samples import Samples
 from mptk.run.chain import Compiled, Dense, OnnxForm, Target
@@ -44,6 +47,8 @@ class OnnxTarget(Target):
         if compiled.written is not None:
             generation = getattr(compiled.prepared.loaded.model, "generation_config", None)
             describe(task.onnx, compiled.written.stock.config, generation, folder)
+        else:
+            notes.append(_alone(compiled.prepared.loaded, out))
         return notes
 
     def wrote(self, folder: Path) -> bool:
@@ -81,6 +86,17 @@ def describe(form: OnnxForm, config: PreTrainedConfig, generation: GenerationCon
     """Write what programs need that load the graphs of a checkpoint ``folder``."""
     form.describe(config, generation, folder, FOLDER)
     write_entry(folder, FOLDER)
+
+
+def _alone(loaded: Loaded, folder: Path) -> str:
+    """Write beside graphs that no checkpoint surrounds what a reader of text needs; returns a note on it."""
+    if loaded.tokenizer is None or not isinstance(loaded.model, PreTrainedModel):
+        return ""
+    save_tokenizer(loaded.tokenizer, folder)
+    models.config_in(loaded).save_pretrained(folder)
+    if loaded.model.can_generate() and loaded.model.generation_config is not None:
+        loaded.model.generation_config.save_pretrained(folder)
+    return f"{FOLDER}/config.json is the dense model's: it says how text is read and ended, not how wide the graph is"
 
 
 def _export(

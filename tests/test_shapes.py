@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from lab import remembered
+from safetensors.torch import load_file
 from test_latency import times
 from test_pruning import WORDS, llama_config, save
 from transformers import LlamaForCausalLM
@@ -22,6 +23,7 @@ from mptk.cli.main import app
 from mptk.cost import operator_times
 from mptk.driver.halving import Trainer, finalists
 from mptk.errors import MptkError
+from mptk.methods.maskprune.learner import Learner
 from mptk.run.rungs import rungs
 from mptk.run.shapes import Rung, Shape, Shapes, ranked
 
@@ -188,7 +190,17 @@ def test_a_killed_search_loses_one_rung_of_one_shape(
         ):
             mptk.shapes(llama, out, settings, progress=None, resume=True, **TRAINED)
     file.write_text(written)
+    begun: list[dict[str, torch.Tensor]] = []
+    recover = Learner.recover
+
+    def watched(self: Learner, small: torch.nn.Module, *arguments: object) -> object:
+        begun.append({name: tensor.clone() for name, tensor in small.state_dict().items()})
+        return recover(self, small, *arguments)
+
+    monkeypatch.setattr(Learner, "recover", watched)
+    kept = load_file(tmp_path / "out.run" / f"shape-{calls[-1][1]:05d}-0.safetensors")
     found = mptk.shapes(llama, out, settings, progress=None, resume=True, **TRAINED)
+    assert all(torch.equal(begun[0][name], tensor) for name, tensor in kept.items())  # it goes on from the rung before
     assert len(calls) == 6  # five rungs, of which the last was begun twice
     assert found.shapes == trained.shapes
     assert json.loads((out / "shapes.json").read_text()) == json.loads(json.dumps(found.to_json()))

@@ -1,6 +1,6 @@
 """What layers of their own width bring: one-shot cuts with equal and with free layers, without training.
 
-    python -m benchmarks.free_layers --data FILE --text NAME=FILE [--text NAME=FILE …] [--sparsities 0.2,0.3] [--windows 3]
+    python -m benchmarks.free_layers --data FILE --text NAME=FILE [--text NAME=FILE …] [--sparsities 0.2,0.3] [--windows 3,16]
         [--methods wanda] [--families ffn] [--json FILE]
 
 Every row is one `prune --reconstruct --target graph`: 32 windows of 256 tokens of `--data` to calibrate. Perplexity is that
@@ -22,13 +22,16 @@ from mptk.io import data, models
 from mptk.io.evaluation import perplexity
 
 
-def measured(module: Any, texts: dict[str, str], windows: int) -> dict[str, float]:
+def measured(module: Any, texts: dict[str, str], windows: list[int]) -> dict[str, float]:
+    """Perplexity on the first windows of each text, for each number of them."""
     tokenizer = models.load(MODEL).tokenizer
     found = {}
     for name, text in texts.items():
-        held_out = data.evaluation_windows(tokenizer, text, 512, windows)
-        with torch.no_grad():
-            found[name] = round(perplexity(lambda ids: module(ids), held_out, data=name).value, 3)
+        held_out = data.evaluation_windows(tokenizer, text, 512, max(windows))
+        for count in windows:
+            with torch.no_grad():
+                value = perplexity(lambda ids: module(ids), held_out[:count], data=name).value
+            found[f"{name}, {count}"] = round(value, 3)
     return found
 
 
@@ -67,7 +70,7 @@ def main(
     sparsities: str = "0.2,0.3",
     methods: str = "wanda",
     families: str = "ffn",
-    windows: int = 3,
+    windows: str = "3,16",
     json_file: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/free_layers.json"),
 ) -> None:
     texts = dict(each.split("=", 1) for each in text)
@@ -78,7 +81,7 @@ def main(
                 if any((r["layers"], r["method"], r["sparsity"]) == wanted for r in rows_in(json_file)):
                     continue
                 row, module = row_of(layers, method, sparsity, calibration, tuple(families.split(",")))
-                row |= {"windows": windows, "perplexity": measured(module, texts, windows)}
+                row |= {"perplexity": measured(module, texts, [int(count) for count in windows.split(",")])}
                 print(row, flush=True)
                 add(json_file, row)
     print(table(rows_in(json_file)))

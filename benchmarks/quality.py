@@ -1,7 +1,8 @@
 """Perplexity after pruning and recovery, method by method, at equal training tokens.
 
     python -m benchmarks.quality --train PATH[,PATH] --wikitext FILE --c4 FILE [--tokens N] [--sparsities 0.2,0.3,0.5]
-        [--methods A,B] [--seeds 0] [--rank 16] [--widths kv_groups=2,ffn=672] [--tasks A,B --include-path DIR --limit N] [--json FILE] [--plot FILE] [--quick]
+        [--methods A,B] [--seeds 0] [--rank 16] [--lr 1e-3] [--widths kv_groups=2,ffn=672]
+        [--tasks A,B --include-path DIR --limit N] [--json FILE] [--plot FILE] [--quick]
 
 Every row is one `prune` run: the same text, the same number of training tokens and the same recovery (of all weights,
 or LoRA of `--rank`; language model loss and KL to the dense model, whose top logits are kept in `--work` for all rows). A
@@ -49,13 +50,13 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def settings(
-    method: str, sparsity: float, seed: int, tokens: int, work: Path, widths: dict[str, int], rank: int | None
+    method: str, sparsity: float, seed: int, tokens: int, work: Path, widths: dict[str, int], trains: dict[str, Any]
 ) -> Settings:
     name, *additions = method.split("+")
-    training = Training(seed=seed, save_every=1000)
+    training = Training(seed=seed, save_every=1000, lr=trains["lr"])
     steps = max(4, round(tokens / (training.batch * 256)))
     learning = Learning(
-        steps=steps, rank=rank, training=training, teacher="cached", teacher_cache=str(work / "teacher")
+        steps=steps, rank=trains["rank"], training=training, teacher="cached", teacher_cache=str(work / "teacher")
     )
     for addition in additions:
         learning = replace(learning, **CHANGES.get(addition, {}))
@@ -95,11 +96,11 @@ def score(values: dict[str, float]) -> float:
 
 
 def row_of(
-    method: str, sparsity: float, seed: int, tokens: int, work: Path, widths: dict[str, int], rank: int | None
+    method: str, sparsity: float, seed: int, tokens: int, work: Path, widths: dict[str, int], trains: dict[str, Any]
 ) -> tuple[dict, str]:
     folder = tempfile.mkdtemp(prefix="quality-")
     began = time.perf_counter()
-    chosen = settings(method, sparsity, seed, tokens, work, widths, rank)
+    chosen = settings(method, sparsity, seed, tokens, work, widths, trains)
     report = prune(MODEL, Path(folder) / "out", chosen).report
     steps, batch = chosen.learning.steps, chosen.learning.training.batch
     return {
@@ -107,7 +108,7 @@ def row_of(
         "sparsity": sparsity,
         "seed": seed,
         "tokens": steps * batch * chosen.length,
-        "rank": rank or 0,
+        **{"rank": report.recovery["rank"], "lr": report.recovery["lr"]},
         "widths": {n: f["width"] for n, f in report.families.items() if f["width"] < f["of"]},
         "removed": round(report.sparsity, 4),
         "parameters": report.cost["pruned"]["parameters"],
@@ -135,6 +136,7 @@ def main(
     seeds: str = "0",
     rank: Annotated[int | None, typer.Option(help="LoRA of this rank; without it all weights are trained.")] = None,
     widths: Annotated[str, typer.Option(help="Widths of every row, as kv_groups=2,ffn=672.")] = "",
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default that of what is trained.")] = None,
     windows: int = 40,
     json_file: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/quality.json"),
     work: Annotated[Path, typer.Option(help="Folder for the mixture and the teacher's outputs.")] = Path(
@@ -154,6 +156,8 @@ def main(
     if not any(r["method"] == "dense" for r in rows_in(json_file)):
         dense = {"method": "dense", "sparsity": 0.0, "seed": 0, "tokens": 0}
         add(json_file, {**dense, **measure(MODEL, texts, windows, zero)})
+    trains = {"rank": rank, "lr": lr}
+    learning = Learning(rank=rank, training=Training(lr=lr)).of_recovery(frozen=False)
     counted = max(4, round(tokens / 2048)) * 2048
     for seed in map(int, seeds.split(",")):
         for sparsity in map(float, sparsities.split(",")):
@@ -161,12 +165,13 @@ def main(
                 rows = [
                     r
                     for r in rows_in(json_file)
-                    if (r["sparsity"], r["seed"], r["tokens"], r.get("rank")) == (sparsity, seed, counted, rank or 0)
+                    if (r["sparsity"], r["seed"], r["tokens"]) == (sparsity, seed, counted)
+                    and (r.get("rank"), r.get("lr")) == (learning.rank, learning.training.lr)
                 ]
                 given = dict(parse_width(each) for each in widths.split(",") if each) | given_widths(method, rows)
                 if any(r["method"] == method and given.items() <= r["widths"].items() for r in rows):
                     continue
-                row, folder = row_of(method, sparsity, seed, counted, work, given, rank)
+                row, folder = row_of(method, sparsity, seed, counted, work, given, trains)
                 row |= measure(f"{folder}/out", texts, windows, zero)
                 shutil.rmtree(folder)
                 print(row, flush=True)

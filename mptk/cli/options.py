@@ -169,7 +169,10 @@ FIELDS: dict[str, Field] = {
     "batch": Field("learning.training.batch", int, TRAIN, "Windows in a step, over all processes."),
     "micro": Field("learning.training.micro", int, TRAIN, "Windows in one forward pass of one process."),
     "lr": Field(
-        "learning.training.lr", float | None, TRAIN, "Peak learning rate; 0.0003 for all weights, 0.001 for LoRA."
+        "learning.training.lr",
+        float | None,
+        TRAIN,
+        "Peak learning rate; by default 0.0003 for all weights, 0.003 for LoRA.",
     ),
     "rank": Field(
         "learning.rank",

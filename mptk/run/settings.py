@@ -16,8 +16,8 @@ DEFAULT_STEPS = 200
 
 LORA_RANK = 16
 """Rank of LoRA, if none is given."""
-LORA_RATE, FULL_RATE = 1e-3, 3e-4
-"""Peak learning rates of adapters and of all weights, if none is given (``docs/recovery.md``)."""
+MASK_RATE, LORA_RATE, FULL_RATE = 1e-3, 3e-3, 3e-4
+"""Peak learning rates beside masks, and in recovery of adapters and of all weights (``docs/recovery.md``)."""
 
 IN_MEMORY = "samples given in Python"
 """What settings and reports call ``data`` that was given in memory."""
@@ -61,7 +61,7 @@ class Training:
 
     ``batch`` windows a step over all processes, ``micro`` of them in one forward pass of one process. ``lr`` is the
     peak learning rate (AdamW), reached after ``warmup``, a share of the steps, and falling to 0 along a cosine; None:
-    ``LORA_RATE`` for adapters, ``FULL_RATE`` for all weights.
+    ``MASK_RATE`` beside masks, ``LORA_RATE`` for adapters, ``FULL_RATE`` for all weights.
     ``clip``: largest norm of a step's gradient. ``save_every``: steps between checkpoints.
     """
 
@@ -138,16 +138,16 @@ class Learning:
 
     def of_masks(self) -> Learning:
         """The same with the rank and the rate with which masks are learned."""
-        return self._with(self.rank or LORA_RANK)
+        return self._with(self.rank or LORA_RANK, MASK_RATE)
 
     def of_recovery(self, frozen: bool) -> Learning:
         """The same with the rank and the rate of recovery. ``frozen``: the model's own weights must stay."""
-        return self._with(LORA_RANK if self.rank is None and frozen else self.rank or 0)
+        rank = LORA_RANK if self.rank is None and frozen else self.rank or 0
+        return self._with(rank, LORA_RATE if rank else FULL_RATE)
 
-    def _with(self, rank: int) -> Learning:
-        training = self.training
-        lr = training.lr if training.lr is not None else LORA_RATE if rank else FULL_RATE
-        return replace(self, rank=rank, training=replace(training, lr=lr))
+    def _with(self, rank: int, lr: float) -> Learning:
+        training = self.training if self.training.lr is not None else replace(self.training, lr=lr)
+        return replace(self, rank=rank, training=training)
 
 
 @dataclass(frozen=True)

@@ -223,6 +223,7 @@ def test_the_command_prints_a_table_and_what_prunes_to_the_best(
     llama: str, settings: mptk.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mptk.cli.console.out.width", 2000)
     typed = f"--sparsity 0.33 --data {settings.data} --samples 8 --length 32 --multiple-of 8 --keep q_heads"
     run = CliRunner().invoke(app, ["shapes", llama, *typed.split(), "--tokens", "0", "--html", "page.html", "-q"])
     assert run.exit_code == 0, run.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -55,6 +56,9 @@ class HubText:
             ) from error
 
 
+_PATH = re.compile(r"^[./~]|/.*/|\.(txt|text|md|raw|jsonl?|parquet|[ct]sv)$")
+"""Names that no data set of the hub has. To ask the hub for them takes half a minute without a network."""
+
 PRESETS = {
     "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", column="text", joined="\n\n"),
     "c4": HubText("allenai/c4", "en", column="text", held_out="validation"),
@@ -71,7 +75,7 @@ def hub_text(name: str, *, held_out: bool, split: str | None = None) -> HubText:
     ``held_out``: by default its split to measure on, not that to train on. ``split``: another default.
 
     Raises:
-        MptkError: there are more parts.
+        MptkError: there are more parts; or the name can only be that of a file, which is not there.
     """
     preset = PRESETS.get(name)
     if preset is None:
@@ -80,6 +84,8 @@ def hub_text(name: str, *, held_out: bool, split: str | None = None) -> HubText:
             raise MptkError(
                 f"{name!r} has too many colons; write ID, ID:CONFIG, ID:CONFIG:SPLIT or ID:CONFIG:SPLIT:COLUMN"
             )
+        if _PATH.search(dataset):
+            raise MptkError(f"{dataset!r} is no file or folder; check the path")
         preset = HubText(dataset, config or None, column=column or None)
         split = named or split
     return replace(preset, split=split or (preset.held_out if held_out else preset.split))

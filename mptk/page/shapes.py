@@ -27,7 +27,7 @@ def front_chart(found: Shapes) -> Svg:
             if shape.rungs:
                 axes.plot(x, last, "o", color=SERIES[0], markersize=6)
             if shape.rungs or shape in best:
-                axes.annotate(f" {number}", (x, last), size=9, va="center")
+                axes.annotate(f"{number}", (x, last), (6, 5), textcoords="offset points", size=9)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
         axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.4g}")

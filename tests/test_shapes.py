@@ -249,8 +249,11 @@ def report_width(report: mptk.Report, name: str) -> int:
 
 
 def test_prune_cuts_to_the_best_shape(llama: str, settings: mptk.Settings) -> None:
-    found = mptk.prune(llama, settings=settings, search=True, search_shapes=3, eval_windows=1, progress=None)
+    short = {"search_shapes": 3, "distil_epochs": 1, "eval_windows": 1}
+    found = mptk.prune(llama, settings=settings, search=True, progress=None, **short)
     assert found is not None
+    assert any(shape["widths"]["layers"] < DENSE["layers"] for shape in found.report.search["shapes"])
+    assert any(note.startswith("local distillation made") for note in found.report.notes)
     best = found.report.search["shapes"][0]
     assert best["widths"] == {name: report_width(found.report, name) for name in DENSE}
     losses = [each["reconstructed"] for each in found.report.search["shapes"]]

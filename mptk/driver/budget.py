@@ -176,13 +176,12 @@ class WidthSearch:
     def _default_families(self, legal: LegalWidths) -> list[str]:
         """What is cut if nothing else is said: what repeats over layers, and the method can choose among.
 
-        A method that judges no channels removes blocks. A search may remove both, if no block is to be distilled.
+        A method that judges no channels removes blocks. A search may remove both.
         """
         names = legalize.default_families(self.analysis, legal)
         depths = [f.name for f in self.analysis.depths if names and len(legal.ladders.get(f.name, ())) > 1]
         channels, blocks = self._judged(names), self._judged(depths)
-        both = self.settings.search and not self.settings.distil_epochs
-        return [*channels, *blocks] if both else channels or blocks
+        return [*channels, *blocks] if self.settings.search else channels or blocks
 
     def _judged(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if self.method.refusal(self.analysis, name) is None]

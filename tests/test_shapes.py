@@ -261,6 +261,21 @@ def test_prune_cuts_to_the_best_shape(llama: str, settings: mptk.Settings) -> No
     assert len(losses) == 3
 
 
+def test_a_report_shows_the_ranking_of_the_run_that_searched(
+    llama: str, settings: mptk.Settings, tmp_path: Path
+) -> None:
+    folder, page = tmp_path / "small", tmp_path / "page.html"
+    mptk.prune(llama, folder, settings=settings, search=True, search_shapes=3, eval_windows=1, progress=None)
+    assert "3 shapes of" in CliRunner().invoke(app, ["report", str(folder)]).output
+    CliRunner().invoke(app, ["report", str(folder), "--html", str(page)])
+    assert page.read_text().count("What each shape costs and gives") == 1
+    said = json.loads((folder / "report.json").read_text())
+    said["search"]["shapes"][1]["widths"] = {"ffn": 3}
+    (folder / "report.json").write_text(json.dumps(said))
+    with pytest.raises(MptkError, match="search has shapes of different families"):
+        mptk.Report.read(folder)
+
+
 def test_maskprune_learns_units_at_the_widths_of_the_best_shape(llama: str, settings: mptk.Settings) -> None:
     asked = {"method": "maskprune", "steps": 5, "batch": 2, "micro": 2, "eval_windows": 1, "search_shapes": 2}
     found = mptk.prune(llama, settings=settings, search=True, progress=None, **asked)

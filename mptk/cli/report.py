@@ -14,8 +14,10 @@ from mptk.cost.estimate import Estimate, duration, size_text
 from mptk.cost.model import CostModel
 from mptk.io.markdown import code
 from mptk.ir.families import Analysis
+from mptk.page import shapes
 from mptk.page.words import figure, ranges
 from mptk.run.report import Report, Row
+from mptk.run.shapes import Shapes
 from mptk.runtime.bench import Bench
 from passes.targets.legalize import LegalWidths
 
@@ -242,7 +244,19 @@ def prune_view(report: Report) -> Lines:
         cost.add_row(f"{metric}, {scheme} in ONNX Runtime", "", measured, f"{q['bytes'] / 1e6:.0f} MB")
     protocol = report.quality.get("protocol", "not measured, since the run was stopped before")
     notes = [Text(f"{metric}: {protocol}"), *map(Text, report.notes)]
-    return Lines(widths, cost, *notes, proof_view(report.proof))
+    searched = [shapes_view(Shapes.from_json(report.search))] if report.search else []
+    return Lines(*searched, widths, cost, *notes, proof_view(report.proof))
+
+
+def shapes_view(found: Shapes) -> Lines:
+    """``mptk shapes``: each shape with its costs and its losses, the best first."""
+    table = Table(title=f"{len(found.shapes)} shapes of {found.model}, by {found.metric}", title_justify="left")
+    for column in shapes.columns(found):
+        table.add_column(column, justify="right")
+    for number, row in enumerate(shapes.rows(found)):
+        table.add_row(*row, end_section=not number)
+    note = "★ no other shape that went as far costs as little and was as good at that stage"
+    return Lines(table, Text(note), Text(found.protocol))
 
 
 def _quality(report: Report, name: str) -> str:

@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Group as Lines
-from rich.table import Table
-from rich.text import Text
 
 from mptk.cli import choices
 from mptk.cli.app import command, resumable, show
@@ -22,7 +19,6 @@ from mptk.cli.progress import stages
 from mptk.files import write_text
 from mptk.run.bounds import BOUNDS
 from mptk.run.settings import Settings
-from mptk.run.shapes import Shapes
 
 OPTIONS = (
     *("sparsity", "budget", "objective", "threads", "families", "keep", "width", "portable", "multiple_of", "seed"),
@@ -88,6 +84,7 @@ def shapes(
 
     Prints the command that prunes to the best one. `mptk prune --search` does both.
     """
+    from mptk.cli.report import shapes_view
     from mptk.driver.prepare import check_settings, settled
     from mptk.driver.shapes import shapes as find_shapes
 
@@ -116,16 +113,3 @@ def shapes(
     show(json_file, found.to_json(), shapes_view(found))
     if json_file != Path("-"):
         out.print(found.command, soft_wrap=True, highlight=False)
-
-
-def shapes_view(found: Shapes) -> Lines:
-    """``mptk shapes``: each shape with its costs and its losses, the best first."""
-    from mptk.page.shapes import columns, rows
-
-    table = Table(title=f"{len(found.shapes)} shapes of {found.model}, by {found.metric}", title_justify="left")
-    for column in columns(found):
-        table.add_column(column, justify="right")
-    for number, row in enumerate(rows(found)):
-        table.add_row(*row, end_section=not number)
-    note = "★ no other shape that went as far costs as little and was as good at that stage"
-    return Lines(table, Text(note), Text(found.protocol))

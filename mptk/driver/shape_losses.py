@@ -22,10 +22,10 @@ from mptk.ir.samples import Samples
 from mptk.ir.weights import Lazy, Weights
 from mptk.methods.criteria import all_criteria
 from mptk.methods.criteria.base import Scores
-from mptk.methods.one_shot import scored
-from mptk.methods.reconstruct import Products, gather_products, kept_units
+from mptk.methods.one_shot import moments, scored
+from mptk.methods.reconstruct import Products, kept_units
 from mptk.methods.trial import losses, plan_of
-from mptk.run.chain import Chosen, Prepared, reconstructs
+from mptk.run.chain import Chosen, Prepared
 from mptk.run.folder import RunFolder
 from mptk.run.shapes import Shape, bounded
 from mptk.run.values import Context, SampleSets
@@ -66,14 +66,7 @@ class Search:
     @cached_property
     def products(self) -> Products | None:
         """What consumers are fitted with; None if they are not."""
-        prepared = self.prepared
-        if not reconstructs(prepared.settings, prepared.method):
-            return None
-        with self.context.stage("moments"):
-            say = partial(self.context.progress, "moments")
-            return gather_products(
-                prepared.analysis, prepared.mask_sites, self.sets.calibration, say, prepared.calibrator
-            )
+        return moments(self.prepared, self.sets, self.context)
 
     def chosen(self, widths: Mapping[str, int]) -> Chosen:
         """The best units for ``widths``, and the consumers fitted to them, each when it is asked for."""
@@ -81,8 +74,7 @@ class Search:
         cut = resolve_plan(self.prepared.analysis, plan)
         if self.products is None:
             return Chosen(plan, cut)
-        fitted = {site.family for site in self.products.sites} & plan.families.keys()
-        changes = self.products.fitted(kept_units(self.prepared.analysis, cut, sorted(fitted)))
+        changes = self.products.fitted(kept_units(self.prepared.analysis, cut, self.products.families(plan)))
         return Chosen(plan, cut, changes, tuple(changes))
 
     def before_training(self) -> list[Shape]:

@@ -1,19 +1,23 @@
-"""trial: what a choice would do: the plan for given widths, and the loss of a masked program on calibration text."""
+"""trial: what a choice would do: its plan, its masked program, and the loss of that on calibration text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
+from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Scores
+from mptk.methods.reconstruct import Products, kept_units
 from mptk.progress import Count
 from mptk.run.chain import Prepared
 from mptk.run.sharing import sharing
+from passes.transforms.masked_reference import mask
 
 AT_ONCE = 256
 """Tokens in a batch, of which there are logits."""
@@ -23,6 +27,16 @@ def plan_of(prepared: Prepared, scores: Scores, widths: Mapping[str, int]) -> Pl
     """The best units for ``widths``, of the families that become narrower."""
     narrowed = {name: width for name, width in widths.items() if width < prepared.analysis.family(name).size}
     return criteria.select(prepared.analysis, scores, narrowed, stock=prepared.legal.stock)
+
+
+def tried(prepared: Prepared, plan: Plan, products: Products | None = None) -> Program:
+    """The masked program of ``plan``; with ``products`` the consumers of the families that it cuts are fitted."""
+    analysis = prepared.analysis
+    cut = resolve_plan(analysis, plan)
+    if products is not None:
+        fitted = products.fitted(kept_units(analysis, cut, products.families(plan)))
+        analysis = replace(analysis, program=analysis.program.with_state(fitted))
+    return mask(analysis, cut)
 
 
 def losses(

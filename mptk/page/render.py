@@ -21,6 +21,17 @@ from passes.targets.legalize import LegalWidths
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """The shapes of a search. ``training`` is None if none was trained."""
+
+    found: Shapes
+    front: Svg
+    training: Svg | None
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
 class RunView:
     """A run with its charts. ``kept``: family → its map. ``traces``: phase → its charts."""
 
@@ -34,6 +45,7 @@ class RunView:
     traces: Mapping[str, Sequence[Svg]]
     proof: Svg | None
     bench: Svg | None
+    search: Ranking | None
     stages: Svg
 
 
@@ -88,15 +100,13 @@ def analysis_page(model: str, analysis: Analysis, legal: LegalWidths, blocked: S
 def shapes_page(found: Shapes) -> str:
     """One page about the shapes of a search. Raises MptkError if matplotlib is not installed."""
     require_matplotlib()
-    return _filled(
-        "shapes.html",
-        model=model_name(found.model),
-        found=found,
-        front=shapes.front_chart(found),
-        training=shapes.training_chart(found),
-        columns=shapes.columns(found),
-        rows=shapes.rows(found),
-    )
+    return _filled("shapes.html", model=model_name(found.model), view=ranking(found))
+
+
+def ranking(found: Shapes) -> Ranking:
+    """The charts and the table of a search."""
+    front, training = shapes.front_chart(found), shapes.training_chart(found)
+    return Ranking(found, front, training, shapes.columns(found), shapes.rows(found))
 
 
 def _filled(template: str, **values: Any) -> str:
@@ -127,6 +137,7 @@ def run_view(run: Run) -> RunView:
             traces={phase: charts.trace_charts(run, phase) for phase in run.metrics},
             proof=charts.proof_chart(run) if run.report.proof else None,
             bench=charts.bench_chart(run, run.bench) if run.bench is not None else None,
+            search=ranking(Shapes.from_json(run.report.search)) if run.report.search else None,
             stages=charts.stages_chart(run),
         )
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from mptk.conform import misfit
+from mptk.run.shapes import Shapes
 
 Number = float | None
 """What is not finite is null."""
@@ -94,12 +95,6 @@ class RecoveryRow(TypedDict):
     kept: NotRequired[int]
 
 
-class SearchRow(TypedDict):
-    """What a search found; empty if there was none. Shapes are those of ``run/shapes.py``."""
-
-    shapes: NotRequired[Sequence[Mapping[str, Any]]]
-
-
 class Rows(TypedDict):
     """The fields of a report that hold objects."""
 
@@ -114,7 +109,7 @@ class Rows(TypedDict):
     legal: NotRequired[Mapping[str, LegalRow]]
     data: NotRequired[Mapping[str, Mapping[str, Any]]]
     recovery: NotRequired[RecoveryRow]
-    search: NotRequired[SearchRow]
+    search: NotRequired[Mapping[str, Any]]
 
 
 def check_rows(data: Mapping[str, Any]) -> None:
@@ -136,6 +131,8 @@ def check_rows(data: Mapping[str, Any]) -> None:
         wrong = _sets(data.get("data", {}))
     if wrong is not None:
         raise ValueError(wrong)
+    if data.get("search"):
+        Shapes.from_json(data["search"])
 
 
 def _family(name: str, row: FamilyRow) -> str | None:

@@ -125,6 +125,18 @@ class Shapes:
             "command": self.command,
         }
 
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Shapes:
+        """What ``to_json`` gave. Raises ValueError if it is no search."""
+        rows = data.get("shapes")
+        if not isinstance(rows, list) or not rows or data.get("metric") not in ("perplexity", "loss"):
+            raise ValueError("search is no ranking of shapes")
+        shapes, dense = tuple(map(Shape.from_json, rows)), Shape.from_json(data.get("dense"))
+        if any(shape.widths.keys() != shapes[0].widths.keys() for shape in (dense, *shapes)):
+            raise ValueError("search has shapes of different families")
+        perplexity = data["metric"] == "perplexity"
+        return made(Shapes, {**data, "dense": dense, "shapes": shapes, "perplexity": perplexity}, "search")
+
 
 def ranked(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
     """Those that went furthest first, and of these the ones with the least loss."""

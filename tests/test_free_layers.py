@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from mptk.errors import MptkError
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.division import LEVELS, Curve, divide, levels
+from mptk.methods.trial import losses
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 
@@ -107,6 +109,59 @@ def test_its_plan_cuts_the_same_model_again(checkpoint: str, pruned: mptk.Pruned
     assert again.report.plan_sha256 == pruned.report.plan_sha256
 
 
+@pytest.fixture(scope="module")
+def learned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pruned:
+    """MaskPrune's choice of units at widths that are ``pruned``'s, and a graph that was trained."""
+    out = tmp_path_factory.mktemp("learned") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mptk.methods.division.losses", lambda prepared, programs, *rest: range(len(programs), 0, -1))
+        asked = {"method": "maskprune", "steps": 6, "batch": 2, "micro": 2, "lr": 1e-3}
+        found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 16, onnx=False, **asked)
+    assert found is not None
+    return found
+
+
+def test_maskprune_learns_units_at_the_layers_widths_and_trains_the_graph(
+    pruned: mptk.Pruned, learned: mptk.Pruned
+) -> None:
+    assert learned.report.families == pruned.report.families
+    assert learned.report.plan_sha256 != pruned.report.plan_sha256
+    assert learned.report.recovery["rank"] == 0
+    assert set(learned.report.splits) == {"equal layers", "free layers"}
+    stages = {row["stage"]: row["ok"] for row in learned.report.proof}
+    assert {"learned masks", "trained model"} <= stages.keys()
+    assert all(stages.values())
+    assert learned.folder is not None
+    assert mptk.verify(learned.folder)
+
+
+def test_a_graph_is_trained_again(learned: mptk.Pruned, tmp_path: Path) -> None:
+    assert learned.folder is not None
+    found = mptk.recover(learned.folder, tmp_path / "more", data=[toys.TEXT] * 16, steps=2, batch=2, micro=2, lr=1e-3)
+    assert found is not None
+    assert found.report.families == learned.report.families
+    moved = found.model.state_dict()
+    assert any(not moved[name].equal(weight) for name, weight in learned.model.state_dict().items())
+
+
+def test_a_width_is_tried_as_the_run_will_leave_it(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its consumer fitted, if the run fits consumers."""
+    seen: dict[bool, list[float]] = {}
+    for fits in (False, True):
+
+        def kept(
+            prepared: Any, programs: Any, *rest: Any, found: list[float] = seen.setdefault(fits, [])
+        ) -> list[float]:
+            found += (measured := losses(prepared, programs, *rest))
+            return measured
+
+        monkeypatch.setattr("mptk.methods.division.losses", kept)
+        mptk.prune(checkpoint, None, SETTINGS, families="ffn", data=[toys.TEXT] * 8, onnx=False, reconstruct=fits)
+    assert len(seen[True]) == len(seen[False]) > 3
+    assert seen[True][0] == seen[False][0]  # nothing cut
+    assert all(fitted != masked for fitted, masked in zip(seen[True][1:], seen[False][1:], strict=True))
+
+
 def test_a_budget_that_no_tried_width_meets_is_refused(checkpoint: str, tmp_path: Path) -> None:
     with pytest.raises(MptkError, match=r"give sparsity 0\.950; nearest: 0\.\d+\. Ask for that, or leave out"):
         mptk.prune(
@@ -124,7 +179,6 @@ def test_a_width_of_all_layers_stays_that_of_all(checkpoint: str, tmp_path: Path
     ("change", "message"),
     [
         ({"target": "stock"}, "a stock checkpoint has one width for all layers; use --target graph"),
-        ({"method": "maskprune", "steps": 4}, "maskprune gives all layers one width; use a one-shot --method"),
         ({"budget": "latency"}, "use another --budget"),
         ({"search": True}, "not --layers free; leave out one of both"),
         ({"layers": "loose"}, "no layers 'loose'; choose one of uniform, free"),

@@ -16,6 +16,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import Cut, renumbering
 from mptk.ir.weights import Lazy, Weights
 from mptk.run.report import Report
+from mptk.targets.graph import WEIGHTS, GraphTarget
 
 COMPENSATION = "compensation.safetensors"
 """A folder's file of corrected biases (FLAP)."""
@@ -25,7 +26,8 @@ def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust
     """Weights in which the folder differs from a cut of the dense model: trained ones, or FLAP's biases.
 
     Raises:
-        MptkError: the folder's file of biases holds something else; or its checkpoint cannot be loaded.
+        MptkError: the folder's file of biases holds something else; or its weights cannot be loaded, or are not those
+            that the cut leaves.
     """
     state = analysis.program.state
     if (folder / COMPENSATION).is_file():
@@ -39,10 +41,24 @@ def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust
         return biases
     if not report.trained:
         return {}
+    new, small = renumbering(analysis, cut).new, stored_weights(folder, trust)
+    names = {name: there for name in report.trained if (there := new(name)) is not None}
+    for name, there in names.items():
+        shape = tuple(cut.size(term) for term in analysis.weights[name])
+        if there not in small or small.like(there).shape != shape:
+            raise MptkError(
+                f"{folder} does not hold {there} of shape {shape}; do not use it, and prune the model again"
+            )
+    return widened(analysis, cut, small.selected(names))
+
+
+def stored_weights(folder: Path, trust: bool) -> Weights:
+    """What a pruned folder holds, by name: a checkpoint's weights, or those of a graph."""
+    if GraphTarget().wrote(folder):
+        return Weights(load_tensors(folder / WEIGHTS, damaged(folder / WEIGHTS)))
     small = models.open_weights(str(folder), Resident(0), trust_remote_code=trust).weights
     assert small is not None
-    new = renumbering(analysis, cut).new
-    return widened(analysis, cut, small.selected({n: there for n in report.trained if (there := new(n)) is not None}))
+    return small
 
 
 def widened(analysis: Analysis, cut: Cut, small: Weights) -> Weights:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+from torch import Tensor, nn
+
 from mptk.ir.families import Analysis
+from mptk.ir.module import ProgramModule
 from mptk.ir.samples import Samples
 from mptk.run.chain import Chosen, Compiled, Prepared
 from mptk.run.values import Context
@@ -34,3 +38,14 @@ def compile_plan(prepared: Prepared, chosen: Chosen, samples: Samples, context: 
     """Cut the program to the plan and find the form in which the target holds it."""
     compiled = cut_to(prepared, chosen, context)
     return replace(compiled, written=prepared.target.fit(compiled, samples[:1]))
+
+
+def small_model(compiled: Compiled, weights: Mapping[str, Tensor], *, shared: bool = False) -> nn.Module:
+    """The cut model, float32, to be trained: of the class that holds it, or of its graph if the target needs none.
+
+    ``weights``: its state dict; those of a class may be empty and then were never written. ``shared``: whether a class
+    may use these tensors themselves.
+    """
+    if compiled.written is not None:
+        return compiled.written.stock.build(weights, shared=shared)
+    return ProgramModule(compiled.program.with_state(weights))

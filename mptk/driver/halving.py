@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from accelerate import Accelerator
 from torch import Tensor
 
-from mptk.driver.compiling import compile_plan
+from mptk.driver.compiling import compile_plan, small_model
 from mptk.driver.shape_losses import Search, file_of
 from mptk.ir.passes import Log
 from mptk.ir.weights import Weights
@@ -96,10 +96,9 @@ class Trainer:
     def trained(self, number: int, shape: Shape, rung: int, steps: int, say: Progress = silent) -> Shape:
         """The shape after a further rung of ``steps`` steps."""
         compiled = self.compiled(number, shape)
-        assert compiled.written is not None
         state = compiled.program.state_dict()
         before = self.search.folder.tensors(f"{file_of(number)}-{rung - 1}") or {}
-        small = compiled.written.stock.build(state.updated(before), shared=False)
+        small = small_model(compiled, state.updated(before))
         training, positions = self.learning.training, self.search.sets.training.positions
         seen = shape.rungs[-1].tokens if shape.rungs else 0
         place = RunFolder(self.search.folder.path / f"{file_of(number)}-{rung}", {}, resume=True)

@@ -31,7 +31,7 @@ from mptk.methods.reconstruct import consumers
 from mptk.progress import Progress
 from mptk.run.chain import Method, Prepared, Target, Task, stored_type
 from mptk.run.execution import execution
-from mptk.run.processes import once, processes
+from mptk.run.processes import once, processes, shards
 from mptk.run.rungs import rungs
 from mptk.run.settings import DEFAULT_STEPS, FREE, Settings
 from mptk.run.values import Context
@@ -69,14 +69,24 @@ def check_settings(settings: Settings) -> None:
             check_divides(settings, method, target)
     else:
         Plan.load(settings.plan)
-    if settings.trains and not target.trainable:
-        without = "--steps" if settings.steps else "tokens for the search (--search-tokens 0)"
-        raise MptkError(f"only a stock checkpoint can be trained after the cut; use --target stock, or no {without}")
+    if settings.trains and not target.classed:
+        check_graph_training(settings)
     if settings.search:
         rungs(settings, settings.search_finalists)
         if processes().num_processes > 1:
             raise MptkError("one process searches; run `mptk shapes` in one, and give prune the --width that it prints")
     check_schemes(settings.quantize)
+
+
+def check_graph_training(settings: Settings) -> None:
+    """Raise MptkError for ways of training that the module of a graph does not have: all its weights are trained."""
+    learning = settings.learning
+    if learning.rank:
+        raise MptkError("--rank: LoRA needs the layers of a class; leave it out, and all weights are trained")
+    if learning.gradient_checkpointing:
+        raise MptkError("--gradient-checkpointing needs the blocks of a class; leave it out, or use --target stock")
+    if shards():
+        raise MptkError("a graph's weights are not spread over processes; leave out FSDP, or use --target stock")
 
 
 def check_divides(settings: Settings, method: Method, target: Target) -> None:
@@ -115,10 +125,9 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     if settings.distil_epochs and not consumers(prepared.mask_sites):
         raise MptkError(NO_BLOCK)
     across = prepared.across_layers
-    if settings.trains and settings.learning.rank == 0 and across:
-        raise MptkError(
-            f"all weights cannot be trained where {across[0]} is cut, as norms follow it; leave out --rank 0"
-        )
+    if settings.trains and across and (settings.learning.rank == 0 or not prepared.target.classed):
+        remedy = "leave out --rank 0" if prepared.target.classed else "use --target stock, or train nothing"
+        raise MptkError(f"all weights cannot be trained where {across[0]} is cut, as norms follow it; {remedy}")
     return prepared
 
 

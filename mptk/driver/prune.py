@@ -16,7 +16,7 @@ from mptk.compat.torch import sources_forgotten
 from mptk.driver.budget import left_whole
 from mptk.driver.card import write_card
 from mptk.driver.changes import COMPENSATION, widened
-from mptk.driver.compiling import changed, compile_plan, cut_to
+from mptk.driver.compiling import changed, compile_plan, cut_to, small_model
 from mptk.driver.dense_outputs import with_outputs
 from mptk.driver.describe import describe, measured
 from mptk.driver.job import Finished, Given, Job, held
@@ -261,15 +261,14 @@ def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[C
     """Train the small model with the remaining steps and adopt its weights. Also gives the witness's difference."""
     if context.folder is None or context.accelerator is None:
         return compiled, []
-    prepared, chosen, form = compiled.prepared, compiled.chosen, compiled.written
-    assert form is not None
+    prepared, chosen = compiled.prepared, compiled.chosen
     s = prepared.recovery
     learner = Learner(
         context.accelerator, prepared.dense, prepared.task, sets.training, s, context.folder, context.progress
     )
     with context.stage("recover"):
         weights = compiled.program.state_dict() if learner.keeps else {}
-        small = form.stock.build(weights, shared=learner.rank > 0)
+        small = small_model(compiled, weights, shared=learner.rank > 0)
         steps, used = prepared.settings.steps - chosen.steps, chosen.steps * s.training.batch
         held_out = None if sets.held_out is None else sets.held_out[: s.training.batch]
         found = learner.recover(small, steps, sets.proof, used, held_out)
@@ -286,7 +285,7 @@ def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[C
         row = {**row, **found.watch.row(prepared.settings.data, s.training.save_every)}
         chosen = replace(chosen, notes=(*chosen.notes, found.watch.note()))
     difference = check_witness(changed(prepared, chosen), chosen.cut, found.witness, sets.proof, prepared.executor)
-    return replace(cut_to(prepared, chosen, context), written=form, recovery=row), [difference]
+    return replace(cut_to(prepared, chosen, context), written=compiled.written, recovery=row), [difference]
 
 
 def written_folder(

@@ -22,9 +22,9 @@ from mptk.ir.samples import Samples
 from mptk.ir.weights import Lazy, Weights
 from mptk.methods.criteria import all_criteria
 from mptk.methods.criteria.base import Scores
-from mptk.methods.one_shot import moments, scored
+from mptk.methods.one_shot import scored
 from mptk.methods.reconstruct import Products, kept_units
-from mptk.methods.trial import losses, plan_of
+from mptk.methods.trial import losses, moments, plan_of
 from mptk.run.chain import Chosen, Prepared
 from mptk.run.folder import RunFolder
 from mptk.run.shapes import Shape, bounded

@@ -19,10 +19,10 @@ from mptk.errors import MptkError
 from mptk.ir.plan import Plan
 from mptk.methods.criteria.base import Scores
 from mptk.methods.reconstruct import Products
-from mptk.methods.trial import losses, plan_of, tried
+from mptk.methods.trial import losses, moments, plan_of, tried
 from mptk.progress import Count
 from mptk.run.chain import Prepared
-from mptk.run.values import SampleSets
+from mptk.run.values import Context, SampleSets
 
 TOKENS = 512
 """Calibration tokens on which each layer's curve is measured."""
@@ -51,18 +51,19 @@ class Edge:
 
 
 def divided(
-    prepared: Prepared, scores: Scores, products: Products | None, uniform: Plan, sets: SampleSets, progress: Count
+    prepared: Prepared, scores: Scores, uniform: Plan, sets: SampleSets, context: Context
 ) -> tuple[Plan, dict[str, float]]:
     """The plan with a width for each layer, or ``uniform`` if its loss is less; and the loss of both.
 
-    ``prepared``: each layer is a family of its own in its analysis. ``products``: what consumers are fitted with; None
-    if they are not. ``uniform``: the plan with equal layers.
+    ``prepared``: each layer is a family of its own in its analysis. ``uniform``: the plan with equal layers.
 
     Raises:
         MptkError: neither meets the budget.
     """
     ladders = {name: prepared.legal.ladders[name] for name in prepared.families}
-    curves = measured(prepared, scores, products, ladders, sets, progress)
+    products = moments(prepared, sets, context)
+    with context.stage(stage := "divide over layers"):
+        curves = measured(prepared, scores, products, ladders, sets, partial(context.progress, stage))
     widths = divide(curves, ladders, prepared.cost, prepared.settings.sparsity)
     plans = {"equal layers": uniform, "free layers": plan_of(prepared, scores, widths)}
     sparsity, tolerance = prepared.settings.sparsity, prepared.settings.tolerance

@@ -18,9 +18,8 @@ from mptk.methods.criteria import influence
 from mptk.methods.criteria.base import Criterion, Scores
 from mptk.methods.criteria.observe import Observation, Site
 from mptk.methods.division import divided
-from mptk.methods.reconstruct import Products, gather_products
 from mptk.methods.trial import losses, plan_of
-from mptk.run.chain import Chosen, Method, Prepared, reconstructs
+from mptk.run.chain import Chosen, Method, Prepared
 from mptk.run.folder import RunFolder
 from mptk.run.processes import leads
 from mptk.run.settings import FREE
@@ -61,10 +60,7 @@ class OneShotMethod(Method):
         with context.stage("choose widths"):
             plan, cut, found = _best(prepared, plans, sets, context)
         if prepared.settings.layers == FREE:
-            products = moments(prepared, sets, context)
-            with context.stage("divide over layers"):
-                say = partial(context.progress, "divide over layers")
-                plan, found = divided(prepared, scores, products, plan, sets, say)
+            plan, found = divided(prepared, scores, plan, sets, context)
             cut = resolve_plan(analysis, plan)
         chosen = Chosen(plan, cut, losses=found)
         if not self.criterion.compensates:
@@ -102,15 +98,6 @@ def scored(
     if folder is not None and leads():
         folder.save(SCORES, scores)
     return scores, dict(evidence.observations)
-
-
-def moments(prepared: Prepared, sets: SampleSets, context: Context) -> Products | None:
-    """What consumers are fitted with, for any choice of units; None if they are not fitted."""
-    if not reconstructs(prepared.settings, prepared.method):
-        return None
-    with context.stage("moments"):
-        say = partial(context.progress, "moments")
-        return gather_products(prepared.analysis, prepared.mask_sites, sets.calibration, say, prepared.calibrator)
 
 
 def _best(

@@ -212,12 +212,13 @@ class Method(Protocol):
 class Target(Protocol):
     """What is written: which widths it can hold, how it is written, and what it must be equal to.
 
-    ``trainable``: ``fit`` gives a module that recovery can train. ``ragged``: layers may have different widths.
+    ``classed``: ``fit`` gives a class, which takes adapters, gradient checkpointing and shards. ``ragged``: layers may
+    have different widths.
     """
 
     name: str
     summary: str
-    trainable: bool = False
+    classed: bool = False
     ragged: bool = False
 
     def legal(self, analysis: Analysis, model: nn.Module, multiple: int | Sequence[int]) -> LegalWidths:

@@ -40,7 +40,7 @@ class StockTarget(Target):
 
     name = "stock"
     summary = "the model's own transformers class"
-    trainable = True
+    classed = True
 
     def legal(self, analysis: Analysis, model: nn.Module, multiple: int | Sequence[int]) -> LegalWidths:
         if not isinstance(model, PreTrainedModel):

@@ -212,7 +212,7 @@ class Learner:
     # ---- after the cut ----
 
     def recover(
-        self, small: PreTrainedModel, steps: int, batch: Samples, used: int = 0, held_out: Samples | None = None
+        self, small: nn.Module, steps: int, batch: Samples, used: int = 0, held_out: Samples | None = None
     ) -> Recovered | None:
         """Train the cut model to imitate the dense one.
 
@@ -226,9 +226,7 @@ class Learner:
         self.accelerator.free_memory()
         return recovered if self.accelerator.is_main_process else None
 
-    def _recovered(
-        self, small: PreTrainedModel, steps: int, batch: Samples, used: int, watch: Watch | None
-    ) -> Recovered:
+    def _recovered(self, small: nn.Module, steps: int, batch: Samples, used: int, watch: Watch | None) -> Recovered:
         loop = self.recovery(small, steps, used, watch)
         loop.run()
         outputs = own_outputs(self.accelerator, loop.student, batch)
@@ -245,7 +243,7 @@ class Learner:
             return HALF_TOLERANCE
         return TOLERANCE if acc.device.type == "cpu" else RUNTIME_TOLERANCE
 
-    def recovery(self, small: PreTrainedModel, steps: int, used: int = 0, watch: Watch | None = None) -> Loop:
+    def recovery(self, small: nn.Module, steps: int, used: int = 0, watch: Watch | None = None) -> Loop:
         """The loop that trains the cut model."""
         acc, settings = self.accelerator, self.settings
 
@@ -256,8 +254,11 @@ class Learner:
         def run(samples: Samples, hidden: bool) -> Output:
             return run_module(dense(), samples, hidden=hidden)
 
-        adapts = self.rank > 0
-        student = adapt(small, self.rank, settings.training.seed) if adapts else small.requires_grad_(True)
+        if self.rank:
+            assert isinstance(small, PreTrainedModel)
+            student: nn.Module = adapt(small, self.rank, settings.training.seed)
+        else:
+            student = small.requires_grad_(True)
         recompute(student, settings.gradient_checkpointing)
         return self._loop(student, self._teacher(run), steps, "recovery", first_row=used, watch=watch)
 

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
+from mptk.methods.division import divided
 from mptk.methods.maskprune.learner import Learner
+from mptk.methods.one_shot import scored
+from mptk.methods.trial import plan_of
 from mptk.run.chain import Chosen, Method, Prepared
-from mptk.run.settings import Settings
+from mptk.run.folder import RunFolder
+from mptk.run.processes import leads
+from mptk.run.settings import FREE, Settings
 from mptk.run.values import Context, SampleSets
+from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import disturbed
+
+DIVISION = "division"
+"""Name of the layers' widths in the folder of an unfinished run."""
 
 
 class MaskPrune(Method):
@@ -18,6 +31,7 @@ class MaskPrune(Method):
     summary = "learn masks and common widths together"
     learns = True
     reconstructs = True
+    divides = True
     splits = None
 
     def check(self, settings: Settings) -> None:
@@ -32,7 +46,9 @@ class MaskPrune(Method):
     def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
         assert context.folder is not None
         assert context.accelerator is not None
-        learning = prepared.settings.learning.of_masks()
+        learning, found = prepared.settings.learning.of_masks(), dict[str, float]()
+        if prepared.settings.layers == FREE:
+            prepared, found = divided_over_layers(prepared, sets, context, context.folder)
         with context.stage("learn masks"):
             learner = Learner(
                 context.accelerator,
@@ -43,4 +59,26 @@ class MaskPrune(Method):
                 context.folder,
                 context.progress,
             )
-            return learner.learn(prepared, sets)
+            chosen = learner.learn(prepared, sets)
+        return replace(chosen, losses=found)
+
+
+def divided_over_layers(
+    prepared: Prepared, sets: SampleSets, context: Context, folder: RunFolder
+) -> tuple[Prepared, dict[str, float]]:
+    """``prepared`` with a width for each layer, as a cut by Wanda has, and the losses with these and with equal layers.
+
+    ``folder`` keeps both.
+    """
+    kept = folder.earlier(DIVISION)
+    if kept is None:
+        scores, _ = scored(prepared, "wanda", sets, context, folder)
+        equal = plan_of(prepared, scores, min(prepared.candidates, key=lambda c: c.unevenness).widths)
+        plan, losses = divided(prepared, scores, equal, sets, context)
+        sizes = {name: plan.widths.get(name, prepared.analysis.family(name).size) for name in prepared.families}
+        kept = {name: torch.tensor(value) for name, value in (*sizes.items(), *losses.items())}
+        if leads():
+            folder.save(DIVISION, kept)
+    widths = {name: int(kept[name]) for name in prepared.families}
+    losses = {name: float(loss) for name, loss in kept.items() if name not in widths}
+    return replace(prepared, candidates=(Candidate(widths, prepared.cost.sparsity(widths), 0.0),)), losses

@@ -1,10 +1,11 @@
 """What layers of their own width bring: one-shot cuts with equal and with free layers, without training.
 
     python -m benchmarks.free_layers --data FILE --text NAME=FILE [--text NAME=FILE …] [--sparsities 0.2,0.3] [--windows 3,16]
-        [--methods wanda] [--families ffn] [--json FILE]
+        [--methods wanda] [--families ffn] [--distil-epochs 3] [--layers uniform,free] [--json FILE]
 
-Every row is one `prune --reconstruct --target graph`: 32 windows of 256 tokens of `--data` to calibrate. Perplexity is that
-of the first windows of 512 tokens of each text. Rows that the JSON file has are not computed again.
+Every row is one `prune --reconstruct --target graph`: 32 windows of 256 tokens of `--data` to calibrate, and to train each
+block on with `--distil-epochs`. Perplexity is that of the first windows of 512 tokens of each text. Rows that the JSON
+file has are not computed again.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def measured(module: Any, texts: dict[str, str], windows: list[int]) -> dict[str
     return found
 
 
-def row_of(layers: str, method: str, sparsity: float, text: str, families: tuple[str, ...]) -> tuple[dict, Any]:
+def row_of(
+    layers: str, method: str, sparsity: float, text: str, families: tuple[str, ...], epochs: int
+) -> tuple[dict, Any]:
     began, busy = time.perf_counter(), time.process_time()
     pruned = prune(
         MODEL,
@@ -44,6 +47,7 @@ def row_of(layers: str, method: str, sparsity: float, text: str, families: tuple
         reconstruct=True,
         layers=layers,
         families=families,
+        distil_epochs=epochs,
         target="graph",
         data=text,
         samples=32,
@@ -56,6 +60,7 @@ def row_of(layers: str, method: str, sparsity: float, text: str, families: tuple
         "layers": layers,
         "method": method,
         "sparsity": sparsity,
+        "distil_epochs": epochs,
         "removed": round(report.sparsity, 4),
         "widths": {name: f["width"] for name, f in report.families.items() if f["width"] < f["of"]},
         "masked": report.splits,
@@ -71,16 +76,21 @@ def main(
     methods: str = "wanda",
     families: str = "ffn",
     windows: str = "3,16",
+    layers: str = "uniform,free",
+    distil_epochs: int = 0,
     json_file: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/free_layers.json"),
 ) -> None:
     texts = dict(each.split("=", 1) for each in text)
     for sparsity in map(float, sparsities.split(",")):
         for method in methods.split(","):
-            for layers in ("uniform", "free"):
-                wanted = (layers, method, sparsity)
-                if any((r["layers"], r["method"], r["sparsity"]) == wanted for r in rows_in(json_file)):
+            for each in layers.split(","):
+                wanted = (each, method, sparsity, distil_epochs)
+                if any(
+                    (r["layers"], r["method"], r["sparsity"], r.get("distil_epochs", 0)) == wanted
+                    for r in rows_in(json_file)
+                ):
                     continue
-                row, module = row_of(layers, method, sparsity, calibration, tuple(families.split(",")))
+                row, module = row_of(each, method, sparsity, calibration, tuple(families.split(",")), distil_epochs)
                 row |= {"perplexity": measured(module, texts, [int(count) for count in windows.split(",")])}
                 print(row, flush=True)
                 add(json_file, row)
@@ -89,9 +99,17 @@ def main(
 
 def table(rows: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(name for r in rows for name in r["perplexity"]))
-    lines = [f"| layers | method | removed | {' | '.join(names)} |", "|---|---|---:|" + "---:|" * len(names)]
-    for r in sorted(rows, key=lambda r: (r["sparsity"], r["method"], r["layers"])):
-        cells = [r["layers"], r["method"], f"{r['removed']:.1%}", *(f"{r['perplexity'][n]:.1f}" for n in names)]
+    head = ["layers", "method", "distillation", "removed", *names]
+    lines = [f"| {' | '.join(head)} |", "|---|---|---:|---:|" + "---:|" * len(names)]
+    for r in sorted(rows, key=lambda r: (r["sparsity"], r["method"], r["layers"], r.get("distil_epochs", 0))):
+        epochs = r.get("distil_epochs", 0)
+        cells = [
+            r["layers"],
+            r["method"],
+            str(epochs or ""),
+            f"{r['removed']:.1%}",
+            *(f"{r['perplexity'][n]:.1f}" for n in names),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

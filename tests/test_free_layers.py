@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from mptk.errors import MptkError
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.division import LEVELS, Curve, divide, levels
-from mptk.methods.trial import losses
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 
@@ -142,24 +140,6 @@ def test_a_graph_is_trained_again(learned: mptk.Pruned, tmp_path: Path) -> None:
     assert found.report.families == learned.report.families
     moved = found.model.state_dict()
     assert any(not moved[name].equal(weight) for name, weight in learned.model.state_dict().items())
-
-
-def test_a_width_is_tried_as_the_run_will_leave_it(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its consumer fitted, if the run fits consumers."""
-    seen: dict[bool, list[float]] = {}
-    for fits in (False, True):
-
-        def kept(
-            prepared: Any, programs: Any, *rest: Any, found: list[float] = seen.setdefault(fits, [])
-        ) -> list[float]:
-            found += (measured := losses(prepared, programs, *rest))
-            return measured
-
-        monkeypatch.setattr("mptk.methods.division.losses", kept)
-        mptk.prune(checkpoint, None, SETTINGS, families="ffn", data=[toys.TEXT] * 8, onnx=False, reconstruct=fits)
-    assert len(seen[True]) == len(seen[False]) > 3
-    assert seen[True][0] == seen[False][0]  # nothing cut
-    assert all(fitted != masked for fitted, masked in zip(seen[True][1:], seen[False][1:], strict=True))
 
 
 def test_a_budget_that_no_tried_width_meets_is_refused(checkpoint: str, tmp_path: Path) -> None:

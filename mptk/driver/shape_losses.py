@@ -23,9 +23,9 @@ from mptk.ir.weights import Lazy, Weights
 from mptk.methods.criteria import all_criteria
 from mptk.methods.criteria.base import Scores
 from mptk.methods.one_shot import scored
-from mptk.methods.reconstruct import Products, kept_units
-from mptk.methods.trial import losses, moments, plan_of
-from mptk.run.chain import Chosen, Prepared
+from mptk.methods.reconstruct import Products, gather_products, kept_units
+from mptk.methods.trial import losses, plan_of
+from mptk.run.chain import Chosen, Prepared, reconstructs
 from mptk.run.folder import RunFolder
 from mptk.run.shapes import Shape, bounded
 from mptk.run.values import Context, SampleSets
@@ -66,7 +66,14 @@ class Search:
     @cached_property
     def products(self) -> Products | None:
         """What consumers are fitted with; None if they are not."""
-        return moments(self.prepared, self.sets, self.context)
+        prepared = self.prepared
+        if not reconstructs(prepared.settings, prepared.method):
+            return None
+        with self.context.stage("moments"):
+            say = partial(self.context.progress, "moments")
+            return gather_products(
+                prepared.analysis, prepared.mask_sites, self.sets.calibration, say, prepared.calibrator
+            )
 
     def chosen(self, widths: Mapping[str, int]) -> Chosen:
         """The best units for ``widths``, and the consumers fitted to them, each when it is asked for."""
@@ -74,7 +81,8 @@ class Search:
         cut = resolve_plan(self.prepared.analysis, plan)
         if self.products is None:
             return Chosen(plan, cut)
-        changes = self.products.fitted(kept_units(self.prepared.analysis, cut, self.products.families(plan)))
+        fitted = {site.family for site in self.products.sites} & plan.families.keys()
+        changes = self.products.fitted(kept_units(self.prepared.analysis, cut, sorted(fitted)))
         return Chosen(plan, cut, changes, tuple(changes))
 
     def before_training(self) -> list[Shape]:

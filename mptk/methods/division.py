@@ -1,10 +1,9 @@
 """division: divide a budget over the layers, too, by what a cut of each layer alone does to the loss.
 
-Each layer's loss is measured at a few widths on calibration text, all other layers whole: a curve from 0. If the run
-fits consumers, that layer's are fitted for each width. What several cuts do is taken as the sum of what each does
-alone. Under that the best division follows the lower convex hulls of the curves, from the least loss for what is saved
-to the most, until the budget is met (marginal analysis: Fox, "Discrete optimization via marginal analysis", Management
-Science 13, 1966).
+Each layer's loss is measured at a few widths on calibration text, all other layers whole: a curve from 0. What several
+cuts do is taken as the sum of what each does alone. Under that the best division follows the lower convex hulls of the
+curves, from the least loss for what is saved to the most, until the budget is met (marginal analysis: Fox, "Discrete
+optimization via marginal analysis", Management Science 13, 1966).
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ from functools import partial
 from mptk.cost.model import CostModel
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
+from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.criteria.base import Scores
-from mptk.methods.reconstruct import Products
-from mptk.methods.trial import losses, moments, plan_of, tried
+from mptk.methods.trial import losses, plan_of
 from mptk.progress import Count
 from mptk.run.chain import Prepared
 from mptk.run.values import Context, SampleSets
+from passes.transforms.masked_reference import mask
 
 TOKENS = 512
 """Calibration tokens on which each layer's curve is measured."""
@@ -53,7 +53,7 @@ class Edge:
 def divided(
     prepared: Prepared, scores: Scores, uniform: Plan, sets: SampleSets, context: Context
 ) -> tuple[Plan, dict[str, float]]:
-    """The plan with a width for each layer, or ``uniform`` if its loss is less; and the loss of both.
+    """The plan with a width for each layer, or ``uniform`` if its masked loss is less; and the loss of both.
 
     ``prepared``: each layer is a family of its own in its analysis. ``uniform``: the plan with equal layers.
 
@@ -61,9 +61,8 @@ def divided(
         MptkError: neither meets the budget.
     """
     ladders = {name: prepared.legal.ladders[name] for name in prepared.families}
-    products = moments(prepared, sets, context)
     with context.stage(stage := "divide over layers"):
-        curves = measured(prepared, scores, products, ladders, sets, partial(context.progress, stage))
+        curves = measured(prepared, scores, ladders, sets, partial(context.progress, stage))
     widths = divide(curves, ladders, prepared.cost, prepared.settings.sparsity)
     plans = {"equal layers": uniform, "free layers": plan_of(prepared, scores, widths)}
     sparsity, tolerance = prepared.settings.sparsity, prepared.settings.tolerance
@@ -75,26 +74,21 @@ def divided(
             f"no widths that were tried give sparsity {sparsity:.3f}; nearest: {nearest:.3f}. Ask for that, or leave "
             "out --layers free"
         )
-    programs = [partial(tried, prepared, plan, products) for plan in plans.values()]
-    found = dict(zip(plans, losses(prepared, programs, sets.calibration.batches(COMPARED)[0]), strict=True))
+    masked = [partial(mask, prepared.analysis, resolve_plan(prepared.analysis, plan)) for plan in plans.values()]
+    found = dict(zip(plans, losses(prepared, masked, sets.calibration.batches(COMPARED)[0]), strict=True))
     return plans[min(found, key=lambda name: found[name])], {name: round(loss, 4) for name, loss in found.items()}
 
 
 def measured(
-    prepared: Prepared,
-    scores: Scores,
-    products: Products | None,
-    ladders: Mapping[str, Sequence[int]],
-    sets: SampleSets,
-    progress: Count,
+    prepared: Prepared, scores: Scores, ladders: Mapping[str, Sequence[int]], sets: SampleSets, progress: Count
 ) -> dict[str, Curve]:
     """Each layer's curve. A layer whose width is given has none, and has that width in all that is measured."""
-    samples = sets.calibration.batches(TOKENS)[0]
+    analysis, samples = prepared.analysis, sets.calibration.batches(TOKENS)[0]
     wanted = {name: widths for name, ladder in ladders.items() if len(widths := levels(ladder)) > 1}
     given = {name: ladder[-1] for name, ladder in ladders.items()}
-    cuts = [given, *(given | {name: width} for name, widths in wanted.items() for width in widths[1:])]
-    programs = [partial(tried, prepared, plan_of(prepared, scores, widths), products) for widths in cuts]
-    least, *found = losses(prepared, programs, samples, progress)
+    tried = [given, *(given | {name: width} for name, widths in wanted.items() for width in widths[1:])]
+    masked = [partial(mask, analysis, resolve_plan(analysis, plan_of(prepared, scores, widths))) for widths in tried]
+    least, *found = losses(prepared, masked, samples, progress)
     each = iter(found)
     return {name: Curve(widths, (0.0, *(next(each) - least for _ in widths[1:]))) for name, widths in wanted.items()}
 

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, fx
 
 from mptk.ir.families import Analysis
-from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.ir.samples import Samples
@@ -87,10 +86,6 @@ class Products:
     sites: Sequence[MaskSite]
     sums: Weights
     counts: Mapping[str, int]
-
-    def families(self, plan: Plan) -> list[str]:
-        """The families that ``plan`` cuts and that have consumers."""
-        return sorted({site.family for site in self.sites} & plan.families.keys())
 
     def fitted(self, kept: Mapping[str, Tensor]) -> Weights:
         """The consumers of the families in ``kept`` as ``reconstruct_consumers`` fits them, each when it is asked for.

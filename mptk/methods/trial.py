@@ -1,25 +1,19 @@
-"""trial: what a choice would do: its plan, its masked program, and the loss of that on calibration text."""
+"""trial: what a choice would do: the plan for given widths, and the loss of a masked program on calibration text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 
 import torch
 
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Scores
-from mptk.methods.reconstruct import Products, gather_products, kept_units
 from mptk.progress import Count
-from mptk.run.chain import Prepared, reconstructs
+from mptk.run.chain import Prepared
 from mptk.run.sharing import sharing
-from mptk.run.values import Context, SampleSets
-from passes.transforms.masked_reference import mask
 
 AT_ONCE = 256
 """Tokens in a batch, of which there are logits."""
@@ -29,25 +23,6 @@ def plan_of(prepared: Prepared, scores: Scores, widths: Mapping[str, int]) -> Pl
     """The best units for ``widths``, of the families that become narrower."""
     narrowed = {name: width for name, width in widths.items() if width < prepared.analysis.family(name).size}
     return criteria.select(prepared.analysis, scores, narrowed, stock=prepared.legal.stock)
-
-
-def moments(prepared: Prepared, sets: SampleSets, context: Context) -> Products | None:
-    """What consumers are fitted with, for any choice of units; None if they are not fitted."""
-    if not reconstructs(prepared.settings, prepared.method):
-        return None
-    with context.stage("moments"):
-        say = partial(context.progress, "moments")
-        return gather_products(prepared.analysis, prepared.mask_sites, sets.calibration, say, prepared.calibrator)
-
-
-def tried(prepared: Prepared, plan: Plan, products: Products | None = None) -> Program:
-    """The masked program of ``plan``; with ``products`` the consumers of the families that it cuts are fitted."""
-    analysis = prepared.analysis
-    cut = resolve_plan(analysis, plan)
-    if products is not None:
-        fitted = products.fitted(kept_units(analysis, cut, products.families(plan)))
-        analysis = replace(analysis, program=analysis.program.with_state(fitted))
-    return mask(analysis, cut)
 
 
 def losses(

@@ -6,9 +6,11 @@
 
 Every row is one `prune` run: the same text, the same number of training tokens and the same recovery (of all weights,
 or LoRA of `--rank`; language model loss and KL to the dense model, whose top logits are kept in `--work` for all rows). A
-one-shot method uses all tokens for recovery, MaskPrune a part for its masks. A method's name may have additions:
+one-shot method uses all tokens for recovery (none with `--tokens 0`), MaskPrune a part for its masks. A method's name may
+have additions:
 
     +fit       with the closed-form reconstruction that MaskPrune uses      +nofit    without it
+    +distil    with three epochs of local distillation after that
     +learned   at the widths that MaskPrune learned                    +fixed    at those of the best one-shot method
     +share20   with a fifth of the steps for masks, in place of two    +share60, +noprox, +still: see `CHANGES`
 
@@ -39,7 +41,7 @@ from mptk.run.settings import Learning, Rates, Training
 
 MODEL = "smollm2-135m"
 METHODS = "maskprune,wanda,flap,taylor,wanda+fit,wanda+learned,random,magnitude,maskprune+nofit,maskprune+fixed"
-ONE_SHOT = ("random", "magnitude", "wanda", "flap", "taylor")
+ONE_SHOT = ("random", "magnitude", "wanda", "flap", "taylor", "fisher")
 CHANGES: dict[str, dict[str, Any]] = {
     "share20": {"mask_share": 0.2},
     "share60": {"mask_share": 0.6},
@@ -54,7 +56,7 @@ def settings(
 ) -> Settings:
     name, *additions = method.split("+")
     training = Training(seed=seed, save_every=1000, lr=trains["lr"])
-    steps = max(4, round(tokens / (training.batch * 256)))
+    steps = steps_of(tokens, training.batch)
     learning = Learning(
         steps=steps, rank=trains["rank"], training=training, teacher="cached", teacher_cache=str(work / "teacher")
     )
@@ -69,9 +71,15 @@ def settings(
         widths=widths,
         onnx=False,
         seed=seed,
+        distil_epochs=3 if "distil" in additions else 0,
         reconstruct=True if "fit" in additions else False if "nofit" in additions else None,
         learning=learning,
     )
+
+
+def steps_of(tokens: int, batch: int = 8) -> int:
+    """Steps of training for so many tokens: none or at least 4."""
+    return max(4, round(tokens / (batch * 256))) if tokens else 0
 
 
 def measure(folder: str, texts: dict[str, str], windows: int, tasks: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +116,7 @@ def row_of(
         "sparsity": sparsity,
         "seed": seed,
         "tokens": steps * batch * chosen.length,
-        **{"rank": report.recovery["rank"], "lr": report.recovery["lr"]},
+        **{name: report.recovery.get(name) for name in ("rank", "lr")},
         "widths": {n: f["width"] for n, f in report.families.items() if f["width"] < f["of"]},
         "removed": round(report.sparsity, 4),
         "parameters": report.cost["pruned"]["parameters"],
@@ -158,7 +166,8 @@ def main(
         add(json_file, {**dense, **measure(MODEL, texts, windows, zero)})
     trains = {"rank": rank, "lr": lr}
     learning = Learning(rank=rank, training=Training(lr=lr)).of_recovery(frozen=False)
-    counted = max(4, round(tokens / 2048)) * 2048
+    counted = steps_of(tokens) * 2048
+    recovery = (learning.rank, learning.training.lr) if tokens else (None, None)
     for seed in map(int, seeds.split(",")):
         for sparsity in map(float, sparsities.split(",")):
             for method in methods.split(","):
@@ -166,7 +175,7 @@ def main(
                     r
                     for r in rows_in(json_file)
                     if (r["sparsity"], r["seed"], r["tokens"]) == (sparsity, seed, counted)
-                    and (r.get("rank"), r.get("lr")) == (learning.rank, learning.training.lr)
+                    and (r.get("rank"), r.get("lr")) == recovery
                 ]
                 given = dict(parse_width(each) for each in widths.split(",") if each) | given_widths(method, rows)
                 if any(r["method"] == method and given.items() <= r["widths"].items() for r in rows):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ Inputs = Sequence[Tensor]
 
 Watch = tuple[tuple[fx.Node, ...], Callable[..., None]]
 """Values of a program, and what is called with them once for each inputs, as soon as they are there."""
+
+Tap = tuple[tuple[fx.Node, ...], Callable[..., None]]
+"""A value and others that are there when it is, and what is called with its gradient and then with them all."""
 
 
 CPU = torch.device("cpu")
@@ -91,14 +95,15 @@ class Executor:
         loss: Callable[[Any, int], Tensor],
         progress: Count | None = None,
         total: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+        taps: Sequence[Tap] = (),
     ) -> Weights:
         """The gradient of Σ ``loss(result, i)`` over all inputs i, for each weight of ``names``.
 
         A stage runs again from its saved inputs, and its border's gradient is carried back. Gradients are kept as the
-        values of borders are. ``total`` adds up those of several processes.
+        values of borders are. ``total`` adds up those of several processes. ``taps`` are called once for each inputs.
         """
         flow = Flow(program)
-        run = Run(self, flow, partition(flow, self.stage), inputs, keep=True)
+        run = Run(self, flow, partition(flow, self.stage), inputs, keep=True, taps=taps)
         count = _Counter(progress, len(inputs), 2 * len(run.stages) - 1)
         with torch.no_grad():
             for k in range(len(run.stages) - 1):
@@ -148,6 +153,7 @@ class Run(Placed):
         inputs: Sequence[Inputs],
         watches: Sequence[Watch] = (),
         keep: bool = False,
+        taps: Sequence[Tap] = (),
     ) -> None:
         super().__init__(flow.program.graph, garbage_collect_values=False)
         self.flow, self.program, self.device, self.keep = flow, flow.program, executor.device, keep
@@ -157,6 +163,9 @@ class Run(Placed):
         self.watches: dict[fx.Node, list[Watch]] = {}
         for watch in watches:
             self.watches.setdefault(max(watch[0], key=lambda node: flow.made[node]), []).append(watch)
+        self.taps: dict[fx.Node, list[Tap]] = {}
+        for tap in taps:
+            self.taps.setdefault(tap[0][0], []).append(tap)
         users = [n for n in self.program.placeholders() if n.name not in self.program.weights]
         for i, given in enumerate(inputs):
             values = {n: x.to(self.device) for n, x in zip(users, given, strict=True) if n in flow.made}
@@ -230,6 +239,8 @@ class Run(Placed):
         for node in stage.nodes:
             if self.narrow is None or not self.narrow.skips(node):
                 self.env[node] = self.run_node(node)
+            if torch.is_grad_enabled():
+                self._tapped(node)
             self._watched(node)
             for value in stage.dead.get(node, ()):
                 self.env.pop(value, None)
@@ -246,6 +257,14 @@ class Run(Placed):
         for nodes, see in self.watches.get(node, ()):
             see(*(self.env[n] for n in nodes))
 
+    def _tapped(self, node: fx.Node) -> None:
+        for (_, *others), see in self.taps.get(node, ()):
+            value = self.env[node]
+            if not value.requires_grad:  # no weight before it is asked for
+                value = self.env[node] = value.detach().requires_grad_()
+            beside = [self.env[other] for other in others]
+            value.register_hook(partial(_seen, see, value.detach(), beside))
+
     def _result(self, values: Values) -> Any:
         node = self.program.graph.graph.output_node()
         outputs: Any = fx.map_arg(node.args[0], lambda source: values[source])
@@ -256,6 +275,11 @@ class Run(Placed):
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         found = super().fetch_args_kwargs_from_env(n)
         return found if self.narrow is None else self.narrow.operands(n, found)
+
+
+def _seen(see: Callable[..., None], value: Tensor, beside: Sequence[Tensor], gradient: Tensor) -> None:
+    with torch.no_grad():
+        see(gradient, value, *beside)
 
 
 def _learns(tensor: Tensor) -> bool:

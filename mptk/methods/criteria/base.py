@@ -20,18 +20,31 @@ Scores = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Slopes:
+    """What positions add to the loss's gradient in the masks of a family, float64 [layers, scopes, size].
+
+    ``squares``: the sum of its squares over ``count`` positions. ``mean``: its mean.
+    """
+
+    squares: Tensor
+    mean: Tensor
+    count: int
+
+
+@dataclass(frozen=True)
 class Evidence:
     """The input of a criterion: the weights (through ``analysis``) and what its ``Criterion.needs`` asks for.
 
     ``observations``: moments of the activations at each contraction with a weight. ``gradients``: weight name →
-    gradient of the calibration loss, a mean over predicted tokens. ``influences``: depth → each block's influence, or
-    its rank.
+    gradient of the calibration loss, a mean over predicted tokens. ``slopes``: family → those of the loss in its masks.
+    ``influences``: depth → each block's influence, or its rank.
     """
 
     analysis: Analysis
     seed: int = 0
     observations: Mapping[Site, Observation] = field(default_factory=dict)
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    slopes: Mapping[str, Slopes] = field(default_factory=dict)
     influences: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -39,16 +52,16 @@ class Evidence:
 class Criterion:
     """A one-shot criterion: ``score`` gives each family [layers, scopes, size], higher = keep.
 
-    ``needs``: what is gathered first: nothing, moments of activations, gradients of the loss, only the influence of
-    blocks, or the losses without blocks. All but the first need calibration text. ``compensates``: consumers' biases
-    absorb the mean of the removed units. ``judges``: channels, whole residual blocks, or both. Blocks that it does not
-    judge are scored by influence.
+    ``needs``: what is gathered first: nothing, moments of activations, gradients of the loss, moments and slopes of the
+    loss in the masks, only the influence of blocks, or the losses without blocks. All but the first need calibration
+    text. ``compensates``: consumers' biases absorb the mean of the removed units. ``judges``: channels, whole residual
+    blocks, or both. Blocks that it does not judge are scored by influence.
     """
 
     name: str
     summary: str
     score: Callable[[Evidence, Sequence[Family]], Scores]
-    needs: Literal["nothing", "activations", "gradients", "blocks", "losses"] = "nothing"
+    needs: Literal["nothing", "activations", "gradients", "slopes", "blocks", "losses"] = "nothing"
     compensates: bool = False
     judges: Literal["channels", "both", "blocks"] = "channels"
 

@@ -1,0 +1,136 @@
+"""fisher: predicted rise of the loss if a unit is removed, to the second order, tempered by Wanda's score.
+
+Sources: Theis et al. 2018 (arXiv 1801.05787), Fisher information as the curvature of the loss; Kwon et al. 2022 (arXiv
+2204.09656), of masks of heads and channels. The geometric mean with Wanda's score is ours (``docs/maskprune.md``).
+
+A mask m = 1 multiplies what a unit's consumers read. γ_t = Σ_{k in unit} x_tk · ∂ℓ/∂x_tk is what position t adds to the
+gradient of the loss in the mask.
+
+    g = mean γ,  F = mean γ² − g²,  F̂ = √(F · P² · mean F / mean P²),  s = ½ F̂ − g
+
+P is Wanda's score, and the means in F̂ run over the units of a row. g counts only beyond two standard errors. F knows
+the loss, but a few outlying positions distort it. P does not know the loss, but has hardly any noise. MaskPrune starts
+from the same scores.
+
+What differs: positions are those of all calibration samples, thousands, where the sources take a gradient a sample. A
+unit that several streams of activations hold has the sum over these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mptk.errors import MptkError
+from mptk.ir.families import Analysis, Family, Group, unit_indices
+from mptk.ir.samples import Samples
+from mptk.methods.criteria import wanda
+from mptk.methods.criteria.base import Evidence, Scores, Slopes, uses
+from mptk.methods.criteria.observe import GRADIENT_TOKENS, Site, Stream, batches, find_sites, in_samples
+from mptk.progress import Count
+from mptk.run.chain import Task
+from mptk.run.sharing import sharing
+from mptk.runtime.staged import Executor, Tap
+
+EPSILON = 1e-30
+
+
+def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
+    """s = ½ F̂ − g."""
+    priors = wanda.score(evidence, families)
+    return {family.name: _score(evidence.slopes[family.name], priors[family.name]) for family in families}
+
+
+def _score(seen: Slopes, prior: Tensor) -> Tensor:
+    curvature = (seen.squares / seen.count - seen.mean.square()).clamp_min(0)
+    squares = prior.detach().to(curvature).square()
+    scale = squares.mean(-1, keepdim=True).clamp_min(EPSILON)
+    tempered = (curvature * squares * curvature.mean(-1, keepdim=True) / scale).sqrt()
+    sure = (seen.mean.abs() - 2 * (curvature / seen.count).sqrt()).clamp_min(0)
+    return (0.5 * tempered - seen.mean.sign() * sure).float()
+
+
+def measure(
+    analysis: Analysis,
+    families: Sequence[Family],
+    samples: Samples,
+    objective: Task,
+    progress: Count | None,
+    executor: Executor,
+) -> dict[str, Slopes]:
+    """Family → the slopes of ``objective`` in its masks. The processes of a run share the batches.
+
+    Raises:
+        MptkError: no weight sums over the units of a family.
+    """
+    sites, program = find_sites(analysis), analysis.program
+    sums = {f.name: torch.zeros(2, len(f.groups), f.scopes, f.size, dtype=torch.float64) for f in families}
+    taps: list[Tap] = []
+    for family in families:
+        for layer, group in enumerate(family.groups):
+            for site in _read(family, group, sites):
+                nodes = (site.x,) if site.ends is None else (site.x, site.ends)
+                taps.append((nodes, partial(_add, sums[family.name][:, layer], site.stream, _index(site, group))))
+    given = batches(program, samples, GRADIENT_TOKENS)
+    share, count = sharing(len(given)), len(samples) * samples.positions
+    own, scale = share.own(given), count / objective.predicted(samples)
+
+    def loss(output: Tensor, i: int) -> Tensor:
+        return objective.sensitivity(output, own[i].to(executor.device)) * scale
+
+    inputs = [batch.tensors for batch in own]
+    executor.gradients(program, (), inputs, loss, in_samples(progress, own), taps=taps)
+    total = {name: share.total(found.to(executor.device)).cpu() for name, found in sums.items()}
+    return {name: Slopes(found[1], found[0] / count, count) for name, found in total.items()}
+
+
+def _read(family: Family, group: Group, sites: Sequence[Site]) -> list[Site]:
+    """The contractions that sum over a group's units, one for each stream of activations."""
+    found: dict[Stream, Site] = {}
+    for site, dim in uses(sites, group):
+        if dim == site.weight_dim:
+            found.setdefault(site.stream, site)
+    if not found:
+        raise MptkError(
+            f"no weight sums over the units of {family.name} in {group.layer or 'the model'}, so the loss has no slope "
+            "in their masks; use wanda, magnitude or random"
+        )
+    return list(found.values())
+
+
+def _index(site: Site, group: Group) -> Tensor:
+    """The unit at each position of the activation, [shared, K]; ``scopes · size`` if there is none."""
+    index = np.max(unit_indices(site.weight_dims, site.weight_dim, group), axis=0)
+    order = [*(w for _, w in site.shared), site.weight_dim]
+    sizes = [site.weight_dims[d].size if d in order else 1 for d in range(len(site.weight_dims))]
+    rest = [d for d in range(len(sizes)) if d not in order]
+    units = torch.from_numpy(np.broadcast_to(index, sizes).copy()).permute(*order, *rest)
+    return torch.where(units < 0, group.scopes * group.size, units).reshape(-1, sizes[site.weight_dim])
+
+
+def _add(sums: Tensor, stream: Stream, index: Tensor, gradient: Tensor, x: Tensor, ends: Tensor | None = None) -> None:
+    """Add Σ γ and Σ γ² of a batch to ``sums``, [2, scopes, size]."""
+    _, dim, shared, _ = stream
+    units = sums[0].numel()
+    each = x.float() * gradient.float()
+    index = index.to(each.device)
+    if ends is None:
+        others = [d for d in range(x.ndim) if d != dim and d not in shared]
+        parts = each.permute(*shared, *others, dim).reshape(len(index), -1, x.shape[dim])
+        found = [_by_unit(part, row, units) for part, row in zip(parts, index, strict=True)]
+        slopes = [torch.stack(found).sum(0)]
+    else:  # rows are sorted by expert; those after the last belong to none
+        rows, stops = each.movedim(dim, -1), [0, *ends.tolist()]
+        slopes = [_by_unit(rows[a:b], row, units) for a, b, row in zip(stops, stops[1:], index, strict=True)]
+    for slope in slopes:
+        sums[0] += slope.sum(0).double().cpu().view_as(sums[0])
+        sums[1] += slope.square().sum(0).double().cpu().view_as(sums[1])
+
+
+def _by_unit(each: Tensor, row: Tensor, units: int) -> Tensor:
+    """[rows, K] → [rows, units]: the sums over the positions of a unit."""
+    return each.new_zeros(len(each), units + 1).index_add_(1, row, each)[:, :units]

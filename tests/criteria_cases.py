@@ -112,6 +112,28 @@ def saliency(case: Case, name: str) -> Tensor:
     return (case.weight(name) * case.grads[name]).abs()
 
 
+def pull(case: Case, name: str) -> Tensor:
+    """The loss's gradient in a mask on each input of a linear layer: Σ_i w_ij · ∂L/∂w_ij."""
+    return (case.weight(f"{name}.weight") * case.grads[f"{name}.weight"]).sum(0)
+
+
+def position_slopes(case: Case, name: str) -> Tensor:
+    """What each position adds to that gradient, times their number: [positions, in]."""
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, args: Any) -> None:
+        args[0].retain_grad()
+        seen.append(args[0])
+
+    hook = case.model.get_submodule(name).register_forward_pre_hook(keep)
+    logits = case.model(WINDOWS, use_cache=False).logits
+    cross_entropy(logits[:, :-1].flatten(0, 1), WINDOWS[:, 1:].flatten()).backward()
+    hook.remove()
+    (x,) = seen
+    assert x.grad is not None
+    return (x.detach() * x.grad).flatten(0, 1) * WINDOWS.numel()
+
+
 class SharedLayer(nn.Module):
     """One feed-forward layer used twice."""
 

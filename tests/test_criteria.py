@@ -27,6 +27,8 @@ from criteria_cases import (
     layers,
     norm,
     packed_experts,
+    position_slopes,
+    pull,
     saliency,
     wanda,
 )
@@ -119,6 +121,40 @@ def test_taylor_is_weight_times_gradient_over_all_members(gqa: Case, gpt2: Case)
 
     got = criteria.score(gpt2.analysis, "taylor", WINDOWS, families=["ffn"])["ffn"]
     assert_scores(got, layers(gpt2_ffn, "transformer.h"))
+
+
+def test_fisher_sees_what_each_position_adds_to_the_gradient_in_a_mask(gqa: Case, moe: Case) -> None:
+    slopes = criteria.gather(gqa.analysis, "fisher", WINDOWS, families=["ffn", "kv_groups", "q_heads"]).slopes
+    by_head = layers(lambda n: heads_of(pull(gqa, f"{n}.self_attn.o_proj")))
+    assert_scores(slopes["ffn"].mean.float(), layers(lambda n: pull(gqa, f"{n}.mlp.down_proj")[None]))
+    assert_scores(slopes["q_heads"].mean.float(), by_head.sum(3))
+    assert_scores(slopes["kv_groups"].mean.float(), by_head.sum((2, 3))[:, None])
+    each = position_slopes(gqa, "model.layers.0.self_attn.o_proj").view(-1, KV, Q * HEAD).sum(-1)
+    assert slopes["kv_groups"].count == len(each) == WINDOWS.numel()
+    assert_scores(slopes["kv_groups"].squares[0, 0].float(), each.square().sum(0))
+
+    def experts(n: str) -> Tensor:
+        name = f"{n}.mlp.experts.down_proj"
+        return (moe.weight(name) * moe.grads[name]).sum(1)
+
+    routed = criteria.gather(moe.analysis, "fisher", WINDOWS, families=["ffn"]).slopes["ffn"]
+    assert_scores(routed.mean.float(), layers(experts))
+
+
+def test_fisher_is_half_the_curvature_tempered_by_wanda_less_the_slope(gqa: Case) -> None:
+    def ffn(n: str) -> Tensor:
+        each = position_slopes(gqa, f"{n}.mlp.down_proj").double()
+        g = each.mean(0)
+        curvature = each.square().mean(0) - g.square()
+        prior = wanda(gqa, f"{n}.mlp.down_proj").sum(0).double().square()
+        tempered = (curvature * prior * curvature.mean() / prior.mean()).sqrt()
+        sure = (g.abs() - 2 * (curvature / len(each)).sqrt()).clamp_min(0) * g.sign()
+        assert 0 < int((sure != 0).sum()) < FFN
+        return (0.5 * tempered - sure)[None]
+
+    scores = criteria.score(gqa.analysis, "fisher", WINDOWS)
+    assert_scores(scores["ffn"], layers(ffn))
+    assert_scores(scores["rotary_pairs"], criteria.score(gqa.analysis, "wanda", WINDOWS)["rotary_pairs"])  # no consumer
 
 
 def test_magnitude_is_the_norm_of_all_of_a_units_weights(gpt2: Case, moe: Case) -> None:
@@ -224,7 +260,7 @@ def test_a_family_that_no_weight_mixes_says_what_can_score_it() -> None:
 
 def test_user_errors_name_cause_and_remedy(gqa: Case) -> None:
     analysis = gqa.analysis
-    assert [criteria.needs_data(n) for n in criteria.CRITERIA] == [False, False, True, True, True, True, True]
+    assert [criteria.needs_data(n) for n in criteria.CRITERIA] == [False, False, True, True, True, True, True, True]
     with pytest.raises(MptkError, match="no criterion 'wand'; choose one of random, magnitude"):
         criteria.needs_data("wand")
     with pytest.raises(MptkError, match="wanda needs calibration text"):

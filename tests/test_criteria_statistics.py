@@ -30,7 +30,7 @@ def test_routed_moments_of_experts_with_no_rows_and_rows_of_no_expert() -> None:
 
 
 def test_statistics_do_not_depend_on_the_batch_size(gqa: Case, moe: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = {c: criteria.score(gqa.analysis, c, WINDOWS) for c in ("wanda", "flap", "taylor")}
+    whole = {c: criteria.score(gqa.analysis, c, WINDOWS) for c in ("wanda", "flap", "taylor", "fisher")}
     experts = criteria.score(moe.analysis, "flap", WINDOWS)
     monkeypatch.setattr(observe, "OBSERVED_TOKENS", 3 * WINDOWS.shape[1])  # batches of 3, 3 and 1
     monkeypatch.setattr(observe, "GRADIENT_TOKENS", 1)

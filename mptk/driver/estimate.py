@@ -26,7 +26,7 @@ from mptk.run.settings import Settings
 from mptk.run.values import PROOF_SHAPE
 from passes.analysis.borders import MARGIN, config_borders
 
-SCORES = {"random": 0, "magnitude": 0, "taylor": 3}
+SCORES = {"random": 0, "magnitude": 0, "taylor": 3, "fisher": 4}
 """Forward passes that a method's scores cost, if not 1; going back costs 2."""
 
 ONNX_BYTES = {"": 4.0, "int8": 1.0, "int4": 0.6, "fp16": 2.0}

@@ -12,12 +12,14 @@ P is Wanda's score, and the means in F̂ run over the units of a row. g counts o
 the loss, but a few outlying positions distort it. P does not know the loss, but has hardly any noise. MaskPrune starts
 from the same scores.
 
-What differs: positions are those of all calibration samples, thousands, where the sources take a gradient a sample. A
+What differs: a family over whose units no weight sums (query and key channels, whole experts) has Wanda's score.
+Positions are those of all calibration samples, thousands, where the sources take a gradient a sample. A
 unit that several streams of activations hold has the sum over these.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 
@@ -25,7 +27,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mptk.errors import MptkError
 from mptk.ir.families import Analysis, Family, Group, unit_indices
 from mptk.ir.samples import Samples
 from mptk.methods.criteria import wanda
@@ -40,9 +41,9 @@ EPSILON = 1e-30
 
 
 def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
-    """s = ½ F̂ − g."""
-    priors = wanda.score(evidence, families)
-    return {family.name: _score(evidence.slopes[family.name], priors[family.name]) for family in families}
+    """s = ½ F̂ − g; of a family without slopes s = P."""
+    priors, slopes = wanda.score(evidence, families), evidence.slopes
+    return {name: _score(slopes[name], prior) if name in slopes else prior for name, prior in priors.items()}
 
 
 def _score(seen: Slopes, prior: Tensor) -> Tensor:
@@ -62,19 +63,24 @@ def measure(
     progress: Count | None,
     executor: Executor,
 ) -> dict[str, Slopes]:
-    """Family → the slopes of ``objective`` in its masks. The processes of a run share the batches.
+    """Family → the slopes of ``objective`` in its masks, of those families over whose units weights sum.
 
-    Raises:
-        MptkError: no weight sums over the units of a family.
+    The processes of a run share the batches.
     """
     sites, program = find_sites(analysis), analysis.program
-    sums = {f.name: torch.zeros(2, len(f.groups), f.scopes, f.size, dtype=torch.float64) for f in families}
+    sums: dict[str, Tensor] = {}
     taps: list[Tap] = []
     for family in families:
-        for layer, group in enumerate(family.groups):
-            for site in _read(family, group, sites):
+        read = [_read(group, sites) for group in family.groups]
+        if not all(read):
+            continue
+        sums[family.name] = torch.zeros(2, len(family.groups), family.scopes, family.size, dtype=torch.float64)
+        for layer, (group, found) in enumerate(zip(family.groups, read, strict=True)):
+            for site in found:
                 nodes = (site.x,) if site.ends is None else (site.x, site.ends)
                 taps.append((nodes, partial(_add, sums[family.name][:, layer], site.stream, _index(site, group))))
+    if not taps:
+        return {}
     given = batches(program, samples, GRADIENT_TOKENS)
     share, count = sharing(len(given)), len(samples) * samples.positions
     own, scale = share.own(given), count / objective.predicted(samples)
@@ -88,17 +94,12 @@ def measure(
     return {name: Slopes(found[1], found[0] / count, count) for name, found in total.items()}
 
 
-def _read(family: Family, group: Group, sites: Sequence[Site]) -> list[Site]:
+def _read(group: Group, sites: Sequence[Site]) -> list[Site]:
     """The contractions that sum over a group's units, one for each stream of activations."""
     found: dict[Stream, Site] = {}
     for site, dim in uses(sites, group):
         if dim == site.weight_dim:
             found.setdefault(site.stream, site)
-    if not found:
-        raise MptkError(
-            f"no weight sums over the units of {family.name} in {group.layer or 'the model'}, so the loss has no slope "
-            "in their masks; use wanda, magnitude or random"
-        )
     return list(found.values())
 
 
@@ -125,7 +126,8 @@ def _add(sums: Tensor, stream: Stream, index: Tensor, gradient: Tensor, x: Tenso
         slopes = [torch.stack(found).sum(0)]
     else:  # rows are sorted by expert; those after the last belong to none
         rows, stops = each.movedim(dim, -1), [0, *ends.tolist()]
-        slopes = [_by_unit(rows[a:b], row, units) for a, b, row in zip(stops, stops[1:], index, strict=True)]
+        spans = itertools.pairwise(stops)
+        slopes = [_by_unit(rows[start:end], row, units) for (start, end), row in zip(spans, index, strict=True)]
     for slope in slopes:
         sums[0] += slope.sum(0).double().cpu().view_as(sums[0])
         sums[1] += slope.square().sum(0).double().cpu().view_as(sums[1])

@@ -44,6 +44,20 @@ def find_stacks(program: Program, facts: AxisFacts) -> tuple[Stack, ...]:
     return tuple(sorted(found, key=lambda stack: order[stack.blocks[0].output]))
 
 
+def why_none(program: Program, facts: AxisFacts) -> str:
+    """Why a program has no stack, in a few words about its list of modules with the most calls."""
+    lists = _lists(program.graph.graph)
+    if not lists:
+        return "no list of modules"
+    module = max(lists, key=lambda path: sum(map(len, lists[path].values())))
+    blocks = _Search(program, facts, module, lists[module]).blocks()
+    if len(lists[module]) == 1:
+        return f"{module} has one block"
+    if not blocks:
+        return f"a module of {module} is not an input plus what it adds, of the same axes"
+    return next(f"every block stays: {block.stays}" for block in blocks)
+
+
 def _lists(graph: fx.Graph) -> Lists:
     """Every list of modules, numbered from 0 without a gap, with the calls of each module."""
     found: Lists = {}

@@ -20,6 +20,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     DiffLlamaConfig,
     DiffLlamaForCausalLM,
+    Dots3NoteForCausalLM,
+    Dots3NoteTextConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     JambaConfig,
@@ -182,6 +184,15 @@ def test_every_list_by_layer_follows_the_blocks():
     assert found.config.num_hidden_layers == 3
     assert found.config.no_rope_layers == [1, 0, 1]
     assert found.changes["no_rope_layers"] == ([1, 1, 0, 1, 0], [1, 0, 1])
+
+
+def test_what_a_config_says_by_a_blocks_number_follows():
+    """dots3.note: layers of sliding attention have sizes of their own, by number."""
+    kinds = ["indexed_attention", "sliding_attention", "indexed_attention", "sliding_attention"]
+    config = Dots3NoteTextConfig(num_hidden_layers=4, layer_types=kinds)
+    found = shorten(StockConfig(Dots3NoteForCausalLM, config, {}), {"model.layers": (0, 2, 3)})
+    before, after = found.changes["per_layer_config"]
+    assert (before.keys(), after) == ({"1", "3"}, {"2": before["3"]})
 
 
 def test_a_number_of_first_blocks_follows():

@@ -132,7 +132,8 @@ class _Search:
             if users and self._made_within(node, nodes):
                 yield f"{_place(users[0])} uses {SourceLocation(node)}"
         for call, changed in self.facts.writes.items():
-            if call in nodes and (other := next((v for v in changed if v not in nodes), None)) is not None:
+            before = (v for v in changed if v not in nodes and v < call)  # views that are made later follow the result
+            if call in nodes and (other := next(before, None)) is not None:
                 yield f"{SourceLocation(call)} writes into {other.name}, which is not its own"
         for node in self.program.placeholders():
             name = self.program.weights.get(node.name)

@@ -65,12 +65,13 @@ def prove(analysis: Analysis, inputs: Sequence[Tensor], seed: int = 0) -> Iterat
         dense = analysis.program(*inputs)
         families = list(analysis.all_families)
         for family in families:
-            yield family.name, _disprove(analysis, random_plan([family], rng), inputs, dense)
+            yield family.name, disprove(analysis, random_plan([family], rng), inputs, dense)
         if len(families) > 1:
-            yield "all", _disprove(analysis, random_plan(families, rng), inputs, dense)
+            yield "all", disprove(analysis, random_plan(families, rng), inputs, dense)
 
 
-def _disprove(analysis: Analysis, plan: Plan, inputs: Sequence[Tensor], dense: Tensor) -> str:
+def disprove(analysis: Analysis, plan: Plan, inputs: Sequence[Tensor], dense: Tensor) -> str:
+    """Why a plan's cut does not equal its mask, or its mask moves nothing; "" if both are right."""
     try:
         masked = mask(analysis, resolve_plan(analysis, plan))(*inputs)
         cut = rewrite(analysis, plan, check=False)(*inputs)
@@ -126,12 +127,12 @@ def run_type(mapping: str, model_type: str) -> dict[str, Any]:
     """
     for seed in range(3):
         row = {**_run(mapping, model_type, seed), "seed": seed}
-        if not _rounding(row["reason"]):
+        if not rounding(row["reason"]):
             break
     return row
 
 
-def _rounding(reason: str) -> bool:
+def rounding(reason: str) -> bool:
     """Whether fp64 clears every family that is wrong in fp32."""
     doubles = re.findall(r" in fp32, (\S+) in fp64", reason)
     return reason.count("wrong by") == len(doubles) > 0 and all(float(d) < 1e-9 for d in doubles)
@@ -166,9 +167,9 @@ def _run(mapping: str, model_type: str, seed: int) -> dict[str, Any]:
     if not results:
         row["reason"] = "no family: " + "; ".join(f"{b.weights[0]} {b.reasons[0]}" for b in analysis.blocked[:4])
     if mapping == "causal-lm":
-        row |= _stock(analysis, tiny, "stock", stock_acceptance)
+        row |= ask_stock(analysis, tiny, "stock", stock_acceptance)
     elif analysis.depths:
-        row |= _stock(analysis, tiny, "depth", depth_acceptance)
+        row |= ask_stock(analysis, tiny, "depth", depth_acceptance)
     return row
 
 
@@ -176,7 +177,9 @@ class OutOfTime(BaseException):
     """Not an Exception: probing takes any of those for a refusal."""
 
 
-def _stock(analysis: Analysis, tiny: Tiny, key: str, ask: Callable[[Analysis, Tiny], dict[str, Any]]) -> dict[str, Any]:
+def ask_stock(
+    analysis: Analysis, tiny: Tiny, key: str, ask: Callable[[Analysis, Tiny], dict[str, Any]]
+) -> dict[str, Any]:
     """``key``: family → what the model's own class accepts of it; or ``stock_error``, why that cannot be said."""
 
     def stop(*_: object) -> None:

@@ -1,6 +1,6 @@
 """Turns the rows of the zoo sweeps into docs/architectures.md.
 
-python -m benchmarks.zoo_table [RESULTS] [PAGE] [ONNX] [END_TO_END]
+python -m benchmarks.zoo_table [RESULTS] [PAGE] [ONNX] [END_TO_END] [DEPTH]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks import zoo_depth
 from benchmarks.zoo_onnx import passed
 
 HERE = Path(__file__).resolve().parent
@@ -32,8 +33,10 @@ pruned model is good. `python -m benchmarks.zoo_table` makes the page from `benc
 """
 
 
-def page(result: dict[str, Any], onnx: list[dict[str, Any]], end_to_end: list[dict[str, Any]]) -> str:
-    """The whole page: totals, stock classes, ONNX, then for each mapping its proven types and all others."""
+def page(
+    result: dict[str, Any], onnx: list[dict[str, Any]], end_to_end: list[dict[str, Any]], depth: list[dict[str, Any]]
+) -> str:
+    """The whole page: totals, stock classes, blocks, ONNX, then for each mapping its proven types and all others."""
     rows: list[dict[str, Any]] = result["rows"]
     count = Counter(row["commit"] for row in rows)
     commits = ", ".join(f"{commit}: {n}" for commit, n in count.most_common())
@@ -50,11 +53,12 @@ def page(result: dict[str, Any], onnx: list[dict[str, Any]], end_to_end: list[di
         families = f"{sum(row['proven'] for row in mine)} of {sum(row['families'] for row in mine)}"
         parts.append(f"| {mapping} | {len(mine)} | {analysed} | {proven} | {families} |")
     parts += _stock([row for row in rows if "stock" in row])
+    parts += _depth(depth)
     parts += _onnx(onnx)
     parts += _end_to_end(end_to_end, {(row["mapping"], row["type"]) for row in rows if row["stage"] == "proven"})
-    reached = {(row["mapping"], row["type"]): row["stage"] for row in onnx}
+    columns = {"blocks": _stages(depth), "ONNX": _stages(onnx)}
     for mapping in mappings:
-        parts += _section(mapping, [row for row in rows if row["mapping"] == mapping], reached)
+        parts += _section(mapping, [row for row in rows if row["mapping"] == mapping], columns)
     return "\n".join(parts) + "\n"
 
 
@@ -134,6 +138,31 @@ def _where(family: dict[str, Any]) -> str:
     return "no config field gives the shapes"
 
 
+DEPTH_HEAD = """
+## Whole residual blocks
+
+By `python -m benchmarks.zoo_depth`: of each list of blocks about 60 % stay, drawn at random. *Proven*: the cut equals the masked model,
+as above. *Held*: the model's own class takes fewer blocks of every list, and gives the cut graph's logits. Types that are not listed as
+run were not tried yet.
+
+| mapping | types run | analysed | with a list of blocks | proven | held |
+|---|---|---|---|---|---|"""
+
+
+def _depth(rows: list[dict[str, Any]]) -> list[str]:
+    lines = DEPTH_HEAD.splitlines()
+    for mapping in dict.fromkeys(row["mapping"] for row in rows):
+        reached = [zoo_depth.STAGES.index(row["stage"]) for row in rows if row["mapping"] == mapping]
+        counts = [sum(r >= i for r in reached) for i in range(len(zoo_depth.STAGES))]
+        lines.append(f"| {mapping} | {' | '.join(map(str, counts))} |")
+    lines += ["", "Not held:", "", "| mapping | type | last stage | reason |", "|---|---|---|---|"]
+    for row in rows:
+        if row["stage"] not in ("none", "held"):
+            reason = row["reason"].replace("|", "\\|")
+            lines.append(f"| {row['mapping']} | {row['type']} | {row['stage']} | {reason} |")
+    return lines
+
+
 ONNX_HEAD = """
 ## ONNX (causal-lm)
 
@@ -196,27 +225,32 @@ def _general(reason: str) -> str:
     return re.sub(r"\w+ForCausalLM|\w+LMHead\w*", "the model", reason).replace("|", "\\|")
 
 
-def _section(mapping: str, rows: list[dict[str, Any]], onnx: dict[tuple[str, str], str]) -> list[str]:
-    """``onnx``: (mapping, type) → the last stage that its ONNX passed; a column for mappings that have any."""
-    column = any(key[0] == mapping for key in onnx)
+def _stages(rows: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """(mapping, type) → the last stage that it passed."""
+    return {(row["mapping"], row["type"]): row["stage"] for row in rows}
 
-    def line(*cells: str, last: str) -> str:
-        return f"| {' | '.join([*cells, last] if column else cells)} |"
 
-    def reached(row: dict[str, Any]) -> str:
-        return onnx.get((mapping, row["type"]), "not run")
+def _section(mapping: str, rows: list[dict[str, Any]], columns: dict[str, dict[tuple[str, str], str]]) -> list[str]:
+    """``columns``: head → the last stages of another sweep; a column for mappings that have any."""
+    others = {head: stages for head, stages in columns.items() if any(key[0] == mapping for key in stages)}
 
-    lines = ["", f"## {mapping}", "", line("type", "families", last="ONNX"), _rule(2 + column)]
+    def line(*cells: str) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    def reached(row: dict[str, Any]) -> list[str]:
+        return [stages.get((mapping, row["type"]), "not run") for stages in others.values()]
+
+    lines = ["", f"## {mapping}", "", line("type", "families", *others), _rule(2 + len(others))]
     proven = [row for row in rows if row["stage"] == "proven"]
-    lines += [line(row["type"], ", ".join(row["names"]), last=reached(row)) for row in proven]
-    others = [row for row in rows if row["stage"] != "proven"]
-    if others:
+    lines += [line(row["type"], ", ".join(row["names"]), *reached(row)) for row in proven]
+    rest = [row for row in rows if row["stage"] != "proven"]
+    if rest:
         head = ("type", "last stage", "families proven", "reason")
-        lines += ["", "Not proven:", "", line(*head, last="ONNX"), _rule(4 + column)]
-    for row in others:
+        lines += ["", "Not proven:", "", line(*head, *others), _rule(4 + len(others))]
+    for row in rest:
         reason = row["reason"].replace("|", "\\|")
         families = f"{row['proven']} of {row['families']}"
-        lines.append(line(row["type"], row["stage"], families, reason, last=reached(row)))
+        lines.append(line(row["type"], row["stage"], families, reason, *reached(row)))
     return lines
 
 
@@ -233,9 +267,12 @@ def main(
     end_to_end: Annotated[Path, typer.Argument(help="What benchmarks.zoo --end-to-end --json wrote")] = HERE
     / "results"
     / "zoo_end_to_end.json",
+    depth: Annotated[Path, typer.Argument(help="What benchmarks.zoo_depth --json wrote")] = HERE
+    / "results"
+    / "zoo_depth.json",
 ) -> None:
     """Write the page of architectures from the sweeps' rows."""
-    more = [json.loads(file.read_text())["rows"] for file in (onnx, end_to_end)]
+    more = [json.loads(file.read_text())["rows"] for file in (onnx, end_to_end, depth)]
     output.write_text(page(json.loads(results.read_text()), *more))
 
 

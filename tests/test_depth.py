@@ -20,6 +20,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     DiffLlamaConfig,
     DiffLlamaForCausalLM,
+    Dots3NoteForCausalLM,
+    Dots3NoteTextConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     JambaConfig,
@@ -123,6 +125,31 @@ def test_a_product_may_enter_a_block():
     assert (family.groups[0].layer, family.size, family.stack.stay) == ("1", 2, {})
 
 
+class Scaled(Block):
+    """Scales its result in place, which the next block reads through a view."""
+
+    def forward(self, x):
+        return super().forward(x.view_as(x)).mul_(0.7)
+
+
+class Overwriting(Block):
+    """Adds in place, to memory that is not its own."""
+
+    def forward(self, x):
+        return x.add_(self.inner(x).relu())
+
+
+def test_a_block_may_write_into_its_own_memory_alone():
+    x = torch.randn(3, 4)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Sequential(Scaled(), Scaled(), Scaled()), nn.Linear(8, 5))
+    analysis = mptk.analyze(mptk.trace(net, [x]))
+    assert analysis.stacks[0].stay == {}
+    found = cut_and_compare(analysis, keeping(analysis, 0, 2), [x])
+    assert found.error < 1e-5 < 1e-2 < found.moved
+    net = nn.Sequential(nn.Linear(4, 8), nn.Sequential(Overwriting(), Overwriting()), nn.Linear(8, 5))
+    assert not mptk.analyze(mptk.trace(net, [x])).depths
+
+
 class Plain(nn.Module):
     """Modules without an addition: it is done outside of them, or not at all."""
 
@@ -182,6 +209,15 @@ def test_every_list_by_layer_follows_the_blocks():
     assert found.config.num_hidden_layers == 3
     assert found.config.no_rope_layers == [1, 0, 1]
     assert found.changes["no_rope_layers"] == ([1, 1, 0, 1, 0], [1, 0, 1])
+
+
+def test_what_a_config_says_by_a_blocks_number_follows():
+    """dots3.note: layers of sliding attention have sizes of their own, by number."""
+    kinds = ["indexed_attention", "sliding_attention", "indexed_attention", "sliding_attention"]
+    config = Dots3NoteTextConfig(num_hidden_layers=4, layer_types=kinds)
+    found = shorten(StockConfig(Dots3NoteForCausalLM, config, {}), {"model.layers": (0, 2, 3)})
+    before, after = found.changes["per_layer_config"]
+    assert (before.keys(), after) == ({"1", "3"}, {"2": before["3"]})
 
 
 def test_a_number_of_first_blocks_follows():

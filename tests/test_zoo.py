@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
-from benchmarks import zoo
+from benchmarks import zoo, zoo_depth
 from benchmarks.tiny_models import tiny_model
 from benchmarks.zoo_plans import random_plan
 from mptk import rewrite
@@ -88,3 +89,26 @@ def test_stock_column_names_the_validator_and_reloads() -> None:
     gpt2 = zoo.run_type("causal-lm", "gpt2")["stock"]
     assert gpt2["heads"]["with"] == ["hidden"]
     assert gpt2["heads"]["reloaded"] == ""
+
+
+def test_the_depth_sweep_says_what_a_class_holds_and_why_a_type_has_no_blocks() -> None:
+    gpt2 = zoo_depth.run_type("causal-lm", "gpt2")
+    assert (gpt2["stage"], gpt2["reason"]) == ("held", "")
+    assert gpt2["depths"]["layers"]["proof"] == ""
+    assert gpt2["depth"]["layers"]["accepted"] == gpt2["depth"]["layers"]["of"] > 0
+    albert = zoo_depth.run_type("masked-lm", "albert")
+    assert (albert["stage"], albert["reason"]) == ("analysed", "model.albert.encoder.albert_layer_groups has one block")
+    resnet = zoo_depth.run_type("image-classification", "resnet")
+    assert resnet["reason"].endswith("encoder.stages is not an input plus what it adds, of the same axes")
+
+
+def test_the_depth_sweep_catches_a_wrong_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other_blocks(analysis: Analysis, plan: Plan, **options: bool) -> Program:
+        kept = {name: analysis.family(name).size - 1 for name in plan.families}
+        last = {name: {m: (tuple(range(kept[name])),) for m in f.keep} for name, f in plan.families.items()}
+        return rewrite(analysis, Plan({n: replace(f, width=kept[n], keep=last[n]) for n, f in plan.families.items()}))
+
+    monkeypatch.setattr(zoo, "rewrite", other_blocks)
+    row = zoo_depth.run_type("causal-lm", "gpt2")
+    assert row["stage"] == "found"
+    assert "wrong by" in row["reason"]

@@ -16,7 +16,7 @@ from mptk.cost.budgets import BUDGETS
 from mptk.errors import did_you_mean
 from mptk.run.settings import COMPUTE_DTYPES, DTYPES, LAYERS, ONNX_DTYPES
 
-METHODS = ("maskprune", "random", "magnitude", "wanda", "flap", "fisher", "taylor", "influence", "greedy")
+METHODS = ("maskprune", "random", "magnitude", "wanda", "flap", "reap", "fisher", "taylor", "influence", "greedy")
 TARGETS = ("stock", "graph")
 SCHEMES = ("int8", "int4", "fp16")
 OBJECTIVES = ("decode", "prefill")

@@ -44,6 +44,20 @@ def find_stacks(program: Program, facts: AxisFacts) -> tuple[Stack, ...]:
     return tuple(sorted(found, key=lambda stack: order[stack.blocks[0].output]))
 
 
+def why_none(program: Program, facts: AxisFacts) -> str:
+    """Why a program has no stack, in a few words about its list of modules with the most calls."""
+    lists = _lists(program.graph.graph)
+    if not lists:
+        return "no list of modules"
+    module = max(lists, key=lambda path: sum(map(len, lists[path].values())))
+    blocks = _Search(program, facts, module, lists[module]).blocks()
+    if len(lists[module]) == 1:
+        return f"{module} has one block"
+    if not blocks:
+        return f"a module of {module} is not an input plus what it adds, of the same axes"
+    return next(f"every block stays: {block.stays}" for block in blocks)
+
+
 def _lists(graph: fx.Graph) -> Lists:
     """Every list of modules, numbered from 0 without a gap, with the calls of each module."""
     found: Lists = {}
@@ -118,7 +132,8 @@ class _Search:
             if users and self._made_within(node, nodes):
                 yield f"{_place(users[0])} uses {SourceLocation(node)}"
         for call, changed in self.facts.writes.items():
-            if call in nodes and (other := next((v for v in changed if v not in nodes), None)) is not None:
+            before = (v for v in changed if v not in nodes and v < call)  # views that are made later follow the result
+            if call in nodes and (other := next(before, None)) is not None:
                 yield f"{SourceLocation(call)} writes into {other.name}, which is not its own"
         for node in self.program.placeholders():
             name = self.program.weights.get(node.name)

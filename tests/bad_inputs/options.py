@@ -256,6 +256,11 @@ CONTRADICTIONS = [
     Row("cached teacher and hidden states", f"{ONCE} --steps 2 --teacher cached --hidden 1", ("--teacher live",)),
     Row("maskprune without steps", "prune {model} --data {text.raw} --out {out} --steps 0", ("learns in steps",)),
     Row(
+        "experts of a model without any",
+        "prune {model} --data {text.raw} --out {out} --families ffn --multiple-of 8 --method reap --length 16",
+        ("none are among ffn", "--method wanda"),
+    ),
+    Row(
         "all weights beside cut norms",
         "prune {model} --data {text.raw} --out {out} --families hidden --width hidden=24 --method wanda --steps 2 --rank 0 --length 16",
         ("leave out --rank 0",),

@@ -18,7 +18,7 @@ from mptk.ir.families import Analysis, Family
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples, next_tokens
-from mptk.methods.criteria import fisher, flap, greedy, influence, magnitude, random, taylor, wanda
+from mptk.methods.criteria import fisher, flap, greedy, influence, magnitude, random, reap, taylor, wanda
 from mptk.methods.criteria.base import Criterion, Evidence, Scores, uses
 from mptk.methods.criteria.flap import Compensation, compensate
 from mptk.methods.criteria.observe import activations, find_sites, gradients
@@ -37,6 +37,7 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("magnitude", "L2 norm of all weights of a unit", magnitude.score),
         Criterion("wanda", "|weight| × input norm, summed over a unit's consumers", wanda.score, "activations"),
         Criterion("flap", "input variance × squared column norm; means go to biases", flap.score, "activations", True),
+        Criterion("reap", "experts by router weight × output norm; other families by wanda", reap.score, "experts"),
         Criterion("fisher", "rise of the loss without a unit, to the second order", fisher.score, "slopes"),
         Criterion("taylor", "first-order change of the loss, |weight × gradient|", taylor.score, "gradients"),
         Criterion(
@@ -132,15 +133,19 @@ def gather(
         names = dict.fromkeys(m.weight for g in groups for m in g.members)
         found = gradients(analysis.program, names, samples, objective, progress, executor)
         return Evidence(analysis, seed, gradients=found, influences=influences)
-    if criterion.needs not in ("activations", "slopes") or not groups:
+    if criterion.needs not in ("activations", "experts", "slopes") or not groups:
         return Evidence(analysis, seed, influences=influences)
+    added = {}
+    if criterion.needs == "experts":
+        experts, groups = reap.divide(analysis, channels)
+        added = reap.measure(analysis, experts, samples, progress, executor)
     sites = find_sites(analysis)
     used = dict.fromkeys(site for g in groups for site, _ in uses(sites, g))
     seen = activations(analysis, list(used), samples, progress, executor)
-    if criterion.needs == "activations":
-        return Evidence(analysis, seed, seen, influences=influences)
-    slopes = fisher.measure(analysis, channels, samples, objective, progress, executor)
-    return Evidence(analysis, seed, seen, slopes=slopes, influences=influences)
+    if criterion.needs == "slopes":
+        slopes = fisher.measure(analysis, channels, samples, objective, progress, executor)
+        return Evidence(analysis, seed, seen, slopes=slopes, influences=influences)
+    return Evidence(analysis, seed, seen, influences=influences, experts=added)
 
 
 def _by_kind(families: Sequence[Family]) -> tuple[list[Family], list[Family]]:

@@ -37,7 +37,8 @@ class Evidence:
 
     ``observations``: moments of the activations at each contraction with a weight. ``gradients``: weight name →
     gradient of the calibration loss, a mean over predicted tokens. ``slopes``: family → those of the loss in its masks.
-    ``influences``: depth → each block's influence, or its rank.
+    ``influences``: depth → each block's influence, or its rank. ``experts``: group of experts → what each of its units
+    adds to its tokens, [scopes, size].
     """
 
     analysis: Analysis
@@ -46,22 +47,23 @@ class Evidence:
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     slopes: Mapping[str, Slopes] = field(default_factory=dict)
     influences: Mapping[str, Tensor] = field(default_factory=dict)
+    experts: Mapping[Group, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Criterion:
     """A one-shot criterion: ``score`` gives each family [layers, scopes, size], higher = keep.
 
-    ``needs``: what is gathered first: nothing, moments of activations, gradients of the loss, moments and slopes of the
-    loss in the masks, only the influence of blocks, or the losses without blocks. All but the first need calibration
-    text. ``compensates``: consumers' biases absorb the mean of the removed units. ``judges``: channels, whole residual
-    blocks, or both. Blocks that it does not judge are scored by influence.
+    ``needs``: what is gathered first: nothing, moments of activations, those and what experts add, gradients of the
+    loss, moments and slopes of the loss in the masks, only the influence of blocks, or the losses without blocks. All
+    but the first need calibration text. ``compensates``: consumers' biases absorb the mean of the removed units.
+    ``judges``: channels, whole residual blocks, or both. Blocks that it does not judge are scored by influence.
     """
 
     name: str
     summary: str
     score: Callable[[Evidence, Sequence[Family]], Scores]
-    needs: Literal["nothing", "activations", "gradients", "slopes", "blocks", "losses"] = "nothing"
+    needs: Literal["nothing", "activations", "experts", "gradients", "slopes", "blocks", "losses"] = "nothing"
     compensates: bool = False
     judges: Literal["channels", "both", "blocks"] = "channels"
 

@@ -6,10 +6,11 @@ transposed layers and packed experts need no special case, and a weight that is 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -75,6 +76,11 @@ class Moments:
         delta = other.mean - self.mean
         deviation = self.deviation + other.deviation + delta.square() * self.count * share
         return Moments(count, self.mean + delta * share, deviation)
+
+
+Key = TypeVar("Key", bound=Hashable)
+Watched = tuple[tuple[fx.Node, ...], Callable[..., Moments]]
+"""Values of a program, and what makes moments of them."""
 
 
 @dataclass(frozen=True)
@@ -172,20 +178,40 @@ def activations(
     Raises:
         MptkError: the program was traced for another size of input.
     """
-    moments: dict[Stream, Moments] = {}
 
-    def see(stream: Stream, x: Tensor, ends: Tensor | None = None) -> None:
-        seen = moments_of(x, stream[1], stream[2], ends)
-        moments[stream] = seen if stream not in moments else moments[stream].merge(seen)
+    def made(stream: Stream, x: Tensor, ends: Tensor | None = None) -> Moments:
+        return moments_of(x, stream[1], stream[2], ends)
 
     streams = dict.fromkeys(site.stream for site in sites)
-    watches = [((s[0],) if s[3] is None else (s[0], s[3]), partial(see, s)) for s in streams]
-    given = batches(analysis.program, samples, OBSERVED_TOKENS)
+    watches = {s: ((s[0],) if s[3] is None else (s[0], s[3]), partial(made, s)) for s in streams}
+    found = moments(analysis.program, samples, watches, progress, executor)
+    return {site: Observation(site, analysis.program, found[site.stream]) for site in sites}
+
+
+def moments(
+    program: Program,
+    samples: Samples,
+    watches: Mapping[Key, Watched],
+    progress: Count | None = None,
+    executor: Executor = EXECUTOR,
+) -> dict[Key, Moments]:
+    """Run the program on ``samples`` and merge the moments that are made of the watched values of each batch.
+
+    Raises:
+        MptkError: the program was traced for another size of input.
+    """
+    found: dict[Key, Moments] = {}
+
+    def see(key: Key, *values: Tensor) -> None:
+        seen = watches[key][1](*values)
+        found[key] = seen if key not in found else found[key].merge(seen)
+
+    given = batches(program, samples, OBSERVED_TOKENS)
     share = sharing(len(given))
     own = share.own(given)
-    executor.watch(analysis.program, [batch.tensors for batch in own], watches, in_samples(progress, own))
-    merged = {stream: _merged(moments[stream], share) for stream in streams}
-    return {site: Observation(site, analysis.program, merged[site.stream]) for site in sites}
+    watched = [(nodes, partial(see, key)) for key, (nodes, _) in watches.items()]
+    executor.watch(program, [batch.tensors for batch in own], watched, in_samples(progress, own))
+    return {key: _merged(found[key], share) for key in watches}
 
 
 def _merged(seen: Moments, share: Sharing) -> Moments:

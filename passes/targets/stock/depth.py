@@ -4,7 +4,7 @@ The search knows no field by name. A field counts the blocks of a list if its nu
 has one block less. Beside it, these change with the blocks that are removed:
 
 1. lists and words with one entry for each block (layer types): the entries of the blocks that stay;
-2. lists of blocks' numbers (layers without experts): the numbers after the removal;
+2. lists of blocks' numbers (layers without experts), and dictionaries by block's number: the numbers after the removal;
 3. a number of first blocks that differ from the others: how many of them stay.
 
 The class is built without memory. Each of its blocks must have the weights, the shapes and the numbers (windows,
@@ -191,6 +191,9 @@ class _Search:
 
     def _numbers(self, value: object) -> object | None:
         """Case 2."""
+        if isinstance(value, dict):
+            places = {unit: place for place, unit in enumerate(self.units)}
+            return {type(key)(places[int(key)]): own for key, own in value.items() if int(key) in places}
         if not isinstance(value, list) or not value or not all(type(v) is int and 0 <= v < self.count for v in value):
             return None
         return [self.units.index(v) for v in value if v in self.units] if len({*value}) == len(value) else None
@@ -274,14 +277,21 @@ def _said(shape: object) -> str:
 
 
 def _values(body: Mapping[str, object], at: Path = ()) -> Iterator[tuple[Path, object]]:
-    """Every value of a config's dictionary, and every entry of its lists, with its place."""
+    """Every value of a config's dictionary, and every entry of its lists, with its place.
+
+    A dictionary of dictionaries by number is one value.
+    """
     for key, value in body.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and not _by_number(value):
             yield from _values(value, (*at, key))
             continue
         yield (*at, key), value
         if isinstance(value, list):
             yield from (((*at, key, i), entry) for i, entry in enumerate(value))
+
+
+def _by_number(value: Mapping[object, object]) -> bool:
+    return bool(value) and all(str(k).isdecimal() and isinstance(v, dict) for k, v in value.items())
 
 
 def _get(body: object, path: Path) -> object:

@@ -1,0 +1,157 @@
+"""Whole experts: chosen by what they add to their tokens (REAP), cut to legal numbers, proven through the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import architectures
+import pytest
+import torch
+from criteria_cases import EXPERTS, WINDOWS, Case, assert_scores, layers, packed_experts
+from test_criteria import routed
+from torch import Tensor
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
+from typer.testing import CliRunner
+
+import mptk
+from mptk.cli.main import app
+from mptk.errors import MptkError
+from mptk.ir.plan import Plan
+from mptk.methods import criteria
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+from passes.targets.legalize import derived_families
+
+PLANTED = 3
+SIZES = architectures.GROUPED
+
+
+@pytest.fixture(scope="module")
+def moe() -> Case:
+    return packed_experts()
+
+
+def planted(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with an expert of the largest weights that gives almost nothing: its gate and its output are small."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            experts = layer.mlp.experts
+            experts.gate_up_proj[PLANTED, : architectures.FFN] *= 9
+            experts.gate_up_proj[PLANTED, architectures.FFN :] *= 1e-4
+            experts.down_proj[PLANTED] *= 3
+    return model
+
+
+def prune(model: torch.nn.Module, folder: Path, *options: str) -> set[tuple[int, ...]]:
+    """Prune by the command line, verify, and return the choices of experts that the layers keep."""
+    model.save_pretrained(folder / "dense")
+    words = "--data random --samples 8 --length 24 --eval-windows 2 --eval-length 12 --multiple-of 1 --no-onnx --out"
+    for line in (["prune", folder / "dense", *options, *words.split(), folder / "out"], ["verify", folder / "out"]):
+        said = CliRunner().invoke(app, [str(word) for word in line])
+        assert said.exit_code == 0, said.output
+    (family,) = Plan.load(folder / "out" / "plan.json").families.values()
+    return {row for rows in family.keep.values() for row in rows}
+
+
+def test_reap_is_the_mean_over_an_experts_tokens_of_router_weight_times_output_norm(moe: Case) -> None:
+    def scores(n: str) -> Tensor:
+        _, chosen, weights = moe.inputs[f"{n}.mlp.experts"][:3]
+        down = moe.weight(f"{n}.mlp.experts.down_proj")
+        own = []
+        for expert in range(EXPERTS):
+            gates = (weights * (chosen == expert)).sum(1)[(chosen == expert).any(1)]
+            own.append((gates * (routed(moe, n, expert)[1] @ down[expert].T).norm(dim=1)).mean())
+        return torch.stack(own).detach()[None]
+
+    found = criteria.score(moe.analysis, "reap", WINDOWS, families=["experts", "ffn"])
+    assert_scores(found["experts"], layers(scores))
+    assert_scores(found["ffn"], criteria.score(moe.analysis, "wanda", WINDOWS, families=["ffn"])["ffn"])
+
+
+def test_the_expert_that_adds_least_goes_though_its_weights_are_the_largest(tmp_path: Path) -> None:
+    model = planted(architectures.model("mixtral"))
+    options = ("--families", "experts", "--width", "experts=4")
+    kept = prune(model, tmp_path / "reap", "--method", "reap", *options)
+    assert kept == {(0, 1, 2, 4)}
+    for other in ("magnitude", "wanda"):
+        scores = criteria.score(analyze(trace(model, dynamic=True)), other, WINDOWS, families=["experts"])["experts"]
+        assert (scores.argmax(-1) == PLANTED).all()
+
+
+def shared_expert() -> torch.nn.Module:
+    sizes = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "decoder_sparse_step": 1}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **sizes, shared_expert_intermediate_size=28)).eval()
+
+
+def grouped() -> torch.nn.Module:
+    sizes = {"n_routed_experts": 10, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 3, "n_shared_experts": 1}
+    ranks = {"q_lora_rank": 14, "kv_lora_rank": 18, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 12}
+    more = {"moe_intermediate_size": 20, "first_k_dense_replace": 1, "num_key_value_heads": 6}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**{**SIZES, **sizes, **ranks, **more})).eval()
+
+
+def plain() -> torch.nn.Module:
+    return OlmoeForCausalLM(OlmoeConfig(**SIZES, num_experts=5, num_experts_per_tok=2)).eval()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("build", "family"), [(plain, "experts"), (shared_expert, "experts"), (grouped, "experts.2")])
+def test_experts_of_other_mixtures_are_cut_and_proven(build: Callable, family: str, tmp_path: Path) -> None:
+    kept = prune(build(), tmp_path, "--method", "reap", "--families", family, "--width", f"{family}=3")
+    assert {len(row) for row in kept} == {3}
+
+
+def test_groups_of_experts_keep_their_number_and_as_many_experts_as_a_token_has() -> None:
+    """A class divides its experts into groups by a number that no weight shows: only each group's experts are cut."""
+    analysis = analyze(trace(grouped(), dynamic=True))
+    groups, within = (analysis.family(name) for name in ("experts.1", "experts.2"))
+    assert (groups.size, within.size, within.minimum) == (2, 5, 3)
+    assert derived_families(analysis)[groups.name].endswith("into as many groups as before")
+    assert within.name not in derived_families(analysis)
+    scores = criteria.score(analysis, "reap", WINDOWS, families=[groups.name, within.name])
+    assert_scores(scores[groups.name], scores[within.name].sum(-1)[:, None])
+
+
+def test_fewer_experts_than_a_token_has_are_refused(moe: Case) -> None:
+    assert moe.analysis.family("experts").minimum == moe.model.config.num_experts_per_tok
+    scores = criteria.score(moe.analysis, "random", families=["experts"])
+    plan = criteria.select(moe.analysis, scores, {"experts": 1})
+    with pytest.raises(MptkError, match="experts cannot have width 1: it needs at least 2"):
+        mptk.rewrite(moe.analysis, plan)
+
+
+class Ungated(torch.nn.Module):
+    """A mixture that adds its experts' rows as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.router, self.head = torch.nn.Embedding(97, 12), torch.nn.Linear(12, 5), torch.nn.Linear(20, 7)
+        self.experts = torch.nn.Parameter(torch.randn(5, 12, 20))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids).flatten(0, 1)
+        experts, order = torch.sort(self.router(x).topk(2).indices.flatten())
+        counts = torch.histc(experts.float(), bins=5, min=0, max=4)
+        ends = torch.cumsum(counts, 0, dtype=torch.int32)
+        rows = torch.ops.transformers.grouped_mm_fallback(x[order // 2], self.experts, ends)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.shape[0])
+        return self.head(rows[back].view(-1, 2, 20).sum(1) * self.router(x).max(-1, keepdim=True).values)
+
+
+def test_what_reap_cannot_score_is_refused_with_the_way_out(moe: Case) -> None:
+    with pytest.raises(MptkError, match=r"none are among ffn, hidden; name a family of experts .* --method wanda"):
+        criteria.score(moe.analysis, "reap", WINDOWS, families=["ffn", "hidden"])
+    model = Ungated()
+    analysis = analyze(trace(model, (WINDOWS,), dynamic=True))
+    (family,) = (f for f in analysis.families if f.size == 5)
+    with pytest.raises(MptkError, match=r"no router weight multiplies .* use --method wanda"):
+        criteria.score(analysis, "reap", WINDOWS, families=[family.name])

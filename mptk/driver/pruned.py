@@ -217,7 +217,7 @@ def recover(
     dense = None
     if start.compiled is not None and model is None:
         prepared = start.compiled.prepared
-        dense = prepared.loaded, prepared.task
+        dense = prepared.given, prepared.task
     wanted = {name: getattr(chosen, name) for name in _OF_A_RECOVERY}
     there = str(model) if isinstance(model, Path) else model
 
@@ -268,7 +268,7 @@ def _for_plain(settings: Settings) -> Settings:
     Raises:
         MptkError: it is to be trained.
     """
-    if find_method(settings.method).learns and settings.plan is None:
+    if find_method(settings.method).learns and not settings.fixed:
         raise MptkError(
             f"{settings.method} trains transformers models alone; give method='wanda', 'taylor', 'flap' or 'magnitude' "
             "and train Pruned.model yourself"

@@ -100,7 +100,9 @@ def used_data(sets: SampleSets, settings: Settings) -> dict[str, Any]:
 
 def _named(settings: Settings) -> list[str]:
     """The sources of samples that have names."""
-    return [source for source in (settings.data, settings.eval_data, settings.vocabulary) if source not in (None, IN_MEMORY)]
+    return [
+        source for source in (settings.data, settings.eval_data, settings.vocabulary) if source not in (None, IN_MEMORY)
+    ]
 
 
 def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, context: Context) -> Report:

@@ -303,6 +303,7 @@ def written_folder(
         if chosen.changes and not chosen.trained:
             write_weights(folder / COMPENSATION, Weights(chosen.changes))
         notes = [*chosen.notes, describe_processes(context.accelerator) if context.accelerator else ""]
+        notes.append("" if prepared.trimmed is None else prepared.trimmed.note)
         notes.append(left_whole(prepared.analysis, prepared.legal, prepared.settings))
         for target in targets:
             with context.stage(f"write {target.name}"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import cached_property
@@ -19,7 +19,7 @@ from mptk.driver import recovery
 from mptk.driver.display import shown
 from mptk.driver.job import Finished, Job
 from mptk.driver.prune import run
-from mptk.driver.sources import Data, Inputs, Model, given, names_of, source_of
+from mptk.driver.sources import Data, Inputs, Model, check_texts, given, names_of, source_of
 from mptk.driver.verification import plan_of
 from mptk.errors import MptkError
 from mptk.files import scratch
@@ -135,6 +135,7 @@ def prune(
     example_inputs: Inputs | None = None,
     data: Data | None = None,
     eval_data: Data | None = None,
+    vocabulary: str | Path | Sequence[str] | None = None,
     **keywords: Any,
 ) -> Pruned | None:
     """Prune a model and prove the result::
@@ -154,6 +155,7 @@ def prune(
         data, eval_data: as in ``Settings`` (a file, folder, data set), or in memory: a list of texts; token ids, int64
             [n, length]; inputs by name; ``mptk.Samples``; or batches (a ``DataLoader``, a list) of tensors, tuples or
             dicts of inputs. By default an ``nn.Module`` is calibrated on its example inputs.
+        vocabulary: as in ``Settings`` (a file, folder, data set), or a list of texts: other tokens than theirs go.
         keywords: fields of ``Settings`` (``sparsity``, ``method``, ``families``, …), of its ``Learning`` (``steps``,
             ``rank``, …), ``Training`` (``batch``, ``lr``, …) and ``LossWeights``.
 
@@ -164,7 +166,7 @@ def prune(
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
             there is no such keyword; or a stage of the proof is above its tolerance. Then ``out`` stays as it was.
     """
-    named = names_of(data=data, eval_data=eval_data)
+    named = names_of(data=data, eval_data=eval_data, vocabulary=vocabulary)
     plain = isinstance(model, nn.Module) and example_inputs is not None
     if plain and data is None and (settings is None or settings.data == Settings.data):
         named["data"] = IN_MEMORY
@@ -172,10 +174,13 @@ def prune(
     source = source_of(model, trust=chosen.trust_remote_code, tokenizer=tokenizer, example_inputs=example_inputs)
     if source.plain:
         chosen = _for_plain(chosen)
+    texts = None if vocabulary is None or isinstance(vocabulary, str | Path) else list(vocabulary)
+    if chosen.vocabulary is not None:
+        check_texts(data=data, eval_data=eval_data, vocabulary=texts)
 
     def job(place: Path) -> tuple[Job, Settings]:
         samples = given(data, eval_data)
-        return Job(source.name, place, source.load, needs=source.needs, samples=samples), chosen
+        return Job(source.name, place, source.load, needs=source.needs, samples=samples, vocabulary=texts), chosen
 
     return _finished(job, out, progress, on_stage)
 

@@ -27,6 +27,7 @@ from mptk.ir.weights import Weights
 from mptk.run.chain import Task
 from mptk.run.settings import IN_MEMORY, Settings
 from mptk.run.trimmed import Trimmed
+from mptk.tasks.module import Module
 from mptk.tasks.tokens import TokenTask
 from passes.analysis.vocabulary import Vocabulary, find_vocabulary
 
@@ -51,7 +52,7 @@ def asked(settings: Settings) -> Tokens | None:
     """The tokens that the settings' plan keeps. Raises MptkError if a corpus is to decide, too."""
     tokens = None if settings.plan is None else Plan.load(settings.plan).vocabulary
     if tokens is not None and settings.vocabulary is not None:
-        raise MptkError("the plan says which tokens stay; leave out --vocabulary, or the plan's \"vocabulary\"")
+        raise MptkError('the plan says which tokens stay; leave out --vocabulary, or the plan\'s "vocabulary"')
     return tokens
 
 
@@ -67,6 +68,8 @@ def trim(
     Raises:
         MptkError: the model has no vocabulary of its own, or one that cannot be trimmed exactly.
     """
+    if isinstance(task, Module):
+        raise MptkError("what reads example inputs has no vocabulary to trim; leave out example_inputs, or vocabulary")
     if loaded.tokenizer is None:
         raise MptkError(f"{loaded.source} has no tokenizer to trim; add its tokenizer files, or leave out --vocabulary")
     vocabulary = find_vocabulary(analysis, predicts=isinstance(task, TokenTask))

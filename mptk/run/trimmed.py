@@ -40,6 +40,14 @@ class Trimmed:
         found: Tensor = next(executor.outputs([self.analysis.program], [inputs]))
         return found.index_select(-1, kept.to(found.device)) if self.vocabulary.predicted else found
 
+    @property
+    def note(self) -> str:
+        """What a reader of the figures must know."""
+        return (
+            f"{len(self.tokens.keep):,} of {self.tokens.of:,} tokens stay, those of {self.corpus}; the quality of the "
+            "dense model is measured with these alone, and other text has more tokens than before"
+        )
+
     def row(self) -> dict[str, Any]:
         """What the report says of it."""
         return {

@@ -48,13 +48,14 @@ def find_vocabulary(analysis: Analysis, *, predicts: bool) -> Vocabulary:
     sizes = sorted({axis.size for axis in looked_up})
     if len(sizes) != 1:
         found = " and ".join(map(str, sizes)) or "no"
-        raise MptkError(f"the model looks up {found} rows by token ids, and one table is trimmed; leave out --vocabulary")
+        raise MptkError(
+            f"the model looks up {found} rows by token ids, and one table is trimmed; leave out --vocabulary"
+        )
     axes, predicted = set(looked_up), False
     outputs = [n for n in tree_leaves(program.graph.graph.output_node().args[0]) if isinstance(n, fx.Node)]
-    if predicts:
-        last = resolve(facts.dims(outputs[0])[-1])
-        predicted = last.size == sizes[0] and isinstance(last, Axis)
-        axes |= {last} if predicted and isinstance(last, Axis) else set()
+    last = resolve(facts.dims(outputs[0])[-1])
+    if isinstance(last, Axis) and (last in axes or (predicts and last.size == sizes[0])):
+        axes, predicted = axes | {last}, True
     return Vocabulary(sizes[0], frozenset(axes), tuple(name.endswith("input_ids") for name in names), predicted)
 
 

@@ -61,8 +61,9 @@ def _built(dense: PreTrainedModel, config: PreTrainedConfig, weights: Weights) -
         model.tie_weights()
     except Exception as error:  # a model class may raise anything
         reason = str(error).strip().partition("\n")[0]
-        raise MptkError(f"{name} cannot have {config.get_text_config().vocab_size} tokens ({reason}); leave out "
-                        "--vocabulary") from error
+        raise MptkError(
+            f"{name} cannot have {config.get_text_config().vocab_size} tokens ({reason}); leave out --vocabulary"
+        ) from error
     there = {n: tuple(tensor.shape) for n, tensor in model.state_dict(keep_vars=True).items()}
     cut = {n: tuple(tensor.shape) for n, tensor in weights.likes.items()}
     if wrong := sorted(n for n in there.keys() | cut.keys() if there.get(n) != cut.get(n)):

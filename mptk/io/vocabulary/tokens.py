@@ -135,7 +135,7 @@ def trimmed_content(content: Mapping[str, Any], new: Mapping[int, int]) -> dict[
 
 
 def _post(value: Any, new: Mapping[int, int]) -> Any:
-    """A post-processor with renumbered ids: ``ids`` of a template, ``["[SEP]", 102]`` of the older kinds, ``pad_id``."""
+    """A part of the file with renumbered ids: ``ids`` of a template, ``["[SEP]", 102]`` of older kinds, ``pad_id``."""
     if isinstance(value, Mapping):
         found = {key: _post(each, new) for key, each in value.items()}
         if "ids" in value and "tokens" in value:

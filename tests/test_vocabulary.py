@@ -198,7 +198,7 @@ def test_a_report_that_names_other_tokens_is_not_believed(pruned, tmp_path):
     content["vocabulary"]["kept"] += 2
     (copy / "report.json").write_text(json.dumps(content))
     write_manifest(copy)
-    with pytest.raises(MptkError, match="vocabulary in report.json is not true"):
+    with pytest.raises(MptkError, match=r"vocabulary in report\.json is not true"):
         mptk.verify(copy)
 
 

@@ -212,7 +212,7 @@ def test_ids_in_configs_are_renumbered():
 
 
 def test_what_cannot_be_trimmed_is_refused():
-    with pytest.raises(MptkError, match="SimpleNamespace is no fast tokenizer.*convert it"):
+    with pytest.raises(MptkError, match=r"SimpleNamespace is no fast tokenizer.*convert it"):
         Choice(SimpleNamespace(), 9)
     dense = wrapped(byte_level())
     with pytest.raises(MptkError, match=f"the model has {len(dense) - 1} rows; resize"):

@@ -122,7 +122,7 @@ FIELDS: dict[str, Field] = {
     ),
     "keep": Field("keep", str, CUT, "Families that stay whole, comma-separated.", names, empty=""),
     "vocabulary": Field(
-        "vocabulary", str | None, CUT, "Remove the tokens that are not in this text, named as --data; see the docs."
+        "vocabulary", str | None, CUT, "Remove the tokens that this text, named as --data, never uses."
     ),
     "width": Field(
         "widths",

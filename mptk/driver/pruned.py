@@ -95,7 +95,7 @@ class Pruned:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Its tokenizer, which is the dense model's."""
+        """Its tokenizer: the dense model's, without the tokens that were removed."""
         if self.compiled is not None:
             return self.compiled.prepared.loaded.tokenizer
         return models.load_tokenizer(str(self._place)) if models.has_tokenizer(self._place) else None

@@ -176,7 +176,7 @@ def prune(
         chosen = _for_plain(chosen)
     texts = None if vocabulary is None or isinstance(vocabulary, str | Path) else list(vocabulary)
     if chosen.vocabulary is not None:
-        check_texts(data=data, eval_data=eval_data, vocabulary=texts)
+        check_texts(data=data, eval_data=eval_data)
 
     def job(place: Path) -> tuple[Job, Settings]:
         samples = given(data, eval_data)

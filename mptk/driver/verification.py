@@ -85,11 +85,11 @@ def verify(
     loaded = open_dense(report.model, report.model_sha256, model, trust_remote_code, resident, live=report.live)
     check_code(loaded.path, folder)
     task = task_of_folder(folder, report, loaded)
-    analysis, trimmed = group.analyze(traced(loaded, task, executor)), None
+    analysis, trimmed, unknown = group.analyze(traced(loaded, task, executor)), None, ""
     if plan.vocabulary is not None:
         loaded, task, trimmed = trim(loaded, task, analysis, plan.vocabulary)
         analysis = group.analyze(traced(loaded, task, executor))
-        check_tokenizer(loaded, folder)
+        unknown = check_tokenizer(loaded, folder)
     with _readable(folder):
         check_numbers(report, folder, analysis, plan, loaded.dtype, stored_type(report.settings, loaded), trimmed)
         samples = proof_samples(folder, analysis.program, task.example(loaded.model))
@@ -103,7 +103,7 @@ def verify(
     require_same("config_changes", report.config_changes, found)
     proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples)
     check_proof(proven.differences, REMEDY)
-    return Proof(proven.differences, [proven.note] if proven.note else [])
+    return Proof(proven.differences, [note for note in (proven.note, unknown) if note])
 
 
 def _prepared(

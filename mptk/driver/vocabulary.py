@@ -42,7 +42,7 @@ Corpus = Callable[[Loaded], Iterable[Document]]
 def corpus_of(settings: Settings, texts: Sequence[str] | None) -> Corpus:
     """The documents whose tokens stay. ``texts``: those that the caller gave in memory."""
     if settings.vocabulary == IN_MEMORY:
-        if not texts:
+        if not texts or not all(isinstance(text, str) for text in texts):
             raise MptkError("vocabulary holds no texts; give a list of texts, or the name of a file")
         return lambda loaded: ([text] for text in texts)
     return lambda loaded: data.documents(str(settings.vocabulary), loaded.tokenizer)
@@ -70,14 +70,14 @@ def trim(
     """
     if isinstance(task, Module):
         raise MptkError("what reads example inputs has no vocabulary to trim; leave out example_inputs, or vocabulary")
-    if loaded.tokenizer is None:
-        raise MptkError(f"{loaded.source} has no tokenizer to trim; add its tokenizer files, or leave out --vocabulary")
     vocabulary = find_vocabulary(analysis, predicts=isinstance(task, TokenTask))
     if isinstance(tokens, Tokens):
         _check_tokens(tokens, vocabulary)
         small, changes = _narrowed(loaded, analysis, vocabulary, tokens)
     else:
         corpus = tokens
+        if loaded.tokenizer is None:
+            raise MptkError(f"{loaded.source} has no tokenizer to trim; add its files, or leave out --vocabulary")
         tokens = _chosen(loaded, corpus, vocabulary.rows, multiple if vocabulary.rows % multiple == 0 else 1)
         small, changes = _narrowed(loaded, analysis, vocabulary, tokens)
         assert small.tokenizer is not None
@@ -85,14 +85,19 @@ def trim(
     return small, task.bind(small), Trimmed(loaded, analysis, vocabulary, tokens, changes, name)
 
 
-def check_tokenizer(loaded: Loaded, folder: Path) -> None:
-    """Raise MptkError unless the tokenizer in a stock ``folder`` is that of a model that was trimmed."""
+def check_tokenizer(loaded: Loaded, folder: Path) -> str:
+    """Raise MptkError unless the tokenizer in a stock ``folder`` is that of ``loaded``, a model that was trimmed.
+
+    Returns a note if that is not known.
+    """
     if not (folder / "config.json").is_file():
-        return
-    assert loaded.tokenizer is not None
+        return ""
+    if loaded.tokenizer is None:
+        return "the tokenizer was not compared, since the dense model in memory has none; save it, and give --model DIR"
     there = models.load_tokenizer(str(folder), trust_remote_code=loaded.trusted)
     if content_of(there) != content_of(loaded.tokenizer):
         raise MptkError("the tokenizer is not the dense one with the plan's tokens; do not use it, and prune again")
+    return ""
 
 
 def _check_tokens(tokens: Tokens, vocabulary: Vocabulary) -> None:

@@ -36,7 +36,7 @@ def renumbered(config: Config, new: Mapping[int, int], rows: int) -> tuple[Confi
     """
     made, changes = copy.deepcopy(config), dict[str, list[Any]]()
     for owner, name, value in list(_fields(made)):
-        if name == "vocab_size" and value == rows:
+        if name.endswith("vocab_size") and value == rows:
             other: Any = len(new)
         elif _NAMED.fullmatch(name) or name in _FORBIDDEN:
             other = _renumbered(value, new, rows, pairs=name == _PAIRS)

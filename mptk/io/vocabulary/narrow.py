@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 from mptk.errors import MptkError
 from mptk.files import scratch
 from mptk.io import models
-from mptk.io.checkpoint import copy_processors
+from mptk.io.checkpoint import copy_processors, save_tokenizer
 from mptk.io.licence import copy_card
 from mptk.io.models import Loaded
 from mptk.io.vocabulary.ids import renumbered
@@ -32,7 +32,6 @@ def narrowed(loaded: Loaded, weights: Weights, kept: Sequence[int], rows: int) -
     Raises:
         MptkError: the class has other weights for so many tokens; or the tokenizer cannot be trimmed.
     """
-    assert loaded.tokenizer is not None
     new = {old: i for i, old in enumerate(kept)}
     config, changes = renumbered(loaded.model.config, new, rows)
     model = _built(loaded.model, config, weights)
@@ -48,7 +47,10 @@ def narrowed(loaded: Loaded, weights: Weights, kept: Sequence[int], rows: int) -
         model.generation_config, more = renumbered(generation, new, rows)
         model.generation_config.save_pretrained(place.folder)
         changes = {**more, **changes}
-    tokenizer = trimmed_tokenizer(loaded.tokenizer, kept)
+    tokenizer = loaded.tokenizer
+    if tokenizer is not None:
+        tokenizer = trimmed_tokenizer(tokenizer, kept)
+        save_tokenizer(tokenizer, place.folder)
     return replace(loaded, model=model, tokenizer=tokenizer, path=place.folder, weights=weights), changes
 
 

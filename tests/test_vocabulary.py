@@ -109,6 +109,7 @@ def test_logits_of_the_tokens_that_stay_are_the_dense_ones(dense):
     assert not result.report.settings.steps
 
 
+@pytest.mark.long
 def test_a_model_that_keeps_all_tokens_writes_the_same_text(dense):
     result = mptk.prune(str(dense), **{**ALONE, "multiple": 300})
     assert result.plan.vocabulary.keep == tuple(range(300))
@@ -157,7 +158,7 @@ def test_a_trimmed_folder_is_trained_and_cut_again(dense, pruned, tmp_path):
     assert len(twice.tokenizer) == len(again.tokenizer)
 
 
-def test_encoder_decoders_and_masked_models_lose_rows_too(folders):
+def test_encoder_decoders_lose_rows_too(folders):
     whole = AutoModelForSeq2SeqLM.from_pretrained(folders / "encoder-decoder")
     result = mptk.prune(str(folders / "encoder-decoder"), **ALONE)
     kept = list(result.plan.vocabulary.keep)
@@ -166,6 +167,9 @@ def test_encoder_decoders_and_masked_models_lose_rows_too(folders):
     there = logits(whole, [kept[i] for i in ids], decoder_input_ids=torch.tensor(kept)[start])
     assert torch.allclose(logits(result.model, ids, decoder_input_ids=start), there[:, kept], atol=1e-6)
 
+
+@pytest.mark.long
+def test_masked_models_lose_rows_too():
     torch.manual_seed(0)
     masked = spread(BertForMaskedLM(BertConfig(**kinds.BERT))).eval()
     words = toys.tokenizer()
@@ -177,6 +181,7 @@ def test_encoder_decoders_and_masked_models_lose_rows_too(folders):
     assert torch.allclose(logits(result.model, ids), there, atol=1e-5)
 
 
+@pytest.mark.long
 def test_classifiers_keep_their_outputs(folders):
     result = mptk.prune(str(folders / "text classifier"), **ALONE)
     assert result.model.get_input_embeddings().weight.shape[0] == len(result.tokenizer) < kinds.VOCAB

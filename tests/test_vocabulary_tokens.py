@@ -19,8 +19,9 @@ from mptk.io.vocabulary.tokens import Choice, check_reading, trimmed_content, tr
 SPECIAL = ["<s>", "</s>", "<unk>", "<pad>"]
 RANDOM = random.Random(0)
 WORDS = ["".join(RANDOM.choices("abcdeé", [5, 4, 3, 2, 1, 1], k=RANDOM.randint(1, 9))) for _ in range(400)]
-TEXT = [" ".join(RANDOM.choices(WORDS, k=40)) for _ in range(60)]
-CORPUS, OTHERS = TEXT[:3], TEXT[3:]
+CORPUS, *OTHERS = [" ".join(RANDOM.choices(WORDS, k=n)) for n in [120, *[40] * 57]]
+OTHERS.append(" ".join("".join(RANDOM.choices("abfgh", k=5)) for _ in range(40)))  # letters that the corpus has not
+TEXT = [CORPUS, *OTHERS]
 
 
 def wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
@@ -108,7 +109,7 @@ KINDS = {
 def pair(request):
     """A tokenizer, the tokens that stay of it for the corpus, and what is made of it."""
     dense = wrapped(KINDS[request.param]())
-    kept = Choice(dense, len(dense)).kept(used_ids(([t] for t in CORPUS), dense), 16, 1)
+    kept = Choice(dense, len(dense)).kept(used_ids([[CORPUS]], dense), 16, 1)
     return dense, kept, trimmed_tokenizer(dense, kept)
 
 
@@ -117,7 +118,7 @@ def test_texts_of_tokens_that_stay_are_read_as_before(pair):
     new = {old: i for i, old in enumerate(kept)}
     assert 0.1 * len(dense) < len(kept) < 0.9 * len(dense)
     words = [word for word in WORDS if {*dense(word).input_ids} <= new.keys()]
-    texts = [*CORPUS, *words, *(" ".join(RANDOM.sample(words, 9)) for _ in range(200))]
+    texts = [CORPUS, *words, *(" ".join(RANDOM.sample(words, 9)) for _ in range(200))]
     texts = [text for text in texts if {*dense(text).input_ids} <= new.keys()]
     assert len(texts) > 100
     for text in texts:
@@ -134,6 +135,8 @@ def test_other_texts_are_spelled_with_what_stays(pair):
         assert max(small(text).input_ids) < len(kept)
         assert small.unk_token_id not in small(text).input_ids
     assert any(len(small(text).input_ids) > len(dense(text).input_ids) for text in OTHERS)
+    if len(small) > 256:  # bytes spell anything
+        assert small.decode(small("ß 猫!").input_ids).strip() in ("ß 猫!", "ß猫!")
 
 
 def test_special_tokens_keep_their_meaning(pair):
@@ -156,8 +159,11 @@ def test_merges_lead_where_the_tokenizer_goes():
 
 
 def test_tokens_fill_up_to_a_multiple_from_the_lowest_ids():
-    dense = wrapped(byte_level())
-    choice, used = Choice(dense, len(dense)), used_ids([CORPUS[:1]], dense)
+    backend = byte_level()
+    tokens = sorted(backend.get_vocab(), key=backend.get_vocab().get)
+    backwards = [*SPECIAL, *reversed(tokens[len(SPECIAL) :])]  # long tokens have the lowest ids
+    dense = wrapped(changed(backend, vocab={token: i for i, token in enumerate(backwards)}))
+    choice, used = Choice(dense, len(dense)), used_ids([[CORPUS[:200]]], dense)
     few, more = choice.kept(used, 16, 1), choice.kept(used, 16, 64)
     assert len(more) % 64 == 0
     assert set(few) < set(more)
@@ -171,10 +177,10 @@ def test_tokens_fill_up_to_a_multiple_from_the_lowest_ids():
 
 def test_the_unlikeliest_piece_stays_for_the_cost_of_what_is_unknown():
     """Without it an unknown character would cost less, and be taken where a text was read in known pieces."""
-    pieces = [("<unk>", 0.0), ("x", -4.0), ("y", -20.0), ("xy", -5.0), ("yz", -9.0), ("q", -30.0)]
+    pieces = [("<unk>", 0.0), ("x", -4.0), ("y", -20.0), ("xy", -5.0), ("yz", -9.0), ("qq", -30.0)]
     dense = wrapped(Tokenizer(models.Unigram(pieces, unk_id=0)))
     kept = Choice(dense, len(dense)).kept([1, 4], 1, 1)
-    assert dense.convert_tokens_to_ids("q") in kept
+    assert dense.convert_tokens_to_ids("qq") in kept
 
 
 def test_ids_of_templates_and_padding_are_renumbered():
@@ -187,6 +193,9 @@ def test_ids_of_templates_and_padding_are_renumbered():
     assert small["post_processor"]["sep"] == ["<last>", 5]
     assert small["padding"]["pad_id"] == small["added_tokens"][-1]["id"] == 5
     assert sorted(small["model"]["vocab"].values()) == [0, 1, 2, 3, 4]
+    backend.post_processor = processors.TemplateProcessing("$A <last>", special_tokens=[("<last>", last)])
+    small = trimmed_content(json.loads(backend.to_str()), {0: 0, 1: 1, 2: 2, 3: 3, 9: 4, last: 5})
+    assert small["post_processor"]["special_tokens"]["<last>"]["ids"] == [5]
 
 
 def test_ids_in_configs_are_renumbered():
@@ -219,7 +228,7 @@ def test_what_cannot_be_trimmed_is_refused():
         Choice(dense, len(dense) - 1)
     with pytest.raises(MptkError, match="dropout"):
         Choice(wrapped(changed(byte_level(), dropout=0.1)), 999)
-    kept = Choice(dense, len(dense)).kept(used_ids([CORPUS[:1]], dense), 16, 1)
+    kept = Choice(dense, len(dense)).kept(used_ids([[CORPUS]], dense), 16, 1)
     small = trimmed_tokenizer(dense, kept)
     gone = next(text for text in itertools.chain(OTHERS) if not {*dense(text).input_ids} <= {*kept})
     with pytest.raises(MptkError, match="does not read the text as before"):

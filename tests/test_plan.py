@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
-from mptk.ir.plan import FORMAT, FamilyPlan, Plan
+from mptk.ir.plan import FORMAT, FamilyPlan, Plan, Tokens
 from mptk.ir.resolved_plan import resolve_plan
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
@@ -228,4 +228,16 @@ def test_the_documented_examples_are_plans() -> None:
     examples = re.findall(r"```json\n(.*?)```", DOCUMENT.read_text(), re.S)
     assert examples
     for example in examples:
-        assert Plan.from_json(json.loads(example)).families
+        plan = Plan.from_json(json.loads(example))
+        assert plan.families or plan.vocabulary
+
+
+def test_a_vocabulary_is_read_as_it_was_written():
+    plan = Plan({}, vocabulary=Tokens(9, (0, 1, 2, 5)))
+    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert again == plan
+    assert again.digest == plan.digest != Plan({}).digest
+    for keep, said in (("0-2,9", "0..8"), ("0-2", "3 units kept, but width is 4"), (None, "expected a list")):
+        body = {**plan.to_json(), "vocabulary": {"width": 4, "of": 9, "keep": keep}}
+        with pytest.raises(MptkError, match=f"plan: vocabulary.*{said}"):
+            Plan.from_json(body)

@@ -121,7 +121,7 @@ def test_values_of_a_recipe_are_checked_as_typed_ones(tmp_path: Path) -> None:
 
 def test_every_option_is_a_key_of_the_recipe() -> None:
     learning = replace(OTHER.learning, teacher_cache="cache", rank=8, training=replace(OTHER.learning.training, lr=0.1))
-    full = replace(OTHER, plan="plan.json", eval_data="c", learning=learning)
+    full = replace(OTHER, plan="plan.json", eval_data="c", vocabulary="d", learning=learning)
     missing = set(FIELDS) - set(recipe("m", full)) - {"resume", "trust_remote_code"}
     assert missing == set()
     assert set(recovery_recipe("f", "m", full)) <= {*RECOVERY, "folder", "model"}

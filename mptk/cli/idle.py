@@ -24,6 +24,7 @@ CHOOSING = (
     *("sparsity", "families", "keep", "width", "layers", "method", "budget", "max_decode_ms", "max_prefill_ms"),
     "rehome",
 )
+ALONE = ("keep", "layers", "method", "budget", "rehome", "reconstruct", "distil_epochs")
 SEARCHING = ("search_shapes", "search_finalists", "search_tokens")
 SAMPLING = ("top_k", "top_p", "seed")
 
@@ -39,8 +40,10 @@ def check_prune(settings: Settings, learns: bool, estimate: bool) -> None:
     """Check the options of ``prune``. ``settings`` are settled; ``learns``: the method learns in steps."""
     if settings.plan is not None:
         refuse((*CHOOSING, "reconstruct", "distil_epochs"), "--plan says which units stay", "leave out one of both")
-        if not settings.steps:
-            refuse(("resume",), "a run that neither chooses nor trains keeps no stages", "leave it out")
+    elif settings.fixed:
+        refuse(ALONE, "with --sparsity 0 tokens alone go", "give a --sparsity, or leave it out")
+    if settings.fixed and not settings.steps:
+        refuse(("resume",), "a run that neither chooses nor trains keeps no stages", "leave it out")
     _check_budget(settings)
     if not learns:
         refuse(("mask_share",), "this method learns no masks", "give --method maskprune, or leave it out")

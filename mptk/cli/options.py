@@ -121,6 +121,9 @@ FIELDS: dict[str, Field] = {
         "families", str, CUT, "Families to cut, comma-separated; by default those of single layers.", names, empty=""
     ),
     "keep": Field("keep", str, CUT, "Families that stay whole, comma-separated.", names, empty=""),
+    "vocabulary": Field(
+        "vocabulary", str | None, CUT, "Remove the tokens that this text, named as --data, never uses."
+    ),
     "width": Field(
         "widths",
         list[str] | None,

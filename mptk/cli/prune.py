@@ -75,7 +75,7 @@ def prune(
 
     settings = with_latency(settings_from(options), max_decode_ms, max_prefill_ms)
     meant = settled(settings)
-    check_prune(meant, meant.plan is None and find_method(meant.method).learns, estimate)
+    check_prune(meant, not meant.fixed and find_method(meant.method).learns, estimate)
     check_settings(meant)
     if estimate:
         found = estimated(model, meant)

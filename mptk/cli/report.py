@@ -222,6 +222,8 @@ def prune_view(report: Report) -> Lines:
     for name, f in report.families.items():
         if f["width"] < f["of"]:
             widths.add_row(name, f"{f['of']} → {f['width']}", str(f["layers"]))
+    if found := report.vocabulary:
+        widths.add_row("vocabulary", f"{found['of']} → {found['kept']}", "")
     cost = Table()
     cost.add_column("")
     for column in ("dense", "pruned", "removed"):

@@ -108,6 +108,7 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
         MptkError: the plan does not fit the model; or the mask does not move the output, so that nothing is proven.
         ProofError: the cut program is another one than the masked; with the stage and the size of the difference.
     """
+    _check_whole(plan)
     steps = cutting(analysis, cut := resolve_plan(analysis, plan))
     results = run(analysis.program, steps, Log())
     if check and results[-1].program.has_values:
@@ -148,6 +149,7 @@ def show(
     analysis = group.analyze(program)
     if after is None or plan is None:
         return program_text(program, analysis, source=source)
+    _check_whole(plan)
     cut = resolve_plan(analysis, plan)
     result = run(program, passes_until(after, analysis, cut), Log())[-1].program
     sizes = {} if shapes(result) == shapes(program) else cut.sizes
@@ -186,6 +188,7 @@ def export(
         MptkError: the model keeps another state than keys and values; torch.export or the exporter refuses it; there
             is no such scheme, objective or type; or graphs are to be quantised that are not float32.
     """
+    _check_whole(plan)
     form, how = form_of(model), dict[str, Any]({"logits": logits, "quantize": tuple(quantize), "objective": objective})
     if form is None or form is CAUSAL_LM.onnx:
         export_decoder(model, Path(folder), metadata, plan=plan, text=text, onnx_dtype=onnx_dtype, **how)
@@ -199,6 +202,12 @@ def export(
     dense = Dense(Loaded(model, None, name, Path(), dtype=model.dtype), settings, program, about=metadata)
     form.export(dense, plan, None, Path(folder), Log())
     return Path(folder)
+
+
+def _check_whole(plan: Plan | None) -> None:
+    """Raise MptkError if a plan removes tokens: then the model gets another config and other inputs."""
+    if plan is not None and plan.vocabulary is not None:
+        raise MptkError("this plan removes tokens, which mptk.prune(plan=...) alone does; give it the plan's file")
 
 
 @sources_forgotten()

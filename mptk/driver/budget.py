@@ -45,7 +45,7 @@ def budgeted(
     with processes().main_process_first():  # the others read what the first has kept, so that all plan alike
         latency = Latency(analysis, ladders, s.objective, lambda ops: kept_times(ops, s.threads, progress))
     cost = CostModel(analysis, s.budget, latency, itemsize=itemsize)
-    if s.max_ms is None or s.plan is not None:
+    if s.max_ms is None or s.fixed:
         return cost, s
     dense = latency({})
     if dense <= s.max_ms:
@@ -57,8 +57,8 @@ def budgeted(
 def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings) -> list[str]:
     """Families that the settings and the target may cut."""
     s, there = settings, {f.name: f for f in analysis.all_families}
-    if s.plan is not None:
-        names = list(Plan.load(s.plan).families)
+    if s.fixed:
+        names = [] if s.plan is None else list(Plan.load(s.plan).families)
     else:
         layered = [n for n, f in there.items() if is_layered(f) and n not in legal.refused]
         names = [*(s.families or layered), *s.widths]

@@ -25,6 +25,7 @@ from mptk.ir.samples import Samples, is_tokens
 from mptk.methods import find_method
 from mptk.methods.criteria import all_criteria
 from mptk.run.report import PROVEN_ON, Report
+from mptk.run.trimmed import Trimmed
 from mptk.targets import ONNX, targets
 from passes.check_cut import table_size
 from passes.targets.onnx.names import quantized_files
@@ -64,11 +65,18 @@ def _target_of(folder: Path) -> str:
 
 
 def check_numbers(
-    report: Report, folder: Path, analysis: Analysis, plan: Plan, dense: torch.dtype, stored: torch.dtype
+    report: Report,
+    folder: Path,
+    analysis: Analysis,
+    plan: Plan,
+    dense: torch.dtype,
+    stored: torch.dtype,
+    trimmed: Trimmed | None = None,
 ) -> None:
     """The report's words on what was cut and trained: families, sparsity, cost, plan, and the trained weights.
 
-    ``dense``, ``stored``: the types that the dense and the pruned model's weights are stored in.
+    ``dense``, ``stored``: the types that the dense and the pruned model's weights are stored in. ``trimmed``: as in
+    ``costs``.
 
     Raises:
         MptkError: one is not what the plan and the dense model give.
@@ -77,9 +85,11 @@ def check_numbers(
     _require("families", report.families, widths(analysis, plan))
     cost = CostModel(analysis, itemsize=stored.itemsize)
     _require("sparsity", report.sparsity, 1 - cost.of(plan).block / cost.dense.block)
-    for name, figures in costs(cost, plan, dense).items():
+    for name, figures in costs(cost, plan, dense, trimmed).items():
         said = {k: v for k, v in report.cost[name].items() if k != "latency_ms"}
         _require(f"cost.{name}", said, figures)
+    row = {} if trimmed is None else {**trimmed.row(), "corpus": report.vocabulary.get("corpus", "")}
+    require_same("vocabulary", report.vocabulary, row)
     settings, trained = report.settings, report.trained
     method = find_method(settings.method)
     learned = method.learns or method.reconstructs or settings.reconstruct or settings.distil_epochs or settings.steps
@@ -119,9 +129,15 @@ def proof_samples(folder: Path, program: Program, example: Samples) -> Samples:
     return samples
 
 
-def costs(cost: CostModel, plan: Plan, dense: torch.dtype) -> dict[str, dict[str, float]]:
-    """``dense`` and ``pruned`` → figures. ``cost`` counts bytes of the stored type; ``dense`` is the dense model's."""
-    whole = replace(cost.dense, bytes=CostModel(cost.analysis, itemsize=dense.itemsize).dense.bytes)
+def costs(
+    cost: CostModel, plan: Plan, dense: torch.dtype, trimmed: Trimmed | None = None
+) -> dict[str, dict[str, float]]:
+    """``dense`` and ``pruned`` → figures. ``cost`` counts bytes of the stored type; ``dense`` is the dense model's.
+
+    ``trimmed``: the dense model with all its tokens, if ``cost`` is of one that has some alone.
+    """
+    analysis = cost.analysis if trimmed is None else trimmed.analysis
+    whole = replace(CostModel(analysis, itemsize=dense.itemsize).dense, latency_ms=cost.dense.latency_ms)
     return {"dense": whole.as_dict(), "pruned": cost.of(plan).as_dict()}
 
 

@@ -41,7 +41,7 @@ def describe(
     prepared, chosen = compiled.prepared, compiled.chosen
     (folder / PROVEN_ON).parent.mkdir()
     write_weights(folder / PROVEN_ON, Weights(sets.proof.inputs))
-    figures = costs(prepared.cost, chosen.plan, prepared.loaded.dtype)
+    figures = costs(prepared.cost, chosen.plan, prepared.loaded.dtype, prepared.trimmed)
     return Report(
         mptk=__version__,
         model=absolute(prepared.source),
@@ -49,7 +49,7 @@ def describe(
         live=prepared.loaded.live,
         settings=prepared.settings,
         families=widths(prepared.analysis, chosen.plan),
-        sparsity=1 - figures["pruned"]["block"] / figures["dense"]["block"],
+        sparsity=1 - figures["pruned"]["block"] / prepared.cost.dense.block,
         cost=figures,
         splits=chosen.losses,
         trained=chosen.trained,
@@ -70,13 +70,14 @@ def describe(
         },
         data=used_data(sets, prepared.settings),
         recovery=compiled.recovery,
+        vocabulary={} if prepared.trimmed is None else prepared.trimmed.row(),
         search={} if prepared.shapes is None else prepared.shapes.to_json(),
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     )
 
 
 def _fingerprint(prepared: Prepared) -> str:
-    loaded = prepared.loaded
+    loaded = prepared.given
     return weights_fingerprint(loaded) if loaded.live else fingerprint(prepared.source, local=True)
 
 
@@ -99,7 +100,9 @@ def used_data(sets: SampleSets, settings: Settings) -> dict[str, Any]:
 
 def _named(settings: Settings) -> list[str]:
     """The sources of samples that have names."""
-    return [source for source in (settings.data, settings.eval_data) if source not in (None, IN_MEMORY)]
+    return [
+        source for source in (settings.data, settings.eval_data, settings.vocabulary) if source not in (None, IN_MEMORY)
+    ]
 
 
 def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, context: Context) -> Report:

@@ -81,7 +81,7 @@ def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.
     """
     s, training = settings, settings.learning.training
     method, calibration = find_method(s.method), s.samples * s.length
-    chooses = s.plan is None
+    chooses = not s.fixed
     passes: dict[str, Pass] = {}
     if s.data == "self":  # the model reads its weights for every token of 32 windows
         count = max(s.samples, s.steps * training.batch, searched(s)) * (1 + (s.eval_data is None))

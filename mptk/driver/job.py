@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ class Job:
     weights to start from (a recovery of the folder ``start``). If it is None, the method chooses them, or
     ``settings.plan`` gives the plan. ``kept``: the share of the parameters that ``given`` keeps. ``needs`` says what
     the run will need, if that is known before the model is opened. ``samples``: those that the caller gives.
+    ``vocabulary``: the texts that the caller gives, whose tokens stay.
     """
 
     source: str
@@ -38,6 +39,7 @@ class Job:
     start: Path | None = None
     needs: Callable[[Settings], Estimate] | None = None
     samples: Callable[[Prepared], Given] | None = None
+    vocabulary: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)

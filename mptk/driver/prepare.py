@@ -14,6 +14,7 @@ from mptk.driver.alive import check_alive
 from mptk.driver.budget import WidthSearch, budgeted, multiples
 from mptk.driver.estimate import check_fits, estimated_for
 from mptk.driver.job import Job
+from mptk.driver.vocabulary import asked, corpus_of, trim
 from mptk.errors import MptkError
 from mptk.io import data
 from mptk.io.models import Loaded
@@ -33,7 +34,8 @@ from mptk.run.chain import Method, Prepared, Target, Task, stored_type
 from mptk.run.execution import execution
 from mptk.run.processes import once, processes, shards
 from mptk.run.rungs import rungs
-from mptk.run.settings import DEFAULT_STEPS, FREE, Settings
+from mptk.run.settings import DEFAULT_STEPS, FREE, IN_MEMORY, Settings
+from mptk.run.trimmed import Trimmed
 from mptk.run.values import Context
 from mptk.runtime.staged import Executor
 from mptk.targets import find_target
@@ -51,7 +53,7 @@ def settled(settings: Settings) -> Settings:
     """The settings with a number of training steps, by default the method's, and the type in which training runs."""
     steps = settings.learning.steps
     if steps is None:
-        learns = settings.plan is None and find_method(settings.method).learns
+        learns = not settings.fixed and find_method(settings.method).learns
         steps = DEFAULT_STEPS if learns else 0
     precision = settings.learning.precision
     if precision == "no" and settings.compute_dtype == "bfloat16":
@@ -63,12 +65,11 @@ def check_settings(settings: Settings) -> None:
     """Raise MptkError for what cannot be done with any model."""
     method = find_method(settings.method)
     target = find_target(settings.target)
-    if settings.plan is None:
+    if not settings.fixed:
         method.check(settings)
         if settings.layers == FREE:
             check_divides(settings, method, target)
-    else:
-        Plan.load(settings.plan)
+    asked(settings)
     if settings.trains and not target.classed:
         check_graph_training(settings)
     if settings.search:
@@ -119,9 +120,14 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
         program = traced(loaded, task, executor)
     with context.stage("analyse"):
         analysis = group.analyze(program)
+    trimmed = None
+    if settings.vocabulary is not None or asked(settings) is not None:
+        with context.stage("vocabulary"):
+            loaded, task, trimmed = trimmed_for(job, settings, loaded, task, analysis)
+            analysis = group.analyze(traced(loaded, task, executor))
     with context.stage("legalise"):
         prepared = legalise(job.source, settings, loaded, task, analysis, context.progress)
-    prepared = replace(prepared, executor=executor)
+    prepared = replace(prepared, executor=executor, trimmed=trimmed)
     if settings.distil_epochs and not consumers(prepared.mask_sites):
         raise MptkError(NO_BLOCK)
     across = prepared.across_layers
@@ -131,11 +137,24 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     return prepared
 
 
+def trimmed_for(
+    job: Job, settings: Settings, loaded: Loaded, task: Task, analysis: Analysis
+) -> tuple[Loaded, Task, Trimmed]:
+    """The model with the tokens alone that the settings' corpus or plan keeps, its task, and what it was before."""
+    tokens = asked(settings)
+    if tokens is not None:
+        return trim(loaded, task, analysis, tokens)
+    name, corpus = str(settings.vocabulary), corpus_of(settings, job.vocabulary)
+    return trim(loaded, task, analysis, corpus, name, settings.multiple)
+
+
 def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> None:
     """Read one sample of each source. Raises MptkError if that cannot be done, before anything takes time.
 
     Nor may the output replace what is read.
     """
+    named = None if settings.vocabulary == IN_MEMORY else settings.vocabulary
+    check_apart(job.out, *data.read_places(named))
     if job.samples is not None:
         return
     check_apart(job.out, *data.read_places(settings.data, settings.eval_data))
@@ -194,8 +213,8 @@ def legalise(
     stored = stored_type(settings, loaded)
     cost, settings = budgeted(analysis, legal, settings, progress, stored.itemsize)
     prepared = Prepared(source, settings, loaded, task, method, target, analysis, legal, cost)
-    if settings.plan is not None:
-        plan = Plan.load(settings.plan)
+    if settings.fixed:
+        plan = Plan({}) if settings.plan is None else Plan.load(settings.plan)
         analysis = analysis.divided(plan.divided)
         return replace(prepared, analysis=analysis, plan=plan, cut=resolve_plan(analysis, plan))
     search = WidthSearch(analysis, legal, cost, loaded.model, method, target, settings)

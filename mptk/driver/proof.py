@@ -1,7 +1,7 @@
 """proof: what a pruned folder must be, stage by stage, and the samples on which its outputs are compared.
 
 The stages are in the order in which a user of the folder would meet a fault: its config, its weights, and then the
-outputs of the rewritten graph, the reloaded checkpoint and ONNX Runtime.
+outputs of the model with fewer tokens, the rewritten graph, the reloaded checkpoint and ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.ir.samples import Samples, is_tokens
-from mptk.run.chain import Compiled, Proven, Target
+from mptk.run.chain import Compiled, Prepared, Proven, Target
 from mptk.run.values import Witness, short
 from mptk.runtime.staged import Executor
 from passes.analysis.borders import Reach, reach
@@ -44,6 +44,7 @@ def prove_folder(compiled: Compiled, targets: Sequence[Target], folder: Path, sa
     for check in checks:
         written |= check.stages
     found = [d for check in checks for d in check.exact]
+    found += _trimmed(compiled.prepared, batches)
     if compiled.program is compiled.exact:
         found += run(compiled.masked, rewritten | written, *batches)
     else:  # folded norms were rounded to the stored type: what is written equals the rounded program
@@ -53,6 +54,15 @@ def prove_folder(compiled: Compiled, targets: Sequence[Target], folder: Path, sa
     if all(d.ok for d in found):
         found += [d for target in targets for d in target.rounded(compiled, folder, batches)]
     return Proven(tuple(found), max(reached.length, *map(_length, batches)), reached.note)
+
+
+def _trimmed(prepared: Prepared, batches: Sequence[Samples]) -> list[Difference]:
+    """The difference of the dense model, with all its tokens, from the one that has the kept tokens alone."""
+    trimmed, executor = prepared.trimmed, prepared.executor
+    if trimmed is None:
+        return []
+    stage = {"vocabulary": (partial(trimmed.outputs, executor=executor), TOLERANCE)}
+    return prove(prepared.analysis.program, stage, *batches, executor=executor)
 
 
 def find_reach(compiled: Compiled) -> Reach:

@@ -131,7 +131,7 @@ def begin(job: Job, prepared: Prepared, context: Context) -> Context:
 
 def keeps_stages(settings: Settings) -> bool:
     """Whether something is chosen or trained, which an unfinished run keeps."""
-    return settings.plan is None or settings.steps > 0
+    return not settings.fixed or settings.steps > 0
 
 
 def described(job: Job, settings: Settings) -> dict[str, Any]:
@@ -201,13 +201,14 @@ def choose(job: Job, prepared: Prepared, sets: SampleSets, context: Context) -> 
     """What is cut: as the job gives it, as a file gives it, or as the method finds it."""
     if job.given is not None:
         return job.given(prepared)
+    tokens = None if prepared.trimmed is None else prepared.trimmed.tokens
     if prepared.plan is not None:
         assert prepared.cut is not None
-        return Chosen(prepared.plan, prepared.cut)
+        return Chosen(replace(prepared.plan, vocabulary=tokens), prepared.cut)
     s = prepared.settings
     chosen = kept_choice(prepared, context.folder, lambda: prepared.method.choose(prepared, sets, context))
     meta = {"model": prepared.source, "method": s.method, "sparsity": s.sparsity, "seed": s.seed}
-    return replace(chosen, plan=Plan(chosen.plan.families, meta))
+    return replace(chosen, plan=Plan(chosen.plan.families, meta, tokens))
 
 
 def reconstructed(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Context) -> Chosen:
@@ -301,6 +302,7 @@ def written_folder(
         if chosen.changes and not chosen.trained:
             write_weights(folder / COMPENSATION, Weights(chosen.changes))
         notes = [*chosen.notes, describe_processes(context.accelerator) if context.accelerator else ""]
+        notes.append("" if prepared.trimmed is None else prepared.trimmed.note)
         notes.append(left_whole(prepared.analysis, prepared.legal, prepared.settings))
         for target in targets:
             with context.stage(f"write {target.name}"):

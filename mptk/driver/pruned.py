@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import cached_property
@@ -19,7 +19,7 @@ from mptk.driver import recovery
 from mptk.driver.display import shown
 from mptk.driver.job import Finished, Job
 from mptk.driver.prune import run
-from mptk.driver.sources import Data, Inputs, Model, given, names_of, source_of
+from mptk.driver.sources import Data, Inputs, Model, check_texts, given, names_of, source_of
 from mptk.driver.verification import plan_of
 from mptk.errors import MptkError
 from mptk.files import scratch
@@ -95,7 +95,7 @@ class Pruned:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Its tokenizer, which is the dense model's."""
+        """Its tokenizer: the dense model's, without the tokens that were removed."""
         if self.compiled is not None:
             return self.compiled.prepared.loaded.tokenizer
         return models.load_tokenizer(str(self._place)) if models.has_tokenizer(self._place) else None
@@ -135,6 +135,7 @@ def prune(
     example_inputs: Inputs | None = None,
     data: Data | None = None,
     eval_data: Data | None = None,
+    vocabulary: str | Path | Sequence[str] | None = None,
     **keywords: Any,
 ) -> Pruned | None:
     """Prune a model and prove the result::
@@ -154,6 +155,7 @@ def prune(
         data, eval_data: as in ``Settings`` (a file, folder, data set), or in memory: a list of texts; token ids, int64
             [n, length]; inputs by name; ``mptk.Samples``; or batches (a ``DataLoader``, a list) of tensors, tuples or
             dicts of inputs. By default an ``nn.Module`` is calibrated on its example inputs.
+        vocabulary: as in ``Settings`` (a file, folder, data set), or a list of texts: other tokens than theirs go.
         keywords: fields of ``Settings`` (``sparsity``, ``method``, ``families``, …), of its ``Learning`` (``steps``,
             ``rank``, …), ``Training`` (``batch``, ``lr``, …) and ``LossWeights``.
 
@@ -164,7 +166,7 @@ def prune(
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
             there is no such keyword; or a stage of the proof is above its tolerance. Then ``out`` stays as it was.
     """
-    named = names_of(data=data, eval_data=eval_data)
+    named = names_of(data=data, eval_data=eval_data, vocabulary=vocabulary)
     plain = isinstance(model, nn.Module) and example_inputs is not None
     if plain and data is None and (settings is None or settings.data == Settings.data):
         named["data"] = IN_MEMORY
@@ -172,10 +174,13 @@ def prune(
     source = source_of(model, trust=chosen.trust_remote_code, tokenizer=tokenizer, example_inputs=example_inputs)
     if source.plain:
         chosen = _for_plain(chosen)
+    texts = None if vocabulary is None or isinstance(vocabulary, str | Path) else list(vocabulary)
+    if chosen.vocabulary is not None:
+        check_texts(data=data, eval_data=eval_data)
 
     def job(place: Path) -> tuple[Job, Settings]:
         samples = given(data, eval_data)
-        return Job(source.name, place, source.load, needs=source.needs, samples=samples), chosen
+        return Job(source.name, place, source.load, needs=source.needs, samples=samples, vocabulary=texts), chosen
 
     return _finished(job, out, progress, on_stage)
 
@@ -217,7 +222,7 @@ def recover(
     dense = None
     if start.compiled is not None and model is None:
         prepared = start.compiled.prepared
-        dense = prepared.loaded, prepared.task
+        dense = prepared.given, prepared.task
     wanted = {name: getattr(chosen, name) for name in _OF_A_RECOVERY}
     there = str(model) if isinstance(model, Path) else model
 
@@ -268,7 +273,7 @@ def _for_plain(settings: Settings) -> Settings:
     Raises:
         MptkError: it is to be trained.
     """
-    if find_method(settings.method).learns and settings.plan is None:
+    if find_method(settings.method).learns and not settings.fixed:
         raise MptkError(
             f"{settings.method} trains transformers models alone; give method='wanda', 'taylor', 'flap' or 'magnitude' "
             "and train Pruned.model yourself"

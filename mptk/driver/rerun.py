@@ -48,7 +48,7 @@ def rerun(
         raise MptkError(
             f"{folder} has no {FILE}; it was written by an earlier mptk, so run `mptk prune` with its settings"
         )
-    if IN_MEMORY in (before.settings.data, before.settings.eval_data):
+    if IN_MEMORY in (before.settings.data, before.settings.eval_data, before.settings.vocabulary):
         raise MptkError(f"{folder} was pruned in Python with samples in memory; run that program again")
     start = read_recipe(folder / FILE).get("folder")
     settings = replace(before.settings, resume=False, trust_remote_code=trust_remote_code)
@@ -66,7 +66,7 @@ def rerun(
         )
     else:
         if settings.plan is not None:
-            settings = replace(settings, plan=str(folder / "plan.json"))
+            settings = replace(settings, plan=str(folder / "plan.json"), vocabulary=None)
         found = prune(model or before.model, out, settings, progress=progress, on_stage=on_stage)
         now = None if found is None else found.report
     return None if now is None else compared(before, now)

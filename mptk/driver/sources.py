@@ -112,6 +112,15 @@ def names_of(**given: Data | None) -> dict[str, str]:
     return {n: IN_MEMORY if in_memory(data) else str(data) for n, data in given.items() if data is not None}
 
 
+def check_texts(**given: Data | None) -> None:
+    """Raise MptkError for what is in memory and holds token ids: those of a model with fewer tokens are others."""
+    for name, data in given.items():
+        if in_memory(data) and not _is_text(data):
+            raise MptkError(
+                f"{name} must be texts beside vocabulary, which gives tokens other ids; give a list of texts"
+            )
+
+
 def given(data: Data | None, eval_data: Data | None) -> Callable[[Prepared], Given] | None:
     """What gives a run the samples that are in memory; None if there are none."""
     if not in_memory(data) and not in_memory(eval_data):

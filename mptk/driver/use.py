@@ -14,6 +14,8 @@ from mptk.compat.torch import sources_forgotten
 from mptk.driver.prepare import traced
 from mptk.driver.pruned import Pruned, Shown, reporting
 from mptk.driver.sources import Data, Inputs, Model, collected, in_memory, names_of, source_of, task_of_folder
+from mptk.driver.verification import plan_of
+from mptk.driver.vocabulary import trim
 from mptk.errors import MptkError, explained
 from mptk.io import models
 from mptk.io.data import positions_of
@@ -30,6 +32,7 @@ from mptk.run.settings import IN_MEMORY, Settings
 from mptk.run.values import SampleSets
 from mptk.runtime.generation import Sampling, TextGenerator, check_room
 from mptk.runtime.staged import Executor
+from passes.analysis import group
 
 
 @sources_forgotten()
@@ -110,19 +113,29 @@ class _Programs:
         if isinstance(place, str | Path) and (Path(place) / FILE).is_file():
             report = Report.read(place)
         if dense is not None:
-            self._take("dense", self._open(dense))
+            self._take("dense", self._alike(self._open(dense), place))
         elif small[1].compares:
             if report is None:
                 raise MptkError(
                     f"a {small[1].summary} is measured by its distance from the dense model; give it as dense"
                 )
             loaded = open_dense(report.model, report.model_sha256, None, self.trust, self.resident, live=report.live)
-            self._take("dense", (loaded, task_of_folder(Path(str(place)), report, loaded)))
+            self._take("dense", self._alike((loaded, task_of_folder(Path(str(place)), report, loaded)), place))
         self._take("pruned" if self.programs else "model", small)
 
     def _open(self, model: Model) -> tuple[models.Loaded, Task]:
         source = source_of(model, trust=self.trust, tokenizer=self.tokenizer, example_inputs=self.example_inputs)
         return source.load(self.resident)
+
+    def _alike(self, dense: tuple[models.Loaded, Task], place: Model) -> tuple[models.Loaded, Task]:
+        """The dense model with the tokens of a pruned folder, so that both read the same ids."""
+        tokens = None
+        if isinstance(place, str | Path) and (Path(place) / "plan.json").is_file():
+            tokens = plan_of(place).vocabulary
+        if tokens is None:
+            return dense
+        loaded, task, _ = trim(*dense, group.analyze(traced(*dense, self.executor)), tokens)
+        return loaded, task
 
     def _take(self, name: str, opened: tuple[models.Loaded, Task]) -> None:
         self.opened.append(opened)

@@ -17,6 +17,7 @@ from mptk.driver.compiling import compile_plan
 from mptk.driver.prepare import traced
 from mptk.driver.proof import check_proof, prove_folder
 from mptk.driver.sources import task_of_folder
+from mptk.driver.vocabulary import check_tokenizer, trim
 from mptk.errors import MptkError
 from mptk.io.dense import open_dense
 from mptk.io.manifest import check_manifest
@@ -84,13 +85,17 @@ def verify(
     loaded = open_dense(report.model, report.model_sha256, model, trust_remote_code, resident, live=report.live)
     check_code(loaded.path, folder)
     task = task_of_folder(folder, report, loaded)
-    analysis = group.analyze(traced(loaded, task, executor))
+    analysis, trimmed, unknown = group.analyze(traced(loaded, task, executor)), None, ""
+    if plan.vocabulary is not None:
+        loaded, task, trimmed = trim(loaded, task, analysis, plan.vocabulary)
+        analysis = group.analyze(traced(loaded, task, executor))
+        unknown = check_tokenizer(loaded, folder)
     with _readable(folder):
-        check_numbers(report, folder, analysis, plan, loaded.dtype, stored_type(report.settings, loaded))
+        check_numbers(report, folder, analysis, plan, loaded.dtype, stored_type(report.settings, loaded), trimmed)
         samples = proof_samples(folder, analysis.program, task.example(loaded.model))
     settings = replace(report.settings, trust_remote_code=trust_remote_code, proof_length=proof_length)
     prepared = _prepared(report, replace(settings, rehome=_rehomed(folder, loaded)), loaded, task, analysis, plan)
-    prepared = replace(prepared, executor=executor)
+    prepared = replace(prepared, executor=executor, trimmed=trimmed)
     assert prepared.cut is not None
     chosen = Chosen(plan, prepared.cut, changes_of(analysis, prepared.cut, folder, report, trust_remote_code))
     compiled = compile_plan(prepared, chosen, samples, Context(Log(), silent))
@@ -98,7 +103,7 @@ def verify(
     require_same("config_changes", report.config_changes, found)
     proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples)
     check_proof(proven.differences, REMEDY)
-    return Proof(proven.differences, [proven.note] if proven.note else [])
+    return Proof(proven.differences, [note for note in (proven.note, unknown) if note])
 
 
 def _prepared(

@@ -5,7 +5,7 @@ docs/data.md says what ``data`` may name. The kinds of sources are in ``io/text/
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from mptk.errors import MptkError
 from mptk.io.text import sampled
+from mptk.io.text.files import Document
 from mptk.io.text.sources import RANDOM, RANDOM_NAME, SELF, Source, parse, shared
 from mptk.io.text.tokens import digest, token_stream, windows_of
 from mptk.progress import Count
@@ -25,6 +26,7 @@ __all__ = [
     "check_length",
     "check_positions",
     "digest",
+    "documents",
     "evaluation_windows",
     "file_digests",
     "load_text",
@@ -73,6 +75,18 @@ def load_text(
     if not texts:
         raise MptkError(f"{data} holds no text; give a file, folder or dataset with some")
     return texts
+
+
+def documents(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Document]:
+    """The documents of ``data``, whole, in pieces; weights are ignored.
+
+    Raises:
+        MptkError: as ``load_text``; or ``data`` is text that is made up.
+    """
+    if data in (SELF, RANDOM):
+        raise MptkError(f"{data} is no text that a vocabulary can be taken of; give a file, folder or dataset")
+    for source in parse(data):
+        yield from source.documents(tokenizer)
 
 
 def token_windows(

@@ -37,11 +37,27 @@ class FamilyPlan:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """The tokens that stay of a vocabulary of ``of``: ``keep``, ascending. Each gets its position there as its id."""
+
+    of: int
+    keep: tuple[int, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """The entry of a plan file."""
+        return {"width": len(self.keep), "of": self.of, "keep": _ranges(self.keep)}
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Family name → its kept units. A family without an entry stays whole. ``meta``: free, nothing depends on it."""
+    """Family name → its kept units. A family without an entry stays whole. ``meta``: free, nothing depends on it.
+
+    ``vocabulary``: the tokens that stay; None: all. Families are those of the model that has these alone.
+    """
 
     families: Mapping[str, FamilyPlan]
     meta: Mapping[str, object] = field(default_factory=dict)
+    vocabulary: Tokens | None = None
 
     @property
     def widths(self) -> dict[str, int]:
@@ -56,14 +72,17 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the kept units."""
-        return hashlib.sha256(json_text(self.to_json()["families"], sort_keys=True).encode()).hexdigest()
+        """SHA-256 of the kept units and tokens."""
+        body = self.to_json()
+        kept = [body["families"], body["vocabulary"]] if self.vocabulary is not None else body["families"]
+        return hashlib.sha256(json_text(kept, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, object]:
         """The content of a plan file (``docs/plan.md``)."""
         return {
             "format": FORMAT,
             "meta": dict(self.meta),
+            **({} if self.vocabulary is None else {"vocabulary": self.vocabulary.to_json()}),
             "families": {
                 name: {
                     "width": f.width,
@@ -102,7 +121,7 @@ class Plan:
         for name, body in families.items():
             parsed[name] = _family(body, f"{source}: families.{name}", MOST - units)
             units += sum(len(row) for keep in parsed[name].keep.values() for row in keep)
-        return Plan(parsed, meta)
+        return Plan(parsed, meta, _tokens(data.get("vocabulary"), f"{source}: vocabulary"))
 
 
 def _family(body: object, where: str, most: int) -> FamilyPlan:
@@ -119,6 +138,14 @@ def _family(body: object, where: str, most: int) -> FamilyPlan:
     if width * sum(len(rows) if _scoped(rows) else 1 for rows in keep.values()) > most:
         raise MptkError(f"{where}: the plan keeps more than {MOST} units, more than a model has; see docs/plan.md")
     return FamilyPlan(width, of, {layer: _decode(k, width, of, f"{where}.keep.{layer}") for layer, k in keep.items()})
+
+
+def _tokens(body: object, where: str) -> Tokens | None:
+    if body is None:
+        return None
+    keep = body.get("keep") if isinstance(body, dict) else None
+    family = _family({**body, "keep": {"tokens": keep}} if isinstance(body, dict) else body, where, MOST)
+    return Tokens(family.of, family.keep["tokens"][0])
 
 
 def check_units(row: Sequence[int], width: int, of: int, where: str) -> None:

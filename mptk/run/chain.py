@@ -34,6 +34,7 @@ from mptk.progress import Count, Progress
 from mptk.run.processes import replica
 from mptk.run.settings import Learning, Settings
 from mptk.run.shapes import Shapes
+from mptk.run.trimmed import Trimmed
 from mptk.run.values import Checks, Context, SampleSets, Witness, Written
 from mptk.runtime.staged import EXECUTOR, Executor
 from passes.frontend.trace import uncached
@@ -49,7 +50,7 @@ class Prepared:
 
     ``source``: the model as the user named it. ``candidates``: legal widths that meet the budget, none if a ``plan`` is
     given; ``cut`` is that plan, resolved. ``shapes``: what a search found, of which the candidate is the best.
-    ``executor`` runs its programs.
+    ``executor`` runs its programs. ``trimmed``: the model with all its tokens, if ``loaded`` has some alone.
     """
 
     source: str
@@ -66,6 +67,12 @@ class Prepared:
     plan: Plan | None = None
     cut: Cut | None = None
     shapes: Shapes | None = None
+    trimmed: Trimmed | None = None
+
+    @property
+    def given(self) -> Loaded:
+        """The dense model as the user gave it, with all its tokens."""
+        return self.loaded if self.trimmed is None else self.trimmed.loaded
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,7 +117,7 @@ class Prepared:
 def reconstructs(settings: Settings, method: Method) -> bool:
     """Whether the consumers of a run are fitted to the dense layers' outputs."""
     if settings.reconstruct is None:
-        return bool(settings.distil_epochs) or (settings.plan is None and method.reconstructs)
+        return bool(settings.distil_epochs) or (not settings.fixed and method.reconstructs)
     return settings.reconstruct
 
 

@@ -40,6 +40,8 @@ class Report:
     ``versions``: of Python and of the packages that compute. ``recovery``: ``rank`` of LoRA (0: all
     weights were trained) and peak ``lr``; and if samples were held out ``metric``, ``protocol``, ``losses`` on them by
     step, and ``kept``, the step whose weights were kept.
+    ``vocabulary``: ``of`` and ``kept`` tokens, the ``corpus`` that decided, ``config_changes`` of token ids; empty if
+    all tokens stay.
     ``search``: the ranking of ``mptk shapes --json``, of which the first is what was cut; empty if none was asked for.
     """
 
@@ -69,6 +71,7 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     recovery: Row = field(default_factory=dict)
     search: Row = field(default_factory=dict)
+    vocabulary: Row = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``report.json``."""

@@ -95,6 +95,15 @@ class RecoveryRow(TypedDict):
     kept: NotRequired[int]
 
 
+class VocabularyRow(TypedDict):
+    """Tokens of the dense and of the pruned model, and what decided; empty if all stay."""
+
+    of: NotRequired[int]
+    kept: NotRequired[int]
+    corpus: NotRequired[str]
+    config_changes: NotRequired[Mapping[str, Sequence[Any]]]
+
+
 class Rows(TypedDict):
     """The fields of a report that hold objects."""
 
@@ -110,6 +119,7 @@ class Rows(TypedDict):
     data: NotRequired[Mapping[str, Mapping[str, Any]]]
     recovery: NotRequired[RecoveryRow]
     search: NotRequired[Mapping[str, Any]]
+    vocabulary: NotRequired[VocabularyRow]
 
 
 def check_rows(data: Mapping[str, Any]) -> None:

@@ -156,7 +156,8 @@ class Settings:
 
     What is cut: ``sparsity`` is a share of the ``budget`` (``cost.budgets.BUDGETS``), or ``max_ms`` is the latency to
     reach, in milliseconds of ``objective`` with ``threads`` of ONNX Runtime (0: all cores). ``families`` are cut,
-    ``keep`` stay whole, ``widths`` fixes some, ``plan`` (a file) fixes everything. ``layers``: ``uniform``, all get the
+    ``keep`` stay whole, ``widths`` fixes some, ``plan`` (a file) fixes everything. ``vocabulary``: text, named as
+    ``data`` is; tokens that are not in it go (docs/vocabulary.md). ``layers``: ``uniform``, all get the
     same widths; or ``free``, the budget is divided over the layers, too. ``portable``: only cuts that every
     program reads rightly, not transformers alone. Sums over cut channels stay multiples of ``multiple``.
     ``tolerance``: how far the sparsity may miss.
@@ -206,6 +207,7 @@ class Settings:
     threads: int = 1
     families: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
+    vocabulary: str | None = None
     widths: Mapping[str, int] = field(default_factory=dict)
     layers: str = UNIFORM
     plan: str | None = None
@@ -255,6 +257,12 @@ class Settings:
             if name in self.families or name in self.widths:
                 other = "families" if name in self.families else "width"
                 raise MptkError(f"{name} is to stay whole by --keep and to be cut by --{other}; leave out one of both")
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is settled which units stay: by a plan, or all of them, where tokens alone go."""
+        other = self.families or self.widths or self.search or self.max_ms is not None
+        return self.plan is not None or (self.vocabulary is not None and not self.sparsity and not other)
 
     @property
     def steps(self) -> int:

@@ -53,6 +53,13 @@ def token_stream(
     return _tensor(ids)
 
 
+def pieces(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The documents' texts in the pieces in which ``token_stream`` reads them."""
+    spaced = _keeps_space(tokenizer)
+    for document in documents:
+        yield from chunks(document, spaced)
+
+
 def chunks(document: Document, spaced: bool = True) -> Iterator[str]:
     """A text in pieces of at most ``PIECE`` characters that end before a space, where there is one.
 

@@ -1,0 +1,1 @@
+"""vocabulary: which tokens a text uses, and tokenizers, configs and embeddings without the others."""

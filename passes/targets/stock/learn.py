@@ -211,7 +211,7 @@ class Stock:
         moved = moves(self._prober)
         for name in refused:
             for group in groups(name, owners, moved):
-                if any(name in known for known in self.together) or group == {name}:
+                if any(name in known for known in self.together) or group == frozenset((name,)):
                     break
                 why = group if isinstance(group, Refusal) else self._learn(group)
                 if why is None:

@@ -40,6 +40,7 @@ class Stock:
         self.refusals: dict[str, Refusal] = {}
         self.together: list[frozenset[str]] = []
         self._failed: dict[str, Unsolved] = {}
+        self._tried: dict[frozenset[str], Refusal | None] = {}
 
     @staticmethod
     def discover(
@@ -209,24 +210,30 @@ class Stock:
             return
         owners = Owners({n: self._touched[n] for n in refused}, {n: self._touched[n] for n in derived}, derived)
         moved = moves(self._prober)
+        limit = self._prober.builds + MAX_BUILDS
         for name in refused:
             for group in groups(name, owners, moved):
-                if any(name in known for known in self.together) or group == frozenset((name,)):
+                known = any(name in other for other in self.together)
+                if known or group == frozenset((name,)) or self._prober.builds > limit:
                     break
-                why = group if isinstance(group, Refusal) else self._learn(group)
-                if why is None:
-                    assert not isinstance(group, Refusal)
-                    self.together.append(group)
-                elif why.kind == "numeric":
+                why = group if isinstance(group, Refusal) else self._join(group)
+                if why is not None and why.kind == "numeric":
                     self.refusals[name] = why
+
+    def _join(self, group: frozenset[str]) -> Refusal | None:
+        """``_learn`` a group, once, and keep it in ``together`` if the class can express it."""
+        if group not in self._tried:
+            self._tried[group] = self._learn(group)
+            if self._tried[group] is None:
+                self.together.append(group)
+        return self._tried[group]
 
     def _learn_together(self, name: str) -> None:
         """Try to cut a refused family together with others, unless it already is in such a group."""
         if any(name in group for group in self.together):
             return
         for group in self._partners(name):
-            if self._learn(group) is None:
-                self.together.append(group)
+            if self._join(group) is None:
                 return
 
     def _partners(self, name: str) -> list[frozenset[str]]:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import (
     AutoModelForImageClassification,
     ConvNextConfig,
@@ -25,7 +26,10 @@ import mptk
 from mptk.cli.report import analysis_json
 from mptk.driver import api
 from mptk.errors import MptkError
+from mptk.ir.plan import FamilyPlan, Plan
 from mptk.targets import find_target
+from passes.transforms.fold_norms import FoldNorms
+from passes.transforms.rewrite import rewrite
 
 SMALL = {"method": "magnitude", "data": "random", "samples": 1, "eval_windows": 1, "multiple": 1, "onnx": False}
 
@@ -59,7 +63,15 @@ def found(model: PreTrainedModel) -> Any:
     analysis = api.analyze(model)
     legal = find_target("stock").legal(analysis, model, 1)
     widths = {f["name"]: f for f in analysis_json(analysis, legal, "it")["families"]}
-    return SimpleNamespace(legal=legal, widths=widths)
+    families = {f.name: f for f in analysis.families}
+
+    def kept(name: str, width: int) -> dict[str, Any]:
+        """The last units of each layer."""
+        size = families[name].size
+        return {g.layer: (tuple(range(size - width, size)),) * g.scopes for g in families[name].groups}
+
+    sizes = {name: family.size for name, family in families.items()}
+    return SimpleNamespace(analysis=analysis, legal=legal, widths=widths, kept=kept, sizes=sizes)
 
 
 def test_entries_of_one_value_belong_to_their_stages() -> None:
@@ -81,7 +93,8 @@ def test_a_stage_is_cut_alone() -> None:
 
 
 def test_a_width_of_which_the_class_makes_all_others() -> None:
-    stages = found(swin())
+    model = swin()
+    stages = found(model)
     (group,) = stages.legal.together
     assert group == {f"{kind}.{stage}" for kind in ("channels", "heads", "ffn") for stage in (1, 2)}
     assert {name: stages.legal.ladders[name] for name in ("channels.1", "heads.1", "ffn.2")} == {
@@ -90,6 +103,15 @@ def test_a_width_of_which_the_class_makes_all_others() -> None:
         "ffn.2": (80, 160, 240),
     }
     assert "attention scale" in stages.widths["qk_dim.1"]["refused"]
+    widths = {name: stages.legal.ladders[name][-2] for name in group}
+    plan = Plan({n: FamilyPlan(w, stages.sizes[n], stages.kept(n, w)) for n, w in widths.items()})
+    cut = FoldNorms().run(rewrite(stages.analysis, plan))
+    config = stages.legal.stock.config(widths, scalars=cut.epsilons)
+    assert config.changes == {"embed_dim": (30, 20), "num_heads": ([3, 6], [2, 4])}
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        logits = config.build(cut.program.state_dict())(images).logits
+        torch.testing.assert_close(logits, cut.program(images))
 
 
 def test_why_a_width_must_stay_is_the_number_that_the_class_derives() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -300,11 +301,24 @@ def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert min(first.flops, first.read, first.write) > 0
     (kept,) = (tmp_path / "machine").iterdir()
     assert json.loads(kept.read_text())["rates"]["flops"] == first.flops
-    monkeypatch.setattr(costs, "product_rate", lambda *_: 1.0)  # a CPU without bfloat16 takes a minute and a half
+    monkeypatch.setattr(costs, "product_rate", lambda *_: 1.0)
     assert costs.this_machine(dtype=torch.bfloat16).read > 0
     assert len(list((tmp_path / "machine").iterdir())) == 2, "another type has a rate of its own"
     monkeypatch.setattr(costs, "calibrate", lambda *_: pytest.fail("measured again"))
     assert costs.this_machine() == first
+
+
+def test_a_slow_type_is_timed_by_a_small_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 on a CPU that has no instructions for it: the large product took a minute and a half."""
+    timed: list[float] = []
+
+    def slow(run: Callable[[], object], threads: int, seconds: float) -> float:
+        timed.append(seconds)
+        return 100.0
+
+    monkeypatch.setattr(costs, "typical_ms", slow)
+    assert costs.product_rate(costs.CPU, torch.bfloat16) == 2 * 64 * 1024 * 256 / 0.1
+    assert len(timed) == 1
 
 
 def test_sizes_and_times_as_text() -> None:

@@ -78,14 +78,19 @@ def test_ladders_respect_the_config_class_and_the_multiple(small):
     assert target.ladders["rotary_pairs"] == (5,)
 
 
-def test_heads_that_the_class_hard_wires_are_refused():
+def test_heads_that_the_class_hard_wires_are_cut_with_the_hidden_size_or_not_at_all():
     config = GPT2Config(n_embd=48, n_inner=80, n_layer=2, n_head=6, vocab_size=97, n_positions=64)
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
     analysis = analyze(trace(model))
     target = legalize.stock_widths(analysis, legalize.discover(analysis, model), multiple=8)
-    assert "heads" in target.refused
+    assert target.together == (frozenset({"heads", "hidden"}),)
+    assert target.ladders["hidden"] == (8, 16, 24, 32, 40, 48)
     assert legalize.default_families(analysis, target) == ["ffn"]
+    both = legalize.find_candidates(CostModel(analysis), target, ["heads", "hidden"], 0.3)
+    assert both
+    assert all(c.widths["hidden"] == 8 * c.widths["heads"] for c in both)
+    assert legalize.find_candidates(CostModel(analysis), target, ["heads"], 0.3) == []
     assert legalize.graph_widths(analysis, 8).ladders["heads"] == (1, 2, 3, 4, 5, 6)
 
 
@@ -114,7 +119,7 @@ def test_no_combination_is_left_out_because_a_list_is_short(small, sparsity):
     """Each of the other families' combinations stands once, with the ffn nearest to the budget."""
     _, cost, target = small
     found = legalize.find_candidates(cost, target, ["kv_groups", "q_heads", "ffn"], sparsity)
-    chosen = legalize.choose_candidates(found, sparsity, 0.1, "ffn", 100)
+    chosen = legalize.choose_candidates(found, sparsity, 0.1, ["ffn"], 100)
     pairs = [(c.widths["kv_groups"], c.widths["q_heads"]) for c in chosen]
     assert len(set(pairs)) == len(pairs)
     assert set(pairs) == {
@@ -130,16 +135,16 @@ def test_few_candidates_are_far_from_each_other():
     line = [legalize.Candidate({"heads": heads, "ffn": 100 - 9 * heads}, 0.5, abs(heads - 5)) for heads in range(1, 11)]
     assert [c.widths["heads"] for c in legalize.spread(line, 3)] == [5, 10, 1]
     assert legalize.spread(line, 10) == line
-    chosen = legalize.choose_candidates(line, 0.5, 0.1, "ffn", 3)
+    chosen = legalize.choose_candidates(line, 0.5, 0.1, ["ffn"], 3)
     assert [c.widths["heads"] for c in chosen] == [5, 1, 10]
-    assert len(legalize.choose_candidates(line, 0.5, 0.1, "ffn")) == 10
+    assert len(legalize.choose_candidates(line, 0.5, 0.1, ["ffn"])) == 10
 
 
 def test_an_impossible_budget_names_the_nearest(small):
     _, cost, target = small
     found = legalize.find_candidates(cost, target, ["ffn"], 0.97)
     with pytest.raises(MptkError, match=r"nearest: 0\.\d+ with ffn=32"):
-        legalize.choose_candidates(found, 0.97, 0.01, "ffn", 4)
+        legalize.choose_candidates(found, 0.97, 0.01, ["ffn"], 4)
 
 
 @pytest.mark.parametrize(

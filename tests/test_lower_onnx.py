@@ -89,6 +89,18 @@ def test_ops_that_write_to_their_input_are_made_functional(with_norm, norm):
         assert cache_inputs(file) == [["past_key_values.0.key", "past_key_values.0.value"]]
 
 
+class Differences(torch.nn.Module):
+    """``diff`` twice over, with numbers before and after."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.diff(x, n=2, dim=-1, prepend=x[..., :1] - 1.0, append=x[..., :1])
+
+
+def test_an_operator_that_torch_cannot_write_is_written_by_ours(with_norm):
+    """The quick way: the attention keeps its cache."""
+    assert cache_inputs(with_norm(Differences())) == [["past_key_values.0.key", "past_key_values.0.value"]]
+
+
 class Renamed(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.max(torch.min(torch.square(x), x + 2.0), x - 1.0)

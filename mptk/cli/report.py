@@ -19,6 +19,7 @@ from mptk.page.words import figure, ranges
 from mptk.run.report import Report, Row
 from mptk.run.shapes import Shapes
 from mptk.runtime.bench import Bench
+from passes.targets.knobs import partners
 from passes.targets.legalize import LegalWidths
 
 ANALYSIS = "mptk-analysis/1"
@@ -42,7 +43,11 @@ class GroupJson(TypedDict):
 
 
 class FamilyJson(TypedDict):
-    """A family; ``refused``: why the target cannot cut it; ``breaks``: programs that a cut of it breaks; or None."""
+    """A family.
+
+    ``refused``: why the target cannot cut it; ``breaks``: programs that a cut of it breaks; or None. ``together``: the
+    families that can only be cut with it.
+    """
 
     name: str
     description: str
@@ -55,6 +60,7 @@ class FamilyJson(TypedDict):
     multiple: int
     legal_widths: list[int]
     refused: str | None
+    together: list[str]
     breaks: str | None
     groups: list[GroupJson]
 
@@ -98,6 +104,7 @@ def analysis_json(analysis: Analysis, legal: LegalWidths, model: str) -> Analysi
                 "multiple": f.multiple,
                 "legal_widths": list(legal.ladders.get(f.name, ())),
                 "refused": legal.refused.get(f.name),
+                "together": sorted(partners(f.name, {f.name}, legal.together)),
                 "breaks": legal.breaks.get(f.name),
                 "groups": [
                     {
@@ -141,6 +148,8 @@ def analysis_view(report: AnalysisJson) -> Lines:
     for f in report["families"]:
         width = f"{f['width']}" if f["scopes"] == 1 else f"{f['width']} in each of {f['scopes']}"
         legal = "none: " + f["refused"] if f["refused"] else ranges(f["legal_widths"])
+        if f["together"] and not f["refused"]:
+            legal += f", with {', '.join(f['together'])} in proportion"
         table.add_row(
             f["name"],
             f["description"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,8 @@ TRACE_S = 0.17
 
 SAMPLE = 32 << 20
 """Numbers in the file whose reading and writing is timed."""
+SLOW = 1.0
+"""Seconds that one run of the timed product takes at most."""
 
 
 @dataclass(frozen=True)
@@ -275,8 +278,21 @@ def calibrate(folder: Path, device: torch.device = CPU, dtype: torch.dtype = tor
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a matrix product. A number of the result is read, so that a device has finished."""
-    rows, inner, columns = (1024, 1024, 4096) if device.type == "cpu" else (4096, 4096, 4096)
+    """Operations a second of a matrix product.
+
+    A small one is timed first. If a large one would take long (bfloat16 on a CPU without instructions for it), the
+    small one's rate is taken.
+    """
+    if device.type != "cpu":
+        return _rate(device, dtype, (4096, 4096, 4096))
+    small, large = (64, 1024, 256), (1024, 1024, 4096)
+    rate = _rate(device, dtype, small)
+    return rate if 2 * math.prod(large) / rate > SLOW else _rate(device, dtype, large)
+
+
+def _rate(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int]) -> float:
+    """The rate of one product: rows, inner size, columns. A number of it is read, so that a device has finished."""
+    rows, inner, columns = size
     x, w = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, columns)))
     threads = torch.get_num_threads() if device.type == "cpu" else 0  # a device's time is not this thread's
     ms = typical_ms(lambda: (x @ w)[0, 0].item(), threads, seconds=0.3)

@@ -20,6 +20,7 @@ from mptk.run.chain import Method, Target
 from mptk.run.processes import processes
 from mptk.run.settings import FREE, Settings
 from passes.targets import legalize
+from passes.targets.knobs import closed, partners
 from passes.targets.legalize import Candidate, LegalWidths
 from passes.targets.onnx.quantize import BLOCKS
 
@@ -122,6 +123,7 @@ class WidthSearch:
     def _within(self, legal: LegalWidths) -> list[Candidate]:
         s = self.settings
         names = [name for name in s.families or self._default_families(legal) if name not in s.keep]
+        names = names if s.families else closed(names, legal.together)
         self._check(legal, names)
         legal = fixed(legal, s.widths)
         if s.budget == LATENCY:
@@ -139,7 +141,7 @@ class WidthSearch:
         if s.layers == FREE and not any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):
             return candidates[:1]  # equal layers are where the division starts
         splits = s.search_shapes if s.search else self.method.splits
-        finest = legalize.finest_family(legal, families)
+        finest = legalize.finest_families(legal, families)
         return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, finest, splits)
 
     def _check(self, legal: LegalWidths, names: Sequence[str]) -> None:
@@ -161,6 +163,12 @@ class WidthSearch:
                 why = legal.refused.get(name, "no narrower width is legal")
                 remedy = "leave out --portable" if name in legal.left else "try --target graph"
                 raise MptkError(f"{name} cannot be cut for target {s.target}: {why}; {remedy}")
+            if missing := partners(name, {*names, *s.widths}, legal.together):
+                others = ", ".join(sorted(missing))
+                raise MptkError(
+                    f"{name} can only be cut together with {others} for target {s.target}; "
+                    "name them in --families, too, or try --target graph"
+                )
 
     def _check_reached(self, candidates: Sequence[legalize.Candidate]) -> None:
         """Raise MptkError, with the nearest there are, unless a candidate takes ``max_ms`` or little less."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -17,12 +17,14 @@ from mptk.errors import MptkError
 from mptk.ir.axes import Product, axes_in, evaluate, leaves, resolve
 from mptk.ir.families import Analysis, Family
 from passes.targets.choose_blocks import choose_blocks
+from passes.targets.knobs import Knob, Widths, closed, knobs, proportional
 from passes.targets.stock.learn import Stock
 from passes.targets.stock.travel import breaks
 from passes.transforms.fold_norms import unfoldable
 
 MULTIPLE = 32
 """Block of the common 4- and 8-bit quantisers. They pad contraction axes to it."""
+NO_RATIO = "it can only be cut together with others, and no width of them all is legal"
 COMBINATIONS = 20_000
 LADDER_POINTS = 12
 
@@ -39,6 +41,7 @@ class LegalWidths:
         accepts: widths → the reason why their combination is refused, or None.
         stock: what the model's own config class can express; None for a target without a stock class.
         left: family that ``portable`` left whole → the reason.
+        together: sets of families of which none can be cut without the others.
     """
 
     ladders: Mapping[str, tuple[int, ...]]
@@ -46,6 +49,7 @@ class LegalWidths:
     accepts: Accepts
     stock: Stock | None = None
     left: Mapping[str, str] = field(default_factory=dict)
+    together: tuple[frozenset[str], ...] = ()
 
     @cached_property
     def breaks(self) -> Mapping[str, str]:
@@ -93,8 +97,7 @@ def stock_widths(
             (``stock/rehome.py``).
     """
     derived = derived_families(analysis)
-    layered = {f.name for f in analysis.families if is_layered(f)}
-    together = [group for group in stock.together if group <= layered - derived.keys()]
+    together = tuple(group for group in stock.together if not group & derived.keys())
     alone = {n: str(r) for n, r in stock.refusals.items() if not any(n in group for group in together)}
     refused = alone | derived
 
@@ -122,12 +125,28 @@ def stock_widths(
         joint = any(family.name in group for group in together)
         legal = widths if joint else [w for w in widths if accepts({family.name: w}) is None]
         ladders[family.name] = (*legal, family.size)
+    joint_ladders = _joint(ladders, together, accepts)
+    refused |= {name: NO_RATIO for name, ladder in joint_ladders.items() if len(ladder) == 1}
+    ladders |= joint_ladders
     for family in analysis.depths:
         why = accepts({family.name: family.size - 1})
         counted = why is None or stock.pattern(family.groups[0].layer, family.size - 1) is not None
         ladders[family.name] = aligned(family, multiple) if counted else (family.size,)
         refused |= {} if counted else {family.name: str(why)}
-    return LegalWidths(ladders, refused, accepts, stock)
+    return LegalWidths(ladders, refused, accepts, stock, together=together)
+
+
+def _joint(
+    ladders: Mapping[str, tuple[int, ...]], together: Sequence[frozenset[str]], accepts: Accepts
+) -> dict[str, tuple[int, ...]]:
+    """The widths of families that are only cut together, of those in ``ladders``: some cut of their group has them."""
+    found: dict[str, set[int]] = {}
+    for group in together:
+        for widths in proportional(ladders, sorted(group)):
+            if accepts(widths) is None:
+                for name, width in widths.items():
+                    found.setdefault(name, {ladders[name][-1]}).add(width)
+    return {name: tuple(sorted(widths)) for name, widths in found.items()}
 
 
 def derived_families(analysis: Analysis) -> dict[str, str]:
@@ -165,7 +184,8 @@ def discover(analysis: Analysis, model: PreTrainedModel) -> Stock:
     families = {f.name: f.size for f in analysis.families}
     own = {g.axis for f in analysis.families for g in f.groups}
     others = {leaf.size for dims in analysis.weights.values() for d in dims for leaf in leaves(d) if leaf not in own}
-    return Stock.discover(model, families, sorted(others), lambda widths: cut_shapes(analysis, widths))
+    derived = derived_families(analysis)
+    return Stock.discover(model, families, sorted(others), lambda widths: cut_shapes(analysis, widths), derived=derived)
 
 
 def cut_shapes(analysis: Analysis, widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
@@ -195,16 +215,18 @@ def aligned(family: Family, multiples: int | Sequence[int]) -> tuple[int, ...]:
 def default_families(analysis: Analysis, target: LegalWidths) -> list[str]:
     """The families that are cut by default: those of single layers that the target can express; all if none repeats."""
     cut = [f for f in analysis.families if len(target.ladders[f.name]) > 1]
-    return [f.name for f in cut if is_layered(f)] or [f.name for f in cut]
+    layered = closed([f.name for f in cut if is_layered(f)], target.together)
+    return layered or closed([f.name for f in cut], target.together)
 
 
 def unbeaten(cost: CostModel, target: LegalWidths, families: Sequence[str]) -> LegalWidths:
     """The target without widths of ``families`` that save nothing over a wider one, if all other families are whole."""
     ladders = dict(target.ladders)
+    joint: frozenset[str] = frozenset().union(*target.together)
     for name in families:
         kept: list[int] = []
         for width in reversed(ladders[name]):
-            if not kept or cost.share({name: width}) < cost.share({name: kept[-1]}):
+            if name in joint or not kept or cost.share({name: width}) < cost.share({name: kept[-1]}):
                 kept.append(width)
         ladders[name] = tuple(reversed(kept))
     return replace(target, ladders=ladders)
@@ -216,32 +238,44 @@ def find_candidates(cost: CostModel, target: LegalWidths, families: Sequence[str
     All combinations of the other families are enumerated. Each is completed by the finest family's two widths around
     the budget.
     """
-    ladders = {name: list(target.ladders[name]) for name in families}
-    if not ladders:
+    if not families:
         return []
-    finest = finest_family(target, families)
-    rest = [name for name in ladders if name != finest]
-    choices = [_thinned(ladders[name]) for name in rest]
+    finest, rest = _finest(target, families)
+    choices = [_thinned(knob) for knob in rest]
     while choices and math.prod(map(len, choices)) > COMBINATIONS:
         choices = [c[::2] if c[-1] in c[::2] else [*c[::2], c[-1]] for c in choices]
     found: dict[tuple[int, ...], Candidate] = {}
     for combination in itertools.product(*choices):
-        widths = dict(zip(rest, combination, strict=True))
-        for width in _around(cost, widths, finest, ladders[finest], sparsity):
-            full = widths | {finest: width}
+        widths = {name: width for chosen in combination for name, width in chosen.items()}
+        for chosen in _around(cost, widths, finest, sparsity):
+            full = widths | chosen
             key = tuple(full[name] for name in families)
             if key not in found and target.accepts(full) is None:
                 found[key] = Candidate(full, cost.sparsity(full), _unevenness(cost, full))
     return sorted(found.values(), key=lambda c: abs(c.sparsity - sparsity))
 
 
-def finest_family(target: LegalWidths, families: Sequence[str]) -> str:
-    """The family with the most legal widths, by which a combination of the others is brought to the budget."""
-    return max(families, key=lambda name: len(target.ladders[name]))
+def finest_families(target: LegalWidths, families: Sequence[str]) -> list[str]:
+    """What has the most legal widths, by which a combination of the others is brought to the budget.
+
+    One of ``families``, or several that are only cut together.
+    """
+    return [*_finest(target, families)[0][-1]]
+
+
+def _finest(target: LegalWidths, families: Sequence[str]) -> tuple[Knob, list[Knob]]:
+    """What has the most choices, and the others."""
+    found = knobs(target.ladders, target.together, families)
+    finest = max(range(len(found)), key=lambda i: len(found[i]))
+    return found[finest], [knob for i, knob in enumerate(found) if i != finest]
 
 
 def choose_candidates(
-    candidates: Sequence[Candidate], sparsity: float, tolerance: float, finest: str, count: int | None = None
+    candidates: Sequence[Candidate],
+    sparsity: float,
+    tolerance: float,
+    finest: Collection[str],
+    count: int | None = None,
 ) -> list[Candidate]:
     """The candidates within ``tolerance`` of the budget, the most even first.
 
@@ -262,11 +296,11 @@ def choose_candidates(
     )
 
 
-def _once(candidates: Sequence[Candidate], finest: str) -> list[Candidate]:
+def _once(candidates: Sequence[Candidate], finest: Collection[str]) -> list[Candidate]:
     """The first candidate of each combination of the families other than ``finest``."""
     found: dict[tuple[int, ...], Candidate] = {}
     for candidate in candidates:
-        found.setdefault(tuple(width for name, width in candidate.widths.items() if name != finest), candidate)
+        found.setdefault(tuple(width for name, width in candidate.widths.items() if name not in finest), candidate)
     return list(found.values())
 
 
@@ -293,26 +327,26 @@ def describe(widths: Mapping[str, int]) -> str:
     return ", ".join(f"{name}={width}" for name, width in widths.items())
 
 
-def _around(cost: CostModel, widths: dict[str, int], finest: str, ladder: list[int], sparsity: float) -> list[int]:
-    """The two widths of ``finest`` around the budget, by bisection, since sparsity falls with width."""
-    low, high = 0, len(ladder) - 1
-    if cost.sparsity(widths | {finest: ladder[low]}) <= sparsity:
-        return [ladder[low]]
+def _around(cost: CostModel, widths: Widths, finest: Knob, sparsity: float) -> Knob:
+    """The two choices of ``finest`` around the budget, by bisection, since sparsity falls with width."""
+    low, high = 0, len(finest) - 1
+    if cost.sparsity(widths | finest[low]) <= sparsity:
+        return [finest[low]]
     while high - low > 1:
         middle = (low + high) // 2
-        if cost.sparsity(widths | {finest: ladder[middle]}) > sparsity:
+        if cost.sparsity(widths | finest[middle]) > sparsity:
             low = middle
         else:
             high = middle
-    return [ladder[low], ladder[high]]
+    return [finest[low], finest[high]]
 
 
-def _thinned(ladder: list[int]) -> list[int]:
-    """At most ``LADDER_POINTS`` evenly spread widths, with the dense one."""
-    if len(ladder) <= LADDER_POINTS:
-        return ladder
-    step = (len(ladder) - 1) / (LADDER_POINTS - 1)
-    return [ladder[round(i * step)] for i in range(LADDER_POINTS)]
+def _thinned(knob: Knob) -> Knob:
+    """At most ``LADDER_POINTS`` evenly spread choices, with the dense one."""
+    if len(knob) <= LADDER_POINTS:
+        return knob
+    step = (len(knob) - 1) / (LADDER_POINTS - 1)
+    return [knob[round(i * step)] for i in range(LADDER_POINTS)]
 
 
 def _unevenness(cost: CostModel, widths: Mapping[str, int]) -> float:

@@ -35,7 +35,19 @@ def grouped_mm(x: object, weight: object, offs: object) -> object:
     return op.Concat(*parts, axis=0)
 
 
+def diff(x: object, n: int = 1, dim: int = -1, prepend: object = None, append: object = None) -> object:
+    """Each number minus the one before it along ``dim``, ``n`` times over, with ``prepend`` and ``append`` around x."""
+    parts = [part for part in (prepend, x, append) if part is not None]
+    whole = op.Concat(*parts, axis=dim) if len(parts) > 1 else x
+    axis, first, end = (op.Constant(value_ints=[i]) for i in (dim, 0, torch.iinfo(torch.int64).max))
+    for _ in range(n):
+        later = op.Slice(whole, op.Constant(value_ints=[1]), end, axis)
+        whole = op.Sub(later, op.Slice(whole, first, op.Constant(value_ints=[-1]), axis))
+    return whole
+
+
 def translations() -> dict[Callable[..., object], Callable[..., object]]:
     """Op → the function that writes it. A library's op is included if the library is loaded."""
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
-    return {} if fallback is None else {fallback.default: grouped_mm}
+    own: dict[Callable[..., object], Callable[..., object]] = {torch.ops.aten.diff.default: diff}
+    return own if fallback is None else {**own, fallback.default: grouped_mm}

@@ -15,9 +15,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig, Unsolved, finish, minimise, shortest, solve
 from passes.targets.stock.depth import Built, build, pattern, shorten
+from passes.targets.stock.partners import Owners, groups, moves
 from passes.targets.stock.probe import Field, Prober, Shapes
 from passes.targets.stock.search import MAX_BUILDS, Expression, Expressions, SizeSlot, differences, evaluate
+from passes.targets.stock.stages import Touched, apart
 
+CutShapes = Callable[[Mapping[str, int]], Shapes]
+"""Widths (missing families keep theirs) → shapes of the cut model's state dict."""
 Check = Callable[[StockConfig, Mapping[str, int]], float]
 """Largest absolute logit difference between the stock class with this config and the cut model of these widths."""
 
@@ -31,21 +35,23 @@ class Stock:
             an encoder and of its decoder.
     """
 
-    def __init__(self, prober: Prober, expressions: Expressions, shapes: Callable[[Mapping[str, int]], Shapes]) -> None:
-        self._prober, self._space, self._shapes = prober, expressions, shapes
+    def __init__(self, prober: Prober, expressions: Expressions, shapes: CutShapes, touched: Touched) -> None:
+        self._prober, self._space, self._shapes, self._touched = prober, expressions, shapes, touched
         self.refusals: dict[str, Refusal] = {}
         self.together: list[frozenset[str]] = []
         self._failed: dict[str, Unsolved] = {}
+        self._tried: dict[frozenset[str], Refusal | None] = {}
 
     @staticmethod
     def discover(
         model: PreTrainedModel,
         families: Mapping[str, int],
         fixed: Sequence[int],
-        shapes: Callable[[Mapping[str, int]], Shapes],
+        shapes: CutShapes,
         *,
         check: Check | None = None,
         tolerance: float = 1e-4,
+        derived: Mapping[str, str] = MappingProxyType({}),
     ) -> Stock:
         """Learn, by trial cuts, which of ``families`` the class of ``model`` can express.
 
@@ -56,16 +62,20 @@ class Stock:
             model: a transformers model on any device. Only its class and config are used.
             families: name → width before the cut.
             fixed: sizes of the leaf axes that belong to no family.
-            shapes: widths (missing families keep theirs) → shapes of the cut model's state dict.
+            shapes: the shapes of a cut.
             check: optional proof for one legal cut of each family. A family above ``tolerance`` is refused.
+            derived: family that no cut may change, whatever the shapes say → why. None is cut together with others.
         """
         prober = Prober(type(model), model.config)
-        stock = Stock(prober, Expressions(prober.fields, families, fixed), shapes)
+        touched = {name: _touched(prober, shapes, name, width) for name, width in families.items()}
+        prober.fields = apart(prober, touched)
+        stock = Stock(prober, Expressions(prober.fields, families, fixed), shapes, touched)
         for name in families:
             stock._learn(frozenset((name,)))
+        stock._learn_groups(derived)
         limit = prober.builds + MAX_BUILDS
         for name in list(stock.refusals):
-            if prober.builds < limit:
+            if prober.builds < limit and name not in derived:
                 stock._learn_together(name)
         if check is not None:
             stock._prove(check, tolerance)
@@ -167,19 +177,23 @@ class Stock:
             assignment[field] = values.pop()
         return {field: v for field, v in assignment.items() if v != field.value or field.implicit}
 
-    def _learn(self, group: frozenset[str]) -> bool:
-        """Cut the families of ``group`` in proportion, to two trial widths. Returns whether the class can express one.
+    def _learn(self, group: frozenset[str]) -> Refusal | None:
+        """Cut the families of ``group`` in proportion, to two trial widths. Returns why the class can express neither.
 
-        If it can, its fields' expressions are narrowed. If not, and the group is one family, its refusal is kept.
+        If it can express one, its fields' expressions are narrowed. If not, and the group is one family, the refusal is
+        kept.
         """
         trials = _trial_widths({name: self._space.families[name] for name in sorted(group)})
         found = [self._try(widths) for widths in trials]
         failed = [result for result in found if result is not None]
-        learned = len(failed) < len(found)
-        if failed and not learned and len(group) == 1:
+        if not found:
+            return Refusal("shape", min(group), "no common ratio gives whole numbers")
+        if len(failed) < len(found):
+            return None
+        if len(group) == 1:
             self._failed[min(group)] = failed[0]
             self.refusals[min(group)] = failed[0].refusal
-        return learned
+        return failed[0].refusal
 
     def _try(self, widths: Mapping[str, int]) -> Unsolved | None:
         """Search a config for a trial cut and learn from it. Returns None, or the failed search."""
@@ -189,13 +203,37 @@ class Stock:
         self._space.observe(widths, result.assignment)
         return None
 
+    def _learn_groups(self, derived: Mapping[str, str]) -> None:
+        """Try the families that a field moves together (``partners.py``), or say which of them must stay."""
+        refused = [name for name in self.refusals if name not in derived]
+        if not refused:
+            return
+        owners = Owners({n: self._touched[n] for n in refused}, {n: self._touched[n] for n in derived}, derived)
+        moved = moves(self._prober)
+        limit = self._prober.builds + MAX_BUILDS
+        for name in refused:
+            for group in groups(name, owners, moved):
+                known = any(name in other for other in self.together)
+                if known or group == frozenset((name,)) or self._prober.builds > limit:
+                    break
+                why = group if isinstance(group, Refusal) else self._join(group)
+                if why is not None and why.kind == "numeric":
+                    self.refusals[name] = why
+
+    def _join(self, group: frozenset[str]) -> Refusal | None:
+        """``_learn`` a group, once, and keep it in ``together`` if the class can express it."""
+        if group not in self._tried:
+            self._tried[group] = self._learn(group)
+            if self._tried[group] is None:
+                self.together.append(group)
+        return self._tried[group]
+
     def _learn_together(self, name: str) -> None:
         """Try to cut a refused family together with others, unless it already is in such a group."""
         if any(name in group for group in self.together):
             return
         for group in self._partners(name):
-            if self._learn(group):
-                self.together.append(group)
+            if self._join(group) is None:
                 return
 
     def _partners(self, name: str) -> list[frozenset[str]]:
@@ -206,17 +244,12 @@ class Stock:
         """
         search = self._failed[name].search
         moved = search.moved_by_dead_ends() if search is not None else frozenset()
-        own = {weight for weight, _ in self._touched(name)}
-        touched = {other: self._touched(other) for other in self.refusals if other != name}
+        own = {weight for weight, _ in self._touched[name]}
+        touched = {other: self._touched[other] for other in self.refusals if other != name}
         shaped = {other for other, places in touched.items() if places & moved}
         sharing = {other for other, places in touched.items() if own & {weight for weight, _ in places}}
         pairs = [frozenset((name, other)) for other in sorted(shaped | sharing)]
         return [*pairs, frozenset((name, *shaped))] if shaped else pairs
-
-    def _touched(self, name: str) -> set[SizeSlot]:
-        """The dimensions of weights that a cut of the family changes."""
-        trials = _trial_widths({name: self._space.families[name]})
-        return set(differences(self._prober.full.shapes, self._shapes(trials[0]))) if trials else set()
 
     def _prove(self, check: Check, tolerance: float) -> None:
         for name, old in self._space.families.items():
@@ -230,6 +263,12 @@ class Stock:
                     self.refusals[name] = Refusal(
                         "numeric", name, f"logits differ by {difference:.2g} at width {legal}"
                     )
+
+
+def _touched(prober: Prober, shapes: CutShapes, name: str, width: int) -> frozenset[SizeSlot]:
+    """The dimensions of weights that a cut of the family changes."""
+    trials = _trial_widths({name: width})
+    return frozenset(differences(prober.full.shapes, shapes(trials[0]))) if trials else frozenset()
 
 
 def _trial_widths(old: Mapping[str, int]) -> list[dict[str, int]]:

@@ -39,8 +39,8 @@ GROUP = typer.main.get_command(app)
 COUNTS: Counter[str] = Counter()
 SLOW = re.compile(r"--max-(decode|prefill)-ms|--budget latency|--batches")
 """Options that time each operator of the machine first, or many cases."""
-FOLLOWED = ("README.md", "docs/tutorial.md", "docs/how-to/")
-"""The pages that a newcomer follows."""
+FOLLOWED = ("README.md", "docs/tutorial.md", "docs/how-to/", "docs/vocabulary.md")
+"""The pages whose commands that write are run, too: those that a newcomer follows."""
 WRITE = ("prune", "recover", "export", "rerun", "bench", "shapes")
 SIZES = {
     "num_attention_heads": 12,
@@ -104,6 +104,7 @@ def _texts(folder: Path) -> None:
         "wiki.valid.raw",
         "wiki.test.raw",
         "wikitext2",
+        "shakespeare.txt",
         "code/a.txt",
         "docs/report.md",
         "CHANGELOG.md",

@@ -242,7 +242,7 @@ def test_flap_writes_its_bias_compensation_and_proves_it(gpt2, tmp_path):
 
 
 def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2, tmp_path):
-    with pytest.raises(MptkError, match="heads cannot be cut for target stock"):
+    with pytest.raises(MptkError, match="heads can only be cut together with hidden for target stock"):
         mptk.prune(gpt2, tmp_path / "out", mptk.Settings(method="wanda", families=("heads",), samples=4, length=48))
     settings = mptk.Settings(
         families=("heads",), widths={"heads": 4}, target="graph", method="magnitude", samples=4, length=48

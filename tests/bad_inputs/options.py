@@ -257,7 +257,7 @@ CONTRADICTIONS = [
     Row("maskprune without steps", "prune {model} --data {text.raw} --out {out} --steps 0", ("learns in steps",)),
     Row(
         "experts of a model without any",
-        "prune {model} --data {text.raw} --out {out} --families ffn --multiple-of 8 --method reap --length 16",
+        "prune {model} --data {text.raw} --out {out} --families ffn --width ffn=16 --multiple-of 8 --method reap --length 16",
         ("none are among ffn", "--method wanda"),
     ),
     Row(
@@ -268,7 +268,11 @@ CONTRADICTIONS = [
     Row(
         "maskprune in fp16", "prune {model} --data {text.raw} --out {out} --precision fp16", ("--precision bf16 or no",)
     ),
-    Row("training another target", f"{ONCE} --steps 2 --target graph", ("--target stock",)),
+    Row(
+        "adapters of a graph",
+        f"{ONCE} --steps 2 --target graph --rank 4",
+        ("--rank: LoRA needs the layers", "leave it out"),
+    ),
     Row("rehome for a graph", f"{ONCE} --target graph --rehome", ("--rehome would do nothing",)),
     Row("estimate and resume", f"{ONCE} --estimate --resume", ("--resume would do nothing",)),
     Row("recover without steps", "recover {pruned} --out {out} --steps 0", ("nothing to do",)),

@@ -14,7 +14,6 @@ So any text can be read afterwards, what spells it stays: all bytes, else all si
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -69,8 +68,14 @@ def _bare(token: str, prefix: str, suffix: str) -> str:
 
 def _is_byte_level(tokenizer: Json) -> bool:
     """Whether each character of the model's input stands for a byte."""
-    parts = [tokenizer.get(part) for part in ("normalizer", "pre_tokenizer")]
-    return '"ByteLevel"' in json.dumps(parts)
+    return any(_has(tokenizer.get(part), "ByteLevel") for part in ("normalizer", "pre_tokenizer"))
+
+
+def _has(value: Any, kind: str) -> bool:
+    """Whether a part of the file is of a kind, or one within it."""
+    if isinstance(value, Mapping):
+        return value.get("type") == kind or any(_has(each, kind) for each in value.values())
+    return isinstance(value, list) and any(_has(each, kind) for each in value)
 
 
 class Merges:

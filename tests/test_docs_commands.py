@@ -47,8 +47,9 @@ SIZES = {
     "num_key_value_heads": 3,
     "intermediate_size": 1536,
     "max_position_embeddings": 1024,
+    "vocab_size": 320,
 }
-"""Feed-forward layers as wide as those of SmolLM2-135M, since pages name widths of it."""
+"""Feed-forward layers as wide as those of SmolLM2-135M, since pages name widths of it; a row for each token."""
 
 
 @pytest.fixture(scope="module", autouse=True)

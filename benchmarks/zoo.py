@@ -250,6 +250,14 @@ def sweep(
                 write_result(json_file, header, rows)
 
 
+OneMapping = Annotated[str, typer.Option(help="One mapping; all when empty")]
+Types = Annotated[str, typer.Option(help="Comma-separated model types; all when empty")]
+Jobs = Annotated[int, typer.Option(help="Processes at once")]
+RowsFile = Annotated[
+    Path | None, typer.Option("--json", help="Rows are kept here; types it has already are not run again")
+]
+
+
 def saved_rows(json_file: Path | None) -> list[dict[str, Any]]:
     """The rows of an earlier run."""
     return json.loads(json_file.read_text())["rows"] if json_file and json_file.exists() else []
@@ -270,12 +278,10 @@ def totals(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main(
-    mapping: Annotated[str, typer.Option(help="One mapping; all when empty")] = "",
-    types: Annotated[str, typer.Option(help="Comma-separated model types; all when empty")] = "",
-    jobs: Annotated[int, typer.Option(help="Processes at once")] = 1,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Rows are kept here; types it has already are not run again")
-    ] = None,
+    mapping: OneMapping = "",
+    types: Types = "",
+    jobs: Jobs = 1,
+    json_file: RowsFile = None,
     end_to_end: Annotated[
         bool, typer.Option("--end-to-end", help="Save each type and run `mptk prune` and `mptk verify` on it instead")
     ] = False,

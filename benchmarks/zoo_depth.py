@@ -12,14 +12,25 @@ proves the same among all families; this one takes a fraction of its time.
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
 from benchmarks.tiny_models import MAPPINGS, model_types, tiny_model
-from benchmarks.zoo import ask_stock, calibrate, describe, disprove, rounding, saved_rows, sweep
+from benchmarks.zoo import (
+    Jobs,
+    OneMapping,
+    RowsFile,
+    Types,
+    ask_stock,
+    calibrate,
+    describe,
+    disprove,
+    rounding,
+    saved_rows,
+    sweep,
+)
 from benchmarks.zoo_plans import random_plan
 from benchmarks.zoo_stock import depth_acceptance
 from passes.analysis.blocks import why_none
@@ -87,12 +98,10 @@ def totals(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main(
-    mapping: Annotated[str, typer.Option(help="One mapping; all when empty")] = "",
-    types: Annotated[str, typer.Option(help="Comma-separated model types; all when empty")] = "",
-    jobs: Annotated[int, typer.Option(help="Processes at once")] = 1,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Rows are kept here; types it has already are not run again")
-    ] = None,
+    mapping: OneMapping = "",
+    types: Types = "",
+    jobs: Jobs = 1,
+    json_file: RowsFile = None,
     quick: Annotated[bool, typer.Option("--quick", help=f"Every {QUICK}th type only")] = False,
 ) -> None:
     """Remove blocks of every model type at random, and ask its class; prints a row each and the totals."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.tiny_config import FIRST_PLAIN_TOKEN, VOCAB
 from benchmarks.tiny_models import model_types, tiny_model
-from benchmarks.zoo import describe, difference, saved_rows, sweep
+from benchmarks.zoo import Jobs, RowsFile, Types, describe, difference, saved_rows, sweep
 from benchmarks.zoo_plans import draw, legal_width
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
@@ -189,11 +189,9 @@ def totals(rows: list[dict[str, Any]]) -> str:
 
 
 def main(
-    types: Annotated[str, typer.Option(help="Comma-separated model types; all when empty")] = "",
-    jobs: Annotated[int, typer.Option(help="Processes at once")] = 1,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Rows are kept here; types it has already are not run again")
-    ] = None,
+    types: Types = "",
+    jobs: Jobs = 1,
+    json_file: RowsFile = None,
     quick: Annotated[bool, typer.Option("--quick", help=f"Every {QUICK}th type only")] = False,
 ) -> None:
     """ONNX Runtime against torch for every causal language model; prints a row each and the totals."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import toy_checkpoints as toys
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import mptk
 from mptk.cost.model import CostModel
+from mptk.driver.changes import changes_of
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
@@ -140,6 +145,21 @@ def test_a_graph_is_trained_again(learned: mptk.Pruned, tmp_path: Path) -> None:
     assert found.report.families == learned.report.families
     moved = found.model.state_dict()
     assert any(not moved[name].equal(weight) for name, weight in learned.model.state_dict().items())
+
+
+def test_a_graph_that_lacks_a_trained_weight_is_refused(checkpoint: str, learned: mptk.Pruned, tmp_path: Path) -> None:
+    assert learned.folder is not None
+    folder = shutil.copytree(learned.folder, tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    plan = Plan.load(folder / "plan.json")
+    model = LlamaForCausalLM.from_pretrained(checkpoint)
+    analysis = analyze(trace(model, dynamic=True)).divided(plan.divided)
+    cut, report = resolve_plan(analysis, plan), mptk.Report.read(folder)
+    for damaged in (weights | {name: weights[name][:, 1:]}, {n: w for n, w in weights.items() if n != name}):
+        save_file({n: w.contiguous() for n, w in damaged.items()}, folder / "model.safetensors")
+        with pytest.raises(MptkError, match=rf"does not hold {re.escape(name)} of shape"):
+            changes_of(analysis, cut, folder, report, trust=False)
 
 
 def test_a_budget_that_no_tried_width_meets_is_refused(checkpoint: str, tmp_path: Path) -> None:

@@ -48,11 +48,20 @@ def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
 
 def _score(seen: Slopes, prior: Tensor) -> Tensor:
     curvature = (seen.squares / seen.count - seen.mean.square()).clamp_min(0)
-    squares = prior.detach().to(curvature).square()
+    slope = beyond_noise(seen.mean, (curvature / seen.count).sqrt())
+    return (0.5 * tempered(curvature, prior.detach()) - slope).float()
+
+
+def tempered(curvature: Tensor, prior: Tensor) -> Tensor:
+    """F̂: the geometric mean of F and P², scaled to the mean of F over the units of a row, [..., size]."""
+    squares = prior.to(curvature).square()
     scale = squares.mean(-1, keepdim=True).clamp_min(EPSILON)
-    tempered = (curvature * squares * curvature.mean(-1, keepdim=True) / scale).sqrt()
-    sure = (seen.mean.abs() - 2 * (curvature / seen.count).sqrt()).clamp_min(0)
-    return (0.5 * tempered - seen.mean.sign() * sure).float()
+    return (curvature * squares * curvature.mean(-1, keepdim=True) / scale).sqrt()
+
+
+def beyond_noise(value: Tensor, error: Tensor) -> Tensor:
+    """``value`` moved towards 0 by two standard errors, so that noise gives 0."""
+    return value.sign() * (value.abs() - 2 * error).clamp_min(0)
 
 
 def measure(

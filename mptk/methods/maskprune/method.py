@@ -76,7 +76,7 @@ def divided_over_layers(
         equal = plan_of(prepared, scores, min(prepared.candidates, key=lambda c: c.unevenness).widths)
         plan, losses = divided(prepared, scores, equal, sets, context)
         sizes = {name: plan.widths.get(name, prepared.analysis.family(name).size) for name in prepared.families}
-        kept = {name: torch.tensor(value) for name, value in (*sizes.items(), *losses.items())}
+        kept = {name: torch.tensor(value, dtype=torch.float64) for name, value in (*sizes.items(), *losses.items())}
         if leads():
             folder.save(DIVISION, kept)
     widths = {name: int(kept[name]) for name in prepared.families}

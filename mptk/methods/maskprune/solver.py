@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
+from mptk.methods.criteria.fisher import beyond_noise, tempered
 from mptk.run.processes import widest
 from mptk.run.settings import Rates
 
@@ -95,16 +96,14 @@ class Solver:
         """
         fisher = self.curvature(family)
         if family in self.prior:
-            prior = self.prior[family].to(fisher.dtype).square()
-            scale = prior.mean(-1, keepdim=True).clamp_min(EPSILON)
-            fisher = (fisher * prior * fisher.mean(-1, keepdim=True) / scale).sqrt()
+            fisher = tempered(fisher, self.prior[family])
         return 0.5 * fisher + self.beyond(family)
 
     def beyond(self, family: str) -> Tensor:
         """d, moved towards 0 by two standard errors, so that noise gives 0."""
         drift, memory = self.drift[family], self.rates.drift
         error = (self.curvature(family) * (1 - memory) / (1 + memory) / max(self.tokens, 1)).sqrt()
-        return drift.sign() * (drift.abs() - 2 * error).clamp_min(0)
+        return beyond_noise(drift, error)
 
     def curvature(self, family: str) -> Tensor:
         """F: the running average, corrected for its start at 0."""

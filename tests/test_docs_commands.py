@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from runpy import run_path
 from typing import Any
@@ -187,10 +188,11 @@ def _has_options(line: str) -> None:
 
 
 def _known(module: str, options: list[str]) -> None:
-    """Every option of a benchmark is a parameter of a function in its module."""
-    source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
-    names = [option.removeprefix("--").replace("-", "_") for option in options]
-    assert [name for name in names if not re.search(rf"\b{name}: |--{name.replace('_', '-')}\"", source)] == []
+    """Every option of a benchmark is one of its command's."""
+    program = typer.Typer()
+    program.command()(import_module(module).main)
+    command = typer.main.get_command(program)
+    assert set(options) <= {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}, module
 
 
 def _python(block: Block, names: dict[str, Any], file: Path, scope: dict[str, Any]) -> str:

@@ -192,7 +192,9 @@ def _known(module: str, options: list[str]) -> None:
     program = typer.Typer()
     program.command()(import_module(module).main)
     command = typer.main.get_command(program)
-    assert set(options) <= {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}, module
+    assert set(options) <= {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}, (
+        module
+    )
 
 
 def _python(block: Block, names: dict[str, Any], file: Path, scope: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """llama.cpp on SmolLM2-135M beside our ONNX graphs of the same weights, dense and narrower, taking turns in one process.
 
-    python -m benchmarks.llama_cpp [--json FILE] [--quick] [--threads 1,2] [--rounds N]
+    python -m benchmarks.llama_cpp [--json FILE] [--quick] [--threads 1,2] [--rounds N] [--objective decode|prefill]
 
 ``pip install xllamacpp`` brings llama.cpp as a library. Its files are float32, Q8_0 and Q4_0 (the table Q8_0), beside our
 float32, int8 and int4. Its own timings are read: of a prompt that no cache holds, and of the tokens after it. The latter hold
@@ -117,6 +117,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick")] = False,
     threads: Annotated[str, typer.Option()] = "1,2",
     rounds: Annotated[int, typer.Option()] = 12,
+    objective: Annotated[str, typer.Option(help="what our graph is arranged for: decode or prefill")] = "decode",
 ) -> None:
     torch.set_num_threads(1)
     dense = models.load(MODEL).model
@@ -127,7 +128,7 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         for name, model in (("dense", dense), (NARROW, resized(dense, **SHAPES[NARROW]))):
             folder = Path(temporary) / name.replace("/", "-")
-            ours = export(model, folder)
+            ours = export(model, folder, objective=objective)
             for scheme in STORED:
                 graph = quantize_onnx(ours, scheme) if scheme else ours
                 theirs = gguf_of(model, tokenizer, folder / f"{scheme or 'float32'}.gguf", scheme)
@@ -136,7 +137,11 @@ def main(
                     print(row, flush=True)
                     rows.append(row)
                 if json_file is not None:
-                    write_result(json_file, {**result_header(), "model": MODEL, "quick": quick, "rounds": rounds}, rows)
+                    write_result(
+                        json_file,
+                        {**result_header(), "model": MODEL, "quick": quick, "rounds": rounds, "objective": objective},
+                        rows,
+                    )
 
 
 if __name__ == "__main__":

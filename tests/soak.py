@@ -101,17 +101,29 @@ class Draw:
 
     def prune(self) -> list[str]:
         model = self.model()
-        method = self.random.choice(("magnitude", "wanda", "flap", "taylor", "random"))
+        method = self.random.choice(("magnitude", "wanda", "flap", "taylor", "fisher", "random"))
         words = ["prune", model, "--method", method, *self.measured(MODELS[model]), "--samples", "4"]
         target = self.random.choice(("stock", "stock", "graph"))
         words += ["--target", target, "--multiple-of", "1", *self.shape(model, target)]
         words += self.some(
-            "--reconstruct", "--distil-epochs 1", "--seed 3", "--memory 2GB", "--compute-dtype bfloat16", "--portable"
+            "--reconstruct",
+            "--reconstruct --distil-epochs 1",
+            "--seed 3",
+            "--memory 2GB",
+            "--compute-dtype bfloat16",
+            "--portable",
         )
         words += self.random.choice(("--no-onnx", "--no-onnx --dtype bfloat16", "")).split()
-        if model == "llama" and self.random.random() < 0.2:
-            words += shlex.split("--steps 4 --batch 2 --micro 2 --rank 2 --save-every 2")
+        if model == "llama":
+            words += self.of_decoders(target)
         return [*words, "--out", self.out(), *self.some("--resume")]
+
+    def of_decoders(self, target: str) -> list[str]:
+        """Training now and then, and options that only a decoder takes. A graph is trained with all its weights."""
+        rank = "--rank 2" if target == "stock" else ""
+        training = f"--steps 4 --batch 2 --micro 2 --save-every 2 {rank}" if self.random.random() < 0.2 else ""
+        more = ("", "", "--vocabulary text.txt", "--layers free", "--search --search-shapes 4 --search-tokens 0")
+        return shlex.split(f"{training} {self.random.choice(more)}")
 
     def shape(self, model: str, target: str) -> list[str]:
         """Widths of one or two families, or a share of the parameters, which small models seldom meet."""

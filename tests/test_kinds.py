@@ -11,11 +11,12 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from kinds import DATA, METRICS, MODELS, settings
+from transformers import XLMConfig, XLMWithLMHeadModel
 
 import mptk
 from benchmarks import zoo_end_to_end
 from mptk.errors import MptkError
-from mptk.io.models import load
+from mptk.io.models import Loaded, load
 from mptk.ir.samples import IGNORED, Samples
 from mptk.run.settings import Learning, Training
 from mptk.tasks import task_of
@@ -138,6 +139,13 @@ def test_random_inputs_are_said_in_the_protocol(folders: Path, tmp_path: Path) -
 
 def test_a_kind_is_found_by_the_class(folders: Path) -> None:
     assert {name: task_of(load(str(folders / name))).name for name in MODELS} == {n: k for n, (k, _) in METRICS.items()}
+
+
+@pytest.mark.parametrize(("causal", "kind"), [(False, "masked-lm"), (True, "causal-lm")])
+def test_a_class_that_does_both_is_what_its_config_says(causal: bool, kind: str) -> None:
+    sizes = {"vocab_size": 40, "emb_dim": 16, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 32}
+    model = XLMWithLMHeadModel(XLMConfig(**sizes, causal=causal))
+    assert task_of(Loaded(model, None, "it", Path())).name == kind
 
 
 def test_a_type_of_the_zoo_passes_the_command_line() -> None:

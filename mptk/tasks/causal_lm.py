@@ -41,6 +41,8 @@ class CausalLM(TokenTask):
             return f"{name} has an encoder and a decoder"
         if classes and not any(c.can_generate() for c in classes):
             return f"{name} does not predict the next token"
+        if not getattr(config, "causal", True):  # XLM and Flaubert generate by masked tokens at the end
+            return f"{name} looks at later tokens"
         return None
 
     def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mptk.errors import MptkError
-from mptk.files import json_text, write_file, write_json, write_text, write_together
+from mptk.files import json_text, staged, write_file, write_json, write_text, write_together
 from mptk.io import manifest
 from mptk.io.manifest import check_manifest, read_manifest, update_manifest
 from mptk.io.publish import publish
@@ -160,3 +160,12 @@ def test_a_file_is_digested_once_and_again_after_every_change(tmp_path: Path, mo
     assert manifest.file_sha256(file) == hashlib.sha256(b"two").hexdigest()
     file.write_bytes(b"six")  # at once, when a coarse clock may not show it
     assert manifest.file_sha256(file) == hashlib.sha256(b"six").hexdigest()
+
+
+def test_a_signal_while_a_folder_goes_waits_until_it_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stops = [KeyboardInterrupt()]
+    monkeypatch.setattr(Path, "rmdir", lambda path: (_ for _ in ()).throw(stops.pop()) if stops else os.rmdir(path))
+    folder = staged(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        folder.close()
+    assert list(tmp_path.iterdir()) == []

@@ -203,14 +203,24 @@ def _remove_if_free(path: Path) -> None:
 
 
 def _close(path: Path, descriptor: int, owner: int) -> None:
-    """Remove a folder of this process; its lock goes last, so that what is left is never taken for another's."""
+    """Remove a folder of this process, and only then let a signal that came meanwhile stop it."""
     if os.getpid() != owner:  # a fork of it
         return
+    try:
+        _removed(path)
+    except BaseException:
+        _removed(path)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _removed(path: Path) -> None:
+    """Remove a folder. Its lock goes last, so that what is left is never taken for another's."""
     with contextlib.suppress(OSError):
         _empty(path)
-        (path / LOCK).unlink()
+        (path / LOCK).unlink(missing_ok=True)
         path.rmdir()
-    os.close(descriptor)
 
 
 def _empty(path: Path) -> None:

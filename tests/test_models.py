@@ -33,6 +33,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from benchmarks.tiny_models import tiny_model
 from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.resident import Resident
@@ -360,3 +361,13 @@ def test_positions_that_a_class_makes_itself_are_in_no_file_and_there_when_opene
     found = opened.whole().state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(found[name], tensor), name
+
+
+def test_buffers_that_a_model_inside_another_makes_itself_are_there_when_opened(tmp_path: Path) -> None:
+    """The rotary frequencies of a text model, which no file has and the outer class cannot make."""
+    model: Any = tiny_model("masked-lm", "modernvbert").model
+    model.save_pretrained(tmp_path)
+    opened = models.open_weights(str(tmp_path), Resident(0))
+    found = dict(opened.model.named_buffers())
+    assert any("rotary" in name for name in found)
+    assert all(torch.equal(found[name], buffer) for name, buffer in model.named_buffers())

@@ -85,8 +85,11 @@ def take_offload_index(model: PreTrainedModel) -> dict[str, tuple[Path, str]]:
 
 
 def _make_again(model: PreTrainedModel) -> None:
-    """Weights that a class makes itself and no file has (sines of positions): the offload has dropped them."""
-    for module in model.modules():
+    """Tensors that a class makes itself and no file has (sines of positions): the offload has dropped them.
+
+    One that no class makes again holds NaN, or the least whole number, so that a result that it enters shows it.
+    """
+    for owner, module in _owned(model, model):
         hook = getattr(module, "_hf_hook", None)
         kept = getattr(hook, "weights_map", None)
         if hook is None or kept is None:
@@ -94,7 +97,20 @@ def _make_again(model: PreTrainedModel) -> None:
         lost = [name for name, device in hook.original_devices.items() if device.type != "meta" and name not in kept]
         for name in lost:
             like = getattr(module, name)
-            fresh = torch.empty_like(like, device=hook.original_devices.pop(name))
+            fresh = torch.full_like(like, _unset(like.dtype), device=hook.original_devices.pop(name))
             setattr(module, name, nn.Parameter(fresh, like.requires_grad) if name in module._parameters else fresh)
         if lost:
-            model._init_weights(module)
+            owner._init_weights(module)
+
+
+def _owned(module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, nn.Module]]:
+    """Each module with the innermost model around it, whose ``_init_weights`` knows it: a vision tower is a model."""
+    yield owner, module
+    for child in module.children():
+        yield from _owned(child, child if isinstance(child, PreTrainedModel) else owner)
+
+
+def _unset(dtype: torch.dtype) -> float | int:
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return 0 if dtype == torch.bool else torch.iinfo(dtype).min

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import compileall
 import importlib.metadata
 import os
 import re
@@ -41,6 +42,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = wheels.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
+    compileall.compile_dir(target, quiet=1)  # as pip does: what is imported again and again is compiled once
     return target
 
 

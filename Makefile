@@ -10,7 +10,8 @@ LOWEST := build/lowest
 MODEL := smollm2-135m
 DEMO := runs/demo
 # Two workers with one thread each, so that timings and results do not depend on the machine's size.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Files start in the order of tests/conftest.py: those that take longest first.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 MUTANTS_ARGS ?= --sample 208 --jobs 2 --json benchmarks/results/mutants.json
 SOAK_ARGS ?= --minutes 60 --json benchmarks/results/soak.json
 CRASH_ARGS ?= --kills 160 --json benchmarks/results/crash.json

@@ -9,22 +9,37 @@ import os
 import hypothesis
 import numpy as np
 import pytest
-import torch
-import traces
-import transformers
-from onnxscript._framework_apis import torch_2_5 as onnx_operators
-from torch.onnx._internal.exporter import _schemas as schemas
 
-onnx_operators.get_torchlib_ops = functools.cache(onnx_operators.get_torchlib_ops)  # made anew for each export
-schemas.op_signature_from_function = functools.cache(schemas.op_signature_from_function)  # so are their signatures
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("same")
-transformers.logging.set_verbosity_error()
+LONGEST = (
+    "test_docs_commands.py",
+    "test_learning.py",
+    "test_bad_inputs.py",
+    "test_kinds.py",
+    "test_rules.py",
+    "test_pruning.py",
+    "test_vocabulary.py",
+    "test_packaging.py",
+    "test_stages.py",
+    "test_shapes.py",
+    "test_crash.py",
+    "test_examples.py",
+    "test_plugin.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first: at the end no worker waits long for another."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(autouse=True)
 def _same_numbers(request):
     """A test draws the same random numbers whichever tests ran before it in its process."""
+    import torch
+
     torch.manual_seed(0)
     if hasattr(request.module, "RNG"):
         request.module.RNG = np.random.default_rng(0)
@@ -38,7 +53,18 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session", autouse=True)
 def _traced_once():
-    """The same model is traced and translated to ONNX once in a process (traces.py)."""
+    """The same model is traced and translated to ONNX once in a process (traces.py).
+
+    What takes seconds to import is imported here: the process that only hands tests to others needs none of it.
+    """
+    import traces
+    import transformers
+    from onnxscript._framework_apis import torch_2_5 as onnx_operators
+    from torch.onnx._internal.exporter import _schemas as schemas
+
+    onnx_operators.get_torchlib_ops = functools.cache(onnx_operators.get_torchlib_ops)  # made anew for each export
+    schemas.op_signature_from_function = functools.cache(schemas.op_signature_from_function)  # so are their signatures
+    transformers.logging.set_verbosity_error()
     with traces.remembered():
         yield
 

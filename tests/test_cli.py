@@ -232,7 +232,8 @@ def test_eval_gives_perplexity_and_its_protocol(files, pruned, tmp_path, mptk):
     assert report["quality"]["dense"] > 1
 
 
-def test_bench_is_shown_again_by_report(files, pruned, tmp_path, mptk):
+def test_bench_is_shown_again_by_report(files, pruned, tmp_path, mptk, monkeypatch):
+    monkeypatch.setattr("mptk.runtime.bench.peak_memory", lambda *_: 1)  # test_bench.py measures it, in new processes
     out = tmp_path / "out"
     shutil.copytree(pruned[0], out)
     result = mptk("bench", files.model, out, "--lengths", "16,40", "--rounds", "2", "--json", tmp_path / "bench.json")

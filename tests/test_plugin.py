@@ -1,12 +1,17 @@
-"""examples/plugin, installed: its criterion, its rule and its target work from the command line and from Python."""
+"""examples/plugin, installed: its criterion, its rule and its target work from the command line and from Python.
+
+A process imports torch and transformers for many seconds, so commands share one where that can hide nothing.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -36,16 +41,49 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def run(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+COMMANDS = """
+import contextlib, io, json, sys
+from mptk.cli.main import main
+
+done = []
+for line in json.loads(sys.argv[1]):
+    sys.argv[1:] = line
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            code = main()
+        except SystemExit as stop:
+            code = stop.code
+    done.append((code or 0, out.getvalue(), err.getvalue()))
+print(json.dumps(done))
+"""
+
+
+def run(site: Path, *lines: list[str]) -> list[Done]:
+    """Command lines, one after the other, in one process that sees what is installed in ``site``."""
+    return [Done(*each) for each in json.loads(python(site, COMMANDS, json.dumps(lines)))]
+
+
+def python(site: Path, code: str, *arguments: str) -> str:
+    """What a program prints that sees what is installed in ``site``."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]), "COLUMNS": "200"}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, *arguments]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
 
 
 def test_criterion_and_target_prune_and_verify_from_the_command_line(site: Path, model: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ["--method", "mean-magnitude", "--target", "npz", "--out", str(out), *COMMON]
-    pruned = run(site, "-m", "mptk", "prune", model, *options)
-    assert pruned.returncode == 0, pruned.stderr
+    listed, pruned = run(site, ["ops"], ["prune", model, *options])
+    assert "mptk_example.gate" in listed.out
+    assert pruned.code == 0, pruned.err
     report = Report.read(out)
     assert (report.settings.method, report.settings.target) == ("mean-magnitude", "npz")
     narrowed = [f["width"] for f in report.families.values() if f["width"] < f["of"]]
@@ -53,15 +91,16 @@ def test_criterion_and_target_prune_and_verify_from_the_command_line(site: Path,
     assert all(width % 8 == 0 for width in narrowed)
     assert [d["stage"] for d in report.proof] == ["stored weights", "rewritten graph"]
     assert not (out / "config.json").exists()
-    verified = run(site, "-m", "mptk", "verify", str(out))
-    assert verified.returncode == 0, verified.stderr
+    (verified,) = run(site, ["verify", str(out)])
+    assert verified.code == 0, verified.err
 
 
 def test_without_the_plugin_its_names_are_unknown(model: str, tmp_path: Path) -> None:
-    for option in ("--method", "--target"):
-        missing = run(Path(), "-m", "mptk", "prune", model, option, "npz", "--out", str(tmp_path / "out"), *COMMON)
-        assert missing.returncode == 2
-        assert f"Invalid value for '{option}': 'npz' is not known" in missing.stderr
+    options = ("--method", "--target")
+    lines = [["prune", model, option, "npz", "--out", str(tmp_path / "out"), *COMMON] for option in options]
+    for option, missing in zip(options, run(Path(), *lines), strict=True):
+        assert missing.code == 2
+        assert f"Invalid value for '{option}': 'npz' is not known" in missing.err
 
 
 ANALYSED = """
@@ -82,24 +121,17 @@ print(family.size, sorted(member.weight for member in family.groups[0].members))
 """
 
 
-def test_rule_makes_its_operator_prunable_and_is_listed(site: Path) -> None:
-    analysed = run(site, "-c", ANALYSED)
-    assert analysed.returncode == 0, analysed.stderr
+def test_rule_makes_its_operator_prunable(site: Path) -> None:
     members = ["by.bias", "by.weight", "down.weight", "up.bias", "up.weight"]
-    assert analysed.stdout.strip() == f"10 {members}"
-    listed = run(site, "-m", "mptk", "ops")
-    assert "mptk_example.gate" in listed.stdout
+    assert python(site, ANALYSED).strip() == f"10 {members}"
 
 
 def test_a_plugin_that_does_not_load_is_one_line(site: Path, tmp_path: Path) -> None:
     broken = tmp_path / "site"
     shutil.copytree(site, broken)
     (broken / "mptk_example" / "target.py").unlink()
-    failed = run(broken, "-m", "mptk", "analyze", "nothing-there")
-    assert failed.returncode == 1
-    failed = run(
-        broken, "-m", "mptk", "prune", "m", "--target", "npz", "--steps", "0", "--method", "wanda", "--out", "o"
-    )
-    assert failed.returncode == 1
-    assert "the plugin npz of mptk-example does not load" in failed.stderr
-    assert "Traceback" not in failed.stderr
+    words = ["--target", "npz", "--steps", "0", "--method", "wanda", "--out", str(tmp_path / "o")]
+    other, failed = run(broken, ["analyze", "nothing-there"], ["prune", "m", *words])
+    assert (other.code, failed.code) == (1, 1)
+    assert "the plugin npz of mptk-example does not load" in failed.err
+    assert "Traceback" not in failed.err

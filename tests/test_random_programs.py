@@ -13,7 +13,8 @@ from mptk.ir.resolved_plan import Cut
 from tests.programs import CATALOGUE, FAILURES, Program, check, programs, seeded
 
 SEEDS, BLOCKS = 200, 8
-HALF = [block if block < BLOCKS // 2 else pytest.param(block, marks=pytest.mark.long) for block in range(BLOCKS)]
+SHORT = BLOCKS // 4
+EACH = [block if block < SHORT else pytest.param(block, marks=pytest.mark.long) for block in range(BLOCKS)]
 
 
 def require_right(seeds: Iterable[int]) -> None:
@@ -25,7 +26,7 @@ def require_right(seeds: Iterable[int]) -> None:
     assert verdicts["proven"] >= 0.6 * len(outcomes), verdicts
 
 
-@pytest.mark.parametrize("block", HALF)
+@pytest.mark.parametrize("block", EACH)
 def test_a_program_is_cut_right_or_refused_by_name(block: int) -> None:
     require_right(range(block, SEEDS, BLOCKS))
 
@@ -37,7 +38,7 @@ def kinds(seeds: Iterable[int]) -> set[str]:
 def test_every_kind_of_step_is_among_the_seeds_and_tried_without_the_long_tests() -> None:
     seeds = range(SEEDS)
     assert kinds(seeds) == set(CATALOGUE)
-    missing = set(CATALOGUE) - kinds(seed for seed in seeds if seed % BLOCKS < BLOCKS // 2)
+    missing = set(CATALOGUE) - kinds(seed for seed in seeds if seed % BLOCKS < SHORT)
     require_right({next(seed for seed in seeds if kind in kinds([seed])) for kind in sorted(missing)})
 
 

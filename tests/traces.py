@@ -1,13 +1,15 @@
-"""Traces and ONNX translations that tests ask for again: each is made once in a process, and copied for who asks.
+"""Traces, ONNX translations and trial models that tests ask for again: each is made once in a process.
 
 Tests prune the same tiny models over and over, and torch.export takes most of such a run. A trace depends on the model's
 class, config, shapes and code, and not on the numbers in its weights, so a later one of the same gets a copy of the
 graph and the weights of its own module. Whatever could make two traces differ is part of the key (``_key``); a module
-of which not everything is known is traced anew. A translation to ONNX depends on the lowered graph alone.
+of which not everything is known is traced anew. A translation to ONNX depends on the lowered graph alone. The trial
+models of ``passes/targets/stock/probe.py`` depend on class and config alone.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +29,8 @@ from mptk.compat.torch import FakeTensor
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
 from passes.targets.onnx import emit
+from passes.targets.stock.attempt import Refusal
+from passes.targets.stock.probe import Build, Prober
 
 LIBRARIES = ("torch", "transformers", "timm", "passes", "mptk")
 PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, type)
@@ -35,7 +39,10 @@ LEFT_OUT = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward", "_state_dict", "_load_state_dict"),  # hooks: there are none
     *("generation_config", "name_or_path"),  # of no effect on a forward pass
 )
+SAID_OF_A_FILE = ("_name_or_path", "architectures", "transformers_version")
+"""Entries of a config that say where it comes from, and have no effect on a forward pass either."""
 EXPORT, TRANSLATE = passes.frontend.trace.export_program, emit._exported
+INSTANTIATE = Prober._instantiate
 
 
 class Unknown(Exception):
@@ -44,9 +51,10 @@ class Unknown(Exception):
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """Within it ``export_program`` and the translation to ONNX work once for the same."""
+    """Within it ``export_program``, the translation to ONNX and trials of a class work once for the same."""
     programs: dict[Hashable, Program] = {}
     translations: dict[str, ir.Model] = {}
+    builds: dict[Hashable, Build | Refusal] = {}
 
     def export(wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: Any = False) -> Program:
         try:
@@ -65,10 +73,23 @@ def remembered() -> Iterator[None]:
             translations[key] = TRANSLATE(program)
         return translations[key].clone()
 
+    def instantiate(prober: Prober, config: PreTrainedConfig, refused: Refusal | None) -> Build | Refusal:
+        if not hasattr(prober, "full"):
+            return INSTANTIATE(prober, config, refused)  # what the class asks the config for is recorded
+        try:
+            key = prober.model_class, prober.model_class.__init__, _value(config)
+        except Unknown:
+            return INSTANTIATE(prober, config, refused)
+        if key not in builds:
+            builds[key] = INSTANTIATE(prober, config, refused)
+        built = builds[key]
+        return built if isinstance(built, Refusal) else replace(built, config=config, refused=refused)
+
     with pytest.MonkeyPatch.context() as patch:
         for module in (passes.frontend.trace, passes.frontend.trace_decoder, mptk.tasks.exporting):
             patch.setattr(module, "export_program", export)
         patch.setattr(emit, "_exported", translate)
+        patch.setattr(Prober, "_instantiate", instantiate)
         yield
 
 
@@ -109,7 +130,8 @@ def _value(value: object) -> Hashable:
         return type(value), value
     if isinstance(value, PreTrainedConfig):
         return (
-            value.to_json_string(use_diff=False),
+            type(value),
+            _entries(value),
             value._attn_implementation,
             getattr(value, "_experts_implementation", None),
         )
@@ -120,6 +142,14 @@ def _value(value: object) -> Hashable:
     if isinstance(value, nn.Module):
         return type(value)
     raise Unknown
+
+
+def _entries(config: PreTrainedConfig) -> str:
+    try:
+        entries = config.to_dict()
+    except AttributeError as error:  # an entry is tried with a value of another type
+        raise Unknown from error
+    return json.dumps({n: e for n, e in entries.items() if n not in SAID_OF_A_FILE}, sort_keys=True, default=str)
 
 
 def _tensors(wrapper: nn.Module) -> Hashable:

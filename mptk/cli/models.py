@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from mptk.cli.app import command, show
 from mptk.cli.console import err, out
@@ -15,6 +17,8 @@ from mptk.cli.places import file_to_write
 from mptk.cli.progress import stages
 from mptk.files import write_text
 from mptk.run.settings import Settings
+
+OPS = "mptk-ops/1"
 
 
 @command("models", examples=("models",))
@@ -34,11 +38,24 @@ def list_models() -> None:
 @command("ops", examples=("ops --json -",))
 def list_ops(json_file: Json = None) -> None:
     """List the ops that have an axis rule, each with the rule's file and axis equation."""
-    from mptk.cli import report
-    from mptk.driver import api
+    from passes.analysis.rules import list_rules
 
-    rules = api.ops()
-    show(json_file, {"format": report.OPS, "ops": rules}, report.ops_view(rules))
+    rules = list_rules()
+    show(json_file, {"format": OPS, "ops": rules}, _ops_view(rules))
+
+
+def _ops_view(ops: Sequence[Mapping[str, str]]) -> Table:
+    table = Table(
+        title=f"{len(ops)} ops with an axis rule",
+        caption="Other ops that torch tags as pointwise need none: y_d = x_d for every operand.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in ("op", "file", "axis equation"):
+        table.add_column(column)
+    for row in ops:
+        table.add_row(*(Text(row[key]) for key in ("op", "file", "axes")))
+    return table
 
 
 @command(examples=("fetch smollm2-135m",))

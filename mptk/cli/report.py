@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TypedDict
 
 from rich.console import Group as Lines
@@ -23,7 +23,6 @@ from passes.targets.knobs import partners
 from passes.targets.legalize import LegalWidths
 
 ANALYSIS = "mptk-analysis/1"
-OPS = "mptk-ops/1"
 
 
 class MemberJson(TypedDict):
@@ -174,21 +173,6 @@ def breaking(families: Sequence[FamilyJson]) -> list[str]:
         if f["breaks"]:
             found.setdefault(f["breaks"], []).append(f["name"])
     return [f"a cut of {', '.join(names)} breaks {why}; --portable leaves it out" for why, names in found.items()]
-
-
-def ops_view(ops: Sequence[Mapping[str, str]]) -> Table:
-    """``mptk ops``: each op with the file of its rule and its axis equation."""
-    table = Table(
-        title=f"{len(ops)} ops with an axis rule",
-        caption="Other ops that torch tags as pointwise need none: y_d = x_d for every operand.",
-        title_justify="left",
-        caption_justify="left",
-    )
-    for column in ("op", "file", "axis equation"):
-        table.add_column(column)
-    for row in ops:
-        table.add_row(*(Text(row[key]) for key in ("op", "file", "axes")))
-    return table
 
 
 def grouped(blocked: Sequence[BlockedJson]) -> list[tuple[str, str, str, str]]:

@@ -42,7 +42,7 @@ from mptk.tasks import CAUSAL_LM, check_decoder, example_of, form_of, load_decod
 from mptk.tasks.decoder_onnx import export_decoder
 from mptk.version import __version__
 from passes.analysis import group
-from passes.analysis.rules import load_rules, rule
+from passes.analysis.rules import rule
 from passes.check_cut import check_cut, in_float32
 from passes.frontend.trace import ExampleInputs
 from passes.frontend.trace_decoder import LogitsScope
@@ -51,7 +51,7 @@ from passes.targets.onnx.check_quantized import check_quantized
 from passes.targets.onnx.names import FILE, QUANTIZED, quantized_files, scheme_of
 from passes.transforms.rewrite import Rewrite
 
-__all__ = ["analyze", "bench", "export", "export_folder", "ops", "rewrite", "rule", "show", "trace"]
+__all__ = ["analyze", "bench", "export", "export_folder", "rewrite", "rule", "show", "trace"]
 
 
 @sources_forgotten()
@@ -82,18 +82,6 @@ def analyze(model: nn.Module | str | Program, example_inputs: ExampleInputs | No
         MptkError: as ``trace``; or an op has no axis rule.
     """
     return group.analyze(model if isinstance(model, Program) else trace(model, example_inputs))
-
-
-def ops() -> list[dict[str, str]]:
-    """The ops that have an axis rule, by name: ``op``, the ``file`` of its rule and the rule's ``axes`` equation."""
-    return [
-        {
-            "op": name,
-            "file": found.propagate.__module__.replace(".", "/") + ".py",
-            "axes": (found.propagate.__doc__ or "").partition("\n")[0],
-        }
-        for name, found in sorted(load_rules().items())
-    ]
 
 
 @sources_forgotten()

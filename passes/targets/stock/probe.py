@@ -22,6 +22,7 @@ from typing import TypeGuard
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from mptk.compat.transformers import missing_attributes
 from mptk.errors import MptkError
@@ -155,7 +156,8 @@ class Prober:
         return value
 
     def _instantiate(self, config: PreTrainedConfig, refused: Refusal | None) -> Build | Refusal:
-        model = on_meta(self.model_class, config)
+        with no_init_weights():  # which even on meta is a third of the work
+            model = on_meta(self.model_class, config)
         if isinstance(model, Refusal):
             return model
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

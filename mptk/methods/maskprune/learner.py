@@ -131,7 +131,7 @@ class Learner:
             self._saliency(student, solver, sets.calibration)
         loop.run()
         widths = {family: width for family, width in solver.fixed.items() if width < solver.shapes[family][2]}
-        scores = {family: solver.saliency(family).cpu() for family in widths}
+        scores = {family: solver.scores(family).cpu() for family in widths}
         plan = select(analysis, scores, widths, stock=prepared.legal.stock)
         cut = resolve_plan(analysis, plan)
         solver.harden(kept_units(analysis, cut, list(widths)))
@@ -172,9 +172,8 @@ class Learner:
         return student, masks, solver, loop
 
     def _prior(self, prepared: Prepared, calibration: Samples) -> Scores:
-        """Wanda's scores of channels: an estimate of √F from weights and inputs, without gradients."""
-        families = [name for name in prepared.families if prepared.analysis.family(name).stack is None]
-        say = partial(self.progress, "activations")
+        """Wanda's scores, an estimate of √F from weights and inputs without gradients, and the influence of blocks."""
+        families, say = prepared.families, partial(self.progress, "activations")
         analysis, executor = prepared.analysis, prepared.calibrator
         evidence = gather(analysis, "wanda", calibration, families=families, progress=say, executor=executor)
         return {family: values.detach().cpu() for family, values in score_evidence(evidence, "wanda", families).items()}

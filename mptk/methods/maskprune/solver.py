@@ -53,7 +53,8 @@ class Solver:
         blocks: family whose units are whole blocks → those that cannot be removed. Their masks end at 0 or 1, since no
             weight can take another.
 
-    ``prior``: family → square root of another estimate of F, in any unit, [layers, scopes, size]. It may stay empty.
+    ``prior``: family → square root of another estimate of F, in any unit, [layers, scopes, size]. It may stay empty. Of
+    blocks it is the order in which they go.
     """
 
     def __init__(
@@ -96,19 +97,23 @@ class Solver:
         """v = ½ F̂ + d: predicted rise of the loss in nats a token if a unit goes to 0: [layers, scopes, size].
 
         F̂ is the geometric mean of F and the prior P², scaled to the mean of F over a layer's units. The two estimates
-        have different errors, so their mean ranks units better than either.
+        have different errors, so their mean ranks units better than either. Of a block F̂ is F.
         """
         fisher = self.curvature(family)
-        if family in self.prior:
+        if family in self.prior and family not in self.blocks:
             fisher = tempered(fisher, self.prior[family])
         return 0.5 * fisher + self.beyond(family)
 
-    def worth(self, family: str) -> Tensor:
-        """v, and infinity for blocks that cannot be removed."""
-        v = self.saliency(family)
+    def scores(self, family: str) -> Tensor:
+        """What units are chosen by, [layers, scopes, size]; the lowest go first: v, or the prior of blocks."""
+        return self.prior[family] if family in self.blocks else self.saliency(family)
+
+    def order(self, family: str) -> Tensor:
+        """The units of each layer and scope row in the order in which they go; blocks that stay come last."""
+        scores = self.scores(family).clone()
         for unit in self.blocks.get(family, ()):
-            v[..., unit] = torch.inf
-        return v
+            scores[..., unit] = torch.inf
+        return scores.argsort(dim=-1, stable=True)
 
     def beyond(self, family: str) -> Tensor:
         """d, moved towards 0 by two standard errors, so that noise gives 0."""
@@ -124,9 +129,8 @@ class Solver:
         return {family: shape[2] - self.removed[family] for family, shape in self.shapes.items()}
 
     def tail(self, family: str) -> Tensor:
-        """The ⌈s⌉ units of lowest v in each layer and scope row: boolean [layers, scopes, size]."""
-        order = self.worth(family).argsort(dim=-1, stable=True).argsort(dim=-1)
-        return order < math.ceil(self.removed[family])
+        """The ⌈s⌉ units that go first in each layer and scope row: boolean [layers, scopes, size]."""
+        return self.order(family).argsort(dim=-1) < math.ceil(self.removed[family])
 
     def target(self) -> float:
         """The budget of the current step. It falls from 1 to B over the ramp, along a cubic (Zhu & Gupta 2017)."""
@@ -254,9 +258,9 @@ class Solver:
             self._require(float(self.y[family].max()), f"dual y of {family} is {float(self.y[family].max()):.3g}")
 
     def _marginal(self, family: str) -> float:
-        """Σ_l y_l q_l, the predicted cost of one more unit. q is the (⌈s⌉+1)-th smallest v, summed over scope rows."""
-        values = self.worth(family).clamp_min(0).sort(dim=-1).values
-        k = min(math.ceil(self.removed[family]), self.shapes[family][2] - len(self.blocks.get(family, ())) - 1)
+        """Σ_l y_l q_l, the predicted cost of one more unit. q is v of the (⌈s⌉+1)-th to go, summed over scope rows."""
+        values = self.saliency(family).clamp_min(0).gather(-1, self.order(family))
+        k = min(math.ceil(self.removed[family]), self.shapes[family][2] - 1)
         return float((self.y[family] * values[..., k].sum(-1)).sum())
 
     def _most(self, family: str) -> float:

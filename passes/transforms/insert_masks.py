@@ -260,7 +260,9 @@ class InsertedMasks:
             given = [v for v in (*args, *options.values()) if isinstance(v, Tensor)]
             x = next((v for v in given if v.shape == y.shape and v.dtype == y.dtype), None)
             if x is None:
-                raise MptkError(f"{module} is called without the value that it adds to; leave its depth out of --families")
+                raise MptkError(
+                    f"{module} is called without the value that it adds to; leave its depth out of --families"
+                )
             y = x + masked(y - x)
             return y if isinstance(out, Tensor) else (y, *others)
 

@@ -287,7 +287,7 @@ class Solver:
 
     @torch.no_grad()
     def harden(self, kept: Mapping[str, Tensor]) -> None:
-        """Set the masks of removed units to 0, and those of kept blocks and of families that are not in ``kept`` to 1."""
+        """Set the masks of removed units to 0, those of kept blocks and of families that are not in ``kept`` to 1."""
         for family, m in self.masks.items():
             if family in self.blocks or family not in kept:
                 m.fill_(1)

@@ -108,7 +108,7 @@ def test_families_that_cannot_fade_out_are_refused_by_name() -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gptneox", "mixtral"])
 def test_a_mask_of_a_block_multiplies_what_it_adds(architecture: str) -> None:
     """At 0 the block is removed. Its gradient is the sum of those that each position saw."""
-    model, ids = architectures.model(architecture), architectures.tokens(1, 5)
+    model, ids = architectures.model(architecture), architectures.tokens()
     analysis = analyze(trace(model))
     (depth,) = analysis.depths
     assert depth.stack is not None

@@ -93,12 +93,12 @@ def main(
     texts = dict(each.split("=", 1) for each in text)
     held = {n: next_tokens(data.evaluation_windows(loaded.tokenizer, f, 256, windows)) for n, f in texts.items()}
     for each in by.split(","):
-        if any((row["by"], row["removed"]) == (each, removed) for row in rows_in(json_file)):
+        if any((row["by"], row["removed"], row["windows"]) == (each, removed, windows) for row in rows_in(json_file)):
             continue
         found = scores(each, analysis, model, given, removed)
         gone = sorted(found.argsort(stable=True)[:removed].tolist())
         losses = {name: round(loss(analysis, gone, samples), 3) for name, samples in held.items()}
-        row = {"by": each, "removed": removed, "blocks": gone, "loss": losses}
+        row = {"by": each, "removed": removed, "windows": windows, "blocks": gone, "loss": losses}
         print(row, flush=True)
         add(json_file, row | {"scores": [round(float(score), 4) for score in found]})
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cutting import cut_and_compare
+from test_learning import SETTINGS as LEARNS
 from test_pruning import SETTINGS, save
 from torch import nn
 from transformers import (
@@ -40,6 +41,7 @@ from mptk.errors import MptkError
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import criteria
+from mptk.methods.maskprune.solver import Solver
 from mptk.runtime.decoder import OrtDecoder
 from passes.targets.choose_blocks import best_sequence, choose_blocks
 from passes.targets.legalize import discover
@@ -337,6 +339,62 @@ def test_prune_removes_blocks_from_checkpoint_and_graph(pruned):
     assert all(d.ok for d in mptk.verify(root / "small"))
     plan = json.loads((root / "small" / "plan.json").read_text())["families"]["layers"]
     assert (plan["width"], plan["of"], list(plan["keep"])) == (2, 3, ["model.layers"])
+
+
+LEARNED = replace(
+    LEARNS, families=("layers", "ffn"), sparsity=0.5, tolerance=0.05, learning=replace(LEARNS.learning, steps=8)
+)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A checkpoint, and the folder of a run that learned masks of channels and of blocks."""
+    root = tmp_path_factory.mktemp("learned")
+    source = save(LlamaForCausalLM(LLAMA), root / "dense")
+    return source, root / "small", mptk.prune(source, root / "small", LEARNED)
+
+
+def test_maskprune_divides_a_budget_among_blocks_and_channels(learned):
+    """The blocks that turn their input least go, as many as the learned masks say."""
+    _, out, made = learned
+    report = made.report
+    assert report.sparsity == pytest.approx(0.5, abs=0.05)
+    assert all(d["ok"] for d in report.proof)
+    assert "learned masks" in [d["stage"] for d in report.proof]
+    kept = Plan.load(out / "plan.json").families
+    assert kept.keys() == {"layers", "ffn"}
+    assert len(AutoModelForCausalLM.from_pretrained(out).model.layers) == kept["layers"].width < 4
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {"width/layers", "width/ffn"} <= rows[0].keys()
+    assert all(d.ok for d in mptk.verify(out))
+
+
+def test_masks_are_learned_without_the_blocks_that_go(learned, tmp_path, monkeypatch):
+    """Once a block's mask is 0, no channel of it has a gradient; and a stopped run goes on to the same plan."""
+    source, out, _ = learned
+    seen = []
+
+    def stop(solver, kept):
+        seen.append({family: (solver.masks[family].detach().clone(), solver.removed[family]) for family in kept})
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Solver, "harden", stop)
+    with pytest.raises(KeyboardInterrupt):
+        mptk.prune(source, tmp_path / "small", LEARNED)
+    masks, removed = seen[0]["layers"]
+    assert removed == 4 - Plan.load(out / "plan.json").families["layers"].width
+    gone = [u for u in range(4) if u not in Plan.load(out / "plan.json").families["layers"].keep["model.layers"][0]]
+    assert masks.flatten()[gone].max() < 0.2
+    mptk.prune(source, tmp_path / "small", replace(LEARNED, resume=True))
+    assert (tmp_path / "small" / "plan.json").read_bytes() == (out / "plan.json").read_bytes()
+
+
+def test_maskprune_keeps_a_depth_that_is_given(learned, tmp_path):
+    source, _, _ = learned
+    given = replace(LEARNED, widths={"layers": 3, "ffn": 24})
+    report = mptk.prune(source, tmp_path / "small", given).report
+    assert (report.families["layers"]["width"], report.families["ffn"]["width"]) == (3, 24)
 
 
 def test_depth_is_left_alone_unless_it_is_named(llama):

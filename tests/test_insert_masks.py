@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
+from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.maskprune.adapters import adapt, original
 from passes.analysis.group import analyze
@@ -102,6 +103,39 @@ def test_families_that_cannot_fade_out_are_refused_by_name() -> None:
     analysis = analyze(trace(model))
     with pytest.raises(MptkError, match=r"experts cannot be learned: zeros would disturb .*topk|softmax"):
         insert_masks(model, analysis, ["experts"], lambda name, layer: torch.ones(1, 5))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gptneox", "mixtral"])
+def test_a_mask_of_a_block_multiplies_what_it_adds(architecture: str) -> None:
+    """At 0 the block is removed. Its gradient is the sum of those that each position saw."""
+    model, ids = architectures.model(architecture), architectures.tokens()
+    analysis = analyze(trace(model))
+    (depth,) = analysis.depths
+    assert depth.stack is not None
+    m, seen = torch.ones(1, depth.size, requires_grad=True), dict[int, Tensor]()
+    masks = insert_masks(
+        model,
+        analysis,
+        ["layers"],
+        lambda name, i: m,
+        lambda name, i, each: seen.update({int(each.any(0).nonzero()): each}),
+    )
+    model(ids, use_cache=False).logits[0, -1].square().sum().backward()
+    assert m.grad is not None
+    assert torch.allclose(sum(seen.values(), torch.zeros(())).sum(0), m.grad[0], rtol=1e-3, atol=1e-4)
+    assert len(seen) == depth.size
+    dense = logits(model, ids)
+    with torch.no_grad():
+        m[0, 0] = 0
+    kept = tuple(range(1, depth.size))
+    plan = Plan({"layers": FamilyPlan(len(kept), depth.size, {depth.stack.module: (kept,)})})
+    without = mask(analysis, resolve_plan(analysis, plan))(ids)
+    found = logits(model, ids)
+    assert (found - dense).abs().max() > 1e-3
+    assert torch.allclose(found, without, rtol=1e-5, atol=1e-5)
+    with masks.disabled():
+        assert torch.allclose(logits(model, ids), dense, rtol=1e-5, atol=1e-5)
+    masks.remove()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2", "gptneox"])

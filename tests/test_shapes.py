@@ -281,7 +281,7 @@ def test_maskprune_learns_units_at_the_widths_of_the_best_shape(llama: str, sett
     found = mptk.prune(llama, settings=settings, search=True, progress=None, **asked)
     assert found is not None
     best = found.report.search["shapes"][0]["widths"]
-    assert "layers" not in best  # blocks are not learned
+    assert "layers" in best
     assert {name: report_width(found.report, name) for name in best} == best
 
 

@@ -241,3 +241,23 @@ def test_a_prior_in_any_unit_makes_a_noisy_curvature_rank_units_better() -> None
     again = Solver({"ffn": (3, 1, 400)}, lambda widths: widths["ffn"] / 400, 0.7, 10)
     again.load(solver.state())
     torch.testing.assert_close(again.saliency("ffn"), solver.saliency("ffn"))
+
+
+def test_blocks_go_in_their_order_and_those_that_stay_never() -> None:
+    """How many go follows from their worth, and which from the order that was given."""
+    h = {"layers": torch.tensor([[[4.0, 1.0, 2.0, 3.0, 5.0]]]) * 1e-3}
+    solver = Solver({"layers": (1, 1, 5)}, lambda w: w["layers"] / 5, 0.6, 40, blocks={"layers": [3]})
+    solver.prior = {"layers": torch.tensor([[[0.5, 0.4, 0.3, 0.1, 0.2]]])}
+    for _ in range(40):
+        m = solver.masks["layers"]
+        m.grad = h["layers"] * (m.detach() - 1)
+        solver.watch("layers", 0, (h["layers"].flatten() / 1000 / 1000).sqrt().expand(1000, 5))
+        solver.step(1000)
+    assert solver.widths()["layers"] == pytest.approx(3, abs=0.1)
+    solver.fix({"layers": 3})
+    assert solver.tail("layers").flatten().tolist() == [False, False, True, False, True]
+    assert solver.masks["layers"].detach().flatten()[[2, 4]].max() < 0.3
+    solver.harden({"layers": torch.tensor([[[True, True, False, True, False]]])})
+    assert solver.masks["layers"].detach().flatten().tolist() == [1, 1, 0, 1, 0]
+    solver.fix({"layers": 1})
+    assert int((~solver.tail("layers")).nonzero()[0, 2]) == 3

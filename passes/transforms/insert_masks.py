@@ -4,7 +4,7 @@ The analysis gives the places. A mask multiplies the input of the layers that su
 down projection). If another call combines the units before (a norm over them, a product of two activations), the mask
 multiplies the output of the layers that make them. Hooks sit on the module that is called, usually an adapter's
 wrapper, so the adapter's path is masked too. If the weight has no layer of its own (packed experts), the parameter is
-masked.
+masked. The mask m of a residual block multiplies what it adds to its input: y = x + m · (block(x) − x).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,11 +33,12 @@ class MaskSite:
     """One place of a group's mask.
 
     Attributes:
-        where: ``input`` or ``output`` (last dimension) of ``module``, or the name of a parameter of it.
+        where: ``input`` or ``output`` (last dimension) of ``module``, ``block`` for what it adds to its input, or the
+            name of a parameter of it.
         index: the unit at each position (scope · size + unit), −1 if there is none. Broadcasts against the masked
             tensor.
         weights: the parameters (name, dimension) that are multiplied when the mask is folded; the dimension is None
-            if ``index`` has the parameter's own dimensions.
+            if ``index`` has the parameter's own dimensions. None if it is a block's mask, which no weight takes.
     """
 
     family: str
@@ -58,6 +59,12 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
     sites = []
     for name in families:
         family = analysis.family(name)
+        if family.stack is not None:
+            sites += [
+                MaskSite(name, 0, block.module, "block", torch.tensor([unit]), ())
+                for unit, block in enumerate(family.stack.blocks)
+            ]
+            continue
         refusal = disturbed(analysis, name)
         if refusal is not None:
             raise MptkError(refusal)
@@ -74,8 +81,6 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
 
 def disturbed(analysis: Analysis, name: str) -> str | None:
     """The reason why a family cannot fade out: zeros would enter a softmax, a top-k or a norm's statistics. Or None."""
-    if analysis.family(name).stack is not None:
-        return f"{name} are removed whole and not learned; leave them out, or choose them with a one-shot --method"
     for group in analysis.family(name).groups:
         for reduction in analysis.facts.reductions:
             if reduction.kind in ("max", "min", "statistic") and group.axis in set(leaves(reduction.axis)):
@@ -148,7 +153,7 @@ class _Context(Protocol):
 
 
 class Multiply(torch.autograd.Function):
-    """x · factor along the last dimension. ``see`` gets the factor's gradient from each position."""
+    """x · factor along the last dimension, or one factor for all. ``see`` gets its gradient from each position."""
 
     @staticmethod
     def forward(ctx: _Context, x: Tensor, factor: Tensor, see: Callable[[Tensor], None]) -> Tensor:
@@ -160,6 +165,7 @@ class Multiply(torch.autograd.Function):
     def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x, factor), (gradient,) = ctx.saved_tensors, gradients
         each = (gradient * x).flatten(0, -2)
+        each = each.sum(-1, keepdim=True) if factor.numel() == 1 else each
         ctx.see(each)
         return gradient * factor, each.sum(0), None
 
@@ -198,8 +204,8 @@ class _Placed:
 class InsertedMasks:
     """Active masks of a module. ``values`` gives them at each forward pass; ``remove`` takes them out again.
 
-    Masks and activations must be on one device. ``watch`` is called in the backward pass for families that mask
-    activations at one site a layer.
+    Masks and activations must be on one device. ``watch`` is called in the backward pass for blocks, and for families
+    that mask activations at one site a layer.
 
     Attributes:
         weights: name of a parameter that the masks multiply when they are folded → its sites, each with the dimension.
@@ -210,9 +216,9 @@ class InsertedMasks:
     ) -> None:
         self.module, self.sites, self.values, self.watch = module, sites, values, watch
         self.enabled = True
-        held = Counter((site.family, site.layer) for site in sites)
+        held = Counter((site.family, site.layer) for site in sites if site.where != "block")
         several = {family for (family, _), count in held.items() if count > 1}
-        self.watched = {p.family for p in sites if p.where in ("input", "output")} - several
+        self.watched = {p.family for p in sites if p.where in ("input", "output", "block")} - several
         self.weights: dict[str, list[tuple[int, int | None]]] = {}
         for i, site in enumerate(sites):
             for name, dim in site.weights:
@@ -238,9 +244,29 @@ class InsertedMasks:
             self._handles.append(called.register_forward_pre_hook(lambda _, args: (masked(args[0]), *args[1:])))
         elif site.where == "output":
             self._handles.append(called.register_forward_hook(lambda _, args, out: masked(out)))
+        elif site.where == "block":
+            self._handles.append(called.register_forward_hook(self._added(site.module, masked), with_kwargs=True))
         else:
             parametrize.register_parametrization(called, site.where, _Masked(masked), unsafe=True)
             self._parametrized.append((called, site.where))
+
+    def _added(self, module: str, masked: Callable[[Tensor], Tensor]) -> Callable[..., object]:
+        """A hook that masks what a block adds to its input: the first argument that is like its first result."""
+
+        def hook(_: nn.Module, args: tuple[object, ...], options: dict[str, object], out: Any) -> object:
+            if not self.enabled:
+                return out
+            y, *others = (out,) if isinstance(out, Tensor) else out
+            given = [v for v in (*args, *options.values()) if isinstance(v, Tensor)]
+            x = next((v for v in given if v.shape == y.shape and v.dtype == y.dtype), None)
+            if x is None:
+                raise MptkError(
+                    f"{module} is called without the value that it adds to; leave its depth out of --families"
+                )
+            y = x + masked(y - x)
+            return y if isinstance(out, Tensor) else (y, *others)
+
+        return hook
 
     def _spread(self, i: int) -> Tensor:
         return self._placed[i].spread(self.values(self.sites[i].family, self.sites[i].layer))

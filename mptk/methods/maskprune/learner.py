@@ -131,7 +131,8 @@ class Learner:
             self._saliency(student, solver, sets.calibration)
         loop.run()
         widths = {family: width for family, width in solver.fixed.items() if width < solver.shapes[family][2]}
-        plan = select(analysis, {family: solver.saliency(family).cpu() for family in widths}, widths)
+        scores = {family: solver.scores(family).cpu() for family in widths}
+        plan = select(analysis, scores, widths, stock=prepared.legal.stock)
         cut = resolve_plan(analysis, plan)
         solver.harden(kept_units(analysis, cut, list(widths)))
         outputs = own_outputs(self.accelerator, loop.student, sets.proof)
@@ -150,7 +151,10 @@ class Learner:
         }
         budget = 1 - prepared.settings.sparsity
         rates, device = self.settings.rates, self.accelerator.device
-        solver = Solver(shapes, prepared.cost.share, budget, self.mask_steps, rates, given=given, device=device)
+        depths = {f.name: f.stack.stay for f in prepared.analysis.depths if f.stack is not None and f.name in shapes}
+        solver = Solver(
+            shapes, prepared.cost.share, budget, self.mask_steps, rates, given=given, device=device, blocks=depths
+        )
         student = adapt(self.dense(self.keeps), self.rank, self.settings.training.seed)
         masks = InsertedMasks(original(student), prepared.mask_sites, solver.applied, solver.watch)
         recompute(student, self.settings.gradient_checkpointing)
@@ -168,7 +172,7 @@ class Learner:
         return student, masks, solver, loop
 
     def _prior(self, prepared: Prepared, calibration: Samples) -> Scores:
-        """Wanda's scores: an estimate of √F from weights and inputs, without gradients."""
+        """Wanda's scores, an estimate of √F from weights and inputs without gradients, and the influence of blocks."""
         families, say = prepared.families, partial(self.progress, "activations")
         analysis, executor = prepared.analysis, prepared.calibrator
         evidence = gather(analysis, "wanda", calibration, families=families, progress=say, executor=executor)

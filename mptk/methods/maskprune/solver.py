@@ -18,7 +18,7 @@ So masks of all families, layers and models are measured in one unit, and no ste
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -50,8 +50,11 @@ class Solver:
         given: widths that are not learned. They are approached at the pace of the target; the other families meet the
             budget.
         device: where the masks and everything of their shape are: where the activations are.
+        blocks: family whose units are whole blocks → those that cannot be removed. Their masks end at 0 or 1, since no
+            weight can take another.
 
-    ``prior``: family → square root of another estimate of F, in any unit, [layers, scopes, size]. It may stay empty.
+    ``prior``: family → square root of another estimate of F, in any unit, [layers, scopes, size]. It may stay empty. Of
+    blocks it is the order in which they go.
     """
 
     def __init__(
@@ -64,9 +67,11 @@ class Solver:
         ramp: float = 0.6,
         given: Mapping[str, int] | None = None,
         device: torch.device | None = None,
+        blocks: Mapping[str, Collection[int]] | None = None,
     ) -> None:
         self.shapes, self.resource, self.budget, self.steps = dict(shapes), resource, budget, steps
         self.rates, self.ramp, self.given = rates or Rates(), ramp, dict(given or {})
+        self.blocks = {family: sorted(stay) for family, stay in (blocks or {}).items()}
         self.rounds = max(1, math.ceil(ROUNDS / steps))
         self.device = device or torch.device("cpu")
         self.masks = {f: torch.ones(shape, device=self.device, requires_grad=True) for f, shape in shapes.items()}
@@ -92,12 +97,23 @@ class Solver:
         """v = ½ F̂ + d: predicted rise of the loss in nats a token if a unit goes to 0: [layers, scopes, size].
 
         F̂ is the geometric mean of F and the prior P², scaled to the mean of F over a layer's units. The two estimates
-        have different errors, so their mean ranks units better than either.
+        have different errors, so their mean ranks units better than either. Of a block F̂ is F.
         """
         fisher = self.curvature(family)
-        if family in self.prior:
+        if family in self.prior and family not in self.blocks:
             fisher = tempered(fisher, self.prior[family])
         return 0.5 * fisher + self.beyond(family)
+
+    def scores(self, family: str) -> Tensor:
+        """What units are chosen by, [layers, scopes, size]; the lowest go first: v, or the prior of blocks."""
+        return self.prior[family] if family in self.blocks else self.saliency(family)
+
+    def order(self, family: str) -> Tensor:
+        """The units of each layer and scope row in the order in which they go; blocks that stay come last."""
+        scores = self.scores(family).clone()
+        for unit in self.blocks.get(family, ()):
+            scores[..., unit] = torch.inf
+        return scores.argsort(dim=-1, stable=True)
 
     def beyond(self, family: str) -> Tensor:
         """d, moved towards 0 by two standard errors, so that noise gives 0."""
@@ -113,9 +129,8 @@ class Solver:
         return {family: shape[2] - self.removed[family] for family, shape in self.shapes.items()}
 
     def tail(self, family: str) -> Tensor:
-        """The ⌈s⌉ units of lowest v in each layer and scope row: boolean [layers, scopes, size]."""
-        order = self.saliency(family).argsort(dim=-1, stable=True).argsort(dim=-1)
-        return order < math.ceil(self.removed[family])
+        """The ⌈s⌉ units that go first in each layer and scope row: boolean [layers, scopes, size]."""
+        return self.order(family).argsort(dim=-1) < math.ceil(self.removed[family])
 
     def target(self) -> float:
         """The budget of the current step. It falls from 1 to B over the ramp, along a cubic (Zhu & Gupta 2017)."""
@@ -216,7 +231,7 @@ class Solver:
         for family in free:
             size, saved = self.shapes[family][2], price * slopes[family]
             direction = (saved - losses[family]) / max(saved + losses[family], EPSILON)
-            self.removed[family] = min(max(self.removed[family] + rate * size * direction, 0.0), size - 1.0)
+            self.removed[family] = min(max(self.removed[family] + rate * size * direction, 0.0), self._most(family))
 
     def _move_price(self) -> None:
         """z ← z · exp(η_z (R − B)): it stays above 0, and falls once the budget is met."""
@@ -243,10 +258,14 @@ class Solver:
             self._require(float(self.y[family].max()), f"dual y of {family} is {float(self.y[family].max()):.3g}")
 
     def _marginal(self, family: str) -> float:
-        """Σ_l y_l q_l, the predicted cost of one more unit. q is the (⌈s⌉+1)-th smallest v, summed over scope rows."""
-        values = self.saliency(family).clamp_min(0).sort(dim=-1).values
-        k = min(math.ceil(self.removed[family]), values.shape[-1] - 1)
+        """Σ_l y_l q_l, the predicted cost of one more unit. q is v of the (⌈s⌉+1)-th to go, summed over scope rows."""
+        values = self.saliency(family).clamp_min(0).gather(-1, self.order(family))
+        k = min(math.ceil(self.removed[family]), self.shapes[family][2] - 1)
         return float((self.y[family] * values[..., k].sum(-1)).sum())
+
+    def _most(self, family: str) -> float:
+        """The most units that can go."""
+        return float(self.shapes[family][2] - max(1, len(self.blocks.get(family, ()))))
 
     def _slope(self, family: str) -> float:
         """−∂R/∂s: the cost that one more unit saves, by a central difference."""
@@ -268,9 +287,12 @@ class Solver:
 
     @torch.no_grad()
     def harden(self, kept: Mapping[str, Tensor]) -> None:
-        """Set the masks of removed units to 0, and all masks of families that are not in ``kept`` to 1."""
+        """Set the masks of removed units to 0, those of kept blocks and of families that are not in ``kept`` to 1."""
         for family, m in self.masks.items():
-            m.copy_(m * kept[family].to(m.device) if family in kept else torch.ones_like(m))
+            if family in self.blocks or family not in kept:
+                m.fill_(1)
+            if family in kept:
+                m.mul_(kept[family].to(m.device))
 
     def metrics(self) -> dict[str, float]:
         """Cost, target, widths, z, and the root mean square of the masks in the tail."""

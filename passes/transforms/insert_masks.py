@@ -38,7 +38,7 @@ class MaskSite:
         index: the unit at each position (scope · size + unit), −1 if there is none. Broadcasts against the masked
             tensor.
         weights: the parameters (name, dimension) that are multiplied when the mask is folded; the dimension is None
-            if ``index`` has the parameter's own dimensions. None if it is a block's mask, which no weight takes.
+            if ``index`` has the parameter's own dimensions. Empty for a block, whose mask no weight takes.
     """
 
     family: str

@@ -263,19 +263,24 @@ def main(
     end = time.monotonic() + 60 * minutes
     while time.monotonic() < end:
         command, trap = draw.command(), draw.trap()
+        if draw.random.random() < 0.5:  # as a user does who reads that a run had other settings
+            for unfinished in place.glob("*.run"):
+                shutil.rmtree(unfinished)
         if trap is None:
             code, said = here(command)
             found = wrong_with(command, code, said, ALLOWED, place)
         else:
             ended = run(command, place, work / "aside", trap)
-            code = ended.code
-            found = wrong_with(command, code, ended.said, ALLOWED | KILLED, place)
+            code, said = ended.code, ended.said
+            found = wrong_with(command, code, said, ALLOWED | KILLED, place)
         counts |= {"commands": counts["commands"] + 1, f"exit {code}": counts[f"exit {code}"] + 1}
         counts["killed"] += code in KILLED
         wrong += [f"{shlex.join(command)}: {each}" for each in found]
         sizes.append(memory())
         files.append(len(os.listdir("/proc/self/fd")))
         print(f"{counts['commands']} {shlex.join(command)} → {code} {'; '.join(found) or 'ok'}", flush=True)
+        if code == 1:
+            print(f"    {said.splitlines()[-1]}", flush=True)
     wrong += grown(sizes, files)
     os.chdir("/")
     shutil.rmtree(work)

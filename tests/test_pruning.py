@@ -232,6 +232,7 @@ def test_flap_writes_its_bias_compensation_and_proves_it(gpt2, tmp_path):
         length=32,
         eval_length=32,
         multiple=8,
+        dtype="bfloat16",
     )
     report = mptk.prune(gpt2, tmp_path / "out", settings).report
     assert report.families["ffn"]["width"] < 80

@@ -54,7 +54,7 @@ def check_config(written: Written, folder: Path, trust: bool) -> Difference:
         _compare("config.json", {KEY: raw.get(KEY)}, {KEY: graphs})
     _compare("config.json", _body(found), _body(_read_back(written.stock.config)), {KEY} if graphs else set())
     _require("config.json", "architectures", found.architectures, [written.stock.model_class.__name__])
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("model*.safetensors")):  # not those of a compensation, which keep float32
         for kind in _kinds(file):
             _require("config.json", "dtype", _plain(found.dtype), kind)
     if written.stock.model_class.can_generate() and (dense := written.loaded.model.generation_config) is not None:

@@ -96,12 +96,12 @@ class RecoveryRow(TypedDict):
 
 
 class VocabularyRow(TypedDict):
-    """Tokens of the dense and of the pruned model, and what decided; empty if all stay."""
+    """Tokens of the dense and of the pruned model, and what decided."""
 
-    of: NotRequired[int]
-    kept: NotRequired[int]
-    corpus: NotRequired[str]
-    config_changes: NotRequired[Mapping[str, Sequence[Any]]]
+    of: int
+    kept: int
+    corpus: str
+    config_changes: Mapping[str, Sequence[Any]]
 
 
 class Rows(TypedDict):
@@ -119,7 +119,7 @@ class Rows(TypedDict):
     data: NotRequired[Mapping[str, Mapping[str, Any]]]
     recovery: NotRequired[RecoveryRow]
     search: NotRequired[Mapping[str, Any]]
-    vocabulary: NotRequired[VocabularyRow]
+    vocabulary: NotRequired[Mapping[str, Any]]
 
 
 def check_rows(data: Mapping[str, Any]) -> None:
@@ -139,6 +139,8 @@ def check_rows(data: Mapping[str, Any]) -> None:
         )
     if wrong is None:
         wrong = _sets(data.get("data", {}))
+    if wrong is None and data.get("vocabulary"):  # it is empty if all tokens stay
+        wrong = misfit(data["vocabulary"], VocabularyRow, "vocabulary")
     if wrong is not None:
         raise ValueError(wrong)
     if data.get("search"):

@@ -117,6 +117,7 @@ REPORTS = [
             (("families",), []),
             (("families",), {"ffn": 7}),
             (("families", "ffn", "of"), 0),
+            (("vocabulary",), {"kept": 9}),
             (("families", "ffn", "width"), "wide"),
             (("families", "ffn", "of"), -3),
             (("cost", "dense", "block"), 0),

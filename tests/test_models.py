@@ -36,6 +36,7 @@ from transformers import (
 from benchmarks.tiny_models import tiny_model
 from mptk.errors import MptkError
 from mptk.io import models
+from mptk.io.fields import field
 from mptk.io.resident import Resident
 
 ROOT = Path(__file__).parents[1]
@@ -374,3 +375,15 @@ def test_buffers_that_no_file_has_are_there_when_opened(tmp_path: Path, mapping:
     found = dict(opened.model.named_buffers())
     assert any(buffer in name for name in found)
     assert all(torch.equal(found[name], held) for name, held in model.named_buffers())
+
+
+def test_a_size_that_differs_by_layer_is_read_of_each_layer(tmp_path: Path) -> None:
+    """dots3.note has more heads in layers of a window. transformers refuses to read the number of the whole model."""
+    model: Any = tiny_model("causal-lm", "dots3_note").model
+    model.save_pretrained(tmp_path)
+    assert field(models.skeleton(str(tmp_path)).config, "num_attention_heads") == [6, 6, 12]
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["per_layer_config"]["2"]["num_attention_heads"] = -1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MptkError, match=r"num_attention_heads of .* is -1"):
+        models.load_config(str(tmp_path))

@@ -56,7 +56,7 @@ def _fields(config: Config | None) -> Iterator[tuple[Any, str, Any]]:
         return
     names = dict.fromkeys([*vars(config), *getattr(config, "attribute_map", {})])
     for name in names:
-        value = field(config, name)
+        value = field(config, name) if isinstance(config, PreTrainedConfig) else getattr(config, name, None)
         if isinstance(value, PreTrainedConfig):
             yield from _fields(value)
         elif value is not None:

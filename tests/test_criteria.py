@@ -36,7 +36,9 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from mptk.errors import MptkError
+from mptk.ir.samples import Samples
 from mptk.methods import criteria
+from mptk.methods.criteria.observe import find_sites
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 
@@ -54,6 +56,27 @@ def gpt2() -> Case:
 @pytest.fixture(scope="module")
 def moe() -> Case:
     return packed_experts()
+
+
+class Queries(nn.Module):
+    """Queries that are weights alone, repeated for each sample, read what is made of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys = nn.Parameter(torch.randn(3, 6)), nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        read: Tensor = self.queries.expand(x.shape[0], -1, -1) @ self.keys(x).transpose(1, 2)
+        return read
+
+
+def test_weights_that_inputs_give_their_size_are_no_weights_of_a_contraction() -> None:
+    """Perceiver's queries: their value is not known without inputs."""
+    analysis = analyze(trace(Queries(), (torch.randn(2, 4, 5),), dynamic=True))
+    names = [analysis.program.weights.get(site.weight.name) for site in find_sites(analysis)]
+    assert names == ["keys.1.weight"]
+    scores = criteria.score(analysis, "wanda", Samples({"x": torch.randn(4, 4, 5)}))
+    assert all(found.isfinite().all() for found in scores.values())
 
 
 # ---- each criterion against its formula ----

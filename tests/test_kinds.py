@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,18 @@ from transformers import XLMConfig, XLMWithLMHeadModel
 
 import mptk
 from benchmarks import zoo_end_to_end
+from benchmarks.tiny_models import tiny_model
+from mptk.driver.prepare import traced
 from mptk.errors import MptkError
 from mptk.io.models import Loaded, load
 from mptk.ir.samples import IGNORED, Samples
 from mptk.run.settings import Learning, Training
+from mptk.runtime.staged import EXECUTOR
 from mptk.tasks import task_of
 from mptk.tasks.classifier import Classifier
 from mptk.tasks.encoder import Encoder
+from mptk.tasks.inputs.text import SEQUENCE
+from mptk.tasks.masked_lm import MaskedLM
 from mptk.tasks.seq2seq import until_end
 
 Pruned = Callable[[str], Path]
@@ -146,6 +152,30 @@ def test_a_class_that_does_both_is_what_its_config_says(causal: bool, kind: str)
     sizes = {"vocab_size": 40, "emb_dim": 16, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 32}
     model = XLMWithLMHeadModel(XLMConfig(**sizes, causal=causal))
     assert task_of(Loaded(model, None, "it", Path())).name == kind
+
+
+def test_logits_after_a_masked_window_do_not_enter_its_loss() -> None:
+    """Perceiver gives logits of all its positions, however short the window."""
+    samples = MaskedLM(3).masked(torch.arange(24).reshape(2, 12))
+    logits = torch.randn(2, 20, 30)
+    assert MaskedLM(3).loss(logits, samples) == MaskedLM(3).loss(logits[:, :12], samples)
+
+
+def test_a_model_whose_trace_holds_one_length_is_refused_before_work(tmp_path: Path) -> None:
+    """Without its kernels a state space model loops over the positions."""
+    model: Any = tiny_model("causal-lm", "falcon_mamba").model
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(MptkError, match=r"FalconMambaForCausalLM can be traced for 7 tokens alone: .*mptk.rewrite"):
+        mptk.prune(str(tmp_path / "dense"), tmp_path / "out", mptk.Settings(data="random", length=12))
+
+
+def test_a_model_that_computes_otherwise_on_few_tokens_is_checked_on_enough(tmp_path: Path) -> None:
+    """Doge takes the best of its keys if there are more than it keeps."""
+    model: Any = tiny_model("causal-lm", "doge").model
+    assert 2 < model.config.keep_window_size < SEQUENCE
+    model.save_pretrained(tmp_path)
+    loaded = load(str(tmp_path))
+    assert traced(loaded, task_of(loaded), EXECUTOR).user_inputs
 
 
 def test_a_type_of_the_zoo_passes_the_command_line() -> None:

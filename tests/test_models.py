@@ -36,6 +36,7 @@ from transformers import (
 from benchmarks.tiny_models import tiny_model
 from mptk.errors import MptkError
 from mptk.io import models
+from mptk.io.fields import field
 from mptk.io.resident import Resident
 
 ROOT = Path(__file__).parents[1]
@@ -363,11 +364,21 @@ def test_positions_that_a_class_makes_itself_are_in_no_file_and_there_when_opene
         assert torch.equal(found[name], tensor), name
 
 
-def test_buffers_that_a_model_inside_another_makes_itself_are_there_when_opened(tmp_path: Path) -> None:
-    """The rotary frequencies of a text model, which no file has and the outer class cannot make."""
-    model: Any = tiny_model("masked-lm", "modernvbert").model
+@pytest.mark.parametrize(
+    ("mapping", "kind", "buffer"), [("masked-lm", "modernvbert", "rotary"), ("causal-lm", "falcon_h1", "mup_vector")]
+)
+def test_buffers_that_no_file_has_are_there_when_opened(tmp_path: Path, mapping: str, kind: str, buffer: str) -> None:
+    """The rotary frequencies of a model in a model; a vector that the model makes, and each of its layers holds."""
+    model: Any = tiny_model(mapping, kind).model
     model.save_pretrained(tmp_path)
     opened = models.open_weights(str(tmp_path), Resident(0))
     found = dict(opened.model.named_buffers())
-    assert any("rotary" in name for name in found)
-    assert all(torch.equal(found[name], buffer) for name, buffer in model.named_buffers())
+    assert any(buffer in name for name in found)
+    assert all(torch.equal(found[name], held) for name, held in model.named_buffers())
+
+
+def test_a_size_that_differs_by_layer_is_read_of_each_layer(tmp_path: Path) -> None:
+    """dots3.note has more heads in layers of a window. transformers refuses to read the number of the whole model."""
+    model: Any = tiny_model("causal-lm", "dots3_note").model
+    model.save_pretrained(tmp_path)
+    assert field(models.skeleton(str(tmp_path)).config, "num_attention_heads") == [6, 6, 12]

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _FSDP_LOADS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
@@ -89,7 +89,9 @@ def _make_again(model: PreTrainedModel) -> None:
 
     One that no class makes again holds NaN, or the least whole number, so that a result that it enters shows it.
     """
-    for owner, module in _owned(model, model):
+    made = []
+    for path in _paths((model,)):
+        module = path[-1]
         hook = getattr(module, "_hf_hook", None)
         kept = getattr(hook, "weights_map", None)
         if hook is None or kept is None:
@@ -100,17 +102,35 @@ def _make_again(model: PreTrainedModel) -> None:
             fresh = torch.full_like(like, _unset(like.dtype), device=hook.original_devices.pop(name))
             setattr(module, name, nn.Parameter(fresh, like.requires_grad) if name in module._parameters else fresh)
         if lost:
-            owner._init_weights(module)
+            made.append((path, lost))
+            _initialise(path)
+    for path, names in made:
+        around = path[:-1]  # a class may make what the modules in it hold
+        while around and any(_is_unset(getattr(path[-1], name)) for name in names):
+            _initialise(around)
+            around = around[:-1]
 
 
-def _owned(module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, nn.Module]]:
-    """Each module with the innermost model around it, whose ``_init_weights`` knows it: a vision tower is a model."""
-    yield owner, module
-    for child in module.children():
-        yield from _owned(child, child if isinstance(child, PreTrainedModel) else owner)
+def _paths(path: tuple[nn.Module, ...]) -> Iterator[tuple[nn.Module, ...]]:
+    """Each module, after all that it is in: the model, ..., the module."""
+    yield path
+    for child in path[-1].children():
+        yield from _paths((*path, child))
+
+
+def _initialise(path: tuple[nn.Module, ...]) -> None:
+    """Let the innermost model around a module initialise it, whose class knows it: a vision tower is a model."""
+    next(each for each in reversed(path) if isinstance(each, PreTrainedModel))._init_weights(path[-1])
 
 
 def _unset(dtype: torch.dtype) -> float | int:
     if dtype.is_floating_point or dtype.is_complex:
         return float("nan")
     return 0 if dtype == torch.bool else torch.iinfo(dtype).min
+
+
+def _is_unset(tensor: Tensor) -> bool:
+    """Whether it is certain that no class has made a tensor again."""
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        return bool(tensor.isnan().any())
+    return tensor.dtype != torch.bool and bool((tensor == _unset(tensor.dtype)).any())

@@ -15,6 +15,7 @@ from mptk.errors import MptkError
 from mptk.files import path_of
 from mptk.io import models
 from mptk.io.checkpoint import stored_dtype
+from mptk.io.fields import field
 from mptk.io.resident import free_memory, memory_bound
 from mptk.methods import find_method
 from mptk.methods.one_shot import TOKENS
@@ -51,7 +52,7 @@ def estimated_for(model: PreTrainedModel, checkpoint: torch.dtype, settings: Set
     config = model.config.get_text_config()
     stored = checkpoint if settings.dtype == "auto" else getattr(torch, settings.dtype)
     names = ("num_attention_heads", "vocab_size", "num_experts_per_tok")
-    heads, vocab, experts = (_number(getattr(config, name, None)) for name in names)
+    heads, vocab, experts = (_number(field(config, name)) for name in names)
     sizes = Sizes.of(model, blocks(model), stored=stored.itemsize, heads=heads, vocab=vocab, experts=experts)
     borders = [b for b in config_borders(config.to_dict()) if b + MARGIN <= settings.proof_length]
     device = find_device(settings.device)

@@ -25,7 +25,8 @@ from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import Samples
+from mptk.ir.samples import Samples, is_tokens
+from mptk.ir.sizes import is_open
 from mptk.methods import find_method
 from mptk.methods.distil import NO_BLOCK
 from mptk.methods.reconstruct import consumers
@@ -183,10 +184,13 @@ def traced(loaded: Loaded, task: Task, executor: Executor) -> Program:
     """The model's program with its weights.
 
     Raises:
-        MptkError: it does not compute what the task says, or its outputs are not finite, or zero alone.
+        MptkError: it holds the length of its inputs; it does not compute what the task says, or its outputs are not
+            finite, or zero alone.
     """
     example = task.example(loaded.model)
     program = loaded.with_weights(passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=True))
+    if task.sequences:
+        check_open_length(loaded, program, example)
     ran = 0
 
     def run(samples: Samples) -> Tensor | tuple[Tensor, ...]:
@@ -200,6 +204,20 @@ def traced(loaded: Loaded, task: Task, executor: Executor) -> Program:
     if not ran:
         run(example)
     return program
+
+
+def check_open_length(loaded: Loaded, program: Program, example: Samples) -> None:
+    """Raise MptkError if the trace of a model holds for inputs of the example's length alone."""
+    given = set(program.user_inputs)
+    nodes = (node for node in program.placeholders() if node.name in given)
+    for node, tensor in zip(nodes, example.tensors, strict=True):
+        length = node.meta["val"].shape[1] if is_tokens(tensor) else None
+        if length is not None and not is_open(length):
+            raise MptkError(
+                f"{type(loaded.model).__name__} can be traced for {length} tokens alone: its code loops over the "
+                "positions, or computes with their number in Python; prune a model whose class uses tensors for that "
+                "(docs/tracing.md), or cut this one for inputs of one length with mptk.rewrite"
+            )
 
 
 def legalise(

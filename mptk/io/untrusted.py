@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 
 from mptk.errors import MptkError
 from mptk.io.checkpoint import shapes_in
+from mptk.io.fields import field
 from mptk.reading import Damaged, check_inside, read_json
 
 CONFIG = "config.json"
@@ -93,9 +94,10 @@ def check_sizes(model: str, config: PreTrainedConfig) -> None:
     """Raise MptkError if a size of a config is below 1."""
     text = config.get_text_config()
     for name in SIZES:
-        value = getattr(text, name, None)
-        if isinstance(value, int | float) and value < 1:
-            raise MptkError(f"{name} of {model} is {value}, and must be 1 or more; mend its config.json")
+        value = field(text, name)
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, int | float) and each < 1:
+                raise MptkError(f"{name} of {model} is {each}, and must be 1 or more; mend its config.json")
 
 
 def check_weights(file: Path) -> None:

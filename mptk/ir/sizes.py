@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from mptk.compat.torch import size_hint
+from mptk.compat.torch import size_expression, size_hint
 from mptk.errors import MptkError
 
 
@@ -35,3 +35,8 @@ def example_size(size: int | torch.SymInt) -> int:
     if hint is None:
         raise MptkError(f"a size depends on data ({size}), so axes cannot be followed; use a traceable implementation")
     return hint
+
+
+def is_open(size: int | torch.SymInt) -> bool:
+    """Whether a program holds for other values of a size than its example's: the trace may have made it one number."""
+    return isinstance(size, torch.SymInt) and not getattr(size_expression(size), "is_number", False)

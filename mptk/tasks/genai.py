@@ -9,6 +9,7 @@ import onnx
 from transformers import GenerationConfig, PreTrainedConfig
 
 from mptk.files import json_text, write_text
+from mptk.io.fields import field
 
 FILE = "genai_config.json"
 TYPE = "decoder"
@@ -26,16 +27,17 @@ def write_genai_config(config: PreTrainedConfig, generation: GenerationConfig | 
     file = onnx.load(folder / graph, load_external_data=False)
     shapes = {value.name: _shape(value) for value in (*file.graph.input, *file.graph.output)}
     past = [shape for name, shape in shapes.items() if name.startswith("past_key_values.")]
-    if any(shape != past[0] for shape in past):
-        return
     config = config.get_text_config()
+    query_heads = field(config, "num_attention_heads")
+    if any(shape != past[0] for shape in past) or isinstance(query_heads, list):
+        return
     _, heads, _, size = past[0]
     decoder: dict[str, Any] = {
         "session_options": {"provider_options": []},
         "filename": graph,
         "head_size": size,
         "hidden_size": getattr(config, "hidden_size", None),
-        "num_attention_heads": getattr(config, "num_attention_heads", heads),
+        "num_attention_heads": query_heads or heads,
         "num_key_value_heads": heads,
         "num_hidden_layers": len(past) // 2,
         "inputs": {

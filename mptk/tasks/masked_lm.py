@@ -69,6 +69,13 @@ class MaskedLM(TokenTask):
     def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
         return self.masked(inputs["input_ids"])
 
+    def loss(self, output: Tensor, samples: Samples) -> Tensor:
+        """As of other models of tokens. Perceiver gives logits of all its positions: those after the window go."""
+        assert samples.targets is not None
+        if isinstance(output, Tensor):
+            output = output[:, : samples.targets.shape[1]]
+        return super().loss(output, samples)
+
     def masked(self, ids: Tensor) -> Samples:
         """Windows of token ids, int64 [n, length], with some masked; these are the targets."""
         hidden = _masked(ids)

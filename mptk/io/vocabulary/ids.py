@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from transformers import GenerationConfig, PreTrainedConfig
 
+from mptk.io.fields import field
+
 Config = TypeVar("Config", PreTrainedConfig, GenerationConfig)
 
 _NAMED = re.compile(r"(.*_)?(token_ids?|token_index)|forced_decoder_ids|force_words_ids|lang_to_id|task_to_id")
@@ -54,7 +56,7 @@ def _fields(config: Config | None) -> Iterator[tuple[Any, str, Any]]:
         return
     names = dict.fromkeys([*vars(config), *getattr(config, "attribute_map", {})])
     for name in names:
-        value = getattr(config, name, None)
+        value = field(config, name) if isinstance(config, PreTrainedConfig) else getattr(config, name, None)
         if isinstance(value, PreTrainedConfig):
             yield from _fields(value)
         elif value is not None:

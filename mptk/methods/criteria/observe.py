@@ -22,6 +22,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.ops import named_argument
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
+from mptk.ir.sizes import example_size, is_open
 from mptk.progress import Count
 from mptk.run.chain import Task
 from mptk.run.sharing import Sharing, sharing
@@ -130,11 +131,11 @@ def weight_value(program: Program, node: fx.Node) -> Tensor:
 
 
 def find_sites(analysis: Analysis) -> list[Site]:
-    """Every contraction of an activation with a weight, in graph order."""
-    facts, found = analysis.facts, []
+    """Every contraction of an activation with a weight, in graph order; but none with one that inputs give its size."""
+    facts, found, sized = analysis.facts, [], _after_inputs(analysis.program)
     for product in facts.contractions:
         operands = [product.left, product.right]
-        weights = [o for o in operands if facts.is_weight(o[0])]
+        weights = [o for o in operands if facts.is_weight(o[0]) and o[0] not in sized]
         others = [o for o in operands if o[0] in facts.activations]
         if len(weights) == len(others) == 1:
             (x, x_dim), (weight, weight_dim) = others[0], weights[0]
@@ -143,6 +144,15 @@ def find_sites(analysis: Analysis) -> list[Site]:
             if x_dims and x_dims[x_dim].size == weight_dims[weight_dim].size:  # else it is an input itself
                 shared, ends = _shared(analysis, product.node, (x_dims, x_dim), (weight_dims, weight_dim))
                 found.append(Site(product.node, x, x_dim, weight, weight_dim, weight_dims, shared, ends))
+    return found
+
+
+def _after_inputs(program: Program) -> set[fx.Node]:
+    """The inputs and all that is made with them, were it with their size alone: a weight repeated for each sample."""
+    user, found = set(program.user_inputs), set[fx.Node]()
+    for node in program.graph.graph.nodes:
+        if node.name in user or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
     return found
 
 
@@ -245,7 +255,7 @@ def batches(program: Program, samples: Samples, positions: int) -> list[Samples]
 
 def _fits(traced: Sequence[int | torch.SymInt], shape: Sequence[int]) -> bool:
     sizes = zip(traced, shape, strict=False)
-    return len(traced) == len(shape) and all(isinstance(size, torch.SymInt) or size == n for size, n in sizes)
+    return len(traced) == len(shape) and all(is_open(size) or example_size(size) == n for size, n in sizes)
 
 
 def moments_of(x: Tensor, dim: int, shared: Sequence[int], ends: Tensor | None = None) -> Moments:

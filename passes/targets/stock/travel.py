@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from transformers import PreTrainedConfig
 
+from mptk.io.fields import field
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.learn import Stock
 
@@ -68,7 +69,7 @@ def _inner(dense: PreTrainedConfig, cut: PreTrainedConfig) -> Iterator[tuple[Pre
 
 def _derivable(config: PreTrainedConfig) -> bool:
     """Whether the size of a head is what programs derive, or the config has no such field."""
-    hidden, heads, size = (getattr(config, name, None) for name in (HIDDEN, HEADS, SIZE))
+    hidden, heads, size = (field(config, name) for name in (HIDDEN, HEADS, SIZE))
     if not (isinstance(hidden, int) and isinstance(heads, int) and isinstance(size, int)):
         return True
     return hidden // heads == size

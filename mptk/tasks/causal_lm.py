@@ -46,13 +46,13 @@ class CausalLM(TokenTask):
 
     def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
         ids = example_ids(1, SEQUENCE + 1).repeat(2, 1)  # a trace may not hold for fewer tokens than it was made with
-        ids[1, -1] += 1
+        ids[1, 1:] += 1
         found = run(next_tokens(ids))
         name = type(loaded.model).__name__
         vocabulary = getattr(loaded.model.config.get_text_config(), "vocab_size", 0)  # a model's own config may lack it
         if not isinstance(found, Tensor) or found.shape[:-1] != ids.shape or found.shape[2] < vocabulary:
             raise wrong_kind(loaded.source, f"no {self.summary}: {name} gives no logits for every token")
-        first = found[:, :-1].float()
+        first = found[:, 0].float()
         if (first[0] - first[1]).abs().max() > 1e-3 * first.abs().max():
             raise wrong_kind(loaded.source, f"no {self.summary}: {name} looks at later tokens")
 

@@ -53,7 +53,7 @@ class CausalLM(TokenTask):
         if not isinstance(found, Tensor) or found.shape[:-1] != ids.shape or found.shape[2] < vocabulary:
             raise wrong_kind(loaded.source, f"no {self.summary}: {name} gives no logits for every token")
         first = found[:, 0].float()
-        if (first[0] - first[1]).abs().max() > 1e-3 * first.abs().max():
+        if (first[0] - first[1]).abs().max() > 1e-4 * first.abs().max():
             raise wrong_kind(loaded.source, f"no {self.summary}: {name} looks at later tokens")
 
     def example(self, model: nn.Module) -> Samples:

@@ -189,6 +189,15 @@ def test_it_recovers_and_is_measured(pruned: mptk.Pruned, tmp_path: Path) -> Non
         mptk.recover(pruned, sparsity=0.5)
 
 
+def test_adapters_recover_what_is_stored_in_fewer_bits_than_the_dense_model() -> None:
+    """The trained model has the rounded numbers of all that no adapter trains."""
+    given = {"data": TEXTS, "tokenizer": toys.tokenizer(), "dtype": "bfloat16", **SMALL}
+    training = {"steps": 2, "rank": 2, "batch": 2, "micro": 2}
+    found = mptk.prune(toys.llama(), method="magnitude", families="ffn", **given, **training)
+    assert found is not None
+    assert "trained model" in {row["stage"] for row in found.report.proof if row["ok"]}
+
+
 def test_it_writes_text(pruned: mptk.Pruned) -> None:
     (text,) = mptk.generate(pruned, "the quick", max_new_tokens=4)
     inputs = toys.tokenizer()("the quick", return_tensors="pt")

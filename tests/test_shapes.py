@@ -204,6 +204,7 @@ def test_a_killed_search_loses_one_rung_of_one_shape(
     assert len(calls) == 6  # five rungs, of which the last was begun twice
     assert found.shapes == trained.shapes
     assert json.loads((out / "shapes.json").read_text()) == json.loads(json.dumps(found.to_json()))
+    assert Shapes.from_json(found.to_json()).shapes == found.shapes  # as `prune --search` shows it
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -285,7 +285,8 @@ def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[C
     if found.watch is not None:
         row = {**row, **found.watch.row(prepared.settings.data, s.training.save_every)}
         chosen = replace(chosen, notes=(*chosen.notes, found.watch.note()))
-    difference = check_witness(changed(prepared, chosen), chosen.cut, found.witness, sets.proof, prepared.executor)
+    held = replace(compiled.analysis, program=compiled.analysis.program.with_state(changes))  # the rest is as stored
+    difference = check_witness(held, chosen.cut, found.witness, sets.proof, prepared.executor)
     return replace(cut_to(prepared, chosen, context), written=compiled.written, recovery=row), [difference]
 
 

@@ -64,8 +64,8 @@ class Shape:
         return own != theirs and own[0] <= theirs[0] and own[1] <= theirs[1]
 
     def to_json(self) -> dict[str, Any]:
-        """The shape as JSON data."""
-        return asdict(self)
+        """The shape as JSON data, as it is read back from a file."""
+        return {**asdict(self), "rungs": [asdict(rung) for rung in self.rungs]}
 
     @staticmethod
     def from_json(data: object) -> Shape:

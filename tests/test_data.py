@@ -157,6 +157,12 @@ class TestSelfSampled:
         assert not torch.equal(first[0], first[3])
         assert set(first[:, 0].tolist()) == {tokenizer.bos_token_id}
 
+    def test_more_rows_begin_with_the_same_ones(self, model: LlamaForCausalLM) -> None:
+        few = data.self_sampled(model, None, count=3, length=11, seed=1)
+        more = data.self_sampled(model, None, count=7, length=11, seed=1, batch_size=2)
+        assert torch.equal(more[:3], few)
+        assert len({tuple(row) for row in more.tolist()}) == 7
+
     def test_follows_the_models_own_distribution(self) -> None:
         # A head that knows three tokens, the end of sequence (1) among them, at 20, 30 and 50 %.
         model = toys.llama(tied=False)
@@ -198,6 +204,22 @@ class TestCalibration:
     def test_self_is_the_default(self, model: LlamaForCausalLM) -> None:
         windows = data.calibration(model, toys.tokenizer(), count=3, length=9, seed=4)
         assert torch.equal(windows, data.self_sampled(model, toys.tokenizer(), count=3, length=9, seed=4))
+
+    def test_self_samples_only_what_no_run_before_has(
+        self, model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MPTK_CACHE", str(tmp_path))
+
+        def ask(count: int) -> tuple[torch.Tensor, int]:
+            said: list[int] = []
+            windows = data.calibration(model, None, count=count, length=9, progress=lambda _, total: said.append(total))
+            return windows, said[-1] if said else 0
+
+        (three, first), (five, second), (two, third) = ask(3), ask(5), ask(2)
+        assert (first, second, third) == (3 * 9, 2 * 9, 0)
+        assert torch.equal(five[:3], three)
+        assert torch.equal(five, data.self_sampled(model, None, count=5, length=9, seed=0))
+        assert torch.equal(two, five[:2])
 
     def test_text(self, model: LlamaForCausalLM, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text(toys.TEXT)

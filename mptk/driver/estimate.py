@@ -17,6 +17,7 @@ from mptk.io import models
 from mptk.io.checkpoint import stored_dtype
 from mptk.io.fields import field
 from mptk.io.resident import free_memory, memory_bound
+from mptk.io.text.sampled import rows_at_once
 from mptk.methods import find_method
 from mptk.methods.one_shot import TOKENS
 from mptk.run.chain import reconstructs
@@ -84,9 +85,11 @@ def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.
     method, calibration = find_method(s.method), s.samples * s.length
     chooses = not s.fixed
     passes: dict[str, Pass] = {}
-    if s.data == "self":  # the model reads its weights for every token of 32 windows
+    if s.data == "self":  # the model reads its weights for every token of the windows that it writes at once
         count = max(s.samples, s.steps * training.batch, searched(s)) * (1 + (s.eval_data is None))
-        passes["calibration data"] = Pass(2 * count * s.length, s.length, reads=s.length * -(-count // 32))
+        passes["calibration data"] = Pass(
+            2 * count * s.length, s.length, reads=s.length * -(-count // rows_at_once(s.length))
+        )
     if chooses and method.learns:
         passes["score"] = Pass(3 * calibration, s.length, reads=2)
     elif chooses:

@@ -142,7 +142,7 @@ def self_sampled(
     count: int,
     length: int,
     seed: int,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: Count | None = None,
 ) -> Tensor:
     """Text that the model writes, as tokens, int64 [count, length].
@@ -150,10 +150,11 @@ def self_sampled(
     This is ancestral sampling at temperature 1 from the full distribution, with a KV cache. Each row starts with the
     begin-of-sequence token, else the end-of-sequence token, else a uniformly random token. It does not stop at an end
     of sequence: the model continues with the next text, as in text packed for training. For one model, the result
-    depends on seed, batch size, device and thread count only. The caller's random state does not change.
+    depends on the seed alone, but for what batch size, device and threads round otherwise; more rows begin with the
+    same ones. The caller's random state does not change.
 
     Args:
-        batch_size: rows sampled at once. More rows take more memory and less time each.
+        batch_size: rows sampled at once, by default those of 16,384 tokens. More take more memory, and less time each.
         progress: called with (tokens done, all tokens).
 
     Raises:
@@ -177,7 +178,7 @@ def calibration(
     """Up to ``count`` calibration windows, int64 [n, length], from ``data`` (docs/data.md) or the model.
 
     Several sources share the windows by weight. The order is random, so that the first windows are of all sources, too.
-    Text that the model writes is kept in the cache folder, for the same weights, seed, count and length.
+    Text that the model writes is kept in the cache folder, for the same weights, seed and length.
 
     Raises:
         MptkError: as ``check_length``, ``self_sampled``, ``load_text``, ``token_windows``; or there is no tokenizer.

@@ -28,7 +28,9 @@ from mptk.progress import Count
 NAME = "text sampled from the dense model (compares runs of this model only)"
 """What a perplexity on such text is said to be measured on."""
 
-_VERSION = 1
+BATCH_TOKENS = 16384
+"""Tokens that are written at once, if not said otherwise: their KV cache is in memory."""
+_VERSION = 2
 """Of how text is sampled: another number, and no text of another version is taken from the cache."""
 
 
@@ -39,21 +41,29 @@ def sampled(
     count: int,
     length: int,
     seed: int,
-    batch_size: int = 32,
+    first: int = 0,
+    batch_size: int | None = None,
     progress: Count | None = None,
 ) -> Tensor:
-    """Text that the model writes, as tokens, int64 [count, length]: ``data.self_sampled``."""
+    """Rows ``first`` to ``count`` of the text that the model writes, as tokens, int64 [count - first, length].
+
+    ``data.self_sampled`` says how. A row's random numbers are its own, so that more rows begin with the same ones.
+    """
     if not writes(model):
         raise MptkError(f"{type(model).__name__} cannot write text to calibrate on; give some with --data")
-    report = progress or (lambda done, total: None)
-    generator = torch.Generator().manual_seed(seed)
-    rows: list[Tensor] = []
-    for first in range(0, count, batch_size):
-        start = _starts(model, tokenizer, min(batch_size, count - first), generator)
-        draw = _Draw(generator, report, done=first * length, rows=len(start), total=count * length)
-        rows.append(_continued(model, start, length, draw))
-    report(count * length, count * length)
+    report, total = progress or (lambda done, total: None), (count - first) * length
+    size, rows = batch_size or rows_at_once(length), list[Tensor]()
+    for start in range(first, count, size):
+        chances = torch.stack([_chances(seed, row, length) for row in range(start, min(start + size, count))])
+        draw = _Draw(chances, report, done=(start - first) * length, total=total)
+        rows.append(_continued(model, _starts(model, tokenizer, chances[:, 0]), length, draw))
+    report(total, total)
     return torch.cat(rows)
+
+
+def rows_at_once(length: int) -> int:
+    """Rows of ``length`` tokens that are written at once."""
+    return max(1, BATCH_TOKENS // length)
 
 
 def writes(model: PreTrainedModel) -> bool:
@@ -70,23 +80,27 @@ def kept(
     seed: int,
     progress: Count | None = None,
 ) -> Tensor:
-    """As ``sampled``. Text for the same weights, seed, count and length is sampled once, then read from the cache."""
+    """As ``sampled``. Rows for the same weights, seed and length are sampled once, then read from the cache."""
     start = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
-    known = (_VERSION, _digest(model), start, seed, count, length)
+    known = (_VERSION, _digest(model), start, seed, length)
     path = cache_dir() / "self" / f"{hashlib.sha256(repr(known).encode()).hexdigest()[:24]}.safetensors"
-    found = _read(path, (count, length))
-    if found is None:
-        found = sampled(model, tokenizer, count=count, length=length, seed=seed, progress=progress)
+    found = _read(path, length)
+    if len(found) < count:
+        more = sampled(model, tokenizer, count=count, length=length, seed=seed, first=len(found), progress=progress)
+        found = torch.cat([found, more])
         _keep(path, found)
-    return found
+    return found[:count]
 
 
-def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
+def _read(path: Path, length: int) -> Tensor:
+    """The rows of a file, [n, length]; none if it cannot be read or holds something else."""
     try:
         tokens = load_file(path)["tokens"]
+        if tokens.dtype == torch.int64 and tokens.ndim == 2 and tokens.shape[1] == length:
+            return tokens
     except (OSError, SafetensorError, KeyError):
-        return None
-    return tokens if tuple(tokens.shape) == shape and tokens.dtype == torch.int64 else None
+        pass
+    return torch.empty(0, length, dtype=torch.int64)
 
 
 def _keep(path: Path, tokens: Tensor) -> None:
@@ -107,6 +121,13 @@ def _digest(model: PreTrainedModel) -> str:
     return found.hexdigest()
 
 
+def _chances(seed: int, row: int, length: int) -> Tensor:
+    """The random numbers from which a row is drawn, one a token, in [0, 1)."""
+    own = hashlib.sha256(f"{seed} {row}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(own[:8], "big"))
+    return torch.rand(length, generator=generator, dtype=torch.float64)
+
+
 class _Draw(LogitsProcessor):
     """Draws the next token from the model's distribution, with one random number a row, and reports each step.
 
@@ -114,27 +135,27 @@ class _Draw(LogitsProcessor):
     random number for each token of the vocabulary, a quarter of a small model's time.
     """
 
-    def __init__(self, generator: torch.Generator, report: Count, done: int, rows: int, total: int) -> None:
-        self.generator, self.report, self.done, self.rows, self.total = generator, report, done, rows, total
+    def __init__(self, chances: Tensor, report: Count, done: int, total: int) -> None:
+        self.chances, self.report, self.done, self.total = chances, report, done, total
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.report(self.done + self.rows * input_ids.shape[1], self.total)
+        at = input_ids.shape[1]
+        self.report(self.done + len(scores) * at, self.total)
         summed = scores.cpu().double().softmax(-1).cumsum(-1)
-        at = torch.rand(len(scores), 1, generator=self.generator, dtype=torch.float64) * summed[:, -1:]
-        drawn = torch.searchsorted(summed, at, right=True).clamp(max=scores.shape[-1] - 1).to(scores.device)
+        drawn = torch.searchsorted(summed, self.chances[:, at, None] * summed[:, -1:], right=True)
+        drawn = drawn.clamp(max=scores.shape[-1] - 1).to(scores.device)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
 
-def _starts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, rows: int, generator: torch.Generator
-) -> Tensor:
-    """The first token of each row, [rows, 1]."""
+def _starts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, chances: Tensor) -> Tensor:
+    """The first token of each row, [rows, 1]; ``chances`` [rows] draw it if the model has none to begin with."""
     owners: Sequence[object] = (tokenizer, model.config)
     known = [getattr(owner, name, None) for name in ("bos_token_id", "eos_token_id") for owner in owners]
     first = next((token for token in known if isinstance(token, int)), None)
     if first is not None:
-        return torch.full((rows, 1), first)
-    return torch.randint(model.config.get_text_config().vocab_size, (rows, 1), generator=generator)
+        return torch.full((len(chances), 1), first)
+    size: int = model.config.get_text_config().vocab_size
+    return (chances[:, None] * size).long()
 
 
 @torch.no_grad()

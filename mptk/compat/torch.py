@@ -67,8 +67,8 @@ def size_hint(size: torch.SymInt) -> int | None:
 
     ``int(size)`` would specialise the graph to that size.
     """
-    hint: int | None = size.node.hint
-    return hint
+    hint: object = size.node.hint
+    return hint if isinstance(hint, int) else None
 
 
 def size_expression(size: torch.SymInt) -> object:

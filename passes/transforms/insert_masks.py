@@ -238,7 +238,8 @@ class InsertedMasks:
             factor = self._spread(i).to(x.dtype)
             if self.watch is None or site.family not in self.watched or not factor.requires_grad:
                 return x * factor
-            return Multiply.apply(x, factor, lambda each: self._see(i, each))  # type: ignore[no-any-return, no-untyped-call]
+            multiply: Callable[..., Tensor] = Multiply.apply
+            return multiply(x, factor, lambda each: self._see(i, each))
 
         if site.where == "input":
             self._handles.append(called.register_forward_pre_hook(lambda _, args: (masked(args[0]), *args[1:])))

@@ -9,7 +9,7 @@ through one softmax each, and only the gradient is kept for the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,7 +60,8 @@ def class_losses(
         assert teacher is not None
         parts = (teacher,) if isinstance(teacher, Tensor) else (teacher.tokens, teacher.logs, teacher.rest)
     flat = tuple(t.flatten(0, targets.ndim - 1) for t in parts)
-    loss, lm, kl = _Fused.apply(logits.flatten(0, -2), targets.flatten(), weights, *flat)  # type: ignore[no-untyped-call]
+    fused: Callable[..., tuple[Tensor, ...]] = _Fused.apply
+    loss, lm, kl = fused(logits.flatten(0, -2), targets.flatten(), weights, *flat)
     return {"loss": loss} | ({"lm": lm} if weights.lm else {}) | ({"kl": kl} if weights.kl else {})
 
 

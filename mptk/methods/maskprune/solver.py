@@ -91,7 +91,8 @@ class Solver:
 
     def applied(self, family: str, layer: int) -> Tensor:
         """The mask that the model applies, [scopes, size]: the learned one, at most 1."""
-        return Clamp.apply(self.masks[family][layer])  # type: ignore[no-any-return, no-untyped-call]
+        clamp: Callable[[Tensor], Tensor] = Clamp.apply
+        return clamp(self.masks[family][layer])
 
     def saliency(self, family: str) -> Tensor:
         """v = ½ F̂ + d: predicted rise of the loss in nats a token if a unit goes to 0: [layers, scopes, size].

@@ -86,7 +86,8 @@ class Rounded:
             return np.asarray(_eight(codes, apart).max(axis=0)), 0.0
         squares = np.square(apart)
         padded = np.pad(squares, ((0, -len(apart) % self.block), (0, 0))).reshape(-1, self.block, apart.shape[1])
-        return np.sqrt(padded.mean(axis=1)).max(axis=0) / PART, float(squares.sum(dtype=np.float64))
+        worst = np.sqrt(padded.mean(axis=1)).max(axis=0) / PART
+        return np.asarray(worst, np.float32), float(squares.sum(dtype=np.float64))
 
 
 def _in_steps(difference: Floats, steps: Floats) -> Floats:

@@ -80,6 +80,27 @@ def export_onnx(
     out.print(f"written to {folder}", soft_wrap=True)
 
 
+@command("gguf", examples=("gguf runs/free --like smollm2-135m --out runs/free.gguf",))
+def write_gguf(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out folder of `prune` or `recover`.")],
+    like: Annotated[str, typer.Option(metavar="FILE", help="The dense model's GGUF file, or its packaged alias.")],
+    file: Annotated[
+        Path, typer.Option("--out", metavar="FILE", callback=file_to_write(".gguf"), help="The file to write.")
+    ],
+) -> None:
+    """Write a pruned LLaMA model as a GGUF file for llama.cpp, also one whose layers differ in width."""
+    from mptk.driver import api
+
+    layers = api.gguf(folder, like, file)
+    each = {
+        "query heads": [x.heads for x in layers],
+        "KV heads": [x.groups for x in layers],
+        "ffn": [x.ffn for x in layers],
+    }
+    widths = ", ".join(f"{name} {counts[0] if len(set(counts)) == 1 else counts}" for name, counts in each.items())
+    out.print(f"written to {file}: {len(layers)} layers, {widths}", soft_wrap=True, highlight=False)
+
+
 @command(
     examples=(
         'generate runs/m30 "Once upon a time"',

@@ -17,11 +17,13 @@ from mptk.compat.torch import sources_forgotten
 from mptk.cost.budgets import phase
 from mptk.driver.prepare import traced
 from mptk.errors import MptkError
-from mptk.io import data, models
+from mptk.files import path_of, write_result
+from mptk.io import data, llama_cpp, models
 from mptk.io.cache import build_once, cache_dir
 from mptk.io.checkpoint import copy_processors, save_tokenizer
 from mptk.io.data import check_positions, positions_of
 from mptk.io.dense import fingerprint
+from mptk.io.llama_cpp import Layer
 from mptk.io.models import Loaded
 from mptk.io.publish import check_apart, check_replaceable, publish
 from mptk.ir.families import Analysis
@@ -51,7 +53,7 @@ from passes.targets.onnx.check_quantized import check_quantized
 from passes.targets.onnx.names import FILE, QUANTIZED, quantized_files, scheme_of
 from passes.transforms.rewrite import Rewrite
 
-__all__ = ["analyze", "bench", "export", "export_folder", "rewrite", "rule", "show", "trace"]
+__all__ = ["analyze", "bench", "export", "export_folder", "gguf", "rewrite", "rule", "show", "trace"]
 
 
 @sources_forgotten()
@@ -199,6 +201,25 @@ def _check_whole(plan: Plan | None) -> None:
 
 
 @sources_forgotten()
+def gguf(folder: str | Path, like: str | Path, out: str | Path) -> list[Layer]:
+    """Write a pruned LLaMA model as the GGUF file ``out`` for llama.cpp; returns the widths of each layer.
+
+    Args:
+        folder: an ``out`` folder of ``prune`` or ``recover``, of the stock or the graph target.
+        like: the dense model's GGUF file, or an alias of a packaged one: its vocabulary and settings are taken.
+
+    Raises:
+        MptkError: one of both cannot be read; they are not of one LLaMA model; or ``out`` cannot be written.
+        ProofError: what was written is not what the folder has.
+    """
+    pattern, layers = models.locate(str(like)), list[Layer]()
+    if pattern.is_dir():
+        raise MptkError(f"{like} is no GGUF file; give the .gguf file of the dense model")
+    check_apart(Path(out), str(folder), pattern)
+    write_result(path_of(out), lambda file: layers.extend(llama_cpp.write_like(path_of(folder), pattern, file)))
+    return layers
+
+
 def export_folder(
     model: str,
     out: str | Path,

@@ -15,6 +15,7 @@ from tests.bad_inputs.table import Prepare, Row, fifo, folder, link, remove, wri
 
 PRUNE = f"prune {{model}} --data {{text.raw}} --out {{out}} {SHORT}"
 ANALYZE = "analyze {model}"
+AS_GGUF = "gguf {pruned} --like {toy.gguf} --out {out.gguf}"
 WEIGHTS = "model/model.safetensors"
 
 
@@ -152,6 +153,19 @@ FILES = [
     Row(
         "weights truncated, exported", "export {model} --out {out}", ("model",), (write(WEIGHTS, DAMAGED["truncated"]),)
     ),
+    Row(
+        "weights truncated, as GGUF",
+        AS_GGUF,
+        ("is damaged",),
+        (write("pruned/model.safetensors", DAMAGED["truncated"]),),
+    ),
+    Row("weights missing, as GGUF", AS_GGUF, ("no model.safetensors",), (remove("pruned/model.safetensors"),)),
+    Row("dense file truncated", AS_GGUF, ("is damaged",), (write("toy.gguf", lambda path: path.read_bytes()[:400]),)),
+    Row("dense file of other bytes", AS_GGUF, ("is damaged",), (write("toy.gguf", b"GGUF" + b"\xff" * 400),)),
+    Row("dense file is a folder", "gguf {pruned} --like {model} --out {out.gguf}", ("is no GGUF file",)),
+    Row("dense file missing", "gguf {pruned} --like {no.gguf} --out {out.gguf}", ("no.gguf",)),
+    Row("output replaces the dense file", "gguf {pruned} --like {toy.gguf} --out {toy.gguf}", ("what is read",)),
+    Row("output named otherwise", "gguf {pruned} --like {toy.gguf} --out {out.bin}", (".gguf",), code=2),
     Row("weights truncated, estimated", f"{PRUNE} --estimate", ("model",), (write(WEIGHTS, DAMAGED["truncated"]),)),
     Row("weights of whole numbers", PRUNE, ("model",), (write(WEIGHTS, each(lambda t: t.to(torch.int32))),)),
     Row(

@@ -1,0 +1,151 @@
+"""A pruned model as a GGUF file: that of equal layers is the folder's model, that of others has llama.cpp's lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toy_checkpoints as toys
+from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
+
+import mptk
+from mptk.driver import api
+from mptk.errors import MptkError, ProofError
+from mptk.io import llama_cpp
+
+HOW = {"method": "wanda", "data": [toys.TEXT] * 8, "samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, and its GGUF file in it."""
+    folder = tmp_path_factory.mktemp("dense")
+    model, words = toys.llama(layers=3), toys.tokenizer()
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    toys.write_gguf(model, words, folder / "dense.gguf")
+    return folder
+
+
+def logits(model: str | Path) -> torch.Tensor:
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        return mptk.load(str(model)).model(ids).logits
+
+
+@pytest.mark.parametrize("widths", [{"q_heads": 2, "ffn": 40}, {"layers": 2, "ffn": 32}])
+def test_equal_layers_are_read_as_the_model_of_the_folder(dense: Path, widths: dict[str, int], tmp_path: Path) -> None:
+    mptk.prune(str(dense), tmp_path / "out", widths=widths, multiple=8, tolerance=1.0, onnx=False, **HOW)
+    layers = api.gguf(tmp_path / "out", dense / "dense.gguf", tmp_path / "out.gguf")
+    config = mptk.load(str(tmp_path / "out")).model.config
+    assert (
+        layers
+        == [llama_cpp.Layer(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)]
+        * config.num_hidden_layers
+    )
+    assert torch.equal(logits(tmp_path / "out.gguf"), logits(tmp_path / "out"))
+    words = mptk.load(str(tmp_path / "out.gguf")).tokenizer
+    assert words is not None
+    assert words(toys.TEXT).input_ids == toys.tokenizer()(toys.TEXT).input_ids
+
+
+@pytest.fixture(scope="module")
+def ragged(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pruned:
+    """Feed-forward layers of 40, 64 and 24 channels."""
+    widths = {"ffn.0": 40, "ffn.2": 24}
+    plan = {
+        name: {"width": width, "of": 64, "keep": {f"model.layers.{name[-1]}.mlp": f"0-{width - 1}"}}
+        for name, width in widths.items()
+    }
+    folder = tmp_path_factory.mktemp("ragged")
+    file = folder / "plan.json"
+    mptk.files.write_json(file, {"format": "mptk-plan/1", "families": plan})
+    how = {name: value for name, value in HOW.items() if name != "method"}
+    return mptk.prune(str(dense), folder / "out", plan=str(file), target="graph", onnx=False, **how)
+
+
+def test_other_layers_are_lists_of_the_architecture_that_has_them(
+    dense: Path, ragged: mptk.Pruned, tmp_path: Path
+) -> None:
+    layers = api.gguf(ragged.place, dense / "dense.gguf", tmp_path / "out.gguf")
+    read = GGUFReader(tmp_path / "out.gguf")
+    fields = {name: field.contents() for name, field in read.fields.items()}
+    assert fields["general.architecture"] == "deci"
+    assert fields["deci.feed_forward_length"] == [layer.ffn for layer in layers] == [40, 64, 24]
+    assert fields["deci.attention.head_count"] == [6] * 3
+    assert (
+        fields["deci.rope.freq_base"] == GGUFReader(dense / "dense.gguf").get_field("llama.rope.freq_base").contents()
+    )
+    assert not [name for name in fields if name.startswith("llama.")]
+    tensors = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in read.tensors}
+    weights = load_file(ragged.place / "model.safetensors")
+    assert torch.equal(tensors["blk.2.ffn_down.weight"], weights["model.layers.2.mlp.down_proj.weight"])
+    assert torch.equal(tensors["blk.2.attn_norm.weight"], weights["model.layers.2.input_layernorm.weight"])
+    assert len(tensors) == len(GGUFReader(dense / "dense.gguf").tensors)
+
+
+def test_llama_cpp_computes_what_the_graph_does(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:
+    """Needs ``.[bench]``, which brings llama.cpp as a library. Its cache is of float32 here; half is its default."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    api.gguf(ragged.place, dense / "dense.gguf", tmp_path / "out.gguf")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(tmp_path / "out.gguf")
+    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = 64, 1, 0, 0
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    ids = [20, 31, 5, 77, 8, 250, 9]
+    asked = {"prompt": ids, "n_predict": 1, "max_tokens": 1, "temperature": 0.0, "logprobs": 10, "ignore_eos": True}
+    said = xllamacpp.Server(params).handle_completions(asked)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    with torch.no_grad():
+        expected = ragged.model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+    assert len(said) == 10
+    for each in said:
+        assert each["logprob"] == pytest.approx(float(expected[each["id"]]), abs=1e-4)
+
+
+def test_weights_keep_their_type(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:
+    (tmp_path / "half").mkdir()
+    halves = {name: weight.bfloat16() for name, weight in load_file(ragged.place / "model.safetensors").items()}
+    save_file(halves, tmp_path / "half" / "model.safetensors")
+    api.gguf(tmp_path / "half", dense / "dense.gguf", tmp_path / "half.gguf")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "half.gguf").tensors}
+    assert kinds["blk.0.ffn_up.weight"] == "BF16"
+    assert kinds["blk.0.ffn_norm.weight"] == "F32"
+
+
+def test_what_is_written_is_read_again(
+    dense: Path, ragged: mptk.Pruned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, asked = llama_cpp.paired, []
+
+    def wrong_once(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+        asked.append(weight)
+        return weight if len(asked) == 1 else right(weight, head_dim)
+
+    monkeypatch.setattr(llama_cpp, "paired", wrong_once)
+    with pytest.raises(ProofError, match=r"blk\.0\.attn_[qk]\.weight in .* is not the folder's"):
+        api.gguf(ragged.place, dense / "dense.gguf", tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_refusals(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:
+    file, out = dense / "dense.gguf", tmp_path / "out.gguf"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.gguf").write_text("text")
+    toys.write_gguf(toys.llama(layers=1, hidden_size=24), toys.tokenizer(), tmp_path / "narrow.gguf")
+    (tmp_path / "other").mkdir()
+    save_file({"gate.scale": torch.zeros(2, 2)}, tmp_path / "other" / "model.safetensors")
+    for folder, like, said in (
+        (tmp_path / "empty", file, r"has no model\.safetensors; give an --out folder"),
+        (tmp_path / "other", file, r"gate\.scale has no place in a GGUF file of a llama model"),
+        (ragged.place, dense, r"is no GGUF file; give the \.gguf file of the dense model"),
+        (ragged.place, tmp_path / "text.gguf", "is damaged: it does not begin as a GGUF file does"),
+        (ragged.place, tmp_path / "narrow.gguf", "another vocabulary or hidden size"),
+        (ragged.place, tmp_path / "no.gguf", r"no\.gguf"),
+    ):
+        with pytest.raises(MptkError, match=said):
+            api.gguf(folder, like, out)
+    assert not out.exists()

@@ -59,6 +59,20 @@ class Layer:
     ffn: int
 
 
+@dataclass(frozen=True)
+class Field:
+    """A value of a file, its type and, if it is a list, that of its items."""
+
+    value: Any
+    type: GGUFValueType
+    items: GGUFValueType | None
+
+
+def _field(field: ReaderField) -> Field:
+    items = field.types[-1] if field.types[0] is GGUFValueType.ARRAY else None
+    return Field(field.contents(), field.types[0], items)
+
+
 class Stored:
     """The weights of a folder's safetensors files, by name; one is in memory at a time."""
 
@@ -98,29 +112,29 @@ class Pattern:
         self.file = file
         try:
             self.reader = GGUFReader(file)
+            self.fields = {field.name: _field(field) for field in self.reader.fields.values()}
             architecture = self._value("general.architecture")
             if architecture != EQUAL:
                 raise MptkError(f"{file} is of a {architecture} model; mptk writes GGUF of {EQUAL} models alone")
-            length = self.reader.get_field(f"{EQUAL}.attention.key_length")
             hidden, heads = (int(self._value(f"{EQUAL}.{n}")) for n in ("embedding_length", "attention.head_count"))
-            self.head_dim = hidden // heads if length is None else int(length.contents())
+            length = self.fields.get(f"{EQUAL}.attention.key_length")
+            self.head_dim = hidden // heads if length is None else int(length.value)
+            self.shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in self.reader.tensors}
         except MptkError:
             raise
         except Exception as error:  # the reader checks little of what it reads: any error may come
             raise damaged(file)(str(error).strip().partition("\n")[0] or type(error).__name__) from error
-        self.shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in self.reader.tensors}
 
     def _value(self, name: str) -> Any:
-        field = self.reader.get_field(name)
-        if field is None:
+        if name not in self.fields:
             raise MptkError(f"{self.file} has no {name}; it is no file of a language model")
-        return field.contents()
+        return self.fields[name].value
 
-    def kept(self) -> Iterator[ReaderField]:
-        """The fields that hold for the cut model, too."""
-        for field in self.reader.fields.values():
-            if not field.name.startswith(DROPPED) and field.name.removeprefix(f"{EQUAL}.") not in WIDTHS:
-                yield field
+    def kept(self) -> Iterator[tuple[str, Field]]:
+        """The fields that hold for the cut model, too, by name."""
+        for name, field in self.fields.items():
+            if not name.startswith(DROPPED) and name.removeprefix(f"{EQUAL}.") not in WIDTHS:
+                yield name, field
 
     def frequencies(self) -> npt.NDArray[Any] | None:
         """The tensor ``FREQUENCIES``, if the file has it."""
@@ -223,10 +237,9 @@ def _kind(stored: Stored, weight: str) -> Kind:
 
 def _describe(writer: GGUFWriter, dense: Pattern, architecture: str, layers: list[Layer], kind: Kind) -> None:
     """The fields: those of the pattern, under the name of the architecture, then the widths."""
-    for field in dense.kept():
-        name = re.sub(f"^{EQUAL}\\.", f"{architecture}.", field.name)
-        sub = field.types[-1] if field.types[0] is GGUFValueType.ARRAY else None
-        writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub)
+    for name, field in dense.kept():
+        own = re.sub(f"^{EQUAL}\\.", f"{architecture}.", name)
+        writer.add_key_value(own, field.value, field.type, sub_type=field.items)
     for add, values in (
         (writer.add_head_count, [layer.heads for layer in layers]),
         (writer.add_head_count_kv, [layer.groups for layer in layers]),

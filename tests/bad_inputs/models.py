@@ -162,6 +162,18 @@ FILES = [
     Row("weights missing, as GGUF", AS_GGUF, ("no model.safetensors",), (remove("pruned/model.safetensors"),)),
     Row("dense file truncated", AS_GGUF, ("is damaged",), (write("toy.gguf", lambda path: path.read_bytes()[:400]),)),
     Row("dense file of other bytes", AS_GGUF, ("is damaged",), (write("toy.gguf", b"GGUF" + b"\xff" * 400),)),
+    Row(
+        "dense file whose name is no text",
+        AS_GGUF,
+        ("is damaged",),
+        (write("toy.gguf", lambda path: path.read_bytes().replace(b"Toy Of The Tests", b"\xff" * 16)),),
+    ),
+    Row(
+        "dense file of another architecture",
+        AS_GGUF,
+        ("is of a lamas model",),
+        (write("toy.gguf", lambda path: path.read_bytes().replace(b"llama", b"lamas")),),
+    ),
     Row("dense file is a folder", "gguf {pruned} --like {model} --out {out.gguf}", ("is no GGUF file",)),
     Row("dense file missing", "gguf {pruned} --like {no.gguf} --out {out.gguf}", ("no.gguf",)),
     Row("output replaces the dense file", "gguf {pruned} --like {toy.gguf} --out {toy.gguf}", ("what is read",)),

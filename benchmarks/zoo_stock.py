@@ -20,7 +20,8 @@ from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
 from passes.pipelines import cut_program
 from passes.targets.choose_blocks import choose_blocks
-from passes.targets.legalize import cut_shapes, derived_families
+from passes.targets.derived import derived_families
+from passes.targets.legalize import cut_shapes
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.learn import Stock
 from passes.verify import TOLERANCE

@@ -123,7 +123,7 @@ def test_learning_and_recovery_give_what_they_give_on_the_host_and_only_text_cro
     assert crossed == {number: {("to the second device", (2, 32))} for number in range(1, 6)}
 
 
-@pytest.mark.parametrize("begins", ["on the host", "there"])
+@pytest.mark.parametrize("begins", ["there", pytest.param("on the host", marks=pytest.mark.long)])
 def test_a_run_goes_on_on_another_device(
     prepared: Prepared,
     on_the_host: Run,

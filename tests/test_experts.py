@@ -28,7 +28,7 @@ from mptk.ir.plan import Plan
 from mptk.methods import criteria
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
-from passes.targets.legalize import derived_families
+from passes.targets.derived import derived_families
 
 PLANTED = 3
 SIZES = architectures.GROUPED

@@ -238,6 +238,7 @@ def test_sharded_processes_that_are_killed_leave_whole_checkpoints_to_go_on_from
     end_sharded(llama, learned, out)
 
 
+@pytest.mark.long
 def test_activations_computed_again_change_no_loss_and_no_model(
     llama: str, learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

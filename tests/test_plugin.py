@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from typer.testing import CliRunner
 
+from mptk.cli.main import app
 from mptk.run.report import Report
 from tests import toy_checkpoints
 
@@ -98,9 +100,10 @@ def test_criterion_and_target_prune_and_verify_from_the_command_line(site: Path,
 def test_without_the_plugin_its_names_are_unknown(model: str, tmp_path: Path) -> None:
     options = ("--method", "--target")
     lines = [["prune", model, option, "npz", "--out", str(tmp_path / "out"), *COMMON] for option in options]
-    for option, missing in zip(options, run(Path(), *lines), strict=True):
-        assert missing.code == 2
-        assert f"Invalid value for '{option}': 'npz' is not known" in missing.err
+    for option, line in zip(options, lines, strict=True):
+        missing = CliRunner().invoke(app, line)
+        assert missing.exit_code == 2
+        assert f"Invalid value for '{option}': 'npz' is not known" in missing.stderr
 
 
 ANALYSED = """

@@ -277,6 +277,7 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(llama, tmp_path, cha
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_example_script_does_the_main_job(llama, tmp_path, monkeypatch, capsys):
     script = Path(__file__).parents[1] / "examples" / "prune.py"
     assert len(script.read_text().splitlines()) < 30

@@ -13,7 +13,7 @@ from mptk.ir.resolved_plan import Cut
 from tests.programs import CATALOGUE, FAILURES, Program, check, programs, seeded
 
 SEEDS, BLOCKS = 200, 8
-SHORT = BLOCKS // 4
+SHORT = 1
 EACH = [block if block < SHORT else pytest.param(block, marks=pytest.mark.long) for block in range(BLOCKS)]
 
 

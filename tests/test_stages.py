@@ -20,6 +20,8 @@ from transformers import (
     ResNetForImageClassification,
     SwinConfig,
     SwinForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import mptk
@@ -123,10 +125,20 @@ def test_why_a_width_must_stay_is_the_number_that_the_class_derives() -> None:
     assert any("scale changes from" in why for why in refused.values())
 
 
+def test_a_width_by_whose_power_the_class_multiplies_must_stay() -> None:
+    """T5 scales what its head reads by d_model ** -0.5."""
+    sizes = {"vocab_size": 97, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_heads": 3, "num_layers": 1}
+    tied, apart = (
+        found(T5ForConditionalGeneration(T5Config(**sizes, **more))) for more in ({}, {"tie_word_embeddings": False})
+    )
+    assert tied.legal.refused["hidden"].startswith("the stock class would derive another scale (aten.mul.Tensor in")
+    assert "hidden" not in apart.legal.refused
+
+
 @pytest.mark.parametrize(
     ("make", "families", "field", "old"),
     [
-        (lambda: convnext(12, 20), (), "hidden_sizes", [12, 20]),
+        pytest.param(lambda: convnext(12, 20), (), "hidden_sizes", [12, 20], marks=pytest.mark.long),
         (resnet, ("channels.2", "ffn.1"), "hidden_sizes", [16, 24]),
     ],
     ids=["convnext", "resnet"],

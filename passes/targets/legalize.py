@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 
 from mptk.cost.model import CostModel, is_layered
 from mptk.errors import MptkError
-from mptk.ir.axes import Product, axes_in, evaluate, leaves, resolve
+from mptk.ir.axes import evaluate, leaves
 from mptk.ir.families import Analysis, Family
 from passes.targets.choose_blocks import choose_blocks
+from passes.targets.derived import derived_families
 from passes.targets.knobs import Knob, Widths, closed, knobs, proportional
 from passes.targets.stock.learn import Stock
 from passes.targets.stock.travel import breaks
-from passes.transforms.fold_norms import unfoldable
 
 MULTIPLE = 32
 """Block of the common 4- and 8-bit quantisers. They pad contraction axes to it."""
@@ -147,36 +147,6 @@ def _joint(
                 for name, width in widths.items():
                     found.setdefault(name, {ladders[name][-1]}).add(width)
     return {name: tuple(sorted(widths)) for name, widths in found.items()}
-
-
-def derived_families(analysis: Analysis) -> dict[str, str]:
-    """Families whose width enters numbers that a stock class computes from its config, with the reason.
-
-    If they were cut, the shapes would fit but the logits would not:
-    1. channels in a contraction of two activations: attention's scale depends on their number;
-    2. channels along which the graph reads a constant: rotary tables, position biases;
-    3. channels under a mean whose scale no weight can take (``passes/transforms/fold_norms.py``);
-    4. groups of experts: no weight shows how many there are, so the class would divide the experts that stay anew.
-    """
-    facts = analysis.facts
-    scaled = axes_in(product.axis for product in facts.contractions if not facts.has_weight(product))
-    tables = axes_in(term for uses in facts.constant_uses.values() for _, dims in uses for term in dims)
-    experts = [term for route in facts.routes if isinstance(term := resolve(route.expert), Product)]
-    grouping = axes_in(factor for term in experts for factor in term.factors[:-1])
-    reasons = {}
-    for family in analysis.families:
-        axis = family.groups[0].axis
-        if axis in grouping:
-            reasons[family.name] = "the stock class would divide the experts that stay into as many groups as before"
-        elif axis in tables:
-            reasons[family.name] = "the stock class would compute its rotary tables or biases anew"
-        elif axis in scaled:
-            reasons[family.name] = "the stock class would derive another attention scale"
-        elif (place := unfoldable(analysis, family)) is not None:
-            reasons[family.name] = (
-                f"the stock class would take a mean over fewer channels, with no weight to make up for it ({place})"
-            )
-    return reasons
 
 
 def discover(analysis: Analysis, model: PreTrainedModel) -> Stock:

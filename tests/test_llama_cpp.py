@@ -138,9 +138,18 @@ def test_refusals(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:
     toys.write_gguf(toys.llama(layers=1, hidden_size=24), toys.tokenizer(), tmp_path / "narrow.gguf")
     (tmp_path / "other").mkdir()
     save_file({"gate.scale": torch.zeros(2, 2)}, tmp_path / "other" / "model.safetensors")
+    weights = load_file(ragged.place / "model.safetensors")
+    weights["model.layers.0.self_attn.v_proj.weight"] = weights["model.layers.0.self_attn.v_proj.weight"][:24].clone()
+    (tmp_path / "thin").mkdir()
+    save_file(weights, tmp_path / "thin" / "model.safetensors")
+    (tmp_path / "planned").mkdir()
+    keep = {"width": 8, "of": 16, "keep": {"": "0-7"}}
+    mptk.files.write_json(tmp_path / "planned" / "plan.json", {"format": "mptk-plan/1", "families": {"v_dim": keep}})
     for folder, like, said in (
         (tmp_path / "empty", file, r"has no model\.safetensors; give an --out folder"),
         (tmp_path / "other", file, r"gate\.scale has no place in a GGUF file of a llama model"),
+        (tmp_path / "thin", file, "layer 0 has heads of another size than 16"),
+        (tmp_path / "planned", file, "v_dim was cut, which a GGUF file cannot hold"),
         (ragged.place, dense, r"is no GGUF file; give the \.gguf file of the dense model"),
         (ragged.place, tmp_path / "text.gguf", "is damaged: it does not begin as a GGUF file does"),
         (ragged.place, tmp_path / "narrow.gguf", "another vocabulary or hidden size"),

@@ -216,6 +216,10 @@ def gguf(folder: str | Path, like: str | Path, out: str | Path) -> list[Layer]:
     if pattern.is_dir():
         raise MptkError(f"{like} is no GGUF file; give the .gguf file of the dense model")
     check_apart(Path(out), str(folder), pattern)
+    plan = path_of(folder) / "plan.json"
+    cut = Plan.load(plan).families if plan.is_file() else {}
+    if odd := {name for name in cut if name.partition(".")[0] not in llama_cpp.HELD}:
+        raise MptkError(f"{min(odd)} was cut, which a GGUF file cannot hold; cut {', '.join(llama_cpp.HELD)} alone")
     write_result(path_of(out), lambda file: layers.extend(llama_cpp.write_like(path_of(folder), pattern, file)))
     return layers
 

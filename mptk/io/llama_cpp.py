@@ -44,6 +44,9 @@ WIDTHS = (
     *("attention.key_length", "attention.value_length", "rope.dimension_count"),
 )
 """Fields of the architecture that are written anew."""
+HELD = ("q_heads", "kv_groups", "heads", "ffn", "layers")
+"""The families of LLaMA of which a file may have fewer units."""
+PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_down")
 BUFFER = "inv_freq"
 """The end of the name of what a graph has among its weights, and llama.cpp computes."""
 FREQUENCIES = "rope_freqs.weight"
@@ -213,19 +216,21 @@ def _names(stored: Stored, dense: Pattern) -> dict[str, str]:
 
 
 def _layers(shapes: Mapping[str, tuple[int, ...]], dense: Pattern) -> list[Layer]:
-    """The widths of each layer of the file."""
-    count = sum(name.endswith(".ffn_down.weight") for name in shapes)
-    try:
-        return [
-            Layer(
-                heads=shapes[f"blk.{i}.attn_q.weight"][0] // dense.head_dim,
-                groups=shapes[f"blk.{i}.attn_k.weight"][0] // dense.head_dim,
-                ffn=shapes[f"blk.{i}.ffn_down.weight"][1],
-            )
-            for i in range(count)
-        ]
-    except KeyError as error:
-        raise MptkError(f"the folder has no {error.args[0]}; its layers are not LLaMA's") from error
+    """The widths of each layer of the file.
+
+    Raises:
+        MptkError: a layer is none of LLaMA's, or its heads are of another size than the pattern's.
+    """
+    layers, size = [], dense.head_dim
+    for i in range(sum(name.endswith(".ffn_down.weight") for name in shapes)):
+        try:
+            q, k, v, out, ffn = (shapes[f"blk.{i}.{name}.weight"] for name in PARTS)
+        except KeyError as error:
+            raise MptkError(f"the folder has no {error.args[0]}; its layers are not LLaMA's") from error
+        if q[0] % size or k[0] % size or v[0] != k[0] or out[1] != q[0]:
+            raise MptkError(f"layer {i} has heads of another size than {size}; cut whole heads, ffn or layers alone")
+        layers.append(Layer(heads=q[0] // size, groups=k[0] // size, ffn=ffn[1]))
+    return layers
 
 
 def _kind(stored: Stored, weight: str) -> Kind:

@@ -40,8 +40,8 @@ demo: $(VENV)/.installed
 	rm -rf $(DEMO) $(DEMO)-wanda $(DEMO).run
 	$(BIN)/mptk fetch $(MODEL)
 	$(BIN)/mptk analyze $(MODEL)
-	$(BIN)/mptk prune $(MODEL) --sparsity 0.3 --samples 16 --length 128 --steps 12 --out $(DEMO)
-	$(BIN)/mptk prune $(MODEL) --sparsity 0.3 --samples 16 --length 128 --method wanda --no-onnx --out $(DEMO)-wanda
+	$(BIN)/mptk prune $(MODEL) --sparsity 0.3 --data docs/ --eval-data CHANGELOG.md --samples 16 --length 128 --steps 12 --out $(DEMO)
+	$(BIN)/mptk prune $(MODEL) --sparsity 0.3 --data docs/ --eval-data CHANGELOG.md --samples 16 --length 128 --method wanda --no-onnx --out $(DEMO)-wanda
 	$(BIN)/mptk bench $(MODEL) $(DEMO) --rounds 5
 	$(BIN)/mptk report $(DEMO) $(DEMO)-wanda
 

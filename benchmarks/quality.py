@@ -12,7 +12,7 @@ have additions:
     +fit       with the closed-form reconstruction that MaskPrune uses      +nofit    without it
     +distil    with three epochs of local distillation after that
     +learned   at the widths that MaskPrune learned                    +fixed    at those of the best one-shot method
-    +share20   with a fifth of the steps for masks, in place of two    +share10, +share60, +noprox, +still: see `CHANGES`
+    +share20   with a fifth of the steps for masks (of 20: not 8)      +share10, +share60, +noprox, +still: see `CHANGES`
 
 Rows that the JSON file has are not computed again; several processes may fill one file.
 """

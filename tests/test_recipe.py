@@ -120,7 +120,8 @@ def test_values_of_a_recipe_are_checked_as_typed_ones(tmp_path: Path) -> None:
 
 
 def test_every_option_is_a_key_of_the_recipe() -> None:
-    learning = replace(OTHER.learning, teacher_cache="cache", rank=8, training=replace(OTHER.learning.training, lr=0.1))
+    learning = replace(OTHER.learning, teacher_cache="cache", mask_share=0.3, rank=8)
+    learning = replace(learning, training=replace(learning.training, lr=0.1))
     full = replace(OTHER, plan="plan.json", eval_data="c", vocabulary="d", learning=learning)
     missing = set(FIELDS) - set(recipe("m", full)) - {"resume", "trust_remote_code"}
     assert missing == set()

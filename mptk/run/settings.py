@@ -103,16 +103,16 @@ class Learning:
     """How a model is trained while it is pruned and after.
 
     ``steps`` in all (None: ``DEFAULT_STEPS`` if the method learns, else none); MaskPrune learns masks in the first
-    ``mask_share`` of them. ``rank``: of LoRA. With 0 or None recovery trains all weights, and masks are learned with
-    ``LORA_RANK``. ``teacher``: ``live`` or ``cached``, for this run or, in ``teacher_cache``, for others too.
-    ``precision``: ``no``, ``bf16`` or ``fp16``.
+    ``mask_steps`` of them, a ``mask_share`` of all. ``rank``: of LoRA. With 0 or None recovery trains all weights, and
+    masks are learned with ``LORA_RANK``. ``teacher``: ``live`` or ``cached``, for this run or, in ``teacher_cache``,
+    for others too. ``precision``: ``no``, ``bf16`` or ``fp16``.
 
     Raises:
         MptkError: an unknown teacher, precision or tracker, or a cached teacher with a hidden-state loss.
     """
 
     steps: int | None = None
-    mask_share: float = 0.4
+    mask_share: float | None = None
     rank: int | None = None
     teacher: str = "live"
     teacher_cache: str | None = None
@@ -135,6 +135,13 @@ class Learning:
             raise MptkError("a folder for the teacher's outputs is of use to a cached teacher; add --teacher cached")
         if self.teacher == "cached" and self.training.losses.hidden:
             raise MptkError("a cached teacher keeps logits only; use --teacher live with a hidden-state loss")
+
+    @property
+    def mask_steps(self) -> int:
+        """How many steps learn masks: ``mask_share`` of all. None: 0.4 up to 8 steps, of 80 and more steps a tenth."""
+        steps = self.steps or 0
+        share = min(0.4 * steps, max(8, 0.1 * steps)) if self.mask_share is None else self.mask_share * steps
+        return max(2, round(share))
 
     def of_masks(self) -> Learning:
         """The same with the rank and the rate with which masks are learned."""

@@ -99,7 +99,7 @@ class Learner:
         self.accelerator, self.dense, self.task, self.samples = accelerator, dense, task, samples
         self.settings, self.folder, self.progress = settings, folder, progress
         self.rank = settings.rank or 0
-        self.mask_steps = max(2, round((settings.steps or 0) * settings.mask_share))
+        self.mask_steps = settings.mask_steps
         self.keeps = holds()
         self.fingerprint = "" if settings.teacher_cache is None else self._fingerprint()
 

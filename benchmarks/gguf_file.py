@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
-import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from mptk.io.llama_cpp import paired
 
 BLOCK = 32
 """Weights that share a scale in Q8_0 and Q4_0."""
@@ -21,6 +22,7 @@ Stored = Callable[[str], Kind]
 def write_gguf(model: LlamaForCausalLM, text: PreTrainedTokenizerBase, path: Path, name: str, stored: Stored) -> None:
     """``model``, called ``name``, as llama.cpp's converter writes it. A matrix whose rows no block divides stays float32."""
     config, state = model.config, model.state_dict()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(name)
     writer.add_context_length(config.max_position_embeddings)
@@ -40,40 +42,17 @@ def write_gguf(model: LlamaForCausalLM, text: PreTrainedTokenizerBase, path: Pat
         if weight == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if ".q_proj." in weight or ".k_proj." in weight:
-            heads = tensor.shape[0] // config.head_dim
-            tensor = _interleave(tensor, heads)
+            tensor = paired(tensor, config.head_dim)
         kind = stored(weight) if tensor.ndim == 2 and tensor.shape[-1] % BLOCK == 0 else Kind.F32
-        writer.add_tensor(_gguf_name(weight), gguf.quantize(tensor.numpy(), kind), raw_dtype=kind)
+        writer.add_tensor(
+            names.get_name(weight, try_suffixes=(".weight", ".bias")),
+            gguf.quantize(tensor.numpy(), kind),
+            raw_dtype=kind,
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rotary halves → llama.cpp's adjacent pairs, in each head."""
-    out, hidden = weight.shape
-    return weight.view(heads, 2, out // heads // 2, hidden).transpose(1, 2).reshape(out, hidden).contiguous()
-
-
-def _gguf_name(name: str) -> str:
-    for old, new in {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "model.layers.": "blk.",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "post_attention_layernorm": "ffn_norm",
-        "input_layernorm": "attn_norm",
-    }.items():
-        name = name.replace(old, new)
-    return name
 
 
 def _write_tokenizer(writer: gguf.GGUFWriter, text: PreTrainedTokenizerBase) -> None:

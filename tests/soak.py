@@ -201,6 +201,8 @@ def wrong_with(command: list[str], code: int, said: str, allowed: set[int], plac
     found = [] if code in allowed else [f"exit code {code}: {said[-300:]}"]
     if "Traceback (most recent call last)" in said:
         found.append(f"a traceback: {said[-300:]}")
+    if "please report" in said.lower():  # as after a proof that fails
+        found.append(f"an error of mptk's own: {said[-300:]}")
     if code in (1, 2) and not (said.splitlines() or [""])[-1].startswith("error: "):
         found.append(f"no line on what is wrong: {said[-300:]}")
     if allowed == ALLOWED and code != 2 and NAMED.intersection(command):

@@ -31,6 +31,7 @@ from mptk.compat.accelerate import offloaded, own_state, take_offload_index
 from mptk.compat.onnxruntime import run_on_values
 from mptk.compat.peft import adapters_off
 from mptk.compat.transformers import dequantize_gguf, forget_source, missing_attributes, model_classes, unread_weights
+from mptk.driver import api
 from mptk.methods.maskprune.adapters import adapt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,6 +152,11 @@ def test_a_trace_leaves_nothing_behind() -> None:
     program = mptk.trace(torch.nn.Linear(2, 3), [torch.ones(1, 2)])
     assert not linecache.getlines(program.graph.forward.__code__.co_filename)
     assert all(not n.meta["val"].fake_mode.cache_enabled for n in program.graph.graph.nodes if "val" in n.meta)
+
+
+def test_every_step_of_the_api_that_compiles_forgets_the_sources() -> None:
+    for name in ("analyze", "bench", "export", "export_folder", "rewrite", "trace"):
+        assert hasattr(getattr(api, name), "__wrapped__"), name
 
 
 # ---- transformers ----

@@ -395,11 +395,6 @@ def test_what_cannot_be_learned_is_said_early_and_is_no_unfinished_run(llama, tm
             mptk.prune(llama, tmp_path / "out", replace(SETTINGS, **change))
 
 
-def test_masks_take_eight_steps_of_many_a_tenth_and_of_few_two_fifths() -> None:
-    assert [Learning(steps=n).mask_steps for n in (3, 12, 20, 80, 200)] == [2, 5, 8, 8, 20]
-    assert Learning(steps=12, mask_share=0.5).mask_steps == 6
-
-
 def test_learning_without_steps_is_refused_before_any_work(llama: str, tmp_path: Path) -> None:
     with pytest.raises(MptkError, match="maskprune learns in steps"):
         mptk.prune(llama, tmp_path / "out", replace(SETTINGS, learning=Learning(steps=0)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import mptk
 from mptk.driver import api
 from mptk.errors import MptkError, ProofError
 from mptk.io import llama_cpp
+from mptk.ir.plan import FamilyPlan, Plan
+from mptk.ir.weights import Weights
 
 HOW = {"method": "wanda", "data": [toys.TEXT] * 8, "samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24}
 
@@ -106,14 +109,15 @@ def test_llama_cpp_computes_what_the_graph_does(dense: Path, ragged: mptk.Pruned
         assert each["logprob"] == pytest.approx(float(expected[each["id"]]), abs=1e-4)
 
 
-def test_weights_keep_their_type(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:
-    (tmp_path / "half").mkdir()
-    halves = {name: weight.bfloat16() for name, weight in load_file(ragged.place / "model.safetensors").items()}
-    save_file(halves, tmp_path / "half" / "model.safetensors")
+def test_weights_keep_their_type(dense: Path, tmp_path: Path) -> None:
+    mptk.prune(str(dense), tmp_path / "half", widths={"ffn": 32}, tolerance=1.0, dtype="bfloat16", onnx=False, **HOW)
     api.gguf(tmp_path / "half", dense / "dense.gguf", tmp_path / "half.gguf")
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "half.gguf").tensors}
-    assert kinds["blk.0.ffn_up.weight"] == "BF16"
-    assert kinds["blk.0.ffn_norm.weight"] == "F32"
+    tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "half.gguf").tensors}
+    assert tensors["blk.0.ffn_norm.weight"].tensor_type.name == "F32"
+    found = tensors["blk.0.ffn_up.weight"]
+    assert found.tensor_type.name == "BF16"
+    stored = load_file(tmp_path / "half" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert found.data.tobytes() == stored.view(torch.uint16).numpy().tobytes()
 
 
 def test_what_is_written_is_read_again(
@@ -131,30 +135,55 @@ def test_what_is_written_is_read_again(
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_refusals(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:
-    file, out = dense / "dense.gguf", tmp_path / "out.gguf"
-    (tmp_path / "empty").mkdir()
+KEEP = FamilyPlan(8, 16, {"": (tuple(range(8)),)})
+
+
+@pytest.mark.parametrize(
+    ("change", "families", "said"),
+    [
+        ({"gate.scale": torch.zeros(2, 2)}, {}, r"gate\.scale has no place in a GGUF file of a llama model"),
+        (
+            {"model.layers.0.self_attn.v_proj.weight": torch.zeros(24, 48)},
+            {},
+            "layer 0 has heads of another size than 16",
+        ),
+        (
+            {"model.layers.0.self_attn.o_proj.bias": torch.zeros(48)},
+            {},
+            r"blk\.0\.attn_output\.bias is in the folder or in",
+        ),
+        ({"model.norm.weight": torch.zeros(48).long()}, {}, "is of torch.int64, which no GGUF file has"),
+        ({}, {"v_dim": KEEP}, "v_dim was cut, which a GGUF file cannot hold"),
+    ],
+)
+def test_what_a_file_cannot_hold(
+    dense: Path, ragged: mptk.Pruned, change: dict[str, torch.Tensor], families: dict, said: str
+) -> None:
+    weights = Weights(load_file(ragged.place / "model.safetensors") | change)
+    pattern = llama_cpp.Pattern(dense / "dense.gguf")
+    with pytest.raises(MptkError, match=said):
+        llama_cpp.Conversion(weights, Plan(families), pattern)
+
+
+def test_the_pattern_is_the_dense_models_file(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("text")
     toys.write_gguf(toys.llama(layers=1, hidden_size=24), toys.tokenizer(), tmp_path / "narrow.gguf")
-    (tmp_path / "other").mkdir()
-    save_file({"gate.scale": torch.zeros(2, 2)}, tmp_path / "other" / "model.safetensors")
-    weights = load_file(ragged.place / "model.safetensors")
-    weights["model.layers.0.self_attn.v_proj.weight"] = weights["model.layers.0.self_attn.v_proj.weight"][:24].clone()
-    (tmp_path / "thin").mkdir()
-    save_file(weights, tmp_path / "thin" / "model.safetensors")
-    (tmp_path / "planned").mkdir()
-    keep = {"width": 8, "of": 16, "keep": {"": "0-7"}}
-    mptk.files.write_json(tmp_path / "planned" / "plan.json", {"format": "mptk-plan/1", "families": {"v_dim": keep}})
-    for folder, like, said in (
-        (tmp_path / "empty", file, r"has no model\.safetensors; give an --out folder"),
-        (tmp_path / "other", file, r"gate\.scale has no place in a GGUF file of a llama model"),
-        (tmp_path / "thin", file, "layer 0 has heads of another size than 16"),
-        (tmp_path / "planned", file, "v_dim was cut, which a GGUF file cannot hold"),
-        (ragged.place, dense, r"is no GGUF file; give the \.gguf file of the dense model"),
-        (ragged.place, tmp_path / "text.gguf", "is damaged: it does not begin as a GGUF file does"),
-        (ragged.place, tmp_path / "narrow.gguf", "another vocabulary or hidden size"),
-        (ragged.place, tmp_path / "no.gguf", r"no\.gguf"),
+    toys.write_gguf(toys.llama(layers=2), toys.tokenizer(), tmp_path / "short.gguf")
+    for like, said in (
+        (dense, r"is no GGUF file; give the \.gguf file of the dense model"),
+        (tmp_path / "text.gguf", "is damaged: it does not begin as a GGUF file does"),
+        (tmp_path / "narrow.gguf", "another vocabulary or hidden size"),
+        (tmp_path / "short.gguf", "alone; they are of different models"),
+        (tmp_path / "no.gguf", r"no\.gguf"),
     ):
         with pytest.raises(MptkError, match=said):
-            api.gguf(folder, like, out)
-    assert not out.exists()
+            api.gguf(ragged.place, like, tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_folder_that_was_changed_is_refused(dense: Path, ragged: mptk.Pruned, tmp_path: Path) -> None:
+    shutil.copytree(ragged.place, tmp_path / "copy")
+    weights = load_file(tmp_path / "copy" / "model.safetensors")
+    save_file(weights | {"model.norm.weight": torch.zeros(48)}, tmp_path / "copy" / "model.safetensors")
+    with pytest.raises(MptkError, match=r"model\.safetensors in .* was changed since it was published"):
+        api.gguf(tmp_path / "copy", dense / "dense.gguf", tmp_path / "out.gguf")

@@ -18,7 +18,7 @@ from mptk.methods.maskprune.teacher import CachedTeacher, LiveTeacher, Output, f
 from mptk.methods.maskprune.train import schedule
 from mptk.methods.reconstruct import _Fit, kept_units, reconstruct_consumers
 from mptk.run.folder import RunFolder
-from mptk.run.settings import LossWeights
+from mptk.run.settings import Learning, LossWeights
 from mptk.runtime.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
 from passes.analysis.group import analyze
@@ -207,3 +207,8 @@ def test_a_work_folder_is_kept_apart_from_other_settings(tmp_path) -> None:
     assert (step, state["x"].item()) == (3, 3.0)
     again.rewind("masks", 2)
     assert len((again.path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_masks_take_eight_steps_of_many_a_tenth_and_of_few_two_fifths() -> None:
+    assert [Learning(steps=n).mask_steps for n in (3, 12, 20, 80, 200)] == [2, 5, 8, 8, 20]
+    assert Learning(steps=12, mask_share=0.5).mask_steps == 6

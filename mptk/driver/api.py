@@ -15,15 +15,17 @@ from transformers import PreTrainedModel
 import passes.frontend.trace
 from mptk.compat.torch import sources_forgotten
 from mptk.cost.budgets import phase
+from mptk.driver.changes import stored_weights
 from mptk.driver.prepare import traced
 from mptk.errors import MptkError
 from mptk.files import path_of, write_result
-from mptk.io import data, llama_cpp, models
+from mptk.io import data, models
 from mptk.io.cache import build_once, cache_dir
 from mptk.io.checkpoint import copy_processors, save_tokenizer
 from mptk.io.data import check_positions, positions_of
 from mptk.io.dense import fingerprint
-from mptk.io.llama_cpp import Layer
+from mptk.io.llama_cpp import Conversion, Layer, Pattern
+from mptk.io.manifest import check_manifest
 from mptk.io.models import Loaded
 from mptk.io.publish import check_apart, check_replaceable, publish
 from mptk.ir.families import Analysis
@@ -200,7 +202,6 @@ def _check_whole(plan: Plan | None) -> None:
         raise MptkError("this plan removes tokens, which mptk.prune(plan=...) alone does; give it the plan's file")
 
 
-@sources_forgotten()
 def gguf(folder: str | Path, like: str | Path, out: str | Path) -> list[Layer]:
     """Write a pruned LLaMA model as the GGUF file ``out`` for llama.cpp; returns the widths of each layer.
 
@@ -212,18 +213,18 @@ def gguf(folder: str | Path, like: str | Path, out: str | Path) -> list[Layer]:
         MptkError: one of both cannot be read; they are not of one LLaMA model; or ``out`` cannot be written.
         ProofError: what was written is not what the folder has.
     """
-    pattern, layers = models.locate(str(like)), list[Layer]()
+    place, pattern = path_of(folder), models.locate(str(like))
     if pattern.is_dir():
         raise MptkError(f"{like} is no GGUF file; give the .gguf file of the dense model")
-    check_apart(Path(out), str(folder), pattern)
-    plan = path_of(folder) / "plan.json"
-    cut = Plan.load(plan).families if plan.is_file() else {}
-    if odd := {name for name in cut if name.partition(".")[0] not in llama_cpp.HELD}:
-        raise MptkError(f"{min(odd)} was cut, which a GGUF file cannot hold; cut {', '.join(llama_cpp.HELD)} alone")
-    write_result(path_of(out), lambda file: layers.extend(llama_cpp.write_like(path_of(folder), pattern, file)))
-    return layers
+    check_apart(Path(out), place, pattern)
+    check_manifest(place)
+    plan = Plan.load(place / "plan.json")
+    made = Conversion(stored_weights(place, trust=False), plan, Pattern(pattern))
+    write_result(path_of(out), made.write)
+    return made.layers
 
 
+@sources_forgotten()
 def export_folder(
     model: str,
     out: str | Path,

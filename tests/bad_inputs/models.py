@@ -156,10 +156,10 @@ FILES = [
     Row(
         "weights truncated, as GGUF",
         AS_GGUF,
-        ("is damaged",),
+        ("was changed since it was published",),
         (write("pruned/model.safetensors", DAMAGED["truncated"]),),
     ),
-    Row("weights missing, as GGUF", AS_GGUF, ("no model.safetensors",), (remove("pruned/model.safetensors"),)),
+    Row("weights missing, as GGUF", AS_GGUF, ("model.safetensors is missing",), (remove("pruned/model.safetensors"),)),
     Row("dense file truncated", AS_GGUF, ("is damaged",), (write("toy.gguf", lambda path: path.read_bytes()[:400]),)),
     Row("dense file of other bytes", AS_GGUF, ("is damaged",), (write("toy.gguf", b"GGUF" + b"\xff" * 400),)),
     Row(

@@ -12,7 +12,7 @@ have additions:
     +fit       with the closed-form reconstruction that MaskPrune uses      +nofit    without it
     +distil    with three epochs of local distillation after that
     +learned   at the widths that MaskPrune learned                    +fixed    at those of the best one-shot method
-    +share20   with a fifth of the steps for masks (of 20: not 8)      +share10, +share60, +noprox, +still: see `CHANGES`
+    +share20   with a fifth of the steps for masks (of 20: not 8)      +share10 … +share60, +noprox, +still: see `CHANGES`
 
 Rows that the JSON file has are not computed again; several processes may fill one file.
 """
@@ -45,6 +45,7 @@ ONE_SHOT = ("random", "magnitude", "wanda", "flap", "taylor", "fisher")
 CHANGES: dict[str, dict[str, Any]] = {
     "share20": {"mask_share": 0.2},
     "share10": {"mask_share": 0.1},
+    "share40": {"mask_share": 0.4},
     "share60": {"mask_share": 0.6},
     "noprox": {"rates": Rates(prox=0.0)},
     "still": {"rates": Rates(mask=0.0)},

@@ -40,9 +40,9 @@ demo: $(VENV)/.installed
 	rm -rf $(DEMO) $(DEMO)-wanda $(DEMO).run
 	$(BIN)/mptk fetch $(MODEL)
 	$(BIN)/mptk analyze $(MODEL)
-	$(BIN)/mptk prune $(MODEL) --sparsity 0.3 --data docs/ --eval-data CHANGELOG.md --samples 16 --length 128 --steps 12 --out $(DEMO)
-	$(BIN)/mptk prune $(MODEL) --sparsity 0.3 --data docs/ --eval-data CHANGELOG.md --samples 16 --length 128 --method wanda --no-onnx --out $(DEMO)-wanda
-	$(BIN)/mptk bench $(MODEL) $(DEMO) --rounds 5
+	$(BIN)/mptk prune $(MODEL) --sparsity 0.3 --data docs/ --eval-data CHANGELOG.md --eval-windows 8 --samples 16 --length 128 --steps 12 --out $(DEMO)
+	$(BIN)/mptk prune $(MODEL) --sparsity 0.3 --data docs/ --eval-data CHANGELOG.md --eval-windows 8 --samples 16 --length 128 --method wanda --no-onnx --out $(DEMO)-wanda
+	$(BIN)/mptk bench $(MODEL) $(DEMO) --rounds 3
 	$(BIN)/mptk report $(DEMO) $(DEMO)-wanda
 
 test: check

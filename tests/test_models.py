@@ -161,6 +161,7 @@ SMALL = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "
         T5ForConditionalGeneration(T5Config(d_model=24, d_kv=7, d_ff=40, num_layers=1, num_heads=3, vocab_size=50)),
         ViTForImageClassification(ViTConfig(**SMALL, image_size=12, patch_size=4)),
         transformers.BertModel(BertConfig(**SMALL, vocab_size=50)),
+        tiny_model("causal-lm", "emu3").model,  # a text decoder that no auto class knows
     ],
     ids=lambda model: type(model).__name__,
 )

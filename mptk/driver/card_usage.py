@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from mptk.io.auto_classes import auto_class
+from mptk.io.auto_classes import loader
 from mptk.io.markdown import code, table
 from mptk.run.chain import Compiled
 from mptk.run.report import Report
@@ -73,13 +73,13 @@ GENAI_LINES = (
 
 
 def auto_of(stock: StockConfig) -> str:
-    """Name of the auto class that loads a written checkpoint."""
+    """Name of the auto class that loads a written checkpoint, or of its class if no auto class knows it."""
     name = stock.model_class.__name__
     if name in flattened(MODEL_MAPPING_NAMES):
         return "AutoModel"
     config = copy.copy(stock.config)
     config.architectures = [name]
-    return auto_class(config)
+    return loader(config)
 
 
 def flattened(names: Mapping[str, Any]) -> set[str]:

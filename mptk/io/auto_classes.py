@@ -14,23 +14,35 @@ from mptk.errors import MptkError
 _FIRST_TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
 
 
-def auto_class(config: PreTrainedConfig) -> str:
-    """Name of the auto class for ``config``: the first with the checkpoint's class, else the first that takes it."""
+def loader(config: PreTrainedConfig) -> str:
+    """Name of what in transformers loads a checkpoint with ``config``.
+
+    It is the first auto class with the checkpoint's class, else the first that takes the config, else the checkpoint's
+    class itself: no auto class knows decoders such as ``MusicgenForCausalLM``.
+
+    Raises:
+        MptkError: transformers has no class for it.
+    """
     code: dict[str, str] = getattr(config, "auto_map", None) or {}
     fitting = {name: _class_names(name, config, code) for name in _auto_names()}
     taken = [name for name, classes in fitting.items() if classes]
-    if not taken:
-        raise MptkError(f"transformers has no model class for {type(config).__name__}; trust its own code or update")
     saved = set(config.architectures or ())
-    return next((name for name in taken if fitting[name] & saved), taken[0])
+    if taken:
+        return next((name for name in taken if fitting[name] & saved), taken[0])
+    named = [found.__name__ for found in map(_class_named, sorted(saved)) if found and _takes(found, config)]
+    if not named:
+        raise MptkError(f"transformers has no model class for {type(config).__name__}; trust its own code or update")
+    return named[0]
 
 
 def classes_of(config: PreTrainedConfig) -> set[type[PreTrainedModel]]:
     """The classes that transformers has for ``config``; empty if the model brings its own."""
-    auto = auto_class(config)
-    if auto in (getattr(config, "auto_map", None) or {}):
+    name = loader(config)
+    if (found := _class_named(name)) is not None:
+        return {found}
+    if name in (getattr(config, "auto_map", None) or {}):
         return set()
-    return set(model_classes(auto, config))
+    return set(model_classes(name, config))
 
 
 @functools.cache
@@ -43,3 +55,14 @@ def _class_names(auto: str, config: PreTrainedConfig, code: dict[str, str]) -> s
     """Names of the classes that the auto class has for ``config``: transformers' and the model's own."""
     names = {known.__name__ for known in model_classes(auto, config)}
     return names | {code[auto].rsplit(".", 1)[-1]} if auto in code else names
+
+
+def _class_named(name: str) -> type[PreTrainedModel] | None:
+    """transformers' model of that name; None if it has none, as for an auto class."""
+    found = getattr(transformers, name, None)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+
+
+def _takes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
+    taken = model_class.config_class
+    return taken is not None and isinstance(config, taken)

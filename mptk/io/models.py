@@ -25,7 +25,7 @@ from mptk.compat.accelerate import offloaded, take_offload_index
 from mptk.compat.transformers import dequantize_gguf, forget_source, unread_weights
 from mptk.errors import MptkError
 from mptk.files import path_of, scratch, tidy
-from mptk.io.auto_classes import auto_class
+from mptk.io.auto_classes import loader
 from mptk.io.cache import build_once, cache_dir
 from mptk.io.checkpoint import dtypes_in, fill, quantized_dtype, save_checkpoint, stored_dtype
 from mptk.io.licence import CARD, NOTICES, write_stub
@@ -138,9 +138,11 @@ def skeleton(model: str, *, dtype: torch.dtype = torch.float32, trust_remote_cod
     """
     config = load_config(model, trust_remote_code=trust_remote_code)
     with _explained(model), torch.device("meta"):
-        module = getattr(transformers, auto_class(config)).from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        kind = getattr(transformers, loader(config))
+        if hasattr(kind, "from_config"):
+            module = kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        else:  # no auto class
+            module = kind(config).to(dtype)
     made: PreTrainedModel = module.eval()
     if (count := sum(p.numel() for p in made.parameters())) > PARAMETERS:
         raise MptkError(f"{model} would have {count:.1e} parameters; check the numbers in its config.json")
@@ -302,7 +304,7 @@ def _gguf_config(gguf: Path) -> PreTrainedConfig:
 def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **options: object) -> PreTrainedModel:
     """The model in ``folder``, in evaluation mode, with every parameter from the checkpoint."""
     with _explained(model):
-        module, report = getattr(transformers, auto_class(config)).from_pretrained(
+        module, report = getattr(transformers, loader(config)).from_pretrained(
             folder, config=config, use_safetensors=True, output_loading_info=True, **options
         )
     if missing := sorted(report["missing_keys"]):

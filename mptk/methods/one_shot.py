@@ -7,7 +7,7 @@ is trained. A criterion that compensates (FLAP) corrects the consumers' biases.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from mptk.ir.families import Analysis
@@ -18,6 +18,7 @@ from mptk.methods.criteria import influence
 from mptk.methods.criteria.base import Criterion, Scores
 from mptk.methods.criteria.observe import Observation, Site
 from mptk.methods.division import divided
+from mptk.methods.ends import ends_note
 from mptk.methods.trial import losses, plan_of
 from mptk.run.chain import Chosen, Method, Prepared
 from mptk.run.folder import RunFolder
@@ -59,14 +60,17 @@ class OneShotMethod(Method):
         plans = [plan_of(prepared, scores, candidate.widths) for candidate in prepared.candidates]
         with context.stage("choose widths"):
             plan, cut, found = _best(prepared, plans, sets, context)
+        notes: tuple[str, ...] = ()
         if prepared.settings.layers == FREE:
             plan, found = divided(prepared, scores, plan, sets, context)
             cut = resolve_plan(analysis, plan)
-        chosen = Chosen(plan, cut, losses=found)
+        else:
+            notes = (ends_note(prepared, scores, plan, sets),)
+        chosen = Chosen(plan, cut, losses=found, notes=notes)
         if not self.criterion.compensates:
             return chosen
         biases = criteria.compensate(analysis, cut, observations)
-        return Chosen(plan, cut, biases.state, losses=found, notes=(biases.statement,))
+        return replace(chosen, changes=biases.state, notes=(*notes, biases.statement))
 
 
 def scored(

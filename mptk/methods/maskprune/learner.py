@@ -24,6 +24,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods.criteria import Scores, gather, score_evidence, select
+from mptk.methods.ends import ends_note
 from mptk.methods.maskprune.adapters import adapt, merged, original, recompute
 from mptk.methods.maskprune.losses import cross_entropy
 from mptk.methods.maskprune.solver import Solver
@@ -35,7 +36,7 @@ from mptk.progress import Progress
 from mptk.run.chain import Chosen, Prepared, Task
 from mptk.run.folder import TRACKER, RunFolder
 from mptk.run.processes import accelerator, anywhere, full, gathered, holds, placed
-from mptk.run.settings import Learning
+from mptk.run.settings import FREE, Learning
 from mptk.run.values import SampleSets, Witness
 from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import InsertedMasks
@@ -138,7 +139,8 @@ class Learner:
         outputs = own_outputs(self.accelerator, loop.student, sets.proof)
         state = gathered(changed(student, masks, analysis.program.state), keep=self.keeps)
         witness = Witness("learned masks", outputs, self.tolerance) if self.keeps else None
-        return Chosen(plan, cut, state, tuple(state), witness=witness, steps=self.mask_steps)
+        notes = () if prepared.settings.layers == FREE else (ends_note(prepared, scores, plan, sets),)
+        return Chosen(plan, cut, state, tuple(state), notes=notes, witness=witness, steps=self.mask_steps)
 
     def begin(self, prepared: Prepared) -> tuple[PeftModel, InsertedMasks, Solver, Loop]:
         """The student with adapters and masks, the masks, their solver, and the loop that trains them."""

@@ -95,14 +95,15 @@ def measure(folder: str, texts: dict[str, str], windows: int, tasks: dict[str, A
         found[name] = round(measured.value, 3)
         found["protocol"] = measured.protocol.partition(": ")[2]
     if tasks["tasks"]:
-        found["tasks"] = {task: score(values) for task, values in zero_shot(loaded, **tasks).items()}
-        found["limit"] = tasks["limit"]
+        scores = {task: score(values) for task, values in zero_shot(loaded, **tasks).items()}
+        found |= {"tasks": scores, "limit": tasks["limit"]}
     return found
 
 
-def score(values: dict[str, float]) -> float:
-    """Accuracy, normalised by length where the task has that."""
-    return round(values.get("acc_norm,none", values.get("acc,none", float("nan"))), 4)
+def score(values: dict[str, float]) -> tuple[float, float]:
+    """Accuracy, normalised by length if the task has that, and its standard error."""
+    metric = "acc_norm" if "acc_norm,none" in values else "acc"
+    return round(values[f"{metric},none"], 4), round(values[f"{metric}_stderr,none"], 4)
 
 
 def row_of(
@@ -211,7 +212,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {r['method']} | {r['sparsity']:.0%} | {r['seed']} | {r['tokens']:,} | {trained(r)} | {widths} "
             f"| {r['wikitext2']:.2f} | {r['c4']:.2f} |"
-            + "".join(f" {r['tasks'][task]:.3f} |" if task in r.get("tasks", {}) else " |" for task in tasks)
+            + "".join(
+                f" {'{:.3f} ± {:.3f}'.format(*r['tasks'][t]) if t in r.get('tasks', {}) else ''} |" for t in tasks
+            )
         )
     return "\n".join(lines)
 

@@ -289,6 +289,13 @@ CONTRADICTIONS = [
     Row("trust in onnx", "eval {gpt2} --data {text.raw} --runtime onnx --trust-remote-code", ("would do nothing",)),
     Row("tasks in onnx", "eval {gpt2} --runtime onnx --tasks x", ("lm-eval tasks run in torch",)),
     Row("text of an export without int4", "export {model} --out {out} --data {text.raw}", ("--data would do nothing",)),
+    Row(
+        "as many KV heads as before",
+        "merge-heads {model} --kv-heads 2 --data {text.raw} --out {out}",
+        ("2 KV heads, which cannot become 2", "give one of 1"),
+    ),
+    Row("no KV heads", "merge-heads {model} --kv-heads 0 --out {out}", ("--kv-heads",), code=2),
+    Row("heads in one weight", "merge-heads {gpt2-dense} --kv-heads 1 --out {out}", ("no KV heads to merge", "prune")),
     Row("show a pass without a plan", "show {model} --after rewrite", ("give both --after and --plan",)),
 ]
 

@@ -86,7 +86,8 @@ def probe_config(
     prober = Prober(model_class, config)
     families = {name: old for name, (old, _) in widths.items()}
     new = {name: width for name, (_, width) in widths.items()}
-    expressions = Expressions(prober.fields, families, fixed)
+    grows = [name for name, (old, width) in widths.items() if width > old]
+    expressions = Expressions(prober.fields, families, fixed, grows)
     found = solve(prober, expressions, target_shapes, new, scalars=scalars or {})
     return found.refusal if isinstance(found, Unsolved) else found.stock
 

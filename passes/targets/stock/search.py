@@ -6,7 +6,7 @@ import copy
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from passes.targets.stock.attempt import Refusal
@@ -23,12 +23,19 @@ MAX_BUILDS = 400
 class Expressions:
     """The possible products of every field. Each observed model rules some out (a version space).
 
-    A field of value v starts with the constant v and all products of at most 3 leaf sizes that equal v.
+    A field of value v starts with the constant v and all products of at most 3 leaf sizes that equal v. ``grows``:
+    families that become wider; only these count if they have one unit.
     """
 
-    def __init__(self, fields: Iterable[Field], families: Mapping[str, int], fixed: Sequence[int]) -> None:
+    def __init__(
+        self,
+        fields: Iterable[Field],
+        families: Mapping[str, int],
+        fixed: Sequence[int],
+        grows: Collection[str] = (),
+    ) -> None:
         self.families = dict(families)
-        leaves: list[tuple[str | int, int]] = [(name, width) for name, width in families.items() if width > 1]
+        leaves: list[tuple[str | int, int]] = [(n, width) for n, width in families.items() if width > 1 or n in grows]
         leaves += [(size, size) for size in sorted(set(fixed)) if size > 1]
         self._by_value: dict[int, list[Expression]] = {}
         for count in range(1, FACTORS + 1):

@@ -23,7 +23,6 @@ LONGEST = (
     "test_packaging.py",
     "test_stages.py",
     "test_shapes.py",
-    "test_crash.py",
     "test_examples.py",
     "test_plugin.py",
 )

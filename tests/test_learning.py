@@ -178,6 +178,7 @@ def require_same(learned: Path, out: Path) -> None:
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
+@pytest.mark.long  # two processes with shards learn the same in a test below
 def test_two_processes_learn_what_one_learns(llama: str, learned: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [*launch("--multi_gpu"), llama, "--out", str(out)]

@@ -57,7 +57,7 @@ MODELS = {
 }
 OUTPUTS = ("a", "b", "c")
 """Folders that commands write, read, and replace."""
-NAMED = {*OUTPUTS, "llama", "text.txt", "nowhere", "found.json"}
+NAMED = {*OUTPUTS, "llama", "text.txt", "nowhere", "found.json", "found.gguf"}
 """Names beside which commands write."""
 WRONG = (
     "analyze nowhere",
@@ -83,7 +83,7 @@ class Draw:
         self.known: dict[tuple[str, str], dict[str, list[int]]] = {}
 
     def command(self) -> list[str]:
-        kinds = {self.prune: 8, self.analyze: 2, self.read: 6, self.recover: 2, self.export: 1, self.wrong: 2}
+        kinds = {self.prune: 8, self.analyze: 2, self.read: 6, self.recover: 2, self.write: 2, self.wrong: 2}
         return self.random.choices(list(kinds), list(kinds.values()))[0]()
 
     def some(self, *options: str) -> list[str]:
@@ -170,8 +170,17 @@ class Draw:
         training = shlex.split("--steps 4 --batch 2 --micro 2 --rank 2 --save-every 2 --no-onnx")
         return ["recover", self.out(), *self.measured("text.txt"), *training, "--out", self.out()]
 
-    def export(self) -> list[str]:
-        return ["export", self.model(), "--out", self.out(), *self.some("--quantize int8")]
+    def write(self) -> list[str]:
+        """A command that writes what is not pruned, or a pruned model in another form."""
+        model = self.model()
+        merge = ["merge-heads", model, "--kv-heads", "1", "--data", MODELS[model], "--samples", "4", "--length", "16"]
+        return self.random.choice(
+            (
+                ["export", model, "--out", self.out(), *self.some("--quantize int8")],
+                [*merge, "--out", self.out()],
+                ["gguf", self.out(), "--like", "toy.gguf", "--out", "found.gguf"],
+            )
+        )
 
     def wrong(self) -> list[str]:
         return shlex.split(self.random.choice(WRONG))
@@ -242,6 +251,7 @@ def write_inputs(place: Path) -> None:
     kinds.write_all(place / "kinds")
     toys.llama().save_pretrained(place / "llama")
     toys.tokenizer().save_pretrained(place / "llama")
+    toys.write_gguf(toys.llama(), toys.tokenizer(), place / "toy.gguf")
     shutil.copy(place / "kinds" / "text.txt", place)
     for name in ("cache", "tmp"):
         (place / name).mkdir()

@@ -78,7 +78,7 @@ class Merged:
         return (
             f"written to {self.folder}: {self.heads[1]} of {self.heads[0]} KV heads, all query heads\n"
             f"keys merged {ways[self.keys]}; values {ways[self.values]}\n"
-            f"loss on calibration text {before:.3f} → {after:.3f}, nothing trained\n"
+            f"loss on calibration data {before:.3f} → {after:.3f}, nothing trained\n"
             f"reloaded checkpoint beside the merged weights: {self.proof.relative:.1e} of the largest output, ok"
         )
 

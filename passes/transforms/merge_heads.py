@@ -60,9 +60,10 @@ def first_heads(layer: SharedHeads, count: int) -> dict[str, tuple[int, Tensor]]
         MptkError: ``count`` does not divide the number of KV heads.
     """
     size = layer.groups.size
-    if not 0 < count < size or size % count:
-        fitting = ", ".join(str(n) for n in range(1, size) if size % n == 0)
-        raise MptkError(f"{layer.layer} has {size} KV heads, which cannot become {count}; give one of {fitting}")
+    fitting = [n for n in range(1, size) if size % n == 0]
+    if count not in fitting:
+        remedy = f"give one of {', '.join(map(str, fitting))}" if fitting else "there is nothing to merge"
+        raise MptkError(f"{layer.layer} has {size} KV heads, which cannot become {count}; {remedy}")
     step = size // count
     return {
         m.weight: (m.dim, torch.from_numpy(unit_positions(m.term, layer.groups)[0, ::step].flatten()).sort().values)

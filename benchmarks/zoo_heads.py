@@ -1,0 +1,57 @@
+"""The zoo's KV heads: for every decoder type, whether ``mptk merge-heads`` merges them all into one, proven.
+
+    python -m benchmarks.zoo_heads [--types A,B] [--jobs N] [--json FILE]
+
+Each type runs in a process of its own (``benchmarks/zoo.py``): a tiny random model is saved, its KV heads are merged to
+one in each layer on random data, and the checkpoint that is written must give the logits of the merged weights.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from benchmarks.tiny_models import CannotBuild, model_types, tiny_model
+from benchmarks.zoo import Jobs, RowsFile, Types, describe, saved_rows, sweep
+from mptk import merge_heads
+
+MAPPING = "causal-lm"
+
+
+def run_type(mapping: str, model_type: str) -> dict[str, Any]:
+    """One row; ``stage`` is ``merged``, or else ``none`` or ``built`` with the reason why it is not."""
+    row: dict[str, Any] = {"type": model_type, "mapping": mapping, "stage": "none", "reason": ""}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        try:
+            model: Any = tiny_model(mapping, model_type).model
+            model.save_pretrained(folder / "dense")
+            row["stage"] = "built"
+            how = {"data": "random", "samples": 4, "length": 12, "memory": 2 << 30}
+            found = merge_heads(folder / "dense", folder / "merged", 1, progress=None, **how)
+        except CannotBuild as error:
+            return {**row, "reason": str(error)}
+        except Exception as error:
+            return {**row, "reason": describe(error)}
+        row |= {"stage": "merged", "heads": list(found.heads), "keys": found.keys, "values": found.values}
+        return {**row, "difference": found.proof.relative}
+
+
+def main(types: Types = "", jobs: Jobs = 1, json_file: RowsFile = None) -> None:
+    """Merge the KV heads of every decoder type; prints a row each and the totals."""
+    rows = saved_rows(json_file)
+    pairs = [(MAPPING, t) for t in model_types(MAPPING) if not types or t in types.split(",")]
+    for row in sweep(pairs, rows, jobs, json_file, run_type):
+        said = f"keys {row['keys']}, values {row['values']}" if row["stage"] == "merged" else row["reason"][:300]
+        print(f"{row['type']:28} {row['stage']:8} {row['seconds']:6.1f}s  {said}", flush=True)
+    stages = Counter(row["stage"] for row in rows)
+    fitted = sum(row.get("keys") == "fit" for row in rows)
+    print(f"{len(rows)} types, {stages['merged']} merged and proven, {fitted} of them with fitted keys")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -153,15 +153,16 @@ def held(analysis: Analysis, model: PreTrainedModel, count: int) -> tuple[list[S
     Raises:
         MptkError: no family is of KV heads, or the class of ``model`` holds no such config.
     """
-    found, refusals = list[list[tuple[SharedHeads, ...]]](), list[str]()
+    found, refusals = list[list[tuple[SharedHeads, ...]]](), dict[bool, str]()
     for family in analysis.families:
         try:
             found.append(find_shared_heads(analysis, family.name))
         except MptkError as error:
-            refusals.append(str(error))
+            refusals.setdefault("heads" in family.name or "KV" in family.description, str(error))
     every = [ways for each in found for ways in each]
     if not every:
-        raise MptkError(f"{type(model).__name__} has no KV heads to merge ({refusals[0] if refusals else 'no heads'})")
+        why = refusals.get(True, refusals.get(False, "nothing in it can be cut"))
+        raise MptkError(f"{type(model).__name__} has no KV heads to merge: {why}")
     refused = None
     for way in range(max(map(len, every))):
         layers = [ways[min(way, len(ways) - 1)] for ways in every]

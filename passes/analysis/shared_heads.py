@@ -45,9 +45,9 @@ def find_shared_heads(analysis: Analysis, name: str) -> list[tuple[SharedHeads, 
     for group in analysis.family(name).groups:
         ways = tuple(_readings(group))
         if not ways:
+            where = group.layer or "the model"
             raise MptkError(
-                f"{name}: queries, keys, values and outputs of {group.layer or 'the model'} are not one weight each, "
-                "so these are no KV heads that can be merged; cut them with prune"
+                f"queries, keys, values and outputs of {where} are not one weight each; cut heads with prune"
             )
         found.append(ways)
     return found

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import zoo, zoo_depth
+from benchmarks import zoo, zoo_depth, zoo_heads
 from benchmarks.tiny_models import tiny_model
 from benchmarks.zoo_plans import random_plan
 from mptk import rewrite
@@ -112,3 +112,9 @@ def test_the_depth_sweep_catches_a_wrong_cut(monkeypatch: pytest.MonkeyPatch) ->
     row = zoo_depth.run_type("causal-lm", "gpt2")
     assert row["stage"] == "found"
     assert "wrong by" in row["reason"]
+
+
+@pytest.mark.long
+def test_kv_heads_of_a_type_are_merged() -> None:
+    row = zoo_heads.run_type("causal-lm", "qwen3")
+    assert (row["stage"], row["keys"], row["values"]) == ("merged", "mean", "fit"), row

@@ -121,11 +121,15 @@ def check_inside(folder: Path) -> None:
 
 
 def _end(link: Path) -> Path:
-    """Where a link leads."""
+    """Where a link leads. In a circle Python before 3.13 raises an error, and later ones stop at a link."""
+    circle = MptkError(f"{link} is a link that leads in a circle; put the file itself there")
     try:
-        return link.resolve()
+        end = link.resolve()
     except (OSError, RuntimeError) as error:
-        raise MptkError(f"{link} is a link that leads in a circle; put the file itself there") from error
+        raise circle from error
+    if end.is_symlink():
+        raise circle
+    return end
 
 
 def _is_file(path: Path) -> bool:

@@ -19,7 +19,8 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from mptk.io.checkpoint import portable, portable_config, save_checkpoint, save_tokenizer
+from benchmarks.tiny_models import tiny_model
+from mptk.io.checkpoint import portable, portable_config, save_checkpoint, save_config, save_tokenizer
 
 SIZES = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 40, "vocab_size": 97, "num_hidden_layers": 2}
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -99,3 +100,11 @@ def test_only_nested_configs_are_given_older_spellings() -> None:
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
     content = {"text_config": rope, "notes": rope, "kind_config": "plain"}
     assert portable(content) == {**content, "text_config": {**rope, "rope_theta": 5.0}}
+
+
+def test_a_rotary_type_that_has_no_older_spelling_is_read_as_it_was(tmp_path: Path) -> None:
+    """Gemma 4's full attention; its class takes the older spelling for a base that is missing."""
+    config = tiny_model("causal-lm", "gemma4_text").model.config
+    assert config.rope_parameters["full_attention"]["rope_type"] == "proportional"
+    save_config(config, tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters

@@ -28,6 +28,8 @@ _PARTIAL_ROPE = {
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
 }
 _PLAIN_ROPE = {"rope_theta": ("rope_theta",)}
+_OLD_ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+"""The rotary types of transformers 4. It has no spelling for others, and classes that use them misread one."""
 # How the tokenizer was loaded concerns this machine only.
 _LOADING_STATE = ("is_local", "local_files_only")
 
@@ -98,7 +100,7 @@ def portable(config: Mapping[str, object]) -> dict[str, object]:
     if not isinstance(rope, Mapping):
         return written
     main, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
-    if not isinstance(main, Mapping):
+    if not isinstance(main, Mapping) or main.get("rope_type", "default") not in _OLD_ROPES:
         return written
     names = _PARTIAL_ROPE if "partial_rotary_factor" in main else _PLAIN_ROPE
     legacy = {name: main[key] for key, spellings in names.items() if key in main for name in spellings}

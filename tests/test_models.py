@@ -171,6 +171,13 @@ def test_class_that_the_checkpoint_was_saved_from(model: transformers.PreTrained
     assert type(models.skeleton(str(tmp_path))) is type(model)
 
 
+def test_a_size_that_the_class_gives_may_say_that_there_is_no_limit(tmp_path: Path) -> None:
+    config = transformers.XLNetConfig(d_model=24, n_head=3, d_inner=40, n_layer=1, vocab_size=50)
+    config.save_pretrained(tmp_path)
+    assert config.max_position_embeddings == -1
+    assert models.skeleton(str(tmp_path)).config.n_layer == 1
+
+
 class TestGguf:
     @pytest.fixture
     def file(self, tmp_path: Path) -> Path:

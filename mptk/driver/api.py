@@ -265,7 +265,7 @@ def export_folder(
     if text is not None and task.onnx is not CAUSAL_LM.onnx:
         raise MptkError(f"text is for a decoder's int4, and {model} is a {task.summary}; leave out --data")
     dense = Dense(loaded, settings, traced(loaded, task, executor), executor)
-    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 256
+    positions = positions_of(loaded.model.config) or 256
     windows = None if text is None else data.calibration(loaded.model, loaded.tokenizer, text, 32, min(256, positions))
     with publish(Path(out)) as folder:
         say("export ONNX", 0, 0)

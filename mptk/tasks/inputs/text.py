@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mptk.io.data import protocol_name
+from mptk.io.data import positions_of, protocol_name
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM
 from mptk.progress import Count
@@ -45,8 +45,7 @@ class Tokens(Inputs):
 
 def fitting(loaded: Loaded, length: int) -> int:
     """``length``, or the model's number of positions if that is less."""
-    limit: int = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or length
-    return min(length, limit)
+    return min(length, positions_of(loaded.model.config) or length)
 
 
 def random_ids(loaded: Loaded, count: int, length: int, seed: int) -> Named:

@@ -213,8 +213,7 @@ def end_sharded(llama: str, learned: Path, out: Path) -> None:
 def test_sharded_processes_go_on_where_one_stopped_and_end_where_it_would_have(
     llama: str, learned: Path, tmp_path: Path
 ) -> None:
-    """Masks on one process; then on two that hold the weights in shards."""
-    begin(llama, tmp_path / "out")
+    begin(llama, tmp_path / "out")  # masks on one process; then on two that hold the weights in shards
     end_sharded(llama, learned, tmp_path / "out")
 
 

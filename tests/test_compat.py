@@ -22,14 +22,22 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch import fx, nn
-from transformers import AutoModelForCausalLM, FunnelConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    FunnelConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedConfig,
+)
 
 import mptk
 from mptk.compat import torch as compat
 from mptk.compat import transformers as compat_transformers
 from mptk.compat.accelerate import offloaded, own_state, take_offload_index
 from mptk.compat.onnxruntime import run_on_values
-from mptk.compat.peft import adapters_off
+from mptk.compat.peft import adapters_off, refuses_lora
 from mptk.compat.transformers import dequantize_gguf, forget_source, missing_attributes, model_classes, unread_weights
 from mptk.driver import api
 from mptk.methods.maskprune.adapters import adapt
@@ -232,6 +240,14 @@ def test_a_run_has_an_accelerator_of_its_own_and_the_callers_is_as_before() -> N
 
 
 # ---- peft ----
+
+
+def test_peft_refuses_lora_where_kernels_read_a_weight() -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=4))
+    refused = {name.rpartition(".")[2] for name, _ in model.named_modules() if refuses_lora(model, name)}
+    assert refused == {"conv1d", "out_proj"}, changed("peft", "_check_lora_target_modules_mamba")
+    assert adapt(model, 2, 0).peft_config["default"].target_modules
+    assert not refuses_lora(architectures.model("llama"), "model.layers.0.self_attn.out_proj")
 
 
 def test_adapters_are_off_for_a_time_and_stay_trainable() -> None:

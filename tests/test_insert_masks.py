@@ -98,6 +98,32 @@ def test_soft_masks_mask_the_adapter_too_and_fold_into_the_merged_weights(archit
     assert (logits(merged, ids) - masked).abs().max() <= 2e-5 * max(1.0, masked.abs().max().item())
 
 
+class Past(nn.Module):
+    """Reads the weight of ``up`` and of ``down`` without calling them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.up.weight.T + self.up.bias).relu() @ self.down.weight.T
+
+
+def test_masks_reach_a_weight_that_is_read_without_its_layer() -> None:
+    model, x = Past().eval(), torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    analysis = analyze(trace(model, [x]))
+    (family,) = analysis.families
+    plan = random_plan(analysis, [family.name])
+    values = hard_values(analysis, plan)
+    dense, expected = model(x), mask(analysis, resolve_plan(analysis, plan))(x)
+    masks = insert_masks(model, analysis, [family.name], lambda name, layer: values[name, layer])
+    seen = model(x)
+    masks.remove()
+    assert (seen - dense).abs().max() > 1e-3
+    assert torch.allclose(seen, expected, atol=1e-6)
+    assert torch.equal(model(x), dense)
+
+
 def test_families_that_cannot_fade_out_are_refused_by_name() -> None:
     model = architectures.model("mixtral")
     analysis = analyze(trace(model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from transformers import XLMConfig, XLMWithLMHeadModel
 import mptk
 from benchmarks import zoo_end_to_end
 from benchmarks.tiny_models import tiny_model
-from mptk.driver.prepare import traced
+from mptk.driver import api
+from mptk.driver.tracing import traced
 from mptk.errors import MptkError
 from mptk.io.models import Loaded, load
+from mptk.ir.program import Program
 from mptk.ir.samples import IGNORED, Samples
 from mptk.run.settings import Learning, Training
 from mptk.runtime.staged import EXECUTOR
@@ -161,12 +164,32 @@ def test_logits_after_a_masked_window_do_not_enter_its_loss() -> None:
     assert MaskedLM(3).loss(logits, samples) == MaskedLM(3).loss(logits[:, :12], samples)
 
 
-def test_a_model_whose_trace_holds_one_length_is_refused_before_work(tmp_path: Path) -> None:
-    """Without its kernels a state space model loops over the positions."""
-    model: Any = tiny_model("causal-lm", "falcon_mamba").model
-    model.save_pretrained(tmp_path / "dense")
-    with pytest.raises(MptkError, match=r"FalconMambaForCausalLM can be traced for 7 tokens alone: .*mptk.rewrite"):
-        mptk.prune(str(tmp_path / "dense"), tmp_path / "out", mptk.Settings(data="random", length=12))
+def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path: Path) -> None:
+    """Without its kernels a state space model loops over the positions; and it reads the weights of a layer itself."""
+    model: Any = tiny_model("causal-lm", "mamba").model
+    dense, out = str(tmp_path / "dense"), tmp_path / "out"
+    model.save_pretrained(dense)
+    run = mptk.Settings(data="random", samples=4, length=12, eval_windows=2, sparsity=0.2, multiple=1, seed=3)
+    learning = Learning(steps=4, training=Training(batch=2))
+    found = mptk.prune(dense, out, replace(run, method="maskprune", learning=learning))
+    assert all(stage["ok"] for stage in found.report.proof)
+    notes = " ".join(found.report.notes)
+    assert "MambaForCausalLM is traced for one length" in notes
+    assert "windows of 12 tokens" in notes
+    assert "no ONNX: the trace holds for 12 tokens alone" in notes
+    assert {d.stage for d in mptk.verify(out)} >= {"rewritten graph", "reloaded checkpoint"}
+    assert "12 tokens" in mptk.evaluate(out, "random", windows=1, length=12)["protocol"]
+    with pytest.raises(MptkError, match=r"12 tokens alone, and the samples of data have 9; give samples of 12"):
+        mptk.prune(dense, data=torch.ones(4, 9, dtype=torch.int64), sparsity=0.2, length=12, method="wanda", multiple=1)
+    with pytest.raises(MptkError, match=r"traced for 31 tokens alone, which its ONNX would hold"):
+        api.export_folder(dense, tmp_path / "onnx")
+
+
+def test_a_model_of_several_inputs_whose_trace_holds_one_length_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Program, "length", 7)
+    loaded = Loaded(MODELS["encoder-decoder"]().eval(), None, "it", Path())
+    with pytest.raises(MptkError, match=r"T5ForConditionalGeneration can be traced for 7 tokens alone: .*mptk.rewrite"):
+        traced(loaded, task_of(loaded), EXECUTOR)
 
 
 def test_a_model_that_computes_otherwise_on_few_tokens_is_checked_on_enough(tmp_path: Path) -> None:

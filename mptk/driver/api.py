@@ -16,7 +16,7 @@ import passes.frontend.trace
 from mptk.compat.torch import sources_forgotten
 from mptk.cost.budgets import phase
 from mptk.driver.changes import stored_weights
-from mptk.driver.prepare import traced
+from mptk.driver.tracing import traced
 from mptk.errors import MptkError
 from mptk.files import path_of, write_result
 from mptk.io import data, models
@@ -264,7 +264,10 @@ def export_folder(
     task.onnx.check(loaded.model, settings)
     if text is not None and task.onnx is not CAUSAL_LM.onnx:
         raise MptkError(f"text is for a decoder's int4, and {model} is a {task.summary}; leave out --data")
-    dense = Dense(loaded, settings, traced(loaded, task, executor), executor)
+    program = traced(loaded, task, executor)
+    if (length := task.only_length(program)) is not None:
+        raise MptkError(f"{model} is traced for {length} tokens alone, which its ONNX would hold; there is none for it")
+    dense = Dense(loaded, settings, program, executor)
     positions = positions_of(loaded.model.config) or 256
     windows = None if text is None else data.calibration(loaded.model, loaded.tokenizer, text, 32, min(256, positions))
     with publish(Path(out)) as folder:

@@ -7,7 +7,7 @@ checkpoint with one head of each kind must then give the same logits, and this i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from mptk.compat.accelerate import own_state
 from mptk.compat.torch import sources_forgotten
-from mptk.driver.prepare import traced
 from mptk.driver.proof import check_proof, proof_batches
 from mptk.driver.pruned import Shown, reporting
+from mptk.driver.tracing import traced
 from mptk.errors import MptkError, explained
 from mptk.files import path_of
 from mptk.io import models
@@ -123,7 +123,8 @@ def _merged(model: str, out: Path, kv_heads: int, settings: Settings, say: Progr
     say("load", 0, 0)
     loaded, task = open_task(model, resident, trust_remote_code=settings.trust_remote_code)
     say("analyse", 0, 0)
-    analysis = group.analyze(traced(loaded, task, executor))
+    analysis = group.analyze(traced(loaded, task, executor, settings.length))
+    settings = replace(settings, length=task.only_length(analysis.program) or settings.length)
     layers, stock = held(analysis, loaded.model, kv_heads)
     given = task.samples(loaded, settings, settings.samples, partial(say, "calibration data"))
     say("merge", 0, 0)

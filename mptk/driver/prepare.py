@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
-
-import passes.frontend.trace
 from mptk.cost.budgets import LATENCY
 from mptk.cost.estimate import Estimate
 from mptk.cost.model import CostModel
-from mptk.driver.alive import check_alive
 from mptk.driver.budget import WidthSearch, budgeted, multiples
 from mptk.driver.estimate import check_fits, estimated_for
 from mptk.driver.job import Job
+from mptk.driver.tracing import traced
 from mptk.driver.vocabulary import asked, corpus_of, trim
 from mptk.errors import MptkError
 from mptk.io import data
@@ -23,10 +20,7 @@ from mptk.io.resident import free_memory
 from mptk.io.text.sampled import writes
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
-from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.ir.samples import Samples, is_tokens
-from mptk.ir.sizes import is_open
 from mptk.methods import find_method
 from mptk.methods.distil import NO_BLOCK
 from mptk.methods.reconstruct import consumers
@@ -38,7 +32,6 @@ from mptk.run.rungs import rungs
 from mptk.run.settings import DEFAULT_STEPS, FREE, IN_MEMORY, Settings
 from mptk.run.trimmed import Trimmed
 from mptk.run.values import Context
-from mptk.runtime.staged import Executor
 from mptk.targets import find_target
 from passes.analysis import group
 from passes.pipelines import check_schemes
@@ -118,14 +111,16 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
         announce(estimated_for(loaded.model, loaded.dtype, settings, job.kept), job, context)
     check_whole(loaded, settings)
     with context.stage("trace"):
-        program = traced(loaded, task, executor)
+        program = traced(loaded, task, executor, settings.length)
+    if (length := task.only_length(program)) is not None:
+        settings = replace(settings, length=length, eval_length=length)
     with context.stage("analyse"):
         analysis = group.analyze(program)
     trimmed = None
     if settings.vocabulary is not None or asked(settings) is not None:
         with context.stage("vocabulary"):
             loaded, task, trimmed = trimmed_for(job, settings, loaded, task, analysis)
-            analysis = group.analyze(traced(loaded, task, executor))
+            analysis = group.analyze(traced(loaded, task, executor, settings.length))
     with context.stage("legalise"):
         prepared = legalise(job.source, settings, loaded, task, analysis, context.progress)
     prepared = replace(prepared, executor=executor, trimmed=trimmed)
@@ -178,46 +173,6 @@ def check_whole(loaded: Loaded, settings: Settings) -> None:
         raise MptkError(
             f"{what} all weights in memory, {needed / 1e9:.1f} GB of {room / 1e9:.1f} GB; {remedy}, or more --memory"
         )
-
-
-def traced(loaded: Loaded, task: Task, executor: Executor) -> Program:
-    """The model's program with its weights.
-
-    Raises:
-        MptkError: it holds the length of its inputs; it does not compute what the task says, or its outputs are not
-            finite, or zero alone.
-    """
-    example = task.example(loaded.model)
-    program = loaded.with_weights(passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=True))
-    if task.sequences:
-        check_open_length(loaded, program, example)
-    ran = 0
-
-    def run(samples: Samples) -> Tensor | tuple[Tensor, ...]:
-        nonlocal ran
-        found: Tensor | tuple[Tensor, ...] = next(executor.outputs([program], [samples.tensors]))
-        check_alive(loaded.source, program, (found,) if isinstance(found, Tensor) else found)
-        ran += 1
-        return found
-
-    task.check(loaded, run)
-    if not ran:
-        run(example)
-    return program
-
-
-def check_open_length(loaded: Loaded, program: Program, example: Samples) -> None:
-    """Raise MptkError if the trace of a model holds for inputs of the example's length alone."""
-    given = set(program.user_inputs)
-    nodes = (node for node in program.placeholders() if node.name in given)
-    for node, tensor in zip(nodes, example.tensors, strict=True):
-        length = node.meta["val"].shape[1] if is_tokens(tensor) else None
-        if length is not None and not is_open(length):
-            raise MptkError(
-                f"{type(loaded.model).__name__} can be traced for {length} tokens alone: its code loops over the "
-                "positions, or computes with their number in Python; prune a model whose class uses tensors for that "
-                "(docs/tracing.md), or cut this one for inputs of one length with mptk.rewrite"
-            )
 
 
 def legalise(

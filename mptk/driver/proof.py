@@ -34,8 +34,10 @@ def prove_folder(compiled: Compiled, targets: Sequence[Target], folder: Path, sa
     Raises:
         MptkError: the config is not what it must be; or the folder cannot be loaded.
     """
-    sequences = compiled.prepared.task.sequences and _tokens(samples)
-    reached = find_reach(compiled) if sequences else Reach((), ())
+    task, program = compiled.prepared.task, compiled.prepared.analysis.program
+    sequences = task.sequences and _tokens(samples)
+    longer = sequences and task.only_length(program) is None
+    reached = find_reach(compiled) if longer else Reach((), ())
     batches = proof_batches(samples, reached.length, sequences)
     checks = [target.checks(compiled, folder, reached.borders) for target in targets]
     run = partial(prove, executor=compiled.prepared.executor)

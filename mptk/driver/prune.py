@@ -24,6 +24,7 @@ from mptk.driver.kept import kept_choice, kept_fit
 from mptk.driver.prepare import announce, check_settings, prepare, settled
 from mptk.driver.proof import check_proof, check_witness, prove_folder
 from mptk.driver.shape_search import search_shapes, winner
+from mptk.driver.tracing import check_length, one_length
 from mptk.errors import explained
 from mptk.io import data
 from mptk.io.licence import copy_notices
@@ -53,6 +54,9 @@ from passes.verify import Difference
 ELSEWHERE = ("resume", "proof_length", "memory", "device", "max_shard_size")
 """Settings that may differ when an unfinished run goes on."""
 
+FOUND = ("sparsity", "length", "eval_length")
+"""Settings that a latency or a trace of one length sets."""
+
 SAMPLES = "samples"
 """Name of the samples in the folder of an unfinished run."""
 SHARE = 8
@@ -78,7 +82,7 @@ def stages(job: Job, settings: Settings, context: Context) -> Finished | None:
     settings = settled(settings)
     check_settings(settings)
     if keeps_stages(settings):
-        check_unfinished(job.out, described(job, settings), settings.resume, but=("sparsity",))  # a latency sets it
+        check_unfinished(job.out, described(job, settings), settings.resume, but=FOUND)
     if job.needs is not None:
         announce(job.needs(settings), job, context)
     prepared = prepare(job, settings, context)
@@ -164,6 +168,8 @@ def read_samples(job: Job, prepared: Prepared, context: Context) -> SampleSets:
             source = data.SELF
         else:
             evaluation = task.evaluation(prepared.loaded, s)
+    for what, read in (("data", training), ("eval_data", evaluation)):
+        check_length(task, prepared.analysis.program, read, what)
     said = source if source == IN_MEMORY else task.named(prepared.loaded.model, source)
     training, held_out = apart(training, s)
     return SampleSets(training, training[: s.samples], evaluation, said, task.sequences, held_out)
@@ -303,6 +309,7 @@ def written_folder(
         if chosen.changes and not chosen.trained:
             write_weights(folder / COMPENSATION, Weights(chosen.changes))
         notes = [*chosen.notes, describe_processes(context.accelerator) if context.accelerator else ""]
+        notes.append(one_length(prepared))
         notes.append("" if prepared.trimmed is None else prepared.trimmed.note)
         notes.append(left_whole(prepared.analysis, prepared.legal, prepared.settings))
         for target in targets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.compat.torch import sources_forgotten
-from mptk.driver.prepare import traced
 from mptk.driver.pruned import Pruned, Shown, reporting
 from mptk.driver.sources import Data, Inputs, Model, collected, in_memory, names_of, source_of, task_of_folder
+from mptk.driver.tracing import traced
 from mptk.driver.verification import plan_of
 from mptk.driver.vocabulary import trim
 from mptk.errors import MptkError, explained
@@ -70,9 +71,11 @@ def evaluate(
     resident, executor = execution(settings)
     with explained(), reporting(progress) as say:
         say("load", 0, 0)
-        runs = _Programs(resident, executor, trust_remote_code, tokenizer, example_inputs)
+        runs = _Programs(resident, executor, trust_remote_code, tokenizer, example_inputs, length)
         runs.add(model, dense)
         loaded, task = runs.opened[0]
+        if (only := task.only_length(next(iter(runs.programs.values())))) is not None:
+            length, settings = only, replace(settings, eval_length=only)
         if in_memory(data):
             samples = collected(data, loaded, task, windows, length)
         elif data is None and task.sequences:
@@ -94,9 +97,10 @@ class _Programs:
         trust: bool,
         tokenizer: PreTrainedTokenizerBase | None,
         example_inputs: Inputs | None,
+        length: int,
     ) -> None:
         self.resident, self.executor, self.trust = resident, executor, trust
-        self.tokenizer, self.example_inputs = tokenizer, example_inputs
+        self.tokenizer, self.example_inputs, self.length = tokenizer, example_inputs, length
         self.programs: dict[str, Program] = {}
         self.opened: list[tuple[models.Loaded, Task]] = []
 
@@ -134,12 +138,12 @@ class _Programs:
             tokens = plan_of(place).vocabulary
         if tokens is None:
             return dense
-        loaded, task, _ = trim(*dense, group.analyze(traced(*dense, self.executor)), tokens)
+        loaded, task, _ = trim(*dense, group.analyze(traced(*dense, self.executor, self.length)), tokens)
         return loaded, task
 
     def _take(self, name: str, opened: tuple[models.Loaded, Task]) -> None:
         self.opened.append(opened)
-        self.programs[name] = traced(*opened, self.executor)
+        self.programs[name] = traced(*opened, self.executor, self.length)
 
     def __call__(self, batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
         names = list(self.programs)

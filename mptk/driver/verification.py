@@ -14,9 +14,9 @@ from mptk.cost.model import CostModel
 from mptk.driver.changes import changes_of
 from mptk.driver.claims import check_files, check_numbers, proof_samples, require_same
 from mptk.driver.compiling import compile_plan
-from mptk.driver.prepare import traced
 from mptk.driver.proof import check_proof, prove_folder
 from mptk.driver.sources import task_of_folder
+from mptk.driver.tracing import traced
 from mptk.driver.vocabulary import check_tokenizer, trim
 from mptk.errors import MptkError
 from mptk.io.dense import open_dense
@@ -85,10 +85,10 @@ def verify(
     loaded = open_dense(report.model, report.model_sha256, model, trust_remote_code, resident, live=report.live)
     check_code(loaded.path, folder)
     task = task_of_folder(folder, report, loaded)
-    analysis, trimmed, unknown = group.analyze(traced(loaded, task, executor)), None, ""
+    analysis, trimmed, unknown = group.analyze(traced(loaded, task, executor, report.settings.length)), None, ""
     if plan.vocabulary is not None:
         loaded, task, trimmed = trim(loaded, task, analysis, plan.vocabulary)
-        analysis = group.analyze(traced(loaded, task, executor))
+        analysis = group.analyze(traced(loaded, task, executor, report.settings.length))
         unknown = check_tokenizer(loaded, folder)
     with _readable(folder):
         check_numbers(report, folder, analysis, plan, loaded.dtype, stored_type(report.settings, loaded), trimmed)

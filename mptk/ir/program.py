@@ -16,6 +16,8 @@ from torch.nn import Parameter
 from mptk.compat.torch import build_exported, tree_leaves, tree_map
 from mptk.errors import MptkError
 from mptk.ir.module import ProgramModule
+from mptk.ir.samples import is_tokens
+from mptk.ir.sizes import example_size, is_open
 from mptk.ir.weights import Lazy, Weights
 
 ExampleInputs = tuple[tuple[object, ...], dict[str, object]]
@@ -61,6 +63,14 @@ class Program:
     def user_inputs(self) -> list[str]:
         """Placeholder names of the inputs that a caller passes, in order."""
         return [s.arg.name for s in self.signature.input_specs if s.kind is InputKind.USER_INPUT]
+
+    @cached_property
+    def length(self) -> int | None:
+        """Tokens that each input of token ids must have; None if the graph holds for any number of them."""
+        given = set(self.user_inputs)
+        values = [node.meta["val"] for node in self.placeholders() if node.name in given]
+        sizes = [value.shape[1] for value in values if isinstance(value, Tensor) and is_tokens(value)]
+        return next((example_size(size) for size in sizes if not is_open(size)), None)
 
     @property
     def has_values(self) -> bool:

@@ -72,6 +72,13 @@ class Samples:
         inputs = {n: x[:count, :length] if is_tokens(x) else x[:count] for n, x in self.inputs.items()}
         return Samples(inputs)
 
+    def of_length(self, length: int) -> Samples:
+        """The samples without targets, each with ``length`` tokens: its own ones, again and again."""
+        inputs = {
+            n: x.repeat(1, -(-length // x.shape[1]))[:, :length] if is_tokens(x) else x for n, x in self.inputs.items()
+        }
+        return Samples(inputs)
+
     def repeated(self, count: int) -> Samples:
         """The samples ``count`` times in a row."""
         return self.map(lambda tensor: tensor.repeat(count, *[1] * (tensor.ndim - 1)))

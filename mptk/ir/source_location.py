@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from mptk.ir.ops import op_name
+from mptk.ir.program import Program
 
 _ROOT = Path(__file__).parents[2]
 _TRANSFORMERS = find_spec("transformers")
@@ -42,6 +43,13 @@ def module_paths(node: fx.Node) -> list[str]:
     """The modules in which a call was made, outermost first, as the user names them; "" is the model itself."""
     modules = (node.meta.get("nn_module_stack") or {}).values()
     return [path.removeprefix("module").removeprefix(".") for path, *_ in modules]
+
+
+def past_module(program: Program, weight: str) -> bool:
+    """Whether all calls that use a weight were made outside of its own module: hooks of that do not see them."""
+    owner = weight.rpartition(".")[0]
+    users = [u for node in program.placeholders() if program.weights.get(node.name) == weight for u in node.users]
+    return bool(users) and not any(owner in module_paths(user) for user in users)
 
 
 def source_line(stack_trace: str) -> str:

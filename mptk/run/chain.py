@@ -303,6 +303,10 @@ class Task(Protocol):
         """A few small samples to trace the model with. It may have no weights."""
         ...
 
+    def only_length(self, program: Program) -> int | None:
+        """The tokens that each sample must have; None if there may be any number of them, or there are none."""
+        return program.length if self.sequences else None
+
     def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
         """``count`` samples to calibrate or train on.
 

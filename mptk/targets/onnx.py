@@ -37,6 +37,8 @@ class OnnxTarget(Target):
         task = compiled.prepared.task
         if task.onnx is None:
             return [f"no ONNX: mptk has no ONNX form of a {task.summary}; export the folder with optimum"]
+        if (length := task.only_length(compiled.prepared.analysis.program)) is not None:
+            return [f"no ONNX: the trace holds for {length} tokens alone, and a graph would, too"]
         out = folder / FOLDER
         out.mkdir()
         try:

@@ -113,5 +113,9 @@ class StockTarget(Target):
         if sum(like.nbytes for like in reloaded.weights.likes.values()) <= executor.stage:
             run: Program | StageOutputs = partial(task.output, reloaded.whole())
         else:  # stage by stage, as the class computes
-            run = reloaded.with_weights(trace(reloaded.model, task.example(reloaded.model).inputs, dynamic=True))
+            example, length = task.example(reloaded.model), task.only_length(compiled.prepared.analysis.program)
+            if length is not None:
+                example = example.of_length(length)
+            dynamic = True if length is None else (0,)
+            run = reloaded.with_weights(trace(reloaded.model, example.inputs, dynamic=dynamic))
         return Checks((config, weights), {"reloaded checkpoint": (run, TOLERANCE)})

@@ -62,7 +62,9 @@ ExampleInputs = Sequence[Tensor] | Mapping[str, Tensor]
 """Tensors for ``forward``, by position or by the argument's name."""
 
 
-def trace(module: nn.Module, example_inputs: ExampleInputs | None = None, *, dynamic: bool = False) -> Program:
+def trace(
+    module: nn.Module, example_inputs: ExampleInputs | None = None, *, dynamic: bool | tuple[int, ...] = False
+) -> Program:
     """Trace ``module`` to a Program without running it on real numbers.
 
     Args:
@@ -70,7 +72,7 @@ def trace(module: nn.Module, example_inputs: ExampleInputs | None = None, *, dyn
             weights the program's weights are fake tensors, and no memory of the model's size is allocated.
         example_inputs: tensors for ``forward``, by position or by name. None: token ids [2, 7], for a language model.
         dynamic: make every size of the inputs symbolic if the model allows it. The program then runs on other batch
-            sizes and sequence lengths; export takes 2-4 times as long.
+            sizes and sequence lengths; export takes 2-4 times as long. Or the dimensions whose sizes are symbolic.
 
     Raises:
         MptkError: torch.export refuses the module (data-dependent control flow, a construct it cannot trace).
@@ -95,15 +97,16 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def export_program(
-    wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: bool | dict[str, object] = False
+    wrapper: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: bool | tuple[int, ...] | dict[str, object] = False
 ) -> Program:
     """Export ``wrapper(*inputs)``; ``wrapper.module`` is the user's module and gives the weights their names.
 
     ``dynamic`` is False, True (every dimension of every input ``Dim.AUTO``, but those of size 1, which a trace takes
-    for constants) or the ``dynamic_shapes`` of torch.export.
+    for constants), some of these dimensions, or the ``dynamic_shapes`` of torch.export.
     """
-    if dynamic is True:
-        dynamic = {"inputs": tuple({d: Dim.AUTO for d, size in enumerate(t.shape) if size != 1} for t in inputs)}
+    if dynamic is True or isinstance(dynamic, tuple):
+        dims = range(max((t.ndim for t in inputs), default=0)) if dynamic is True else dynamic
+        dynamic = {"inputs": tuple({d: Dim.AUTO for d in dims if d < t.ndim and t.shape[d] != 1} for t in inputs)}
     try:
         with uncached_operators(), evaluating(wrapper), _fake_weights(wrapper, inputs) as fake_inputs, torch.no_grad():
             exported = torch.export.export(wrapper, fake_inputs, dynamic_shapes=dynamic or None, strict=False)

@@ -4,7 +4,8 @@ The analysis gives the places. A mask multiplies the input of the layers that su
 down projection). If another call combines the units before (a norm over them, a product of two activations), the mask
 multiplies the output of the layers that make them. Hooks sit on the module that is called, usually an adapter's
 wrapper, so the adapter's path is masked too. If the weight has no layer of its own (packed experts), the parameter is
-masked. The mask m of a residual block multiplies what it adds to its input: y = x + m · (block(x) − x).
+masked, as it is if the model reads a layer's weight without calling the layer. The mask m of a residual block
+multiplies what it adds to its input: y = x + m · (block(x) − x).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +28,7 @@ from mptk.errors import MptkError
 from mptk.ir.axes import Term, axes_in, leaves
 from mptk.ir.axis_facts import AxisFacts
 from mptk.ir.families import Analysis, Family, Group, Member, unit_indices
+from mptk.ir.source_location import past_module
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class MaskSite:
             tensor.
         weights: the parameters (name, dimension) that are multiplied when the mask is folded; the dimension is None
             if ``index`` has the parameter's own dimensions. Empty for a block, whose mask no weight takes.
+        past: whether calls read the weights past ``module``, so that these are masked and not its input or output.
     """
 
     family: str
@@ -47,6 +51,7 @@ class MaskSite:
     where: str
     index: Tensor
     weights: tuple[tuple[str, int | None], ...]
+    past: bool = False
 
 
 def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[str]) -> list[MaskSite]:
@@ -108,16 +113,17 @@ def _mask_site(analysis: Analysis, module: nn.Module, family: Family, layer: int
     inputs, outputs = _linear_dims(own)
     group = family.groups[layer]
     dims = analysis.weights[member.weight]
+    past = past_module(analysis.program, member.weight)
     beside = [a for a in group.scope if a not in set(leaves(member.term))]
     if parameter == "weight" and not beside and member.dim == inputs and member.role == "consumer":
-        return MaskSite(
-            family.name, layer, owner, "input", _index(dims, member.dim, group).flatten(), ((member.weight, inputs),)
-        )
+        index = _index(dims, member.dim, group).flatten()
+        return MaskSite(family.name, layer, owner, "input", index, ((member.weight, inputs),), past)
     if parameter == "weight" and not beside and member.dim == outputs:
         held = {m.weight for m in group.members}
         bias = f"{owner}.bias"
         rows = [(member.weight, outputs), *([(bias, 0)] if bias in held else [])]
-        return MaskSite(family.name, layer, owner, "output", _index(dims, member.dim, group).flatten(), tuple(rows))
+        index = _index(dims, member.dim, group).flatten()
+        return MaskSite(family.name, layer, owner, "output", index, tuple(rows), past)
     return MaskSite(family.name, layer, owner, parameter, _index(dims, member.dim, group), ((member.weight, None),))
 
 
@@ -218,7 +224,8 @@ class InsertedMasks:
         self.enabled = True
         held = Counter((site.family, site.layer) for site in sites if site.where != "block")
         several = {family for (family, _), count in held.items() if count > 1}
-        self.watched = {p.family for p in sites if p.where in ("input", "output", "block")} - several
+        seen = {p.family for p in sites if p.where in ("input", "output", "block") and not p.past}
+        self.watched = seen - several
         self.weights: dict[str, list[tuple[int, int | None]]] = {}
         for i, site in enumerate(sites):
             for name, dim in site.weights:
@@ -232,24 +239,35 @@ class InsertedMasks:
     def _insert(self, i: int, site: MaskSite) -> None:
         called = self.module.get_submodule(site.module)
 
-        def masked(x: Tensor) -> Tensor:
+        def masked(x: Tensor, shape: Sequence[int] = ()) -> Tensor:
             if not self.enabled:
                 return x
             factor = self._spread(i).to(x.dtype)
+            if shape:
+                factor = factor.reshape(shape)
             if self.watch is None or site.family not in self.watched or not factor.requires_grad:
                 return x * factor
             multiply: Callable[..., Tensor] = Multiply.apply
             return multiply(x, factor, lambda each: self._see(i, each))
 
-        if site.where == "input":
+        if site.past:
+            for name, dim in site.weights:
+                parameter = name.rpartition(".")[2]
+                ndim = called.get_parameter(parameter).ndim
+                shape = [-1 if d == dim else 1 for d in range(ndim)]
+                self._parametrize(called, parameter, partial(masked, shape=shape))
+        elif site.where == "input":
             self._handles.append(called.register_forward_pre_hook(lambda _, args: (masked(args[0]), *args[1:])))
         elif site.where == "output":
             self._handles.append(called.register_forward_hook(lambda _, args, out: masked(out)))
         elif site.where == "block":
             self._handles.append(called.register_forward_hook(self._added(site.module, masked), with_kwargs=True))
         else:
-            parametrize.register_parametrization(called, site.where, _Masked(masked), unsafe=True)
-            self._parametrized.append((called, site.where))
+            self._parametrize(called, site.where, masked)
+
+    def _parametrize(self, module: nn.Module, parameter: str, masked: Callable[[Tensor], Tensor]) -> None:
+        parametrize.register_parametrization(module, parameter, _Masked(masked), unsafe=True)
+        self._parametrized.append((module, parameter))
 
     def _added(self, module: str, masked: Callable[[Tensor], Tensor]) -> Callable[..., object]:
         """A hook that masks what a block adds to its input: the first argument that is like its first result."""

@@ -5,7 +5,7 @@ Also gradient checkpointing of the adapted model's blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import partial
 
 import torch
@@ -16,13 +16,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from mptk.compat.peft import refuses_lora
 from mptk.run.processes import blocks, full
 
 
-def adapt(model: PreTrainedModel, rank: int, seed: int) -> PeftModel:
-    """``model`` with LoRA of ``rank`` and scale 2, initialised from ``seed``. Its own weights are frozen in place."""
+def adapt(model: PreTrainedModel, rank: int, seed: int, but: Container[str] = ()) -> PeftModel:
+    """``model`` with LoRA of ``rank`` and scale 2, initialised from ``seed``. Its own weights are frozen in place.
+
+    ``but``: modules that get none.
+    """
     head = model.get_output_embeddings()
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    names = [name for name in linear if name not in but and not refuses_lora(model, name)]
     transposed = any(isinstance(m, Conv1D) for m in model.modules())
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, fan_in_fan_out=transposed)
     with torch.random.fork_rng(devices=[]):

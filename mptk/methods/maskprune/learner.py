@@ -157,7 +157,8 @@ class Learner:
         solver = Solver(
             shapes, prepared.cost.share, budget, self.mask_steps, rates, given=given, device=device, blocks=depths
         )
-        student = adapt(self.dense(self.keeps), self.rank, self.settings.training.seed)
+        past = {site.module for site in prepared.mask_sites if site.past}
+        student = adapt(self.dense(self.keeps), self.rank, self.settings.training.seed, past)
         masks = InsertedMasks(original(student), prepared.mask_sites, solver.applied, solver.watch)
         recompute(student, self.settings.gradient_checkpointing)
         teacher = self._teacher(partial(_dense, student, masks))

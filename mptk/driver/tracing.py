@@ -1,0 +1,79 @@
+"""tracing: the program of a loaded model, checked; of one length if its class can be traced for no other."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+import passes.frontend.trace
+from mptk.driver.alive import check_alive
+from mptk.errors import MptkError
+from mptk.io.models import Loaded
+from mptk.ir.program import Program
+from mptk.ir.samples import Samples
+from mptk.run.chain import Prepared, Task
+from mptk.runtime.staged import Executor
+
+LONGEST = 31
+"""Tokens of a program of one length: its graph may repeat a loop for each. A prime, so that no size of a model is
+likely to be a multiple of it."""
+
+
+def traced(loaded: Loaded, task: Task, executor: Executor, length: int = LONGEST) -> Program:
+    """The model's program with its weights.
+
+    If its trace holds one length alone (``Program.length``), that is ``length`` or ``LONGEST``, whichever is less.
+
+    Raises:
+        MptkError: it has several inputs, and holds one length; it does not compute what the task says, or its outputs
+            are not finite, or zero alone.
+    """
+    example = task.example(loaded.model)
+    program = _trace(loaded, example)
+    if task.only_length(program) is not None:
+        if len(example.inputs) > 1:
+            raise MptkError(
+                f"{type(loaded.model).__name__} can be traced for {program.length} tokens alone: its code loops over "
+                "the positions, or computes with their number in Python; prune a model whose class uses tensors for "
+                "that (docs/tracing.md), or cut this one for inputs of one length with mptk.rewrite"
+            )
+        example = example.of_length(min(length, LONGEST))
+        program = _trace(loaded, example, (0,))
+    fixed, ran = task.only_length(program), 0
+
+    def run(samples: Samples) -> Tensor | tuple[Tensor, ...]:
+        nonlocal ran
+        batch = samples if fixed is None else samples.of_length(fixed)
+        found: Tensor | tuple[Tensor, ...] = next(executor.outputs([program], [batch.tensors]))
+        check_alive(loaded.source, program, (found,) if isinstance(found, Tensor) else found)
+        ran += 1
+        return found if fixed is None or not isinstance(found, Tensor) else found[:, : samples.tensors[0].shape[1]]
+
+    task.check(loaded, run)
+    if not ran:
+        run(example)
+    return program
+
+
+def check_length(task: Task, program: Program, samples: Samples, what: str) -> None:
+    """Raise MptkError if samples that a caller made are not of the program's only length."""
+    length = task.only_length(program)
+    if length is not None and samples.tensors[0].shape[1] != length:
+        raise MptkError(
+            f"this model is traced for {length} tokens alone, and the samples of {what} have "
+            f"{samples.tensors[0].shape[1]}; give samples of {length} tokens, or text"
+        )
+
+
+def one_length(prepared: Prepared) -> str:
+    """What a report says of a program that holds one length; empty for others."""
+    length = prepared.task.only_length(prepared.analysis.program)
+    if length is None:
+        return ""
+    return (
+        f"{type(prepared.loaded.model).__name__} is traced for one length, since its code loops over the positions or "
+        f"computes with their number in Python: text is read in windows of {length} tokens, and the proof is for these"
+    )
+
+
+def _trace(loaded: Loaded, example: Samples, dynamic: bool | tuple[int, ...] = True) -> Program:
+    return loaded.with_weights(passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=dynamic))

@@ -29,6 +29,7 @@ from mptk.runtime.staged import EXECUTOR
 from mptk.tasks import task_of
 from mptk.tasks.classifier import Classifier
 from mptk.tasks.encoder import Encoder
+from mptk.tasks.inputs import inputs_of
 from mptk.tasks.inputs.text import SEQUENCE
 from mptk.tasks.masked_lm import MaskedLM
 from mptk.tasks.seq2seq import until_end
@@ -162,6 +163,12 @@ def test_logits_after_a_masked_window_do_not_enter_its_loss() -> None:
     samples = MaskedLM(3).masked(torch.arange(24).reshape(2, 12))
     logits = torch.randn(2, 20, 30)
     assert MaskedLM(3).loss(logits, samples) == MaskedLM(3).loss(logits[:, :12], samples)
+
+
+def test_inputs_of_two_names_are_known_by_either() -> None:
+    """Perceiver calls its pictures ``inputs``, and takes them as ``pixel_values``, too."""
+    model: Any = tiny_model("image-classification", "perceiver").model
+    assert list(inputs_of(model).example(model)) == ["pixel_values"]
 
 
 def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path: Path) -> None:

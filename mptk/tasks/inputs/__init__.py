@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 from torch import nn
 
 from mptk.errors import MptkError
@@ -21,6 +23,8 @@ KINDS: dict[str, Inputs] = {
 def inputs_of(model: nn.Module) -> Inputs:
     """What a transformers model reads. Raises MptkError for what no file here makes."""
     main = getattr(model, "main_input_name", "input_ids")
+    if main not in KINDS:  # Perceiver's ``inputs`` has another name as well
+        main = next((name for name in KINDS if name in signature(model.forward).parameters), main)
     if main not in KINDS:
         raise MptkError(
             f"{type(model).__name__} reads {main}, which mptk cannot make; call mptk.prune with example_inputs"

@@ -70,9 +70,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize("method", ["wanda", "taylor", "flap"])
-def test_a_masked_language_model_is_pruned_and_verified(bert: Path, text: str, tmp_path: Path, method: str) -> None:
-    settings = mptk.Settings(method=method, data=text, **SETTINGS)
+def test_a_masked_language_model_is_pruned_and_verified(bert: Path, text: str, tmp_path: Path) -> None:
+    settings = mptk.Settings(method="wanda", data=text, **SETTINGS)
     report = mptk.prune(str(bert), tmp_path / "out", settings).report
     assert report is not None
     assert report.task == "masked-lm"
@@ -84,6 +83,15 @@ def test_a_masked_language_model_is_pruned_and_verified(bert: Path, text: str, t
     small = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
     assert small.config.intermediate_size == report.families["ffn"]["width"]
     assert [d.stage for d in mptk.verify(tmp_path / "out")] == [row["stage"] for row in report.proof]
+
+
+@pytest.mark.parametrize("method", ["taylor", "flap"])
+def test_it_is_pruned_by_gradients_of_its_loss_and_with_biases(bert: Path, text: str, method: str) -> None:
+    settings = mptk.Settings(method=method, data=text, onnx=False, **SETTINGS)
+    report = mptk.prune(str(bert), settings=settings).report
+    assert report is not None
+    assert report.families["ffn"]["width"] < 40
+    assert all(row["ok"] for row in report.proof)
 
 
 def test_its_quality_is_that_of_tokens_under_masks(bert: Path) -> None:

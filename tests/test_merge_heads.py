@@ -150,6 +150,12 @@ def test_what_cannot_be_merged_is_said(name: str, kv_heads: int, message: str, t
     assert not (tmp_path / "out").exists()
 
 
+def test_text_of_its_own_that_needs_more_memory_is_refused_at_once(tmp_path: Path) -> None:
+    model = saved(toys.llama(), tmp_path / "dense")
+    with pytest.raises(MptkError, match=r"text that the model writes needs all weights in memory, .*--data"):
+        mptk.merge_heads(model, tmp_path / "out", 1, memory=1000)
+
+
 def test_the_command_says_what_was_lost(tmp_path: Path, text: str) -> None:
     source = saved(toys.llama(), tmp_path / "dense")
     line = ["merge-heads", source, "--kv-heads", "1", "--data", text, "--samples", "4", "--length", "24"]

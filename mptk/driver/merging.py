@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from mptk.compat.accelerate import own_state
 from mptk.compat.torch import sources_forgotten
+from mptk.driver.prepare import check_whole
 from mptk.driver.proof import check_proof, proof_batches
 from mptk.driver.pruned import Shown, reporting
 from mptk.driver.tracing import traced
@@ -35,8 +36,8 @@ from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.methods.criteria.observe import OBSERVED_TOKENS, batches, find_sites
 from mptk.methods.reconstruct import stored
+from mptk.methods.trial import mean_losses
 from mptk.progress import Progress
-from mptk.run.chain import Task
 from mptk.run.execution import execution
 from mptk.run.keywords import with_keywords
 from mptk.run.settings import Settings
@@ -122,6 +123,7 @@ def _merged(model: str, out: Path, kv_heads: int, settings: Settings, say: Progr
     resident, executor = execution(settings)
     say("load", 0, 0)
     loaded, task = open_task(model, resident, trust_remote_code=settings.trust_remote_code)
+    check_whole(loaded, settings)
     say("analyse", 0, 0)
     analysis = group.analyze(traced(loaded, task, executor, settings.length))
     settings = replace(settings, length=task.only_length(analysis.program) or settings.length)
@@ -144,8 +146,9 @@ def _merged(model: str, out: Path, kv_heads: int, settings: Settings, say: Progr
         (proof,) = prove(program, stage, *proof_batches(given), executor=executor)
         check_proof([proof], "nothing was written; please report it")
     say("measure", 0, 0)
-    losses = measured(task, (analysis.program, program), given, executor)
-    return Merged(out, (layers[0].groups.size, kv_heads), keys, values, losses, proof)
+    programs = [lambda: analysis.program, lambda: program]
+    dense, after = mean_losses(task, executor, programs, given.batches(COMPARED)[0], at_once=2)
+    return Merged(out, (layers[0].groups.size, kv_heads), keys, values, (dense, after), proof)
 
 
 def held(analysis: Analysis, model: PreTrainedModel, count: int) -> tuple[list[SharedHeads], StockConfig]:
@@ -252,16 +255,3 @@ def sliced(program: Program, layers: Sequence[SharedHeads], count: int) -> Weigh
     state = program.state_dict()
     owners = {name: program.aliases.get(name, name) for name in state}
     return state.changed({n: partial(cut, owner) for n, owner in owners.items() if owner in places}, moves=True)
-
-
-def measured(task: Task, programs: tuple[Program, Program], given: Samples, executor: Executor) -> tuple[float, float]:
-    """The mean loss of each program on some of the samples."""
-    some = given.batches(COMPARED)[0]
-    sums = [0.0, 0.0]
-    parts = some.batches(OBSERVED_TOKENS // 8)
-    results = executor.outputs(list(programs), [batch.tensors for batch in parts])
-    for batch in parts:
-        for i in range(2):
-            sums[i] += float(task.loss(next(results), batch.to(executor.device)))
-    predicted = task.predicted(some)
-    return sums[0] / predicted, sums[1] / predicted

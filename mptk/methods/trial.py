@@ -12,8 +12,9 @@ from mptk.ir.samples import Samples
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Scores
 from mptk.progress import Count
-from mptk.run.chain import Prepared
+from mptk.run.chain import Prepared, Task
 from mptk.run.sharing import sharing
+from mptk.runtime.staged import Executor
 
 AT_ONCE = 256
 """Tokens in a batch, of which there are logits."""
@@ -35,19 +36,32 @@ def losses(
 
     Programs run side by side, to read weights once, or one after the other if all weights stay in memory.
     """
-    task, executor, dense = prepared.task, prepared.calibrator, prepared.analysis.program
+    executor, state = prepared.calibrator, prepared.analysis.program.state
+    fits = sum(like.nbytes for like in state.likes.values()) <= executor.stage
+    return mean_losses(prepared.task, executor, programs, samples, progress, at_once=1 if fits else len(programs))
+
+
+def mean_losses(
+    task: Task,
+    executor: Executor,
+    programs: Sequence[Callable[[], Program]],
+    samples: Samples,
+    progress: Count = lambda done, total: None,
+    *,
+    at_once: int,
+) -> list[float]:
+    """As ``losses``, for a model that nothing is prepared of. ``at_once``: programs that run side by side."""
     batches = samples.batches(AT_ONCE)
     share = sharing(len(batches))
     own = share.own(batches)
-    fits = sum(like.nbytes for like in dense.state.likes.values()) <= executor.stage
     sums = torch.zeros(len(programs), dtype=torch.float64)
-    for first in range(0, len(programs), at_once := 1 if fits else len(programs)):
+    for first in range(0, len(programs), at_once):
         made = [make() for make in programs[first : first + at_once]]
         results = executor.outputs(made, [batch.tensors for batch in own])
         for batch in own:
-            for i in range(first, first + at_once):
+            for i in range(first, first + len(made)):
                 sums[i] += float(task.loss(next(results), batch.to(executor.device)))
-        progress(first + at_once, len(programs))
+        progress(first + len(made), len(programs))
     sums = sums if share.count == 1 else share.total(sums.to(executor.device))
     found: list[float] = (sums / task.predicted(samples)).tolist()
     return found

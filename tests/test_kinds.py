@@ -188,6 +188,10 @@ def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path: Pa
     assert "12 tokens" in mptk.evaluate(out, "random", windows=1, length=12)["protocol"]
     with pytest.raises(MptkError, match=r"12 tokens alone, and the samples of data have 9; give samples of 12"):
         mptk.prune(dense, data=torch.ones(4, 9, dtype=torch.int64), sparsity=0.2, length=12, method="wanda", multiple=1)
+    with pytest.raises(
+        MptkError, match=r"traced for 12 tokens alone, and a graph would take no others; use --target st"
+    ):
+        mptk.prune(dense, tmp_path / "graph", replace(run, target="graph"))
     with pytest.raises(MptkError, match=r"traced for 31 tokens alone, which its ONNX would hold"):
         api.export_folder(dense, tmp_path / "onnx")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.tiny_models import tiny_model
 from mptk.cost.model import CostModel
 from mptk.driver.budget import WidthSearch, multiples
 from mptk.errors import MptkError
@@ -15,6 +16,7 @@ from mptk.targets import find_target
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 from passes.targets import legalize
+from passes.targets.derived import derived_families
 
 
 def llama() -> LlamaForCausalLM:
@@ -160,3 +162,44 @@ def test_widths_for_a_quantised_graph_are_multiples_of_its_blocks(small, asked, 
     widths = [c.widths["ffn"] for c in search.candidates()]
     assert all(width % step == 0 for width in widths)
     assert any(width % 32 for width in widths) == (step < 32)
+
+
+def written() -> torch.Tensor:
+    made = torch.zeros(12)
+    made[3:].copy_(torch.arange(9.0))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("constant", "refused"),
+    [
+        (lambda: torch.zeros(12), False),
+        (lambda: torch.full((1, 12), 2.0).expand(2, 12).transpose(0, 1).transpose(0, 1), False),
+        (lambda: torch.arange(12.0), True),
+        (written, True),
+    ],
+    ids=["zeros", "views of one number", "a table", "zeros that are written to"],
+)
+def test_a_constant_of_one_number_is_no_table_that_the_class_would_compute_anew(constant, refused):
+    """A recurrence begins with zeros; of those a class makes as many as it has channels."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(6, 12), torch.nn.Linear(12, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.up(x).relu() + constant())
+
+    analysis = analyze(trace(Layer().eval(), [torch.randn(2, 6)]))
+    (family,) = analysis.families
+    assert (family.name in derived_families(analysis)) == refused
+
+
+def test_the_channels_of_a_recurrence_are_offered_for_the_stock_class():
+    model = tiny_model("causal-lm", "mamba").model
+    analysis = analyze(trace(model, dynamic=True))
+    inner = next(f for f in analysis.families if f.size == model.config.intermediate_size)
+    legal = find_target("stock").legal(analysis, model, 1)
+    config = legal.stock.config({inner.name: 100}).config
+    assert config.intermediate_size == 100

@@ -113,6 +113,7 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     with context.stage("trace"):
         program = traced(loaded, task, executor, settings.length)
     if (length := task.only_length(program)) is not None:
+        check_classed(loaded, settings, length)
         settings = replace(settings, length=length, eval_length=length)
     with context.stage("analyse"):
         analysis = group.analyze(program)
@@ -131,6 +132,15 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
         remedy = "leave out --rank 0" if prepared.target.classed else "use --target stock, or train nothing"
         raise MptkError(f"all weights cannot be trained where {across[0]} is cut, as norms follow it; {remedy}")
     return prepared
+
+
+def check_classed(loaded: Loaded, settings: Settings, length: int) -> None:
+    """Raise MptkError if what is written would be a graph of one length, and no class that takes any."""
+    if not find_target(settings.target).classed:
+        raise MptkError(
+            f"{type(loaded.model).__name__} is traced for {length} tokens alone, and a graph would take no others; "
+            "use --target stock, or cut it for inputs of one length with mptk.rewrite"
+        )
 
 
 def trimmed_for(

@@ -127,3 +127,14 @@ class AxisFacts:
 def tensors(results: Results) -> list[Dims]:
     """The terms of each tensor among a call's results."""
     return [dims for dims in results if dims is not None] if isinstance(results, list) else [results]
+
+
+def argument_at(node: fx.Node, path: Path) -> fx.Node:
+    """The argument of a call at a place."""
+    value = node.kwargs[path[0]] if isinstance(path[0], str) else node.args[path[0]]
+    for step in path[1:]:
+        assert isinstance(value, (list, tuple))
+        assert isinstance(step, int)
+        value = value[step]
+    assert isinstance(value, fx.Node)
+    return value

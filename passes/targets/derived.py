@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Set
 
 from torch import fx
 
 from mptk.ir.axes import Axis, Product, axes_in, resolve
+from mptk.ir.axis_facts import argument_at
 from mptk.ir.families import Analysis
 from mptk.ir.ops import base_name
 from mptk.ir.source_location import SourceLocation
 from passes.transforms.fold_norms import unfoldable
 
+ALIKE = re.compile(r"(new_)?(zeros|ones|full)(_like)?|scalar_tensor")
+"""Calls that make tensors of one number."""
+CARRYING = frozenset({"to", "_to_copy", "clone", "contiguous", "expand", "unsqueeze", "view", "reshape", "transpose"})
+"""Calls whose result holds the numbers of their first argument alone."""
 SCALINGS = frozenset({"mul", "multiply", "div", "divide"})
 
 
@@ -20,14 +27,16 @@ def derived_families(analysis: Analysis) -> dict[str, str]:
 
     If they were cut, the shapes would fit but the logits would not:
     1. channels in a contraction of two activations: attention's scale depends on their number;
-    2. channels along which the graph reads a constant: rotary tables, position biases;
+    2. channels along which the graph reads a constant that is not one number alone: rotary tables, position biases;
     3. channels under a mean whose scale no weight can take (``passes/transforms/fold_norms.py``);
     4. groups of experts: no weight shows how many there are, so the class would divide the experts that stay anew;
     5. channels that are multiplied by a power of their number, as T5's before its head.
     """
     facts = analysis.facts
     scaled = axes_in(product.axis for product in facts.contractions if not facts.has_weight(product))
-    tables = axes_in(term for uses in facts.constant_uses.values() for _, dims in uses for term in dims)
+    uses = [(argument_at(node, path), dims) for node, each in facts.constant_uses.items() for path, dims in each]
+    written = {value for values in facts.writes.values() for value in values}
+    tables = axes_in(term for constant, dims in uses if not of_one_number(constant, written) for term in dims)
     experts = [term for route in facts.routes if isinstance(term := resolve(route.expert), Product)]
     grouping = axes_in(factor for term in experts for factor in term.factors[:-1])
     powers = multiplied_by_their_number(analysis)
@@ -47,6 +56,17 @@ def derived_families(analysis: Analysis) -> dict[str, str]:
                 f"the stock class would take a mean over fewer channels, with no weight to make up for it ({place})"
             )
     return reasons
+
+
+def of_one_number(constant: fx.Node, written: Set[fx.Node]) -> bool:
+    """Whether all entries of a constant are one number, as the zeros that a recurrence begins with.
+
+    ``written``: the values that a call changes in place.
+    """
+    while constant not in written and constant.op == "call_function" and base_name(constant.target) in CARRYING:
+        (constant, *_) = constant.all_input_nodes
+    made = constant.op == "call_function" and ALIKE.fullmatch(base_name(constant.target)) is not None
+    return made and constant not in written
 
 
 def multiplied_by_their_number(analysis: Analysis) -> dict[Axis, SourceLocation]:

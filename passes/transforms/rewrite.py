@@ -15,7 +15,7 @@ from torch.fx.node import Argument
 from mptk.compat.torch import FakeTensorMode, enable_python_dispatcher
 from mptk.errors import ProofError
 from mptk.ir.axes import Term, resolve
-from mptk.ir.axis_facts import AxisFacts, Dims, Note, Path
+from mptk.ir.axis_facts import AxisFacts, Dims, Note, Path, argument_at
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Pass, Result, shapes
 from mptk.ir.plan import Plan
@@ -190,7 +190,7 @@ class Resizer:
         for path, dims in self.facts.constant_uses.get(original, []):
             for d, term in enumerate(dims):
                 if self.cut.touches(term):
-                    source = _at(node, path)
+                    source = argument_at(node, path)
                     _put(node, path, self._select(node, source, d, term))
 
     def _select(self, before: fx.Node, source: fx.Node, dim: int, term: Term) -> fx.Node:
@@ -218,16 +218,6 @@ def _index_of(graph: fx.Graph, positions: Sequence[int]) -> fx.Node:
         for a, b in ranges
     ]
     return parts[0] if len(parts) == 1 else graph.call_function(torch.ops.aten.cat.default, (parts,))
-
-
-def _at(node: fx.Node, path: Path) -> fx.Node:
-    value = node.kwargs[path[0]] if isinstance(path[0], str) else node.args[path[0]]
-    for step in path[1:]:
-        assert isinstance(value, (list, tuple))
-        assert isinstance(step, int)
-        value = value[step]
-    assert isinstance(value, fx.Node)
-    return value
 
 
 def _put(node: fx.Node, path: Path, new: fx.Node) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.compat.torch import sources_forgotten
@@ -71,11 +70,9 @@ def evaluate(
     resident, executor = execution(settings)
     with explained(), reporting(progress) as say:
         say("load", 0, 0)
-        runs = _Programs(resident, executor, trust_remote_code, tokenizer, example_inputs, length)
+        runs = _Programs(resident, executor, trust_remote_code, tokenizer, example_inputs)
         runs.add(model, dense)
         loaded, task = runs.opened[0]
-        if (only := task.only_length(next(iter(runs.programs.values())))) is not None:
-            length, settings = only, replace(settings, eval_length=only)
         if in_memory(data):
             samples = collected(data, loaded, task, windows, length)
         elif data is None and task.sequences:
@@ -88,7 +85,10 @@ def evaluate(
 
 
 class _Programs:
-    """The programs that are measured side by side, by name. Called, it is a ``mptk.io.evaluation.Runs``."""
+    """The programs that are measured side by side, by name. Called, it is a ``mptk.io.evaluation.Runs``.
+
+    ``modules``: the classes that run in place of programs that hold one length.
+    """
 
     def __init__(
         self,
@@ -97,11 +97,11 @@ class _Programs:
         trust: bool,
         tokenizer: PreTrainedTokenizerBase | None,
         example_inputs: Inputs | None,
-        length: int,
     ) -> None:
         self.resident, self.executor, self.trust = resident, executor, trust
-        self.tokenizer, self.example_inputs, self.length = tokenizer, example_inputs, length
+        self.tokenizer, self.example_inputs = tokenizer, example_inputs
         self.programs: dict[str, Program] = {}
+        self.modules: dict[str, nn.Module] = {}
         self.opened: list[tuple[models.Loaded, Task]] = []
 
     def add(self, model: Pruned | Model, dense: Model | None) -> None:
@@ -110,6 +110,8 @@ class _Programs:
             prepared = model.compiled.prepared
             self.opened.append((prepared.loaded, prepared.task))
             self.programs = {"dense": prepared.analysis.program, "pruned": model.compiled.program}
+            if prepared.task.only_length(prepared.analysis.program) is not None:
+                self.modules = {"dense": prepared.loaded.whole(), "pruned": model.model}
             return
         place = model.place if isinstance(model, Pruned) else model
         small = self._open(place)
@@ -138,15 +140,24 @@ class _Programs:
             tokens = plan_of(place).vocabulary
         if tokens is None:
             return dense
-        loaded, task, _ = trim(*dense, group.analyze(traced(*dense, self.executor, self.length)), tokens)
+        loaded, task, _ = trim(*dense, group.analyze(traced(*dense, self.executor)), tokens)
         return loaded, task
 
     def _take(self, name: str, opened: tuple[models.Loaded, Task]) -> None:
         self.opened.append(opened)
-        self.programs[name] = traced(*opened, self.executor, self.length)
+        self.programs[name] = traced(*opened, self.executor)
+        loaded, task = opened
+        if task.only_length(self.programs[name]) is not None:
+            self.modules[name] = loaded.whole()
 
     def __call__(self, batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
-        names = list(self.programs)
+        names, task = list(self.programs), self.opened[0][1]
+        if self.modules:  # programs of one length
+            for i, batch in enumerate(batches):
+                with torch.no_grad():
+                    yield from ((name, i, task.output(self.modules[name], batch)) for name in names)
+                progress(i + 1, len(batches))
+            return
         found = self.executor.outputs(list(self.programs.values()), [batch.tensors for batch in batches], progress)
         for i in range(len(batches)):
             for name in names:

@@ -54,7 +54,7 @@ def run_type(mapping: str, model_type: str) -> dict[str, Any]:
 
 
 def _pruned(folder: Path, target: str) -> str:
-    """Why ``prune`` fails with all families near ``SHARE`` at once and with each of the first three alone, or ""."""
+    """Why ``prune`` fails with all families near ``SHARE`` at once, each of the first three alone, and by sparsity, or ""."""
     if failure := _said("analyze", folder / "dense", "--target", target, "--multiple-of", 1, "--json", folder / "all"):
         return failure
     found = json.loads((folder / "all").read_text())["families"]
@@ -65,14 +65,14 @@ def _pruned(folder: Path, target: str) -> str:
     }
     if not widths:
         return "analyze: no family has another legal width"
-    reasons = []
+    reasons, words = [], ("prune", folder / "dense", "--out", folder / target, "--target", target, *OPTIONS.split())
     for chosen in (widths, *({name: width} for name, width in list(widths.items())[:3])):
         given = [word for name, width in chosen.items() for word in ("--width", f"{name}={width}")]
-        words = ("prune", folder / "dense", "--out", folder / target, "--target", target, *OPTIONS.split())
         failure = _said(*words, "--families", ",".join(chosen), *given)
         if not failure:
             return ""
         reasons.append(failure)
+    reasons.append(_said(*words, "--sparsity", 0.4, "--tolerance", 0.3))  # widths in proportion, as Swin's
     return reasons[-1]
 
 

@@ -16,6 +16,7 @@ from kinds import DATA, METRICS, MODELS, settings
 from transformers import XLMConfig, XLMWithLMHeadModel
 
 import mptk
+import passes.frontend.trace
 from benchmarks import zoo_end_to_end
 from benchmarks.tiny_models import tiny_model
 from mptk.driver import api
@@ -196,6 +197,22 @@ def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path: Pa
         mptk.prune(dense, tmp_path / "graph", replace(run, target="graph"))
     with pytest.raises(MptkError, match=r"traced for 31 tokens alone, which its ONNX would hold"):
         api.export_folder(dense, tmp_path / "onnx")
+
+
+def test_a_trace_holds_the_size_of_images_if_all_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Height and width are symbolic for images of another size than the config's, and if nobody knows their size."""
+    trace, symbolic = passes.frontend.trace.trace, []
+    monkeypatch.setattr(
+        passes.frontend.trace,
+        "trace",
+        lambda *given, dynamic: symbolic.append(dynamic) or trace(*given, dynamic=dynamic),
+    )
+    loaded = Loaded(MODELS["image classifier"]().eval(), None, "it", Path())
+    like = task_of(loaded).example(loaded.model)
+    larger = like.map(lambda x: x.repeat(1, 1, 2, 2))
+    for each in (like, larger, None):
+        traced(loaded, task_of(loaded), EXECUTOR, like=each)
+    assert symbolic == [(0,), True, True]
 
 
 def test_a_model_of_several_inputs_whose_trace_holds_one_length_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

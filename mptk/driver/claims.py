@@ -103,22 +103,27 @@ def check_numbers(
         _require(f"proof.{d['stage']}", d["ok"], True)
 
 
-def proof_samples(folder: Path, program: Program, example: Samples) -> Samples:
-    """The samples of the proof: at least one, each with 8 tokens or more that the model has.
-
-    ``program``: the dense one. ``example``: samples of the same kind.
+def proof_samples(folder: Path, example: Samples) -> Samples:
+    """The samples of the proof, unchecked. ``example``: samples of the same kind.
 
     Raises:
-        MptkError: they are missing, of another kind, or name tokens that the model does not have.
+        MptkError: they are missing or of another kind.
     """
-    fault = MptkError(f"{PROVEN_ON} in {folder} holds no inputs of this model; do not use the folder, prune again")
     try:
         tensors = load_file(folder / PROVEN_ON)
     except (OSError, SafetensorError) as error:
-        raise fault from error
+        raise _no_inputs(folder) from error
     if tensors.keys() != example.inputs.keys():
-        raise fault
-    samples = Samples({name: tensors[name] for name in example.inputs})
+        raise _no_inputs(folder)
+    return Samples({name: tensors[name] for name in example.inputs})
+
+
+def check_samples(samples: Samples, folder: Path, program: Program, example: Samples) -> None:
+    """Raise MptkError unless the proof has a sample, and each has 8 tokens or more that the model has.
+
+    ``program``: the dense one.
+    """
+    fault = _no_inputs(folder)
     nodes = (node for node in program.placeholders() if node.name in program.user_inputs)
     for node, tensor, like in zip(nodes, samples.tensors, example.tensors, strict=True):
         rows = table_size(node)
@@ -126,7 +131,10 @@ def proof_samples(folder: Path, program: Program, example: Samples) -> Samples:
         same = tensor.dtype == like.dtype and tensor.ndim == like.ndim and len(tensor) == len(samples) > 0
         if not same or not bounded or (is_tokens(tensor) and tensor.shape[1] < min(8, like.shape[1])):
             raise fault
-    return samples
+
+
+def _no_inputs(folder: Path) -> MptkError:
+    return MptkError(f"{PROVEN_ON} in {folder} holds no inputs of this model; do not use the folder, prune again")
 
 
 def costs(

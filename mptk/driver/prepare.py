@@ -10,7 +10,7 @@ from mptk.cost.model import CostModel
 from mptk.driver.budget import WidthSearch, budgeted, multiples
 from mptk.driver.estimate import check_fits, estimated_for
 from mptk.driver.job import Job
-from mptk.driver.tracing import traced
+from mptk.driver.tracing import same_sizes, traced
 from mptk.driver.vocabulary import asked, corpus_of, trim
 from mptk.errors import MptkError
 from mptk.io import data
@@ -21,6 +21,7 @@ from mptk.io.text.sampled import writes
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.samples import Samples
 from mptk.methods import find_method
 from mptk.methods.distil import NO_BLOCK
 from mptk.methods.reconstruct import consumers
@@ -103,15 +104,15 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     resident, executor = execution(settings)
     with context.stage("load"):
         loaded, task = job.load(resident)
-        if not settings.resume:  # what was read before is kept
-            check_data(job, loaded, task, settings)
+        like = None if settings.resume else check_data(job, loaded, task, settings)  # what was read before is kept
     if settings.onnx and task.onnx is not None:
         task.onnx.check(loaded.model, settings)
     if job.given is not None:
         announce(estimated_for(loaded.model, loaded.dtype, settings, job.kept), job, context)
     check_whole(loaded, settings)
     with context.stage("trace"):
-        program = traced(loaded, task, executor, settings.length)
+        like = like if find_target(settings.target).classed else None  # a graph that is written takes other sizes
+        program = traced(loaded, task, executor, settings.length, like)
     if (length := task.only_length(program)) is not None:
         check_classed(loaded, settings, length)
         settings = replace(settings, length=length, eval_length=length)
@@ -154,20 +155,23 @@ def trimmed_for(
     return trim(loaded, task, analysis, corpus, name, settings.multiple)
 
 
-def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> None:
-    """Read one sample of each source. Raises MptkError if that cannot be done, before anything takes time.
+def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> Samples | None:
+    """One sample, if it can be had at once. Raises MptkError if one of a source cannot, before anything takes time.
 
     Nor may the output replace what is read.
     """
     named = None if settings.vocabulary == IN_MEMORY else settings.vocabulary
     check_apart(job.out, *data.read_places(named))
     if job.samples is not None:
-        return
+        return None
+    like = None
     check_apart(job.out, *data.read_places(settings.data, settings.eval_data))
     if settings.data != data.SELF or not writes(loaded.model):  # to write text takes time
-        task.samples(loaded, replace(settings, samples=1), 1, lambda done, total: None)
+        like = task.samples(loaded, replace(settings, samples=1), 1, lambda done, total: None)
     if settings.eval_data is not None:
-        task.evaluation(loaded, replace(settings, eval_windows=1))
+        other = task.evaluation(loaded, replace(settings, eval_windows=1))
+        like = like if like is not None and same_sizes(like, other) else None
+    return like
 
 
 def check_whole(loaded: Loaded, settings: Settings) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import passes.frontend.trace
 from mptk.driver.alive import check_alive
 from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.ir.program import Program
-from mptk.ir.samples import Samples
+from mptk.ir.samples import Samples, is_tokens
 from mptk.run.chain import Prepared, Task
 from mptk.runtime.staged import Executor
 
@@ -18,17 +19,21 @@ LONGEST = 31
 likely to be a multiple of it."""
 
 
-def traced(loaded: Loaded, task: Task, executor: Executor, length: int = LONGEST) -> Program:
+def traced(
+    loaded: Loaded, task: Task, executor: Executor, length: int = LONGEST, like: Samples | None = None
+) -> Program:
     """The model's program with its weights.
 
     If its trace holds one length alone (``Program.length``), that is ``length`` or ``LONGEST``, whichever is less.
+    ``like``: samples that it will run on. If these are no token ids and as large as the task's example, it holds that
+    size alone: with a symbolic height and width, export of Swin takes over a quarter of an hour in place of seconds.
 
     Raises:
         MptkError: it has several inputs, and holds one length; it does not compute what the task says, or its outputs
             are not finite, or zero alone.
     """
     example = task.example(loaded.model)
-    program = _trace(loaded, example)
+    program = _trace(loaded, example, (0,) if _holds_one_size(loaded, example, like) else True)
     if task.only_length(program) is not None:
         if len(example.inputs) > 1:
             raise MptkError(
@@ -73,6 +78,19 @@ def one_length(prepared: Prepared) -> str:
         f"{type(prepared.loaded.model).__name__} is traced for one length, since its code loops over the positions or "
         f"computes with their number in Python: text is read in windows of {length} tokens, and the proof is for these"
     )
+
+
+def _holds_one_size(loaded: Loaded, example: Samples, like: Samples | None) -> bool:
+    """Whether a trace of a transformers model may hold the sizes of its example: the samples have them, too."""
+    if like is None or not isinstance(loaded.model, PreTrainedModel) or any(map(is_tokens, example.tensors)):
+        return False
+    return same_sizes(example, like)
+
+
+def same_sizes(samples: Samples, others: Samples) -> bool:
+    """Whether the inputs of two sets of samples have the same sizes, but for the number of samples."""
+    first, second = ({n: x.shape[1:] for n, x in each.inputs.items()} for each in (samples, others))
+    return first == second
 
 
 def _trace(loaded: Loaded, example: Samples, dynamic: bool | tuple[int, ...] = True) -> Program:

@@ -79,6 +79,7 @@ def evaluate(
             raise MptkError("there is nothing to measure on; give data")
         else:
             samples = task.evaluation(loaded, settings)
+        runs.trace(samples)
         source = IN_MEMORY if data is None or in_memory(data) else task.named(loaded.model, str(data))
         sets = SampleSets(samples, samples, samples, source, task.sequences)
         return dict(task.quality(runs, sets, say))
@@ -100,6 +101,7 @@ class _Programs:
     ) -> None:
         self.resident, self.executor, self.trust = resident, executor, trust
         self.tokenizer, self.example_inputs = tokenizer, example_inputs
+        self.names: list[str] = []
         self.programs: dict[str, Program] = {}
         self.modules: dict[str, nn.Module] = {}
         self.opened: list[tuple[models.Loaded, Task]] = []
@@ -127,7 +129,7 @@ class _Programs:
                 )
             loaded = open_dense(report.model, report.model_sha256, None, self.trust, self.resident, live=report.live)
             self._take("dense", self._alike((loaded, task_of_folder(Path(str(place)), report, loaded)), place))
-        self._take("pruned" if self.programs else "model", small)
+        self._take("pruned" if self.names else "model", small)
 
     def _open(self, model: Model) -> tuple[models.Loaded, Task]:
         source = source_of(model, trust=self.trust, tokenizer=self.tokenizer, example_inputs=self.example_inputs)
@@ -145,10 +147,14 @@ class _Programs:
 
     def _take(self, name: str, opened: tuple[models.Loaded, Task]) -> None:
         self.opened.append(opened)
-        self.programs[name] = traced(*opened, self.executor)
-        loaded, task = opened
-        if task.only_length(self.programs[name]) is not None:
-            self.modules[name] = loaded.whole()
+        self.names.append(name)
+
+    def trace(self, samples: Samples) -> None:
+        """Trace what ``add`` opened, for these samples."""
+        for name, (loaded, task) in zip(self.names, self.opened, strict=False):  # a Pruned in memory has its programs
+            self.programs[name] = traced(loaded, task, self.executor, like=samples)
+            if task.only_length(self.programs[name]) is not None:
+                self.modules[name] = loaded.whole()
 
     def __call__(self, batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
         names, task = list(self.programs), self.opened[0][1]

@@ -12,7 +12,7 @@ from torch import nn
 from mptk.compat.torch import sources_forgotten
 from mptk.cost.model import CostModel
 from mptk.driver.changes import changes_of
-from mptk.driver.claims import check_files, check_numbers, proof_samples, require_same
+from mptk.driver.claims import check_files, check_numbers, check_samples, proof_samples, require_same
 from mptk.driver.compiling import compile_plan
 from mptk.driver.proof import check_proof, prove_folder
 from mptk.driver.sources import task_of_folder
@@ -85,14 +85,18 @@ def verify(
     loaded = open_dense(report.model, report.model_sha256, model, trust_remote_code, resident, live=report.live)
     check_code(loaded.path, folder)
     task = task_of_folder(folder, report, loaded)
-    analysis, trimmed, unknown = group.analyze(traced(loaded, task, executor, report.settings.length)), None, ""
+    example = task.example(loaded.model)
+    samples = proof_samples(folder, example)
+    like = samples if find_target(report.settings.target).classed else None
+    program = traced(loaded, task, executor, report.settings.length, like)
+    analysis, trimmed, unknown = group.analyze(program), None, ""
     if plan.vocabulary is not None:
         loaded, task, trimmed = trim(loaded, task, analysis, plan.vocabulary)
         analysis = group.analyze(traced(loaded, task, executor, report.settings.length))
         unknown = check_tokenizer(loaded, folder)
     with _readable(folder):
         check_numbers(report, folder, analysis, plan, loaded.dtype, stored_type(report.settings, loaded), trimmed)
-        samples = proof_samples(folder, analysis.program, task.example(loaded.model))
+        check_samples(samples, folder, analysis.program, example)
     settings = replace(report.settings, trust_remote_code=trust_remote_code, proof_length=proof_length)
     prepared = _prepared(report, replace(settings, rehome=_rehomed(folder, loaded)), loaded, task, analysis, plan)
     prepared = replace(prepared, executor=executor, trimmed=trimmed)

@@ -26,7 +26,7 @@ def traced(
 
     If its trace holds one length alone (``Program.length``), that is ``length`` or ``LONGEST``, whichever is less.
     ``like``: samples that it will run on. If these are no token ids and as large as the task's example, it holds that
-    size alone: with a symbolic height and width, export of Swin takes over a quarter of an hour in place of seconds.
+    size alone: with a symbolic height and width, export of a tiny Swin does not end in 90 s, and else takes 5 s.
 
     Raises:
         MptkError: it has several inputs, and holds one length; it does not compute what the task says, or its outputs

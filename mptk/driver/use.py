@@ -160,8 +160,10 @@ class _Programs:
         names, task = list(self.programs), self.opened[0][1]
         if self.modules:  # programs of one length
             for i, batch in enumerate(batches):
-                with torch.no_grad():
-                    yield from ((name, i, task.output(self.modules[name], batch)) for name in names)
+                for name in names:
+                    with torch.no_grad():  # not around the yield, where it would hold for the caller
+                        output = task.output(self.modules[name], batch)
+                    yield name, i, output
                 progress(i + 1, len(batches))
             return
         found = self.executor.outputs(list(self.programs.values()), [batch.tensors for batch in batches], progress)

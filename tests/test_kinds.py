@@ -20,7 +20,7 @@ import passes.frontend.trace
 from benchmarks import zoo_end_to_end
 from benchmarks.tiny_models import tiny_model
 from mptk.driver import api
-from mptk.driver.tracing import traced
+from mptk.driver.tracing import same_sizes, traced
 from mptk.errors import MptkError
 from mptk.io.models import Loaded, load
 from mptk.ir.program import Program
@@ -213,6 +213,12 @@ def test_a_trace_holds_the_size_of_images_if_all_have_it(monkeypatch: pytest.Mon
     for each in (like, larger, None):
         traced(loaded, task_of(loaded), EXECUTOR, like=each)
     assert symbolic == [(0,), True, True]
+
+
+def test_data_of_two_sizes_leave_the_size_open() -> None:
+    small, large = (Samples({"pixel_values": torch.ones(1, 3, size, 16)}) for size in (16, 32))
+    assert same_sizes(small, small.repeated(2))
+    assert not same_sizes(small, large)
 
 
 def test_a_model_of_several_inputs_whose_trace_holds_one_length_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

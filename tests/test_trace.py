@@ -239,3 +239,8 @@ def test_the_exported_program_is_valid() -> None:
         )
         == 0
     )
+
+
+def test_sizes_are_symbolic_in_the_dimensions_that_are_asked_for() -> None:
+    llama = model("llama")
+    assert [trace(llama, dynamic=dims).length for dims in (True, (0,))] == [None, 7]

@@ -12,16 +12,16 @@ have additions:
     +fit       with the closed-form reconstruction that MaskPrune uses      +nofit    without it
     +distil    with three epochs of local distillation after that
     +learned   at the widths that MaskPrune learned                    +fixed    at those of the best one-shot method
-    +share20   with a fifth of the steps for masks (of 20: not 8)      +share10 … +share60, +noprox, +still: see `CHANGES`
+    +shareNN   with NN % of the steps for masks                        +noprox, +still: see `CHANGES`
 
-Rows that the JSON file has are not computed again; several processes may fill one file.
+Rows that the JSON file has are not computed again; several processes may fill one file. A row that was interrupted goes
+on from its last checkpoint in `--work`, and its `minutes` are those since then.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -37,33 +37,27 @@ from mptk import Settings, prune
 from mptk.cli.options import parse_width
 from mptk.io import data, models
 from mptk.io.evaluation import perplexity, zero_shot
+from mptk.run.report import Report
 from mptk.run.settings import Learning, Rates, Training
 
 MODEL = "smollm2-135m"
 METHODS = "maskprune,wanda,flap,taylor,wanda+fit,wanda+learned,random,magnitude,maskprune+nofit,maskprune+fixed"
 ONE_SHOT = ("random", "magnitude", "wanda", "flap", "taylor", "fisher")
-CHANGES: dict[str, dict[str, Any]] = {
-    "share20": {"mask_share": 0.2},
-    "share10": {"mask_share": 0.1},
-    "share40": {"mask_share": 0.4},
-    "share60": {"mask_share": 0.6},
-    "noprox": {"rates": Rates(prox=0.0)},
-    "still": {"rates": Rates(mask=0.0)},
-}
-"""What an addition to ``maskprune`` changes in ``Learning``: an ablation each."""
+CHANGES: dict[str, dict[str, Any]] = {"noprox": {"rates": Rates(prox=0.0)}, "still": {"rates": Rates(mask=0.0)}}
+"""What an addition to ``maskprune`` changes in ``Learning``, besides ``+shareNN``: an ablation each."""
 
 
 def settings(
     method: str, sparsity: float, seed: int, tokens: int, work: Path, widths: dict[str, int], trains: dict[str, Any]
 ) -> Settings:
     name, *additions = method.split("+")
-    training = Training(seed=seed, save_every=1000, lr=trains["lr"])
+    training = Training(seed=seed, save_every=40, lr=trains["lr"])
     steps = steps_of(tokens, training.batch)
     learning = Learning(
         steps=steps, rank=trains["rank"], training=training, teacher="cached", teacher_cache=str(work / "teacher")
     )
     for addition in additions:
-        learning = replace(learning, **CHANGES.get(addition, {}))
+        learning = replace(learning, **changes(addition))
     return Settings(
         method=name,
         sparsity=sparsity,
@@ -76,7 +70,13 @@ def settings(
         distil_epochs=3 if "distil" in additions else 0,
         reconstruct=True if "fit" in additions else False if "nofit" in additions else None,
         learning=learning,
+        resume=True,
     )
+
+
+def changes(addition: str) -> dict[str, Any]:
+    share = addition.removeprefix("share")
+    return {"mask_share": int(share) / 100} if share != addition else CHANGES.get(addition, {})
 
 
 def steps_of(tokens: int, batch: int = 8) -> int:
@@ -108,11 +108,13 @@ def score(values: dict[str, float]) -> tuple[float, float]:
 
 def row_of(
     method: str, sparsity: float, seed: int, tokens: int, work: Path, widths: dict[str, int], trains: dict[str, Any]
-) -> tuple[dict, str]:
-    folder = tempfile.mkdtemp(prefix="quality-")
+) -> tuple[dict[str, Any], Path]:
+    shape = [f"{family}{width}" for family, width in widths.items()]
+    trained_by = [f"{name}{value}" for name, value in trains.items() if value is not None]
+    folder = work / "-".join(["row", method, str(sparsity), str(seed), str(tokens), *shape, *trained_by])
     began = time.perf_counter()
     chosen = settings(method, sparsity, seed, tokens, work, widths, trains)
-    report = prune(MODEL, Path(folder) / "out", chosen).report
+    report = Report.read(folder) if folder.is_dir() else prune(MODEL, folder, chosen).report
     steps, batch = chosen.learning.steps, chosen.learning.training.batch
     return {
         "method": method,
@@ -184,7 +186,7 @@ def main(
                 if any(r["method"] == method and given.items() <= r["widths"].items() for r in rows):
                     continue
                 row, folder = row_of(method, sparsity, seed, counted, work, given, trains)
-                row |= measure(f"{folder}/out", texts, windows, zero)
+                row |= measure(str(folder), texts, windows, zero)
                 shutil.rmtree(folder)
                 print(row, flush=True)
                 add(json_file, row)

@@ -54,7 +54,7 @@ def run_type(mapping: str, model_type: str) -> dict[str, Any]:
 
 
 def _pruned(folder: Path, target: str) -> str:
-    """Why ``prune`` fails with all families near ``SHARE`` at once, each of the first three alone, and by sparsity, or ""."""
+    """Why ``prune`` fails with all families near ``SHARE`` at once, and each of the first three alone, or ""."""
     if failure := _said("analyze", folder / "dense", "--target", target, "--multiple-of", 1, "--json", folder / "all"):
         return failure
     found = json.loads((folder / "all").read_text())["families"]
@@ -72,7 +72,6 @@ def _pruned(folder: Path, target: str) -> str:
         if not failure:
             return ""
         reasons.append(failure)
-    reasons.append(_said(*words, "--sparsity", 0.4, "--tolerance", 0.3))  # widths in proportion, as Swin's
     return reasons[-1]
 
 

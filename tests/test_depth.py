@@ -31,6 +31,8 @@ from transformers import (
     LlamaForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
+    SwinConfig,
+    SwinForImageClassification,
     T5Config,
     T5EncoderModel,
 )
@@ -45,6 +47,7 @@ from mptk.methods.maskprune.solver import Solver
 from mptk.runtime.decoder import OrtDecoder
 from passes.targets.choose_blocks import best_sequence, choose_blocks
 from passes.targets.legalize import discover
+from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.depth import shorten
 
@@ -264,6 +267,13 @@ def test_a_number_that_follows_from_the_place_is_refused():
     config = DiffLlamaConfig(**{**SIZES, "num_attention_heads": 4}, num_key_value_heads=2)
     found = shorten(StockConfig(DiffLlamaForCausalLM, config, {}), {"model.layers": (0, 2)})
     assert "model.layers.2.self_attn.lambda_init: DiffLlamaConfig derives it from a block's place" in str(found)
+
+
+def test_a_rate_of_dropout_may_follow_from_the_place():
+    """Swin: it grows from block to block, and at inference nothing is dropped."""
+    config = SwinConfig(embed_dim=8, depths=[1, 3], num_heads=[1, 2])
+    found = shorten(StockConfig(SwinForImageClassification, config, {}), {"swin.encoder.layers.1.blocks": (0, 1)})
+    assert not isinstance(found, Refusal) and found.config.depths == [1, 2]
 
 
 def test_the_best_choice_that_keeps_the_pattern():

@@ -8,8 +8,8 @@ has one block less. Beside it, these change with the blocks that are removed:
 3. a number of first blocks that differ from the others: how many of them stay.
 
 The class is built without memory. Each of its blocks must have the weights, the shapes and the numbers (windows,
-scales, types of attention) of the dense block whose place it takes. A class that derives what a block is from the
-block's number has no config for most choices; ``pattern`` says which ones it has.
+scales, types of attention) of the dense block whose place it takes; rates of dropout may differ. A class that derives
+what a block is from the block's number has no config for most choices; ``pattern`` says which ones it has.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -53,7 +54,19 @@ def build(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Built
     if isinstance(model, Refusal):
         return model
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return Built(config, shapes, {name: _traits(module) for name, module in model.named_modules()})
+    model.eval()
+    return Built(config, shapes, {n: _traits(module) for n, module in model.named_modules() if not _is_idle(module)})
+
+
+def _is_idle(module: nn.Module) -> bool:
+    """Whether a module gives back its input at inference, as dropout does. Its rate may follow from a block's place."""
+    if module.state_dict() or any(module.children()):
+        return False
+    given = torch.empty(1, 1, device="meta")
+    try:
+        return module(given) is given
+    except Exception:  # noqa: BLE001 (a module may take anything)
+        return False
 
 
 def _traits(module: nn.Module) -> dict[str, object]:

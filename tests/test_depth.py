@@ -21,6 +21,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     DiffLlamaConfig,
     DiffLlamaForCausalLM,
+    Dinov2Config,
+    Dinov2ForImageClassification,
     Dots3NoteForCausalLM,
     Dots3NoteTextConfig,
     GPTNeoXConfig,
@@ -275,6 +277,15 @@ def test_a_rate_of_dropout_may_follow_from_the_place():
     found = shorten(StockConfig(SwinForImageClassification, config, {}), {"swin.encoder.layers.1.blocks": (0, 1)})
     assert not isinstance(found, Refusal)
     assert found.config.depths == [1, 2]
+
+
+def test_lists_that_the_class_makes_are_made_again():
+    """DINOv2 writes the names of its stages, one a block, and takes the last one for its output."""
+    config = Dinov2Config(hidden_size=24, num_hidden_layers=3, num_attention_heads=2)
+    found = shorten(StockConfig(Dinov2ForImageClassification, config, {}), {"dinov2.encoder.layer": (0, 2)})
+    assert not isinstance(found, Refusal)
+    assert found.changes["out_features"] == (["stage3"], ["stage2"])
+    assert found.changes["num_hidden_layers"] == (3, 2)
 
 
 def test_the_best_choice_that_keeps_the_pattern():

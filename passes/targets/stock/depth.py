@@ -5,7 +5,8 @@ has one block less. Beside it, these change with the blocks that are removed:
 
 1. lists and words with one entry for each block (layer types): the entries of the blocks that stay;
 2. lists of blocks' numbers (layers without experts), and dictionaries by block's number: the numbers after the removal;
-3. a number of first blocks that differ from the others: how many of them stay.
+3. a number of first blocks that differ from the others: how many of them stay;
+4. lists that the class makes if the config has none (names of stages, the last as the output): it makes them again.
 
 The class is built without memory. Each of its blocks must have the weights, the shapes and the numbers (windows,
 scales, types of attention) of the dense block whose place it takes; rates of dropout may differ. A class that derives
@@ -19,6 +20,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +35,8 @@ Path = tuple[str | int, ...]
 Edits = Mapping[Path, object]
 """Place in a config's dictionary → its new value."""
 _SIMPLE = (bool, int, float, str, type(None))
+_ABSENT = object()
+"""The new value of a field that the class makes itself."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ class _Search:
             found = built if isinstance(built, Refusal) else self._wrong(built)
             if found is None:
                 assert isinstance(built, Built)
-                return replace(self.stock, config=built.config, changes=self._changes(edits))
+                return replace(self.stock, config=built.config, changes=self._changes(edits, built))
             refusals.setdefault(isinstance(built, Built), found)
         none = Refusal("names", self.module, f"no field of {type(self.stock.config).__name__} counts these blocks")
         return refusals.get(True, refusals.get(False, none))
@@ -152,19 +156,22 @@ class _Search:
                     yield edits, built
 
     def _build(self, edits: Edits) -> Built | Refusal:
-        body = copy.deepcopy(self.body)
-        for path, value in edits.items():
-            _put(body, path, value)
-        made = configured(self.stock.config, body)
+        made = self._configured(edits)
         if isinstance(made, Refusal):
             return made
         config, refused = made
         return build(self.stock.model_class, config) if refused is None or self._lenient else refused
 
+    def _configured(self, edits: Edits) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
+        body = copy.deepcopy(self.body)
+        for path, value in edits.items():
+            _put(body, path, value)
+        return configured(self.stock.config, body)
+
     @cached_property
     def _lenient(self) -> bool:
         """Whether validators refuse the dense config itself."""
-        made = configured(self.stock.config, copy.deepcopy(self.body))
+        made = self._configured({})
         return isinstance(made, Refusal) or made[1] is not None
 
     # ---- what may change ----
@@ -192,6 +199,8 @@ class _Search:
                 if (full := {**edits, **more}) not in tried:
                     tried.append(full)
                     yield full
+        if made := self._made([path for path, value in fields if isinstance(value, list)]):
+            yield from ({**edits, **made} for edits in lists)
 
     def _entries(self, value: object) -> object | None:
         """Case 1."""
@@ -218,16 +227,23 @@ class _Search:
         left = sum(unit < value for unit in self.units)
         return None if left == value else left
 
-    def _changes(self, edits: Edits) -> dict[str, tuple[object, object]]:
-        changes = dict(self.stock.changes)
+    def _made(self, paths: Sequence[Path]) -> Edits:
+        """Case 4: the lists that are what the class makes without them, one by one and all together."""
+        alone = [path for path in paths if self._same({path: _ABSENT})]
+        together: Edits = dict.fromkeys(alone, _ABSENT)
+        return together if self._same(together) else {}
+
+    def _same(self, edits: Edits) -> bool:
+        made = self._configured(edits)
+        return not isinstance(made, Refusal) and made[0].to_dict() == self.body
+
+    def _changes(self, edits: Edits, built: Built) -> dict[str, tuple[object, object]]:
+        changes, body = dict(self.stock.changes), built.config.to_dict()
         for path in edits:
             keys = tuple(itertools.takewhile(lambda key: isinstance(key, str), path))
-            name, old = ".".join(map(str, keys)), _get(self.body, keys)
-            before = changes[name][0] if name in changes else old
-            new = copy.deepcopy(self.body)
-            for other, value in edits.items():
-                _put(new, other, value)
-            changes[name] = (before, _get(new, keys))
+            name = ".".join(map(str, keys))
+            before = changes[name][0] if name in changes else _get(self.body, keys)
+            changes[name] = (before, _get(body, keys))
         return {name: (old, new) for name, (old, new) in changes.items() if old != new}
 
     # ---- what must not ----
@@ -314,4 +330,8 @@ def _get(body: object, path: Path) -> object:
 
 
 def _put(body: object, path: Path, value: object) -> None:
-    _get(body, path[:-1])[path[-1]] = value  # type: ignore[index]
+    place: Any = _get(body, path[:-1])
+    if value is _ABSENT:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value

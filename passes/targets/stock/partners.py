@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from passes.targets.stock.attempt import Refusal
-from passes.targets.stock.probe import Build, Field, Prober, starred
-from passes.targets.stock.search import SizeSlot, differences
+from passes.targets.stock.probe import Field, Prober, starred
+from passes.targets.stock.search import SizeSlot, places_moved
 
 Places = frozenset[SizeSlot]
 Moves = Mapping[Field, Places]
@@ -64,12 +64,8 @@ def moves(prober: Prober) -> dict[Field, Places]:
 
     Twice a number is a multiple of all that divides it, so a class that asks for multiples takes it.
     """
-    found = {}
-    for field in prober.fields:
-        built = prober.build({**prober.pins, field: 2 * field.value})
-        if isinstance(built, Build) and built.shapes.keys() == prober.base.shapes.keys():
-            found[field] = frozenset(differences(built.shapes, prober.base.shapes))
-    return found
+    found = {field: places_moved(prober, field, 2 * field.value) for field in prober.fields}
+    return {field: places for field, places in found.items() if places is not None}
 
 
 def groups(name: str, owners: Owners, moved: Moves) -> Iterator[frozenset[str] | Refusal]:

@@ -92,8 +92,9 @@ class ConfigSearch:
 
     One build for each field and candidate finds the dimensions that it moves. Each state is extended by the fields that
     move its first wrong dimension. If no free field moves some wrong dimension, the state is dropped. A field whose
-    build raises or has other parameters may move anything, since another field may correct that. States with the
-    fewest wrong dimensions come first, then those with the fewest changes.
+    build raises or has other parameters, which another field may correct, moves what it does if it is doubled; if that
+    raises, too, it may move anything. States with the fewest wrong dimensions come first, then those with the fewest
+    changes.
     """
 
     def __init__(self, prober: Prober, target: Shapes, candidates: Mapping[Field, Sequence[int]]) -> None:
@@ -109,10 +110,8 @@ class ConfigSearch:
         built = self.prober.build({**self.prober.pins, field: value})
         if isinstance(built, Refusal):
             self.raised.append(built)
-            return None
-        if built.shapes.keys() != self.prober.base.shapes.keys():
-            return None
-        return frozenset(differences(built.shapes, self.prober.base.shapes))
+        found = places_moved(self.prober, field, value)
+        return places_moved(self.prober, field, 2 * field.value) if found is None else found
 
     def wrong(self, built: Build | Refusal) -> list[SizeSlot] | None:
         """The wrong dimensions of a build; None if it raised or has other parameters."""
@@ -185,6 +184,14 @@ class ConfigSearch:
 
     def _sizes(self, built: Build, place: SizeSlot) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         return starred(place[0]), self.target[place[0]], built.shapes[place[0]]
+
+
+def places_moved(prober: Prober, field: Field, value: int) -> frozenset[SizeSlot] | None:
+    """The dimensions that a field moves with ``value``; None if the class cannot be built so, or has other weights."""
+    built = prober.build({**prober.pins, field: value})
+    if isinstance(built, Refusal) or built.shapes.keys() != prober.base.shapes.keys():
+        return None
+    return frozenset(differences(built.shapes, prober.base.shapes))
 
 
 def differences(shapes: Shapes, target: Shapes) -> list[SizeSlot]:

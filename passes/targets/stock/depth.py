@@ -169,10 +169,14 @@ class _Search:
         return configured(self.stock.config, body)
 
     @cached_property
+    def _same(self) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
+        """The dense config, made again."""
+        return self._configured({})
+
+    @property
     def _lenient(self) -> bool:
         """Whether validators refuse the dense config itself."""
-        made = self._configured({})
-        return isinstance(made, Refusal) or made[1] is not None
+        return isinstance(self._same, Refusal) or self._same[1] is not None
 
     # ---- what may change ----
 
@@ -229,13 +233,13 @@ class _Search:
 
     def _made(self, paths: Sequence[Path]) -> Edits:
         """Case 4: the lists that are what the class makes without them, one by one and all together."""
-        alone = [path for path in paths if self._same({path: _ABSENT})]
+        alone = [path for path in paths if self._changes_nothing({path: _ABSENT})]
         together: Edits = dict.fromkeys(alone, _ABSENT)
-        return together if self._same(together) else {}
+        return together if self._changes_nothing(together) else {}
 
-    def _same(self, edits: Edits) -> bool:
-        made = self._configured(edits)
-        return not isinstance(made, Refusal) and made[0].to_dict() == self.body
+    def _changes_nothing(self, edits: Edits) -> bool:
+        made, same = self._configured(edits), self._same
+        return isinstance(made, tuple) and isinstance(same, tuple) and made[0].to_dict() == same[0].to_dict()
 
     def _changes(self, edits: Edits, built: Built) -> dict[str, tuple[object, object]]:
         changes, body = dict(self.stock.changes), built.config.to_dict()

@@ -123,7 +123,8 @@ class ConfigSearch:
         """The assignments with the target's shapes, in the order of the search. It ends after ``MAX_BUILDS`` builds."""
         order = itertools.count()
         start: dict[Field, int] = dict(self.prober.pins)
-        queue: list[tuple[int, int, int, dict[Field, int]]] = [(0, 0, next(order), start)]
+        most = len(self.wrong(self.prober.build(start)) or ())
+        queue: list[tuple[int, int, int, dict[Field, int]]] = [(most, 0, next(order), start)]
         seen = {frozenset(start.items())}
         limit = self.prober.builds + MAX_BUILDS
         while queue and self.prober.builds < limit:

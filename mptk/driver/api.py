@@ -264,7 +264,7 @@ def export_folder(
     task.onnx.check(loaded.model, settings)
     if text is not None and task.onnx is not CAUSAL_LM.onnx:
         raise MptkError(f"text is for a decoder's int4, and {model} is a {task.summary}; leave out --data")
-    program = traced(loaded, task, executor)
+    program = traced(loaded, task, executor, like=task.example(loaded.model))
     if (length := task.only_length(program)) is not None:
         raise MptkError(f"{model} is traced for {length} tokens alone, which its ONNX would hold; there is none for it")
     dense = Dense(loaded, settings, program, executor)

@@ -17,9 +17,11 @@ from passes.targets.stock.config import StockConfig, Unsolved, finish, minimise,
 from passes.targets.stock.depth import Built, build, pattern, shorten
 from passes.targets.stock.partners import Owners, groups, moves
 from passes.targets.stock.probe import Field, Prober, Shapes
-from passes.targets.stock.search import MAX_BUILDS, Expression, Expressions, SizeSlot, differences, evaluate
+from passes.targets.stock.search import Expression, Expressions, SizeSlot, differences, evaluate
 from passes.targets.stock.stages import Touched, apart
 
+MAX_BUILDS = 400
+"""Models that are built to find families which the class can only cut together."""
 CutShapes = Callable[[Mapping[str, int]], Shapes]
 """Widths (missing families keep theirs) → shapes of the cut model's state dict."""
 Check = Callable[[StockConfig, Mapping[str, int]], float]

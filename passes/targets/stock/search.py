@@ -17,7 +17,8 @@ Expression = tuple[str | int, ...]
 SizeSlot = tuple[str, int]
 """One dimension of one parameter; dimension -1 if the number of dimensions differs."""
 FACTORS = 3
-MAX_BUILDS = 400
+SEARCH_BUILDS = 100
+"""Models that one search builds. In the zoo a search that finds a config takes 16 at most."""
 
 
 class Expressions:
@@ -120,13 +121,13 @@ class ConfigSearch:
         return differences(built.shapes, self.target)
 
     def matches(self) -> Iterator[dict[Field, int]]:
-        """The assignments with the target's shapes, in the order of the search. It ends after ``MAX_BUILDS`` builds."""
+        """The assignments with the target's shapes, in the order of the search, until ``SEARCH_BUILDS`` are built."""
         order = itertools.count()
         start: dict[Field, int] = dict(self.prober.pins)
         most = len(self.wrong(self.prober.build(start)) or ())
         queue: list[tuple[int, int, int, dict[Field, int]]] = [(most, 0, next(order), start)]
         seen = {frozenset(start.items())}
-        limit = self.prober.builds + MAX_BUILDS
+        limit = self.prober.builds + SEARCH_BUILDS
         while queue and self.prober.builds < limit:
             rank, changes, _, assignment = heapq.heappop(queue)
             built = self.prober.build(assignment)

@@ -15,6 +15,10 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from benchmarks.tiny_models import tiny_model
+from passes.analysis.group import analyze
+from passes.frontend.trace import trace
+from passes.targets.legalize import discover
 from passes.targets.stock.config import StockConfig
 
 
@@ -106,6 +110,14 @@ def test_probing_leaves_no_trace() -> None:
     spec.discover()
     assert spec.model.config.to_dict() == before
     assert "__getattr__" not in vars(PreTrainedConfig)
+
+
+def test_what_raises_is_tried_after_what_makes_the_model_narrower() -> None:
+    """Gemma 2: two numbers of heads change together, and other fields that could be meant cannot be changed alone."""
+    model: Any = tiny_model("causal-lm", "gemma2").model
+    stock = discover(analyze(trace(model)), model)
+    assert {"num_attention_heads", "num_key_value_heads"} <= {*stock.expressions}
+    assert stock._prober.builds < 75
 
 
 def test_widths_of_a_deep_model_are_asked_without_building_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,16 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
+    Swinv2Config,
+    Swinv2ForImageClassification,
 )
 
 from benchmarks.tiny_models import tiny_model
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 from passes.targets.legalize import discover
-from passes.targets.stock.config import StockConfig
+from passes.targets.stock import search
+from passes.targets.stock.config import StockConfig, probe_config
 
 
 def test_a_field_is_the_product_of_two_families() -> None:
@@ -118,6 +121,23 @@ def test_what_raises_is_tried_after_what_makes_the_model_narrower() -> None:
     stock = discover(analyze(trace(model)), model)
     assert {"num_attention_heads", "num_key_value_heads"} <= {*stock.expressions}
     assert stock._prober.builds < 75
+
+
+def test_numbers_that_raise_until_all_have_changed_are_found_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Swin V2: its first width must be a multiple of its heads in each of four stages."""
+    monkeypatch.setattr(search, "SEARCH_BUILDS", 30)
+
+    def config(share: int) -> Swinv2Config:
+        heads = [share, 2 * share, 4 * share, 8 * share]
+        return Swinv2Config(embed_dim=8 * share, depths=[1] * 4, num_heads=heads, window_size=2, image_size=64)
+
+    with torch.device("meta"):
+        cut = Swinv2ForImageClassification(config(2))
+    families = {"channels": 8, "heads": 1, "ffn": 32}
+    widths = {f"{n}.{i}": (3 * w * 2**i, 2 * w * 2**i) for n, w in families.items() for i in range(4)}
+    shapes = {name: tuple(t.shape) for name, t in cut.state_dict().items()}
+    found = probe_config(Swinv2ForImageClassification, config(3), shapes, widths, [8])
+    assert changed(found) == {"embed_dim": 16, "num_heads": [2, 4, 8, 16]}
 
 
 def test_widths_of_a_deep_model_are_asked_without_building_it(monkeypatch: pytest.MonkeyPatch) -> None:

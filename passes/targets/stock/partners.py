@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.probe import Field, Prober, starred
-from passes.targets.stock.search import SizeSlot, places_moved
+from passes.targets.stock.search import SizeSlot, sizes_moved
 
 Places = frozenset[SizeSlot]
 Moves = Mapping[Field, Places]
@@ -64,8 +64,8 @@ def moves(prober: Prober) -> dict[Field, Places]:
 
     Twice a number is a multiple of all that divides it, so a class that asks for multiples takes it.
     """
-    found = {field: places_moved(prober, field, 2 * field.value) for field in prober.fields}
-    return {field: places for field, places in found.items() if places is not None}
+    found = {field: sizes_moved(prober, field, 2 * field.value) for field in prober.fields}
+    return {field: frozenset(sizes) for field, sizes in found.items() if sizes is not None}
 
 
 def groups(name: str, owners: Owners, moved: Moves) -> Iterator[frozenset[str] | Refusal]:

@@ -18,7 +18,7 @@ SizeSlot = tuple[str, int]
 """One dimension of one parameter; dimension -1 if the number of dimensions differs."""
 FACTORS = 3
 SEARCH_BUILDS = 100
-"""Models that one search builds. In the zoo a search that finds a config takes 16 at most."""
+"""Models that one search builds. In the zoo a search that finds a config takes 26 at most, Donut's Swin."""
 
 
 class Expressions:
@@ -95,7 +95,7 @@ class ConfigSearch:
     move its first wrong dimension. If no free field moves some wrong dimension, the state is dropped. A field whose
     build raises or has other parameters, which another field may correct, moves what it does if it is doubled; if that
     raises, too, it may move anything. States with the fewest wrong dimensions come first, then those with the fewest
-    changes.
+    changes. A state that raises counts as wrong what its fields, each alone, would leave wrong.
     """
 
     def __init__(self, prober: Prober, target: Shapes, candidates: Mapping[Field, Sequence[int]]) -> None:
@@ -103,16 +103,31 @@ class ConfigSearch:
         self.target = {name: target[name] for name in prober.base.shapes}
         self.raised: list[Refusal] = []
         self.dead: list[DeadEnd] = []
-        self.moves: dict[tuple[Field, int], frozenset[SizeSlot] | None] = {
-            (field, value): self._moved(field, value) for field, values in candidates.items() for value in values
+        self.sizes = {
+            (field, value): self._sizes_with(field, value) for field, values in candidates.items() for value in values
         }
+        self.moves = {change: None if sizes is None else frozenset(sizes) for change, sizes in self.sizes.items()}
 
-    def _moved(self, field: Field, value: int) -> frozenset[SizeSlot] | None:
+    def _sizes_with(self, field: Field, value: int) -> Mapping[SizeSlot, int] | None:
+        """The dimensions that a field moves → their sizes; in proportion to those with twice its value, if need be."""
         built = self.prober.build({**self.prober.pins, field: value})
         if isinstance(built, Refusal):
             self.raised.append(built)
-        found = places_moved(self.prober, field, value)
-        return places_moved(self.prober, field, 2 * field.value) if found is None else found
+        if (found := sizes_moved(self.prober, field, value)) is not None:
+            return found
+        if (twice := sizes_moved(self.prober, field, 2 * field.value)) is None:
+            return None
+        base = self.prober.base.shapes
+        return {
+            (name, d): size if d < 0 else base[name][d] + (size - base[name][d]) * (value - field.value) // field.value
+            for (name, d), size in twice.items()
+        }
+
+    def _left(self, assignment: Assignment, wrong: Collection[SizeSlot]) -> int:
+        """How many of the ``wrong`` dimensions none of the changed fields alone would make right."""
+        changed = [sizes for change in assignment.items() if (sizes := self.sizes.get(change))]
+        right = {place for sizes in changed for place in sizes if sizes[place] == _size(self.target, place)}
+        return sum(place not in right for place in wrong)
 
     def wrong(self, built: Build | Refusal) -> list[SizeSlot] | None:
         """The wrong dimensions of a build; None if it raised or has other parameters."""
@@ -124,12 +139,12 @@ class ConfigSearch:
         """The assignments with the target's shapes, in the order of the search, until ``SEARCH_BUILDS`` are built."""
         order = itertools.count()
         start: dict[Field, int] = dict(self.prober.pins)
-        most = len(self.wrong(self.prober.build(start)) or ())
-        queue: list[tuple[int, int, int, dict[Field, int]]] = [(most, 0, next(order), start)]
+        all_wrong = self.wrong(self.prober.build(start)) or []
+        queue: list[tuple[int, int, int, dict[Field, int]]] = [(len(all_wrong), 0, next(order), start)]
         seen = {frozenset(start.items())}
         limit = self.prober.builds + SEARCH_BUILDS
         while queue and self.prober.builds < limit:
-            rank, changes, _, assignment = heapq.heappop(queue)
+            _, changes, _, assignment = heapq.heappop(queue)
             built = self.prober.build(assignment)
             wrong = self.wrong(built)
             if wrong == []:
@@ -140,7 +155,7 @@ class ConfigSearch:
                 if key not in seen:
                     seen.add(key)
                     left = self.wrong(self.prober.build(successor))
-                    now = rank + 1 if left is None else len(left)
+                    now = 1 + self._left(successor, all_wrong) if left is None else len(left)
                     heapq.heappush(queue, (now, changes + 1, next(order), successor))
 
     def _successors(
@@ -188,12 +203,17 @@ class ConfigSearch:
         return starred(place[0]), self.target[place[0]], built.shapes[place[0]]
 
 
-def places_moved(prober: Prober, field: Field, value: int) -> frozenset[SizeSlot] | None:
-    """The dimensions that a field moves with ``value``; None if the class cannot be built so, or has other weights."""
+def sizes_moved(prober: Prober, field: Field, value: int) -> dict[SizeSlot, int] | None:
+    """The dimensions that a field moves with ``value`` → their sizes; None if the class raises or has other weights."""
     built = prober.build({**prober.pins, field: value})
     if isinstance(built, Refusal) or built.shapes.keys() != prober.base.shapes.keys():
         return None
-    return frozenset(differences(built.shapes, prober.base.shapes))
+    return {place: _size(built.shapes, place) for place in differences(built.shapes, prober.base.shapes)}
+
+
+def _size(shapes: Shapes, place: SizeSlot) -> int:
+    name, dimension = place
+    return len(shapes[name]) if dimension < 0 else shapes[name][dimension]
 
 
 def differences(shapes: Shapes, target: Shapes) -> list[SizeSlot]:

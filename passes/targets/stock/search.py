@@ -95,7 +95,8 @@ class ConfigSearch:
     move its first wrong dimension. If no free field moves some wrong dimension, the state is dropped. A field whose
     build raises or has other parameters, which another field may correct, moves what it does if it is doubled; if that
     raises, too, it may move anything. States with the fewest wrong dimensions come first, then those with the fewest
-    changes. A state that raises counts as wrong what its fields, each alone, would leave wrong.
+    changes. A state that raises counts as wrong what its fields, each alone, would leave wrong; it comes last if its
+    last change alone makes nothing right.
     """
 
     def __init__(self, prober: Prober, target: Shapes, candidates: Mapping[Field, Sequence[int]]) -> None:
@@ -122,6 +123,11 @@ class ConfigSearch:
             (name, d): size if d < 0 else base[name][d] + (size - base[name][d]) * (value - field.value) // field.value
             for (name, d), size in twice.items()
         }
+
+    def _expected(self, assignment: Assignment, successor: Assignment, wrong: Collection[SizeSlot]) -> int:
+        """The rank of a ``successor`` that raises: last, unless its change makes something right."""
+        left = self._left(successor, wrong)
+        return 1 + (left if left < self._left(assignment, wrong) else len(wrong))
 
     def _left(self, assignment: Assignment, wrong: Collection[SizeSlot]) -> int:
         """How many of the ``wrong`` dimensions none of the changed fields alone would make right."""
@@ -155,7 +161,7 @@ class ConfigSearch:
                 if key not in seen:
                     seen.add(key)
                     left = self.wrong(self.prober.build(successor))
-                    now = 1 + self._left(successor, all_wrong) if left is None else len(left)
+                    now = self._expected(assignment, successor, all_wrong) if left is None else len(left)
                     heapq.heappush(queue, (now, changes + 1, next(order), successor))
 
     def _successors(

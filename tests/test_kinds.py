@@ -201,7 +201,9 @@ def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path: Pa
         api.export_folder(dense, tmp_path / "onnx")
 
 
-def test_a_trace_holds_the_size_of_images_if_all_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trace_holds_the_size_of_images_if_all_have_it(
+    monkeypatch: pytest.MonkeyPatch, folders: Path, tmp_path: Path
+) -> None:
     """Height and width are symbolic for images of another size than the config's, and if nobody knows their size."""
     trace, symbolic = passes.frontend.trace.trace, []
     monkeypatch.setattr(
@@ -215,6 +217,8 @@ def test_a_trace_holds_the_size_of_images_if_all_have_it(monkeypatch: pytest.Mon
     for each in (like, larger, None):
         traced(loaded, task_of(loaded), EXECUTOR, like=each)
     assert symbolic == [(0,), True, True]
+    api.export_folder(str(folders / "image classifier"), tmp_path / "out")
+    assert symbolic[3:] == [(0,)]
 
 
 def test_data_of_two_sizes_leave_the_size_open() -> None:

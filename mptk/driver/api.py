@@ -241,6 +241,8 @@ def export_folder(
 ) -> Path:
     """Write a model of any task as a folder that ONNX consumers take: config, tokenizer and ``onnx/``.
 
+    The graph of an image model takes images of its config's size.
+
     ``text``: a file, folder or dataset of which a decoder's ``int4`` gets 32 windows of 256 tokens, or of all
     positions. ``memory``, ``device``: as in ``Settings``. What is not named here is as in ``export``.
 

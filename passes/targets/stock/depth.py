@@ -169,14 +169,14 @@ class _Search:
         return configured(self.stock.config, body)
 
     @cached_property
-    def _same(self) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
+    def _again(self) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
         """The dense config, made again."""
         return self._configured({})
 
     @property
     def _lenient(self) -> bool:
         """Whether validators refuse the dense config itself."""
-        return isinstance(self._same, Refusal) or self._same[1] is not None
+        return isinstance(self._again, Refusal) or self._again[1] is not None
 
     # ---- what may change ----
 
@@ -238,7 +238,7 @@ class _Search:
         return together if self._changes_nothing(together) else {}
 
     def _changes_nothing(self, edits: Edits) -> bool:
-        made, same = self._configured(edits), self._same
+        made, same = self._configured(edits), self._again
         return isinstance(made, tuple) and isinstance(same, tuple) and made[0].to_dict() == same[0].to_dict()
 
     def _changes(self, edits: Edits, built: Built) -> dict[str, tuple[object, object]]:

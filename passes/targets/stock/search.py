@@ -18,7 +18,7 @@ SizeSlot = tuple[str, int]
 """One dimension of one parameter; dimension -1 if the number of dimensions differs."""
 FACTORS = 3
 SEARCH_BUILDS = 100
-"""Models that one search builds. In the zoo a search that finds a config takes 26 at most, Donut's Swin."""
+"""Models that one search builds. Those that find a config need a few tens at most (tests/test_stock_search.py)."""
 
 
 class Expressions:
@@ -104,18 +104,17 @@ class ConfigSearch:
         self.target = {name: target[name] for name in prober.base.shapes}
         self.raised: list[Refusal] = []
         self.dead: list[DeadEnd] = []
-        self.sizes = {
-            (field, value): self._sizes_with(field, value) for field, values in candidates.items() for value in values
+        self.effects = {
+            (field, value): self._effect(field, value) for field, values in candidates.items() for value in values
         }
-        self.moves = {change: None if sizes is None else frozenset(sizes) for change, sizes in self.sizes.items()}
+        self.moves = {change: None if sizes is None else frozenset(sizes) for change, sizes in self.effects.items()}
 
-    def _sizes_with(self, field: Field, value: int) -> Mapping[SizeSlot, int] | None:
+    def _effect(self, field: Field, value: int) -> Mapping[SizeSlot, int] | None:
         """The dimensions that a field moves → their sizes; in proportion to those with twice its value, if need be."""
-        built = self.prober.build({**self.prober.pins, field: value})
-        if isinstance(built, Refusal):
-            self.raised.append(built)
         if (found := sizes_moved(self.prober, field, value)) is not None:
             return found
+        if isinstance(built := self.prober.build({**self.prober.pins, field: value}), Refusal):
+            self.raised.append(built)
         if (twice := sizes_moved(self.prober, field, 2 * field.value)) is None:
             return None
         base = self.prober.base.shapes
@@ -131,7 +130,7 @@ class ConfigSearch:
 
     def _left(self, assignment: Assignment, wrong: Collection[SizeSlot]) -> int:
         """How many of the ``wrong`` dimensions none of the changed fields alone would make right."""
-        changed = [sizes for change in assignment.items() if (sizes := self.sizes.get(change))]
+        changed = [sizes for change in assignment.items() if (sizes := self.effects.get(change))]
         right = {place for sizes in changed for place in sizes if sizes[place] == _size(self.target, place)}
         return sum(place not in right for place in wrong)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from passes.targets.stock.probe import Build, Field, Prober
-from passes.targets.stock.search import SizeSlot, differences
+from passes.targets.stock.probe import Field, Prober
+from passes.targets.stock.search import SizeSlot, sizes_moved
 
 Touched = Mapping[str, frozenset[SizeSlot]]
 """Family → the dimensions of weights that a cut of it changes."""
@@ -35,8 +35,5 @@ def apart(prober: Prober, touched: Touched) -> list[Field]:
 
 def _moved(prober: Prober, entry: Field, touched: Touched) -> frozenset[str]:
     """The families of whose dimensions the entry moves some; none if the class cannot be built so."""
-    built = prober.build({**prober.pins, entry: 2 * entry.value})
-    if not isinstance(built, Build) or built.shapes.keys() != prober.base.shapes.keys():
-        return frozenset()
-    moved = frozenset(differences(built.shapes, prober.base.shapes))
-    return frozenset(name for name, own in touched.items() if own & moved)
+    moved = sizes_moved(prober, entry, 2 * entry.value) or {}
+    return frozenset(name for name, own in touched.items() if own & moved.keys())

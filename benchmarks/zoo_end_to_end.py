@@ -1,7 +1,8 @@
 """The zoo through the front door: each type is saved as a checkpoint, pruned and verified by the command line.
 
-A type that its stock class cannot hold is pruned to ``--target graph``. Data are random, models tiny and random, so
-this shows that the commands work for the kind of model, not how good a pruned model is.
+A type that its stock class cannot hold is pruned to ``--target graph``. One that no task takes, since it reads more than
+text, images or sound, gets its inputs as a file (``--inputs``). Data are random, models tiny and random, so this shows
+that the commands work for the kind of model, not how good a pruned model is.
 """
 
 from __future__ import annotations
@@ -9,19 +10,18 @@ from __future__ import annotations
 import gc
 import json
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from benchmarks.tiny_models import CannotBuild, tiny_model
+from benchmarks.tiny_models import CannotBuild, example_inputs, tiny_model
 from mptk.cli.main import app
 
 STAGES = ("none", "built", "pruned", "verified")
-OPTIONS = (
-    "--method wanda --data random --samples 4 --length 12 --eval-windows 2 --eval-length 12 --multiple-of 1 "
-    "--no-onnx --memory 2GB"
-)
+OPTIONS = "--method wanda --samples 4 --length 12 --eval-windows 2 --eval-length 12 --no-onnx --memory 2GB"
 """What is asked of ``mptk prune``, beside the widths."""
 SHARE = 0.6
 """Of a family's units that stay, about."""
@@ -35,13 +35,14 @@ def run_type(mapping: str, model_type: str) -> dict[str, Any]:
         try:
             model: Any = tiny_model(mapping, model_type).model
             model.save_pretrained(folder / "dense")
+            save_file(example_inputs(mapping, model, 0), folder / "inputs.safetensors")
         except CannotBuild as error:
             return {**row, "reason": str(error)}
         except Exception as error:
             return {**row, "reason": f"save_pretrained: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         row["stage"] = "built"
-        for target in ("stock", "graph"):
-            row |= {"target": target, "reason": _pruned(folder, target)}
+        for given, target in product(("", "--inputs"), ("stock", "graph")):
+            row |= {"target": target, "reason": _pruned(folder, target, given)}
             if not row["reason"]:
                 break
         else:
@@ -53,9 +54,14 @@ def run_type(mapping: str, model_type: str) -> dict[str, Any]:
         return row if row["reason"] else {**row, "stage": "verified"}
 
 
-def _pruned(folder: Path, target: str) -> str:
-    """Why ``prune`` fails with all families near ``SHARE`` at once, and each of the first three alone, or ""."""
-    if failure := _said("analyze", folder / "dense", "--target", target, "--multiple-of", 1, "--json", folder / "all"):
+def _pruned(folder: Path, target: str, given: str) -> str:
+    """Why ``prune`` fails with all families near ``SHARE`` at once, and each of the first three alone, or "".
+
+    ``given``: "--inputs" if the inputs are given as a file.
+    """
+    inputs = (given, folder / "inputs.safetensors") if given else ()
+    to = ("--target", target, "--multiple-of", 1)
+    if failure := _said("analyze", folder / "dense", *inputs, *to, "--json", folder / "all"):
         return failure
     found = json.loads((folder / "all").read_text())["families"]
     widths = {
@@ -65,7 +71,8 @@ def _pruned(folder: Path, target: str) -> str:
     }
     if not widths:
         return "analyze: no family has another legal width"
-    reasons, words = [], ("prune", folder / "dense", "--out", folder / target, "--target", target, *OPTIONS.split())
+    reasons, data = [], inputs or ("--data", "random")
+    words = ("prune", folder / "dense", "--out", folder / target, *to, *data, *OPTIONS.split())
     for chosen in (widths, *({name: width} for name, width in list(widths.items())[:3])):
         given = [word for name, width in chosen.items() for word in ("--width", f"{name}={width}")]
         failure = _said(*words, "--families", ",".join(chosen), *given)

@@ -32,6 +32,7 @@ from passes.targets.onnx.lower_complex import LowerComplex
 from passes.targets.onnx.measure import Text
 from passes.targets.onnx.names import FILE
 from passes.targets.onnx.quantize import even_channels, write_quantized
+from passes.targets.onnx.repeat_angles import RepeatAnglesPass
 from passes.transforms.fold_norms import Folded, FoldNorms
 from passes.transforms.masked_reference import Mask
 from passes.transforms.remove_blocks import RemoveBlocks
@@ -73,6 +74,7 @@ def onnx_optimization(objective: str) -> OnnxPasses:
         common.RemoveUnusedOpsetsPass(),
         common.IdentityEliminationPass(),
         FusePass(),
+        RepeatAnglesPass(),
         FoldKVPass(),
         common.RemoveUnusedNodesPass(),
         GroupQueriesPass(rows=objective == "decode"),

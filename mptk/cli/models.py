@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mptk.cli.app import command, show
 from mptk.cli.console import err, out
-from mptk.cli.options import Json, Model, MultipleOf, Portable, TargetName, Trust
+from mptk.cli.options import ExampleInputs, Json, Model, MultipleOf, Portable, TargetName, Trust
 from mptk.cli.places import file_to_write
 from mptk.cli.progress import stages
 from mptk.files import write_text
@@ -82,6 +82,7 @@ def analyze(
     target: TargetName = Settings.target,
     multiple_of: MultipleOf = Settings.multiple,
     portable: Portable = Settings.portable,
+    inputs: ExampleInputs = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what can be cut and to which widths, and what cannot be cut and why. Reads no weights."""
@@ -90,13 +91,15 @@ def analyze(
     from mptk.io import models
     from mptk.page.svg import require_matplotlib
     from mptk.targets import find_target
+    from mptk.tasks.module import example_samples, read_inputs
 
     if html is not None:
         require_matplotlib()
     with stages(err) as progress:
         progress("trace", 0, 0)
         skeleton = models.skeleton(model, trust_remote_code=trust_remote_code)
-        analysis = api.analyze(skeleton)
+        example = None if inputs is None else example_samples(skeleton, read_inputs(inputs)).inputs
+        analysis = api.analyze(skeleton, example)
         progress("legal widths", 0, 0)
         found = find_target(target).legal(analysis, skeleton, multiple_of)
         found = found.portable() if portable else found

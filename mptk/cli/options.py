@@ -28,6 +28,10 @@ Record = TypeVar("Record", Settings, Learning, Training, LossWeights)
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or an alias of `mptk models`.")]
 Folder = Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")]
+ExampleInputs = Annotated[
+    Path | None,
+    typer.Option("--inputs", help="Other inputs than text, images or sound: a .safetensors file of forward's tensors."),
+]
 Out = Annotated[
     Path, typer.Option("--out", callback=folder_to_write, help="Folder for the result; replaced only if mptk made it.")
 ]
@@ -163,6 +167,13 @@ FIELDS: dict[str, Field] = {
         str,
         DATA,
         "Text to calibrate and train on: file, FILE:COLUMN, folder, data set, A=0.7,B=0.3; self: the model writes it.",
+    ),
+    "inputs": Field(
+        "inputs",
+        Path | None,
+        DATA,
+        "Other inputs than text, images or sound: a .safetensors file of forward's tensors.",
+        text_of,
     ),
     "samples": Field("samples", int, DATA, "Calibration windows."),
     "length": Field("length", int, DATA, "Tokens in a window."),

@@ -22,9 +22,9 @@ from mptk.run.settings import Settings
 
 OPTIONS = (
     *("sparsity", "budget", "objective", "threads", "families", "keep", "width", "portable", "multiple_of", "seed"),
-    *("reconstruct", "data", "samples", "length", "batch", "micro", "lr", "rank", "lm", "kl", "hidden", "teacher"),
-    *("teacher_cache", "precision", "gradient_checkpointing", "target", "rehome", "resume", "memory", "device"),
-    *("compute_dtype", "trust_remote_code"),
+    *("reconstruct", "data", "inputs", "samples", "length", "batch", "micro", "lr", "rank", "lm", "kl", "hidden"),
+    *("teacher", "teacher_cache", "precision", "gradient_checkpointing", "target", "rehome", "resume", "memory"),
+    *("device", "compute_dtype", "trust_remote_code"),
 )
 """The options that it shares with ``prune``."""
 

@@ -168,7 +168,7 @@ def generate(
 @command("eval", examples=("eval runs/m30 --data wikitext2 --windows 40", "eval runs/m30 --tasks arc_easy --limit 100"))
 def evaluate(
     model: Model,
-    data: Annotated[str | None, typer.Option(help="Text to measure on (or images, sounds).")] = None,
+    data: Annotated[str | None, typer.Option(help="Text to measure on (or images, sounds, inputs).")] = None,
     length: Annotated[int, typer.Option(**within(8), help="Tokens in a window.")] = 512,
     windows: Annotated[int | None, typer.Option(**within(1), help="Use only the first windows.")] = None,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated.")] = "",
@@ -182,7 +182,6 @@ def evaluate(
 ) -> None:
     """Measure how good a model is, by its kind: a decoder's perplexity, in torch or ONNX Runtime, and lm-eval tasks."""
     from mptk.driver import use
-    from mptk.tasks import CAUSAL_LM, kind_of
 
     check_eval(data, tasks, runtime)
     if data is None and not tasks:
@@ -190,7 +189,7 @@ def evaluate(
     if runtime == "onnx":
         evaluate_onnx(model, data, length, windows, tasks, threads, device, json_file)
         return
-    if not tasks and kind_of(model, trust_remote_code=trust_remote_code) is not CAUSAL_LM:
+    if not tasks and not use.reads_text(model, trust_remote_code=trust_remote_code):
         with stages(err) as progress:
             found = use.evaluate(
                 model,

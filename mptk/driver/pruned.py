@@ -19,7 +19,7 @@ from mptk.driver import recovery
 from mptk.driver.display import shown
 from mptk.driver.job import Finished, Job
 from mptk.driver.prune import run
-from mptk.driver.sources import Data, Inputs, Model, check_texts, given, names_of, source_of
+from mptk.driver.sources import Data, Inputs, Model, check_texts, given, names_of, source_of, with_inputs
 from mptk.driver.verification import plan_of
 from mptk.errors import MptkError
 from mptk.files import scratch
@@ -171,7 +171,8 @@ def prune(
     if plain and data is None and (settings is None or settings.data == Settings.data):
         named["data"] = IN_MEMORY
     chosen = with_keywords(settings or _defaults(out, model), {**named, **keywords})
-    source = source_of(model, trust=chosen.trust_remote_code, tokenizer=tokenizer, example_inputs=example_inputs)
+    chosen, inputs = with_inputs(chosen, example_inputs)
+    source = source_of(model, trust=chosen.trust_remote_code, tokenizer=tokenizer, example_inputs=inputs)
     if source.plain:
         chosen = _for_plain(chosen)
     texts = None if vocabulary is None or isinstance(vocabulary, str | Path) else list(vocabulary)

@@ -19,7 +19,7 @@ from mptk.driver.prepare import announce, check_settings, prepare, settled
 from mptk.driver.prune import SAMPLES, apart, begin, described, wanted
 from mptk.driver.pruned import Shown, reporting
 from mptk.driver.shape_search import search_shapes
-from mptk.driver.sources import Data, Inputs, Model, given, names_of, source_of
+from mptk.driver.sources import Data, Inputs, Model, given, names_of, source_of, with_inputs
 from mptk.errors import explained
 from mptk.files import scratch, write_json
 from mptk.io.publish import publish
@@ -69,7 +69,8 @@ def shapes(
     """
     base = settings or Settings(method="wanda", reconstruct=True)
     chosen = with_keywords(base, {**names_of(data=data), **keywords, "search": True, "onnx": False})
-    source = source_of(model, trust=chosen.trust_remote_code, tokenizer=tokenizer, example_inputs=example_inputs)
+    chosen, inputs = with_inputs(chosen, example_inputs)
+    source = source_of(model, trust=chosen.trust_remote_code, tokenizer=tokenizer, example_inputs=inputs)
     if source.plain and chosen.target == "stock":
         chosen = replace(chosen, target="graph")
     kept = scratch() if out is None else None

@@ -29,9 +29,9 @@ from mptk.run.chain import Prepared, Task
 from mptk.run.report import PROVEN_ON, Report
 from mptk.run.settings import IN_MEMORY, Settings
 from mptk.tasks import open_task, task_of
+from mptk.tasks.inputs.base import check_dimensions, lacking, ordered
 from mptk.tasks.inputs.text import fitting
-from mptk.tasks.module import Module, example_samples, named_inputs
-from passes.frontend.trace import argument_names
+from mptk.tasks.module import Module, example_samples, named_inputs, read_inputs
 
 Model = str | Path | nn.Module
 """A hub id, a folder, a ``.gguf`` file, a packaged alias, or a model in memory."""
@@ -83,20 +83,39 @@ def source_of(
     return Source(name_of(model), lambda _: (loaded, task), needs, plain)
 
 
+def with_inputs(settings: Settings, example_inputs: Inputs | None) -> tuple[Settings, Inputs | None]:
+    """The settings and the example inputs, which a file may hold. By default it is the data, too.
+
+    Raises:
+        MptkError: the file cannot be read; or there are example inputs in memory as well.
+    """
+    if settings.inputs is None:
+        return settings, example_inputs
+    if example_inputs is not None:
+        raise MptkError("example inputs are given twice, in memory and as a file; leave out example_inputs or inputs")
+    found = read_inputs(settings.inputs)
+    data = settings.inputs if settings.data == Settings.data else settings.data
+    return replace(settings, data=data), found
+
+
 def _task(loaded: Loaded, example_inputs: Inputs | None) -> Task:
     return task_of(loaded) if example_inputs is None else Module(example_samples(loaded.model, example_inputs))
 
 
 def task_of_folder(folder: Path, report: Report, loaded: Loaded) -> Task:
     """The task that a folder was pruned as. A module's example inputs are those of its proof."""
+    inputs = inputs_of_folder(folder, report)
+    return task_of(loaded) if inputs is None else Module(example_samples(loaded.model, inputs))
+
+
+def inputs_of_folder(folder: Path, report: Report) -> dict[str, Tensor] | None:
+    """The example inputs of a folder that was pruned as a module; None if it was not."""
     if report.task != Module.name:
-        return task_of(loaded)
-    found = load_tensors(
+        return None
+    return load_tensors(
         folder / PROVEN_ON,
         lambda why: MptkError(f"{folder} has no {PROVEN_ON} ({why}); do not use the folder, prune again"),
     )
-    order = [name for name in argument_names(loaded.model) if name in found]
-    return Module(example_samples(loaded.model, {name: found[name] for name in order}))
 
 
 # ---- samples ----
@@ -149,19 +168,19 @@ def collected(data: Any, loaded: Loaded, task: Task, count: int, length: int, se
     like = task.example(loaded.model).inputs
     names = list(like)
     if isinstance(data, Samples):
-        return _ordered(data, like)[:count]
+        return ordered(data, like)[:count]
     if _is_text(data):
         inputs = {"input_ids": _windows(list(data), loaded, count, fitting(loaded, length), seed)}
     elif isinstance(data, Tensor | Mapping):
         inputs = named_inputs(names, data)
     else:
         inputs = _batched(data, like, count)
-    _check_dimensions(inputs, like)
+    check_dimensions(inputs, like)
     try:
         made = task.made(loaded, {name: tensor[:count] for name, tensor in inputs.items()})
     except KeyError as error:
-        raise _lacking(error.args[0], like) from error
-    return _ordered(made, like)
+        raise lacking(error.args[0], like) from error
+    return ordered(made, like)
 
 
 def _is_text(data: Any) -> bool:
@@ -172,29 +191,6 @@ def _windows(texts: list[str], loaded: Loaded, count: int, length: int, seed: in
     if loaded.tokenizer is None:
         raise MptkError(f"{loaded.source} has no tokenizer to read texts with; give tokenizer=, or token ids as data")
     return text.token_windows(texts, loaded.tokenizer, length, count, seed)
-
-
-def _ordered(samples: Samples, like: Mapping[str, Tensor]) -> Samples:
-    """The samples with the model's inputs alone, in the order of ``like``, examples of them."""
-    for name in like:
-        if name not in samples.inputs:
-            raise _lacking(name, like)
-    _check_dimensions(samples.inputs, like)
-    return Samples({name: samples.inputs[name] for name in like}, samples.targets)
-
-
-def _check_dimensions(inputs: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    """Raise MptkError unless there are samples, each with the dimensions of the examples ``like``."""
-    for name in inputs.keys() & like.keys():
-        tensor, wanted = inputs[name], ["n", *like[name].shape[1:]]
-        if tensor.ndim != len(wanted) or not len(tensor):
-            raise MptkError(
-                f"{name} in data is {list(tensor.shape)}, not like {wanted}; put the samples in the first dimension"
-            )
-
-
-def _lacking(name: str, like: Mapping[str, Tensor]) -> MptkError:
-    return MptkError(f"the samples in data lack the input {name!r}; the model takes {', '.join(like)}")
 
 
 def _batched(batches: Iterable[Any], like: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:

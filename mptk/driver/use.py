@@ -12,7 +12,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.compat.torch import sources_forgotten
 from mptk.driver.pruned import Pruned, Shown, reporting
-from mptk.driver.sources import Data, Inputs, Model, collected, in_memory, names_of, source_of, task_of_folder
+from mptk.driver.sources import (
+    Data,
+    Inputs,
+    Model,
+    collected,
+    in_memory,
+    inputs_of_folder,
+    names_of,
+    source_of,
+    task_of_folder,
+)
 from mptk.driver.tracing import traced
 from mptk.driver.verification import plan_of
 from mptk.driver.vocabulary import trim
@@ -32,6 +42,8 @@ from mptk.run.settings import IN_MEMORY, Settings
 from mptk.run.values import SampleSets
 from mptk.runtime.generation import Sampling, TextGenerator, check_room
 from mptk.runtime.staged import Executor
+from mptk.tasks import CAUSAL_LM, kind_of
+from mptk.tasks.module import Module
 from passes.analysis import group
 
 
@@ -85,6 +97,14 @@ def evaluate(
         return dict(task.quality(runs, sets, say))
 
 
+def reads_text(model: str, *, trust_remote_code: bool = False) -> bool:
+    """Whether a model is measured as a decoder of text. Raises MptkError if no task takes it."""
+    folder = Path(model)
+    if (folder / FILE).is_file() and Report.read(folder).task == Module.name:
+        return False
+    return kind_of(model, trust_remote_code=trust_remote_code) is CAUSAL_LM
+
+
 class _Programs:
     """The programs that are measured side by side, by name. Called, it is a ``mptk.io.evaluation.Runs``.
 
@@ -132,7 +152,10 @@ class _Programs:
         self._take("pruned" if self.names else "model", small)
 
     def _open(self, model: Model) -> tuple[models.Loaded, Task]:
-        source = source_of(model, trust=self.trust, tokenizer=self.tokenizer, example_inputs=self.example_inputs)
+        inputs = self.example_inputs
+        if inputs is None and isinstance(model, str | Path) and (Path(model) / FILE).is_file():
+            inputs = inputs_of_folder(Path(model), Report.read(model))
+        source = source_of(model, trust=self.trust, tokenizer=self.tokenizer, example_inputs=inputs)
         return source.load(self.resident)
 
     def _alike(self, dense: tuple[models.Loaded, Task], place: Model) -> tuple[models.Loaded, Task]:

@@ -22,6 +22,9 @@ MASK_RATE, LORA_RATE, FULL_RATE = 1e-3, 3e-3, 3e-4
 IN_MEMORY = "samples given in Python"
 """What settings and reports call ``data`` that was given in memory."""
 
+INPUTS = ".safetensors"
+"""How the name of a file of inputs ends."""
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Types of stored weights; ``auto`` is the checkpoint's own."""
 
@@ -169,6 +172,10 @@ class Settings:
     program reads rightly, not transformers alone. Sums over cut channels stay multiples of ``multiple``.
     ``tolerance``: how far the sparsity may miss.
 
+    ``inputs``: a safetensors file with a tensor for each argument of ``forward``, samples in the first dimension, for a
+    transformers model that reads other things than text, images or sound. ``data`` and ``eval_data`` are then such
+    files, by default this one, and what counts is the distance of the outputs from the dense model's.
+
     How it is chosen: ``method``, on ``samples`` windows of ``length`` tokens of ``data`` (``self``: text that the model
     writes). ``reconstruct``: fit the consumers to the dense layers' outputs (None: if the method does by itself, or
     ``distil_epochs`` is given). ``distil_epochs``: then train each block to give the dense block's outputs, in so many
@@ -218,6 +225,7 @@ class Settings:
     widths: Mapping[str, int] = field(default_factory=dict)
     layers: str = UNIFORM
     plan: str | None = None
+    inputs: str | None = None
     portable: bool = False
     target: str = "stock"
     dtype: str = "auto"
@@ -260,10 +268,24 @@ class Settings:
             raise MptkError("--plan says which units stay, so --search has nothing to choose; leave out one of both")
         if self.search and self.layers == FREE:
             raise MptkError("--search ranks shapes whose layers are alike, not --layers free; leave out one of both")
+        self._check_inputs()
         for name in self.keep:
             if name in self.families or name in self.widths:
                 other = "families" if name in self.families else "width"
                 raise MptkError(f"{name} is to stay whole by --keep and to be cut by --{other}; leave out one of both")
+
+    def _check_inputs(self) -> None:
+        if self.inputs is None:
+            return
+        by_default = {"data": Settings.data, "eval_data": Settings.eval_data}
+        for name, default in by_default.items():
+            data = getattr(self, name)
+            if data not in (default, self.inputs, IN_MEMORY) and not data.endswith(INPUTS):
+                raise MptkError(
+                    f"{name} {data} is no {INPUTS} file of inputs, as --inputs is; give one, or leave it out"
+                )
+        if self.vocabulary is not None:
+            raise MptkError("what reads --inputs has no vocabulary to trim; leave out --inputs or --vocabulary")
 
     @property
     def fixed(self) -> bool:

@@ -76,5 +76,5 @@ class CausalLM(TokenTask):
 def wrong_kind(model: str, what: str) -> MptkError:
     """The error for a model that no task takes. ``what``: what it is not, and why."""
     return MptkError(
-        f"{model} is {what}; `mptk analyze` shows what can be cut in it, and mptk.rewrite cuts it in Python"
+        f"{model} is {what}; give examples of what it reads with --inputs FILE.safetensors (docs/kinds.md)"
     )

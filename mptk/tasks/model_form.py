@@ -28,7 +28,7 @@ from mptk.tasks.padding import IDS, about_padding, candidates, is_text, padded_a
 from mptk.tasks.rounding import features_apart, logits_apart
 from passes.frontend.trace import Flat
 from passes.pipelines import emit_onnx, quantize_onnx
-from passes.targets.onnx.emit import TOKEN_AXES, Interface
+from passes.targets.onnx.emit import TOKEN_AXES, Axes, Interface
 from passes.targets.onnx.names import FILE
 from passes.targets.onnx.quantize import BLOCKS
 from passes.verify import Difference
@@ -54,13 +54,13 @@ class ModelForm(OnnxForm):
 
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         settings = dense.settings
-        traced, padding = named(dense, samples)
+        traced, padding = self.traced(dense, samples)
         program = cut(traced.program, dense, plan, log)
         step(0, 0, "translate the graph")
         file = emit_onnx(
             program,
             folder,
-            Interface({name: AXES.get(name, TOKEN_AXES) for name in traced.names}, (self.output,)),
+            Interface({name: self.axes(name) for name in traced.names}, (self.output,)),
             objective="prefill",
             half=settings.onnx_dtype == HALF,
             metadata=about(dense, plan) | padding,
@@ -69,6 +69,14 @@ class ModelForm(OnnxForm):
         for scheme in settings.quantize:
             quantize_onnx(file, scheme, None, log, dense.executor.device)
         return [CHANGED] if IDS in traced.names and not padding else []
+
+    def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
+        """The model with the inputs that its graph has, and what the graph's metadata says of padding."""
+        return named(dense, samples)
+
+    def axes(self, name: str) -> Axes:
+        """The names of an input's axes."""
+        return AXES.get(name, TOKEN_AXES)
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device) -> Checks:
         graph = OrtGraph(folder / FILE, device)

@@ -1,10 +1,14 @@
-"""module: any ``nn.Module`` that the caller gives with example inputs. What counts is how far its outputs move."""
+"""module: any ``nn.Module`` that the caller gives with example inputs. What counts is how far its outputs move.
+
+Example inputs, and samples like them, may be in a safetensors file: a tensor for each argument of ``forward``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,13 +17,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mptk.errors import MptkError
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
+from mptk.io.untrusted import load_tensors
 from mptk.ir.samples import Samples, joined
 from mptk.progress import Count, Progress
-from mptk.run.chain import Task
-from mptk.run.settings import Settings
+from mptk.run.chain import OnnxForm, Task
+from mptk.run.settings import IN_MEMORY, INPUTS, Settings
 from mptk.run.values import SampleSets
 from mptk.tasks.compared import means
 from mptk.tasks.encoder import distances, errors, projection
+from mptk.tasks.inputs.base import ordered
+from mptk.tasks.module_form import OUTPUT, ModuleForm
 from passes.frontend.trace import argument_names
 
 Outputs = Tensor | Sequence[Tensor]
@@ -32,11 +39,15 @@ class Module(Task):
     """A module with one output or several, each with the samples in its first dimension. ``given``: example inputs."""
 
     given: Samples
+    onnx: OnnxForm | None = field(init=False)
     name = "module"
     summary = "module"
     compares = True
     classes = False
     sequences = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "onnx", ModuleForm(OUTPUT, self.given.inputs))
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
         return None
@@ -55,10 +66,17 @@ class Module(Task):
         return self.given
 
     def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
-        return self.given
+        return self._read(settings.data)[:count]
 
     def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
-        return self.given
+        return self._read(settings.eval_data or settings.data)[: settings.eval_windows]
+
+    def _read(self, data: str) -> Samples:
+        """The samples of a file of inputs; without one the example inputs."""
+        return ordered(Samples(read_inputs(data)), self.given.inputs) if data.endswith(INPUTS) else self.given
+
+    def named(self, model: nn.Module, data: str) -> str:
+        return data if data.endswith(INPUTS) else IN_MEMORY
 
     def loss(self, output: Outputs, samples: Samples) -> Tensor:
         """Sum over samples of ‖f − f*‖² / ‖f*‖², f* the dense module's outputs (``targets``) in one row."""
@@ -96,13 +114,34 @@ def example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | Mappi
     Raises:
         MptkError: ``forward`` has no names for them, or they are no tensors with samples in their first dimension.
     """
-    found = named_inputs(argument_names(module), inputs)
+    found = _in_order(argument_names(module), named_inputs(argument_names(module), inputs))
     sizes = {len(tensor) if tensor.ndim else 0 for tensor in found.values()}
     if len(sizes) != 1 or sizes == {0}:
         said = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in found.items()) or "none"
         raise MptkError(f"example inputs need the samples in their first dimension, all as many; they are {said}")
     samples = Samples(found)
     return samples if len(samples) > 1 else samples.repeated(2)
+
+
+def _in_order(names: Sequence[str], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs in the order of ``names``, then those that ``forward`` takes by ``**`` in that of the alphabet."""
+    others = sorted(inputs.keys() - set(names))
+    return {name: inputs[name] for name in (*names, *others) if name in inputs}
+
+
+def read_inputs(file: str | Path) -> dict[str, Tensor]:
+    """Inputs of ``forward`` by name, of a safetensors file.
+
+    Raises:
+        MptkError: the file cannot be read.
+    """
+    return load_tensors(
+        Path(file),
+        lambda why: MptkError(
+            f"cannot read inputs in {file} ({why}); write it with safetensors.torch.save_file: a tensor for each "
+            "argument of forward, samples in the first dimension"
+        ),
+    )
 
 
 def named_inputs(names: Sequence[str], inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from tests.bad_inputs.table import Row, fifo, folder, link, write
 
 EVAL = "eval {model} --windows 2 --length 16 --data "
 GENERATE = "generate {gpt2} "
+ONCE = "prune {model} --method magnitude --out {out}"
 
 FILES = {
     "text.raw": {
@@ -151,4 +152,15 @@ POSITIONS = [
     Row("empty prompt", f"{GENERATE}", ("an empty prompt",)),
 ]
 
-ROWS = [*rows(), *SOURCES, *REPLACED, *BOUNDED, *POSITIONS]
+INPUTS = [
+    Row("inputs that are not there", f"{ONCE} --inputs no.safetensors", ("cannot read inputs", "save_file")),
+    Row("inputs that are text", f"{ONCE} --inputs {{text.raw}}", ("cannot read inputs", "save_file")),
+    Row(
+        "text beside inputs",
+        "prune {model} --data {text.raw} --inputs i.safetensors --out {out}",
+        ("--inputs", "leave it out"),
+    ),
+    Row("inputs of analyze that are not there", "analyze {model} --inputs no.safetensors", ("cannot read inputs",)),
+]
+
+ROWS = [*INPUTS, *rows(), *SOURCES, *REPLACED, *BOUNDED, *POSITIONS]

@@ -26,9 +26,7 @@ def inputs_of(model: nn.Module) -> Inputs:
     if main not in KINDS:  # Perceiver's ``inputs`` has another name as well
         main = next((name for name in KINDS if name in signature(model.forward).parameters), main)
     if main not in KINDS:
-        raise MptkError(
-            f"{type(model).__name__} reads {main}, which mptk cannot make; call mptk.prune with example_inputs"
-        )
+        raise MptkError(f"{type(model).__name__} reads {main}, which mptk cannot make; give --inputs (docs/kinds.md)")
     return KINDS[main]
 
 

@@ -38,7 +38,9 @@ class Audio(Inputs):
         bins = getattr(config, "num_mel_bins", None) or 80
         positions = getattr(config, "max_source_positions", None)
         if positions is None:
-            raise MptkError(f"{type(model).__name__} does not say how many frames it reads; call mptk.prune in Python")
+            raise MptkError(
+                f"{type(model).__name__} does not say how many frames it reads; give --inputs (docs/kinds.md)"
+            )
         stride = 2  # of the convolutions before the positions, in Whisper and its kin
         return {self.name: torch.randn(BATCH, bins, stride * positions, generator=generator)}
 

@@ -9,8 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM, RANDOM_NAME
+from mptk.ir.samples import Samples
 from mptk.progress import Count
 from mptk.run.settings import Settings
 
@@ -61,3 +63,27 @@ def accepted(model: nn.Module, inputs: Mapping[str, Tensor]) -> Named:
     """Those of ``inputs`` that the model's ``forward`` takes."""
     names = inspect.signature(model.forward).parameters
     return {name: tensor for name, tensor in inputs.items() if name in names}
+
+
+def ordered(samples: Samples, like: Mapping[str, Tensor]) -> Samples:
+    """The samples with the model's inputs alone, in the order of ``like``, examples of them."""
+    for name in like:
+        if name not in samples.inputs:
+            raise lacking(name, like)
+    check_dimensions(samples.inputs, like)
+    return Samples({name: samples.inputs[name] for name in like}, samples.targets)
+
+
+def check_dimensions(inputs: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Raise MptkError unless there are samples, each with the dimensions of the examples ``like``."""
+    for name in inputs.keys() & like.keys():
+        tensor, wanted = inputs[name], ["n", *like[name].shape[1:]]
+        if tensor.ndim != len(wanted) or not len(tensor):
+            raise MptkError(
+                f"{name} in data is {list(tensor.shape)}, not like {wanted}; put the samples in the first dimension"
+            )
+
+
+def lacking(name: str, like: Mapping[str, Tensor]) -> MptkError:
+    """The error for samples without the input ``name``."""
+    return MptkError(f"the samples in data lack the input {name!r}; the model takes {', '.join(like)}")

@@ -62,7 +62,7 @@ def _prepared(loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
     names = list(Images().example(loaded.model))
     if any(set(names) != set(one) for one in made):
         extra = ", ".join(sorted(set(made[0]) ^ set(names)))
-        raise MptkError(f"{loaded.source} reads {extra}, which mptk cannot make; call mptk.prune with example_inputs")
+        raise MptkError(f"{loaded.source} reads {extra}, which mptk cannot make; give --inputs (docs/kinds.md)")
     if len({tuple(one[name].shape) for one in made for name in names}) > len(names):
         raise MptkError(f"the image processor of {loaded.source} gives several sizes; give images of one size")
     return {name: torch.cat([one[name] for one in made]) for name in names}

@@ -1,0 +1,121 @@
+"""``--inputs``: models that read neither text, images nor sound as mptk makes them, from a file of their inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, EuroBertConfig, EuroBertModel, XLNetConfig, XLNetLMHeadModel
+from typer.testing import CliRunner
+
+import mptk
+from mptk.cli.main import app
+from mptk.errors import MptkError
+
+IDS = torch.arange(24 * 6).reshape(24, 6) % 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense XLNet, which looks at later tokens, and its inputs: a few to trace with, more to calibrate on."""
+    torch.manual_seed(0)
+    place = tmp_path_factory.mktemp("xlnet")
+    config = XLNetConfig(vocab_size=41, d_model=24, n_head=3, d_head=8, d_inner=40, n_layer=2)
+    XLNetLMHeadModel(config).save_pretrained(place / "dense")
+    save_file({"input_ids": IDS[:2]}, place / "inputs.safetensors")
+    save_file({"input_ids": IDS, "labels": IDS + 1}, place / "more.safetensors")
+    return place
+
+
+def said(*words: object) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return str(result.output)
+
+
+def test_the_command_line_prunes_what_no_task_takes(folder: Path) -> None:
+    dense, small, inputs, more = (folder / n for n in ("dense", "small", "inputs.safetensors", "more.safetensors"))
+    assert "ffn" in said("analyze", dense, "--inputs", inputs, "--json", folder / "analysis.json")
+    once = (
+        "--method",
+        "wanda",
+        "--families",
+        "ffn.3",
+        "--width",
+        "ffn.3=28",
+        "--multiple-of",
+        4,
+        "--samples",
+        16,
+        "--eval-windows",
+        5,
+    )
+    said("prune", dense, "--inputs", inputs, "--data", more, "--out", small, *once)
+    report = mptk.Report.read(small)
+    assert (report.task, report.quality["metric"]) == ("module", "distance")
+    assert report.quality["protocol"].startswith(f"{more}: mean over 5 samples")
+    assert "ONNX Runtime" in {row["stage"] for row in report.proof}
+    assert "ONNX Runtime" in said("verify", small)
+    assert "distance" in said("eval", small, "--data", more)
+    assert "the same result" in said("rerun", small, "--out", folder / "again")
+    loaded = AutoModelForCausalLM.from_pretrained(small)
+    found = mptk.prune(str(dense), plan=str(small / "plan.json"), inputs=str(inputs), progress=None)
+    assert found is not None
+    torch.testing.assert_close(loaded(IDS).logits, found.model(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_masks_are_learned_on_it(folder: Path) -> None:
+    learned = {"steps": 4, "batch": 4, "samples": 8, "multiple": 4, "families": ("ffn.3",), "mask_share": 0.5}
+    given = {"inputs": str(folder / "inputs.safetensors"), "data": str(folder / "more.safetensors")}
+    found = mptk.prune(str(folder / "dense"), sparsity=0.2, progress=None, **learned, **given)
+    assert found is not None
+    assert found.report.settings.steps == 4
+    assert found.report.families["ffn.3"]["width"] < 40
+
+
+def test_what_is_no_such_file_is_refused(folder: Path, tmp_path: Path) -> None:
+    dense, inputs = str(folder / "dense"), str(folder / "inputs.safetensors")
+    for words in ({"data": "book.txt"}, {"eval_data": "self"}, {"vocabulary": "book.txt"}):
+        with pytest.raises(MptkError, match="--inputs"):
+            mptk.prune(dense, inputs=inputs, method="wanda", progress=None, **words)
+    (tmp_path / "no.safetensors").write_text("none")
+    with pytest.raises(MptkError, match=r"cannot read inputs in .*no\.safetensors"):
+        mptk.prune(dense, inputs=str(tmp_path / "no.safetensors"), method="wanda", progress=None)
+    with pytest.raises(MptkError, match="given twice"):
+        mptk.prune(dense, inputs=inputs, example_inputs=IDS, method="wanda", progress=None)
+    save_file({"words": IDS}, tmp_path / "words.safetensors")
+    with pytest.raises(MptkError, match="lack the input 'input_ids'"):
+        mptk.prune(dense, inputs=inputs, data=str(tmp_path / "words.safetensors"), method="wanda", progress=None)
+
+
+class Gated(nn.Module):
+    """Takes an input that its signature does not name, and names it before another in the alphabet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate, self.last = nn.Linear(8, 24), nn.Linear(6, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor, **others: Any) -> Tensor:
+        return self.last(self.first(x).relu() * self.gate(others["a"]))
+
+
+def test_inputs_that_the_signature_does_not_name_are_proven_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, inputs = Gated().eval(), {"a": torch.randn(4, 6), "x": torch.randn(4, 8)}
+    how = {"sparsity": 0.3, "tolerance": 0.1, "method": "wanda", "multiple": 4, "progress": None}
+    mptk.prune(net, tmp_path / "small", example_inputs=inputs, **how)
+    assert mptk.verify(tmp_path / "small", model=net)
+
+
+def test_rotary_angles_that_all_rows_share_run_in_onnx(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    size = {"vocab_size": 41, "hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40}
+    model = EuroBertModel(EuroBertConfig(**size, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    how = {"sparsity": 0.2, "tolerance": 0.1, "method": "wanda", "multiple": 4, "progress": None, "onnx": True}
+    found = mptk.prune(model.eval(), tmp_path / "small", example_inputs=IDS[:2], data=IDS, **how)
+    assert found is not None
+    assert "ONNX Runtime" in {row["stage"] for row in found.report.proof}

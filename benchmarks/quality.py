@@ -1,7 +1,7 @@
 """Perplexity after pruning and recovery, method by method, at equal training tokens.
 
     python -m benchmarks.quality --train PATH[,PATH] --wikitext FILE --c4 FILE [--tokens N] [--sparsities 0.2,0.3,0.5]
-        [--methods A,B] [--seeds 0] [--rank 16] [--lr 1e-3] [--widths kv_groups=2,ffn=672]
+        [--methods A,B] [--seeds 0] [--rank 16] [--lr 1e-3] [--batch 8] [--widths kv_groups=2,ffn=672]
         [--tasks A,B --include-path DIR --limit N] [--json FILE] [--plot FILE] [--quick]
 
 Every row is one `prune` run: the same text, the same number of training tokens and the same recovery (of all weights,
@@ -51,7 +51,7 @@ def settings(
     method: str, sparsity: float, seed: int, tokens: int, work: Path, widths: dict[str, int], trains: dict[str, Any]
 ) -> Settings:
     name, *additions = method.split("+")
-    training = Training(seed=seed, save_every=40, lr=trains["lr"])
+    training = Training(seed=seed, save_every=40 * 8 // trains["batch"], lr=trains["lr"], batch=trains["batch"])
     steps = steps_of(tokens, training.batch)
     learning = Learning(
         steps=steps, rank=trains["rank"], training=training, teacher="cached", teacher_cache=str(work / "teacher")
@@ -79,7 +79,7 @@ def changes(addition: str) -> dict[str, Any]:
     return {"mask_share": int(share) / 100} if share != addition else CHANGES.get(addition, {})
 
 
-def steps_of(tokens: int, batch: int = 8) -> int:
+def steps_of(tokens: int, batch: int) -> int:
     """Steps of training for so many tokens: none or at least 4."""
     return max(4, round(tokens / (batch * 256))) if tokens else 0
 
@@ -121,6 +121,7 @@ def row_of(
         "sparsity": sparsity,
         "seed": seed,
         "tokens": steps * batch * chosen.length,
+        "batch": batch,
         **{name: report.recovery.get(name) for name in ("rank", "lr")},
         "widths": {n: f["width"] for n, f in report.families.items() if f["width"] < f["of"]},
         "removed": round(report.sparsity, 4),
@@ -149,6 +150,7 @@ def main(
     seeds: str = "0",
     rank: Annotated[int | None, typer.Option(help="LoRA of this rank; without it all weights are trained.")] = None,
     widths: Annotated[str, typer.Option(help="Widths of every row, as kv_groups=2,ffn=672.")] = "",
+    batch: Annotated[int, typer.Option(help="Windows in a step.")] = 8,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default that of what is trained.")] = None,
     windows: int = 40,
     json_file: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/quality.json"),
@@ -169,9 +171,9 @@ def main(
     if not any(r["method"] == "dense" for r in rows_in(json_file)):
         dense = {"method": "dense", "sparsity": 0.0, "seed": 0, "tokens": 0}
         add(json_file, {**dense, **measure(MODEL, texts, windows, zero)})
-    trains = {"rank": rank, "lr": lr}
+    trains = {"rank": rank, "lr": lr, "batch": batch}
     learning = Learning(rank=rank, training=Training(lr=lr)).of_recovery(frozen=False)
-    counted = steps_of(tokens) * 2048
+    counted = steps_of(tokens, batch) * batch * Settings.length
     recovery = (learning.rank, learning.training.lr) if tokens else (None, None)
     for seed in map(int, seeds.split(",")):
         for sparsity in map(float, sparsities.split(",")):
@@ -180,7 +182,7 @@ def main(
                     r
                     for r in rows_in(json_file)
                     if (r["sparsity"], r["seed"], r["tokens"]) == (sparsity, seed, counted)
-                    and (r.get("rank"), r.get("lr")) == recovery
+                    and (r.get("rank"), r.get("lr"), r.get("batch", 8)) == (*recovery, batch)
                 ]
                 given = dict(parse_width(each) for each in widths.split(",") if each) | given_widths(method, rows)
                 if any(r["method"] == method and given.items() <= r["widths"].items() for r in rows):

@@ -242,7 +242,7 @@ class _Block:
         taught = steps[: -len(judged)] or judged
         first = least = self._mean(values, judged)
         best = [weight.detach().clone() for weight in learned]
-        optimizer = torch.optim.Adam([{"params": learned}], lr=how.rate)  # there may be none
+        optimizer = torch.optim.Adam([{"params": learned}], lr=how.rate, fused=True)  # there may be none
         generator = torch.Generator().manual_seed(how.seed * 1_000_003 + self.k)
         for epoch in range(how.epochs if learned else 0):
             for done, i in enumerate(torch.randperm(len(taught), generator=generator).tolist()):

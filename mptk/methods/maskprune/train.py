@@ -75,7 +75,7 @@ class Loop:
         trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
         assert settings.lr is not None
         self.peak = settings.lr
-        optimizer = torch.optim.AdamW(trained.values(), lr=self.peak, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(trained.values(), lr=self.peak, weight_decay=0.0, fused=True)
         self.student, self.optimizer = prepare(accelerator, student, optimizer)
         self.parameters = {n: p for n, p in student.named_parameters() if n in trained}  # FSDP2 replaced them
 

@@ -20,7 +20,7 @@ from benchmarks.quality import MODEL, add, measure, rows_in
 from benchmarks.quality_text import write_mixture
 from mptk import prune, recover
 
-BASE: dict[str, Any] = {"rank": 16, "lr": 1e-3, "batch": 8, "lm": 1.0, "kl": 1.0, "hidden": 0.0}
+BASE: dict[str, Any] = {"rank": 16, "lr": 1e-3, "batch": 8, "lm": 1.0, "kl": 1.0, "hidden": 0.0, "precision": "no"}
 LENGTH = 256
 VARIANTS = "rank=16,lr=1e-3;rank=16,lr=3e-3;rank=64,lr=1e-3;rank=0,lr=1e-4;rank=0,lr=3e-4;rank=0,lr=6e-4;rank=0,lr=1e-3"
 
@@ -28,7 +28,9 @@ VARIANTS = "rank=16,lr=1e-3;rank=16,lr=3e-3;rank=64,lr=1e-3;rank=0,lr=1e-4;rank=
 def parsed(variant: str) -> dict[str, Any]:
     """``rank=0,lr=3e-4`` as settings."""
     given = dict(part.split("=") for part in variant.split(",") if part)
-    return BASE | {name: type(BASE[name])(float(value)) for name, value in given.items()}
+    return BASE | {
+        name: value if name == "precision" else type(BASE[name])(float(value)) for name, value in given.items()
+    }
 
 
 def widths_in(text: str) -> dict[str, int]:

@@ -76,5 +76,5 @@ class CausalLM(TokenTask):
 def wrong_kind(model: str, what: str) -> MptkError:
     """The error for a model that no task takes. ``what``: what it is not, and why."""
     return MptkError(
-        f"{model} is {what}; give examples of what it reads with --inputs FILE.safetensors (docs/kinds.md)"
+        f"{model} is {what}; `mptk prune` takes it with examples of what it reads, --inputs FILE (docs/kinds.md)"
     )

@@ -87,6 +87,9 @@ def test_what_is_no_such_file_is_refused(folder: Path, tmp_path: Path) -> None:
         mptk.prune(dense, inputs=str(tmp_path / "no.safetensors"), method="wanda", progress=None)
     with pytest.raises(MptkError, match="given twice"):
         mptk.prune(dense, inputs=inputs, example_inputs=IDS, method="wanda", progress=None)
+    save_file({"input_ids": IDS, "labels": IDS[:3] + 1}, tmp_path / "words.safetensors")
+    with pytest.raises(MptkError, match=r"words\.safetensors need the samples in their first dimension, all as many"):
+        mptk.prune(dense, inputs=inputs, data=str(tmp_path / "words.safetensors"), method="wanda", progress=None)
     save_file({"words": IDS}, tmp_path / "words.safetensors")
     with pytest.raises(MptkError, match="lack the input 'input_ids'"):
         mptk.prune(dense, inputs=inputs, data=str(tmp_path / "words.safetensors"), method="wanda", progress=None)

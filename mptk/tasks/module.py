@@ -73,7 +73,9 @@ class Module(Task):
 
     def _read(self, data: str) -> Samples:
         """The samples of a file of inputs; without one the example inputs."""
-        return ordered(Samples(read_inputs(data)), self.given.inputs) if data.endswith(INPUTS) else self.given
+        if not data.endswith(INPUTS):
+            return self.given
+        return ordered(_as_samples(named_inputs((), read_inputs(data)), data), self.given.inputs)
 
     def named(self, model: nn.Module, data: str) -> str:
         return data if data.endswith(INPUTS) else IN_MEMORY
@@ -115,12 +117,17 @@ def example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | Mappi
         MptkError: ``forward`` has no names for them, or they are no tensors with samples in their first dimension.
     """
     found = _in_order(argument_names(module), named_inputs(argument_names(module), inputs))
-    sizes = {len(tensor) if tensor.ndim else 0 for tensor in found.values()}
-    if len(sizes) != 1 or sizes == {0}:
-        said = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in found.items()) or "none"
-        raise MptkError(f"example inputs need the samples in their first dimension, all as many; they are {said}")
-    samples = Samples(found)
+    samples = _as_samples(found, "example inputs")
     return samples if len(samples) > 1 else samples.repeated(2)
+
+
+def _as_samples(inputs: dict[str, Tensor], what: str) -> Samples:
+    """Samples of these inputs. Raises MptkError unless all have as many; ``what``: what the error calls them."""
+    sizes = {len(tensor) if tensor.ndim else 0 for tensor in inputs.values()}
+    if len(sizes) != 1 or sizes == {0}:
+        said = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items()) or "none"
+        raise MptkError(f"{what} need the samples in their first dimension, all as many; they are {said}")
+    return Samples(inputs)
 
 
 def _in_order(names: Sequence[str], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ class RepeatAnglesPass(ir.passes.InPlacePass):
             for place in (1, 2):
                 waves = node.inputs[place]
                 assert waves is not None
-                key = waves, _rows(turned)
+                key = waves, _rows(turned) or turned
                 if key not in made:
                     steps = ir.tape.Tape()
                     made[key] = _repeated(steps, waves, turned)
@@ -42,8 +42,11 @@ def _shared(node: ir.Node) -> bool:
 
 
 def _rows(value: ir.Value | None) -> object:
-    """The size of the first axis; None if no shape is known."""
-    return None if value is None or value.shape is None else value.shape[0]
+    """The size of the first axis, a number or its name; None if it is not known."""
+    if value is None or value.shape is None:
+        return None
+    size = value.shape[0]
+    return size if isinstance(size, int) else size.value
 
 
 def _angles(cosines: ir.Value | None) -> ir.Value | None:

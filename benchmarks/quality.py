@@ -34,7 +34,7 @@ from filelock import FileLock
 from benchmarks.common import result_header, write_result
 from benchmarks.quality_text import write_mixture
 from mptk import Settings, prune
-from mptk.cli.options import parse_width
+from mptk.cli.parse import parse_width
 from mptk.io import data, models
 from mptk.io.evaluation import perplexity, zero_shot
 from mptk.run.report import Report

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -17,21 +16,16 @@ import typer
 from typer.models import OptionInfo
 
 from mptk.cli import choices
+from mptk.cli.parse import names, parse_size, parse_width
 from mptk.cli.places import file_to_write, folder_to_write
 from mptk.errors import MptkError
 from mptk.run.bounds import BOUNDS, COUNT, outside, shown
 from mptk.run.settings import Learning, LossWeights, Settings, Training
 
-_BASES = {"B": 1000, "iB": 1024}
-
 Record = TypeVar("Record", Settings, Learning, Training, LossWeights)
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or an alias of `mptk models`.")]
 Folder = Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")]
-ExampleInputs = Annotated[
-    Path | None,
-    typer.Option("--inputs", help="Other inputs than text, images or sound: a .safetensors file of forward's tensors."),
-]
 Out = Annotated[
     Path, typer.Option("--out", callback=folder_to_write, help="Folder for the result; replaced only if mptk made it.")
 ]
@@ -45,41 +39,6 @@ Json = Annotated[
 ]
 Dense = Annotated[str | None, typer.Option("--model", help="The dense model, if it has moved.")]
 CUT, CHOICE, DATA, TRAIN, WRITE, MACHINE = "What to cut", "How to choose", "Data", "Training", "Output", "Machine"
-
-
-def names(text: str) -> tuple[str, ...]:
-    """``heads,ffn`` → ("heads", "ffn")."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def parse_width(text: str) -> tuple[str, int]:
-    """``ffn=1024`` → ("ffn", 1024)."""
-    name, _, value = text.partition("=")
-    if not re.fullmatch(r"[0-9]{1,9}", value) or not int(value) or not name.strip():
-        raise MptkError(f"--width {text}: write FAMILY=UNITS, as ffn=1024")
-    return name.strip(), int(value)
-
-
-_UNITS = {"B": 1} | {
-    f"{prefix}{unit}": base**power for power, prefix in enumerate("KMGT", 1) for unit, base in _BASES.items()
-}
-
-
-def parse_size(text: str | None) -> int | None:
-    """``8GB`` → 8,000,000,000 bytes; ``8GiB`` → 8 · 2³⁰."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) *([KMGT]?I?B)", text.strip(), re.I | re.ASCII)
-    unit = {known.upper(): size for known, size in _UNITS.items()}.get(found[2].upper()) if found else None
-    size = int(float(found[1]) * unit) if found and unit else 0
-    if not 0 < size <= BOUNDS["memory"][1]:
-        raise MptkError(f"{shortened(text)!r} is no size; write a number and KB, MB, GB or GiB, as 8GB")
-    return size
-
-
-def shortened(text: str) -> str:
-    """A typed value as an error repeats it."""
-    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def text_of(path: Path | None) -> str | None:
@@ -335,6 +294,7 @@ def option(name: str, *, panel: bool = False) -> OptionInfo:
     return made
 
 
+ExampleInputs = Annotated[Path | None, option("inputs")]
 Portable = Annotated[bool, option("portable")]
 MaxMs = Annotated[
     float | None,
@@ -402,13 +362,3 @@ def with_latency(settings: Settings, decode_ms: float | None, prefill_ms: float 
         if ms is not None:
             return replace(settings, budget="latency", objective=objective, max_ms=ms)
     return settings
-
-
-def parse_counts(text: str, option: str) -> tuple[int, ...]:
-    """``128,512`` → (128, 512). Raises MptkError if a number is below 1; ``option`` is its name."""
-    counts = text.split(",")
-    if not all(re.fullmatch(r"[0-9]{1,7}", count.strip()) and int(count) for count in counts):
-        raise MptkError(f"{option} {shortened(text)}: write numbers of at least 1 and at most 9999999, as 128,512")
-    if len({*map(int, counts)}) < len(counts):
-        raise MptkError(f"{option} {shortened(text)}: a number stands there twice; leave out one")
-    return tuple(map(int, counts))

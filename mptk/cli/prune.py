@@ -23,11 +23,11 @@ from mptk.cli.options import (
     Out,
     ProofLength,
     Trust,
-    parse_size,
     settings_from,
     with_latency,
     with_settings,
 )
+from mptk.cli.parse import parse_size
 from mptk.cli.places import file_to_write, folder_to_write
 from mptk.cli.progress import stages
 from mptk.cli.recipes import Config

@@ -27,11 +27,9 @@ from mptk.cli.options import (
     Quantize,
     Threads,
     Trust,
-    names,
-    parse_counts,
-    parse_size,
     within,
 )
+from mptk.cli.parse import names, parse_counts, parse_size
 from mptk.cli.places import file_to_write
 from mptk.cli.progress import stages
 from mptk.errors import MptkError

@@ -36,8 +36,8 @@ from mptk.ir.resolved_plan import removed_blocks, resolve_plan
 from mptk.ir.samples import next_tokens
 from mptk.ir.text import program_text
 from mptk.progress import Progress, silent, within
-from mptk.run.chain import Dense
 from mptk.run.execution import execution, session_device
+from mptk.run.onnx_form import Dense
 from mptk.run.settings import Settings, check_onnx_dtype
 from mptk.runtime.bench import LENGTHS, Bench, bench_decoders
 from mptk.runtime.decoder import model_folder

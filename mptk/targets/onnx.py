@@ -18,7 +18,8 @@ from mptk.io.checkpoint import save_tokenizer
 from mptk.io.models import Loaded
 from mptk.ir.passes import Log
 from mptk.ir.samples import Samples
-from mptk.run.chain import Compiled, Dense, OnnxForm, Target
+from mptk.run.chain import Compiled, Target
+from mptk.run.onnx_form import Dense, OnnxForm
 from mptk.run.settings import Settings
 from mptk.run.values import Checks, SampleSets
 from mptk.tasks.transformers_js import write_entry

@@ -13,7 +13,8 @@ from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples, next_tokens
-from mptk.run.chain import Dense, OnnxForm, stored_type
+from mptk.run.chain import stored_type
+from mptk.run.onnx_form import Dense, OnnxForm
 from mptk.run.values import Checks
 from mptk.runtime.decoder import FILE, OrtDecoder
 from mptk.tasks.decoder_onnx import export_decoder

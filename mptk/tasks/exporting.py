@@ -14,7 +14,8 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples, is_tokens
 from mptk.progress import step
-from mptk.run.chain import Dense, stored_type
+from mptk.run.chain import stored_type
+from mptk.run.onnx_form import Dense
 from mptk.run.settings import Settings
 from mptk.run.values import Checks
 from mptk.runtime.graphs import OrtGraph

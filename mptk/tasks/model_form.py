@@ -18,7 +18,7 @@ from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.samples import Samples
 from mptk.progress import step
-from mptk.run.chain import Dense, OnnxForm
+from mptk.run.onnx_form import Dense, OnnxForm
 from mptk.run.settings import Settings
 from mptk.run.values import PROOF_SHAPE, Checks
 from mptk.runtime.graphs import OrtGraph

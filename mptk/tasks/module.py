@@ -20,7 +20,8 @@ from mptk.io.models import Loaded
 from mptk.io.untrusted import load_tensors
 from mptk.ir.samples import Samples, joined
 from mptk.progress import Count, Progress
-from mptk.run.chain import OnnxForm, Task
+from mptk.run.chain import Task
+from mptk.run.onnx_form import OnnxForm
 from mptk.run.settings import IN_MEMORY, INPUTS, Settings
 from mptk.run.values import SampleSets
 from mptk.tasks.compared import means

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from mptk.errors import MptkError
 from mptk.ir.samples import Samples
-from mptk.run.chain import Dense
+from mptk.run.onnx_form import Dense
 from mptk.run.settings import Settings
 from mptk.tasks.exporting import Traced
 from mptk.tasks.model_form import AXES, ModelForm

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.auto_classes import classes_of
 from mptk.io.models import Loaded
@@ -87,7 +88,10 @@ def check_decoder(model: str, *, trust_remote_code: bool = False) -> None:
     config = models.load_config(model, trust_remote_code=trust_remote_code)
     reason = CAUSAL_LM.refusal(config, classes_of(config))
     if reason is not None:
-        raise wrong_kind(model, f"no {CAUSAL_LM.summary}: {reason}")
+        raise MptkError(
+            f"{model} is no {CAUSAL_LM.summary}: {reason}; `mptk analyze` shows what can be cut in it, and "
+            "`mptk prune` cuts it"
+        )
 
 
 def load_decoder(model: str, *, trust_remote_code: bool = False) -> Loaded:

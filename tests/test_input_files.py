@@ -108,7 +108,7 @@ class Gated(nn.Module):
 
 def test_inputs_that_the_signature_does_not_name_are_proven_again(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net, inputs = Gated().eval(), {"a": torch.randn(4, 6), "x": torch.randn(4, 8)}
+    net, inputs = Gated().eval(), {"x": torch.randn(4, 8), "a": torch.randn(4, 6)}
     how = {"sparsity": 0.3, "tolerance": 0.1, "method": "wanda", "multiple": 4, "progress": None}
     mptk.prune(net, tmp_path / "small", example_inputs=inputs, **how)
     assert mptk.verify(tmp_path / "small", model=net)

@@ -16,7 +16,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +37,6 @@ from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.progress import silent
 from mptk.run.chain import Prepared
 from mptk.run.folder import RunFolder
-from mptk.run.processes import replica
 from mptk.run.settings import Learning, Settings, Training
 from mptk.tasks import CAUSAL_LM
 from passes.analysis import group
@@ -95,15 +93,14 @@ def prepared(teacher: str) -> Prepared:
 def learner(run: Prepared) -> Learner:
     learning = run.settings.learning.of_masks()
     folder = RunFolder(Path(tempfile.mkdtemp()) / "out", {}, resume=False)
-    dense = partial(replica, run.loaded.model)
     samples = next_tokens(windows())
-    return Learner(start_training(learning, folder), dense, CAUSAL_LM, samples, learning, folder, silent)
+    return Learner(start_training(learning, folder), run, samples, learning, folder, silent)
 
 
 def masks(teacher: str) -> Step:
     """A step of the mask phase, with some units removed already."""
     run = prepared(teacher)
-    _, _, _, loop = learner(run).begin(run)
+    _, _, _, loop = learner(run).begin()
     return counted(loop)
 
 

@@ -1,9 +1,10 @@
-"""The zoo's KV heads: for every decoder type, whether ``mptk merge-heads`` merges them all into one, proven.
+"""The zoo's KV heads: for every decoder type, whether ``mptk prune --kv-heads 1`` merges them all into one, proven.
 
     python -m benchmarks.zoo_heads [--types A,B] [--jobs N] [--json FILE] [--quick]
 
 Each type runs in a process of its own (``benchmarks/zoo.py``): a tiny random model is saved, its KV heads are merged to
-one in each layer on random data, and the checkpoint that is written must give the logits of the merged weights.
+one in each layer on random data, and the checkpoint that is written must give the logits of the merged model. That one,
+with equal heads in place of one, must give the dense model's own with the same equal heads.
 """
 
 from __future__ import annotations
@@ -15,11 +16,16 @@ from typing import Annotated, Any
 
 import typer
 
+import mptk
 from benchmarks.tiny_models import CannotBuild, model_types, tiny_model
 from benchmarks.zoo import Jobs, RowsFile, Types, describe, saved_rows, sweep
-from mptk import merge_heads
 
 MAPPING = "causal-lm"
+ALONE: dict[str, Any] = {
+    **{"sparsity": 0.0, "method": "wanda", "data": "random", "samples": 4, "length": 12, "eval_windows": 1},
+    **{"eval_length": 12, "onnx": False, "memory": 2 << 30, "progress": None},
+}
+"""Nothing but KV heads goes."""
 QUICK = 16
 
 
@@ -32,14 +38,17 @@ def run_type(mapping: str, model_type: str) -> dict[str, Any]:
             model: Any = tiny_model(mapping, model_type).model
             model.save_pretrained(folder / "dense")
             row["stage"] = "built"
-            how = {"data": "random", "samples": 4, "length": 12, "memory": 2 << 30}
-            found = merge_heads(folder / "dense", folder / "merged", 1, progress=None, **how)
+            found = mptk.prune(str(folder / "dense"), folder / "merged", kv_heads=1, **ALONE)
         except CannotBuild as error:
             return {**row, "reason": str(error)}
         except Exception as error:
             return {**row, "reason": describe(error)}
-        row |= {"stage": "merged", "heads": list(found.heads), "keys": found.keys, "values": found.values}
-        return {**row, "difference": found.proof.relative}
+        assert found is not None
+        assert found.compiled is not None
+        merged = found.compiled.prepared.merged
+        assert merged is not None
+        row |= {"stage": "merged", "heads": [merged.heads.of, 1], "keys": merged.keys, "values": merged.values}
+        return {**row, "difference": max(stage["relative"] for stage in found.report.proof)}
 
 
 def main(

@@ -1,8 +1,8 @@
 """mptk: compiler-style structured pruning.
 
 The main job is ``mptk.prune``, which gives a ``Pruned``; ``shapes`` says how a budget is best divided; ``recover``
-trains it; ``evaluate``, ``generate`` and ``bench`` use it. ``merge_heads`` makes the KV cache smaller. The steps are
-functions too: ``trace``, ``analyze``, ``rewrite``, ``export`` and ``verify``. ``fetch`` and ``load`` get dense models.
+trains it; ``evaluate``, ``generate`` and ``bench`` use it. The steps are functions too: ``trace``, ``analyze``,
+``rewrite``, ``export`` and ``verify``. ``fetch`` and ``load`` get dense models.
 docs/python.md shows all of them.
 """
 
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mptk.driver.api import analyze, bench, export, rewrite, rule, show, trace
-    from mptk.driver.merging import merge_heads
     from mptk.driver.pruned import Pruned, prune, recover
     from mptk.driver.shapes import shapes
     from mptk.driver.use import evaluate, generate
@@ -44,7 +43,6 @@ __all__ = [
     "fetch",
     "generate",
     "load",
-    "merge_heads",
     "prune",
     "recover",
     "rewrite",
@@ -69,7 +67,6 @@ _HOMES = {
     "fetch": "mptk.io.packaged",
     "generate": "mptk.driver.use",
     "load": "mptk.io.models",
-    "merge_heads": "mptk.driver.merging",
     "prune": "mptk.driver.pruned",
     "recover": "mptk.driver.pruned",
     "shapes": "mptk.driver.shapes",

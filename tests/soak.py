@@ -122,7 +122,8 @@ class Draw:
         """Training now and then, and options that only a decoder takes. A graph is trained with all its weights."""
         rank = "--rank 2" if target == "stock" else ""
         training = f"--steps 4 --batch 2 --micro 2 --save-every 2 {rank}" if self.random.random() < 0.2 else ""
-        more = ("", "", "--vocabulary text.txt", "--layers free", "--search --search-shapes 4 --search-tokens 0")
+        search = "--search --search-shapes 4 --search-tokens 0"
+        more = ("", "", "--vocabulary text.txt", "--layers free", "--kv-heads 1", search)
         return shlex.split(f"{training} {self.random.choice(more)}")
 
     def shape(self, model: str, target: str) -> list[str]:
@@ -173,11 +174,9 @@ class Draw:
     def write(self) -> list[str]:
         """A command that writes what is not pruned, or a pruned model in another form."""
         model = self.model()
-        merge = ["merge-heads", model, "--kv-heads", "1", "--data", MODELS[model], "--samples", "4", "--length", "16"]
         return self.random.choice(
             (
                 ["export", model, "--out", self.out(), *self.some("--quantize int8")],
-                [*merge, "--out", self.out()],
                 ["gguf", self.out(), "--like", "toy.gguf", "--out", "found.gguf"],
             )
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import architectures
@@ -64,16 +63,8 @@ def train(prepared: Prepared, folder: Path, learning: Learning = LEARNING) -> Ru
     """Both phases on ``Accelerator.device``, or what of them ``folder`` does not hold. Recovery is of the whole model."""
     work = RunFolder(folder, {}, resume=True)
     with own_state():
-        learner = Learner(
-            start_training(learning, work),
-            partial(replica, prepared.loaded.model),
-            prepared.task,
-            TEXT,
-            learning,
-            work,
-            silent,
-        )
-        chosen = learner.learn(prepared, SampleSets(TEXT, TEXT, TEXT, ""))
+        learner = Learner(start_training(learning, work), prepared, TEXT, learning, work, silent)
+        chosen = learner.learn(SampleSets(TEXT, TEXT, TEXT, ""))
         recovered = learner.recover(replica(prepared.loaded.model), 6, TEXT[:2])
     return Run(chosen, recovered.weights, metrics(work.path))
 

@@ -42,7 +42,7 @@ SLOW = re.compile(r"--max-(decode|prefill)-ms|--budget latency|--batches")
 """Options that time each operator of the machine first, or many cases."""
 FOLLOWED = ("README.md", "docs/tutorial.md", "docs/how-to/", "docs/vocabulary.md")
 """The pages whose commands that write are run, too: those that a newcomer follows."""
-WRITE = ("prune", "recover", "export", "rerun", "bench", "shapes", "merge-heads")
+WRITE = ("prune", "recover", "export", "rerun", "bench", "shapes")
 SIZES = {
     "num_attention_heads": 12,
     "num_key_value_heads": 3,

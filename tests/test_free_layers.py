@@ -94,6 +94,15 @@ def test_it_is_proven_and_verified_with_its_graph(pruned: mptk.Pruned) -> None:
     assert mptk.verify(pruned.folder)
 
 
+def test_a_family_that_the_division_leaves_whole_is_named_once(checkpoint: str, tmp_path: Path) -> None:
+    more = {"families": ("ffn", "v_dim"), "sparsity": 0.1, "tolerance": 0.1, "multiple": 2, "widths": {"ffn": 64}}
+    found = mptk.prune(checkpoint, tmp_path / "out", SETTINGS, data=[toys.TEXT] * 8, onnx=False, **more)
+    assert found is not None
+    assert found.report.families["ffn"] == {"of": 64, "width": 64, "layers": 3}
+    assert {"v_dim.0", "v_dim.1", "v_dim.2"} <= found.report.families.keys()
+    assert mptk.verify(tmp_path / "out")
+
+
 def test_its_graph_writes_text_as_the_cut_model_does(pruned: mptk.Pruned) -> None:
     assert pruned.folder is not None
     ids = torch.tensor([toys.tokenizer()("the quick brown")["input_ids"]])

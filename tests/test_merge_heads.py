@@ -1,36 +1,58 @@
-"""KV heads are merged in closed form: exact if nothing is lost, near the dense model if something is, and proven."""
+"""``prune --kv-heads``: KV heads are merged in closed form, under the one budget and plan, and the result is proven.
+
+The merge is exact if nothing is lost, and near the dense model if something is."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import architectures
 import pytest
 import torch
 import toy_checkpoints as toys
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from small_modules import Small
+from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 import mptk
 from mptk.cli.main import app
 from mptk.driver import merging
 from mptk.errors import MptkError, ProofError
+from mptk.io.manifest import write_manifest
+from mptk.ir.plan import Heads, Plan
 
-TEXTS = [toys.TEXT]
-HOW = {"samples": 4, "length": 24, "progress": None}
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    (tmp_path / "text.txt").write_text(toys.TEXT * 20)
-    return str(tmp_path / "text.txt")
+TEXTS = [toys.TEXT] * 8
+MEASURED = {"samples": 4, "length": 24, "eval_windows": 2, "eval_length": 24, "onnx": False, "progress": None}
+ALONE: dict[str, Any] = {"kv_heads": 1, "sparsity": 0.0, "method": "wanda", "data": TEXTS, **MEASURED}
+CUT: dict[str, Any] = {**ALONE, "families": ("ffn",), "sparsity": 0.2, "multiple": 4}
 
 
 def saved(model: PreTrainedModel, folder: Path) -> str:
     model.save_pretrained(folder)
     toys.tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved(toys.llama(layers=2), tmp_path_factory.mktemp("heads") / "dense")
+
+
+@pytest.fixture(scope="module")
+def cut(dense: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One KV head of two, and a fifth of the dense model's blocks removed in all, with ONNX, by the command line."""
+    out = tmp_path_factory.mktemp("cut") / "out"
+    (out.parent / "text.txt").write_text(toys.TEXT * 20)
+    typed = f"prune {dense} --kv-heads 1 --families ffn --sparsity 0.2 --multiple-of 4 --method wanda --samples 4 "
+    typed += f"--length 24 --eval-windows 2 --eval-length 24 --data {out.parent / 'text.txt'} --out {out}"
+    result = CliRunner().invoke(app, typed.split())
+    assert result.exit_code == 0, result.output
+    assert "KV heads, merged" in result.output
+    return out
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
@@ -62,77 +84,141 @@ def redundant(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_heads_that_are_one_head_turned_become_it_and_nothing_changes(name: str, tmp_path: Path, text: str) -> None:
+def test_heads_that_are_one_head_turned_become_it_and_nothing_changes(name: str, tmp_path: Path) -> None:
     dense = redundant(architectures.model(name, vocab_size=300))
-    found = mptk.merge_heads(saved(dense, tmp_path / "dense"), tmp_path / "out", 1, data=text, **HOW)
-    assert (found.heads, found.keys, found.values) == ((2, 1), "fit", "fit")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert merged.config.num_key_value_heads == 1
-    assert merged.config.num_attention_heads == dense.config.num_attention_heads
-    assert (logits(merged) - logits(dense)).abs().max() < 1e-3 * logits(dense).abs().max()
-    assert found.losses[1] == pytest.approx(found.losses[0], abs=1e-3)
+    found = mptk.prune(saved(dense, tmp_path / "dense"), **ALONE)
+    assert found is not None
+    small = found.model
+    assert small.config.num_key_value_heads == 1
+    assert small.config.num_attention_heads == dense.config.num_attention_heads
+    assert (logits(small) - logits(dense)).abs().max() < 1e-3 * logits(dense).abs().max()
+    assert found.report.quality["pruned"] == pytest.approx(found.report.quality["dense"], rel=1e-3)
+    assert found.plan == Plan({}, kv_heads=Heads(2, 1))
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "kv_heads"),
+    ("changes", "kv_heads"),
     [
-        ("llama", {"num_key_value_heads": 6}, 2),  # keys look like queries: the class says which are shared
-        ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4}, 2),
+        ({"num_key_value_heads": 6}, 2),  # keys look like queries: the class says which are shared
+        ({"num_attention_heads": 8, "num_key_value_heads": 4}, 2),
     ],
 )
 def test_principal_components_lose_less_than_means(
-    name: str, changes: dict[str, int], kv_heads: int, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+    changes: Mapping[str, int], kv_heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense = architectures.model(name, vocab_size=300, **changes)
+    dense, far = architectures.model("llama", vocab_size=300, **changes), []
     source = saved(dense, tmp_path / "dense")
-    merged_heads, far = merging.merged_heads, []
-    for ways in ({}, {"keys": "mean", "values": "mean"}):
-        monkeypatch.setattr(
-            merging,
-            "merged_heads",
-            lambda *given, ways=ways: merged_heads(*given[:4], *(ways.values() or given[4:])),
-        )
-        mptk.merge_heads(source, tmp_path / str(len(ways)), kv_heads, data=text, **HOW)
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / str(len(ways)))
-        assert merged.config.num_key_value_heads == kv_heads
-        far.append(float((logits(merged) - logits(dense)).square().mean()))
+    for ways in (None, ("mean", "mean")):
+        if ways is not None:
+            monkeypatch.setattr(merging, "ways_of", lambda *_, ways=ways: ways)
+        found = mptk.prune(source, **{**ALONE, "kv_heads": kv_heads})
+        assert found is not None
+        assert found.model.config.num_key_value_heads == kv_heads
+        far.append(float((logits(found.model) - logits(dense)).square().mean()))
     assert far[0] < 0.9 * far[1]
 
 
-def test_keys_that_a_norm_follows_are_merged_by_their_mean(tmp_path: Path, text: str) -> None:
-    source = saved(architectures.model("qwen3", vocab_size=300), tmp_path / "dense")
-    found = mptk.merge_heads(source, tmp_path / "out", 1, data=text, **HOW)
-    assert (found.keys, found.values) == ("mean", "fit")
-    assert found.proof.ok
+def test_keys_that_a_norm_follows_are_merged_by_their_mean(tmp_path: Path) -> None:
+    found = mptk.prune(saved(architectures.model("qwen3", vocab_size=300), tmp_path / "dense"), **ALONE)
+    assert found is not None
+    (note,) = (note for note in found.report.notes if "KV heads" in note)
+    assert "keys merged by their mean" in note
+    assert "values by principal components" in note
 
 
-def test_the_result_is_pruned_as_any_model(tmp_path: Path, text: str) -> None:
-    source = saved(toys.llama(), tmp_path / "dense")
-    mptk.merge_heads(source, tmp_path / "merged", 1, data=text, **HOW)
-    pruned = mptk.prune(
-        str(tmp_path / "merged"),
-        method="wanda",
-        families="ffn",
-        sparsity=0.2,
-        multiple=4,
-        data=TEXTS * 8,
-        samples=4,
-        length=24,
-    )
-    assert pruned is not None
-    assert pruned.model.config.num_key_value_heads == 1
-    assert all(row["ok"] for row in pruned.report.proof)
+def test_merged_heads_count_in_the_budget_and_stand_in_the_plan_the_report_and_the_card(cut: Path) -> None:
+    found = mptk.Pruned.open(cut)
+    report, plan = found.report, found.plan
+    before, after = report.cost["dense"], report.cost["pruned"]
+    assert report.sparsity == 1 - after["block"] / before["block"] == pytest.approx(0.2, abs=0.01)
+    assert report.families["ffn"]["width"] < report.families["ffn"]["of"]
+    assert plan.kv_heads == Heads(2, 1)
+    assert report.kv_heads == {"of": 2, "kept": 1, "config_changes": {"num_key_value_heads": [2, 1]}}
+    assert report.config_changes.keys() == {"intermediate_size", "transformers.js_config"}
+    assert found.model.config.num_key_value_heads == 1
+    assert found.model.config.num_attention_heads == 6
+    assert "| KV heads of a layer, all query heads kept | 2 | 1 |" in (cut / "README.md").read_text()
 
 
-def test_weights_that_are_not_the_merged_ones_are_not_written(
-    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+def test_the_proof_compares_with_equal_heads_and_verify_repeats_it(cut: Path) -> None:
+    stages = [d.stage for d in mptk.verify(cut)]
+    assert stages == [row["stage"] for row in mptk.Pruned.open(cut).report.proof]
+    assert stages[2:5] == ["KV heads", "rewritten graph", "reloaded checkpoint"]
+    assert stages[-1] == "ONNX Runtime decode"
+
+
+def test_a_model_whose_kv_heads_are_others_than_the_first_is_refused(
+    cut: Path, dense: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, sliced = saved(toys.llama(), tmp_path / "dense"), merging.sliced
-    name = "model.layers.1.self_attn.v_proj.weight"
-    monkeypatch.setattr(merging, "sliced", lambda *given: sliced(*given).changed({name: lambda weight: weight * 1.01}))
-    with pytest.raises(ProofError, match="reloaded checkpoint"):
-        mptk.merge_heads(source, tmp_path / "out", 1, data=text, **HOW)
-    assert not (tmp_path / "out").exists()
+    first = merging.first_heads
+    monkeypatch.setattr(merging, "first_heads", lambda *of: {n: (dim, p.flip(0)) for n, (dim, p) in first(*of).items()})
+    with pytest.raises(ProofError, match="fails at 'KV heads'"):
+        mptk.prune(dense, **ALONE)
+    with pytest.raises(ProofError, match="fails at 'KV heads'"):
+        mptk.verify(cut)
+
+
+def test_a_report_or_a_plan_of_other_heads_is_not_believed(cut: Path, dense: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(cut, tmp_path / "copy")
+    content = json.loads((copy / "report.json").read_text())
+    content["kv_heads"]["of"] = 4
+    (copy / "report.json").write_text(json.dumps(content))
+    write_manifest(copy)
+    with pytest.raises(MptkError, match=r"kv_heads in report\.json is not true"):
+        mptk.verify(copy)
+    plan = json.loads((cut / "plan.json").read_text())
+    plan["kv_heads"] = {"width": 1, "of": 3}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(MptkError, match="plan: kv_heads has 2 KV heads in this model, not 3"):
+        mptk.prune(dense, plan=str(tmp_path / "plan.json"), data=TEXTS, **MEASURED)
+
+
+@pytest.mark.parametrize("method", ["maskprune", "flap"])
+def test_the_model_before_the_merge_is_imitated(
+    method: str, dense: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imitated = []
+    teacher = merging.Prepared.teacher
+    monkeypatch.setattr(
+        merging.Prepared, "teacher", lambda self, *given: imitated.append(teacher(self, *given)) or imitated[-1]
+    )
+    more = {"method": method, "steps": 4, "batch": 2, "micro": 2, "lr": 1e-3}
+    found = mptk.prune(dense, tmp_path / "out", **{**CUT, **more})
+    assert found is not None
+    assert {model.config.num_key_value_heads for model in imitated} == {2}
+    assert len(imitated) == (2 if method == "maskprune" else 1)
+    assert found.model.config.num_key_value_heads == 1
+    assert mptk.verify(tmp_path / "out")
+
+
+def test_it_is_recovered_and_cut_again_by_its_plan(cut: Path, dense: str, tmp_path: Path) -> None:
+    training = {"steps": 4, "batch": 2, "micro": 2, "data": TEXTS, "progress": None, "onnx": False}
+    trained = mptk.recover(cut, tmp_path / "trained", **training)
+    assert trained is not None
+    assert trained.plan == Plan.load(cut / "plan.json")
+    assert trained.report.kv_heads == mptk.Pruned.open(cut).report.kv_heads
+    assert mptk.verify(tmp_path / "trained")
+    again = mptk.prune(dense, plan=str(cut / "plan.json"), data=TEXTS, **MEASURED)
+    assert again is not None
+    assert again.report.plan_sha256 == trained.report.plan_sha256
+    assert again.report.cost == trained.report.cost
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"vocabulary": TEXTS},
+        {"target": "graph", "layers": "free"},
+        {"search": True, "search_tokens": 0, "search_shapes": 3, "reconstruct": True},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_other_choices_start_from_the_merged_model(more: Mapping[str, Any], dense: str, tmp_path: Path) -> None:
+    found = mptk.prune(dense, tmp_path / "out", **{**CUT, **more})
+    assert found is not None
+    assert found.plan.kv_heads == Heads(2, 1)
+    assert found.report.sparsity == pytest.approx(0.2, abs=0.01)
+    assert [d.stage for d in mptk.verify(tmp_path / "out")].count("KV heads") == 1
 
 
 @pytest.mark.parametrize(
@@ -143,25 +229,18 @@ def test_weights_that_are_not_the_merged_ones_are_not_written(
         ("opt", 2, "holds no 2 KV heads"),
     ],
 )
-def test_what_cannot_be_merged_is_said(name: str, kv_heads: int, message: str, tmp_path: Path, text: str) -> None:
+def test_what_cannot_be_merged_is_said(name: str, kv_heads: int, message: str, tmp_path: Path) -> None:
     source = saved(architectures.model(name, vocab_size=300), tmp_path / "dense")
     with pytest.raises(MptkError, match=message):
-        mptk.merge_heads(source, tmp_path / "out", kv_heads, data=text, **HOW)
+        mptk.prune(source, tmp_path / "out", **{**ALONE, "kv_heads": kv_heads})
     assert not (tmp_path / "out").exists()
 
 
-def test_text_of_its_own_that_needs_more_memory_is_refused_at_once(tmp_path: Path) -> None:
-    model = saved(toys.llama(), tmp_path / "dense")
-    with pytest.raises(MptkError, match=r"text that the model writes needs all weights in memory, .*--data"):
-        mptk.merge_heads(model, tmp_path / "out", 1, memory=1000)
-
-
-def test_the_command_says_what_was_lost(tmp_path: Path, text: str) -> None:
-    source = saved(toys.llama(), tmp_path / "dense")
-    line = ["merge-heads", source, "--kv-heads", "1", "--data", text, "--samples", "4", "--length", "24"]
-    result = CliRunner().invoke(app, [*line, "--out", str(tmp_path / "out"), "--json", "-"])
-    assert result.exit_code == 0, result.output
-    said = json.loads(result.stdout)
-    assert said["heads"] == [2, 1]
-    assert said["proof"]["ok"]
-    assert len(said["losses"]) == 2
+def test_what_contradicts_it_is_refused_in_a_line(cut: Path, dense: str) -> None:
+    plan = Plan.load(cut / "plan.json")
+    with pytest.raises(MptkError, match="the plan says how many KV heads stay"):
+        mptk.prune(dense, **{**ALONE, "plan": str(cut / "plan.json")})
+    with pytest.raises(MptkError, match=r"this plan merges KV heads, which mptk.prune\(plan=...\) alone does"):
+        mptk.rewrite(mptk.analyze(toys.llama(layers=2)), plan)
+    with pytest.raises(MptkError, match="Small has no config to hold fewer KV heads"):
+        mptk.prune(Small(lambda x: x), example_inputs=torch.randn(4, 7), kv_heads=1, progress=None)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
-from mptk.ir.plan import FORMAT, FamilyPlan, Plan, Tokens
+from mptk.ir.plan import FORMAT, FamilyPlan, Heads, Plan, Tokens
 from mptk.ir.resolved_plan import resolve_plan
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
@@ -229,7 +229,17 @@ def test_the_documented_examples_are_plans() -> None:
     assert examples
     for example in examples:
         plan = Plan.from_json(json.loads(example))
-        assert plan.families or plan.vocabulary
+        assert plan.families or plan.vocabulary or plan.kv_heads
+
+
+def test_kv_heads_are_read_as_they_were_written() -> None:
+    plan = Plan({}, kv_heads=Heads(8, 2))
+    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert again == plan
+    assert again.digest == plan.digest != Plan({}).digest
+    for body in ({"width": 3, "of": 8}, {"width": 8, "of": 8}, {"width": 0, "of": 8}, {"of": 8}, 2):
+        with pytest.raises(MptkError, match='plan: kv_heads: "width" and "of" must be integers'):
+            Plan.from_json({**plan.to_json(), "kv_heads": body})
 
 
 def test_a_vocabulary_is_read_as_it_was_written():

@@ -122,7 +122,7 @@ def test_values_of_a_recipe_are_checked_as_typed_ones(tmp_path: Path) -> None:
 def test_every_option_is_a_key_of_the_recipe() -> None:
     learning = replace(OTHER.learning, teacher_cache="cache", mask_share=0.3, rank=8)
     learning = replace(learning, training=replace(learning.training, lr=0.1))
-    full = replace(OTHER, plan="plan.json", eval_data="c", vocabulary="d", learning=learning)
+    full = replace(OTHER, plan="plan.json", eval_data="c", vocabulary="d", kv_heads=1, learning=learning)
     read = api.Settings(inputs="i.safetensors")  # which has no vocabulary, and data of its own kind
     missing = set(FIELDS) - set(recipe("m", full)) - {"resume", "trust_remote_code"}
     assert missing - set(recipe("m", read)) == set()

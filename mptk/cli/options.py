@@ -87,6 +87,7 @@ FIELDS: dict[str, Field] = {
     "vocabulary": Field(
         "vocabulary", str | None, CUT, "Remove the tokens that this text, named as --data, never uses."
     ),
+    "kv_heads": Field("kv_heads", int | None, CUT, "KV heads of each layer afterwards; all query heads stay."),
     "width": Field(
         "widths",
         list[str] | None,

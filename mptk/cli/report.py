@@ -217,6 +217,8 @@ def prune_view(report: Report) -> Lines:
             widths.add_row(name, f"{f['of']} → {f['width']}", str(f["layers"]))
     if found := report.vocabulary:
         widths.add_row("vocabulary", f"{found['of']} → {found['kept']}", "")
+    if found := report.kv_heads:
+        widths.add_row("KV heads, merged", f"{found['of']} → {found['kept']}", "")
     cost = Table()
     cost.add_column("")
     for column in ("dense", "pruned", "removed"):

@@ -154,7 +154,8 @@ class Work:
 
     ``passes``: stage → work. ``calibration``, ``evaluated``: tokens of all windows, and of one window's logits.
     ``onnx``: bytes of a number in each graph. ``gradients``: whether those of all weights are kept. ``training``:
-    bytes that training takes beside the weights; None if nothing is trained.
+    bytes that training takes beside the weights; None if nothing is trained. ``models``: models of the dense size that
+    training holds.
     """
 
     kept: float
@@ -165,6 +166,7 @@ class Work:
     onnx: tuple[float, ...] = ()
     gradients: bool = False
     training: float | None = None
+    models: int = 1
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ def estimate(sizes: Sizes, work: Work, on: Machine, bound: float, device: str = 
     resident = weights if trains else min(weights, bound - kept_borders)
     missing = (1 - resident / weights) * sizes.parameters * sizes.stored
     loaded = {
-        "weights": weights if trains else 0,
+        "weights": work.models * weights if trains else 0,
         "cut model": work.kept * weights if trains else 0,
         "largest stage": 4 * sizes.stage * ((resident < weights) + work.kept),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from mptk.cost.budgets import BUDGETS
 from mptk.errors import MptkError
@@ -43,7 +43,8 @@ class CostModel:
     """Cost of an analysed model at any widths (family name → units kept). Families that are not named stay whole.
 
     ``budget``: a key of ``BUDGETS``; sparsity is a share of it. ``latency``: widths → milliseconds, for the budget of
-    that name. ``itemsize``: bytes of a floating number as it is stored; None: as in the program.
+    that name. ``itemsize``: bytes of a floating number as it is stored; None: as in the program. ``before``: of the
+    model that it was made of by merging KV heads, whose cost is then the dense one, but for the latency.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class CostModel:
         latency: Callable[[Mapping[str, float]], float] | None = None,
         *,
         itemsize: int | None = None,
+        before: Analysis | None = None,
     ) -> None:
         if budget not in BUDGETS:
             raise MptkError(f"no budget {budget!r}; choose one of {', '.join(BUDGETS)}")
@@ -67,7 +69,10 @@ class CostModel:
         self._blocks = {name: at for name in program.parameters if (at := _block(analysis, name)) is not None}
         self._calls = {node: (stack.axis, unit) for node, (stack, unit) in units_of(analysis.stacks)}
         self.block_weights = block_weights(analysis)
-        self.dense = self({})
+        self.whole = self({})
+        self.dense = self.whole
+        if before is not None:
+            self.dense = replace(CostModel(before, itemsize=itemsize).dense, latency_ms=self.whole.latency_ms)
 
     def __call__(self, widths: Mapping[str, float]) -> Cost:
         """The cost at ``widths``. Which blocks a depth keeps is not known: each counts with its share on average."""
@@ -117,7 +122,7 @@ class CostModel:
 
     def parameters_per_unit(self, family: Family) -> float:
         """Parameters of one unit of ``family`` in all layers of the dense model."""
-        return (self.dense.parameters - self({family.name: family.size - 1}).parameters) if family.size > 1 else 0.0
+        return (self.whole.parameters - self({family.name: family.size - 1}).parameters) if family.size > 1 else 0.0
 
     def _flops(self, sizes: Mapping[Axis, float], shares: Shares) -> float:
         facts, tokens = self.analysis.facts, example_tokens(self.analysis)

@@ -197,9 +197,10 @@ def export(
 
 
 def _check_whole(plan: Plan | None) -> None:
-    """Raise MptkError if a plan removes tokens: then the model gets another config and other inputs."""
-    if plan is not None and plan.vocabulary is not None:
-        raise MptkError("this plan removes tokens, which mptk.prune(plan=...) alone does; give it the plan's file")
+    """Raise MptkError if a plan removes tokens or merges KV heads: then a cut starts from another model."""
+    if plan is not None and (plan.vocabulary or plan.kv_heads):
+        what = "removes tokens" if plan.vocabulary else "merges KV heads"
+        raise MptkError(f"this plan {what}, which mptk.prune(plan=...) alone does; give it the plan's file")
 
 
 def gguf(folder: str | Path, like: str | Path, out: str | Path) -> list[Layer]:

@@ -26,26 +26,31 @@ from passes.targets.onnx.quantize import BLOCKS
 
 
 def budgeted(
-    analysis: Analysis, legal: LegalWidths, settings: Settings, progress: Progress, itemsize: int | None = None
+    analysis: Analysis,
+    legal: LegalWidths,
+    settings: Settings,
+    progress: Progress,
+    itemsize: int | None = None,
+    before: Analysis | None = None,
 ) -> tuple[CostModel, Settings]:
     """The cost model of the settings' budget, and the settings with milliseconds turned into a sparsity.
 
     A latency comes from operators that are timed now or were before (``cost/operator_times.py``).
 
-    ``itemsize``: bytes of a number as it is stored.
+    ``itemsize``: bytes of a number as it is stored. ``before``: as in ``CostModel``.
 
     Raises:
         MptkError: no such budget; no latency can be predicted; or the dense model takes no longer than ``max_ms``.
     """
     s = settings
     if s.budget != LATENCY:
-        return CostModel(analysis, s.budget, itemsize=itemsize), s
+        return CostModel(analysis, s.budget, itemsize=itemsize, before=before), s
     names = _variable(analysis, legal, s)
     channels = [name for name in names if analysis.family(name).stack is None]
     ladders = {name: legalize.aligned(analysis.family(name), multiples(s)) for name in channels}
     with processes().main_process_first():  # the others read what the first has kept, so that all plan alike
         latency = Latency(analysis, ladders, s.objective, lambda ops: kept_times(ops, s.threads, progress))
-    cost = CostModel(analysis, s.budget, latency, itemsize=itemsize)
+    cost = CostModel(analysis, s.budget, latency, itemsize=itemsize, before=before)
     if s.max_ms is None or s.fixed:
         return cost, s
     dense = latency({})

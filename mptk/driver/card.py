@@ -106,9 +106,10 @@ def cut(report: Report) -> str:
         [[code(n), f"{f['of']:,}", f"{f['width']:,}", f"{f['layers']:,}"] for n, f in report.families.items()],
     )
     dense, small = report.cost["dense"], report.cost["pruned"]
-    tokens = report.vocabulary
+    tokens, heads = report.vocabulary, report.kv_heads
     rows = [
         *([["tokens in the vocabulary", f"{tokens['of']:,}", f"{tokens['kept']:,}"]] if tokens else []),
+        *([["KV heads of a layer, all query heads kept", str(heads["of"]), str(heads["kept"])]] if heads else []),
         ["parameters", f"{dense['parameters']:,.0f}", f"{small['parameters']:,.0f}"],
         ["of these in blocks", f"{dense['block']:,.0f}", f"{small['block']:,.0f}"],
         ["operations a token, in products with weights", f"{dense['flops']:,.0f}", f"{small['flops']:,.0f}"],

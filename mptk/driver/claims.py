@@ -24,6 +24,7 @@ from mptk.ir.program import Program
 from mptk.ir.samples import Samples, is_tokens
 from mptk.methods import find_method
 from mptk.methods.criteria import all_criteria
+from mptk.run.merged import Merged
 from mptk.run.report import PROVEN_ON, Report
 from mptk.run.trimmed import Trimmed
 from mptk.targets import ONNX, targets
@@ -72,27 +73,30 @@ def check_numbers(
     dense: torch.dtype,
     stored: torch.dtype,
     trimmed: Trimmed | None = None,
+    merged: Merged | None = None,
 ) -> None:
     """The report's words on what was cut and trained: families, sparsity, cost, plan, and the trained weights.
 
-    ``dense``, ``stored``: the types that the dense and the pruned model's weights are stored in. ``trimmed``: as in
-    ``costs``.
+    ``dense``, ``stored``: the types that the dense and the pruned model's weights are stored in. ``trimmed``,
+    ``merged``: as in ``costs``.
 
     Raises:
         MptkError: one is not what the plan and the dense model give.
     """
     _require("plan_sha256", report.plan_sha256, plan.digest)
     _require("families", report.families, widths(analysis, plan))
-    cost = CostModel(analysis, itemsize=stored.itemsize)
+    cost = CostModel(analysis, itemsize=stored.itemsize, before=None if merged is None else merged.analysis)
     _require("sparsity", report.sparsity, 1 - cost.of(plan).block / cost.dense.block)
-    for name, figures in costs(cost, plan, dense, trimmed).items():
+    for name, figures in costs(cost, plan, dense, trimmed, merged).items():
         said = {k: v for k, v in report.cost[name].items() if k != "latency_ms"}
         _require(f"cost.{name}", said, figures)
     row = {} if trimmed is None else {**trimmed.row(), "corpus": report.vocabulary.get("corpus", "")}
     require_same("vocabulary", report.vocabulary, row)
+    require_same("kv_heads", report.kv_heads, {} if merged is None else merged.row())
     settings, trained = report.settings, report.trained
     method = find_method(settings.method)
-    learned = method.learns or method.reconstructs or settings.reconstruct or settings.distil_epochs or settings.steps
+    fits = method.reconstructs or settings.reconstruct or settings.distil_epochs or merged
+    learned = fits or method.learns or settings.steps
     unknown = [name for name in trained if not learned or name not in analysis.program.state]
     _require("trained", trained, [name for name in trained if name not in unknown])
     if (folder / COMPENSATION).is_file():
@@ -138,25 +142,35 @@ def _no_inputs(folder: Path) -> MptkError:
 
 
 def costs(
-    cost: CostModel, plan: Plan, dense: torch.dtype, trimmed: Trimmed | None = None
+    cost: CostModel,
+    plan: Plan,
+    dense: torch.dtype,
+    trimmed: Trimmed | None = None,
+    merged: Merged | None = None,
 ) -> dict[str, dict[str, float]]:
     """``dense`` and ``pruned`` → figures. ``cost`` counts bytes of the stored type; ``dense`` is the dense model's.
 
-    ``trimmed``: the dense model with all its tokens, if ``cost`` is of one that has some alone.
+    ``trimmed``, ``merged``: the dense model with all its tokens, or KV heads, if ``cost`` is of one with fewer.
     """
-    analysis = cost.analysis if trimmed is None else trimmed.analysis
+    before = trimmed or merged
+    analysis = cost.analysis if before is None else before.analysis
     whole = replace(CostModel(analysis, itemsize=dense.itemsize).dense, latency_ms=cost.dense.latency_ms)
     return {"dense": whole.as_dict(), "pruned": cost.of(plan).as_dict()}
 
 
 def widths(analysis: Analysis, plan: Plan) -> dict[str, dict[str, int]]:
-    """Family → its dense width, its width after the cut, and its layers. A depth is named if it is cut."""
+    """Family → its dense width, its width after the cut, and its layers. A depth is named if it is cut.
+
+    Layers stand for themselves if the plan names some of their family.
+    """
     analysis = analysis.divided(plan.divided)
     depths = [f for f in analysis.depths if f.name in plan.families]
-    return {
-        f.name: {"of": f.size, "width": plan.widths.get(f.name, f.size), "layers": len(f.groups)}
-        for f in (*analysis.families, *depths)
-    }
+    found = dict[str, dict[str, int]]()
+    for f in (*analysis.families, *depths):
+        name = f.part_of if f.part_of and f.part_of not in plan.divided else f.name
+        row = found.setdefault(name, {"of": f.size, "width": plan.widths.get(f.name, f.size), "layers": 0})
+        row["layers"] += len(f.groups)
+    return found
 
 
 def require_same(name: str, said: Any, true: Any) -> None:

@@ -16,7 +16,7 @@ COMPARED = 2048
 
 def with_outputs(prepared: Prepared, samples: Samples) -> Samples:
     """``samples`` with the dense model's outputs as targets."""
-    batches, program = samples.batches(COMPARED), prepared.analysis.program
+    batches, program = samples.batches(COMPARED), prepared.reference
     found = prepared.executor.outputs([program], [batch.tensors for batch in batches])
     targets = torch.cat([(output if isinstance(output, Tensor) else joined(output)).cpu() for output in found])
     return replace(samples, targets=targets)

@@ -41,7 +41,7 @@ def describe(
     prepared, chosen = compiled.prepared, compiled.chosen
     (folder / PROVEN_ON).parent.mkdir()
     write_weights(folder / PROVEN_ON, Weights(sets.proof.inputs))
-    figures = costs(prepared.cost, chosen.plan, prepared.loaded.dtype, prepared.trimmed)
+    figures = costs(prepared.cost, chosen.plan, prepared.loaded.dtype, prepared.trimmed, prepared.merged)
     return Report(
         mptk=__version__,
         model=absolute(prepared.source),
@@ -71,6 +71,7 @@ def describe(
         data=used_data(sets, prepared.settings),
         recovery=compiled.recovery,
         vocabulary={} if prepared.trimmed is None else prepared.trimmed.row(),
+        kv_heads={} if prepared.merged is None else prepared.merged.row(),
         search={} if prepared.shapes is None else prepared.shapes.to_json(),
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     )
@@ -115,7 +116,7 @@ def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path,
         rounded = {scheme: form.outputs(folder / row["file"], device) for scheme, row in report.quantized.items()}
 
     def runs(batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
-        programs = {"dense": prepared.analysis.program, "pruned": compiled.program}
+        programs = {"dense": prepared.reference, "pruned": compiled.program}
         results = prepared.executor.outputs(list(programs.values()), [batch.tensors for batch in batches], progress)
         for i, batch in enumerate(batches):
             for name in programs:

@@ -120,6 +120,7 @@ def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.
         onnx=tuple(ONNX_BYTES[scheme] for scheme in ("", *s.quantize)) if s.onnx else (),
         gradients=chooses and s.method == "taylor",
         training=_training(s, sizes, kept) if s.trains else None,
+        models=1 + (s.kv_heads is not None and chooses and method.learns),
     )
 
 

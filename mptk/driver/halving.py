@@ -104,8 +104,7 @@ class Trainer:
         place = RunFolder(self.search.folder.path / f"{file_of(number)}-{rung}", {}, resume=True)
         learner = Learner(
             self.accelerator,
-            self.prepared.dense,
-            self.prepared.task,
+            self.prepared,
             self.search.sets.training,
             self.learning,
             place,

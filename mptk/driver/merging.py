@@ -1,154 +1,128 @@
-"""merging: a model's KV heads become fewer while all its query heads stay, as a stock checkpoint of the same class.
+"""merging: a dense model becomes one with fewer KV heads and all its query heads. A run then starts there.
 
-The merge is of weights of the dense shapes, in which several heads are equal (``passes/transforms/merge_heads.py``). A
-checkpoint with one head of each kind must then give the same logits, and this is proven.
+The class is built with fewer heads (``merge``), each the first of those that it will be made of. When there are
+samples, its projections are merged in closed form (``merged_on``; ``passes/transforms/merge_heads.py``), and the choice
+has them as it has trained weights. The model before the merge stays the one that is imitated and compared with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.compat.accelerate import own_state
-from mptk.compat.torch import sources_forgotten
-from mptk.driver.prepare import check_whole
-from mptk.driver.proof import check_proof, proof_batches
-from mptk.driver.pruned import Shown, reporting
 from mptk.driver.tracing import traced
-from mptk.errors import MptkError, explained
-from mptk.files import path_of
+from mptk.errors import MptkError
 from mptk.io import models
-from mptk.io.checkpoint import copy_processors
-from mptk.io.data import read_places
-from mptk.io.licence import copy_notices
-from mptk.io.publish import check_apart, check_replaceable, publish
+from mptk.io.models import Loaded
+from mptk.io.remade import remade
 from mptk.ir.axes import axes_in
 from mptk.ir.families import Analysis
-from mptk.ir.program import Program
+from mptk.ir.plan import Heads, Plan
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.methods.criteria.observe import OBSERVED_TOKENS, batches, find_sites
 from mptk.methods.reconstruct import stored
-from mptk.methods.trial import mean_losses
-from mptk.progress import Progress
-from mptk.run.execution import execution
-from mptk.run.keywords import with_keywords
+from mptk.run.chain import Chosen, Prepared, Task
+from mptk.run.merged import Merged
 from mptk.run.settings import Settings
-from mptk.run.values import short
+from mptk.run.values import Context, short
+from mptk.runtime.shelf import Shelf
 from mptk.runtime.staged import Executor
-from mptk.tasks import open_task
 from passes.analysis import group
 from passes.analysis.shared_heads import SharedHeads, find_shared_heads
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig, probe_config
-from passes.targets.stock.emit import write_checkpoint
 from passes.transforms.merge_heads import How, first_heads, merged_heads
-from passes.verify import TOLERANCE, Difference, prove
+from passes.verify import TOLERANCE, prove
 
-COMPARED = 2048
-"""Calibration tokens on which the losses are measured."""
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What was written.
-
-    ``heads``: KV heads of each layer before and after. ``keys``, ``values``: how they were merged. ``losses``: of the
-    dense and the merged model on calibration text. ``proof``: the reloaded checkpoint beside the merged weights.
-    """
-
-    folder: Path
-    heads: tuple[int, int]
-    keys: How
-    values: How
-    losses: tuple[float, float]
-    proof: Difference
-
-    @property
-    def text(self) -> str:
-        """What the command says."""
-        ways = {"fit": "by principal components", "mean": "by their mean, since a norm or the like follows"}
-        before, after = self.losses
-        return (
-            f"written to {self.folder}: {self.heads[1]} of {self.heads[0]} KV heads, all query heads\n"
-            f"keys merged {ways[self.keys]}; values {ways[self.values]}\n"
-            f"loss on calibration data {before:.3f} → {after:.3f}, nothing trained\n"
-            f"reloaded checkpoint beside the merged weights: {self.proof.relative:.1e} of the largest output, ok"
-        )
+Stream = tuple[fx.Node, int]
+"""A value in a graph, and its dimension that is summed over."""
 
 
-@sources_forgotten()
-def merge_heads(
-    model: str | Path,
-    out: str | Path,
-    kv_heads: int,
-    settings: Settings | None = None,
-    *,
-    progress: Shown = "auto",
-    **keywords: Any,
-) -> Merged:
-    """Write a model with ``kv_heads`` KV heads a layer and all its query heads as a stock checkpoint::
+def heads_asked(settings: Settings) -> int | Heads | None:
+    """The KV heads that the settings or their plan leave; None: all. Raises MptkError if both say a number."""
+    planned = None if settings.plan is None else Plan.load(settings.plan).kv_heads
+    if planned is not None and settings.kv_heads is not None:
+        raise MptkError('the plan says how many KV heads stay; leave out --kv-heads, or the plan\'s "kv_heads"')
+    return settings.kv_heads if planned is None else planned
 
-        mptk.merge_heads("HuggingFaceTB/SmolLM2-135M", "runs/merged", 1, data="c4.jsonl")
 
-    Args:
-        model: a hub id, folder, ``.gguf`` file or packaged alias.
-        out: the folder to write.
-        kv_heads: a divisor of the model's number; its keys and values, and so its KV cache, become that much smaller.
-        settings, keywords: ``data``, ``samples`` and ``length`` say on what text heads are compared; ``memory``,
-            ``device`` and ``trust_remote_code`` as in ``mptk.prune``.
-        progress: as in ``mptk.prune``.
+def merge(
+    loaded: Loaded,
+    task: Task,
+    analysis: Analysis,
+    asked: int | Heads,
+    executor: Executor,
+    length: int,
+    like: Samples | None = None,
+) -> tuple[Loaded, Task, Analysis, Merged]:
+    """The model with the KV heads ``asked`` for in each layer, its task, its analysis, and what it was before.
+
+    ``length``, ``like``: as in ``traced``.
 
     Raises:
-        MptkError: its attention has another form; its class holds no such number of KV heads; or ``out`` exists and
-            was not made by mptk.
-        ProofError: the checkpoint does not give the logits of the merged weights.
+        MptkError: its attention has another form; its class holds no such number of KV heads; or it has another number
+            than a plan says.
     """
-    chosen = with_keywords(settings or Settings(), keywords)
-    out = path_of(out)
-    check_replaceable(out)
-    check_apart(out, *[str(model)], *read_places(chosen.data))
-    with reporting(progress) as say, own_state(chosen.device), explained():
-        return _merged(str(model), out, kv_heads, chosen, say)
+    if not isinstance(loaded.model, PreTrainedModel):
+        raise MptkError(f"{type(loaded.model).__name__} has no config to hold fewer KV heads; leave out kv_heads")
+    count = asked.width if isinstance(asked, Heads) else asked
+    layers, stock = held(analysis, loaded.model, count)
+    heads = Heads(layers[0].groups.size, count)
+    if isinstance(asked, Heads) and asked != heads:
+        raise MptkError(f"plan: kv_heads has {heads.of} KV heads in this model, not {asked.of}")
+    small = remade(
+        loaded,
+        stock.config,
+        _as_stored(stock.config, models.config_in(loaded)),
+        _first(loaded, analysis, layers, count),
+        tokenizer=loaded.tokenizer,
+        generation=getattr(loaded.model, "generation_config", None),
+        what=f"{count} KV heads",
+        remedy="leave out --kv-heads",
+    )
+    task = task.bind(small)
+    after = group.analyze(traced(small, task, executor, length, like))
+    return small, task, after, Merged(loaded, analysis, layers, heads, after.program, stock.changes)
 
 
-def _merged(model: str, out: Path, kv_heads: int, settings: Settings, say: Progress) -> Merged:
-    resident, executor = execution(settings)
-    say("load", 0, 0)
-    loaded, task = open_task(model, resident, trust_remote_code=settings.trust_remote_code)
-    check_whole(loaded, settings)
-    say("analyse", 0, 0)
-    analysis = group.analyze(traced(loaded, task, executor, settings.length))
-    settings = replace(settings, length=task.only_length(analysis.program) or settings.length)
-    layers, stock = held(analysis, loaded.model, kv_heads)
-    given = task.samples(loaded, settings, settings.samples, partial(say, "calibration data"))
-    say("merge", 0, 0)
-    keys, values, changes = merged(analysis, layers, kv_heads, given, short(given, task.sequences), executor)
-    changes = {name: tensor.to(loaded.dtype).to(tensor) for name, tensor in changes.items()}
-    program = analysis.program.with_state(changes)
-    with publish(out) as folder:
-        say("write", 0, 0)
-        write_checkpoint(
-            sliced(program, layers, kv_heads).cast(loaded.dtype), stock, loaded.model, loaded.tokenizer, folder
-        )
-        copy_processors(loaded.path, folder, same_features=True)
-        copy_notices(loaded.path, folder)
-        say("prove", 0, 0)
-        reloaded = models.load(str(folder), trust_remote_code=settings.trust_remote_code)
-        stage = {"reloaded checkpoint": (partial(task.output, reloaded.model), TOLERANCE)}
-        (proof,) = prove(program, stage, *proof_batches(given), executor=executor)
-        check_proof([proof], "nothing was written; please report it")
-    say("measure", 0, 0)
-    programs = [lambda: analysis.program, lambda: program]
-    dense, after = mean_losses(task, executor, programs, given.batches(COMPARED)[0], at_once=2)
-    return Merged(out, (layers[0].groups.size, kv_heads), keys, values, (dense, after), proof)
+def _first(loaded: Loaded, analysis: Analysis, layers: Sequence[SharedHeads], count: int) -> Weights:
+    """The checkpoint's weights with the first KV head of each run alone."""
+    places = {name: place for layer in layers for name, place in first_heads(layer, count).items()}
+    aliases, weights = analysis.program.aliases, Weights({}) if loaded.weights is None else loaded.weights
+    owners = {name: aliases.get(name, name) for name in weights}
+    return weights.changed(
+        {name: partial(_slice, *places[owner]) for name, owner in owners.items() if owner in places}, moves=True
+    )
+
+
+def _slice(dim: int, positions: Tensor, tensor: Tensor) -> Tensor:
+    return tensor.index_select(dim, positions.to(tensor.device))
+
+
+def _as_stored(config: PreTrainedConfig, stored: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a config with the types of weights that ``stored`` names."""
+    made = copy.deepcopy(config)
+    for own, like in _parts(made, stored):
+        own.dtype = like.dtype
+    return made
+
+
+def _parts(config: PreTrainedConfig, like: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, PreTrainedConfig]]:
+    """A config and those within it, each with its counterpart in ``like``."""
+    yield config, like
+    for name, inner in vars(config).items():
+        if isinstance(inner, PreTrainedConfig) and isinstance(other := getattr(like, name, None), PreTrainedConfig):
+            yield from _parts(inner, other)
+
+
+# ---- which heads ----
 
 
 def held(analysis: Analysis, model: PreTrainedModel, count: int) -> tuple[list[SharedHeads], StockConfig]:
@@ -175,7 +149,8 @@ def held(analysis: Analysis, model: PreTrainedModel, count: int) -> tuple[list[S
             return layers, config
         refused = refused or config
     raise MptkError(
-        f"{type(model).__name__} holds no {count} KV heads beside its query heads: {refused}; cut heads with prune"
+        f"{type(model).__name__} holds no {count} KV heads beside its query heads: {refused}; leave out --kv-heads, "
+        "and cut heads as a family"
     )
 
 
@@ -197,61 +172,92 @@ def config_for(
     return probe_config(type(model), model.config, shapes, widths, [axis.size for axis in rest])
 
 
-def merged(
-    analysis: Analysis, layers: Sequence[SharedHeads], count: int, given: Samples, few: Samples, executor: Executor
-) -> tuple[How, How, dict[str, Tensor]]:
-    """How keys and values are merged, and the projections of all layers, in their own shapes.
+# ---- their weights ----
 
-    ``few``: samples that show whether heads that are turned, and turned back, change nothing.
+
+def merged_on(prepared: Prepared, samples: Samples, context: Context) -> Prepared:
+    """``prepared`` with the projections of its KV heads merged so that least is lost on ``samples``."""
+    merged = prepared.merged
+    if merged is None:
+        return prepared
+    with context.stage("merge KV heads"):
+        keys, values = ways_of(merged, short(samples, prepared.task.sequences), prepared.executor)
+        weights = projections(merged, samples, prepared.executor, keys, values)
+    aliases = merged.analysis.program.aliases
+    own = Weights({}) if prepared.loaded.weights is None else prepared.loaded.weights
+    names = {name: owner for name in own if (owner := aliases.get(name, name)) in weights}
+    return replace(
+        prepared,
+        loaded=replace(prepared.loaded, weights=own.updated(weights.selected(names))),
+        analysis=replace(prepared.analysis, program=prepared.analysis.program.with_state(weights)),
+        merged=replace(merged, keys=keys, values=values, weights=weights),
+    )
+
+
+def with_merged(prepared: Prepared, chosen: Chosen) -> Chosen:
+    """The choice with the merged projections among its trained weights, and the number of heads in its plan."""
+    merged = prepared.merged
+    if merged is None:
+        return chosen
+    changes = Weights(merged.weights).updated(chosen.changes)
+    return replace(chosen, plan=replace(chosen.plan, kv_heads=merged.heads), changes=changes, trained=tuple(changes))
+
+
+def ways_of(merged: Merged, few: Samples, executor: Executor) -> tuple[How, How]:
+    """How keys and values are merged: ``fit`` if heads that are turned, and turned back, change nothing on ``few``."""
+    program, count = merged.analysis.program, merged.heads.width
+
+    def way(keys: How, values: How) -> How:
+        state = dict[str, Tensor]()
+        for layer in merged.layers:
+            state |= merged_heads(layer, program.state, count, None, keys, values)
+        turned = {"turned": (program.with_state(state), TOLERANCE)}
+        return "fit" if all(d.ok for d in prove(program, turned, few, executor=executor)) else "mean"
+
+    return way("turn", "keep"), way("keep", "turn")
+
+
+def projections(merged: Merged, samples: Samples, executor: Executor, keys: How, values: How) -> Weights:
+    """The merged projections of all layers, in their shapes afterwards; those of a layer are made at a time."""
+    program, count = merged.analysis.program, merged.heads.width
+    shelf, likes = Shelf(executor.borders), dict[str, Tensor]()
+
+    def made(layer: SharedHeads, products: Mapping[str, Tensor]) -> None:
+        places = first_heads(layer, count)
+        for name, tensor in merged_heads(layer, program.state, count, products.__getitem__, keys, values).items():
+            small = _slice(*places[name], tensor) if name in places else tensor
+            likes[name] = small.to("meta")
+            shelf.add(name, small)
+
+    with_products(merged, samples, executor, made)
+    return shelf.weights(likes)
+
+
+def with_products(
+    merged: Merged, samples: Samples, executor: Executor, made: Callable[[SharedHeads, Mapping[str, Tensor]], None]
+) -> None:
+    """Call ``made`` with each layer and the Σ x xᵀ of the inputs x of its projections, as soon as they are known.
+
+    They are by weight, float64 [in + 1, in + 1], with a 1 at the end of x.
     """
-    program = analysis.program
-    products = input_products(analysis, layers, given, executor)
+    analysis = merged.analysis
+    inputs = [batch.tensors for batch in batches(analysis.program, samples, OBSERVED_TOKENS)]
+    reading = {stored(analysis.program, site.weight): (site.x, site.x_dim) for site in find_sites(analysis)}
+    waiting = {
+        i: {reading[m.weight]: len(inputs) for m in (*layer.queries, *layer.keys, *layer.values) if m.weight in reading}
+        for i, layer in enumerate(merged.layers)
+    }  # queries, keys and values mostly share one input
+    sums = dict[tuple[int, Stream], Tensor]()
 
-    def changed(keys: How, values: How) -> dict[str, Tensor]:
-        found = dict[str, Tensor]()
-        for layer in layers:
-            found |= merged_heads(layer, program.state, count, products.__getitem__, keys, values)
-        return found
-
-    def lets_through(keys: How, values: How) -> bool:
-        turned = {"turned": (program.with_state(changed(keys, values)), TOLERANCE)}
-        return all(d.ok for d in prove(program, turned, few, executor=executor))
-
-    keys: How = "fit" if lets_through("turn", "keep") else "mean"
-    values: How = "fit" if lets_through("keep", "turn") else "mean"
-    return keys, values, changed(keys, values)
-
-
-def input_products(
-    analysis: Analysis, layers: Sequence[SharedHeads], given: Samples, executor: Executor
-) -> Mapping[str, Tensor]:
-    """Σ x xᵀ of the inputs x of each projection, with a 1 at the end of x: weight → float64 [in + 1, in + 1]."""
-    names = {m.weight for layer in layers for m in (*layer.queries, *layer.keys, *layer.values)}
-    streams = dict[tuple[fx.Node, int], list[str]]()  # queries, keys and values mostly share one
-    for site in find_sites(analysis):
-        if (name := stored(analysis.program, site.weight)) in names:
-            streams.setdefault((site.x, site.x_dim), []).append(name)
-    sums = dict[tuple[fx.Node, int], Tensor]()
-
-    def see(stream: tuple[fx.Node, int], x: Tensor) -> None:
+    def see(i: int, stream: Stream, x: Tensor) -> None:
         rows = x.movedim(stream[1], -1).flatten(0, -2).float()
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
         found = (rows.T @ rows).double().cpu()
-        sums[stream] = sums[stream] + found if stream in sums else found
+        sums[i, stream] = sums[i, stream] + found if (i, stream) in sums else found
+        waiting[i][stream] -= 1
+        if not any(waiting[i].values()):
+            known = {stream: sums.pop((i, stream)) for stream in waiting[i]}
+            made(merged.layers[i], {name: known[stream] for name, stream in reading.items() if stream in known})
 
-    inputs = [batch.tensors for batch in batches(analysis.program, given, OBSERVED_TOKENS)]
-    executor.watch(analysis.program, inputs, [((stream[0],), partial(see, stream)) for stream in streams])
-    return {name: sums[stream] for stream, reading in streams.items() for name in reading}
-
-
-def sliced(program: Program, layers: Sequence[SharedHeads], count: int) -> Weights:
-    """The state dict of the merged model: of heads that are equal, one stays."""
-    places = {name: place for layer in layers for name, place in first_heads(layer, count).items()}
-
-    def cut(name: str, tensor: Tensor) -> Tensor:
-        dim, positions = places[name]
-        return tensor.index_select(dim, positions.to(tensor.device))
-
-    state = program.state_dict()
-    owners = {name: program.aliases.get(name, name) for name in state}
-    return state.changed({n: partial(cut, owner) for n, owner in owners.items() if owner in places}, moves=True)
+    watches = [((stream[0],), partial(see, i, stream)) for i, streams in waiting.items() for stream in streams]
+    executor.watch(analysis.program, inputs, watches)

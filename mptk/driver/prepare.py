@@ -10,6 +10,7 @@ from mptk.cost.model import CostModel
 from mptk.driver.budget import WidthSearch, budgeted, multiples
 from mptk.driver.estimate import check_fits, estimated_for
 from mptk.driver.job import Job
+from mptk.driver.merging import heads_asked, merge
 from mptk.driver.tracing import same_sizes, traced
 from mptk.driver.vocabulary import asked, corpus_of, trim
 from mptk.errors import MptkError
@@ -65,6 +66,8 @@ def check_settings(settings: Settings) -> None:
         if settings.layers == FREE:
             check_divides(settings, method, target)
     asked(settings)
+    if heads_asked(settings) is not None and settings.budget == LATENCY and settings.max_ms is None:
+        raise MptkError("--kv-heads: a share of the latency would be of the merged model's; give --max-decode-ms")
     if settings.trains and not target.classed:
         check_graph_training(settings)
     if settings.search:
@@ -123,9 +126,14 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
         with context.stage("vocabulary"):
             loaded, task, trimmed = trimmed_for(job, settings, loaded, task, analysis)
             analysis = group.analyze(traced(loaded, task, executor, settings.length))
+    merged = None
+    if (heads := heads_asked(settings)) is not None:
+        with context.stage("KV heads"):
+            loaded, task, analysis, merged = merge(loaded, task, analysis, heads, executor, settings.length, like)
     with context.stage("legalise"):
-        prepared = legalise(job.source, settings, loaded, task, analysis, context.progress)
-    prepared = replace(prepared, executor=executor, trimmed=trimmed)
+        before = None if merged is None else merged.analysis
+        prepared = legalise(job.source, settings, loaded, task, analysis, context.progress, before)
+    prepared = replace(prepared, executor=executor, trimmed=trimmed, merged=merged)
     if settings.distil_epochs and not consumers(prepared.mask_sites):
         raise MptkError(NO_BLOCK)
     across = prepared.across_layers
@@ -190,26 +198,45 @@ def check_whole(loaded: Loaded, settings: Settings) -> None:
 
 
 def legalise(
-    source: str, settings: Settings, loaded: Loaded, task: Task, analysis: Analysis, progress: Progress
+    source: str,
+    settings: Settings,
+    loaded: Loaded,
+    task: Task,
+    analysis: Analysis,
+    progress: Progress,
+    before: Analysis | None = None,
 ) -> Prepared:
-    """The widths that the settings and the target allow, or the plan that the settings give, resolved."""
+    """The widths that the settings and the target allow, or the plan that the settings give, resolved.
+
+    ``before``: of the model with all its KV heads, if it has fewer now.
+    """
     method, target = find_method(settings.method), find_target(settings.target)
     legal = target.legal(analysis, loaded.model, multiples(settings))
     if settings.portable:
         legal = legal.portable()
     stored = stored_type(settings, loaded)
-    cost, settings = budgeted(analysis, legal, settings, progress, stored.itemsize)
+    cost, settings = budgeted(analysis, legal, settings, progress, stored.itemsize, before)
     prepared = Prepared(source, settings, loaded, task, method, target, analysis, legal, cost)
     if settings.fixed:
         plan = Plan({}) if settings.plan is None else Plan.load(settings.plan)
         analysis = analysis.divided(plan.divided)
         return replace(prepared, analysis=analysis, plan=plan, cut=resolve_plan(analysis, plan))
+    check_left(cost, settings)
     search = WidthSearch(analysis, legal, cost, loaded.model, method, target, settings)
     prepared = replace(prepared, candidates=tuple(once(search.candidates)))
-    return by_layer(prepared) if settings.layers == FREE else prepared
+    return by_layer(prepared, before) if settings.layers == FREE else prepared
 
 
-def by_layer(prepared: Prepared) -> Prepared:
+def check_left(cost: CostModel, settings: Settings) -> None:
+    """Raise MptkError if fewer KV heads alone are the whole cut."""
+    if (gone := cost.sparsity({})) > settings.sparsity - settings.tolerance and cost.dense is not cost.whole:
+        raise MptkError(
+            f"fewer KV heads alone remove {gone:.1%} of the {settings.budget}, and {settings.sparsity:.1%} is asked "
+            "for; ask for more, or for --sparsity 0 to cut nothing else"
+        )
+
+
+def by_layer(prepared: Prepared, before: Analysis | None) -> Prepared:
     """The same with each layer of the families that are cut as a family of its own, equal in each candidate."""
     s, whole = prepared.settings, prepared.analysis
     analysis = whole.divided(prepared.families)
@@ -220,7 +247,7 @@ def by_layer(prepared: Prepared) -> Prepared:
         replace(c, widths={part: width for name, width in c.widths.items() for part in parts[name]})
         for c in prepared.candidates
     ]
-    cost = CostModel(analysis, s.budget, itemsize=stored_type(s, prepared.loaded).itemsize)
+    cost = CostModel(analysis, s.budget, itemsize=stored_type(s, prepared.loaded).itemsize, before=before)
     return replace(
         prepared,
         analysis=analysis,

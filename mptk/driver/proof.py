@@ -1,7 +1,7 @@
 """proof: what a pruned folder must be, stage by stage, and the samples on which its outputs are compared.
 
 The stages are in the order in which a user of the folder would meet a fault: its config, its weights, and then the
-outputs of the model with fewer tokens, the rewritten graph, the reloaded checkpoint and ONNX Runtime.
+outputs of the model with fewer tokens or KV heads, the rewritten graph, the reloaded checkpoint and ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def prove_folder(compiled: Compiled, targets: Sequence[Target], folder: Path, sa
     for check in checks:
         written |= check.stages
     found = [d for check in checks for d in check.exact]
-    found += _trimmed(compiled.prepared, batches)
+    found += _trimmed(compiled.prepared, batches) + _merged(compiled.prepared, batches)
     if compiled.program is compiled.exact:
         found += run(compiled.masked, rewritten | written, *batches)
     else:  # folded norms were rounded to the stored type: what is written equals the rounded program
@@ -64,7 +64,15 @@ def _trimmed(prepared: Prepared, batches: Sequence[Samples]) -> list[Difference]
     if trimmed is None:
         return []
     stage = {"vocabulary": (partial(trimmed.outputs, executor=executor), TOLERANCE)}
-    return prove(prepared.analysis.program, stage, *batches, executor=executor)
+    return prove(prepared.reference, stage, *batches, executor=executor)
+
+
+def _merged(prepared: Prepared, batches: Sequence[Samples]) -> list[Difference]:
+    """The difference of the model whose KV heads are equal in runs from the one that has one of each run."""
+    merged = prepared.merged
+    if merged is None:
+        return []
+    return prove(merged.equal, {"KV heads": (merged.first, TOLERANCE)}, *batches, executor=prepared.executor)
 
 
 def find_reach(compiled: Compiled) -> Reach:

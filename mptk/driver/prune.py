@@ -21,6 +21,7 @@ from mptk.driver.dense_outputs import with_outputs
 from mptk.driver.describe import describe, measured
 from mptk.driver.job import Finished, Given, Job, held
 from mptk.driver.kept import kept_choice, kept_fit
+from mptk.driver.merging import merged_on, with_merged
 from mptk.driver.prepare import announce, check_settings, prepare, settled
 from mptk.driver.proof import check_proof, check_witness, prove_folder
 from mptk.driver.shape_search import search_shapes, winner
@@ -99,6 +100,8 @@ def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
     """The stages that follow when widths are known: samples, choice, cut, training, proof, report."""
     settings = prepared.settings
     sets = compared(prepared, read_samples(job, prepared, context), context)
+    if job.given is None:
+        prepared = merged_on(prepared, sets.calibration, context)
     if settings.search:
         prepared = winner(prepared, search_shapes(prepared, sets, context))
     if context.folder is not None and settings.steps:
@@ -210,11 +213,11 @@ def choose(job: Job, prepared: Prepared, sets: SampleSets, context: Context) -> 
     tokens = None if prepared.trimmed is None else prepared.trimmed.tokens
     if prepared.plan is not None:
         assert prepared.cut is not None
-        return Chosen(replace(prepared.plan, vocabulary=tokens), prepared.cut)
+        return with_merged(prepared, Chosen(replace(prepared.plan, vocabulary=tokens), prepared.cut))
     s = prepared.settings
     chosen = kept_choice(prepared, context.folder, lambda: prepared.method.choose(prepared, sets, context))
     meta = {"model": prepared.source, "method": s.method, "sparsity": s.sparsity, "seed": s.seed}
-    return replace(chosen, plan=Plan(chosen.plan.families, meta, tokens))
+    return with_merged(prepared, replace(chosen, plan=Plan(chosen.plan.families, meta, tokens)))
 
 
 def reconstructed(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Context) -> Chosen:
@@ -270,9 +273,7 @@ def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[C
         return compiled, []
     prepared, chosen = compiled.prepared, compiled.chosen
     s = prepared.recovery
-    learner = Learner(
-        context.accelerator, prepared.dense, prepared.task, sets.training, s, context.folder, context.progress
-    )
+    learner = Learner(context.accelerator, prepared, sets.training, s, context.folder, context.progress)
     with context.stage("recover"):
         weights = compiled.program.state_dict() if learner.keeps else {}
         small = small_model(compiled, weights, shared=learner.rank > 0)
@@ -311,6 +312,7 @@ def written_folder(
         notes = [*chosen.notes, describe_processes(context.accelerator) if context.accelerator else ""]
         notes.append(one_length(prepared))
         notes.append("" if prepared.trimmed is None else prepared.trimmed.note)
+        notes.append("" if prepared.merged is None else prepared.merged.note)
         notes.append(left_whole(prepared.analysis, prepared.legal, prepared.settings))
         for target in targets:
             with context.stage(f"write {target.name}"):

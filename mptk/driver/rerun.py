@@ -66,7 +66,7 @@ def rerun(
         )
     else:
         if settings.plan is not None:
-            settings = replace(settings, plan=str(folder / "plan.json"), vocabulary=None)
+            settings = replace(settings, plan=str(folder / "plan.json"), vocabulary=None, kv_heads=None)
         found = prune(model or before.model, out, settings, progress=progress, on_stage=on_stage)
         now = None if found is None else found.report
     return None if now is None else compared(before, now)

@@ -119,7 +119,7 @@ class Search:
 
     def dense(self) -> Shape:
         """The dense model, with which shapes are compared."""
-        program, cost = self.prepared.analysis.program, self.prepared.cost.dense
+        program, cost = self.prepared.reference, self.prepared.cost.dense
         (loss,) = losses(self.prepared, [lambda: program], self.samples)
         widths = {family: self.prepared.analysis.family(family).size for family in self.prepared.families}
         return Shape(widths, 0.0, cost.parameters, cost.latency_ms, bounded(loss))

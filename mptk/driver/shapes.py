@@ -15,6 +15,7 @@ from mptk.compat.accelerate import own_state
 from mptk.compat.torch import sources_forgotten
 from mptk.driver.dense_outputs import with_outputs
 from mptk.driver.job import Job, held
+from mptk.driver.merging import merged_on
 from mptk.driver.prepare import announce, check_settings, prepare, settled
 from mptk.driver.prune import SAMPLES, apart, begin, described, wanted
 from mptk.driver.pruned import Shown, reporting
@@ -94,7 +95,8 @@ def searched(
     context = begin(job, prepared, context)
     assert context.folder is not None
     try:
-        found = search_shapes(prepared, samples_of(job, prepared, context), context)
+        sets = samples_of(job, prepared, context)
+        found = search_shapes(merged_on(prepared, sets.calibration, context), sets, context)
     except Exception:
         context.folder.remove_unless(SAMPLES)
         raise

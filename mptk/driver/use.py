@@ -131,9 +131,9 @@ class _Programs:
         if isinstance(model, Pruned) and model.compiled is not None and dense is None:
             prepared = model.compiled.prepared
             self.opened.append((prepared.loaded, prepared.task))
-            self.programs = {"dense": prepared.analysis.program, "pruned": model.compiled.program}
+            self.programs = {"dense": prepared.reference, "pruned": model.compiled.program}
             if prepared.task.only_length(prepared.analysis.program) is not None:
-                self.modules = {"dense": prepared.loaded.whole(), "pruned": model.model}
+                self.modules = {"dense": prepared.compared.whole(), "pruned": model.model}
             return
         place = model.place if isinstance(model, Pruned) else model
         small = self._open(place)

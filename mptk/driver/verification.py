@@ -14,6 +14,7 @@ from mptk.cost.model import CostModel
 from mptk.driver.changes import changes_of
 from mptk.driver.claims import check_files, check_numbers, check_samples, proof_samples, require_same
 from mptk.driver.compiling import compile_plan
+from mptk.driver.merging import merge
 from mptk.driver.proof import check_proof, prove_folder
 from mptk.driver.sources import task_of_folder
 from mptk.driver.tracing import traced
@@ -94,12 +95,18 @@ def verify(
         loaded, task, trimmed = trim(loaded, task, analysis, plan.vocabulary)
         analysis = group.analyze(traced(loaded, task, executor, report.settings.length))
         unknown = check_tokenizer(loaded, folder)
+    merged = None
+    if plan.kv_heads is not None:
+        heads, length = plan.kv_heads, report.settings.length
+        loaded, task, analysis, merged = merge(loaded, task, analysis, heads, executor, length, like)
     with _readable(folder):
-        check_numbers(report, folder, analysis, plan, loaded.dtype, stored_type(report.settings, loaded), trimmed)
+        check_numbers(
+            report, folder, analysis, plan, loaded.dtype, stored_type(report.settings, loaded), trimmed, merged
+        )
         check_samples(samples, folder, analysis.program, example)
     settings = replace(report.settings, trust_remote_code=trust_remote_code, proof_length=proof_length)
     prepared = _prepared(report, replace(settings, rehome=_rehomed(folder, loaded)), loaded, task, analysis, plan)
-    prepared = replace(prepared, executor=executor, trimmed=trimmed)
+    prepared = replace(prepared, executor=executor, trimmed=trimmed, merged=merged)
     assert prepared.cut is not None
     chosen = Chosen(plan, prepared.cut, changes_of(analysis, prepared.cut, folder, report, trust_remote_code))
     compiled = compile_plan(prepared, chosen, samples, Context(Log(), silent))

@@ -49,15 +49,29 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """KV heads of each layer: ``of`` become ``width``, each one of as many heads side by side. Query heads stay."""
+
+    of: int
+    width: int
+
+    def to_json(self) -> dict[str, object]:
+        """The entry of a plan file."""
+        return {"width": self.width, "of": self.of}
+
+
+@dataclass(frozen=True)
 class Plan:
     """Family name → its kept units. A family without an entry stays whole. ``meta``: free, nothing depends on it.
 
-    ``vocabulary``: the tokens that stay; None: all. Families are those of the model that has these alone.
+    ``vocabulary``: the tokens that stay; None: all. ``kv_heads``: how many KV heads become how many; None: all stay.
+    Families are those of the model that has these tokens and heads.
     """
 
     families: Mapping[str, FamilyPlan]
     meta: Mapping[str, object] = field(default_factory=dict)
     vocabulary: Tokens | None = None
+    kv_heads: Heads | None = None
 
     @property
     def widths(self) -> dict[str, int]:
@@ -72,9 +86,10 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the kept units and tokens."""
+        """SHA-256 of the kept units, tokens and heads."""
         body = self.to_json()
-        kept = [body["families"], body["vocabulary"]] if self.vocabulary is not None else body["families"]
+        more = [body[name] for name in ("vocabulary", "kv_heads") if name in body]
+        kept = [body["families"], *more] if more else body["families"]
         return hashlib.sha256(json_text(kept, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, object]:
@@ -83,6 +98,7 @@ class Plan:
             "format": FORMAT,
             "meta": dict(self.meta),
             **({} if self.vocabulary is None else {"vocabulary": self.vocabulary.to_json()}),
+            **({} if self.kv_heads is None else {"kv_heads": self.kv_heads.to_json()}),
             "families": {
                 name: {
                     "width": f.width,
@@ -121,7 +137,8 @@ class Plan:
         for name, body in families.items():
             parsed[name] = _family(body, f"{source}: families.{name}", MOST - units)
             units += sum(len(row) for keep in parsed[name].keep.values() for row in keep)
-        return Plan(parsed, meta, _tokens(data.get("vocabulary"), f"{source}: vocabulary"))
+        tokens = _tokens(data.get("vocabulary"), f"{source}: vocabulary")
+        return Plan(parsed, meta, tokens, _heads(data.get("kv_heads"), f"{source}: kv_heads"))
 
 
 def _family(body: object, where: str, most: int) -> FamilyPlan:
@@ -146,6 +163,15 @@ def _tokens(body: object, where: str) -> Tokens | None:
     keep = body.get("keep") if isinstance(body, dict) else None
     family = _family({**body, "keep": {"tokens": keep}} if isinstance(body, dict) else body, where, MOST)
     return Tokens(family.of, family.keep["tokens"][0])
+
+
+def _heads(body: object, where: str) -> Heads | None:
+    if body is None:
+        return None
+    width, of = (body.get("width"), body.get("of")) if isinstance(body, dict) else (None, None)
+    if type(width) is not int or type(of) is not int or not 0 < width < of or of % width:
+        raise MptkError(f'{where}: "width" and "of" must be integers, and "of" a multiple of "width"')
+    return Heads(of, width)
 
 
 def check_units(row: Sequence[int], width: int, of: int, where: str) -> None:

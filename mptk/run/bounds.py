@@ -17,6 +17,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "max_ms": (1e-6, 1e9),
     "threads": (0, 1024),
     "multiple": (1, 1 << 20),
+    "kv_heads": (1, 1 << 20),
     "tolerance": (0.0, 1.0),
     "samples": (1, COUNT),
     "length": (8, COUNT),

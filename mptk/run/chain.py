@@ -31,6 +31,7 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.ir.samples import Samples
 from mptk.progress import Count, Progress
+from mptk.run.merged import Merged
 from mptk.run.onnx_form import OnnxForm
 from mptk.run.processes import replica
 from mptk.run.settings import Learning, Settings
@@ -52,6 +53,7 @@ class Prepared:
     ``source``: the model as the user named it. ``candidates``: legal widths that meet the budget, none if a ``plan`` is
     given; ``cut`` is that plan, resolved. ``shapes``: what a search found, of which the candidate is the best.
     ``executor`` runs its programs. ``trimmed``: the model with all its tokens, if ``loaded`` has some alone.
+    ``merged``: the model with all its KV heads, if ``loaded`` has fewer.
     """
 
     source: str
@@ -69,11 +71,22 @@ class Prepared:
     cut: Cut | None = None
     shapes: Shapes | None = None
     trimmed: Trimmed | None = None
+    merged: Merged | None = None
 
     @property
     def given(self) -> Loaded:
-        """The dense model as the user gave it, with all its tokens."""
-        return self.loaded if self.trimmed is None else self.trimmed.loaded
+        """The dense model as the user gave it, with all its tokens and heads."""
+        return self.compared if self.trimmed is None else self.trimmed.loaded
+
+    @property
+    def compared(self) -> Loaded:
+        """The dense model that is imitated, and compared with: with the tokens that stay, and all KV heads."""
+        return self.loaded if self.merged is None else self.merged.loaded
+
+    @property
+    def reference(self) -> Program:
+        """The program of ``compared``."""
+        return self.analysis.program if self.merged is None else self.merged.analysis.program
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,6 +120,10 @@ class Prepared:
         ``weights``: whether they need values; if not, they take no memory.
         """
         return replica(self.loaded.whole() if weights else self.loaded.model, weights)
+
+    def teacher(self, weights: bool = True) -> PreTrainedModel:
+        """The module that is imitated, as ``dense`` gives the one that is cut."""
+        return replica(self.compared.whole() if weights else self.compared.model, weights)
 
     @cached_property
     def mask_sites(self) -> tuple[MaskSite, ...]:

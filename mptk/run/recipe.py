@@ -28,7 +28,7 @@ _SEARCH = ("search", "search_shapes", "search_finalists", "search_tokens")
 _OF_THE_FOLDER = (
     *("sparsity", "budget", "objective", "threads", "families", "keep", "width", "plan", "portable", "multiple_of"),
     *("max_decode_ms", "max_prefill_ms", "method", "reconstruct", "distil_epochs", "distil_lr", "samples"),
-    *("layers", "mask_share", "target", "dtype", "rehome", "vocabulary", "inputs"),
+    *("layers", "mask_share", "target", "dtype", "rehome", "vocabulary", "kv_heads", "inputs"),
     *_SEARCH,
 )
 

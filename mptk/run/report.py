@@ -41,7 +41,8 @@ class Report:
     weights were trained) and peak ``lr``; and if samples were held out ``metric``, ``protocol``, ``losses`` on them by
     step, and ``kept``, the step whose weights were kept.
     ``vocabulary``: ``of`` and ``kept`` tokens, the ``corpus`` that decided, ``config_changes`` of token ids; empty if
-    all tokens stay.
+    all tokens stay. ``kv_heads``: ``of`` and ``kept`` KV heads of a layer, and ``config_changes`` of their number;
+    empty if all stay.
     ``search``: the ranking of ``mptk shapes --json``, of which the first is what was cut; empty if none was asked for.
     """
 
@@ -72,6 +73,7 @@ class Report:
     recovery: Row = field(default_factory=dict)
     search: Row = field(default_factory=dict)
     vocabulary: Row = field(default_factory=dict)
+    kv_heads: Row = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``report.json``."""

@@ -104,6 +104,14 @@ class VocabularyRow(TypedDict):
     config_changes: Mapping[str, Sequence[Any]]
 
 
+class HeadsRow(TypedDict):
+    """Of KV heads that were merged."""
+
+    of: int
+    kept: int
+    config_changes: Mapping[str, Sequence[Any]]
+
+
 class Rows(TypedDict):
     """The fields of a report that hold objects."""
 
@@ -120,6 +128,7 @@ class Rows(TypedDict):
     recovery: NotRequired[RecoveryRow]
     search: NotRequired[Mapping[str, Any]]
     vocabulary: NotRequired[Mapping[str, Any]]
+    kv_heads: NotRequired[Mapping[str, Any]]
 
 
 def check_rows(data: Mapping[str, Any]) -> None:
@@ -141,6 +150,8 @@ def check_rows(data: Mapping[str, Any]) -> None:
         wrong = _sets(data.get("data", {}))
     if wrong is None and data.get("vocabulary"):  # it is empty if all tokens stay
         wrong = misfit(data["vocabulary"], VocabularyRow, "vocabulary")
+    if wrong is None and data.get("kv_heads"):  # it is empty if all heads stay
+        wrong = misfit(data["kv_heads"], HeadsRow, "kv_heads")
     if wrong is not None:
         raise ValueError(wrong)
     if data.get("search"):

@@ -167,8 +167,9 @@ class Settings:
     What is cut: ``sparsity`` is a share of the ``budget`` (``cost.budgets.BUDGETS``), or ``max_ms`` is the latency to
     reach, in milliseconds of ``objective`` with ``threads`` of ONNX Runtime (0: all cores). ``families`` are cut,
     ``keep`` stay whole, ``widths`` fixes some, ``plan`` (a file) fixes everything. ``vocabulary``: text, named as
-    ``data`` is; tokens that are not in it go (docs/vocabulary.md). ``layers``: ``uniform``, all get the
-    same widths; or ``free``, the budget is divided over the layers, too. ``portable``: only cuts that every
+    ``data`` is; tokens that are not in it go (docs/vocabulary.md). ``kv_heads``: of each layer afterwards; keys and
+    values of several become those of one, and query heads stay (docs/how-to/kv-heads.md). ``layers``: ``uniform``, all
+    get the same widths; or ``free``, the budget is divided over the layers, too. ``portable``: only cuts that every
     program reads rightly, not transformers alone. Sums over cut channels stay multiples of ``multiple``.
     ``tolerance``: how far the sparsity may miss.
 
@@ -222,6 +223,7 @@ class Settings:
     families: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     vocabulary: str | None = None
+    kv_heads: int | None = None
     widths: Mapping[str, int] = field(default_factory=dict)
     layers: str = UNIFORM
     plan: str | None = None
@@ -289,9 +291,10 @@ class Settings:
 
     @property
     def fixed(self) -> bool:
-        """Whether it is settled which units stay: by a plan, or all of them, where tokens alone go."""
-        other = self.families or self.widths or self.search or self.max_ms is not None
-        return self.plan is not None or (self.vocabulary is not None and not self.sparsity and not other)
+        """Whether it is settled which units stay: by a plan, or all of them, where tokens or KV heads alone go."""
+        other = self.sparsity or self.families or self.widths or self.search or self.max_ms is not None
+        alone = self.vocabulary is not None or self.kv_heads is not None
+        return self.plan is not None or (alone and not other)
 
     @property
     def steps(self) -> int:

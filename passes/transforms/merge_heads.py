@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, leaves
 from mptk.ir.families import Member, unit_positions
+from mptk.ir.weights import Change
 from passes.analysis.shared_heads import SharedHeads
 
 How = Literal["fit", "mean", "turn", "keep"]
@@ -35,11 +37,11 @@ Products = Callable[[str], Tensor]
 
 
 def merged_heads(
-    layer: SharedHeads, state: Mapping[str, Tensor], count: int, products: Products, keys: How, values: How
+    layer: SharedHeads, state: Mapping[str, Tensor], count: int, products: Products | None, keys: How, values: How
 ) -> dict[str, Tensor]:
     """The layer's weights in their own shapes, with ``count`` different heads of keys and of values.
 
-    Each run of KV heads side by side becomes one.
+    Each run of KV heads side by side becomes one. ``products``: only ``fit`` needs them.
 
     Raises:
         MptkError: channels of the keys are turned in more than pairs.
@@ -69,6 +71,23 @@ def first_heads(layer: SharedHeads, count: int) -> dict[str, tuple[int, Tensor]]
         m.weight: (m.dim, torch.from_numpy(unit_positions(m.term, layer.groups)[0, ::step].flatten()).sort().values)
         for m in (*layer.keys, *layer.values)
     }
+
+
+def repeated_first(layer: SharedHeads, count: int) -> dict[str, Change]:
+    """Weight of keys or values → what gives each of its heads the numbers of the first head of its run."""
+    step = layer.groups.size // count
+    found = dict[str, Change]()
+    for m in (*layer.keys, *layer.values):
+        heads = torch.from_numpy(unit_positions(m.term, layer.groups)[0])  # [heads, channels of each]
+        source = heads[::step].repeat_interleave(step, 0)
+        found[m.weight] = partial(_moved, dim=m.dim, to=heads.flatten(), source=source.flatten())
+    return found
+
+
+def _moved(tensor: Tensor, dim: int, to: Tensor, source: Tensor) -> Tensor:
+    """The tensor with the slices at ``source`` in the places ``to``."""
+    there = tensor.device
+    return tensor.index_copy(dim, to.to(there), tensor.index_select(dim, source.to(there)))
 
 
 @dataclass
@@ -104,14 +123,16 @@ class Projection:
         """The rows of each head's units: [heads, units, rows of a unit]."""
         return torch.from_numpy(unit_positions(self.weight.term, axis, scope))
 
-    def products(self, given: Products) -> Tensor:
-        """Σ x xᵀ of what the matrix is multiplied with: [columns, columns]."""
+    def products(self, given: Products | None) -> Tensor:
+        """Σ x xᵀ of what the matrix is multiplied with: [columns, columns]; of unit inputs if none are given."""
+        if given is None:
+            return torch.eye(self.matrix.shape[1], dtype=self.matrix.dtype)
         found = given(self.weight.weight)
         return found[: self.matrix.shape[1], : self.matrix.shape[1]].to(self.matrix)
 
 
 def _merge_keys(
-    layer: SharedHeads, query: Projection, key: Projection, runs: Tensor, products: Products, how: How
+    layer: SharedHeads, query: Projection, key: Projection, runs: Tensor, products: Products | None, how: How
 ) -> None:
     if how == "keep":
         return
@@ -180,7 +201,7 @@ def _write(matrix: Tensor, rows: Tensor, values: Tensor) -> None:
 
 
 def _merge_values(
-    layer: SharedHeads, value: Projection, output: Projection, runs: Tensor, products: Products, how: How
+    layer: SharedHeads, value: Projection, output: Projection, runs: Tensor, products: Products | None, how: How
 ) -> None:
     if how == "keep":
         return

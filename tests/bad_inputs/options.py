@@ -291,11 +291,21 @@ CONTRADICTIONS = [
     Row("text of an export without int4", "export {model} --out {out} --data {text.raw}", ("--data would do nothing",)),
     Row(
         "as many KV heads as before",
-        "merge-heads {model} --kv-heads 2 --data {text.raw} --out {out}",
+        f"{ONCE} --kv-heads 2",
         ("2 KV heads, which cannot become 2", "give one of 1"),
     ),
-    Row("no KV heads", "merge-heads {model} --kv-heads 0 --out {out}", ("--kv-heads",), code=2),
-    Row("heads in one weight", "merge-heads {gpt2-dense} --kv-heads 1 --out {out}", ("no KV heads to merge", "prune")),
+    Row("no KV heads", f"{ONCE} --kv-heads 0", ("--kv-heads",), code=2),
+    Row(
+        "heads in one weight",
+        "prune {gpt2-dense} --method wanda --kv-heads 1 --data {text.raw} --out {out}",
+        ("no KV heads to merge", "leave out --kv-heads"),
+    ),
+    Row("fewer KV heads than asked for", f"{ONCE} --kv-heads 1 --sparsity 0.01", ("KV heads alone", "--sparsity 0")),
+    Row(
+        "KV heads and a share of a latency",
+        f"{ONCE} --kv-heads 1 --budget latency",
+        ("--kv-heads: a share of the latency", "--max-decode-ms"),
+    ),
     Row("show a pass without a plan", "show {model} --after rewrite", ("give both --after and --plan",)),
 ]
 

@@ -118,6 +118,7 @@ REPORTS = [
             (("families",), {"ffn": 7}),
             (("families", "ffn", "of"), 0),
             (("vocabulary",), {"kept": 9}),
+            (("kv_heads",), {"kept": 9}),
             (("families", "ffn", "width"), "wide"),
             (("families", "ffn", "of"), -3),
             (("cost", "dense", "block"), 0),

@@ -33,7 +33,7 @@ from mptk.methods.maskprune.train import Extra, Loop, Metrics, Teacher, run_modu
 from mptk.methods.maskprune.watch import Watch
 from mptk.methods.reconstruct import kept_units
 from mptk.progress import Progress
-from mptk.run.chain import Chosen, Prepared, Task
+from mptk.run.chain import Chosen, Prepared
 from mptk.run.folder import TRACKER, RunFolder
 from mptk.run.processes import accelerator, anywhere, full, gathered, holds, placed
 from mptk.run.settings import FREE, Learning
@@ -79,9 +79,8 @@ class Learner:
     """The phases of one run.
 
     Args:
-        dense: gives a dense model of its own to each phase, on the host, to adapt and to move. With False its
-            parameters need no values: the first process sends them.
-        task: what kind of model it is.
+        prepared: gives a dense model, and one to imitate, of its own to each phase, on the host, to adapt and to move.
+            In other processes than the first their parameters need no values: that one sends them.
         samples: what is trained on.
         settings: ``Learning.of_masks`` or ``of_recovery``.
         folder: keeps checkpoints.
@@ -90,14 +89,13 @@ class Learner:
     def __init__(
         self,
         accelerator: Accelerator,
-        dense: Callable[[bool], PreTrainedModel],
-        task: Task,
+        prepared: Prepared,
         samples: Samples,
         settings: Learning,
         folder: RunFolder,
         progress: Progress,
     ) -> None:
-        self.accelerator, self.dense, self.task, self.samples = accelerator, dense, task, samples
+        self.accelerator, self.prepared, self.task, self.samples = accelerator, prepared, prepared.task, samples
         self.settings, self.folder, self.progress = settings, folder, progress
         self.rank = settings.rank or 0
         self.mask_steps = settings.mask_steps
@@ -105,28 +103,28 @@ class Learner:
         self.fingerprint = "" if settings.teacher_cache is None else self._fingerprint()
 
     def _fingerprint(self) -> str:
-        """That of the dense weights, which the first process takes."""
-        found = [fingerprint(self.dense(True)) if self.accelerator.is_main_process else ""]
+        """That of the weights that are imitated, which the first process takes."""
+        found = [fingerprint(self.prepared.teacher()) if self.accelerator.is_main_process else ""]
         return str(broadcast_object_list(found)[0])
 
     # ---- masks and widths ----
 
-    def learn(self, prepared: Prepared, sets: SampleSets) -> Chosen:
+    def learn(self, sets: SampleSets) -> Chosen:
         """Learn masks and widths. The changed weights have dense shapes, with removed units at 0.
 
         The witness holds the student's outputs with hardened masks and adapters, which the changed weights must give.
         Units are first scored on ``sets.calibration``, before any training. Processes that need no weights
         (``processes.holds``) get neither changes nor witness.
         """
-        chosen = self._learned(prepared, sets)
+        chosen = self._learned(sets)
         self.accelerator.free_memory()
         return chosen
 
-    def _learned(self, prepared: Prepared, sets: SampleSets) -> Chosen:
-        analysis = prepared.analysis
+    def _learned(self, sets: SampleSets) -> Chosen:
+        prepared, analysis = self.prepared, self.prepared.analysis
         begins = self.folder.latest("masks") is None
-        prior = self._prior(prepared, sets.calibration) if begins else {}
-        student, masks, solver, loop = self.begin(prepared)
+        prior = self._prior(sets.calibration) if begins else {}
+        student, masks, solver, loop = self.begin()
         if begins:
             solver.prior = {family: values.to(solver.device) for family, values in prior.items()}
             self._saliency(student, solver, sets.calibration)
@@ -142,9 +140,9 @@ class Learner:
         notes = () if prepared.settings.layers == FREE else (ends_note(prepared, scores, plan, sets),)
         return Chosen(plan, cut, state, tuple(state), notes=notes, witness=witness, steps=self.mask_steps)
 
-    def begin(self, prepared: Prepared) -> tuple[PeftModel, InsertedMasks, Solver, Loop]:
+    def begin(self) -> tuple[PeftModel, InsertedMasks, Solver, Loop]:
         """The student with adapters and masks, the masks, their solver, and the loop that trains them."""
-        candidates = prepared.candidates
+        prepared, candidates = self.prepared, self.prepared.candidates
         shapes = {family: _shape(prepared.analysis, family) for family in prepared.families}
         given = {
             family: width
@@ -158,10 +156,10 @@ class Learner:
             shapes, prepared.cost.share, budget, self.mask_steps, rates, given=given, device=device, blocks=depths
         )
         past = {site.module for site in prepared.mask_sites if site.past}
-        student = adapt(self.dense(self.keeps), self.rank, self.settings.training.seed, past)
+        student = adapt(prepared.dense(self.keeps), self.rank, self.settings.training.seed, past)
         masks = InsertedMasks(original(student), prepared.mask_sites, solver.applied, solver.watch)
         recompute(student, self.settings.gradient_checkpointing)
-        teacher = self._teacher(partial(_dense, student, masks))
+        teacher = self._teacher(partial(_dense, student, masks) if prepared.merged is None else self._another())
 
         def each_step(tokens: int) -> Metrics:
             self._average(solver)
@@ -174,10 +172,10 @@ class Learner:
         loop = self._loop(student, teacher, self.mask_steps, "masks", each_step=each_step, extra=extra)
         return student, masks, solver, loop
 
-    def _prior(self, prepared: Prepared, calibration: Samples) -> Scores:
+    def _prior(self, calibration: Samples) -> Scores:
         """Wanda's scores, an estimate of √F from weights and inputs without gradients, and the influence of blocks."""
-        families, say = prepared.families, partial(self.progress, "activations")
-        analysis, executor = prepared.analysis, prepared.calibrator
+        families, say = self.prepared.families, partial(self.progress, "activations")
+        analysis, executor = self.prepared.analysis, self.prepared.calibrator
         evidence = gather(analysis, "wanda", calibration, families=families, progress=say, executor=executor)
         return {family: values.detach().cpu() for family, values in score_evidence(evidence, "wanda", families).items()}
 
@@ -252,24 +250,25 @@ class Learner:
 
     def recovery(self, small: nn.Module, steps: int, used: int = 0, watch: Watch | None = None) -> Loop:
         """The loop that trains the cut model."""
-        acc, settings = self.accelerator, self.settings
-
-        @cache
-        def dense() -> Any:  # with a cached teacher it may never run
-            return placed(acc, self.dense(self.keeps))
-
-        def run(samples: Samples, hidden: bool) -> Output:
-            return run_module(dense(), samples, hidden=hidden)
-
+        settings = self.settings
         if self.rank:
             assert isinstance(small, PreTrainedModel)
             student: nn.Module = adapt(small, self.rank, settings.training.seed)
         else:
             student = small.requires_grad_(True)
         recompute(student, settings.gradient_checkpointing)
-        return self._loop(student, self._teacher(run), steps, "recovery", first_row=used, watch=watch)
+        return self._loop(student, self._teacher(self._another()), steps, "recovery", first_row=used, watch=watch)
 
     # ---- shared ----
+
+    def _another(self) -> Callable[[Samples, bool], Output]:
+        """What runs a module to imitate that is apart from the student."""
+
+        @cache
+        def dense() -> Any:  # with a cached teacher it may never run
+            return placed(self.accelerator, self.prepared.teacher(self.keeps))
+
+        return lambda samples, hidden: run_module(dense(), samples, hidden=hidden)
 
     def _loop(
         self,

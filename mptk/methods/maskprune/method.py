@@ -50,16 +50,8 @@ class MaskPrune(Method):
         if prepared.settings.layers == FREE:
             prepared, found = divided_over_layers(prepared, sets, context, context.folder)
         with context.stage("learn masks"):
-            learner = Learner(
-                context.accelerator,
-                prepared.dense,
-                prepared.task,
-                sets.training,
-                learning,
-                context.folder,
-                context.progress,
-            )
-            chosen = learner.learn(prepared, sets)
+            learner = Learner(context.accelerator, prepared, sets.training, learning, context.folder, context.progress)
+            chosen = learner.learn(sets)
         return replace(chosen, losses=found)
 
 

@@ -1,0 +1,90 @@
+"""remade: a model with another config and other weights, opened as ``io/models.py`` opens one of a folder."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from accelerate import init_empty_weights
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+
+from mptk.errors import MptkError
+from mptk.files import scratch
+from mptk.io.checkpoint import copy_processors, save_tokenizer
+from mptk.io.licence import copy_card
+from mptk.io.models import Loaded
+from mptk.ir.weights import Weights
+
+
+def remade(
+    loaded: Loaded,
+    config: PreTrainedConfig,
+    stored: PreTrainedConfig,
+    weights: Weights,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    generation: GenerationConfig | None,
+    what: str,
+    remedy: str,
+) -> Loaded:
+    """The model of the same class with ``config``, ``weights``, tokenizer and generation config.
+
+    Its folder is a temporary one. It holds what a run reads of a checkpoint beside the weights.
+
+    Args:
+        stored: ``config`` as its folder has it, with the type of the stored weights.
+        what: what the model now has, and ``remedy``: what to do if its class cannot have that.
+
+    Raises:
+        MptkError: the class has other weights with this config.
+    """
+    model = _built(loaded.model, config, weights, what, remedy)
+    place = scratch()
+    weakref.finalize(model, place.close)
+    stored.save_pretrained(place.folder)
+    copy_processors(loaded.path, place.folder, same_features=True)
+    copy_card(loaded.path, place.folder)
+    for file in loaded.path.glob("*.py"):
+        shutil.copyfile(file, place.folder / file.name)
+    if generation is not None:
+        model.generation_config = generation
+        generation.save_pretrained(place.folder)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, place.folder)
+    return replace(loaded, model=model, tokenizer=tokenizer, path=place.folder, weights=weights)
+
+
+def _built(
+    dense: PreTrainedModel, config: PreTrainedConfig, weights: Weights, what: str, remedy: str
+) -> PreTrainedModel:
+    """The class of ``dense`` from another config, with parameters on the meta device and the buffers of ``dense``."""
+    name = type(dense).__name__
+    try:
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = type(dense)(copy.deepcopy(config)).eval()
+        model.tie_weights()
+    except Exception as error:  # a model class may raise anything
+        reason = str(error).strip().partition("\n")[0]
+        raise MptkError(f"{name} cannot have {what} ({reason}); {remedy}") from error
+    there = {n: tuple(tensor.shape) for n, tensor in model.state_dict(keep_vars=True).items()}
+    cut = {n: tuple(tensor.shape) for n, tensor in weights.likes.items()}
+    if wrong := sorted(n for n in there.keys() | cut.keys() if there.get(n) != cut.get(n)):
+        raise MptkError(
+            f"{name} cannot have {what}: its {wrong[0]} would be {_said(there, wrong[0])}, and what is left of it is "
+            f"{_said(cut, wrong[0])}; {remedy}"
+        )
+    before = dict(dense.named_buffers())
+    for n, buffer in model.named_buffers():
+        value = weights[n] if n in weights else before.get(n)
+        if value is not None and value.shape == buffer.shape:
+            buffer.copy_(value)
+    return model
+
+
+def _said(shapes: Mapping[str, Any], name: str) -> str:
+    return str(list(shapes[name])) if name in shapes else "missing"

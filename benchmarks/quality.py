@@ -12,6 +12,7 @@ have additions:
     +fit       with the closed-form reconstruction that MaskPrune uses      +nofit    without it
     +distil    with three epochs of local distillation after that
     +learned   at the widths that MaskPrune learned                    +fixed    at those of the best one-shot method
+    +kvN       with N KV heads a layer, merged before anything is chosen
     +shareNN   with NN % of the steps for masks                        +noprox, +still: see `CHANGES`
 
 Rows that the JSON file has are not computed again; several processes may fill one file. A row that was interrupted goes
@@ -58,8 +59,10 @@ def settings(
     )
     for addition in additions:
         learning = replace(learning, **changes(addition))
+    kv_heads = [int(addition.removeprefix("kv")) for addition in additions if addition.startswith("kv")]
     return Settings(
         method=name,
+        kv_heads=kv_heads[0] if kv_heads else None,
         sparsity=sparsity,
         data=str(work / "training.jsonl"),
         samples=96,

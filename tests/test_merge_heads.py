@@ -52,6 +52,7 @@ def cut(dense: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = CliRunner().invoke(app, typed.split())
     assert result.exit_code == 0, result.output
     assert "KV heads, merged" in result.output
+    assert "pruned by wanda" in result.output
     return out
 
 

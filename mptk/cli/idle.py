@@ -41,7 +41,7 @@ def check_prune(settings: Settings, learns: bool, estimate: bool) -> None:
     if settings.plan is not None:
         refuse((*CHOOSING, "reconstruct", "distil_epochs"), "--plan says which units stay", "leave out one of both")
     elif settings.fixed:
-        refuse(ALONE, "with --sparsity 0 tokens alone go", "give a --sparsity, or leave it out")
+        refuse(ALONE, "with --sparsity 0 tokens or KV heads alone go", "give a --sparsity, or leave it out")
     if settings.fixed and not settings.steps:
         refuse(("resume",), "a run that neither chooses nor trains keeps no stages", "leave it out")
     _check_budget(settings)

@@ -17,6 +17,7 @@ from mptk.ir.families import Analysis
 from mptk.page import shapes
 from mptk.page.words import figure, ranges
 from mptk.run.report import Report, Row
+from mptk.run.settings import Settings
 from mptk.run.shapes import Shapes
 from mptk.runtime.bench import Bench
 from passes.targets.knobs import partners
@@ -206,10 +207,16 @@ def comparison_view(reports: Sequence[Report]) -> Table:
     return table
 
 
+def _by(settings: Settings) -> str:
+    if settings.plan is not None:
+        return " by a plan"
+    return "" if settings.fixed else f" by {settings.method}"
+
+
 def prune_view(report: Report) -> Lines:
     """``mptk report``: what was cut, what it cost, and the proof."""
     dense, pruned = report.cost["dense"], report.cost["pruned"]
-    widths = Table(title=f"{report.model} pruned by {report.settings.method}", title_justify="left")
+    widths = Table(title=f"{report.model} pruned{_by(report.settings)}", title_justify="left")
     for column in ("family", "width", "layers"):
         widths.add_column(column, justify="left" if column == "family" else "right")
     for name, f in report.families.items():

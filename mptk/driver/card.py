@@ -90,12 +90,13 @@ def title(report: Report) -> str:
     base = code(base_name(report.model))
     s = report.settings
     chosen = "by a plan that was given" if s.plan else f"by the method {code(s.method)}"
+    chosen = "" if s.fixed and not s.plan else f"; the units were chosen {chosen}"
     trained = f"; {s.steps} training steps" if s.steps else ""
     return (
         f"# {base}, pruned by {report.sparsity:.0%}\n\n"
         f"This is {base} with {report.sparsity:.1%} of the parameters of its blocks removed by structured pruning: "
         "whole units are gone, so what is left is a smaller model of an ordinary class without masks. "
-        f"mptk {report.mptk} made it; the units were chosen {chosen}{trained}."
+        f"mptk {report.mptk} made it{chosen}{trained}."
     )
 
 

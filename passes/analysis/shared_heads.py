@@ -47,7 +47,8 @@ def find_shared_heads(analysis: Analysis, name: str) -> list[tuple[SharedHeads, 
         if not ways:
             where = group.layer or "the model"
             raise MptkError(
-                f"queries, keys, values and outputs of {where} are not one weight each; leave out --kv-heads, and cut heads"
+                f"queries, keys, values and outputs of {where} are not one weight each; leave out --kv-heads, and cut "
+                "heads"
             )
         found.append(ways)
     return found

@@ -297,7 +297,7 @@ CONTRADICTIONS = [
     Row("no KV heads", f"{ONCE} --kv-heads 0", ("--kv-heads",), code=2),
     Row(
         "heads in one weight",
-        "prune {gpt2-dense} --method wanda --kv-heads 1 --data {text.raw} --out {out}",
+        "prune {gpt2-dense} --kv-heads 1 --sparsity 0 --data {text.raw} --length 8 --eval-length 8 --out {out}",
         ("no KV heads to merge", "leave out --kv-heads"),
     ),
     Row("fewer KV heads than asked for", f"{ONCE} --kv-heads 1 --sparsity 0.01", ("KV heads alone", "--sparsity 0")),

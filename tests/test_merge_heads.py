@@ -222,6 +222,19 @@ def test_other_choices_start_from_the_merged_model(more: Mapping[str, Any], dens
     assert [d.stage for d in mptk.verify(tmp_path / "out")].count("KV heads") == 1
 
 
+def test_shapes_of_the_merged_model_are_ranked_beside_the_dense_one(dense: str) -> None:
+    line = (
+        f"shapes {dense} --kv-heads 1 --families ffn --sparsity 0.2 --multiple-of 4 --samples 4 --length 24 --tokens 0 "
+    )
+    result = CliRunner().invoke(app, [*line.split(), "--data", "random", "--json", "-"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert "--kv-heads 1" in found["command"]
+    assert found["shapes"][0]["sparsity"] == pytest.approx(0.2, abs=0.01)
+    dense_heads, merged_heads = (sum(p.numel() for p in toys.llama(num_key_value_heads=n).parameters()) for n in (2, 1))
+    assert found["dense"]["parameters"] == dense_heads > merged_heads
+
+
 @pytest.mark.parametrize(
     ("name", "kv_heads", "message"),
     [

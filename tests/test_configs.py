@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import architectures
 import pytest
+from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
 from mptk.errors import MptkError
 from mptk.io import models
@@ -19,9 +21,12 @@ from passes.targets.stock.config import StockConfig
 from passes.targets.stock.emit import write_checkpoint
 
 
-def write(folder: Path, name: str, *, changed: dict[str, Any] | None = None, listed: bool = True) -> Written:
+def write(
+    folder: Path, model: str | PreTrainedModel, *, changed: dict[str, Any] | None = None, listed: bool = True
+) -> Written:
     """The model saved and written again, with another config if one is asked for; weights whose shapes stay."""
-    architectures.model(name).save_pretrained(folder / "dense")
+    dense = architectures.model(model) if isinstance(model, str) else model
+    dense.save_pretrained(folder / "dense")
     loaded = models.load(str(folder / "dense"))
     config = copy.deepcopy(loaded.model.config)
     old = {field: getattr(config, field) for field in changed or {}}
@@ -39,6 +44,13 @@ def test_a_config_that_was_only_written_again_is_equal(tmp_path: Path, name: str
     written = write(tmp_path, name)
     assert check_config(written, tmp_path / "out", False).ok
     assert config_changes(written, tmp_path) == {}
+
+
+def test_numbers_that_are_not_finite_are_equal_too(tmp_path: Path) -> None:
+    sizes = {"num_heads": 2, "head_dim": 8, "hidden_size": 8, "state_size": 4, "n_groups": 1, "vocab_size": 30}
+    config = Mamba2Config(**sizes, num_hidden_layers=1, time_step_limit=(0.0, math.inf))
+    written = write(tmp_path, Mamba2ForCausalLM(config))
+    assert check_config(written, tmp_path / "out", False).ok
 
 
 def test_a_listed_change_may_differ_and_another_may_not(tmp_path: Path) -> None:

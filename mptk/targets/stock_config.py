@@ -139,8 +139,14 @@ def _dense(written: Written) -> PreTrainedConfig:
 
 def _read_back(config: PreTrainedConfig) -> PreTrainedConfig:
     """``config`` as it is read from its file, where older spellings of fields become fields."""
-    back: PreTrainedConfig = type(config).from_dict(portable(json.loads(config.to_json_string())))
+    content = json.loads(config.to_json_string(), object_hook=_number)
+    back: PreTrainedConfig = type(config).from_dict(portable(content))
     return back
+
+
+def _number(item: dict[str, object]) -> object:
+    """A number that is not finite, which transformers writes as ``{"__float__": "Infinity"}``; else the object."""
+    return float(str(item["__float__"])) if item.keys() == {"__float__"} else item
 
 
 def _body(config: PreTrainedConfig) -> dict[str, object]:

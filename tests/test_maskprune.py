@@ -210,5 +210,5 @@ def test_a_work_folder_is_kept_apart_from_other_settings(tmp_path) -> None:
 
 
 def test_masks_take_eight_steps_of_many_a_tenth_and_of_few_two_fifths() -> None:
-    assert [Learning(steps=n).mask_steps for n in (3, 12, 20, 80, 200)] == [2, 5, 8, 8, 20]
+    assert [Learning(steps=n).mask_steps for n in (3, 12, 20, 80, 200)] == [2, 5, 8, 8, 8]
     assert Learning(steps=12, mask_share=0.5).mask_steps == 6

@@ -139,7 +139,7 @@ FIELDS: dict[str, Field] = {
     "length": Field("length", int, DATA, "Tokens in a window."),
     "seed": Field("seed", int, CHOICE, "Seed of the random choices."),
     "steps": Field("learning.steps", int | None, TRAIN, "Training steps, in total."),
-    "mask_share": Field("learning.mask_share", float | None, TRAIN, "Share of steps that learn masks; else about 8."),
+    "mask_share": Field("learning.mask_share", float | None, TRAIN, "Share of steps that learn masks; else 8 steps."),
     "batch": Field("learning.training.batch", int, TRAIN, "Windows in a step, over all processes."),
     "micro": Field("learning.training.micro", int, TRAIN, "Windows in one forward pass of one process."),
     "lr": Field(

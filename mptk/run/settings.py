@@ -14,6 +14,8 @@ from mptk.run.bounds import check_bounds
 DEFAULT_STEPS = 200
 """Training steps of a method that learns, if no number is given."""
 
+MASK_STEPS = 8
+"""Steps in which masks are learned, of as many as there may be (``docs/maskprune.md``)."""
 LORA_RANK = 16
 """Rank of LoRA, if none is given."""
 MASK_RATE, LORA_RATE, FULL_RATE = 1e-3, 3e-3, 3e-4
@@ -141,9 +143,9 @@ class Learning:
 
     @property
     def mask_steps(self) -> int:
-        """How many steps learn masks: ``mask_share`` of all. None: 0.4 up to 8 steps, of 80 and more steps a tenth."""
+        """How many steps learn masks: ``mask_share`` of all. None: ``MASK_STEPS``, and at most 0.4 of all."""
         steps = self.steps or 0
-        share = min(0.4 * steps, max(8, 0.1 * steps)) if self.mask_share is None else self.mask_share * steps
+        share = min(0.4 * steps, MASK_STEPS) if self.mask_share is None else self.mask_share * steps
         return max(2, round(share))
 
     def of_masks(self) -> Learning:

@@ -127,12 +127,15 @@ def test_keys_that_a_norm_follows_are_merged_by_their_mean(tmp_path: Path) -> No
     assert "values by principal components" in note
 
 
-def test_merged_heads_count_in_the_budget_and_stand_in_the_plan_the_report_and_the_card(cut: Path) -> None:
+def test_merged_heads_count_in_the_budget_and_stand_in_the_plan_the_report_and_the_card(cut: Path, dense: str) -> None:
+    text = str(cut.parent / "text.txt")
     found = mptk.Pruned.open(cut)
     report, plan = found.report, found.plan
     before, after = report.cost["dense"], report.cost["pruned"]
     assert report.sparsity == 1 - after["block"] / before["block"] == pytest.approx(0.2, abs=0.01)
     assert report.families["ffn"]["width"] < report.families["ffn"]["of"]
+    alone = mptk.evaluate(dense, text, windows=2, length=24, progress=None)["model"]
+    assert report.quality["dense"] == pytest.approx(alone) != pytest.approx(report.quality["pruned"])
     assert plan.kv_heads == Heads(2, 1)
     assert report.kv_heads == {"of": 2, "kept": 1, "config_changes": {"num_key_value_heads": [2, 1]}}
     assert report.config_changes.keys() == {"intermediate_size", "transformers.js_config"}

@@ -208,10 +208,10 @@ def ways_of(merged: Merged, few: Samples, executor: Executor) -> tuple[How, How]
     program, count = merged.analysis.program, merged.heads.width
 
     def way(keys: How, values: How) -> How:
-        state = dict[str, Tensor]()
+        made = Made(executor)
         for layer in merged.layers:
-            state |= merged_heads(layer, program.state, count, None, keys, values)
-        turned = {"turned": (program.with_state(state), TOLERANCE)}
+            made.add(merged_heads(layer, program.state, count, None, keys, values))
+        turned = {"turned": (program.with_state(made.weights), TOLERANCE)}
         return "fit" if all(d.ok for d in prove(program, turned, few, executor=executor)) else "mean"
 
     return way("turn", "keep"), way("keep", "turn")
@@ -219,18 +219,33 @@ def ways_of(merged: Merged, few: Samples, executor: Executor) -> tuple[How, How]
 
 def projections(merged: Merged, samples: Samples, executor: Executor, keys: How, values: How) -> Weights:
     """The merged projections of all layers, in their shapes afterwards; those of a layer are made at a time."""
-    program, count = merged.analysis.program, merged.heads.width
-    shelf, likes = Shelf(executor.borders), dict[str, Tensor]()
+    program, count, made = merged.analysis.program, merged.heads.width, Made(executor)
 
-    def made(layer: SharedHeads, products: Mapping[str, Tensor]) -> None:
+    def make(layer: SharedHeads, products: Mapping[str, Tensor]) -> None:
         places = first_heads(layer, count)
-        for name, tensor in merged_heads(layer, program.state, count, products.__getitem__, keys, values).items():
-            small = _slice(*places[name], tensor) if name in places else tensor
-            likes[name] = small.to("meta")
-            shelf.add(name, small)
+        found = merged_heads(layer, program.state, count, products.__getitem__, keys, values)
+        made.add({name: _slice(*places[name], tensor) if name in places else tensor for name, tensor in found.items()})
 
-    with_products(merged, samples, executor, made)
-    return shelf.weights(likes)
+    with_products(merged, samples, executor, make)
+    return made.weights
+
+
+class Made:
+    """Projections of one layer after another; as many stay in memory as the executor's bound lets."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._shelf, self._likes = Shelf(executor.borders), dict[str, Tensor]()
+
+    def add(self, projections: Mapping[str, Tensor]) -> None:
+        """Keep those of a further layer."""
+        for name, tensor in projections.items():
+            self._likes[name] = tensor.to("meta")
+            self._shelf.add(name, tensor)
+
+    @property
+    def weights(self) -> Weights:
+        """All of them, by name."""
+        return self._shelf.weights(self._likes)
 
 
 def with_products(

@@ -126,6 +126,7 @@ def row_of(
         "tokens": steps * batch * chosen.length,
         "batch": batch,
         **{name: report.recovery.get(name) for name in ("rank", "lr")},
+        "given": widths,
         "widths": {n: f["width"] for n, f in report.families.items() if f["width"] < f["of"]},
         "removed": round(report.sparsity, 4),
         "parameters": report.cost["pruned"]["parameters"],
@@ -188,7 +189,7 @@ def main(
                     and (r.get("rank"), r.get("lr"), r.get("batch", 8)) == (*recovery, batch)
                 ]
                 given = dict(parse_width(each) for each in widths.split(",") if each) | given_widths(method, rows)
-                if any(r["method"] == method and given.items() <= r["widths"].items() for r in rows):
+                if any((r["method"], r["given"]) == (method, given) for r in rows):
                     continue
                 row, folder = row_of(method, sparsity, seed, counted, work, given, trains)
                 row |= measure(str(folder), texts, windows, zero)

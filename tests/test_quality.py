@@ -1,0 +1,93 @@
+"""The quality benchmark: what it trains on, and which rows it computes anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import toy_checkpoints as toys
+
+from benchmarks import quality
+from benchmarks.quality_text import HELD_OUT, PIECE, write_mixture
+
+
+def texts(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+def test_training_text_is_everything_but_what_is_evaluated_on(tmp_path: Path) -> None:
+    source = tmp_path / "text"
+    source.mkdir()
+    c4 = source / "c4.jsonl"
+    c4.write_text("".join(json.dumps({"text": f"c4 {i}", "url": "x"}) + "\n" for i in range(HELD_OUT + 3)))
+    (source / "dialogue.jsonl").write_text(json.dumps({"question": "why", "answer": "so"}) + "\n")
+    (source / "long.txt").write_text("a" * PIECE + "b")
+    (source / "wiki.test.raw").write_text("secret")
+    training, held_out = write_mixture([source], c4, tmp_path / "work")
+    expected = ["c4 0", "c4 1", "c4 2", "why\nso", "a" * PIECE, "b"]
+    assert sorted(texts(training)) == sorted(expected)
+    assert texts(training) != expected
+    assert texts(held_out) == [f"c4 {i}" for i in range(3, HELD_OUT + 3)]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the text of a benchmark of a toy model."""
+    toys.llama(max_position_embeddings=600).save_pretrained(tmp_path / "dense")
+    toys.tokenizer().save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(quality, "MODEL", str(tmp_path / "dense"))
+    text = "the quick brown fox jumps over a lazy dog. " * 40
+    (tmp_path / "train.txt").write_text(text * 40)
+    (tmp_path / "wiki.test.raw").write_text(text * 10)
+    (tmp_path / "c4.jsonl").write_text((json.dumps({"text": text}) + "\n") * HELD_OUT)
+    return tmp_path
+
+
+def rows(place: Path, methods: str, widths: str = "", tokens: int = 0) -> list[dict[str, object]]:
+    """The rows of the file after a run of the benchmark, without the dense one."""
+    file = place / "quality.json"
+    quality.main(
+        train=str(place / "train.txt"),
+        wikitext=str(place / "wiki.test.raw"),
+        c4=place / "c4.jsonl",
+        tokens=tokens,
+        sparsities="0.357",
+        methods=methods,
+        seeds="0",
+        rank=None,
+        widths=widths,
+        lr=None,
+        batch=1,
+        windows=2,
+        json_file=file,
+        work=place / "work",
+        tasks="",
+        include_path=None,
+        limit=None,
+    )
+    return [row for row in quality.rows_in(file) if row["method"] != "dense"]
+
+
+def test_a_row_is_computed_once_and_at_other_widths_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows(place, "magnitude", widths="ffn=32")
+    found = rows(place, "magnitude")
+    assert [row["given"] for row in found] == [{"ffn": 32}, {}]
+    monkeypatch.setattr(quality, "prune", lambda *_: pytest.fail("pruned again"))
+    assert rows(place, "magnitude") == rows(place, "magnitude", widths="ffn=32") == found
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_row_goes_on_where_it_was(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows(place, "magnitude")  # the dense row, too
+    with monkeypatch.context() as patch:
+        patch.setattr(quality, "measure", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            rows(place, "wanda", tokens=1024)
+    monkeypatch.setattr(quality, "prune", lambda *_: pytest.fail("pruned again"))
+    _, resumed = rows(place, "wanda", tokens=1024)
+    assert (resumed["method"], resumed["tokens"], resumed["rank"]) == ("wanda", 1024, 0)
+    assert not list((place / "work").glob("row-*"))

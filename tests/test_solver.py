@@ -261,3 +261,15 @@ def test_blocks_go_in_their_order_and_those_that_stay_never() -> None:
     assert solver.masks["layers"].detach().flatten().tolist() == [1, 1, 0, 1, 0]
     solver.fix({"layers": 1})
     assert int((~solver.tail("layers")).nonzero()[0, 2]) == 3
+
+
+def test_what_a_run_remembers_of_its_gradients_does_not_depend_on_its_steps() -> None:
+    """At the end of d, which starts at 0, the same part of a gradient that stays as it was."""
+    found = []
+    for steps in (4, 8, 80):
+        solver = Solver({"ffn": (1, 1, 4)}, lambda _: 1.0, budget=0.5, steps=steps)
+        for _ in range(steps):
+            solver.masks["ffn"].grad = -torch.ones(1, 1, 4)
+            solver.observe(10**9)
+        found.append(float(solver.drift["ffn"][0, 0, 0]))
+    assert found == pytest.approx([1 - 0.9**8] * 3, rel=0.05)

@@ -85,12 +85,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Rates:
-    """Step sizes. All are free of units, and those of masks, widths and duals are totals over the steps.
+    """Step sizes. All are free of units, and totals over the steps that learn masks.
 
     ``mask``: Newton steps of the masks. ``prox``: strength of the
     proximal shrinkage. ``width``: largest change of a family's width, as a share of it. ``dual``: growth of y.
     ``price``: change of ln z for a budget missed by a tenth of the model; ``urgency``: the same at once, for as long as
-    it is missed. ``fisher`` and ``drift``: memories of the moving averages F and d.
+    it is missed. ``fisher`` and ``drift``: memories of the moving averages F and d, what is left of a value after an
+    eighth of the steps.
     """
 
     mask: float = 8.0
@@ -101,6 +102,10 @@ class Rates:
     urgency: float = 2.0
     fisher: float = 0.98
     drift: float = 0.9
+
+    def over(self, steps: int) -> Rates:
+        """The same with the memories of one of so many steps."""
+        return replace(self, fisher=self.fisher ** (8 / steps), drift=self.drift ** (8 / steps))
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Solver:
         blocks: Mapping[str, Collection[int]] | None = None,
     ) -> None:
         self.shapes, self.resource, self.budget, self.steps = dict(shapes), resource, budget, steps
-        self.rates, self.ramp, self.given = rates or Rates(), ramp, dict(given or {})
+        self.rates, self.ramp, self.given = (rates or Rates()).over(steps), ramp, dict(given or {})
         self.blocks = {family: sorted(stay) for family, stay in (blocks or {}).items()}
         self.rounds = max(1, math.ceil(ROUNDS / steps))
         self.device = device or torch.device("cpu")

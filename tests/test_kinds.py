@@ -181,7 +181,7 @@ def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path: Pa
     model.save_pretrained(dense)
     run = mptk.Settings(data="random", samples=4, length=8, eval_windows=2, sparsity=0.2, multiple=1, seed=3)
     learning = Learning(steps=4, training=Training(batch=2))
-    found = mptk.prune(dense, out, replace(run, method="maskprune", learning=learning, families=("ffn",)))
+    found = mptk.prune(dense, out, replace(run, method="maskprune", learning=learning))
     assert all(stage["ok"] for stage in found.report.proof)
     notes = " ".join(found.report.notes)
     assert "MambaForCausalLM is traced for one length" in notes

@@ -4,8 +4,8 @@ The analysis gives the places. A mask multiplies the input of the layers that su
 down projection). If another call combines the units before (a norm over them, a product of two activations), the mask
 multiplies the output of the layers that make them. Hooks sit on the module that is called, usually an adapter's
 wrapper, so the adapter's path is masked too. If the weight has no layer of its own (packed experts), the parameter is
-masked, as it is if the model reads a layer's weight without calling the layer. The mask m of a residual block
-multiplies what it adds to its input: y = x + m · (block(x) − x).
+masked, as it is if the model reads a layer's weight without calling the layer, and in every module that holds it if it
+is tied. The mask m of a residual block multiplies what it adds to its input: y = x + m · (block(x) − x).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from mptk.errors import MptkError
 from mptk.ir.axes import Term, axes_in, leaves
 from mptk.ir.axis_facts import AxisFacts
 from mptk.ir.families import Analysis, Family, Group, Member, unit_indices
+from mptk.ir.program import Program
 from mptk.ir.source_location import past_module
 
 
@@ -74,13 +75,14 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
         if refusal is not None:
             raise MptkError(refusal)
         for layer, group in enumerate(family.groups):
-            members = _masked_members(analysis.facts, group)
+            consumers = _enough_consumers(analysis.facts, group)
             covered: set[str] = set()
-            for member in members:
+            for member in consumers or _makers(group, analysis.program):
                 if member.weight not in covered:
-                    site = _mask_site(analysis, module, family, layer, member)
-                    covered |= {weight for weight, _ in site.weights}
-                    sites.append(site)
+                    tied = [] if consumers else _tied_sites(analysis, module, family, layer, member)
+                    found = tied or [_mask_site(analysis, module, family, layer, member)]
+                    covered |= {weight for site in found for weight, _ in site.weights}
+                    sites += found
     return sites
 
 
@@ -96,14 +98,32 @@ def disturbed(analysis: Analysis, name: str) -> str | None:
     return None
 
 
-def _masked_members(facts: AxisFacts, group: Group) -> list[Member]:
-    """The consumers, if nothing else depends on the units; otherwise all members that make the units."""
-    consumers = [m for m in group.members if m.role == "consumer"]
+def _enough_consumers(facts: AxisFacts, group: Group) -> list[Member]:
+    """The consumers, if nothing else depends on the units."""
     met = axes_in(reduction.axis for reduction in facts.reductions)
     met |= axes_in(product.axis for product in facts.contractions if not facts.has_weight(product))
-    if consumers and group.axis not in met:
-        return consumers
-    return sorted((m for m in group.members if m.role != "consumer"), key=lambda m: m.role != "producer")
+    return [m for m in group.members if m.role == "consumer" and group.axis not in met]
+
+
+def _makers(group: Group, program: Program) -> list[Member]:
+    """The members that make the units, producers first. A tied weight that sums over them may make them elsewhere."""
+    tied = set(program.aliases.values())
+    found = (m for m in group.members if m.role != "consumer" or m.weight in tied)
+    return sorted(found, key=lambda m: m.role != "producer")
+
+
+def _tied_sites(analysis: Analysis, module: nn.Module, family: Family, layer: int, member: Member) -> list[MaskSite]:
+    """A site at each module that holds a tied weight, as all of them read it folded; none if it is not tied.
+
+    The weight is folded once, with the first of them.
+    """
+    names = [member.weight, *(a for a, owner in analysis.program.aliases.items() if owner == member.weight)]
+    if len(names) == 1:
+        return []
+    index = _index(analysis.weights[member.weight], member.dim, family.groups[layer])
+    places = {id(module.get_submodule(at)): (at, own) for at, _, own in (name.rpartition(".") for name in names)}
+    sites = [MaskSite(family.name, layer, at, own, index, ()) for at, own in places.values()]
+    return [replace(sites[0], weights=((member.weight, None),)), *sites[1:]]
 
 
 def _mask_site(analysis: Analysis, module: nn.Module, family: Family, layer: int, member: Member) -> MaskSite:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import gc
 import linecache
 import logging
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -160,6 +162,21 @@ def test_a_trace_leaves_nothing_behind() -> None:
     program = mptk.trace(torch.nn.Linear(2, 3), [torch.ones(1, 2)])
     assert not linecache.getlines(program.graph.forward.__code__.co_filename)
     assert all(not n.meta["val"].fake_mode.cache_enabled for n in program.graph.graph.nodes if "val" in n.meta)
+
+
+def test_a_trace_is_gone_when_its_program_is() -> None:
+    """But for the last one, which torch keeps."""
+
+    class Own(torch.nn.Linear):  # the tests remember traces of known classes
+        pass
+
+    def sizes_of_a_trace() -> weakref.ref[object]:
+        program = mptk.trace(Own(2, 3), [torch.ones(2, 2)], dynamic=True)
+        return weakref.ref(next(iter(program.graph.graph.nodes)).meta["val"].fake_mode.shape_env)
+
+    first, _ = sizes_of_a_trace(), sizes_of_a_trace()
+    gc.collect()
+    assert first() is None, changed("torch", "what an export keeps of symbolic sizes")
 
 
 def test_every_step_of_the_api_that_compiles_forgets_the_sources() -> None:

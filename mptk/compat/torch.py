@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph_module import _loader
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -25,6 +26,7 @@ __all__ = [
     "OpOverload",  # The type of a traced call's target. A public name would replace it.
     "build_exported",
     "check",  # States a relation between symbolic sizes; documented as ``torch._check``.
+    "drop_tracked_inputs",
     "enable_python_dispatcher",  # Some kernels handle symbolic sizes only in Python. Export sets it, too.
     "quiet_exporter",
     "schema",
@@ -40,17 +42,35 @@ __all__ = [
 
 @contextlib.contextmanager
 def sources_forgotten() -> Iterator[None]:
-    """Within it torch.fx keeps the source of each module that it generates, for tracebacks. Afterwards it is dropped.
+    """Within it torch keeps the source of each module that it generates, and what it found out about symbolic sizes.
 
-    torch.fx drops none, so a process that compiles many models would grow with each. It has no public way to.
+    Afterwards both are dropped. torch drops neither, so a process that compiles many models would grow with each. It
+    has no public way to.
     """
     before = set(_loader.eval_cache)
     try:
         yield
     finally:
+        for method in vars(ShapeEnv).values():
+            if hasattr(method, "cache_clear"):
+                method.cache_clear()
         for name in _loader.eval_cache.keys() - before:
             del _loader.eval_cache[name]
             linecache.cache.pop(name, None)
+
+
+def drop_tracked_inputs(exported: ExportedProgram) -> None:
+    """Let go of the fake inputs that an export tracked, which would keep all of it in memory for ever.
+
+    Their symbolic sizes point back to what tracks them from C++, so no garbage collection finds the circle. The export
+    needs them only while it runs. torch has no public way to drop them.
+    """
+    for node in exported.graph.find_nodes(op="placeholder"):
+        if isinstance(value := node.meta.get("val"), FakeTensor):
+            sizes = value.fake_mode.shape_env
+            if sizes is not None and sizes.tracked_fakes is not None:
+                sizes.tracked_fakes.clear()
+            return
 
 
 def schema(target: object) -> FunctionSchema | None:

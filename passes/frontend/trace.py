@@ -14,7 +14,7 @@ from torch.export.graph_signature import ExportGraphSignature
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from mptk.compat.torch import FakeTensorMode, tree_leaves, uncached_operators
+from mptk.compat.torch import FakeTensorMode, drop_tracked_inputs, tree_leaves, uncached_operators
 from mptk.errors import MptkError
 from mptk.ir.module import ProgramModule
 from mptk.ir.program import Program
@@ -118,6 +118,7 @@ def export_program(
             f"torch.export cannot trace {type(wrapper.module).__name__}: {type(error).__name__}: {reason}; "
             "see docs/tracing.md for the usual causes"
         ) from error
+    drop_tracked_inputs(exported)
     return program_from_exported(exported, wrapper)
 
 

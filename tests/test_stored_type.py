@@ -80,6 +80,14 @@ def test_folded_norms_are_rounded_and_what_is_written_equals_that(half: str, tmp
     mptk.verify(tmp_path / "out")
 
 
+def test_training_starts_before_folded_norms_are_rounded(half: str, tmp_path: Path) -> None:
+    """Else what was trained differs from the masked model by the rounding of its norms, and the proof fails."""
+    learning = Learning(steps=2, rank=2, training=Training(batch=2, micro=2))
+    cut = replace(SETTINGS, families=("hidden",), widths={"hidden": 24}, learning=learning)
+    stages = {row["stage"]: row for row in mptk.prune(half, tmp_path / "out", cut).report.proof}
+    assert stages["trained model"]["relative"] <= 5e-6
+
+
 @pytest.mark.parametrize(("dtype", "onnx"), [("float16", True), ("bfloat16", False), ("float32", False)])
 def test_another_type_is_stored_if_it_is_asked_for(tmp_path: Path, dtype: str, onnx: bool) -> None:
     dense = checkpoint(tmp_path / "dense", torch.float32)

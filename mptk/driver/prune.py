@@ -275,7 +275,7 @@ def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[C
     s = prepared.recovery
     learner = Learner(context.accelerator, prepared, sets.training, s, context.folder, context.progress)
     with context.stage("recover"):
-        weights = compiled.program.state_dict() if learner.keeps else {}
+        weights = compiled.exact.state_dict() if learner.keeps else {}
         small = small_model(compiled, weights, shared=learner.rank > 0)
         steps, used = prepared.settings.steps - chosen.steps, chosen.steps * s.training.batch
         held_out = None if sets.held_out is None else sets.held_out[: s.training.batch]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from kinds import DATA, METRICS, MODELS, settings
+from PIL import Image
 from transformers import MambaConfig, MambaForCausalLM, XLMConfig, XLMWithLMHeadModel
 
 import mptk
@@ -22,6 +23,7 @@ from benchmarks.tiny_models import tiny_model
 from mptk.driver import api
 from mptk.driver.tracing import same_sizes, traced
 from mptk.errors import MptkError
+from mptk.io.images import open_image
 from mptk.io.models import Loaded, load
 from mptk.ir.program import Program
 from mptk.ir.samples import IGNORED, Samples
@@ -139,6 +141,13 @@ def test_files_that_are_no_image_and_no_sound(folders: Path, tmp_path: Path) -> 
     for name, line in (("image classifier", "no image that can be read"), ("speech", "no WAV file that can be read")):
         with pytest.raises(MptkError, match=line):
             mptk.prune(str(folders / name), tmp_path / "out", settings(folders, name, data=str(tmp_path)))
+
+
+def test_a_small_file_that_unpacks_to_a_huge_picture(tmp_path: Path) -> None:
+    Image.new("1", (20_000, 8_000)).save(tmp_path / "huge.png")
+    assert (tmp_path / "huge.png").stat().st_size < 50_000
+    with pytest.raises(MptkError, match=r"huge.png is no image that can be read .*160000000 pixels"):
+        open_image(tmp_path / "huge.png")
 
 
 def test_random_inputs_are_said_in_the_protocol(folders: Path, tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,13 +25,17 @@ CARD = "---\nlicense: mit\nbase_model: me/dense\ntags:\n- pruned\n---\n\n# A car
 
 
 class Hub(ThreadingHTTPServer):
-    """Keeps the files of a commit and the bodies of other requests by path. ``refuses``: paths answered with 403."""
+    """Keeps the files of a commit and the bodies of other requests by path.
+
+    ``refuses``: paths answered with 403. ``stalls``: it reads half of a commit, says so by ``stalled``, and waits.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: dict[str, dict] = {}
         self.files: dict[str, bytes] = {}
         self.summary, self.refuses = "", ""
+        self.stalls, self.stalled = False, threading.Event()
 
     @property
     def url(self) -> str:
@@ -45,7 +52,13 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"sha": "0" * 40, "id": "me/small", "siblings": []})
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        length = int(self.headers.get("Content-Length", 0))
+        if self.server.stalls and "/commit/" in self.path:
+            self.rfile.read(length // 2)
+            self.server.stalled.set()
+        body = self.rfile.read(length)
+        if self.server.stalls and "/commit/" in self.path:
+            return  # whoever sent it was killed
         if self.server.refuses and self.server.refuses in self.path:
             self.answer({"error": "you may not write here"}, 403)
         elif "/commit/" in self.path:
@@ -140,3 +153,19 @@ def test_a_name_that_no_hub_takes(hub: Hub, folder: Path) -> None:
     with pytest.raises(MptkError, match="check the name"):
         push(folder, "me/../x")
     assert not hub.files
+
+
+def test_a_push_that_is_killed_sends_all_or_nothing_and_can_be_repeated(hub: Hub, folder: Path) -> None:
+    hub.stalls = True
+    code = f"import huggingface_hub.constants as c; c.ENDPOINT = {hub.url!r}\n"
+    code += f"from mptk.io.push import push; push({str(folder)!r}, 'me/small')"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with subprocess.Popen([sys.executable, "-c", code]) as sending:
+        assert hub.stalled.wait(60)
+        sending.kill()
+    assert sending.returncode == -signal.SIGKILL
+    assert not hub.files
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    hub.stalls = False
+    push(folder, "me/small")
+    assert set(hub.files) == {"README.md", "config.json", "mptk.json", "onnx/model.onnx"}

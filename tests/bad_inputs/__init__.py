@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.bad_inputs import data, models, options, plans, results
+from tests.bad_inputs import bombs, data, models, options, plans, results
 
-ROWS = [*options.ROWS, *models.ROWS, *results.ROWS, *plans.ROWS, *data.ROWS]
+ROWS = [*options.ROWS, *models.ROWS, *results.ROWS, *plans.ROWS, *data.ROWS, *bombs.ROWS]

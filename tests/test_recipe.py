@@ -19,7 +19,7 @@ from mptk.cli import prune as commands
 from mptk.cli.main import app
 from mptk.cli.options import FIELDS, RECOVERY, settings_from
 from mptk.io.manifest import check_manifest
-from mptk.run.recipe import read_recipe, recipe, recovery_recipe
+from mptk.run.recipe import TYPED_ONLY, read_recipe, recipe, recovery_recipe
 from mptk.run.settings import Learning, LossWeights, Training
 
 OTHER = api.Settings(
@@ -75,7 +75,7 @@ def test_the_recipe_of_settings_gives_these_settings(settings: api.Settings, tmp
 
 
 def test_the_command_line_wins(tmp_path: Path, asked: list[Any]) -> None:
-    path = write(tmp_path / "a.yaml", model="m", sparsity=0.5, steps=9, onnx=False, seed=3, width={"ffn": 32}, out="o")
+    path = write(tmp_path / "a.yaml", model="m", sparsity=0.5, steps=9, onnx=False, seed=3, width={"ffn": 32})
     assert run("prune", "other", "--config", path, "--sparsity", "0.2", "--onnx", "--out", "p").exit_code == 0
     ((model, out, settings),) = asked
     assert (model, str(out), settings.sparsity, settings.onnx) == ("other", "p", 0.2, True)
@@ -83,10 +83,8 @@ def test_the_command_line_wins(tmp_path: Path, asked: list[Any]) -> None:
 
 
 def test_latencies_dashes_and_a_bare_no(tmp_path: Path, asked: list[Any]) -> None:
-    (tmp_path / "a.yaml").write_text(
-        "model: m\nout: o\nmax-decode-ms: 12.5\nprecision: no\ndata: {a.txt: 1, b.txt: 3}\n"
-    )
-    assert run("prune", "--config", str(tmp_path / "a.yaml")).exit_code == 0
+    (tmp_path / "a.yaml").write_text("model: m\nmax-decode-ms: 12.5\nprecision: no\ndata: {a.txt: 1, b.txt: 3}\n")
+    assert run("prune", "--config", str(tmp_path / "a.yaml"), "--out", "o").exit_code == 0
     settings = asked[0][2]
     assert (settings.max_ms, settings.budget, settings.learning.precision) == (12.5, "latency", "no")
     assert settings.data == "a.txt=1,b.txt=3"
@@ -124,12 +122,23 @@ def test_every_option_is_a_key_of_the_recipe() -> None:
     learning = replace(learning, training=replace(learning.training, lr=0.1))
     full = replace(OTHER, plan="plan.json", eval_data="c", vocabulary="d", kv_heads=1, learning=learning)
     read = api.Settings(inputs="i.safetensors")  # which has no vocabulary, and data of its own kind
-    missing = set(FIELDS) - set(recipe("m", full)) - {"resume", "trust_remote_code"}
+    missing = set(FIELDS) - set(recipe("m", full)) - {"resume", *TYPED_ONLY}
     assert missing - set(recipe("m", read)) == set()
     assert set(recovery_recipe("f", "m", full)) <= {*RECOVERY, "folder", "model"}
-    assert set(RECOVERY) - {"resume", "trust_remote_code"} <= set(recovery_recipe("f", "m", full))
+    assert set(RECOVERY) - {"resume", *TYPED_ONLY} <= set(recovery_recipe("f", "m", full))
     assert settings_from({}) == api.Settings()
     assert "config" in inspect.signature(commands.prune).parameters
+
+
+@pytest.mark.parametrize("name", ["trust_remote_code", "trust-remote-code", "out", "teacher_cache"])
+def test_what_no_file_may_decide(name: str, tmp_path: Path, asked: list[Any], mptk) -> None:  # noqa: F811
+    (tmp_path / "a.yaml").write_text(f"model: m\nteacher: cached\nsteps: 2\n{name}: true\n")
+    result = mptk("prune", "--config", tmp_path / "a.yaml", "--out", "o")
+    assert (result.code, asked) == (1, [])
+    flag = name.replace("_", "-")
+    assert (
+        f"a.yaml has {name.replace('-', '_')!r}, which no file may decide; remove it, and type --{flag}" in result.error
+    )
 
 
 # ---- real runs ----

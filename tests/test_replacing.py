@@ -20,7 +20,7 @@ from mptk.errors import MptkError
 from mptk.files import claimed, discard, scratch, staged, staging, tidy, write_file, write_text
 from mptk.files.replace import put_folder
 from mptk.io.cache import build_once, tidy_shared
-from mptk.io.manifest import check_manifest, update_manifest
+from mptk.io.manifest import check_manifest, update_manifest, write_manifest
 from mptk.io.publish import amend, check_apart, publish
 
 
@@ -388,7 +388,7 @@ def test_an_export_of_other_content_is_never_used_again(tmp_path: Path, monkeypa
     model, times = tmp_path / "model", time.time_ns()
     model.mkdir()
     (model / "config.json").write_text("{}")
-    seen = []
+    seen: list[Path] = []
     for value in (1.0, 2.0, 1.0):
         save_file({"x": torch.full((2,), value)}, model / "model.safetensors")
         os.utime(model / "model.safetensors", ns=(times, times))
@@ -397,3 +397,62 @@ def test_an_export_of_other_content_is_never_used_again(tmp_path: Path, monkeypa
     assert seen[0] == seen[2] != seen[1]
     (model / "config.json").write_text("{ }")
     assert api.onnx_folder(str(model)) not in seen
+
+
+@pytest.fixture
+def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Path]:
+    """Gives the cached export of a model, whose graph is in truth the word ``graph``."""
+    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(api, "load_decoder", lambda model: type("Loaded", (), {"model": Path(model)}))
+
+    def export(model: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model.onnx").write_bytes(b"graph")
+
+    monkeypatch.setattr(api, "export", export)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    save_file({"x": torch.zeros(2)}, tmp_path / "model" / "model.safetensors")
+    return lambda: api.onnx_folder(str(tmp_path / "model"))
+
+
+def rewritten(folder: Path) -> None:
+    """By somebody who knows of the manifest, and may write into the folder."""
+    (folder / "model.onnx").write_bytes(b"grape")
+    write_manifest(folder)
+    folder.chmod(0o777)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "model.onnx").write_bytes(b"gra"),
+        lambda folder: (folder / "model.onnx").unlink(),
+        lambda folder: (folder / "model.onnx_data").write_bytes(b"added"),
+        lambda folder: (folder / "mptk.json").unlink(),
+        rewritten,
+    ],
+    ids=["cut short", "lost", "added", "no manifest", "open to others"],
+)
+def test_a_damaged_or_foreign_export_is_made_anew(
+    exported: Callable[[], Path], damage: Callable[[Path], object]
+) -> None:
+    folder = exported()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    damage(folder)
+    assert exported() == folder
+    assert (folder / "model.onnx").read_bytes() == b"graph"
+    assert sorted(file.name for file in folder.iterdir()) == ["model.onnx", "mptk.json"]
+
+
+def test_users_of_one_cache_have_exports_of_their_own(
+    exported: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = exported()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: 4321)
+        yours = mine.with_name(mine.name.rpartition("-")[0] + "-4321")
+        yours.mkdir()  # by somebody else: the number of this process's user is another
+        with pytest.raises(MptkError, match=rf"^{yours} belongs to another user; remove it, or set MPTK_CACHE"):
+            exported()
+    assert exported() == mine

@@ -170,7 +170,9 @@ def evaluate(
     length: Annotated[int, typer.Option(**within(8), help="Tokens in a window.")] = 512,
     windows: Annotated[int | None, typer.Option(**within(1), help="Use only the first windows.")] = None,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated.")] = "",
-    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with lm-eval task files; needs --trust-remote-code.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(**within(1), help="Examples of each task.")] = None,
     runtime: Annotated[str, typer.Option(help="onnx: a folder's ONNX or an .onnx file.", **choices.RUNTIME)] = "torch",
     threads: Threads = 0,
@@ -223,6 +225,7 @@ def evaluate_torch(
     from mptk.run.execution import find_device
     from mptk.tasks import load_decoder
 
+    evaluation.check_trusted(include_path, trust_remote_code)
     with stages(err) as progress:
         progress("load", 0, 0)
         there = find_device(device)
@@ -242,7 +245,9 @@ def evaluate_torch(
             result |= {"perplexity": measured.value, "protocol": measured.protocol}
         if tasks:
             progress("lm-eval", 0, 0)
-            result["tasks"] = evaluation.zero_shot(loaded, tasks, include_path=include_path, limit=limit)
+            result["tasks"] = evaluation.zero_shot(
+                loaded, tasks, include_path=include_path, limit=limit, trust_remote_code=trust_remote_code
+            )
     views = [] if data is None else [perplexity_view(measured)]
     show(json_file, result, Group(*views, *([JSON.from_data(result["tasks"])] if tasks else [])))
 

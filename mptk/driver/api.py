@@ -20,7 +20,7 @@ from mptk.driver.tracing import traced
 from mptk.errors import MptkError
 from mptk.files import path_of, write_result
 from mptk.io import data, models
-from mptk.io.cache import build_once, cache_dir
+from mptk.io.cache import build_private, private_place
 from mptk.io.checkpoint import copy_processors, save_tokenizer
 from mptk.io.data import check_positions, positions_of
 from mptk.io.dense import fingerprint
@@ -337,7 +337,8 @@ def positions_named(model: str) -> int | None:
 def onnx_folder(model: str, progress: Progress | None = None) -> Path:
     """``MODEL`` or ``MODEL/onnx`` if it holds ``model.onnx``, else an export kept in the cache folder.
 
-    Its name there is made of what the model's files hold, so that a model that changed is exported again.
+    Its name there is made of what the model's files hold, so that a model that changed is exported again. So is one
+    whose export was changed.
     """
     for own in (Path(model), Path(model) / "onnx"):
         if (own / "model.onnx").is_file():
@@ -351,4 +352,4 @@ def onnx_folder(model: str, progress: Progress | None = None) -> Path:
 
     made_of = (fingerprint(model), __version__, torch.__version__, transformers.__version__)
     stamp = hashlib.sha256(" ".join(made_of).encode()).hexdigest()[:16]
-    return build_once(cache_dir() / "onnx" / stamp, build)
+    return build_private(private_place("onnx", stamp), build)

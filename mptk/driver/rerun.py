@@ -52,6 +52,7 @@ def rerun(
         raise MptkError(f"{folder} was pruned in Python with samples in memory; run that program again")
     start = read_recipe(folder / FILE).get("folder")
     settings = replace(before.settings, resume=False, trust_remote_code=trust_remote_code)
+    settings = replace(settings, learning=replace(settings.learning, teacher_cache=None))  # a place on this machine
     if start is not None:
         changes = {name: value for name, value in vars(settings).items() if name not in _LEARNING}
         now = recover(

@@ -69,9 +69,14 @@ def put_folder(staging: Staging, target: Path) -> None:
         staging.renew()
 
 
-def put_made(staging: Staging, target: Path) -> None:
-    """Move the one file or folder that was made in the staging folder to ``target``, where nothing is yet."""
+def put_made(staging: Staging, target: Path, mode: int | None = None) -> None:
+    """Move the one file or folder that was made in the staging folder to ``target``, where nothing is yet.
+
+    ``mode``: its rights, if they are not the ordinary ones.
+    """
     ordinary(staging.folder)
+    if mode is not None:
+        (staging.folder / target.name).chmod(mode)
     os.rename(staging.folder / target.name, target)
 
 

@@ -164,6 +164,18 @@ def test_each_run_writes_its_recipe(made: Path, files) -> None:  # noqa: F811
     assert "run.yaml" in json.loads((made / "report.json").read_text())["files"]
 
 
+def test_a_run_is_repeated_beside_files_of_the_user(made: Path, tmp_path: Path, mptk) -> None:  # noqa: F811
+    shutil.copytree(made, tmp_path / "out")
+    (tmp_path / "out" / "NOTES.txt").write_text("mine")
+    again = ["prune", "--config", made / "run.yaml", "--out", tmp_path / "out"]
+    result = mptk(*again)
+    assert result.code == 1
+    assert "out holds NOTES.txt, which mptk did not write; give another --out, or add --overwrite" in result.error
+    assert mptk(*again, "--overwrite").code == 0
+    assert (tmp_path / "out" / "NOTES.txt").read_text() == "mine"
+    assert not read_recipe(tmp_path / "out" / "run.yaml").keys() & set(TYPED_ONLY)
+
+
 def test_rerun_gives_the_same_and_says_so(made: Path, tmp_path: Path, mptk) -> None:  # noqa: F811
     result = mptk("rerun", made, "--out", tmp_path / "again", "--json", tmp_path / "rerun.json")
     assert result.code == 0, result.stderr

@@ -24,6 +24,7 @@ from mptk.cli.options import (
     Objective,
     OnnxDtype,
     Out,
+    Overwrite,
     Quantize,
     Threads,
     Trust,
@@ -54,6 +55,7 @@ def export_onnx(
     onnx_dtype: OnnxDtype = "auto",
     memory: Memory = None,
     device: Device = Settings.device,
+    overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a model as ONNX, a decoder with its KV cache, with its config and tokenizer."""
@@ -73,6 +75,7 @@ def export_onnx(
             memory=parse_size(memory),
             device=device,
             trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
             progress=progress,
         )
     out.print(f"written to {folder}", soft_wrap=True)

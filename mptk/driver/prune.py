@@ -52,7 +52,7 @@ from mptk.targets import written
 from passes.transforms.insert_masks import MaskSite
 from passes.verify import Difference
 
-ELSEWHERE = ("resume", "proof_length", "memory", "device", "max_shard_size")
+ELSEWHERE = ("resume", "overwrite", "proof_length", "memory", "device", "max_shard_size")
 """Settings that may differ when an unfinished run goes on."""
 
 FOUND = ("sparsity", "length", "eval_length")
@@ -74,7 +74,7 @@ def run(job: Job, settings: Settings, context: Context) -> Finished | None:
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
             or a stage of the proof is above its tolerance. Then ``job.out`` stays as it was.
     """
-    with own_state(settings.device), explained(), held(job):
+    with own_state(settings.device), explained(), held(job, settings.overwrite):
         return stages(job, settings, context if leads() else replace(context, progress=silent))
 
 
@@ -303,7 +303,7 @@ def written_folder(
     """Write, prove and publish the folder. Its report lacks the quality, which is measured afterwards."""
     prepared, chosen = compiled.prepared, compiled.chosen
     targets = written(prepared.target, prepared.settings)
-    with publish(job.out) as folder:
+    with publish(job.out, overwrite=prepared.settings.overwrite) as folder:
         if context.folder is not None and context.accelerator is not None:
             context.folder.finish(folder)
         chosen.plan.save(folder / "plan.json")

@@ -28,11 +28,12 @@ def rerun(
     model: str | None = None,
     on_stage: Callable[[Record], None] | None = None,
     trust_remote_code: bool = False,
+    overwrite: bool = False,
 ) -> list[dict[str, Any]] | None:
     """Repeat the ``prune`` or ``recover`` that made ``folder``, and write the result to ``out``.
 
     Settings, data and, unless ``model`` is given, the model are those that the folder's report names. They may be
-    downloaded. Code of the model runs only with ``trust_remote_code``.
+    downloaded. Code of the model runs only with ``trust_remote_code``. ``overwrite``: as in ``Settings``.
 
     Returns:
         ``what`` was compared, ``before``, ``now``, and whether they are the ``same``. None in all but the first of
@@ -51,7 +52,7 @@ def rerun(
     if IN_MEMORY in (before.settings.data, before.settings.eval_data, before.settings.vocabulary):
         raise MptkError(f"{folder} was pruned in Python with samples in memory; run that program again")
     start = read_recipe(folder / FILE).get("folder")
-    settings = replace(before.settings, resume=False, trust_remote_code=trust_remote_code)
+    settings = replace(before.settings, resume=False, overwrite=overwrite, trust_remote_code=trust_remote_code)
     settings = replace(settings, learning=replace(settings.learning, teacher_cache=None))  # a place on this machine
     if start is not None:
         changes = {name: value for name, value in vars(settings).items() if name not in _LEARNING}

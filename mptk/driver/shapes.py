@@ -78,7 +78,7 @@ def shapes(
     place = kept.folder / "shapes" if kept is not None else Path(str(out))
     job = Job(source.name, place, source.load, needs=source.needs, samples=given(data, None))
     say_command = partial(command, str(model), chosen) if isinstance(model, str | Path) else lambda widths: ""
-    with reporting(progress) as say, own_state(chosen.device), explained(), held(job):
+    with reporting(progress) as say, own_state(chosen.device), explained(), held(job, chosen.overwrite):
         return searched(job, settled(chosen), Context(Log(), say), say_command, write=out is not None)
 
 
@@ -102,7 +102,7 @@ def searched(
         raise
     found = replace(found, command=say_command(found.best.widths))
     if write:
-        with publish(job.out) as folder:
+        with publish(job.out, overwrite=settings.overwrite) as folder:
             write_json(folder / FILE, found.to_json())
     context.folder.remove()
     return found

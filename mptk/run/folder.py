@@ -24,6 +24,8 @@ from mptk.run.processes import processes
 
 KEPT = 2
 SETTINGS = "settings.json"
+METRICS = "metrics.jsonl"
+_OURS = (SETTINGS, METRICS)
 TRACKER = "tracker"
 """Folder of a tracker that writes files."""
 
@@ -99,21 +101,21 @@ class RunFolder:
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """Append a line to ``metrics.jsonl``."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with (self.path / METRICS).open("a") as file:
             file.write(
                 json_text({"phase": phase, "step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n"
             )
 
     def rewind(self, phase: str, step: int) -> None:
         """Drop the metrics that a resumed run will write again: those of ``phase`` after ``step``."""
-        path = self.path / "metrics.jsonl"
+        path = self.path / METRICS
         if path.is_file():
             rows = [line for line in path.read_text().splitlines() if _earlier(line, phase, step)]
             write_text(path, "".join(row + "\n" for row in rows))
 
     def finish(self, folder: Path) -> None:
         """Copy metrics and a tracker's files to ``folder``."""
-        shutil.copy(self.path / "metrics.jsonl", folder)
+        shutil.copy(self.path / METRICS, folder)
         if (self.path / TRACKER).is_dir():
             shutil.copytree(self.path / TRACKER, folder / TRACKER)
 
@@ -144,6 +146,13 @@ def check_unfinished(out: Path, settings: Mapping[str, Any], resume: bool, but: 
     """
     path = _beside(out)
     file = path / SETTINGS
+    if path.is_dir() and not any(each.name in _OURS or each.suffix == ".safetensors" for each in path.iterdir()):
+        tidy(path)
+        if any(path.iterdir()):
+            raise MptkError(
+                f"{path} holds no unfinished run, and the run would keep its stages there; give another --out, or "
+                "rename that folder"
+            )
     if not any(path.glob("*.safetensors")):
         return False
     before = _object(file) if os.path.lexists(file) else None

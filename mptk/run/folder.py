@@ -20,10 +20,13 @@ from mptk.errors import MptkError
 from mptk.files import discard, json_text, tidy, write_file, write_text
 from mptk.io.untrusted import load_tensors
 from mptk.reading import Damaged, read_json
+from mptk.run.origin import differing
 from mptk.run.processes import processes
 
 KEPT = 2
 SETTINGS = "settings.json"
+GIVEN = "given"
+"""What the run was given, in its settings (``mptk/run/origin.py``)."""
 METRICS = "metrics.jsonl"
 _OURS = (SETTINGS, METRICS)
 TRACKER = "tracker"
@@ -160,6 +163,11 @@ def check_unfinished(out: Path, settings: Mapping[str, Any], resume: bool, but: 
         raise MptkError(f"{path} holds an unfinished run; add --resume to go on, or remove it")
     if resume:
         before, given = before or {}, json.loads(json_text(settings))
+        if GIVEN not in but and (others := differing(before.get(GIVEN) or {}, given.get(GIVEN) or {})):
+            raise MptkError(
+                f"{others} changed since {path} was started, and the result would be a mixture; give what it was "
+                "started with, or remove it"
+            )
         names = sorted({*before, *given}.difference(but))
         if changed := [name for name in names if before.get(name) != given.get(name)]:
             raise MptkError(

@@ -18,7 +18,8 @@ import mptk as api
 from mptk.cli import prune as commands
 from mptk.cli.main import app
 from mptk.cli.options import FIELDS, RECOVERY, settings_from
-from mptk.io.manifest import check_manifest
+from mptk.files import write_json
+from mptk.io.manifest import check_manifest, write_manifest
 from mptk.run.recipe import TYPED_ONLY, read_recipe, recipe, recovery_recipe
 from mptk.run.settings import Learning, LossWeights, Training
 
@@ -197,16 +198,39 @@ def test_rerun_says_what_differs(made: Path, tmp_path: Path, mptk) -> None:  # n
     report["versions"]["torch"] = "1.0"
     (other / "report.json").write_text(json.dumps(report))
     assert "was changed since it was published" in mptk("rerun", other, "--out", tmp_path / "again").error
-    from mptk.io.manifest import write_manifest
-
     write_manifest(other)
     result = mptk("rerun", other, "--out", tmp_path / "again")
-    assert result.code == 0, result.stderr
+    assert result.code == 1
+    assert f"{other} could not be repeated, and differs in plan, weights, calibration data" in result.error
     last = result.stdout.splitlines()[-1]
     assert last.startswith("differs in ")
     assert "weights" in last or "plan" in last
     assert all(words in last for words in ("calibration data", "quality of pruned", "torch"))
     assert "transformers" not in last
+
+
+def test_rerun_compares_the_files_and_not_what_the_report_says_of_them(
+    made: Path,
+    tmp_path: Path,
+    mptk,  # noqa: F811
+) -> None:
+    """Whoever changes a file can make the manifest fit, and other versions may give the same."""
+    other = tmp_path / "other"
+    shutil.copytree(made, other)
+    config = json.loads((other / "config.json").read_text())
+    write_json(other / "config.json", {**config, "rms_norm_eps": 0.5})
+    report = json.loads((other / "report.json").read_text())
+    report["versions"]["torch"] = "1.0"
+    write_json(other / "report.json", report)
+    write_manifest(other)
+    result = mptk("rerun", other, "--out", tmp_path / "again")
+    assert result.code == 1
+    assert "could not be repeated, and differs in written config.json; compare" in result.error
+    assert result.stdout.splitlines()[-1] == "differs in torch, written config.json"
+    (other / "config.json").write_bytes((made / "config.json").read_bytes())
+    write_manifest(other)
+    result = mptk("rerun", other, "--out", tmp_path / "again")
+    assert (result.code, result.stdout.splitlines()[-1]) == (0, "differs in torch")
 
 
 def test_a_recovery_is_repeated_too(made: Path, tmp_path: Path, mptk) -> None:  # noqa: F811

@@ -350,3 +350,17 @@ def test_a_tokenizer_in_memory_is_what_the_unfinished_run_was_started_with(place
         mptk.prune(model, place / "out", SETTINGS, data=data, tokenizer=other, resume=True)
     same("a", truncation=True, max_length=1)  # which it remembers
     assert mptk.prune(model, place / "out", SETTINGS, data=data, tokenizer=same, resume=True)
+
+
+def test_a_checkpoint_with_what_is_no_number_is_damaged(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "out", {}, resume=False)
+    folder.checkpoint(
+        "masks", 2, {"watched": torch.tensor([[0.0, torch.inf]]), "rng": torch.zeros(3, dtype=torch.uint8)}
+    )
+    folder.checkpoint("masks", 4, {"watched": torch.tensor([[torch.nan, 1.0]])})
+    file = folder.path / "masks-00000004.safetensors"
+    for read in (lambda: folder.latest("masks"), lambda: folder.checkpointed("masks", 4)):
+        with pytest.raises(MptkError, match=rf"^{file} is damaged: watched is not a number; remove {file}, and start"):
+            read()
+    file.unlink()
+    assert folder.latest("masks")

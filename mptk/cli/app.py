@@ -24,7 +24,7 @@ from mptk.cli.stopping import STOPPED, deaf, stoppable
 from mptk.cli.streams import lasting, lost
 from mptk.cli.voice import VOICE
 from mptk.errors import explained
-from mptk.files import json_text, path_of, tidy, write_json
+from mptk.files import check_text, json_text, path_of, tidy, write_json
 from mptk.io.cache import tidy_shared
 
 app = typer.Typer(
@@ -112,11 +112,16 @@ def show(json_file: Path | None, content: object, view: RenderableType) -> None:
 
 
 def tidy_for(arguments: Iterable[object]) -> None:
-    """Remove what killed commands left in the cache folder and beside the files and folders that are named."""
+    """Remove what killed commands left in the cache folder and beside the files and folders that are named.
+
+    Raises:
+        MptkError: a name is no text.
+    """
     tidy_shared()
     for argument in arguments:
         for name in argument if isinstance(argument, list | tuple) else [argument]:
             if isinstance(name, str | Path):
+                check_text(name)
                 tidy(path_of(name).parent)
 
 

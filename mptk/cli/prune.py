@@ -171,9 +171,9 @@ def rerun(
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Repeat the run that made a folder, from its report, and show what differs: plan, weights, text, quality."""
+    """Repeat the run that made a folder, from its report, and show what differs. Exit code 1 if a result does."""
     from mptk.cli import report
-    from mptk.driver.rerun import rerun
+    from mptk.driver.rerun import rerun, results_differing
 
     with resumable(destination), stages(err) as progress:
         found = rerun(
@@ -187,6 +187,8 @@ def rerun(
         )
     if found is not None:
         show(json_file, {"folder": str(folder), "out": str(destination), "rows": found}, report.rerun_view(found))
+        if differ := results_differing(found):
+            raise MptkError(f"{folder} could not be repeated, and differs in {', '.join(differ)}; compare its versions")
 
 
 @command("report", examples=("report runs/m30", "report runs/m30 runs/w30 --html report.html"))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mptk.errors import MptkError
-from mptk.files import claimed, fill_folder, path_of, put_folder, tidy, writing
+from mptk.files import check_text, claimed, fill_folder, path_of, put_folder, tidy, writing
 from mptk.io.manifest import edited, foreign, is_ours, write_manifest
 
 SHOWN = 5
@@ -54,6 +54,7 @@ def check_replaceable(folder: Path, overwrite: bool = False) -> None:
     It is a link; or exists, is not empty and is no output of mptk; or is one in which files were added or changed.
     ``overwrite``: then the added ones stay, and the changed ones are replaced.
     """
+    check_text(folder)
     if folder.name in ("", ".."):
         raise MptkError(f"{folder} is no name of a folder to write; give one, such as runs/small")
     if folder.is_symlink():

@@ -91,15 +91,14 @@ class RunFolder:
 
     def checkpointed(self, phase: str, step: int) -> dict[str, Tensor]:
         """The state after ``step`` steps of a phase, which was kept. Raises MptkError if the file is damaged."""
-        file = self.path / f"{_name(phase, step)}.safetensors"
-        return load_tensors(file, _damaged(file))
+        return _state(self.path / f"{_name(phase, step)}.safetensors")
 
     def latest(self, phase: str) -> tuple[int, dict[str, Tensor]] | None:
         """Steps done and state of the newest checkpoint of a phase, or None."""
         found = self._checkpoints(phase)
         if not found:
             return None
-        return int(found[-1].stem.rpartition("-")[2]), load_tensors(found[-1], _damaged(found[-1]))
+        return int(found[-1].stem.rpartition("-")[2]), _state(found[-1])
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """Append a line to ``metrics.jsonl``."""
@@ -195,6 +194,14 @@ def _damaged(file: Path) -> Damaged:
     """The error of a file that cannot be gone on from. An older checkpoint may stand beside a damaged one."""
     what = file if re.search(r"-\d{8}\.safetensors$", file.name) else file.parent
     return lambda why: MptkError(f"{file} is damaged: {why}; remove {what}, and start again with --resume")
+
+
+def _state(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint. Raises MptkError if it is damaged."""
+    found = load_tensors(file, _damaged(file))
+    if spoilt := next((n for n, t in found.items() if t.is_floating_point() and t.isnan().any()), None):
+        raise _damaged(file)(f"{spoilt} is not a number")
+    return found
 
 
 def _trains(settings: Mapping[str, Any]) -> bool:

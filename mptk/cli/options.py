@@ -27,7 +27,7 @@ Record = TypeVar("Record", Settings, Learning, Training, LossWeights)
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or an alias of `mptk models`.")]
 Folder = Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")]
 Out = Annotated[
-    Path, typer.Option("--out", callback=folder_to_write, help="Folder for the result; replaced only if mptk made it.")
+    Path, typer.Option("--out", callback=folder_to_write, help="Folder for the result; an earlier result is replaced.")
 ]
 Json = Annotated[
     Path | None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,8 @@ from mptk.run.settings import IN_MEMORY, Settings
 
 WEIGHTS, TOKENIZER = "the model's weights", "the tokenizer"
 MODEL_FILE = "the model's "
+ADDED = '"added_tokens"'
+"""Where the text of a fast tokenizer begins to say what the ids are."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,11 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of what makes a tokenizer's ids, whatever it was last asked to pad or to cut."""
+    known = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.chat_template]
+    digest = hashlib.sha256(json_text(known, sort_keys=True).encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    words = {name: each for name, each in words.items() if name not in ("padding", "truncation")}
-    known = [type(tokenizer).__name__, words, tokenizer.special_tokens_map, tokenizer.chat_template]
-    return hashlib.sha256(json_text(known, sort_keys=True).encode()).hexdigest()
+    if backend is None:
+        digest.update(json_text(tokenizer.get_vocab(), sort_keys=True).encode())
+    else:  # its text begins with how it cuts and pads
+        digest.update("".join(backend.to_str().partition(ADDED)[1:]).encode())
+    return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,8 @@ def misfit(value: object, hint: Any, where: str = "") -> str | None:
         return _first(misfit(each, arguments[0], _within(where, i)) for i, each in enumerate(value))
     kind = int | float if hint is float else types.NoneType if hint is None else hint
     right = isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
+    if hint is float and isinstance(value, int):  # of any number of digits
+        right = right and abs(value) <= sys.float_info.max
     return None if right else _wrong(value, where)
 
 

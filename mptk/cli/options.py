@@ -27,7 +27,7 @@ Record = TypeVar("Record", Settings, Learning, Training, LossWeights)
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or an alias of `mptk models`.")]
 Folder = Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")]
 Out = Annotated[
-    Path, typer.Option("--out", callback=folder_to_write, help="Folder for the result; replaced only if mptk made it.")
+    Path, typer.Option("--out", callback=folder_to_write, help="Folder for the result; an earlier result is replaced.")
 ]
 Json = Annotated[
     Path | None,
@@ -211,6 +211,13 @@ FIELDS: dict[str, Field] = {
     "onnx_dtype": Field(
         "onnx_dtype", str, WRITE, "Type of the ONNX graph; auto: as it computes.", choices=choices.ONNX_DTYPE
     ),
+    "overwrite": Field(
+        "overwrite",
+        bool,
+        WRITE,
+        "Replace an earlier result although files were added to it, which stay, or changed.",
+        switch=True,
+    ),
     "resume": Field("resume", bool, WRITE, "Continue the unfinished run beside --out.", switch=True),
     "eval_data": Field("eval_data", str | None, DATA, "Text for the perplexity in the report."),
     "eval_windows": Field("eval_windows", int, DATA, "Windows for the perplexity in the report."),
@@ -261,6 +268,7 @@ RECOVERY = (
     "tracker",
     "save_every",
     "resume",
+    "overwrite",
     "seed",
     "proof_length",
     "max_shard_size",
@@ -311,6 +319,7 @@ Quantize = Annotated[str, option("quantize")]
 OnnxDtype = Annotated[str, option("onnx_dtype")]
 Objective = Annotated[str, option("objective")]
 Threads = Annotated[int, option("threads")]
+Overwrite = Annotated[bool, option("overwrite")]
 Trust = Annotated[bool, option("trust_remote_code")]
 
 

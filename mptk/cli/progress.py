@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
+from mptk.cli.stopping import STOPPED
 from mptk.cli.voice import VOICE
 from mptk.driver.display import bars, lines
 from mptk.progress import Progress, silent
@@ -14,11 +15,22 @@ from mptk.progress import Progress, silent
 
 @contextlib.contextmanager
 def stages(console: Console) -> Iterator[Progress]:
-    """Show the stages of a run: a bar for each on a terminal; in a log, lines with the seconds since the start."""
+    """Show the stages of a run: a bar for each on a terminal; in a log, lines with the seconds since the start.
+
+    Each word looks for a signal whose exception somebody dropped.
+    """
     if VOICE.quiet:
-        yield silent
+        yield _looking(silent)
     elif not console.is_interactive:
-        yield lines(console)
+        yield _looking(lines(console))
     else:
         with bars(console) as progress:
-            yield progress
+            yield _looking(progress)
+
+
+def _looking(progress: Progress) -> Progress:
+    def report(stage: str, done: int, total: int, figures: str = "", /) -> None:
+        STOPPED.look()
+        progress(stage, done, total, figures)
+
+    return report

@@ -21,6 +21,7 @@ from mptk.cli.options import (
     Memory,
     Model,
     Out,
+    Overwrite,
     ProofLength,
     Trust,
     settings_from,
@@ -112,8 +113,8 @@ def recover(
     settings = settings_from({**options, "steps": steps})
     check_recover(settings)
     measured = ("eval_data", "eval_windows", "eval_length")
-    given = ("data", "length", "seed", "resume", "onnx", "logits", "quantize", "onnx_dtype", "proof_length")
-    machine = ("max_shard_size", "memory", "device", "compute_dtype")
+    given = ("data", "length", "seed", "resume", "overwrite", "onnx", "logits", "quantize", "onnx_dtype")
+    machine = ("proof_length", "max_shard_size", "memory", "device", "compute_dtype")
     changes: dict[str, Any] = {name: getattr(settings, name) for name in (*given, *measured, *machine)}
     changes |= {"model": model, "trust_remote_code": settings.trust_remote_code}
     if estimate:
@@ -167,18 +168,27 @@ def rerun(
     destination: Annotated[Path, typer.Option("--out", callback=folder_to_write, help="Folder for the new result.")],
     model: Dense = None,
     json_file: Json = None,
+    overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Repeat the run that made a folder, from its report, and show what differs: plan, weights, text, quality."""
+    """Repeat the run that made a folder, from its report, and show what differs. Exit code 1 if a result does."""
     from mptk.cli import report
-    from mptk.driver.rerun import rerun
+    from mptk.driver.rerun import rerun, results_differing
 
     with resumable(destination), stages(err) as progress:
         found = rerun(
-            folder, destination, progress, model=model, on_stage=printed(), trust_remote_code=trust_remote_code
+            folder,
+            destination,
+            progress,
+            model=model,
+            on_stage=printed(),
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
         )
     if found is not None:
         show(json_file, {"folder": str(folder), "out": str(destination), "rows": found}, report.rerun_view(found))
+        if differ := results_differing(found):
+            raise MptkError(f"{folder} could not be repeated, and differs in {', '.join(differ)}; compare its versions")
 
 
 @command("report", examples=("report runs/m30", "report runs/m30 runs/w30 --html report.html"))

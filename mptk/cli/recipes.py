@@ -15,11 +15,11 @@ def configured(context: typer.Context, file: Path | None) -> Path | None:
     """Make the options of a recipe file the defaults of this call.
 
     Raises:
-        MptkError: the file cannot be read, or names an option that the command does not have.
+        MptkError: the file cannot be read, or names an option that the command does not have or no file may give.
     """
     if file is None:
         return None
-    from mptk.run.recipe import read_recipe
+    from mptk.run.recipe import TYPED_ONLY, read_recipe
 
     known: dict[str, Any] = {}
     for parameter in context.command.params:
@@ -31,10 +31,16 @@ def configured(context: typer.Context, file: Path | None) -> Path | None:
         if name not in known:
             hint = did_you_mean(name, known, f"there are {', '.join(known)}")
             raise MptkError(f"{file} has {name!r}, which is no option of `mptk {context.command.name}`; {hint}")
+        if name in TYPED_ONLY:
+            raise MptkError(f"{file} has {name!r}, which no file may decide; remove it, and type --{_flag(name)}")
         if value is not None:
             values[known[name].name] = _as_typed(value, known[name])
     context.default_map = values
     return file
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _as_typed(value: object, parameter: Any) -> object:

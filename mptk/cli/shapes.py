@@ -24,7 +24,7 @@ OPTIONS = (
     *("sparsity", "budget", "objective", "threads", "families", "keep", "kv_heads", "width", "portable"),
     *("multiple_of", "seed", "reconstruct", "data", "inputs", "samples", "length", "batch", "micro", "lr", "rank"),
     *("lm", "kl", "hidden", "teacher", "teacher_cache", "precision", "gradient_checkpointing", "target", "rehome"),
-    *("resume", "memory", "device", "compute_dtype", "trust_remote_code"),
+    *("resume", "overwrite", "memory", "device", "compute_dtype", "trust_remote_code"),
 )
 """The options that it shares with ``prune``."""
 

@@ -24,6 +24,7 @@ from mptk.cli.options import (
     Objective,
     OnnxDtype,
     Out,
+    Overwrite,
     Quantize,
     Threads,
     Trust,
@@ -54,6 +55,7 @@ def export_onnx(
     onnx_dtype: OnnxDtype = "auto",
     memory: Memory = None,
     device: Device = Settings.device,
+    overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a model as ONNX, a decoder with its KV cache, with its config and tokenizer."""
@@ -73,6 +75,7 @@ def export_onnx(
             memory=parse_size(memory),
             device=device,
             trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
             progress=progress,
         )
     out.print(f"written to {folder}", soft_wrap=True)
@@ -170,7 +173,9 @@ def evaluate(
     length: Annotated[int, typer.Option(**within(8), help="Tokens in a window.")] = 512,
     windows: Annotated[int | None, typer.Option(**within(1), help="Use only the first windows.")] = None,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated.")] = "",
-    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with lm-eval task files; needs --trust-remote-code.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(**within(1), help="Examples of each task.")] = None,
     runtime: Annotated[str, typer.Option(help="onnx: a folder's ONNX or an .onnx file.", **choices.RUNTIME)] = "torch",
     threads: Threads = 0,
@@ -223,6 +228,7 @@ def evaluate_torch(
     from mptk.run.execution import find_device
     from mptk.tasks import load_decoder
 
+    evaluation.check_trusted(include_path, trust_remote_code)
     with stages(err) as progress:
         progress("load", 0, 0)
         there = find_device(device)
@@ -242,7 +248,9 @@ def evaluate_torch(
             result |= {"perplexity": measured.value, "protocol": measured.protocol}
         if tasks:
             progress("lm-eval", 0, 0)
-            result["tasks"] = evaluation.zero_shot(loaded, tasks, include_path=include_path, limit=limit)
+            result["tasks"] = evaluation.zero_shot(
+                loaded, tasks, include_path=include_path, limit=limit, trust_remote_code=trust_remote_code
+            )
     views = [] if data is None else [perplexity_view(measured)]
     show(json_file, result, Group(*views, *([JSON.from_data(result["tasks"])] if tasks else [])))
 

@@ -20,7 +20,7 @@ from mptk.driver.tracing import traced
 from mptk.errors import MptkError
 from mptk.files import path_of, write_result
 from mptk.io import data, models
-from mptk.io.cache import build_once, cache_dir
+from mptk.io.cache import build_private, private_place
 from mptk.io.checkpoint import copy_processors, save_tokenizer
 from mptk.io.data import check_positions, positions_of
 from mptk.io.dense import fingerprint
@@ -238,6 +238,7 @@ def export_folder(
     memory: int | None = None,
     device: str = Settings.device,
     trust_remote_code: bool = False,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write a model of any task as a folder that ONNX consumers take: config, tokenizer and ``onnx/``.
@@ -245,14 +246,14 @@ def export_folder(
     The graph of an image model takes images of its config's size.
 
     ``text``: a file, folder or dataset of which a decoder's ``int4`` gets 32 windows of 256 tokens, or of all
-    positions. ``memory``, ``device``: as in ``Settings``. What is not named here is as in ``export``.
+    positions. ``memory``, ``device``, ``overwrite``: as in ``Settings``. What is not named here is as in ``export``.
 
     Raises:
-        MptkError: as ``export``; or ``out`` exists and was not made by mptk.
+        MptkError: as ``export``; or ``out`` exists and was not made by mptk, or holds other files.
         ProofError: a quantised weight is further from the float one than rounding brings it.
     """
     say = progress or silent
-    check_replaceable(Path(out))
+    check_replaceable(Path(out), overwrite)
     check_apart(Path(out), model, *([] if text is None else [text]))
     check_schemes(quantize)
     phase(objective)
@@ -273,7 +274,7 @@ def export_folder(
     dense = Dense(loaded, settings, program, executor)
     positions = positions_of(loaded.model.config) or 256
     windows = None if text is None else data.calibration(loaded.model, loaded.tokenizer, text, 32, min(256, positions))
-    with publish(Path(out)) as folder:
+    with publish(Path(out), overwrite=overwrite) as folder:
         say("export ONNX", 0, 0)
         with within(say, "export ONNX"):
             samples = None if windows is None else next_tokens(windows)
@@ -337,7 +338,8 @@ def positions_named(model: str) -> int | None:
 def onnx_folder(model: str, progress: Progress | None = None) -> Path:
     """``MODEL`` or ``MODEL/onnx`` if it holds ``model.onnx``, else an export kept in the cache folder.
 
-    Its name there is made of what the model's files hold, so that a model that changed is exported again.
+    Its name there is made of what the model's files hold, so that a model that changed is exported again. So is one
+    whose export was changed.
     """
     for own in (Path(model), Path(model) / "onnx"):
         if (own / "model.onnx").is_file():
@@ -351,4 +353,4 @@ def onnx_folder(model: str, progress: Progress | None = None) -> Path:
 
     made_of = (fingerprint(model), __version__, torch.__version__, transformers.__version__)
     stamp = hashlib.sha256(" ".join(made_of).encode()).hexdigest()[:16]
-    return build_once(cache_dir() / "onnx" / stamp, build)
+    return build_private(private_place("onnx", stamp), build)

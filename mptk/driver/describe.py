@@ -14,18 +14,18 @@ from torch import Tensor
 from mptk.driver.card import write_card
 from mptk.driver.claims import costs, widths
 from mptk.io import data
-from mptk.io.dense import absolute, fingerprint
+from mptk.io.dense import absolute
 from mptk.io.licence import CARD
-from mptk.io.live import weights_fingerprint
 from mptk.io.manifest import listed, update_manifest, weights_digest
 from mptk.io.publish import amend
 from mptk.io.tensors import write_weights
 from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.progress import Count
-from mptk.run.chain import Compiled, Prepared, Proven
+from mptk.run.chain import Compiled, Proven
+from mptk.run.origin import named
 from mptk.run.report import FILE, PROVEN_ON, Report
-from mptk.run.settings import IN_MEMORY, Settings
+from mptk.run.settings import Settings
 from mptk.run.values import Context, SampleSets
 from mptk.targets.stock_config import config_changes
 from mptk.version import __version__
@@ -45,7 +45,7 @@ def describe(
     return Report(
         mptk=__version__,
         model=absolute(prepared.source),
-        model_sha256=_fingerprint(prepared),
+        model_sha256=prepared.origin.model,
         live=prepared.loaded.live,
         settings=prepared.settings,
         families=widths(prepared.analysis, chosen.plan),
@@ -77,11 +77,6 @@ def describe(
     )
 
 
-def _fingerprint(prepared: Prepared) -> str:
-    loaded = prepared.given
-    return weights_fingerprint(loaded) if loaded.live else fingerprint(prepared.source, local=True)
-
-
 def used_data(sets: SampleSets, settings: Settings) -> dict[str, Any]:
     """What was trained, calibrated and measured on: source and hash of each set of samples, and of the files."""
     found: dict[str, Any] = {}
@@ -96,14 +91,7 @@ def used_data(sets: SampleSets, settings: Settings) -> dict[str, Any]:
             found[name] = {"source": source, "samples": len(samples), "inputs": inputs}
             if name != "evaluation":
                 found[name]["seed"] = settings.seed
-    return {**found, "files": data.file_digests(*_named(settings))}
-
-
-def _named(settings: Settings) -> list[str]:
-    """The sources of samples that have names."""
-    return [
-        source for source in (settings.data, settings.eval_data, settings.vocabulary) if source not in (None, IN_MEMORY)
-    ]
+    return {**found, "files": data.file_digests(*named(settings))}
 
 
 def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, context: Context) -> Report:

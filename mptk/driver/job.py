@@ -51,14 +51,16 @@ class Given:
 
 
 @contextmanager
-def held(job: Job) -> Iterator[None]:
+def held(job: Job, overwrite: bool) -> Iterator[None]:
     """Within it the job's output, and the folder of its unfinished run, are this run's alone.
+
+    ``overwrite``: as in ``Settings``.
 
     Raises:
         MptkError: it cannot be replaced, is read by the job, or is held by another process; in each of several
             processes, of which the first holds it.
     """
-    check_replaceable(job.out)
+    check_replaceable(job.out, overwrite)
     check_apart(job.out, job.source, *([] if job.start is None else [job.start]))
     with ExitStack() as stack:
 

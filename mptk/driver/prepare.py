@@ -17,7 +17,7 @@ from mptk.errors import MptkError
 from mptk.io import data
 from mptk.io.models import Loaded
 from mptk.io.publish import check_apart
-from mptk.io.resident import free_memory
+from mptk.io.resident import Resident, free_memory
 from mptk.io.text.sampled import writes
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
@@ -29,6 +29,7 @@ from mptk.methods.reconstruct import consumers
 from mptk.progress import Progress
 from mptk.run.chain import Method, Prepared, Target, Task, stored_type
 from mptk.run.execution import execution
+from mptk.run.origin import Origin, origin_of, states_of
 from mptk.run.processes import once, processes, shards
 from mptk.run.rungs import rungs
 from mptk.run.settings import DEFAULT_STEPS, FREE, IN_MEMORY, Settings
@@ -106,7 +107,7 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     """
     resident, executor = execution(settings)
     with context.stage("load"):
-        loaded, task = job.load(resident)
+        loaded, task, origin = opened(job, resident, settings)
         like = None if settings.resume else check_data(job, loaded, task, settings)  # what was read before is kept
     if settings.onnx and task.onnx is not None:
         task.onnx.check(loaded.model, settings)
@@ -133,7 +134,7 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     with context.stage("legalise"):
         before = None if merged is None else merged.analysis
         prepared = legalise(job.source, settings, loaded, task, analysis, context.progress, before)
-    prepared = replace(prepared, executor=executor, trimmed=trimmed, merged=merged)
+    prepared = replace(prepared, executor=executor, trimmed=trimmed, merged=merged, origin=origin)
     if settings.distil_epochs and not consumers(prepared.mask_sites):
         raise MptkError(NO_BLOCK)
     across = prepared.across_layers
@@ -141,6 +142,20 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
         remedy = "leave out --rank 0" if prepared.target.classed else "use --target stock, or train nothing"
         raise MptkError(f"all weights cannot be trained where {across[0]} is cut, as norms follow it; {remedy}")
     return prepared
+
+
+def opened(job: Job, resident: Resident, settings: Settings) -> tuple[Loaded, Task, Origin]:
+    """The dense model, its task, and digests of all that the run is given.
+
+    Raises:
+        MptkError: as ``job.load``; or the model's files changed meanwhile.
+    """
+    before = states_of(job.source)
+    loaded, task = job.load(resident)
+    origin = once(lambda: origin_of(job.source, loaded, settings, job.start))
+    if before and not loaded.live and states_of(job.source) != before:
+        raise MptkError(f"{job.source} changed while it was opened; start again")
+    return loaded, task, origin
 
 
 def check_classed(loaded: Loaded, settings: Settings, length: int) -> None:

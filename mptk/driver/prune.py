@@ -26,7 +26,7 @@ from mptk.driver.prepare import announce, check_settings, prepare, settled
 from mptk.driver.proof import check_proof, check_witness, prove_folder
 from mptk.driver.shape_search import search_shapes, winner
 from mptk.driver.tracing import check_length, one_length
-from mptk.errors import explained
+from mptk.errors import ProofError, explained
 from mptk.io import data
 from mptk.io.licence import copy_notices
 from mptk.io.publish import publish
@@ -40,7 +40,8 @@ from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.methods.reconstruct import consumers, kept_units, reconstruct_consumers
 from mptk.progress import silent
 from mptk.run.chain import Chosen, Compiled, Prepared, reconstructs
-from mptk.run.folder import RunFolder, check_unfinished
+from mptk.run.folder import GIVEN, RunFolder, check_unfinished
+from mptk.run.origin import check_samples, origin_of
 from mptk.run.processes import describe as describe_processes
 from mptk.run.processes import holds, leads, processes
 from mptk.run.recipe import write_recipe
@@ -52,7 +53,7 @@ from mptk.targets import written
 from passes.transforms.insert_masks import MaskSite
 from passes.verify import Difference
 
-ELSEWHERE = ("resume", "proof_length", "memory", "device", "max_shard_size")
+ELSEWHERE = ("resume", "overwrite", "proof_length", "memory", "device", "max_shard_size")
 """Settings that may differ when an unfinished run goes on."""
 
 FOUND = ("sparsity", "length", "eval_length")
@@ -74,7 +75,7 @@ def run(job: Job, settings: Settings, context: Context) -> Finished | None:
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
             or a stage of the proof is above its tolerance. Then ``job.out`` stays as it was.
     """
-    with own_state(settings.device), explained(), held(job):
+    with own_state(settings.device), explained(), held(job, settings.overwrite):
         return stages(job, settings, context if leads() else replace(context, progress=silent))
 
 
@@ -83,17 +84,24 @@ def stages(job: Job, settings: Settings, context: Context) -> Finished | None:
     settings = settled(settings)
     check_settings(settings)
     if keeps_stages(settings):
-        check_unfinished(job.out, described(job, settings), settings.resume, but=FOUND)
+        check_unfinished(job.out, described(job, settings), settings.resume, but=(*FOUND, GIVEN))
     if job.needs is not None:
         announce(job.needs(settings), job, context)
     prepared = prepare(job, settings, context)
     context = begin(job, prepared, context)
     try:
         return worked(job, prepared, context)
-    except Exception:
+    except Exception as error:
         if context.folder is not None and leads():
             context.folder.remove_unless(SAMPLES)  # nothing that a further run could not do as fast
+        if isinstance(error, ProofError):  # which a model that changed meanwhile explains
+            require_unchanged(job, prepared)
         raise
+
+
+def require_unchanged(job: Job, prepared: Prepared) -> None:
+    """Raise MptkError if what the run was given is not what it was when it began."""
+    prepared.origin.require(origin_of(job.source, prepared.given, prepared.settings, job.start))
 
 
 def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
@@ -133,7 +141,8 @@ def begin(job: Job, prepared: Prepared, context: Context) -> Context:
     settings = prepared.settings
     if not keeps_stages(settings):
         return context
-    return replace(context, folder=RunFolder(job.out, described(job, settings), settings.resume))
+    known = {**described(job, settings), GIVEN: dict(prepared.origin.parts)}
+    return replace(context, folder=RunFolder(job.out, known, settings.resume))
 
 
 def keeps_stages(settings: Settings) -> bool:
@@ -161,6 +170,8 @@ def read_samples(job: Job, prepared: Prepared, context: Context) -> SampleSets:
             kept = made[:count].saved("training") | (made[count:].saved("evaluation") if both else {})
             if folder is not None:
                 folder.save(SAMPLES, kept)
+        elif given.training is not None and folder is not None:
+            check_samples(kept, given.training[:count].saved("training"), folder.path)
         names = list(task.example(prepared.loaded.model).inputs)
         training, evaluation = (Samples.restored(kept, names, what) for what in ("training", "evaluation"))
         assert training is not None
@@ -303,7 +314,7 @@ def written_folder(
     """Write, prove and publish the folder. Its report lacks the quality, which is measured afterwards."""
     prepared, chosen = compiled.prepared, compiled.chosen
     targets = written(prepared.target, prepared.settings)
-    with publish(job.out) as folder:
+    with publish(job.out, overwrite=prepared.settings.overwrite) as folder:
         if context.folder is not None and context.accelerator is not None:
             context.folder.finish(folder)
         chosen.plan.save(folder / "plan.json")
@@ -321,6 +332,7 @@ def written_folder(
             proven = prove_folder(compiled, targets, folder, sets.calibration)
         proven = replace(proven, differences=(*witnessed, *proven.differences))
         check_proof(proven.differences, REMEDY)
+        require_unchanged(job, prepared)
         write_recipe(folder, job.source, prepared.settings, job.start)
         copy_notices(prepared.loaded.path, folder)
         report = describe(compiled, proven, sets, [*notes, proven.note], folder, context)

@@ -41,8 +41,8 @@ Shown = Progress | Literal["auto"] | None
 """Where progress goes: bars on a terminal and in a notebook (``auto``), a function, or nowhere (None)."""
 
 _OF_A_RECOVERY = (
-    *("data", "eval_data", "length", "seed", "resume", "onnx", "logits", "quantize", "onnx_dtype", "proof_length"),
-    *("eval_windows", "eval_length", "max_shard_size", "memory", "device", "compute_dtype"),
+    *("data", "eval_data", "length", "seed", "resume", "overwrite", "onnx", "logits", "quantize", "onnx_dtype"),
+    *("eval_windows", "eval_length", "proof_length", "max_shard_size", "memory", "device", "compute_dtype"),
 )
 """Fields of ``Settings`` that do not say what is cut."""
 
@@ -100,15 +100,16 @@ class Pruned:
             return self.compiled.prepared.loaded.tokenizer
         return models.load_tokenizer(str(self._place)) if models.has_tokenizer(self._place) else None
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the folder that ``prune`` writes: checkpoint, plan, report, proof, manifest. Returns it.
 
-        What was changed in ``model`` since is not in it: train, and use ``model.save_pretrained``.
+        What was changed in ``model`` since is not in it: train, and use ``model.save_pretrained``. ``overwrite``: as in
+        ``Settings``.
 
         Raises:
-            MptkError: ``folder`` exists and was not made by mptk, or cannot be written.
+            MptkError: ``folder`` exists and was not made by mptk, or holds other files; or it cannot be written.
         """
-        with publish(folder) as new:
+        with publish(folder, overwrite=overwrite) as new:
             shutil.copytree(self._place, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MARKER))
         self.folder = self.folder or Path(folder)
         return Path(folder)

@@ -90,7 +90,8 @@ def recovery(
     folder = Path(folder)
     report = Report.read(folder)
     check_manifest(folder)
-    changes = {"data": Settings.data, "eval_data": Settings.eval_data, **changes, "reconstruct": False}
+    changes = {"data": Settings.data, "eval_data": Settings.eval_data, "overwrite": False, **changes}
+    changes |= {"reconstruct": False}
     changes |= {"distil_epochs": 0, "search": False, "vocabulary": None, "kv_heads": None}
     changes |= {"plan": str(folder / "plan.json"), "learning": learning, "trust_remote_code": trust_remote_code}
     settings = replace(report.settings, **changes)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mptk.driver.describe import PACKAGES
 from mptk.driver.pruned import prune
 from mptk.driver.recovery import recover
 from mptk.errors import MptkError
-from mptk.io.manifest import check_manifest
+from mptk.io.licence import CARD
+from mptk.io.manifest import check_manifest, read_manifest
 from mptk.ir.passes import Record
 from mptk.progress import Progress
-from mptk.run.recipe import FILE, read_recipe
+from mptk.run.folder import METRICS, TRACKER
+from mptk.run.recipe import FILE as RECIPE
+from mptk.run.recipe import read_recipe
+from mptk.run.report import FILE as REPORT
 from mptk.run.report import Report
 from mptk.run.settings import IN_MEMORY
 
+OWN = (REPORT, RECIPE, CARD, METRICS, "bench.json")
+"""Files in which runs differ that give the same result: they name folders and times."""
 _LEARNING = ("learning", "plan", "resume", "trust_remote_code", "reconstruct")
 
 
@@ -28,11 +35,12 @@ def rerun(
     model: str | None = None,
     on_stage: Callable[[Record], None] | None = None,
     trust_remote_code: bool = False,
+    overwrite: bool = False,
 ) -> list[dict[str, Any]] | None:
     """Repeat the ``prune`` or ``recover`` that made ``folder``, and write the result to ``out``.
 
     Settings, data and, unless ``model`` is given, the model are those that the folder's report names. They may be
-    downloaded. Code of the model runs only with ``trust_remote_code``.
+    downloaded. Code of the model runs only with ``trust_remote_code``. ``overwrite``: as in ``Settings``.
 
     Returns:
         ``what`` was compared, ``before``, ``now``, and whether they are the ``same``. None in all but the first of
@@ -44,18 +52,19 @@ def rerun(
     folder = Path(folder)
     before = Report.read(folder)
     check_manifest(folder)
-    if not (folder / FILE).is_file():
+    if not (folder / RECIPE).is_file():
         raise MptkError(
-            f"{folder} has no {FILE}; it was written by an earlier mptk, so run `mptk prune` with its settings"
+            f"{folder} has no {RECIPE}; it was written by an earlier mptk, so run `mptk prune` with its settings"
         )
     if IN_MEMORY in (before.settings.data, before.settings.eval_data, before.settings.vocabulary):
         raise MptkError(f"{folder} was pruned in Python with samples in memory; run that program again")
-    start = read_recipe(folder / FILE).get("folder")
-    settings = replace(before.settings, resume=False, trust_remote_code=trust_remote_code)
+    start = read_recipe(folder / RECIPE).get("folder")
+    settings = replace(before.settings, resume=False, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    settings = replace(settings, learning=replace(settings.learning, teacher_cache=None))  # a place on this machine
     if start is not None:
         changes = {name: value for name, value in vars(settings).items() if name not in _LEARNING}
         now = recover(
-            start,
+            str(start),
             out,
             settings.learning,
             progress,
@@ -69,7 +78,7 @@ def rerun(
             settings = replace(settings, plan=str(folder / "plan.json"), vocabulary=None, kv_heads=None)
         found = prune(model or before.model, out, settings, progress=progress, on_stage=on_stage)
         now = None if found is None else found.report
-    return None if now is None else compared(before, now)
+    return None if now is None else compared(before, now) + files_compared(folder, Path(out))
 
 
 def compared(before: Report, now: Report) -> list[dict[str, Any]]:
@@ -78,6 +87,19 @@ def compared(before: Report, now: Report) -> list[dict[str, Any]]:
     names = list(dict.fromkeys([*first, *second]))
     rows = [{"what": name, "before": first.get(name, ""), "now": second.get(name, "")} for name in names]
     return [{**row, "same": row["before"] == row["now"]} for row in rows]
+
+
+def files_compared(before: Path, now: Path) -> list[dict[str, Any]]:
+    """Whether two folders hold the same files, in rows of ``rerun``: those that no path and no clock gets into."""
+    first, second = read_manifest(before), read_manifest(now)
+    names = sorted(name for name in first | second if name not in OWN and not name.startswith(f"{TRACKER}/"))
+    rows = [(name, first.get(name, "")[:12], second.get(name, "")[:12]) for name in names]
+    return [{"what": f"written {name}", "before": a, "now": b, "same": a == b} for name, a, b in rows]
+
+
+def results_differing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What differs of the results in rows of ``rerun``; other versions that gave the same are no difference."""
+    return [row["what"] for row in rows if not row["same"] and row["what"] not in ("mptk", "python", *PACKAGES)]
 
 
 def _facts(report: Report) -> dict[str, Any]:

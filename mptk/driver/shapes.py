@@ -27,8 +27,9 @@ from mptk.io.publish import publish
 from mptk.ir.passes import Log
 from mptk.ir.samples import Samples
 from mptk.run.chain import Prepared
-from mptk.run.folder import check_unfinished
+from mptk.run.folder import GIVEN, check_unfinished
 from mptk.run.keywords import with_keywords
+from mptk.run.origin import check_samples
 from mptk.run.recipe import command
 from mptk.run.settings import Settings
 from mptk.run.shapes import Shapes
@@ -78,7 +79,7 @@ def shapes(
     place = kept.folder / "shapes" if kept is not None else Path(str(out))
     job = Job(source.name, place, source.load, needs=source.needs, samples=given(data, None))
     say_command = partial(command, str(model), chosen) if isinstance(model, str | Path) else lambda widths: ""
-    with reporting(progress) as say, own_state(chosen.device), explained(), held(job):
+    with reporting(progress) as say, own_state(chosen.device), explained(), held(job, chosen.overwrite):
         return searched(job, settled(chosen), Context(Log(), say), say_command, write=out is not None)
 
 
@@ -88,7 +89,7 @@ def searched(
     """The stages of a search. ``write``: whether the job's output is written."""
     check_settings(settings)
     settings = replace(settings, learning=replace(settings.learning, steps=0))  # those of a run after it
-    check_unfinished(job.out, described(job, settings), settings.resume, but=("sparsity",))  # a latency sets it
+    check_unfinished(job.out, described(job, settings), settings.resume, but=("sparsity", GIVEN))  # a latency sets it
     if job.needs is not None:
         announce(job.needs(settings), job, context)
     prepared = prepare(job, settings, context)
@@ -102,7 +103,7 @@ def searched(
         raise
     found = replace(found, command=say_command(found.best.widths))
     if write:
-        with publish(job.out) as folder:
+        with publish(job.out, overwrite=settings.overwrite) as folder:
             write_json(folder / FILE, found.to_json())
     context.folder.remove()
     return found
@@ -114,9 +115,11 @@ def samples_of(job: Job, prepared: Prepared, context: Context) -> SampleSets:
     assert folder is not None
     with context.stage("calibration data"):
         kept = folder.tensors(SAMPLES)
+        own = None if job.samples is None else job.samples(prepared).training
+        if kept is not None and own is not None:
+            check_samples(kept, own.saved("training"), folder.path)
         if kept is None:
             say = partial(context.progress, "calibration data")
-            own = None if job.samples is None else job.samples(prepared).training
             kept = (own or task.samples(prepared.loaded, s, wanted(s), say)).saved("training")
             folder.save(SAMPLES, kept)
     samples = Samples.restored(kept, list(task.example(prepared.loaded.model).inputs), "training")

@@ -86,6 +86,7 @@ def verify(
     loaded = open_dense(report.model, report.model_sha256, model, trust_remote_code, resident, live=report.live)
     check_code(loaded.path, folder)
     task = task_of_folder(folder, report, loaded)
+    require_same("task", report.task, task.name)
     example = task.example(loaded.model)
     samples = proof_samples(folder, example)
     like = samples if find_target(report.settings.target).classed else None

@@ -1,7 +1,7 @@
 """files: the one place where files are written, replaced and removed (SECURITY.md says what is promised)."""
 
 from mptk.files.claims import claimed
-from mptk.files.paths import path_of
+from mptk.files.paths import check_text, path_of
 from mptk.files.replace import discard, fill_folder, put_folder, put_made, write_file, write_together
 from mptk.files.staging import Staging, scratch, staged, tidy, tidy_scratch
 from mptk.files.text import json_text, write_json, write_result, write_text
@@ -10,6 +10,7 @@ from mptk.files.trouble import cannot_write, writing
 __all__ = [
     "Staging",
     "cannot_write",
+    "check_text",
     "claimed",
     "discard",
     "fill_folder",

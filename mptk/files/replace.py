@@ -8,9 +8,10 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from mptk.errors import MptkError
 from mptk.files.staging import OLD, Staging, staged, tidy
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -47,8 +48,10 @@ def write_together(folder: Path, *names: str) -> Iterator[Path]:
             os.replace(staging.folder / name, folder / name)
 
 
-def put_folder(staging: Staging, target: Path) -> None:
+def put_folder(staging: Staging, target: Path, kept: Iterable[str] = ()) -> None:
     """Give the staging folder's ``new`` the name ``target``; an earlier folder of that name is removed.
+
+    ``kept``: files and folders in the earlier one that stay as and where they are.
 
     At every moment the one or the other is there, if the system can exchange two names at once. Else the earlier one
     is kept aside, and whoever tidies puts it back.
@@ -56,6 +59,8 @@ def put_folder(staging: Staging, target: Path) -> None:
     ordinary(staging.folder)
     if target.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(target))
+    for name in kept:
+        _carry(target / name, staging.folder / name)
     if not target.exists() or not any(target.iterdir()):
         os.rename(staging.folder, target)
     elif not _exchanged(staging.folder, target):
@@ -69,9 +74,14 @@ def put_folder(staging: Staging, target: Path) -> None:
         staging.renew()
 
 
-def put_made(staging: Staging, target: Path) -> None:
-    """Move the one file or folder that was made in the staging folder to ``target``, where nothing is yet."""
+def put_made(staging: Staging, target: Path, mode: int | None = None) -> None:
+    """Move the one file or folder that was made in the staging folder to ``target``, where nothing is yet.
+
+    ``mode``: its rights, if they are not the ordinary ones.
+    """
     ordinary(staging.folder)
+    if mode is not None:
+        (staging.folder / target.name).chmod(mode)
     os.rename(staging.folder / target.name, target)
 
 
@@ -97,8 +107,23 @@ def ordinary(folder: Path) -> None:
             for name in names:
                 path = os.path.join(at, name)
                 state = os.lstat(path)
-                if not stat.S_ISLNK(state.st_mode) and state.st_mode & 0o777 != mode:
+                linked = stat.S_ISREG(state.st_mode) and state.st_nlink > 1  # to what had its rights before
+                if not linked and not stat.S_ISLNK(state.st_mode) and state.st_mode & 0o777 != mode:
                     os.chmod(path, mode)
+
+
+def _carry(source: Path, place: Path) -> None:
+    """Put a link to a file, or a folder of links, where nothing is yet; copies where there can be no links."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(place):
+        raise MptkError(f"{source} is not mptk's, and the new result has that name, too; move it, and run again")
+    if source.is_symlink():
+        place.symlink_to(source.readlink())
+    elif source.is_dir():
+        place.mkdir()
+        fill_folder(place, source)
+    else:
+        _link(str(source), str(place))
 
 
 def _exchanged(one: Path, two: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 from torch import nn
 
@@ -15,6 +16,23 @@ from mptk.io.packaged import ALIASES
 from mptk.io.resident import Resident
 
 _PARTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
+_READERS = (
+    *("tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "*.model", "*.jinja", "special_tokens_map.json"),
+    *("added_tokens.json", "*processor_config.json"),
+)
+"""Files of what makes a model's inputs."""
+
+
+def files_of(model: str, *, local: bool = False) -> dict[str, Path]:
+    """Name → path of the files that a run reads of a dense model, its tokenizer's included.
+
+    ``local``: download nothing. Raises MptkError if the model is not found.
+    """
+    path = models.locate(model, local=local)
+    if path.is_file():
+        return {path.name: path}
+    found = {each for pattern in (*_PARTS, *_READERS) for each in path.glob(pattern) if each.is_file()}
+    return {each.name: each for each in sorted(found)}
 
 
 def fingerprint(model: str, *, local: bool = False) -> str:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mptk.errors import MptkError
+from mptk.errors import MptkError, first_line
 from mptk.io import models
 from mptk.ir.samples import Samples, next_tokens
 from mptk.progress import Count
@@ -165,18 +165,22 @@ def zero_shot(
     include_path: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 1,
+    trust_remote_code: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Run tasks of lm-evaluation-harness. Returns task → metric (``acc,none``, ``acc_stderr,none``, ...) → value.
 
     Args:
         model: anything that :func:`mptk.io.models.load` takes or returns.
         tasks: names of tasks or groups.
-        include_path: folder with more task files.
+        include_path: folder with more task files. They can run code: functions that they name, and templates.
         limit: use only this many examples of each task, from the first on; all if None.
+        trust_remote_code: whether the code of these files may run.
 
     Raises:
-        MptkError: lm-eval is not installed, has no such task, or the model has no tokenizer.
+        MptkError: lm-eval is not installed, has no such task, or fails at one; the model has no tokenizer; or the files
+            of ``include_path`` are not trusted.
     """
+    check_trusted(include_path, trust_remote_code)
     if importlib.util.find_spec("lm_eval") is None:
         raise MptkError("lm-eval is not installed, and it runs the tasks; run: pip install 'mptk[eval]'")
     import lm_eval
@@ -186,16 +190,31 @@ def zero_shot(
     if loaded.tokenizer is None:
         raise MptkError(f"{loaded.source} has no tokenizer, which tasks need; add its tokenizer files")
     manager = _task_manager(tasks, include_path)
-    report = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size),
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
-    )
+    try:
+        report = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+        )
+    except Exception as error:  # a task's data, templates and functions fail in any way
+        raise MptkError(
+            f"lm-eval cannot run {', '.join(tasks)}: {first_line(error)}; check the network, the task's data and its "
+            "files"
+        ) from error
     return {
         task: {key: value for key, value in row.items() if isinstance(value, float)}
         for task, row in report["results"].items()
     }
+
+
+def check_trusted(include_path: str | Path | None, trusted: bool) -> None:
+    """Raise MptkError for task files that the caller does not trust: functions and templates in them are code."""
+    if include_path is not None and not trusted:
+        raise MptkError(
+            f"the task files in {include_path} can run Python code on this machine; read them, and if you trust them "
+            "pass --trust-remote-code (trust_remote_code=True)"
+        )
 
 
 def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> TaskManager:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -92,6 +92,30 @@ def check_manifest(folder: Path) -> None:
     for name in there:
         if not (folder / name).is_file() or next(digests) != files[name]:
             raise MptkError(f"{name} in {folder} was changed since it was published; do not use it, write it again")
+
+
+def foreign(folder: Path) -> list[str]:
+    """Files in a published folder that its manifest does not list, and folders without any that it lists."""
+    files = read_manifest(folder)
+    inner = {place.as_posix() for name in files for place in Path(name).parents}
+
+    def found(place: Path, above: str) -> Iterator[str]:
+        for entry in sorted(place.iterdir()):
+            name = above + entry.name
+            if name in inner and entry.is_dir() and not entry.is_symlink():
+                yield from found(entry, f"{name}/")
+            elif name not in files and name != MARKER:
+                yield name
+
+    return list(found(folder, ""))
+
+
+def edited(folder: Path) -> list[str]:
+    """Files that the manifest of a published folder lists, and that were changed since."""
+    files = read_manifest(folder)
+    there = [name for name in sorted(files) if (folder / name).is_file()]
+    digests = file_digests(folder / name for name in there)
+    return [name for name, digest in zip(there, digests, strict=True) if digest != files[name]]
 
 
 def is_ours(folder: Path) -> dict[str, object]:

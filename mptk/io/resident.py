@@ -52,6 +52,8 @@ def stored_weight(
     ``owner``: kept for as long as the weight can be read, as what removes the file's folder.
     """
 
+    size = _size(file)
+
     def narrow(_: object = owner) -> Tensor:
         try:
             with safe_open(file, "pt") as opened:  # each tensor has a mapping of its own, which is closed with it
@@ -60,8 +62,16 @@ def stored_weight(
             raise MptkError(f"{file} was changed or damaged while it was read ({error}); start again") from error
         return tensor
 
-    make = lambda: resident.get(f"{file}|{key}", lambda: narrow().to(like.dtype))  # noqa: E731
+    def make() -> Tensor:
+        if _size(file) < size:  # to touch a mapped page that is no longer there would end the process
+            raise MptkError(f"{file} was removed or cut short while it was read; start again")
+        return resident.get(f"{file}|{key}", lambda: narrow().to(like.dtype))
+
     return Lazy(like, make, held, narrow if held is not None else None)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 def free_memory() -> float:

@@ -34,6 +34,8 @@ SIZES = (
 LARGEST = 1 << 31
 """No number of a config that is a size is as large."""
 LAYERS = 10_000
+SHARED = 256
+"""Layers of which a model may have more than weights: those of some share theirs."""
 PARAMETERS = 10**14
 MOST_JSON = 1 << 28
 """Bytes of the largest JSON file in a folder: a tokenizer."""
@@ -55,11 +57,13 @@ def check_folder(folder: Path) -> None:
             f"{folder} has an {ADAPTER}: whether an adapter is part of the model is not clear; merge it (peft's "
             "merge_and_unload) and save that, or move the adapter's files elsewhere"
         )
-    check_config(folder / CONFIG)
+    content = check_config(folder / CONFIG)
     if (folder / GENERATION).exists():
         read_object(folder / GENERATION)
-    for file in sorted(folder.glob("*.safetensors")):
-        check_weights(file)
+    weights = sum(check_weights(file) for file in sorted(folder.glob("*.safetensors")))
+    for name, value in _numbers(content, ""):
+        if "layer" in name.rpartition(".")[2] and weights and value > max(weights, SHARED):
+            raise damaged(folder / CONFIG)(f"{name} is {value}, and there are {weights} weights")
 
 
 def check_config(file: Path) -> dict[str, Any]:
@@ -100,12 +104,16 @@ def check_sizes(model: str, config: PreTrainedConfig) -> None:
                 raise MptkError(f"{name} of {model} is {each}, and must be 1 or more; mend its config.json")
 
 
-def check_weights(file: Path) -> None:
-    """Raise MptkError if a safetensors file's header is not one, or does not fit the file. No weight is read."""
+def check_weights(file: Path) -> int:
+    """How many weights a safetensors file has. None of them is read.
+
+    Raises:
+        MptkError: its header is not one, or does not fit the file.
+    """
     _check_ordinary(file)
     try:
         with safe_open(file, "pt") as opened:
-            opened.keys()
+            return len(opened.keys())
     except (SafetensorError, OSError) as error:
         raise damaged(file)(str(error).strip().partition("\n")[0]) from error
 

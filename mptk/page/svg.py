@@ -122,7 +122,7 @@ def inline(drawn: str, label: str) -> Svg:
                 element.set(name, _adapted(name, value, own))
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
-    root.attrib |= {"class": "chart", "role": "img", "aria-label": label}
+    root.attrib |= {"class": "chart", "role": "img", "aria-label": plain(label)}
     return Svg(ET.tostring(root, encoding="unicode"))
 
 

@@ -33,6 +33,7 @@ from mptk.ir.samples import Samples
 from mptk.progress import Count, Progress
 from mptk.run.merged import Merged
 from mptk.run.onnx_form import OnnxForm
+from mptk.run.origin import Origin
 from mptk.run.processes import replica
 from mptk.run.settings import Learning, Settings
 from mptk.run.shapes import Shapes
@@ -53,7 +54,7 @@ class Prepared:
     ``source``: the model as the user named it. ``candidates``: legal widths that meet the budget, none if a ``plan`` is
     given; ``cut`` is that plan, resolved. ``shapes``: what a search found, of which the candidate is the best.
     ``executor`` runs its programs. ``trimmed``: the model with all its tokens, if ``loaded`` has some alone.
-    ``merged``: the model with all its KV heads, if ``loaded`` has fewer.
+    ``merged``: the model with all its KV heads, if ``loaded`` has fewer. ``origin``: digests of what was given.
     """
 
     source: str
@@ -72,6 +73,7 @@ class Prepared:
     shapes: Shapes | None = None
     trimmed: Trimmed | None = None
     merged: Merged | None = None
+    origin: Origin = field(default_factory=Origin)
 
     @property
     def given(self) -> Loaded:

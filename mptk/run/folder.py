@@ -20,10 +20,15 @@ from mptk.errors import MptkError
 from mptk.files import discard, json_text, tidy, write_file, write_text
 from mptk.io.untrusted import load_tensors
 from mptk.reading import Damaged, read_json
+from mptk.run.origin import differing
 from mptk.run.processes import processes
 
 KEPT = 2
 SETTINGS = "settings.json"
+GIVEN = "given"
+"""What the run was given, in its settings (``mptk/run/origin.py``)."""
+METRICS = "metrics.jsonl"
+_OURS = (SETTINGS, METRICS)
 TRACKER = "tracker"
 """Folder of a tracker that writes files."""
 
@@ -86,34 +91,33 @@ class RunFolder:
 
     def checkpointed(self, phase: str, step: int) -> dict[str, Tensor]:
         """The state after ``step`` steps of a phase, which was kept. Raises MptkError if the file is damaged."""
-        file = self.path / f"{_name(phase, step)}.safetensors"
-        return load_tensors(file, _damaged(file))
+        return _state(self.path / f"{_name(phase, step)}.safetensors")
 
     def latest(self, phase: str) -> tuple[int, dict[str, Tensor]] | None:
         """Steps done and state of the newest checkpoint of a phase, or None."""
         found = self._checkpoints(phase)
         if not found:
             return None
-        return int(found[-1].stem.rpartition("-")[2]), load_tensors(found[-1], _damaged(found[-1]))
+        return int(found[-1].stem.rpartition("-")[2]), _state(found[-1])
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """Append a line to ``metrics.jsonl``."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with (self.path / METRICS).open("a") as file:
             file.write(
                 json_text({"phase": phase, "step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n"
             )
 
     def rewind(self, phase: str, step: int) -> None:
         """Drop the metrics that a resumed run will write again: those of ``phase`` after ``step``."""
-        path = self.path / "metrics.jsonl"
+        path = self.path / METRICS
         if path.is_file():
             rows = [line for line in path.read_text().splitlines() if _earlier(line, phase, step)]
             write_text(path, "".join(row + "\n" for row in rows))
 
     def finish(self, folder: Path) -> None:
         """Copy metrics and a tracker's files to ``folder``."""
-        shutil.copy(self.path / "metrics.jsonl", folder)
+        shutil.copy(self.path / METRICS, folder)
         if (self.path / TRACKER).is_dir():
             shutil.copytree(self.path / TRACKER, folder / TRACKER)
 
@@ -144,6 +148,13 @@ def check_unfinished(out: Path, settings: Mapping[str, Any], resume: bool, but: 
     """
     path = _beside(out)
     file = path / SETTINGS
+    if path.is_dir() and not any(each.name in _OURS or each.suffix == ".safetensors" for each in path.iterdir()):
+        tidy(path)
+        if any(path.iterdir()):
+            raise MptkError(
+                f"{path} holds no unfinished run, and the run would keep its stages there; give another --out, or "
+                "rename that folder"
+            )
     if not any(path.glob("*.safetensors")):
         return False
     before = _object(file) if os.path.lexists(file) else None
@@ -151,6 +162,11 @@ def check_unfinished(out: Path, settings: Mapping[str, Any], resume: bool, but: 
         raise MptkError(f"{path} holds an unfinished run; add --resume to go on, or remove it")
     if resume:
         before, given = before or {}, json.loads(json_text(settings))
+        if GIVEN not in but and (others := differing(before.get(GIVEN) or {}, given.get(GIVEN) or {})):
+            raise MptkError(
+                f"{others} changed since {path} was started, and the result would be a mixture; give what it was "
+                "started with, or remove it"
+            )
         names = sorted({*before, *given}.difference(but))
         if changed := [name for name in names if before.get(name) != given.get(name)]:
             raise MptkError(
@@ -178,6 +194,14 @@ def _damaged(file: Path) -> Damaged:
     """The error of a file that cannot be gone on from. An older checkpoint may stand beside a damaged one."""
     what = file if re.search(r"-\d{8}\.safetensors$", file.name) else file.parent
     return lambda why: MptkError(f"{file} is damaged: {why}; remove {what}, and start again with --resume")
+
+
+def _state(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint. Raises MptkError if it is damaged."""
+    found = load_tensors(file, _damaged(file))
+    if spoilt := next((n for n, t in found.items() if t.is_floating_point() and t.isnan().any()), None):
+        raise _damaged(file)(f"{spoilt} is not a number")
+    return found
 
 
 def _trains(settings: Mapping[str, Any]) -> bool:

@@ -22,7 +22,9 @@ OPTIONS = {"widths": "width", "multiple": "multiple_of"}
 """Fields of ``Settings`` whose option has another name."""
 LARGEST = 1 << 20
 """Bytes of the largest recipe."""
-_ELSEWHERE = ("max_ms", "tolerance", "warmup", "clip", "rates", "resume", "trust_remote_code")
+TYPED_ONLY = ("out", "teacher_cache", "overwrite", "trust_remote_code")
+"""Options that no file may give, as others write recipes: what is written where, and whose code runs."""
+_ELSEWHERE = ("max_ms", "tolerance", "warmup", "clip", "rates", "resume", *TYPED_ONLY)
 _BYTES = ("memory", "max_shard_size")
 _SEARCH = ("search", "search_shapes", "search_finalists", "search_tokens")
 _OF_THE_FOLDER = (
@@ -36,7 +38,7 @@ _OF_THE_FOLDER = (
 def recipe(model: str, settings: Settings) -> dict[str, Any]:
     """Option → value of a run, without what is at its default of None.
 
-    Left out are what has no option, and what a file must not decide: whether the model's own code may run.
+    Left out are what has no option, and what no file may give.
     """
     found = {"model": model, **_flat(settings)}
     if settings.max_ms is not None:

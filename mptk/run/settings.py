@@ -197,7 +197,8 @@ class Settings:
     What is written: ``target``. ``dtype``: type of the stored weights (``auto``: the checkpoint's own).
     ``max_shard_size``: bytes of the largest file of weights (None: 5 GB). ``rehome``: if the model's config class
     refuses the cut, another class may hold it. ``onnx`` with ``logits``, ``quantize``, ``objective`` and ``onnx_dtype``
-    as in ``mptk.export``.
+    as in ``mptk.export``. ``overwrite``: replace an earlier result although files were added to it, which stay where
+    they are, or changed, which are replaced.
 
     What is measured: ``eval_windows`` windows of ``eval_length`` tokens of ``eval_data`` (None: of ``data``). Text that
     the model writes has at most ``samples`` windows of ``length`` tokens. The defaults cost no more than the rest of a
@@ -256,6 +257,7 @@ class Settings:
     search_tokens: int = 131_072
     learning: Learning = field(default_factory=Learning)
     resume: bool = False
+    overwrite: bool = False
     memory: int | None = None
     device: str = "auto"
     compute_dtype: str = "float32"

@@ -95,13 +95,13 @@ READ = "prune {model} --method magnitude --no-onnx --out {pruned} --length 16 --
 REPLACED = [
     Row(
         "text in the folder that is replaced",
-        f"{READ} --data {{pruned/notes.txt}}",
+        f"{READ} --overwrite --data {{pruned/notes.txt}}",
         ("is what is read",),
         (write("pruned/notes.txt", "some words " * 400),),
     ),
     Row(
         "text to measure on in the folder that is replaced",
-        f"{READ} --data {{text.raw}} --eval-data {{pruned/notes.txt}}=2",
+        f"{READ} --overwrite --data {{text.raw}} --eval-data {{pruned/notes.txt}}=2",
         ("is what is read",),
         (write("pruned/notes.txt", "some words " * 400),),
     ),

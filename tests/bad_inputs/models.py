@@ -244,6 +244,18 @@ CONFIGS = [
             "of 80 MB": lambda path: b" " * (80 << 20),
         }.items()
     ),
+    Row(
+        "config of more layers than weights",
+        ANALYZE,
+        ("num_hidden_layers is 9999, and there are",),
+        (fields("model/config.json", num_hidden_layers=9999),),
+    ),
+    Row(
+        "config whose class says why in a second line",
+        ANALYZE,
+        ("field 'num_attention_heads': TypeError: Field 'num_attention_heads' expected int, got str",),
+        (fields("model/config.json", num_attention_heads="five"),),
+    ),
     Row("config a folder", ANALYZE, ("no config.json",), (remove("model/config.json"), folder("model/config.json"))),
     Row("config a fifo", ANALYZE, ("config.json",), (remove("model/config.json"), fifo("model/config.json"))),
     Row("config missing", ANALYZE, ("no config.json",), (remove("model/config.json"),)),

@@ -143,6 +143,8 @@ TEXTS = [
         ("too long",),
         code=2,
     ),
+    Row("out that is no text", f"{ONCE}".replace("{out}", "{a}"), ("not UTF-8", "rename it"), words={"a": "a\udcffb"}),
+    Row("model that is no text", "analyze {a}", ("not UTF-8", "rename it"), words={"a": "a\udcffb"}),
     Row("out below a file", f"{ONCE}".replace("{out}", "{text.raw}/deeper"), ("is not a folder",), code=2),
     Row("no place for the result", "prune {model} --data {text.raw}", ("give --out",)),
     Row("out is the model", "prune {model} --data {text.raw} --out {model}", ("not made by mptk", "another --out")),

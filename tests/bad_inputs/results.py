@@ -229,6 +229,13 @@ FOLDERS = [
         ("README.md", "is a link"),
         (link("pruned/README.md", "/etc/hostname"), sealed),
     ),
+    Row(
+        "sparsity of 400 digits",
+        VERIFY,
+        ("sparsity",),
+        (changed("pruned/report.json", put(10**400, "sparsity")), sealed),
+    ),
+    Row("another task", VERIFY, ("task", "evil"), (changed("pruned/report.json", put("evil", "task")), sealed)),
     Row("no manifest", VERIFY, ("no mptk.json",), (remove("pruned/mptk.json"),)),
     *(Row(f"mptk.json {n}", VERIFY, ("mptk.json",), (write("pruned/mptk.json", c),)) for n, c in BODIES.items()),
     Row(

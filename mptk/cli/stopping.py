@@ -1,0 +1,87 @@
+"""stopping: the signals that end a command. Each raises an exception, so that the command cleans up after itself."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+AGAIN = 0.01
+"""Seconds after which an exception is raised again that was raised where Python drops all exceptions."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+class HungUp(Terminated):
+    """SIGHUP: the terminal is gone."""
+
+
+KINDS: dict[int, type[KeyboardInterrupt]] = {
+    signal.SIGINT: KeyboardInterrupt,
+    signal.SIGTERM: Terminated,
+    signal.SIGHUP: HungUp,
+}
+
+
+class _Stopped:
+    """The signal that asked this process to stop. A library may drop its exception, or turn it into one of its own."""
+
+    def __init__(self) -> None:
+        self.by: KeyboardInterrupt | None = None
+
+    def note(self, stop: KeyboardInterrupt) -> KeyboardInterrupt:
+        """Keep ``stop``, which is about to be raised, and return it."""
+        self.by = stop
+        return stop
+
+    def behind(self, error: BaseException) -> KeyboardInterrupt | None:
+        """What stopped the command that ended with ``error``; None if nothing did."""
+        return error if isinstance(error, KeyboardInterrupt) else self.by
+
+    def look(self, said: str = "") -> None:
+        """Raise the exception of a signal that came, whoever dropped it before, with these words."""
+        if self.by is not None:
+            raise type(self.by)(said)
+
+
+STOPPED = _Stopped()
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within it the signals of ``KINDS`` raise their exceptions. One that the process was started to ignore does not.
+
+    Python drops what is raised in a callback of a weak reference or in a destructor. Then it is raised again.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise STOPPED.note(KINDS[number]())
+
+    def dropped(unraisable: sys.UnraisableHookArgs) -> None:
+        if isinstance(unraisable.exc_value, KeyboardInterrupt) and STOPPED.by is not None:
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        else:
+            hook(unraisable)
+
+    handlers = {number: stop for number in KINDS if signal.getsignal(number) != signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda number, frame: STOPPED.look())
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
+    try:
+        yield
+    finally:
+        STOPPED.by = None
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def deaf() -> None:
+    """The command is over: a signal while the interpreter ends would only stop other libraries' last acts."""
+    for number in KINDS:
+        signal.signal(number, signal.SIG_IGN)

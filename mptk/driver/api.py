@@ -25,6 +25,7 @@ from mptk.io.checkpoint import copy_processors, save_tokenizer
 from mptk.io.data import check_positions, positions_of
 from mptk.io.dense import fingerprint
 from mptk.io.llama_cpp import Conversion, Layer, Pattern
+from mptk.io.live import unwrapped
 from mptk.io.manifest import check_manifest
 from mptk.io.models import Loaded
 from mptk.io.publish import check_apart, check_replaceable, publish
@@ -71,7 +72,7 @@ def trace(model: nn.Module | str, example_inputs: ExampleInputs | None = None, *
     Raises:
         MptkError: the model is not found, or torch.export cannot trace it.
     """
-    module = models.skeleton(model) if isinstance(model, str) else model
+    module = models.skeleton(model) if isinstance(model, str) else unwrapped(model)
     example = example_of(module) if example_inputs is None else example_inputs
     return passes.frontend.trace.trace(module, example, dynamic=dynamic)
 

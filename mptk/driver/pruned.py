@@ -25,6 +25,7 @@ from mptk.errors import MptkError
 from mptk.files import scratch
 from mptk.io import models
 from mptk.io.checkpoint import stored_dtype
+from mptk.io.live import unwrapped
 from mptk.io.manifest import MARKER, check_manifest
 from mptk.io.publish import publish
 from mptk.ir.passes import Log, Record
@@ -264,7 +265,7 @@ def reporting(progress: Shown) -> Iterator[Progress]:
 def _defaults(out: str | Path | None, model: Model) -> Settings:
     """The settings of a call that gives none: without a folder no ONNX; masks are learned in transformers models."""
     settings = Settings(onnx=out is not None)
-    plain = isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel)
+    plain = isinstance(model, nn.Module) and not isinstance(unwrapped(model), PreTrainedModel)
     return replace(settings, method="wanda") if plain else settings
 
 

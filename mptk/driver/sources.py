@@ -20,7 +20,7 @@ from mptk.driver.prune import wanted
 from mptk.errors import MptkError
 from mptk.io import data as text
 from mptk.io import models
-from mptk.io.live import name_of, open_live
+from mptk.io.live import name_of, open_live, unwrapped
 from mptk.io.models import Loaded
 from mptk.io.resident import Resident
 from mptk.io.untrusted import load_tensors
@@ -71,6 +71,7 @@ def source_of(
             return loaded, _task(loaded, example_inputs)
 
         return Source(name, opened, partial(estimated, name), plain=False)
+    model = unwrapped(model)
     plain = not isinstance(model, PreTrainedModel)
     if plain and example_inputs is None:
         raise MptkError(

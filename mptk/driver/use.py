@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mptk.compat.torch import sources_forgotten
 from mptk.driver.pruned import Pruned, Shown, reporting
@@ -30,6 +30,7 @@ from mptk.errors import MptkError, explained
 from mptk.io import models
 from mptk.io.data import positions_of
 from mptk.io.dense import open_dense
+from mptk.io.live import unwrapped
 from mptk.io.resident import Resident
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
@@ -196,7 +197,7 @@ class _Programs:
 
 
 def generate(
-    model: Pruned | str | Path | PreTrainedModel,
+    model: Pruned | str | Path | nn.Module,
     prompts: str | Sequence[str],
     *,
     max_new_tokens: int = 64,
@@ -226,6 +227,7 @@ def generate(
         MptkError: there is no tokenizer, or no decoder; or a prompt and what follows do not fit the model's positions.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     sampling = Sampling(temperature, top_k, top_p)
     place = _graphs(model)
     if place is not None:
@@ -241,11 +243,11 @@ def generate(
     return [_written(module, words, prompt, max_new_tokens, sampling, seed, chat) for prompt in prompts]
 
 
-def _graphs(model: Pruned | str | Path | PreTrainedModel) -> str | Path | None:
+def _graphs(model: Pruned | str | Path | nn.Module) -> str | Path | None:
     """Where the model's ONNX is; None if it must run in torch."""
     if isinstance(model, Pruned):
         return model.place if any(model.place.glob("onnx/*.onnx")) else None
-    return None if isinstance(model, PreTrainedModel) else model
+    return None if isinstance(model, nn.Module) else model
 
 
 def _written(

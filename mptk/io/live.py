@@ -13,6 +13,7 @@ import weakref
 from pathlib import Path
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,6 +47,13 @@ def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
             tokenizer = models.load_tokenizer(str(home), trust_remote_code=trusted)
     made: PreTrainedModel = bare  # type: ignore[assignment]  # any module: only the task ``module`` gets another
     return Loaded(made, tokenizer, source, folder, trusted, dtype, _weights(model), live=True)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module itself, out of what ``torch.compile``, ``DataParallel`` and their like put around it."""
+    while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
+        model = inner
+    return model
 
 
 def name_of(model: nn.Module) -> str:

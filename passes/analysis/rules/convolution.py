@@ -56,12 +56,13 @@ def conv_transpose(
 ) -> Result:
     """x_1 = W_0 = g · c, y_1 = g · W_1."""
     g = axis(named_argument(node, "groups", 1))
+    channel = x.ndim - (weight.ndim - 1)
     ctx.unify(weight.dims[0], product((g, axis(weight.dims[0].size // g.size))), node)
-    ctx.unify(x.dims[1], weight.dims[0], node)
+    ctx.unify(x.dims[channel], weight.dims[0], node)
     channels = product((g, weight.dims[1]))
     _kernel(ctx, node, weight, bias, channels)
-    out = (x.dims[0], channels, *_space(ctx, node, x, 2))
-    ctx.contract(node, x, 1, weight, 0, out)
+    out = (*x.dims[:channel], channels, *_space(ctx, node, x, channel + 1))
+    ctx.contract(node, x, channel, weight, 0, out)
     return Result(out, Counted(g))
 
 

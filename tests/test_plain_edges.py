@@ -44,9 +44,15 @@ class Unbatched(nn.Module):
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "without a family": (lambda: nn.Linear(8, 4), r"nothing in this model can be cut \(weight\[0\]: it is the model's out"),
+    "without a family": (
+        lambda: nn.Linear(8, 4),
+        r"nothing in this model can be cut \(weight\[0\]: it is the model's out",
+    ),
     "without a weight": (nn.ReLU, "nothing in this model can be cut .it has no weights"),
-    "a gradient": (Gradient, "cannot trace Gradient: a value of forward.. is lost, as the result of torch.autograd.grad"),
+    "a gradient": (
+        Gradient,
+        "cannot trace Gradient: a value of forward.. is lost, as the result of torch.autograd.grad",
+    ),
     "jit.trace": (lambda: torch.jit.trace(three(), X), "Sequential is a TorchScript module"),
     "jit.script": (lambda: torch.jit.script(three()), "Sequential is a TorchScript module"),
 }
@@ -69,9 +75,7 @@ def test_an_unbatched_transposed_convolution_is_cut() -> None:
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda m: torch.compile(nn.DataParallel(m))])
 def test_a_wrapped_module_is_pruned_as_the_module_in_it(wrap: Callable[[nn.Module], nn.Module]) -> None:
     module = three()
-    alone, wrapped = (
-        mptk.prune(m, sparsity=0.5, example_inputs=X, progress=None) for m in (module, wrap(module))
-    )
+    alone, wrapped = (mptk.prune(m, sparsity=0.5, example_inputs=X, progress=None) for m in (module, wrap(module)))
     assert alone is not None
     assert wrapped is not None
     assert wrapped.plan == alone.plan

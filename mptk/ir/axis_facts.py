@@ -69,6 +69,7 @@ class AxisFacts:
         results: value → the terms of its dimensions, in the graph's order.
         weights: name of a weight in the program's state → its terms.
         constant_uses: call → its constant arguments: the place of each, and its terms at this use.
+        zeros: constants that are zero everywhere.
         contractions: every sum of products, in the graph's order.
         reductions: every other operation that combines positions along an axis.
         inner: dimensions of values inside a call, such as attention scores.
@@ -83,6 +84,7 @@ class AxisFacts:
     results: Mapping[fx.Node, Results]
     weights: Mapping[str, Dims]
     constant_uses: Mapping[fx.Node, Sequence[tuple[Path, Dims]]] = field(repr=False)
+    zeros: AbstractSet[fx.Node] = field(repr=False)
     contractions: Sequence[Contraction] = field(repr=False)
     reductions: Sequence[Reduction] = field(repr=False)
     inner: Sequence[Dims] = field(repr=False)

@@ -147,9 +147,14 @@ class _Propagation:
         return found.difference(*(self._axes_of_use(node, v) - zero(v) for v in operands))
 
     def _operand(self, node: fx.Node, value: object) -> set[Axis]:
-        """The axes along which an operand is zero. It must have as many coordinates along them as the result."""
+        """The axes along which an operand is zero. It must have as many coordinates along them as the result.
+
+        A constant that holds zeros only is zero along each axis of which the result has one coordinate.
+        """
         if not isinstance(value, fx.Node):
             return set()
+        if value in self.facts.zeros:
+            return {a for a in self.facts.axes(node) if self.multiplicities(node).get(a, 1) == 1}
         found = self.zeros.get(value, set())
         if not found or not (several := self.multiplicities(node)):
             return found

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import passes.frontend.trace
+from mptk.arguments import check_arguments, checked
 from mptk.compat.torch import sources_forgotten
 from mptk.cost.budgets import phase
 from mptk.driver.changes import stored_weights
@@ -24,8 +25,8 @@ from mptk.io.cache import build_once, cache_dir
 from mptk.io.checkpoint import copy_processors, save_tokenizer
 from mptk.io.data import check_positions, positions_of
 from mptk.io.dense import fingerprint
-from mptk.io.llama_cpp import Conversion, Layer, Pattern
 from mptk.io.live import unwrapped
+from mptk.io.llama_cpp import Conversion, Layer, Pattern
 from mptk.io.manifest import check_manifest
 from mptk.io.models import Loaded
 from mptk.io.publish import check_apart, check_replaceable, publish
@@ -59,8 +60,11 @@ from passes.transforms.rewrite import Rewrite
 __all__ = ["analyze", "bench", "export", "export_folder", "gguf", "rewrite", "rule", "show", "trace"]
 
 
+@checked
 @sources_forgotten()
-def trace(model: nn.Module | str, example_inputs: ExampleInputs | None = None, *, dynamic: bool = False) -> Program:
+def trace(
+    model: nn.Module | str | Path, example_inputs: ExampleInputs | None = None, *, dynamic: bool = False
+) -> Program:
     """Trace a model to a Program.
 
     Args:
@@ -72,13 +76,14 @@ def trace(model: nn.Module | str, example_inputs: ExampleInputs | None = None, *
     Raises:
         MptkError: the model is not found, or torch.export cannot trace it.
     """
-    module = models.skeleton(model) if isinstance(model, str) else unwrapped(model)
+    module = unwrapped(model) if isinstance(model, nn.Module) else models.skeleton(str(model))
     example = example_of(module) if example_inputs is None else example_inputs
     return passes.frontend.trace.trace(module, example, dynamic=dynamic)
 
 
+@checked
 @sources_forgotten()
-def analyze(model: nn.Module | str | Program, example_inputs: ExampleInputs | None = None) -> Analysis:
+def analyze(model: nn.Module | str | Path | Program, example_inputs: ExampleInputs | None = None) -> Analysis:
     """Find what can be cut in a model: its families of coupled channels, and what cannot be cut and why.
 
     Takes what ``trace`` takes, or a Program. Needs no weights.
@@ -89,6 +94,7 @@ def analyze(model: nn.Module | str | Program, example_inputs: ExampleInputs | No
     return group.analyze(model if isinstance(model, Program) else trace(model, example_inputs))
 
 
+@checked
 @sources_forgotten()
 def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
     """Cut the analysed program to ``plan``: smaller weights, right shape constants, the same function as when masked.
@@ -114,8 +120,9 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
     return results[-1].program
 
 
+@checked
 def show(
-    model: nn.Module | str | Program,
+    model: nn.Module | str | Path | Program,
     example_inputs: ExampleInputs | None = None,
     *,
     after: str | None = None,
@@ -149,6 +156,7 @@ def show(
     return program_text(result, analysis, sizes, source=source)
 
 
+@checked
 @sources_forgotten()
 def export(
     model: PreTrainedModel,
@@ -182,6 +190,7 @@ def export(
             is no such scheme, objective or type; or graphs are to be quantised that are not float32.
     """
     _check_whole(plan)
+    check_schemes(quantize)
     form, how = form_of(model), dict[str, Any]({"logits": logits, "quantize": tuple(quantize), "objective": objective})
     if form is None or form is CAUSAL_LM.onnx:
         export_decoder(model, Path(folder), metadata, plan=plan, text=text, onnx_dtype=onnx_dtype, **how)
@@ -204,6 +213,7 @@ def _check_whole(plan: Plan | None) -> None:
         raise MptkError(f"this plan {what}, which mptk.prune(plan=...) alone does; give it the plan's file")
 
 
+@checked
 def gguf(folder: str | Path, like: str | Path, out: str | Path) -> list[Layer]:
     """Write a pruned LLaMA model as the GGUF file ``out`` for llama.cpp; returns the widths of each layer.
 
@@ -226,6 +236,7 @@ def gguf(folder: str | Path, like: str | Path, out: str | Path) -> list[Layer]:
     return made.layers
 
 
+@checked
 @sources_forgotten()
 def export_folder(
     model: str,
@@ -293,6 +304,7 @@ def export_folder(
     return Path(out)
 
 
+@checked
 @sources_forgotten()
 def bench(
     models: Sequence[str | Path], *, device: str = Settings.device, progress: Progress | None = None, **settings: Any
@@ -313,6 +325,9 @@ def bench(
     Raises:
         MptkError: a model cannot be found or exported, has too few positions, or there is no such device.
     """
+    check_arguments(bench_decoders, settings)
+    if not models:
+        raise MptkError("there is nothing to time; give models, folders or .onnx files")
     there, graphs = session_device(device), dict[str, Path]()
     longest = max(settings.get("lengths", LENGTHS))
     for model in map(str, models):

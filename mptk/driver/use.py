@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mptk.arguments import checked
 from mptk.compat.torch import sources_forgotten
 from mptk.driver.pruned import Pruned, Shown, reporting
 from mptk.driver.sources import (
     Data,
     Inputs,
     Model,
+    check_fits,
     collected,
     in_memory,
     inputs_of_folder,
@@ -48,6 +50,7 @@ from mptk.tasks.module import Module
 from passes.analysis import group
 
 
+@checked
 @sources_forgotten()
 def evaluate(
     model: Pruned | Model,
@@ -93,6 +96,8 @@ def evaluate(
         else:
             samples = task.evaluation(loaded, settings)
         runs.trace(samples)
+        if in_memory(data):
+            check_fits(samples, next(iter(runs.programs.values())))
         source = IN_MEMORY if data is None or in_memory(data) else task.named(loaded.model, str(data))
         sets = SampleSets(samples, samples, samples, source, task.sequences)
         return dict(task.quality(runs, sets, say))
@@ -196,6 +201,7 @@ class _Programs:
                 yield name, i, next(found)
 
 
+@checked
 def generate(
     model: Pruned | str | Path | nn.Module,
     prompts: str | Sequence[str],
@@ -229,6 +235,8 @@ def generate(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     model = unwrapped(model) if isinstance(model, nn.Module) else model
     sampling = Sampling(temperature, top_k, top_p)
+    if max_new_tokens < 1:
+        raise MptkError(f"max_new_tokens is {max_new_tokens}, and a text has at least one token; give 1 or more")
     place = _graphs(model)
     if place is not None:
         runner = TextGenerator(place, threads=threads, device=session_device(device))
@@ -238,6 +246,8 @@ def generate(
         return [str(runner.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
     module: Any = model.model if isinstance(model, Pruned) else model
     words = tokenizer or (model.tokenizer if isinstance(model, Pruned) else None)
+    if not isinstance(module, PreTrainedModel):
+        raise MptkError(f"a {type(module).__name__} writes no text; give a language model of transformers")
     if words is None:
         raise MptkError("there is no tokenizer to read prompts with; give tokenizer=")
     return [_written(module, words, prompt, max_new_tokens, sampling, seed, chat) for prompt in prompts]

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
@@ -51,9 +52,8 @@ def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module itself, out of what ``torch.compile``, ``DataParallel`` and their like put around it."""
-    while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
-        model = inner
-    return model
+    inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
+    return model if inner is model else unwrapped(inner)
 
 
 def name_of(model: nn.Module) -> str:
@@ -78,9 +78,18 @@ def weights_fingerprint(loaded: Loaded) -> str:
 
 def _check(model: nn.Module) -> None:
     name = type(model).__name__
+    if any(map(is_lazy, model.parameters())):
+        raise MptkError(f"some weights of this {name} have no shape yet; run it once on an input")
+    if any(p.layout is not torch.strided for p in model.parameters()):
+        raise MptkError(f"some weights of this {name} are sparse tensors; make them dense with to_dense()")
     if any(tensor.is_meta for tensor in model.parameters()):
         raise MptkError(f"some weights of this {name} are not in memory; load it without device_map and offloading")
-    if getattr(model, "is_quantized", False) or any(p.dtype in (torch.int8, torch.uint8) for p in model.parameters()):
+    packed = any(type(m).__module__.startswith("torch.ao.nn.quantized") for m in model.modules())
+    if (
+        packed
+        or getattr(model, "is_quantized", False)
+        or any(p.dtype in (torch.int8, torch.uint8) for p in model.parameters())
+    ):
         raise MptkError(f"this {name} is quantised, and mptk prunes float weights; load the float model")
 
 

@@ -65,11 +65,13 @@ def _signature(module: nn.Module) -> inspect.Signature:
             f"{module.original_name} is a TorchScript module, which torch.export cannot trace; give the nn.Module that "
             "it was made of"
         )
+    if type(module).forward is nn.Module.forward:
+        raise MptkError(f"{type(module).__name__} has no forward(); give the module that calls it")
     return inspect.signature(module.forward)
 
 
-ExampleInputs = Sequence[Tensor] | Mapping[str, Tensor]
-"""Tensors for ``forward``, by position or by the argument's name."""
+ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""Tensors for ``forward``: one, several by position, or by the argument's name."""
 
 
 def trace(
@@ -93,6 +95,8 @@ def trace(
         example_inputs = (torch.arange(BATCH * SEQUENCE).reshape(BATCH, SEQUENCE) % 11 + 1,)
     if isinstance(example_inputs, Mapping):
         return export_program(Flat(module, list(example_inputs)), tuple(example_inputs.values()), dynamic=dynamic)
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
     found = export_program(Flat(module), tuple(example_inputs), dynamic=dynamic)
     names = argument_names(module)[: len(example_inputs)]
     return replace(found, inputs=names if len(names) == len(example_inputs) else ())
@@ -213,8 +217,8 @@ def _check_constants(exported: ExportedProgram, wrapper: nn.Module) -> None:
     for constant in exported.constants.values():
         if isinstance(constant, Tensor) and any(isinstance(size, torch.SymInt) for size in constant.shape):
             raise MptkError(
-                f"torch.export cannot trace {type(wrapper.module).__name__}: a value of forward() is lost, as the result "
-                "of torch.autograd.grad is; see docs/tracing.md for the usual causes"
+                f"torch.export cannot trace {type(wrapper.module).__name__}: a value of forward() is lost, as the "
+                "result of torch.autograd.grad is; see docs/tracing.md for the usual causes"
             )
 
 

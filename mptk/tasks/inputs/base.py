@@ -78,7 +78,7 @@ def check_dimensions(inputs: Mapping[str, Tensor], like: Mapping[str, Tensor]) -
     """Raise MptkError unless there are samples, each with the dimensions of the examples ``like``."""
     for name in inputs.keys() & like.keys():
         tensor, wanted = inputs[name], ["n", *like[name].shape[1:]]
-        if tensor.ndim != len(wanted) or not len(tensor):
+        if tensor.ndim != len(wanted) or not tensor.numel():
             raise MptkError(
                 f"{name} in data is {list(tensor.shape)}, not like {wanted}; put the samples in the first dimension"
             )

@@ -72,6 +72,32 @@ def test_an_unbatched_transposed_convolution_is_cut() -> None:
     assert pruned.model.get_parameter("second.weight").shape == (6, 4, 3)
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer over the steps, and a head."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = kind(8, 12, batch_first=True, **options)
+        self.head = nn.Linear(24 if options.get("bidirectional") else 12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "gates"), [(nn.LSTM, {}, 4), (nn.GRU, {"num_layers": 2, "bidirectional": True}, 3)]
+)
+def test_the_hidden_units_of_a_recurrent_layer_are_cut(
+    kind: type[nn.RNNBase], options: dict[str, int], gates: int
+) -> None:
+    pruned = mptk.prune(Recurrent(kind, **options), sparsity=0.5, tolerance=0.1, example_inputs=X, progress=None)
+    assert pruned is not None
+    (width,) = pruned.plan.widths.values()
+    assert pruned.model.get_parameter("layer.weight_hh_l0").shape == (gates * width, width)
+    assert pruned.model(torch.randn(3, 9, 8)).shape[0] == 3
+
+
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda m: torch.compile(nn.DataParallel(m))])
 def test_a_wrapped_module_is_pruned_as_the_module_in_it(wrap: Callable[[nn.Module], nn.Module]) -> None:
     module = three()

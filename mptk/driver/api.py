@@ -31,10 +31,10 @@ from mptk.io.manifest import check_manifest
 from mptk.io.models import Loaded
 from mptk.io.publish import check_apart, check_replaceable, publish
 from mptk.ir.families import Analysis
-from mptk.ir.passes import Log, run, shapes
+from mptk.ir.passes import Log, Pass, Result, run, shapes
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import removed_blocks, resolve_plan
+from mptk.ir.resolved_plan import Cut, removed_blocks, resolve_plan
 from mptk.ir.samples import next_tokens
 from mptk.ir.text import program_text
 from mptk.progress import Progress, silent, within
@@ -49,7 +49,7 @@ from mptk.tasks.decoder_onnx import export_decoder
 from mptk.version import __version__
 from passes.analysis import group
 from passes.analysis.rules import rule
-from passes.check_cut import check_cut, in_float32
+from passes.check_cut import Unmoved, awake, check_cut, in_float32
 from passes.frontend.trace import ExampleInputs
 from passes.frontend.trace_decoder import LogitsScope
 from passes.pipelines import check_schemes, cutting, passes_until
@@ -101,7 +101,8 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
 
     Args:
         check: prove it: on seeded inputs of the traced shapes the cut program equals the masked one, and the mask
-            moves the output. Costs three forward passes; a program without weights cannot be proven.
+            moves the output. Costs three forward passes; a program without weights cannot be proven. Where a head
+            of zeros hides what the mask does, the same is proven of a copy with random numbers in its place.
 
     Raises:
         MptkError: the plan does not fit the model; or the mask does not move the output, so that nothing is proven.
@@ -112,12 +113,20 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
     results = run(analysis.program, steps, Log())
     if check and results[-1].program.has_values:
         fine = in_float32(analysis)
-        proven = results if fine is analysis else run(fine.program, steps, Log())
-        stages = {step.name: result.program for step, result in zip(steps, proven, strict=True)}
-        if removed_blocks(analysis, cut):
-            del stages[Rewrite.name]  # it leaves the blocks to the pass after it
-        check_cut(fine, cut, stages)
+        try:
+            _prove(fine, cut, steps, results if fine is analysis else run(fine.program, steps, Log()))
+        except Unmoved:
+            woken = awake(fine)
+            _prove(woken, cut, steps, run(woken.program, steps, Log()))
     return results[-1].program
+
+
+def _prove(analysis: Analysis, cut: Cut, steps: Sequence[Pass], proven: Sequence[Result]) -> None:
+    """Compare what each of ``steps`` made of the analysed program with the masked one."""
+    stages = {step.name: result.program for step, result in zip(steps, proven, strict=True)}
+    if removed_blocks(analysis, cut):
+        del stages[Rewrite.name]  # it leaves the blocks to the pass after it
+    check_cut(analysis, cut, stages)
 
 
 @checked

@@ -83,7 +83,8 @@ def _is_faint(weight: Tensor) -> bool:
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
     """Normal numbers of the size that a weight has at the start of training."""
     fan_in = like[0].numel() if like.ndim > 1 else 1
-    return (torch.randn(like.shape, generator=generator) / fan_in**0.5).to(like)
+    found: Tensor = torch.randn(like.shape, generator=generator) / fan_in**0.5
+    return found.to(like)
 
 
 def in_float32(analysis: Analysis) -> Analysis:

@@ -42,7 +42,7 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
     """Raise MptkError for the first of some arguments, by name, that is not of the type that ``function`` says."""
     hints: dict[str, Any] = get_type_hints(function)
     several = inspect.signature(function).parameters
-    for name in given.keys() & hints.keys():
+    for name in filter(hints.__contains__, given):
         many = several[name].kind is inspect.Parameter.VAR_POSITIONAL
         hint = Sequence[hints[name]] if many else hints[name]  # type: ignore[valid-type]
         if (wrong := _wrong(given[name], hint, name)) is not None:
@@ -77,6 +77,8 @@ def _is_a(value: object, kind: Any) -> bool:
         return callable(value)
     if kind in (Sequence, Iterable) and isinstance(value, str | bytes | bytearray):
         return False
+    if kind is Iterable and hasattr(value, "__getitem__"):  # a torch data set is read by number
+        return True
     if isinstance(value, bool) and kind in (int, float):
         return False
     return isinstance(value, (int, float) if kind is float else kind)

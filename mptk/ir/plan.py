@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def _heads(body: object, where: str) -> Heads | None:
 
 def check_units(row: Sequence[int], width: int, of: int, where: str) -> None:
     """Raise MptkError, which names ``where``, unless ``row`` is ``width`` ascending, distinct units of 0 … of − 1."""
-    if not isinstance(row, list | tuple) or not all(type(unit) is int for unit in row):
+    if not isinstance(row, list | tuple) or not all(isinstance(unit, Integral) for unit in row):
         raise MptkError(f"{where}: a row is no tuple of whole numbers; give the units that stay, ascending")
     if len(row) != width:
         raise MptkError(f"{where}: {len(row)} units kept, but width is {width}")

@@ -16,7 +16,7 @@ from mptk.runtime.staged import Executor
 from passes.frontend.bound import Late, bounded
 
 PATIENCE = 120.0
-"""Seconds of computing after which a plain module is traced for one size: torchvision's Swin-T takes 530 with all open."""
+"""Seconds of computing after which a plain module is traced for one size (with all open, Swin-T takes 530)."""
 LONGEST = 31
 """Tokens of a program of one length: its graph may repeat a loop for each. A prime, so that no size of a model is
 likely to be a multiple of it."""

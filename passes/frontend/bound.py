@@ -1,4 +1,4 @@
-"""bound: an end for a trace with symbolic sizes, which for some modules takes minutes in simplifying their expressions."""
+"""bound: an end for a trace with symbolic sizes, whose expressions take minutes to simplify for some modules."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def ordered(samples: Samples, like: Mapping[str, Tensor]) -> Samples:
 
 
 def check_dimensions(inputs: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    """Raise MptkError unless there are samples, each with the dimensions of the examples ``like``, and finite as these."""
+    """Raise MptkError unless there are samples with the dimensions of the examples ``like``, and finite as these."""
     for name in inputs.keys() & like.keys():
         tensor, wanted = inputs[name], ["n", *like[name].shape[1:]]
         if tensor.ndim != len(wanted) or not tensor.numel():

@@ -51,6 +51,9 @@ POSITIONS: dict[str, Case] = {
         summed=(),
         shapes=[(12, 6)],
     ),
+    "embedding_renorm_exp": Case(
+        lambda x, w: x + F.embedding(torch.arange(5), w.exp(), max_norm=0.7), (), (), shapes=[(8, 6)]
+    ),
     "embedding_renorm": Case(
         lambda x, w: x + F.embedding(torch.arange(5), w * 1, max_norm=0.7),
         shapes=[(8, 6)],
@@ -146,6 +149,7 @@ FIXED: dict[str, Case] = {
         (2, 4, 4, 6),
         shapes=[(4, 4), (2,)],
     ),
+    "block_diag_twice": Case(lambda x: torch.block_diag(x[0], x[1].exp()).expand(2, 10, 12), summed=()),
     "block_diag_exp": Case(
         lambda x, w: torch.block_diag(x[0].exp(), w).expand(2, 9, 10), (4, 6), (4, 4), shapes=[(4, 4)]
     ),

@@ -20,7 +20,13 @@ from passes.transforms.retype import Retype
 from passes.transforms.round_weights import RoundWeights
 from passes.verify import ROUNDINGS, TOLERANCE, WIDEST
 
+FAINT = 1e-4
+"""A parameter without a larger number may hide all that is before it: a head of zeros, a layer's scale of 1e-6."""
 COARSE = (torch.float16, torch.bfloat16)
+
+
+class Unmoved(MptkError):
+    """Nothing is proven: the mask does not move the outputs."""
 
 
 @torch.no_grad()
@@ -29,8 +35,8 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program], *, se
 
     Raises:
         ProofError: outputs differ at a stage. The message names the stage and the difference.
-        MptkError: nothing is proven, because the mask moves the outputs no further than rounding does, or because
-            rounding alone moves them as far as the difference found.
+        Unmoved: nothing is proven, because the mask moves the outputs no further than rounding does.
+        MptkError: nothing is proven, because rounding alone moves them as far as the difference found.
     """
     inputs = seeded_inputs(analysis.program, seed)
     masked, dense = _fine(mask(analysis, cut)), _fine(analysis.program)
@@ -56,10 +62,29 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program], *, se
             )
     moved = _difference(_outputs(dense, inputs.values()), expected)
     if moved <= tolerance and cut.removes:
-        raise MptkError(
+        raise Unmoved(
             f"nothing is proven: masking the units moves the outputs by {moved:.1e} of the largest on random inputs; "
             "if they are dead, pass check=False"
         )
+
+
+def awake(analysis: Analysis, seed: int = 0) -> Analysis:
+    """The analysis with random numbers in the place of parameters that are zero or faint, so that a mask shows."""
+    state, generator = analysis.program.state, torch.Generator().manual_seed(seed)
+    faint = [n for n in analysis.program.parameters if state.like(n).is_floating_point() and _is_faint(state[n])]
+    woken = {n: _random(state[n], generator) for n in faint}
+    return replace(analysis, program=replace(analysis.program, state=state.updated(woken)))
+
+
+def _is_faint(weight: Tensor) -> bool:
+    return bool(weight.numel()) and weight.abs().max().item() <= FAINT
+
+
+def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal numbers of the size that a weight has at the start of training."""
+    fan_in = like[0].numel() if like.ndim > 1 else 1
+    found: Tensor = torch.randn(like.shape, generator=generator) / fan_in**0.5
+    return found.to(like)
 
 
 def in_float32(analysis: Analysis) -> Analysis:

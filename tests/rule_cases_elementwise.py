@@ -51,6 +51,11 @@ ONE |= {
     "sqrt": Case(lambda x: x.abs().sqrt()),
     "log1p": Case(lambda x: x.abs().log1p()),
     "log": Case(lambda x: (x.abs() + 1).log(), summed=()),
+    "fake_quantize": Case(lambda x: torch.fake_quantize_per_tensor_affine(x, 0.01, 3, -128, 127)),
+    "fake_quantize_of_tensors": Case(
+        lambda x: torch.fake_quantize_per_tensor_affine(x, torch.tensor([0.01]), torch.tensor([3]), -128, 127),
+        summed=(),
+    ),
     "hardtanh_shifted": Case(lambda x: F.hardtanh(x, 0.5, 2.0), summed=()),
     "elu_scaled": Case(lambda x: F.elu(x, 0.3)),
     "prelu": Case(lambda x, w: F.prelu(x, w), shapes=[(1,)]),

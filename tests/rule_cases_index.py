@@ -44,7 +44,19 @@ POSITIONS: dict[str, Case] = {
         shapes=[(12, 4)],
     ),
     "embedding_bag_max": Case(
-        lambda x, w: x + F.embedding_bag(EVERY.view(2, 6), w, mode="max")[:, None], (), (), shapes=[(12, 6)]
+        lambda x, w: x + F.embedding_bag(EVERY.view(2, 6), w, mode="max")[:, None], shapes=[(12, 6)]
+    ),
+    "embedding_bag_largest": Case(
+        lambda x, w: x + aten.embedding_bag(w, EVERY, torch.tensor([0, 6]), False, 2)[3][:, None],
+        summed=(),
+        shapes=[(12, 6)],
+    ),
+    "embedding_renorm_exp": Case(
+        lambda x, w: x + F.embedding(torch.arange(5), w.exp(), max_norm=0.7), (), (), shapes=[(8, 6)]
+    ),
+    "embedding_renorm": Case(
+        lambda x, w: x + F.embedding(torch.arange(5), w * 1, max_norm=0.7),
+        shapes=[(8, 6)],
     ),
     "index": Case(lambda x, w: w[best(x)], **TABLE),
     "index_argmin": Case(lambda x, w: w[x.argmin(-1)], **TABLE),
@@ -127,6 +139,20 @@ FIXED: dict[str, Case] = {
         lambda x: torch.linalg.diagonal(x.unsqueeze(-1) * x.exp().unsqueeze(-2)), (6,), (), (6,)
     ),
     "diag": Case(lambda x, w: x * w.diag(), (6,), (6,), shapes=[(6, 6)]),
+    "fill_diagonal": Case(lambda x, w: x @ (w * 2).fill_diagonal_(0), (6,), (6,), shapes=[(6, 6)]),
+    "fill_diagonal_one": Case(lambda x, w: x @ (w * 2).fill_diagonal_(1), (6,), (), shapes=[(6, 6)]),
+    "fill_diagonal_exp": Case(lambda x, w: x.exp() @ (w * 2).fill_diagonal_(1), (), (), shapes=[(6, 6)]),
+    "fill_diagonal_part": Case(lambda x, w: x @ (w * 2).fill_diagonal_(1), (), (), shapes=[(6, 8)]),
+    "block_diag": Case(
+        lambda x, v, w: torch.block_diag(x[0], v, w).expand(2, 10, 12),
+        (2, 4, 6),
+        (2, 4, 4, 6),
+        shapes=[(4, 4), (2,)],
+    ),
+    "block_diag_twice": Case(lambda x: torch.block_diag(x[0], x[1].exp()).expand(2, 10, 12), summed=()),
+    "block_diag_exp": Case(
+        lambda x, w: torch.block_diag(x[0].exp(), w).expand(2, 9, 10), (4, 6), (4, 4), shapes=[(4, 4)]
+    ),
     "diag_of_vector": Case(lambda x, w: x @ w.diag(), (6,), (), shapes=[(6,)]),
     "diag_of_vector_beside": Case(lambda x, w: x @ w.diag(1)[1:, 1:], (), (), shapes=[(6,)]),
     "diag_embed": Case(lambda x: x.diag_embed().flatten(2), (6,), ()),

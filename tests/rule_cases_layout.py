@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from rule_cases import Case
@@ -186,4 +188,23 @@ def _view_written(x: Tensor) -> Tensor:
     return base + x
 
 
-GROUPS = {"moves": MOVES, "factors": FACTORS, "segments": SEGMENTS, "tensors made": MADE}
+def each(function: Callable[..., Tensor], *dims: int) -> Callable[..., Tensor]:
+    """``function`` under torch.vmap over these dimensions, the outer first."""
+    for d in reversed(dims):
+        function = torch.vmap(function, in_dims=d, out_dims=d)
+    return function
+
+
+MAPPED: dict[str, Case] = {
+    "vmap": Case(each(lambda x: x.relu() * 2, 0)),
+    "vmap_of_tokens": Case(each(lambda x: x.softmax(-1) - x, 0, 0)),
+    "vmap_exp": Case(each(lambda x: x.exp(), 1), summed=()),
+    "vmap_of_channels": Case(each(lambda x: x.relu(), 2), (), ()),
+    "vmap_weighted": Case(lambda x, w: each(lambda a: a @ w, 0)(x), (4, 6), (4, 6), shapes=[(6, 4)]),
+    "vmap_of_heads": Case(
+        lambda x: each(lambda a: a.relu(), 2)(x.view(2, 5, 3, 8)).flatten(2), (8,), (8,), widths=(24,)
+    ),
+    "vmap_normed": Case(lambda x: each(lambda a: torch.nn.functional.layer_norm(a, (6,)), 0)(x), summed=()),
+    "vmap_of_two": Case(lambda x, y: torch.vmap(lambda a, b: a * b, (0, 0))(x, y), widths=(6, 6)),
+}
+GROUPS = {"mapped": MAPPED, "moves": MOVES, "factors": FACTORS, "segments": SEGMENTS, "tensors made": MADE}

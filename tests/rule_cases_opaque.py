@@ -59,8 +59,8 @@ OPAQUE: dict[str, Case] = {
     "istft": opaque(
         lambda x: torch.istft(x.view(2, 5, 6).to(torch.complex64), 8, window=torch.ones(8))[:, :10].reshape(2, 5, 2)
     ),
-    "im2col": opaque(lambda x: torch.nn.functional.unfold(x.view(2, 5, 4, 6), 2).reshape(2, 5, -1), 24),
-    "col2im": opaque(lambda x: torch.nn.functional.fold(x.reshape(2, 20, 6), (3, 4), 2), 24),
+    "im2col_of_space": opaque(lambda x: torch.nn.functional.unfold(x.view(2, 5, 4, 6), 2).reshape(2, 5, -1), 24),
+    "col2im_of_space": opaque(lambda x: torch.nn.functional.fold(x.reshape(2, 20, 6), (3, 4), 2), 24),
     "grid_sampler": opaque(
         lambda x: torch.nn.functional.grid_sample(
             x.view(2, 5, 4, 6), torch.zeros(2, 2, 3, 2), align_corners=False
@@ -88,7 +88,9 @@ OPAQUE: dict[str, Case] = {
     ),
     "take": opaque(lambda x: x.take(torch.tensor([1, 7])).expand(2, 5, 2)),
     "median_all": opaque(lambda x: x * (x.median() + x.nanmedian())),
-    "quantile": opaque(lambda x: x.quantile(0.3, -1, keepdim=True)),
+    "quantile_all": opaque(lambda x: x * x.quantile(0.3)),
+    "cholesky": opaque(square(lambda x: linalg.cholesky(x @ x.mT)), 9),
+    "cross_entropy": opaque(lambda x: x * torch.nn.functional.cross_entropy(x.flatten(0, 1), torch.arange(10) % 6)),
     "native_group_norm": opaque(
         lambda x: torch.native_group_norm(x.view(2, 6, 5), None, None, 2, 6, 5, 3, 1e-5)[0].view(2, 5, 6)
     ),
@@ -98,7 +100,7 @@ OPAQUE: dict[str, Case] = {
             aten._native_batch_norm_legit_no_training(x.mT, None, None, torch.zeros(6), torch.ones(6), 0.1, 1e-5)[0].mT
         )
     ),
-    "cdist": opaque(lambda x: torch.cdist(x, x + 1)),
+    "cdist_of_ones": opaque(lambda x: torch.cdist(x, x + 1)),
     "inv": opaque(square(linalg.inv), 9),
     "solve": opaque(square(lambda x: linalg.solve(x, x + 1)), 9),
     "svd": opaque(square(lambda x: linalg.svd(x)[1]), 9),
@@ -114,24 +116,47 @@ OPAQUE: dict[str, Case] = {
 }
 
 
-def recurrent(name: str) -> Case:
-    """A layer over the tokens from 6 to 4 channels."""
-    gates = {"lstm": 4, "gru": 3}.get(name.split("_")[0], 1)
-    shapes = [(4 * gates, 6), (4 * gates, 4), (4 * gates,), (4 * gates,)]
-    whole: tuple[Any, ...] = (True, 1, 0.0, False, False, False)
+def shapes_of(name: str, layers: int = 1, directions: int = 1, biases: bool = True) -> list[tuple[int, ...]]:
+    """The weights of a recurrent layer from 6 to 4 channels."""
+    rows = 4 * {"lstm": 4, "gru": 3}.get(name.split("_")[0], 1)
+    first = [(rows, 6), *[(rows, 4 * directions)] * (layers - 1)]
+    own = [(rows,), (rows,)] if biases else []
+    return [shape for inner in first for _ in range(directions) for shape in (inner, (rows, 4), *own)]
+
+
+def recurrent(
+    name: str, layers: int = 1, directions: int = 1, *, biases: bool = True, first: float = 0, summed: Any = (4, 6)
+) -> Case:
+    """A layer over the tokens. ``first``: the state it starts from."""
+    whole: tuple[Any, ...] = (biases, layers, 0.0, False, directions == 2, True)
 
     def layer(x: Tensor, *weights: Tensor) -> Tensor:
-        hidden = [torch.zeros(1, 5, 4)] * 2 if name == "lstm" else torch.zeros(1, 5, 4)
-        return getattr(aten, name).input(x, hidden, list(weights), *whole)[0]  # type: ignore[no-any-return]
+        start = torch.full((layers * directions, 2, 4), first) if first else torch.zeros(layers * directions, 2, 4)
+        found = getattr(aten, name).input(x, [start] * 2 if name == "lstm" else start, list(weights), *whole)
+        last = torch.cat([found[1].sum(0)] * directions, -1)
+        return found[0] + last.unsqueeze(1)  # type: ignore[no-any-return]
+
+    return Case(layer, (4, 6), summed, shapes=shapes_of(name, layers, directions, biases))
+
+
+def step(name: str) -> Case:
+    """Two steps of a cell."""
 
     def cell(x: Tensor, *weights: Tensor) -> Tensor:
-        hidden = [torch.zeros(10, 4)] * 2 if name == "lstm_cell" else torch.zeros(10, 4)
-        result = getattr(aten, name)(x.flatten(0, 1), hidden, *weights)
-        return (result[0] if name == "lstm_cell" else result).view(2, 5, 4)  # type: ignore[no-any-return]
+        state: Any = [torch.zeros(10, 4)] * 2 if name == "lstm_cell" else torch.zeros(10, 4)
+        for _ in range(2):
+            state = getattr(aten, name)(x.flatten(0, 1), state, *weights)
+        return (state[0] + state[1] if name == "lstm_cell" else state).view(2, 5, 4)  # type: ignore[no-any-return]
 
-    return Case(cell if name.endswith("_cell") else layer, (), (), shapes=shapes)
+    return Case(cell, (4, 6), (4, 6), shapes=shapes_of(name))
 
 
 LAYERS = ["lstm", "gru", "rnn_tanh", "rnn_relu"]
-RECURRENT = {name: recurrent(name) for name in (*LAYERS, *(f"{layer}_cell" for layer in LAYERS))}
+RECURRENT = {name: recurrent(name) for name in LAYERS} | {f"{name}_cell": step(f"{name}_cell") for name in LAYERS}
+RECURRENT |= {
+    "lstm_of_two": recurrent("lstm", layers=2),
+    "gru_of_both": recurrent("gru", layers=2, directions=2),
+    "lstm_of_both": recurrent("lstm", directions=2, biases=False),
+    "gru_from_one": recurrent("gru", first=1.0, summed=(6,)),
+}
 GROUPS = {"complex": COMPLEX, "opaque": OPAQUE, "recurrent": RECURRENT}

@@ -76,6 +76,18 @@ RANKS: dict[str, Case] = {
     "nanmedian": Case(lambda x: x.exp() * x.nanmedian(1, True)[0]),
     "median_positions": Case(lambda x: x.median(1, True)[1] + x * 0, summed=()),
     "mode": Case(lambda x: x.exp() * x.round().mode(1, True)[0]),
+    "quantile": Case(lambda x: x * x.quantile(0.3, -1, keepdim=True), **NONE),
+    "quantile_elsewhere": Case(lambda x: x.exp() * x.quantile(0.3, 1, True) + x.nanquantile(0.7, 1).unsqueeze(1)),
+    "quantiles": Case(lambda x: x.quantile(torch.tensor([0.1, 0.5]), 1).mT.reshape(2, 6, 2).sum(2)[:, None] * x),
+    "quantile_heads": grid(lambda x: x.exp() * x.quantile(0.4, 2, True)),
     "median_heads": grid(lambda x: x.exp() * x.median(2, True)[0]),
 }
-GROUPS = {"moved": MOVED, "scans": SCANS, "ranks": RANKS}
+FOURIER: dict[str, Case] = {
+    "fft_elsewhere": Case(lambda x: torch.fft.fft(x, dim=1).real + torch.fft.ifft(x, dim=0).imag),
+    "rfft_elsewhere": Case(lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=1), n=5, dim=1)),
+    "fft2_elsewhere": Case(lambda x: torch.fft.fft2(x, dim=(0, 1)).abs() + torch.fft.ifft2(x, dim=(0, 1)).real),
+    "fftn_elsewhere": Case(lambda x: torch.fft.irfftn(torch.fft.rfftn(x, s=(5,), dim=(1,)), s=(5,), dim=(1,))),
+    "fftn_of_sizes": Case(lambda x: torch.fft.fftn(x.mT, s=(5,)).real.mT),
+    "fft_heads": grid(lambda x: x + torch.fft.fft(x, dim=2).real),
+}
+GROUPS = {"fourier": FOURIER, "moved": MOVED, "scans": SCANS, "ranks": RANKS}

@@ -57,6 +57,19 @@ UPSAMPLED: dict[str, Case] = {
     "upsample_bilinear2d_aa": Case(image(lambda x: F.interpolate(x, size=(3, 1), mode="bilinear", antialias=True))),
     "upsample_bicubic2d_aa": Case(image(lambda x: F.interpolate(x, size=(3, 1), mode="bicubic", antialias=True))),
 }
+UNFOLDED: dict[str, Case] = {
+    "im2col": Case(lambda x: F.unfold(x.mT.reshape(2, 6, 5, 1), (3, 1), padding=(1, 0)).mT),
+    "im2col_exp": Case(lambda x: F.unfold(x.exp().mT.reshape(2, 6, 5, 1), (3, 1), padding=(1, 0)).mT, summed=()),
+    "im2col_unbatched": Case(lambda x: F.unfold(x[0].mT.reshape(6, 5, 1), (2, 1)).mT.expand(2, 4, 12)),
+    "col2im": Case(lambda x: F.fold(x.mT, (6, 1), (2, 1)).squeeze(-1).mT, (3,), (3,)),
+    "col2im_exp": Case(lambda x: F.fold(x.exp().mT, (6, 1), (2, 1)).squeeze(-1).mT, (3,), ()),
+    "convolved": Case(
+        lambda x, w: (w @ F.unfold(x.mT.reshape(2, 6, 5, 1), (3, 1), padding=(1, 0))).mT,
+        (4, 6),
+        (4, 6),
+        shapes=[(4, 18)],
+    ),
+}
 SHUFFLED: dict[str, Case] = {
     # The 6 channels pass, and so do height and width; the 2 · 2 pixels do not.
     "pixel_shuffle": Case(
@@ -75,4 +88,4 @@ SHUFFLED: dict[str, Case] = {
         along(lambda x: F.native_channel_shuffle(x.unsqueeze(-1), 3).squeeze(-1)), (3, 8), (3, 8), widths=(24,)
     ),
 }
-GROUPS = {"pools": POOLS, "resampling": UPSAMPLED, "shuffles": SHUFFLED}
+GROUPS = {"windows": UNFOLDED, "pools": POOLS, "resampling": UPSAMPLED, "shuffles": SHUFFLED}

@@ -43,6 +43,44 @@ def scaled(program: Program) -> Program:
     return program.with_state({name: program.state[name] * 1.01})
 
 
+class Headed(nn.Module):
+    """A branch that a parameter hides: a head of zeros, as before training, or a layer's scale of 1e-6."""
+
+    def __init__(self, head: float = 1.0, scale: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.head = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 5)
+        self.scale = nn.Parameter(torch.full((8,), scale))
+        with torch.no_grad():
+            self.head.weight.mul_(head)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + self.scale * self.down(self.up(x).relu()))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("module", [Headed(head=0.0), Headed(scale=1e-6)])
+def test_where_a_parameter_hides_the_units_the_proof_has_a_random_one(
+    module: Headed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, before = torch.randn(3, 8), {n: t.clone() for n, t in module.state_dict().items()}
+    analysis = analyze(trace(module, (x,)))
+    plan = random_plan(analysis)
+    small = mptk.rewrite(analysis, plan)
+    assert torch.equal(small.state["head.weight"], module.head.weight)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    run = Rewrite.run
+
+    def broken(self: Pass, program: Program) -> Result:
+        result = run(self, program)
+        return replace(
+            result, program=result.program.with_state({"down.weight": result.program.state["down.weight"].roll(1, 1)})
+        )
+
+    monkeypatch.setattr(Rewrite, "run", broken)
+    with pytest.raises(ProofError, match="the proof fails at 'rewrite'"):
+        mptk.rewrite(analysis, plan)
+
+
 @pytest.mark.parametrize(("step", "damage"), [(Rewrite, shifted), (FoldNorms, scaled)])
 def test_the_stage_that_is_wrong_is_named_with_the_difference(
     llama: Analysis, monkeypatch: pytest.MonkeyPatch, step: type[Pass], damage: Callable[[Program], Program]
@@ -61,8 +99,9 @@ def test_the_stage_that_is_wrong_is_named_with_the_difference(
 
 
 def test_a_mask_that_moves_nothing_proves_nothing() -> None:
-    net = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3))
-    nn.init.zeros_(net[1].weight)
+    """Units that never fire."""
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    nn.init.constant_(net[0].bias, -100.0)
     analysis = analyze(trace(net, (torch.ones(2, 5),)))
     plan = random_plan(analysis)
     with pytest.raises(MptkError, match=r"nothing is proven: masking the units moves the outputs by 0\.0e\+00"):

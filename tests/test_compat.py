@@ -54,6 +54,20 @@ def changed(library: str, what: str) -> str:
 # ---- torch ----
 
 
+def test_a_mapped_function_is_traced_between_the_calls_that_hide_and_show_its_samples() -> None:
+    class Mapped(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.vmap(lambda row: row.relu())(x)
+
+    nodes = list(torch.export.export(Mapped(), (torch.ones(3, 4),)).graph.nodes)
+    (opens,) = [n for n in nodes if n.target is compat.vmap_opens]
+    (closes,) = [n for n in nodes if n.target is compat.vmap_closes]
+    said = changed("torch", "what it calls around a mapped function")
+    assert opens.args[1:] == (0, 1), said
+    assert closes.args[1:] == (1, 3, 0), said
+    assert opens.meta["val"].shape == (4,), said
+
+
 def exported(dynamic: bool = False) -> torch.export.ExportedProgram:
     shapes = ({0: torch.export.Dim.AUTO},) if dynamic else None
     return torch.export.export(nn.Linear(5, 3), (torch.ones(7, 5),), dynamic_shapes=shapes)

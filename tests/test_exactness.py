@@ -92,6 +92,80 @@ def test_an_axis_whose_cut_would_change_the_result_is_refused_with_the_reason(na
     assert HIDDEN in offered(found)
 
 
+class Snake(nn.Module):
+    """x + sin²(αx)/α (Ziyin, Hartwig and Ueda 2020)."""
+
+    def __init__(self, times: Callable[[Tensor], Tensor] = lambda alpha: 1 / alpha) -> None:
+        super().__init__()
+        self.alpha, self.times = nn.Parameter(torch.rand(INNER) + 0.5), times
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sin(self.alpha * x).square() * self.times(self.alpha)
+
+
+@pytest.mark.parametrize("times", [lambda a: 1 / a, lambda a: a.abs().rsqrt(), lambda a: a.log(), lambda a: a**-2.0])
+def test_a_weight_that_something_is_divided_by_is_cut_with_what_it_divides(times: Callable[[Tensor], Tensor]) -> None:
+    """It keeps its numbers in the masked model, where they multiply a zero."""
+    assert offered(check(Block(Snake(times)), IDS)) == {HIDDEN, INNER}
+
+
+class Shifted(nn.Module):
+    """Divides by a weight what is not zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.rand(INNER) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.exp() / self.alpha).sum(-1, keepdim=True)
+
+
+def test_what_is_not_zero_by_the_other_weights_is_not_divided() -> None:
+    found = check(Block(Shifted()), IDS)
+    assert offered(found) == {HIDDEN}
+    assert "summed over while not zero" in reasons(found, INNER)
+
+
+class Joined(nn.Module):
+    """Attention whose biases of queries and values are weights, and that of keys a buffer of zeros between them."""
+
+    def __init__(self, key: float = 0.0, persistent: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = nn.Linear(8, 30, bias=False), nn.Linear(10, OUT)
+        self.query, self.value = nn.Parameter(torch.randn(10)), nn.Parameter(torch.randn(10))
+        self.register_buffer("key", torch.full((10,), key), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat([self.query, self.key, self.value])
+        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, 2, 5)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class Written(Joined):
+    """A part of the buffer is written before it is read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.key[:4].fill_(0.3)
+        return super().forward(x)
+
+
+X = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_buffer_of_zeros_blocks_no_head_size() -> None:
+    assert offered(check(Joined(), X)) == {2, 5}
+    assert offered(check(Joined(persistent=True), X)) == {2, 5}
+    assert offered(analyze(trace(Joined().to("meta"), (X,)))) == {2}
+
+
+@pytest.mark.parametrize("module", [Joined(0.3), Written()])
+def test_a_buffer_that_is_not_zero_or_is_written_blocks_it(module: nn.Module) -> None:
+    found = analyze(trace(module.eval(), (X,)))
+    assert offered(found) == {2}
+    assert "summed over while not zero" in reasons(found, 5)
+
+
 class OnEmbedding(Block):
     """``middle`` acts on the residual stream itself."""
 

@@ -12,6 +12,8 @@ import torch
 from torch import FunctionSchema, Tensor, fx
 from torch import _check as check
 from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch.predispatch import _add_batch_dim as vmap_opens
+from torch._functorch.predispatch import _remove_batch_dim as vmap_closes
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
@@ -37,6 +39,8 @@ __all__ = [
     "tree_map",  # The same nesting with other tensors.
     "uncached_operators",
     "undecomposed",
+    "vmap_closes",  # What a traced ``torch.vmap`` calls on its results. Its ops have no public names.
+    "vmap_opens",  # The same on its operands.
 ]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import passes.frontend.trace
+from mptk.arguments import check_arguments, checked
 from mptk.compat.torch import sources_forgotten
 from mptk.cost.budgets import phase
 from mptk.driver.changes import stored_weights
@@ -24,15 +25,16 @@ from mptk.io.cache import build_private, private_place
 from mptk.io.checkpoint import copy_processors, save_tokenizer
 from mptk.io.data import check_positions, positions_of
 from mptk.io.dense import fingerprint
+from mptk.io.live import unwrapped
 from mptk.io.llama_cpp import Conversion, Layer, Pattern
 from mptk.io.manifest import check_manifest
 from mptk.io.models import Loaded
 from mptk.io.publish import check_apart, check_replaceable, publish
 from mptk.ir.families import Analysis
-from mptk.ir.passes import Log, run, shapes
+from mptk.ir.passes import Log, Pass, Result, run, shapes
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
-from mptk.ir.resolved_plan import removed_blocks, resolve_plan
+from mptk.ir.resolved_plan import Cut, removed_blocks, resolve_plan
 from mptk.ir.samples import next_tokens
 from mptk.ir.text import program_text
 from mptk.progress import Progress, silent, within
@@ -47,7 +49,7 @@ from mptk.tasks.decoder_onnx import export_decoder
 from mptk.version import __version__
 from passes.analysis import group
 from passes.analysis.rules import rule
-from passes.check_cut import check_cut, in_float32
+from passes.check_cut import Unmoved, awake, check_cut, in_float32
 from passes.frontend.trace import ExampleInputs
 from passes.frontend.trace_decoder import LogitsScope
 from passes.pipelines import check_schemes, cutting, passes_until
@@ -58,8 +60,11 @@ from passes.transforms.rewrite import Rewrite
 __all__ = ["analyze", "bench", "export", "export_folder", "gguf", "rewrite", "rule", "show", "trace"]
 
 
+@checked
 @sources_forgotten()
-def trace(model: nn.Module | str, example_inputs: ExampleInputs | None = None, *, dynamic: bool = False) -> Program:
+def trace(
+    model: nn.Module | str | Path, example_inputs: ExampleInputs | None = None, *, dynamic: bool = False
+) -> Program:
     """Trace a model to a Program.
 
     Args:
@@ -71,13 +76,14 @@ def trace(model: nn.Module | str, example_inputs: ExampleInputs | None = None, *
     Raises:
         MptkError: the model is not found, or torch.export cannot trace it.
     """
-    module = models.skeleton(model) if isinstance(model, str) else model
+    module = unwrapped(model) if isinstance(model, nn.Module) else models.skeleton(str(model))
     example = example_of(module) if example_inputs is None else example_inputs
     return passes.frontend.trace.trace(module, example, dynamic=dynamic)
 
 
+@checked
 @sources_forgotten()
-def analyze(model: nn.Module | str | Program, example_inputs: ExampleInputs | None = None) -> Analysis:
+def analyze(model: nn.Module | str | Path | Program, example_inputs: ExampleInputs | None = None) -> Analysis:
     """Find what can be cut in a model: its families of coupled channels, and what cannot be cut and why.
 
     Takes what ``trace`` takes, or a Program. Needs no weights.
@@ -88,13 +94,15 @@ def analyze(model: nn.Module | str | Program, example_inputs: ExampleInputs | No
     return group.analyze(model if isinstance(model, Program) else trace(model, example_inputs))
 
 
+@checked
 @sources_forgotten()
 def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
     """Cut the analysed program to ``plan``: smaller weights, right shape constants, the same function as when masked.
 
     Args:
         check: prove it: on seeded inputs of the traced shapes the cut program equals the masked one, and the mask
-            moves the output. Costs three forward passes; a program without weights cannot be proven.
+            moves the output. Costs three forward passes; a program without weights cannot be proven. Where a head
+            of zeros hides what the mask does, the same is proven of a copy with random numbers in its place.
 
     Raises:
         MptkError: the plan does not fit the model; or the mask does not move the output, so that nothing is proven.
@@ -105,16 +113,25 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
     results = run(analysis.program, steps, Log())
     if check and results[-1].program.has_values:
         fine = in_float32(analysis)
-        proven = results if fine is analysis else run(fine.program, steps, Log())
-        stages = {step.name: result.program for step, result in zip(steps, proven, strict=True)}
-        if removed_blocks(analysis, cut):
-            del stages[Rewrite.name]  # it leaves the blocks to the pass after it
-        check_cut(fine, cut, stages)
+        try:
+            _prove(fine, cut, steps, results if fine is analysis else run(fine.program, steps, Log()))
+        except Unmoved:
+            woken = awake(fine)
+            _prove(woken, cut, steps, run(woken.program, steps, Log()))
     return results[-1].program
 
 
+def _prove(analysis: Analysis, cut: Cut, steps: Sequence[Pass], proven: Sequence[Result]) -> None:
+    """Compare what each of ``steps`` made of the analysed program with the masked one."""
+    stages = {step.name: result.program for step, result in zip(steps, proven, strict=True)}
+    if removed_blocks(analysis, cut):
+        del stages[Rewrite.name]  # it leaves the blocks to the pass after it
+    check_cut(analysis, cut, stages)
+
+
+@checked
 def show(
-    model: nn.Module | str | Program,
+    model: nn.Module | str | Path | Program,
     example_inputs: ExampleInputs | None = None,
     *,
     after: str | None = None,
@@ -148,6 +165,7 @@ def show(
     return program_text(result, analysis, sizes, source=source)
 
 
+@checked
 @sources_forgotten()
 def export(
     model: PreTrainedModel,
@@ -181,6 +199,7 @@ def export(
             is no such scheme, objective or type; or graphs are to be quantised that are not float32.
     """
     _check_whole(plan)
+    check_schemes(quantize)
     form, how = form_of(model), dict[str, Any]({"logits": logits, "quantize": tuple(quantize), "objective": objective})
     if form is None or form is CAUSAL_LM.onnx:
         export_decoder(model, Path(folder), metadata, plan=plan, text=text, onnx_dtype=onnx_dtype, **how)
@@ -203,6 +222,7 @@ def _check_whole(plan: Plan | None) -> None:
         raise MptkError(f"this plan {what}, which mptk.prune(plan=...) alone does; give it the plan's file")
 
 
+@checked
 def gguf(folder: str | Path, like: str | Path, out: str | Path) -> list[Layer]:
     """Write a pruned LLaMA model as the GGUF file ``out`` for llama.cpp; returns the widths of each layer.
 
@@ -225,6 +245,7 @@ def gguf(folder: str | Path, like: str | Path, out: str | Path) -> list[Layer]:
     return made.layers
 
 
+@checked
 @sources_forgotten()
 def export_folder(
     model: str,
@@ -293,6 +314,7 @@ def export_folder(
     return Path(out)
 
 
+@checked
 @sources_forgotten()
 def bench(
     models: Sequence[str | Path], *, device: str = Settings.device, progress: Progress | None = None, **settings: Any
@@ -313,6 +335,9 @@ def bench(
     Raises:
         MptkError: a model cannot be found or exported, has too few positions, or there is no such device.
     """
+    check_arguments(bench_decoders, settings)
+    if not models:
+        raise MptkError("there is nothing to time; give models, folders or .onnx files")
     there, graphs = session_device(device), dict[str, Path]()
     longest = max(settings.get("lengths", LENGTHS))
     for model in map(str, models):

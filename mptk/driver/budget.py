@@ -142,21 +142,20 @@ class WidthSearch:
                 raise MptkError(f"the stock class refuses these widths together: {legal.accepts(s.widths)}")
             return candidates[:1]
         if s.max_ms is not None:
-            self._check_reached(candidates)
+            self._check_reached(legal, candidates)
         if s.layers == FREE and not any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):
             return candidates[:1]  # equal layers are where the division starts
         splits = s.search_shapes if s.search else self.method.splits
         finest = legalize.finest_families(legal, families)
-        return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, finest, splits)
+        return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, finest, splits, _others(legal))
 
     def _check(self, legal: LegalWidths, names: Sequence[str]) -> None:
         """Raise MptkError unless each of the families ``names`` can be cut, by this method and for this target."""
         s = self.settings
         if not names and not s.widths:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(legal.refused.items())[:3])
-            raise MptkError(
-                f"no family can be cut for target {s.target} ({why or 'none was found'}); try --target graph"
-            )
+            remedy = _unless_graph(legal, "try --target graph", "`mptk analyze` says more of each axis")
+            raise MptkError(f"no family can be cut for target {s.target} ({why or 'none was found'}); {remedy}")
         for name in [*names, *s.keep, *s.widths]:
             if name not in legal.ladders:
                 raise MptkError(f"no family {name!r}; there are {', '.join(legal.ladders)}")
@@ -166,16 +165,17 @@ class WidthSearch:
                 raise MptkError(refusal)
             if len(legal.ladders[name]) == 1:
                 why = legal.refused.get(name, "no narrower width is legal")
-                remedy = "leave out --portable" if name in legal.left else "try --target graph"
+                remedy = _unless_graph(legal, "try --target graph", "name other --families")
+                remedy = "leave out --portable" if name in legal.left else remedy
                 raise MptkError(f"{name} cannot be cut for target {s.target}: {why}; {remedy}")
             if missing := partners(name, {*names, *s.widths}, legal.together):
                 others = ", ".join(sorted(missing))
                 raise MptkError(
                     f"{name} can only be cut together with {others} for target {s.target}; "
-                    "name them in --families, too, or try --target graph"
+                    f"name them in --families, too{_unless_graph(legal, ', or try --target graph')}"
                 )
 
-    def _check_reached(self, candidates: Sequence[legalize.Candidate]) -> None:
+    def _check_reached(self, legal: LegalWidths, candidates: Sequence[legalize.Candidate]) -> None:
         """Raise MptkError, with the nearest there are, unless a candidate takes ``max_ms`` or little less."""
         s, dense = self.settings, self.cost.dense.latency_ms or 0.0
         if any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):
@@ -183,7 +183,7 @@ class WidthSearch:
         nearest = [f"{(1 - c.sparsity) * dense:.2f} ms with {legalize.describe(c.widths)}" for c in candidates[:3]]
         raise MptkError(
             f"no legal widths {s.objective} in {s.max_ms:.2f} ms; nearest: {'; '.join(nearest) or 'none'}. "
-            "Ask for one of these, name other --families, or use --target graph"
+            f"Ask for one of these, {_others(legal)}"
         )
 
     def _default_families(self, legal: LegalWidths) -> list[str]:
@@ -198,6 +198,22 @@ class WidthSearch:
 
     def _judged(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if self.method.refusal(self.analysis, name) is None]
+
+
+def check_any(analysis: Analysis, cost: CostModel) -> None:
+    """Raise MptkError, with the reasons, if no weight of the model can be cut, so that a budget has no meaning."""
+    if not getattr(cost.dense, cost.budget):
+        why = "; ".join(f"{b.weights[0]}: {b.reasons[0]}" for b in analysis.blocked[:3])
+        raise MptkError(f"nothing in this model can be cut ({why or 'it has no weights'}); give another model")
+
+
+def _unless_graph(legal: LegalWidths, remedy: str, otherwise: str = "") -> str:
+    """A remedy that names the target graph, for targets with a stock class only."""
+    return otherwise if legal.stock is None else remedy
+
+
+def _others(legal: LegalWidths) -> str:
+    return _unless_graph(legal, "name other --families, or use --target graph", "or name other --families")
 
 
 def fixed(legal: LegalWidths, widths: Mapping[str, int]) -> LegalWidths:

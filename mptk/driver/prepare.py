@@ -7,7 +7,7 @@ from dataclasses import replace
 from mptk.cost.budgets import LATENCY
 from mptk.cost.estimate import Estimate
 from mptk.cost.model import CostModel
-from mptk.driver.budget import WidthSearch, budgeted, multiples
+from mptk.driver.budget import WidthSearch, budgeted, check_any, multiples
 from mptk.driver.estimate import check_fits, estimated_for
 from mptk.driver.job import Job
 from mptk.driver.merging import heads_asked, merge
@@ -236,6 +236,7 @@ def legalise(
         plan = Plan({}) if settings.plan is None else Plan.load(settings.plan)
         analysis = analysis.divided(plan.divided)
         return replace(prepared, analysis=analysis, plan=plan, cut=resolve_plan(analysis, plan))
+    check_any(analysis, cost)
     check_left(cost, settings)
     search = WidthSearch(analysis, legal, cost, loaded.model, method, target, settings)
     prepared = replace(prepared, candidates=tuple(once(search.candidates)))

@@ -40,6 +40,7 @@ from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.methods.reconstruct import consumers, kept_units, reconstruct_consumers
 from mptk.progress import silent
 from mptk.run.chain import Chosen, Compiled, Prepared, reconstructs
+from mptk.run.execution import find_device
 from mptk.run.folder import GIVEN, RunFolder, check_unfinished
 from mptk.run.origin import check_samples, origin_of
 from mptk.run.processes import describe as describe_processes
@@ -75,6 +76,7 @@ def run(job: Job, settings: Settings, context: Context) -> Finished | None:
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
             or a stage of the proof is above its tolerance. Then ``job.out`` stays as it was.
     """
+    find_device(settings.device)  # accelerate says less of one that is not there
     with own_state(settings.device), explained(), held(job, settings.overwrite):
         return stages(job, settings, context if leads() else replace(context, progress=silent))
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+from mptk.arguments import checked
 from mptk.driver import recovery
 from mptk.driver.display import shown
 from mptk.driver.job import Finished, Job
@@ -25,6 +26,7 @@ from mptk.errors import MptkError
 from mptk.files import scratch
 from mptk.io import models
 from mptk.io.checkpoint import stored_dtype
+from mptk.io.live import unwrapped
 from mptk.io.manifest import MARKER, check_manifest
 from mptk.io.publish import publish
 from mptk.ir.passes import Log, Record
@@ -64,6 +66,7 @@ class Pruned:
         self.folder: Path | None = place if kept is None else None
 
     @staticmethod
+    @checked
     def open(folder: str | Path) -> Pruned:
         """The result in an ``--out`` folder of ``prune``. Raises MptkError if it is not as it was published."""
         report = Report.read(folder)
@@ -100,6 +103,7 @@ class Pruned:
             return self.compiled.prepared.loaded.tokenizer
         return models.load_tokenizer(str(self._place)) if models.has_tokenizer(self._place) else None
 
+    @checked
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the folder that ``prune`` writes: checkpoint, plan, report, proof, manifest. Returns it.
 
@@ -125,6 +129,7 @@ class Pruned:
         return f"Pruned({self.report.model}, sparsity {self.report.sparsity:.3f}: {widths}; folder={self.folder})"
 
 
+@checked
 def prune(
     model: Model,
     out: str | Path | None = None,
@@ -187,6 +192,7 @@ def prune(
     return _finished(job, out, progress, on_stage)
 
 
+@checked
 def recover(
     pruned: Pruned | str | Path,
     out: str | Path | None = None,
@@ -265,7 +271,7 @@ def reporting(progress: Shown) -> Iterator[Progress]:
 def _defaults(out: str | Path | None, model: Model) -> Settings:
     """The settings of a call that gives none: without a folder no ONNX; masks are learned in transformers models."""
     settings = Settings(onnx=out is not None)
-    plain = isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel)
+    plain = isinstance(model, nn.Module) and not isinstance(unwrapped(model), PreTrainedModel)
     return replace(settings, method="wanda") if plain else settings
 
 

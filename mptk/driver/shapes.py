@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from mptk.arguments import checked
 from mptk.compat.accelerate import own_state
 from mptk.compat.torch import sources_forgotten
 from mptk.driver.dense_outputs import with_outputs
@@ -27,6 +28,7 @@ from mptk.io.publish import publish
 from mptk.ir.passes import Log
 from mptk.ir.samples import Samples
 from mptk.run.chain import Prepared
+from mptk.run.execution import find_device
 from mptk.run.folder import GIVEN, check_unfinished
 from mptk.run.keywords import with_keywords
 from mptk.run.origin import check_samples
@@ -38,6 +40,7 @@ from mptk.run.values import Context, SampleSets
 FILE = "shapes.json"
 
 
+@checked
 @sources_forgotten()
 def shapes(
     model: Model,
@@ -79,6 +82,7 @@ def shapes(
     place = kept.folder / "shapes" if kept is not None else Path(str(out))
     job = Job(source.name, place, source.load, needs=source.needs, samples=given(data, None))
     say_command = partial(command, str(model), chosen) if isinstance(model, str | Path) else lambda widths: ""
+    find_device(chosen.device)
     with reporting(progress) as say, own_state(chosen.device), explained(), held(job, chosen.overwrite):
         return searched(job, settled(chosen), Context(Log(), say), say_command, write=out is not None)
 

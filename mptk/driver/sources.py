@@ -20,11 +20,14 @@ from mptk.driver.prune import wanted
 from mptk.errors import MptkError
 from mptk.io import data as text
 from mptk.io import models
-from mptk.io.live import name_of, open_live
+from mptk.io.data import check_positions, positions_of
+from mptk.io.live import name_of, open_live, unwrapped
 from mptk.io.models import Loaded
 from mptk.io.resident import Resident
 from mptk.io.untrusted import load_tensors
-from mptk.ir.samples import Samples
+from mptk.ir.program import Program
+from mptk.ir.samples import Samples, is_tokens
+from mptk.ir.sizes import is_open
 from mptk.run.chain import Prepared, Task
 from mptk.run.report import PROVEN_ON, Report
 from mptk.run.settings import IN_MEMORY, Settings
@@ -32,6 +35,7 @@ from mptk.tasks import open_task, task_of
 from mptk.tasks.inputs.base import check_dimensions, lacking, ordered
 from mptk.tasks.inputs.text import fitting
 from mptk.tasks.module import Module, example_samples, named_inputs, read_inputs
+from passes.check_cut import table_size
 
 Model = str | Path | nn.Module
 """A hub id, a folder, a ``.gguf`` file, a packaged alias, or a model in memory."""
@@ -71,6 +75,7 @@ def source_of(
             return loaded, _task(loaded, example_inputs)
 
         return Source(name, opened, partial(estimated, name), plain=False)
+    model = unwrapped(model)
     plain = not isinstance(model, PreTrainedModel)
     if plain and example_inputs is None:
         raise MptkError(
@@ -149,8 +154,11 @@ def given(data: Data | None, eval_data: Data | None) -> Callable[[Prepared], Giv
         s = prepared.settings
         opened = prepared.loaded, prepared.task
         training = collected(data, *opened, wanted(s), s.length, s.seed) if in_memory(data) else None
+        check_fits(training, prepared.analysis.program)
         if in_memory(eval_data):
-            return Given(training, collected(eval_data, *opened, s.eval_windows, s.eval_length, None))
+            measured = collected(eval_data, *opened, s.eval_windows, s.eval_length, None)
+            check_fits(measured, prepared.analysis.program)
+            return Given(training, measured)
         own = training is not None and s.eval_data in (None, IN_MEMORY)
         return Given(training, training[: s.eval_windows] if own and training is not None else None)
 
@@ -168,19 +176,50 @@ def collected(data: Any, loaded: Loaded, task: Task, count: int, length: int, se
     like = task.example(loaded.model).inputs
     names = list(like)
     if isinstance(data, Samples):
+        named_inputs(names, data.inputs)
         return ordered(data, like)[:count]
     if _is_text(data):
-        inputs = {"input_ids": _windows(list(data), loaded, count, fitting(loaded, length), seed)}
+        inputs = {"input_ids": _windows(list(data), loaded, count, length, seed)}
+    elif isinstance(data, list | tuple) and any(isinstance(each, str | bytes) for each in data):
+        raise MptkError("data holds strings beside other values, or bytes; give a list of strings alone")
     elif isinstance(data, Tensor | Mapping):
         inputs = named_inputs(names, data)
     else:
         inputs = _batched(data, like, count)
+    if inputs.keys().isdisjoint(like):
+        raise lacking(names[0], like)
     check_dimensions(inputs, like)
+    if (ids := inputs.get("input_ids")) is not None and isinstance(loaded.model, PreTrainedModel) and is_tokens(ids):
+        check_positions(positions_of(loaded.model.config), ids.shape[1], f"{ids.shape[1]} tokens of data")
     try:
         made = task.made(loaded, {name: tensor[:count] for name, tensor in inputs.items()})
     except KeyError as error:
         raise lacking(error.args[0], like) from error
     return ordered(made, like)
+
+
+def check_fits(samples: Samples | None, program: Program) -> None:
+    """Raise MptkError if samples in memory are none of this program: other sizes or types, or ids beyond a table."""
+    if samples is None:
+        return
+    nodes = {node.name: node for node in program.placeholders()}
+    for (name, tensor), given_name in zip(samples.inputs.items(), program.user_inputs, strict=True):
+        node = nodes[given_name]
+        like = node.meta["val"]
+        if tensor.is_floating_point() != like.is_floating_point():
+            raise MptkError(
+                f"{name} in data is of type {tensor.dtype}, and the model was traced for {like.dtype}; give that"
+            )
+        sizes = zip(tensor.shape, like.shape, strict=True)
+        if not is_tokens(tensor) and any(not is_open(want) and size != want for size, want in sizes):
+            wanted = ["n" if is_open(size) else int(size) for size in like.shape]
+            raise MptkError(f"{name} in data is {list(tensor.shape)}, not like {wanted}; give what the model takes")
+        table = None if tensor.is_floating_point() else table_size(node)
+        if table is not None and not 0 <= int(tensor.min()) <= int(tensor.max()) < table:
+            raise MptkError(
+                f"{name} in data has ids from {int(tensor.min())} to {int(tensor.max())}, and the model's table has "
+                f"{table} rows; give ids from 0 to {table - 1}"
+            )
 
 
 def _is_text(data: Any) -> bool:
@@ -190,7 +229,7 @@ def _is_text(data: Any) -> bool:
 def _windows(texts: list[str], loaded: Loaded, count: int, length: int, seed: int | None) -> Tensor:
     if loaded.tokenizer is None:
         raise MptkError(f"{loaded.source} has no tokenizer to read texts with; give tokenizer=, or token ids as data")
-    return text.token_windows(texts, loaded.tokenizer, length, count, seed)
+    return text.token_windows(texts, loaded.tokenizer, fitting(loaded, length), count, seed)
 
 
 def _batched(batches: Iterable[Any], like: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:

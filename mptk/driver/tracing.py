@@ -13,7 +13,10 @@ from mptk.ir.program import Program
 from mptk.ir.samples import Samples, is_tokens
 from mptk.run.chain import Prepared, Task
 from mptk.runtime.staged import Executor
+from passes.frontend.bound import Late, bounded
 
+PATIENCE = 120.0
+"""Seconds of computing after which a plain module is traced for one size (with all open, Swin-T takes 530)."""
 LONGEST = 31
 """Tokens of a program of one length: its graph may repeat a loop for each. A prime, so that no size of a model is
 likely to be a multiple of it."""
@@ -33,7 +36,7 @@ def traced(
             are not finite, or zero alone.
     """
     example = task.example(loaded.model)
-    program = _trace(loaded, example, (0,) if _holds_one_size(loaded, example, like) else True)
+    program = _open(loaded, example, like)
     if task.only_length(program) is not None:
         if len(example.inputs) > 1:
             raise MptkError(
@@ -57,6 +60,17 @@ def traced(
     if not ran:
         run(example)
     return program
+
+
+def _open(loaded: Loaded, example: Samples, like: Samples | None) -> Program:
+    """The program with all sizes open, or with the batch size alone if it is to hold one size, or takes too long."""
+    if isinstance(loaded.model, PreTrainedModel):
+        return _trace(loaded, example, (0,) if _holds_one_size(loaded, example, like) else True)
+    try:
+        with bounded(PATIENCE, f"the trace of {type(loaded.model).__name__} for inputs of any size"):
+            return _trace(loaded, example)
+    except Late:
+        return _trace(loaded, example, (0,))
 
 
 def check_length(task: Task, program: Program, samples: Samples, what: str) -> None:

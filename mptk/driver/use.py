@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mptk.arguments import checked
 from mptk.compat.torch import sources_forgotten
 from mptk.driver.pruned import Pruned, Shown, reporting
 from mptk.driver.sources import (
     Data,
     Inputs,
     Model,
+    check_fits,
     collected,
     in_memory,
     inputs_of_folder,
@@ -30,6 +32,7 @@ from mptk.errors import MptkError, explained
 from mptk.io import models
 from mptk.io.data import positions_of
 from mptk.io.dense import open_dense
+from mptk.io.live import unwrapped
 from mptk.io.resident import Resident
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
@@ -47,6 +50,7 @@ from mptk.tasks.module import Module
 from passes.analysis import group
 
 
+@checked
 @sources_forgotten()
 def evaluate(
     model: Pruned | Model,
@@ -92,6 +96,8 @@ def evaluate(
         else:
             samples = task.evaluation(loaded, settings)
         runs.trace(samples)
+        if in_memory(data):
+            check_fits(samples, next(iter(runs.programs.values())))
         source = IN_MEMORY if data is None or in_memory(data) else task.named(loaded.model, str(data))
         sets = SampleSets(samples, samples, samples, source, task.sequences)
         return dict(task.quality(runs, sets, say))
@@ -195,8 +201,9 @@ class _Programs:
                 yield name, i, next(found)
 
 
+@checked
 def generate(
-    model: Pruned | str | Path | PreTrainedModel,
+    model: Pruned | str | Path | nn.Module,
     prompts: str | Sequence[str],
     *,
     max_new_tokens: int = 64,
@@ -226,7 +233,10 @@ def generate(
         MptkError: there is no tokenizer, or no decoder; or a prompt and what follows do not fit the model's positions.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     sampling = Sampling(temperature, top_k, top_p)
+    if max_new_tokens < 1:
+        raise MptkError(f"max_new_tokens is {max_new_tokens}, and a text has at least one token; give 1 or more")
     place = _graphs(model)
     if place is not None:
         runner = TextGenerator(place, threads=threads, device=session_device(device))
@@ -236,16 +246,18 @@ def generate(
         return [str(runner.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
     module: Any = model.model if isinstance(model, Pruned) else model
     words = tokenizer or (model.tokenizer if isinstance(model, Pruned) else None)
+    if not isinstance(module, PreTrainedModel):
+        raise MptkError(f"a {type(module).__name__} writes no text; give a language model of transformers")
     if words is None:
         raise MptkError("there is no tokenizer to read prompts with; give tokenizer=")
     return [_written(module, words, prompt, max_new_tokens, sampling, seed, chat) for prompt in prompts]
 
 
-def _graphs(model: Pruned | str | Path | PreTrainedModel) -> str | Path | None:
+def _graphs(model: Pruned | str | Path | nn.Module) -> str | Path | None:
     """Where the model's ONNX is; None if it must run in torch."""
     if isinstance(model, Pruned):
         return model.place if any(model.place.glob("onnx/*.onnx")) else None
-    return None if isinstance(model, PreTrainedModel) else model
+    return None if isinstance(model, nn.Module) else model
 
 
 def _written(

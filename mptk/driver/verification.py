@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from mptk.arguments import checked
 from mptk.compat.torch import sources_forgotten
 from mptk.cost.model import CostModel
 from mptk.driver.changes import changes_of
@@ -51,11 +52,12 @@ class Proof(list[Difference]):
         self.notes = notes
 
 
+@checked
 @sources_forgotten()
 def verify(
     folder: str | Path,
     *,
-    model: str | nn.Module | None = None,
+    model: str | Path | nn.Module | None = None,
     trust_remote_code: bool = False,
     proof_length: int = Settings.proof_length,
     memory: int | None = None,
@@ -83,6 +85,7 @@ def verify(
     with _readable(folder):
         check_files(report, folder)
     resident, executor = execution(Settings(memory=memory, device=device))
+    model = str(model) if isinstance(model, Path) else model
     loaded = open_dense(report.model, report.model_sha256, model, trust_remote_code, resident, live=report.live)
     check_code(loaded.path, folder)
     task = task_of_folder(folder, report, loaded)

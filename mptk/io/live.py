@@ -13,7 +13,9 @@ import weakref
 from pathlib import Path
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
@@ -48,6 +50,12 @@ def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
     return Loaded(made, tokenizer, source, folder, trusted, dtype, _weights(model), live=True)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module itself, out of what ``torch.compile``, ``DataParallel`` and their like put around it."""
+    inner: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
+    return model if inner is model else unwrapped(inner)
+
+
 def name_of(model: nn.Module) -> str:
     """What a report calls a model in memory: where it was loaded from, else its class."""
     known = model.config.name_or_path if isinstance(model, PreTrainedModel) else ""
@@ -70,9 +78,18 @@ def weights_fingerprint(loaded: Loaded) -> str:
 
 def _check(model: nn.Module) -> None:
     name = type(model).__name__
+    if any(map(is_lazy, model.parameters())):
+        raise MptkError(f"some weights of this {name} have no shape yet; run it once on an input")
+    if any(p.layout is not torch.strided for p in model.parameters()):
+        raise MptkError(f"some weights of this {name} are sparse tensors; make them dense with to_dense()")
     if any(tensor.is_meta for tensor in model.parameters()):
         raise MptkError(f"some weights of this {name} are not in memory; load it without device_map and offloading")
-    if getattr(model, "is_quantized", False) or any(p.dtype in (torch.int8, torch.uint8) for p in model.parameters()):
+    packed = any(type(m).__module__.startswith("torch.ao.nn.quantized") for m in model.modules())
+    if (
+        packed
+        or getattr(model, "is_quantized", False)
+        or any(p.dtype in (torch.int8, torch.uint8) for p in model.parameters())
+    ):
         raise MptkError(f"this {name} is quantised, and mptk prunes float weights; load the float model")
 
 

@@ -21,6 +21,7 @@ from gguf import GGUFReader
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mptk.arguments import checked
 from mptk.compat.accelerate import offloaded, take_offload_index
 from mptk.compat.transformers import dequantize_gguf, forget_source, unread_weights
 from mptk.errors import MptkError, first_line
@@ -77,8 +78,9 @@ class Loaded:
         return program.with_state({n: b for n, b in buffers.items() if n in program.state} | known)
 
 
+@checked
 def load(
-    model: str,
+    model: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
@@ -95,7 +97,7 @@ def load(
         MptkError: there is no such model; its weights are pickles, or lack some parameters; it needs code that is not
             trusted; or transformers cannot read the GGUF file.
     """
-    return _load(model, trust_remote_code, local, dtype=dtype)
+    return _load(str(model), trust_remote_code, local, dtype=dtype)
 
 
 def open_weights(model: str, resident: Resident, *, trust_remote_code: bool = False, local: bool = False) -> Loaded:

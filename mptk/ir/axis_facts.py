@@ -69,6 +69,7 @@ class AxisFacts:
         results: value → the terms of its dimensions, in the graph's order.
         weights: name of a weight in the program's state → its terms.
         constant_uses: call → its constant arguments: the place of each, and its terms at this use.
+        zeros: constants that are zero everywhere.
         contractions: every sum of products, in the graph's order.
         reductions: every other operation that combines positions along an axis.
         inner: dimensions of values inside a call, such as attention scores.
@@ -77,12 +78,14 @@ class AxisFacts:
         activations: values that depend on the user's inputs.
         caches: an input that the model continues (a KV cache) → the output that continues it.
         writes: call that writes in place → every value whose memory it may change, in the graph's order.
+        kept: weight that something is divided by → the axes along which the masked model keeps its numbers.
     """
 
     graph: fx.Graph
     results: Mapping[fx.Node, Results]
     weights: Mapping[str, Dims]
     constant_uses: Mapping[fx.Node, Sequence[tuple[Path, Dims]]] = field(repr=False)
+    zeros: AbstractSet[fx.Node] = field(repr=False)
     contractions: Sequence[Contraction] = field(repr=False)
     reductions: Sequence[Reduction] = field(repr=False)
     inner: Sequence[Dims] = field(repr=False)
@@ -91,6 +94,7 @@ class AxisFacts:
     activations: AbstractSet[fx.Node] = field(repr=False)
     caches: Mapping[fx.Node, fx.Node] = field(repr=False)
     writes: Mapping[fx.Node, Sequence[fx.Node]] = field(repr=False)
+    kept: Mapping[fx.Node, AbstractSet[Axis]] = field(default_factory=dict, repr=False)
 
     def dims(self, node: fx.Node) -> Dims:
         """The terms of a value, which must be one tensor; no terms for a constant."""

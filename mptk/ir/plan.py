@@ -6,9 +6,11 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from mptk.arguments import checked
 from mptk.errors import MptkError
 from mptk.files import json_text, write_json
 from mptk.reading import read_json
@@ -109,11 +111,13 @@ class Plan:
             },
         }
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON (schema: ``docs/plan.md``), atomically. Raises MptkError if it cannot."""
         write_json(Path(path), self.to_json())
 
     @staticmethod
+    @checked
     def load(path: str | Path) -> Plan:
         """Read and validate a plan file. Raises MptkError with the place of the mistake."""
         where = Path(path)
@@ -176,6 +180,8 @@ def _heads(body: object, where: str) -> Heads | None:
 
 def check_units(row: Sequence[int], width: int, of: int, where: str) -> None:
     """Raise MptkError, which names ``where``, unless ``row`` is ``width`` ascending, distinct units of 0 … of − 1."""
+    if not isinstance(row, list | tuple) or not all(isinstance(unit, Integral) for unit in row):
+        raise MptkError(f"{where}: a row is no tuple of whole numbers; give the units that stay, ascending")
     if len(row) != width:
         raise MptkError(f"{where}: {len(row)} units kept, but width is {width}")
     if list(row) != sorted(set(row)) or row[0] < 0 or row[-1] >= of:

@@ -55,6 +55,11 @@ class Weights(Mapping[str, Tensor]):
         entry = self._entries[name]
         return entry.like if isinstance(entry, Lazy) else entry
 
+    def in_memory(self, name: str) -> Tensor | None:
+        """A weight whose numbers are there without work; None for a lazy or an empty one."""
+        entry = self._entries[name]
+        return entry if isinstance(entry, Tensor) and not _is_empty(entry) else None
+
     @property
     def likes(self) -> dict[str, Tensor]:
         """``like`` of every weight."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import fields
 from typing import Any
 
+from mptk.arguments import check_arguments
 from mptk.errors import MptkError
 
 COUNT = 10**9
@@ -65,7 +66,7 @@ def shown(value: float) -> str:
 
 
 def check_bounds(record: Any) -> None:
-    """Raise MptkError if a number among the fields of a dataclass is not within its bounds."""
+    """Raise MptkError if a field of a dataclass is of another type, or a number is not within its bounds."""
     for field in fields(record):
         value = getattr(record, field.name)
         if field.name not in BOUNDS or value is None:
@@ -75,3 +76,4 @@ def check_bounds(record: Any) -> None:
         if (wrong := outside(value, *BOUNDS[field.name])) is not None:
             least, most = BOUNDS[field.name]
             raise MptkError(f"{field.name}: {wrong}; give a number from {shown(least)} to {shown(most)}")
+    check_arguments(type(record), {field.name: getattr(record, field.name) for field in fields(record)})

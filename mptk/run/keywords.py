@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from mptk.errors import MptkError, did_you_mean
@@ -24,21 +25,21 @@ def with_keywords(settings: Settings, keywords: Mapping[str, Any]) -> Settings:
     if unknown:
         raise no_keyword(unknown[0], keyword_names())
     outer, learning, training, losses = (
-        {name: keywords[name] for name in _names(kind) if name in keywords}
+        {name: _plain(name, keywords[name]) for name in _names(kind) if name in keywords}
         for kind in (Settings, Learning, Training, LossWeights)
     )
-    for name in _LISTS:
-        if name in outer:
-            outer[name] = (outer[name],) if isinstance(outer[name], str) else tuple(outer[name])
-    base: Learning = outer.get("learning", settings.learning)
-    train: Training = learning.get("training", base.training)
-    if losses:
-        training["losses"] = replace(training.get("losses", train.losses), **losses)
-    if training:
-        learning["training"] = replace(train, **training)
-    if learning:
-        outer["learning"] = replace(base, **learning)
-    return replace(settings, **outer)
+    settings = replace(settings, **outer)
+    base = replace(settings.learning, **learning)
+    train = replace(base.training, **training)
+    train = replace(train, losses=replace(train.losses, **losses))
+    return replace(settings, learning=replace(base, training=train))
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A value as settings keep it: one name of a list or several as a tuple, and a path as its name."""
+    if name in _LISTS and isinstance(value, str | list):
+        return (value,) if isinstance(value, str) else tuple(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def keyword_names() -> list[str]:

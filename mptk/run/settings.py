@@ -280,6 +280,8 @@ class Settings:
         if self.search and self.layers == FREE:
             raise MptkError("--search ranks shapes whose layers are alike, not --layers free; leave out one of both")
         self._check_inputs()
+        if len(set(self.families)) < len(self.families):
+            raise MptkError(f"families names one twice: {', '.join(self.families)}; give each once")
         for name in self.keep:
             if name in self.families or name in self.widths:
                 other = "families" if name in self.families else "width"

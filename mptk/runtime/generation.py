@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 50
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1):
+            raise MptkError("sampling needs a temperature and a top_k of 0 or more, and a top_p above 0, at most 1")
 
     def choose(self, logits: LogitsArray, rng: np.random.Generator) -> Tokens:
         """The next token of each row of ``logits``, [batch, vocab]."""

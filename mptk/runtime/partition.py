@@ -43,7 +43,7 @@ class _Bound:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.writes = {node: _storage(node) for node in graph.nodes if _writes(node)}
-        self.levels = _levels(graph)
+        self.levels = levels(graph)
         self.stateful = {*self.writes.values(), *(node for level in self.levels for node in level)}
 
     def needed(self, wanted: Iterable[fx.Node]) -> set[fx.Node]:
@@ -239,7 +239,7 @@ def _storage(node: fx.Node) -> fx.Node:
     return node
 
 
-def _levels(graph: fx.Graph) -> list[list[fx.Node]]:
+def levels(graph: fx.Graph) -> list[list[fx.Node]]:
     """The calls between the opening and the closing of each outer level of ``torch.vmap``."""
     levels: list[list[fx.Node]] = []
     depth = 0

@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.errors import MptkError
+from mptk.errors import MptkError, exhausted
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.io.untrusted import load_tensors
@@ -54,7 +55,15 @@ class Module(Task):
         return None
 
     def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
-        found = run(self.given)
+        try:
+            found = run(self.given)
+        except RuntimeError as error:
+            if (lacking := exhausted(error)) is not None:
+                raise lacking from error
+            reason = str(error).strip().partition("\n")[0]
+            raise MptkError(
+                f"{loaded.source} does not run on its example inputs ({reason}); give other ones"
+            ) from error
         each = [found] if isinstance(found, Tensor) else found
         if not each or any(tensor.ndim < 1 or len(tensor) != len(self.given) for tensor in each):
             said = ", ".join(str(list(tensor.shape)) for tensor in each) or "nothing"
@@ -156,7 +165,7 @@ def named_inputs(names: Sequence[str], inputs: Tensor | Sequence[Tensor] | Mappi
     """Inputs by name, on the CPU and in float32, as mptk computes; ``names`` are those of inputs by position.
 
     Raises:
-        MptkError: there are more than names, or one is no tensor.
+        MptkError: there are more than names, or one is no tensor of numbers.
     """
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
@@ -167,5 +176,16 @@ def named_inputs(names: Sequence[str], inputs: Tensor | Sequence[Tensor] | Mappi
     odd = [name for name, value in inputs.items() if not isinstance(value, Tensor)]
     if odd:
         raise MptkError(f"{odd[0]} is no tensor but {type(inputs[odd[0]]).__name__}; give tensors only")
+    for name, tensor in inputs.items():
+        _check_numbers(name, tensor)
     found = {name: tensor.detach().cpu() for name, tensor in inputs.items()}
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
+
+
+def _check_numbers(name: str, tensor: Tensor) -> None:
+    """Raise MptkError for a tensor that does not hold all its numbers in memory, each of them one."""
+    kind = "on the meta device" if tensor.is_meta else "sparse" if tensor.layout is not torch.strided else ""
+    if kind := kind or ("quantized" if tensor.is_quantized else ""):
+        raise MptkError(f"{name} is {kind}; give a dense tensor of numbers")
+    if tensor.is_floating_point() and tensor.isnan().any():
+        raise MptkError(f"{name} holds NaN, which makes every output NaN; give finite numbers")

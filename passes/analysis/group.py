@@ -20,7 +20,7 @@ from passes.analysis.liveness import live_axes
 from passes.analysis.naming import distinct, name_blocked, name_family
 from passes.analysis.propagate import propagate
 from passes.analysis.scopes import Members, find_scopes
-from passes.analysis.zero_propagation import find_spoilers
+from passes.analysis.zero_propagation import find_divisors, find_spoilers
 
 
 def analyze(program: Program) -> Analysis:
@@ -30,6 +30,7 @@ def analyze(program: Program) -> Analysis:
         MptkError: an op has no axis rule.
     """
     facts = propagate(program)
+    facts = replace(facts, kept=find_divisors(facts))
     readers = {
         program.weights[n.name]: next(iter(n.users))
         for n in program.placeholders()

@@ -15,7 +15,7 @@ from torch.fx.node import Argument
 
 from mptk.errors import MptkError
 from mptk.ir.axes import axis
-from mptk.ir.axis_facts import AxisFacts, Dims, Path, Results
+from mptk.ir.axis_facts import AxisFacts, Dims, Path, Results, argument_at
 from mptk.ir.ops import op_name
 from mptk.ir.program import Program
 from mptk.ir.sizes import example_size, result_shape, shape_of
@@ -61,6 +61,7 @@ class _Walk:
             results=self.results,
             weights=self.weights,
             constant_uses=self.constant_uses,
+            zeros=self._zeros(),
             contractions=self.recorder.contractions,
             reductions=self.recorder.reductions,
             inner=self.recorder.inner_values,
@@ -133,6 +134,12 @@ class _Walk:
             self.recorder.freeze_input(dims, node)
         self.constant_uses.setdefault(node, []).append((path, dims))
         return Value(argument, dims)
+
+    def _zeros(self) -> set[fx.Node]:
+        """The constants that calls use and that are zero everywhere."""
+        used = {argument_at(node, path) for node, uses in self.constant_uses.items() for path, _ in uses}
+        written = set[fx.Node]().union(*self.writes.values())
+        return {node for node in used if self.recorder.is_zero(node, written)}
 
     def _freeze_outputs(self) -> None:
         """Freeze the axes of every output except caches, which come back as inputs."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
+
 from torch import Tensor, fx
 
 from mptk.ir.axes import Term, add_role, axis, freeze, leaves
 from mptk.ir.axis_facts import Contraction, Dims, Positions, Reduction, ReductionKind, Results, Route
-from mptk.ir.ops import op_name
+from mptk.ir.ops import base_name, op_name
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
 from mptk.ir.unification import unify
@@ -86,13 +88,35 @@ class Recorder:
         return node in self.depends.variables and node not in self.depends.activations
 
     def constant(self, node: fx.Node) -> Tensor | None:
-        while node.op == "call_function" and op_name(node).startswith(UNCHANGED):
-            node = node.all_input_nodes[0]
+        *_, node = self._origins(node)
         if node.op != "placeholder" or node.name not in self.program.signature.inputs_to_lifted_tensor_constants:
             return None
         return self.program.state[self.program.weights[node.name]]
 
+    @staticmethod
+    def _origins(node: fx.Node) -> list[fx.Node]:
+        """A value, what it is a copy of, what that is a copy of, …"""
+        found = [node]
+        while node.op == "call_function" and op_name(node).startswith(UNCHANGED):
+            node = node.all_input_nodes[0]
+            found.append(node)
+        return found
+
     # ---- for the walk ----
+
+    def is_zero(self, node: fx.Node, written: AbstractSet[fx.Node]) -> bool:
+        """Whether a constant holds zeros only, and is in no memory that a call writes to.
+
+        A call made it so, or it is a buffer of known values that no checkpoint holds.
+        """
+        *copies, node = self._origins(node)
+        if not written.isdisjoint([*copies, node]):
+            return False
+        if node.op == "call_function":
+            return base_name(node.target) in ("zeros", "new_zeros", "zeros_like")
+        name = self.program.weights.get(node.name)
+        known = None if name is None else self.program.state.in_memory(name)
+        return known is not None and not known.any()
 
     def freeze_input(self, dims: Dims, node: fx.Node) -> None:
         """Freeze dimensions of the user's inputs."""

@@ -48,6 +48,23 @@ def find_spoilers(facts: AxisFacts) -> dict[Axis, list[str]]:
     return spoilers
 
 
+def find_divisors(facts: AxisFacts) -> dict[fx.Node, set[Axis]]:
+    """Weight → the axes along which calls would be infinite if it were zero there, as Snake's α in sin²(αx)/α.
+
+    What is divided by such a weight is zero by other weights, or the axis is spoiled: so the weight need not be zero.
+    """
+    zeros, found = propagate_zeros(facts), dict[fx.Node, set[Axis]]()
+    for node in facts.results:
+        axes = _infinite(node, zeros)
+        waiting = [n for n in node.all_input_nodes if axes and facts.is_weight(n) and axes & zeros[n]]
+        while waiting:
+            source = waiting.pop()
+            if source.op == "placeholder":
+                found.setdefault(source, set()).update(axes)
+            waiting += [n for n in source.all_input_nodes if n in facts.results]
+    return found
+
+
 DIVISIONS = frozenset({"div", "div_", "divide", "true_divide", "floor_divide", "remainder", "fmod"})
 INFINITE_AT_ZERO = frozenset(
     {
@@ -122,7 +139,7 @@ class _Propagation:
     def _visit(self, node: fx.Node) -> set[Axis]:
         axes = self.facts.axes(node)
         if node.op == "placeholder":
-            return set(axes)
+            return set(axes.difference(self.facts.kept.get(node, ())))
         if node.target is operator.getitem:
             return self.zeros[node.all_input_nodes[0]] & axes
         return self._result(node) & axes
@@ -147,9 +164,14 @@ class _Propagation:
         return found.difference(*(self._axes_of_use(node, v) - zero(v) for v in operands))
 
     def _operand(self, node: fx.Node, value: object) -> set[Axis]:
-        """The axes along which an operand is zero. It must have as many coordinates along them as the result."""
+        """The axes along which an operand is zero. It must have as many coordinates along them as the result.
+
+        A constant that holds zeros only is zero along each axis of which the result has one coordinate.
+        """
         if not isinstance(value, fx.Node):
             return set()
+        if value in self.facts.zeros:
+            return {a for a in self.facts.axes(node) if self.multiplicities(node).get(a, 1) == 1}
         found = self.zeros.get(value, set())
         if not found or not (several := self.multiplicities(node)):
             return found

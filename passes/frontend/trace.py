@@ -52,14 +52,26 @@ def uncached(module: nn.Module) -> dict[str, bool]:
         module = inner  # a wrapper of several processes
     if callable(of_adapter := getattr(module, "get_base_model", None)):
         module = of_adapter()
-    accepted = inspect.signature(module.forward).parameters
+    accepted = _signature(module).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     caches = "use_cache" in accepted or (takes_any and hasattr(getattr(module, "config", None), "use_cache"))
     return {"use_cache": False} if caches else {}
 
 
-ExampleInputs = Sequence[Tensor] | Mapping[str, Tensor]
-"""Tensors for ``forward``, by position or by the argument's name."""
+def _signature(module: nn.Module) -> inspect.Signature:
+    """The arguments of ``forward``. Raises MptkError for a TorchScript module, which hides them."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise MptkError(
+            f"{module.original_name} is a TorchScript module, which torch.export cannot trace; give the nn.Module that "
+            "it was made of"
+        )
+    if type(module).forward is nn.Module.forward:
+        raise MptkError(f"{type(module).__name__} has no forward(); give the module that calls it")
+    return inspect.signature(module.forward)
+
+
+ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""Tensors for ``forward``: one, several by position, or by the argument's name."""
 
 
 def trace(
@@ -83,6 +95,8 @@ def trace(
         example_inputs = (torch.arange(BATCH * SEQUENCE).reshape(BATCH, SEQUENCE) % 11 + 1,)
     if isinstance(example_inputs, Mapping):
         return export_program(Flat(module, list(example_inputs)), tuple(example_inputs.values()), dynamic=dynamic)
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
     found = export_program(Flat(module), tuple(example_inputs), dynamic=dynamic)
     names = argument_names(module)[: len(example_inputs)]
     return replace(found, inputs=names if len(names) == len(example_inputs) else ())
@@ -92,7 +106,7 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
     """The arguments that ``forward`` takes by position and by name."""
     if isinstance(module, ProgramModule):
         return module.input_names
-    arguments = inspect.signature(module.forward).parameters.items()
+    arguments = _signature(module).parameters.items()
     return tuple(name for name, p in arguments if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -179,6 +193,7 @@ def program_from_exported(exported: ExportedProgram, wrapper: nn.Module) -> Prog
     Tied weights are found by object identity (a fake tensor has no address). Calls without users are dropped, so a
     weight that does not reach the output does not count as used. Regions that only set a mode are inlined.
     """
+    _check_constants(exported, wrapper)
     inline(exported)
     graph = exported.graph_module
     graph.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or _opens_vmap(n))
@@ -196,6 +211,16 @@ def program_from_exported(exported: ExportedProgram, wrapper: nn.Module) -> Prog
     state = Weights({_public(s.target): weights[s.target] for s in specs if _public(s.target) not in aliases})
     names = tuple(getattr(wrapper, "names", ()))
     return Program(graph, _public_signature(exported.graph_signature), state, aliases, exported, names)
+
+
+def _check_constants(exported: ExportedProgram, wrapper: nn.Module) -> None:
+    """Raise MptkError if the trace holds a value of its example for a constant: a tensor of symbolic size."""
+    for constant in exported.constants.values():
+        if isinstance(constant, Tensor) and any(isinstance(size, torch.SymInt) for size in constant.shape):
+            raise MptkError(
+                f"torch.export cannot trace {type(wrapper.module).__name__}: a value of forward() is lost, as the "
+                "result of torch.autograd.grad is; see docs/tracing.md for the usual causes"
+            )
 
 
 def _public_signature(signature: ExportGraphSignature) -> ExportGraphSignature:

@@ -246,11 +246,13 @@ def choose_candidates(
     tolerance: float,
     finest: Collection[str],
     count: int | None = None,
+    others: str = "name other --families, or use --target graph",
 ) -> list[Candidate]:
     """The candidates within ``tolerance`` of the budget, the most even first.
 
     With a ``count`` each combination of the families other than ``finest`` stands once, with the width nearest to the
     budget, and of more than ``count`` those stay that ``spread`` takes. Evenness alone drops none.
+    ``others``: what an error names as a way out, beside the nearest widths.
 
     Raises:
         MptkError: no candidate is within ``tolerance``. The message names the nearest ones.
@@ -262,7 +264,7 @@ def choose_candidates(
     nearest = "; ".join(f"{c.sparsity:.3f} with {describe(c.widths)}" for c in candidates[:3])
     raise MptkError(
         f"no legal widths give sparsity {sparsity:.3f}; nearest: {nearest or 'none, nothing can be cut'}. "
-        "Ask for one of these, name other --families, or use --target graph"
+        f"Ask for one of these, {others}"
     )
 
 

@@ -77,7 +77,7 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
         for layer, group in enumerate(family.groups):
             consumers = _enough_consumers(analysis.facts, group)
             covered: set[str] = set()
-            for member in consumers or _makers(group, analysis.program):
+            for member in consumers or _makers(group, analysis.program, analysis.facts):
                 if member.weight not in covered:
                     tied = [] if consumers else _tied_sites(analysis, module, family, layer, member)
                     found = tied or [_mask_site(analysis, module, family, layer, member)]
@@ -105,10 +105,14 @@ def _enough_consumers(facts: AxisFacts, group: Group) -> list[Member]:
     return [m for m in group.members if m.role == "consumer" and group.axis not in met]
 
 
-def _makers(group: Group, program: Program) -> list[Member]:
-    """The members that make the units, producers first. A tied weight that sums over them may make them elsewhere."""
+def _makers(group: Group, program: Program, facts: AxisFacts) -> list[Member]:
+    """The members that make the units, producers first. A tied weight that sums over them may make them elsewhere.
+
+    A weight that something is divided by is left out.
+    """
     tied = set(program.aliases.values())
-    found = (m for m in group.members if m.role != "consumer" or m.weight in tied)
+    kept = {program.weights[node.name] for node, axes in facts.kept.items() if group.axis in axes}
+    found = (m for m in group.members if m.weight not in kept and (m.role != "consumer" or m.weight in tied))
     return sorted(found, key=lambda m: m.role != "producer")
 
 

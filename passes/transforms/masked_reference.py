@@ -1,8 +1,8 @@
 """mask: the dense Program with a plan's removed channels masked. The cut program must equal it.
 
-Removed positions of every weight become zero. If zeros would disturb a reduction, it leaves the masked channels out:
-a norm's statistics run over the kept ones, a softmax or a top-k sees −inf (``passes/analysis/rules/reduce.py``). What a
-removed block adds is multiplied by 0 (``remove_blocks.py``).
+Removed positions of every weight become zero, but those of a weight that something is divided by. If zeros would
+disturb a reduction, it leaves the masked channels out: a norm's statistics run over the kept ones, a softmax or a top-k
+sees −inf (``passes/analysis/rules/reduce.py``). What a removed block adds is multiplied by 0 (``remove_blocks.py``).
 """
 
 from __future__ import annotations
@@ -68,15 +68,21 @@ class Mask(Pass):
     def _mask_weight(self, graph: fx.GraphModule, node: fx.Node, name: str, program: Program) -> None:
         """Multiply a weight by its mask where it is first used, so that the product is freed after its last use."""
         dims, weight = self.analysis.weights.get(name, ()), program.state.like(name)
-        touched = [d for d, term in enumerate(dims) if self.cut.touches(term)]
+        cut = self._cut_of(node.name)
+        touched = [d for d, term in enumerate(dims) if cut.touches(term)]
         if not touched or not node.users or not weight.is_floating_point():
             return
         keep = f"{node.name}_keep"
-        graph.register_buffer(keep, keep_along(self.cut, dims, touched), persistent=False)
+        graph.register_buffer(keep, keep_along(cut, dims, touched), persistent=False)
         with graph.graph.inserting_before(min(node.users)):
             product = graph.graph.call_function(torch.ops.aten.mul.Tensor, (node, graph.graph.get_attr(keep)))
         product.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(product, delete_user_cb=lambda user: user is not product)
+
+    def _cut_of(self, placeholder: str) -> Cut:
+        """The cut as it masks a weight: one that is divided by keeps its numbers."""
+        kept = {n.name: axes for n, axes in self.analysis.facts.kept.items()}.get(placeholder, ())
+        return Cut({a: c for a, c in self.cut.choices.items() if a not in kept}, self.cut.sizes)
 
     def ensures(self, before: Program, after: Program) -> None:
         """The weights have the same names and shapes."""

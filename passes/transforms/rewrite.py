@@ -22,6 +22,7 @@ from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, resolve_plan
 from mptk.ir.source_location import SourceLocation
+from mptk.runtime.partition import levels
 from passes.analysis.rules.table import find_rule
 
 _SCALE = "mptk_scale"
@@ -274,19 +275,31 @@ class _ShapeInterpreter(fx.Interpreter):
         super().__init__(graph)
         self.untouched, self.unchanged = untouched, unchanged
         self.node: fx.Node = next(iter(graph.graph.nodes))
+        self.levels = {level[0]: level for level in levels(graph.graph)}
+        self.opened: set[fx.Node] = set()
+        """Calls under a ``torch.vmap`` that is run: each is, since their old values are of a level that is closed."""
 
     def run_node(self, n: fx.Node) -> object:
         self.node = n
         if n.op != "call_function":
             return super().run_node(n)
-        if n.name in self.untouched and self.unchanged.issuperset(n.all_input_nodes):
+        if not self._rests(self.levels.get(n, [n])):
+            self.opened.update(self.levels.get(n, ()))
+        if n not in self.opened and self._rests([n]):
             self.unchanged.add(n)
             return n.meta.get("val")
         result = super().run_node(n)
-        if _equivalent(result, n.meta.get("val")):
+        if n not in self.opened and _equivalent(result, n.meta.get("val")):
             self.unchanged.add(n)
         n.meta["val"] = result
         return result
+
+    def _rests(self, calls: Sequence[fx.Node]) -> bool:
+        """Whether calls that follow each other need not be run: neither they nor what they get from others changed."""
+        own = set(calls)
+        return all(
+            n.name in self.untouched and all(s in self.unchanged or s in own for s in n.all_input_nodes) for n in calls
+        )
 
 
 def _equivalent(a: object, b: object) -> bool:

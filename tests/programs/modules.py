@@ -51,7 +51,7 @@ def layer(m: Maker, x: Tensor, *, kind: str) -> Tensor:
 
 @step("mixtures", kind=("GRU", "LSTM", "GRUCell", "Bilinear"))
 def recurrent(m: Maker, x: Tensor, *, kind: str) -> Tensor:
-    """Layers whose calls have no rule at first."""
+    """Layers whose units carry a state, and products of two inputs."""
     n = x.shape[-1]
     if kind == "Bilinear":
         return m.layer(lambda: nn.Bilinear(n, n, 6))(x, x)

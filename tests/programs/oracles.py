@@ -162,13 +162,14 @@ def disturbed(analysis: Analysis, plan: Plan) -> bool:
 
 
 def zeroed(module: nn.Module, analysis: Analysis, plan: Plan) -> nn.Module:
-    """A copy of ``module`` whose weights are zero at the units that ``plan`` removes."""
+    """A copy of ``module`` whose weights are zero at the units that ``plan`` removes, but what is divided by."""
     result = copy.deepcopy(module)
     tensors = dict([*result.named_parameters(remove_duplicate=False), *result.named_buffers(remove_duplicate=False)])
+    kept = {analysis.program.weights[node.name]: axes for node, axes in analysis.facts.kept.items()}
     with torch.no_grad():
         for name, chosen in plan.families.items():
             for group in analysis.family(name).groups:
-                for member in group.members:
+                for member in (m for m in group.members if group.axis not in kept.get(m.weight, ())):
                     _zero(tensors[member.weight], analysis.weights[member.weight], group, member, chosen)
     return result
 

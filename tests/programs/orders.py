@@ -30,6 +30,9 @@ ORDERS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "mode": lambda x, d: x + x.round().mode(d, True)[0],
     "sort": lambda x, d: x.sort(d).values,
     "renorm": lambda x, d: x.renorm(2, d, 0.7),
+    "fft": lambda x, d: torch.fft.fft(x, dim=d).real,
+    "quantile": lambda x, d: x * x.quantile(0.3, d, True),
+    "vmap": lambda x, d: torch.vmap(lambda a: a.tanh() * a, in_dims=d, out_dims=d)(x),
     "aminmax": lambda x, d: x * sum(x.aminmax(dim=d, keepdim=True)),
     "cosine": lambda x, d: x * F.cosine_similarity(x, x.tanh() + 0.1 * x, d).unsqueeze(d),
 }

@@ -75,13 +75,15 @@ def ordered(samples: Samples, like: Mapping[str, Tensor]) -> Samples:
 
 
 def check_dimensions(inputs: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    """Raise MptkError unless there are samples, each with the dimensions of the examples ``like``."""
+    """Raise MptkError unless there are samples with the dimensions of the examples ``like``, and finite as these."""
     for name in inputs.keys() & like.keys():
         tensor, wanted = inputs[name], ["n", *like[name].shape[1:]]
-        if tensor.ndim != len(wanted) or not len(tensor):
+        if tensor.ndim != len(wanted) or not tensor.numel():
             raise MptkError(
                 f"{name} in data is {list(tensor.shape)}, not like {wanted}; put the samples in the first dimension"
             )
+        if tensor.isinf().any() and not like[name].isinf().any():
+            raise MptkError(f"{name} in data holds inf, and the example inputs do not; give finite numbers")
 
 
 def lacking(name: str, like: Mapping[str, Tensor]) -> MptkError:

@@ -14,8 +14,10 @@ from passes.analysis.rules import (  # noqa: F401
     order,
     pointwise,
     positions,
+    recurrent,
     reduce,
     shape,
+    vmap,
 )
 from passes.analysis.rules.context import Value
 from passes.analysis.rules.pointwise import POINTWISE

@@ -91,6 +91,19 @@ def inner(ctx: RuleContext, node: fx.Node, a: Value, b: Value) -> Dims:
     return out
 
 
+@rule("aten.cdist")
+def cdist(ctx: RuleContext, node: fx.Node, x: Value, y: Value, *_: object, **__: object) -> Dims:
+    """z[…, m, n] = (Σ_k |x[…, m, k] − y[…, n, k]|^p)^(1/p); leading dimensions broadcast."""
+    ctx.unify(x.dims[-1], y.dims[-1], node)
+    for value in (x, y):
+        ctx.reduce(node, value.dims[-1], "sum", value.node)
+    ndim = max(x.ndim, y.ndim) - 2
+    pairs = zip(_pad(x.dims[:-2], ndim), _pad(y.dims[:-2], ndim), strict=True)
+    out = (*(_join(ctx, node, a, b) for a, b in pairs), x.dims[-2], y.dims[-2])
+    ctx.inner((*out, x.dims[-1]))
+    return out
+
+
 @rule("aten.outer", "aten.ger", zero="any")
 def outer(ctx: RuleContext, node: fx.Node, a: Value, b: Value) -> Dims:
     """y[i, j] = a[i] b[j]."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from torch import fx
 
 from mptk.ir.axes import Axis, Term, axes_in, axis, product
@@ -56,12 +59,13 @@ def conv_transpose(
 ) -> Result:
     """x_1 = W_0 = g · c, y_1 = g · W_1."""
     g = axis(named_argument(node, "groups", 1))
+    channel = x.ndim - (weight.ndim - 1)
     ctx.unify(weight.dims[0], product((g, axis(weight.dims[0].size // g.size))), node)
-    ctx.unify(x.dims[1], weight.dims[0], node)
+    ctx.unify(x.dims[channel], weight.dims[0], node)
     channels = product((g, weight.dims[1]))
     _kernel(ctx, node, weight, bias, channels)
-    out = (x.dims[0], channels, *_space(ctx, node, x, 2))
-    ctx.contract(node, x, 1, weight, 0, out)
+    out = (*x.dims[:channel], channels, *_space(ctx, node, x, channel + 1))
+    ctx.contract(node, x, channel, weight, 0, out)
     return Result(out, Counted(g))
 
 
@@ -102,6 +106,26 @@ def pool(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) ->
 def pool_with_positions(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) -> list[Dims]:
     """Channels pass, positions in space change; the second result holds the positions of the largest values."""
     return [_pooled(ctx, node, x)] * 2
+
+
+@rule("aten.im2col", zero="keep")
+def im2col(ctx: RuleContext, node: fx.Node, x: Value, kernel: Sequence[int], *_: object, **__: object) -> Dims:
+    """x = C, H, W: y = C · k · k', windows."""
+    meet(ctx, x.dims, range(x.ndim - 2, x.ndim))
+    pixels = [ctx.frozen(size, "positions of a kernel", node) for size in kernel]
+    return (*x.dims[:-3], product((x.dims[-3], *pixels)), *_space(ctx, node, x, x.ndim - 2))
+
+
+@rule("aten.col2im", zero="keep")
+def col2im(
+    ctx: RuleContext, node: fx.Node, x: Value, sizes: object, kernel: Sequence[int], *_: object, **__: object
+) -> Dims:
+    """x = C · k · k', windows: y = C, H, W, the sum of the windows."""
+    meet(ctx, x.dims, range(x.ndim - 1, x.ndim))
+    channels = axis(x.dims[-2].size // math.prod(kernel))
+    pixels = [ctx.frozen(size, "positions of a kernel", node) for size in kernel]
+    ctx.unify(x.dims[-2], product((channels, *pixels)), node)
+    return (*x.dims[:-2], channels, *_space(ctx, node, x, x.ndim - 1))
 
 
 @rule("aten.pixel_shuffle", zero="keep", positions="carry")

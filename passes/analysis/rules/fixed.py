@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from mptk.ir.axes import Term
-from mptk.ir.axis_facts import Dims, Results
+from mptk.ir.axes import ONE, Axis, Term, concat
+from mptk.ir.axis_facts import AxisFacts, Dims, Results
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
-from passes.analysis.rules.table import normalize, rule
+from passes.analysis.rules.table import ZeroOf, normalize, rule
 
 
 @rule("aten.diagonal", zero="keep", positions="carry")
@@ -46,6 +46,28 @@ def diag_embed(ctx: RuleContext, node: fx.Node, x: Value, offset: int = 0, dim1:
 def diag(ctx: RuleContext, node: fx.Node, x: Value, offset: int = 0) -> Results:
     """The diagonal of a matrix, or the matrix of a diagonal."""
     return diag_embed(ctx, node, x, offset) if x.ndim == 1 else diagonal(ctx, node, x, offset)
+
+
+def _zero_of_filled(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
+    return zero(node.args[0]) if node.args[1] == 0 else set()
+
+
+@rule("aten.fill_diagonal_", zero=_zero_of_filled)
+def fill_diagonal(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) -> Dims:
+    """y = x with a number where all positions are equal: the dimensions are one axis, or none can be cut."""
+    for d in x.dims[1:]:
+        if d.size == x.dims[0].size:
+            ctx.unify(x.dims[0], d, node)
+        else:
+            ctx.freeze(d, "written at fixed positions", node)
+            ctx.freeze(x.dims[0], "written at fixed positions", node)
+    return x.dims
+
+
+@rule("aten.block_diag", zero="join")
+def block_diag(ctx: RuleContext, node: fx.Node, blocks: Sequence[Value]) -> Dims:
+    """y = the blocks along a diagonal, and zeros: its rows are those of the blocks in order, and so its columns."""
+    return tuple(concat((ONE, ONE, *x.dims)[-2:][i] for x in blocks) for i in (0, 1))
 
 
 @rule("aten.select_scatter", zero="all")

@@ -40,16 +40,33 @@ def embedding(ctx: RuleContext, node: fx.Node, weight: Value, indices: Value, *_
     return (*indices.dims, *weight.dims[1:])
 
 
-@rule("aten.embedding_bag", zero=lambda node, zero, facts: zero(node.args[0]))
+def _zero_of_bags(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
+    """The bags are zero if the weight is; the positions of the largest (the last result) are not."""
+    return zero(node.args[0]) if all(user.args[1] != 3 for user in node.users) else set()
+
+
+@rule("aten.embedding_bag", zero=_zero_of_bags)
 def embedding_bag(ctx: RuleContext, node: fx.Node, weight: Value, *others: object, **keywords: object) -> Results:
-    """y[b, c] = Σ (or mean) of W[i, c] over the indices i of bag b: only channels can be cut."""
-    if named_argument(node, "mode", 0) == 2:
-        return opaque(ctx, node, weight, *others, **keywords)
+    """y[b, c] = Σ (or mean, or max) of W[i, c] over the indices i of bag b: only channels can be cut."""
     ctx.freeze(weight.dims[0], "indexed in bags", node)
     ctx.role(weight.dims[1], "embedding")
-    first, *further = opaque(ctx, node, *others, **keywords)
+    first, *further, last = opaque(ctx, node, *others, **keywords)
     assert isinstance(first, tuple)
-    return [(first[0], weight.dims[1]), *further]
+    assert isinstance(last, tuple)
+    bags = (first[0], weight.dims[1])
+    return [bags, *further, bags if named_argument(node, "mode", 0) == 2 else last]
+
+
+@rule("aten.embedding_renorm_", zero="keep")
+def embedding_renorm(
+    ctx: RuleContext, node: fx.Node, weight: Value, indices: Value, maximum: float, order: float
+) -> Dims:
+    """y_c = W_c: each row that is indexed is divided by its norm if that is too large."""
+    ctx.freeze(weight.dims[0], "its rows are made shorter where they are indexed", node)
+    ctx.freeze(weight.dims[1], "the smallest of its values counts", node) if order < 0 else None
+    ctx.reduce(node, weight.dims[1], "sum")
+    meet(ctx, weight.dims, [1])
+    return weight.dims
 
 
 def _resize_picked(resizer: Resizer, node: fx.Node) -> None:

@@ -16,10 +16,8 @@ from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.table import rule, single
 
 OPAQUE = (
-    *("aten.fft_fft", "aten.fft_ifft", "aten.fft_fft2", "aten.fft_ifft2", "aten.fft_fftn", "aten.fft_ifftn"),
-    *("aten.fft_rfft", "aten.fft_irfft", "aten.fft_rfft2", "aten.fft_irfft2", "aten.fft_rfftn", "aten.fft_irfftn"),
-    *("aten.stft", "aten.istft", "aten.im2col", "aten.col2im"),
-    *("aten.grid_sampler", "aten.cdist", "aten.linalg_inv", "aten.linalg_solve", "aten.linalg_svd", "aten.linalg_qr"),
+    *("aten.stft", "aten.istft", "aten.cross_entropy_loss", "aten._unique2", "aten.linalg_cholesky"),
+    *("aten.grid_sampler", "aten.linalg_inv", "aten.linalg_solve", "aten.linalg_svd", "aten.linalg_qr"),
     *("aten.linalg_eigh", "aten.cross", "aten.linalg_cross", "aten.trace", "aten.nonzero", "aten.masked_select"),
     *("aten.bincount", "aten.searchsorted", "aten.bucketize", "aten.kron", "aten.tensordot"),
     *("aten.linalg_householder_product", "aten.linalg_multi_dot", "aten.matrix_exp", "aten.linalg_matrix_exp"),
@@ -28,13 +26,10 @@ OPAQUE = (
     *(
         "aten.median.default",
         "aten.nanmedian.default",
-        "aten.quantile",
         "aten.max_unpool2d",
         "aten._weight_norm_interface",
     ),
     *("aten.native_group_norm", "aten.native_batch_norm", "aten._native_batch_norm_legit_no_training"),
-    *("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input"),
-    *("aten.lstm_cell", "aten.gru_cell", "aten.rnn_tanh_cell", "aten.rnn_relu_cell"),
 )
 
 

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from torch import fx
 
 from mptk.ir.axes import ONE
-from mptk.ir.axis_facts import Dims
+from mptk.ir.axis_facts import Dims, Results
+from mptk.ir.ops import base_name, named_argument
 from mptk.ir.sizes import result_shape
 from passes.analysis.rules.context import RuleContext, Value
+from passes.analysis.rules.opaque import opaque
 from passes.analysis.rules.table import meet, normalize, normalize_all, rule, zero_of_first
 
 ORDER = "the order of its positions matters"
@@ -26,6 +28,19 @@ def pinned(ctx: RuleContext, node: fx.Node, x: Value, dims: Sequence[int], sizes
         ctx.freeze(x.dims[d], ORDER, node)
         out[d] = ctx.frozen(sizes[d], ORDER, node)
     return tuple(out)
+
+
+DEFAULT_DIMS: dict[str, tuple[int, ...] | None] = {"2": (-2, -1), "n": None}
+"""The dimensions of a transform, by the end of its name; else the last one."""
+
+
+@rule(*(f"aten.fft_{kind}fft{n}" for kind in ("", "i", "r", "ir") for n in ("", "2", "n")), zero="keep")
+def fourier(ctx: RuleContext, node: fx.Node, x: Value, sizes: object = None, *_: object, **__: object) -> Dims:
+    """y_d = Σ over all positions of x_d, which pins d; the other dimensions pass."""
+    dims = named_argument(node, "dim", DEFAULT_DIMS.get(base_name(node.target)[-1], -1))
+    if dims is None and isinstance(sizes, (list, tuple)):
+        dims = range(-len(sizes), 0)
+    return pinned(ctx, node, x, normalize_all(dims, x.ndim), result_shape(node))
 
 
 @rule("aten.roll", zero="keep", positions="carry")
@@ -93,3 +108,16 @@ def median(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1, keepdim: bo
     d = normalize(dim, x.ndim)
     ctx.freeze(x.dims[d], "ranked", node)
     return [tuple(ONE if i == d else t for i, t in enumerate(x.dims) if keepdim or i != d)] * 2
+
+
+@rule("aten.quantile", "aten.nanquantile", zero="keep")
+def quantile(
+    ctx: RuleContext, node: fx.Node, x: Value, q: object, dim: int | None = None, keepdim: bool = False, **_: object
+) -> Results:
+    """A quantile along d depends on all its positions, which pins d; several are a dimension before the others."""
+    if dim is None:
+        return opaque(ctx, node, x, q)
+    d = normalize(dim, x.ndim)
+    ctx.freeze(x.dims[d], "ranked", node)
+    several = [ctx.frozen(size, "quantiles", node) for size in (q.shape if isinstance(q, Value) else ())]
+    return (*several, *(ONE if i == d else t for i, t in enumerate(x.dims) if keepdim or i != d))

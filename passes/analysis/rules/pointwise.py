@@ -172,6 +172,24 @@ def glu(ctx: RuleContext, node: fx.Node, x: Value, dim: int = -1) -> Dims:
     return (*x.dims[:d], first, *x.dims[d + 1 :])
 
 
+def _zero_of_fake_quantize(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
+    """The grid holds 0 if its place is a number, which torch checks; a tensor it does not."""
+    return zero(node.args[0]) if isinstance(node.args[2], int) else set()
+
+
+rule("aten.fake_quantize_per_tensor_affine", zero=_zero_of_fake_quantize)(broadcast)
+
+
+@rule("aten.pairwise_distance")
+def pairwise_distance(
+    ctx: RuleContext, node: fx.Node, x: Value, y: Value, p: float = 2, eps: float = 1e-6, keepdim: bool = False
+) -> Dims:
+    """z = ‖x − y + eps‖ over the last dimension, which cannot be cut, as eps counts for each of its positions."""
+    *out, last = broadcast(ctx, node, x, y)
+    ctx.freeze(last, "a number is added before its norm", node)
+    return (*out, ONE) if keepdim else tuple(out)
+
+
 rule("aten._prelu_kernel", zero="keep")(broadcast)
 
 

@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 
 from torch import fx
 
+from mptk.arguments import checked
 from mptk.ir.axes import Axis, Term, axes_in, coordinates
 from mptk.ir.axis_facts import AxisFacts, Dims, Positions, Results
 from mptk.ir.ops import target_name
@@ -69,6 +70,7 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
+@checked
 def rule(
     *ops: str, zero: Zero = "drop", resize: Resize | None = None, positions: OnPositions = "freeze"
 ) -> Callable[[F], F]:

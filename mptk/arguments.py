@@ -1,0 +1,107 @@
+"""arguments: whether a public function is called with what its annotations say, before it does any work."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from mptk.errors import MptkError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+PLAIN: dict[object, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    Path: "a path",
+    types.NoneType: "None",
+    None: "None",
+}
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which raises MptkError for an argument that is not of its annotated type."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = signature.bind(*args, **kwargs).arguments
+        kinds = {name: signature.parameters[name].kind for name in given}
+        check_arguments(function, {n: v for n, v in given.items() if kinds[n] is not inspect.Parameter.VAR_KEYWORD})
+        return function(*args, **kwargs)
+
+    return call
+
+
+def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Raise MptkError for the first of some arguments, by name, that is not of the type that ``function`` says."""
+    hints: dict[str, Any] = get_type_hints(function)
+    several = inspect.signature(function).parameters
+    for name in filter(hints.__contains__, given):
+        many = several[name].kind is inspect.Parameter.VAR_POSITIONAL
+        hint = Sequence[hints[name]] if many else hints[name]  # type: ignore[valid-type]
+        if (wrong := _wrong(given[name], hint, name)) is not None:
+            raise MptkError(wrong)
+
+
+def _wrong(value: object, hint: Any, name: str) -> str | None:
+    """What an argument is and what it must be; None if it is that."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any or hint is object:
+        return None
+    if origin in (Union, types.UnionType):
+        each = [_wrong(value, one, name) for one in arguments]
+        inner = (wrong for wrong in each if wrong is not None and wrong.startswith(f"{name}."))
+        return None if None in each else next(inner, _said(value, hint, name))
+    if origin is Literal:
+        return None if value in arguments else _said(value, hint, name)
+    if not _is_a(value, origin or hint):
+        return _said(value, hint, name)
+    if isinstance(value, Mapping) and len(arguments) == 2:
+        return next(filter(None, (_wrong(v, arguments[1], f"{name}.{k}") for k, v in value.items())), None)
+    if isinstance(value, list | tuple) and arguments:
+        return next(filter(None, (_wrong(v, arguments[0], f"{name}.{i}") for i, v in enumerate(value))), None)
+    return None
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether a value is of a class. Text is no sequence, a flag no number, and a whole number may stand for a real."""
+    if kind is None or kind is types.NoneType:
+        return value is None
+    if kind is Callable or isinstance(kind, type(Protocol)):  # a protocol of a function
+        return callable(value)
+    if kind in (Sequence, Iterable) and isinstance(value, str | bytes | bytearray):
+        return False
+    if kind is Iterable and hasattr(value, "__getitem__"):  # a torch data set is read by number
+        return True
+    if isinstance(value, bool) and kind in (int, float):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _said(value: object, hint: Any, name: str) -> str:
+    kind = type(value).__name__
+    shown = repr(value) if isinstance(value, bool | int | float | str | None) else f"a {kind}"
+    return f"{name} is {shown if len(shown) <= 60 else f'a long {kind}'}; give {_wanted(hint)}"
+
+
+def _wanted(hint: Any) -> str:
+    """A type in words."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        *most, last = dict.fromkeys(_wanted(one) for one in arguments)
+        return f"{', '.join(most)} or {last}" if most else last
+    if origin is Literal:
+        return " or ".join(repr(one) for one in arguments)
+    if origin is Callable or isinstance(hint, type(Protocol)):
+        return "a function"
+    if origin is not None and issubclass(origin, Mapping):
+        return "a dict"
+    if origin is not None and issubclass(origin, Iterable):
+        return f"a list, each {_wanted(arguments[0])}" if arguments[0] is not Any else "an iterable"
+    return PLAIN.get(hint, f"a {getattr(hint, '__name__', hint)}")

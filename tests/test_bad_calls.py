@@ -1,0 +1,49 @@
+"""Every call of ``tests/bad_inputs/calls.py``: one clear line, and what was given is as it was."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+import mptk
+from tests.bad_inputs.calls import CALLS, Call, Parts
+from tests.bad_inputs.table import listing
+
+REMEDY = re.compile(r"[;:,.(] ?\S|give|do not use|check|write|choose|see|add|remove", re.I)
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    return Parts(dict(tiny_folders), tmp_path_factory.mktemp("calls"))
+
+
+def state(parts: Parts) -> list[tuple[str, torch.Tensor, bool]]:
+    """The weights of what calls are given, and the modes that its modules are in."""
+    modules = (parts.module, parts.two, parts.model)
+    return [(n, t.clone(), m.training) for m in modules for n, t in m.state_dict().items()]
+
+
+def test_the_table_is_large_and_each_call_has_a_name_of_its_own() -> None:
+    assert len(CALLS) >= 100
+    assert len({call.name for call in CALLS}) == len(CALLS)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
+def test_bad_call(call: Call, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(parts.root)
+    before, files = state(parts), listing(parts.root)
+    with pytest.raises(call.kind) as told:
+        call.run(parts)
+    said = str(told.value)
+    assert [words for words in call.says if words not in said] == [], said
+    if call.kind is mptk.MptkError:
+        assert "\n" not in said
+        assert REMEDY.search(said), said
+    assert listing(parts.root) == files
+    for (name, tensor, mode), (_, now, later) in zip(before, state(parts), strict=True):
+        assert torch.equal(tensor, now), name
+        assert mode == later

@@ -1,0 +1,69 @@
+"""A trace that takes too long is stopped, and a plain module is then traced with its batch size open alone."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mptk
+import passes.frontend.trace
+from mptk.driver import tracing
+from passes.frontend.bound import Late, bounded
+
+
+def busy(*, swallows: bool = False) -> None:
+    """Computes without end; it may go on after whatever Exception it meets."""
+    while True:
+        try:
+            sum(range(1000))
+        except Exception:
+            assert swallows
+
+
+def test_what_computes_too_long_is_stopped_whatever_it_catches() -> None:
+    before = signal.getsignal(signal.SIGVTALRM)
+    with (
+        pytest.raises(Late, match=r"the trace takes more than 0\.2 s of computing; trace it"),
+        bounded(0.2, "the trace"),
+    ):
+        busy(swallows=True)
+    assert signal.getsignal(signal.SIGVTALRM) is before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+def test_what_ends_in_time_is_left_alone_and_so_is_another_thread() -> None:
+    with bounded(60, "the trace"):
+        found = [1]
+    with pytest.raises(ValueError, match="its own"), bounded(60, "the trace"):
+        raise ValueError("its own")
+
+    def inside() -> None:
+        with bounded(60, "the trace"):
+            found.append(2)
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert found == [1, 2]
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+def test_a_module_whose_trace_takes_too_long_is_traced_for_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace, asked = passes.frontend.trace.trace, list[Any]()
+
+    def slow(module: nn.Module, inputs: Any = None, *, dynamic: Any = False) -> Any:
+        asked.append(dynamic)
+        return busy() if dynamic is True else trace(module, inputs, dynamic=dynamic)
+
+    monkeypatch.setattr(passes.frontend.trace, "trace", slow)
+    monkeypatch.setattr(tracing, "PATIENCE", 0.2)
+    net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+    pruned = mptk.prune(net, sparsity=0.5, example_inputs=torch.randn(2, 5, 8), progress=None)
+    assert pruned is not None
+    assert asked == [True, (0,)]
+    assert pruned.model(torch.randn(3, 5, 8)).shape == (3, 5, 4)

@@ -1,0 +1,118 @@
+"""Plain modules at the edges of what can be cut: each is cut and proven, or refused by name; none ends in a bare error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mptk
+
+X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+
+
+def three() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4)).eval()
+
+
+class Gradient(nn.Module):
+    """What an energy model gives: the gradient of a network by its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = three()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.net(x).sum(), x)[0]
+
+
+class Unbatched(nn.Module):
+    """Convolutions of one sample at a time, as [channels, length]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv1d(5, 12, 3), nn.ConvTranspose1d(12, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.second(self.first(x[0]).relu()), self.second(self.first(x[1]).relu())])
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "without a family": (
+        lambda: nn.Linear(8, 4),
+        r"nothing in this model can be cut \(weight\[0\]: it is the model's out",
+    ),
+    "without a weight": (nn.ReLU, "nothing in this model can be cut .it has no weights"),
+    "a gradient": (
+        Gradient,
+        "cannot trace Gradient: a value of forward.. is lost, as the result of torch.autograd.grad",
+    ),
+    "jit.trace": (lambda: torch.jit.trace(three(), X), "Sequential is a TorchScript module"),
+    "jit.script": (lambda: torch.jit.script(three()), "Sequential is a TorchScript module"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_what_cannot_be_pruned_is_refused_by_name(kind: str) -> None:
+    make, says = REFUSED[kind]
+    with pytest.raises(mptk.MptkError, match=says):
+        mptk.prune(make(), sparsity=0.5, example_inputs=X, progress=None)
+
+
+def test_an_unbatched_transposed_convolution_is_cut() -> None:
+    pruned = mptk.prune(Unbatched(), sparsity=0.5, example_inputs=X, progress=None)
+    assert pruned is not None
+    assert pruned.model.get_parameter("second.weight").shape == (6, 4, 3)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer over the steps, and a head."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = kind(8, 12, batch_first=True, **options)
+        self.head = nn.Linear(24 if options.get("bidirectional") else 12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "gates"), [(nn.LSTM, {}, 4), (nn.GRU, {"num_layers": 2, "bidirectional": True}, 3)]
+)
+def test_the_hidden_units_of_a_recurrent_layer_are_cut(
+    kind: type[nn.RNNBase], options: dict[str, int], gates: int
+) -> None:
+    pruned = mptk.prune(Recurrent(kind, **options), sparsity=0.5, tolerance=0.1, example_inputs=X, progress=None)
+    assert pruned is not None
+    (width,) = pruned.plan.widths.values()
+    assert pruned.model.get_parameter("layer.weight_hh_l0").shape == (gates * width, width)
+    assert pruned.model(torch.randn(3, 9, 8)).shape[0] == 3
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda m: torch.compile(nn.DataParallel(m))])
+def test_a_wrapped_module_is_pruned_as_the_module_in_it(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    module = three()
+    alone, wrapped = (mptk.prune(m, sparsity=0.5, example_inputs=X, progress=None) for m in (module, wrap(module)))
+    assert alone is not None
+    assert wrapped is not None
+    assert wrapped.plan == alone.plan
+    assert wrapped.report.model == "Sequential"
+    assert torch.equal(wrapped.model(X), alone.model(X))
+    analysis = mptk.analyze(wrap(module), (X,))
+    assert mptk.rewrite(analysis, wrapped.plan).state.keys() == module.state_dict().keys()
+
+
+def test_no_remedy_names_the_target_that_is_in_use() -> None:
+    with pytest.raises(mptk.MptkError) as told:
+        mptk.prune(three(), sparsity=0.29, tolerance=0.001, example_inputs=X, progress=None)
+    assert "name other --families" in str(told.value)
+    assert "--target graph" not in str(told.value)

@@ -5,27 +5,36 @@ from __future__ import annotations
 import contextlib
 import linecache
 import logging
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
+import sympy
 import torch
 from torch import FunctionSchema, Tensor, fx
 from torch import _check as check
 from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import SLoc
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph_module import _loader
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "FakeTensor",  # The type of traced values. A public name would replace it.
+    "Guard",  # What a trace needs of its sizes.
     "FakeTensorMode",  # Runs a model on shapes alone, with real index constants. Meta tensors would lose those.
     "OpOverload",  # The type of a traced call's target. A public name would replace it.
     "build_exported",
+    "assumed",
     "check",  # States a relation between symbolic sizes; documented as ``torch._check``.
     "enable_python_dispatcher",  # Some kernels handle symbolic sizes only in Python. Export sets it, too.
+    "located",
+    "origin",
     "quiet_exporter",
     "schema",
     "size_expression",
@@ -36,6 +45,9 @@ __all__ = [
     "uncached_operators",
     "undecomposed",
 ]
+
+_KERNELS = ("/torch/_subclasses/", "/torch/_prims_common/", "/torch/_refs/")
+"""In the stack of what an operator asks while export computes the shape of its result."""
 
 
 @contextlib.contextmanager
@@ -69,6 +81,57 @@ def size_hint(size: torch.SymInt) -> int | None:
     """
     hint: object = size.node.hint
     return hint if isinstance(hint, int) else None
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition on sizes that a trace needs, as a sympy expression.
+
+    ``stack``: where Python asked for it, as lines of a traceback, outermost first. ``kernel``: an operator asked while
+    its shapes were computed, and the graph holds the same call of it whatever the answer is.
+    """
+
+    holds: sympy.Basic
+    stack: str
+    kernel: bool
+
+
+@contextlib.contextmanager
+def located() -> Iterator[None]:
+    """Within it, export keeps the Python stack with each condition on sizes. By itself it keeps one frame, of any file."""
+    original = ShapeEnv._get_sloc
+    ShapeEnv._get_sloc = lambda self, framework_loc=None: SLoc(framework_loc, _stack())  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ShapeEnv._get_sloc = original  # type: ignore[method-assign]
+
+
+def _stack() -> str:
+    frame, lines = sys._getframe(2), list[str]()
+    while frame is not None and not frame.f_code.co_filename.endswith("/torch/export/_trace.py"):
+        lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}')
+        frame = frame.f_back  # type: ignore[assignment]
+    return "\n".join(reversed(lines))
+
+
+def assumed(sizes: Iterable[torch.SymInt]) -> list[Guard]:
+    """The conditions under which a trace with these symbolic sizes holds, in the order in which it asked for them."""
+    environment = next((size.node.shape_env for size in sizes), None)
+    found = [] if environment is None else environment.guards
+    return [Guard(environment.replace(g.expr), stack := str(g.sloc.maybe_user_loc), _in_kernel(stack)) for g in found]
+
+
+def origin(size: torch.SymInt) -> str:
+    """The stack that made a symbolic size a number, or another size; empty if nothing did."""
+    symbol, stack = size.node._expr, ""
+    while (place := size.node.shape_env.replacements_slocs.get(symbol)) is not None:
+        stack, symbol = str(place.maybe_user_loc), size.node.shape_env.replacements[symbol]
+    return "" if _in_kernel(stack) else stack
+
+
+def _in_kernel(stack: str) -> bool:
+    return any(part in stack for part in _KERNELS)
 
 
 def size_expression(size: torch.SymInt) -> object:

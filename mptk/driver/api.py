@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from mptk.version import __version__
 from passes.analysis import group
 from passes.analysis.rules import rule
 from passes.check_cut import check_cut, in_float32
+from passes.frontend.eager import compared
 from passes.frontend.trace import ExampleInputs
 from passes.frontend.trace_decoder import LogitsScope
 from passes.pipelines import check_schemes, cutting, passes_until
@@ -93,15 +95,18 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
     """Cut the analysed program to ``plan``: smaller weights, right shape constants, the same function as when masked.
 
     Args:
-        check: prove it: on seeded inputs of the traced shapes the cut program equals the masked one, and the mask
-            moves the output. Costs three forward passes; a program without weights cannot be proven.
+        check: prove it: the traced program equals the module, run as Python; on seeded inputs of the traced shapes
+            the cut program equals the masked one, and the mask moves the output. Costs a few forward passes; a program
+            without weights cannot be proven.
 
     Raises:
-        MptkError: the plan does not fit the model; or the mask does not move the output, so that nothing is proven.
+        MptkError: the plan does not fit the model; the module keeps state in Python; or the mask does not move the output, so that nothing is proven.
         ProofError: the cut program is another one than the masked; with the stage and the size of the difference.
     """
     _check_whole(plan)
     steps = cutting(analysis, cut := resolve_plan(analysis, plan))
+    if check and analysis.program.has_values and analysis.program.source is not None:
+        analysis = replace(analysis, program=compared(analysis.program))
     results = run(analysis.program, steps, Log())
     if check and results[-1].program.has_values:
         fine = in_float32(analysis)
@@ -110,7 +115,7 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
         if removed_blocks(analysis, cut):
             del stages[Rewrite.name]  # it leaves the blocks to the pass after it
         check_cut(fine, cut, stages)
-    return results[-1].program
+    return replace(results[-1].program, source=None)
 
 
 def show(

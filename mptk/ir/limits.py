@@ -36,11 +36,13 @@ class Limits:
         conditions: what other sizes must meet for the same path through ``forward``.
         lines: (input, dimension) → the line of the source that made its size a number.
         several: symbols of sizes that must not be 1: there the module itself computes something else.
+        note: why fewer sizes are open than might be; empty if they are not.
     """
 
     conditions: tuple[Condition, ...] = ()
     lines: Mapping[tuple[str, int], str] = field(default_factory=dict)
     several: frozenset[str] = frozenset()
+    note: str = ""
 
 
 @dataclass(frozen=True)

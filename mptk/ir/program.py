@@ -27,6 +27,14 @@ ExampleInputs = tuple[tuple[object, ...], dict[str, object]]
 
 
 @dataclass(frozen=True)
+class Types:
+    """``wide``: the floating type in which a program computes. ``own``: weight → the type that the module has it in."""
+
+    wide: torch.dtype
+    own: Mapping[str, torch.dtype]
+
+
+@dataclass(frozen=True)
 class Program:
     """A model as data. Passes take and return it.
 
@@ -41,6 +49,7 @@ class Program:
         inputs: the arguments of the module's ``forward`` that the user's inputs are, where that is known.
         limits: what the trace fixed.
         frozen: names of the parameters that require no gradient in the traced module.
+        types: the floating types of the traced module, if the program computes in another.
         source: what was traced, to compare with (``passes/frontend/eager.py``); None if it is not known.
     """
 
@@ -52,6 +61,7 @@ class Program:
     inputs: tuple[str, ...] = ()
     limits: Limits = Limits()
     frozen: frozenset[str] = frozenset()
+    types: Types | None = None
     source: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @cached_property

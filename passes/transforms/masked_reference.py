@@ -69,7 +69,7 @@ class Mask(Pass):
         """Multiply a weight by its mask where it is first used, so that the product is freed after its last use."""
         dims, weight = self.analysis.weights.get(name, ()), program.state.like(name)
         touched = [d for d, term in enumerate(dims) if self.cut.touches(term)]
-        if not touched or not node.users or not weight.is_floating_point():
+        if not touched or not node.users or not (weight.is_floating_point() or weight.is_complex()):
             return
         keep = f"{node.name}_keep"
         graph.register_buffer(keep, keep_along(self.cut, dims, touched), persistent=False)

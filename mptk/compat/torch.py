@@ -26,11 +26,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "FakeTensor",  # The type of traced values. A public name would replace it.
-    "Guard",  # What a trace needs of its sizes.
     "FakeTensorMode",  # Runs a model on shapes alone, with real index constants. Meta tensors would lose those.
+    "Guard",  # What a trace needs of its sizes.
     "OpOverload",  # The type of a traced call's target. A public name would replace it.
-    "build_exported",
     "assumed",
+    "build_exported",
     "check",  # States a relation between symbolic sizes; documented as ``torch._check``.
     "enable_python_dispatcher",  # Some kernels handle symbolic sizes only in Python. Export sets it, too.
     "located",
@@ -98,7 +98,7 @@ class Guard:
 
 @contextlib.contextmanager
 def located() -> Iterator[None]:
-    """Within it, export keeps the Python stack with each condition on sizes. By itself it keeps one frame, of any file."""
+    """Within it, export keeps the Python stack with each condition on sizes, and not only one frame."""
     original = ShapeEnv._get_sloc
     ShapeEnv._get_sloc = lambda self, framework_loc=None: SLoc(framework_loc, _stack())  # type: ignore[method-assign]
     try:
@@ -117,9 +117,11 @@ def _stack() -> str:
 
 def assumed(sizes: Iterable[torch.SymInt]) -> list[Guard]:
     """The conditions under which a trace with these symbolic sizes holds, in the order in which it asked for them."""
-    environment = next((size.node.shape_env for size in sizes), None)
-    found = [] if environment is None else environment.guards
-    return [Guard(environment.replace(g.expr), stack := str(g.sloc.maybe_user_loc), _in_kernel(stack)) for g in found]
+    environment: ShapeEnv | None = next((size.node.shape_env for size in sizes), None)
+    if environment is None:
+        return []
+    pairs = ((environment.replace(guard.expr), str(guard.sloc.maybe_user_loc)) for guard in environment.guards)
+    return [Guard(holds, stack, _in_kernel(stack)) for holds, stack in pairs]
 
 
 def origin(size: torch.SymInt) -> str:

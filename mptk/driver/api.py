@@ -48,7 +48,7 @@ from mptk.tasks.decoder_onnx import export_decoder
 from mptk.version import __version__
 from passes.analysis import group
 from passes.analysis.rules import rule
-from passes.check_cut import check_cut, in_float32
+from passes.check_cut import check_cut, in_fine_types
 from passes.frontend.eager import compared
 from passes.frontend.trace import ExampleInputs
 from passes.frontend.trace_decoder import LogitsScope
@@ -100,7 +100,8 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
             without weights cannot be proven.
 
     Raises:
-        MptkError: the plan does not fit the model; the module keeps state in Python; or the mask does not move the output, so that nothing is proven.
+        MptkError: the plan does not fit the model; the module keeps state in Python; or the mask does not move the
+            output, so that nothing is proven.
         ProofError: the cut program is another one than the masked; with the stage and the size of the difference.
     """
     _check_whole(plan)
@@ -109,7 +110,7 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
         analysis = replace(analysis, program=compared(analysis.program))
     results = run(analysis.program, steps, Log())
     if check and results[-1].program.has_values:
-        fine = in_float32(analysis)
+        fine = in_fine_types(analysis)
         proven = results if fine is analysis else run(fine.program, steps, Log())
         stages = {step.name: result.program for step, result in zip(steps, proven, strict=True)}
         if removed_blocks(analysis, cut):

@@ -119,20 +119,27 @@ def fixed_sizes(prepared: Prepared) -> str:
     return f"fixed: {'; '.join(said)}: other sizes are refused when the pruned model is called"
 
 
-def check_sizes(task: Task, program: Program, samples: Samples, what: str) -> None:
-    """Raise MptkError if samples that a caller made have sizes for which the program does not hold."""
+def fitting(task: Task, program: Program, samples: Samples, what: str) -> Samples:
+    """Samples that a caller made, in batches that the program takes.
+
+    Raises:
+        MptkError: they have sizes for which the program does not hold.
+    """
     length = task.only_length(program)
     if length is not None and samples.tensors[0].shape[1] != length:
         raise MptkError(
             f"this model is traced for {length} tokens alone, and the samples of {what} have "
             f"{samples.tensors[0].shape[1]}; give samples of {length} tokens, or text"
         )
-    if not task.sequences:
-        batch = program.sizes.held(0) or 2
-        try:
-            program.sizes.check([(batch, *tensor.shape[1:]) for tensor in samples.tensors])
-        except MptkError as error:
-            raise MptkError(f"the samples of {what} do not fit: {error}") from error
+    if task.sequences:
+        return samples
+    batch = program.sizes.held(0)
+    samples = samples if batch is None else samples.in_batches_of(batch)
+    try:
+        program.sizes.check([(batch or max(2, len(samples)), *tensor.shape[1:]) for tensor in samples.tensors])
+    except MptkError as error:
+        raise MptkError(f"the samples of {what} do not fit: {error}") from error
+    return samples
 
 
 def one_length(prepared: Prepared) -> str:

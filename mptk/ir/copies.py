@@ -1,4 +1,4 @@
-"""copies: a copy of a module to run or to trace, so that what its ``forward`` changes is the copy's and not the user's."""
+"""copies: a copy of a module to run or to trace: what ``forward`` changes is the copy's, and not the user's."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def copied(
         MptkError: an attribute cannot be copied.
     """
     memo: dict[int, object] = {}
-    for name, tensor in module.named_parameters():
-        found = tensor if weight is None else weight(name, tensor)
-        memo[id(tensor)] = found if found is tensor else nn.Parameter(found, requires_grad=tensor.requires_grad)
+    for name, parameter in module.named_parameters():
+        found = parameter if weight is None else weight(name, parameter)
+        same = found is parameter
+        memo[id(parameter)] = parameter if same else nn.Parameter(found, requires_grad=parameter.requires_grad)
     for name, tensor in module.named_buffers():
-        found = tensor if weight is None else weight(name, tensor)
-        memo[id(tensor)] = buffer(found.detach())
+        memo[id(tensor)] = buffer((tensor if weight is None else weight(name, tensor)).detach())
     for part in module.modules():
         for value in vars(part).values():
             if isinstance(value, Tensor) and not value.is_leaf:  # which cannot be copied otherwise

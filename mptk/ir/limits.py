@@ -16,8 +16,8 @@ import torch
 
 from mptk.errors import MptkError
 
-Size = int | sympy.Expr
-"""A size of an input: a number, or an expression of others."""
+Size = Any
+"""A size of an input: a number, or a sympy expression of others."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class CallSizes:
-    """The sizes that a program may be called with: of each input, its name and its sizes. Two equal symbols are equal."""
+    """The sizes that a program may be called with: of each input, its name and its sizes. A symbol has one value."""
 
     inputs: tuple[tuple[str, tuple[Size, ...]], ...]
     names: tuple[str, ...]

@@ -59,7 +59,7 @@ class Program:
     aliases: Mapping[str, str]
     exported: ExportedProgram = field(repr=False)
     inputs: tuple[str, ...] = ()
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     frozen: frozenset[str] = frozenset()
     types: Types | None = None
     source: nn.Module | None = field(default=None, repr=False, compare=False)

@@ -1,6 +1,8 @@
-"""assumptions: what torch.export took for granted of the sizes of the inputs, and the lines of the model that made it so."""
+"""assumptions: what torch.export took for granted of the sizes of the inputs, and the lines that made it so."""
 
 from __future__ import annotations
+
+from typing import TypeGuard
 
 import sympy
 import torch
@@ -16,7 +18,8 @@ def limits_of(graph: fx.Graph) -> Limits:
     """The conditions on the sizes of the inputs that Python asked for, and where a size became a number."""
     values = [(node.name, node.meta.get("val")) for node in graph.nodes if node.op == "placeholder"]
     tensors = [(name, value) for name, value in values if isinstance(value, Tensor)]
-    sizes = {(n, d): s for n, value in tensors for d, s in enumerate(value.shape) if isinstance(s, torch.SymInt)}
+    places = (((name, d), size) for name, value in tensors for d, size in enumerate(value.shape))
+    sizes = {place: size for place, size in places if _is_symbolic(size)}
     lines = {place: line for place, s in sizes.items() if not is_open(s) and (line := source_line(origin(s)))}
     conditions = {
         guard.holds: Condition(guard.holds, source_line(guard.stack))
@@ -24,3 +27,7 @@ def limits_of(graph: fx.Graph) -> Limits:
         if not guard.kernel and guard.holds not in (sympy.true, sympy.false)
     }
     return Limits(tuple(conditions.values()), lines)
+
+
+def _is_symbolic(size: object) -> TypeGuard[torch.SymInt]:
+    return isinstance(size, torch.SymInt)

@@ -1,4 +1,4 @@
-"""eager: compare a traced program with the module that it was traced from, run as Python, on sizes that the trace leaves open.
+"""eager: compare a traced program with its module, run as Python, on sizes that the trace leaves open.
 
 Cases: the example; a second call, as a module may keep state; other sizes of all inputs; and a size of 1, which
 torch.export takes for more than 1 wherever ``forward`` asks. Where the module differs at 1 alone, 1 is refused at the
@@ -115,11 +115,11 @@ class Pair:
         """How the program differs from the module on these inputs; empty if it does not, or if both refuse them."""
         try:
             expected = flat(self.module(), inputs)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (a module may raise anything)
             expected, why = None, error
         try:
             found = flat(self.program, inputs)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             return "" if expected is None else f"it fails at {shapes_of(inputs)} ({first_line(error)})"
         if expected is None:
             return f"the module fails at {shapes_of(inputs)} ({first_line(why)}), and the program does not"
@@ -173,7 +173,7 @@ def difference(found: Outputs, expected: Outputs, inputs: Sequence[Tensor]) -> s
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """The largest difference relative to the largest finite number. Infinite numbers and NaN must be at the same places."""
+    """The largest difference relative to the largest finite number. Others must be at the same places."""
     wide = torch.complex128 if expected.is_complex() else torch.float64
     one, other = found.to(wide), expected.to(wide)
     finite = torch.isfinite(other)
@@ -186,8 +186,10 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def shapes_of(tensors: Sequence[Tensor]) -> str:
+    """Shapes for a message."""
     return ", ".join(str(list(t.shape)) for t in tensors)
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error for a message."""
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__

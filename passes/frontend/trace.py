@@ -78,8 +78,8 @@ def uncached(module: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if caches else {}
 
 
-ExampleInputs = Sequence[Tensor] | Mapping[str, Tensor]
-"""Tensors for ``forward``, by position or by the argument's name."""
+ExampleInputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""One tensor, or tensors for ``forward``, by position or by the argument's name."""
 
 
 def trace(
@@ -101,6 +101,8 @@ def trace(
         if not hasattr(module, "config"):
             raise MptkError("cannot trace: example inputs are missing; pass the tensors that forward() takes")
         example_inputs = (torch.arange(BATCH * SEQUENCE).reshape(BATCH, SEQUENCE) % 11 + 1,)
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
     if isinstance(example_inputs, Mapping):
         names, given = tuple(example_inputs), tuple(example_inputs.values())
         found = export_program(Flat(copied(module), names), given, dynamic=dynamic)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -69,8 +70,12 @@ def restored(program: Program) -> Program:
     for node in graph.graph.nodes:
         own = iter(node.meta.pop(OWN, ()))
         given = (node.args, node.kwargs)
-        node.args, node.kwargs = fx.node.map_aggregate(given, lambda a, own=own: next(own, a) if _is_type(a) else a)
+        node.args, node.kwargs = fx.node.map_aggregate(given, partial(_restored, own=own))
     graph.recompile()
     own_types = program.types.own
     casts = {n: partial(Tensor.to, dtype=dtype) for n, dtype in own_types.items() if n in program.state}
     return replace(program, graph=graph, state=program.state.changed(casts), types=None)
+
+
+def _restored(value: Argument, own: Iterator[torch.dtype]) -> Argument:
+    return next(own, value) if _is_type(value) else value

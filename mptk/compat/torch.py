@@ -110,7 +110,7 @@ def located() -> Iterator[None]:
 def _stack() -> str:
     frame, lines = sys._getframe(2), list[str]()
     while frame is not None and not frame.f_code.co_filename.endswith("/torch/export/_trace.py"):
-        lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}')
+        lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}')
         frame = frame.f_back  # type: ignore[assignment]
     return "\n".join(reversed(lines))
 
@@ -133,7 +133,8 @@ def origin(size: torch.SymInt) -> str:
 
 
 def _in_kernel(stack: str) -> bool:
-    return any(part in stack for part in _KERNELS)
+    """Whether an operator asked, but not for a number, on which the count of its results may depend."""
+    return any(part in stack for part in _KERNELS) and " in guard_int\n" not in stack
 
 
 def size_expression(size: torch.SymInt) -> object:

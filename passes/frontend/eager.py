@@ -137,7 +137,7 @@ class Pair:
             apart = difference(flat(program, inputs), flat(module, inputs), inputs)
             states.append(attributes(module.module))
             if apart:
-                changed = ", ".join(sorted(n for n in states[-1] if states[-1][n] != states[-2].get(n)))
+                changed = ", ".join(sorted(n for n in states[-1] if states[-1][n] != states[0].get(n)))
                 said = f"forward changes {changed}, which a trace holds as one value" if changed else apart
                 raise MptkError(f"the traced program is not the module at the {call} call: {said}; {REMEDY}")
         counted = sorted(n for n in states[2] if states[2][n] != states[1].get(n))

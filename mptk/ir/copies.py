@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor, nn
 
@@ -50,24 +50,27 @@ def attributes(module: nn.Module) -> dict[str, str]:
     Of a buffer it says the shape and the type.
     """
     found = {name: str((buffer.dtype, list(buffer.shape))) for name, buffer in module.named_buffers()}
+    known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
     for path, part in module.named_modules():
         for name, value in vars(part).items():
             if name not in _OF_TORCH:
-                found[f"{path}.{name}" if path else name] = _said(value, 4)
+                found[f"{path}.{name}" if path else name] = _said(value, 6, known)
     return found
 
 
 _OF_TORCH = frozenset(vars(nn.Module())) | {"training"}
 
 
-def _said(value: object, depth: int) -> str:
+def _said(value: object, depth: int, known: Collection[int]) -> str:
+    if id(value) in known:
+        return ""
     if isinstance(value, Tensor):
         return "meta" if value.is_meta else str((value.dtype, value.tolist()))
     if isinstance(value, (nn.Module, type)) or callable(value) or depth == 0:
         return ""
     if isinstance(value, Mapping):
-        return str({str(key): _said(part, depth - 1) for key, part in value.items()})
+        return str({str(key): _said(part, depth - 1, known) for key, part in value.items()})
     if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return str([_said(part, depth - 1) for part in value])
+        return str([_said(part, depth - 1, known) for part in value])
     held = getattr(value, "__dict__", None)
-    return repr(value) if held is None else str({name: _said(part, depth - 1) for name, part in held.items()})
+    return repr(value) if held is None else str({name: _said(part, depth - 1, known) for name, part in held.items()})

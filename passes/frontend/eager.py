@@ -113,17 +113,7 @@ class Pair:
 
     def apart(self, inputs: Sequence[Tensor]) -> str:
         """How the program differs from the module on these inputs; empty if it does not, or if both refuse them."""
-        try:
-            expected = flat(self.module(), inputs)
-        except Exception as error:  # noqa: BLE001 (a module may raise anything)
-            expected, why = None, error
-        try:
-            found = flat(self.program, inputs)
-        except Exception as error:  # noqa: BLE001
-            return "" if expected is None else f"it fails at {shapes_of(inputs)} ({first_line(error)})"
-        if expected is None:
-            return f"the module fails at {shapes_of(inputs)} ({first_line(why)}), and the program does not"
-        return difference(found, expected, inputs)
+        return apart_of(self.program, self.module(), inputs)
 
     def check_state(self, inputs: Sequence[Tensor]) -> None:
         """Call the module and the program twice.
@@ -134,7 +124,7 @@ class Pair:
         module, program = self.module(), self.kept()
         states = [attributes(module.module)]
         for call in ("first", "second"):
-            apart = difference(flat(program, inputs), flat(module, inputs), inputs)
+            apart = apart_of(program, module, inputs)
             states.append(attributes(module.module))
             if apart:
                 changed = ", ".join(sorted(n for n in states[-1] if states[-1][n] != states[0].get(n)))
@@ -150,6 +140,21 @@ class Pair:
     def kept(self) -> Any:
         """The program as it keeps its state: itself if it has none."""
         return ProgramModule(self.program) if self.program.keeps_state else self.program
+
+
+def apart_of(program: Any, module: Any, inputs: Sequence[Tensor]) -> str:
+    """How a program differs from a module on these inputs; empty if it does not, or if both refuse them."""
+    try:
+        expected = flat(module, inputs)
+    except Exception as error:  # noqa: BLE001 (a module may raise anything)
+        expected, why = None, first_line(error)
+    try:
+        found = flat(program, inputs)
+    except Exception as error:  # noqa: BLE001
+        return "" if expected is None else f"it fails at {shapes_of(inputs)} ({first_line(error)})"
+    if expected is None:
+        return f"the module fails at {shapes_of(inputs)} ({why}), and the program does not"
+    return difference(found, expected, inputs)
 
 
 def flat(module: Any, inputs: Sequence[Tensor]) -> Outputs:

@@ -41,7 +41,7 @@ def compared(
     assert program.source is not None
     if inputs is None:
         inputs = [t for t in tree_leaves(program.exported.example_inputs) if isinstance(t, Tensor)]
-    pair = Pair(program, {**(weights or {}), **program.state.selected({n: n for n in program.state})})
+    pair = Pair(program, {**(weights or {}), **program.state.selected({n: n for n in program.parameters})})
     pair.check_state(inputs)
     several = set()
     for values in others(program):

@@ -103,13 +103,13 @@ def trace(
         example_inputs = (torch.arange(BATCH * SEQUENCE).reshape(BATCH, SEQUENCE) % 11 + 1,)
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
-    if isinstance(example_inputs, Mapping):
-        names, given = tuple(example_inputs), tuple(example_inputs.values())
-        found = export_program(Flat(copied(module), names), given, dynamic=dynamic)
-        return replace(found, source=Flat(module, names))
-    found = export_program(Flat(copied(module)), tuple(example_inputs), dynamic=dynamic)
-    names = argument_names(module)[: len(example_inputs)]
-    return replace(found, inputs=names if len(names) == len(example_inputs) else (), source=Flat(module))
+    names = tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()
+    given = tuple(example_inputs.values()) if isinstance(example_inputs, Mapping) else tuple(example_inputs)
+    found = replace(export_program(Flat(copied(module), names), given, dynamic=dynamic), source=Flat(module, names))
+    if found.has_values:  # export may have changed the copy's buffers
+        found = found.with_state({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
+    arguments = names or argument_names(module)[: len(given)]
+    return replace(found, inputs=arguments if len(arguments) == len(given) else ())
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:

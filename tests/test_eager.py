@@ -423,6 +423,8 @@ def test_complex_parameters_are_masked_and_cut() -> None:
             return self.down((self.up(x) * self.turn + self.shift).abs())
 
     net = Complex()
+    analysis = mptk.analyze(net, made(2, 6))
+    mptk.rewrite(analysis, random_plan(analysis))
     pruned = pruned_of(net, made(2, 6))
     assert pruned.model.turn.dtype == torch.complex64
     assert len(pruned.model.turn) < INNER

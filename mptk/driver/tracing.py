@@ -14,6 +14,7 @@ from mptk.driver.alive import check_alive
 from mptk.errors import MptkError
 from mptk.io.live import wide_type
 from mptk.io.models import Loaded
+from mptk.io.resident import free_memory
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples, is_tokens
 from mptk.run.chain import Prepared, Task
@@ -72,9 +73,16 @@ def traced(
     task.check(loaded, run)
     if not ran:
         run(example)
-    if eager and isinstance(loaded.model, PreTrainedModel):
-        program = compared(program, _all_weights(loaded), example.tensors)
+    if eager and isinstance(loaded.model, PreTrainedModel) and fixed is None:
+        program = _compared_if_it_fits(program, loaded, example)
     return program
+
+
+def _compared_if_it_fits(program: Program, loaded: Loaded, example: Samples) -> Program:
+    """The program compared with its class, if all weights fit in memory at once; else with a note."""
+    if 4 * sum(p.numel() for p in loaded.model.parameters()) > free_memory() / 2:
+        return replace(program, limits=replace(program.limits, note="the class itself was not run: it is too large"))
+    return compared(program, _all_weights(loaded), example.tensors)
 
 
 def _plain(loaded: Loaded, example: Samples) -> Program:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -87,38 +88,50 @@ def _random(like: Tensor, generator: torch.Generator) -> Tensor:
     return found.to(like)
 
 
-def in_float32(analysis: Analysis) -> Analysis:
-    """The analysis with float16 and bfloat16 weights in float32, so that folding adds no rounding error to the cut."""
-    state = analysis.program.state
+def in_fine_types(analysis: Analysis) -> Analysis:
+    """The analysis with float16 and bfloat16 weights in float32, so that folding adds no rounding error to the cut.
+
+    Beside float64 they are in that.
+    """
+    state, wide = analysis.program.state, _wide(analysis.program)
     coarse = [name for name, like in state.likes.items() if like.dtype in COARSE]
-    fine = state.changed(dict.fromkeys(coarse, Tensor.float))
+    fine = state.changed(dict.fromkeys(coarse, partial(Tensor.to, dtype=wide)))
     return replace(analysis, program=replace(analysis.program, state=fine)) if coarse else analysis
 
 
 def _fine(program: Program) -> Program:
-    """The program in float32, if any of its values has a coarser type."""
+    """The program in one type that is fine enough, if any of its values has a coarser one."""
+    return Retype(_wide(program))(program).program if _types(program) & {*COARSE} else program
+
+
+def _types(program: Program) -> set[torch.dtype]:
     values = (node.meta.get("val") for node in program.graph.graph.nodes)
-    coarse = any(isinstance(value, Tensor) and value.dtype in COARSE for value in values)
-    return Retype(torch.float32)(program).program if coarse else program
+    return {value.dtype for value in values if isinstance(value, Tensor)}
+
+
+def _wide(program: Program) -> torch.dtype:
+    """float64 if a value of the traced program has that type, else float32."""
+    return torch.float64 if torch.float64 in _types(program) else torch.float32
 
 
 def seeded_inputs(program: Program, seed: int = 0) -> dict[fx.Node, Tensor]:
     """Inputs of the traced shapes: normal floats, ids below the size of the table they index, all others as traced."""
     generator = torch.Generator().manual_seed(seed)
     traced = iter(t for t in tree_leaves(program.exported.example_inputs) if isinstance(t, Tensor))
-    user = set(program.user_inputs)
+    user, types = set(program.user_inputs), _types(program)
+    wide = _wide(program) if types & {*COARSE} else torch.float32
     inputs = {}
     for node in program.placeholders():
         if node.name in user:
-            inputs[node] = _seeded(node, next(traced), generator)
+            inputs[node] = _seeded(node, next(traced), generator, wide)
     return inputs
 
 
-def _seeded(node: fx.Node, traced: Tensor, generator: torch.Generator) -> Tensor:
+def _seeded(node: fx.Node, traced: Tensor, generator: torch.Generator, wide: torch.dtype) -> Tensor:
     value = node.meta["val"]
     shape = shape_of(value)
     if value.is_floating_point():
-        return torch.randn(shape, generator=generator).to(value.device, torch.promote_types(value.dtype, torch.float32))
+        return torch.randn(shape, generator=generator).to(value.device, torch.promote_types(value.dtype, wide))
     bound = table_size(node)
     return traced if bound is None else torch.randint(bound, shape, generator=generator, dtype=value.dtype)
 

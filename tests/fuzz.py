@@ -1,10 +1,12 @@
 """Random programs without end: what of them is refused, proven, wrong or crashes the analysis.
 
-    python -m tests.fuzz [--programs 5000] [--jobs 2] [--seed 0] [--json FILE]
+    python -m tests.fuzz [--programs 5000] [--modules 200] [--jobs 2] [--seed 0] [--json FILE]
     python -m tests.fuzz --program 'DESCRIPTION'
 
 Program number n is drawn from seed + n, so that a run says which it was. Each that is wrong or crashes is made smaller,
 once for each cause, and printed as a description that the second form runs again. Exit code 1 if there is any.
+Modules, whose ``forward`` is Python with branches and state, are those of ``tests/eager_modules.py``; one that is wrong
+is printed with its seed.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -22,6 +25,7 @@ import torch
 import typer
 
 from benchmarks.common import result_header, write_result
+from tests import eager_modules
 from tests.programs import CATALOGUE, FAILURES, Outcome, Program, cause_of, check, reduced, seeded
 
 BLOCK, LIMIT_S = 25, 120
@@ -125,6 +129,51 @@ def tallies(count: int, jobs: int, seed: int) -> Iterator[Tally]:
         yield from pool.imap_unordered(run_block, blocks)
 
 
+@dataclass
+class Modules:
+    """What became of the random modules: verdicts, calls that were equal and refused by size, refusals, failures."""
+
+    verdicts: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    def enter(self, seed: int, outcome: eager_modules.Outcome) -> None:
+        self.verdicts[outcome.verdict] += 1
+        self.calls.update({"equal": outcome.calls[0], "refused by size": outcome.calls[1]})
+        if outcome.verdict == eager_modules.REFUSED:
+            self.refused[" ".join(outcome.cause.split(";")[0].split()[:9])] += 1
+        elif outcome.verdict != eager_modules.EQUAL:
+            self.failures.append(f"{outcome.verdict}: {outcome.cause} in {eager_modules.described(seed)}")
+
+    def __str__(self) -> str:
+        verdicts = ", ".join(f"{count} {verdict}" for verdict, count in self.verdicts.most_common())
+        calls = ", ".join(f"{count} {what}" for what, count in self.calls.items())
+        reasons = [f"{count:5} refused: {reason}" for reason, count in self.refused.most_common()]
+        return "\n".join(
+            [f"{sum(self.verdicts.values())} modules: {verdicts}; calls: {calls}", *reasons, *self.failures]
+        )
+
+
+def check_module(seed: int) -> tuple[int, eager_modules.Outcome]:
+    """Check the module of a seed, in this process. Any other error than a refusal is a crash."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    try:
+        return seed, eager_modules.check(eager_modules.described(seed))
+    except Exception as error:
+        return seed, eager_modules.Outcome("crashed", f"{type(error).__name__}: {error}")
+
+
+def modules_of(count: int, jobs: int, seed: int) -> Modules:
+    """The outcomes of so many random modules."""
+    found = Modules()
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=100) as pool:
+        for each in pool.imap_unordered(check_module, range(seed, seed + count)):
+            found.enter(*each)
+    return found
+
+
 def report(tally: Tally) -> str:
     """The figures, each kind of step, and each distinct failure."""
     tried = sum(tally.verdicts.values())
@@ -140,6 +189,7 @@ def report(tally: Tally) -> str:
 
 def main(
     programs: Annotated[int, typer.Option(help="how many")] = 5000,
+    modules: Annotated[int, typer.Option(help="how many modules with Python in their forward")] = 0,
     jobs: int = 2,
     seed: int = 0,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
@@ -153,15 +203,18 @@ def main(
             tally.add(part)
             print(f"\r{sum(tally.verdicts.values())} of {programs}", end="", flush=True)
     print("\r" + report(tally))
+    eager = modules_of(modules, jobs, seed) if modules else Modules()
+    print(eager if modules else "")
     if json_file is not None:
-        write_result(json_file, _header(tally, seed, time.monotonic() - start), _rows(tally))
-    raise typer.Exit(any(tally.verdicts[verdict] for verdict in FAILURES))
+        write_result(json_file, _header(tally, eager, seed, time.monotonic() - start), _rows(tally))
+    raise typer.Exit(any(tally.verdicts[verdict] for verdict in FAILURES) or bool(eager.failures))
 
 
-def _header(tally: Tally, seed: int, seconds: float) -> dict[str, Any]:
+def _header(tally: Tally, eager: Modules, seed: int, seconds: float) -> dict[str, Any]:
     figures = {"verdicts": dict(tally.verdicts), "families": tally.families, "refused": dict(tally.refused)}
     failures = [asdict(f) for f in tally.failures.values()]
-    return {**result_header(), "seed": seed, "seconds": round(seconds), **figures, "failures": failures}
+    own = {"seed": seed, "seconds": round(seconds), **figures, "failures": failures, "modules": asdict(eager)}
+    return {**result_header(), **own}
 
 
 def _rows(tally: Tally) -> list[dict[str, Any]]:

@@ -73,6 +73,24 @@ def exported(dynamic: bool = False) -> torch.export.ExportedProgram:
     return torch.export.export(nn.Linear(5, 3), (torch.ones(7, 5),), dynamic_shapes=shapes)
 
 
+class Branching(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.stack([x[i] for i in range(len(x))])
+        return rows.reshape(2, -1, 1) if x.shape[1] > 4 else rows
+
+
+def test_a_trace_tells_what_it_assumed_of_sizes_and_where() -> None:
+    shapes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    with compat.located():
+        program = torch.export.export(Branching(), (torch.ones(2, 6),), dynamic_shapes=shapes)
+    batch, length = next(node for node in program.graph.nodes if node.op == "placeholder").meta["val"].shape
+    said = [guard for guard in compat.assumed([batch, length]) if not guard.kernel and guard.holds.free_symbols]
+    assert [str(guard.holds) for guard in said] == [f"{length} > 4"], changed("torch", "ShapeEnv.guards")
+    assert "test_compat.py" in said[0].stack, changed("torch", "ShapeEnv._get_sloc")
+    assert "test_compat.py" in compat.origin(batch), changed("torch", "ShapeEnv.replacements_slocs")
+    assert compat.origin(length) == ""
+
+
 def value(program: torch.export.ExportedProgram) -> torch.Tensor:
     found: torch.Tensor = program.graph.output_node().args[0][0].meta["val"]
     return found

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import Phase, given, settings
 
 from mptk.ir.resolved_plan import Cut
+from tests import eager_modules
 from tests.programs import CATALOGUE, FAILURES, Program, check, programs, seeded
 
 SEEDS, BLOCKS = 200, 8
@@ -29,6 +30,12 @@ def require_right(seeds: Iterable[int]) -> None:
 @pytest.mark.parametrize("block", EACH)
 def test_a_program_is_cut_right_or_refused_by_name(block: int) -> None:
     require_right(range(block, SEEDS, BLOCKS))
+
+
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(6, 60))])
+def test_a_module_with_python_in_its_forward_is_cut_right_or_refused(seed: int) -> None:
+    outcome = eager_modules.check(eager_modules.described(seed))
+    assert outcome.verdict in (eager_modules.EQUAL, eager_modules.REFUSED), outcome.cause
 
 
 def kinds(seeds: Iterable[int]) -> set[str]:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import linecache
 import logging
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
+import sympy
 import torch
 from torch import FunctionSchema, Tensor, fx
 from torch import _check as check
 from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch.predispatch import _add_batch_dim as vmap_opens
 from torch._functorch.predispatch import _remove_batch_dim as vmap_closes
+from torch._guards import SLoc
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
@@ -25,11 +29,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 __all__ = [
     "FakeTensor",  # The type of traced values. A public name would replace it.
     "FakeTensorMode",  # Runs a model on shapes alone, with real index constants. Meta tensors would lose those.
+    "Guard",  # What a trace needs of its sizes.
     "OpOverload",  # The type of a traced call's target. A public name would replace it.
+    "assumed",
     "build_exported",
     "check",  # States a relation between symbolic sizes; documented as ``torch._check``.
     "drop_tracked_inputs",
     "enable_python_dispatcher",  # Some kernels handle symbolic sizes only in Python. Export sets it, too.
+    "located",
+    "origin",
     "quiet_exporter",
     "schema",
     "size_expression",
@@ -42,6 +50,9 @@ __all__ = [
     "vmap_closes",  # What a traced ``torch.vmap`` calls on its results. Its ops have no public names.
     "vmap_opens",  # The same on its operands.
 ]
+
+_KERNELS = ("/torch/_subclasses/", "/torch/_prims_common/", "/torch/_refs/")
+"""In the stack of what an operator asks while export computes the shape of its result."""
 
 
 @contextlib.contextmanager
@@ -93,6 +104,60 @@ def size_hint(size: torch.SymInt) -> int | None:
     """
     hint: object = size.node.hint
     return hint if isinstance(hint, int) else None
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition on sizes that a trace needs, as a sympy expression.
+
+    ``stack``: where Python asked for it, as lines of a traceback, outermost first. ``kernel``: an operator asked while
+    its shapes were computed, and the graph holds the same call of it whatever the answer is.
+    """
+
+    holds: sympy.Basic
+    stack: str
+    kernel: bool
+
+
+@contextlib.contextmanager
+def located() -> Iterator[None]:
+    """Within it, export keeps the Python stack with each condition on sizes, and not only one frame."""
+    original = ShapeEnv._get_sloc
+    ShapeEnv._get_sloc = lambda self, framework_loc=None: SLoc(framework_loc, _stack())  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ShapeEnv._get_sloc = original  # type: ignore[method-assign]
+
+
+def _stack() -> str:
+    frame, lines = sys._getframe(2), list[str]()
+    while frame is not None and not frame.f_code.co_filename.endswith("/torch/export/_trace.py"):
+        lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}')
+        frame = frame.f_back  # type: ignore[assignment]
+    return "\n".join(reversed(lines))
+
+
+def assumed(sizes: Iterable[torch.SymInt]) -> list[Guard]:
+    """The conditions under which a trace with these symbolic sizes holds, in the order in which it asked for them."""
+    environment: ShapeEnv | None = next((size.node.shape_env for size in sizes), None)
+    if environment is None:
+        return []
+    pairs = ((environment.replace(guard.expr), str(guard.sloc.maybe_user_loc)) for guard in environment.guards)
+    return [Guard(holds, stack, _in_kernel(stack)) for holds, stack in pairs]
+
+
+def origin(size: torch.SymInt) -> str:
+    """The stack that made a symbolic size a number, or another size; empty if nothing did."""
+    symbol, stack = size.node._expr, ""
+    while (place := size.node.shape_env.replacements_slocs.get(symbol)) is not None:
+        stack, symbol = str(place.maybe_user_loc), size.node.shape_env.replacements[symbol]
+    return "" if _in_kernel(stack) else stack
+
+
+def _in_kernel(stack: str) -> bool:
+    """Whether an operator asked, but not for a number, on which the count of its results may depend."""
+    return any(part in stack for part in _KERNELS) and " in guard_int\n" not in stack
 
 
 def size_expression(size: torch.SymInt) -> object:

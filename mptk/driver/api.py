@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ from mptk.tasks.decoder_onnx import export_decoder
 from mptk.version import __version__
 from passes.analysis import group
 from passes.analysis.rules import rule
-from passes.check_cut import Unmoved, awake, check_cut, in_float32
+from passes.check_cut import Unmoved, awake, check_cut, in_fine_types
+from passes.frontend.eager import compared
 from passes.frontend.trace import ExampleInputs
 from passes.frontend.trace_decoder import LogitsScope
 from passes.pipelines import check_schemes, cutting, passes_until
@@ -100,25 +102,29 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
     """Cut the analysed program to ``plan``: smaller weights, right shape constants, the same function as when masked.
 
     Args:
-        check: prove it: on seeded inputs of the traced shapes the cut program equals the masked one, and the mask
-            moves the output. Costs three forward passes; a program without weights cannot be proven. Where a head
-            of zeros hides what the mask does, the same is proven of a copy with random numbers in its place.
+        check: prove it: the traced program equals the module, run as Python; on seeded inputs of the traced shapes
+            the cut program equals the masked one, and the mask moves the output. Costs a few forward passes; a program
+            without weights cannot be proven. Where a head of zeros hides what the mask does, the same is proven of a
+            copy with random numbers in its place.
 
     Raises:
-        MptkError: the plan does not fit the model; or the mask does not move the output, so that nothing is proven.
+        MptkError: the plan does not fit the model; the module keeps state in Python; or the mask does not move the
+            output, so that nothing is proven.
         ProofError: the cut program is another one than the masked; with the stage and the size of the difference.
     """
     _check_whole(plan)
     steps = cutting(analysis, cut := resolve_plan(analysis, plan))
+    if check and analysis.program.has_values and analysis.program.source is not None:
+        analysis = replace(analysis, program=compared(analysis.program))
     results = run(analysis.program, steps, Log())
     if check and results[-1].program.has_values:
-        fine = in_float32(analysis)
+        fine = in_fine_types(analysis)
         try:
             _prove(fine, cut, steps, results if fine is analysis else run(fine.program, steps, Log()))
         except Unmoved:
             woken = awake(fine)
             _prove(woken, cut, steps, run(woken.program, steps, Log()))
-    return results[-1].program
+    return replace(results[-1].program, source=None)
 
 
 def _prove(analysis: Analysis, cut: Cut, steps: Sequence[Pass], proven: Sequence[Result]) -> None:

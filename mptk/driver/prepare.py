@@ -116,7 +116,7 @@ def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
     check_whole(loaded, settings)
     with context.stage("trace"):
         like = like if find_target(settings.target).classed else None  # a graph that is written takes other sizes
-        program = traced(loaded, task, executor, settings.length, like)
+        program = traced(loaded, task, executor, settings.length, like, not find_target(settings.target).classed)
     if (length := task.only_length(program)) is not None:
         check_classed(loaded, settings, length)
         settings = replace(settings, length=length, eval_length=length)

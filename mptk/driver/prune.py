@@ -25,7 +25,7 @@ from mptk.driver.merging import merged_on, with_merged
 from mptk.driver.prepare import announce, check_settings, prepare, settled
 from mptk.driver.proof import check_proof, check_witness, prove_folder
 from mptk.driver.shape_search import search_shapes, winner
-from mptk.driver.tracing import check_length, one_length
+from mptk.driver.tracing import fitting, fixed_sizes, one_length
 from mptk.errors import ProofError, explained
 from mptk.io import data
 from mptk.io.licence import copy_notices
@@ -184,8 +184,9 @@ def read_samples(job: Job, prepared: Prepared, context: Context) -> SampleSets:
             source = data.SELF
         else:
             evaluation = task.evaluation(prepared.loaded, s)
-    for what, read in (("data", training), ("eval_data", evaluation)):
-        check_length(task, prepared.analysis.program, read, what)
+    program = prepared.analysis.program
+    training = fitting(task, program, training, "data")
+    evaluation = fitting(task, program, evaluation, "eval_data")
     said = source if source == IN_MEMORY else task.named(prepared.loaded.model, source)
     training, held_out = apart(training, s)
     return SampleSets(training, training[: s.samples], evaluation, said, task.sequences, held_out)
@@ -323,7 +324,7 @@ def written_folder(
         if chosen.changes and not chosen.trained:
             write_weights(folder / COMPENSATION, Weights(chosen.changes))
         notes = [*chosen.notes, describe_processes(context.accelerator) if context.accelerator else ""]
-        notes.append(one_length(prepared))
+        notes += [one_length(prepared), fixed_sizes(prepared)]
         notes.append("" if prepared.trimmed is None else prepared.trimmed.note)
         notes.append("" if prepared.merged is None else prepared.merged.note)
         notes.append(left_whole(prepared.analysis, prepared.legal, prepared.settings))

@@ -30,6 +30,7 @@ from mptk.io.live import unwrapped
 from mptk.io.manifest import MARKER, check_manifest
 from mptk.io.publish import publish
 from mptk.ir.passes import Log, Record
+from mptk.ir.weights import Weights
 from mptk.methods import find_method
 from mptk.progress import Progress, silent
 from mptk.run.chain import Compiled
@@ -37,7 +38,7 @@ from mptk.run.keywords import keyword_names, no_keyword, with_keywords
 from mptk.run.report import Report
 from mptk.run.settings import DEFAULT_STEPS, IN_MEMORY, Settings
 from mptk.run.values import Context
-from mptk.targets.graph import WEIGHTS
+from mptk.targets.graph import WEIGHTS, module_of
 
 Shown = Progress | Literal["auto"] | None
 """Where progress goes: bars on a terminal and in a notebook (``auto``), a function, or nowhere (None)."""
@@ -79,7 +80,8 @@ class Pruned:
 
         It is of a stock transformers class, in the type of the stored weights, as ``from_pretrained`` loads it. A plain
         ``nn.Module`` (and what was written for the target ``graph``) becomes a module with the cut parameters under
-        their old names and the traced ``forward`` (``ir/module.py``), in float32.
+        their old names and the traced ``forward`` (``ir/module.py``), in its own types; what was a transformers model
+        is in float32.
 
         Raises:
             MptkError: a folder of target ``graph`` was opened: it has no graph.
@@ -92,9 +94,7 @@ class Pruned:
             raise MptkError(
                 f"{self._place} holds weights without a class; load them into the Pruned.model of the run that made it"
             )
-        program, stored = self.compiled.program, load_file(self._place / WEIGHTS)
-        state = {name: stored[name].to(like.dtype) for name, like in program.state.likes.items()}
-        return program.with_state(state).module().eval()
+        return module_of(self.compiled, Weights(load_file(self._place / WEIGHTS)))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

@@ -183,7 +183,7 @@ def collected(data: Any, loaded: Loaded, task: Task, count: int, length: int, se
     elif isinstance(data, list | tuple) and any(isinstance(each, str | bytes) for each in data):
         raise MptkError("data holds strings beside other values, or bytes; give a list of strings alone")
     elif isinstance(data, Tensor | Mapping):
-        inputs = named_inputs(names, data)
+        inputs = named_inputs(names, data, like)
     else:
         inputs = _batched(data, like, count)
     if inputs.keys().isdisjoint(like):
@@ -245,7 +245,7 @@ def _batched(batches: Iterable[Any], like: Mapping[str, Tensor], count: int) -> 
         for batch in islice(batches, count):
             one = batch[: len(names)] if isinstance(batch, list | tuple) else batch
             one = {n: x for n, x in one.items() if n in names} if isinstance(one, Mapping) else one
-            inputs = named_inputs(names, one)
+            inputs = named_inputs(names, one, like)
             inputs = {name: x[None] if x.ndim == like[name].ndim - 1 else x for name, x in inputs.items()}
             for name, tensor in inputs.items():
                 parts.setdefault(name, []).append(tensor)

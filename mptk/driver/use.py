@@ -25,7 +25,7 @@ from mptk.driver.sources import (
     source_of,
     task_of_folder,
 )
-from mptk.driver.tracing import traced
+from mptk.driver.tracing import fitting, traced
 from mptk.driver.verification import plan_of
 from mptk.driver.vocabulary import trim
 from mptk.errors import MptkError, explained
@@ -95,7 +95,7 @@ def evaluate(
             raise MptkError("there is nothing to measure on; give data")
         else:
             samples = task.evaluation(loaded, settings)
-        runs.trace(samples)
+        samples = runs.trace(samples)
         if in_memory(data):
             check_fits(samples, next(iter(runs.programs.values())))
         source = IN_MEMORY if data is None or in_memory(data) else task.named(loaded.model, str(data))
@@ -178,12 +178,16 @@ class _Programs:
         self.opened.append(opened)
         self.names.append(name)
 
-    def trace(self, samples: Samples) -> None:
-        """Trace what ``add`` opened, for these samples."""
+    def trace(self, samples: Samples) -> Samples:
+        """Trace what ``add`` opened, for these samples. Gives them in batches that the programs take."""
         for name, (loaded, task) in zip(self.names, self.opened, strict=False):  # a Pruned in memory has its programs
             self.programs[name] = traced(loaded, task, self.executor, like=samples)
             if task.only_length(self.programs[name]) is not None:
                 self.modules[name] = loaded.whole()
+        task = self.opened[0][1]
+        for program in self.programs.values() if not task.sequences else ():
+            samples = fitting(task, program, samples, "data")
+        return samples
 
     def __call__(self, batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
         names, task = list(self.programs), self.opened[0][1]

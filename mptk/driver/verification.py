@@ -18,7 +18,7 @@ from mptk.driver.compiling import compile_plan
 from mptk.driver.merging import merge
 from mptk.driver.proof import check_proof, prove_folder
 from mptk.driver.sources import task_of_folder
-from mptk.driver.tracing import traced
+from mptk.driver.tracing import fitting, traced
 from mptk.driver.vocabulary import check_tokenizer, trim
 from mptk.errors import MptkError
 from mptk.io.dense import open_dense
@@ -33,7 +33,7 @@ from mptk.methods import find_method
 from mptk.progress import silent
 from mptk.run.chain import Chosen, Prepared, Task, stored_type
 from mptk.run.execution import execution
-from mptk.run.report import Report, unreadable
+from mptk.run.report import PROVEN_ON, Report, unreadable
 from mptk.run.settings import Settings
 from mptk.run.values import Context
 from mptk.targets import ONNX, find_target
@@ -94,6 +94,7 @@ def verify(
     samples = proof_samples(folder, example)
     like = samples if find_target(report.settings.target).classed else None
     program = traced(loaded, task, executor, report.settings.length, like)
+    samples = fitting(task, program, samples, PROVEN_ON)
     analysis, trimmed, unknown = group.analyze(program), None, ""
     if plan.vocabulary is not None:
         loaded, task, trimmed = trim(loaded, task, analysis, plan.vocabulary)

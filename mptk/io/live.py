@@ -1,7 +1,8 @@
 """live: a model that the caller holds in memory, in the form in which ``models.open_weights`` gives one of a folder.
 
 Nothing of the caller's model changes: the run has a copy of its modules, whose parameters are on the meta device, and
-reads the numbers from the caller's parameters, in float32 on the CPU.
+reads the numbers from the caller's parameters, in float32 on the CPU. The copy of a plain module keeps its types, since
+its code may depend on them; its numbers are read in float64 if it has some of these.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mptk.io import models
 from mptk.io.checkpoint import copy_processors
 from mptk.io.licence import copy_card
 from mptk.io.models import Loaded
+from mptk.ir.copies import copied
 from mptk.ir.weights import Lazy, Weights
 
 
@@ -94,32 +96,39 @@ def _check(model: nn.Module) -> None:
 
 
 def _without_weights(model: nn.Module) -> nn.Module:
-    """A copy of the modules in evaluation mode: parameters on the meta device, buffers on the CPU, all in float32."""
-    memo: dict[int, object] = {}
-    for p in model.parameters():
-        bare = torch.empty_like(p, dtype=_computed(p), device="meta")
-        memo[id(p)] = nn.Parameter(bare, requires_grad=p.requires_grad)
-    for b in model.buffers():
-        memo[id(b)] = b.detach().to("cpu", _computed(b), copy=True)
-    try:
-        return copy.deepcopy(model, memo).eval()
-    except (RuntimeError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise MptkError(
-            f"this {type(model).__name__} cannot be copied ({reason}); keep tensors in parameters and buffers"
-        ) from error
+    """A copy of the modules in evaluation mode: parameters on the meta device, buffers on the CPU.
+
+    All are in float32, or in a plain module's own types.
+    """
+
+    def typed(tensor: Tensor) -> torch.dtype:
+        return tensor.dtype if not isinstance(model, PreTrainedModel) else _computed(tensor, torch.float32)
+
+    bare = {id(p): torch.empty_like(p, dtype=typed(p), device="meta") for p in model.parameters()}
+    return copied(
+        model, lambda _, tensor: bare.get(id(tensor), tensor), lambda b: b.to("cpu", typed(b), copy=True)
+    ).eval()
+
+
+def wide_type(model: nn.Module) -> torch.dtype:
+    """The type in which a run computes: float64 if a plain module has such weights, else float32."""
+    held = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
+    return torch.float64 if torch.float64 in held and not isinstance(model, PreTrainedModel) else torch.float32
 
 
 def _weights(model: nn.Module) -> Weights:
-    """The parameters and saved buffers, in float32 on the CPU when they are asked for."""
-    entries = {name: _entry(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    """The parameters and saved buffers, in the run's type on the CPU when they are asked for."""
+    wide = wide_type(model)
+    entries = {name: _entry(tensor, wide) for name, tensor in model.state_dict(keep_vars=True).items()}
     return Weights({name: entry for name, entry in entries.items() if entry is not None})
 
 
-def _entry(tensor: object) -> Tensor | Lazy | None:
+def _entry(tensor: object, wide: torch.dtype) -> Tensor | Lazy | None:
     if not isinstance(tensor, Tensor):
         return None
-    there, dtype = tensor.detach(), _computed(tensor)
+    there, dtype = tensor.detach(), _computed(tensor, wide)
+    if not isinstance(tensor, nn.Parameter):
+        return there.to("cpu", dtype, copy=True)  # forward may write to it
     if there.device.type == "cpu" and there.dtype == dtype:
         return there
     held = there.dtype if there.dtype in (torch.float16, torch.bfloat16) else None
@@ -127,12 +136,15 @@ def _entry(tensor: object) -> Tensor | Lazy | None:
     return Lazy(torch.empty_like(there, dtype=dtype, device="meta"), lambda: there.to("cpu", dtype), held, narrow)
 
 
-def _computed(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.is_floating_point() else tensor.dtype
+def _computed(tensor: Tensor, wide: torch.dtype) -> torch.dtype:
+    return wide if tensor.is_floating_point() else tensor.dtype
 
 
 def _most(model: nn.Module) -> torch.dtype:
-    """The type of most floating weights."""
+    """The type of most floating weights; of a plain module with several types, the one that holds them all."""
+    held = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if len(held) > 1 and not isinstance(model, PreTrainedModel):
+        return wide_type(model)
     counts: dict[torch.dtype, int] = {}
     for p in model.parameters():
         if p.is_floating_point():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
@@ -12,6 +14,10 @@ from mptk.ir.placed import Placed
 
 if TYPE_CHECKING:
     from mptk.ir.program import Program
+
+
+STATE = "state"
+"""In the ``meta`` of a call that copies a buffer before the graph writes to it."""
 
 
 class Names(nn.Module):
@@ -24,8 +30,9 @@ class Names(nn.Module):
 class ProgramModule(nn.Module):
     """Parameters and buffers under the traced module's names, and its traced ``forward``.
 
-    Its parameters are its own: they share no memory with the program, and all floating ones require gradients. Tied
-    weights are one parameter. ``state_dict()`` has the names of the traced module's.
+    Its parameters are its own: they share no memory with the program, and require gradients as the traced module's do.
+    Tied weights are one parameter. ``state_dict()`` has the names of the traced module's. Buffers that ``forward``
+    writes keep what it wrote.
 
     ``forward`` takes the tensors of the trace, by position or by the argument's name, and gives one tensor, or a tuple
     if there were several. The graph was traced in evaluation mode: ``train()`` adds no dropout, and batch norms keep
@@ -34,9 +41,10 @@ class ProgramModule(nn.Module):
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self._graph = (program.graph,)  # in a tuple, as a submodule would add its names to state_dict()
+        self._graph = (_stateful(program.graph),)  # in a tuple, as a submodule would add its names to state_dict()
         self._placeholders = [(n.name, program.weights.get(n.name)) for n in program.placeholders()]
         self.input_names = program.inputs
+        self._sizes, self._met = program.sizes, set[tuple[torch.Size, ...]]()
         kinds = {program.weights[s.arg.name]: s for s in program.signature.input_specs if s.target is not None}
         others: dict[str, list[str]] = {}
         for alias, name in program.aliases.items():
@@ -45,13 +53,23 @@ class ProgramModule(nn.Module):
             spec, tensor = kinds[name], program.state[name].detach().clone()
             made: Tensor = tensor
             if spec.kind is InputKind.PARAMETER:
-                made = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() or tensor.is_complex())
+                made = nn.Parameter(tensor, requires_grad=name not in program.frozen)
             for each in (name, *others.get(name, ())):
                 self._place(each, made, persistent=spec.kind is InputKind.BUFFER and bool(spec.persistent))
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
-        """Run the graph. Raises TypeError for inputs that are missing or unknown."""
-        given = iter(self._in_order(inputs, named))
+        """Run the graph.
+
+        Raises:
+            TypeError: inputs are missing or unknown.
+            MptkError: they have sizes for which the trace does not hold.
+        """
+        tensors = self._in_order(inputs, named)
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if torch.compiler.is_exporting() or shapes not in self._met:
+            self._sizes.check(shapes)
+            self._met |= set() if torch.compiler.is_exporting() else {shapes}
+        given = iter(tensors)
         weights: dict[str, Tensor] = dict(self.named_parameters(remove_duplicate=False))
         weights |= dict(self.named_buffers(remove_duplicate=False))
         arguments = [next(given) if name is None else weights[name] for _, name in self._placeholders]
@@ -85,3 +103,15 @@ class ProgramModule(nn.Module):
             owner.register_parameter(leaf, tensor)
         else:
             owner.register_buffer(leaf, tensor, persistent=persistent)
+
+
+def _stateful(graph: fx.GraphModule) -> fx.GraphModule:
+    """The graph without copies of the buffers that it writes to; itself if there are none."""
+    if not any(STATE in node.meta for node in graph.graph.nodes):
+        return graph
+    found = copy.deepcopy(graph)
+    for node in [node for node in found.graph.nodes if STATE in node.meta]:
+        node.replace_all_uses_with(node.args[0])
+        found.graph.erase_node(node)
+    found.recompile()
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 from torch import fx
@@ -43,6 +44,31 @@ def aliased_arguments(target: object, *, writes: bool) -> tuple[int, ...]:
     signature = schema(target)
     infos = [a.alias_info for a in signature.arguments] if signature is not None else []
     return tuple(i for i, info in enumerate(infos) if info is not None and (info.is_write or not writes))
+
+
+def storage(node: fx.Node) -> fx.Node:
+    """The value whose memory a call writes to or gives a view of; the node itself if it makes memory of its own."""
+    source = node.args[0] if node.target is operator.getitem else node
+    assert isinstance(source, fx.Node)
+    signature = schema(source.target)
+    if signature is None or not any(result.alias_info is not None for result in signature.returns):
+        return node
+    given = (source.args[p] for p in aliased_arguments(source.target, writes=False) if p < len(source.args))
+    return next((storage(value) for value in given if isinstance(value, fx.Node)), node)
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a call writes to. A norm by its input's own statistics writes the running ones."""
+    if base_name(node.target) in _RUNNING and named_argument(node, _RUNNING[base_name(node.target)]):
+        found = [named_argument(node, "running_mean"), named_argument(node, "running_var")]
+    else:
+        found = [node.args[p] for p in aliased_arguments(node.target, writes=True) if p < len(node.args)]
+    several = [each if isinstance(each, (list, tuple)) else [each] for each in found]
+    return [value for each in several for value in each if isinstance(value, fx.Node)]
+
+
+_RUNNING = {"batch_norm": "training", "instance_norm": "use_input_stats"}
+"""Norm → the argument with which it writes running statistics. Its schema does not say so."""
 
 
 def named_argument(node: fx.Node, name: str, default: object = None) -> Any:  # Any: its type is the op's own

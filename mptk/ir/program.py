@@ -8,20 +8,30 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.nn import Parameter
 
-from mptk.compat.torch import build_exported, tree_leaves, tree_map
+from mptk.compat.torch import build_exported, size_expression, tree_leaves, tree_map
 from mptk.errors import MptkError
-from mptk.ir.module import ProgramModule
+from mptk.ir.limits import CallSizes, Limits, Size
+from mptk.ir.module import STATE, ProgramModule
 from mptk.ir.samples import is_tokens
 from mptk.ir.sizes import example_size, is_open
 from mptk.ir.weights import Lazy, Weights
 
 ExampleInputs = tuple[tuple[object, ...], dict[str, object]]
 """The inputs of the trace, by position and by name."""
+
+
+@dataclass(frozen=True)
+class Types:
+    """``wide``: the floating type in which a program computes. ``own``: weight → the type that the module has it in."""
+
+    wide: torch.dtype
+    own: Mapping[str, torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,10 @@ class Program:
         aliases: other name of a tied weight → the name in ``state``.
         exported: the export from which the program was made.
         inputs: the arguments of the module's ``forward`` that the user's inputs are, where that is known.
+        limits: what the trace fixed.
+        frozen: names of the parameters that require no gradient in the traced module.
+        types: the floating types of the traced module, if the program computes in another.
+        source: what was traced, to compare with (``passes/frontend/eager.py``); None if it is not known.
     """
 
     graph: fx.GraphModule
@@ -45,6 +59,10 @@ class Program:
     aliases: Mapping[str, str]
     exported: ExportedProgram = field(repr=False)
     inputs: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    frozen: frozenset[str] = frozenset()
+    types: Types | None = None
+    source: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def weights(self) -> dict[str, str]:
@@ -71,6 +89,20 @@ class Program:
         values = [node.meta["val"] for node in self.placeholders() if node.name in given]
         sizes = [value.shape[1] for value in values if isinstance(value, Tensor) and is_tokens(value)]
         return next((example_size(size) for size in sizes if not is_open(size)), None)
+
+    @cached_property
+    def sizes(self) -> CallSizes:
+        """The sizes that its inputs may have."""
+        values = {node.name: node.meta["val"] for node in self.placeholders()}
+        tensors = [(name, values[name]) for name in self.user_inputs if isinstance(values[name], Tensor)]
+        found = tuple((name, tuple(map(_size, value.shape))) for name, value in tensors)
+        names = self.inputs if len(self.inputs) == len(found) else tuple(name for name, _ in found)
+        return CallSizes(found, names, self.limits)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a call of its module changes what the next one gives."""
+        return any(STATE in node.meta for node in self.graph.graph.nodes)
 
     @property
     def has_values(self) -> bool:
@@ -161,6 +193,11 @@ class Program:
             return fitted
         left = zip(traced, tree_leaves(fitted), strict=True)
         return tuple(example for name, example in left if name in values), {}
+
+
+def _size(size: int | torch.SymInt) -> Size:
+    """A size as a number, or as an expression if it may be another."""
+    return size_expression(size) if isinstance(size, torch.SymInt) and is_open(size) else example_size(size)
 
 
 def _parameter(tensor: Tensor) -> Parameter:

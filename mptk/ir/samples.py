@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,21 +24,31 @@ class Samples:
             ids are int64 [samples, length].
         targets: what the loss compares the outputs with: class numbers at the outputs' positions (``IGNORED`` if there
             is none), or the dense model's outputs. None if the loss needs none.
+        together: the one number of samples that a program takes at once; None if it takes any.
     """
 
     inputs: Mapping[str, Tensor]
     targets: Tensor | None = None
+    together: int | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
 
     def __getitem__(self, rows: slice | Tensor) -> Samples:
+        if isinstance(rows, slice) and self.together is not None:
+            start, stop, _ = rows.indices(len(self))
+            rows = slice(start // self.together * self.together, -(-stop // self.together) * self.together)
         return self.map(lambda tensor: tensor[rows])
+
+    def in_batches_of(self, count: int) -> Samples:
+        """The samples for a program that takes ``count`` at once: a multiple of these, the first ones again if few."""
+        kept = torch.arange(max(count, len(self) // count * count)) % len(self)
+        return replace(self[kept], together=count)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Samples:
         """The samples with every tensor changed."""
         targets = None if self.targets is None else change(self.targets)
-        return Samples({name: change(tensor) for name, tensor in self.inputs.items()}, targets)
+        return Samples({name: change(tensor) for name, tensor in self.inputs.items()}, targets, self.together)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -52,7 +62,8 @@ class Samples:
         return max(1, sum(found))
 
     def split(self, count: int) -> list[Samples]:
-        """Batches of ``count`` samples; the last may have fewer."""
+        """Batches of ``count`` samples, of which the last may have fewer; or of as many as must be together."""
+        count = self.together or count
         return [self[first : first + count] for first in range(0, len(self), count)]
 
     def batches(self, positions: int) -> list[Samples]:
@@ -69,8 +80,9 @@ class Samples:
 
     def shortened(self, count: int, length: int) -> Samples:
         """The first ``count`` samples without targets: token ids are cut to ``length``, other inputs stay."""
+        count = self.together or count
         inputs = {n: x[:count, :length] if is_tokens(x) else x[:count] for n, x in self.inputs.items()}
-        return Samples(inputs)
+        return Samples(inputs, together=self.together)
 
     def of_length(self, length: int) -> Samples:
         """The samples without targets, each with ``length`` tokens: its own ones, again and again."""

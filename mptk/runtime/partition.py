@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from mptk.compat.torch import schema, size_hint, tree_leaves
+from mptk.ir.ops import storage
 from mptk.ir.program import Program
 
 Wanted = Sequence[tuple[fx.Node, ...]]
@@ -42,7 +43,7 @@ class _Bound:
     """Calls of a graph that share a state: writes into a tensor through its views, and levels of ``torch.vmap``."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.writes = {node: _storage(node) for node in graph.nodes if _writes(node)}
+        self.writes = {node: storage(node) for node in graph.nodes if _writes(node)}
         self.levels = levels(graph)
         self.stateful = {*self.writes.values(), *(node for level in self.levels for node in level)}
 
@@ -50,7 +51,7 @@ class _Bound:
         """``wanted``, what they are made of, and what writes into that."""
         found = _ancestors(wanted)
         while True:
-            more = {write for write, storage in self.writes.items() if storage in found}
+            more = {write for write, held in self.writes.items() if held in found}
             more |= {node for level in self.levels if not found.isdisjoint(level) for node in level}
             if more <= found:
                 return found
@@ -58,7 +59,7 @@ class _Bound:
 
     def spans(self, made: Mapping[fx.Node, int]) -> list[tuple[int, int]]:
         """Positions (first, end) of calls after which there can be no border."""
-        groups = [(storage, write) for write, storage in self.writes.items() if write in made]
+        groups = [(held, write) for write, held in self.writes.items() if write in made]
         groups += [(level[0], level[-1]) for level in self.levels if level[-1] in made]
         return [(max(made.get(first, 0), 0), made[last]) for first, last in groups]
 
@@ -226,17 +227,6 @@ def _ends(flow: Flow, start: int, limit: float, alive: Sequence[float]) -> Itera
 def _writes(node: fx.Node) -> bool:
     found = schema(node.target)
     return found is not None and found.is_mutable
-
-
-def _storage(node: fx.Node) -> fx.Node:
-    """The value that holds the memory that a call writes to or gives a view of."""
-    found = schema(node.target)
-    if found is None or not any(result.alias_info is not None for result in found.returns):
-        return node
-    for argument, given in zip(found.arguments, node.args, strict=False):
-        if argument.alias_info is not None and isinstance(given, fx.Node):
-            return _storage(given)
-    return node
 
 
 def levels(graph: fx.Graph) -> list[list[fx.Node]]:

@@ -168,9 +168,14 @@ class Run(Placed):
             self.taps.setdefault(tap[0][0], []).append(tap)
         users = [n for n in self.program.placeholders() if n.name not in self.program.weights]
         for i, given in enumerate(inputs):
-            values = {n: x.to(self.device) for n, x in zip(users, given, strict=True) if n in flow.made}
+            values = {n: self._placed(x) for n, x in zip(users, given, strict=True) if n in flow.made}
             self.borders.put((0, i), values)
         self.count = len(inputs)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        """An input on the device, in the program's floating type if that is not its module's."""
+        types = self.program.types
+        return tensor.to(self.device, tensor.dtype if types is None or not tensor.is_floating_point() else types.wide)
 
     def load(self, k: int) -> dict[fx.Node, Tensor]:
         """The weights of stage ``k``, in the type in which it runs."""

@@ -8,11 +8,13 @@ from pathlib import Path
 from mptk.errors import ProofError
 from mptk.io.tensors import write_weights
 from mptk.io.untrusted import damaged, load_tensors
+from mptk.ir.module import ProgramModule
 from mptk.ir.passes import Log
 from mptk.ir.weights import Weights
 from mptk.run.chain import Compiled, Target
 from mptk.run.values import Checks, SampleSets
-from passes.verify import Difference, difference
+from passes.transforms.retype import Retype, restored
+from passes.verify import HALF_TOLERANCE, Difference, difference
 
 WEIGHTS = "model.safetensors"
 EXACT = 1e-6
@@ -27,15 +29,40 @@ class GraphTarget(Target):
     ragged = True
 
     def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
-        write_weights(folder / WEIGHTS, compiled.program.state.cast(compiled.prepared.dtype))
+        write_weights(folder / WEIGHTS, held(compiled))
         return []
 
     def wrote(self, folder: Path) -> bool:
         return (folder / WEIGHTS).is_file() and not (folder / "config.json").is_file()
 
     def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
-        expected = compiled.program.state.cast(compiled.prepared.dtype)
-        return Checks((stored_weights(Weights(load_tensors(folder / WEIGHTS, damaged(folder / WEIGHTS))), expected),))
+        stored = Weights(load_tensors(folder / WEIGHTS, damaged(folder / WEIGHTS)))
+        exact = (stored_weights(stored, held(compiled)),)
+        if compiled.program.types is None:
+            return Checks(exact)
+        module = module_of(compiled, stored)
+        return Checks(exact, {"own types": (lambda samples: module(*samples.tensors), HALF_TOLERANCE)})
+
+
+def held(compiled: Compiled) -> Weights:
+    """The cut weights in the types in which they are stored: the module's own, unless the settings name one."""
+    state, types = compiled.program.state, compiled.program.types
+    if types is None or compiled.prepared.settings.dtype != "auto":
+        return state.cast(compiled.prepared.dtype)
+    return restored(compiled.program).state
+
+
+def module_of(compiled: Compiled, stored: Weights) -> ProgramModule:
+    """The cut module with ``stored`` weights, in evaluation mode, in the dense module's own types.
+
+    If the settings name a type, a module of several types or of half precision computes in that one.
+    """
+    program = compiled.program
+    if program.types is not None:
+        auto = compiled.prepared.settings.dtype == "auto"
+        program = restored(program) if auto else Retype(compiled.prepared.dtype)(program).program
+    state = {name: stored[name].to(like.dtype) for name, like in program.state.likes.items()}
+    return program.with_state(state).module().eval()
 
 
 def stored_weights(stored: Weights, expected: Weights) -> Difference:

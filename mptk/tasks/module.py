@@ -85,7 +85,7 @@ class Module(Task):
         """The samples of a file of inputs; without one the example inputs."""
         if not data.endswith(INPUTS):
             return self.given
-        return ordered(_as_samples(named_inputs((), read_inputs(data)), data), self.given.inputs)
+        return ordered(_as_samples(named_inputs((), read_inputs(data), self.given.inputs), data), self.given.inputs)
 
     def named(self, model: nn.Module, data: str) -> str:
         return data if data.endswith(INPUTS) else IN_MEMORY
@@ -126,7 +126,8 @@ def example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | Mappi
     Raises:
         MptkError: ``forward`` has no names for them, or they are no tensors with samples in their first dimension.
     """
-    found = _in_order(argument_names(module), named_inputs(argument_names(module), inputs))
+    names, plain = argument_names(module), not isinstance(module, PreTrainedModel)
+    found = _in_order(names, named_inputs(names, inputs, None if plain else torch.float32))
     samples = _as_samples(found, "example inputs")
     return samples if len(samples) > 1 else samples.repeated(2)
 
@@ -161,8 +162,14 @@ def read_inputs(file: str | Path) -> dict[str, Tensor]:
     )
 
 
-def named_inputs(names: Sequence[str], inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs by name, on the CPU and in float32, as mptk computes; ``names`` are those of inputs by position.
+def named_inputs(
+    names: Sequence[str],
+    inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+    dtype: torch.dtype | Mapping[str, Tensor] | None = torch.float32,
+) -> dict[str, Tensor]:
+    """Inputs by name, on the CPU; ``names`` are those of inputs by position.
+
+    ``dtype``: of floating ones; or examples, which have the types that these get; None: they keep theirs.
 
     Raises:
         MptkError: there are more than names, or one is no tensor of numbers.
@@ -179,7 +186,10 @@ def named_inputs(names: Sequence[str], inputs: Tensor | Sequence[Tensor] | Mappi
     for name, tensor in inputs.items():
         _check_numbers(name, tensor)
     found = {name: tensor.detach().cpu() for name, tensor in inputs.items()}
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
+    floats = {name: tensor for name, tensor in found.items() if tensor.is_floating_point() and dtype is not None}
+    if isinstance(dtype, torch.dtype):
+        return found | {name: tensor.to(dtype) for name, tensor in floats.items()}
+    return found | {name: tensor.to(dtype[name].dtype) for name, tensor in floats.items() if dtype and name in dtype}
 
 
 def _check_numbers(name: str, tensor: Tensor) -> None:

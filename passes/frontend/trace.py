@@ -14,12 +14,15 @@ from torch.export.graph_signature import ExportGraphSignature
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from mptk.compat.torch import FakeTensorMode, drop_tracked_inputs, tree_leaves, uncached_operators
+from mptk.compat.torch import FakeTensorMode, drop_tracked_inputs, located, tree_leaves, uncached_operators
 from mptk.errors import MptkError
+from mptk.ir.copies import copied
 from mptk.ir.module import ProgramModule
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
+from passes.frontend.assumptions import limits_of
 from passes.frontend.inline import inline
+from passes.frontend.state import own_state
 
 BATCH, SEQUENCE = 2, 7
 
@@ -39,11 +42,28 @@ class Flat(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         named = dict(zip(self.names, inputs, strict=True)) if self.names else {}
-        output = self.module(*(() if named else inputs), **named, **self.keywords)
+        with assignments_written(self.module):
+            output = self.module(*(() if named else inputs), **named, **self.keywords)
         if isinstance(self.module, PreTrainedModel) or isinstance(output, ModelOutput):
             return output if isinstance(output, Tensor) else output[0]
         tensors = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+@contextlib.contextmanager
+def assignments_written(module: nn.Module) -> Iterator[None]:
+    """Within it ``module`` runs. A buffer that it assigns a tensor of the same shape to is written in place instead.
+
+    A trace takes an assignment for a value of this one call. Buffers of a transformers model are caches of constants.
+    """
+    before = {} if isinstance(module, PreTrainedModel) else dict(module.named_buffers())
+    yield
+    for name, buffer in before.items():
+        owner, _, leaf = name.rpartition(".")
+        held = getattr(module.get_submodule(owner), leaf)
+        if held is not buffer and isinstance(held, Tensor) and (held.shape, held.dtype) == (buffer.shape, buffer.dtype):
+            buffer.copy_(held)
+            setattr(module.get_submodule(owner), leaf, buffer)
 
 
 def uncached(module: nn.Module) -> dict[str, bool]:
@@ -93,13 +113,15 @@ def trace(
         if not hasattr(module, "config"):
             raise MptkError("cannot trace: example inputs are missing; pass the tensors that forward() takes")
         example_inputs = (torch.arange(BATCH * SEQUENCE).reshape(BATCH, SEQUENCE) % 11 + 1,)
-    if isinstance(example_inputs, Mapping):
-        return export_program(Flat(module, list(example_inputs)), tuple(example_inputs.values()), dynamic=dynamic)
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
-    found = export_program(Flat(module), tuple(example_inputs), dynamic=dynamic)
-    names = argument_names(module)[: len(example_inputs)]
-    return replace(found, inputs=names if len(names) == len(example_inputs) else ())
+    names = tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()
+    given = tuple(example_inputs.values()) if isinstance(example_inputs, Mapping) else tuple(example_inputs)
+    found = replace(export_program(Flat(copied(module), names), given, dynamic=dynamic), source=Flat(module, names))
+    if found.has_values:  # export may have changed the copy's buffers
+        found = found.with_state({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
+    arguments = names or argument_names(module)[: len(given)]
+    return replace(found, inputs=arguments if len(arguments) == len(given) else ())
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
@@ -122,7 +144,13 @@ def export_program(
         dims = range(max((t.ndim for t in inputs), default=0)) if dynamic is True else dynamic
         dynamic = {"inputs": tuple({d: Dim.AUTO for d in dims if d < t.ndim and t.shape[d] != 1} for t in inputs)}
     try:
-        with uncached_operators(), evaluating(wrapper), _fake_weights(wrapper, inputs) as fake_inputs, torch.no_grad():
+        with (
+            uncached_operators(),
+            located(),
+            evaluating(wrapper),
+            _fake_weights(wrapper, inputs) as fake_inputs,
+            torch.no_grad(),
+        ):
             exported = torch.export.export(wrapper, fake_inputs, dynamic_shapes=dynamic or None, strict=False)
     except MptkError:
         raise
@@ -208,9 +236,13 @@ def program_from_exported(exported: ExportedProgram, wrapper: nn.Module) -> Prog
         owner = first.setdefault(id(named[name]), name)
         if owner != name:
             aliases[_public(name)] = _public(owner)
+    own_state(graph.graph, {spec.arg.name for spec in specs})
+    graph.recompile()
     state = Weights({_public(s.target): weights[s.target] for s in specs if _public(s.target) not in aliases})
     names = tuple(getattr(wrapper, "names", ()))
-    return Program(graph, _public_signature(exported.graph_signature), state, aliases, exported, names)
+    frozen = frozenset(_public(name) for name, p in wrapper.named_parameters() if not p.requires_grad)
+    signature = _public_signature(exported.graph_signature)
+    return Program(graph, signature, state, aliases, exported, names, limits_of(graph.graph), frozen)
 
 
 def _check_constants(exported: ExportedProgram, wrapper: nn.Module) -> None:

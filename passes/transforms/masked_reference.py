@@ -70,7 +70,7 @@ class Mask(Pass):
         dims, weight = self.analysis.weights.get(name, ()), program.state.like(name)
         cut = self._cut_of(node.name)
         touched = [d for d, term in enumerate(dims) if cut.touches(term)]
-        if not touched or not node.users or not weight.is_floating_point():
+        if not touched or not node.users or not (weight.is_floating_point() or weight.is_complex()):
             return
         keep = f"{node.name}_keep"
         graph.register_buffer(keep, keep_along(cut, dims, touched), persistent=False)

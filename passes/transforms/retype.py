@@ -1,18 +1,22 @@
-"""retype: change the floating type of a program's weights and of the casts in its graph."""
+"""retype: change the floating type of a program's weights and of the casts in its graph, and change it back."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from mptk.compat.torch import tree_leaves
 from mptk.ir.passes import Pass, Result
-from mptk.ir.program import Program
+from mptk.ir.program import Program, Types
 
+OWN = "own types"
+"""In the ``meta`` of a call: the floating types among its arguments before they were changed."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -30,11 +34,14 @@ class Retype(Pass):
                 graph.graph.erase_node(node)
             else:
                 given = (node.args, node.kwargs)
-                node.args, node.kwargs = fx.node.map_aggregate(given, lambda a: _retyped(a, self.dtype))
+                node.meta.setdefault(OWN, [a for a in tree_leaves(given) if _is_type(a)])
+                node.args, node.kwargs = fx.node.map_aggregate(given, lambda a: self.dtype if _is_type(a) else a)
         graph.recompile()
         floats = [n for n, like in program.state.likes.items() if like.is_floating_point()]
         state = program.state.changed(dict.fromkeys(floats, lambda t: t.to(self.dtype)))
-        return Result(replace(program, graph=graph, state=state), _asks_for(program) != {self.dtype})
+        types = program.types or Types(self.dtype, {n: program.state.like(n).dtype for n in floats})
+        made = replace(program, graph=graph, state=state, types=replace(types, wide=self.dtype))
+        return Result(made, _asks_for(program) != {self.dtype})
 
     def ensures(self, before: Program, after: Program) -> None:
         """No other floating type is left in the weights or the graph's calls."""
@@ -51,5 +58,24 @@ def _asks_for(program: Program) -> set[torch.dtype]:
     return found & set(FLOATS)
 
 
-def _retyped(value: Argument, dtype: torch.dtype) -> Argument:
-    return dtype if isinstance(value, torch.dtype) and value in FLOATS else value
+def _is_type(value: Argument) -> bool:
+    return isinstance(value, torch.dtype) and value in FLOATS
+
+
+def restored(program: Program) -> Program:
+    """The program in the types of its module: those of its weights and of the casts in its graph before ``Retype``."""
+    if program.types is None:
+        return program
+    graph = program.copy_graph()
+    for node in graph.graph.nodes:
+        own = iter(node.meta.pop(OWN, ()))
+        given = (node.args, node.kwargs)
+        node.args, node.kwargs = fx.node.map_aggregate(given, partial(_restored, own=own))
+    graph.recompile()
+    own_types = program.types.own
+    casts = {n: partial(Tensor.to, dtype=dtype) for n, dtype in own_types.items() if n in program.state}
+    return replace(program, graph=graph, state=program.state.changed(casts), types=None)
+
+
+def _restored(value: Argument, own: Iterator[torch.dtype]) -> Argument:
+    return next(own, value) if _is_type(value) else value

@@ -1,0 +1,152 @@
+"""limits: the sizes that a traced program may be called with, and which of them the trace fixed, with the source line.
+
+A trace holds one path through ``forward``: a branch on a size, a loop over a dimension or a size as a number in Python
+fixes something. torch.export knows each as a condition on the sizes. A call that does not meet them is refused.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+
+from mptk.errors import MptkError
+
+Size = Any
+"""A size of an input: a number, or a sympy expression of others."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the sizes must meet, and the line of the model's source that made it so; empty if it is not known."""
+
+    holds: sympy.Basic
+    line: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a trace found out about the sizes of its inputs.
+
+    Attributes:
+        conditions: what other sizes must meet for the same path through ``forward``.
+        lines: (input, dimension) → the line of the source that made its size a number.
+        several: symbols of sizes that must not be 1: there the module itself computes something else.
+        note: why fewer sizes are open than might be; empty if they are not.
+    """
+
+    conditions: tuple[Condition, ...] = ()
+    lines: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    several: frozenset[str] = frozenset()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class CallSizes:
+    """The sizes that a program may be called with: of each input, its name and its sizes. A symbol has one value."""
+
+    inputs: tuple[tuple[str, tuple[Size, ...]], ...]
+    names: tuple[str, ...]
+    limits: Limits
+
+    def check(self, shapes: Sequence[Sequence[int]]) -> None:
+        """Raise MptkError for the first size of the inputs, in order, for which the program does not hold."""
+        values: dict[sympy.Symbol, int] = {}
+        for k, ((_, sizes), shape) in enumerate(zip(self.inputs, shapes, strict=True)):
+            if len(sizes) != len(shape):
+                raise MptkError(
+                    f"{self.names[k]} has {len(shape)} dimensions, and {len(sizes)} were traced; give example inputs "
+                    "like those of the call"
+                )
+            for d, (size, given) in enumerate(zip(sizes, shape, strict=True)):
+                fixed = values.setdefault(size, given) if isinstance(size, sympy.Symbol) else size
+                if isinstance(fixed, int | torch.SymInt) and fixed != given:
+                    raise self._error(f"{self._dim(k, d)} must be {fixed}{self._line(k, d)}", given)
+                if given == 1 and str(size) in self.limits.several:
+                    raise self._error(f"{self._dim(k, d)} must be more than 1: there the module computes otherwise", 1)
+        self._check_expressions(values, shapes)
+
+    def _check_expressions(self, values: Mapping[sympy.Symbol, int], shapes: Sequence[Sequence[int]]) -> None:
+        for k, (_, sizes) in enumerate(self.inputs):
+            for d, size in enumerate(sizes):
+                if not isinstance(size, int | sympy.Symbol) and _value(size, values) != shapes[k][d]:
+                    raise self._error(f"{self._dim(k, d)} must be {self._said(size)}{self._line(k, d)}", shapes[k][d])
+        for condition in self.limits.conditions:
+            if not _value(condition.holds, values):
+                own = condition.holds.free_symbols
+                given = ", ".join(f"{self._said(symbol)} = {n}" for symbol, n in values.items() if symbol in own)
+                line = f" ({condition.line})" if condition.line else ""
+                raise self._error(f"{self._said(condition.holds)}{line} must hold", given)
+
+    @property
+    def fixed(self) -> list[str]:
+        """What the code of the model fixed, as a report says it: ``batch = 2 (module.py:7)``."""
+        places = ((k, d, size) for k, (_, sizes) in enumerate(self.inputs) for d, size in enumerate(sizes))
+        found = [f"{self._dim(k, d)} = {size}{self._line(k, d)}" for k, d, size in places if self._line(k, d)]
+        found += [f"{self._said(c.holds)} ({c.line})" for c in self.limits.conditions if c.line]
+        found += [f"{self._named(symbol)} > 1" for symbol in sorted(self.limits.several)]
+        return list(dict.fromkeys(found))
+
+    def held(self, dim: int) -> int | None:
+        """The one size of a dimension of all inputs; None if any other will do, or there are several."""
+        found = {sizes[dim] for _, sizes in self.inputs if len(sizes) > dim}
+        size = next(iter(found), None)
+        return size if len(found) == 1 and isinstance(size, int) else None
+
+    def symbols(self) -> list[sympy.Symbol]:
+        """The sizes that may be others, in the order of the inputs."""
+        return list(dict.fromkeys(s for _, sizes in self.inputs for s in sizes if isinstance(s, sympy.Symbol)))
+
+    def shapes(self, values: Mapping[sympy.Symbol, int]) -> list[tuple[int, ...]] | None:
+        """The shapes of the inputs for these values of all symbols; None if the program does not hold for them."""
+        if not all(_value(condition.holds, values) for condition in self.limits.conditions):
+            return None
+        return [tuple(s if isinstance(s, int) else int(_value(s, values)) for s in sizes) for _, sizes in self.inputs]
+
+    def _error(self, what: str, given: object) -> MptkError:
+        said = given if isinstance(given, str) else f"it is {given}"
+        return MptkError(
+            f"this program was traced for other sizes: {what}, and {said}; "
+            "give such inputs, or trace the model with an example of these sizes"
+        )
+
+    def _line(self, k: int, d: int) -> str:
+        line = self.limits.lines.get((self.inputs[k][0], d))
+        return f" ({line})" if line else ""
+
+    def _dim(self, k: int, d: int) -> str:
+        """``batch`` for the first dimension of all inputs, ``x.shape[1]`` for the second of x."""
+        whole = d == 0 and len({sizes[0] for _, sizes in self.inputs if sizes}) == 1
+        return "batch" if whole else f"{self.names[k]}.shape[{d}]"
+
+    def _named(self, symbol: str) -> str:
+        places = ((k, d) for k, (_, sizes) in enumerate(self.inputs) for d, s in enumerate(sizes) if str(s) == symbol)
+        return next((self._dim(k, d) for k, d in places), symbol)
+
+    def _said(self, expression: sympy.Basic) -> str:
+        """An expression with the names of the dimensions; an equation as ``a = b``."""
+        if isinstance(expression, sympy.Eq):
+            return f"{self._said(expression.lhs)} = {self._said(expression.rhs)}"
+        if isinstance(expression, sympy.Ne):
+            return f"{self._said(expression.lhs)} != {self._said(expression.rhs)}"
+        names = {s: sympy.Symbol(self._named(str(s))) for s in expression.free_symbols}
+        return str(expression.xreplace(names))
+
+
+_FUNCTIONS = {"FloorDiv": operator.floordiv, "Mod": operator.mod, "PythonMod": operator.mod, "Max": max, "Min": min}
+
+
+def _value(expression: sympy.Basic, values: Mapping[sympy.Symbol, int]) -> Any:
+    """An expression for these values. In a trace they may be symbolic again: then the new trace has the condition, too.
+
+    A condition that cannot be decided, since not all of its symbols are sizes of inputs, counts as met.
+    """
+    known = {symbol: value for symbol, value in values.items() if symbol in expression.free_symbols}
+    if any(isinstance(value, torch.SymInt) for value in known.values()):
+        return sympy.lambdify(list(known), expression, [_FUNCTIONS, "math"])(*known.values())
+    found = expression.xreplace({symbol: sympy.Integer(value) for symbol, value in known.items()})
+    return found if found.is_number else found != sympy.false

@@ -1,0 +1,200 @@
+"""eager: compare a traced program with its module, run as Python, on sizes that the trace leaves open.
+
+Cases: the example; a second call, as a module may keep state; other sizes of all inputs; and a size of 1, which
+torch.export takes for more than 1 wherever ``forward`` asks. Where the module differs at 1 alone, 1 is refused at the
+call. Each case has a copy of the module, so that the user's stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from mptk.compat.torch import tree_leaves
+from mptk.errors import MptkError
+from mptk.ir.copies import attributes, copied
+from mptk.ir.module import ProgramModule
+from mptk.ir.program import Program
+from mptk.ir.sizes import example_size
+
+TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 2e-2, torch.float64: 1e-10, torch.complex128: 1e-10}
+"""Largest difference relative to the largest number of an output; 5e-5 for other types."""
+Outputs = list[Tensor]
+
+
+@torch.no_grad()
+def compared(
+    program: Program, weights: Mapping[str, Tensor] | None = None, inputs: Sequence[Tensor] | None = None
+) -> Program:
+    """``program`` with what running its module tells of it: at which sizes 1 is refused.
+
+    ``weights``: of the module where it has none in memory. ``inputs``: an example; by default that of the trace.
+
+    Raises:
+        MptkError: the module keeps state that the program does not, or the program computes something else.
+    """
+    assert program.source is not None
+    if inputs is None:
+        inputs = [t for t in tree_leaves(program.exported.example_inputs) if isinstance(t, Tensor)]
+    pair = Pair(program, {**(weights or {}), **program.state.selected({n: n for n in program.parameters})})
+    pair.check_state(inputs)
+    several = set()
+    for values in others(program):
+        shapes = program.sizes.shapes(values)
+        given = None if shapes is None else [resized(x, s) for x, s in zip(inputs, shapes, strict=True)]
+        if given is None or not (apart := pair.apart(given)):
+            continue
+        ones = {symbol for symbol, value in values.items() if value == 1}
+        if not ones:
+            raise MptkError(f"the traced program is not the module: {apart}; {REMEDY}")
+        if not any(str(symbol) in several for symbol in ones):
+            several |= {str(symbol) for symbol in ones}
+    return replace(program, limits=replace(program.limits, several=frozenset(several)))
+
+
+REMEDY = "write what depends on sizes or state with tensors (docs/tracing.md)"
+
+
+def others(program: Program) -> Iterator[dict[sympy.Symbol, int]]:
+    """Other sizes than the example's: each of them 1, all of them 1, and all of them larger."""
+    sizes = program.sizes
+    traced = example_sizes(program)
+    symbols = [s for s in sizes.symbols() if s in traced]
+    for symbol in symbols:
+        yield {**traced, symbol: 1}
+    if len(symbols) > 1:
+        yield dict.fromkeys(symbols, 1)
+    for more in range(1, 9):
+        larger = {symbol: traced[symbol] + more for symbol in symbols}
+        if symbols and sizes.shapes(larger) is not None:
+            yield larger
+            return
+
+
+def example_sizes(program: Program) -> dict[sympy.Symbol, int]:
+    """The values of the symbolic sizes in the example."""
+    values = {node.name: node.meta["val"] for node in program.placeholders()}
+    return {
+        size: example_size(traced)
+        for name, sizes in program.sizes.inputs
+        for size, traced in zip(sizes, values[name].shape, strict=True)
+        if isinstance(size, sympy.Symbol)
+    }
+
+
+def resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor of another shape with its numbers, again and again."""
+    for d, size in enumerate(shape):
+        tensor = tensor.index_select(d, torch.arange(size) % tensor.shape[d])
+    return tensor
+
+
+class Pair:
+    """A program and its module. ``weights``: the module's, by name."""
+
+    def __init__(self, program: Program, weights: Mapping[str, Tensor]) -> None:
+        self.program, self.weights = program, weights
+        self.names = program.aliases
+
+    def module(self) -> Any:
+        """A copy of the module, in evaluation mode, with the program's weights."""
+        assert self.program.source is not None
+        return copied(self.program.source, self._weight).eval()
+
+    def _weight(self, name: str, tensor: Tensor) -> Tensor:
+        public = name.removeprefix("module.")
+        held = self.weights.get(self.names.get(public, public))
+        return tensor if held is None else held.detach().to(tensor.dtype)
+
+    def apart(self, inputs: Sequence[Tensor]) -> str:
+        """How the program differs from the module on these inputs; empty if it does not, or if both refuse them."""
+        return apart_of(self.program, self.module(), inputs)
+
+    def check_state(self, inputs: Sequence[Tensor]) -> None:
+        """Call the module and the program twice.
+
+        Raises:
+            MptkError: they differ; the message names the buffers and attributes that the module changes.
+        """
+        module, program = self.module(), self.kept()
+        states = [attributes(module.module)]
+        for call in ("first", "second"):
+            apart = apart_of(program, module, inputs)
+            states.append(attributes(module.module))
+            if apart:
+                changed = ", ".join(sorted(n for n in states[-1] if states[-1][n] != states[0].get(n)))
+                said = f"forward changes {changed}, which a trace holds as one value" if changed else apart
+                raise MptkError(f"the traced program is not the module at the {call} call: {said}; {REMEDY}")
+        counted = sorted(n for n in states[2] if states[2][n] != states[1].get(n))
+        if counted:
+            raise MptkError(
+                f"forward changes {', '.join(counted)} at each call, which a trace holds as one value; keep such state "
+                "in a buffer, with tensors"
+            )
+
+    def kept(self) -> Any:
+        """The program as it keeps its state: itself if it has none."""
+        return ProgramModule(self.program) if self.program.keeps_state else self.program
+
+
+def apart_of(program: Any, module: Any, inputs: Sequence[Tensor]) -> str:
+    """How a program differs from a module on these inputs; empty if it does not, or if both refuse them."""
+    try:
+        expected = flat(module, inputs)
+    except Exception as error:  # noqa: BLE001 (a module may raise anything)
+        expected, why = None, first_line(error)
+    try:
+        found = flat(program, inputs)
+    except Exception as error:  # noqa: BLE001
+        return "" if expected is None else f"it fails at {shapes_of(inputs)} ({first_line(error)})"
+    if expected is None:
+        return f"the module fails at {shapes_of(inputs)} ({why}), and the program does not"
+    return difference(found, expected, inputs)
+
+
+def flat(module: Any, inputs: Sequence[Tensor]) -> Outputs:
+    """All tensors of a result. The same random numbers are drawn each time, and the inputs stay as they are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return [t for t in tree_leaves(module(*(x.clone() for x in inputs))) if isinstance(t, Tensor)]
+
+
+def difference(found: Outputs, expected: Outputs, inputs: Sequence[Tensor]) -> str:
+    """Where outputs differ by more than rounding; empty if they do not."""
+    if [t.shape for t in found] != [t.shape for t in expected]:
+        return f"at {shapes_of(inputs)} it gives {shapes_of(found)} and not {shapes_of(expected)}"
+    if (types := [t.dtype for t in found]) != (wanted := [t.dtype for t in expected]):
+        return f"it gives {types} and not {wanted}"
+    for one, other in zip(found, expected, strict=True):
+        worst = relative(one, other)
+        if not worst <= TOLERANCES.get(other.dtype, 5e-5):
+            return f"at {shapes_of(inputs)} outputs differ by {worst:.1e} of the largest"
+    return ""
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """The largest difference relative to the largest finite number. Others must be at the same places."""
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    one, other = found.to(wide), expected.to(wide)
+    finite = torch.isfinite(other)
+    if not torch.equal(torch.isfinite(one), finite) or str(one[~finite].tolist()) != str(other[~finite].tolist()):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    scale, apart = other[finite].abs().max().item(), (one - other)[finite].abs().max().item()
+    return apart / scale if scale else apart
+
+
+def shapes_of(tensors: Sequence[Tensor]) -> str:
+    """Shapes for a message."""
+    return ", ".join(str(list(t.shape)) for t in tensors)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error for a message."""
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

@@ -1,0 +1,358 @@
+"""A module given in memory: its traced program is the module itself, at other sizes, at a second call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+import mptk
+from mptk.errors import MptkError
+from tests.cutting import random_plan
+from tests.programs.oracles import zeroed
+
+WIDTH, INNER = 8, 24
+QUICK: dict[str, Any] = {"sparsity": 0.3, "tolerance": 0.1, "method": "magnitude", "multiple": 2, "progress": None}
+
+
+class Net(nn.Module):
+    """x → down(body(relu(up(x)))), with buffers and attributes for ``body``."""
+
+    def __init__(self, body: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.other = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH), nn.Linear(INNER, WIDTH)
+        self.register_buffer("mean", torch.rand(INNER))
+        self.body, self.calls, self.seen = body, 0, list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, self.up(x).relu())
+
+
+def last(net: nn.Module, h: Tensor) -> Tensor:
+    return net.down(h)
+
+
+def centred(net: Any, h: Tensor) -> Tensor:
+    return net.down(h - h.mean(0) if h.shape[0] > 1 else h)
+
+
+def long_or_short(net: Any, h: Tensor) -> Tensor:
+    return net.down(h) if h.shape[1] > 4 else net.other(h)
+
+
+def mean_by_number(net: Any, h: Tensor) -> Tensor:
+    return net.down(h).sum(1) / float(h.shape[1])
+
+
+def one_by_one(net: Any, h: Tensor) -> Tensor:
+    return torch.stack([net.down(h[i]) for i in range(len(h))])
+
+
+def pooled(net: Any, h: Tensor) -> Tensor:
+    return net.down(F.avg_pool1d(h.transpose(1, 2), max(1, h.shape[1] // 3)).transpose(1, 2))
+
+
+def in_three(net: Any, h: Tensor) -> Tensor:
+    return net.down(torch.cat([part * k for k, part in enumerate(h.chunk(3, 1))], 1))
+
+
+def every_third(net: Any, h: Tensor) -> Tensor:
+    return net.down(h if h.shape[1] % 3 == 0 else -h)
+
+
+FIXED = [
+    (centred, (2, 6), (1, 6), (3, 9), "batch > 1", "batch must be more than 1"),
+    (long_or_short, (2, 6), (2, 3), (1, 9), "x.shape[1] > 4 (test_eager.py:", "x.shape[1] > 4 (test_eager.py:"),
+    (mean_by_number, (2, 6), (2, 9), (3, 6), "x.shape[1] = 6 (test_eager.py:", "x.shape[1] must be 6 (test_eager.py:"),
+    (one_by_one, (2, 6), (5, 6), (2, 9), "batch = 2 (test_eager.py:", "batch must be 2 (test_eager.py:"),
+    (pooled, (2, 6), (2, 9), (3, 7), "Max(1, (x.shape[1]//3)) = 2 (test_eager.py:", "= 2 (test_eager.py:"),
+    (in_three, (2, 6), (2, 4), (1, 6), "= 3 (test_eager.py:", "= 3 (test_eager.py:"),
+    (
+        every_third,
+        (2, 6),
+        (2, 7),
+        (3, 9),
+        "Mod(x.shape[1], 3) = 0 (test_eager.py:",
+        "Mod(x.shape[1], 3) = 0 (test_eager",
+    ),
+]
+
+
+def made(*sizes: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(*sizes, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def pruned_of(net: nn.Module, x: Tensor, **options: Any) -> mptk.Pruned:
+    found = mptk.prune(net, example_inputs=x, **{**QUICK, **options})
+    assert found is not None
+    return found
+
+
+def oracle(net: nn.Module, pruned: mptk.Pruned) -> nn.Module:
+    """The eager module whose removed weights are zero."""
+    assert pruned.compiled is not None
+    return zeroed(net, pruned.compiled.prepared.analysis, pruned.plan).eval()
+
+
+def near(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
+    same = (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    return same and (found - expected).abs().max().item() <= tolerance * expected.abs().max().item()
+
+
+# ---- sizes ----
+
+
+@pytest.mark.parametrize(
+    ("body", "example", "refused", "taken", "noted", "said"), FIXED, ids=lambda v: getattr(v, "__name__", "")
+)
+def test_what_the_trace_fixed_is_said_and_refused_at_the_call(
+    body: Callable[..., Tensor],
+    example: tuple[int, ...],
+    refused: tuple[int, ...],
+    taken: tuple[int, ...],
+    noted: str,
+    said: str,
+) -> None:
+    net, x = Net(body), made(*example)
+    pruned = pruned_of(net, x)
+    (note,) = (note for note in pruned.report.notes if note.startswith("fixed: "))
+    assert noted in note
+    small, eager = pruned.model, oracle(net, pruned)
+    for sizes in (example, taken):
+        assert near(small(made(*sizes)), eager(made(*sizes)))
+    with pytest.raises(MptkError) as error:
+        small(made(*refused))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "example", "refused", "taken", "noted", "said"), FIXED[:4], ids=lambda v: getattr(v, "__name__", "")
+)
+def test_a_program_that_is_rewritten_by_hand_refuses_the_same(
+    body: Callable[..., Tensor],
+    example: tuple[int, ...],
+    refused: tuple[int, ...],
+    taken: tuple[int, ...],
+    noted: str,
+    said: str,
+) -> None:
+    net = Net(body).eval()
+    analysis = mptk.analyze(mptk.trace(net, made(*example), dynamic=True))
+    plan = random_plan(analysis)
+    small, eager = mptk.rewrite(analysis, plan).module(), zeroed(net, analysis, plan)
+    assert near(small(made(*taken)), eager(made(*taken)))
+    with pytest.raises(MptkError) as error:
+        small(made(*refused))
+    assert said in str(error.value)
+
+
+def test_sizes_that_tensors_carry_stay_open() -> None:
+    def open_(net: Any, h: Tensor) -> Tensor:
+        rows = h.reshape(h.shape[0] * h.shape[1], -1) / h.shape[1]
+        return net.down(
+            rows.view(h.shape[0], -1, rows.shape[1]) + torch.zeros(1, h.shape[1], 1).expand(h.shape[0], -1, -1)
+        )
+
+    net = Net(open_)
+    pruned = pruned_of(net, made(1, 6))
+    assert not [note for note in pruned.report.notes if "fixed" in note]
+    small, eager = pruned.model, oracle(net, pruned)
+    for sizes in ((1, 6), (4, 6), (1, 1), (3, 9), (2, 1)):
+        assert near(small(made(*sizes)), eager(made(*sizes)))
+
+
+def test_a_static_trace_takes_the_sizes_of_its_example_only() -> None:
+    analysis = mptk.analyze(Net(last), made(2, 6))
+    small = mptk.rewrite(analysis, random_plan(analysis)).module()
+    assert small(made(2, 6)).shape == (2, 6, WIDTH)
+    with pytest.raises(MptkError, match=r"batch must be 2, and it is 3; .*trace the model"):
+        small(made(3, 6))
+    with pytest.raises(MptkError, match=r"x.shape\[1\] must be 6, and it is 7"):
+        small(made(2, 7))
+    with pytest.raises(MptkError, match="x has 2 dimensions, and 3 were traced"):
+        small(made(2))
+
+
+def test_two_inputs_of_one_length_must_agree() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.down(self.up(x).relu() + self.up(y)) / x.shape[1]
+
+    pruned = mptk.prune(Two(), example_inputs=(made(2, 6), made(2, 6)), **QUICK)
+    assert pruned is not None
+    assert pruned.model(made(3, 5), made(3, 5)).shape == (3, 5, WIDTH)
+    with pytest.raises(MptkError, match=r"y.shape\[1\] must be 5, and it is 1"):
+        pruned.model(made(3, 5), made(3, 1))
+
+
+def test_a_module_of_one_batch_is_calibrated_proven_and_verified_in_such_batches(tmp_path: Path) -> None:
+    net = Net(one_by_one)
+    pruned = pruned_of(net, made(3, 6), method="wanda", data=made(7, 6))
+    assert pruned.report.data["calibration"]["samples"] == 6
+    assert all(d.ok for d in mptk.verify(pruned.save(tmp_path / "out"), model=net))
+    assert mptk.evaluate(pruned, made(4, 6), progress=None)["pruned"] > 0
+    with pytest.raises(MptkError, match=r"samples of data do not fit: .*x.shape\[1\] must be 6"):
+        pruned_of(Net(mean_by_number), made(2, 6), data=made(4, 5))
+
+
+def test_what_a_first_trace_fixed_holds_for_a_module_that_is_pruned_twice() -> None:
+    first = pruned_of(Net(every_third), made(2, 6), sparsity=0.2)
+    second = pruned_of(first.model, made(2, 6), sparsity=0.3)
+    assert second.model(made(3, 9)).shape == (3, 9, WIDTH)
+    with pytest.raises(MptkError, match=r"Mod\(x.shape\[1\], 3\) = 0"):
+        second.model(made(2, 7))
+
+
+def test_where_no_trace_with_open_sizes_works_fewer_are_left_open() -> None:
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 12, 3, stride=4), nn.Conv2d(12, 16, 3, padding=1)
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.relu(self.one(x))
+            if not isinstance(h.shape[2], int):  # an open size is none
+                raise TypeError("heights are integers")
+            return self.head(F.relu(self.two(h)).mean((2, 3)))
+
+    x = torch.randn(2, 3, 16, 16)
+    with pytest.raises(MptkError, match="cannot trace Images"):  # as AlexNet at 64 x 64
+        mptk.trace(Images(), x, dynamic=True)
+    pruned = pruned_of(Images(), x)
+    (note,) = (note for note in pruned.report.notes if "left open, since torch.export cannot trace" in note)
+    assert pruned.model(torch.randn(5, 3, 16, 16)).shape == (5, 5), note
+    with pytest.raises(MptkError, match=r"x.shape\[2\] must be 16"):
+        pruned.model(torch.randn(2, 3, 20, 16))
+
+
+# ---- state ----
+
+
+def assigned(net: Any, h: Tensor) -> Tensor:
+    net.mean = 0.9 * net.mean + 0.1 * h.mean((0, 1))
+    return net.down(h + net.mean)
+
+
+def written(net: Any, h: Tensor) -> Tensor:
+    net.mean.mul_(0.9).add_(0.1 * h.mean((0, 1)))
+    return net.down(h + net.mean)
+
+
+def running(net: Any, h: Tensor) -> Tensor:
+    """Batch norm by the input's own statistics, whose schema does not say that it writes the running ones."""
+    y = F.batch_norm(h.transpose(1, 2), net.mean, torch.ones_like(net.mean), training=True)
+    return net.down(y.transpose(1, 2) + net.mean)
+
+
+@pytest.mark.parametrize("body", [assigned, written])
+def test_a_buffer_that_forward_changes_is_the_same_at_each_call(body: Callable[..., Tensor]) -> None:
+    net = Net(body)
+    pruned = pruned_of(net, made(2, 6))
+    small, eager = pruned.model, oracle(net, pruned)
+    for seed, sizes in enumerate([(2, 6), (2, 6), (1, 3), (2, 6)]):
+        assert near(small(made(*sizes, seed=seed)), eager(made(*sizes, seed=seed)))
+    kept = eager.mean[eager.mean != 0]
+    assert near(small.mean, kept)
+
+
+def grows(net: Any, h: Tensor) -> Tensor:
+    net.mean = torch.cat([net.mean, h.mean((0, 1))])
+    return net.down(h + net.mean[-INNER:])
+
+
+def counts(net: Any, h: Tensor) -> Tensor:
+    net.calls += 1
+    return net.down(h) * net.calls
+
+
+def only_counts(net: Any, h: Tensor) -> Tensor:
+    net.calls += 1
+    return net.down(h)
+
+
+def remembers(net: Any, h: Tensor) -> Tensor:
+    net.seen.append(h.shape[0])
+    return net.down(h)
+
+
+@pytest.mark.parametrize(
+    ("body", "name"), [(grows, "mean"), (counts, "calls"), (only_counts, "calls"), (remembers, "seen")]
+)
+def test_other_state_is_refused_by_name(body: Callable[..., Tensor], name: str) -> None:
+    with pytest.raises(MptkError, match=rf"forward changes {name}\b"):
+        pruned_of(Net(body), made(2, 6))
+    analysis = mptk.analyze(Net(body), made(2, 6))
+    with pytest.raises(MptkError, match=rf"forward changes {name}\b"):
+        mptk.rewrite(analysis, random_plan(analysis))
+
+
+def state_of(net: nn.Module) -> tuple[object, ...]:
+    """All that a user could see of a module."""
+    tensors = [(n, t.tolist(), t.requires_grad) for n, t in (*net.named_parameters(), *net.named_buffers())]
+    plain = [
+        (name, part.training, {k: copy.copy(v) for k, v in vars(part).items() if isinstance(v, int | list | str)})
+        for name, part in net.named_modules()
+    ]
+    hooks = [(list(part._forward_hooks), list(part._forward_pre_hooks)) for part in net.modules()]
+    return tensors, plain, hooks
+
+
+@pytest.mark.parametrize("body", [written, assigned, running, counts])
+def test_the_given_module_stays_as_it_is(body: Callable[..., Tensor]) -> None:
+    net = Net(body).train()
+    net.up.weight.requires_grad_(False)
+    net.down.eval()
+    net.down.register_forward_hook(lambda module, given, result: result * 1)
+    before = state_of(net)
+    try:
+        pruned_of(net, made(2, 6))
+        analysis = mptk.analyze(net, made(2, 6))
+        mptk.rewrite(analysis, random_plan(analysis))
+    except MptkError:
+        assert body is counts
+    assert state_of(net) == before
+
+
+class Cached(nn.Module):
+    """A decoder with a static cache whose tensors are buffers, as transformers exports it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=61, hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2
+        )
+        self.model = LlamaForCausalLM(config).eval()
+        self.cache = StaticCache(config=config, max_cache_len=12)
+        self.cache.early_initialization(2, 2, 8, torch.float32, torch.device("cpu"))
+        for i, layer in enumerate(self.cache.layers):
+            self.register_buffer(f"keys_{i}", layer.keys)
+            self.register_buffer(f"values_{i}", layer.values)
+            self.register_buffer(f"length_{i}", layer.cumulative_length)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True).logits
+
+
+def test_a_static_cache_stays_as_it_is_and_fills_in_the_pruned_module() -> None:
+    net, ids = Cached(), torch.arange(10).reshape(2, 5)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    pruned = pruned_of(net, ids, families="ffn")
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    small, eager = pruned.model, oracle(net, pruned)
+    for _ in range(2):
+        assert near(small(ids), eager(ids))
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())

@@ -19,7 +19,7 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.ir.samples import Samples, is_tokens
 from mptk.run.chain import Compiled, Prepared, Proven, Target
-from mptk.run.values import Witness, short
+from mptk.run.values import LONG, PROOF_SHAPE, Witness, short
 from mptk.runtime.staged import Executor
 from passes.analysis.borders import Reach, reach
 from passes.transforms.masked_reference import mask
@@ -37,7 +37,7 @@ def prove_folder(compiled: Compiled, targets: Sequence[Target], folder: Path, sa
     task, program = compiled.prepared.task, compiled.prepared.analysis.program
     sequences = task.sequences and _tokens(samples)
     longer = sequences and task.only_length(program) is None
-    reached = find_reach(compiled) if longer else Reach((), ())
+    reached = find_reach(compiled) if longer else Reach((), (), 0)
     batches = proof_batches(samples, reached.length, sequences)
     checks = [target.checks(compiled, folder, reached.borders) for target in targets]
     run = partial(prove, executor=compiled.prepared.executor)
@@ -80,14 +80,16 @@ def find_reach(compiled: Compiled) -> Reach:
     written = [] if compiled.written is None else [compiled.written.stock.config]
     prepared = compiled.prepared
     configs = [prepared.loaded.model.config, *written]  # a module with sequences is a transformers model
-    return reach(compiled.analysis.program, *configs, bound=prepared.settings.proof_length)
+    return reach(
+        compiled.analysis.program, *configs, bound=max(prepared.settings.proof_length, PROOF_SHAPE[1]), least=LONG
+    )
 
 
 def proof_batches(samples: Samples, length: int = 0, sequences: bool = True) -> list[Samples]:
-    """The short batch of ``samples`` and, if ``length`` is not 0, one sample whose token ids are that long."""
+    """The short batch of ``samples``, and one sample: if ``length`` is not 0, one whose token ids are that long."""
     first = short(samples, sequences)
-    if not length:
-        return [first]
+    if length <= _length(first):
+        return [first, first[:1]]
 
     def longer(tensor: Tensor) -> Tensor:
         flat = tensor.flatten()

@@ -64,10 +64,13 @@ class OnnxForm(Protocol):
         """
         ...
 
-    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device) -> Checks:
+    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
         """Stages of the proof: what runs the graphs of ``folder`` on ``device``, its tolerance, and what ran them.
 
-        ``crossed``: positions that decoding must cross.
+        ``crossed``: positions that decoding must cross. ``settings``: what the graphs must be.
+
+        Raises:
+            ProofError: a graph is not as the settings ask.
         """
         ...
 

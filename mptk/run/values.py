@@ -21,8 +21,10 @@ from mptk.run.folder import RunFolder
 from passes.targets.stock.config import StockConfig
 from passes.verify import Difference, StageOutputs
 
-PROOF_SHAPE = (2, 48)
+PROOF_SHAPE = (3, 48)
 """Samples of the proof's short batch, and the tokens of each."""
+LONG = 192
+"""Tokens of the proof's one long sequence, unless the model has fewer positions or changes what it does further on."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,10 @@ class SampleSets:
 
 
 def short(samples: Samples, sequences: bool) -> Samples:
-    """The proof's short batch of ``samples``. ``sequences``: as of their task."""
+    """The proof's short batch of ``samples``, again and again if they are few. ``sequences``: as of their task."""
     count, length = PROOF_SHAPE
-    return samples.shortened(count, length if sequences else sys.maxsize)
+    found = samples.shortened(count, length if sequences else sys.maxsize)
+    return found if len(found) == count else Samples(found.repeated(count).inputs)[:count]
 
 
 @dataclass(frozen=True)

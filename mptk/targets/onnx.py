@@ -61,7 +61,7 @@ class OnnxTarget(Target):
         form = compiled.prepared.task.onnx
         if form is None or not (folder / FOLDER).is_dir():
             return Checks()
-        return form.stages(folder / FOLDER, crossed, compiled.prepared.executor.device)
+        return form.stages(folder / FOLDER, crossed, compiled.prepared.executor.device, compiled.prepared.settings)
 
     def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
         """For each quantised graph: the weights' error over the rounding limit, and the logits' error in nats a token.

@@ -115,8 +115,13 @@ def is_half(graph: OrtGraph) -> bool:
     return graph.metadata.get(DTYPE) == HALF
 
 
-def stages_of(run: Runs, graph: OrtGraph, unpadded: Callable[[Tensor, Mapping[str, Tensor]], Tensor]) -> Checks:
-    """What ``run`` gives for the proof's samples, and for the same with padding.
+def stages_of(
+    run: Runs,
+    graph: OrtGraph,
+    unpadded: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
+    more: Mapping[str, StageOutputs] | None = None,
+) -> Checks:
+    """What ``run`` gives for the proof's samples, and for the same with padding; ``more``: other stages.
 
     ``graph``: the one whose metadata speak of all. ``unpadded``: outputs without those at padding.
     """
@@ -126,8 +131,9 @@ def stages_of(run: Runs, graph: OrtGraph, unpadded: Callable[[Tensor, Mapping[st
         return run(with_mask(samples.inputs))
 
     def padded(samples: Samples) -> Tensor:
-        return unpadded(run(padded_as_said(samples.inputs, said)), samples.inputs)
+        given, rows = padded_as_said(samples.inputs, said)
+        return unpadded(run(given)[rows], samples.inputs)
 
-    runs = {"ONNX Runtime": plain} | ({"ONNX Runtime padded": padded} if PADDING in said else {})
+    runs = {"ONNX Runtime": plain, **(more or {})} | ({"ONNX Runtime padded": padded} if PADDING in said else {})
     stages: dict[str, tuple[Program | StageOutputs, float]] = {name: (run, tolerance) for name, run in runs.items()}
     return Checks(stages=stages, ran=dict.fromkeys(stages, graph.provider))

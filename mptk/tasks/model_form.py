@@ -78,7 +78,7 @@ class ModelForm(OnnxForm):
         """The names of an input's axes."""
         return AXES.get(name, TOKEN_AXES)
 
-    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device) -> Checks:
+    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
         graph = OrtGraph(folder / FILE, device)
         return stages_of(graph, graph, unpadded)
 
@@ -106,7 +106,8 @@ def named(dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]
     wrapped = [(Flat(model, names), names) for names in candidates(dense.loaded, inputs)]
     traced = traced_as(dense, wrapped, with_mask(example), with_mask(inputs), expected)
     said = about_padding(model)
-    found = traced.run(executor, padded_as_said(inputs, said))
+    given, rows = padded_as_said(inputs, said)
+    found = traced.run(executor, given)[rows]
     return traced, said if equal(unpadded(found, inputs), expected) else {}
 
 

@@ -211,6 +211,9 @@ FIELDS: dict[str, Field] = {
     "onnx_dtype": Field(
         "onnx_dtype", str, WRITE, "Type of the ONNX graph; auto: as it computes.", choices=choices.ONNX_DTYPE
     ),
+    "strict": Field(
+        "strict", bool, WRITE, "Fail if an optional file, as a quantised graph, fails; else leave it out.", switch=True
+    ),
     "resume": Field("resume", bool, WRITE, "Continue the unfinished run beside --out.", switch=True),
     "eval_data": Field("eval_data", str | None, DATA, "Text for the perplexity in the report."),
     "eval_windows": Field("eval_windows", int, DATA, "Windows for the perplexity in the report."),
@@ -246,6 +249,7 @@ RECOVERY = (
     "logits",
     "quantize",
     "onnx_dtype",
+    "strict",
     "steps",
     "batch",
     "micro",
@@ -309,6 +313,7 @@ Device = Annotated[str, option("device")]
 Logits = Annotated[Literal["all", "last"], option("logits")]
 Quantize = Annotated[str, option("quantize")]
 OnnxDtype = Annotated[str, option("onnx_dtype")]
+Strict = Annotated[bool, option("strict")]
 Objective = Annotated[str, option("objective")]
 Threads = Annotated[int, option("threads")]
 Trust = Annotated[bool, option("trust_remote_code")]

@@ -112,7 +112,7 @@ def recover(
     settings = settings_from({**options, "steps": steps})
     check_recover(settings)
     measured = ("eval_data", "eval_windows", "eval_length")
-    given = ("data", "length", "seed", "resume", "onnx", "logits", "quantize", "onnx_dtype", "proof_length")
+    given = ("data", "length", "seed", "resume", "onnx", "logits", "quantize", "onnx_dtype", "strict", "proof_length")
     machine = ("max_shard_size", "memory", "device", "compute_dtype")
     changes: dict[str, Any] = {name: getattr(settings, name) for name in (*given, *measured, *machine)}
     changes |= {"model": model, "trust_remote_code": settings.trust_remote_code}

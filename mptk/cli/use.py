@@ -25,6 +25,7 @@ from mptk.cli.options import (
     OnnxDtype,
     Out,
     Quantize,
+    Strict,
     Threads,
     Trust,
     within,
@@ -54,6 +55,7 @@ def export_onnx(
     onnx_dtype: OnnxDtype = "auto",
     memory: Memory = None,
     device: Device = Settings.device,
+    strict: Strict = Settings.strict,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a model as ONNX, a decoder with its KV cache, with its config and tokenizer."""
@@ -61,6 +63,7 @@ def export_onnx(
 
     if "int4" not in names(quantize):
         refuse(("data",), "text is for int4 alone", "give --quantize int4, or leave it out")
+    notes: list[str] = []
     with stages(err) as progress:
         api.export_folder(
             model,
@@ -72,10 +75,12 @@ def export_onnx(
             onnx_dtype=onnx_dtype,
             memory=parse_size(memory),
             device=device,
+            strict=strict,
             trust_remote_code=trust_remote_code,
             progress=progress,
+            on_note=notes.append,
         )
-    out.print(f"written to {folder}", soft_wrap=True)
+    out.print(f"written to {folder}", *notes, sep="\n", soft_wrap=True, highlight=False)
 
 
 @command("gguf", examples=("gguf runs/free --like smollm2-135m --out runs/free.gguf",))

@@ -41,7 +41,19 @@ Shown = Progress | Literal["auto"] | None
 """Where progress goes: bars on a terminal and in a notebook (``auto``), a function, or nowhere (None)."""
 
 _OF_A_RECOVERY = (
-    *("data", "eval_data", "length", "seed", "resume", "onnx", "logits", "quantize", "onnx_dtype", "proof_length"),
+    *(
+        "data",
+        "eval_data",
+        "length",
+        "seed",
+        "resume",
+        "onnx",
+        "logits",
+        "quantize",
+        "onnx_dtype",
+        "strict",
+        "proof_length",
+    ),
     *("eval_windows", "eval_length", "max_shard_size", "memory", "device", "compute_dtype"),
 )
 """Fields of ``Settings`` that do not say what is cut."""

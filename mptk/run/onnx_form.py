@@ -48,7 +48,12 @@ class Dense:
 
 
 class OnnxForm(Protocol):
-    """How a kind of model is written as ONNX, and how the graphs are run."""
+    """How a kind of model is written as ONNX, and how the graphs are run.
+
+    ``described``: the files that ``describe`` may write; a folder is whole without them.
+    """
+
+    described: tuple[str, ...] = ()
 
     def check(self, model: PreTrainedModel, settings: Settings) -> None:
         """Raise MptkError if a model like this is not written as the settings ask."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
@@ -115,3 +116,20 @@ class Checks:
     exact: tuple[Difference, ...] = ()
     stages: Mapping[str, tuple[Program | StageOutputs, float]] = field(default_factory=dict)
     ran: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A part of a folder without which the rest is whole, such as a quantised graph.
+
+    ``name``: its file. ``check`` gives its differences, or raises ProofError. ``remove`` takes it out of the folder.
+    """
+
+    name: str
+    check: Callable[[], Sequence[Difference]]
+    remove: Callable[[], None]
+
+
+def left_out(name: str, error: MptkError) -> str:
+    """The note on an optional file that could not be made or proven."""
+    return f"{name} was left out: {str(error).partition('; ')[0]}"

@@ -19,10 +19,12 @@ from mptk.ir.program import Program
 from mptk.ir.samples import Samples, next_tokens
 from mptk.run.chain import stored_type
 from mptk.run.onnx_form import Dense, OnnxForm
-from mptk.run.settings import Settings
+from mptk.run.settings import Settings, check_onnx_dtype
 from mptk.run.values import Checks
 from mptk.runtime.decoder import FILE, OrtDecoder
 from mptk.tasks.decoder_onnx import export_decoder
+from mptk.tasks.exporting import quantised
+from mptk.tasks.genai import FILE as GENAI
 from mptk.tasks.genai import write_genai_config
 from mptk.tasks.rounding import logits_apart
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
@@ -49,9 +51,9 @@ class Case:
         Padding between prompt and answer counts in a window, also in torch: then only the prompt is comparable.
         """
         if self.padded:
-            if self.padded == "right" and crossed:
-                return replace(self, steps=()).calls(rows, length, ())
             longest = max(1, min(LONGEST, length - sum(self.steps)))
+            if self.padded == "right" and any(longest + PADDING + sum(self.steps) > border for border in crossed):
+                return replace(self, steps=()).calls(rows, length, ())
             prompts = [max(1, longest * (SHARES - row % SHARES) // SHARES) for row in range(rows)]
             return prompts, list(self.steps)
         borders = [border - sum(self.steps) // 2 for border in crossed if border + sum(self.steps) <= length]
@@ -76,16 +78,18 @@ CASES = (
 class DecoderForm(OnnxForm):
     """``model.onnx`` takes token ids, mask, positions and the cache, and gives logits and the new cache."""
 
+    described = (GENAI,)
+
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         settings, loaded = dense.settings, dense.loaded
-        export_decoder(
+        text = None if samples is None else samples.inputs["input_ids"]
+        check_onnx_dtype(settings.onnx_dtype, settings.quantize)
+        file = export_decoder(
             loaded.model,
             folder,
             {"source": loaded.source, **dense.about},
             plan=plan,
             logits=settings.logits,
-            quantize=settings.quantize,
-            text=None if samples is None else samples.inputs["input_ids"],
             objective=settings.objective,
             onnx_dtype=settings.onnx_dtype,
             log=log,
@@ -94,7 +98,7 @@ class DecoderForm(OnnxForm):
             dense=lambda ids: dense.run(next_tokens(ids)),
             executor=dense.executor,
         )
-        return []
+        return quantised(dense, file, text, log)
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
         decoder = OrtDecoder(folder, device=device)
@@ -130,18 +134,18 @@ def decoded(decoder: OrtDecoder, case: Case, crossed: Sequence[int], samples: Sa
     ids = samples.inputs["input_ids"]
     prompts, calls = case.calls(len(ids), ids.shape[1], crossed)
     width = max(prompts) + (PADDING if case.padded else 0)
-    places = torch.stack([_place(count, width, case.padded) for count in prompts])
-    mask = (places >= 0).long()
-    found, cache = decoder.prefill((ids.gather(1, places.clamp(min=0)) * mask).numpy(), mask.numpy())
-    logits, positions = [torch.from_numpy(found.copy())], [places[:, -found.shape[1] :]]
+    places = [torch.stack([_place(count, width, case.padded) for count in prompts])]
+    mask = (places[0] >= 0).long()
+    found, cache = decoder.prefill((ids.gather(1, places[0].clamp(min=0)) * mask).numpy(), mask.numpy())
+    logits = [torch.from_numpy(found.copy())]
     done = torch.tensor(prompts)[:, None]
     for count in calls:
-        at = done + torch.arange(count)
-        found, cache = decoder.decode(ids.gather(1, at).numpy(), cache)
+        places.append(done + torch.arange(count))
+        found, cache = decoder.decode(ids.gather(1, places[-1]).numpy(), cache)
         logits.append(torch.from_numpy(found.copy()))
-        positions.append(at[:, -found.shape[1] :])
         done = done + count
-    return Placed(torch.cat(logits, 1), torch.cat(positions, 1))
+    told = [place[:, -1:] for place in places] if decoder.last_only else places
+    return Placed(torch.cat(logits, 1), torch.cat(told, 1))
 
 
 def _place(count: int, width: int, side: str) -> Tensor:

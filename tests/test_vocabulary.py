@@ -195,7 +195,7 @@ def test_another_tokenizer_in_the_folder_is_seen(pruned, tmp_path):
     vocab["t"], vocab["h"] = vocab["h"], vocab["t"]
     (copy / "tokenizer.json").write_text(json.dumps(content))
     write_manifest(copy)
-    with pytest.raises(MptkError, match="the tokenizer is not the dense one with the plan's tokens"):
+    with pytest.raises(MptkError, match=r"'config': model.vocab.h of tokenizer.json is \d+, but"):
         mptk.verify(copy)
 
 

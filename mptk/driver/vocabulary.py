@@ -89,7 +89,7 @@ def unread_tokenizer(loaded: Loaded, folder: Path) -> str:
     """What a proof says if the tokenizer in ``folder`` cannot be compared; empty if it can, or there is none."""
     if loaded.tokenizer is not None or not models.has_tokenizer(folder):
         return ""
-    return "the tokenizer was not compared, since the dense model in memory has none; save it, and give --model DIR"
+    return "the tokenizer was not compared, since the dense model has none; save it there, and give --model DIR"
 
 
 def _check_tokens(tokens: Tokens, vocabulary: Vocabulary) -> None:

@@ -64,8 +64,7 @@ class OnnxTarget(Target):
             return Checks()
         loaded = compiled.prepared.loaded
         if compiled.written is None:
-            known = loaded.tokenizer is not None or not loaded.live
-            check_beside(folder / FOLDER, partial(_alone, loaded), all_known=known)
+            check_beside(folder / FOLDER, partial(_alone, loaded), all_known=loaded.tokenizer is not None)
         return form.stages(folder / FOLDER, crossed, compiled.prepared.executor.device, compiled.prepared.settings)
 
     def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:

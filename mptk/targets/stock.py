@@ -108,7 +108,7 @@ class StockTarget(Target):
         check_code(loaded.path, folder)
         config = check_config(compiled.written, folder, trust)
         beside = partial(write_beside, loaded, same_features=same_features(compiled))
-        check_beside(folder, beside, all_known=loaded.tokenizer is not None or not loaded.live)
+        check_beside(folder, beside, all_known=loaded.tokenizer is not None)
         check_reading(compiled, folder)
         executor = compiled.prepared.executor
         reloaded = models.open_weights(str(folder), Resident(0), trust_remote_code=trust)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -16,8 +16,8 @@ from mptk.progress import steps
 from mptk.runtime.staged import EXECUTOR, Executor
 from passes.transforms.round_weights import RoundWeights
 
-StageOutputs = Callable[[Samples], "Tensor | tuple[Tensor, list[int]]"]
-"""Samples → outputs of all or of the last positions; or outputs and their positions."""
+StageOutputs = Callable[[Samples], "Tensor | Placed"]
+"""Samples → outputs of all samples and positions; or of some."""
 
 TOLERANCE = 5e-5
 """Largest difference of the logits of two torch programs in float32, relative to the largest logit."""
@@ -33,6 +33,17 @@ POSITIONS = 64
 """Positions of a sequence that are compared at once: logits are large."""
 WIDEST = 1e-3
 """Upper bound of every tolerance, however ill-conditioned the model is."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Outputs at some positions: [rows, n, …], of the first rows of the samples.
+
+    ``places``: the position of each in its sample, int64 [rows, n]; -1: it is at padding, and may be anything.
+    """
+
+    outputs: Tensor
+    places: Tensor
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,8 @@ def _run(
     """
     try:
         found = run(batch)
-        if isinstance(reference, Tensor):
+        if isinstance(reference, Tensor) or isinstance(found, Placed):
+            assert isinstance(reference, Tensor)
             return difference(name, found, reference.float(), tolerance)
         pairs = zip(found, reference, strict=True)
         each = [difference(name, one, other.float(), tolerance) for one, other in pairs if isinstance(one, Tensor)]
@@ -154,26 +166,41 @@ def failed(name: str, error: Exception, tolerance: float) -> Difference:
     return Difference(name, math.inf, math.inf, tolerance, failure=reason[:200])
 
 
-def difference(
-    stage: str, logits: Tensor | tuple[Tensor, list[int]], reference: Tensor, tolerance: float
-) -> Difference:
-    """The difference of logits [batch, sequence, vocab] from ``reference``.
+def difference(stage: str, found: Tensor | Placed, reference: Tensor, tolerance: float) -> Difference:
+    """The difference of outputs [batch, sequence, vocab] from ``reference``.
 
-    NaN is an infinite difference. If all reference logits are zero, any difference is relatively infinite. Outputs of
-    other shapes are compared as they are.
+    NaN is an infinite difference. If all reference outputs are zero, any difference is relatively infinite.
+
+    Raises:
+        ValueError: there are too few outputs, or too many.
     """
-    if isinstance(logits, Tensor) and logits.ndim < 2:
-        logits, reference = logits.reshape(1, -1), reference.reshape(1, -1)
-    if isinstance(logits, tuple):
-        logits, positions = logits
-        expected = reference[:, positions]
-    else:
-        expected = reference[:, reference.shape[1] - logits.shape[1] :]
-    pairs = zip(logits.split(POSITIONS, 1), expected.to(logits.device).split(POSITIONS, 1), strict=True)
-    largest = torch.stack([(one.float() - other).abs_().max() for one, other in pairs]).max().item()
-    scale = max(abs(limit.item()) for limit in expected.aminmax())
-    if largest != largest:
-        return Difference(stage, math.inf, math.inf, tolerance)
+    largest, scale = 0.0, 0.0
+    for one, other in _parts(found, reference):
+        if one.shape != other.shape:
+            raise ValueError(f"the outputs are {list(one.shape)}, not {list(other.shape)}")
+        if not one.numel():
+            continue
+        apart = (one.float() - other).abs_().max().item()
+        if apart != apart:
+            return Difference(stage, math.inf, math.inf, tolerance)
+        largest = max(largest, apart)
+        scale = max(scale, *(abs(limit.item()) for limit in other.aminmax()))
     if not scale:
         return Difference(stage, largest, math.inf if largest else 0.0, tolerance)
     return Difference(stage, largest, largest / scale, tolerance)
+
+
+def _parts(found: Tensor | Placed, reference: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Outputs and what they must be, ``POSITIONS`` at a time."""
+    if isinstance(found, Placed):
+        rows = torch.arange(len(found.places))[:, None]
+        for outputs, places in zip(found.outputs.split(POSITIONS, 1), found.places.split(POSITIONS, 1), strict=True):
+            kept = places >= 0
+            if outputs.shape[:2] != places.shape:
+                raise ValueError(f"there are outputs at {list(outputs.shape[:2])} positions, not {list(places.shape)}")
+            expected = reference[rows.expand_as(places)[kept], places[kept]]
+            yield outputs[kept.to(outputs.device)], expected.to(outputs.device)
+    elif found.shape != reference.shape or found.ndim < 2:
+        yield found, reference.to(found.device)
+    else:
+        yield from zip(found.split(POSITIONS, 1), reference.to(found.device).split(POSITIONS, 1), strict=True)

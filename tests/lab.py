@@ -64,7 +64,7 @@ def once(function: Callable[..., Any], key: Callable[..., Any]) -> Callable[...,
 class Lab:
     """A dense model, a plan for it, and a folder that was published with ONNX, quantised too."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, quantize: tuple[str, ...] = ("int8", "int4")) -> None:
         self.root, self.count = root, 0
         config = MistralConfig(
             hidden_size=48,
@@ -90,7 +90,7 @@ class Lab:
         self.settings = mptk.Settings(
             method="wanda", plan=str(root / "plan.json"), data=str(text), samples=3, length=40, eval_length=40
         )
-        self.folder = self.prune(quantize=("int8", "int4"))
+        self.folder = self.prune(quantize=quantize)
 
     def prune(self, **changes: Any) -> Path:
         self.count += 1

@@ -18,7 +18,7 @@ from mptk.driver.proof import proof_batches
 from mptk.errors import MptkError
 from mptk.io.manifest import write_manifest
 from mptk.ir.samples import next_tokens
-from mptk.tasks.decoder_form import decoded
+from mptk.tasks.decoder_form import CASES, decoded
 from passes.analysis.borders import config_borders, graph_borders, reach
 from passes.frontend.trace import trace
 from passes.verify import Difference
@@ -77,6 +77,13 @@ def test_a_proof_stops_at_its_bound_and_at_the_models_last_position() -> None:
 
     found = reach(program, with_window(90, 125, 4000), bound=1024)
     assert (found.borders, found.beyond, found.length) == ((64, 90), (), 98)
+    lengths = [reach(program, with_window(), bound=bound, least=192).length for bound in (1024, 100)]
+    assert lengths == [120, 100]
+    config.max_position_embeddings = 4096
+    assert reach(program, config, bound=1024, least=192).length == 192
+    config.max_target_positions = 56
+    assert reach(program, config, bound=1024, least=192).length == 48
+    config = LlamaConfig(max_position_embeddings=128)
     short = reach(program, with_window(90), bound=80)
     assert (short.borders, short.beyond) == ((64,), (90,))
     assert short.note.endswith("--proof-length 98 covers it")
@@ -85,19 +92,28 @@ def test_a_proof_stops_at_its_bound_and_at_the_models_last_position() -> None:
 def test_the_long_sequence_is_text_again_and_again() -> None:
     windows = torch.arange(60).reshape(3, 20)
     short, long = (batch.inputs["input_ids"] for batch in proof_batches(next_tokens(windows), 130))
-    assert torch.equal(short, windows[:2])
+    assert torch.equal(short, windows)
     assert torch.equal(long[0, :61], torch.tensor([*range(60), 0]))
     assert long.shape == (1, 130)
+
+
+def test_there_are_three_short_rows_and_one_row_whatever_the_samples_are() -> None:
+    windows = torch.arange(40).reshape(2, 20)
+    short, one = (batch.inputs["input_ids"] for batch in proof_batches(next_tokens(windows), 12))
+    assert torch.equal(short, windows[[0, 1, 0]])
+    assert torch.equal(one, windows[:1])
 
 
 class Counting:
     """A decoder whose logits are the position, and which keeps what it was asked."""
 
+    last_only = False
+
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
 
-    def empty(self, batch: int) -> int:
-        return 0
+    def prefill(self, ids: object, mask: object) -> tuple[object, int]:
+        return self.decode(ids, 0)
 
     def decode(self, ids: object, cache: int) -> tuple[object, int]:
         many = ids.shape[1]  # type: ignore[attr-defined]
@@ -106,12 +122,12 @@ class Counting:
 
 
 def test_decoding_steps_cross_each_border_with_the_cache() -> None:
-    counting = Counting()
-    logits, positions = decoded(counting, torch.zeros(1, 40, dtype=torch.long), [10, 12, 39])  # type: ignore[arg-type]
-    assert positions == [8, 9, 10, 11, 12, 13, 36, 37, 38, 39]
-    assert logits[0, :, 0].tolist() == positions
-    assert counting.asked[:2] == [(0, 8), (8, 1)]
-    assert (14, 22) in counting.asked
+    counting, samples = Counting(), next_tokens(torch.zeros(1, 40, dtype=torch.long))
+    found = decoded(counting, CASES[-1], [10, 12, 39], samples)  # type: ignore[arg-type]
+    assert found.places.tolist() == [list(range(40))]
+    assert found.outputs[0, :, 0].tolist() == list(range(40))
+    ends = [cache + many for cache, many in counting.asked]
+    assert ends == [*range(7, 17), 33, 34, 35, 38, 39, 40]
 
 
 def test_a_window_of_the_config_that_is_not_the_dense_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +138,7 @@ def test_a_window_of_the_config_that_is_not_the_dense_models(tmp_path: Path, mon
     )
     out = tmp_path / "out"
     report = mptk.prune(dense, out, settings).report
-    assert report.proof_length == 72
+    assert report.proof_length == 192
     edited = json.loads((out / "config.json").read_text()) | {"sliding_window": 96}
     (out / "config.json").write_text(json.dumps(edited))
     write_manifest(out)

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import transformers
-from graph_damage import damaged
+from graph_damage import damaged, rewired
 from kinds import CLASSES, MODELS, VOCAB
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
@@ -159,11 +159,52 @@ def test_a_wrong_weight_fails_the_proof(
         mptk.verify(folder)
 
 
+ALONE = ("shape = Shape({})", "rows = Gather(shape, 0)", "wrong = Equal(rows, 1)", "by = Cast<to=1>(wrong)")
+FLOWS: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
+    "an encoder ignores its mask": (
+        *("encoder", "model.onnx", "attention_mask"),
+        ("nothing = Mul(attention_mask, 0)", "damaged = Add(nothing, 1)"),
+        "ONNX Runtime padded",
+    ),
+    "an encoder takes the first row's mask for all": (
+        *("encoder", "model.onnx", "attention_mask"),
+        ("first = Gather(attention_mask, [0])", "size = Shape(attention_mask)", "damaged = Expand(first, size)"),
+        "ONNX Runtime padded",
+    ),
+    "images are wrong at one row": (
+        *("image classifier", "model.onnx", "logits"),
+        (*(line.format("pixel_values") for line in ALONE), "damaged = Add(logits, by)"),
+        "ONNX Runtime",
+    ),
+    "a decoder without a cache is wrong for one token": (
+        *("encoder-decoder", "decoder_model.onnx", "logits"),
+        (
+            *("shape = Shape(input_ids)", "many = Gather(shape, 1)", "wrong = Equal(many, 1)"),
+            *("by = Cast<to=1>(wrong)", "damaged = Add(logits, by)"),
+        ),
+        "ONNX Runtime steps",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_graph_that_is_right_for_whole_rows_only_fails_the_proof(
+    pruned_folder: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    kind, file, value, lines, stage = FLOWS[name]
+    folder = tmp_path / "out"
+    shutil.copytree(pruned_folder(kind), folder)
+    rewired(folder / "onnx" / file, value, *lines)
+    write_manifest(folder)
+    with pytest.raises(ProofError, match=f"the proof fails at '{stage}'"):
+        mptk.verify(folder)
+
+
 def test_a_plan_may_cut_what_the_encoder_hands_on(folders: Path, tmp_path: Path) -> None:
     dense = folders / "encoder-decoder"
     options = {"sparsity": 0.3, "tolerance": 0.3, "method": "magnitude", "families": ("hidden",), "target": "graph"}
     report = mptk.prune(str(dense), tmp_path / "out", mptk.Settings(**options, **SETTINGS)).report
-    assert [row["stage"] for row in report.proof][-2:] == ["ONNX Runtime", "ONNX Runtime padded"]
+    assert [row["stage"] for row in report.proof][-3:] == ["ONNX Runtime", "ONNX Runtime steps", "ONNX Runtime padded"]
     width = report.families["hidden"]["width"]
     session = ort.InferenceSession(tmp_path / "out" / "onnx" / "encoder_model.onnx")
     assert session.get_outputs()[0].shape[2] == width < 24

@@ -85,6 +85,9 @@ def gpt2(tmp_path_factory) -> str:
     return save(GPT2LMHeadModel(config), tmp_path_factory.mktemp("gpt2"))
 
 
+CASES = ("prefill", "padded left", "padded right", "decode")
+
+
 @pytest.fixture(scope="module")
 def pruned(llama, tmp_path_factory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("out") / "pruned"
@@ -101,6 +104,8 @@ def test_report_says_what_was_cut_and_that_it_is_proven(pruned):
         "rewritten graph",
         "reloaded checkpoint",
         "ONNX Runtime prefill",
+        "ONNX Runtime padded left",
+        "ONNX Runtime padded right",
         "ONNX Runtime decode",
     ]
     assert all(d["ok"] and d["max_abs"] < 1e-3 for d in report.proof)
@@ -158,7 +163,7 @@ def test_last_logits_alone_are_proven_too(llama, tmp_path):
 
 def test_a_failed_proof_publishes_nothing(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        pruning, "prove_folder", lambda *_: Proven((Difference("rewritten graph", 1.0, 0.1, 1e-5),), 48)
+        pruning, "prove_folder", lambda *_, **how: Proven((Difference("rewritten graph", 1.0, 0.1, 1e-5),), 48)
     )
     with pytest.raises(MptkError, match="rewritten graph"):
         mptk.prune(llama, tmp_path / "out", SETTINGS)
@@ -250,7 +255,7 @@ def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2, t
     )
     report = mptk.prune(gpt2, tmp_path / "out", settings).report
     assert report.families["heads"] == {"of": 6, "width": 4, "layers": 2}
-    stages = {"stored weights", "rewritten graph", "ONNX Runtime prefill", "ONNX Runtime decode"}
+    stages = {"stored weights", "rewritten graph", *(f"ONNX Runtime {case}" for case in CASES)}
     assert {d["stage"] for d in report.proof} == stages
     assert {d.stage for d in mptk.verify(tmp_path / "out")} == stages
 

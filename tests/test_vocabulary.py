@@ -26,6 +26,7 @@ from mptk.cli.main import app
 from mptk.driver.card import CARD
 from mptk.errors import MptkError
 from mptk.io.manifest import write_manifest
+from mptk.io.vocabulary.reading import check_same_reading
 from mptk.ir.plan import Plan
 
 WORDS = "the quick brown fox jumps "
@@ -195,8 +196,31 @@ def test_another_tokenizer_in_the_folder_is_seen(pruned, tmp_path):
     vocab["t"], vocab["h"] = vocab["h"], vocab["t"]
     (copy / "tokenizer.json").write_text(json.dumps(content))
     write_manifest(copy)
-    with pytest.raises(MptkError, match="the tokenizer is not the dense one with the plan's tokens"):
+    with pytest.raises(MptkError, match=r"'config': model.vocab.h of tokenizer.json is \d+, but"):
         mptk.verify(copy)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        (
+            "pre_tokenizer",
+            {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+            "reads",
+        ),
+        ("decoder", {"type": "Fuse"}, "writes the tokens of"),
+    ],
+)
+def test_a_written_tokenizer_must_read_and_write_as_the_dense_one(tmp_path, part, value, message):
+    """Added, special and rare tokens, whatever the files say."""
+    dense = toys.tokenizer()
+    dense.add_tokens(["<Added>"])
+    dense.save_pretrained(tmp_path)
+    check_same_reading(dense, AutoTokenizer.from_pretrained(tmp_path), None)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | {part: value}))
+    with pytest.raises(MptkError, match=f"the written tokenizer {message}"):
+        check_same_reading(dense, AutoTokenizer.from_pretrained(tmp_path), None)
 
 
 def test_a_report_that_names_other_tokens_is_not_believed(pruned, tmp_path):

@@ -218,6 +218,9 @@ FIELDS: dict[str, Field] = {
         "Replace an earlier result although files were added to it, which stay, or changed.",
         switch=True,
     ),
+    "strict": Field(
+        "strict", bool, WRITE, "Fail if an optional file, as a quantised graph, fails; else leave it out.", switch=True
+    ),
     "resume": Field("resume", bool, WRITE, "Continue the unfinished run beside --out.", switch=True),
     "eval_data": Field("eval_data", str | None, DATA, "Text for the perplexity in the report."),
     "eval_windows": Field("eval_windows", int, DATA, "Windows for the perplexity in the report."),
@@ -253,6 +256,7 @@ RECOVERY = (
     "logits",
     "quantize",
     "onnx_dtype",
+    "strict",
     "steps",
     "batch",
     "micro",
@@ -317,6 +321,7 @@ Device = Annotated[str, option("device")]
 Logits = Annotated[Literal["all", "last"], option("logits")]
 Quantize = Annotated[str, option("quantize")]
 OnnxDtype = Annotated[str, option("onnx_dtype")]
+Strict = Annotated[bool, option("strict")]
 Objective = Annotated[str, option("objective")]
 Threads = Annotated[int, option("threads")]
 Overwrite = Annotated[bool, option("overwrite")]

@@ -113,7 +113,7 @@ def recover(
     settings = settings_from({**options, "steps": steps})
     check_recover(settings)
     measured = ("eval_data", "eval_windows", "eval_length")
-    given = ("data", "length", "seed", "resume", "overwrite", "onnx", "logits", "quantize", "onnx_dtype")
+    given = ("data", "length", "seed", "resume", "overwrite", "onnx", "logits", "quantize", "onnx_dtype", "strict")
     machine = ("proof_length", "max_shard_size", "memory", "device", "compute_dtype")
     changes: dict[str, Any] = {name: getattr(settings, name) for name in (*given, *measured, *machine)}
     changes |= {"model": model, "trust_remote_code": settings.trust_remote_code}

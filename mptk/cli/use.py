@@ -26,6 +26,7 @@ from mptk.cli.options import (
     Out,
     Overwrite,
     Quantize,
+    Strict,
     Threads,
     Trust,
     within,
@@ -56,6 +57,7 @@ def export_onnx(
     memory: Memory = None,
     device: Device = Settings.device,
     overwrite: Overwrite = False,
+    strict: Strict = Settings.strict,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a model as ONNX, a decoder with its KV cache, with its config and tokenizer."""
@@ -63,6 +65,7 @@ def export_onnx(
 
     if "int4" not in names(quantize):
         refuse(("data",), "text is for int4 alone", "give --quantize int4, or leave it out")
+    notes: list[str] = []
     with stages(err) as progress:
         api.export_folder(
             model,
@@ -74,11 +77,13 @@ def export_onnx(
             onnx_dtype=onnx_dtype,
             memory=parse_size(memory),
             device=device,
+            strict=strict,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
             progress=progress,
+            on_note=notes.append,
         )
-    out.print(f"written to {folder}", soft_wrap=True)
+    out.print(f"written to {folder}", *notes, sep="\n", soft_wrap=True, highlight=False)
 
 
 @command("gguf", examples=("gguf runs/free --like smollm2-135m --out runs/free.gguf",))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mptk.compat.torch import sources_forgotten
 from mptk.cost.budgets import phase
 from mptk.driver.changes import stored_weights
 from mptk.driver.tracing import traced
-from mptk.errors import MptkError
+from mptk.errors import MptkError, ProofError
 from mptk.files import path_of, write_result
 from mptk.io import data, models
 from mptk.io.cache import build_private, private_place
@@ -42,9 +43,10 @@ from mptk.progress import Progress, silent, within
 from mptk.run.execution import execution, session_device
 from mptk.run.onnx_form import Dense
 from mptk.run.settings import Settings, check_onnx_dtype
+from mptk.run.values import left_out
 from mptk.runtime.bench import LENGTHS, Bench, bench_decoders
 from mptk.runtime.decoder import model_folder
-from mptk.targets.onnx import describe
+from mptk.targets.onnx import describe, remove_graph
 from mptk.tasks import CAUSAL_LM, check_decoder, example_of, form_of, load_decoder, open_task
 from mptk.tasks.decoder_onnx import export_decoder
 from mptk.version import __version__
@@ -56,7 +58,7 @@ from passes.frontend.trace import ExampleInputs
 from passes.frontend.trace_decoder import LogitsScope
 from passes.pipelines import check_schemes, cutting, passes_until
 from passes.targets.onnx.check_quantized import check_quantized
-from passes.targets.onnx.names import FILE, QUANTIZED, quantized_files, scheme_of
+from passes.targets.onnx.names import FILE, quantized_files, scheme_of
 from passes.transforms.rewrite import Rewrite
 
 __all__ = ["analyze", "bench", "export", "export_folder", "gguf", "rewrite", "rule", "show", "trace"]
@@ -264,20 +266,23 @@ def export_folder(
     onnx_dtype: str = "auto",
     memory: int | None = None,
     device: str = Settings.device,
+    strict: bool = Settings.strict,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    on_note: Callable[[str], object] = warnings.warn,
 ) -> Path:
     """Write a model of any task as a folder that ONNX consumers take: config, tokenizer and ``onnx/``.
 
     The graph of an image model takes images of its config's size.
 
     ``text``: a file, folder or dataset of which a decoder's ``int4`` gets 32 windows of 256 tokens, or of all
-    positions. ``memory``, ``device``, ``overwrite``: as in ``Settings``. What is not named here is as in ``export``.
+    positions. ``memory``, ``device``, ``strict``, ``overwrite``: as in ``Settings``. ``on_note`` is given a line on each
+    optional file that is left out. What is not named here is as in ``export``.
 
     Raises:
         MptkError: as ``export``; or ``out`` exists and was not made by mptk, or holds other files.
-        ProofError: a quantised weight is further from the float one than rounding brings it.
+        ProofError: it is ``strict``, and a quantised weight is further from the float one than rounding brings it.
     """
     say = progress or silent
     check_replaceable(Path(out), overwrite)
@@ -287,7 +292,7 @@ def export_folder(
     check_onnx_dtype(onnx_dtype, quantize)
     say("load", 0, 0)
     how: dict[str, Any] = {"logits": logits, "quantize": tuple(quantize), "objective": objective}
-    settings = Settings(memory=memory, device=device, onnx_dtype=onnx_dtype, **how)
+    settings = Settings(memory=memory, device=device, onnx_dtype=onnx_dtype, strict=strict, **how)
     resident, executor = execution(settings)
     loaded, task = open_task(model, resident, trust_remote_code=trust_remote_code)
     if task.onnx is None:
@@ -305,10 +310,9 @@ def export_folder(
         say("export ONNX", 0, 0)
         with within(say, "export ONNX"):
             samples = None if windows is None else next_tokens(windows)
-            task.onnx.export(dense, None, samples, folder / "onnx", Log())
-        for scheme in quantize:
-            with within(say, f"check {scheme}"):
-                check_quantized(folder / "onnx" / FILE, folder / "onnx" / QUANTIZED[scheme], scheme)
+            notes = task.onnx.export(dense, None, samples, folder / "onnx", Log())
+        for note in [*notes, *_checked(folder / "onnx", say, strict)]:
+            on_note(note)
         loaded.model.config.save_pretrained(folder)
         copy_processors(loaded.path, folder, same_features=True)
         generation = getattr(loaded.model, "generation_config", None)
@@ -316,8 +320,28 @@ def export_folder(
             generation.save_pretrained(folder)
         if loaded.tokenizer is not None:
             save_tokenizer(loaded.tokenizer, folder)
-        describe(task.onnx, loaded.model.config, generation, folder)
+        for note in describe(task.onnx, loaded.model.config, generation, folder, strict):
+            on_note(note)
     return Path(out)
+
+
+def _checked(folder: Path, say: Progress, strict: bool) -> list[str]:
+    """Compare the quantised graphs of a folder with its float graph; notes on those that are left out.
+
+    Raises:
+        ProofError: one is further from it than rounding brings it, and it is ``strict``.
+    """
+    notes = []
+    for file in quantized_files(folder):
+        try:
+            with within(say, f"check {scheme_of(file)}"):
+                check_quantized(folder / FILE, file, scheme_of(file))
+        except ProofError as error:
+            if strict:
+                raise
+            remove_graph(file)
+            notes.append(left_out(f"{folder.name}/{file.name}", error))
+    return notes
 
 
 @checked

@@ -25,7 +25,7 @@ from mptk.run.execution import device_memory, find_device
 from mptk.run.processes import blocks
 from mptk.run.rungs import judged, searched
 from mptk.run.settings import Settings
-from mptk.run.values import PROOF_SHAPE
+from mptk.run.values import LONG, PROOF_SHAPE
 from passes.analysis.borders import MARGIN, config_borders
 
 SCORES = {"random": 0, "magnitude": 0, "taylor": 3, "fisher": 4}
@@ -108,7 +108,7 @@ def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.
         passes["reconstruct"] = Pass(calibration, s.length, flops=sizes.fit)
     if s.distil_epochs:  # the dense model once, the small one forward, and forward and back in each epoch
         passes["distil"] = Pass(calibration * (1 + kept * (1 + 3 * s.distil_epochs)), s.length, reads=2)
-    proof = PROOF_SHAPE[0] * PROOF_SHAPE[1] + (s.proof_length if long_proof else 0)
+    proof = PROOF_SHAPE[0] * PROOF_SHAPE[1] + (s.proof_length if long_proof else min(LONG, s.proof_length))
     passes["prove"] = Pass(3 * proof, s.length, reads=2)
     passes["measure"] = Pass(2 * s.eval_windows * s.eval_length, s.eval_length, reads=2)
     return Work(

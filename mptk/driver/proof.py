@@ -19,25 +19,29 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.ir.samples import Samples, is_tokens
 from mptk.run.chain import Compiled, Prepared, Proven, Target
-from mptk.run.values import Witness, short
+from mptk.run.values import LONG, Extra, Witness, left_out, short
 from mptk.runtime.staged import Executor
 from passes.analysis.borders import Reach, reach
 from passes.transforms.masked_reference import mask
 from passes.verify import TOLERANCE, Difference, StageOutputs, prove
 
 
-def prove_folder(compiled: Compiled, targets: Sequence[Target], folder: Path, samples: Samples) -> Proven:
+def prove_folder(
+    compiled: Compiled, targets: Sequence[Target], folder: Path, samples: Samples, *, whole: bool = True
+) -> Proven:
     """Every stage's difference, of the cut program and of what each target wrote into ``folder``.
 
-    ``samples``: what the proof's batches are made of (``proof_batches``).
+    ``samples``: what the proof's batches are made of (``proof_batches``). ``whole``: whether optional files must be
+    right, too; if not, those that are not are removed.
 
     Raises:
-        MptkError: the config is not what it must be; or the folder cannot be loaded.
+        MptkError: the config is not what it must be; the folder cannot be loaded; or an optional file must be right and
+            is not.
     """
     task, program = compiled.prepared.task, compiled.prepared.analysis.program
     sequences = task.sequences and _tokens(samples)
     longer = sequences and task.only_length(program) is None
-    reached = find_reach(compiled) if longer else Reach((), ())
+    reached = find_reach(compiled) if longer else Reach((), (), 0)
     batches = proof_batches(samples, reached.length, sequences)
     checks = [target.checks(compiled, folder, reached.borders) for target in targets]
     run = partial(prove, executor=compiled.prepared.executor)
@@ -55,7 +59,32 @@ def prove_folder(compiled: Compiled, targets: Sequence[Target], folder: Path, sa
     found = [replace(d, ran=ran.get(d.stage, d.ran)) for d in found]
     if all(d.ok for d in found):
         found += [d for target in targets for d in target.rounded(compiled, folder, batches)]
-    return Proven(tuple(found), max(reached.length, *map(_length, batches)), reached.note)
+    notes: list[str] = []
+    if all(d.ok for d in found):
+        extras = [extra for target in targets for extra in target.extras(compiled, folder, batches)]
+        more, notes = _proven_extras(extras, whole)
+        found += more
+    if notes:  # the config says which files there are
+        for target in targets:
+            target.checks(compiled, folder, reached.borders)
+    return Proven(tuple(found), max(map(_length, batches)), reached.note, tuple(notes))
+
+
+def _proven_extras(extras: Sequence[Extra], whole: bool) -> tuple[list[Difference], list[str]]:
+    """The differences of optional files, and notes on those that failed and were removed."""
+    found, notes = list[Difference](), list[str]()
+    for extra in extras:
+        try:
+            differences = extra.check()
+            check_proof(differences, "prune again without it")
+        except ProofError as error:
+            if whole:
+                raise
+            extra.remove()
+            notes.append(left_out(extra.name, error))
+        else:
+            found += differences
+    return found, notes
 
 
 def _trimmed(prepared: Prepared, batches: Sequence[Samples]) -> list[Difference]:
@@ -80,14 +109,14 @@ def find_reach(compiled: Compiled) -> Reach:
     written = [] if compiled.written is None else [compiled.written.stock.config]
     prepared = compiled.prepared
     configs = [prepared.loaded.model.config, *written]  # a module with sequences is a transformers model
-    return reach(compiled.analysis.program, *configs, bound=prepared.settings.proof_length)
+    return reach(compiled.analysis.program, *configs, bound=prepared.settings.proof_length, least=LONG)
 
 
 def proof_batches(samples: Samples, length: int = 0, sequences: bool = True) -> list[Samples]:
-    """The short batch of ``samples`` and, if ``length`` is not 0, one sample whose token ids are that long."""
+    """The short batch of ``samples``, and one sample: if ``length`` is not 0, one whose token ids are that long."""
     first = short(samples, sequences)
-    if not length:
-        return [first]
+    if length <= _length(first):
+        return [first, first[:1]]
 
     def longer(tensor: Tensor) -> Tensor:
         flat = tensor.flatten()

@@ -54,7 +54,7 @@ from mptk.targets import written
 from passes.transforms.insert_masks import MaskSite
 from passes.verify import Difference
 
-ELSEWHERE = ("resume", "overwrite", "proof_length", "memory", "device", "max_shard_size")
+ELSEWHERE = ("resume", "overwrite", "strict", "proof_length", "memory", "device", "max_shard_size")
 """Settings that may differ when an unfinished run goes on."""
 
 FOUND = ("sparsity", "length", "eval_length")
@@ -332,13 +332,13 @@ def written_folder(
             with context.stage(f"write {target.name}"):
                 notes += target.emit(compiled, sets, folder, context.log)
         with context.stage("prove"):
-            proven = prove_folder(compiled, targets, folder, sets.calibration)
+            proven = prove_folder(compiled, targets, folder, sets.calibration, whole=prepared.settings.strict)
         proven = replace(proven, differences=(*witnessed, *proven.differences))
         check_proof(proven.differences, REMEDY)
         require_unchanged(job, prepared)
         write_recipe(folder, job.source, prepared.settings, job.start)
         copy_notices(prepared.loaded.path, folder)
-        report = describe(compiled, proven, sets, [*notes, proven.note], folder, context)
+        report = describe(compiled, proven, sets, [*notes, *proven.left_out, proven.note], folder, context)
         report.write(folder)
         write_card(report, compiled, folder)
     return report

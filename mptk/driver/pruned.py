@@ -44,7 +44,19 @@ Shown = Progress | Literal["auto"] | None
 """Where progress goes: bars on a terminal and in a notebook (``auto``), a function, or nowhere (None)."""
 
 _OF_A_RECOVERY = (
-    *("data", "eval_data", "length", "seed", "resume", "overwrite", "onnx", "logits", "quantize", "onnx_dtype"),
+    *(
+        "data",
+        "eval_data",
+        "length",
+        "seed",
+        "resume",
+        "overwrite",
+        "onnx",
+        "logits",
+        "quantize",
+        "onnx_dtype",
+        "strict",
+    ),
     *("eval_windows", "eval_length", "proof_length", "max_shard_size", "memory", "device", "compute_dtype"),
 )
 """Fields of ``Settings`` that do not say what is cut."""

@@ -19,7 +19,7 @@ from mptk.driver.merging import merge
 from mptk.driver.proof import check_proof, prove_folder
 from mptk.driver.sources import task_of_folder
 from mptk.driver.tracing import fitting, traced
-from mptk.driver.vocabulary import check_tokenizer, trim
+from mptk.driver.vocabulary import trim, unread_tokenizer
 from mptk.errors import MptkError
 from mptk.io.dense import open_dense
 from mptk.io.manifest import check_manifest
@@ -95,11 +95,10 @@ def verify(
     like = samples if find_target(report.settings.target).classed else None
     program = traced(loaded, task, executor, report.settings.length, like)
     samples = fitting(task, program, samples, PROVEN_ON)
-    analysis, trimmed, unknown = group.analyze(program), None, ""
+    analysis, trimmed = group.analyze(program), None
     if plan.vocabulary is not None:
         loaded, task, trimmed = trim(loaded, task, analysis, plan.vocabulary)
         analysis = group.analyze(traced(loaded, task, executor, report.settings.length))
-        unknown = check_tokenizer(loaded, folder)
     merged = None
     if plan.kv_heads is not None:
         heads, length = plan.kv_heads, report.settings.length
@@ -119,7 +118,7 @@ def verify(
     require_same("config_changes", report.config_changes, found)
     proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples)
     check_proof(proven.differences, REMEDY)
-    return Proof(proven.differences, [note for note in (proven.note, unknown) if note])
+    return Proof(proven.differences, [note for note in (proven.note, unread_tokenizer(loaded, folder)) if note])
 
 
 def _prepared(

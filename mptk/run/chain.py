@@ -38,7 +38,7 @@ from mptk.run.processes import replica
 from mptk.run.settings import Learning, Settings
 from mptk.run.shapes import Shapes
 from mptk.run.trimmed import Trimmed
-from mptk.run.values import Checks, Context, SampleSets, Witness, Written
+from mptk.run.values import Checks, Context, Extra, SampleSets, Witness, Written
 from mptk.runtime.staged import EXECUTOR, Executor
 from passes.frontend.trace import uncached
 from passes.targets.legalize import Candidate, LegalWidths, graph_widths
@@ -195,12 +195,14 @@ class Compiled:
 class Proven:
     """Each stage's difference from the masked dense model. ``length``: tokens of the longest sequence that was run.
 
-    ``note``: what the proof does not reach; empty if nothing.
+    ``note``: what the proof does not reach; empty if nothing. ``left_out``: a note on each optional file that failed,
+    which is no longer in the folder.
     """
 
     differences: tuple[Difference, ...]
     length: int
     note: str = ""
+    left_out: tuple[str, ...] = ()
 
 
 class Method(Protocol):
@@ -288,7 +290,11 @@ class Target(Protocol):
         return Checks()
 
     def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
-        """What may differ by rounding, as quantised graphs. Asked for if all else is equal."""
+        """What may differ by rounding, as a graph in float16. Asked for if all else is equal."""
+        return []
+
+    def extras(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Extra]:
+        """What is left out of the folder if its check fails, as a quantised graph. Asked for if all else is equal."""
         return []
 
 

@@ -48,7 +48,12 @@ class Dense:
 
 
 class OnnxForm(Protocol):
-    """How a kind of model is written as ONNX, and how the graphs are run."""
+    """How a kind of model is written as ONNX, and how the graphs are run.
+
+    ``described``: the files that ``describe`` may write; a folder is whole without them.
+    """
+
+    described: tuple[str, ...] = ()
 
     def check(self, model: PreTrainedModel, settings: Settings) -> None:
         """Raise MptkError if a model like this is not written as the settings ask."""
@@ -64,10 +69,13 @@ class OnnxForm(Protocol):
         """
         ...
 
-    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device) -> Checks:
+    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
         """Stages of the proof: what runs the graphs of ``folder`` on ``device``, its tolerance, and what ran them.
 
-        ``crossed``: positions that decoding must cross.
+        ``crossed``: positions that decoding must cross. ``settings``: what the graphs must be.
+
+        Raises:
+            ProofError: a graph is not as the settings ask.
         """
         ...
 

@@ -197,8 +197,9 @@ class Settings:
     What is written: ``target``. ``dtype``: type of the stored weights (``auto``: the checkpoint's own).
     ``max_shard_size``: bytes of the largest file of weights (None: 5 GB). ``rehome``: if the model's config class
     refuses the cut, another class may hold it. ``onnx`` with ``logits``, ``quantize``, ``objective`` and ``onnx_dtype``
-    as in ``mptk.export``. ``overwrite``: replace an earlier result although files were added to it, which stay where
-    they are, or changed, which are replaced.
+    as in ``mptk.export``. ``strict``: an optional file that cannot be made or proven fails the run; else the file is
+    left out, with a note (docs/report.md). ``overwrite``: replace an earlier result although files were added to it,
+    which stay where they are, or changed, which are replaced.
 
     What is measured: ``eval_windows`` windows of ``eval_length`` tokens of ``eval_data`` (None: of ``data``). Text that
     the model writes has at most ``samples`` windows of ``length`` tokens. The defaults cost no more than the rest of a
@@ -245,6 +246,7 @@ class Settings:
     logits: Literal["all", "last"] = "all"
     quantize: tuple[str, ...] = ()
     onnx_dtype: str = "auto"
+    strict: bool = False
     seed: int = 0
     trust_remote_code: bool = False
     rehome: bool = False

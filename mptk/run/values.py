@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
@@ -21,8 +22,10 @@ from mptk.run.folder import RunFolder
 from passes.targets.stock.config import StockConfig
 from passes.verify import Difference, StageOutputs
 
-PROOF_SHAPE = (2, 48)
+PROOF_SHAPE = (3, 48)
 """Samples of the proof's short batch, and the tokens of each."""
+LONG = 192
+"""Tokens of the proof's one long sequence, unless the model has fewer positions or changes what it does further on."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,10 @@ class SampleSets:
 
 
 def short(samples: Samples, sequences: bool) -> Samples:
-    """The proof's short batch of ``samples``. ``sequences``: as of their task."""
+    """The proof's short batch of ``samples``, again and again if they are few. ``sequences``: as of their task."""
     count, length = PROOF_SHAPE
-    return samples.shortened(count, length if sequences else sys.maxsize)
+    found = samples.shortened(count, length if sequences else sys.maxsize)
+    return found if len(found) == count else Samples(found.repeated(count).inputs)[:count]
 
 
 @dataclass(frozen=True)
@@ -112,3 +116,20 @@ class Checks:
     exact: tuple[Difference, ...] = ()
     stages: Mapping[str, tuple[Program | StageOutputs, float]] = field(default_factory=dict)
     ran: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A part of a folder without which the rest is whole, such as a quantised graph.
+
+    ``name``: its file. ``check`` gives its differences, or raises ProofError. ``remove`` takes it out of the folder.
+    """
+
+    name: str
+    check: Callable[[], Sequence[Difference]]
+    remove: Callable[[], None]
+
+
+def left_out(name: str, error: MptkError) -> str:
+    """The note on an optional file that could not be made or proven."""
+    return f"{name} was left out: {str(error).partition('; ')[0]}"

@@ -16,15 +16,18 @@ from mptk.files import scratch
 from mptk.io import models
 from mptk.io.checkpoint import save_tokenizer
 from mptk.io.models import Loaded
+from mptk.io.untrusted import read_object
 from mptk.ir.passes import Log
 from mptk.ir.samples import Samples
-from mptk.run.chain import Compiled, Target
+from mptk.run.chain import Compiled, Prepared, Target
 from mptk.run.onnx_form import Dense, OnnxForm
 from mptk.run.settings import Settings
-from mptk.run.values import Checks, SampleSets
+from mptk.run.values import Checks, Extra, SampleSets, left_out
+from mptk.targets.beside import check_beside
+from mptk.targets.fields import compare, fail
 from mptk.tasks.transformers_js import write_entry
 from passes.targets.onnx.check_quantized import check_quantized
-from passes.targets.onnx.names import FILE, FOLDER, quantized_files, scheme_of
+from passes.targets.onnx.names import FILE, FOLDER, data_file, quantized_files, scheme_of
 from passes.verify import Difference
 
 
@@ -35,23 +38,21 @@ class OnnxTarget(Target):
     summary = "ONNX, a decoder's with a KV cache, beside another target"
 
     def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
-        task = compiled.prepared.task
-        if task.onnx is None:
-            return [f"no ONNX: mptk has no ONNX form of a {task.summary}; export the folder with optimum"]
-        if (length := task.only_length(compiled.prepared.analysis.program)) is not None:
-            return [f"no ONNX: the trace holds for {length} tokens alone, and a graph would, too"]
-        out = folder / FOLDER
+        prepared, out = compiled.prepared, folder / FOLDER
         out.mkdir()
         try:
-            notes = _export(compiled, task.onnx, compiled.prepared.settings, sets.calibration, out, log)
+            form = form_for(prepared)
+            notes = _export(compiled, form, prepared.settings, sets.calibration, out, log)
         except MptkError as error:
+            if prepared.settings.strict:
+                raise
             shutil.rmtree(out)
             return [f"no ONNX: {error}"]
         if compiled.written is not None:
-            generation = getattr(compiled.prepared.loaded.model, "generation_config", None)
-            describe(task.onnx, compiled.written.stock.config, generation, folder)
+            generation = getattr(prepared.loaded.model, "generation_config", None)
+            notes += describe(form, compiled.written.stock.config, generation, folder, prepared.settings.strict)
         else:
-            notes.append(_alone(compiled.prepared.loaded, out))
+            notes.append(_alone(prepared.loaded, out))
         return notes
 
     def wrote(self, folder: Path) -> bool:
@@ -61,34 +62,98 @@ class OnnxTarget(Target):
         form = compiled.prepared.task.onnx
         if form is None or not (folder / FOLDER).is_dir():
             return Checks()
-        return form.stages(folder / FOLDER, crossed, compiled.prepared.executor.device)
+        loaded = compiled.prepared.loaded
+        if compiled.written is None:
+            check_beside(folder / FOLDER, partial(_alone, loaded), all_known=loaded.tokenizer is not None)
+        return form.stages(folder / FOLDER, crossed, compiled.prepared.executor.device, compiled.prepared.settings)
 
     def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
-        """For each quantised graph: the weights' error over the rounding limit, and the logits' error in nats a token.
+        """Of a main graph in float16: the weights' error over the rounding limit, and the logits' in nats a token.
 
-        So has a main graph in float16. Its float32 graph is written to a temporary folder.
+        Its float32 graph is written to a temporary folder.
 
         Raises:
-            ProofError: a graph cannot be read or run, or a weight differs by more than rounding allows.
+            ProofError: it cannot be read or run, or a weight differs by more than rounding allows.
         """
+        form, main = compiled.prepared.task.onnx, folder / FOLDER / FILE
+        if form is None or not main.is_file() or not form.half(folder / FOLDER):
+            return []
+        with scratch() as staging:
+            settings = replace(compiled.prepared.settings, onnx_dtype="float32", quantize=())
+            _export(compiled, form, settings, batches[0], staging.folder, Log())
+            return _quantized(form, compiled.prepared.executor.device, main, staging.folder / FILE, "fp16", batches)
+
+    def extras(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Extra]:
+        """The quantised graphs, whose differences are as those of ``rounded``, and what describes the graphs."""
         form, main = compiled.prepared.task.onnx, folder / FOLDER / FILE
         if form is None:
             return []
-        files = quantized_files(folder / FOLDER)
-        quantized = partial(_quantized, form, compiled.prepared.executor.device)
-        found = [d for file in files for d in quantized(file, main, scheme_of(file), batches)]
-        if main.is_file() and form.half(folder / FOLDER):
-            with scratch() as staging:
-                settings = replace(compiled.prepared.settings, onnx_dtype="float32")
-                _export(compiled, form, settings, batches[0], staging.folder, Log())
-                found += quantized(main, staging.folder / main.name, "fp16", batches)
-        return found
+        device = compiled.prepared.executor.device
+        graphs = [
+            Extra(
+                f"{FOLDER}/{file.name}",
+                partial(_quantized, form, device, file, main, scheme_of(file), batches),
+                partial(remove_graph, file),
+            )
+            for file in quantized_files(folder / FOLDER)
+        ]
+        described = [
+            Extra(name, partial(_described, form, compiled, folder, name), (folder / name).unlink)
+            for name in form.described
+            if (folder / name).is_file()
+        ]
+        return [*graphs, *described]
 
 
-def describe(form: OnnxForm, config: PreTrainedConfig, generation: GenerationConfig | None, folder: Path) -> None:
-    """Write what programs need that load the graphs of a checkpoint ``folder``."""
-    form.describe(config, generation, folder, FOLDER)
+def form_for(prepared: Prepared) -> OnnxForm:
+    """How the model is written as ONNX. Raises MptkError if it is not."""
+    task = prepared.task
+    if task.onnx is None:
+        raise MptkError(f"mptk has no ONNX form of a {task.summary}; export the folder with optimum")
+    if (length := task.only_length(prepared.analysis.program)) is not None:
+        raise MptkError(f"the trace holds for {length} tokens alone, and a graph would, too; leave out ONNX")
+    return task.onnx
+
+
+def describe(
+    form: OnnxForm, config: PreTrainedConfig, generation: GenerationConfig | None, folder: Path, strict: bool = True
+) -> list[str]:
+    """Write what programs need that load the graphs of a checkpoint ``folder``; returns notes on what is left out.
+
+    Raises:
+        MptkError: ``strict``, and something cannot be described.
+    """
     write_entry(folder, FOLDER)
+    try:
+        form.describe(config, generation, folder, FOLDER)
+    except MptkError as error:
+        if strict:
+            raise
+        return [left_out(name, error) for name in form.described]
+    return []
+
+
+def remove_graph(file: Path) -> None:
+    """Take a graph out of the ``onnx`` folder of a checkpoint, and of what its config says of graphs."""
+    file.unlink()
+    file.with_name(data_file(file.name)).unlink(missing_ok=True)
+    if (file.parent.parent / "config.json").is_file():
+        write_entry(file.parent.parent, FOLDER)
+
+
+def _described(form: OnnxForm, compiled: Compiled, folder: Path, name: str) -> list[Difference]:
+    """Raise ProofError unless a file that describes the graphs says what the config, the plan and the graphs give."""
+    written = compiled.written
+    if written is None:
+        fail(f"{name} is no file of a graph without a checkpoint")
+    generation = getattr(compiled.prepared.loaded.model, "generation_config", None)
+    with scratch() as place:
+        (place.folder / FOLDER).symlink_to((folder / FOLDER).absolute())
+        form.describe(written.stock.config, generation, place.folder, FOLDER)
+        if not (place.folder / name).is_file():
+            fail(f"{name} is there, and these graphs have none")
+        compare(name, read_object(folder / name), read_object(place.folder / name))
+    return []
 
 
 def _alone(loaded: Loaded, folder: Path) -> str:

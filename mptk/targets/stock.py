@@ -13,6 +13,7 @@ from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.checkpoint import copy_processors, portable
 from mptk.io.resident import Resident
+from mptk.io.vocabulary.reading import check_same_reading
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
@@ -20,6 +21,7 @@ from mptk.ir.resolved_plan import renumbering
 from mptk.ir.samples import Samples
 from mptk.run.chain import Compiled, Target
 from mptk.run.values import Checks, SampleSets, Written
+from mptk.targets.beside import check_beside, write_beside
 from mptk.targets.graph import stored_weights
 from mptk.targets.stock_config import check_code, check_config
 from passes.frontend.trace import trace
@@ -92,8 +94,7 @@ class StockTarget(Target):
         write_checkpoint(
             state, written.stock, loaded.model, loaded.tokenizer, folder, portable=portable, max_shard_size=shard
         )
-        same = "hidden" not in compiled.chosen.plan.families
-        copy_processors(loaded.path, folder, same_features=same)
+        copy_processors(loaded.path, folder, same_features=same_features(compiled))
         reasons = broken(written.stock, models.config_in(loaded))
         return [written.note, *(f"this cut breaks {reason}; see docs/deploy.md" for reason in reasons)]
 
@@ -106,6 +107,9 @@ class StockTarget(Target):
         trust = compiled.prepared.settings.trust_remote_code
         check_code(loaded.path, folder)
         config = check_config(compiled.written, folder, trust)
+        beside = partial(write_beside, loaded, same_features=same_features(compiled))
+        check_beside(folder, beside, all_known=loaded.tokenizer is not None)
+        check_reading(compiled, folder)
         executor = compiled.prepared.executor
         reloaded = models.open_weights(str(folder), Resident(0), trust_remote_code=trust)
         assert reloaded.weights is not None
@@ -119,3 +123,16 @@ class StockTarget(Target):
             dynamic = True if length is None else (0,)
             run = reloaded.with_weights(trace(reloaded.model, example.inputs, dynamic=dynamic))
         return Checks((config, weights), {"reloaded checkpoint": (run, TOLERANCE)})
+
+
+def same_features(compiled: Compiled) -> bool:
+    """Whether the model's features have as many channels as before."""
+    return "hidden" not in compiled.chosen.plan.families
+
+
+def check_reading(compiled: Compiled, folder: Path) -> None:
+    """Raise ProofError unless the tokenizer in ``folder`` reads text as the dense model's; one in memory has none."""
+    prepared = compiled.prepared
+    if (dense := prepared.given.tokenizer) is not None:
+        written = models.load_tokenizer(str(folder), trust_remote_code=prepared.settings.trust_remote_code)
+        check_same_reading(dense, written, None if prepared.trimmed is None else prepared.trimmed.tokens.keep)

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig
 
-from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.checkpoint import portable
 from mptk.io.manifest import file_sha256
 from mptk.io.untrusted import read_object
 from mptk.run.values import Written
+from mptk.targets.fields import STAGE, Json, compare, fail, leaves, require
 from mptk.tasks.transformers_js import KEY, entry
 from passes.targets.onnx.names import FOLDER
 from passes.verify import Difference
 
-STAGE = "config"
 # Fields that say who wrote the file, and fields with a check of their own (the class, the weights' type).
 _APART = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "quantization_config")
 _GENERATION = ("transformers_version", "_from_model_config")
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_MISSING = object()
-Json = Mapping[str, object]
 
 
 def config_changes(written: Written, folder: Path) -> dict[str, list[object]]:
@@ -47,21 +44,21 @@ def check_config(written: Written, folder: Path, trust: bool) -> Difference:
     """
     found = models.load_config(str(folder), trust_remote_code=trust)
     raw = read_object(folder / "config.json")
-    _compare("config.json", raw, portable(raw))  # older spellings of a field must agree with it
+    compare("config.json", raw, portable(raw))  # older spellings of a field must agree with it
     _check_cut(written)
     graphs = entry(folder / FOLDER)
     if graphs:
-        _compare("config.json", {KEY: raw.get(KEY)}, {KEY: graphs})
-    _compare("config.json", _body(found), _body(_read_back(written.stock.config)), {KEY} if graphs else set())
-    _require("config.json", "architectures", found.architectures, [written.stock.model_class.__name__])
+        compare("config.json", {KEY: raw.get(KEY)}, {KEY: graphs})
+    compare("config.json", _body(found), _body(_read_back(written.stock.config)), {KEY} if graphs else set())
+    require("config.json", "architectures", found.architectures, [written.stock.model_class.__name__])
     for file in sorted(folder.glob("model*.safetensors")):  # not those of a compensation, which keep float32
         for kind in _kinds(file):
-            _require("config.json", "dtype", _plain(found.dtype), kind)
+            require("config.json", "dtype", _plain(found.dtype), kind)
     if written.stock.model_class.can_generate() and (dense := written.loaded.model.generation_config) is not None:
         if not (folder / "generation_config.json").is_file():
-            _fail("generation_config.json is missing")
+            fail("generation_config.json is missing")
         own = GenerationConfig.from_pretrained(folder).to_dict()
-        _compare("generation_config.json", _without(own, _GENERATION), _without(dense.to_dict(), _GENERATION))
+        compare("generation_config.json", _without(own, _GENERATION), _without(dense.to_dict(), _GENERATION))
     return Difference(STAGE, 0.0, 0.0, 0.0)
 
 
@@ -70,10 +67,10 @@ def check_code(dense: Path, folder: Path) -> None:
     for file in sorted(folder.rglob("*.py")):
         own = dense / file.relative_to(folder)
         if not own.is_file() or file_sha256(own) != file_sha256(file):
-            _fail(f"{file.relative_to(folder)} is not the dense model's code")
+            fail(f"{file.relative_to(folder)} is not the dense model's code")
     for name in ("config.json", "tokenizer_config.json"):
         if foreign := sorted(_repositories(folder / name) - _repositories(dense / name)):
-            _fail(f"{name} asks for code of another repository, {foreign[0]}")
+            fail(f"{name} asks for code of another repository, {foreign[0]}")
 
 
 def _repositories(file: Path) -> set[str]:
@@ -88,48 +85,18 @@ def _check_cut(written: Written) -> None:
     dense, cut, new = _body(_dense(written)), _body(written.cut), _body(written.stock.config)
     listed = set(written.stock.changes)
     if written.cut is written.stock.config:
-        _compare("config.json", new, dense, listed)
+        compare("config.json", new, dense, listed)
     else:
         common = cut.keys() & new.keys()
-        _compare("config.json", {k: new[k] for k in common}, {k: cut[k] for k in common}, listed)
+        compare("config.json", {k: new[k] for k in common}, {k: cut[k] for k in common}, listed)
 
 
 def _cut_changes(written: Written) -> dict[str, list[object]]:
     """The plan's changes of the dense model's own config, if the config of another class is written."""
     if written.cut is written.stock.config:
         return {}
-    dense, cut = dict(_leaves(_body(_dense(written)))), dict(_leaves(_body(written.cut)))
+    dense, cut = dict(leaves(_body(_dense(written)))), dict(leaves(_body(written.cut)))
     return {k: [dense.get(k), cut[k]] for k in sorted(cut) if cut[k] != dense.get(k)}
-
-
-def _compare(file: str, found: Json, expected: Json, listed: Set[str] = frozenset()) -> None:
-    """All fields must be equal, except the ``listed`` ones and those nested in them."""
-    one, other = dict(_leaves(found)), dict(_leaves(expected))
-    for path in sorted(one.keys() | other.keys()):
-        if not any(path == name or path.startswith(f"{name}.") for name in listed):
-            _require(file, path, one.get(path, _MISSING), other.get(path, _MISSING))
-
-
-def _require(file: str, field: str, found: object, expected: object) -> None:
-    if type(found) is not type(expected) or found != expected:
-        _fail(f"{field} of {file} is {_said(found)}, but {_said(expected)} in the dense model cut to the plan")
-
-
-def _fail(what: str) -> None:
-    raise MptkError(f"the proof fails at '{STAGE}': {what}; do not use it, and prune the model again")
-
-
-def _said(value: object) -> str:
-    return "missing" if value is _MISSING else json.dumps(value, default=str)
-
-
-def _leaves(body: Json, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted path → value of each field that is not an object with fields of its own."""
-    for key, value in body.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _dense(written: Written) -> PreTrainedConfig:

@@ -3,42 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
+from mptk.errors import ProofError
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples, next_tokens
 from mptk.run.chain import stored_type
 from mptk.run.onnx_form import Dense, OnnxForm
+from mptk.run.settings import Settings, check_onnx_dtype
 from mptk.run.values import Checks
 from mptk.runtime.decoder import FILE, OrtDecoder
 from mptk.tasks.decoder_onnx import export_decoder
+from mptk.tasks.exporting import quantised
+from mptk.tasks.genai import FILE as GENAI
 from mptk.tasks.genai import write_genai_config
 from mptk.tasks.rounding import logits_apart
-from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, StageOutputs
+from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
 
-DECODED = 4
-"""Number of decoding steps at the end of a sequence, and at each border."""
+PADDING = 3
+"""Tokens of padding beside the longest prompt."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to run a decoder, and the stage of the proof that it is.
+
+    ``steps``: tokens of each call after the prompt; they cross each border, and end the sequence. ``padded``: the side
+    on which prompts, each of another length, are padded; empty: all have the same length.
+    """
+
+    stage: str
+    steps: tuple[int, ...] = ()
+    padded: str = ""
+
+    def calls(self, rows: int, length: int, crossed: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The tokens of each row's prompt, and of each call after them, in samples [rows, length].
+
+        Padding between prompt and answer counts in a window, also in torch: then only the prompt is comparable.
+        """
+        if self.padded:
+            longest = max(1, min(LONGEST, length - sum(self.steps)))
+            if self.padded == "right" and any(longest + PADDING + sum(self.steps) > border for border in crossed):
+                return replace(self, steps=()).calls(rows, length, ())
+            prompts = [max(1, longest * (SHARES - row % SHARES) // SHARES) for row in range(rows)]
+            return prompts, list(self.steps)
+        borders = [border - sum(self.steps) // 2 for border in crossed if border + sum(self.steps) <= length]
+        starts = [max(1, start) for start in (*borders, length - sum(self.steps))] if self.steps else []
+        cuts = {start + done for start in starts for done in accumulate(self.steps, initial=0)}
+        first, *others = sorted({cut for cut in cuts if cut < length} | {length})
+        return [first] * rows, [later - sooner for sooner, later in pairwise([first, *others])]
+
+
+LONGEST, SHARES = 24, 3
+"""Tokens of the longest prompt that is padded, and of how many lengths prompts are."""
+STEPS = (1, 1, 3, 1, 1)
+CASES = (
+    Case("ONNX Runtime prefill"),
+    Case("ONNX Runtime padded left", STEPS, "left"),
+    Case("ONNX Runtime padded right", STEPS, "right"),
+    Case("ONNX Runtime decode", STEPS),
+)
+"""What the proof runs, on several short rows and on one long row."""
 
 
 class DecoderForm(OnnxForm):
     """``model.onnx`` takes token ids, mask, positions and the cache, and gives logits and the new cache."""
 
+    described = (GENAI,)
+
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         settings, loaded = dense.settings, dense.loaded
-        export_decoder(
+        text = None if samples is None else samples.inputs["input_ids"]
+        check_onnx_dtype(settings.onnx_dtype, settings.quantize)
+        file = export_decoder(
             loaded.model,
             folder,
             {"source": loaded.source, **dense.about},
             plan=plan,
             logits=settings.logits,
-            quantize=settings.quantize,
-            text=None if samples is None else samples.inputs["input_ids"],
             objective=settings.objective,
             onnx_dtype=settings.onnx_dtype,
             log=log,
@@ -47,21 +98,18 @@ class DecoderForm(OnnxForm):
             dense=lambda ids: dense.run(next_tokens(ids)),
             executor=dense.executor,
         )
-        return []
+        return quantised(dense, file, text, log)
 
-    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device) -> Checks:
+    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
         decoder = OrtDecoder(folder, device=device)
+        if decoder.last_only != (settings.logits == "last"):
+            raise ProofError(
+                f"the proof fails at '{CASES[0].stage}': {FILE} does not give the logits of {settings.logits} "
+                "positions; do not use it, and export the model again"
+            )
         tolerance = HALF_TOLERANCE if decoder.half else RUNTIME_TOLERANCE
-
-        def prefill(samples: Samples) -> Tensor:
-            return torch.from_numpy(decoder.prefill(samples.inputs["input_ids"].numpy())[0])
-
-        def decode(samples: Samples) -> tuple[Tensor, list[int]]:
-            return decoded(decoder, samples.inputs["input_ids"], crossed)
-
         stages: dict[str, tuple[Program | StageOutputs, float]] = {
-            "ONNX Runtime prefill": (prefill, tolerance),
-            "ONNX Runtime decode": (decode, tolerance),
+            case.stage: (partial(decoded, decoder, case, crossed), tolerance) for case in CASES
         }
         return Checks(stages=stages, ran=dict.fromkeys(stages, decoder.providers[0]))
 
@@ -81,19 +129,28 @@ class DecoderForm(OnnxForm):
         return OrtDecoder(folder).half
 
 
-def decoded(decoder: OrtDecoder, ids: Tensor, crossed: Sequence[int] = ()) -> tuple[Tensor, list[int]]:
-    """Logits of decoding steps with a KV cache, [batch, steps, vocab], and their positions.
+def decoded(decoder: OrtDecoder, case: Case, crossed: Sequence[int], samples: Samples) -> Placed:
+    """The logits of the prompts and of all calls after them, with their positions."""
+    ids = samples.inputs["input_ids"]
+    prompts, calls = case.calls(len(ids), ids.shape[1], crossed)
+    width = max(prompts) + (PADDING if case.padded else 0)
+    places = [torch.stack([_place(count, width, case.padded) for count in prompts])]
+    mask = (places[0] >= 0).long()
+    found, cache = decoder.prefill((ids.gather(1, places[0].clamp(min=0)) * mask).numpy(), mask.numpy())
+    logits = [torch.from_numpy(found.copy())]
+    done = torch.tensor(prompts)[:, None]
+    for count in calls:
+        places.append(done + torch.arange(count))
+        found, cache = decoder.decode(ids.gather(1, places[-1]).numpy(), cache)
+        logits.append(torch.from_numpy(found.copy()))
+        done = done + count
+    told = [place[:, -1:] for place in places] if decoder.last_only else places
+    return Placed(torch.cat(logits, 1), torch.cat(told, 1))
 
-    Steps cross each border within the sequence, and its end. The tokens between are run in one call with the cache.
-    """
-    length = ids.shape[1]
-    starts = [max(1, border - DECODED // 2) for border in crossed if border + DECODED <= length]
-    single = sorted({p for start in (*starts, length - DECODED) for p in range(start, start + DECODED)})
-    steps, cache, done = [], decoder.empty(len(ids)), 0
-    for position in single:
-        if position > done:
-            _, cache = decoder.decode(ids[:, done:position].numpy(), cache)
-        logits, cache = decoder.decode(ids[:, position : position + 1].numpy(), cache)
-        steps.append(torch.from_numpy(logits.copy()))
-        done = position + 1
-    return torch.cat(steps, 1), single
+
+def _place(count: int, width: int, side: str) -> Tensor:
+    """The positions of a row of ``count`` tokens, padded on one side: int64 [width], -1 at padding."""
+    place = torch.full((width,), -1)
+    start = width - count if side == "left" else 0
+    place[start : start + count] = torch.arange(count)
+    return place

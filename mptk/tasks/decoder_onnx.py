@@ -41,8 +41,8 @@ def export_decoder(
     weights: Callable[[Program], Program] = lambda program: program,
     dense: LogitsFn | None = None,
     executor: Executor = EXECUTOR,
-) -> None:
-    """Write ``model.onnx`` and the quantised graphs. Arguments and errors are as in ``mptk.export``.
+) -> Path:
+    """Write ``model.onnx`` and the quantised graphs; returns the file. Arguments and errors are as in ``mptk.export``.
 
     ``log`` is given a record of each pass. ``dtype``: the type that the checkpoint's weights are stored in; the graph's
     numbers are those, in the type that ``onnx_dtype`` names. ``weights``, ``dense``, ``executor``: as in
@@ -65,3 +65,4 @@ def export_decoder(
     file = emit_onnx(program, folder, objective=objective, half=half, metadata=about, log=log)
     for scheme in quantize:
         quantize_onnx(file, scheme, None if text is None else text.numpy(), log, executor.device)
+    return file

@@ -7,6 +7,7 @@ no output meanwhile: the plan may cut its channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from passes.pipelines import emit_onnx
 from passes.targets.onnx.emit import Interface
 from passes.targets.onnx.extract import Part
 from passes.transforms.outputs import output_names, with_outputs
-from passes.verify import Difference
+from passes.verify import Difference, Placed
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
 DECODER_IDS = "decoder_input_ids"
@@ -88,8 +89,10 @@ class EncoderDecoderForm(OnnxForm):
         )
         return [CHANGED] if IDS in traced.names and not padding else []
 
-    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device) -> Checks:
-        return stages_of(both(folder, device), OrtGraph(folder / ENCODER), lambda output, _: output)
+    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
+        run = both(folder, device)
+        steps = {"ONNX Runtime steps": partial(steps_of, run)}
+        return stages_of(run, OrtGraph(folder / ENCODER), lambda output, _: output, steps)
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
         run = both(file.parent, device)
@@ -110,7 +113,16 @@ def named(dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]
     if IDS not in inputs:
         return traced, {}
     said = about_padding(model)
-    return traced, said if equal(traced.run(executor, padded_as_said(inputs, said)), expected) else {}
+    given, rows = padded_as_said(inputs, said)
+    return traced, said if equal(traced.run(executor, given)[rows], expected) else {}
+
+
+def steps_of(run: Runs, samples: Samples) -> Placed:
+    """The logits of the first token of a text by itself, and of the first half of the text."""
+    ids = samples.inputs[DECODER_IDS]
+    parts = [ids[:, :count] for count in sorted({1, (ids.shape[1] + 1) // 2})]
+    found = [run(with_mask({**samples.inputs, DECODER_IDS: part})) for part in parts]
+    return Placed(torch.cat(found, 1), torch.cat([torch.arange(part.shape[1]).expand_as(part) for part in parts], 1))
 
 
 def both(folder: Path, device: torch.device) -> Runs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from mptk.progress import step
 from mptk.run.chain import stored_type
 from mptk.run.onnx_form import Dense
 from mptk.run.settings import Settings
-from mptk.run.values import Checks
+from mptk.run.values import Checks, left_out
 from mptk.runtime.graphs import OrtGraph
 from mptk.runtime.staged import Executor
 from mptk.tasks.inputs.base import Named
@@ -25,7 +26,8 @@ from mptk.tasks.padding import PADDING, padded_as_said, with_mask
 from mptk.version import __version__
 from passes.analysis import group
 from passes.frontend.trace import export_program
-from passes.pipelines import cut_program
+from passes.pipelines import cut_program, quantize_onnx
+from passes.targets.onnx.names import QUANTIZED
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, StageOutputs, difference
 
 HALF, DTYPE = "float16", "dtype"
@@ -99,6 +101,23 @@ def cut(program: Program, dense: Dense, plan: Plan | None, log: Log) -> Program:
     return cut_program(analysis, resolve_plan(analysis, plan), log, dtype).program
 
 
+def quantised(dense: Dense, file: Path, text: Tensor | None, log: Log) -> list[str]:
+    """Write the quantised graphs that the settings name beside ``file``. Returns notes on those that are left out.
+
+    Raises:
+        MptkError: one cannot be made, and the settings are strict.
+    """
+    notes = []
+    for scheme in dense.settings.quantize:
+        try:
+            quantize_onnx(file, scheme, None if text is None else text.numpy(), log, dense.executor.device)
+        except MptkError as error:
+            if dense.settings.strict:
+                raise
+            notes.append(left_out(f"{file.parent.name}/{QUANTIZED[scheme]}", error))
+    return notes
+
+
 def about(dense: Dense, plan: Plan | None) -> dict[str, str]:
     """The metadata of every graph."""
     said = {"mptk_version": __version__, "source": dense.loaded.source, DTYPE: written_type(dense.settings)}
@@ -115,8 +134,13 @@ def is_half(graph: OrtGraph) -> bool:
     return graph.metadata.get(DTYPE) == HALF
 
 
-def stages_of(run: Runs, graph: OrtGraph, unpadded: Callable[[Tensor, Mapping[str, Tensor]], Tensor]) -> Checks:
-    """What ``run`` gives for the proof's samples, and for the same with padding.
+def stages_of(
+    run: Runs,
+    graph: OrtGraph,
+    unpadded: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
+    more: Mapping[str, StageOutputs] | None = None,
+) -> Checks:
+    """What ``run`` gives for the proof's samples, and for the same with padding; ``more``: other stages.
 
     ``graph``: the one whose metadata speak of all. ``unpadded``: outputs without those at padding.
     """
@@ -126,8 +150,9 @@ def stages_of(run: Runs, graph: OrtGraph, unpadded: Callable[[Tensor, Mapping[st
         return run(with_mask(samples.inputs))
 
     def padded(samples: Samples) -> Tensor:
-        return unpadded(run(padded_as_said(samples.inputs, said)), samples.inputs)
+        given, rows = padded_as_said(samples.inputs, said)
+        return unpadded(run(given)[rows], samples.inputs)
 
-    runs = {"ONNX Runtime": plain} | ({"ONNX Runtime padded": padded} if PADDING in said else {})
+    runs = {"ONNX Runtime": plain, **(more or {})} | ({"ONNX Runtime padded": padded} if PADDING in said else {})
     stages: dict[str, tuple[Program | StageOutputs, float]] = {name: (run, tolerance) for name, run in runs.items()}
     return Checks(stages=stages, ran=dict.fromkeys(stages, graph.provider))

@@ -22,12 +22,12 @@ from mptk.run.onnx_form import Dense, OnnxForm
 from mptk.run.settings import Settings
 from mptk.run.values import PROOF_SHAPE, Checks
 from mptk.runtime.graphs import OrtGraph
-from mptk.tasks.exporting import CHANGED, HALF, Traced, about, cut, equal, is_half, stages_of, traced_as
+from mptk.tasks.exporting import CHANGED, HALF, Traced, about, cut, equal, is_half, quantised, stages_of, traced_as
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.padding import IDS, about_padding, candidates, is_text, padded_as_said, with_mask
 from mptk.tasks.rounding import features_apart, logits_apart
 from passes.frontend.trace import Flat
-from passes.pipelines import emit_onnx, quantize_onnx
+from passes.pipelines import emit_onnx
 from passes.targets.onnx.emit import TOKEN_AXES, Axes, Interface
 from passes.targets.onnx.names import FILE
 from passes.targets.onnx.quantize import BLOCKS
@@ -66,9 +66,8 @@ class ModelForm(OnnxForm):
             metadata=about(dense, plan) | padding,
             log=log,
         )
-        for scheme in settings.quantize:
-            quantize_onnx(file, scheme, None, log, dense.executor.device)
-        return [CHANGED] if IDS in traced.names and not padding else []
+        notes = quantised(dense, file, None, log)
+        return notes + ([CHANGED] if IDS in traced.names and not padding else [])
 
     def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
         """The model with the inputs that its graph has, and what the graph's metadata says of padding."""
@@ -78,7 +77,7 @@ class ModelForm(OnnxForm):
         """The names of an input's axes."""
         return AXES.get(name, TOKEN_AXES)
 
-    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device) -> Checks:
+    def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
         graph = OrtGraph(folder / FILE, device)
         return stages_of(graph, graph, unpadded)
 
@@ -106,7 +105,8 @@ def named(dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]
     wrapped = [(Flat(model, names), names) for names in candidates(dense.loaded, inputs)]
     traced = traced_as(dense, wrapped, with_mask(example), with_mask(inputs), expected)
     said = about_padding(model)
-    found = traced.run(executor, padded_as_said(inputs, said))
+    given, rows = padded_as_said(inputs, said)
+    found = traced.run(executor, given)[rows]
     return traced, said if equal(unpadded(found, inputs), expected) else {}
 
 

@@ -36,10 +36,22 @@ def with_mask(inputs: Mapping[str, Tensor]) -> Named:
 
 
 def padded(inputs: Mapping[str, Tensor], token: int) -> Named:
-    """``with_mask`` with ADDED tokens of padding to the right of each row."""
-    given = with_mask(inputs)
-    values = {IDS: token, MASK: 0, TYPES: 0}
-    return {name: F.pad(x, (0, ADDED), value=values[name]) if name in values else x for name, x in given.items()}
+    """``with_mask`` with padding to the right of each row, between a row that is longer and one that is shorter.
+
+    These two are the first row once more; nobody asks what a model computes for them.
+    """
+    given, length = with_mask(inputs), inputs[IDS].shape[1]
+    fill = {IDS: token, MASK: 0, TYPES: 0}
+
+    def rows(name: str, x: Tensor) -> Tensor:
+        if name not in fill:
+            return torch.cat([x[:1], x, x[:1]])
+        longer, shorter = torch.cat([x, x], 1)[:1, : length + ADDED], x[:1, : length // 2]
+        return torch.cat(
+            [F.pad(part, (0, length + ADDED - part.shape[1]), value=fill[name]) for part in (longer, x, shorter)]
+        )
+
+    return {name: rows(name, x) for name, x in given.items()}
 
 
 def candidates(loaded: Loaded, inputs: Mapping[str, Tensor]) -> Iterator[list[str]]:
@@ -64,9 +76,12 @@ def about_padding(model: PreTrainedModel) -> dict[str, str]:
     return said | ({POSITIONS: str(positions)} if isinstance(positions, int) and positions > 0 else {})
 
 
-def padded_as_said(inputs: Mapping[str, Tensor], said: Mapping[str, str]) -> Named:
-    """``padded`` as a graph's metadata says; without padding if it says nothing, or rows would be too long."""
+def padded_as_said(inputs: Mapping[str, Tensor], said: Mapping[str, str]) -> tuple[Named, slice]:
+    """``padded`` as a graph's metadata says, and which of its rows are those of ``inputs``.
+
+    Without padding if the metadata say nothing of it, or rows would be too long.
+    """
     longest = int(said.get(POSITIONS, "0")) or inputs[IDS].shape[1] + ADDED
     if PADDING not in said or inputs[IDS].shape[1] + ADDED > longest:
-        return with_mask(inputs)
-    return padded(inputs, int(said[PADDING]))
+        return with_mask(inputs), slice(None)
+    return padded(inputs, int(said[PADDING])), slice(1, -1)

@@ -25,6 +25,7 @@ from mptk.ir.program import Program
 MARGIN = 8
 """Positions that a proof needs beyond a border: a few steps after it, and a few in case the border is inexact."""
 _FIELDS = re.compile(r"window|chunk|local_attention|original_max_position_embeddings")
+_LIMITS = re.compile(r"^max_(\w+_)?position|^n_positions$")
 _POSITIONS = "max_position_embeddings"
 _COMPARED = {"sub", "rsub", "add", "floor_divide", "div", "remainder", "fmod", "lt", "le", "gt", "ge", "clamp"}
 _MADE = {"full", "scalar_tensor"}
@@ -38,15 +39,12 @@ class Reach:
     Attributes:
         borders: the borders that it crosses, ascending.
         beyond: the borders that are too far for it, ascending.
-        length: tokens of a sequence that crosses all of ``borders``; 0 if there are none.
+        length: tokens of its longest sequence, which crosses all of ``borders``; 0: there is none.
     """
 
     borders: tuple[int, ...]
     beyond: tuple[int, ...]
-
-    @property
-    def length(self) -> int:
-        return self.borders[-1] + MARGIN if self.borders else 0
+    length: int
 
     @property
     def note(self) -> str:
@@ -60,18 +58,21 @@ class Reach:
         )
 
 
-def reach(program: Program, *configs: PreTrainedConfig, bound: int) -> Reach:
+def reach(program: Program, *configs: PreTrainedConfig, bound: int, least: int = 0) -> Reach:
     """The borders of a program and of its configs: the dense model's, and the one written for the pruned model.
 
     ``bound``: the longest sequence of a proof, in tokens. The model's own number of positions is a bound, too, unless
-    its rope type allows more.
+    its rope type allows more. ``least``: the tokens of a proof without borders, if these bounds allow them.
     """
     found = set(graph_borders(program)).union(*(config_borders(config.to_dict()) for config in configs))
-    longest = min((n for config in configs if (n := _longest(config)) is not None), default=None)
+    longest = min((n for config in configs for n in _limits(config)), default=None)
     usable = sorted(b for b in found if b > 1 and (longest is None or b + MARGIN <= longest))
+    crossed = tuple(b for b in usable if b + MARGIN <= bound)
+    plain = min(least, bound, least if longest is None else longest - MARGIN)
     return Reach(
-        tuple(b for b in usable if b + MARGIN <= bound),
+        crossed,
         tuple(b for b in usable if b + MARGIN > bound),
+        max(plain, 0, *(border + MARGIN for border in crossed)),
     )
 
 
@@ -135,11 +136,13 @@ def _dynamic(config: Mapping[str, object]) -> bool:
     return any(isinstance(k, Mapping) and "dynamic" in str(k.get("rope_type", k.get("type"))) for k in kinds)
 
 
-def _longest(config: PreTrainedConfig) -> int | None:
-    """The number of positions in a model's config; None if it has none or allows more."""
+def _limits(config: PreTrainedConfig) -> Iterator[int]:
+    """The numbers of positions in a model's config, unless its rope type allows more."""
     own = config.get_text_config()
-    positions = getattr(own, _POSITIONS, None)
-    return positions if type(positions) is int and not _dynamic(own.to_dict()) else None
+    if _dynamic(own.to_dict()):
+        return
+    found = {name: getattr(own, name, None) for name in (_POSITIONS, *own.to_dict())}
+    yield from (n for name, n in found.items() if _LIMITS.search(name) and type(n) is int and n > 0)
 
 
 __all__ = ["MARGIN", "Reach", "config_borders", "graph_borders", "reach"]

@@ -277,8 +277,8 @@ def export_folder(
     The graph of an image model takes images of its config's size.
 
     ``text``: a file, folder or dataset of which a decoder's ``int4`` gets 32 windows of 256 tokens, or of all
-    positions. ``memory``, ``device``, ``strict``, ``overwrite``: as in ``Settings``. ``on_note`` is given a line on each
-    optional file that is left out. What is not named here is as in ``export``.
+    positions. ``memory``, ``device``, ``strict``, ``overwrite``: as in ``Settings``. ``on_note`` is given a line on
+    each optional file that is left out. What is not named here is as in ``export``.
 
     Raises:
         MptkError: as ``export``; or ``out`` exists and was not made by mptk, or holds other files.

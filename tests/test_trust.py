@@ -197,11 +197,12 @@ def test_a_report_does_not_choose_where_a_rerun_writes(
     copy = tmp_path / "copy"
     shutil.copytree(pruned, copy)
     settings = raw_report(copy)["settings"]
-    settings["learning"] |= {"teacher": "cached", "teacher_cache": str(tmp_path / "elsewhere")}
+    settings["learning"] |= {"teacher": "cached", "teacher_cache": str(tmp_path / "elsewhere"), "tracker": "wandb"}
     edit(copy, settings=settings)
     assert Report.read(copy).settings.learning.teacher_cache
     assert mptk.driver.rerun.rerun(copy, tmp_path / "out") is None
-    assert (asked[0].learning.teacher, asked[0].learning.teacher_cache) == ("cached", None)
+    learning = asked[0].learning
+    assert (learning.teacher, learning.teacher_cache, learning.tracker) == ("cached", None, "none")
 
 
 def test_a_dense_model_that_moved_is_named_by_the_user(dense: Path, pruned: Path, tmp_path: Path) -> None:

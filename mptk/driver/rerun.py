@@ -60,7 +60,8 @@ def rerun(
         raise MptkError(f"{folder} was pruned in Python with samples in memory; run that program again")
     start = read_recipe(folder / RECIPE).get("folder")
     settings = replace(before.settings, resume=False, overwrite=overwrite, trust_remote_code=trust_remote_code)
-    settings = replace(settings, learning=replace(settings.learning, teacher_cache=None))  # a place on this machine
+    # A report does not choose where this machine writes: neither a folder nor the user's account.
+    settings = replace(settings, learning=replace(settings.learning, teacher_cache=None, tracker="none"))
     if start is not None:
         changes = {name: value for name, value in vars(settings).items() if name not in _LEARNING}
         now = recover(

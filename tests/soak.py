@@ -45,8 +45,8 @@ from tests.crash.forked import Trap, run
 ALLOWED = {0, 1, 2}
 KILLED = {130, 143, -signal.SIGKILL, -signal.SIGTERM}
 """The last one: between a command's end and the interpreter's."""
-GROWTH = 1.1
-"""Most that memory may grow from the second quarter of the commands to the last."""
+GROWTH = 20e6
+"""Most bytes that memory may grow by from the second quarter of the commands to the last."""
 MODELS = {
     "llama": "text.txt",
     "kinds/encoder": "kinds/text.txt",
@@ -236,7 +236,7 @@ def grown(sizes: list[int], files: list[int]) -> list[str]:
     if quarter < 10:
         return []
     early, late = (statistics.median(sizes[part]) for part in (slice(quarter, 2 * quarter), slice(-quarter, None)))
-    found = [f"memory grew from {early / 1e6:.0f} to {late / 1e6:.0f} MB"] if late > GROWTH * early else []
+    found = [f"memory grew from {early / 1e6:.0f} to {late / 1e6:.0f} MB"] if late > early + GROWTH else []
     more = max(files[-quarter:]) - max(files[quarter : 2 * quarter])
     return found + ([f"{more} more files are open"] if more > 0 else [])
 

@@ -94,7 +94,7 @@ def test_a_cut_weight_norm_is_that_of_a_smaller_module() -> None:
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer beside one that can be cut."""
+    """A recurrent layer and a linear one, which both can be cut."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -106,8 +106,8 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN])
-def test_beside_a_recurrent_layer_others_are_cut(make: Callable[..., nn.Module]) -> None:
+def test_a_recurrent_layer_and_others_are_cut(make: Callable[..., nn.Module]) -> None:
     found = analyze(trace(Recurrent(make(6, 4, num_layers=2, batch_first=True)).eval(), (X,)))
-    assert [f.size for f in found.families] == [INNER]
+    assert [f.size for f in found.families] == [4, INNER]
     difference = cut_and_compare(found, random_plan(found), (X,))
     assert difference.error < 1e-5 < 1e-3 < difference.moved

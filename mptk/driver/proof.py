@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mptk.errors import ProofError
+from mptk.errors import MptkError, ProofError
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
@@ -42,7 +42,7 @@ def prove_folder(
     sequences = task.sequences and _tokens(samples)
     longer = sequences and task.only_length(program) is None
     reached = find_reach(compiled) if longer else Reach((), (), 0)
-    batches = proof_batches(samples, reached.length, sequences)
+    batches = [b for b in proof_batches(samples, reached.length, sequences) if sequences or _takes(program, b)]
     checks = [target.checks(compiled, folder, reached.borders) for target in targets]
     run = partial(prove, executor=compiled.prepared.executor)
     rewritten: dict[str, tuple[Program | StageOutputs, float]] = {"rewritten graph": (compiled.exact, TOLERANCE)}
@@ -113,8 +113,13 @@ def find_reach(compiled: Compiled) -> Reach:
 
 
 def proof_batches(samples: Samples, length: int = 0, sequences: bool = True) -> list[Samples]:
-    """The short batch of ``samples``, and one sample: if ``length`` is not 0, one whose token ids are that long."""
+    """The short batch of ``samples``, and one sample: if ``length`` is not 0, one whose token ids are that long.
+
+    Samples that a program takes only together are one batch.
+    """
     first = short(samples, sequences)
+    if samples.together is not None:
+        return [first]
     if length <= _length(first):
         return [first, first[:1]]
 
@@ -123,6 +128,15 @@ def proof_batches(samples: Samples, length: int = 0, sequences: bool = True) -> 
         return flat.repeat(-(-length // len(flat)))[None, :length] if is_tokens(tensor) else tensor[:1]
 
     return [first, Samples({name: longer(tensor) for name, tensor in samples.inputs.items()})]
+
+
+def _takes(program: Program, samples: Samples) -> bool:
+    """Whether a program holds for as many samples: some hold for more than one only."""
+    try:
+        program.sizes.check([tensor.shape for tensor in samples.tensors])
+    except MptkError:
+        return False
+    return True
 
 
 def _tokens(samples: Samples) -> bool:

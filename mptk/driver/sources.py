@@ -27,7 +27,6 @@ from mptk.io.resident import Resident
 from mptk.io.untrusted import load_tensors
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples, is_tokens
-from mptk.ir.sizes import is_open
 from mptk.run.chain import Prepared, Task
 from mptk.run.report import PROVEN_ON, Report
 from mptk.run.settings import IN_MEMORY, Settings
@@ -199,7 +198,7 @@ def collected(data: Any, loaded: Loaded, task: Task, count: int, length: int, se
 
 
 def check_fits(samples: Samples | None, program: Program) -> None:
-    """Raise MptkError if samples in memory are none of this program: other sizes or types, or ids beyond a table."""
+    """Raise MptkError if samples in memory do not fit this program: of another type, or ids beyond a table."""
     if samples is None:
         return
     nodes = {node.name: node for node in program.placeholders()}
@@ -210,10 +209,6 @@ def check_fits(samples: Samples | None, program: Program) -> None:
             raise MptkError(
                 f"{name} in data is of type {tensor.dtype}, and the model was traced for {like.dtype}; give that"
             )
-        sizes = zip(tensor.shape, like.shape, strict=True)
-        if not is_tokens(tensor) and any(not is_open(want) and size != want for size, want in sizes):
-            wanted = ["n" if is_open(size) else int(size) for size in like.shape]
-            raise MptkError(f"{name} in data is {list(tensor.shape)}, not like {wanted}; give what the model takes")
         table = None if tensor.is_floating_point() else table_size(node)
         if table is not None and not 0 <= int(tensor.min()) <= int(tensor.max()) < table:
             raise MptkError(

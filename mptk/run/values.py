@@ -73,7 +73,9 @@ def short(samples: Samples, sequences: bool) -> Samples:
     """The proof's short batch of ``samples``, again and again if they are few. ``sequences``: as of their task."""
     count, length = PROOF_SHAPE
     found = samples.shortened(count, length if sequences else sys.maxsize)
-    return found if len(found) == count else Samples(found.repeated(count).inputs)[:count]
+    if len(found) == count or samples.together is not None:
+        return found
+    return Samples(found.repeated(count).inputs)[:count]
 
 
 @dataclass(frozen=True)

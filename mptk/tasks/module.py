@@ -189,7 +189,8 @@ def named_inputs(
     floats = {name: tensor for name, tensor in found.items() if tensor.is_floating_point() and dtype is not None}
     if isinstance(dtype, torch.dtype):
         return found | {name: tensor.to(dtype) for name, tensor in floats.items()}
-    return found | {name: tensor.to(dtype[name].dtype) for name, tensor in floats.items() if dtype and name in dtype}
+    likes = {} if dtype is None else {n: like for n, like in dtype.items() if n in floats and like.is_floating_point()}
+    return found | {name: floats[name].to(like.dtype) for name, like in likes.items()}
 
 
 def _check_numbers(name: str, tensor: Tensor) -> None:

@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from mptk.compat.torch import tree_leaves
+from mptk.compat.torch import FakeTensor, tree_leaves
 from mptk.errors import MptkError
 from mptk.ir.copies import attributes, copied
 from mptk.ir.module import ProgramModule
@@ -50,6 +50,8 @@ def compared(
         if given is None or not (apart := pair.apart(given)):
             continue
         ones = {symbol for symbol, value in values.items() if value == 1}
+        if not ones and apart == BOTH_FAIL:
+            continue
         if not ones:
             raise MptkError(f"the traced program is not the module: {apart}; {REMEDY}")
         if not any(str(symbol) in several for symbol in ones):
@@ -57,6 +59,7 @@ def compared(
     return replace(program, limits=replace(program.limits, several=frozenset(several)))
 
 
+BOTH_FAIL = "module and program fail"
 REMEDY = "write what depends on sizes or state with tensors (docs/tracing.md)"
 
 
@@ -112,7 +115,7 @@ class Pair:
         return tensor if held is None else held.detach().to(tensor.dtype)
 
     def apart(self, inputs: Sequence[Tensor]) -> str:
-        """How the program differs from the module on these inputs; empty if it does not, or if both refuse them."""
+        """How the program differs from the module on these inputs; as ``apart_of``."""
         return apart_of(self.program, self.module(), inputs)
 
     def check_state(self, inputs: Sequence[Tensor]) -> None:
@@ -126,7 +129,7 @@ class Pair:
         for call in ("first", "second"):
             apart = apart_of(program, module, inputs)
             states.append(attributes(module.module))
-            if apart:
+            if apart and apart != BOTH_FAIL:
                 changed = ", ".join(sorted(n for n in states[-1] if states[-1][n] != states[0].get(n)))
                 said = f"forward changes {changed}, which a trace holds as one value" if changed else apart
                 raise MptkError(f"the traced program is not the module at the {call} call: {said}; {REMEDY}")
@@ -143,7 +146,7 @@ class Pair:
 
 
 def apart_of(program: Any, module: Any, inputs: Sequence[Tensor]) -> str:
-    """How a program differs from a module on these inputs; empty if it does not, or if both refuse them."""
+    """How a program differs from a module on these inputs, ``BOTH_FAIL`` if neither runs; empty if they are equal."""
     try:
         expected = flat(module, inputs)
     except Exception as error:  # noqa: BLE001 (a module may raise anything)
@@ -151,7 +154,7 @@ def apart_of(program: Any, module: Any, inputs: Sequence[Tensor]) -> str:
     try:
         found = flat(program, inputs)
     except Exception as error:  # noqa: BLE001
-        return "" if expected is None else f"it fails at {shapes_of(inputs)} ({first_line(error)})"
+        return BOTH_FAIL if expected is None else f"it fails at {shapes_of(inputs)} ({first_line(error)})"
     if expected is None:
         return f"the module fails at {shapes_of(inputs)} ({why}), and the program does not"
     return difference(found, expected, inputs)
@@ -161,7 +164,10 @@ def flat(module: Any, inputs: Sequence[Tensor]) -> Outputs:
     """All tensors of a result. The same random numbers are drawn each time, and the inputs stay as they are."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return [t for t in tree_leaves(module(*(x.clone() for x in inputs))) if isinstance(t, Tensor)]
+        found = [t for t in tree_leaves(module(*(x.clone() for x in inputs))) if isinstance(t, Tensor)]
+    if any(isinstance(t, FakeTensor) for t in found):
+        raise MptkError("a value of forward() is lost in the trace")
+    return found
 
 
 def difference(found: Outputs, expected: Outputs, inputs: Sequence[Tensor]) -> str:

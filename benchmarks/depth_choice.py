@@ -27,7 +27,7 @@ from mptk.ir.samples import Samples, next_tokens
 from mptk.methods import criteria
 from mptk.methods.criteria.fisher import tempered
 from mptk.methods.maskprune.solver import Solver
-from mptk.runtime.staged import EXECUTOR
+from mptk.staged.staged import EXECUTOR
 from mptk.tasks import CAUSAL_LM
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace

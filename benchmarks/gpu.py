@@ -61,7 +61,7 @@ class Stages:
     def __init__(self, device: str) -> None:
         import torch
 
-        from mptk.run.execution import find_device
+        from mptk.protocols.execution import find_device
 
         there = find_device(device)
         self.module = None if there.type == "cpu" else torch.get_device_module(there)
@@ -92,9 +92,9 @@ class Stages:
 def do(job: Job) -> None:
     """Run a job here, and write its stages."""
     from mptk import Settings, prune
-    from mptk.driver.recovery import recover
-    from mptk.driver.verification import verify
-    from mptk.run.settings import Learning
+    from mptk.api.recovery import recover
+    from mptk.config.settings import Learning
+    from mptk.proof.verification import verify
 
     say = Stages(job.device)
     where: dict[str, Any] = {"device": job.device, "memory": job.memory}

@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 
 from benchmarks.common import result_header, write_result
 from benchmarks.onnx import MODEL, export, resized
+from mptk.api import compiler as api
 from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.latency import Latency, Measure
 from mptk.cost.operator_times import Operator, time_once, typical_ms
-from mptk.driver import api
 from mptk.io import models
-from mptk.runtime.bench import Case, decoder_step
-from mptk.runtime.decoder import OrtDecoder
+from mptk.ort.bench import Case, decoder_step
+from mptk.ort.decoder import OrtDecoder
 from passes.targets import legalize
 
 FAMILIES = ("kv_groups", "q_heads", "ffn")

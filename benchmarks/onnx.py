@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks.common import result_header, write_result
 from benchmarks.onnx_rivals import LEFT_OUT, caller_rows, genai, genai_rows, torch_rows
 from mptk.cli.plot import draw_bench
-from mptk.cli.report import bench_markdown
 from mptk.io import models
-from mptk.runtime.bench import Bench, bench_decoders
+from mptk.ort.bench import Bench, bench_decoders
+from mptk.report.terminal import bench_markdown
 from passes.frontend.trace_decoder import LogitsScope, trace_decoder
 from passes.pipelines import emit_onnx, quantize_onnx
 

@@ -20,10 +20,10 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from mptk.runtime.alternate import alternate
-from mptk.runtime.bench import Case, bench_decoders, decoder_step
-from mptk.runtime.decoder import OrtDecoder
-from mptk.runtime.generation import generate
+from mptk.ort.alternate import alternate
+from mptk.ort.bench import Case, bench_decoders, decoder_step
+from mptk.ort.decoder import OrtDecoder
+from mptk.ort.generation import generate
 
 GENAI = {"fp32": "prune_lm_head=true", "int8": "prune_lm_head=true block_size=128"}
 LEFT_OUT = {

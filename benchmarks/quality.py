@@ -36,10 +36,10 @@ from benchmarks.common import result_header, write_result
 from benchmarks.quality_text import write_mixture
 from mptk import Settings, prune
 from mptk.cli.parse import parse_width
+from mptk.config.settings import Learning, Rates, Training
 from mptk.io import data, models
 from mptk.io.evaluation import perplexity, zero_shot
-from mptk.run.report import Report
-from mptk.run.settings import Learning, Rates, Training
+from mptk.protocols.report import Report
 
 MODEL = "smollm2-135m"
 METHODS = "maskprune,wanda,flap,taylor,wanda+fit,wanda+learned,random,magnitude,maskprune+nofit,maskprune+fixed"

@@ -56,7 +56,7 @@ COMMANDS = {
 """Command → what Python gets. `verify` reads what `plan` wrote."""
 OLD_AND_NEW = "-m mptk prune smollm2-135m --method wanda --no-onnx --data {text} --samples 8 --out {out}"
 EXPORT = "-m mptk export {model} --quantize int8 --out {out} {memory}"
-SESSION = "import sys; from mptk.runtime.decoder import OrtDecoder; OrtDecoder(sys.argv[1])"
+SESSION = "import sys; from mptk.ort.decoder import OrtDecoder; OrtDecoder(sys.argv[1])"
 SCORING = f"-m mptk prune {{model}} --method wanda --samples 16 --length 256 {FILES}"
 LAUNCHER = "-m torch.distributed.run --standalone --nproc-per-node {processes}"
 ESTIMATE = "-m mptk prune {model} --estimate --out {out} {memory} {more}"

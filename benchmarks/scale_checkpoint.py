@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 import mptk
 from benchmarks.zoo_plans import plan_of_widths
+from mptk.distributed.processes import blocks
 from mptk.files import write_json
 from mptk.io.checkpoint import save_config, save_tokenizer
-from mptk.run.processes import blocks
 
 WORDS = (
     "quick",

@@ -27,7 +27,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 import passes.frontend.trace
 from benchmarks.common import result_header, write_result
-from mptk.driver.prepare import legalise
+from mptk.chain.prepare import legalise
+from mptk.config.settings import Learning, Settings, Training
 from mptk.io import models
 from mptk.ir.passes import Log
 from mptk.ir.resolved_plan import resolve_plan
@@ -35,9 +36,8 @@ from mptk.ir.samples import next_tokens
 from mptk.methods import criteria
 from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.progress import silent
-from mptk.run.chain import Prepared
-from mptk.run.folder import RunFolder
-from mptk.run.settings import Learning, Settings, Training
+from mptk.protocols.chain import Prepared
+from mptk.protocols.run_folder import RunFolder
 from mptk.tasks import CAUSAL_LM
 from passes.analysis import group
 from passes.pipelines import cut_program

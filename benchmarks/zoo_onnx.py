@@ -32,7 +32,7 @@ from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.runtime.decoder import OrtDecoder
+from mptk.ort.decoder import OrtDecoder
 from passes.analysis.group import analyze
 from passes.frontend.trace_decoder import CacheLayerShape, DecoderStep, cache_shapes, first_positions, trace_decoder
 from passes.pipelines import cut_program, emit_onnx

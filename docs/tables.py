@@ -19,7 +19,7 @@ import typer
 from mptk.cli.main import app
 from mptk.cli.options import FIELDS, RECOVERY
 from mptk.cli.shapes import OPTIONS as SEARCH
-from mptk.run.settings import Settings
+from mptk.config.settings import Settings
 
 PAGE = Path(__file__).with_name("settings.md")
 TABLE = re.compile(r"(<!-- (?P<name>(?!end)\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)

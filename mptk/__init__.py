@@ -12,18 +12,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mptk.driver.api import analyze, bench, export, rewrite, rule, show, trace
-    from mptk.driver.pruned import Pruned, prune, recover
-    from mptk.driver.shapes import shapes
-    from mptk.driver.use import evaluate, generate
-    from mptk.driver.verification import verify
+    from mptk.api.compiler import analyze, bench, export, rewrite, rule, show, trace
+    from mptk.api.pruned import Pruned, prune, recover
+    from mptk.api.shapes import shapes
+    from mptk.api.use import evaluate, generate
+    from mptk.config.settings import Settings
     from mptk.errors import MptkError, ProofError
     from mptk.io.models import load
     from mptk.io.packaged import fetch
     from mptk.ir.plan import FamilyPlan, Plan
     from mptk.ir.samples import Samples
-    from mptk.run.report import Report
-    from mptk.run.settings import Settings
+    from mptk.proof.verification import verify
+    from mptk.protocols.report import Report
     from mptk.version import __version__
 
 __all__ = [
@@ -58,19 +58,19 @@ _HOMES = {
     "MptkError": "mptk.errors",
     "Plan": "mptk.ir.plan",
     "ProofError": "mptk.errors",
-    "Pruned": "mptk.driver.pruned",
-    "Report": "mptk.run.report",
+    "Pruned": "mptk.api.pruned",
+    "Report": "mptk.protocols.report",
     "Samples": "mptk.ir.samples",
-    "Settings": "mptk.run.settings",
+    "Settings": "mptk.config.settings",
     "__version__": "mptk.version",
-    "evaluate": "mptk.driver.use",
+    "evaluate": "mptk.api.use",
     "fetch": "mptk.io.packaged",
-    "generate": "mptk.driver.use",
+    "generate": "mptk.api.use",
     "load": "mptk.io.models",
-    "prune": "mptk.driver.pruned",
-    "recover": "mptk.driver.pruned",
-    "shapes": "mptk.driver.shapes",
-    "verify": "mptk.driver.verification",
+    "prune": "mptk.api.pruned",
+    "recover": "mptk.api.pruned",
+    "shapes": "mptk.api.shapes",
+    "verify": "mptk.proof.verification",
 }
 
 
@@ -78,7 +78,7 @@ def __getattr__(name: str) -> object:
     """The public names, imported at first use: ``import mptk`` alone stays quick."""
     if name not in __all__:
         raise AttributeError(f"module 'mptk' has no attribute {name!r}")
-    return getattr(import_module(_HOMES.get(name, "mptk.driver.api")), name)
+    return getattr(import_module(_HOMES.get(name, "mptk.api.compiler")), name)
 
 
 def __dir__() -> list[str]:

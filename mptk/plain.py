@@ -1,7 +1,8 @@
 """plain: text of unknown origin as text: what a terminal or a browser would obey or hide is written out.
 
 Names of models, paths, data, reports and messages of libraries go through ``plain`` before they are shown: on the
-command line in ``mptk/cli/console.py``, in HTML in ``mptk/page/render.py``. In Markdown it is ``mptk/io/markdown.py``.
+command line in ``mptk/cli/console.py``, in HTML in ``mptk/report/page/render.py``. In Markdown it is
+``mptk/publish/markdown.py``.
 """
 
 from __future__ import annotations

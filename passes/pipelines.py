@@ -16,7 +16,7 @@ from mptk.ir.families import Analysis
 from mptk.ir.passes import Log, Pass, run
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
-from mptk.runtime.sessions import CPU
+from mptk.ort.sessions import CPU
 from passes.targets.onnx.block_weights import BLOCK, BlockWeightsPass
 from passes.targets.onnx.emit import Interface, decoder_interface, write_onnx
 from passes.targets.onnx.extract import ExtractPass, Part

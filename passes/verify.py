@@ -13,7 +13,7 @@ from mptk.errors import MptkError, exhausted
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.progress import steps
-from mptk.runtime.staged import EXECUTOR, Executor
+from mptk.staged.staged import EXECUTOR, Executor
 from passes.transforms.round_weights import RoundWeights
 
 StageOutputs = Callable[[Samples], "Tensor | Placed"]

@@ -35,20 +35,20 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save
 
-from mptk.cli import report as views
-from mptk.driver.kept import CHOICE, Choice
+from mptk.chain.kept import CHOICE, Choice
+from mptk.config.recipe import read_recipe
 from mptk.errors import MptkError, exhausted
 from mptk.io import models
 from mptk.io.audio import read_sound
 from mptk.io.images import open_image
-from mptk.io.manifest import check_manifest
 from mptk.io.text.files import file_documents
 from mptk.io.untrusted import check_folder, load_tensors
 from mptk.ir.plan import Plan
-from mptk.page.runs import read_bench, read_run
-from mptk.run.folder import check_unfinished
-from mptk.run.recipe import read_recipe
-from mptk.run.report import Report
+from mptk.protocols.report import Report
+from mptk.protocols.run_folder import check_unfinished
+from mptk.publish.manifest import check_manifest
+from mptk.report import terminal as views
+from mptk.report.page.runs import read_bench, read_run
 from tests.damage import mutated
 
 RESULT = Path("benchmarks/results/fuzz_files.json")
@@ -81,14 +81,14 @@ def unfinished(path: Path) -> None:
 
 
 def kept(path: Path) -> None:
-    from mptk.driver import kept as module
+    from mptk.chain import kept as module
 
     folder = type("Folder", (), {"path": path.parent, "read": lambda self, name: _object(path)})()
     Plan.from_json(module._known(folder, CHOICE, Choice)["plan"])
 
 
 def _object(path: Path) -> Any:
-    from mptk.run import folder
+    from mptk.protocols import run_folder as folder
 
     return folder._object(path)
 

@@ -21,8 +21,8 @@ import mptk
 import passes.frontend.trace
 from mptk.files import write_json
 from mptk.io import models
-from mptk.io.manifest import write_manifest
 from mptk.ir.program import Program
+from mptk.publish.manifest import write_manifest
 from passes.analysis import group
 from passes.targets import legalize
 
@@ -138,7 +138,7 @@ def weights(change: Callable[[str, torch.Tensor], torch.Tensor], *, told: bool =
     """Other weights, and a digest in the report that fits if it is ``told``."""
 
     def edit(folder: Path) -> None:
-        from mptk.io.manifest import weights_digest
+        from mptk.publish.manifest import weights_digest
 
         file = folder / "model.safetensors"
         state = {name: change(name, tensor) for name, tensor in load_file(file).items()}
@@ -171,7 +171,7 @@ def all_of(*edits: Edit) -> Edit:
 
 
 def cut_wrongly(
-    damage: Callable[[Program], Program], target: str = "mptk.driver.compiling.cut_program"
+    damage: Callable[[Program], Program], target: str = "mptk.compile.cut.cut_program"
 ) -> Callable[..., None]:
     """The rewritten program comes out damaged."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mptk.runtime.decoder import OrtDecoder
+from mptk.ort.decoder import OrtDecoder
 
 TOLERANCE = 1e-4
 SIZES = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 6, "vocab_size": 97}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mptk.config.settings import Settings
 from mptk.ir.plan import FamilyPlan, Plan
-from mptk.page.runs import Run
-from mptk.run.report import Report
-from mptk.run.settings import Settings
-from mptk.runtime.bench import Bench
+from mptk.ort.bench import Bench
+from mptk.protocols.report import Report
+from mptk.report.page.runs import Run
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>$x^2$"
 WORDS: Mapping[str, str] = {

@@ -7,12 +7,12 @@ import json
 import pytest
 from tiny_decoders import FUSED, GROUPED, tiny_decoder
 
-from mptk.cli import report
 from mptk.cli.plot import draw_bench
 from mptk.errors import MptkError
-from mptk.runtime.alternate import alternate
-from mptk.runtime.bench import Bench, bench_decoders
-from mptk.runtime.graph_work import graph_work
+from mptk.ort.alternate import alternate
+from mptk.ort.bench import Bench, bench_decoders
+from mptk.ort.graph_work import graph_work
+from mptk.report import terminal as report
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx, quantize_onnx
 
@@ -96,8 +96,8 @@ def test_who_begins_changes_from_session_to_session_and_times_stay_with_their_gr
         begun.append(steps[0])
         return [[ms[step]] * rounds for step in steps]
 
-    monkeypatch.setattr("mptk.runtime.bench.decoder_step", layers)
-    monkeypatch.setattr("mptk.runtime.bench.alternate", taken)
+    monkeypatch.setattr("mptk.ort.bench.decoder_step", layers)
+    monkeypatch.setattr("mptk.ort.bench.alternate", taken)
     result = bench_decoders({"dense": dense, "narrow": narrow}, lengths=(8,), rounds=4, sessions=4, phases=("decode",))
     assert begun == [2, 1, 2, 1]
     assert [(row.ms, row.ratio) for row in result.rows] == [(40, 1), (20, 0.5)]
@@ -134,7 +134,7 @@ def test_the_plot_has_a_bar_for_each_row(compared, tmp_path):
 
 
 def test_sides_take_turns_and_the_order_changes(monkeypatch):
-    monkeypatch.setattr("mptk.runtime.alternate.ROUND_S", 0.0)
+    monkeypatch.setattr("mptk.ort.alternate.ROUND_S", 0.0)
     seen = []
     times = alternate([lambda: seen.append("a"), lambda: seen.append("b")], rounds=4)
     assert "".join(seen) == "ab" + "abbaabba"

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
 
 import mptk
-from mptk.driver.proof import proof_batches
 from mptk.errors import MptkError
-from mptk.io.manifest import write_manifest
 from mptk.ir.samples import next_tokens
+from mptk.proof.proof import proof_batches
+from mptk.publish.manifest import write_manifest
 from mptk.tasks.decoder_form import CASES, decoded
 from passes.analysis.borders import config_borders, graph_borders, reach
 from passes.frontend.trace import trace

@@ -12,7 +12,7 @@ from torch import nn
 
 import mptk
 import passes.frontend.trace
-from mptk.driver import tracing
+from mptk.compile import trace as tracing
 from passes.frontend.bound import Late, bounded
 
 

@@ -13,11 +13,11 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 import mptk
-from mptk.driver.card import is_hub_id, proof, title
-from mptk.io import licence
-from mptk.io.manifest import check_manifest
-from mptk.io.markdown import code, table
-from mptk.run.report import Report
+from mptk.protocols.report import Report
+from mptk.publish import licence
+from mptk.publish.manifest import check_manifest
+from mptk.publish.markdown import code, table
+from mptk.report.card import is_hub_id, proof, title
 
 BASE = "a`b|<img src=x>[me](http:e)*x*"
 SETTINGS = mptk.Settings(method="wanda", widths={"ffn": 32}, families=("ffn",), data="random", samples=2, length=24)

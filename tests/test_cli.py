@@ -22,7 +22,7 @@ from mptk.cli import app
 from mptk.cli.main import main
 from mptk.errors import MptkError
 from mptk.files import write_json
-from mptk.io.manifest import check_manifest
+from mptk.publish.manifest import check_manifest
 from passes.analysis.rules import RULES
 from passes.pipelines import LISTS
 from tests.bad_inputs import table
@@ -233,7 +233,7 @@ def test_eval_gives_perplexity_and_its_protocol(files, pruned, tmp_path, mptk):
 
 
 def test_bench_is_shown_again_by_report(files, pruned, tmp_path, mptk, monkeypatch):
-    monkeypatch.setattr("mptk.runtime.bench.peak_memory", lambda *_: 1)  # test_bench.py measures it, in new processes
+    monkeypatch.setattr("mptk.ort.bench.peak_memory", lambda *_: 1)  # test_bench.py measures it, in new processes
     out = tmp_path / "out"
     shutil.copytree(pruned[0], out)
     result = mptk("bench", files.model, out, "--lengths", "16,40", "--rounds", "2", "--json", tmp_path / "bench.json")

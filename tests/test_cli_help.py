@@ -189,7 +189,7 @@ def test_ctrl_c_elsewhere(mptk, files, monkeypatch) -> None:  # noqa: F811
     def stop(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mptk.driver.api.analyze", stop)
+    monkeypatch.setattr("mptk.api.compiler.analyze", stop)
     result = mptk("analyze", files.model)
     assert (result.code, result.error) == (130, "interrupted; nothing was published")
 
@@ -203,10 +203,10 @@ def test_a_library_that_turns_ctrl_c_into_an_error_of_its_own(mptk, files, monke
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started with &
     try:
-        monkeypatch.setattr("mptk.driver.api.analyze", traced)
+        monkeypatch.setattr("mptk.api.compiler.analyze", traced)
         result = mptk("analyze", files.model)
         assert (result.code, result.error) == (130, "interrupted; nothing was published")
-        monkeypatch.setattr("mptk.driver.api.analyze", lambda *arguments, **options: 1 / 0)
+        monkeypatch.setattr("mptk.api.compiler.analyze", lambda *arguments, **options: 1 / 0)
         assert mptk("analyze", files.model).code == 70  # the next command knows of no signal
     finally:
         signal.signal(signal.SIGINT, before)

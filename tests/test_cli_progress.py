@@ -9,9 +9,9 @@ from pathlib import Path
 import toy_checkpoints as toys
 from rich.console import Console
 
+from mptk.api import display
+from mptk.api.compiler import export
 from mptk.cli import progress
-from mptk.driver import display
-from mptk.driver.api import export
 from mptk.progress import silent, step, steps, within
 
 

@@ -35,13 +35,13 @@ from transformers import (
 )
 
 import mptk
+from mptk.api import compiler as api
 from mptk.compat import torch as compat
 from mptk.compat import transformers as compat_transformers
 from mptk.compat.accelerate import offloaded, own_state, take_offload_index
 from mptk.compat.onnxruntime import run_on_values
 from mptk.compat.peft import adapters_off, refuses_lora
 from mptk.compat.transformers import dequantize_gguf, forget_source, missing_attributes, model_classes, unread_weights
-from mptk.driver import api
 from mptk.methods.maskprune.adapters import adapt
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,7 +6,7 @@ import pytest
 from transformers import MixtralConfig, PreTrainedConfig
 
 import mptk
-from mptk.page.coupling import (
+from mptk.report.page.coupling import (
     AFTER,
     BEFORE,
     HOLDS,
@@ -20,7 +20,7 @@ from mptk.page.coupling import (
     labels,
     rows_of,
 )
-from mptk.page.render import analysis_page
+from mptk.report.page.render import analysis_page
 from mptk.targets import find_target
 from tests.page_runs import HOSTILE
 from tests.test_page import Parsed

@@ -12,7 +12,7 @@ from transformers import BloomConfig
 import mptk
 from mptk.ir.families import Analysis
 from mptk.ir.plan import FamilyPlan, Plan
-from mptk.runtime.decoder import OrtDecoder
+from mptk.ort.decoder import OrtDecoder
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 from passes.frontend.trace_decoder import trace_decoder

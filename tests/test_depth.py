@@ -32,7 +32,7 @@ from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import criteria
 from mptk.methods.maskprune.solver import Solver
-from mptk.runtime.decoder import OrtDecoder
+from mptk.ort.decoder import OrtDecoder
 from passes.targets.choose_blocks import choose_blocks
 from passes.targets.legalize import discover
 

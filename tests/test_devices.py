@@ -16,8 +16,10 @@ from test_pruning import llama_config, save
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from mptk.chain.prepare import legalise
 from mptk.compat.accelerate import own_state
-from mptk.driver.prepare import legalise
+from mptk.config.settings import Learning
+from mptk.distributed.processes import replica
 from mptk.io import models
 from mptk.ir.samples import next_tokens
 from mptk.methods.maskprune import learner as maskprune
@@ -25,11 +27,9 @@ from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.methods.maskprune.solver import Solver
 from mptk.methods.maskprune.train import Loop
 from mptk.progress import silent
-from mptk.run.chain import Chosen, Prepared
-from mptk.run.folder import RunFolder
-from mptk.run.processes import replica
-from mptk.run.settings import Learning
-from mptk.run.values import SampleSets
+from mptk.protocols.chain import Chosen, Prepared
+from mptk.protocols.run_folder import RunFolder
+from mptk.protocols.values import SampleSets
 from mptk.tasks import CAUSAL_LM
 from passes.analysis import group
 from passes.frontend import trace

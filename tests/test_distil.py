@@ -20,8 +20,8 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, removed_blocks, resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods.distil import Distilled, Kept, Schedule, distil_blocks
-from mptk.runtime import shelf
-from mptk.runtime.staged import EXECUTOR, Executor
+from mptk.staged import shelf
+from mptk.staged.staged import EXECUTOR, Executor
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 from passes.transforms.remove_blocks import mask_blocks

@@ -17,11 +17,11 @@ from graph_damage import damaged, exchanged, rewired
 from lab import Edit, Lab, after, fields, remembered
 
 import mptk
+from mptk.api import recovery
 from mptk.cli.main import main
-from mptk.driver import recovery
+from mptk.config.settings import Learning, Training
 from mptk.errors import MptkError
 from mptk.files import write_json
-from mptk.run.settings import Learning, Training
 from passes.targets.onnx.names import QUANTIZED
 
 TOKENS = 40

@@ -21,7 +21,7 @@ from transformers import (
 
 from mptk.errors import MptkError
 from mptk.ir.program import Program
-from mptk.runtime.decoder import OrtDecoder
+from mptk.ort.decoder import OrtDecoder
 from passes.frontend.trace_decoder import cache_shapes, trace_decoder
 from passes.pipelines import emit_onnx
 

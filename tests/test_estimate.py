@@ -18,15 +18,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from mptk import Settings, prune
+from mptk.api import recovery
+from mptk.chain.estimate import check_fits, estimated, estimated_for
 from mptk.cli.main import app
+from mptk.config.settings import Learning, Training
 from mptk.cost import estimate as costs
 from mptk.cost.estimate import Estimate, Machine, Pass, Sizes, Work, duration, estimate, size_text, stacked
 from mptk.cost.model import CostModel
-from mptk.driver import recovery
-from mptk.driver.estimate import check_fits, estimated, estimated_for
+from mptk.distributed.processes import blocks
 from mptk.errors import MptkError
-from mptk.run.processes import blocks
-from mptk.run.settings import Learning, Training
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 
@@ -38,7 +38,7 @@ WORK = Work(kept=0.75, passes={"score": Pass(tokens=1000, length=10)}, calibrati
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mptk.driver.estimate.this_machine", lambda *_: SLOW)
+    monkeypatch.setattr("mptk.chain.estimate.this_machine", lambda *_: SLOW)
 
 
 @pytest.fixture
@@ -180,11 +180,11 @@ def test_a_short_convolution_is_no_mixture() -> None:
 
 def test_a_device_has_memory_and_rates_of_its_own(eight_billion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[torch.device, torch.dtype]] = []
-    monkeypatch.setattr("mptk.driver.estimate.this_machine", lambda *on: asked.append(on) or SLOW)
+    monkeypatch.setattr("mptk.chain.estimate.this_machine", lambda *on: asked.append(on) or SLOW)
     settings = Settings(method="wanda", data="text", onnx=False, device="cpu", memory=8 * 10**9)
     host = estimated(eight_billion, settings)
     assert (host.there, host.device) == ({}, "")
-    monkeypatch.setattr("mptk.driver.estimate.find_device", lambda _: torch.device("cuda", 1))
+    monkeypatch.setattr("mptk.chain.estimate.find_device", lambda _: torch.device("cuda", 1))
     found = estimated(eight_billion, replace(settings, compute_dtype="bfloat16"))
     assert asked == [(torch.device("cpu"), torch.float32), (torch.device("cuda", 1), torch.bfloat16)]
     assert set(found.there) == {"largest stage", "activations", "logits", "values between stages"}
@@ -198,7 +198,7 @@ def test_a_device_has_memory_and_rates_of_its_own(eight_billion: str, monkeypatc
 
 def test_what_a_device_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Estimate({"libraries": 1.0}, {}, {}, {}, {}, {"weights": 3e9, "logits": 1e9}, "cuda:1")
-    monkeypatch.setattr("mptk.driver.estimate.device_memory", lambda device: 2e9 if device.index == 1 else None)
+    monkeypatch.setattr("mptk.chain.estimate.device_memory", lambda device: 2e9 if device.index == 1 else None)
     said = r"at least 4\.0 GB of memory on cuda:1 \(3\.0 GB of it: weights\), and 2\.0 GB is free; .*, or --device cpu"
     with pytest.raises(MptkError, match=said):
         check_fits(found, tmp_path)
@@ -276,7 +276,7 @@ def test_what_cannot_fit_is_refused_with_what_would_make_it_fit(
     disk: int,
     said: str,
 ) -> None:
-    monkeypatch.setattr("mptk.driver.estimate.free_memory", lambda: memory)
+    monkeypatch.setattr("mptk.chain.estimate.free_memory", lambda: memory)
     monkeypatch.setattr("shutil.disk_usage", lambda _: Disk(disk))
     monkeypatch.setattr("mptk.io.models.load", lambda *_, **__: pytest.fail("weights were read"))
     learning = Learning(steps=changes.get("steps", 0), rank=changes.get("rank"))

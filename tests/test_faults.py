@@ -30,12 +30,12 @@ from lab import (
 from safetensors.torch import save_file
 
 import mptk
+from mptk.config.settings import Learning, Training
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
-from mptk.run.report import PROVEN_ON, Report
-from mptk.run.settings import Learning, Training
-from mptk.runtime.decoder import OrtDecoder
+from mptk.ort.decoder import OrtDecoder
+from mptk.protocols.report import PROVEN_ON, Report
 from passes.targets.onnx.names import QUANTIZED
 from passes.transforms.insert_masks import InsertedMasks
 
@@ -66,7 +66,7 @@ FFN, ATTENTION = f"{LAYER}.mlp", f"{LAYER}.self_attn"
 
 
 def unmasked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("mptk.run.chain.mask", lambda analysis, cut: analysis.program)
+    patch.setattr("mptk.protocols.chain.mask", lambda analysis, cut: analysis.program)
 
 
 def untied(patch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_a_step_that_goes_wrong(lab: Lab, monkeypatch: pytest.MonkeyPatch, name:
 @pytest.mark.parametrize("name", ["rope theta", "window", "epsilon", "activation"])
 def test_logits_show_a_wrong_config_too(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(
-        "mptk.targets.stock.check_config", lambda *_: mptk.driver.proof.Difference("config", 0.0, 0.0, 0.0)
+        "mptk.targets.stock.check_config", lambda *_: mptk.proof.proof.Difference("config", 0.0, 0.0, 0.0)
     )
     STEPS[name][0](monkeypatch)
     with pytest.raises(MptkError, match="the proof fails at 'reloaded checkpoint'"):
@@ -148,7 +148,7 @@ def scaled_adapters(patch: pytest.MonkeyPatch) -> None:
 
 
 def swapped_rows(patch: pytest.MonkeyPatch) -> None:
-    from mptk.driver.changes import widened
+    from mptk.compile.changes import widened
 
     def damaged(*arguments: Any) -> dict[str, torch.Tensor]:
         result = dict(widened(*arguments))
@@ -158,12 +158,12 @@ def swapped_rows(patch: pytest.MonkeyPatch) -> None:
         result[name][list(kept)] = result[name][list(kept)[::-1]]
         return result
 
-    patch.setattr("mptk.driver.prune.widened", damaged)
+    patch.setattr("mptk.chain.prune.widened", damaged)
 
 
 TRAINING: dict[str, tuple[Inject, str]] = {
     "adapters merged with 1.01": (scaled_adapters, "learned masks"),
-    "recovery dropped": (lambda p: p.setattr("mptk.driver.prune.widened", lambda *_: {}), "trained model"),
+    "recovery dropped": (lambda p: p.setattr("mptk.chain.prune.widened", lambda *_: {}), "trained model"),
     "rows swapped after recovery": (swapped_rows, "trained model"),
     "masks not folded": (
         lambda p: p.setattr(InsertedMasks, "fold", lambda self, name, weight: weight),

@@ -15,12 +15,12 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import mptk
+from mptk.compile.changes import changes_of
 from mptk.cost.model import CostModel
-from mptk.driver.changes import changes_of
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.methods.division import LEVELS, Curve, divide, levels
+from mptk.methods.division.layers import LEVELS, Curve, divide, levels
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 
@@ -50,7 +50,9 @@ def pruned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pr
     """Its layers' widths differ, whatever calibration says of a model that has learned nothing."""
     out = tmp_path_factory.mktemp("pruned") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mptk.methods.division.losses", lambda prepared, programs, *rest: range(len(programs), 0, -1))
+        patch.setattr(
+            "mptk.methods.division.layers.losses", lambda prepared, programs, *rest: range(len(programs), 0, -1)
+        )
         found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 8)
     assert found is not None
     assert len({found.report.families[f"ffn.{layer}"]["width"] for layer in range(3)}) > 1
@@ -126,7 +128,9 @@ def learned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.P
     """MaskPrune's choice of units at widths that are ``pruned``'s, and a graph that was trained."""
     out = tmp_path_factory.mktemp("learned") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mptk.methods.division.losses", lambda prepared, programs, *rest: range(len(programs), 0, -1))
+        patch.setattr(
+            "mptk.methods.division.layers.losses", lambda prepared, programs, *rest: range(len(programs), 0, -1)
+        )
         asked = {"method": "maskprune", "steps": 6, "batch": 2, "micro": 2, "lr": 1e-3}
         found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 16, onnx=False, **asked)
     assert found is not None

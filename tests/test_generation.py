@@ -10,11 +10,11 @@ from toy_checkpoints import llama, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from mptk.api.compiler import export_folder, onnx_folder
 from mptk.cli.main import app
-from mptk.driver.api import export_folder, onnx_folder
 from mptk.errors import MptkError
-from mptk.runtime.decoder import OrtDecoder
-from mptk.runtime.generation import Sampling, TextGenerator, generate
+from mptk.ort.decoder import OrtDecoder
+from mptk.ort.generation import Sampling, TextGenerator, generate
 
 PROMPTS = [[5, 9, 31, 7], [8], [40, 41, 42, 43, 44, 45, 46]]
 NEW = 12

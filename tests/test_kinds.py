@@ -20,15 +20,15 @@ import mptk
 import passes.frontend.trace
 from benchmarks import zoo_end_to_end
 from benchmarks.tiny_models import tiny_model
-from mptk.driver import api
-from mptk.driver.tracing import same_sizes, traced
+from mptk.api import compiler as api
+from mptk.compile.trace import same_sizes, traced
+from mptk.config.settings import Learning, Training
 from mptk.errors import MptkError
 from mptk.io.images import open_image
 from mptk.io.models import Loaded, load
 from mptk.ir.program import Program
 from mptk.ir.samples import IGNORED, Samples
-from mptk.run.settings import Learning, Training
-from mptk.runtime.staged import EXECUTOR
+from mptk.staged.staged import EXECUTOR
 from mptk.tasks import task_of
 from mptk.tasks.classifier import Classifier
 from mptk.tasks.encoder import Encoder

@@ -15,18 +15,18 @@ from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
 import mptk
+from mptk.chain.prepare import legalise
 from mptk.cli.main import app
 from mptk.cost import operator_times
 from mptk.cost.budgets import phase
 from mptk.cost.latency import Latency, find_parts, interpolate
 from mptk.cost.model import CostModel
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, kept_times, measure
-from mptk.driver.prepare import legalise
 from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.progress import silent
-from mptk.run.chain import Prepared
+from mptk.protocols.chain import Prepared
 from mptk.tasks import CAUSAL_LM
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
@@ -269,7 +269,7 @@ def test_settings_that_contradict_each_other_are_refused():
 def test_command_line_says_what_is_budgeted(monkeypatch, options, wanted):
     asked: list[mptk.Settings] = []
     monkeypatch.setattr(
-        "mptk.driver.pruned.prune", lambda model, folder, settings, progress, on_stage: asked.append(settings)
+        "mptk.api.pruned.prune", lambda model, folder, settings, progress, on_stage: asked.append(settings)
     )
     CliRunner().invoke(app, ["prune", "model", "--out", "out", *options.split()], catch_exceptions=False)
     (s,) = asked

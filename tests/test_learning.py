@@ -26,13 +26,13 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, 
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import mptk
-from mptk.driver.recovery import recover
-from mptk.driver.verification import verify
+from mptk.api.recovery import recover
+from mptk.config.bounds import BOUNDS
+from mptk.config.settings import Learning, LossWeights, Training
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
-from mptk.run.bounds import BOUNDS
-from mptk.run.report import Report
-from mptk.run.settings import Learning, LossWeights, Training
+from mptk.proof.verification import verify
+from mptk.protocols.report import Report
 
 TRAINING = Training(batch=4, micro=2, lr=3e-3, save_every=2)
 LEARNING = Learning(steps=12, mask_share=0.5, rank=4, training=TRAINING)
@@ -103,9 +103,9 @@ class Stopped(BaseException):
 
 
 STOPS = {
-    "a checkpoint being written": ("mptk.run.folder.save_file", 2),
+    "a checkpoint being written": ("mptk.protocols.run_folder.save_file", 2),
     "emission": ("mptk.targets.stock.write_checkpoint", 1),
-    "after publishing": ("mptk.run.folder.RunFolder.remove", 1),
+    "after publishing": ("mptk.protocols.run_folder.RunFolder.remove", 1),
 }
 
 
@@ -195,7 +195,7 @@ def sharded(llama: str, out: Path) -> list[str]:
 def begin(llama: str, out: Path) -> Path:
     """Learn masks on one process, which stops. Gives the folder of the unfinished run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mptk.run.folder.save_file", stopping("mptk.run.folder.save_file", 4))
+        patch.setattr("mptk.protocols.run_folder.save_file", stopping("mptk.protocols.run_folder.save_file", 4))
         with pytest.raises(Stopped):
             mptk.prune(llama, out, SETTINGS)
     run = out.with_name("out.run")

@@ -7,11 +7,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.tiny_models import tiny_model
+from mptk.config.settings import Settings
 from mptk.cost.model import CostModel
-from mptk.driver.budget import WidthSearch, multiples
 from mptk.errors import MptkError
 from mptk.methods import find_method
-from mptk.run.settings import Settings
+from mptk.methods.division.budget import WidthSearch, multiples
 from mptk.targets import find_target
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace

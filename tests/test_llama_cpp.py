@@ -13,11 +13,11 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 import mptk
-from mptk.driver import api
+from mptk.api import compiler as api
 from mptk.errors import MptkError, ProofError
-from mptk.io import llama_cpp
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.weights import Weights
+from mptk.targets import gguf as llama_cpp
 
 HOW = {"method": "wanda", "data": [toys.TEXT] * 8, "samples": 2, "length": 24, "eval_windows": 2, "eval_length": 24}
 

@@ -11,7 +11,7 @@ from tiny_decoders import GROUPED, tiny_decoder
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.runtime.decoder import OrtDecoder
+from mptk.ort.decoder import OrtDecoder
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx
 

@@ -10,6 +10,7 @@ import torch
 from cutting import random_plan
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from mptk.config.settings import Learning, LossWeights
 from mptk.errors import MptkError
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples, next_tokens
@@ -17,9 +18,8 @@ from mptk.methods.maskprune.losses import TopLogits, class_losses, hidden_error,
 from mptk.methods.maskprune.teacher import CachedTeacher, LiveTeacher, Output, fingerprint
 from mptk.methods.maskprune.train import schedule
 from mptk.methods.reconstruct import _Fit, kept_units, reconstruct_consumers
-from mptk.run.folder import RunFolder
-from mptk.run.settings import Learning, LossWeights
-from mptk.runtime.staged import EXECUTOR, Executor
+from mptk.protocols.run_folder import RunFolder
+from mptk.staged.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace

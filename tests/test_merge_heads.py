@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 
 import mptk
 from mptk.cli.main import app
-from mptk.driver import merging
+from mptk.conversions import kv_heads as merging
 from mptk.errors import MptkError, ProofError
-from mptk.io.manifest import write_manifest
 from mptk.ir.plan import Heads, Plan
+from mptk.publish.manifest import write_manifest
 
 TEXTS = [toys.TEXT] * 8
 MEASURED = {"samples": 4, "length": 24, "eval_windows": 2, "eval_length": 24, "onnx": False, "progress": None}

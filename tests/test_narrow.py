@@ -16,16 +16,16 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from mptk import Settings, prune
-from mptk.driver.prepare import settled
-from mptk.driver.verification import verify
+from mptk.chain.prepare import settled
+from mptk.config.settings import Learning
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
 from mptk.ir.samples import next_tokens
 from mptk.methods.criteria import score
 from mptk.methods.criteria.observe import gradients
 from mptk.progress import Progress
-from mptk.run.settings import Learning
-from mptk.runtime.staged import Executor
+from mptk.proof.verification import verify
+from mptk.staged.staged import Executor
 from mptk.tasks import CAUSAL_LM
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace

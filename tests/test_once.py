@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import mptk
-import mptk.driver.prune
-import mptk.driver.verification
+import mptk.chain.prune
+import mptk.proof.verification
+from mptk.config.settings import Learning, Training
 from mptk.ir.resolved_plan import resolve_plan
-from mptk.run.settings import Learning, Training
 from passes.targets.legalize import discover
 from passes.transforms.insert_masks import find_mask_sites
 from tests import toy_checkpoints

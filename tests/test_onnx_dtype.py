@@ -11,10 +11,10 @@ from onnx_checks import padded
 from tiny_decoders import BIASED, FUSED, GROUPED, SLIDING, tiny_decoder
 
 import mptk
-from mptk.driver.api import export_folder
+from mptk.api.compiler import export_folder
+from mptk.config.settings import Settings
 from mptk.errors import MptkError, ProofError
-from mptk.run.settings import Settings
-from mptk.runtime.decoder import OrtDecoder
+from mptk.ort.decoder import OrtDecoder
 from passes.pipelines import quantize_onnx
 from passes.targets.onnx import float16
 from tests import toy_checkpoints

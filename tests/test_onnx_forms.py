@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
 import mptk
-from mptk.driver.api import export_folder
+from mptk.api.compiler import export_folder
 from mptk.errors import MptkError, ProofError
-from mptk.io.manifest import write_manifest
+from mptk.publish.manifest import write_manifest
 
 SETTINGS = {"data": "random", "multiple": 2, "samples": 4, "length": 16, "eval_windows": 3, "eval_length": 16}
 ROWS = ["batch_size", "sequence_length"]

@@ -16,14 +16,14 @@ from typer.testing import CliRunner
 
 import mptk
 from mptk.cli.main import app
+from mptk.config.settings import Learning
 from mptk.errors import MptkError
 from mptk.ir.plan import FamilyPlan, Plan
-from mptk.page.charts import kept_shares, trace_charts
-from mptk.page.compare import front, grouped
-from mptk.page.render import report_page, shapes_page
-from mptk.page.runs import Run, model_name, read_runs, short_names, whole
-from mptk.run.settings import Learning
-from mptk.run.shapes import WORST, Rung, Shape, Shapes
+from mptk.protocols.shapes import WORST, Rung, Shape, Shapes
+from mptk.report.page.charts import kept_shares, trace_charts
+from mptk.report.page.compare import front, grouped
+from mptk.report.page.render import report_page, shapes_page
+from mptk.report.page.runs import Run, model_name, read_runs, short_names, whole
 from tests.page_runs import HOSTILE, WORDS, made
 from tests.test_pruning import save
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import mptk
-from mptk.page.render import analysis_page, report_page
+from mptk.report.page.render import analysis_page, report_page
 from mptk.targets import find_target
 from tests.page_runs import made
 from tests.tiny_decoders import tiny_decoder

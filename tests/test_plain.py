@@ -14,8 +14,8 @@ from rich.text import Text
 from transformers.utils import logging
 
 from mptk.cli.console import PlainConsole
-from mptk.page.svg import inline
 from mptk.plain import plain
+from mptk.report.page.svg import inline
 from tests.bad_inputs.table import Place, run
 
 ACTS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\u2028\u2029]")

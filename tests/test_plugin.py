@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mptk.cli.main import app
-from mptk.run.report import Report
+from mptk.protocols.report import Report
 from tests import toy_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mptk.compat.accelerate import own_state
+from mptk.distributed import processes
 from mptk.errors import MptkError
 from mptk.methods.maskprune.adapters import adapt
-from mptk.run import processes
 
 
 @pytest.mark.parametrize(("architecture", "block"), [("llama", "LlamaDecoderLayer"), ("gpt2", "GPT2Block")])

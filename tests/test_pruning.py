@@ -26,14 +26,14 @@ from transformers import (
 from typer.testing import CliRunner
 
 import mptk
+from mptk.chain import prune as pruning
 from mptk.cli.main import app
-from mptk.driver import prune as pruning
 from mptk.errors import MptkError
 from mptk.io import data
 from mptk.ir.plan import Plan
-from mptk.run.chain import Proven
-from mptk.run.report import Report
-from mptk.runtime.decoder import OrtDecoder
+from mptk.ort.decoder import OrtDecoder
+from mptk.protocols.chain import Proven
+from mptk.protocols.report import Report
 from passes.pipelines import quantize_onnx
 from passes.targets.onnx.names import QUANTIZED
 from passes.verify import Difference

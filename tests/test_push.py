@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from mptk.cli.main import app
 from mptk.errors import MptkError
-from mptk.io.manifest import write_manifest
-from mptk.io.push import push
+from mptk.publish.manifest import write_manifest
+from mptk.publish.push import push
 
 CARD = "---\nlicense: mit\nbase_model: me/dense\ntags:\n- pruned\n---\n\n# A card\n"
 
@@ -158,7 +158,7 @@ def test_a_name_that_no_hub_takes(hub: Hub, folder: Path) -> None:
 def test_a_push_that_is_killed_sends_all_or_nothing_and_can_be_repeated(hub: Hub, folder: Path) -> None:
     hub.stalls = True
     code = f"import huggingface_hub.constants as c; c.ENDPOINT = {hub.url!r}\n"
-    code += f"from mptk.io.push import push; push({str(folder)!r}, 'me/small')"
+    code += f"from mptk.publish.push import push; push({str(folder)!r}, 'me/small')"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with subprocess.Popen([sys.executable, "-c", code]) as sending:
         assert hub.stalled.wait(60)

@@ -12,7 +12,7 @@ from torch import nn
 from toy_checkpoints import TEXT, llama, tokenizer
 
 import mptk
-from mptk.driver.sources import collected
+from mptk.api.sources import collected
 from mptk.errors import MptkError
 from mptk.io.live import open_live
 from mptk.ir.samples import Samples, next_tokens

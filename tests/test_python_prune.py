@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import mptk
-from mptk.driver.sources import collected
+from mptk.api.sources import collected
+from mptk.config.keywords import with_keywords
+from mptk.config.settings import IN_MEMORY, Learning, Settings, Training
 from mptk.errors import MptkError
 from mptk.io.live import open_live
 from mptk.ir.module import ProgramModule
 from mptk.ir.samples import Samples
-from mptk.run.keywords import with_keywords
-from mptk.run.settings import IN_MEMORY, Learning, Settings, Training
 from mptk.tasks import task_of
 
 SMALL = {"sparsity": 0.3, "multiple": 4, "samples": 4, "length": 24, "eval_windows": 3, "eval_length": 24}

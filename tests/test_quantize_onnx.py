@@ -15,7 +15,7 @@ from tiny_decoders import BIASED, CONFIGS, FUSED, GROUPED, graphs_of, tiny_decod
 
 import passes.targets.onnx.measure
 from mptk.errors import MptkError
-from mptk.runtime.decoder import OrtDecoder
+from mptk.ort.decoder import OrtDecoder
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import SCHEMES, emit_onnx, quantize_onnx
 from passes.targets.onnx.balance import BalancePass, balancing

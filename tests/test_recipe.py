@@ -18,10 +18,10 @@ import mptk as api
 from mptk.cli import prune as commands
 from mptk.cli.main import app
 from mptk.cli.options import FIELDS, RECOVERY, settings_from
+from mptk.config.recipe import TYPED_ONLY, read_recipe, recipe, recovery_recipe
+from mptk.config.settings import Learning, LossWeights, Training
 from mptk.files import write_json
-from mptk.io.manifest import check_manifest, write_manifest
-from mptk.run.recipe import TYPED_ONLY, read_recipe, recipe, recovery_recipe
-from mptk.run.settings import Learning, LossWeights, Training
+from mptk.publish.manifest import check_manifest, write_manifest
 
 OTHER = api.Settings(
     sparsity=0.4,
@@ -49,10 +49,8 @@ OTHER = api.Settings(
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Collects what `prune` and `recover` are asked for, in place of a run."""
     calls: list[Any] = []
-    monkeypatch.setattr("mptk.driver.pruned.prune", lambda *arguments, **_: calls.append(arguments))
-    monkeypatch.setattr(
-        "mptk.driver.recovery.recover", lambda *arguments, **options: calls.append((arguments, options))
-    )
+    monkeypatch.setattr("mptk.api.pruned.prune", lambda *arguments, **_: calls.append(arguments))
+    monkeypatch.setattr("mptk.api.recovery.recover", lambda *arguments, **options: calls.append((arguments, options)))
     return calls
 
 

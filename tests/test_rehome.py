@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import mptk
 from mptk.cli.main import app
 from mptk.errors import MptkError
-from mptk.io.manifest import write_manifest
-from mptk.run.report import Report
+from mptk.protocols.report import Report
+from mptk.publish.manifest import write_manifest
 
 REFUSED = mptk.Settings(
     method="wanda", widths={"kv_groups": 3}, families=("kv_groups",), samples=4, length=48, multiple=8

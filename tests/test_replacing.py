@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mptk.driver import api
+from mptk.api import compiler as api
 from mptk.errors import MptkError
 from mptk.files import claimed, discard, scratch, staged, staging, tidy, write_file, write_text
 from mptk.files.replace import put_folder
 from mptk.io.cache import build_once, tidy_shared
-from mptk.io.manifest import check_manifest, read_manifest, update_manifest, write_manifest
-from mptk.io.publish import amend, check_apart, publish
-from mptk.run.folder import check_unfinished
+from mptk.protocols.run_folder import check_unfinished
+from mptk.publish.manifest import check_manifest, read_manifest, update_manifest, write_manifest
+from mptk.publish.publish import amend, check_apart, publish
 
 
 def forked(run: Callable[[], object]) -> int:

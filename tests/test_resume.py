@@ -25,13 +25,13 @@ from test_pruning import WORDS, gpt2, llama_config, save  # noqa: F401 (a fixtur
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import mptk
+from mptk.config.settings import Learning, Training
 from mptk.errors import MptkError
 from mptk.files import write_json
 from mptk.io.dense import fingerprint
 from mptk.ir.passes import Record
-from mptk.run.folder import RunFolder
-from mptk.run.report import Report
-from mptk.run.settings import Learning, Training
+from mptk.protocols.report import Report
+from mptk.protocols.run_folder import RunFolder
 
 SETTINGS = mptk.Settings(
     method="wanda", reconstruct=True, sparsity=0.35, samples=4, length=32, multiple=8, onnx=False, eval_length=32
@@ -42,16 +42,16 @@ TEXT, SCORE, WIDTHS = (
     "mptk.methods.one_shot._best",
 )
 FIT, CUT, WRITE = (
-    "mptk.driver.prune.reconstruct_consumers",
-    "mptk.driver.compiling.cut_program",
+    "mptk.chain.prune.reconstruct_consumers",
+    "mptk.compile.cut.cut_program",
     "mptk.targets.stock.write_checkpoint",
 )
-SAVE = "mptk.run.folder.save_file"
+SAVE = "mptk.protocols.run_folder.save_file"
 BLOCK = "mptk.methods.distil._Block.trained"
 REFUSED = [
     (SAVE, errno.ENOSPC),
     ("mptk.files.replace.os.replace", errno.EROFS),
-    ("mptk.driver.kept.write_json", errno.EDQUOT),
+    ("mptk.chain.kept.write_json", errno.EDQUOT),
     ("mptk.files.staging.Path.mkdir", errno.EACCES),
     (WRITE, errno.ENOSPC),
     ("mptk.files.replace._exchanged", errno.EROFS),

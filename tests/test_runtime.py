@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 from tiny_decoders import GROUPED, tiny_decoder
 
 from mptk.errors import MptkError
-from mptk.runtime.decoder import OrtDecoder
+from mptk.ort.decoder import OrtDecoder
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx
 

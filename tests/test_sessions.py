@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 import mptk
 from mptk import prune
 from mptk.cli.main import app
-from mptk.driver.proof import prove_folder
 from mptk.errors import MptkError
 from mptk.ir.samples import Samples
-from mptk.run.chain import Compiled, Proven, Target
-from mptk.run.execution import session_device
-from mptk.runtime import sessions
-from mptk.runtime.sessions import HOST, memory_of, open_session, providers
+from mptk.ort import sessions
+from mptk.ort.sessions import HOST, memory_of, open_session, providers
+from mptk.proof.proof import prove_folder
+from mptk.protocols.chain import Compiled, Proven, Target
+from mptk.protocols.execution import session_device
 from mptk.targets import ONNX
 
 GPU = "CUDAExecutionProvider"
@@ -65,7 +65,7 @@ def test_a_provider_that_is_not_there_is_not_asked_for(monkeypatch: pytest.Monke
 
 def test_a_command_of_onnx_runtime_alone_refuses_a_device_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     there = torch.device("cuda", 0)
-    monkeypatch.setattr("mptk.run.execution.find_device", lambda _: there)
+    monkeypatch.setattr("mptk.protocols.execution.find_device", lambda _: there)
     monkeypatch.setattr(ort, "get_available_providers", lambda: [HOST])
     with pytest.raises(MptkError, match=r"no execution provider for cuda; install .* or choose --device cpu"):
         session_device("cuda")
@@ -116,9 +116,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 def test_every_session_of_a_command_is_on_the_device(
     folder: Path, tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mptk.run.execution.find_device", lambda _: torch.device("cuda", 1))
-    monkeypatch.setattr("mptk.runtime.roofline.torch.ones", lambda n, device: torch.zeros(n))
-    monkeypatch.setattr("mptk.runtime.bench.peak_memory", lambda *_: 1)
+    monkeypatch.setattr("mptk.protocols.execution.find_device", lambda _: torch.device("cuda", 1))
+    monkeypatch.setattr("mptk.ort.roofline.torch.ones", lambda n, device: torch.zeros(n))
+    monkeypatch.setattr("mptk.ort.bench.peak_memory", lambda *_: 1)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(WORDS))
     table = tmp_path / "bench.md"
@@ -152,7 +152,7 @@ def test_the_proof_is_run_on_the_device_and_says_what_ran_it(
         proven.extend(p[0] for p in asked)  # type: ignore[arg-type]
         return prove_folder(compiled, targets, out, windows, **how)
 
-    monkeypatch.setattr("mptk.driver.prune.prove_folder", checked)
+    monkeypatch.setattr("mptk.chain.prune.prove_folder", checked)
     report = prune(str(folder.parent / "dense"), tmp_path / "out", replace(SETTINGS, quantize=("int8",))).report
     own, main, smoothing, int8, whole = proven
     assert own == int8 == whole == (GPU, {"device_id": 1, "use_tf32": 0})

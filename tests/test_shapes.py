@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 import mptk
 from mptk.cli.main import app
 from mptk.cost import operator_times
-from mptk.driver.halving import Trainer, finalists
 from mptk.errors import MptkError
+from mptk.methods.division.halving import Trainer, finalists
 from mptk.methods.maskprune.learner import Learner
-from mptk.run.rungs import rungs
-from mptk.run.shapes import Rung, Shape, Shapes, ranked
+from mptk.protocols.rungs import rungs
+from mptk.protocols.shapes import Rung, Shape, Shapes, ranked
 
 SETTINGS = mptk.Settings(
     method="wanda",
@@ -180,7 +180,7 @@ def test_a_killed_search_loses_one_rung_of_one_shape(
     assert len(list((tmp_path / "out.run").glob("shape-*.json"))) == 7
     with pytest.raises(MptkError, match="holds an unfinished run; add --resume"):
         mptk.shapes(llama, out, settings, progress=None, **TRAINED)
-    monkeypatch.setattr("mptk.driver.shape_losses.Search.measured", None)  # all of these were kept
+    monkeypatch.setattr("mptk.methods.division.shape_losses.Search.measured", None)  # all of these were kept
     file = tmp_path / "out.run" / "shape-00003.json"
     written = file.read_text()
     for damage in ("{}", written.replace('"masked"', '"veiled"'), "["):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mptk.config.settings import Rates
 from mptk.errors import MptkError
 from mptk.methods.maskprune.solver import Solver, proximal
-from mptk.run.settings import Rates
 
 SHAPES = {"heads": (3, 1, 8), "ffn": (3, 1, 40)}
 PRICES = {"heads": 5.0, "ffn": 1.0}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 import mptk
+from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
@@ -23,11 +24,10 @@ from mptk.ir.samples import next_tokens
 from mptk.ir.weights import Lazy, Weights
 from mptk.methods.criteria import score
 from mptk.methods.criteria.observe import activations, find_sites, gradients
-from mptk.run.execution import execution, find_device
-from mptk.run.settings import Settings
-from mptk.runtime import shelf
-from mptk.runtime.partition import Flow, partition
-from mptk.runtime.staged import EXECUTOR, Executor
+from mptk.protocols.execution import execution, find_device
+from mptk.staged import shelf
+from mptk.staged.partition import Flow, partition
+from mptk.staged.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
@@ -168,7 +168,7 @@ def test_what_fits_into_memory_is_one_stage_without_a_search(monkeypatch: pytest
     flow = Flow(built("decoder")[0])
     whole = sum(flow.weight_bytes.values())
     assert partition(flow, whole - 1).ends != ()
-    monkeypatch.setattr("mptk.runtime.partition._ends", lambda *_: pytest.fail("there was a search"))
+    monkeypatch.setattr("mptk.staged.partition._ends", lambda *_: pytest.fail("there was a search"))
     assert partition(flow, whole).ends == ()
 
 

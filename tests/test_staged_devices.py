@@ -19,7 +19,7 @@ from mptk.ir.samples import next_tokens
 from mptk.methods.criteria import score
 from mptk.methods.distil import Schedule, distil_blocks
 from mptk.methods.reconstruct import consumers, kept_units, reconstruct_consumers
-from mptk.runtime.staged import Executor
+from mptk.staged.staged import Executor
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 from passes.transforms.insert_masks import find_mask_sites

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import mptk
+from mptk.config.settings import Learning, Training
 from mptk.errors import MptkError
 from mptk.io import models
-from mptk.run.report import Report
-from mptk.run.settings import Learning, Training
+from mptk.protocols.report import Report
 from passes.transforms.store import Store, stored
 from tests import toy_checkpoints
 

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import mptk
+from mptk.config.settings import Learning, Training
 from mptk.errors import MptkError
 from mptk.io.models import load
-from mptk.run.settings import Learning, Training
 from mptk.tasks import task_of
 from mptk.tasks.masked_lm import FIRST, STRIDE
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mptk.config.settings import LossWeights, Training
+from mptk.distributed.processes import accelerator
 from mptk.ir.samples import next_tokens
 from mptk.methods.maskprune.train import Loop
 from mptk.methods.maskprune.watch import Watch
-from mptk.run.folder import RunFolder
-from mptk.run.processes import accelerator
-from mptk.run.settings import LossWeights, Training
+from mptk.protocols.run_folder import RunFolder
 from mptk.tasks import CAUSAL_LM
 
 WINDOWS = next_tokens(architectures.tokens(8, 9))
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_was_stopped_half_way_is_no_checkpoint(
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mptk.run.folder.save_file", half)
+    monkeypatch.setattr("mptk.protocols.run_folder.save_file", half)
     with pytest.raises(KeyboardInterrupt):
         work.checkpoint("masks", 2, {"x": torch.zeros(3)})
     step, found = work.latest("masks") or (0, {})

@@ -10,14 +10,14 @@ import toy_checkpoints as toys
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 import mptk
-from mptk.cli.report import analysis_json, breaking
+from mptk.api import compiler as api
+from mptk.config.settings import Settings
 from mptk.cost.model import CostModel
-from mptk.driver import api
-from mptk.driver.budget import WidthSearch
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.methods import find_method
-from mptk.run.settings import Settings
+from mptk.methods.division.budget import WidthSearch
+from mptk.report.terminal import analysis_json, breaking
 from mptk.targets import find_target
 from passes.targets.legalize import LegalWidths
 from passes.targets.stock.config import StockConfig

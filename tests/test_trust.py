@@ -15,14 +15,14 @@ from test_pruning import llama_config, save
 from transformers import LlamaForCausalLM
 
 import mptk
-import mptk.driver.rerun
-from mptk.driver.recovery import recover
+import mptk.api.rerun
+from mptk.api.recovery import recover
+from mptk.config.settings import Learning, Training
 from mptk.errors import MptkError
 from mptk.files import write_json
 from mptk.io import models
-from mptk.io.manifest import write_manifest
-from mptk.run.report import Report
-from mptk.run.settings import Learning, Training
+from mptk.protocols.report import Report
+from mptk.publish.manifest import write_manifest
 from tests.lab import raw_report
 
 SETTINGS = mptk.Settings(
@@ -193,14 +193,14 @@ def test_a_report_does_not_choose_where_a_rerun_writes(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[mptk.Settings] = []
-    monkeypatch.setattr("mptk.driver.rerun.prune", lambda model, out, settings, **_: asked.append(settings))
+    monkeypatch.setattr("mptk.api.rerun.prune", lambda model, out, settings, **_: asked.append(settings))
     copy = tmp_path / "copy"
     shutil.copytree(pruned, copy)
     settings = raw_report(copy)["settings"]
     settings["learning"] |= {"teacher": "cached", "teacher_cache": str(tmp_path / "elsewhere"), "tracker": "wandb"}
     edit(copy, settings=settings)
     assert Report.read(copy).settings.learning.teacher_cache
-    assert mptk.driver.rerun.rerun(copy, tmp_path / "out") is None
+    assert mptk.api.rerun.rerun(copy, tmp_path / "out") is None
     learning = asked[0].learning
     assert (learning.teacher, learning.teacher_cache, learning.tracker) == ("cached", None, "none")
 

@@ -23,11 +23,11 @@ from typer.testing import CliRunner
 
 import mptk
 from mptk.cli.main import app
-from mptk.driver.card import CARD
 from mptk.errors import MptkError
-from mptk.io.manifest import write_manifest
-from mptk.io.vocabulary.reading import check_same_reading
 from mptk.ir.plan import Plan
+from mptk.publish.manifest import write_manifest
+from mptk.report.card import CARD
+from mptk.targets.tokenizer import check_same_reading
 
 WORDS = "the quick brown fox jumps "
 TEXT = WORDS * 90

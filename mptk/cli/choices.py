@@ -12,9 +12,9 @@ from typing import Any
 
 import typer
 
+from mptk.config.settings import COMPUTE_DTYPES, DTYPES, LAYERS, ONNX_DTYPES
 from mptk.cost.budgets import BUDGETS
 from mptk.errors import did_you_mean
-from mptk.run.settings import COMPUTE_DTYPES, DTYPES, LAYERS, ONNX_DTYPES
 
 METHODS = ("maskprune", "random", "magnitude", "wanda", "flap", "reap", "fisher", "taylor", "influence", "greedy")
 TARGETS = ("stock", "graph")

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextvars import ContextVar
 
+from mptk.config.settings import Settings
 from mptk.cost.budgets import LATENCY
 from mptk.errors import MptkError
-from mptk.run.settings import Settings
 
 TYPED: ContextVar[frozenset[str]] = ContextVar("typed", default=frozenset())
 """The names of the options of the running command that stand in its command line."""

@@ -49,7 +49,7 @@ def show_program(
     trust_remote_code: Trust = False,
 ) -> None:
     """Print a model's program: one line for each value, with its axes. Reads no weights."""
-    from mptk.driver import api
+    from mptk.api import compiler as api
     from mptk.io import models
     from mptk.ir.plan import Plan
 

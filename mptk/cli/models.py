@@ -15,8 +15,8 @@ from mptk.cli.console import err, out
 from mptk.cli.options import ExampleInputs, Json, Model, MultipleOf, Portable, TargetName, Trust
 from mptk.cli.places import file_to_write
 from mptk.cli.progress import stages
+from mptk.config.settings import Settings
 from mptk.files import write_text
-from mptk.run.settings import Settings
 
 OPS = "mptk-ops/1"
 
@@ -86,10 +86,10 @@ def analyze(
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what can be cut and to which widths, and what cannot be cut and why. Reads no weights."""
-    from mptk.cli import report
-    from mptk.driver import api
+    from mptk.api import compiler as api
     from mptk.io import models
-    from mptk.page.svg import require_matplotlib
+    from mptk.report import terminal as report
+    from mptk.report.page.svg import require_matplotlib
     from mptk.targets import find_target
     from mptk.tasks.module import example_samples, read_inputs
 
@@ -105,7 +105,7 @@ def analyze(
         found = found.portable() if portable else found
     result = report.analysis_json(analysis, found, model)
     if html is not None:
-        from mptk.page.render import analysis_page
+        from mptk.report.page.render import analysis_page
 
         write_text(html, analysis_page(model, analysis, found, report.grouped(result["blocked"])))
     show(json_file, result, report.analysis_view(result))

@@ -18,9 +18,9 @@ from typer.models import OptionInfo
 from mptk.cli import choices
 from mptk.cli.parse import names, parse_size, parse_width
 from mptk.cli.places import file_to_write, folder_to_write
+from mptk.config.bounds import BOUNDS, COUNT, outside, shown
+from mptk.config.settings import Learning, LossWeights, Settings, Training
 from mptk.errors import MptkError
-from mptk.run.bounds import BOUNDS, COUNT, outside, shown
-from mptk.run.settings import Learning, LossWeights, Settings, Training
 
 Record = TypeVar("Record", Settings, Learning, Training, LossWeights)
 
@@ -57,7 +57,7 @@ class Field:
 
     ``path``: the field, with dots. ``kind``: the type that typer parses. ``read`` converts the parsed value to the
     field's, and ``empty`` is then the default. ``switch``: no negative form, as ``--resume``. ``choices``: arguments of
-    the option from ``choices.py``. Limits of a number are those of ``mptk.run.bounds``.
+    the option from ``choices.py``. Limits of a number are those of ``mptk.config.bounds``.
     """
 
     path: str

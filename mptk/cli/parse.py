@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from mptk.config.bounds import BOUNDS
 from mptk.errors import MptkError
-from mptk.run.bounds import BOUNDS
 
 _BASES = {"B": 1000, "iB": 1024}
 

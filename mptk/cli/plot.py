@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from mptk.errors import MptkError
 from mptk.files import write_result
+from mptk.ort.bench import Bench, Case
 from mptk.plain import plain
-from mptk.runtime.bench import Bench, Case
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

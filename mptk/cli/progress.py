@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
+from mptk.api.display import bars, lines
 from mptk.cli.stopping import STOPPED
 from mptk.cli.voice import VOICE
-from mptk.driver.display import bars, lines
 from mptk.progress import Progress, silent
 
 

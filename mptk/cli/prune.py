@@ -33,10 +33,10 @@ from mptk.cli.places import file_to_write, folder_to_write
 from mptk.cli.progress import stages
 from mptk.cli.recipes import Config
 from mptk.cli.voice import VOICE
+from mptk.config.settings import DEFAULT_STEPS, Settings
 from mptk.errors import MptkError
 from mptk.files import write_text
 from mptk.progress import within
-from mptk.run.settings import DEFAULT_STEPS, Settings
 
 if TYPE_CHECKING:
     from mptk.ir.passes import Record
@@ -68,11 +68,11 @@ def prune(
 
     maskprune learns what to cut and then trains the small model. A one-shot method trains only if --steps is given.
     """
-    from mptk.cli import report
-    from mptk.driver.estimate import check_fits, estimated
-    from mptk.driver.prepare import check_settings, settled
-    from mptk.driver.pruned import prune
+    from mptk.api.pruned import prune
+    from mptk.chain.estimate import check_fits, estimated
+    from mptk.chain.prepare import check_settings, settled
     from mptk.methods import find_method
+    from mptk.report import terminal as report
 
     settings = with_latency(settings_from(options), max_decode_ms, max_prefill_ms)
     meant = settled(settings)
@@ -105,9 +105,9 @@ def recover(
     **options: object,
 ) -> None:
     """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
-    from mptk.cli import report
-    from mptk.driver import recovery
-    from mptk.driver.estimate import check_fits
+    from mptk.api import recovery
+    from mptk.chain.estimate import check_fits
+    from mptk.report import terminal as report
 
     steps = DEFAULT_STEPS if options["steps"] is None else options["steps"]
     settings = settings_from({**options, "steps": steps})
@@ -146,8 +146,8 @@ def verify(
     trust_remote_code: Trust = False,
 ) -> None:
     """Prove a pruned folder again: files, config, weights, logits (torch, ONNX Runtime). Exit code 1 if it fails."""
-    from mptk.cli import report
-    from mptk.driver import verification
+    from mptk.proof import verification
+    from mptk.report import terminal as report
 
     with stages(err) as progress, within(progress, "prove"):
         progress("prove", 0, 0)
@@ -172,8 +172,8 @@ def rerun(
     trust_remote_code: Trust = False,
 ) -> None:
     """Repeat the run that made a folder, from its report, and show what differs. Exit code 1 if a result does."""
-    from mptk.cli import report
-    from mptk.driver.rerun import rerun, results_differing
+    from mptk.api.rerun import rerun, results_differing
+    from mptk.report import terminal as report
 
     with resumable(destination), stages(err) as progress:
         found = rerun(
@@ -201,13 +201,13 @@ def show_report(
     ] = None,
 ) -> None:
     """Show a pruned folder: widths, costs, perplexity, proof, timings, files. Several are compared."""
-    from mptk.cli import report
-    from mptk.page.runs import read_bench
-    from mptk.run.report import Report
+    from mptk.protocols.report import Report
+    from mptk.report import terminal as report
+    from mptk.report.page.runs import read_bench
 
     if html is not None:
-        from mptk.page.render import report_page
-        from mptk.page.runs import read_runs
+        from mptk.report.page.render import report_page
+        from mptk.report.page.runs import read_runs
 
         write_text(html, report_page(read_runs(folders)))
         out.print(f"written to {html}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""recipes: ``--config``, the options of a command from a YAML file (``mptk/run/recipe.py``)."""
+"""recipes: ``--config``, the options of a command from a YAML file (``mptk/config/recipe.py``)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def configured(context: typer.Context, file: Path | None) -> Path | None:
     """
     if file is None:
         return None
-    from mptk.run.recipe import TYPED_ONLY, read_recipe
+    from mptk.config.recipe import TYPED_ONLY, read_recipe
 
     known: dict[str, Any] = {}
     for parameter in context.command.params:

@@ -16,9 +16,9 @@ from mptk.cli.idle import check_shapes
 from mptk.cli.options import CHOICE, Json, MaxMs, Model, settings_from, with_latency, with_settings, within
 from mptk.cli.places import file_to_write, folder_to_write
 from mptk.cli.progress import stages
+from mptk.config.bounds import BOUNDS
+from mptk.config.settings import Settings
 from mptk.files import write_text
-from mptk.run.bounds import BOUNDS
-from mptk.run.settings import Settings
 
 OPTIONS = (
     *("sparsity", "budget", "objective", "threads", "families", "keep", "kv_heads", "width", "portable"),
@@ -84,12 +84,12 @@ def shapes(
 
     Prints the command that prunes to the best one. `mptk prune --search` does both.
     """
-    from mptk.cli.report import shapes_view
-    from mptk.driver.prepare import check_settings, settled
-    from mptk.driver.shapes import shapes as find_shapes
+    from mptk.api.shapes import shapes as find_shapes
+    from mptk.chain.prepare import check_settings, settled
+    from mptk.report.terminal import shapes_view
 
     if html is not None:
-        from mptk.page.svg import require_matplotlib
+        from mptk.report.page.svg import require_matplotlib
 
         require_matplotlib()
     given = settings_from({**options, "method": method})
@@ -107,7 +107,7 @@ def shapes(
     with resumable(folder) if folder is not None else nullcontext(), stages(err) as progress:
         found = find_shapes(model, folder, settings, progress=progress)
     if html is not None:
-        from mptk.page.render import shapes_page
+        from mptk.report.page.render import shapes_page
 
         write_text(html, shapes_page(found))
     show(json_file, found.to_json(), shapes_view(found))

@@ -34,10 +34,10 @@ from mptk.cli.options import (
 from mptk.cli.parse import names, parse_counts, parse_size
 from mptk.cli.places import file_to_write
 from mptk.cli.progress import stages
+from mptk.config.bounds import BOUNDS
+from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import write_json, write_text
-from mptk.run.bounds import BOUNDS
-from mptk.run.settings import Settings
 
 if TYPE_CHECKING:
     from mptk.io.evaluation import Perplexity
@@ -61,7 +61,7 @@ def export_onnx(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a model as ONNX, a decoder with its KV cache, with its config and tokenizer."""
-    from mptk.driver import api
+    from mptk.api import compiler as api
 
     if "int4" not in names(quantize):
         refuse(("data",), "text is for int4 alone", "give --quantize int4, or leave it out")
@@ -95,7 +95,7 @@ def write_gguf(
     ],
 ) -> None:
     """Write a pruned LLaMA model as a GGUF file for llama.cpp, also one whose layers differ in width."""
-    from mptk.driver import api
+    from mptk.api import compiler as api
 
     layers = api.gguf(folder, like, file)
     each = {
@@ -138,8 +138,8 @@ def generate(
     import numpy as np
     from transformers import TextStreamer
 
-    from mptk.run.execution import session_device
-    from mptk.runtime.generation import Sampling, TextGenerator, fitting
+    from mptk.ort.generation import Sampling, TextGenerator, fitting
+    from mptk.protocols.execution import session_device
 
     class Streamer(TextStreamer):
         """Prints text as it comes."""
@@ -189,7 +189,7 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure how good a model is, by its kind: a decoder's perplexity, in torch or ONNX Runtime, and lm-eval tasks."""
-    from mptk.driver import use
+    from mptk.api import use
 
     check_eval(data, tasks, runtime)
     if data is None and not tasks:
@@ -230,7 +230,7 @@ def evaluate_torch(
     """`mptk eval` of a decoder in torch: perplexity, lm-eval tasks, or both."""
     from mptk.io import data as text
     from mptk.io import evaluation
-    from mptk.run.execution import find_device
+    from mptk.protocols.execution import find_device
     from mptk.tasks import load_decoder
 
     evaluation.check_trusted(include_path, trust_remote_code)
@@ -273,8 +273,8 @@ def evaluate_onnx(
     """`mptk eval --runtime onnx`: perplexity of an exported graph, plain or quantised."""
     from mptk.io import data as text
     from mptk.io import evaluation
-    from mptk.run.execution import session_device
-    from mptk.runtime.generation import TextGenerator
+    from mptk.ort.generation import TextGenerator
+    from mptk.protocols.execution import session_device
 
     if tasks or data is None:
         raise MptkError("lm-eval tasks run in torch; give --data TEXT for perplexity with --runtime onnx")
@@ -324,11 +324,11 @@ def bench(
     ] = None,
 ) -> None:
     """Time prefill and decode in ONNX Runtime, in turns in one process. Shows ideal ratios and the peak, too."""
-    from mptk.cli import report
+    from mptk.api import compiler as api
     from mptk.cli.plot import draw_bench, require_matplotlib
-    from mptk.driver import api
-    from mptk.io.manifest import update_manifest
-    from mptk.io.publish import amend
+    from mptk.publish.manifest import update_manifest
+    from mptk.publish.publish import amend
+    from mptk.report import terminal as report
 
     counts = {
         name: parse_counts(text, f"--{name}")
@@ -373,7 +373,7 @@ def push(
 
     report.json and run.yaml name the dense model and the data as you gave them, local paths included.
     """
-    from mptk.io.push import push as upload
+    from mptk.publish.push import push as upload
 
     with stages(err) as progress:
         progress("upload", 0, 0)

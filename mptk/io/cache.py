@@ -11,7 +11,7 @@ import platformdirs
 
 from mptk.errors import MptkError
 from mptk.files import claimed, discard, path_of, put_made, tidy, tidy_scratch, writing
-from mptk.io.manifest import check_manifest, write_manifest
+from mptk.publish.manifest import check_manifest, write_manifest
 
 REMEDY = "set MPTK_CACHE to a folder with room for it"
 PRIVATE = 0o700

@@ -11,9 +11,9 @@ from mptk.errors import MptkError
 from mptk.files import json_text, path_of
 from mptk.io import models
 from mptk.io.live import open_live, weights_fingerprint
-from mptk.io.manifest import file_digests
 from mptk.io.packaged import ALIASES
 from mptk.io.resident import Resident
+from mptk.publish.manifest import file_digests
 
 _PARTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
 _READERS = (

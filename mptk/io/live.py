@@ -23,10 +23,10 @@ from mptk.errors import MptkError
 from mptk.files import scratch
 from mptk.io import models
 from mptk.io.checkpoint import copy_processors
-from mptk.io.licence import copy_card
 from mptk.io.models import Loaded
 from mptk.ir.copies import copied
 from mptk.ir.weights import Lazy, Weights
+from mptk.publish.licence import copy_card
 
 
 def open_live(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, trusted: bool = False) -> Loaded:

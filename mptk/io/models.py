@@ -29,12 +29,12 @@ from mptk.files import path_of, scratch, tidy
 from mptk.io.auto_classes import loader
 from mptk.io.cache import build_private, private_place
 from mptk.io.checkpoint import dtypes_in, fill, quantized_dtype, save_checkpoint, stored_dtype
-from mptk.io.licence import CARD, NOTICES, write_stub
 from mptk.io.packaged import ALIASES, cached, fetch
 from mptk.io.resident import Resident, stored_weight
 from mptk.io.untrusted import PARAMETERS, check_folder, check_gguf, check_sizes, check_stored
 from mptk.ir.program import Program
 from mptk.ir.weights import Weights
+from mptk.publish.licence import CARD, NOTICES, write_stub
 
 _CONVERSION = 2  # Raise it if the same GGUF file is now converted differently.
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

@@ -23,7 +23,7 @@ from mptk.arguments import checked
 from mptk.errors import MptkError
 from mptk.files import scratch
 from mptk.io.cache import build_once, cache_dir
-from mptk.io.manifest import file_sha256, listed
+from mptk.publish.manifest import file_sha256, listed
 
 _PR_SET_PDEATHSIG = 1
 DATA_FILES = (".json", ".txt", ".safetensors", ".model", ".md")

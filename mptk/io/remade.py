@@ -16,9 +16,9 @@ from transformers.initialization import no_init_weights
 from mptk.errors import MptkError
 from mptk.files import scratch
 from mptk.io.checkpoint import copy_processors, save_tokenizer
-from mptk.io.licence import copy_card
 from mptk.io.models import Loaded
 from mptk.ir.weights import Weights
+from mptk.publish.licence import copy_card
 
 
 def remade(

@@ -6,7 +6,7 @@ from mptk.methods.criteria import all_criteria
 from mptk.methods.maskprune.method import MaskPrune
 from mptk.methods.one_shot import OneShotMethod
 from mptk.plugins import find, with_plugins
-from mptk.run.chain import Method
+from mptk.protocols.chain import Method
 
 MASKPRUNE = MaskPrune()
 

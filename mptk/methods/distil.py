@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx
 
+from mptk.distributed.processes import leads
+from mptk.distributed.sharing import Sharing, sharing
 from mptk.errors import MptkError
 from mptk.ir.axes import axes_in
 from mptk.ir.axis_facts import Dims
@@ -29,11 +31,9 @@ from mptk.methods.criteria.observe import batches, find_sites
 from mptk.methods.maskprune.train import schedule
 from mptk.methods.reconstruct import stored
 from mptk.progress import Count
-from mptk.run.processes import leads
-from mptk.run.sharing import Sharing, sharing
-from mptk.runtime.partition import Flow, blocks
-from mptk.runtime.shelf import Shelf
-from mptk.runtime.staged import EXECUTOR, Executor, Run
+from mptk.staged.partition import Flow, blocks
+from mptk.staged.shelf import Shelf
+from mptk.staged.staged import EXECUTOR, Executor, Run
 from passes.transforms.remove_blocks import mask_blocks
 from passes.transforms.rewrite import Rewrite
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from mptk.config.settings import FREE
+from mptk.distributed.processes import leads
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import Cut, resolve_plan
@@ -17,14 +19,12 @@ from mptk.methods import criteria
 from mptk.methods.criteria import influence
 from mptk.methods.criteria.base import Criterion, Scores
 from mptk.methods.criteria.observe import Observation, Site
-from mptk.methods.division import divided
-from mptk.methods.ends import ends_note
-from mptk.methods.trial import losses, plan_of
-from mptk.run.chain import Chosen, Method, Prepared
-from mptk.run.folder import RunFolder
-from mptk.run.processes import leads
-from mptk.run.settings import FREE
-from mptk.run.values import Context, SampleSets
+from mptk.methods.division.ends import ends_note
+from mptk.methods.division.layers import divided
+from mptk.methods.division.trial import losses, plan_of
+from mptk.protocols.chain import Chosen, Method, Prepared
+from mptk.protocols.run_folder import RunFolder
+from mptk.protocols.values import Context, SampleSets
 from passes.targets.legalize import describe
 from passes.transforms.masked_reference import mask
 

@@ -22,6 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from mptk.distributed.sharing import Sharing, sharing
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
@@ -29,9 +30,8 @@ from mptk.ir.samples import Samples
 from mptk.ir.weights import Lazy, Weights
 from mptk.methods.criteria.observe import OBSERVED_TOKENS, batches, find_sites
 from mptk.progress import Count
-from mptk.run.sharing import Sharing, sharing
-from mptk.runtime.shelf import Shelf
-from mptk.runtime.staged import EXECUTOR, Executor
+from mptk.staged.shelf import Shelf
+from mptk.staged.staged import EXECUTOR, Executor
 from passes.transforms.insert_masks import MaskSite
 
 RIDGE = 0.01

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from mptk.config.settings import Settings
 from mptk.plugins import find, with_plugins
-from mptk.run.chain import Target
-from mptk.run.settings import Settings
+from mptk.protocols.chain import Target
 from mptk.targets.graph import GraphTarget
 from mptk.targets.onnx import OnnxTarget
 from mptk.targets.stock import StockTarget

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from mptk.files import scratch
 from mptk.io.checkpoint import copy_processors, save_tokenizer
-from mptk.io.manifest import listed
 from mptk.io.models import Loaded
 from mptk.io.untrusted import read_object
+from mptk.publish.manifest import listed
 from mptk.targets.fields import compare, fail
 
 READ = ("*token*", "vocab*", "merges*", "*.model", "*chat_template*", "*chat_templates/*", "*processor_config.json")

@@ -11,8 +11,8 @@ from mptk.io.untrusted import damaged, load_tensors
 from mptk.ir.module import ProgramModule
 from mptk.ir.passes import Log
 from mptk.ir.weights import Weights
-from mptk.run.chain import Compiled, Target
-from mptk.run.values import Checks, SampleSets
+from mptk.protocols.chain import Compiled, Target
+from mptk.protocols.values import Checks, SampleSets
 from passes.transforms.retype import Retype, restored
 from passes.verify import HALF_TOLERANCE, Difference, difference
 

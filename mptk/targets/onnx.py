@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from mptk.config.settings import Settings
 from mptk.errors import MptkError, ProofError
 from mptk.files import scratch
 from mptk.io import models
@@ -19,10 +20,9 @@ from mptk.io.models import Loaded
 from mptk.io.untrusted import read_object
 from mptk.ir.passes import Log
 from mptk.ir.samples import Samples
-from mptk.run.chain import Compiled, Prepared, Target
-from mptk.run.onnx_form import Dense, OnnxForm
-from mptk.run.settings import Settings
-from mptk.run.values import Checks, Extra, SampleSets, left_out
+from mptk.protocols.chain import Compiled, Prepared, Target
+from mptk.protocols.onnx_form import Dense, OnnxForm
+from mptk.protocols.values import Checks, Extra, SampleSets, left_out
 from mptk.targets.beside import check_beside
 from mptk.targets.fields import compare, fail
 from mptk.tasks.transformers_js import write_entry

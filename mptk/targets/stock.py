@@ -13,17 +13,17 @@ from mptk.errors import MptkError
 from mptk.io import models
 from mptk.io.checkpoint import copy_processors, portable
 from mptk.io.resident import Resident
-from mptk.io.vocabulary.reading import check_same_reading
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import renumbering
 from mptk.ir.samples import Samples
-from mptk.run.chain import Compiled, Target
-from mptk.run.values import Checks, SampleSets, Written
+from mptk.protocols.chain import Compiled, Target
+from mptk.protocols.values import Checks, SampleSets, Written
 from mptk.targets.beside import check_beside, write_beside
 from mptk.targets.graph import stored_weights
 from mptk.targets.stock_config import check_code, check_config
+from mptk.targets.tokenizer import check_same_reading
 from passes.frontend.trace import trace
 from passes.targets import legalize
 from passes.targets.legalize import LegalWidths, cut_shapes, graph_widths, stock_widths

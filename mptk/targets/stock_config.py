@@ -11,9 +11,9 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from mptk.io import models
 from mptk.io.checkpoint import portable
-from mptk.io.manifest import file_sha256
 from mptk.io.untrusted import read_object
-from mptk.run.values import Written
+from mptk.protocols.values import Written
+from mptk.publish.manifest import file_sha256
 from mptk.targets.fields import STAGE, Json, compare, fail, leaves, require
 from mptk.tasks.transformers_js import KEY, entry
 from passes.targets.onnx.names import FOLDER

@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.io.evaluation import Runs, perplexities
 from mptk.io.models import Loaded
 from mptk.ir.samples import Samples, next_tokens
 from mptk.progress import Count, Progress
-from mptk.run.settings import Settings
-from mptk.run.values import SampleSets
+from mptk.protocols.values import SampleSets
 from mptk.tasks.decoder_form import DecoderForm
 from mptk.tasks.inputs.text import SEQUENCE, Tokens, example_ids
 from mptk.tasks.tokens import TokenTask

@@ -16,7 +16,7 @@ from transformers.models.auto import modeling_auto
 from mptk.io.evaluation import Runs
 from mptk.ir.samples import Samples
 from mptk.progress import Progress
-from mptk.run.values import SampleSets
+from mptk.protocols.values import SampleSets
 from mptk.tasks.classes import known_to
 from mptk.tasks.compared import ComparedTask, means
 from mptk.tasks.model_form import LOGITS, ModelForm

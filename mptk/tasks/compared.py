@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mptk.config.settings import Settings
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.ir.samples import Samples
 from mptk.progress import Count
-from mptk.run.chain import Task
-from mptk.run.settings import Settings
+from mptk.protocols.chain import Task
 from mptk.tasks.inputs import inputs_of
 
 Figure = Callable[[Any, Any], Tensor]

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
+from mptk.config.settings import Settings, check_onnx_dtype
 from mptk.errors import ProofError
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples, next_tokens
-from mptk.run.chain import stored_type
-from mptk.run.onnx_form import Dense, OnnxForm
-from mptk.run.settings import Settings, check_onnx_dtype
-from mptk.run.values import Checks
-from mptk.runtime.decoder import FILE, OrtDecoder
+from mptk.ort.decoder import FILE, OrtDecoder
+from mptk.protocols.chain import stored_type
+from mptk.protocols.onnx_form import Dense, OnnxForm
+from mptk.protocols.values import Checks
 from mptk.tasks.decoder_onnx import export_decoder
 from mptk.tasks.exporting import quantised
 from mptk.tasks.genai import FILE as GENAI

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mptk.config.settings import check_onnx_dtype
 from mptk.cost.budgets import phase
 from mptk.errors import MptkError
 from mptk.io.evaluation import LogitsFn
@@ -17,8 +18,7 @@ from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.progress import step
-from mptk.run.settings import check_onnx_dtype
-from mptk.runtime.staged import EXECUTOR, Executor
+from mptk.staged.staged import EXECUTOR, Executor
 from mptk.version import __version__
 from passes.analysis import group
 from passes.frontend.trace_decoder import LogitsScope, trace_decoder

@@ -8,19 +8,19 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples, is_tokens
+from mptk.ort.graphs import OrtGraph
 from mptk.progress import step
-from mptk.run.chain import stored_type
-from mptk.run.onnx_form import Dense
-from mptk.run.settings import Settings
-from mptk.run.values import Checks, left_out
-from mptk.runtime.graphs import OrtGraph
-from mptk.runtime.staged import Executor
+from mptk.protocols.chain import stored_type
+from mptk.protocols.onnx_form import Dense
+from mptk.protocols.values import Checks, left_out
+from mptk.staged.staged import Executor
 from mptk.tasks.inputs.base import Named
 from mptk.tasks.padding import PADDING, padded_as_said, with_mask
 from mptk.version import __version__

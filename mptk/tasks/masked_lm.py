@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM
 from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Count, Progress
-from mptk.run.settings import Settings
-from mptk.run.values import SampleSets
+from mptk.protocols.values import SampleSets
 from mptk.tasks.classes import known_to
 from mptk.tasks.inputs.text import Tokens, example_ids
 from mptk.tasks.model_form import LOGITS, ModelForm

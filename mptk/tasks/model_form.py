@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.samples import Samples
+from mptk.ort.graphs import OrtGraph
 from mptk.progress import step
-from mptk.run.onnx_form import Dense, OnnxForm
-from mptk.run.settings import Settings
-from mptk.run.values import PROOF_SHAPE, Checks
-from mptk.runtime.graphs import OrtGraph
+from mptk.protocols.onnx_form import Dense, OnnxForm
+from mptk.protocols.values import PROOF_SHAPE, Checks
 from mptk.tasks.exporting import CHANGED, HALF, Traced, about, cut, equal, is_half, quantised, stages_of, traced_as
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.padding import IDS, about_padding, candidates, is_text, padded_as_said, with_mask

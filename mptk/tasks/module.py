@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mptk.config.settings import IN_MEMORY, INPUTS, Settings
 from mptk.errors import MptkError, exhausted
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.io.untrusted import load_tensors
 from mptk.ir.samples import Samples, joined
 from mptk.progress import Count, Progress
-from mptk.run.chain import Task
-from mptk.run.onnx_form import OnnxForm
-from mptk.run.settings import IN_MEMORY, INPUTS, Settings
-from mptk.run.values import SampleSets
+from mptk.protocols.chain import Task
+from mptk.protocols.onnx_form import OnnxForm
+from mptk.protocols.values import SampleSets
 from mptk.tasks.compared import means
 from mptk.tasks.encoder import distances, errors, projection
 from mptk.tasks.inputs.base import ordered

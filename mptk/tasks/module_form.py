@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.ir.samples import Samples
-from mptk.run.onnx_form import Dense
-from mptk.run.settings import Settings
+from mptk.protocols.onnx_form import Dense
 from mptk.tasks.exporting import Traced
 from mptk.tasks.model_form import AXES, ModelForm
 from mptk.tasks.padding import IDS

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from mptk.config.settings import Settings
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM
 from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Count, Progress
-from mptk.run.settings import Settings
-from mptk.run.values import SampleSets
+from mptk.protocols.values import SampleSets
 from mptk.tasks.classes import known_to
 from mptk.tasks.encoder_decoder_form import EncoderDecoderForm
 from mptk.tasks.inputs import inputs_of

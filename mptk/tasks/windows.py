@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mptk.config.settings import Settings
 from mptk.io import data
 from mptk.io.models import Loaded
 from mptk.progress import Count
-from mptk.run.settings import Settings
 
 
 def calibration_windows(loaded: Loaded, settings: Settings, count: int, progress: Count) -> Tensor:

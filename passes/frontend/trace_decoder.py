@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from mptk.compat.torch import FakeTensorMode, check
 from mptk.errors import MptkError
 from mptk.ir.program import Program
-from mptk.runtime.staged import EXECUTOR, Executor
+from mptk.staged.staged import EXECUTOR, Executor
 from passes.frontend.trace import evaluating, export_program
 
 BATCH, SEQUENCE, PAST = 2, 11, 23

@@ -22,7 +22,7 @@ from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, resolve_plan
 from mptk.ir.source_location import SourceLocation
-from mptk.runtime.partition import levels
+from mptk.staged.partition import levels
 from passes.analysis.rules.table import find_rule
 
 _SCALE = "mptk_scale"

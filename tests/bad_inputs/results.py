@@ -10,7 +10,7 @@ import onnx
 import torch
 from safetensors.torch import save
 
-from mptk.io.manifest import write_manifest
+from mptk.publish.manifest import write_manifest
 from tests.bad_inputs.table import BODIES, Place, Prepare, Row, fifo, folder, link, remove, write
 
 REPORT = "report {pruned}"

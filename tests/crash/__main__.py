@@ -36,7 +36,7 @@ import typer
 
 from benchmarks.common import result_header, write_result
 from mptk.errors import MptkError
-from mptk.io.manifest import check_manifest
+from mptk.publish.manifest import check_manifest
 from tests.crash.forked import Ended, Trap, run, warm
 from tests.crash.scenes import PRUNED, SCENES, Scene, made, starting, write_inputs
 

@@ -23,11 +23,11 @@ import onnxscript  # noqa: F401
 import peft  # noqa: F401
 import torch.onnx  # noqa: F401
 
+import mptk.api.compiler
+import mptk.api.pruned
 import mptk.cli.progress
-import mptk.driver.api
-import mptk.driver.pruned
-import mptk.driver.verification
-import mptk.page.render
+import mptk.proof.verification
+import mptk.report.page.render
 import passes.frontend.trace
 from mptk.cli.main import main
 from mptk.files import replace

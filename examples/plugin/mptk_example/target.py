@@ -12,8 +12,8 @@ from torch import nn
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
 from mptk.ir.weights import Weights
-from mptk.run.chain import Compiled, Target
-from mptk.run.values import Checks, SampleSets
+from mptk.protocols.chain import Compiled, Target
+from mptk.protocols.values import Checks, SampleSets
 from mptk.targets.graph import stored_weights
 from passes.targets.legalize import LegalWidths, graph_widths
 

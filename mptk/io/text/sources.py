@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
 from mptk.files import path_of
-from mptk.io.manifest import file_sha256
 from mptk.io.text.files import Document, check_ordinary, file_documents, folder_documents, shown
 from mptk.io.text.hub import HubText, hub_text
+from mptk.publish.manifest import file_sha256
 
 SELF = "self"
 """The value of ``data`` for text that the model writes."""

@@ -24,8 +24,8 @@ from mptk.methods.criteria.flap import Compensation, compensate
 from mptk.methods.criteria.observe import activations, find_sites, gradients
 from mptk.plugins import find, with_plugins
 from mptk.progress import Count
-from mptk.run.chain import Task
-from mptk.runtime.staged import EXECUTOR, Executor
+from mptk.protocols.chain import Task
+from mptk.staged.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
 from passes.targets.choose_blocks import choose_blocks
 from passes.targets.stock.learn import Stock

@@ -27,15 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mptk.distributed.sharing import sharing
 from mptk.ir.families import Analysis, Family, Group, unit_indices
 from mptk.ir.samples import Samples
 from mptk.methods.criteria import wanda
 from mptk.methods.criteria.base import Evidence, Scores, Slopes, uses
 from mptk.methods.criteria.observe import GRADIENT_TOKENS, Site, Stream, batches, find_sites, in_samples
 from mptk.progress import Count
-from mptk.run.chain import Task
-from mptk.run.sharing import sharing
-from mptk.runtime.staged import Executor, Tap
+from mptk.protocols.chain import Task
+from mptk.staged.staged import Executor, Tap
 
 EPSILON = 1e-30
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mptk.distributed.sharing import sharing
 from mptk.ir.blocks import Stack
 from mptk.ir.families import Analysis, Family
 from mptk.ir.plan import FamilyPlan, Plan
@@ -22,9 +23,8 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods.criteria.observe import GRADIENT_TOKENS
 from mptk.progress import Count
-from mptk.run.chain import Task
-from mptk.run.sharing import sharing
-from mptk.runtime.staged import EXECUTOR, Executor
+from mptk.protocols.chain import Task
+from mptk.staged.staged import EXECUTOR, Executor
 from passes.transforms.masked_reference import mask
 
 TOKENS = 1024

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from mptk.distributed.sharing import sharing
 from mptk.errors import MptkError
 from mptk.ir.axes import axes_in, leaves
 from mptk.ir.blocks import Block
@@ -23,8 +24,7 @@ from mptk.ir.samples import Samples
 from mptk.methods.criteria.base import Evidence, Scores
 from mptk.methods.criteria.observe import OBSERVED_TOKENS, batches, in_samples
 from mptk.progress import Count
-from mptk.run.sharing import sharing
-from mptk.runtime.staged import EXECUTOR, Executor
+from mptk.staged.staged import EXECUTOR, Executor
 
 
 def score(evidence: Evidence, families: Sequence[Family]) -> Scores:

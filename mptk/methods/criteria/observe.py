@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx
 
+from mptk.distributed.sharing import Sharing, sharing
 from mptk.errors import MptkError
 from mptk.ir.axes import leaves, resolve
 from mptk.ir.axis_facts import Dims
@@ -24,9 +25,8 @@ from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.ir.sizes import example_size, is_open
 from mptk.progress import Count
-from mptk.run.chain import Task
-from mptk.run.sharing import Sharing, sharing
-from mptk.runtime.staged import EXECUTOR, Executor
+from mptk.protocols.chain import Task
+from mptk.staged.staged import EXECUTOR, Executor
 
 OBSERVED_TOKENS = 2048
 """Tokens in a forward batch. It bounds memory and changes results by rounding only."""

@@ -28,7 +28,7 @@ from mptk.methods.criteria import wanda
 from mptk.methods.criteria.base import Evidence, Scores, unit_sums
 from mptk.methods.criteria.observe import Moments, Site, Watched, find_sites, moments, moments_of
 from mptk.progress import Count
-from mptk.runtime.staged import EXECUTOR, Executor
+from mptk.staged.staged import EXECUTOR, Executor
 
 
 def score(evidence: Evidence, families: Sequence[Family]) -> Scores:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mptk.compat.peft import refuses_lora
-from mptk.run.processes import blocks, full
+from mptk.distributed.processes import blocks, full
 
 
 def adapt(model: PreTrainedModel, rank: int, seed: int, but: Container[str] = ()) -> PeftModel:

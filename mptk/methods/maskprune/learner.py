@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mptk.compat.peft import adapters_off
+from mptk.config.settings import FREE, Learning
+from mptk.distributed.processes import accelerator, anywhere, full, gathered, holds, placed
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods.criteria import Scores, gather, score_evidence, select
-from mptk.methods.ends import ends_note
+from mptk.methods.division.ends import ends_note
 from mptk.methods.maskprune.adapters import adapt, merged, original, recompute
 from mptk.methods.maskprune.losses import cross_entropy
 from mptk.methods.maskprune.solver import Solver
@@ -33,11 +35,9 @@ from mptk.methods.maskprune.train import Extra, Loop, Metrics, Teacher, run_modu
 from mptk.methods.maskprune.watch import Watch
 from mptk.methods.reconstruct import kept_units
 from mptk.progress import Progress
-from mptk.run.chain import Chosen, Prepared
-from mptk.run.folder import TRACKER, RunFolder
-from mptk.run.processes import accelerator, anywhere, full, gathered, holds, placed
-from mptk.run.settings import FREE, Learning
-from mptk.run.values import SampleSets, Witness
+from mptk.protocols.chain import Chosen, Prepared
+from mptk.protocols.run_folder import TRACKER, RunFolder
+from mptk.protocols.values import SampleSets, Witness
 from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import InsertedMasks
 from passes.verify import RUNTIME_TOLERANCE, TOLERANCE

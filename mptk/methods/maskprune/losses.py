@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mptk.config.settings import LossWeights
+from mptk.distributed.processes import widest
 from mptk.ir.samples import IGNORED
-from mptk.run.processes import widest
-from mptk.run.settings import LossWeights
 
 CHUNK = 2**20
 """Logits that are processed at once. They should fit the processor's cache."""

@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import torch
 
+from mptk.config.settings import FREE, Settings
+from mptk.distributed.processes import leads
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
-from mptk.methods.division import divided
+from mptk.methods.division.layers import divided
+from mptk.methods.division.trial import plan_of
 from mptk.methods.maskprune.learner import Learner
 from mptk.methods.one_shot import scored
-from mptk.methods.trial import plan_of
-from mptk.run.chain import Chosen, Method, Prepared
-from mptk.run.folder import RunFolder
-from mptk.run.processes import leads
-from mptk.run.settings import FREE, Settings
-from mptk.run.values import Context, SampleSets
+from mptk.protocols.chain import Chosen, Method, Prepared
+from mptk.protocols.run_folder import RunFolder
+from mptk.protocols.values import Context, SampleSets
 from passes.targets.legalize import Candidate
 from passes.transforms.insert_masks import disturbed
 

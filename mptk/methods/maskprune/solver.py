@@ -23,10 +23,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mptk.config.settings import Rates
+from mptk.distributed.processes import widest
 from mptk.errors import MptkError
 from mptk.methods.criteria.fisher import beyond_noise, tempered
-from mptk.run.processes import widest
-from mptk.run.settings import Rates
 
 Resource = Callable[[Mapping[str, float]], float]
 """R: widths (family → units kept, real numbers) → cost, as a share of the dense model's."""

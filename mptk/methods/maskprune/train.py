@@ -16,15 +16,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from mptk.config.settings import Training
+from mptk.distributed.processes import full, gathered, prepare, shard_like, widest
 from mptk.errors import MptkError
 from mptk.ir.samples import Samples
 from mptk.methods.maskprune.losses import distilled, hidden_error
 from mptk.methods.maskprune.teacher import Output, Target
 from mptk.methods.maskprune.watch import NAME, STATE, Watch
-from mptk.run.chain import Task
-from mptk.run.folder import RunFolder
-from mptk.run.processes import full, gathered, prepare, shard_like, widest
-from mptk.run.settings import Training
+from mptk.protocols.chain import Task
+from mptk.protocols.run_folder import RunFolder
 from passes.frontend.trace import uncached
 
 Teacher = Callable[[Samples], Target]

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor
 
+from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.io.audio import find_sounds, read_sound
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM
 from mptk.progress import Count
-from mptk.run.settings import Settings
 from mptk.tasks.inputs.base import Inputs, Named, random_inputs
 
 SECONDS = 1

@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM, RANDOM_NAME
 from mptk.ir.samples import Samples
 from mptk.progress import Count
-from mptk.run.settings import Settings
 
 Named = dict[str, Tensor]
 """Argument of ``forward`` → tensor, samples in the first dimension."""

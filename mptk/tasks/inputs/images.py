@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import AutoImageProcessor
 
+from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.io.images import find_images, open_image
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM
 from mptk.progress import Count
-from mptk.run.settings import Settings
 from mptk.tasks.inputs.base import Inputs, Named, accepted, random_inputs
 
 SIZE, CHANNELS = 224, 3

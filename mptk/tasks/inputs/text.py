@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mptk.config.settings import Settings
 from mptk.io.data import positions_of, protocol_name
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM
 from mptk.progress import Count
-from mptk.run.settings import Settings
 from mptk.tasks.inputs.base import Inputs, Named
 from mptk.tasks.windows import calibration_windows, evaluation_windows
 

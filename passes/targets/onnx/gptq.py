@@ -17,8 +17,8 @@ import onnx_ir as ir
 import torch
 
 from mptk.files import staged
+from mptk.ort.sessions import CPU
 from mptk.progress import step
-from mptk.runtime.sessions import CPU
 from passes.targets.onnx.balance import weight_of
 from passes.targets.onnx.matmul_nbits import set_blocks
 from passes.targets.onnx.measure import Text, measure_onnx

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import torch
 from onnx import NodeProto, TensorProto, helper
 
-from mptk.runtime.sessions import CPU, open_session
+from mptk.ort.sessions import CPU, open_session
 
 Floats = npt.NDArray[np.float32]
 Text = npt.NDArray[np.int64]

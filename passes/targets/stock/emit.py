@@ -16,9 +16,9 @@ from mptk.errors import MptkError
 from mptk.files import json_text
 from mptk.io.checkpoint import portable, save_tokenizer
 from mptk.io.deferred import deferred
-from mptk.io.publish import publish
 from mptk.io.tensors import split, writer
 from mptk.ir.weights import Weights
+from mptk.publish.publish import publish
 from passes.targets.stock.config import StockConfig
 
 

@@ -1,0 +1,303 @@
+"""pruned: ``mptk.prune`` and ``mptk.recover``, and the ``Pruned`` that they give: a model, its plan and its report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+from mptk.api import recovery
+from mptk.api.display import shown
+from mptk.api.sources import Data, Inputs, Model, check_texts, given, names_of, source_of, with_inputs
+from mptk.arguments import checked
+from mptk.chain.job import Finished, Job
+from mptk.chain.prune import run
+from mptk.config.keywords import keyword_names, no_keyword, with_keywords
+from mptk.config.settings import DEFAULT_STEPS, IN_MEMORY, Settings
+from mptk.errors import MptkError
+from mptk.files import scratch
+from mptk.io import models
+from mptk.io.checkpoint import stored_dtype
+from mptk.io.live import unwrapped
+from mptk.ir.passes import Log, Record
+from mptk.ir.weights import Weights
+from mptk.methods import find_method
+from mptk.progress import Progress, silent
+from mptk.proof.verification import plan_of
+from mptk.protocols.chain import Compiled
+from mptk.protocols.report import Report
+from mptk.protocols.values import Context
+from mptk.publish.manifest import MARKER, check_manifest
+from mptk.publish.publish import publish
+from mptk.targets.graph import WEIGHTS, module_of
+
+Shown = Progress | Literal["auto"] | None
+"""Where progress goes: bars on a terminal and in a notebook (``auto``), a function, or nowhere (None)."""
+
+_OF_A_RECOVERY = (
+    *(
+        "data",
+        "eval_data",
+        "length",
+        "seed",
+        "resume",
+        "overwrite",
+        "onnx",
+        "logits",
+        "quantize",
+        "onnx_dtype",
+        "strict",
+    ),
+    *("eval_windows", "eval_length", "proof_length", "max_shard_size", "memory", "device", "compute_dtype"),
+)
+"""Fields of ``Settings`` that do not say what is cut."""
+
+
+class Pruned:
+    """A pruned model, proven. ``prune`` and ``recover`` make it; ``Pruned.open`` reads a folder.
+
+    Attributes:
+        plan: what was kept.
+        report: what ``report.json`` says: settings, widths, costs, quality, proof.
+        folder: where it was written; None if it was not.
+    """
+
+    def __init__(self, report: Report, place: Path, *, compiled: Compiled | None = None, kept: object = None) -> None:
+        """``place``: the folder. ``kept``: what removes it with this object, if it is a temporary one."""
+        self.report, self.plan = report, plan_of(place)
+        self.compiled = compiled
+        self._place, self._kept = place, kept
+        self.folder: Path | None = place if kept is None else None
+
+    @staticmethod
+    @checked
+    def open(folder: str | Path) -> Pruned:
+        """The result in an ``--out`` folder of ``prune``. Raises MptkError if it is not as it was published."""
+        report = Report.read(folder)
+        check_manifest(Path(folder))
+        return Pruned(report, Path(folder))
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The small model, in evaluation mode, to run, train and save.
+
+        It is of a stock transformers class, in the type of the stored weights, as ``from_pretrained`` loads it. A plain
+        ``nn.Module`` (and what was written for the target ``graph``) becomes a module with the cut parameters under
+        their old names and the traced ``forward`` (``ir/module.py``), in its own types; what was a transformers model
+        is in float32.
+
+        Raises:
+            MptkError: a folder of target ``graph`` was opened: it has no graph.
+        """
+        if (self._place / "config.json").is_file():
+            trust, dtype = self.report.settings.trust_remote_code, stored_dtype(self._place)
+            with reporting(None):
+                return models.load(str(self._place), dtype=dtype, trust_remote_code=trust, local=True).model
+        if self.compiled is None:
+            raise MptkError(
+                f"{self._place} holds weights without a class; load them into the Pruned.model of the run that made it"
+            )
+        return module_of(self.compiled, Weights(load_file(self._place / WEIGHTS)))
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Its tokenizer: the dense model's, without the tokens that were removed."""
+        if self.compiled is not None:
+            return self.compiled.prepared.loaded.tokenizer
+        return models.load_tokenizer(str(self._place)) if models.has_tokenizer(self._place) else None
+
+    @checked
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the folder that ``prune`` writes: checkpoint, plan, report, proof, manifest. Returns it.
+
+        What was changed in ``model`` since is not in it: train, and use ``model.save_pretrained``. ``overwrite``: as in
+        ``Settings``.
+
+        Raises:
+            MptkError: ``folder`` exists and was not made by mptk, or holds other files; or it cannot be written.
+        """
+        with publish(folder, overwrite=overwrite) as new:
+            shutil.copytree(self._place, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MARKER))
+        self.folder = self.folder or Path(folder)
+        return Path(folder)
+
+    @property
+    def place(self) -> Path:
+        """The folder that holds it for as long as this object lives."""
+        return self._place
+
+    def __repr__(self) -> str:
+        cut = {name: f for name, f in self.report.families.items() if f["width"] < f["of"]}
+        widths = ", ".join(f"{name} {f['width']} of {f['of']}" for name, f in cut.items())
+        return f"Pruned({self.report.model}, sparsity {self.report.sparsity:.3f}: {widths}; folder={self.folder})"
+
+
+@checked
+def prune(
+    model: Model,
+    out: str | Path | None = None,
+    settings: Settings | None = None,
+    *,
+    progress: Shown = "auto",
+    on_stage: Callable[[Record], None] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    example_inputs: Inputs | None = None,
+    data: Data | None = None,
+    eval_data: Data | None = None,
+    vocabulary: str | Path | Sequence[str] | None = None,
+    **keywords: Any,
+) -> Pruned | None:
+    """Prune a model and prove the result::
+
+        small = mptk.prune(model, sparsity=0.3, method="wanda", data=texts).model
+
+    Args:
+        model: a hub id, folder, ``.gguf`` file or packaged alias; a transformers model in memory; or any ``nn.Module``.
+            A model in memory stays as it is. It is computed with in float32.
+        out: folder to write. None: nothing is written, and no ONNX is made unless ``onnx=True``.
+        settings: what is asked for; ``keywords`` change some of it.
+        progress: ``"auto"``, bars on a terminal and in a notebook; a function (``mptk.progress.Progress``); or None.
+        on_stage: called with the record of each stage, passes with their differences.
+        tokenizer: for a model in memory; by default that of the folder or hub model that it was loaded from.
+        example_inputs: tensors for ``forward``, by position or by name, samples in the first dimension. A module that
+            is no transformers model needs them. What counts is then the distance of the outputs from the dense model's.
+        data, eval_data: as in ``Settings`` (a file, folder, data set), or in memory: a list of texts; token ids, int64
+            [n, length]; inputs by name; ``mptk.Samples``; or batches (a ``DataLoader``, a list) of tensors, tuples or
+            dicts of inputs. By default an ``nn.Module`` is calibrated on its example inputs.
+        vocabulary: as in ``Settings`` (a file, folder, data set), or a list of texts: other tokens than theirs go.
+        keywords: fields of ``Settings`` (``sparsity``, ``method``, ``families``, …), of its ``Learning`` (``steps``,
+            ``rank``, …), ``Training`` (``batch``, ``lr``, …) and ``LossWeights``.
+
+    Returns:
+        The pruned model. Of several processes that work on one run, all but the first get None.
+
+    Raises:
+        MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
+            there is no such keyword; or a stage of the proof is above its tolerance. Then ``out`` stays as it was.
+    """
+    named = names_of(data=data, eval_data=eval_data, vocabulary=vocabulary)
+    plain = isinstance(model, nn.Module) and example_inputs is not None
+    if plain and data is None and (settings is None or settings.data == Settings.data):
+        named["data"] = IN_MEMORY
+    chosen = with_keywords(settings or _defaults(out, model), {**named, **keywords})
+    chosen, inputs = with_inputs(chosen, example_inputs)
+    source = source_of(model, trust=chosen.trust_remote_code, tokenizer=tokenizer, example_inputs=inputs)
+    if source.plain:
+        chosen = _for_plain(chosen)
+    texts = None if vocabulary is None or isinstance(vocabulary, str | Path) else list(vocabulary)
+    if chosen.vocabulary is not None:
+        check_texts(data=data, eval_data=eval_data)
+
+    def job(place: Path) -> tuple[Job, Settings]:
+        samples = given(data, eval_data)
+        return Job(source.name, place, source.load, needs=source.needs, samples=samples, vocabulary=texts), chosen
+
+    return _finished(job, out, progress, on_stage)
+
+
+@checked
+def recover(
+    pruned: Pruned | str | Path,
+    out: str | Path | None = None,
+    settings: Settings | None = None,
+    *,
+    model: Model | None = None,
+    progress: Shown = "auto",
+    on_stage: Callable[[Record], None] | None = None,
+    data: Data | None = None,
+    eval_data: Data | None = None,
+    **keywords: Any,
+) -> Pruned | None:
+    """Train a pruned model against its dense model and prove the result.
+
+    Args:
+        pruned: a ``Pruned``, or an ``--out`` folder of ``prune``.
+        out, progress, on_stage, data, eval_data: as in ``prune``.
+        settings: of its fields those count that do not say what is cut: ``learning``, ``length``, ``device``, …
+        model: the dense model, if it is no longer where the report says. A ``Pruned`` that ``prune`` gave knows it.
+        keywords: as in ``prune``; ``steps`` is 200 by default.
+
+    Raises:
+        MptkError: as ``prune``; the folder is not as it was published; or the dense model is not there, or another one.
+    """
+    own = {field.name for field in fields(Settings)} - {*_OF_A_RECOVERY, "learning", "trust_remote_code"}
+    if refused := sorted(own & keywords.keys()):
+        raise MptkError(f"{refused[0]} is settled by what was pruned; prune again to change it")
+    if unknown := sorted(keywords.keys() - set(keyword_names())):
+        raise no_keyword(unknown[0], keyword_names())
+    start = pruned if isinstance(pruned, Pruned) else Pruned.open(pruned)
+    base = settings or Settings(onnx=out is not None)
+    chosen = with_keywords(base, {**names_of(data=data, eval_data=eval_data), **keywords})
+    if chosen.learning.steps is None:
+        chosen = with_keywords(chosen, {"steps": DEFAULT_STEPS})
+    dense = None
+    if start.compiled is not None and model is None:
+        prepared = start.compiled.prepared
+        dense = prepared.given, prepared.task
+    wanted = {name: getattr(chosen, name) for name in _OF_A_RECOVERY}
+    there = str(model) if isinstance(model, Path) else model
+
+    def job(place: Path) -> tuple[Job, Settings]:
+        trust, samples = chosen.trust_remote_code, given(data, eval_data)
+        return recovery.recovery(start.place, place, chosen.learning, there, trust, wanted, dense, samples)
+
+    return _finished(job, out, progress, on_stage)
+
+
+def _finished(
+    job: Callable[[Path], tuple[Job, Settings]],
+    out: str | Path | None,
+    progress: Shown,
+    on_stage: Callable[[Record], None] | None,
+) -> Pruned | None:
+    """Run a job into ``out``, or into a temporary folder that lives as long as the result."""
+    kept = scratch() if out is None else None
+    made, settings = job(kept.folder / "pruned" if kept is not None else Path(str(out)))
+    with reporting(progress) as say:
+        found: Finished | None = run(made, settings, Context(Log(on_record=on_stage), say))
+    return None if found is None else Pruned(found.report, made.out, compiled=found.compiled, kept=kept)
+
+
+@contextmanager
+def reporting(progress: Shown) -> Iterator[Progress]:
+    """Where progress goes. Meanwhile transformers shows no bars of its own."""
+    others = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        with shown() if progress == "auto" else nullcontext(progress or silent) as say:
+            yield say
+    finally:
+        if others:
+            enable_progress_bar()
+
+
+def _defaults(out: str | Path | None, model: Model) -> Settings:
+    """The settings of a call that gives none: without a folder no ONNX; masks are learned in transformers models."""
+    settings = Settings(onnx=out is not None)
+    plain = isinstance(model, nn.Module) and not isinstance(unwrapped(model), PreTrainedModel)
+    return replace(settings, method="wanda") if plain else settings
+
+
+def _for_plain(settings: Settings) -> Settings:
+    """The settings for an ``nn.Module``, which no stock class holds.
+
+    Raises:
+        MptkError: it is to be trained.
+    """
+    if find_method(settings.method).learns and not settings.fixed:
+        raise MptkError(
+            f"{settings.method} trains transformers models alone; give method='wanda', 'taylor', 'flap' or 'magnitude' "
+            "and train Pruned.model yourself"
+        )
+    if settings.steps:
+        raise MptkError("mptk trains transformers models alone; leave out steps, and train Pruned.model yourself")
+    return replace(settings, target="graph" if settings.target == "stock" else settings.target, onnx=False)

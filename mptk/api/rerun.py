@@ -1,0 +1,121 @@
+"""rerun: repeat the run that made a folder, from its report, and compare the two reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mptk.api.pruned import prune
+from mptk.api.recovery import recover
+from mptk.chain.describe import PACKAGES
+from mptk.config.recipe import FILE as RECIPE
+from mptk.config.recipe import read_recipe
+from mptk.config.settings import IN_MEMORY
+from mptk.errors import MptkError
+from mptk.ir.passes import Record
+from mptk.progress import Progress
+from mptk.protocols.report import FILE as REPORT
+from mptk.protocols.report import Report
+from mptk.protocols.run_folder import METRICS, TRACKER
+from mptk.publish.licence import CARD
+from mptk.publish.manifest import check_manifest, read_manifest
+
+OWN = (REPORT, RECIPE, CARD, METRICS, "bench.json")
+"""Files in which runs differ that give the same result: they name folders and times."""
+_LEARNING = ("learning", "plan", "resume", "trust_remote_code", "reconstruct")
+
+
+def rerun(
+    folder: str | Path,
+    out: str | Path,
+    progress: Progress | None = None,
+    *,
+    model: str | None = None,
+    on_stage: Callable[[Record], None] | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> list[dict[str, Any]] | None:
+    """Repeat the ``prune`` or ``recover`` that made ``folder``, and write the result to ``out``.
+
+    Settings, data and, unless ``model`` is given, the model are those that the folder's report names. They may be
+    downloaded. Code of the model runs only with ``trust_remote_code``. ``overwrite``: as in ``Settings``.
+
+    Returns:
+        ``what`` was compared, ``before``, ``now``, and whether they are the ``same``. None in all but the first of
+        several processes.
+
+    Raises:
+        MptkError: as ``prune`` and ``recover``; or the folder has no report, or is not as it was published.
+    """
+    folder = Path(folder)
+    before = Report.read(folder)
+    check_manifest(folder)
+    if not (folder / RECIPE).is_file():
+        raise MptkError(
+            f"{folder} has no {RECIPE}; it was written by an earlier mptk, so run `mptk prune` with its settings"
+        )
+    if IN_MEMORY in (before.settings.data, before.settings.eval_data, before.settings.vocabulary):
+        raise MptkError(f"{folder} was pruned in Python with samples in memory; run that program again")
+    start = read_recipe(folder / RECIPE).get("folder")
+    settings = replace(before.settings, resume=False, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    # A report does not choose where this machine writes: neither a folder nor the user's account.
+    settings = replace(settings, learning=replace(settings.learning, teacher_cache=None, tracker="none"))
+    if start is not None:
+        changes = {name: value for name, value in vars(settings).items() if name not in _LEARNING}
+        now = recover(
+            str(start),
+            out,
+            settings.learning,
+            progress,
+            model=model,
+            on_stage=on_stage,
+            trust_remote_code=trust_remote_code,
+            **changes,
+        )
+    else:
+        if settings.plan is not None:
+            settings = replace(settings, plan=str(folder / "plan.json"), vocabulary=None, kv_heads=None)
+        found = prune(model or before.model, out, settings, progress=progress, on_stage=on_stage)
+        now = None if found is None else found.report
+    return None if now is None else compared(before, now) + files_compared(folder, Path(out))
+
+
+def compared(before: Report, now: Report) -> list[dict[str, Any]]:
+    """What two reports say of the same things, in rows of ``rerun``."""
+    first, second = _facts(before), _facts(now)
+    names = list(dict.fromkeys([*first, *second]))
+    rows = [{"what": name, "before": first.get(name, ""), "now": second.get(name, "")} for name in names]
+    return [{**row, "same": row["before"] == row["now"]} for row in rows]
+
+
+def files_compared(before: Path, now: Path) -> list[dict[str, Any]]:
+    """Whether two folders hold the same files, in rows of ``rerun``: those that no path and no clock gets into."""
+    first, second = read_manifest(before), read_manifest(now)
+    names = sorted(name for name in first | second if name not in OWN and not name.startswith(f"{TRACKER}/"))
+    rows = [(name, first.get(name, "")[:12], second.get(name, "")[:12]) for name in names]
+    return [{"what": f"written {name}", "before": a, "now": b, "same": a == b} for name, a, b in rows]
+
+
+def results_differing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What differs of the results in rows of ``rerun``; other versions that gave the same are no difference."""
+    return [row["what"] for row in rows if not row["same"] and row["what"] not in ("mptk", "python", *PACKAGES)]
+
+
+def _facts(report: Report) -> dict[str, Any]:
+    sets = {name: each for name, each in report.data.items() if name != "files"}
+    return {
+        "model": report.model_sha256[:12],
+        "plan": report.plan_sha256[:12],
+        "weights": report.weights_sha256[:12],
+        **{
+            f"{name} data ({key})": found["sha256"][:12]
+            for name, each in sets.items()
+            for key, found in each["inputs"].items()
+        },
+        **{f"file {path}": found[:12] for path, found in report.data.get("files", {}).items()},
+        **{f"quality of {name}": value for name, value in report.quality.items() if name not in ("protocol", "metric")},
+        "mptk": report.mptk,
+        **report.versions,
+    }

@@ -1,0 +1,237 @@
+"""sources: what the Python API takes: a model by name or in memory, and samples in memory, as a run takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mptk.chain.estimate import estimated, estimated_for
+from mptk.chain.job import Given
+from mptk.chain.prune import wanted
+from mptk.config.settings import IN_MEMORY, Settings
+from mptk.cost.estimate import Estimate
+from mptk.errors import MptkError
+from mptk.io import data as text
+from mptk.io import models
+from mptk.io.data import check_positions, positions_of
+from mptk.io.live import name_of, open_live, unwrapped
+from mptk.io.models import Loaded
+from mptk.io.resident import Resident
+from mptk.ir.program import Program
+from mptk.ir.samples import Samples, is_tokens
+from mptk.protocols.chain import Prepared, Task
+from mptk.tasks import open_task, task_of
+from mptk.tasks.inputs.base import check_dimensions, lacking, ordered
+from mptk.tasks.inputs.text import fitting
+from mptk.tasks.module import Module, example_samples, named_inputs, read_inputs
+from passes.check_cut import table_size
+
+Model = str | Path | nn.Module
+"""A hub id, a folder, a ``.gguf`` file, a packaged alias, or a model in memory."""
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""Tensors for ``forward``, by position or by the argument's name, samples in the first dimension."""
+Data = str | Path | Samples | Tensor | Mapping[str, Tensor] | Iterable[Any]
+"""A name as ``--data`` takes it; or samples, token ids [n, length], inputs by name, texts, or batches of inputs."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dense model. ``plain``: it is no transformers model, so that no stock class can hold it."""
+
+    name: str
+    load: Callable[[Resident], tuple[Loaded, Task]]
+    needs: Callable[[Settings], Estimate] | None
+    plain: bool
+
+
+def source_of(
+    model: Model, *, trust: bool, tokenizer: PreTrainedTokenizerBase | None, example_inputs: Inputs | None
+) -> Source:
+    """What a run starts from.
+
+    Raises:
+        MptkError: example inputs are missing, or are none; the weights are not in memory; or, when ``load`` is called,
+            no task takes the model.
+    """
+    if not isinstance(model, nn.Module):
+        name = str(model)
+
+        def opened(resident: Resident) -> tuple[Loaded, Task]:
+            if example_inputs is None and tokenizer is None:
+                return open_task(name, resident, trust_remote_code=trust)
+            loaded = models.open_weights(name, resident, trust_remote_code=trust)
+            loaded = loaded if tokenizer is None else replace(loaded, tokenizer=tokenizer)
+            return loaded, _task(loaded, example_inputs)
+
+        return Source(name, opened, partial(estimated, name), plain=False)
+    model = unwrapped(model)
+    plain = not isinstance(model, PreTrainedModel)
+    if plain and example_inputs is None:
+        raise MptkError(
+            f"{type(model).__name__} is no transformers model, so mptk cannot know its inputs; give example_inputs, "
+            "the tensors that forward() takes"
+        )
+    loaded = open_live(model, tokenizer, trusted=trust)
+    task = _task(loaded, example_inputs)
+    needs = None if plain else partial(estimated_for, loaded.model, loaded.dtype)
+    return Source(name_of(model), lambda _: (loaded, task), needs, plain)
+
+
+def with_inputs(settings: Settings, example_inputs: Inputs | None) -> tuple[Settings, Inputs | None]:
+    """The settings and the example inputs, which a file may hold. By default it is the data, too.
+
+    Raises:
+        MptkError: the file cannot be read; or there are example inputs in memory as well.
+    """
+    if settings.inputs is None:
+        return settings, example_inputs
+    if example_inputs is not None:
+        raise MptkError("example inputs are given twice, in memory and as a file; leave out example_inputs or inputs")
+    found = read_inputs(settings.inputs)
+    data = settings.inputs if settings.data == Settings.data else settings.data
+    return replace(settings, data=data), found
+
+
+def _task(loaded: Loaded, example_inputs: Inputs | None) -> Task:
+    return task_of(loaded) if example_inputs is None else Module(example_samples(loaded.model, example_inputs))
+
+
+# ---- samples ----
+
+
+def in_memory(data: Data | None) -> bool:
+    """Whether ``data`` holds samples, and is no name of some."""
+    return data is not None and not isinstance(data, str | Path)
+
+
+def names_of(**given: Data | None) -> dict[str, str]:
+    """Argument → what settings call it, for each that is given."""
+    return {n: IN_MEMORY if in_memory(data) else str(data) for n, data in given.items() if data is not None}
+
+
+def check_texts(**given: Data | None) -> None:
+    """Raise MptkError for what is in memory and holds token ids: those of a model with fewer tokens are others."""
+    for name, data in given.items():
+        if in_memory(data) and not _is_text(data):
+            raise MptkError(
+                f"{name} must be texts beside vocabulary, which gives tokens other ids; give a list of texts"
+            )
+
+
+def given(data: Data | None, eval_data: Data | None) -> Callable[[Prepared], Given] | None:
+    """What gives a run the samples that are in memory; None if there are none."""
+    if not in_memory(data) and not in_memory(eval_data):
+        return None
+
+    def collect(prepared: Prepared) -> Given:
+        s = prepared.settings
+        opened = prepared.loaded, prepared.task
+        training = collected(data, *opened, wanted(s), s.length, s.seed) if in_memory(data) else None
+        check_fits(training, prepared.analysis.program)
+        if in_memory(eval_data):
+            measured = collected(eval_data, *opened, s.eval_windows, s.eval_length, None)
+            check_fits(measured, prepared.analysis.program)
+            return Given(training, measured)
+        own = training is not None and s.eval_data in (None, IN_MEMORY)
+        return Given(training, training[: s.eval_windows] if own and training is not None else None)
+
+    return collect
+
+
+def collected(data: Any, loaded: Loaded, task: Task, count: int, length: int, seed: int | None = None) -> Samples:
+    """At most ``count`` samples of ``data``; windows of text have ``length`` tokens.
+
+    ``seed``: of their order; None keeps that of the text.
+
+    Raises:
+        MptkError: they are not of this model's kind, or there are none.
+    """
+    like = task.example(loaded.model).inputs
+    names = list(like)
+    if isinstance(data, Samples):
+        named_inputs(names, data.inputs)
+        return ordered(data, like)[:count]
+    if _is_text(data):
+        inputs = {"input_ids": _windows(list(data), loaded, count, length, seed)}
+    elif isinstance(data, list | tuple) and any(isinstance(each, str | bytes) for each in data):
+        raise MptkError("data holds strings beside other values, or bytes; give a list of strings alone")
+    elif isinstance(data, Tensor | Mapping):
+        inputs = named_inputs(names, data, like)
+    else:
+        inputs = _batched(data, like, count)
+    if inputs.keys().isdisjoint(like):
+        raise lacking(names[0], like)
+    check_dimensions(inputs, like)
+    if (ids := inputs.get("input_ids")) is not None and isinstance(loaded.model, PreTrainedModel) and is_tokens(ids):
+        check_positions(positions_of(loaded.model.config), ids.shape[1], f"{ids.shape[1]} tokens of data")
+    try:
+        made = task.made(loaded, {name: tensor[:count] for name, tensor in inputs.items()})
+    except KeyError as error:
+        raise lacking(error.args[0], like) from error
+    return ordered(made, like)
+
+
+def check_fits(samples: Samples | None, program: Program) -> None:
+    """Raise MptkError if samples in memory do not fit this program: of another type, or ids beyond a table."""
+    if samples is None:
+        return
+    nodes = {node.name: node for node in program.placeholders()}
+    for (name, tensor), given_name in zip(samples.inputs.items(), program.user_inputs, strict=True):
+        node = nodes[given_name]
+        like = node.meta["val"]
+        if tensor.is_floating_point() != like.is_floating_point():
+            raise MptkError(
+                f"{name} in data is of type {tensor.dtype}, and the model was traced for {like.dtype}; give that"
+            )
+        table = None if tensor.is_floating_point() else table_size(node)
+        if table is not None and not 0 <= int(tensor.min()) <= int(tensor.max()) < table:
+            raise MptkError(
+                f"{name} in data has ids from {int(tensor.min())} to {int(tensor.max())}, and the model's table has "
+                f"{table} rows; give ids from 0 to {table - 1}"
+            )
+
+
+def _is_text(data: Any) -> bool:
+    return isinstance(data, list | tuple) and bool(data) and all(isinstance(each, str) for each in data)
+
+
+def _windows(texts: list[str], loaded: Loaded, count: int, length: int, seed: int | None) -> Tensor:
+    if loaded.tokenizer is None:
+        raise MptkError(f"{loaded.source} has no tokenizer to read texts with; give tokenizer=, or token ids as data")
+    return text.token_windows(texts, loaded.tokenizer, fitting(loaded, length), count, seed)
+
+
+def _batched(batches: Iterable[Any], like: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """At most ``count`` samples of batches of inputs: tensors, tuples by position, or dicts by name.
+
+    What a batch has beyond the model's inputs (labels) is left out. An item with a dimension less than ``like``, as a
+    data set gives them, is one sample.
+    """
+    names = list(like)
+    parts: dict[str, list[Tensor]] = {}
+    found = 0
+    try:
+        for batch in islice(batches, count):
+            one = batch[: len(names)] if isinstance(batch, list | tuple) else batch
+            one = {n: x for n, x in one.items() if n in names} if isinstance(one, Mapping) else one
+            inputs = named_inputs(names, one, like)
+            inputs = {name: x[None] if x.ndim == like[name].ndim - 1 else x for name, x in inputs.items()}
+            for name, tensor in inputs.items():
+                parts.setdefault(name, []).append(tensor)
+            found += min((len(tensor) for tensor in inputs.values()), default=0)
+            if found >= count:
+                break
+        return {name: torch.cat(each) for name, each in parts.items()}
+    except (TypeError, RuntimeError) as error:
+        raise MptkError(
+            f"data is not as it must be ({str(error).partition(chr(10))[0]}); give texts, token ids [n, length], or "
+            "batches of inputs of one shape, with the samples in the first dimension"
+        ) from error

@@ -1,0 +1,289 @@
+"""use: what ``mptk.evaluate`` and ``mptk.generate`` do with a model: pruned or dense, in a folder or in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mptk.api.pruned import Pruned, Shown, reporting
+from mptk.api.sources import (
+    Data,
+    Inputs,
+    Model,
+    check_fits,
+    collected,
+    in_memory,
+    names_of,
+    source_of,
+)
+from mptk.arguments import checked
+from mptk.compat.torch import sources_forgotten
+from mptk.compile.trace import fitting, traced
+from mptk.config.keywords import with_keywords
+from mptk.config.settings import IN_MEMORY, Settings
+from mptk.conversions.vocabulary.convert import trim
+from mptk.errors import MptkError, explained
+from mptk.io import models
+from mptk.io.data import positions_of
+from mptk.io.dense import open_dense
+from mptk.io.live import unwrapped
+from mptk.io.resident import Resident
+from mptk.ir.program import Program
+from mptk.ir.samples import Samples
+from mptk.ort.generation import Sampling, TextGenerator, check_room
+from mptk.progress import Count
+from mptk.proof.verification import plan_of
+from mptk.protocols.chain import Task
+from mptk.protocols.execution import execution, session_device
+from mptk.protocols.report import FILE, Report
+from mptk.protocols.values import SampleSets
+from mptk.staged.staged import Executor
+from mptk.tasks import CAUSAL_LM, kind_of
+from mptk.tasks.module import Module
+from mptk.tasks.of_folder import inputs_of_folder, task_of_folder
+from passes.analysis import group
+
+
+@checked
+@sources_forgotten()
+def evaluate(
+    model: Pruned | Model,
+    data: Data | None = None,
+    *,
+    dense: Model | None = None,
+    windows: int = Settings.eval_windows,
+    length: int = Settings.eval_length,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    example_inputs: Inputs | None = None,
+    memory: int | None = None,
+    device: str = Settings.device,
+    trust_remote_code: bool = False,
+    progress: Shown = "auto",
+) -> dict[str, Any]:
+    """How good a model is, as its kind is measured: perplexity of language models, distance from the dense model, …
+
+    Args:
+        model: a ``Pruned``, an ``--out`` folder of ``prune``, or what ``prune`` takes.
+        data: as in ``prune``. None: the example inputs of a ``Pruned`` that was a plain module.
+        dense: the dense model to measure beside it. A pruned model knows its own; it is used where the metric is a
+            distance from the dense model's outputs, and always for a ``Pruned`` that ``prune`` gave.
+        windows, length: as ``eval_windows`` and ``eval_length`` of ``Settings``.
+
+    Returns:
+        The value for ``model`` or, if both were measured, for ``dense`` and ``pruned``; ``metric``; ``protocol``.
+
+    Raises:
+        MptkError: there is no data, or no dense model where the metric needs one.
+    """
+    settings = Settings(eval_windows=windows, eval_length=length, memory=memory, device=device)
+    settings = with_keywords(settings, names_of(data=data))
+    resident, executor = execution(settings)
+    with explained(), reporting(progress) as say:
+        say("load", 0, 0)
+        runs = _Programs(resident, executor, trust_remote_code, tokenizer, example_inputs)
+        runs.add(model, dense)
+        loaded, task = runs.opened[0]
+        if in_memory(data):
+            samples = collected(data, loaded, task, windows, length)
+        elif data is None and task.sequences:
+            raise MptkError("there is nothing to measure on; give data")
+        else:
+            samples = task.evaluation(loaded, settings)
+        samples = runs.trace(samples)
+        if in_memory(data):
+            check_fits(samples, next(iter(runs.programs.values())))
+        source = IN_MEMORY if data is None or in_memory(data) else task.named(loaded.model, str(data))
+        sets = SampleSets(samples, samples, samples, source, task.sequences)
+        return dict(task.quality(runs, sets, say))
+
+
+def reads_text(model: str, *, trust_remote_code: bool = False) -> bool:
+    """Whether a model is measured as a decoder of text. Raises MptkError if no task takes it."""
+    folder = Path(model)
+    if (folder / FILE).is_file() and Report.read(folder).task == Module.name:
+        return False
+    return kind_of(model, trust_remote_code=trust_remote_code) is CAUSAL_LM
+
+
+class _Programs:
+    """The programs that are measured side by side, by name. Called, it is a ``mptk.io.evaluation.Runs``.
+
+    ``modules``: the classes that run in place of programs that hold one length.
+    """
+
+    def __init__(
+        self,
+        resident: Resident,
+        executor: Executor,
+        trust: bool,
+        tokenizer: PreTrainedTokenizerBase | None,
+        example_inputs: Inputs | None,
+    ) -> None:
+        self.resident, self.executor, self.trust = resident, executor, trust
+        self.tokenizer, self.example_inputs = tokenizer, example_inputs
+        self.names: list[str] = []
+        self.programs: dict[str, Program] = {}
+        self.modules: dict[str, nn.Module] = {}
+        self.opened: list[tuple[models.Loaded, Task]] = []
+
+    def add(self, model: Pruned | Model, dense: Model | None) -> None:
+        """The programs of a model and of its dense model, if that is given, known or needed."""
+        if isinstance(model, Pruned) and model.compiled is not None and dense is None:
+            prepared = model.compiled.prepared
+            self.opened.append((prepared.loaded, prepared.task))
+            self.programs = {"dense": prepared.reference, "pruned": model.compiled.program}
+            if prepared.task.only_length(prepared.analysis.program) is not None:
+                self.modules = {"dense": prepared.compared.whole(), "pruned": model.model}
+            return
+        place = model.place if isinstance(model, Pruned) else model
+        small = self._open(place)
+        report = None
+        if isinstance(place, str | Path) and (Path(place) / FILE).is_file():
+            report = Report.read(place)
+        if dense is not None:
+            self._take("dense", self._alike(self._open(dense), place))
+        elif small[1].compares:
+            if report is None:
+                raise MptkError(
+                    f"a {small[1].summary} is measured by its distance from the dense model; give it as dense"
+                )
+            loaded = open_dense(report.model, report.model_sha256, None, self.trust, self.resident, live=report.live)
+            self._take("dense", self._alike((loaded, task_of_folder(Path(str(place)), report, loaded)), place))
+        self._take("pruned" if self.names else "model", small)
+
+    def _open(self, model: Model) -> tuple[models.Loaded, Task]:
+        inputs = self.example_inputs
+        if inputs is None and isinstance(model, str | Path) and (Path(model) / FILE).is_file():
+            inputs = inputs_of_folder(Path(model), Report.read(model))
+        source = source_of(model, trust=self.trust, tokenizer=self.tokenizer, example_inputs=inputs)
+        return source.load(self.resident)
+
+    def _alike(self, dense: tuple[models.Loaded, Task], place: Model) -> tuple[models.Loaded, Task]:
+        """The dense model with the tokens of a pruned folder, so that both read the same ids."""
+        tokens = None
+        if isinstance(place, str | Path) and (Path(place) / "plan.json").is_file():
+            tokens = plan_of(place).vocabulary
+        if tokens is None:
+            return dense
+        loaded, task, _ = trim(*dense, group.analyze(traced(*dense, self.executor)), tokens)
+        return loaded, task
+
+    def _take(self, name: str, opened: tuple[models.Loaded, Task]) -> None:
+        self.opened.append(opened)
+        self.names.append(name)
+
+    def trace(self, samples: Samples) -> Samples:
+        """Trace what ``add`` opened, for these samples. Gives them in batches that the programs take."""
+        for name, (loaded, task) in zip(self.names, self.opened, strict=False):  # a Pruned in memory has its programs
+            self.programs[name] = traced(loaded, task, self.executor, like=samples)
+            if task.only_length(self.programs[name]) is not None:
+                self.modules[name] = loaded.whole()
+        task = self.opened[0][1]
+        for program in self.programs.values() if not task.sequences else ():
+            samples = fitting(task, program, samples, "data")
+        return samples
+
+    def __call__(self, batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
+        names, task = list(self.programs), self.opened[0][1]
+        if self.modules:  # programs of one length
+            for i, batch in enumerate(batches):
+                for name in names:
+                    with torch.no_grad():  # not around the yield, where it would hold for the caller
+                        output = task.output(self.modules[name], batch)
+                    yield name, i, output
+                progress(i + 1, len(batches))
+            return
+        found = self.executor.outputs(list(self.programs.values()), [batch.tensors for batch in batches], progress)
+        for i in range(len(batches)):
+            for name in names:
+                yield name, i, next(found)
+
+
+@checked
+def generate(
+    model: Pruned | str | Path | nn.Module,
+    prompts: str | Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    threads: int = 0,
+    device: str = Settings.device,
+) -> list[str]:
+    """What a language model writes after each of ``prompts``.
+
+    Args:
+        model: a folder with ``onnx`` in it (as ``prune`` and ``export`` write it) or an ``.onnx`` file, run in ONNX
+            Runtime; or a ``Pruned`` or a transformers model in memory, run in torch if there is no ONNX.
+        temperature, top_k, top_p, seed: as of ``mptk.ort.generation.Sampling``; temperature 0 takes the likeliest.
+        chat: put each prompt into the model's chat template.
+        tokenizer: for a model in memory.
+        threads, device: for ONNX Runtime; 0 threads: all cores.
+
+    Returns:
+        The new text alone, one for each prompt, of at most ``max_new_tokens`` tokens.
+
+    Raises:
+        MptkError: there is no tokenizer, or no decoder; or a prompt and what follows do not fit the model's positions.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
+    sampling = Sampling(temperature, top_k, top_p)
+    if max_new_tokens < 1:
+        raise MptkError(f"max_new_tokens is {max_new_tokens}, and a text has at least one token; give 1 or more")
+    place = _graphs(model)
+    if place is not None:
+        runner = TextGenerator(place, threads=threads, device=session_device(device))
+        encoded = [runner.encode(prompt, chat=chat) for prompt in prompts]
+        steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed)
+        rows = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+        return [str(runner.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+    module: Any = model.model if isinstance(model, Pruned) else model
+    words = tokenizer or (model.tokenizer if isinstance(model, Pruned) else None)
+    if not isinstance(module, PreTrainedModel):
+        raise MptkError(f"a {type(module).__name__} writes no text; give a language model of transformers")
+    if words is None:
+        raise MptkError("there is no tokenizer to read prompts with; give tokenizer=")
+    return [_written(module, words, prompt, max_new_tokens, sampling, seed, chat) for prompt in prompts]
+
+
+def _graphs(model: Pruned | str | Path | nn.Module) -> str | Path | None:
+    """Where the model's ONNX is; None if it must run in torch."""
+    if isinstance(model, Pruned):
+        return model.place if any(model.place.glob("onnx/*.onnx")) else None
+    return None if isinstance(model, nn.Module) else model
+
+
+def _written(
+    module: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    limit: int,
+    sampling: Sampling,
+    seed: int,
+    chat: bool,
+) -> str:
+    """What a transformers module writes after one prompt."""
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        found: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+    else:
+        found = tokenizer(prompt)
+    how: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature:
+        how = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    check_room(positions_of(module.config), [list(found["input_ids"])], limit)
+    given = torch.tensor([list(found["input_ids"])], device=module.device)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        written = module.generate(given, max_new_tokens=limit, **how)
+    return str(tokenizer.decode(written[0, given.shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,139 @@
+"""describe: the report of a proven folder, from the values that the run made."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mptk.config.settings import Settings
+from mptk.io import data
+from mptk.io.dense import absolute
+from mptk.io.tensors import write_weights
+from mptk.ir.samples import Samples
+from mptk.ir.weights import Weights
+from mptk.progress import Count
+from mptk.proof.claims import costs, widths
+from mptk.protocols.chain import Compiled, Proven
+from mptk.protocols.origin import named
+from mptk.protocols.report import FILE, PROVEN_ON, Report
+from mptk.protocols.values import Context, SampleSets
+from mptk.publish.licence import CARD
+from mptk.publish.manifest import listed, update_manifest, weights_digest
+from mptk.publish.publish import amend
+from mptk.report.card import write_card
+from mptk.targets.stock_config import config_changes
+from mptk.version import __version__
+from passes.targets.onnx.names import QUANTIZED
+
+PACKAGES = ("numpy", "onnxruntime", "torch", "transformers")
+
+
+def describe(
+    compiled: Compiled, proven: Proven, sets: SampleSets, notes: list[str], folder: Path, context: Context
+) -> Report:
+    """Everything that is known of a proven folder but how good it is, which ``measured`` adds."""
+    prepared, chosen = compiled.prepared, compiled.chosen
+    (folder / PROVEN_ON).parent.mkdir()
+    write_weights(folder / PROVEN_ON, Weights(sets.proof.inputs))
+    figures = costs(prepared.cost, chosen.plan, prepared.loaded.dtype, prepared.trimmed, prepared.merged)
+    return Report(
+        mptk=__version__,
+        model=absolute(prepared.source),
+        model_sha256=prepared.origin.model,
+        live=prepared.loaded.live,
+        settings=prepared.settings,
+        families=widths(prepared.analysis, chosen.plan),
+        sparsity=1 - figures["pruned"]["block"] / prepared.cost.dense.block,
+        cost=figures,
+        splits=chosen.losses,
+        trained=chosen.trained,
+        weights_sha256=weights_digest(folder),
+        quality={},
+        quantized=_sizes(folder, prepared.settings.quantize),
+        proof=[d.as_dict() for d in proven.differences],
+        proof_length=proven.length,
+        config_changes={} if compiled.written is None else config_changes(compiled.written, folder),
+        plan_sha256=chosen.plan.digest,
+        notes=[note for note in notes if note],
+        stages=context.log.as_list(),
+        files=sorted([*listed(folder), FILE, CARD]),
+        task=prepared.task.name,
+        legal={
+            name: {"widths": list(ladder), "refused": prepared.legal.refused.get(name)}
+            for name, ladder in prepared.legal.ladders.items()
+        },
+        data=used_data(sets, prepared.settings),
+        recovery=compiled.recovery,
+        vocabulary={} if prepared.trimmed is None else prepared.trimmed.row(),
+        kv_heads={} if prepared.merged is None else prepared.merged.row(),
+        search={} if prepared.shapes is None else prepared.shapes.to_json(),
+        versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    )
+
+
+def used_data(sets: SampleSets, settings: Settings) -> dict[str, Any]:
+    """What was trained, calibrated and measured on: source and hash of each set of samples, and of the files."""
+    found: dict[str, Any] = {}
+    for name, samples, source in (
+        ("training", sets.training if settings.steps else None, settings.data),
+        ("held-out", sets.held_out, settings.data),
+        ("calibration", sets.calibration, settings.data),
+        ("evaluation", sets.evaluation, sets.source),
+    ):
+        if samples is not None:
+            inputs = {n: {"shape": list(x.shape), "sha256": data.digest(x)} for n, x in samples.inputs.items()}
+            found[name] = {"source": source, "samples": len(samples), "inputs": inputs}
+            if name != "evaluation":
+                found[name]["seed"] = settings.seed
+    return {**found, "files": data.file_digests(*named(settings))}
+
+
+def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, context: Context) -> Report:
+    """The report with the quality of the dense, the pruned and each quantised graph of the published ``folder``."""
+    prepared = compiled.prepared
+    rounded: dict[str, Callable[[Samples], Tensor]] = {}
+    form = prepared.task.onnx
+    if form is not None and prepared.settings.logits == "all":
+        device = prepared.executor.device
+        rounded = {scheme: form.outputs(folder / row["file"], device) for scheme, row in report.quantized.items()}
+
+    def runs(batches: Sequence[Samples], progress: Count) -> Iterator[tuple[str, int, Tensor]]:
+        programs = {"dense": prepared.reference, "pruned": compiled.program}
+        results = prepared.executor.outputs(list(programs.values()), [batch.tensors for batch in batches], progress)
+        for i, batch in enumerate(batches):
+            for name in programs:
+                yield name, i, next(results)
+            for name, run in rounded.items():
+                yield name, i, run(batch)
+
+    with context.stage("measure"):
+        quality = prepared.task.quality(runs, sets, context.progress)
+    quantized = {
+        scheme: {**row, "quality": quality.pop(scheme)} if scheme in quality else row
+        for scheme, row in report.quantized.items()
+    }
+    report = replace(report, quality=quality, quantized=quantized, stages=context.log.as_list())
+    with amend(folder) as new:
+        report.write(new)
+        write_card(report, compiled, new)
+        update_manifest(new, FILE, CARD)
+    return report
+
+
+def _sizes(folder: Path, schemes: Sequence[str]) -> dict[str, dict[str, str | int]]:
+    """Scheme → the quantised graph's file and the bytes of all its files."""
+    files = {scheme: folder / "onnx" / QUANTIZED[scheme] for scheme in schemes}
+    return {
+        scheme: {
+            "file": str(file.relative_to(folder)),
+            "bytes": sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*")),
+        }
+        for scheme, file in files.items()
+        if file.is_file()
+    }

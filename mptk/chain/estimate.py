@@ -1,0 +1,187 @@
+"""estimate: what a run will need with its settings, from a model's config, and whether it is there."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from mptk.config.settings import Settings
+from mptk.cost.estimate import Estimate, Pass, Sizes, Work, estimate, size_text, this_machine
+from mptk.distributed.processes import blocks
+from mptk.errors import MptkError
+from mptk.files import path_of
+from mptk.io import models
+from mptk.io.checkpoint import stored_dtype
+from mptk.io.fields import field
+from mptk.io.resident import free_memory, memory_bound
+from mptk.io.text.sampled import rows_at_once
+from mptk.methods import find_method
+from mptk.methods.one_shot import TOKENS
+from mptk.protocols.chain import reconstructs
+from mptk.protocols.execution import device_memory, find_device
+from mptk.protocols.rungs import judged, searched
+from mptk.protocols.values import LONG, PROOF_SHAPE
+from passes.analysis.borders import MARGIN, config_borders
+
+SCORES = {"random": 0, "magnitude": 0, "taylor": 3, "fisher": 4}
+"""Forward passes that a method's scores cost, if not 1; going back costs 2."""
+
+ONNX_BYTES = {"": 4.0, "int8": 1.0, "int4": 0.6, "fp16": 2.0}
+"""Bytes of a number in an ONNX graph."""
+
+
+def estimated(model: str, settings: Settings) -> Estimate:
+    """What ``prune(model, …, settings)`` will need. Reads the config alone; hub ids need not be downloaded.
+
+    Raises:
+        MptkError: there is no such model.
+    """
+    skeleton = models.skeleton(model, trust_remote_code=settings.trust_remote_code)
+    return estimated_for(skeleton, _stored(model, settings), settings)
+
+
+def estimated_for(model: PreTrainedModel, checkpoint: torch.dtype, settings: Settings, kept: float = 1.0) -> Estimate:
+    """What a run needs on a model, which may have no weights and whose checkpoint has this type.
+
+    ``kept``: the share of the parameters that a plan leaves, if there is one.
+    """
+    config = model.config.get_text_config()
+    stored = checkpoint if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    names = ("num_attention_heads", "vocab_size", "num_experts_per_tok")
+    heads, vocab, experts = (_number(field(config, name)) for name in names)
+    sizes = Sizes.of(model, blocks(model), stored=stored.itemsize, heads=heads, vocab=vocab, experts=experts)
+    borders = [b for b in config_borders(config.to_dict()) if b + MARGIN <= settings.proof_length]
+    device = find_device(settings.device)
+    rates = this_machine(device, getattr(torch, settings.compute_dtype))
+    work = work_of(settings, sizes, bool(borders), kept)
+    return estimate(sizes, work, rates, memory_bound(settings.memory), "" if device.type == "cpu" else str(device))
+
+
+def _number(value: object) -> int:
+    """A number of a config; the largest of one for each stage, 0 if there is none."""
+    return max(map(int, value), default=0) if isinstance(value, list | tuple) else int(value or 0)  # type: ignore[call-overload]
+
+
+def _stored(model: str, settings: Settings) -> torch.dtype:
+    """The type of a checkpoint's weights: of its files, or of its config if they are not there."""
+    folder = path_of(model)
+    if any(folder.glob("*.safetensors")):
+        return stored_dtype(folder)
+    dtype = models.load_config(model, trust_remote_code=settings.trust_remote_code).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.0) -> Work:
+    """The work of a run.
+
+    ``long_proof``: whether the config has borders that its proof must go beyond. ``kept``: what a plan leaves.
+    """
+    s, training = settings, settings.learning.training
+    method, calibration = find_method(s.method), s.samples * s.length
+    chooses = not s.fixed
+    passes: dict[str, Pass] = {}
+    if s.data == "self":  # the model reads its weights for every token of the windows that it writes at once
+        count = max(s.samples, s.steps * training.batch, searched(s)) * (1 + (s.eval_data is None))
+        passes["calibration data"] = Pass(
+            2 * count * s.length, s.length, reads=s.length * -(-count // rows_at_once(s.length))
+        )
+    if chooses and method.learns:
+        passes["score"] = Pass(3 * calibration, s.length, reads=2)
+    elif chooses:
+        tokens = SCORES.get(s.method, 1) * calibration
+        passes[f"score ({s.method})"] = Pass(tokens, s.length, reads=2 if tokens > calibration else 1)
+        passes["choose widths"] = Pass((1 if s.search else method.splits or 1) * TOKENS, s.length)
+    if s.steps:
+        passes["train"] = Pass(4 * s.steps * training.batch * s.length, s.length, reads=0)
+    kept = 1 - s.sparsity * sizes.blocks / sizes.parameters if chooses else kept
+    if s.search:
+        measured = s.search_shapes * 2 * kept * judged(s.samples) * s.length
+        fits = s.search_shapes * sizes.fit * reconstructs(s, method)
+        passes["shapes"] = Pass(calibration + measured, s.length, flops=fits)
+        passes["train shapes"] = Pass(4 * s.search_tokens, s.length, reads=0)
+    if reconstructs(s, method):
+        passes["reconstruct"] = Pass(calibration, s.length, flops=sizes.fit)
+    if s.distil_epochs:  # the dense model once, the small one forward, and forward and back in each epoch
+        passes["distil"] = Pass(calibration * (1 + kept * (1 + 3 * s.distil_epochs)), s.length, reads=2)
+    proof = PROOF_SHAPE[0] * PROOF_SHAPE[1] + (s.proof_length if long_proof else min(LONG, s.proof_length))
+    passes["prove"] = Pass(3 * proof, s.length, reads=2)
+    passes["measure"] = Pass(2 * s.eval_windows * s.eval_length, s.eval_length, reads=2)
+    return Work(
+        kept=kept,
+        passes=passes,
+        calibration=calibration,
+        evaluated=max(TOKENS, s.eval_length),
+        length=s.length,
+        onnx=tuple(ONNX_BYTES[scheme] for scheme in ("", *s.quantize)) if s.onnx else (),
+        gradients=chooses and s.method == "taylor",
+        training=_training(s, sizes, kept) if s.trains else None,
+        models=1 + (s.kv_heads is not None and chooses and method.learns),
+    )
+
+
+def _training(settings: Settings, sizes: Sizes, kept: float) -> float:
+    """Bytes that training takes beside the weights: optimizer and gradients, activations, logits of both models.
+
+    ``kept``: the share of the parameters that is left.
+    """
+    s, tokens = settings.learning, settings.learning.training.micro * settings.length
+    states = 12.0 * kept * sizes.parameters if not s.rank else 16.0 * s.rank * sizes.layers * 8 * sizes.hidden
+    layers = 1 if s.gradient_checkpointing else sizes.layers
+    activations = 4 * tokens * (layers * (12 * sizes.hidden + 4 * sizes.widest) + sizes.layers * sizes.hidden)
+    return states + activations + 4 * 4 * tokens * sizes.vocab
+
+
+def check_fits(found: Estimate, out: Path) -> None:
+    """Raise MptkError if the memory or a disk cannot hold what a run needs, with what would make it fit."""
+    _check_memory(found.needed, "memory", free_memory(), "")
+    if found.device:
+        room = device_memory(torch.device(found.device))
+        _check_memory(found.there, f"memory on {found.device}", room, ", or --device cpu")
+    no_onnx = "give --no-onnx, or " if "ONNX" in found.output else ""
+    for what, place, parts, remedy in (
+        ("the result needs", _existing(out), found.output, f"{no_onnx}give an --out on a larger disk"),
+        (
+            "temporary files need",
+            Path(tempfile.gettempdir()),
+            found.temporary,
+            "set TMPDIR to a folder on a larger disk",
+        ),
+    ):
+        needed, room = sum(parts.values()), shutil.disk_usage(place).free
+        if needed > room:
+            raise MptkError(f"{what} {size_text(needed)} of disk and {place} has {size_text(room)} free; {remedy}")
+
+
+def _check_memory(parts: Mapping[str, float], what: str, free: float | None, more: str) -> None:
+    """Raise MptkError if ``parts`` need more than ``free``; None is not known. ``more``: another remedy."""
+    least = sum(parts.values())
+    if free is not None and least > free:
+        most = max(parts, key=lambda name: parts[name])
+        raise MptkError(
+            f"the run needs at least {size_text(least)} of {what} ({size_text(parts[most])} of it: {most}), and "
+            f"{size_text(free)} is free; {REMEDIES[most]}{more}"
+        )
+
+
+REMEDIES = {
+    "libraries": "close other programs",
+    "weights": "training holds all of them; give a one-shot --method, as wanda, and no --steps",
+    "cut model": "training holds it beside the dense one; give a one-shot --method, as wanda, and no --steps",
+    "training": "give --rank 16, a smaller --micro, a shorter --length or --gradient-checkpointing",
+    "values between stages": "give a smaller --memory, so that they go to files",
+    "largest stage": "use a machine with more memory",
+    "activations": "give a shorter --length, or use a machine with more memory",
+    "logits": "give a shorter --eval-length, or use a machine with more memory",
+}
+"""Part of the memory → what makes it smaller."""
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -1,0 +1,93 @@
+"""kept: the choice and the fitted weights of an unfinished run, in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+from mptk.conform import misfit
+from mptk.distributed.processes import leads
+from mptk.errors import MptkError
+from mptk.files import write_json
+from mptk.io.resident import Resident, stored_weight
+from mptk.ir.plan import Plan
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.weights import Weights
+from mptk.protocols.chain import Chosen, Prepared
+from mptk.protocols.run_folder import RunFolder
+
+CHOICE, FITTED = "choice", "fitted"
+
+
+def kept_choice(prepared: Prepared, folder: RunFolder | None, make: Callable[[], Chosen]) -> Chosen:
+    """The choice of the unfinished run, or what ``make`` gives, which is then kept.
+
+    A choice that took training is not kept: training keeps its own checkpoints.
+    """
+    if folder is not None and folder.holds(f"{CHOICE}.json"):
+        known = _known(folder, CHOICE, Choice)
+        plan = Plan.from_json(known["plan"])
+        changes = _stored(folder, CHOICE, known["changes"], prepared)
+        cut, trained, notes = resolve_plan(prepared.analysis, plan), tuple(known["trained"]), tuple(known["notes"])
+        return Chosen(plan, cut, changes, trained, known["losses"], notes)
+    chosen = make()
+    if folder is not None and leads() and chosen.witness is None and not chosen.steps:
+        known = {"plan": chosen.plan.to_json(), "changes": list(chosen.changes), "trained": chosen.trained}
+        _save(folder, CHOICE, chosen.changes, {**known, "losses": chosen.losses, "notes": chosen.notes})
+    return chosen
+
+
+def kept_fit(
+    prepared: Prepared, folder: RunFolder | None, make: Callable[[], Mapping[str, Tensor]]
+) -> Mapping[str, Tensor]:
+    """The fitted weights of the unfinished run, or what ``make`` gives, which is then kept. Files are read when asked.
+
+    Processes that do not lead get their own.
+    """
+    if folder is None:
+        return make()
+    if not folder.holds(f"{FITTED}.json"):
+        fitted = make()
+        if not leads():
+            return fitted
+        _save(folder, FITTED, fitted, {"changes": list(fitted)})
+    names = _known(folder, FITTED, Fitted)["changes"]
+    return _stored(folder, FITTED, names, prepared)
+
+
+class Fitted(TypedDict):
+    """The content of ``fitted.json``."""
+
+    changes: Sequence[str]
+
+
+class Choice(Fitted):
+    """The content of ``choice.json``."""
+
+    plan: Mapping[str, Any]
+    trained: Sequence[str]
+    losses: Mapping[str, float | None]
+    notes: Sequence[str]
+
+
+def _known(folder: RunFolder, name: str, kind: type) -> dict[str, Any]:
+    """What was kept under a name. Raises MptkError if it is damaged."""
+    known = folder.read(name)
+    if (wrong := misfit(known, kind)) is not None:
+        raise MptkError(f"{name}.json in {folder.path} is damaged: {wrong}; remove the folder, and start again")
+    return known
+
+
+def _save(folder: RunFolder, name: str, weights: Mapping[str, Tensor], known: Mapping[str, object]) -> None:
+    """One file a weight, so that one is in memory at a time; then what says that all are there."""
+    for i, weight in enumerate(weights):
+        folder.save(f"{name}-{i}", {weight: weights[weight]})
+    write_json(folder.path / f"{name}.json", known)
+
+
+def _stored(folder: RunFolder, name: str, weights: list[str], prepared: Prepared) -> Weights:
+    state, unkept = prepared.analysis.program.state, Resident(0)
+    files = {weight: folder.path / f"{name}-{i}.safetensors" for i, weight in enumerate(weights)}
+    return Weights({n: stored_weight(file, n, state.like(n).to("meta"), unkept) for n, file in files.items()})

@@ -1,0 +1,273 @@
+"""prepare: a run up to its first choice: settings checked, model and data opened, traced, analysed, widths found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mptk.chain.estimate import check_fits, estimated_for
+from mptk.chain.job import Job
+from mptk.compile.trace import same_sizes, traced
+from mptk.config.settings import DEFAULT_STEPS, FREE, IN_MEMORY, Settings
+from mptk.conversions.kv_heads import heads_asked, merge
+from mptk.conversions.vocabulary.convert import asked, corpus_of, trim
+from mptk.cost.budgets import LATENCY
+from mptk.cost.estimate import Estimate
+from mptk.cost.model import CostModel
+from mptk.distributed.processes import once, processes, shards
+from mptk.errors import MptkError
+from mptk.io import data
+from mptk.io.models import Loaded
+from mptk.io.resident import Resident, free_memory
+from mptk.io.text.sampled import writes
+from mptk.ir.families import Analysis
+from mptk.ir.plan import Plan
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.samples import Samples
+from mptk.methods import find_method
+from mptk.methods.distil import NO_BLOCK
+from mptk.methods.division.budget import WidthSearch, budgeted, check_any, multiples
+from mptk.methods.reconstruct import consumers
+from mptk.progress import Progress
+from mptk.protocols.chain import Method, Prepared, Target, Task, stored_type
+from mptk.protocols.execution import execution
+from mptk.protocols.origin import Origin, origin_of, states_of
+from mptk.protocols.rungs import rungs
+from mptk.protocols.trimmed import Trimmed
+from mptk.protocols.values import Context
+from mptk.publish.publish import check_apart
+from mptk.targets import find_target
+from passes.analysis import group
+from passes.pipelines import check_schemes
+
+
+def announce(needs: Estimate, job: Job, context: Context) -> None:
+    """Say what the run will need. Raises MptkError if it is not there."""
+    context.progress(str(needs), 0, 0)
+    check_fits(needs, job.out)
+
+
+def settled(settings: Settings) -> Settings:
+    """The settings with a number of training steps, by default the method's, and the type in which training runs."""
+    steps = settings.learning.steps
+    if steps is None:
+        learns = not settings.fixed and find_method(settings.method).learns
+        steps = DEFAULT_STEPS if learns else 0
+    precision = settings.learning.precision
+    if precision == "no" and settings.compute_dtype == "bfloat16":
+        precision = "bf16"
+    return replace(settings, learning=replace(settings.learning, steps=steps, precision=precision))
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise MptkError for what cannot be done with any model."""
+    method = find_method(settings.method)
+    target = find_target(settings.target)
+    if not settings.fixed:
+        method.check(settings)
+        if settings.layers == FREE:
+            check_divides(settings, method, target)
+    asked(settings)
+    if heads_asked(settings) is not None and settings.budget == LATENCY and settings.max_ms is None:
+        raise MptkError("--kv-heads: a share of the latency would be of the merged model's; give --max-decode-ms")
+    if settings.trains and not target.classed:
+        check_graph_training(settings)
+    if settings.search:
+        rungs(settings, settings.search_finalists)
+        if processes().num_processes > 1:
+            raise MptkError("one process searches; run `mptk shapes` in one, and give prune the --width that it prints")
+    check_schemes(settings.quantize)
+
+
+def check_graph_training(settings: Settings) -> None:
+    """Raise MptkError for ways of training that the module of a graph does not have: all its weights are trained."""
+    learning = settings.learning
+    if learning.rank:
+        raise MptkError("--rank: LoRA needs the layers of a class; leave it out, and all weights are trained")
+    if learning.gradient_checkpointing:
+        raise MptkError("--gradient-checkpointing needs the blocks of a class; leave it out, or use --target stock")
+    if shards():
+        raise MptkError("a graph's weights are not spread over processes; leave out FSDP, or use --target stock")
+
+
+def check_divides(settings: Settings, method: Method, target: Target) -> None:
+    """Raise MptkError if layers cannot have widths of their own."""
+    if not target.ragged:
+        raise MptkError(f"--layers free: a {target.name} checkpoint has one width for all layers; use --target graph")
+    if not method.divides:
+        raise MptkError(f"--layers free: {method.name} gives all layers one width; use a one-shot --method, as wanda")
+    if settings.budget == LATENCY:
+        raise MptkError("--layers free divides parameters, FLOPs or bytes over the layers; use another --budget")
+
+
+def prepare(job: Job, settings: Settings, context: Context) -> Prepared:
+    """Load, trace, analyse and find legal widths.
+
+    Raises:
+        MptkError: one of these fails; no legal widths meet the budget; or the training cannot follow the cut.
+    """
+    resident, executor = execution(settings)
+    with context.stage("load"):
+        loaded, task, origin = opened(job, resident, settings)
+        like = None if settings.resume else check_data(job, loaded, task, settings)  # what was read before is kept
+    if settings.onnx and task.onnx is not None:
+        task.onnx.check(loaded.model, settings)
+    if job.given is not None:
+        announce(estimated_for(loaded.model, loaded.dtype, settings, job.kept), job, context)
+    check_whole(loaded, settings)
+    with context.stage("trace"):
+        like = like if find_target(settings.target).classed else None  # a graph that is written takes other sizes
+        program = traced(loaded, task, executor, settings.length, like, not find_target(settings.target).classed)
+    if (length := task.only_length(program)) is not None:
+        check_classed(loaded, settings, length)
+        settings = replace(settings, length=length, eval_length=length)
+    with context.stage("analyse"):
+        analysis = group.analyze(program)
+    trimmed = None
+    if settings.vocabulary is not None or asked(settings) is not None:
+        with context.stage("vocabulary"):
+            loaded, task, trimmed = trimmed_for(job, settings, loaded, task, analysis)
+            analysis = group.analyze(traced(loaded, task, executor, settings.length))
+    merged = None
+    if (heads := heads_asked(settings)) is not None:
+        with context.stage("KV heads"):
+            loaded, task, analysis, merged = merge(loaded, task, analysis, heads, executor, settings.length, like)
+    with context.stage("legalise"):
+        before = None if merged is None else merged.analysis
+        prepared = legalise(job.source, settings, loaded, task, analysis, context.progress, before)
+    prepared = replace(prepared, executor=executor, trimmed=trimmed, merged=merged, origin=origin)
+    if settings.distil_epochs and not consumers(prepared.mask_sites):
+        raise MptkError(NO_BLOCK)
+    across = prepared.across_layers
+    if settings.trains and across and (settings.learning.rank == 0 or not prepared.target.classed):
+        remedy = "leave out --rank 0" if prepared.target.classed else "use --target stock, or train nothing"
+        raise MptkError(f"all weights cannot be trained where {across[0]} is cut, as norms follow it; {remedy}")
+    return prepared
+
+
+def opened(job: Job, resident: Resident, settings: Settings) -> tuple[Loaded, Task, Origin]:
+    """The dense model, its task, and digests of all that the run is given.
+
+    Raises:
+        MptkError: as ``job.load``; or the model's files changed meanwhile.
+    """
+    before = states_of(job.source)
+    loaded, task = job.load(resident)
+    origin = once(lambda: origin_of(job.source, loaded, settings, job.start))
+    if before and not loaded.live and states_of(job.source) != before:
+        raise MptkError(f"{job.source} changed while it was opened; start again")
+    return loaded, task, origin
+
+
+def check_classed(loaded: Loaded, settings: Settings, length: int) -> None:
+    """Raise MptkError if what is written would be a graph of one length, and no class that takes any."""
+    if not find_target(settings.target).classed:
+        raise MptkError(
+            f"{type(loaded.model).__name__} is traced for {length} tokens alone, and a graph would take no others; "
+            "use --target stock, or cut it for inputs of one length with mptk.rewrite"
+        )
+
+
+def trimmed_for(
+    job: Job, settings: Settings, loaded: Loaded, task: Task, analysis: Analysis
+) -> tuple[Loaded, Task, Trimmed]:
+    """The model with the tokens alone that the settings' corpus or plan keeps, its task, and what it was before."""
+    tokens = asked(settings)
+    if tokens is not None:
+        return trim(loaded, task, analysis, tokens)
+    name, corpus = str(settings.vocabulary), corpus_of(settings, job.vocabulary)
+    return trim(loaded, task, analysis, corpus, name, settings.multiple)
+
+
+def check_data(job: Job, loaded: Loaded, task: Task, settings: Settings) -> Samples | None:
+    """One sample, if it can be had at once. Raises MptkError if one of a source cannot, before anything takes time.
+
+    Nor may the output replace what is read.
+    """
+    named = None if settings.vocabulary == IN_MEMORY else settings.vocabulary
+    check_apart(job.out, *data.read_places(named))
+    if job.samples is not None:
+        return None
+    like = None
+    check_apart(job.out, *data.read_places(settings.data, settings.eval_data))
+    if settings.data != data.SELF or not writes(loaded.model):  # to write text takes time
+        like = task.samples(loaded, replace(settings, samples=1), 1, lambda done, total: None)
+    if settings.eval_data is not None:
+        other = task.evaluation(loaded, replace(settings, eval_windows=1))
+        like = like if like is not None and same_sizes(like, other) else None
+    return like
+
+
+def check_whole(loaded: Loaded, settings: Settings) -> None:
+    """Raise MptkError if the run needs all weights in memory at once and they do not fit."""
+    needed = 4 * sum(p.numel() for p in loaded.model.parameters())
+    room = free_memory() if settings.memory is None else settings.memory
+    if (settings.trains or settings.data == data.SELF) and needed > room:
+        what, remedy = (
+            ("training holds", "give a one-shot --method without --steps, and a search no tokens")
+            if settings.trains
+            else ("text that the model writes needs", "give text with --data")
+        )
+        raise MptkError(
+            f"{what} all weights in memory, {needed / 1e9:.1f} GB of {room / 1e9:.1f} GB; {remedy}, or more --memory"
+        )
+
+
+def legalise(
+    source: str,
+    settings: Settings,
+    loaded: Loaded,
+    task: Task,
+    analysis: Analysis,
+    progress: Progress,
+    before: Analysis | None = None,
+) -> Prepared:
+    """The widths that the settings and the target allow, or the plan that the settings give, resolved.
+
+    ``before``: of the model with all its KV heads, if it has fewer now.
+    """
+    method, target = find_method(settings.method), find_target(settings.target)
+    legal = target.legal(analysis, loaded.model, multiples(settings))
+    if settings.portable:
+        legal = legal.portable()
+    stored = stored_type(settings, loaded)
+    cost, settings = budgeted(analysis, legal, settings, progress, stored.itemsize, before)
+    prepared = Prepared(source, settings, loaded, task, method, target, analysis, legal, cost)
+    if settings.fixed:
+        plan = Plan({}) if settings.plan is None else Plan.load(settings.plan)
+        analysis = analysis.divided(plan.divided)
+        return replace(prepared, analysis=analysis, plan=plan, cut=resolve_plan(analysis, plan))
+    check_any(analysis, cost)
+    check_left(cost, settings)
+    search = WidthSearch(analysis, legal, cost, loaded.model, method, target, settings)
+    prepared = replace(prepared, candidates=tuple(once(search.candidates)))
+    return by_layer(prepared, before) if settings.layers == FREE else prepared
+
+
+def check_left(cost: CostModel, settings: Settings) -> None:
+    """Raise MptkError if fewer KV heads alone are the whole cut."""
+    if (gone := cost.sparsity({})) > settings.sparsity - settings.tolerance and cost.dense is not cost.whole:
+        raise MptkError(
+            f"fewer KV heads alone remove {gone:.1%} of the {settings.budget}, and {settings.sparsity:.1%} is asked "
+            "for; ask for more, or for --sparsity 0 to cut nothing else"
+        )
+
+
+def by_layer(prepared: Prepared, before: Analysis | None) -> Prepared:
+    """The same with each layer of the families that are cut as a family of its own, equal in each candidate."""
+    s, whole = prepared.settings, prepared.analysis
+    analysis = whole.divided(prepared.families)
+    parts = {name: [part.name for part in whole.family(name).parts] or [name] for name in prepared.families}
+    legal = prepared.target.legal(analysis, prepared.loaded.model, multiples(s))
+    ladders = {**legal.ladders, **{part: (s.widths[name],) for name in s.widths for part in parts[name]}}
+    candidates = [
+        replace(c, widths={part: width for name, width in c.widths.items() for part in parts[name]})
+        for c in prepared.candidates
+    ]
+    cost = CostModel(analysis, s.budget, itemsize=stored_type(s, prepared.loaded).itemsize, before=before)
+    return replace(
+        prepared,
+        analysis=analysis,
+        legal=replace(legal, ladders=ladders),
+        cost=cost,
+        candidates=tuple(candidates),
+    )

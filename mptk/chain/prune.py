@@ -1,0 +1,344 @@
+"""prune: the main job, from a dense model to a proven folder, as a chain of values. ``api/pruned.py`` starts it.
+
+``prepare`` → Prepared, ``choose`` → Chosen, ``compile_plan`` → Compiled, ``prove_folder`` → Proven, ``describe`` →
+Report. Nothing is published unless every stage of the proof is within its tolerance.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from mptk.chain.describe import describe, measured
+from mptk.chain.job import Finished, Given, Job, held
+from mptk.chain.kept import kept_choice, kept_fit
+from mptk.chain.prepare import announce, check_settings, prepare, settled
+from mptk.compat.accelerate import own_state
+from mptk.compat.torch import sources_forgotten
+from mptk.compile.changes import COMPENSATION, widened
+from mptk.compile.cut import changed, compile_plan, cut_to, small_model
+from mptk.compile.dense_outputs import with_outputs
+from mptk.compile.trace import fitting, fixed_sizes, one_length
+from mptk.config.recipe import write_recipe
+from mptk.config.settings import IN_MEMORY, Settings
+from mptk.conversions.kv_heads import merged_on, with_merged
+from mptk.distributed.processes import describe as describe_processes
+from mptk.distributed.processes import holds, leads, processes
+from mptk.errors import ProofError, explained
+from mptk.io import data
+from mptk.io.tensors import write_weights
+from mptk.ir.plan import Plan
+from mptk.ir.resolved_plan import removed_blocks, renumbering
+from mptk.ir.samples import Samples
+from mptk.ir.weights import Weights
+from mptk.methods.distil import Schedule, distil_blocks
+from mptk.methods.division.budget import left_whole
+from mptk.methods.division.shape_search import search_shapes, winner
+from mptk.methods.maskprune.learner import Learner, start_training
+from mptk.methods.reconstruct import consumers, kept_units, reconstruct_consumers
+from mptk.progress import silent
+from mptk.proof.proof import check_proof, check_witness, prove_folder
+from mptk.protocols.chain import Chosen, Compiled, Prepared, reconstructs
+from mptk.protocols.execution import find_device
+from mptk.protocols.origin import check_samples, origin_of
+from mptk.protocols.report import Report, Row
+from mptk.protocols.run_folder import GIVEN, RunFolder, check_unfinished
+from mptk.protocols.rungs import judged, searched
+from mptk.protocols.values import Context, SampleSets
+from mptk.publish.licence import copy_notices
+from mptk.publish.publish import publish
+from mptk.report.card import write_card
+from mptk.targets import written
+from passes.transforms.insert_masks import MaskSite
+from passes.verify import Difference
+
+ELSEWHERE = ("resume", "overwrite", "strict", "proof_length", "memory", "device", "max_shard_size")
+"""Settings that may differ when an unfinished run goes on."""
+
+FOUND = ("sparsity", "length", "eval_length")
+"""Settings that a latency or a trace of one length sets."""
+
+SAMPLES = "samples"
+"""Name of the samples in the folder of an unfinished run."""
+SHARE = 8
+"""At most one sample for each so many that are trained on is held out."""
+
+REMEDY = "nothing was published. Please report this model"
+
+
+@sources_forgotten()
+def run(job: Job, settings: Settings, context: Context) -> Finished | None:
+    """Run every stage in order. Of several processes that work on one run, all but the first get None.
+
+    Raises:
+        MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
+            or a stage of the proof is above its tolerance. Then ``job.out`` stays as it was.
+    """
+    find_device(settings.device)  # accelerate says less of one that is not there
+    with own_state(settings.device), explained(), held(job, settings.overwrite):
+        return stages(job, settings, context if leads() else replace(context, progress=silent))
+
+
+def stages(job: Job, settings: Settings, context: Context) -> Finished | None:
+    """The stages of ``run``, which gives them an accelerate state of their own."""
+    settings = settled(settings)
+    check_settings(settings)
+    if keeps_stages(settings):
+        check_unfinished(job.out, described(job, settings), settings.resume, but=(*FOUND, GIVEN))
+    if job.needs is not None:
+        announce(job.needs(settings), job, context)
+    prepared = prepare(job, settings, context)
+    context = begin(job, prepared, context)
+    try:
+        return worked(job, prepared, context)
+    except Exception as error:
+        if context.folder is not None and leads():
+            context.folder.remove_unless(SAMPLES)  # nothing that a further run could not do as fast
+        if isinstance(error, ProofError):  # which a model that changed meanwhile explains
+            require_unchanged(job, prepared)
+        raise
+
+
+def require_unchanged(job: Job, prepared: Prepared) -> None:
+    """Raise MptkError if what the run was given is not what it was when it began."""
+    prepared.origin.require(origin_of(job.source, prepared.given, prepared.settings, job.start))
+
+
+def worked(job: Job, prepared: Prepared, context: Context) -> Finished | None:
+    """The stages that follow when widths are known: samples, choice, cut, training, proof, report."""
+    settings = prepared.settings
+    sets = compared(prepared, read_samples(job, prepared, context), context)
+    if job.given is None:
+        prepared = merged_on(prepared, sets.calibration, context)
+    if settings.search:
+        prepared = winner(prepared, search_shapes(prepared, sets, context))
+    if context.folder is not None and settings.steps:
+        context = replace(context, accelerator=start_training(settings.learning, context.folder))
+    chosen = choose(job, prepared, sets, context)
+    witnessed = []
+    if chosen.witness is not None:
+        analysis = changed(prepared, chosen)
+        witnessed.append(check_witness(analysis, chosen.cut, chosen.witness, sets.proof, prepared.executor))
+    chosen = distilled(prepared, reconstructed(prepared, chosen, sets, context), sets, context)
+    compiled = compile_plan(prepared, chosen, sets.calibration, context)
+    compiled, more = recovered(compiled, sets, context)
+    processes().wait_for_everyone()  # the others may still read what the folder keeps
+    if not processes().is_main_process:
+        return None
+    report = written_folder(job, compiled, sets, [*witnessed, *more], context)
+    try:
+        return Finished(measured(report, compiled, sets, job.out, context), compiled)
+    finally:
+        if context.folder is not None:
+            context.folder.remove()
+
+
+# ---- choosing ----
+
+
+def begin(job: Job, prepared: Prepared, context: Context) -> Context:
+    """The context with the folder of the unfinished run, if there is something to choose or to train."""
+    settings = prepared.settings
+    if not keeps_stages(settings):
+        return context
+    known = {**described(job, settings), GIVEN: dict(prepared.origin.parts)}
+    return replace(context, folder=RunFolder(job.out, known, settings.resume))
+
+
+def keeps_stages(settings: Settings) -> bool:
+    """Whether something is chosen or trained, which an unfinished run keeps."""
+    return not settings.fixed or settings.steps > 0
+
+
+def described(job: Job, settings: Settings) -> dict[str, Any]:
+    """What an unfinished run says of itself, and must be the same to go on with it."""
+    return {"model": job.source, **{k: v for k, v in asdict(settings).items() if k not in ELSEWHERE}}
+
+
+def read_samples(job: Job, prepared: Prepared, context: Context) -> SampleSets:
+    """Samples to train, calibrate and measure on. Of several processes the first makes them; the others read them."""
+    s, task, folder = prepared.settings, prepared.task, context.folder
+    given = Given() if job.samples is None else job.samples(prepared)
+    own, source = s.data == data.SELF and given.training is None, s.eval_data or s.data
+    count = wanted(s, s.samples) if own else wanted(s)
+    with context.stage("calibration data"), processes().main_process_first() if folder else nullcontext():
+        kept = None if folder is None else folder.tensors(SAMPLES)
+        if kept is None:
+            both = own and s.eval_data is None and given.evaluation is None
+            say = partial(context.progress, "calibration data")
+            made = given.training or task.samples(prepared.loaded, s, (1 + both) * count, say)
+            kept = made[:count].saved("training") | (made[count:].saved("evaluation") if both else {})
+            if folder is not None:
+                folder.save(SAMPLES, kept)
+        elif given.training is not None and folder is not None:
+            check_samples(kept, given.training[:count].saved("training"), folder.path)
+        names = list(task.example(prepared.loaded.model).inputs)
+        training, evaluation = (Samples.restored(kept, names, what) for what in ("training", "evaluation"))
+        assert training is not None
+        if given.evaluation is not None:
+            evaluation = given.evaluation
+        elif evaluation is not None:
+            evaluation = evaluation.shortened(s.eval_windows, s.eval_length)
+            source = data.SELF
+        else:
+            evaluation = task.evaluation(prepared.loaded, s)
+    program = prepared.analysis.program
+    training = fitting(task, program, training, "data")
+    evaluation = fitting(task, program, evaluation, "eval_data")
+    said = source if source == IN_MEMORY else task.named(prepared.loaded.model, source)
+    training, held_out = apart(training, s)
+    return SampleSets(training, training[: s.samples], evaluation, said, task.sequences, held_out)
+
+
+def wanted(settings: Settings, used: int | None = None) -> int:
+    """How many samples a run takes at most. ``used``: to calibrate and to train on; None: as many as there are."""
+    if used is None:
+        used = max(settings.samples, settings.steps * settings.learning.training.batch, searched(settings))
+    return used + watched(settings, used)
+
+
+def watched(settings: Settings, samples: int) -> int:
+    """How many samples are held out beside so many: at most a batch if something is trained, more for a search."""
+    count = min(settings.learning.training.batch, max(1, samples // SHARE)) if settings.steps else 0
+    return max(count, judged(samples)) if settings.search else count
+
+
+def apart(samples: Samples, settings: Settings) -> tuple[Samples, Samples | None]:
+    """What is trained on, and what is held out of it: the last samples, none of a single one."""
+    used = len(samples) * SHARE // (SHARE + 1)
+    count = min(watched(settings, used), len(samples) - 1)
+    return (samples[:-count], samples[-count:]) if count else (samples, None)
+
+
+def compared(prepared: Prepared, sets: SampleSets, context: Context) -> SampleSets:
+    """The sets with the dense model's outputs as targets, if the task's loss compares outputs with these."""
+    if not prepared.task.compares or prepared.plan is not None:
+        return sets
+    with context.stage("dense outputs"):
+        return replace(sets, calibration=with_outputs(prepared, sets.calibration))
+
+
+def choose(job: Job, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
+    """What is cut: as the job gives it, as a file gives it, or as the method finds it."""
+    if job.given is not None:
+        return job.given(prepared)
+    tokens = None if prepared.trimmed is None else prepared.trimmed.tokens
+    if prepared.plan is not None:
+        assert prepared.cut is not None
+        return with_merged(prepared, Chosen(replace(prepared.plan, vocabulary=tokens), prepared.cut))
+    s = prepared.settings
+    chosen = kept_choice(prepared, context.folder, lambda: prepared.method.choose(prepared, sets, context))
+    meta = {"model": prepared.source, "method": s.method, "sparsity": s.sparsity, "seed": s.seed}
+    return with_merged(prepared, replace(chosen, plan=Plan(chosen.plan.families, meta, tokens)))
+
+
+def reconstructed(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Context) -> Chosen:
+    """The choice with every consumer fitted to the dense layer's outputs, if the settings or the method ask for it."""
+    if not reconstructs(prepared.settings, prepared.method) or not holds():
+        return chosen
+
+    def fit() -> Weights:
+        analysis, sites = prepared.analysis, sites_of(prepared, chosen)
+        kept = kept_units(analysis, chosen.cut, list({site.family: None for site in sites}))
+        say = partial(context.progress, "reconstruct")
+        return reconstruct_consumers(analysis, sites, kept, chosen.changes, sets.calibration, say, prepared.calibrator)
+
+    with context.stage("reconstruct"):
+        fitted = kept_fit(prepared, context.folder, fit)
+    return replace(chosen, changes=fitted, trained=tuple(fitted))
+
+
+def sites_of(prepared: Prepared, chosen: Chosen) -> list[MaskSite]:
+    """Where masks of the families that are cut would be."""
+    return [site for site in prepared.mask_sites if site.family in chosen.plan.families]
+
+
+def distilled(prepared: Prepared, chosen: Chosen, sets: SampleSets, context: Context) -> Chosen:
+    """The choice with every block trained to give the dense block's outputs, if the settings ask for it."""
+    s = prepared.settings
+    if not s.distil_epochs or not holds():
+        return chosen
+    blocks_go = removed_blocks(prepared.analysis, chosen.cut)
+    sites = prepared.mask_sites if blocks_go else sites_of(prepared, chosen)  # all that stays makes up for blocks
+    with context.stage("distil"):
+        found = distil_blocks(
+            prepared.analysis,
+            chosen.cut,
+            consumers(sites),
+            chosen.changes,
+            sets.calibration,
+            Schedule(s.distil_epochs, s.distil_lr, s.seed),
+            partial(context.progress, "distil"),
+            prepared.calibrator,
+            context.folder,
+        )
+    changes = Weights(chosen.changes).updated(widened(changed(prepared, chosen), chosen.cut, found.weights))
+    return replace(chosen, changes=changes, trained=tuple(changes), notes=(*chosen.notes, found.note))
+
+
+# ---- cutting, training, writing ----
+
+
+def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[Compiled, list[Difference]]:
+    """Train the small model with the remaining steps and adopt its weights. Also gives the witness's difference."""
+    if context.folder is None or context.accelerator is None:
+        return compiled, []
+    prepared, chosen = compiled.prepared, compiled.chosen
+    s = prepared.recovery
+    learner = Learner(context.accelerator, prepared, sets.training, s, context.folder, context.progress)
+    with context.stage("recover"):
+        weights = compiled.exact.state_dict() if learner.keeps else {}
+        small = small_model(compiled, weights, shared=learner.rank > 0)
+        steps, used = prepared.settings.steps - chosen.steps, chosen.steps * s.training.batch
+        held_out = None if sets.held_out is None else sets.held_out[: s.training.batch]
+        found = learner.recover(small, steps, sets.proof, used, held_out)
+    if found is None:
+        return compiled, []
+    aliases = prepared.analysis.program.aliases
+    dense = renumbering(compiled.analysis, chosen.cut).names(prepared.analysis.program.state_dict())
+    named = {aliases.get(dense[name], dense[name]): each for name, each in found.weights.items() if name in dense}
+    known = {name: tensor for name, tensor in named.items() if name in prepared.analysis.weights}
+    changes = Weights(chosen.changes).updated(widened(compiled.analysis, chosen.cut, Weights(known)))
+    chosen = replace(chosen, changes=changes, trained=tuple(changes))
+    row: Row = {"rank": learner.rank, "lr": s.training.lr}
+    if found.watch is not None:
+        row = {**row, **found.watch.row(prepared.settings.data, s.training.save_every)}
+        chosen = replace(chosen, notes=(*chosen.notes, found.watch.note()))
+    held = replace(compiled.analysis, program=compiled.analysis.program.with_state(changes))  # the rest is as stored
+    difference = check_witness(held, chosen.cut, found.witness, sets.proof, prepared.executor)
+    return replace(cut_to(prepared, chosen, context), written=compiled.written, recovery=row), [difference]
+
+
+def written_folder(
+    job: Job, compiled: Compiled, sets: SampleSets, witnessed: list[Difference], context: Context
+) -> Report:
+    """Write, prove and publish the folder. Its report lacks the quality, which is measured afterwards."""
+    prepared, chosen = compiled.prepared, compiled.chosen
+    targets = written(prepared.target, prepared.settings)
+    with publish(job.out, overwrite=prepared.settings.overwrite) as folder:
+        if context.folder is not None and context.accelerator is not None:
+            context.folder.finish(folder)
+        chosen.plan.save(folder / "plan.json")
+        if chosen.changes and not chosen.trained:
+            write_weights(folder / COMPENSATION, Weights(chosen.changes))
+        notes = [*chosen.notes, describe_processes(context.accelerator) if context.accelerator else ""]
+        notes += [one_length(prepared), fixed_sizes(prepared)]
+        notes.append("" if prepared.trimmed is None else prepared.trimmed.note)
+        notes.append("" if prepared.merged is None else prepared.merged.note)
+        notes.append(left_whole(prepared.analysis, prepared.legal, prepared.settings))
+        for target in targets:
+            with context.stage(f"write {target.name}"):
+                notes += target.emit(compiled, sets, folder, context.log)
+        with context.stage("prove"):
+            proven = prove_folder(compiled, targets, folder, sets.calibration, whole=prepared.settings.strict)
+        proven = replace(proven, differences=(*witnessed, *proven.differences))
+        check_proof(proven.differences, REMEDY)
+        require_unchanged(job, prepared)
+        write_recipe(folder, job.source, prepared.settings, job.start)
+        copy_notices(prepared.loaded.path, folder)
+        report = describe(compiled, proven, sets, [*notes, *proven.left_out, proven.note], folder, context)
+        report.write(folder)
+        write_card(report, compiled, folder)
+    return report

@@ -1,0 +1,1 @@
+"""From a model to its program, from a plan to the cut program."""

@@ -1,0 +1,71 @@
+"""changes: the dense model's weights that a pruned folder, or training, replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from mptk.errors import MptkError
+from mptk.io import models
+from mptk.io.resident import Resident
+from mptk.io.untrusted import damaged, load_tensors
+from mptk.ir.families import Analysis
+from mptk.ir.resolved_plan import Cut, renumbering
+from mptk.ir.weights import Lazy, Weights
+from mptk.protocols.report import Report
+from mptk.targets.graph import WEIGHTS, GraphTarget
+
+COMPENSATION = "compensation.safetensors"
+"""A folder's file of corrected biases (FLAP)."""
+
+
+def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust: bool) -> Mapping[str, Tensor]:
+    """Weights in which the folder differs from a cut of the dense model: trained ones, or FLAP's biases.
+
+    Raises:
+        MptkError: the folder's file of biases holds something else; or its weights cannot be loaded, or are not those
+            that the cut leaves.
+    """
+    state = analysis.program.state
+    if (folder / COMPENSATION).is_file():
+        biases = load_tensors(folder / COMPENSATION, damaged(folder / COMPENSATION))
+        for name, bias in biases.items():
+            if name not in state or bias.ndim != 1 or bias.shape != state.like(name).shape:
+                raise MptkError(
+                    f"{COMPENSATION} holds {name}, which is no bias of the model; "
+                    "do not use it, and prune the model again"
+                )
+        return biases
+    if not report.trained:
+        return {}
+    new, small = renumbering(analysis, cut).new, stored_weights(folder, trust)
+    names = {name: there for name in report.trained if (there := new(name)) is not None}
+    for name, there in names.items():
+        shape = tuple(cut.size(term) for term in analysis.weights[name])
+        if there not in small or small.like(there).shape != shape:
+            raise MptkError(
+                f"{folder} does not hold {there} of shape {shape}; do not use it, and prune the model again"
+            )
+    return widened(analysis, cut, small.selected(names))
+
+
+def stored_weights(folder: Path, trust: bool) -> Weights:
+    """What a pruned folder holds, by name: a checkpoint's weights, or those of a graph."""
+    if GraphTarget().wrote(folder):
+        return Weights(load_tensors(folder / WEIGHTS, damaged(folder / WEIGHTS)))
+    small = models.open_weights(str(folder), Resident(0), trust_remote_code=trust).weights
+    assert small is not None
+    return small
+
+
+def widened(analysis: Analysis, cut: Cut, small: Weights) -> Weights:
+    """The dense weights with a cut model's weights at the positions that stay. ``small``: under the dense names."""
+    state = analysis.program.state
+
+    def wide(name: str) -> Tensor:
+        return cut.scatter(state[name], small[name], analysis.weights[name])
+
+    return Weights({name: Lazy(state.like(name).to("meta"), partial(wide, name)) for name in small})

@@ -1,0 +1,51 @@
+"""compiling: from a choice to the cut program, and the form in which the target holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from mptk.ir.families import Analysis
+from mptk.ir.module import ProgramModule
+from mptk.ir.samples import Samples
+from mptk.protocols.chain import Chosen, Compiled, Prepared
+from mptk.protocols.values import Context
+from passes.pipelines import cut_program
+from passes.transforms.store import Store
+
+
+def changed(prepared: Prepared, chosen: Chosen) -> Analysis:
+    """The analysis over the dense weights with the choice's changes."""
+    return replace(prepared.analysis, program=prepared.analysis.program.with_state(chosen.changes))
+
+
+def stored_analysis(prepared: Prepared, chosen: Chosen) -> Analysis:
+    """The analysis over these weights, each rounded to the stored type."""
+    analysis = changed(prepared, chosen)
+    return replace(analysis, program=Store(prepared.dtype).run(analysis.program).program)
+
+
+def cut_to(prepared: Prepared, chosen: Chosen, context: Context) -> Compiled:
+    """The program cut to the plan. ``written`` is not yet known."""
+    analysis = stored_analysis(prepared, chosen)
+    pruned = cut_program(analysis, chosen.cut, context.log, prepared.dtype)
+    return Compiled(prepared, chosen, analysis, pruned.program, pruned.exact, pruned.epsilons)
+
+
+def compile_plan(prepared: Prepared, chosen: Chosen, samples: Samples, context: Context) -> Compiled:
+    """Cut the program to the plan and find the form in which the target holds it."""
+    compiled = cut_to(prepared, chosen, context)
+    return replace(compiled, written=prepared.target.fit(compiled, samples[:1]))
+
+
+def small_model(compiled: Compiled, weights: Mapping[str, Tensor], *, shared: bool = False) -> nn.Module:
+    """The cut model, float32, to be trained: of the class that holds it, or of its graph if the target needs none.
+
+    ``weights``: its state dict; those of a class may be empty and then were never written. ``shared``: whether a class
+    may use these tensors themselves.
+    """
+    if compiled.written is not None:
+        return compiled.written.stock.build(weights, shared=shared)
+    return ProgramModule(compiled.program.with_state(weights))

@@ -1,0 +1,22 @@
+"""dense_outputs: samples with the dense model's outputs as targets, for losses that compare outputs with these."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mptk.ir.samples import Samples, joined
+from mptk.protocols.chain import Prepared
+
+COMPARED = 2048
+"""Positions of a batch of which the dense model's outputs are kept."""
+
+
+def with_outputs(prepared: Prepared, samples: Samples) -> Samples:
+    """``samples`` with the dense model's outputs as targets."""
+    batches, program = samples.batches(COMPARED), prepared.reference
+    found = prepared.executor.outputs([program], [batch.tensors for batch in batches])
+    targets = torch.cat([(output if isinstance(output, Tensor) else joined(output)).cpu() for output in found])
+    return replace(samples, targets=targets)

@@ -1,0 +1,184 @@
+"""tracing: the program of a loaded model, checked; of one length if its class can be traced for no other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import passes.frontend.trace
+from mptk.compile.finite import check_alive
+from mptk.errors import MptkError
+from mptk.io.live import wide_type
+from mptk.io.models import Loaded
+from mptk.io.resident import free_memory
+from mptk.ir.program import Program
+from mptk.ir.samples import Samples, is_tokens
+from mptk.protocols.chain import Prepared, Task
+from mptk.staged.staged import Executor
+from passes.frontend.bound import bounded
+from passes.frontend.eager import compared
+from passes.transforms.retype import Retype
+
+PATIENCE = 120.0
+"""Seconds of computing after which a plain module is traced for one size (with all open, Swin-T takes 530)."""
+LONGEST = 31
+"""Tokens of a program of one length: its graph may repeat a loop for each. A prime, so that no size of a model is
+likely to be a multiple of it."""
+
+
+def traced(
+    loaded: Loaded,
+    task: Task,
+    executor: Executor,
+    length: int = LONGEST,
+    like: Samples | None = None,
+    eager: bool = False,
+) -> Program:
+    """The model's program with its weights.
+
+    If its trace holds one length alone (``Program.length``), that is ``length`` or ``LONGEST``, whichever is less.
+    ``like``: samples that it will run on. If these are no token ids and as large as the task's example, it holds that
+    size alone: with a symbolic height and width, export of a tiny Swin does not end in 90 s, and else takes 5 s.
+    ``eager``: compare with the module itself, since the program's graph takes its place. A plain module always is.
+
+    Raises:
+        MptkError: it has several inputs, and holds one length; it does not compute what the task says, or its outputs
+            are not finite, or zero alone.
+    """
+    example = task.example(loaded.model)
+    if not isinstance(loaded.model, PreTrainedModel):
+        program = _plain(loaded, example)
+    else:
+        program = _trace(loaded, example, (0,) if _holds_one_size(loaded, example, like) else True)
+    if task.only_length(program) is not None:
+        if len(example.inputs) > 1:
+            raise MptkError(
+                f"{type(loaded.model).__name__} can be traced for {program.length} tokens alone: its code loops over "
+                "the positions, or computes with their number in Python; prune a model whose class uses tensors for "
+                "that (docs/tracing.md), or cut this one for inputs of one length with mptk.rewrite"
+            )
+        example = example.of_length(min(length, LONGEST))
+        program = _trace(loaded, example, (0,))
+    fixed, ran = task.only_length(program), 0
+
+    def run(samples: Samples) -> Tensor | tuple[Tensor, ...]:
+        nonlocal ran
+        batch = samples if fixed is None else samples.of_length(fixed)
+        found: Tensor | tuple[Tensor, ...] = next(executor.outputs([program], [batch.tensors]))
+        check_alive(loaded.source, program, (found,) if isinstance(found, Tensor) else found)
+        ran += 1
+        return found if fixed is None or not isinstance(found, Tensor) else found[:, : samples.tensors[0].shape[1]]
+
+    task.check(loaded, run)
+    if not ran:
+        run(example)
+    if eager and isinstance(loaded.model, PreTrainedModel) and fixed is None:
+        program = _compared_if_it_fits(program, loaded, example)
+    return program
+
+
+def _compared_if_it_fits(program: Program, loaded: Loaded, example: Samples) -> Program:
+    """The program compared with its class, if all weights fit in memory at once; else with a note."""
+    if 4 * sum(p.numel() for p in loaded.model.parameters()) > free_memory() / 2:
+        return replace(program, limits=replace(program.limits, note="the class itself was not run: it is too large"))
+    return compared(program, _all_weights(loaded), example.tensors)
+
+
+def _plain(loaded: Loaded, example: Samples) -> Program:
+    """The program of a plain module, equal to the module itself: with all sizes open that may be, else with fewer.
+
+    Raises:
+        MptkError: no trace of it is the module.
+    """
+    causes: list[MptkError] = []
+    name = type(loaded.model).__name__
+    dynamic: bool | tuple[int, ...]
+    for dynamic in (True, (0,), False):
+        try:
+            with bounded(PATIENCE, f"the trace of {name} for inputs of any size") if dynamic is True else nullcontext():
+                traced = passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=dynamic)
+            wide = loaded.with_weights(traced)
+            own = {name: partial(Tensor.to, dtype=like.dtype) for name, like in traced.state.likes.items()}
+            exact = replace(wide, state=wide.state.changed(own))
+            found = compared(exact, _all_weights(loaded), example.tensors)
+        except MptkError as error:
+            causes.append(error)
+            continue
+        if causes:
+            cause = str(causes[0]).partition(";")[0]
+            kept = "batch size" if dynamic else "no size"
+            found = replace(found, limits=replace(found.limits, note=f"{kept} is left open, since {cause}"))
+        types = {like.dtype for like in exact.state.likes.values() if like.is_floating_point()}
+        if types <= {wide_type(loaded.model)}:
+            return found
+        retyped = Retype(wide_type(loaded.model))(found).program
+        return loaded.with_weights(retyped)
+    raise causes[0]
+
+
+def _all_weights(loaded: Loaded) -> Mapping[str, Tensor]:
+    return {} if loaded.weights is None else loaded.weights
+
+
+def fixed_sizes(prepared: Prepared) -> str:
+    """What a report says of the sizes that the trace fixed, if the traced graph is what runs; empty for others."""
+    program = prepared.analysis.program
+    if prepared.target.classed or not (said := [*filter(None, [program.limits.note]), *program.sizes.fixed]):
+        return ""
+    return f"fixed: {'; '.join(said)}: other sizes are refused when the pruned model is called"
+
+
+def fitting(task: Task, program: Program, samples: Samples, what: str) -> Samples:
+    """Samples that a caller made, in batches that the program takes.
+
+    Raises:
+        MptkError: they have sizes for which the program does not hold.
+    """
+    length = task.only_length(program)
+    if length is not None and samples.tensors[0].shape[1] != length:
+        raise MptkError(
+            f"this model is traced for {length} tokens alone, and the samples of {what} have "
+            f"{samples.tensors[0].shape[1]}; give samples of {length} tokens, or text"
+        )
+    if task.sequences:
+        return samples
+    batch = program.sizes.held(0)
+    samples = samples if batch is None else samples.in_batches_of(batch)
+    try:
+        program.sizes.check([(batch or max(2, len(samples)), *tensor.shape[1:]) for tensor in samples.tensors])
+    except MptkError as error:
+        raise MptkError(f"the samples of {what} do not fit: {error}") from error
+    return samples
+
+
+def one_length(prepared: Prepared) -> str:
+    """What a report says of a program that holds one length; empty for others."""
+    length = prepared.task.only_length(prepared.analysis.program)
+    if length is None:
+        return ""
+    return (
+        f"{type(prepared.loaded.model).__name__} is traced for one length, since its code loops over the positions or "
+        f"computes with their number in Python: text is read in windows of {length} tokens, and the proof is for these"
+    )
+
+
+def _holds_one_size(loaded: Loaded, example: Samples, like: Samples | None) -> bool:
+    """Whether a trace of a transformers model may hold the sizes of its example: the samples have them, too."""
+    if like is None or not isinstance(loaded.model, PreTrainedModel) or any(map(is_tokens, example.tensors)):
+        return False
+    return same_sizes(example, like)
+
+
+def same_sizes(samples: Samples, others: Samples) -> bool:
+    """Whether the inputs of two sets of samples have the same sizes, but for the number of samples."""
+    first, second = ({n: x.shape[1:] for n, x in each.inputs.items()} for each in (samples, others))
+    return first == second
+
+
+def _trace(loaded: Loaded, example: Samples, dynamic: bool | tuple[int, ...] = True) -> Program:
+    return loaded.with_weights(passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=dynamic))

@@ -1,0 +1,1 @@
+"""Settings: their fields, bounds and keywords, and the recipe that holds them."""

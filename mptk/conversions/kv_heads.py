@@ -1,0 +1,278 @@
+"""merging: a dense model becomes one with fewer KV heads and all its query heads. A run then starts there.
+
+The class is built with fewer heads (``merge``), each the first of those that it will be made of. When there are
+samples, its projections are merged in closed form (``merged_on``; ``passes/transforms/merge_heads.py``), and the choice
+has them as it has trained weights. The model before the merge stays the one that is imitated and compared with.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, fx
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mptk.compile.trace import traced
+from mptk.config.settings import Settings
+from mptk.errors import MptkError
+from mptk.io import models
+from mptk.io.models import Loaded
+from mptk.io.remade import remade
+from mptk.ir.axes import axes_in
+from mptk.ir.families import Analysis
+from mptk.ir.plan import Heads, Plan
+from mptk.ir.samples import Samples
+from mptk.ir.weights import Weights
+from mptk.methods.criteria.observe import OBSERVED_TOKENS, batches, find_sites
+from mptk.methods.reconstruct import stored
+from mptk.protocols.chain import Chosen, Prepared, Task
+from mptk.protocols.merged import Merged
+from mptk.protocols.values import Context, short
+from mptk.staged.shelf import Shelf
+from mptk.staged.staged import Executor
+from passes.analysis import group
+from passes.analysis.shared_heads import SharedHeads, find_shared_heads
+from passes.targets.stock.attempt import Refusal
+from passes.targets.stock.config import StockConfig, probe_config
+from passes.transforms.merge_heads import How, first_heads, merged_heads
+from passes.verify import TOLERANCE, prove
+
+Stream = tuple[fx.Node, int]
+"""A value in a graph, and its dimension that is summed over."""
+
+
+def heads_asked(settings: Settings) -> int | Heads | None:
+    """The KV heads that the settings or their plan leave; None: all. Raises MptkError if both say a number."""
+    planned = None if settings.plan is None else Plan.load(settings.plan).kv_heads
+    if planned is not None and settings.kv_heads is not None:
+        raise MptkError('the plan says how many KV heads stay; leave out --kv-heads, or the plan\'s "kv_heads"')
+    return settings.kv_heads if planned is None else planned
+
+
+def merge(
+    loaded: Loaded,
+    task: Task,
+    analysis: Analysis,
+    asked: int | Heads,
+    executor: Executor,
+    length: int,
+    like: Samples | None = None,
+) -> tuple[Loaded, Task, Analysis, Merged]:
+    """The model with the KV heads ``asked`` for in each layer, its task, its analysis, and what it was before.
+
+    ``length``, ``like``: as in ``traced``.
+
+    Raises:
+        MptkError: its attention has another form; its class holds no such number of KV heads; or it has another number
+            than a plan says.
+    """
+    if not isinstance(loaded.model, PreTrainedModel):
+        raise MptkError(f"{type(loaded.model).__name__} has no config to hold fewer KV heads; leave out kv_heads")
+    count = asked.width if isinstance(asked, Heads) else asked
+    layers, stock = held(analysis, loaded.model, count)
+    heads = Heads(layers[0].groups.size, count)
+    if isinstance(asked, Heads) and asked != heads:
+        raise MptkError(f"plan: kv_heads has {heads.of} KV heads in this model, not {asked.of}")
+    small = remade(
+        loaded,
+        stock.config,
+        _as_stored(stock.config, models.config_in(loaded)),
+        _first(loaded, analysis, layers, count),
+        tokenizer=loaded.tokenizer,
+        generation=getattr(loaded.model, "generation_config", None),
+        what=f"{count} KV heads",
+        remedy="leave out --kv-heads",
+    )
+    task = task.bind(small)
+    after = group.analyze(traced(small, task, executor, length, like))
+    return small, task, after, Merged(loaded, analysis, layers, heads, after.program, stock.changes)
+
+
+def _first(loaded: Loaded, analysis: Analysis, layers: Sequence[SharedHeads], count: int) -> Weights:
+    """The checkpoint's weights with the first KV head of each run alone."""
+    places = {name: place for layer in layers for name, place in first_heads(layer, count).items()}
+    aliases, weights = analysis.program.aliases, Weights({}) if loaded.weights is None else loaded.weights
+    owners = {name: aliases.get(name, name) for name in weights}
+    return weights.changed(
+        {name: partial(_slice, *places[owner]) for name, owner in owners.items() if owner in places}, moves=True
+    )
+
+
+def _slice(dim: int, positions: Tensor, tensor: Tensor) -> Tensor:
+    return tensor.index_select(dim, positions.to(tensor.device))
+
+
+def _as_stored(config: PreTrainedConfig, stored: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a config with the types of weights that ``stored`` names."""
+    made = copy.deepcopy(config)
+    for own, like in _parts(made, stored):
+        own.dtype = like.dtype
+    return made
+
+
+def _parts(config: PreTrainedConfig, like: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, PreTrainedConfig]]:
+    """A config and those within it, each with its counterpart in ``like``."""
+    yield config, like
+    for name, inner in vars(config).items():
+        if isinstance(inner, PreTrainedConfig) and isinstance(other := getattr(like, name, None), PreTrainedConfig):
+            yield from _parts(inner, other)
+
+
+# ---- which heads ----
+
+
+def held(analysis: Analysis, model: PreTrainedModel, count: int) -> tuple[list[SharedHeads], StockConfig]:
+    """The attention layers with their projections told apart, and the config with ``count`` KV heads.
+
+    Raises:
+        MptkError: no family is of KV heads, or the class of ``model`` holds no such config.
+    """
+    found, refusals = list[list[tuple[SharedHeads, ...]]](), dict[bool, str]()
+    for family in analysis.families:
+        try:
+            found.append(find_shared_heads(analysis, family.name))
+        except MptkError as error:
+            refusals.setdefault("heads" in family.name or "KV" in family.description, str(error))
+    every = [ways for each in found for ways in each]
+    if not every:
+        why = refusals.get(True, refusals.get(False, "nothing in it can be cut"))
+        raise MptkError(f"{type(model).__name__} has no KV heads to merge: {why}")
+    refused = None
+    for way in range(max(map(len, every))):
+        layers = [ways[min(way, len(ways) - 1)] for ways in every]
+        config = config_for(analysis, model, layers, count)
+        if isinstance(config, StockConfig):
+            return layers, config
+        refused = refused or config
+    raise MptkError(
+        f"{type(model).__name__} holds no {count} KV heads beside its query heads: {refused}; leave out --kv-heads, "
+        "and cut heads as a family"
+    )
+
+
+def config_for(
+    analysis: Analysis, model: PreTrainedModel, layers: Sequence[SharedHeads], count: int
+) -> StockConfig | Refusal:
+    """The config of the merged model. Raises MptkError if ``count`` does not divide the number of KV heads."""
+    shapes = {name: tuple(like.shape) for name, like in model.state_dict().items()}
+    widths = dict[str, tuple[int, int]]()
+    for layer in layers:
+        size, each = layer.groups.size, 1 if layer.heads is None else layer.heads.size
+        for name, (dim, positions) in first_heads(layer, count).items():
+            for alias in (name, *(a for a, owner in analysis.program.aliases.items() if owner == name)):
+                if alias in shapes:
+                    shapes[alias] = (*shapes[alias][:dim], len(positions), *shapes[alias][dim + 1 :])
+        widths |= {f"KV heads of {size}": (size, count), f"queries of {size}": (each, each * size // count)}
+    own = {axis for layer in layers for axis in layer.scope}
+    rest = axes_in(term for dims in analysis.weights.values() for term in dims) - own
+    return probe_config(type(model), model.config, shapes, widths, [axis.size for axis in rest])
+
+
+# ---- their weights ----
+
+
+def merged_on(prepared: Prepared, samples: Samples, context: Context) -> Prepared:
+    """``prepared`` with the projections of its KV heads merged so that least is lost on ``samples``."""
+    merged = prepared.merged
+    if merged is None:
+        return prepared
+    with context.stage("merge KV heads"):
+        keys, values = ways_of(merged, short(samples, prepared.task.sequences), prepared.executor)
+        weights = projections(merged, samples, prepared.executor, keys, values)
+    aliases = merged.analysis.program.aliases
+    own = Weights({}) if prepared.loaded.weights is None else prepared.loaded.weights
+    names = {name: owner for name in own if (owner := aliases.get(name, name)) in weights}
+    return replace(
+        prepared,
+        loaded=replace(prepared.loaded, weights=own.updated(weights.selected(names))),
+        analysis=replace(prepared.analysis, program=prepared.analysis.program.with_state(weights)),
+        merged=replace(merged, keys=keys, values=values, weights=weights),
+    )
+
+
+def with_merged(prepared: Prepared, chosen: Chosen) -> Chosen:
+    """The choice with the merged projections among its trained weights, and the number of heads in its plan."""
+    merged = prepared.merged
+    if merged is None:
+        return chosen
+    changes = Weights(merged.weights).updated(chosen.changes)
+    return replace(chosen, plan=replace(chosen.plan, kv_heads=merged.heads), changes=changes, trained=tuple(changes))
+
+
+def ways_of(merged: Merged, few: Samples, executor: Executor) -> tuple[How, How]:
+    """How keys and values are merged: ``fit`` if heads that are turned, and turned back, change nothing on ``few``."""
+    program, count = merged.analysis.program, merged.heads.width
+
+    def way(keys: How, values: How) -> How:
+        made = Made(executor)
+        for layer in merged.layers:
+            made.add(merged_heads(layer, program.state, count, None, keys, values))
+        turned = {"turned": (program.with_state(made.weights), TOLERANCE)}
+        return "fit" if all(d.ok for d in prove(program, turned, few, executor=executor)) else "mean"
+
+    return way("turn", "keep"), way("keep", "turn")
+
+
+def projections(merged: Merged, samples: Samples, executor: Executor, keys: How, values: How) -> Weights:
+    """The merged projections of all layers, in their shapes afterwards; those of a layer are made at a time."""
+    program, count, made = merged.analysis.program, merged.heads.width, Made(executor)
+
+    def make(layer: SharedHeads, products: Mapping[str, Tensor]) -> None:
+        places = first_heads(layer, count)
+        found = merged_heads(layer, program.state, count, products.__getitem__, keys, values)
+        made.add({name: _slice(*places[name], tensor) if name in places else tensor for name, tensor in found.items()})
+
+    with_products(merged, samples, executor, make)
+    return made.weights
+
+
+class Made:
+    """Projections of one layer after another; as many stay in memory as the executor's bound lets."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._shelf, self._likes = Shelf(executor.borders), dict[str, Tensor]()
+
+    def add(self, projections: Mapping[str, Tensor]) -> None:
+        """Keep those of a further layer."""
+        for name, tensor in projections.items():
+            self._likes[name] = tensor.to("meta")
+            self._shelf.add(name, tensor)
+
+    @property
+    def weights(self) -> Weights:
+        """All of them, by name."""
+        return self._shelf.weights(self._likes)
+
+
+def with_products(
+    merged: Merged, samples: Samples, executor: Executor, made: Callable[[SharedHeads, Mapping[str, Tensor]], None]
+) -> None:
+    """Call ``made`` with each layer and the Σ x xᵀ of the inputs x of its projections, as soon as they are known.
+
+    They are by weight, float64 [in + 1, in + 1], with a 1 at the end of x.
+    """
+    analysis = merged.analysis
+    inputs = [batch.tensors for batch in batches(analysis.program, samples, OBSERVED_TOKENS)]
+    reading = {stored(analysis.program, site.weight): (site.x, site.x_dim) for site in find_sites(analysis)}
+    waiting = {
+        i: {reading[m.weight]: len(inputs) for m in (*layer.queries, *layer.keys, *layer.values) if m.weight in reading}
+        for i, layer in enumerate(merged.layers)
+    }  # queries, keys and values mostly share one input
+    sums = dict[tuple[int, Stream], Tensor]()
+
+    def see(i: int, stream: Stream, x: Tensor) -> None:
+        rows = x.movedim(stream[1], -1).flatten(0, -2).float()
+        rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
+        found = (rows.T @ rows).double().cpu()
+        sums[i, stream] = sums[i, stream] + found if (i, stream) in sums else found
+        waiting[i][stream] -= 1
+        if not any(waiting[i].values()):
+            known = {stream: sums.pop((i, stream)) for stream in waiting[i]}
+            made(merged.layers[i], {name: known[stream] for name, stream in reading.items() if stream in known})
+
+    watches = [((stream[0],), partial(see, i, stream)) for i, streams in waiting.items() for stream in streams]
+    executor.watch(analysis.program, inputs, watches)

@@ -1,0 +1,1 @@
+"""Which tokens a text uses; tokenizers, configs and models without the others."""

@@ -1,1 +1,0 @@
-"""vocabulary: which tokens a text uses, and tokenizers, configs and embeddings without the others."""

@@ -1,0 +1,1 @@
+"""How a budget is divided among families and layers: candidates, trials, ranking."""

@@ -1,0 +1,225 @@
+"""budget: what ``prune``'s budget counts, and the legal widths that meet it, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from mptk.config.bounds import BOUNDS
+from mptk.config.settings import FREE, Settings
+from mptk.cost.budgets import LATENCY
+from mptk.cost.latency import Latency
+from mptk.cost.model import CostModel, is_layered
+from mptk.cost.operator_times import kept_times
+from mptk.distributed.processes import processes
+from mptk.errors import MptkError
+from mptk.ir.families import Analysis
+from mptk.ir.plan import Plan
+from mptk.progress import Progress
+from mptk.protocols.chain import Method, Target
+from passes.targets import legalize
+from passes.targets.knobs import closed, partners
+from passes.targets.legalize import Candidate, LegalWidths
+from passes.targets.onnx.quantize import BLOCKS
+
+
+def budgeted(
+    analysis: Analysis,
+    legal: LegalWidths,
+    settings: Settings,
+    progress: Progress,
+    itemsize: int | None = None,
+    before: Analysis | None = None,
+) -> tuple[CostModel, Settings]:
+    """The cost model of the settings' budget, and the settings with milliseconds turned into a sparsity.
+
+    A latency comes from operators that are timed now or were before (``cost/operator_times.py``).
+
+    ``itemsize``: bytes of a number as it is stored. ``before``: as in ``CostModel``.
+
+    Raises:
+        MptkError: no such budget; no latency can be predicted; or the dense model takes no longer than ``max_ms``.
+    """
+    s = settings
+    if s.budget != LATENCY:
+        return CostModel(analysis, s.budget, itemsize=itemsize, before=before), s
+    names = _variable(analysis, legal, s)
+    channels = [name for name in names if analysis.family(name).stack is None]
+    ladders = {name: legalize.aligned(analysis.family(name), multiples(s)) for name in channels}
+    with processes().main_process_first():  # the others read what the first has kept, so that all plan alike
+        latency = Latency(analysis, ladders, s.objective, lambda ops: kept_times(ops, s.threads, progress))
+    cost = CostModel(analysis, s.budget, latency, itemsize=itemsize, before=before)
+    if s.max_ms is None or s.fixed:
+        return cost, s
+    dense = latency({})
+    if dense <= s.max_ms:
+        raise MptkError(f"{s.objective} of the dense model is predicted to take {dense:.2f} ms; ask for less than that")
+    wanted = 1 - s.max_ms / dense + s.tolerance
+    return cost, replace(s, sparsity=min(wanted, BOUNDS["sparsity"][1]))
+
+
+def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings) -> list[str]:
+    """Families that the settings and the target may cut."""
+    s, there = settings, {f.name: f for f in analysis.all_families}
+    if s.fixed:
+        names = [] if s.plan is None else list(Plan.load(s.plan).families)
+    else:
+        layered = [n for n, f in there.items() if is_layered(f) and n not in legal.refused]
+        names = [*(s.families or layered), *s.widths]
+    return [name for name in dict.fromkeys(names) if name in there and name not in s.keep]
+
+
+def multiples(settings: Settings) -> tuple[int, ...]:
+    """What contractions stay multiples of, where they are: the settings' number, and the blocks of its quantisers."""
+    return (settings.multiple, *(BLOCKS[scheme] for scheme in settings.quantize if scheme in BLOCKS))
+
+
+def left_whole(analysis: Analysis, legal: LegalWidths, settings: Settings) -> str:
+    """What ``portable`` left whole of the families that are cut by default, as a note; empty if nothing."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in legal.left.items():
+        if not settings.families and is_layered(analysis.family(name)):
+            reasons.setdefault(why, []).append(name)
+    said = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
+    return f"--portable left whole {said}" if said else ""
+
+
+@dataclass(frozen=True)
+class WidthSearch:
+    """Widths that meet the settings, most even first. ``legal``: what ``target`` can hold of the analysed ``model``."""
+
+    analysis: Analysis
+    legal: LegalWidths
+    cost: CostModel
+    model: nn.Module
+    method: Method
+    target: Target
+    settings: Settings
+
+    def candidates(self) -> list[Candidate]:
+        """Candidates that the model's own class holds or, if it holds none and ``rehome`` is set, another class.
+
+        Raises:
+            MptkError: no legal widths meet the budget (the message names the nearest), or a family cannot be cut.
+        """
+        try:
+            return self._within(self.legal)
+        except MptkError as error:
+            candidates, home = self._elsewhere()
+            if home is None:
+                raise
+            if not self.settings.rehome:
+                raise MptkError(f"{error}; or give --rehome: {home} holds them with equal logits") from error
+            return candidates
+
+    def _elsewhere(self) -> tuple[list[Candidate], str | None]:
+        """Candidates that only another class than the model's own would hold, and that class's name."""
+        legal = self.target.elsewhere(self.analysis, self.legal, multiples(self.settings))
+        if legal is None or self.settings.portable:
+            return [], None
+        try:
+            candidates = self._within(legal)
+        except MptkError:
+            return [], None
+        return candidates, self.target.home(self.analysis, self.model, self.legal, candidates[0].widths)
+
+    def _within(self, legal: LegalWidths) -> list[Candidate]:
+        s = self.settings
+        names = [name for name in s.families or self._default_families(legal) if name not in s.keep]
+        names = names if s.families else closed(names, legal.together)
+        self._check(legal, names)
+        legal = fixed(legal, s.widths)
+        if s.budget == LATENCY:
+            legal = legalize.unbeaten(self.cost, legal, names)
+        families = list(dict.fromkeys([*names, *s.widths]))
+        candidates = legalize.find_candidates(self.cost, legal, families, s.sparsity)
+        if set(names) <= set(s.widths):
+            if s.search:
+                raise MptkError("--width gives every family, and --search has nothing to choose; leave out one of both")
+            if not candidates:
+                raise MptkError(f"the stock class refuses these widths together: {legal.accepts(s.widths)}")
+            return candidates[:1]
+        if s.max_ms is not None:
+            self._check_reached(legal, candidates)
+        if s.layers == FREE and not any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):
+            return candidates[:1]  # equal layers are where the division starts
+        splits = s.search_shapes if s.search else self.method.splits
+        finest = legalize.finest_families(legal, families)
+        return legalize.choose_candidates(candidates, s.sparsity, s.tolerance, finest, splits, _others(legal))
+
+    def _check(self, legal: LegalWidths, names: Sequence[str]) -> None:
+        """Raise MptkError unless each of the families ``names`` can be cut, by this method and for this target."""
+        s = self.settings
+        if not names and not s.widths:
+            why = "; ".join(f"{name}: {reason}" for name, reason in list(legal.refused.items())[:3])
+            remedy = _unless_graph(legal, "try --target graph", "`mptk analyze` says more of each axis")
+            raise MptkError(f"no family can be cut for target {s.target} ({why or 'none was found'}); {remedy}")
+        for name in [*names, *s.keep, *s.widths]:
+            if name not in legal.ladders:
+                raise MptkError(f"no family {name!r}; there are {', '.join(legal.ladders)}")
+            if name in s.keep:
+                continue
+            if (refusal := self.method.refusal(self.analysis, name)) is not None:
+                raise MptkError(refusal)
+            if len(legal.ladders[name]) == 1:
+                why = legal.refused.get(name, "no narrower width is legal")
+                remedy = _unless_graph(legal, "try --target graph", "name other --families")
+                remedy = "leave out --portable" if name in legal.left else remedy
+                raise MptkError(f"{name} cannot be cut for target {s.target}: {why}; {remedy}")
+            if missing := partners(name, {*names, *s.widths}, legal.together):
+                others = ", ".join(sorted(missing))
+                raise MptkError(
+                    f"{name} can only be cut together with {others} for target {s.target}; "
+                    f"name them in --families, too{_unless_graph(legal, ', or try --target graph')}"
+                )
+
+    def _check_reached(self, legal: LegalWidths, candidates: Sequence[legalize.Candidate]) -> None:
+        """Raise MptkError, with the nearest there are, unless a candidate takes ``max_ms`` or little less."""
+        s, dense = self.settings, self.cost.dense.latency_ms or 0.0
+        if any(abs(c.sparsity - s.sparsity) <= s.tolerance for c in candidates):
+            return
+        nearest = [f"{(1 - c.sparsity) * dense:.2f} ms with {legalize.describe(c.widths)}" for c in candidates[:3]]
+        raise MptkError(
+            f"no legal widths {s.objective} in {s.max_ms:.2f} ms; nearest: {'; '.join(nearest) or 'none'}. "
+            f"Ask for one of these, {_others(legal)}"
+        )
+
+    def _default_families(self, legal: LegalWidths) -> list[str]:
+        """What is cut if nothing else is said: what repeats over layers, and the method can choose among.
+
+        A method that judges no channels removes blocks. A search may remove both.
+        """
+        names = legalize.default_families(self.analysis, legal)
+        depths = [f.name for f in self.analysis.depths if names and len(legal.ladders.get(f.name, ())) > 1]
+        channels, blocks = self._judged(names), self._judged(depths)
+        return [*channels, *blocks] if self.settings.search else channels or blocks
+
+    def _judged(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if self.method.refusal(self.analysis, name) is None]
+
+
+def check_any(analysis: Analysis, cost: CostModel) -> None:
+    """Raise MptkError, with the reasons, if no weight of the model can be cut, so that a budget has no meaning."""
+    if not getattr(cost.dense, cost.budget):
+        why = "; ".join(f"{b.weights[0]}: {b.reasons[0]}" for b in analysis.blocked[:3])
+        raise MptkError(f"nothing in this model can be cut ({why or 'it has no weights'}); give another model")
+
+
+def _unless_graph(legal: LegalWidths, remedy: str, otherwise: str = "") -> str:
+    """A remedy that names the target graph, for targets with a stock class only."""
+    return otherwise if legal.stock is None else remedy
+
+
+def _others(legal: LegalWidths) -> str:
+    return _unless_graph(legal, "name other --families, or use --target graph", "or name other --families")
+
+
+def fixed(legal: LegalWidths, widths: Mapping[str, int]) -> LegalWidths:
+    """Legal widths with some families' widths given. Raises MptkError for one that is not legal."""
+    for name, width in widths.items():
+        if width not in legal.ladders[name]:
+            near = sorted(legal.ladders[name], key=lambda w: abs(w - width))[:3]
+            raise MptkError(f"{name} cannot have width {width}; the nearest legal ones are {sorted(near)}")
+    return replace(legal, ladders={**legal.ladders, **{name: (width,) for name, width in widths.items()}})

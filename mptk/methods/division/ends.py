@@ -1,0 +1,76 @@
+"""ends: what equal layers cost beside whole first and last ones, told to users whose layers are alike.
+
+The first and last layers bear a cut worst: LLM-Pruner (arXiv 2305.11627) spares them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from mptk.cost.budgets import LATENCY
+from mptk.cost.model import CostModel
+from mptk.ir.families import Analysis, Family
+from mptk.ir.plan import Plan
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.methods import criteria
+from mptk.methods.criteria.base import Scores
+from mptk.methods.division.trial import losses
+from mptk.protocols.chain import Prepared
+from mptk.protocols.values import SampleSets
+from passes.transforms.masked_reference import mask
+
+SHARE = 0.1
+"""Of a family's layers, how many stay whole at each end."""
+TOKENS = 512
+"""Calibration tokens on which both plans are compared."""
+
+
+def ends_note(prepared: Prepared, scores: Scores, equal: Plan, sets: SampleSets) -> str:
+    """By how much less a cut with whole ends at the same budget raises the loss; "" if it does not, or there is none.
+
+    ``equal``: the plan whose layers are alike. ``scores``: of the families that it cuts.
+    """
+    spared = whole_ends(prepared, scores, equal)
+    if spared is None:
+        return ""
+    programs = [partial(mask, a, resolve_plan(a, plan)) for a, plan in ((prepared.analysis, equal), spared)]
+    alike, whole = losses(prepared, programs, sets.calibration.batches(TOKENS)[0])
+    if whole >= alike:
+        return ""
+    return (
+        f"equal layers cost {alike - whole:.2f} in loss: {alike:.2f} when cut, {whole:.2f} if a tenth of the layers at "
+        "each end stays whole, before any fit or training; --layers free --target graph divides the budget over layers"
+    )
+
+
+def whole_ends(prepared: Prepared, scores: Scores, equal: Plan) -> tuple[Analysis, Plan] | None:
+    """The analysis by layers, and a plan whose first and last layers are whole, for about what ``equal`` saves.
+
+    None if there is none: too few layers, widths that the user gave, a budget in milliseconds.
+    """
+    settings, families = prepared.settings, [prepared.analysis.family(name) for name in equal.widths]
+    inner = {family.name: between_ends(family) for family in families}
+    if settings.widths or settings.budget == LATENCY or not any(len(inner[f.name]) < len(f.parts) for f in families):
+        return None
+    ladders = {family.name: prepared.legal.ladders[family.name] for family in families}
+    deeper = {f.name: f.size - (f.size - equal.widths[f.name]) * len(f.groups) / len(inner[f.name]) for f in families}
+    nearest = {name: min(ladder, key=lambda width: abs(width - deeper[name])) for name, ladder in ladders.items()}
+    analysis = prepared.analysis.divided(equal.widths)
+    cost = CostModel(analysis, settings.budget, itemsize=prepared.dtype.itemsize)
+    finest = max(ladders, key=lambda name: len(ladders[name]))  # its width makes up for what the others are rounded by
+    tried = [
+        {part.name: width for name, width in (nearest | {finest: last}).items() for part in inner[name]}
+        for last in ladders[finest]
+    ]
+    off = {i: abs(cost.sparsity(widths) - prepared.cost.sparsity(equal.widths)) for i, widths in enumerate(tried)}
+    best = min(off, key=lambda i: off[i])
+    if off[best] > settings.tolerance:
+        return None
+    layers = {part.name: scores[f.name][i : i + 1] for f in families for i, part in enumerate(f.parts or (f,))}
+    return analysis, criteria.select(analysis, layers, tried[best])
+
+
+def between_ends(family: Family) -> tuple[Family, ...]:
+    """The layers of ``family`` that are not at its ends; itself if it has one layer."""
+    spared = round(SHARE * len(family.parts))
+    return family.parts[spared : len(family.parts) - spared] or (family,)

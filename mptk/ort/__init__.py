@@ -1,0 +1,1 @@
+"""Run and time ONNX graphs in ONNX Runtime."""

@@ -1,0 +1,185 @@
+"""decoder: a decoder in ONNX Runtime that passes its KV cache from step to step without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from mptk.compat.onnxruntime import run_on_values
+from mptk.errors import MptkError
+from mptk.ort.sessions import CPU, memory_of, open_session
+
+FILE = "model.onnx"
+Ids = npt.NDArray[np.int64]
+LogitsArray = npt.NDArray[np.float32]
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The KV cache after a step, in the runtime's memory.
+
+    ``values``: input name → keys or values of a layer, [batch, heads, length, dim].
+    ``mask``: [batch, length], 1 for a token, 0 for padding.
+    """
+
+    values: Mapping[str, ort.OrtValue]
+    mask: Ids
+
+    @property
+    def length(self) -> int:
+        return int(self.mask.shape[1])
+
+
+def onnx_file(path: str | Path) -> Path:
+    """``path`` itself, or the ``model.onnx`` in ``path`` or ``path/onnx``. Raises MptkError if there is none."""
+    path = Path(path)
+    places = [path / FILE, path / "onnx" / FILE] if path.is_dir() else [path]
+    for file in places:
+        if file.is_file():
+            return file
+    raise MptkError(f"there is no {places[0]}; make one with `mptk export MODEL --out DIR`")
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder with a decoder's config and tokenizer: the graph's, or the one above if it is named ``onnx``."""
+    folder = onnx_file(path).parent
+    return folder.parent if folder.name == "onnx" and not (folder / "config.json").is_file() else folder
+
+
+class OrtDecoder:
+    """An ONNX decoder with the inputs and outputs of ``passes/targets/onnx/emit.py``.
+
+    Args:
+        path: a folder with ``model.onnx`` or ``onnx/model.onnx``, or the file.
+        threads: threads of one operator; 0: one for each core.
+        device: where it runs, if ONNX Runtime has an execution provider for it; else it runs on the CPU (``sessions``).
+            On a CUDA device the cache stays there.
+
+    Raises:
+        MptkError: there is no such file, ONNX Runtime refuses it, or it is no decoder with a KV cache.
+    """
+
+    def __init__(self, path: str | Path, *, threads: int = 0, device: torch.device = CPU) -> None:
+        file = onnx_file(path)
+        try:
+            self.session = open_session(str(file), device, threads=threads)
+        except Exception as error:  # onnxruntime's errors have no base class
+            reason = str(error).strip().split("\n")[0]
+            raise MptkError(f"ONNX Runtime cannot load {file}: {reason}; export the model again") from error
+        self.inputs = {i.name: i for i in self.session.get_inputs()}
+        self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
+        if not self.past or "input_ids" not in self.inputs:
+            raise MptkError(
+                f"{file} is no decoder with a KV cache: its inputs are {', '.join(self.inputs)}; export one with mptk"
+            )
+        self.presents = [name.replace("past_key_values", "present") for name in self.past]
+        self.outputs = ["logits", *self.presents]
+        self.memory = memory_of(self.session, device)
+
+    @property
+    def providers(self) -> list[str]:
+        """The execution providers that run it, the one that is asked first coming first."""
+        return list(self.session.get_providers())
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The exporter's metadata (plan hash, versions)."""
+        return dict(self.session.get_modelmeta().custom_metadata_map)
+
+    def prefill(self, ids: Ids, mask: Ids | None = None) -> tuple[LogitsArray, Cache]:
+        """Run a prompt. ``ids`` [batch, sequence]; ``mask`` the same shape, 0 for padding on either side.
+
+        Returns the logits, [batch, sequence or 1, vocab], and the cache. Positions count tokens, not padding.
+        """
+        return self._run(ids, np.ones_like(ids) if mask is None else mask, self.empty(len(ids)))
+
+    def decode(self, ids: Ids, cache: Cache) -> tuple[LogitsArray, Cache]:
+        """Run the next tokens, [batch, n], after those in ``cache``, which stays usable."""
+        return self._run(ids, np.ones_like(ids), cache)
+
+    def logits(self, ids: Ids) -> LogitsArray:
+        """Logits of whole sequences without padding: [batch, sequence or 1, vocab]."""
+        return self.prefill(ids)[0]
+
+    def torch_logits(self, ids: Tensor) -> Tensor:
+        """``logits`` as a tensor, for perplexity. Raises MptkError if the graph gives only the last position's."""
+        if self.last_only:
+            raise MptkError("the graph gives logits of the last position only; export it with --logits all")
+        return torch.from_numpy(self.logits(ids.numpy()))
+
+    @property
+    def last_only(self) -> bool:
+        """Whether the graph gives logits of the last position only."""
+        return bool(self.session.get_outputs()[0].shape[1] == 1)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens there are logits for; None if the graph does not say."""
+        size = self.session.get_outputs()[0].shape[-1]
+        return size if isinstance(size, int) else None
+
+    @property
+    def half(self) -> bool:
+        """Whether the graph computes in float16."""
+        return bool(self.inputs[self.past[0]].type == "tensor(float16)")
+
+    def empty(self, batch: int) -> Cache:
+        """An empty cache."""
+        return self.filled(batch, 0)
+
+    def filled(self, batch: int, length: int, seed: int = 0) -> Cache:
+        """A cache of ``length`` random positions. The cost of a decoding step does not depend on its values."""
+        rng = np.random.default_rng(seed)
+        values = {}
+        for name in self.past:
+            _, heads, _, dim = self.inputs[name].shape
+            numbers = rng.standard_normal((batch, heads, length, dim), dtype=np.float32)
+            typed = numbers.astype(DTYPES[self.inputs[name].type])
+            values[name] = ort.OrtValue.ortvalue_from_numpy(typed, *self.memory)
+        return Cache(values, np.ones((batch, length), dtype=np.int64))
+
+    def feeds(self, ids: Ids, mask: Ids, cache: Cache) -> dict[str, ort.OrtValue]:
+        """The inputs of one step by name. The cache is not copied.
+
+        ``ids``: the new tokens, [batch, n]. ``mask``: [batch, cache.length + n], for the cache and the new tokens.
+        """
+        arrays = {"input_ids": ids, "attention_mask": mask}
+        if "position_ids" in self.inputs:
+            arrays["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
+        values = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+            for name, array in arrays.items()
+        }
+        return {**values, **cache.values}
+
+    def binding(self, ids: Ids, mask: Ids, cache: Cache) -> ort.IOBinding:
+        """Inputs (``feeds``) and outputs, bound for a step that runs many times.
+
+        For different steps, ``run_on_values`` is faster: binding all tensors of the cache again takes longer.
+        """
+        binding = self.session.io_binding()
+        for name, value in self.feeds(ids, mask, cache).items():
+            binding.bind_ortvalue_input(name, value)
+        for name, place in zip(self.outputs, self._places(), strict=True):
+            binding.bind_output(name, *place)
+        return binding
+
+    def _places(self) -> list[tuple[str, int]]:
+        """Where each output goes: logits to the CPU, and the cache to where it is read."""
+        return [("cpu", 0), *[self.memory] * len(self.presents)]
+
+    def _run(self, ids: Ids, mask: Ids, cache: Cache) -> tuple[LogitsArray, Cache]:
+        if ids.ndim != 2 or mask.shape != ids.shape or len(cache.mask) != len(ids):
+            raise ValueError(f"token ids {ids.shape}, mask {mask.shape} and a cache for {len(cache.mask)} do not fit")
+        mask = np.concatenate([cache.mask, mask], axis=1)
+        feeds = self.feeds(ids, mask, cache)
+        logits, *present = run_on_values(self.session, feeds, self.outputs, self._places())
+        return logits.numpy(), Cache(dict(zip(self.past, present, strict=True)), mask)

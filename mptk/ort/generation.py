@@ -1,0 +1,212 @@
+"""generation: generate tokens with a decoder in ONNX Runtime, greedy or sampled, one step at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase
+
+from mptk.errors import MptkError
+from mptk.io import models
+from mptk.io.data import positions_of
+from mptk.ort.decoder import LogitsArray, OrtDecoder, model_folder
+from mptk.ort.sessions import CPU
+
+Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from its logits.
+
+    ``temperature`` 0: the likeliest token. Above 0: a sample from softmax(logits / temperature) over the ``top_k``
+    likeliest tokens (0: all), reduced to the fewest whose probability reaches ``top_p`` (nucleus sampling, Holtzman et
+    al. 2020).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 50
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1):
+            raise MptkError("sampling needs a temperature and a top_k of 0 or more, and a top_p above 0, at most 1")
+
+    def choose(self, logits: LogitsArray, rng: np.random.Generator) -> Tokens:
+        """The next token of each row of ``logits``, [batch, vocab]."""
+        if not self.temperature:
+            return np.asarray(logits.argmax(axis=1))
+        return np.array([self._draw(row, rng) for row in logits])
+
+    def _draw(self, logits: npt.NDArray[np.float32], rng: np.random.Generator) -> int:
+        count = min(self.top_k or len(logits), len(logits))
+        best = np.argpartition(logits, -count)[-count:]
+        best = best[np.argsort(-logits[best], kind="stable")]
+        scaled = logits[best].astype(np.float64) / self.temperature
+        share = np.exp(scaled - scaled[0])
+        share /= share.sum()
+        kept = 1 + int(np.searchsorted(share.cumsum(), self.top_p)) if self.top_p < 1 else count
+        share = share[:kept] / share[:kept].sum()
+        return int(best[rng.choice(len(share), p=share)])
+
+
+def generate(
+    decoder: OrtDecoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    limit: int,
+    stop: Collection[int] = (),
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> Iterator[list[int | None]]:
+    """Yield the next token of each prompt, step by step; None for a prompt that has ended.
+
+    Shorter prompts are padded on the left, which does not change their tokens.
+
+    Args:
+        decoder: the model.
+        prompts: token ids, at least one for each prompt.
+        limit: most new tokens of a prompt.
+        stop: tokens that end a sequence. They are yielded, too.
+        sampling: greedy if None.
+        seed: seed of the sampling.
+
+    Raises:
+        MptkError: a prompt is empty.
+    """
+    if not prompts or not all(map(len, prompts)):
+        raise MptkError("an empty prompt has no next token; give some text")
+    chooser, rng = sampling or Sampling(), np.random.default_rng(seed)
+    width = max(map(len, prompts))
+    ids = np.array([[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts], dtype=np.int64)
+    mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], dtype=np.int64)
+    ended = np.zeros(len(prompts), dtype=bool)
+    logits, cache = decoder.prefill(ids, mask)
+    for step in range(limit):
+        tokens = chooser.choose(logits[:, -1], rng)
+        yield [None if end else int(token) for token, end in zip(tokens, ended, strict=True)]
+        ended |= np.array([int(token) in stop for token in tokens])
+        if ended.all() or step + 1 == limit:
+            return
+        logits, cache = decoder.decode(tokens[:, None], cache)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """``first_s``: seconds to the first token. ``rate``: tokens a second after it, over all prompts."""
+
+    prompt_tokens: int
+    new_tokens: int
+    first_s: float
+    rate: float
+
+
+class TextGenerator:
+    """A decoder and the tokenizer of its folder.
+
+    Args:
+        path: the ``--out`` folder of ``prune`` or ``export``, or an ``.onnx`` file in it.
+        threads: threads of one operator; 0: one for each core.
+        device: as of ``OrtDecoder``.
+
+    Raises:
+        MptkError: there is no decoder, or no tokenizer beside it.
+    """
+
+    def __init__(self, path: str | Path, *, threads: int = 0, device: torch.device = CPU) -> None:
+        self.decoder = OrtDecoder(path, threads=threads, device=device)
+        folder = model_folder(path)
+        self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(str(folder))
+        self.positions = positions_of(models.load_config(str(folder)))
+        self.stop = stop_tokens(folder, self.tokenizer)
+
+    def encode(self, text: str, *, chat: bool = False) -> list[int]:
+        """Token ids of a prompt, in the model's chat template if ``chat``."""
+        if not chat:
+            return list(self.tokenizer(text)["input_ids"])
+        if not self.tokenizer.chat_template:
+            raise MptkError("the tokenizer has no chat template; leave out --chat")
+        message = [{"role": "user", "content": text}]
+        found = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+        assert isinstance(found, BatchEncoding)
+        return list(found["input_ids"])
+
+    def check_ids(self, ids: Iterable[int]) -> None:
+        """Raise MptkError if a token id is none of the graph's vocabulary."""
+        largest, size = max(ids, default=0), self.decoder.vocabulary
+        if size is not None and largest >= size:
+            raise MptkError(
+                f"the tokenizer gives token {largest}, and the graph's vocabulary has {size}; give the tokenizer files "
+                "that belong to the model"
+            )
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        limit: int,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+    ) -> Iterator[list[int | None]]:
+        """As ``generate``, with the model's own end tokens. At the end it sets ``speed``.
+
+        Raises:
+            MptkError: as ``generate``; a token is none of the model's; or a prompt and what is to be written after it
+                have more tokens than the model has positions (``fitting`` cuts them).
+        """
+        if all(map(len, prompts)):
+            check_room(self.positions, prompts, limit)
+        self.check_ids(token for prompt in prompts for token in prompt)
+        began = time.perf_counter()
+        first, count = 0.0, 0
+        for tokens in generate(self.decoder, prompts, limit=limit, stop=self.stop, sampling=sampling, seed=seed):
+            first = first or time.perf_counter() - began
+            count += sum(token is not None for token in tokens)
+            yield tokens
+        rest = time.perf_counter() - began - first
+        after = count - len(prompts)
+        self.speed = Speed(sum(map(len, prompts)), count, first, after / rest if after > 0 else 0.0)
+
+
+def check_room(positions: int | None, prompts: Sequence[Sequence[int]], limit: int) -> None:
+    """Raise MptkError if a model's ``positions`` do not hold each prompt and ``limit`` tokens after it."""
+    longest = max(map(len, prompts), default=0)
+    if positions is None or longest + limit <= positions:
+        return
+    if longest >= positions:
+        raise MptkError(
+            f"the prompt has {longest} tokens and the model {positions} positions; give a shorter one, or --cut "
+            "(its end alone is read)"
+        )
+    raise MptkError(
+        f"the model has {positions} positions, and a prompt of {longest} tokens leaves {positions - longest} of them; "
+        f"give --max-new-tokens {positions - longest}, or --cut"
+    )
+
+
+def fitting(positions: int | None, prompts: Sequence[list[int]], limit: int) -> tuple[list[list[int]], int]:
+    """The prompts and the number of new tokens that a model's positions hold.
+
+    The start of a prompt goes first, as far as half of the positions are left to it; then new tokens are fewer.
+    """
+    if positions is None:
+        return list(prompts), limit
+    most = max(positions // 2, positions - limit)
+    cut = [prompt[-most:] for prompt in prompts]
+    return cut, min(limit, positions - max(map(len, cut), default=0))
+
+
+def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """End tokens of the folder's generation config, else of its tokenizer."""
+    found: int | list[int] | None = None
+    if (folder / "generation_config.json").is_file():
+        found = GenerationConfig.from_pretrained(str(folder)).eos_token_id
+    found = tokenizer.eos_token_id if found is None else found
+    return set(found) if isinstance(found, list) else {found} - {None}

@@ -1,0 +1,1 @@
+"""What must be equal, and what a folder claims of itself."""

@@ -1,0 +1,199 @@
+"""claims: what report.json says of a folder, against its plan, its weights and its files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from mptk.compile.changes import COMPENSATION
+from mptk.cost.model import CostModel
+from mptk.errors import MptkError
+from mptk.files import json_text
+from mptk.ir.families import Analysis
+from mptk.ir.plan import Plan
+from mptk.ir.program import Program
+from mptk.ir.samples import Samples, is_tokens
+from mptk.methods import find_method
+from mptk.methods.criteria import all_criteria
+from mptk.protocols.merged import Merged
+from mptk.protocols.report import PROVEN_ON, Report
+from mptk.protocols.trimmed import Trimmed
+from mptk.publish.manifest import listed, weights_digest
+from mptk.targets import ONNX, targets
+from passes.check_cut import table_size
+from passes.targets.onnx.names import quantized_files
+
+LATER = "bench.json"
+"""The one file that is written into a published folder."""
+
+
+def check_files(report: Report, folder: Path) -> None:
+    """The report's words on files: which there are, which graphs, and whether it is a stock checkpoint.
+
+    Raises:
+        MptkError: one is not true; or a file is named that is not there.
+    """
+    there = listed(folder)
+    missing = sorted(set(report.files) - set(there))
+    if missing:
+        raise MptkError(f"{folder} lacks {missing[0]}, which its report names; do not use it, prune the model again")
+    _require("files", report.files, [name for name in there if name != LATER])
+    settings = report.settings
+    known = targets()
+    wrote = settings.target in known and known[settings.target].wrote(folder)
+    _require("settings.target", settings.target, settings.target if wrote else _target_of(folder))
+    refused = any(note.startswith("no ONNX") for note in report.notes)
+    _require("settings.onnx", bool(settings.onnx and not refused), ONNX.wrote(folder))
+    graphs = sorted(p.relative_to(folder).as_posix() for p in quantized_files(folder / "onnx"))
+    _require("quantized", sorted(q["file"] for q in report.quantized.values()), graphs)
+    for scheme, said in report.quantized.items():
+        size = sum(p.stat().st_size for p in (folder / said["file"]).parent.glob(f"{Path(said['file']).name}*"))
+        _require(f"quantized.{scheme}.bytes", said["bytes"], size)
+    _require("weights_sha256", report.weights_sha256, weights_digest(folder))
+
+
+def _target_of(folder: Path) -> str:
+    """The target that the folder was written for, by what is in it."""
+    return next((name for name, target in targets().items() if target.wrote(folder)), "none")
+
+
+def check_numbers(
+    report: Report,
+    folder: Path,
+    analysis: Analysis,
+    plan: Plan,
+    dense: torch.dtype,
+    stored: torch.dtype,
+    trimmed: Trimmed | None = None,
+    merged: Merged | None = None,
+) -> None:
+    """The report's words on what was cut and trained: families, sparsity, cost, plan, and the trained weights.
+
+    ``dense``, ``stored``: the types that the dense and the pruned model's weights are stored in. ``trimmed``,
+    ``merged``: as in ``costs``.
+
+    Raises:
+        MptkError: one is not what the plan and the dense model give.
+    """
+    _require("plan_sha256", report.plan_sha256, plan.digest)
+    _require("families", report.families, widths(analysis, plan))
+    cost = CostModel(analysis, itemsize=stored.itemsize, before=None if merged is None else merged.analysis)
+    _require("sparsity", report.sparsity, 1 - cost.of(plan).block / cost.dense.block)
+    for name, figures in costs(cost, plan, dense, trimmed, merged).items():
+        said = {k: v for k, v in report.cost[name].items() if k != "latency_ms"}
+        _require(f"cost.{name}", said, figures)
+    row = {} if trimmed is None else {**trimmed.row(), "corpus": report.vocabulary.get("corpus", "")}
+    require_same("vocabulary", report.vocabulary, row)
+    require_same("kv_heads", report.kv_heads, {} if merged is None else merged.row())
+    settings, trained = report.settings, report.trained
+    method = find_method(settings.method)
+    fits = method.reconstructs or settings.reconstruct or settings.distil_epochs or merged
+    learned = fits or method.learns or settings.steps
+    unknown = [name for name in trained if not learned or name not in analysis.program.state]
+    _require("trained", trained, [name for name in trained if name not in unknown])
+    if (folder / COMPENSATION).is_file():
+        compensating = [name for name, criterion in all_criteria().items() if criterion.compensates]
+        known = settings.method if settings.method in compensating else compensating[0]
+        _require("settings.method", settings.method, known)
+    for d in report.proof:
+        _require(f"proof.{d['stage']}", d["ok"], True)
+
+
+def proof_samples(folder: Path, example: Samples) -> Samples:
+    """The samples of the proof, unchecked. ``example``: samples of the same kind.
+
+    Raises:
+        MptkError: they are missing or of another kind.
+    """
+    try:
+        tensors = load_file(folder / PROVEN_ON)
+    except (OSError, SafetensorError) as error:
+        raise _no_inputs(folder) from error
+    if tensors.keys() != example.inputs.keys():
+        raise _no_inputs(folder)
+    return Samples({name: tensors[name] for name in example.inputs})
+
+
+def check_samples(samples: Samples, folder: Path, program: Program, example: Samples) -> None:
+    """Raise MptkError unless the proof has a sample, and each has 8 tokens or more that the model has.
+
+    ``program``: the dense one.
+    """
+    fault = _no_inputs(folder)
+    nodes = (node for node in program.placeholders() if node.name in program.user_inputs)
+    for node, tensor, like in zip(nodes, samples.tensors, example.tensors, strict=True):
+        rows = table_size(node)
+        bounded = rows is None or (tensor.numel() > 0 and int(tensor.min()) >= 0 and int(tensor.max()) < rows)
+        same = tensor.dtype == like.dtype and tensor.ndim == like.ndim and len(tensor) == len(samples) > 0
+        if not same or not bounded or (is_tokens(tensor) and tensor.shape[1] < min(8, like.shape[1])):
+            raise fault
+
+
+def _no_inputs(folder: Path) -> MptkError:
+    return MptkError(f"{PROVEN_ON} in {folder} holds no inputs of this model; do not use the folder, prune again")
+
+
+def costs(
+    cost: CostModel,
+    plan: Plan,
+    dense: torch.dtype,
+    trimmed: Trimmed | None = None,
+    merged: Merged | None = None,
+) -> dict[str, dict[str, float]]:
+    """``dense`` and ``pruned`` → figures. ``cost`` counts bytes of the stored type; ``dense`` is the dense model's.
+
+    ``trimmed``, ``merged``: the dense model with all its tokens, or KV heads, if ``cost`` is of one with fewer.
+    """
+    before = trimmed or merged
+    analysis = cost.analysis if before is None else before.analysis
+    whole = replace(CostModel(analysis, itemsize=dense.itemsize).dense, latency_ms=cost.dense.latency_ms)
+    return {"dense": whole.as_dict(), "pruned": cost.of(plan).as_dict()}
+
+
+def widths(analysis: Analysis, plan: Plan) -> dict[str, dict[str, int]]:
+    """Family → its dense width, its width after the cut, and its layers. A depth is named if it is cut.
+
+    Layers stand for themselves if the plan names some of their family.
+    """
+    analysis = analysis.divided(plan.divided)
+    depths = [f for f in analysis.depths if f.name in plan.families]
+    found = dict[str, dict[str, int]]()
+    for f in (*analysis.families, *depths):
+        name = f.part_of if f.part_of and f.part_of not in plan.divided else f.name
+        row = found.setdefault(name, {"of": f.size, "width": plan.widths.get(f.name, f.size), "layers": 0})
+        row["layers"] += len(f.groups)
+    return found
+
+
+def require_same(name: str, said: Any, true: Any) -> None:
+    """As the other checks: ``said`` of the report must be what is true, after both went through JSON."""
+    _require(name, said, json.loads(json_text(true)))
+
+
+def _require(name: str, said: Any, true: Any) -> None:
+    if not _same(said, true):
+        raise MptkError(
+            f"{name} in report.json is not true: it says {_short(said)}, the folder and its plan give {_short(true)}; "
+            "do not use it, and prune the model again"
+        )
+
+
+def _same(said: Any, true: Any) -> bool:
+    if isinstance(true, Mapping):
+        return isinstance(said, Mapping) and said.keys() == true.keys() and all(_same(said[k], true[k]) for k in true)
+    if isinstance(true, float) and isinstance(said, int | float):
+        return math.isclose(said, true, rel_tol=1e-9, abs_tol=1e-12)
+    return bool(said == true)
+
+
+def _short(value: Any) -> str:
+    text = json_text(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

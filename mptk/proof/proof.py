@@ -1,0 +1,175 @@
+"""proof: what a pruned folder must be, stage by stage, and the samples on which its outputs are compared.
+
+The stages are in the order in which a user of the folder would meet a fault: its config, its weights, and then the
+outputs of the model with fewer tokens or KV heads, the rewritten graph, the reloaded checkpoint and ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from mptk.errors import MptkError, ProofError
+from mptk.ir.families import Analysis
+from mptk.ir.program import Program
+from mptk.ir.resolved_plan import Cut
+from mptk.ir.samples import Samples, is_tokens
+from mptk.protocols.chain import Compiled, Prepared, Proven, Target
+from mptk.protocols.values import LONG, Extra, Witness, left_out, short
+from mptk.staged.staged import Executor
+from passes.analysis.borders import Reach, reach
+from passes.transforms.masked_reference import mask
+from passes.verify import TOLERANCE, Difference, StageOutputs, prove
+
+
+def prove_folder(
+    compiled: Compiled, targets: Sequence[Target], folder: Path, samples: Samples, *, whole: bool = True
+) -> Proven:
+    """Every stage's difference, of the cut program and of what each target wrote into ``folder``.
+
+    ``samples``: what the proof's batches are made of (``proof_batches``). ``whole``: whether optional files must be
+    right, too; if not, those that are not are removed.
+
+    Raises:
+        MptkError: the config is not what it must be; the folder cannot be loaded; or an optional file must be right and
+            is not.
+    """
+    task, program = compiled.prepared.task, compiled.prepared.analysis.program
+    sequences = task.sequences and _tokens(samples)
+    longer = sequences and task.only_length(program) is None
+    reached = find_reach(compiled) if longer else Reach((), (), 0)
+    batches = [b for b in proof_batches(samples, reached.length, sequences) if sequences or _takes(program, b)]
+    checks = [target.checks(compiled, folder, reached.borders) for target in targets]
+    run = partial(prove, executor=compiled.prepared.executor)
+    rewritten: dict[str, tuple[Program | StageOutputs, float]] = {"rewritten graph": (compiled.exact, TOLERANCE)}
+    written: dict[str, tuple[Program | StageOutputs, float]] = {}
+    for check in checks:
+        written |= check.stages
+    found = [d for check in checks for d in check.exact]
+    found += _trimmed(compiled.prepared, batches) + _merged(compiled.prepared, batches)
+    if compiled.program is compiled.exact:
+        found += run(compiled.masked, rewritten | written, *batches)
+    else:  # folded norms were rounded to the stored type: what is written equals the rounded program
+        found += run(compiled.masked, rewritten, *batches) + run(compiled.program, written, *batches)
+    ran = {stage: provider for check in checks for stage, provider in check.ran.items()}
+    found = [replace(d, ran=ran.get(d.stage, d.ran)) for d in found]
+    if all(d.ok for d in found):
+        found += [d for target in targets for d in target.rounded(compiled, folder, batches)]
+    notes: list[str] = []
+    if all(d.ok for d in found):
+        extras = [extra for target in targets for extra in target.extras(compiled, folder, batches)]
+        more, notes = _proven_extras(extras, whole)
+        found += more
+    if notes:  # the config says which files there are
+        for target in targets:
+            target.checks(compiled, folder, reached.borders)
+    return Proven(tuple(found), max(map(_length, batches)), reached.note, tuple(notes))
+
+
+def _proven_extras(extras: Sequence[Extra], whole: bool) -> tuple[list[Difference], list[str]]:
+    """The differences of optional files, and notes on those that failed and were removed."""
+    found, notes = list[Difference](), list[str]()
+    for extra in extras:
+        try:
+            differences = extra.check()
+            check_proof(differences, "prune again without it")
+        except ProofError as error:
+            if whole:
+                raise
+            extra.remove()
+            notes.append(left_out(extra.name, error))
+        else:
+            found += differences
+    return found, notes
+
+
+def _trimmed(prepared: Prepared, batches: Sequence[Samples]) -> list[Difference]:
+    """The difference of the dense model, with all its tokens, from the one that has the kept tokens alone."""
+    trimmed, executor = prepared.trimmed, prepared.executor
+    if trimmed is None:
+        return []
+    stage = {"vocabulary": (partial(trimmed.outputs, executor=executor), TOLERANCE)}
+    return prove(prepared.reference, stage, *batches, executor=executor)
+
+
+def _merged(prepared: Prepared, batches: Sequence[Samples]) -> list[Difference]:
+    """The difference of the model whose KV heads are equal in runs from the one that has one of each run."""
+    merged = prepared.merged
+    if merged is None:
+        return []
+    return prove(merged.equal, {"KV heads": (merged.first, TOLERANCE)}, *batches, executor=prepared.executor)
+
+
+def find_reach(compiled: Compiled) -> Reach:
+    """How far the proof must go: past the borders of the graph, of the dense config and of the one written."""
+    written = [] if compiled.written is None else [compiled.written.stock.config]
+    prepared = compiled.prepared
+    configs = [prepared.loaded.model.config, *written]  # a module with sequences is a transformers model
+    return reach(compiled.analysis.program, *configs, bound=prepared.settings.proof_length, least=LONG)
+
+
+def proof_batches(samples: Samples, length: int = 0, sequences: bool = True) -> list[Samples]:
+    """The short batch of ``samples``, and one sample: if ``length`` is not 0, one whose token ids are that long.
+
+    Samples that a program takes only together are one batch.
+    """
+    first = short(samples, sequences)
+    if samples.together is not None:
+        return [first]
+    if length <= _length(first):
+        return [first, first[:1]]
+
+    def longer(tensor: Tensor) -> Tensor:
+        flat = tensor.flatten()
+        return flat.repeat(-(-length // len(flat)))[None, :length] if is_tokens(tensor) else tensor[:1]
+
+    return [first, Samples({name: longer(tensor) for name, tensor in samples.inputs.items()})]
+
+
+def _takes(program: Program, samples: Samples) -> bool:
+    """Whether a program holds for as many samples: some hold for more than one only."""
+    try:
+        program.sizes.check([tensor.shape for tensor in samples.tensors])
+    except MptkError:
+        return False
+    return True
+
+
+def _tokens(samples: Samples) -> bool:
+    return any(map(is_tokens, samples.tensors))
+
+
+def _length(samples: Samples) -> int:
+    """Tokens of the longest input; 0 if none holds token ids."""
+    return max((tensor.shape[1] for tensor in samples.tensors if is_tokens(tensor)), default=0)
+
+
+def check_witness(analysis: Analysis, cut: Cut, witness: Witness, batch: Samples, executor: Executor) -> Difference:
+    """Compare adopted weights with the trained model they come from, by the outputs that it gave itself.
+
+    ``analysis``: of the dense model with the adopted weights. ``cut``: what the plan keeps of it.
+
+    Raises:
+        ProofError: they are further away than the witness allows.
+    """
+    stages = {witness.stage: (lambda _: witness.outputs, witness.tolerance)}
+    (found,) = prove(mask(analysis, cut), stages, batch, executor=executor)
+    check_proof([found], "nothing was published. Please report this model")
+    return found
+
+
+def check_proof(proof: Sequence[Difference], remedy: str) -> None:
+    """Raise ProofError for the first stage above its tolerance, with what to do about it."""
+    for d in proof:
+        if d.failure:
+            raise ProofError(f"the proof fails at '{d.stage}': it does not run ({d.failure}); {remedy}")
+        if not d.ok:
+            what = "weights differ" if d.stage == "stored weights" else "outputs differ"
+            raise ProofError(
+                f"the proof fails at '{d.stage}': {what} by {d.max_abs:.2g} ({d.relative:.1e} of the largest, "
+                f"tolerance {d.tolerance:.0e}); {remedy}"
+            )

@@ -1,0 +1,167 @@
+"""verification: ``verify``, which proves a pruned folder again and believes nothing of what it says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from mptk.arguments import checked
+from mptk.compat.torch import sources_forgotten
+from mptk.compile.changes import changes_of
+from mptk.compile.cut import compile_plan
+from mptk.compile.trace import fitting, traced
+from mptk.config.settings import Settings
+from mptk.conversions.kv_heads import merge
+from mptk.conversions.vocabulary.convert import trim, unread_tokenizer
+from mptk.cost.model import CostModel
+from mptk.errors import MptkError
+from mptk.io.dense import open_dense
+from mptk.io.models import Loaded
+from mptk.io.untrusted import read_object
+from mptk.ir.families import Analysis
+from mptk.ir.passes import Log
+from mptk.ir.plan import Plan
+from mptk.ir.resolved_plan import resolve_plan
+from mptk.methods import find_method
+from mptk.progress import silent
+from mptk.proof.claims import check_files, check_numbers, check_samples, proof_samples, require_same
+from mptk.proof.proof import check_proof, prove_folder
+from mptk.protocols.chain import Chosen, Prepared, Task, stored_type
+from mptk.protocols.execution import execution
+from mptk.protocols.report import PROVEN_ON, Report, unreadable
+from mptk.protocols.values import Context
+from mptk.publish.manifest import check_manifest
+from mptk.targets import ONNX, find_target
+from mptk.targets.stock_config import check_code, config_changes
+from mptk.tasks.of_folder import task_of_folder
+from passes.analysis import group
+from passes.verify import Difference
+
+REMEDY = "do not use it, and prune the model again"
+
+
+class Proof(list[Difference]):
+    """Each stage's difference, and in ``notes`` what the proof does not reach."""
+
+    def __init__(self, stages: Iterable[Difference], notes: list[str]) -> None:
+        super().__init__(stages)
+        self.notes = notes
+
+
+@checked
+@sources_forgotten()
+def verify(
+    folder: str | Path,
+    *,
+    model: str | Path | nn.Module | None = None,
+    trust_remote_code: bool = False,
+    proof_length: int = Settings.proof_length,
+    memory: int | None = None,
+    device: str = Settings.device,
+) -> Proof:
+    """Prove a pruned folder again, from the dense model and ``plan.json``.
+
+    First every file is compared with the folder's manifest. What the plan makes of the dense model (weights, config,
+    widths, costs) is found anew; what the folder's report says must agree.
+
+    Args:
+        folder: an ``--out`` folder of ``prune``.
+        model: the dense model, if it is no longer where the report says; or itself, if it was pruned in memory.
+        trust_remote_code: whether the model's own Python code may run; the folder's report has no say in it.
+        proof_length: tokens of the longest sequence that may be run, to go beyond the model's windows.
+        memory, device: as in ``Settings``.
+
+    Raises:
+        MptkError: a file was changed, is missing or was added; the report contradicts the folder; the dense model is
+            not there, or not the one that was pruned; or a stage is above its tolerance.
+    """
+    folder = Path(folder)
+    plan, report = plan_of(folder), Report.read(folder)
+    check_manifest(folder)
+    with _readable(folder):
+        check_files(report, folder)
+    resident, executor = execution(Settings(memory=memory, device=device))
+    model = str(model) if isinstance(model, Path) else model
+    loaded = open_dense(report.model, report.model_sha256, model, trust_remote_code, resident, live=report.live)
+    check_code(loaded.path, folder)
+    task = task_of_folder(folder, report, loaded)
+    require_same("task", report.task, task.name)
+    example = task.example(loaded.model)
+    samples = proof_samples(folder, example)
+    like = samples if find_target(report.settings.target).classed else None
+    program = traced(loaded, task, executor, report.settings.length, like)
+    samples = fitting(task, program, samples, PROVEN_ON)
+    analysis, trimmed = group.analyze(program), None
+    if plan.vocabulary is not None:
+        loaded, task, trimmed = trim(loaded, task, analysis, plan.vocabulary)
+        analysis = group.analyze(traced(loaded, task, executor, report.settings.length))
+    merged = None
+    if plan.kv_heads is not None:
+        heads, length = plan.kv_heads, report.settings.length
+        loaded, task, analysis, merged = merge(loaded, task, analysis, heads, executor, length, like)
+    with _readable(folder):
+        check_numbers(
+            report, folder, analysis, plan, loaded.dtype, stored_type(report.settings, loaded), trimmed, merged
+        )
+        check_samples(samples, folder, analysis.program, example)
+    settings = replace(report.settings, trust_remote_code=trust_remote_code, proof_length=proof_length)
+    prepared = _prepared(report, replace(settings, rehome=_rehomed(folder, loaded)), loaded, task, analysis, plan)
+    prepared = replace(prepared, executor=executor, trimmed=trimmed, merged=merged)
+    assert prepared.cut is not None
+    chosen = Chosen(plan, prepared.cut, changes_of(analysis, prepared.cut, folder, report, trust_remote_code))
+    compiled = compile_plan(prepared, chosen, samples, Context(Log(), silent))
+    found = {} if compiled.written is None else config_changes(compiled.written, folder)
+    require_same("config_changes", report.config_changes, found)
+    proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples)
+    check_proof(proven.differences, REMEDY)
+    return Proof(proven.differences, [note for note in (proven.note, unread_tokenizer(loaded, folder)) if note])
+
+
+def _prepared(
+    report: Report, settings: Settings, loaded: Loaded, task: Task, analysis: Analysis, plan: Plan
+) -> Prepared:
+    """The dense model as ``prune`` prepared it to cut it to this plan."""
+    target, method = find_target(settings.target), find_method(settings.method)
+    legal = target.legal(analysis, loaded.model, settings.multiple)
+    return Prepared(
+        source=report.model,
+        settings=settings,
+        loaded=loaded,
+        task=task,
+        method=method,
+        target=target,
+        analysis=analysis,
+        legal=legal,
+        cost=CostModel(analysis, itemsize=stored_type(settings, loaded).itemsize),
+        plan=plan,
+        cut=resolve_plan(analysis, plan),
+    )
+
+
+def _rehomed(folder: Path, loaded: Loaded) -> bool:
+    """Whether the folder holds another class than the dense model's; a folder without a config holds none."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return False
+    return bool(read_object(file).get("model_type") != loaded.model.config.model_type)
+
+
+def plan_of(folder: str | Path) -> Plan:
+    """The plan of a pruned folder. Raises MptkError if there is none."""
+    path = Path(folder) / "plan.json"
+    if not path.is_file():
+        raise MptkError(f"{folder} holds no plan.json; give the --out folder of `mptk prune`")
+    return Plan.load(path)
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """A report that holds something of another kind is a user's error, too."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise unreadable(folder, error) from error

@@ -1,0 +1,376 @@
+"""chain: the values that the stages of a run hand on, and the protocols of what differs between runs.
+
+Prepared → Chosen → Compiled → Proven → Report (``report.py``). Each is made by one function of ``mptk.chain``.
+
+Three things differ between runs: how units are chosen (``Method``), what is written (``Target``), and what kind of
+model it is (``Task``). mptk's own are in ``mptk/methods``, ``mptk/targets`` and ``mptk/tasks``. Other packages add
+theirs by entry points of the groups ``mptk.methods``, ``mptk.targets`` and ``mptk.tasks``. A class derives from its
+protocol and inherits the defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mptk.config.settings import Learning, Settings
+from mptk.cost.model import CostModel, is_layered
+from mptk.distributed.processes import replica
+from mptk.io.data import protocol_name
+from mptk.io.evaluation import Runs
+from mptk.io.models import Loaded
+from mptk.ir.families import Analysis
+from mptk.ir.passes import Log
+from mptk.ir.plan import Plan
+from mptk.ir.program import Program
+from mptk.ir.resolved_plan import Cut
+from mptk.ir.samples import Samples
+from mptk.progress import Count, Progress
+from mptk.protocols.merged import Merged
+from mptk.protocols.onnx_form import OnnxForm
+from mptk.protocols.origin import Origin
+from mptk.protocols.shapes import Shapes
+from mptk.protocols.trimmed import Trimmed
+from mptk.protocols.values import Checks, Context, Extra, SampleSets, Witness, Written
+from mptk.staged.staged import EXECUTOR, Executor
+from passes.frontend.trace import uncached
+from passes.targets.legalize import Candidate, LegalWidths, graph_widths
+from passes.transforms.insert_masks import MaskSite, disturbed, find_mask_sites
+from passes.transforms.masked_reference import mask
+from passes.verify import Difference
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A dense model, analysed, with the widths that the settings and the target allow.
+
+    ``source``: the model as the user named it. ``candidates``: legal widths that meet the budget, none if a ``plan`` is
+    given; ``cut`` is that plan, resolved. ``shapes``: what a search found, of which the candidate is the best.
+    ``executor`` runs its programs. ``trimmed``: the model with all its tokens, if ``loaded`` has some alone.
+    ``merged``: the model with all its KV heads, if ``loaded`` has fewer. ``origin``: digests of what was given.
+    """
+
+    source: str
+    settings: Settings
+    loaded: Loaded
+    task: Task
+    method: Method
+    target: Target
+    analysis: Analysis
+    legal: LegalWidths
+    cost: CostModel
+    executor: Executor = EXECUTOR
+    candidates: tuple[Candidate, ...] = ()
+    plan: Plan | None = None
+    cut: Cut | None = None
+    shapes: Shapes | None = None
+    trimmed: Trimmed | None = None
+    merged: Merged | None = None
+    origin: Origin = field(default_factory=Origin)
+
+    @property
+    def given(self) -> Loaded:
+        """The dense model as the user gave it, with all its tokens and heads."""
+        return self.compared if self.trimmed is None else self.trimmed.loaded
+
+    @property
+    def compared(self) -> Loaded:
+        """The dense model that is imitated, and compared with: with the tokens that stay, and all KV heads."""
+        return self.loaded if self.merged is None else self.merged.loaded
+
+    @property
+    def reference(self) -> Program:
+        """The program of ``compared``."""
+        return self.analysis.program if self.merged is None else self.merged.analysis.program
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which the weights are stored."""
+        return stored_type(self.settings, self.loaded)
+
+    @property
+    def calibrator(self) -> Executor:
+        """Runs its programs to choose and to fit, in the type that the settings name; the proof never uses it."""
+        return replace(self.executor, compute=getattr(torch, self.settings.compute_dtype))
+
+    @property
+    def families(self) -> list[str]:
+        """The families that are cut."""
+        return list(self.candidates[0].widths if self.plan is None else self.plan.families)
+
+    @property
+    def across_layers(self) -> list[str]:
+        """The families that are cut and run through all layers. Norms follow them, and weights beside stay."""
+        families = [self.analysis.family(name) for name in self.families]
+        return [family.name for family in families if not is_layered(family) and family.stack is None]
+
+    @property
+    def recovery(self) -> Learning:
+        """How the cut model is trained."""
+        return self.settings.learning.of_recovery(frozen=bool(self.across_layers))
+
+    def dense(self, weights: bool = True) -> PreTrainedModel:
+        """The dense module, to adapt and to move: its parameters are its own, their memory is shared.
+
+        ``weights``: whether they need values; if not, they take no memory.
+        """
+        return replica(self.loaded.whole() if weights else self.loaded.model, weights)
+
+    def teacher(self, weights: bool = True) -> PreTrainedModel:
+        """The module that is imitated, as ``dense`` gives the one that is cut."""
+        return replica(self.compared.whole() if weights else self.compared.model, weights)
+
+    @cached_property
+    def mask_sites(self) -> tuple[MaskSite, ...]:
+        """Where masks of these families go into the module, of those families that masks can hold."""
+        maskable = [name for name in self.families if disturbed(self.analysis, name) is None]
+        return tuple(find_mask_sites(self.analysis, self.loaded.model, maskable))
+
+
+def reconstructs(settings: Settings, method: Method) -> bool:
+    """Whether the consumers of a run are fitted to the dense layers' outputs."""
+    if settings.reconstruct is None:
+        return bool(settings.distil_epochs) or (not settings.fixed and method.reconstructs)
+    return settings.reconstruct
+
+
+def stored_type(settings: Settings, loaded: Loaded) -> torch.dtype:
+    """The type in which the weights of the result are stored."""
+    made: torch.dtype = loaded.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    return made
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is cut: the plan, that plan resolved, and the dense model's weights that ``changes`` replaces.
+
+    ``trained``: the names of changed weights that are in the folder as trained. ``losses``: widths tried → loss on
+    calibration text. ``compensation``: whether the changes are biases that make up for what is removed.
+    ``steps``: training steps that choosing took.
+    """
+
+    plan: Plan
+    cut: Cut
+    changes: Mapping[str, Tensor] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
+    losses: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    witness: Witness | None = None
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The cut program and the form in which the target holds it.
+
+    ``analysis``: of the dense model with ``chosen.changes``, in the stored type. ``program``: the cut program, as the
+    stored type holds it; ``exact``: before folded norms were rounded to that type. ``epsilons``: the norms' epsilons
+    that the cut changed, old → new. ``written``: the class and config that hold it; None if the target needs none.
+    ``recovery``: how the loss on held-out samples went, for the report.
+    """
+
+    prepared: Prepared
+    chosen: Chosen
+    analysis: Analysis
+    program: Program
+    exact: Program
+    epsilons: Mapping[float, float]
+    written: Written | None = None
+    recovery: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def masked(self) -> Program:
+        """The reference: the dense model with the removed channels masked."""
+        return mask(self.analysis, self.chosen.cut)
+
+
+@dataclass(frozen=True)
+class Proven:
+    """Each stage's difference from the masked dense model. ``length``: tokens of the longest sequence that was run.
+
+    ``note``: what the proof does not reach; empty if nothing. ``left_out``: a note on each optional file that failed,
+    which is no longer in the folder.
+    """
+
+    differences: tuple[Difference, ...]
+    length: int
+    note: str = ""
+    left_out: tuple[str, ...] = ()
+
+
+class Method(Protocol):
+    """How the units that stay are chosen.
+
+    ``learns``: it trains before the cut, in ``settings.steps``. ``reconstructs``: consumers are fitted to the dense
+    layers' outputs unless the user says otherwise. ``divides``: it can give each layer a width of its own. ``splits``:
+    from how many ways of dividing the budget among families it chooses at most, spread over all that are legal; None:
+    from all.
+    """
+
+    name: str
+    summary: str
+    learns: bool = False
+    reconstructs: bool = False
+    divides: bool = False
+    splits: int | None = 24
+
+    def check(self, settings: Settings) -> None:
+        """Raise MptkError if the method cannot do what the settings ask."""
+        return None
+
+    def refusal(self, analysis: Analysis, family: str) -> str | None:
+        """Why the method cannot choose among this family's units, or None."""
+        return None
+
+    def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
+        """The plan, for one of ``prepared.candidates``, and the weights that change.
+
+        Raises:
+            MptkError: a family cannot be judged.
+        """
+        ...
+
+
+class Target(Protocol):
+    """What is written: which widths it can hold, how it is written, and what it must be equal to.
+
+    ``classed``: ``fit`` gives a class, which takes adapters, gradient checkpointing and shards. ``ragged``: layers may
+    have different widths.
+    """
+
+    name: str
+    summary: str
+    classed: bool = False
+    ragged: bool = False
+
+    def legal(self, analysis: Analysis, model: nn.Module, multiple: int | Sequence[int]) -> LegalWidths:
+        """Each family's legal widths; by default all that the graph's ops accept."""
+        return graph_widths(analysis, multiple)
+
+    def elsewhere(self, analysis: Analysis, legal: LegalWidths, multiple: int | Sequence[int]) -> LegalWidths | None:
+        """More widths, which only another class than the model's own can hold; None if there are none.
+
+        ``legal``: what ``legal`` gave.
+        """
+        return None
+
+    def home(self, analysis: Analysis, model: nn.Module, legal: LegalWidths, widths: Mapping[str, int]) -> str | None:
+        """The name of that other class for ``widths``, or None."""
+        return None
+
+    def fit(self, compiled: Compiled, sample: Samples) -> Written | None:
+        """The class and config that hold the cut program, or None if it needs none. ``sample``: one, to run it on.
+
+        Raises:
+            MptkError: there is none.
+        """
+        return None
+
+    def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
+        """Write into the existing ``folder``; returns notes for the report. ``log``: for records of passes."""
+        ...
+
+    def wrote(self, folder: Path) -> bool:
+        """Whether what is in ``folder`` was written for this target."""
+        ...
+
+    def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
+        """What of ``folder`` must equal the cut program. ``crossed``: positions that decoding must cross.
+
+        Raises:
+            MptkError: something is missing, or is not what was written.
+        """
+        return Checks()
+
+    def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
+        """What may differ by rounding, as a graph in float16. Asked for if all else is equal."""
+        return []
+
+    def extras(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Extra]:
+        """What is left out of the folder if its check fails, as a quantised graph. Asked for if all else is equal."""
+        return []
+
+
+class Task(Protocol):
+    """What kind of model it is: its samples, its loss, how good it is, its ONNX form.
+
+    ``compares``: the loss compares outputs with the dense model's, which then are the samples' targets.
+    ``classes``: outputs are logits, [..., classes], so that a teacher's distribution can be distilled.
+    ``sequences``: inputs of token ids may be cut to any length. ``onnx``: how it is written as ONNX; None if it is not.
+    """
+
+    name: str
+    summary: str
+    compares: bool = False
+    classes: bool = True
+    sequences: bool = True
+    onnx: OnnxForm | None = None
+
+    def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
+        """Why a model of this config is of another kind, or None. ``classes``: empty for a model with its own code."""
+        ...
+
+    def bind(self, loaded: Loaded) -> Task:
+        """The task for this model. Raises MptkError if the model lacks something."""
+        return self
+
+    def check(self, loaded: Loaded, run: Callable[[Samples], Any]) -> None:
+        """Raise MptkError if the model does not compute what its class promises."""
+        return None
+
+    def example(self, model: nn.Module) -> Samples:
+        """A few small samples to trace the model with. It may have no weights."""
+        ...
+
+    def only_length(self, program: Program) -> int | None:
+        """The tokens that each sample must have; None if there may be any number of them, or there are none."""
+        return program.length if self.sequences else None
+
+    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
+        """``count`` samples to calibrate or train on.
+
+        Raises:
+            MptkError: no data is given and the model cannot make any.
+        """
+        ...
+
+    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
+        """Samples to measure quality on."""
+        ...
+
+    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
+        """Samples of inputs that the caller prepared, with the targets that the loss needs beside them."""
+        return Samples(dict(inputs))
+
+    def named(self, model: nn.Module, data: str) -> str:
+        """``data`` of the settings, by default text, as the protocol of a measurement names it."""
+        return protocol_name(data)
+
+    def loss(self, output: Tensor, samples: Samples) -> Tensor:
+        """Sum over all that is predicted of ``samples``: how bad the model's ``output`` is."""
+        ...
+
+    def sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
+        """What gradients are taken of at the dense model; another function if ``loss`` is at its minimum there."""
+        return self.loss(output, samples)
+
+    def predicted(self, samples: Samples) -> int:
+        """How many terms ``loss`` sums over."""
+        ...
+
+    def output(self, module: nn.Module, samples: Samples) -> Tensor:
+        """What the program computes, by the module itself."""
+        found = module(**samples.inputs, **uncached(module))
+        output: Tensor = found if isinstance(found, Tensor) else found[0]
+        return output
+
+    def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
+        """Name → how good each run is, and ``protocol``: how it was measured."""
+        ...

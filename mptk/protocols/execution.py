@@ -1,0 +1,74 @@
+"""execution: in how much memory, and on which device, a run computes."""
+
+from __future__ import annotations
+
+import torch
+
+from mptk.config.settings import Settings
+from mptk.errors import MptkError
+from mptk.io.resident import Resident, memory_bound
+from mptk.ort.sessions import HOST, providers
+from mptk.staged.staged import CPU, Executor
+
+KEPT, STAGE, BORDERS = 0.5, 0.25, 0.125
+"""Shares of the bound: weights that stay after their stage, the weights of a stage, and values between stages. The rest
+is for what a stage computes."""
+
+
+def execution(settings: Settings) -> tuple[Resident, Executor]:
+    """What keeps the weights that were read, and what runs programs with them, within the settings' memory.
+
+    Raises:
+        MptkError: there is no such device.
+    """
+    bound, device = memory_bound(settings.memory), find_device(settings.device)
+    stage = STAGE * bound
+    if (room := device_memory(device)) is not None:
+        stage = min(stage, STAGE * room)
+    return Resident(int(KEPT * bound)), Executor(stage=stage, borders=BORDERS * bound, device=device)
+
+
+def device_memory(device: torch.device) -> float | None:
+    """Free bytes of the device's own memory; None if it has none, or does not say."""
+    if device.type == "cpu":
+        return None
+    asked = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return None if asked is None else float(asked(device)[0])
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` is the accelerator, if there is one, else the CPU.
+
+    Raises:
+        MptkError: this machine has no such device.
+    """
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return there or CPU
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise MptkError(f"no device {name!r}; choose auto, cpu, cuda, cuda:N, mps or xpu") from error
+    if device.type != "cpu" and (there is None or device.type != there.type):
+        has = "only a CPU" if there is None else f"a CPU and {there.type}"
+        raise MptkError(f"there is no device {name} here, {has}; choose another --device")
+    if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
+        raise MptkError(f"there is no device {name} here, only {torch.accelerator.device_count()} of them")
+    return device
+
+
+def session_device(name: str) -> torch.device:
+    """The device of that name, for a command that runs in ONNX Runtime alone; ``auto`` without a provider is the CPU.
+
+    Raises:
+        MptkError: this machine has no such device, or this ONNX Runtime no execution provider for it.
+    """
+    device = find_device(name)
+    if device.type == "cpu" or providers(device)[0][0] != HOST:
+        return device
+    if name != "auto":
+        raise MptkError(
+            f"this ONNX Runtime has no execution provider for {name}; install the onnxruntime that has, as "
+            "onnxruntime-gpu for cuda, or choose --device cpu"
+        )
+    return CPU

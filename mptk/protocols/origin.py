@@ -1,0 +1,104 @@
+"""origin: what a run was given: digests of model, tokenizer, data and plan, taken before it begins to work."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mptk.config.settings import IN_MEMORY, Settings
+from mptk.errors import MptkError
+from mptk.files import json_text, path_of
+from mptk.io import data
+from mptk.io.dense import files_of, fingerprint
+from mptk.io.live import weights_fingerprint
+from mptk.io.models import Loaded
+from mptk.publish.manifest import MARKER, file_digests, file_sha256
+
+WEIGHTS, TOKENIZER = "the model's weights", "the tokenizer"
+MODEL_FILE = "the model's "
+ADDED = '"added_tokens"'
+"""Where the text of a fast tokenizer begins to say what the ids are."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """``model``: the dense model's fingerprint, as a report has it. ``parts``: what was given → its SHA-256."""
+
+    model: str = ""
+    parts: Mapping[str, str] = field(default_factory=dict)
+
+    def require(self, now: Origin) -> None:
+        """Raise MptkError if what is there ``now`` is another: the result would be of neither."""
+        if changed := differing(self.parts, now.parts):
+            raise MptkError(
+                f"{changed} changed while the run worked with it, so that nothing was published; start again"
+            )
+
+
+def origin_of(source: str, loaded: Loaded, settings: Settings, start: Path | None) -> Origin:
+    """What a run on the model ``source`` was given. ``start``: the folder whose weights it trains.
+
+    Files that were not touched since are not read again.
+    """
+    parts: dict[str, str] = {}
+    if loaded.live:
+        model = parts[WEIGHTS] = weights_fingerprint(loaded)
+    else:
+        files = files_of(source, local=True)
+        model, digests = fingerprint(source, local=True), file_digests(files.values())
+        parts |= {MODEL_FILE + name: digest for name, digest in zip(files, digests, strict=True)}
+    if loaded.tokenizer is not None:  # a caller may give one of his own
+        parts[TOKENIZER] = _digest_of(loaded.tokenizer)
+    others = [settings.plan, settings.inputs, None if start is None else str(start / MARKER)]
+    with contextlib.suppress(OSError):  # a file that cannot be read is named where it is read
+        parts |= data.file_digests(*named(settings))
+        parts |= {each: file_sha256(path_of(each)) for each in others if each is not None}
+    return Origin(model, parts)
+
+
+def states_of(source: str) -> list[tuple[int, ...]]:
+    """What the system says of a model's files, to see whether they change; nothing if they are not on this machine."""
+    try:
+        files = files_of(source, local=True).values()
+    except MptkError:
+        return []
+    states = [os.stat(file) for file in files]
+    return [(state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for state in states]
+
+
+def check_samples(kept: Mapping[str, Tensor], now: Mapping[str, Tensor], where: Path) -> None:
+    """Raise MptkError if a caller gives other samples than those that the unfinished run ``where`` keeps."""
+    if not all(name in kept and torch.equal(kept[name], tensor) for name, tensor in now.items()):
+        raise MptkError(f"data in memory is not what {where} was started with; give the same, or remove it")
+
+
+def named(settings: Settings) -> Sequence[str]:
+    """The sources of samples and of a vocabulary that have names."""
+    sources = settings.data, settings.eval_data, settings.vocabulary
+    return [source for source in sources if source not in (None, IN_MEMORY)]
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The names whose values differ, as words of a sentence; empty if none does."""
+    return ", ".join(sorted(name for name in {*before, *now} if before.get(name) != now.get(name)))
+
+
+def _digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what makes a tokenizer's ids, whatever it was last asked to pad or to cut."""
+    known = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.chat_template]
+    digest = hashlib.sha256(json_text(known, sort_keys=True).encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        digest.update(json_text(tokenizer.get_vocab(), sort_keys=True).encode())
+    else:  # its text begins with how it cuts and pads
+        digest.update("".join(backend.to_str().partition(ADDED)[1:]).encode())
+    return digest.hexdigest()

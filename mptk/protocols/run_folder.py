@@ -1,0 +1,219 @@
+"""folder: the folder of an unfinished run. Files are written whole or not at all.
+
+Of the checkpoints of a phase the last two are kept, and the best.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mptk.distributed.processes import processes
+from mptk.errors import MptkError
+from mptk.files import discard, json_text, tidy, write_file, write_text
+from mptk.io.untrusted import load_tensors
+from mptk.protocols.origin import differing
+from mptk.reading import Damaged, read_json
+
+KEPT = 2
+SETTINGS = "settings.json"
+GIVEN = "given"
+"""What the run was given, in its settings (``mptk/protocols/origin.py``)."""
+METRICS = "metrics.jsonl"
+_OURS = (SETTINGS, METRICS)
+TRACKER = "tracker"
+"""Folder of a tracker that writes files."""
+
+
+class RunFolder:
+    """``NAME.run`` beside the output folder ``NAME``: settings, text, what stages gave, checkpoints, metrics.
+
+    Removed when all is done. A run is unfinished from when its text is there. Without ``resume`` one that trains
+    nothing is replaced.
+
+    Raises:
+        MptkError: an unfinished run that trains is there and ``resume`` is False; or it was started with other
+            settings.
+    """
+
+    def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool) -> None:
+        self.path = _beside(out)
+        self._described = json_text(settings, indent=1, sort_keys=True) + "\n"
+        file, state = self.path / SETTINGS, processes()
+        if state.is_main_process:
+            if self.path.is_symlink():
+                raise MptkError(f"{self.path} is a symbolic link; remove it, the run keeps its stages there")
+            tidy(self.path)
+            unfinished = check_unfinished(out, settings, resume)
+            if unfinished and not resume:
+                self.remove()
+            if not (unfinished and resume):
+                file.unlink(missing_ok=True)
+        state.wait_for_everyone()
+        self._found = frozenset(path.name for path in self.path.glob("*"))
+
+    def holds(self, file: str) -> bool:
+        """Whether a file was there when the run went on. All processes find the same."""
+        return file in self._found
+
+    def earlier(self, name: str) -> dict[str, Tensor] | None:
+        """What ``save`` wrote under that name before the run went on, or None."""
+        return self.tensors(name) if self.holds(f"{name}.safetensors") else None
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+        """Write ``NAME.safetensors``, whole or not at all."""
+        if not (self.path / SETTINGS).is_file():
+            write_text(self.path / SETTINGS, self._described)
+        whole = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+        write_file(self.path / f"{name}.safetensors", lambda file: save_file(whole, file, metadata=metadata))
+        if processes().num_processes == 1:  # nobody else has to find the same
+            self._found |= {f"{name}.safetensors"}
+
+    def tensors(self, name: str) -> dict[str, Tensor] | None:
+        """What ``save`` wrote under that name, or None. Raises MptkError if the file is damaged."""
+        path = self.path / f"{name}.safetensors"
+        return load_tensors(path, _damaged(path)) if os.path.lexists(path) else None
+
+    def checkpoint(self, phase: str, step: int, tensors: Mapping[str, Tensor], best: int | None = None) -> None:
+        """Keep the state after ``step`` steps of a phase. Older ones but one, and that of the ``best`` step, go."""
+        self.save(_name(phase, step), tensors)
+        for old in self._checkpoints(phase)[:-KEPT]:
+            if best is None or old.stem != _name(phase, best):
+                old.unlink()
+
+    def checkpointed(self, phase: str, step: int) -> dict[str, Tensor]:
+        """The state after ``step`` steps of a phase, which was kept. Raises MptkError if the file is damaged."""
+        return _state(self.path / f"{_name(phase, step)}.safetensors")
+
+    def latest(self, phase: str) -> tuple[int, dict[str, Tensor]] | None:
+        """Steps done and state of the newest checkpoint of a phase, or None."""
+        found = self._checkpoints(phase)
+        if not found:
+            return None
+        return int(found[-1].stem.rpartition("-")[2]), _state(found[-1])
+
+    def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+        """Append a line to ``metrics.jsonl``."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / METRICS).open("a") as file:
+            file.write(
+                json_text({"phase": phase, "step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n"
+            )
+
+    def rewind(self, phase: str, step: int) -> None:
+        """Drop the metrics that a resumed run will write again: those of ``phase`` after ``step``."""
+        path = self.path / METRICS
+        if path.is_file():
+            rows = [line for line in path.read_text().splitlines() if _earlier(line, phase, step)]
+            write_text(path, "".join(row + "\n" for row in rows))
+
+    def finish(self, folder: Path) -> None:
+        """Copy metrics and a tracker's files to ``folder``."""
+        shutil.copy(self.path / METRICS, folder)
+        if (self.path / TRACKER).is_dir():
+            shutil.copytree(self.path / TRACKER, folder / TRACKER)
+
+    def remove(self) -> None:
+        """Remove the folder, if there is one. Half of it would be no run that can be resumed."""
+        if self.path.is_dir():
+            discard(self.path)
+
+    def remove_unless(self, name: str) -> None:
+        """Remove the folder if it keeps no stage but what ``save`` wrote under that name."""
+        kept = {path.name for pattern in ("*.safetensors", "*.json") for path in self.path.glob(pattern)}
+        if not kept - {SETTINGS, f"{name}.safetensors"}:
+            self.remove()
+
+    def read(self, name: str) -> dict[str, Any]:
+        """The content of ``NAME.json``. Raises MptkError if it is no object."""
+        return _object(self.path / f"{name}.json")
+
+    def _checkpoints(self, phase: str) -> list[Path]:
+        return sorted(p for p in self.path.glob(f"{phase}-*.safetensors") if re.fullmatch(rf"{phase}-\d+", p.stem))
+
+
+def check_unfinished(out: Path, settings: Mapping[str, Any], resume: bool, but: Sequence[str] = ()) -> bool:
+    """Whether an unfinished run is beside ``out``. ``but``: settings that need not be the same to go on with it.
+
+    Raises:
+        MptkError: as ``RunFolder``; or its settings are damaged.
+    """
+    path = _beside(out)
+    file = path / SETTINGS
+    if path.is_dir() and not any(each.name in _OURS or each.suffix == ".safetensors" for each in path.iterdir()):
+        tidy(path)
+        if any(path.iterdir()):
+            raise MptkError(
+                f"{path} holds no unfinished run, and the run would keep its stages there; give another --out, or "
+                "rename that folder"
+            )
+    if not any(path.glob("*.safetensors")):
+        return False
+    before = _object(file) if os.path.lexists(file) else None
+    if not resume and (before is None or _trains(before)):
+        raise MptkError(f"{path} holds an unfinished run; add --resume to go on, or remove it")
+    if resume:
+        before, given = before or {}, json.loads(json_text(settings))
+        if GIVEN not in but and (others := differing(before.get(GIVEN) or {}, given.get(GIVEN) or {})):
+            raise MptkError(
+                f"{others} changed since {path} was started, and the result would be a mixture; give what it was "
+                "started with, or remove it"
+            )
+        names = sorted({*before, *given}.difference(but))
+        if changed := [name for name in names if before.get(name) != given.get(name)]:
+            raise MptkError(
+                f"{path} was started with other settings ({', '.join(changed)}); give the same, or remove it"
+            )
+    return True
+
+
+def _name(phase: str, step: int) -> str:
+    return f"{phase}-{step:08d}"
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(out.name + ".run")
+
+
+def _object(file: Path) -> dict[str, Any]:
+    content = read_json(file, _damaged(file))
+    if not isinstance(content, dict):
+        raise _damaged(file)("it is no object")
+    return content
+
+
+def _damaged(file: Path) -> Damaged:
+    """The error of a file that cannot be gone on from. An older checkpoint may stand beside a damaged one."""
+    what = file if re.search(r"-\d{8}\.safetensors$", file.name) else file.parent
+    return lambda why: MptkError(f"{file} is damaged: {why}; remove {what}, and start again with --resume")
+
+
+def _state(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint. Raises MptkError if it is damaged."""
+    found = load_tensors(file, _damaged(file))
+    if spoilt := next((n for n, t in found.items() if t.is_floating_point() and t.isnan().any()), None):
+        raise _damaged(file)(f"{spoilt} is not a number")
+    return found
+
+
+def _trains(settings: Mapping[str, Any]) -> bool:
+    """Whether settings, as an unfinished run keeps them, ask for training or a search, which take long."""
+    learning = settings.get("learning")
+    return settings.get("search") is True or not isinstance(learning, dict) or learning.get("steps") != 0
+
+
+def _earlier(line: str, phase: str, step: int) -> bool:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:  # the run was stopped while it wrote
+        return False
+    known = isinstance(row, dict) and isinstance(row.get("step"), int)
+    return known and bool(row.get("phase") != phase or row["step"] <= step)

@@ -1,0 +1,137 @@
+"""values: what the stages of a run use beside the chain itself (``chain.py``): context, samples, witness, checks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from mptk.errors import MptkError
+from mptk.io.models import Loaded
+from mptk.ir.passes import Log
+from mptk.ir.program import Program
+from mptk.ir.samples import Samples
+from mptk.progress import Progress, within
+from mptk.protocols.run_folder import RunFolder
+from passes.targets.stock.config import StockConfig
+from passes.verify import Difference, StageOutputs
+
+PROOF_SHAPE = (3, 48)
+"""Samples of the proof's short batch, and the tokens of each."""
+LONG = 192
+"""Tokens of the proof's one long sequence, unless the model has fewer positions or changes what it does further on."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage may use: where it says how far it is and, if something is chosen or trained, the run's folder.
+
+    ``accelerator``: the processes of a run that trains.
+    """
+
+    log: Log
+    progress: Progress
+    folder: RunFolder | None = None
+    accelerator: Accelerator | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Announce and time a stage."""
+        self.progress(name, 0, 0)
+        with self.log.stage(name), within(self.progress, name):
+            yield
+
+
+@dataclass(frozen=True)
+class SampleSets:
+    """Samples to train on, to calibrate on (the first of these), and to measure on.
+
+    ``source``: where those for measuring come from. ``sequences``: as of their task. ``held_out``: samples of the same
+    data that are never trained on; None if nothing is trained.
+    """
+
+    training: Samples
+    calibration: Samples
+    evaluation: Samples
+    source: str
+    sequences: bool = True
+    held_out: Samples | None = None
+
+    @property
+    def proof(self) -> Samples:
+        """The proof's short batch."""
+        return short(self.calibration, self.sequences)
+
+
+def short(samples: Samples, sequences: bool) -> Samples:
+    """The proof's short batch of ``samples``, again and again if they are few. ``sequences``: as of their task."""
+    count, length = PROOF_SHAPE
+    found = samples.shortened(count, length if sequences else sys.maxsize)
+    if len(found) == count or samples.together is not None:
+        return found
+    return Samples(found.repeated(count).inputs)[:count]
+
+
+@dataclass(frozen=True)
+class Witness:
+    """A trained model's own ``outputs`` on the proof's short batch, before its weights are adopted.
+
+    ``tolerance``: how near the adopted weights must come, relative to the largest output.
+    """
+
+    stage: str
+    outputs: Tensor
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is written as a checkpoint: ``stock`` is its class and config, ``loaded`` the dense model.
+
+    ``cut``: the dense model's own config after the cut; that of ``stock`` unless another class holds the weights.
+    ``dtype``: the type of the stored weights.
+    ``note``: why it is another class; empty if it is not.
+    """
+
+    stock: StockConfig
+    loaded: Loaded
+    cut: PreTrainedConfig
+    dtype: torch.dtype
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What a target puts up for proof.
+
+    ``exact``: differences of what is compared without being run: configs, stored weights. ``stages``: stage of the
+    proof → its logits, and the largest difference relative to the largest logit. ``ran``: stage → the execution
+    provider that runs it, if it is of ONNX Runtime.
+    """
+
+    exact: tuple[Difference, ...] = ()
+    stages: Mapping[str, tuple[Program | StageOutputs, float]] = field(default_factory=dict)
+    ran: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A part of a folder without which the rest is whole, such as a quantised graph.
+
+    ``name``: its file. ``check`` gives its differences, or raises ProofError. ``remove`` takes it out of the folder.
+    """
+
+    name: str
+    check: Callable[[], Sequence[Difference]]
+    remove: Callable[[], None]
+
+
+def left_out(name: str, error: MptkError) -> str:
+    """The note on an optional file that could not be made or proven."""
+    return f"{name} was left out: {str(error).partition('; ')[0]}"

@@ -1,0 +1,54 @@
+"""push: upload a folder that mptk wrote to a model hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from mptk.errors import MptkError
+from mptk.publish.manifest import check_manifest
+
+
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Upload every file of a folder that mptk wrote; returns the address of the commit.
+
+    The repository, and the branch ``revision``, are made if missing. Files that are there and not in the folder stay.
+    The hub is that of ``HF_ENDPOINT``, the login that of ``hf auth login`` or ``HF_TOKEN``.
+
+    Args:
+        folder: an ``--out`` folder of ``prune``, ``recover`` or ``export``.
+        repo: OWNER/NAME.
+        private: of a new repository; None: as the owner's account makes them.
+        revision: the branch; None: the main one.
+        message: of the commit; None: one that names the folder.
+
+    Raises:
+        MptkError: the folder was not made by mptk, or changed since; or the hub refuses it or cannot be reached.
+    """
+    folder, api = Path(folder), HfApi(library_name="mptk")
+    check_manifest(folder)
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message or f"Upload {folder.resolve().name} with mptk",
+        )
+    except Exception as error:  # huggingface_hub's errors, and those of what it sends with, share no base class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise MptkError(
+            f"{repo} was not uploaded to {api.endpoint}: {reason}; check the name, the network and the login "
+            "(`hf auth login`, or HF_TOKEN with the right to write)"
+        ) from error
+    return str(done.commit_url)

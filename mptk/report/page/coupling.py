@@ -1,0 +1,270 @@
+"""coupling: the matrices of one layer that can only be cut together, drawn as a graph from top to bottom.
+
+A node is a module with weights, or a family. An edge joins a module with a family whose units one of its weights holds.
+It leads from the module that makes the units to the family, and from there to the modules that sum over them or hold
+them otherwise (a norm's weight). The left side of a module has the colours of what its weights' first dimension holds,
+the top those of the second.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+
+from mptk.ir.families import Analysis, Family, Group, Member
+from mptk.report.page.svg import INK, LINE, PAPER, QUIET, SERIES, WIDTH, Svg, chart
+from passes.targets.legalize import LegalWidths
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.patches import Rectangle
+
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+"""A part of a module's name that counts modules."""
+BEFORE, AFTER = "before", "after"
+MAKES, SUMS, HOLDS = "makes the units", "sums over them", "holds them"
+STYLES = {MAKES: "-", SUMS: "--", HOLDS: ":"}
+APART, BETWEEN = 0.74, 1.0
+"""Inches from a node to the next in its row, at least, and from row to row."""
+BOX = (0.58, 0.44)
+"""Inches of a node."""
+STRIP = 0.06
+"""Inches of a coloured side."""
+LETTERS = 10
+"""Letters in a line of a node."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A module's weight holds a family's units in one dimension. ``how``: a key of ``STYLES``."""
+
+    module: str
+    family: str
+    how: str
+    weight: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The part of a model that is drawn.
+
+    ``name``: the module that holds it. ``shapes``: each weight's. ``units``: family → its width. ``through``: families
+    that run through all layers; ``refused``: those that the target cannot cut.
+    """
+
+    name: str
+    edges: tuple[Edge, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    units: Mapping[str, int]
+    through: frozenset[str]
+    refused: frozenset[str]
+
+    @property
+    def rows(self) -> list[tuple[str, str, list[tuple[int, str]]]]:
+        """Each weight, its shape, and each of its dimensions with the families in it."""
+        found: dict[str, dict[int, list[str]]] = {}
+        for edge in self.edges:
+            found.setdefault(edge.weight, {}).setdefault(edge.dim, []).append(edge.family)
+        return [
+            (name, " × ".join(map(str, self.shapes[name])), [(dim, ", ".join(dims[dim])) for dim in sorted(dims)])
+            for name, dims in found.items()
+        ]
+
+    def side(self, module: str, dim: int) -> list[str]:
+        """The families in a dimension of a module's weights."""
+        return list(dict.fromkeys(e.family for e in self.edges if e.module == module and e.dim == dim))
+
+
+def coupled(analysis: Analysis, legal: LegalWidths) -> Layer:
+    """The layer in which the most families meet, the first of several; the whole model if it has no layers.
+
+    Modules that differ only in their number (experts) are one, as their weights are cut in the same way.
+    """
+    layered = [family for family in analysis.families if len(family.groups) > 1]
+    found = Counter(layer for family in layered for layer in dict.fromkeys(map(_layer, family.groups)) if layer)
+    name = next((n for n, count in found.items() if count == max(found.values())), "")
+    edges: dict[tuple[str, str, int], Edge] = {}
+    for family in analysis.families:
+        for member in _members(family, name):
+            weight = _starred(member.weight, name)
+            how = {"producer": MAKES, "consumer": SUMS}.get(member.role, HOLDS)
+            edge = Edge(weight.rpartition(".")[0] or weight, family.name, how, weight, member.dim)
+            edges.setdefault((weight, family.name, member.dim), edge)
+    shapes = {_starred(n, name): tuple(term.size for term in dims) for n, dims in analysis.weights.items()}
+    drawn = {edge.family for edge in edges.values()}
+    return Layer(
+        name=name,
+        edges=tuple(edges.values()),
+        shapes=shapes,
+        units={f.name: f.size for f in analysis.families if f.name in drawn},
+        through=frozenset(f.name for f in analysis.families if f.name in drawn and _through(f, name)),
+        refused=frozenset(n for n in drawn if n in legal.refused),
+    )
+
+
+def _layer(group: Group) -> str:
+    """The numbered module that holds a group: the outermost, as experts have numbers, too."""
+    parts = group.layer.split(".")
+    numbered = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return "" if numbered is None else ".".join(parts[: numbered + 1])
+
+
+def _members(family: Family, layer: str) -> Iterable[Member]:
+    """A family's members in a layer. Without layers, those of its first group."""
+    groups = family.groups if layer else family.groups[:1]
+    return [m for group in groups for m in group.members if not layer or m.weight.startswith(f"{layer}.")]
+
+
+def _through(family: Family, layer: str) -> bool:
+    """Whether weights outside the layer hold units of a family's group that has weights in it."""
+    inside = [g for g in family.groups if any(m.weight.startswith(f"{layer}.") for m in g.members)]
+    return bool(layer) and any(not m.weight.startswith(f"{layer}.") for g in inside for m in g.members)
+
+
+def _starred(weight: str, layer: str) -> str:
+    """A weight's name below its layer, with ``*`` for numbers."""
+    return NUMBER.sub("*", weight.removeprefix(f"{layer}.") if layer else weight)
+
+
+Node = tuple[str, str]
+"""``("module", name)``, or a family: ``("family", name)``, or where one that runs through comes in and goes out."""
+
+
+def flow(layer: Layer) -> nx.DiGraph[Node]:
+    """The graph of a layer. A family that runs through all layers stands above and below it."""
+    graph: nx.DiGraph[Node] = nx.DiGraph()
+    for edge in layer.edges:
+        module: Node = ("module", edge.module)
+        makes = edge.how == MAKES
+        kind = (AFTER if makes else BEFORE) if edge.family in layer.through else "family"
+        ends = (module, (kind, edge.family)) if makes else ((kind, edge.family), module)
+        how = HOLDS if edge.how == HOLDS and not graph.has_edge(*ends) else edge.how
+        if not (graph.has_edge(*ends) and how == HOLDS):  # a bias goes the way of its matrix
+            graph.add_edge(*ends, how=how, family=edge.family)
+    for module, kind, name in [(m, k, f) for (k, f), m in graph.edges if m[0] == "module"]:
+        if graph.has_edge(module, (kind, name)) and graph.edges[(kind, name), module]["how"] == HOLDS:
+            graph.remove_edge((kind, name), module)
+    return graph
+
+
+def rows_of(graph: nx.DiGraph[Node]) -> list[list[Node]]:
+    """The nodes of each row: one below the last that leads to it. In a row, each stands near those that lead to it."""
+    condensed = nx.condensation(graph)
+    found = [
+        [node for part in parts for node in sorted(condensed.nodes[part]["members"]) if node[0] != AFTER]
+        for parts in nx.topological_generations(condensed)
+    ]
+    found = [row for row in [*found, [node for node in graph if node[0] == AFTER]] if row]
+    order = {node: number for number, node in enumerate(graph)}
+    place: dict[Node, float] = {}
+    for row in found:
+        near = {node: [place[other] for other in graph.predecessors(node) if other in place] for node in row}
+        row.sort(key=lambda node: (sum(near[node]) / len(near[node]) if near[node] else 0.5, order[node]))
+        place |= {node: (number + 0.5) / len(row) for number, node in enumerate(row)}
+    return found
+
+
+def places(rows: Sequence[Sequence[Node]], wide: float) -> dict[Node, tuple[float, float]]:
+    """Where each node stands, in inches: rows from the top down, each over the whole width."""
+    return {
+        node: ((number + 0.5) * wide / len(row), (len(rows) - at - 0.5) * BETWEEN)
+        for at, row in enumerate(rows)
+        for number, node in enumerate(row)
+    }
+
+
+def labels(modules: Sequence[str]) -> dict[str, str]:
+    """The last parts of each name, as few as tell them apart."""
+    found = {}
+    for name in modules:
+        parts = name.split(".")
+        ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+        found[name] = next(
+            end for end in ends if end == name or not any(o != name and f".{o}".endswith(f".{end}") for o in modules)
+        )
+    return found
+
+
+def broken(name: str) -> str:
+    """A name in lines of at most ``LETTERS`` letters, if it has a place to break it."""
+    lines = [""]
+    for part in re.findall(r"[^._]+[._]?|[._]", name):
+        if lines[-1] and len(lines[-1]) + len(part) > LETTERS:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def coupling_chart(layer: Layer) -> Svg:
+    """The layer from top to bottom: modules as white boxes, families as coloured ones, and what ties them."""
+    graph = flow(layer)
+    rows = rows_of(graph)
+    wide = max(WIDTH - 0.1, APART * max(map(len, rows)))
+    tall = BETWEEN * len(rows)
+    place = places(rows, wide)
+    named = labels([name for kind, name in graph if kind == "module"])
+    colours = {name: SERIES[i % len(SERIES)] for i, name in enumerate(layer.units)}
+
+    def draw(axes: Axes) -> None:
+        for one, other, edge in graph.edges(data=True):
+            (x0, y0), (x1, y1) = _port(one, place, -1), _port(other, place, 1)
+            axes.plot([x0, x1], [y0, y1], STYLES[edge["how"]], color=colours[edge["family"]], linewidth=1.6, zorder=1)
+        for (kind, name), (x, y) in place.items():
+            if kind == "module":
+                _draw_module(axes, broken(named[name]), x, y, [_sides(layer, name, dim, colours) for dim in (0, 1)])
+            else:
+                _draw_family(axes, layer, kind, name, x, y, colours[name])
+        for how, style in STYLES.items():
+            axes.plot([], [], style, color=INK, label=how)
+        axes.figure.legend(loc="outside lower left", ncols=3, handlelength=2.4, columnspacing=1.2, fontsize=8.5)
+        axes.set_xlim(0, wide)
+        axes.set_ylim(0, tall)
+        axes.axis("off")
+
+    return chart(draw, f"which modules of {layer.name or 'the model'} are cut together", tall + 0.35, wide + 0.1)
+
+
+def _port(node: Node, place: Mapping[Node, tuple[float, float]], side: int) -> tuple[float, float]:
+    """Where edges end: the middle of a family; the middle of a module's top (``side`` 1) or of its bottom (−1)."""
+    x, y = place[node]
+    return (x, y + side * BOX[1] / 2) if node[0] == "module" else (x, y)
+
+
+def _sides(layer: Layer, module: str, dim: int, colours: Mapping[str, str]) -> list[str]:
+    return [colours[family] for family in layer.side(module, dim)]
+
+
+def _draw_module(axes: Axes, label: str, x: float, y: float, sides: Sequence[Sequence[str]]) -> None:
+    """A box. ``sides``: the colours of its left side, and of its top."""
+    wide, tall = BOX
+    left, bottom = x - wide / 2, y - tall / 2
+    axes.add_patch(_box(left, bottom, wide, tall, facecolor=PAPER, edgecolor=QUIET, linewidth=0.9, zorder=2))
+    first, second = sides
+    for number, colour in enumerate(first):
+        each = tall / len(first)
+        axes.add_patch(_box(left - STRIP, bottom + number * each, STRIP, each, facecolor=colour, zorder=3))
+    for number, colour in enumerate(second):
+        each = wide / len(second)
+        axes.add_patch(_box(left + number * each, bottom + tall, each, STRIP, facecolor=colour, zorder=3))
+    axes.text(x, y, label, ha="center", va="center", size=7.5, linespacing=1.2, zorder=4)
+
+
+def _draw_family(axes: Axes, layer: Layer, kind: str, name: str, x: float, y: float, colour: str) -> None:
+    refused = name in layer.refused
+    where = {BEFORE: "\ncomes in", AFTER: "\ngoes on"}.get(kind, "\nrefused" if refused else "")
+    style = {"boxstyle": "round,pad=0.45", "facecolor": LINE if refused else colour, "edgecolor": colour}
+    ink = INK if refused else PAPER
+    text = f"{broken(name)}\n{layer.units[name]}{where}"
+    axes.text(x, y, text, ha="center", va="center", size=8, linespacing=1.2, color=ink, bbox=style, zorder=4)
+
+
+def _box(left: float, bottom: float, wide: float, tall: float, **style: Any) -> Rectangle:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((left, bottom), wide, tall, **style)

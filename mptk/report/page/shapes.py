@@ -1,0 +1,129 @@
+"""shapes: the charts and the table of a search of the shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mptk.protocols.shapes import WORST, Shape, Shapes
+from mptk.report.page.svg import QUIET, SERIES, Svg, chart
+from mptk.report.page.words import figure, large
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def front_chart(found: Shapes) -> Svg:
+    """The metric over the cost: rings before training, dots after; a line joins the shapes that no other beats."""
+    best = sorted(found.front, key=lambda shape: shape.cost)
+
+    def draw(axes: Axes) -> None:
+        points = [(_cost(shape), _figure(found, shape.loss)) for shape in best if shape.loss < WORST]
+        axes.plot(*zip(*points, strict=True), color=QUIET, linewidth=1, linestyle="--", zorder=1)
+        for number, shape in _drawn(found):
+            x, (first, *_, last) = _cost(shape), (*_figures(found, shape), _figure(found, shape.loss))
+            axes.plot([x, x], [first, last], color=SERIES[0], linewidth=1)
+            axes.plot(x, first, "o", color=QUIET, markerfacecolor="none", markersize=6)
+            if shape.rungs:
+                axes.plot(x, last, "o", color=SERIES[0], markersize=6)
+            if shape.rungs or shape in best:
+                axes.annotate(f"{number}", (x, last), (6, 5), textcoords="offset points", size=9)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.4g}")
+        axes.tick_params(axis="y", which="minor", labelsize=8)
+        axes.locator_params(axis="x", nbins=6)
+        axes.set_xlabel(cost_name(found))
+        axes.set_ylabel(f"{found.metric} (less is better)")
+        axes.grid(linewidth=0.6)
+
+    return chart(draw, f"{found.metric} over {cost_name(found)} of {len(found.shapes)} shapes", 3.2)
+
+
+def training_chart(found: Shapes) -> Svg | None:
+    """The metric of each trained shape over the tokens that it was trained on; None if none was trained."""
+    trained = [(number, shape) for number, shape in _drawn(found) if shape.rungs]
+    if not trained:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for number, shape in trained:
+            tokens = [0, *(rung.tokens for rung in shape.rungs)]
+            colour = SERIES[(number - 1) % len(SERIES)]
+            axes.plot(tokens, _figures(found, shape), "o-", color=colour, markersize=4, label=f"{number}")
+        axes.set_xlabel("tokens trained on")
+        axes.set_ylabel(found.metric)
+        axes.grid(axis="y", linewidth=0.6)
+        axes.figure.legend(loc="outside right upper", title="shape", handlelength=1.4)
+
+    return chart(draw, f"{found.metric} of the shapes that were trained, over tokens", 3.2)
+
+
+def rows(found: Shapes) -> list[list[str]]:
+    """A row a shape, the dense model first: its mark, its number, its widths, its costs and its losses."""
+    front, tokens = found.front, trained_tokens(found)
+    table = []
+    for number, shape in enumerate((found.dense, *found.shapes)):
+        after = {rung.tokens: rung.loss for rung in shape.rungs}
+        fitted = [] if found.best.reconstructed is None else [shape.reconstructed]
+        name = "dense" if not number else f"{number} ★" if shape in front else f"{number}"
+        losses = [shape.masked, *fitted, *map(after.get, tokens)]
+        table.append(
+            [
+                name,
+                *(str(shape.widths[family]) for family in found.best.widths),
+                f"{shape.sparsity:.1%}",
+                large(shape.parameters),
+                *([] if shape.latency_ms is None else [f"{shape.latency_ms:.2f}"]),
+                *("" if loss is None else shown(found.figure(loss)) for loss in losses),
+            ]
+        )
+    return table
+
+
+def columns(found: Shapes) -> list[str]:
+    """What stands above the cells of ``rows``."""
+    return [
+        "shape",
+        *found.best.widths,
+        "removed",
+        "parameters",
+        *([] if found.dense.latency_ms is None else ["ms"]),
+        "masked",
+        *([] if found.best.reconstructed is None else ["reconstructed"]),
+        *(f"{tokens:,} tokens" for tokens in trained_tokens(found)),
+    ]
+
+
+def trained_tokens(found: Shapes) -> list[int]:
+    """The tokens that shapes were trained on, rung by rung."""
+    return sorted({rung.tokens for shape in found.shapes for rung in shape.rungs})
+
+
+def shown(value: float | None) -> str:
+    """A loss or a perplexity, of which some are enormous."""
+    return figure(value) if value is None or value < 1e5 else f"{value:.1e}"
+
+
+def cost_name(found: Shapes) -> str:
+    """What ``Shape.cost`` counts."""
+    return "parameters (millions)" if found.dense.latency_ms is None else "predicted milliseconds"
+
+
+def _cost(shape: Shape) -> float:
+    return shape.cost if shape.latency_ms is not None else shape.cost / 1e6
+
+
+def _drawn(found: Shapes) -> list[tuple[int, Shape]]:
+    """The shapes whose losses are finite, with their numbers."""
+    return [(n, shape) for n, shape in enumerate(found.shapes, 1) if max(shape.stages) < WORST]
+
+
+def _figures(found: Shapes, shape: Shape) -> Sequence[float]:
+    return [_figure(found, loss) for loss in shape.stages]
+
+
+def _figure(found: Shapes, loss: float) -> float:
+    value = found.figure(loss)
+    assert value is not None
+    return value

@@ -1,1 +1,0 @@
-"""runtime: run and time ONNX graphs."""

@@ -1,0 +1,1 @@
+"""Programs in torch, run stage by stage, so that a model may be larger than memory."""

@@ -1,0 +1,291 @@
+"""staged: run programs stage by stage, all inputs through one stage before the next.
+
+A stage's weights are made when it starts and dropped when it ends, so memory follows the largest stage and not the
+model. Values that cross a border are kept for all inputs. Dense, masked and cut programs run side by side: a stage of
+each, then the next stage, so that they share what they read. Gradients are made by running a stage again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mptk.ir.placed import Placed
+from mptk.ir.program import Program
+from mptk.ir.weights import Weights
+from mptk.progress import Count
+from mptk.staged.narrow import Narrow, widened
+from mptk.staged.partition import Flow, Partition, Stage, partition
+from mptk.staged.shelf import Shelf, Values
+
+Inputs = Sequence[Tensor]
+"""A program's inputs in order."""
+
+Watch = tuple[tuple[fx.Node, ...], Callable[..., None]]
+"""Values of a program, and what is called with them once for each inputs, as soon as they are there."""
+
+Tap = tuple[tuple[fx.Node, ...], Callable[..., None]]
+"""A value and others that are there when it is, and what is called with its gradient and then with them all."""
+
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Executor:
+    """Where and in how much memory programs run.
+
+    ``stage``: bytes of a stage's weights, unless one call needs more. ``borders``: bytes of values between stages that
+    are kept in memory; the rest goes to files. ``device``: where it is computed. ``compute``: the type of products
+    (``narrow``). Results and gradients are float32 all the same.
+    """
+
+    stage: float = sys.maxsize
+    borders: float = sys.maxsize
+    device: torch.device = CPU
+    compute: torch.dtype = torch.float32
+
+    @torch.no_grad()
+    def outputs(
+        self, programs: Sequence[Program], inputs: Sequence[Inputs], progress: Count | None = None
+    ) -> Iterator[Any]:
+        """The results of all ``programs`` for the first of ``inputs``, then for the second, and so on.
+
+        Programs that were made from the first one have its stages. Results are as those of ``Program.__call__``, on
+        ``device``. ``progress``: called with (inputs done, all inputs).
+        """
+        flows = [Flow(program) for program in programs]
+        shared = partition(flows[0], self.stage)
+        parts = [shared if shared.fits(flow) else partition(flow, self.stage) for flow in flows]
+        runs = [Run(self, flow, part, inputs) for flow, part in zip(flows, parts, strict=True)]
+        count = _Counter(progress, len(inputs), sum(len(run.stages) for run in runs))
+        for k in range(max(len(run.stages) for run in runs)):
+            for run in runs:
+                if k + 1 < len(run.stages):
+                    run.advance(k, count)
+        held = sum(run.last_bytes for run in runs) <= self.stage
+        loaded = {run: run.load(len(run.stages) - 1) for run in runs if held}
+        for i in range(len(inputs)):
+            for run in runs:
+                yield run.result(loaded.get(run), i, count)
+
+    @torch.no_grad()
+    def watch(
+        self, program: Program, inputs: Sequence[Inputs], watches: Sequence[Watch], progress: Count | None = None
+    ) -> None:
+        """Run what the watched values need, and call each watch with its values. Nothing after them is computed."""
+        flow = Flow(program, [nodes for nodes, _ in watches])
+        shared = partition(flow, self.stage)
+        run = Run(self, flow, shared, inputs, watches)
+        count = _Counter(progress, len(inputs), len(run.stages))
+        for k in range(len(run.stages)):
+            run.advance(k, count)
+
+    def gradients(
+        self,
+        program: Program,
+        names: Collection[str],
+        inputs: Sequence[Inputs],
+        loss: Callable[[Any, int], Tensor],
+        progress: Count | None = None,
+        total: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+        taps: Sequence[Tap] = (),
+    ) -> Weights:
+        """The gradient of Σ ``loss(result, i)`` over all inputs i, for each weight of ``names``.
+
+        A stage runs again from its saved inputs, and its border's gradient is carried back. Gradients are kept as the
+        values of borders are. ``total`` adds up those of several processes. ``taps`` are called once for each inputs.
+        """
+        flow = Flow(program)
+        run = Run(self, flow, partition(flow, self.stage), inputs, keep=True, taps=taps)
+        count = _Counter(progress, len(inputs), 2 * len(run.stages) - 1)
+        with torch.no_grad():
+            for k in range(len(run.stages) - 1):
+                run.advance(k, count)
+        kept = Shelf(self.borders)
+        above: list[Values] = [{} for _ in inputs]
+        for k in reversed(range(len(run.stages))):
+            wanted = {node: program.weights[node.name] in names for node in run.stages[k].weights}
+            leaves = {node: weight.detach().requires_grad_(wanted[node]) for node, weight in run.read(k).items()}
+            for i in range(len(inputs)):
+                above[i] = run.back(k, leaves, i, above[i], loss)
+                count.step()
+            for node, leaf in leaves.items():
+                if wanted[node]:
+                    gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+                    kept.add(program.weights[node.name], total(gradient))
+        return kept.weights({name: program.state.like(name) for name in names})
+
+
+EXECUTOR = Executor()
+"""All in memory, on the CPU."""
+
+
+class _Counter:
+    """Progress over the stages of all programs, in inputs done."""
+
+    def __init__(self, progress: Count | None, inputs: int, stages: int) -> None:
+        self.progress, self.inputs, self.total, self.done = progress, inputs, stages, 0
+
+    def step(self) -> None:
+        self.done += 1
+        if self.progress is not None and self.done % self.total == 0:
+            self.progress(self.done // self.total, self.inputs)
+
+
+class Run(Placed):
+    """One program on all inputs, stage by stage. ``keep``: the inputs of all stages stay, for ``back``.
+
+    ``borders`` holds the values between stages: under (k, i) what stage k gets of inputs i.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        flow: Flow,
+        shared: Partition,
+        inputs: Sequence[Inputs],
+        watches: Sequence[Watch] = (),
+        keep: bool = False,
+        taps: Sequence[Tap] = (),
+    ) -> None:
+        super().__init__(flow.program.graph, garbage_collect_values=False)
+        self.flow, self.program, self.device, self.keep = flow, flow.program, executor.device, keep
+        self.stages = shared.stages(flow)
+        self.narrow = Narrow.of(flow.program, executor.compute)
+        self.borders = Shelf(executor.borders)
+        self.watches: dict[fx.Node, list[Watch]] = {}
+        for watch in watches:
+            self.watches.setdefault(max(watch[0], key=lambda node: flow.made[node]), []).append(watch)
+        self.taps: dict[fx.Node, list[Tap]] = {}
+        for tap in taps:
+            self.taps.setdefault(tap[0][0], []).append(tap)
+        users = [n for n in self.program.placeholders() if n.name not in self.program.weights]
+        for i, given in enumerate(inputs):
+            values = {n: self._placed(x) for n, x in zip(users, given, strict=True) if n in flow.made}
+            self.borders.put((0, i), values)
+        self.count = len(inputs)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        """An input on the device, in the program's floating type if that is not its module's."""
+        types = self.program.types
+        return tensor.to(self.device, tensor.dtype if types is None or not tensor.is_floating_point() else types.wide)
+
+    def load(self, k: int) -> dict[fx.Node, Tensor]:
+        """The weights of stage ``k``, in the type in which it runs."""
+        return self.narrowed(self.read(k))
+
+    def read(self, k: int) -> dict[fx.Node, Tensor]:
+        """The weights of stage ``k``."""
+        names = self.program.weights
+        return {node: self.program.state[names[node.name]].to(self.device) for node in self.stages[k].weights}
+
+    def advance(self, k: int, count: _Counter | None = None, weights: Mapping[fx.Node, Tensor] | None = None) -> None:
+        """Run stage ``k`` on all inputs. ``weights``: other ones than the program's."""
+        weights = self.load(k) if weights is None else self.narrowed(weights)
+        for i in range(self.count):
+            values = self.run_stage(self.stages[k], weights, self.borders.take((k, i), self.keep))
+            if k + 1 < len(self.stages):
+                self.borders.put((k + 1, i), values)
+            if count is not None:
+                count.step()
+
+    @property
+    def last_bytes(self) -> int:
+        """Bytes of the last stage's weights."""
+        return sum(self.flow.weight_bytes[node] for node in self.stages[-1].weights)
+
+    def result(self, weights: Mapping[fx.Node, Tensor] | None, i: int, count: _Counter) -> Any:
+        """Run the last stage on one of the inputs, and give the program's result. ``weights``: None if not loaded."""
+        k = len(self.stages) - 1
+        loaded = self.load(k) if weights is None else weights
+        made = self._result(self.run_stage(self.stages[k], loaded, self.borders.take((k, i), self.keep)))
+        count.step()
+        return made
+
+    def back(
+        self,
+        k: int,
+        leaves: Mapping[fx.Node, Tensor],
+        i: int,
+        above: Mapping[fx.Node, Any],
+        loss: Callable[[Any, int], Tensor],
+    ) -> Values:
+        """Run stage ``k`` again and go back through it, to the weights' gradients and those of its inputs.
+
+        ``above``: gradients of its outputs; for the last stage, ``loss`` gives them.
+        """
+        saved = self.borders.take((k, i))
+        given = {
+            n: v.detach().requires_grad_() if isinstance(v, Tensor) and _learns(v) else v for n, v in saved.items()
+        }
+        with torch.enable_grad():
+            values = self.run_stage(self.stages[k], self.narrowed(leaves), given)
+            if k == len(self.stages) - 1:
+                pairs: list[tuple[Tensor, Tensor | None]] = [(loss(self._result(values), i), None)]
+            else:
+                pairs = [(values[n], g) for n, g in above.items() if values[n].requires_grad]
+        if pairs:  # the first layers may have no weight that is asked for
+            torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
+        return {n: v.grad for n, v in given.items() if isinstance(v, Tensor) and v.grad is not None}
+
+    def run_stage(self, stage: Stage, weights: Mapping[fx.Node, Tensor], values: Values) -> Values:
+        """Run a stage's calls. Gives the values that are used later and, of the last stage, those of the result."""
+        self.env = {**weights, **values}
+        last = stage is self.stages[-1]
+        for node in values if stage is self.stages[0] else ():
+            self._watched(node)
+        for node in stage.nodes:
+            if self.narrow is None or not self.narrow.skips(node):
+                self.env[node] = self.run_node(node)
+            if torch.is_grad_enabled():
+                self._tapped(node)
+            self._watched(node)
+            for value in stage.dead.get(node, ()):
+                self.env.pop(value, None)
+        found = {node: self.env[node] for node in ((*stage.outputs, *self.flow.result) if last else stage.outputs)}
+        self.env = {}
+        return found if last else self.narrowed(found)
+
+    def narrowed(self, values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+        """Weights, or what crosses a border, in the type in which stages run."""
+        narrow = self.narrow
+        return dict(values) if narrow is None else {node: narrow.value(node, value) for node, value in values.items()}
+
+    def _watched(self, node: fx.Node) -> None:
+        for nodes, see in self.watches.get(node, ()):
+            see(*(self.env[n] for n in nodes))
+
+    def _tapped(self, node: fx.Node) -> None:
+        for (_, *others), see in self.taps.get(node, ()):
+            value = self.env[node]
+            if not value.requires_grad:  # no weight before it is asked for
+                value = self.env[node] = value.detach().requires_grad_()
+            beside = [self.env[other] for other in others]
+            value.register_hook(partial(_seen, see, value.detach(), beside))
+
+    def _result(self, values: Values) -> Any:
+        node = self.program.graph.graph.output_node()
+        outputs: Any = fx.map_arg(node.args[0], lambda source: values[source])
+        if self.narrow is not None:
+            outputs = widened(outputs)
+        return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else outputs
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        found = super().fetch_args_kwargs_from_env(n)
+        return found if self.narrow is None else self.narrow.operands(n, found)
+
+
+def _seen(see: Callable[..., None], value: Tensor, beside: Sequence[Tensor], gradient: Tensor) -> None:
+    with torch.no_grad():
+        see(gradient, value, *beside)
+
+
+def _learns(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

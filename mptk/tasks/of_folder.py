@@ -1,0 +1,31 @@
+"""of_folder: the task that a written folder was pruned as."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from mptk.errors import MptkError
+from mptk.io.models import Loaded
+from mptk.io.untrusted import load_tensors
+from mptk.protocols.chain import Task
+from mptk.protocols.report import PROVEN_ON, Report
+from mptk.tasks import task_of
+from mptk.tasks.module import Module, example_samples
+
+
+def task_of_folder(folder: Path, report: Report, loaded: Loaded) -> Task:
+    """The task that a folder was pruned as. A module's example inputs are those of its proof."""
+    inputs = inputs_of_folder(folder, report)
+    return task_of(loaded) if inputs is None else Module(example_samples(loaded.model, inputs))
+
+
+def inputs_of_folder(folder: Path, report: Report) -> dict[str, Tensor] | None:
+    """The example inputs of a folder that was pruned as a module; None if it was not."""
+    if report.task != Module.name:
+        return None
+    return load_tensors(
+        folder / PROVEN_ON,
+        lambda why: MptkError(f"{folder} has no {PROVEN_ON} ({why}); do not use the folder, prune again"),
+    )

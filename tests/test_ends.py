@@ -10,7 +10,7 @@ from torch import nn
 
 import mptk
 from mptk.cost.model import CostModel
-from mptk.methods.division.layers import ends
+from mptk.methods.division import ends
 
 LAYERS = 10
 SETTINGS = mptk.Settings(method="wanda", sparsity=0.3, multiple=1, samples=8, onnx=False)

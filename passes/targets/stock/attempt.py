@@ -48,7 +48,7 @@ def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pre
         try:
             return model_class(copy.deepcopy(config))
         except Exception as error:  # noqa: BLE001 (a model class may raise anything: it is the refusal)
-            return _refusal(error, model_class)
+            return refusal(error, model_class)
 
 
 def configured(
@@ -62,7 +62,7 @@ def configured(
         try:
             return _construct(template, body)
         except Exception as error:  # noqa: BLE001 (a config class may raise anything: it is the refusal)
-            return _refusal(error, type(template))
+            return refusal(error, type(template))
 
 
 def _construct(template: PreTrainedConfig, body: dict[str, object]) -> tuple[PreTrainedConfig, Refusal | None]:
@@ -81,13 +81,13 @@ def _construct(template: PreTrainedConfig, body: dict[str, object]) -> tuple[Pre
     try:
         construct(config, **body)
     except StrictDataclassClassValidationError as error:
-        refused = refused or _refusal(error, type(template))
+        refused = refused or refusal(error, type(template))
     if refused is not None:
         refused = Refusal(refused.kind, refused.where, refused.reason, config)
     return config, refused
 
 
-def _refusal(error: Exception, cls: type) -> Refusal:
+def refusal(error: Exception, cls: type) -> Refusal:
     """``error`` as a refusal of a validator, or of the innermost line outside torch that raised."""
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"

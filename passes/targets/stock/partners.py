@@ -1,9 +1,8 @@
-"""partners: which families a class can only cut together, by what each of its fields moves.
+"""partners: which families a class can only cut together, by the dimensions that each of its fields sets.
 
-A field that is doubled moves some dimensions of the class's weights. A family that owns one of these dimensions can
-follow the field only together with the families that own the others (a stage's channels and its feed-forward of four
-times the channels; all stages of a model whose first width gives the others). If these own more than the field moves,
-other fields must move that, and may bring families of their own.
+A family that owns one of a field's dimensions can follow the field only together with the families that own the others
+(a stage's channels and its feed-forward of four times the channels; all stages of a model whose first width gives the
+others). If these own more than the field sets, other fields must set that, and may bring families of their own.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from passes.targets.stock.attempt import Refusal
-from passes.targets.stock.probe import Field, Prober, starred
-from passes.targets.stock.search import SizeSlot, sizes_moved
+from passes.targets.stock.symbolic import Field, SizeSlot, starred
 
 Places = frozenset[SizeSlot]
 Moves = Mapping[Field, Places]
@@ -57,15 +55,6 @@ class Owners:
         if owner is None:
             return Refusal("shape", name, f"{what}, which no cut can follow")
         return Refusal("numeric", name, f"{what}, and {owner} must stay: {self.reasons[owner]}")
-
-
-def moves(prober: Prober) -> dict[Field, Places]:
-    """Field → the dimensions that it moves if it is doubled, for fields with which the class can be built so.
-
-    Twice a number is a multiple of all that divides it, so a class that asks for multiples takes it.
-    """
-    found = {field: sizes_moved(prober, field, 2 * field.value) for field in prober.fields}
-    return {field: frozenset(sizes) for field, sizes in found.items() if sizes is not None}
 
 
 def groups(name: str, owners: Owners, moved: Moves) -> Iterator[frozenset[str] | Refusal]:

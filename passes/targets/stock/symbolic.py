@@ -1,0 +1,400 @@
+"""symbolic: the shapes of a stock class's weights, and the numbers its modules keep, as expressions of config fields.
+
+The class is built on tensors without numbers from a config whose integers are symbols. No field is known by name.
+
+*Implicit fields*: a field that is None, or that the constructor reads although the config lacks it, may stand for a
+number derived from others (hidden // heads, 4 * hidden). A second build, with a symbol in each such place, says which do.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from mptk.compat.torch import Symbols, expression
+from mptk.compat.transformers import missing_attributes, without_generation
+from mptk.errors import MptkError
+from passes.targets.stock.attempt import Refusal, on_meta, quiet, refusal
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+SizeSlot = tuple[str, int]
+"""One dimension of one parameter; dimension -1 if the number of dimensions differs."""
+Number = Any
+"""A sympy expression, an int or a float."""
+TRIAL_VALUE = 8
+"""Of an implicit field, where Python needs a number."""
+OPERATORS: Mapping[str, Callable[..., float]] = {
+    "FloorDiv": lambda a, b: a // b,
+    "CleanDiv": lambda a, b: a // b,
+    "CeilDiv": lambda a, b: -(-a // b),
+    "IntTrueDiv": lambda a, b: a / b,
+    "FloatTrueDiv": lambda a, b: a / b,
+    "Mod": lambda a, b: a % b,
+    "PythonMod": lambda a, b: a % b,
+    "FloatPow": pow,
+    "PowByNatural": pow,
+    "ToFloat": float,
+    "TruncToInt": math.trunc,
+    "TruncToFloat": math.trunc,
+    "CeilToInt": math.ceil,
+    "FloorToInt": math.floor,
+    "RoundToInt": round,
+    "OpaqueUnaryFn_sqrt": math.sqrt,
+    "Where": lambda c, a, b: a if c else b,
+    "Max": max,
+    "Min": min,
+}
+"""torch's names of operators in expressions."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """An integer of the config.
+
+    Attributes:
+        path: its keys, outermost first.
+        items: for a list, the positions with this value that change together.
+        implicit: the config itself has None or nothing here, and ``value`` is the number it stands for.
+    """
+
+    path: tuple[str, ...]
+    value: int
+    items: tuple[int, ...] = ()
+    implicit: bool = False
+
+    @property
+    def name(self) -> str:
+        """``text_config.num_heads``, or ``ffn_sizes[0,2]`` for positions 0 and 2 of a list."""
+        return ".".join(self.path) + (f"[{','.join(map(str, self.items))}]" if self.items else "")
+
+
+Assignment = Mapping[Field, int]
+Path = tuple[str, ...]
+Place = tuple[Path, int | None]
+"""A field, and the entry of its list if it is one."""
+
+
+class Unread(Exception):
+    """The class is built from its config, but not from symbols."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+
+
+@dataclass(frozen=True)
+class Read:
+    """One symbolic build.
+
+    Attributes:
+        dims: each dimension of each weight.
+        numbers: the numbers of modules, and the sizes of buffers that are not saved.
+        symbols: the symbol of each integer of the config.
+        missing: what the class asked the config for although it has no such field.
+    """
+
+    dims: Mapping[SizeSlot, Number]
+    numbers: Mapping[str, Number]
+    symbols: Mapping[Place, sympy.Symbol]
+    missing: frozenset[Path]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The shapes of the weights, and the numbers of modules, at some values of the fields."""
+
+    shapes: Shapes
+    numbers: Mapping[str, int | float]
+
+
+class Reading:
+    """A stock class read symbolically.
+
+    Attributes:
+        fields: the config's integers, implicit ones included. A list has a field for each value in it.
+        pins: the implicit fields that stand for a number, with that number.
+        dense: the sizes before the cut.
+        builds: how often the class was built.
+
+    Raises:
+        MptkError: the class cannot be built from ``config``.
+        Unread: it cannot be built from symbols.
+    """
+
+    def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+        self.model_class, self.template, self.builds = model_class, config, 0
+        self._symbols = Symbols()
+        self._integers: dict[Place, tuple[sympy.Symbol, Any]] = {}
+        first = self._first()
+        self._place = dict(first.symbols)
+        self._known = {symbol: _at(config, place) for place, symbol in first.symbols.items()}
+        self._dims, self._numbers = dict(first.dims), dict(first.numbers)
+        self._defaults: dict[Field, tuple[Number, Number]] = {}
+        for second in self._with(first, sorted(first.missing | set(_empty(config)))):
+            self._pin(first, second)
+        self.pins = {pin: pin.value for pin in self._defaults}
+        self.fields = [*_grouped(self._known, first.symbols), *self.pins]
+        self._compiled = _compile([*self._dims.values(), *self._numbers.values()], [*self._known])
+        self._unset = _compile([n for pair in self._defaults.values() for n in pair], [*self._known])
+        self.dense = self.at({})
+
+    def at(self, assignment: Assignment) -> Sizes:
+        """What the class has with ``assignment``. Implicit fields that are not in it follow the others."""
+        values = self._known | {s: value for field, value in assignment.items() for s in self._of(field)}
+        if left := [pin for pin in self.pins if pin not in assignment]:
+            found = self._unset(*values.values())
+            for i, pin in enumerate(self.pins):
+                if pin in left and found[2 * i + 1]:
+                    values[self._place[pin.path, None]] = found[2 * i] * pin.value // found[2 * i + 1]
+        numbers = self._compiled(*values.values())
+        shapes: dict[str, Shape] = {}
+        for (name, dimension), size in zip(self._dims, numbers, strict=False):
+            shapes[name] = shapes.get(name, ()) + ((size,) if dimension >= 0 else ())
+        return Sizes(shapes, dict(zip(self._numbers, numbers[len(self._dims) :], strict=True)))
+
+    def moved(self, field: Field) -> frozenset[SizeSlot]:
+        """The dimensions that depend on the field."""
+        own = self._of(field)
+        return frozenset(slot for slot, size in self._dims.items() if not own.isdisjoint(_free(size)))
+
+    def entries(self, field: Field) -> list[Field]:
+        """A field for each entry of a list."""
+        return [replace(field, items=(item,)) for item in field.items] or [field]
+
+    def distinct(self, target: Shapes) -> dict[SizeSlot, int]:
+        """A dimension of each expression → its size in ``target``; several if the target has several."""
+        ranks = {name: len(shape) for name, shape in self.dense.shapes.items()}
+        found: dict[tuple[object, int], SizeSlot] = {}
+        for (name, dimension), size in self._dims.items():
+            if len(target[name]) != ranks[name]:
+                found[name, -1] = (name, -1)
+            elif dimension >= 0:
+                found.setdefault((size, target[name][dimension]), (name, dimension))
+        return {slot: wanted for (_, wanted), slot in found.items()}
+
+    def _of(self, field: Field) -> set[sympy.Symbol]:
+        return {self._place[field.path, item] for item in (field.items or (None,))}
+
+    # ---- reading ----
+
+    def _first(self) -> Read:
+        try:
+            return self._read([])
+        except Exception as error:  # a model class may raise anything
+            built = on_meta(self.model_class, self.template)
+            if isinstance(built, Refusal):
+                raise MptkError(
+                    f"{self.model_class.__name__} cannot be built from its own config ({built}); "
+                    "repair the config, or choose a target that needs no stock class"
+                ) from error
+            raise Unread(refusal(error, self.model_class)) from error
+
+    def _with(self, first: Read, paths: Sequence[Path]) -> Iterator[Read]:
+        """Builds with symbols for the implicit fields at ``paths``: all at once, or in halves if the class differs."""
+        if not paths:
+            return
+        try:
+            second = self._read(paths)
+        except Exception:  # noqa: BLE001 (a model class may raise anything)
+            second = None
+        if second is not None and second.dims.keys() == first.dims.keys():
+            yield second
+        elif len(paths) > 1:
+            yield from self._with(first, paths[: len(paths) // 2])
+            yield from self._with(first, paths[len(paths) // 2 :])
+
+    def _read(self, implicit: Sequence[Path]) -> Read:
+        self.builds += 1
+        config = copy.deepcopy(self.template)
+        symbols: dict[Place, sympy.Symbol] = {}
+        missing: set[Path] = set()
+        parts = dict(_parts(config))
+        prefixes = {type(part): path for path, part in reversed(parts.items())}
+
+        def record(part: PreTrainedConfig, name: str) -> None:
+            if type(part) in prefixes and not name.startswith("_"):
+                missing.add((*prefixes[type(part)], name))
+
+        for place in [*_places(config), *((path, None) for path in implicit)]:
+            value = TRIAL_VALUE if place[0] in implicit else _at(config, place)
+            if place not in self._integers:
+                name = "_".join((*place[0], "" if place[1] is None else str(place[1])))
+                self._integers[place] = self._symbols.integer(name, value)
+            symbols[place], integer = self._integers[place]
+            _write(parts, place, integer)
+        with quiet(), missing_attributes(record), no_init_weights(), without_generation():
+            with self._symbols.building(self.model_class.__module__):
+                model = self.model_class(config)
+        dims = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            dims |= {(name, d): expression(size) for d, size in enumerate(tensor.shape)} or {(name, -1): 0}
+        return Read(dims, _numbers(model, {name for name, _ in dims}), symbols, frozenset(missing))
+
+    def _pin(self, first: Read, second: Read) -> None:
+        """Find what the implicit fields of the ``second`` build stand for, and take its expressions of them.
+
+        A trial value t turns a size s into s·t/v, which gives v. v is right if it changes no size.
+        """
+        new = {symbol: path for (path, _), symbol in second.symbols.items() if symbol not in self._known}
+        known, wrong = {**self._known}, set[sympy.Symbol]()
+        for _ in new:
+            for slot, size in second.dims.items():
+                left = (_free(size) & new.keys()) - known.keys()
+                if len(left) != 1:
+                    continue
+                (symbol,) = left
+                dense = _value(first.dims[slot], known)
+                value, rest = divmod(dense * TRIAL_VALUE, _value(size, {**known, symbol: TRIAL_VALUE}) or dense * 9)
+                known[symbol] = value
+                if rest or value < 1:
+                    wrong.add(symbol)
+                else:
+                    self._defaults[Field(new[symbol], value, implicit=True)] = first.dims[slot], size
+        for slot, size in second.dims.items():
+            if (own := _free(size) & new.keys()) and _value(size, known) != _value(first.dims[slot], known):
+                wrong |= own
+        for pin in [pin for pin in self._defaults if second.symbols.get((pin.path, None)) in wrong]:
+            del self._defaults[pin]
+        pins = known.keys() - wrong
+        self._place |= {place: symbol for place, symbol in second.symbols.items() if symbol in pins}
+        self._known |= {symbol: value for symbol, value in known.items() if symbol in pins}
+        for mine, theirs in ((self._dims, second.dims), (self._numbers, second.numbers)):
+            for key in mine.keys() & theirs.keys():
+                own = _free(theirs[key])
+                if own & new.keys() and own <= pins and _same(theirs[key], mine[key], known):
+                    mine[key] = theirs[key]
+
+
+def differences(shapes: Shapes, target: Shapes) -> list[SizeSlot]:
+    """The dimensions in which ``shapes`` and ``target`` differ, in the order of ``shapes``. Their names are equal."""
+    found: list[SizeSlot] = []
+    for name, shape in shapes.items():
+        wanted = target.get(name, ())
+        if len(shape) != len(wanted):
+            found.append((name, -1))
+        else:
+            found += [(name, d) for d, (a, b) in enumerate(zip(shape, wanted, strict=True)) if a != b]
+    return found
+
+
+def starred(name: str) -> str:
+    """A parameter's name with ``*`` for every index, so that it is the same in all layers."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def sizes_of(model: nn.Module) -> Sizes:
+    """The sizes of a model that was built from numbers."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return Sizes(shapes, _numbers(model, shapes))
+
+
+def _numbers(model: nn.Module, saved: Container[str]) -> dict[str, Number]:
+    """The numbers that modules keep, and the sizes of buffers that are not saved."""
+    found = {
+        f"{name}.{key}": expression(value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+        and not isinstance(value, bool)
+        and not key.startswith("_")
+    }
+    for name, buffer in model.named_buffers():
+        if name not in saved:
+            found |= {f"{name}[{d}]": expression(size) for d, size in enumerate(buffer.shape)}
+    return found
+
+
+def _compile(numbers: Sequence[Number], symbols: Sequence[sympy.Symbol]) -> Callable[..., list[Any]]:
+    """A function of the symbols' values that gives the numbers."""
+    unique = dict.fromkeys(n for n in numbers if _free(n))
+    run = sympy.lambdify(symbols, [*unique], modules=[OPERATORS, "math"])
+    index = {number: i for i, number in enumerate(unique)}
+    places = [index.get(n) if _free(n) else None for n in numbers]
+    plain = [n if place is None else None for n, place in zip(numbers, places, strict=True)]
+
+    def values(*given: int) -> list[Any]:
+        found = run(*given)
+        return [p if at is None else found[at] for p, at in zip(plain, places, strict=True)]
+
+    return values
+
+
+def _same(one: Number, other: Number, values: Mapping[sympy.Symbol, int]) -> bool:
+    return math.isclose(_value(one, values), _value(other, values))
+
+
+def _parts(config: PreTrainedConfig, prefix: Path = ()) -> Iterator[tuple[Path, PreTrainedConfig]]:
+    """The config and those within it, by path."""
+    yield prefix, config
+    for key, inner in vars(config).items():
+        if isinstance(inner, PreTrainedConfig):
+            yield from _parts(inner, (*prefix, key))
+
+
+def _items(config: PreTrainedConfig) -> Iterator[tuple[Path, object]]:
+    for prefix, part in _parts(config):
+        yield from (((*prefix, key), value) for key, value in vars(part).items() if not key.startswith("_"))
+
+
+def _empty(config: PreTrainedConfig) -> Iterator[Path]:
+    """The fields that are None."""
+    return (path for path, value in _items(config) if value is None)
+
+
+def _places(config: PreTrainedConfig) -> Iterator[Place]:
+    """The positive integers."""
+    for path, value in _items(config):
+        if _is_size(value):
+            yield path, None
+        elif isinstance(value, list):
+            yield from ((path, i) for i, entry in enumerate(value) if _is_size(entry))
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _at(config: PreTrainedConfig, place: Place) -> int:
+    (*parents, key), item = place
+    owner = config
+    for parent in parents:
+        owner = vars(owner)[parent]
+    value = vars(owner)[key]
+    return int(value if item is None else value[item])
+
+
+def _write(parts: Mapping[Path, PreTrainedConfig], place: Place, value: object) -> None:
+    """Put a value past the checks of the config's class."""
+    (*parents, key), item = place
+    fields = vars(parts[tuple(parents)])
+    if item is None:
+        fields[key] = value
+    else:
+        fields[key] = [value if i == item else entry for i, entry in enumerate(fields[key])]
+
+
+def _grouped(values: Mapping[sympy.Symbol, int], symbols: Mapping[Place, sympy.Symbol]) -> list[Field]:
+    """A field for each integer, and one for all equal ones of a list."""
+    found: dict[tuple[Path, int], list[int]] = {}
+    for (path, item), symbol in symbols.items():
+        found.setdefault((path, values[symbol]), []).extend(() if item is None else (item,))
+    return [Field(path, value, tuple(items)) for (path, value), items in found.items()]
+
+
+def _free(number: Number) -> frozenset[sympy.Symbol]:
+    return frozenset(number.free_symbols) if isinstance(number, sympy.Basic) else frozenset()
+
+
+def _value(number: Number, values: Mapping[sympy.Symbol, int]) -> Any:
+    return number.xreplace(values) if isinstance(number, sympy.Basic) else number

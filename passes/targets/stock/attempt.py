@@ -65,18 +65,28 @@ def configured(
             return refusal(error, type(template))
 
 
-def _construct(template: PreTrainedConfig, body: dict[str, object]) -> tuple[PreTrainedConfig, Refusal | None]:
+def unchecked(template: PreTrainedConfig, body: dict[str, object]) -> PreTrainedConfig:
+    """The config of ``template``'s class with the fields of ``body``, whatever they are."""
+    return _construct(template, body, checked=False)[0]
+
+
+def _construct(
+    template: PreTrainedConfig, body: dict[str, object], *, checked: bool = True
+) -> tuple[PreTrainedConfig, Refusal | None]:
     """Build ``template``'s class from ``body``, inner configs first, even if a validator refuses.
 
-    Validators run when the object is complete, so a model can be built from an object that they refuse.
+    Validators of the class run when the object is complete, so a model can be built from an object that they refuse.
+    Those of a field run when it is set, if ``checked``.
     """
     refused = None
     for key, inner in vars(template).items():
         own = body.get(key)
         if isinstance(inner, PreTrainedConfig) and isinstance(own, dict):
-            body[key], inner_refused = _construct(inner, own)
+            body[key], inner_refused = _construct(inner, own, checked=checked)
             refused = refused or inner_refused
     config = type(template).__new__(type(template))
+    if not checked:
+        vars(config)["__validators__"] = {}
     construct: Callable[..., None] = type(template).__init__
     try:
         construct(config, **body)

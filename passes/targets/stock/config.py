@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 
 from passes.targets.stock.attempt import Refusal, configured, on_meta
 from passes.targets.stock.solve import Expression, Expressions, Search, minimised
-from passes.targets.stock.symbolic import Assignment, Field, Reading, Shapes, Unread, sizes_of
+from passes.targets.stock.symbolic import Assignment, Reading, Shapes, Unread, put, sizes_of
 
 ATTEMPTS = 4
 """Solutions that are built, if the class has other shapes than its expressions say."""
@@ -163,22 +163,14 @@ def assigned(
     """The config with ``assignment``, as ``configured`` gives it."""
     body = template.to_dict()
     for key, value in assignment.items():
-        _set(body, key, value)
+        put(body, key.path, key.items, value)
     return configured(template, body)
-
-
-def _set(body: dict[str, Any], target: Field, value: int) -> None:
-    *parents, leaf = target.path
-    for key in parents:
-        body = body[key]
-    entries = [value if i in target.items else old for i, old in enumerate(body[leaf])] if target.items else None
-    body[leaf] = value if entries is None else entries
 
 
 def _changes(template: PreTrainedConfig, assignment: Assignment) -> dict[str, tuple[object, object]]:
     before, after = template.to_dict(), template.to_dict()
     for key, value in assignment.items():
-        _set(after, key, value)
+        put(after, key.path, key.items, value)
     return {
         ".".join(key.path): (_get(before, key.path) if not key.implicit else None, _get(after, key.path))
         for key in assignment

@@ -174,11 +174,11 @@ class Search:
     def _matches(self) -> Iterator[dict[Field, int]]:
         order = itertools.count()
         start: dict[Field, int] = dict(self.reading.pins)
-        queue = [(len(self._wrong(start)), 0, next(order), start)]
+        queue = [(len(self._wrong(self.reading.at(start))), 0, next(order), start)]
         seen = {frozenset(start.items())}
         while queue and next(order) < TRIALS:
             _, changes, _, assignment = heapq.heappop(queue)
-            wrong = self._wrong(assignment)
+            wrong = self._wrong(self.reading.at(assignment))
             if not wrong:
                 yield assignment
                 continue
@@ -186,11 +186,10 @@ class Search:
                 key = frozenset(successor.items())
                 if key not in seen:
                     seen.add(key)
-                    heapq.heappush(queue, (len(self._wrong(successor)), changes + 1, next(order), successor))
+                    heapq.heappush(queue, (len(self._wrong(self.reading.at(successor))), changes + 1, next(order), successor))
 
-    def _wrong(self, assignment: Assignment) -> list[SizeSlot]:
-        shapes = self.reading.at(assignment).shapes
-        return [(name, d) for (name, d), size in self._wanted.items() if d < 0 or shapes[name][d] != size]
+    def _wrong(self, sizes: Sizes) -> list[SizeSlot]:
+        return [(name, d) for (name, d), size in self._wanted.items() if d < 0 or sizes.shapes[name][d] != size]
 
     def _successors(self, assignment: dict[Field, int], wrong: list[SizeSlot]) -> Iterator[dict[Field, int]]:
         free = {field: v for field, v in self.candidates.items() if assignment.get(field, field.value) == field.value}
@@ -204,18 +203,18 @@ class Search:
                 yield from ({**assignment, field: value} for value in values)
 
     def _implied(self, solution: dict[Field, int]) -> dict[Field, int]:
-        """Set fields that no shape depends on but that the cut implies (GPT-2's ``n_head`` if hidden = heads * size).
+        """Set fields that change no shape but that the cut implies (GPT-2's ``n_head`` if hidden = heads * size).
 
         Every number that a module keeps must be an expression of the widths. A field is set if it leaves fewer that
         are not.
         """
         best, odd = solution, self.strange(self.reading.at(solution))
-        silent = [(f, v) for f, values in self.candidates.items() if odd and not self.moves[f] for v in values]
-        for field, value in silent:
-            trial = {**best, field: value}
-            remaining = self.strange(self.reading.at(trial))
-            if len(remaining) < len(odd):
-                best, odd = trial, remaining
+        for field, values in self.candidates.items() if odd else ():
+            for value in values if best.get(field, field.value) == field.value else ():
+                sizes = self.reading.at({**best, field: value})
+                remaining = self.strange(sizes)
+                if len(remaining) < len(odd) and not self._wrong(sizes):
+                    best, odd = {**best, field: value}, remaining
         return best
 
 

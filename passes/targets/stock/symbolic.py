@@ -9,10 +9,11 @@ number derived from others (hidden // heads, 4 * hidden). A second build, with a
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import sympy
@@ -24,7 +25,7 @@ from transformers.initialization import no_init_weights
 from mptk.compat.torch import Symbols, expression
 from mptk.compat.transformers import missing_attributes, without_generation
 from mptk.errors import MptkError
-from passes.targets.stock.attempt import Refusal, on_meta, quiet, refusal
+from passes.targets.stock.attempt import Refusal, on_meta, quiet, refusal, unchecked
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -134,14 +135,15 @@ class Reading:
 
     def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
         self.model_class, self.template, self.builds = model_class, config, 0
-        self._symbols = Symbols()
+        self._symbols, self._body = Symbols(), config.to_dict()
         self._integers: dict[Place, tuple[sympy.Symbol, Any]] = {}
         first = self._first()
         self._place = dict(first.symbols)
-        self._known = {symbol: _at(config, place) for place, symbol in first.symbols.items()}
+        values = dict(_places(self._body))
+        self._known = {symbol: values[place] for place, symbol in first.symbols.items()}
         self._dims, self._numbers = dict(first.dims), dict(first.numbers)
         self._defaults: dict[Field, tuple[Number, Number]] = {}
-        for second in self._with(first, sorted(first.missing | set(_empty(config)))):
+        for second in self._with(first, sorted(first.missing | self._empty())):
             self._pin(first, second)
         self.pins = {pin: pin.value for pin in self._defaults}
         self.fields = [*_grouped(self._known, first.symbols), *self.pins]
@@ -200,6 +202,14 @@ class Reading:
                 ) from error
             raise Unread(refusal(error, self.model_class)) from error
 
+    def _empty(self) -> set[Path]:
+        """The fields that are None and may be an integer."""
+        found = {path for path, value in _leaves(self._body) if value is None}
+        for kind, prefix in _parts(self.template):
+            if is_dataclass(kind):
+                found -= {(*prefix, f.name) for f in fields(kind) if "int" not in str(f.type)}
+        return found
+
     def _with(self, first: Read, paths: Sequence[Path]) -> Iterator[Read]:
         """Builds with symbols for the implicit fields at ``paths``: all at once, or in halves if the class differs."""
         if not paths:
@@ -216,30 +226,34 @@ class Reading:
 
     def _read(self, implicit: Sequence[Path]) -> Read:
         self.builds += 1
-        config = copy.deepcopy(self.template)
+        body = copy.deepcopy(self._body)
         symbols: dict[Place, sympy.Symbol] = {}
         missing: set[Path] = set()
-        parts = dict(_parts(config))
-        prefixes = {type(part): path for path, part in reversed(parts.items())}
+        prefixes = dict(_parts(self.template))
 
         def record(part: PreTrainedConfig, name: str) -> None:
             if type(part) in prefixes and not name.startswith("_"):
                 missing.add((*prefixes[type(part)], name))
 
-        for place in [*_places(config), *((path, None) for path in implicit)]:
-            value = TRIAL_VALUE if place[0] in implicit else _at(config, place)
-            if place not in self._integers:
-                name = "_".join((*place[0], "" if place[1] is None else str(place[1])))
-                self._integers[place] = self._symbols.integer(name, value)
-            symbols[place], integer = self._integers[place]
-            _write(parts, place, integer)
-        with quiet(), missing_attributes(record), no_init_weights(), without_generation():
-            with self._symbols.building(self.model_class.__module__):
+        for place, value in _places(body):
+            symbols[place], integer = self._integer(place, value)
+            put(body, place[0], () if place[1] is None else (place[1],), integer)
+        with quiet(), no_init_weights(), without_generation(), self._symbols.building(self.model_class.__module__):
+            config = unchecked(self.template, body)
+            for path in implicit:
+                symbols[path, None], integer = self._integer((path, None), TRIAL_VALUE)
+                vars(functools.reduce(getattr, path[:-1], config))[path[-1]] = integer
+            with missing_attributes(record):
                 model = self.model_class(config)
         dims = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             dims |= {(name, d): expression(size) for d, size in enumerate(tensor.shape)} or {(name, -1): 0}
         return Read(dims, _numbers(model, {name for name, _ in dims}), symbols, frozenset(missing))
+
+    def _integer(self, place: Place, value: int) -> tuple[sympy.Symbol, torch.SymInt]:
+        if place not in self._integers:
+            self._integers[place] = self._symbols.integer("_".join((*place[0], str(place[1]))), value)
+        return self._integers[place]
 
     def _pin(self, first: Read, second: Read) -> None:
         """Find what the implicit fields of the ``second`` build stand for, and take its expressions of them.
@@ -334,54 +348,37 @@ def _same(one: Number, other: Number, values: Mapping[sympy.Symbol, int]) -> boo
     return math.isclose(_value(one, values), _value(other, values))
 
 
-def _parts(config: PreTrainedConfig, prefix: Path = ()) -> Iterator[tuple[Path, PreTrainedConfig]]:
-    """The config and those within it, by path."""
-    yield prefix, config
+def _leaves(body: Mapping[str, object], prefix: Path = ()) -> Iterator[tuple[Path, object]]:
+    """The values of a config's dictionary, and of those within it."""
+    for key, value in body.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*prefix, str(key)))
+        else:
+            yield (*prefix, str(key)), value
+
+
+def _places(body: Mapping[str, object]) -> Iterator[tuple[Place, int]]:
+    """The positive integers, and those in lists."""
+    for path, value in _leaves(body):
+        for item, entry in enumerate(value) if isinstance(value, list) else ((None, value),):
+            if type(entry) is int and entry > 0:
+                yield (path, item), entry
+
+
+def put(body: dict[str, Any], path: Path, items: Collection[int], value: object) -> None:
+    """Set a field of a config's dictionary, or the ``items`` of a list."""
+    *parents, leaf = path
+    for key in parents:
+        body = body[key]
+    body[leaf] = [value if i in items else old for i, old in enumerate(body[leaf])] if items else value
+
+
+def _parts(config: PreTrainedConfig, prefix: Path = ()) -> Iterator[tuple[type, Path]]:
+    """The classes of a config and of those within it, with their paths; outer ones last."""
     for key, inner in vars(config).items():
         if isinstance(inner, PreTrainedConfig):
             yield from _parts(inner, (*prefix, key))
-
-
-def _items(config: PreTrainedConfig) -> Iterator[tuple[Path, object]]:
-    for prefix, part in _parts(config):
-        yield from (((*prefix, key), value) for key, value in vars(part).items() if not key.startswith("_"))
-
-
-def _empty(config: PreTrainedConfig) -> Iterator[Path]:
-    """The fields that are None."""
-    return (path for path, value in _items(config) if value is None)
-
-
-def _places(config: PreTrainedConfig) -> Iterator[Place]:
-    """The positive integers."""
-    for path, value in _items(config):
-        if _is_size(value):
-            yield path, None
-        elif isinstance(value, list):
-            yield from ((path, i) for i, entry in enumerate(value) if _is_size(entry))
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and value > 0
-
-
-def _at(config: PreTrainedConfig, place: Place) -> int:
-    (*parents, key), item = place
-    owner = config
-    for parent in parents:
-        owner = vars(owner)[parent]
-    value = vars(owner)[key]
-    return int(value if item is None else value[item])
-
-
-def _write(parts: Mapping[Path, PreTrainedConfig], place: Place, value: object) -> None:
-    """Put a value past the checks of the config's class."""
-    (*parents, key), item = place
-    fields = vars(parts[tuple(parents)])
-    if item is None:
-        fields[key] = value
-    else:
-        fields[key] = [value if i == item else entry for i, entry in enumerate(fields[key])]
+    yield type(config), prefix
 
 
 def _grouped(values: Mapping[sympy.Symbol, int], symbols: Mapping[Place, sympy.Symbol]) -> list[Field]:
@@ -397,4 +394,5 @@ def _free(number: Number) -> frozenset[sympy.Symbol]:
 
 
 def _value(number: Number, values: Mapping[sympy.Symbol, int]) -> Any:
-    return number.xreplace(values) if isinstance(number, sympy.Basic) else number
+    found = number.xreplace(dict(values)) if isinstance(number, sympy.Basic) else number
+    return int(found) if isinstance(found, sympy.Integer) else found

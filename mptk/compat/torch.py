@@ -226,7 +226,9 @@ class Symbols:
         """Within it modules are made without numbers, and ``int`` in the code of models and of the module ``own`` takes symbols."""
         mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
         with contextlib.ExitStack() as stack:
-            for module in [m for n, m in sys.modules.items() if n == own or ".modeling_" in n or ".configuration_" in n]:
+            for module in [
+                m for n, m in sys.modules.items() if n == own or ".modeling_" in n or ".configuration_" in n
+            ]:
                 stack.enter_context(_named(module, "int", _Integer))
             stack.enter_context(_named(normalization, "numbers", SimpleNamespace(Integral=_Integer)))
             stack.enter_context(_named(nn.Module, "to", lambda module, *_, **__: module))

@@ -157,9 +157,7 @@ def finished(
     return StockConfig(model_class, _with_scalars(config, scalars), changes, expressions)
 
 
-def assigned(
-    template: PreTrainedConfig, assignment: Assignment
-) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
+def assigned(template: PreTrainedConfig, assignment: Assignment) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
     """The config with ``assignment``, as ``configured`` gives it."""
     body = template.to_dict()
     for key, value in assignment.items():

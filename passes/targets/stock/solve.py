@@ -186,7 +186,9 @@ class Search:
                 key = frozenset(successor.items())
                 if key not in seen:
                     seen.add(key)
-                    heapq.heappush(queue, (len(self._wrong(self.reading.at(successor))), changes + 1, next(order), successor))
+                    heapq.heappush(
+                        queue, (len(self._wrong(self.reading.at(successor))), changes + 1, next(order), successor)
+                    )
 
     def _wrong(self, sizes: Sizes) -> list[SizeSlot]:
         return [(name, d) for (name, d), size in self._wanted.items() if d < 0 or sizes.shapes[name][d] != size]

@@ -137,10 +137,11 @@ class Reading:
         self.model_class, self.template, self.builds = model_class, config, 0
         self._symbols, self._body = Symbols(), config.to_dict()
         self._integers: dict[Place, tuple[sympy.Symbol, Any]] = {}
+        self._values = dict(_places(self._body))
+        self._places = [*self._values]
         first = self._first()
         self._place = dict(first.symbols)
-        values = dict(_places(self._body))
-        self._known = {symbol: values[place] for place, symbol in first.symbols.items()}
+        self._known = {symbol: self._values[place] for place, symbol in first.symbols.items()}
         self._dims, self._numbers = dict(first.dims), dict(first.numbers)
         self._defaults: dict[Field, tuple[Number, Number]] = {}
         for second in self._with(first, sorted(first.missing | self._empty())):
@@ -191,6 +192,7 @@ class Reading:
     # ---- reading ----
 
     def _first(self) -> Read:
+        """The build with a symbol for each integer of the config, or for those with which the class can be built."""
         try:
             return self._read([])
         except Exception as error:  # a model class may raise anything
@@ -200,7 +202,22 @@ class Reading:
                     f"{self.model_class.__name__} cannot be built from its own config ({built}); "
                     "repair the config, or choose a target that needs no stock class"
                 ) from error
-            raise Unread(refusal(error, self.model_class)) from error
+            every, self._places = self._places, []
+            self._admit(every)
+            if not self._places:
+                raise Unread(refusal(error, self.model_class)) from error
+            return self._read([])
+
+    def _admit(self, places: Sequence[Place]) -> None:
+        """Make symbols of the ``places`` with which the class can be built: all at once, or in halves."""
+        before = self._places
+        self._places = [*before, *places]
+        try:
+            self._read([])
+        except Exception:  # noqa: BLE001 (a model class may raise anything)
+            self._places = before
+            for half in (places[: len(places) // 2], places[len(places) // 2 :]) if len(places) > 1 else ():
+                self._admit(half)
 
     def _empty(self) -> set[Path]:
         """The fields that are None and may be an integer."""
@@ -235,8 +252,8 @@ class Reading:
             if type(part) in prefixes and not name.startswith("_"):
                 missing.add((*prefixes[type(part)], name))
 
-        for place, value in _places(body):
-            symbols[place], integer = self._integer(place, value)
+        for place in self._places:
+            symbols[place], integer = self._integer(place, self._values[place])
             put(body, place[0], () if place[1] is None else (place[1],), integer)
         with quiet(), no_init_weights(), without_generation(), self._symbols.building(self.model_class.__module__):
             config = unchecked(self.template, body)

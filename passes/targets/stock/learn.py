@@ -91,7 +91,7 @@ class Stock:
         self, family: str, widths: Iterable[int] | None = None, others: Mapping[str, int] | None = None
     ) -> list[int]:
         """The accepted widths of ``family`` among ``widths`` (None: all), with other families at ``others``."""
-        choices = range(1, self._space.families[family] + 1) if widths is None else widths
+        choices = range(1, self._families[family] + 1) if widths is None else widths
         return [w for w in choices if self.accepts({**(others or {}), family: w}) is None]
 
     def config(

@@ -6,10 +6,11 @@ import contextlib
 import linecache
 import logging
 import math
+import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import ModuleType, SimpleNamespace
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -175,6 +176,10 @@ def quiet_exporter() -> Iterator[None]:
         logger.setLevel(level)
 
 
+CODE = re.compile(r"\.(modeling|configuration)_")
+"""In the names of modules with the code of models."""
+
+
 class _Whole(type):
     def __instancecheck__(cls, value: object) -> bool:
         return isinstance(value, (int, torch.SymInt))
@@ -203,7 +208,7 @@ def _unknown(shape: Sequence[int]) -> Any:
 
 
 class Symbols:
-    """Integers that torch computes with as symbols: sizes of what is built within ``building`` are expressions of them."""
+    """Integers that torch computes with as symbols: the sizes of what is built from them are expressions of them."""
 
     def __init__(self) -> None:
         self._env = ShapeEnv(specialize_zero_one=False)  # type: ignore[no-untyped-call]
@@ -223,12 +228,13 @@ class Symbols:
 
     @contextlib.contextmanager
     def building(self, own: str) -> Iterator[None]:
-        """Within it modules are made without numbers, and ``int`` in the code of models and of the module ``own`` takes symbols."""
+        """Within it tensors are made without numbers, and the code of models and of the module ``own`` takes symbols.
+
+        What asks whether a number is an ``int``, or makes one of it, would refuse it or lose what it depends on.
+        """
         mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
         with contextlib.ExitStack() as stack:
-            for module in [
-                m for n, m in sys.modules.items() if n == own or ".modeling_" in n or ".configuration_" in n
-            ]:
+            for module in [m for name, m in sys.modules.items() if name == own or CODE.search(name)]:
                 stack.enter_context(_named(module, "int", _Integer))
             stack.enter_context(_named(normalization, "numbers", SimpleNamespace(Integral=_Integer)))
             stack.enter_context(_named(nn.Module, "to", lambda module, *_, **__: module))

@@ -94,7 +94,7 @@ def probe_config(
     return refused or search.reason()
 
 
-def attempts(search: Search) -> Iterator[tuple[dict[Field, int], Refusal | None]]:
+def attempts(search: Search) -> Iterator[tuple[Assignment, Refusal | None]]:
     """The first solutions of a search, each with None if the class built from it is what the search says."""
     for solution in itertools.islice(search.solutions(), ATTEMPTS):
         yield solution, contradicted(search, solution)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import attempts
-from passes.targets.stock.partners import Owners, groups
 from passes.targets.stock.solve import Expressions, Search
-from passes.targets.stock.symbolic import Field, Reading, Shapes, SizeSlot, differences
+from passes.targets.stock.symbolic import Field, Reading, Shapes, SizeSlot, differences, starred
 
 CutShapes = Callable[[Mapping[str, int]], Shapes]
 """Widths (missing families keep theirs) → shapes of the cut model's state dict."""
@@ -40,7 +38,8 @@ class Discovery:
     refusals: dict[str, Refusal] = field(default_factory=dict)
     together: list[frozenset[str]] = field(default_factory=list)
     solved: list[Widths] = field(default_factory=list)
-    _failed: dict[str, Search] = field(default_factory=dict)
+    _free: list[str] = field(default_factory=list)
+    _moved: dict[Field, frozenset[SizeSlot]] = field(default_factory=dict)
     _tried: dict[frozenset[str], Refusal | None] = field(default_factory=dict)
 
     @cached_property
@@ -59,21 +58,57 @@ class Discovery:
         """Try each family alone, then those that are refused with the owners of what their fields set."""
         for name in self.families:
             self._learn(frozenset((name,)))
-        refused = [name for name in self.refusals if name not in self.derived]
-        own = {n: self.touched[n] for n in refused}
-        owners = Owners(own, {n: self.touched[n] for n in self.derived if n in self.touched}, self.derived)
-        moved = {each: self.reading.moved(each) for each in self.space.alive} if refused else {}
-        for name in refused:
-            for group in groups(name, owners, moved):
-                if any(name in other for other in self.together) or group == frozenset((name,)):
+        self._free = [name for name in self.refusals if name not in self.derived]
+        self._moved = {each: self.reading.moved(each) for each in self.space.alive} if self._free else {}
+        for name in self._free:
+            for field_, group in self._groups(name):
+                if any(name in other for other in self.together):
                     break
-                why = group if isinstance(group, Refusal) else self._join(group)
-                if why is not None and why.kind == "numeric":
-                    self.refusals[name] = why
-        for name in refused:
-            for group in () if any(name in other for other in self.together) else self._partners(name):
-                if self._join(group) is None:
+                if self._join(group) is not None and (why := self._stays(field_)):
+                    self.refusals[name] = Refusal("numeric", name, why)
+
+    def _groups(self, name: str) -> Iterator[tuple[Field, frozenset[str]]]:
+        """The groups of ``name``: for each field that sets some of its sizes the families that own the others.
+
+        If these own more than the field sets, other fields must set that, and may bring families of their own: a second
+        group. Fields that set the most come first.
+        """
+        shared = {each: len(places & self.touched[name]) for each, places in self._moved.items()}
+        for each in sorted((f for f in shared if shared[f]), key=lambda f: -shared[f]):
+            group = whole = self._owners(frozenset((name,)), self._moved[each])
+            covered, others = self._moved[each], {f: places for f, places in self._moved.items() if f != each}
+            while others and (left := self._owned(whole) - covered):
+                best = max(others, key=lambda f: len(others[f] & left))
+                places = others.pop(best)
+                if not places & left:
                     break
+                whole, covered = self._owners(whole, places), covered | places
+            yield from ((each, found) for found in dict.fromkeys((group, whole)) if len(found) > 1)
+
+    def _owners(self, group: frozenset[str], places: frozenset[SizeSlot]) -> frozenset[str]:
+        """``group`` and the families that own the rest of ``places``, first where the fewest can.
+
+        Sizes that no family owns stay, which other fields may see to.
+        """
+        while True:
+            left = places - self._owned(group)
+            owners = {place: [n for n in self._free if place in self.touched[n]] for place in sorted(left)}
+            owned = [place for place in owners if owners[place]]
+            if not owned:
+                return group
+            place = min(owned, key=lambda p: len(owners[p]))
+            group |= {max(owners[place], key=lambda n: len(self.touched[n] & left))}
+
+    def _owned(self, group: frozenset[str]) -> frozenset[SizeSlot]:
+        """All dimensions that a cut of ``group`` changes."""
+        return frozenset().union(*(self.touched[name] for name in group))
+
+    def _stays(self, each: Field) -> str:
+        """Which family that a field sets must stay, and why; "" if none must."""
+        for name, why in self.derived.items():
+            for place in sorted(self.touched.get(name, frozenset()) & self._moved[each]):
+                return f"{each.name} also sets {starred(place[0])}, and {name} must stay: {why}"
+        return ""
 
     def _fields(self) -> Iterator[Field]:
         """The reading's fields, with a field for each set of a list's entries that set sizes of the same families."""
@@ -98,10 +133,10 @@ class Discovery:
         if len(failed) < len(trials):
             return None
         if len(group) == 1:
-            self.refusals[min(group)], self._failed[min(group)] = failed[0]
-        return failed[0][0]
+            self.refusals[min(group)] = failed[0]
+        return failed[0]
 
-    def _try(self, widths: Widths) -> tuple[Refusal, Search] | None:
+    def _try(self, widths: Widths) -> Refusal | None:
         """Solve a trial cut and learn from it. Returns None, or why there is no solution."""
         search, refused = Search(self.reading, self.space, self.shapes(widths), widths), None
         for solution, found in attempts(search) if self.real else ((s, None) for s in search.solutions()):
@@ -110,7 +145,7 @@ class Discovery:
                 self.solved.append(widths)
                 return None
             refused = refused or found
-        return refused or search.reason(), search
+        return refused or search.reason()
 
     def _join(self, group: frozenset[str]) -> Refusal | None:
         """``_learn`` a group, once, and keep it in ``together`` if the class can express it."""
@@ -119,19 +154,6 @@ class Discovery:
             if self._tried[group] is None:
                 self.together.append(group)
         return self._tried[group]
-
-    def _partners(self, name: str) -> list[frozenset[str]]:
-        """Groups in which the class may be able to express a refused family.
-
-        1. The family with one other refused family that shares a weight with it, or whose sizes its fields set.
-        2. The family with all refused families whose sizes its fields set.
-        """
-        tied, own = self._failed[name].tied(), {weight for weight, _ in self.touched[name]}
-        touched = {other: self.touched[other] for other in self.refusals if other != name}
-        shaped = {other for other, places in touched.items() if places & tied}
-        sharing = {other for other, places in touched.items() if own & {weight for weight, _ in places}}
-        pairs = [frozenset((name, other)) for other in sorted(shaped | sharing)]
-        return [*pairs, frozenset((name, *shaped))] if shaped else pairs
 
 
 def trial_widths(old: Mapping[str, int]) -> list[Widths]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig, assigned, contradicted, finished, misfit

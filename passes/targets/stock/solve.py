@@ -87,11 +87,13 @@ class Expressions:
             old = dense.numbers.get(name, math.nan)
             if math.isnan(old) or math.isclose(old, new, rel_tol=1e-9):
                 continue
-            if isinstance(old, int) and isinstance(new, int) and not name.endswith("]"):
-                if (old, new) in sizes or any(evaluate(e, widths, self.families) == new for e in self.of(old)):
-                    continue
-            found[name] = f"{starred(name)} changes from {old} to {new}"
+            whole = isinstance(old, int) and isinstance(new, int) and not name.endswith("]")
+            if not whole or ((old, new) not in sizes and not self._follows(old, new, widths)):
+                found[name] = f"{starred(name)} changes from {old} to {new}"
         return found
+
+    def _follows(self, old: int, new: int, widths: Mapping[str, int]) -> bool:
+        return any(evaluate(e, widths, self.families) == new for e in self.of(old))
 
 
 def evaluate(expression: Expression, widths: Mapping[str, int], families: Mapping[str, int]) -> int:
@@ -165,11 +167,6 @@ class Search:
         name, dimension = differences(self.reading.dense.shapes, self.target)[0]
         what = f"turns {self.reading.dense.shapes[name]} into {self.target[name]} (dimension {dimension})"
         return Refusal("shape", starred(name), f"no field of {type(self.reading.template).__name__} {what}")
-
-    def tied(self) -> frozenset[SizeSlot]:
-        """All dimensions that depend on a field of a wrong one: these are tied to the cut in the stock class."""
-        wrong = set(differences(self.reading.dense.shapes, self.target))
-        return frozenset().union(*(moved for moved in self.moves.values() if wrong & moved))
 
     def _matches(self) -> Iterator[dict[Field, int]]:
         order = itertools.count()

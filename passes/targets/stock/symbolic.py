@@ -3,7 +3,7 @@
 The class is built on tensors without numbers from a config whose integers are symbols. No field is known by name.
 
 *Implicit fields*: a field that is None, or that the constructor reads although the config lacks it, may stand for a
-number derived from others (hidden // heads, 4 * hidden). A second build, with a symbol in each such place, says which do.
+number derived from others (hidden // heads, 4 * hidden). A second build, with a symbol in each such place, tells.
 """
 
 from __future__ import annotations

@@ -61,11 +61,14 @@ class Discovery:
         self._free = [name for name in self.refusals if name not in self.derived]
         self._moved = {each: self.reading.moved(each) for each in self.space.alive} if self._free else {}
         for name in self._free:
-            for field_, group in self._groups(name):
+            for each, group in self._groups(name):
                 if any(name in other for other in self.together):
                     break
-                if self._join(group) is not None and (why := self._stays(field_)):
-                    self.refusals[name] = Refusal("numeric", name, why)
+                why = self._join(group)
+                if why is not None and (stays := self._stays(each)):
+                    why = Refusal("numeric", name, stays)
+                if why is not None and why.kind == "numeric":
+                    self.refusals[name] = why
 
     def _groups(self, name: str) -> Iterator[tuple[Field, frozenset[str]]]:
         """The groups of ``name``: for each field that sets some of its sizes the families that own the others.
@@ -86,7 +89,7 @@ class Discovery:
             yield from ((each, found) for found in dict.fromkeys((group, whole)) if len(found) > 1)
 
     def _owners(self, group: frozenset[str], places: frozenset[SizeSlot]) -> frozenset[str]:
-        """``group`` and the families that own the rest of ``places``, first where the fewest can.
+        """``group`` and the families that own the rest of ``places``, first where the fewest can, the smallest ones.
 
         Sizes that no family owns stay, which other fields may see to.
         """
@@ -97,7 +100,7 @@ class Discovery:
             if not owned:
                 return group
             place = min(owned, key=lambda p: len(owners[p]))
-            group |= {max(owners[place], key=lambda n: len(self.touched[n] & left))}
+            group |= {max(owners[place], key=lambda n: (len(self.touched[n] & left), -len(self.touched[n])))}
 
     def _owned(self, group: frozenset[str]) -> frozenset[SizeSlot]:
         """All dimensions that a cut of ``group`` changes."""

@@ -5,26 +5,19 @@ from __future__ import annotations
 import contextlib
 import linecache
 import logging
-import math
-import re
-import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import FunctionSchema, Tensor, fx, nn
+from torch import FunctionSchema, Tensor, fx
 from torch import _check as check
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph_module import _loader
-from torch.nn.modules import normalization
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
@@ -174,90 +167,3 @@ def quiet_exporter() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-CODE = re.compile(r"\.(modeling|configuration)_")
-"""In the names of modules with the code of models."""
-
-
-class _Whole(type):
-    def __instancecheck__(cls, value: object) -> bool:
-        return isinstance(value, (int, torch.SymInt))
-
-
-class _Integer(metaclass=_Whole):
-    """``int`` that keeps a symbolic number symbolic."""
-
-    def __new__(cls, value: Any = 0, *base: int) -> Any:
-        if isinstance(value, torch.SymFloat):
-            return value.__trunc__()
-        return value if isinstance(value, torch.SymInt) else int(value, *base)
-
-
-class _NoNumbers(TorchFunctionMode):
-    """Within it a number read from a tensor without numbers is NaN."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.item, Tensor.tolist) and isinstance(args[0], FakeTensor):
-            return _unknown(() if func is Tensor.item else args[0].shape)
-        return func(*args, **(kwargs or {}))
-
-
-def _unknown(shape: Sequence[int]) -> Any:
-    return [_unknown(shape[1:]) for _ in range(shape[0])] if shape else math.nan
-
-
-class Symbols:
-    """Integers that torch computes with as symbols: the sizes of what is built from them are expressions of them."""
-
-    def __init__(self) -> None:
-        self._env = ShapeEnv(specialize_zero_one=False)  # type: ignore[no-untyped-call]
-
-    def integer(self, name: str, value: int) -> tuple[Any, torch.SymInt]:
-        """The sympy symbol of a new integer, and the integer itself. Where Python needs a number it is ``value``."""
-        from torch._dynamo.source import ConstantSource  # takes time, so not before a trace
-
-        symbol = self._env.create_symbol(
-            value,
-            ConstantSource(name),
-            dynamic_dim=DimDynamic.DYNAMIC,
-            constraint_dim=None,
-            do_not_specialize_zero_one=True,
-        )
-        return symbol, self._env.create_symintnode(symbol, hint=value, source=None)
-
-    @contextlib.contextmanager
-    def building(self, own: str) -> Iterator[None]:
-        """Within it tensors are made without numbers, and the code of models and of the module ``own`` takes symbols.
-
-        What asks whether a number is an ``int``, or makes one of it, would refuse it or lose what it depends on.
-        """
-        mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
-        with contextlib.ExitStack() as stack:
-            for module in [m for name, m in sys.modules.items() if name == own or CODE.search(name)]:
-                stack.enter_context(_named(module, "int", _Integer))
-            stack.enter_context(_named(normalization, "numbers", SimpleNamespace(Integral=_Integer)))
-            stack.enter_context(_named(nn.Module, "to", lambda module, *_, **__: module))
-            stack.enter_context(_named(torch.SymInt, "__hash__", lambda number: hash(number.node.hint)))
-            for context in (self._env.suppress_guards(), mode, torch.device("cpu"), _NoNumbers()):
-                stack.enter_context(context)
-            yield
-
-
-@contextlib.contextmanager
-def _named(module: Any, name: str, value: object) -> Iterator[None]:
-    absent = object()
-    before = vars(module).get(name, absent)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        if before is absent:
-            delattr(module, name)
-        else:
-            setattr(module, name, before)
-
-
-def expression(number: object) -> Any:
-    """A number as a sympy expression if it is symbolic, or itself."""
-    return number.node.expr if isinstance(number, (torch.SymInt, torch.SymFloat)) else number

@@ -92,8 +92,8 @@ class Expressions:
                 found[name] = f"{starred(name)} changes from {old} to {new}"
         return found
 
-    def _follows(self, old: int, new: int, widths: Mapping[str, int]) -> bool:
-        return any(evaluate(e, widths, self.families) == new for e in self.of(old))
+    def _follows(self, old: float, new: float, widths: Mapping[str, int]) -> bool:
+        return any(evaluate(e, widths, self.families) == new for e in self.of(int(old)))
 
 
 def evaluate(expression: Expression, widths: Mapping[str, int], families: Mapping[str, int]) -> int:

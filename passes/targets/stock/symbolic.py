@@ -12,17 +12,16 @@ import copy
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
-import sympy
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from mptk.compat.torch import Symbols, expression
+from mptk.compat.symbols import Number, Symbol, Symbols, compiled, expression, symbols_in, value_of
 from mptk.compat.transformers import missing_attributes, without_generation
 from mptk.errors import MptkError
 from passes.targets.stock.attempt import Refusal, on_meta, quiet, refusal, unchecked
@@ -31,32 +30,13 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 SizeSlot = tuple[str, int]
 """One dimension of one parameter; dimension -1 if the number of dimensions differs."""
-Number = Any
-"""A sympy expression, an int or a float."""
+Key = TypeVar("Key")
 TRIAL_VALUE = 8
 """Of an implicit field, where Python needs a number."""
-OPERATORS: Mapping[str, Callable[..., float]] = {
-    "FloorDiv": lambda a, b: a // b,
-    "CleanDiv": lambda a, b: a // b,
-    "CeilDiv": lambda a, b: -(-a // b),
-    "IntTrueDiv": lambda a, b: a / b,
-    "FloatTrueDiv": lambda a, b: a / b,
-    "Mod": lambda a, b: a % b,
-    "PythonMod": lambda a, b: a % b,
-    "FloatPow": pow,
-    "PowByNatural": pow,
-    "ToFloat": float,
-    "TruncToInt": math.trunc,
-    "TruncToFloat": math.trunc,
-    "CeilToInt": math.ceil,
-    "FloorToInt": math.floor,
-    "RoundToInt": round,
-    "OpaqueUnaryFn_sqrt": math.sqrt,
-    "Where": lambda c, a, b: a if c else b,
-    "Max": max,
-    "Min": min,
-}
-"""torch's names of operators in expressions."""
+
+
+ANY = frozenset(("auto_map", "gradient_checkpointing", "quantization_config"))
+"""What transformers asks the config of any model for."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +87,7 @@ class Read:
 
     dims: Mapping[SizeSlot, Number]
     numbers: Mapping[str, Number]
-    symbols: Mapping[Place, sympy.Symbol]
+    symbols: Mapping[Place, Symbol]
     missing: frozenset[Path]
 
 
@@ -136,7 +116,7 @@ class Reading:
     def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
         self.model_class, self.template, self.builds = model_class, config, 0
         self._symbols, self._body = Symbols(), config.to_dict()
-        self._integers: dict[Place, tuple[sympy.Symbol, Any]] = {}
+        self._integers: dict[Place, tuple[Symbol, int | torch.SymInt]] = {}
         self._values = dict(_places(self._body))
         self._places = [*self._values]
         first = self._first()
@@ -148,8 +128,8 @@ class Reading:
             self._pin(first, second)
         self.pins = {pin: pin.value for pin in self._defaults}
         self.fields = [*_grouped(self._known, first.symbols), *self.pins]
-        self._compiled = _compile([*self._dims.values(), *self._numbers.values()], [*self._known])
-        self._unset = _compile([n for pair in self._defaults.values() for n in pair], [*self._known])
+        self._compiled = compiled([*self._dims.values(), *self._numbers.values()], [*self._known])
+        self._unset = compiled([n for pair in self._defaults.values() for n in pair], [*self._known])
         self.dense = self.at({})
 
     def at(self, assignment: Assignment) -> Sizes:
@@ -169,7 +149,7 @@ class Reading:
     def moved(self, field: Field) -> frozenset[SizeSlot]:
         """The dimensions that depend on the field."""
         own = self._of(field)
-        return frozenset(slot for slot, size in self._dims.items() if not own.isdisjoint(_free(size)))
+        return frozenset(slot for slot, size in self._dims.items() if not own.isdisjoint(symbols_in(size)))
 
     def entries(self, field: Field) -> list[Field]:
         """A field for each entry of a list."""
@@ -186,7 +166,7 @@ class Reading:
                 found.setdefault((size, target[name][dimension]), (name, dimension))
         return {slot: wanted for (_, wanted), slot in found.items()}
 
-    def _of(self, field: Field) -> set[sympy.Symbol]:
+    def _of(self, field: Field) -> set[Symbol]:
         return {self._place[field.path, item] for item in (field.items or (None,))}
 
     # ---- reading ----
@@ -244,12 +224,12 @@ class Reading:
     def _read(self, implicit: Sequence[Path]) -> Read:
         self.builds += 1
         body = copy.deepcopy(self._body)
-        symbols: dict[Place, sympy.Symbol] = {}
+        symbols: dict[Place, Symbol] = {}
         missing: set[Path] = set()
         prefixes = dict(_parts(self.template))
 
         def record(part: PreTrainedConfig, name: str) -> None:
-            if type(part) in prefixes and not name.startswith("_"):
+            if type(part) in prefixes and not name.startswith("_") and name not in ANY:
                 missing.add((*prefixes[type(part)], name))
 
         for place in self._places:
@@ -262,12 +242,12 @@ class Reading:
                 vars(functools.reduce(getattr, path[:-1], config))[path[-1]] = integer
             with missing_attributes(record):
                 model = self.model_class(config)
-        dims = {}
+        dims: dict[SizeSlot, Number] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             dims |= {(name, d): expression(size) for d, size in enumerate(tensor.shape)} or {(name, -1): 0}
         return Read(dims, _numbers(model, {name for name, _ in dims}), symbols, frozenset(missing))
 
-    def _integer(self, place: Place, value: int) -> tuple[sympy.Symbol, torch.SymInt]:
+    def _integer(self, place: Place, value: int) -> tuple[Symbol, int | torch.SymInt]:
         if place not in self._integers:
             self._integers[place] = self._symbols.integer("_".join((*place[0], str(place[1]))), value)
         return self._integers[place]
@@ -278,33 +258,30 @@ class Reading:
         A trial value t turns a size s into s·t/v, which gives v. v is right if it changes no size.
         """
         new = {symbol: path for (path, _), symbol in second.symbols.items() if symbol not in self._known}
-        known, wrong = {**self._known}, set[sympy.Symbol]()
+        known, wrong = {**self._known}, set[Symbol]()
         for _ in new:
             for slot, size in second.dims.items():
-                left = (_free(size) & new.keys()) - known.keys()
+                left = (symbols_in(size) & new.keys()) - known.keys()
                 if len(left) != 1:
                     continue
                 (symbol,) = left
-                dense = _value(first.dims[slot], known)
-                value, rest = divmod(dense * TRIAL_VALUE, _value(size, {**known, symbol: TRIAL_VALUE}) or dense * 9)
+                dense = value_of(first.dims[slot], known)
+                value, rest = divmod(dense * TRIAL_VALUE, value_of(size, {**known, symbol: TRIAL_VALUE}) or dense * 9)
                 known[symbol] = value
                 if rest or value < 1:
                     wrong.add(symbol)
                 else:
                     self._defaults[Field(new[symbol], value, implicit=True)] = first.dims[slot], size
         for slot, size in second.dims.items():
-            if (own := _free(size) & new.keys()) and _value(size, known) != _value(first.dims[slot], known):
+            if (own := symbols_in(size) & new.keys()) and value_of(size, known) != value_of(first.dims[slot], known):
                 wrong |= own
         for pin in [pin for pin in self._defaults if second.symbols.get((pin.path, None)) in wrong]:
             del self._defaults[pin]
         pins = known.keys() - wrong
         self._place |= {place: symbol for place, symbol in second.symbols.items() if symbol in pins}
         self._known |= {symbol: value for symbol, value in known.items() if symbol in pins}
-        for mine, theirs in ((self._dims, second.dims), (self._numbers, second.numbers)):
-            for key in mine.keys() & theirs.keys():
-                own = _free(theirs[key])
-                if own & new.keys() and own <= pins and _same(theirs[key], mine[key], known):
-                    mine[key] = theirs[key]
+        _take(self._dims, second.dims, new.keys(), {s: v for s, v in known.items() if s in pins})
+        _take(self._numbers, second.numbers, new.keys(), {s: v for s, v in known.items() if s in pins})
 
 
 def differences(shapes: Shapes, target: Shapes) -> list[SizeSlot]:
@@ -346,23 +323,15 @@ def _numbers(model: nn.Module, saved: Container[str]) -> dict[str, Number]:
     return found
 
 
-def _compile(numbers: Sequence[Number], symbols: Sequence[sympy.Symbol]) -> Callable[..., list[Any]]:
-    """A function of the symbols' values that gives the numbers."""
-    unique = dict.fromkeys(n for n in numbers if _free(n))
-    run = sympy.lambdify(symbols, [*unique], modules=[OPERATORS, "math"])
-    index = {number: i for i, number in enumerate(unique)}
-    places = [index.get(n) if _free(n) else None for n in numbers]
-    plain = [n if place is None else None for n, place in zip(numbers, places, strict=True)]
-
-    def values(*given: int) -> list[Any]:
-        found = run(*given)
-        return [p if at is None else found[at] for p, at in zip(plain, places, strict=True)]
-
-    return values
-
-
-def _same(one: Number, other: Number, values: Mapping[sympy.Symbol, int]) -> bool:
-    return math.isclose(_value(one, values), _value(other, values))
+def _take(
+    mine: dict[Key, Number], theirs: Mapping[Key, Number], new: Collection[Symbol], values: Mapping[Symbol, int]
+) -> None:
+    """Replace numbers by those that have a ``new`` symbol and are equal at ``values``."""
+    for key in mine.keys() & theirs.keys():
+        own = symbols_in(theirs[key])
+        known = not own.isdisjoint(new) and own <= values.keys()
+        if known and math.isclose(value_of(theirs[key], values), value_of(mine[key], values)):
+            mine[key] = theirs[key]
 
 
 def _leaves(body: Mapping[str, object], prefix: Path = ()) -> Iterator[tuple[Path, object]]:
@@ -398,18 +367,9 @@ def _parts(config: PreTrainedConfig, prefix: Path = ()) -> Iterator[tuple[type, 
     yield type(config), prefix
 
 
-def _grouped(values: Mapping[sympy.Symbol, int], symbols: Mapping[Place, sympy.Symbol]) -> list[Field]:
+def _grouped(values: Mapping[Symbol, int], symbols: Mapping[Place, Symbol]) -> list[Field]:
     """A field for each integer, and one for all equal ones of a list."""
     found: dict[tuple[Path, int], list[int]] = {}
     for (path, item), symbol in symbols.items():
         found.setdefault((path, values[symbol]), []).extend(() if item is None else (item,))
     return [Field(path, value, tuple(items)) for (path, value), items in found.items()]
-
-
-def _free(number: Number) -> frozenset[sympy.Symbol]:
-    return frozenset(number.free_symbols) if isinstance(number, sympy.Basic) else frozenset()
-
-
-def _value(number: Number, values: Mapping[sympy.Symbol, int]) -> Any:
-    found = number.xreplace(dict(values)) if isinstance(number, sympy.Basic) else number
-    return int(found) if isinstance(found, sympy.Integer) else found

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from mptk.compat.symbols import Number, Symbol, Symbols, compiled, expression, symbols_in, value_of
@@ -35,8 +35,8 @@ TRIAL_VALUE = 8
 """Of an implicit field, where Python needs a number."""
 
 
-ANY = frozenset(("auto_map", "gradient_checkpointing", "quantization_config"))
-"""What transformers asks the config of any model for."""
+NO_SIZES = {*vars(GenerationConfig()), "auto_map", "gradient_checkpointing", "quantization_config"}
+"""What transformers asks the config of any model for: no implicit sizes."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,15 @@ class Reading:
         self._known = {symbol: self._values[place] for place, symbol in first.symbols.items()}
         self._dims, self._numbers = dict(first.dims), dict(first.numbers)
         self._defaults: dict[Field, tuple[Number, Number]] = {}
-        for second in self._with(first, sorted(first.missing | self._empty())):
+        implicit = [path for path in sorted(first.missing | self._empty()) if path[-1] not in NO_SIZES]
+        for second in self._with(first, implicit):
             self._pin(first, second)
         self.pins = {pin: pin.value for pin in self._defaults}
         self.fields = [*_grouped(self._known, first.symbols), *self.pins]
         self._compiled = compiled([*self._dims.values(), *self._numbers.values()], [*self._known])
         self._unset = compiled([n for pair in self._defaults.values() for n in pair], [*self._known])
         self.dense = self.at({})
+        del self._symbols, self._integers  # torch's record of all sizes
 
     def at(self, assignment: Assignment) -> Sizes:
         """What the class has with ``assignment``. Implicit fields that are not in it follow the others."""
@@ -229,7 +231,7 @@ class Reading:
         prefixes = dict(_parts(self.template))
 
         def record(part: PreTrainedConfig, name: str) -> None:
-            if type(part) in prefixes and not name.startswith("_") and name not in ANY:
+            if type(part) in prefixes and not name.startswith("_"):
                 missing.add((*prefixes[type(part)], name))
 
         for place in self._places:

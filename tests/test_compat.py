@@ -35,6 +35,7 @@ from transformers import (
     MambaForCausalLM,
     PreTrainedConfig,
 )
+from transformers.models.llama import modeling_llama
 
 import mptk
 from mptk.compat import torch as compat
@@ -115,6 +116,7 @@ def test_sizes_of_modules_are_expressions_of_symbols() -> None:
     with symbols.building(__name__):
         layers = nn.Sequential(nn.Linear(width, heads * 3), nn.LayerNorm(width)).to(torch.float16)
         part, known = two_fifths(width), {width, heads}
+        assert vars(modeling_llama)["int"](width) is width, "the code of parts of a model"
         rate = torch.linspace(0, 1, width).tolist()[0]
     sizes = [expression(size) for weight in layers.state_dict().values() for size in weight.shape]
     assert [symbols_in(size) for size in sizes] == [{b}, {a}, {b}, {a}, {a}], changed("torch", "symbolic sizes")

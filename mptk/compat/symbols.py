@@ -21,19 +21,21 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.nn.modules import normalization
 from torch.overrides import TorchFunctionMode
 
+from mptk.compat.torch import uncached_operators
+
 Symbol: TypeAlias = sympy.Symbol
 Number: TypeAlias = Any
 """A sympy expression, an int or a float."""
 CODE = re.compile(r"\.(modeling|configuration)_")
 """In the names of modules with the code of models."""
 OPERATORS: Mapping[str, Callable[..., float]] = {
-    "FloorDiv": lambda a, b: a // b,
-    "CleanDiv": lambda a, b: a // b,
-    "CeilDiv": lambda a, b: -(-a // b),
-    "IntTrueDiv": lambda a, b: a / b,
-    "FloatTrueDiv": lambda a, b: a / b,
-    "Mod": lambda a, b: a % b,
-    "PythonMod": lambda a, b: a % b,
+    "FloorDiv": lambda a, b: a // b if b else 0,
+    "CleanDiv": lambda a, b: a // b if b else 0,
+    "CeilDiv": lambda a, b: -(-a // b) if b else 0,
+    "IntTrueDiv": lambda a, b: a / b if b else 0.0,
+    "FloatTrueDiv": lambda a, b: a / b if b else 0.0,
+    "Mod": lambda a, b: a % b if b else 0,
+    "PythonMod": lambda a, b: a % b if b else 0,
     "FloatPow": pow,
     "PowByNatural": pow,
     "ToFloat": float,
@@ -47,7 +49,7 @@ OPERATORS: Mapping[str, Callable[..., float]] = {
     "Max": max,
     "Min": min,
 }
-"""torch's names of operators in expressions."""
+"""torch's names of operators in expressions. A quotient by 0 is 0, which is no size of a weight."""
 
 
 class _Whole(type):
@@ -102,8 +104,9 @@ class Symbols:
 
         What asks whether a number is an ``int``, or makes one of it, would refuse it or lose what it depends on.
         """
-        mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(uncached_operators())
+            mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
             for module in [m for name, m in sys.modules.items() if name == own or CODE.search(name)]:
                 stack.enter_context(_named(module, "int", _Integer))
             stack.enter_context(_named(normalization, "numbers", SimpleNamespace(Integral=_Integer)))

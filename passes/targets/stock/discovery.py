@@ -78,20 +78,25 @@ class Discovery:
         """
         shared = {each: len(places & self.touched[name]) for each, places in self._moved.items()}
         for each in sorted((f for f in shared if shared[f]), key=lambda f: -shared[f]):
-            group = whole = self._owners(frozenset((name,)), self._moved[each])
-            covered, others = self._moved[each], {f: places for f, places in self._moved.items() if f != each}
-            while others and (left := self._owned(whole) - covered):
-                best = max(others, key=lambda f: len(others[f] & left))
-                places = others.pop(best)
-                if not places & left:
-                    break
-                whole, covered = self._owners(whole, places), covered | places
-            yield from ((each, found) for found in dict.fromkeys((group, whole)) if len(found) > 1)
+            found = [group for small in (False, True) for group in self._grown(name, each, small)]
+            yield from ((each, group) for group in dict.fromkeys(found) if len(group) > 1)
 
-    def _owners(self, group: frozenset[str], places: frozenset[SizeSlot]) -> frozenset[str]:
-        """``group`` and the families that own the rest of ``places``, first where the fewest can, the smallest ones.
+    def _grown(self, name: str, each: Field, small: bool) -> tuple[frozenset[str], frozenset[str]]:
+        group = whole = self._owners(frozenset((name,)), self._moved[each], small)
+        covered, others = self._moved[each], {f: places for f, places in self._moved.items() if f != each}
+        while others and (left := self._owned(whole) - covered):
+            best = max(others, key=lambda f: len(others[f] & left))
+            places = others.pop(best)
+            if not places & left:
+                break
+            whole, covered = self._owners(whole, places, small), covered | places
+        return group, whole
 
-        Sizes that no family owns stay, which other fields may see to.
+    def _owners(self, group: frozenset[str], places: frozenset[SizeSlot], small: bool) -> frozenset[str]:
+        """``group`` and the families that own the rest of ``places``, first where the fewest can.
+
+        Sizes that no family owns stay, which other fields may see to. ``small``: of families that own as many of these
+        sizes take the one that owns the fewest others.
         """
         while True:
             left = places - self._owned(group)
@@ -100,7 +105,7 @@ class Discovery:
             if not owned:
                 return group
             place = min(owned, key=lambda p: len(owners[p]))
-            group |= {max(owners[place], key=lambda n: (len(self.touched[n] & left), -len(self.touched[n])))}
+            group |= {max(owners[place], key=lambda n: (len(self.touched[n] & left), -small * len(self.touched[n])))}
 
     def _owned(self, group: frozenset[str]) -> frozenset[SizeSlot]:
         """All dimensions that a cut of ``group`` changes."""

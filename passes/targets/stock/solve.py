@@ -56,6 +56,11 @@ class Expressions:
         found = {field: {evaluate(e, widths, self.families) for e in alive} for field, alive in self.alive.items()}
         return {field: sorted(values - {field.value}) for field, values in found.items() if values - {field.value}}
 
+    def forced(self, widths: Mapping[str, int]) -> dict[Field, int]:
+        """The values of the fields that earlier solutions made products of families."""
+        found = {f: {evaluate(e, widths, self.families) for e in alive} for f, alive in self.alive.items()}
+        return {f: min(values) for f, values in found.items() if values and (f.value,) not in self.alive[f]}
+
     def observe(self, widths: Mapping[str, int], assignment: Assignment) -> None:
         """Keep the expressions that agree with a model of these ``widths`` and of the fields in ``assignment``."""
         for field, alive in self.alive.items():
@@ -138,6 +143,15 @@ class Search:
                 self._strange = self._strange or Refusal("numeric", starred(name), f"not the same function: {what}")
             else:
                 yield solution
+                yield from self._silent(solution)
+
+    def _silent(self, solution: dict[Field, int]) -> Iterator[dict[Field, int]]:
+        """The same with one more field set that changes no shape: the class may not take it unless they agree."""
+        for field, values in self.candidates.items():
+            for value in values if solution.get(field, field.value) == field.value else ():
+                sizes = self.reading.at({**solution, field: value})
+                if sizes != self.reading.at(solution) and not self._wrong(sizes) and not self.strange(sizes):
+                    yield {**solution, field: value}
 
     def names(self) -> Refusal | None:
         """A weight that only the class, or only the target has."""
@@ -170,7 +184,7 @@ class Search:
 
     def _matches(self) -> Iterator[dict[Field, int]]:
         order = itertools.count()
-        start: dict[Field, int] = dict(self.reading.pins)
+        start = {**self.reading.pins, **self.space.forced(self.widths)}
         queue = [(len(self._wrong(self.reading.at(start))), 0, next(order), start)]
         seen = {frozenset(start.items())}
         while queue and next(order) < TRIALS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -70,7 +71,7 @@ def test_what_a_class_decides_by_a_size_is_found_by_a_build(monkeypatch: pytest.
 
 
 def test_a_number_that_cannot_be_a_symbol_stays_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Toy, "inner", staticmethod(lambda config: config.kinds[0].bit_length() * config.half))
+    monkeypatch.setattr(Toy, "inner", staticmethod(lambda config: (json.loads(str(config.kinds[0])) - 1) * config.half))
     spec = Spec(Toy(ToyConfig(kinds=[3, 1])), {"half": 5}, [12, 2], {"up": ((2, "half"), 12)})
     stock = spec.discover()
     assert stock.expressions == {"half": (("half",),)}

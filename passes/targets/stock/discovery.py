@@ -74,11 +74,12 @@ class Discovery:
         """The groups of ``name``: for each field that sets some of its sizes the families that own the others.
 
         If these own more than the field sets, other fields must set that, and may bring families of their own: a second
-        group. Fields that set the most come first.
+        group. Fields that set the most come first. Last comes a pair with each owner.
         """
         shared = {each: len(places & self.touched[name]) for each, places in self._moved.items()}
         for each in sorted((f for f in shared if shared[f]), key=lambda f: -shared[f]):
             found = [group for small in (False, True) for group in self._grown(name, each, small)]
+            found += [frozenset((name, n)) for n in self._free if self.touched[n] & self._moved[each]]
             yield from ((each, group) for group in dict.fromkeys(found) if len(group) > 1)
 
     def _grown(self, name: str, each: Field, small: bool) -> tuple[frozenset[str], frozenset[str]]:

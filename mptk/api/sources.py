@@ -162,7 +162,7 @@ def collected(data: Any, loaded: Loaded, task: Task, count: int, length: int, se
     if _is_text(data):
         inputs = {"input_ids": _windows(list(data), loaded, count, length, seed)}
     elif isinstance(data, list | tuple) and any(isinstance(each, str | bytes) for each in data):
-        raise MptkError("data holds strings beside other values, or bytes; give a list of strings alone")
+        raise MptkError("data holds strings beside other values, or bytes; give a list of only strings")
     elif isinstance(data, Tensor | Mapping):
         inputs = named_inputs(names, data, like)
     else:

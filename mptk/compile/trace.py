@@ -43,7 +43,7 @@ def traced(
 
     If its trace holds one length alone (``Program.length``), that is ``length`` or ``LONGEST``, whichever is less.
     ``like``: samples that it will run on. If these are no token ids and as large as the task's example, it holds that
-    size alone: with a symbolic height and width, export of a tiny Swin does not end in 90 s, and else takes 5 s.
+    size only: with a symbolic height and width, export of a tiny Swin does not end in 90 s, and else takes 5 s.
     ``eager``: compare with the module itself, since the program's graph takes its place. A plain module always is.
 
     Raises:

@@ -70,7 +70,8 @@ def traced(
         nonlocal ran
         batch = samples if fixed is None else samples.of_length(fixed)
         found: Tensor | tuple[Tensor, ...] = next(executor.outputs([program], [batch.tensors]))
-        check_alive(loaded.source, program, (found,) if isinstance(found, Tensor) else found)
+        outputs = (found,) if isinstance(found, Tensor) else found
+        check_alive(loaded.source, program, outputs, untrained=not isinstance(loaded.model, PreTrainedModel))
         ran += 1
         return found if fixed is None or not isinstance(found, Tensor) else found[:, : samples.tensors[0].shape[1]]
 

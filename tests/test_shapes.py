@@ -273,7 +273,7 @@ def test_a_report_shows_the_ranking_of_the_run_that_searched(
     said = json.loads((folder / "report.json").read_text())
     said["search"]["shapes"][1]["widths"] = {"ffn": 3}
     (folder / "report.json").write_text(json.dumps(said))
-    with pytest.raises(MptkError, match="search has shapes of different families"):
+    with pytest.raises(MptkError, match="search: its shapes have different families"):
         mptk.Report.read(folder)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from mptk.conform import made
 
@@ -37,7 +39,7 @@ class Shape:
     latency_ms: float | None
     masked: float
     reconstructed: float | None = None
-    rungs: Sequence[Rung] = ()
+    rungs: tuple[Rung, ...] = ()
 
     @property
     def stages(self) -> tuple[float, ...]:
@@ -67,14 +69,6 @@ class Shape:
         """The shape as JSON data, as it is read back from a file."""
         return {**asdict(self), "rungs": [asdict(rung) for rung in self.rungs]}
 
-    @staticmethod
-    def from_json(data: object) -> Shape:
-        """What ``to_json`` gave. Raises ValueError if it is no shape."""
-        rows = data.get("rungs") if isinstance(data, Mapping) else None
-        if not isinstance(data, Mapping) or not isinstance(rows, list):
-            raise ValueError("it is no shape")
-        return made(Shape, {**data, "rungs": tuple(made(Rung, row, "rungs") for row in rows)}, "")
-
 
 @dataclass(frozen=True)
 class Shapes:
@@ -87,7 +81,7 @@ class Shapes:
     model: str
     protocol: str
     dense: Shape
-    shapes: tuple[Shape, ...]
+    shapes: Annotated[tuple[Shape, ...], Field(min_length=1)]
     perplexity: bool = True
     command: str = ""
 
@@ -128,14 +122,12 @@ class Shapes:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Shapes:
         """What ``to_json`` gave. Raises ValueError if it is no search."""
-        rows = data.get("shapes")
-        if not isinstance(rows, list) or not rows or data.get("metric") not in ("perplexity", "loss"):
-            raise ValueError("search is no ranking of shapes")
-        shapes, dense = tuple(map(Shape.from_json, rows)), Shape.from_json(data.get("dense"))
-        if any(shape.widths.keys() != shapes[0].widths.keys() for shape in (dense, *shapes)):
-            raise ValueError("search has shapes of different families")
-        perplexity = data["metric"] == "perplexity"
-        return made(Shapes, {**data, "dense": dense, "shapes": shapes, "perplexity": perplexity}, "search")
+        if data.get("metric") not in ("perplexity", "loss"):
+            raise ValueError("it has no metric")
+        found = made(Shapes, {**data, "perplexity": data["metric"] == "perplexity"})
+        if any(shape.widths.keys() != found.best.widths.keys() for shape in (found.dense, *found.shapes)):
+            raise ValueError("its shapes have different families")
+        return found
 
 
 def ranked(shapes: Sequence[Shape]) -> tuple[Shape, ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mptk.compile.dense_outputs import with_outputs
+from mptk.conform import made
 from mptk.errors import MptkError
 from mptk.files import write_json
 from mptk.ir.passes import Log
@@ -132,7 +133,7 @@ class Search:
         if not path.is_file():
             return None
         try:
-            shape = Shape.from_json(self.folder.read(file_of(number)))
+            shape = made(Shape, self.folder.read(file_of(number)))
         except ValueError as error:
             raise MptkError(f"{path} is damaged: {error}; remove it, and start again with --resume") from error
         return shape if dict(shape.widths) == dict(self.prepared.candidates[number].widths) else None

@@ -10,11 +10,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mptk.ir.families import Analysis
 from mptk.plain import plain
+from mptk.protocols.report import unreadable
 from mptk.protocols.shapes import Shapes
 from mptk.report.page import charts, shapes, words
 from mptk.report.page.compare import Comparable, front, grouped, pareto_chart
 from mptk.report.page.coupling import coupled, coupling_chart
-from mptk.report.page.runs import Run, guarded, model_name, whole
+from mptk.report.page.runs import Run, model_name, whole
 from mptk.report.page.svg import Svg, require_matplotlib
 from mptk.version import __version__
 from passes.targets.legalize import LegalWidths
@@ -141,7 +142,7 @@ def run_view(run: Run) -> RunView:
             stages=charts.stages_chart(run),
         )
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
-        raise guarded(run, error) from error
+        raise unreadable(run.name, error) from error
 
 
 def tiles(run: Run) -> list[tuple[str, str, str]]:

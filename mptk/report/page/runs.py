@@ -7,13 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-from mptk.conform import misfit
+from typing_extensions import TypedDict
+
+from mptk.conform import made
 from mptk.errors import MptkError
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ort.bench import Bench
-from mptk.protocols.report import Report, unreadable
+from mptk.protocols.report import Report
 from mptk.reading import Damaged, json_of, read_json, read_text
 
 Row = Mapping[str, Any]
@@ -84,11 +86,13 @@ def _metrics(file: Path) -> dict[str, list[Row]]:
         return phases
     damaged = _damaged(file)
     for number, line in enumerate(read_text(file, damaged).splitlines(), 1):
-        row = json_of(line, damaged) if line else {}
-        if line and misfit(row, Metrics) is not None:
-            raise damaged(f"line {number} is no step of training")
-        if line:
-            phases.setdefault(row["phase"], []).append(row)
+        if not line:
+            continue
+        row = json_of(line, damaged)
+        try:
+            phases.setdefault(made(Metrics, row)["phase"], []).append(row)
+        except ValueError as error:
+            raise damaged(f"line {number} is no step of training ({error})") from error
     return phases
 
 
@@ -145,8 +149,3 @@ def whole(run: Run, family: str) -> str:
     if here["layers"] == 1 and not settings.families:
         return "runs through all layers: cut only if asked for"
     return "the chosen division of the budget keeps it whole"
-
-
-def guarded(run: Run, error: Exception) -> MptkError:
-    """The error of a report whose fields are not as ``mptk prune`` writes them."""
-    return unreadable(run.name, error)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 Made = TypeVar("Made")
 KINDS: Mapping[type, str] = {list: "a list", dict: "an object"}
 LONGEST = 80
-"""Letters of a value, or of a word, in a message."""
+"""Letters of a value or of a name in a message."""
 
 
 def made(kind: type[Made], values: object, where: str = "") -> Made:
@@ -47,17 +46,16 @@ def _holding(kind: Any) -> type[BaseModel]:
 
 def _said(error: Mapping[str, Any], where: str) -> str:
     """What is wrong, in our words. ``error``: as pydantic describes it."""
-    place = ".".join(brief(str(part)) for part in ([where] if where else []) + list(error["loc"][1:])) or "it"
+    place = ".".join(brief(str(part)) for part in ([where] if where else []) + list(error["loc"][1:]))
     kind, value, message = error["type"], error["input"], error["msg"]
     if kind in ("missing", "extra_forbidden"):
         return f"{place} is {'missing' if kind == 'missing' else 'unknown'}"
     if kind == "value_error":
-        return f"{place}: {message.removeprefix('Value error, ')}"
+        return f"{place}: {message.removeprefix('Value error, ')}".removeprefix(": ")
     shown = json.dumps(value, ensure_ascii=False) if isinstance(value, int | float | str | None) else KINDS[type(value)]
-    cut = shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}…"
-    return f"{place} is {cut} and {message.removeprefix('Input ')}"
+    return f"{place or 'it'} is {brief(shown)} and {message.removeprefix('Input ')}"
 
 
-def brief(text: str) -> str:
-    """``text`` with its long words cut."""
-    return re.sub(rf"(\S{{{LONGEST}}})\S+", r"\1…", text)
+def brief(text: str, most: int = LONGEST) -> str:
+    """``text``, cut to ``most`` letters."""
+    return text if len(text) <= most else f"{text[:most]}…"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from mptk.conform import Made, made
+from mptk.conform import Made
 from mptk.distributed.processes import leads
 from mptk.errors import MptkError
 from mptk.files import write_json
@@ -19,6 +19,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.weights import Weights
 from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.run_folder import RunFolder
+from mptk.reading import read_as
 
 CHOICE, FITTED = "choice", "fitted"
 
@@ -77,12 +78,8 @@ class Choice(Fitted):
 
 def _known(folder: RunFolder, name: str, kind: type[Made]) -> Made:
     """What was kept under a name. Raises MptkError if it is damaged."""
-    try:
-        return made(kind, folder.read(name))
-    except ValueError as error:
-        raise MptkError(
-            f"{name}.json in {folder.path} is damaged: {error}; remove the folder, and start again"
-        ) from error
+    file, remedy = folder.path / f"{name}.json", "remove the folder, and start again"
+    return read_as(kind, file, lambda why: MptkError(f"{file.name} in {folder.path} is damaged: {why}; {remedy}"))
 
 
 def _save(folder: RunFolder, name: str, weights: Mapping[str, Tensor], known: Mapping[str, object]) -> None:

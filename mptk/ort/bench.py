@@ -13,14 +13,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import onnxruntime as ort
 import torch
 from pydantic import Field
 
-from mptk.conform import made
 from mptk.errors import MptkError
 from mptk.ort.alternate import alternate
 from mptk.ort.decoder import OrtDecoder, onnx_file
@@ -103,17 +102,13 @@ class Bench:
     rows: Annotated[Sequence[Row], Field(min_length=1)]
     providers: Sequence[str] = (HOST,)
 
-    def to_json(self) -> dict[str, object]:
-        """The comparison as JSON data, which ``from_json`` reads."""
-        return asdict(self)
+    def __post_init__(self) -> None:
+        if not {row.graph for row in self.rows} <= {graph.name for graph in self.graphs}:
+            raise ValueError("its rows are of other graphs than it has")
 
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Bench:
-        """The comparison that ``to_json`` gave. Raises ValueError, with the place, if it is none."""
-        found = made(Bench, data)
-        if not found.graphs or any(row.graph not in {graph.name for graph in found.graphs} for row in found.rows):
-            raise ValueError("rows and graphs do not fit")
-        return found
+    def to_json(self) -> dict[str, object]:
+        """The comparison as JSON data."""
+        return asdict(self)
 
 
 def bench_decoders(

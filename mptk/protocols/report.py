@@ -30,12 +30,15 @@ Number = float | None
 """What is not finite is null."""
 Changes = Mapping[str, Sequence[Any]]
 """Field of a config → [old, new]."""
-_open = with_config(ConfigDict(extra="allow", allow_inf_nan=False, strict=True))
-"""A row may say more than is read."""
 
 
-@_open
-class FamilyRow(TypedDict):
+class _Open(TypedDict):
+    """A row may say more than is read."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)  # type: ignore[misc]
+
+
+class FamilyRow(_Open):
     """A family: units of the dense and of the pruned model in each of its layers."""
 
     of: Annotated[int, Field(gt=0)]
@@ -49,8 +52,7 @@ def _narrower(row: FamilyRow) -> FamilyRow:
     return row
 
 
-@_open
-class CostRow(TypedDict):
+class CostRow(_Open):
     """Figures of ``cost.model.Cost``. The dense model's are divisors."""
 
     block: Annotated[float, Field(gt=0)]
@@ -60,16 +62,14 @@ class CostRow(TypedDict):
     latency_ms: NotRequired[float]
 
 
-@_open
-class CostRows(TypedDict):
+class CostRows(_Open):
     """Both models' costs."""
 
     dense: CostRow
     pruned: CostRow
 
 
-@_open
-class QualityRow(TypedDict):
+class QualityRow(_Open):
     """How good both models are."""
 
     metric: str
@@ -78,8 +78,7 @@ class QualityRow(TypedDict):
     pruned: Number
 
 
-@_open
-class QuantizedRow(TypedDict):
+class QuantizedRow(_Open):
     """A quantised graph."""
 
     file: str
@@ -87,8 +86,7 @@ class QuantizedRow(TypedDict):
     quality: NotRequired[Number]
 
 
-@_open
-class ProofRow(TypedDict):
+class ProofRow(_Open):
     """A stage of the proof."""
 
     stage: str
@@ -101,24 +99,21 @@ class ProofRow(TypedDict):
     failure: NotRequired[str]
 
 
-@_open
-class StageRow(TypedDict):
+class StageRow(_Open):
     """A stage of the run; passes with their differences."""
 
     name: str
     seconds: float
 
 
-@_open
-class LegalRow(TypedDict):
+class LegalRow(_Open):
     """``widths`` that the target can hold, the dense one last; ``refused``: why it can hold no other, or None."""
 
     widths: Sequence[int]
     refused: str | None
 
 
-@_open
-class RecoveryRow(TypedDict):
+class RecoveryRow(_Open):
     """How training after the cut went. ``rank``: of LoRA, 0 if all weights were trained. ``lr``: the peak rate.
 
     If samples were held out: ``losses`` on them by step, and ``kept``, the step whose weights were kept.
@@ -132,8 +127,7 @@ class RecoveryRow(TypedDict):
     kept: NotRequired[int]
 
 
-@_open
-class VocabularyRow(TypedDict):
+class VocabularyRow(_Open):
     """Tokens of the dense and of the pruned model, the text that decided, and the token ids that changed."""
 
     of: int
@@ -142,8 +136,7 @@ class VocabularyRow(TypedDict):
     config_changes: Changes
 
 
-@_open
-class HeadsRow(TypedDict):
+class HeadsRow(_Open):
     """KV heads of a layer before and after merging."""
 
     of: int
@@ -151,15 +144,13 @@ class HeadsRow(TypedDict):
     config_changes: Changes
 
 
-@_open
-class InputRow(TypedDict):
+class InputRow(_Open):
     """An input of a set of samples."""
 
     sha256: str
 
 
-@_open
-class UsedRow(TypedDict):
+class UsedRow(_Open):
     """A set of samples."""
 
     source: str
@@ -189,7 +180,7 @@ def _of(kind: Any) -> GetPydanticSchema:
 
 def _ranking(search: Row) -> Row:
     if search:
-        Shapes.from_json(search)
+        made(Shapes, search)
     return search
 
 
@@ -264,7 +255,7 @@ class Report:
 
 def unreadable(folder: str | Path, error: Exception) -> MptkError:
     """The error of a report that lacks a word, or has one of another kind."""
-    said = brief(str(error) if isinstance(error, ValueError) else repr(error))
+    said = brief(str(error) if isinstance(error, ValueError) else repr(error), 300)
     return MptkError(
         f"{FILE} in {folder} is not as `mptk prune` writes it ({said}); do not use it, and prune the model again"
     )

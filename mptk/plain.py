@@ -2,7 +2,7 @@
 
 Names of models, paths, data, reports and messages of libraries go through ``plain`` before they are shown: on the
 command line in ``mptk/cli/console.py``, in HTML in ``mptk/report/page/render.py``. In Markdown it is
-``mptk/publish/markdown.py``.
+``mptk/report/markdown.py``.
 """
 
 from __future__ import annotations

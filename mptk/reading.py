@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mptk.conform import Made, made
 from mptk.errors import MptkError
 
 MOST = 1 << 26
@@ -46,6 +47,14 @@ def read_text(path: Path, damaged: Damaged, most: int = MOST) -> str:
 def read_json(path: Path, damaged: Damaged, most: int = MOST) -> Any:
     """The content of a JSON file; NaN, infinity and what is nested deeper than ``DEPTH`` are refused."""
     return json_of(read_text(path, damaged, most), damaged)
+
+
+def read_as(kind: type[Made], path: Path, damaged: Damaged) -> Made:
+    """The content of a JSON file as a ``kind`` (``conform.made``)."""
+    try:
+        return made(kind, read_json(path, damaged))
+    except ValueError as error:
+        raise damaged(str(error)) from error
 
 
 def json_of(text: str, damaged: Damaged) -> Any:

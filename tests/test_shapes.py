@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import mptk
 from mptk.cli.main import app
+from mptk.conform import made
 from mptk.cost import operator_times
 from mptk.errors import MptkError
 from mptk.methods.division.halving import Trainer, finalists
@@ -204,7 +205,7 @@ def test_a_killed_search_loses_one_rung_of_one_shape(
     assert len(calls) == 6  # five rungs, of which the last was begun twice
     assert found.shapes == trained.shapes
     assert json.loads((out / "shapes.json").read_text()) == json.loads(json.dumps(found.to_json()))
-    assert Shapes.from_json(found.to_json()).shapes == found.shapes  # as `prune --search` shows it
+    assert made(Shapes, found.to_json()).shapes == found.shapes  # as `prune --search` shows it
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -214,7 +215,7 @@ def test_a_killed_search_loses_one_rung_of_one_shape(
 def test_the_front_compares_a_shape_with_those_that_went_as_far() -> None:
     worse, better = shape(1.1, parameters=100), shape(1.0, 0.8, 0.7, parameters=100)
     cheap, costly = shape(0.9, 0.85, parameters=90), shape(0.9, 0.9, parameters=95)
-    found = Shapes("m", "", shape(0.1), ranked([worse, better, cheap, costly]))
+    found = Shapes("m", "", "perplexity", shape(0.1), ranked([worse, better, cheap, costly]))
     assert found.shapes == (better, cheap, costly, worse)
     assert found.best is better
     assert found.front == (better, cheap)  # `cheap` was better before training, but did not go as far as `better`
@@ -267,13 +268,13 @@ def test_a_report_shows_the_ranking_of_the_run_that_searched(
 ) -> None:
     folder, page = tmp_path / "small", tmp_path / "page.html"
     mptk.prune(llama, folder, settings=settings, search=True, search_shapes=3, eval_windows=1, progress=None)
-    assert "3 shapes of" in CliRunner().invoke(app, ["report", str(folder)]).output
+    assert "The search of the shape" in CliRunner().invoke(app, ["report", str(folder)]).output
     CliRunner().invoke(app, ["report", str(folder), "--html", str(page)])
     assert page.read_text().count("What each shape costs and gives") == 1
     said = json.loads((folder / "report.json").read_text())
     said["search"]["shapes"][1]["widths"] = {"ffn": 3}
     (folder / "report.json").write_text(json.dumps(said))
-    with pytest.raises(MptkError, match="search has shapes of different families"):
+    with pytest.raises(MptkError, match="search: its shapes have different families"):
         mptk.Report.read(folder)
 
 

@@ -17,7 +17,7 @@ from mptk.errors import MptkError
 from mptk.ir.plan import Plan
 from mptk.ir.samples import next_tokens
 from mptk.proof.verification import changes_of
-from mptk.report.terminal import proof_view
+from mptk.report.sections import proof_view
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 from passes.verify import TOLERANCE, WIDEST, Difference, StageOutputs, difference, prove, widen

@@ -88,7 +88,7 @@ def analyze(
     """Show what can be cut and to which widths, and what cannot be cut and why. Reads no weights."""
     from mptk.api import compiler as api
     from mptk.io import models
-    from mptk.report import terminal as report
+    from mptk.report.analysis import analysis_json, analysis_view
     from mptk.report.page.svg import require_matplotlib
     from mptk.targets import find_target
     from mptk.tasks.module import example_samples, read_inputs
@@ -103,9 +103,9 @@ def analyze(
         progress("legal widths", 0, 0)
         found = find_target(target).legal(analysis, skeleton, multiple_of)
         found = found.portable() if portable else found
-    result = report.analysis_json(analysis, found, model)
+    result = analysis_json(analysis, found, model)
     if html is not None:
         from mptk.report.page.render import analysis_page
 
-        write_text(html, analysis_page(model, analysis, found, report.grouped(result["blocked"])))
-    show(json_file, result, report.analysis_view(result))
+        write_text(html, analysis_page(result, analysis, found))
+    show(json_file, result, analysis_view(result))

@@ -72,7 +72,7 @@ def prune(
     from mptk.chain.estimate import check_fits, estimated
     from mptk.chain.prepare import check_settings, settled
     from mptk.methods import find_method
-    from mptk.report import terminal as report
+    from mptk.report import sections as report
 
     settings = with_latency(settings_from(options), max_decode_ms, max_prefill_ms)
     meant = settled(settings)
@@ -107,7 +107,7 @@ def recover(
     """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
     from mptk.api import recovery
     from mptk.chain.estimate import check_fits
-    from mptk.report import terminal as report
+    from mptk.report import sections as report
 
     steps = DEFAULT_STEPS if options["steps"] is None else options["steps"]
     settings = settings_from({**options, "steps": steps})
@@ -147,7 +147,7 @@ def verify(
 ) -> None:
     """Prove a pruned folder again: files, config, weights, logits (torch, ONNX Runtime). Exit code 1 if it fails."""
     from mptk.proof import verification
-    from mptk.report import terminal as report
+    from mptk.report import sections as report
 
     with stages(err) as progress, within(progress, "prove"):
         progress("prove", 0, 0)
@@ -173,7 +173,7 @@ def rerun(
 ) -> None:
     """Repeat the run that made a folder, from its report, and show what differs. Exit code 1 if a result does."""
     from mptk.api.rerun import rerun, results_differing
-    from mptk.report import terminal as report
+    from mptk.report import sections as report
 
     with resumable(destination), stages(err) as progress:
         found = rerun(
@@ -202,21 +202,17 @@ def show_report(
 ) -> None:
     """Show a pruned folder: widths, costs, perplexity, proof, timings, files. Several are compared."""
     from mptk.protocols.report import Report
-    from mptk.report import terminal as report
-    from mptk.report.page.runs import read_bench
+    from mptk.report import sections as report
+    from mptk.report.runs import Run, read_bench, read_runs, short_names
 
     if html is not None:
         from mptk.report.page.render import report_page
-        from mptk.report.page.runs import read_runs
 
         write_text(html, report_page(read_runs(folders)))
         out.print(f"written to {html}", soft_wrap=True)
         return
     folder, results = folders[0], [Report.read(each) for each in folders]
-    timed = read_bench(folder)
-    out.print(report.prune_view(results[0]))
-    if timed is not None:
-        out.print(report.bench_view(timed))
+    out.print(report.prune_view(results[0], read_bench(folder)))
     if len(results) > 1:
-        out.print(report.comparison_view(results))
+        out.print(report.comparison_view(list(map(Run, short_names(folders), results))))
     out.print(f"files in {folder}: {', '.join(results[0].files)}", soft_wrap=True, highlight=False)

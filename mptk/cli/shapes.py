@@ -86,7 +86,7 @@ def shapes(
     """
     from mptk.api.shapes import shapes as find_shapes
     from mptk.chain.prepare import check_settings, settled
-    from mptk.report.terminal import shapes_view
+    from mptk.report.sections import shapes_view
 
     if html is not None:
         from mptk.report.page.svg import require_matplotlib

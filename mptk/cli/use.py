@@ -325,10 +325,12 @@ def bench(
 ) -> None:
     """Time prefill and decode in ONNX Runtime, in turns in one process. Shows ideal ratios and the peak, too."""
     from mptk.api import compiler as api
-    from mptk.cli.plot import draw_bench, require_matplotlib
     from mptk.publish.manifest import update_manifest
     from mptk.publish.publish import amend
-    from mptk.report import terminal as report
+    from mptk.report.markdown import rendered
+    from mptk.report.page.charts import plot_bench
+    from mptk.report.page.svg import require_matplotlib
+    from mptk.report.sections import bench_view
 
     counts = {
         name: parse_counts(text, f"--{name}")
@@ -352,10 +354,10 @@ def bench(
                 write_json(new / "bench.json", result.to_json())
                 update_manifest(new, "bench.json")
     if markdown is not None:
-        write_text(markdown, report.bench_markdown(result))
+        write_text(markdown, rendered(bench_view(result)) + "\n")
     if plot is not None:
-        draw_bench(result, plot)
-    show(json_file, result.to_json(), report.bench_view(result))
+        plot_bench(result, plot)
+    show(json_file, result.to_json(), bench_view(result))
 
 
 @command(examples=("push runs/m30 me/smollm2-pruned --private",))

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from mptk.conform import brief
 from mptk.errors import MptkError
 from mptk.io.checkpoint import shapes_in
 from mptk.io.fields import field
@@ -77,7 +78,7 @@ def check_config(file: Path) -> dict[str, Any]:
         if said not in (None, "auto") and not isinstance(
             getattr(torch, str(said).removeprefix("torch."), 0), torch.dtype
         ):
-            raise damaged(file)(f"{name} is {said!r}, which is no type of numbers")
+            raise damaged(file)(f"{name} is {brief(repr(said))}, which is no type of numbers")
     for name, value in _numbers(content, ""):
         if abs(value) >= LARGEST and isinstance(value, int):
             raise damaged(file)(f"{name} is {value if abs(value) < 10**20 else 'a number of many digits'}")

@@ -13,13 +13,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated
 
 import numpy as np
 import onnxruntime as ort
 import torch
+from pydantic import Field
 
-from mptk.conform import made, misfit
 from mptk.errors import MptkError
 from mptk.ort.alternate import alternate
 from mptk.ort.decoder import OrtDecoder, onnx_file
@@ -99,39 +99,16 @@ class Bench:
     onnxruntime: str
     rounds: int
     peaks: Mapping[int, Peaks]
-    rows: Sequence[Row]
+    rows: Annotated[Sequence[Row], Field(min_length=1)]
     providers: Sequence[str] = (HOST,)
 
+    def __post_init__(self) -> None:
+        if not {row.graph for row in self.rows} <= {graph.name for graph in self.graphs}:
+            raise ValueError("its rows are of other graphs than it has")
+
     def to_json(self) -> dict[str, object]:
-        """The comparison as JSON data, which ``from_json`` reads."""
+        """The comparison as JSON data."""
         return asdict(self)
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Bench:
-        """The comparison that ``to_json`` gave. Raises ValueError, with the place, if it is none."""
-        if (wrong := misfit(data, BenchJson)) is not None:
-            raise ValueError(wrong)
-        graphs = [made(Graph, graph, f"graphs.{i}") for i, graph in enumerate(data["graphs"])]
-        peaks = {int(threads): made(Peaks, found, f"peaks.{threads}") for threads, found in data["peaks"].items()}
-        rows = [
-            made(Row, {**row, "case": made(Case, row.get("case"), f"rows.{i}.case")}, f"rows.{i}")
-            for i, row in enumerate(data["rows"])
-        ]
-        ran = data.get("providers", [HOST])  # the only one of earlier versions
-        if not graphs or not rows or any(row.graph not in {graph.name for graph in graphs} for row in rows):
-            raise ValueError("rows and graphs do not fit")
-        return Bench(graphs, data["onnxruntime"], data["rounds"], peaks, rows, ran)
-
-
-class BenchJson(TypedDict):
-    """The outer fields of ``bench.json``."""
-
-    graphs: Sequence[Mapping[str, Any]]
-    onnxruntime: str
-    rounds: int
-    peaks: Mapping[str, Mapping[str, float]]
-    rows: Sequence[Mapping[str, Any]]
-    providers: NotRequired[Sequence[str]]
 
 
 def bench_decoders(

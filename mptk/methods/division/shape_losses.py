@@ -7,7 +7,7 @@ choice among the scores, a cut, and a closed-form fit. Its losses are measured o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -29,6 +29,7 @@ from mptk.protocols.chain import Chosen, Prepared, reconstructs
 from mptk.protocols.run_folder import RunFolder
 from mptk.protocols.shapes import Shape, bounded
 from mptk.protocols.values import Context, SampleSets
+from mptk.reading import read_as
 from passes.pipelines import cut_program
 from passes.targets.legalize import Candidate, describe
 
@@ -131,15 +132,13 @@ class Search:
         path = self.folder.path / f"{file_of(number)}.json"
         if not path.is_file():
             return None
-        try:
-            shape = Shape.from_json(self.folder.read(file_of(number)))
-        except ValueError as error:
-            raise MptkError(f"{path} is damaged: {error}; remove it, and start again with --resume") from error
+        remedy = "remove it, and start again with --resume"
+        shape = read_as(Shape, path, lambda why: MptkError(f"{path} is damaged: {why}; {remedy}"))
         return shape if dict(shape.widths) == dict(self.prepared.candidates[number].widths) else None
 
     def keep(self, number: int, shape: Shape) -> None:
         """Write what is known of the shape of that number."""
-        write_json(self.folder.path / f"{file_of(number)}.json", shape.to_json())
+        write_json(self.folder.path / f"{file_of(number)}.json", asdict(shape))
 
 
 def file_of(number: int) -> str:

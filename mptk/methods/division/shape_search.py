@@ -35,7 +35,13 @@ def search_shapes(prepared: Prepared, sets: SampleSets, context: Context) -> Sha
         f"{task.named(prepared.loaded.model, s.data)}, which nothing was fitted to or trained on; units by "
         f"{search.criterion} from {len(sets.calibration)} other samples"
     )
-    return Shapes(prepared.source, protocol, search.dense(), ranked(found), task.classes and not task.compares)
+    return Shapes(
+        prepared.source,
+        protocol,
+        "perplexity" if task.classes and not task.compares else "loss",
+        search.dense(),
+        ranked(found),
+    )
 
 
 def winner(prepared: Prepared, found: Shapes) -> Prepared:

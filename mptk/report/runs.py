@@ -1,4 +1,4 @@
-"""runs: what a page shows of a pruned folder, read from its files."""
+"""runs: what is shown of a pruned folder, read from its files."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
 
-from mptk.conform import misfit
+from typing_extensions import TypedDict
+
+from mptk.conform import made
 from mptk.errors import MptkError
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ort.bench import Bench
-from mptk.protocols.report import Report, unreadable
-from mptk.reading import Damaged, json_of, read_json, read_text
-
-Row = Mapping[str, Any]
-"""A line of ``metrics.jsonl``, or an object of ``report.json``."""
+from mptk.protocols.report import Report, Row
+from mptk.reading import Damaged, json_of, read_as, read_text
+from mptk.report.view import ranges
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Run:
 
     name: str
     report: Report
-    plan: Plan
+    plan: Plan = field(default_factory=lambda: Plan({}))
     bench: Bench | None = None
     metrics: Mapping[str, Sequence[Row]] = field(default_factory=dict)
 
@@ -68,13 +67,7 @@ def read_run(folder: Path, name: str) -> Run:
 def read_bench(folder: Path) -> Bench | None:
     """The timings of a pruned folder, if there are any. Raises MptkError if they are damaged."""
     file = folder / "bench.json"
-    if not os.path.lexists(file):
-        return None
-    damaged = _damaged(file)
-    try:
-        return Bench.from_json(read_json(file, damaged))
-    except ValueError as error:
-        raise damaged(str(error)) from error
+    return read_as(Bench, file, _damaged(file)) if os.path.lexists(file) else None
 
 
 def _metrics(file: Path) -> dict[str, list[Row]]:
@@ -84,11 +77,12 @@ def _metrics(file: Path) -> dict[str, list[Row]]:
         return phases
     damaged = _damaged(file)
     for number, line in enumerate(read_text(file, damaged).splitlines(), 1):
-        row = json_of(line, damaged) if line else {}
-        if line and misfit(row, Metrics) is not None:
-            raise damaged(f"line {number} is no step of training")
-        if line:
-            phases.setdefault(row["phase"], []).append(row)
+        try:
+            if line:
+                row = json_of(line, damaged)
+                phases.setdefault(made(Metrics, row)["phase"], []).append(row)
+        except ValueError as error:
+            raise damaged(f"line {number} is no step of training ({error})") from error
     return phases
 
 
@@ -121,10 +115,18 @@ def model_name(model: str) -> str:
     return cached[1].replace("--", "/") if cached else Path(model).name
 
 
-def whole(run: Run, family: str) -> str:
+def legal_widths(report: Report, family: str) -> str:
+    """The widths of a family that the target can hold, in words."""
+    if family not in report.legal:
+        return "not recorded"
+    widths = report.legal[family]["widths"]
+    return ranges(widths) if len(widths) > 1 else "none narrower"
+
+
+def whole(report: Report, family: str) -> str:
     """Why a family was not cut, or not further."""
-    settings, here = run.report.settings, run.report.families[family]
-    legal = run.report.legal.get(family)
+    settings, here = report.settings, report.families[family]
+    legal = report.legal.get(family)
     narrower = None if legal is None else [w for w in legal["widths"] if w < here["width"]]
     if here["width"] < here["of"]:
         if settings.plan is not None or family in settings.widths:
@@ -145,8 +147,3 @@ def whole(run: Run, family: str) -> str:
     if here["layers"] == 1 and not settings.families:
         return "runs through all layers: cut only if asked for"
     return "the chosen division of the budget keeps it whole"
-
-
-def guarded(run: Run, error: Exception) -> MptkError:
-    """The error of a report whose fields are not as ``mptk prune`` writes them."""
-    return unreadable(run.name, error)

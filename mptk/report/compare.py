@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mptk.files import json_text
-from mptk.report.page.charts import short
-from mptk.report.page.runs import Run, model_name
-from mptk.report.page.svg import INK, QUIET, SERIES, Svg, chart
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from mptk.report.runs import Run
+from mptk.report.view import plural
 
 
 @dataclass(frozen=True)
@@ -28,8 +24,13 @@ class Comparable:
 
     @property
     def rises(self) -> bool:
-        """Whether more is better. A perplexity is at least 1; of what is a share, the dense model has 1."""
+        """Whether more is better. A perplexity is at least 1; of a share, the dense model has 1."""
         return bool(self.first.report.quality["dense"] <= 1)
+
+
+def heading(number: int, group: Comparable) -> str:
+    """The title of a group. ``number``: from 0, the group that others are compared with."""
+    return f"{number + 1}. {group.first.report.quality['metric']} of {plural(len(group.runs), 'run')}"
 
 
 def grouped(runs: Sequence[Run]) -> tuple[list[Comparable], list[Run]]:
@@ -74,26 +75,3 @@ def front(group: Comparable) -> list[Run]:
 
     kept = [run for run, point in zip(group.runs, points, strict=True) if not beaten(point)]
     return sorted(kept, key=lambda run: run.report.sparsity)
-
-
-def pareto_chart(group: Comparable) -> Svg:
-    """Quality over the share of block parameters that was removed. A line joins what no other run beats."""
-    metric, dense = str(group.first.report.quality["metric"]), group.first.report.quality["dense"]
-    best = front(group)
-
-    def draw(axes: Axes) -> None:
-        line = [(0.0, dense), *((100 * run.report.sparsity, run.report.quality["pruned"]) for run in best)]
-        axes.plot(*zip(*line, strict=True), color=QUIET, linewidth=1, linestyle="--", zorder=1)
-        axes.plot(0, dense, "D", color=INK, label=f"dense {model_name(group.first.report.model)}"[:44])
-        for number, run in enumerate(group.runs):
-            colour, marker = SERIES[number % len(SERIES)], "os^vPX"[number // len(SERIES) % 6]
-            x, y = 100 * run.report.sparsity, run.report.quality["pruned"]
-            label = f"{short(run.name)} ({run.report.settings.method})"
-            axes.plot(x, y, marker, color=colour, markersize=8, label=label)
-        axes.set_xlabel("block parameters removed (%)")
-        axes.set_ylabel(f"{metric} ({'more' if group.rises else 'less'} is better)")
-        axes.grid(linewidth=0.6)
-        axes.figure.legend(loc="outside lower left", ncols=1)
-
-    label = f"{metric} over the share removed, of {', '.join(run.name for run in group.runs)}"
-    return chart(draw, label, 2.7 + 0.2 * len(group.runs))

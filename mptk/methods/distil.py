@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx
 
+from mptk.config.settings import Settings
+from mptk.cost.estimate import Pass, Sizes
 from mptk.distributed.processes import leads
 from mptk.distributed.sharing import Sharing, sharing
 from mptk.errors import MptkError
@@ -102,6 +104,13 @@ class Distilled:
             f"local distillation made {better} of {len(self.errors)} blocks better and left the others; mean error on "
             f"samples that were not trained on: {before:.3g} → {after:.3g}"
         )
+
+
+def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
+    """What ``distil_blocks`` costs a run: the dense model once, the small one forward, and there and back an epoch."""
+    s = settings
+    passes = 1 + kept * (1 + 3 * s.distil_epochs)
+    return {"distil": Pass(s.samples * s.length * passes, s.length, reads=2)} if s.distil_epochs else {}
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ def analysis_json(analysis: Analysis, legal: LegalWidths, model: str) -> Analysi
         for b in analysis.blocked
     ]
     for f in analysis.depths:
-        for unit, why in f.stack.stay.items() if f.stack is not None else ():
+        for unit, why in f.stack.stay.items():
             module = f.groups[0].layer
             blocked.append({"name": f"{f.name} {unit}", "size": 1, "weights": [f"{module}.{unit}"], "reasons": [why]})
     return {

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mptk.compat.peft import adapters_off
-from mptk.config.settings import FREE, Learning
+from mptk.config.settings import FREE, Learning, Settings
+from mptk.cost.estimate import Pass, Sizes
 from mptk.distributed.processes import accelerator, anywhere, full, gathered, holds, placed
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
-from mptk.methods.criteria import Scores, gather, score_evidence, select
+from mptk.methods.criteria import Scores, score, select
+from mptk.methods.criteria.wanda import WANDA
 from mptk.methods.division.ends import ends_note
 from mptk.methods.maskprune.adapters import adapt, merged, original, recompute
 from mptk.methods.maskprune.losses import cross_entropy
@@ -44,6 +46,24 @@ from passes.verify import RUNTIME_TOLERANCE, TOLERANCE
 
 HALF_TOLERANCE = 5e-2
 """Largest output difference, relative to the largest output, if the model computes in half precision."""
+
+
+def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
+    """What learning masks and recovery cost together."""
+    s, tokens = settings, settings.steps * settings.learning.training.batch * settings.length
+    return {"train": Pass(4 * tokens, s.length, reads=0, training=memory(s, sizes, kept))} if s.steps else {}
+
+
+def memory(settings: Settings, sizes: Sizes, kept: float) -> float:
+    """Bytes that training takes beside the weights: optimizer and gradients, activations, logits of both models.
+
+    ``kept``: the share of the parameters that is left.
+    """
+    s, tokens = settings.learning, settings.learning.training.micro * settings.length
+    states = 12.0 * kept * sizes.parameters if not s.rank else 16.0 * s.rank * sizes.layers * 8 * sizes.hidden
+    layers = 1 if s.gradient_checkpointing else sizes.layers
+    activations = 4 * tokens * (layers * (12 * sizes.hidden + 4 * sizes.widest) + sizes.layers * sizes.hidden)
+    return states + activations + 4 * 4 * tokens * sizes.vocab
 
 
 def start_training(settings: Learning, folder: RunFolder) -> Accelerator:
@@ -151,7 +171,7 @@ class Learner:
         }
         budget = 1 - prepared.settings.sparsity
         rates, device = self.settings.rates, self.accelerator.device
-        depths = {f.name: f.stack.stay for f in prepared.analysis.depths if f.stack is not None and f.name in shapes}
+        depths = {f.name: f.stack.stay for f in prepared.analysis.depths if f.name in shapes}
         solver = Solver(
             shapes, prepared.cost.share, budget, self.mask_steps, rates, given=given, device=device, blocks=depths
         )
@@ -176,8 +196,7 @@ class Learner:
         """Wanda's scores, an estimate of √F from weights and inputs without gradients, and the influence of blocks."""
         families, say = self.prepared.families, partial(self.progress, "activations")
         analysis, executor = self.prepared.analysis, self.prepared.calibrator
-        evidence = gather(analysis, "wanda", calibration, families=families, progress=say, executor=executor)
-        return {family: values.detach().cpu() for family, values in score_evidence(evidence, "wanda", families).items()}
+        return score(analysis, WANDA.name, calibration, families=families, progress=say, executor=executor)
 
     def _saliency(self, student: PeftModel, solver: Solver, calibration: Samples) -> None:
         """Estimate F before any training, from gradients of the task's loss in the masks, which are all 1.

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from mptk.chain import describe
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Estimate, Pass, Sizes, Work, estimate, size_text, this_machine
 from mptk.distributed.processes import blocks
@@ -26,9 +27,9 @@ from mptk.methods import distil, find_method, reconstruct
 from mptk.methods.division import search
 from mptk.methods.maskprune import learner
 from mptk.methods.one_shot import TOKENS
+from mptk.proof import proof
 from mptk.protocols.chain import reconstructs
 from mptk.protocols.execution import device_memory, find_device
-from mptk.protocols.values import LONG, PROOF_SHAPE
 from passes.analysis.borders import MARGIN, config_borders
 
 ONNX_BYTES = {"": 4.0, "int8": 1.0, "int4": 0.6, "fp16": 2.0}
@@ -88,9 +89,7 @@ def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.
     passes = _data(s) | ({} if s.fixed else dict(method.work(s)))
     for stage in (learner.work, search.work, reconstruct.work, distil.work):
         passes |= stage(s, sizes, kept)
-    proof = PROOF_SHAPE[0] * PROOF_SHAPE[1] + (s.proof_length if long_proof else min(LONG, s.proof_length))
-    passes["prove"] = Pass(3 * proof, s.length, reads=2)
-    passes["measure"] = Pass(2 * s.eval_windows * s.eval_length, s.eval_length, reads=2)
+    passes |= proof.work(s, long_proof) | describe.work(s)
     return Work(
         kept=kept,
         passes=passes,

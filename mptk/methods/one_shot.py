@@ -17,7 +17,7 @@ from mptk.distributed.processes import leads
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import criteria
-from mptk.methods.criteria import Calibration, Criterion, Scores, find_criterion
+from mptk.methods.criteria import AnyCriterion, Calibration, Scores, find_criterion
 from mptk.methods.division.ends import ends_note
 from mptk.methods.division.layers import divided
 from mptk.methods.division.trial import best, plan_of
@@ -36,7 +36,7 @@ SCORES = "scores"
 class OneShotMethod(Method):
     """The method of one criterion."""
 
-    criterion: Criterion[Any]
+    criterion: AnyCriterion
     divides = True
 
     @property

@@ -17,7 +17,7 @@ from mptk.errors import MptkError
 from mptk.ir.families import Analysis, Depth, Family
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.samples import Samples, next_tokens
-from mptk.methods.criteria.base import Compensation, Criterion, Scores
+from mptk.methods.criteria.base import AnyCriterion, Compensation, Criterion, Scores
 from mptk.methods.criteria.fisher import FISHER
 from mptk.methods.criteria.flap import FLAP
 from mptk.methods.criteria.greedy import GREEDY
@@ -34,17 +34,17 @@ from mptk.staged.staged import EXECUTOR, Executor
 from passes.targets.choose_blocks import choose_blocks
 from passes.targets.stock.learn import Stock
 
-CRITERIA: dict[str, Criterion[Any]] = {
+CRITERIA: dict[str, AnyCriterion] = {
     each.name: each for each in (RANDOM, MAGNITUDE, WANDA, FLAP, REAP, FISHER, TAYLOR, INFLUENCE, GREEDY)
 }
 
 
-def all_criteria() -> dict[str, Criterion[Any]]:
+def all_criteria() -> dict[str, AnyCriterion]:
     """mptk's criteria and those of plugins (group ``mptk.criteria``), by name."""
     return with_plugins(CRITERIA, "mptk.criteria")
 
 
-def find_criterion(name: str) -> Criterion[Any]:
+def find_criterion(name: str) -> AnyCriterion:
     """The criterion of that name. Raises MptkError if there is none."""
     return find("criterion", name, all_criteria())
 
@@ -88,7 +88,7 @@ def score(
     return measured(criterion, given)[0]
 
 
-def measured(criterion: Criterion[Any], given: Calibration) -> tuple[Scores, Any]:
+def measured(criterion: AnyCriterion, given: Calibration) -> tuple[Scores, Any]:
     """Scores, in the form of ``score``, of all families of ``given``; and the criterion's evidence, None if unused.
 
     Blocks that the criterion does not judge are scored by their influence.
@@ -112,7 +112,7 @@ def measured(criterion: Criterion[Any], given: Calibration) -> tuple[Scores, Any
     return {family: values.detach().cpu() for family, values in found.items()}, evidence
 
 
-def refusal(criterion: Criterion[Any], family: Family) -> str | None:
+def refusal(criterion: AnyCriterion, family: Family) -> str | None:
     """Why a family cannot be scored, or None."""
     if family.kind in (*criterion.judges, *INFLUENCE.judges):
         return None
@@ -171,6 +171,7 @@ def families_of(analysis: Analysis, names: Iterable[str]) -> tuple[Family, ...]:
 
 __all__ = [
     "CRITERIA",
+    "AnyCriterion",
     "Calibration",
     "Compensation",
     "Criterion",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -50,6 +50,10 @@ class Criterion(Generic[E]):
     gradients: bool = False
     compensate: Callable[[Analysis, Cut, E], Compensation] | None = None
     judges: tuple[Kind, ...] = ("channels",)
+
+
+AnyCriterion = Criterion[Any]
+"""One of which only the criterion itself knows the type of its evidence."""
 
 
 def sum_members(analysis: Analysis, families: Sequence[Family], importance: Callable[[str], Tensor]) -> Scores:

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mptk.distributed.sharing import sharing
 from mptk.ir.families import Depth
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods.criteria import influence
 from mptk.methods.criteria.base import Criterion
-from mptk.methods.criteria.observe import GRADIENT_TOKENS, Calibration
+from mptk.methods.criteria.observe import GRADIENT_TOKENS, Calibration, summed_losses
 from passes.transforms.masked_reference import mask
 
 TOKENS = 1024
@@ -72,13 +71,7 @@ class _Search:
         kept = FamilyPlan(len(units), self.depth.size, {self.depth.stack.module: (tuple(units),)})
         analysis, executor = self.given.analysis, self.given.executor
         masked = mask(analysis, resolve_plan(analysis, Plan({self.depth.name: kept})))
-        share = sharing(len(self.batches))
-        own = share.own(self.batches)
-        results = executor.outputs([masked], [batch.tensors for batch in own])
-        total = torch.zeros(1, dtype=torch.float64)
-        for batch in own:
-            total += float(self.given.objective.loss(next(results), batch.to(executor.device)))
-        loss = float(share.total(total.to(executor.device)))
+        loss = float(summed_losses(self.given.objective, executor, [masked], self.batches))
         return math.inf if math.isnan(loss) else loss
 
 

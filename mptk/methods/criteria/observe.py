@@ -341,7 +341,22 @@ def in_samples(progress: Count | None, given: Sequence[Samples]) -> Count | None
     return None if progress is None else lambda count, _: progress(done[count - 1], done[-1])
 
 
-# ---- gradients ----
+# ---- losses and gradients ----
+
+
+def summed_losses(task: Task, executor: Executor, programs: Sequence[Program], given: Sequence[Samples]) -> Tensor:
+    """The sum of each program's losses on batches, float64 [programs]. They run side by side, to read weights once.
+
+    The processes of a run share the batches.
+    """
+    share = sharing(len(given))
+    own = share.own(given)
+    sums = torch.zeros(len(programs), dtype=torch.float64)
+    results = executor.outputs(programs, [batch.tensors for batch in own])
+    for batch in own:
+        for i in range(len(programs)):
+            sums[i] += float(task.loss(next(results), batch.to(executor.device)))
+    return sums if share.count == 1 else share.total(sums.to(executor.device)).cpu()
 
 
 def gradients(

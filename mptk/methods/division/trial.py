@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-import torch
-
-from mptk.distributed.sharing import sharing
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Scores
+from mptk.methods.criteria.observe import summed_losses
 from mptk.progress import Count
-from mptk.protocols.chain import Prepared, Task
-from mptk.staged.staged import Executor
+from mptk.protocols.chain import Prepared
 from passes.transforms.masked_reference import mask
 
 AT_ONCE = 256
@@ -58,30 +55,11 @@ def losses(
     """
     executor, state = prepared.calibrator, prepared.analysis.program.state
     fits = sum(like.nbytes for like in state.likes.values()) <= executor.stage
-    return mean_losses(prepared.task, executor, programs, samples, progress, at_once=1 if fits else len(programs))
-
-
-def mean_losses(
-    task: Task,
-    executor: Executor,
-    programs: Sequence[Callable[[], Program]],
-    samples: Samples,
-    progress: Count = lambda done, total: None,
-    *,
-    at_once: int,
-) -> list[float]:
-    """As ``losses``, for a model that nothing is prepared of. ``at_once``: programs that run side by side."""
-    batches = samples.batches(AT_ONCE)
-    share = sharing(len(batches))
-    own = share.own(batches)
-    sums = torch.zeros(len(programs), dtype=torch.float64)
+    at_once, batches = 1 if fits else len(programs), samples.batches(AT_ONCE)
+    found: list[float] = []
     for first in range(0, len(programs), at_once):
         made = [make() for make in programs[first : first + at_once]]
-        results = executor.outputs(made, [batch.tensors for batch in own])
-        for batch in own:
-            for i in range(first, first + len(made)):
-                sums[i] += float(task.loss(next(results), batch.to(executor.device)))
-        progress(first + len(made), len(programs))
-    sums = sums if share.count == 1 else share.total(sums.to(executor.device))
-    found: list[float] = (sums / task.predicted(samples)).tolist()
+        sums = summed_losses(prepared.task, executor, made, batches)
+        found += (sums / prepared.task.predicted(samples)).tolist()
+        progress(len(found), len(programs))
     return found

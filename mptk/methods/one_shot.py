@@ -66,25 +66,22 @@ class OneShotMethod(Method):
         analysis, compensate = prepared.analysis, self.criterion.compensate
         kept = None if compensate else context.folder  # to compensate takes the evidence, too
         scores, evidence = scored(prepared, self.name, sets, context, kept)
-        plans = {}
-        for candidate in prepared.candidates:
-            plan = plan_of(prepared, scores, candidate.widths)
-            plans[describe(plan.widths)] = plan
-        plan, found, notes = next(iter(plans.values())), dict[str, float](), list[str]()
+        every = [plan_of(prepared, scores, candidate.widths) for candidate in prepared.candidates]
+        plan, found, note = every[0], dict[str, float](), ""
         with context.stage(stage := "choose widths"):
-            if len(plans) > 1:
-                samples = sets.calibration.batches(TOKENS)[0]
+            if len(every) > 1:
+                plans, samples = {describe(each.widths): each for each in every}, sets.calibration.batches(TOKENS)[0]
                 plan, found = best(prepared, plans, samples, partial(context.progress, stage))
         if prepared.settings.layers == FREE:
             plan, found = divided(prepared, scores, plan, sets, context)
         else:
-            notes.append(ends_note(prepared, scores, plan, sets))
+            note = ends_note(prepared, scores, plan, sets)
         cut = resolve_plan(analysis, plan)
-        chosen = Chosen(plan, cut, losses=found, notes=tuple(notes))
-        if compensate is None:
+        chosen = Chosen(plan, cut, losses=found, notes=(note,))
+        if compensate is None or evidence is None:  # only blocks are cut, which it does not judge
             return chosen
         biases = compensate(analysis, cut, evidence)
-        return replace(chosen, changes=biases.state, notes=(*notes, biases.statement))
+        return replace(chosen, changes=biases.state, notes=(note, biases.statement))
 
 
 def scored(

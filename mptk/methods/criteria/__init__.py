@@ -100,7 +100,7 @@ def measured(criterion: AnyCriterion, given: Calibration) -> tuple[Scores, Any]:
     if why := next(filter(None, (refusal(criterion, family) for family in given.families)), None):
         raise MptkError(why)
     own = [family for family in given.families if family.kind in criterion.judges]
-    others = [family for family in given.families if family not in own]
+    others = [family for family in given.families if family.kind not in criterion.judges]
     evidence, found = None, Scores()
     if others:
         found |= INFLUENCE.score(INFLUENCE.measure(replace(given, families=others)), others)
@@ -130,12 +130,7 @@ def _samples(windows: Tensor | Samples | None) -> Samples | None:
     return next_tokens(windows)
 
 
-def select(
-    analysis: Analysis,
-    scores: Scores,
-    widths: Mapping[str, int],
-    stock: Stock | None = None,
-) -> Plan:
+def select(analysis: Analysis, scores: Scores, widths: Mapping[str, int], stock: Stock | None = None) -> Plan:
     """Keep the ``width`` best units of each family in each layer and each scope row.
 
     On equal scores the lower index stays. Kept indices are ascending. ``stock``: the class that must hold what stays.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,44 +34,35 @@ def measure(given: Calibration) -> dict[str, Tensor]:
     Of several depths each is searched with the others whole.
     """
     batches = given.samples.batches(TOKENS)[0].batches(GRADIENT_TOKENS)
-    depths = [family for family in given.families if isinstance(family, Depth)]
-    return {depth.name: _Search(given, depth, batches).scores() for depth in depths}
+    return {depth.name: _rounds(given, depth, batches) for depth in given.families if isinstance(depth, Depth)}
 
 
-@dataclass(frozen=True)
-class _Search:
-    """The search for the blocks of one list."""
+def _rounds(given: Calibration, depth: Depth, batches: Sequence[Samples]) -> Tensor:
+    """The round in which each block is removed; for those that stay, more than all rounds, by the last losses."""
+    size, stay = depth.size, depth.stack.stay
+    most = size - max(1, len(stay))
+    rounds = min(given.removals.get(depth.name, most), most)
+    left = list(range(size))
+    found = torch.full((size,), float(rounds + 1), dtype=torch.float64)
+    for number in range(rounds):
+        tried = [unit for unit in left if unit not in stay]
+        losses = {unit: _loss(given, depth, batches, [other for other in left if other != unit]) for unit in tried}
+        first, *others = sorted(tried, key=lambda unit: losses[unit])
+        found[first] = number
+        for place, unit in enumerate(others):
+            found[unit] = rounds + place / size
+        left.remove(first)
+        if given.progress is not None:
+            given.progress(number + 1, rounds)
+    return found
 
-    given: Calibration
-    depth: Depth
-    batches: Sequence[Samples]
 
-    def scores(self) -> Tensor:
-        """The round in which each block is removed; for those that stay, more than all rounds, by the last losses."""
-        size, stay = self.depth.size, self.depth.stack.stay
-        most = size - max(1, len(stay))
-        rounds = min(self.given.removals.get(self.depth.name, most), most)
-        left = list(range(size))
-        found = torch.full((size,), float(rounds + 1), dtype=torch.float64)
-        for number in range(rounds):
-            tried = [unit for unit in left if unit not in stay]
-            losses = {unit: self._loss([other for other in left if other != unit]) for unit in tried}
-            first, *others = sorted(tried, key=lambda unit: losses[unit])
-            found[first] = number
-            for place, unit in enumerate(others):
-                found[unit] = rounds + place / size
-            left.remove(first)
-            if self.given.progress is not None:
-                self.given.progress(number + 1, rounds)
-        return found
-
-    def _loss(self, units: Sequence[int]) -> float:
-        """The loss of the model with these blocks; infinite if it is no number."""
-        kept = FamilyPlan(len(units), self.depth.size, {self.depth.stack.module: (tuple(units),)})
-        analysis, executor = self.given.analysis, self.given.executor
-        masked = mask(analysis, resolve_plan(analysis, Plan({self.depth.name: kept})))
-        loss = float(summed_losses(self.given.objective, executor, [masked], self.batches))
-        return math.inf if math.isnan(loss) else loss
+def _loss(given: Calibration, depth: Depth, batches: Sequence[Samples], units: Sequence[int]) -> float:
+    """The loss of the model with these blocks; infinite if it is no number."""
+    kept = FamilyPlan(len(units), depth.size, {depth.stack.module: (tuple(units),)})
+    masked = mask(given.analysis, resolve_plan(given.analysis, Plan({depth.name: kept})))
+    loss = float(summed_losses(given.objective, given.executor, [masked], batches))
+    return math.inf if math.isnan(loss) else loss
 
 
 GREEDY = Criterion(

@@ -25,7 +25,9 @@ from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples, next_tokens
 from mptk.methods import criteria
+from mptk.methods.criteria import Calibration
 from mptk.methods.criteria.fisher import tempered
+from mptk.methods.criteria.greedy import GREEDY
 from mptk.methods.maskprune.solver import Solver
 from mptk.staged.staged import EXECUTOR
 from mptk.tasks import CAUSAL_LM
@@ -67,8 +69,8 @@ def scores(by: str, analysis: Analysis, model: Any, windows: Tensor, removed: in
     if by == "influence":
         return criteria.score(analysis, by, windows, families=[depth.name])[depth.name].flatten()
     if by == "greedy":
-        found = criteria.gather(analysis, by, windows, families=[depth.name], removals={depth.name: removed})
-        return criteria.score_evidence(found, by, [depth.name])[depth.name].flatten()
+        given = Calibration(analysis, [depth], samples, removals={depth.name: removed})
+        return criteria.measured(GREEDY, given)[0][depth.name].flatten()
     if by == "alone":
         return torch.tensor([loss(analysis, [unit], samples.batches(1024)[0]) for unit in range(depth.size)])
     solver = observed(analysis, model, samples)

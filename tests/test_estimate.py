@@ -107,7 +107,10 @@ def test_everything_stays_if_the_bound_allows_it_and_is_read_once() -> None:
 
 def test_a_smaller_bound_takes_less_memory_more_time_and_temporary_files() -> None:
     sizes = toy(tied=True)
-    loose, tight = (estimate(sizes, replace(WORK, gradients=True), SLOW, bound) for bound in (1e9, 100_000))
+    loose, tight = (
+        estimate(sizes, replace(WORK, passes={"score": Pass(1000, 10, gradients=True)}), SLOW, bound)
+        for bound in (1e9, 100_000)
+    )
     assert sum(tight.held.values()) == 100_000
     assert tight.needed["largest stage"] == 4 * 1.75 * BLOCK
     assert tight.temporary == {
@@ -120,7 +123,7 @@ def test_a_smaller_bound_takes_less_memory_more_time_and_temporary_files() -> No
 
 def test_training_holds_all_weights() -> None:
     sizes = toy(tied=True)
-    found = estimate(sizes, replace(WORK, training=7e6), SLOW, bound=1000)
+    found = estimate(sizes, replace(WORK, passes={"train": Pass(1000, 10, training=7e6)}), SLOW, bound=1000)
     assert (found.needed["weights"], found.needed["training"]) == (4 * sizes.parameters, 7e6)
     assert "weights that stay" not in found.held
 

@@ -23,9 +23,8 @@ from mptk.cli.main import app
 from mptk.conform import made
 from mptk.cost import operator_times
 from mptk.errors import MptkError
-from mptk.methods.division.halving import Trainer, finalists
+from mptk.methods.division.search import Search, finalists, rungs
 from mptk.methods.maskprune.learner import Learner
-from mptk.protocols.rungs import rungs
 from mptk.protocols.shapes import Rung, Shape, Shapes, ranked
 
 SETTINGS = mptk.Settings(
@@ -166,7 +165,7 @@ def spent(shape: Shape) -> list[tuple[int, Rung]]:
 def test_a_killed_search_loses_one_rung_of_one_shape(
     llama: str, settings: mptk.Settings, trained: Shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, train = [], Trainer.trained
+    calls, train = [], Search.trained
 
     def stopping(*arguments: object) -> Shape:
         calls.append(arguments)
@@ -174,14 +173,14 @@ def test_a_killed_search_loses_one_rung_of_one_shape(
             raise Stopped
         return train(*arguments)
 
-    monkeypatch.setattr(Trainer, "trained", stopping)
+    monkeypatch.setattr(Search, "trained", stopping)
     out = tmp_path / "out"
     with pytest.raises(Stopped):
         mptk.shapes(llama, out, settings, progress=None, **TRAINED)
     assert len(list((tmp_path / "out.run").glob("shape-*.json"))) == 7
     with pytest.raises(MptkError, match="holds an unfinished run; add --resume"):
         mptk.shapes(llama, out, settings, progress=None, **TRAINED)
-    monkeypatch.setattr("mptk.methods.division.shape_losses.Search.measured", None)  # all of these were kept
+    monkeypatch.setattr("mptk.methods.division.search.Search.measured", None)  # all of these were kept
     file = tmp_path / "out.run" / "shape-00003.json"
     written = file.read_text()
     for damage in ("{}", written.replace('"masked"', '"veiled"'), "["):

@@ -191,7 +191,7 @@ class Settings:
     on with an unfinished run, if there is one.
 
     ``search``: rank ways to divide the budget first, and cut to the best one
-    (``methods/division/shape_search.py``). At most ``search_shapes`` of them are measured without training.
+    (``methods/division/search.py``). At most ``search_shapes`` of them are measured without training.
     ``search_tokens`` are spent on a short recovery of the best ``search_finalists`` (0: none is trained).
 
     What is written: ``target``. ``dtype``: type of the stored weights (``auto``: the checkpoint's own).

@@ -142,7 +142,7 @@ def depth_shares(analysis: Analysis, widths: Mapping[str, float]) -> Shares:
     return {
         f.stack.axis: [f.stack.share(unit, widths[f.name]) for unit in range(f.size)]
         for f in analysis.depths
-        if f.stack is not None and widths.get(f.name, f.size) != f.size
+        if widths.get(f.name, f.size) != f.size
     }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, Index, Term, evaluate, leaves, occurrences
 from mptk.ir.blocks import Block, Renumbering, Stack
-from mptk.ir.families import Analysis, Family, Group, scope_coordinates
+from mptk.ir.families import Analysis, Depth, Family, Group, scope_coordinates
 from mptk.ir.plan import FamilyPlan, Plan, check_units
 
 
@@ -160,7 +160,7 @@ def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
             if group.axis in choices:
                 raise MptkError(f"plan: {name} names units of {group.layer} that another family names, too")
             choices[group.axis] = Choice(group.scope, _table(family, group, chosen))
-        if family.stack is not None:
+        if isinstance(family, Depth):
             _check_blocks(name, family.stack, choices[family.stack.axis])
     return Cut(choices, {axis: int(c.table[0].sum()) for axis, c in choices.items()})
 

@@ -22,6 +22,8 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from mptk.config.settings import Settings
+from mptk.cost.estimate import Pass, Sizes
 from mptk.distributed.sharing import Sharing, sharing
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
@@ -35,6 +37,12 @@ from mptk.staged.staged import EXECUTOR, Executor
 from passes.transforms.insert_masks import MaskSite
 
 RIDGE = 0.01
+
+
+def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
+    """What ``reconstruct_consumers`` costs a run."""
+    s = settings
+    return {"reconstruct": Pass(s.samples * s.length, s.length, flops=sizes.fit)} if s.reconstruct else {}
 
 
 def reconstruct_consumers(

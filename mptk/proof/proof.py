@@ -13,6 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mptk.config.settings import Settings
+from mptk.cost.estimate import Pass
 from mptk.errors import MptkError, ProofError
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Log
@@ -20,13 +22,19 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.ir.samples import Samples, is_tokens
 from mptk.protocols.chain import Compiled, Prepared, Proven, Target
-from mptk.protocols.values import LONG, Extra, Witness, left_out, short
+from mptk.protocols.values import LONG, PROOF_SHAPE, Extra, Witness, left_out, short
 from mptk.staged.staged import Executor
 from passes.analysis.borders import Reach, reach
 from passes.check_cut import awake
 from passes.pipelines import cut_program
 from passes.transforms.masked_reference import mask
 from passes.verify import TOLERANCE, Difference, StageOutputs, prove
+
+
+def work(settings: Settings, long: bool) -> dict[str, Pass]:
+    """What a proof costs a run. ``long``: whether a border makes its one long sequence as long as it may be."""
+    tokens = PROOF_SHAPE[0] * PROOF_SHAPE[1] + (settings.proof_length if long else min(LONG, settings.proof_length))
+    return {"prove": Pass(3 * tokens, settings.length, reads=2)}
 
 
 def prove_folder(

@@ -26,7 +26,7 @@ def analysis_json(analysis: Analysis, legal: LegalWidths, model: str) -> dict[st
     cost = CostModel(analysis)
     blocked = [asdict(axis) for axis in analysis.blocked]
     for f in analysis.depths:
-        for unit, why in f.stack.stay.items() if f.stack is not None else ():
+        for unit, why in f.stack.stay.items():
             weights = [f"{f.groups[0].layer}.{unit}"]
             blocked.append({"name": f"{f.name} {unit}", "size": 1, "weights": weights, "reasons": [why]})
     return {

@@ -101,10 +101,11 @@ def stock_widths(
     alone = {n: str(r) for n, r in stock.refusals.items() if not any(n in group for group in together)}
     refused = alone | derived
 
+    depths = {family.name: family for family in analysis.depths}
+
     @functools.cache
     def shorter(name: str, width: int) -> str | None:
-        family = analysis.family(name)
-        assert family.stack is not None
+        family = depths[name]
         try:
             choose_blocks(family.stack, [0.0] * family.size, width, stock)
         except MptkError as error:

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from mptk.errors import MptkError
 from mptk.ir.axes import Term, axes_in, leaves
 from mptk.ir.axis_facts import AxisFacts
-from mptk.ir.families import Analysis, Family, Group, Member, unit_indices
+from mptk.ir.families import Analysis, Depth, Family, Group, Member, unit_indices
 from mptk.ir.program import Program
 from mptk.ir.source_location import past_module
 
@@ -65,7 +65,7 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
     sites = []
     for name in families:
         family = analysis.family(name)
-        if family.stack is not None:
+        if isinstance(family, Depth):
             sites += [
                 MaskSite(name, 0, block.module, "block", torch.tensor([unit]), ())
                 for unit, block in enumerate(family.stack.blocks)

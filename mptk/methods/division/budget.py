@@ -46,7 +46,7 @@ def budgeted(
     if s.budget != LATENCY:
         return CostModel(analysis, s.budget, itemsize=itemsize, before=before), s
     names = _variable(analysis, legal, s)
-    channels = [name for name in names if analysis.family(name).stack is None]
+    channels = [name for name in names if analysis.family(name).kind == "channels"]
     ladders = {name: legalize.aligned(analysis.family(name), multiples(s)) for name in channels}
     with processes().main_process_first():  # the others read what the first has kept, so that all plan alike
         latency = Latency(analysis, ladders, s.objective, lambda ops: kept_times(ops, s.threads, progress))

@@ -20,8 +20,8 @@ from mptk.chain.prune import SAMPLES, apart, begin, described, wanted
 from mptk.compat.accelerate import own_state
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.dense_outputs import with_outputs
-from mptk.config.keywords import with_keywords
 from mptk.config.recipe import command
+from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
 from mptk.conversions.kv_heads import merged_on
 from mptk.errors import explained

@@ -10,8 +10,9 @@ import typer
 
 from mptk.cli.app import command
 from mptk.cli.console import echo, err
-from mptk.cli.options import Model, Trust
+from mptk.cli.options import Model
 from mptk.cli.progress import stages
+from mptk.config.settings import Settings
 
 
 @command("passes", examples=("passes",))
@@ -40,13 +41,13 @@ def _summary(documented: object) -> str:
 @command("show", examples=("show smollm2-135m", "show smollm2-135m --after rewrite --plan runs/m30/plan.json"))
 def show_program(
     model: Model,
+    settings: Settings,
     after: Annotated[
         str | None,
         typer.Option(help="Show it after this pass of `mptk passes`: rewrite, 'remove blocks', 'fold norms' or mask."),
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="The plan.json that the pass cuts to.")] = None,
     source: Annotated[bool, typer.Option("--source", help="Add the line of the model's source to each call.")] = False,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Print a model's program: one line for each value, with its axes. Reads no weights."""
     from mptk.api import compiler as api
@@ -56,6 +57,6 @@ def show_program(
     chosen = None if plan is None else Plan.load(plan)
     with stages(err) as progress:
         progress("trace", 0, 0)
-        skeleton = models.skeleton(model, trust_remote_code=trust_remote_code)
+        skeleton = models.skeleton(model, trust_remote_code=settings.trust_remote_code)
         text = api.show(skeleton, after=after, plan=chosen, source=source)
     echo(text, end="")

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mptk.cli.app import command, show
 from mptk.cli.console import err, out
-from mptk.cli.options import ExampleInputs, Json, Model, MultipleOf, Portable, TargetName, Trust
+from mptk.cli.options import Json, Model
 from mptk.cli.places import file_to_write
 from mptk.cli.progress import stages
 from mptk.config.settings import Settings
@@ -72,6 +72,7 @@ def fetch(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`."
 @command(examples=("analyze smollm2-135m", "analyze models/mine --target graph --json analysis.json"))
 def analyze(
     model: Model,
+    settings: Settings,
     json_file: Json = None,
     html: Annotated[
         Path | None,
@@ -79,11 +80,6 @@ def analyze(
             callback=file_to_write(), help="Also write a page to this file: what of a layer is cut together, drawn."
         ),
     ] = None,
-    target: TargetName = Settings.target,
-    multiple_of: MultipleOf = Settings.multiple,
-    portable: Portable = Settings.portable,
-    inputs: ExampleInputs = None,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Show what can be cut and to which widths, and what cannot be cut and why. Reads no weights."""
     from mptk.api import compiler as api
@@ -97,12 +93,12 @@ def analyze(
         require_matplotlib()
     with stages(err) as progress:
         progress("trace", 0, 0)
-        skeleton = models.skeleton(model, trust_remote_code=trust_remote_code)
-        example = None if inputs is None else example_samples(skeleton, read_inputs(inputs)).inputs
+        skeleton = models.skeleton(model, trust_remote_code=settings.trust_remote_code)
+        example = None if settings.inputs is None else example_samples(skeleton, read_inputs(settings.inputs)).inputs
         analysis = api.analyze(skeleton, example)
         progress("legal widths", 0, 0)
-        found = find_target(target).legal(analysis, skeleton, multiple_of)
-        found = found.portable() if portable else found
+        found = find_target(settings.target).legal(analysis, skeleton, settings.multiple)
+        found = found.portable() if settings.portable else found
     result = report.analysis_json(analysis, found, model)
     if html is not None:
         from mptk.report.page.render import analysis_page

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mptk.config.settings import Settings, settings_from_json
+from mptk.config.setting import from_json
+from mptk.config.settings import Settings
 from mptk.conform import made
 from mptk.errors import MptkError
 from mptk.files import tidy, write_json
@@ -94,7 +95,7 @@ class Report:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise MptkError(f"{path} is no {FORMAT}; read it with the version of mptk that wrote it")
         try:
-            settings = settings_from_json(data.get("settings"))
+            settings = from_json(Settings, data.get("settings"), "settings")
             check_rows(data)
             return made(Report, {**data, "settings": settings}, "")
         except ValueError as error:

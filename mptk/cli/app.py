@@ -23,6 +23,7 @@ from mptk.cli.options import TYPED, parameters, settings_from
 from mptk.cli.stopping import STOPPED, deaf, stoppable
 from mptk.cli.streams import lasting, lost
 from mptk.cli.voice import VOICE
+from mptk.config.setting import Record
 from mptk.config.settings import Settings
 from mptk.errors import explained
 from mptk.files import check_text, json_text, path_of, tidy, write_json
@@ -39,6 +40,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress: re
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Say more: each pass's difference, the traceback of an error.")
 ]
+DEFAULTS = Settings()
 
 
 def main() -> None:
@@ -65,7 +67,7 @@ def main() -> None:
 
 
 def command(
-    name: str | None = None, *, examples: tuple[str, ...] = (), base: Settings | None = None
+    name: str | None = None, *, examples: tuple[str, ...] = (), base: Record = DEFAULTS
 ) -> Callable[[Callable[..., None]], Any]:
     """As ``app.command``, with ``-q`` and ``-v``, and with examples below the help.
 
@@ -74,8 +76,8 @@ def command(
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(function, eval_str=True)
-        called, defaults = name or function.__name__, base or Settings()
-        options = parameters(called, defaults) if "settings" in own.parameters else []
+        called = name or function.__name__
+        options = parameters(called, base) if "settings" in own.parameters else []
 
         @functools.wraps(function)
         def run(*, quiet: bool, verbose: bool, context: typer.Context, **values: Any) -> None:
@@ -85,7 +87,7 @@ def command(
                 tidy_for(values.values())
                 if options:
                     given = {each.name: values.pop(each.name) for each in options}
-                    values["settings"] = settings_from(called, defaults, given)
+                    values["settings"] = settings_from(called, base, given)
                 function(**values)
                 STOPPED.look("the command was done by then")
             except (KeyboardInterrupt, Exception) as error:

@@ -23,6 +23,7 @@ from mptk.config.setting import (
     Asked,
     Choices,
     Declared,
+    R,
     Record,
     idle,
     outside,
@@ -98,7 +99,7 @@ def option(name: str, each: Declared, panel: str | None) -> OptionInfo:
     return made
 
 
-def settings_from(command: str, base: Settings, options: Mapping[str, object]) -> Settings:
+def settings_from(command: str, base: R, options: Mapping[str, object]) -> R:
     """The settings that the options of a command give."""
     known = taken(type(base), command)
     return with_keywords(base, {known[name].name: form(known[name]).read(value) for name, value in options.items()})

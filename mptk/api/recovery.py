@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -13,7 +12,7 @@ from mptk.chain.estimate import estimated_for
 from mptk.chain.job import Given, Job
 from mptk.chain.prepare import settled
 from mptk.compile.changes import changes_of
-from mptk.config.setting import taken, with_keywords
+from mptk.config.setting import values, with_keywords
 from mptk.config.settings import DEFAULT_STEPS, Settings
 from mptk.cost.estimate import Estimate
 from mptk.distributed.processes import holds
@@ -59,8 +58,7 @@ def recovery(
     folder, trust = Path(folder), settings.trust_remote_code
     report = Report.read(folder)
     check_manifest(folder)
-    own = [each for each in taken(Settings, "recover").values() if "." not in each.path]
-    changes: dict[str, Any] = {each.path: each.of(settings) for each in own} | {"learning": settings.learning}
+    changes = {**values(settings, "recover"), "learning": settings.learning}
     changes |= {"reconstruct": False, "distil_epochs": 0, "search": False, "vocabulary": None, "kv_heads": None}
     settings = replace(report.settings, **changes, plan=str(folder / "plan.json"))
 

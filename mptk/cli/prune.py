@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,17 +16,17 @@ from mptk.cli.places import file_to_write
 from mptk.cli.progress import stages
 from mptk.cli.recipes import Config
 from mptk.cli.voice import VOICE
-from mptk.config.setting import Asked
+from mptk.config.setting import Asked, values
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import write_text
 from mptk.progress import within
 
 if TYPE_CHECKING:
+    from mptk.api.pruned import Pruned
+    from mptk.cost.estimate import Estimate as Needs
     from mptk.ir.passes import Record
 
-
-NO_PLACE = "there is no place for the result; give --out FOLDER"
 Estimate = Annotated[bool, typer.Option("--estimate", help="Only say what memory, disk and time the run will need.")]
 
 
@@ -51,28 +52,17 @@ def prune(
     maskprune learns what to cut and then trains the small model. A one-shot method trains only if --steps is given.
     """
     from mptk.api.pruned import prune
-    from mptk.chain.estimate import check_fits, estimated
+    from mptk.chain.estimate import estimated
     from mptk.chain.prepare import check_settings, settled
     from mptk.methods import find_method
-    from mptk.report import terminal as report
 
     settings = with_latency(settings, max_decode_ms, max_prefill_ms)
     meant = settled(settings)
     learns = not meant.fixed and find_method(meant.method).learns
     refuse_idle("prune", Asked(meant, learns, writes=folder is not None, estimate=estimate))
     check_settings(meant)
-    if estimate:
-        found = estimated(model, meant)
-        out.print(report.estimate_view(found))
-        check_fits(found, folder or Path.cwd())
-        return
-    if folder is None:
-        raise MptkError(NO_PLACE)
-    with resumable(folder), stages(err) as progress:
-        result = prune(model, folder, settings, progress=progress, on_stage=printed())
-    if result is not None:
-        out.print(report.prune_view(result.report))
-        out.print(f"written to {folder}", soft_wrap=True)
+    needs = partial(estimated, model, meant) if estimate else None
+    carry_out(partial(prune, model, folder, settings), needs, folder)
 
 
 @command(examples=("recover runs/w30 --data book.txt --steps 100 --out runs/w30r",))
@@ -87,25 +77,32 @@ def recover(
     """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
     from mptk.api.pruned import recover
     from mptk.api.recovery import needed, trained
-    from mptk.chain.estimate import check_fits
-    from mptk.report import terminal as report
 
     settings = trained(settings)
     if not settings.steps:
         raise MptkError("recover trains, and --steps 0 leaves nothing to do; give 1 or more")
     refuse_idle("recover", Asked(settings, writes=destination is not None, estimate=estimate))
-    if estimate:
-        found = needed(folder, settings, model)
+    needs = partial(needed, folder, settings, model) if estimate else None
+    carry_out(partial(recover, folder, destination, settings, model=model), needs, destination)
+
+
+def carry_out(run: Callable[..., Pruned | None], needs: Callable[[], Needs] | None, place: Path | None) -> None:
+    """Run something into a folder, and show its report. If ``needs`` is given, only say what it will need."""
+    from mptk.chain.estimate import check_fits
+    from mptk.report import terminal as report
+
+    if needs is not None:
+        found = needs()
         out.print(report.estimate_view(found))
-        check_fits(found, destination or Path.cwd())
+        check_fits(found, place or Path.cwd())
         return
-    if destination is None:
-        raise MptkError(NO_PLACE)
-    with resumable(destination), stages(err) as progress:
-        result = recover(folder, destination, settings, model=model, progress=progress, on_stage=printed())
+    if place is None:
+        raise MptkError("there is no place for the result; give --out FOLDER")
+    with resumable(place), stages(err) as progress:
+        result = run(progress=progress, on_stage=printed())
     if result is not None:
         out.print(report.prune_view(result.report))
-        out.print(f"written to {destination}", soft_wrap=True)
+        out.print(f"written to {place}", soft_wrap=True)
 
 
 def printed() -> Callable[[Record], None] | None:
@@ -128,10 +125,7 @@ def verify(
         proof = verification.verify(
             folder,
             model=model,
-            trust_remote_code=settings.trust_remote_code,
-            proof_length=settings.proof_length,
-            memory=settings.memory,
-            device=settings.device,
+            **values(settings, "verify"),
         )
     out.print(report.proof_view([d.as_dict() for d in proof]), *proof.notes, sep="\n")
 
@@ -155,8 +149,7 @@ def rerun(
             progress,
             model=model,
             on_stage=printed(),
-            trust_remote_code=settings.trust_remote_code,
-            overwrite=settings.overwrite,
+            **values(settings, "rerun"),
         )
     if found is not None:
         show(json_file, {"folder": str(folder), "out": str(destination), "rows": found}, report.rerun_view(found))

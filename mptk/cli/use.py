@@ -17,7 +17,7 @@ from mptk.cli.options import Json, Model, chosen, out_folder, refuse, within
 from mptk.cli.parse import names, parse_counts
 from mptk.cli.places import file_to_write
 from mptk.cli.progress import stages
-from mptk.config.setting import SEED, Choices
+from mptk.config.setting import SEED, Choices, values
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import write_json, write_text
@@ -43,18 +43,10 @@ def export_onnx(
         api.export_folder(
             model,
             folder,
-            logits=settings.logits,
-            quantize=settings.quantize,
             text=data,
-            objective=settings.objective,
-            onnx_dtype=settings.onnx_dtype,
-            memory=settings.memory,
-            device=settings.device,
-            strict=settings.strict,
-            trust_remote_code=settings.trust_remote_code,
-            overwrite=settings.overwrite,
             progress=progress,
             on_note=notes.append,
+            **values(settings, "export"),
         )
     out.print(f"written to {folder}", *notes, sep="\n", soft_wrap=True, highlight=False)
 

@@ -183,6 +183,11 @@ def taken(kind: type[Record], command: str) -> dict[str, Declared]:
     return {each.option(command): each for each in kind.declared if command in each.setting.on}
 
 
+def values(record: Record, command: str) -> dict[str, Any]:
+    """Keyword → value of the record's own settings that a command has."""
+    return {each.path: each.of(record) for each in taken(type(record), command).values() if "." not in each.path}
+
+
 def idle(command: str, asked: Asked) -> dict[str, str]:
     """Option of a command that would do nothing → why, and what to do."""
     options = taken(type(asked.settings), command)

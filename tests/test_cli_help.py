@@ -32,9 +32,9 @@ NAMES = sorted(typer.main.get_command(commands).commands)
 
 
 def test_the_names_of_choices_are_those_that_are_there() -> None:
-    assert tuple(methods()) == METHODS
-    assert tuple(WRITTEN) == TARGETS
-    assert set(SCHEMES) == set(pipelines.SCHEMES)
+    assert tuple(methods()) == METHODS.names
+    assert tuple(WRITTEN) == TARGETS.names
+    assert set(SCHEMES.names) == set(pipelines.SCHEMES)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,9 @@ def test_a_value_that_is_not_known_is_a_usage_error(arguments: list[str], said: 
 def test_devices_have_numbers() -> None:
     assert Settings(device="cuda:3").device == "cuda:3"
     for wrong in ("cuda:x", "cpu:0"):
-        with pytest.raises(MptkError, match=f"device: '{wrong}' is not known; .*choose one of {', '.join(DEVICES)}"):
+        with pytest.raises(
+            MptkError, match=f"device: '{wrong}' is not known; .*choose one of {', '.join(DEVICES.names)}"
+        ):
             Settings(device=wrong)
 
 
@@ -67,10 +69,8 @@ def test_plugins_are_accepted_and_completed(monkeypatch: pytest.MonkeyPatch) -> 
         name = "sparsegpt"
 
     monkeypatch.setattr(setting, "entry_points", lambda group: [Entry] if group == "mptk.methods" else [])
-    (method,) = (each.setting.choices for each in Settings.declared if each.name == "method")
-    assert method is not None
-    assert chosen(method)["parser"]("sparsegpt") == "sparsegpt"
-    assert chosen(method)["autocompletion"]("s") == ["sparsegpt"]
+    assert chosen(METHODS)["parser"]("sparsegpt") == "sparsegpt"
+    assert chosen(METHODS)["autocompletion"]("s") == ["sparsegpt"]
 
 
 def complete(line: str) -> list[str]:

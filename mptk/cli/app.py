@@ -17,12 +17,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from mptk.cli.console import echo, out
+from mptk.cli.console import VOICE, echo, out
 from mptk.cli.failure import Interrupted, ended, unprinted
 from mptk.cli.options import TYPED, parameters, settings_from
 from mptk.cli.stopping import STOPPED, deaf, stoppable
 from mptk.cli.streams import lasting, lost
-from mptk.cli.voice import VOICE
 from mptk.config.setting import Record
 from mptk.config.settings import Settings
 from mptk.errors import explained

@@ -12,8 +12,7 @@ from rich.text import Text
 
 from mptk.cli.app import command, show
 from mptk.cli.console import err, out
-from mptk.cli.options import Json, Model
-from mptk.cli.places import file_to_write
+from mptk.cli.options import Json, Model, out_file
 from mptk.cli.progress import stages
 from mptk.config.settings import Settings
 from mptk.files import write_text
@@ -75,10 +74,7 @@ def analyze(
     settings: Settings,
     json_file: Json = None,
     html: Annotated[
-        Path | None,
-        typer.Option(
-            callback=file_to_write(), help="Also write a page to this file: what of a layer is cut together, drawn."
-        ),
+        Path | None, out_file("Also write a page to this file: what of a layer is cut together, drawn.")
     ] = None,
 ) -> None:
     """Show what can be cut and to which widths, and what cannot be cut and why. Reads no weights."""

@@ -39,14 +39,6 @@ TYPED: ContextVar[frozenset[str]] = ContextVar("typed", default=frozenset())
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or an alias of `mptk models`.")]
 Folder = Annotated[Path, typer.Argument(help="The --out folder of `mptk prune`.")]
-Json = Annotated[
-    Path | None,
-    typer.Option(
-        "--json",
-        callback=file_to_write(dash=True),
-        help="Also write the result to this file; - prints it in place of the table.",
-    ),
-]
 Dense = Annotated[str | None, typer.Option("--model", help="The dense model, if it has moved.")]
 
 
@@ -54,6 +46,36 @@ def out_folder(help: str) -> OptionInfo:
     """The option ``--out`` for a folder."""
     made: OptionInfo = typer.Option("--out", callback=folder_to_write, help=help)
     return made
+
+
+def out_file(help: str, *suffixes: str, flag: str = "", metavar: str | None = None, dash: bool = False) -> OptionInfo:
+    """An option for a file. ``suffixes`` that it may have. ``dash``: - is the standard output."""
+    flags, check = [flag] if flag else [], file_to_write(*suffixes, dash=dash)
+    made: OptionInfo = typer.Option(*flags, callback=check, help=help, metavar=metavar)
+    return made
+
+
+def within(least: float, most: float = COUNT) -> dict[str, Any]:
+    """Arguments of ``typer.Option`` for a finite number in these bounds. The help shows the upper one of shares."""
+
+    def check(value: float | None) -> float | None:
+        if value is not None and (wrong := outside(value, least, most)) is not None:
+            raise typer.BadParameter(f"{wrong}. Give a number from {shown(least)} to {shown(most)}.")
+        return value
+
+    return {"min": least, "max": most if most <= 1 else None, "callback": check}
+
+
+def number(help: str, least: float, most: float = COUNT, panel: str | None = None) -> OptionInfo:
+    """An option for a finite number from ``least`` to ``most``."""
+    made: OptionInfo = typer.Option(help=help, rich_help_panel=panel, **within(least, most))
+    return made
+
+
+Json = Annotated[
+    Path | None,
+    out_file("Also write the result to this file; - prints it in place of the table.", flag="--json", dash=True),
+]
 
 
 @dataclass(frozen=True)
@@ -105,17 +127,6 @@ def settings_from(command: str, base: R, options: Mapping[str, object]) -> R:
     return with_keywords(base, {known[name].name: form(known[name]).read(value) for name, value in options.items()})
 
 
-def within(least: float, most: float = COUNT) -> dict[str, Any]:
-    """Arguments of ``typer.Option`` for a finite number from ``least`` to ``most``, which the help shows of shares."""
-
-    def check(value: float | None) -> float | None:
-        if value is not None and (wrong := outside(value, least, most)) is not None:
-            raise typer.BadParameter(f"{wrong}. Give a number from {shown(least)} to {shown(most)}.")
-        return value
-
-    return {"min": least, "max": most if most <= 1 else None, "callback": check}
-
-
 def chosen(choices: Choices, *, several: bool = False) -> dict[str, Any]:
     """Arguments of ``typer.Option`` for one of some values, or for several with commas between them."""
 
@@ -157,9 +168,7 @@ def refuse_idle(command: str, asked: Asked) -> None:
 # ---- latency ----
 
 _MAX = next(each.setting for each in Settings.declared if each.name == "max_ms")
-MaxMs = Annotated[
-    float | None, typer.Option(help=_MAX.help, rich_help_panel=CUT, **within(*(_MAX.within or (0, COUNT))))
-]
+MaxMs = Annotated[float | None, number(_MAX.help, *(_MAX.within or (0, COUNT)), panel=CUT)]
 
 
 def with_latency(settings: Settings, decode_ms: float | None, prefill_ms: float | None) -> Settings:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mptk.errors import MptkError
 from mptk.files import write_result
 from mptk.ort.bench import Bench, Case
 from mptk.plain import plain
@@ -17,12 +15,6 @@ if TYPE_CHECKING:
 
 PER_ROW = 4
 """Number of cases in a row."""
-
-
-def require_matplotlib() -> None:
-    """Raise MptkError if matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MptkError("matplotlib is not installed, and it draws the plot; run: pip install 'mptk[plot]'")
 
 
 def draw_bench(result: Bench, path: Path) -> None:

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mptk.cli.app import command, resumable, show
-from mptk.cli.console import err, out
-from mptk.cli.options import Dense, Folder, Json, MaxMs, Model, out_folder, refuse_idle, with_latency
-from mptk.cli.places import file_to_write
+from mptk.cli.console import VOICE, err, out
+from mptk.cli.options import Dense, Folder, Json, MaxMs, Model, out_file, out_folder, refuse_idle, with_latency
 from mptk.cli.progress import stages
 from mptk.cli.recipes import Config
-from mptk.cli.voice import VOICE
 from mptk.config.setting import Asked, values
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
@@ -162,9 +160,7 @@ def show_report(
     folders: Annotated[
         list[Path], typer.Argument(help="The --out folder of `mptk prune`; further ones stand beside it.")
     ],
-    html: Annotated[
-        Path | None, typer.Option(callback=file_to_write(), help="Write a page with charts to this file instead.")
-    ] = None,
+    html: Annotated[Path | None, out_file("Write a page with charts to this file instead.")] = None,
 ) -> None:
     """Show a pruned folder: widths, costs, perplexity, proof, timings, files. Several are compared."""
     from mptk.protocols.report import Report

@@ -6,12 +6,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from mptk.cli.app import command, resumable, show
 from mptk.cli.console import err, out
-from mptk.cli.options import Json, MaxMs, Model, out_folder, refuse_idle, with_latency
-from mptk.cli.places import file_to_write
+from mptk.cli.options import Json, MaxMs, Model, out_file, out_folder, refuse_idle, with_latency
 from mptk.cli.progress import stages
 from mptk.config.setting import Asked
 from mptk.config.settings import Settings
@@ -31,9 +28,7 @@ def shapes(
     settings: Settings,
     folder: Annotated[Path | None, out_folder("Folder for shapes.json; --resume needs it.")] = None,
     json_file: Json = None,
-    html: Annotated[
-        Path | None, typer.Option(callback=file_to_write(), help="Also write a page with the picture to this file.")
-    ] = None,
+    html: Annotated[Path | None, out_file("Also write a page with the picture to this file.")] = None,
     max_decode_ms: MaxMs = None,
     max_prefill_ms: MaxMs = None,
 ) -> None:

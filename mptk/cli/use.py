@@ -13,9 +13,8 @@ from rich.text import Text
 
 from mptk.cli.app import command, show
 from mptk.cli.console import echo, err, out
-from mptk.cli.options import Json, Model, chosen, out_folder, refuse, within
+from mptk.cli.options import Json, Model, chosen, number, out_file, out_folder, refuse
 from mptk.cli.parse import names, parse_counts
-from mptk.cli.places import file_to_write
 from mptk.cli.progress import stages
 from mptk.config.setting import SEED, Choices, values
 from mptk.config.settings import Settings
@@ -55,9 +54,7 @@ def export_onnx(
 def write_gguf(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out folder of `prune` or `recover`.")],
     like: Annotated[str, typer.Option(metavar="FILE", help="The dense model's GGUF file, or its packaged alias.")],
-    file: Annotated[
-        Path, typer.Option("--out", metavar="FILE", callback=file_to_write(".gguf"), help="The file to write.")
-    ],
+    file: Annotated[Path, out_file("The file to write.", ".gguf", flag="--out", metavar="FILE")],
 ) -> None:
     """Write a pruned LLaMA model as a GGUF file for llama.cpp, also one whose layers differ in width."""
     from mptk.api import compiler as api
@@ -83,21 +80,18 @@ def generate(
     model: Annotated[str, typer.Argument(help="The --out folder of `prune` or `export`, or an .onnx file in it.")],
     prompts: Annotated[list[str], typer.Argument(help="Text to continue; several run as one batch.")],
     settings: Settings,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write after each prompt.", **within(1))] = 64,
-    temperature: Annotated[
-        float, typer.Option(**within(0, 1e6), help="0: take the likeliest token; above 0: sample.")
-    ] = 0.0,
-    top_k: Annotated[int, typer.Option(**within(0), help="Sample among this many likeliest tokens; 0: all.")] = 50,
+    max_new_tokens: Annotated[int, number("Most tokens to write after each prompt.", 1)] = 64,
+    temperature: Annotated[float, number("0: take the likeliest token; above 0: sample.", 0, 1e6)] = 0.0,
+    top_k: Annotated[int, number("Sample among this many likeliest tokens; 0: all.", 0)] = 50,
     top_p: Annotated[
-        float,
-        typer.Option(**within(0, 1), help="Sample among the likeliest tokens that have this probability together."),
+        float, number("Sample among the likeliest tokens that have this probability together.", 0, 1)
     ] = 1.0,
     cut: Annotated[
         bool,
         typer.Option("--cut", help="Cut what the model's positions do not hold: the prompt's start, the answer's end."),
     ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.", **within(*SEED))] = 0,
+    seed: Annotated[int, number("Seed of the sampling.", *SEED)] = 0,
 ) -> None:
     """Generate text in ONNX Runtime. One prompt is streamed; several run as one batch."""
     import numpy as np
@@ -147,13 +141,13 @@ def evaluate(
     model: Model,
     settings: Settings,
     data: Annotated[str | None, typer.Option(help="Text to measure on (or images, sounds, inputs).")] = None,
-    length: Annotated[int, typer.Option(**within(8), help="Tokens in a window.")] = 512,
-    windows: Annotated[int | None, typer.Option(**within(1), help="Use only the first windows.")] = None,
+    length: Annotated[int, number("Tokens in a window.", 8)] = 512,
+    windows: Annotated[int | None, number("Use only the first windows.", 1)] = None,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated.")] = "",
     include_path: Annotated[
         Path | None, typer.Option(help="Folder with lm-eval task files; needs --trust-remote-code.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(**within(1), help="Examples of each task.")] = None,
+    limit: Annotated[int | None, number("Examples of each task.", 1)] = None,
     runtime: Annotated[str, typer.Option(help="onnx: a folder's ONNX or an .onnx file.", **RUNTIMES)] = "torch",
     json_file: Json = None,
 ) -> None:
@@ -225,22 +219,18 @@ def bench(
     lengths: Annotated[str, typer.Option(help="Tokens of the prompt or in the cache, comma-separated.")] = "128,512",
     batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     threads: Annotated[str, typer.Option(help="Thread counts, comma-separated.")] = "1",
-    rounds: Annotated[int, typer.Option(**within(2, 10_000), help="Alternating rounds of each case.")] = 7,
+    rounds: Annotated[int, number("Alternating rounds of each case.", 2, 10_000)] = 7,
     json_file: Json = None,
-    markdown: Annotated[
-        Path | None, typer.Option(callback=file_to_write(), help="Also write the table to this file.")
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(callback=file_to_write(*PLOTS), help="Also plot the ratios to this file (.png, .svg, .pdf)."),
-    ] = None,
+    markdown: Annotated[Path | None, out_file("Also write the table to this file.")] = None,
+    plot: Annotated[Path | None, out_file("Also plot the ratios to this file (.png, .svg, .pdf).", *PLOTS)] = None,
 ) -> None:
     """Time prefill and decode in ONNX Runtime, in turns in one process. Shows ideal ratios and the peak, too."""
     from mptk.api import compiler as api
-    from mptk.cli.plot import draw_bench, require_matplotlib
+    from mptk.cli.plot import draw_bench
     from mptk.publish.manifest import update_manifest
     from mptk.publish.publish import amend
     from mptk.report import terminal as report
+    from mptk.report.page.svg import require_matplotlib
 
     counts = {
         name: parse_counts(text, f"--{name}")

@@ -18,6 +18,8 @@ ALL_STAY = Idle(
     "with --sparsity 0 only tokens or KV heads go",
     "give a --sparsity, or leave it out",
 )
+CHOOSES = (PLANNED, ALL_STAY)
+"""Of what says how units are chosen."""
 TIMED = Idle(lambda a: a.settings.max_ms is not None, "a latency is the budget", "leave out one of both")
 UNTIMED = Idle(
     lambda a: a.settings.budget != LATENCY, "it is for a predicted latency", "give --max-decode-ms, or leave it out"

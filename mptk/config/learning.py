@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mptk.config.cases import NO_MASKS, PRUNE, RUNS, TRAIN, TRAINING, UNTRAINED
-from mptk.config.setting import COUNT, SEED, Choices, Record, record, setting
+from mptk.config.setting import COUNT, SEED, Choices, Record, T, record, setting
 from mptk.errors import MptkError
 
 DEFAULT_STEPS = 200
@@ -19,18 +20,19 @@ MASK_RATE, LORA_RATE, FULL_RATE = 1e-3, 3e-3, 3e-4
 """Peak learning rates beside masks, and in recovery of adapters and of all weights (``docs/recovery.md``)."""
 
 
+def of_training(default: T, help: str, on: tuple[str, ...] = RUNS, **more: Any) -> T:
+    """The field of a setting that does nothing if nothing is trained."""
+    return setting(default, help, TRAIN, on, UNTRAINED, **more)
+
+
 @record
 @dataclass(frozen=True)
 class LossWeights(Record):
     """Weights of the losses; 0 leaves one out."""
 
-    lm: float = setting(1.0, "Weight of the language-model loss.", TRAIN, RUNS, within=(0.0, 1e6), idle=UNTRAINED)
-    kl: float = setting(
-        1.0, "Weight of the KL divergence from the dense model.", TRAIN, RUNS, within=(0.0, 1e6), idle=UNTRAINED
-    )
-    hidden: float = setting(
-        0.0, "Weight of the hidden states' error, over their variance.", TRAIN, RUNS, within=(0.0, 1e6), idle=UNTRAINED
-    )
+    lm: float = of_training(1.0, "Weight of the language-model loss.", within=(0.0, 1e6))
+    kl: float = of_training(1.0, "Weight of the KL divergence from the dense model.", within=(0.0, 1e6))
+    hidden: float = of_training(0.0, "Weight of the hidden states' error, over their variance.", within=(0.0, 1e6))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,24 +47,19 @@ class LossWeights(Record):
 class Training(Record):
     """How long and how a student is trained."""
 
-    batch: int = setting(8, "Windows in a step, over all processes.", TRAIN, RUNS, within=(1, 1 << 20), idle=UNTRAINED)
-    micro: int = setting(
-        4, "Windows in one forward pass of one process.", TRAIN, RUNS, within=(1, 1 << 20), idle=UNTRAINED
-    )
-    lr: float | None = setting(
+    batch: int = of_training(8, "Windows in a step, over all processes.", within=(1, 1 << 20))
+    micro: int = of_training(4, "Windows in one forward pass of one process.", within=(1, 1 << 20))
+    lr: float | None = of_training(
         None,
         f"Peak learning rate of AdamW; by default {FULL_RATE} for all weights, {LORA_RATE} for LoRA.",
-        TRAIN,
-        RUNS,
         within=(0.0, 100.0),
-        idle=UNTRAINED,
     )
     warmup: float = setting(
         0.05, "Share of the steps in which the rate rises; then it falls to 0 along a cosine.", within=(0.0, 1.0)
     )
     clip: float = setting(1.0, "Largest norm of a step's gradient.", within=(0.0, 1e9))
     losses: LossWeights = field(default_factory=LossWeights)
-    save_every: int = setting(25, "Steps between checkpoints.", TRAIN, TRAINING, within=(1, COUNT), idle=UNTRAINED)
+    save_every: int = of_training(25, "Steps between checkpoints.", TRAINING, within=(1, COUNT))
     seed: int = setting(0, "Seed of training; --seed sets it, too.", within=SEED)
 
 
@@ -104,55 +101,22 @@ class Learning(Record):
         within=(0, COUNT),
     )
     mask_share: float | None = setting(
-        None,
-        f"Share of steps that learn masks; else {MASK_STEPS} steps.",
-        TRAIN,
-        PRUNE,
-        within=(0.0, 1.0),
-        idle=(NO_MASKS,),
+        None, f"Share of steps that learn masks; else {MASK_STEPS} steps.", TRAIN, PRUNE, (NO_MASKS,), within=(0.0, 1.0)
     )
     training: Training = field(default_factory=Training)
-    rank: int | None = setting(
-        None,
-        "Rank of LoRA; without it, or if it is 0, all weights are trained after the cut.",
-        TRAIN,
-        RUNS,
-        within=(0, 1 << 16),
-        idle=UNTRAINED,
+    rank: int | None = of_training(
+        None, "Rank of LoRA; without it, or if it is 0, all weights are trained after the cut.", within=(0, 1 << 16)
     )
-    teacher: str = setting(
-        "live",
-        "cached: keep the dense model's top logits on disk.",
-        TRAIN,
-        RUNS,
-        choices=Choices(("live", "cached")),
-        idle=UNTRAINED,
+    teacher: str = of_training(
+        "live", "cached: keep the dense model's top logits on disk.", choices=Choices(("live", "cached"))
     )
-    teacher_cache: str | None = setting(
-        None,
-        "Folder of a cached teacher's outputs; runs may share it.",
-        TRAIN,
-        RUNS,
-        form="path",
-        recipe="refused",
-        idle=UNTRAINED,
+    teacher_cache: str | None = of_training(
+        None, "Folder of a cached teacher's outputs; runs may share it.", form="path", recipe="refused"
     )
-    precision: str = setting(
-        "no",
-        "no: float32; fp16: in recovery only.",
-        TRAIN,
-        RUNS,
-        choices=Choices(("no", "bf16", "fp16")),
-        idle=UNTRAINED,
-    )
-    gradient_checkpointing: bool = setting(False, "Less memory for more time.", TRAIN, RUNS, idle=UNTRAINED)
-    tracker: str = setting(
-        "none",
-        "Where training is logged.",
-        TRAIN,
-        TRAINING,
-        choices=Choices(("none", "tensorboard", "wandb")),
-        idle=UNTRAINED,
+    precision: str = of_training("no", "no: float32; fp16: in recovery only.", choices=Choices(("no", "bf16", "fp16")))
+    gradient_checkpointing: bool = of_training(False, "Less memory for more time.")
+    tracker: str = of_training(
+        "none", "Where training is logged.", TRAINING, choices=Choices(("none", "tensorboard", "wandb"))
     )
     rates: Rates = setting(Rates(), "Step sizes of MaskPrune.")  # noqa: RUF009  # it is frozen
 

@@ -83,17 +83,18 @@ class Setting:
     """The declaration of a setting.
 
     ``panel``: where the help shows its option; without one it has no option. ``on``: the commands that have the option.
-    ``option``: the option's name, if it is not the field's; ``renamed``: its name in some commands. ``form``: what is
-    typed for a number of bytes or for a name of a file. ``recipe``: whether a run writes it into its recipe, only
-    reads it, or refuses it, as others write recipes. ``resumable``: an unfinished run may go on with another value.
+    ``idle``: cases in which it does nothing; the first that holds is said. ``within``: bounds of a number. ``option``:
+    the option's name, if it is not the field's; ``renamed``: its name in some commands. ``form``: what is typed for a
+    number of bytes or for a name of a file. ``recipe``: whether a run writes it into its recipe, only reads it, or
+    refuses it, as others write recipes. ``resumable``: an unfinished run may go on with another value.
     """
 
     help: str
     panel: str = ""
     on: tuple[str, ...] = ()
+    idle: tuple[Idle, ...] = ()
     within: tuple[float, float] | None = None
     choices: Choices | None = None
-    idle: tuple[Idle, ...] = ()
     option: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
     form: Literal["plain", "size", "path"] = "plain"
@@ -101,10 +102,10 @@ class Setting:
     resumable: bool = False
 
 
-def setting(default: T, help: str, panel: str = "", on: tuple[str, ...] = (), **more: Any) -> T:
-    """The field of a ``Record`` that is a setting. ``more``: other fields of ``Setting``."""
+def setting(default: T, *declared: Any, **more: Any) -> T:
+    """The field of a ``Record`` that is a setting, with the fields of its ``Setting``."""
     given: Any = {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}
-    made: T = field(**given, metadata={Setting: Setting(help, panel, on, **more)})
+    made: T = field(**given, metadata={Setting: Setting(*declared, **more)})
     return made
 
 

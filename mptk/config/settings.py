@@ -9,6 +9,7 @@ from typing import Literal
 from mptk.config.cases import (
     ALL_STAY,
     CHOICE,
+    CHOOSES,
     CUT,
     DATA,
     MACHINE,
@@ -60,11 +61,16 @@ INPUTS = ".safetensors"
 """How the name of a file of inputs ends."""
 UNIFORM, FREE = LAYERS = ("uniform", "free")
 """Whether all layers get the same widths, or each its own."""
-METHODS = ("maskprune", "random", "magnitude", "wanda", "flap", "reap", "fisher", "taylor", "influence", "greedy")
-TARGETS = ("stock", "graph")
-SCHEMES = ("int8", "int4", "fp16")
+METHODS = Choices(
+    ("maskprune", "random", "magnitude", "wanda", "flap", "reap", "fisher", "taylor", "influence", "greedy"),
+    plugins=("mptk.methods", "mptk.criteria"),
+)
+TARGETS = Choices(("stock", "graph"), plugins=("mptk.targets",))
+SCHEMES = Choices(("int8", "int4", "fp16"))
+DTYPES = Choices(("auto", "float32", "bfloat16", "float16"))
+COMPUTE_DTYPES = Choices(("float32", "bfloat16"))
 ONNX_DTYPES = Choices(("auto", "float32", "float16"))
-DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+DEVICES = Choices(("auto", "cpu", "cuda", "mps", "xpu"), numbered=("cuda", "xpu"))
 MOST = 0.99
 """The largest sparsity."""
 
@@ -79,56 +85,42 @@ class Settings(Record):
             beside a plan; quantised graphs beside one in float16; or milliseconds for another budget than latency.
     """
 
-    sparsity: float = setting(
-        0.3, "Share of the budget to remove.", CUT, SEARCH, within=(0.0, MOST), idle=(PLANNED, TIMED)
-    )
+    sparsity: float = setting(0.3, "Share of the budget to remove.", CUT, SEARCH, (PLANNED, TIMED), within=(0.0, MOST))
     budget: str = setting(
         "params",
         "What is budgeted; params: those of blocks.",
         CUT,
         SEARCH,
+        (PLANNED, ALL_STAY, TIMED),
         choices=Choices(tuple(BUDGETS)),
-        idle=(PLANNED, ALL_STAY, TIMED),
     )
     max_ms: float | None = setting(
         None, "Cut until the predicted latency is this low, in milliseconds.", within=(1e-6, 1e9)
     )
     objective: str = setting(
-        "decode",
-        "Phase whose latency counts.",
-        CUT,
-        (*SEARCH, "export"),
-        choices=Choices(tuple(OBJECTIVES)),
-        idle=PHASED,
+        "decode", "Phase whose latency counts.", CUT, (*SEARCH, "export"), PHASED, choices=Choices(tuple(OBJECTIVES))
     )
     threads: int = setting(
-        1,
-        "Threads of an operator; 0: all cores.",
-        CUT,
-        (*SEARCH, "generate", "eval"),
-        within=(0, 1024),
-        idle=(UNTIMED,),
+        1, "Threads of an operator; 0: all cores.", CUT, (*SEARCH, "generate", "eval"), (UNTIMED,), within=(0, 1024)
     )
     families: tuple[str, ...] = setting(
-        (), "Families to cut, comma-separated; by default those of single layers.", CUT, SEARCH, idle=(PLANNED,)
+        (), "Families to cut, comma-separated; by default those of single layers.", CUT, SEARCH, (PLANNED,)
     )
-    keep: tuple[str, ...] = setting(
-        (), "Families that stay whole, comma-separated.", CUT, SEARCH, idle=(PLANNED, ALL_STAY)
-    )
+    keep: tuple[str, ...] = setting((), "Families that stay whole, comma-separated.", CUT, SEARCH, CHOOSES)
     vocabulary: str | None = setting(None, "Remove the tokens that this text, named as --data, never uses.", CUT, PRUNE)
     kv_heads: int | None = setting(
         None, "KV heads of each layer afterwards; all query heads stay.", CUT, SEARCH, within=(1, 1 << 20)
     )
     widths: Mapping[str, int] = setting(
-        {}, "Fix a family's width, as ffn=1024. May be repeated.", CUT, SEARCH, option="width", idle=(PLANNED,)
+        {}, "Fix a family's width, as ffn=1024. May be repeated.", CUT, SEARCH, (PLANNED,), option="width"
     )
     layers: str = setting(
         UNIFORM,
         "uniform: all layers get the same widths; free: each its own.",
         CUT,
         PRUNE,
+        CHOOSES,
         choices=Choices(LAYERS),
-        idle=(PLANNED, ALL_STAY),
     )
     plan: str | None = setting(None, "Cut to this plan.json instead of choosing.", CUT, PRUNE, form="path")
     portable: bool = setting(
@@ -144,30 +136,25 @@ class Settings(Record):
     )
     tolerance: float = setting(0.01, "How far the sparsity may miss.", within=(0.0, 1.0))
     method: str = setting(
-        "maskprune",
-        "maskprune learns what to cut; the others score once.",
-        CHOICE,
-        SEARCH,
-        choices=Choices(METHODS, plugins=("mptk.methods", "mptk.criteria")),
-        idle=(PLANNED, ALL_STAY),
+        "maskprune", "maskprune learns what to cut; the others score once.", CHOICE, SEARCH, CHOOSES, choices=METHODS
     )
     reconstruct: bool | None = setting(
         None,
         "Fit the kept weights to the dense layers' outputs; default of maskprune and of --distil-epochs.",
         CHOICE,
         SEARCH,
-        idle=(PLANNED, ALL_STAY),
+        CHOOSES,
     )
     distil_epochs: int = setting(
         0,
         "After reconstruction, train block by block to the dense blocks' outputs, for this many epochs, as 3.",
         CHOICE,
         PRUNE,
+        CHOOSES,
         within=(0, COUNT),
-        idle=(PLANNED, ALL_STAY),
     )
     distil_lr: float = setting(
-        1e-3, "Learning rate of --distil-epochs.", CHOICE, PRUNE, within=(0.0, 100.0), idle=(WHOLE_BLOCKS,)
+        1e-3, "Learning rate of --distil-epochs.", CHOICE, PRUNE, (WHOLE_BLOCKS,), within=(0.0, 100.0)
     )
     search: bool = setting(
         False, "First rank ways to divide the budget, as `mptk shapes`; cut to the best.", CHOICE, PRUNE
@@ -177,27 +164,27 @@ class Settings(Record):
         "Most shapes that are measured without training.",
         CHOICE,
         SEARCH,
+        (NO_SEARCH,),
         within=(1, 100_000),
         renamed={"shapes": "shapes"},
-        idle=(NO_SEARCH,),
     )
     search_finalists: int = setting(
         6,
         "How many of them are trained.",
         CHOICE,
         SEARCH,
+        (NO_SEARCH, QUICK),
         within=(1, 100_000),
         renamed={"shapes": "finalists"},
-        idle=(NO_SEARCH, QUICK),
     )
     search_tokens: int = setting(
         131_072,
         "Tokens of text that they are trained on in all; 0: none.",
         CHOICE,
         SEARCH,
+        (NO_SEARCH,),
         within=(0, 10**12),
         renamed={"shapes": "tokens"},
-        idle=(NO_SEARCH,),
     )
     seed: int = setting(0, "Seed of the random choices.", CHOICE, RUNS, within=SEED)
     data: str = setting(
@@ -226,15 +213,9 @@ class Settings(Record):
         "stock: the model's own transformers class; graph: any widths.",
         WRITE,
         (*SEARCH, "analyze"),
-        choices=Choices(TARGETS, plugins=("mptk.targets",)),
+        choices=TARGETS,
     )
-    dtype: str = setting(
-        "auto",
-        "Type of the stored weights; auto: as the model.",
-        WRITE,
-        PRUNE,
-        choices=Choices(("auto", "float32", "bfloat16", "float16")),
-    )
+    dtype: str = setting("auto", "Type of the stored weights; auto: as the model.", WRITE, PRUNE, choices=DTYPES)
     max_shard_size: int | None = setting(
         None,
         "Largest file of weights, as 5GB; then there are several.",
@@ -249,7 +230,7 @@ class Settings(Record):
         "If the model's own class refuses the cut, write another class that holds it.",
         WRITE,
         SEARCH,
-        idle=(PLANNED, ALL_STAY, NO_CLASS),
+        (PLANNED, ALL_STAY, NO_CLASS),
     )
     onnx: bool = setting(True, "Write ONNX with a KV cache.", WRITE, TRAINING)
     logits: Literal["all", "last"] = setting(
@@ -257,24 +238,19 @@ class Settings(Record):
         "Logits of the ONNX graph: all positions, or the last.",
         WRITE,
         (*TRAINING, "export"),
+        (NO_GRAPH,),
         choices=Choices(("all", "last")),
-        idle=(NO_GRAPH,),
     )
     quantize: tuple[str, ...] = setting(
-        (),
-        "More ONNX graphs to write, comma-separated.",
-        WRITE,
-        (*TRAINING, "export"),
-        choices=Choices(SCHEMES),
-        idle=(NO_GRAPH,),
+        (), "More ONNX graphs to write, comma-separated.", WRITE, (*TRAINING, "export"), (NO_GRAPH,), choices=SCHEMES
     )
     onnx_dtype: str = setting(
         "auto",
         "Type of the ONNX graph; auto: as it computes.",
         WRITE,
         (*TRAINING, "export"),
+        (NO_GRAPH,),
         choices=ONNX_DTYPES,
-        idle=(NO_GRAPH,),
     )
     overwrite: bool = setting(
         False,
@@ -292,7 +268,7 @@ class Settings(Record):
         resumable=True,
     )
     resume: bool = setting(
-        False, "Continue the unfinished run beside --out.", WRITE, RUNS, recipe="read", idle=UNKEPT, resumable=True
+        False, "Continue the unfinished run beside --out.", WRITE, RUNS, UNKEPT, recipe="read", resumable=True
     )
     proof_length: int = setting(
         1024,
@@ -311,15 +287,13 @@ class Settings(Record):
         form="size",
         resumable=True,
     )
-    device: str = setting(
-        "auto", "Where it runs.", MACHINE, ON_DEVICE, choices=Choices(DEVICES, numbered=("cuda", "xpu")), resumable=True
-    )
+    device: str = setting("auto", "Where it runs.", MACHINE, ON_DEVICE, choices=DEVICES, resumable=True)
     compute_dtype: str = setting(
         "float32",
         "Type in which scores and training compute; sums, losses, solves and the proof are float32.",
         MACHINE,
         RUNS,
-        choices=Choices(("float32", "bfloat16")),
+        choices=COMPUTE_DTYPES,
     )
     trust_remote_code: bool = setting(
         False,

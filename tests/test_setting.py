@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import Result
 from typer.testing import CliRunner
 
 from mptk.cli.app import app, command
@@ -63,11 +62,11 @@ def baked() -> Iterator[list[Oven]]:
 
 
 @pytest.fixture
-def run(baked: list[Oven]) -> Callable[..., Result]:
+def run(baked: list[Oven]) -> Callable[..., Any]:
     return lambda *words: CliRunner().invoke(app, ["bake", *words], env={"COLUMNS": "300", "TERMINAL_WIDTH": "300"})
 
 
-def test_options(baked: list[Oven], run: Callable[..., Result]) -> None:
+def test_options(baked: list[Oven], run: Callable[..., Any]) -> None:
     assert run().exit_code == 0
     words = "--heat 1 --rack low --space 2kB --width tin=3 --width cup=4 --fan --no-light --seed 7 --grains rye,oat"
     assert run(*words.split()).exit_code == 0
@@ -77,7 +76,7 @@ def test_options(baked: list[Oven], run: Callable[..., Result]) -> None:
     assert second == Oven(1.0, "low", 2000, {"tin": 3, "cup": 4}, fan=True, light=False, seed=7, dough=dough)
 
 
-def test_help(run: Callable[..., Result]) -> None:
+def test_help(run: Callable[..., Any]) -> None:
     shown = run("--help").stdout
     assert all(words in shown for words in ("How hot.", "[top|low]", "[rye,oat]", "--no-light", "default: 0.5"))
     assert "--no-fan" not in shown
@@ -91,19 +90,19 @@ def test_help(run: Callable[..., Result]) -> None:
         ("--grains rye,oad", "'oad' is not known; did you mean 'oat'? choose one of rye, oat"),
     ],
 )
-def test_values_that_are_typed_wrong(words: str, said: str, run: Callable[..., Result]) -> None:
+def test_values_that_are_typed_wrong(words: str, said: str, run: Callable[..., Any]) -> None:
     result = run(*words.split())
     assert result.exit_code == 2
     assert said in result.stderr
 
 
-def test_an_option_that_would_do_nothing(run: Callable[..., Result]) -> None:
+def test_an_option_that_would_do_nothing(run: Callable[..., Any]) -> None:
     assert run("--heat", "0").exit_code == 0
     said = str(run("--heat", "0", "--rack", "low").exception)
     assert said == "--rack would do nothing: the oven is cold; give --heat, or leave it out"
 
 
-def test_recipes(baked: list[Oven], run: Callable[..., Result], tmp_path: Path) -> None:
+def test_recipes(baked: list[Oven], run: Callable[..., Any], tmp_path: Path) -> None:
     oven = Oven(0.0, "low", 2000, {"tin": 3}, light=False, dough=Dough(("rye",)))
     kept = recorded(oven, "bake")
     assert kept["space"] == "2000B"
@@ -143,7 +142,7 @@ def test_what_a_file_kept_is_checked() -> None:
     oven = Oven(space=3, dough=Dough(("rye",)))
     kept = asdict(oven)
     kept["dough"]["grains"] = ["rye"]  # as JSON has it
-    assert from_json(Oven, {**kept, "later": 1}, "oven") == oven
+    assert from_json(Oven, {**kept, "later": 1, "declared": 1}, "oven") == oven
     for wrong, said in (({"heat": 2}, "oven: heat: 2 is more"), ({"dough": 1}, r"oven\.dough is no object")):
         with pytest.raises(ValueError, match=said):
             from_json(Oven, kept | wrong, "oven")

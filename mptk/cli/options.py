@@ -48,10 +48,10 @@ def out_folder(help: str) -> OptionInfo:
     return made
 
 
-def out_file(help: str, *suffixes: str, flag: str = "", metavar: str | None = None, dash: bool = False) -> OptionInfo:
+def out_file(help: str, *suffixes: str, flag: str = "", dash: bool = False) -> OptionInfo:
     """An option for a file. ``suffixes`` that it may have. ``dash``: - is the standard output."""
     flags, check = [flag] if flag else [], file_to_write(*suffixes, dash=dash)
-    made: OptionInfo = typer.Option(*flags, callback=check, help=help, metavar=metavar)
+    made: OptionInfo = typer.Option(*flags, callback=check, help=help)
     return made
 
 
@@ -66,9 +66,9 @@ def within(least: float, most: float = COUNT) -> dict[str, Any]:
     return {"min": least, "max": most if most <= 1 else None, "callback": check}
 
 
-def number(help: str, least: float, most: float = COUNT, panel: str | None = None) -> OptionInfo:
+def number(help: str, least: float, most: float = COUNT) -> OptionInfo:
     """An option for a finite number from ``least`` to ``most``."""
-    made: OptionInfo = typer.Option(help=help, rich_help_panel=panel, **within(least, most))
+    made: OptionInfo = typer.Option(help=help, **within(least, most))
     return made
 
 
@@ -167,8 +167,7 @@ def refuse_idle(command: str, asked: Asked) -> None:
 
 # ---- latency ----
 
-_MAX = next(each.setting for each in Settings.declared if each.name == "max_ms")
-MaxMs = Annotated[float | None, number(_MAX.help, *(_MAX.within or (0, COUNT)), panel=CUT)]
+MaxMs = Annotated[float | None, option("", next(each for each in Settings.declared if each.name == "max_ms"), CUT)]
 
 
 def with_latency(settings: Settings, decode_ms: float | None, prefill_ms: float | None) -> Settings:

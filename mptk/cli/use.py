@@ -54,7 +54,7 @@ def export_onnx(
 def write_gguf(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out folder of `prune` or `recover`.")],
     like: Annotated[str, typer.Option(metavar="FILE", help="The dense model's GGUF file, or its packaged alias.")],
-    file: Annotated[Path, out_file("The file to write.", ".gguf", flag="--out", metavar="FILE")],
+    file: Annotated[Path, out_file("The file to write.", ".gguf", flag="--out")],
 ) -> None:
     """Write a pruned LLaMA model as a GGUF file for llama.cpp, also one whose layers differ in width."""
     from mptk.api import compiler as api

@@ -6,6 +6,7 @@ keywords in Python, checks and ``docs/settings.md`` are made of these declaratio
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -155,7 +156,7 @@ class Record:
     """
 
     declared: ClassVar[tuple[Declared, ...]] = ()
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # for type checkers: it is a dataclass
 
     def __post_init__(self) -> None:
         check_arguments(type(self), vars(self))
@@ -173,8 +174,8 @@ def record(kind: type[R]) -> type[R]:
             found.append(Declared(each.name, hints[each.name], default, each.metadata[Setting]))
         else:
             found += [replace(inner, path=f"{each.name}.{inner.path}") for inner in hints[each.name].declared]
-    lines = [f"    - ``{each.path}``: {each.setting.help}" for each in found if "." not in each.path]
-    kind.__doc__ = "\n".join([str(kind.__doc__).rstrip(), "", *lines])
+    lines = [f"- ``{each.path}``: {each.setting.help}" for each in found]
+    kind.__doc__ = "\n".join([inspect.cleandoc(str(kind.__doc__)), "", *lines])
     kind.declared = tuple(found)
     return kind
 
@@ -191,11 +192,11 @@ def values(record: Record, command: str) -> dict[str, Any]:
 
 def idle(command: str, asked: Asked) -> dict[str, str]:
     """Option of a command that would do nothing → why, and what to do."""
-    options = taken(type(asked.settings), command)
-    flags = {each.name: f"--{name.replace('_', '-')}" for name, each in options.items()}
+    kind = type(asked.settings)
+    flags = {each.name: f"--{each.option(command).replace('_', '-')}" for each in kind.declared}
     return {
         name: f"{rule.why}; {rule.remedy.format_map(flags)}"
-        for name, each in options.items()
+        for name, each in taken(kind, command).items()
         for rule in reversed(each.setting.idle)  # of several the first one counts
         if rule.when(asked)
     }
@@ -243,14 +244,13 @@ def from_json(kind: type[R], data: object, where: str) -> R:
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"{where} is no object")
-    lists = {each.path: each for each in kind.declared}
+    known, hints = {each.path: each for each in kind.declared}, get_type_hints(kind)
     given: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
-        if isinstance(hint, type) and issubclass(hint, Record):
-            given[name] = from_json(hint, data.get(name), f"{where}.{name}")
+    for name in (each.name for each in fields(kind)):
+        if isinstance(hints[name], type) and issubclass(hints[name], Record):
+            given[name] = from_json(hints[name], data.get(name), f"{where}.{name}")
         elif name in data:
-            value = data[name]
-            given[name] = lists[name].kept(value) if isinstance(value, list) else value
+            given[name] = known[name].kept(data[name]) if isinstance(data[name], list) else data[name]
     try:
         return kind(**given)
     except MptkError as error:  # a value that no record takes

@@ -361,7 +361,5 @@ def check_onnx_dtype(dtype: str, quantize: Sequence[str]) -> None:
     """
     if dtype == "bfloat16":
         raise MptkError("ONNX Runtime has no bfloat16 kernels for the CPU; use --onnx-dtype float32 or float16")
-    if (wrong := ONNX_DTYPES.wrong(dtype)) is not None:
-        raise MptkError(f"onnx_dtype: {wrong}")
     if dtype == "float16" and quantize:
         raise MptkError(f"{', '.join(quantize)} is made of a float32 graph; leave out --onnx-dtype or --quantize")

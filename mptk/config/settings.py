@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -52,7 +52,6 @@ __all__ = [
     "Rates",
     "Settings",
     "Training",
-    "check_onnx_dtype",
 ]
 
 IN_MEMORY = "samples given in Python"
@@ -69,7 +68,7 @@ TARGETS = Choices(("stock", "graph"), plugins=("mptk.targets",))
 SCHEMES = Choices(("int8", "int4", "fp16"))
 DTYPES = Choices(("auto", "float32", "bfloat16", "float16"))
 COMPUTE_DTYPES = Choices(("float32", "bfloat16"))
-ONNX_DTYPES = Choices(("auto", "float32", "float16"))
+ONNX_DTYPES = Choices(("auto", "float32", "float16"))  # ONNX Runtime has no bfloat16 kernels for the CPU
 DEVICES = Choices(("auto", "cpu", "cuda", "mps", "xpu"), numbered=("cuda", "xpu"))
 MOST = 0.99
 """The largest sparsity."""
@@ -305,7 +304,9 @@ class Settings(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_onnx_dtype(self.onnx_dtype, self.quantize)
+        if self.onnx_dtype == "float16" and self.quantize:
+            graphs = ", ".join(self.quantize)
+            raise MptkError(f"{graphs} is made of a float32 graph; leave out --onnx-dtype or --quantize")
         if self.distil_epochs and self.reconstruct is False:
             raise MptkError("blocks are distilled after reconstruction; leave out --no-reconstruct or --distil-epochs")
         if self.max_ms is not None and self.budget != LATENCY:
@@ -351,15 +352,3 @@ class Settings(Record):
     def trains(self) -> bool:
         """Whether weights are trained, if only in a search."""
         return bool(self.steps or (self.search and self.search_tokens))
-
-
-def check_onnx_dtype(dtype: str, quantize: Sequence[str]) -> None:
-    """Check the type of an ONNX graph, and that the graphs ``quantize`` can be made of it.
-
-    Raises:
-        MptkError: ONNX Runtime does not run the type; or graphs are to be quantised that are not float32.
-    """
-    if dtype == "bfloat16":
-        raise MptkError("ONNX Runtime has no bfloat16 kernels for the CPU; use --onnx-dtype float32 or float16")
-    if dtype == "float16" and quantize:
-        raise MptkError(f"{', '.join(quantize)} is made of a float32 graph; leave out --onnx-dtype or --quantize")

@@ -23,7 +23,6 @@ def of_model(
     data: str | None,
     settings: Settings,
     progress: Progress,
-    *,
     length: int,
     windows: int | None,
     tasks: Sequence[str],
@@ -49,7 +48,7 @@ def of_model(
 
 
 def of_graph(
-    model: str, data: str, settings: Settings, progress: Progress, *, length: int, windows: int | None
+    model: str, data: str, settings: Settings, progress: Progress, length: int, windows: int | None
 ) -> Perplexity:
     """The perplexity of an exported graph, plain or quantised, in ONNX Runtime."""
     progress("load", 0, 0)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
@@ -20,6 +20,9 @@ from mptk.config.setting import SEED, Choices, values
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PLOTS = (".png", ".svg", ".pdf")
 RUNTIMES = chosen(Choices(("torch", "onnx")))
@@ -94,17 +97,8 @@ def generate(
     seed: Annotated[int, number("Seed of the sampling.", *SEED)] = 0,
 ) -> None:
     """Generate text in ONNX Runtime. One prompt is streamed; several run as one batch."""
-    import numpy as np
-    from transformers import TextStreamer
-
     from mptk.ort.generation import Sampling, TextGenerator, fitting
     from mptk.protocols.execution import session_device
-
-    class Streamer(TextStreamer):
-        """Prints text as it comes."""
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            echo(text, end="\n" if stream_end else "")
 
     if not temperature:
         why = "temperature 0 takes the likeliest token; give --temperature, or leave it out"
@@ -116,10 +110,7 @@ def generate(
         encoded, max_new_tokens = fitting(runner.positions, encoded, max_new_tokens)
     steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed)
     if len(prompts) == 1:
-        streamer: Any = Streamer(runner.tokenizer, skip_special_tokens=True)
-        for (token,) in steps:
-            streamer.put(np.array([token]))
-        streamer.end()
+        stream(runner.tokenizer, (token for (token,) in steps))
     else:
         for prompt, row in zip(prompts, zip(*steps, strict=True), strict=True):
             text = runner.tokenizer.decode([token for token in row if token is not None], skip_special_tokens=True)
@@ -130,6 +121,23 @@ def generate(
         f"{speed.new_tokens} new tokens, {speed.rate:.1f} tokens/s, {runner.decoder.providers[0]}",
         highlight=False,
     )
+
+
+def stream(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int | None]) -> None:
+    """Print text as its tokens come."""
+    import numpy as np
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        """Prints through the console."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            echo(text, end="\n" if stream_end else "")
+
+    streamer: Any = Streamer(tokenizer, skip_special_tokens=True)
+    for token in tokens:
+        streamer.put(np.array([token]))
+    streamer.end()
 
 
 @command(
@@ -154,35 +162,16 @@ def evaluate(
     """Measure how good a model is, by its kind: a decoder's perplexity, in torch or ONNX Runtime, and lm-eval tasks."""
     from mptk.api import perplexity, use
 
-    if data is None:
-        refuse(("length", "windows"), "there is no text to measure on; give --data, or leave it out")
-    if not tasks:
-        refuse(("limit", "include_path"), "no lm-eval task is run; give --tasks, or leave it out")
-    if runtime == "onnx":
-        refuse(("trust_remote_code",), "ONNX Runtime runs a graph, and no code of a model; leave it out")
-    else:
-        refuse(("threads",), "torch uses all cores; give --runtime onnx, or leave it out")
-    if data is None and not tasks:
-        raise MptkError("nothing to evaluate; give --data TEXT for perplexity or --tasks NAMES for lm-eval")
-    if tasks and runtime == "onnx":
-        raise MptkError("lm-eval tasks run in torch; give --data TEXT for perplexity with --runtime onnx")
+    check_eval(data, tasks, runtime)
     trust, views = settings.trust_remote_code, list[RenderableType]()
     result: dict[str, object] = {"model": model}
     measured, scores = None, None
     with stages(err) as progress:
         if runtime == "onnx":
-            measured = perplexity.of_graph(model, str(data), settings, progress, length=length, windows=windows)
+            measured = perplexity.of_graph(model, str(data), settings, progress, length, windows)
         elif tasks or use.reads_text(model, trust_remote_code=trust):
             measured, scores = perplexity.of_model(
-                model,
-                data,
-                settings,
-                progress,
-                length=length,
-                windows=windows,
-                tasks=names(tasks),
-                include_path=include_path,
-                limit=limit,
+                model, data, settings, progress, length, windows, names(tasks), include_path, limit
             )
         else:
             found = use.evaluate(
@@ -203,6 +192,22 @@ def evaluate(
         result["tasks"] = scores
         views.append(JSON.from_data(scores))
     show(json_file, result, Group(*views))
+
+
+def check_eval(data: str | None, tasks: str, runtime: str) -> None:
+    """Check the options of ``eval``."""
+    if data is None:
+        refuse(("length", "windows"), "there is no text to measure on; give --data, or leave it out")
+    if not tasks:
+        refuse(("limit", "include_path"), "no lm-eval task is run; give --tasks, or leave it out")
+    if runtime == "onnx":
+        refuse(("trust_remote_code",), "ONNX Runtime runs a graph, and no code of a model; leave it out")
+    else:
+        refuse(("threads",), "torch uses all cores; give --runtime onnx, or leave it out")
+    if data is None and not tasks:
+        raise MptkError("nothing to evaluate; give --data TEXT for perplexity or --tasks NAMES for lm-eval")
+    if tasks and runtime == "onnx":
+        raise MptkError("lm-eval tasks run in torch; give --data TEXT for perplexity with --runtime onnx")
 
 
 def quality_view(found: Mapping[str, Any]) -> Text:

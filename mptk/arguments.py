@@ -40,13 +40,18 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
     """Raise MptkError for the first of some arguments, by name, that is not of the type that ``function`` says."""
-    hints: dict[str, Any] = get_type_hints(function)
-    several = inspect.signature(function).parameters
+    hints, several = _annotated(function)
     for name in filter(hints.__contains__, given):
         many = several[name].kind is inspect.Parameter.VAR_POSITIONAL
         hint = Sequence[hints[name]] if many else hints[name]  # type: ignore[valid-type]
         if (wrong := _wrong(given[name], hint, name)) is not None:
             raise MptkError(wrong)
+
+
+@functools.cache
+def _annotated(function: Callable[..., Any]) -> tuple[dict[str, Any], Mapping[str, inspect.Parameter]]:
+    """The types and the parameters of a function."""
+    return get_type_hints(function), inspect.signature(function).parameters
 
 
 def _wrong(value: object, hint: Any, name: str) -> str | None:

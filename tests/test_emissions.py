@@ -17,9 +17,7 @@ from graph_damage import damaged, exchanged, rewired
 from lab import Edit, Lab, after, fields, remembered
 
 import mptk
-from mptk.api import recovery
 from mptk.cli.main import main
-from mptk.config.settings import Learning, Training
 from mptk.errors import MptkError
 from mptk.files import write_json
 from passes.targets.onnx.names import QUANTIZED
@@ -410,9 +408,7 @@ def test_export_and_recover_leave_it_out_too(
     monkeypatch.setattr(sys, "argv", [*command, "--strict"])
     with pytest.raises(SystemExit, match="1"):
         main()
-    learning = Learning(steps=2, training=Training(batch=2, micro=2))
-    report = recovery.recover(
-        lab.folder, lab.root / "recovered", learning, data=lab.settings.data, length=40, samples=3, quantize=("int8",)
-    )
-    assert report is not None
-    assert [note for note in report.notes if note.startswith(f"{file} was left out: ")]
+    how = {"steps": 2, "batch": 2, "micro": 2, "length": 40, "eval_length": 40, "quantize": "int8"}
+    found = mptk.recover(lab.folder, lab.root / "recovered", data=lab.settings.data, **how)
+    assert found is not None
+    assert [note for note in found.report.notes if note.startswith(f"{file} was left out: ")]

@@ -18,7 +18,7 @@ import mptk
 from mptk.chain.prepare import legalise
 from mptk.cli.main import app
 from mptk.cost import operator_times
-from mptk.cost.budgets import phase
+from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.latency import Latency, find_parts, interpolate
 from mptk.cost.model import CostModel
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, kept_times, measure
@@ -97,7 +97,7 @@ def test_what_is_no_product_counts_by_its_elements(analysis):
     latency = Latency(analysis, LADDERS, "decode", elementwise)
     silu_and_product = 2
     assert latency({}) - latency({"ffn": 40}) == pytest.approx(LAYERS * silu_and_product * 2 * 40)
-    count = sum(p.count for p in find_parts(analysis, *phase("decode")) if p.kind == ELEMENTWISE)
+    count = sum(p.count for p in find_parts(analysis, *OBJECTIVES["decode"]) if p.kind == ELEMENTWISE)
     assert latency({"ffn": 8}) > 0.5 * count
 
 
@@ -247,7 +247,7 @@ def test_milliseconds_that_the_dense_model_takes_anyway_are_refused(model, analy
 
 
 def test_settings_that_contradict_each_other_are_refused():
-    with pytest.raises(MptkError, match="no objective 'training'; choose one of prefill, decode"):
+    with pytest.raises(MptkError, match="objective: 'training' is not known; choose one of prefill, decode"):
         mptk.Settings(objective="training")
     with pytest.raises(MptkError, match="milliseconds are no budget of params; set budget to latency"):
         mptk.Settings(max_ms=3.0)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import mptk
 from mptk.api.sources import collected
-from mptk.config.keywords import with_keywords
+from mptk.config.setting import with_keywords
 from mptk.config.settings import IN_MEMORY, Learning, Settings, Training
 from mptk.errors import MptkError
 from mptk.io.live import open_live

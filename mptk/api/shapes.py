@@ -16,8 +16,8 @@ from mptk.chain.prepare import check_settings, settled
 from mptk.chain.prune import compared, prepared_for, read_samples
 from mptk.compat.accelerate import own_state
 from mptk.compat.torch import sources_forgotten
-from mptk.config.keywords import with_keywords
 from mptk.config.recipe import command
+from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
 from mptk.conversions.kv_heads import merged_on
 from mptk.errors import explained

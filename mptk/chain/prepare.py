@@ -37,7 +37,6 @@ from mptk.protocols.values import Context
 from mptk.publish.publish import check_apart
 from mptk.targets import find_target
 from passes.analysis import group
-from passes.pipelines import check_schemes
 
 
 def announce(needs: Estimate, job: Job, context: Context) -> None:
@@ -75,7 +74,6 @@ def check_settings(settings: Settings) -> None:
         rungs(settings, settings.search_finalists)
         if processes().num_processes > 1:
             raise MptkError("one process searches; run `mptk shapes` in one, and give prune the --width that it prints")
-    check_schemes(settings.quantize)
 
 
 def check_graph_training(settings: Settings) -> None:

@@ -56,9 +56,6 @@ from passes.verify import Difference
 
 T = TypeVar("T")
 
-ELSEWHERE = ("resume", "overwrite", "strict", "proof_length", "memory", "device", "max_shard_size")
-"""Settings that may differ when an unfinished run goes on."""
-
 FOUND = ("sparsity", "length", "eval_length")
 """Settings that a latency or a trace of one length sets."""
 
@@ -161,7 +158,8 @@ def keeps_stages(settings: Settings) -> bool:
 
 def described(job: Job, settings: Settings) -> dict[str, Any]:
     """What an unfinished run says of itself, and must be the same to go on with it."""
-    return {"model": job.source, **{k: v for k, v in asdict(settings).items() if k not in ELSEWHERE}}
+    may_differ = {each.path for each in Settings.declared if each.setting.resumable}
+    return {"model": job.source, **{k: v for k, v in asdict(settings).items() if k not in may_differ}}
 
 
 def read_samples(job: Job, prepared: Prepared, context: Context, *, measures: bool = True) -> SampleSets:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
-from mptk.cost.budgets import phase
+from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.model import Shares, depth_shares, example_tokens
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator
 from mptk.errors import MptkError
@@ -92,7 +92,7 @@ class Latency:
         self, analysis: Analysis, ladders: Mapping[str, Sequence[int]], objective: str, measure: Measure
     ) -> None:
         self._analysis = analysis
-        parts = find_parts(analysis, *phase(objective))
+        parts = find_parts(analysis, *OBJECTIVES[objective])
         self._simple = [p for p in parts if p.kind == ELEMENTWISE]
         knots = [(p, self._knots(p, ladders)) for p in parts if p.kind != ELEMENTWISE]
         self._ends = [1, max(p.at({}).sizes[0] for p in self._simple)]

@@ -13,7 +13,8 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, ConfigDict, Field, GetPydanticSchema, WrapValidator, with_config
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
-from mptk.config.settings import Settings, settings_from_json
+from mptk.config.setting import from_json
+from mptk.config.settings import Settings
 from mptk.conform import brief, made
 from mptk.errors import MptkError
 from mptk.files import tidy, write_json
@@ -247,7 +248,7 @@ class Report:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise MptkError(f"{path} is no {FORMAT}; read it with the version of mptk that wrote it")
         try:
-            settings = settings_from_json(data.get("settings"))
+            settings = from_json(Settings, data.get("settings"), "settings")
             return made(Report, {**data, "settings": settings})
         except ValueError as error:
             raise unreadable(folder, error) from error

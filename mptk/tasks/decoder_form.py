@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from mptk.config.settings import Settings, check_onnx_dtype
+from mptk.config.settings import Settings
 from mptk.errors import ProofError
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
@@ -83,7 +83,6 @@ class DecoderForm(OnnxForm):
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         settings, loaded = dense.settings, dense.loaded
         text = None if samples is None else samples.inputs["input_ids"]
-        check_onnx_dtype(settings.onnx_dtype, settings.quantize)
         file = export_decoder(
             loaded.model,
             folder,

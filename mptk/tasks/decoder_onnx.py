@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mptk.config.settings import check_onnx_dtype
-from mptk.cost.budgets import phase
 from mptk.errors import MptkError
 from mptk.io.evaluation import LogitsFn
 from mptk.ir.passes import Log
@@ -48,8 +46,6 @@ def export_decoder(
     numbers are those, in the type that ``onnx_dtype`` names. ``weights``, ``dense``, ``executor``: as in
     ``trace_decoder``.
     """
-    phase(objective)
-    check_onnx_dtype(onnx_dtype, quantize)
     log = log or Log()
     step(0, 0, "trace a decoding step")
     program = trace_decoder(model, logits=logits, weights=weights, dense=dense, executor=executor)

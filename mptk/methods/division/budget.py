@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from mptk.config.bounds import BOUNDS
-from mptk.config.settings import FREE, Settings
+from mptk.config.settings import FREE, MOST, Settings
 from mptk.cost.budgets import LATENCY
 from mptk.cost.latency import Latency
 from mptk.cost.model import CostModel, is_layered
@@ -57,7 +56,7 @@ def budgeted(
     if dense <= s.max_ms:
         raise MptkError(f"{s.objective} of the dense model is predicted to take {dense:.2f} ms; ask for less than that")
     wanted = 1 - s.max_ms / dense + s.tolerance
-    return cost, replace(s, sparsity=min(wanted, BOUNDS["sparsity"][1]))
+    return cost, replace(s, sparsity=min(wanted, MOST))
 
 
 def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings) -> list[str]:

@@ -74,7 +74,7 @@ class AxisFacts:
         reductions: every other operation that combines positions along an axis.
         inner: dimensions of values inside a call, such as attention scores.
         routes: rows that were routed to experts.
-        notes: call → its rule's note for the cut (``passes/analysis/rules/notes.py``).
+        notes: call → its rule's note for the cut (``passes/analysis/rules/resizer.py``).
         activations: values that depend on the user's inputs.
         caches: an input that the model continues (a KV cache) → the output that continues it.
         writes: call that writes in place → every value whose memory it may change, in the graph's order.

@@ -29,7 +29,7 @@ from mptk.ir.passes import Pass, Result, shapes
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
 from mptk.ir.weights import Change
-from passes.transforms.rewrite import scale_of
+from passes.analysis.rules.resizer import scale_of
 
 CASTS = frozenset({"to", "_to_copy", "type_as"})
 MOVES = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "clone"})

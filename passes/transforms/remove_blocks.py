@@ -30,7 +30,7 @@ from mptk.ir.ops import base_name
 from mptk.ir.passes import Pass, Result
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, removed_blocks, renumbering
-from passes.transforms.rewrite import scale_of
+from passes.analysis.rules.resizer import scale_of
 
 
 def mask_blocks(graph: fx.Graph, blocks: Sequence[Block]) -> None:

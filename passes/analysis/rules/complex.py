@@ -6,8 +6,9 @@ from torch import fx
 
 from mptk.ir.axes import ONE, concat
 from mptk.ir.axis_facts import Dims
-from passes.analysis.rules.context import Resizer, RuleContext, Value
+from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.pointwise import broadcast
+from passes.analysis.rules.resizer import Resizer
 from passes.analysis.rules.table import rule
 
 

@@ -12,8 +12,8 @@ from mptk.ir.axes import ONE, Axis, Term, axes_in, axis, product, require_multip
 from mptk.ir.axis_facts import AxisFacts, Dims
 from mptk.ir.ops import base_name, named_argument, op_name
 from mptk.ir.sizes import result_shape
-from passes.analysis.rules.context import Resizer, RuleContext, Value
-from passes.analysis.rules.notes import Counted
+from passes.analysis.rules.context import RuleContext, Value
+from passes.analysis.rules.resizer import Counted, Resizer
 from passes.analysis.rules.table import Result, ZeroOf, align, rule
 
 BIAS_FIRST = ("addmm", "baddbmm", "addmv")

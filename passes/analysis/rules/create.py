@@ -9,7 +9,7 @@ from mptk.ir.axis_facts import AxisFacts, Dims
 from mptk.ir.sizes import result_shape
 from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.pointwise import broadcast
-from passes.analysis.rules.resizes import shape_argument
+from passes.analysis.rules.resizer import shape_argument
 from passes.analysis.rules.table import ZeroOf, rule
 
 

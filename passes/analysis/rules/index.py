@@ -11,10 +11,10 @@ from mptk.ir.axes import Axis, Term, axes_in, axis, concat
 from mptk.ir.axis_facts import AxisFacts, Dims, Results
 from mptk.ir.ops import argument_names, base_name, named_argument
 from mptk.ir.sizes import result_shape
-from passes.analysis.rules.context import Resizer, RuleContext, Value
-from passes.analysis.rules.notes import Picked
+from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
 from passes.analysis.rules.pointwise import broadcast
+from passes.analysis.rules.resizer import Picked, Resizer
 from passes.analysis.rules.shape import cut
 from passes.analysis.rules.table import Result, ZeroOf, align, freeze_positions, lone, meet, normalize, rule
 

@@ -10,8 +10,8 @@ from mptk.ir.axes import ONE
 from mptk.ir.axis_facts import Dims
 from mptk.ir.ops import base_name
 from mptk.ir.sizes import result_shape
-from passes.analysis.rules.context import Resizer, RuleContext, Value
-from passes.analysis.rules.notes import Squeezed
+from passes.analysis.rules.context import RuleContext, Value
+from passes.analysis.rules.resizer import Resizer, Squeezed
 from passes.analysis.rules.table import Dim, Result, meet, normalize, normalize_all, rule
 
 

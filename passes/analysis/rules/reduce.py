@@ -19,9 +19,8 @@ from mptk.ir.axis_facts import AxisFacts, Dims, ReductionKind, Results
 from mptk.ir.ops import named_argument, op_name, set_argument
 from mptk.ir.source_location import SourceLocation
 from mptk.ir.unification import split_product
-from passes.analysis.rules.context import Resizer, RuleContext, Value
-from passes.analysis.rules.notes import Averaged, Counted
-from passes.analysis.rules.resizes import counted_argument
+from passes.analysis.rules.context import RuleContext, Value
+from passes.analysis.rules.resizer import Averaged, Counted, Resizer, counted_argument
 from passes.analysis.rules.table import Dim, Order, Result, ZeroOf, lone, meet, normalize, normalize_all, rule
 
 

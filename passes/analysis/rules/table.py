@@ -17,7 +17,8 @@ from mptk.arguments import checked
 from mptk.ir.axes import Axis, Term, axes_in, coordinates
 from mptk.ir.axis_facts import AxisFacts, Dims, Positions, Results
 from mptk.ir.ops import target_name
-from passes.analysis.rules.context import Resizer, RuleContext, Value
+from passes.analysis.rules.context import RuleContext, Value
+from passes.analysis.rules.resizer import Resize
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,6 @@ Dim = int | Sequence[int] | None
 """A dimension argument: one, several, or None for all."""
 Order = float | str | None
 """The order of a norm."""
-Resize = Callable[[Resizer, fx.Node], None]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from passes.targets.onnx.emit import Interface, decoder_interface, write_onnx
 from passes.targets.onnx.extract import ExtractPass, Part
 from passes.targets.onnx.float16 import Float16Pass
 from passes.targets.onnx.fold_kv import FoldKVPass
-from passes.targets.onnx.fold_transposes import FoldTransposesPass
 from passes.targets.onnx.gptq import GPTQPass
 from passes.targets.onnx.group_queries import GroupQueriesPass
 from passes.targets.onnx.library import FoldConstantsPass, FusePass, SimplifyPass
@@ -31,6 +30,7 @@ from passes.targets.onnx.lower import LowerOps
 from passes.targets.onnx.lower_complex import LowerComplex
 from passes.targets.onnx.measure import Text
 from passes.targets.onnx.names import FILE
+from passes.targets.onnx.plain_products import FoldTransposesPass
 from passes.targets.onnx.quantize import even_channels, write_quantized
 from passes.targets.onnx.repeat_angles import RepeatAnglesPass
 from passes.transforms.fold_norms import Folded, FoldNorms

@@ -6,18 +6,22 @@ no output meanwhile: the plan may cut its channels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import TensorArgument
 from transformers import PreTrainedModel
 
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
+from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.ort.graphs import OrtGraph
 from mptk.progress import step
@@ -31,7 +35,6 @@ from passes.frontend.trace import uncached
 from passes.pipelines import emit_onnx
 from passes.targets.onnx.emit import Interface
 from passes.targets.onnx.extract import Part
-from passes.transforms.outputs import output_names, with_outputs
 from passes.verify import Difference, Placed
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
@@ -134,3 +137,29 @@ def both(folder: Path, device: torch.device) -> Runs:
         return decoder({new: made[name] for name, new in RENAMED.items() if name in made})
 
     return run
+
+
+def output_names(program: Program) -> list[str]:
+    """The names of the values that a program returns, in order."""
+    return [node.name for node in program.graph.graph.output_node().args[0] if isinstance(node, fx.Node)]  # type: ignore[union-attr]
+
+
+def with_outputs(program: Program, names: Sequence[str]) -> Program:
+    """``program`` with the values of these names as its outputs.
+
+    What an analysis may cut depends on the outputs, and passes keep the names of values. So a value can be taken from
+    the outputs for an analysis, and be made an output again after the cut.
+
+    Raises:
+        MptkError: there is no such value.
+    """
+    module = program.copy_graph()
+    values = {node.name: node for node in module.graph.nodes}
+    if missing := [name for name in names if name not in values]:
+        raise MptkError(f"the graph has no value {missing[0]} after the cut")
+    module.graph.output_node().args = (tuple(values[name] for name in names),)
+    module.recompile()
+    signature = copy.deepcopy(program.signature)
+    like = signature.output_specs[0]
+    specs = [replace(like, arg=TensorArgument(name=name)) for name in names]
+    return replace(program, graph=module, signature=replace(signature, output_specs=specs))

@@ -2,14 +2,10 @@
 
 from mptk.plugins import load_plugins
 from passes.analysis.rules import (  # noqa: F401
-    complex,
     contract,
     convolution,
-    create,
-    fixed,
     index,
     move,
-    norm,
     opaque,
     order,
     pointwise,
@@ -17,7 +13,6 @@ from passes.analysis.rules import (  # noqa: F401
     recurrent,
     reduce,
     shape,
-    vmap,
 )
 from passes.analysis.rules.context import Value
 from passes.analysis.rules.pointwise import POINTWISE

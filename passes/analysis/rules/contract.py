@@ -30,10 +30,6 @@ def zero_of_product(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     return found if bias is None else found & zero(bias)
 
 
-def _ndim(ctx: RuleContext, value: fx.Node) -> int:
-    return len(result_shape(value))
-
-
 def zero_of_kept(facts: AxisFacts, zero: ZeroOf, value: fx.Node, contracted: int) -> set[Axis]:
     """Zero if an operand is zero along a dimension that the product keeps (all but ``contracted``)."""
     dims = facts.dims(value)
@@ -209,11 +205,6 @@ def _letters(subscripts: str, ndim: int) -> list[str]:
     return [*before, *(f"…{i}" for i in reversed(range(hidden))), *after]
 
 
-def _zero_of_attention(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """Zero along heads and value channels if the values are."""
-    return zero(node.args[2])
-
-
 def _resize_attention(resizer: Resizer, node: fx.Node) -> None:
     """Keep the dense model's scale 1/√(old head size) if q and k lose channels."""
     channels = resizer.note(node, Counted)
@@ -221,7 +212,7 @@ def _resize_attention(resizer: Resizer, node: fx.Node) -> None:
         node.update_kwarg("scale", 1 / math.sqrt(channels.term.size))
 
 
-@rule("aten.scaled_dot_product_attention", zero=_zero_of_attention, resize=_resize_attention)
+@rule("aten.scaled_dot_product_attention", zero=lambda node, zero, facts: zero(node.args[2]), resize=_resize_attention)
 def attention(
     ctx: RuleContext, node: fx.Node, q: Value, k: Value, v: Value, mask: Value | None = None, *_: object, **__: object
 ) -> Result:

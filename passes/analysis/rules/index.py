@@ -187,11 +187,7 @@ def _zero_of_scatter(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]
 
 
 @rule(
-    "aten.scatter",
-    "aten.scatter_",
-    "aten.scatter_add",
-    "aten.scatter_add_",
-    "aten.scatter_reduce",
+    *("aten.scatter", "aten.scatter_", "aten.scatter_add", "aten.scatter_add_", "aten.scatter_reduce"),
     zero=_zero_of_scatter,
     positions="own",
 )
@@ -212,10 +208,7 @@ def scatter(ctx: RuleContext, node: fx.Node, x: Value, dim: int, indices: Value,
 
 
 @rule(
-    "aten.index_add",
-    "aten.index_add_",
-    "aten.index_copy",
-    "aten.index_copy_",
+    *("aten.index_add", "aten.index_add_", "aten.index_copy", "aten.index_copy_"),
     zero=_zero_of_scatter,
     positions="own",
 )

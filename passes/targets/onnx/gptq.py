@@ -20,7 +20,7 @@ from mptk.files import staged
 from mptk.ort.sessions import CPU
 from mptk.progress import step
 from passes.targets.onnx.balance import weight_of
-from passes.targets.onnx.matmul_nbits import set_blocks
+from passes.targets.onnx.block_weights import set_blocks
 from passes.targets.onnx.measure import Text, measure_onnx
 from passes.targets.onnx.plain_products import logit_products, products
 from passes.targets.onnx.tensors import Spill

@@ -9,8 +9,7 @@ from tiny_decoders import FUSED, GROUPED, tiny_decoder
 
 from mptk.cli.plot import draw_bench
 from mptk.errors import MptkError
-from mptk.ort.alternate import alternate
-from mptk.ort.bench import Bench, bench_decoders
+from mptk.ort.bench import Bench, alternate, bench_decoders
 from mptk.ort.graph_work import graph_work
 from mptk.report import terminal as report
 from passes.frontend.trace_decoder import trace_decoder
@@ -134,7 +133,7 @@ def test_the_plot_has_a_bar_for_each_row(compared, tmp_path):
 
 
 def test_sides_take_turns_and_the_order_changes(monkeypatch):
-    monkeypatch.setattr("mptk.ort.alternate.ROUND_S", 0.0)
+    monkeypatch.setattr("mptk.ort.bench.ROUND_S", 0.0)
     seen = []
     times = alternate([lambda: seen.append("a"), lambda: seen.append("b")], rounds=4)
     assert "".join(seen) == "ab" + "abbaabba"

@@ -38,9 +38,9 @@ def test_all_json_is_written_by_the_one_helper() -> None:
     ]
     assert sorted(writers) == [
         "mptk/files/staging.py",
-        "mptk/files/text.py",
+        "mptk/files/replace.py",
         "mptk/reading.py",
-        "mptk/targets/fields.py",
+        "mptk/targets/beside.py",
     ]  # the last two look at values and print them in errors
 
 

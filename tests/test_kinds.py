@@ -24,7 +24,6 @@ from mptk.api import compiler as api
 from mptk.compile.trace import same_sizes, traced
 from mptk.config.settings import Learning, Training
 from mptk.errors import MptkError
-from mptk.io.images import open_image
 from mptk.io.models import Loaded, load
 from mptk.ir.program import Program
 from mptk.ir.samples import IGNORED, Samples
@@ -33,6 +32,7 @@ from mptk.tasks import task_of
 from mptk.tasks.classifier import Classifier
 from mptk.tasks.encoder import Encoder
 from mptk.tasks.inputs import inputs_of
+from mptk.tasks.inputs.images import open_image
 from mptk.tasks.inputs.text import SEQUENCE
 from mptk.tasks.masked_lm import MaskedLM
 from mptk.tasks.seq2seq import until_end

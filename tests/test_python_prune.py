@@ -22,7 +22,7 @@ from mptk.config.keywords import with_keywords
 from mptk.config.settings import IN_MEMORY, Learning, Settings, Training
 from mptk.errors import MptkError
 from mptk.io.live import open_live
-from mptk.ir.module import ProgramModule
+from mptk.ir.program import ProgramModule
 from mptk.ir.samples import Samples
 from mptk.tasks import task_of
 

@@ -17,8 +17,7 @@ import toy_checkpoints as toys
 from mptk.errors import MptkError
 from mptk.io import data
 from mptk.io.text import files, sampled, tokens
-from mptk.io.text.hub import PRESETS
-from mptk.io.text.sources import parse, shared
+from mptk.io.text.sources import PRESETS, parse, shared
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAT = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]

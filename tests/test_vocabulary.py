@@ -27,7 +27,7 @@ from mptk.errors import MptkError
 from mptk.ir.plan import Plan
 from mptk.publish.manifest import write_manifest
 from mptk.report.card import CARD
-from mptk.targets.tokenizer import check_same_reading
+from mptk.targets.stock import check_same_reading
 
 WORDS = "the quick brown fox jumps "
 TEXT = WORDS * 90

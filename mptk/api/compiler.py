@@ -48,7 +48,7 @@ from mptk.publish.publish import check_apart, check_replaceable, publish
 from mptk.targets.gguf import Conversion, Layer, Pattern
 from mptk.targets.onnx import describe, remove_graph
 from mptk.tasks import CAUSAL_LM, check_decoder, example_of, form_of, load_decoder, open_task
-from mptk.tasks.decoder_onnx import export_decoder
+from mptk.tasks.decoder_form import export_decoder
 from mptk.version import __version__
 from passes.analysis import group
 from passes.analysis.rules import rule

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from mptk.ir.families import Analysis
-from mptk.ir.module import ProgramModule
+from mptk.ir.program import ProgramModule
 from mptk.ir.samples import Samples
 from mptk.protocols.chain import Chosen, Compiled, Prepared
 from mptk.protocols.values import Context

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import passes.frontend.trace
-from mptk.compile.finite import check_alive
 from mptk.errors import MptkError
 from mptk.io.live import wide_type
 from mptk.io.models import Loaded
@@ -182,3 +181,17 @@ def same_sizes(samples: Samples, others: Samples) -> bool:
 
 def _trace(loaded: Loaded, example: Samples, dynamic: bool | tuple[int, ...] = True) -> Program:
     return loaded.with_weights(passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=dynamic))
+
+
+def check_alive(source: str, program: Program, outputs: Sequence[Tensor]) -> None:
+    """Raise MptkError if a model's ``outputs`` are not finite, with the name of such a weight, or are all zero."""
+    if not all(output.isfinite().all() for output in outputs):
+        weights = (name for name, like in program.state.likes.items() if like.is_floating_point())
+        name = next((name for name in weights if not program.state[name].isfinite().all()), None)
+        if name is not None:
+            raise MptkError(f"{name} of {source} holds numbers that are not finite; give undamaged weights")
+        raise MptkError(f"the outputs of {source} are not finite, though its weights are; give undamaged ones")
+    if not any(output.any() for output in outputs):
+        raise MptkError(
+            f"the outputs of {source} are all zero: its weights are zero, or too large to be squared; give trained ones"
+        )

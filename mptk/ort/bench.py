@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ import torch
 
 from mptk.conform import made, misfit
 from mptk.errors import MptkError
-from mptk.ort.alternate import alternate
 from mptk.ort.decoder import OrtDecoder, onnx_file
 from mptk.ort.graph_work import graph_work
 from mptk.ort.roofline import Peaks, Roofline, peak_memory
@@ -261,3 +261,33 @@ def _graph(name: str, file: Path, length: int, device: torch.device, say: Progre
     say(f"peak memory of {name}", 0, 0)
     size = sum(part.stat().st_size for part in file.parent.iterdir() if part.name.startswith(file.name))
     return Graph(name, str(file), size, peak_memory(file, length, device))
+
+
+ROUND_S = 0.05
+"""A shorter step, in seconds, is repeated within its turn, so that switching between steps does not dominate."""
+
+
+def alternate(steps: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
+    """Milliseconds of each step in each round. The steps take turns; every other round reverses their order."""
+    repeats = [_repeats(step) for step in steps]
+    times: list[list[float]] = [[] for _ in steps]
+    order = list(range(len(steps)))
+    for _ in range(rounds):
+        for index in order:
+            start = time.perf_counter()
+            for _ in range(repeats[index]):
+                steps[index]()
+            times[index].append((time.perf_counter() - start) / repeats[index] * 1000)
+        order.reverse()
+    return times
+
+
+def _repeats(step: Callable[[], None]) -> int:
+    """Number of runs of ``step`` in one turn. This also warms it up."""
+    for _ in range(2):
+        start = time.perf_counter()
+        step()
+        elapsed = time.perf_counter() - start
+        if elapsed > ROUND_S:
+            return 1
+    return min(50, int(ROUND_S / elapsed))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mptk.compat.onnxruntime import run_on_values
 from mptk.errors import MptkError
-from mptk.ort.sessions import CPU, memory_of, open_session
+from mptk.ort.sessions import CPU, memory_of, open_file
 
 FILE = "model.onnx"
 Ids = npt.NDArray[np.int64]
@@ -69,11 +69,7 @@ class OrtDecoder:
 
     def __init__(self, path: str | Path, *, threads: int = 0, device: torch.device = CPU) -> None:
         file = onnx_file(path)
-        try:
-            self.session = open_session(str(file), device, threads=threads)
-        except Exception as error:  # onnxruntime's errors have no base class
-            reason = str(error).strip().split("\n")[0]
-            raise MptkError(f"ONNX Runtime cannot load {file}: {reason}; export the model again") from error
+        self.session = open_file(file, device, threads)
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
         if not self.past or "input_ids" not in self.inputs:

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mptk.ir.placed import Placed
-from mptk.ir.program import Program
+from mptk.ir.program import DeviceInterpreter, Program
 from mptk.ir.weights import Weights
 from mptk.progress import Count
 from mptk.staged.narrow import Narrow, widened
@@ -139,7 +138,7 @@ class _Counter:
             self.progress(self.done // self.total, self.inputs)
 
 
-class Run(Placed):
+class Run(DeviceInterpreter):
     """One program on all inputs, stage by stage. ``keep``: the inputs of all stages stay, for ``back``.
 
     ``borders`` holds the values between stages: under (k, i) what stage k gets of inputs i.

@@ -8,8 +8,8 @@ from pathlib import Path
 from mptk.errors import ProofError
 from mptk.io.tensors import write_weights
 from mptk.io.untrusted import damaged, load_tensors
-from mptk.ir.module import ProgramModule
 from mptk.ir.passes import Log
+from mptk.ir.program import ProgramModule
 from mptk.ir.weights import Weights
 from mptk.protocols.chain import Compiled, Target
 from mptk.protocols.values import Checks, SampleSets

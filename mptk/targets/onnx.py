@@ -23,8 +23,7 @@ from mptk.ir.samples import Samples
 from mptk.protocols.chain import Compiled, Prepared, Target
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import Checks, Extra, SampleSets, left_out
-from mptk.targets.beside import check_beside
-from mptk.targets.fields import compare, fail
+from mptk.targets.beside import check_beside, compare, fail
 from mptk.tasks.transformers_js import write_entry
 from passes.targets.onnx.check_quantized import check_quantized
 from passes.targets.onnx.names import FILE, FOLDER, data_file, quantized_files, scheme_of

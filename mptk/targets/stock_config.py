@@ -14,7 +14,7 @@ from mptk.io.checkpoint import portable
 from mptk.io.untrusted import read_object
 from mptk.protocols.values import Written
 from mptk.publish.manifest import file_sha256
-from mptk.targets.fields import STAGE, Json, compare, fail, leaves, require
+from mptk.targets.beside import STAGE, Json, compare, fail, leaves, require
 from mptk.tasks.transformers_js import KEY, entry
 from passes.targets.onnx.names import FOLDER
 from passes.verify import Difference

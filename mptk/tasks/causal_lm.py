@@ -20,9 +20,9 @@ from mptk.io.models import Loaded
 from mptk.ir.samples import Samples, next_tokens
 from mptk.progress import Count, Progress
 from mptk.protocols.values import SampleSets
+from mptk.tasks.base import TokenTask
 from mptk.tasks.decoder_form import DecoderForm
 from mptk.tasks.inputs.text import SEQUENCE, Tokens, example_ids
-from mptk.tasks.tokens import TokenTask
 
 TOKENS = Tokens()
 

@@ -17,8 +17,7 @@ from mptk.io.evaluation import Runs
 from mptk.ir.samples import Samples
 from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
-from mptk.tasks.classes import known_to
-from mptk.tasks.compared import ComparedTask, means
+from mptk.tasks.base import ComparedTask, known_to, means
 from mptk.tasks.model_form import LOGITS, ModelForm
 
 MAPPINGS = (

@@ -23,7 +23,7 @@ from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
-from mptk.ort.graphs import OrtGraph
+from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import PROOF_SHAPE, Checks

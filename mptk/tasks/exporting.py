@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples, is_tokens
-from mptk.ort.graphs import OrtGraph
+from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
 from mptk.protocols.chain import stored_type
 from mptk.protocols.onnx_form import Dense
@@ -27,8 +27,9 @@ from mptk.version import __version__
 from passes.analysis import group
 from passes.frontend.trace import export_program
 from passes.pipelines import cut_program, quantize_onnx
+from passes.targets.onnx.check_quantized import DIVERGENCES, divergence
 from passes.targets.onnx.names import QUANTIZED
-from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, StageOutputs, difference
+from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, StageOutputs, difference
 
 HALF, DTYPE = "float16", "dtype"
 """A type, and the key in a graph's metadata of the type in which it computes."""
@@ -156,3 +157,28 @@ def stages_of(
     runs = {"ONNX Runtime": plain, **(more or {})} | ({"ONNX Runtime padded": padded} if PADDING in said else {})
     stages: dict[str, tuple[Program | StageOutputs, float]] = {name: (run, tolerance) for name, run in runs.items()}
     return Checks(stages=stages, ran=dict.fromkeys(stages, graph.provider))
+
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+"""Outputs of the quantised graph and of the float graph."""
+
+DISTANCES = {"fp16": 0.01, "int8": 0.1, "int4": 0.5}
+"""Allowed distance of features, relative to their norm."""
+
+
+def logits_apart(scheme: str, pairs: Pairs) -> Difference:
+    """The divergence of the distributions, in nats."""
+    apart = max(divergence(*pair) for pair in pairs)
+    return Difference(f"{scheme} logits", apart, apart, DIVERGENCES[scheme])
+
+
+def features_apart(scheme: str, pairs: Pairs) -> Difference:
+    """The distance of the features, relative to their norm."""
+    apart = max(_distance(*pair) for pair in pairs)
+    return Difference(f"{scheme} features", apart, apart, DISTANCES[scheme])
+
+
+def _distance(found: Tensor, reference: Tensor) -> float:
+    """‖f − f*‖ / ‖f*‖. NaN counts as infinite."""
+    apart = ((found.double() - reference.double()).norm() / reference.double().norm()).item()
+    return apart if apart == apart else float("inf")

@@ -24,10 +24,9 @@ from mptk.io.text.sources import RANDOM
 from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Count, Progress
 from mptk.protocols.values import SampleSets
-from mptk.tasks.classes import known_to
+from mptk.tasks.base import TokenTask, known_to
 from mptk.tasks.inputs.text import Tokens, example_ids
 from mptk.tasks.model_form import LOGITS, ModelForm
-from mptk.tasks.tokens import TokenTask
 
 TOKENS = Tokens()
 

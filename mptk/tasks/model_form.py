@@ -18,14 +18,26 @@ from mptk.errors import MptkError
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.samples import Samples
-from mptk.ort.graphs import OrtGraph
+from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import PROOF_SHAPE, Checks
-from mptk.tasks.exporting import CHANGED, HALF, Traced, about, cut, equal, is_half, quantised, stages_of, traced_as
+from mptk.tasks.exporting import (
+    CHANGED,
+    HALF,
+    Traced,
+    about,
+    cut,
+    equal,
+    features_apart,
+    is_half,
+    logits_apart,
+    quantised,
+    stages_of,
+    traced_as,
+)
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.padding import IDS, about_padding, candidates, is_text, padded_as_said, with_mask
-from mptk.tasks.rounding import features_apart, logits_apart
 from passes.frontend.trace import Flat
 from passes.pipelines import emit_onnx
 from passes.targets.onnx.emit import TOKEN_AXES, Axes, Interface

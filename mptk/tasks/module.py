@@ -23,13 +23,17 @@ from mptk.io.untrusted import load_tensors
 from mptk.ir.samples import Samples, joined
 from mptk.progress import Count, Progress
 from mptk.protocols.chain import Task
-from mptk.protocols.onnx_form import OnnxForm
+from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import SampleSets
-from mptk.tasks.compared import means
+from mptk.tasks.base import means
 from mptk.tasks.encoder import distances, errors, projection
+from mptk.tasks.exporting import Traced
 from mptk.tasks.inputs.base import ordered
-from mptk.tasks.module_form import OUTPUT, ModuleForm
+from mptk.tasks.model_form import AXES, ModelForm
+from mptk.tasks.padding import IDS
 from passes.frontend.trace import argument_names
+from passes.targets.onnx.emit import TOKEN_AXES, Axes
+from passes.targets.onnx.quantize import BLOCKS
 
 Outputs = Tensor | Sequence[Tensor]
 AT_ONCE = 2048
@@ -200,3 +204,29 @@ def _check_numbers(name: str, tensor: Tensor) -> None:
         raise MptkError(f"{name} is {kind}; give a dense tensor of numbers")
     if tensor.is_floating_point() and tensor.isnan().any():
         raise MptkError(f"{name} holds NaN, which makes every output NaN; give finite numbers")
+
+
+OUTPUT = "output"
+
+
+@dataclass(frozen=True)
+class ModuleForm(ModelForm):
+    """``model.onnx`` with one output. ``inputs``: examples, by the names that the graph's inputs get."""
+
+    inputs: Mapping[str, Tensor]
+
+    def check(self, model: PreTrainedModel, settings: Settings) -> None:
+        if blocks := [scheme for scheme in settings.quantize if scheme in BLOCKS]:
+            raise MptkError(f"{blocks[0]} is for models that read tokens alone, not --inputs; use fp16")
+
+    def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
+        if not isinstance(dense.run(Samples(dict(self.inputs))), Tensor):
+            raise MptkError("the module has several outputs; export the folder with torch.onnx")
+        traced = Traced(dense.program, list(self.inputs))
+        traced.check_sizes()
+        return traced, {}
+
+    def axes(self, name: str) -> Axes:
+        known = AXES.get(name, TOKEN_AXES if name == IDS else ())
+        count = self.inputs[name].ndim
+        return known if len(known) == count else ("batch_size", *(f"{name}_{i}" for i in range(1, count)))

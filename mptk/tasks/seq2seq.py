@@ -22,12 +22,11 @@ from mptk.io.text.sources import RANDOM
 from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Count, Progress
 from mptk.protocols.values import SampleSets
-from mptk.tasks.classes import known_to
+from mptk.tasks.base import TokenTask, known_to
 from mptk.tasks.encoder_decoder_form import EncoderDecoderForm
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.inputs.base import Named
 from mptk.tasks.inputs.text import example_ids, vocabulary
-from mptk.tasks.tokens import TokenTask
 
 MAPPINGS = (
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,

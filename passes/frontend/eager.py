@@ -18,8 +18,7 @@ from torch import Tensor
 from mptk.compat.torch import FakeTensor, tree_leaves
 from mptk.errors import MptkError
 from mptk.ir.copies import attributes, copied
-from mptk.ir.module import ProgramModule
-from mptk.ir.program import Program
+from mptk.ir.program import Program, ProgramModule
 from mptk.ir.sizes import example_size
 
 TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 2e-2, torch.float64: 1e-10, torch.complex128: 1e-10}

@@ -28,9 +28,8 @@ from mptk.compat.torch import (
 from mptk.errors import MptkError
 from mptk.ir.copies import copied
 from mptk.ir.limits import Condition, Limits
-from mptk.ir.module import STATE, ProgramModule
 from mptk.ir.ops import storage, written
-from mptk.ir.program import Program
+from mptk.ir.program import STATE, Program, ProgramModule
 from mptk.ir.sizes import is_open
 from mptk.ir.source_location import source_line
 from mptk.ir.weights import Weights

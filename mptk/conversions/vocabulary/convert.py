@@ -27,8 +27,8 @@ from mptk.ir.resolved_plan import Cut
 from mptk.ir.weights import Weights
 from mptk.protocols.chain import Task
 from mptk.protocols.trimmed import Trimmed
+from mptk.tasks.base import TokenTask
 from mptk.tasks.module import Module
-from mptk.tasks.tokens import TokenTask
 from passes.analysis.vocabulary import Vocabulary, find_vocabulary
 
 LEAST = 16

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import gzip
+import importlib
+import importlib.util
 import json
+import lzma
 import random
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
-from mptk.io.text.json_rows import json_rows
 from mptk.io.text.rows import row_texts
+from mptk.reading import Damaged, json_of
 
 Document = Iterable[str]
 """One text, in pieces."""
@@ -182,3 +187,59 @@ def first_line(error: BaseException) -> str:
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     cause = error.__cause__
     return f"{said} ({first_line(cause)})" if isinstance(cause, Exception) and str(cause) not in str(error) else said
+
+
+LONGEST = 1 << 28
+"""Bytes of the longest line, and of the largest list of objects."""
+
+
+def json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The rows of a file, one at a time if each has a line. Raises MptkError, with the line, where it is none."""
+    number = 0
+
+    def damaged(why: str) -> MptkError:
+        return MptkError(f'{path}, line {number}: {why}; write an object a line, as {{"text": "…"}}')
+
+    with _opened(path) as file:
+        while line := file.readline(LONGEST + 1):
+            number += 1
+            if len(line) > LONGEST:
+                raise damaged(f"it has more than {LONGEST >> 20} MB")
+            if number == 1 and line.lstrip()[:1] == b"[":
+                yield from _listed(line, file.read, damaged)
+                return
+            if line.strip():
+                yield _object(_decoded(line, damaged), damaged)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The file, unpacked as it is read."""
+    suffix = path.suffix.lower()
+    if suffix == ".zst" and importlib.util.find_spec("zstandard") is None:
+        raise MptkError(f"zstandard is not installed, and it unpacks {path}; run: pip install zstandard")
+    openers: dict[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    opener = importlib.import_module("zstandard").open if suffix == ".zst" else openers.get(suffix, open)
+    return cast("BinaryIO", opener(path, "rb"))
+
+
+def _listed(start: bytes, read: Callable[[int], bytes], damaged: Damaged) -> Iterator[Mapping[str, Any]]:
+    """The rows of a file that is a list."""
+    content = start + read(LONGEST + 1 - len(start))
+    if len(content) > LONGEST:
+        raise damaged(f"the list has more than {LONGEST >> 20} MB")
+    rows = _decoded(content, damaged)
+    for row in rows if isinstance(rows, list) else [rows]:
+        yield _object(row, damaged)
+
+
+def _decoded(content: bytes, damaged: Damaged) -> Any:
+    try:
+        return json_of(content.decode("utf-8"), damaged)
+    except UnicodeDecodeError as error:
+        raise damaged("it is not UTF-8") from error
+
+
+def _object(row: object, damaged: Damaged) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise damaged(f"it holds {type(row).__name__}, and no object with columns")
+    return row

@@ -43,9 +43,9 @@ def read_text(path: Path, damaged: Damaged, most: int = MOST) -> str:
         raise damaged("it is not UTF-8 text") from error
 
 
-def read_json(path: Path, damaged: Damaged, most: int = MOST) -> Any:
+def read_json(path: Path, damaged: Damaged) -> Any:
     """The content of a JSON file; NaN, infinity and what is nested deeper than ``DEPTH`` are refused."""
-    return json_of(read_text(path, damaged, most), damaged)
+    return json_of(read_text(path, damaged), damaged)
 
 
 def json_of(text: str, damaged: Damaged) -> Any:

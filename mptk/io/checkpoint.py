@@ -18,7 +18,7 @@ from typing import TypeGuard
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.files import json_text
 
@@ -35,22 +35,6 @@ _LOADING_STATE = ("is_local", "local_files_only")
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _POOLING = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "*_Pooling/config.json")
-
-
-def portable_config(config: PreTrainedConfig) -> dict[str, object]:
-    """The content of ``config.json``: ``config``, with its rotary settings also in the spelling of transformers 4.
-
-    These fields are added at the top level, beside ``rope_parameters``: ``rope_theta``; ``rope_scaling``, if the type
-    is not the default; ``partial_rotary_factor`` and its older names, if only a part of the head is rotated; and
-    ``rope_local_base_freq``, if sliding and full attention have different bases. The result loads as the same config.
-    Nested configs (the text model's in a vision-language model's) are treated the same way.
-    """
-    return portable(json.loads(config.to_json_string()))
-
-
-def save_config(config: PreTrainedConfig, folder: str | Path) -> None:
-    """Write ``folder/config.json`` from :func:`portable_config`."""
-    _write_json(Path(folder) / "config.json", portable_config(config))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
@@ -94,7 +78,13 @@ def copy_processors(source: Path, folder: Path, *, same_features: bool) -> None:
 
 
 def portable(config: Mapping[str, object]) -> dict[str, object]:
-    """As :func:`portable_config`, for the content of a ``config.json``."""
+    """The content of a ``config.json``, with its rotary settings also in the spelling of transformers 4.
+
+    These fields are added at the top level, beside ``rope_parameters``: ``rope_theta``; ``rope_scaling``, if the type
+    is not the default; ``partial_rotary_factor`` and its older names, if only a part of the head is rotated; and
+    ``rope_local_base_freq``, if sliding and full attention have different bases. The result loads as the same config.
+    Nested configs (the text model's in a vision-language model's) are treated the same way.
+    """
     written = {key: portable(value) if _is_config(value, key) else value for key, value in config.items()}
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping):

@@ -131,9 +131,9 @@ class OrtDecoder:
         """An empty cache."""
         return self.filled(batch, 0)
 
-    def filled(self, batch: int, length: int, seed: int = 0) -> Cache:
+    def filled(self, batch: int, length: int) -> Cache:
         """A cache of ``length`` random positions. The cost of a decoding step does not depend on its values."""
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(0)
         values = {}
         for name in self.past:
             _, heads, _, dim = self.inputs[name].shape

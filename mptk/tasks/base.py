@@ -1,9 +1,10 @@
-"""compared: what tasks share whose outputs are compared with the dense model's own: no labels are needed."""
+"""base: what tasks share: a comparison with the dense model's outputs, and a loss of tokens."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from mptk.errors import MptkError
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.ir.samples import IGNORED, Samples
-from mptk.progress import Count
+from mptk.progress import Count, Progress
 from mptk.protocols.chain import Task
 from mptk.tasks.inputs import inputs_of
 
@@ -46,18 +47,23 @@ class ComparedTask(Task):
 
 
 @torch.no_grad()
-def means(
-    runs: Runs, batches: Sequence[Samples], figures: Mapping[str, Figure], progress: Count
-) -> dict[str, dict[str, float]]:
-    """Figure → run → its mean over all samples. The first run, ``dense``, is what each run is compared with."""
+def compared(
+    runs: Runs, batches: Sequence[Samples], figures: Mapping[str, Figure], progress: Progress, protocol: str
+) -> dict[str, Any]:
+    """What ``Task.quality`` gives: run → the mean of the first of ``figures``, and each other one by its name.
+
+    The first run, ``dense``, is what each run is compared with.
+    """
+    first, *others = figures
     sums: dict[str, dict[str, float]] = {figure: {} for figure in figures}
     reference: Any = None
-    for name, _, output in runs(batches, progress):
+    for name, _, output in runs(batches, partial(progress, first)):
         reference = output if name == "dense" else reference
         for figure, of in figures.items():
             sums[figure][name] = sums[figure].get(name, 0.0) + float(of(output, reference))
     count = sum(map(len, batches))
-    return {figure: {name: round(total / count, 6) for name, total in of.items()} for figure, of in sums.items()}
+    found = {figure: {name: round(total / count, 6) for name, total in of.items()} for figure, of in sums.items()}
+    return {**found[first], "metric": first, **{name: found[name] for name in others}, "protocol": protocol}
 
 
 def known_to(
@@ -98,10 +104,13 @@ class TokenTask(Task):
         return int((samples.targets != IGNORED).sum())
 
     @torch.no_grad()
-    def perplexities(self, runs: Runs, samples: Samples, progress: Count) -> dict[str, float]:
-        """Run → e to the mean loss of a target, to 4 decimals."""
+    def perplexities(
+        self, runs: Runs, samples: Samples, progress: Progress, metric: str, protocol: str
+    ) -> dict[str, Any]:
+        """What ``quality`` gives: run → e to the mean loss of a target, to 4 decimals."""
         rows, totals = samples.split(1), dict[str, float]()
-        for name, i, logits in runs(rows, progress):
+        for name, i, logits in runs(rows, partial(progress, metric)):
             totals[name] = totals.get(name, 0.0) + float(self.loss(logits, rows[i].to(logits.device)))
         tokens = self.predicted(samples)
-        return {name: round(math.exp(total / tokens), 4) for name, total in totals.items()}
+        found = {name: round(math.exp(total / tokens), 4) for name, total in totals.items()}
+        return {**found, "metric": metric, "protocol": protocol}

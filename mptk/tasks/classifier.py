@@ -5,7 +5,6 @@ No labels are needed. What counts is how far the classes move from the dense mod
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from mptk.io.evaluation import Runs
 from mptk.ir.samples import Samples
 from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
-from mptk.tasks.base import ComparedTask, known_to, means
+from mptk.tasks.base import ComparedTask, compared, known_to
 from mptk.tasks.model_form import LOGITS, ModelForm
 
 MAPPINGS = (
@@ -49,16 +48,11 @@ class Classifier(ComparedTask):
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
         samples, figures = sets.evaluation, {"agreement": _agreed, "divergence": divergence}
-        found = means(runs, samples.split(1), figures, partial(progress, "agreement"))
-        return {
-            **found["agreement"],
-            "metric": "agreement",
-            "divergence": found["divergence"],
-            "protocol": (
-                f"{sets.source}: share of {len(samples)} samples that get the dense model's likeliest class; "
-                "divergence: mean KL divergence from its distribution, in nats"
-            ),
-        }
+        protocol = (
+            f"{sets.source}: share of {len(samples)} samples that get the dense model's likeliest class; "
+            "divergence: mean KL divergence from its distribution, in nats"
+        )
+        return compared(runs, samples.split(1), figures, progress, protocol)
 
 
 def _agreed(logits: Tensor, reference: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -82,14 +81,11 @@ class MaskedLM(TokenTask):
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
         samples = sets.evaluation
-        return {
-            **self.perplexities(runs, samples, partial(progress, "pseudo-perplexity")),
-            "metric": "pseudo-perplexity",
-            "protocol": (
-                f"{sets.source}: pseudo-perplexity, {len(samples)} windows of {samples.positions} tokens, one token in "
-                f"{STRIDE} masked, {self.predicted(samples):,} predicted"
-            ),
-        }
+        protocol = (
+            f"{sets.source}: pseudo-perplexity, {len(samples)} windows of {samples.positions} tokens, one token in "
+            f"{STRIDE} masked, {self.predicted(samples):,} predicted"
+        )
+        return self.perplexities(runs, samples, progress, "pseudo-perplexity", protocol)
 
 
 def _masked(ids: Tensor) -> Tensor:

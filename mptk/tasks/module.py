@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from mptk.progress import Count, Progress
 from mptk.protocols.chain import Task
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import SampleSets
-from mptk.tasks.base import means
+from mptk.tasks.base import compared
 from mptk.tasks.encoder import distances, errors, projection
 from mptk.tasks.exporting import Traced
 from mptk.tasks.inputs.base import ordered
@@ -107,15 +106,11 @@ class Module(Task):
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
         batches = sets.evaluation.batches(AT_ONCE)
-        found = means(runs, batches, {"distance": _distances}, partial(progress, "distance"))
-        return {
-            **found["distance"],
-            "metric": "distance",
-            "protocol": (
-                f"{sets.source}: mean over {len(sets.evaluation)} samples of the distance of all outputs from the "
-                "dense module's, relative to their norm"
-            ),
-        }
+        protocol = (
+            f"{sets.source}: mean over {len(sets.evaluation)} samples of the distance of all outputs from the dense "
+            "module's, relative to their norm"
+        )
+        return compared(runs, batches, {"distance": _distances}, progress, protocol)
 
 
 def _distances(output: Outputs, reference: Outputs) -> Tensor:

@@ -7,7 +7,6 @@ second column of data is needed and the targets are of the model's own kind.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -79,14 +78,11 @@ class Seq2Seq(TokenTask):
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
         samples = sets.evaluation
-        return {
-            **self.perplexities(runs, samples, partial(progress, "perplexity")),
-            "metric": "perplexity",
-            "protocol": (
-                f"{sets.source}: teacher-forced perplexity of what the dense model writes for {len(samples)} samples, "
-                f"{self.predicted(samples):,} tokens predicted"
-            ),
-        }
+        protocol = (
+            f"{sets.source}: teacher-forced perplexity of what the dense model writes for {len(samples)} samples, "
+            f"{self.predicted(samples):,} tokens predicted"
+        )
+        return self.perplexities(runs, samples, progress, "perplexity", protocol)
 
 
 def written(model: Any, inputs: Named) -> Tensor:

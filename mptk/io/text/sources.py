@@ -73,15 +73,15 @@ PRESETS = {
 """Short names for ``--data``. Those without a split to measure on are measured where they are calibrated."""
 
 
-def hub_text(name: str, *, held_out: bool, split: str | None = None) -> HubText:
+def hub_text(name: str, *, held_out: bool) -> HubText:
     """The data set that ``NAME``, a preset, or ``ID[:CONFIG[:SPLIT[:COLUMN]]]`` names.
 
-    ``held_out``: by default its split to measure on, not that to train on. ``split``: another default.
+    ``held_out``: by default its split to measure on, and not the one to train on.
 
     Raises:
         MptkError: there are more parts; or the name can only be that of a file, which is not there.
     """
-    preset = PRESETS.get(name)
+    preset, split = PRESETS.get(name), ""
     if preset is None:
         dataset, config, named, column, *rest = [*name.split(":"), "", "", ""]
         if any(rest):
@@ -91,7 +91,7 @@ def hub_text(name: str, *, held_out: bool, split: str | None = None) -> HubText:
         if _PATH.search(dataset):
             raise MptkError(f"{dataset!r} is no file or folder; check the path")
         preset = HubText(dataset, config or None, column=column or None)
-        split = named or split
+        split = named
     return replace(preset, split=split or (preset.held_out if held_out else preset.split))
 
 
@@ -133,7 +133,7 @@ class Source:
         return {str(file): file_sha256(file) for file in (shown(self.place) if self.is_folder else [self.place])}
 
 
-def parse(data: str, *, held_out: bool = False, split: str | None = None) -> tuple[Source, ...]:
+def parse(data: str, *, held_out: bool = False) -> tuple[Source, ...]:
     """The sources that ``SOURCE[=WEIGHT],…`` names. A path that is there is one source, whatever is in its name.
 
     Raises:
@@ -142,7 +142,7 @@ def parse(data: str, *, held_out: bool = False, split: str | None = None) -> tup
     parts = [data] if _is_there(data) else [part.strip() for part in data.split(",")]
     if len(parts) > 1 and any(part.partition("=")[0] == SELF for part in parts):
         raise MptkError(f"{data}: text that the model writes cannot be mixed with other text; give {SELF} alone")
-    return tuple(_source(*_weighted(part), held_out, split) for part in parts)
+    return tuple(_source(*_weighted(part), held_out) for part in parts)
 
 
 def _is_there(name: str) -> bool:
@@ -166,7 +166,7 @@ def _weighted(part: str) -> tuple[str, float]:
     return name, value
 
 
-def _source(name: str, weight: float, held_out: bool, split: str | None) -> Source:
+def _source(name: str, weight: float, held_out: bool) -> Source:
     if not name:
         raise MptkError("'' names no text; give a file, folder or dataset")
     if _is_there(name):
@@ -176,7 +176,7 @@ def _source(name: str, weight: float, held_out: bool, split: str | None) -> Sour
     if colon and _is_there(before):
         check_ordinary(path_of(before))
         return Source(name, path_of(before), column, weight)
-    return Source(name, hub_text(name, held_out=held_out, split=split), weight=weight)
+    return Source(name, hub_text(name, held_out=held_out), weight=weight)
 
 
 def shared(count: int, weights: Sequence[float]) -> list[int]:

@@ -175,13 +175,6 @@ def _weight_name(node: ir.Node) -> str:
     return str(node.inputs[1].name)  # type: ignore[union-attr]
 
 
-def _array(node: ir.Node, index: int) -> npt.NDArray[np.uint8]:
-    value = node.inputs[index]
-    assert value is not None
-    assert value.const_value is not None
-    return value.const_value.numpy()
-
-
 def _reorder(model: ir.Model, rounded: dict[str, ir.Node], weights: dict[str, ir.TensorProtocol]) -> None:
     """Exchange channels of gated products that do not match, if they match in each other's place."""
     for node in model.graph:

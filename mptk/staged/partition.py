@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from mptk.compat.torch import schema, size_hint, tree_leaves
-from mptk.ir.ops import storage
+from mptk.ir.ops import reached, storage
 from mptk.ir.program import Program
 
 Wanted = Sequence[tuple[fx.Node, ...]]
@@ -246,14 +246,7 @@ def levels(graph: fx.Graph) -> list[list[fx.Node]]:
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += node.all_input_nodes
-    return found
+    return reached(nodes, lambda node: node.all_input_nodes)
 
 
 def _size(node: fx.Node) -> int:

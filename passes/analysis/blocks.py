@@ -21,7 +21,7 @@ from torch import fx
 from mptk.ir.axes import Axis, resolve
 from mptk.ir.axis_facts import AxisFacts
 from mptk.ir.blocks import Block, Stack, numbered, prefix
-from mptk.ir.ops import base_name
+from mptk.ir.ops import base_name, reached
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation, module_paths
 
@@ -100,22 +100,16 @@ class _Search:
         if not isinstance(self.facts.results.get(y), tuple):
             return []
         products = {product.node for product in self.facts.contractions}
-        seen: set[tuple[fx.Node, bool]] = set()
-        todo, found = [(y, False)], []
-        while todo:
-            node, added = state = todo.pop()
-            if state in seen:
-                continue
-            seen.add(state)
-            if node not in nodes:
-                if added and self._alike(node, y):
-                    found.append(node)
-                continue
-            if node in products:
-                continue
+
+        def sources(state: tuple[fx.Node, bool]) -> list[tuple[fx.Node, bool]]:
+            node, added = state
+            if node not in nodes or node in products:
+                return []
             added = added or base_name(node.target) in _ADDITIONS
-            todo += [(source, added) for source in node.all_input_nodes]
-        return sorted(found)
+            return [(source, added) for source in node.all_input_nodes]
+
+        ways = reached([(y, False)], sources)
+        return sorted(node for node, added in ways if added and node not in nodes and self._alike(node, y))
 
     def _alike(self, x: fx.Node, y: fx.Node) -> bool:
         """Whether two values have the same axes, sizes and type."""
@@ -145,16 +139,8 @@ class _Search:
 
     def _made_within(self, node: fx.Node, nodes: set[fx.Node]) -> bool:
         """Whether a value is made of weights or activations in the block; if not, it needs none of what is removed."""
-        todo, seen = [node], set[fx.Node]()
-        while todo:
-            source = todo.pop()
-            if source in seen or source not in nodes:
-                continue
-            seen.add(source)
-            if source in self.facts.results:
-                return True
-            todo += source.all_input_nodes
-        return False
+        within = reached([node], lambda source: nodes.intersection(source.all_input_nodes))
+        return not within.isdisjoint(self.facts.results)
 
     def _owns(self, name: str, unit: int) -> bool:
         at = numbered(self.module, name)

@@ -1,4 +1,4 @@
-"""mask: the dense Program with a plan's removed channels masked. The cut program must equal it.
+"""masked_reference: the dense Program with a plan's removed channels masked. The cut program must equal it.
 
 Removed positions of every weight become zero, but those of a weight that something is divided by. If zeros would
 disturb a reduction, it leaves the masked channels out: a norm's statistics run over the kept ones, a softmax or a top-k
@@ -162,9 +162,7 @@ def masked_layer_norm(
     *_: object,
 ) -> Tensor:
     """Layer norm over the last dimensions whose mean and variance run over kept channels; others come out as 0."""
-    var, mean = masked_moments(keep, x, list(range(x.ndim - len(shape), x.ndim)), 0, True)
-    out = (x - mean) * torch.rsqrt(var + eps) * torch.tensor(keep).to(x.device)
-    return _affine(out, weight, bias, shape)
+    return _affine(_normal(torch.tensor(keep), x, list(range(x.ndim - len(shape), x.ndim)), eps), weight, bias, shape)
 
 
 def masked_batch_norm(
@@ -180,8 +178,7 @@ def masked_batch_norm(
     *_: object,
 ) -> Tensor:
     """Batch norm by the input's own statistics over kept positions of all dimensions but 1; others come out as 0."""
-    var, mean = masked_moments(keep, x, [d for d in range(x.ndim) if d != 1], 0, True)
-    out = (x - mean) * torch.rsqrt(var + eps) * torch.tensor(keep).to(x.device)
+    out = _normal(torch.tensor(keep), x, [d for d in range(x.ndim) if d != 1], eps)
     return _affine(out, weight, bias, [-1] + [1] * (x.ndim - 2))
 
 
@@ -193,11 +190,21 @@ def masked_weight_norm(keep: Keep, v: Tensor, g: Tensor, dim: int = 0) -> Tensor
 
 def masked_moments(keep: Keep, x: Tensor, dim: list[int], correction: float, keepdim: bool) -> tuple[Tensor, Tensor]:
     """Variance and mean of ``x`` over the kept positions of ``dim``."""
-    kept = torch.tensor(keep).to(x.device).expand(x.shape)
-    count = kept.sum(dim, keepdim=True)
-    mean = (x * kept).sum(dim, keepdim=True) / count
-    var = ((x - mean).square() * kept).sum(dim, keepdim=True) / (count - correction)
+    var, mean = _moments(torch.tensor(keep), x, dim, correction)
     return (var, mean) if keepdim else (var.squeeze(dim), mean.squeeze(dim))
+
+
+def _moments(keep: Tensor, x: Tensor, dim: list[int], correction: float) -> tuple[Tensor, Tensor]:
+    kept = keep.to(x.device).expand(x.shape)
+    count = kept.sum(dim, keepdim=True).clamp_min(1)  # a group of channels may lose all
+    mean = (x * kept).sum(dim, keepdim=True) / count
+    return ((x - mean).square() * kept).sum(dim, keepdim=True) / (count - correction), mean
+
+
+def _normal(keep: Tensor, x: Tensor, dim: list[int], eps: float) -> Tensor:
+    """``x`` with mean 0 and variance 1 over the kept positions of ``dim``; others come out as 0."""
+    var, mean = _moments(keep, x, dim, 0)
+    return (x - mean) * torch.rsqrt(var + eps) * keep.to(x.device)
 
 
 _MOMENTS: dict[str, Callable[..., object]] = {
@@ -218,12 +225,9 @@ def masked_group_norm(
     *_: object,
 ) -> Tensor:
     """Group norm over [N, C, …]; its statistics run over each group's kept channels (``keep``: [C])."""
-    kept = torch.tensor(keep).to(x.device).reshape(groups, -1, 1)
+    kept = torch.tensor(keep).reshape(groups, -1, 1)
     grouped = x.reshape(x.shape[0], groups, kept.shape[1], -1)
-    count = (kept.sum((1, 2), keepdim=True) * grouped.shape[-1]).clamp_min(1)
-    mean = (grouped * kept).sum((2, 3), keepdim=True) / count
-    var = ((grouped - mean).square() * kept).sum((2, 3), keepdim=True) / count
-    out = ((grouped - mean) * torch.rsqrt(var + eps) * kept).reshape(x.shape)
+    out = _normal(kept, grouped, [2, 3], eps).reshape(x.shape)
     return _affine(out, weight, bias, [-1] + [1] * (x.ndim - 2))
 
 

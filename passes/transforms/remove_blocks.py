@@ -26,7 +26,7 @@ from torch.export.graph_signature import ExportGraphSignature, TensorArgument
 from mptk.errors import MptkError
 from mptk.ir.blocks import Block, Renumbering, prefix
 from mptk.ir.families import Analysis
-from mptk.ir.ops import base_name
+from mptk.ir.ops import base_name, reached
 from mptk.ir.passes import Pass, Result
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, removed_blocks, renumbering
@@ -142,11 +142,7 @@ class _Removal:
 
     def _erase(self) -> None:
         """Erase the calls that nothing needs any more; those of a block that others need stay (case 2)."""
-        needed, todo = set(self.roots), list(self.roots)
-        while todo:
-            more = [source for source in todo.pop().all_input_nodes if source not in needed]
-            needed.update(more)
-            todo += more
+        needed = reached(self.roots, lambda node: node.all_input_nodes)
         for node in reversed(list(self.graph.nodes)):
             if node not in needed and node.op != "placeholder":
                 self.graph.erase_node(node)

@@ -13,7 +13,7 @@ from mptk.errors import MptkError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-PLAIN: dict[object, str] = {
+IN_WORDS: dict[object, str] = {
     bool: "True or False",
     int: "a whole number",
     float: "a number",
@@ -104,4 +104,4 @@ def _wanted(hint: Any) -> str:
         return "a dict"
     if origin is not None and issubclass(origin, Iterable):
         return f"a list, each {_wanted(arguments[0])}" if arguments[0] is not Any else "an iterable"
-    return PLAIN.get(hint, f"a {getattr(hint, '__name__', hint)}")
+    return IN_WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")

@@ -21,7 +21,7 @@ from passes.transforms.retype import Retype
 from passes.transforms.round_weights import RoundWeights
 from passes.verify import ROUNDINGS, TOLERANCE, WIDEST
 
-FAINT = 1e-4
+FAINT_WEIGHT = 1e-4
 """A parameter without a larger number may hide all that is before it: a head of zeros, a layer's scale of 1e-6."""
 COARSE = (torch.float16, torch.bfloat16)
 
@@ -78,7 +78,7 @@ def awake(analysis: Analysis) -> Analysis:
 
 
 def _is_faint(weight: Tensor) -> bool:
-    return bool(weight.numel()) and weight.abs().max().item() <= FAINT
+    return bool(weight.numel()) and weight.abs().max().item() <= FAINT_WEIGHT
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:

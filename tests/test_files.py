@@ -37,8 +37,8 @@ def test_all_json_is_written_by_the_one_helper() -> None:
         if re.search(r"json\.dumps?\(", path.read_text())
     ]
     assert sorted(writers) == [
-        "mptk/files/staging.py",
         "mptk/files/replace.py",
+        "mptk/files/staging.py",
         "mptk/reading.py",
         "mptk/targets/beside.py",
     ]  # the last two look at values and print them in errors

@@ -91,7 +91,7 @@ def built(name: str) -> tuple[Program, list[tuple[Tensor, ...]]]:
 
 @pytest.fixture(autouse=True)
 def _all_to_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shelf, "LEAST", 0)
+    monkeypatch.setattr(shelf, "SMALLEST_FILE", 0)
 
 
 @pytest.mark.parametrize("name", MODELS)

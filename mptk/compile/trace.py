@@ -23,9 +23,9 @@ from passes.frontend.bound import bounded
 from passes.frontend.eager import compared
 from passes.transforms.retype import Retype
 
-PATIENCE = 120.0
+TRACE_SECONDS = 120.0
 """Seconds of computing after which a plain module is traced for one size (with all open, Swin-T takes 530)."""
-LONGEST = 31
+LONGEST_TRACE = 31
 """Tokens of a program of one length: its graph may repeat a loop for each. A prime, so that no size of a model is
 likely to be a multiple of it."""
 
@@ -34,13 +34,13 @@ def traced(
     loaded: Loaded,
     task: Task,
     executor: Executor,
-    length: int = LONGEST,
+    length: int = LONGEST_TRACE,
     like: Samples | None = None,
     eager: bool = False,
 ) -> Program:
     """The model's program with its weights.
 
-    If its trace holds one length alone (``Program.length``), that is ``length`` or ``LONGEST``, whichever is less.
+    If its trace holds only one length (``Program.length``), that is the lesser of ``length`` and ``LONGEST_TRACE``.
     ``like``: samples that it will run on. If these are no token ids and as large as the task's example, it holds that
     size only: with a symbolic height and width, export of a tiny Swin does not end in 90 s, and else takes 5 s.
     ``eager``: compare with the module itself, since the program's graph takes its place. A plain module always is.
@@ -61,7 +61,7 @@ def traced(
                 "the positions, or computes with their number in Python; prune a model whose class uses tensors for "
                 "that (docs/tracing.md), or cut this one for inputs of one length with mptk.rewrite"
             )
-        example = example.of_length(min(length, LONGEST))
+        example = example.of_length(min(length, LONGEST_TRACE))
         program = _trace(loaded, example, (0,))
     fixed, ran = task.only_length(program), 0
 
@@ -99,7 +99,11 @@ def _plain(loaded: Loaded, example: Samples) -> Program:
     dynamic: bool | tuple[int, ...]
     for dynamic in (True, (0,), False):
         try:
-            with bounded(PATIENCE, f"the trace of {name} for inputs of any size") if dynamic is True else nullcontext():
+            with (
+                bounded(TRACE_SECONDS, f"the trace of {name} for inputs of any size")
+                if dynamic is True
+                else nullcontext()
+            ):
                 traced = passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=dynamic)
             wide = loaded.with_weights(traced)
             own = {name: partial(Tensor.to, dtype=like.dtype) for name, like in traced.state.likes.items()}

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mptk.errors import MptkError
 
-Model = TypeVar("Model", bound=nn.Module)
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Found = TypeVar("Found")
 PATIENCE = timedelta(hours=24)
 """How long processes wait for one that works alone (writes text, fits layers). If one dies, the launcher ends all."""
@@ -98,7 +98,7 @@ def holds() -> bool:
     return bool(processes().is_main_process) or not shards()
 
 
-def replica(model: Model, weights: bool = True) -> Model:
+def replica(model: AnyModule, weights: bool = True) -> AnyModule:
     """A copy of the modules of ``model`` that shares its weights, so that it can be adapted, moved or sharded alone.
 
     ``weights``: if False, parameters are memory that was never written, which takes none.

@@ -18,7 +18,7 @@ from mptk.files.staging import OLD, Staging, staged, tidy
 from mptk.files.writing import cannot_write
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -137,7 +137,7 @@ def _exchanged(one: Path, two: Path) -> bool:
     if not call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(two), _RENAME_EXCHANGE):
         return True
     number = ctypes.get_errno()
-    if number in _UNSUPPORTED:
+    if number in _NO_EXCHANGE:
         return False
     raise OSError(number, os.strerror(number), str(two))
 

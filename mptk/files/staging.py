@@ -36,7 +36,7 @@ from mptk.files.writing import cannot_write
 
 LOCK = "mptk.lock"
 NEW, OLD = "new", "old"
-_UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 COMMAND = 120
 """Most characters of a command that the line on a holder shows."""
 
@@ -176,7 +176,7 @@ def _gets(descriptor: int, path: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:
+        if error.errno not in _NO_LOCKS:
             raise
         return not _lives(held_by(path))
     return True

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from mptk.errors import MptkError
 from mptk.io.text import sampled
 from mptk.io.text.files import Document
-from mptk.io.text.sources import RANDOM, RANDOM_NAME, SELF, Source, parse, shared
+from mptk.io.text.sources import RANDOM, RANDOM_NAME, SELF, TextSource, parse, shared
 from mptk.io.text.tokens import digest, token_stream, windows_of
 from mptk.progress import Count
 
@@ -150,7 +150,7 @@ def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
 def protocol_name(data: str) -> str:
     """``data`` as the protocol of a measurement names it."""
     if data == SELF:
-        return sampled.NAME
+        return sampled.SAMPLED_NAME
     if data == RANDOM:
         return RANDOM_NAME
     folders = [source.name for source in parse(data, held_out=True) if source.is_folder]
@@ -167,12 +167,16 @@ def read_places(*data: str | None) -> list[Path]:
     return [source.place for source in _named(*data) if isinstance(source.place, Path)]
 
 
-def _named(*data: str | None) -> list[Source]:
+def _named(*data: str | None) -> list[TextSource]:
     return [source for each in data if each not in (None, SELF, RANDOM) for source in parse(str(each))]
 
 
 def _shared_out(
-    sources: tuple[Source, ...], tokenizer: PreTrainedTokenizerBase, length: int, count: int | None, seed: int | None
+    sources: tuple[TextSource, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int | None,
+    seed: int | None,
 ) -> Tensor:
     """Windows of all sources, shared out by weight, in a random order if there is a seed."""
     if len(sources) == 1:
@@ -186,7 +190,7 @@ def _shared_out(
 
 
 def _windows(
-    source: Source, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None, seed: int | None
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None, seed: int | None
 ) -> Tensor:
     """Windows of one source. No more of it is read than it takes to choose ``count`` of them."""
     if source.is_folder and seed is None:

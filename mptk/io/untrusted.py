@@ -31,9 +31,9 @@ SIZES = (
     "max_position_embeddings",
 )
 """Names that transformers gives to what every config of text has."""
-LARGEST = 1 << 31
+LARGEST_SIZE = 1 << 31
 """No number of a config that is a size is as large."""
-LAYERS = 10_000
+MOST_LAYERS = 10_000
 SHARED = 256
 """Layers of which a model may have more than weights: those of some share theirs."""
 PARAMETERS = 10**14
@@ -79,9 +79,9 @@ def check_config(file: Path) -> dict[str, Any]:
         ):
             raise damaged(file)(f"{name} is {said!r}, which is no type of numbers")
     for name, value in _numbers(content, ""):
-        if abs(value) >= LARGEST and isinstance(value, int):
+        if abs(value) >= LARGEST_SIZE and isinstance(value, int):
             raise damaged(file)(f"{name} is {value if abs(value) < 10**20 else 'a number of many digits'}")
-        if value > LAYERS and "layer" in name.rpartition(".")[2]:
+        if value > MOST_LAYERS and "layer" in name.rpartition(".")[2]:
             raise damaged(file)(f"{name} is {value}")
     return content
 

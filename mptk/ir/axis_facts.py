@@ -21,7 +21,7 @@ Results = Dims | list[Dims] | list[Dims | None]
 Positions = Term | list[Term | None] | None
 """The axis whose positions a value's integers are, as after an argmax. Several results are a list."""
 
-Path = tuple[int | str, ...]
+ArgumentPath = tuple[int | str, ...]
 """The place of an argument in a call: its position or its name, then positions in nested lists."""
 
 ReductionKind = Literal["sum", "mean", "statistic", "max", "min"]
@@ -84,7 +84,7 @@ class AxisFacts:
     graph: fx.Graph
     results: Mapping[fx.Node, Results]
     weights: Mapping[str, Dims]
-    constant_uses: Mapping[fx.Node, Sequence[tuple[Path, Dims]]] = field(repr=False)
+    constant_uses: Mapping[fx.Node, Sequence[tuple[ArgumentPath, Dims]]] = field(repr=False)
     zeros: AbstractSet[fx.Node] = field(repr=False)
     contractions: Sequence[Contraction] = field(repr=False)
     reductions: Sequence[Reduction] = field(repr=False)
@@ -133,7 +133,7 @@ def tensors(results: Results) -> list[Dims]:
     return [dims for dims in results if dims is not None] if isinstance(results, list) else [results]
 
 
-def argument_at(node: fx.Node, path: Path) -> fx.Node:
+def argument_at(node: fx.Node, path: ArgumentPath) -> fx.Node:
     """The argument of a call at a place."""
     value = node.kwargs[path[0]] if isinstance(path[0], str) else node.args[path[0]]
     for step in path[1:]:

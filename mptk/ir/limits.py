@@ -16,7 +16,7 @@ import torch
 
 from mptk.errors import MptkError
 
-Size = Any
+SymbolicSize = Any
 """A size of an input: a number, or a sympy expression of others."""
 
 
@@ -49,7 +49,7 @@ class Limits:
 class CallSizes:
     """The sizes that a program may be called with: of each input, its name and its sizes. A symbol has one value."""
 
-    inputs: tuple[tuple[str, tuple[Size, ...]], ...]
+    inputs: tuple[tuple[str, tuple[SymbolicSize, ...]], ...]
     names: tuple[str, ...]
     limits: Limits
 

@@ -17,12 +17,12 @@ from torch.nn import Parameter
 
 from mptk.compat.torch import build_exported, size_expression, tree_leaves, tree_map
 from mptk.errors import MptkError
-from mptk.ir.limits import CallSizes, Limits, Size
+from mptk.ir.limits import CallSizes, Limits, SymbolicSize
 from mptk.ir.samples import is_tokens
 from mptk.ir.sizes import example_size, is_open
 from mptk.ir.weights import Lazy, Weights
 
-ExampleInputs = tuple[tuple[object, ...], dict[str, object]]
+TracedInputs = tuple[tuple[object, ...], dict[str, object]]
 """The inputs of the trace, by position and by name."""
 
 
@@ -102,7 +102,7 @@ class Program:
     @property
     def keeps_state(self) -> bool:
         """Whether a call of its module changes what the next one gives."""
-        return any(STATE in node.meta for node in self.graph.graph.nodes)
+        return any(STATE_COPY in node.meta for node in self.graph.graph.nodes)
 
     @property
     def has_values(self) -> bool:
@@ -176,7 +176,7 @@ class Program:
             example_inputs=self._example_inputs(),
         )
 
-    def _example_inputs(self) -> ExampleInputs | None:
+    def _example_inputs(self) -> TracedInputs | None:
         """The inputs of the trace that are left. An input that has lost channels (a KV cache) is cut."""
         values = {n.name: n.meta["val"] for n in self.placeholders()}
         names = iter(self.exported.graph_signature.user_inputs)
@@ -187,7 +187,7 @@ class Program:
                 return example
             return example[tuple(slice(size if isinstance(size, int) else None) for size in values[name].shape)]
 
-        fitted: ExampleInputs | None = tree_map(fit, self.exported.example_inputs)
+        fitted: TracedInputs | None = tree_map(fit, self.exported.example_inputs)
         traced = self.exported.graph_signature.user_inputs
         if fitted is None or len(self.user_inputs) == len(traced):
             return fitted
@@ -195,7 +195,7 @@ class Program:
         return tuple(example for name, example in left if name in values), {}
 
 
-def _size(size: int | torch.SymInt) -> Size:
+def _size(size: int | torch.SymInt) -> SymbolicSize:
     """A size as a number, or as an expression if it may be another."""
     return size_expression(size) if isinstance(size, torch.SymInt) and is_open(size) else example_size(size)
 
@@ -224,7 +224,7 @@ class DeviceInterpreter(fx.Interpreter):
         return found.to(self.device) if isinstance(found, Tensor) else found
 
 
-STATE = "state"
+STATE_COPY = "state"
 """In the ``meta`` of a call that copies a buffer before the graph writes to it."""
 
 
@@ -315,10 +315,10 @@ class ProgramModule(nn.Module):
 
 def _stateful(graph: fx.GraphModule) -> fx.GraphModule:
     """The graph without copies of the buffers that it writes to; itself if there are none."""
-    if not any(STATE in node.meta for node in graph.graph.nodes):
+    if not any(STATE_COPY in node.meta for node in graph.graph.nodes):
         return graph
     found = copy.deepcopy(graph)
-    for node in [node for node in found.graph.nodes if STATE in node.meta]:
+    for node in [node for node in found.graph.nodes if STATE_COPY in node.meta]:
         node.replace_all_uses_with(node.args[0])
         found.graph.erase_node(node)
     found.recompile()

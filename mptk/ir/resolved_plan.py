@@ -19,7 +19,7 @@ from mptk.ir.plan import FamilyPlan, Plan, check_units
 
 
 @dataclass(frozen=True)
-class Choice:
+class KeptUnits:
     """The kept units of one axis: ``table`` is boolean, [scopes, size], with the same number of units in each row."""
 
     scope: tuple[Axis, ...]
@@ -30,7 +30,7 @@ class Choice:
 class Cut:
     """Axis → its kept units. An axis without an entry stays whole."""
 
-    choices: dict[Axis, Choice]
+    choices: dict[Axis, KeptUnits]
     sizes: dict[Axis, int]
 
     def units(self, axis: Axis) -> list[int] | None:
@@ -130,7 +130,7 @@ class Cut:
                 table = choice.table.reshape(*(a.size for a in choice.scope), -1)
                 row = table[tuple(fixed.get(a, slice(None)) for a in choice.scope)]
                 rest = tuple(a for a in choice.scope if a not in fixed)
-                choices[leaf] = Choice(rest, row.reshape(-1, table.shape[-1]))
+                choices[leaf] = KeptUnits(rest, row.reshape(-1, table.shape[-1]))
         return Cut(choices, self.sizes)
 
 
@@ -140,7 +140,7 @@ def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
     Raises:
         MptkError: a family or layer that the model does not have, a width that does not fit, a layer left out.
     """
-    choices: dict[Axis, Choice] = {}
+    choices: dict[Axis, KeptUnits] = {}
     for name, chosen in plan.families.items():
         try:
             family = analysis.family(name)
@@ -159,13 +159,13 @@ def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
         for group in family.groups:
             if group.axis in choices:
                 raise MptkError(f"plan: {name} names units of {group.layer} that another family names, too")
-            choices[group.axis] = Choice(group.scope, _table(family, group, chosen))
+            choices[group.axis] = KeptUnits(group.scope, _table(family, group, chosen))
         if family.stack is not None:
             _check_blocks(name, family.stack, choices[family.stack.axis])
     return Cut(choices, {axis: int(c.table[0].sum()) for axis, c in choices.items()})
 
 
-def _check_blocks(name: str, stack: Stack, choice: Choice) -> None:
+def _check_blocks(name: str, stack: Stack, choice: KeptUnits) -> None:
     for unit, why in stack.stay.items():
         if not choice.table[0, unit]:
             raise MptkError(f"plan: {name} cannot lose block {unit}, {stack.blocks[unit].module}: {why}")

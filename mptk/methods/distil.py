@@ -33,7 +33,7 @@ from mptk.methods.reconstruct import stored
 from mptk.progress import Count
 from mptk.staged.partition import Flow, blocks
 from mptk.staged.shelf import Shelf
-from mptk.staged.staged import EXECUTOR, Executor, Run
+from mptk.staged.staged import EXECUTOR, Executor, StagedRun
 from passes.transforms.remove_blocks import mask_blocks
 from passes.transforms.rewrite import Rewrite
 
@@ -133,7 +133,7 @@ def distil_blocks(
     small, flow = _student(analysis, cut, dense.with_state(changes)), Flow(dense)
     part = blocks(flow, [site.node for site in sites if stored(dense, site.weight) in consumers])
     given, share = _steps(dense, samples)
-    teacher, student = (Run(executor, each, part, given) for each in (flow, Flow(small)))
+    teacher, student = (StagedRun(executor, each, part, given) for each in (flow, Flow(small)))
     count, owned = len(part.ends), _owned(student, _staying(analysis, cut, [stored(dense, s.weight) for s in sites]))
     if not any(owned[:count]):
         raise MptkError(NO_BLOCK)
@@ -188,7 +188,7 @@ def _steps(program: Program, samples: Samples) -> tuple[list[tuple[Tensor, ...]]
     return [step.chunk(share.count)[share.index].tensors for step in steps], share
 
 
-def _owned(run: Run, matrices: Collection[str]) -> list[dict[fx.Node, str]]:
+def _owned(run: StagedRun, matrices: Collection[str]) -> list[dict[fx.Node, str]]:
     """Each stage's matrices that no other stage uses, by name."""
     weights = run.program.weights
     each = [{weights[node.name] for node in stage.weights} for stage in run.stages]
@@ -209,8 +209,8 @@ class _Block:
         self,
         analysis: Analysis,
         cut: Cut,
-        teacher: Run,
-        student: Run,
+        teacher: StagedRun,
+        student: StagedRun,
         share: Sharing,
         k: int,
         owned: dict[fx.Node, str],

@@ -59,7 +59,7 @@ Times = Mapping[Case, list[list[float]]]
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One graph in one case.
 
     ``ms``: median; in prefill, the time to the first token. ``iqr_ms``: interquartile range. ``tokens_s``: tokens a
@@ -99,7 +99,7 @@ class Bench:
     onnxruntime: str
     rounds: int
     peaks: Mapping[int, Peaks]
-    rows: Sequence[Row]
+    rows: Sequence[Measurement]
     providers: Sequence[str] = (HOST,)
 
     def to_json(self) -> dict[str, object]:
@@ -114,7 +114,7 @@ class Bench:
         graphs = [made(Graph, graph, f"graphs.{i}") for i, graph in enumerate(data["graphs"])]
         peaks = {int(threads): made(Peaks, found, f"peaks.{threads}") for threads, found in data["peaks"].items()}
         rows = [
-            made(Row, {**row, "case": made(Case, row.get("case"), f"rows.{i}.case")}, f"rows.{i}")
+            made(Measurement, {**row, "case": made(Case, row.get("case"), f"rows.{i}.case")}, f"rows.{i}")
             for i, row in enumerate(data["rows"])
         ]
         ran = data.get("providers", [HOST])  # the only one of earlier versions
@@ -230,14 +230,14 @@ def _work(file: Path, case: Case) -> int:
     return graph_work(file, sequence=1, past=case.length, batch=case.batch).bytes
 
 
-def _rows(case: Case, files: Mapping[str, Path], times: Sequence[Sequence[float]], peaks: Peaks) -> list[Row]:
+def _rows(case: Case, files: Mapping[str, Path], times: Sequence[Sequence[float]], peaks: Peaks) -> list[Measurement]:
     work = [_work(file, case) for file in files.values()]
     peak = peaks.flops if case.phase == "prefill" else peaks.bandwidth
     rows = []
     for name, own, mine in zip(files, times, work, strict=True):
         median = statistics.median(own)
         rows.append(
-            Row(
+            Measurement(
                 name,
                 case,
                 ms=round(median, 3),

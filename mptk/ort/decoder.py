@@ -16,10 +16,10 @@ from mptk.compat.onnxruntime import run_on_values
 from mptk.errors import MptkError
 from mptk.ort.sessions import CPU, memory_of, open_file
 
-FILE = "model.onnx"
+GRAPH_FILE = "model.onnx"
 Ids = npt.NDArray[np.int64]
 LogitsArray = npt.NDArray[np.float32]
-DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Cache:
 def onnx_file(path: str | Path) -> Path:
     """``path`` itself, or the ``model.onnx`` in ``path`` or ``path/onnx``. Raises MptkError if there is none."""
     path = Path(path)
-    places = [path / FILE, path / "onnx" / FILE] if path.is_dir() else [path]
+    places = [path / GRAPH_FILE, path / "onnx" / GRAPH_FILE] if path.is_dir() else [path]
     for file in places:
         if file.is_file():
             return file
@@ -138,7 +138,7 @@ class OrtDecoder:
         for name in self.past:
             _, heads, _, dim = self.inputs[name].shape
             numbers = rng.standard_normal((batch, heads, length, dim), dtype=np.float32)
-            typed = numbers.astype(DTYPES[self.inputs[name].type])
+            typed = numbers.astype(NUMPY_TYPES[self.inputs[name].type])
             values[name] = ort.OrtValue.ortvalue_from_numpy(typed, *self.memory)
         return Cache(values, np.ones((batch, length), dtype=np.int64))
 

@@ -19,7 +19,7 @@ from mptk.io.data import positions_of
 from mptk.ort.decoder import LogitsArray, OrtDecoder, model_folder
 from mptk.ort.sessions import CPU
 
-Tokens = npt.NDArray[np.int64]
+TokenIds = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Sampling:
         if not (0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise MptkError("sampling needs a temperature and a top_k of 0 or more, and a top_p above 0, at most 1")
 
-    def choose(self, logits: LogitsArray, rng: np.random.Generator) -> Tokens:
+    def choose(self, logits: LogitsArray, rng: np.random.Generator) -> TokenIds:
         """The next token of each row of ``logits``, [batch, vocab]."""
         if not self.temperature:
             return np.asarray(logits.argmax(axis=1))

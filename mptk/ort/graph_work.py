@@ -17,7 +17,7 @@ PASS_THEIR_INPUT = {"Transpose", "Identity", "Cast"}
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """One step's lower bounds.
 
     ``flops``: operations in matrix products and attention, 2 for a multiply-add. Attention counts in full, since no
@@ -29,7 +29,7 @@ class Work:
     bytes: int
 
 
-def graph_work(file: Path, *, sequence: int, past: int, batch: int = 1) -> Work:
+def graph_work(file: Path, *, sequence: int, past: int, batch: int = 1) -> StepWork:
     """Work of ``sequence`` new tokens after ``past`` cached ones, for each of ``batch`` sequences.
 
     Sizes come from the graph's shapes at these lengths. So if a graph gives logits of the last position, only these
@@ -51,7 +51,7 @@ def graph_work(file: Path, *, sequence: int, past: int, batch: int = 1) -> Work:
         for v in graph.input
         if v.name.startswith("past_key_values.")
     )
-    return Work(flops, (cache + _weight_bits(model)) // 8)
+    return StepWork(flops, (cache + _weight_bits(model)) // 8)
 
 
 def _at_lengths(model: ModelProto, lengths: Mapping[str, int]) -> ModelProto:

@@ -10,7 +10,7 @@ from mptk.errors import MptkError
 from mptk.files import check_text, claimed, fill_folder, path_of, put_folder, tidy, writing
 from mptk.publish.manifest import edited, foreign, is_ours, write_manifest
 
-SHOWN = 5
+NAMES_SHOWN = 5
 """Most names of files in a message."""
 
 
@@ -91,5 +91,5 @@ def _is_output(folder: Path) -> bool:
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more}"
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return f"{', '.join(names[:NAMES_SHOWN])}{more}"

@@ -13,7 +13,7 @@ from mptk.io.auto_classes import loader
 from mptk.protocols.chain import Compiled
 from mptk.protocols.report import Report
 from mptk.publish.markdown import code, table
-from mptk.tasks.genai import FILE as GENAI_CONFIG
+from mptk.tasks.genai import GENAI_FILE as GENAI_CONFIG
 from passes.targets.stock.config import StockConfig
 
 TEXT = "Once upon a time"

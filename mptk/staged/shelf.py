@@ -18,7 +18,7 @@ Values = dict[fx.Node, Any]
 
 Layout = Callable[[Tensor], Tensor]
 
-LEAST = 1 << 16
+SMALLEST_FILE = 1 << 16
 """Bytes of the smallest tensor that goes to a file."""
 
 
@@ -37,7 +37,7 @@ class Shelf:
         kept, files = self._kept.setdefault(key, {}), self._files.setdefault(key, {})
         for name, value in values.items():
             size = value.nbytes if isinstance(value, Tensor) else 0
-            if size >= LEAST and self._bytes + size > self._bound:
+            if size >= SMALLEST_FILE and self._bytes + size > self._bound:
                 files[name] = self._write(value)
             else:
                 kept[name] = value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from mptk.staged.narrow import Narrow, widened
 from mptk.staged.partition import Flow, Partition, Stage, partition
 from mptk.staged.shelf import Shelf, Values
 
-Inputs = Sequence[Tensor]
+ProgramInputs = Sequence[Tensor]
 """A program's inputs in order."""
 
 Watch = tuple[tuple[fx.Node, ...], Callable[..., None]]
@@ -31,9 +31,6 @@ Watch = tuple[tuple[fx.Node, ...], Callable[..., None]]
 
 Tap = tuple[tuple[fx.Node, ...], Callable[..., None]]
 """A value and others that are there when it is, and what is called with its gradient and then with them all."""
-
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -47,12 +44,12 @@ class Executor:
 
     stage: float = sys.maxsize
     borders: float = sys.maxsize
-    device: torch.device = CPU
+    device: torch.device = field(default=torch.device("cpu"))
     compute: torch.dtype = torch.float32
 
     @torch.no_grad()
     def outputs(
-        self, programs: Sequence[Program], inputs: Sequence[Inputs], progress: Count | None = None
+        self, programs: Sequence[Program], inputs: Sequence[ProgramInputs], progress: Count | None = None
     ) -> Iterator[Any]:
         """The results of all ``programs`` for the first of ``inputs``, then for the second, and so on.
 
@@ -62,7 +59,7 @@ class Executor:
         flows = [Flow(program) for program in programs]
         shared = partition(flows[0], self.stage)
         parts = [shared if shared.fits(flow) else partition(flow, self.stage) for flow in flows]
-        runs = [Run(self, flow, part, inputs) for flow, part in zip(flows, parts, strict=True)]
+        runs = [StagedRun(self, flow, part, inputs) for flow, part in zip(flows, parts, strict=True)]
         count = _Counter(progress, len(inputs), sum(len(run.stages) for run in runs))
         for k in range(max(len(run.stages) for run in runs)):
             for run in runs:
@@ -76,12 +73,12 @@ class Executor:
 
     @torch.no_grad()
     def watch(
-        self, program: Program, inputs: Sequence[Inputs], watches: Sequence[Watch], progress: Count | None = None
+        self, program: Program, inputs: Sequence[ProgramInputs], watches: Sequence[Watch], progress: Count | None = None
     ) -> None:
         """Run what the watched values need, and call each watch with its values. Nothing after them is computed."""
         flow = Flow(program, [nodes for nodes, _ in watches])
         shared = partition(flow, self.stage)
-        run = Run(self, flow, shared, inputs, watches)
+        run = StagedRun(self, flow, shared, inputs, watches)
         count = _Counter(progress, len(inputs), len(run.stages))
         for k in range(len(run.stages)):
             run.advance(k, count)
@@ -90,7 +87,7 @@ class Executor:
         self,
         program: Program,
         names: Collection[str],
-        inputs: Sequence[Inputs],
+        inputs: Sequence[ProgramInputs],
         loss: Callable[[Any, int], Tensor],
         progress: Count | None = None,
         total: Callable[[Tensor], Tensor] = lambda gradient: gradient,
@@ -102,7 +99,7 @@ class Executor:
         values of borders are. ``total`` adds up those of several processes. ``taps`` are called once for each inputs.
         """
         flow = Flow(program)
-        run = Run(self, flow, partition(flow, self.stage), inputs, keep=True, taps=taps)
+        run = StagedRun(self, flow, partition(flow, self.stage), inputs, keep=True, taps=taps)
         count = _Counter(progress, len(inputs), 2 * len(run.stages) - 1)
         with torch.no_grad():
             for k in range(len(run.stages) - 1):
@@ -138,7 +135,7 @@ class _Counter:
             self.progress(self.done // self.total, self.inputs)
 
 
-class Run(DeviceInterpreter):
+class StagedRun(DeviceInterpreter):
     """One program on all inputs, stage by stage. ``keep``: the inputs of all stages stay, for ``back``.
 
     ``borders`` holds the values between stages: under (k, i) what stage k gets of inputs i.
@@ -149,7 +146,7 @@ class Run(DeviceInterpreter):
         executor: Executor,
         flow: Flow,
         shared: Partition,
-        inputs: Sequence[Inputs],
+        inputs: Sequence[ProgramInputs],
         watches: Sequence[Watch] = (),
         keep: bool = False,
         taps: Sequence[Tap] = (),

@@ -61,12 +61,12 @@ STAGE = "config"
 MISSING = object()
 LISTED = 8
 """A longer list is compared element by element, so that the first that differs is named."""
-SHOWN = 60
+CHARACTERS_SHOWN = 60
 """Characters of a value that an error shows."""
-Json = Mapping[str, object]
+JsonObject = Mapping[str, object]
 
 
-def compare(file: str, found: Json, expected: Json, listed: Set[str] = frozenset()) -> None:
+def compare(file: str, found: JsonObject, expected: JsonObject, listed: Set[str] = frozenset()) -> None:
     """All fields must be equal, except the ``listed`` ones and those nested in them.
 
     Raises:
@@ -89,7 +89,7 @@ def fail(what: str) -> NoReturn:
     raise ProofError(f"the proof fails at '{STAGE}': {what}; do not use it, and prune the model again")
 
 
-def leaves(body: Json, prefix: str = "") -> Iterator[tuple[str, object]]:
+def leaves(body: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Dotted path → value of each field that is not an object with fields of its own."""
     for key, value in body.items():
         inner = _inner(value)
@@ -99,7 +99,7 @@ def leaves(body: Json, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield f"{prefix}{key}", value
 
 
-def _inner(value: Any) -> Json:
+def _inner(value: Any) -> JsonObject:
     """The fields of an object, and of a long list or one of objects; empty if there are none."""
     if isinstance(value, Mapping):
         return value
@@ -110,4 +110,4 @@ def _inner(value: Any) -> Json:
 
 def _said(value: object) -> str:
     text = "missing" if value is MISSING else json.dumps(value, default=str)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    return text if len(text) <= CHARACTERS_SHOWN else f"{text[: CHARACTERS_SHOWN - 3]}..."

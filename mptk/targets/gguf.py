@@ -27,7 +27,7 @@ from mptk.ir.plan import Plan
 from mptk.ir.weights import Weights
 
 EQUAL, RAGGED = "llama", "deci"
-KINDS = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
+TENSOR_KINDS = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
 FILE_TYPES = {Kind.F32: 0, Kind.F16: 1, Kind.BF16: 32}
 """``general.file_type`` of a file whose matrices are of a kind."""
 DROPPED = (
@@ -55,7 +55,7 @@ FREQUENCIES = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerWidths:
     """The widths of a layer: query heads, KV heads, feed-forward channels."""
 
     heads: int
@@ -64,7 +64,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Field:
+class GgufField:
     """A value of a file, its type and, if it is a list, that of its items."""
 
     value: Any
@@ -72,9 +72,9 @@ class Field:
     items: GGUFValueType | None
 
 
-def _field(field: ReaderField) -> Field:
+def _field(field: ReaderField) -> GgufField:
     items = field.types[-1] if field.types[0] is GGUFValueType.ARRAY else None
-    return Field(field.contents(), field.types[0], items)
+    return GgufField(field.contents(), field.types[0], items)
 
 
 class Pattern:
@@ -107,7 +107,7 @@ class Pattern:
             raise MptkError(f"{self.file} has no {name}; it is no file of a language model")
         return self.fields[name].value
 
-    def kept(self) -> Iterator[tuple[str, Field]]:
+    def kept(self) -> Iterator[tuple[str, GgufField]]:
         """The fields that hold for the cut model, too, by name."""
         for name, field in self.fields.items():
             if not name.startswith(DROPPED) and name.removeprefix(f"{EQUAL}.") not in WIDTHS:
@@ -197,7 +197,7 @@ class Conversion:
             raise MptkError(f"{min(apart)} is in the folder or in {file} alone; they are of different models")
         return names
 
-    def _layers(self) -> list[Layer]:
+    def _layers(self) -> list[LayerWidths]:
         layers, size = [], self.pattern.head_dim
         for i in range(sum(name.endswith(".ffn_down.weight") for name in self.names)):
             try:
@@ -207,14 +207,14 @@ class Conversion:
             q, k, v, out, ffn = parts
             if q[0] % size or k[0] % size or v[0] != k[0] or out[1] != q[0]:
                 raise MptkError(f"layer {i} has heads of another size than {size}; cut whole heads, ffn or layers")
-            layers.append(Layer(heads=q[0] // size, groups=k[0] // size, ffn=ffn[1]))
+            layers.append(LayerWidths(heads=q[0] // size, groups=k[0] // size, ffn=ffn[1]))
         return layers
 
     def _kind(self, weight: str) -> Kind:
         held = self.weights.narrow(weight)
-        if held.dtype not in KINDS:
+        if held.dtype not in TENSOR_KINDS:
             raise MptkError(f"{weight} is of {held.dtype}, which no GGUF file has; prune with --dtype float32")
-        return KINDS[held.dtype] if held.ndim == 2 else Kind.F32
+        return TENSOR_KINDS[held.dtype] if held.ndim == 2 else Kind.F32
 
     def _describe(self, writer: GGUFWriter) -> None:
         """Write the fields: those of the pattern, under the name of the architecture, then the widths."""

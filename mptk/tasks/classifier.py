@@ -19,7 +19,7 @@ from mptk.protocols.values import SampleSets
 from mptk.tasks.base import ComparedTask, compared, known_to
 from mptk.tasks.model_form import LOGITS, ModelForm
 
-MAPPINGS = (
+CLASSIFIERS = (
     modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -34,7 +34,7 @@ class Classifier(ComparedTask):
     onnx = ModelForm(LOGITS)
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
-        return known_to(MAPPINGS, config, classes, "give one distribution over classes for each sample")
+        return known_to(CLASSIFIERS, config, classes, "give one distribution over classes for each sample")
 
     def loss(self, output: Tensor, samples: Samples) -> Tensor:
         """Sum of the KL divergences from the dense model's distribution (``targets``: its logits), in nats."""

@@ -21,27 +21,26 @@ from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples, next_tokens
-from mptk.ort.decoder import FILE, OrtDecoder
+from mptk.ort.decoder import GRAPH_FILE, OrtDecoder
 from mptk.progress import step
 from mptk.protocols.chain import stored_type
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import Checks
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.tasks.exporting import logits_apart, quantised
-from mptk.tasks.genai import FILE as GENAI
-from mptk.tasks.genai import write_genai_config
+from mptk.tasks.genai import GENAI_FILE, write_genai_config
 from mptk.version import __version__
 from passes.analysis import group
 from passes.frontend.trace_decoder import LogitsScope, trace_decoder
 from passes.pipelines import cut_program, emit_onnx, quantize_onnx
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
 
-PADDING = 3
+PADDED_TOKENS = 3
 """Tokens of padding beside the longest prompt."""
 
 
 @dataclass(frozen=True)
-class Case:
+class DecodingCase:
     """A way to run a decoder, and the stage of the proof that it is.
 
     ``steps``: tokens of each call after the prompt; they cross each border, and end the sequence. ``padded``: the side
@@ -58,8 +57,8 @@ class Case:
         Padding between prompt and answer counts in a window, also in torch: then only the prompt is comparable.
         """
         if self.padded:
-            longest = max(1, min(LONGEST, length - sum(self.steps)))
-            if self.padded == "right" and any(longest + PADDING + sum(self.steps) > border for border in crossed):
+            longest = max(1, min(LONGEST_PROMPT, length - sum(self.steps)))
+            if self.padded == "right" and any(longest + PADDED_TOKENS + sum(self.steps) > border for border in crossed):
                 return replace(self, steps=()).calls(rows, length, ())
             prompts = [max(1, longest * (SHARES - row % SHARES) // SHARES) for row in range(rows)]
             return prompts, list(self.steps)
@@ -70,14 +69,14 @@ class Case:
         return [first] * rows, [later - sooner for sooner, later in pairwise([first, *others])]
 
 
-LONGEST, SHARES = 24, 3
+LONGEST_PROMPT, SHARES = 24, 3
 """Tokens of the longest prompt that is padded, and of how many lengths prompts are."""
 STEPS = (1, 1, 3, 1, 1)
 CASES = (
-    Case("ONNX Runtime prefill"),
-    Case("ONNX Runtime padded left", STEPS, "left"),
-    Case("ONNX Runtime padded right", STEPS, "right"),
-    Case("ONNX Runtime decode", STEPS),
+    DecodingCase("ONNX Runtime prefill"),
+    DecodingCase("ONNX Runtime padded left", STEPS, "left"),
+    DecodingCase("ONNX Runtime padded right", STEPS, "right"),
+    DecodingCase("ONNX Runtime decode", STEPS),
 )
 """What the proof runs, on several short rows and on one long row."""
 
@@ -85,7 +84,7 @@ CASES = (
 class DecoderForm(OnnxForm):
     """``model.onnx`` takes token ids, mask, positions and the cache, and gives logits and the new cache."""
 
-    described = (GENAI,)
+    described = (GENAI_FILE,)
 
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         settings, loaded = dense.settings, dense.loaded
@@ -111,7 +110,7 @@ class DecoderForm(OnnxForm):
         decoder = OrtDecoder(folder, device=device)
         if decoder.last_only != (settings.logits == "last"):
             raise ProofError(
-                f"the proof fails at '{CASES[0].stage}': {FILE} does not give the logits of {settings.logits} "
+                f"the proof fails at '{CASES[0].stage}': {GRAPH_FILE} does not give the logits of {settings.logits} "
                 "positions; do not use it, and export the model again"
             )
         tolerance = HALF_TOLERANCE if decoder.half else RUNTIME_TOLERANCE
@@ -130,17 +129,17 @@ class DecoderForm(OnnxForm):
     def describe(
         self, config: PreTrainedConfig, generation: GenerationConfig | None, folder: Path, graphs: str
     ) -> None:
-        write_genai_config(config, generation, folder, f"{graphs}/{FILE}")
+        write_genai_config(config, generation, folder, f"{graphs}/{GRAPH_FILE}")
 
     def half(self, folder: Path) -> bool:
         return OrtDecoder(folder).half
 
 
-def decoded(decoder: OrtDecoder, case: Case, crossed: Sequence[int], samples: Samples) -> Placed:
+def decoded(decoder: OrtDecoder, case: DecodingCase, crossed: Sequence[int], samples: Samples) -> Placed:
     """The logits of the prompts and of all calls after them, with their positions."""
     ids = samples.inputs["input_ids"]
     prompts, calls = case.calls(len(ids), ids.shape[1], crossed)
-    width = max(prompts) + (PADDING if case.padded else 0)
+    width = max(prompts) + (PADDED_TOKENS if case.padded else 0)
     places = [torch.stack([_place(count, width, case.padded) for count in prompts])]
     mask = (places[0] >= 0).long()
     found, cache = decoder.prefill((ids.gather(1, places[0].clamp(min=0)) * mask).numpy(), mask.numpy())

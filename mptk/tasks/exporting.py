@@ -22,7 +22,7 @@ from mptk.protocols.onnx_form import Dense
 from mptk.protocols.values import Checks, left_out
 from mptk.staged.staged import Executor
 from mptk.tasks.inputs.base import Named
-from mptk.tasks.padding import PADDING, padded_as_said, with_mask
+from mptk.tasks.padding import PADDING_KEY, padded_as_said, with_mask
 from mptk.version import __version__
 from passes.analysis import group
 from passes.frontend.trace import export_program
@@ -35,7 +35,7 @@ HALF, DTYPE = "float16", "dtype"
 """A type, and the key in a graph's metadata of the type in which it computes."""
 CHANGED = "padding changes what the model computes, with a mask as well; give the ONNX graph rows of one length"
 
-Runs = Callable[[Mapping[str, Tensor]], Tensor]
+GraphRun = Callable[[Mapping[str, Tensor]], Tensor]
 """Named inputs → what a form's graphs compute."""
 
 
@@ -136,7 +136,7 @@ def is_half(graph: OrtGraph) -> bool:
 
 
 def stages_of(
-    run: Runs,
+    run: GraphRun,
     graph: OrtGraph,
     unpadded: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
     more: Mapping[str, StageOutputs] | None = None,
@@ -154,7 +154,7 @@ def stages_of(
         given, rows = padded_as_said(samples.inputs, said)
         return unpadded(run(given)[rows], samples.inputs)
 
-    runs = {"ONNX Runtime": plain, **(more or {})} | ({"ONNX Runtime padded": padded} if PADDING in said else {})
+    runs = {"ONNX Runtime": plain, **(more or {})} | ({"ONNX Runtime padded": padded} if PADDING_KEY in said else {})
     stages: dict[str, tuple[Program | StageOutputs, float]] = {name: (run, tolerance) for name, run in runs.items()}
     return Checks(stages=stages, ran=dict.fromkeys(stages, graph.provider))
 

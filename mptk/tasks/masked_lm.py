@@ -24,10 +24,8 @@ from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Count, Progress
 from mptk.protocols.values import SampleSets
 from mptk.tasks.base import TokenTask, known_to
-from mptk.tasks.inputs.text import Tokens, example_ids
+from mptk.tasks.inputs.text import TextWindows, example_ids
 from mptk.tasks.model_form import LOGITS, ModelForm
-
-TOKENS = Tokens()
 
 STRIDE = 7
 """One token in ``STRIDE`` is masked: 14 %, close to BERT's 15 %."""
@@ -58,11 +56,11 @@ class MaskedLM(TokenTask):
 
     def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
         task = self.with_mask(loaded, settings.data)
-        return task.masked(TOKENS.calibration(loaded, settings, count, progress)["input_ids"])
+        return task.masked(TextWindows().calibration(loaded, settings, count, progress)["input_ids"])
 
     def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
         task = self.with_mask(loaded, settings.eval_data or settings.data)
-        return task.masked(TOKENS.evaluation(loaded, settings)["input_ids"])
+        return task.masked(TextWindows().evaluation(loaded, settings)["input_ids"])
 
     def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
         return self.masked(inputs["input_ids"])

@@ -41,7 +41,7 @@ from mptk.tasks.padding import IDS, about_padding, candidates, is_text, padded_a
 from passes.frontend.trace import Flat
 from passes.pipelines import emit_onnx
 from passes.targets.onnx.emit import TOKEN_AXES, Axes, Interface
-from passes.targets.onnx.names import FILE
+from passes.targets.onnx.names import ONNX_FILE
 from passes.targets.onnx.quantize import BLOCKS
 from passes.verify import Difference
 
@@ -90,7 +90,7 @@ class ModelForm(OnnxForm):
         return AXES.get(name, TOKEN_AXES)
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        graph = OrtGraph(folder / FILE, device)
+        graph = OrtGraph(folder / ONNX_FILE, device)
         return stages_of(graph, graph, unpadded)
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
@@ -101,7 +101,7 @@ class ModelForm(OnnxForm):
         return (logits_apart if self.output == LOGITS else features_apart)(scheme, pairs)
 
     def half(self, folder: Path) -> bool:
-        return is_half(OrtGraph(folder / FILE))
+        return is_half(OrtGraph(folder / ONNX_FILE))
 
 
 def named(dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:

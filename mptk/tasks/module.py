@@ -35,7 +35,7 @@ from passes.targets.onnx.emit import TOKEN_AXES, Axes
 from passes.targets.onnx.quantize import BLOCKS
 
 Outputs = Tensor | Sequence[Tensor]
-AT_ONCE = 2048
+BATCH_POSITIONS = 2048
 """Positions that are measured at once."""
 
 
@@ -105,7 +105,7 @@ class Module(Task):
         return len(samples)
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
-        batches = sets.evaluation.batches(AT_ONCE)
+        batches = sets.evaluation.batches(BATCH_POSITIONS)
         protocol = (
             f"{sets.source}: mean over {len(sets.evaluation)} samples of the distance of all outputs from the dense "
             "module's, relative to their norm"

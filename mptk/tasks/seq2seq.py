@@ -27,13 +27,13 @@ from mptk.tasks.inputs import inputs_of
 from mptk.tasks.inputs.base import Named
 from mptk.tasks.inputs.text import example_ids, vocabulary
 
-MAPPINGS = (
+ENCODER_DECODERS = (
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 WRITTEN = 48
 """Tokens that the dense model writes for a sample, at most."""
-AT_ONCE = 8
+BATCH_SAMPLES = 8
 """Samples for which it writes at once."""
 DECODER = "decoder_input_ids"
 
@@ -46,7 +46,7 @@ class Seq2Seq(TokenTask):
     onnx = EncoderDecoderForm()
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
-        return known_to(MAPPINGS, config, classes, "predict a text from another input")
+        return known_to(ENCODER_DECODERS, config, classes, "predict a text from another input")
 
     def example(self, model: nn.Module) -> Samples:
         return Samples({**inputs_of(model).example(model), DECODER: example_ids(length=5)})
@@ -90,8 +90,8 @@ def written(model: Any, inputs: Named) -> Tensor:
     parts: list[Tensor] = []
     count = len(next(iter(inputs.values())))
     pad = model.generation_config.pad_token_id
-    for first in range(0, count, AT_ONCE):
-        batch = {name: tensor[first : first + AT_ONCE] for name, tensor in inputs.items()}
+    for first in range(0, count, BATCH_SAMPLES):
+        batch = {name: tensor[first : first + BATCH_SAMPLES] for name, tensor in inputs.items()}
         with torch.no_grad():
             parts.append(model.generate(**batch, max_new_tokens=WRITTEN, do_sample=False, num_beams=1))
     longest = max(part.shape[1] for part in parts)

@@ -11,11 +11,10 @@ from onnx import TensorProto
 
 from mptk.errors import ProofError
 from mptk.files import json_text, write_text
-from passes.targets.onnx.names import FILE, QUANTIZED, data_file
+from passes.targets.onnx.names import CACHE, ONNX_FILE, QUANTIZED, data_file
 
 KEY = "transformers.js_config"
-CACHE = "past_key_values."
-HALVES = {FILE: "fp32", QUANTIZED["fp16"]: "fp16"}
+HALVES = {ONNX_FILE: "fp32", QUANTIZED["fp16"]: "fp16"}
 """File whose cache may be float16 → what transformers.js calls its ``dtype``."""
 
 

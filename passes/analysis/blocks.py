@@ -37,7 +37,7 @@ def find_stacks(program: Program, facts: AxisFacts) -> tuple[Stack, ...]:
     for module in sorted(lists, key=lambda path: path.count(".") if path else -1):
         if any(numbered(other.module, module) for other in found):
             continue
-        blocks = _Search(program, facts, module, lists[module]).blocks()
+        blocks = _BlockSearch(program, facts, module, lists[module]).blocks()
         if len(blocks) > 1 and any(not block.stays for block in blocks):
             found.append(Stack(module, Axis(len(blocks)), tuple(blocks)))
     order = {node: i for i, node in enumerate(program.graph.graph.nodes)}
@@ -50,7 +50,7 @@ def why_none(program: Program, facts: AxisFacts) -> str:
     if not lists:
         return "no list of modules"
     module = max(lists, key=lambda path: sum(map(len, lists[path].values())))
-    blocks = _Search(program, facts, module, lists[module]).blocks()
+    blocks = _BlockSearch(program, facts, module, lists[module]).blocks()
     if len(lists[module]) == 1:
         return f"{module} has one block"
     if not blocks:
@@ -70,7 +70,7 @@ def _lists(graph: fx.Graph) -> Lists:
 
 
 @dataclass(frozen=True)
-class _Search:
+class _BlockSearch:
     """The search for the blocks of one list."""
 
     program: Program

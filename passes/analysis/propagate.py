@@ -15,7 +15,7 @@ from torch.fx.node import Argument
 
 from mptk.errors import MptkError
 from mptk.ir.axes import axis
-from mptk.ir.axis_facts import AxisFacts, Dims, Path, Results, argument_at
+from mptk.ir.axis_facts import ArgumentPath, AxisFacts, Dims, Results, argument_at
 from mptk.ir.ops import op_name
 from mptk.ir.program import Program
 from mptk.ir.sizes import example_size, result_shape, shape_of
@@ -47,7 +47,7 @@ class _Walk:
         self.context = RuleContext(program, self.depends)
         self.results: dict[fx.Node, Results] = {}
         self.weights: dict[str, Dims] = {}
-        self.constant_uses: dict[fx.Node, list[tuple[Path, Dims]]] = {}
+        self.constant_uses: dict[fx.Node, list[tuple[ArgumentPath, Dims]]] = {}
         self.notes: dict[fx.Node, object] = {}
 
     def run(self) -> AxisFacts:
@@ -117,7 +117,7 @@ class _Walk:
             self.context.positions_in[node] = positions
         return result.dims
 
-    def _argument(self, node: fx.Node, path: Path, argument: Argument) -> object:
+    def _argument(self, node: fx.Node, path: ArgumentPath, argument: Argument) -> object:
         """An argument as the rule sees it: tensors are values, symbolic sizes are integers."""
         if isinstance(argument, (list, tuple)):
             return [self._argument(node, (*path, i), a) for i, a in enumerate(argument)]

@@ -29,7 +29,7 @@ from mptk.errors import MptkError
 from mptk.ir.copies import copied
 from mptk.ir.limits import Condition, Limits
 from mptk.ir.ops import storage, written
-from mptk.ir.program import STATE, Program, ProgramModule
+from mptk.ir.program import STATE_COPY, Program, ProgramModule
 from mptk.ir.sizes import is_open
 from mptk.ir.source_location import source_line
 from mptk.ir.weights import Weights
@@ -308,5 +308,5 @@ def own_state(graph: fx.Graph, weights: Collection[str]) -> None:
         first = min(node.users)
         with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
             copy = graph.call_function(torch.ops.aten.clone.default, (node,))
-        copy.meta = {**first.meta, "val": node.meta["val"], STATE: True}
+        copy.meta = {**first.meta, "val": node.meta["val"], STATE_COPY: True}
         node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)

@@ -24,7 +24,7 @@ BATCH, SEQUENCE, PAST = 2, 11, 23
 
 ONLY = "a decoder can be traced only if every layer caches its keys and values"
 
-PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
+PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 """Cache layers that hold only keys and values. Their subclasses may hold more."""
 
 LogitsScope = Literal["all", "last"]
@@ -211,7 +211,12 @@ class FilledCache(nn.Module):
 
 
 def _keys_values(index: int, layer: object) -> tuple[Tensor, Tensor]:
-    if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None or type(layer) not in PLAIN:
+    if (
+        not isinstance(layer, DynamicLayer)
+        or layer.keys is None
+        or layer.values is None
+        or type(layer) not in PLAIN_LAYERS
+    ):
         raise MptkError(f"layer {index} caches more or less than keys and values; {ONLY}")
     return layer.keys, layer.values
 

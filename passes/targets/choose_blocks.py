@@ -9,7 +9,7 @@ from mptk.ir.blocks import Stack
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.learn import Stock
 
-Chosen = tuple[float, tuple[int, ...]]
+Selection = tuple[float, tuple[int, ...]]
 """The sum of the scores of some blocks, and their numbers."""
 
 
@@ -47,8 +47,8 @@ def best_sequence(
     ``stay``: numbers of blocks that must be among them. It is found place by place: the best choice for the first j
     places among the first i blocks ends with block i or is one among the first i − 1.
     """
-    none: Chosen = (float("-inf"), ())
-    row: list[Chosen] = [(0.0, ()), *[none] * len(wanted)]
+    none: Selection = (float("-inf"), ())
+    row: list[Selection] = [(0.0, ()), *[none] * len(wanted)]
     for unit, kind in enumerate(kinds):
         skipped = [none] * len(row) if unit in stay else row
         taken = [none] + [

@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from mptk.ir.axes import leaves
 from mptk.ir.families import Analysis, Family
 from mptk.ir.ops import base_name, named_argument, target_name
-from mptk.ir.passes import Pass, Result, shapes
+from mptk.ir.passes import Pass, PassResult, shapes
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
 from mptk.ir.weights import Change
@@ -54,7 +54,7 @@ class Norm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Folded(Result):
+class Folded(PassResult):
     """``epsilons``: each epsilon of a norm that changed, old → new, for the stock config."""
 
     epsilons: Mapping[float, float]

@@ -165,15 +165,15 @@ def _index(dims: Sequence[Term], dim: int, group: Group) -> Tensor:
     return torch.from_numpy(np.max(unit_indices(dims, dim, group), axis=0))
 
 
-Values = Callable[[str, int], Tensor]
+MaskValues = Callable[[str, int], Tensor]
 """(family, layer) → the current mask, [scopes, size]."""
 
 
-Watch = Callable[[str, int, Tensor], None]
+GradientWatch = Callable[[str, int, Tensor], None]
 """Called with family, layer, and the mask's gradient from each position, [positions, scopes · size]."""
 
 
-class _Context(Protocol):
+class _AutogradContext(Protocol):
     """What autograd keeps from ``Multiply.forward`` to ``Multiply.backward``."""
 
     saved_tensors: tuple[Tensor, ...]
@@ -186,13 +186,13 @@ class Multiply(torch.autograd.Function):
     """x · factor along the last dimension, or one factor for all. ``see`` gets its gradient from each position."""
 
     @staticmethod
-    def forward(ctx: _Context, x: Tensor, factor: Tensor, see: Callable[[Tensor], None]) -> Tensor:
+    def forward(ctx: _AutogradContext, x: Tensor, factor: Tensor, see: Callable[[Tensor], None]) -> Tensor:
         ctx.save_for_backward(x, factor)
         ctx.see = see
         return x * factor
 
     @staticmethod
-    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _AutogradContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x, factor), (gradient,) = ctx.saved_tensors, gradients
         each = (gradient * x).flatten(0, -2)
         each = each.sum(-1, keepdim=True) if factor.numel() == 1 else each
@@ -242,7 +242,7 @@ class InsertedMasks:
     """
 
     def __init__(
-        self, module: nn.Module, sites: Sequence[MaskSite], values: Values, watch: Watch | None = None
+        self, module: nn.Module, sites: Sequence[MaskSite], values: MaskValues, watch: GradientWatch | None = None
     ) -> None:
         self.module, self.sites, self.values, self.watch = module, sites, values, watch
         self.enabled = True

@@ -18,14 +18,14 @@ from mptk.ir.axes import ONE, Term, leaves
 from mptk.ir.axis_facts import AxisFacts, Reduction
 from mptk.ir.families import Analysis
 from mptk.ir.ops import base_name, named_argument, op_name
-from mptk.ir.passes import Pass, Result, shapes
+from mptk.ir.passes import Pass, PassResult, shapes
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, removed_blocks
 from passes.analysis.rules.reduce import correction_of
 from passes.analysis.rules.table import normalize_all
 from passes.transforms.remove_blocks import mask_blocks
 
-Keep = list[bool] | list["Keep"]
+KeepMask = list[bool] | list["KeepMask"]
 """A nested list of booleans that broadcasts against the tensor it masks."""
 
 
@@ -49,7 +49,7 @@ class Mask(Pass):
         """The program is the analysed one."""
         assert program.graph is self.analysis.program.graph, "the analysis is of another program"
 
-    def run(self, program: Program) -> Result:
+    def run(self, program: Program) -> PassResult:
         graph = program.copy_graph()
         nodes = {n.name: n for n in graph.graph.nodes}
         for node in program.placeholders():
@@ -63,7 +63,7 @@ class Mask(Pass):
         graph.recompile()
         counts = {"reductions": len(disturbed), "blocks": len(blocks)}
         notes = tuple(f"{count} {what} masked" for what, count in counts.items() if count)
-        return Result(replace(program, graph=graph), self.cut.removes, notes)
+        return PassResult(replace(program, graph=graph), self.cut.removes, notes)
 
     def _mask_weight(self, graph: fx.GraphModule, node: fx.Node, name: str, program: Program) -> None:
         """Multiply a weight by its mask where it is first used, so that the product is freed after its last use."""
@@ -123,7 +123,7 @@ def keep_along(cut: Cut, dims: Sequence[Term], wanted: Sequence[int]) -> Tensor:
     return Cut({a: cut.choices[a] for a in own}, cut.sizes).mask_tensor(shape)
 
 
-def _fill(x: Tensor, keep: Keep, neutral: float) -> Tensor:
+def _fill(x: Tensor, keep: KeepMask, neutral: float) -> Tensor:
     return x.masked_fill(~torch.tensor(keep).to(x.device), neutral)
 
 
@@ -153,7 +153,7 @@ def _mask_statistic(node: fx.Node, dims: Sequence[Term], cut: Cut) -> None:
 
 
 def masked_layer_norm(
-    keep: Keep,
+    keep: KeepMask,
     x: Tensor,
     shape: list[int],
     weight: Tensor | None = None,
@@ -166,7 +166,7 @@ def masked_layer_norm(
 
 
 def masked_batch_norm(
-    keep: Keep,
+    keep: KeepMask,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -182,13 +182,15 @@ def masked_batch_norm(
     return _affine(out, weight, bias, [-1] + [1] * (x.ndim - 2))
 
 
-def masked_weight_norm(keep: Keep, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+def masked_weight_norm(keep: KeepMask, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """A weight whose rows have the norms ``g``; removed rows have no direction and come out as 0."""
     weight: Tensor = torch.ops.aten._weight_norm.default(v, g, dim)
     return weight.masked_fill(~torch.tensor(keep).to(v.device), 0)
 
 
-def masked_moments(keep: Keep, x: Tensor, dim: list[int], correction: float, keepdim: bool) -> tuple[Tensor, Tensor]:
+def masked_moments(
+    keep: KeepMask, x: Tensor, dim: list[int], correction: float, keepdim: bool
+) -> tuple[Tensor, Tensor]:
     """Variance and mean of ``x`` over the kept positions of ``dim``."""
     var, mean = _moments(torch.tensor(keep), x, dim, correction)
     return (var, mean) if keepdim else (var.squeeze(dim), mean.squeeze(dim))

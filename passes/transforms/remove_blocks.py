@@ -27,7 +27,7 @@ from mptk.errors import MptkError
 from mptk.ir.blocks import Block, Renumbering, prefix
 from mptk.ir.families import Analysis
 from mptk.ir.ops import base_name, reached
-from mptk.ir.passes import Pass, Result
+from mptk.ir.passes import Pass, PassResult
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, removed_blocks, renumbering
 from passes.analysis.rules.resizer import scale_of
@@ -66,10 +66,10 @@ class RemoveBlocks(Pass):
         ends = {value.name for block in self._blocks for value in (block.input, block.output)}
         assert ends <= names, f"{min(ends - names)} is not in the program"
 
-    def run(self, program: Program) -> Result:
+    def run(self, program: Program) -> PassResult:
         blocks = self._blocks
         if not blocks:
-            return Result(program, False)
+            return PassResult(program, False)
         names = renumbering(self.analysis, self.cut)
         removal = _Removal(program.copy_graph(), blocks)
         removal.run(_weights_of(program, blocks))
@@ -80,7 +80,7 @@ class RemoveBlocks(Pass):
             state=program.state.selected(names.names(program.state)),
             aliases=_aliases(program.aliases, names),
         )
-        return Result(result, True, (f"{len(blocks)} blocks removed",))
+        return PassResult(result, True, (f"{len(blocks)} blocks removed",))
 
     def ensures(self, before: Program, after: Program) -> None:
         """The inputs that are left are those of the graph, and every weight among them is there."""

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from mptk.compat.torch import FakeTensorMode, enable_python_dispatcher
 from mptk.errors import ProofError
 from mptk.ir.families import Analysis
-from mptk.ir.passes import Pass, Result, shapes
+from mptk.ir.passes import Pass, PassResult, shapes
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, resolve_plan
@@ -48,7 +48,7 @@ class Rewrite(Pass):
         """The program is the analysed one."""
         assert program.graph is self.analysis.program.graph, "the analysis is of another program"
 
-    def run(self, program: Program) -> Result:
+    def run(self, program: Program) -> PassResult:
         resizer = Resizer(self.analysis.facts, self.cut, program.copy_graph())
         _resize(resizer)
         cut = {
@@ -60,7 +60,7 @@ class Rewrite(Pass):
         result = replace(program, graph=resizer.graph, state=state)
         propagate_shapes(result, resizer.untouched(), resizer.cut_caches())
         sliced = sum(like.shape != state.like(name).shape for name, like in program.state.likes.items())
-        return Result(result, self.cut.removes, (f"{sliced} weights sliced",) if sliced else ())
+        return PassResult(result, self.cut.removes, (f"{sliced} weights sliced",) if sliced else ())
 
     def ensures(self, before: Program, after: Program) -> None:
         """Each weight has the shape that the plan gives it; weights outside the plan keep theirs."""

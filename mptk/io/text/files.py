@@ -189,7 +189,7 @@ def first_line(error: BaseException) -> str:
     return f"{said} ({first_line(cause)})" if isinstance(cause, Exception) and str(cause) not in str(error) else said
 
 
-LONGEST = 1 << 28
+LONGEST_LINE = 1 << 28
 """Bytes of the longest line, and of the largest list of objects."""
 
 
@@ -201,10 +201,10 @@ def json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         return MptkError(f'{path}, line {number}: {why}; write an object a line, as {{"text": "…"}}')
 
     with _opened(path) as file:
-        while line := file.readline(LONGEST + 1):
+        while line := file.readline(LONGEST_LINE + 1):
             number += 1
-            if len(line) > LONGEST:
-                raise damaged(f"it has more than {LONGEST >> 20} MB")
+            if len(line) > LONGEST_LINE:
+                raise damaged(f"it has more than {LONGEST_LINE >> 20} MB")
             if number == 1 and line.lstrip()[:1] == b"[":
                 yield from _listed(line, file.read, damaged)
                 return
@@ -224,9 +224,9 @@ def _opened(path: Path) -> BinaryIO:
 
 def _listed(start: bytes, read: Callable[[int], bytes], damaged: Damaged) -> Iterator[Mapping[str, Any]]:
     """The rows of a file that is a list."""
-    content = start + read(LONGEST + 1 - len(start))
-    if len(content) > LONGEST:
-        raise damaged(f"the list has more than {LONGEST >> 20} MB")
+    content = start + read(LONGEST_LINE + 1 - len(start))
+    if len(content) > LONGEST_LINE:
+        raise damaged(f"the list has more than {LONGEST_LINE >> 20} MB")
     rows = _decoded(content, damaged)
     for row in rows if isinstance(rows, list) else [rows]:
         yield _object(row, damaged)

@@ -25,7 +25,7 @@ from mptk.files import write_file
 from mptk.io.cache import cache_dir
 from mptk.progress import Count
 
-NAME = "text sampled from the dense model (compares runs of this model only)"
+SAMPLED_NAME = "text sampled from the dense model (compares runs of this model only)"
 """What a perplexity on such text is said to be measured on."""
 
 BATCH_TOKENS = 16384

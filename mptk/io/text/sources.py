@@ -103,7 +103,7 @@ RANDOM_NAME = "random inputs, which say nothing of real data"
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """A file, a folder or a data set of the hub. ``column``: of a table in it. ``weight``: its share of the windows."""
 
     name: str
@@ -133,7 +133,7 @@ class Source:
         return {str(file): file_sha256(file) for file in (shown(self.place) if self.is_folder else [self.place])}
 
 
-def parse(data: str, *, held_out: bool = False) -> tuple[Source, ...]:
+def parse(data: str, *, held_out: bool = False) -> tuple[TextSource, ...]:
     """The sources that ``SOURCE[=WEIGHT],…`` names. A path that is there is one source, whatever is in its name.
 
     Raises:
@@ -166,17 +166,17 @@ def _weighted(part: str) -> tuple[str, float]:
     return name, value
 
 
-def _source(name: str, weight: float, held_out: bool) -> Source:
+def _source(name: str, weight: float, held_out: bool) -> TextSource:
     if not name:
         raise MptkError("'' names no text; give a file, folder or dataset")
     if _is_there(name):
         check_ordinary(path_of(name))
-        return Source(name, path_of(name), weight=weight)
+        return TextSource(name, path_of(name), weight=weight)
     before, colon, column = name.rpartition(":")
     if colon and _is_there(before):
         check_ordinary(path_of(before))
-        return Source(name, path_of(before), column, weight)
-    return Source(name, hub_text(name, held_out=held_out), weight=weight)
+        return TextSource(name, path_of(before), column, weight)
+    return TextSource(name, hub_text(name, held_out=held_out), weight=weight)
 
 
 def shared(count: int, weights: Sequence[float]) -> list[int]:

@@ -17,11 +17,10 @@ from transformers import AutoFeatureExtractor
 from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.progress import Count
-from mptk.tasks.inputs.base import FileInputs, Named, preprocessor
+from mptk.tasks.inputs.base import EXAMPLES, FileInputs, Named, preprocessor
 
-SECONDS = 1
+EXAMPLE_SECONDS = 1
 RATE = 16_000
-BATCH = 2
 Sound = npt.NDArray[np.float32]
 
 
@@ -36,7 +35,7 @@ class Audio(FileInputs):
         config: Any = model.config
         generator = torch.Generator().manual_seed(0)
         if self.name == "input_values":
-            return {self.name: torch.randn(BATCH, SECONDS * RATE, generator=generator)}
+            return {self.name: torch.randn(EXAMPLES, EXAMPLE_SECONDS * RATE, generator=generator)}
         bins = getattr(config, "num_mel_bins", None) or 80
         positions = getattr(config, "max_source_positions", None)
         if positions is None:
@@ -44,7 +43,7 @@ class Audio(FileInputs):
                 f"{type(model).__name__} does not say how many frames it reads; give --inputs (docs/kinds.md)"
             )
         stride = 2  # of the convolutions before the positions, in Whisper and its kin
-        return {self.name: torch.randn(BATCH, bins, stride * positions, generator=generator)}
+        return {self.name: torch.randn(EXAMPLES, bins, stride * positions, generator=generator)}
 
     def prepared(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
         """The files as the model's feature extractor prepares them; shorter sounds are padded by it."""

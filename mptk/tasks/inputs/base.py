@@ -18,6 +18,8 @@ from mptk.io.text.sources import RANDOM, RANDOM_NAME
 from mptk.ir.samples import Samples
 from mptk.progress import Count
 
+EXAMPLES = 2
+"""Samples of an example: a trace takes a size of 1 for a constant."""
 Named = dict[str, Tensor]
 """Argument of ``forward`` → tensor, samples in the first dimension."""
 

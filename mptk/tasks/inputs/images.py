@@ -14,11 +14,10 @@ from transformers import AutoImageProcessor
 from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.progress import Count
-from mptk.tasks.inputs.base import FileInputs, Named, accepted, preprocessor
+from mptk.tasks.inputs.base import EXAMPLES, FileInputs, Named, accepted, preprocessor
 
 SIZE, CHANNELS = 224, 3
 """Size of an image if neither processor nor config says one."""
-BATCH = 2
 
 
 class Images(FileInputs):
@@ -31,7 +30,7 @@ class Images(FileInputs):
         size, channels = getattr(vision, "image_size", None) or SIZE, getattr(vision, "num_channels", None) or CHANNELS
         height, width = size if isinstance(size, Sequence) else (size, size)
         generator = torch.Generator().manual_seed(0)
-        return {"pixel_values": torch.randn(BATCH, channels, height, width, generator=generator)}
+        return {"pixel_values": torch.randn(EXAMPLES, channels, height, width, generator=generator)}
 
     def prepared(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
         """The files as the model's image processor prepares them.

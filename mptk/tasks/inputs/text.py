@@ -12,17 +12,17 @@ from mptk.io.data import positions_of, protocol_name
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM
 from mptk.progress import Count
-from mptk.tasks.inputs.base import Inputs, Named
+from mptk.tasks.inputs.base import EXAMPLES, Inputs, Named
 
-BATCH, SEQUENCE = 2, 7
+SEQUENCE = 7
 
 
-def example_ids(batch: int = BATCH, length: int = SEQUENCE) -> Tensor:
+def example_ids(batch: int = EXAMPLES, length: int = SEQUENCE) -> Tensor:
     """Small token ids, int64 [batch, length]."""
     return torch.arange(batch * length).reshape(batch, length) % 11 + 1
 
 
-class Tokens(Inputs):
+class TextWindows(Inputs):
     """``input_ids``: windows of a text without padding. They are no longer than the model's positions."""
 
     def example(self, model: nn.Module) -> Named:

@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx.node import Argument
 
 from mptk.ir.axes import Term, resolve
-from mptk.ir.axis_facts import AxisFacts, Dims, Note, Path, argument_at
+from mptk.ir.axis_facts import ArgumentPath, AxisFacts, Dims, Note, argument_at
 from mptk.ir.ops import named_argument, set_argument
 from mptk.ir.resolved_plan import Cut
 
@@ -202,8 +202,8 @@ def _index_of(graph: fx.Graph, positions: Sequence[int]) -> fx.Node:
     return parts[0] if len(parts) == 1 else graph.call_function(torch.ops.aten.cat.default, (parts,))
 
 
-def _put(node: fx.Node, path: Path, new: fx.Node) -> None:
-    def put(value: Argument, steps: Path) -> Argument:
+def _put(node: fx.Node, path: ArgumentPath, new: fx.Node) -> None:
+    def put(value: Argument, steps: ArgumentPath) -> Argument:
         if not steps:
             return new
         assert isinstance(value, (list, tuple))

@@ -20,10 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from passes.targets.onnx.tensors import replace_tensor, tensor_of
+from passes.targets.onnx.tensors import Floats, replace_tensor, tensor_of
 
 ELEMENTWISE = {"Sigmoid", "Mul", "Gelu", "Relu", "Tanh", "Erf", "Add", "Sub", "Div", "Pow", "HardSigmoid", "Swish"}
-FloatArray = npt.NDArray[np.float32]
 
 
 class BalancePass(ir.passes.InPlacePass):
@@ -42,20 +41,20 @@ class BalancePass(ir.passes.InPlacePass):
 class Balance:
     """New scales and a new order of the channels of a gated product. Both arrays are [channels]."""
 
-    scale: FloatArray
+    scale: Floats
     order: npt.NDArray[np.int64]
 
-    def gate(self, weight: FloatArray) -> FloatArray:
+    def gate(self, weight: Floats) -> Floats:
         """G in the new order, [hidden, channels]."""
         return weight[:, self.order]
 
-    def up(self, weight: FloatArray) -> FloatArray:
+    def up(self, weight: Floats) -> Floats:
         """U, whose columns are divided by the scales, in the new order, [hidden, channels]."""
         ordered = weight[:, self.order]
         ordered /= self.scale[self.order]
         return ordered
 
-    def down(self, weight: FloatArray) -> FloatArray:
+    def down(self, weight: Floats) -> Floats:
         """D, whose rows are multiplied by the scales, in the new order, [channels, out]."""
         ordered = weight[self.order]
         ordered *= self.scale[self.order, None]
@@ -72,7 +71,7 @@ def balancing(gate: ir.TensorProtocol, up: ir.TensorProtocol, down: ir.TensorPro
     return Balance(scale, np.argsort(size / scale, kind="stable"))
 
 
-def equalising(size: FloatArray, rows: FloatArray) -> FloatArray:
+def equalising(size: Floats, rows: Floats) -> Floats:
     """``sqrt(size / rows)`` by channel, divided by its geometric mean; 1 for a channel that is zero in either."""
     alive = (size > 0) & (rows > 0)
     scale = np.ones_like(size)
@@ -138,12 +137,12 @@ def _uses(value: ir.Value) -> set[ir.Node]:
     return {use.node for use in value.uses()} | ({None} if value.is_graph_output() else set())  # type: ignore[arg-type]
 
 
-def weight_of(product: ir.Node) -> FloatArray:
+def weight_of(product: ir.Node) -> Floats:
     """The weight of a product, [inputs, outputs]."""
     return tensor_of(product.inputs[1]).numpy()
 
 
-def _change_weight(product: ir.Node, change: Callable[[FloatArray], FloatArray]) -> None:
+def _change_weight(product: ir.Node, change: Callable[[Floats], Floats]) -> None:
     weight = product.inputs[1]
     assert weight is not None
     old = tensor_of(weight)

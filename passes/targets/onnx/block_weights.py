@@ -23,7 +23,7 @@ WIDE, LEAST = 128, 16
 """Inputs that share a scale in 8 bits: ``WIDE``, the fastest block even if the last one is padded. Fewer inputs get the
 least power of two that holds them, but at least ``LEAST``, the kernel's minimum."""
 
-ZERO = 128
+ZERO_POINT = 128
 """The zero point of 8-bit symmetric weights."""
 
 

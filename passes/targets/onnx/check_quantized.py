@@ -28,9 +28,7 @@ from mptk.progress import steps
 from passes.targets.onnx.balance import gated
 from passes.targets.onnx.plain_products import products
 from passes.targets.onnx.quantize import even_channels, read_float
-from passes.targets.onnx.tensors import Array, lazy, parts, read_lazily, shape_of, tensor_of
-
-Floats = npt.NDArray[np.float32]
+from passes.targets.onnx.tensors import Array, Floats, lazy, parts, read_lazily, shape_of, tensor_of
 
 HALF = 0.505
 """Half a step, plus float32's own rounding."""

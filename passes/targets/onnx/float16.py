@@ -8,10 +8,9 @@ from onnx_ir.passes import common
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16, convert_np_to_float16
 
 from mptk.ir.ops import reached
+from passes.targets.onnx.names import CACHE
 from passes.targets.onnx.tensors import Array, name_nodes, parts, shape_of, tensor_of
 
-CACHE = "past_key_values."
-"""What the names of a cache's inputs start with."""
 LARGE = 1 << 10
 """Weights of more numbers than this are converted when they are written."""
 

@@ -26,7 +26,7 @@ from passes.targets.onnx.fold_kv import producer
 from passes.targets.onnx.tensors import replace_tensor, tensor_of
 
 LOWEST = np.array(np.finfo(np.float32).min)
-Mask = tuple[ir.Value, int, bool]
+MaskSource = tuple[ir.Value, int, bool]
 """The source of a new mask: the old mask, the number of repeats of its rows, and ``_Heads.flat``."""
 
 
@@ -48,7 +48,7 @@ class GroupQueriesPass(ir.passes.InPlacePass):
             raise ir.passes.PreconditionError(f"{unused[0]} is used by nothing")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        made: dict[Mask, ir.Value] = {}
+        made: dict[MaskSource, ir.Value] = {}
         for node in [node for node in model.graph if node.op_type == "Attention" and node.domain == ""]:
             mask = node.inputs[3] if len(node.inputs) > 3 else None
             if mask is not None and mask.dtype in (ir.DataType.BOOL, ir.DataType.FLOAT):

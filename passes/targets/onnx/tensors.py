@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 Array = npt.NDArray[Any]
 """Any: a graph's constants are of many types."""
+Floats = npt.NDArray[np.float32]
 
 PART = 1 << 22
 """Numbers that are worked on at once if a step does not need the whole weight."""

@@ -21,8 +21,8 @@ from mptk.files import claimed, discard, scratch, staged, staging, tidy, write_f
 from mptk.files.replace import put_folder
 from mptk.io.cache import build_once, tidy_shared
 from mptk.protocols.run_folder import check_unfinished
+from mptk.publish.folder import amend, check_apart, publish
 from mptk.publish.manifest import check_manifest, read_manifest, update_manifest, write_manifest
-from mptk.publish.publish import amend, check_apart, publish
 
 
 def forked(run: Callable[[], object]) -> int:

@@ -43,8 +43,8 @@ from mptk.progress import Progress, silent, within
 from mptk.protocols.execution import execution, session_device
 from mptk.protocols.onnx_form import Dense
 from mptk.protocols.values import left_out
+from mptk.publish.folder import check_apart, check_replaceable, publish
 from mptk.publish.manifest import check_manifest
-from mptk.publish.publish import check_apart, check_replaceable, publish
 from mptk.targets.gguf import Conversion, LayerWidths, Pattern
 from mptk.targets.onnx import describe, remove_graph
 from mptk.tasks import CAUSAL_LM, check_decoder, example_of, form_of, load_decoder, open_task

@@ -36,8 +36,8 @@ from mptk.proof.verification import plan_of
 from mptk.protocols.chain import Compiled
 from mptk.protocols.report import Report
 from mptk.protocols.values import Context
+from mptk.publish.folder import publish
 from mptk.publish.manifest import MARKER, check_manifest
-from mptk.publish.publish import publish
 from mptk.targets.graph import WEIGHTS, module_of
 
 Shown = Progress | Literal["auto"] | None

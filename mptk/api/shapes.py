@@ -35,7 +35,7 @@ from mptk.protocols.origin import check_samples
 from mptk.protocols.run_folder import GIVEN, check_unfinished
 from mptk.protocols.shapes import Shapes
 from mptk.protocols.values import Context, SampleSets
-from mptk.publish.publish import publish
+from mptk.publish.folder import publish
 
 FILE = "shapes.json"
 

@@ -326,8 +326,8 @@ def bench(
     """Time prefill and decode in ONNX Runtime, in turns in one process. Shows ideal ratios and the peak, too."""
     from mptk.api import compiler as api
     from mptk.cli.plot import draw_bench, require_matplotlib
+    from mptk.publish.folder import amend
     from mptk.publish.manifest import update_manifest
-    from mptk.publish.publish import amend
     from mptk.report import terminal as report
 
     counts = {

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from mptk.ir.program import DeviceInterpreter, Program
 from mptk.ir.weights import Weights
 from mptk.progress import Count
-from mptk.staged.narrow import Narrow, widened
+from mptk.staged.autocast import Autocast, widened
 from mptk.staged.partition import Flow, Partition, Stage, partition
 from mptk.staged.shelf import Shelf, Values
 
@@ -154,7 +154,7 @@ class StagedRun(DeviceInterpreter):
         super().__init__(flow.program.graph, garbage_collect_values=False)
         self.flow, self.program, self.device, self.keep = flow, flow.program, executor.device, keep
         self.stages = shared.stages(flow)
-        self.narrow = Narrow.of(flow.program, executor.compute)
+        self.narrow = Autocast.of(flow.program, executor.compute)
         self.borders = Shelf(executor.borders)
         self.watches: dict[fx.Node, list[Watch]] = {}
         for watch in watches:

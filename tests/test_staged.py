@@ -234,7 +234,7 @@ def test_a_write_through_a_view_stays_in_the_stage_of_what_it_changes() -> None:
 
 
 def test_results_can_be_kept_in_files_and_come_back() -> None:
-    kept = shelf.Shelf(bound=100)
+    kept = shelf.Spool(bound=100)
     tensors = {"a": torch.randn(20), "b": torch.randn(30), "size": 7}
     kept.put("here", tensors)
     folder = kept._staging.folder

@@ -32,7 +32,7 @@ from mptk.methods.maskprune.train import schedule
 from mptk.methods.reconstruct import stored
 from mptk.progress import Count
 from mptk.staged.partition import Flow, blocks
-from mptk.staged.shelf import Shelf
+from mptk.staged.spool import Spool
 from mptk.staged.staged import EXECUTOR, Executor, StagedRun
 from passes.transforms.remove_blocks import mask_blocks
 from passes.transforms.rewrite import Rewrite
@@ -139,7 +139,7 @@ def distil_blocks(
         raise MptkError(NO_BLOCK)
     kept = kept or _Nowhere()
     runs = not all(kept.holds(f"block-{k}.safetensors") for k in range(count))
-    shelf, errors, likes = Shelf(executor.borders), list[tuple[float, float]](), dict[str, Tensor]()
+    shelf, errors, likes = Spool(executor.borders), list[tuple[float, float]](), dict[str, Tensor]()
     for k in range(count):
         block = _Block(analysis, cut, teacher, student, share, k, owned[k])
         if runs:

@@ -21,7 +21,7 @@ from mptk.ir.weights import Weights
 from mptk.progress import Count
 from mptk.staged.autocast import Autocast, widened
 from mptk.staged.partition import Flow, Partition, Stage, partition
-from mptk.staged.shelf import Shelf, Values
+from mptk.staged.spool import Spool, Values
 
 ProgramInputs = Sequence[Tensor]
 """A program's inputs in order."""
@@ -104,7 +104,7 @@ class Executor:
         with torch.no_grad():
             for k in range(len(run.stages) - 1):
                 run.advance(k, count)
-        kept = Shelf(self.borders)
+        kept = Spool(self.borders)
         above: list[Values] = [{} for _ in inputs]
         for k in reversed(range(len(run.stages))):
             wanted = {node: program.weights[node.name] in names for node in run.stages[k].weights}
@@ -155,7 +155,7 @@ class StagedRun(DeviceInterpreter):
         self.flow, self.program, self.device, self.keep = flow, flow.program, executor.device, keep
         self.stages = shared.stages(flow)
         self.narrow = Autocast.of(flow.program, executor.compute)
-        self.borders = Shelf(executor.borders)
+        self.borders = Spool(executor.borders)
         self.watches: dict[fx.Node, list[Watch]] = {}
         for watch in watches:
             self.watches.setdefault(max(watch[0], key=lambda node: flow.made[node]), []).append(watch)

@@ -22,7 +22,7 @@ SMALLEST_FILE = 1 << 16
 """Bytes of the smallest tensor that goes to a file."""
 
 
-class Shelf:
+class Spool:
     """Values by key. At most ``bound`` bytes of tensors stay in memory. Files go with the shelf."""
 
     def __init__(self, bound: float) -> None:

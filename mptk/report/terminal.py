@@ -20,8 +20,8 @@ from mptk.protocols.shapes import Shapes
 from mptk.publish.markdown import code
 from mptk.report.page import shapes
 from mptk.report.page.words import figure, ranges
-from passes.targets.knobs import partners
 from passes.targets.legalize import LegalWidths
+from passes.targets.width_choices import partners
 
 ANALYSIS = "mptk-analysis/1"
 

@@ -18,9 +18,9 @@ from mptk.ir.axes import evaluate, leaves
 from mptk.ir.families import Analysis, Family
 from passes.targets.choose_blocks import choose_blocks
 from passes.targets.derived import derived_families
-from passes.targets.knobs import Knob, Widths, closed, knobs, proportional
 from passes.targets.stock.learn import Stock
 from passes.targets.stock.travel import breaks
+from passes.targets.width_choices import WidthChoices, Widths, closed, proportional, width_choices
 
 MULTIPLE = 32
 """Block of the common 4- and 8-bit quantisers. They pad contraction axes to it."""
@@ -233,9 +233,9 @@ def finest_families(target: LegalWidths, families: Sequence[str]) -> list[str]:
     return [*_finest(target, families)[0][-1]]
 
 
-def _finest(target: LegalWidths, families: Sequence[str]) -> tuple[Knob, list[Knob]]:
+def _finest(target: LegalWidths, families: Sequence[str]) -> tuple[WidthChoices, list[WidthChoices]]:
     """What has the most choices, and the others."""
-    found = knobs(target.ladders, target.together, families)
+    found = width_choices(target.ladders, target.together, families)
     finest = max(range(len(found)), key=lambda i: len(found[i]))
     return found[finest], [knob for i, knob in enumerate(found) if i != finest]
 
@@ -299,7 +299,7 @@ def describe(widths: Mapping[str, int]) -> str:
     return ", ".join(f"{name}={width}" for name, width in widths.items())
 
 
-def _around(cost: CostModel, widths: Widths, finest: Knob, sparsity: float) -> Knob:
+def _around(cost: CostModel, widths: Widths, finest: WidthChoices, sparsity: float) -> WidthChoices:
     """The two choices of ``finest`` around the budget, by bisection, since sparsity falls with width."""
     low, high = 0, len(finest) - 1
     if cost.sparsity(widths | finest[low]) <= sparsity:
@@ -313,7 +313,7 @@ def _around(cost: CostModel, widths: Widths, finest: Knob, sparsity: float) -> K
     return [finest[low], finest[high]]
 
 
-def _thinned(knob: Knob) -> Knob:
+def _thinned(knob: WidthChoices) -> WidthChoices:
     """At most ``LADDER_POINTS`` evenly spread choices, with the dense one."""
     if len(knob) <= LADDER_POINTS:
         return knob

@@ -20,9 +20,9 @@ from mptk.ir.plan import Plan
 from mptk.progress import Progress
 from mptk.protocols.chain import Method, Target
 from passes.targets import legalize
-from passes.targets.knobs import closed, partners
 from passes.targets.legalize import Candidate, LegalWidths
 from passes.targets.onnx.quantize import BLOCKS
+from passes.targets.width_choices import closed, partners
 
 
 def budgeted(

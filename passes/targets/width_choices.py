@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 Widths = dict[str, int]
-Knob = list[Widths]
+WidthChoices = list[Widths]
 """The choices, ascending. All have the same families."""
 
 
-def knobs(
+def width_choices(
     ladders: Mapping[str, Sequence[int]], together: Iterable[frozenset[str]], families: Sequence[str]
-) -> list[Knob]:
+) -> list[WidthChoices]:
     """The choices among the ``families``, whose legal widths are ``ladders``."""
     groups = [group for group in together if group <= {*families}]
     return [proportional(ladders, members) for members in _connected(families, groups)]
 
 
-def proportional(ladders: Mapping[str, Sequence[int]], families: Sequence[str]) -> Knob:
+def proportional(ladders: Mapping[str, Sequence[int]], families: Sequence[str]) -> WidthChoices:
     """The legal widths of ``families`` at one ratio to their dense widths, or at the one width that is left of some."""
     sizes = {name: ladders[name][-1] for name in families}
     leader = max(families, key=lambda name: (len(ladders[name]) > 1, -sizes[name]))

@@ -72,13 +72,10 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program]) -> No
 def awake(analysis: Analysis) -> Analysis:
     """The analysis with random numbers in the place of parameters that are zero or faint, so that a mask shows."""
     state, generator = analysis.program.state, torch.Generator().manual_seed(0)
-    faint = [n for n in analysis.program.parameters if state.like(n).is_floating_point() and _is_faint(state[n])]
+    floats = (n for n in analysis.program.parameters if state.like(n).is_floating_point() and state.like(n).numel())
+    faint = [n for n in floats if state[n].abs().max().item() <= FAINT_WEIGHT]
     woken = {n: _random(state[n], generator) for n in faint}
     return replace(analysis, program=replace(analysis.program, state=state.updated(woken)))
-
-
-def _is_faint(weight: Tensor) -> bool:
-    return bool(weight.numel()) and weight.abs().max().item() <= FAINT_WEIGHT
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:

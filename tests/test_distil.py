@@ -20,7 +20,7 @@ from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, removed_blocks, resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods.distil import Distilled, Kept, Schedule, distil_blocks
-from mptk.staged import shelf
+from mptk.staged import spool
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
@@ -108,7 +108,7 @@ def test_stages_in_files_and_blocks_that_were_kept_give_the_same(monkeypatch: py
     expected = cut.distil(kept=kept)
     assert cut.distil(kept=kept).errors == expected.errors
     del kept.blocks["block-2"]
-    monkeypatch.setattr(shelf, "SMALLEST_FILE", 0)
+    monkeypatch.setattr(spool, "SMALLEST_FILE", 0)
     found = cut.distil(executor=Executor(borders=0), kept=kept)
     assert list(kept.saved) == [f"block-{k}" for k in (0, 1, 2, 3, 2)]
     for weight in expected.weights:

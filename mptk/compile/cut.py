@@ -1,4 +1,4 @@
-"""compiling: from a choice to the cut program, and the form in which the target holds it."""
+"""cut: from a choice to the cut program, and the form in which the target holds it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tracing: the program of a loaded model, checked; of one length if its class can be traced for no other."""
+"""trace: the program of a loaded model, checked; of one length if its class can be traced for no other."""
 
 from __future__ import annotations
 

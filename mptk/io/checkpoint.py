@@ -13,7 +13,6 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeGuard
 
 import torch
 from safetensors import safe_open
@@ -85,7 +84,10 @@ def portable(config: Mapping[str, object]) -> dict[str, object]:
     ``rope_local_base_freq``, if sliding and full attention have different bases. The result loads as the same config.
     Nested configs (the text model's in a vision-language model's) are treated the same way.
     """
-    written = {key: portable(value) if _is_config(value, key) else value for key, value in config.items()}
+    written = {
+        key: portable(value) if key.endswith("_config") and isinstance(value, Mapping) else value
+        for key, value in config.items()
+    }
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return written
@@ -99,10 +101,6 @@ def portable(config: Mapping[str, object]) -> dict[str, object]:
     if isinstance(sliding, Mapping) and "rope_theta" in sliding:
         legacy["rope_local_base_freq"] = sliding["rope_theta"]
     return written | legacy
-
-
-def _is_config(value: object, key: str) -> TypeGuard[Mapping[str, object]]:
-    return key.endswith("_config") and isinstance(value, Mapping)
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""AxisFacts: the findings of the axis analysis. The terms of every value, and what the calls do along them."""
+"""axis_facts: the findings of the axis analysis. The terms of every value, and what the calls do along them."""
 
 from __future__ import annotations
 

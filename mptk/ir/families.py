@@ -1,4 +1,4 @@
-"""Families: the channels that can be cut, and the channels that must be cut with them."""
+"""families: the channels that can be cut, and the channels that must be cut with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Program: a traced model. An FX graph over ATen ops, its weights by qualified name, and both as an ``nn.Module``."""
+"""program: a traced model. An FX graph over ATen ops, its weights by qualified name, and both as an ``nn.Module``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cut: a plan resolved on an analysis, that is, which positions of which dimensions stay."""
+"""resolved_plan: a plan resolved on an analysis, that is, which positions of which dimensions stay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""publish: write a folder atomically. It is written beside its place, listed, and then put there."""
+"""folder: write a folder atomically. It is written beside its place, listed, and then put there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""narrow: run a program's products in a narrower type, as autocast does: on any device, and going back, too.
+"""autocast: run a program's products in a narrower type, as torch's autocast does: on any device, and backward, too.
 
 Parameters are rounded to the type. A call that joins several float values and is not elementwise (a product, a
 convolution, attention, a norm with weights) takes all of them in that type. Elementwise calls promote, and casts to

@@ -1,4 +1,4 @@
-"""shelf: values between stages, in memory up to a bound and the rest in files of a temporary folder."""
+"""spool: values between stages, in memory up to a bound and the rest in files of a temporary folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALLEST_FILE = 1 << 16
 
 
 class Spool:
-    """Values by key. At most ``bound`` bytes of tensors stay in memory. Files go with the shelf."""
+    """Values by key. At most ``bound`` bytes of tensors stay in memory. Files go with the spool."""
 
     def __init__(self, bound: float) -> None:
         self._bound, self._bytes = bound, 0.0

@@ -1,4 +1,4 @@
-"""llama_cpp: the weights of a cut LLaMA model as a GGUF file, after the pattern of the dense model's own.
+"""gguf: the weights of a cut LLaMA model as a GGUF file, after the pattern of the dense model's own.
 
 The vocabulary, the rotary settings and all else that a cut leaves alone are the pattern's. Widths are those of the
 weights. If they differ from layer to layer, the file's architecture is ``deci``: its block is LLaMA's, and its widths

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
@@ -121,13 +120,12 @@ def quantised(dense: Dense, file: Path, text: Tensor | None, log: Log) -> list[s
 
 def about(dense: Dense, plan: Plan | None) -> dict[str, str]:
     """The metadata of every graph."""
-    said = {"mptk_version": __version__, "source": dense.loaded.source, DTYPE: written_type(dense.settings)}
+    said = {
+        "mptk_version": __version__,
+        "source": dense.loaded.source,
+        DTYPE: HALF if dense.settings.onnx_dtype == HALF else "float32",
+    }
     return {**said, **dense.about, **({} if plan is None else {"plan_sha256": plan.digest})}
-
-
-def written_type(settings: Settings) -> str:
-    """The type in which a graph computes."""
-    return HALF if settings.onnx_dtype == HALF else "float32"
 
 
 def is_half(graph: OrtGraph) -> bool:

@@ -6,7 +6,6 @@ import contextlib
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeGuard
 
 import sympy
 import torch
@@ -286,7 +285,7 @@ def limits_of(graph: fx.Graph) -> Limits:
     values = [(node.name, node.meta.get("val")) for node in graph.nodes if node.op == "placeholder"]
     tensors = [(name, value) for name, value in values if isinstance(value, Tensor)]
     places = (((name, d), size) for name, value in tensors for d, size in enumerate(value.shape))
-    sizes = {place: size for place, size in places if _is_symbolic(size)}
+    sizes = {place: size for place, size in places if isinstance(size, torch.SymInt)}
     lines = {place: line for place, s in sizes.items() if not is_open(s) and (line := source_line(origin(s)))}
     conditions = {
         guard.holds: Condition(guard.holds, source_line(guard.stack))
@@ -294,10 +293,6 @@ def limits_of(graph: fx.Graph) -> Limits:
         if not guard.kernel and guard.holds not in (sympy.true, sympy.false)
     }
     return Limits(tuple(conditions.values()), lines)
-
-
-def _is_symbolic(size: object) -> TypeGuard[torch.SymInt]:
-    return isinstance(size, torch.SymInt)
 
 
 def own_state(graph: fx.Graph, weights: Collection[str]) -> None:

@@ -211,7 +211,7 @@ def find_candidates(cost: CostModel, target: LegalWidths, families: Sequence[str
     if not families:
         return []
     finest, rest = _finest(target, families)
-    choices = [_thinned(knob) for knob in rest]
+    choices = [_thinned(ladder) for ladder in rest]
     while choices and math.prod(map(len, choices)) > COMBINATIONS:
         choices = [c[::2] if c[-1] in c[::2] else [*c[::2], c[-1]] for c in choices]
     found: dict[tuple[int, ...], Candidate] = {}
@@ -237,7 +237,7 @@ def _finest(target: LegalWidths, families: Sequence[str]) -> tuple[WidthChoices,
     """What has the most choices, and the others."""
     found = width_choices(target.ladders, target.together, families)
     finest = max(range(len(found)), key=lambda i: len(found[i]))
-    return found[finest], [knob for i, knob in enumerate(found) if i != finest]
+    return found[finest], [ladder for i, ladder in enumerate(found) if i != finest]
 
 
 def choose_candidates(
@@ -313,12 +313,12 @@ def _around(cost: CostModel, widths: Widths, finest: WidthChoices, sparsity: flo
     return [finest[low], finest[high]]
 
 
-def _thinned(knob: WidthChoices) -> WidthChoices:
+def _thinned(ladder: WidthChoices) -> WidthChoices:
     """At most ``LADDER_POINTS`` evenly spread choices, with the dense one."""
-    if len(knob) <= LADDER_POINTS:
-        return knob
-    step = (len(knob) - 1) / (LADDER_POINTS - 1)
-    return [knob[round(i * step)] for i in range(LADDER_POINTS)]
+    if len(ladder) <= LADDER_POINTS:
+        return ladder
+    step = (len(ladder) - 1) / (LADDER_POINTS - 1)
+    return [ladder[round(i * step)] for i in range(LADDER_POINTS)]
 
 
 def _unevenness(cost: CostModel, widths: Mapping[str, int]) -> float:

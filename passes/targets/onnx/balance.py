@@ -104,7 +104,7 @@ def _source(value: ir.Value | None, end: ir.Node) -> ir.Node | None:
         current = waiting.pop()
         node = current.producer() if current is not None else None
         if node is None:
-            if current is not None and not _is_scalar(current):
+            if current is not None and (current.const_value is None or current.const_value.size != 1):
                 return None
         elif is_product(node):
             products.add(node)
@@ -127,10 +127,6 @@ def is_product(node: ir.Node) -> bool:
         and weight.const_value.shape.rank() == 2
         and _uses(weight) == {node}
     )
-
-
-def _is_scalar(value: ir.Value) -> bool:
-    return value.const_value is not None and value.const_value.size == 1
 
 
 def _uses(value: ir.Value) -> set[ir.Node]:

@@ -81,7 +81,8 @@ class Rounded:
         codes, values, steps = self.part(outputs)
         apart = _in_steps(values - weight, steps)
         if self.bits == 8:
-            return np.asarray(_eight(codes, apart).max(axis=0)), 0.0
+            allowed = np.where((codes == 0) | (codes == 255), 2 * HALF, HALF)
+            return np.asarray((apart / allowed).max(axis=0)), 0.0
         squares = np.square(apart)
         padded = np.pad(squares, ((0, -len(apart) % self.block), (0, 0))).reshape(-1, self.block, apart.shape[1])
         worst = np.sqrt(padded.mean(axis=1)).max(axis=0) / PART
@@ -92,11 +93,6 @@ def _in_steps(difference: Floats, steps: Floats) -> Floats:
     """A difference in steps. A block of zeros has difference 0, even if its step is 0. NaN is infinitely far away."""
     least = np.finfo(np.float32).tiny
     return np.asarray(np.nan_to_num(np.abs(difference) / np.maximum(np.abs(steps), least), nan=np.inf))
-
-
-def _eight(codes: npt.NDArray[np.generic], apart: Floats) -> Floats:
-    """Steps from the float weight, as a share of those allowed for 8-bit codes."""
-    return np.asarray(apart / np.where((codes == 0) | (codes == 255), 2 * HALF, HALF))
 
 
 def check_quantized(source: Path, file: Path, scheme: str) -> float:

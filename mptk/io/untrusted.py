@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mptk.errors import MptkError
+from mptk.errors import MptkError, first_line
 from mptk.io.checkpoint import shapes_in
 from mptk.io.fields import field
 from mptk.reading import Damaged, check_inside, read_json
@@ -115,7 +115,7 @@ def check_weights(file: Path) -> int:
         with safe_open(file, "pt") as opened:
             return len(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise damaged(file)(str(error).strip().partition("\n")[0]) from error
+        raise damaged(file)(first_line(error)) from error
 
 
 def check_stored(
@@ -142,7 +142,7 @@ def load_tensors(file: Path, damaged: Damaged) -> dict[str, Tensor]:
         _check_ordinary(file)
         return load_file(file)
     except (SafetensorError, OSError, MptkError) as error:
-        raise damaged(str(error).strip().partition("\n")[0]) from error
+        raise damaged(first_line(error)) from error
 
 
 def check_gguf(file: Path) -> None:

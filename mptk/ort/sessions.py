@@ -13,7 +13,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from mptk.errors import MptkError
+from mptk.errors import MptkError, first_line
 
 CPU = torch.device("cpu")
 HOST = "CPUExecutionProvider"
@@ -60,8 +60,7 @@ def open_file(file: Path, device: torch.device, threads: int = 0) -> ort.Inferen
     try:
         return open_session(str(file), device, threads=threads)
     except Exception as error:  # onnxruntime's errors have no base class
-        reason = str(error).strip().split("\n")[0]
-        raise MptkError(f"ONNX Runtime cannot load {file}: {reason}; export the model again") from error
+        raise MptkError(f"ONNX Runtime cannot load {file}: {first_line(error)}; export the model again") from error
 
 
 def memory_of(session: ort.InferenceSession, device: torch.device) -> tuple[str, int]:

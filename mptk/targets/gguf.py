@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderField
 from torch import Tensor
 
-from mptk.errors import MptkError, ProofError
+from mptk.errors import MptkError, ProofError, first_line
 from mptk.io.untrusted import check_gguf, damaged
 from mptk.ir.plan import Plan
 from mptk.ir.weights import Weights
@@ -100,7 +100,7 @@ class Pattern:
         except MptkError:
             raise
         except Exception as error:  # the reader checks little of what it reads: any error may come
-            raise damaged(file)(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+            raise damaged(file)(first_line(error)) from error
 
     def _value(self, name: str) -> Any:
         if name not in self.fields:

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from mptk.config.settings import Settings
-from mptk.errors import MptkError, ProofError
+from mptk.errors import MptkError, ProofError, first_line
 from mptk.files import scratch
 from mptk.io import models
 from mptk.io.checkpoint import save_tokenizer
@@ -189,6 +189,7 @@ def _quantized(
     except MptkError:
         raise
     except Exception as error:  # ONNX and ONNX Runtime share no error class
-        reason = str(error).strip().partition("\n")[0]
-        raise ProofError(f"the proof fails at '{scheme} weights': {file.name} does not run ({reason})") from error
+        raise ProofError(
+            f"the proof fails at '{scheme} weights': {file.name} does not run ({first_line(error)})"
+        ) from error
     return [Difference(f"{scheme} weights", share, share, 1.0), form.rounding(scheme, pairs)]

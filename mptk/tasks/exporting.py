@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from mptk.errors import MptkError
+from mptk.errors import MptkError, first_line
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
@@ -81,7 +81,7 @@ def traced_as(
             if equal(traced.run(dense.executor, inputs), expected):
                 return traced
         except (MptkError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
     raise MptkError(f"{type(dense.loaded.model).__name__} is not written with named inputs: {reason}")
 
 

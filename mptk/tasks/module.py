@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.config.settings import IN_MEMORY, INPUTS, Settings
-from mptk.errors import MptkError, exhausted
+from mptk.errors import MptkError, exhausted, first_line
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.io.untrusted import load_tensors
@@ -63,9 +63,8 @@ class Module(Task):
         except RuntimeError as error:
             if (lacking := exhausted(error)) is not None:
                 raise lacking from error
-            reason = str(error).strip().partition("\n")[0]
             raise MptkError(
-                f"{loaded.source} does not run on its example inputs ({reason}); give other ones"
+                f"{loaded.source} does not run on its example inputs ({first_line(error)}); give other ones"
             ) from error
         each = [found] if isinstance(found, Tensor) else found
         if not each or any(tensor.ndim < 1 or len(tensor) != len(self.given) for tensor in each):

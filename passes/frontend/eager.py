@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mptk.compat.torch import FakeTensor, tree_leaves
-from mptk.errors import MptkError
+from mptk.errors import MptkError, first_line
 from mptk.ir.copies import attributes, copied
 from mptk.ir.program import Program, ProgramModule
 from mptk.ir.sizes import example_size
@@ -197,8 +197,3 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def shapes_of(tensors: Sequence[Tensor]) -> str:
     """Shapes for a message."""
     return ", ".join(str(list(t.shape)) for t in tensors)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error for a message."""
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

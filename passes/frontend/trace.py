@@ -24,7 +24,7 @@ from mptk.compat.torch import (
     tree_leaves,
     uncached_operators,
 )
-from mptk.errors import MptkError
+from mptk.errors import MptkError, first_line
 from mptk.ir.copies import copied
 from mptk.ir.limits import Condition, Limits
 from mptk.ir.ops import storage, written
@@ -165,9 +165,8 @@ def export_program(
     except MptkError:
         raise
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise MptkError(
-            f"torch.export cannot trace {type(wrapper.module).__name__}: {type(error).__name__}: {reason}; "
+            f"torch.export cannot trace {type(wrapper.module).__name__}: {type(error).__name__}: {first_line(error)}; "
             "see docs/tracing.md for the usual causes"
         ) from error
     drop_tracked_inputs(exported)

@@ -1,4 +1,4 @@
-"""width_choices: what can be chosen one by one: a family's width, or the widths of families that a class only cuts together.
+"""width_choices: what can be chosen: a family's width, or the widths of families that a class only cuts together.
 
 Families of one group are cut in proportion: the config holds one number for all of them, and the others are multiples
 of it.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from mptk.compat.torch import FakeTensorMode, enable_python_dispatcher
-from mptk.errors import ProofError
+from mptk.errors import ProofError, first_line
 from mptk.ir.families import Analysis
 from mptk.ir.passes import Pass, PassResult, shapes
 from mptk.ir.plan import Plan
@@ -118,7 +118,7 @@ def propagate_shapes(program: Program, untouched: Collection[str] = (), changed:
         with torch.no_grad(), mode, enable_python_dispatcher():  # some kernels know symbolic sizes in Python alone
             interpreter.run(*values)
     except RuntimeError as error:
-        reason, place = str(error).strip().partition("\n")[0], SourceLocation(interpreter.node)
+        reason, place = first_line(error), SourceLocation(interpreter.node)
         raise ProofError(f"the cut graph does not fit together at {place}: {reason}; please report it") from error
 
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from mptk.errors import MptkError
+from mptk.errors import MptkError, first_line
 from mptk.io.text.rows import row_texts
 from mptk.reading import Damaged, json_of
 
@@ -62,7 +62,7 @@ def file_documents(
     except MptkError:
         raise
     except Exception as error:  # of the library of each format: they have no base class
-        raise MptkError(f"cannot read {path}: {first_line(error)}; check that it is {suffix[1:]}") from error
+        raise MptkError(f"cannot read {path}: {with_cause(error)}; check that it is {suffix[1:]}") from error
 
 
 def folder_documents(
@@ -182,11 +182,10 @@ def check_ordinary(path: Path) -> None:
         raise MptkError(f"{path} is no ordinary file; write the text to one and give that")
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says first, or else its cause."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    cause = error.__cause__
-    return f"{said} ({first_line(cause)})" if isinstance(cause, Exception) and str(cause) not in str(error) else said
+def with_cause(error: BaseException) -> str:
+    """What an error says first, and what its cause says."""
+    said, cause = first_line(error), error.__cause__
+    return f"{said} ({with_cause(cause)})" if isinstance(cause, Exception) and str(cause) not in str(error) else said
 
 
 LONGEST_LINE = 1 << 28

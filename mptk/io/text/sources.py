@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
 from mptk.files import path_of
-from mptk.io.text.files import Document, check_ordinary, file_documents, first_line, folder_documents, shown
+from mptk.io.text.files import Document, check_ordinary, file_documents, folder_documents, shown, with_cause
 from mptk.io.text.rows import row_texts
 from mptk.publish.manifest import file_sha256
 
@@ -53,7 +53,7 @@ class HubText:
         except MptkError:
             raise
         except Exception as error:  # of the hub, and of the library of each format: they have no base class
-            said = first_line(error)
+            said = with_cause(error)
             raise MptkError(
                 f"{self.id!r} is no file or folder, and does not load as a dataset: {said}; "
                 "check the path, or the network and ID:CONFIG:SPLIT; a file of your own needs neither"

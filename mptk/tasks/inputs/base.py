@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mptk.config.settings import Settings
-from mptk.errors import MptkError
+from mptk.errors import MptkError, first_line
 from mptk.files import path_of
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM, RANDOM_NAME
@@ -113,9 +113,8 @@ def preprocessor(loaded: Loaded, auto: Any, what: str, packages: str = "") -> An
     try:
         return auto.from_pretrained(loaded.path, trust_remote_code=loaded.trusted)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise MptkError(
-            f"{loaded.source} has no {what} that transformers can load ({reason}); add its "
+            f"{loaded.source} has no {what} that transformers can load ({first_line(error)}); add its "
             f"preprocessor_config.json,{packages} or give --data random"
         ) from error
 

@@ -19,7 +19,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch.export import ExportedProgram
 
 from mptk.compat.torch import quiet_exporter
-from mptk.errors import MptkError
+from mptk.errors import MptkError, first_line
 from mptk.files import write_together
 from mptk.ir.passes import Log, Pass, run
 from mptk.ir.program import Program
@@ -163,7 +163,7 @@ def _first_cause(error: BaseException) -> str:
     """The first line of the first exception in the chain: the exporter wraps it several times."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().split("\n")[0]
+    return first_line(error)
 
 
 SMALL = 1 << 12

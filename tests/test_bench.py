@@ -10,7 +10,7 @@ from tiny_decoders import FUSED, GROUPED, tiny_decoder
 from mptk.cli.plot import draw_bench
 from mptk.errors import MptkError
 from mptk.ort.bench import Bench, alternate, bench_decoders
-from mptk.ort.graph_work import graph_work
+from mptk.ort.roofline import graph_work
 from mptk.report import terminal as report
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx, quantize_onnx

@@ -188,23 +188,3 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
-__all__ = [
-    "accelerator",
-    "anywhere",
-    "blocks",
-    "describe",
-    "full",
-    "gathered",
-    "holds",
-    "leads",
-    "once",
-    "placed",
-    "prepare",
-    "processes",
-    "replica",
-    "shard_like",
-    "shards",
-    "widest",
-]

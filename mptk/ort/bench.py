@@ -23,8 +23,7 @@ import torch
 from mptk.conform import made, misfit
 from mptk.errors import MptkError
 from mptk.ort.decoder import OrtDecoder, onnx_file
-from mptk.ort.graph_work import graph_work
-from mptk.ort.roofline import Peaks, Roofline, peak_memory
+from mptk.ort.roofline import Peaks, Roofline, graph_work, peak_memory
 from mptk.ort.sessions import CPU, HOST
 from mptk.progress import Progress, silent
 

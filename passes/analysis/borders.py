@@ -143,6 +143,3 @@ def _limits(config: PreTrainedConfig) -> Iterator[int]:
         return
     found = {name: getattr(own, name, None) for name in (_POSITIONS, *own.to_dict())}
     yield from (n for name, n in found.items() if _LIMITS.search(name) and type(n) is int and n > 0)
-
-
-__all__ = ["MARGIN", "Reach", "config_borders", "graph_borders", "reach"]

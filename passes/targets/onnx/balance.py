@@ -13,14 +13,13 @@ side comes from a product with G through element-wise operators and scalars only
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from passes.targets.onnx.tensors import Floats, replace_tensor, tensor_of
+from passes.targets.onnx.tensors import Floats, change_tensor, tensor_of
 
 ELEMENTWISE = {"Sigmoid", "Mul", "Gelu", "Relu", "Tanh", "Erf", "Add", "Sub", "Div", "Pow", "HardSigmoid", "Swish"}
 
@@ -33,7 +32,7 @@ class BalancePass(ir.passes.InPlacePass):
         for parts in found:
             balance = balancing(*(tensor_of(part.inputs[1]) for part in parts))
             for part, change in zip(parts, (balance.gate, balance.up, balance.down), strict=True):
-                _change_weight(part, change)
+                change_tensor(part.inputs[1], change)
         return ir.passes.PassResult(model, bool(found))
 
 
@@ -136,10 +135,3 @@ def _uses(value: ir.Value) -> set[ir.Node]:
 def weight_of(product: ir.Node) -> Floats:
     """The weight of a product, [inputs, outputs]."""
     return tensor_of(product.inputs[1]).numpy()
-
-
-def _change_weight(product: ir.Node, change: Callable[[Floats], Floats]) -> None:
-    weight = product.inputs[1]
-    assert weight is not None
-    old = tensor_of(weight)
-    replace_tensor(weight, lambda: change(old.numpy()))

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
@@ -20,12 +19,11 @@ from torch.export import ExportedProgram
 
 from mptk.compat.torch import quiet_exporter
 from mptk.errors import MptkError, first_line
-from mptk.files import write_together
 from mptk.ir.passes import Log, Pass, run
 from mptk.ir.program import Program
 from passes.targets.onnx.lower import to_exporter
-from passes.targets.onnx.names import data_file
 from passes.targets.onnx.run import run_onnx
+from passes.targets.onnx.tensors import save_graph
 
 OPSET = 23
 """The first opset with Attention, RMSNormalization and RotaryEmbedding. The fusions are written for it."""
@@ -101,10 +99,7 @@ def write_onnx(
     for file, passes in files.items():
         model = run_onnx(whole.clone() if len(files) > 1 else whole, passes, log)
         model.metadata_props.update(metadata)
-        data = data_file(file)
-        with write_together(folder, data, file) as temporary:
-            ir.save(model, temporary / file, external_data=data)
-            onnx.checker.check_model(temporary / file, full_check=True)
+        save_graph(model, folder / file)
 
 
 def translate(program: Program, lowering: Sequence[Pass], log: Log) -> ir.Model:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from passes.targets.onnx.fold_kv import producer
-from passes.targets.onnx.tensors import replace_tensor, tensor_of
+from passes.targets.onnx.tensors import change_tensor
 
 LOWEST = np.array(np.finfo(np.float32).min)
 MaskSource = tuple[ir.Value, int, bool]
@@ -145,8 +145,8 @@ def _put_in_order(node: ir.Node, heads: _Heads) -> bool:
     if not _is_weight(weight, 2) or not _is_weight(rows, 2):
         return False
     for column in (*columns, weight):
-        _take(column, heads.order(heads.dim), -1)
-    _take(rows, heads.order(heads.value_dim), 0)
+        change_tensor(column, lambda weight: np.take(weight, heads.order(heads.dim), -1))
+    change_tensor(rows, lambda weight: np.take(weight, heads.order(heads.value_dim), 0))
     return True
 
 
@@ -163,12 +163,6 @@ def _is_weight(value: ir.Value | None, rank: int) -> bool:
     """Whether ``value`` is an initialiser of this rank that is used once."""
     constant = value.const_value if value is not None and value.is_initializer() and len(value.uses()) == 1 else None
     return constant is not None and constant.shape.rank() == rank
-
-
-def _take(value: ir.Value | None, order: npt.NDArray[np.int64], axis: int) -> None:
-    assert value is not None
-    old = tensor_of(value)
-    replace_tensor(value, lambda: np.take(old.numpy(), order, axis))
 
 
 def _mask(steps: ir.tape.Tape, mask: ir.Value, repeat: int, flat: bool) -> ir.Value:

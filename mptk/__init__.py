@@ -70,7 +70,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """The public names, imported at first use: ``import mptk`` alone stays quick."""
+    """The public names, imported at first use, so that ``import mptk`` stays quick."""
     if name not in __all__:
         raise AttributeError(f"module 'mptk' has no attribute {name!r}")
     home = next((module for module, names in _HOMES.items() if name in names), "mptk.api.compiler")

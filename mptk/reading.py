@@ -20,7 +20,7 @@ Damaged = Callable[[str], MptkError]
 
 
 def read_bytes(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> bytes:
-    """The content of a regular file. Raises ``damaged`` if it is none, cannot be read, or has more than ``most``."""
+    """The content of a regular file. Raises ``damaged`` if it is another kind, unreadable or longer than ``most``."""
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(_mode(file.fileno())):

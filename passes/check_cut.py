@@ -37,7 +37,7 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program]) -> No
     Raises:
         ProofError: outputs differ at a stage. The message names the stage and the difference.
         Unmoved: nothing is proven, because the mask moves the outputs no further than rounding does.
-        MptkError: nothing is proven, because rounding alone moves them as far as the difference found.
+        MptkError: nothing is proven, because mere rounding moves them as far as the difference found.
     """
     inputs = seeded_inputs(analysis.program)
     masked, dense = _fine(mask(analysis, cut)), _fine(analysis.program)
@@ -134,7 +134,7 @@ def _seeded(node: fx.Node, traced: Tensor, generator: torch.Generator, wide: tor
 
 
 def table_size(node: fx.Node) -> int | None:
-    """The size of the smallest table that the value indexes, also through views; None if there is none."""
+    """The size of the smallest table that the value indexes, also through views; None if it indexes no table."""
     return min((shape_of(table.meta["val"])[0] for table in tables_of(node)), default=None)
 
 

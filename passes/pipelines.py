@@ -140,7 +140,7 @@ SCHEMES = ("int8", "int4", "fp16")
 class CutProgram:
     """The pruned program.
 
-    ``exact``: the same before its weights were rounded to the stored type, which changes folded norms alone.
+    ``exact``: the same before its weights were rounded to the stored type, which changes only folded norms.
     ``epsilons``: the norms' epsilons that the cut changed, old → new.
     """
 
@@ -150,7 +150,7 @@ class CutProgram:
 
 
 def cut_program(analysis: Analysis, cut: Cut, log: Log, dtype: torch.dtype = torch.float32) -> CutProgram:
-    """Run ``cutting``, unproven. ``dtype``: the type in which weights are stored; it holds those of ``analysis``."""
+    """Run ``cutting``, unproven. ``dtype``: the type in which weights are stored, which holds them exactly."""
     *_, folded, stored = run(analysis.program, cutting(analysis, cut, dtype), log)
     assert isinstance(folded, Folded)
     exact = folded.program if folded.changed else stored.program
@@ -184,7 +184,7 @@ def emit_onnx(
 ) -> Path:
     """``write_onnx`` with the product's passes. Returns the (first) file that was written.
 
-    ``interface``: names of inputs and outputs; None: those of a decoding step. ``parts``: name of a file → the part of
+    ``interface``: names of inputs and outputs; None: a decoding step's. ``parts``: name of a file → the part of
     the graph that it holds; None: ``model.onnx`` holds all. ``objective``: ``"decode"`` or ``"prefill"``, the phase to
     be fast in if the two need different graphs. ``half``: convert the graph, which must be float32, to float16.
     """

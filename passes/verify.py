@@ -142,7 +142,7 @@ def _run(
 ) -> Difference:
     """A stage's difference on one batch. Any error is a difference too, since runtimes share no error class.
 
-    Of several outputs, it is that of the worst.
+    Of several outputs, the worst counts.
     """
     try:
         found = run(batch)

@@ -196,12 +196,12 @@ def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path: Pa
     notes = " ".join(found.report.notes)
     assert "MambaForCausalLM is traced for one length" in notes
     assert "windows of 8 tokens" in notes
-    assert "no ONNX: the trace holds for 8 tokens alone" in notes
+    assert "no ONNX: the trace holds only for 8 tokens" in notes
     assert {d.stage for d in mptk.verify(out)} >= {"rewritten graph", "reloaded checkpoint"}
     measured = [mptk.evaluate(it, "random", windows=1, length=20) for it in (out, found)]
     assert all("1 windows of 20 tokens" in each["protocol"] for each in measured)
     assert measured[0]["model"] == pytest.approx(measured[1]["pruned"], rel=1e-4)
-    with pytest.raises(MptkError, match=r"8 tokens alone, and the samples of data have 9; give samples of 8"):
+    with pytest.raises(MptkError, match=r"only for 8 tokens, and the samples of data have 9; give samples of 8"):
         mptk.prune(dense, data=torch.ones(4, 9, dtype=torch.int64), sparsity=0.2, length=8, method="wanda", multiple=1)
     with pytest.raises(
         MptkError, match=r"traced for 8 tokens alone, and a graph would take no others; use --target st"
@@ -240,7 +240,7 @@ def test_data_of_two_sizes_leave_the_size_open() -> None:
 def test_a_model_of_several_inputs_whose_trace_holds_one_length_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Program, "length", 7)
     loaded = Loaded(MODELS["encoder-decoder"]().eval(), None, "it", Path())
-    with pytest.raises(MptkError, match=r"T5ForConditionalGeneration can be traced for 7 tokens alone: .*mptk.rewrite"):
+    with pytest.raises(MptkError, match=r"T5ForConditionalGeneration can be traced only for 7 tokens: .*mptk.rewrite"):
         traced(loaded, task_of(loaded), EXECUTOR)
 
 

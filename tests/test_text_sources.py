@@ -139,7 +139,7 @@ class TestWeights:
             ("a.txt=0,b.txt", "with a weight above 0"),
             ("a.txt=much,b.txt", "with a weight above 0"),
             ("a.txt=nan,b.txt", "with a weight above 0"),
-            ("self=0.5,a.txt", "give self alone"),
+            ("self=0.5,a.txt", "give only self"),
         ],
     )
     def test_what_is_wrong_with_weights(self, written: str, message: str) -> None:

@@ -47,7 +47,7 @@ def traced(
 
     Raises:
         MptkError: it has several inputs, and holds one length; it does not compute what the task says, or its outputs
-            are not finite, or zero alone.
+            are not finite, or are all zero.
     """
     example = task.example(loaded.model)
     if not isinstance(loaded.model, PreTrainedModel):
@@ -57,7 +57,7 @@ def traced(
     if task.only_length(program) is not None:
         if len(example.inputs) > 1:
             raise MptkError(
-                f"{type(loaded.model).__name__} can be traced for {program.length} tokens alone: its code loops over "
+                f"{type(loaded.model).__name__} can be traced only for {program.length} tokens: its code loops over "
                 "the positions, or computes with their number in Python; prune a model whose class uses tensors for "
                 "that (docs/tracing.md), or cut this one for inputs of one length with mptk.rewrite"
             )
@@ -145,7 +145,7 @@ def fitting(task: Task, program: Program, samples: Samples, what: str) -> Sample
     length = task.only_length(program)
     if length is not None and samples.tensors[0].shape[1] != length:
         raise MptkError(
-            f"this model is traced for {length} tokens alone, and the samples of {what} have "
+            f"this model is traced only for {length} tokens, and the samples of {what} have "
             f"{samples.tensors[0].shape[1]}; give samples of {length} tokens, or text"
         )
     if task.sequences:

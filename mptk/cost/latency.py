@@ -196,7 +196,7 @@ def _contraction(analysis: Analysis, product: Contraction, share: float, tokens:
 
 
 def _attention(facts: AxisFacts, node: fx.Node, tokens: int, past: int) -> SizesOf:
-    """The number of KV heads is that of the keys before they are repeated for the query heads that share them."""
+    """The KV heads are counted in the keys before these are repeated for the query heads that share them."""
     q, k, v = (facts.dims(named_argument(node, name)) for name in ("query", "key", "value"))
     before = facts.dims(_smallest(named_argument(node, "key")))
 

@@ -72,7 +72,7 @@ Sweep = Callable[[Sequence[Operator], int, Progress], Mapping[Operator, float]]
 def kept_times(
     operators: Sequence[Operator], threads: int, progress: Progress, sweep: Sweep | None = None
 ) -> dict[Operator, float]:
-    """Milliseconds of each operator, from the cache folder; those that are missing for this machine are measured.
+    """Milliseconds of each operator, from the cache folder; missing ones are measured on this machine.
 
     Args:
         threads: threads of one operator; 0: one for each core.

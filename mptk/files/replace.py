@@ -57,7 +57,7 @@ def put_folder(staging: Staging, target: Path, kept: Iterable[str] = ()) -> None
     ``kept``: files and folders in the earlier one that stay as and where they are.
 
     At every moment the one or the other is there, if the system can exchange two names at once. Else the earlier one
-    is kept aside, and whoever tidies puts it back.
+    is kept aside, and ``tidy`` puts it back.
     """
     ordinary(staging.folder)
     if target.is_symlink():
@@ -78,7 +78,7 @@ def put_folder(staging: Staging, target: Path, kept: Iterable[str] = ()) -> None
 
 
 def put_made(staging: Staging, target: Path, mode: int | None = None) -> None:
-    """Move the one file or folder that was made in the staging folder to ``target``, where nothing is yet.
+    """Move the one file or folder that was made in the staging folder to ``target``, which does not exist yet.
 
     ``mode``: its rights, if they are not the ordinary ones.
     """
@@ -116,7 +116,7 @@ def ordinary(folder: Path) -> None:
 
 
 def _carry(source: Path, place: Path) -> None:
-    """Put a link to a file, or a folder of links, where nothing is yet; copies where there can be no links."""
+    """Put a link to a file, or a folder of links, at a new path; copies if the file system has no links."""
     place.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(place):
         raise MptkError(f"{source} is not mptk's, and the new result has that name, too; move it, and run again")

@@ -44,7 +44,7 @@ COMMAND = 120
 class Staging:
     """A staging folder that this process owns until ``close``, or until the object or the process ends.
 
-    ``folder`` is for what is made, and has the rights of an ordinary folder. ``path`` is for its owner alone.
+    ``folder`` is for what is made, and has the rights of an ordinary folder. ``path`` is only for its owner.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -113,12 +113,12 @@ def tidy(parent: Path) -> None:
 
 def tidy_scratch() -> None:
     """``tidy`` for the system's temporary files."""
-    with contextlib.suppress(OSError):  # there is none
+    with contextlib.suppress(OSError):  # there is no such folder
         tidy(Path(tempfile.gettempdir()))
 
 
 def holder() -> str:
-    """Who this process is, for those that meet its lock."""
+    """Who this process is, for other processes that meet its lock."""
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "command": command[:COMMAND]})
 
@@ -260,7 +260,7 @@ def claimed(target: Path, *, wait: bool = False, remedy: str | None = None) -> I
     What killed processes left beside it is removed first. A thread may claim again what it has.
 
     Args:
-        wait: until whoever has it is done.
+        wait: until its owner is done.
         remedy: for a folder that cannot be written.
 
     Raises:
@@ -305,7 +305,7 @@ def _taken(place: Path, said: Path, wait: bool) -> Staging:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove those of ``folders``, from the innermost on, in which nothing was put."""
+    """Remove ``folders`` that are empty, from the innermost on."""
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()

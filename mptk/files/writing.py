@@ -26,7 +26,7 @@ _REMEDIES = {
 
 
 _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Errors of writing alone."""
+"""Errors that only writing raises."""
 
 
 def cannot_write(path: Path, error: OSError, remedy: str | None = None) -> MptkError:
@@ -62,5 +62,5 @@ def check_text(name: str | Path) -> None:
 
 
 def path_of(name: str | Path) -> Path:
-    """``name`` as a path, with ``~`` as a home. That of a user who is not there stays as it is, as in a shell."""
+    """``name`` as a path, with ``~`` as a home. An unknown user's ``~name`` stays as it is, as in a shell."""
     return Path(os.path.expanduser(name))

@@ -135,7 +135,7 @@ def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The floating type of most numbers in a folder's safetensors. float32 if there is none."""
+    """The floating type of most numbers in a folder's safetensors. float32 without such numbers."""
     counts = {name: count for name, count in stored_dtypes(folder).items() if name in _FLOATS}
     return _FLOATS[max(counts, key=lambda name: counts[name])] if counts else torch.float32
 

@@ -138,7 +138,7 @@ def check_positions(positions: int | None, length: int, what: str) -> None:
 
 
 def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
-    """Raise MptkError if a token id is none of the model's: the tokenizer is of another model."""
+    """Raise MptkError if a token id is outside the model's vocabulary: the tokenizer is of another model."""
     size = getattr(model.config.get_text_config(), "vocab_size", None)
     if isinstance(size, int) and ids.numel() and int(ids.max()) >= size:
         raise MptkError(

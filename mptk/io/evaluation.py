@@ -34,7 +34,7 @@ class Perplexity:
     """A perplexity and its protocol.
 
     ``nll``: mean negative log-likelihood in nats over the ``tokens`` predicted. ``value`` = exp(``nll``). Windows of
-    ``length`` tokens do not overlap. The first token of each is not predicted. ``dtype``: that of the logits, before
+    ``length`` tokens do not overlap. The first token of each is not predicted. ``dtype``: the logits' type, before
     the conversion to float32.
     """
 

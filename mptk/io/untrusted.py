@@ -35,7 +35,7 @@ LARGEST_SIZE = 1 << 31
 """No number of a config that is a size is as large."""
 MOST_LAYERS = 10_000
 SHARED = 256
-"""Layers of which a model may have more than weights: those of some share theirs."""
+"""Number of layers up to which a model may have more layers than weights: layers may share weights."""
 PARAMETERS = 10**14
 MOST_JSON = 1 << 28
 """Bytes of the largest JSON file in a folder: a tokenizer."""
@@ -67,7 +67,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_config(file: Path) -> dict[str, Any]:
-    """The content of a config.json. Raises MptkError if it is none, or has sizes that no model has."""
+    """The content of a config.json. Raises MptkError if it is no config, or has sizes that no model has."""
     content = read_object(file)
     classes = content.get("architectures")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
@@ -137,7 +137,7 @@ def check_stored(
 
 
 def load_tensors(file: Path, damaged: Damaged) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises ``damaged`` if it is missing or is none."""
+    """The tensors of a safetensors file. Raises ``damaged`` if it is missing or no safetensors file."""
     try:
         _check_ordinary(file)
         return load_file(file)

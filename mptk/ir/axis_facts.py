@@ -111,7 +111,7 @@ class AxisFacts:
         return self._axes[node]
 
     def is_weight(self, node: fx.Node) -> bool:
-        """Whether a value depends on weights alone (a weight, its transpose, a merge of several)."""
+        """Whether a value depends only on weights (a weight, its transpose, a merge of several)."""
         return node in self.results and node not in self.activations
 
     def has_weight(self, product: Contraction) -> bool:

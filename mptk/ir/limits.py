@@ -60,7 +60,7 @@ class CallSizes:
             if len(sizes) != len(shape):
                 raise MptkError(
                     f"{self.names[k]} has {len(shape)} dimensions, and {len(sizes)} were traced; give example inputs "
-                    "like those of the call"
+                    "like the call's inputs"
                 )
             for d, (size, given) in enumerate(zip(sizes, shape, strict=True)):
                 fixed = values.setdefault(size, given) if isinstance(size, sympy.Symbol) else size

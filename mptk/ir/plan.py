@@ -67,7 +67,7 @@ class Plan:
     """Family name → its kept units. A family without an entry stays whole. ``meta``: free, nothing depends on it.
 
     ``vocabulary``: the tokens that stay; None: all. ``kv_heads``: how many KV heads become how many; None: all stay.
-    Families are those of the model that has these tokens and heads.
+    Families belong to the model that has these tokens and heads.
     """
 
     families: Mapping[str, FamilyPlan]
@@ -153,7 +153,7 @@ def _family(body: object, where: str, most: int) -> FamilyPlan:
     if type(width) is not int or type(of) is not int or not 0 < width <= of:
         raise MptkError(f'{where}: "width" and "of" must be integers with 0 < width <= of')
     if of > LARGEST_FAMILY:
-        raise MptkError(f'{where}: "of" is more than {LARGEST_FAMILY}; no family of a model has so many units')
+        raise MptkError(f'{where}: "of" is more than {LARGEST_FAMILY}; no family of a model is as large')
     if not isinstance(keep, dict) or not keep:
         raise MptkError(f'{where}: "keep" must map each layer to its kept units; see docs/plan.md')
     if width * sum(len(rows) if _scoped(rows) else 1 for rows in keep.values()) > most:

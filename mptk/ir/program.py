@@ -46,7 +46,7 @@ class Program:
             weights). With it the program runs without its module. A tensor may be read or computed at each request.
         aliases: other name of a tied weight → the name in ``state``.
         exported: the export from which the program was made.
-        inputs: the arguments of the module's ``forward`` that the user's inputs are, where that is known.
+        inputs: the arguments of the module's ``forward`` that the user's inputs are, if known.
         limits: what the trace fixed.
         frozen: names of the parameters that require no gradient in the traced module.
         types: the floating types of the traced module, if the program computes in another.
@@ -314,7 +314,7 @@ class ProgramModule(nn.Module):
 
 
 def _stateful(graph: fx.GraphModule) -> fx.GraphModule:
-    """The graph without copies of the buffers that it writes to; itself if there are none."""
+    """The graph without copies of the buffers that it writes to; the graph itself without such copies."""
     if not any(STATE_COPY in node.meta for node in graph.graph.nodes):
         return graph
     found = copy.deepcopy(graph)

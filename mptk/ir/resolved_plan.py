@@ -69,7 +69,7 @@ class Cut:
         return np.flatnonzero(self.mask(term))
 
     def elsewhere(self, dims: Sequence[Term]) -> int | None:
-        """The index of a dimension along which the choice of another dimension varies; None if there is none."""
+        """The index of a dimension along which the choice of another dimension varies; None if no choice does."""
         for term in dims:
             own = set(leaves(term))
             for leaf in own & self.choices.keys():
@@ -119,7 +119,7 @@ class Cut:
         return torch.stack(kept, scope_dim)
 
     def _row(self, dims: Sequence[Term], scope_dim: int, position: int) -> Cut:
-        """The cut at one position of a scope's dimension, where no other dimension's choice varies along it."""
+        """The cut at one position of a scope's dimension, at which no other dimension's choice varies along it."""
         at = {leaf: int(coordinate[position]) for leaf, coordinate in occurrences(dims[scope_dim])}
         choices = dict(self.choices)
         for d, term in enumerate(dims):

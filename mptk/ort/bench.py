@@ -1,7 +1,7 @@
 """bench: time prefill and decode in ONNX Runtime. Several graphs take turns in one process.
 
 Absolute times hold for one machine at one moment, so the result is the ratio to the first graph. It is shown beside the
-ideal ratio: that of the operations in prefill, which is bound by compute, and that of the bytes in decode, which is
+ideal ratio: of operations in prefill, which is bound by compute, and of bytes in decode, which is
 bound by memory. The roofline share is the speed relative to the machine's peak (of a matrix product, or of reading
 memory), which is measured between the same rounds.
 """
@@ -107,7 +107,7 @@ class Bench:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Bench:
-        """The comparison that ``to_json`` gave. Raises ValueError, with the place, if it is none."""
+        """The comparison that ``to_json`` gave. Raises ValueError, with the place, for other data."""
         if (wrong := misfit(data, BenchJson)) is not None:
             raise ValueError(wrong)
         graphs = [made(Graph, graph, f"graphs.{i}") for i, graph in enumerate(data["graphs"])]

@@ -39,7 +39,7 @@ class Cache:
 
 
 def onnx_file(path: str | Path) -> Path:
-    """``path`` itself, or the ``model.onnx`` in ``path`` or ``path/onnx``. Raises MptkError if there is none."""
+    """``path`` itself, or the ``model.onnx`` in ``path`` or ``path/onnx``. Raises MptkError if it is missing."""
     path = Path(path)
     places = [path / GRAPH_FILE, path / "onnx" / GRAPH_FILE] if path.is_dir() else [path]
     for file in places:

@@ -139,7 +139,7 @@ class TextGenerator:
         return list(found["input_ids"])
 
     def check_ids(self, ids: Iterable[int]) -> None:
-        """Raise MptkError if a token id is none of the graph's vocabulary."""
+        """Raise MptkError if a token id is outside the graph's vocabulary."""
         largest, size = max(ids, default=0), self.decoder.vocabulary
         if size is not None and largest >= size:
             raise MptkError(
@@ -158,7 +158,7 @@ class TextGenerator:
         """As ``generate``, with the model's own end tokens. At the end it sets ``speed``.
 
         Raises:
-            MptkError: as ``generate``; a token is none of the model's; or a prompt and what is to be written after it
+            MptkError: as ``generate``; a token is outside the vocabulary; or a prompt and the tokens to be written
                 have more tokens than the model has positions (``fitting`` cuts them).
         """
         if all(map(len, prompts)):
@@ -183,7 +183,7 @@ def check_room(positions: int | None, prompts: Sequence[Sequence[int]], limit: i
     if longest >= positions:
         raise MptkError(
             f"the prompt has {longest} tokens and the model {positions} positions; give a shorter one, or --cut "
-            "(its end alone is read)"
+            "(which reads only its end)"
         )
     raise MptkError(
         f"the model has {positions} positions, and a prompt of {longest} tokens leaves {positions - longest} of them; "

@@ -1,6 +1,6 @@
 """sessions: ONNX Runtime sessions, in the execution provider of a device if this ONNX Runtime has it, else on the CPU.
 
-Numbers are those of float32 everywhere: providers that round them by default (TensorFloat-32, float16) are told not to.
+Numbers are computed in float32: providers that round them by default (TensorFloat-32, float16) are told not to.
 """
 
 from __future__ import annotations
@@ -97,6 +97,6 @@ class OrtGraph:
         return dict(self.session.get_modelmeta().custom_metadata_map)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The first output for those of ``inputs`` that the graph has."""
+        """The first output. ``inputs`` that the graph does not have are ignored."""
         feeds = {name: inputs[name].cpu().contiguous().numpy() for name in self.inputs}
         return torch.from_numpy(self.session.run(None, feeds)[0])

@@ -1,4 +1,4 @@
-"""markdown: text of unknown origin in Markdown, where it stays text."""
+"""markdown: text of unknown origin in Markdown, so that it stays text."""
 
 from __future__ import annotations
 

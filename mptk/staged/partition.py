@@ -1,7 +1,7 @@
 """partition: cut a program's graph into stages where few values are alive, without knowledge of architectures.
 
-In a transformer these places are the residual stream between blocks. A value that depends on weights and constants
-alone is made again in each stage that uses it, so it never crosses a border.
+In a transformer these places are the residual stream between blocks. A value that depends only on
+weights and constants is made again in each stage that uses it, so it never crosses a border.
 """
 
 from __future__ import annotations

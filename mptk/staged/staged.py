@@ -53,7 +53,7 @@ class Executor:
     ) -> Iterator[Any]:
         """The results of all ``programs`` for the first of ``inputs``, then for the second, and so on.
 
-        Programs that were made from the first one have its stages. Results are as those of ``Program.__call__``, on
+        Programs that were made from the first one have its stages. Results are as ``Program.__call__`` gives them, on
         ``device``. ``progress``: called with (inputs done, all inputs).
         """
         flows = [Flow(program) for program in programs]
@@ -96,7 +96,7 @@ class Executor:
         """The gradient of Σ ``loss(result, i)`` over all inputs i, for each weight of ``names``.
 
         A stage runs again from its saved inputs, and its border's gradient is carried back. Gradients are kept as the
-        values of borders are. ``total`` adds up those of several processes. ``taps`` are called once for each inputs.
+        values of borders are. ``total`` adds up several processes' gradients. ``taps`` are called once for each inputs.
         """
         flow = Flow(program)
         run = StagedRun(self, flow, partition(flow, self.stage), inputs, keep=True, taps=taps)
@@ -213,7 +213,7 @@ class StagedRun(DeviceInterpreter):
         above: Mapping[fx.Node, Any],
         loss: Callable[[Any, int], Tensor],
     ) -> Values:
-        """Run stage ``k`` again and go back through it, to the weights' gradients and those of its inputs.
+        """Run stage ``k`` again and go back through it, to the gradients of its weights and inputs.
 
         ``above``: gradients of its outputs; for the last stage, ``loss`` gives them.
         """
@@ -232,7 +232,7 @@ class StagedRun(DeviceInterpreter):
         return {n: v.grad for n, v in given.items() if isinstance(v, Tensor) and v.grad is not None}
 
     def run_stage(self, stage: Stage, weights: Mapping[fx.Node, Tensor], values: Values) -> Values:
-        """Run a stage's calls. Gives the values that are used later and, of the last stage, those of the result."""
+        """Run a stage's calls. Gives the values that are used later and, for the last stage, the result's values."""
         self.env = {**weights, **values}
         last = stage is self.stages[-1]
         for node in values if stage is self.stages[0] else ():

@@ -20,7 +20,7 @@ READ = ("*token*", "vocab*", "merges*", "*.model", "*chat_template*", "*chat_tem
 
 
 def check_beside(folder: Path, write: Callable[[Path], object], *, all_known: bool = True) -> None:
-    """Compare files in ``folder`` with those that ``write`` puts into another folder, field by field if they are JSON.
+    """Compare files in ``folder`` with what ``write`` puts into another folder, field by field if they are JSON.
 
     ``all_known``: whether these are all that a tokenizer or a processor may read.
 
@@ -51,7 +51,7 @@ def _same(name: str, file: Path, expected: Path) -> None:
 
 
 def write_beside(loaded: Loaded, folder: Path, *, same_features: bool) -> None:
-    """Write what stands beside the weights of a model: the tokenizer's files, and those of processors."""
+    """Write the files beside the weights of a model: the tokenizer's and the processors'."""
     if loaded.tokenizer is not None:
         save_tokenizer(loaded.tokenizer, folder)
     copy_processors(loaded.path, folder, same_features=same_features)
@@ -100,7 +100,7 @@ def leaves(body: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _inner(value: Any) -> JsonObject:
-    """The fields of an object, and of a long list or one of objects; empty if there are none."""
+    """The fields of an object, and of a long list or a list of objects; empty for other values."""
     if isinstance(value, Mapping):
         return value
     if isinstance(value, list) and (len(value) > LISTED or any(isinstance(each, Mapping) for each in value)):

@@ -1,7 +1,7 @@
 """gguf: the weights of a cut LLaMA model as a GGUF file, after the pattern of the dense model's own.
 
-The vocabulary, the rotary settings and all else that a cut leaves alone are the pattern's. Widths are those of the
-weights. If they differ from layer to layer, the file's architecture is ``deci``: its block is LLaMA's, and its widths
+The vocabulary, the rotary settings and all else that a cut does not change are the pattern's. Widths are the
+weights'. If they differ from layer to layer, the file's architecture is ``deci``: its block is LLaMA's, and its widths
 are lists. So llama.cpp runs layers that no class of transformers holds.
 """
 
@@ -65,7 +65,7 @@ class LayerWidths:
 
 @dataclass(frozen=True)
 class GgufField:
-    """A value of a file, its type and, if it is a list, that of its items."""
+    """A value of a file, its type and, for a list, the type of its items."""
 
     value: Any
     type: GGUFValueType
@@ -92,7 +92,7 @@ class Pattern:
             self.fields = {field.name: _field(field) for field in self.reader.fields.values()}
             architecture = self._value("general.architecture")
             if architecture != EQUAL:
-                raise MptkError(f"{file} is of a {architecture} model; mptk writes GGUF of {EQUAL} models alone")
+                raise MptkError(f"{file} is of a {architecture} model; mptk writes GGUF only of {EQUAL} models")
             hidden, heads = (int(self._value(f"{EQUAL}.{n}")) for n in ("embedding_length", "attention.head_count"))
             length = self.fields.get(f"{EQUAL}.attention.key_length")
             self.head_dim = hidden // heads if length is None else int(length.value)
@@ -133,7 +133,7 @@ class Conversion:
     def __init__(self, weights: Weights, plan: Plan, pattern: Pattern) -> None:
         cut = {name for name, choice in plan.families.items() if choice.width < choice.of}
         if odd := {name for name in cut if name.partition(".")[0] not in HELD}:
-            raise MptkError(f"{min(odd)} was cut, which a GGUF file cannot hold; cut {', '.join(HELD)} alone")
+            raise MptkError(f"{min(odd)} was cut, which a GGUF file cannot hold; cut only {', '.join(HELD)}")
         self.weights, self.pattern = weights, pattern
         self.names = self._names()
         self.kinds = {name: self._kind(weight) for name, weight in self.names.items()}
@@ -194,7 +194,7 @@ class Conversion:
         count = sum(name.endswith(".ffn_down.weight") for name in names)
         wanted = {name for name in there if not re.match(r"blk\.\d+\.", name) or int(name.split(".")[1]) < count}
         if apart := (wanted ^ names.keys()) - {FREQUENCIES, HEAD}:
-            raise MptkError(f"{min(apart)} is in the folder or in {file} alone; they are of different models")
+            raise MptkError(f"{min(apart)} is only in the folder or only in {file}; they are of different models")
         return names
 
     def _layers(self) -> list[LayerWidths]:
@@ -217,7 +217,7 @@ class Conversion:
         return TENSOR_KINDS[held.dtype] if held.ndim == 2 else Kind.F32
 
     def _describe(self, writer: GGUFWriter) -> None:
-        """Write the fields: those of the pattern, under the name of the architecture, then the widths."""
+        """Write the fields: the pattern's, under the name of the architecture, then the widths."""
         for name, field in self.pattern.kept():
             own = re.sub(f"^{EQUAL}\\.", f"{self.architecture}.", name)
             writer.add_key_value(own, field.value, field.type, sub_type=field.items)

@@ -66,7 +66,7 @@ def module_of(compiled: Compiled, stored: Weights) -> ProgramModule:
 
 
 def stored_weights(stored: Weights, expected: Weights) -> Difference:
-    """The worst difference between stored weights and those of the rewritten graph. One weight is in memory at a time.
+    """The worst difference between stored weights and the rewritten graph's weights. One weight is in memory at a time.
 
     Raises:
         ProofError: a weight exists on one side only, or has another shape.

@@ -85,7 +85,7 @@ class OnnxTarget(Target):
             )
 
     def extras(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Extra]:
-        """The quantised graphs, whose differences are as those of ``rounded``, and what describes the graphs."""
+        """The quantised graphs, with differences as ``rounded`` gives them, and what describes the graphs."""
         form, main = compiled.prepared.task.onnx, folder / ONNX_FOLDER / ONNX_FILE
         if form is None:
             return []
@@ -112,7 +112,7 @@ def form_for(prepared: Prepared) -> OnnxForm:
     if task.onnx is None:
         raise MptkError(f"mptk has no ONNX form of a {task.summary}; export the folder with optimum")
     if (length := task.only_length(prepared.analysis.program)) is not None:
-        raise MptkError(f"the trace holds for {length} tokens alone, and a graph would, too; leave out ONNX")
+        raise MptkError(f"the trace holds only for {length} tokens, and a graph would, too; leave out ONNX")
     return task.onnx
 
 

@@ -138,7 +138,7 @@ def check_reading(compiled: Compiled, folder: Path) -> None:
 
 
 RARE = 64
-"""Tokens of the highest ids that are read: those of the lowest are letters, and in every text."""
+"""Tokens of the highest ids that are read: the lowest ids are letters, which every text has."""
 SPECIAL = 64
 """Added and special tokens that are read."""
 

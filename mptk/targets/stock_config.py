@@ -51,7 +51,7 @@ def check_config(written: Written, folder: Path, trust: bool) -> Difference:
         compare("config.json", {KEY: raw.get(KEY)}, {KEY: graphs})
     compare("config.json", _body(found), _body(_read_back(written.stock.config)), {KEY} if graphs else set())
     require("config.json", "architectures", found.architectures, [written.stock.model_class.__name__])
-    for file in sorted(folder.glob("model*.safetensors")):  # not those of a compensation, which keep float32
+    for file in sorted(folder.glob("model*.safetensors")):  # not a compensation's weights, which keep float32
         for kind in _kinds(file):
             require("config.json", "dtype", _plain(found.dtype), kind)
     if written.stock.model_class.can_generate() and (dense := written.loaded.model.generation_config) is not None:
@@ -105,7 +105,7 @@ def _dense(written: Written) -> PreTrainedConfig:
 
 
 def _read_back(config: PreTrainedConfig) -> PreTrainedConfig:
-    """``config`` as it is read from its file, where older spellings of fields become fields."""
+    """``config`` as it is read from its file: older spellings of fields become fields."""
     content = json.loads(config.to_json_string(), object_hook=_number)
     back: PreTrainedConfig = type(config).from_dict(portable(content))
     return back

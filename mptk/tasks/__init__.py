@@ -27,7 +27,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (CAUSAL_LM, Seq2Seq(), Mas
 
 
 def tasks() -> dict[str, Task]:
-    """mptk's tasks and those of plugins (group ``mptk.tasks``), by name."""
+    """mptk's and plugins' tasks (group ``mptk.tasks``), by name."""
     return with_plugins(TASKS, "mptk.tasks")
 
 
@@ -44,7 +44,7 @@ def open_task(model: str, resident: Resident, *, trust_remote_code: bool = False
 
 
 def kind_of(model: str, *, trust_remote_code: bool = False) -> Task:
-    """The task of a model by its config alone. Raises MptkError if there is no such model, or no task takes it."""
+    """The task of a model, from only its config. Raises MptkError if there is no such model, or no task takes it."""
     config = models.load_config(model, trust_remote_code=trust_remote_code)
     return _find(model, config, classes_of(config))
 
@@ -89,7 +89,7 @@ def example_of(model: nn.Module) -> Mapping[str, Tensor] | None:
 
 
 def check_decoder(model: str, *, trust_remote_code: bool = False) -> None:
-    """Raise MptkError if a model is no causal language model, by its config alone."""
+    """Raise MptkError if a model is no causal language model by its config."""
     config = models.load_config(model, trust_remote_code=trust_remote_code)
     reason = CAUSAL_LM.refusal(config, classes_of(config))
     if reason is not None:

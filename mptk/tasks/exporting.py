@@ -46,7 +46,7 @@ class Traced:
     names: list[str]
 
     def run(self, executor: Executor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The first output for those of ``inputs`` that it has."""
+        """The first output. ``inputs`` that it does not have are ignored."""
         found = next(executor.outputs([self.program], [[inputs[name] for name in self.names]]))
         output: Tensor = found[0] if isinstance(found, tuple | list) else found
         return output
@@ -102,7 +102,7 @@ def cut(program: Program, dense: Dense, plan: Plan | None, log: Log) -> Program:
 
 
 def quantised(dense: Dense, file: Path, text: Tensor | None, log: Log) -> list[str]:
-    """Write the quantised graphs that the settings name beside ``file``. Returns notes on those that are left out.
+    """Write the quantised graphs that the settings name beside ``file``. Returns notes on graphs that are left out.
 
     Raises:
         MptkError: one cannot be made, and the settings are strict.

@@ -1,4 +1,4 @@
-"""model_form: a model without a decoder as ONNX: one graph, whose inputs are those that the processor makes.
+"""model_form: a model without a decoder as ONNX: one graph, whose inputs the processor makes.
 
 A text model is traced again, with the mask of its padding as an input, and cut to the same plan.
 """
@@ -50,7 +50,7 @@ AXES = {
     "pixel_values": ("batch_size", "num_channels", "height", "width"),
     "input_features": ("batch_size", "feature_size", "sequence_length"),
 }
-"""Optimum's names of the axes; those of other inputs are the axes of tokens."""
+"""Optimum's names of the axes; other inputs have the axes of tokens."""
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def _as_samples(inputs: dict[str, Tensor], what: str) -> Samples:
 
 
 def _in_order(names: Sequence[str], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs in the order of ``names``, then those that ``forward`` takes by ``**`` in that of the alphabet."""
+    """The inputs in the order of ``names``, then the inputs that ``forward`` takes by ``**``, in alphabetical order."""
     others = sorted(inputs.keys() - set(names))
     return {name: inputs[name] for name in (*names, *others) if name in inputs}
 
@@ -165,7 +165,7 @@ def named_inputs(
     inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
     dtype: torch.dtype | Mapping[str, Tensor] | None = torch.float32,
 ) -> dict[str, Tensor]:
-    """Inputs by name, on the CPU; ``names`` are those of inputs by position.
+    """Inputs by name, on the CPU. ``names``: for inputs by position.
 
     ``dtype``: of floating ones; or examples, which have the types that these get; None: they keep theirs.
 
@@ -211,7 +211,7 @@ class ModuleForm(ModelForm):
 
     def check(self, model: PreTrainedModel, settings: Settings) -> None:
         if blocks := [scheme for scheme in settings.quantize if scheme in BLOCKS]:
-            raise MptkError(f"{blocks[0]} is for models that read tokens alone, not --inputs; use fp16")
+            raise MptkError(f"{blocks[0]} is only for models that read tokens, not for --inputs; use fp16")
 
     def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
         if not isinstance(dense.run(Samples(dict(self.inputs))), Tensor):

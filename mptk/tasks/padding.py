@@ -77,7 +77,7 @@ def about_padding(model: PreTrainedModel) -> dict[str, str]:
 
 
 def padded_as_said(inputs: Mapping[str, Tensor], said: Mapping[str, str]) -> tuple[Named, slice]:
-    """``padded`` as a graph's metadata says, and which of its rows are those of ``inputs``.
+    """``padded`` as a graph's metadata says, and which of its rows are the rows of ``inputs``.
 
     Without padding if the metadata say nothing of it, or rows would be too long.
     """

@@ -39,7 +39,7 @@ class Reach:
     Attributes:
         borders: the borders that it crosses, ascending.
         beyond: the borders that are too far for it, ascending.
-        length: tokens of its longest sequence, which crosses all of ``borders``; 0: there is none.
+        length: tokens of its longest sequence, which crosses all of ``borders``; 0: no sequence.
     """
 
     borders: tuple[int, ...]
@@ -48,12 +48,12 @@ class Reach:
 
     @property
     def note(self) -> str:
-        """The borders left out and the option that covers them; empty if there are none."""
+        """The borders left out and the option that covers them; empty if none is left out."""
         if not self.beyond:
             return ""
         places = ", ".join(map(str, self.beyond))
         return (
-            f"the proof stops before position {places}, where this model has a window or threshold; "
+            f"the proof stops before position {places}, at which this model has a window or threshold; "
             f"--proof-length {self.beyond[-1] + MARGIN} covers it"
         )
 

@@ -21,7 +21,7 @@ class Vocabulary:
 
     Attributes:
         rows: how many there are.
-        axes: those of the weights.
+        axes: the weights' axes.
         inputs: which of the program's inputs are token ids.
         predicted: whether the last dimension of the output is tokens, too.
     """

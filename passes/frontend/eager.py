@@ -1,7 +1,7 @@
 """eager: compare a traced program with its module, run as Python, on sizes that the trace leaves open.
 
 Cases: the example; a second call, as a module may keep state; other sizes of all inputs; and a size of 1, which
-torch.export takes for more than 1 wherever ``forward`` asks. Where the module differs at 1 alone, 1 is refused at the
+torch.export takes for more than 1 wherever ``forward`` asks. If the module differs only at 1, 1 is refused at the
 call. Each case has a copy of the module, so that the user's stays as it is.
 """
 
@@ -31,7 +31,7 @@ def compared(
 ) -> Program:
     """``program`` with what running its module tells of it: at which sizes 1 is refused.
 
-    ``weights``: of the module where it has none in memory. ``inputs``: an example; by default that of the trace.
+    ``weights``: of the module where it has none in memory. ``inputs``: an example; by default the trace's.
 
     Raises:
         MptkError: the module keeps state that the program does not, or the program computes something else.

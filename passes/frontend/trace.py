@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeGuard
 
 import sympy
 import torch
@@ -147,7 +148,7 @@ def export_program(
 ) -> Program:
     """Export ``wrapper(*inputs)``; ``wrapper.module`` is the user's module and gives the weights their names.
 
-    ``dynamic`` is False, True (every dimension of every input ``Dim.AUTO``, but those of size 1, which a trace takes
+    ``dynamic`` is False, True (every dimension of every input ``Dim.AUTO``, except sizes of 1, which a trace takes
     for constants), some of these dimensions, or the ``dynamic_shapes`` of torch.export.
     """
     if dynamic is True or isinstance(dynamic, tuple):
@@ -279,12 +280,16 @@ def _public(name: str) -> str:
     return name.removeprefix("module.")
 
 
+def _is_symbolic(size: object) -> TypeGuard[torch.SymInt]:
+    return isinstance(size, torch.SymInt)
+
+
 def limits_of(graph: fx.Graph) -> Limits:
     """The conditions on the sizes of the inputs that Python asked for, and where a size became a number."""
     values = [(node.name, node.meta.get("val")) for node in graph.nodes if node.op == "placeholder"]
     tensors = [(name, value) for name, value in values if isinstance(value, Tensor)]
     places = (((name, d), size) for name, value in tensors for d, size in enumerate(value.shape))
-    sizes = {place: size for place, size in places if isinstance(size, torch.SymInt)}
+    sizes = {place: size for place, size in places if _is_symbolic(size)}
     lines = {place: line for place, s in sizes.items() if not is_open(s) and (line := source_line(origin(s)))}
     conditions = {
         guard.holds: Condition(guard.holds, source_line(guard.stack))

@@ -24,7 +24,7 @@ from passes.targets.width_choices import WidthChoices, Widths, closed, proportio
 
 MULTIPLE = 32
 """Block of the common 4- and 8-bit quantisers. They pad contraction axes to it."""
-NO_RATIO = "it can only be cut together with others, and no width of them all is legal"
+NO_RATIO = "it and its partners have no common legal width"
 COMBINATIONS = 20_000
 LADDER_POINTS = 12
 
@@ -79,7 +79,7 @@ class Candidate:
 
 
 def graph_widths(analysis: Analysis, multiple: int | Sequence[int] = MULTIPLE) -> LegalWidths:
-    """Legal widths for the rewritten graph itself: those that its ops accept, in multiples for quantisers."""
+    """Legal widths for the rewritten graph itself: all that its ops accept, in multiples for quantisers."""
     ladders = {f.name: aligned(f, multiple) for f in analysis.all_families}
     return LegalWidths(ladders, {}, lambda widths: None)
 
@@ -87,7 +87,7 @@ def graph_widths(analysis: Analysis, multiple: int | Sequence[int] = MULTIPLE) -
 def stock_widths(
     analysis: Analysis, stock: Stock, multiple: int | Sequence[int] = MULTIPLE, *, rehome: bool = False
 ) -> LegalWidths:
-    """Legal widths for a stock transformers checkpoint: those that the model's own config class can express.
+    """Legal widths for a stock transformers checkpoint: all that the model's own config class can express.
 
     Args:
         analysis: of the model.
@@ -183,7 +183,7 @@ def aligned(family: Family, multiples: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def default_families(analysis: Analysis, target: LegalWidths) -> list[str]:
-    """The families that are cut by default: those of single layers that the target can express; all if none repeats."""
+    """The families that are cut by default: of single layers, if the target can express them; all if none repeats."""
     cut = [f for f in analysis.families if len(target.ladders[f.name]) > 1]
     layered = closed([f.name for f in cut if is_layered(f)], target.together)
     return layered or closed([f.name for f in cut], target.together)
@@ -251,7 +251,7 @@ def choose_candidates(
     """The candidates within ``tolerance`` of the budget, the most even first.
 
     With a ``count`` each combination of the families other than ``finest`` stands once, with the width nearest to the
-    budget, and of more than ``count`` those stay that ``spread`` takes. Evenness alone drops none.
+    budget, and ``spread`` takes ``count`` of them. No candidate is dropped only for being uneven.
     ``others``: what an error names as a way out, beside the nearest widths.
 
     Raises:

@@ -34,7 +34,7 @@ def proportional(ladders: Mapping[str, Sequence[int]], families: Sequence[str]) 
 
 
 def closed(families: Sequence[str], together: Collection[frozenset[str]]) -> list[str]:
-    """``families`` without those that can only be cut with one that is not among them."""
+    """``families`` without any that can be cut only with a family that is not among them."""
     left = list(families)
     while stuck := [name for name in left if partners(name, left, together)]:
         left = [name for name in left if name not in stuck]

@@ -39,7 +39,7 @@ class MaskSite:
     Attributes:
         where: ``input`` or ``output`` (last dimension) of ``module``, ``block`` for what it adds to its input, or the
             name of a parameter of it.
-        index: the unit at each position (scope · size + unit), −1 if there is none. Broadcasts against the masked
+        index: the unit at each position (scope · size + unit), −1 for no unit. Broadcasts against the masked
             tensor.
         weights: the parameters (name, dimension) that are multiplied when the mask is folded; the dimension is None
             if ``index`` has the parameter's own dimensions. Empty for a block, whose mask no weight takes.
@@ -205,7 +205,7 @@ class _Placed:
     """The units at a site, on the device of the masks.
 
     Attributes:
-        index: the unit at each position; the number of ``units`` if there is none.
+        index: the unit at each position; the number of ``units`` for no unit.
         whole: whether position i has unit i, and there are no other positions.
     """
 

@@ -1,6 +1,6 @@
 """masked_reference: the dense Program with a plan's removed channels masked. The cut program must equal it.
 
-Removed positions of every weight become zero, but those of a weight that something is divided by. If zeros would
+Removed positions of every weight become zero, except in a weight that something is divided by. If zeros would
 disturb a reduction, it leaves the masked channels out: a norm's statistics run over the kept ones, a softmax or a top-k
 sees −inf (``passes/analysis/rules/reduce.py``). What a removed block adds is multiplied by 0 (``remove_blocks.py``).
 """

@@ -7,7 +7,7 @@ are the first principal components of what the heads give on calibration data, w
 the layer after them (for values).
 
 Rotary embeddings turn pairs of channels by an angle, which is a product of complex numbers, e^{iθ} (x₁ + i x₂). They
-commute with complex factors alone, so u has one for each pair of channels; without them it is a matrix. GQA (arXiv
+commute only with complex factors, so u has one for each pair of channels; without them it is a matrix. GQA (arXiv
 2305.13245) merges heads by their mean, the case u = 1, B = 1. It is for layers that let no factors through: they have
 a norm between projections and products.
 """

@@ -83,7 +83,7 @@ class RemoveBlocks(Pass):
         return PassResult(result, True, (f"{len(blocks)} blocks removed",))
 
     def ensures(self, before: Program, after: Program) -> None:
-        """The inputs that are left are those of the graph, and every weight among them is there."""
+        """The graph has exactly the inputs that are left, and every weight among them is there."""
         left = {node.name for node in after.placeholders()}
         assert left == {spec.arg.name for spec in after.signature.input_specs}, "an input is missing in the graph"
         assert set(after.weights.values()) <= set(after.state), "a weight is missing"
@@ -141,7 +141,7 @@ class _Removal:
                 user.args = holder
 
     def _erase(self) -> None:
-        """Erase the calls that nothing needs any more; those of a block that others need stay (case 2)."""
+        """Erase the calls that nothing needs any more; calls of a block that others need stay (case 2)."""
         needed = reached(self.roots, lambda node: node.all_input_nodes)
         for node in reversed(list(self.graph.nodes)):
             if node not in needed and node.op != "placeholder":

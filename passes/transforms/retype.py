@@ -63,7 +63,7 @@ def _is_type(value: Argument) -> bool:
 
 
 def restored(program: Program) -> Program:
-    """The program in the types of its module: those of its weights and of the casts in its graph before ``Retype``."""
+    """The program in its module's types: weights and casts have their types from before ``Retype``."""
     if program.types is None:
         return program
     graph = program.copy_graph()

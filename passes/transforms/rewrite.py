@@ -115,7 +115,7 @@ def propagate_shapes(program: Program, untouched: Collection[str] = (), changed:
         values.append(node.meta["val"])
     interpreter = _ShapeInterpreter(program.graph, untouched, unchanged)
     try:
-        with torch.no_grad(), mode, enable_python_dispatcher():  # some kernels know symbolic sizes in Python alone
+        with torch.no_grad(), mode, enable_python_dispatcher():  # some kernels know symbolic sizes only in Python
             interpreter.run(*values)
     except RuntimeError as error:
         reason, place = first_line(error), SourceLocation(interpreter.node)

@@ -1,4 +1,4 @@
-"""round_weights: add a rounding error to every weight, to measure how far rounding alone moves the outputs."""
+"""round_weights: add a rounding error to every weight, to measure how far mere rounding moves the outputs."""
 
 from __future__ import annotations
 

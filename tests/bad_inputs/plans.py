@@ -28,7 +28,7 @@ PLANS = [
     Row(
         "plan of 10^10 units",
         PLAN,
-        ("no family of a model has so many units",),
+        ("no family of a model is as large",),
         (write("plan.json", plan(of=10**10, width=10**10, keep={"model.layers.0.mlp": "0-9999999999"})),),
     ),
     Row(

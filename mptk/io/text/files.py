@@ -43,7 +43,7 @@ def file_documents(
     suffix = _suffix(path)
     if suffix not in _TABLES:
         if column is not None:
-            raise MptkError(f"{path} is plain text and has no column {column!r}; give the file's name alone")
+            raise MptkError(f"{path} is plain text and has no column {column!r}; give only the file's name")
         yield _pieces(path)
         return
     if not path.stat().st_size:
@@ -101,7 +101,7 @@ def text_files(folder: Path) -> list[Path]:
     """The tables in a folder and below, and the files that begin as UTF-8 text, in the order of their paths.
 
     Raises:
-        MptkError: there are none.
+        MptkError: no file is text.
     """
     found = [file for file in shown(folder) if _suffix(file) in _TABLES or _is_text(file)]
     if not found:
@@ -116,7 +116,7 @@ def shown(folder: Path) -> list[Path]:
 
 
 def _suffix(path: Path) -> str:
-    """The file's suffix in small letters, without that of a compressed table."""
+    """The file's suffix in lower case; of a compressed table, the suffix before the packer's."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in _PACKED else suffix
 
@@ -193,7 +193,7 @@ LONGEST_LINE = 1 << 28
 
 
 def json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows of a file, one at a time if each has a line. Raises MptkError, with the line, where it is none."""
+    """The rows of a file, one at a time if each has a line. Raises MptkError for a line that is no object."""
     number = 0
 
     def damaged(why: str) -> MptkError:

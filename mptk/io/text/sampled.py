@@ -54,7 +54,7 @@ def sampled(
     its own, so that more rows begin with the same ones. The caller's random state does not change.
 
     Args:
-        batch_size: rows sampled at once, by default those of 16,384 tokens. More take more memory, and less time each.
+        batch_size: rows sampled at once, by default as many as have 16,384 tokens. More take more memory and less time.
         progress: called with (tokens done, all tokens).
 
     Raises:

@@ -79,7 +79,7 @@ def hub_text(name: str, *, held_out: bool) -> HubText:
     ``held_out``: by default its split to measure on, and not the one to train on.
 
     Raises:
-        MptkError: there are more parts; or the name can only be that of a file, which is not there.
+        MptkError: there are more parts; or the name can only be a file's, which does not exist.
     """
     preset, split = PRESETS.get(name), ""
     if preset is None:
@@ -141,7 +141,7 @@ def parse(data: str, *, held_out: bool = False) -> tuple[TextSource, ...]:
     """
     parts = [data] if _is_there(data) else [part.strip() for part in data.split(",")]
     if len(parts) > 1 and any(part.partition("=")[0] == SELF for part in parts):
-        raise MptkError(f"{data}: text that the model writes cannot be mixed with other text; give {SELF} alone")
+        raise MptkError(f"{data}: text that the model writes cannot be mixed with other text; give only {SELF}")
     return tuple(_source(*_weighted(part), held_out) for part in parts)
 
 

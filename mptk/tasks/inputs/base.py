@@ -28,7 +28,7 @@ class Inputs(Protocol):
     """A kind of inputs."""
 
     def example(self, model: nn.Module) -> Named:
-        """Two small samples, from the model's config alone."""
+        """Two small samples, from only the model's config."""
         ...
 
     def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
@@ -126,7 +126,7 @@ def accepted(model: nn.Module, inputs: Mapping[str, Tensor]) -> Named:
 
 
 def ordered(samples: Samples, like: Mapping[str, Tensor]) -> Samples:
-    """The samples with the model's inputs alone, in the order of ``like``, examples of them."""
+    """The samples with only the model's inputs, in the order of ``like``, examples of them."""
     for name in like:
         if name not in samples.inputs:
             raise lacking(name, like)

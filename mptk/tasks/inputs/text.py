@@ -62,7 +62,7 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 
 def calibration_windows(loaded: Loaded, settings: Settings, count: int, progress: Count) -> Tensor:
-    """Up to ``count`` windows of the calibration text, int64 [n, length]. Errors are those of ``data.calibration``."""
+    """Up to ``count`` windows of the calibration text, int64 [n, length]. Raises what ``data.calibration`` raises."""
     return data.calibration(
         loaded.whole() if settings.data == data.SELF else loaded.model,
         loaded.tokenizer,
@@ -75,7 +75,7 @@ def calibration_windows(loaded: Loaded, settings: Settings, count: int, progress
 
 
 def evaluation_windows(loaded: Loaded, settings: Settings, length: int) -> Tensor:
-    """Windows of the evaluation text, int64 [n, length]. Errors are those of ``data.evaluation_windows``."""
+    """Windows of the evaluation text, int64 [n, length]. Raises what ``data.evaluation_windows`` raises."""
     source = settings.eval_data or settings.data
     windows = data.evaluation_windows(loaded.tokenizer, source, length, settings.eval_windows)
     data.check_ids(loaded.model, windows)

@@ -17,7 +17,7 @@ from passes.analysis.rules.table import Result, ZeroOf, meet, rule, zero_of_firs
 
 
 def _space(ctx: RuleContext, node: fx.Node, x: Value, first: int) -> Dims:
-    """Freeze the operand's spatial dimensions and make those of the (first) result."""
+    """Freeze the operand's spatial dimensions and make the (first) result's."""
     result = node.meta["val"]
     for d in x.dims[first:]:
         ctx.freeze(d, "positions in space", node)

@@ -145,7 +145,7 @@ HIDDEN = "its positions are the samples of torch.vmap"
 
 @rule(target_name(vmap_opens), zero="keep", positions="carry")
 def opened(ctx: RuleContext, node: fx.Node, x: Value, dim: int, level: int) -> Dims:
-    """y = x without d, which is hidden and cannot be cut; nor does a choice of other units vary along it."""
+    """y = x without d, which is hidden and cannot be cut. No choice of other units varies along it."""
     d = normalize(dim, x.ndim)
     ctx.freeze(x.dims[d], HIDDEN, node)
     meet(ctx, x.dims, [d])

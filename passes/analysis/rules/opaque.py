@@ -30,7 +30,7 @@ OPAQUE = (
 
 @rule(*OPAQUE)
 def opaque(ctx: RuleContext, node: fx.Node, *args: object, **kwargs: object) -> Results:
-    """No axis can be followed: those of the operands are frozen, and so are the fresh ones of the result."""
+    """No axis can be followed: the operands' axes are frozen, and so are the result's fresh ones."""
     for value in _values([*args, *kwargs.values()]):
         for d in value.dims:
             ctx.freeze(d, "mixed by an op that keeps no axes apart", node)

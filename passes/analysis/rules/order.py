@@ -166,7 +166,7 @@ def fill_diagonal(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: o
 
 @rule("aten.block_diag", zero="join")
 def block_diag(ctx: RuleContext, node: fx.Node, blocks: Sequence[Value]) -> Dims:
-    """y = the blocks along a diagonal, and zeros: its rows are those of the blocks in order, and so its columns."""
+    """y = the blocks along a diagonal, and zeros: it has the blocks' rows in order, and their columns."""
     return tuple(concat((ONE, ONE, *x.dims)[-2:][i] for x in blocks) for i in (0, 1))
 
 

@@ -161,7 +161,7 @@ class Resizer:
             )
 
     def epsilon(self, node: fx.Node) -> float:
-        """The default epsilon of a norm: that of the type in which it computes, float32 or wider."""
+        """The default epsilon of a norm: its type's epsilon, for float32 or wider."""
         dtype = self.original[node.name].meta["val"].dtype
         return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 

@@ -162,7 +162,7 @@ def _first_cause(error: BaseException) -> str:
 
 
 SMALL = 1 << 12
-"""Constants of at most so many numbers are read at once, since passes look at their values."""
+"""Largest constant, in numbers, that is read at once: passes look at the values of small ones."""
 
 
 def without_weights(program: Program) -> Program:

@@ -16,7 +16,7 @@ from passes.targets.onnx.tensors import Spill, lazy, parts, shape_of, tensor_of
 
 @dataclass(frozen=True)
 class LookUpInBlocksPass(ir.passes.InPlacePass):
-    """Look the embedding up in 8-bit blocks, those of the output projection if that is its transpose.
+    """Look the embedding up in 8-bit blocks: the output projection's, if that is its transpose.
 
     ``source``: the file of the graph. The rounded table waits in a temporary file beside it.
     """

@@ -69,7 +69,7 @@ def traced(
         nonlocal ran
         batch = samples if fixed is None else samples.of_length(fixed)
         found: Tensor | tuple[Tensor, ...] = next(executor.outputs([program], [batch.tensors]))
-        check_alive(loaded.source, program, (found,) if isinstance(found, Tensor) else found)
+        check_outputs(loaded.source, program, (found,) if isinstance(found, Tensor) else found)
         ran += 1
         return found if fixed is None or not isinstance(found, Tensor) else found[:, : samples.tensors[0].shape[1]]
 
@@ -187,7 +187,7 @@ def _trace(loaded: Loaded, example: Samples, dynamic: bool | tuple[int, ...] = T
     return loaded.with_weights(passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=dynamic))
 
 
-def check_alive(source: str, program: Program, outputs: Sequence[Tensor]) -> None:
+def check_outputs(source: str, program: Program, outputs: Sequence[Tensor]) -> None:
     """Raise MptkError if a model's ``outputs`` are not finite, with the name of such a weight, or are all zero."""
     if not all(output.isfinite().all() for output in outputs):
         weights = (name for name, like in program.state.likes.items() if like.is_floating_point())

@@ -69,7 +69,7 @@ Sweep = Callable[[Sequence[Operator], int, Progress], Mapping[Operator, float]]
 """(operators, threads, progress) → milliseconds of each."""
 
 
-def kept_times(
+def cached_times(
     operators: Sequence[Operator], threads: int, progress: Progress, sweep: Sweep | None = None
 ) -> dict[Operator, float]:
     """Milliseconds of each operator, from the cache folder; missing ones are measured on this machine.

@@ -114,7 +114,7 @@ def calibration(
     """
     check_length(model, length)
     if data == SELF:
-        return sampled.kept(model, tokenizer, count=count, length=length, seed=seed, progress=progress)
+        return sampled.from_cache(model, tokenizer, count=count, length=length, seed=seed, progress=progress)
     windows = _shared_out(parse(data), _required(tokenizer), length, count, seed)
     check_ids(model, windows)
     return windows

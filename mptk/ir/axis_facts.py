@@ -78,7 +78,7 @@ class AxisFacts:
         activations: values that depend on the user's inputs.
         caches: an input that the model continues (a KV cache) → the output that continues it.
         writes: call that writes in place → every value whose memory it may change, in the graph's order.
-        kept: weight that something is divided by → the axes along which the masked model keeps its numbers.
+        divisors: weight that something is divided by → the axes along which the masked model keeps its numbers.
     """
 
     graph: fx.Graph
@@ -94,7 +94,7 @@ class AxisFacts:
     activations: AbstractSet[fx.Node] = field(repr=False)
     caches: Mapping[fx.Node, fx.Node] = field(repr=False)
     writes: Mapping[fx.Node, Sequence[fx.Node]] = field(repr=False)
-    kept: Mapping[fx.Node, AbstractSet[Axis]] = field(default_factory=dict, repr=False)
+    divisors: Mapping[fx.Node, AbstractSet[Axis]] = field(default_factory=dict, repr=False)
 
     def dims(self, node: fx.Node) -> Dims:
         """The terms of a value, which must be one tensor; no terms for a constant."""

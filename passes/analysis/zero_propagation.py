@@ -135,7 +135,7 @@ class _Propagation:
     def _visit(self, node: fx.Node) -> set[Axis]:
         axes = self.facts.axes(node)
         if node.op == "placeholder":
-            return set(axes.difference(self.facts.kept.get(node, ())))
+            return set(axes.difference(self.facts.divisors.get(node, ())))
         if node.target is operator.getitem:
             return self.zeros[node.all_input_nodes[0]] & axes
         return self._result(node) & axes

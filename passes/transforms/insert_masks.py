@@ -111,7 +111,7 @@ def _makers(group: Group, program: Program, facts: AxisFacts) -> list[Member]:
     A weight that something is divided by is left out.
     """
     tied = set(program.aliases.values())
-    kept = {program.weights[node.name] for node, axes in facts.kept.items() if group.axis in axes}
+    kept = {program.weights[node.name] for node, axes in facts.divisors.items() if group.axis in axes}
     found = (m for m in group.members if m.weight not in kept and (m.role != "consumer" or m.weight in tied))
     return sorted(found, key=lambda m: m.role != "producer")
 

@@ -81,7 +81,7 @@ class Mask(Pass):
 
     def _cut_of(self, placeholder: str) -> Cut:
         """The cut as it masks a weight: one that is divided by keeps its numbers."""
-        kept = {n.name: axes for n, axes in self.analysis.facts.kept.items()}.get(placeholder, ())
+        kept = {n.name: axes for n, axes in self.analysis.facts.divisors.items()}.get(placeholder, ())
         return Cut({a: c for a, c in self.cut.choices.items() if a not in kept}, self.cut.sizes)
 
     def ensures(self, before: Program, after: Program) -> None:

@@ -82,7 +82,7 @@ def writes(model: PreTrainedModel) -> bool:
     return model.can_generate() and not model.config.is_encoder_decoder
 
 
-def kept(
+def from_cache(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
@@ -99,7 +99,7 @@ def kept(
     if len(found) < count:
         more = sampled(model, tokenizer, count=count, length=length, seed=seed, first=len(found), progress=progress)
         found = torch.cat([found, more])
-        _keep(path, found)
+        _store(path, found)
     return found[:count]
 
 
@@ -114,7 +114,7 @@ def _read(path: Path, length: int) -> Tensor:
     return torch.empty(0, length, dtype=torch.int64)
 
 
-def _keep(path: Path, tokens: Tensor) -> None:
+def _store(path: Path, tokens: Tensor) -> None:
     """Write it for the next run. A cache that cannot be written is no reason to stop."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

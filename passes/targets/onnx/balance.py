@@ -72,10 +72,10 @@ def balancing(gate: ir.TensorProtocol, up: ir.TensorProtocol, down: ir.TensorPro
 
 def equalising(size: Floats, rows: Floats) -> Floats:
     """``sqrt(size / rows)`` by channel, divided by its geometric mean; 1 for a channel that is zero in either."""
-    alive = (size > 0) & (rows > 0)
+    nonzero = (size > 0) & (rows > 0)
     scale = np.ones_like(size)
-    scale[alive] = np.sqrt(size[alive] / rows[alive])
-    scale[alive] /= np.exp(np.log(scale[alive]).mean()) if alive.any() else 1
+    scale[nonzero] = np.sqrt(size[nonzero] / rows[nonzero])
+    scale[nonzero] /= np.exp(np.log(scale[nonzero]).mean()) if nonzero.any() else 1
     return scale
 
 

@@ -70,7 +70,7 @@ def _wrong(value: object, hint: Any, name: str) -> str | None:
 
 
 def _is_a(value: object, kind: Any) -> bool:
-    """Whether a value is of a class. Text is no sequence, a flag no number, and a whole number may stand for a real."""
+    """Whether a value is of a class. Text is not a sequence, a flag not a number; a whole number may be a real."""
     if kind is None or kind is types.NoneType:
         return value is None
     if kind is Callable or isinstance(kind, type(Protocol)):  # a protocol of a function

@@ -24,7 +24,7 @@ def read_bytes(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> bytes:
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(_mode(file.fileno())):
-                raise damaged("it is no regular file")
+                raise damaged("it is not a regular file")
             content = file.read(most + 1)
     except OSError as error:
         raise damaged(str(error.strerror or error)) from error

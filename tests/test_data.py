@@ -88,11 +88,11 @@ class TestLoadText:
     def test_nothing_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         for name in ("x" * 300, "~nobody-at-all/a.txt"):
-            with pytest.raises(MptkError, match="no file or folder"):
+            with pytest.raises(MptkError, match="not a file or folder"):
                 texts(name)
         with pytest.raises(MptkError, match="no text in it"):
             texts(str(tmp_path))
-        with pytest.raises(MptkError, match=r"no file or folder.*check the path"):
+        with pytest.raises(MptkError, match=r"not a file or folder.*check the path"):
             texts(str(tmp_path / "none.txt"))
 
 

@@ -222,19 +222,19 @@ FILES: dict[str, tuple[Edit, str, str, int]] = {
     "two ids in each other's place": (ids_swapped, r"model\.vocab\.\S+ of tokenizer.json is \d+, but \d+", SAVED, 1),
     "a token more": (
         added("added_tokens.json", '{"<x>": 96}'),
-        "added_tokens.json is no file of the dense model",
+        "added_tokens.json is not a file of the dense model",
         SAVED,
         1,
     ),
     "a chat template": (
         added("chat_template.jinja", "{{ messages }}"),
-        "chat_template.jinja is no file of the dense model",
+        "chat_template.jinja is not a file of the dense model",
         SAVED,
         1,
     ),
     "a processor": (
         added("preprocessor_config.json", "{}"),
-        "preprocessor_config.json is no file of the dense model",
+        "preprocessor_config.json is not a file of the dense model",
         SAVED,
         1,
     ),

@@ -119,8 +119,8 @@ def test_targets_end_with_the_text() -> None:
 @pytest.mark.parametrize(
     ("name", "data", "line"),
     [
-        ("image classifier", "self", "this model reads images, and self is no folder of them"),
-        ("image classifier", "text.txt", "is no folder of them; give one with --data, or random"),
+        ("image classifier", "self", "this model reads images, and self is not a folder of them"),
+        ("image classifier", "text.txt", "is not a folder of them; give one with --data, or random"),
         ("image classifier", "sounds", "holds no images"),
         ("speech", "images", "holds no WAV files"),
         ("encoder", "self", "cannot write text to calibrate on"),
@@ -139,7 +139,7 @@ def test_data_of_another_kind_is_said_before_any_work(
 def test_files_that_are_no_image_and_no_sound(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "broken.wav").write_bytes(b"no sound")
-    for name, line in (("image classifier", "no image that can be read"), ("speech", "no WAV file that can be read")):
+    for name, line in (("image classifier", "is not a readable image"), ("speech", "is not a readable WAV file")):
         with pytest.raises(MptkError, match=line):
             mptk.prune(str(folders / name), tmp_path / "out", settings(folders, name, data=str(tmp_path)))
 
@@ -147,7 +147,7 @@ def test_files_that_are_no_image_and_no_sound(folders: Path, tmp_path: Path) -> 
 def test_a_small_file_that_unpacks_to_a_huge_picture(tmp_path: Path) -> None:
     Image.new("1", (20_000, 8_000)).save(tmp_path / "huge.png")
     assert (tmp_path / "huge.png").stat().st_size < 50_000
-    with pytest.raises(MptkError, match=r"huge.png is no image that can be read .*160000000 pixels"):
+    with pytest.raises(MptkError, match=r"huge.png is not a readable image .*160000000 pixels"):
         open_image(tmp_path / "huge.png")
 
 

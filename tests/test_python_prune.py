@@ -313,7 +313,7 @@ class Names(nn.Module):
         ),
         (lambda: mptk.prune(Net(), example_inputs=(EXAMPLE[0], EXAMPLE[1][:2])), "samples in their first dimension"),
         (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, data=[{"x": EXAMPLE[0]}]), "lack the input 'scale'"),
-        (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, data=[(1, 2)]), "no tensor but int"),
+        (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, data=[(1, 2)]), "not a tensor but int"),
         (lambda: samples({"x": torch.ones(2, 3)}), "lack the input 'in"),
         (lambda: samples(torch.arange(9)), r"input_ids in data is \[9\]"),
         (lambda: mptk.prune(Names(), example_inputs=EXAMPLE), "give them by name"),

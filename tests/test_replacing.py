@@ -317,7 +317,7 @@ def test_no_planted_link_is_followed(tmp_path: Path) -> None:
         write(place / "out", "mine")
     (place / ".new.mptk").symlink_to(tmp_path / "victim")
     tidy(place)
-    with pytest.raises(MptkError, match="is no folder of yours; remove it"):
+    with pytest.raises(MptkError, match="is not your folder; remove it"):
         write(place / "new", "mine")
     assert (tmp_path / "victim" / "file").read_text() == "theirs"
     assert names(tmp_path / "victim") == ["file"]

@@ -35,7 +35,7 @@ def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust
         for name, bias in biases.items():
             if name not in state or bias.ndim != 1 or bias.shape != state.like(name).shape:
                 raise MptkError(
-                    f"{COMPENSATION} holds {name}, which is no bias of the model; "
+                    f"{COMPENSATION} holds {name}, which is not a bias of the model; "
                     "do not use it, and prune the model again"
                 )
         return biases

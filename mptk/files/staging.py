@@ -87,7 +87,7 @@ def take(path: Path) -> Staging | None:
     """The staging folder ``path``, made if missing; None if another process owns it or just removed it.
 
     Raises:
-        PermissionError: it belongs to another user, or is no folder.
+        PermissionError: it belongs to another user, or is not a folder.
     """
     try:
         path.mkdir(mode=0o700)
@@ -97,7 +97,7 @@ def take(path: Path) -> Staging | None:
         except FileNotFoundError:
             return None
         if not mine:
-            raise PermissionError(errno.EPERM, f"{path} is no folder of yours; remove it") from None
+            raise PermissionError(errno.EPERM, f"{path} is not your folder; remove it") from None
     descriptor = _locked(path, create=True)
     return None if descriptor is None else Staging(path, descriptor)
 

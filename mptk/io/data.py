@@ -47,7 +47,7 @@ def documents(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[
         MptkError: ``data`` does not exist, has more than one column of text, is not UTF-8, or is text that is made up.
     """
     if data in (SELF, RANDOM):
-        raise MptkError(f"{data} is no text that a vocabulary can be taken of; give a file, folder or dataset")
+        raise MptkError(f"{data} is not text from which a vocabulary can be taken; give a file, folder or dataset")
     for source in parse(data):
         yield from source.documents(tokenizer)
 

@@ -67,17 +67,17 @@ def check_folder(folder: Path) -> None:
 
 
 def check_config(file: Path) -> dict[str, Any]:
-    """The content of a config.json. Raises MptkError if it is no config, or has sizes that no model has."""
+    """The content of a config.json. Raises MptkError if it is not a config, or has sizes that no model has."""
     content = read_object(file)
     classes = content.get("architectures")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
-        raise damaged(file)("architectures is no list of names of classes")
+        raise damaged(file)("architectures is not a list of class names")
     for name in ("dtype", "torch_dtype"):
         said = content.get(name)
         if said not in (None, "auto") and not isinstance(
             getattr(torch, str(said).removeprefix("torch."), 0), torch.dtype
         ):
-            raise damaged(file)(f"{name} is {said!r}, which is no type of numbers")
+            raise damaged(file)(f"{name} is {said!r}, which is not a number type")
     for name, value in _numbers(content, ""):
         if abs(value) >= LARGEST_SIZE and isinstance(value, int):
             raise damaged(file)(f"{name} is {value if abs(value) < 10**20 else 'a number of many digits'}")
@@ -87,10 +87,10 @@ def check_config(file: Path) -> dict[str, Any]:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The content of a JSON file of a model. Raises MptkError if it is no object."""
+    """The content of a JSON file of a model. Raises MptkError if it is not an object."""
     content = read_json(file, damaged(file))
     if not isinstance(content, dict):
-        raise damaged(file)("it is no object")
+        raise damaged(file)("it is not an object")
     return content
 
 
@@ -168,7 +168,7 @@ def _check_ordinary(file: Path, most: int | None = None) -> None:
     except OSError as error:
         raise damaged(file)(f"it cannot be read: {error.strerror or error}") from error
     if not stat.S_ISREG(state.st_mode):
-        raise damaged(file)("it is no ordinary file")
+        raise damaged(file)("it is not an ordinary file")
     if most is not None and state.st_size > most:
         raise damaged(file)(f"it has {state.st_size >> 20} MB")
 

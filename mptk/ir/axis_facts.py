@@ -16,7 +16,7 @@ Dims = tuple[Term, ...]
 """One term for each dimension of a tensor."""
 
 Results = Dims | list[Dims] | list[Dims | None]
-"""The dimensions of a call's result. Several results are a list, with None for a result that is no tensor."""
+"""The dimensions of a call's result. Several results are a list, with None for a result that is not a tensor."""
 
 Positions = Term | list[Term | None] | None
 """The axis whose positions a value's integers are, as after an argmax. Several results are a list."""

@@ -181,7 +181,7 @@ def _heads(body: object, where: str) -> Heads | None:
 def check_units(row: Sequence[int], width: int, of: int, where: str) -> None:
     """Raise MptkError, which names ``where``, unless ``row`` is ``width`` ascending, distinct units of 0 … of − 1."""
     if not isinstance(row, list | tuple) or not all(isinstance(unit, Integral) for unit in row):
-        raise MptkError(f"{where}: a row is no tuple of whole numbers; give the units that stay, ascending")
+        raise MptkError(f"{where}: a row is not a tuple of whole numbers; give the units that stay, ascending")
     if len(row) != width:
         raise MptkError(f"{where}: {len(row)} units kept, but width is {width}")
     if list(row) != sorted(set(row)) or row[0] < 0 or row[-1] >= of:

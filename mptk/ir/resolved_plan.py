@@ -193,7 +193,7 @@ def _table(family: Family, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.b
     if keep is None:
         raise MptkError(f"plan: {family.name} has no entry for layer {group.layer!r}; every layer needs its kept units")
     if not isinstance(keep, list | tuple):
-        raise MptkError(f"plan: {family.name}.{group.layer} is no tuple of rows; give one of units for each scope")
+        raise MptkError(f"plan: {family.name}.{group.layer} is not a tuple of rows; give one of units for each scope")
     if len(keep) not in (1, group.scopes):
         raise MptkError(f"plan: {family.name}.{group.layer} has {len(keep)} rows of units; give 1 or {group.scopes}")
     for row in keep:

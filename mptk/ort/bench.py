@@ -162,7 +162,7 @@ def bench_decoders(
         progress: called with a stage, the cases done and all cases.
 
     Raises:
-        MptkError: a file is missing or is no decoder; fewer than two rounds.
+        MptkError: a file is missing or is not a decoder; fewer than two rounds.
     """
     if rounds < 2:
         raise MptkError("the spread of one round is unknown; give --rounds 2 or more")

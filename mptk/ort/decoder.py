@@ -64,7 +64,7 @@ class OrtDecoder:
             On a CUDA device the cache stays there.
 
     Raises:
-        MptkError: there is no such file, ONNX Runtime refuses it, or it is no decoder with a KV cache.
+        MptkError: there is no such file, ONNX Runtime refuses it, or it is not a decoder with a KV cache.
     """
 
     def __init__(self, path: str | Path, *, threads: int = 0, device: torch.device = CPU) -> None:
@@ -74,7 +74,8 @@ class OrtDecoder:
         self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
         if not self.past or "input_ids" not in self.inputs:
             raise MptkError(
-                f"{file} is no decoder with a KV cache: its inputs are {', '.join(self.inputs)}; export one with mptk"
+                f"{file} is not a decoder with a KV cache: its inputs are {', '.join(self.inputs)}; export one with "
+                "mptk"
             )
         self.presents = [name.replace("past_key_values", "present") for name in self.past]
         self.outputs = ["logits", *self.presents]

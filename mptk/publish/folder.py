@@ -51,12 +51,12 @@ def amend(folder: Path) -> Iterator[Path]:
 def check_replaceable(folder: Path, overwrite: bool = False) -> None:
     """Raise MptkError if a user's own files would go with ``folder``.
 
-    It is a link; or exists, is not empty and is no output of mptk; or is one in which files were added or changed.
+    It is a link; or exists, is not empty and is not an output of mptk; or is one in which files were added or changed.
     ``overwrite``: then the added ones stay, and the changed ones are replaced.
     """
     check_text(folder)
     if folder.name in ("", ".."):
-        raise MptkError(f"{folder} is no name of a folder to write; give one, such as runs/small")
+        raise MptkError(f"{folder} is not a name of a folder to write; give one, such as runs/small")
     if folder.is_symlink():
         raise MptkError(f"{folder} is a symbolic link; give the folder that it leads to, {folder.readlink()}, as --out")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):

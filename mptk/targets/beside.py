@@ -36,7 +36,7 @@ def check_beside(folder: Path, write: Callable[[Path], object], *, all_known: bo
         return
     more = sorted({path.relative_to(folder).as_posix() for pattern in READ for path in folder.glob(pattern)} - {*names})
     if more:
-        fail(f"{more[0]} is no file of the dense model")
+        fail(f"{more[0]} is not a file of the dense model")
 
 
 def _same(name: str, file: Path, expected: Path) -> None:

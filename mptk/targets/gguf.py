@@ -104,7 +104,7 @@ class Pattern:
 
     def _value(self, name: str) -> Any:
         if name not in self.fields:
-            raise MptkError(f"{self.file} has no {name}; it is no file of a language model")
+            raise MptkError(f"{self.file} has no {name}; it is not a file of a language model")
         return self.fields[name].value
 
     def kept(self) -> Iterator[tuple[str, GgufField]]:

@@ -146,7 +146,7 @@ def _described(form: OnnxForm, compiled: Compiled, folder: Path, name: str) -> l
     """Raise ProofError unless a file that describes the graphs says what the config, the plan and the graphs give."""
     written = compiled.written
     if written is None:
-        fail(f"{name} is no file of a graph without a checkpoint")
+        fail(f"{name} is not a file of a graph without a checkpoint")
     generation = getattr(compiled.prepared.loaded.model, "generation_config", None)
     with scratch() as place:
         (place.folder / ONNX_FOLDER).symlink_to((folder / ONNX_FOLDER).absolute())

@@ -89,7 +89,7 @@ def example_of(model: nn.Module) -> Mapping[str, Tensor] | None:
 
 
 def check_decoder(model: str, *, trust_remote_code: bool = False) -> None:
-    """Raise MptkError if a model is no causal language model by its config."""
+    """Raise MptkError if a model is not a causal language model by its config."""
     config = models.load_config(model, trust_remote_code=trust_remote_code)
     reason = CAUSAL_LM.refusal(config, classes_of(config))
     if reason is not None:

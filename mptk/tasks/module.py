@@ -122,7 +122,7 @@ def example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | Mappi
     One sample becomes two, since a trace takes a size of 1 for a constant.
 
     Raises:
-        MptkError: ``forward`` has no names for them, or they are no tensors with samples in their first dimension.
+        MptkError: ``forward`` has no names for them, or they are not tensors with samples in their first dimension.
     """
     names, plain = argument_names(module), not isinstance(module, PreTrainedModel)
     found = _in_order(names, named_inputs(names, inputs, None if plain else torch.float32))
@@ -170,7 +170,7 @@ def named_inputs(
     ``dtype``: of floating ones; or examples, which have the types that these get; None: they keep theirs.
 
     Raises:
-        MptkError: there are more than names, or one is no tensor of numbers.
+        MptkError: there are more than names, or one is not a tensor of numbers.
     """
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
@@ -180,7 +180,7 @@ def named_inputs(
         inputs = dict(zip(names, inputs, strict=False))
     odd = [name for name, value in inputs.items() if not isinstance(value, Tensor)]
     if odd:
-        raise MptkError(f"{odd[0]} is no tensor but {type(inputs[odd[0]]).__name__}; give tensors only")
+        raise MptkError(f"{odd[0]} is not a tensor but {type(inputs[odd[0]]).__name__}; give tensors only")
     for name, tensor in inputs.items():
         _check_numbers(name, tensor)
     found = {name: tensor.detach().cpu() for name, tensor in inputs.items()}

@@ -38,7 +38,7 @@ def entry(graphs: Path) -> dict[str, Any]:
 
 
 def has_half_cache(file: Path) -> bool:
-    """Whether a graph takes a KV cache in float16. Raises ProofError if the file is no graph."""
+    """Whether a graph takes a KV cache in float16. Raises ProofError if the file is not a graph."""
     try:
         inputs = onnx.load(file, load_external_data=False).graph.input
     except Exception as error:  # protobuf's, which onnx does not name

@@ -79,7 +79,7 @@ class _BlockSearch:
     modules: Mapping[int, set[fx.Node]]
 
     def blocks(self) -> list[Block]:
-        """The blocks in their order; none if one of the modules is no residual block."""
+        """The blocks in their order; none if one of the modules is not a residual block."""
         found: list[Block] = []
         for unit in sorted(self.modules):
             nodes = self.modules[unit]

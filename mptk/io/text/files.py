@@ -38,7 +38,7 @@ def file_documents(
     """The documents of a file: each row of a table, or the text file as a whole. Nothing is read in full.
 
     Raises:
-        MptkError: it cannot be read; as ``row_texts``; or a column is named and the file is no table.
+        MptkError: it cannot be read; as ``row_texts``; or a column is named and the file is not a table.
     """
     suffix = _suffix(path)
     if suffix not in _TABLES:
@@ -176,10 +176,10 @@ def _first(documents: Iterable[Document], characters: int) -> Iterator[Document]
 
 
 def check_ordinary(path: Path) -> None:
-    """Raise MptkError if a path is no ordinary file and no folder: text is read more than once, and has an end."""
+    """Raise MptkError if a path is neither a file nor a folder: text is read more than once, and has an end."""
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise MptkError(f"{path} is no ordinary file; write the text to one and give that")
+        raise MptkError(f"{path} is not an ordinary file; write the text to one and give that")
 
 
 def with_cause(error: BaseException) -> str:
@@ -193,7 +193,7 @@ LONGEST_LINE = 1 << 28
 
 
 def json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows of a file, one at a time if each has a line. Raises MptkError for a line that is no object."""
+    """The rows of a file, one at a time if each has a line. Raises MptkError for a line that is not an object."""
     number = 0
 
     def damaged(why: str) -> MptkError:

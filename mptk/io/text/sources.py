@@ -55,7 +55,7 @@ class HubText:
         except Exception as error:  # of the hub, and of the library of each format: they have no base class
             said = with_cause(error)
             raise MptkError(
-                f"{self.id!r} is no file or folder, and does not load as a dataset: {said}; "
+                f"{self.id!r} is not a file or folder, and does not load as a dataset: {said}; "
                 "check the path, or the network and ID:CONFIG:SPLIT; a file of your own needs neither"
             ) from error
 
@@ -89,7 +89,7 @@ def hub_text(name: str, *, held_out: bool) -> HubText:
                 f"{name!r} has too many colons; write ID, ID:CONFIG, ID:CONFIG:SPLIT or ID:CONFIG:SPLIT:COLUMN"
             )
         if _PATH.search(dataset):
-            raise MptkError(f"{dataset!r} is no file or folder; check the path")
+            raise MptkError(f"{dataset!r} is not a file or folder; check the path")
         preset = HubText(dataset, config or None, column=column or None)
         split = named
     return replace(preset, split=split or (preset.held_out if held_out else preset.split))
@@ -137,7 +137,7 @@ def parse(data: str, *, held_out: bool = False) -> tuple[TextSource, ...]:
     """The sources that ``SOURCE[=WEIGHT],…`` names. A path that is there is one source, whatever is in its name.
 
     Raises:
-        MptkError: a weight is no positive number, or ``self`` stands beside other sources.
+        MptkError: a weight is not a positive number, or ``self`` stands beside other sources.
     """
     parts = [data] if _is_there(data) else [part.strip() for part in data.split(",")]
     if len(parts) > 1 and any(part.partition("=")[0] == SELF for part in parts):

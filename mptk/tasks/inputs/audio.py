@@ -79,4 +79,4 @@ def read_sound(path: Path, rate: int) -> Sound:
             sound: Sound = (raw.reshape(-1, file.getnchannels()).mean(1) / 32768).astype(np.float32)
             return sound
     except (wave.Error, EOFError, OSError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise MptkError(f"{path} is no WAV file that can be read ({error}); {remedy}") from error
+        raise MptkError(f"{path} is not a readable WAV file ({error}); {remedy}") from error

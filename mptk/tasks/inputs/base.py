@@ -95,7 +95,7 @@ class FileInputs(Inputs):
         folder, what = path_of(data), self.what
         if not folder.is_dir():
             raise MptkError(
-                f"this model reads {what}, and {data} is no folder of them; give one with --data, or random"
+                f"this model reads {what}, and {data} is not a folder of them; give one with --data, or random"
             )
         found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in self.suffixes and path.is_file())
         if not found:

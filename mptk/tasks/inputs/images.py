@@ -66,4 +66,4 @@ def open_image(path: Path) -> Any:
         ):
             return image.convert("RGB")
     except Exception as error:  # each format's reader has errors of its own
-        raise MptkError(f"{path} is no image that can be read ({error}); remove it or give another folder") from error
+        raise MptkError(f"{path} is not a readable image ({error}); remove it or give another folder") from error

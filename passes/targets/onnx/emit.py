@@ -54,7 +54,7 @@ def decoder_interface(program: Program) -> Interface:
     sequence_length or 1, vocabulary] and present.N.key and .value, of total_sequence_length = past + sequence.
 
     Raises:
-        MptkError: the program is no traced decoder.
+        MptkError: the program is not a traced decoder.
     """
     layers, rest = divmod(len(program.user_inputs) - 3, 2)
     if layers < 1 or rest:

@@ -92,7 +92,7 @@ class Pruned:
 
         It is of a stock transformers class, in the type of the stored weights, as ``from_pretrained`` loads it. A plain
         ``nn.Module`` (and what was written for the target ``graph``) becomes a module with the cut parameters under
-        their old names and the traced ``forward`` (``ir/module.py``), in its own types; what was a transformers model
+        their old names and the traced ``forward`` (``ir/program.py``), in its own types; what was a transformers model
         is in float32.
 
         Raises:

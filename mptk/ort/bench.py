@@ -267,7 +267,10 @@ ROUND_S = 0.05
 
 
 def alternate(steps: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
-    """Milliseconds of each step in each round. The steps take turns; every other round reverses their order."""
+    """Milliseconds of each step in each round. Every other round reverses their order.
+
+    The steps take turns, so that disturbances of the machine affect all of them equally.
+    """
     repeats = [_repeats(step) for step in steps]
     times: list[list[float]] = [[] for _ in steps]
     order = list(range(len(steps)))

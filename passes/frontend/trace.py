@@ -300,7 +300,11 @@ def limits_of(graph: fx.Graph) -> Limits:
 
 
 def own_state(graph: fx.Graph, weights: Collection[str]) -> None:
-    """Clone each of the placeholders ``weights`` that a call of the graph writes to, in place."""
+    """Clone each of the placeholders ``weights`` that a call of the graph writes to, in place.
+
+    So a program starts each time from the state that it holds, and running it changes neither it nor the user's module.
+    ``ProgramModule`` has buffers of its own, leaves the copies out and keeps its state.
+    """
     targets = {storage(target) for node in graph.nodes if node.op == "call_function" for target in written(node)}
     state = [node for node in graph.nodes if node.op == "placeholder" and node in targets and node.name in weights]
     for node in state:

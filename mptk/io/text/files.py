@@ -193,7 +193,13 @@ LONGEST_LINE = 1 << 28
 
 
 def json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows of a file, one at a time if each has a line. Raises MptkError for a line that is not an object."""
+    """The rows of a JSON file, which may be compressed: an object a line, one at a time, or a list of objects.
+
+    The readers of pyarrow, which ``datasets`` calls, crash the process on a line that is a number.
+
+    Raises:
+        MptkError: a line is not an object.
+    """
     number = 0
 
     def damaged(why: str) -> MptkError:

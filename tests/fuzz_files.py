@@ -39,8 +39,6 @@ from mptk.chain.kept import CHOICE, Choice
 from mptk.config.recipe import read_recipe
 from mptk.errors import MptkError, exhausted
 from mptk.io import models
-from mptk.io.audio import read_sound
-from mptk.io.images import open_image
 from mptk.io.text.files import file_documents
 from mptk.io.untrusted import check_folder, load_tensors
 from mptk.ir.plan import Plan
@@ -49,6 +47,8 @@ from mptk.protocols.run_folder import check_unfinished
 from mptk.publish.manifest import check_manifest
 from mptk.report import sections as views
 from mptk.report.runs import read_bench, read_run
+from mptk.tasks.inputs.audio import read_sound
+from mptk.tasks.inputs.images import open_image
 from tests.damage import mutated
 
 RESULT = Path("benchmarks/results/fuzz_files.json")

@@ -9,9 +9,8 @@ from tiny_decoders import FUSED, GROUPED, tiny_decoder
 
 from mptk.conform import made
 from mptk.errors import MptkError
-from mptk.ort.alternate import alternate
-from mptk.ort.bench import Bench, bench_decoders
-from mptk.ort.graph_work import graph_work
+from mptk.ort.bench import Bench, alternate, bench_decoders
+from mptk.ort.roofline import graph_work
 from mptk.report.markdown import rendered
 from mptk.report.page.charts import plot_bench
 from mptk.report.sections import bench_view
@@ -136,7 +135,7 @@ def test_the_plot_has_a_bar_for_each_row(compared, tmp_path):
 
 
 def test_sides_take_turns_and_the_order_changes(monkeypatch):
-    monkeypatch.setattr("mptk.ort.alternate.ROUND_S", 0.0)
+    monkeypatch.setattr("mptk.ort.bench.ROUND_S", 0.0)
     seen = []
     times = alternate([lambda: seen.append("a"), lambda: seen.append("b")], rounds=4)
     assert "".join(seen) == "ab" + "abbaabba"

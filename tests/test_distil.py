@@ -22,7 +22,7 @@ from mptk.ir.resolved_plan import Cut, removed_blocks, resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods.distil import Distilled, Schedule, distil_blocks
 from mptk.protocols.run_folder import RunFolder
-from mptk.staged import shelf
+from mptk.staged import spool
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
@@ -118,7 +118,7 @@ def test_stages_in_files_and_blocks_that_were_kept_give_the_same(
     written = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("block-*")}
     assert len(written) == 4
     (tmp_path / "run.run" / "block-2.safetensors").unlink()
-    monkeypatch.setattr(shelf, "LEAST", 0)
+    monkeypatch.setattr(spool, "SMALLEST_FILE", 0)
     found = run(Executor(borders=0))
     again = {path.name for path in tmp_path.rglob("block-*") if path.stat().st_mtime_ns != written[path.name]}
     assert again == {"block-2.safetensors"}

@@ -220,19 +220,19 @@ FILES: dict[str, tuple[Edit, str, str, int]] = {
     "two ids in each other's place": (ids_swapped, r"model\.vocab\.\S+ of tokenizer.json is \d+, but \d+", SAVED, 1),
     "a token more": (
         added("added_tokens.json", '{"<x>": 96}'),
-        "added_tokens.json is no file of the dense model",
+        "added_tokens.json is not a file of the dense model",
         SAVED,
         1,
     ),
     "a chat template": (
         added("chat_template.jinja", "{{ messages }}"),
-        "chat_template.jinja is no file of the dense model",
+        "chat_template.jinja is not a file of the dense model",
         SAVED,
         1,
     ),
     "a processor": (
         added("preprocessor_config.json", "{}"),
-        "preprocessor_config.json is no file of the dense model",
+        "preprocessor_config.json is not a file of the dense model",
         SAVED,
         1,
     ),
@@ -310,7 +310,7 @@ def test_verify_refuses_a_file_by_its_name_and_its_field(lab: Lab, name: str) ->
 @pytest.mark.parametrize("name", rows(GRAPHS, QUICK.__contains__))
 def test_prune_publishes_no_such_graph(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     edit, stage = GRAPHS[name]
-    after("mptk.tasks.decoder_onnx.emit_onnx", lambda graphs: edit(graphs.parent), 1)(monkeypatch)
+    after("mptk.tasks.decoder_form.emit_onnx", lambda graphs: edit(graphs.parent), 1)(monkeypatch)
     refused(lab, f"the proof fails at '{stage}'")
 
 

@@ -21,7 +21,7 @@ from mptk.cost import operator_times
 from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.latency import Latency, find_parts, interpolate
 from mptk.cost.model import CostModel
-from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, kept_times, measure
+from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, cached_times, measure
 from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.ir.plan import FamilyPlan, Plan
@@ -133,7 +133,7 @@ def test_operators_are_timed_once_for_a_machine_and_a_thread_count(machine):
         return {o: threads + float(o.sizes[0]) for o in found}
 
     def ask(found: Sequence[Operator], threads: int) -> dict[Operator, float]:
-        return kept_times(found, threads, lambda *_: None, sweep)
+        return cached_times(found, threads, lambda *_: None, sweep)
 
     small, large = Operator(ELEMENTWISE, (1,)), Operator(ELEMENTWISE, (99,))
     assert ask([small], 1) == {small: 2}
@@ -146,9 +146,9 @@ def test_operators_are_timed_once_for_a_machine_and_a_thread_count(machine):
 
 def test_another_runtime_is_measured_anew(machine, monkeypatch):
     one = [Operator(MATMUL, (1, 2, 3))]
-    kept_times(one, 1, lambda *_: None, lambda *_: {one[0]: 7.0})
+    cached_times(one, 1, lambda *_: None, lambda *_: {one[0]: 7.0})
     monkeypatch.setattr(operator_times.ort, "__version__", "0.0")
-    assert kept_times(one, 1, lambda *_: None, lambda *_: {one[0]: 8.0}) == {one[0]: 8.0}
+    assert cached_times(one, 1, lambda *_: None, lambda *_: {one[0]: 8.0}) == {one[0]: 8.0}
     assert len(list((machine / "latency").iterdir())) == 2
 
 

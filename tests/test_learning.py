@@ -385,7 +385,7 @@ def test_experts_stay_whole_unless_they_are_asked_for(tmp_path: Path) -> None:
         ),
         ({"learning": replace(LEARNING, precision="fp16")}, "fp16 scales gradients"),
         ({"plan": "nowhere.json"}, "nowhere.json"),
-        ({"data": "nowhere.txt"}, "'nowhere.txt' is no file or folder; check the path"),
+        ({"data": "nowhere.txt"}, "'nowhere.txt' is not a file or folder; check the path"),
     ],
 )
 def test_what_cannot_be_learned_is_said_early_and_is_no_unfinished_run(llama, tmp_path, change, message) -> None:

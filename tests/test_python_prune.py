@@ -23,9 +23,8 @@ from mptk.config.setting import with_keywords
 from mptk.config.settings import IN_MEMORY, Learning, Settings, Training
 from mptk.errors import MptkError
 from mptk.io.live import open_live
-from mptk.ir.module import ProgramModule
-from mptk.ir.passes import Result
-from mptk.ir.program import Program
+from mptk.ir.passes import PassResult
+from mptk.ir.program import Program, ProgramModule
 from mptk.ir.samples import Samples
 from mptk.tasks import task_of
 from passes.transforms.rewrite import Rewrite
@@ -289,7 +288,7 @@ def test_a_new_head_of_zeros_hides_no_wrong_cut(monkeypatch: pytest.MonkeyPatch)
 
     right = Rewrite.run
 
-    def wrong(self: Rewrite, program: Program) -> Result:
+    def wrong(self: Rewrite, program: Program) -> PassResult:
         result = right(self, program)
         name = next(n for n in result.program.parameters if n.endswith("down.weight"))
         turned = {name: result.program.state[name].flip(1)}
@@ -351,7 +350,7 @@ class Names(nn.Module):
         ),
         (lambda: mptk.prune(Net(), example_inputs=(EXAMPLE[0], EXAMPLE[1][:2])), "samples in their first dimension"),
         (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, data=[{"x": EXAMPLE[0]}]), "lack the input 'scale'"),
-        (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, data=[(1, 2)]), "no tensor but int"),
+        (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, data=[(1, 2)]), "not a tensor but int"),
         (lambda: samples({"x": torch.ones(2, 3)}), "lack the input 'in"),
         (lambda: samples(torch.arange(9)), r"input_ids in data is \[9\]"),
         (lambda: mptk.prune(Names(), example_inputs=EXAMPLE), "give them by name"),

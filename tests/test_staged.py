@@ -25,7 +25,7 @@ from mptk.ir.weights import Lazy, Weights
 from mptk.methods.criteria import score
 from mptk.methods.criteria.observe import Calibration, activations, gradients
 from mptk.protocols.execution import execution, find_device
-from mptk.staged import shelf
+from mptk.staged import spool
 from mptk.staged.partition import Flow, partition
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
@@ -91,7 +91,7 @@ def built(name: str) -> tuple[Program, list[tuple[Tensor, ...]]]:
 
 @pytest.fixture(autouse=True)
 def _all_to_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shelf, "LEAST", 0)
+    monkeypatch.setattr(spool, "SMALLEST_FILE", 0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -235,7 +235,7 @@ def test_a_write_through_a_view_stays_in_the_stage_of_what_it_changes() -> None:
 
 
 def test_results_can_be_kept_in_files_and_come_back() -> None:
-    kept = shelf.Shelf(bound=100)
+    kept = spool.Spool(bound=100)
     tensors = {"a": torch.randn(20), "b": torch.randn(30), "size": 7}
     kept.put("here", tensors)
     folder = kept._staging.folder

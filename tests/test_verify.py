@@ -140,5 +140,5 @@ def test_a_folder_can_bring_biases_alone(tmp_path: Path, name: str, bias: Tensor
     save_file({"0.bias": torch.ones(8)}, tmp_path / "compensation.safetensors")
     assert set(changes_of(analysis, Plan({}), tmp_path, {}, False)) == {"0.bias"}
     save_file({name: bias}, tmp_path / "compensation.safetensors")
-    with pytest.raises(MptkError, match=f"compensation.safetensors holds {name}, which is no bias of the model"):
+    with pytest.raises(MptkError, match=f"compensation.safetensors holds {name}, which is not a bias of the model"):
         changes_of(analysis, Plan({}), tmp_path, {}, False)

@@ -31,7 +31,7 @@ from mptk.io.dense import fingerprint
 from mptk.io.live import unwrapped
 from mptk.io.models import Loaded
 from mptk.ir.families import Analysis
-from mptk.ir.passes import Log, Pass, Result, run, shapes
+from mptk.ir.passes import Log, Pass, PassResult, run, shapes
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, removed_blocks, resolve_plan
@@ -43,12 +43,12 @@ from mptk.progress import Progress, silent, within
 from mptk.protocols.execution import execution, session_device
 from mptk.protocols.onnx_form import Dense
 from mptk.protocols.values import left_out
+from mptk.publish.folder import check_apart, check_replaceable, publish
 from mptk.publish.manifest import check_manifest
-from mptk.publish.publish import check_apart, check_replaceable, publish
-from mptk.targets.gguf import Conversion, Layer, Pattern
+from mptk.targets.gguf import Conversion, LayerWidths, Pattern
 from mptk.targets.onnx import describe, remove_graph
 from mptk.tasks import CAUSAL_LM, check_decoder, example_of, form_of, load_decoder, open_task
-from mptk.tasks.decoder_onnx import export_decoder
+from mptk.tasks.decoder_form import export_decoder
 from mptk.version import __version__
 from passes.analysis import group
 from passes.analysis.rules import rule
@@ -58,7 +58,7 @@ from passes.frontend.trace import ExampleInputs
 from passes.frontend.trace_decoder import LogitsScope
 from passes.pipelines import cutting, passes_until
 from passes.targets.onnx.check_quantized import check_quantized
-from passes.targets.onnx.names import FILE, quantized_files, scheme_of
+from passes.targets.onnx.names import ONNX_FILE, quantized_files, scheme_of
 from passes.transforms.rewrite import Rewrite
 
 __all__ = ["analyze", "bench", "export", "export_folder", "gguf", "rewrite", "rule", "show", "trace"]
@@ -129,7 +129,7 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
     return replace(results[-1].program, source=None)
 
 
-def _prove(analysis: Analysis, cut: Cut, steps: Sequence[Pass], proven: Sequence[Result]) -> None:
+def _prove(analysis: Analysis, cut: Cut, steps: Sequence[Pass], proven: Sequence[PassResult]) -> None:
     """Compare what each of ``steps`` made of the analysed program with the masked one."""
     stages = {step.name: result.program for step, result in zip(steps, proven, strict=True)}
     if removed_blocks(analysis, cut):
@@ -230,7 +230,7 @@ def _check_whole(plan: Plan | None) -> None:
 
 
 @checked
-def gguf(folder: str | Path, like: str | Path, out: str | Path) -> list[Layer]:
+def gguf(folder: str | Path, like: str | Path, out: str | Path) -> list[LayerWidths]:
     """Write a pruned LLaMA model as the GGUF file ``out`` for llama.cpp; returns the widths of each layer.
 
     Args:
@@ -321,7 +321,7 @@ def _checked(folder: Path, say: Progress, strict: bool) -> list[str]:
     for file in quantized_files(folder):
         try:
             with within(say, f"check {scheme_of(file)}"):
-                check_quantized(folder / FILE, file, scheme_of(file))
+                check_quantized(folder / ONNX_FILE, file, scheme_of(file))
         except ProofError as error:
             if strict:
                 raise
@@ -359,9 +359,9 @@ def bench(
     for model in map(str, models):
         check_positions(positions_named(model), longest + 1, f"{longest} tokens and one more in the cache of {model}")
     for model in map(str, models):
-        file = Path(model) if model.endswith(".onnx") else onnx_folder(model, progress) / FILE
+        file = Path(model) if model.endswith(".onnx") else onnx_folder(model, progress) / ONNX_FILE
         graphs[model] = file
-        if file.name == FILE:
+        if file.name == ONNX_FILE:
             graphs |= {f"{model} {scheme_of(other)}": other for other in quantized_files(file.parent)}
     return bench_decoders(graphs, device=there, progress=progress, **settings)
 
@@ -369,7 +369,7 @@ def bench(
 def positions_named(model: str) -> int | None:
     """The positions of a model, or of the one that a graph was made of, by its config; None if it is not known."""
     there = Path(model)
-    if not model.endswith(".onnx") and not any((folder / FILE).is_file() for folder in (there, there / "onnx")):
+    if not model.endswith(".onnx") and not any((folder / ONNX_FILE).is_file() for folder in (there, there / "onnx")):
         check_decoder(model)
         return positions_of(models.load_config(model))
     folder = model_folder(there)

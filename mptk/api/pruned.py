@@ -36,8 +36,8 @@ from mptk.proof.verification import plan_of
 from mptk.protocols.chain import Compiled
 from mptk.protocols.report import Report
 from mptk.protocols.values import Context
+from mptk.publish.folder import publish
 from mptk.publish.manifest import MARKER, check_manifest
-from mptk.publish.publish import publish
 from mptk.targets.graph import WEIGHTS, module_of
 
 Shown = Progress | Literal["auto"] | None
@@ -74,7 +74,7 @@ class Pruned:
 
         It is of a stock transformers class, in the type of the stored weights, as ``from_pretrained`` loads it. A plain
         ``nn.Module`` (and what was written for the target ``graph``) becomes a module with the cut parameters under
-        their old names and the traced ``forward`` (``ir/module.py``), in its own types; what was a transformers model
+        their old names and the traced ``forward`` (``ir/program.py``), in its own types; what was a transformers model
         is in float32.
 
         Raises:

@@ -28,7 +28,7 @@ from mptk.protocols.chain import Prepared
 from mptk.protocols.execution import find_device
 from mptk.protocols.shapes import Shapes
 from mptk.protocols.values import Context
-from mptk.publish.publish import publish
+from mptk.publish.folder import publish
 
 FILE = "shapes.json"
 

@@ -24,9 +24,9 @@ from mptk.protocols.chain import Compiled, Proven
 from mptk.protocols.origin import named
 from mptk.protocols.report import FILE, PROVEN_ON, Report
 from mptk.protocols.values import Context, SampleSets
+from mptk.publish.folder import amend
 from mptk.publish.licence import CARD
 from mptk.publish.manifest import listed, update_manifest, weights_digest
-from mptk.publish.publish import amend
 from mptk.report.card import write_card
 from mptk.targets.stock_config import config_changes
 from mptk.version import __version__

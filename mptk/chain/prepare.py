@@ -34,7 +34,7 @@ from mptk.protocols.execution import execution
 from mptk.protocols.origin import Origin, origin_of, states_of
 from mptk.protocols.trimmed import Trimmed
 from mptk.protocols.values import Context
-from mptk.publish.publish import check_apart
+from mptk.publish.folder import check_apart
 from mptk.targets import find_target
 from passes.analysis import group
 

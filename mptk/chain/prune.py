@@ -47,8 +47,8 @@ from mptk.protocols.origin import check_samples, origin_of
 from mptk.protocols.report import Report, Row
 from mptk.protocols.run_folder import GIVEN, RunFolder, check_unfinished
 from mptk.protocols.values import Context, SampleSets
+from mptk.publish.folder import publish
 from mptk.publish.licence import copy_notices
-from mptk.publish.publish import publish
 from mptk.report.card import write_card
 from mptk.targets import written
 from passes.transforms.insert_masks import MaskSite

@@ -231,8 +231,8 @@ def bench(
 ) -> None:
     """Time prefill and decode in ONNX Runtime, in turns in one process. Shows ideal ratios and the peak, too."""
     from mptk.api import compiler as api
+    from mptk.publish.folder import amend
     from mptk.publish.manifest import update_manifest
-    from mptk.publish.publish import amend
     from mptk.report.markdown import rendered
     from mptk.report.page.charts import plot_bench
     from mptk.report.page.svg import require_matplotlib

@@ -1,4 +1,4 @@
-"""Families: the channels that can be cut, and the channels that must be cut with them."""
+"""families: the channels that can be cut, and the channels that must be cut with them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def unit_positions(term: Term, axis: Axis, scope: Sequence[Axis] = ()) -> Index:
 def unit_indices(dims: Sequence[Term], dim: int, group: Group) -> list[Index]:
     """The unit of ``group`` at each position of a weight, for each occurrence of its axis in dimension ``dim``.
 
-    An entry is scope · size + unit, −1 if there is none. Each index broadcasts against the weight: it has size 1 in
+    An entry is scope · size + unit, −1 for no unit. Each index broadcasts against the weight: it has size 1 in
     dimensions along which it does not vary. A scope axis is searched in ``dim`` first, then in the other dimensions.
     """
     scope = np.zeros([1] * len(dims), dtype=np.int64)
@@ -187,7 +187,7 @@ class Analysis:
     depths: tuple[Depth, ...] = ()
 
     def family(self, name: str) -> Family:
-        """The family of that name, a depth too, or one layer of a family. Raises KeyError if there is none."""
+        """The family of that name, a depth too, or one layer of a family. Raises KeyError for an unknown name."""
         whole, _, layer = name.rpartition(".")
         for family in self.all_families:
             if family.name == name:

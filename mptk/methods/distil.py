@@ -34,8 +34,8 @@ from mptk.methods.reconstruct import stored
 from mptk.progress import Count
 from mptk.protocols.run_folder import RunFolder
 from mptk.staged.partition import Flow, blocks
-from mptk.staged.shelf import Shelf
-from mptk.staged.staged import EXECUTOR, Executor, Run
+from mptk.staged.spool import Spool
+from mptk.staged.staged import EXECUTOR, Executor, StagedRun
 from passes.transforms.remove_blocks import mask_blocks
 from passes.transforms.rewrite import Rewrite
 
@@ -113,12 +113,12 @@ def distil_blocks(
     small, flow = _student(analysis, cut, dense.with_state(changes)), Flow(dense)
     part = blocks(flow, [site.node for site in sites if stored(dense, site.weight) in consumers])
     given, share = _steps(dense, samples)
-    teacher, student = (Run(executor, each, part, given) for each in (flow, Flow(small)))
+    teacher, student = (StagedRun(executor, each, part, given) for each in (flow, Flow(small)))
     count, owned = len(part.ends), _owned(student, _staying(analysis, cut, [stored(dense, s.weight) for s in sites]))
     if not any(owned[:count]):
         raise MptkError(NO_BLOCK)
     runs = kept is None or not all(kept.holds(f"block-{k}.safetensors") for k in range(count))
-    shelf, errors, likes = Shelf(executor.borders), list[tuple[float, float]](), dict[str, Tensor]()
+    shelf, errors, likes = Spool(executor.borders), list[tuple[float, float]](), dict[str, Tensor]()
     for k in range(count):
         block = _Block(analysis, cut, teacher, student, share, k, owned[k])
         if runs:
@@ -167,7 +167,7 @@ def _steps(program: Program, samples: Samples) -> tuple[list[tuple[Tensor, ...]]
     return [step.chunk(share.count)[share.index].tensors for step in steps], share
 
 
-def _owned(run: Run, matrices: Collection[str]) -> list[dict[fx.Node, str]]:
+def _owned(run: StagedRun, matrices: Collection[str]) -> list[dict[fx.Node, str]]:
     """Each stage's matrices that no other stage uses, by name."""
     weights = run.program.weights
     each = [{weights[node.name] for node in stage.weights} for stage in run.stages]
@@ -188,8 +188,8 @@ class _Block:
         self,
         analysis: Analysis,
         cut: Cut,
-        teacher: Run,
-        student: Run,
+        teacher: StagedRun,
+        student: StagedRun,
         share: Sharing,
         k: int,
         owned: dict[fx.Node, str],

@@ -32,7 +32,7 @@ from mptk.ir.samples import Samples
 from mptk.ir.weights import Lazy, Weights
 from mptk.methods.criteria.observe import OBSERVED_TOKENS, batches, find_sites
 from mptk.progress import Count
-from mptk.staged.shelf import Shelf
+from mptk.staged.spool import Spool
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.transforms.insert_masks import MaskSite
 
@@ -68,7 +68,7 @@ def reconstruct_consumers(
         ``changes`` with the fitted weights in dense shapes; their removed inputs are 0.
     """
     dense, changed = analysis.program, analysis.program.with_state(changes)
-    shelf = Shelf(executor.borders)
+    shelf = Spool(executor.borders)
     fits = {
         name: _Fit(keep, transposed=dim == 0, few=len(samples) * samples.positions < int(keep.sum()))
         for name, keep, dim in _kept_inputs(sites, kept)
@@ -123,7 +123,7 @@ def gather_products(
     executor: Executor = EXECUTOR,
 ) -> Products:
     """Run the dense model on ``samples`` once and keep what fits the consumers of ``sites`` to any cut of them."""
-    state, shelf = analysis.program.state, Shelf(executor.borders)
+    state, shelf = analysis.program.state, Spool(executor.borders)
     fits, counts, likes = dict[str, _Fit](), dict[str, int](), dict[str, Tensor]()
     for name, dim in (site.weights[0] for site in sites if site.where == "input"):
         assert dim is not None

@@ -12,8 +12,8 @@ from mptk.cost.model import CostModel
 from mptk.ir.families import Analysis, Family, Member
 from mptk.report.runs import model_name
 from mptk.report.view import Name, Section, Table, View, ranges
-from passes.targets.knobs import partners
 from passes.targets.legalize import LegalWidths
+from passes.targets.width_choices import partners
 
 ANALYSIS = "mptk-analysis/1"
 

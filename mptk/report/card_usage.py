@@ -14,7 +14,7 @@ from mptk.protocols.chain import Compiled
 from mptk.protocols.report import Report
 from mptk.report.markdown import body
 from mptk.report.view import Name, Table, megabytes
-from mptk.tasks.genai import FILE as GENAI_CONFIG
+from mptk.tasks.genai import GENAI_FILE as GENAI_CONFIG
 from passes.targets.stock.config import StockConfig
 
 TEXT = "Once upon a time"

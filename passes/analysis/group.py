@@ -30,7 +30,7 @@ def analyze(program: Program) -> Analysis:
         MptkError: an op has no axis rule.
     """
     facts = propagate(program)
-    facts = replace(facts, kept=find_divisors(facts))
+    facts = replace(facts, divisors=find_divisors(facts))
     readers = {
         program.weights[n.name]: next(iter(n.users))
         for n in program.placeholders()

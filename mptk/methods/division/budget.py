@@ -11,7 +11,7 @@ from mptk.config.settings import FREE, MOST, Settings
 from mptk.cost.budgets import LATENCY
 from mptk.cost.latency import Latency
 from mptk.cost.model import CostModel, is_layered
-from mptk.cost.operator_times import kept_times
+from mptk.cost.operator_times import cached_times
 from mptk.distributed.processes import processes
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
@@ -19,9 +19,9 @@ from mptk.ir.plan import Plan
 from mptk.progress import Progress
 from mptk.protocols.chain import Method, Target
 from passes.targets import legalize
-from passes.targets.knobs import closed, partners
 from passes.targets.legalize import Candidate, LegalWidths
 from passes.targets.onnx.quantize import BLOCKS
+from passes.targets.width_choices import closed, partners
 
 
 def budgeted(
@@ -48,7 +48,7 @@ def budgeted(
     channels = [name for name in names if analysis.family(name).kind == "channels"]
     ladders = {name: legalize.aligned(analysis.family(name), multiples(s)) for name in channels}
     with processes().main_process_first():  # the others read what the first has kept, so that all plan alike
-        latency = Latency(analysis, ladders, s.objective, lambda ops: kept_times(ops, s.threads, progress))
+        latency = Latency(analysis, ladders, s.objective, lambda ops: cached_times(ops, s.threads, progress))
     cost = CostModel(analysis, s.budget, latency, itemsize=itemsize, before=before)
     if s.max_ms is None or s.fixed:
         return cost, s

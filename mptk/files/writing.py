@@ -1,4 +1,4 @@
-"""trouble: why a place cannot be written, in one line with a remedy."""
+"""writing: names that users give as paths, and why a place cannot be written, in one line with a remedy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REMEDIES = {
 
 
 _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Errors of writing alone."""
+"""Errors that only writing raises."""
 
 
 def cannot_write(path: Path, error: OSError, remedy: str | None = None) -> MptkError:
@@ -51,3 +51,16 @@ def writing(target: Path, staging: Path, remedy: str | None = None) -> Iterator[
         if error.errno in _OF_WRITING:
             raise cannot_write(about, error) from error
         raise MptkError(f"{about}: {error.strerror or error}; check this file and its rights") from error
+
+
+def check_text(name: str | Path) -> None:
+    """Raise MptkError for a name that no report and no recipe could hold, as they are UTF-8."""
+    try:
+        str(name).encode()
+    except UnicodeEncodeError as error:
+        raise MptkError(f"the name {str(name)!r} is not UTF-8, which reports and recipes are; rename it") from error
+
+
+def path_of(name: str | Path) -> Path:
+    """``name`` as a path, with ``~`` as a home. An unknown user's ``~name`` stays as it is, as in a shell."""
+    return Path(os.path.expanduser(name))

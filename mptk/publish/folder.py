@@ -1,4 +1,4 @@
-"""publish: write a folder atomically. It is written beside its place, listed, and then put there."""
+"""folder: write a folder atomically. It is written beside its place, listed, and then put there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mptk.errors import MptkError
 from mptk.files import check_text, claimed, fill_folder, path_of, put_folder, tidy, writing
 from mptk.publish.manifest import edited, foreign, is_ours, write_manifest
 
-SHOWN = 5
+NAMES_SHOWN = 5
 """Most names of files in a message."""
 
 
@@ -51,12 +51,12 @@ def amend(folder: Path) -> Iterator[Path]:
 def check_replaceable(folder: Path, overwrite: bool = False) -> None:
     """Raise MptkError if a user's own files would go with ``folder``.
 
-    It is a link; or exists, is not empty and is no output of mptk; or is one in which files were added or changed.
+    It is a link; or exists, is not empty and is not an output of mptk; or is one in which files were added or changed.
     ``overwrite``: then the added ones stay, and the changed ones are replaced.
     """
     check_text(folder)
     if folder.name in ("", ".."):
-        raise MptkError(f"{folder} is no name of a folder to write; give one, such as runs/small")
+        raise MptkError(f"{folder} is not a name of a folder to write; give one, such as runs/small")
     if folder.is_symlink():
         raise MptkError(f"{folder} is a symbolic link; give the folder that it leads to, {folder.readlink()}, as --out")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -91,5 +91,5 @@ def _is_output(folder: Path) -> bool:
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more}"
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return f"{', '.join(names[:NAMES_SHOWN])}{more}"

@@ -1,4 +1,4 @@
-"""knobs: what can be chosen one by one: a family's width, or the widths of families that a class only cuts together.
+"""width_choices: what can be chosen: a family's width, or the widths of families that a class only cuts together.
 
 Families of one group are cut in proportion: the config holds one number for all of them, and the others are multiples
 of it.
@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 Widths = dict[str, int]
-Knob = list[Widths]
+WidthChoices = list[Widths]
 """The choices, ascending. All have the same families."""
 
 
-def knobs(
+def width_choices(
     ladders: Mapping[str, Sequence[int]], together: Iterable[frozenset[str]], families: Sequence[str]
-) -> list[Knob]:
+) -> list[WidthChoices]:
     """The choices among the ``families``, whose legal widths are ``ladders``."""
     groups = [group for group in together if group <= {*families}]
     return [proportional(ladders, members) for members in _connected(families, groups)]
 
 
-def proportional(ladders: Mapping[str, Sequence[int]], families: Sequence[str]) -> Knob:
+def proportional(ladders: Mapping[str, Sequence[int]], families: Sequence[str]) -> WidthChoices:
     """The legal widths of ``families`` at one ratio to their dense widths, or at the one width that is left of some."""
     sizes = {name: ladders[name][-1] for name in families}
     leader = max(families, key=lambda name: (len(ladders[name]) > 1, -sizes[name]))
@@ -34,7 +34,7 @@ def proportional(ladders: Mapping[str, Sequence[int]], families: Sequence[str]) 
 
 
 def closed(families: Sequence[str], together: Collection[frozenset[str]]) -> list[str]:
-    """``families`` without those that can only be cut with one that is not among them."""
+    """``families`` without any that can be cut only with a family that is not among them."""
     left = list(families)
     while stuck := [name for name in left if partners(name, left, together)]:
         left = [name for name in left if name not in stuck]

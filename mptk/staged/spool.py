@@ -1,4 +1,4 @@
-"""shelf: values between stages, in memory up to a bound and the rest in files of a temporary folder."""
+"""spool: values between stages, in memory up to a bound and the rest in files of a temporary folder."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Values = dict[fx.Node, Any]
 
 Layout = Callable[[Tensor], Tensor]
 
-LEAST = 1 << 16
+SMALLEST_FILE = 1 << 16
 """Bytes of the smallest tensor that goes to a file."""
 
 
-class Shelf:
-    """Values by key. At most ``bound`` bytes of tensors stay in memory. Files go with the shelf."""
+class Spool:
+    """Values by key. At most ``bound`` bytes of tensors stay in memory. Files go with the spool."""
 
     def __init__(self, bound: float) -> None:
         self._bound, self._bytes = bound, 0.0
@@ -37,7 +37,7 @@ class Shelf:
         kept, files = self._kept.setdefault(key, {}), self._files.setdefault(key, {})
         for name, value in values.items():
             size = value.nbytes if isinstance(value, Tensor) else 0
-            if size >= LEAST and self._bytes + size > self._bound:
+            if size >= SMALLEST_FILE and self._bytes + size > self._bound:
                 files[name] = self._write(value)
             else:
                 kept[name] = value

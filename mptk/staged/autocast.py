@@ -1,4 +1,4 @@
-"""narrow: run a program's products in a narrower type, as autocast does: on any device, and going back, too.
+"""autocast: run a program's products in a narrower type, as torch's autocast does: on any device, and backward, too.
 
 Parameters are rounded to the type. A call that joins several float values and is not elementwise (a product, a
 convolution, attention, a norm with weights) takes all of them in that type. Elementwise calls promote, and casts to
@@ -22,14 +22,14 @@ CHECK = torch.ops.aten._assert_tensor_metadata.default
 
 
 @dataclass(frozen=True)
-class Narrow:
+class Autocast:
     """``reached``: the values that depend on a parameter."""
 
     dtype: torch.dtype
     reached: frozenset[fx.Node]
 
     @staticmethod
-    def of(program: Program, dtype: torch.dtype) -> Narrow | None:
+    def of(program: Program, dtype: torch.dtype) -> Autocast | None:
         """How ``program`` runs in ``dtype``; None if that is float32, in which it runs as it is."""
         if dtype is torch.float32:
             return None
@@ -37,7 +37,7 @@ class Narrow:
         for node in program.graph.graph.nodes:
             if program.weights.get(node.name) in learned or not reached.isdisjoint(node.all_input_nodes):
                 reached.add(node)
-        return Narrow(dtype, frozenset(reached))
+        return Autocast(dtype, frozenset(reached))
 
     def value(self, node: fx.Node, value: Any) -> Any:
         """A weight, or a value that crosses a border."""

@@ -23,8 +23,9 @@ from mptk.io.models import Loaded
 from mptk.io.resident import Resident
 from mptk.ir.passes import Log, Record
 from mptk.progress import Progress, silent
-from mptk.protocols.chain import Chosen, Prepared, Task
+from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.report import Report
+from mptk.protocols.task import Task
 from mptk.protocols.values import Context
 from mptk.publish.manifest import check_manifest
 from mptk.targets.stock_config import check_code

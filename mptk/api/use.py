@@ -38,9 +38,9 @@ from mptk.ir.samples import Samples
 from mptk.ort.generation import Sampling, TextGenerator, check_room
 from mptk.progress import Count
 from mptk.proof.verification import plan_of
-from mptk.protocols.chain import Task
 from mptk.protocols.execution import execution, session_device
 from mptk.protocols.report import FILE, Report
+from mptk.protocols.task import Task
 from mptk.protocols.values import SampleSets
 from mptk.staged.staged import Executor
 from mptk.tasks import CAUSAL_LM, kind_of

@@ -15,8 +15,9 @@ from mptk.io.cache import tidy_shared
 from mptk.io.models import Loaded
 from mptk.io.resident import Resident
 from mptk.ir.samples import Samples
-from mptk.protocols.chain import Chosen, Compiled, Prepared, Task
+from mptk.protocols.chain import Chosen, Compiled, Prepared
 from mptk.protocols.report import Report
+from mptk.protocols.task import Task
 from mptk.publish.publish import check_apart, check_replaceable
 
 

@@ -28,10 +28,11 @@ from mptk.methods.distil import NO_BLOCK
 from mptk.methods.division.budget import WidthSearch, budgeted, check_any, multiples
 from mptk.methods.reconstruct import consumers
 from mptk.progress import Progress
-from mptk.protocols.chain import Method, Prepared, Target, Task, stored_type
+from mptk.protocols.chain import Method, Prepared, Target, stored_type
 from mptk.protocols.execution import execution
 from mptk.protocols.origin import Origin, origin_of, states_of
 from mptk.protocols.rungs import rungs
+from mptk.protocols.task import Task
 from mptk.protocols.trimmed import Trimmed
 from mptk.protocols.values import Context
 from mptk.publish.publish import check_apart

@@ -29,8 +29,9 @@ from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.methods.criteria.observe import OBSERVED_TOKENS, batches, find_sites
 from mptk.methods.reconstruct import stored
-from mptk.protocols.chain import Chosen, Prepared, Task
+from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.merged import Merged
+from mptk.protocols.task import Task
 from mptk.protocols.values import Context, short
 from mptk.staged.shelf import Shelf
 from mptk.staged.staged import Executor

@@ -30,9 +30,10 @@ from mptk.methods import find_method
 from mptk.progress import silent
 from mptk.proof.claims import check_files, check_numbers, check_samples, proof_samples, require_same
 from mptk.proof.proof import check_proof, prove_folder
-from mptk.protocols.chain import Chosen, Prepared, Task, stored_type
+from mptk.protocols.chain import Chosen, Prepared, stored_type
 from mptk.protocols.execution import execution
 from mptk.protocols.report import PROVEN_ON, Report, unreadable
+from mptk.protocols.task import Task
 from mptk.protocols.values import Context
 from mptk.publish.manifest import check_manifest
 from mptk.targets import ONNX, find_target

@@ -22,8 +22,8 @@ from mptk.io.models import Loaded
 from mptk.io.untrusted import load_tensors
 from mptk.ir.samples import Samples, joined
 from mptk.progress import Count, Progress
-from mptk.protocols.chain import Task
 from mptk.protocols.onnx_form import OnnxForm
+from mptk.protocols.task import Task
 from mptk.protocols.values import SampleSets
 from mptk.tasks.compared import means
 from mptk.tasks.encoder import distances, errors, projection

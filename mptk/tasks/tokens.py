@@ -12,7 +12,7 @@ from mptk.errors import MptkError
 from mptk.io.evaluation import Runs
 from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Count
-from mptk.protocols.chain import Task
+from mptk.protocols.task import Task
 
 
 class TokenTask(Task):

@@ -25,7 +25,7 @@ from mptk.ir.plan import Plan, Tokens
 from mptk.ir.resolved_plan import Choice as Kept
 from mptk.ir.resolved_plan import Cut
 from mptk.ir.weights import Weights
-from mptk.protocols.chain import Task
+from mptk.protocols.task import Task
 from mptk.protocols.trimmed import Trimmed
 from mptk.tasks.module import Module
 from mptk.tasks.tokens import TokenTask

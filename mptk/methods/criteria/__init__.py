@@ -24,7 +24,7 @@ from mptk.methods.criteria.flap import Compensation, compensate
 from mptk.methods.criteria.observe import activations, find_sites, gradients
 from mptk.plugins import find, with_plugins
 from mptk.progress import Count
-from mptk.protocols.chain import Task
+from mptk.protocols.task import Task
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
 from passes.targets.choose_blocks import choose_blocks

@@ -34,7 +34,7 @@ from mptk.methods.criteria import wanda
 from mptk.methods.criteria.base import Evidence, Scores, Slopes, uses
 from mptk.methods.criteria.observe import GRADIENT_TOKENS, Site, Stream, batches, find_sites, in_samples
 from mptk.progress import Count
-from mptk.protocols.chain import Task
+from mptk.protocols.task import Task
 from mptk.staged.staged import Executor, Tap
 
 EPSILON = 1e-30

@@ -23,7 +23,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods.criteria.observe import GRADIENT_TOKENS
 from mptk.progress import Count
-from mptk.protocols.chain import Task
+from mptk.protocols.task import Task
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.transforms.masked_reference import mask
 

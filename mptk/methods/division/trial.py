@@ -13,7 +13,8 @@ from mptk.ir.samples import Samples
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Scores
 from mptk.progress import Count
-from mptk.protocols.chain import Prepared, Task
+from mptk.protocols.chain import Prepared
+from mptk.protocols.task import Task
 from mptk.staged.staged import Executor
 
 AT_ONCE = 256

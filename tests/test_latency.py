@@ -27,6 +27,7 @@ from mptk.io.models import Loaded
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.progress import silent
 from mptk.protocols.chain import Prepared
+from mptk.protocols.conversion import Analysed
 from mptk.tasks import CAUSAL_LM
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
@@ -228,7 +229,7 @@ def test_a_plan_is_priced_whatever_it_cuts(model, analysis, machine, tmp_path):
 
 
 def prepared(model, analysis, settings) -> Prepared:
-    return legalise("model", settings, Loaded(model, None, "model", Path()), CAUSAL_LM, analysis, silent)
+    return legalise("model", settings, Analysed(Loaded(model, None, "model", Path()), CAUSAL_LM, analysis), silent)
 
 
 # ---- errors ----

@@ -20,6 +20,7 @@ from mptk.compat.torch import sources_forgotten
 from mptk.compile.changes import stored_weights
 from mptk.compile.trace import traced
 from mptk.config.settings import Settings, check_onnx_dtype
+from mptk.conversions import planned
 from mptk.cost.budgets import phase
 from mptk.errors import MptkError, ProofError
 from mptk.files import path_of, write_result
@@ -224,10 +225,9 @@ def export(
 
 
 def _check_whole(plan: Plan | None) -> None:
-    """Raise MptkError if a plan removes tokens or merges KV heads: then a cut starts from another model."""
-    if plan is not None and (plan.vocabulary or plan.kv_heads):
-        what = "removes tokens" if plan.vocabulary else "merges KV heads"
-        raise MptkError(f"this plan {what}, which mptk.prune(plan=...) alone does; give it the plan's file")
+    """Raise MptkError if a plan converts the model first: then a cut starts from another model."""
+    for kind, _ in () if plan is None else planned(plan):
+        raise MptkError(f"this plan {kind.does}, which only mptk.prune(plan=...) does; give it the plan's file")
 
 
 @checked

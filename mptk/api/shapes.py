@@ -23,7 +23,7 @@ from mptk.compile.dense_outputs import with_outputs
 from mptk.config.keywords import with_keywords
 from mptk.config.recipe import command
 from mptk.config.settings import Settings
-from mptk.conversions.kv_heads import merged_on
+from mptk.conversions import fitted
 from mptk.errors import explained
 from mptk.files import scratch, write_json
 from mptk.ir.passes import Log
@@ -101,7 +101,7 @@ def searched(
     assert context.folder is not None
     try:
         sets = samples_of(job, prepared, context)
-        found = search_shapes(merged_on(prepared, sets.calibration, context), sets, context)
+        found = search_shapes(fitted(prepared, sets.calibration, context), sets, context)
     except Exception:
         context.folder.remove_unless(SAMPLES)
         raise

@@ -30,11 +30,11 @@ from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.ir.samples import Samples
-from mptk.protocols.merged import Merged
+from mptk.ir.weights import Weights
+from mptk.protocols.conversion import Conversion, imitated
 from mptk.protocols.origin import Origin
 from mptk.protocols.shapes import Shapes
 from mptk.protocols.task import Task
-from mptk.protocols.trimmed import Trimmed
 from mptk.protocols.values import Checks, Context, Extra, SampleSets, Witness, Written
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.targets.legalize import Candidate, LegalWidths, graph_widths
@@ -49,8 +49,8 @@ class Prepared:
 
     ``source``: the model as the user named it. ``candidates``: legal widths that meet the budget, none if a ``plan`` is
     given; ``cut`` is that plan, resolved. ``shapes``: what a search found, of which the candidate is the best.
-    ``executor`` runs its programs. ``trimmed``: the model with all its tokens, if ``loaded`` has some alone.
-    ``merged``: the model with all its KV heads, if ``loaded`` has fewer. ``origin``: digests of what was given.
+    ``executor`` runs its programs. ``conversions``: what made ``loaded`` of the model that was given. ``origin``:
+    digests of what was given.
     """
 
     source: str
@@ -67,24 +67,25 @@ class Prepared:
     plan: Plan | None = None
     cut: Cut | None = None
     shapes: Shapes | None = None
-    trimmed: Trimmed | None = None
-    merged: Merged | None = None
+    conversions: tuple[Conversion, ...] = ()
     origin: Origin = field(default_factory=Origin)
 
     @property
     def given(self) -> Loaded:
-        """The dense model as the user gave it, with all its tokens and heads."""
-        return self.compared if self.trimmed is None else self.trimmed.loaded
+        """The dense model as the user gave it, before its conversions."""
+        return self.conversions[0].before.loaded if self.conversions else self.loaded
 
     @property
     def compared(self) -> Loaded:
-        """The dense model that is imitated, and compared with: with the tokens that stay, and all KV heads."""
-        return self.loaded if self.merged is None else self.merged.loaded
+        """The dense model that is imitated, and compared with: before the conversions that change its outputs."""
+        model = imitated(self.conversions)
+        return self.loaded if model is None else model.loaded
 
     @property
     def reference(self) -> Program:
         """The program of ``compared``."""
-        return self.analysis.program if self.merged is None else self.merged.analysis.program
+        model = imitated(self.conversions)
+        return self.analysis.program if model is None else model.analysis.program
 
     @property
     def dtype(self) -> torch.dtype:
@@ -160,6 +161,11 @@ class Chosen:
     notes: tuple[str, ...] = ()
     witness: Witness | None = None
     steps: int = 0
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Chosen:
+        """The same with these weights, too, as trained ones."""
+        changes = Weights(self.changes).updated(weights)
+        return replace(self, changes=changes, trained=tuple(changes))
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def describe(
         recovery=compiled.recovery,
         search={} if prepared.shapes is None else prepared.shapes.to_json(),
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        **{each.name: each.row() for each in prepared.conversions},
+        **{each.name: row for each in prepared.conversions if (row := each.row())},
     )
 
 

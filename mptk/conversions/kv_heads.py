@@ -120,7 +120,7 @@ class MergedHeads(Conversion):
         )
 
     def row(self) -> dict[str, Any]:
-        return {"of": self.of, "kept": self.count, **super().row()}
+        return {"of": self.of, "kept": self.count, **self.config_row}
 
     def equal(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
         program = self.before.analysis.program

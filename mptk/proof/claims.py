@@ -90,11 +90,10 @@ def check_numbers(
     for name, figures in costs(cost, plan, dense, conversions).items():
         said = {k: v for k, v in report.cost[name].items() if k != "latency_ms"}
         _require(f"cost.{name}", said, figures)
-    rows = {each.name: each for each in conversions}
+    rows = {each.name: each.row() for each in conversions}
     for kind in CONVERSIONS:
-        said, made = getattr(report, kind.name), rows.get(kind.name)
-        told = {name: said.get(name, "") for name in kind.told}
-        require_same(kind.name, said, {} if made is None else {**made.row(), **told})
+        said, row = getattr(report, kind.name, {}), rows.get(kind.name, {})
+        require_same(kind.name, said, row | {name: said.get(name, "") for name in kind.told if row})
     settings, trained = report.settings, report.trained
     method = find_method(settings.method)
     fits = method.reconstructs or settings.reconstruct or settings.distil_epochs or compared

@@ -88,7 +88,12 @@ class Conversion(ABC):
         """Two that give the same outputs if it was made right."""
 
     def row(self) -> dict[str, Any]:
-        """What a report says of it."""
+        """What a report says of it under its name; empty if it has no field for it."""
+        return {}
+
+    @property
+    def config_row(self) -> dict[str, Any]:
+        """The changes of the config, as a row of a report has them."""
         return {"config_changes": {name: list(values) for name, values in self.config_changes.items()}}
 
     def fitted(self, samples: Samples, few: Samples, executor: Executor) -> Self:

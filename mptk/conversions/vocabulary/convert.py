@@ -130,7 +130,7 @@ class TrimmedVocabulary(Conversion):
         )
 
     def row(self) -> dict[str, Any]:
-        return {"of": self.kept.of, "kept": len(self.kept.keep), "corpus": self.corpus, **super().row()}
+        return {"of": self.kept.of, "kept": len(self.kept.keep), "corpus": self.corpus, **self.config_row}
 
     def equal(self, executor: Executor) -> tuple[Program, Program | StageOutputs]:
         return self.after.analysis.program, partial(self._outputs, executor)

@@ -31,7 +31,7 @@ from mptk.staged.staged import EXECUTOR
 from mptk.tasks import CAUSAL_LM
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
-from passes.transforms.insert_masks import insert_masks
+from passes.transforms.insert_masks import InsertedMasks, find_mask_sites
 from passes.transforms.masked_reference import mask
 
 
@@ -51,7 +51,7 @@ def observed(analysis: Analysis, model: Any, samples: Samples) -> Solver:
     """MaskPrune's solver after its saliency: F and d of each block."""
     (depth,) = analysis.depths
     solver = Solver({depth.name: (1, 1, depth.size)}, lambda widths: 1.0, 0.5, 1, blocks={depth.name: []})
-    masks = insert_masks(model, analysis, [depth.name], solver.applied, solver.watch)
+    masks = InsertedMasks(model, find_mask_sites(analysis, model, [depth.name]), solver.applied, solver.watch)
     for part in samples.split(2):
         output = model(**part.inputs, use_cache=False).logits
         (CAUSAL_LM.sensitivity(output, part) / CAUSAL_LM.predicted(part)).backward()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -74,7 +73,7 @@ def awake(analysis: Analysis, seed: int = 0) -> Analysis:
     state, generator = analysis.program.state, torch.Generator().manual_seed(seed)
     faint = [n for n in analysis.program.parameters if state.like(n).is_floating_point() and _is_faint(state[n])]
     woken = {n: _random(state[n], generator) for n in faint}
-    return replace(analysis, program=replace(analysis.program, state=state.updated(woken)))
+    return analysis.with_weights(woken)
 
 
 def _is_faint(weight: Tensor) -> bool:
@@ -96,7 +95,7 @@ def in_fine_types(analysis: Analysis) -> Analysis:
     state, wide = analysis.program.state, _wide(analysis.program)
     coarse = [name for name, like in state.likes.items() if like.dtype in COARSE]
     fine = state.changed(dict.fromkeys(coarse, partial(Tensor.to, dtype=wide)))
-    return replace(analysis, program=replace(analysis.program, state=fine)) if coarse else analysis
+    return analysis.with_weights(fine)
 
 
 def _fine(program: Program) -> Program:

@@ -247,7 +247,7 @@ def reconstructed(prepared: Prepared, chosen: Chosen, sets: SampleSets, context:
 
     with context.stage("reconstruct"):
         found = kept_fit(prepared, context.folder, fit)
-    return replace(chosen, changes=found, trained=tuple(found))
+    return chosen.with_weights(found)
 
 
 def sites_of(prepared: Prepared, chosen: Chosen) -> list[MaskSite]:
@@ -296,17 +296,16 @@ def recovered(compiled: Compiled, sets: SampleSets, context: Context) -> tuple[C
         found = learner.recover(small, steps, sets.proof, used, held_out)
     if found is None:
         return compiled, []
-    aliases = prepared.analysis.program.aliases
-    dense = renumbering(compiled.analysis, chosen.cut).names(prepared.analysis.program.state_dict())
-    named = {aliases.get(dense[name], dense[name]): each for name, each in found.weights.items() if name in dense}
-    known = {name: tensor for name, tensor in named.items() if name in prepared.analysis.weights}
-    changes = Weights(chosen.changes).updated(widened(compiled.analysis, chosen.cut, Weights(known)))
-    chosen = replace(chosen, changes=changes, trained=tuple(changes))
+    program = prepared.analysis.program
+    old = renumbering(compiled.analysis, chosen.cut).old(found.weights, program.state_dict())
+    owned = {program.aliases.get(name, name): weight for name, weight in old.items()}
+    named = {name: weight for name, weight in owned.items() if name in compiled.analysis.weights}
+    chosen = chosen.with_weights(widened(compiled.analysis, chosen.cut, Weights(named)))
     row: Row = {"rank": learner.rank, "lr": s.training.lr}
     if found.watch is not None:
         row = {**row, **found.watch.row(prepared.settings.data, s.training.save_every)}
         chosen = replace(chosen, notes=(*chosen.notes, found.watch.note()))
-    held = replace(compiled.analysis, program=compiled.analysis.program.with_state(changes))  # the rest is as stored
+    held = compiled.analysis.with_weights(chosen.changes)  # the rest is as stored
     difference = check_witness(held, chosen.cut, found.witness, sets.proof, prepared.executor)
     return replace(cut_to(prepared, chosen, context), written=compiled.written, recovery=row), [difference]
 

@@ -29,11 +29,9 @@ __all__ = [
     "documents",
     "evaluation_windows",
     "file_digests",
-    "load_text",
     "positions_of",
     "protocol_name",
     "read_places",
-    "self_sampled",
     "token_windows",
 ]
 
@@ -42,46 +40,11 @@ __all__ = [
 _CHARACTERS_A_TOKEN, _ENOUGH, _MOST = 64, 8, 64_000_000
 
 
-def load_text(
-    data: str,
-    *,
-    split: str | None = None,
-    max_characters: int | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> list[str]:
-    """The documents of ``data``, each whole.
-
-    Args:
-        data: sources (docs/data.md); weights are ignored.
-        split: split of a hub's data set, if ``data`` does not name one; that to train on if None.
-        max_characters: stop after the document that reaches this number.
-        tokenizer: has the template for chats.
-
-    Raises:
-        MptkError: ``data`` does not exist, has no text or more than one column of it, or is not UTF-8.
-    """
-    texts: list[str] = []
-    left = max_characters
-    for source in parse(data, split=split):
-        for document in source.documents(tokenizer):
-            text = "".join(document)
-            if not text.strip():
-                continue
-            texts.append(text)
-            if left is not None:
-                left -= len(text)
-                if left <= 0:
-                    return texts
-    if not texts:
-        raise MptkError(f"{data} holds no text; give a file, folder or dataset with some")
-    return texts
-
-
 def documents(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Document]:
     """The documents of ``data``, whole, in pieces; weights are ignored.
 
     Raises:
-        MptkError: as ``load_text``; or ``data`` is text that is made up.
+        MptkError: ``data`` does not exist, has no text or more than one column of it, is not UTF-8, or is made up.
     """
     if data in (SELF, RANDOM):
         raise MptkError(f"{data} is no text that a vocabulary can be taken of; give a file, folder or dataset")
@@ -128,41 +91,11 @@ def evaluation_windows(
     ``split``: split of a hub's data set; that to measure on if None.
 
     Raises:
-        MptkError: as ``load_text`` and ``token_windows``; ``data`` is ``self``; or there is no tokenizer.
+        MptkError: as ``documents`` and ``token_windows``; ``data`` is ``self``; or there is no tokenizer.
     """
     if data == SELF:
         raise MptkError("there is no model to write the text to measure on; give a file, folder or dataset")
     return _shared_out(parse(data, held_out=True, split=split), _required(tokenizer), length, count, None)
-
-
-def self_sampled(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    count: int,
-    length: int,
-    seed: int,
-    batch_size: int | None = None,
-    progress: Count | None = None,
-) -> Tensor:
-    """Text that the model writes, as tokens, int64 [count, length].
-
-    This is ancestral sampling at temperature 1 from the full distribution, with a KV cache. Each row starts with the
-    begin-of-sequence token, else the end-of-sequence token, else a uniformly random token. It does not stop at an end
-    of sequence: the model continues with the next text, as in text packed for training. For one model, the result
-    depends on the seed alone, but for what batch size, device and threads round otherwise; more rows begin with the
-    same ones. The caller's random state does not change.
-
-    Args:
-        batch_size: rows sampled at once, by default those of 16,384 tokens. More take more memory, and less time each.
-        progress: called with (tokens done, all tokens).
-
-    Raises:
-        MptkError: the model cannot generate text.
-    """
-    return sampled.sampled(
-        model, tokenizer, count=count, length=length, seed=seed, batch_size=batch_size, progress=progress
-    )
 
 
 def calibration(
@@ -181,7 +114,7 @@ def calibration(
     Text that the model writes is kept in the cache folder, for the same weights, seed and length.
 
     Raises:
-        MptkError: as ``check_length``, ``self_sampled``, ``load_text``, ``token_windows``; or there is no tokenizer.
+        MptkError: as ``check_length``, ``sampled``, ``documents``, ``token_windows``; or there is no tokenizer.
     """
     check_length(model, length)
     if data == SELF:

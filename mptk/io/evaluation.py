@@ -151,13 +151,6 @@ def perplexities(runs: Runs, windows: Tensor, *, data: str, progress: Count) -> 
     }
 
 
-@torch.no_grad()
-def next_token_loss(logits_fn: LogitsFn, windows: Tensor) -> float:
-    """Mean next-token cross entropy of all windows at once, in nats."""
-    logits = logits_fn(windows)
-    return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten()))
-
-
 def zero_shot(
     model: str | Path | models.Loaded,
     tasks: Sequence[str],

@@ -359,19 +359,4 @@ class _Masked(nn.Module):
         return self._masked(weight)
 
 
-def insert_masks(
-    module: nn.Module, analysis: Analysis, families: Sequence[str], values: Values, watch: Watch | None = None
-) -> InsertedMasks:
-    """Insert masks of ``families`` into ``module`` (the analysed one, wrapped by peft or not).
-
-    Args:
-        values: called at every forward pass with (family name, layer); returns the mask [scopes, size].
-        watch: called in every backward pass with the masks' gradient from each position (``InsertedMasks``).
-
-    Raises:
-        MptkError: as ``find_mask_sites``.
-    """
-    return InsertedMasks(module, find_mask_sites(analysis, module, families), values, watch)
-
-
-__all__ = ["InsertedMasks", "MaskSite", "disturbed", "find_mask_sites", "insert_masks"]
+__all__ = ["InsertedMasks", "MaskSite", "disturbed", "find_mask_sites"]

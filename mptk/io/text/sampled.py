@@ -47,7 +47,17 @@ def sampled(
 ) -> Tensor:
     """Rows ``first`` to ``count`` of the text that the model writes, as tokens, int64 [count - first, length].
 
-    ``data.self_sampled`` says how. A row's random numbers are its own, so that more rows begin with the same ones.
+    This is ancestral sampling at temperature 1 from the full distribution, with a KV cache. Each row starts with the
+    begin-of-sequence token, else the end-of-sequence token, else a uniformly random token. It does not stop at an end
+    of sequence: the model continues with the next text, as in text packed for training. A row's random numbers are its
+    own, so that more rows begin with the same ones.
+
+    Args:
+        batch_size: rows sampled at once, by default those of 16,384 tokens. More take more memory, and less time each.
+        progress: called with (tokens done, all tokens).
+
+    Raises:
+        MptkError: the model cannot generate text.
     """
     if not writes(model):
         raise MptkError(f"{type(model).__name__} cannot write text to calibrate on; give some with --data")

@@ -7,7 +7,7 @@ choice among the scores, a cut, and a closed-form fit. Its losses are measured o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
@@ -106,8 +106,7 @@ class Search:
         """A candidate's losses before training."""
         analysis, chosen = self.prepared.analysis, self.chosen(candidate.widths)
         fits = Fits(analysis.program.state, chosen.changes)
-        changed = replace(analysis, program=analysis.program.with_state(fits.weights()))
-        program = cut_program(changed, chosen.cut, Log(), torch.float32).exact
+        program = cut_program(analysis.with_weights(fits.weights()), chosen.cut, Log(), torch.float32).exact
         (masked,) = losses(self.prepared, [lambda: program], self.samples)
         fitted = None
         if self.products is not None:

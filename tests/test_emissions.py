@@ -312,7 +312,7 @@ def test_verify_refuses_a_file_by_its_name_and_its_field(lab: Lab, name: str) ->
 @pytest.mark.parametrize("name", rows(GRAPHS, QUICK.__contains__))
 def test_prune_publishes_no_such_graph(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     edit, stage = GRAPHS[name]
-    after("mptk.tasks.decoder_onnx.emit_onnx", lambda graphs: edit(graphs.parent), 1)(monkeypatch)
+    after("mptk.tasks.decoder_form.emit_onnx", lambda graphs: edit(graphs.parent), 1)(monkeypatch)
     refused(lab, f"the proof fails at '{stage}'")
 
 

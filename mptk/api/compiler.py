@@ -21,7 +21,6 @@ from mptk.compile.changes import stored_weights
 from mptk.compile.trace import traced
 from mptk.config.settings import Settings, check_onnx_dtype
 from mptk.conversions import planned
-from mptk.cost.budgets import phase
 from mptk.errors import MptkError, ProofError
 from mptk.files import path_of, write_result
 from mptk.io import data, models
@@ -49,7 +48,6 @@ from mptk.publish.publish import check_apart, check_replaceable, publish
 from mptk.targets.gguf import Conversion, Layer, Pattern
 from mptk.targets.onnx import describe, remove_graph
 from mptk.tasks import CAUSAL_LM, check_decoder, example_of, form_of, load_decoder, open_task
-from mptk.tasks.decoder_onnx import export_decoder
 from mptk.version import __version__
 from passes.analysis import group
 from passes.analysis.rules import rule
@@ -209,18 +207,19 @@ def export(
     """
     _check_whole(plan)
     check_schemes(quantize)
-    form, how = form_of(model), dict[str, Any]({"logits": logits, "quantize": tuple(quantize), "objective": objective})
-    if form is None or form is CAUSAL_LM.onnx:
-        export_decoder(model, Path(folder), metadata, plan=plan, text=text, onnx_dtype=onnx_dtype, **how)
-        return Path(folder)
     check_onnx_dtype(onnx_dtype, quantize)
-    if model.dtype is not torch.float32:
-        raise MptkError(f"the graphs of a {type(model).__name__} are made of a float32 model; call model.float()")
-    name, settings = type(model).__name__, Settings(onnx_dtype=onnx_dtype, **how)
-    program = trace(model, example_of(model), dynamic=True)
+    settings = Settings(
+        logits=logits, quantize=tuple(quantize), objective=objective, onnx_dtype=onnx_dtype, strict=True
+    )
+    form, program = form_of(model) or CAUSAL_LM.onnx, None
+    assert form is not None
+    if form is not CAUSAL_LM.onnx:
+        if model.dtype is not torch.float32:
+            raise MptkError(f"the graphs of a {type(model).__name__} are made of a float32 model; call model.float()")
+        program = trace(model, example_of(model), dynamic=True)
     form.check(model, settings)
-    dense = Dense(Loaded(model, None, name, Path(), dtype=model.dtype), settings, program, about=metadata)
-    form.export(dense, plan, None, Path(folder), Log())
+    dense = Dense(Loaded(model, None, type(model).__name__, Path()), settings, program, about=metadata)
+    form.export(dense, plan, None if text is None else next_tokens(text), Path(folder), Log())
     return Path(folder)
 
 
@@ -258,17 +257,9 @@ def gguf(folder: str | Path, like: str | Path, out: str | Path) -> list[Layer]:
 def export_folder(
     model: str,
     out: str | Path,
+    settings: Settings | None = None,
     *,
-    logits: LogitsScope = "all",
-    quantize: Sequence[str] = (),
     text: str | None = None,
-    objective: str = "decode",
-    onnx_dtype: str = "auto",
-    memory: int | None = None,
-    device: str = Settings.device,
-    strict: bool = Settings.strict,
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
     progress: Progress | None = None,
     on_note: Callable[[str], object] = warnings.warn,
 ) -> Path:
@@ -276,25 +267,22 @@ def export_folder(
 
     The graph of an image model takes images of its config's size.
 
-    ``text``: a file, folder or dataset of which a decoder's ``int4`` gets 32 windows of 256 tokens, or of all
-    positions. ``memory``, ``device``, ``strict``, ``overwrite``: as in ``Settings``. ``on_note`` is given a line on
-    each optional file that is left out. What is not named here is as in ``export``.
+    ``settings``: of its fields those count that say how graphs are written and what of the machine is used. ``text``: a
+    file, folder or dataset of which a decoder's ``int4`` gets 32 windows of 256 tokens, or of all positions.
+    ``on_note`` is given a line on each optional file that is left out.
 
     Raises:
         MptkError: as ``export``; or ``out`` exists and was not made by mptk, or holds other files.
         ProofError: it is ``strict``, and a quantised weight is further from the float one than rounding brings it.
     """
-    say = progress or silent
+    say, settings = progress or silent, settings or Settings()
+    trust, strict, overwrite = settings.trust_remote_code, settings.strict, settings.overwrite
     check_replaceable(Path(out), overwrite)
     check_apart(Path(out), model, *([] if text is None else [text]))
-    check_schemes(quantize)
-    phase(objective)
-    check_onnx_dtype(onnx_dtype, quantize)
+    check_schemes(settings.quantize)
     say("load", 0, 0)
-    how: dict[str, Any] = {"logits": logits, "quantize": tuple(quantize), "objective": objective}
-    settings = Settings(memory=memory, device=device, onnx_dtype=onnx_dtype, strict=strict, **how)
     resident, executor = execution(settings)
-    loaded, task = open_task(model, resident, trust_remote_code=trust_remote_code)
+    loaded, task = open_task(model, resident, trust_remote_code=trust)
     if task.onnx is None:
         raise MptkError(f"mptk has no ONNX form of a {task.summary}; export {model} with optimum")
     task.onnx.check(loaded.model, settings)

@@ -67,12 +67,9 @@ def export_onnx(
         refuse(("data",), "text is for int4 alone", "give --quantize int4, or leave it out")
     notes: list[str] = []
     with stages(err) as progress:
-        api.export_folder(
-            model,
-            folder,
+        settings = Settings(
             logits=logits,
             quantize=names(quantize),
-            text=data,
             objective=objective,
             onnx_dtype=onnx_dtype,
             memory=parse_size(memory),
@@ -80,9 +77,8 @@ def export_onnx(
             strict=strict,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
-            progress=progress,
-            on_note=notes.append,
         )
+        api.export_folder(model, folder, settings, text=data, progress=progress, on_note=notes.append)
     out.print(f"written to {folder}", *notes, sep="\n", soft_wrap=True, highlight=False)
 
 

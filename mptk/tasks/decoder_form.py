@@ -13,20 +13,21 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
 from mptk.config.settings import Settings, check_onnx_dtype
-from mptk.errors import ProofError
+from mptk.errors import MptkError, ProofError
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples, next_tokens
 from mptk.ort.decoder import FILE, OrtDecoder
-from mptk.protocols.chain import stored_type
+from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import Checks
-from mptk.tasks.decoder_onnx import export_decoder
-from mptk.tasks.exporting import quantised
+from mptk.tasks.exporting import about, cut, quantised
 from mptk.tasks.genai import FILE as GENAI
 from mptk.tasks.genai import write_genai_config
 from mptk.tasks.rounding import logits_apart
+from passes.frontend.trace_decoder import trace_decoder
+from passes.pipelines import emit_onnx
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
 
 PADDING = 3
@@ -81,23 +82,21 @@ class DecoderForm(OnnxForm):
     described = (GENAI,)
 
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
-        settings, loaded = dense.settings, dense.loaded
-        text = None if samples is None else samples.inputs["input_ids"]
-        check_onnx_dtype(settings.onnx_dtype, settings.quantize)
-        file = export_decoder(
-            loaded.model,
-            folder,
-            {"source": loaded.source, **dense.about},
-            plan=plan,
-            logits=settings.logits,
-            objective=settings.objective,
-            onnx_dtype=settings.onnx_dtype,
-            log=log,
-            dtype=stored_type(settings, loaded),
-            weights=dense.weighted,
-            dense=lambda ids: dense.run(next_tokens(ids)),
-            executor=dense.executor,
+        settings, model, wanted = dense.settings, dense.loaded.model, dense.settings.onnx_dtype
+        check_onnx_dtype(wanted, settings.quantize)
+        step(0, 0, "trace a decoding step")
+        run = None if dense.program is None else lambda ids: dense.run(next_tokens(ids))
+        program = trace_decoder(
+            model, logits=settings.logits, weights=dense.weighted, dense=run, executor=dense.executor
         )
+        if wanted != "auto" and model.dtype is not torch.float32:
+            raise MptkError(f"a {wanted} graph is made of a float32 model, not {model.dtype}; call model.float()")
+        program = cut(program, dense, plan, log)
+        step(0, 0, "translate the graph")
+        said = {"objective": settings.objective, **about(dense, plan)}
+        half, objective = wanted == "float16", settings.objective
+        file = emit_onnx(program, folder, objective=objective, half=half, metadata=said, log=log)
+        text = None if samples is None else samples.inputs["input_ids"]
         return quantised(dense, file, text, log)
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:

@@ -34,6 +34,7 @@ class ModuleForm(ModelForm):
     def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
         if not isinstance(dense.run(Samples(dict(self.inputs))), Tensor):
             raise MptkError("the module has several outputs; export the folder with torch.onnx")
+        assert dense.program is not None
         traced = Traced(dense.program, list(self.inputs))
         traced.check_sizes()
         return traced, {}

@@ -59,6 +59,11 @@ def settled(settings: Settings) -> Settings:
     return replace(settings, learning=replace(settings.learning, steps=steps, precision=precision))
 
 
+def given_plan(settings: Settings) -> Plan | None:
+    """The plan that the settings name. A run reads it once; what it does later goes by what was read."""
+    return None if settings.plan is None else Plan.load(settings.plan)
+
+
 def check_settings(settings: Settings, plan: Plan | None = None, texts: Sequence[str] | None = None) -> None:
     """Raise MptkError for what cannot be done with any model. ``plan``, ``texts``: a job's plan and vocabulary."""
     method = find_method(settings.method)

@@ -14,7 +14,7 @@ from typing import Any
 from mptk.chain.describe import describe, measured
 from mptk.chain.job import Finished, Given, Job, held
 from mptk.chain.kept import kept_choice, kept_fit
-from mptk.chain.prepare import announce, check_settings, prepare, settled
+from mptk.chain.prepare import announce, check_settings, given_plan, prepare, settled
 from mptk.compat.accelerate import own_state
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.changes import COMPENSATION, widened
@@ -84,7 +84,7 @@ def run(job: Job, settings: Settings, context: Context) -> Finished | None:
 def stages(job: Job, settings: Settings, context: Context) -> Finished | None:
     """The stages of ``run``, which gives them an accelerate state of their own."""
     settings = settled(settings)
-    job = replace(job, plan=None if settings.plan is None else Plan.load(settings.plan))  # no one reads the file again
+    job = replace(job, plan=given_plan(settings))
     check_settings(settings, job.plan, job.vocabulary)
     if keeps_stages(settings):
         check_unfinished(job.out, described(job, settings), settings.resume, but=(*FOUND, GIVEN))

@@ -70,14 +70,14 @@ def prune(
     """
     from mptk.api.pruned import prune
     from mptk.chain.estimate import check_fits, estimated
-    from mptk.chain.prepare import check_settings, settled
+    from mptk.chain.prepare import check_settings, given_plan, settled
     from mptk.methods import find_method
     from mptk.report import terminal as report
 
     settings = with_latency(settings_from(options), max_decode_ms, max_prefill_ms)
     meant = settled(settings)
     check_prune(meant, not meant.fixed and find_method(meant.method).learns, estimate)
-    check_settings(meant)
+    check_settings(meant, given_plan(meant))
     if estimate:
         found = estimated(model, meant)
         out.print(report.estimate_view(found))

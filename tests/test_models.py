@@ -288,7 +288,9 @@ def test_a_weight_of_another_shape_than_the_configs_is_named(load: Callable[[str
     model = architectures.model("llama")
     model.config.intermediate_size += 1
     model.save_pretrained(tmp_path)
-    with pytest.raises(MptkError, match=r"mlp\.\w+_proj\.weight of .* is \[.*\], and config.json makes it \[.*\]"):
+    with pytest.raises(
+        MptkError, match=r"mlp\.\w+_proj\.weight in .*safetensors is \[.*\], and config.json makes it \[.*\]"
+    ):
         load(str(tmp_path))
 
 

@@ -27,7 +27,7 @@ from mptk.errors import MptkError, first_line
 from mptk.files import path_of, tidy
 from mptk.io.auto_classes import loader
 from mptk.io.cache import build_private, private_place
-from mptk.io.checkpoint import fill, quantized_dtype, save_checkpoint, stored_dtype
+from mptk.io.checkpoint import dtypes_in, fill, quantized_dtype, save_checkpoint, stored_dtype
 from mptk.io.opening import Files
 from mptk.io.packaged import ALIASES, cached, fetch
 from mptk.io.resident import Resident
@@ -307,8 +307,9 @@ def _from_pretrained(folder: Path, model: str, *, config: PreTrainedConfig, **op
         )
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, wanted = mismatched[0]
+        file = next((file for file in folder.glob("*.safetensors") if name in dtypes_in(file)), folder)
         raise MptkError(
-            f"{name} of {model} is {list(found)}, and config.json makes it {list(wanted)}; one of both is of another "
+            f"{name} in {file} is {list(found)}, and config.json makes it {list(wanted)}; one of both is of another "
             "model: download it again"
         )
     if missing := sorted(report["missing_keys"]):

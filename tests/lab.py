@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import GROUPED, HEAD
 from cutting import random_plan
 from safetensors.torch import load_file, save_file
-from test_pruning import WORDS, save
+from toy_checkpoints import WORDS, save
 from transformers import MistralConfig, MistralForCausalLM
 
 import mptk
@@ -66,20 +67,8 @@ class Lab:
 
     def __init__(self, root: Path, quantize: tuple[str, ...] = ("int8", "int4")) -> None:
         self.root, self.count = root, 0
-        config = MistralConfig(
-            hidden_size=48,
-            intermediate_size=80,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            head_dim=10,
-            vocab_size=97,
-            max_position_embeddings=128,
-            sliding_window=WINDOW,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=1,
-        )
+        sizes = {**GROUPED, "pad_token_id": None, "head_dim": HEAD, "max_position_embeddings": 128}
+        config = MistralConfig(**sizes, sliding_window=WINDOW, tie_word_embeddings=True)
         self.dense = save(MistralForCausalLM(config), root / "dense")
         loaded = models.load(self.dense)
         analysis = group.analyze(passes.frontend.trace.trace(loaded.model, dynamic=True))

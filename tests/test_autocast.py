@@ -10,9 +10,9 @@ from typing import Any
 import architectures
 import pytest
 import torch
-from test_pruning import SETTINGS, llama_config, save
 from test_staged import MODELS, SMALL, built
 from torch import Tensor
+from toy_checkpoints import SETTINGS, llama_config, save
 from transformers import LlamaForCausalLM
 
 from mptk import Settings, prune

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from lab import after, fields
-from test_pruning import save
 from tiny_decoders import SLIDING, tiny_decoder
 from torch import Tensor, nn
+from toy_checkpoints import save
 from transformers import LlamaConfig, PreTrainedConfig
 
 import mptk

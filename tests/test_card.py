@@ -29,8 +29,7 @@ LICENCE = "---\nlicense: mit\nlanguage: [en]\ntags: [secret]\n---\nA dense model
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small llama that was pruned with ONNX, from a folder with a hostile name, a card and a licence file."""
     source = tmp_path_factory.mktemp("dense") / BASE
-    toys.llama().save_pretrained(source)
-    toys.tokenizer().save_pretrained(source)
+    toys.saved(toys.llama(), source)
     (source / "README.md").write_text(LICENCE)
     (source / "LICENSE").write_text("be kind")
     out = tmp_path_factory.mktemp("pruned") / "out"

@@ -7,12 +7,13 @@ from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
+import architectures
 import pytest
 import torch
 from cutting import cut_and_compare
 from test_learning import SETTINGS as LEARNS
-from test_pruning import SETTINGS, save
 from torch import nn
+from toy_checkpoints import SETTINGS, save
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -45,9 +46,7 @@ IDS = torch.tensor([[5, 9, 2, 31, 8, 4, 11]])
 
 def random_model(model):
     torch.manual_seed(0)
-    for p in model.parameters():
-        nn.init.normal_(p, mean=float(p.ndim == 1), std=0.15)
-    return model.eval()
+    return architectures.spread(model, 0.15).eval()
 
 
 def keeping(analysis, *units, name="layers"):

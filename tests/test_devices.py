@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from second_device import DEVICE, SecondDevice, SecondTensor, live_bytes
 from test_learning import LEARNING, SETTINGS, Stopped, metrics
-from test_pruning import llama_config, save
 from torch import Tensor
+from toy_checkpoints import llama_config, save
 from transformers import LlamaForCausalLM
 
 from mptk.chain.prepare import legalise

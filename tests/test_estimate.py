@@ -12,8 +12,7 @@ from typing import NamedTuple
 import architectures
 import pytest
 import torch
-from test_pruning import SETTINGS, WORDS, llama_config, save
-from toy_checkpoints import llama
+from toy_checkpoints import SETTINGS, WORDS, llama, llama_config, save
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 

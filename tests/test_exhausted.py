@@ -15,7 +15,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper
-from toy_checkpoints import TEXT, llama, tokenizer
+from toy_checkpoints import TEXT, llama, saved
 
 from mptk.cli.main import main
 from mptk.errors import Exhausted, MptkError, explained
@@ -131,8 +131,7 @@ def test_the_command_line_prints_one_line(capsys: pytest.CaptureFixture[str], mo
 
 
 def test_a_run_that_fills_the_disk_ends_with_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
+    saved(llama(), tmp_path / "model")
     (tmp_path / "text").write_text(TEXT)
     short = "--samples 2 --length 32 --eval-windows 2 --eval-length 32 --multiple-of 8 --data text --no-onnx"
     command = [sys.executable, "-m", "mptk", "prune", "model", "--method", "magnitude", "--out", "out", *short.split()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import architectures
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,9 +39,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_scales_go_into_weights_and_epsilons(name):
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.2)
+    model = architectures.spread(MODELS[name]().eval())
     ids = torch.randint(97, (2, 7))
     analysis = analyze(trace(model))
     keep = tuple(sorted(torch.randperm(48)[:30].tolist()))

@@ -39,10 +39,7 @@ SETTINGS = mptk.Settings(
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("dense")
-    toys.llama(layers=3).save_pretrained(folder)
-    toys.tokenizer().save_pretrained(folder)
-    return str(folder)
+    return toys.saved(toys.llama(layers=3), tmp_path_factory.mktemp("dense"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_pruning import llama, llama_config  # noqa: F401 (a fixture)
+from test_pruning import llama  # noqa: F401 (a fixture)
+from toy_checkpoints import llama_config
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 

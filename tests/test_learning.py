@@ -21,7 +21,8 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_pruning import gpt2, llama_config, save  # noqa: F401 (a fixture)
+from test_pruning import gpt2  # noqa: F401 (a fixture)
+from toy_checkpoints import llama_config, save
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 

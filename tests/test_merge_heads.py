@@ -33,15 +33,9 @@ ALONE: dict[str, Any] = {"kv_heads": 1, "sparsity": 0.0, "method": "wanda", "dat
 CUT: dict[str, Any] = {**ALONE, "families": ("ffn",), "sparsity": 0.2, "multiple": 4}
 
 
-def saved(model: PreTrainedModel, folder: Path) -> str:
-    model.save_pretrained(folder)
-    toys.tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved(toys.llama(layers=2), tmp_path_factory.mktemp("heads") / "dense")
+    return toys.saved(toys.llama(layers=2), tmp_path_factory.mktemp("heads") / "dense")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +83,7 @@ def redundant(model: PreTrainedModel) -> PreTrainedModel:
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_heads_that_are_one_head_turned_become_it_and_nothing_changes(name: str, tmp_path: Path) -> None:
     dense = redundant(architectures.model(name, vocab_size=300))
-    found = mptk.prune(saved(dense, tmp_path / "dense"), **ALONE)
+    found = mptk.prune(toys.saved(dense, tmp_path / "dense"), **ALONE)
     assert found is not None
     small = found.model
     assert small.config.num_key_value_heads == 1
@@ -110,7 +104,7 @@ def test_principal_components_lose_less_than_means(
     changes: Mapping[str, int], kv_heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense, far = architectures.model("llama", vocab_size=300, **changes), []
-    source = saved(dense, tmp_path / "dense")
+    source = toys.saved(dense, tmp_path / "dense")
     for ways in (None, ("mean", "mean")):
         if ways is not None:
             monkeypatch.setattr(merging, "ways_of", lambda *_, ways=ways: ways)
@@ -122,7 +116,7 @@ def test_principal_components_lose_less_than_means(
 
 
 def test_keys_that_a_norm_follows_are_merged_by_their_mean(tmp_path: Path) -> None:
-    found = mptk.prune(saved(architectures.model("qwen3", vocab_size=300), tmp_path / "dense"), **ALONE)
+    found = mptk.prune(toys.saved(architectures.model("qwen3", vocab_size=300), tmp_path / "dense"), **ALONE)
     assert found is not None
     (note,) = (note for note in found.report.notes if "KV heads" in note)
     assert "keys merged by their mean" in note
@@ -252,7 +246,7 @@ def test_shapes_of_the_merged_model_are_ranked_beside_the_dense_one(dense: str) 
     ],
 )
 def test_what_cannot_be_merged_is_said(name: str, kv_heads: int, message: str, tmp_path: Path) -> None:
-    source = saved(architectures.model(name, vocab_size=300), tmp_path / "dense")
+    source = toys.saved(architectures.model(name, vocab_size=300), tmp_path / "dense")
     with pytest.raises(MptkError, match=message):
         mptk.prune(source, tmp_path / "out", **{**ALONE, "kv_heads": kv_heads})
     assert not (tmp_path / "out").exists()

@@ -55,8 +55,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     path = tmp_path / "toy"
-    toys.llama().save_pretrained(path)
-    toys.tokenizer().save_pretrained(path)
+    toys.saved(toys.llama(), path)
     return path
 
 

@@ -25,10 +25,8 @@ SETTINGS = mptk.Settings(sparsity=0.3, samples=4, length=32, multiple=4, learnin
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    toy_checkpoints.llama().save_pretrained(folder)
-    toy_checkpoints.tokenizer(begin=True).save_pretrained(folder)
-    return str(folder)
+    words = toy_checkpoints.tokenizer(begin=True)
+    return toy_checkpoints.saved(toy_checkpoints.llama(), tmp_path_factory.mktemp("model"), words)
 
 
 def counted(patch: pytest.MonkeyPatch, function: Callable[..., Any]) -> list[tuple[Any, ...]]:

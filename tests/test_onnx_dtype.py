@@ -50,8 +50,7 @@ def test_a_float16_graph_is_the_one_that_the_float32_graph_is_converted_to(kind:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("bfloat16")
-    toy_checkpoints.llama().to(torch.bfloat16).save_pretrained(folder)
-    toy_checkpoints.tokenizer(begin=True).save_pretrained(folder)
+    toy_checkpoints.saved(toy_checkpoints.llama().to(torch.bfloat16), folder, toy_checkpoints.tokenizer(begin=True))
     return str(folder)
 
 

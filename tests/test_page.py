@@ -31,7 +31,7 @@ from mptk.report.runs import Run, model_name, read_runs, short_names, whole
 from mptk.report.sections import prune_view
 from mptk.report.view import Table
 from tests.page_runs import HOSTILE, WORDS, made
-from tests.test_pruning import save
+from tests.toy_checkpoints import save
 
 VOID = {"meta", "link", "br", "img"}
 

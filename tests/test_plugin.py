@@ -37,10 +37,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    toy_checkpoints.llama().save_pretrained(folder)
-    toy_checkpoints.tokenizer(begin=True).save_pretrained(folder)
-    return str(folder)
+    words = toy_checkpoints.tokenizer(begin=True)
+    return toy_checkpoints.saved(toy_checkpoints.llama(), tmp_path_factory.mktemp("model"), words)
 
 
 class Done(NamedTuple):

@@ -14,14 +14,12 @@ from runpy import run_path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from toy_checkpoints import SETTINGS, WORDS, llama_config, save
 from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 from typer.testing import CliRunner
 
@@ -37,39 +35,6 @@ from mptk.protocols.report import Report
 from passes.pipelines import quantize_onnx
 from passes.targets.onnx.names import QUANTIZED
 from passes.verify import Difference
-
-SETTINGS = mptk.Settings(method="wanda", sparsity=0.35, samples=4, length=48, multiple=8)
-WORDS = [f"w{i}" for i in range(95)]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocab = {word: i for i, word in enumerate(["<s>", "</s>", *WORDS])}
-    inner = Tokenizer(models.WordLevel(vocab, unk_token="<s>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
-
-
-def save(model: torch.nn.Module, folder: Path) -> str:
-    torch.manual_seed(0)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.15)
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-def llama_config() -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=10,
-        vocab_size=97,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
 
 
 @pytest.fixture(scope="module")

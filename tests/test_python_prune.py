@@ -125,8 +125,7 @@ def test_without_a_folder_nothing_stays_and_half_precision_stays(
 
 
 def test_the_tokenizer_is_found_where_the_model_came_from(tmp_path: Path) -> None:
-    toys.llama().save_pretrained(tmp_path)
-    toys.tokenizer().save_pretrained(tmp_path)
+    toys.saved(toys.llama(), tmp_path)
     found = mptk.prune(LlamaForCausalLM.from_pretrained(tmp_path), method="wanda", data=TEXTS, **SMALL)
     assert found is not None
     assert found.tokenizer is not None

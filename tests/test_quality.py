@@ -34,8 +34,7 @@ def test_training_text_is_everything_but_what_is_evaluated_on(tmp_path: Path) ->
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the text of a benchmark of a toy model."""
-    toys.llama(max_position_embeddings=600).save_pretrained(tmp_path / "dense")
-    toys.tokenizer().save_pretrained(tmp_path / "dense")
+    toys.saved(toys.llama(max_position_embeddings=600), tmp_path / "dense")
     monkeypatch.setattr(quality, "MODEL", str(tmp_path / "dense"))
     text = "the quick brown fox jumps over a lazy dog. " * 40
     (tmp_path / "train.txt").write_text(text * 40)

@@ -21,7 +21,8 @@ import toy_checkpoints as toys
 from lab import remembered
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_pruning import WORDS, gpt2, llama_config, save  # noqa: F401 (a fixture)
+from test_pruning import gpt2  # noqa: F401 (a fixture)
+from toy_checkpoints import WORDS, llama_config, save
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import mptk

@@ -11,7 +11,7 @@ from typing import Any
 import onnxruntime as ort
 import pytest
 import torch
-from test_pruning import SETTINGS, WORDS, llama_config, save
+from toy_checkpoints import SETTINGS, WORDS, llama_config, save
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 

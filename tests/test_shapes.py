@@ -14,7 +14,7 @@ import torch
 from lab import remembered
 from safetensors.torch import load_file
 from test_latency import times
-from test_pruning import WORDS, llama_config, save
+from toy_checkpoints import WORDS, llama_config, save
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 

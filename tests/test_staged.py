@@ -284,8 +284,7 @@ def test_a_word_that_is_no_device_is_refused() -> None:
     ],
 )
 def test_what_needs_the_whole_model_is_refused_if_it_does_not_fit(tmp_path: Path, changes: dict, said: str) -> None:
-    toy_checkpoints.llama().save_pretrained(tmp_path / "dense")
-    toy_checkpoints.tokenizer().save_pretrained(tmp_path / "dense")
+    toy_checkpoints.saved(toy_checkpoints.llama(), tmp_path / "dense")
     with pytest.raises(MptkError, match=said):
         mptk.prune(str(tmp_path / "dense"), tmp_path / "out", Settings(memory=100_000, **changes))
     assert not (tmp_path / "out").exists()

@@ -25,8 +25,7 @@ SETTINGS = mptk.Settings(
 
 
 def checkpoint(folder: Path, dtype: torch.dtype) -> str:
-    toy_checkpoints.llama().to(dtype).save_pretrained(folder)
-    toy_checkpoints.tokenizer(begin=True).save_pretrained(folder)
+    toy_checkpoints.saved(toy_checkpoints.llama().to(dtype), folder, toy_checkpoints.tokenizer(begin=True))
     return str(folder)
 
 

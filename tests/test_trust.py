@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_pruning import llama_config, save
+from toy_checkpoints import llama_config, save
 from transformers import LlamaForCausalLM
 
 import mptk

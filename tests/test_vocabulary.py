@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import architectures
 import kinds
 import pytest
 import torch
@@ -40,17 +41,14 @@ ALONE = {**FEW, "sparsity": 0.0, "onnx": False, "progress": None, "data": [TEXT]
 def spread(model: PreTrainedModel) -> PreTrainedModel:
     """Weights of a size that shows a wrong row in the logits."""
     torch.manual_seed(0)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=0.2)
-    return model
+    return architectures.spread(model)
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Path:
     """A decoder whose head is not its embedding, and the texts."""
     folder = tmp_path_factory.mktemp("dense")
-    spread(toys.llama(tied=False)).save_pretrained(folder)
-    toys.tokenizer(begin=True).save_pretrained(folder)
+    toys.saved(spread(toys.llama(tied=False)), folder, toys.tokenizer(begin=True))
     (folder.parent / "few.txt").write_text(TEXT)
     (folder.parent / "many.txt").write_text(OTHER)
     return folder

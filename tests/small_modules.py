@@ -9,9 +9,8 @@ import torch
 from cutting import cut_and_compare, random_plan
 from torch import Tensor, nn
 
+from mptk import analyze, trace
 from mptk.ir.families import Analysis
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 
 WIDTH, INNER, HIDDEN, OUT = 7, 10, 12, 11
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))

@@ -18,8 +18,8 @@ from onnx import TensorProto, helper
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import mptk
+from mptk import Report
 from mptk.ort.generation import TextGenerator
-from mptk.protocols.report import Report
 from mptk.tasks.genai import write_genai_config
 from mptk.tasks.transformers_js import KEY, entry
 from passes.pipelines import SCHEMES

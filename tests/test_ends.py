@@ -1,4 +1,7 @@
-"""A cut with equal layers says what whole first and last layers would have saved."""
+"""A cut with equal layers says what whole first and last layers would have saved.
+
+It reaches for mptk.cost.model: a plan's budget is counted again.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,12 @@ import re
 
 import pytest
 import torch
+from inside import Inside
 from torch import nn
 
 import mptk
+from mptk import Plan
 from mptk.cost.model import CostModel
-from mptk.ir.plan import Plan
-from mptk.methods.division import ends
-from mptk.protocols.chain import Prepared
 
 LAYERS = 10
 SETTINGS = mptk.Settings(method="wanda", sparsity=0.3, multiple=1, samples=8, onnx=False)
@@ -61,17 +63,13 @@ def test_nothing_is_said_else(strong: set[int], settings: dict[str, object]) -> 
     assert note(strong, **settings) == ""
 
 
-def test_whole_ends_save_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr(ends, "masked_losses", lambda prepared, plans, *rest: (2.0, 1.0))
-    whole_ends = ends.whole_ends
-
-    def kept(prepared: Prepared, *given: object) -> Plan | None:
-        made.append((prepared.analysis, whole_ends(prepared, *given)))
-        return made[-1][1]
-
-    monkeypatch.setattr(ends, "whole_ends", kept)
+def test_whole_ends_save_as_much(inside: Inside) -> None:
+    plans: list[Plan] = []
+    inside.gives("mptk.methods.division.ends.masked_losses", (2.0, 1.0))
+    asked = inside.calls("mptk.methods.division.ends.whole_ends")
+    inside.spoil("mptk.methods.division.ends.whole_ends", lambda plan: plans.append(plan) or plan)
     assert note(set())
-    ((analysis, plan),) = made
+    ((prepared, *_),), (plan,) = asked, plans
+    analysis = prepared.analysis
     assert set(plan.families) == {f"ffn.{layer}" for layer in range(1, LAYERS - 1)}
     assert CostModel(analysis.divided(plan.divided)).sparsity(plan.widths) == pytest.approx(0.3, abs=0.02)

@@ -11,12 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from mptk.ir.plan import FamilyPlan, Plan
+from mptk import FamilyPlan, Plan, analyze, trace
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
-from passes.analysis.group import analyze
 from passes.analysis.rules.resizer import scale_of
-from passes.frontend.trace import trace
 from passes.transforms.fold_norms import FoldNorms, unfoldable
 from passes.transforms.masked_reference import mask
 from passes.transforms.rewrite import rewrite

@@ -1,28 +1,30 @@
-"""``--layers free``: the budget is divided over the layers, and the result is proven and read as every other."""
+"""``--layers free``: the budget is divided over the layers, and the result is proven and read as every other.
+
+It reaches for mptk.methods.division.layers: a division of made-up curves has a known answer.
+"""
 
 from __future__ import annotations
 
 import itertools
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import toy_checkpoints as toys
+from inside import changed
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
 import mptk
+from mptk import MptkError, Plan, analyze, trace
 from mptk.compile.changes import changes_of
 from mptk.cost.model import CostModel
-from mptk.errors import MptkError
-from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.division.layers import LEVELS, Curve, divide, levels
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
 
 SETTINGS = mptk.Settings(
     method="wanda",
@@ -42,14 +44,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return toys.saved(toys.llama(layers=3), tmp_path_factory.mktemp("dense"))
 
 
+def falling(losses: object, prepared: object, programs: Sequence[object], *rest: object) -> range:
+    return range(len(programs), 0, -1)
+
+
 @pytest.fixture(scope="module")
 def pruned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pruned:
     """Its layers' widths differ, whatever calibration says of a model that has learned nothing."""
     out = tmp_path_factory.mktemp("pruned") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "mptk.methods.division.trial.losses", lambda prepared, programs, *rest: range(len(programs), 0, -1)
-        )
+    with changed() as inside:
+        inside.around("mptk.methods.division.trial.losses", falling)
         found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 8)
     assert found is not None
     assert len({found.report.families[f"ffn.{layer}"]["width"] for layer in range(3)}) > 1
@@ -124,10 +128,8 @@ def test_its_plan_cuts_the_same_model_again(checkpoint: str, pruned: mptk.Pruned
 def learned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pruned:
     """MaskPrune's choice of units at widths that are ``pruned``'s, and a graph that was trained."""
     out = tmp_path_factory.mktemp("learned") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "mptk.methods.division.trial.losses", lambda prepared, programs, *rest: range(len(programs), 0, -1)
-        )
+    with changed() as inside:
+        inside.around("mptk.methods.division.trial.losses", falling)
         asked = {"method": "maskprune", "steps": 6, "batch": 2, "micro": 2, "lr": 1e-3}
         found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 16, onnx=False, **asked)
     assert found is not None
@@ -191,7 +193,7 @@ def test_a_width_of_all_layers_stays_that_of_all(checkpoint: str, tmp_path: Path
         ({"target": "stock"}, "a stock checkpoint has one width for all layers; use --target graph"),
         ({"budget": "latency"}, "use another --budget"),
         ({"search": True}, "not --layers free; leave out one of both"),
-        ({"layers": "loose"}, "no layers 'loose'; choose one of uniform, free"),
+        ({"layers": "loose"}, "'loose' is not known; choose one of uniform, free"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(checkpoint: str, tmp_path: Path, change: dict, message: str) -> None:

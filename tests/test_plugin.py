@@ -16,8 +16,8 @@ from typing import NamedTuple
 import pytest
 from typer.testing import CliRunner
 
+from mptk import Report
 from mptk.cli.main import app
-from mptk.protocols.report import Report
 from tests import toy_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,7 +108,7 @@ ANALYSED = """
 import torch
 from torch import nn
 import mptk
-from mptk.ir.samples import Samples
+from mptk import Samples
 from mptk.methods import criteria
 from mptk_example.rule import gate
 

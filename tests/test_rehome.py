@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import mptk
+from mptk import MptkError, Report
 from mptk.cli.main import app
-from mptk.errors import MptkError
-from mptk.protocols.report import Report
 from mptk.publish.manifest import write_manifest
 
 REFUSED = mptk.Settings(

@@ -1,4 +1,7 @@
-"""``prune --vocabulary``: a folder without the tokens that a text never uses, whose logits are the dense model's own."""
+"""``prune --vocabulary``: a folder without the tokens that a text never uses, whose logits are the dense model's own.
+
+It reaches for mptk.conversions.vocabulary: a written tokenizer is damaged.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,9 @@ from transformers import (
 from typer.testing import CliRunner
 
 import mptk
+from mptk import MptkError, Plan
 from mptk.cli.main import app
 from mptk.conversions.vocabulary.convert import Tokens
-from mptk.errors import MptkError
-from mptk.ir.plan import Plan
 from mptk.publish.manifest import write_manifest
 from mptk.report.card import CARD
 from mptk.targets.stock import check_same_reading

@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 from inside import Inside
-from torch import nn
+from small_modules import Residual
 
 import mptk
 from mptk import Plan
@@ -20,26 +20,8 @@ LAYERS = 10
 SETTINGS = mptk.Settings(method="wanda", sparsity=0.3, multiple=1, samples=8, onnx=False)
 
 
-class Residual(nn.Module):
-    """Ten layers, each added to what comes before, ``strong`` ones a thousand times as much as the others."""
-
-    def __init__(self, strong: set[int]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up = nn.ModuleList(nn.Linear(24, 48) for _ in range(LAYERS))
-        self.down = nn.ModuleList(nn.Linear(48, 24) for _ in range(LAYERS))
-        with torch.no_grad():
-            for layer in set(range(LAYERS)) - strong:
-                self.down[layer].weight *= 1e-3
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for up, down in zip(self.up, self.down, strict=True):
-            x = x + down(torch.relu(up(x)))
-        return x
-
-
 def note(strong: set[int], **settings: object) -> str:
-    found = mptk.prune(Residual(strong), None, SETTINGS, example_inputs=(torch.randn(8, 24),), **settings)
+    found = mptk.prune(Residual(strong, LAYERS, 48), None, SETTINGS, example_inputs=(torch.randn(8, 24),), **settings)
     assert found is not None
     return next((n for n in found.report.notes if "equal layers" in n), "")
 

@@ -16,7 +16,7 @@ import torch
 import toy_checkpoints as toys
 from inside import changed
 from safetensors.torch import load_file, save_file
-from torch import nn
+from small_modules import Residual
 from transformers import LlamaForCausalLM
 
 import mptk
@@ -60,26 +60,9 @@ def pruned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pr
     return found
 
 
-class Residual(nn.Module):
-    """Three layers, of which the second adds nearly nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up = nn.ModuleList(nn.Linear(24, 64) for _ in range(3))
-        self.down = nn.ModuleList(nn.Linear(64, 24) for _ in range(3))
-        with torch.no_grad():
-            self.down[1].weight *= 1e-3
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for up, down in zip(self.up, self.down, strict=True):
-            x = x + down(torch.relu(up(x)))
-        return x
-
-
 def test_the_layer_that_matters_least_loses_most() -> None:
     samples = torch.randn(16, 24)
-    found = mptk.prune(Residual(), settings=SETTINGS, example_inputs=(samples,), onnx=False)
+    found = mptk.prune(Residual({0, 2}, 3, 64), settings=SETTINGS, example_inputs=(samples,), onnx=False)
     assert found is not None
     widths = {name: family["width"] for name, family in found.report.families.items() if family["of"] == 64}
     assert len(widths) == 3

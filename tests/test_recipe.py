@@ -111,13 +111,6 @@ def test_what_is_wrong_with_a_recipe(tmp_path: Path, content: str, message: str,
     assert "cannot read" in mptk("prune", "m", "--out", "o", "--config", tmp_path / "none.yaml").error
 
 
-def test_values_of_a_recipe_are_checked_as_typed_ones(tmp_path: Path) -> None:
-    result = run("prune", "m", "--out", "o", "--config", write(tmp_path / "a.yaml", sparsity=3))
-    assert result.exit_code == 2
-    assert "--sparsity" in result.stderr
-    assert run("prune", "m", "--out", "o", "--config", write(tmp_path / "a.yaml", method="wandaa")).exit_code == 2
-
-
 def test_every_option_is_a_key_of_the_recipe() -> None:
     learning = replace(OTHER.learning, teacher_cache="cache", mask_share=0.3, rank=8)
     learning = replace(learning, training=replace(learning.training, lr=0.1))

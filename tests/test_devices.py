@@ -12,9 +12,9 @@ from pathlib import Path
 import architectures
 import pytest
 import torch
-from inside import Inside, changed
+from inside import Inside, Stopped, changed
 from second_device import DEVICE, SecondDevice, SecondTensor, live_bytes
-from test_learning import LEARNING, SETTINGS, Stopped, metrics
+from test_learning import LEARNING, SETTINGS, metrics
 from torch import Tensor
 from toy_checkpoints import llama_config, save
 from transformers import LlamaForCausalLM

@@ -22,6 +22,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from inside import Inside
 from peft import PeftModel
 from torch import fx, nn
 from transformers import (
@@ -262,9 +263,9 @@ def test_missing_attributes_of_configs_are_heard_of_and_nothing_stays() -> None:
     assert "__getattr__" not in vars(PreTrainedConfig)
 
 
-def test_weights_are_read_later_than_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_read_later_than_the_model_is_loaded(tmp_path: Path, inside: Inside) -> None:
     (model := architectures.model("mixtral")).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(modeling_utils, "safe_open", None)
+    inside.bound("transformers.modeling_utils.safe_open", None)
     files = Files()
     with files.unread():
         opened = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

@@ -34,7 +34,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mptk.errors import MptkError
+from mptk import MptkError
 from passes.targets.stock.config import StockConfig, probe_config
 
 DRAWN = {"kv": [1], "q": [0, 2], "ffn": [*range(3, 33), *range(50, 60)]}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from inside import Inside
 from stock_specs import Spec, changed, gpt2, gpt_neox, llama, mixtral, one_group, opt, qwen2, refused, t5
 from transformers import (
     LlamaConfig,
@@ -18,10 +19,8 @@ from transformers import (
 )
 
 from benchmarks.tiny_models import tiny_model
-from passes.analysis.group import analyze
-from passes.frontend.trace import trace
+from mptk import analyze, trace
 from passes.targets.legalize import discover
-from passes.targets.stock import search
 from passes.targets.stock.config import StockConfig, probe_config
 
 
@@ -123,9 +122,9 @@ def test_what_raises_is_tried_after_what_makes_the_model_narrower() -> None:
     assert stock._prober.builds < 75
 
 
-def test_numbers_that_raise_until_all_have_changed_are_found_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_that_raise_until_all_have_changed_are_found_soon(inside: Inside) -> None:
     """Swin V2: its first width must be a multiple of its heads in each of four stages."""
-    monkeypatch.setattr(search, "SEARCH_BUILDS", 30)
+    inside.bound("passes.targets.stock.search.SEARCH_BUILDS", 30)
 
     def config(share: int) -> Swinv2Config:
         heads = [share, 2 * share, 4 * share, 8 * share]
@@ -140,7 +139,7 @@ def test_numbers_that_raise_until_all_have_changed_are_found_soon(monkeypatch: p
     assert changed(found) == {"embed_dim": 16, "num_heads": [2, 4, 8, 16]}
 
 
-def test_widths_of_a_deep_model_are_asked_without_building_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_widths_of_a_deep_model_are_asked_without_building_it(inside: Inside) -> None:
     config = LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
@@ -160,9 +159,7 @@ def test_widths_of_a_deep_model_are_asked_without_building_it(monkeypatch: pytes
         r"down_proj.weight": (576, "ffn"),
     }
     stock = Spec(model, {"kv": 3, "q": 3, "ffn": 1536}, [64, 576, 49152], rules).discover()
-    built: list[object] = []
-    monkeypatch.setattr(LlamaForCausalLM, "__init__", lambda model, *_: built.append(model))
+    inside.forbid("transformers.LlamaForCausalLM.__init__")
     for kv, q in itertools.product((1, 2, 3), (1, 2, 3)):  # 576 is a multiple of every product
         assert stock.accepts({"kv": kv, "q": q}) is None
     assert stock.ladder("ffn", range(64, 1537, 64)) == [*range(64, 1537, 64)]
-    assert built == []

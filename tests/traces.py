@@ -16,8 +16,8 @@ from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
-import pytest
 import torch
+from inside import changed
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedConfig
@@ -85,11 +85,11 @@ def remembered() -> Iterator[None]:
         built = builds[key]
         return built if isinstance(built, Refusal) else replace(built, config=config, refused=refused)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with changed() as inside:
         for module in (passes.frontend.trace, passes.frontend.trace_decoder, mptk.tasks.exporting):
-            patch.setattr(module, "export_program", export)
-        patch.setattr(emit, "_exported", translate)
-        patch.setattr(Prober, "_instantiate", instantiate)
+            inside.bound(f"{module.__name__}.export_program", export)
+        inside.bound("passes.targets.onnx.emit._exported", translate)
+        inside.bound("passes.targets.stock.probe.Prober._instantiate", instantiate)
         yield
 
 

@@ -139,7 +139,7 @@ def test_merged_heads_count_in_the_budget_and_stand_in_the_plan_the_report_and_t
     assert report.config_changes.keys() == {"intermediate_size", "transformers.js_config"}
     assert found.model.config.num_key_value_heads == 1
     assert found.model.config.num_attention_heads == 6
-    assert "| KV heads of a layer, all query heads kept | 2 | 1 |" in (cut / "README.md").read_text()
+    assert "| KV heads, merged |  | 2 → 1 |" in (cut / "README.md").read_text()
 
 
 def test_the_proof_compares_with_equal_heads_and_verify_repeats_it(cut: Path) -> None:

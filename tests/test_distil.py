@@ -148,5 +148,5 @@ def test_weights_that_blocks_share_are_refused_in_one_line() -> None:
 
 
 def test_it_follows_reconstruction() -> None:
-    with pytest.raises(MptkError, match="after reconstruction; leave out --no-reconstruct or --distil-epochs"):
+    with pytest.raises(MptkError, match="needs reconstruction; leave out --no-reconstruct or --distil-epochs"):
         mptk.Settings(reconstruct=False, distil_epochs=1)

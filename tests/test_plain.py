@@ -101,7 +101,7 @@ def test_a_report_on_the_screen_and_as_a_page(kind: str, tiny_folders: Mapping[s
     result = run(["report", str(place["pruned"])])
     if kind == "half":
         assert result.code == 1
-        assert "half of a character" in result.errors[0]
+        assert "half of a surrogate pair" in result.errors[0]
         return
     assert result.code == 0, result.stderr
     assert not ACTS.search(result.stdout)

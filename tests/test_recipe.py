@@ -96,8 +96,8 @@ def test_latencies_dashes_and_a_bare_no(tmp_path: Path, asked: list[Any]) -> Non
     [
         ("sparsty: 0.3", "'sparsty', which is no option of `mptk prune`; did you mean 'sparsity'"),
         ("config: other.yaml", "'config', which is no option"),
-        ("- a list", "is no list of options"),
-        ("a: [", "is no YAML"),
+        ("- a list", "does not list options"),
+        ("a: [", "is not YAML"),
     ],
 )
 def test_what_is_wrong_with_a_recipe(tmp_path: Path, content: str, message: str, mptk) -> None:  # noqa: F811

@@ -332,12 +332,12 @@ def index(names: object) -> tuple[Prepare, ...]:
 
 SHARDS = [
     Row(
-        "shards outside", PRUNE, ("../outside.safetensors", "leads out of its folder"), index("../outside.safetensors")
+        "shards outside", PRUNE, ("../outside.safetensors", "is outside of its folder"), index("../outside.safetensors")
     ),
-    Row("shards absolute", PRUNE, ("/etc/passwd", "leads out of its folder"), index("/etc/passwd")),
-    Row("shards in a folder below", PRUNE, ("leads out of its folder",), index("a/../../outside.safetensors")),
-    Row("shards that are not there", PRUNE, ("none.safetensors, which is not there",), index("none.safetensors")),
-    Row("shards of a name of 300 characters", PRUNE, ("which is not there",), index("n" * 300)),
+    Row("shards absolute", PRUNE, ("/etc/passwd", "is outside of its folder"), index("/etc/passwd")),
+    Row("shards in a folder below", PRUNE, ("is outside of its folder",), index("a/../../outside.safetensors")),
+    Row("shards that are not there", PRUNE, ("none.safetensors, which does not exist",), index("none.safetensors")),
+    Row("shards of a name of 300 characters", PRUNE, ("which does not exist",), index("n" * 300)),
     Row("shards of a number", PRUNE, ("weight_map",), index({"a": 7})),
     Row("shards of a list", PRUNE, ("weight_map",), index([1])),
     Row("shards index no JSON", PRUNE, ("index.json", "not JSON"), (write("model/model.safetensors.index.json", "{"),)),

@@ -111,8 +111,8 @@ TEXTS = [
     Row("width that is not legal", f"{ONCE} --width ffn=7", ("ffn cannot have width 7", "nearest legal")),
     Row("families unknown", f"{ONCE} --families wings", ("no family 'wings'",)),
     Row("keep unknown", f"{ONCE} --keep wings", ("no family 'wings'",)),
-    Row("keep everything", f"{ONCE} --families ffn --keep ffn", ("ffn is to stay whole by --keep",)),
-    Row("keep and width", f"{ONCE} --width ffn=32 --keep ffn", ("ffn is to stay whole by --keep", "--width")),
+    Row("keep everything", f"{ONCE} --families ffn --keep ffn", ("ffn is in --keep and in --",)),
+    Row("keep and width", f"{ONCE} --width ffn=32 --keep ffn", ("ffn is in --keep and in --", "--width")),
     *(
         Row(f"memory {value[:12]}", f"{ONCE} --memory {value}", ("is no size", "as 8GB"))
         for value in ("nan", "infGB", "-1GB", "0GB", "1e999GB", "8", "8XB", "²GB", "9" * 400 + "TB")
@@ -160,7 +160,7 @@ CONTRADICTIONS = [
     Row("onnx dtype without onnx", f"{PRUNE} --onnx-dtype float16 --no-onnx", ("--onnx-dtype would do nothing",)),
     Row("logits without onnx", f"{PRUNE} --logits last --no-onnx", ("--logits would do nothing",)),
     Row("objective without onnx", f"{PRUNE} --objective prefill --no-onnx", ("--objective would do nothing",)),
-    Row("quantize and float16", f"{PRUNE} --quantize int8 --onnx-dtype float16", ("is made of a float32 graph",)),
+    Row("quantize and float16", f"{PRUNE} --quantize int8 --onnx-dtype float16", ("needs a float32 graph",)),
     *(
         Row(
             f"plan with {option}",
@@ -195,7 +195,7 @@ CONTRADICTIONS = [
     Row(
         "free layers with search",
         f"{PRUNE} --search --target graph --layers free",
-        ("--search ranks shapes whose layers are alike", "leave out one of both"),
+        ("--search only ranks shapes whose layers are alike", "leave out --search or --layers free"),
     ),
     Row("search-tokens without search", f"{PRUNE} --search-tokens 5", ("--search-tokens would do nothing", "--search")),
     Row(

@@ -190,7 +190,7 @@ def test_an_estimate_alone_writes_nothing_and_needs_no_weights(files, mptk, tmp_
 
 
 def test_a_run_needs_a_place(files, mptk):
-    assert mptk("prune", files.model).error == "error: there is no place for the result; give --out FOLDER"
+    assert mptk("prune", files.model).error == "error: the result needs a folder; give --out FOLDER"
 
 
 def test_progress_is_lines_where_stderr_is_no_terminal(pruned):

@@ -153,7 +153,7 @@ def test_mptks_own_error_has_a_log_and_an_exit_code(monkeypatch: pytest.MonkeyPa
     result = run(["models"])
     assert result.code == 70
     (line,) = result.errors
-    assert line.startswith("error: ZeroDivisionError: division by zero. This is an error of mptk's own")
+    assert line.startswith("error: ZeroDivisionError: division by zero. This is a bug in mptk")
     assert "please report it with" in line
     (log,) = (tmp_path / "logs").iterdir()
     assert str(log) in line

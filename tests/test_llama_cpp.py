@@ -170,7 +170,7 @@ def test_the_pattern_is_the_dense_models_file(dense: Path, ragged: mptk.Pruned, 
     toys.write_gguf(toys.llama(layers=1, hidden_size=24), toys.tokenizer(), tmp_path / "narrow.gguf")
     toys.write_gguf(toys.llama(layers=2), toys.tokenizer(), tmp_path / "short.gguf")
     for like, said in (
-        (dense, r"is no GGUF file; give the \.gguf file of the dense model"),
+        (dense, r"is not a GGUF file; give the \.gguf file of the dense model"),
         (tmp_path / "text.gguf", "is damaged: it does not begin as a GGUF file does"),
         (tmp_path / "narrow.gguf", "another vocabulary or hidden size"),
         (tmp_path / "short.gguf", "alone; they are of different models"),

@@ -279,7 +279,7 @@ def test_a_word_that_is_no_device_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": "wanda"}, "text that the model writes needs all weights in memory, .*; give text with --data"),
+        ({"method": "wanda"}, "generating text with the model needs all weights in memory, .*; give text with --data"),
         ({"method": "maskprune"}, "training holds all weights in memory, .*; give a one-shot --method without --steps"),
     ],
 )

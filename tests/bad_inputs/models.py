@@ -174,7 +174,7 @@ FILES = [
         ("is of a lamas model",),
         (write("toy.gguf", lambda path: path.read_bytes().replace(b"llama", b"lamas")),),
     ),
-    Row("dense file is a folder", "gguf {pruned} --like {model} --out {out.gguf}", ("is no GGUF file",)),
+    Row("dense file is a folder", "gguf {pruned} --like {model} --out {out.gguf}", ("is not a GGUF file",)),
     Row("dense file missing", "gguf {pruned} --like {no.gguf} --out {out.gguf}", ("no.gguf",)),
     Row("output replaces the dense file", "gguf {pruned} --like {toy.gguf} --out {toy.gguf}", ("what is read",)),
     Row("output named otherwise", "gguf {pruned} --like {toy.gguf} --out {out.bin}", (".gguf",), code=2),

@@ -114,15 +114,15 @@ TEXTS = [
     Row("keep everything", f"{ONCE} --families ffn --keep ffn", ("ffn is in --keep and in --",)),
     Row("keep and width", f"{ONCE} --width ffn=32 --keep ffn", ("ffn is in --keep and in --", "--width")),
     *(
-        Row(f"memory {value[:12]}", f"{ONCE} --memory {value}", ("is no size", "as 8GB"))
+        Row(f"memory {value[:12]}", f"{ONCE} --memory {value}", ("is not a size", "as 8GB"))
         for value in ("nan", "infGB", "-1GB", "0GB", "1e999GB", "8", "8XB", "²GB", "9" * 400 + "TB")
     ),
-    Row("max shard size nan", f"{ONCE} --max-shard-size nanGB", ("is no size", "as 8GB")),
+    Row("max shard size nan", f"{ONCE} --max-shard-size nanGB", ("is not a size", "as 8GB")),
     Row("lengths superscript", "bench {gpt2} --lengths ²", ("--lengths ²", "as 128,512")),
     Row("lengths empty", "bench {gpt2} --lengths ,", ("--lengths ,", "as 128,512")),
     Row("lengths zero", "bench {gpt2} --lengths 0", ("--lengths 0", "as 128,512")),
     Row("lengths of 400 digits", f"bench {{gpt2}} --lengths {'9' * 400}", ("as 128,512",)),
-    Row("lengths twice", "bench {gpt2} --lengths 8,8", ("stands there twice",)),
+    Row("lengths twice", "bench {gpt2} --lengths 8,8", ("is repeated",)),
     Row("batches negative", "bench {gpt2} --batches -1", ("--batches -1", "as 128,512")),
     Row("threads of bench zero", "bench {gpt2} --threads 0", ("--threads 0", "as 128,512")),
     Row("plot of no known kind", "bench {gpt2} --plot {x.foo}", ("x.foo", ".png", ".svg"), code=2),
@@ -146,7 +146,7 @@ TEXTS = [
     Row("out that is no text", f"{ONCE}".replace("{out}", "{a}"), ("not UTF-8", "rename it"), words={"a": "a\udcffb"}),
     Row("model that is no text", "analyze {a}", ("not UTF-8", "rename it"), words={"a": "a\udcffb"}),
     Row("out below a file", f"{ONCE}".replace("{out}", "{text.raw}/deeper"), ("is not a folder",), code=2),
-    Row("no place for the result", "prune {model} --data {text.raw}", ("give --out",)),
+    Row("the result needs a folder", "prune {model} --data {text.raw}", ("give --out",)),
     Row("out is the model", "prune {model} --data {text.raw} --out {model}", ("not made by mptk", "another --out")),
     Row("no such device", f"{ONCE} --device xpu:7", ("no device xpu:7",)),
     Row("no such command", "prune-it {model}", ("prune-it",), code=2),
@@ -165,7 +165,7 @@ CONTRADICTIONS = [
         Row(
             f"plan with {option}",
             f"prune {{model}} --data {{text.raw}} --out {{out}} --plan {{pruned/plan.json}} {option} {value}".rstrip(),
-            (f"{option} would do nothing", "--plan says which units stay"),
+            (f"{option} would do nothing", "--plan already says which units stay"),
         )
         for option, value in (
             ("--width", "ffn=8"),
@@ -302,7 +302,11 @@ CONTRADICTIONS = [
         "prune {gpt2-dense} --kv-heads 1 --sparsity 0 --data {text.raw} --length 8 --eval-length 8 --out {out}",
         ("no KV heads to merge", "leave out --kv-heads"),
     ),
-    Row("fewer KV heads than asked for", f"{ONCE} --kv-heads 1 --sparsity 0.01", ("KV heads alone", "--sparsity 0")),
+    Row(
+        "fewer KV heads than asked for",
+        f"{ONCE} --kv-heads 1 --sparsity 0.01",
+        ("merging KV heads already removes", "--sparsity 0"),
+    ),
     Row(
         "KV heads and a share of a latency",
         f"{ONCE} --kv-heads 1 --budget latency",

@@ -253,7 +253,7 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.Monkey
 def test_a_report_of_another_kind_is_one_error() -> None:
     run = made()
     broken = replace(run, report=replace(run.report, cost={"dense": {}, "pruned": {}}))
-    with pytest.raises(MptkError, match="m30 is not as `mptk prune` writes it"):
+    with pytest.raises(MptkError, match="m30 is damaged or was changed"):
         report_page([broken])
 
 

@@ -310,7 +310,7 @@ CONTRADICTIONS = [
     Row(
         "KV heads and a share of a latency",
         f"{ONCE} --kv-heads 1 --budget latency",
-        ("--kv-heads: a share of the latency", "--max-decode-ms"),
+        ("--kv-heads changes the latency", "--max-decode-ms"),
     ),
     Row("show a pass without a plan", "show {model} --after rewrite", ("give both --after and --plan",)),
 ]

@@ -315,7 +315,7 @@ def test_programs_of_fixed_sizes_or_without_weights_are_refused() -> None:
     assert criteria.score(fixed, "wanda", WINDOWS[:2])
     with torch.device("meta"):
         bare = SharedLayer()
-    with pytest.raises(MptkError, match="traced without weights"):
+    with pytest.raises(MptkError, match="program without weights"):
         criteria.score(analyze(trace(bare, (WINDOWS[:2],))), "magnitude")
 
 

@@ -342,8 +342,11 @@ class Names(nn.Module):
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: mptk.prune(Net()), "no transformers model.*give example_inputs"),
-        (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, method="maskprune"), "maskprune trains transformers models"),
+        (lambda: mptk.prune(Net()), "not a transformers model.*give example_inputs"),
+        (
+            lambda: mptk.prune(Net(), example_inputs=EXAMPLE, method="maskprune"),
+            "maskprune trains only transformers models",
+        ),
         (
             lambda: mptk.prune(Net(), example_inputs=EXAMPLE, steps=3),
             "leave out steps, and train Pruned.model yourself",

@@ -5,9 +5,9 @@ single weights within an output row. The structured form is that of Wanda-sp, th
 arXiv 2312.11983): it sums over all outputs i of a unit's consumers and all input positions j of the unit.
 
 What differs: positions and consumers are found in the graph. A unit of several positions (a head) or with several
-consumers (a residual channel) is the sum over all of them. A packed expert's inputs are the tokens routed to it. If no
-weight sums over a unit (query and key channels, whole experts), the weights that make or hold it score it:
-Σ |W_ij| · ‖x_j‖₂ over the unit's rows i and all inputs j, without biases.
+consumers (a residual channel) has the sum over all of them. A packed expert's inputs are the tokens routed to it. If no
+weight sums over a unit (query and key channels, whole experts), the weights that make or hold it score it: Σ |W_ij| ·
+‖x_j‖₂ over the unit's rows i and all inputs j, without biases.
 """
 
 from __future__ import annotations

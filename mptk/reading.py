@@ -21,7 +21,8 @@ Damaged = Callable[[str], MptkError]
 
 
 def read_bytes(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> bytes:
-    """The bytes of a regular file. Raises ``damaged`` if it is no regular file, unreadable or longer than ``most``."""
+    """The bytes of a regular file. Raises ``damaged`` if it is not a regular file, unreadable or longer than
+    ``most``."""
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(_mode(file.fileno())):

@@ -149,7 +149,7 @@ def prune(
         settings: the settings; ``keywords`` change some of them.
         progress: ``"auto"``, bars on a terminal and in a notebook; a function (``mptk.progress.Progress``); or None.
         on_stage: called with the record of each stage, passes with their differences.
-        tokenizer: for a model in memory; by default that of the folder or hub model that it was loaded from.
+        tokenizer: for a model in memory; by default the tokenizer of the folder or hub model that it was loaded from.
         example_inputs: tensors for ``forward``, by position or by name, samples in the first dimension. Needed for a
             module that is not a transformers model; its quality is the distance of its outputs from the dense model's.
         data, eval_data: as in ``Settings`` (a file, folder, data set), or in memory: a list of texts; token ids, int64

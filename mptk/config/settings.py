@@ -88,7 +88,7 @@ class Settings(Record):
     sparsity: float = setting(0.3, "Share of the budget to remove.", CUT, SEARCH, (PLANNED, TIMED), within=(0.0, MOST))
     budget: str = setting(
         "params",
-        "What the budget counts; params: those of blocks.",
+        "What the budget counts; params: parameters of blocks.",
         CUT,
         SEARCH,
         (PLANNED, ALL_STAY, TIMED),

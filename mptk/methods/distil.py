@@ -151,7 +151,7 @@ def _student(analysis: Analysis, cut: Cut, changed: Program) -> Program:
 
 
 def _staying(analysis: Analysis, cut: Cut, names: Collection[str]) -> set[str]:
-    """The weights ``names`` without those of removed blocks."""
+    """The weights ``names`` except removed blocks' weights."""
     gone = tuple(f"{block.module}." for block in removed_blocks(analysis, cut))
     return {name for name in names if not name.startswith(gone)}
 

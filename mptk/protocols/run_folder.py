@@ -110,7 +110,7 @@ class RunFolder:
             )
 
     def rewind(self, phase: str, step: int) -> None:
-        """Drop the metrics that a resumed run will write again: those of ``phase`` after ``step``."""
+        """Drop the metrics that a resumed run will write again: the metrics of ``phase`` after ``step``."""
         path = self.path / METRICS
         if path.is_file():
             rows = [line for line in path.read_text().splitlines() if _earlier(line, phase, step)]

@@ -40,7 +40,7 @@ CRITERIA: dict[str, AnyCriterion] = {
 
 
 def all_criteria() -> dict[str, AnyCriterion]:
-    """mptk's criteria and those of plugins (group ``mptk.criteria``), by name."""
+    """Criteria of mptk and of plugins (group ``mptk.criteria``), by name."""
     return with_plugins(CRITERIA, "mptk.criteria")
 
 

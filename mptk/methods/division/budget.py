@@ -189,7 +189,7 @@ class WidthSearch:
         )
 
     def _default_families(self, legal: LegalWidths) -> list[str]:
-        """The families that are cut by default: those that repeat over layers and that the method can score.
+        """The families that are cut by default: families that repeat over layers and that the method can score.
 
         A method that scores no channels removes blocks. A search may remove both.
         """

@@ -1,4 +1,4 @@
-"""adapters: LoRA (Hu et al. 2021, arXiv 2106.09685) on all linear layers except the output head, by peft.
+"""adapters: LoRA (Hu et al. 2021, arXiv 2106.09685) on all linear layers except the output head, with peft.
 
 Also gradient checkpointing of the adapted model's blocks.
 """

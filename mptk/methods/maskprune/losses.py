@@ -172,7 +172,7 @@ def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
 
 
 def shorten(logits: Tensor, k: int) -> TopLogits:
-    """The k likeliest tokens of ``logits`` [..., vocab], their log probabilities, and that of all other tokens."""
+    """The k likeliest tokens of ``logits`` [..., vocab], their log probabilities, and the other tokens' together."""
     logs = logits.float().log_softmax(-1)
     top = logs.topk(min(k, logs.shape[-1]), -1)
     rest = torch.log1p(-top.values.exp().sum(-1).clamp(max=1 - 1e-6))

@@ -120,7 +120,7 @@ def _layer(group: Group) -> str:
 
 
 def _members(family: Family, layer: str) -> Iterable[Member]:
-    """A family's members in a layer. Without layers, those of its first group."""
+    """A family's members in a layer; without layers, the members of its first group."""
     groups = family.groups if layer else family.groups[:1]
     return [m for group in groups for m in group.members if not layer or m.weight.startswith(f"{layer}.")]
 

@@ -39,8 +39,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Check arguments, given by name, against the annotations of ``function``. Raises MptkError for the first wrong
-    one."""
+    """Check arguments by name against the annotations of ``function``; raises MptkError for the first wrong one."""
     hints, several = _annotated(function)
     for name in filter(hints.__contains__, given):
         many = several[name].kind is inspect.Parameter.VAR_POSITIONAL

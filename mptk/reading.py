@@ -21,8 +21,7 @@ Damaged = Callable[[str], MptkError]
 
 
 def read_bytes(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> bytes:
-    """The bytes of a regular file. Raises ``damaged`` if it is not a regular file, unreadable or longer than
-    ``most``."""
+    """The bytes of a regular file. Raises ``damaged`` for another kind, if it is unreadable or exceeds ``most``."""
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(_mode(file.fileno())):
@@ -131,8 +130,7 @@ def check_inside(folder: Path) -> None:
 
 
 def _end(link: Path) -> Path:
-    """Where a link leads. For links in a circle, Python before 3.13 raises an error, and later versions stop at a
-    link."""
+    """Where a link leads. For a circle of links Python before 3.13 raises an error; later versions stop at a link."""
     circle = MptkError(f"{link} is a link that leads in a circle; put the file itself there")
     try:
         end = link.resolve()

@@ -1,5 +1,4 @@
-"""recovery: train a pruned folder against its dense model: a run of ``prune`` that starts from the folder's plan and
-weights."""
+"""recovery: train a pruned folder against its dense model, by ``prune`` from the folder's plan and weights."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""sources: turn arguments of the Python API into a run's model and samples: a model by name or in memory, samples in
-memory."""
+"""sources: turn arguments of the Python API, by name or in memory, into a run's model and samples."""
 
 from __future__ import annotations
 

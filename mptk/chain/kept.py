@@ -46,8 +46,7 @@ def kept_choice(prepared: Prepared, folder: RunFolder | None, make: Callable[[],
 def kept_fit(
     prepared: Prepared, folder: RunFolder | None, make: Callable[[], Mapping[str, Tensor]]
 ) -> Mapping[str, Tensor]:
-    """The stored fitted weights of the unfinished run; if there are none, the result of ``make``, which is stored.
-    Files are read on demand.
+    """The stored fitted weights of the unfinished run, read on demand; if there are none, ``make``'s are stored.
 
     Only the main process stores them; the others compute their own.
     """

@@ -69,8 +69,7 @@ REMEDY = "nothing was published. Please report this model"
 
 @sources_forgotten()
 def run(job: Job, settings: Settings, context: Context) -> Finished | None:
-    """Run every stage in order. If several processes work on one run, only the first gets the result; the others get
-    None.
+    """Run every stage in order. Of several processes only the first gets the result; the others get None.
 
     Raises:
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);

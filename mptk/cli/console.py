@@ -20,8 +20,7 @@ WIDE = 1000
 
 @dataclass
 class Voice:
-    """How much a command prints. ``quiet``: no progress. ``verbose``: passes' differences, the traceback of an
-    error."""
+    """How much a command prints. ``quiet``: no progress. ``verbose``: also passes' differences and tracebacks."""
 
     quiet: bool = False
     verbose: bool = False

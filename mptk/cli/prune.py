@@ -116,8 +116,7 @@ def verify(
     settings: Settings,
     model: Dense = None,
 ) -> None:
-    """Prove a pruned folder again: files, config, weights, logits (torch, ONNX Runtime). Exits with 1 if the proof
-    fails."""
+    """Prove a pruned folder again: files, config, weights, logits (torch, ONNX Runtime). Exit code 1 if it fails."""
     from mptk.proof import verification
     from mptk.report import sections as report
 

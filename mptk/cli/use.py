@@ -224,8 +224,7 @@ def bench(
     markdown: Annotated[Path | None, out_file("Also write the table to this file.")] = None,
     plot: Annotated[Path | None, out_file("Also plot the ratios into this file (.png, .svg, .pdf).", *PLOTS)] = None,
 ) -> None:
-    """Time prefill and decode of models in ONNX Runtime, in turns in one process. Also shows ideal ratios and the
-    machine's peak."""
+    """Time prefill and decode in ONNX Runtime, in turns in one process. Also shows ideal ratios and the peak."""
     from mptk.api import compiler as api
     from mptk.publish.folder import amend
     from mptk.publish.manifest import update_manifest

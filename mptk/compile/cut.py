@@ -41,8 +41,7 @@ def compile_plan(prepared: Prepared, chosen: Chosen, samples: Samples, context: 
 
 
 def small_model(compiled: Compiled, weights: Mapping[str, Tensor], *, shared: bool = False) -> nn.Module:
-    """The cut model in float32 for training: a class that holds it or, if the target needs no class, its graph's
-    module.
+    """The cut model in float32 for training: of its class or, if the target needs none, its graph's module.
 
     ``weights``: its state dict; may be empty if a class holds it. ``shared``: whether a class may use these tensors
     without a copy.

@@ -190,8 +190,7 @@ def _trace(loaded: Loaded, example: Samples, dynamic: bool | tuple[int, ...] = T
 
 
 def check_outputs(source: str, program: Program, outputs: Sequence[Tensor], *, untrained: bool = False) -> None:
-    """Raise MptkError if a model's ``outputs`` are all zero or not finite; the message names a weight that is not
-    finite.
+    """Raise MptkError if ``outputs`` are all zero or not finite, with the name of a weight that is not finite.
 
     ``untrained``: outputs may be zero because some parameters are, as the head of a new vision transformer.
     """

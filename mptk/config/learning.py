@@ -138,8 +138,7 @@ class Learning(Record):
 
     @property
     def mask_steps(self) -> int:
-        """Number of steps that learn masks: ``mask_share`` of all; if it is None, ``MASK_STEPS``, at most 0.4 of
-        all."""
+        """Steps that learn masks: ``mask_share`` of all; if it is None, ``MASK_STEPS``, at most 0.4 of all."""
         steps = self.steps or 0
         share = min(0.4 * steps, MASK_STEPS) if self.mask_share is None else self.mask_share * steps
         return max(2, round(share))
@@ -149,8 +148,7 @@ class Learning(Record):
         return self._with(self.rank or LORA_RANK, MASK_RATE)
 
     def of_recovery(self, frozen: bool) -> Learning:
-        """The settings for recovery: its rank and learning rate. ``frozen``: the model's own weights must not
-        change."""
+        """The settings for recovery: rank and learning rate. ``frozen``: the model's own weights must not change."""
         rank = LORA_RANK if self.rank is None and frozen else self.rank or 0
         return self._with(rank, LORA_RATE if rank else FULL_RATE)
 

@@ -1,5 +1,5 @@
-"""Conversions that change a dense model before it is cut: of its vocabulary, of its KV heads. A new kind is one file
-and a line here."""
+"""Conversions of a dense model before the cut: of its vocabulary, of its KV heads. A new kind is a file and a line
+here."""
 
 from __future__ import annotations
 

@@ -78,8 +78,7 @@ class Distilled:
 
 
 def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
-    """The cost of ``distil_blocks``: the dense and the small model forward once, and the small one forward and backward
-    in each epoch."""
+    """The cost of ``distil_blocks``: both models forward once, the small one forward and backward in each epoch."""
     s = settings
     passes = 1 + kept * (1 + 3 * s.distil_epochs)
     return {"distil": Pass(s.samples * s.length * passes, s.length, reads=2)} if s.distil_epochs else {}
@@ -212,8 +211,7 @@ class _Block:
         self.owned = owned if self.ends else {}
 
     def trained(self, how: Schedule) -> dict[str, Tensor]:
-        """The weights of the epoch with the least error, or the initial weights if no epoch had less, and
-        ``ERRORS``."""
+        """The weights of the epoch with the least error, or the initial ones if no epoch had less, and ``ERRORS``."""
         values = {node: weight.detach() for node, weight in self.student.read(self.k).items()}
         values |= {node: values[node].clone().requires_grad_() for node in self.owned}
         learned = [values[node] for node in self.owned]

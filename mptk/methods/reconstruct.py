@@ -220,8 +220,7 @@ class _Fit:
             self.count = int(share.total(torch.tensor(float(self.count), device=self._products.device)))
 
     def solved(self, dense: Tensor, changed: Tensor) -> Tensor:
-        """The fitted weight, in the layout and type of ``dense``. ``changed``: the weight that the ridge pulls
-        towards."""
+        """The fitted weight, in ``dense``'s layout and type. ``changed``: the weight that the ridge pulls towards."""
         device = self.rows[0].device if self.few else self._products.device
         own, old = (w.to(device).T if self.transposed else w.to(device) for w in (dense, changed))
         keep = self.keep.to(device)

@@ -115,8 +115,7 @@ class Prepared:
         return self.settings.learning.of_recovery(frozen=bool(self.across_layers))
 
     def dense(self, weights: bool = True) -> PreTrainedModel:
-        """A copy of the dense module to adapt and to move: it has its own parameters, which share the dense weights'
-        memory.
+        """A copy of the dense module to adapt and to move; its parameters share the dense weights' memory.
 
         ``weights``: whether parameters need values; if not, they take no memory.
         """
@@ -273,8 +272,7 @@ class Target(Protocol):
         return None
 
     def fit(self, compiled: Compiled, sample: Samples) -> Written | None:
-        """The class and config that hold the cut program, or None if it needs none. ``sample``: one sample to run it
-        on.
+        """The class and config that hold the cut program; None if it needs none. ``sample``: one sample to run it on.
 
         Raises:
             MptkError: no class can hold it.

@@ -61,8 +61,7 @@ def find_device(name: str) -> torch.device:
 
 
 def session_device(name: str) -> torch.device:
-    """The device of that name for a command that runs only in ONNX Runtime; ``auto`` is the CPU if there is no
-    provider.
+    """The device of that name for ONNX Runtime; ``auto`` is the CPU if there is no provider for the accelerator.
 
     Raises:
         MptkError: this machine has no such device, or this ONNX Runtime no execution provider for it.

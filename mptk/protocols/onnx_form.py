@@ -73,8 +73,7 @@ class OnnxForm(Protocol):
         ...
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        """Stages of the proof: functions that run the graphs of ``folder`` on ``device``, tolerances, and execution
-        providers.
+        """Stages of the proof: functions that run the graphs of ``folder`` on ``device``, tolerances, and providers.
 
         ``crossed``: positions that decoding must cross. ``settings``: the form that the graphs must have.
 

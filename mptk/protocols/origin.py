@@ -44,8 +44,7 @@ class Origin:
 
 
 def origin_of(source: str, loaded: Loaded, settings: Settings, start: Path | None, plan: Plan | None) -> Origin:
-    """Digests of the inputs of a run on the model ``source``. ``start``: the folder whose weights it trains. ``plan``:
-    as read.
+    """Digests of the inputs of a run on ``source``. ``start``: the folder whose weights it trains. ``plan``: as read.
 
     Unchanged files are not read again.
     """

@@ -108,8 +108,7 @@ class StageRow(_Open):
 
 
 class LegalRow(_Open):
-    """``widths``: the legal ones, with the dense one last; ``refused``: the reason why no other width is legal, or
-    None."""
+    """``widths``: legal ones, the dense one last; ``refused``: the reason why no other width is legal, or None."""
 
     widths: Sequence[int]
     refused: str | None

@@ -83,8 +83,7 @@ class RunFolder:
         return load_tensors(path, _damaged(path)) if os.path.lexists(path) else None
 
     def checkpoint(self, phase: str, step: int, tensors: Mapping[str, Tensor], best: int | None = None) -> None:
-        """Store the state after ``step`` steps of a phase. Remove older states except the last and the ``best``
-        step's."""
+        """Store the state after ``step`` steps of a phase. Remove all others but the previous and the ``best`` one."""
         self.save(_name(phase, step), tensors)
         for old in self._checkpoints(phase)[:-KEPT]:
             if best is None or old.stem != _name(phase, best):

@@ -36,8 +36,7 @@ class Task(Protocol):
     onnx: OnnxForm | None = None
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
-        """The reason why a model of this config is of another kind, or None. ``classes``: empty for a model with its
-        own code."""
+        """Why a model of this config is of another kind, or None. ``classes``: empty for a model with its own code."""
         ...
 
     def bind(self, loaded: Loaded) -> Task:
@@ -81,8 +80,7 @@ class Task(Protocol):
         ...
 
     def sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
-        """The function whose gradients measure sensitivity at the dense model; not ``loss`` if the dense model
-        minimises it."""
+        """The function for gradients at the dense model; it differs from ``loss`` if the dense model minimises that."""
         return self.loss(output, samples)
 
     def predicted(self, samples: Samples) -> int:

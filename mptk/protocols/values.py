@@ -1,5 +1,4 @@
-"""values: further values that the stages of a run use (the chain is in ``chain.py``): context, samples, witness,
-checks."""
+"""values: values of a run's stages beside the chain (``chain.py``): context, samples, witness, checks."""
 
 from __future__ import annotations
 
@@ -26,14 +25,12 @@ from passes.verify import Difference, StageOutputs
 PROOF_SHAPE = (3, 48)
 """Number of samples in the proof's short batch, and the tokens of each."""
 LONG = 192
-"""Tokens of the proof's long sequence: fewer if the model has fewer positions, more if it changes its behaviour further
-on."""
+"""Tokens of the proof's long sequence; fewer if the model has fewer positions, more to cross its windows."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage may use: a place to report progress and, if the run chooses or trains something, the run's
-    folder.
+    """What every stage may use: progress and, if the run chooses or trains something, the run's folder.
 
     ``accelerator``: the processes of a run that trains.
     """

@@ -13,8 +13,7 @@ from mptk.report.view import plural
 
 @dataclass(frozen=True)
 class Comparable:
-    """Runs of one dense model whose quality was measured in one way. ``apart``: how they differ from the first
-    group."""
+    """Runs of one dense model, with quality measured in one way. ``apart``: how they differ from the first group."""
 
     runs: tuple[Run, ...]
     apart: str = ""

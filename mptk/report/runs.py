@@ -108,8 +108,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def model_name(model: str) -> str:
-    """A short name of a model: a hub id unchanged; the last part of an absolute path, or the hub id of a cached
-    snapshot."""
+    """A short name of a model: a hub id, also of a cached snapshot, or the last part of an absolute path."""
     if not os.path.isabs(model):
         return model
     cached = re.search(r"/models--([^/]+)/snapshots/", model)

@@ -37,8 +37,7 @@ class Share(str):
 
 @dataclass(frozen=True)
 class Table:
-    """``align``: one letter for each column: ``l`` for text, ``r`` for numbers. ``ends``: rows that end a part of the
-    table."""
+    """``align``: a letter for each column: ``l`` for text, ``r`` for numbers. ``ends``: rows that end a part."""
 
     align: str
     columns: Sequence[str]

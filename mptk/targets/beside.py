@@ -1,5 +1,4 @@
-"""beside: files that other programs read beside weights and graphs, compared with the ones that dense model and plan
-give."""
+"""beside: write and check the files that other programs read beside weights and graphs."""
 
 from __future__ import annotations
 

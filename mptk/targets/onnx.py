@@ -67,8 +67,7 @@ class OnnxTarget(Target):
         return form.stages(folder / ONNX_FOLDER, crossed, compiled.prepared.executor.device, compiled.prepared.settings)
 
     def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
-        """For a main graph in float16: the weights' error relative to the rounding limit, and the logits' in nats per
-        token.
+        """For a main graph in float16: the weights' error over the rounding limit, and the logits' in nats per token.
 
         Its float32 graph is written to a temporary folder.
 

@@ -130,8 +130,7 @@ def same_features(compiled: Compiled) -> bool:
 
 
 def check_reading(compiled: Compiled, folder: Path) -> None:
-    """Raise ProofError unless the tokenizer in ``folder`` reads text as the dense model's. A model in memory may have
-    none."""
+    """Raise ProofError unless the tokenizer in ``folder`` reads text as the dense model's, if that has one."""
     prepared = compiled.prepared
     if (dense := prepared.given.tokenizer) is not None:
         written = models.load_tokenizer(str(folder), trust_remote_code=prepared.settings.trust_remote_code)

@@ -184,8 +184,7 @@ def aligned(family: Family, multiples: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def default_families(analysis: Analysis, target: LegalWidths) -> list[str]:
-    """The families that are cut by default: families inside layers that the target can express, or all if no layer
-    repeats."""
+    """The families that are cut by default: those inside layers, if the target can express them; else all."""
     cut = [f for f in analysis.families if len(target.ladders[f.name]) > 1]
     layered = closed([f.name for f in cut if is_layered(f)], target.together)
     return layered or closed([f.name for f in cut], target.together)

@@ -22,8 +22,7 @@ def width_choices(
 
 
 def proportional(ladders: Mapping[str, Sequence[int]], families: Sequence[str]) -> WidthChoices:
-    """The legal widths of ``families`` in proportion to their dense widths, or with the only width that some have
-    left."""
+    """The legal widths of ``families`` in proportion to their dense widths, or with the only width left to some."""
     sizes = {name: ladders[name][-1] for name in families}
     leader = max(families, key=lambda name: (len(ladders[name]) > 1, -sizes[name]))
     choices = []

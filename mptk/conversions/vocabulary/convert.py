@@ -46,8 +46,7 @@ Corpus = Callable[[Loaded], Iterable[Document]]
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens that stay of a vocabulary of ``of``: ``keep``, ascending. A token's new id is its position in
-    ``keep``."""
+    """The tokens that stay, ``keep``, ascending, of ``of``. A token's new id is its position in ``keep``."""
 
     of: int
     keep: tuple[int, ...]

@@ -1,12 +1,11 @@
-"""pieces: the four models of a ``tokenizer.json``, and which tokens must stay so that texts get the same tokens as
-before.
+"""pieces: the four models of a ``tokenizer.json``, and the tokens that must stay to read texts as before.
 
 1. BPE builds a token by merges. The merges within a token do not depend on its surroundings, so each token has fixed
-intermediate tokens. If these stay, with every merge whose parts and result stay, the merge of the lowest rank is at
-each step the same as before.
+   intermediate tokens. If these stay, with every merge whose parts and result stay, the merge of the lowest rank is at
+   each step the same as before.
 2. WordPiece takes the longest token that fits. If it stays, it is still the longest.
 3. Unigram takes the likeliest sequence. If it stays, it is still the likeliest, and among equals still the first one
-found. An unknown character costs more than the unlikeliest token, so this token stays, too.
+   found. An unknown character costs more than the unlikeliest token, so this token stays, too.
 4. WordLevel looks a word up.
 
 To read any text afterwards, all bytes stay or, without bytes, all single characters.
@@ -109,8 +108,7 @@ class Merges:
         return first + second.removeprefix(self.prefix)
 
     def _letters(self, token: str) -> list[str]:
-        """The characters that a word starts from before it becomes ``token``, with the marks for inside and end of a
-        word."""
+        """The characters of ``token`` before any merge, with the marks for inside and end of a word."""
         inside, end = token.startswith(self.prefix) and self.prefix, token.endswith(self.suffix) and self.suffix
         letters = list(token.removeprefix(inside or "").removesuffix(end or ""))
         marked = [(self.prefix if inside or i else "") + letter for i, letter in enumerate(letters)]

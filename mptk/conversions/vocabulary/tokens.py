@@ -47,8 +47,7 @@ class Choice:
             )
 
     def kept(self, used: Iterable[int], least: int, multiple: int) -> tuple[int, ...]:
-        """The ids that stay, ascending: used tokens with the tokens that they are built from, special tokens, and bytes
-        or characters.
+        """The ids that stay, ascending: used tokens and their parts, special tokens, and bytes or characters.
 
         Tokens of the lowest ids, with the tokens that they are built from, fill up to ``least`` and to a ``multiple``.
         """

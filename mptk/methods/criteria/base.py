@@ -74,10 +74,9 @@ def sum_members(analysis: Analysis, families: Sequence[Family], importance: Call
 
 
 def sum_uses(evidence: Mapping[Site, T], families: Sequence[Family], importance: Callable[[T], Tensor]) -> Scores:
-    """Sum ``importance(evidence of a contraction)`` (the weight operand's shape) over the contractions that score each
-    unit.
+    """Sum ``importance(evidence of a contraction)`` (the weight operand's shape) over each unit's contractions.
 
-    These are the unit's consumers or, if no weight sums over the unit, its producers (``observe.uses``).
+    A unit's contractions are its consumers or, if no weight sums over it, its producers (``observe.uses``).
 
     Raises:
         MptkError: a family has neither.

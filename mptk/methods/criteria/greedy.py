@@ -38,8 +38,7 @@ def measure(given: Calibration) -> dict[str, Tensor]:
 
 
 def _rounds(given: Calibration, depth: Depth, batches: Sequence[Samples]) -> Tensor:
-    """The round in which each block is removed; blocks that stay get higher numbers, in the order of the last
-    losses."""
+    """The round in which each block is removed; blocks that stay get higher numbers, by the last losses."""
     size, stay = depth.size, depth.stack.stay
     most = size - max(1, len(stay))
     rounds = min(given.removals.get(depth.name, most), most)

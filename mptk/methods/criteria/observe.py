@@ -187,8 +187,7 @@ def find_sites(analysis: Analysis) -> list[Site]:
 
 
 def _after_inputs(program: Program) -> set[fx.Node]:
-    """The inputs and all nodes that depend on them, also if only on their size, as a weight repeated for each
-    sample."""
+    """The inputs and all nodes that depend on them or on their sizes, as a weight repeated for each sample."""
     user, found = set(program.user_inputs), set[fx.Node]()
     for node in program.graph.graph.nodes:
         if node.name in user or not found.isdisjoint(node.all_input_nodes):

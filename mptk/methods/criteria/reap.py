@@ -41,8 +41,7 @@ from mptk.methods.criteria.observe import (
 
 @dataclass(frozen=True)
 class Routed:
-    """``experts``: group of experts → the contribution of each unit, [scopes, size]. ``seen``: Wanda's measurement for
-    the others."""
+    """``experts``: group of experts → contribution of each unit, [scopes, size]. ``seen``: Wanda's, of the others."""
 
     experts: Mapping[Group, Tensor]
     seen: Mapping[Site, Observation]

@@ -71,8 +71,7 @@ def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings, planne
 
 
 def multiples(settings: Settings) -> tuple[int, ...]:
-    """Sizes of contractions that are multiples of these stay so: the settings' number, and block sizes of quantised
-    graphs."""
+    """Multiples of these sizes stay multiples: the settings' number, and block sizes of quantised graphs."""
     return (settings.multiple, *(BLOCKS[scheme] for scheme in settings.quantize if scheme in BLOCKS))
 
 
@@ -88,8 +87,7 @@ def left_whole(analysis: Analysis, legal: LegalWidths, settings: Settings) -> st
 
 @dataclass(frozen=True)
 class WidthSearch:
-    """Widths that meet the settings, the most even first. ``legal``: the widths of ``model`` that ``target`` can
-    hold."""
+    """Widths that meet the settings, most even first. ``legal``: the widths of ``model`` that ``target`` can hold."""
 
     analysis: Analysis
     legal: LegalWidths
@@ -100,8 +98,7 @@ class WidthSearch:
     settings: Settings
 
     def candidates(self) -> list[Candidate]:
-        """Candidates that the model's own class can hold or, if there are none and ``rehome`` is set, that another
-        class can.
+        """Candidates of the model's own class or, if there are none and ``rehome`` is set, of another class.
 
         Raises:
             MptkError: no legal widths meet the budget (the message names the nearest), or a family cannot be cut.

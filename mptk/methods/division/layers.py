@@ -32,8 +32,7 @@ LEVELS = (0.75, 0.5, 0.25)
 
 @dataclass(frozen=True)
 class Curve:
-    """The effect of cutting one layer. ``widths`` fall from the dense width; ``losses`` are increases over the dense
-    model's."""
+    """The effect of cutting one layer: descending ``widths``, and ``losses`` as increases over the dense model's."""
 
     widths: tuple[int, ...]
     losses: tuple[float, ...]

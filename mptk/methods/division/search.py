@@ -1,12 +1,12 @@
 """search: rank the legal ways to divide the budget, by increasingly expensive trials, before the best is cut.
 
 1. Units are scored once, and the second moments of the consumers' inputs are gathered once. For each candidate the best
-units are chosen, masked and fitted in closed form; losses are measured on samples that no fit used.
+   units are chosen, masked and fitted in closed form; losses are measured on samples that no fit used.
 2. Good and different candidates are trained for a while, the better half for twice as long, and so on: successive
-halving (Jamieson & Talwalkar 2016, arXiv 1502.07943). The loss before training does not predict the best division
-(``docs/shapes.md``), so this decides. A shape continues from its weights of the previous rung, with new text and a
-learning rate that falls from its peak again. If a rung makes it worse on the held-out samples, the earlier weights and
-loss stay.
+   halving (Jamieson & Talwalkar 2016, arXiv 1502.07943). The loss before training does not predict the best division
+   (``docs/shapes.md``), so this decides. A shape continues from its weights of the previous rung, with new text and a
+   learning rate that falls from its peak again. If a rung makes it worse on the held-out samples, the earlier weights
+   and loss stay.
 """
 
 from __future__ import annotations
@@ -262,8 +262,7 @@ class Search:
         return Shape(candidate.widths, candidate.sparsity, cost.parameters, cost.latency_ms, masked, fitted)
 
     def trained(self, number: int, shape: Shape, rung: int, steps: int, say: Progress) -> Shape:
-        """Train the shape for a further rung of ``steps`` steps. The rung's weights are stored until the next rung is
-        done."""
+        """Train the shape for a further rung of ``steps`` steps. Its weights are stored until the next rung is done."""
         if number not in self.compiled:
             chosen, calibration = self.chosen(shape.widths), self.sets.calibration
             self.compiled[number] = compile_plan(self.prepared, chosen, calibration, Context(Log(), silent))

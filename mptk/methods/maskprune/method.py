@@ -64,8 +64,7 @@ class MaskPrune(Method):
 def divided_over_layers(
     prepared: Prepared, sets: SampleSets, context: Context, folder: RunFolder
 ) -> tuple[Prepared, dict[str, float]]:
-    """``prepared`` with a width for each layer, chosen with Wanda's scores, and the losses with these and with equal
-    layers.
+    """``prepared`` with a width for each layer, by Wanda's scores, and the losses with these and with equal layers.
 
     ``folder`` keeps both.
     """

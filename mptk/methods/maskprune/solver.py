@@ -105,8 +105,7 @@ class Solver:
         return 0.5 * fisher + self.beyond(family)
 
     def scores(self, family: str) -> Tensor:
-        """The scores for choosing units, [layers, scopes, size]; the lowest are removed first: v or, for blocks, the
-        prior."""
+        """The scores of units, [layers, scopes, size], the lowest removed first: v or, for blocks, the prior."""
         return self.prior[family] if family in self.blocks else self.saliency(family)
 
     def order(self, family: str) -> Tensor:

@@ -137,8 +137,7 @@ def _starred(weight: str, layer: str) -> str:
 
 
 Node = tuple[str, str]
-"""A module ``("module", name)``, a family ``("family", name)``, or the start or end of a family that runs through all
-layers."""
+"""``("module", name)``, ``("family", name)``, or the start or end of a family that runs through all layers."""
 
 
 def flow(layer: Layer) -> nx.DiGraph[Node]:

@@ -56,7 +56,7 @@ class Shape:
         return self.parameters if self.latency_ms is None else self.latency_ms
 
     def beats(self, other: Shape) -> bool:
-        """Whether it reached the other's last stage, is neither dearer nor worse there, and differs in one of both."""
+        """Whether it reached the other's last stage, is neither dearer nor worse there, and better in one."""
         last = len(other.stages) - 1
         if len(self.stages) <= last:
             return False

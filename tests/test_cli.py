@@ -370,7 +370,7 @@ def test_json_file_that_cannot_be_written_leaves_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
 
 
-@pytest.mark.parametrize(("content", "message"), [('{"format": ', "is damaged"), ("{}", "is no mptk-report/1")])
+@pytest.mark.parametrize(("content", "message"), [('{"format": ', "is damaged"), ("{}", "is not a mptk-report/1")])
 def test_report_of_another_kind(tmp_path, mptk, content, message):
     (tmp_path / "report.json").write_text(content)
     result = mptk("report", tmp_path)

@@ -246,7 +246,7 @@ def test_names_are_as_short_as_they_can_be() -> None:
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
-    with pytest.raises(MptkError, match=r"^matplotlib is not installed.*mptk\[plot\]"):
+    with pytest.raises(MptkError, match=r"^charts need matplotlib.*mptk\[plot\]"):
         report_page([made()])
 
 

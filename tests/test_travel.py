@@ -72,7 +72,7 @@ def test_the_analysis_says_which_families_break_what(found: tuple[Analysis, Lega
     analysis, legal = found
     assert legal.breaks == dict.fromkeys(("hidden", "kv_groups", "q_heads"), HEADS)
     (line,) = breaking(analysis_json(analysis, legal, "m")["families"])
-    assert line.startswith(f"a cut of hidden, kv_groups, q_heads breaks {HEADS}")
+    assert line.startswith(f"cutting hidden, kv_groups, q_heads breaks {HEADS}")
     portable = legal.portable()
     assert {name for name, widths in portable.ladders.items() if len(widths) > 1} == {"ffn", "layers"}
     assert portable.refused["q_heads"] == f"cutting it breaks {HEADS}"

@@ -260,7 +260,7 @@ CONTRADICTIONS = [
     Row(
         "experts of a model without any",
         "prune {model} --data {text.raw} --out {out} --families ffn --width ffn=16 --multiple-of 8 --method reap --length 16",
-        ("none are among ffn", "--method wanda"),
+        ("none are in ffn", "--method wanda"),
     ),
     Row(
         "all weights beside cut norms",

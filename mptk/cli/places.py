@@ -52,6 +52,6 @@ def _mode(path: Path) -> int | None:
 def _check_above(path: Path) -> None:
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir():
-        raise typer.BadParameter(f"{above} is a file, not a folder. Give another name.")
+        raise typer.BadParameter(f"{above} is not a folder, so nothing can be in it. Give another name.")
     if not os.access(above, os.W_OK | os.X_OK):
         raise typer.BadParameter(f"you may not write to {above}. Give a folder that you may write to.")

@@ -1,4 +1,4 @@
-"""shapes: ``mptk.shapes``, which ranks the legal ways to divide a budget and cuts none of them."""
+"""shapes: ``mptk.shapes``, which ranks the legal ways to divide a budget without cutting."""
 
 from __future__ import annotations
 
@@ -46,24 +46,24 @@ def shapes(
     data: Data | None = None,
     **keywords: Any,
 ) -> Shapes:
-    """Rank the legal ways to divide a budget among families, blocks included::
+    """Rank the legal ways to divide a budget among families and blocks::
 
         mptk.shapes(model, sparsity=0.3, data=texts, search_tokens=0).best.widths
 
     Args:
         model, progress, tokenizer, example_inputs, data: as in ``mptk.prune``.
-        out: folder for ``shapes.json``. With it, an unfinished search can be gone on with (``resume=True``). None:
-            nothing is kept.
-        settings: what is asked for; by default units are chosen by ``wanda`` and consumers are reconstructed.
-        keywords: fields of ``Settings`` and of what is in it, as in ``mptk.prune``. ``search_shapes``,
-            ``search_finalists`` and ``search_tokens`` say how much is tried.
+        out: folder for ``shapes.json``. With a folder, ``resume=True`` continues an unfinished search. None: nothing is
+            kept.
+        settings: the settings; by default ``wanda`` chooses units and consumers are reconstructed.
+        keywords: fields of ``Settings`` and of the records in it, as in ``mptk.prune``. ``search_shapes``,
+            ``search_finalists`` and ``search_tokens`` set the effort of the search.
 
     Returns:
         The shapes, the best first, with their widths, costs and losses.
 
     Raises:
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget; there is no such keyword;
-            or the tokens do not suffice to train the finalists.
+            or there are too few tokens to train the finalists.
     """
     base = settings or Settings(method="wanda", reconstruct=True)
     chosen = with_keywords(base, {**names_of(data=data), **keywords, "search": True, "onnx": False})

@@ -1,4 +1,4 @@
-"""verification: ``verify``, which proves a pruned folder again and believes nothing of what it says of itself."""
+"""verification: ``verify``, which proves a pruned folder again and trusts nothing that the folder claims."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ REMEDY = "do not use it, and prune the model again"
 
 
 class Proof(list[Difference]):
-    """Each stage's difference, and in ``notes`` what the proof does not reach."""
+    """Each stage's difference, and ``notes`` on what the proof does not cover."""
 
     def __init__(self, stages: Iterable[Difference], notes: list[str]) -> None:
         super().__init__(stages)
@@ -65,19 +65,19 @@ def verify(
 ) -> Proof:
     """Prove a pruned folder again, from the dense model and ``plan.json``.
 
-    First every file is compared with the folder's manifest. What the plan makes of the dense model (weights, config,
-    widths, costs) is found anew; what the folder's report says must agree.
+    First every file is compared with the folder's manifest. Then weights, config, widths and costs are computed again
+    from the dense model and the plan; the folder's report must agree.
 
     Args:
         folder: an ``--out`` folder of ``prune``.
-        model: the dense model, if it is no longer where the report says; or itself, if it was pruned in memory.
-        trust_remote_code: whether the model's own Python code may run; the folder's report has no say in it.
-        proof_length: tokens of the longest sequence that may be run, to go beyond the model's windows.
+        model: the dense model, if it has moved; or the module, if it was pruned in memory.
+        trust_remote_code: whether the model's own Python code may run; the folder's report does not decide this.
+        proof_length: tokens of the longest sequence in the proof, to go beyond the model's windows.
         memory, device: as in ``Settings``.
 
     Raises:
         MptkError: a file was changed, is missing or was added; the report contradicts the folder; the dense model is
-            not there, or not the one that was pruned; or a stage is above its tolerance.
+            missing, or not the one that was pruned; or a stage exceeds its tolerance.
     """
     folder = Path(folder)
     plan, report = plan_of(folder), Report.read(folder)
@@ -115,7 +115,7 @@ def verify(
 
 
 def _prepared(report: Report, settings: Settings, model: Analysed, plan: Plan) -> Prepared:
-    """The dense model as ``prune`` prepared it to cut it to this plan."""
+    """The dense model, prepared as in ``prune``."""
     target, method = find_target(settings.target), find_method(settings.method)
     loaded, analysis = model.loaded, model.analysis
     return Prepared(
@@ -134,7 +134,7 @@ def _prepared(report: Report, settings: Settings, model: Analysed, plan: Plan) -
 
 
 def _rehomed(folder: Path, loaded: Loaded) -> bool:
-    """Whether the folder holds another class than the dense model's; a folder without a config holds none."""
+    """Whether the folder's class differs from the dense model's; a folder without a config has no class."""
     file = folder / "config.json"
     if not file.is_file():
         return False
@@ -151,7 +151,7 @@ def plan_of(folder: str | Path) -> Plan:
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """A report that holds something of another kind is a user's error, too."""
+    """Turn errors from wrong values in a report into a user's error."""
     try:
         yield
     except (KeyError, TypeError, AttributeError) as error:

@@ -1,7 +1,7 @@
-"""card: ``README.md`` of a pruned folder: what it is, what was cut, how good it is, its proof, how to load it.
+"""card: ``README.md`` of a pruned folder: the model, the cut, its quality, its proof, how to load it.
 
-Its first lines are the metadata of a model hub. Names and words that come from models or files stand in code spans, so
-that they cannot become markup.
+The first lines are metadata for a model hub. Names and text from models or files are in code spans, so that they cannot
+become markup.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from mptk.report.sections import CUT, PROOF, QUALITY, prune_view
 from mptk.report.view import View
 
 FEATURES = {"pixel_values": "image-feature-extraction"}
-"""Main input of a bare encoder → the hub's name of its task; that of others is feature-extraction."""
+"""Main input of a bare encoder → the hub's name of its task; by default feature-extraction."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}", re.ASCII)
 
 
 def write_card(report: Report, compiled: Compiled, folder: Path) -> None:
-    """Write ``README.md``. ``folder``: with all other files. ``report``: its quality may still be unknown."""
+    """Write ``README.md``. ``folder`` has all other files already. ``report``: its quality may be unknown."""
     data = metadata(report, compiled, folder)
     body = "\n\n".join([title(report), told(report), *usage(report, compiled, folder), notes(report)])
     write_text(folder / CARD, f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
 def metadata(report: Report, compiled: Compiled, folder: Path) -> ModelCardData:
-    """The fields that a model hub reads. The licence is the dense model's, if its own card says one."""
+    """The fields that a model hub reads. The licence is the dense model's, if its card names one."""
     said = licence.stated(compiled.prepared.loaded.path)
     if "license" not in said and report.model in ALIASES:
         said |= licence.as_fields(ALIASES[report.model].licence)
@@ -58,7 +58,7 @@ def metadata(report: Report, compiled: Compiled, folder: Path) -> ModelCardData:
 
 
 def pipeline_tag(compiled: Compiled) -> str | None:
-    """The hub's name for what the written class does; None if transformers knows none."""
+    """The hub's name of the written class's task; None if transformers knows none."""
     assert compiled.written is not None
     stock = compiled.written.stock
     known: Mapping[str, Any] = TASK_MAPPING
@@ -71,22 +71,22 @@ def pipeline_tag(compiled: Compiled) -> str | None:
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether ``model``, the name in a report, is one of the hub: OWNER/NAME, and no path."""
+    """Whether ``model``, the name in a report, is a hub id (OWNER/NAME), not a path."""
     return _HUB_ID.fullmatch(model) is not None
 
 
 def title(report: Report) -> str:
-    """What it is, in a few sentences."""
+    """What the model is, in a few sentences."""
     base = code(model_name(report.model))
     s = report.settings
-    chosen = "by a plan that was given" if s.plan else f"by the method {code(s.method)}"
+    chosen = "from a given plan" if s.plan else f"by the method {code(s.method)}"
     chosen = "" if s.fixed and not s.plan else f"; the units were chosen {chosen}"
     trained = f"; {s.steps} training steps" if s.steps else ""
     return (
         f"# {base}, pruned by {report.sparsity:.0%}\n\n"
         f"This is {base} with {report.sparsity:.1%} of the parameters of its blocks removed by structured pruning: "
-        "whole units are gone, so what is left is a smaller model of an ordinary class without masks. "
-        f"mptk {report.mptk} made it{chosen}{trained}."
+        f"whole units are gone, so it is a smaller model of an ordinary class without masks. mptk {report.mptk} made "
+        f"it{chosen}{trained}."
     )
 
 
@@ -97,11 +97,11 @@ def told(report: Report) -> str:
 
 
 def notes(report: Report) -> str:
-    """What else a reader must know."""
+    """Notes for the reader."""
     lines = [
         *map(code, report.notes),
         "Pruning changes what a model says; test it on your own task before you rely on it.",
-        "`report.json` has all figures, `plan.json` the units that stayed, `run.yaml` the run as a recipe, and "
+        "`report.json` has all figures, `plan.json` the units that were kept, `run.yaml` the run as a recipe, and "
         "`mptk.json` the SHA-256 of every file.",
     ]
     return "\n".join(["## Notes\n", *(f"- {line}" for line in lines)])

@@ -1,4 +1,4 @@
-"""card_usage: how to load a pruned folder, as the commands and the lines of Python that its card shows."""
+"""card_usage: the commands and the Python code in a card that show how to load a pruned folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FOLDER = 'folder = "."  # this folder, or its name on a hub'
 
 
 def usage(report: Report, compiled: Compiled, folder: Path) -> Iterator[str]:
-    """The sections of the card that say how to use ``folder``, each for a program that can."""
+    """The sections of the card on how to use ``folder``, one for each program that can load it."""
     if compiled.written is not None:
         yield section("transformers", python(*transformers_lines(compiled, folder)))
         if (folder / "modules.json").is_file():

@@ -40,7 +40,7 @@ class MaskPrune(Method):
         if not settings.steps:
             raise MptkError("maskprune learns in steps; give --steps, 100 or more, or a one-shot --method")
         if settings.learning.precision == "fp16":
-            raise MptkError("fp16 scales gradients, and masks are learned from these; use --precision bf16 or no")
+            raise MptkError("masks are learned from gradients, which fp16 scales; use --precision bf16 or no")
 
     def refusal(self, analysis: Analysis, family: str) -> str | None:
         return disturbed(analysis, family)
@@ -64,7 +64,7 @@ class MaskPrune(Method):
 def divided_over_layers(
     prepared: Prepared, sets: SampleSets, context: Context, folder: RunFolder
 ) -> tuple[Prepared, dict[str, float]]:
-    """``prepared`` with a width for each layer, as a cut by Wanda has, and the losses with these and with equal layers.
+    """``prepared`` with a width for each layer, by Wanda's scores, and the losses with these and with equal layers.
 
     ``folder`` keeps both.
     """

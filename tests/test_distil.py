@@ -47,7 +47,7 @@ class Case:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("mptk.methods.distil.STEP", 2 * self.samples.positions)
             return distil_blocks(
-                self.analysis, self.cut, self.ends, {}, self.samples, how, executor=executor, kept=kept
+                self.analysis, self.cut, self.ends, {}, self.samples, how, executor=executor, folder=kept
             )
 
     @torch.no_grad()

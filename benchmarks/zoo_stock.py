@@ -14,7 +14,7 @@ from benchmarks.tiny_models import Logits, Tiny
 from benchmarks.zoo_plans import legal_widths, plan_of_widths
 from mptk.errors import MptkError
 from mptk.ir.axes import leaves
-from mptk.ir.families import Analysis, Depth
+from mptk.ir.families import Analysis, Depth, Family
 from mptk.ir.passes import Log
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan

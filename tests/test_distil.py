@@ -46,7 +46,7 @@ class Case:
         with changed() as inside:
             inside.bound("mptk.methods.distil.STEP", 2 * self.samples.positions)
             return distil_blocks(
-                self.analysis, self.cut, self.ends, {}, self.samples, how, executor=executor, kept=kept
+                self.analysis, self.cut, self.ends, {}, self.samples, how, executor=executor, folder=kept
             )
 
     @torch.no_grad()

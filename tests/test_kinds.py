@@ -36,7 +36,7 @@ from mptk.tasks.encoder import Encoder
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.inputs.images import open_image
 from mptk.tasks.inputs.text import SEQUENCE
-from mptk.tasks.masked_lm import MaskedLM
+from mptk.tasks.masked_lm import MaskedLM, masked
 from mptk.tasks.seq2seq import until_end
 
 Pruned = Callable[[str], Path]
@@ -173,9 +173,9 @@ def test_a_class_that_does_both_is_what_its_config_says(causal: bool, kind: str)
 
 def test_logits_after_a_masked_window_do_not_enter_its_loss() -> None:
     """Perceiver gives logits of all its positions, however short the window."""
-    samples = MaskedLM(3).masked(torch.arange(24).reshape(2, 12))
+    samples = masked(torch.arange(24).reshape(2, 12), 3)
     logits = torch.randn(2, 20, 30)
-    assert MaskedLM(3).loss(logits, samples) == MaskedLM(3).loss(logits[:, :12], samples)
+    assert MaskedLM().loss(logits, samples) == MaskedLM().loss(logits[:, :12], samples)
 
 
 def test_inputs_of_two_names_are_known_by_either() -> None:

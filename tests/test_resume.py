@@ -40,7 +40,7 @@ SETTINGS = mptk.Settings(
     method="wanda", reconstruct=True, sparsity=0.35, samples=4, length=32, multiple=8, onnx=False, eval_length=32
 )
 TEXT, SCORE, WIDTHS = (
-    "mptk.tasks.inputs.text.calibration_windows",
+    "mptk.tasks.inputs.text.TextWindows.calibration",
     "mptk.methods.criteria.measured",
     "mptk.methods.one_shot.best",
 )

@@ -41,7 +41,7 @@ from mptk.ort.bench import LENGTHS, Bench, bench_decoders
 from mptk.ort.decoder import model_folder
 from mptk.progress import Progress, silent, within
 from mptk.protocols.execution import execution, session_device
-from mptk.protocols.onnx_form import Dense
+from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import left_out
 from mptk.publish.folder import check_apart, check_replaceable, publish
 from mptk.publish.manifest import check_manifest
@@ -277,12 +277,36 @@ def export_folder(
         ProofError: the settings are ``strict``, and a quantised weight differs by more than rounding allows.
     """
     say, settings = progress or silent, settings or Settings()
-    trust, overwrite = settings.trust_remote_code, settings.overwrite
-    check_replaceable(Path(out), overwrite)
+    check_replaceable(Path(out), settings.overwrite)
     check_apart(Path(out), model, *([] if text is None else [text]))
     say("load", 0, 0)
+    dense, form = _dense(model, settings, text)
+    loaded = dense.loaded
+    positions = positions_of(loaded.model.config) or 256
+    windows = None if text is None else data.calibration(loaded.model, loaded.tokenizer, text, 32, min(256, positions))
+    with publish(Path(out), overwrite=settings.overwrite) as folder:
+        say("export ONNX", 0, 0)
+        with within(say, "export ONNX"):
+            samples = None if windows is None else next_tokens(windows)
+            notes = form.export(dense, None, samples, folder / "onnx", Log())
+        for note in [*notes, *_checked(folder / "onnx", say, settings.strict)]:
+            on_note(note)
+        loaded.model.config.save_pretrained(folder)
+        copy_processors(loaded.path, folder, same_features=True)
+        generation = getattr(loaded.model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(folder)
+        if loaded.tokenizer is not None:
+            save_tokenizer(loaded.tokenizer, folder)
+        for note in describe(form, loaded.model.config, generation, folder, settings.strict):
+            on_note(note)
+    return Path(out)
+
+
+def _dense(model: str, settings: Settings, text: str | None) -> tuple[Dense, OnnxForm]:
+    """The model as it is written as ONNX, and its form. Errors are those of ``export_folder``."""
     resident, executor = execution(settings)
-    loaded, task = open_task(model, resident, trust_remote_code=trust)
+    loaded, task = open_task(model, resident, trust_remote_code=settings.trust_remote_code)
     if task.onnx is None:
         raise MptkError(f"mptk has no ONNX form of a {task.summary}; export {model} with optimum")
     task.onnx.check(loaded.model, settings)
@@ -294,26 +318,7 @@ def export_folder(
             f"{model} can be traced only for {length} tokens, so its ONNX graph would take no other length; mptk "
             "writes none for it"
         )
-    dense = Dense(loaded, settings, program, executor)
-    positions = positions_of(loaded.model.config) or 256
-    windows = None if text is None else data.calibration(loaded.model, loaded.tokenizer, text, 32, min(256, positions))
-    with publish(Path(out), overwrite=settings.overwrite) as folder:
-        say("export ONNX", 0, 0)
-        with within(say, "export ONNX"):
-            samples = None if windows is None else next_tokens(windows)
-            notes = task.onnx.export(dense, None, samples, folder / "onnx", Log())
-        for note in [*notes, *_checked(folder / "onnx", say, settings.strict)]:
-            on_note(note)
-        loaded.model.config.save_pretrained(folder)
-        copy_processors(loaded.path, folder, same_features=True)
-        generation = getattr(loaded.model, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(folder)
-        if loaded.tokenizer is not None:
-            save_tokenizer(loaded.tokenizer, folder)
-        for note in describe(task.onnx, loaded.model.config, generation, folder, settings.strict):
-            on_note(note)
-    return Path(out)
+    return Dense(loaded, settings, program, executor), task.onnx
 
 
 def _checked(folder: Path, say: Progress, strict: bool) -> list[str]:

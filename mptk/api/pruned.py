@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from mptk.api import recovery
 from mptk.api.display import shown
-from mptk.api.sources import Data, Inputs, Model, check_texts, given, names_of, source_of, with_inputs
+from mptk.api.sources import Data, Inputs, Model, check_texts, given, names_of, source_for
 from mptk.arguments import checked
 from mptk.chain.job import Finished, Job
 from mptk.chain.prune import run
@@ -168,23 +168,13 @@ def prune(
             there is no such keyword; or a stage of the proof exceeds its tolerance. ``out`` then stays as it was.
     """
     named = names_of(data=data, eval_data=eval_data, vocabulary=vocabulary)
-    plain = isinstance(model, nn.Module) and example_inputs is not None
-    if plain and data is None and (settings is None or settings.data == Settings.data):
-        named["data"] = IN_MEMORY
-    chosen = with_keywords(settings or _defaults(out, model), {**named, **keywords})
-    chosen, inputs = with_inputs(chosen, example_inputs)
-    source = source_of(model, trust=chosen.trust_remote_code, tokenizer=tokenizer, example_inputs=inputs)
-    if source.plain:
-        chosen = _for_plain(chosen)
+    chosen = with_keywords(_defaults(settings, out, model, example_inputs), {**named, **keywords})
+    source, chosen = source_for(model, chosen, tokenizer, example_inputs)
+    chosen = _for_plain(chosen) if source.plain else chosen
     texts = None if vocabulary is None or isinstance(vocabulary, str | Path) else list(vocabulary)
     if chosen.vocabulary is not None:
         check_texts(data=data, eval_data=eval_data)
-
-    def job(place: Path) -> tuple[Job, Settings]:
-        samples = given(data, eval_data)
-        return Job(source.name, place, source.load, needs=source.needs, samples=samples, vocabulary=texts), chosen
-
-    return _finished(job, out, progress, on_stage)
+    return _finished(lambda place: (source.job(place, given(data, eval_data), texts), chosen), out, progress, on_stage)
 
 
 @checked
@@ -224,12 +214,10 @@ def recover(
     if isinstance(pruned, Pruned) and pruned.compiled is not None and model is None:
         prepared = pruned.compiled.prepared
         dense = prepared.given, prepared.task
-    there = str(model) if isinstance(model, Path) else model
-
-    def job(place: Path) -> tuple[Job, Settings]:
-        return recovery.recovery(start, place, chosen, there, dense, given(data, eval_data))
-
-    return _finished(job, out, progress, on_stage)
+    there, samples = str(model) if isinstance(model, Path) else model, given(data, eval_data)
+    return _finished(
+        lambda place: recovery.recovery(start, place, chosen, there, dense, samples), out, progress, on_stage
+    )
 
 
 def _finished(
@@ -259,11 +247,18 @@ def reporting(progress: Shown) -> Iterator[Progress]:
             enable_progress_bar()
 
 
-def _defaults(out: str | Path | None, model: Model) -> Settings:
-    """Default settings of a call: no ONNX without a folder; MaskPrune for transformers models."""
-    settings = Settings(onnx=out is not None)
-    plain = isinstance(model, nn.Module) and not isinstance(unwrapped(model), PreTrainedModel)
-    return replace(settings, method="wanda") if plain else settings
+def _defaults(
+    settings: Settings | None, out: str | Path | None, model: Model, example_inputs: Inputs | None
+) -> Settings:
+    """Default settings of a call: no ONNX without a folder; MaskPrune for transformers models.
+
+    A model in memory with example inputs is calibrated on these, if the settings name no data.
+    """
+    if settings is None:
+        plain = isinstance(model, nn.Module) and not isinstance(unwrapped(model), PreTrainedModel)
+        settings = Settings(onnx=out is not None, method="wanda" if plain else Settings.method)
+    own = isinstance(model, nn.Module) and example_inputs is not None and settings.data == Settings.data
+    return replace(settings, data=IN_MEMORY) if own else settings
 
 
 def _for_plain(settings: Settings) -> Settings:

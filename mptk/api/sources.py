@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.chain.estimate import estimated, estimated_for
-from mptk.chain.job import Given
+from mptk.chain.job import Given, Job
 from mptk.chain.prune import wanted
 from mptk.config.settings import IN_MEMORY, Settings
 from mptk.cost.estimate import Estimate
@@ -52,6 +52,12 @@ class Source:
     needs: Callable[[Settings], Estimate] | None
     plain: bool
 
+    def job(
+        self, out: Path, samples: Callable[[Prepared], Given] | None, vocabulary: Sequence[str] | None = None
+    ) -> Job:
+        """A run on it that ends in ``out``."""
+        return Job(self.name, out, self.load, needs=self.needs, samples=samples, vocabulary=vocabulary)
+
 
 def source_of(
     model: Model, *, trust: bool, tokenizer: PreTrainedTokenizerBase | None, example_inputs: Inputs | None
@@ -86,19 +92,23 @@ def source_of(
     return Source(name_of(model), lambda _: (loaded, task), needs, plain)
 
 
-def with_inputs(settings: Settings, example_inputs: Inputs | None) -> tuple[Settings, Inputs | None]:
-    """The settings and the example inputs, which may come from a file. By default the file is also the data.
+def source_for(
+    model: Model, settings: Settings, tokenizer: PreTrainedTokenizerBase | None, example_inputs: Inputs | None
+) -> tuple[Source, Settings]:
+    """What a run starts from, and its settings. By default a file of example inputs is also the data.
 
     Raises:
-        MptkError: the file cannot be read; or example inputs are also given in memory.
+        MptkError: as ``source_of``; the file cannot be read; or example inputs are also given in memory.
     """
-    if settings.inputs is None:
-        return settings, example_inputs
-    if example_inputs is not None:
-        raise MptkError("example inputs are given twice, in memory and as a file; leave out example_inputs or inputs")
-    found = read_inputs(settings.inputs)
-    data = settings.inputs if settings.data == Settings.data else settings.data
-    return replace(settings, data=data), found
+    if settings.inputs is not None:
+        if example_inputs is not None:
+            raise MptkError(
+                "example inputs are given twice, in memory and as a file; leave out example_inputs or inputs"
+            )
+        example_inputs = read_inputs(settings.inputs)
+        settings = replace(settings, data=settings.inputs if settings.data == Settings.data else settings.data)
+    trust = settings.trust_remote_code
+    return source_of(model, trust=trust, tokenizer=tokenizer, example_inputs=example_inputs), settings
 
 
 def _task(loaded: Loaded, example_inputs: Inputs | None) -> Task:

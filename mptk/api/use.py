@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -112,26 +113,22 @@ def reads_text(model: str, *, trust_remote_code: bool = False) -> bool:
     return kind_of(model, trust_remote_code=trust_remote_code) is CAUSAL_LM
 
 
+@dataclass(eq=False)
 class _Programs:
     """Programs to measure side by side, by name. Calling it makes it a ``mptk.io.evaluation.Runs``.
 
     ``modules``: the modules that run instead of programs that take only one length.
     """
 
-    def __init__(
-        self,
-        resident: Resident,
-        executor: Executor,
-        trust: bool,
-        tokenizer: PreTrainedTokenizerBase | None,
-        example_inputs: Inputs | None,
-    ) -> None:
-        self.resident, self.executor, self.trust = resident, executor, trust
-        self.tokenizer, self.example_inputs = tokenizer, example_inputs
-        self.names: list[str] = []
-        self.programs: dict[str, Program] = {}
-        self.modules: dict[str, nn.Module] = {}
-        self.opened: list[tuple[models.Loaded, Task]] = []
+    resident: Resident
+    executor: Executor
+    trust: bool
+    tokenizer: PreTrainedTokenizerBase | None
+    example_inputs: Inputs | None
+    names: list[str] = field(default_factory=list)
+    programs: dict[str, Program] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    opened: list[tuple[models.Loaded, Task]] = field(default_factory=list)
 
     def add(self, model: Pruned | Model, dense: Model | None) -> None:
         """Add the programs of a model and of its dense model, if one is given, known or needed."""

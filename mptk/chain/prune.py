@@ -67,7 +67,6 @@ SHARE = 8
 REMEDY = "nothing was published. Please report this model"
 
 
-@sources_forgotten()
 def run(job: Job, settings: Settings, context: Context) -> Finished | None:
     """Run every stage in order. Of several processes only the first gets the result; the others get None.
 
@@ -75,17 +74,22 @@ def run(job: Job, settings: Settings, context: Context) -> Finished | None:
         MptkError: the model cannot be loaded, traced or cut; no legal widths meet the budget (said before any work);
             or a stage of the proof exceeds its tolerance. ``job.out`` then stays as it was.
     """
+    return started(worked, job, settings, context)
+
+
+@sources_forgotten()
+def started(
+    work: Callable[[Job, Prepared, Context], T], job: Job, settings: Settings, context: Context, *, trains: bool = True
+) -> T:
+    """What ``work`` makes of the job once its model is prepared. ``trains``: whether the settings' steps are run."""
     find_device(settings.device)  # accelerate says less of one that is not there
     with own_state(settings.device), explained(), held(job, settings.overwrite):
-        return stages(job, settings, context if leads() else replace(context, progress=silent))
-
-
-def stages(job: Job, settings: Settings, context: Context) -> Finished | None:
-    """The stages of ``run``, inside an accelerate state of their own."""
-    settings = settled(settings)
-    job = replace(job, plan=given_plan(settings))
-    check_settings(settings, job.plan, job.vocabulary)
-    return prepared_for(worked, job, settings, context)
+        settings = settled(settings)
+        job = replace(job, plan=given_plan(settings))
+        check_settings(settings, job.plan, job.vocabulary)
+        if not trains:
+            settings = replace(settings, learning=replace(settings.learning, steps=0))
+        return prepared_for(work, job, settings, context if leads() else replace(context, progress=silent))
 
 
 def prepared_for(work: Callable[[Job, Prepared, Context], T], job: Job, settings: Settings, context: Context) -> T:

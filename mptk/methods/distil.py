@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Pass, Sizes
-from mptk.distributed.processes import leads
 from mptk.distributed.sharing import Sharing, sharing
 from mptk.errors import MptkError
 from mptk.ir.axes import axes_in
@@ -32,7 +32,7 @@ from mptk.methods.criteria.observe import batches, find_sites
 from mptk.methods.maskprune.train import schedule
 from mptk.methods.reconstruct import stored
 from mptk.progress import Count
-from mptk.protocols.run_folder import RunFolder
+from mptk.protocols.run_folder import RunFolder, kept
 from mptk.staged.partition import Flow, blocks
 from mptk.staged.spool import Spool
 from mptk.staged.staged import EXECUTOR, Executor, StagedRun
@@ -94,7 +94,7 @@ def distil_blocks(
     how: Schedule,
     progress: Count | None = None,
     executor: Executor = EXECUTOR,
-    kept: RunFolder | None = None,
+    folder: RunFolder | None = None,
 ) -> Distilled:
     """Train the matrices of every block that has a consumer of a cut family. Processes share a step if it divides.
 
@@ -102,8 +102,9 @@ def distil_blocks(
         analysis: of the dense model.
         consumers: names of the weights that sum over cut units; each ends a block.
         changes: the weights in which the pruned model differs from the dense one, in dense shapes.
-        samples: the model's inputs. executor: runs both programs; values that exceed its memory go to files. kept: the
-            stored blocks of an unfinished run.
+        samples: the model's inputs.
+        executor: runs both programs; values that exceed its memory go to files.
+        folder: holds the blocks of an unfinished run.
 
     Raises:
         MptkError: no block has a matrix that no other block uses.
@@ -116,17 +117,13 @@ def distil_blocks(
     count, owned = len(part.ends), _owned(student, _staying(analysis, cut, [stored(dense, s.weight) for s in sites]))
     if not any(owned[:count]):
         raise MptkError(NO_BLOCK)
-    runs = kept is None or not all(kept.holds(f"block-{k}.safetensors") for k in range(count))
+    runs = folder is None or not all(folder.holds(f"block-{k}.safetensors") for k in range(count))
     shelf, errors, likes = Spool(executor.borders), list[tuple[float, float]](), dict[str, Tensor]()
     for k in range(count):
         block = _Block(analysis, cut, teacher, student, share, k, owned[k])
         if runs:
             teacher.advance(k)
-        found = None if kept is None else kept.earlier(f"block-{k}")
-        if found is None:
-            found = block.trained(how)
-            if kept is not None and leads():
-                kept.save(f"block-{k}", found)
+        found = kept(folder, f"block-{k}", partial(block.trained, how))
         if runs:
             student.advance(k, weights=block.weights(found))
         before, after = found.pop(ERRORS).tolist()

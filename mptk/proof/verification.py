@@ -25,16 +25,18 @@ from mptk.io.untrusted import read_object
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.samples import Samples
 from mptk.methods import find_method
 from mptk.progress import silent
 from mptk.proof.claims import check_files, check_numbers, check_samples, proof_samples, require_same
 from mptk.proof.proof import check_proof, prove_folder
 from mptk.protocols.chain import Chosen, Prepared, stored_type
-from mptk.protocols.conversion import Analysed
+from mptk.protocols.conversion import Analysed, Conversion
 from mptk.protocols.execution import execution
 from mptk.protocols.report import PROVEN_ON, Report, unreadable
 from mptk.protocols.values import Context
 from mptk.publish.manifest import check_manifest
+from mptk.staged.staged import Executor
 from mptk.targets import ONNX, find_target
 from mptk.targets.stock_config import check_code, config_changes
 from mptk.tasks.of_folder import task_of_folder
@@ -88,19 +90,9 @@ def verify(
     dense = str(model) if isinstance(model, Path) else model
     loaded = open_dense(report.model, report.model_sha256, dense, trust_remote_code, resident, live=report.live)
     check_code(loaded.path, folder)
-    task = task_of_folder(folder, report, loaded)
-    require_same("task", report.task, task.name)
-    example = task.example(loaded.model)
-    samples = proof_samples(folder, example)
-    like = samples if find_target(report.settings.target).classed else None
-    program = traced(loaded, task, executor, report.settings.length, like)
-    samples = fitting(task, program, samples, PROVEN_ON)
-    start, context = Analysed(loaded, task, group.analyze(program)), Context(Log(), silent)
-    start, conversions = converted(start, planned(plan), context, executor, report.settings.length, like)
+    context = Context(Log(), silent)
+    start, conversions, samples = _analysed(folder, report, plan, loaded, executor, context)
     loaded, analysis = start.loaded, start.analysis
-    with _readable(folder):
-        check_numbers(report, folder, analysis, plan, loaded.dtype, stored_type(report.settings, loaded), conversions)
-        check_samples(samples, folder, analysis.program, example)
     settings = replace(report.settings, trust_remote_code=trust_remote_code, proof_length=proof_length)
     prepared = _prepared(report, replace(settings, rehome=_rehomed(folder, loaded)), start, plan)
     prepared = replace(prepared, executor=executor, conversions=conversions)
@@ -112,6 +104,26 @@ def verify(
     proven = prove_folder(compiled, (prepared.target, ONNX), folder, samples)
     check_proof(proven.differences, REMEDY)
     return Proof(proven.differences, [note for note in (proven.note, unread_tokenizer(loaded, folder)) if note])
+
+
+def _analysed(
+    folder: Path, report: Report, plan: Plan, loaded: Loaded, executor: Executor, context: Context
+) -> tuple[Analysed, tuple[Conversion, ...], Samples]:
+    """The dense model that was cut, what it went through before, and the proof's samples; the report must agree."""
+    task = task_of_folder(folder, report, loaded)
+    require_same("task", report.task, task.name)
+    example = task.example(loaded.model)
+    samples = proof_samples(folder, example)
+    like = samples if find_target(report.settings.target).classed else None
+    program = traced(loaded, task, executor, report.settings.length, like)
+    samples = fitting(task, program, samples, PROVEN_ON)
+    start = Analysed(loaded, task, group.analyze(program))
+    start, conversions = converted(start, planned(plan), context, executor, report.settings.length, like)
+    loaded, stored = start.loaded, stored_type(report.settings, start.loaded)
+    with _readable(folder):
+        check_numbers(report, folder, start.analysis, plan, loaded.dtype, stored, conversions)
+        check_samples(samples, folder, start.analysis.program, example)
+    return start, conversions, samples
 
 
 def _prepared(report: Report, settings: Settings, model: Analysed, plan: Plan) -> Prepared:

@@ -9,14 +9,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mptk.distributed.processes import processes
+from mptk.distributed.processes import leads, processes
 from mptk.errors import MptkError
 from mptk.files import discard, json_text, tidy, write_file, write_text
 from mptk.io.untrusted import load_tensors
@@ -169,6 +169,16 @@ def check_unfinished(out: Path, settings: Mapping[str, Any], resume: bool, but: 
                 f"{path} was started with other settings ({', '.join(changed)}); give the same, or remove it"
             )
     return True
+
+
+def kept(folder: RunFolder | None, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What the unfinished run kept under a name, or what ``make`` gives, which its first process then keeps."""
+    found = None if folder is None else folder.earlier(name)
+    if found is None:
+        found = make()
+        if folder is not None and leads():
+            folder.save(name, found)
+    return found
 
 
 def _name(phase: str, step: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptk.config.settings import Settings
+from mptk.config.settings import IN_MEMORY, Settings
 from mptk.io.data import protocol_name
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
@@ -67,8 +67,8 @@ class Task(Protocol):
         """Samples to measure quality on."""
         ...
 
-    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
-        """Samples from the caller's inputs, with the targets that the loss needs."""
+    def made(self, loaded: Loaded, inputs: Mapping[str, Tensor], data: str = IN_MEMORY, seed: int = 0) -> Samples:
+        """Samples of inputs, with the targets that the loss needs. ``data``: where the inputs come from."""
         return Samples(dict(inputs))
 
     def named(self, model: nn.Module, data: str) -> str:

@@ -98,8 +98,7 @@ def stock_widths(
     """
     derived = derived_families(analysis)
     together = tuple(group for group in stock.together if not group & derived.keys())
-    alone = {n: str(r) for n, r in stock.refusals.items() if not any(n in group for group in together)}
-    refused = alone | derived
+    refused = {n: str(r) for n, r in stock.refusals.items() if not any(n in group for group in together)} | derived
 
     depths = {family.name: family for family in analysis.depths}
 

@@ -83,7 +83,6 @@ def test_a_cut_model_comes_nearer_to_the_dense_one(name: str) -> None:
 
 def test_what_stays_makes_up_for_a_whole_block_that_goes() -> None:
     cut, (depth, *_) = case("decoder"), case("decoder").analysis.depths
-    assert depth.stack is not None
     kept = tuple(unit for unit in range(depth.size) if unit)
     without = Plan({depth.name: FamilyPlan(depth.size - 1, depth.size, {depth.stack.module: (kept,)})})
     both = replace(cut.cut, choices=cut.cut.choices | resolve_plan(cut.analysis, without).choices)

@@ -24,7 +24,7 @@ def insert_masks(module, analysis, families, values, watch=None) -> InsertedMask
 
 
 def families(analysis: Analysis) -> list[str]:
-    return [f.name for f in analysis.families if f.stack is None and disturbed(analysis, f.name) is None]
+    return [f.name for f in analysis.families if disturbed(analysis, f.name) is None]
 
 
 def hard_values(analysis: Analysis, plan: object) -> dict[tuple[str, int], Tensor]:
@@ -143,7 +143,6 @@ def test_a_mask_of_a_block_multiplies_what_it_adds(architecture: str) -> None:
     model, ids = architectures.model(architecture), architectures.tokens()
     analysis = analyze(trace(model))
     (depth,) = analysis.depths
-    assert depth.stack is not None
     m, seen = torch.ones(1, depth.size, requires_grad=True), dict[int, Tensor]()
     masks = masked(
         model,

@@ -6,6 +6,7 @@ import ast
 import gc
 import linecache
 import logging
+import math
 import subprocess
 import sys
 import weakref
@@ -27,12 +28,14 @@ from torch import fx, nn
 from transformers import (
     AutoModelForCausalLM,
     FunnelConfig,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedConfig,
 )
+from transformers.models.llama import modeling_llama
 
 import mptk
 from mptk.api import compiler as api
@@ -41,7 +44,15 @@ from mptk.compat import transformers as compat_transformers
 from mptk.compat.accelerate import offloaded, own_state, take_offload_index
 from mptk.compat.onnxruntime import run_on_values
 from mptk.compat.peft import adapters_off, refuses_lora
-from mptk.compat.transformers import dequantize_gguf, forget_source, missing_attributes, model_classes, unread_weights
+from mptk.compat.symbols import Symbols, compiled, expression, symbols_in, value_of
+from mptk.compat.transformers import (
+    dequantize_gguf,
+    forget_source,
+    missing_attributes,
+    model_classes,
+    unread_weights,
+    without_generation,
+)
 from mptk.methods.maskprune.adapters import adapt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,6 +135,31 @@ def test_a_symbolic_size_has_a_hint_and_an_expression() -> None:
     assert compat.size_hint(size) == 7, changed("torch", "SymInt.node.hint")
     assert compat.size_expression(size * 2) == compat.size_expression(size + size), changed("torch", "SymInt.node.expr")
     assert compat.size_expression(size) != compat.size_expression(size + 1)
+
+
+def two_fifths(value: int) -> int:
+    assert isinstance(value, int)
+    return int(value / 5 * 2)
+
+
+def test_sizes_of_modules_are_expressions_of_symbols() -> None:
+    symbols = Symbols()
+    (a, width), (b, heads) = symbols.integer("width", 12), symbols.integer("heads", 1)
+    with symbols.building(__name__):
+        layers = nn.Sequential(nn.Linear(width, heads * 3), nn.LayerNorm(width)).to(torch.float16)
+        part, known = two_fifths(width), {width, heads}
+        assert vars(modeling_llama)["int"](width) is width, "the code of parts of a model"
+        rate = torch.linspace(0, 1, width).tolist()[0]
+    sizes = [expression(size) for weight in layers.state_dict().values() for size in weight.shape]
+    assert [symbols_in(size) for size in sizes] == [{b}, {a}, {b}, {a}, {a}], changed("torch", "symbolic sizes")
+    assert compiled([*sizes, expression(part), 7], [a, b])(20, 2) == [6, 20, 6, 20, 20, 8, 7]
+    assert value_of(sizes[0], {b: 5}) == 15
+    assert math.isnan(rate)
+    assert len(known) == 2
+    assert "int" not in globals(), "a module keeps what was put into it"
+    assert nn.Linear(2, 3).to(torch.float16).weight.dtype is torch.float16
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(width)
 
 
 def test_nested_inputs_are_flattened_and_mapped() -> None:
@@ -257,6 +293,14 @@ def test_missing_attributes_of_configs_are_heard_of_and_nothing_stays() -> None:
     assert inner == ["first"]
     assert outer == ["first", "second", "third"]
     assert "__getattr__" not in vars(PreTrainedConfig)
+
+
+def test_a_model_is_made_without_settings_of_generation_from_its_config() -> None:
+    config = architectures.model("llama", meta=True).config
+    config.max_length = 7
+    with without_generation(), torch.device("meta"):
+        assert LlamaForCausalLM(config).generation_config.max_length != 7
+    assert GenerationConfig.from_model_config(config).max_length == 7
 
 
 def test_of_weights_that_stay_on_disk_only_converted_ones_are_read(

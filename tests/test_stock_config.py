@@ -1,4 +1,4 @@
-"""The config of a stock class for a cut model, found by probing: shapes, values and refusals."""
+"""The config of a stock class for a cut model: shapes, values and refusals."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pre
         try:
             return model_class(copy.deepcopy(config))
         except Exception as error:  # noqa: BLE001 (a model class may raise anything: it is the refusal)
-            return _refusal(error, model_class)
+            return refusal(error, model_class)
 
 
 def configured(
@@ -62,32 +62,42 @@ def configured(
         try:
             return _construct(template, body)
         except Exception as error:  # noqa: BLE001 (a config class may raise anything: it is the refusal)
-            return _refusal(error, type(template))
+            return refusal(error, type(template))
 
 
-def _construct(template: PreTrainedConfig, body: dict[str, object]) -> tuple[PreTrainedConfig, Refusal | None]:
+def unchecked(template: PreTrainedConfig, body: dict[str, object]) -> PreTrainedConfig:
+    """The config of ``template``'s class with the fields of ``body``, whatever they are."""
+    return _construct(template, body, checked=False)[0]
+
+
+def _construct(
+    template: PreTrainedConfig, body: dict[str, object], *, checked: bool = True
+) -> tuple[PreTrainedConfig, Refusal | None]:
     """Build ``template``'s class from ``body``, inner configs first, even if a validator refuses.
 
-    Validators run when the object is complete, so a model can be built from an object that they refuse.
+    Validators of the class run when the object is complete, so a model can be built from an object that they refuse.
+    Those of a field run when it is set, if ``checked``.
     """
     refused = None
     for key, inner in vars(template).items():
         own = body.get(key)
         if isinstance(inner, PreTrainedConfig) and isinstance(own, dict):
-            body[key], inner_refused = _construct(inner, own)
+            body[key], inner_refused = _construct(inner, own, checked=checked)
             refused = refused or inner_refused
     config = type(template).__new__(type(template))
+    if not checked:
+        vars(config)["__validators__"] = {}
     construct: Callable[..., None] = type(template).__init__
     try:
         construct(config, **body)
     except StrictDataclassClassValidationError as error:
-        refused = refused or _refusal(error, type(template))
+        refused = refused or refusal(error, type(template))
     if refused is not None:
         refused = Refusal(refused.kind, refused.where, refused.reason, config)
     return config, refused
 
 
-def _refusal(error: Exception, cls: type) -> Refusal:
+def refusal(error: Exception, cls: type) -> Refusal:
     """``error`` as a refusal of a validator, or of the innermost line outside torch that raised."""
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"

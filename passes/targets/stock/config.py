@@ -1,34 +1,28 @@
-"""config: find the config with which a stock transformers class has exactly the shapes of a cut model.
+"""config: the config with which a stock transformers class has exactly the shapes of a cut model.
 
-The search knows no model and no field by name. It sets the config's integers to products of the cut's axis sizes,
-builds the class on the meta device, and compares shapes. ``probe_config`` does this for one cut; ``learn.py`` learns
-which cuts a class can express at all.
-
-Equal shapes do not prove equal logits. The search also compares numbers that a module derives (an attention scale,
-rotary tables), and the proof compares logits (``passes/verify.py``).
+``solve.py`` finds its numbers. Equal shapes do not prove equal logits: the class is built once from the config, and the
+numbers that it derives (an attention scale, rotary tables) are compared, too; the proof compares logits
+(``passes/verify.py``).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from passes.targets.stock.attempt import Refusal
-from passes.targets.stock.probe import Assignment, Build, Field, Prober, Shapes, starred
-from passes.targets.stock.search import (
-    ConfigSearch,
-    Expression,
-    Expressions,
-    differences,
-    implied,
-    strange_constants,
-)
+from passes.targets.stock.attempt import Refusal, configured, on_meta
+from passes.targets.stock.solve import Expression, Expressions, Search, minimised
+from passes.targets.stock.symbolic import Assignment, Reading, Shapes, Unread, put, sizes_of
+
+ATTEMPTS = 4
+"""Solutions that are built, if the class has other shapes than its expressions say."""
 
 
 @dataclass(frozen=True)
@@ -83,130 +77,108 @@ def probe_config(
     Returns:
         The config with the fewest changes found, or the refusal.
     """
-    prober = Prober(model_class, config)
-    families = {name: old for name, (old, _) in widths.items()}
+    try:
+        reading = Reading(model_class, config)
+    except Unread as error:
+        return error.refusal
     new = {name: width for name, (_, width) in widths.items()}
     grows = [name for name, (old, width) in widths.items() if width > old]
-    expressions = Expressions(prober.fields, families, fixed, grows)
-    found = solve(prober, expressions, target_shapes, new, scalars=scalars or {})
-    return found.refusal if isinstance(found, Unsolved) else found.stock
+    space = Expressions(reading.fields, {name: old for name, (old, _) in widths.items()}, fixed, grows)
+    search, refused = Search(reading, space, target_shapes, new), None
+    for solution, found in attempts(search):
+        if found is None:
+            needed = minimised(reading, solution)
+            named = space.observed(new, solution).shortest(needed)
+            return finished(model_class, config, needed, target_shapes, scalars or {}, named)
+        refused = refused or found
+    return refused or search.reason()
 
 
-@dataclass(frozen=True)
-class Solved:
-    """A config for a target, and all field values that the target's widths determine, pins included."""
-
-    stock: StockConfig
-    assignment: Assignment
+def attempts(search: Search) -> Iterator[tuple[Assignment, Refusal | None]]:
+    """The first solutions of a search, each with None if the class built from it is what the search says."""
+    for solution in itertools.islice(search.solutions(), ATTEMPTS):
+        yield solution, contradicted(search, solution)
 
 
-@dataclass(frozen=True)
-class Unsolved:
-    """Why there is no config for a target, and the search that found none (None if there was nothing to search)."""
-
-    refusal: Refusal
-    search: ConfigSearch | None
-
-
-def solve(
-    prober: Prober,
-    expressions: Expressions,
-    target: Shapes,
-    widths: Mapping[str, int],
-    *,
-    scalars: Mapping[float, float] = MappingProxyType({}),
-    shapes_only: bool = False,
-) -> Solved | Unsolved:
-    """Search a config for ``target``.
-
-    The result is the first assignment that has the target's shapes, whose numbers the widths explain, and with which
-    the class can be built. ``shapes_only`` also accepts configs that a validator refuses, to learn expressions.
-    """
-    if (refusal := _same_names(prober.full.shapes, target)) is not None:
-        return Unsolved(refusal, None)
-    if not _representative(prober, target):
-        prober = prober.at_full_depth()
-    search = ConfigSearch(prober, target, expressions.candidates(widths))
-    refusal = None
-    for assignment in search.matches():
-        solution = implied(search, expressions, widths, assignment)
-        if odd := strange_constants(search, expressions, widths, solution):
-            refusal = refusal or Refusal("numeric", odd[0].split(" ")[0], f"not the same function: {odd[0]}")
-            continue
-        minimal = minimise(prober, search.target, solution)
-        result = finish(prober, minimal, target, scalars, shapes_only=shapes_only)
-        if not isinstance(result, Refusal):
-            named = shortest(expressions.observed(widths, solution), minimal)
-            return Solved(replace(result, expressions=named), solution)
-        refusal = refusal or result
-    return Unsolved(refusal or search.reason(), search)
+def contradicted(search: Search, solution: Assignment) -> Refusal | None:
+    """What is wrong with the class built from a solution. Validators do not count."""
+    reading = search.reading
+    reading.builds += 1
+    made = assigned(reading.template, solution)
+    model = made if isinstance(made, Refusal) else built(reading.model_class, made[0])
+    if isinstance(model, Refusal):
+        return model
+    sizes = sizes_of(model)
+    if (refusal := misfit(sizes.shapes, search.target)) is not None:
+        return refusal
+    odd = search.strange(sizes)
+    return next((Refusal("numeric", name, f"not the same function: {what}") for name, what in odd.items()), None)
 
 
-def _same_names(stock: Shapes, target: Shapes) -> Refusal | None:
-    for name in [*stock, *target]:
-        if name not in target:
-            return Refusal("names", name, "the stock class has this weight, the cut model does not")
-        if name not in stock:
-            return Refusal("names", name, "the cut model has this weight, the stock class does not")
+def built(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | Refusal:
+    """The class on the meta device."""
+    with no_init_weights():  # which even on meta is a third of the work
+        return on_meta(model_class, config)
+
+
+def misfit(shapes: Shapes, target: Shapes) -> Refusal | None:
+    """The first weight of the class that has another shape than ``target``."""
+    for name in [*shapes, *target]:
+        have, want = shapes.get(name), target.get(name)
+        if have is None or want is None:
+            return Refusal("names", name, f"only the {'cut model' if have is None else 'stock class'} has this weight")
+        if have != tuple(want):
+            return Refusal("shape", name, f"it would be {have}, but the cut leaves {tuple(want)}")
     return None
 
 
-def _representative(prober: Prober, target: Shapes) -> bool:
-    """Whether the model with few layers has every (place, old shape, new shape) of the whole model."""
-    old = prober.full.shapes
-    kinds = {(starred(n), old[n], tuple(target[n])) for n in old}
-    return kinds == {(starred(n), old[n], tuple(target[n])) for n in prober.base.shapes}
-
-
-def minimise(prober: Prober, target: Shapes, solution: Assignment) -> dict[Field, int]:
-    """Drop every change and every pin that shapes and constants do not need."""
-    whole = prober.build(solution)
-    assert isinstance(whole, Build)
-    kept = dict(solution)
-    for key in list(solution):
-        fewer = {other: value for other, value in kept.items() if other != key}
-        built = prober.build(fewer)
-        if isinstance(built, Build) and built.shapes == target and built.constants == whole.constants:
-            kept = fewer
-    return kept
-
-
-def finish(
-    prober: Prober,
+def finished(
+    model_class: type[PreTrainedModel],
+    template: PreTrainedConfig,
     assignment: Assignment,
     target: Shapes,
     scalars: Mapping[float, float],
-    *,
-    shapes_only: bool = False,
+    expressions: Mapping[str, Expression],
 ) -> StockConfig | Refusal:
-    """Build all layers with validation. Refuse a config that is not accepted or has another shape than the target."""
-    built = prober.build(assignment, full=True)
-    if isinstance(built, Refusal):
-        return built
-    if built.refused is not None and not shapes_only:
-        return replace(built.refused, config=_with_scalars(built.config, scalars))
-    if wrong := differences(built.shapes, target):
-        name = wrong[0][0]
-        return Refusal("shape", name, f"it would be {built.shapes[name]}, but the cut leaves {tuple(target[name])}")
-    return StockConfig(
-        prober.model_class,
-        _with_scalars(built.config, scalars),
-        _changes(prober, assignment) | _scalar_changes(built.config, scalars),
-    )
+    """Build the class with validation. Refuse a config that is not accepted or has another shape than the target."""
+    made = assigned(template, assignment)
+    if isinstance(made, Refusal):
+        return made
+    config, refused = made
+    model = built(model_class, config)
+    if isinstance(model, Refusal):
+        return model
+    if refused is not None:
+        return replace(refused, config=_with_scalars(config, scalars))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if (wrong := misfit(shapes, target)) is not None:
+        return wrong
+    changes = _changes(template, assignment) | _scalar_changes(config, scalars)
+    return StockConfig(model_class, _with_scalars(config, scalars), changes, expressions)
 
 
-def _changes(prober: Prober, assignment: Assignment) -> dict[str, tuple[object, object]]:
-    changes: dict[str, tuple[object, object]] = {}
+def assigned(template: PreTrainedConfig, assignment: Assignment) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
+    """The config with ``assignment``, as ``configured`` gives it."""
+    body = template.to_dict()
     for key, value in assignment.items():
-        name = ".".join(key.path)
-        if key.items:
-            old = prober.lookup(key.path)
-            current = changes[name][1] if name in changes else old
-            assert isinstance(current, list)
-            changes[name] = (old, [value if i in key.items else entry for i, entry in enumerate(current)])
-        else:
-            changes[name] = (None if key.implicit else key.value, value)
-    return changes
+        put(body, key.path, key.items, value)
+    return configured(template, body)
+
+
+def _changes(template: PreTrainedConfig, assignment: Assignment) -> dict[str, tuple[object, object]]:
+    before, after = template.to_dict(), template.to_dict()
+    for key, value in assignment.items():
+        put(after, key.path, key.items, value)
+    return {
+        ".".join(key.path): (_get(before, key.path) if not key.implicit else None, _get(after, key.path))
+        for key in assignment
+    }
+
+
+def _get(body: Any, path: Sequence[str]) -> object:
+    for key in path:
+        body = body[key]
+    return body
 
 
 def _floats(config: PreTrainedConfig, old: float) -> Iterable[tuple[PreTrainedConfig, str, str]]:
@@ -228,8 +200,3 @@ def _with_scalars(config: PreTrainedConfig, scalars: Mapping[float, float]) -> P
 
 def _scalar_changes(config: PreTrainedConfig, scalars: Mapping[float, float]) -> dict[str, tuple[object, object]]:
     return {path: (old, new) for old, new in scalars.items() for _, _, path in _floats(config, old)}
-
-
-def shortest(expressions: Expressions, assignment: Assignment) -> dict[str, Expression]:
-    """The shortest remaining expression of each field that is set."""
-    return {key.name: expressions.alive[key][0] for key in assignment if expressions.alive.get(key)}

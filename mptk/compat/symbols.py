@@ -1,0 +1,162 @@
+"""torch: a model's integers as symbols, and what becomes of them as expressions.
+
+There is no public way to build modules from symbolic sizes: torch makes such sizes only while it traces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.nn.modules import normalization
+from torch.overrides import TorchFunctionMode
+
+from mptk.compat.torch import uncached_operators
+
+Symbol: TypeAlias = sympy.Symbol
+Number: TypeAlias = Any
+"""A sympy expression, an int or a float."""
+CODE = re.compile(r"\.(modeling|configuration)_")
+"""In the names of modules with the code of models."""
+OPERATORS: Mapping[str, Callable[..., float]] = {
+    "FloorDiv": lambda a, b: a // b if b else 0,
+    "CleanDiv": lambda a, b: a // b if b else 0,
+    "CeilDiv": lambda a, b: -(-a // b) if b else 0,
+    "IntTrueDiv": lambda a, b: a / b if b else 0.0,
+    "FloatTrueDiv": lambda a, b: a / b if b else 0.0,
+    "Mod": lambda a, b: a % b if b else 0,
+    "PythonMod": lambda a, b: a % b if b else 0,
+    "FloatPow": pow,
+    "PowByNatural": pow,
+    "ToFloat": float,
+    "TruncToInt": math.trunc,
+    "TruncToFloat": math.trunc,
+    "CeilToInt": math.ceil,
+    "FloorToInt": math.floor,
+    "RoundToInt": round,
+    "OpaqueUnaryFn_sqrt": math.sqrt,
+    "Where": lambda c, a, b: a if c else b,
+    "Max": max,
+    "Min": min,
+}
+"""torch's names of operators in expressions. A quotient by 0 is 0, which is no size of a weight."""
+
+
+class _Whole(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, (int, torch.SymInt))
+
+
+class _Integer(metaclass=_Whole):
+    """``int`` that keeps a symbolic number symbolic."""
+
+    def __new__(cls, value: Any = 0, *base: int) -> Any:
+        if isinstance(value, torch.SymFloat):
+            return value.__trunc__()
+        return value if isinstance(value, torch.SymInt) else int(value, *base)
+
+
+class _NoNumbers(TorchFunctionMode):
+    """Within it a number read from a tensor without numbers is NaN."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.item, Tensor.tolist) and isinstance(args[0], FakeTensor):
+            return _unknown(() if func is Tensor.item else args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+def _unknown(shape: Sequence[int]) -> Any:
+    return [_unknown(shape[1:]) for _ in range(shape[0])] if shape else math.nan
+
+
+class Symbols:
+    """Integers that torch computes with as symbols: the sizes of what is built from them are expressions of them."""
+
+    def __init__(self) -> None:
+        self._env = ShapeEnv(specialize_zero_one=False)
+
+    def integer(self, name: str, value: int) -> tuple[Symbol, int | torch.SymInt]:
+        """The sympy symbol of a new integer, and the integer itself. Where Python needs a number it is ``value``."""
+        from torch._dynamo.source import ConstantSource  # takes time, so not before a trace
+
+        symbol = self._env.create_symbol(
+            value,
+            ConstantSource(name),
+            dynamic_dim=DimDynamic.DYNAMIC,
+            constraint_dim=None,
+            do_not_specialize_zero_one=True,
+        )
+        return symbol, self._env.create_symintnode(symbol, hint=value, source=None)
+
+    @contextlib.contextmanager
+    def building(self, own: str) -> Iterator[None]:
+        """Within it tensors are made without numbers, and the code of models and of the module ``own`` takes symbols.
+
+        What asks whether a number is an ``int``, or makes one of it, would refuse it or lose what it depends on.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(uncached_operators())
+            mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
+            for module in [m for name, m in sys.modules.items() if name == own or CODE.search(name)]:
+                stack.enter_context(_named(module, "int", _Integer))
+            stack.enter_context(_named(normalization, "numbers", SimpleNamespace(Integral=_Integer)))
+            stack.enter_context(_named(nn.Module, "to", lambda module, *_, **__: module))
+            stack.enter_context(_named(torch.SymInt, "__hash__", lambda number: hash(number.node.hint)))
+            for context in (self._env.suppress_guards(), mode, torch.device("cpu"), _NoNumbers()):
+                stack.enter_context(context)
+            yield
+
+
+@contextlib.contextmanager
+def _named(module: Any, name: str, value: object) -> Iterator[None]:
+    absent = object()
+    before = vars(module).get(name, absent)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        if before is absent:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
+
+
+def expression(number: object) -> Number:
+    """A number as a sympy expression if it is symbolic, or itself."""
+    return number.node.expr if isinstance(number, (torch.SymInt, torch.SymFloat)) else number
+
+
+def compiled(numbers: Sequence[Number], symbols: Sequence[Symbol]) -> Callable[..., list[Any]]:
+    """A function of the values of ``symbols``, in their order, that gives the numbers."""
+    unique = dict.fromkeys(n for n in numbers if symbols_in(n))
+    run = sympy.lambdify(symbols, [*unique], modules=[OPERATORS, "math"])
+    index = {number: i for i, number in enumerate(unique)}
+    places = [index.get(n) if symbols_in(n) else None for n in numbers]
+    plain = [n if place is None else None for n, place in zip(numbers, places, strict=True)]
+
+    def values(*given: int) -> list[Any]:
+        found = run(*given)
+        return [p if at is None else found[at] for p, at in zip(plain, places, strict=True)]
+
+    return values
+
+
+def symbols_in(number: Number) -> frozenset[Symbol]:
+    """The symbols that a number depends on."""
+    return frozenset(number.free_symbols) if isinstance(number, sympy.Basic) else frozenset()
+
+
+def value_of(number: Number, values: Mapping[Symbol, int]) -> Any:
+    """A number at some values of its symbols."""
+    found = number.xreplace(dict(values)) if isinstance(number, sympy.Basic) else number
+    return int(found) if isinstance(found, sympy.Integer) else found

@@ -55,8 +55,8 @@ def test_an_open_field_stands_for_what_it_is_derived_from() -> None:
     query = "model.layers.0.self_attn.q_proj.weight"
     assert (pin.name, pin.value) == ("head_dim", 10)
     assert reading.at({heads: 4, pin: 10}).shapes[query] == (40, 60)
-    assert reading.at({heads: 4}).shapes[query] == (60, 60)
-    assert reading.at({heads: 4}).numbers["model.layers.0.self_attn.head_dim"] == 15
+    assert reading.needed({heads: 4, pin: 15}) == {heads: 4}, "what the class makes of 4 heads"
+    assert reading.needed({heads: 4, pin: 10}) == {heads: 4, pin: 10}
 
 
 def test_what_a_class_decides_by_a_size_is_found_by_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,6 @@ def test_a_number_that_cannot_be_a_symbol_stays_a_number(monkeypatch: pytest.Mon
     monkeypatch.setattr(Toy, "inner", staticmethod(lambda config: (json.loads(str(config.kinds[0])) - 1) * config.half))
     spec = Spec(Toy(ToyConfig(kinds=[3, 1])), {"half": 5}, [12, 2], {"up": ((2, "half"), 12)})
     stock = spec.discover()
-    assert stock.expressions == {"half": (("half",),)}
     assert changed(stock.config({"half": 4})) == {"half": 4}
 
 

@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -50,6 +51,9 @@ OPERATORS: Mapping[str, Callable[..., float]] = {
     "Min": min,
 }
 """torch's names of operators in expressions. A quotient by 0 is 0, which is no size of a weight."""
+
+MOST = 10**6
+"""The largest denominator of an exponent, which floats tell apart."""
 
 
 class _Whole(type):
@@ -160,3 +164,36 @@ def value_of(number: Number, values: Mapping[Symbol, int]) -> Any:
     """A number at some values of its symbols."""
     found = number.xreplace(dict(values)) if isinstance(number, sympy.Basic) else number
     return int(found) if isinstance(found, sympy.Integer) else found
+
+
+def exponents(number: Number, values: Mapping[Symbol, int]) -> dict[Symbol, Fraction]:
+    """By how many percent a number grows at ``values`` if a symbol grows by one, as if nothing were rounded.
+
+    A symbol's exponent if the number is a product; of a sum, each part counts as much as it is large.
+    """
+    smooth = _smooth(number, values) if symbols_in(number) else sympy.Integer(1)
+    found = {symbol: float(value_of(symbol * smooth.diff(symbol) / smooth, values)) for symbol in symbols_in(smooth)}
+    return {s: Fraction(e).limit_denominator(MOST) for s, e in found.items() if math.isfinite(e) and e}
+
+
+def _smooth(number: sympy.Basic, values: Mapping[Symbol, int]) -> sympy.Basic:
+    """An expression near ``values`` with quotients in place of rounded ones."""
+    kind, args = type(number).__name__, [_smooth(part, values) for part in number.args]
+    if kind in ("Max", "Min"):
+        return (max if kind == "Max" else min)(args, key=lambda part: value_of(part, values))
+    if kind == "Where":
+        return args[1] if value_of(args[0], values) else args[2]
+    if kind in ("Mod", "PythonMod"):
+        return sympy.Integer(value_of(number, values))
+    if kind.endswith("Div"):
+        if len(parts := sympy.Add.make_args(args[0])) > 1:  # n + b - 1 and n + b / 2 only round n / b
+            least = value_of(args[1], values)
+            args[0] = sympy.Add(*(p for p in parts if p != args[1] and value_of(p, values) >= least)) or args[1]
+        return args[0] / args[1]
+    if "Pow" in kind:
+        return sympy.Pow(*args)
+    if kind == "OpaqueUnaryFn_sqrt":
+        return sympy.sqrt(args[0])
+    if kind.startswith(("To", "Trunc", "Ceil", "Floor", "Round")):
+        return args[0]
+    return number.func(*args) if args else number

@@ -8,9 +8,9 @@ numbers that it derives (an attention scale, rotary tables) are compared, too; t
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -18,11 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from passes.targets.stock.attempt import Refusal, configured, on_meta
-from passes.targets.stock.solve import Expression, Expressions, Search, minimised
-from passes.targets.stock.symbolic import Assignment, Reading, Shapes, Unread, put, sizes_of
-
-ATTEMPTS = 4
-"""Solutions that are built, if the class has other shapes than its expressions say."""
+from passes.targets.stock.equations import Products, solve
+from passes.targets.stock.symbolic import Assignment, Reading, Shapes, Unread
 
 
 @dataclass(frozen=True)
@@ -31,13 +28,11 @@ class StockConfig:
 
     Attributes:
         changes: field → (old, new). Old is None for an implicit field; a per-layer list is one whole value.
-        expressions: field → its value as a product of family names and fixed sizes.
     """
 
     model_class: type[PreTrainedModel]
     config: PreTrainedConfig
     changes: Mapping[str, tuple[object, object]]
-    expressions: Mapping[str, Expression] = field(default_factory=dict)
 
     def build(self, weights: Mapping[str, Tensor], *, shared: bool = False) -> PreTrainedModel:
         """The model, float32, in evaluation mode.
@@ -60,8 +55,6 @@ def probe_config(
     target_shapes: Shapes,
     widths: Mapping[str, tuple[int, int]],
     fixed: Sequence[int],
-    *,
-    scalars: Mapping[float, float] | None = None,
 ) -> StockConfig | Refusal:
     """Find the config with which ``model_class`` has exactly ``target_shapes``.
 
@@ -71,8 +64,6 @@ def probe_config(
         target_shapes: state-dict name → shape after the cut, tied names included.
         widths: family → (old, new) width, for every leaf axis that the cut touches.
         fixed: sizes of the other leaf axes. A field may be a product of up to three of all these sizes.
-        scalars: old → new value of float fields (a norm's eps after a cut of its axis). Every float field with the old
-            value gets the new one.
 
     Returns:
         The config with the fewest changes found, or the refusal.
@@ -81,38 +72,19 @@ def probe_config(
         reading = Reading(model_class, config)
     except Unread as error:
         return error.refusal
-    new = {name: width for name, (_, width) in widths.items()}
-    grows = [name for name, (old, width) in widths.items() if width > old]
-    space = Expressions(reading.fields, {name: old for name, (old, _) in widths.items()}, fixed, grows)
-    search, refused = Search(reading, space, target_shapes, new), None
-    for solution, found in attempts(search):
-        if found is None:
-            needed = minimised(reading, solution)
-            named = space.observed(new, solution).shortest(needed)
-            return finished(model_class, config, needed, target_shapes, scalars or {}, named)
-        refused = refused or found
-    return refused or search.reason()
-
-
-def attempts(search: Search) -> Iterator[tuple[Assignment, Refusal | None]]:
-    """The first solutions of a search, each with None if the class built from it is what the search says."""
-    for solution in itertools.islice(search.solutions(), ATTEMPTS):
-        yield solution, contradicted(search, solution)
-
-
-def contradicted(search: Search, solution: Assignment) -> Refusal | None:
-    """What is wrong with the class built from a solution. Validators do not count."""
-    reading = search.reading
-    reading.builds += 1
-    made = assigned(reading.template, solution)
-    model = made if isinstance(made, Refusal) else built(reading.model_class, made[0])
-    if isinstance(model, Refusal):
-        return model
-    sizes = sizes_of(model)
-    if (refusal := misfit(sizes.shapes, search.target)) is not None:
-        return refusal
-    odd = search.strange(sizes)
-    return next((Refusal("numeric", name, f"not the same function: {what}") for name, what in odd.items()), None)
+    if (wrong := misfit(reading.dense.shapes, target_shapes, sizes=False)) is not None:
+        return wrong
+    products = Products({name: max(old, new) for name, (old, new) in widths.items()}, fixed)
+    old = reading.dense.shapes
+    moved = {a for name in old for a, b in zip(old[name], target_shapes[name], strict=True) if a != b}
+    odd = {n for n in reading.dense.numbers.values() if isinstance(n, int) and not products.of(n)} - moved
+    assignment, refused = solve(reading, target_shapes, odd)
+    cut = reading.at(assignment)
+    refused = refused or misfit(cut.shapes, target_shapes)
+    refused = refused or products.strange(reading.dense, cut, {name: new for name, (_, new) in widths.items()})
+    if refused is not None:
+        return refused
+    return finished(model_class, config, reading.needed(assignment), target_shapes)
 
 
 def built(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | Refusal:
@@ -121,13 +93,16 @@ def built(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTr
         return on_meta(model_class, config)
 
 
-def misfit(shapes: Shapes, target: Shapes) -> Refusal | None:
-    """The first weight of the class that has another shape than ``target``."""
+def misfit(shapes: Shapes, target: Shapes, *, sizes: bool = True) -> Refusal | None:
+    """The first weight of the class that has another shape than ``target``, or that only one of them has.
+
+    ``sizes``: whether to compare these, too, or only names and numbers of dimensions.
+    """
     for name in [*shapes, *target]:
         have, want = shapes.get(name), target.get(name)
         if have is None or want is None:
             return Refusal("names", name, f"only the {'cut model' if have is None else 'stock class'} has this weight")
-        if have != tuple(want):
+        if have != tuple(want) and (sizes or len(have) != len(want)):
             return Refusal("shape", name, f"it would be {have}, but the cut leaves {tuple(want)}")
     return None
 
@@ -137,10 +112,13 @@ def finished(
     template: PreTrainedConfig,
     assignment: Assignment,
     target: Shapes,
-    scalars: Mapping[float, float],
-    expressions: Mapping[str, Expression],
+    scalars: Mapping[float, float] = MappingProxyType({}),
 ) -> StockConfig | Refusal:
-    """Build the class with validation. Refuse a config that is not accepted or has another shape than the target."""
+    """Build the class with validation. Refuse a config that is not accepted or has another shape than the target.
+
+    ``scalars``: old → new value of float fields (a norm's eps after a cut of its axis). Every float field with the old
+    value gets the new one.
+    """
     made = assigned(template, assignment)
     if isinstance(made, Refusal):
         return made
@@ -154,21 +132,21 @@ def finished(
     if (wrong := misfit(shapes, target)) is not None:
         return wrong
     changes = _changes(template, assignment) | _scalar_changes(config, scalars)
-    return StockConfig(model_class, _with_scalars(config, scalars), changes, expressions)
+    return StockConfig(model_class, _with_scalars(config, scalars), changes)
 
 
 def assigned(template: PreTrainedConfig, assignment: Assignment) -> tuple[PreTrainedConfig, Refusal | None] | Refusal:
     """The config with ``assignment``, as ``configured`` gives it."""
     body = template.to_dict()
     for key, value in assignment.items():
-        put(body, key.path, key.items, value)
+        key.put(body, value)
     return configured(template, body)
 
 
 def _changes(template: PreTrainedConfig, assignment: Assignment) -> dict[str, tuple[object, object]]:
     before, after = template.to_dict(), template.to_dict()
     for key, value in assignment.items():
-        put(after, key.path, key.items, value)
+        key.put(after, value)
     return {
         ".".join(key.path): (_get(before, key.path) if not key.implicit else None, _get(after, key.path))
         for key in assignment

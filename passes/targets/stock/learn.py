@@ -7,21 +7,19 @@ milliseconds whether the class accepts given widths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 
 from transformers import PreTrainedModel
 
 from passes.targets.stock.attempt import Refusal
-from passes.targets.stock.config import StockConfig, assigned, contradicted, finished, misfit
+from passes.targets.stock.config import StockConfig, assigned, built, finished, misfit
 from passes.targets.stock.depth import Built, build, pattern, shorten
-from passes.targets.stock.discovery import CutShapes, Discovery, Widths
-from passes.targets.stock.solve import Expression, Search, evaluate, minimised
-from passes.targets.stock.symbolic import Field, Reading, Unread
+from passes.targets.stock.equations import CutShapes, Law, Products, solve
+from passes.targets.stock.symbolic import Field, Reading, Unread, sizes_of
 
-Check = Callable[[StockConfig, Mapping[str, int]], float]
-"""Largest absolute logit difference between the stock class with this config and the cut model of these widths."""
+Widths = dict[str, int]
 
 
 class Stock:
@@ -40,7 +38,8 @@ class Stock:
         self._families, self._shapes, self.builds = families, shapes, 0
         self.refusals: dict[str, Refusal] = {}
         self.together: list[frozenset[str]] = []
-        self._found: Discovery | None = None
+        self._reading: Reading | None = None
+        self._law: Law | None = None
 
     @staticmethod
     def discover(
@@ -49,8 +48,6 @@ class Stock:
         fixed: Sequence[int],
         shapes: CutShapes,
         *,
-        check: Check | None = None,
-        tolerance: float = 1e-4,
         derived: Mapping[str, str] = MappingProxyType({}),
     ) -> Stock:
         """Learn which of ``families`` the class of ``model`` can express, alone or together with others.
@@ -60,7 +57,6 @@ class Stock:
             families: name → width before the cut.
             fixed: sizes of the leaf axes that belong to no family.
             shapes: the shapes of a cut.
-            check: optional proof for one legal cut of each family. A family above ``tolerance`` is refused.
             derived: family that no cut may change, whatever the shapes say → why. None is cut together with others.
 
         Raises:
@@ -69,14 +65,7 @@ class Stock:
         stock = Stock(model, dict(families), shapes)
         if families:
             stock._learn(fixed, derived)
-        if check is not None:
-            stock._prove(check, tolerance)
         return stock
-
-    @property
-    def expressions(self) -> dict[str, tuple[Expression, ...]]:
-        """Field → its possible products, for fields that depend on a family. Several products must be equal."""
-        return {field.name: tuple(alive) for field, alive in self._fields.items()}
 
     def accepts(self, widths: Mapping[str, int]) -> Refusal | None:
         """None if the class's config can be constructed for ``widths``, else the refusal. No model is built.
@@ -86,13 +75,6 @@ class Stock:
         assignment = self._assign(widths)
         config = assignment if isinstance(assignment, Refusal) else assigned(self.dense, assignment)
         return config if isinstance(config, Refusal) else config[1]
-
-    def ladder(
-        self, family: str, widths: Iterable[int] | None = None, others: Mapping[str, int] | None = None
-    ) -> list[int]:
-        """The accepted widths of ``family`` among ``widths`` (None: all), with other families at ``others``."""
-        choices = range(1, self._families[family] + 1) if widths is None else widths
-        return [w for w in choices if self.accepts({**(others or {}), family: w}) is None]
 
     def config(
         self,
@@ -108,11 +90,9 @@ class Stock:
         assignment = self._assign(widths)
         if isinstance(assignment, Refusal):
             return assignment
-        needed, named = assignment, dict[str, Expression]()
-        if self._found is not None:
-            needed = minimised(self._found.reading, assignment)
-            named = self._found.space.shortest(needed)
-        result = finished(self._class, self.dense, needed, self._shapes(widths), scalars or {}, named)
+        if self._reading is not None:
+            assignment = self._reading.needed(assignment)
+        result = finished(self._class, self.dense, assignment, self._shapes(widths), scalars or {})
         return result if isinstance(result, Refusal) else shorten(result, kept)
 
     def shorter(self, kept: Mapping[str, Sequence[int]]) -> StockConfig | Refusal:
@@ -132,75 +112,112 @@ class Stock:
         built = build(self._class, self.dense)
         return built if isinstance(built, Built) else None
 
-    @property
-    def _fields(self) -> dict[Field, list[Expression]]:
-        alive = {} if self._found is None else self._found.space.alive
-        return {f: each for f, each in alive.items() if each and any(isinstance(leaf, str) for leaf in each[0])}
-
     def _assign(self, widths: Mapping[str, int]) -> dict[Field, int] | Refusal:
-        """Every field's value at ``widths``, pins included."""
-        families = self._families
-        cut = {name for name, width in widths.items() if name in families and width != families[name]}
-        for name in sorted(cut):
+        """The fields that ``widths`` change, and all implicit ones."""
+        cut = {name for name, width in widths.items() if width != self._families.get(name, width)}
+        for name in sorted(cut & self.refusals.keys()):
             groups = [group for group in self.together if name in group]
-            if name not in self.refusals or any(group <= cut for group in groups):
-                continue
             if not groups:
                 return self.refusals[name]
-            others = " and ".join(sorted(groups[0] - cut))
-            return Refusal("shared", name, f"the config can only express it cut together with {others}")
-        assignment: dict[Field, int] = {} if self._found is None else dict(self._found.reading.pins)
-        for field, alive in self._fields.items():
-            values = {evaluate(e, widths, families) for e in alive}
-            if len(values) > 1:
-                products = " and ".join("*".join(map(str, e)) for e in alive)
-                return Refusal("shared", field.name, f"{products} are one number in the config and must be equal")
-            assignment[field] = values.pop()
-        return {field: v for field, v in assignment.items() if v != field.value or field.implicit}
+            if not any(group <= cut for group in groups):
+                others = " and ".join(sorted(groups[0] - cut))
+                return Refusal("shared", name, f"the config can only express it cut together with {others}")
+        return {} if self._law is None else self._law.at({name: widths[name] for name in cut})
 
     def _learn(self, fixed: Sequence[int], derived: Mapping[str, str]) -> None:
-        """Solve trial cuts. If a build contradicts what was found, solve them again and build each solution."""
+        """Ask the class's equations which families can be cut, and let a build confirm a trial cut of each."""
         try:
-            reading = Reading(self._class, self.dense)
+            reading = self._reading = Reading(self._class, self.dense)
         except Unread as error:
             self.refusals = dict.fromkeys(self._families, error.refusal)
             return
         if (wrong := misfit(reading.dense.shapes, self._shapes({}))) is not None:
             self.refusals = dict.fromkeys(self._families, wrong)
-        for real in () if wrong else (False, True):
-            self._found = Discovery(reading, self._families, fixed, self._shapes, derived, real)
-            self._found.run()
-            self.refusals, self.together = self._found.refusals, self._found.together
-            if real or self._confirmed(self._found):
-                break
+            return
+        self._products = Products(self._families, fixed)
+        self._law = Law(reading, self._families, self._products, self._shapes, derived)
+        trials = dict[frozenset[str], list[Widths]]()
+        for name in self._families:
+            self._try(frozenset((name,)), trials)
+        for name in [name for name in self.refusals if name not in derived]:
+            if not any(name in group for group in self.together):
+                self._join(name, derived, trials)
+        self._confirm(trials)
         self.builds = reading.builds
 
-    def _confirmed(self, found: Discovery) -> bool:
-        """Whether the class is what was found, in as few builds as hold all trial cuts."""
-        left = found.solved
-        while left:
-            together: Widths = {}
-            for trial in left:
-                if not together.keys() & trial.keys() and not isinstance(self._assign(together | trial), Refusal):
-                    together |= trial
-            left = [trial for trial in left if trial.keys() - together.keys()]
-            assignment = self._assign(together)
-            if isinstance(assignment, Refusal):
-                return False
-            search = Search(found.reading, found.space, self._shapes(together), together)
-            if contradicted(search, assignment) is not None:
-                return False
-        return True
+    def _try(self, group: frozenset[str], trials: dict[frozenset[str], list[Widths]]) -> Refusal | None:
+        """Cut the families of ``group`` in proportion. Returns why the class can express none of the ``trials``."""
+        refused = None
+        for widths in trial_widths({name: self._families[name] for name in sorted(group)}):
+            refused = self._fits(widths)
+            if refused is None:
+                trials.setdefault(group, []).append(widths)
+        if group in trials:
+            return None
+        refused = refused or Refusal("shape", min(group), "no common ratio gives whole numbers")
+        if len(group) == 1:
+            self.refusals[min(group)] = refused
+        return refused
 
-    def _prove(self, check: Check, tolerance: float) -> None:
-        for name, old in self._families.items():
-            if name in self.refusals:
-                continue
-            legal = next((w for w in range(old - 1, 0, -1) if self.accepts({name: w}) is None), None)
-            result = self.config({name: legal}) if legal else None
-            if legal is not None and isinstance(result, StockConfig):
-                difference = check(result, {name: legal})
-                if not difference <= tolerance:
-                    self.refusals[name] = Refusal(
-                        "numeric", name, f"logits differ by {difference:.2g} at width {legal}"
-                    )
+    def _fits(self, widths: Widths) -> Refusal | None:
+        assert self._law is not None
+        assert self._reading is not None
+        target, assignment = self._shapes(widths), self._law.at(widths)
+        if isinstance(assignment, Refusal):
+            return solve(self._reading, target)[1] or assignment
+        cut = self._reading.at(assignment)
+        return misfit(cut.shapes, target) or self._products.strange(self._reading.dense, cut, widths)
+
+    def _join(self, name: str, derived: Mapping[str, str], trials: dict[frozenset[str], list[Widths]]) -> None:
+        """Find the families with which a refused one can be cut in proportion."""
+        assert self._law is not None
+        assert self._reading is not None
+        group = self._law.group(name)
+        if group is None:
+            free = Law(self._reading, self._families, self._products, self._shapes, None)
+            group = free.group(name, [*derived]) or frozenset()
+        if fixed := sorted(group & derived.keys()):
+            what = f"it can only be cut together with {fixed[0]}, which must stay: {derived[fixed[0]]}"
+            self.refusals[name] = Refusal("numeric", name, what)
+        elif len(group) > 1:
+            why = self._try(group, trials)
+            if why is None:
+                self.together.append(group)
+            elif why.kind == "numeric":
+                self.refusals[name] = why
+
+    def _confirm(self, trials: Mapping[frozenset[str], list[Widths]]) -> None:
+        """Build the class with all trial cuts in as few builds as hold them; if one is not as expected, with each."""
+        left = dict(trials)
+        while left:
+            packed: dict[frozenset[str], Widths] = {}
+            for group, cuts in left.items():
+                if not group & frozenset().union(*packed):
+                    packed[group] = cuts[0]
+            if self._contradicted({n: w for cut in packed.values() for n, w in cut.items()}) is not None:
+                for group in packed:
+                    why = [self._contradicted(cut) for cut in trials[group]]
+                    if None not in why:
+                        self.together = [other for other in self.together if other != group]
+                        self.refusals |= {name: why[0] for name in group if why[0] is not None}
+            left = {group: cuts for group, cuts in left.items() if group not in packed}
+
+    def _contradicted(self, widths: Widths) -> Refusal | None:
+        """What is wrong with the class built for ``widths``. Validators do not count."""
+        assert self._reading is not None
+        assignment = self._assign(widths)
+        made = assignment if isinstance(assignment, Refusal) else assigned(self.dense, assignment)
+        self._reading.builds += 1
+        model = made if isinstance(made, Refusal) else built(self._class, made[0])
+        if isinstance(model, Refusal):
+            return model
+        sizes = sizes_of(model)
+        return misfit(sizes.shapes, self._shapes(widths)) or self._products.strange(self._reading.dense, sizes, widths)
+
+
+def trial_widths(old: Mapping[str, int]) -> list[Widths]:
+    """Up to two cuts of all families by one ratio, near two thirds and near one half, with integer widths."""
+    width = next(iter(old.values()))
+    possible = [w for w in range(1, width) if all(other * w % width == 0 for other in old.values())]
+    nearest = [min(possible, key=lambda w: abs(w / width - ratio)) for ratio in (2 / 3, 1 / 2) if possible]
+    return [{name: other * w // width for name, other in old.items()} for w in dict.fromkeys(nearest)]

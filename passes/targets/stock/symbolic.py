@@ -10,32 +10,35 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import re
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from mptk.compat.symbols import Number, Symbol, Symbols, compiled, expression, symbols_in, value_of
+from mptk.compat.symbols import Number, Symbol, Symbols, compiled, exponents, expression, symbols_in, value_of
 from mptk.compat.transformers import missing_attributes, without_generation
 from mptk.errors import MptkError
 from passes.targets.stock.attempt import Refusal, on_meta, quiet, refusal, unchecked
 
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
+Shapes = Mapping[str, tuple[int, ...]]
 SizeSlot = tuple[str, int]
-"""One dimension of one parameter; dimension -1 if the number of dimensions differs."""
-Key = TypeVar("Key")
+"""One dimension of one parameter."""
 TRIAL_VALUE = 8
 """Of an implicit field, where Python needs a number."""
-
-
-NO_SIZES = {*vars(GenerationConfig()), "auto_map", "gradient_checkpointing", "quantization_config"}
+NO_SIZES = {*vars(GenerationConfig()), "auto_map", "gradient_checkpointing", "quantization_config", "layer_types"} | {
+    "decoder",
+    "generator",
+    "text_config",
+    "text_encoder",
+}
 """What transformers asks the config of any model for: no implicit sizes."""
 
 
@@ -45,25 +48,30 @@ class Field:
 
     Attributes:
         path: its keys, outermost first.
-        items: for a list, the positions with this value that change together.
+        item: its place in a list, or None.
         implicit: the config itself has None or nothing here, and ``value`` is the number it stands for.
     """
 
     path: tuple[str, ...]
     value: int
-    items: tuple[int, ...] = ()
+    item: int | None = None
     implicit: bool = False
 
     @property
     def name(self) -> str:
-        """``text_config.num_heads``, or ``ffn_sizes[0,2]`` for positions 0 and 2 of a list."""
-        return ".".join(self.path) + (f"[{','.join(map(str, self.items))}]" if self.items else "")
+        """``text_config.num_heads``, or ``ffn_sizes[2]``."""
+        return ".".join(self.path) + ("" if self.item is None else f"[{self.item}]")
+
+    def put(self, body: dict[str, Any], value: object) -> None:
+        """Set the field in a config's dictionary."""
+        *parents, leaf = self.path
+        for key in parents:
+            body = body[key]
+        whole = None if self.item is None else body[leaf]
+        body[leaf] = value if whole is None else [value if i == self.item else old for i, old in enumerate(whole)]
 
 
 Assignment = Mapping[Field, int]
-Path = tuple[str, ...]
-Place = tuple[Path, int | None]
-"""A field, and the entry of its list if it is one."""
 
 
 class Unread(Exception):
@@ -75,36 +83,19 @@ class Unread(Exception):
 
 
 @dataclass(frozen=True)
-class Read:
-    """One symbolic build.
-
-    Attributes:
-        dims: each dimension of each weight.
-        numbers: the numbers of modules, and the sizes of buffers that are not saved.
-        symbols: the symbol of each integer of the config.
-        missing: what the class asked the config for although it has no such field.
-    """
-
-    dims: Mapping[SizeSlot, Number]
-    numbers: Mapping[str, Number]
-    symbols: Mapping[Place, Symbol]
-    missing: frozenset[Path]
-
-
-@dataclass(frozen=True)
 class Sizes:
-    """The shapes of the weights, and the numbers of modules, at some values of the fields."""
+    """The shapes of the weights, and the numbers of modules and sizes of unsaved buffers. All may be expressions."""
 
     shapes: Shapes
-    numbers: Mapping[str, int | float]
+    numbers: Mapping[str, Number]
 
 
 class Reading:
     """A stock class read symbolically.
 
     Attributes:
-        fields: the config's integers, implicit ones included. A list has a field for each value in it.
-        pins: the implicit fields that stand for a number, with that number.
+        fields: the config's integers; a list has one for each entry.
+        pins: the implicit fields that stand for a number.
         dense: the sizes before the cut.
         builds: how often the class was built.
 
@@ -115,93 +106,86 @@ class Reading:
 
     def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
         self.model_class, self.template, self.builds = model_class, config, 0
-        self._symbols, self._body = Symbols(), config.to_dict()
-        self._integers: dict[Place, tuple[Symbol, int | torch.SymInt]] = {}
-        self._values = dict(_places(self._body))
-        self._places = [*self._values]
-        first = self._first()
-        self._place = dict(first.symbols)
-        self._known = {symbol: self._values[place] for place, symbol in first.symbols.items()}
-        self._dims, self._numbers = dict(first.dims), dict(first.numbers)
-        self._defaults: dict[Field, tuple[Number, Number]] = {}
-        implicit = [path for path in sorted(first.missing | self._empty()) if path[-1] not in NO_SIZES]
-        for second in self._with(first, implicit):
-            self._pin(first, second)
-        self.pins = {pin: pin.value for pin in self._defaults}
-        self.fields = [*_grouped(self._known, first.symbols), *self.pins]
-        self._compiled = compiled([*self._dims.values(), *self._numbers.values()], [*self._known])
+        self._missing, self._symbols = set[tuple[str, ...]](), Symbols()
+        self._refused: Refusal | None = None
+        self._integers: dict[Field, tuple[Symbol, int | torch.SymInt]] = {}
+        self._body = config.to_dict()
+        self.fields, first = self._admitted([], [*_integers(self._body)])
+        if first is None or not self.fields:
+            raise self._unread()
+        places = sorted(path for path in self._missing | self._empty() if path[-1] not in NO_SIZES)
+        implicit = [Field(path, TRIAL_VALUE, implicit=True) for path in places]
+        admitted, second = self._admitted(self.fields, implicit, first)
+        self._of = {field: self._integers[field][0] for field in self.fields}
+        self._sizes, self._defaults = first, dict[Field, tuple[Number, Number]]()
+        if second is not None:
+            self._pin(first, second, admitted[len(self.fields) :])
+        self.pins = [*self._defaults]
+        self._known = {symbol: field.value for field, symbol in self._of.items()}
+        self._compiled = compiled([size for _, size in self._numbered()], [*self._known])
         self._unset = compiled([n for pair in self._defaults.values() for n in pair], [*self._known])
         self.dense = self.at({})
         del self._symbols, self._integers  # torch's record of all sizes
 
     def at(self, assignment: Assignment) -> Sizes:
-        """What the class has with ``assignment``. Implicit fields that are not in it follow the others."""
-        values = self._known | {s: value for field, value in assignment.items() for s in self._of(field)}
-        if left := [pin for pin in self.pins if pin not in assignment]:
-            found = self._unset(*values.values())
-            for i, pin in enumerate(self.pins):
-                if pin in left and found[2 * i + 1]:
-                    values[self._place[pin.path, None]] = found[2 * i] * pin.value // found[2 * i + 1]
-        numbers = self._compiled(*values.values())
-        shapes: dict[str, Shape] = {}
-        for (name, dimension), size in zip(self._dims, numbers, strict=False):
-            shapes[name] = shapes.get(name, ()) + ((size,) if dimension >= 0 else ())
-        return Sizes(shapes, dict(zip(self._numbers, numbers[len(self._dims) :], strict=True)))
+        """What the class has with ``assignment`` if all implicit fields are set."""
+        values = iter(self._compiled(*self._values(assignment)))
+        shapes = {name: tuple(itertools.islice(values, len(shape))) for name, shape in self._sizes.shapes.items()}
+        return Sizes(shapes, dict(zip(self._sizes.numbers, values, strict=True)))
 
-    def moved(self, field: Field) -> frozenset[SizeSlot]:
-        """The dimensions that depend on the field."""
-        own = self._of(field)
-        return frozenset(slot for slot, size in self._dims.items() if not own.isdisjoint(symbols_in(size)))
+    def needed(self, assignment: Assignment) -> dict[Field, int]:
+        """An assignment without the implicit fields that the class makes of the others anyhow."""
+        found = self._unset(*self._values(assignment))
+        follows = {pin: unset == set_ for pin, unset, set_ in zip(self.pins, found[::2], found[1::2], strict=True)}
+        return {field: value for field, value in assignment.items() if not follows.get(field)}
 
-    def entries(self, field: Field) -> list[Field]:
-        """A field for each entry of a list."""
-        return [replace(field, items=(item,)) for item in field.items] or [field]
+    def exponents(self) -> Iterator[tuple[SizeSlot | str, dict[Field, Fraction]]]:
+        """Each dimension and number with the exponents of the fields that it grows with: a product's are whole."""
+        owners = {symbol: field for field, symbol in self._of.items()}
+        known = functools.cache(lambda number: exponents(number, self._known))
+        for place, number in self._numbered():
+            yield place, {owners[symbol]: power for symbol, power in known(number).items()}
 
-    def distinct(self, target: Shapes) -> dict[SizeSlot, int]:
-        """A dimension of each expression → its size in ``target``; several if the target has several."""
-        ranks = {name: len(shape) for name, shape in self.dense.shapes.items()}
-        found: dict[tuple[object, int], SizeSlot] = {}
-        for (name, dimension), size in self._dims.items():
-            if len(target[name]) != ranks[name]:
-                found[name, -1] = (name, -1)
-            elif dimension >= 0:
-                found.setdefault((size, target[name][dimension]), (name, dimension))
-        return {slot: wanted for (_, wanted), slot in found.items()}
+    def _numbered(self) -> Iterator[tuple[SizeSlot | str, Number]]:
+        for name, shape in self._sizes.shapes.items():
+            yield from (((name, dimension), size) for dimension, size in enumerate(shape))
+        yield from self._sizes.numbers.items()
 
-    def _of(self, field: Field) -> set[Symbol]:
-        return {self._place[field.path, item] for item in (field.items or (None,))}
+    def _values(self, assignment: Assignment) -> list[int]:
+        return [assignment.get(field, field.value) for field in self._of]
 
     # ---- reading ----
 
-    def _first(self) -> Read:
-        """The build with a symbol for each integer of the config, or for those with which the class can be built."""
-        try:
-            return self._read([])
-        except Exception as error:  # a model class may raise anything
-            built = on_meta(self.model_class, self.template)
-            if isinstance(built, Refusal):
-                raise MptkError(
-                    f"{self.model_class.__name__} cannot be built from its own config ({built}); "
-                    "repair the config, or choose a target that needs no stock class"
-                ) from error
-            every, self._places = self._places, []
-            self._admit(every)
-            if not self._places:
-                raise Unread(refusal(error, self.model_class)) from error
-            return self._read([])
+    def _admitted(
+        self, kept: list[Field], more: Sequence[Field], like: Sizes | None = None
+    ) -> tuple[list[Field], Sizes | None]:
+        """``kept`` and those of ``more`` with which the class can be built, with the names of ``like``; the last build.
 
-    def _admit(self, places: Sequence[Place]) -> None:
-        """Make symbols of the ``places`` with which the class can be built: all at once, or in halves."""
-        before = self._places
-        self._places = [*before, *places]
+        All are tried at once, or, if that fails, in halves.
+        """
         try:
-            self._read([])
-        except Exception:  # noqa: BLE001 (a model class may raise anything)
-            self._places = before
-            for half in (places[: len(places) // 2], places[len(places) // 2 :]) if len(places) > 1 else ():
-                self._admit(half)
+            read = self._read([*kept, *more]) if more else None
+            if read is None or like is None or read.shapes.keys() == like.shapes.keys():
+                return [*kept, *more], read
+        except Exception as error:  # noqa: BLE001 (a model class may raise anything)
+            self._refused = self._refused or refusal(error, self.model_class)
+        if len(more) == 1:
+            return kept, None
+        kept, first = self._admitted(kept, more[: len(more) // 2], like)
+        kept, second = self._admitted(kept, more[len(more) // 2 :], like)
+        return kept, second or first
 
-    def _empty(self) -> set[Path]:
+    def _unread(self) -> Exception:
+        built = on_meta(self.model_class, self.template)
+        if isinstance(built, Refusal):
+            return MptkError(
+                f"{self.model_class.__name__} cannot be built from its own config ({built}); "
+                "repair the config, or choose a target that needs no stock class"
+            )
+        none = Refusal("shape", self.model_class.__name__, "its config has no integers")
+        return Unread(self._refused or none)
+
+    def _empty(self) -> set[tuple[str, ...]]:
         """The fields that are None and may be an integer."""
         found = {path for path, value in _leaves(self._body) if value is None}
         for kind, prefix in _parts(self.template):
@@ -209,93 +193,65 @@ class Reading:
                 found -= {(*prefix, f.name) for f in fields(kind) if "int" not in str(f.type)}
         return found
 
-    def _with(self, first: Read, paths: Sequence[Path]) -> Iterator[Read]:
-        """Builds with symbols for the implicit fields at ``paths``: all at once, or in halves if the class differs."""
-        if not paths:
-            return
-        try:
-            second = self._read(paths)
-        except Exception:  # noqa: BLE001 (a model class may raise anything)
-            second = None
-        if second is not None and second.dims.keys() == first.dims.keys():
-            yield second
-        elif len(paths) > 1:
-            yield from self._with(first, paths[: len(paths) // 2])
-            yield from self._with(first, paths[len(paths) // 2 :])
-
-    def _read(self, implicit: Sequence[Path]) -> Read:
+    def _read(self, wanted: Sequence[Field]) -> Sizes:
         self.builds += 1
-        body = copy.deepcopy(self._body)
-        symbols: dict[Place, Symbol] = {}
-        missing: set[Path] = set()
-        prefixes = dict(_parts(self.template))
+        body, prefixes = copy.deepcopy(self._body), dict(_parts(self.template))
 
         def record(part: PreTrainedConfig, name: str) -> None:
             if type(part) in prefixes and not name.startswith("_"):
-                missing.add((*prefixes[type(part)], name))
+                self._missing.add((*prefixes[type(part)], name))
 
-        for place in self._places:
-            symbols[place], integer = self._integer(place, self._values[place])
-            put(body, place[0], () if place[1] is None else (place[1],), integer)
+        for field in wanted:
+            if field not in self._integers:
+                self._integers[field] = self._symbols.integer(field.name, field.value)
+            if not field.implicit:
+                field.put(body, self._integers[field][1])
         with quiet(), no_init_weights(), without_generation(), self._symbols.building(self.model_class.__module__):
             config = unchecked(self.template, body)
-            for path in implicit:
-                symbols[path, None], integer = self._integer((path, None), TRIAL_VALUE)
-                vars(functools.reduce(getattr, path[:-1], config))[path[-1]] = integer
+            for field in wanted:
+                if field.implicit:
+                    owner = functools.reduce(getattr, field.path[:-1], config)
+                    vars(owner)[field.path[-1]] = self._integers[field][1]
             with missing_attributes(record):
-                model = self.model_class(config)
-        dims: dict[SizeSlot, Number] = {}
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            dims |= {(name, d): expression(size) for d, size in enumerate(tensor.shape)} or {(name, -1): 0}
-        return Read(dims, _numbers(model, {name for name, _ in dims}), symbols, frozenset(missing))
+                return sizes_of(self.model_class(config))
 
-    def _integer(self, place: Place, value: int) -> tuple[Symbol, int | torch.SymInt]:
-        if place not in self._integers:
-            self._integers[place] = self._symbols.integer("_".join((*place[0], str(place[1]))), value)
-        return self._integers[place]
-
-    def _pin(self, first: Read, second: Read) -> None:
-        """Find what the implicit fields of the ``second`` build stand for, and take its expressions of them.
+    def _pin(self, first: Sizes, second: Sizes, implicit: Sequence[Field]) -> None:
+        """Find what the ``implicit`` fields of the ``second`` build stand for, and take its expressions of them.
 
         A trial value t turns a size s into s·t/v, which gives v. v is right if it changes no size.
         """
-        new = {symbol: path for (path, _), symbol in second.symbols.items() if symbol not in self._known}
-        known, wrong = {**self._known}, set[Symbol]()
+        new = {self._integers[field][0]: field for field in implicit}
+        known = {symbol: field.value for field, symbol in self._of.items()}
+        both = (pair for n, shape in first.shapes.items() for pair in zip(shape, second.shapes[n], strict=False))
+        pairs = dict.fromkeys(pair for pair in both if symbols_in(pair[1]) & new.keys())
+        found, wrong = dict[Symbol, tuple[Number, Number]](), set[Symbol]()
         for _ in new:
-            for slot, size in second.dims.items():
-                left = (symbols_in(size) & new.keys()) - known.keys()
-                if len(left) != 1:
-                    continue
-                (symbol,) = left
-                dense = value_of(first.dims[slot], known)
-                value, rest = divmod(dense * TRIAL_VALUE, value_of(size, {**known, symbol: TRIAL_VALUE}) or dense * 9)
-                known[symbol] = value
-                if rest or value < 1:
-                    wrong.add(symbol)
-                else:
-                    self._defaults[Field(new[symbol], value, implicit=True)] = first.dims[slot], size
-        for slot, size in second.dims.items():
-            if (own := symbols_in(size) & new.keys()) and value_of(size, known) != value_of(first.dims[slot], known):
-                wrong |= own
-        for pin in [pin for pin in self._defaults if second.symbols.get((pin.path, None)) in wrong]:
-            del self._defaults[pin]
-        pins = known.keys() - wrong
-        self._place |= {place: symbol for place, symbol in second.symbols.items() if symbol in pins}
-        self._known |= {symbol: value for symbol, value in known.items() if symbol in pins}
-        _take(self._dims, second.dims, new.keys(), {s: v for s, v in known.items() if s in pins})
-        _take(self._numbers, second.numbers, new.keys(), {s: v for s, v in known.items() if s in pins})
+            for before, after in pairs:
+                left = (symbols_in(after) & new.keys()) - known.keys()
+                if len(left) == 1:
+                    (symbol,) = left
+                    dense = value_of(before, known)
+                    trial = value_of(after, {**known, symbol: TRIAL_VALUE})
+                    known[symbol], rest = divmod(dense * TRIAL_VALUE, trial or dense * 9)
+                    found[symbol] = before, after
+                    wrong |= {symbol} if rest or known[symbol] < 1 else set()
+        for before, after in pairs:
+            if value_of(after, known) != value_of(before, known):
+                wrong |= symbols_in(after) & new.keys()
+        right = found.keys() - wrong
+        for symbol in (symbol for symbol in found if symbol in right):
+            pin = replace(new[symbol], value=known[symbol])
+            self._of[pin], self._defaults[pin] = symbol, found[symbol]
 
+        def taken(mine: Number, theirs: Number) -> Number:
+            own = symbols_in(theirs) & new.keys()
+            same = own and own <= right and math.isclose(value_of(theirs, known), value_of(mine, known))
+            return theirs if same else mine
 
-def differences(shapes: Shapes, target: Shapes) -> list[SizeSlot]:
-    """The dimensions in which ``shapes`` and ``target`` differ, in the order of ``shapes``. Their names are equal."""
-    found: list[SizeSlot] = []
-    for name, shape in shapes.items():
-        wanted = target.get(name, ())
-        if len(shape) != len(wanted):
-            found.append((name, -1))
-        else:
-            found += [(name, d) for d, (a, b) in enumerate(zip(shape, wanted, strict=True)) if a != b]
-    return found
+        self._sizes = Sizes(
+            {n: tuple(map(taken, shape, second.shapes[n])) for n, shape in first.shapes.items()},
+            {n: taken(number, second.numbers.get(n)) for n, number in first.numbers.items()},
+        )
 
 
 def starred(name: str) -> str:
@@ -304,14 +260,9 @@ def starred(name: str) -> str:
 
 
 def sizes_of(model: nn.Module) -> Sizes:
-    """The sizes of a model that was built from numbers."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return Sizes(shapes, _numbers(model, shapes))
-
-
-def _numbers(model: nn.Module, saved: Container[str]) -> dict[str, Number]:
-    """The numbers that modules keep, and the sizes of buffers that are not saved."""
-    found = {
+    """The sizes of a model that was built from numbers or from symbols."""
+    shapes = {name: tuple(map(expression, tensor.shape)) for name, tensor in model.state_dict().items()}
+    numbers = {
         f"{name}.{key}": expression(value)
         for name, module in model.named_modules()
         for key, value in vars(module).items()
@@ -319,24 +270,12 @@ def _numbers(model: nn.Module, saved: Container[str]) -> dict[str, Number]:
         and not isinstance(value, bool)
         and not key.startswith("_")
     }
-    for name, buffer in model.named_buffers():
-        if name not in saved:
-            found |= {f"{name}[{d}]": expression(size) for d, size in enumerate(buffer.shape)}
-    return found
+    buffers = ((name, buffer.shape) for name, buffer in model.named_buffers() if name not in shapes)
+    tables = {f"{name}[{d}]": expression(size) for name, shape in buffers for d, size in enumerate(shape)}
+    return Sizes(shapes, numbers | tables)
 
 
-def _take(
-    mine: dict[Key, Number], theirs: Mapping[Key, Number], new: Collection[Symbol], values: Mapping[Symbol, int]
-) -> None:
-    """Replace numbers by those that have a ``new`` symbol and are equal at ``values``."""
-    for key in mine.keys() & theirs.keys():
-        own = symbols_in(theirs[key])
-        known = not own.isdisjoint(new) and own <= values.keys()
-        if known and math.isclose(value_of(theirs[key], values), value_of(mine[key], values)):
-            mine[key] = theirs[key]
-
-
-def _leaves(body: Mapping[str, object], prefix: Path = ()) -> Iterator[tuple[Path, object]]:
+def _leaves(body: Mapping[str, object], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
     """The values of a config's dictionary, and of those within it."""
     for key, value in body.items():
         if isinstance(value, dict):
@@ -345,33 +284,17 @@ def _leaves(body: Mapping[str, object], prefix: Path = ()) -> Iterator[tuple[Pat
             yield (*prefix, str(key)), value
 
 
-def _places(body: Mapping[str, object]) -> Iterator[tuple[Place, int]]:
+def _integers(body: Mapping[str, object]) -> Iterator[Field]:
     """The positive integers, and those in lists."""
     for path, value in _leaves(body):
         for item, entry in enumerate(value) if isinstance(value, list) else ((None, value),):
             if type(entry) is int and entry > 0:
-                yield (path, item), entry
+                yield Field(path, entry, item)
 
 
-def put(body: dict[str, Any], path: Path, items: Collection[int], value: object) -> None:
-    """Set a field of a config's dictionary, or the ``items`` of a list."""
-    *parents, leaf = path
-    for key in parents:
-        body = body[key]
-    body[leaf] = [value if i in items else old for i, old in enumerate(body[leaf])] if items else value
-
-
-def _parts(config: PreTrainedConfig, prefix: Path = ()) -> Iterator[tuple[type, Path]]:
+def _parts(config: PreTrainedConfig, prefix: tuple[str, ...] = ()) -> Iterator[tuple[type, tuple[str, ...]]]:
     """The classes of a config and of those within it, with their paths; outer ones last."""
     for key, inner in vars(config).items():
         if isinstance(inner, PreTrainedConfig):
             yield from _parts(inner, (*prefix, key))
     yield type(config), prefix
-
-
-def _grouped(values: Mapping[Symbol, int], symbols: Mapping[Place, Symbol]) -> list[Field]:
-    """A field for each integer, and one for all equal ones of a list."""
-    found: dict[tuple[Path, int], list[int]] = {}
-    for (path, item), symbol in symbols.items():
-        found.setdefault((path, values[symbol]), []).extend(() if item is None else (item,))
-    return [Field(path, value, tuple(items)) for (path, value), items in found.items()]

@@ -1,0 +1,350 @@
+"""equations: what the sizes of a stock class say of its config's fields, as linear equations between logarithms.
+
+A size of the class grows with the fields that it is made of (``Reading.exponents``), and the same size of the cut
+model grows with the widths of its families. Both must be equal: one equation a dimension. Numbers that modules keep
+give more: the cut model keeps an attention's scale and its rotary tables, so what they are made of must stay.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeAlias
+
+import sympy
+
+from passes.targets.stock.attempt import Refusal
+from passes.targets.stock.symbolic import Assignment, Field, Reading, Shapes, Sizes, SizeSlot, starred
+
+CutShapes = Callable[[Mapping[str, int]], Shapes]
+"""Widths (missing families keep theirs) → shapes of the cut model's state dict."""
+Place: TypeAlias = SizeSlot | str
+"""A dimension of a weight, or a number of a module."""
+Row = dict[Hashable, Fraction]
+"""A sum that is zero: unknown → its factor. Unknowns are logarithms: a field's, a family's, a prime number's."""
+FACTORS = 3
+
+
+class Echelon:
+    """Equations, each solved for its first unknown in ``order`` that no other is solved for."""
+
+    def __init__(self, order: Sequence[Hashable]) -> None:
+        self._rank = {unknown: rank for rank, unknown in enumerate(order)}
+        self.solved: dict[Hashable, Row] = {}
+
+    def left(self, row: Mapping[Hashable, Fraction]) -> Row:
+        """What the equations leave of a row."""
+        found = dict(row)
+        for unknown in row.keys() & self.solved.keys():
+            _subtract(found, self.solved[unknown], found[unknown])
+        return found
+
+    def add(self, row: Mapping[Hashable, Fraction]) -> None:
+        """Add an equation."""
+        left = self.left(row)
+        if left:
+            first = min(left, key=lambda unknown: self._rank.get(unknown, len(self._rank)))
+            own = {unknown: factor / left[first] for unknown, factor in left.items()}
+            for other in self.solved.values():
+                _subtract(other, own, other.get(first, Fraction(0)))
+            self.solved[first] = own
+
+    def of(self, unknown: Hashable) -> Row:
+        """A solved unknown as a sum of those that are not."""
+        return {other: -factor for other, factor in self.solved[unknown].items() if other != unknown}
+
+
+def _subtract(row: Row, other: Row, times: Fraction) -> None:
+    for unknown, factor in other.items() if times else ():
+        row[unknown] = row.get(unknown, Fraction(0)) - times * factor
+        if not row[unknown]:
+            del row[unknown]
+
+
+class Products:
+    """The products of axis sizes that a number of a module may be, and so may follow."""
+
+    def __init__(self, families: Mapping[str, int], fixed: Sequence[int]) -> None:
+        self._families = families
+        leaves: list[tuple[str | None, int]] = [(name, width) for name, width in families.items() if width > 1]
+        leaves += [(None, size) for size in sorted(set(fixed)) if size > 1]
+        self._of: dict[int, list[Row]] = {}
+        for count in range(1, FACTORS + 1):
+            for chosen in itertools.combinations_with_replacement(leaves, count):
+                names = Counter(name for name, _ in chosen if name is not None)
+                if names:
+                    row: Row = {name: Fraction(times) for name, times in names.items()}
+                    self._of.setdefault(math.prod(size for _, size in chosen), []).append(row)
+
+    def of(self, value: float) -> list[Row]:
+        """The families, with exponents, that are factors of ``value``."""
+        return self._of.get(int(value), [])
+
+    def strange(self, dense: Sizes, cut: Sizes, widths: Mapping[str, int]) -> Refusal | None:
+        """A number of a module that the cut does not explain.
+
+        An integer may change if it is a product of widths, or a size that the cut changes. Floats (an attention scale
+        made from the head size) and unsaved tables (rotary frequencies) must not change: the cut model keeps their
+        values, but the stock class would compute others.
+        """
+        ratios: Row = {name: Fraction(width, self._families[name]) for name, width in widths.items()}
+        sizes = {pair for name, old in dense.shapes.items() for pair in zip(old, cut.shapes[name], strict=True)}
+        for name, new in cut.numbers.items():
+            old = dense.numbers.get(name, math.nan)
+            if math.isnan(old) or math.isclose(old, new, rel_tol=1e-9):
+                continue
+            may = is_width(name, old) and (
+                (old, new) in sizes or any(scaled(old, r, ratios) == new for r in self.of(old))
+            )
+            if not may:
+                return changes(name, old, new)
+        return None
+
+
+def is_width(name: str, value: float) -> bool:
+    """Whether a number of a module may follow a width: an integer that is no size of a table."""
+    return isinstance(value, int) and not name.endswith("]")
+
+
+def changes(name: str, old: float, new: float) -> Refusal:
+    """The refusal of a class that computes another number."""
+    where = starred(name)
+    return Refusal("numeric", where, f"not the same function: {where} changes from {old} to {new}")
+
+
+def scaled(value: float, exponents: Row, ratios: Row) -> Fraction | None:
+    """``value`` times the product of powers of the ratios; None if that is no fraction."""
+    powers = Counter[Fraction]()
+    for unknown, exponent in exponents.items():
+        powers[ratios.get(unknown, Fraction(1))] += exponent  # type: ignore[assignment]
+    if any(ratio != 1 and Fraction(power).denominator != 1 for ratio, power in powers.items()):
+        return None
+    return Fraction(value) * math.prod(ratio ** int(power) for ratio, power in powers.items())
+
+
+@dataclass(frozen=True)
+class Equation:
+    """A place whose number grows with ``fields`` in the class, and as ``wanted`` in the cut model."""
+
+    place: Place
+    fields: Row
+    wanted: Row
+
+    @property
+    def row(self) -> Row:
+        return self.fields | {unknown: -factor for unknown, factor in self.wanted.items()}
+
+
+def equations(reading: Reading, wanted: Callable[[SizeSlot], Row]) -> list[Equation]:
+    """All different equations of a class. Integers of modules are among them, although they may follow a width.
+
+    A size of 1 that stays is left out: what it is made of may be rounded.
+    """
+    found = dict[Hashable, Equation]()
+    for place, own in reading.exponents():
+        grows = {} if isinstance(place, str) else wanted(place)
+        whole = is_width(place, value := reading.dense.numbers[place]) and value if isinstance(place, str) else None
+        stays = not isinstance(place, str) and not grows and reading.dense.shapes[place[0]][place[1]] == 1
+        if (own or grows) and not stays:
+            key = frozenset(own.items()), frozenset(grows.items()), whole
+            found.setdefault(key, Equation(place, dict[Hashable, Fraction](own.items()), grows))
+    return [*found.values()]
+
+
+class Law:
+    """How the fields of a class follow the widths of a model's families, and which of these it ties together.
+
+    ``fixed``: families that must stay; None: neither these nor the numbers of modules count.
+
+    Attributes:
+        fields: field → families whose width it grows with, with exponents.
+        ties: sums of families that are zero.
+    """
+
+    def __init__(
+        self,
+        reading: Reading,
+        families: Mapping[str, int],
+        products: Products,
+        shapes: CutShapes,
+        fixed: Collection[str] | None,
+    ) -> None:
+        self._pins, self._families = reading.pins, families
+        grown = _grown(reading.dense.shapes, families, shapes)
+        every = equations(reading, lambda slot: grown.get(slot, {}))
+        every = [each for each in every if fixed is not None or not isinstance(each.place, str)]
+        whole = [each for each in every if (value := _integer(reading, each.place)) is not None]
+        others = [each for each in every if each not in whole]
+        count = Counter(field for each in others for field in each.fields)
+        fields = {field: count[field] for each in every for field in each.fields}
+        self._echelon = Echelon([*sorted(fields, key=lambda f: (f in self._pins, fields[f])), *families])
+        stay: list[Row] = [{name: Fraction(1)} for name in fixed or ()]
+        for row in (*stay, *(equation.row for equation in others)):
+            self._echelon.add(row)
+        for field in [field for field in self._echelon.solved if isinstance(field, Field)]:
+            self._explain({field: Fraction(1)}, field.value, products.of(field.value))
+        sizes = dict[int, list[Row]]()
+        for (name, dimension), row in grown.items():
+            sizes.setdefault(reading.dense.shapes[name][dimension], []).append(row)
+        for each in whole:
+            value = _integer(reading, each.place) or 1
+            if _free(self._echelon.left(each.fields)):
+                self._explain(each.fields, value, [*products.of(value), *sizes.get(value, [])])
+        solved = self._echelon.solved
+        self.fields = {field: self._echelon.of(field) for field in solved if isinstance(field, Field)}
+        self.ties = [row for unknown, row in solved.items() if isinstance(unknown, str)]
+
+    def _explain(self, number: Row, value: int, products: Sequence[Row]) -> None:
+        """Have a number that is no multiple of the widths that it follows stay, or follow one of ``products``."""
+        now: Row = {name: factor for name, factor in self._echelon.left(number).items() if isinstance(name, str)}
+        least = math.prod(self._families[str(name)] ** max(factor, Fraction(0)) for name, factor in now.items())
+        if value % least == 0 and all(factor > 0 for factor in now.values()):
+            return
+        best, most = dict[Hashable, Fraction](), len(now)
+        for row in products:
+            rest = {**now}
+            _subtract(rest, self._echelon.left(row), Fraction(1))
+            if len(rest) < most:
+                best, most = row, len(rest)
+        if most:
+            self._echelon.add(number | {name: -factor for name, factor in best.items()})
+
+    def at(self, widths: Mapping[str, int]) -> dict[Field, int] | Refusal:
+        """The fields that ``widths`` change, and all implicit ones."""
+        ratios: Row = {name: Fraction(width, self._families[name]) for name, width in widths.items()}
+        for tie in self.ties:
+            if tie.keys() & widths.keys() and scaled(1, tie, ratios) != 1:
+                own = next((f for f, row in self.fields.items() if row.keys() & tie.keys()), None)
+                names = " and ".join(sorted(map(str, tie)))
+                where = min(map(str, tie)) if own is None else own.name
+                what = f"{names} are one number in the config and must be cut in proportion"
+                return Refusal("shared", where, what if len(tie) > 1 else f"{names} must stay")
+        found = {pin: pin.value for pin in self._pins}
+        for field, row in self.fields.items():
+            value = scaled(field.value, row, ratios)
+            if value is None or value.denominator != 1 or value < 1:
+                return Refusal("shape", field.name, f"no whole number of it gives the widths {_said(widths)}")
+            if value != field.value:
+                found[field] = int(value)
+        return found
+
+    def group(self, name: str, last: Sequence[str] = ()) -> frozenset[str] | None:
+        """A family and the fewest that must be cut with it, in proportion; None if there are none such.
+
+        Those in ``last`` are taken only if it needs them, and so are those that would have to grow if it shrinks.
+        """
+        last, odd = [*last], [name]
+        while odd:
+            last += odd
+            echelon = Echelon([*(other for other in self._families if other not in last), *last[::-1], name])
+            for tie in self.ties:
+                echelon.add(tie)
+            found = {str(other): -row[name] for other, row in echelon.solved.items() if name in row and other != name}
+            odd = [other for other, exponent in found.items() if exponent != 1 and other not in last]
+        group = {name, *found}
+        while unequal := [tie for tie in self.ties if sum(tie.get(other, 0) for other in group)]:
+            if all(tie.keys() <= group for tie in unequal):
+                return None
+            group |= {str(other) for tie in unequal for other in tie}
+        return frozenset(group)
+
+
+def _free(row: Row) -> bool:
+    return any(isinstance(unknown, Field) for unknown in row)
+
+
+def _said(widths: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={width}" for name, width in widths.items())
+
+
+def _grown(dense: Shapes, families: Mapping[str, int], shapes: CutShapes) -> dict[SizeSlot, Row]:
+    """Each size → the families that it grows with, with exponents: its derivative, from the sizes at 1, 2, 3 times."""
+    found: dict[SizeSlot, Row] = {}
+    for family, width in families.items():
+        twice, thrice = shapes({family: 2 * width}), shapes({family: 3 * width})
+        for name, shape in dense.items():
+            for d, (one, two, three) in enumerate(zip(shape, twice[name], thrice[name], strict=True)):
+                if two != one:
+                    found.setdefault((name, d), {})[family] = Fraction(4 * two - three - 3 * one, 2 * one)
+    return found
+
+
+def solve(reading: Reading, target: Shapes, odd: Collection[int] = ()) -> tuple[dict[Field, int], Refusal | None]:
+    """The fields that give a class the ``target``'s shapes, and the first place that no field can correct.
+
+    Integers of modules in ``odd`` must stay, as floats do.
+    """
+
+    def ratio(slot: SizeSlot) -> Row:
+        old, new = reading.dense.shapes[slot[0]][slot[1]], target[slot[0]][slot[1]]
+        return {prime: Fraction(power) for prime, power in sympy.factorrat(sympy.Rational(new, old)).items()}
+
+    every = [e for e in equations(reading, ratio) if (v := _integer(reading, e.place)) is None or v in odd]
+    every.sort(key=lambda e: (_is_sum(e), not e.wanted, isinstance(e.place, str)))
+    count = Counter(field for each in every if each.wanted for field in each.fields)
+    fields = dict.fromkeys(field for each in every for field in each.fields)
+    echelon = Echelon(sorted(fields, key=lambda field: (-count[field], field in reading.pins)))
+    values = dict[Field, Fraction]()
+    for each in every:
+        row = _summand(reading, echelon, each, target) if _is_sum(each) else each.row
+        left, before = echelon.left(row), _rounded(reading, values)
+        if left and not _free(left):
+            return before, _wrong(reading, each.place, before, target)
+        echelon.add(row)
+        values = _values(echelon)
+        if isinstance(each.place, str) and any(value.denominator != 1 for value in values.values()):
+            return before, _wrong(reading, each.place, before, target)
+    return _rounded(reading, values), None
+
+
+def _integer(reading: Reading, place: Place) -> int | None:
+    """The integer of a module at a place, which may follow a width."""
+    value = reading.dense.numbers[place] if isinstance(place, str) else None
+    return int(value) if isinstance(place, str) and value is not None and is_width(place, value) else None
+
+
+def _is_sum(equation: Equation) -> bool:
+    return not isinstance(equation.place, str) and any(e.denominator != 1 for e in equation.fields.values())
+
+
+def _summand(reading: Reading, echelon: Echelon, equation: Equation, target: Shapes) -> Row:
+    """An equation for the one field of a sum that no other equation gives: its value is found by halves."""
+    assert isinstance(equation.place, tuple)
+    name, dimension = equation.place
+    field = next((field for field in equation.fields if isinstance(field, Field) and field not in echelon.solved), None)
+    if field is None:
+        return {}
+    values, known = range(1, 4 * field.value), _rounded(reading, _values(echelon))
+    sizes = (reading.at({**known, field: value}).shapes[name][dimension] for value in values)
+    value = next((v for v, size in zip(values, sizes, strict=True) if size >= target[name][dimension]), field.value)
+    powers = sympy.factorrat(sympy.Rational(value, field.value))
+    return {field: Fraction(1)} | {prime: Fraction(-power) for prime, power in powers.items()}
+
+
+def _values(echelon: Echelon) -> dict[Field, Fraction]:
+    """The fields that are solved for, of which each is a product of powers of primes."""
+    rows = {field: echelon.of(field) for field in echelon.solved if isinstance(field, Field)}
+    found = {f: scaled(f.value, row, {p: Fraction(p) for p in row if isinstance(p, int)}) for f, row in rows.items()}
+    return {field: Fraction(field.value) if value is None else value for field, value in found.items()}
+
+
+def _rounded(reading: Reading, values: Mapping[Field, Fraction]) -> dict[Field, int]:
+    return {pin: pin.value for pin in reading.pins} | {field: max(round(value), 1) for field, value in values.items()}
+
+
+def _wrong(reading: Reading, place: Place, assignment: Assignment, target: Shapes) -> Refusal:
+    """Why a place cannot be right if the fields of its other sizes are set."""
+    cut = reading.at(assignment)
+    if isinstance(place, str):
+        return changes(place, reading.dense.numbers[place], cut.numbers[place])
+    name, dimension = place
+    setting = ", ".join(f"{f.name}={value}" for f, value in assignment.items() if value != f.value)
+    what = f"{setting} would make it {cut.shapes[name]}, but the cut leaves {target[name]}"
+    if not setting or cut.shapes[name] == target[name]:
+        kind, old = type(reading.template).__name__, reading.dense.shapes[name]
+        what = f"no field of {kind} turns {old} into {target[name]} (dimension {dimension})"
+    return Refusal("shape", starred(name), what)

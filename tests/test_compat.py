@@ -11,6 +11,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from fractions import Fraction
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +45,7 @@ from mptk.compat import transformers as compat_transformers
 from mptk.compat.accelerate import offloaded, own_state, take_offload_index
 from mptk.compat.onnxruntime import run_on_values
 from mptk.compat.peft import adapters_off, refuses_lora
-from mptk.compat.symbols import Symbols, compiled, expression, symbols_in, value_of
+from mptk.compat.symbols import Symbols, evaluated, exponents, expression, symbols_in, value_of
 from mptk.compat.transformers import (
     dequantize_gguf,
     forget_source,
@@ -152,8 +153,12 @@ def test_sizes_of_modules_are_expressions_of_symbols() -> None:
         rate = torch.linspace(0, 1, width).tolist()[0]
     sizes = [expression(size) for weight in layers.state_dict().values() for size in weight.shape]
     assert [symbols_in(size) for size in sizes] == [{b}, {a}, {b}, {a}, {a}], changed("torch", "symbolic sizes")
-    assert compiled([*sizes, expression(part), 7], [a, b])(20, 2) == [6, 20, 6, 20, 20, 8, 7]
+    assert evaluated([*sizes, expression(part), 7], {a: 20, b: 2}) == [6, 20, 6, 20, 20, 8, 7]
     assert value_of(sizes[0], {b: 5}) == 15
+    assert evaluated([expression(7 // (width - 20))], {a: 20}) == [0], "no size"
+    assert exponents(expression(heads * width**2 // 5), {a: 12, b: 1}) == {a: 2, b: 1}
+    assert exponents(expression(width + 2 * heads), {a: 6, b: 1}) == {a: Fraction(3, 4), b: Fraction(1, 4)}
+    assert exponents(expression((width + 3) // 4 * 4), {a: 12}) == {a: 1}, "as if nothing were rounded"
     assert math.isnan(rate)
     assert len(known) == 2
     assert "int" not in globals(), "a module keeps what was put into it"

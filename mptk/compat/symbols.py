@@ -9,7 +9,7 @@ import contextlib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any, TypeAlias
@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.nn.modules import normalization
 from torch.overrides import TorchFunctionMode
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from mptk.compat.torch import uncached_operators
 
@@ -29,29 +31,6 @@ Number: TypeAlias = Any
 """A sympy expression, an int or a float."""
 CODE = re.compile(r"\.(modeling|configuration)_")
 """In the names of modules with the code of models."""
-OPERATORS: Mapping[str, Callable[..., float]] = {
-    "FloorDiv": lambda a, b: a // b if b else 0,
-    "CleanDiv": lambda a, b: a // b if b else 0,
-    "CeilDiv": lambda a, b: -(-a // b) if b else 0,
-    "IntTrueDiv": lambda a, b: a / b if b else 0.0,
-    "FloatTrueDiv": lambda a, b: a / b if b else 0.0,
-    "Mod": lambda a, b: a % b if b else 0,
-    "PythonMod": lambda a, b: a % b if b else 0,
-    "FloatPow": pow,
-    "PowByNatural": pow,
-    "ToFloat": float,
-    "TruncToInt": math.trunc,
-    "TruncToFloat": math.trunc,
-    "CeilToInt": math.ceil,
-    "FloorToInt": math.floor,
-    "RoundToInt": round,
-    "OpaqueUnaryFn_sqrt": math.sqrt,
-    "Where": lambda c, a, b: a if c else b,
-    "Max": max,
-    "Min": min,
-}
-"""torch's names of operators in expressions. A quotient by 0 is 0, which is no size of a weight."""
-
 MOST = 10**6
 """The largest denominator of an exponent, which floats tell apart."""
 
@@ -140,19 +119,16 @@ def expression(number: object) -> Number:
     return number.node.expr if isinstance(number, (torch.SymInt, torch.SymFloat)) else number
 
 
-def compiled(numbers: Sequence[Number], symbols: Sequence[Symbol]) -> Callable[..., list[Any]]:
-    """A function of the values of ``symbols``, in their order, that gives the numbers."""
-    unique = dict.fromkeys(n for n in numbers if symbols_in(n))
-    run = sympy.lambdify(symbols, [*unique], modules=[OPERATORS, "math"])
-    index = {number: i for i, number in enumerate(unique)}
-    places = [index.get(n) if symbols_in(n) else None for n in numbers]
-    plain = [n if place is None else None for n, place in zip(numbers, places, strict=True)]
-
-    def values(*given: int) -> list[Any]:
-        found = run(*given)
-        return [p if at is None else found[at] for p, at in zip(plain, places, strict=True)]
-
-    return values
+def evaluated(numbers: Sequence[Number], values: dict[Symbol, int]) -> list[Any]:
+    """The numbers at the values of all their symbols. A quotient by 0 is 0, which is no size of a weight."""
+    found = dict[Number, Any]()
+    for number in dict.fromkeys(number for number in numbers if symbols_in(number)):
+        try:
+            value = sympy_interp(PythonReferenceAnalysis, values, number)
+            found[number] = int(value) if number.is_integer else value
+        except ZeroDivisionError:
+            found[number] = 0
+    return [found.get(number, number) for number in numbers]
 
 
 def symbols_in(number: Number) -> frozenset[Symbol]:

@@ -128,11 +128,15 @@ def scaled(value: float, exponents: Row, ratios: Row) -> Fraction | None:
 
 @dataclass(frozen=True)
 class Equation:
-    """A place whose number grows with ``fields`` in the class, and as ``wanted`` in the cut model."""
+    """A place whose number grows with ``fields`` in the class, and as ``wanted`` in the cut model.
+
+    ``integer``: the number, if it is an integer that a module keeps; it may follow a width.
+    """
 
     place: Place
     fields: Row
     wanted: Row
+    integer: int | None
 
     @property
     def row(self) -> Row:
@@ -140,18 +144,19 @@ class Equation:
 
 
 def equations(reading: Reading, wanted: Callable[[SizeSlot], Row]) -> list[Equation]:
-    """All different equations of a class. Integers of modules are among them, although they may follow a width.
-
-    A size of 1 that stays is left out: what it is made of may be rounded.
-    """
+    """All different equations of a class. A size of 1 that stays is left out: what it is made of may be rounded."""
     found = dict[Hashable, Equation]()
     for place, own in reading.exponents():
-        grows = {} if isinstance(place, str) else wanted(place)
-        whole = is_width(place, value := reading.dense.numbers[place]) and value if isinstance(place, str) else None
-        stays = not isinstance(place, str) and not grows and reading.dense.shapes[place[0]][place[1]] == 1
-        if (own or grows) and not stays:
-            key = frozenset(own.items()), frozenset(grows.items()), whole
-            found.setdefault(key, Equation(place, dict[Hashable, Fraction](own.items()), grows))
+        fields, grows, integer = dict[Hashable, Fraction](own.items()), Row(), None
+        if isinstance(place, tuple):
+            grows = wanted(place)
+            if not grows and reading.dense.shapes[place[0]][place[1]] == 1:
+                continue
+        elif is_width(place, value := reading.dense.numbers[place]):
+            integer = int(value)
+        if fields or grows:
+            key = frozenset(fields.items()), frozenset(grows.items()), integer
+            found.setdefault(key, Equation(place, fields, grows, integer))
     return [*found.values()]
 
 
@@ -177,8 +182,7 @@ class Law:
         grown = _grown(reading.dense.shapes, families, shapes)
         every = equations(reading, lambda slot: grown.get(slot, {}))
         every = [each for each in every if fixed is not None or not isinstance(each.place, str)]
-        whole = [each for each in every if (value := _integer(reading, each.place)) is not None]
-        others = [each for each in every if each not in whole]
+        others = [each for each in every if each.integer is None]
         count = Counter(field for each in others for field in each.fields)
         fields = {field: count[field] for each in every for field in each.fields}
         self._echelon = Echelon([*sorted(fields, key=lambda f: (f in self._pins, fields[f])), *families])
@@ -190,10 +194,10 @@ class Law:
         sizes = dict[int, list[Row]]()
         for (name, dimension), row in grown.items():
             sizes.setdefault(reading.dense.shapes[name][dimension], []).append(row)
-        for each in whole:
-            value = _integer(reading, each.place) or 1
-            if _free(self._echelon.left(each.fields)):
-                self._explain(each.fields, value, [*products.of(value), *sizes.get(value, [])])
+        for each in every:
+            if each.integer is not None and _free(self._echelon.left(each.fields)):
+                like = [*products.of(each.integer), *sizes.get(each.integer, [])]
+                self._explain(each.fields, each.integer, like)
         solved = self._echelon.solved
         self.fields = {field: self._echelon.of(field) for field in solved if isinstance(field, Field)}
         self.ties = [row for unknown, row in solved.items() if isinstance(unknown, str)]
@@ -218,16 +222,16 @@ class Law:
         ratios: Row = {name: Fraction(width, self._families[name]) for name, width in widths.items()}
         for tie in self.ties:
             if tie.keys() & widths.keys() and scaled(1, tie, ratios) != 1:
-                own = next((f for f, row in self.fields.items() if row.keys() & tie.keys()), None)
                 names = " and ".join(sorted(map(str, tie)))
-                where = min(map(str, tie)) if own is None else own.name
-                what = f"{names} are one number in the config and must be cut in proportion"
-                return Refusal("shared", where, what if len(tie) > 1 else f"{names} must stay")
+                where = next((field.name for field, row in self.fields.items() if row.keys() & tie.keys()), names)
+                what = "are one number in the config and must be cut in proportion" if len(tie) > 1 else "must stay"
+                return Refusal("shared", where, f"{names} {what}")
         found = {pin: pin.value for pin in self._pins}
         for field, row in self.fields.items():
             value = scaled(field.value, row, ratios)
             if value is None or value.denominator != 1 or value < 1:
-                return Refusal("shape", field.name, f"no whole number of it gives the widths {_said(widths)}")
+                cut = ", ".join(f"{name}={width}" for name, width in widths.items())
+                return Refusal("shape", field.name, f"no whole number of it gives the widths {cut}")
             if value != field.value:
                 found[field] = int(value)
         return found
@@ -257,10 +261,6 @@ def _free(row: Row) -> bool:
     return any(isinstance(unknown, Field) for unknown in row)
 
 
-def _said(widths: Mapping[str, int]) -> str:
-    return ", ".join(f"{name}={width}" for name, width in widths.items())
-
-
 def _grown(dense: Shapes, families: Mapping[str, int], shapes: CutShapes) -> dict[SizeSlot, Row]:
     """Each size → the families that it grows with, with exponents: its derivative, from the sizes at 1, 2, 3 times."""
     found: dict[SizeSlot, Row] = {}
@@ -281,9 +281,9 @@ def solve(reading: Reading, target: Shapes, odd: Collection[int] = ()) -> tuple[
 
     def ratio(slot: SizeSlot) -> Row:
         old, new = reading.dense.shapes[slot[0]][slot[1]], target[slot[0]][slot[1]]
-        return {prime: Fraction(power) for prime, power in sympy.factorrat(sympy.Rational(new, old)).items()}
+        return _factors(new, old)
 
-    every = [e for e in equations(reading, ratio) if (v := _integer(reading, e.place)) is None or v in odd]
+    every = [each for each in equations(reading, ratio) if each.integer is None or each.integer in odd]
     every.sort(key=lambda e: (_is_sum(e), not e.wanted, isinstance(e.place, str)))
     count = Counter(field for each in every if each.wanted for field in each.fields)
     fields = dict.fromkeys(field for each in every for field in each.fields)
@@ -301,12 +301,6 @@ def solve(reading: Reading, target: Shapes, odd: Collection[int] = ()) -> tuple[
     return _rounded(reading, values), None
 
 
-def _integer(reading: Reading, place: Place) -> int | None:
-    """The integer of a module at a place, which may follow a width."""
-    value = reading.dense.numbers[place] if isinstance(place, str) else None
-    return int(value) if isinstance(place, str) and value is not None and is_width(place, value) else None
-
-
 def _is_sum(equation: Equation) -> bool:
     return not isinstance(equation.place, str) and any(e.denominator != 1 for e in equation.fields.values())
 
@@ -321,8 +315,13 @@ def _summand(reading: Reading, echelon: Echelon, equation: Equation, target: Sha
     values, known = range(1, 4 * field.value), _rounded(reading, _values(echelon))
     sizes = (reading.at({**known, field: value}).shapes[name][dimension] for value in values)
     value = next((v for v, size in zip(values, sizes, strict=True) if size >= target[name][dimension]), field.value)
-    powers = sympy.factorrat(sympy.Rational(value, field.value))
-    return {field: Fraction(1)} | {prime: Fraction(-power) for prime, power in powers.items()}
+    return {field: Fraction(1)} | _factors(field.value, value)
+
+
+def _factors(above: int, below: int) -> Row:
+    """The prime numbers in a ratio, with their powers."""
+    ratio = sympy.Rational(above, below) if above != below else sympy.Integer(1)
+    return {prime: Fraction(power) for prime, power in sympy.factorrat(ratio).items()}
 
 
 def _values(echelon: Echelon) -> dict[Field, Fraction]:

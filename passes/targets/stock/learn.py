@@ -1,8 +1,9 @@
 """learn: which families of a model a stock transformers class can express.
 
-The class is read once as expressions of its config's fields (``symbolic.py``), and trial cuts are solved from these
-(``discovery.py``). One build of all trials together confirms what was found. After that, ``Stock`` answers in about two
-milliseconds whether the class accepts given widths.
+The class is read once as expressions of its config's fields (``symbolic.py``). What these have in common with the cut
+model's sizes says how the fields follow the families' widths (``equations.py``). One build of a trial cut of all
+families together confirms it. After that, ``Stock`` answers in about two milliseconds whether the class accepts given
+widths.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from passes.targets.stock.attempt import Refusal
 from passes.targets.stock.config import StockConfig, assigned, built, finished, misfit
 from passes.targets.stock.depth import Built, build, pattern, shorten
 from passes.targets.stock.equations import CutShapes, Law, Products, solve
-from passes.targets.stock.symbolic import Field, Reading, Unread, sizes_of
+from passes.targets.stock.symbolic import Field, Reading, Sizes, Unread, sizes_of
 
 Widths = dict[str, int]
 
@@ -147,26 +148,29 @@ class Stock:
 
     def _try(self, group: frozenset[str], trials: dict[frozenset[str], list[Widths]]) -> Refusal | None:
         """Cut the families of ``group`` in proportion. Returns why the class can express none of the ``trials``."""
-        refused = None
-        for widths in trial_widths({name: self._families[name] for name in sorted(group)}):
-            refused = self._fits(widths)
-            if refused is None:
-                trials.setdefault(group, []).append(widths)
-        if group in trials:
+        cuts = {widths: self._fits(dict(widths)) for widths in trial_widths(self._families, sorted(group))}
+        fitting = [dict(widths) for widths, why in cuts.items() if why is None]
+        if fitting:
+            trials[group] = fitting
             return None
+        refused = next(reversed(cuts.values()), None)
         refused = refused or Refusal("shape", min(group), "no common ratio gives whole numbers")
         if len(group) == 1:
             self.refusals[min(group)] = refused
         return refused
 
     def _fits(self, widths: Widths) -> Refusal | None:
+        """Why the class has no config for a cut."""
         assert self._law is not None
         assert self._reading is not None
-        target, assignment = self._shapes(widths), self._law.at(widths)
+        assignment = self._law.at(widths)
         if isinstance(assignment, Refusal):
-            return solve(self._reading, target)[1] or assignment
-        cut = self._reading.at(assignment)
-        return misfit(cut.shapes, target) or self._products.strange(self._reading.dense, cut, widths)
+            return solve(self._reading, self._shapes(widths))[1] or assignment
+        return self._differs(self._reading.at(assignment), widths)
+
+    def _differs(self, sizes: Sizes, widths: Widths) -> Refusal | None:
+        assert self._reading is not None
+        return misfit(sizes.shapes, self._shapes(widths)) or self._products.strange(self._reading.dense, sizes, widths)
 
     def _join(self, name: str, derived: Mapping[str, str], trials: dict[frozenset[str], list[Widths]]) -> None:
         """Find the families with which a refused one can be cut in proportion."""
@@ -209,15 +213,13 @@ class Stock:
         made = assignment if isinstance(assignment, Refusal) else assigned(self.dense, assignment)
         self._reading.builds += 1
         model = made if isinstance(made, Refusal) else built(self._class, made[0])
-        if isinstance(model, Refusal):
-            return model
-        sizes = sizes_of(model)
-        return misfit(sizes.shapes, self._shapes(widths)) or self._products.strange(self._reading.dense, sizes, widths)
+        return model if isinstance(model, Refusal) else self._differs(sizes_of(model), widths)
 
 
-def trial_widths(old: Mapping[str, int]) -> list[Widths]:
-    """Up to two cuts of all families by one ratio, near two thirds and near one half, with integer widths."""
-    width = next(iter(old.values()))
+def trial_widths(families: Mapping[str, int], group: Sequence[str]) -> list[tuple[tuple[str, int], ...]]:
+    """Up to two cuts of a group by one ratio, near two thirds and near one half, with integer widths."""
+    old = {name: families[name] for name in group}
+    width = old[group[0]]
     possible = [w for w in range(1, width) if all(other * w % width == 0 for other in old.values())]
     nearest = [min(possible, key=lambda w: abs(w / width - ratio)) for ratio in (2 / 3, 1 / 2) if possible]
-    return [{name: other * w // width for name, other in old.items()} for w in dict.fromkeys(nearest)]
+    return [tuple((name, other * w // width) for name, other in old.items()) for w in dict.fromkeys(nearest)]

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from mptk.compat.symbols import Number, Symbol, Symbols, compiled, exponents, expression, symbols_in, value_of
+from mptk.compat.symbols import Number, Symbol, Symbols, evaluated, exponents, expression, symbols_in, value_of
 from mptk.compat.transformers import missing_attributes, without_generation
 from mptk.errors import MptkError
 from passes.targets.stock.attempt import Refusal, on_meta, quiet, refusal, unchecked
@@ -121,28 +121,25 @@ class Reading:
         if second is not None:
             self._pin(first, second, admitted[len(self.fields) :])
         self.pins = [*self._defaults]
-        self._known = {symbol: field.value for field, symbol in self._of.items()}
-        self._compiled = compiled([size for _, size in self._numbered()], [*self._known])
-        self._unset = compiled([n for pair in self._defaults.values() for n in pair], [*self._known])
         self.dense = self.at({})
         del self._symbols, self._integers  # torch's record of all sizes
 
     def at(self, assignment: Assignment) -> Sizes:
         """What the class has with ``assignment`` if all implicit fields are set."""
-        values = iter(self._compiled(*self._values(assignment)))
+        values = iter(evaluated([size for _, size in self._numbered()], self._values(assignment)))
         shapes = {name: tuple(itertools.islice(values, len(shape))) for name, shape in self._sizes.shapes.items()}
         return Sizes(shapes, dict(zip(self._sizes.numbers, values, strict=True)))
 
     def needed(self, assignment: Assignment) -> dict[Field, int]:
         """An assignment without the implicit fields that the class makes of the others anyhow."""
-        found = self._unset(*self._values(assignment))
-        follows = {pin: unset == set_ for pin, unset, set_ in zip(self.pins, found[::2], found[1::2], strict=True)}
+        values = self._values(assignment)
+        follows = {pin: len({*evaluated(pair, values)}) == 1 for pin, pair in self._defaults.items()}
         return {field: value for field, value in assignment.items() if not follows.get(field)}
 
     def exponents(self) -> Iterator[tuple[SizeSlot | str, dict[Field, Fraction]]]:
         """Each dimension and number with the exponents of the fields that it grows with: a product's are whole."""
         owners = {symbol: field for field, symbol in self._of.items()}
-        known = functools.cache(lambda number: exponents(number, self._known))
+        known = functools.cache(functools.partial(exponents, values=self._values({})))
         for place, number in self._numbered():
             yield place, {owners[symbol]: power for symbol, power in known(number).items()}
 
@@ -151,8 +148,8 @@ class Reading:
             yield from (((name, dimension), size) for dimension, size in enumerate(shape))
         yield from self._sizes.numbers.items()
 
-    def _values(self, assignment: Assignment) -> list[int]:
-        return [assignment.get(field, field.value) for field in self._of]
+    def _values(self, assignment: Assignment) -> dict[Symbol, int]:
+        return {symbol: assignment.get(field, field.value) for field, symbol in self._of.items()}
 
     # ---- reading ----
 

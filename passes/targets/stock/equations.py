@@ -332,7 +332,8 @@ def _values(echelon: Echelon) -> dict[Field, Fraction]:
 
 
 def _rounded(reading: Reading, values: Mapping[Field, Fraction]) -> dict[Field, int]:
-    return {pin: pin.value for pin in reading.pins} | {field: max(round(value), 1) for field, value in values.items()}
+    changed = {field: max(round(value), 1) for field, value in values.items() if value != field.value}
+    return {pin: pin.value for pin in reading.pins} | changed
 
 
 def _wrong(reading: Reading, place: Place, assignment: Assignment, target: Shapes) -> Refusal:

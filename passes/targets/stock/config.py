@@ -1,7 +1,7 @@
 """config: the config with which a stock transformers class has exactly the shapes of a cut model.
 
-``solve.py`` finds its numbers. Equal shapes do not prove equal logits: the class is built once from the config, and the
-numbers that it derives (an attention scale, rotary tables) are compared, too; the proof compares logits
+``equations.py`` finds its numbers. Equal shapes do not prove equal logits: the class is built once from the config, and
+the numbers that it derives (an attention scale, rotary tables) are compared, too; the proof compares logits
 (``passes/verify.py``).
 """
 

@@ -69,7 +69,7 @@ class Products:
     """The products of axis sizes that a number of a module may be, and so may follow."""
 
     def __init__(self, families: Mapping[str, int], fixed: Sequence[int]) -> None:
-        self._families = families
+        self.families = families
         leaves: list[tuple[str | None, int]] = [(name, width) for name, width in families.items() if width > 1]
         leaves += [(None, size) for size in sorted(set(fixed)) if size > 1]
         self._of: dict[int, list[Row]] = {}
@@ -91,7 +91,7 @@ class Products:
         made from the head size) and unsaved tables (rotary frequencies) must not change: the cut model keeps their
         values, but the stock class would compute others.
         """
-        ratios: Row = {name: Fraction(width, self._families[name]) for name, width in widths.items()}
+        ratios: Row = {name: Fraction(width, self.families[name]) for name, width in widths.items()}
         sizes = {pair for name, old in dense.shapes.items() for pair in zip(old, cut.shapes[name], strict=True)}
         for name, new in cut.numbers.items():
             old = dense.numbers.get(name, math.nan)
@@ -166,26 +166,20 @@ class Law:
     ``fixed``: families that must stay; None: neither these nor the numbers of modules count.
 
     Attributes:
+        reading, products: of the class, and of what its numbers may be.
         fields: field → families whose width it grows with, with exponents.
         ties: sums of families that are zero.
     """
 
-    def __init__(
-        self,
-        reading: Reading,
-        families: Mapping[str, int],
-        products: Products,
-        shapes: CutShapes,
-        fixed: Collection[str] | None,
-    ) -> None:
-        self._pins, self._families = reading.pins, families
+    def __init__(self, reading: Reading, products: Products, shapes: CutShapes, fixed: Collection[str] | None) -> None:
+        self.reading, self.products, families = reading, products, products.families
         grown = _grown(reading.dense.shapes, families, shapes)
         every = equations(reading, lambda slot: grown.get(slot, {}))
         every = [each for each in every if fixed is not None or not isinstance(each.place, str)]
         others = [each for each in every if each.integer is None]
         count = Counter(field for each in others for field in each.fields)
         fields = {field: count[field] for each in every for field in each.fields}
-        self._echelon = Echelon([*sorted(fields, key=lambda f: (f in self._pins, fields[f])), *families])
+        self._echelon = Echelon([*sorted(fields, key=lambda f: (f in reading.pins, fields[f])), *families])
         stay: list[Row] = [{name: Fraction(1)} for name in fixed or ()]
         for row in (*stay, *(equation.row for equation in others)):
             self._echelon.add(row)
@@ -205,7 +199,7 @@ class Law:
     def _explain(self, number: Row, value: int, products: Sequence[Row]) -> None:
         """Have a number that is no multiple of the widths that it follows stay, or follow one of ``products``."""
         now: Row = {name: factor for name, factor in self._echelon.left(number).items() if isinstance(name, str)}
-        least = math.prod(self._families[str(name)] ** max(factor, Fraction(0)) for name, factor in now.items())
+        least = math.prod(self.products.families[str(name)] ** max(factor, Fraction(0)) for name, factor in now.items())
         if value % least == 0 and all(factor > 0 for factor in now.values()):
             return
         best, most = dict[Hashable, Fraction](), len(now)
@@ -219,14 +213,14 @@ class Law:
 
     def at(self, widths: Mapping[str, int]) -> dict[Field, int] | Refusal:
         """The fields that ``widths`` change, and all implicit ones."""
-        ratios: Row = {name: Fraction(width, self._families[name]) for name, width in widths.items()}
+        ratios: Row = {name: Fraction(width, self.products.families[name]) for name, width in widths.items()}
         for tie in self.ties:
             if tie.keys() & widths.keys() and scaled(1, tie, ratios) != 1:
                 names = " and ".join(sorted(map(str, tie)))
                 where = next((field.name for field, row in self.fields.items() if row.keys() & tie.keys()), names)
                 what = "are one number in the config and must be cut in proportion" if len(tie) > 1 else "must stay"
                 return Refusal("shared", where, f"{names} {what}")
-        found = {pin: pin.value for pin in self._pins}
+        found = {pin: pin.value for pin in self.reading.pins}
         for field, row in self.fields.items():
             value = scaled(field.value, row, ratios)
             if value is None or value.denominator != 1 or value < 1:
@@ -244,7 +238,7 @@ class Law:
         last, odd = [*last], [name]
         while odd:
             last += odd
-            echelon = Echelon([*(other for other in self._families if other not in last), *last[::-1], name])
+            echelon = Echelon([*(other for other in self.products.families if other not in last), *last[::-1], name])
             for tie in self.ties:
                 echelon.add(tie)
             found = {str(other): -row[name] for other, row in echelon.solved.items() if name in row and other != name}
@@ -287,7 +281,7 @@ def solve(reading: Reading, target: Shapes, odd: Collection[int] = ()) -> tuple[
     every.sort(key=lambda e: (_is_sum(e), not e.wanted, isinstance(e.place, str)))
     count = Counter(field for each in every if each.wanted for field in each.fields)
     fields = dict.fromkeys(field for each in every for field in each.fields)
-    echelon = Echelon(sorted(fields, key=lambda field: (-count[field], field in reading.pins)))
+    echelon = Echelon(sorted(fields, key=lambda f: (-count[f], f in reading.pins)))
     values = dict[Field, Fraction]()
     for each in every:
         row = _summand(reading, echelon, each, target) if _is_sum(each) else each.row
@@ -306,7 +300,7 @@ def _is_sum(equation: Equation) -> bool:
 
 
 def _summand(reading: Reading, echelon: Echelon, equation: Equation, target: Shapes) -> Row:
-    """An equation for the one field of a sum that no other equation gives: its value is found by halves."""
+    """An equation for the one field of a sum that no other equation gives: the first value that is enough."""
     assert isinstance(equation.place, tuple)
     name, dimension = equation.place
     field = next((field for field in equation.fields if isinstance(field, Field) and field not in echelon.solved), None)

@@ -31,15 +31,13 @@ class Stock:
         refusals: family → why it cannot be cut alone in the stock class.
         together: sets of families that the class can only cut together because they share a field, e.g. the heads of
             an encoder and of its decoder.
-        builds: how often the class was built to learn it.
     """
 
     def __init__(self, model: PreTrainedModel, families: Mapping[str, int], shapes: CutShapes) -> None:
         self._class, self.dense = type(model), model.config
-        self._families, self._shapes, self.builds = families, shapes, 0
+        self._families, self._shapes = families, shapes
         self.refusals: dict[str, Refusal] = {}
         self.together: list[frozenset[str]] = []
-        self._reading: Reading | None = None
         self._law: Law | None = None
 
     @staticmethod
@@ -91,8 +89,8 @@ class Stock:
         assignment = self._assign(widths)
         if isinstance(assignment, Refusal):
             return assignment
-        if self._reading is not None:
-            assignment = self._reading.needed(assignment)
+        if self._law is not None:
+            assignment = self._law.reading.needed(assignment)
         result = finished(self._class, self.dense, assignment, self._shapes(widths), scalars or {})
         return result if isinstance(result, Refusal) else shorten(result, kept)
 
@@ -128,15 +126,14 @@ class Stock:
     def _learn(self, fixed: Sequence[int], derived: Mapping[str, str]) -> None:
         """Ask the class's equations which families can be cut, and let a build confirm a trial cut of each."""
         try:
-            reading = self._reading = Reading(self._class, self.dense)
+            reading = Reading(self._class, self.dense)
         except Unread as error:
             self.refusals = dict.fromkeys(self._families, error.refusal)
             return
         if (wrong := misfit(reading.dense.shapes, self._shapes({}))) is not None:
             self.refusals = dict.fromkeys(self._families, wrong)
             return
-        self._products = Products(self._families, fixed)
-        self._law = Law(reading, self._families, self._products, self._shapes, derived)
+        self._law = Law(reading, Products(self._families, fixed), self._shapes, derived)
         trials = dict[frozenset[str], list[Widths]]()
         for name in self._families:
             self._try(frozenset((name,)), trials)
@@ -144,7 +141,6 @@ class Stock:
             if not any(name in group for group in self.together):
                 self._join(name, derived, trials)
         self._confirm(trials)
-        self.builds = reading.builds
 
     def _try(self, group: frozenset[str], trials: dict[frozenset[str], list[Widths]]) -> Refusal | None:
         """Cut the families of ``group`` in proportion. Returns why the class can express none of the ``trials``."""
@@ -162,23 +158,22 @@ class Stock:
     def _fits(self, widths: Widths) -> Refusal | None:
         """Why the class has no config for a cut."""
         assert self._law is not None
-        assert self._reading is not None
         assignment = self._law.at(widths)
         if isinstance(assignment, Refusal):
-            return solve(self._reading, self._shapes(widths))[1] or assignment
-        return self._differs(self._reading.at(assignment), widths)
+            return solve(self._law.reading, self._shapes(widths))[1] or assignment
+        return self._differs(self._law.reading.at(assignment), widths)
 
     def _differs(self, sizes: Sizes, widths: Widths) -> Refusal | None:
-        assert self._reading is not None
-        return misfit(sizes.shapes, self._shapes(widths)) or self._products.strange(self._reading.dense, sizes, widths)
+        assert self._law is not None
+        wrong = misfit(sizes.shapes, self._shapes(widths))
+        return wrong or self._law.products.strange(self._law.reading.dense, sizes, widths)
 
     def _join(self, name: str, derived: Mapping[str, str], trials: dict[frozenset[str], list[Widths]]) -> None:
         """Find the families with which a refused one can be cut in proportion."""
         assert self._law is not None
-        assert self._reading is not None
         group = self._law.group(name)
         if group is None:
-            free = Law(self._reading, self._families, self._products, self._shapes, None)
+            free = Law(self._law.reading, self._law.products, self._shapes, None)
             group = free.group(name, [*derived]) or frozenset()
         if fixed := sorted(group & derived.keys()):
             what = f"it can only be cut together with {fixed[0]}, which must stay: {derived[fixed[0]]}"
@@ -208,10 +203,8 @@ class Stock:
 
     def _contradicted(self, widths: Widths) -> Refusal | None:
         """What is wrong with the class built for ``widths``. Validators do not count."""
-        assert self._reading is not None
         assignment = self._assign(widths)
         made = assignment if isinstance(assignment, Refusal) else assigned(self.dense, assignment)
-        self._reading.builds += 1
         model = made if isinstance(made, Refusal) else built(self._class, made[0])
         return model if isinstance(model, Refusal) else self._differs(sizes_of(model), widths)
 

@@ -33,12 +33,8 @@ SizeSlot = tuple[str, int]
 """One dimension of one parameter."""
 TRIAL_VALUE = 8
 """Of an implicit field, where Python needs a number."""
-NO_SIZES = {*vars(GenerationConfig()), "auto_map", "gradient_checkpointing", "quantization_config", "layer_types"} | {
-    "decoder",
-    "generator",
-    "text_config",
-    "text_encoder",
-}
+ASKED = "auto_map decoder generator gradient_checkpointing layer_types quantization_config text_config text_encoder"
+NO_SIZES = {*vars(GenerationConfig()), *ASKED.split()}
 """What transformers asks the config of any model for: no implicit sizes."""
 
 
@@ -97,7 +93,6 @@ class Reading:
         fields: the config's integers; a list has one for each entry.
         pins: the implicit fields that stand for a number.
         dense: the sizes before the cut.
-        builds: how often the class was built.
 
     Raises:
         MptkError: the class cannot be built from ``config``.
@@ -105,7 +100,7 @@ class Reading:
     """
 
     def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
-        self.model_class, self.template, self.builds = model_class, config, 0
+        self.model_class, self.template = model_class, config
         self._missing, self._symbols = set[tuple[str, ...]](), Symbols()
         self._refused: Refusal | None = None
         self._integers: dict[Field, tuple[Symbol, int | torch.SymInt]] = {}
@@ -191,7 +186,6 @@ class Reading:
         return found
 
     def _read(self, wanted: Sequence[Field]) -> Sizes:
-        self.builds += 1
         body, prefixes = copy.deepcopy(self._body), dict(_parts(self.template))
 
         def record(part: PreTrainedConfig, name: str) -> None:

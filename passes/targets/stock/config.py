@@ -74,7 +74,8 @@ def probe_config(
         return error.refusal
     if (wrong := misfit(reading.dense.shapes, target_shapes, sizes=False)) is not None:
         return wrong
-    products = Products({name: max(old, new) for name, (old, new) in widths.items()}, fixed)
+    grows = [name for name, (before, after) in widths.items() if after > before]
+    products = Products({name: before for name, (before, _) in widths.items()}, fixed, grows)
     old = reading.dense.shapes
     moved = {a for name in old for a, b in zip(old[name], target_shapes[name], strict=True) if a != b}
     odd = {n for n in reading.dense.numbers.values() if isinstance(n, int) and not products.of(n)} - moved

@@ -66,11 +66,14 @@ def _subtract(row: Row, other: Row, times: Fraction) -> None:
 
 
 class Products:
-    """The products of axis sizes that a number of a module may be, and so may follow."""
+    """The products of axis sizes that a number of a module may be, and so may follow.
 
-    def __init__(self, families: Mapping[str, int], fixed: Sequence[int]) -> None:
+    ``grows``: families that become wider; only these count if they have one unit.
+    """
+
+    def __init__(self, families: Mapping[str, int], fixed: Sequence[int], grows: Collection[str] = ()) -> None:
         self.families = families
-        leaves: list[tuple[str | None, int]] = [(name, width) for name, width in families.items() if width > 1]
+        leaves: list[tuple[str | None, int]] = [(n, width) for n, width in families.items() if width > 1 or n in grows]
         leaves += [(None, size) for size in sorted(set(fixed)) if size > 1]
         self._of: dict[int, list[Row]] = {}
         for count in range(1, FACTORS + 1):

@@ -25,13 +25,15 @@ from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples, next_tokens
 from mptk.methods import criteria
+from mptk.methods.criteria import Calibration
 from mptk.methods.criteria.fisher import tempered
+from mptk.methods.criteria.greedy import GREEDY
 from mptk.methods.maskprune.solver import Solver
 from mptk.staged.staged import EXECUTOR
 from mptk.tasks import CAUSAL_LM
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
-from passes.transforms.insert_masks import insert_masks
+from passes.transforms.insert_masks import InsertedMasks, find_mask_sites
 from passes.transforms.masked_reference import mask
 
 
@@ -51,7 +53,7 @@ def observed(analysis: Analysis, model: Any, samples: Samples) -> Solver:
     """MaskPrune's solver after its saliency: F and d of each block."""
     (depth,) = analysis.depths
     solver = Solver({depth.name: (1, 1, depth.size)}, lambda widths: 1.0, 0.5, 1, blocks={depth.name: []})
-    masks = insert_masks(model, analysis, [depth.name], solver.applied, solver.watch)
+    masks = InsertedMasks(model, find_mask_sites(analysis, model, [depth.name]), solver.applied, solver.watch)
     for part in samples.split(2):
         output = model(**part.inputs, use_cache=False).logits
         (CAUSAL_LM.sensitivity(output, part) / CAUSAL_LM.predicted(part)).backward()
@@ -67,8 +69,8 @@ def scores(by: str, analysis: Analysis, model: Any, windows: Tensor, removed: in
     if by == "influence":
         return criteria.score(analysis, by, windows, families=[depth.name])[depth.name].flatten()
     if by == "greedy":
-        found = criteria.gather(analysis, by, windows, families=[depth.name], removals={depth.name: removed})
-        return criteria.score_evidence(found, by, [depth.name])[depth.name].flatten()
+        given = Calibration(analysis, [depth], samples, removals={depth.name: removed})
+        return criteria.measured(GREEDY, given)[0][depth.name].flatten()
     if by == "alone":
         return torch.tensor([loss(analysis, [unit], samples.batches(1024)[0]) for unit in range(depth.size)])
     solver = observed(analysis, model, samples)

@@ -91,8 +91,7 @@ class Stages:
 
 def do(job: Job) -> None:
     """Run a job here, and write its stages."""
-    from mptk import Settings, prune
-    from mptk.api.recovery import recover
+    from mptk import Settings, prune, recover
     from mptk.config.settings import Learning
     from mptk.proof.verification import verify
 
@@ -104,7 +103,7 @@ def do(job: Job) -> None:
         say("proof")
         verify(job.pruned, **where)
     elif job.name == "recovery":
-        recover(job.pruned, job.out, learning, say, onnx=False, **common, **where)
+        recover(job.pruned, job.out, learning=learning, progress=say, onnx=False, **common, **where)
     else:
         method = "maskprune" if job.name == "masks" else job.name
         out = job.pruned if job.name == "wanda" else job.out

@@ -20,8 +20,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from mptk.ort.alternate import alternate
-from mptk.ort.bench import Case, bench_decoders, decoder_step
+from mptk.ort.bench import Case, alternate, bench_decoders, decoder_step
 from mptk.ort.decoder import OrtDecoder
 from mptk.ort.generation import generate
 

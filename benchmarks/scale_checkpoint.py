@@ -26,7 +26,7 @@ import mptk
 from benchmarks.zoo_plans import plan_of_widths
 from mptk.distributed.processes import blocks
 from mptk.files import write_json
-from mptk.io.checkpoint import save_config, save_tokenizer
+from mptk.io.checkpoint import save_tokenizer
 
 WORDS = (
     "quick",
@@ -149,7 +149,7 @@ def make_checkpoint(folder: Path, config: LlamaConfig, seed: int = 0) -> None:
     """Write everything; `shape.json` comes last and says that the folder is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     model = skeleton(config)
-    save_config(config, folder)
+    config.save_pretrained(folder)
     save_tokenizer(tokenizer(write_text(folder / "text.txt", seed)), folder)
     write_weights(model, folder, seed)
     width = config.intermediate_size * 5 // 8 // 32 * 32
@@ -171,7 +171,7 @@ def main(
     config = config_of(layers, hidden, ffn, heads, kv_heads, vocab)
     if config_only:
         folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder)
+        config.save_pretrained(folder)
         write_json(folder / "shape.json", shape_of(skeleton(config)))
     else:
         make_checkpoint(folder, config, seed)

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/settings.md from the options and settings of the code.
+"""Writes the tables of docs/settings.md from the declarations of settings and the commands' other options.
 
     python docs/tables.py
 
@@ -8,17 +8,15 @@ The same file each time. `tests/test_docs_settings.py` compares.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args, get_origin
 
 import typer
 
 from mptk.cli.main import app
-from mptk.cli.options import FIELDS, RECOVERY
-from mptk.cli.shapes import OPTIONS as SEARCH
+from mptk.config.cases import RUNS
+from mptk.config.setting import Declared, taken
 from mptk.config.settings import Settings
 
 PAGE = Path(__file__).with_name("settings.md")
@@ -32,63 +30,56 @@ def written(page: str) -> str:
 
 
 def runs() -> Iterator[str]:
-    """The options of ``prune``, ``recover`` and ``shapes`` that set a field of ``Settings``, panel by panel."""
+    """The options of ``prune``, ``recover`` and ``shapes`` that are settings, panel by panel."""
     yield from _head("option", "keyword in Python", "default", "what it says")
-    for panel in dict.fromkeys(field.panel for field in FIELDS.values()):
+    options = taken(Settings, "prune").items()
+    for panel in dict.fromkeys(each.setting.panel for _, each in options):
         yield _row(f"**{panel}**", "", "", "")
-        for name, field in FIELDS.items():
-            if field.panel == panel:
-                marks = [mark for mark, taken in (("ᴿ", RECOVERY), ("ˢ", SEARCH)) if name in taken]
-                shown = f"`--{name.replace('_', '-')}`" + (f" {''.join(marks)}" if marks else "")
-                keyword = field.path.rpartition(".")[2]
-                choices = field.choices.get("metavar") or "|".join(
-                    get_args(field.kind) if get_origin(field.kind) is Literal else ()
-                )
-                yield _row(shown, f"`{keyword}`", _default(field.default), f"{field.help} {_choices(choices)}")
+        for name, each in options:
+            if each.setting.panel == panel:
+                marks = "".join(mark for mark, other in (("ᴿ", "recover"), ("ˢ", "shapes")) if other in each.setting.on)
+                names = [f"`{choice}`" for choice in each.setting.choices.shown] if each.setting.choices else []
+                said = f"{each.setting.help} ({', '.join(names)})" if names else each.setting.help
+                yield _row(f"`{_flag(name)}` {marks}", f"`{each.name}`", _default(each.default), said)
 
 
 def python() -> Iterator[str]:
     """The settings that have no option of their own."""
-    yield from _head("setting", "default")
-    known = {field.path for field in FIELDS.values()}
-    for path, value in _leaves(Settings()):
-        if path not in known:
-            yield _row(f"`{path}`", _default(value))
+    yield from _head("setting", "default", "what it says")
+    for each in _leaves(Settings.declared):
+        if not each.setting.panel:
+            yield _row(f"`{each.path}`", _default(each.default), each.setting.help)
 
 
 def commands() -> Iterator[str]:
     """What commands take besides: options that are no settings, and all options of the commands that do not prune."""
     yield from _head("command", "option", "default", "what it says")
-    shared: dict[str, set[str]] = defaultdict(set)
-    for name, taken in (("prune", FIELDS), ("recover", FIELDS), ("shapes", SEARCH)):
-        shared[name] = {f"--{option.replace('_', '-')}" for option in taken}
     for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
+        settings = set(map(_flag, taken(Settings, name))) & set(map(_flag, taken(Settings, "prune")))
+        shared = {*EVERYWHERE, *(settings if name in RUNS else ())}
         for option in command.params:
             flag = next((flag for flag in option.opts if flag.startswith("--")), None)
-            if flag is not None and flag not in EVERYWHERE and flag not in shared[name]:
+            if flag is not None and flag not in shared:
                 yield _row(f"`{name}`", f"`{flag}`", _default(option.default), str(option.help))
 
 
 TABLES = {"runs": runs, "python": python, "commands": commands}
 
 
-def _leaves(value: object, above: str = "") -> Iterator[tuple[str, object]]:
-    for field in fields(value):  # type: ignore[arg-type]
-        own = getattr(value, field.name)
-        path = f"{above}{field.name}"
-        yield from _leaves(own, f"{path}.") if is_dataclass(own) else [(path, own)]
+def _leaves(declared: Iterable[Declared]) -> Iterator[Declared]:
+    for each in declared:
+        inner = getattr(each.default, "declared", None)
+        yield from [each] if inner is None else (replace(one, path=f"{each.path}.{one.path}") for one in inner)
 
 
-def _choices(shown: str) -> str:
-    """``[a|b]`` → one of a, b."""
-    names = [name for name in re.split(r"[|,]", shown.strip("[]")) if name]
-    return f"(`{'`, `'.join(names)}`)" if names else ""
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _default(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "" if value is None or value == () else f"{value}"
+    return "" if value in (None, (), {}) else f"{value}"
 
 
 def _head(*cells: str) -> tuple[str, str]:

@@ -54,31 +54,27 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FamilyPlan": "mptk.ir.plan",
-    "MptkError": "mptk.errors",
-    "Plan": "mptk.ir.plan",
-    "ProofError": "mptk.errors",
-    "Pruned": "mptk.api.pruned",
-    "Report": "mptk.protocols.report",
-    "Samples": "mptk.ir.samples",
-    "Settings": "mptk.config.settings",
-    "__version__": "mptk.version",
-    "evaluate": "mptk.api.use",
-    "fetch": "mptk.io.packaged",
-    "generate": "mptk.api.use",
-    "load": "mptk.io.models",
-    "prune": "mptk.api.pruned",
-    "recover": "mptk.api.pruned",
-    "shapes": "mptk.api.shapes",
-    "verify": "mptk.proof.verification",
+    "mptk.api.pruned": ("Pruned", "prune", "recover"),
+    "mptk.api.shapes": ("shapes",),
+    "mptk.api.use": ("evaluate", "generate"),
+    "mptk.config.settings": ("Settings",),
+    "mptk.errors": ("MptkError", "ProofError"),
+    "mptk.io.models": ("load",),
+    "mptk.io.packaged": ("fetch",),
+    "mptk.ir.plan": ("FamilyPlan", "Plan"),
+    "mptk.ir.samples": ("Samples",),
+    "mptk.proof.verification": ("verify",),
+    "mptk.protocols.report": ("Report",),
+    "mptk.version": ("__version__",),
 }
 
 
 def __getattr__(name: str) -> object:
-    """The public names, imported at first use: ``import mptk`` alone stays quick."""
+    """The public names, imported at first use, so that ``import mptk`` stays quick."""
     if name not in __all__:
         raise AttributeError(f"module 'mptk' has no attribute {name!r}")
-    return getattr(import_module(_HOMES.get(name, "mptk.api.compiler")), name)
+    home = next((module for module, names in _HOMES.items() if name in names), "mptk.api.compiler")
+    return getattr(import_module(home), name)
 
 
 def __dir__() -> list[str]:

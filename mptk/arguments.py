@@ -13,7 +13,7 @@ from mptk.errors import MptkError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-PLAIN: dict[object, str] = {
+IN_WORDS: dict[object, str] = {
     bool: "True or False",
     int: "a whole number",
     float: "a number",
@@ -40,13 +40,18 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
     """Raise MptkError for the first of some arguments, by name, that is not of the type that ``function`` says."""
-    hints: dict[str, Any] = get_type_hints(function)
-    several = inspect.signature(function).parameters
+    hints, several = _annotated(function)
     for name in filter(hints.__contains__, given):
         many = several[name].kind is inspect.Parameter.VAR_POSITIONAL
         hint = Sequence[hints[name]] if many else hints[name]  # type: ignore[valid-type]
         if (wrong := _wrong(given[name], hint, name)) is not None:
             raise MptkError(wrong)
+
+
+@functools.cache
+def _annotated(function: Callable[..., Any]) -> tuple[dict[str, Any], Mapping[str, inspect.Parameter]]:
+    """The types and the parameters of a function."""
+    return get_type_hints(function), inspect.signature(function).parameters
 
 
 def _wrong(value: object, hint: Any, name: str) -> str | None:
@@ -70,7 +75,7 @@ def _wrong(value: object, hint: Any, name: str) -> str | None:
 
 
 def _is_a(value: object, kind: Any) -> bool:
-    """Whether a value is of a class. Text is no sequence, a flag no number, and a whole number may stand for a real."""
+    """Whether a value is of a class. Text is not a sequence, a flag not a number; a whole number may be a real."""
     if kind is None or kind is types.NoneType:
         return value is None
     if kind is Callable or isinstance(kind, type(Protocol)):  # a protocol of a function
@@ -104,4 +109,4 @@ def _wanted(hint: Any) -> str:
         return "a dict"
     if origin is not None and issubclass(origin, Iterable):
         return f"a list, each {_wanted(arguments[0])}" if arguments[0] is not Any else "an iterable"
-    return PLAIN.get(hint, f"a {getattr(hint, '__name__', hint)}")
+    return IN_WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")

@@ -1,91 +1,61 @@
-"""conform: whether a value that was read from a file is what a type says: dataclasses, typed dicts, lists, numbers."""
+"""conform: values that were read from a file, against types: dataclasses, typed dicts, lists, numbers."""
 
 from __future__ import annotations
 
-import dataclasses
-import sys
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NotRequired, TypeVar, Union, get_args, get_origin, get_type_hints
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 Made = TypeVar("Made")
+KINDS: Mapping[type, str] = {list: "a list", dict: "an object"}
+LONGEST = 80
+"""Letters of a value or of a name in a message."""
 
 
-def misfit(value: object, hint: Any, where: str = "") -> str | None:
-    """What of ``value`` is not as ``hint`` says, and where; None if all is. A whole number may stand for a float."""
-    if hint is Any or hint is object:
-        return None
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is NotRequired:
-        return misfit(value, arguments[0], where)
-    if origin in (Union, types.UnionType):
-        return None if any(misfit(value, each, where) is None for each in arguments) else _wrong(value, where)
-    if origin is Literal:
-        return None if value in arguments else _wrong(value, where)
-    if typing.is_typeddict(hint):
-        return _fields(value, get_type_hints(hint, include_extras=True), where)
-    if dataclasses.is_dataclass(hint):
-        hints = get_type_hints(hint)
-        return _first(
-            misfit(getattr(value, f.name, None), hints[f.name], _within(where, f.name))
-            for f in dataclasses.fields(hint)
-        )
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            return _wrong(value, where)
-        return _first(
-            misfit(k, arguments[0], where) or misfit(v, arguments[1], _within(where, k)) for k, v in value.items()
-        )
-    if origin is not None and issubclass(origin, Sequence):
-        if not isinstance(value, list | tuple):
-            return _wrong(value, where)
-        return _first(misfit(each, arguments[0], _within(where, i)) for i, each in enumerate(value))
-    kind = int | float if hint is float else types.NoneType if hint is None else hint
-    right = isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
-    if hint is float and isinstance(value, int):  # of any number of digits
-        right = right and abs(value) <= sys.float_info.max
-    return None if right else _wrong(value, where)
+def made(kind: type[Made], values: object, where: str = "") -> Made:
+    """A dataclass or a typed dict of ``values``, as JSON gives them. A dataclass leaves names out that it lacks.
 
-
-def made(kind: type[Made], values: object, where: str) -> Made:
-    """A dataclass of ``values``, whose other names are left out.
+    Nothing is converted (``"3"`` is no number, ``true`` no integer), but a whole number may stand for a float.
 
     Raises:
         ValueError: a field is missing, or is not of its type; with its name.
     """
-    if not isinstance(values, Mapping):
-        raise ValueError(_wrong(values, where))
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    named = {f.name: values[f.name] for f in fields if f.name in values}
-    needed = [f for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    lacking = [f.name for f in needed if f.name not in named]
-    if lacking:
-        raise ValueError(f"{_within(where, lacking[0])} is missing")
-    hints = get_type_hints(kind)
-    wrong = _first(misfit(value, hints[name], _within(where, name)) for name, value in named.items())
-    if wrong is not None:
-        raise ValueError(wrong)
-    return kind(**named)
+    from pydantic import ValidationError
+
+    try:
+        held = _holding(kind)  # type: ignore[arg-type]
+        found = held.model_validate_json(json.dumps({"content": values}, default=asdict))
+    except ValidationError as error:
+        raise ValueError(_said(error.errors()[0], where)) from error
+    content: Made = found.content  # type: ignore[attr-defined]
+    return content
 
 
-def _fields(value: object, hints: Mapping[str, Any], where: str) -> str | None:
-    if not isinstance(value, Mapping):
-        return _wrong(value, where)
-    for name, hint in hints.items():
-        if name not in value and get_origin(hint) is not NotRequired:
-            return f"{_within(where, name)} is missing"
-    return _first(misfit(value[name], hint, _within(where, name)) for name, hint in hints.items() if name in value)
+@functools.cache
+def _holding(kind: Any) -> type[BaseModel]:
+    """A model that holds a ``kind``, since dataclasses of the standard library take the rules of what they lie in."""
+    from pydantic import ConfigDict, create_model
+
+    return create_model("File", __config__=ConfigDict(strict=True, allow_inf_nan=False), content=(kind, ...))
 
 
-def _first(found: typing.Iterable[str | None]) -> str | None:
-    return next((wrong for wrong in found if wrong is not None), None)
+def _said(error: Mapping[str, Any], where: str) -> str:
+    """What is wrong, in our words. ``error``: as pydantic describes it."""
+    place = ".".join(brief(str(part)) for part in ([where] if where else []) + list(error["loc"][1:]))
+    kind, value, message = error["type"], error["input"], error["msg"]
+    if kind in ("missing", "extra_forbidden"):
+        return f"{place} is {'missing' if kind == 'missing' else 'unknown'}"
+    if kind == "value_error":
+        return f"{place}: {message.removeprefix('Value error, ')}".removeprefix(": ")
+    shown = json.dumps(value, ensure_ascii=False) if isinstance(value, int | float | str | None) else KINDS[type(value)]
+    return f"{place or 'it'} is {brief(shown)} and {message.removeprefix('Input ')}"
 
 
-def _within(where: str, name: object) -> str:
-    return f"{where}.{name}" if where else str(name)
-
-
-def _wrong(value: object, where: str) -> str:
-    said = repr(value) if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
-    return f"{where or 'it'} is {said if len(said) <= 40 else said[:40] + '…'}"
+def brief(text: str, most: int = LONGEST) -> str:
+    """``text``, cut to ``most`` letters."""
+    return text if len(text) <= most else f"{text[:most]}…"

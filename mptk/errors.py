@@ -83,7 +83,7 @@ def exhausted(error: BaseException) -> MptkError | None:
 
 
 def _number(error: BaseException) -> int | None:
-    """The system's number of an error; libraries in Rust have it in their text alone."""
+    """The system's number of an error; libraries in Rust have it only in their text."""
     if isinstance(error, OSError):
         return error.errno
     told = _OS_ERROR.search(str(error))

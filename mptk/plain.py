@@ -2,7 +2,7 @@
 
 Names of models, paths, data, reports and messages of libraries go through ``plain`` before they are shown: on the
 command line in ``mptk/cli/console.py``, in HTML in ``mptk/report/page/render.py``. In Markdown it is
-``mptk/publish/markdown.py``.
+``mptk/report/markdown.py``.
 """
 
 from __future__ import annotations
@@ -23,12 +23,5 @@ def plain(text: str, *, lines: bool = True) -> str:
     if text.isprintable():
         return text
     kept = _KEPT if lines else ""
-    return "".join(c if c in kept or not _acts(c) else _escaped(c) for c in text)
-
-
-def _acts(character: str) -> bool:
-    return character in _BIDI or unicodedata.category(character) in _WRITTEN_OUT
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
+    acts = {c for c in set(text) if c not in kept and (c in _BIDI or unicodedata.category(c) in _WRITTEN_OUT)}
+    return "".join(c.encode("unicode_escape").decode("ascii") if c in acts else c for c in text)

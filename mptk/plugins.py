@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from mptk.errors import MptkError
 
-T = TypeVar("T")
+Entry = TypeVar("Entry")
 
 
 @functools.cache
@@ -31,12 +31,12 @@ def load_plugins(group: str) -> Mapping[str, Any]:
     return found
 
 
-def with_plugins(own: Mapping[str, T], group: str) -> dict[str, T]:
+def with_plugins(own: Mapping[str, Entry], group: str) -> dict[str, Entry]:
     """What mptk brings itself and what plugins add, by name. A plugin does not replace what mptk brings."""
     return {**own, **{name: made for name, made in load_plugins(group).items() if name not in own}}
 
 
-def find(kind: str, name: str, known: Mapping[str, T]) -> T:
+def find(kind: str, name: str, known: Mapping[str, Entry]) -> Entry:
     """The entry of that name. Raises MptkError with the names there are."""
     if name not in known:
         raise MptkError(f"no {kind} {name!r}; choose one of {', '.join(known)}")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol, TypeVar
 
-T = TypeVar("T")
+Item = TypeVar("Item")
 
 Count = Callable[[int, int], None]
 """Called with how much is done and how much there is."""
@@ -42,7 +42,7 @@ def step(done: int, total: int, figures: str = "") -> None:
     progress(stage, done, total, figures)
 
 
-def steps(items: Iterable[T], figures: str | Callable[[T], str] = "") -> Iterator[T]:
+def steps(items: Iterable[Item], figures: str | Callable[[Item], str] = "") -> Iterator[Item]:
     """The items, each of which is a step of the current stage. ``figures``: what is shown beside the count."""
     listed = list(items)
     for done, item in enumerate(listed):

@@ -9,22 +9,23 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mptk.conform import Made, made
 from mptk.errors import MptkError
 
-MOST = 1 << 26
+MOST_BYTES = 1 << 26
 """Bytes of the largest JSON file that is read: a report or a plan of a large model has a hundredth of that."""
-DEPTH = 64
+MOST_DEPTH = 64
 """Objects and lists within one another, at most."""
 Damaged = Callable[[str], MptkError]
 """What is wrong with a file → the error to raise."""
 
 
-def read_bytes(path: Path, damaged: Damaged, most: int = MOST) -> bytes:
-    """The content of a regular file. Raises ``damaged`` if it is none, cannot be read, or has more than ``most``."""
+def read_bytes(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> bytes:
+    """The content of a regular file. Raises ``damaged`` if it is another kind, unreadable or longer than ``most``."""
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(_mode(file.fileno())):
-                raise damaged("it is no regular file")
+                raise damaged("it is not a regular file")
             content = file.read(most + 1)
     except OSError as error:
         raise damaged(str(error.strerror or error)) from error
@@ -35,7 +36,7 @@ def read_bytes(path: Path, damaged: Damaged, most: int = MOST) -> bytes:
     return content
 
 
-def read_text(path: Path, damaged: Damaged, most: int = MOST) -> str:
+def read_text(path: Path, damaged: Damaged, most: int = MOST_BYTES) -> str:
     """As ``read_bytes``, in UTF-8."""
     try:
         return read_bytes(path, damaged, most).decode("utf-8")
@@ -43,9 +44,17 @@ def read_text(path: Path, damaged: Damaged, most: int = MOST) -> str:
         raise damaged("it is not UTF-8 text") from error
 
 
-def read_json(path: Path, damaged: Damaged, most: int = MOST) -> Any:
-    """The content of a JSON file; NaN, infinity and what is nested deeper than ``DEPTH`` are refused."""
-    return json_of(read_text(path, damaged, most), damaged)
+def read_json(path: Path, damaged: Damaged) -> Any:
+    """The content of a JSON file; NaN, infinity and what is nested deeper than ``MOST_DEPTH`` are refused."""
+    return json_of(read_text(path, damaged), damaged)
+
+
+def read_as(kind: type[Made], path: Path, damaged: Damaged) -> Made:
+    """The content of a JSON file as a ``kind`` (``conform.made``)."""
+    try:
+        return made(kind, read_json(path, damaged))
+    except ValueError as error:
+        raise damaged(str(error)) from error
 
 
 def json_of(text: str, damaged: Damaged) -> Any:
@@ -58,7 +67,7 @@ def json_of(text: str, damaged: Damaged) -> Any:
         raise damaged(f"it is not JSON ({str(error).partition(';')[0]})") from error
     except RecursionError as error:
         raise damaged("it is nested too deep") from error
-    if _depth(content) > DEPTH:
+    if _depth(content) > MOST_DEPTH:
         raise damaged("it is nested too deep")
     if "\\ud" in text.lower() and not _is_text(content):
         raise damaged("it holds half of a character")
@@ -79,13 +88,13 @@ def _no_number(name: str) -> NoReturn:
 
 
 def _depth(content: object) -> int:
-    """How deep objects and lists lie in one another, up to ``DEPTH`` + 1."""
+    """How deep objects and lists lie in one another, up to ``MOST_DEPTH`` + 1."""
     level: list[object] = [content]
-    for depth in range(DEPTH + 1):
+    for depth in range(MOST_DEPTH + 1):
         level = [inner for outer in level for inner in _inside(outer)]
         if not level:
             return depth
-    return DEPTH + 1
+    return MOST_DEPTH + 1
 
 
 def _inside(value: object) -> Iterable[object]:

@@ -12,16 +12,16 @@ from torch import Tensor, fx
 from mptk.compat.torch import tree_leaves
 from mptk.errors import MptkError, ProofError
 from mptk.ir.families import Analysis
-from mptk.ir.ops import base_name
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.ir.sizes import shape_of
+from passes.analysis.vocabulary import tables_of
 from passes.transforms.masked_reference import mask
 from passes.transforms.retype import Retype
 from passes.transforms.round_weights import RoundWeights
 from passes.verify import ROUNDINGS, TOLERANCE, WIDEST
 
-FAINT = 1e-4
+FAINT_WEIGHT = 1e-4
 """A parameter without a larger number may hide all that is before it: a head of zeros, a layer's scale of 1e-6."""
 COARSE = (torch.float16, torch.bfloat16)
 
@@ -31,15 +31,15 @@ class Unmoved(MptkError):
 
 
 @torch.no_grad()
-def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program], *, seed: int = 0) -> None:
+def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program]) -> None:
     """Compare the program after each of ``stages`` with the masked one, on seeded inputs of the traced shapes.
 
     Raises:
         ProofError: outputs differ at a stage. The message names the stage and the difference.
         Unmoved: nothing is proven, because the mask moves the outputs no further than rounding does.
-        MptkError: nothing is proven, because rounding alone moves them as far as the difference found.
+        MptkError: nothing is proven, because mere rounding moves them as far as the difference found.
     """
-    inputs = seeded_inputs(analysis.program, seed)
+    inputs = seeded_inputs(analysis.program)
     masked, dense = _fine(mask(analysis, cut)), _fine(analysis.program)
     whole = [_masked_input(analysis, cut, i) for i in inputs.items()]
     small = [_cut_input(analysis, cut, i) for i in inputs.items()]
@@ -69,16 +69,13 @@ def check_cut(analysis: Analysis, cut: Cut, stages: Mapping[str, Program], *, se
         )
 
 
-def awake(analysis: Analysis, seed: int = 0) -> Analysis:
+def awake(analysis: Analysis) -> Analysis:
     """The analysis with random numbers in the place of parameters that are zero or faint, so that a mask shows."""
-    state, generator = analysis.program.state, torch.Generator().manual_seed(seed)
-    faint = [n for n in analysis.program.parameters if state.like(n).is_floating_point() and _is_faint(state[n])]
+    state, generator = analysis.program.state, torch.Generator().manual_seed(0)
+    floats = (n for n in analysis.program.parameters if state.like(n).is_floating_point() and state.like(n).numel())
+    faint = [n for n in floats if state[n].abs().max().item() <= FAINT_WEIGHT]
     woken = {n: _random(state[n], generator) for n in faint}
     return replace(analysis, program=replace(analysis.program, state=state.updated(woken)))
-
-
-def _is_faint(weight: Tensor) -> bool:
-    return bool(weight.numel()) and weight.abs().max().item() <= FAINT
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -114,9 +111,9 @@ def _wide(program: Program) -> torch.dtype:
     return torch.float64 if torch.float64 in _types(program) else torch.float32
 
 
-def seeded_inputs(program: Program, seed: int = 0) -> dict[fx.Node, Tensor]:
+def seeded_inputs(program: Program) -> dict[fx.Node, Tensor]:
     """Inputs of the traced shapes: normal floats, ids below the size of the table they index, all others as traced."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     traced = iter(t for t in tree_leaves(program.exported.example_inputs) if isinstance(t, Tensor))
     user, types = set(program.user_inputs), _types(program)
     wide = _wide(program) if types & {*COARSE} else torch.float32
@@ -137,17 +134,8 @@ def _seeded(node: fx.Node, traced: Tensor, generator: torch.Generator, wide: tor
 
 
 def table_size(node: fx.Node) -> int | None:
-    """The size of the smallest table that the value indexes, also through views; None if there is none."""
-    sizes: list[int | None] = []
-    for user in node.users:
-        if user.op != "call_function" or isinstance(user.meta.get("val"), (list, tuple)):
-            continue
-        op = base_name(user.target)
-        if op == "embedding" and user.args[1] is node:
-            sizes.append(shape_of(user.args[0].meta["val"])[0])  # type: ignore[union-attr]
-        elif op in ("view", "reshape", "to", "_to_copy", "unsqueeze", "flatten", "contiguous", "clone", "slice"):
-            sizes.append(table_size(user))
-    return min((s for s in sizes if s is not None), default=None)
+    """The size of the smallest table that the value indexes, also through views; None if it indexes no table."""
+    return min((shape_of(table.meta["val"])[0] for table in tables_of(node)), default=None)
 
 
 # ---- caches lose channels, as weights do ----

@@ -19,10 +19,9 @@ from mptk.ir.resolved_plan import Cut
 from mptk.ort.sessions import CPU
 from passes.targets.onnx.block_weights import BLOCK, BlockWeightsPass
 from passes.targets.onnx.emit import Interface, decoder_interface, write_onnx
-from passes.targets.onnx.extract import ExtractPass, Part
+from passes.targets.onnx.extract import ExtractPass, GraphPart
 from passes.targets.onnx.float16 import Float16Pass
 from passes.targets.onnx.fold_kv import FoldKVPass
-from passes.targets.onnx.fold_transposes import FoldTransposesPass
 from passes.targets.onnx.gptq import GPTQPass
 from passes.targets.onnx.group_queries import GroupQueriesPass
 from passes.targets.onnx.library import FoldConstantsPass, FusePass, SimplifyPass
@@ -30,7 +29,8 @@ from passes.targets.onnx.look_up import LookUpInBlocksPass
 from passes.targets.onnx.lower import LowerOps
 from passes.targets.onnx.lower_complex import LowerComplex
 from passes.targets.onnx.measure import Text
-from passes.targets.onnx.names import FILE
+from passes.targets.onnx.names import ONNX_FILE
+from passes.targets.onnx.plain_products import FoldTransposesPass
 from passes.targets.onnx.quantize import even_channels, write_quantized
 from passes.targets.onnx.repeat_angles import RepeatAnglesPass
 from passes.transforms.fold_norms import Folded, FoldNorms
@@ -87,7 +87,7 @@ def onnx_optimization(objective: str) -> OnnxPasses:
     ]
 
 
-def extracting(part: Part) -> OnnxPasses:
+def extracting(part: GraphPart) -> OnnxPasses:
     """The optimised ONNX graph → one part of it."""
     return [ExtractPass(part), common.RemoveUnusedNodesPass()]
 
@@ -137,10 +137,10 @@ SCHEMES = ("int8", "int4", "fp16")
 
 
 @dataclass(frozen=True)
-class Pruned:
+class CutProgram:
     """The pruned program.
 
-    ``exact``: the same before its weights were rounded to the stored type, which changes folded norms alone.
+    ``exact``: the same before its weights were rounded to the stored type, which changes only folded norms.
     ``epsilons``: the norms' epsilons that the cut changed, old → new.
     """
 
@@ -149,12 +149,12 @@ class Pruned:
     epsilons: Mapping[float, float]
 
 
-def cut_program(analysis: Analysis, cut: Cut, log: Log, dtype: torch.dtype = torch.float32) -> Pruned:
-    """Run ``cutting``, unproven. ``dtype``: the type in which weights are stored; it holds those of ``analysis``."""
+def cut_program(analysis: Analysis, cut: Cut, log: Log, dtype: torch.dtype = torch.float32) -> CutProgram:
+    """Run ``cutting``, unproven. ``dtype``: the type in which weights are stored, which holds them exactly."""
     *_, folded, stored = run(analysis.program, cutting(analysis, cut, dtype), log)
     assert isinstance(folded, Folded)
     exact = folded.program if folded.changed else stored.program
-    return Pruned(stored.program, exact, folded.epsilons)
+    return CutProgram(stored.program, exact, folded.epsilons)
 
 
 def passes_until(name: str, analysis: Analysis, cut: Cut) -> list[Pass]:
@@ -176,7 +176,7 @@ def emit_onnx(
     folder: Path,
     interface: Interface | None = None,
     *,
-    parts: Mapping[str, Part] | None = None,
+    parts: Mapping[str, GraphPart] | None = None,
     objective: str = "decode",
     half: bool = False,
     metadata: Mapping[str, str] | None = None,
@@ -184,13 +184,13 @@ def emit_onnx(
 ) -> Path:
     """``write_onnx`` with the product's passes. Returns the (first) file that was written.
 
-    ``interface``: names of inputs and outputs; None: those of a decoding step. ``parts``: name of a file → the part of
+    ``interface``: names of inputs and outputs; None: a decoding step's. ``parts``: name of a file → the part of
     the graph that it holds; None: ``model.onnx`` holds all. ``objective``: ``"decode"`` or ``"prefill"``, the phase to
     be fast in if the two need different graphs. ``half``: convert the graph, which must be float32, to float16.
     """
     interface = decoder_interface(program) if interface is None else interface
     last = fp16() if half else []
-    files = {FILE: last} if parts is None else {file: [*extracting(part), *last] for file, part in parts.items()}
+    files = {ONNX_FILE: last} if parts is None else {file: [*extracting(part), *last] for file, part in parts.items()}
     write_onnx(
         program, folder, interface, lowering(), onnx_optimization(objective), files, metadata or {}, log or Log()
     )

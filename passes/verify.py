@@ -29,7 +29,7 @@ largest. The weights and the divergence of the logits are checked, too."""
 ROUNDINGS = 10
 """If the masked model is ill-conditioned, as after a cut that ruins it, allow ROUNDINGS × its own rounding drift. The
 drift is how far its logits move if each weight gets a rounding error."""
-POSITIONS = 64
+POSITIONS_AT_ONCE = 64
 """Positions of a sequence that are compared at once: logits are large."""
 WIDEST = 1e-3
 """Upper bound of every tolerance, however ill-conditioned the model is."""
@@ -142,7 +142,7 @@ def _run(
 ) -> Difference:
     """A stage's difference on one batch. Any error is a difference too, since runtimes share no error class.
 
-    Of several outputs, it is that of the worst.
+    Of several outputs, the worst counts.
     """
     try:
         found = run(batch)
@@ -191,10 +191,12 @@ def difference(stage: str, found: Tensor | Placed, reference: Tensor, tolerance:
 
 
 def _parts(found: Tensor | Placed, reference: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Outputs and what they must be, ``POSITIONS`` at a time."""
+    """Outputs and what they must be, ``POSITIONS_AT_ONCE`` at a time."""
     if isinstance(found, Placed):
         rows = torch.arange(len(found.places))[:, None]
-        for outputs, places in zip(found.outputs.split(POSITIONS, 1), found.places.split(POSITIONS, 1), strict=True):
+        for outputs, places in zip(
+            found.outputs.split(POSITIONS_AT_ONCE, 1), found.places.split(POSITIONS_AT_ONCE, 1), strict=True
+        ):
             kept = places >= 0
             if outputs.shape[:2] != places.shape:
                 raise ValueError(f"there are outputs at {list(outputs.shape[:2])} positions, not {list(places.shape)}")
@@ -203,4 +205,6 @@ def _parts(found: Tensor | Placed, reference: Tensor) -> Iterator[tuple[Tensor, 
     elif found.shape != reference.shape or found.ndim < 2:
         yield found, reference.to(found.device)
     else:
-        yield from zip(found.split(POSITIONS, 1), reference.to(found.device).split(POSITIONS, 1), strict=True)
+        yield from zip(
+            found.split(POSITIONS_AT_ONCE, 1), reference.to(found.device).split(POSITIONS_AT_ONCE, 1), strict=True
+        )

@@ -39,16 +39,16 @@ from mptk.chain.kept import CHOICE, Choice
 from mptk.config.recipe import read_recipe
 from mptk.errors import MptkError, exhausted
 from mptk.io import models
-from mptk.io.audio import read_sound
-from mptk.io.images import open_image
 from mptk.io.text.files import file_documents
 from mptk.io.untrusted import check_folder, load_tensors
 from mptk.ir.plan import Plan
 from mptk.protocols.report import Report
 from mptk.protocols.run_folder import check_unfinished
 from mptk.publish.manifest import check_manifest
-from mptk.report import terminal as views
-from mptk.report.page.runs import read_bench, read_run
+from mptk.report import sections as views
+from mptk.report.runs import read_bench, read_run
+from mptk.tasks.inputs.audio import read_sound
+from mptk.tasks.inputs.images import open_image
 from tests.damage import mutated
 
 RESULT = Path("benchmarks/results/fuzz_files.json")
@@ -83,14 +83,8 @@ def unfinished(path: Path) -> None:
 def kept(path: Path) -> None:
     from mptk.chain import kept as module
 
-    folder = type("Folder", (), {"path": path.parent, "read": lambda self, name: _object(path)})()
+    folder = type("Folder", (), {"path": path.parent})()
     Plan.from_json(module._known(folder, CHOICE, Choice)["plan"])
-
-
-def _object(path: Path) -> Any:
-    from mptk.protocols import run_folder as folder
-
-    return folder._object(path)
 
 
 READERS: Mapping[str, tuple[str, Read]] = {

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mptk import conform
 from mptk.config.settings import Settings
 from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ort.bench import Bench
 from mptk.protocols.report import Report
-from mptk.report.page.runs import Run
+from mptk.report.runs import Run
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>$x^2$"
 WORDS: Mapping[str, str] = {
@@ -121,4 +122,4 @@ def timed(graph: str) -> Bench:
             )
     graphs = [{"name": name, "file": "", "bytes": 1, "memory": 1} for name in (graph, "pruned")]
     peaks = {"1": {"flops": 1e9, "bandwidth": 1e9}}
-    return Bench.from_json({"graphs": graphs, "onnxruntime": "1.32", "rounds": 3, "peaks": peaks, "rows": rows})
+    return conform.made(Bench, {"graphs": graphs, "onnxruntime": "1.32", "rounds": 3, "peaks": peaks, "rows": rows})

@@ -7,12 +7,13 @@ import json
 import pytest
 from tiny_decoders import FUSED, GROUPED, tiny_decoder
 
-from mptk.cli.plot import draw_bench
+from mptk.conform import made
 from mptk.errors import MptkError
-from mptk.ort.alternate import alternate
-from mptk.ort.bench import Bench, bench_decoders
-from mptk.ort.graph_work import graph_work
-from mptk.report import terminal as report
+from mptk.ort.bench import Bench, alternate, bench_decoders
+from mptk.ort.roofline import graph_work
+from mptk.report.markdown import rendered
+from mptk.report.page.charts import plot_bench
+from mptk.report.sections import bench_view
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import emit_onnx, quantize_onnx
 
@@ -119,22 +120,22 @@ def test_sizes_and_memory_of_each_graph(compared, dense):
 
 def test_the_result_goes_through_json_and_into_a_table(compared):
     result, _ = compared
-    assert Bench.from_json(json.loads(json.dumps(result.to_json()))) == result
-    lines = report.bench_markdown(result).splitlines()
+    assert made(Bench, json.loads(json.dumps(result.to_json()))) == result
+    lines = rendered(bench_view(result)).splitlines()
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == 9
     assert sum("narrow int8" in line for line in lines) == 8 + 1
     assert any("GFLOP/s" in line for line in lines)
 
 
 def test_the_plot_has_a_bar_for_each_row(compared, tmp_path):
-    draw_bench(compared[0], tmp_path / "bench.svg")
+    plot_bench(compared[0], tmp_path / "bench.svg")
     drawn = (tmp_path / "bench.svg").read_text()
     assert "narrow int8" in drawn
     assert "ideal" in drawn
 
 
 def test_sides_take_turns_and_the_order_changes(monkeypatch):
-    monkeypatch.setattr("mptk.ort.alternate.ROUND_S", 0.0)
+    monkeypatch.setattr("mptk.ort.bench.ROUND_S", 0.0)
     seen = []
     times = alternate([lambda: seen.append("a"), lambda: seen.append("b")], rounds=4)
     assert "".join(seen) == "ab" + "abbaabba"

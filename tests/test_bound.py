@@ -61,7 +61,7 @@ def test_a_module_whose_trace_takes_too_long_is_traced_for_one_size(monkeypatch:
         return busy() if dynamic is True else trace(module, inputs, dynamic=dynamic)
 
     monkeypatch.setattr(passes.frontend.trace, "trace", slow)
-    monkeypatch.setattr(tracing, "PATIENCE", 0.2)
+    monkeypatch.setattr(tracing, "TRACE_SECONDS", 0.2)
     net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
     pruned = mptk.prune(net, sparsity=0.5, example_inputs=torch.randn(2, 5, 8), progress=None)
     assert pruned is not None

@@ -16,8 +16,9 @@ import mptk
 from mptk.protocols.report import Report
 from mptk.publish import licence
 from mptk.publish.manifest import check_manifest
-from mptk.publish.markdown import code, table
-from mptk.report.card import is_hub_id, proof, title
+from mptk.report.card import is_hub_id, title, told
+from mptk.report.markdown import body, code, text
+from mptk.report.view import Name, Table, figure
 
 BASE = "a`b|<img src=x>[me](http:e)*x*"
 SETTINGS = mptk.Settings(method="wanda", widths={"ffn": 32}, families=("ffn",), data="random", samples=2, length=24)
@@ -64,15 +65,15 @@ def test_the_card_tells_the_reports_figures_and_belongs_to_the_folder(pruned: Pa
     check_manifest(pruned)
     assert str(pruned.parent) not in text
     assert str(Path(report.model).parent) not in text
-    for figure in (
-        "| `ffn` | 64 | 32 | 2 |",
+    for said in (
+        "| `ffn` | 2 | 64 → 32 | 32, 64 | this width was given |",
         f"{report.cost['pruned']['parameters']:,.0f}",
-        f"{report.quality['pruned']:,}",
-        f"{report.quantized['int8']['quality']:,}",
+        figure(report.quality["pruned"]),
+        figure(report.quantized["int8"]["quality"]),
         report.quality["protocol"],
         *(d["stage"] for d in report.proof),
     ):
-        assert figure in text
+        assert said in text
     assert all(d.ok for d in mptk.verify(pruned))
 
 
@@ -93,12 +94,12 @@ def test_names_stay_text(pruned: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["`", "``a`", "a|b", "<b>", "[x](y)", "# x\n---\n\n<b>", "\x1b[31m\u202e", "| `|` |", ""]
+    "said", ["`", "``a`", "a|b", "<b>", "[x](y)", "# x\n---\n\n<b>", "\x1b[31m\u202e", "| `|` |", ""]
 )
-def test_any_text_is_one_code_span_and_one_cell(text: str) -> None:
-    plain = tokens(f"A {code(text)} b")
-    assert set(plain) <= {"paragraph_open", "paragraph_close", "inline", "text", "code_inline"}
-    assert tokens(table(["a", "b"], [[code(text), code(text)]])).count("td_open") == 2
+def test_any_text_is_text_and_one_cell(said: str) -> None:
+    for plain in (tokens(f"A {code(said)} b"), tokens(f"A {text(said)} b")):
+        assert set(plain) <= {"paragraph_open", "paragraph_close", "inline", "text", "text_special", "code_inline"}
+    assert tokens(body([Table("ll", ["a", "b"], [[Name(said), said]])])).count("td_open") == 2
 
 
 def test_a_card_of_a_hub_model_names_it() -> None:
@@ -123,4 +124,4 @@ def test_a_licence_in_words_is_another_one() -> None:
 def test_what_is_not_known_is_said(pruned: Path) -> None:
     report = Report.read(pruned)
     assert "2 training steps" not in title(report)
-    assert "no |" in proof(replace(report, proof=[{**report.proof[0], "ok": False}]))
+    assert "FAILED |" in told(replace(report, proof=[{**report.proof[0], "ok": False}]))

@@ -15,7 +15,7 @@ from torch import nn
 import mptk
 from mptk.errors import MptkError, ProofError
 from mptk.ir.families import Analysis
-from mptk.ir.passes import Pass, Result
+from mptk.ir.passes import Pass, PassResult
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from passes.analysis.group import analyze
@@ -70,7 +70,7 @@ def test_where_a_parameter_hides_the_units_the_proof_has_a_random_one(
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     run = Rewrite.run
 
-    def broken(self: Pass, program: Program) -> Result:
+    def broken(self: Pass, program: Program) -> PassResult:
         result = run(self, program)
         return replace(
             result, program=result.program.with_state({"down.weight": result.program.state["down.weight"].roll(1, 1)})
@@ -85,7 +85,7 @@ def test_where_a_parameter_hides_the_units_the_proof_has_a_random_one(
 def test_the_stage_that_is_wrong_is_named_with_the_difference(
     llama: Analysis, monkeypatch: pytest.MonkeyPatch, step: type[Pass], damage: Callable[[Program], Program]
 ) -> None:
-    def broken(self: Pass, program: Program) -> Result:
+    def broken(self: Pass, program: Program) -> PassResult:
         result = run(self, program)
         return replace(result, program=damage(result.program))
 

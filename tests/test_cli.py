@@ -287,7 +287,7 @@ def test_passes_lists_the_pipelines_without_loading_transformers(mptk):
         "    ensures: Each weight has the shape that the plan gives it; weights outside the plan keep theirs.",
         "  remove blocks: Remove the blocks that a plan does not keep, with their weights and caches.",
     ]
-    check = "import sys; from mptk.cli.inspect import list_passes as f; f(); assert 'transformers' not in sys.modules"
+    check = "import sys; from mptk.cli.models import list_passes as f; f(); assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True, capture_output=True)
 
 

@@ -16,11 +16,14 @@ import typer
 from test_cli import ROOT, SHORT, files, mptk, surroundings  # noqa: F401 (fixtures)
 from typer.testing import CliRunner
 
-from mptk.cli import choices
 from mptk.cli.main import app as commands
+from mptk.cli.options import chosen
+from mptk.config import setting
+from mptk.config.settings import DEVICES, METHODS, SCHEMES, TARGETS, Settings
+from mptk.errors import MptkError
 from mptk.methods import methods
-from mptk.targets import TARGETS
-from passes.pipelines import SCHEMES
+from mptk.targets import TARGETS as WRITTEN
+from passes import pipelines
 
 NAMES = sorted(typer.main.get_command(commands).commands)
 
@@ -29,9 +32,9 @@ NAMES = sorted(typer.main.get_command(commands).commands)
 
 
 def test_the_names_of_choices_are_those_that_are_there() -> None:
-    assert tuple(methods()) == choices.METHODS
-    assert tuple(TARGETS) == choices.TARGETS
-    assert set(choices.SCHEMES) == set(SCHEMES)
+    assert tuple(methods()) == METHODS.names
+    assert tuple(WRITTEN) == TARGETS.names
+    assert set(SCHEMES.names) == set(pipelines.SCHEMES)
 
 
 @pytest.mark.parametrize(
@@ -53,18 +56,21 @@ def test_a_value_that_is_not_known_is_a_usage_error(arguments: list[str], said: 
 
 
 def test_devices_have_numbers() -> None:
-    assert choices.DEVICE["parser"]("cuda:3") == "cuda:3"
-    with pytest.raises(typer.BadParameter):
-        choices.DEVICE["parser"]("cuda:x")
+    assert Settings(device="cuda:3").device == "cuda:3"
+    for wrong in ("cuda:x", "cpu:0"):
+        with pytest.raises(
+            MptkError, match=f"device: '{wrong}' is not known; .*choose one of {', '.join(DEVICES.names)}"
+        ):
+            Settings(device=wrong)
 
 
 def test_plugins_are_accepted_and_completed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Entry:
         name = "sparsegpt"
 
-    monkeypatch.setattr(choices, "entry_points", lambda group: [Entry] if group == "mptk.methods" else [])
-    assert choices.METHOD["parser"]("sparsegpt") == "sparsegpt"
-    assert choices.METHOD["autocompletion"]("s") == ["sparsegpt"]
+    monkeypatch.setattr(setting, "entry_points", lambda group: [Entry] if group == "mptk.methods" else [])
+    assert chosen(METHODS)["parser"]("sparsegpt") == "sparsegpt"
+    assert chosen(METHODS)["autocompletion"]("s") == ["sparsegpt"]
 
 
 def complete(line: str) -> list[str]:

@@ -6,6 +6,7 @@ import pytest
 from transformers import MixtralConfig, PreTrainedConfig
 
 import mptk
+from mptk.report.analysis import analysis_json
 from mptk.report.page.coupling import (
     AFTER,
     BEFORE,
@@ -85,7 +86,9 @@ def test_no_name_becomes_markup() -> None:
     model = tiny_decoder(ROTARY)
     analysis = mptk.analyze(model)
     legal = find_target("stock").legal(analysis, model, 1)
-    page = analysis_page(HOSTILE, analysis, legal, [(HOSTILE, "3", HOSTILE, HOSTILE)])
+    said = analysis_json(analysis, legal, HOSTILE)
+    said["blocked"].append({"name": HOSTILE, "size": 3, "weights": [HOSTILE], "reasons": [HOSTILE]})
+    page = analysis_page(said, analysis, legal)
     assert "script" not in Parsed(page).tags
     assert "img" not in Parsed(page).tags
     assert HOSTILE in Parsed(page).text

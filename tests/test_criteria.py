@@ -36,9 +36,10 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from mptk.errors import MptkError
-from mptk.ir.samples import Samples
+from mptk.ir.samples import Samples, next_tokens
 from mptk.methods import criteria
-from mptk.methods.criteria.observe import find_sites
+from mptk.methods.criteria import fisher
+from mptk.methods.criteria.observe import Calibration, find_sites
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 
@@ -56,6 +57,10 @@ def gpt2() -> Case:
 @pytest.fixture(scope="module")
 def moe() -> Case:
     return packed_experts()
+
+
+def given(case: Case, *families: str) -> Calibration:
+    return Calibration(case.analysis, [case.analysis.family(name) for name in families], next_tokens(WINDOWS))
 
 
 class Queries(nn.Module):
@@ -147,7 +152,7 @@ def test_taylor_is_weight_times_gradient_over_all_members(gqa: Case, gpt2: Case)
 
 
 def test_fisher_sees_what_each_position_adds_to_the_gradient_in_a_mask(gqa: Case, moe: Case) -> None:
-    slopes = criteria.gather(gqa.analysis, "fisher", WINDOWS, families=["ffn", "kv_groups", "q_heads"]).slopes
+    slopes = fisher.measure(given(gqa, "ffn", "kv_groups", "q_heads")).slopes
     by_head = layers(lambda n: heads_of(pull(gqa, f"{n}.self_attn.o_proj")))
     assert_scores(slopes["ffn"].mean.float(), layers(lambda n: pull(gqa, f"{n}.mlp.down_proj")[None]))
     assert_scores(slopes["q_heads"].mean.float(), by_head.sum(3))
@@ -160,7 +165,7 @@ def test_fisher_sees_what_each_position_adds_to_the_gradient_in_a_mask(gqa: Case
         name = f"{n}.mlp.experts.down_proj"
         return (moe.weight(name) * moe.grads[name]).sum(1)
 
-    routed = criteria.gather(moe.analysis, "fisher", WINDOWS, families=["ffn"]).slopes["ffn"]
+    routed = fisher.measure(given(moe, "ffn")).slopes["ffn"]
     assert_scores(routed.mean.float(), layers(experts))
 
 
@@ -281,13 +286,14 @@ def test_a_family_that_no_weight_mixes_says_what_can_score_it() -> None:
         criteria.score(analysis, "taylor", WINDOWS)
 
 
-def test_user_errors_name_cause_and_remedy(gqa: Case) -> None:
+def test_user_errors_name_cause_and_remedy(gqa: Case, moe: Case) -> None:
     analysis = gqa.analysis
-    assert [criteria.needs_data(n) for n in criteria.CRITERIA] == [False, False, *[True] * 7]
     with pytest.raises(MptkError, match="no criterion 'wand'; choose one of random, magnitude"):
-        criteria.needs_data("wand")
-    with pytest.raises(MptkError, match="wanda needs calibration text"):
-        criteria.score(analysis, "wanda")
+        criteria.score(analysis, "wand")
+    for name in set(criteria.CRITERIA) - {"random", "magnitude"}:
+        assert criteria.CRITERIA[name].passes
+        with pytest.raises(MptkError, match="needs calibration text; pass windows of token ids, or use magnitude"):
+            criteria.score(moe.analysis if name == "reap" else analysis, name)
     with pytest.raises(MptkError, match="pass int64"):
         criteria.score(analysis, "wanda", WINDOWS.float())
     with pytest.raises(MptkError, match="no family 'fn'; there are hidden"):

@@ -13,9 +13,8 @@ from mptk.errors import MptkError
 from mptk.ir.axis_facts import Dims
 from passes.analysis.group import analyze
 from passes.analysis.rules.context import RuleContext, Value
-from passes.analysis.rules.notes import Counted
 from passes.analysis.rules.opaque import opaque
-from passes.analysis.rules.resizes import counted_argument
+from passes.analysis.rules.resizer import Counted, counted_argument
 from passes.analysis.rules.table import RULES, Result, rule
 from passes.frontend.trace import trace
 

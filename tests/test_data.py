@@ -11,10 +11,12 @@ import pyarrow.parquet
 import pytest
 import torch
 import toy_checkpoints as toys
+from toy_checkpoints import texts
 from transformers import BertConfig, BertModel, LlamaForCausalLM
 
 from mptk.errors import MptkError
 from mptk.io import data
+from mptk.io.text.sampled import sampled
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def model() -> LlamaForCausalLM:
 class TestLoadText:
     def test_text_file_is_one_document(self, tmp_path: Path) -> None:
         (tmp_path / "a.raw").write_text("one\n\ntwo\n")
-        assert data.load_text(str(tmp_path / "a.raw")) == ["one\n\ntwo\n"]
+        assert texts(str(tmp_path / "a.raw")) == ["one\n\ntwo\n"]
 
     @pytest.mark.parametrize("column", ["text", "story"])
     def test_rows_are_documents(self, tmp_path: Path, column: str) -> None:
@@ -33,22 +35,18 @@ class TestLoadText:
         (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
         for name in ("a.jsonl", "a.parquet"):
-            assert data.load_text(str(tmp_path / name)) == ["one", "two\nlines"]
+            assert texts(str(tmp_path / name)) == ["one", "two\nlines"]
 
     def test_text_column_goes_before_others(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text(json.dumps({"title": "t", "text": "body"}))
-        assert data.load_text(str(tmp_path / "a.jsonl")) == ["body"]
+        assert texts(str(tmp_path / "a.jsonl")) == ["body"]
 
     def test_folder_holds_all_its_files(self, tmp_path: Path) -> None:
         (tmp_path / "b").mkdir()
         (tmp_path / "b" / "1.txt").write_text("second")
         (tmp_path / "a.jsonl").write_text(json.dumps({"text": "first"}))
         (tmp_path / "picture.png").write_bytes(b"\x89")
-        assert data.load_text(str(tmp_path)) == ["first", "second"]
-
-    def test_no_more_than_asked(self, tmp_path: Path) -> None:
-        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "12345"}) for _ in range(100)))
-        assert len(data.load_text(str(tmp_path / "a.jsonl"), max_characters=12)) == 3
+        assert texts(str(tmp_path)) == ["first", "second"]
 
     def test_datasets_id(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []
@@ -59,18 +57,16 @@ class TestLoadText:
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         monkeypatch.chdir(tmp_path)
-        assert data.load_text("org/set") == ["row"]
-        data.load_text("org/set", split="validation")
-        data.load_text("org/set:cfg", split="validation")
-        data.load_text("org/set:cfg:test", split="validation")
+        assert texts("org/set") == ["row"]
+        texts("org/set:cfg")
+        texts("org/set:cfg:test")
         assert asked == [
             ("org/set", None, "train", True),
-            ("org/set", None, "validation", True),
-            ("org/set", "cfg", "validation", True),
+            ("org/set", "cfg", "train", True),
             ("org/set", "cfg", "test", True),
         ]
         with pytest.raises(MptkError, match="too many colons"):
-            data.load_text("a:b:c:d:e")
+            texts("a:b:c:d:e")
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),
@@ -87,17 +83,17 @@ class TestLoadText:
     def test_what_is_wrong_with_a_file(self, tmp_path: Path, name: str, content: bytes, message: str) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(MptkError, match=message):
-            data.load_text(str(tmp_path / name))
+            data.evaluation_windows(toys.tokenizer(), str(tmp_path / name), 7)
 
     def test_nothing_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         for name in ("x" * 300, "~nobody-at-all/a.txt"):
-            with pytest.raises(MptkError, match="no file or folder"):
-                data.load_text(name)
+            with pytest.raises(MptkError, match="not a file or folder"):
+                texts(name)
         with pytest.raises(MptkError, match="no text in it"):
-            data.load_text(str(tmp_path))
-        with pytest.raises(MptkError, match=r"no file or folder.*check the path"):
-            data.load_text(str(tmp_path / "none.txt"))
+            texts(str(tmp_path))
+        with pytest.raises(MptkError, match=r"not a file or folder.*check the path"):
+            texts(str(tmp_path / "none.txt"))
 
 
 class TestTokenWindows:
@@ -147,7 +143,7 @@ class TestSelfSampled:
         tokenizer = toys.tokenizer(begin=True)
         state = torch.get_rng_state()
         first, same, other = (
-            data.self_sampled(model, tokenizer, count=5, length=11, seed=seed, batch_size=3) for seed in (1, 1, 2)
+            sampled(model, tokenizer, count=5, length=11, seed=seed, batch_size=3) for seed in (1, 1, 2)
         )
         assert torch.equal(state, torch.get_rng_state())
         assert first.shape == (5, 11)
@@ -158,8 +154,8 @@ class TestSelfSampled:
         assert set(first[:, 0].tolist()) == {tokenizer.bos_token_id}
 
     def test_more_rows_begin_with_the_same_ones(self, model: LlamaForCausalLM) -> None:
-        few = data.self_sampled(model, None, count=3, length=11, seed=1)
-        more = data.self_sampled(model, None, count=7, length=11, seed=1, batch_size=2)
+        few = sampled(model, None, count=3, length=11, seed=1)
+        more = sampled(model, None, count=7, length=11, seed=1, batch_size=2)
         assert torch.equal(more[:3], few)
         assert len({tuple(row) for row in more.tolist()}) == 7
 
@@ -172,22 +168,22 @@ class TestSelfSampled:
             model.lm_head.bias[[1, 7, 9]] = torch.tensor([0.2, 0.3, 0.5]).log()
         # What checkpoints bring along must not bend it.
         model.generation_config.update(temperature=0.1, top_k=1, repetition_penalty=9.0, max_length=5, do_sample=False)
-        sample = data.self_sampled(model, None, count=32, length=65, seed=0)[:, 1:].flatten()
+        sample = sampled(model, None, count=32, length=65, seed=0)[:, 1:].flatten()
         share = [(sample == token).float().mean().item() for token in (1, 7, 9)]
         assert share == pytest.approx([0.2, 0.3, 0.5], abs=0.04)
         assert model.generation_config.top_k == 1
 
     def test_without_begin_of_sequence(self, model: LlamaForCausalLM) -> None:
-        sample = data.self_sampled(toys.llama(), toys.tokenizer(), count=2, length=5, seed=0)
+        sample = sampled(toys.llama(), toys.tokenizer(), count=2, length=5, seed=0)
         assert set(sample[:, 0].tolist()) == {model.config.bos_token_id}
         lone = toys.llama()
         lone.config.bos_token_id = lone.config.eos_token_id = None
-        starts = data.self_sampled(lone, None, count=9, length=4, seed=0)[:, 0]
+        starts = sampled(lone, None, count=9, length=4, seed=0)[:, 0]
         assert len(set(starts.tolist())) > 1
 
     def test_progress_ends_at_the_total(self, model: LlamaForCausalLM) -> None:
         calls: list[tuple[int, int]] = []
-        data.self_sampled(model, None, count=5, length=6, seed=0, batch_size=2, progress=lambda *at: calls.append(at))
+        sampled(model, None, count=5, length=6, seed=0, batch_size=2, progress=lambda *at: calls.append(at))
         assert calls == sorted(calls)
         assert calls[-1] == (30, 30)
         assert len(calls) > 10
@@ -197,13 +193,13 @@ class TestSelfSampled:
             BertConfig(hidden_size=24, num_attention_heads=3, intermediate_size=40, num_hidden_layers=1, vocab_size=50)
         )
         with pytest.raises(MptkError, match="--data"):
-            data.self_sampled(encoder, None, count=1, length=4, seed=0)
+            sampled(encoder, None, count=1, length=4, seed=0)
 
 
 class TestCalibration:
     def test_self_is_the_default(self, model: LlamaForCausalLM) -> None:
         windows = data.calibration(model, toys.tokenizer(), count=3, length=9, seed=4)
-        assert torch.equal(windows, data.self_sampled(model, toys.tokenizer(), count=3, length=9, seed=4))
+        assert torch.equal(windows, sampled(model, toys.tokenizer(), count=3, length=9, seed=4))
 
     def test_self_samples_only_what_no_run_before_has(
         self, model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -218,7 +214,7 @@ class TestCalibration:
         (three, first), (five, second), (two, third) = ask(3), ask(5), ask(2)
         assert (first, second, third) == (3 * 9, 2 * 9, 0)
         assert torch.equal(five[:3], three)
-        assert torch.equal(five, data.self_sampled(model, None, count=5, length=9, seed=0))
+        assert torch.equal(five, sampled(model, None, count=5, length=9, seed=0))
         assert torch.equal(two, five[:2])
 
     def test_text(self, model: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -226,6 +226,15 @@ def test_influence_judges_no_channels(llama):
         criteria.score(llama.analysis, "influence", IDS, families=["ffn"])
 
 
+def test_flap_corrects_no_bias_if_only_blocks_go(tmp_path):
+    """It scores no block, so it has measured nothing to correct with."""
+    source = save(LlamaForCausalLM(LLAMA), tmp_path / "dense")
+    short = {"onnx": False, "eval_windows": 1, "tolerance": 0.2, "sparsity": 0.2}
+    found = mptk.prune(source, settings=SETTINGS, method="flap", families=("layers",), progress=None, **short)
+    assert found.report.families["layers"]["width"] == 3
+    assert all(row["ok"] for row in found.report.proof)
+
+
 # ---- the main job ----
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, removed_blocks, resolve_plan
 from mptk.ir.samples import Samples
-from mptk.methods.distil import Distilled, Kept, Schedule, distil_blocks
-from mptk.staged import shelf
+from mptk.methods.distil import Distilled, Schedule, distil_blocks
+from mptk.protocols.run_folder import RunFolder
+from mptk.staged import spool
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
@@ -41,7 +43,7 @@ class Case:
     ends: frozenset[str]
     samples: Samples
 
-    def distil(self, how: Schedule = HOW, executor: Executor = EXECUTOR, kept: Kept | None = None) -> Distilled:
+    def distil(self, how: Schedule = HOW, executor: Executor = EXECUTOR, kept: RunFolder | None = None) -> Distilled:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("mptk.methods.distil.STEP", 2 * self.samples.positions)
             return distil_blocks(
@@ -103,34 +105,25 @@ def test_a_block_that_training_makes_worse_stays_as_it_was() -> None:
     assert all(torch.equal(found.weights[name], cut.small.state[name]) for name in found.weights)
 
 
-def test_stages_in_files_and_blocks_that_were_kept_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut, kept = case("decoder"), Folder()
-    expected = cut.distil(kept=kept)
-    assert cut.distil(kept=kept).errors == expected.errors
-    del kept.blocks["block-2"]
-    monkeypatch.setattr(shelf, "LEAST", 0)
-    found = cut.distil(executor=Executor(borders=0), kept=kept)
-    assert list(kept.saved) == [f"block-{k}" for k in (0, 1, 2, 3, 2)]
+def test_stages_in_files_and_blocks_that_were_kept_give_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cut = case("decoder")
+
+    def run(executor: Executor = EXECUTOR) -> Distilled:
+        return cut.distil(executor=executor, kept=RunFolder(tmp_path / "run", {}, resume=True))
+
+    expected = run()
+    assert run().errors == expected.errors
+    written = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("block-*")}
+    assert len(written) == 4
+    (tmp_path / "run.run" / "block-2.safetensors").unlink()
+    monkeypatch.setattr(spool, "SMALLEST_FILE", 0)
+    found = run(Executor(borders=0))
+    again = {path.name for path in tmp_path.rglob("block-*") if path.stat().st_mtime_ns != written[path.name]}
+    assert again == {"block-2.safetensors"}
     for weight in expected.weights:
         torch.testing.assert_close(found.weights[weight], expected.weights[weight], rtol=1e-4, atol=1e-5)
-
-
-class Folder:
-    """Keeps blocks in memory."""
-
-    def __init__(self) -> None:
-        self.blocks: dict[str, dict[str, Tensor]] = {}
-        self.saved: list[str] = []
-
-    def holds(self, file: str) -> bool:
-        return file.removesuffix(".safetensors") in self.blocks
-
-    def earlier(self, name: str) -> dict[str, Tensor] | None:
-        return dict(self.blocks[name]) if name in self.blocks else None
-
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        self.blocks[name] = dict(tensors)
-        self.saved.append(name)
 
 
 class Repeated(nn.Module):

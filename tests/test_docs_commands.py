@@ -29,9 +29,8 @@ from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 import mptk
-import mptk.api.pruned
+import mptk.api.recovery
 import mptk.chain.prepare
-import mptk.cli.prune
 from mptk.cli.main import app
 from mptk.io.packaged import ALIASES, _target, content_sha256
 from passes.analysis.rules import RULES
@@ -65,7 +64,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("MPTK_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.chdir(folder)
-        for module in (mptk.chain.prepare, mptk.api.pruned, mptk.cli.prune):
+        for module in (mptk.chain.prepare, mptk.api.recovery):
             patch.setattr(module, "DEFAULT_STEPS", 2)
         patch.setattr("mptk.ort.bench.peak_memory", lambda *_: 0)
         for name, path in {name: _target(name) for name in ALIASES}.items():

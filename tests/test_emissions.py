@@ -17,9 +17,7 @@ from graph_damage import damaged, exchanged, rewired
 from lab import Edit, Lab, after, fields, remembered
 
 import mptk
-from mptk.api import recovery
 from mptk.cli.main import main
-from mptk.config.settings import Learning, Training
 from mptk.errors import MptkError
 from mptk.files import write_json
 from passes.targets.onnx.names import QUANTIZED
@@ -222,19 +220,19 @@ FILES: dict[str, tuple[Edit, str, str, int]] = {
     "two ids in each other's place": (ids_swapped, r"model\.vocab\.\S+ of tokenizer.json is \d+, but \d+", SAVED, 1),
     "a token more": (
         added("added_tokens.json", '{"<x>": 96}'),
-        "added_tokens.json is no file of the dense model",
+        "added_tokens.json is not a file of the dense model",
         SAVED,
         1,
     ),
     "a chat template": (
         added("chat_template.jinja", "{{ messages }}"),
-        "chat_template.jinja is no file of the dense model",
+        "chat_template.jinja is not a file of the dense model",
         SAVED,
         1,
     ),
     "a processor": (
         added("preprocessor_config.json", "{}"),
-        "preprocessor_config.json is no file of the dense model",
+        "preprocessor_config.json is not a file of the dense model",
         SAVED,
         1,
     ),
@@ -312,7 +310,7 @@ def test_verify_refuses_a_file_by_its_name_and_its_field(lab: Lab, name: str) ->
 @pytest.mark.parametrize("name", rows(GRAPHS, QUICK.__contains__))
 def test_prune_publishes_no_such_graph(lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     edit, stage = GRAPHS[name]
-    after("mptk.tasks.decoder_onnx.emit_onnx", lambda graphs: edit(graphs.parent), 1)(monkeypatch)
+    after("mptk.tasks.decoder_form.emit_onnx", lambda graphs: edit(graphs.parent), 1)(monkeypatch)
     refused(lab, f"the proof fails at '{stage}'")
 
 
@@ -410,9 +408,7 @@ def test_export_and_recover_leave_it_out_too(
     monkeypatch.setattr(sys, "argv", [*command, "--strict"])
     with pytest.raises(SystemExit, match="1"):
         main()
-    learning = Learning(steps=2, training=Training(batch=2, micro=2))
-    report = recovery.recover(
-        lab.folder, lab.root / "recovered", learning, data=lab.settings.data, length=40, samples=3, quantize=("int8",)
-    )
-    assert report is not None
-    assert [note for note in report.notes if note.startswith(f"{file} was left out: ")]
+    how = {"steps": 2, "batch": 2, "micro": 2, "length": 40, "eval_length": 40, "quantize": "int8"}
+    found = mptk.recover(lab.folder, lab.root / "recovered", data=lab.settings.data, **how)
+    assert found is not None
+    assert [note for note in found.report.notes if note.startswith(f"{file} was left out: ")]

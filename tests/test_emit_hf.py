@@ -32,7 +32,7 @@ from transformers import (
 
 from mptk.errors import MptkError
 from mptk.ir.weights import Lazy, Weights
-from mptk.publish.publish import publish
+from mptk.publish.folder import publish
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.emit import emit_hf, write_checkpoint
 

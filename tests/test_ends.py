@@ -10,7 +10,9 @@ from torch import nn
 
 import mptk
 from mptk.cost.model import CostModel
+from mptk.ir.plan import Plan
 from mptk.methods.division import ends
+from mptk.protocols.chain import Prepared
 
 LAYERS = 10
 SETTINGS = mptk.Settings(method="wanda", sparsity=0.3, multiple=1, samples=8, onnx=False)
@@ -61,10 +63,15 @@ def test_nothing_is_said_else(strong: set[int], settings: dict[str, object]) -> 
 
 def test_whole_ends_save_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr(ends, "losses", lambda prepared, programs, *rest: (2.0, 1.0))
+    monkeypatch.setattr(ends, "masked_losses", lambda prepared, plans, *rest: (2.0, 1.0))
     whole_ends = ends.whole_ends
-    monkeypatch.setattr(ends, "whole_ends", lambda *given: made.append(whole_ends(*given)) or made[-1])
+
+    def kept(prepared: Prepared, *given: object) -> Plan | None:
+        made.append((prepared.analysis, whole_ends(prepared, *given)))
+        return made[-1][1]
+
+    monkeypatch.setattr(ends, "whole_ends", kept)
     assert note(set())
     ((analysis, plan),) = made
     assert set(plan.families) == {f"ffn.{layer}" for layer in range(1, LAYERS - 1)}
-    assert CostModel(analysis).sparsity(plan.widths) == pytest.approx(0.3, abs=0.02)
+    assert CostModel(analysis.divided(plan.divided)).sparsity(plan.widths) == pytest.approx(0.3, abs=0.02)

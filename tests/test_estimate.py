@@ -17,7 +17,7 @@ from toy_checkpoints import llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from mptk import Settings, prune
+from mptk import Settings, prune, recover
 from mptk.api import recovery
 from mptk.chain.estimate import check_fits, estimated, estimated_for
 from mptk.cli.main import app
@@ -107,7 +107,10 @@ def test_everything_stays_if_the_bound_allows_it_and_is_read_once() -> None:
 
 def test_a_smaller_bound_takes_less_memory_more_time_and_temporary_files() -> None:
     sizes = toy(tied=True)
-    loose, tight = (estimate(sizes, replace(WORK, gradients=True), SLOW, bound) for bound in (1e9, 100_000))
+    loose, tight = (
+        estimate(sizes, replace(WORK, passes={"score": Pass(1000, 10, gradients=True)}), SLOW, bound)
+        for bound in (1e9, 100_000)
+    )
     assert sum(tight.held.values()) == 100_000
     assert tight.needed["largest stage"] == 4 * 1.75 * BLOCK
     assert tight.temporary == {
@@ -120,7 +123,7 @@ def test_a_smaller_bound_takes_less_memory_more_time_and_temporary_files() -> No
 
 def test_training_holds_all_weights() -> None:
     sizes = toy(tied=True)
-    found = estimate(sizes, replace(WORK, training=7e6), SLOW, bound=1000)
+    found = estimate(sizes, replace(WORK, passes={"train": Pass(1000, 10, training=7e6)}), SLOW, bound=1000)
     assert (found.needed["weights"], found.needed["training"]) == (4 * sizes.parameters, 7e6)
     assert "weights that stay" not in found.held
 
@@ -209,7 +212,8 @@ def test_a_recovery_says_what_it_needs(tmp_path: Path) -> None:
     dense = save(LlamaForCausalLM(llama_config()), tmp_path / "dense")
     prune(dense, tmp_path / "pruned", replace(SETTINGS, onnx=False))
     learning = Learning(steps=2, training=Training(batch=2, micro=2))
-    found = recovery.needed(tmp_path / "pruned", learning, length=16)
+    settings = Settings(learning=learning, length=16, eval_length=16, onnx=False)
+    found = recovery.needed(tmp_path / "pruned", settings)
     kept, parameters = (
         sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
         for folder in (tmp_path / "pruned", dense)
@@ -221,14 +225,8 @@ def test_a_recovery_says_what_it_needs(tmp_path: Path) -> None:
     said: list[str] = []
     text = tmp_path / "text.txt"
     text.write_text(" ".join(WORDS * 50))
-    recovery.recover(
-        tmp_path / "pruned",
-        tmp_path / "out",
-        learning,
-        lambda stage, *_: said.append(stage),
-        length=16,
-        data=str(text),
-        eval_length=16,
+    recover(
+        tmp_path / "pruned", tmp_path / "out", settings, data=str(text), progress=lambda stage, *_: said.append(stage)
     )
     assert next(line for line in said if line not in ("load", "reading")).startswith("will need about ")
     shown = CliRunner().invoke(app, ["recover", str(tmp_path / "pruned"), "--estimate", "--steps", "2"])

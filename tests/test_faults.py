@@ -371,7 +371,7 @@ def test_decoding_with_positions_that_are_one_too_far(
 def test_what_the_proof_does_not_reach_is_said_with_the_option_that_does(lab: Lab) -> None:
     (note,) = mptk.verify(lab.folder, proof_length=WINDOW).notes
     assert note == (
-        "the proof stops before position 64, where this model has a window or threshold; --proof-length 72 covers it"
+        "the proof stops before position 64, at which this model has a window or threshold; --proof-length 72 covers it"
     )
     assert mptk.verify(lab.folder, proof_length=72).notes == []
     assert dataclasses.asdict(lab.settings)["proof_length"] == 1024

@@ -15,8 +15,8 @@ import pytest
 from mptk.errors import MptkError
 from mptk.files import json_text, staged, write_file, write_json, write_text, write_together
 from mptk.publish import manifest
+from mptk.publish.folder import publish
 from mptk.publish.manifest import check_manifest, read_manifest, update_manifest
-from mptk.publish.publish import publish
 
 ROOT = Path(__file__).resolve().parents[1]
 OTHERS = ["mptk/cli/failure.py", "mptk/chain/estimate.py", "mptk/targets/onnx.py", "passes/targets/onnx/tensors.py"]
@@ -37,10 +37,10 @@ def test_all_json_is_written_by_the_one_helper() -> None:
         if re.search(r"json\.dumps?\(", path.read_text())
     ]
     assert sorted(writers) == [
+        "mptk/files/replace.py",
         "mptk/files/staging.py",
-        "mptk/files/text.py",
         "mptk/reading.py",
-        "mptk/targets/fields.py",
+        "mptk/targets/beside.py",
     ]  # the last two look at values and print them in errors
 
 

@@ -11,8 +11,13 @@ from criteria_cases import FFN, LAYERS, WINDOWS, Case, SharedLayer, fused_heads,
 from torch import Tensor
 
 import mptk
+from mptk.ir.families import Analysis
+from mptk.ir.plan import Plan
 from mptk.ir.resolved_plan import resolve_plan
+from mptk.ir.samples import next_tokens
 from mptk.methods import criteria
+from mptk.methods.criteria import Calibration, Compensation
+from mptk.methods.criteria.flap import FLAP, compensate
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 from passes.transforms.masked_reference import mask
@@ -37,32 +42,35 @@ def error(case: Case, program: Any, plan: Any) -> float:
         return float((cut - case.analysis.program(WINDOWS)).square().mean())
 
 
+def flapped(analysis: Analysis, widths: dict[str, int]) -> tuple[Plan, Compensation]:
+    """The plan of FLAP's scores, and its corrections."""
+    families = [analysis.family(name) for name in widths]
+    scores, evidence = criteria.measured(FLAP, Calibration(analysis, families, next_tokens(WINDOWS)))
+    plan = criteria.select(analysis, scores, widths)
+    return plan, compensate(analysis, resolve_plan(analysis, plan), evidence)
+
+
 def test_compensation_moves_lost_means_into_biases(gpt2: Case) -> None:
-    result = criteria.one_shot(gpt2.analysis, "flap", {"ffn": 61, "v_dim": 7}, WINDOWS)
+    plan, result = flapped(gpt2.analysis, {"ffn": 61, "v_dim": 7})
     assert result.statement == "FLAP bias compensation: applied to c_proj"
     assert len(result.state) == 2 * LAYERS
     for i in range(LAYERS):
         layer = f"transformer.h.{i}"
         for family, label, name in [("ffn", f"{layer}.mlp", "mlp.c_proj"), ("v_dim", f"{layer}.attn", "attn.c_proj")]:
-            keep = result.plan.families[family].keep[label]
+            keep = plan.families[family].keep[label]
             size = FFN if family == "ffn" else 8
             removed = [s * size + u for s, row in enumerate(keep) for u in range(size) if u not in row]
             means, bias = gpt2.inputs[f"{layer}.{name}"].mean(0), f"{layer}.{name}.bias"
             expected = gpt2.weight(bias) + means[removed] @ gpt2.weight(f"{layer}.{name}.weight")[removed]
             torch.testing.assert_close(result.state[bias], expected, rtol=1e-4, atol=1e-5)
-    evidence = criteria.gather(gpt2.analysis, "flap", WINDOWS, families=["ffn", "v_dim"])
-    again = criteria.compensate(gpt2.analysis, resolve_plan(gpt2.analysis, result.plan), evidence.observations)
-    assert all(torch.equal(bias, result.state[name]) for name, bias in again.state.items())
     program = gpt2.analysis.program
-    assert error(gpt2, program.with_state(result.state), result.plan) < 0.9 * error(gpt2, program, result.plan)
+    assert error(gpt2, program.with_state(result.state), plan) < 0.9 * error(gpt2, program, plan)
 
 
 def test_compensation_says_where_there_is_no_bias(gqa: Case) -> None:
-    result = criteria.one_shot(gqa.analysis, "flap", {"q_heads": 2, "ffn": 64}, WINDOWS, seed=3)
+    _, result = flapped(gqa.analysis, {"q_heads": 2, "ffn": 64})
     assert result.state == {}
     assert result.statement == "FLAP bias compensation: not applied, o_proj and down_proj have no bias"
-    assert result.plan.meta == {"criterion": "flap", "seed": 3, "calibration": {"windows": 7, "length": 9}}
-    assert criteria.one_shot(gqa.analysis, "wanda", {"ffn": 64}, WINDOWS).statement == ""
 
 
 def test_a_bias_used_twice_gets_the_mean_correction() -> None:
@@ -73,8 +81,8 @@ def test_a_bias_used_twice_gets_the_mean_correction() -> None:
     seen: list[Tensor] = []
     model.outer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, 1)))
     model(WINDOWS)
-    result = criteria.one_shot(analysis, "flap", {family.name: 9}, WINDOWS)
-    ((keep,),) = result.plan.families[family.name].keep.values()
+    plan, result = flapped(analysis, {family.name: 9})
+    ((keep,),) = plan.families[family.name].keep.values()
     removed = [u for u in range(12) if u not in keep]
     means = torch.stack([x.mean(0) for x in seen]).mean(0)
     expected = model.outer.bias.detach() + model.outer.weight.detach()[:, removed] @ means[removed]

@@ -14,10 +14,11 @@ from mptk.ir.plan import FamilyPlan, Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from passes.analysis.group import analyze
+from passes.analysis.rules.resizer import scale_of
 from passes.frontend.trace import trace
 from passes.transforms.fold_norms import FoldNorms, unfoldable
 from passes.transforms.masked_reference import mask
-from passes.transforms.rewrite import rewrite, scale_of
+from passes.transforms.rewrite import rewrite
 
 SIZES = {
     "hidden_size": 48,

@@ -51,7 +51,7 @@ def pruned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.Pr
     out = tmp_path_factory.mktemp("pruned") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "mptk.methods.division.layers.losses", lambda prepared, programs, *rest: range(len(programs), 0, -1)
+            "mptk.methods.division.trial.losses", lambda prepared, programs, *rest: range(len(programs), 0, -1)
         )
         found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 8)
     assert found is not None
@@ -129,7 +129,7 @@ def learned(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> mptk.P
     out = tmp_path_factory.mktemp("learned") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "mptk.methods.division.layers.losses", lambda prepared, programs, *rest: range(len(programs), 0, -1)
+            "mptk.methods.division.trial.losses", lambda prepared, programs, *rest: range(len(programs), 0, -1)
         )
         asked = {"method": "maskprune", "steps": 6, "batch": 2, "micro": 2, "lr": 1e-3}
         found = mptk.prune(checkpoint, out, SETTINGS, families="ffn", data=[toys.TEXT] * 16, onnx=False, **asked)

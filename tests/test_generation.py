@@ -174,5 +174,5 @@ def test_errors_name_the_way_out(folder, source, tmp_path, words, message):
 def test_another_kind_of_logits_is_a_usage_error_that_names_the_choices(source, tmp_path):
     run = CliRunner().invoke(app, ["export", str(source), "--out", str(tmp_path / "out"), "--logits", "first"])
     assert run.exit_code == 2
-    assert all(choice in run.output for choice in ("'all'", "'last'"))
+    assert "one of all, last" in run.output
     assert not (tmp_path / "out").exists()

@@ -15,8 +15,12 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.maskprune.adapters import adapt, original
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
-from passes.transforms.insert_masks import disturbed, insert_masks
+from passes.transforms.insert_masks import InsertedMasks, disturbed, find_mask_sites
 from passes.transforms.masked_reference import mask
+
+
+def insert_masks(module, analysis, families, values, watch=None) -> InsertedMasks:
+    return InsertedMasks(module, find_mask_sites(analysis, module, families), values, watch)
 
 
 def families(analysis: Analysis) -> list[str]:

@@ -24,7 +24,6 @@ from mptk.api import compiler as api
 from mptk.compile.trace import same_sizes, traced
 from mptk.config.settings import Learning, Training
 from mptk.errors import MptkError
-from mptk.io.images import open_image
 from mptk.io.models import Loaded, load
 from mptk.ir.program import Program
 from mptk.ir.samples import IGNORED, Samples
@@ -33,6 +32,7 @@ from mptk.tasks import task_of
 from mptk.tasks.classifier import Classifier
 from mptk.tasks.encoder import Encoder
 from mptk.tasks.inputs import inputs_of
+from mptk.tasks.inputs.images import open_image
 from mptk.tasks.inputs.text import SEQUENCE
 from mptk.tasks.masked_lm import MaskedLM
 from mptk.tasks.seq2seq import until_end
@@ -119,8 +119,8 @@ def test_targets_end_with_the_text() -> None:
 @pytest.mark.parametrize(
     ("name", "data", "line"),
     [
-        ("image classifier", "self", "this model reads images, and self is no folder of them"),
-        ("image classifier", "text.txt", "is no folder of them; give one with --data, or random"),
+        ("image classifier", "self", "this model reads images, and self is not a folder of them"),
+        ("image classifier", "text.txt", "is not a folder of them; give one with --data, or random"),
         ("image classifier", "sounds", "holds no images"),
         ("speech", "images", "holds no WAV files"),
         ("encoder", "self", "cannot write text to calibrate on"),
@@ -139,7 +139,7 @@ def test_data_of_another_kind_is_said_before_any_work(
 def test_files_that_are_no_image_and_no_sound(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "broken.wav").write_bytes(b"no sound")
-    for name, line in (("image classifier", "no image that can be read"), ("speech", "no WAV file that can be read")):
+    for name, line in (("image classifier", "is not a readable image"), ("speech", "is not a readable WAV file")):
         with pytest.raises(MptkError, match=line):
             mptk.prune(str(folders / name), tmp_path / "out", settings(folders, name, data=str(tmp_path)))
 
@@ -147,7 +147,7 @@ def test_files_that_are_no_image_and_no_sound(folders: Path, tmp_path: Path) -> 
 def test_a_small_file_that_unpacks_to_a_huge_picture(tmp_path: Path) -> None:
     Image.new("1", (20_000, 8_000)).save(tmp_path / "huge.png")
     assert (tmp_path / "huge.png").stat().st_size < 50_000
-    with pytest.raises(MptkError, match=r"huge.png is no image that can be read .*160000000 pixels"):
+    with pytest.raises(MptkError, match=r"huge.png is not a readable image .*160000000 pixels"):
         open_image(tmp_path / "huge.png")
 
 
@@ -196,12 +196,12 @@ def test_a_model_whose_trace_holds_one_length_is_cut_at_that_length(tmp_path: Pa
     notes = " ".join(found.report.notes)
     assert "MambaForCausalLM is traced for one length" in notes
     assert "windows of 8 tokens" in notes
-    assert "no ONNX: the trace holds for 8 tokens alone" in notes
+    assert "no ONNX: the trace holds only for 8 tokens" in notes
     assert {d.stage for d in mptk.verify(out)} >= {"rewritten graph", "reloaded checkpoint"}
     measured = [mptk.evaluate(it, "random", windows=1, length=20) for it in (out, found)]
     assert all("1 windows of 20 tokens" in each["protocol"] for each in measured)
     assert measured[0]["model"] == pytest.approx(measured[1]["pruned"], rel=1e-4)
-    with pytest.raises(MptkError, match=r"8 tokens alone, and the samples of data have 9; give samples of 8"):
+    with pytest.raises(MptkError, match=r"only for 8 tokens, and the samples of data have 9; give samples of 8"):
         mptk.prune(dense, data=torch.ones(4, 9, dtype=torch.int64), sparsity=0.2, length=8, method="wanda", multiple=1)
     with pytest.raises(
         MptkError, match=r"traced for 8 tokens alone, and a graph would take no others; use --target st"
@@ -240,7 +240,7 @@ def test_data_of_two_sizes_leave_the_size_open() -> None:
 def test_a_model_of_several_inputs_whose_trace_holds_one_length_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Program, "length", 7)
     loaded = Loaded(MODELS["encoder-decoder"]().eval(), None, "it", Path())
-    with pytest.raises(MptkError, match=r"T5ForConditionalGeneration can be traced for 7 tokens alone: .*mptk.rewrite"):
+    with pytest.raises(MptkError, match=r"T5ForConditionalGeneration can be traced only for 7 tokens: .*mptk.rewrite"):
         traced(loaded, task_of(loaded), EXECUTOR)
 
 

@@ -18,10 +18,10 @@ import mptk
 from mptk.chain.prepare import legalise
 from mptk.cli.main import app
 from mptk.cost import operator_times
-from mptk.cost.budgets import phase
+from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.latency import Latency, find_parts, interpolate
 from mptk.cost.model import CostModel
-from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, kept_times, measure
+from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator, cached_times, measure
 from mptk.errors import MptkError
 from mptk.io.models import Loaded
 from mptk.ir.plan import FamilyPlan, Plan
@@ -97,7 +97,7 @@ def test_what_is_no_product_counts_by_its_elements(analysis):
     latency = Latency(analysis, LADDERS, "decode", elementwise)
     silu_and_product = 2
     assert latency({}) - latency({"ffn": 40}) == pytest.approx(LAYERS * silu_and_product * 2 * 40)
-    count = sum(p.count for p in find_parts(analysis, *phase("decode")) if p.kind == ELEMENTWISE)
+    count = sum(p.count for p in find_parts(analysis, *OBJECTIVES["decode"]) if p.kind == ELEMENTWISE)
     assert latency({"ffn": 8}) > 0.5 * count
 
 
@@ -133,7 +133,7 @@ def test_operators_are_timed_once_for_a_machine_and_a_thread_count(machine):
         return {o: threads + float(o.sizes[0]) for o in found}
 
     def ask(found: Sequence[Operator], threads: int) -> dict[Operator, float]:
-        return kept_times(found, threads, lambda *_: None, sweep)
+        return cached_times(found, threads, lambda *_: None, sweep)
 
     small, large = Operator(ELEMENTWISE, (1,)), Operator(ELEMENTWISE, (99,))
     assert ask([small], 1) == {small: 2}
@@ -146,9 +146,9 @@ def test_operators_are_timed_once_for_a_machine_and_a_thread_count(machine):
 
 def test_another_runtime_is_measured_anew(machine, monkeypatch):
     one = [Operator(MATMUL, (1, 2, 3))]
-    kept_times(one, 1, lambda *_: None, lambda *_: {one[0]: 7.0})
+    cached_times(one, 1, lambda *_: None, lambda *_: {one[0]: 7.0})
     monkeypatch.setattr(operator_times.ort, "__version__", "0.0")
-    assert kept_times(one, 1, lambda *_: None, lambda *_: {one[0]: 8.0}) == {one[0]: 8.0}
+    assert cached_times(one, 1, lambda *_: None, lambda *_: {one[0]: 8.0}) == {one[0]: 8.0}
     assert len(list((machine / "latency").iterdir())) == 2
 
 
@@ -247,7 +247,7 @@ def test_milliseconds_that_the_dense_model_takes_anyway_are_refused(model, analy
 
 
 def test_settings_that_contradict_each_other_are_refused():
-    with pytest.raises(MptkError, match="no objective 'training'; choose one of prefill, decode"):
+    with pytest.raises(MptkError, match="objective: 'training' is not known; choose one of prefill, decode"):
         mptk.Settings(objective="training")
     with pytest.raises(MptkError, match="milliseconds are no budget of params; set budget to latency"):
         mptk.Settings(max_ms=3.0)

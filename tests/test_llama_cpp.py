@@ -46,7 +46,7 @@ def test_equal_layers_are_read_as_the_model_of_the_folder(dense: Path, widths: d
     config = mptk.load(str(tmp_path / "out")).model.config
     assert (
         layers
-        == [llama_cpp.Layer(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)]
+        == [llama_cpp.LayerWidths(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)]
         * config.num_hidden_layers
     )
     assert torch.equal(logits(tmp_path / "out.gguf"), logits(tmp_path / "out"))

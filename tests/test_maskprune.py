@@ -15,7 +15,7 @@ from mptk.errors import MptkError
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples, next_tokens
 from mptk.methods.maskprune.losses import TopLogits, class_losses, hidden_error, shorten
-from mptk.methods.maskprune.teacher import CachedTeacher, LiveTeacher, Output, fingerprint
+from mptk.methods.maskprune.teacher import CachedTeacher, Output, fingerprint
 from mptk.methods.maskprune.train import schedule
 from mptk.methods.reconstruct import _Fit, kept_units, reconstruct_consumers
 from mptk.protocols.run_folder import RunFolder
@@ -102,11 +102,11 @@ def test_the_cache_gives_what_the_live_teacher_gave_and_asks_it_once(tmp_path) -
     model, windows = architectures.model("llama"), next_tokens(architectures.tokens(6, 9))
     calls = []
 
-    def run(samples: Samples) -> Output:
+    @torch.no_grad()
+    def live(samples: Samples) -> Output:
         calls.append(len(samples))
         return model(*samples.tensors, use_cache=False).logits, None
 
-    live = LiveTeacher(run)
     student = logits(0, 2, 9, 97)
     exact = divergence(student, live(windows[torch.tensor([4, 1])])[0]).item()
     calls.clear()
@@ -123,7 +123,7 @@ def test_the_cache_gives_what_the_live_teacher_gave_and_asks_it_once(tmp_path) -
 def test_a_process_that_has_all_windows_runs_the_dense_model_if_another_needs_it(tmp_path) -> None:
     """As when it is in shards; else the other would wait for ever."""
     model, windows, calls = architectures.model("llama"), next_tokens(architectures.tokens(2, 9)), []
-    live = LiveTeacher(
+    live = torch.no_grad()(
         lambda samples: calls.append(len(samples)) or (model(*samples.tensors, use_cache=False).logits, None)
     )
     for asked in (True, True, False):

@@ -78,11 +78,8 @@ def test_weights_that_are_a_thousandth_off_are_found(
 
 
 def test_what_onnx_runtime_does_not_run_is_refused_by_name(checkpoint: str, tmp_path: Path) -> None:
-    refused = {
-        "bfloat16": r"no bfloat16 kernels for the CPU; use --onnx-dtype float32 or float16",
-        "float64": r"no type 'float64' of an ONNX graph; choose one of auto, float32, float16",
-    }
-    for dtype, message in refused.items():
+    for dtype in ("bfloat16", "float64"):
+        message = rf"onnx_dtype: '{dtype}' is not known; .*choose one of auto, float32, float16"
         with pytest.raises(MptkError, match=message):
             Settings(onnx_dtype=dtype)
         with pytest.raises(MptkError, match=message):

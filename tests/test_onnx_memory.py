@@ -23,7 +23,7 @@ from mptk.ir.program import Program
 from mptk.ir.weights import Lazy, Weights
 from passes.frontend.trace_decoder import trace_decoder
 from passes.pipelines import SCHEMES, emit_onnx, quantize_onnx
-from passes.targets.onnx import emit, lazy_weights, tensors
+from passes.targets.onnx import emit, tensors
 from passes.targets.onnx.block_weights import rounded
 from passes.targets.onnx.check_quantized import check_quantized
 
@@ -77,7 +77,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 def test_weights_read_one_by_one_are_those_of_an_export_that_holds_all(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lazy_weights, "SMALL", 16)
+    monkeypatch.setattr(emit, "SMALL", 16)
     monkeypatch.setattr(emit, "_exported", traces.TRANSLATE)  # passes number values anew in a copy
     program = trace_decoder(tiny_decoder(kind))
     state = Read(program.state)
@@ -88,7 +88,7 @@ def test_weights_read_one_by_one_are_those_of_an_export_that_holds_all(
 
 
 def test_a_graph_is_written_with_one_weight_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lazy_weights, "SMALL", LARGE)
+    monkeypatch.setattr(emit, "SMALL", LARGE)
     exported = emit.with_weights
 
     def count(model: ir.Model, program: Program) -> ir.Model:

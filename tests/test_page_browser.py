@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import mptk
+from mptk.report.analysis import analysis_json
 from mptk.report.page.render import analysis_page, report_page
 from mptk.targets import find_target
 from tests.page_runs import made
@@ -55,10 +56,11 @@ def opened(page: str, width: int, folder: Path) -> dict[str, Any]:
 def page(request: pytest.FixtureRequest) -> tuple[str, int]:
     """A page, and how many charts it has."""
     if request.param == "report":
-        return report_page([made(run="a" * 70), made(run="b")]), 23
+        return report_page([made(run="a" * 70), made(run="b")]), 17
     model = tiny_decoder("grouped heads, rotary")
     analysis = mptk.analyze(model)
-    return analysis_page("small", analysis, find_target("stock").legal(analysis, model, 1), []), 1
+    legal = find_target("stock").legal(analysis, model, 1)
+    return analysis_page(analysis_json(analysis, legal, "small"), analysis, legal), 1
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -12,7 +12,7 @@ from cutting import random_plan
 from torch import Tensor, nn
 
 from mptk.ir.families import Analysis
-from mptk.ir.passes import Log, Pass, Record, Result, run
+from mptk.ir.passes import Log, Pass, PassResult, Record, run
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, resolve_plan
 from passes.analysis.group import analyze
@@ -99,8 +99,8 @@ class Shorten(Pass):
 
     name: ClassVar[str] = "shorten"
 
-    def run(self, program: Program) -> Result:
-        return Result(replace(program, state=program.state.updated({"head.bias": torch.ones(4)})), True)
+    def run(self, program: Program) -> PassResult:
+        return PassResult(replace(program, state=program.state.updated({"head.bias": torch.ones(4)})), True)
 
     def ensures(self, before: Program, after: Program) -> None:
         """Nothing."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
-from mptk.ir.plan import FORMAT, FamilyPlan, Heads, Plan, Tokens
+from mptk.ir.plan import PLAN_FORMAT, FamilyPlan, Heads, Plan, Tokens
 from mptk.ir.resolved_plan import resolve_plan
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
@@ -26,7 +26,7 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "plan.md"
 def body(**changes: Any) -> dict[str, Any]:
     """A valid plan as JSON: one family of two layers."""
     family = {"width": 3, "of": 6, "keep": {"layers.0": "0-1,4", "layers.1": [2, 3, 5]}}
-    return {"format": FORMAT, "families": {"heads": family | changes}}
+    return {"format": PLAN_FORMAT, "families": {"heads": family | changes}}
 
 
 def test_ranges_and_lists_by_hand() -> None:
@@ -117,9 +117,9 @@ def test_a_wrong_family_is_refused_with_the_place(name: str) -> None:
         ([], '"format" is not "mptk-plan/1"'),
         ({"families": {}}, '"format" is not "mptk-plan/1"'),
         ({"format": "mptk-plan/9", "families": {}}, '"format" is not "mptk-plan/1"'),
-        ({"format": FORMAT}, '"families" is not an object'),
-        ({"format": FORMAT, "families": {"heads": 3}}, r"families\.heads is not an object"),
-        ({"format": FORMAT, "families": {}, "meta": [1]}, '"meta" is not an object'),
+        ({"format": PLAN_FORMAT}, '"families" is not an object'),
+        ({"format": PLAN_FORMAT, "families": {"heads": 3}}, r"families\.heads is not an object"),
+        ({"format": PLAN_FORMAT, "families": {}, "meta": [1]}, '"meta" is not an object'),
     ],
 )
 def test_a_wrong_plan_is_refused(data: Any, message: str) -> None:
@@ -160,7 +160,7 @@ def fitting(analysis: Analysis) -> dict[str, Any]:
         }
         for name, units in names.items()
     }
-    return {"format": FORMAT, "families": families}
+    return {"format": PLAN_FORMAT, "families": families}
 
 
 def test_a_plan_that_fits(analysis: Analysis) -> None:

@@ -82,12 +82,12 @@ def python(site: Path, code: str, *arguments: str) -> str:
 
 def test_criterion_and_target_prune_and_verify_from_the_command_line(site: Path, model: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ["--method", "mean-magnitude", "--target", "npz", "--out", str(out), *COMMON]
+    options = ["--method", "peak", "--target", "npz", "--out", str(out), *COMMON]
     listed, pruned = run(site, ["ops"], ["prune", model, *options])
     assert "mptk_example.gate" in listed.out
     assert pruned.code == 0, pruned.err
     report = Report.read(out)
-    assert (report.settings.method, report.settings.target) == ("mean-magnitude", "npz")
+    assert (report.settings.method, report.settings.target) == ("peak", "npz")
     narrowed = [f["width"] for f in report.families.values() if f["width"] < f["of"]]
     assert narrowed
     assert all(width % 8 == 0 for width in narrowed)
@@ -110,6 +110,8 @@ ANALYSED = """
 import torch
 from torch import nn
 import mptk
+from mptk.ir.samples import Samples
+from mptk.methods import criteria
 from mptk_example.rule import gate
 
 class Gated(nn.Module):
@@ -119,14 +121,19 @@ class Gated(nn.Module):
     def forward(self, x):
         return self.down(gate(self.up(x), self.by(x)))
 
-(family,) = mptk.analyze(Gated(), [torch.randn(3, 6)]).families
+model, x = Gated(), torch.randn(3, 6)
+analysis = mptk.analyze(model, [x])
+(family,) = analysis.families
 print(family.size, sorted(member.weight for member in family.groups[0].members))
+peaks = gate(model.up(x), model.by(x)).abs().amax(0) * model.down.weight.abs().sum(0)
+found = criteria.score(analysis, "peak", Samples({"x": x}))[family.name]
+print(torch.allclose(found.flatten(), peaks))
 """
 
 
-def test_rule_makes_its_operator_prunable(site: Path) -> None:
+def test_rule_makes_its_operator_prunable_and_the_criterion_measures_it(site: Path) -> None:
     members = ["by.bias", "by.weight", "down.weight", "up.bias", "up.weight"]
-    assert python(site, ANALYSED).strip() == f"10 {members}"
+    assert python(site, ANALYSED).split("\n")[:2] == [f"10 {members}", "True"]
 
 
 def test_a_plugin_that_does_not_load_is_one_line(site: Path, tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def test_families_without_a_stock_config_can_be_cut_for_the_graph_target(gpt2, t
         ({"families": ("fnn",)}, "no family 'fnn'"),
         ({"widths": {"ffn": 37}}, "ffn cannot have width 37; the nearest legal ones are"),
         ({"target": "tpu"}, "no target 'tpu'"),
-        ({"data": "/nowhere.txt"}, "'/nowhere.txt' is no file or folder; check the path"),
+        ({"data": "/nowhere.txt"}, "'/nowhere.txt' is not a file or folder; check the path"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_leaves_nothing(llama, tmp_path, change, message):

@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import mptk
 from mptk.api.sources import collected
-from mptk.config.keywords import with_keywords
+from mptk.config.setting import with_keywords
 from mptk.config.settings import IN_MEMORY, Learning, Settings, Training
 from mptk.errors import MptkError
 from mptk.io.live import open_live
-from mptk.ir.module import ProgramModule
+from mptk.ir.passes import PassResult
+from mptk.ir.program import Program, ProgramModule
 from mptk.ir.samples import Samples
 from mptk.tasks import task_of
+from passes.transforms.rewrite import Rewrite
 
 SMALL = {"sparsity": 0.3, "multiple": 4, "samples": 4, "length": 24, "eval_windows": 3, "eval_length": 24}
 SMALL |= {"progress": None}
@@ -273,6 +276,40 @@ def test_a_module_is_verified_with_itself(tmp_path: Path) -> None:
     assert measured["pruned"] == pytest.approx(found.report.quality["pruned"], abs=1e-5)
 
 
+def test_a_new_head_of_zeros_hides_no_wrong_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    nn.init.zeros_(net.head.weight)
+    nn.init.zeros_(net.head.bias)
+    module = HeadOnly(net)
+    found = mptk.prune(module, example_inputs=EXAMPLE, progress=None)
+    assert found is not None
+    assert not found.model(*EXAMPLE).any()
+    assert found.report.proof[-1]["stage"] == "random in place of zeros"
+
+    right = Rewrite.run
+
+    def wrong(self: Rewrite, program: Program) -> PassResult:
+        result = right(self, program)
+        name = next(n for n in result.program.parameters if n.endswith("down.weight"))
+        turned = {name: result.program.state[name].flip(1)}
+        return replace(result, program=result.program.with_state(turned))
+
+    monkeypatch.setattr(Rewrite, "run", wrong)
+    with pytest.raises(MptkError, match="random in place of zeros"):
+        mptk.prune(module, example_inputs=EXAMPLE, progress=None)
+
+
+class HeadOnly(nn.Module):
+    """The first output of ``Net``."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return self.net(x, scale)[0]
+
+
 def test_one_sample_is_enough_and_sizes_stay_free() -> None:
     found = mptk.prune(Net(), example_inputs=(EXAMPLE[0][:1], EXAMPLE[1][:1]), progress=None)
     assert found is not None
@@ -313,7 +350,7 @@ class Names(nn.Module):
         ),
         (lambda: mptk.prune(Net(), example_inputs=(EXAMPLE[0], EXAMPLE[1][:2])), "samples in their first dimension"),
         (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, data=[{"x": EXAMPLE[0]}]), "lack the input 'scale'"),
-        (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, data=[(1, 2)]), "no tensor but int"),
+        (lambda: mptk.prune(Net(), example_inputs=EXAMPLE, data=[(1, 2)]), "not a tensor but int"),
         (lambda: samples({"x": torch.ones(2, 3)}), "lack the input 'in"),
         (lambda: samples(torch.arange(9)), r"input_ids in data is \[9\]"),
         (lambda: mptk.prune(Names(), example_inputs=EXAMPLE), "give them by name"),

@@ -222,7 +222,7 @@ def test_sums_do_not_depend_on_how_much_is_run_at_once(source, monkeypatch):
     channels = {str(n.output[0]): 48 for n in norms[:1] + norms[-1:]}
     text = RNG.integers(3, 97, (10, 12))
     squares, products = (dict(measure_onnx(source, channels, text, what)) for what in ("squares", "products"))
-    monkeypatch.setattr(passes.targets.onnx.measure, "TOKENS", 36)
+    monkeypatch.setattr(passes.targets.onnx.measure, "TOKENS_AT_ONCE", 36)
     monkeypatch.setattr(passes.targets.onnx.measure, "BYTES", 1)
     assert squares.keys() == products.keys() == channels.keys()
     for what, expected in (("squares", squares), ("products", products)):

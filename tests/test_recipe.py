@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 import mptk as api
 from mptk.cli import prune as commands
 from mptk.cli.main import app
-from mptk.cli.options import FIELDS, RECOVERY, settings_from
-from mptk.config.recipe import TYPED_ONLY, read_recipe, recipe, recovery_recipe
+from mptk.config.recipe import read_recipe, recipe, refused
+from mptk.config.setting import taken
 from mptk.config.settings import Learning, LossWeights, Training
 from mptk.files import write_json
 from mptk.publish.manifest import check_manifest, write_manifest
@@ -47,10 +47,9 @@ OTHER = api.Settings(
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Collects what `prune` and `recover` are asked for, in place of a run."""
+    """Collects what `prune` is asked for, in place of a run."""
     calls: list[Any] = []
     monkeypatch.setattr("mptk.api.pruned.prune", lambda *arguments, **_: calls.append(arguments))
-    monkeypatch.setattr("mptk.api.recovery.recover", lambda *arguments, **options: calls.append((arguments, options)))
     return calls
 
 
@@ -121,11 +120,9 @@ def test_every_option_is_a_key_of_the_recipe() -> None:
     learning = replace(learning, training=replace(learning.training, lr=0.1))
     full = replace(OTHER, plan="plan.json", eval_data="c", vocabulary="d", kv_heads=1, learning=learning)
     read = api.Settings(inputs="i.safetensors")  # which has no vocabulary, and data of its own kind
-    missing = set(FIELDS) - set(recipe("m", full)) - {"resume", *TYPED_ONLY}
-    assert missing - set(recipe("m", read)) == set()
-    assert set(recovery_recipe("f", "m", full)) <= {*RECOVERY, "folder", "model"}
-    assert set(RECOVERY) - {"resume", *TYPED_ONLY} <= set(recovery_recipe("f", "m", full))
-    assert settings_from({}) == api.Settings()
+    never = {"resume", *refused(api.Settings)}
+    assert set(taken(api.Settings, "prune")) - never == set(recipe("m", full) | recipe("m", read)) - {"model"}
+    assert set(taken(api.Settings, "recover")) - never == set(recipe("m", full, "recover")) - {"model"}
     assert "config" in inspect.signature(commands.prune).parameters
 
 
@@ -172,7 +169,7 @@ def test_a_run_is_repeated_beside_files_of_the_user(made: Path, tmp_path: Path, 
     assert "out holds NOTES.txt, which mptk did not write; give another --out, or add --overwrite" in result.error
     assert mptk(*again, "--overwrite").code == 0
     assert (tmp_path / "out" / "NOTES.txt").read_text() == "mine"
-    assert not read_recipe(tmp_path / "out" / "run.yaml").keys() & set(TYPED_ONLY)
+    assert not read_recipe(tmp_path / "out" / "run.yaml").keys() & refused(api.Settings)
 
 
 def test_rerun_gives_the_same_and_says_so(made: Path, tmp_path: Path, mptk) -> None:  # noqa: F811

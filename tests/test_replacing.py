@@ -21,8 +21,8 @@ from mptk.files import claimed, discard, scratch, staged, staging, tidy, write_f
 from mptk.files.replace import put_folder
 from mptk.io.cache import build_once, tidy_shared
 from mptk.protocols.run_folder import check_unfinished
+from mptk.publish.folder import amend, check_apart, publish
 from mptk.publish.manifest import check_manifest, read_manifest, update_manifest, write_manifest
-from mptk.publish.publish import amend, check_apart, publish
 
 
 def forked(run: Callable[[], object]) -> int:
@@ -317,7 +317,7 @@ def test_no_planted_link_is_followed(tmp_path: Path) -> None:
         write(place / "out", "mine")
     (place / ".new.mptk").symlink_to(tmp_path / "victim")
     tidy(place)
-    with pytest.raises(MptkError, match="is no folder of yours; remove it"):
+    with pytest.raises(MptkError, match="is not your folder; remove it"):
         write(place / "new", "mine")
     assert (tmp_path / "victim" / "file").read_text() == "theirs"
     assert names(tmp_path / "victim") == ["file"]

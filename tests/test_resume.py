@@ -38,8 +38,8 @@ SETTINGS = mptk.Settings(
 )
 TEXT, SCORE, WIDTHS = (
     "mptk.tasks.inputs.text.calibration_windows",
-    "mptk.methods.criteria.gather",
-    "mptk.methods.one_shot._best",
+    "mptk.methods.criteria.measured",
+    "mptk.methods.one_shot.best",
 )
 FIT, CUT, WRITE = (
     "mptk.chain.prune.reconstruct_consumers",

@@ -110,5 +110,5 @@ def test_missing_broken_and_other_files(folder, tmp_path):
     pixels = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("pixels", "same")]
     graph = helper.make_graph([helper.make_node("Identity", ["pixels"], ["same"])], "g", pixels[:1], pixels[1:])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "x.onnx")
-    with pytest.raises(MptkError, match="no decoder with a KV cache: its inputs are pixels"):
+    with pytest.raises(MptkError, match="not a decoder with a KV cache: its inputs are pixels"):
         OrtDecoder(tmp_path / "x.onnx")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mptk.ir.families import Analysis
+from mptk.ir.ops import reached
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 
@@ -74,3 +75,9 @@ def test_views_that_do_not_fit_have_a_place_too() -> None:
 def test_a_model_of_torchs_modules_alone_has_torchs_lines() -> None:
     found = reasons(analyze(trace(nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 7)), (torch.ones(2, 5),))))
     assert {(r["module"], r["file"]) for r in found} == {("0", "linear.py"), ("2", "linear.py")}
+
+
+def test_what_is_reached_follows_each_way_once() -> None:
+    sources = {"a": ["b", "c"], "b": ["d"], "c": ["d"], "d": ["b"], "e": ["a"]}
+    assert reached(["a"], sources.__getitem__) == {"a", "b", "c", "d"}
+    assert reached([], sources.__getitem__) == set()

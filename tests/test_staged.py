@@ -23,9 +23,9 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import next_tokens
 from mptk.ir.weights import Lazy, Weights
 from mptk.methods.criteria import score
-from mptk.methods.criteria.observe import activations, find_sites, gradients
+from mptk.methods.criteria.observe import Calibration, activations, gradients
 from mptk.protocols.execution import execution, find_device
-from mptk.staged import shelf
+from mptk.staged import spool
 from mptk.staged.partition import Flow, partition
 from mptk.staged.staged import EXECUTOR, Executor
 from mptk.tasks import CAUSAL_LM
@@ -91,7 +91,7 @@ def built(name: str) -> tuple[Program, list[tuple[Tensor, ...]]]:
 
 @pytest.fixture(autouse=True)
 def _all_to_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shelf, "LEAST", 0)
+    monkeypatch.setattr(spool, "SMALLEST_FILE", 0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -193,7 +193,8 @@ def test_a_tied_weight_has_the_gradients_of_all_its_uses() -> None:
     model = architectures.model("llama", tie_word_embeddings=True)
     program, windows = trace(model, dynamic=True), architectures.tokens(4, 9)
     (name,) = (n for n in program.state if n in ("lm_head.weight", "model.embed_tokens.weight"))
-    found = gradients(program, [name], next_tokens(windows), CAUSAL_LM, executor=SMALL)[name]
+    given = Calibration(analyze(program), (), next_tokens(windows), executor=SMALL)
+    found = gradients(given, lambda loss: loss / CAUSAL_LM.predicted(given.samples), [name])[0][name]
     loss = model(windows, labels=windows, use_cache=False).loss
     (expected,) = torch.autograd.grad(loss, [model.lm_head.weight])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -202,10 +203,10 @@ def test_a_tied_weight_has_the_gradients_of_all_its_uses() -> None:
 def test_nothing_after_the_last_watched_value_is_computed() -> None:
     program, inputs = built("decoder")
     analysis = analyze(program)
-    sites = [site for site in find_sites(analysis) if "layers.0.self_attn" in program.weights.get(site.weight.name, "")]
     lazy, _, made = counted(program)
     analysis = type(analysis)(**{**vars(analysis), "program": lazy})
-    activations(analysis, sites, next_tokens(inputs[0][0]))
+    heads = analysis.family("q_heads").parts[0]
+    assert activations(Calibration(analysis, [heads], next_tokens(inputs[0][0])))
     assert 0 < sum(made) < 0.5 * sum(t.nbytes for t in program.state.values())
 
 
@@ -234,7 +235,7 @@ def test_a_write_through_a_view_stays_in_the_stage_of_what_it_changes() -> None:
 
 
 def test_results_can_be_kept_in_files_and_come_back() -> None:
-    kept = shelf.Shelf(bound=100)
+    kept = spool.Spool(bound=100)
     tensors = {"a": torch.randn(20), "b": torch.randn(30), "size": 7}
     kept.put("here", tensors)
     folder = kept._staging.folder

@@ -28,7 +28,7 @@ import mptk
 from mptk.api import compiler as api
 from mptk.errors import MptkError
 from mptk.ir.plan import FamilyPlan, Plan
-from mptk.report.terminal import analysis_json
+from mptk.report.analysis import analysis_json
 from mptk.targets import find_target
 from passes.transforms.fold_norms import FoldNorms
 from passes.transforms.rewrite import rewrite

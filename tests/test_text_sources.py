@@ -13,12 +13,12 @@ import datasets
 import pytest
 import torch
 import toy_checkpoints as toys
+from toy_checkpoints import texts
 
 from mptk.errors import MptkError
 from mptk.io import data
 from mptk.io.text import files, sampled, tokens
-from mptk.io.text.hub import PRESETS
-from mptk.io.text.sources import parse, shared
+from mptk.io.text.sources import PRESETS, parse, shared
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAT = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
@@ -39,24 +39,24 @@ def write_rows(path: Path, *rows: dict) -> str:
 class TestColumns:
     def test_a_column_is_named_after_a_colon(self, tmp_path: Path) -> None:
         path = write_rows(tmp_path / "a.jsonl", {"q": "why", "a": "so"}, {"q": "where", "a": "here"})
-        assert data.load_text(f"{path}:a") == ["so", "here"]
+        assert texts(f"{path}:a") == ["so", "here"]
         with pytest.raises(MptkError, match=rf"2 columns of strings \(q, a\); name the one to use, as {path}:q"):
-            data.load_text(path)
+            texts(path)
         with pytest.raises(MptkError, match="has no column 'z'; it has q, a"):
-            data.load_text(f"{path}:z")
+            texts(f"{path}:z")
 
     def test_comma_and_tab_separated_and_compressed_tables(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_text('title,body\none,"two, and"\nthree,four\n')
         (tmp_path / "a.tsv").write_text("title\tbody\none\ttwo\n")
         (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed"}\n'))
-        assert data.load_text(f"{tmp_path / 'a.csv'}:body") == ["two, and", "four"]
-        assert data.load_text(f"{tmp_path / 'a.tsv'}:title") == ["one"]
-        assert data.load_text(str(tmp_path / "a.jsonl.gz")) == ["packed"]
+        assert texts(f"{tmp_path / 'a.csv'}:body") == ["two, and", "four"]
+        assert texts(f"{tmp_path / 'a.tsv'}:title") == ["one"]
+        assert texts(str(tmp_path / "a.jsonl.gz")) == ["packed"]
 
     def test_plain_text_has_no_columns(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("x")
         with pytest.raises(MptkError, match="plain text and has no column 'text'"):
-            data.load_text(f"{tmp_path / 'a.txt'}:text")
+            texts(f"{tmp_path / 'a.txt'}:text")
 
     @pytest.mark.parametrize(
         ("column", "value"),
@@ -68,13 +68,13 @@ class TestColumns:
     )
     def test_chats_go_through_the_template(self, tmp_path: Path, column: str, value: list) -> None:
         path = write_rows(tmp_path / "a.jsonl", {column: value, "stars": 3})
-        assert data.load_text(path, tokenizer=chatty()) == ["[user] why\n[assistant] so\n"]
+        assert texts(path, chatty()) == ["[user] why\n[assistant] so\n"]
         with pytest.raises(MptkError, match="no chat template; name a column of text"):
-            data.load_text(path, tokenizer=toys.tokenizer())
+            texts(path, toys.tokenizer())
 
     def test_a_chat_column_goes_before_other_strings(self, tmp_path: Path) -> None:
         path = write_rows(tmp_path / "a.jsonl", {"prompt": "why", "prompt_id": "7", "messages": CHAT})
-        assert data.load_text(path, tokenizer=chatty()) == ["[user] why\n[assistant] so\n"]
+        assert texts(path, chatty()) == ["[user] why\n[assistant] so\n"]
 
     def test_each_window_of_chats_has_one_begin_of_sequence(self, tmp_path: Path) -> None:
         path = write_rows(tmp_path / "a.jsonl", *[{"messages": CHAT}] * 9)
@@ -139,7 +139,7 @@ class TestWeights:
             ("a.txt=0,b.txt", "with a weight above 0"),
             ("a.txt=much,b.txt", "with a weight above 0"),
             ("a.txt=nan,b.txt", "with a weight above 0"),
-            ("self=0.5,a.txt", "give self alone"),
+            ("self=0.5,a.txt", "give only self"),
         ],
     )
     def test_what_is_wrong_with_weights(self, written: str, message: str) -> None:
@@ -148,7 +148,7 @@ class TestWeights:
 
     def test_a_path_that_is_there_is_one_source(self, tmp_path: Path) -> None:
         (tmp_path / "a=1,b:c.txt").write_text("odd name")
-        assert data.load_text(str(tmp_path / "a=1,b:c.txt")) == ["odd name"]
+        assert texts(str(tmp_path / "a=1,b:c.txt")) == ["odd name"]
 
 
 class TestPresets:
@@ -161,7 +161,7 @@ class TestPresets:
 
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        assert data.load_text("wikitext2") == [" = Title = \n\n\n\n\nbody\n\n"]
+        assert texts("wikitext2") == [" = Title = \n\n\n\n\nbody\n\n"]
         data.evaluation_windows(toys.tokenizer(), "wikitext2", 4)
         data.evaluation_windows(toys.tokenizer(), "c4", 4)
         wikitext = ("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -172,7 +172,7 @@ class TestPresets:
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         for name in PRESETS:
             with pytest.raises(MptkError, match="the network and ID:CONFIG:SPLIT") as caught:
-                data.load_text(name)
+                texts(name)
             assert "\n" not in str(caught.value)
 
 

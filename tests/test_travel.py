@@ -17,7 +17,7 @@ from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.methods import find_method
 from mptk.methods.division.budget import WidthSearch
-from mptk.report.terminal import analysis_json, breaking
+from mptk.report.analysis import analysis_json, breaking
 from mptk.targets import find_target
 from passes.targets.legalize import LegalWidths
 from passes.targets.stock.config import StockConfig

@@ -16,8 +16,6 @@ from transformers import LlamaForCausalLM
 
 import mptk
 import mptk.api.rerun
-from mptk.api.recovery import recover
-from mptk.config.settings import Learning, Training
 from mptk.errors import MptkError
 from mptk.files import write_json
 from mptk.io import models
@@ -124,7 +122,7 @@ def test_a_folder_cannot_trust_itself(own: Path, own_pruned: Path, tmp_path: Pat
     (own.parent / "ran").unlink(missing_ok=True)
     for run in (
         lambda: mptk.verify(own_pruned),
-        lambda: recover(own_pruned, tmp_path / "out", Learning(steps=2), data="self"),
+        lambda: mptk.recover(own_pruned, tmp_path / "out", steps=2),
     ):
         with pytest.raises(MptkError, match="needs Python code of its own"):
             run()
@@ -156,10 +154,10 @@ def test_code_of_another_repository_is_not_fetched(own_pruned: Path, tmp_path: P
 
 
 def test_recover_of_a_model_of_its_own_class(own_pruned: Path, tmp_path: Path) -> None:
-    learning = Learning(steps=2, rank=2, training=Training(batch=2, micro=2))
-    changes = {"length": 16, "samples": 2, "eval_length": 16}
-    report = recover(own_pruned, tmp_path / "out", learning, trust_remote_code=True, **changes)
-    assert "trained model" in [d["stage"] for d in report.proof]
+    how = {"steps": 2, "rank": 2, "batch": 2, "micro": 2, "length": 16, "eval_length": 16, "onnx": False}
+    found = mptk.recover(own_pruned, tmp_path / "out", trust_remote_code=True, **how)
+    assert found is not None
+    assert "trained model" in [d["stage"] for d in found.report.proof]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +182,7 @@ def test_what_the_report_names_is_neither_fetched_nor_believed(
     copy = tmp_path / "copy"
     shutil.copytree(pruned, copy)
     edit(copy, model=str(tmp_path / named) if named.isupper() else named)
-    for run in (lambda: mptk.verify(copy), lambda: recover(copy, tmp_path / "out", Learning(steps=2))):
+    for run in (lambda: mptk.verify(copy), lambda: mptk.recover(copy, tmp_path / "out", steps=2)):
         with pytest.raises(MptkError, match=message):
             run()
 

@@ -17,7 +17,7 @@ from mptk.errors import MptkError
 from mptk.ir.plan import Plan
 from mptk.ir.samples import next_tokens
 from mptk.proof.verification import changes_of
-from mptk.report.terminal import proof_view
+from mptk.report.sections import proof_view
 from passes.analysis.group import analyze
 from passes.frontend.trace import trace
 from passes.verify import TOLERANCE, WIDEST, Difference, StageOutputs, difference, prove, widen
@@ -140,5 +140,5 @@ def test_a_folder_can_bring_biases_alone(tmp_path: Path, name: str, bias: Tensor
     save_file({"0.bias": torch.ones(8)}, tmp_path / "compensation.safetensors")
     assert set(changes_of(analysis, Plan({}), tmp_path, {}, False)) == {"0.bias"}
     save_file({name: bias}, tmp_path / "compensation.safetensors")
-    with pytest.raises(MptkError, match=f"compensation.safetensors holds {name}, which is no bias of the model"):
+    with pytest.raises(MptkError, match=f"compensation.safetensors holds {name}, which is not a bias of the model"):
         changes_of(analysis, Plan({}), tmp_path, {}, False)

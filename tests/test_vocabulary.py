@@ -27,7 +27,7 @@ from mptk.errors import MptkError
 from mptk.ir.plan import Plan
 from mptk.publish.manifest import write_manifest
 from mptk.report.card import CARD
-from mptk.targets.tokenizer import check_same_reading
+from mptk.targets.stock import check_same_reading
 
 WORDS = "the quick brown fox jumps "
 TEXT = WORDS * 90
@@ -237,7 +237,7 @@ def test_what_cannot_be_done_is_refused_in_a_line(dense, pruned, tmp_path):
     name = str(dense)
     for more, said in (
         ({"plan": str(pruned / "plan.json")}, "the plan says which tokens stay"),
-        ({"vocabulary": "self"}, "self is no text that a vocabulary can be taken of"),
+        ({"vocabulary": "self"}, "self is not text from which a vocabulary can be taken"),
         ({"vocabulary": []}, "vocabulary holds no texts"),
         ({"data": torch.ones(4, 24, dtype=torch.long)}, "data must be texts beside vocabulary"),
         ({"vocabulary": str(dense / "nothing.txt")}, "nothing.txt"),

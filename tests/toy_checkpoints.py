@@ -9,9 +9,10 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from benchmarks import gguf_file
+from mptk.io import data
 
 BEGIN, END = "<s>", "</s>"
 SPECIAL = [BEGIN, END, "<pad>"]
@@ -64,3 +65,9 @@ def write_gguf(model: LlamaForCausalLM, text: PreTrainedTokenizerFast, path: Pat
     gguf_file.write_gguf(
         model, text, path, "Toy Of The Tests", lambda name: Kind.Q8_0 if quantise and ".mlp." in name else Kind.F32
     )
+
+
+def texts(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
+    """The documents of ``name``, each whole, without empty ones."""
+    found = ("".join(document) for document in data.documents(name, tokenizer))
+    return [text for text in found if text.strip()]

@@ -19,8 +19,8 @@ from mptk.arguments import check_arguments, checked
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.changes import stored_weights
 from mptk.compile.trace import traced
-from mptk.config.settings import Settings, check_onnx_dtype
-from mptk.cost.budgets import phase
+from mptk.config.setting import with_keywords
+from mptk.config.settings import Settings
 from mptk.errors import MptkError, ProofError
 from mptk.files import path_of, write_result
 from mptk.io import data, models
@@ -31,7 +31,7 @@ from mptk.io.dense import fingerprint
 from mptk.io.live import unwrapped
 from mptk.io.models import Loaded
 from mptk.ir.families import Analysis
-from mptk.ir.passes import Log, Pass, Result, run, shapes
+from mptk.ir.passes import Log, Pass, PassResult, run, shapes
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, removed_blocks, resolve_plan
@@ -43,12 +43,12 @@ from mptk.progress import Progress, silent, within
 from mptk.protocols.execution import execution, session_device
 from mptk.protocols.onnx_form import Dense
 from mptk.protocols.values import left_out
+from mptk.publish.folder import check_apart, check_replaceable, publish
 from mptk.publish.manifest import check_manifest
-from mptk.publish.publish import check_apart, check_replaceable, publish
-from mptk.targets.gguf import Conversion, Layer, Pattern
+from mptk.targets.gguf import Conversion, LayerWidths, Pattern
 from mptk.targets.onnx import describe, remove_graph
 from mptk.tasks import CAUSAL_LM, check_decoder, example_of, form_of, load_decoder, open_task
-from mptk.tasks.decoder_onnx import export_decoder
+from mptk.tasks.decoder_form import export_decoder
 from mptk.version import __version__
 from passes.analysis import group
 from passes.analysis.rules import rule
@@ -56,9 +56,9 @@ from passes.check_cut import Unmoved, awake, check_cut, in_fine_types
 from passes.frontend.eager import compared
 from passes.frontend.trace import ExampleInputs
 from passes.frontend.trace_decoder import LogitsScope
-from passes.pipelines import check_schemes, cutting, passes_until
+from passes.pipelines import cutting, passes_until
 from passes.targets.onnx.check_quantized import check_quantized
-from passes.targets.onnx.names import FILE, quantized_files, scheme_of
+from passes.targets.onnx.names import ONNX_FILE, quantized_files, scheme_of
 from passes.transforms.rewrite import Rewrite
 
 __all__ = ["analyze", "bench", "export", "export_folder", "gguf", "rewrite", "rule", "show", "trace"]
@@ -129,7 +129,7 @@ def rewrite(analysis: Analysis, plan: Plan, *, check: bool = True) -> Program:
     return replace(results[-1].program, source=None)
 
 
-def _prove(analysis: Analysis, cut: Cut, steps: Sequence[Pass], proven: Sequence[Result]) -> None:
+def _prove(analysis: Analysis, cut: Cut, steps: Sequence[Pass], proven: Sequence[PassResult]) -> None:
     """Compare what each of ``steps`` made of the analysed program with the masked one."""
     stages = {step.name: result.program for step, result in zip(steps, proven, strict=True)}
     if removed_blocks(analysis, cut):
@@ -207,18 +207,17 @@ def export(
             is no such scheme, objective or type; or graphs are to be quantised that are not float32.
     """
     _check_whole(plan)
-    check_schemes(quantize)
-    form, how = form_of(model), dict[str, Any]({"logits": logits, "quantize": tuple(quantize), "objective": objective})
+    how: dict[str, Any] = {"logits": logits, "quantize": tuple(quantize), "objective": objective}
+    settings, form = Settings(onnx_dtype=onnx_dtype, **how), form_of(model)
     if form is None or form is CAUSAL_LM.onnx:
         export_decoder(model, Path(folder), metadata, plan=plan, text=text, onnx_dtype=onnx_dtype, **how)
         return Path(folder)
-    check_onnx_dtype(onnx_dtype, quantize)
     if model.dtype is not torch.float32:
         raise MptkError(f"the graphs of a {type(model).__name__} are made of a float32 model; call model.float()")
-    name, settings = type(model).__name__, Settings(onnx_dtype=onnx_dtype, **how)
     program = trace(model, example_of(model), dynamic=True)
     form.check(model, settings)
-    dense = Dense(Loaded(model, None, name, Path(), dtype=model.dtype), settings, program, about=metadata)
+    loaded = Loaded(model, None, type(model).__name__, Path(), dtype=model.dtype)
+    dense = Dense(loaded, settings, program, about=metadata)
     form.export(dense, plan, None, Path(folder), Log())
     return Path(folder)
 
@@ -231,7 +230,7 @@ def _check_whole(plan: Plan | None) -> None:
 
 
 @checked
-def gguf(folder: str | Path, like: str | Path, out: str | Path) -> list[Layer]:
+def gguf(folder: str | Path, like: str | Path, out: str | Path) -> list[LayerWidths]:
     """Write a pruned LLaMA model as the GGUF file ``out`` for llama.cpp; returns the widths of each layer.
 
     Args:
@@ -259,42 +258,29 @@ def export_folder(
     model: str,
     out: str | Path,
     *,
-    logits: LogitsScope = "all",
-    quantize: Sequence[str] = (),
     text: str | None = None,
-    objective: str = "decode",
-    onnx_dtype: str = "auto",
-    memory: int | None = None,
-    device: str = Settings.device,
-    strict: bool = Settings.strict,
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
     progress: Progress | None = None,
     on_note: Callable[[str], object] = warnings.warn,
+    **keywords: Any,
 ) -> Path:
     """Write a model of any task as a folder that ONNX consumers take: config, tokenizer and ``onnx/``.
 
     The graph of an image model takes images of its config's size.
 
     ``text``: a file, folder or dataset of which a decoder's ``int4`` gets 32 windows of 256 tokens, or of all
-    positions. ``memory``, ``device``, ``strict``, ``overwrite``: as in ``Settings``. ``on_note`` is given a line on
-    each optional file that is left out. What is not named here is as in ``export``.
+    positions. ``on_note`` is given a line on each optional file that is left out. ``keywords``: the fields of
+    ``Settings`` that `mptk export` has: ``logits``, ``quantize``, ``device``, …
 
     Raises:
         MptkError: as ``export``; or ``out`` exists and was not made by mptk, or holds other files.
         ProofError: it is ``strict``, and a quantised weight is further from the float one than rounding brings it.
     """
-    say = progress or silent
-    check_replaceable(Path(out), overwrite)
+    say, settings = progress or silent, with_keywords(Settings(), keywords)
+    check_replaceable(Path(out), settings.overwrite)
     check_apart(Path(out), model, *([] if text is None else [text]))
-    check_schemes(quantize)
-    phase(objective)
-    check_onnx_dtype(onnx_dtype, quantize)
     say("load", 0, 0)
-    how: dict[str, Any] = {"logits": logits, "quantize": tuple(quantize), "objective": objective}
-    settings = Settings(memory=memory, device=device, onnx_dtype=onnx_dtype, strict=strict, **how)
     resident, executor = execution(settings)
-    loaded, task = open_task(model, resident, trust_remote_code=trust_remote_code)
+    loaded, task = open_task(model, resident, trust_remote_code=settings.trust_remote_code)
     if task.onnx is None:
         raise MptkError(f"mptk has no ONNX form of a {task.summary}; export {model} with optimum")
     task.onnx.check(loaded.model, settings)
@@ -306,12 +292,12 @@ def export_folder(
     dense = Dense(loaded, settings, program, executor)
     positions = positions_of(loaded.model.config) or 256
     windows = None if text is None else data.calibration(loaded.model, loaded.tokenizer, text, 32, min(256, positions))
-    with publish(Path(out), overwrite=overwrite) as folder:
+    with publish(Path(out), overwrite=settings.overwrite) as folder:
         say("export ONNX", 0, 0)
         with within(say, "export ONNX"):
             samples = None if windows is None else next_tokens(windows)
             notes = task.onnx.export(dense, None, samples, folder / "onnx", Log())
-        for note in [*notes, *_checked(folder / "onnx", say, strict)]:
+        for note in [*notes, *_checked(folder / "onnx", say, settings.strict)]:
             on_note(note)
         loaded.model.config.save_pretrained(folder)
         copy_processors(loaded.path, folder, same_features=True)
@@ -320,7 +306,7 @@ def export_folder(
             generation.save_pretrained(folder)
         if loaded.tokenizer is not None:
             save_tokenizer(loaded.tokenizer, folder)
-        for note in describe(task.onnx, loaded.model.config, generation, folder, strict):
+        for note in describe(task.onnx, loaded.model.config, generation, folder, settings.strict):
             on_note(note)
     return Path(out)
 
@@ -335,7 +321,7 @@ def _checked(folder: Path, say: Progress, strict: bool) -> list[str]:
     for file in quantized_files(folder):
         try:
             with within(say, f"check {scheme_of(file)}"):
-                check_quantized(folder / FILE, file, scheme_of(file))
+                check_quantized(folder / ONNX_FILE, file, scheme_of(file))
         except ProofError as error:
             if strict:
                 raise
@@ -373,9 +359,9 @@ def bench(
     for model in map(str, models):
         check_positions(positions_named(model), longest + 1, f"{longest} tokens and one more in the cache of {model}")
     for model in map(str, models):
-        file = Path(model) if model.endswith(".onnx") else onnx_folder(model, progress) / FILE
+        file = Path(model) if model.endswith(".onnx") else onnx_folder(model, progress) / ONNX_FILE
         graphs[model] = file
-        if file.name == FILE:
+        if file.name == ONNX_FILE:
             graphs |= {f"{model} {scheme_of(other)}": other for other in quantized_files(file.parent)}
     return bench_decoders(graphs, device=there, progress=progress, **settings)
 
@@ -383,7 +369,7 @@ def bench(
 def positions_named(model: str) -> int | None:
     """The positions of a model, or of the one that a graph was made of, by its config; None if it is not known."""
     there = Path(model)
-    if not model.endswith(".onnx") and not any((folder / FILE).is_file() for folder in (there, there / "onnx")):
+    if not model.endswith(".onnx") and not any((folder / ONNX_FILE).is_file() for folder in (there, there / "onnx")):
         check_decoder(model)
         return positions_of(models.load_config(model))
     folder = model_folder(there)

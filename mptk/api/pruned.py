@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +21,8 @@ from mptk.api.sources import Data, Inputs, Model, check_texts, given, names_of, 
 from mptk.arguments import checked
 from mptk.chain.job import Finished, Job
 from mptk.chain.prune import run
-from mptk.config.keywords import keyword_names, no_keyword, with_keywords
-from mptk.config.settings import DEFAULT_STEPS, IN_MEMORY, Settings
+from mptk.config.setting import with_keywords
+from mptk.config.settings import IN_MEMORY, Settings
 from mptk.errors import MptkError
 from mptk.files import scratch
 from mptk.io import models
@@ -36,30 +36,12 @@ from mptk.proof.verification import plan_of
 from mptk.protocols.chain import Compiled
 from mptk.protocols.report import Report
 from mptk.protocols.values import Context
+from mptk.publish.folder import publish
 from mptk.publish.manifest import MARKER, check_manifest
-from mptk.publish.publish import publish
 from mptk.targets.graph import WEIGHTS, module_of
 
 Shown = Progress | Literal["auto"] | None
 """Where progress goes: bars on a terminal and in a notebook (``auto``), a function, or nowhere (None)."""
-
-_OF_A_RECOVERY = (
-    *(
-        "data",
-        "eval_data",
-        "length",
-        "seed",
-        "resume",
-        "overwrite",
-        "onnx",
-        "logits",
-        "quantize",
-        "onnx_dtype",
-        "strict",
-    ),
-    *("eval_windows", "eval_length", "proof_length", "max_shard_size", "memory", "device", "compute_dtype"),
-)
-"""Fields of ``Settings`` that do not say what is cut."""
 
 
 class Pruned:
@@ -92,7 +74,7 @@ class Pruned:
 
         It is of a stock transformers class, in the type of the stored weights, as ``from_pretrained`` loads it. A plain
         ``nn.Module`` (and what was written for the target ``graph``) becomes a module with the cut parameters under
-        their old names and the traced ``forward`` (``ir/module.py``), in its own types; what was a transformers model
+        their old names and the traced ``forward`` (``ir/program.py``), in its own types; what was a transformers model
         is in float32.
 
         Raises:
@@ -222,33 +204,27 @@ def recover(
     Args:
         pruned: a ``Pruned``, or an ``--out`` folder of ``prune``.
         out, progress, on_stage, data, eval_data: as in ``prune``.
-        settings: of its fields those count that do not say what is cut: ``learning``, ``length``, ``device``, …
+        settings: its fields that do not say what is cut count: ``learning``, ``length``, ``device``, …
         model: the dense model, if it is no longer where the report says. A ``Pruned`` that ``prune`` gave knows it.
         keywords: as in ``prune``; ``steps`` is 200 by default.
 
     Raises:
         MptkError: as ``prune``; the folder is not as it was published; or the dense model is not there, or another one.
     """
-    own = {field.name for field in fields(Settings)} - {*_OF_A_RECOVERY, "learning", "trust_remote_code"}
-    if refused := sorted(own & keywords.keys()):
+    settled = {each.path for each in Settings.declared if "recover" not in each.setting.on}
+    if refused := sorted(settled & keywords.keys()):
         raise MptkError(f"{refused[0]} is settled by what was pruned; prune again to change it")
-    if unknown := sorted(keywords.keys() - set(keyword_names())):
-        raise no_keyword(unknown[0], keyword_names())
-    start = pruned if isinstance(pruned, Pruned) else Pruned.open(pruned)
     base = settings or Settings(onnx=out is not None)
-    chosen = with_keywords(base, {**names_of(data=data, eval_data=eval_data), **keywords})
-    if chosen.learning.steps is None:
-        chosen = with_keywords(chosen, {"steps": DEFAULT_STEPS})
+    chosen = recovery.trained(with_keywords(base, {**names_of(data=data, eval_data=eval_data), **keywords}))
+    start = pruned.place if isinstance(pruned, Pruned) else pruned
     dense = None
-    if start.compiled is not None and model is None:
-        prepared = start.compiled.prepared
+    if isinstance(pruned, Pruned) and pruned.compiled is not None and model is None:
+        prepared = pruned.compiled.prepared
         dense = prepared.given, prepared.task
-    wanted = {name: getattr(chosen, name) for name in _OF_A_RECOVERY}
     there = str(model) if isinstance(model, Path) else model
 
     def job(place: Path) -> tuple[Job, Settings]:
-        trust, samples = chosen.trust_remote_code, given(data, eval_data)
-        return recovery.recovery(start.place, place, chosen.learning, there, trust, wanted, dense, samples)
+        return recovery.recovery(start, place, chosen, there, dense, given(data, eval_data))
 
     return _finished(job, out, progress, on_stage)
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mptk.api.pruned import prune
-from mptk.api.recovery import recover
+from mptk.api.pruned import prune, recover
 from mptk.chain.describe import PACKAGES
 from mptk.config.recipe import FILE as RECIPE
 from mptk.config.recipe import read_recipe
@@ -24,7 +23,6 @@ from mptk.publish.manifest import check_manifest, read_manifest
 
 OWN = (REPORT, RECIPE, CARD, METRICS, "bench.json")
 """Files in which runs differ that give the same result: they name folders and times."""
-_LEARNING = ("learning", "plan", "resume", "trust_remote_code", "reconstruct")
 
 
 def rerun(
@@ -63,23 +61,12 @@ def rerun(
     # A report does not choose where this machine writes: neither a folder nor the user's account.
     settings = replace(settings, learning=replace(settings.learning, teacher_cache=None, tracker="none"))
     if start is not None:
-        changes = {name: value for name, value in vars(settings).items() if name not in _LEARNING}
-        now = recover(
-            str(start),
-            out,
-            settings.learning,
-            progress,
-            model=model,
-            on_stage=on_stage,
-            trust_remote_code=trust_remote_code,
-            **changes,
-        )
+        found = recover(str(start), out, settings, model=model, progress=progress, on_stage=on_stage)
     else:
         if settings.plan is not None:
             settings = replace(settings, plan=str(folder / "plan.json"), vocabulary=None, kv_heads=None)
         found = prune(model or before.model, out, settings, progress=progress, on_stage=on_stage)
-        now = None if found is None else found.report
-    return None if now is None else compared(before, now) + files_compared(folder, Path(out))
+    return None if found is None else compared(before, found.report) + files_compared(folder, Path(out))
 
 
 def compared(before: Report, now: Report) -> list[dict[str, Any]]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +12,23 @@ from mptk.api.pruned import Shown, reporting
 from mptk.api.sources import Data, Inputs, Model, given, names_of, source_of, with_inputs
 from mptk.arguments import checked
 from mptk.chain.job import Job, held
-from mptk.chain.prepare import announce, check_settings, prepare, settled
-from mptk.chain.prune import SAMPLES, apart, begin, described, wanted
+from mptk.chain.prepare import check_settings, settled
+from mptk.chain.prune import compared, prepared_for, read_samples
 from mptk.compat.accelerate import own_state
 from mptk.compat.torch import sources_forgotten
-from mptk.compile.dense_outputs import with_outputs
-from mptk.config.keywords import with_keywords
 from mptk.config.recipe import command
+from mptk.config.setting import with_keywords
 from mptk.config.settings import Settings
 from mptk.conversions.kv_heads import merged_on
 from mptk.errors import explained
 from mptk.files import scratch, write_json
 from mptk.ir.passes import Log
-from mptk.ir.samples import Samples
-from mptk.methods.division.shape_search import search_shapes
+from mptk.methods.division.search import search_shapes
 from mptk.protocols.chain import Prepared
 from mptk.protocols.execution import find_device
-from mptk.protocols.origin import check_samples
-from mptk.protocols.run_folder import GIVEN, check_unfinished
 from mptk.protocols.shapes import Shapes
-from mptk.protocols.values import Context, SampleSets
-from mptk.publish.publish import publish
+from mptk.protocols.values import Context
+from mptk.publish.folder import publish
 
 FILE = "shapes.json"
 
@@ -81,55 +74,22 @@ def shapes(
     kept = scratch() if out is None else None
     place = kept.folder / "shapes" if kept is not None else Path(str(out))
     job = Job(source.name, place, source.load, needs=source.needs, samples=given(data, None))
-    say_command = partial(command, str(model), chosen) if isinstance(model, str | Path) else lambda widths: ""
+
+    def ranked(job: Job, prepared: Prepared, context: Context) -> Shapes:
+        sets = compared(prepared, read_samples(job, prepared, context, measures=False), context)
+        found = search_shapes(merged_on(prepared, sets.calibration, context), sets, context)
+        if isinstance(model, str | Path):
+            found = replace(found, command=command(str(model), chosen, found.best.widths))
+        if out is not None:
+            with publish(job.out, overwrite=chosen.overwrite) as folder:
+                write_json(folder / FILE, found.to_json())
+        assert context.folder is not None
+        context.folder.remove()
+        return found
+
     find_device(chosen.device)
     with reporting(progress) as say, own_state(chosen.device), explained(), held(job, chosen.overwrite):
-        return searched(job, settled(chosen), Context(Log(), say), say_command, write=out is not None)
-
-
-def searched(
-    job: Job, settings: Settings, context: Context, say_command: Callable[[Mapping[str, int]], str], write: bool
-) -> Shapes:
-    """The stages of a search. ``write``: whether the job's output is written."""
-    check_settings(settings)
-    settings = replace(settings, learning=replace(settings.learning, steps=0))  # those of a run after it
-    check_unfinished(job.out, described(job, settings), settings.resume, but=("sparsity", GIVEN))  # a latency sets it
-    if job.needs is not None:
-        announce(job.needs(settings), job, context)
-    prepared = prepare(job, settings, context)
-    context = begin(job, prepared, context)
-    assert context.folder is not None
-    try:
-        sets = samples_of(job, prepared, context)
-        found = search_shapes(merged_on(prepared, sets.calibration, context), sets, context)
-    except Exception:
-        context.folder.remove_unless(SAMPLES)
-        raise
-    found = replace(found, command=say_command(found.best.widths))
-    if write:
-        with publish(job.out, overwrite=settings.overwrite) as folder:
-            write_json(folder / FILE, found.to_json())
-    context.folder.remove()
-    return found
-
-
-def samples_of(job: Job, prepared: Prepared, context: Context) -> SampleSets:
-    """Samples to calibrate and train on, and to measure shapes on. They are kept in the folder of the search."""
-    s, task, folder = prepared.settings, prepared.task, context.folder
-    assert folder is not None
-    with context.stage("calibration data"):
-        kept = folder.tensors(SAMPLES)
-        own = None if job.samples is None else job.samples(prepared).training
-        if kept is not None and own is not None:
-            check_samples(kept, own.saved("training"), folder.path)
-        if kept is None:
-            say = partial(context.progress, "calibration data")
-            kept = (own or task.samples(prepared.loaded, s, wanted(s), say)).saved("training")
-            folder.save(SAMPLES, kept)
-    samples = Samples.restored(kept, list(task.example(prepared.loaded.model).inputs), "training")
-    assert samples is not None
-    training, held_out = apart(samples, s)
-    calibration = training[: s.samples]
-    with context.stage("dense outputs") if task.compares else nullcontext():
-        calibration = with_outputs(prepared, calibration) if task.compares else calibration
-    return SampleSets(training, calibration, calibration, s.data, task.sequences, held_out)
+        settings = settled(chosen)
+        check_settings(settings)
+        settings = replace(settings, learning=replace(settings.learning, steps=0))  # those of a run after it
+        return prepared_for(ranked, job, settings, Context(Log(), say))

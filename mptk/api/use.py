@@ -24,7 +24,7 @@ from mptk.api.sources import (
 from mptk.arguments import checked
 from mptk.compat.torch import sources_forgotten
 from mptk.compile.trace import fitting, traced
-from mptk.config.keywords import with_keywords
+from mptk.config.setting import with_keywords
 from mptk.config.settings import IN_MEMORY, Settings
 from mptk.conversions.vocabulary.convert import trim
 from mptk.errors import MptkError, explained

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from mptk.config.settings import Settings
+from mptk.cost.estimate import Pass
 from mptk.io import data
 from mptk.io.dense import absolute
 from mptk.io.tensors import write_weights
@@ -23,9 +24,9 @@ from mptk.protocols.chain import Compiled, Proven
 from mptk.protocols.origin import named
 from mptk.protocols.report import FILE, PROVEN_ON, Report
 from mptk.protocols.values import Context, SampleSets
+from mptk.publish.folder import amend
 from mptk.publish.licence import CARD
 from mptk.publish.manifest import listed, update_manifest, weights_digest
-from mptk.publish.publish import amend
 from mptk.report.card import write_card
 from mptk.targets.stock_config import config_changes
 from mptk.version import __version__
@@ -92,6 +93,12 @@ def used_data(sets: SampleSets, settings: Settings) -> dict[str, Any]:
             if name != "evaluation":
                 found[name]["seed"] = settings.seed
     return {**found, "files": data.file_digests(*named(settings))}
+
+
+def work(settings: Settings) -> dict[str, Pass]:
+    """What ``measured`` costs a run."""
+    s = settings
+    return {"measure": Pass(2 * s.eval_windows * s.eval_length, s.eval_length, reads=2)}
 
 
 def measured(report: Report, compiled: Compiled, sets: SampleSets, folder: Path, context: Context) -> Report:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from mptk.chain import describe
 from mptk.config.settings import Settings
 from mptk.cost.estimate import Estimate, Pass, Sizes, Work, estimate, size_text, this_machine
 from mptk.distributed.processes import blocks
@@ -17,19 +19,18 @@ from mptk.errors import MptkError
 from mptk.files import path_of
 from mptk.io import models
 from mptk.io.checkpoint import stored_dtype
+from mptk.io.data import SELF
 from mptk.io.fields import field
 from mptk.io.resident import free_memory, memory_bound
 from mptk.io.text.sampled import rows_at_once
-from mptk.methods import find_method
+from mptk.methods import distil, find_method, reconstruct
+from mptk.methods.division import search
+from mptk.methods.maskprune import learner
 from mptk.methods.one_shot import TOKENS
+from mptk.proof import proof
 from mptk.protocols.chain import reconstructs
 from mptk.protocols.execution import device_memory, find_device
-from mptk.protocols.rungs import judged, searched
-from mptk.protocols.values import LONG, PROOF_SHAPE
 from passes.analysis.borders import MARGIN, config_borders
-
-SCORES = {"random": 0, "magnitude": 0, "taylor": 3, "fisher": 4}
-"""Forward passes that a method's scores cost, if not 1; going back costs 2."""
 
 ONNX_BYTES = {"": 4.0, "int8": 1.0, "int4": 0.6, "fp16": 2.0}
 """Bytes of a number in an ONNX graph."""
@@ -77,63 +78,37 @@ def _stored(model: str, settings: Settings) -> torch.dtype:
 
 
 def work_of(settings: Settings, sizes: Sizes, long_proof: bool, kept: float = 1.0) -> Work:
-    """The work of a run.
+    """The work of a run: what each of its stages says that it does.
 
     ``long_proof``: whether the config has borders that its proof must go beyond. ``kept``: what a plan leaves.
     """
-    s, training = settings, settings.learning.training
-    method, calibration = find_method(s.method), s.samples * s.length
-    chooses = not s.fixed
-    passes: dict[str, Pass] = {}
-    if s.data == "self":  # the model reads its weights for every token of the windows that it writes at once
-        count = max(s.samples, s.steps * training.batch, searched(s)) * (1 + (s.eval_data is None))
-        passes["calibration data"] = Pass(
-            2 * count * s.length, s.length, reads=s.length * -(-count // rows_at_once(s.length))
-        )
-    if chooses and method.learns:
-        passes["score"] = Pass(3 * calibration, s.length, reads=2)
-    elif chooses:
-        tokens = SCORES.get(s.method, 1) * calibration
-        passes[f"score ({s.method})"] = Pass(tokens, s.length, reads=2 if tokens > calibration else 1)
-        passes["choose widths"] = Pass((1 if s.search else method.splits or 1) * TOKENS, s.length)
-    if s.steps:
-        passes["train"] = Pass(4 * s.steps * training.batch * s.length, s.length, reads=0)
-    kept = 1 - s.sparsity * sizes.blocks / sizes.parameters if chooses else kept
-    if s.search:
-        measured = s.search_shapes * 2 * kept * judged(s.samples) * s.length
-        fits = s.search_shapes * sizes.fit * reconstructs(s, method)
-        passes["shapes"] = Pass(calibration + measured, s.length, flops=fits)
-        passes["train shapes"] = Pass(4 * s.search_tokens, s.length, reads=0)
-    if reconstructs(s, method):
-        passes["reconstruct"] = Pass(calibration, s.length, flops=sizes.fit)
-    if s.distil_epochs:  # the dense model once, the small one forward, and forward and back in each epoch
-        passes["distil"] = Pass(calibration * (1 + kept * (1 + 3 * s.distil_epochs)), s.length, reads=2)
-    proof = PROOF_SHAPE[0] * PROOF_SHAPE[1] + (s.proof_length if long_proof else min(LONG, s.proof_length))
-    passes["prove"] = Pass(3 * proof, s.length, reads=2)
-    passes["measure"] = Pass(2 * s.eval_windows * s.eval_length, s.eval_length, reads=2)
+    method = find_method(settings.method)
+    s = replace(settings, reconstruct=reconstructs(settings, method))
+    if not s.fixed:
+        kept = 1 - s.sparsity * sizes.blocks / sizes.parameters
+    passes = _data(s) | ({} if s.fixed else dict(method.work(s)))
+    for stage in (learner.work, search.work, reconstruct.work, distil.work):
+        passes |= stage(s, sizes, kept)
+    passes |= proof.work(s, long_proof) | describe.work(s)
     return Work(
         kept=kept,
         passes=passes,
-        calibration=calibration,
+        calibration=s.samples * s.length,
         evaluated=max(TOKENS, s.eval_length),
         length=s.length,
         onnx=tuple(ONNX_BYTES[scheme] for scheme in ("", *s.quantize)) if s.onnx else (),
-        gradients=chooses and s.method == "taylor",
-        training=_training(s, sizes, kept) if s.trains else None,
-        models=1 + (s.kv_heads is not None and chooses and method.learns),
+        models=1 + (s.kv_heads is not None and not s.fixed and method.learns),
     )
 
 
-def _training(settings: Settings, sizes: Sizes, kept: float) -> float:
-    """Bytes that training takes beside the weights: optimizer and gradients, activations, logits of both models.
-
-    ``kept``: the share of the parameters that is left.
-    """
-    s, tokens = settings.learning, settings.learning.training.micro * settings.length
-    states = 12.0 * kept * sizes.parameters if not s.rank else 16.0 * s.rank * sizes.layers * 8 * sizes.hidden
-    layers = 1 if s.gradient_checkpointing else sizes.layers
-    activations = 4 * tokens * (layers * (12 * sizes.hidden + 4 * sizes.widest) + sizes.layers * sizes.hidden)
-    return states + activations + 4 * 4 * tokens * sizes.vocab
+def _data(settings: Settings) -> dict[str, Pass]:
+    """Text that the model writes itself: it reads its weights for every token of the windows that it writes at once."""
+    s = settings
+    if s.data != SELF:
+        return {}
+    count = max(s.samples, s.steps * s.learning.training.batch, search.searched(s)) * (1 + (s.eval_data is None))
+    reads = s.length * -(-count // rows_at_once(s.length))
+    return {"calibration data": Pass(2 * count * s.length, s.length, reads)}
 
 
 def check_fits(found: Estimate, out: Path) -> None:

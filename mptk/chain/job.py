@@ -17,7 +17,7 @@ from mptk.io.resident import Resident
 from mptk.ir.samples import Samples
 from mptk.protocols.chain import Chosen, Compiled, Prepared, Task
 from mptk.protocols.report import Report
-from mptk.publish.publish import check_apart, check_replaceable
+from mptk.publish.folder import check_apart, check_replaceable
 
 
 @dataclass(frozen=True)

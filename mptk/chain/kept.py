@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from mptk.conform import misfit
+from mptk.conform import Made
 from mptk.distributed.processes import leads
 from mptk.errors import MptkError
 from mptk.files import write_json
@@ -17,6 +19,7 @@ from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.weights import Weights
 from mptk.protocols.chain import Chosen, Prepared
 from mptk.protocols.run_folder import RunFolder
+from mptk.reading import read_as
 
 CHOICE, FITTED = "choice", "fitted"
 
@@ -31,11 +34,12 @@ def kept_choice(prepared: Prepared, folder: RunFolder | None, make: Callable[[],
         plan = Plan.from_json(known["plan"])
         changes = _stored(folder, CHOICE, known["changes"], prepared)
         cut, trained, notes = resolve_plan(prepared.analysis, plan), tuple(known["trained"]), tuple(known["notes"])
-        return Chosen(plan, cut, changes, trained, known["losses"], notes)
+        losses = {widths: math.inf if loss is None else loss for widths, loss in known["losses"].items()}
+        return Chosen(plan, cut, changes, trained, losses, notes)
     chosen = make()
     if folder is not None and leads() and chosen.witness is None and not chosen.steps:
-        known = {"plan": chosen.plan.to_json(), "changes": list(chosen.changes), "trained": chosen.trained}
-        _save(folder, CHOICE, chosen.changes, {**known, "losses": chosen.losses, "notes": chosen.notes})
+        said = {"plan": chosen.plan.to_json(), "changes": list(chosen.changes), "trained": chosen.trained}
+        _save(folder, CHOICE, chosen.changes, {**said, "losses": chosen.losses, "notes": chosen.notes})
     return chosen
 
 
@@ -72,12 +76,10 @@ class Choice(Fitted):
     notes: Sequence[str]
 
 
-def _known(folder: RunFolder, name: str, kind: type) -> dict[str, Any]:
+def _known(folder: RunFolder, name: str, kind: type[Made]) -> Made:
     """What was kept under a name. Raises MptkError if it is damaged."""
-    known = folder.read(name)
-    if (wrong := misfit(known, kind)) is not None:
-        raise MptkError(f"{name}.json in {folder.path} is damaged: {wrong}; remove the folder, and start again")
-    return known
+    file, remedy = folder.path / f"{name}.json", "remove the folder, and start again"
+    return read_as(kind, file, lambda why: MptkError(f"{file.name} in {folder.path} is damaged: {why}; {remedy}"))
 
 
 def _save(folder: RunFolder, name: str, weights: Mapping[str, Tensor], known: Mapping[str, object]) -> None:
@@ -87,7 +89,7 @@ def _save(folder: RunFolder, name: str, weights: Mapping[str, Tensor], known: Ma
     write_json(folder.path / f"{name}.json", known)
 
 
-def _stored(folder: RunFolder, name: str, weights: list[str], prepared: Prepared) -> Weights:
+def _stored(folder: RunFolder, name: str, weights: Sequence[str], prepared: Prepared) -> Weights:
     state, unkept = prepared.analysis.program.state, Resident(0)
     files = {weight: folder.path / f"{name}-{i}.safetensors" for i, weight in enumerate(weights)}
     return Weights({n: stored_weight(file, n, state.like(n).to("meta"), unkept) for n, file in files.items()})

@@ -26,18 +26,17 @@ from mptk.ir.samples import Samples
 from mptk.methods import find_method
 from mptk.methods.distil import NO_BLOCK
 from mptk.methods.division.budget import WidthSearch, budgeted, check_any, multiples
+from mptk.methods.division.search import rungs
 from mptk.methods.reconstruct import consumers
 from mptk.progress import Progress
 from mptk.protocols.chain import Method, Prepared, Target, Task, stored_type
 from mptk.protocols.execution import execution
 from mptk.protocols.origin import Origin, origin_of, states_of
-from mptk.protocols.rungs import rungs
 from mptk.protocols.trimmed import Trimmed
 from mptk.protocols.values import Context
-from mptk.publish.publish import check_apart
+from mptk.publish.folder import check_apart
 from mptk.targets import find_target
 from passes.analysis import group
-from passes.pipelines import check_schemes
 
 
 def announce(needs: Estimate, job: Job, context: Context) -> None:
@@ -75,7 +74,6 @@ def check_settings(settings: Settings) -> None:
         rungs(settings, settings.search_finalists)
         if processes().num_processes > 1:
             raise MptkError("one process searches; run `mptk shapes` in one, and give prune the --width that it prints")
-    check_schemes(settings.quantize)
 
 
 def check_graph_training(settings: Settings) -> None:

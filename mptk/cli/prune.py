@@ -3,46 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mptk.cli.app import command, resumable, show
-from mptk.cli.console import err, out
-from mptk.cli.idle import check_prune, check_recover
-from mptk.cli.options import (
-    RECOVERY,
-    Dense,
-    Device,
-    Folder,
-    Json,
-    MaxMs,
-    Memory,
-    Model,
-    Out,
-    Overwrite,
-    ProofLength,
-    Trust,
-    settings_from,
-    with_latency,
-    with_settings,
-)
-from mptk.cli.parse import parse_size
-from mptk.cli.places import file_to_write, folder_to_write
+from mptk.cli.console import VOICE, err, out
+from mptk.cli.options import Dense, Folder, Json, MaxMs, Model, out_file, out_folder, refuse_idle, with_latency
 from mptk.cli.progress import stages
 from mptk.cli.recipes import Config
-from mptk.cli.voice import VOICE
-from mptk.config.settings import DEFAULT_STEPS, Settings
+from mptk.config.setting import Asked, values
+from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import write_text
 from mptk.progress import within
 
 if TYPE_CHECKING:
+    from mptk.api.pruned import Pruned
+    from mptk.cost.estimate import Estimate as Needs
     from mptk.ir.passes import Record
 
-
-NO_PLACE = "there is no place for the result; give --out FOLDER"
 Estimate = Annotated[bool, typer.Option("--estimate", help="Only say what memory, disk and time the run will need.")]
 
 
@@ -54,81 +36,71 @@ Estimate = Annotated[bool, typer.Option("--estimate", help="Only say what memory
         "prune --config runs/m30/run.yaml --sparsity 0.5 --out runs/m50",
     )
 )
-@with_settings()
 def prune(
     model: Model,
-    folder: Annotated[Path | None, Out.__metadata__[0]] = None,
+    settings: Settings,
+    folder: Annotated[Path | None, out_folder("Folder for the result; an earlier result is replaced.")] = None,
     max_decode_ms: MaxMs = None,
     max_prefill_ms: MaxMs = None,
     estimate: Estimate = False,
     config: Config = None,
-    **options: object,
 ) -> None:
     """Cut a model, prove the result, and write it as a plain checkpoint folder and ONNX.
 
     maskprune learns what to cut and then trains the small model. A one-shot method trains only if --steps is given.
     """
     from mptk.api.pruned import prune
-    from mptk.chain.estimate import check_fits, estimated
+    from mptk.chain.estimate import estimated
     from mptk.chain.prepare import check_settings, settled
     from mptk.methods import find_method
-    from mptk.report import terminal as report
 
-    settings = with_latency(settings_from(options), max_decode_ms, max_prefill_ms)
+    settings = with_latency(settings, max_decode_ms, max_prefill_ms)
     meant = settled(settings)
-    check_prune(meant, not meant.fixed and find_method(meant.method).learns, estimate)
+    learns = not meant.fixed and find_method(meant.method).learns
+    refuse_idle("prune", Asked(meant, learns, writes=folder is not None, estimate=estimate))
     check_settings(meant)
-    if estimate:
-        found = estimated(model, meant)
-        out.print(report.estimate_view(found))
-        check_fits(found, folder or Path.cwd())
-        return
-    if folder is None:
-        raise MptkError(NO_PLACE)
-    with resumable(folder), stages(err) as progress:
-        result = prune(model, folder, settings, progress=progress, on_stage=printed())
-    if result is not None:
-        out.print(report.prune_view(result.report))
-        out.print(f"written to {folder}", soft_wrap=True)
+    needs = partial(estimated, model, meant) if estimate else None
+    carry_out(partial(prune, model, folder, settings), needs, folder)
 
 
 @command(examples=("recover runs/w30 --data book.txt --steps 100 --out runs/w30r",))
-@with_settings(*RECOVERY)
 def recover(
     folder: Folder,
-    destination: Annotated[
-        Path | None, typer.Option("--out", callback=folder_to_write, help="Folder for the trained model.")
-    ] = None,
+    settings: Settings,
+    destination: Annotated[Path | None, out_folder("Folder for the trained model.")] = None,
     model: Dense = None,
     estimate: Estimate = False,
     config: Config = None,
-    **options: object,
 ) -> None:
     """Train a pruned folder against its dense model, prove the result, and write it to another folder."""
-    from mptk.api import recovery
-    from mptk.chain.estimate import check_fits
-    from mptk.report import terminal as report
+    from mptk.api.pruned import recover
+    from mptk.api.recovery import needed, trained
 
-    steps = DEFAULT_STEPS if options["steps"] is None else options["steps"]
-    settings = settings_from({**options, "steps": steps})
-    check_recover(settings)
-    measured = ("eval_data", "eval_windows", "eval_length")
-    given = ("data", "length", "seed", "resume", "overwrite", "onnx", "logits", "quantize", "onnx_dtype", "strict")
-    machine = ("proof_length", "max_shard_size", "memory", "device", "compute_dtype")
-    changes: dict[str, Any] = {name: getattr(settings, name) for name in (*given, *measured, *machine)}
-    changes |= {"model": model, "trust_remote_code": settings.trust_remote_code}
-    if estimate:
-        found = recovery.needed(folder, settings.learning, **changes)
+    settings = trained(settings)
+    if not settings.steps:
+        raise MptkError("recover trains, and --steps 0 leaves nothing to do; give 1 or more")
+    refuse_idle("recover", Asked(settings, writes=destination is not None, estimate=estimate))
+    needs = partial(needed, folder, settings, model) if estimate else None
+    carry_out(partial(recover, folder, destination, settings, model=model), needs, destination)
+
+
+def carry_out(run: Callable[..., Pruned | None], needs: Callable[[], Needs] | None, place: Path | None) -> None:
+    """Run something into a folder, and show its report. If ``needs`` is given, only say what it will need."""
+    from mptk.chain.estimate import check_fits
+    from mptk.report import sections as report
+
+    if needs is not None:
+        found = needs()
         out.print(report.estimate_view(found))
-        check_fits(found, destination or Path.cwd())
+        check_fits(found, place or Path.cwd())
         return
-    if destination is None:
-        raise MptkError(NO_PLACE)
-    with resumable(destination), stages(err) as progress:
-        result = recovery.recover(folder, destination, settings.learning, progress, on_stage=printed(), **changes)
+    if place is None:
+        raise MptkError("there is no place for the result; give --out FOLDER")
+    with resumable(place), stages(err) as progress:
+        result = run(progress=progress, on_stage=printed())
     if result is not None:
-        out.print(report.prune_view(result))
-        out.print(f"written to {destination}", soft_wrap=True)
+        out.print(report.prune_view(result.report))
+        out.print(f"written to {place}", soft_wrap=True)
 
 
 def printed() -> Callable[[Record], None] | None:
@@ -139,25 +111,19 @@ def printed() -> Callable[[Record], None] | None:
 @command(examples=("verify runs/m30", "verify runs/m30 --model models/dense"))
 def verify(
     folder: Folder,
+    settings: Settings,
     model: Dense = None,
-    proof_length: ProofLength = Settings.proof_length,
-    memory: Memory = None,
-    device: Device = Settings.device,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Prove a pruned folder again: files, config, weights, logits (torch, ONNX Runtime). Exit code 1 if it fails."""
     from mptk.proof import verification
-    from mptk.report import terminal as report
+    from mptk.report import sections as report
 
     with stages(err) as progress, within(progress, "prove"):
         progress("prove", 0, 0)
         proof = verification.verify(
             folder,
             model=model,
-            trust_remote_code=trust_remote_code,
-            proof_length=proof_length,
-            memory=parse_size(memory),
-            device=device,
+            **values(settings, "verify"),
         )
     out.print(report.proof_view([d.as_dict() for d in proof]), *proof.notes, sep="\n")
 
@@ -165,15 +131,14 @@ def verify(
 @command(examples=("rerun runs/m30 --out runs/again",))
 def rerun(
     folder: Folder,
-    destination: Annotated[Path, typer.Option("--out", callback=folder_to_write, help="Folder for the new result.")],
+    destination: Annotated[Path, out_folder("Folder for the new result.")],
+    settings: Settings,
     model: Dense = None,
     json_file: Json = None,
-    overwrite: Overwrite = False,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Repeat the run that made a folder, from its report, and show what differs. Exit code 1 if a result does."""
     from mptk.api.rerun import rerun, results_differing
-    from mptk.report import terminal as report
+    from mptk.report import sections as report
 
     with resumable(destination), stages(err) as progress:
         found = rerun(
@@ -182,8 +147,7 @@ def rerun(
             progress,
             model=model,
             on_stage=printed(),
-            trust_remote_code=trust_remote_code,
-            overwrite=overwrite,
+            **values(settings, "rerun"),
         )
     if found is not None:
         show(json_file, {"folder": str(folder), "out": str(destination), "rows": found}, report.rerun_view(found))
@@ -196,27 +160,21 @@ def show_report(
     folders: Annotated[
         list[Path], typer.Argument(help="The --out folder of `mptk prune`; further ones stand beside it.")
     ],
-    html: Annotated[
-        Path | None, typer.Option(callback=file_to_write(), help="Write a page with charts to this file instead.")
-    ] = None,
+    html: Annotated[Path | None, out_file("Write a page with charts to this file instead.")] = None,
 ) -> None:
     """Show a pruned folder: widths, costs, perplexity, proof, timings, files. Several are compared."""
     from mptk.protocols.report import Report
-    from mptk.report import terminal as report
-    from mptk.report.page.runs import read_bench
+    from mptk.report import sections as report
+    from mptk.report.runs import Run, read_bench, read_runs, short_names
 
     if html is not None:
         from mptk.report.page.render import report_page
-        from mptk.report.page.runs import read_runs
 
         write_text(html, report_page(read_runs(folders)))
         out.print(f"written to {html}", soft_wrap=True)
         return
     folder, results = folders[0], [Report.read(each) for each in folders]
-    timed = read_bench(folder)
-    out.print(report.prune_view(results[0]))
-    if timed is not None:
-        out.print(report.bench_view(timed))
+    out.print(report.prune_view(results[0], read_bench(folder)))
     if len(results) > 1:
-        out.print(report.comparison_view(results))
+        out.print(report.comparison_view(list(map(Run, short_names(folders), results))))
     out.print(f"files in {folder}: {', '.join(results[0].files)}", soft_wrap=True, highlight=False)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mptk.config.settings import Settings
 from mptk.errors import MptkError, did_you_mean
 
 
@@ -19,7 +20,7 @@ def configured(context: typer.Context, file: Path | None) -> Path | None:
     """
     if file is None:
         return None
-    from mptk.config.recipe import TYPED_ONLY, read_recipe
+    from mptk.config.recipe import read_recipe, refused
 
     known: dict[str, Any] = {}
     for parameter in context.command.params:
@@ -27,11 +28,12 @@ def configured(context: typer.Context, file: Path | None) -> Path | None:
         known |= dict.fromkeys(flags or [parameter.name], parameter)
     known = {name: found for name, found in known.items() if name not in ("config", "help")}
     values: dict[str, Any] = {}
+    never = refused(Settings)
     for name, value in read_recipe(file).items():
         if name not in known:
             hint = did_you_mean(name, known, f"there are {', '.join(known)}")
             raise MptkError(f"{file} has {name!r}, which is no option of `mptk {context.command.name}`; {hint}")
-        if name in TYPED_ONLY:
+        if name in never:
             raise MptkError(f"{file} has {name!r}, which no file may decide; remove it, and type --{_flag(name)}")
         if value is not None:
             values[known[name].name] = _as_typed(value, known[name])

@@ -2,86 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.json import JSON
 from rich.text import Text
 
-from mptk.cli import choices
 from mptk.cli.app import command, show
 from mptk.cli.console import echo, err, out
-from mptk.cli.idle import check_eval, check_generate, refuse
-from mptk.cli.options import (
-    Device,
-    Json,
-    Logits,
-    Memory,
-    Model,
-    Objective,
-    OnnxDtype,
-    Out,
-    Overwrite,
-    Quantize,
-    Strict,
-    Threads,
-    Trust,
-    within,
-)
-from mptk.cli.parse import names, parse_counts, parse_size
-from mptk.cli.places import file_to_write
+from mptk.cli.options import Json, Model, chosen, number, out_file, out_folder, refuse
+from mptk.cli.parse import names, parse_counts
 from mptk.cli.progress import stages
-from mptk.config.bounds import BOUNDS
+from mptk.config.setting import SEED, Choices, values
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import write_json, write_text
 
 if TYPE_CHECKING:
-    from mptk.io.evaluation import Perplexity
+    from transformers import PreTrainedTokenizerBase
 
 PLOTS = (".png", ".svg", ".pdf")
+RUNTIMES = chosen(Choices(("torch", "onnx")))
 
 
 @command("export", examples=("export smollm2-135m --quantize int8 --out runs/dense",))
 def export_onnx(
     model: Model,
-    folder: Out,
-    logits: Logits = "all",
-    quantize: Quantize = "",
+    folder: Annotated[Path, out_folder("Folder for the result; an earlier result is replaced.")],
+    settings: Settings,
     data: Annotated[str | None, typer.Option(help="Text for a decoder's int4: file, folder or datasets id.")] = None,
-    objective: Objective = "decode",
-    onnx_dtype: OnnxDtype = "auto",
-    memory: Memory = None,
-    device: Device = Settings.device,
-    overwrite: Overwrite = False,
-    strict: Strict = Settings.strict,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Write a model as ONNX, a decoder with its KV cache, with its config and tokenizer."""
     from mptk.api import compiler as api
 
-    if "int4" not in names(quantize):
-        refuse(("data",), "text is for int4 alone", "give --quantize int4, or leave it out")
+    if "int4" not in settings.quantize:
+        refuse(("data",), "only int4 needs a text; give --quantize int4, or leave it out")
     notes: list[str] = []
     with stages(err) as progress:
         api.export_folder(
             model,
             folder,
-            logits=logits,
-            quantize=names(quantize),
             text=data,
-            objective=objective,
-            onnx_dtype=onnx_dtype,
-            memory=parse_size(memory),
-            device=device,
-            strict=strict,
-            trust_remote_code=trust_remote_code,
-            overwrite=overwrite,
             progress=progress,
             on_note=notes.append,
+            **values(settings, "export"),
         )
     out.print(f"written to {folder}", *notes, sep="\n", soft_wrap=True, highlight=False)
 
@@ -90,9 +57,7 @@ def export_onnx(
 def write_gguf(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out folder of `prune` or `recover`.")],
     like: Annotated[str, typer.Option(metavar="FILE", help="The dense model's GGUF file, or its packaged alias.")],
-    file: Annotated[
-        Path, typer.Option("--out", metavar="FILE", callback=file_to_write(".gguf"), help="The file to write.")
-    ],
+    file: Annotated[Path, out_file("The file to write.", ".gguf", flag="--out")],
 ) -> None:
     """Write a pruned LLaMA model as a GGUF file for llama.cpp, also one whose layers differ in width."""
     from mptk.api import compiler as api
@@ -111,54 +76,41 @@ def write_gguf(
     examples=(
         'generate runs/m30 "Once upon a time"',
         'generate runs/m30 "Why is the sky blue?" --chat --temperature 0.7',
-    )
+    ),
+    base=Settings(threads=0),
 )
 def generate(
     model: Annotated[str, typer.Argument(help="The --out folder of `prune` or `export`, or an .onnx file in it.")],
     prompts: Annotated[list[str], typer.Argument(help="Text to continue; several run as one batch.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write after each prompt.", **within(1))] = 64,
-    temperature: Annotated[
-        float, typer.Option(**within(0, 1e6), help="0: take the likeliest token; above 0: sample.")
-    ] = 0.0,
-    top_k: Annotated[int, typer.Option(**within(0), help="Sample among this many likeliest tokens; 0: all.")] = 50,
+    settings: Settings,
+    max_new_tokens: Annotated[int, number("Most tokens to write after each prompt.", 1)] = 64,
+    temperature: Annotated[float, number("0: take the likeliest token; above 0: sample.", 0, 1e6)] = 0.0,
+    top_k: Annotated[int, number("Sample among this many likeliest tokens; 0: all.", 0)] = 50,
     top_p: Annotated[
-        float,
-        typer.Option(**within(0, 1), help="Sample among the likeliest tokens that have this probability together."),
+        float, number("Sample among the likeliest tokens that have this probability together.", 0, 1)
     ] = 1.0,
     cut: Annotated[
         bool,
         typer.Option("--cut", help="Cut what the model's positions do not hold: the prompt's start, the answer's end."),
     ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.", **within(*BOUNDS["seed"]))] = 0,
-    threads: Threads = 0,
-    device: Device = Settings.device,
+    seed: Annotated[int, number("Seed of the sampling.", *SEED)] = 0,
 ) -> None:
     """Generate text in ONNX Runtime. One prompt is streamed; several run as one batch."""
-    import numpy as np
-    from transformers import TextStreamer
-
     from mptk.ort.generation import Sampling, TextGenerator, fitting
     from mptk.protocols.execution import session_device
 
-    class Streamer(TextStreamer):
-        """Prints text as it comes."""
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            echo(text, end="\n" if stream_end else "")
-
-    check_generate(temperature)
-    runner = TextGenerator(model, threads=threads, device=session_device(device))
+    if not temperature:
+        why = "temperature 0 takes the likeliest token; give --temperature, or leave it out"
+        refuse(("top_k", "top_p", "seed"), why)
+    runner = TextGenerator(model, threads=settings.threads, device=session_device(settings.device))
     encoded = [runner.encode(prompt, chat=chat) for prompt in prompts]
     sampling = Sampling(temperature, top_k, top_p)
     if cut:
         encoded, max_new_tokens = fitting(runner.positions, encoded, max_new_tokens)
     steps = runner.stream(encoded, limit=max_new_tokens, sampling=sampling, seed=seed)
     if len(prompts) == 1:
-        streamer: Any = Streamer(runner.tokenizer, skip_special_tokens=True)
-        for (token,) in steps:
-            streamer.put(np.array([token]))
-        streamer.end()
+        stream(runner.tokenizer, (token for (token,) in steps))
     else:
         for prompt, row in zip(prompts, zip(*steps, strict=True), strict=True):
             text = runner.tokenizer.decode([token for token in row if token is not None], skip_special_tokens=True)
@@ -171,127 +123,91 @@ def generate(
     )
 
 
-@command("eval", examples=("eval runs/m30 --data wikitext2 --windows 40", "eval runs/m30 --tasks arc_easy --limit 100"))
+def stream(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int | None]) -> None:
+    """Print text as its tokens come."""
+    import numpy as np
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        """Prints through the console."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            echo(text, end="\n" if stream_end else "")
+
+    streamer: Any = Streamer(tokenizer, skip_special_tokens=True)
+    for token in tokens:
+        streamer.put(np.array([token]))
+    streamer.end()
+
+
+@command(
+    "eval",
+    examples=("eval runs/m30 --data wikitext2 --windows 40", "eval runs/m30 --tasks arc_easy --limit 100"),
+    base=Settings(threads=0),
+)
 def evaluate(
     model: Model,
+    settings: Settings,
     data: Annotated[str | None, typer.Option(help="Text to measure on (or images, sounds, inputs).")] = None,
-    length: Annotated[int, typer.Option(**within(8), help="Tokens in a window.")] = 512,
-    windows: Annotated[int | None, typer.Option(**within(1), help="Use only the first windows.")] = None,
+    length: Annotated[int, number("Tokens in a window.", 8)] = 512,
+    windows: Annotated[int | None, number("Use only the first windows.", 1)] = None,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated.")] = "",
     include_path: Annotated[
         Path | None, typer.Option(help="Folder with lm-eval task files; needs --trust-remote-code.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(**within(1), help="Examples of each task.")] = None,
-    runtime: Annotated[str, typer.Option(help="onnx: a folder's ONNX or an .onnx file.", **choices.RUNTIME)] = "torch",
-    threads: Threads = 0,
-    device: Device = Settings.device,
+    limit: Annotated[int | None, number("Examples of each task.", 1)] = None,
+    runtime: Annotated[str, typer.Option(help="onnx: a folder's ONNX or an .onnx file.", **RUNTIMES)] = "torch",
     json_file: Json = None,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Measure how good a model is, by its kind: a decoder's perplexity, in torch or ONNX Runtime, and lm-eval tasks."""
-    from mptk.api import use
+    from mptk.api import perplexity, use
 
     check_eval(data, tasks, runtime)
-    if data is None and not tasks:
-        raise MptkError("nothing to evaluate; give --data TEXT for perplexity or --tasks NAMES for lm-eval")
-    if runtime == "onnx":
-        evaluate_onnx(model, data, length, windows, tasks, threads, device, json_file)
-        return
-    if not tasks and not use.reads_text(model, trust_remote_code=trust_remote_code):
-        with stages(err) as progress:
+    trust, views = settings.trust_remote_code, list[RenderableType]()
+    result: dict[str, object] = {"model": model}
+    measured, scores = None, None
+    with stages(err) as progress:
+        if runtime == "onnx":
+            measured = perplexity.of_graph(model, str(data), settings, progress, length, windows)
+        elif tasks or use.reads_text(model, trust_remote_code=trust):
+            measured, scores = perplexity.of_model(
+                model, data, settings, progress, length, windows, names(tasks), include_path, limit
+            )
+        else:
             found = use.evaluate(
                 model,
                 data,
                 windows=windows or Settings.eval_windows,
                 length=length,
-                device=device,
-                trust_remote_code=trust_remote_code,
+                device=settings.device,
+                trust_remote_code=trust,
                 progress=progress,
             )
-        show(json_file, {"model": model, **found}, quality_view(found))
-        return
-    evaluate_torch(
-        model, data, length, windows, names(tasks), include_path, limit, device, json_file, trust_remote_code
-    )
+            result |= found
+            views.append(quality_view(found))
+    if measured is not None:
+        result |= {"perplexity": measured.value, "protocol": measured.protocol}
+        views.append(Text(f"perplexity {measured.value:.3f}  ({measured.protocol})"))
+    if scores is not None:
+        result["tasks"] = scores
+        views.append(JSON.from_data(scores))
+    show(json_file, result, Group(*views))
 
 
-def evaluate_torch(
-    model: str,
-    data: str | None,
-    length: int,
-    windows: int | None,
-    tasks: Sequence[str],
-    include_path: Path | None,
-    limit: int | None,
-    device: str,
-    json_file: Path | None,
-    trust_remote_code: bool,
-) -> None:
-    """`mptk eval` of a decoder in torch: perplexity, lm-eval tasks, or both."""
-    from mptk.io import data as text
-    from mptk.io import evaluation
-    from mptk.protocols.execution import find_device
-    from mptk.tasks import load_decoder
-
-    evaluation.check_trusted(include_path, trust_remote_code)
-    with stages(err) as progress:
-        progress("load", 0, 0)
-        there = find_device(device)
-        loaded = load_decoder(model, trust_remote_code=trust_remote_code)
-        module: Any = loaded.model.to(there)  # type: ignore[arg-type]
-        result: dict[str, object] = {"model": model}
-        if data is not None:
-            text.check_length(loaded.model, length)
-            held_out = text.evaluation_windows(loaded.tokenizer, data, length, windows)
-            text.check_ids(loaded.model, held_out)
-            measured = evaluation.perplexity(
-                lambda ids: module(ids.to(there), use_cache=False).logits,
-                held_out,
-                data=text.protocol_name(data),
-                progress=lambda done, total: progress("perplexity", done, total),
-            )
-            result |= {"perplexity": measured.value, "protocol": measured.protocol}
-        if tasks:
-            progress("lm-eval", 0, 0)
-            result["tasks"] = evaluation.zero_shot(
-                loaded, tasks, include_path=include_path, limit=limit, trust_remote_code=trust_remote_code
-            )
-    views = [] if data is None else [perplexity_view(measured)]
-    show(json_file, result, Group(*views, *([JSON.from_data(result["tasks"])] if tasks else [])))
-
-
-def evaluate_onnx(
-    model: str,
-    data: str | None,
-    length: int,
-    windows: int | None,
-    tasks: str,
-    threads: int,
-    device: str,
-    json_file: Path | None,
-) -> None:
-    """`mptk eval --runtime onnx`: perplexity of an exported graph, plain or quantised."""
-    from mptk.io import data as text
-    from mptk.io import evaluation
-    from mptk.ort.generation import TextGenerator
-    from mptk.protocols.execution import session_device
-
-    if tasks or data is None:
+def check_eval(data: str | None, tasks: str, runtime: str) -> None:
+    """Check the options of ``eval``."""
+    if data is None:
+        refuse(("length", "windows"), "there is no text to measure on; give --data, or leave it out")
+    if not tasks:
+        refuse(("limit", "include_path"), "no lm-eval task is run; give --tasks, or leave it out")
+    if runtime == "onnx":
+        refuse(("trust_remote_code",), "ONNX Runtime runs a graph, and no code of a model; leave it out")
+    else:
+        refuse(("threads",), "torch uses all cores; give --runtime onnx, or leave it out")
+    if data is None and not tasks:
+        raise MptkError("nothing to evaluate; give --data TEXT for perplexity or --tasks NAMES for lm-eval")
+    if tasks and runtime == "onnx":
         raise MptkError("lm-eval tasks run in torch; give --data TEXT for perplexity with --runtime onnx")
-    with stages(err) as progress:
-        progress("load", 0, 0)
-        runner = TextGenerator(model, threads=threads, device=session_device(device))
-        text.check_positions(runner.positions, length, f"windows of {length} tokens")
-        held_out = text.evaluation_windows(runner.tokenizer, data, length, windows)
-        runner.check_ids(held_out.flatten().tolist())
-        measured = evaluation.perplexity(
-            runner.decoder.torch_logits,
-            held_out,
-            data=text.protocol_name(data),
-            progress=lambda done, total: progress("perplexity", done, total),
-        )
-    content = {"model": model, "perplexity": measured.value, "protocol": measured.protocol}
-    show(json_file, content, perplexity_view(measured))
 
 
 def quality_view(found: Mapping[str, Any]) -> Text:
@@ -301,34 +217,26 @@ def quality_view(found: Mapping[str, Any]) -> Text:
     return Text(f"{found['metric']} {said}  ({found['protocol']})")
 
 
-def perplexity_view(measured: Perplexity) -> Text:
-    """A perplexity and its protocol."""
-    return Text(f"perplexity {measured.value:.3f}  ({measured.protocol})")
-
-
 @command(examples=("bench smollm2-135m runs/m30 --threads 1,4 --plot bench.png",))
 def bench(
     models: Annotated[list[str], typer.Argument(help="Models, folders or .onnx files; the first is the baseline.")],
+    settings: Settings,
     lengths: Annotated[str, typer.Option(help="Tokens of the prompt or in the cache, comma-separated.")] = "128,512",
     batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     threads: Annotated[str, typer.Option(help="Thread counts, comma-separated.")] = "1",
-    rounds: Annotated[int, typer.Option(**within(2, 10_000), help="Alternating rounds of each case.")] = 7,
-    device: Device = Settings.device,
+    rounds: Annotated[int, number("Alternating rounds of each case.", 2, 10_000)] = 7,
     json_file: Json = None,
-    markdown: Annotated[
-        Path | None, typer.Option(callback=file_to_write(), help="Also write the table to this file.")
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(callback=file_to_write(*PLOTS), help="Also plot the ratios to this file (.png, .svg, .pdf)."),
-    ] = None,
+    markdown: Annotated[Path | None, out_file("Also write the table to this file.")] = None,
+    plot: Annotated[Path | None, out_file("Also plot the ratios to this file (.png, .svg, .pdf).", *PLOTS)] = None,
 ) -> None:
     """Time prefill and decode in ONNX Runtime, in turns in one process. Shows ideal ratios and the peak, too."""
     from mptk.api import compiler as api
-    from mptk.cli.plot import draw_bench, require_matplotlib
+    from mptk.publish.folder import amend
     from mptk.publish.manifest import update_manifest
-    from mptk.publish.publish import amend
-    from mptk.report import terminal as report
+    from mptk.report.markdown import rendered
+    from mptk.report.page.charts import plot_bench
+    from mptk.report.page.svg import require_matplotlib
+    from mptk.report.sections import bench_view
 
     counts = {
         name: parse_counts(text, f"--{name}")
@@ -339,23 +247,17 @@ def bench(
     if plot is not None:
         require_matplotlib()
     with stages(err) as progress:
-        result = api.bench(
-            models,
-            device=device,
-            progress=progress,
-            rounds=rounds,
-            **counts,
-        )
+        result = api.bench(models, device=settings.device, progress=progress, rounds=rounds, **counts)
     for model in models[1:]:
         if (Path(model) / "report.json").is_file():
             with amend(Path(model).resolve()) as new:
                 write_json(new / "bench.json", result.to_json())
                 update_manifest(new, "bench.json")
     if markdown is not None:
-        write_text(markdown, report.bench_markdown(result))
+        write_text(markdown, rendered(bench_view(result)) + "\n")
     if plot is not None:
-        draw_bench(result, plot)
-    show(json_file, result.to_json(), report.bench_view(result))
+        plot_bench(result, plot)
+    show(json_file, result.to_json(), bench_view(result))
 
 
 @command(examples=("push runs/m30 me/smollm2-pruned --private",))

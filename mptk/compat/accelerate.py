@@ -23,7 +23,7 @@ _FSDP_LOADS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 def own_state(device: str = "auto") -> Iterator[None]:
     """Within it an Accelerator is made as if it were the first of this process. Afterwards the caller's state is back.
 
-    ``device``: where a process alone computes; ``auto``: as accelerate chooses.
+    ``device``: where a single process computes; ``auto``: as accelerate chooses.
 
     accelerate keeps one precision and one plugin for all Accelerators of a process, and refuses a second. It has no
     public way to set that state aside. The connection between the processes stays.
@@ -54,7 +54,7 @@ def offloaded(folder: str) -> Iterator[dict[str, object]]:
     """Options that make ``from_pretrained`` leave all weights on disk, without accelerate's warning.
 
     Weights that it would convert go to ``folder``. The rest stays in the checkpoint's files. Under FSDP transformers
-    would load them on the first process alone, and heed no options.
+    would load them only on the first process, and would ignore the options.
     """
     logger = logging.getLogger("accelerate.big_modeling")
     level, sharded = logger.level, os.environ.pop(_FSDP_LOADS, None)

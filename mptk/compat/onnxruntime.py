@@ -36,7 +36,7 @@ def matmul_quantizer() -> ModuleType:
     """The module ``onnxruntime.quantization.matmul_nbits_quantizer``.
 
     Its import calls ``logging.basicConfig``, which adds a handler to the process and changes the level. Both are
-    restored. If the quantiser leaves logging alone, a plain import will do.
+    restored. If the quantiser stops changing logging, a plain import will do.
     """
     handlers, level = logging.root.handlers[:], logging.root.level
     try:

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "FakeTensor",  # The type of traced values. A public name would replace it.
-    "FakeTensorMode",  # Runs a model on shapes alone, with real index constants. Meta tensors would lose those.
+    "FakeTensorMode",  # Runs a model on shapes only, with real index constants, which meta tensors would lose.
     "Guard",  # What a trace needs of its sizes.
     "OpOverload",  # The type of a traced call's target. A public name would replace it.
     "assumed",
@@ -175,7 +175,7 @@ def build_exported(
     constants: Mapping[str, Tensor],
     example_inputs: tuple[tuple[object, ...], dict[str, object]] | None,
 ) -> ExportedProgram:
-    """An ``ExportedProgram`` with another graph and weights. Size ranges, nesting and verifier are those of ``like``.
+    """An ``ExportedProgram`` with another graph and weights. Size ranges, nesting and verifier are taken from ``like``.
 
     torch asks users not to call the constructor. A public way to edit an exported program would replace this.
     """

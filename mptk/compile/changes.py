@@ -35,7 +35,7 @@ def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust
         for name, bias in biases.items():
             if name not in state or bias.ndim != 1 or bias.shape != state.like(name).shape:
                 raise MptkError(
-                    f"{COMPENSATION} holds {name}, which is no bias of the model; "
+                    f"{COMPENSATION} holds {name}, which is not a bias of the model; "
                     "do not use it, and prune the model again"
                 )
         return biases
@@ -53,7 +53,7 @@ def changes_of(analysis: Analysis, cut: Cut, folder: Path, report: Report, trust
 
 
 def stored_weights(folder: Path, trust: bool) -> Weights:
-    """What a pruned folder holds, by name: a checkpoint's weights, or those of a graph."""
+    """The weights in a pruned folder, by name: a checkpoint's or a graph's."""
     if GraphTarget().wrote(folder):
         return Weights(load_tensors(folder / WEIGHTS, damaged(folder / WEIGHTS)))
     small = models.open_weights(str(folder), Resident(0), trust_remote_code=trust).weights

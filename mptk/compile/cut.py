@@ -1,4 +1,4 @@
-"""compiling: from a choice to the cut program, and the form in which the target holds it."""
+"""cut: from a choice to the cut program, and the form in which the target holds it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from mptk.ir.families import Analysis
-from mptk.ir.module import ProgramModule
+from mptk.ir.program import ProgramModule
 from mptk.ir.samples import Samples
 from mptk.protocols.chain import Chosen, Compiled, Prepared
 from mptk.protocols.values import Context

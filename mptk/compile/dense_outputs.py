@@ -10,13 +10,13 @@ from torch import Tensor
 from mptk.ir.samples import Samples, joined
 from mptk.protocols.chain import Prepared
 
-COMPARED = 2048
+DENSE_POSITIONS = 2048
 """Positions of a batch of which the dense model's outputs are kept."""
 
 
 def with_outputs(prepared: Prepared, samples: Samples) -> Samples:
     """``samples`` with the dense model's outputs as targets."""
-    batches, program = samples.batches(COMPARED), prepared.reference
+    batches, program = samples.batches(DENSE_POSITIONS), prepared.reference
     found = prepared.executor.outputs([program], [batch.tensors for batch in batches])
     targets = torch.cat([(output if isinstance(output, Tensor) else joined(output)).cpu() for output in found])
     return replace(samples, targets=targets)

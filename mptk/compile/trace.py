@@ -1,8 +1,8 @@
-"""tracing: the program of a loaded model, checked; of one length if its class can be traced for no other."""
+"""trace: the program of a loaded model, checked; of one length if its class can be traced for no other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import passes.frontend.trace
-from mptk.compile.finite import check_alive
 from mptk.errors import MptkError
 from mptk.io.live import wide_type
 from mptk.io.models import Loaded
@@ -24,9 +23,9 @@ from passes.frontend.bound import bounded
 from passes.frontend.eager import compared
 from passes.transforms.retype import Retype
 
-PATIENCE = 120.0
+TRACE_SECONDS = 120.0
 """Seconds of computing after which a plain module is traced for one size (with all open, Swin-T takes 530)."""
-LONGEST = 31
+LONGEST_TRACE = 31
 """Tokens of a program of one length: its graph may repeat a loop for each. A prime, so that no size of a model is
 likely to be a multiple of it."""
 
@@ -35,20 +34,20 @@ def traced(
     loaded: Loaded,
     task: Task,
     executor: Executor,
-    length: int = LONGEST,
+    length: int = LONGEST_TRACE,
     like: Samples | None = None,
     eager: bool = False,
 ) -> Program:
     """The model's program with its weights.
 
-    If its trace holds one length alone (``Program.length``), that is ``length`` or ``LONGEST``, whichever is less.
+    If its trace holds only one length (``Program.length``), that is the lesser of ``length`` and ``LONGEST_TRACE``.
     ``like``: samples that it will run on. If these are no token ids and as large as the task's example, it holds that
     size only: with a symbolic height and width, export of a tiny Swin does not end in 90 s, and else takes 5 s.
     ``eager``: compare with the module itself, since the program's graph takes its place. A plain module always is.
 
     Raises:
         MptkError: it has several inputs, and holds one length; it does not compute what the task says, or its outputs
-            are not finite, or zero alone.
+            are not finite, or are all zero.
     """
     example = task.example(loaded.model)
     if not isinstance(loaded.model, PreTrainedModel):
@@ -58,11 +57,11 @@ def traced(
     if task.only_length(program) is not None:
         if len(example.inputs) > 1:
             raise MptkError(
-                f"{type(loaded.model).__name__} can be traced for {program.length} tokens alone: its code loops over "
+                f"{type(loaded.model).__name__} can be traced only for {program.length} tokens: its code loops over "
                 "the positions, or computes with their number in Python; prune a model whose class uses tensors for "
                 "that (docs/tracing.md), or cut this one for inputs of one length with mptk.rewrite"
             )
-        example = example.of_length(min(length, LONGEST))
+        example = example.of_length(min(length, LONGEST_TRACE))
         program = _trace(loaded, example, (0,))
     fixed, ran = task.only_length(program), 0
 
@@ -70,7 +69,8 @@ def traced(
         nonlocal ran
         batch = samples if fixed is None else samples.of_length(fixed)
         found: Tensor | tuple[Tensor, ...] = next(executor.outputs([program], [batch.tensors]))
-        check_alive(loaded.source, program, (found,) if isinstance(found, Tensor) else found)
+        outputs = (found,) if isinstance(found, Tensor) else found
+        check_outputs(loaded.source, program, outputs, untrained=not isinstance(loaded.model, PreTrainedModel))
         ran += 1
         return found if fixed is None or not isinstance(found, Tensor) else found[:, : samples.tensors[0].shape[1]]
 
@@ -100,7 +100,11 @@ def _plain(loaded: Loaded, example: Samples) -> Program:
     dynamic: bool | tuple[int, ...]
     for dynamic in (True, (0,), False):
         try:
-            with bounded(PATIENCE, f"the trace of {name} for inputs of any size") if dynamic is True else nullcontext():
+            with (
+                bounded(TRACE_SECONDS, f"the trace of {name} for inputs of any size")
+                if dynamic is True
+                else nullcontext()
+            ):
                 traced = passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=dynamic)
             wide = loaded.with_weights(traced)
             own = {name: partial(Tensor.to, dtype=like.dtype) for name, like in traced.state.likes.items()}
@@ -142,7 +146,7 @@ def fitting(task: Task, program: Program, samples: Samples, what: str) -> Sample
     length = task.only_length(program)
     if length is not None and samples.tensors[0].shape[1] != length:
         raise MptkError(
-            f"this model is traced for {length} tokens alone, and the samples of {what} have "
+            f"this model is traced only for {length} tokens, and the samples of {what} have "
             f"{samples.tensors[0].shape[1]}; give samples of {length} tokens, or text"
         )
     if task.sequences:
@@ -182,3 +186,26 @@ def same_sizes(samples: Samples, others: Samples) -> bool:
 
 def _trace(loaded: Loaded, example: Samples, dynamic: bool | tuple[int, ...] = True) -> Program:
     return loaded.with_weights(passes.frontend.trace.trace(loaded.model, example.inputs, dynamic=dynamic))
+
+
+def check_outputs(source: str, program: Program, outputs: Sequence[Tensor], *, untrained: bool = False) -> None:
+    """Raise MptkError if a model's ``outputs`` are not finite, with the name of such a weight, or are all zero.
+
+    ``untrained``: they may be zero because some parameters are, as the head of a new vision transformer.
+    """
+    if not all(output.isfinite().all() for output in outputs):
+        weights = (name for name, like in program.state.likes.items() if like.is_floating_point())
+        name = next((name for name in weights if not program.state[name].isfinite().all()), None)
+        if name is not None:
+            raise MptkError(f"{name} of {source} holds numbers that are not finite; give undamaged weights")
+        raise MptkError(f"the outputs of {source} are not finite, though its weights are; give undamaged ones")
+    if not any(output.any() for output in outputs) and not (untrained and _some_are_zero(program)):
+        raise MptkError(
+            f"the outputs of {source} are all zero: its weights are zero, or too large to be squared; give trained ones"
+        )
+
+
+def _some_are_zero(program: Program) -> bool:
+    """Whether some parameters are zero and others are not."""
+    state = program.state
+    return {bool(state[n].any()) for n in program.parameters if state.like(n).is_floating_point()} == {True, False}

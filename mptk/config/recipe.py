@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mptk.config.settings import Learning, Settings
+from mptk.config.setting import Asked, Record, idle, taken
+from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.files import write_text
 from mptk.io.dense import absolute
@@ -18,46 +19,41 @@ from mptk.reading import read_text
 
 FILE = "run.yaml"
 
-OPTIONS = {"widths": "width", "multiple": "multiple_of"}
-"""Fields of ``Settings`` whose option has another name."""
 LARGEST = 1 << 20
 """Bytes of the largest recipe."""
-TYPED_ONLY = ("out", "teacher_cache", "overwrite", "trust_remote_code")
-"""Options that no file may give, as others write recipes: what is written where, and whose code runs."""
-_ELSEWHERE = ("max_ms", "tolerance", "warmup", "clip", "rates", "resume", *TYPED_ONLY)
-_BYTES = ("memory", "max_shard_size")
-_SEARCH = ("search", "search_shapes", "search_finalists", "search_tokens")
-_OF_THE_FOLDER = (
-    *("sparsity", "budget", "objective", "threads", "families", "keep", "width", "plan", "portable", "multiple_of"),
-    *("max_decode_ms", "max_prefill_ms", "method", "reconstruct", "distil_epochs", "distil_lr", "samples"),
-    *("layers", "mask_share", "target", "dtype", "rehome", "vocabulary", "kv_heads", "inputs"),
-    *_SEARCH,
-)
 
 
-def recipe(model: str, settings: Settings) -> dict[str, Any]:
-    """Option → value of a run, without what is at its default of None.
+def refused(kind: type[Record]) -> set[str]:
+    """Options that no file may give, as others write recipes: what is written where, and whose code runs."""
+    return {"out", *(each.option() for each in kind.declared if each.setting.recipe == "refused")}
 
-    Left out are what has no option, and what no file may give.
-    """
-    found = {"model": model, **_flat(settings)}
-    if settings.max_ms is not None:
+
+def recipe(model: str, settings: Settings, command: str = "prune") -> dict[str, Any]:
+    """Option → value of a run of a command, without what is at its default of None, and what no file may give."""
+    found: dict[str, Any] = {"model": model, **recorded(settings, command)}
+    if settings.max_ms is not None and command == "prune":
         found[f"max_{settings.objective}_ms"] = settings.max_ms
-    return found | {name: f"{found[name]}B" for name in _BYTES if name in found}
+    return found
 
 
-def recovery_recipe(folder: str, model: str, settings: Settings) -> dict[str, Any]:
-    """Option → value of a recovery of ``folder``, which decides what is cut."""
-    found = {name: value for name, value in recipe(model, settings).items() if name not in _OF_THE_FOLDER}
-    return {"folder": folder, **found}
+def recorded(record: Record, command: str) -> dict[str, Any]:
+    """Option → value of what a recipe of a command keeps of a record."""
+    found = {}
+    for name, each in taken(type(record), command).items():
+        value = each.of(record)
+        if each.setting.recipe == "written" and value is not None:
+            plain = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
+            found[name] = f"{plain}B" if each.setting.form == "size" else plain
+    return found
 
 
 def write_recipe(folder: Path, source: str, settings: Settings, start: Path | None = None) -> None:
     """Write ``run.yaml`` of a run on the model ``source``, or of a recovery of the folder ``start``."""
     model = absolute(source)
-    command, values = "prune", recipe(model, settings)
+    command = "prune" if start is None else "recover"
+    values = recipe(model, settings, command)
     if start is not None:
-        command, values = "recover", recovery_recipe(str(start.resolve()), model, settings)
+        values = {"folder": str(start.resolve()), **values}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     write_text(folder / FILE, f"# mptk {command} --config {FILE} --out FOLDER\n{text}")
 
@@ -65,14 +61,12 @@ def write_recipe(folder: Path, source: str, settings: Settings, start: Path | No
 def command(model: str, settings: Settings, widths: Mapping[str, int]) -> str:
     """The command that prunes ``model`` to ``widths`` with the settings of a search.
 
-    What is at its default is left out, and what concerns training alone if the settings name no number of steps.
+    What is at its default is left out, and what would do nothing.
     """
-    learning = settings.learning if settings.learning.steps else Learning()
-    own = recipe(model, replace(settings, widths=dict(widths), search=False, onnx=True, learning=learning))
-    plain = recipe(model, Settings())
-    skipped = {"model", *_SEARCH, *(("sparsity", "budget", "objective") if settings.max_ms is not None else ())}
+    own = replace(settings, widths=dict(widths), search=False, onnx=True)
+    plain, skipped = recipe(model, Settings()), {"model", *idle("prune", Asked(own, learns=own.steps > 0))}
     found = ["mptk", "prune", model]
-    for name, value in own.items():
+    for name, value in recipe(model, own).items():
         if name not in skipped and value != plain.get(name):
             found += _typed(f"--{name.replace('_', '-')}", value)
     found += ["--trust-remote-code"] if settings.trust_remote_code else []
@@ -113,23 +107,3 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise MptkError(f"{path} is no list of options; write lines as 'sparsity: 0.3'")
     return {str(name).replace("-", "_"): value for name, value in content.items()}
-
-
-def _flat(record: Any) -> dict[str, Any]:
-    """The fields of nested dataclasses by their options' names. What an outer one says goes before an inner one."""
-    found: dict[str, Any] = {}
-    for each in fields(record):
-        value = getattr(record, each.name)
-        if each.name in _ELSEWHERE or value is None:
-            continue
-        if is_dataclass(value):
-            found = {**_flat(value), **found}
-        else:
-            found[OPTIONS.get(each.name, each.name)] = _plain(value)
-    return found
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    return list(value) if isinstance(value, tuple) else value

@@ -32,7 +32,7 @@ from mptk.methods.reconstruct import stored
 from mptk.protocols.chain import Chosen, Prepared, Task
 from mptk.protocols.merged import Merged
 from mptk.protocols.values import Context, short
-from mptk.staged.shelf import Shelf
+from mptk.staged.spool import Spool
 from mptk.staged.staged import Executor
 from passes.analysis import group
 from passes.analysis.shared_heads import SharedHeads, find_shared_heads
@@ -234,7 +234,7 @@ class Made:
     """Projections of one layer after another; as many stay in memory as the executor's bound lets."""
 
     def __init__(self, executor: Executor) -> None:
-        self._shelf, self._likes = Shelf(executor.borders), dict[str, Tensor]()
+        self._shelf, self._likes = Spool(executor.borders), dict[str, Tensor]()
 
     def add(self, projections: Mapping[str, Tensor]) -> None:
         """Keep those of a further layer."""

@@ -137,15 +137,18 @@ def stacked(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
 
 @dataclass(frozen=True)
 class Pass:
-    """Work on the whole model: ``tokens`` in windows of ``length``, ``reads`` times through the weights.
+    """What a stage does with the whole model: ``tokens`` in windows of ``length``, ``reads`` times through the weights.
 
-    ``flops``: operations beside those of the forward pass.
+    ``flops``: operations beside those of the forward pass. ``gradients``: whether those of all weights are kept.
+    ``training``: bytes that training takes beside the weights; 0 if nothing is trained.
     """
 
     tokens: float
     length: int
     reads: float = 1
     flops: float = 0
+    gradients: bool = False
+    training: float = 0
 
 
 @dataclass(frozen=True)
@@ -153,9 +156,7 @@ class Work:
     """What a run does. ``kept``: share of the parameters that is left.
 
     ``passes``: stage → work. ``calibration``, ``evaluated``: tokens of all windows, and of one window's logits.
-    ``onnx``: bytes of a number in each graph. ``gradients``: whether those of all weights are kept. ``training``:
-    bytes that training takes beside the weights; None if nothing is trained. ``models``: models of the dense size that
-    training holds.
+    ``onnx``: bytes of a number in each graph. ``models``: models of the dense size that training holds.
     """
 
     kept: float
@@ -164,8 +165,6 @@ class Work:
     evaluated: int
     length: int
     onnx: tuple[float, ...] = ()
-    gradients: bool = False
-    training: float | None = None
     models: int = 1
 
 
@@ -203,7 +202,8 @@ def estimate(sizes: Sizes, work: Work, on: Machine, bound: float, device: str = 
     """
     weights, borders = 4.0 * sizes.parameters, 8.0 * work.calibration * sizes.hidden
     kept_borders = min(borders, bound / 4)
-    trains = work.training is not None
+    training = max((done.training for done in work.passes.values()), default=0.0)
+    trains = training > 0
     resident = weights if trains else min(weights, bound - kept_borders)
     missing = (1 - resident / weights) * sizes.parameters * sizes.stored
     loaded = {
@@ -212,7 +212,7 @@ def estimate(sizes: Sizes, work: Work, on: Machine, bound: float, device: str = 
         "largest stage": 4 * sizes.stage * ((resident < weights) + work.kept),
     }
     computed = {
-        "training": work.training or 0,
+        "training": training,
         "activations": 4 * BATCH * (6 * sizes.hidden + 3 * sizes.widest + 2 * sizes.heads * work.length),
         "logits": 4 * LOGITS * work.evaluated * sizes.vocab,
     }
@@ -227,7 +227,7 @@ def estimate(sizes: Sizes, work: Work, on: Machine, bound: float, device: str = 
     }
     temporary = {
         "values between stages": borders - kept_borders,
-        "gradients": max(0, weights - bound) if work.gradients else 0,
+        "gradients": max(0, weights - bound) if any(done.gradients for done in work.passes.values()) else 0,
     }
     seconds = {"read": sizes.parameters * sizes.stored / on.read, "trace and analyse": TRACE_S * sizes.layers}
     for stage, done in work.passes.items():

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
-from mptk.cost.budgets import phase
+from mptk.cost.budgets import OBJECTIVES
 from mptk.cost.model import Shares, depth_shares, example_tokens
 from mptk.cost.operator_times import ATTENTION, ELEMENTWISE, MATMUL, Operator
 from mptk.errors import MptkError
@@ -35,13 +35,13 @@ PROBES = (0.91, 0.83, 0.71)
 KNOTS = {1: 6, 2: 4, 3: 3}
 """Number of families that an operator depends on → number of widths at which it is timed for each; else 2."""
 
-Widths = Mapping[str, float]
-Sizes = Callable[[Mapping[Axis, float]], tuple[float, ...]]
+FractionalWidths = Mapping[str, float]
+SizesOf = Callable[[Mapping[Axis, float]], tuple[float, ...]]
 Measure = Callable[[Sequence[Operator]], Mapping[Operator, float]]
 
 
 @dataclass(frozen=True)
-class Part:
+class OperatorGroup:
     """``count`` operators of one kind, whose sizes are the same function of the axes' sizes.
 
     ``block``: a block in which they all are, or one like it, if blocks can be removed; the stack's axis and its number.
@@ -49,7 +49,7 @@ class Part:
 
     kind: str
     count: int
-    sizes: Sizes
+    sizes: SizesOf
     block: tuple[Axis, int] | None = None
 
     def left(self, shares: Shares) -> float:
@@ -68,7 +68,7 @@ class Grid:
     knots: Mapping[str, Sequence[int]]
     values: npt.NDArray[np.float64]
 
-    def __call__(self, widths: Widths) -> float:
+    def __call__(self, widths: FractionalWidths) -> float:
         values = self.values
         for name, knots in self.knots.items():
             values = interpolate(knots, values, widths.get(name, knots[-1]))
@@ -92,7 +92,7 @@ class Latency:
         self, analysis: Analysis, ladders: Mapping[str, Sequence[int]], objective: str, measure: Measure
     ) -> None:
         self._analysis = analysis
-        parts = find_parts(analysis, *phase(objective))
+        parts = find_parts(analysis, *OBJECTIVES[objective])
         self._simple = [p for p in parts if p.kind == ELEMENTWISE]
         knots = [(p, self._knots(p, ladders)) for p in parts if p.kind != ELEMENTWISE]
         self._ends = [1, max(p.at({}).sizes[0] for p in self._simple)]
@@ -102,7 +102,7 @@ class Latency:
         self._grids = [(p, self._grid(p, k, times)) for p, k in knots]
         self._end_ms = np.array([times[end] for end in ends])
 
-    def __call__(self, widths: Widths) -> float:
+    def __call__(self, widths: FractionalWidths) -> float:
         axes = self._analysis.sizes(widths)
         shares = depth_shares(self._analysis, widths)
         total = sum(part.left(shares) * grid(widths) for part, grid in self._grids)
@@ -111,15 +111,15 @@ class Latency:
     def _elementwise(self, elements: float) -> float:
         return float(interpolate(self._ends, self._end_ms, elements))
 
-    def _at(self, part: Part, widths: Widths) -> Operator:
+    def _at(self, part: OperatorGroup, widths: FractionalWidths) -> Operator:
         return part.at(self._analysis.sizes(widths))
 
-    def _knots(self, part: Part, ladders: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    def _knots(self, part: OperatorGroup, ladders: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
         """The widths at which a part is timed: for each family that it depends on, evenly spread over the ladder."""
         names = [name for name, ladder in ladders.items() if self._at(part, {name: ladder[0]}) != part.at({})]
         return {name: sample_rungs(ladders[name], KNOTS.get(len(names), 2)) for name in names}
 
-    def _grid(self, part: Part, knots: Mapping[str, Sequence[int]], times: Mapping[Operator, float]) -> Grid:
+    def _grid(self, part: OperatorGroup, knots: Mapping[str, Sequence[int]], times: Mapping[Operator, float]) -> Grid:
         """Measured times, made monotonic in width: no operator counts as slower than a wider one."""
         values = np.array([times[self._at(part, widths)] for widths in _corners(knots)])
         values = values.reshape([len(k) for k in knots.values()])
@@ -151,7 +151,7 @@ def _corners(knots: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
 # ---- what a model computes ----
 
 
-def find_parts(analysis: Analysis, tokens: int, past: int) -> list[Part]:
+def find_parts(analysis: Analysis, tokens: int, past: int) -> list[OperatorGroup]:
     """The operators of one step with ``tokens`` new and ``past`` cached tokens. Equal ones are one part with a count.
 
     Raises:
@@ -165,19 +165,19 @@ def find_parts(analysis: Analysis, tokens: int, past: int) -> list[Part]:
     blocks = {node: (stack.axis, unit) for node, (stack, unit) in units_of(analysis.stacks) if unit not in stack.stay}
     # Functions that are equal at three arbitrary points are taken as the same.
     points = [analysis.sizes({f.name: f.size * x ** (i + 1) for i, f in enumerate(analysis.families)}) for x in PROBES]
-    equal: dict[tuple[str, Axis | None, tuple[float, ...]], list[tuple[fx.Node, Sizes]]] = {}
+    equal: dict[tuple[str, Axis | None, tuple[float, ...]], list[tuple[fx.Node, SizesOf]]] = {}
     for node, kind, sizes in found:
         values = tuple(round(x, 6) for point in points for x in sizes(point))
         stack, _ = blocks.get(node, (None, 0))
         equal.setdefault((kind, stack, values), []).append((node, sizes))
     return [
-        Part(kind, len(same), sizes, blocks.get(node))
+        OperatorGroup(kind, len(same), sizes, blocks.get(node))
         for (kind, _, _), same in equal.items()
         for node, sizes in same[:1]
     ]
 
 
-def _contraction(analysis: Analysis, product: Contraction, share: float, tokens: int, past: int) -> tuple[str, Sizes]:
+def _contraction(analysis: Analysis, product: Contraction, share: float, tokens: int, past: int) -> tuple[str, SizesOf]:
     facts = analysis.facts
     weights = [side for side in (product.right, product.left) if facts.is_weight(side[0])]
     if not weights and "scaled_dot_product_attention" in str(product.node.target):
@@ -195,8 +195,8 @@ def _contraction(analysis: Analysis, product: Contraction, share: float, tokens:
     return MATMUL, sizes
 
 
-def _attention(facts: AxisFacts, node: fx.Node, tokens: int, past: int) -> Sizes:
-    """The number of KV heads is that of the keys before they are repeated for the query heads that share them."""
+def _attention(facts: AxisFacts, node: fx.Node, tokens: int, past: int) -> SizesOf:
+    """The KV heads are counted in the keys before these are repeated for the query heads that share them."""
     q, k, v = (facts.dims(named_argument(node, name)) for name in ("query", "key", "value"))
     before = facts.dims(_smallest(named_argument(node, "key")))
 
@@ -215,7 +215,7 @@ def _smallest(node: fx.Node) -> fx.Node:
     return min(seen, key=lambda value: math.prod(result_shape(value)))
 
 
-def _elements(analysis: Analysis, node: fx.Node, share: float) -> Sizes:
+def _elements(analysis: Analysis, node: fx.Node, share: float) -> SizesOf:
     dims = analysis.facts.dims(node)
     return lambda axes: (_size(dims, axes) * share,)
 

@@ -18,7 +18,7 @@ from mptk.ir.sizes import result_shape
 class Cost:
     """The cost of a model at some widths.
 
-    ``parameters``: all of them, tied ones once. ``block``: those of the prunable weights (``block_weights``).
+    ``parameters``: all, tied ones once. ``block``: the parameters in the prunable weights (``block_weights``).
     ``flops``: operations in products with weights for one input token, 2 for a multiply-add. Attention's own products
     grow with the context and are not counted. ``bytes``: size of all parameters in their dtype.
     ``latency_ms``: predicted milliseconds of a step (``mptk/cost/latency.py``), if latency is budgeted.
@@ -142,7 +142,7 @@ def depth_shares(analysis: Analysis, widths: Mapping[str, float]) -> Shares:
     return {
         f.stack.axis: [f.stack.share(unit, widths[f.name]) for unit in range(f.size)]
         for f in analysis.depths
-        if f.stack is not None and widths.get(f.name, f.size) != f.size
+        if widths.get(f.name, f.size) != f.size
     }
 
 
@@ -160,7 +160,7 @@ def example_tokens(analysis: Analysis) -> int:
 
 
 def block_weights(analysis: Analysis) -> frozenset[str]:
-    """The prunable weights: members of families with one group for each layer; if there are none, of all families."""
+    """The prunable weights: members of families with one group for each layer; without such families, of all."""
     found = {m.weight for f in analysis.families if is_layered(f) for g in f.groups for m in g.members}
     found = found or {m.weight for f in analysis.families for g in f.groups for m in g.members}
     return frozenset(found & set(analysis.program.parameters))

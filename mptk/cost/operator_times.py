@@ -26,7 +26,7 @@ from mptk.files import json_text, write_json
 from mptk.io.cache import cache_dir
 from mptk.progress import Progress
 
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 
 MATMUL, ATTENTION, ELEMENTWISE = "MatMul", "Attention", "Mul"
 OPSET, IR_VERSION = 23, 10
@@ -37,7 +37,7 @@ COLD_BYTES = 256 << 20
 """Bytes that all copies of an operator read in a step of one row: many times the size of a large last-level cache. If
 data is only a little larger, a part stays in the cache: 32 MiB of cache made a product over 64 MiB a quarter faster."""
 
-SESSIONS = 5
+TIMING_SESSIONS = 5
 """Sessions in which each operator is timed. They are far apart in time, so a disturbance seldom affects two."""
 
 SECONDS = 0.08
@@ -69,10 +69,10 @@ Sweep = Callable[[Sequence[Operator], int, Progress], Mapping[Operator, float]]
 """(operators, threads, progress) → milliseconds of each."""
 
 
-def kept_times(
+def cached_times(
     operators: Sequence[Operator], threads: int, progress: Progress, sweep: Sweep | None = None
 ) -> dict[Operator, float]:
-    """Milliseconds of each operator, from the cache folder; those that are missing for this machine are measured.
+    """Milliseconds of each operator, from the cache folder; missing ones are measured on this machine.
 
     Args:
         threads: threads of one operator; 0: one for each core.
@@ -99,10 +99,10 @@ def machine() -> dict[str, str | int | None]:
 
 
 def measure(operators: Sequence[Operator], threads: int, progress: Progress) -> dict[Operator, float]:
-    """Milliseconds of each operator: the median over ``SESSIONS`` sessions."""
+    """Milliseconds of each operator: the median over ``TIMING_SESSIONS`` sessions."""
     times: dict[Operator, list[float]] = {operator: [] for operator in operators}
-    done, total = 0, SESSIONS * len(operators)
-    for _ in range(SESSIONS):
+    done, total = 0, TIMING_SESSIONS * len(operators)
+    for _ in range(TIMING_SESSIONS):
         for operator in operators:
             progress("time operators", done, total)
             times[operator].append(time_once(operator, threads))
@@ -180,7 +180,7 @@ def _value(name: str, *shape: int) -> ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))
 
 
-def _random(count: int) -> Floats:
+def _random(count: int) -> Float32s:
     """Numbers that all differ, since equal weights would share memory."""
     return np.random.default_rng(0).random(count, dtype=np.float32) - np.float32(0.5)
 
@@ -190,7 +190,7 @@ def _ms(
     nodes: Sequence[NodeProto],
     inputs: Sequence[ValueInfoProto],
     outputs: Sequence[ValueInfoProto],
-    weights: Mapping[str, Floats] | None = None,
+    weights: Mapping[str, Float32s] | None = None,
 ) -> float:
     """Milliseconds of one run, with inputs and outputs bound beforehand."""
     held = weights or {}
@@ -211,7 +211,7 @@ def _ms(
     return typical_ms(lambda: session.run_with_iobinding(binding), threads)
 
 
-def _declared(name: str, array: Floats) -> TensorProto:
+def _declared(name: str, array: Float32s) -> TensorProto:
     """An initialiser without data. The session gets the data separately."""
     tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
     tensor.data_location = TensorProto.EXTERNAL
@@ -219,7 +219,7 @@ def _declared(name: str, array: Floats) -> TensorProto:
     return tensor
 
 
-def _feed(name: str, shape: Sequence[int]) -> Floats:
+def _feed(name: str, shape: Sequence[int]) -> Float32s:
     """Ones, since values do not matter. The mask lets the last row see all tokens, and each earlier row one less."""
     if name != "mask":
         return np.ones(shape, dtype=np.float32)

@@ -21,10 +21,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mptk.errors import MptkError
 
-Model = TypeVar("Model", bound=nn.Module)
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Found = TypeVar("Found")
 PATIENCE = timedelta(hours=24)
-"""How long processes wait for one that works alone (writes text, fits layers). If one dies, the launcher ends all."""
+"""How long processes wait for one that works (writes text, fits layers). If one dies, the launcher ends all."""
 
 
 def leads() -> bool:
@@ -33,7 +33,7 @@ def leads() -> bool:
 
 
 def processes() -> PartialState:
-    """This process among those of the run. Whoever asks first settles how they meet."""
+    """This process among the processes of the run. The first call decides how they connect."""
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     return PartialState(cpu=cpu, timeout=PATIENCE)
 
@@ -53,7 +53,7 @@ def accelerator(precision: str, **options: Any) -> Accelerator:
     if plugin is not None:  # accelerate does this itself, but not on CPUs, and once in a process
         processes().distributed_type = result.state.distributed_type = DistributedType.FSDP
         result.state.fsdp_plugin = plugin
-        # Set here, it concerns sharding alone; set above, transformers would also load nothing on other processes.
+        # Set here, it affects only sharding; set above, transformers would also load nothing on other processes.
         plugin.cpu_ram_efficient_loading = True
         if precision != "no":
             plugin.set_mixed_precision(precision)
@@ -71,7 +71,7 @@ def once(find: Callable[[], Found]) -> Found:
     """What ``find`` gives in the first process, for all of them, which must ask for it in the same order.
 
     Raises:
-        MptkError: that of ``find``, in every process.
+        MptkError: what ``find`` raises, in every process.
     """
     if processes().num_processes == 1:
         return find()
@@ -98,8 +98,8 @@ def holds() -> bool:
     return bool(processes().is_main_process) or not shards()
 
 
-def replica(model: Model, weights: bool = True) -> Model:
-    """A copy of the modules of ``model`` that shares its weights, so that it can be adapted, moved or sharded alone.
+def replica(model: AnyModule, weights: bool = True) -> AnyModule:
+    """A copy of the modules of ``model`` that shares its weights, so that it can be adapted or moved by itself.
 
     ``weights``: if False, parameters are memory that was never written, which takes none.
     """
@@ -113,14 +113,14 @@ def replica(model: Model, weights: bool = True) -> Model:
 def prepare(acc: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
     """``model`` and ``optimizer`` on their device.
 
-    With FSDP2 the parameters of ``model`` are replaced by shards of those that the first process has.
+    With FSDP2 the parameters of ``model`` are replaced by shards of the first process's parameters.
     """
     _wrap_blocks(acc, model)
     return acc.prepare(model, optimizer)  # type: ignore[no-any-return]
 
 
 def placed(acc: Accelerator, model: nn.Module) -> Any:
-    """``model`` on its device, for its outputs alone; with FSDP2 in shards of what the first process has."""
+    """``model`` on its device, only for its outputs; with FSDP2 in shards of the first process's parameters."""
     model.requires_grad_(False)
     if not acc.is_fsdp2:
         return model.to(acc.device)
@@ -129,7 +129,7 @@ def placed(acc: Accelerator, model: nn.Module) -> Any:
 
 
 def anywhere(acc: Accelerator, here: bool) -> bool:
-    """``here`` or, where shards must be gathered from all processes, whether it is so for any of them."""
+    """``here`` or, if shards must be gathered from all processes, whether any of them says so."""
     if not acc.is_fsdp2:
         return here
     return bool(acc.reduce(torch.tensor(float(here), device=acc.device), "sum") > 0)
@@ -188,23 +188,3 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
-__all__ = [
-    "accelerator",
-    "anywhere",
-    "blocks",
-    "describe",
-    "full",
-    "gathered",
-    "holds",
-    "leads",
-    "once",
-    "placed",
-    "prepare",
-    "processes",
-    "replica",
-    "shard_like",
-    "shards",
-    "widest",
-]

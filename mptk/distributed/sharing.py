@@ -46,7 +46,7 @@ class Sharing:
 def sharing(batches: int) -> Sharing:
     """The processes of this run, if there are enough ``batches`` for all; else each does everything.
 
-    So it does if weights are in shards (FSDP2), where some work is the first process's alone.
+    The same holds if weights are in shards (FSDP2): some work is then done only by the first process.
     """
     there = processes()
     alone = shards() or there.num_processes > batches

@@ -1,11 +1,19 @@
 """files: the one place where files are written, replaced and removed (SECURITY.md says what is promised)."""
 
-from mptk.files.claims import claimed
-from mptk.files.paths import check_text, path_of
-from mptk.files.replace import discard, fill_folder, put_folder, put_made, write_file, write_together
-from mptk.files.staging import Staging, scratch, staged, tidy, tidy_scratch
-from mptk.files.text import json_text, write_json, write_result, write_text
-from mptk.files.trouble import cannot_write, writing
+from mptk.files.replace import (
+    discard,
+    fill_folder,
+    json_text,
+    put_folder,
+    put_made,
+    write_file,
+    write_json,
+    write_result,
+    write_text,
+    write_together,
+)
+from mptk.files.staging import Staging, claimed, scratch, staged, tidy, tidy_scratch
+from mptk.files.writing import cannot_write, check_text, path_of, writing
 
 __all__ = [
     "Staging",

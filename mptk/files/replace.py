@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import json
+import math
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from mptk.errors import MptkError
 from mptk.files.staging import OLD, Staging, staged, tidy
+from mptk.files.writing import cannot_write
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -54,7 +57,7 @@ def put_folder(staging: Staging, target: Path, kept: Iterable[str] = ()) -> None
     ``kept``: files and folders in the earlier one that stay as and where they are.
 
     At every moment the one or the other is there, if the system can exchange two names at once. Else the earlier one
-    is kept aside, and whoever tidies puts it back.
+    is kept aside, and ``tidy`` puts it back.
     """
     ordinary(staging.folder)
     if target.is_symlink():
@@ -75,7 +78,7 @@ def put_folder(staging: Staging, target: Path, kept: Iterable[str] = ()) -> None
 
 
 def put_made(staging: Staging, target: Path, mode: int | None = None) -> None:
-    """Move the one file or folder that was made in the staging folder to ``target``, where nothing is yet.
+    """Move the one file or folder that was made in the staging folder to ``target``, which does not exist yet.
 
     ``mode``: its rights, if they are not the ordinary ones.
     """
@@ -113,7 +116,7 @@ def ordinary(folder: Path) -> None:
 
 
 def _carry(source: Path, place: Path) -> None:
-    """Put a link to a file, or a folder of links, where nothing is yet; copies where there can be no links."""
+    """Put a link to a file, or a folder of links, at a new path; copies if the file system has no links."""
     place.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(place):
         raise MptkError(f"{source} is not mptk's, and the new result has that name, too; move it, and run again")
@@ -134,7 +137,7 @@ def _exchanged(one: Path, two: Path) -> bool:
     if not call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(two), _RENAME_EXCHANGE):
         return True
     number = ctypes.get_errno()
-    if number in _UNSUPPORTED:
+    if number in _NO_EXCHANGE:
         return False
     raise OSError(number, os.strerror(number), str(two))
 
@@ -144,3 +147,61 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def json_text(
+    content: object,
+    *,
+    indent: int | None = None,
+    sort_keys: bool = False,
+    ensure_ascii: bool = True,
+    separators: tuple[str, str] | None = None,
+) -> str:
+    """``content`` as JSON. NaN and infinity become null, since JSON has neither. Options as in ``json.dumps``."""
+    return json.dumps(
+        _finite(content),
+        allow_nan=False,
+        indent=indent,
+        sort_keys=sort_keys,
+        ensure_ascii=ensure_ascii,
+        separators=separators,
+    )
+
+
+def write_json(path: Path | None, content: object) -> None:
+    """Write a result as JSON; nothing if ``path`` is None."""
+    if path is not None:
+        write_text(path, json_text(content, indent=1) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a file in UTF-8. Otherwise as ``write_result``."""
+    write_result(path, lambda file: file.write_text(content, encoding="utf-8"))
+
+
+def write_result(path: Path, write: Callable[[Path], object]) -> None:
+    """As ``write_file``, for a path that a user named. Its folder is made if missing; a device is written as it is.
+
+    Raises:
+        MptkError: it cannot be written, or is a symbolic link.
+    """
+    try:
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            write(path)
+        else:
+            write_file(path, write)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _finite(content: object) -> object:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return content

@@ -23,15 +23,20 @@ import socket
 import stat
 import sys
 import tempfile
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mptk.errors import MptkError
+from mptk.files.writing import cannot_write
+
 LOCK = "mptk.lock"
 NEW, OLD = "new", "old"
-_UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 COMMAND = 120
 """Most characters of a command that the line on a holder shows."""
 
@@ -39,7 +44,7 @@ COMMAND = 120
 class Staging:
     """A staging folder that this process owns until ``close``, or until the object or the process ends.
 
-    ``folder`` is for what is made, and has the rights of an ordinary folder. ``path`` is for its owner alone.
+    ``folder`` is for what is made, and has the rights of an ordinary folder. ``path`` is only for its owner.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -82,7 +87,7 @@ def take(path: Path) -> Staging | None:
     """The staging folder ``path``, made if missing; None if another process owns it or just removed it.
 
     Raises:
-        PermissionError: it belongs to another user, or is no folder.
+        PermissionError: it belongs to another user, or is not a folder.
     """
     try:
         path.mkdir(mode=0o700)
@@ -92,7 +97,7 @@ def take(path: Path) -> Staging | None:
         except FileNotFoundError:
             return None
         if not mine:
-            raise PermissionError(errno.EPERM, f"{path} is no folder of yours; remove it") from None
+            raise PermissionError(errno.EPERM, f"{path} is not your folder; remove it") from None
     descriptor = _locked(path, create=True)
     return None if descriptor is None else Staging(path, descriptor)
 
@@ -108,12 +113,12 @@ def tidy(parent: Path) -> None:
 
 def tidy_scratch() -> None:
     """``tidy`` for the system's temporary files."""
-    with contextlib.suppress(OSError):  # there is none
+    with contextlib.suppress(OSError):  # there is no such folder
         tidy(Path(tempfile.gettempdir()))
 
 
 def holder() -> str:
-    """Who this process is, for those that meet its lock."""
+    """Who this process is, for other processes that meet its lock."""
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "command": command[:COMMAND]})
 
@@ -171,7 +176,7 @@ def _gets(descriptor: int, path: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:
+        if error.errno not in _NO_LOCKS:
             raise
         return not _lives(held_by(path))
     return True
@@ -239,3 +244,68 @@ def _empty(path: Path) -> None:
 def _write(descriptor: int, text: str) -> None:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, text.encode(), 0)
+
+
+PAUSE = 0.05
+"""Seconds between two looks at a lock."""
+
+_held: dict[Path, tuple[Staging, int, int]] = {}
+"""Path → its staging folder, and the process and thread that have it."""
+
+
+@contextlib.contextmanager
+def claimed(target: Path, *, wait: bool = False, remedy: str | None = None) -> Iterator[Staging]:
+    """Within it ``target`` is this thread's to write, in the staging folder beside it. Its folder is made if missing.
+
+    What killed processes left beside it is removed first. A thread may claim again what it has.
+
+    Args:
+        wait: until its owner is done.
+        remedy: for a folder that cannot be written.
+
+    Raises:
+        MptkError: another process or thread has it, which is named, and ``wait`` is False; or its folder cannot be
+            written.
+    """
+    whole = Path(os.path.abspath(target))
+    place = whole.parent.resolve() / whole.name
+    own = _held.get(place)
+    if own is not None and own[1:] == (os.getpid(), threading.get_ident()):
+        yield own[0]
+        return
+    missing = [folder for folder in place.parents if not folder.exists()]
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        tidy(place.parent)
+        staging = _taken(place, target, wait)
+    except OSError as error:
+        _remove_empty(missing)
+        raise cannot_write(target, error, remedy) from error
+    _held[place] = staging, os.getpid(), threading.get_ident()
+    try:
+        yield staging
+    finally:
+        del _held[place]
+        staging.close()
+        _remove_empty(missing)
+
+
+def _taken(place: Path, said: Path, wait: bool) -> Staging:
+    """The staging folder of ``place``."""
+    path = place.with_name(f".{place.name}.mptk")
+    while (staging := take(path)) is None:
+        owner = held_by(path)
+        if owner and not wait:
+            raise MptkError(
+                f"{said} is in use by process {owner['pid']} on {owner['host']} ({owner['command']}); "
+                "wait until it is done, or give another place"
+            )
+        time.sleep(PAUSE)
+    return staging
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove ``folders`` that are empty, from the innermost on."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()

@@ -13,10 +13,10 @@ from mptk.errors import MptkError
 from mptk.files import claimed, discard, path_of, put_made, tidy, tidy_scratch, writing
 from mptk.publish.manifest import check_manifest, write_manifest
 
-REMEDY = "set MPTK_CACHE to a folder with room for it"
+CACHE_REMEDY = "set MPTK_CACHE to a folder with room for it"
 PRIVATE = 0o700
 """Rights of a folder that only its owner can enter."""
-DEPTH = 2
+CACHE_DEPTH = 2
 """Folders below the cache folder in which something is written."""
 
 
@@ -37,7 +37,7 @@ def build_once(target: Path, build: Callable[[Path], None], mode: int | None = N
     """
     if target.exists():
         return target
-    with claimed(target, wait=True, remedy=REMEDY) as staging, writing(target, staging.path, REMEDY):
+    with claimed(target, wait=True, remedy=CACHE_REMEDY) as staging, writing(target, staging.path, CACHE_REMEDY):
         if not target.exists():
             build(staging.folder / target.name)
             put_made(staging, target, mode)
@@ -64,8 +64,8 @@ def build_private(folder: Path, build: Callable[[Path], None]) -> Path:
 
     if os.path.lexists(folder) and not _as_made(folder):
         if folder.lstat().st_uid != os.geteuid():
-            raise MptkError(f"{folder} belongs to another user; remove it, or {REMEDY}")
-        with claimed(folder, wait=True, remedy=REMEDY), writing(folder, folder, REMEDY):
+            raise MptkError(f"{folder} belongs to another user; remove it, or {CACHE_REMEDY}")
+        with claimed(folder, wait=True, remedy=CACHE_REMEDY), writing(folder, folder, CACHE_REMEDY):
             if os.path.lexists(folder) and not _as_made(folder):
                 discard(folder)
     return build_once(folder, listed, PRIVATE)
@@ -87,7 +87,7 @@ def tidy_shared() -> None:
     """Remove what killed processes left in the cache folder and among the system's temporary files."""
     tidy_scratch()
     folders = [cache_dir()]
-    for _ in range(DEPTH + 1):
+    for _ in range(CACHE_DEPTH + 1):
         for folder in folders:
             tidy(folder)
         folders = [each for folder in folders for each in _folders(folder)]

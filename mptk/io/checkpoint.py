@@ -13,12 +13,11 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeGuard
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mptk.files import json_text
 
@@ -35,22 +34,6 @@ _LOADING_STATE = ("is_local", "local_files_only")
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _POOLING = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "*_Pooling/config.json")
-
-
-def portable_config(config: PreTrainedConfig) -> dict[str, object]:
-    """The content of ``config.json``: ``config``, with its rotary settings also in the spelling of transformers 4.
-
-    These fields are added at the top level, beside ``rope_parameters``: ``rope_theta``; ``rope_scaling``, if the type
-    is not the default; ``partial_rotary_factor`` and its older names, if only a part of the head is rotated; and
-    ``rope_local_base_freq``, if sliding and full attention have different bases. The result loads as the same config.
-    Nested configs (the text model's in a vision-language model's) are treated the same way.
-    """
-    return portable(json.loads(config.to_json_string()))
-
-
-def save_config(config: PreTrainedConfig, folder: str | Path) -> None:
-    """Write ``folder/config.json`` from :func:`portable_config`."""
-    _write_json(Path(folder) / "config.json", portable_config(config))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
@@ -94,8 +77,17 @@ def copy_processors(source: Path, folder: Path, *, same_features: bool) -> None:
 
 
 def portable(config: Mapping[str, object]) -> dict[str, object]:
-    """As :func:`portable_config`, for the content of a ``config.json``."""
-    written = {key: portable(value) if _is_config(value, key) else value for key, value in config.items()}
+    """The content of a ``config.json``, with its rotary settings also in the spelling of transformers 4.
+
+    These fields are added at the top level, beside ``rope_parameters``: ``rope_theta``; ``rope_scaling``, if the type
+    is not the default; ``partial_rotary_factor`` and its older names, if only a part of the head is rotated; and
+    ``rope_local_base_freq``, if sliding and full attention have different bases. The result loads as the same config.
+    Nested configs (the text model's in a vision-language model's) are treated the same way.
+    """
+    written = {
+        key: portable(value) if key.endswith("_config") and isinstance(value, Mapping) else value
+        for key, value in config.items()
+    }
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return written
@@ -109,10 +101,6 @@ def portable(config: Mapping[str, object]) -> dict[str, object]:
     if isinstance(sliding, Mapping) and "rope_theta" in sliding:
         legacy["rope_local_base_freq"] = sliding["rope_theta"]
     return written | legacy
-
-
-def _is_config(value: object, key: str) -> TypeGuard[Mapping[str, object]]:
-    return key.endswith("_config") and isinstance(value, Mapping)
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -147,7 +135,7 @@ def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The floating type of most numbers in a folder's safetensors. float32 if there is none."""
+    """The floating type of most numbers in a folder's safetensors. float32 without such numbers."""
     counts = {name: count for name, count in stored_dtypes(folder).items() if name in _FLOATS}
     return _FLOATS[max(counts, key=lambda name: counts[name])] if counts else torch.float32
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from mptk.errors import MptkError
 from mptk.io.text import sampled
 from mptk.io.text.files import Document
-from mptk.io.text.sources import RANDOM, RANDOM_NAME, SELF, Source, parse, shared
+from mptk.io.text.sources import RANDOM, RANDOM_NAME, SELF, TextSource, parse, shared
 from mptk.io.text.tokens import digest, token_stream, windows_of
 from mptk.progress import Count
 
@@ -29,11 +29,9 @@ __all__ = [
     "documents",
     "evaluation_windows",
     "file_digests",
-    "load_text",
     "positions_of",
     "protocol_name",
     "read_places",
-    "self_sampled",
     "token_windows",
 ]
 
@@ -42,49 +40,14 @@ __all__ = [
 _CHARACTERS_A_TOKEN, _ENOUGH, _MOST = 64, 8, 64_000_000
 
 
-def load_text(
-    data: str,
-    *,
-    split: str | None = None,
-    max_characters: int | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> list[str]:
-    """The documents of ``data``, each whole.
-
-    Args:
-        data: sources (docs/data.md); weights are ignored.
-        split: split of a hub's data set, if ``data`` does not name one; that to train on if None.
-        max_characters: stop after the document that reaches this number.
-        tokenizer: has the template for chats.
-
-    Raises:
-        MptkError: ``data`` does not exist, has no text or more than one column of it, or is not UTF-8.
-    """
-    texts: list[str] = []
-    left = max_characters
-    for source in parse(data, split=split):
-        for document in source.documents(tokenizer):
-            text = "".join(document)
-            if not text.strip():
-                continue
-            texts.append(text)
-            if left is not None:
-                left -= len(text)
-                if left <= 0:
-                    return texts
-    if not texts:
-        raise MptkError(f"{data} holds no text; give a file, folder or dataset with some")
-    return texts
-
-
 def documents(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Document]:
     """The documents of ``data``, whole, in pieces; weights are ignored.
 
     Raises:
-        MptkError: as ``load_text``; or ``data`` is text that is made up.
+        MptkError: ``data`` does not exist, has more than one column of text, is not UTF-8, or is text that is made up.
     """
     if data in (SELF, RANDOM):
-        raise MptkError(f"{data} is no text that a vocabulary can be taken of; give a file, folder or dataset")
+        raise MptkError(f"{data} is not text from which a vocabulary can be taken; give a file, folder or dataset")
     for source in parse(data):
         yield from source.documents(tokenizer)
 
@@ -117,52 +80,18 @@ def evaluation_windows(
     data: str,
     length: int = 512,
     count: int | None = None,
-    *,
-    split: str | None = None,
 ) -> Tensor:
     """Windows of ``data`` to measure on, int64 [n, length].
 
     They are the first ``count`` of each source, shared out by weight; of a folder, windows from all of its files,
     chosen with seed 0.
 
-    ``split``: split of a hub's data set; that to measure on if None.
-
     Raises:
-        MptkError: as ``load_text`` and ``token_windows``; ``data`` is ``self``; or there is no tokenizer.
+        MptkError: as ``documents`` and ``token_windows``; ``data`` is ``self``; or there is no tokenizer.
     """
     if data == SELF:
         raise MptkError("there is no model to write the text to measure on; give a file, folder or dataset")
-    return _shared_out(parse(data, held_out=True, split=split), _required(tokenizer), length, count, None)
-
-
-def self_sampled(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    count: int,
-    length: int,
-    seed: int,
-    batch_size: int | None = None,
-    progress: Count | None = None,
-) -> Tensor:
-    """Text that the model writes, as tokens, int64 [count, length].
-
-    This is ancestral sampling at temperature 1 from the full distribution, with a KV cache. Each row starts with the
-    begin-of-sequence token, else the end-of-sequence token, else a uniformly random token. It does not stop at an end
-    of sequence: the model continues with the next text, as in text packed for training. For one model, the result
-    depends on the seed alone, but for what batch size, device and threads round otherwise; more rows begin with the
-    same ones. The caller's random state does not change.
-
-    Args:
-        batch_size: rows sampled at once, by default those of 16,384 tokens. More take more memory, and less time each.
-        progress: called with (tokens done, all tokens).
-
-    Raises:
-        MptkError: the model cannot generate text.
-    """
-    return sampled.sampled(
-        model, tokenizer, count=count, length=length, seed=seed, batch_size=batch_size, progress=progress
-    )
+    return _shared_out(parse(data, held_out=True), _required(tokenizer), length, count, None)
 
 
 def calibration(
@@ -181,11 +110,11 @@ def calibration(
     Text that the model writes is kept in the cache folder, for the same weights, seed and length.
 
     Raises:
-        MptkError: as ``check_length``, ``self_sampled``, ``load_text``, ``token_windows``; or there is no tokenizer.
+        MptkError: as ``check_length``, ``sampled.sampled``, ``documents``, ``token_windows``; or there is no tokenizer.
     """
     check_length(model, length)
     if data == SELF:
-        return sampled.kept(model, tokenizer, count=count, length=length, seed=seed, progress=progress)
+        return sampled.from_cache(model, tokenizer, count=count, length=length, seed=seed, progress=progress)
     windows = _shared_out(parse(data), _required(tokenizer), length, count, seed)
     check_ids(model, windows)
     return windows
@@ -209,7 +138,7 @@ def check_positions(positions: int | None, length: int, what: str) -> None:
 
 
 def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
-    """Raise MptkError if a token id is none of the model's: the tokenizer is of another model."""
+    """Raise MptkError if a token id is outside the model's vocabulary: the tokenizer is of another model."""
     size = getattr(model.config.get_text_config(), "vocab_size", None)
     if isinstance(size, int) and ids.numel() and int(ids.max()) >= size:
         raise MptkError(
@@ -221,7 +150,7 @@ def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
 def protocol_name(data: str) -> str:
     """``data`` as the protocol of a measurement names it."""
     if data == SELF:
-        return sampled.NAME
+        return sampled.SAMPLED_NAME
     if data == RANDOM:
         return RANDOM_NAME
     folders = [source.name for source in parse(data, held_out=True) if source.is_folder]
@@ -238,12 +167,16 @@ def read_places(*data: str | None) -> list[Path]:
     return [source.place for source in _named(*data) if isinstance(source.place, Path)]
 
 
-def _named(*data: str | None) -> list[Source]:
+def _named(*data: str | None) -> list[TextSource]:
     return [source for each in data if each not in (None, SELF, RANDOM) for source in parse(str(each))]
 
 
 def _shared_out(
-    sources: tuple[Source, ...], tokenizer: PreTrainedTokenizerBase, length: int, count: int | None, seed: int | None
+    sources: tuple[TextSource, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int | None,
+    seed: int | None,
 ) -> Tensor:
     """Windows of all sources, shared out by weight, in a random order if there is a seed."""
     if len(sources) == 1:
@@ -257,7 +190,7 @@ def _shared_out(
 
 
 def _windows(
-    source: Source, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None, seed: int | None
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None, seed: int | None
 ) -> Tensor:
     """Windows of one source. No more of it is read than it takes to choose ``count`` of them."""
     if source.is_folder and seed is None:

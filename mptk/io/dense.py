@@ -70,7 +70,7 @@ def open_dense(
         model: the caller's name for it, or itself. If None, the report's name is used and nothing is downloaded.
         trust: whether the caller lets the model's Python code run. The report has no say in this.
         resident: keeps weights that were read.
-        live: it was in memory when it was pruned, so that the fingerprint is of its weights alone.
+        live: it was in memory when it was pruned, so that the fingerprint covers only its weights.
 
     Raises:
         MptkError: the model is not found, or has another fingerprint. This is checked before it is loaded.

@@ -34,9 +34,8 @@ class Perplexity:
     """A perplexity and its protocol.
 
     ``nll``: mean negative log-likelihood in nats over the ``tokens`` predicted. ``value`` = exp(``nll``). Windows of
-    ``length`` tokens start every ``stride`` tokens; with ``stride`` = ``length`` they do not overlap. The first token
-    of each is not predicted. ``dtype``: that of the logits, before the conversion to float32. ``seed``: seed of the
-    windows' order; None: the text's order.
+    ``length`` tokens do not overlap. The first token of each is not predicted. ``dtype``: the logits' type, before
+    the conversion to float32.
     """
 
     value: float
@@ -44,63 +43,44 @@ class Perplexity:
     tokens: int
     windows: int
     length: int
-    stride: int
     dtype: str
     data: str
-    split: str | None
-    seed: int | None
 
     @property
     def protocol(self) -> str:
         """The protocol in one line."""
-        split = f", split {self.split}" if self.split else ""
-        order = "in the text's order" if self.seed is None else f"chosen with seed {self.seed}"
         return (
-            f"{self.data}{split}: {self.windows} windows of {self.length} tokens, stride {self.stride}, {order}, "
+            f"{self.data}: {self.windows} windows of {self.length} tokens, stride {self.length}, in the text's order, "
             f"first token of each not predicted, {self.tokens:,} predicted, {self.dtype}"
         )
 
 
 @torch.no_grad()
-def perplexity(
-    logits_fn: LogitsFn,
-    windows: Tensor,
-    *,
-    data: str,
-    split: str | None = None,
-    seed: int | None = None,
-    batch_size: int = 1,
-    max_windows: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Perplexity:
+def perplexity(logits_fn: LogitsFn, windows: Tensor, *, data: str, progress: Count | None = None) -> Perplexity:
     """The perplexity of next-token predictions on ``windows``.
 
     Args:
-        logits_fn: token ids, int64 [B, T] → logits [B, T, V], on any device.
-        windows: tokens, int64 [n, T], T ≥ 2. Each window is predicted alone.
-        data, split, seed: origin of the windows, for the protocol.
-        batch_size: windows in a call. The logits take 4·B·T·V bytes.
-        max_windows: use only this many, from the first on.
+        logits_fn: token ids, int64 [1, T] → logits [1, T, V], on any device.
+        windows: tokens, int64 [n, T], T ≥ 2. Each window is predicted by itself.
+        data: origin of the windows, for the protocol.
         progress: called with (windows done, all windows).
 
     Raises:
         MptkError: there is no window, or windows have one token.
     """
-    windows = windows[:max_windows]
     _check(windows)
     total, dtype = 0.0, torch.float32
-    for first in range(0, len(windows), batch_size):
-        ids = windows[first : first + batch_size]
+    for done, ids in enumerate(windows.split(1), 1):
         logits = logits_fn(ids)
         dtype = logits.dtype
         total += _summed_loss(logits, ids)
         if progress is not None:
-            progress(min(first + batch_size, len(windows)), len(windows))
+            progress(done, len(windows))
     if not math.isfinite(total):
         raise MptkError(
             f"the logits on {data} are not finite; the model's weights are damaged, or too large for {dtype}"
         )
-    return _measured(total, windows, dtype, data, split, seed)
+    return _measured(total, windows, dtype, data)
 
 
 def _check(windows: Tensor) -> None:
@@ -109,9 +89,7 @@ def _check(windows: Tensor) -> None:
         raise MptkError(f"no token to predict in {count} windows of {length} tokens; give more text")
 
 
-def _measured(
-    total: float, windows: Tensor, dtype: torch.dtype, data: str, split: str | None = None, seed: int | None = None
-) -> Perplexity:
+def _measured(total: float, windows: Tensor, dtype: torch.dtype, data: str) -> Perplexity:
     """The perplexity of a ``total`` negative log-likelihood, in nats."""
     count, length = windows.shape
     nll = total / (count * (length - 1))
@@ -121,11 +99,8 @@ def _measured(
         tokens=count * (length - 1),
         windows=count,
         length=length,
-        stride=length,
         dtype=str(dtype).removeprefix("torch."),
         data=data,
-        split=split,
-        seed=seed,
     )
 
 
@@ -151,20 +126,12 @@ def perplexities(runs: Runs, windows: Tensor, *, data: str, progress: Count) -> 
     }
 
 
-@torch.no_grad()
-def next_token_loss(logits_fn: LogitsFn, windows: Tensor) -> float:
-    """Mean next-token cross entropy of all windows at once, in nats."""
-    logits = logits_fn(windows)
-    return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten()))
-
-
 def zero_shot(
     model: str | Path | models.Loaded,
     tasks: Sequence[str],
     *,
     include_path: str | Path | None = None,
     limit: int | None = None,
-    batch_size: int = 1,
     trust_remote_code: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Run tasks of lm-evaluation-harness. Returns task → metric (``acc,none``, ``acc_stderr,none``, ...) → value.
@@ -192,7 +159,7 @@ def zero_shot(
     manager = _task_manager(tasks, include_path)
     try:
         report = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size),
+            model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer),
             tasks=list(tasks),
             task_manager=manager,
             limit=limit,

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 
 def field(config: PreTrainedConfig, name: str) -> Any:
-    """The value of a field; None if there is none, a list with one for each layer if layers may differ in it.
+    """The value of a field; None if it is missing, a list with one value for each layer if layers may differ.
 
     transformers raises an error if such a field is read from the config itself.
     """

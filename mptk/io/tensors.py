@@ -1,4 +1,4 @@
-"""tensors: write safetensors files tensor by tensor. The bytes are those that safetensors writes of all at once."""
+"""tensors: write safetensors files tensor by tensor. The file is the same as if safetensors wrote all at once."""
 
 from __future__ import annotations
 

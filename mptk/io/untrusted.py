@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mptk.errors import MptkError
+from mptk.conform import brief
+from mptk.errors import MptkError, first_line
 from mptk.io.checkpoint import shapes_in
 from mptk.io.fields import field
 from mptk.reading import Damaged, check_inside, read_json
@@ -31,11 +32,11 @@ SIZES = (
     "max_position_embeddings",
 )
 """Names that transformers gives to what every config of text has."""
-LARGEST = 1 << 31
+LARGEST_SIZE = 1 << 31
 """No number of a config that is a size is as large."""
-LAYERS = 10_000
+MOST_LAYERS = 10_000
 SHARED = 256
-"""Layers of which a model may have more than weights: those of some share theirs."""
+"""Number of layers up to which a model may have more layers than weights: layers may share weights."""
 PARAMETERS = 10**14
 MOST_JSON = 1 << 28
 """Bytes of the largest JSON file in a folder: a tokenizer."""
@@ -67,30 +68,30 @@ def check_folder(folder: Path) -> None:
 
 
 def check_config(file: Path) -> dict[str, Any]:
-    """The content of a config.json. Raises MptkError if it is none, or has sizes that no model has."""
+    """The content of a config.json. Raises MptkError if it is not a config, or has sizes that no model has."""
     content = read_object(file)
     classes = content.get("architectures")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(each, str) for each in classes)):
-        raise damaged(file)("architectures is no list of names of classes")
+        raise damaged(file)("architectures is not a list of class names")
     for name in ("dtype", "torch_dtype"):
         said = content.get(name)
         if said not in (None, "auto") and not isinstance(
             getattr(torch, str(said).removeprefix("torch."), 0), torch.dtype
         ):
-            raise damaged(file)(f"{name} is {said!r}, which is no type of numbers")
+            raise damaged(file)(f"{name} is {brief(repr(said))}, which is not a number type")
     for name, value in _numbers(content, ""):
-        if abs(value) >= LARGEST and isinstance(value, int):
+        if abs(value) >= LARGEST_SIZE and isinstance(value, int):
             raise damaged(file)(f"{name} is {value if abs(value) < 10**20 else 'a number of many digits'}")
-        if value > LAYERS and "layer" in name.rpartition(".")[2]:
+        if value > MOST_LAYERS and "layer" in name.rpartition(".")[2]:
             raise damaged(file)(f"{name} is {value}")
     return content
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The content of a JSON file of a model. Raises MptkError if it is no object."""
+    """The content of a JSON file of a model. Raises MptkError if it is not an object."""
     content = read_json(file, damaged(file))
     if not isinstance(content, dict):
-        raise damaged(file)("it is no object")
+        raise damaged(file)("it is not an object")
     return content
 
 
@@ -115,7 +116,7 @@ def check_weights(file: Path) -> int:
         with safe_open(file, "pt") as opened:
             return len(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise damaged(file)(str(error).strip().partition("\n")[0]) from error
+        raise damaged(file)(first_line(error)) from error
 
 
 def check_stored(
@@ -137,12 +138,12 @@ def check_stored(
 
 
 def load_tensors(file: Path, damaged: Damaged) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises ``damaged`` if it is missing or is none."""
+    """The tensors of a safetensors file. Raises ``damaged`` if it is missing or no safetensors file."""
     try:
         _check_ordinary(file)
         return load_file(file)
     except (SafetensorError, OSError, MptkError) as error:
-        raise damaged(str(error).strip().partition("\n")[0]) from error
+        raise damaged(first_line(error)) from error
 
 
 def check_gguf(file: Path) -> None:
@@ -168,7 +169,7 @@ def _check_ordinary(file: Path, most: int | None = None) -> None:
     except OSError as error:
         raise damaged(file)(f"it cannot be read: {error.strerror or error}") from error
     if not stat.S_ISREG(state.st_mode):
-        raise damaged(file)("it is no ordinary file")
+        raise damaged(file)("it is not an ordinary file")
     if most is not None and state.st_size > most:
         raise damaged(file)(f"it has {state.st_size >> 20} MB")
 

@@ -1,4 +1,4 @@
-"""AxisFacts: the findings of the axis analysis. The terms of every value, and what the calls do along them."""
+"""axis_facts: the findings of the axis analysis. The terms of every value, and what the calls do along them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Dims = tuple[Term, ...]
 """One term for each dimension of a tensor."""
 
 Results = Dims | list[Dims] | list[Dims | None]
-"""The dimensions of a call's result. Several results are a list, with None for a result that is no tensor."""
+"""The dimensions of a call's result. Several results are a list, with None for a result that is not a tensor."""
 
 Positions = Term | list[Term | None] | None
 """The axis whose positions a value's integers are, as after an argmax. Several results are a list."""
 
-Path = tuple[int | str, ...]
+ArgumentPath = tuple[int | str, ...]
 """The place of an argument in a call: its position or its name, then positions in nested lists."""
 
 ReductionKind = Literal["sum", "mean", "statistic", "max", "min"]
@@ -74,17 +74,17 @@ class AxisFacts:
         reductions: every other operation that combines positions along an axis.
         inner: dimensions of values inside a call, such as attention scores.
         routes: rows that were routed to experts.
-        notes: call → its rule's note for the cut (``passes/analysis/rules/notes.py``).
+        notes: call → its rule's note for the cut (``passes/analysis/rules/resizer.py``).
         activations: values that depend on the user's inputs.
         caches: an input that the model continues (a KV cache) → the output that continues it.
         writes: call that writes in place → every value whose memory it may change, in the graph's order.
-        kept: weight that something is divided by → the axes along which the masked model keeps its numbers.
+        divisors: weight that something is divided by → the axes along which the masked model keeps its numbers.
     """
 
     graph: fx.Graph
     results: Mapping[fx.Node, Results]
     weights: Mapping[str, Dims]
-    constant_uses: Mapping[fx.Node, Sequence[tuple[Path, Dims]]] = field(repr=False)
+    constant_uses: Mapping[fx.Node, Sequence[tuple[ArgumentPath, Dims]]] = field(repr=False)
     zeros: AbstractSet[fx.Node] = field(repr=False)
     contractions: Sequence[Contraction] = field(repr=False)
     reductions: Sequence[Reduction] = field(repr=False)
@@ -94,7 +94,7 @@ class AxisFacts:
     activations: AbstractSet[fx.Node] = field(repr=False)
     caches: Mapping[fx.Node, fx.Node] = field(repr=False)
     writes: Mapping[fx.Node, Sequence[fx.Node]] = field(repr=False)
-    kept: Mapping[fx.Node, AbstractSet[Axis]] = field(default_factory=dict, repr=False)
+    divisors: Mapping[fx.Node, AbstractSet[Axis]] = field(default_factory=dict, repr=False)
 
     def dims(self, node: fx.Node) -> Dims:
         """The terms of a value, which must be one tensor; no terms for a constant."""
@@ -111,7 +111,7 @@ class AxisFacts:
         return self._axes[node]
 
     def is_weight(self, node: fx.Node) -> bool:
-        """Whether a value depends on weights alone (a weight, its transpose, a merge of several)."""
+        """Whether a value depends only on weights (a weight, its transpose, a merge of several)."""
         return node in self.results and node not in self.activations
 
     def has_weight(self, product: Contraction) -> bool:
@@ -133,7 +133,7 @@ def tensors(results: Results) -> list[Dims]:
     return [dims for dims in results if dims is not None] if isinstance(results, list) else [results]
 
 
-def argument_at(node: fx.Node, path: Path) -> fx.Node:
+def argument_at(node: fx.Node, path: ArgumentPath) -> fx.Node:
     """The argument of a call at a place."""
     value = node.kwargs[path[0]] if isinstance(path[0], str) else node.args[path[0]]
     for step in path[1:]:

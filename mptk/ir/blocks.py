@@ -20,7 +20,7 @@ class Block:
         input: the value that enters it.
         output: the value that leaves it, with the axes of ``input``.
         nodes: its calls.
-        caches: inputs of the graph (a KV cache) that it alone continues, each with the output that continues it.
+        caches: inputs of the graph (a KV cache) that only it continues, each with the output that continues it.
         stays: why it cannot be removed; empty if it can.
     """
 
@@ -69,7 +69,7 @@ class Renumbering:
         return name
 
     def names(self, names: Iterable[str]) -> dict[str, str]:
-        """New name → name, of those that stay."""
+        """New name → name, for the weights that stay."""
         return {new: name for name in names if (new := self.new(name)) is not None}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor, nn
 
-from mptk.errors import MptkError
+from mptk.errors import MptkError, first_line
 
 
 def copied(
@@ -38,9 +38,9 @@ def copied(
     try:
         return copy.deepcopy(module, memo)
     except (RuntimeError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise MptkError(
-            f"this {type(module).__name__} cannot be copied ({reason}); keep tensors in parameters and buffers"
+            f"this {type(module).__name__} cannot be copied ({first_line(error)}); keep tensors in parameters and "
+            "buffers"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Families: the channels that can be cut, and the channels that must be cut with them."""
+"""families: the channels that can be cut, and the channels that must be cut with them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -19,6 +19,8 @@ Place = tuple[str, int]
 """A weight's name, and one of its dimensions."""
 
 Role = Literal["producer", "consumer", "other"]
+Kind = Literal["channels", "blocks"]
+"""What the units of a family are."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def unit_positions(term: Term, axis: Axis, scope: Sequence[Axis] = ()) -> Index:
 def unit_indices(dims: Sequence[Term], dim: int, group: Group) -> list[Index]:
     """The unit of ``group`` at each position of a weight, for each occurrence of its axis in dimension ``dim``.
 
-    An entry is scope · size + unit, −1 if there is none. Each index broadcasts against the weight: it has size 1 in
+    An entry is scope · size + unit, −1 for no unit. Each index broadcasts against the weight: it has size 1 in
     dimensions along which it does not vary. A scope axis is searched in ``dim`` first, then in the other dimensions.
     """
     scope = np.zeros([1] * len(dims), dtype=np.int64)
@@ -118,16 +120,15 @@ class Family:
 
     ``name`` and ``description`` are inferred from structure and serve people only. ``minimum`` and ``multiple`` limit
     the widths that the graph's ops accept; targets narrow them further (``passes/targets/legalize.py``).
-    ``stack``: the blocks that are its units, if it is a depth. It then has one group, without members.
-    ``part_of``: the family that it is one layer of; empty for a whole one.
+    ``part_of``: the family that it is one layer of; empty for a whole one. ``kind``: what its units are.
     """
 
+    kind: ClassVar[Kind] = "channels"
     name: str
     description: str
     groups: tuple[Group, ...]
     minimum: int = 1
     multiple: int = 1
-    stack: Stack | None = None
     part_of: str = ""
 
     @property
@@ -149,6 +150,14 @@ class Family:
             replace(self, name=f"{self.name}.{layer}", groups=(group,), part_of=self.name)
             for layer, group in enumerate(self.groups)
         )
+
+
+@dataclass(frozen=True)
+class Depth(Family):
+    """The family of a list of residual blocks: one group without members, whose units are the blocks of ``stack``."""
+
+    kind: ClassVar[Kind] = "blocks"
+    stack: Stack = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -175,10 +184,10 @@ class Analysis:
     blocked: tuple[Blocked, ...]
     weights: Mapping[str, Dims]
     facts: AxisFacts = field(repr=False)
-    depths: tuple[Family, ...] = ()
+    depths: tuple[Depth, ...] = ()
 
     def family(self, name: str) -> Family:
-        """The family of that name, a depth too, or one layer of a family. Raises KeyError if there is none."""
+        """The family of that name, a depth too, or one layer of a family. Raises KeyError for an unknown name."""
         whole, _, layer = name.rpartition(".")
         for family in self.all_families:
             if family.name == name:
@@ -195,7 +204,7 @@ class Analysis:
     @property
     def stacks(self) -> tuple[Stack, ...]:
         """The lists of residual blocks of which some can be removed."""
-        return tuple(family.stack for family in self.depths if family.stack is not None)
+        return tuple(family.stack for family in self.depths)
 
     def divided(self, names: Collection[str]) -> Analysis:
         """The same with the families ``names`` divided into their layers, as far as they have several."""

@@ -16,7 +16,7 @@ import torch
 
 from mptk.errors import MptkError
 
-Size = Any
+SymbolicSize = Any
 """A size of an input: a number, or a sympy expression of others."""
 
 
@@ -49,7 +49,7 @@ class Limits:
 class CallSizes:
     """The sizes that a program may be called with: of each input, its name and its sizes. A symbol has one value."""
 
-    inputs: tuple[tuple[str, tuple[Size, ...]], ...]
+    inputs: tuple[tuple[str, tuple[SymbolicSize, ...]], ...]
     names: tuple[str, ...]
     limits: Limits
 
@@ -60,7 +60,7 @@ class CallSizes:
             if len(sizes) != len(shape):
                 raise MptkError(
                     f"{self.names[k]} has {len(shape)} dimensions, and {len(sizes)} were traced; give example inputs "
-                    "like those of the call"
+                    "like the call's inputs"
                 )
             for d, (size, given) in enumerate(zip(sizes, shape, strict=True)):
                 fixed = values.setdefault(size, given) if isinstance(size, sympy.Symbol) else size

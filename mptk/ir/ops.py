@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, TypeVar
 
 from torch import fx
 from torch.fx.node import Argument
 
 from mptk.compat.torch import schema
+
+Vertex = TypeVar("Vertex", bound=Hashable)
+
+
+def reached(start: Iterable[Vertex], sources: Callable[[Vertex], Iterable[Vertex]]) -> set[Vertex]:
+    """``start`` and everything that ``sources`` leads to from there, such as ``fx.Node.all_input_nodes``."""
+    found, waiting = set[Vertex](), list(start)
+    while waiting:
+        if (node := waiting.pop()) not in found:
+            found.add(node)
+            waiting += sources(node)
+    return found
 
 
 def op_name(node: fx.Node) -> str:

@@ -15,7 +15,7 @@ from mptk.ir.program import Program, parameter_count
 
 
 @dataclass(frozen=True)
-class Result:
+class PassResult:
     """What a pass returns: the new program, whether it differs from the old one, and notes for people."""
 
     program: Program
@@ -36,14 +36,14 @@ class Pass(ABC):
         """Any program."""
 
     @abstractmethod
-    def run(self, program: Program) -> Result:
+    def run(self, program: Program) -> PassResult:
         """Transform ``program``, which itself does not change."""
 
     @abstractmethod
     def ensures(self, before: Program, after: Program) -> None:
         """Check what holds after the pass, besides ``check``. Raises AssertionError if it does not hold."""
 
-    def __call__(self, program: Program) -> Result:
+    def __call__(self, program: Program) -> PassResult:
         """Run the pass with its checks: requires, run, ``check``, ensures."""
         self.requires(program)
         result = self.run(program)
@@ -96,9 +96,9 @@ class Log:
         return [{k: v for k, v in asdict(r).items() if v not in (None, ())} for r in self.records]
 
 
-def run(program: Program, passes: Sequence[Pass], log: Log) -> list[Result]:
+def run(program: Program, passes: Sequence[Pass], log: Log) -> list[PassResult]:
     """Apply ``passes`` in order, each with its checks, and record them in ``log``. Returns their results."""
-    results: list[Result] = []
+    results: list[PassResult] = []
     for step in passes:
         with log.stage(step.name) as record:
             result = step(program)

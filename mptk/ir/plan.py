@@ -15,11 +15,11 @@ from mptk.errors import MptkError
 from mptk.files import json_text, write_json
 from mptk.reading import read_json
 
-FORMAT = "mptk-plan/1"
+PLAN_FORMAT = "mptk-plan/1"
 _UNIT = re.compile(r"[0-9]{1,18}")
-LARGEST = 1 << 24
+LARGEST_FAMILY = 1 << 24
 """Units of the largest family."""
-MOST = 1 << 26
+MOST_UNITS = 1 << 26
 """Kept units of a plan, over all layers."""
 Keep = tuple[tuple[int, ...], ...]
 """Kept unit indices, ascending: one tuple for each scope position (one in all if the choice cannot vary)."""
@@ -67,7 +67,7 @@ class Plan:
     """Family name → its kept units. A family without an entry stays whole. ``meta``: free, nothing depends on it.
 
     ``vocabulary``: the tokens that stay; None: all. ``kv_heads``: how many KV heads become how many; None: all stay.
-    Families are those of the model that has these tokens and heads.
+    Families belong to the model that has these tokens and heads.
     """
 
     families: Mapping[str, FamilyPlan]
@@ -97,7 +97,7 @@ class Plan:
     def to_json(self) -> dict[str, object]:
         """The content of a plan file (``docs/plan.md``)."""
         return {
-            "format": FORMAT,
+            "format": PLAN_FORMAT,
             "meta": dict(self.meta),
             **({} if self.vocabulary is None else {"vocabulary": self.vocabulary.to_json()}),
             **({} if self.kv_heads is None else {"kv_heads": self.kv_heads.to_json()}),
@@ -129,8 +129,8 @@ class Plan:
     @staticmethod
     def from_json(data: object, *, source: str = "plan") -> Plan:
         """The plan in the content of a plan file. Raises MptkError with ``source`` and the place of the mistake."""
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise MptkError(f'{source}: "format" is not "{FORMAT}"; see docs/plan.md')
+        if not isinstance(data, dict) or data.get("format") != PLAN_FORMAT:
+            raise MptkError(f'{source}: "format" is not "{PLAN_FORMAT}"; see docs/plan.md')
         families = data.get("families")
         if not isinstance(families, dict):
             raise MptkError(f'{source}: "families" is not an object; see docs/plan.md')
@@ -139,7 +139,7 @@ class Plan:
             raise MptkError(f'{source}: "meta" is not an object; see docs/plan.md')
         parsed, units = {}, 0
         for name, body in families.items():
-            parsed[name] = _family(body, f"{source}: families.{name}", MOST - units)
+            parsed[name] = _family(body, f"{source}: families.{name}", MOST_UNITS - units)
             units += sum(len(row) for keep in parsed[name].keep.values() for row in keep)
         tokens = _tokens(data.get("vocabulary"), f"{source}: vocabulary")
         return Plan(parsed, meta, tokens, _heads(data.get("kv_heads"), f"{source}: kv_heads"))
@@ -152,12 +152,12 @@ def _family(body: object, where: str, most: int) -> FamilyPlan:
     width, of, keep = body.get("width"), body.get("of"), body.get("keep")
     if type(width) is not int or type(of) is not int or not 0 < width <= of:
         raise MptkError(f'{where}: "width" and "of" must be integers with 0 < width <= of')
-    if of > LARGEST:
-        raise MptkError(f'{where}: "of" is more than {LARGEST}; no family of a model has so many units')
+    if of > LARGEST_FAMILY:
+        raise MptkError(f'{where}: "of" is more than {LARGEST_FAMILY}; no family of a model is as large')
     if not isinstance(keep, dict) or not keep:
         raise MptkError(f'{where}: "keep" must map each layer to its kept units; see docs/plan.md')
     if width * sum(len(rows) if _scoped(rows) else 1 for rows in keep.values()) > most:
-        raise MptkError(f"{where}: the plan keeps more than {MOST} units, more than a model has; see docs/plan.md")
+        raise MptkError(f"{where}: it keeps more than {MOST_UNITS} units, more than a model has; see docs/plan.md")
     return FamilyPlan(width, of, {layer: _decode(k, width, of, f"{where}.keep.{layer}") for layer, k in keep.items()})
 
 
@@ -165,7 +165,7 @@ def _tokens(body: object, where: str) -> Tokens | None:
     if body is None:
         return None
     keep = body.get("keep") if isinstance(body, dict) else None
-    family = _family({**body, "keep": {"tokens": keep}} if isinstance(body, dict) else body, where, MOST)
+    family = _family({**body, "keep": {"tokens": keep}} if isinstance(body, dict) else body, where, MOST_UNITS)
     return Tokens(family.of, family.keep["tokens"][0])
 
 
@@ -181,7 +181,7 @@ def _heads(body: object, where: str) -> Heads | None:
 def check_units(row: Sequence[int], width: int, of: int, where: str) -> None:
     """Raise MptkError, which names ``where``, unless ``row`` is ``width`` ascending, distinct units of 0 … of − 1."""
     if not isinstance(row, list | tuple) or not all(isinstance(unit, Integral) for unit in row):
-        raise MptkError(f"{where}: a row is no tuple of whole numbers; give the units that stay, ascending")
+        raise MptkError(f"{where}: a row is not a tuple of whole numbers; give the units that stay, ascending")
     if len(row) != width:
         raise MptkError(f"{where}: {len(row)} units kept, but width is {width}")
     if list(row) != sorted(set(row)) or row[0] < 0 or row[-1] >= of:

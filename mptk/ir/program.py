@@ -1,9 +1,9 @@
-"""Program: a traced model. An FX graph over ATen ops, and its weights by qualified name."""
+"""program: a traced model. An FX graph over ATen ops, its weights by qualified name, and both as an ``nn.Module``."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
+from torch.fx.node import Argument, Target
 from torch.nn import Parameter
 
 from mptk.compat.torch import build_exported, size_expression, tree_leaves, tree_map
 from mptk.errors import MptkError
-from mptk.ir.limits import CallSizes, Limits, Size
-from mptk.ir.module import STATE, ProgramModule
+from mptk.ir.limits import CallSizes, Limits, SymbolicSize
 from mptk.ir.samples import is_tokens
 from mptk.ir.sizes import example_size, is_open
 from mptk.ir.weights import Lazy, Weights
 
-ExampleInputs = tuple[tuple[object, ...], dict[str, object]]
+TracedInputs = tuple[tuple[object, ...], dict[str, object]]
 """The inputs of the trace, by position and by name."""
 
 
@@ -46,7 +46,7 @@ class Program:
             weights). With it the program runs without its module. A tensor may be read or computed at each request.
         aliases: other name of a tied weight → the name in ``state``.
         exported: the export from which the program was made.
-        inputs: the arguments of the module's ``forward`` that the user's inputs are, where that is known.
+        inputs: the arguments of the module's ``forward`` that the user's inputs are, if known.
         limits: what the trace fixed.
         frozen: names of the parameters that require no gradient in the traced module.
         types: the floating types of the traced module, if the program computes in another.
@@ -102,7 +102,7 @@ class Program:
     @property
     def keeps_state(self) -> bool:
         """Whether a call of its module changes what the next one gives."""
-        return any(STATE in node.meta for node in self.graph.graph.nodes)
+        return any(STATE_COPY in node.meta for node in self.graph.graph.nodes)
 
     @property
     def has_values(self) -> bool:
@@ -147,7 +147,7 @@ class Program:
         return self.state.selected(saved | {alias: name for alias, name in self.aliases.items() if name in saved})
 
     def module(self) -> ProgramModule:
-        """An ``nn.Module`` with these weights under the traced module's names, ready for training (``ir/module.py``).
+        """An ``nn.Module`` with these weights under the traced module's names, ready for training.
 
         It works on any ``nn.Module`` that was traced. Weights of the traced module are copied, never shared.
 
@@ -176,7 +176,7 @@ class Program:
             example_inputs=self._example_inputs(),
         )
 
-    def _example_inputs(self) -> ExampleInputs | None:
+    def _example_inputs(self) -> TracedInputs | None:
         """The inputs of the trace that are left. An input that has lost channels (a KV cache) is cut."""
         values = {n.name: n.meta["val"] for n in self.placeholders()}
         names = iter(self.exported.graph_signature.user_inputs)
@@ -187,7 +187,7 @@ class Program:
                 return example
             return example[tuple(slice(size if isinstance(size, int) else None) for size in values[name].shape)]
 
-        fitted: ExampleInputs | None = tree_map(fit, self.exported.example_inputs)
+        fitted: TracedInputs | None = tree_map(fit, self.exported.example_inputs)
         traced = self.exported.graph_signature.user_inputs
         if fitted is None or len(self.user_inputs) == len(traced):
             return fitted
@@ -195,7 +195,7 @@ class Program:
         return tuple(example for name, example in left if name in values), {}
 
 
-def _size(size: int | torch.SymInt) -> Size:
+def _size(size: int | torch.SymInt) -> SymbolicSize:
     """A size as a number, or as an expression if it may be another."""
     return size_expression(size) if isinstance(size, torch.SymInt) and is_open(size) else example_size(size)
 
@@ -207,3 +207,119 @@ def _parameter(tensor: Tensor) -> Parameter:
 def parameter_count(program: Program) -> int:
     """Number of parameters in the program; a tied weight counts once."""
     return sum(program.state.like(name).numel() for name in program.parameters)
+
+
+class DeviceInterpreter(fx.Interpreter):
+    """An interpreter whose calls make their tensors on ``device``, wherever the graph says that they are made."""
+
+    device: torch.device = torch.device("cpu")
+
+    def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+        if self.device.type != "cpu":  # where the graph was traced
+            args, kwargs = tree_map(lambda a: self.device if isinstance(a, torch.device) else a, (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+    def get_attr(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+        found = super().get_attr(target, args, kwargs)
+        return found.to(self.device) if isinstance(found, Tensor) else found
+
+
+STATE_COPY = "state"
+"""In the ``meta`` of a call that copies a buffer before the graph writes to it."""
+
+
+class Names(nn.Module):
+    """Holds what lies under a part of dotted names; ``module.layers[0]`` is ``layers.0``."""
+
+    def __getitem__(self, index: int | str) -> Any:
+        return getattr(self, str(index))
+
+
+class ProgramModule(nn.Module):
+    """Parameters and buffers under the traced module's names, and its traced ``forward``.
+
+    Its parameters are its own: they share no memory with the program, and require gradients as the traced module's do.
+    Tied weights are one parameter. ``state_dict()`` has the names of the traced module's. Buffers that ``forward``
+    writes keep what it wrote.
+
+    ``forward`` takes the tensors of the trace, by position or by the argument's name, and gives one tensor, or a tuple
+    if there were several. The graph was traced in evaluation mode: ``train()`` adds no dropout, and batch norms keep
+    their statistics.
+    """
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self._graph = (_stateful(program.graph),)  # in a tuple, as a submodule would add its names to state_dict()
+        self._placeholders = [(n.name, program.weights.get(n.name)) for n in program.placeholders()]
+        self.input_names = program.inputs
+        self._sizes, self._met = program.sizes, set[tuple[torch.Size, ...]]()
+        kinds = {program.weights[s.arg.name]: s for s in program.signature.input_specs if s.target is not None}
+        others: dict[str, list[str]] = {}
+        for alias, name in program.aliases.items():
+            others.setdefault(name, []).append(alias)
+        for name in program.state:
+            spec, tensor = kinds[name], program.state[name].detach().clone()
+            made: Tensor = tensor
+            if spec.kind is InputKind.PARAMETER:
+                made = nn.Parameter(tensor, requires_grad=name not in program.frozen)
+            for each in (name, *others.get(name, ())):
+                self._place(each, made, persistent=spec.kind is InputKind.BUFFER and bool(spec.persistent))
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
+        """Run the graph.
+
+        Raises:
+            TypeError: inputs are missing or unknown.
+            MptkError: they have sizes for which the trace does not hold.
+        """
+        tensors = self._in_order(inputs, named)
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if torch.compiler.is_exporting() or shapes not in self._met:
+            self._sizes.check(shapes)
+            self._met |= set() if torch.compiler.is_exporting() else {shapes}
+        given = iter(tensors)
+        weights: dict[str, Tensor] = dict(self.named_parameters(remove_duplicate=False))
+        weights |= dict(self.named_buffers(remove_duplicate=False))
+        arguments = [next(given) if name is None else weights[name] for _, name in self._placeholders]
+        device = next((tensor.device for tensor in weights.values()), None)
+        graph: fx.GraphModule = self._graph[0]
+        if device is None or device.type == "cpu":
+            outputs = graph(*arguments)
+        else:
+            runner = DeviceInterpreter(graph)
+            runner.device = device
+            outputs = runner.run(*arguments)
+        return outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else tuple(outputs)
+
+    def _in_order(self, inputs: Sequence[Tensor], named: dict[str, Tensor]) -> list[Tensor]:
+        count = sum(name is None for _, name in self._placeholders)
+        names = self.input_names[len(inputs) : count]
+        if len(inputs) + len(named) != count or set(names) != set(named):
+            said = ", ".join(self.input_names) or f"{count} tensors"
+            raise TypeError(f"forward() takes {said}; it was given {len(inputs)} by position and {sorted(named)}")
+        return [*inputs, *(named[name] for name in names)]
+
+    def _place(self, name: str, tensor: Tensor, *, persistent: bool) -> None:
+        """Register a parameter or a buffer under a dotted name."""
+        *path, leaf = name.split(".")
+        owner: nn.Module = self
+        for part in path:
+            if part not in dict(owner.named_children()):
+                owner.add_module(part, Names())
+            owner = owner.get_submodule(part)
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(leaf, tensor)
+        else:
+            owner.register_buffer(leaf, tensor, persistent=persistent)
+
+
+def _stateful(graph: fx.GraphModule) -> fx.GraphModule:
+    """The graph without copies of the buffers that it writes to; the graph itself without such copies."""
+    if not any(STATE_COPY in node.meta for node in graph.graph.nodes):
+        return graph
+    found = copy.deepcopy(graph)
+    for node in [node for node in found.graph.nodes if STATE_COPY in node.meta]:
+        node.replace_all_uses_with(node.args[0])
+        found.graph.erase_node(node)
+    found.recompile()
+    return found

@@ -1,4 +1,4 @@
-"""Cut: a plan resolved on an analysis, that is, which positions of which dimensions stay."""
+"""resolved_plan: a plan resolved on an analysis, that is, which positions of which dimensions stay."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from mptk.errors import MptkError
 from mptk.ir.axes import Axis, Index, Term, evaluate, leaves, occurrences
 from mptk.ir.blocks import Block, Renumbering, Stack
-from mptk.ir.families import Analysis, Family, Group, scope_coordinates
+from mptk.ir.families import Analysis, Depth, Family, Group, scope_coordinates
 from mptk.ir.plan import FamilyPlan, Plan, check_units
 
 
 @dataclass(frozen=True)
-class Choice:
+class KeptUnits:
     """The kept units of one axis: ``table`` is boolean, [scopes, size], with the same number of units in each row."""
 
     scope: tuple[Axis, ...]
@@ -30,7 +30,7 @@ class Choice:
 class Cut:
     """Axis → its kept units. An axis without an entry stays whole."""
 
-    choices: dict[Axis, Choice]
+    choices: dict[Axis, KeptUnits]
     sizes: dict[Axis, int]
 
     def units(self, axis: Axis) -> list[int] | None:
@@ -69,7 +69,7 @@ class Cut:
         return np.flatnonzero(self.mask(term))
 
     def elsewhere(self, dims: Sequence[Term]) -> int | None:
-        """The index of a dimension along which the choice of another dimension varies; None if there is none."""
+        """The index of a dimension along which the choice of another dimension varies; None if no choice does."""
         for term in dims:
             own = set(leaves(term))
             for leaf in own & self.choices.keys():
@@ -119,7 +119,7 @@ class Cut:
         return torch.stack(kept, scope_dim)
 
     def _row(self, dims: Sequence[Term], scope_dim: int, position: int) -> Cut:
-        """The cut at one position of a scope's dimension, where no other dimension's choice varies along it."""
+        """The cut at one position of a scope's dimension, at which no other dimension's choice varies along it."""
         at = {leaf: int(coordinate[position]) for leaf, coordinate in occurrences(dims[scope_dim])}
         choices = dict(self.choices)
         for d, term in enumerate(dims):
@@ -130,7 +130,7 @@ class Cut:
                 table = choice.table.reshape(*(a.size for a in choice.scope), -1)
                 row = table[tuple(fixed.get(a, slice(None)) for a in choice.scope)]
                 rest = tuple(a for a in choice.scope if a not in fixed)
-                choices[leaf] = Choice(rest, row.reshape(-1, table.shape[-1]))
+                choices[leaf] = KeptUnits(rest, row.reshape(-1, table.shape[-1]))
         return Cut(choices, self.sizes)
 
 
@@ -140,7 +140,7 @@ def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
     Raises:
         MptkError: a family or layer that the model does not have, a width that does not fit, a layer left out.
     """
-    choices: dict[Axis, Choice] = {}
+    choices: dict[Axis, KeptUnits] = {}
     for name, chosen in plan.families.items():
         try:
             family = analysis.family(name)
@@ -159,13 +159,13 @@ def resolve_plan(analysis: Analysis, plan: Plan) -> Cut:
         for group in family.groups:
             if group.axis in choices:
                 raise MptkError(f"plan: {name} names units of {group.layer} that another family names, too")
-            choices[group.axis] = Choice(group.scope, _table(family, group, chosen))
-        if family.stack is not None:
+            choices[group.axis] = KeptUnits(group.scope, _table(family, group, chosen))
+        if isinstance(family, Depth):
             _check_blocks(name, family.stack, choices[family.stack.axis])
     return Cut(choices, {axis: int(c.table[0].sum()) for axis, c in choices.items()})
 
 
-def _check_blocks(name: str, stack: Stack, choice: Choice) -> None:
+def _check_blocks(name: str, stack: Stack, choice: KeptUnits) -> None:
     for unit, why in stack.stay.items():
         if not choice.table[0, unit]:
             raise MptkError(f"plan: {name} cannot lose block {unit}, {stack.blocks[unit].module}: {why}")
@@ -193,7 +193,7 @@ def _table(family: Family, group: Group, chosen: FamilyPlan) -> npt.NDArray[np.b
     if keep is None:
         raise MptkError(f"plan: {family.name} has no entry for layer {group.layer!r}; every layer needs its kept units")
     if not isinstance(keep, list | tuple):
-        raise MptkError(f"plan: {family.name}.{group.layer} is no tuple of rows; give one of units for each scope")
+        raise MptkError(f"plan: {family.name}.{group.layer} is not a tuple of rows; give one of units for each scope")
     if len(keep) not in (1, group.scopes):
         raise MptkError(f"plan: {family.name}.{group.layer} has {len(keep)} rows of units; give 1 or {group.scopes}")
     for row in keep:

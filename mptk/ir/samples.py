@@ -11,7 +11,7 @@ from torch import Tensor
 IGNORED = -100
 """A target that no loss counts."""
 POSITION = 768
-"""Numbers of an input that is no token ids which count as one token: a patch of a vision transformer."""
+"""Numbers of an input that is not a token ids which count as one token: a patch of a vision transformer."""
 _TARGETS = "targets"
 
 

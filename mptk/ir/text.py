@@ -28,8 +28,6 @@ from mptk.ir.source_location import source_line
 INPUT_AXES = ("batch", "seq")
 """Names of the first two dimensions of an input, if their sizes are symbolic."""
 
-Dims = Sequence[Term]
-
 
 def program_text(
     program: Program,
@@ -58,7 +56,7 @@ class _Printer:
     source: bool
     symbols: dict[str, str] = field(default_factory=dict)
     axes: dict[Axis, str] = field(default_factory=dict)
-    dims: dict[str, Dims | Sequence[Dims | None]] = field(default_factory=dict)
+    dims: dict[str, Sequence[Term] | Sequence[Sequence[Term] | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.constants = dict(self.program.graph.named_buffers())
@@ -112,7 +110,7 @@ class _Printer:
 
     # ---- shapes ----
 
-    def shape(self, value: object, dims: Dims | Sequence[Dims | None] | None) -> str:
+    def shape(self, value: object, dims: Sequence[Term] | Sequence[Sequence[Term] | None] | None) -> str:
         """The shape of a node's value; empty if that is neither a tensor nor a number."""
         if isinstance(value, (list, tuple)):
             several = dims if isinstance(dims, list) else [None] * len(value)

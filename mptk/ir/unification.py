@@ -1,4 +1,4 @@
-"""Unification: make two terms equal, by merging axes (union-find) or by *binding* an axis to a finer term.
+"""unification: make two terms equal, by merging axes (union-find) or by *binding* an axis to a finer term.
 
 If two terms cannot be aligned, a cut of their axes would not be sound. All their axes are frozen, with the reason.
 """

@@ -76,7 +76,7 @@ class Weights(Mapping[str, Tensor]):
         return entry.narrow() if isinstance(entry, Lazy) and entry.narrow is not None else self[name]
 
     def cast(self, dtype: torch.dtype) -> Weights:
-        """Weights in ``dtype``. Tensors that are no floating numbers keep their type."""
+        """Weights in ``dtype``. Tensors that hold no floating-point numbers keep their type."""
         floats = [name for name, like in self.likes.items() if like.is_floating_point()]
         return self.updated({name: _cast(self._entries[name], dtype) for name in floats})
 

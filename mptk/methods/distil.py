@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, fx
 
+from mptk.config.settings import Settings
+from mptk.cost.estimate import Pass, Sizes
 from mptk.distributed.processes import leads
 from mptk.distributed.sharing import Sharing, sharing
 from mptk.errors import MptkError
@@ -31,9 +32,10 @@ from mptk.methods.criteria.observe import batches, find_sites
 from mptk.methods.maskprune.train import schedule
 from mptk.methods.reconstruct import stored
 from mptk.progress import Count
+from mptk.protocols.run_folder import RunFolder
 from mptk.staged.partition import Flow, blocks
-from mptk.staged.shelf import Shelf
-from mptk.staged.staged import EXECUTOR, Executor, Run
+from mptk.staged.spool import Spool
+from mptk.staged.staged import EXECUTOR, Executor, StagedRun
 from passes.transforms.remove_blocks import mask_blocks
 from passes.transforms.rewrite import Rewrite
 
@@ -46,35 +48,6 @@ FLOOR = 1e-3
 """Positions of less than this share of the mean square count as if they had it."""
 ERRORS = "errors"
 NO_BLOCK = "no block that is cut has matrices of its own, which could be distilled; leave out --distil-epochs"
-
-
-class Kept(Protocol):
-    """Where trained blocks are kept, so that a stopped run need not train them again."""
-
-    def holds(self, file: str) -> bool:
-        """Whether an earlier run left a file: a name with ``.safetensors``."""
-        ...
-
-    def earlier(self, name: str) -> dict[str, Tensor] | None:
-        """What an earlier run kept under a name, or None."""
-        ...
-
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors under a name."""
-        ...
-
-
-class _Nowhere(Kept):
-    """Keeps nothing."""
-
-    def holds(self, file: str) -> bool:
-        return False
-
-    def earlier(self, name: str) -> dict[str, Tensor] | None:
-        return None
-
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -104,6 +77,13 @@ class Distilled:
         )
 
 
+def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
+    """What ``distil_blocks`` costs a run: the dense model once, the small one forward, and there and back an epoch."""
+    s = settings
+    passes = 1 + kept * (1 + 3 * s.distil_epochs)
+    return {"distil": Pass(s.samples * s.length * passes, s.length, reads=2)} if s.distil_epochs else {}
+
+
 @torch.no_grad()
 def distil_blocks(
     analysis: Analysis,
@@ -114,7 +94,7 @@ def distil_blocks(
     how: Schedule,
     progress: Count | None = None,
     executor: Executor = EXECUTOR,
-    kept: Kept | None = None,
+    kept: RunFolder | None = None,
 ) -> Distilled:
     """Train the matrices of every block that has a consumer of a cut family. Processes share a step if it divides.
 
@@ -133,21 +113,20 @@ def distil_blocks(
     small, flow = _student(analysis, cut, dense.with_state(changes)), Flow(dense)
     part = blocks(flow, [site.node for site in sites if stored(dense, site.weight) in consumers])
     given, share = _steps(dense, samples)
-    teacher, student = (Run(executor, each, part, given) for each in (flow, Flow(small)))
+    teacher, student = (StagedRun(executor, each, part, given) for each in (flow, Flow(small)))
     count, owned = len(part.ends), _owned(student, _staying(analysis, cut, [stored(dense, s.weight) for s in sites]))
     if not any(owned[:count]):
         raise MptkError(NO_BLOCK)
-    kept = kept or _Nowhere()
-    runs = not all(kept.holds(f"block-{k}.safetensors") for k in range(count))
-    shelf, errors, likes = Shelf(executor.borders), list[tuple[float, float]](), dict[str, Tensor]()
+    runs = kept is None or not all(kept.holds(f"block-{k}.safetensors") for k in range(count))
+    shelf, errors, likes = Spool(executor.borders), list[tuple[float, float]](), dict[str, Tensor]()
     for k in range(count):
         block = _Block(analysis, cut, teacher, student, share, k, owned[k])
         if runs:
             teacher.advance(k)
-        found = kept.earlier(f"block-{k}")
+        found = None if kept is None else kept.earlier(f"block-{k}")
         if found is None:
             found = block.trained(how)
-            if leads():
+            if kept is not None and leads():
                 kept.save(f"block-{k}", found)
         if runs:
             student.advance(k, weights=block.weights(found))
@@ -188,7 +167,7 @@ def _steps(program: Program, samples: Samples) -> tuple[list[tuple[Tensor, ...]]
     return [step.chunk(share.count)[share.index].tensors for step in steps], share
 
 
-def _owned(run: Run, matrices: Collection[str]) -> list[dict[fx.Node, str]]:
+def _owned(run: StagedRun, matrices: Collection[str]) -> list[dict[fx.Node, str]]:
     """Each stage's matrices that no other stage uses, by name."""
     weights = run.program.weights
     each = [{weights[node.name] for node in stage.weights} for stage in run.stages]
@@ -209,8 +188,8 @@ class _Block:
         self,
         analysis: Analysis,
         cut: Cut,
-        teacher: Run,
-        student: Run,
+        teacher: StagedRun,
+        student: StagedRun,
         share: Sharing,
         k: int,
         owned: dict[fx.Node, str],

@@ -22,6 +22,8 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from mptk.config.settings import Settings
+from mptk.cost.estimate import Pass, Sizes
 from mptk.distributed.sharing import Sharing, sharing
 from mptk.ir.families import Analysis
 from mptk.ir.program import Program
@@ -30,11 +32,17 @@ from mptk.ir.samples import Samples
 from mptk.ir.weights import Lazy, Weights
 from mptk.methods.criteria.observe import OBSERVED_TOKENS, batches, find_sites
 from mptk.progress import Count
-from mptk.staged.shelf import Shelf
+from mptk.staged.spool import Spool
 from mptk.staged.staged import EXECUTOR, Executor
 from passes.transforms.insert_masks import MaskSite
 
 RIDGE = 0.01
+
+
+def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
+    """What ``reconstruct_consumers`` costs a run."""
+    s = settings
+    return {"reconstruct": Pass(s.samples * s.length, s.length, flops=sizes.fit)} if s.reconstruct else {}
 
 
 def reconstruct_consumers(
@@ -60,7 +68,7 @@ def reconstruct_consumers(
         ``changes`` with the fitted weights in dense shapes; their removed inputs are 0.
     """
     dense, changed = analysis.program, analysis.program.with_state(changes)
-    shelf = Shelf(executor.borders)
+    shelf = Spool(executor.borders)
     fits = {
         name: _Fit(keep, transposed=dim == 0, few=len(samples) * samples.positions < int(keep.sum()))
         for name, keep, dim in _kept_inputs(sites, kept)
@@ -115,7 +123,7 @@ def gather_products(
     executor: Executor = EXECUTOR,
 ) -> Products:
     """Run the dense model on ``samples`` once and keep what fits the consumers of ``sites`` to any cut of them."""
-    state, shelf = analysis.program.state, Shelf(executor.borders)
+    state, shelf = analysis.program.state, Spool(executor.borders)
     fits, counts, likes = dict[str, _Fit](), dict[str, int](), dict[str, Tensor]()
     for name, dim in (site.weights[0] for site in sites if site.where == "input"):
         assert dim is not None

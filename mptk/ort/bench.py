@@ -1,7 +1,7 @@
 """bench: time prefill and decode in ONNX Runtime. Several graphs take turns in one process.
 
 Absolute times hold for one machine at one moment, so the result is the ratio to the first graph. It is shown beside the
-ideal ratio: that of the operations in prefill, which is bound by compute, and that of the bytes in decode, which is
+ideal ratio: of operations in prefill, which is bound by compute, and of bytes in decode, which is
 bound by memory. The roofline share is the speed relative to the machine's peak (of a matrix product, or of reading
 memory), which is measured between the same rounds.
 """
@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated
 
 import numpy as np
 import onnxruntime as ort
 import torch
+from pydantic import Field
 
-from mptk.conform import made, misfit
 from mptk.errors import MptkError
-from mptk.ort.alternate import alternate
 from mptk.ort.decoder import OrtDecoder, onnx_file
-from mptk.ort.graph_work import graph_work
-from mptk.ort.roofline import Peaks, Roofline, peak_memory
+from mptk.ort.roofline import Peaks, Roofline, graph_work, peak_memory
 from mptk.ort.sessions import CPU, HOST
 from mptk.progress import Progress, silent
 
@@ -59,7 +58,7 @@ Times = Mapping[Case, list[list[float]]]
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One graph in one case.
 
     ``ms``: median; in prefill, the time to the first token. ``iqr_ms``: interquartile range. ``tokens_s``: tokens a
@@ -99,39 +98,16 @@ class Bench:
     onnxruntime: str
     rounds: int
     peaks: Mapping[int, Peaks]
-    rows: Sequence[Row]
+    rows: Annotated[Sequence[Measurement], Field(min_length=1)]
     providers: Sequence[str] = (HOST,)
 
+    def __post_init__(self) -> None:
+        if not {row.graph for row in self.rows} <= {graph.name for graph in self.graphs}:
+            raise ValueError("its rows are of other graphs than it has")
+
     def to_json(self) -> dict[str, object]:
-        """The comparison as JSON data, which ``from_json`` reads."""
+        """The comparison as JSON data."""
         return asdict(self)
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Bench:
-        """The comparison that ``to_json`` gave. Raises ValueError, with the place, if it is none."""
-        if (wrong := misfit(data, BenchJson)) is not None:
-            raise ValueError(wrong)
-        graphs = [made(Graph, graph, f"graphs.{i}") for i, graph in enumerate(data["graphs"])]
-        peaks = {int(threads): made(Peaks, found, f"peaks.{threads}") for threads, found in data["peaks"].items()}
-        rows = [
-            made(Row, {**row, "case": made(Case, row.get("case"), f"rows.{i}.case")}, f"rows.{i}")
-            for i, row in enumerate(data["rows"])
-        ]
-        ran = data.get("providers", [HOST])  # the only one of earlier versions
-        if not graphs or not rows or any(row.graph not in {graph.name for graph in graphs} for row in rows):
-            raise ValueError("rows and graphs do not fit")
-        return Bench(graphs, data["onnxruntime"], data["rounds"], peaks, rows, ran)
-
-
-class BenchJson(TypedDict):
-    """The outer fields of ``bench.json``."""
-
-    graphs: Sequence[Mapping[str, Any]]
-    onnxruntime: str
-    rounds: int
-    peaks: Mapping[str, Mapping[str, float]]
-    rows: Sequence[Mapping[str, Any]]
-    providers: NotRequired[Sequence[str]]
 
 
 def bench_decoders(
@@ -163,7 +139,7 @@ def bench_decoders(
         progress: called with a stage, the cases done and all cases.
 
     Raises:
-        MptkError: a file is missing or is no decoder; fewer than two rounds.
+        MptkError: a file is missing or is not a decoder; fewer than two rounds.
     """
     if rounds < 2:
         raise MptkError("the spread of one round is unknown; give --rounds 2 or more")
@@ -230,14 +206,14 @@ def _work(file: Path, case: Case) -> int:
     return graph_work(file, sequence=1, past=case.length, batch=case.batch).bytes
 
 
-def _rows(case: Case, files: Mapping[str, Path], times: Sequence[Sequence[float]], peaks: Peaks) -> list[Row]:
+def _rows(case: Case, files: Mapping[str, Path], times: Sequence[Sequence[float]], peaks: Peaks) -> list[Measurement]:
     work = [_work(file, case) for file in files.values()]
     peak = peaks.flops if case.phase == "prefill" else peaks.bandwidth
     rows = []
     for name, own, mine in zip(files, times, work, strict=True):
         median = statistics.median(own)
         rows.append(
-            Row(
+            Measurement(
                 name,
                 case,
                 ms=round(median, 3),
@@ -261,3 +237,36 @@ def _graph(name: str, file: Path, length: int, device: torch.device, say: Progre
     say(f"peak memory of {name}", 0, 0)
     size = sum(part.stat().st_size for part in file.parent.iterdir() if part.name.startswith(file.name))
     return Graph(name, str(file), size, peak_memory(file, length, device))
+
+
+ROUND_S = 0.05
+"""A shorter step, in seconds, is repeated within its turn, so that switching between steps does not dominate."""
+
+
+def alternate(steps: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
+    """Milliseconds of each step in each round. Every other round reverses their order.
+
+    The steps take turns, so that disturbances of the machine affect all of them equally.
+    """
+    repeats = [_repeats(step) for step in steps]
+    times: list[list[float]] = [[] for _ in steps]
+    order = list(range(len(steps)))
+    for _ in range(rounds):
+        for index in order:
+            start = time.perf_counter()
+            for _ in range(repeats[index]):
+                steps[index]()
+            times[index].append((time.perf_counter() - start) / repeats[index] * 1000)
+        order.reverse()
+    return times
+
+
+def _repeats(step: Callable[[], None]) -> int:
+    """Number of runs of ``step`` in one turn. This also warms it up."""
+    for _ in range(2):
+        start = time.perf_counter()
+        step()
+        elapsed = time.perf_counter() - start
+        if elapsed > ROUND_S:
+            return 1
+    return min(50, int(ROUND_S / elapsed))

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from mptk.compat.onnxruntime import run_on_values
 from mptk.errors import MptkError
-from mptk.ort.sessions import CPU, memory_of, open_session
+from mptk.ort.sessions import CPU, memory_of, open_file
 
-FILE = "model.onnx"
+GRAPH_FILE = "model.onnx"
 Ids = npt.NDArray[np.int64]
 LogitsArray = npt.NDArray[np.float32]
-DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Cache:
 
 
 def onnx_file(path: str | Path) -> Path:
-    """``path`` itself, or the ``model.onnx`` in ``path`` or ``path/onnx``. Raises MptkError if there is none."""
+    """``path`` itself, or the ``model.onnx`` in ``path`` or ``path/onnx``. Raises MptkError if it is missing."""
     path = Path(path)
-    places = [path / FILE, path / "onnx" / FILE] if path.is_dir() else [path]
+    places = [path / GRAPH_FILE, path / "onnx" / GRAPH_FILE] if path.is_dir() else [path]
     for file in places:
         if file.is_file():
             return file
@@ -64,21 +64,18 @@ class OrtDecoder:
             On a CUDA device the cache stays there.
 
     Raises:
-        MptkError: there is no such file, ONNX Runtime refuses it, or it is no decoder with a KV cache.
+        MptkError: there is no such file, ONNX Runtime refuses it, or it is not a decoder with a KV cache.
     """
 
     def __init__(self, path: str | Path, *, threads: int = 0, device: torch.device = CPU) -> None:
         file = onnx_file(path)
-        try:
-            self.session = open_session(str(file), device, threads=threads)
-        except Exception as error:  # onnxruntime's errors have no base class
-            reason = str(error).strip().split("\n")[0]
-            raise MptkError(f"ONNX Runtime cannot load {file}: {reason}; export the model again") from error
+        self.session = open_file(file, device, threads)
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
         if not self.past or "input_ids" not in self.inputs:
             raise MptkError(
-                f"{file} is no decoder with a KV cache: its inputs are {', '.join(self.inputs)}; export one with mptk"
+                f"{file} is not a decoder with a KV cache: its inputs are {', '.join(self.inputs)}; export one with "
+                "mptk"
             )
         self.presents = [name.replace("past_key_values", "present") for name in self.past]
         self.outputs = ["logits", *self.presents]
@@ -135,14 +132,14 @@ class OrtDecoder:
         """An empty cache."""
         return self.filled(batch, 0)
 
-    def filled(self, batch: int, length: int, seed: int = 0) -> Cache:
+    def filled(self, batch: int, length: int) -> Cache:
         """A cache of ``length`` random positions. The cost of a decoding step does not depend on its values."""
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(0)
         values = {}
         for name in self.past:
             _, heads, _, dim = self.inputs[name].shape
             numbers = rng.standard_normal((batch, heads, length, dim), dtype=np.float32)
-            typed = numbers.astype(DTYPES[self.inputs[name].type])
+            typed = numbers.astype(NUMPY_TYPES[self.inputs[name].type])
             values[name] = ort.OrtValue.ortvalue_from_numpy(typed, *self.memory)
         return Cache(values, np.ones((batch, length), dtype=np.int64))
 

@@ -19,7 +19,7 @@ from mptk.io.data import positions_of
 from mptk.ort.decoder import LogitsArray, OrtDecoder, model_folder
 from mptk.ort.sessions import CPU
 
-Tokens = npt.NDArray[np.int64]
+TokenIds = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Sampling:
         if not (0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise MptkError("sampling needs a temperature and a top_k of 0 or more, and a top_p above 0, at most 1")
 
-    def choose(self, logits: LogitsArray, rng: np.random.Generator) -> Tokens:
+    def choose(self, logits: LogitsArray, rng: np.random.Generator) -> TokenIds:
         """The next token of each row of ``logits``, [batch, vocab]."""
         if not self.temperature:
             return np.asarray(logits.argmax(axis=1))
@@ -139,7 +139,7 @@ class TextGenerator:
         return list(found["input_ids"])
 
     def check_ids(self, ids: Iterable[int]) -> None:
-        """Raise MptkError if a token id is none of the graph's vocabulary."""
+        """Raise MptkError if a token id is outside the graph's vocabulary."""
         largest, size = max(ids, default=0), self.decoder.vocabulary
         if size is not None and largest >= size:
             raise MptkError(
@@ -158,7 +158,7 @@ class TextGenerator:
         """As ``generate``, with the model's own end tokens. At the end it sets ``speed``.
 
         Raises:
-            MptkError: as ``generate``; a token is none of the model's; or a prompt and what is to be written after it
+            MptkError: as ``generate``; a token is outside the vocabulary; or a prompt and the tokens to be written
                 have more tokens than the model has positions (``fitting`` cuts them).
         """
         if all(map(len, prompts)):
@@ -183,7 +183,7 @@ def check_room(positions: int | None, prompts: Sequence[Sequence[int]], limit: i
     if longest >= positions:
         raise MptkError(
             f"the prompt has {longest} tokens and the model {positions} positions; give a shorter one, or --cut "
-            "(its end alone is read)"
+            "(which reads only its end)"
         )
     raise MptkError(
         f"the model has {positions} positions, and a prompt of {longest} tokens leaves {positions - longest} of them; "

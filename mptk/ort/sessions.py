@@ -1,15 +1,19 @@
 """sessions: ONNX Runtime sessions, in the execution provider of a device if this ONNX Runtime has it, else on the CPU.
 
-Numbers are those of float32 everywhere: providers that round them by default (TensorFloat-32, float16) are told not to.
+Numbers are computed in float32: providers that round them by default (TensorFloat-32, float16) are told not to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 import torch
+from torch import Tensor
+
+from mptk.errors import MptkError, first_line
 
 CPU = torch.device("cpu")
 HOST = "CPUExecutionProvider"
@@ -51,7 +55,48 @@ def open_session(
     return ort.InferenceSession(model, options, providers=providers(device))
 
 
+def open_file(file: Path, device: torch.device, threads: int = 0) -> ort.InferenceSession:
+    """``open_session`` for a graph of a folder. Raises MptkError if ONNX Runtime refuses it."""
+    try:
+        return open_session(str(file), device, threads=threads)
+    except Exception as error:  # onnxruntime's errors have no base class
+        raise MptkError(f"ONNX Runtime cannot load {file}: {first_line(error)}; export the model again") from error
+
+
 def memory_of(session: ort.InferenceSession, device: torch.device) -> tuple[str, int]:
     """Where the session's own values can stay from run to run: the device's type and index, or the CPU's."""
     there = device.type == "cuda" and "CUDAExecutionProvider" in session.get_providers()
     return ("cuda", device.index or 0) if there else ("cpu", 0)
+
+
+class OrtGraph:
+    """One graph.
+
+    Raises:
+        MptkError: there is no such file, or ONNX Runtime refuses it.
+    """
+
+    def __init__(self, file: Path, device: torch.device = CPU) -> None:
+        if not file.is_file():
+            raise MptkError(f"there is no {file}; make one with `mptk export MODEL --out DIR`")
+        self.session = open_file(file, device)
+
+    @property
+    def inputs(self) -> list[str]:
+        """The names of the inputs."""
+        return [value.name for value in self.session.get_inputs()]
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that is asked first."""
+        return str(self.session.get_providers()[0])
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The exporter's metadata (plan hash, versions)."""
+        return dict(self.session.get_modelmeta().custom_metadata_map)
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The first output. ``inputs`` that the graph does not have are ignored."""
+        feeds = {name: inputs[name].cpu().contiguous().numpy() for name in self.inputs}
+        return torch.from_numpy(self.session.run(None, feeds)[0])

@@ -100,7 +100,7 @@ def check_numbers(
     unknown = [name for name in trained if not learned or name not in analysis.program.state]
     _require("trained", trained, [name for name in trained if name not in unknown])
     if (folder / COMPENSATION).is_file():
-        compensating = [name for name, criterion in all_criteria().items() if criterion.compensates]
+        compensating = [name for name, criterion in all_criteria().items() if criterion.compensate]
         known = settings.method if settings.method in compensating else compensating[0]
         _require("settings.method", settings.method, known)
     for d in report.proof:

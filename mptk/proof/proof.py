@@ -13,17 +13,28 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mptk.config.settings import Settings
+from mptk.cost.estimate import Pass
 from mptk.errors import MptkError, ProofError
 from mptk.ir.families import Analysis
+from mptk.ir.passes import Log
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut
 from mptk.ir.samples import Samples, is_tokens
 from mptk.protocols.chain import Compiled, Prepared, Proven, Target
-from mptk.protocols.values import LONG, Extra, Witness, left_out, short
+from mptk.protocols.values import LONG, PROOF_SHAPE, Extra, Witness, left_out, short
 from mptk.staged.staged import Executor
 from passes.analysis.borders import Reach, reach
+from passes.check_cut import awake
+from passes.pipelines import cut_program
 from passes.transforms.masked_reference import mask
 from passes.verify import TOLERANCE, Difference, StageOutputs, prove
+
+
+def work(settings: Settings, long: bool) -> dict[str, Pass]:
+    """What a proof costs a run. ``long``: whether a border makes its one long sequence as long as it may be."""
+    tokens = PROOF_SHAPE[0] * PROOF_SHAPE[1] + (settings.proof_length if long else min(LONG, settings.proof_length))
+    return {"prove": Pass(3 * tokens, settings.length, reads=2)}
 
 
 def prove_folder(
@@ -55,6 +66,8 @@ def prove_folder(
         found += run(compiled.masked, rewritten | written, *batches)
     else:  # folded norms were rounded to the stored type: what is written equals the rounded program
         found += run(compiled.masked, rewritten, *batches) + run(compiled.program, written, *batches)
+    if all(d.ok for d in found):
+        found += _unseen(compiled, batches[0])
     ran = {stage: provider for check in checks for stage, provider in check.ran.items()}
     found = [replace(d, ran=ran.get(d.stage, d.ran)) for d in found]
     if all(d.ok for d in found):
@@ -85,6 +98,20 @@ def _proven_extras(extras: Sequence[Extra], whole: bool) -> tuple[list[Differenc
         else:
             found += differences
     return found, notes
+
+
+def _unseen(compiled: Compiled, batch: Samples) -> list[Difference]:
+    """If the mask moves no output, the difference with random numbers in the place of the zeros that hide it.
+
+    A head of zeros, as of an untrained vision transformer, hides everything before it.
+    """
+    analysis, executor = compiled.analysis, compiled.prepared.executor
+    (moved,) = prove(analysis.program, {"mask": (compiled.masked, TOLERANCE)}, batch, executor=executor)
+    if moved.relative > TOLERANCE or not compiled.chosen.cut.removes:
+        return []
+    woken, cut = awake(analysis), compiled.chosen.cut
+    stage = {"random in place of zeros": (cut_program(woken, cut, Log()).exact, TOLERANCE)}
+    return prove(mask(woken, cut), stage, batch, executor=executor)
 
 
 def _trimmed(prepared: Prepared, batches: Sequence[Samples]) -> list[Difference]:

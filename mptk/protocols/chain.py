@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.config.settings import Learning, Settings
+from mptk.cost.estimate import Pass
 from mptk.cost.model import CostModel, is_layered
 from mptk.distributed.processes import replica
 from mptk.io.data import protocol_name
@@ -109,7 +110,7 @@ class Prepared:
     def across_layers(self) -> list[str]:
         """The families that are cut and run through all layers. Norms follow them, and weights beside stay."""
         families = [self.analysis.family(name) for name in self.families]
-        return [family.name for family in families if not is_layered(family) and family.stack is None]
+        return [family.name for family in families if not is_layered(family) and family.kind == "channels"]
 
     @property
     def recovery(self) -> Learning:
@@ -228,6 +229,10 @@ class Method(Protocol):
     def refusal(self, analysis: Analysis, family: str) -> str | None:
         """Why the method cannot choose among this family's units, or None."""
         return None
+
+    def work(self, settings: Settings) -> Mapping[str, Pass]:
+        """What ``choose`` costs before any training: stage → work; by default a pass over the calibration text."""
+        return {f"score ({self.name})": Pass(settings.samples * settings.length, settings.length)}
 
     def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
         """The plan, for one of ``prepared.candidates``, and the weights that change.

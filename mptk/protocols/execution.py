@@ -7,8 +7,8 @@ import torch
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.io.resident import Resident, memory_bound
-from mptk.ort.sessions import HOST, providers
-from mptk.staged.staged import CPU, Executor
+from mptk.ort.sessions import CPU, HOST, providers
+from mptk.staged.staged import Executor
 
 KEPT, STAGE, BORDERS = 0.5, 0.25, 0.125
 """Shares of the bound: weights that stay after their stage, the weights of a stage, and values between stages. The rest

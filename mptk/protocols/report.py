@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
-from mptk.config.settings import Settings, settings_from_json
-from mptk.conform import made
+from pydantic import AfterValidator, ConfigDict, Field, GetPydanticSchema, WrapValidator, with_config
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
+
+from mptk.config.setting import from_json
+from mptk.config.settings import Settings
+from mptk.conform import brief, made
 from mptk.errors import MptkError
 from mptk.files import tidy, write_json
-from mptk.protocols.report_rows import check_rows
+from mptk.protocols.shapes import Shapes
 from mptk.reading import read_json
 
 FILE = "report.json"
@@ -23,57 +27,207 @@ PROVEN_ON = "proof/inputs.safetensors"
 """The samples of the proof, the model's inputs by name. It lies apart: programs take any *.safetensors for weights."""
 Row = Mapping[str, Any]
 """An object of the JSON file."""
+Number = float | None
+"""What is not finite is null."""
+Changes = Mapping[str, Sequence[Any]]
+"""Field of a config → [old, new]."""
+
+
+class _Open(TypedDict):
+    """A row may say more than is read."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)  # type: ignore[misc]
+
+
+class FamilyRow(_Open):
+    """A family: units of the dense and of the pruned model in each of its layers."""
+
+    of: Annotated[int, Field(gt=0)]
+    width: Annotated[int, Field(gt=0)]
+    layers: int
+
+
+def _narrower(row: FamilyRow) -> FamilyRow:
+    if row["width"] > row["of"]:
+        raise ValueError(f"it keeps {row['width']} of {row['of']}")
+    return row
+
+
+class CostRow(_Open):
+    """Figures of ``cost.model.Cost``. The dense model's are divisors."""
+
+    block: Annotated[float, Field(gt=0)]
+    parameters: Annotated[float, Field(gt=0)]
+    flops: Annotated[float, Field(gt=0)]
+    bytes: Annotated[float, Field(gt=0)]
+    latency_ms: NotRequired[float]
+
+
+class CostRows(_Open):
+    """Both models' costs."""
+
+    dense: CostRow
+    pruned: CostRow
+
+
+class QualityRow(_Open):
+    """How good both models are."""
+
+    metric: str
+    protocol: str
+    dense: Number
+    pruned: Number
+
+
+class QuantizedRow(_Open):
+    """A quantised graph."""
+
+    file: str
+    bytes: int
+    quality: NotRequired[Number]
+
+
+class ProofRow(_Open):
+    """A stage of the proof."""
+
+    stage: str
+    max_abs: Number
+    relative: Number
+    tolerance: Number
+    ok: bool
+    widened: NotRequired[str]
+    ran: NotRequired[str]
+    failure: NotRequired[str]
+
+
+class StageRow(_Open):
+    """A stage of the run; passes with their differences."""
+
+    name: str
+    seconds: float
+
+
+class LegalRow(_Open):
+    """``widths`` that the target can hold, the dense one last; ``refused``: why it can hold no other, or None."""
+
+    widths: Sequence[int]
+    refused: str | None
+
+
+class RecoveryRow(_Open):
+    """How training after the cut went. ``rank``: of LoRA, 0 if all weights were trained. ``lr``: the peak rate.
+
+    If samples were held out: ``losses`` on them by step, and ``kept``, the step whose weights were kept.
+    """
+
+    rank: NotRequired[int]
+    lr: NotRequired[Number]
+    metric: NotRequired[str]
+    protocol: NotRequired[str]
+    losses: NotRequired[Mapping[str, Number]]
+    kept: NotRequired[int]
+
+
+class VocabularyRow(_Open):
+    """Tokens of the dense and of the pruned model, the text that decided, and the token ids that changed."""
+
+    of: int
+    kept: int
+    corpus: str
+    config_changes: Changes
+
+
+class HeadsRow(_Open):
+    """KV heads of a layer before and after merging."""
+
+    of: int
+    kept: int
+    config_changes: Changes
+
+
+class InputRow(_Open):
+    """An input of a set of samples."""
+
+    sha256: str
+
+
+class UsedRow(_Open):
+    """A set of samples."""
+
+    source: str
+    samples: int
+    inputs: Mapping[str, InputRow]
+
+
+UsedRows = TypedDict(
+    "UsedRows",
+    {
+        "training": UsedRow,
+        "held-out": UsedRow,
+        "calibration": UsedRow,
+        "evaluation": UsedRow,
+        "files": Mapping[str, str],
+    },
+    total=False,
+)
+"""What was trained, calibrated and measured on; ``files``: path → sha256."""
+with_config(ConfigDict(extra="forbid"))(UsedRows)
+
+
+def _of(kind: Any) -> GetPydanticSchema:
+    """What a file must hold in a field whose value is used as plain JSON."""
+    return GetPydanticSchema(lambda _, schema: schema(kind))
+
+
+def _ranking(search: Row) -> Row:
+    if search:
+        made(Shapes, search)
+    return search
+
+
+_OR_EMPTY = WrapValidator(lambda value, check: check(value) if value or not isinstance(value, dict) else value)
+Rows = Mapping[str, Row]
 
 
 @dataclass(frozen=True)
 class Report:
     """The fields of ``report.json``, in its order.
 
-    ``families``: name → ``of``, ``width``, ``layers``. ``legal``: family → ``widths`` that the target can hold, the
-    dense one last, and ``refused``, why it can hold no other, or None. ``cost``: ``dense`` and ``pruned`` → figures of
-    ``cost.model.Cost``. ``splits``: widths tried → loss. ``quality``: ``metric``, ``dense``, ``pruned``, ``protocol``;
-    empty if the run was stopped after publishing.
-    ``quantized``: scheme → ``file``, ``bytes``, ``quality``. ``proof``: a row a stage. ``config_changes``: field →
-    [old, new]. ``stages``: a row a stage of the run, passes with their differences. ``data``: what was trained,
-    calibrated and measured on, each with ``source``, ``samples``, ``inputs`` and ``seed``; ``files``: path → sha256.
-    ``live``: the dense model was given in memory, and ``model_sha256`` is of its weights alone.
-    ``versions``: of Python and of the packages that compute. ``recovery``: ``rank`` of LoRA (0: all
-    weights were trained) and peak ``lr``; and if samples were held out ``metric``, ``protocol``, ``losses`` on them by
-    step, and ``kept``, the step whose weights were kept.
-    ``vocabulary``: ``of`` and ``kept`` tokens, the ``corpus`` that decided, ``config_changes`` of token ids; empty if
-    all tokens stay. ``kv_heads``: ``of`` and ``kept`` KV heads of a layer, and ``config_changes`` of their number;
-    empty if all stay.
-    ``search``: the ranking of ``mptk shapes --json``, of which the first is what was cut; empty if none was asked for.
+    ``splits``: widths tried → loss. ``quality``: empty if the run was stopped after publishing. ``quantized``: scheme →
+    its graph. ``proof``: a row a stage. ``live``: the dense model was given in memory, and ``model_sha256`` is of its
+    weights only. ``versions``: of Python and of the packages that compute. ``recovery``, ``vocabulary``, ``kv_heads``:
+    empty if nothing was trained, if all tokens or all heads stay. ``search``: the ranking of ``mptk shapes --json``, of
+    which the first is what was cut; empty if none was asked for.
     """
 
     mptk: str
     model: str
     model_sha256: str
     settings: Settings
-    families: Mapping[str, Row]
+    families: Annotated[Rows, _of(Mapping[str, Annotated[FamilyRow, AfterValidator(_narrower)]])]
     sparsity: float
-    cost: Mapping[str, Row]
-    splits: Mapping[str, float]
+    cost: Annotated[Rows, _of(CostRows)]
+    splits: Annotated[Mapping[str, float], _of(Mapping[str, Number])]
     trained: Sequence[str]
     weights_sha256: str
-    quality: Row
-    quantized: Mapping[str, Row]
-    proof: Sequence[Row]
+    quality: Annotated[Row, _of(QualityRow), _OR_EMPTY]
+    quantized: Annotated[Rows, _of(Mapping[str, QuantizedRow])]
+    proof: Annotated[Sequence[Row], _of(Sequence[ProofRow])]
     proof_length: int
-    config_changes: Mapping[str, Sequence[Any]]
+    config_changes: Changes
     plan_sha256: str
     notes: Sequence[str]
-    stages: Sequence[Row]
+    stages: Annotated[Sequence[Row], _of(Sequence[StageRow])]
     files: Sequence[str]
     task: str = "causal-lm"
-    legal: Mapping[str, Row] = field(default_factory=dict)
-    data: Row = field(default_factory=dict)
+    legal: Annotated[Rows, _of(Mapping[str, LegalRow])] = field(default_factory=dict)
+    data: Annotated[Row, _of(UsedRows)] = field(default_factory=dict)
     live: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
-    recovery: Row = field(default_factory=dict)
-    search: Row = field(default_factory=dict)
-    vocabulary: Row = field(default_factory=dict)
-    kv_heads: Row = field(default_factory=dict)
+    recovery: Annotated[Row, _of(RecoveryRow)] = field(default_factory=dict)
+    search: Annotated[Row, AfterValidator(_ranking)] = field(default_factory=dict)
+    vocabulary: Annotated[Row, _of(VocabularyRow), _OR_EMPTY] = field(default_factory=dict)
+    kv_heads: Annotated[Row, _of(HeadsRow), _OR_EMPTY] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``report.json``."""
@@ -94,16 +248,15 @@ class Report:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise MptkError(f"{path} is no {FORMAT}; read it with the version of mptk that wrote it")
         try:
-            settings = settings_from_json(data.get("settings"))
-            check_rows(data)
-            return made(Report, {**data, "settings": settings}, "")
+            settings = from_json(Settings, data.get("settings"), "settings")
+            return made(Report, {**data, "settings": settings})
         except ValueError as error:
             raise unreadable(folder, error) from error
 
 
 def unreadable(folder: str | Path, error: Exception) -> MptkError:
     """The error of a report that lacks a word, or has one of another kind."""
-    said = str(error) if isinstance(error, ValueError) else repr(error)
+    said = brief(str(error) if isinstance(error, ValueError) else repr(error), 300)
     return MptkError(
         f"{FILE} in {folder} is not as `mptk prune` writes it ({said}); do not use it, and prune the model again"
     )

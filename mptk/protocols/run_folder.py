@@ -132,10 +132,6 @@ class RunFolder:
         if not kept - {SETTINGS, f"{name}.safetensors"}:
             self.remove()
 
-    def read(self, name: str) -> dict[str, Any]:
-        """The content of ``NAME.json``. Raises MptkError if it is no object."""
-        return _object(self.path / f"{name}.json")
-
     def _checkpoints(self, phase: str) -> list[Path]:
         return sorted(p for p in self.path.glob(f"{phase}-*.safetensors") if re.fullmatch(rf"{phase}-\d+", p.stem))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from mptk.conform import made
+from pydantic import Field
 
 FORMAT = "mptk-shapes/1"
 WORST = 1e9
@@ -37,7 +37,7 @@ class Shape:
     latency_ms: float | None
     masked: float
     reconstructed: float | None = None
-    rungs: Sequence[Rung] = ()
+    rungs: tuple[Rung, ...] = ()
 
     @property
     def stages(self) -> tuple[float, ...]:
@@ -63,49 +63,36 @@ class Shape:
         own, theirs = (self.cost, self.stages[last]), (other.cost, other.stages[last])
         return own != theirs and own[0] <= theirs[0] and own[1] <= theirs[1]
 
-    def to_json(self) -> dict[str, Any]:
-        """The shape as JSON data, as it is read back from a file."""
-        return {**asdict(self), "rungs": [asdict(rung) for rung in self.rungs]}
-
-    @staticmethod
-    def from_json(data: object) -> Shape:
-        """What ``to_json`` gave. Raises ValueError if it is no shape."""
-        rows = data.get("rungs") if isinstance(data, Mapping) else None
-        if not isinstance(data, Mapping) or not isinstance(rows, list):
-            raise ValueError("it is no shape")
-        return made(Shape, {**data, "rungs": tuple(made(Rung, row, "rungs") for row in rows)}, "")
-
 
 @dataclass(frozen=True)
 class Shapes:
     """The shapes of a search, the best first.
 
-    ``dense``: the dense model as a shape. ``protocol``: how losses were measured. ``perplexity``: whether e to the loss
-    is a perplexity. ``command``: the command that prunes to the best shape; empty in a report.
+    ``dense``: the dense model as a shape. ``protocol``: how losses were measured. ``metric``: a perplexity is e to the
+    loss. ``command``: the command that prunes to the best shape; empty in a report.
     """
 
     model: str
     protocol: str
+    metric: Literal["perplexity", "loss"]
     dense: Shape
-    shapes: tuple[Shape, ...]
-    perplexity: bool = True
+    shapes: Annotated[tuple[Shape, ...], Field(min_length=1)]
     command: str = ""
+
+    def __post_init__(self) -> None:
+        if any(shape.widths.keys() != self.best.widths.keys() for shape in (self.dense, *self.shapes)):
+            raise ValueError("its shapes have different families")
 
     @property
     def best(self) -> Shape:
         """The shape that went furthest with the least loss."""
         return self.shapes[0]
 
-    @property
-    def metric(self) -> str:
-        """What ``figure`` gives."""
-        return "perplexity" if self.perplexity else "loss"
-
     def figure(self, loss: float) -> float | None:
         """A loss as the metric; None if it is not finite."""
         if loss >= WORST:
             return None
-        return math.exp(min(loss, 700.0)) if self.perplexity else loss
+        return math.exp(min(loss, 700.0)) if self.metric == "perplexity" else loss
 
     @property
     def front(self) -> tuple[Shape, ...]:
@@ -115,27 +102,8 @@ class Shapes:
     def to_json(self) -> dict[str, Any]:
         """What ``mptk shapes --json`` writes."""
         front = self.front
-        return {
-            "format": FORMAT,
-            "model": self.model,
-            "protocol": self.protocol,
-            "metric": self.metric,
-            "dense": self.dense.to_json(),
-            "shapes": [{**shape.to_json(), "pareto": shape in front} for shape in self.shapes],
-            "command": self.command,
-        }
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Shapes:
-        """What ``to_json`` gave. Raises ValueError if it is no search."""
-        rows = data.get("shapes")
-        if not isinstance(rows, list) or not rows or data.get("metric") not in ("perplexity", "loss"):
-            raise ValueError("search is no ranking of shapes")
-        shapes, dense = tuple(map(Shape.from_json, rows)), Shape.from_json(data.get("dense"))
-        if any(shape.widths.keys() != shapes[0].widths.keys() for shape in (dense, *shapes)):
-            raise ValueError("search has shapes of different families")
-        perplexity = data["metric"] == "perplexity"
-        return made(Shapes, {**data, "dense": dense, "shapes": shapes, "perplexity": perplexity}, "search")
+        shapes = [{**asdict(shape), "pareto": shape in front} for shape in self.shapes]
+        return {"format": FORMAT, **asdict(self), "shapes": shapes}
 
 
 def ranked(shapes: Sequence[Shape]) -> tuple[Shape, ...]:

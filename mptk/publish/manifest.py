@@ -17,7 +17,7 @@ from mptk.files import json_text, write_text
 from mptk.reading import read_json
 
 MARKER = "mptk.json"
-FORMAT = "mptk-output/1"
+MANIFEST_FORMAT = "mptk-output/1"
 
 
 SETTLED = 10**8
@@ -124,8 +124,10 @@ def is_ours(folder: Path) -> dict[str, object]:
         content = read_json(folder / MARKER, MptkError)
     except MptkError:
         return {}
-    return content if isinstance(content, dict) and content.get("format") == FORMAT else {}
+    return content if isinstance(content, dict) and content.get("format") == MANIFEST_FORMAT else {}
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:
-    write_text(folder / MARKER, json_text({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\n")
+    write_text(
+        folder / MARKER, json_text({"format": MANIFEST_FORMAT, "files": dict(sorted(files.items()))}, indent=1) + "\n"
+    )

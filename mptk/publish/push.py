@@ -21,7 +21,7 @@ def push(
     """Upload every file of a folder that mptk wrote; returns the address of the commit.
 
     The repository, and the branch ``revision``, are made if missing. Files that are there and not in the folder stay.
-    The hub is that of ``HF_ENDPOINT``, the login that of ``hf auth login`` or ``HF_TOKEN``.
+    ``HF_ENDPOINT`` names the hub; ``hf auth login`` or ``HF_TOKEN`` gives the login.
 
     Args:
         folder: an ``--out`` folder of ``prune``, ``recover`` or ``export``.
@@ -45,7 +45,7 @@ def push(
             revision=revision,
             commit_message=message or f"Upload {folder.resolve().name} with mptk",
         )
-    except Exception as error:  # huggingface_hub's errors, and those of what it sends with, share no base class
+    except Exception as error:  # errors of huggingface_hub and of its HTTP client share no base class
         reason = " ".join(str(error).split()) or type(error).__name__
         raise MptkError(
             f"{repo} was not uploaded to {api.endpoint}: {reason}; check the name, the network and the login "

@@ -7,7 +7,7 @@ that they cannot become markup.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ from mptk.protocols.chain import Compiled
 from mptk.protocols.report import Report
 from mptk.publish import licence
 from mptk.publish.licence import CARD
-from mptk.publish.markdown import code, table
 from mptk.report.card_usage import auto_of, flattened, onnx_graphs, usage
+from mptk.report.markdown import code, rendered
+from mptk.report.runs import model_name
+from mptk.report.sections import CUT, PROOF, QUALITY, prune_view
+from mptk.report.view import View
 
 FEATURES = {"pixel_values": "image-feature-extraction"}
 """Main input of a bare encoder → the hub's name of its task; that of others is feature-extraction."""
@@ -31,15 +34,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}", re.AS
 def write_card(report: Report, compiled: Compiled, folder: Path) -> None:
     """Write ``README.md``. ``folder``: with all other files. ``report``: its quality may still be unknown."""
     data = metadata(report, compiled, folder)
-    parts = (
-        title(report),
-        cut(report),
-        quality(report),
-        proof(report),
-        *usage(report, compiled, folder),
-        notes(report),
-    )
-    body = "\n\n".join(part for part in parts if part)
+    body = "\n\n".join([title(report), told(report), *usage(report, compiled, folder), notes(report)])
     write_text(folder / CARD, f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
@@ -80,14 +75,9 @@ def is_hub_id(model: str) -> bool:
     return _HUB_ID.fullmatch(model) is not None
 
 
-def base_name(model: str) -> str:
-    """The name of the dense model without the folders of this machine that it lies in."""
-    return model if is_hub_id(model) else Path(model).name
-
-
 def title(report: Report) -> str:
     """What it is, in a few sentences."""
-    base = code(base_name(report.model))
+    base = code(model_name(report.model))
     s = report.settings
     chosen = "by a plan that was given" if s.plan else f"by the method {code(s.method)}"
     chosen = "" if s.fixed and not s.plan else f"; the units were chosen {chosen}"
@@ -100,63 +90,18 @@ def title(report: Report) -> str:
     )
 
 
-def cut(report: Report) -> str:
-    """Widths and sizes, dense beside pruned."""
-    widths = table(
-        ["units", "dense", "pruned", "layers"],
-        [[code(n), f"{f['of']:,}", f"{f['width']:,}", f"{f['layers']:,}"] for n, f in report.families.items()],
-    )
-    dense, small = report.cost["dense"], report.cost["pruned"]
-    tokens, heads = report.vocabulary, report.kv_heads
-    rows = [
-        *([["tokens in the vocabulary", f"{tokens['of']:,}", f"{tokens['kept']:,}"]] if tokens else []),
-        *([["KV heads of a layer, all query heads kept", str(heads["of"]), str(heads["kept"])]] if heads else []),
-        ["parameters", f"{dense['parameters']:,.0f}", f"{small['parameters']:,.0f}"],
-        ["of these in blocks", f"{dense['block']:,.0f}", f"{small['block']:,.0f}"],
-        ["operations a token, in products with weights", f"{dense['flops']:,.0f}", f"{small['flops']:,.0f}"],
-        ["bytes of the weights", f"{dense['bytes']:,.0f}", f"{small['bytes']:,.0f}"],
-    ]
-    return f"## What was cut\n\n{widths}\n\n{table(['', 'dense', 'pruned'], rows)}"
-
-
-def quality(report: Report) -> str:
-    """The metric with its protocol; a word that it is missing if it is."""
-    found = report.quality
-    if not found:
-        return "## Quality\n\nNot measured."
-    rows = [[name, f"{found[name]:,}"] for name in ("dense", "pruned") if name in found]
-    for scheme, row in report.quantized.items():
-        if "quality" in row:
-            rows.append([f"{code(row['file'])} ({scheme})", f"{row['quality']:,}"])
-    head = table(["", str(code(found.get("metric", "")))], rows)
-    return f"## Quality\n\n{head}\n\nMeasured on {code(found.get('protocol', ''))}."
-
-
-def proof(report: Report) -> str:
-    """The stages of the proof and how far each was from the masked dense model."""
-    rows = [
-        [code(d["stage"]), f"{d['relative']:.1e}", f"{d['tolerance']:.1e}", "yes" if d["ok"] else "no"]
-        for d in report.proof
-    ]
-    return (
-        "## Proof\n\n"
-        "Each stage was compared with the dense model whose removed units are masked, on sequences of up to "
-        f"{report.proof_length:,} tokens or positions. A difference is relative to the largest output. "
-        "`mptk verify DIR` repeats it from the dense model.\n\n"
-        + table(["stage", "difference", "tolerance", "within"], rows)
-    )
+def told(report: Report) -> str:
+    """What was cut, how good it is, and how it was proven."""
+    shown = (section for section in prune_view(report).sections if section.title in (CUT, QUALITY, PROOF))
+    return rendered(View(list(shown)))
 
 
 def notes(report: Report) -> str:
     """What else a reader must know."""
-    lines = "\n".join(_lines(report))
-    return f"## Notes\n\n{lines}"
-
-
-def _lines(report: Report) -> Iterator[str]:
-    yield from (f"- {code(note)}" for note in report.notes)
-    yield "- Pruning changes what a model says; test it on your own task before you rely on it."
-    yield (
-        "- `report.json` has all figures, `plan.json` the units that stayed, `run.yaml` the run as a recipe, and "
-        "`mptk.json` the SHA-256 of every file."
-    )
+    lines = [
+        *map(code, report.notes),
+        "Pruning changes what a model says; test it on your own task before you rely on it.",
+        "`report.json` has all figures, `plan.json` the units that stayed, `run.yaml` the run as a recipe, and "
+        "`mptk.json` the SHA-256 of every file.",
+    ]
+    return "\n".join(["## Notes\n", *(f"- {line}" for line in lines)])

@@ -12,8 +12,9 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from mptk.io.auto_classes import loader
 from mptk.protocols.chain import Compiled
 from mptk.protocols.report import Report
-from mptk.publish.markdown import code, table
-from mptk.tasks.genai import FILE as GENAI_CONFIG
+from mptk.report.markdown import body
+from mptk.report.view import Name, Table, megabytes
+from mptk.tasks.genai import GENAI_FILE as GENAI_CONFIG
 from passes.targets.stock.config import StockConfig
 
 TEXT = "Once upon a time"
@@ -122,16 +123,14 @@ def onnx(report: Report, folder: Path, graphs: list[Path]) -> str:
     schemes = {row["file"]: scheme for scheme, row in report.quantized.items()}
     names = [file.relative_to(folder).as_posix() for file in graphs]
     sizes = [sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*")) for file in graphs]
-    rows = [
-        [code(name), schemes.get(name, "float"), f"{size / 1e6:,.1f}"] for name, size in zip(names, sizes, strict=True)
-    ]
+    rows = [[Name(name), schemes.get(name, "float"), megabytes(size)] for name, size in zip(names, sizes, strict=True)]
     lines = [
         "import onnxruntime",
         "",
         f'session = onnxruntime.InferenceSession("{names[0]}")',
         "print([(value.name, value.shape) for value in session.get_inputs()])",
     ]
-    parts = [table(["graph", "weights", "MB"], rows), python(*lines)]
+    parts = [body([Table("llr", ["graph", "weights", "size"], rows)]), python(*lines)]
     if (folder / GENAI_CONFIG).is_file():
         parts.append(f"Text, with the package onnxruntime-genai:\n\n{python(*GENAI_LINES)}")
     return section("ONNX Runtime", "\n\n".join(parts))

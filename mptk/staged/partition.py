@@ -1,7 +1,7 @@
-"""partition: cut a program's graph into stages where few values are alive, without knowledge of architectures.
+"""partition: cut a program's graph into stages where few bytes are live, without knowledge of architectures.
 
-In a transformer these places are the residual stream between blocks. A value that depends on weights and constants
-alone is made again in each stage that uses it, so it never crosses a border.
+In a transformer these places are the residual stream between blocks. A value that depends only on
+weights and constants is made again in each stage that uses it, so it never crosses a border.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from mptk.compat.torch import schema, size_hint, tree_leaves
-from mptk.ir.ops import storage
+from mptk.ir.ops import reached, storage
 from mptk.ir.program import Program
 
 Wanted = Sequence[tuple[fx.Node, ...]]
@@ -65,9 +65,9 @@ class _Bound:
 
 
 class Flow:
-    """The calls that the wanted values of a program need, in order, and how long each value is alive.
+    """The calls that the wanted values of a program need, in order, and how long each value is live.
 
-    ``wanted``: none if it is the program's result, which is alive to the end.
+    ``wanted``: none if it is the program's result, which is live to the end.
     """
 
     def __init__(self, program: Program, wanted: Wanted = ()) -> None:
@@ -103,17 +103,17 @@ class Flow:
         last.update((value, len(self.calls)) for value in self.result if value in self.made)
         return last
 
-    def alive(self) -> list[float]:
-        """Bytes that are alive after each call, in the sizes of the trace; infinite if no border may be there."""
+    def live_bytes(self) -> list[float]:
+        """Bytes that are live after each call, in the sizes of the trace; infinite if no border may be there."""
         change: list[float] = [0] * (len(self.calls) + 1)
         for value, made in self.made.items():
             size = _size(value)
             change[max(made, 0)] += size
             change[min(self.last[value], len(self.calls))] -= size
-        alive = list(accumulate(change[:-1]))
+        live_bytes = list(accumulate(change[:-1]))
         for start, end in self.uncut:
-            alive[start:end] = [math.inf] * (end - start)
-        return alive
+            live_bytes[start:end] = [math.inf] * (end - start)
+        return live_bytes
 
     @cached_property
     def own_weights(self) -> list[list[fx.Node]]:
@@ -176,16 +176,16 @@ class Partition:
 def partition(flow: Flow, limit: float) -> Partition:
     """Stages whose weights take at most ``limit`` bytes, unless one call needs more.
 
-    Of all such divisions it is the one with the least bytes alive at all borders together.
+    Of all such divisions it is the one with the least live bytes at all borders together.
     """
     if sum(flow.weight_bytes.values()) <= limit:
         return Partition(())  # a search takes time with the square of the number of calls
-    count, alive = len(flow.calls), flow.alive()
+    count, live_bytes = len(flow.calls), flow.live_bytes()
     best: list[tuple[float, int]] = [(0.0, 0)] + [(math.inf, 0)] * count
     for start in range(count):
         if best[start][0] < math.inf:
-            for end in _ends(flow, start, limit, alive):
-                cost = best[start][0] + (alive[end - 1] if end < count else 0.0)
+            for end in _ends(flow, start, limit, live_bytes):
+                cost = best[start][0] + (live_bytes[end - 1] if end < count else 0.0)
                 if cost < best[end][0]:
                     best[end] = (cost, start)
     ends: list[str] = []
@@ -196,20 +196,20 @@ def partition(flow: Flow, limit: float) -> Partition:
 
 
 def blocks(flow: Flow, inner: Iterable[fx.Node]) -> Partition:
-    """A stage for each of the calls ``inner``, which ends where the fewest bytes are alive before the next of them.
+    """A stage for each of the calls ``inner``, which ends where the fewest bytes are live before the next of them.
 
-    The last one ends where no more are alive than at the other borders. What follows it is a stage of its own.
+    The last one ends where no more are live than at the other borders. What follows it is a stage of its own.
     """
-    places, alive = sorted({flow.made[node] for node in inner}), flow.alive()
-    ends = [min(range(first, second), key=alive.__getitem__) for first, second in pairwise(places)]
-    ends = [end for end in ends if alive[end] < math.inf]
-    most = max((alive[end] for end in ends), default=math.inf)
+    places, live_bytes = sorted({flow.made[node] for node in inner}), flow.live_bytes()
+    ends = [min(range(first, second), key=live_bytes.__getitem__) for first, second in pairwise(places)]
+    ends = [end for end in ends if live_bytes[end] < math.inf]
+    most = max((live_bytes[end] for end in ends), default=math.inf)
     after = range(places[-1], len(flow.calls)) if places else ()
-    ends += [end for end in after if alive[end] < math.inf and alive[end] <= most][:1]
+    ends += [end for end in after if live_bytes[end] < math.inf and live_bytes[end] <= most][:1]
     return Partition(tuple(flow.calls[end].name for end in ends))
 
 
-def _ends(flow: Flow, start: int, limit: float, alive: Sequence[float]) -> Iterator[int]:
+def _ends(flow: Flow, start: int, limit: float, live_bytes: Sequence[float]) -> Iterator[int]:
     """Where a stage from call ``start`` may end: the number of calls before it ends."""
     seen: set[fx.Node] = set()
     size, found = 0, False
@@ -219,7 +219,7 @@ def _ends(flow: Flow, start: int, limit: float, alive: Sequence[float]) -> Itera
         size += sum(map(flow.weight_bytes.__getitem__, new))
         if size > limit and found:
             return
-        if alive[end] < math.inf or end + 1 == len(flow.calls):
+        if live_bytes[end] < math.inf or end + 1 == len(flow.calls):
             found = True
             yield end + 1
 
@@ -246,14 +246,7 @@ def levels(graph: fx.Graph) -> list[list[fx.Node]]:
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += node.all_input_nodes
-    return found
+    return reached(nodes, lambda node: node.all_input_nodes)
 
 
 def _size(node: fx.Node) -> int:

@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from mptk.ir.placed import Placed
-from mptk.ir.program import Program
+from mptk.ir.program import DeviceInterpreter, Program
 from mptk.ir.weights import Weights
 from mptk.progress import Count
-from mptk.staged.narrow import Narrow, widened
+from mptk.staged.autocast import Autocast, widened
 from mptk.staged.partition import Flow, Partition, Stage, partition
-from mptk.staged.shelf import Shelf, Values
+from mptk.staged.spool import Spool, Values
 
-Inputs = Sequence[Tensor]
+ProgramInputs = Sequence[Tensor]
 """A program's inputs in order."""
 
 Watch = tuple[tuple[fx.Node, ...], Callable[..., None]]
@@ -32,9 +31,6 @@ Watch = tuple[tuple[fx.Node, ...], Callable[..., None]]
 
 Tap = tuple[tuple[fx.Node, ...], Callable[..., None]]
 """A value and others that are there when it is, and what is called with its gradient and then with them all."""
-
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -48,22 +44,22 @@ class Executor:
 
     stage: float = sys.maxsize
     borders: float = sys.maxsize
-    device: torch.device = CPU
+    device: torch.device = field(default=torch.device("cpu"))
     compute: torch.dtype = torch.float32
 
     @torch.no_grad()
     def outputs(
-        self, programs: Sequence[Program], inputs: Sequence[Inputs], progress: Count | None = None
+        self, programs: Sequence[Program], inputs: Sequence[ProgramInputs], progress: Count | None = None
     ) -> Iterator[Any]:
         """The results of all ``programs`` for the first of ``inputs``, then for the second, and so on.
 
-        Programs that were made from the first one have its stages. Results are as those of ``Program.__call__``, on
+        Programs that were made from the first one have its stages. Results are as ``Program.__call__`` gives them, on
         ``device``. ``progress``: called with (inputs done, all inputs).
         """
         flows = [Flow(program) for program in programs]
         shared = partition(flows[0], self.stage)
         parts = [shared if shared.fits(flow) else partition(flow, self.stage) for flow in flows]
-        runs = [Run(self, flow, part, inputs) for flow, part in zip(flows, parts, strict=True)]
+        runs = [StagedRun(self, flow, part, inputs) for flow, part in zip(flows, parts, strict=True)]
         count = _Counter(progress, len(inputs), sum(len(run.stages) for run in runs))
         for k in range(max(len(run.stages) for run in runs)):
             for run in runs:
@@ -77,12 +73,12 @@ class Executor:
 
     @torch.no_grad()
     def watch(
-        self, program: Program, inputs: Sequence[Inputs], watches: Sequence[Watch], progress: Count | None = None
+        self, program: Program, inputs: Sequence[ProgramInputs], watches: Sequence[Watch], progress: Count | None = None
     ) -> None:
         """Run what the watched values need, and call each watch with its values. Nothing after them is computed."""
         flow = Flow(program, [nodes for nodes, _ in watches])
         shared = partition(flow, self.stage)
-        run = Run(self, flow, shared, inputs, watches)
+        run = StagedRun(self, flow, shared, inputs, watches)
         count = _Counter(progress, len(inputs), len(run.stages))
         for k in range(len(run.stages)):
             run.advance(k, count)
@@ -91,7 +87,7 @@ class Executor:
         self,
         program: Program,
         names: Collection[str],
-        inputs: Sequence[Inputs],
+        inputs: Sequence[ProgramInputs],
         loss: Callable[[Any, int], Tensor],
         progress: Count | None = None,
         total: Callable[[Tensor], Tensor] = lambda gradient: gradient,
@@ -100,15 +96,15 @@ class Executor:
         """The gradient of Σ ``loss(result, i)`` over all inputs i, for each weight of ``names``.
 
         A stage runs again from its saved inputs, and its border's gradient is carried back. Gradients are kept as the
-        values of borders are. ``total`` adds up those of several processes. ``taps`` are called once for each inputs.
+        values of borders are. ``total`` adds up several processes' gradients. ``taps`` are called once for each inputs.
         """
         flow = Flow(program)
-        run = Run(self, flow, partition(flow, self.stage), inputs, keep=True, taps=taps)
+        run = StagedRun(self, flow, partition(flow, self.stage), inputs, keep=True, taps=taps)
         count = _Counter(progress, len(inputs), 2 * len(run.stages) - 1)
         with torch.no_grad():
             for k in range(len(run.stages) - 1):
                 run.advance(k, count)
-        kept = Shelf(self.borders)
+        kept = Spool(self.borders)
         above: list[Values] = [{} for _ in inputs]
         for k in reversed(range(len(run.stages))):
             wanted = {node: program.weights[node.name] in names for node in run.stages[k].weights}
@@ -139,7 +135,7 @@ class _Counter:
             self.progress(self.done // self.total, self.inputs)
 
 
-class Run(Placed):
+class StagedRun(DeviceInterpreter):
     """One program on all inputs, stage by stage. ``keep``: the inputs of all stages stay, for ``back``.
 
     ``borders`` holds the values between stages: under (k, i) what stage k gets of inputs i.
@@ -150,7 +146,7 @@ class Run(Placed):
         executor: Executor,
         flow: Flow,
         shared: Partition,
-        inputs: Sequence[Inputs],
+        inputs: Sequence[ProgramInputs],
         watches: Sequence[Watch] = (),
         keep: bool = False,
         taps: Sequence[Tap] = (),
@@ -158,8 +154,8 @@ class Run(Placed):
         super().__init__(flow.program.graph, garbage_collect_values=False)
         self.flow, self.program, self.device, self.keep = flow, flow.program, executor.device, keep
         self.stages = shared.stages(flow)
-        self.narrow = Narrow.of(flow.program, executor.compute)
-        self.borders = Shelf(executor.borders)
+        self.narrow = Autocast.of(flow.program, executor.compute)
+        self.borders = Spool(executor.borders)
         self.watches: dict[fx.Node, list[Watch]] = {}
         for watch in watches:
             self.watches.setdefault(max(watch[0], key=lambda node: flow.made[node]), []).append(watch)
@@ -217,7 +213,7 @@ class Run(Placed):
         above: Mapping[fx.Node, Any],
         loss: Callable[[Any, int], Tensor],
     ) -> Values:
-        """Run stage ``k`` again and go back through it, to the weights' gradients and those of its inputs.
+        """Run stage ``k`` again and go back through it, to the gradients of its weights and inputs.
 
         ``above``: gradients of its outputs; for the last stage, ``loss`` gives them.
         """
@@ -236,7 +232,7 @@ class Run(Placed):
         return {n: v.grad for n, v in given.items() if isinstance(v, Tensor) and v.grad is not None}
 
     def run_stage(self, stage: Stage, weights: Mapping[fx.Node, Tensor], values: Values) -> Values:
-        """Run a stage's calls. Gives the values that are used later and, of the last stage, those of the result."""
+        """Run a stage's calls. Gives the values that are used later and, for the last stage, the result's values."""
         self.env = {**weights, **values}
         last = stage is self.stages[-1]
         for node in values if stage is self.stages[0] else ():

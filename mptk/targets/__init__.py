@@ -15,12 +15,12 @@ TARGETS: dict[str, Target] = {target.name: target for target in (StockTarget(), 
 
 
 def targets() -> dict[str, Target]:
-    """mptk's targets and those of plugins (group ``mptk.targets``), by name."""
+    """mptk's and plugins' targets (group ``mptk.targets``), by name."""
     return with_plugins(TARGETS, "mptk.targets")
 
 
 def find_target(name: str) -> Target:
-    """The target of that name. Raises MptkError if there is none."""
+    """The target of that name. Raises MptkError for an unknown name."""
     return find("target", name, targets())
 
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
+from typing import Any, NoReturn
 
+from mptk.errors import ProofError
 from mptk.files import scratch
 from mptk.io.checkpoint import copy_processors, save_tokenizer
 from mptk.io.models import Loaded
 from mptk.io.untrusted import read_object
 from mptk.publish.manifest import listed
-from mptk.targets.fields import compare, fail
 
 READ = ("*token*", "vocab*", "merges*", "*.model", "*chat_template*", "*chat_templates/*", "*processor_config.json")
 """Files that a tokenizer or a processor reads if they are there."""
 
 
 def check_beside(folder: Path, write: Callable[[Path], object], *, all_known: bool = True) -> None:
-    """Compare files in ``folder`` with those that ``write`` puts into another folder, field by field if they are JSON.
+    """Compare files in ``folder`` with what ``write`` puts into another folder, field by field if they are JSON.
 
     ``all_known``: whether these are all that a tokenizer or a processor may read.
 
@@ -34,7 +36,7 @@ def check_beside(folder: Path, write: Callable[[Path], object], *, all_known: bo
         return
     more = sorted({path.relative_to(folder).as_posix() for pattern in READ for path in folder.glob(pattern)} - {*names})
     if more:
-        fail(f"{more[0]} is no file of the dense model")
+        fail(f"{more[0]} is not a file of the dense model")
 
 
 def _same(name: str, file: Path, expected: Path) -> None:
@@ -49,7 +51,63 @@ def _same(name: str, file: Path, expected: Path) -> None:
 
 
 def write_beside(loaded: Loaded, folder: Path, *, same_features: bool) -> None:
-    """Write what stands beside the weights of a model: the tokenizer's files, and those of processors."""
+    """Write the files beside the weights of a model: the tokenizer's and the processors'."""
     if loaded.tokenizer is not None:
         save_tokenizer(loaded.tokenizer, folder)
     copy_processors(loaded.path, folder, same_features=same_features)
+
+
+STAGE = "config"
+MISSING = object()
+LISTED = 8
+"""A longer list is compared element by element, so that the first that differs is named."""
+CHARACTERS_SHOWN = 60
+"""Characters of a value that an error shows."""
+JsonObject = Mapping[str, object]
+
+
+def compare(file: str, found: JsonObject, expected: JsonObject, listed: Set[str] = frozenset()) -> None:
+    """All fields must be equal, except the ``listed`` ones and those nested in them.
+
+    Raises:
+        ProofError: one is not; it names the file and the field.
+    """
+    one, other = dict(leaves(found)), dict(leaves(expected))
+    for path in sorted(one.keys() | other.keys()):
+        if not any(path == name or path.startswith(f"{name}.") for name in listed):
+            require(file, path, one.get(path, MISSING), other.get(path, MISSING))
+
+
+def require(file: str, field: str, found: object, expected: object) -> None:
+    """Raise ProofError unless a field has the value, and the type, that is expected."""
+    if type(found) is not type(expected) or found != expected:
+        fail(f"{field} of {file} is {_said(found)}, but {_said(expected)} in the dense model cut to the plan")
+
+
+def fail(what: str) -> NoReturn:
+    """Raise the ProofError of this stage."""
+    raise ProofError(f"the proof fails at '{STAGE}': {what}; do not use it, and prune the model again")
+
+
+def leaves(body: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted path → value of each field that is not an object with fields of its own."""
+    for key, value in body.items():
+        inner = _inner(value)
+        if inner:
+            yield from leaves(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _inner(value: Any) -> JsonObject:
+    """The fields of an object, and of a long list or a list of objects; empty for other values."""
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, list) and (len(value) > LISTED or any(isinstance(each, Mapping) for each in value)):
+        return dict(zip(map(str, range(len(value))), value, strict=True))
+    return {}
+
+
+def _said(value: object) -> str:
+    text = "missing" if value is MISSING else json.dumps(value, default=str)
+    return text if len(text) <= CHARACTERS_SHOWN else f"{text[: CHARACTERS_SHOWN - 3]}..."

@@ -1,7 +1,7 @@
-"""llama_cpp: the weights of a cut LLaMA model as a GGUF file, after the pattern of the dense model's own.
+"""gguf: the weights of a cut LLaMA model as a GGUF file, after the pattern of the dense model's own.
 
-The vocabulary, the rotary settings and all else that a cut leaves alone are the pattern's. Widths are those of the
-weights. If they differ from layer to layer, the file's architecture is ``deci``: its block is LLaMA's, and its widths
+The vocabulary, the rotary settings and all else that a cut does not change are the pattern's. Widths are the
+weights'. If they differ from layer to layer, the file's architecture is ``deci``: its block is LLaMA's, and its widths
 are lists. So llama.cpp runs layers that no class of transformers holds.
 """
 
@@ -21,13 +21,13 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderField
 from torch import Tensor
 
-from mptk.errors import MptkError, ProofError
+from mptk.errors import MptkError, ProofError, first_line
 from mptk.io.untrusted import check_gguf, damaged
 from mptk.ir.plan import Plan
 from mptk.ir.weights import Weights
 
 EQUAL, RAGGED = "llama", "deci"
-KINDS = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
+TENSOR_KINDS = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
 FILE_TYPES = {Kind.F32: 0, Kind.F16: 1, Kind.BF16: 32}
 """``general.file_type`` of a file whose matrices are of a kind."""
 DROPPED = (
@@ -55,7 +55,7 @@ FREQUENCIES = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerWidths:
     """The widths of a layer: query heads, KV heads, feed-forward channels."""
 
     heads: int
@@ -64,17 +64,17 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Field:
-    """A value of a file, its type and, if it is a list, that of its items."""
+class GgufField:
+    """A value of a file, its type and, for a list, the type of its items."""
 
     value: Any
     type: GGUFValueType
     items: GGUFValueType | None
 
 
-def _field(field: ReaderField) -> Field:
+def _field(field: ReaderField) -> GgufField:
     items = field.types[-1] if field.types[0] is GGUFValueType.ARRAY else None
-    return Field(field.contents(), field.types[0], items)
+    return GgufField(field.contents(), field.types[0], items)
 
 
 class Pattern:
@@ -92,7 +92,7 @@ class Pattern:
             self.fields = {field.name: _field(field) for field in self.reader.fields.values()}
             architecture = self._value("general.architecture")
             if architecture != EQUAL:
-                raise MptkError(f"{file} is of a {architecture} model; mptk writes GGUF of {EQUAL} models alone")
+                raise MptkError(f"{file} is of a {architecture} model; mptk writes GGUF only of {EQUAL} models")
             hidden, heads = (int(self._value(f"{EQUAL}.{n}")) for n in ("embedding_length", "attention.head_count"))
             length = self.fields.get(f"{EQUAL}.attention.key_length")
             self.head_dim = hidden // heads if length is None else int(length.value)
@@ -100,14 +100,14 @@ class Pattern:
         except MptkError:
             raise
         except Exception as error:  # the reader checks little of what it reads: any error may come
-            raise damaged(file)(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+            raise damaged(file)(first_line(error)) from error
 
     def _value(self, name: str) -> Any:
         if name not in self.fields:
-            raise MptkError(f"{self.file} has no {name}; it is no file of a language model")
+            raise MptkError(f"{self.file} has no {name}; it is not a file of a language model")
         return self.fields[name].value
 
-    def kept(self) -> Iterator[tuple[str, Field]]:
+    def kept(self) -> Iterator[tuple[str, GgufField]]:
         """The fields that hold for the cut model, too, by name."""
         for name, field in self.fields.items():
             if not name.startswith(DROPPED) and name.removeprefix(f"{EQUAL}.") not in WIDTHS:
@@ -133,7 +133,7 @@ class Conversion:
     def __init__(self, weights: Weights, plan: Plan, pattern: Pattern) -> None:
         cut = {name for name, choice in plan.families.items() if choice.width < choice.of}
         if odd := {name for name in cut if name.partition(".")[0] not in HELD}:
-            raise MptkError(f"{min(odd)} was cut, which a GGUF file cannot hold; cut {', '.join(HELD)} alone")
+            raise MptkError(f"{min(odd)} was cut, which a GGUF file cannot hold; cut only {', '.join(HELD)}")
         self.weights, self.pattern = weights, pattern
         self.names = self._names()
         self.kinds = {name: self._kind(weight) for name, weight in self.names.items()}
@@ -194,10 +194,10 @@ class Conversion:
         count = sum(name.endswith(".ffn_down.weight") for name in names)
         wanted = {name for name in there if not re.match(r"blk\.\d+\.", name) or int(name.split(".")[1]) < count}
         if apart := (wanted ^ names.keys()) - {FREQUENCIES, HEAD}:
-            raise MptkError(f"{min(apart)} is in the folder or in {file} alone; they are of different models")
+            raise MptkError(f"{min(apart)} is only in the folder or only in {file}; they are of different models")
         return names
 
-    def _layers(self) -> list[Layer]:
+    def _layers(self) -> list[LayerWidths]:
         layers, size = [], self.pattern.head_dim
         for i in range(sum(name.endswith(".ffn_down.weight") for name in self.names)):
             try:
@@ -207,17 +207,17 @@ class Conversion:
             q, k, v, out, ffn = parts
             if q[0] % size or k[0] % size or v[0] != k[0] or out[1] != q[0]:
                 raise MptkError(f"layer {i} has heads of another size than {size}; cut whole heads, ffn or layers")
-            layers.append(Layer(heads=q[0] // size, groups=k[0] // size, ffn=ffn[1]))
+            layers.append(LayerWidths(heads=q[0] // size, groups=k[0] // size, ffn=ffn[1]))
         return layers
 
     def _kind(self, weight: str) -> Kind:
         held = self.weights.narrow(weight)
-        if held.dtype not in KINDS:
+        if held.dtype not in TENSOR_KINDS:
             raise MptkError(f"{weight} is of {held.dtype}, which no GGUF file has; prune with --dtype float32")
-        return KINDS[held.dtype] if held.ndim == 2 else Kind.F32
+        return TENSOR_KINDS[held.dtype] if held.ndim == 2 else Kind.F32
 
     def _describe(self, writer: GGUFWriter) -> None:
-        """Write the fields: those of the pattern, under the name of the architecture, then the widths."""
+        """Write the fields: the pattern's, under the name of the architecture, then the widths."""
         for name, field in self.pattern.kept():
             own = re.sub(f"^{EQUAL}\\.", f"{self.architecture}.", name)
             writer.add_key_value(own, field.value, field.type, sub_type=field.items)

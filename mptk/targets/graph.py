@@ -8,8 +8,8 @@ from pathlib import Path
 from mptk.errors import ProofError
 from mptk.io.tensors import write_weights
 from mptk.io.untrusted import damaged, load_tensors
-from mptk.ir.module import ProgramModule
 from mptk.ir.passes import Log
+from mptk.ir.program import ProgramModule
 from mptk.ir.weights import Weights
 from mptk.protocols.chain import Compiled, Target
 from mptk.protocols.values import Checks, SampleSets
@@ -66,7 +66,7 @@ def module_of(compiled: Compiled, stored: Weights) -> ProgramModule:
 
 
 def stored_weights(stored: Weights, expected: Weights) -> Difference:
-    """The worst difference between stored weights and those of the rewritten graph. One weight is in memory at a time.
+    """The worst difference between stored weights and the rewritten graph's weights. One weight is in memory at a time.
 
     Raises:
         ProofError: a weight exists on one side only, or has another shape.

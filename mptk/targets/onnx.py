@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from mptk.config.settings import Settings
-from mptk.errors import MptkError, ProofError
+from mptk.errors import MptkError, ProofError, first_line
 from mptk.files import scratch
 from mptk.io import models
 from mptk.io.checkpoint import save_tokenizer
@@ -23,11 +23,10 @@ from mptk.ir.samples import Samples
 from mptk.protocols.chain import Compiled, Prepared, Target
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import Checks, Extra, SampleSets, left_out
-from mptk.targets.beside import check_beside
-from mptk.targets.fields import compare, fail
+from mptk.targets.beside import check_beside, compare, fail
 from mptk.tasks.transformers_js import write_entry
 from passes.targets.onnx.check_quantized import check_quantized
-from passes.targets.onnx.names import FILE, FOLDER, data_file, quantized_files, scheme_of
+from passes.targets.onnx.names import ONNX_FILE, ONNX_FOLDER, data_file, quantized_files, scheme_of
 from passes.verify import Difference
 
 
@@ -38,7 +37,7 @@ class OnnxTarget(Target):
     summary = "ONNX, a decoder's with a KV cache, beside another target"
 
     def emit(self, compiled: Compiled, sets: SampleSets, folder: Path, log: Log) -> list[str]:
-        prepared, out = compiled.prepared, folder / FOLDER
+        prepared, out = compiled.prepared, folder / ONNX_FOLDER
         out.mkdir()
         try:
             form = form_for(prepared)
@@ -56,16 +55,16 @@ class OnnxTarget(Target):
         return notes
 
     def wrote(self, folder: Path) -> bool:
-        return next((folder / FOLDER).glob("*.onnx"), None) is not None
+        return next((folder / ONNX_FOLDER).glob("*.onnx"), None) is not None
 
     def checks(self, compiled: Compiled, folder: Path, crossed: Sequence[int]) -> Checks:
         form = compiled.prepared.task.onnx
-        if form is None or not (folder / FOLDER).is_dir():
+        if form is None or not (folder / ONNX_FOLDER).is_dir():
             return Checks()
         loaded = compiled.prepared.loaded
         if compiled.written is None:
-            check_beside(folder / FOLDER, partial(_alone, loaded), all_known=loaded.tokenizer is not None)
-        return form.stages(folder / FOLDER, crossed, compiled.prepared.executor.device, compiled.prepared.settings)
+            check_beside(folder / ONNX_FOLDER, partial(_alone, loaded), all_known=loaded.tokenizer is not None)
+        return form.stages(folder / ONNX_FOLDER, crossed, compiled.prepared.executor.device, compiled.prepared.settings)
 
     def rounded(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Difference]:
         """Of a main graph in float16: the weights' error over the rounding limit, and the logits' in nats a token.
@@ -75,27 +74,29 @@ class OnnxTarget(Target):
         Raises:
             ProofError: it cannot be read or run, or a weight differs by more than rounding allows.
         """
-        form, main = compiled.prepared.task.onnx, folder / FOLDER / FILE
-        if form is None or not main.is_file() or not form.half(folder / FOLDER):
+        form, main = compiled.prepared.task.onnx, folder / ONNX_FOLDER / ONNX_FILE
+        if form is None or not main.is_file() or not form.half(folder / ONNX_FOLDER):
             return []
         with scratch() as staging:
             settings = replace(compiled.prepared.settings, onnx_dtype="float32", quantize=())
             _export(compiled, form, settings, batches[0], staging.folder, Log())
-            return _quantized(form, compiled.prepared.executor.device, main, staging.folder / FILE, "fp16", batches)
+            return _quantized(
+                form, compiled.prepared.executor.device, main, staging.folder / ONNX_FILE, "fp16", batches
+            )
 
     def extras(self, compiled: Compiled, folder: Path, batches: Sequence[Samples]) -> list[Extra]:
-        """The quantised graphs, whose differences are as those of ``rounded``, and what describes the graphs."""
-        form, main = compiled.prepared.task.onnx, folder / FOLDER / FILE
+        """The quantised graphs, with differences as ``rounded`` gives them, and what describes the graphs."""
+        form, main = compiled.prepared.task.onnx, folder / ONNX_FOLDER / ONNX_FILE
         if form is None:
             return []
         device = compiled.prepared.executor.device
         graphs = [
             Extra(
-                f"{FOLDER}/{file.name}",
+                f"{ONNX_FOLDER}/{file.name}",
                 partial(_quantized, form, device, file, main, scheme_of(file), batches),
                 partial(remove_graph, file),
             )
-            for file in quantized_files(folder / FOLDER)
+            for file in quantized_files(folder / ONNX_FOLDER)
         ]
         described = [
             Extra(name, partial(_described, form, compiled, folder, name), (folder / name).unlink)
@@ -111,7 +112,7 @@ def form_for(prepared: Prepared) -> OnnxForm:
     if task.onnx is None:
         raise MptkError(f"mptk has no ONNX form of a {task.summary}; export the folder with optimum")
     if (length := task.only_length(prepared.analysis.program)) is not None:
-        raise MptkError(f"the trace holds for {length} tokens alone, and a graph would, too; leave out ONNX")
+        raise MptkError(f"the trace holds only for {length} tokens, and a graph would, too; leave out ONNX")
     return task.onnx
 
 
@@ -123,9 +124,9 @@ def describe(
     Raises:
         MptkError: ``strict``, and something cannot be described.
     """
-    write_entry(folder, FOLDER)
+    write_entry(folder, ONNX_FOLDER)
     try:
-        form.describe(config, generation, folder, FOLDER)
+        form.describe(config, generation, folder, ONNX_FOLDER)
     except MptkError as error:
         if strict:
             raise
@@ -138,18 +139,18 @@ def remove_graph(file: Path) -> None:
     file.unlink()
     file.with_name(data_file(file.name)).unlink(missing_ok=True)
     if (file.parent.parent / "config.json").is_file():
-        write_entry(file.parent.parent, FOLDER)
+        write_entry(file.parent.parent, ONNX_FOLDER)
 
 
 def _described(form: OnnxForm, compiled: Compiled, folder: Path, name: str) -> list[Difference]:
     """Raise ProofError unless a file that describes the graphs says what the config, the plan and the graphs give."""
     written = compiled.written
     if written is None:
-        fail(f"{name} is no file of a graph without a checkpoint")
+        fail(f"{name} is not a file of a graph without a checkpoint")
     generation = getattr(compiled.prepared.loaded.model, "generation_config", None)
     with scratch() as place:
-        (place.folder / FOLDER).symlink_to((folder / FOLDER).absolute())
-        form.describe(written.stock.config, generation, place.folder, FOLDER)
+        (place.folder / ONNX_FOLDER).symlink_to((folder / ONNX_FOLDER).absolute())
+        form.describe(written.stock.config, generation, place.folder, ONNX_FOLDER)
         if not (place.folder / name).is_file():
             fail(f"{name} is there, and these graphs have none")
         compare(name, read_object(folder / name), read_object(place.folder / name))
@@ -164,7 +165,9 @@ def _alone(loaded: Loaded, folder: Path) -> str:
     models.config_in(loaded).save_pretrained(folder)
     if loaded.model.can_generate() and loaded.model.generation_config is not None:
         loaded.model.generation_config.save_pretrained(folder)
-    return f"{FOLDER}/config.json is the dense model's: it says how text is read and ended, not how wide the graph is"
+    return (
+        f"{ONNX_FOLDER}/config.json is the dense model's: it says how text is read and ended, not how wide the graph is"
+    )
 
 
 def _export(
@@ -186,6 +189,7 @@ def _quantized(
     except MptkError:
         raise
     except Exception as error:  # ONNX and ONNX Runtime share no error class
-        reason = str(error).strip().partition("\n")[0]
-        raise ProofError(f"the proof fails at '{scheme} weights': {file.name} does not run ({reason})") from error
+        raise ProofError(
+            f"the proof fails at '{scheme} weights': {file.name} does not run ({first_line(error)})"
+        ) from error
     return [Difference(f"{scheme} weights", share, share, 1.0), form.rounding(scheme, pairs)]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mptk.errors import MptkError
+from mptk.errors import MptkError, ProofError
 from mptk.io import models
 from mptk.io.checkpoint import copy_processors, portable
 from mptk.io.resident import Resident
@@ -23,7 +23,6 @@ from mptk.protocols.values import Checks, SampleSets, Written
 from mptk.targets.beside import check_beside, write_beside
 from mptk.targets.graph import stored_weights
 from mptk.targets.stock_config import check_code, check_config
-from mptk.targets.tokenizer import check_same_reading
 from passes.frontend.trace import trace
 from passes.targets import legalize
 from passes.targets.legalize import LegalWidths, cut_shapes, graph_widths, stock_widths
@@ -136,3 +135,48 @@ def check_reading(compiled: Compiled, folder: Path) -> None:
     if (dense := prepared.given.tokenizer) is not None:
         written = models.load_tokenizer(str(folder), trust_remote_code=prepared.settings.trust_remote_code)
         check_same_reading(dense, written, None if prepared.trimmed is None else prepared.trimmed.tokens.keep)
+
+
+RARE = 64
+"""Tokens of the highest ids that are read: the lowest ids are letters, which every text has."""
+SPECIAL = 64
+"""Added and special tokens that are read."""
+
+
+def check_same_reading(
+    dense: PreTrainedTokenizerBase, written: PreTrainedTokenizerBase, kept: Sequence[int] | None
+) -> None:
+    """Raise ProofError unless both give the same tokens to texts, and the same texts to these tokens.
+
+    Args:
+        kept: the ids of ``dense`` that stay, in the order of the written ones; None: all do.
+    """
+    new = None if kept is None else {old: i for i, old in enumerate(kept)}
+    for text in texts_of(dense, kept):
+        ids = dense(text, verbose=False).input_ids
+        if new is not None and not new.keys() >= set(ids):
+            continue
+        expected = ids if new is None else [new[i] for i in ids]
+        found = written(text, verbose=False).input_ids
+        if found != expected:
+            raise ProofError(
+                f"the proof fails at 'config': the written tokenizer reads {text!r} as {found}, not as {expected}; do "
+                "not use it, and prune the model again"
+            )
+        if written.decode(found) != dense.decode(ids):
+            raise ProofError(
+                f"the proof fails at 'config': the written tokenizer writes the tokens of {text!r} as "
+                f"{written.decode(found)!r}; do not use it, and prune the model again"
+            )
+
+
+def texts_of(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int] | None) -> Iterator[str]:
+    """Texts of added and special tokens, by themselves and within words, and of rare tokens."""
+    added = sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens})[:SPECIAL]
+    for token in added:
+        yield token
+        yield f"one {token} two{token}three"
+    ids = range(len(tokenizer)) if kept is None else kept
+    for i in ids[-RARE:]:
+        if text := str(tokenizer.decode([i])):
+            yield text

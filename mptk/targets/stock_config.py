@@ -14,9 +14,9 @@ from mptk.io.checkpoint import portable
 from mptk.io.untrusted import read_object
 from mptk.protocols.values import Written
 from mptk.publish.manifest import file_sha256
-from mptk.targets.fields import STAGE, Json, compare, fail, leaves, require
+from mptk.targets.beside import STAGE, JsonObject, compare, fail, leaves, require
 from mptk.tasks.transformers_js import KEY, entry
-from passes.targets.onnx.names import FOLDER
+from passes.targets.onnx.names import ONNX_FOLDER
 from passes.verify import Difference
 
 # Fields that say who wrote the file, and fields with a check of their own (the class, the weights' type).
@@ -28,7 +28,7 @@ _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 def config_changes(written: Written, folder: Path) -> dict[str, list[object]]:
     """Field → [old, new] for each field of config.json in ``folder`` that differs from the dense model's."""
     changes = {**_cut_changes(written), **{name: list(values) for name, values in written.stock.changes.items()}}
-    dense, graphs = _dense(written), entry(folder / FOLDER)
+    dense, graphs = _dense(written), entry(folder / ONNX_FOLDER)
     if dense.dtype is not None and _plain(dense.dtype) != _plain(written.dtype):
         changes["dtype"] = [_plain(dense.dtype), _plain(written.dtype)]
     if graphs and graphs != (known := getattr(dense, KEY, None)):
@@ -46,12 +46,12 @@ def check_config(written: Written, folder: Path, trust: bool) -> Difference:
     raw = read_object(folder / "config.json")
     compare("config.json", raw, portable(raw))  # older spellings of a field must agree with it
     _check_cut(written)
-    graphs = entry(folder / FOLDER)
+    graphs = entry(folder / ONNX_FOLDER)
     if graphs:
         compare("config.json", {KEY: raw.get(KEY)}, {KEY: graphs})
     compare("config.json", _body(found), _body(_read_back(written.stock.config)), {KEY} if graphs else set())
     require("config.json", "architectures", found.architectures, [written.stock.model_class.__name__])
-    for file in sorted(folder.glob("model*.safetensors")):  # not those of a compensation, which keep float32
+    for file in sorted(folder.glob("model*.safetensors")):  # not a compensation's weights, which keep float32
         for kind in _kinds(file):
             require("config.json", "dtype", _plain(found.dtype), kind)
     if written.stock.model_class.can_generate() and (dense := written.loaded.model.generation_config) is not None:
@@ -105,7 +105,7 @@ def _dense(written: Written) -> PreTrainedConfig:
 
 
 def _read_back(config: PreTrainedConfig) -> PreTrainedConfig:
-    """``config`` as it is read from its file, where older spellings of fields become fields."""
+    """``config`` as it is read from its file: older spellings of fields become fields."""
     content = json.loads(config.to_json_string(), object_hook=_number)
     back: PreTrainedConfig = type(config).from_dict(portable(content))
     return back
@@ -120,7 +120,7 @@ def _body(config: PreTrainedConfig) -> dict[str, object]:
     return _without(json.loads(config.to_json_string(use_diff=False)), _APART)
 
 
-def _without(body: Json, names: tuple[str, ...]) -> dict[str, object]:
+def _without(body: JsonObject, names: tuple[str, ...]) -> dict[str, object]:
     return {
         key: _without(value, names) if isinstance(value, Mapping) else value
         for key, value in body.items()

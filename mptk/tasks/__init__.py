@@ -27,7 +27,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (CAUSAL_LM, Seq2Seq(), Mas
 
 
 def tasks() -> dict[str, Task]:
-    """mptk's tasks and those of plugins (group ``mptk.tasks``), by name."""
+    """mptk's and plugins' tasks (group ``mptk.tasks``), by name."""
     return with_plugins(TASKS, "mptk.tasks")
 
 
@@ -44,7 +44,7 @@ def open_task(model: str, resident: Resident, *, trust_remote_code: bool = False
 
 
 def kind_of(model: str, *, trust_remote_code: bool = False) -> Task:
-    """The task of a model by its config alone. Raises MptkError if there is no such model, or no task takes it."""
+    """The task of a model, from only its config. Raises MptkError if there is no such model, or no task takes it."""
     config = models.load_config(model, trust_remote_code=trust_remote_code)
     return _find(model, config, classes_of(config))
 
@@ -55,36 +55,41 @@ def task_of(loaded: Loaded) -> Task:
 
 
 def _find(model: str, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> Task:
-    reasons = {}
-    for task in tasks().values():
-        reason = task.refusal(config, classes)
-        if reason is None:
-            return task
-        reasons[task.summary] = reason
+    reasons: dict[str, str] = {}
+    if (task := _first(config, classes, reasons)) is not None:
+        return task
     said = " and ".join(f"no {what}: {why}" for what, why in reasons.items())
     raise wrong_kind(model, said)
 
 
+def _first(
+    config: PreTrainedConfig, classes: set[type[PreTrainedModel]], reasons: dict[str, str] | None = None
+) -> Task | None:
+    """The first task that takes the classes of a model; ``reasons`` gets why each one before it does not."""
+    for task in tasks().values():
+        if (reason := task.refusal(config, classes)) is None:
+            return task
+        if reasons is not None:
+            reasons[task.summary] = reason
+    return None
+
+
 def form_of(model: PreTrainedModel) -> OnnxForm | None:
     """The ONNX form of the first task that takes the model; None if no task does, or it has none."""
-    for task in tasks().values():
-        if task.refusal(model.config, {type(model)}) is None:
-            return task.onnx
-    return None
+    task = _first(model.config, {type(model)})
+    return None if task is None else task.onnx
 
 
 def example_of(model: nn.Module) -> Mapping[str, Tensor] | None:
     """Inputs to trace a transformers model with, by the first task that takes its class; None if no task does."""
     if not isinstance(model, PreTrainedModel):
         return None
-    for task in tasks().values():
-        if task.refusal(model.config, {type(model)}) is None:
-            return task.example(model).inputs
-    return None
+    task = _first(model.config, {type(model)})
+    return None if task is None else task.example(model).inputs
 
 
 def check_decoder(model: str, *, trust_remote_code: bool = False) -> None:
-    """Raise MptkError if a model is no causal language model, by its config alone."""
+    """Raise MptkError if a model is not a causal language model by its config."""
     config = models.load_config(model, trust_remote_code=trust_remote_code)
     reason = CAUSAL_LM.refusal(config, classes_of(config))
     if reason is not None:

@@ -20,11 +20,9 @@ from mptk.io.models import Loaded
 from mptk.ir.samples import Samples, next_tokens
 from mptk.progress import Count, Progress
 from mptk.protocols.values import SampleSets
+from mptk.tasks.base import TokenTask
 from mptk.tasks.decoder_form import DecoderForm
-from mptk.tasks.inputs.text import SEQUENCE, Tokens, example_ids
-from mptk.tasks.tokens import TokenTask
-
-TOKENS = Tokens()
+from mptk.tasks.inputs.text import SEQUENCE, TextWindows, example_ids
 
 
 class CausalLM(TokenTask):
@@ -60,10 +58,10 @@ class CausalLM(TokenTask):
         return next_tokens(example_ids())
 
     def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
-        return next_tokens(TOKENS.calibration(loaded, settings, count, progress)["input_ids"])
+        return next_tokens(TextWindows().calibration(loaded, settings, count, progress)["input_ids"])
 
     def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
-        return next_tokens(TOKENS.evaluation(loaded, settings)["input_ids"])
+        return next_tokens(TextWindows().evaluation(loaded, settings)["input_ids"])
 
     def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
         return next_tokens(inputs["input_ids"])

@@ -5,7 +5,6 @@ No labels are needed. What counts is how far the classes move from the dense mod
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,11 +16,10 @@ from mptk.io.evaluation import Runs
 from mptk.ir.samples import Samples
 from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
-from mptk.tasks.classes import known_to
-from mptk.tasks.compared import ComparedTask, means
+from mptk.tasks.base import ComparedTask, compared, known_to
 from mptk.tasks.model_form import LOGITS, ModelForm
 
-MAPPINGS = (
+CLASSIFIERS = (
     modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -36,7 +34,7 @@ class Classifier(ComparedTask):
     onnx = ModelForm(LOGITS)
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
-        return known_to(MAPPINGS, config, classes, "give one distribution over classes for each sample")
+        return known_to(CLASSIFIERS, config, classes, "give one distribution over classes for each sample")
 
     def loss(self, output: Tensor, samples: Samples) -> Tensor:
         """Sum of the KL divergences from the dense model's distribution (``targets``: its logits), in nats."""
@@ -50,16 +48,11 @@ class Classifier(ComparedTask):
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
         samples, figures = sets.evaluation, {"agreement": _agreed, "divergence": divergence}
-        found = means(runs, samples.split(1), figures, partial(progress, "agreement"))
-        return {
-            **found["agreement"],
-            "metric": "agreement",
-            "divergence": found["divergence"],
-            "protocol": (
-                f"{sets.source}: share of {len(samples)} samples that get the dense model's likeliest class; "
-                "divergence: mean KL divergence from its distribution, in nats"
-            ),
-        }
+        protocol = (
+            f"{sets.source}: share of {len(samples)} samples that get the dense model's likeliest class; "
+            "divergence: mean KL divergence from its distribution, in nats"
+        )
+        return compared(runs, samples.split(1), figures, progress, protocol)
 
 
 def _agreed(logits: Tensor, reference: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
@@ -10,31 +10,36 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from mptk.config.settings import Settings, check_onnx_dtype
-from mptk.errors import ProofError
+from mptk.config.settings import Settings
+from mptk.errors import MptkError, ProofError
+from mptk.io.evaluation import LogitsFn
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
+from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples, next_tokens
-from mptk.ort.decoder import FILE, OrtDecoder
+from mptk.ort.decoder import GRAPH_FILE, OrtDecoder
+from mptk.progress import step
 from mptk.protocols.chain import stored_type
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import Checks
-from mptk.tasks.decoder_onnx import export_decoder
-from mptk.tasks.exporting import quantised
-from mptk.tasks.genai import FILE as GENAI
-from mptk.tasks.genai import write_genai_config
-from mptk.tasks.rounding import logits_apart
+from mptk.staged.staged import EXECUTOR, Executor
+from mptk.tasks.exporting import logits_apart, quantised
+from mptk.tasks.genai import GENAI_FILE, write_genai_config
+from mptk.version import __version__
+from passes.analysis import group
+from passes.frontend.trace_decoder import LogitsScope, trace_decoder
+from passes.pipelines import cut_program, emit_onnx, quantize_onnx
 from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, Placed, StageOutputs
 
-PADDING = 3
+PADDED_TOKENS = 3
 """Tokens of padding beside the longest prompt."""
 
 
 @dataclass(frozen=True)
-class Case:
+class DecodingCase:
     """A way to run a decoder, and the stage of the proof that it is.
 
     ``steps``: tokens of each call after the prompt; they cross each border, and end the sequence. ``padded``: the side
@@ -51,8 +56,8 @@ class Case:
         Padding between prompt and answer counts in a window, also in torch: then only the prompt is comparable.
         """
         if self.padded:
-            longest = max(1, min(LONGEST, length - sum(self.steps)))
-            if self.padded == "right" and any(longest + PADDING + sum(self.steps) > border for border in crossed):
+            longest = max(1, min(LONGEST_PROMPT, length - sum(self.steps)))
+            if self.padded == "right" and any(longest + PADDED_TOKENS + sum(self.steps) > border for border in crossed):
                 return replace(self, steps=()).calls(rows, length, ())
             prompts = [max(1, longest * (SHARES - row % SHARES) // SHARES) for row in range(rows)]
             return prompts, list(self.steps)
@@ -63,14 +68,14 @@ class Case:
         return [first] * rows, [later - sooner for sooner, later in pairwise([first, *others])]
 
 
-LONGEST, SHARES = 24, 3
+LONGEST_PROMPT, SHARES = 24, 3
 """Tokens of the longest prompt that is padded, and of how many lengths prompts are."""
 STEPS = (1, 1, 3, 1, 1)
 CASES = (
-    Case("ONNX Runtime prefill"),
-    Case("ONNX Runtime padded left", STEPS, "left"),
-    Case("ONNX Runtime padded right", STEPS, "right"),
-    Case("ONNX Runtime decode", STEPS),
+    DecodingCase("ONNX Runtime prefill"),
+    DecodingCase("ONNX Runtime padded left", STEPS, "left"),
+    DecodingCase("ONNX Runtime padded right", STEPS, "right"),
+    DecodingCase("ONNX Runtime decode", STEPS),
 )
 """What the proof runs, on several short rows and on one long row."""
 
@@ -78,12 +83,11 @@ CASES = (
 class DecoderForm(OnnxForm):
     """``model.onnx`` takes token ids, mask, positions and the cache, and gives logits and the new cache."""
 
-    described = (GENAI,)
+    described = (GENAI_FILE,)
 
     def export(self, dense: Dense, plan: Plan | None, samples: Samples | None, folder: Path, log: Log) -> list[str]:
         settings, loaded = dense.settings, dense.loaded
         text = None if samples is None else samples.inputs["input_ids"]
-        check_onnx_dtype(settings.onnx_dtype, settings.quantize)
         file = export_decoder(
             loaded.model,
             folder,
@@ -104,7 +108,7 @@ class DecoderForm(OnnxForm):
         decoder = OrtDecoder(folder, device=device)
         if decoder.last_only != (settings.logits == "last"):
             raise ProofError(
-                f"the proof fails at '{CASES[0].stage}': {FILE} does not give the logits of {settings.logits} "
+                f"the proof fails at '{CASES[0].stage}': {GRAPH_FILE} does not give the logits of {settings.logits} "
                 "positions; do not use it, and export the model again"
             )
         tolerance = HALF_TOLERANCE if decoder.half else RUNTIME_TOLERANCE
@@ -123,17 +127,17 @@ class DecoderForm(OnnxForm):
     def describe(
         self, config: PreTrainedConfig, generation: GenerationConfig | None, folder: Path, graphs: str
     ) -> None:
-        write_genai_config(config, generation, folder, f"{graphs}/{FILE}")
+        write_genai_config(config, generation, folder, f"{graphs}/{GRAPH_FILE}")
 
     def half(self, folder: Path) -> bool:
         return OrtDecoder(folder).half
 
 
-def decoded(decoder: OrtDecoder, case: Case, crossed: Sequence[int], samples: Samples) -> Placed:
+def decoded(decoder: OrtDecoder, case: DecodingCase, crossed: Sequence[int], samples: Samples) -> Placed:
     """The logits of the prompts and of all calls after them, with their positions."""
     ids = samples.inputs["input_ids"]
     prompts, calls = case.calls(len(ids), ids.shape[1], crossed)
-    width = max(prompts) + (PADDING if case.padded else 0)
+    width = max(prompts) + (PADDED_TOKENS if case.padded else 0)
     places = [torch.stack([_place(count, width, case.padded) for count in prompts])]
     mask = (places[0] >= 0).long()
     found, cache = decoder.prefill((ids.gather(1, places[0].clamp(min=0)) * mask).numpy(), mask.numpy())
@@ -154,3 +158,44 @@ def _place(count: int, width: int, side: str) -> Tensor:
     start = width - count if side == "left" else 0
     place[start : start + count] = torch.arange(count)
     return place
+
+
+def export_decoder(
+    model: PreTrainedModel,
+    folder: Path,
+    metadata: Mapping[str, str],
+    *,
+    plan: Plan | None = None,
+    logits: LogitsScope = "all",
+    quantize: Sequence[str] = (),
+    text: Tensor | None = None,
+    objective: str = "decode",
+    onnx_dtype: str = "auto",
+    log: Log | None = None,
+    dtype: torch.dtype = torch.float32,
+    weights: Callable[[Program], Program] = lambda program: program,
+    dense: LogitsFn | None = None,
+    executor: Executor = EXECUTOR,
+) -> Path:
+    """Write ``model.onnx`` and the quantised graphs; returns the file. Arguments and errors are as in ``mptk.export``.
+
+    ``log`` is given a record of each pass. ``dtype``: the type that the checkpoint's weights are stored in; the graph's
+    numbers are those, in the type that ``onnx_dtype`` names. ``weights``, ``dense``, ``executor``: as in
+    ``trace_decoder``.
+    """
+    log = log or Log()
+    step(0, 0, "trace a decoding step")
+    program = trace_decoder(model, logits=logits, weights=weights, dense=dense, executor=executor)
+    if onnx_dtype != "auto" and model.dtype is not torch.float32:
+        raise MptkError(f"a {onnx_dtype} graph is made of a float32 model, not {model.dtype}; call model.float()")
+    about = {"mptk_version": __version__, "objective": objective, **metadata}
+    if plan is not None:
+        analysis = group.analyze(program)
+        program = cut_program(analysis, resolve_plan(analysis, plan), log, dtype).program
+        about["plan_sha256"] = plan.digest
+    step(0, 0, "translate the graph")
+    half = onnx_dtype == "float16"
+    file = emit_onnx(program, folder, objective=objective, half=half, metadata=about, log=log)
+    for scheme in quantize:
+        quantize_onnx(file, scheme, None if text is None else text.numpy(), log, executor.device)
+    return file

@@ -6,7 +6,6 @@ What counts is how far the features move from the dense model's.
 from __future__ import annotations
 
 import zlib
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from mptk.io.evaluation import Runs
 from mptk.ir.samples import Samples
 from mptk.progress import Progress
 from mptk.protocols.values import SampleSets
-from mptk.tasks.classes import known_to
-from mptk.tasks.compared import ComparedTask, means
+from mptk.tasks.base import ComparedTask, compared, known_to
 from mptk.tasks.model_form import FEATURES, ModelForm
 
 
@@ -47,16 +45,11 @@ class Encoder(ComparedTask):
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
         samples, figures = sets.evaluation, {"cosine": _alike, "distance": distances}
-        found = means(runs, samples.split(1), figures, partial(progress, "cosine"))
-        return {
-            **found["cosine"],
-            "metric": "cosine",
-            "distance": found["distance"],
-            "protocol": (
-                f"{sets.source}: mean over {len(samples)} samples of the cosine of the features' mean over positions "
-                "with the dense model's; distance: of all features, relative to their norm"
-            ),
-        }
+        protocol = (
+            f"{sets.source}: mean over {len(samples)} samples of the cosine of the features' mean over positions "
+            "with the dense model's; distance: of all features, relative to their norm"
+        )
+        return compared(runs, samples.split(1), figures, progress, protocol)
 
 
 def projection(features: Tensor, samples: Samples) -> Tensor:

@@ -6,41 +6,44 @@ no output meanwhile: the plan may cut its channels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import TensorArgument
 from transformers import PreTrainedModel
 
 from mptk.config.settings import Settings
 from mptk.errors import MptkError
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
+from mptk.ir.program import Program
 from mptk.ir.samples import Samples
-from mptk.ort.graphs import OrtGraph
+from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import PROOF_SHAPE, Checks
-from mptk.tasks.exporting import CHANGED, HALF, Runs, Traced, about, cut, equal, stages_of, traced_as
+from mptk.tasks.exporting import CHANGED, HALF, GraphRun, Traced, about, cut, equal, stages_of, traced_as
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.inputs.text import example_ids
 from mptk.tasks.padding import IDS, MASK, about_padding, candidates, padded_as_said, with_mask
 from passes.frontend.trace import uncached
 from passes.pipelines import emit_onnx
 from passes.targets.onnx.emit import Interface
-from passes.targets.onnx.extract import Part
-from passes.transforms.outputs import output_names, with_outputs
+from passes.targets.onnx.extract import GraphPart
 from passes.verify import Difference, Placed
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
 DECODER_IDS = "decoder_input_ids"
 LOGITS, HIDDEN = "logits", "last_hidden_state"
-RENAMED = {MASK: "encoder_attention_mask", DECODER_IDS: IDS, HIDDEN: "encoder_hidden_states"}
+DECODER_NAMES = {MASK: "encoder_attention_mask", DECODER_IDS: IDS, HIDDEN: "encoder_hidden_states"}
 """Name in the whole → optimum's name of the decoder's input, in the order of these inputs."""
-TEXT = ("batch_size", "encoder_sequence_length")
-AXES = {
+TEXT_AXES = ("batch_size", "encoder_sequence_length")
+DECODER_AXES = {
     "input_features": ("batch_size", "feature_size", "encoder_sequence_length"),
     DECODER_IDS: ("batch_size", "decoder_sequence_length"),
 }
@@ -74,14 +77,14 @@ class EncoderDecoderForm(OnnxForm):
         program = with_outputs(program, [*output_names(program), hidden])
         step(0, 0, "translate the graph")
         given = [name for name in traced.names if name != DECODER_IDS]
-        decoder = {name: new for name, new in RENAMED.items() if name in (*traced.names, HIDDEN)}
+        decoder = {name: new for name, new in DECODER_NAMES.items() if name in (*traced.names, HIDDEN)}
         emit_onnx(
             program,
             folder,
-            Interface({name: AXES.get(name, TEXT) for name in traced.names}, (LOGITS, HIDDEN)),
+            Interface({name: DECODER_AXES.get(name, TEXT_AXES) for name in traced.names}, (LOGITS, HIDDEN)),
             parts={
-                ENCODER: Part({name: name for name in given}, (HIDDEN,)),
-                DECODER: Part(decoder, (LOGITS,)),
+                ENCODER: GraphPart({name: name for name in given}, (HIDDEN,)),
+                DECODER: GraphPart(decoder, (LOGITS,)),
             },
             objective="prefill",
             metadata=about(dense, plan) | padding,
@@ -117,7 +120,7 @@ def named(dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]
     return traced, said if equal(traced.run(executor, given)[rows], expected) else {}
 
 
-def steps_of(run: Runs, samples: Samples) -> Placed:
+def steps_of(run: GraphRun, samples: Samples) -> Placed:
     """The logits of the first token of a text by itself, and of the first half of the text."""
     ids = samples.inputs[DECODER_IDS]
     parts = [ids[:, :count] for count in sorted({1, (ids.shape[1] + 1) // 2})]
@@ -125,12 +128,38 @@ def steps_of(run: Runs, samples: Samples) -> Placed:
     return Placed(torch.cat(found, 1), torch.cat([torch.arange(part.shape[1]).expand_as(part) for part in parts], 1))
 
 
-def both(folder: Path, device: torch.device) -> Runs:
+def both(folder: Path, device: torch.device) -> GraphRun:
     """What encoder and decoder compute together."""
     encoder, decoder = OrtGraph(folder / ENCODER, device), OrtGraph(folder / DECODER, device)
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         made = dict(inputs) | {HIDDEN: encoder(inputs)}
-        return decoder({new: made[name] for name, new in RENAMED.items() if name in made})
+        return decoder({new: made[name] for name, new in DECODER_NAMES.items() if name in made})
 
     return run
+
+
+def output_names(program: Program) -> list[str]:
+    """The names of the values that a program returns, in order."""
+    return [node.name for node in program.graph.graph.output_node().args[0] if isinstance(node, fx.Node)]  # type: ignore[union-attr]
+
+
+def with_outputs(program: Program, names: Sequence[str]) -> Program:
+    """``program`` with the values of these names as its outputs.
+
+    What an analysis may cut depends on the outputs, and passes keep the names of values. So a value can be taken from
+    the outputs for an analysis, and be made an output again after the cut.
+
+    Raises:
+        MptkError: there is no such value.
+    """
+    module = program.copy_graph()
+    values = {node.name: node for node in module.graph.nodes}
+    if missing := [name for name in names if name not in values]:
+        raise MptkError(f"the graph has no value {missing[0]} after the cut")
+    module.graph.output_node().args = (tuple(values[name] for name in names),)
+    module.recompile()
+    signature = copy.deepcopy(program.signature)
+    like = signature.output_specs[0]
+    specs = [replace(like, arg=TensorArgument(name=name)) for name in names]
+    return replace(program, graph=module, signature=replace(signature, output_specs=specs))

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from mptk.config.settings import Settings
-from mptk.errors import MptkError
+from mptk.errors import MptkError, first_line
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples, is_tokens
-from mptk.ort.graphs import OrtGraph
+from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
 from mptk.protocols.chain import stored_type
 from mptk.protocols.onnx_form import Dense
 from mptk.protocols.values import Checks, left_out
 from mptk.staged.staged import Executor
 from mptk.tasks.inputs.base import Named
-from mptk.tasks.padding import PADDING, padded_as_said, with_mask
+from mptk.tasks.padding import PADDING_KEY, padded_as_said, with_mask
 from mptk.version import __version__
 from passes.analysis import group
 from passes.frontend.trace import export_program
 from passes.pipelines import cut_program, quantize_onnx
+from passes.targets.onnx.check_quantized import DIVERGENCES, divergence
 from passes.targets.onnx.names import QUANTIZED
-from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, StageOutputs, difference
+from passes.verify import HALF_TOLERANCE, RUNTIME_TOLERANCE, Difference, StageOutputs, difference
 
 HALF, DTYPE = "float16", "dtype"
 """A type, and the key in a graph's metadata of the type in which it computes."""
 CHANGED = "padding changes what the model computes, with a mask as well; give the ONNX graph rows of one length"
 
-Runs = Callable[[Mapping[str, Tensor]], Tensor]
+GraphRun = Callable[[Mapping[str, Tensor]], Tensor]
 """Named inputs → what a form's graphs compute."""
 
 
@@ -46,7 +46,7 @@ class Traced:
     names: list[str]
 
     def run(self, executor: Executor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The first output for those of ``inputs`` that it has."""
+        """The first output. ``inputs`` that it does not have are ignored."""
         found = next(executor.outputs([self.program], [[inputs[name] for name in self.names]]))
         output: Tensor = found[0] if isinstance(found, tuple | list) else found
         return output
@@ -81,7 +81,7 @@ def traced_as(
             if equal(traced.run(dense.executor, inputs), expected):
                 return traced
         except (MptkError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
     raise MptkError(f"{type(dense.loaded.model).__name__} is not written with named inputs: {reason}")
 
 
@@ -102,7 +102,7 @@ def cut(program: Program, dense: Dense, plan: Plan | None, log: Log) -> Program:
 
 
 def quantised(dense: Dense, file: Path, text: Tensor | None, log: Log) -> list[str]:
-    """Write the quantised graphs that the settings name beside ``file``. Returns notes on those that are left out.
+    """Write the quantised graphs that the settings name beside ``file``. Returns notes on graphs that are left out.
 
     Raises:
         MptkError: one cannot be made, and the settings are strict.
@@ -120,13 +120,12 @@ def quantised(dense: Dense, file: Path, text: Tensor | None, log: Log) -> list[s
 
 def about(dense: Dense, plan: Plan | None) -> dict[str, str]:
     """The metadata of every graph."""
-    said = {"mptk_version": __version__, "source": dense.loaded.source, DTYPE: written_type(dense.settings)}
+    said = {
+        "mptk_version": __version__,
+        "source": dense.loaded.source,
+        DTYPE: HALF if dense.settings.onnx_dtype == HALF else "float32",
+    }
     return {**said, **dense.about, **({} if plan is None else {"plan_sha256": plan.digest})}
-
-
-def written_type(settings: Settings) -> str:
-    """The type in which a graph computes."""
-    return HALF if settings.onnx_dtype == HALF else "float32"
 
 
 def is_half(graph: OrtGraph) -> bool:
@@ -135,7 +134,7 @@ def is_half(graph: OrtGraph) -> bool:
 
 
 def stages_of(
-    run: Runs,
+    run: GraphRun,
     graph: OrtGraph,
     unpadded: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
     more: Mapping[str, StageOutputs] | None = None,
@@ -153,6 +152,31 @@ def stages_of(
         given, rows = padded_as_said(samples.inputs, said)
         return unpadded(run(given)[rows], samples.inputs)
 
-    runs = {"ONNX Runtime": plain, **(more or {})} | ({"ONNX Runtime padded": padded} if PADDING in said else {})
+    runs = {"ONNX Runtime": plain, **(more or {})} | ({"ONNX Runtime padded": padded} if PADDING_KEY in said else {})
     stages: dict[str, tuple[Program | StageOutputs, float]] = {name: (run, tolerance) for name, run in runs.items()}
     return Checks(stages=stages, ran=dict.fromkeys(stages, graph.provider))
+
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+"""Outputs of the quantised graph and of the float graph."""
+
+DISTANCES = {"fp16": 0.01, "int8": 0.1, "int4": 0.5}
+"""Allowed distance of features, relative to their norm."""
+
+
+def logits_apart(scheme: str, pairs: Pairs) -> Difference:
+    """The divergence of the distributions, in nats."""
+    apart = max(divergence(*pair) for pair in pairs)
+    return Difference(f"{scheme} logits", apart, apart, DIVERGENCES[scheme])
+
+
+def features_apart(scheme: str, pairs: Pairs) -> Difference:
+    """The distance of the features, relative to their norm."""
+    apart = max(_distance(*pair) for pair in pairs)
+    return Difference(f"{scheme} features", apart, apart, DISTANCES[scheme])
+
+
+def _distance(found: Tensor, reference: Tensor) -> float:
+    """‖f − f*‖ / ‖f*‖. NaN counts as infinite."""
+    apart = ((found.double() - reference.double()).norm() / reference.double().norm()).item()
+    return apart if apart == apart else float("inf")

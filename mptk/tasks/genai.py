@@ -11,10 +11,10 @@ from transformers import GenerationConfig, PreTrainedConfig
 from mptk.files import json_text, write_text
 from mptk.io.fields import field
 
-FILE = "genai_config.json"
+GENAI_FILE = "genai_config.json"
 TYPE = "decoder"
 """onnxruntime-genai's type of a decoder whose inputs and outputs the file names, whatever its architecture."""
-SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "do_sample")
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "repetition_penalty", "do_sample")
 """Fields of a generation config that onnxruntime-genai also has."""
 KEY, VALUE = "key", "value"
 
@@ -57,7 +57,7 @@ def write_genai_config(config: PreTrainedConfig, generation: GenerationConfig | 
         },
         "search": {**_sampling(generation), "max_length": length, "past_present_share_buffer": False},
     }
-    write_text(folder / FILE, json_text(content, indent=2) + "\n")
+    write_text(folder / GENAI_FILE, json_text(content, indent=2) + "\n")
 
 
 def _shape(value: onnx.ValueInfoProto) -> list[int | str]:
@@ -85,5 +85,5 @@ def _tokens(config: PreTrainedConfig, generation: GenerationConfig | None) -> di
 
 
 def _sampling(config: GenerationConfig | None) -> dict[str, Any]:
-    found = {name: getattr(config, name, None) for name in SAMPLING}
+    found = {name: getattr(config, name, None) for name in SAMPLING_FIELDS}
     return {name: value for name, value in found.items() if value is not None}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +23,9 @@ from mptk.io.text.sources import RANDOM
 from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Count, Progress
 from mptk.protocols.values import SampleSets
-from mptk.tasks.classes import known_to
-from mptk.tasks.inputs.text import Tokens, example_ids
+from mptk.tasks.base import TokenTask, known_to
+from mptk.tasks.inputs.text import TextWindows, example_ids
 from mptk.tasks.model_form import LOGITS, ModelForm
-from mptk.tasks.tokens import TokenTask
-
-TOKENS = Tokens()
 
 STRIDE = 7
 """One token in ``STRIDE`` is masked: 14 %, close to BERT's 15 %."""
@@ -60,11 +56,11 @@ class MaskedLM(TokenTask):
 
     def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
         task = self.with_mask(loaded, settings.data)
-        return task.masked(TOKENS.calibration(loaded, settings, count, progress)["input_ids"])
+        return task.masked(TextWindows().calibration(loaded, settings, count, progress)["input_ids"])
 
     def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
         task = self.with_mask(loaded, settings.eval_data or settings.data)
-        return task.masked(TOKENS.evaluation(loaded, settings)["input_ids"])
+        return task.masked(TextWindows().evaluation(loaded, settings)["input_ids"])
 
     def made(self, loaded: Loaded, inputs: Mapping[str, Tensor]) -> Samples:
         return self.masked(inputs["input_ids"])
@@ -83,14 +79,11 @@ class MaskedLM(TokenTask):
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
         samples = sets.evaluation
-        return {
-            **self.perplexities(runs, samples, partial(progress, "pseudo-perplexity")),
-            "metric": "pseudo-perplexity",
-            "protocol": (
-                f"{sets.source}: pseudo-perplexity, {len(samples)} windows of {samples.positions} tokens, one token in "
-                f"{STRIDE} masked, {self.predicted(samples):,} predicted"
-            ),
-        }
+        protocol = (
+            f"{sets.source}: pseudo-perplexity, {len(samples)} windows of {samples.positions} tokens, one token in "
+            f"{STRIDE} masked, {self.predicted(samples):,} predicted"
+        )
+        return self.perplexities(runs, samples, progress, "pseudo-perplexity", protocol)
 
 
 def _masked(ids: Tensor) -> Tensor:

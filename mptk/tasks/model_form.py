@@ -1,4 +1,4 @@
-"""model_form: a model without a decoder as ONNX: one graph, whose inputs are those that the processor makes.
+"""model_form: a model without a decoder as ONNX: one graph, whose inputs the processor makes.
 
 A text model is traced again, with the mask of its padding as an input, and cut to the same plan.
 """
@@ -18,18 +18,30 @@ from mptk.errors import MptkError
 from mptk.ir.passes import Log
 from mptk.ir.plan import Plan
 from mptk.ir.samples import Samples
-from mptk.ort.graphs import OrtGraph
+from mptk.ort.sessions import OrtGraph
 from mptk.progress import step
 from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import PROOF_SHAPE, Checks
-from mptk.tasks.exporting import CHANGED, HALF, Traced, about, cut, equal, is_half, quantised, stages_of, traced_as
+from mptk.tasks.exporting import (
+    CHANGED,
+    HALF,
+    Traced,
+    about,
+    cut,
+    equal,
+    features_apart,
+    is_half,
+    logits_apart,
+    quantised,
+    stages_of,
+    traced_as,
+)
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.padding import IDS, about_padding, candidates, is_text, padded_as_said, with_mask
-from mptk.tasks.rounding import features_apart, logits_apart
 from passes.frontend.trace import Flat
 from passes.pipelines import emit_onnx
 from passes.targets.onnx.emit import TOKEN_AXES, Axes, Interface
-from passes.targets.onnx.names import FILE
+from passes.targets.onnx.names import ONNX_FILE
 from passes.targets.onnx.quantize import BLOCKS
 from passes.verify import Difference
 
@@ -38,7 +50,7 @@ AXES = {
     "pixel_values": ("batch_size", "num_channels", "height", "width"),
     "input_features": ("batch_size", "feature_size", "sequence_length"),
 }
-"""Optimum's names of the axes; those of other inputs are the axes of tokens."""
+"""Optimum's names of the axes; other inputs have the axes of tokens."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,7 @@ class ModelForm(OnnxForm):
         return AXES.get(name, TOKEN_AXES)
 
     def stages(self, folder: Path, crossed: Sequence[int], device: torch.device, settings: Settings) -> Checks:
-        graph = OrtGraph(folder / FILE, device)
+        graph = OrtGraph(folder / ONNX_FILE, device)
         return stages_of(graph, graph, unpadded)
 
     def outputs(self, file: Path, device: torch.device) -> Callable[[Samples], Tensor]:
@@ -89,7 +101,7 @@ class ModelForm(OnnxForm):
         return (logits_apart if self.output == LOGITS else features_apart)(scheme, pairs)
 
     def half(self, folder: Path) -> bool:
-        return is_half(OrtGraph(folder / FILE))
+        return is_half(OrtGraph(folder / ONNX_FILE))
 
 
 def named(dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptk.config.settings import IN_MEMORY, INPUTS, Settings
-from mptk.errors import MptkError, exhausted
+from mptk.errors import MptkError, exhausted, first_line
 from mptk.io.evaluation import Runs
 from mptk.io.models import Loaded
 from mptk.io.untrusted import load_tensors
 from mptk.ir.samples import Samples, joined
 from mptk.progress import Count, Progress
 from mptk.protocols.chain import Task
-from mptk.protocols.onnx_form import OnnxForm
+from mptk.protocols.onnx_form import Dense, OnnxForm
 from mptk.protocols.values import SampleSets
-from mptk.tasks.compared import means
+from mptk.tasks.base import compared
 from mptk.tasks.encoder import distances, errors, projection
+from mptk.tasks.exporting import Traced
 from mptk.tasks.inputs.base import ordered
-from mptk.tasks.module_form import OUTPUT, ModuleForm
+from mptk.tasks.model_form import AXES, ModelForm
+from mptk.tasks.padding import IDS
 from passes.frontend.trace import argument_names
+from passes.targets.onnx.emit import TOKEN_AXES, Axes
+from passes.targets.onnx.quantize import BLOCKS
 
 Outputs = Tensor | Sequence[Tensor]
-AT_ONCE = 2048
+BATCH_POSITIONS = 2048
 """Positions that are measured at once."""
 
 
@@ -60,9 +63,8 @@ class Module(Task):
         except RuntimeError as error:
             if (lacking := exhausted(error)) is not None:
                 raise lacking from error
-            reason = str(error).strip().partition("\n")[0]
             raise MptkError(
-                f"{loaded.source} does not run on its example inputs ({reason}); give other ones"
+                f"{loaded.source} does not run on its example inputs ({first_line(error)}); give other ones"
             ) from error
         each = [found] if isinstance(found, Tensor) else found
         if not each or any(tensor.ndim < 1 or len(tensor) != len(self.given) for tensor in each):
@@ -102,16 +104,12 @@ class Module(Task):
         return len(samples)
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
-        batches = sets.evaluation.batches(AT_ONCE)
-        found = means(runs, batches, {"distance": _distances}, partial(progress, "distance"))
-        return {
-            **found["distance"],
-            "metric": "distance",
-            "protocol": (
-                f"{sets.source}: mean over {len(sets.evaluation)} samples of the distance of all outputs from the "
-                "dense module's, relative to their norm"
-            ),
-        }
+        batches = sets.evaluation.batches(BATCH_POSITIONS)
+        protocol = (
+            f"{sets.source}: mean over {len(sets.evaluation)} samples of the distance of all outputs from the dense "
+            "module's, relative to their norm"
+        )
+        return compared(runs, batches, {"distance": _distances}, progress, protocol)
 
 
 def _distances(output: Outputs, reference: Outputs) -> Tensor:
@@ -124,7 +122,7 @@ def example_samples(module: nn.Module, inputs: Tensor | Sequence[Tensor] | Mappi
     One sample becomes two, since a trace takes a size of 1 for a constant.
 
     Raises:
-        MptkError: ``forward`` has no names for them, or they are no tensors with samples in their first dimension.
+        MptkError: ``forward`` has no names for them, or they are not tensors with samples in their first dimension.
     """
     names, plain = argument_names(module), not isinstance(module, PreTrainedModel)
     found = _in_order(names, named_inputs(names, inputs, None if plain else torch.float32))
@@ -142,7 +140,7 @@ def _as_samples(inputs: dict[str, Tensor], what: str) -> Samples:
 
 
 def _in_order(names: Sequence[str], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs in the order of ``names``, then those that ``forward`` takes by ``**`` in that of the alphabet."""
+    """The inputs in the order of ``names``, then the inputs that ``forward`` takes by ``**``, in alphabetical order."""
     others = sorted(inputs.keys() - set(names))
     return {name: inputs[name] for name in (*names, *others) if name in inputs}
 
@@ -167,12 +165,12 @@ def named_inputs(
     inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
     dtype: torch.dtype | Mapping[str, Tensor] | None = torch.float32,
 ) -> dict[str, Tensor]:
-    """Inputs by name, on the CPU; ``names`` are those of inputs by position.
+    """Inputs by name, on the CPU. ``names``: for inputs by position.
 
     ``dtype``: of floating ones; or examples, which have the types that these get; None: they keep theirs.
 
     Raises:
-        MptkError: there are more than names, or one is no tensor of numbers.
+        MptkError: there are more than names, or one is not a tensor of numbers.
     """
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
@@ -182,7 +180,7 @@ def named_inputs(
         inputs = dict(zip(names, inputs, strict=False))
     odd = [name for name, value in inputs.items() if not isinstance(value, Tensor)]
     if odd:
-        raise MptkError(f"{odd[0]} is no tensor but {type(inputs[odd[0]]).__name__}; give tensors only")
+        raise MptkError(f"{odd[0]} is not a tensor but {type(inputs[odd[0]]).__name__}; give tensors only")
     for name, tensor in inputs.items():
         _check_numbers(name, tensor)
     found = {name: tensor.detach().cpu() for name, tensor in inputs.items()}
@@ -200,3 +198,29 @@ def _check_numbers(name: str, tensor: Tensor) -> None:
         raise MptkError(f"{name} is {kind}; give a dense tensor of numbers")
     if tensor.is_floating_point() and tensor.isnan().any():
         raise MptkError(f"{name} holds NaN, which makes every output NaN; give finite numbers")
+
+
+OUTPUT = "output"
+
+
+@dataclass(frozen=True)
+class ModuleForm(ModelForm):
+    """``model.onnx`` with one output. ``inputs``: examples, by the names that the graph's inputs get."""
+
+    inputs: Mapping[str, Tensor]
+
+    def check(self, model: PreTrainedModel, settings: Settings) -> None:
+        if blocks := [scheme for scheme in settings.quantize if scheme in BLOCKS]:
+            raise MptkError(f"{blocks[0]} is only for models that read tokens, not for --inputs; use fp16")
+
+    def traced(self, dense: Dense, samples: Samples | None) -> tuple[Traced, dict[str, str]]:
+        if not isinstance(dense.run(Samples(dict(self.inputs))), Tensor):
+            raise MptkError("the module has several outputs; export the folder with torch.onnx")
+        traced = Traced(dense.program, list(self.inputs))
+        traced.check_sizes()
+        return traced, {}
+
+    def axes(self, name: str) -> Axes:
+        known = AXES.get(name, TOKEN_AXES if name == IDS else ())
+        count = self.inputs[name].ndim
+        return known if len(known) == count else ("batch_size", *(f"{name}_{i}" for i in range(1, count)))

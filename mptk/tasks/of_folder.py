@@ -16,7 +16,7 @@ from mptk.tasks.module import Module, example_samples
 
 
 def task_of_folder(folder: Path, report: Report, loaded: Loaded) -> Task:
-    """The task that a folder was pruned as. A module's example inputs are those of its proof."""
+    """The task that a folder was pruned as. A module gets the example inputs of its proof."""
     inputs = inputs_of_folder(folder, report)
     return task_of(loaded) if inputs is None else Module(example_samples(loaded.model, inputs))
 

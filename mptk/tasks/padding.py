@@ -13,11 +13,11 @@ from mptk.io.models import Loaded
 from mptk.tasks.inputs.base import Named, accepted
 
 IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
-ADDED = 3
+EXTRA_TOKENS = 3
 """Tokens of padding that the proof adds to each row."""
-PADDING = "padding_token"
+PADDING_KEY = "padding_token"
 """The key in a graph's metadata of the token that pads its rows; missing if padding changes what it computes."""
-POSITIONS = "positions"
+POSITIONS_KEY = "positions"
 """The key of the longest row; missing if any length will do."""
 
 
@@ -46,9 +46,9 @@ def padded(inputs: Mapping[str, Tensor], token: int) -> Named:
     def rows(name: str, x: Tensor) -> Tensor:
         if name not in fill:
             return torch.cat([x[:1], x, x[:1]])
-        longer, shorter = torch.cat([x, x], 1)[:1, : length + ADDED], x[:1, : length // 2]
+        longer, shorter = torch.cat([x, x], 1)[:1, : length + EXTRA_TOKENS], x[:1, : length // 2]
         return torch.cat(
-            [F.pad(part, (0, length + ADDED - part.shape[1]), value=fill[name]) for part in (longer, x, shorter)]
+            [F.pad(part, (0, length + EXTRA_TOKENS - part.shape[1]), value=fill[name]) for part in (longer, x, shorter)]
         )
 
     return {name: rows(name, x) for name, x in given.items()}
@@ -72,16 +72,16 @@ def about_padding(model: PreTrainedModel) -> dict[str, str]:
     """What a graph's metadata says of padding, if the model computes the same with it."""
     config = model.config.get_text_config()
     token, positions = (getattr(config, name, None) for name in ("pad_token_id", "max_position_embeddings"))
-    said = {PADDING: str(token if isinstance(token, int) and token >= 0 else 0)}
-    return said | ({POSITIONS: str(positions)} if isinstance(positions, int) and positions > 0 else {})
+    said = {PADDING_KEY: str(token if isinstance(token, int) and token >= 0 else 0)}
+    return said | ({POSITIONS_KEY: str(positions)} if isinstance(positions, int) and positions > 0 else {})
 
 
 def padded_as_said(inputs: Mapping[str, Tensor], said: Mapping[str, str]) -> tuple[Named, slice]:
-    """``padded`` as a graph's metadata says, and which of its rows are those of ``inputs``.
+    """``padded`` as a graph's metadata says, and which of its rows are the rows of ``inputs``.
 
     Without padding if the metadata say nothing of it, or rows would be too long.
     """
-    longest = int(said.get(POSITIONS, "0")) or inputs[IDS].shape[1] + ADDED
-    if PADDING not in said or inputs[IDS].shape[1] + ADDED > longest:
+    longest = int(said.get(POSITIONS_KEY, "0")) or inputs[IDS].shape[1] + EXTRA_TOKENS
+    if PADDING_KEY not in said or inputs[IDS].shape[1] + EXTRA_TOKENS > longest:
         return with_mask(inputs), slice(None)
-    return padded(inputs, int(said[PADDING])), slice(1, -1)
+    return padded(inputs, int(said[PADDING_KEY])), slice(1, -1)

@@ -7,7 +7,6 @@ second column of data is needed and the targets are of the model's own kind.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,20 +21,19 @@ from mptk.io.text.sources import RANDOM
 from mptk.ir.samples import IGNORED, Samples
 from mptk.progress import Count, Progress
 from mptk.protocols.values import SampleSets
-from mptk.tasks.classes import known_to
+from mptk.tasks.base import TokenTask, known_to
 from mptk.tasks.encoder_decoder_form import EncoderDecoderForm
 from mptk.tasks.inputs import inputs_of
 from mptk.tasks.inputs.base import Named
 from mptk.tasks.inputs.text import example_ids, vocabulary
-from mptk.tasks.tokens import TokenTask
 
-MAPPINGS = (
+ENCODER_DECODERS = (
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 WRITTEN = 48
 """Tokens that the dense model writes for a sample, at most."""
-AT_ONCE = 8
+BATCH_SAMPLES = 8
 """Samples for which it writes at once."""
 DECODER = "decoder_input_ids"
 
@@ -48,7 +46,7 @@ class Seq2Seq(TokenTask):
     onnx = EncoderDecoderForm()
 
     def refusal(self, config: PreTrainedConfig, classes: set[type[PreTrainedModel]]) -> str | None:
-        return known_to(MAPPINGS, config, classes, "predict a text from another input")
+        return known_to(ENCODER_DECODERS, config, classes, "predict a text from another input")
 
     def example(self, model: nn.Module) -> Samples:
         return Samples({**inputs_of(model).example(model), DECODER: example_ids(length=5)})
@@ -80,14 +78,11 @@ class Seq2Seq(TokenTask):
 
     def quality(self, runs: Runs, sets: SampleSets, progress: Progress) -> dict[str, Any]:
         samples = sets.evaluation
-        return {
-            **self.perplexities(runs, samples, partial(progress, "perplexity")),
-            "metric": "perplexity",
-            "protocol": (
-                f"{sets.source}: teacher-forced perplexity of what the dense model writes for {len(samples)} samples, "
-                f"{self.predicted(samples):,} tokens predicted"
-            ),
-        }
+        protocol = (
+            f"{sets.source}: teacher-forced perplexity of what the dense model writes for {len(samples)} samples, "
+            f"{self.predicted(samples):,} tokens predicted"
+        )
+        return self.perplexities(runs, samples, progress, "perplexity", protocol)
 
 
 def written(model: Any, inputs: Named) -> Tensor:
@@ -95,8 +90,8 @@ def written(model: Any, inputs: Named) -> Tensor:
     parts: list[Tensor] = []
     count = len(next(iter(inputs.values())))
     pad = model.generation_config.pad_token_id
-    for first in range(0, count, AT_ONCE):
-        batch = {name: tensor[first : first + AT_ONCE] for name, tensor in inputs.items()}
+    for first in range(0, count, BATCH_SAMPLES):
+        batch = {name: tensor[first : first + BATCH_SAMPLES] for name, tensor in inputs.items()}
         with torch.no_grad():
             parts.append(model.generate(**batch, max_new_tokens=WRITTEN, do_sample=False, num_beams=1))
     longest = max(part.shape[1] for part in parts)

@@ -11,11 +11,10 @@ from onnx import TensorProto
 
 from mptk.errors import ProofError
 from mptk.files import json_text, write_text
-from passes.targets.onnx.names import FILE, QUANTIZED, data_file
+from passes.targets.onnx.names import CACHE, ONNX_FILE, QUANTIZED, data_file
 
 KEY = "transformers.js_config"
-CACHE = "past_key_values."
-HALVES = {FILE: "fp32", QUANTIZED["fp16"]: "fp16"}
+HALVES = {ONNX_FILE: "fp32", QUANTIZED["fp16"]: "fp16"}
 """File whose cache may be float16 → what transformers.js calls its ``dtype``."""
 
 
@@ -39,7 +38,7 @@ def entry(graphs: Path) -> dict[str, Any]:
 
 
 def has_half_cache(file: Path) -> bool:
-    """Whether a graph takes a KV cache in float16. Raises ProofError if the file is no graph."""
+    """Whether a graph takes a KV cache in float16. Raises ProofError if the file is not a graph."""
     try:
         inputs = onnx.load(file, load_external_data=False).graph.input
     except Exception as error:  # protobuf's, which onnx does not name

@@ -21,7 +21,7 @@ from torch import fx
 from mptk.ir.axes import Axis, resolve
 from mptk.ir.axis_facts import AxisFacts
 from mptk.ir.blocks import Block, Stack, numbered, prefix
-from mptk.ir.ops import base_name
+from mptk.ir.ops import base_name, reached
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation, module_paths
 
@@ -37,7 +37,7 @@ def find_stacks(program: Program, facts: AxisFacts) -> tuple[Stack, ...]:
     for module in sorted(lists, key=lambda path: path.count(".") if path else -1):
         if any(numbered(other.module, module) for other in found):
             continue
-        blocks = _Search(program, facts, module, lists[module]).blocks()
+        blocks = _BlockSearch(program, facts, module, lists[module]).blocks()
         if len(blocks) > 1 and any(not block.stays for block in blocks):
             found.append(Stack(module, Axis(len(blocks)), tuple(blocks)))
     order = {node: i for i, node in enumerate(program.graph.graph.nodes)}
@@ -50,7 +50,7 @@ def why_none(program: Program, facts: AxisFacts) -> str:
     if not lists:
         return "no list of modules"
     module = max(lists, key=lambda path: sum(map(len, lists[path].values())))
-    blocks = _Search(program, facts, module, lists[module]).blocks()
+    blocks = _BlockSearch(program, facts, module, lists[module]).blocks()
     if len(lists[module]) == 1:
         return f"{module} has one block"
     if not blocks:
@@ -70,7 +70,7 @@ def _lists(graph: fx.Graph) -> Lists:
 
 
 @dataclass(frozen=True)
-class _Search:
+class _BlockSearch:
     """The search for the blocks of one list."""
 
     program: Program
@@ -79,7 +79,7 @@ class _Search:
     modules: Mapping[int, set[fx.Node]]
 
     def blocks(self) -> list[Block]:
-        """The blocks in their order; none if one of the modules is no residual block."""
+        """The blocks in their order; none if one of the modules is not a residual block."""
         found: list[Block] = []
         for unit in sorted(self.modules):
             nodes = self.modules[unit]
@@ -100,22 +100,16 @@ class _Search:
         if not isinstance(self.facts.results.get(y), tuple):
             return []
         products = {product.node for product in self.facts.contractions}
-        seen: set[tuple[fx.Node, bool]] = set()
-        todo, found = [(y, False)], []
-        while todo:
-            node, added = state = todo.pop()
-            if state in seen:
-                continue
-            seen.add(state)
-            if node not in nodes:
-                if added and self._alike(node, y):
-                    found.append(node)
-                continue
-            if node in products:
-                continue
+
+        def sources(state: tuple[fx.Node, bool]) -> list[tuple[fx.Node, bool]]:
+            node, added = state
+            if node not in nodes or node in products:
+                return []
             added = added or base_name(node.target) in _ADDITIONS
-            todo += [(source, added) for source in node.all_input_nodes]
-        return sorted(found)
+            return [(source, added) for source in node.all_input_nodes]
+
+        ways = reached([(y, False)], sources)
+        return sorted(node for node, added in ways if added and node not in nodes and self._alike(node, y))
 
     def _alike(self, x: fx.Node, y: fx.Node) -> bool:
         """Whether two values have the same axes, sizes and type."""
@@ -145,16 +139,8 @@ class _Search:
 
     def _made_within(self, node: fx.Node, nodes: set[fx.Node]) -> bool:
         """Whether a value is made of weights or activations in the block; if not, it needs none of what is removed."""
-        todo, seen = [node], set[fx.Node]()
-        while todo:
-            source = todo.pop()
-            if source in seen or source not in nodes:
-                continue
-            seen.add(source)
-            if source in self.facts.results:
-                return True
-            todo += source.all_input_nodes
-        return False
+        within = reached([node], lambda source: nodes.intersection(source.all_input_nodes))
+        return not within.isdisjoint(self.facts.results)
 
     def _owns(self, name: str, unit: int) -> bool:
         at = numbered(self.module, name)

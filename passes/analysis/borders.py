@@ -24,12 +24,12 @@ from mptk.ir.program import Program
 
 MARGIN = 8
 """Positions that a proof needs beyond a border: a few steps after it, and a few in case the border is inexact."""
-_FIELDS = re.compile(r"window|chunk|local_attention|original_max_position_embeddings")
+_BORDER_FIELDS = re.compile(r"window|chunk|local_attention|original_max_position_embeddings")
 _LIMITS = re.compile(r"^max_(\w+_)?position|^n_positions$")
 _POSITIONS = "max_position_embeddings"
 _COMPARED = {"sub", "rsub", "add", "floor_divide", "div", "remainder", "fmod", "lt", "le", "gt", "ge", "clamp"}
 _MADE = {"full", "scalar_tensor"}
-_KEPT = {"lift_fresh_copy", "detach_", "detach", "to", "_to_copy", "clone", "expand", "unsqueeze"}
+_CARRYING = {"lift_fresh_copy", "detach_", "detach", "to", "_to_copy", "clone", "expand", "unsqueeze"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Reach:
     Attributes:
         borders: the borders that it crosses, ascending.
         beyond: the borders that are too far for it, ascending.
-        length: tokens of its longest sequence, which crosses all of ``borders``; 0: there is none.
+        length: tokens of its longest sequence, which crosses all of ``borders``; 0: no sequence.
     """
 
     borders: tuple[int, ...]
@@ -48,12 +48,12 @@ class Reach:
 
     @property
     def note(self) -> str:
-        """The borders left out and the option that covers them; empty if there are none."""
+        """The borders left out and the option that covers them; empty if none is left out."""
         if not self.beyond:
             return ""
         places = ", ".join(map(str, self.beyond))
         return (
-            f"the proof stops before position {places}, where this model has a window or threshold; "
+            f"the proof stops before position {places}, at which this model has a window or threshold; "
             f"--proof-length {self.beyond[-1] + MARGIN} covers it"
         )
 
@@ -81,7 +81,7 @@ def config_borders(config: Mapping[str, object]) -> Iterator[int]:
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from config_borders(value)
-        elif _FIELDS.search(str(key)):
+        elif _BORDER_FIELDS.search(str(key)):
             values = value if isinstance(value, list | tuple) else [value]
             yield from (v for v in values if type(v) is int and v > 0)
     positions = config.get(_POSITIONS)
@@ -115,7 +115,7 @@ def _numbers(program: Program) -> dict[fx.Node, int]:
                 found[node] = int(program.state[weights[node.name]].item())
         elif node.op == "call_function" and _name(node) in _MADE:
             found.update((node, a) for a in node.args if type(a) is int)
-        elif len(node.all_input_nodes) == 1 and node.all_input_nodes[0] in found and _name(node) in _KEPT:
+        elif len(node.all_input_nodes) == 1 and node.all_input_nodes[0] in found and _name(node) in _CARRYING:
             found[node] = found[node.all_input_nodes[0]]
     return found
 
@@ -143,6 +143,3 @@ def _limits(config: PreTrainedConfig) -> Iterator[int]:
         return
     found = {name: getattr(own, name, None) for name in (_POSITIONS, *own.to_dict())}
     yield from (n for name, n in found.items() if _LIMITS.search(name) and type(n) is int and n > 0)
-
-
-__all__ = ["MARGIN", "Reach", "config_borders", "graph_borders", "reach"]

@@ -1,4 +1,4 @@
-"""dependence: find the values that depend on a program's weights, and those that depend on the user's inputs."""
+"""dependence: find the values that depend on a program's weights, and the values that depend on the user's inputs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _is_floating(node: fx.Node) -> bool:
 def find_caches(program: Program) -> dict[fx.Node, fx.Node]:
     """Input → the output that continues it: a concatenation of the input with new values.
 
-    Such an input holds the model's own earlier values, so its axes are those of the weights that made them.
+    Such an input holds the model's own earlier values, so it has the axes of the weights that made them.
     """
     outputs = [s.arg.name for s in program.signature.output_specs if s.kind is OutputKind.USER_OUTPUT][1:]
     inputs = set(program.user_inputs)

@@ -12,7 +12,7 @@ from torch import fx
 from mptk.ir.axes import Axis, Sum, Term, axes_in, freeze, leaves, resolve
 from mptk.ir.axis_facts import AxisFacts, Dims
 from mptk.ir.blocks import Stack
-from mptk.ir.families import Analysis, Blocked, Family, Group, Member, Place, Role
+from mptk.ir.families import Analysis, Blocked, Depth, Family, Group, Member, Place, Role
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
 from passes.analysis.blocks import find_stacks, name_stacks
@@ -30,7 +30,7 @@ def analyze(program: Program) -> Analysis:
         MptkError: an op has no axis rule.
     """
     facts = propagate(program)
-    facts = replace(facts, kept=find_divisors(facts))
+    facts = replace(facts, divisors=find_divisors(facts))
     readers = {
         program.weights[n.name]: next(iter(n.users))
         for n in program.placeholders()
@@ -56,11 +56,11 @@ def analyze(program: Program) -> Analysis:
     )
 
 
-def _depths(stacks: Sequence[Stack]) -> tuple[Family, ...]:
+def _depths(stacks: Sequence[Stack]) -> tuple[Depth, ...]:
     """A family for each list of residual blocks, whose units are the blocks."""
     described = "residual blocks, each removed whole"
     return tuple(
-        Family(name, described, (Group(stack.module, stack.axis, (), ()),), max(1, len(stack.stay)), stack=stack)
+        Depth(name, described, (Group(stack.module, stack.axis, (), ()),), max(1, len(stack.stay)), stack=stack)
         for name, stack in zip(name_stacks(stacks), stacks, strict=True)
     )
 

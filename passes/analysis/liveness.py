@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from mptk.ir.axes import Axis, axes_in
 from mptk.ir.axis_facts import AxisFacts
-from mptk.ir.ops import base_name, named_argument
+from mptk.ir.ops import base_name, named_argument, reached
 from mptk.ir.sizes import result_shape, shape_of
 
 
@@ -32,14 +32,11 @@ def reaching(graph: fx.Graph, writes: Mapping[fx.Node, Sequence[fx.Node]]) -> se
     for node, changed in writes.items():
         for value in changed:
             writers.setdefault(value, []).append(node)
-    found: set[fx.Node] = set()
-    pending = [graph.output_node()]
-    while pending:
-        node = pending.pop()
-        if node not in found and not _empty(node):
-            found.add(node)
-            pending += [*_sources(node), *writers.get(node, [])]
-    return found
+
+    def sources(node: fx.Node) -> list[fx.Node]:
+        return [source for source in (*_sources(node), *writers.get(node, ())) if not _empty(source)]
+
+    return reached([graph.output_node()], sources)
 
 
 SHAPE_ONLY = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")

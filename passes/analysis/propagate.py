@@ -15,16 +15,15 @@ from torch.fx.node import Argument
 
 from mptk.errors import MptkError
 from mptk.ir.axes import axis
-from mptk.ir.axis_facts import AxisFacts, Dims, Path, Results, argument_at
+from mptk.ir.axis_facts import ArgumentPath, AxisFacts, Dims, Results, argument_at
 from mptk.ir.ops import op_name
 from mptk.ir.program import Program
 from mptk.ir.sizes import example_size, result_shape, shape_of
 from mptk.ir.source_location import SourceLocation
 from passes.analysis.aliasing import find_writes, nodes_in
 from passes.analysis.dependence import find_dependence
-from passes.analysis.recorder import Recorder
 from passes.analysis.rules import POINTWISE, load_rules
-from passes.analysis.rules.context import Value
+from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.table import Result, Rule, find_rule, single
 
 
@@ -45,10 +44,10 @@ class _Walk:
         self.program, self.graph = program, program.graph.graph
         self.writes = find_writes(self.graph)
         self.depends = find_dependence(program, self.writes)
-        self.recorder = Recorder(program, self.depends)
+        self.context = RuleContext(program, self.depends)
         self.results: dict[fx.Node, Results] = {}
         self.weights: dict[str, Dims] = {}
-        self.constant_uses: dict[fx.Node, list[tuple[Path, Dims]]] = {}
+        self.constant_uses: dict[fx.Node, list[tuple[ArgumentPath, Dims]]] = {}
         self.notes: dict[fx.Node, object] = {}
 
     def run(self) -> AxisFacts:
@@ -62,10 +61,10 @@ class _Walk:
             weights=self.weights,
             constant_uses=self.constant_uses,
             zeros=self._zeros(),
-            contractions=self.recorder.contractions,
-            reductions=self.recorder.reductions,
-            inner=self.recorder.inner_values,
-            routes=self.recorder.routes,
+            contractions=self.context.contractions,
+            reductions=self.context.reductions,
+            inner=self.context.inner_values,
+            routes=self.context.routes,
             notes=self.notes,
             activations=self.depends.activations,
             caches=self.depends.caches,
@@ -85,7 +84,7 @@ class _Walk:
         if node.name in self.program.weights:
             return self.weights.setdefault(self.program.weights[node.name], dims)
         if node not in self.depends.caches:
-            self.recorder.freeze_input(dims, node)
+            self.context.freeze_input(dims, node)
         return dims
 
     def _take(self, node: fx.Node) -> Dims:
@@ -93,9 +92,9 @@ class _Walk:
         source, i = node.args
         assert isinstance(source, fx.Node)
         assert isinstance(i, int)
-        positions = self.recorder.positions_in.get(source)
+        positions = self.context.positions_in.get(source)
         if isinstance(positions, list):
-            self.recorder.positions_in[node] = positions[i]
+            self.context.positions_in[node] = positions[i]
         dims = self.results[source][i]
         assert isinstance(dims, tuple)
         return dims
@@ -103,22 +102,22 @@ class _Walk:
     def _apply(self, rule: Rule, node: fx.Node) -> Results:
         """Apply the rule: return the results' terms, and store its note and positions."""
         if rule.positions == "freeze":
-            self.recorder.freeze_positions(node)
+            self.context.freeze_positions(node)
         arguments = [self._argument(node, (i,), a) for i, a in enumerate(node.args)]
         keywords = {name: self._argument(node, (name,), a) for name, a in node.kwargs.items()}
-        result = rule.propagate(self.recorder, node, *arguments, **keywords)
+        result = rule.propagate(self.context, node, *arguments, **keywords)
         result = result if isinstance(result, Result) else Result(result)
         _check(node, result.dims)
         if result.note is not None:
             self.notes[node] = result.note
         positions = result.positions
         if positions is None and rule.positions == "carry":
-            positions = self.recorder.carried(node, result.dims)
+            positions = self.context.carried(node, result.dims)
         if positions is not None:
-            self.recorder.positions_in[node] = positions
+            self.context.positions_in[node] = positions
         return result.dims
 
-    def _argument(self, node: fx.Node, path: Path, argument: Argument) -> object:
+    def _argument(self, node: fx.Node, path: ArgumentPath, argument: Argument) -> object:
         """An argument as the rule sees it: tensors are values, symbolic sizes are integers."""
         if isinstance(argument, (list, tuple)):
             return [self._argument(node, (*path, i), a) for i, a in enumerate(argument)]
@@ -131,7 +130,7 @@ class _Walk:
             return Value(argument, single(self.results[argument]))
         dims = tuple(axis(size) for size in shape_of(value))
         if argument in self.depends.data:
-            self.recorder.freeze_input(dims, node)
+            self.context.freeze_input(dims, node)
         self.constant_uses.setdefault(node, []).append((path, dims))
         return Value(argument, dims)
 
@@ -139,15 +138,15 @@ class _Walk:
         """The constants that calls use and that are zero everywhere."""
         used = {argument_at(node, path) for node, uses in self.constant_uses.items() for path, _ in uses}
         written = set[fx.Node]().union(*self.writes.values())
-        return {node for node in used if self.recorder.is_zero(node, written)}
+        return {node for node in used if self.context.is_zero(node, written)}
 
     def _freeze_outputs(self) -> None:
         """Freeze the axes of every output except caches, which come back as inputs."""
         for value in nodes_in(self.graph.output_node().args[0]):
             if value in self.depends.variables and value not in self.depends.caches.values():
-                positions = self.recorder.positions_of(value)
+                positions = self.context.positions_of(value)
                 for d in (*single(self.results[value]), *([] if positions is None else [positions])):
-                    self.recorder.freeze(d, "it is the model's output", value)
+                    self.context.freeze(d, "it is the model's output", value)
 
 
 def _rule_of(node: fx.Node) -> Rule:

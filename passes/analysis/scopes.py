@@ -1,7 +1,7 @@
 """scopes: find the axes along which the choice of an axis's units may vary (query heads, in each KV group).
 
 Every value with the axis must have its scope, attention scores included, and every weight, too. It must have the scope
-at one coordinate only: in a Gram matrix Σ_k x_ik x_jk, the choice of k could be that of i or that of j. If two axes
+at one coordinate only: in a Gram matrix Σ_k x_ik x_jk, the choice of k could be the choice of i or of j. If two axes
 always occur together, the inner one varies along the outer one.
 """
 

@@ -21,7 +21,7 @@ class Vocabulary:
 
     Attributes:
         rows: how many there are.
-        axes: those of the weights.
+        axes: the weights' axes.
         inputs: which of the program's inputs are token ids.
         predicted: whether the last dimension of the output is tokens, too.
     """
@@ -44,7 +44,7 @@ def find_vocabulary(analysis: Analysis, *, predicts: bool) -> Vocabulary:
     looked_up: set[Axis] = set()
     for node, name in zip(inputs, names, strict=True):
         if name.endswith("input_ids"):
-            looked_up.update(axis for table in _tables(node) for axis in leaves(resolve(facts.dims(table)[0])))
+            looked_up.update(axis for table in tables_of(node) for axis in leaves(resolve(facts.dims(table)[0])))
     sizes = sorted({axis.size for axis in looked_up})
     if len(sizes) != 1:
         found = " and ".join(map(str, sizes)) or "no"
@@ -59,7 +59,7 @@ def find_vocabulary(analysis: Analysis, *, predicts: bool) -> Vocabulary:
     return Vocabulary(sizes[0], frozenset(axes), tuple(name.endswith("input_ids") for name in names), predicted)
 
 
-def _tables(node: fx.Node) -> set[fx.Node]:
+def tables_of(node: fx.Node) -> set[fx.Node]:
     """The tables whose rows a value of integers picks, also through views."""
     found: set[fx.Node] = set()
     for user in node.users:
@@ -70,5 +70,5 @@ def _tables(node: fx.Node) -> set[fx.Node]:
             assert isinstance(user.args[0], fx.Node)
             found.add(user.args[0])
         elif op in _MOVES:
-            found |= _tables(user)
+            found |= tables_of(user)
     return found

@@ -83,13 +83,9 @@ def _infinite(node: fx.Node, zeros: Zeros) -> set[Axis]:
     operand: object = None
     if name in DIVISIONS:
         operand = node.args[1]
-    elif name in INFINITE_AT_ZERO or (name in POWERS and _is_negative(node.args[1])):
+    elif name in INFINITE_AT_ZERO or (name in POWERS and isinstance(p := node.args[1], (int, float)) and p < 0):
         operand = node.args[0]
     return zeros.get(operand, set()) if isinstance(operand, fx.Node) else set()
-
-
-def _is_negative(exponent: object) -> bool:
-    return isinstance(exponent, (int, float)) and exponent < 0
 
 
 def propagate_zeros(facts: AxisFacts) -> Zeros:
@@ -139,7 +135,7 @@ class _Propagation:
     def _visit(self, node: fx.Node) -> set[Axis]:
         axes = self.facts.axes(node)
         if node.op == "placeholder":
-            return set(axes.difference(self.facts.kept.get(node, ())))
+            return set(axes.difference(self.facts.divisors.get(node, ())))
         if node.target is operator.getitem:
             return self.zeros[node.all_input_nodes[0]] & axes
         return self._result(node) & axes

@@ -10,7 +10,7 @@ from types import FrameType
 
 from mptk.errors import MptkError
 
-AGAIN = 1.0
+RESEND_SECONDS = 1.0
 """Seconds after which the signal comes again, if the code that it stopped went on."""
 
 
@@ -42,7 +42,7 @@ def bounded(seconds: float, what: str) -> Iterator[None]:
         raise _Stop
 
     before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, AGAIN)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, RESEND_SECONDS)
     try:
         yield
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)

@@ -1,7 +1,7 @@
 """eager: compare a traced program with its module, run as Python, on sizes that the trace leaves open.
 
 Cases: the example; a second call, as a module may keep state; other sizes of all inputs; and a size of 1, which
-torch.export takes for more than 1 wherever ``forward`` asks. Where the module differs at 1 alone, 1 is refused at the
+torch.export takes for more than 1 wherever ``forward`` asks. If the module differs only at 1, 1 is refused at the
 call. Each case has a copy of the module, so that the user's stays as it is.
 """
 
@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 
 from mptk.compat.torch import FakeTensor, tree_leaves
-from mptk.errors import MptkError
+from mptk.errors import MptkError, first_line
 from mptk.ir.copies import attributes, copied
-from mptk.ir.module import ProgramModule
-from mptk.ir.program import Program
+from mptk.ir.program import Program, ProgramModule
 from mptk.ir.sizes import example_size
 
 TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 2e-2, torch.float64: 1e-10, torch.complex128: 1e-10}
 """Largest difference relative to the largest number of an output; 5e-5 for other types."""
-Outputs = list[Tensor]
 
 
 @torch.no_grad()
@@ -33,7 +31,7 @@ def compared(
 ) -> Program:
     """``program`` with what running its module tells of it: at which sizes 1 is refused.
 
-    ``weights``: of the module where it has none in memory. ``inputs``: an example; by default that of the trace.
+    ``weights``: of the module where it has none in memory. ``inputs``: an example; by default the trace's.
 
     Raises:
         MptkError: the module keeps state that the program does not, or the program computes something else.
@@ -53,14 +51,14 @@ def compared(
         if not ones and apart == BOTH_FAIL:
             continue
         if not ones:
-            raise MptkError(f"the traced program is not the module: {apart}; {REMEDY}")
+            raise MptkError(f"the traced program is not the module: {apart}; {WITH_TENSORS}")
         if not any(str(symbol) in several for symbol in ones):
             several |= {str(symbol) for symbol in ones}
     return replace(program, limits=replace(program.limits, several=frozenset(several)))
 
 
 BOTH_FAIL = "module and program fail"
-REMEDY = "write what depends on sizes or state with tensors (docs/tracing.md)"
+WITH_TENSORS = "write what depends on sizes or state with tensors (docs/tracing.md)"
 
 
 def others(program: Program) -> Iterator[dict[sympy.Symbol, int]]:
@@ -132,7 +130,7 @@ class Pair:
             if apart and apart != BOTH_FAIL:
                 changed = ", ".join(sorted(n for n in states[-1] if states[-1][n] != states[0].get(n)))
                 said = f"forward changes {changed}, which a trace holds as one value" if changed else apart
-                raise MptkError(f"the traced program is not the module at the {call} call: {said}; {REMEDY}")
+                raise MptkError(f"the traced program is not the module at the {call} call: {said}; {WITH_TENSORS}")
         counted = sorted(n for n in states[2] if states[2][n] != states[1].get(n))
         if counted:
             raise MptkError(
@@ -160,7 +158,7 @@ def apart_of(program: Any, module: Any, inputs: Sequence[Tensor]) -> str:
     return difference(found, expected, inputs)
 
 
-def flat(module: Any, inputs: Sequence[Tensor]) -> Outputs:
+def flat(module: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
     """All tensors of a result. The same random numbers are drawn each time, and the inputs stay as they are."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -170,7 +168,7 @@ def flat(module: Any, inputs: Sequence[Tensor]) -> Outputs:
     return found
 
 
-def difference(found: Outputs, expected: Outputs, inputs: Sequence[Tensor]) -> str:
+def difference(found: list[Tensor], expected: list[Tensor], inputs: Sequence[Tensor]) -> str:
     """Where outputs differ by more than rounding; empty if they do not."""
     if [t.shape for t in found] != [t.shape for t in expected]:
         return f"at {shapes_of(inputs)} it gives {shapes_of(found)} and not {shapes_of(expected)}"
@@ -199,8 +197,3 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def shapes_of(tensors: Sequence[Tensor]) -> str:
     """Shapes for a message."""
     return ", ".join(str(list(t.shape)) for t in tensors)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error for a message."""
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

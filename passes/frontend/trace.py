@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeGuard
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
@@ -14,15 +16,24 @@ from torch.export.graph_signature import ExportGraphSignature
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from mptk.compat.torch import FakeTensorMode, drop_tracked_inputs, located, tree_leaves, uncached_operators
-from mptk.errors import MptkError
+from mptk.compat.torch import (
+    FakeTensorMode,
+    assumed,
+    drop_tracked_inputs,
+    located,
+    origin,
+    tree_leaves,
+    uncached_operators,
+)
+from mptk.errors import MptkError, first_line
 from mptk.ir.copies import copied
-from mptk.ir.module import ProgramModule
-from mptk.ir.program import Program
+from mptk.ir.limits import Condition, Limits
+from mptk.ir.ops import storage, written
+from mptk.ir.program import STATE_COPY, Program, ProgramModule
+from mptk.ir.sizes import is_open
+from mptk.ir.source_location import source_line
 from mptk.ir.weights import Weights
-from passes.frontend.assumptions import limits_of
 from passes.frontend.inline import inline
-from passes.frontend.state import own_state
 
 BATCH, SEQUENCE = 2, 7
 
@@ -137,7 +148,7 @@ def export_program(
 ) -> Program:
     """Export ``wrapper(*inputs)``; ``wrapper.module`` is the user's module and gives the weights their names.
 
-    ``dynamic`` is False, True (every dimension of every input ``Dim.AUTO``, but those of size 1, which a trace takes
+    ``dynamic`` is False, True (every dimension of every input ``Dim.AUTO``, except sizes of 1, which a trace takes
     for constants), some of these dimensions, or the ``dynamic_shapes`` of torch.export.
     """
     if dynamic is True or isinstance(dynamic, tuple):
@@ -155,9 +166,8 @@ def export_program(
     except MptkError:
         raise
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise MptkError(
-            f"torch.export cannot trace {type(wrapper.module).__name__}: {type(error).__name__}: {reason}; "
+            f"torch.export cannot trace {type(wrapper.module).__name__}: {type(error).__name__}: {first_line(error)}; "
             "see docs/tracing.md for the usual causes"
         ) from error
     drop_tracked_inputs(exported)
@@ -268,3 +278,38 @@ def _opens_vmap(node: fx.Node) -> bool:
 def _public(name: str) -> str:
     """The user's name of a weight: without the tracing wrapper's ``module.``."""
     return name.removeprefix("module.")
+
+
+def _is_symbolic(size: object) -> TypeGuard[torch.SymInt]:
+    return isinstance(size, torch.SymInt)
+
+
+def limits_of(graph: fx.Graph) -> Limits:
+    """The conditions on the sizes of the inputs that Python asked for, and where a size became a number."""
+    values = [(node.name, node.meta.get("val")) for node in graph.nodes if node.op == "placeholder"]
+    tensors = [(name, value) for name, value in values if isinstance(value, Tensor)]
+    places = (((name, d), size) for name, value in tensors for d, size in enumerate(value.shape))
+    sizes = {place: size for place, size in places if _is_symbolic(size)}
+    lines = {place: line for place, s in sizes.items() if not is_open(s) and (line := source_line(origin(s)))}
+    conditions = {
+        guard.holds: Condition(guard.holds, source_line(guard.stack))
+        for guard in assumed(sizes.values())
+        if not guard.kernel and guard.holds not in (sympy.true, sympy.false)
+    }
+    return Limits(tuple(conditions.values()), lines)
+
+
+def own_state(graph: fx.Graph, weights: Collection[str]) -> None:
+    """Clone each of the placeholders ``weights`` that a call of the graph writes to, in place.
+
+    So a program starts each time from the state that it holds, and running it changes neither it nor the user's module.
+    ``ProgramModule`` has buffers of its own, leaves the copies out and keeps its state.
+    """
+    targets = {storage(target) for node in graph.nodes if node.op == "call_function" for target in written(node)}
+    state = [node for node in graph.nodes if node.op == "placeholder" and node in targets and node.name in weights]
+    for node in state:
+        first = min(node.users)
+        with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+            copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+        copy.meta = {**first.meta, "val": node.meta["val"], STATE_COPY: True}
+        node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)

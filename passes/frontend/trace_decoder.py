@@ -24,7 +24,7 @@ BATCH, SEQUENCE, PAST = 2, 11, 23
 
 ONLY = "a decoder can be traced only if every layer caches its keys and values"
 
-PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
+PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 """Cache layers that hold only keys and values. Their subclasses may hold more."""
 
 LogitsScope = Literal["all", "last"]
@@ -99,7 +99,7 @@ def trace_decoder(
 ) -> Program:
     """Trace one decode step of ``model``, with batch, sequence and past length symbolic.
 
-    The program's inputs and outputs are those of :class:`DecoderStep`. The past may be empty (prefill). The number of
+    The program has the inputs and outputs of :class:`DecoderStep`. The past may be empty (prefill). The number of
     layers, heads and head sizes come from the cache that the model's plain forward fills.
 
     Args:
@@ -113,7 +113,7 @@ def trace_decoder(
 
     Raises:
         MptkError: the model keeps another kind of state (a recurrent or convolutional one) or shares the cache between
-            layers; torch.export refuses it; or, with real weights, the step's logits differ from those of the model's
+            layers; torch.export refuses it; or, with real weights, the step has other logits than the model's
             plain forward.
     """
     shapes = cache_shapes(model)
@@ -206,12 +206,17 @@ class FilledCache(nn.Module):
         output = self.module(input_ids=input_ids, use_cache=True)
         cache = output.get("cache", output.get("past_key_values"))
         if type(cache) is not DynamicCache:
-            raise MptkError(f"{type(self.module).__name__} returns no cache of keys and values alone; {ONLY}")
+            raise MptkError(f"{type(self.module).__name__} returns no cache that holds only keys and values; {ONLY}")
         return tuple(tensor for index, layer in enumerate(cache.layers) for tensor in _keys_values(index, layer))
 
 
 def _keys_values(index: int, layer: object) -> tuple[Tensor, Tensor]:
-    if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None or type(layer) not in PLAIN:
+    if (
+        not isinstance(layer, DynamicLayer)
+        or layer.keys is None
+        or layer.values is None
+        or type(layer) not in PLAIN_LAYERS
+    ):
         raise MptkError(f"layer {index} caches more or less than keys and values; {ONLY}")
     return layer.keys, layer.values
 

@@ -9,12 +9,12 @@ from mptk.ir.blocks import Stack
 from passes.targets.stock.config import StockConfig
 from passes.targets.stock.learn import Stock
 
-Chosen = tuple[float, tuple[int, ...]]
+Selection = tuple[float, tuple[int, ...]]
 """The sum of the scores of some blocks, and their numbers."""
 
 
 def choose_blocks(stack: Stack, scores: Sequence[float], width: int, stock: Stock | None) -> tuple[int, ...]:
-    """The ``width`` blocks with the largest scores, ascending; those that cannot be removed are among them.
+    """The ``width`` blocks with the largest scores, ascending, among them all that cannot be removed.
 
     ``scores``: one for each block. ``stock``: the class that must hold the choice. If it derives what a block is from
     its place and does not hold the best choice, the best one with its pattern is taken.
@@ -42,13 +42,13 @@ def choose_blocks(stack: Stack, scores: Sequence[float], width: int, stock: Stoc
 def best_sequence(
     kinds: Sequence[object], wanted: Sequence[object], scores: Sequence[float], stay: Collection[int]
 ) -> tuple[int, ...] | None:
-    """The blocks of the wanted kinds, in this order, that have the largest sum of scores; None if there are none.
+    """The blocks of the wanted kinds, in this order, that have the largest sum of scores; None if no blocks fit.
 
     ``stay``: numbers of blocks that must be among them. It is found place by place: the best choice for the first j
     places among the first i blocks ends with block i or is one among the first i − 1.
     """
-    none: Chosen = (float("-inf"), ())
-    row: list[Chosen] = [(0.0, ()), *[none] * len(wanted)]
+    none: Selection = (float("-inf"), ())
+    row: list[Selection] = [(0.0, ()), *[none] * len(wanted)]
     for unit, kind in enumerate(kinds):
         skipped = [none] * len(row) if unit in stay else row
         taken = [none] + [

@@ -18,7 +18,7 @@ from passes.transforms.fold_norms import unfoldable
 ALIKE = re.compile(r"(new_)?(zeros|ones|full)(_like)?|scalar_tensor")
 """Calls that make tensors of one number."""
 CARRYING = frozenset({"to", "_to_copy", "clone", "contiguous", "expand", "unsqueeze", "view", "reshape", "transpose"})
-"""Calls whose result holds the numbers of their first argument alone."""
+"""Calls whose result holds only the numbers of their first argument."""
 SCALINGS = frozenset({"mul", "multiply", "div", "divide"})
 
 
@@ -27,7 +27,7 @@ def derived_families(analysis: Analysis) -> dict[str, str]:
 
     If they were cut, the shapes would fit but the logits would not:
     1. channels in a contraction of two activations: attention's scale depends on their number;
-    2. channels along which the graph reads a constant that is not one number alone: rotary tables, position biases;
+    2. channels along which the graph reads a constant of more than one number: rotary tables, position biases;
     3. channels under a mean whose scale no weight can take (``passes/transforms/fold_norms.py``);
     4. groups of experts: no weight shows how many there are, so the class would divide the experts that stay anew;
     5. channels that are multiplied by a power of their number, as T5's before its head.

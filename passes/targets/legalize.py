@@ -18,13 +18,13 @@ from mptk.ir.axes import evaluate, leaves
 from mptk.ir.families import Analysis, Family
 from passes.targets.choose_blocks import choose_blocks
 from passes.targets.derived import derived_families
-from passes.targets.knobs import Knob, Widths, closed, knobs, proportional
 from passes.targets.stock.learn import Stock
 from passes.targets.stock.travel import breaks
+from passes.targets.width_choices import WidthChoices, Widths, closed, proportional, width_choices
 
 MULTIPLE = 32
 """Block of the common 4- and 8-bit quantisers. They pad contraction axes to it."""
-NO_RATIO = "it can only be cut together with others, and no width of them all is legal"
+NO_RATIO = "it and its partners have no common legal width"
 COMBINATIONS = 20_000
 LADDER_POINTS = 12
 
@@ -79,7 +79,7 @@ class Candidate:
 
 
 def graph_widths(analysis: Analysis, multiple: int | Sequence[int] = MULTIPLE) -> LegalWidths:
-    """Legal widths for the rewritten graph itself: those that its ops accept, in multiples for quantisers."""
+    """Legal widths for the rewritten graph itself: all that its ops accept, in multiples for quantisers."""
     ladders = {f.name: aligned(f, multiple) for f in analysis.all_families}
     return LegalWidths(ladders, {}, lambda widths: None)
 
@@ -87,7 +87,7 @@ def graph_widths(analysis: Analysis, multiple: int | Sequence[int] = MULTIPLE) -
 def stock_widths(
     analysis: Analysis, stock: Stock, multiple: int | Sequence[int] = MULTIPLE, *, rehome: bool = False
 ) -> LegalWidths:
-    """Legal widths for a stock transformers checkpoint: those that the model's own config class can express.
+    """Legal widths for a stock transformers checkpoint: all that the model's own config class can express.
 
     Args:
         analysis: of the model.
@@ -101,10 +101,11 @@ def stock_widths(
     alone = {n: str(r) for n, r in stock.refusals.items() if not any(n in group for group in together)}
     refused = alone | derived
 
+    depths = {family.name: family for family in analysis.depths}
+
     @functools.cache
     def shorter(name: str, width: int) -> str | None:
-        family = analysis.family(name)
-        assert family.stack is not None
+        family = depths[name]
         try:
             choose_blocks(family.stack, [0.0] * family.size, width, stock)
         except MptkError as error:
@@ -183,7 +184,7 @@ def aligned(family: Family, multiples: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def default_families(analysis: Analysis, target: LegalWidths) -> list[str]:
-    """The families that are cut by default: those of single layers that the target can express; all if none repeats."""
+    """The families that are cut by default: of single layers, if the target can express them; all if none repeats."""
     cut = [f for f in analysis.families if len(target.ladders[f.name]) > 1]
     layered = closed([f.name for f in cut if is_layered(f)], target.together)
     return layered or closed([f.name for f in cut], target.together)
@@ -211,7 +212,7 @@ def find_candidates(cost: CostModel, target: LegalWidths, families: Sequence[str
     if not families:
         return []
     finest, rest = _finest(target, families)
-    choices = [_thinned(knob) for knob in rest]
+    choices = [_thinned(ladder) for ladder in rest]
     while choices and math.prod(map(len, choices)) > COMBINATIONS:
         choices = [c[::2] if c[-1] in c[::2] else [*c[::2], c[-1]] for c in choices]
     found: dict[tuple[int, ...], Candidate] = {}
@@ -233,11 +234,11 @@ def finest_families(target: LegalWidths, families: Sequence[str]) -> list[str]:
     return [*_finest(target, families)[0][-1]]
 
 
-def _finest(target: LegalWidths, families: Sequence[str]) -> tuple[Knob, list[Knob]]:
+def _finest(target: LegalWidths, families: Sequence[str]) -> tuple[WidthChoices, list[WidthChoices]]:
     """What has the most choices, and the others."""
-    found = knobs(target.ladders, target.together, families)
+    found = width_choices(target.ladders, target.together, families)
     finest = max(range(len(found)), key=lambda i: len(found[i]))
-    return found[finest], [knob for i, knob in enumerate(found) if i != finest]
+    return found[finest], [ladder for i, ladder in enumerate(found) if i != finest]
 
 
 def choose_candidates(
@@ -251,7 +252,7 @@ def choose_candidates(
     """The candidates within ``tolerance`` of the budget, the most even first.
 
     With a ``count`` each combination of the families other than ``finest`` stands once, with the width nearest to the
-    budget, and of more than ``count`` those stay that ``spread`` takes. Evenness alone drops none.
+    budget, and ``spread`` takes ``count`` of them. No candidate is dropped only for being uneven.
     ``others``: what an error names as a way out, beside the nearest widths.
 
     Raises:
@@ -299,7 +300,7 @@ def describe(widths: Mapping[str, int]) -> str:
     return ", ".join(f"{name}={width}" for name, width in widths.items())
 
 
-def _around(cost: CostModel, widths: Widths, finest: Knob, sparsity: float) -> Knob:
+def _around(cost: CostModel, widths: Widths, finest: WidthChoices, sparsity: float) -> WidthChoices:
     """The two choices of ``finest`` around the budget, by bisection, since sparsity falls with width."""
     low, high = 0, len(finest) - 1
     if cost.sparsity(widths | finest[low]) <= sparsity:
@@ -313,12 +314,12 @@ def _around(cost: CostModel, widths: Widths, finest: Knob, sparsity: float) -> K
     return [finest[low], finest[high]]
 
 
-def _thinned(knob: Knob) -> Knob:
+def _thinned(ladder: WidthChoices) -> WidthChoices:
     """At most ``LADDER_POINTS`` evenly spread choices, with the dense one."""
-    if len(knob) <= LADDER_POINTS:
-        return knob
-    step = (len(knob) - 1) / (LADDER_POINTS - 1)
-    return [knob[round(i * step)] for i in range(LADDER_POINTS)]
+    if len(ladder) <= LADDER_POINTS:
+        return ladder
+    step = (len(ladder) - 1) / (LADDER_POINTS - 1)
+    return [ladder[round(i * step)] for i in range(LADDER_POINTS)]
 
 
 def _unevenness(cost: CostModel, widths: Mapping[str, int]) -> float:

@@ -25,11 +25,11 @@ from torch import Tensor, fx
 from mptk.ir.axes import leaves
 from mptk.ir.families import Analysis, Family
 from mptk.ir.ops import base_name, named_argument, target_name
-from mptk.ir.passes import Pass, Result, shapes
+from mptk.ir.passes import Pass, PassResult, shapes
 from mptk.ir.program import Program
 from mptk.ir.source_location import SourceLocation
 from mptk.ir.weights import Change
-from passes.transforms.rewrite import scale_of
+from passes.analysis.rules.resizer import scale_of
 
 CASTS = frozenset({"to", "_to_copy", "type_as"})
 MOVES = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "clone"})
@@ -54,7 +54,7 @@ class Norm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Folded(Result):
+class Folded(PassResult):
     """``epsilons``: each epsilon of a norm that changed, old → new, for the stock config."""
 
     epsilons: Mapping[float, float]
@@ -152,7 +152,7 @@ def _match(program: Program, root: fx.Node) -> Norm | None:
     if op == "rms_norm":
         return _match_rms(program, root, statistic)
     add = _only_user(root) if op == "mean" else None
-    if add is None or base_name(add.target) != "add" or not _adds_number(add):
+    if add is None or base_name(add.target) != "add" or add.kwargs or not isinstance(add.args[1], float):
         return None
     inverse = _inverse_root(add)
     found = None if inverse is None else _weight_after(program, inverse)
@@ -167,10 +167,6 @@ def _match_rms(program: Program, root: fx.Node, norm: fx.Node) -> Norm | None:
         found = _weight_after(program, root)
         return None if found is None else Norm(root, None, *found)
     return Norm(root, None, weight, 0.0) if _is_parameter(program, weight) else None
-
-
-def _adds_number(node: fx.Node) -> bool:
-    return not node.kwargs and isinstance(node.args[1], float)
 
 
 def _inverse_root(node: fx.Node) -> fx.Node | None:
@@ -202,14 +198,14 @@ def _weight_after(program: Program, node: fx.Node) -> tuple[fx.Node, float] | No
             found = _weight(program, others[0]) if isinstance(others[0], fx.Node) else None
             if found is not None:
                 return found
-        elif base_name(user.target) not in CASTS | MOVES or user.args[0] is not node or _reads_bits(user):
+        elif (
+            base_name(user.target) not in CASTS | MOVES
+            or user.args[0] is not node
+            or target_name(user.target) == "aten.view.dtype"
+        ):
             return None
         node = user
     return None
-
-
-def _reads_bits(node: fx.Node) -> bool:
-    return target_name(node.target) == "aten.view.dtype"
 
 
 def _weight(program: Program, node: fx.Node) -> tuple[fx.Node, float] | None:

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from mptk.errors import MptkError
 from mptk.ir.axes import Term, axes_in, leaves
 from mptk.ir.axis_facts import AxisFacts
-from mptk.ir.families import Analysis, Family, Group, Member, unit_indices
+from mptk.ir.families import Analysis, Depth, Family, Group, Member, unit_indices
 from mptk.ir.program import Program
 from mptk.ir.source_location import past_module
 
@@ -39,7 +39,7 @@ class MaskSite:
     Attributes:
         where: ``input`` or ``output`` (last dimension) of ``module``, ``block`` for what it adds to its input, or the
             name of a parameter of it.
-        index: the unit at each position (scope · size + unit), −1 if there is none. Broadcasts against the masked
+        index: the unit at each position (scope · size + unit), −1 for no unit. Broadcasts against the masked
             tensor.
         weights: the parameters (name, dimension) that are multiplied when the mask is folded; the dimension is None
             if ``index`` has the parameter's own dimensions. Empty for a block, whose mask no weight takes.
@@ -65,7 +65,7 @@ def find_mask_sites(analysis: Analysis, module: nn.Module, families: Sequence[st
     sites = []
     for name in families:
         family = analysis.family(name)
-        if family.stack is not None:
+        if isinstance(family, Depth):
             sites += [
                 MaskSite(name, 0, block.module, "block", torch.tensor([unit]), ())
                 for unit, block in enumerate(family.stack.blocks)
@@ -111,7 +111,7 @@ def _makers(group: Group, program: Program, facts: AxisFacts) -> list[Member]:
     A weight that something is divided by is left out.
     """
     tied = set(program.aliases.values())
-    kept = {program.weights[node.name] for node, axes in facts.kept.items() if group.axis in axes}
+    kept = {program.weights[node.name] for node, axes in facts.divisors.items() if group.axis in axes}
     found = (m for m in group.members if m.weight not in kept and (m.role != "consumer" or m.weight in tied))
     return sorted(found, key=lambda m: m.role != "producer")
 
@@ -165,15 +165,15 @@ def _index(dims: Sequence[Term], dim: int, group: Group) -> Tensor:
     return torch.from_numpy(np.max(unit_indices(dims, dim, group), axis=0))
 
 
-Values = Callable[[str, int], Tensor]
+MaskValues = Callable[[str, int], Tensor]
 """(family, layer) → the current mask, [scopes, size]."""
 
 
-Watch = Callable[[str, int, Tensor], None]
+GradientWatch = Callable[[str, int, Tensor], None]
 """Called with family, layer, and the mask's gradient from each position, [positions, scopes · size]."""
 
 
-class _Context(Protocol):
+class _AutogradContext(Protocol):
     """What autograd keeps from ``Multiply.forward`` to ``Multiply.backward``."""
 
     saved_tensors: tuple[Tensor, ...]
@@ -186,13 +186,13 @@ class Multiply(torch.autograd.Function):
     """x · factor along the last dimension, or one factor for all. ``see`` gets its gradient from each position."""
 
     @staticmethod
-    def forward(ctx: _Context, x: Tensor, factor: Tensor, see: Callable[[Tensor], None]) -> Tensor:
+    def forward(ctx: _AutogradContext, x: Tensor, factor: Tensor, see: Callable[[Tensor], None]) -> Tensor:
         ctx.save_for_backward(x, factor)
         ctx.see = see
         return x * factor
 
     @staticmethod
-    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _AutogradContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x, factor), (gradient,) = ctx.saved_tensors, gradients
         each = (gradient * x).flatten(0, -2)
         each = each.sum(-1, keepdim=True) if factor.numel() == 1 else each
@@ -205,7 +205,7 @@ class _Placed:
     """The units at a site, on the device of the masks.
 
     Attributes:
-        index: the unit at each position; the number of ``units`` if there is none.
+        index: the unit at each position; the number of ``units`` for no unit.
         whole: whether position i has unit i, and there are no other positions.
     """
 
@@ -242,7 +242,7 @@ class InsertedMasks:
     """
 
     def __init__(
-        self, module: nn.Module, sites: Sequence[MaskSite], values: Values, watch: Watch | None = None
+        self, module: nn.Module, sites: Sequence[MaskSite], values: MaskValues, watch: GradientWatch | None = None
     ) -> None:
         self.module, self.sites, self.values, self.watch = module, sites, values, watch
         self.enabled = True
@@ -357,21 +357,3 @@ class _Masked(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return self._masked(weight)
-
-
-def insert_masks(
-    module: nn.Module, analysis: Analysis, families: Sequence[str], values: Values, watch: Watch | None = None
-) -> InsertedMasks:
-    """Insert masks of ``families`` into ``module`` (the analysed one, wrapped by peft or not).
-
-    Args:
-        values: called at every forward pass with (family name, layer); returns the mask [scopes, size].
-        watch: called in every backward pass with the masks' gradient from each position (``InsertedMasks``).
-
-    Raises:
-        MptkError: as ``find_mask_sites``.
-    """
-    return InsertedMasks(module, find_mask_sites(analysis, module, families), values, watch)
-
-
-__all__ = ["InsertedMasks", "MaskSite", "disturbed", "find_mask_sites", "insert_masks"]

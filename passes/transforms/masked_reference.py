@@ -1,6 +1,6 @@
-"""mask: the dense Program with a plan's removed channels masked. The cut program must equal it.
+"""masked_reference: the dense Program with a plan's removed channels masked. The cut program must equal it.
 
-Removed positions of every weight become zero, but those of a weight that something is divided by. If zeros would
+Removed positions of every weight become zero, except in a weight that something is divided by. If zeros would
 disturb a reduction, it leaves the masked channels out: a norm's statistics run over the kept ones, a softmax or a top-k
 sees −inf (``passes/analysis/rules/reduce.py``). What a removed block adds is multiplied by 0 (``remove_blocks.py``).
 """
@@ -18,14 +18,14 @@ from mptk.ir.axes import ONE, Term, leaves
 from mptk.ir.axis_facts import AxisFacts, Reduction
 from mptk.ir.families import Analysis
 from mptk.ir.ops import base_name, named_argument, op_name
-from mptk.ir.passes import Pass, Result, shapes
+from mptk.ir.passes import Pass, PassResult, shapes
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, removed_blocks
 from passes.analysis.rules.reduce import correction_of
 from passes.analysis.rules.table import normalize_all
 from passes.transforms.remove_blocks import mask_blocks
 
-Keep = list[bool] | list["Keep"]
+KeepMask = list[bool] | list["KeepMask"]
 """A nested list of booleans that broadcasts against the tensor it masks."""
 
 
@@ -49,7 +49,7 @@ class Mask(Pass):
         """The program is the analysed one."""
         assert program.graph is self.analysis.program.graph, "the analysis is of another program"
 
-    def run(self, program: Program) -> Result:
+    def run(self, program: Program) -> PassResult:
         graph = program.copy_graph()
         nodes = {n.name: n for n in graph.graph.nodes}
         for node in program.placeholders():
@@ -63,7 +63,7 @@ class Mask(Pass):
         graph.recompile()
         counts = {"reductions": len(disturbed), "blocks": len(blocks)}
         notes = tuple(f"{count} {what} masked" for what, count in counts.items() if count)
-        return Result(replace(program, graph=graph), self.cut.removes, notes)
+        return PassResult(replace(program, graph=graph), self.cut.removes, notes)
 
     def _mask_weight(self, graph: fx.GraphModule, node: fx.Node, name: str, program: Program) -> None:
         """Multiply a weight by its mask where it is first used, so that the product is freed after its last use."""
@@ -81,7 +81,7 @@ class Mask(Pass):
 
     def _cut_of(self, placeholder: str) -> Cut:
         """The cut as it masks a weight: one that is divided by keeps its numbers."""
-        kept = {n.name: axes for n, axes in self.analysis.facts.kept.items()}.get(placeholder, ())
+        kept = {n.name: axes for n, axes in self.analysis.facts.divisors.items()}.get(placeholder, ())
         return Cut({a: c for a, c in self.cut.choices.items() if a not in kept}, self.cut.sizes)
 
     def ensures(self, before: Program, after: Program) -> None:
@@ -123,7 +123,7 @@ def keep_along(cut: Cut, dims: Sequence[Term], wanted: Sequence[int]) -> Tensor:
     return Cut({a: cut.choices[a] for a in own}, cut.sizes).mask_tensor(shape)
 
 
-def _fill(x: Tensor, keep: Keep, neutral: float) -> Tensor:
+def _fill(x: Tensor, keep: KeepMask, neutral: float) -> Tensor:
     return x.masked_fill(~torch.tensor(keep).to(x.device), neutral)
 
 
@@ -153,7 +153,7 @@ def _mask_statistic(node: fx.Node, dims: Sequence[Term], cut: Cut) -> None:
 
 
 def masked_layer_norm(
-    keep: Keep,
+    keep: KeepMask,
     x: Tensor,
     shape: list[int],
     weight: Tensor | None = None,
@@ -162,13 +162,11 @@ def masked_layer_norm(
     *_: object,
 ) -> Tensor:
     """Layer norm over the last dimensions whose mean and variance run over kept channels; others come out as 0."""
-    var, mean = masked_moments(keep, x, list(range(x.ndim - len(shape), x.ndim)), 0, True)
-    out = (x - mean) * torch.rsqrt(var + eps) * torch.tensor(keep).to(x.device)
-    return _affine(out, weight, bias, shape)
+    return _affine(_normal(torch.tensor(keep), x, list(range(x.ndim - len(shape), x.ndim)), eps), weight, bias, shape)
 
 
 def masked_batch_norm(
-    keep: Keep,
+    keep: KeepMask,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -180,24 +178,35 @@ def masked_batch_norm(
     *_: object,
 ) -> Tensor:
     """Batch norm by the input's own statistics over kept positions of all dimensions but 1; others come out as 0."""
-    var, mean = masked_moments(keep, x, [d for d in range(x.ndim) if d != 1], 0, True)
-    out = (x - mean) * torch.rsqrt(var + eps) * torch.tensor(keep).to(x.device)
+    out = _normal(torch.tensor(keep), x, [d for d in range(x.ndim) if d != 1], eps)
     return _affine(out, weight, bias, [-1] + [1] * (x.ndim - 2))
 
 
-def masked_weight_norm(keep: Keep, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+def masked_weight_norm(keep: KeepMask, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """A weight whose rows have the norms ``g``; removed rows have no direction and come out as 0."""
     weight: Tensor = torch.ops.aten._weight_norm.default(v, g, dim)
     return weight.masked_fill(~torch.tensor(keep).to(v.device), 0)
 
 
-def masked_moments(keep: Keep, x: Tensor, dim: list[int], correction: float, keepdim: bool) -> tuple[Tensor, Tensor]:
+def masked_moments(
+    keep: KeepMask, x: Tensor, dim: list[int], correction: float, keepdim: bool
+) -> tuple[Tensor, Tensor]:
     """Variance and mean of ``x`` over the kept positions of ``dim``."""
-    kept = torch.tensor(keep).to(x.device).expand(x.shape)
-    count = kept.sum(dim, keepdim=True)
-    mean = (x * kept).sum(dim, keepdim=True) / count
-    var = ((x - mean).square() * kept).sum(dim, keepdim=True) / (count - correction)
+    var, mean = _moments(torch.tensor(keep), x, dim, correction)
     return (var, mean) if keepdim else (var.squeeze(dim), mean.squeeze(dim))
+
+
+def _moments(keep: Tensor, x: Tensor, dim: list[int], correction: float) -> tuple[Tensor, Tensor]:
+    kept = keep.to(x.device).expand(x.shape)
+    count = kept.sum(dim, keepdim=True).clamp_min(1)  # a group of channels may lose all
+    mean = (x * kept).sum(dim, keepdim=True) / count
+    return ((x - mean).square() * kept).sum(dim, keepdim=True) / (count - correction), mean
+
+
+def _normal(keep: Tensor, x: Tensor, dim: list[int], eps: float) -> Tensor:
+    """``x`` with mean 0 and variance 1 over the kept positions of ``dim``; others come out as 0."""
+    var, mean = _moments(keep, x, dim, 0)
+    return (x - mean) * torch.rsqrt(var + eps) * keep.to(x.device)
 
 
 _MOMENTS: dict[str, Callable[..., object]] = {
@@ -218,12 +227,9 @@ def masked_group_norm(
     *_: object,
 ) -> Tensor:
     """Group norm over [N, C, …]; its statistics run over each group's kept channels (``keep``: [C])."""
-    kept = torch.tensor(keep).to(x.device).reshape(groups, -1, 1)
+    kept = torch.tensor(keep).reshape(groups, -1, 1)
     grouped = x.reshape(x.shape[0], groups, kept.shape[1], -1)
-    count = (kept.sum((1, 2), keepdim=True) * grouped.shape[-1]).clamp_min(1)
-    mean = (grouped * kept).sum((2, 3), keepdim=True) / count
-    var = ((grouped - mean).square() * kept).sum((2, 3), keepdim=True) / count
-    out = ((grouped - mean) * torch.rsqrt(var + eps) * kept).reshape(x.shape)
+    out = _normal(kept, grouped, [2, 3], eps).reshape(x.shape)
     return _affine(out, weight, bias, [-1] + [1] * (x.ndim - 2))
 
 

@@ -7,7 +7,7 @@ are the first principal components of what the heads give on calibration data, w
 the layer after them (for values).
 
 Rotary embeddings turn pairs of channels by an angle, which is a product of complex numbers, e^{iθ} (x₁ + i x₂). They
-commute with complex factors alone, so u has one for each pair of channels; without them it is a matrix. GQA (arXiv
+commute only with complex factors, so u has one for each pair of channels; without them it is a matrix. GQA (arXiv
 2305.13245) merges heads by their mean, the case u = 1, B = 1. It is for layers that let no factors through: they have
 a norm between projections and products.
 """
@@ -30,14 +30,14 @@ from passes.analysis.shared_heads import SharedHeads
 
 How = Literal["fit", "mean", "turn", "keep"]
 """``fit``: by principal components. ``mean``: without factors. ``keep``: not. ``turn``: not, but turned and back."""
-RIDGE = 1e-6
+METRIC_RIDGE = 1e-6
 """Share of the mean that is added to a metric, so that it has an inverse."""
-Products = Callable[[str], Tensor]
+ProductsOf = Callable[[str], Tensor]
 """Weight → Σ x xᵀ of its inputs x, float64 [in + 1, in + 1]; the last of x is 1."""
 
 
 def merged_heads(
-    layer: SharedHeads, state: Mapping[str, Tensor], count: int, products: Products | None, keys: How, values: How
+    layer: SharedHeads, state: Mapping[str, Tensor], count: int, products: ProductsOf | None, keys: How, values: How
 ) -> dict[str, Tensor]:
     """The layer's weights in their own shapes, with ``count`` different heads of keys and of values.
 
@@ -123,7 +123,7 @@ class Projection:
         """The rows of each head's units: [heads, units, rows of a unit]."""
         return torch.from_numpy(unit_positions(self.weight.term, axis, scope))
 
-    def products(self, given: Products | None) -> Tensor:
+    def products(self, given: ProductsOf | None) -> Tensor:
         """Σ x xᵀ of what the matrix is multiplied with: [columns, columns]; of unit inputs if none are given."""
         if given is None:
             return torch.eye(self.matrix.shape[1], dtype=self.matrix.dtype)
@@ -132,7 +132,7 @@ class Projection:
 
 
 def _merge_keys(
-    layer: SharedHeads, query: Projection, key: Projection, runs: Tensor, products: Products | None, how: How
+    layer: SharedHeads, query: Projection, key: Projection, runs: Tensor, products: ProductsOf | None, how: How
 ) -> None:
     if how == "keep":
         return
@@ -167,7 +167,7 @@ def _merge_pairs(
     """Keys and queries as complex numbers, a pair of channels each; a single channel is a real one."""
     k, q = _complex(key.matrix, rows), _complex(query.matrix, asked)  # [G, U, D], [G, each, U, D]
     energy = torch.einsum("ghud,de,ghue->gu", q, wanted.to(q), q.conj()).real.clamp_min(0).sqrt()
-    energy = energy + RIDGE * energy.mean() + 1e-30
+    energy = energy + METRIC_RIDGE * energy.mean() + 1e-30
     factors = torch.ones_like(energy, dtype=k.dtype)
     if how == "turn":
         angles = torch.rand(energy.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 6
@@ -201,7 +201,7 @@ def _write(matrix: Tensor, rows: Tensor, values: Tensor) -> None:
 
 
 def _merge_values(
-    layer: SharedHeads, value: Projection, output: Projection, runs: Tensor, products: Products | None, how: How
+    layer: SharedHeads, value: Projection, output: Projection, runs: Tensor, products: ProductsOf | None, how: How
 ) -> None:
     if how == "keep":
         return
@@ -237,7 +237,7 @@ def _merge_spaces(
     for run in runs:
         v, w = made.matrix[rows[run]], read.matrix[used[run]]  # [m, d, in], [m, each, d, out]
         metric = torch.einsum("mhdo,op,mhep->mde", w, wanted, w)
-        metric = metric + (RIDGE * metric.diagonal(dim1=1, dim2=2).mean() + 1e-30) * torch.eye(v.shape[1]).to(v)
+        metric = metric + (METRIC_RIDGE * metric.diagonal(dim1=1, dim2=2).mean() + 1e-30) * torch.eye(v.shape[1]).to(v)
         values, vectors = torch.linalg.eigh(metric)
         root = (vectors * values.sqrt()[:, None]) @ vectors.mT  # [m, d, d]
         back = (vectors / values.sqrt()[:, None]) @ vectors.mT

@@ -26,11 +26,11 @@ from torch.export.graph_signature import ExportGraphSignature, TensorArgument
 from mptk.errors import MptkError
 from mptk.ir.blocks import Block, Renumbering, prefix
 from mptk.ir.families import Analysis
-from mptk.ir.ops import base_name
-from mptk.ir.passes import Pass, Result
+from mptk.ir.ops import base_name, reached
+from mptk.ir.passes import Pass, PassResult
 from mptk.ir.program import Program
 from mptk.ir.resolved_plan import Cut, removed_blocks, renumbering
-from passes.transforms.rewrite import scale_of
+from passes.analysis.rules.resizer import scale_of
 
 
 def mask_blocks(graph: fx.Graph, blocks: Sequence[Block]) -> None:
@@ -66,10 +66,10 @@ class RemoveBlocks(Pass):
         ends = {value.name for block in self._blocks for value in (block.input, block.output)}
         assert ends <= names, f"{min(ends - names)} is not in the program"
 
-    def run(self, program: Program) -> Result:
+    def run(self, program: Program) -> PassResult:
         blocks = self._blocks
         if not blocks:
-            return Result(program, False)
+            return PassResult(program, False)
         names = renumbering(self.analysis, self.cut)
         removal = _Removal(program.copy_graph(), blocks)
         removal.run(_weights_of(program, blocks))
@@ -80,10 +80,10 @@ class RemoveBlocks(Pass):
             state=program.state.selected(names.names(program.state)),
             aliases=_aliases(program.aliases, names),
         )
-        return Result(result, True, (f"{len(blocks)} blocks removed",))
+        return PassResult(result, True, (f"{len(blocks)} blocks removed",))
 
     def ensures(self, before: Program, after: Program) -> None:
-        """The inputs that are left are those of the graph, and every weight among them is there."""
+        """The graph has exactly the inputs that are left, and every weight among them is there."""
         left = {node.name for node in after.placeholders()}
         assert left == {spec.arg.name for spec in after.signature.input_specs}, "an input is missing in the graph"
         assert set(after.weights.values()) <= set(after.state), "a weight is missing"
@@ -141,12 +141,8 @@ class _Removal:
                 user.args = holder
 
     def _erase(self) -> None:
-        """Erase the calls that nothing needs any more; those of a block that others need stay (case 2)."""
-        needed, todo = set(self.roots), list(self.roots)
-        while todo:
-            more = [source for source in todo.pop().all_input_nodes if source not in needed]
-            needed.update(more)
-            todo += more
+        """Erase the calls that nothing needs any more; calls of a block that others need stay (case 2)."""
+        needed = reached(self.roots, lambda node: node.all_input_nodes)
         for node in reversed(list(self.graph.nodes)):
             if node not in needed and node.op != "placeholder":
                 self.graph.erase_node(node)

@@ -12,10 +12,10 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from mptk.compat.torch import tree_leaves
-from mptk.ir.passes import Pass, Result
+from mptk.ir.passes import Pass, PassResult
 from mptk.ir.program import Program, Types
 
-OWN = "own types"
+OWN_TYPES = "own types"
 """In the ``meta`` of a call: the floating types among its arguments before they were changed."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -27,21 +27,21 @@ class Retype(Pass):
     dtype: torch.dtype
     name: ClassVar[str] = "retype"
 
-    def run(self, program: Program) -> Result:
+    def run(self, program: Program) -> PassResult:
         graph = program.copy_graph()
         for node in list(graph.graph.nodes):
             if "_assert_tensor_metadata" in str(node.target):
                 graph.graph.erase_node(node)
             else:
                 given = (node.args, node.kwargs)
-                node.meta.setdefault(OWN, [a for a in tree_leaves(given) if _is_type(a)])
+                node.meta.setdefault(OWN_TYPES, [a for a in tree_leaves(given) if _is_type(a)])
                 node.args, node.kwargs = fx.node.map_aggregate(given, lambda a: self.dtype if _is_type(a) else a)
         graph.recompile()
         floats = [n for n, like in program.state.likes.items() if like.is_floating_point()]
         state = program.state.changed(dict.fromkeys(floats, lambda t: t.to(self.dtype)))
         types = program.types or Types(self.dtype, {n: program.state.like(n).dtype for n in floats})
         made = replace(program, graph=graph, state=state, types=replace(types, wide=self.dtype))
-        return Result(made, _asks_for(program) != {self.dtype})
+        return PassResult(made, _asks_for(program) != {self.dtype})
 
     def ensures(self, before: Program, after: Program) -> None:
         """No other floating type is left in the weights or the graph's calls."""
@@ -63,12 +63,12 @@ def _is_type(value: Argument) -> bool:
 
 
 def restored(program: Program) -> Program:
-    """The program in the types of its module: those of its weights and of the casts in its graph before ``Retype``."""
+    """The program in its module's types: weights and casts have their types from before ``Retype``."""
     if program.types is None:
         return program
     graph = program.copy_graph()
     for node in graph.graph.nodes:
-        own = iter(node.meta.pop(OWN, ()))
+        own = iter(node.meta.pop(OWN_TYPES, ()))
         given = (node.args, node.kwargs)
         node.args, node.kwargs = fx.node.map_aggregate(given, partial(_restored, own=own))
     graph.recompile()

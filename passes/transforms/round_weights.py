@@ -1,4 +1,4 @@
-"""round_weights: add a rounding error to every weight, to measure how far rounding alone moves the outputs."""
+"""round_weights: add a rounding error to every weight, to measure how far mere rounding moves the outputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mptk.ir.passes import Pass, Result
+from mptk.ir.passes import Pass, PassResult
 from mptk.ir.program import Program
 
 
@@ -20,10 +20,10 @@ class RoundWeights(Pass):
 
     name: ClassVar[str] = "round weights"
 
-    def run(self, program: Program) -> Result:
+    def run(self, program: Program) -> PassResult:
         floats = [name for name, like in program.state.likes.items() if like.is_floating_point()]
         moved = program.state.changed({name: partial(_jittered, seed=zlib.crc32(name.encode())) for name in floats})
-        return Result(replace(program, state=moved), bool(floats))
+        return PassResult(replace(program, state=moved), bool(floats))
 
     def ensures(self, before: Program, after: Program) -> None:
         """The weights have the same names, shapes and types."""

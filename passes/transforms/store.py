@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.ir.passes import Pass, Result, shapes
+from mptk.ir.passes import Pass, PassResult, shapes
 from mptk.ir.program import Program
-from mptk.ir.weights import Lazy
 
 
 @dataclass(frozen=True)
@@ -25,21 +24,19 @@ class Store(Pass):
     dtype: torch.dtype
     name: ClassVar[str] = "store"
 
-    def run(self, program: Program) -> Result:
+    def run(self, program: Program) -> PassResult:
         held = program.state_dict().likes  # constants, as rotary frequencies, are not in a checkpoint
         wider = [
             name
             for name, like in held.items()
-            if name in program.state and is_wider(like, self.dtype) and not self._holds(program.state.entry(name))
+            if name in program.state
+            and is_wider(like, self.dtype)
+            and getattr(program.state.entry(name), "held", None) != self.dtype
         ]
         if not wider:
-            return Result(program, False)
+            return PassResult(program, False)
         state = program.state.changed(dict.fromkeys(wider, partial(stored, dtype=self.dtype)))
-        return Result(replace(program, state=state), True, (f"{len(wider)} weights rounded",))
-
-    def _holds(self, weight: Tensor | Lazy) -> bool:
-        """Whether it is known that the type holds every number."""
-        return isinstance(weight, Lazy) and weight.held == self.dtype
+        return PassResult(replace(program, state=state), True, (f"{len(wider)} weights rounded",))
 
     def ensures(self, before: Program, after: Program) -> None:
         """The weights have the same names, shapes and types."""

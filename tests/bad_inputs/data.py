@@ -64,14 +64,14 @@ def rows() -> list[Row]:
 
 
 SOURCES = [
-    Row("text that is not there", f"{EVAL}{{none.raw}}", ("no file or folder",)),
+    Row("text that is not there", f"{EVAL}{{none.raw}}", ("not a file or folder",)),
     Row("text in the home of nobody", f"{EVAL}~nobody-here/text", ("~nobody-here/text",)),
-    Row("text of 300 characters", f"{EVAL}{'n' * 300}", ("no file or folder",)),
+    Row("text of 300 characters", f"{EVAL}{'n' * 300}", ("not a file or folder",)),
     Row("text without a name", f"{EVAL}", ("names no text",)),
     Row("text named with a null", f"{EVAL}a\0b", ("a\\x00b",)),
-    Row("text a fifo", f"{EVAL}{{pipe}}", ("no ordinary file",), (fifo("pipe"),)),
-    Row("text of /dev/zero", f"{EVAL}/dev/zero", ("no ordinary file",)),
-    Row("text a fifo with a column", f"{EVAL}{{pipe}}:text", ("no ordinary file",), (fifo("pipe"),)),
+    Row("text a fifo", f"{EVAL}{{pipe}}", ("not an ordinary file",), (fifo("pipe"),)),
+    Row("text of /dev/zero", f"{EVAL}/dev/zero", ("not an ordinary file",)),
+    Row("text a fifo with a column", f"{EVAL}{{pipe}}:text", ("not an ordinary file",), (fifo("pipe"),)),
     Row("text an empty folder", f"{EVAL}{{d}}", ("has no text in it",), (folder("d"),)),
     Row("text a folder of binaries", f"{EVAL}{{d}}", ("has no text in it",), (write("d/a.bin", bytes(99)),)),
     Row("text a link in a circle", f"{EVAL}{{circle}}", ("circle",), (link("circle", "circle"),)),

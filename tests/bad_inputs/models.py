@@ -110,7 +110,7 @@ FILES = [
     ),
     Row("weights missing", PRUNE, ("no safetensors weights",), (remove(WEIGHTS),)),
     Row("weights a folder", PRUNE, ("model",), (remove(WEIGHTS), folder(WEIGHTS))),
-    Row("weights a fifo", PRUNE, ("no ordinary file",), (remove(WEIGHTS), fifo(WEIGHTS))),
+    Row("weights a fifo", PRUNE, ("not an ordinary file",), (remove(WEIGHTS), fifo(WEIGHTS))),
     Row(
         "weights a pickle alone",
         PRUNE,

@@ -23,12 +23,12 @@ PLANS = [
     *(Row(f"plan {n}", PLAN, ("plan.json",), (write("plan.json", c),)) for n, c in BODIES.items()),
     Row("plan missing", PLAN, ("plan.json", "cannot read plan")),
     Row("plan a folder", PLAN, ("plan.json",), (folder("plan.json"),)),
-    Row("plan a fifo", PLAN, ("no regular file",), (fifo("plan.json"),)),
-    Row("plan of /dev/zero", PLAN.replace("{plan.json}", "/dev/zero"), ("no regular file",)),
+    Row("plan a fifo", PLAN, ("not a regular file",), (fifo("plan.json"),)),
+    Row("plan of /dev/zero", PLAN.replace("{plan.json}", "/dev/zero"), ("not a regular file",)),
     Row(
         "plan of 10^10 units",
         PLAN,
-        ("no family of a model has so many units",),
+        ("no family of a model is as large",),
         (write("plan.json", plan(of=10**10, width=10**10, keep={"model.layers.0.mlp": "0-9999999999"})),),
     ),
     Row(
@@ -137,7 +137,7 @@ RECIPES = [
     Row("recipe of a width that is none", RECIPE, ("--width",), (write("run.yaml", "model: m\nwidth: {ffn: x}\n"),)),
     Row("recipe missing", RECIPE, ("run.yaml", "check its name")),
     Row("recipe a folder", RECIPE, ("run.yaml",), (folder("run.yaml"),)),
-    Row("recipe a fifo", RECIPE, ("no regular file",), (fifo("run.yaml"),)),
+    Row("recipe a fifo", RECIPE, ("not a regular file",), (fifo("run.yaml"),)),
 ]
 
 ROWS = [*PLANS, *RESUMED, *RECIPES]

@@ -16,8 +16,8 @@ from pathlib import Path
 from unittest import mock
 
 from mptk.cli import console
+from mptk.cli.console import VOICE
 from mptk.cli.main import main
-from mptk.cli.voice import VOICE
 
 PATIENCE = int(os.environ.get("PATIENCE", 60))
 """Seconds after which a row is said to hang."""

@@ -165,7 +165,7 @@ def zeroed(module: nn.Module, analysis: Analysis, plan: Plan) -> nn.Module:
     """A copy of ``module`` whose weights are zero at the units that ``plan`` removes, but what is divided by."""
     result = copy.deepcopy(module)
     tensors = dict([*result.named_parameters(remove_duplicate=False), *result.named_buffers(remove_duplicate=False)])
-    kept = {analysis.program.weights[node.name]: axes for node, axes in analysis.facts.kept.items()}
+    kept = {analysis.program.weights[node.name]: axes for node, axes in analysis.facts.divisors.items()}
     with torch.no_grad():
         for name, chosen in plan.families.items():
             for group in analysis.family(name).groups:

@@ -1,21 +1,38 @@
-"""A criterion: the mean absolute weight of a unit. `mptk prune MODEL --method mean-magnitude` uses it."""
+"""A criterion with a measurement of its own: the peaks of activations. `mptk prune MODEL --method peak` uses it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from mptk.ir.families import Family
-from mptk.methods.criteria.base import Criterion, Evidence, Scores, sum_members
+from mptk.methods.criteria.base import Criterion, Scores, sum_uses
+from mptk.methods.criteria.observe import Calibration, Site, watch, weight_value
 
 
-def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
-    """s_u = Σ |w| / number of weights, over all weights w of unit u."""
-    state = evidence.analysis.program.state
-    total = sum_members(evidence, families, lambda name: state[name].float().abs())
-    count = sum_members(evidence, families, lambda name: torch.ones_like(state[name], dtype=torch.float32))
-    return {name: total[name] / count[name] for name in total}
+def measure(given: Calibration) -> dict[Site, Tensor]:
+    """Each contraction with a weight that scores units → |W_ij| · max |x_j|, over all positions of the text."""
+    peaks: dict[Site, Tensor] = {}
+
+    def see(site: Site, x: Tensor) -> None:
+        peak = x.abs().movedim(site.x_dim, -1).flatten(0, -2).amax(0)
+        peaks[site] = peak if site not in peaks else torch.maximum(peaks[site], peak)
+
+    share = watch(given, [((site.x,), partial(see, site)) for site in given.sites])
+    found = {}
+    for site, peak in peaks.items():
+        weight = weight_value(given.analysis.program, site.weight).abs()
+        whole = torch.stack(share.all(peak)).amax(0)  # of all processes of the run
+        found[site] = weight * whole.view([-1 if d == site.weight_dim else 1 for d in range(weight.ndim)])
+    return found
 
 
-MEAN_MAGNITUDE = Criterion("mean-magnitude", "mean absolute weight of a unit", score)
+def score(importance: Mapping[Site, Tensor], families: Sequence[Family]) -> Scores:
+    """s_u = Σ_{j in unit u} Σ_i |W_ij| · max |x_j|."""
+    return sum_uses(importance, families, lambda each: each)
+
+
+PEAK = Criterion("peak", "|weight| × largest input, summed over a unit's consumers", measure, score)

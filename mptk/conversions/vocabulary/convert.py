@@ -22,13 +22,12 @@ from mptk.io.models import Loaded
 from mptk.io.text.files import Document
 from mptk.ir.families import Analysis
 from mptk.ir.plan import Plan, Tokens
-from mptk.ir.resolved_plan import Choice as Kept
-from mptk.ir.resolved_plan import Cut
+from mptk.ir.resolved_plan import Cut, KeptUnits
 from mptk.ir.weights import Weights
 from mptk.protocols.chain import Task
 from mptk.protocols.trimmed import Trimmed
+from mptk.tasks.base import TokenTask
 from mptk.tasks.module import Module
-from mptk.tasks.tokens import TokenTask
 from passes.analysis.vocabulary import Vocabulary, find_vocabulary
 
 LEAST = 16
@@ -115,7 +114,7 @@ def _narrowed(
 ) -> tuple[Loaded, dict[str, list[object]]]:
     table = np.zeros((1, tokens.of), dtype=bool)
     table[0, list(tokens.keep)] = True
-    kept = Kept((), table)
+    kept = KeptUnits((), table)
     cut = Cut(dict.fromkeys(vocabulary.axes, kept), dict.fromkeys(vocabulary.axes, len(tokens.keep)))
     aliases = analysis.program.aliases
     weights = Weights({}) if loaded.weights is None else loaded.weights

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import gzip
+import importlib
+import importlib.util
 import json
+import lzma
 import random
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from mptk.errors import MptkError
-from mptk.io.text.json_rows import json_rows
+from mptk.errors import MptkError, first_line
 from mptk.io.text.rows import row_texts
+from mptk.reading import Damaged, json_of
 
 Document = Iterable[str]
 """One text, in pieces."""
@@ -33,12 +38,12 @@ def file_documents(
     """The documents of a file: each row of a table, or the text file as a whole. Nothing is read in full.
 
     Raises:
-        MptkError: it cannot be read; as ``row_texts``; or a column is named and the file is no table.
+        MptkError: it cannot be read; as ``row_texts``; or a column is named and the file is not a table.
     """
     suffix = _suffix(path)
     if suffix not in _TABLES:
         if column is not None:
-            raise MptkError(f"{path} is plain text and has no column {column!r}; give the file's name alone")
+            raise MptkError(f"{path} is plain text and has no column {column!r}; give only the file's name")
         yield _pieces(path)
         return
     if not path.stat().st_size:
@@ -57,7 +62,7 @@ def file_documents(
     except MptkError:
         raise
     except Exception as error:  # of the library of each format: they have no base class
-        raise MptkError(f"cannot read {path}: {first_line(error)}; check that it is {suffix[1:]}") from error
+        raise MptkError(f"cannot read {path}: {with_cause(error)}; check that it is {suffix[1:]}") from error
 
 
 def folder_documents(
@@ -96,7 +101,7 @@ def text_files(folder: Path) -> list[Path]:
     """The tables in a folder and below, and the files that begin as UTF-8 text, in the order of their paths.
 
     Raises:
-        MptkError: there are none.
+        MptkError: no file is text.
     """
     found = [file for file in shown(folder) if _suffix(file) in _TABLES or _is_text(file)]
     if not found:
@@ -111,7 +116,7 @@ def shown(folder: Path) -> list[Path]:
 
 
 def _suffix(path: Path) -> str:
-    """The file's suffix in small letters, without that of a compressed table."""
+    """The file's suffix in lower case; of a compressed table, the suffix before the packer's."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in _PACKED else suffix
 
@@ -171,14 +176,75 @@ def _first(documents: Iterable[Document], characters: int) -> Iterator[Document]
 
 
 def check_ordinary(path: Path) -> None:
-    """Raise MptkError if a path is no ordinary file and no folder: text is read more than once, and has an end."""
+    """Raise MptkError if a path is neither a file nor a folder: text is read more than once, and has an end."""
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise MptkError(f"{path} is no ordinary file; write the text to one and give that")
+        raise MptkError(f"{path} is not an ordinary file; write the text to one and give that")
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says first, or else its cause."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    cause = error.__cause__
-    return f"{said} ({first_line(cause)})" if isinstance(cause, Exception) and str(cause) not in str(error) else said
+def with_cause(error: BaseException) -> str:
+    """What an error says first, and what its cause says."""
+    said, cause = first_line(error), error.__cause__
+    return f"{said} ({with_cause(cause)})" if isinstance(cause, Exception) and str(cause) not in str(error) else said
+
+
+LONGEST_LINE = 1 << 28
+"""Bytes of the longest line, and of the largest list of objects."""
+
+
+def json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The rows of a JSON file, which may be compressed: an object a line, one at a time, or a list of objects.
+
+    The readers of pyarrow, which ``datasets`` calls, crash the process on a line that is a number.
+
+    Raises:
+        MptkError: a line is not an object.
+    """
+    number = 0
+
+    def damaged(why: str) -> MptkError:
+        return MptkError(f'{path}, line {number}: {why}; write an object a line, as {{"text": "…"}}')
+
+    with _opened(path) as file:
+        while line := file.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(line) > LONGEST_LINE:
+                raise damaged(f"it has more than {LONGEST_LINE >> 20} MB")
+            if number == 1 and line.lstrip()[:1] == b"[":
+                yield from _listed(line, file.read, damaged)
+                return
+            if line.strip():
+                yield _object(_decoded(line, damaged), damaged)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The file, unpacked as it is read."""
+    suffix = path.suffix.lower()
+    if suffix == ".zst" and importlib.util.find_spec("zstandard") is None:
+        raise MptkError(f"zstandard is not installed, and it unpacks {path}; run: pip install zstandard")
+    openers: dict[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    opener = importlib.import_module("zstandard").open if suffix == ".zst" else openers.get(suffix, open)
+    return cast("BinaryIO", opener(path, "rb"))
+
+
+def _listed(start: bytes, read: Callable[[int], bytes], damaged: Damaged) -> Iterator[Mapping[str, Any]]:
+    """The rows of a file that is a list."""
+    content = start + read(LONGEST_LINE + 1 - len(start))
+    if len(content) > LONGEST_LINE:
+        raise damaged(f"the list has more than {LONGEST_LINE >> 20} MB")
+    rows = _decoded(content, damaged)
+    for row in rows if isinstance(rows, list) else [rows]:
+        yield _object(row, damaged)
+
+
+def _decoded(content: bytes, damaged: Damaged) -> Any:
+    try:
+        return json_of(content.decode("utf-8"), damaged)
+    except UnicodeDecodeError as error:
+        raise damaged("it is not UTF-8") from error
+
+
+def _object(row: object, damaged: Damaged) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise damaged(f"it holds {type(row).__name__}, and no object with columns")
+    return row

@@ -25,7 +25,7 @@ from mptk.files import write_file
 from mptk.io.cache import cache_dir
 from mptk.progress import Count
 
-NAME = "text sampled from the dense model (compares runs of this model only)"
+SAMPLED_NAME = "text sampled from the dense model (compares runs of this model only)"
 """What a perplexity on such text is said to be measured on."""
 
 BATCH_TOKENS = 16384
@@ -47,7 +47,18 @@ def sampled(
 ) -> Tensor:
     """Rows ``first`` to ``count`` of the text that the model writes, as tokens, int64 [count - first, length].
 
-    ``data.self_sampled`` says how. A row's random numbers are its own, so that more rows begin with the same ones.
+    This is ancestral sampling at temperature 1 from the full distribution, with a KV cache. Each row starts with the
+    begin-of-sequence token, else the end-of-sequence token, else a uniformly random token. It does not stop at an end
+    of sequence: the model continues with the next text, as in text packed for training. For one model, the result
+    depends only on the seed, but for what batch size, device and threads round otherwise. A row's random numbers are
+    its own, so that more rows begin with the same ones. The caller's random state does not change.
+
+    Args:
+        batch_size: rows sampled at once, by default as many as have 16,384 tokens. More take more memory and less time.
+        progress: called with (tokens done, all tokens).
+
+    Raises:
+        MptkError: the model cannot generate text.
     """
     if not writes(model):
         raise MptkError(f"{type(model).__name__} cannot write text to calibrate on; give some with --data")
@@ -71,7 +82,7 @@ def writes(model: PreTrainedModel) -> bool:
     return model.can_generate() and not model.config.is_encoder_decoder
 
 
-def kept(
+def from_cache(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
@@ -88,7 +99,7 @@ def kept(
     if len(found) < count:
         more = sampled(model, tokenizer, count=count, length=length, seed=seed, first=len(found), progress=progress)
         found = torch.cat([found, more])
-        _keep(path, found)
+        _store(path, found)
     return found[:count]
 
 
@@ -103,7 +114,7 @@ def _read(path: Path, length: int) -> Tensor:
     return torch.empty(0, length, dtype=torch.int64)
 
 
-def _keep(path: Path, tokens: Tensor) -> None:
+def _store(path: Path, tokens: Tensor) -> None:
     """Write it for the next run. A cache that cannot be written is no reason to stop."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

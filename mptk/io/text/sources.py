@@ -3,17 +3,97 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from mptk.errors import MptkError
 from mptk.files import path_of
-from mptk.io.text.files import Document, check_ordinary, file_documents, folder_documents, shown
-from mptk.io.text.hub import HubText, hub_text
+from mptk.io.text.files import Document, check_ordinary, file_documents, folder_documents, shown, with_cause
+from mptk.io.text.rows import row_texts
 from mptk.publish.manifest import file_sha256
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A data set of the hub: id, config, split and column.
+
+    ``held_out``: the split to measure on. ``joined``: what stands between rows that are one text; None if each row is a
+    text.
+    """
+
+    id: str
+    config: str | None = None
+    split: str = "train"
+    column: str | None = None
+    held_out: str = "test"
+    joined: str | None = None
+
+    def documents(self, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Document]:
+        """The rows' texts, from the first on; no more is downloaded than is read.
+
+        Raises:
+            MptkError: it does not load, or as ``row_texts``.
+        """
+        texts = self._texts(tokenizer)
+        if self.joined is None:
+            yield from ([text] for text in texts)
+        else:
+            yield (text + self.joined for text in texts)
+
+    def _texts(self, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+        from datasets import load_dataset
+
+        try:
+            rows = load_dataset(self.id, self.config, split=self.split, streaming=True)
+            yield from row_texts(rows, self.id, self.column, tokenizer)
+        except MptkError:
+            raise
+        except Exception as error:  # of the hub, and of the library of each format: they have no base class
+            said = with_cause(error)
+            raise MptkError(
+                f"{self.id!r} is not a file or folder, and does not load as a dataset: {said}; "
+                "check the path, or the network and ID:CONFIG:SPLIT; a file of your own needs neither"
+            ) from error
+
+
+_PATH = re.compile(r"^[./~]|/.*/|\.(txt|text|md|raw|jsonl?|parquet|[ct]sv)$")
+"""Names that no data set of the hub has. To ask the hub for them takes half a minute without a network."""
+
+PRESETS = {
+    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", column="text", joined="\n\n"),
+    "c4": HubText("allenai/c4", "en", column="text", held_out="validation"),
+    "pile": HubText("NeelNanda/pile-10k", column="text", held_out="train"),
+    "ultrachat": HubText("HuggingFaceH4/ultrachat_200k", split="train_sft", column="messages", held_out="test_sft"),
+    "openhermes": HubText("teknium/OpenHermes-2.5", column="conversations", held_out="train"),
+}
+"""Short names for ``--data``. Those without a split to measure on are measured where they are calibrated."""
+
+
+def hub_text(name: str, *, held_out: bool) -> HubText:
+    """The data set that ``NAME``, a preset, or ``ID[:CONFIG[:SPLIT[:COLUMN]]]`` names.
+
+    ``held_out``: by default its split to measure on, and not the one to train on.
+
+    Raises:
+        MptkError: there are more parts; or the name can only be a file's, which does not exist.
+    """
+    preset, split = PRESETS.get(name), ""
+    if preset is None:
+        dataset, config, named, column, *rest = [*name.split(":"), "", "", ""]
+        if any(rest):
+            raise MptkError(
+                f"{name!r} has too many colons; write ID, ID:CONFIG, ID:CONFIG:SPLIT or ID:CONFIG:SPLIT:COLUMN"
+            )
+        if _PATH.search(dataset):
+            raise MptkError(f"{dataset!r} is not a file or folder; check the path")
+        preset = HubText(dataset, config or None, column=column or None)
+        split = named
+    return replace(preset, split=split or (preset.held_out if held_out else preset.split))
+
 
 SELF = "self"
 """The value of ``data`` for text that the model writes."""
@@ -23,7 +103,7 @@ RANDOM_NAME = "random inputs, which say nothing of real data"
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """A file, a folder or a data set of the hub. ``column``: of a table in it. ``weight``: its share of the windows."""
 
     name: str
@@ -53,16 +133,16 @@ class Source:
         return {str(file): file_sha256(file) for file in (shown(self.place) if self.is_folder else [self.place])}
 
 
-def parse(data: str, *, held_out: bool = False, split: str | None = None) -> tuple[Source, ...]:
+def parse(data: str, *, held_out: bool = False) -> tuple[TextSource, ...]:
     """The sources that ``SOURCE[=WEIGHT],…`` names. A path that is there is one source, whatever is in its name.
 
     Raises:
-        MptkError: a weight is no positive number, or ``self`` stands beside other sources.
+        MptkError: a weight is not a positive number, or ``self`` stands beside other sources.
     """
     parts = [data] if _is_there(data) else [part.strip() for part in data.split(",")]
     if len(parts) > 1 and any(part.partition("=")[0] == SELF for part in parts):
-        raise MptkError(f"{data}: text that the model writes cannot be mixed with other text; give {SELF} alone")
-    return tuple(_source(*_weighted(part), held_out, split) for part in parts)
+        raise MptkError(f"{data}: text that the model writes cannot be mixed with other text; give only {SELF}")
+    return tuple(_source(*_weighted(part), held_out) for part in parts)
 
 
 def _is_there(name: str) -> bool:
@@ -86,17 +166,17 @@ def _weighted(part: str) -> tuple[str, float]:
     return name, value
 
 
-def _source(name: str, weight: float, held_out: bool, split: str | None) -> Source:
+def _source(name: str, weight: float, held_out: bool) -> TextSource:
     if not name:
         raise MptkError("'' names no text; give a file, folder or dataset")
     if _is_there(name):
         check_ordinary(path_of(name))
-        return Source(name, path_of(name), weight=weight)
+        return TextSource(name, path_of(name), weight=weight)
     before, colon, column = name.rpartition(":")
     if colon and _is_there(before):
         check_ordinary(path_of(before))
-        return Source(name, path_of(before), column, weight)
-    return Source(name, hub_text(name, held_out=held_out, split=split), weight=weight)
+        return TextSource(name, path_of(before), column, weight)
+    return TextSource(name, hub_text(name, held_out=held_out), weight=weight)
 
 
 def shared(count: int, weights: Sequence[float]) -> list[int]:

@@ -32,7 +32,7 @@ def token_stream(
 
     Args:
         characters: read about this many, to the end of the document that reaches it if it is near.
-        tokens: stop as soon as there are so many.
+        tokens: stop at this number of tokens.
     """
     ids, read, end, spaced = array("q"), 0, tokenizer.eos_token_id, _keeps_space(tokenizer)
     for document in documents:

@@ -1,66 +1,52 @@
 """criteria: one-shot scores of each unit of each family, from the weights and a little text.
 
-``one_shot`` runs all steps: ``gather``, ``score_evidence``, ``select``, ``compensate``. ``score`` runs the first two.
-Each criterion is one file with one function, listed in ``CRITERIA``. ``docs/criteria.md`` says how to add one.
+Each criterion is one file: what it measures on the text, and the score that it makes of that. ``CRITERIA`` lists them.
+``docs/criteria.md`` says how to add one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mptk.errors import MptkError
-from mptk.ir.families import Analysis, Family
+from mptk.ir.families import Analysis, Depth, Family
 from mptk.ir.plan import FamilyPlan, Plan
-from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples, next_tokens
-from mptk.methods.criteria import fisher, flap, greedy, influence, magnitude, random, reap, taylor, wanda
-from mptk.methods.criteria.base import Criterion, Evidence, Scores, uses
-from mptk.methods.criteria.flap import Compensation, compensate
-from mptk.methods.criteria.observe import activations, find_sites, gradients
+from mptk.methods.criteria.base import AnyCriterion, Compensation, Criterion, Scores
+from mptk.methods.criteria.fisher import FISHER
+from mptk.methods.criteria.flap import FLAP
+from mptk.methods.criteria.greedy import GREEDY
+from mptk.methods.criteria.influence import INFLUENCE
+from mptk.methods.criteria.magnitude import MAGNITUDE
+from mptk.methods.criteria.observe import Calibration
+from mptk.methods.criteria.random import RANDOM
+from mptk.methods.criteria.reap import REAP
+from mptk.methods.criteria.taylor import TAYLOR
+from mptk.methods.criteria.wanda import WANDA
 from mptk.plugins import find, with_plugins
 from mptk.progress import Count
-from mptk.protocols.chain import Task
 from mptk.staged.staged import EXECUTOR, Executor
-from mptk.tasks import CAUSAL_LM
 from passes.targets.choose_blocks import choose_blocks
 from passes.targets.stock.learn import Stock
 
-CRITERIA: dict[str, Criterion] = {
-    criterion.name: criterion
-    for criterion in (
-        Criterion("random", "random choice, from the seed", random.score, judges="both"),
-        Criterion("magnitude", "L2 norm of all weights of a unit", magnitude.score),
-        Criterion("wanda", "|weight| × input norm, summed over a unit's consumers", wanda.score, "activations"),
-        Criterion("flap", "input variance × squared column norm; means go to biases", flap.score, "activations", True),
-        Criterion("reap", "experts by router weight × output norm; other families by wanda", reap.score, "experts"),
-        Criterion("fisher", "rise of the loss without a unit, to the second order", fisher.score, "slopes"),
-        Criterion("taylor", "first-order change of the loss, |weight × gradient|", taylor.score, "gradients"),
-        Criterion(
-            "influence", "how far a block turns its input, 1 − cosine", influence.score, "blocks", judges="blocks"
-        ),
-        Criterion("greedy", "blocks one by one, by the loss without them", influence.score, "losses", judges="blocks"),
-    )
+CRITERIA: dict[str, AnyCriterion] = {
+    each.name: each for each in (RANDOM, MAGNITUDE, WANDA, FLAP, REAP, FISHER, TAYLOR, INFLUENCE, GREEDY)
 }
 
 
-def all_criteria() -> dict[str, Criterion]:
+def all_criteria() -> dict[str, AnyCriterion]:
     """mptk's criteria and those of plugins (group ``mptk.criteria``), by name."""
     return with_plugins(CRITERIA, "mptk.criteria")
 
 
-def find_criterion(name: str) -> Criterion:
+def find_criterion(name: str) -> AnyCriterion:
     """The criterion of that name. Raises MptkError if there is none."""
     return find("criterion", name, all_criteria())
-
-
-def needs_data(name: str) -> bool:
-    """Whether a criterion reads calibration text. Raises MptkError if there is no such criterion."""
-    return find_criterion(name).needs != "nothing"
 
 
 def score(
@@ -79,7 +65,7 @@ def score(
         analysis: of a program traced with weights, and with ``dynamic=True`` if the criterion needs text.
         name: a key of ``CRITERIA``.
         windows: calibration text as token ids, int64 [n, length], or samples of a model of another kind; may be None
-            if ``needs_data(name)`` is False.
+            if the criterion's ``passes`` is 0.
         families: names of the families to score; by default all of channels, or the depths if it judges blocks.
         seed: used by the random criterion.
         progress: called with (windows done, all windows).
@@ -93,113 +79,73 @@ def score(
         MptkError: unknown criterion or family, text missing, a program without weights or of fixed sizes, a family
             that the criterion cannot score, scores that are not finite.
     """
-    evidence = gather(analysis, name, windows, families=families, seed=seed, progress=progress, executor=executor)
-    return score_evidence(evidence, name, families)
-
-
-def gather(
-    analysis: Analysis,
-    name: str,
-    windows: Tensor | Samples | None = None,
-    *,
-    families: Sequence[str] | None = None,
-    seed: int = 0,
-    objective: Task = CAUSAL_LM,
-    progress: Count | None = None,
-    executor: Executor = EXECUTOR,
-    removals: Mapping[str, int] = MappingProxyType({}),
-) -> Evidence:
-    """Run the program on ``windows`` and keep what criterion ``name`` needs to score ``families``.
-
-    ``compensate`` takes the evidence's ``observations``, too. Losses and gradients are those of ``objective``.
-    ``executor`` runs it. ``removals``: depth → how many blocks ``greedy`` looks for. Other arguments and errors are
-    those of ``score``.
-    """
     criterion = find_criterion(name)
-    if not analysis.program.has_values:
+    if families is None:
+        scored = analysis.families if "channels" in criterion.judges else analysis.depths
+    else:
+        scored = families_of(analysis, families)
+    given = Calibration(analysis, scored, _samples(windows), seed, progress=progress, executor=executor)
+    return measured(criterion, given)[0]
+
+
+def measured(criterion: AnyCriterion, given: Calibration) -> tuple[Scores, Any]:
+    """Scores, in the form of ``score``, of all families of ``given``; and the criterion's evidence, None if unused.
+
+    Blocks that the criterion does not judge are scored by their influence.
+    """
+    if not given.analysis.program.has_values:
         raise MptkError(
             "this program was traced without weights and cannot be scored; trace the model with its weights"
         )
-    channels, depths = _by_kind(_families(analysis, families, criterion))
-    if criterion.needs == "nothing" and (criterion.judges != "channels" or not depths):
-        return Evidence(analysis, seed)
-    samples = _samples(name, windows)
-    if criterion.needs == "losses":
-        order = greedy.measure(analysis, depths, samples, objective, removals, progress, executor)
-        return Evidence(analysis, seed, influences=order)
-    influences = influence.measure(analysis, depths, samples, progress, executor)
-    groups = [g for f in channels for g in f.groups]
-    if criterion.needs == "gradients" and groups:
-        names = dict.fromkeys(m.weight for g in groups for m in g.members)
-        found = gradients(analysis.program, names, samples, objective, progress, executor)
-        return Evidence(analysis, seed, gradients=found, influences=influences)
-    if criterion.needs not in ("activations", "experts", "slopes") or not groups:
-        return Evidence(analysis, seed, influences=influences)
-    added = {}
-    if criterion.needs == "experts":
-        experts, groups = reap.divide(analysis, channels)
-        added = reap.measure(analysis, experts, samples, progress, executor)
-    sites = find_sites(analysis)
-    used = dict.fromkeys(site for g in groups for site, _ in uses(sites, g))
-    seen = activations(analysis, list(used), samples, progress, executor)
-    if criterion.needs == "slopes":
-        slopes = fisher.measure(analysis, channels, samples, objective, progress, executor)
-        return Evidence(analysis, seed, seen, slopes=slopes, influences=influences)
-    return Evidence(analysis, seed, seen, influences=influences, experts=added)
+    if why := next(filter(None, (refusal(criterion, family) for family in given.families)), None):
+        raise MptkError(why)
+    own = [family for family in given.families if family.kind in criterion.judges]
+    others = [family for family in given.families if family.kind not in criterion.judges]
+    evidence, found = None, Scores()
+    if others:
+        found |= INFLUENCE.score(INFLUENCE.measure(replace(given, families=others)), others)
+    if own:
+        evidence = criterion.measure(replace(given, families=own))
+        found |= criterion.score(evidence, own)
+    if wrong := next((family for family, values in found.items() if not values.isfinite().all()), None):
+        raise MptkError(f"{criterion.name} gives {wrong} scores that are not finite; load the model in float32")
+    return {family: values.detach().cpu() for family, values in found.items()}, evidence
 
 
-def _by_kind(families: Sequence[Family]) -> tuple[list[Family], list[Family]]:
-    """The families whose units are channels, and the depths, whose units are whole blocks."""
-    return [f for f in families if f.stack is None], [f for f in families if f.stack is not None]
+def refusal(criterion: AnyCriterion, family: Family) -> str | None:
+    """Why a family cannot be scored, or None."""
+    if family.kind in (*criterion.judges, *INFLUENCE.judges):
+        return None
+    return (
+        f"this method judges whole blocks, not the channels of {family.name}; name a depth, or use another --method, "
+        "which removes blocks by their influence, too"
+    )
 
 
-def _samples(name: str, windows: Tensor | Samples | None) -> Samples:
-    if windows is None:
-        raise MptkError(f"{name} needs calibration text; pass windows of token ids, or use magnitude or random")
-    if isinstance(windows, Samples):
+def _samples(windows: Tensor | Samples | None) -> Samples | None:
+    if windows is None or isinstance(windows, Samples):
         return windows
     if windows.ndim != 2 or windows.dtype != torch.int64 or not windows.numel():
         raise MptkError(f"calibration windows are {windows.dtype} {list(windows.shape)}; pass int64 [n, length]")
     return next_tokens(windows)
 
 
-def score_evidence(evidence: Evidence, name: str, families: Sequence[str] | None = None) -> Scores:
-    """Scores, in the form of ``score``, from the evidence that ``gather`` kept for the same criterion and families."""
-    criterion = find_criterion(name)
-    chosen = _families(evidence.analysis, families, criterion)
-    channels, depths = _by_kind(chosen)
-    found = criterion.score(evidence, channels if criterion.judges == "channels" else chosen)
-    found |= influence.score(evidence, depths) if criterion.judges == "channels" else {}
-    scores = {family: values.cpu() for family, values in found.items()}
-    for family, values in scores.items():
-        if not values.isfinite().all():
-            raise MptkError(f"{name} gives {family} scores that are not finite; load the model in float32")
-    return scores
-
-
-def select(
-    analysis: Analysis,
-    scores: Scores,
-    widths: Mapping[str, int],
-    meta: Mapping[str, object] | None = None,
-    stock: Stock | None = None,
-) -> Plan:
+def select(analysis: Analysis, scores: Scores, widths: Mapping[str, int], stock: Stock | None = None) -> Plan:
     """Keep the ``width`` best units of each family in each layer and each scope row.
 
-    On equal scores the lower index stays. Kept indices are ascending. ``meta`` goes into the plan. ``stock``: the class
-    that must hold the blocks that stay.
+    On equal scores the lower index stays. Kept indices are ascending. ``stock``: the class that must hold what stays.
 
     Raises:
         MptkError: a family that the model or ``scores`` does not have, a width outside 1..size.
     """
     plans = {}
-    for family in _families(analysis, list(widths)):
+    for family in families_of(analysis, widths):
         width = widths[family.name]
         if family.name not in scores:
             raise MptkError(f"{family.name} has no scores; score it before choosing its units")
         if not 1 <= width <= family.size:
             raise MptkError(f"{family.name} cannot keep {width} units; give a width in 1..{family.size}")
-        if family.stack is not None:
+        if isinstance(family, Depth):
             units = choose_blocks(family.stack, scores[family.name].flatten().tolist(), width, stock)
             plans[family.name] = FamilyPlan(width, family.size, {family.stack.module: (units,)})
             continue
@@ -207,56 +153,11 @@ def select(
         kept = order[..., :width].sort(dim=-1).values.tolist()
         keep = {g.layer: tuple(tuple(row) for row in rows) for g, rows in zip(family.groups, kept, strict=True)}
         plans[family.name] = FamilyPlan(width, family.size, keep)
-    return Plan(plans, meta or {})
+    return Plan(plans)
 
 
-@dataclass(frozen=True)
-class OneShot:
-    """The result of ``one_shot``.
-
-    ``state``: weights to replace in the dense program before the cut (``program.with_state``); only FLAP's corrected
-    biases. ``statement``: which biases were corrected and which not, for the report; "" for other criteria.
-    """
-
-    plan: Plan
-    scores: Scores
-    state: Mapping[str, Tensor] = field(default_factory=dict)
-    statement: str = ""
-
-
-def one_shot(
-    analysis: Analysis,
-    name: str,
-    widths: Mapping[str, int],
-    windows: Tensor | Samples | None = None,
-    *,
-    seed: int = 0,
-    progress: Count | None = None,
-) -> OneShot:
-    """Score the families in ``widths`` (family name → units kept) by criterion ``name``, choose, and correct biases.
-
-    Arguments and errors are those of ``score`` and ``select``.
-    """
-    families = list(widths)
-    evidence = gather(analysis, name, windows, families=families, seed=seed, progress=progress)
-    scores = score_evidence(evidence, name, families)
-    meta: dict[str, object] = {"criterion": name, "seed": seed}
-    if windows is not None and needs_data(name):
-        samples = _samples(name, windows)
-        meta["calibration"] = {"windows": len(samples), "length": samples.positions}
-    plan = select(analysis, scores, widths, meta)
-    if not find_criterion(name).compensates:
-        return OneShot(plan, scores)
-    compensation = compensate(analysis, resolve_plan(analysis, plan), evidence.observations)
-    return OneShot(plan, scores, compensation.state, compensation.statement)
-
-
-def _families(
-    analysis: Analysis, names: Sequence[str] | None, criterion: Criterion | None = None
-) -> tuple[Family, ...]:
-    """The families of these names; by default all channels or, for a criterion of blocks, all depths."""
-    if names is None:
-        return analysis.depths if criterion is not None and criterion.judges == "blocks" else analysis.families
+def families_of(analysis: Analysis, names: Iterable[str]) -> tuple[Family, ...]:
+    """The families of these names. Raises MptkError if the model lacks one."""
     try:
         return tuple(analysis.family(name) for name in names)
     except KeyError as error:
@@ -265,18 +166,15 @@ def _families(
 
 __all__ = [
     "CRITERIA",
+    "AnyCriterion",
+    "Calibration",
     "Compensation",
     "Criterion",
-    "Evidence",
-    "OneShot",
     "Scores",
     "all_criteria",
-    "compensate",
     "find_criterion",
-    "gather",
-    "needs_data",
-    "one_shot",
+    "measured",
+    "refusal",
     "score",
-    "score_evidence",
     "select",
 ]

@@ -20,29 +20,55 @@ unit that several streams of activations hold has the sum over these.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mptk.distributed.sharing import sharing
-from mptk.ir.families import Analysis, Family, Group, unit_indices
-from mptk.ir.samples import Samples
+from mptk.ir.families import Family, Group, unit_indices
 from mptk.methods.criteria import wanda
-from mptk.methods.criteria.base import Evidence, Scores, Slopes, uses
-from mptk.methods.criteria.observe import GRADIENT_TOKENS, Site, Stream, batches, find_sites, in_samples
-from mptk.progress import Count
-from mptk.protocols.chain import Task
-from mptk.staged.staged import Executor, Tap
+from mptk.methods.criteria.base import Criterion, Scores
+from mptk.methods.criteria.observe import (
+    Calibration,
+    Observation,
+    Site,
+    Stream,
+    activations,
+    find_sites,
+    gradients,
+    uses,
+)
+from mptk.staged.staged import Tap
 
 EPSILON = 1e-30
 
 
-def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
+@dataclass(frozen=True)
+class Slopes:
+    """What positions add to the loss's gradient in the masks of a family, float64 [layers, scopes, size].
+
+    ``squares``: the sum of its squares over ``count`` positions. ``mean``: its mean.
+    """
+
+    squares: Tensor
+    mean: Tensor
+    count: int
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """``seen``: what Wanda measures. ``slopes``: family → those of the loss in its masks."""
+
+    seen: Mapping[Site, Observation]
+    slopes: Mapping[str, Slopes]
+
+
+def score(evidence: Fisher, families: Sequence[Family]) -> Scores:
     """s = ½ F̂ − g; of a family without slopes s = P."""
-    priors, slopes = wanda.score(evidence, families), evidence.slopes
+    priors, slopes = wanda.score(evidence.seen, families), evidence.slopes
     return {name: _score(slopes[name], prior) if name in slopes else prior for name, prior in priors.items()}
 
 
@@ -64,22 +90,16 @@ def beyond_noise(value: Tensor, error: Tensor) -> Tensor:
     return value.sign() * (value.abs() - 2 * error).clamp_min(0)
 
 
-def measure(
-    analysis: Analysis,
-    families: Sequence[Family],
-    samples: Samples,
-    objective: Task,
-    progress: Count | None,
-    executor: Executor,
-) -> dict[str, Slopes]:
-    """Family → the slopes of ``objective`` in its masks, of those families over whose units weights sum.
+def measure(given: Calibration) -> Fisher:
+    """What Wanda measures, and the slopes in the masks of those families over whose units weights sum."""
+    return Fisher(activations(given), _slopes(given))
 
-    The processes of a run share the batches.
-    """
-    sites, program = find_sites(analysis), analysis.program
+
+def _slopes(given: Calibration) -> dict[str, Slopes]:
+    sites = find_sites(given.analysis)
     sums: dict[str, Tensor] = {}
     taps: list[Tap] = []
-    for family in families:
+    for family in given.families:
         read = [_read(group, sites) for group in family.groups]
         if not all(read):
             continue
@@ -90,16 +110,10 @@ def measure(
                 taps.append((nodes, partial(_add, sums[family.name][:, layer], site.stream, _index(site, group))))
     if not taps:
         return {}
-    given = batches(program, samples, GRADIENT_TOKENS)
-    share, count = sharing(len(given)), len(samples) * samples.positions
-    own, scale = share.own(given), count / objective.predicted(samples)
-
-    def loss(output: Tensor, i: int) -> Tensor:
-        return objective.sensitivity(output, own[i].to(executor.device)) * scale
-
-    inputs = [batch.tensors for batch in own]
-    executor.gradients(program, (), inputs, loss, in_samples(progress, own), taps=taps)
-    total = {name: share.total(found.to(executor.device)).cpu() for name, found in sums.items()}
+    count = len(given.samples) * given.samples.positions
+    scale = count / given.objective.predicted(given.samples)
+    _, share = gradients(given, lambda loss: loss * scale, taps=taps)
+    total = {name: share.total(found.to(given.executor.device)).cpu() for name, found in sums.items()}
     return {name: Slopes(found[1], found[0] / count, count) for name, found in total.items()}
 
 
@@ -147,3 +161,6 @@ def _by_unit(each: Tensor, row: Tensor, units: int) -> Tensor:
     if len(row) == units and row.equal(torch.arange(units, device=row.device)):
         return each
     return each.new_zeros(len(each), units + 1).index_add_(1, row, each)[:, :units]
+
+
+FISHER = Criterion("fisher", "rise of the loss without a unit, to the second order", measure, score, passes=4)

@@ -15,7 +15,6 @@ What differs:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -24,21 +23,13 @@ from mptk.ir.axes import resolve
 from mptk.ir.families import Analysis, Family
 from mptk.ir.ops import named_argument
 from mptk.ir.resolved_plan import Cut
-from mptk.methods.criteria.base import Evidence, Scores, sum_uses
-from mptk.methods.criteria.observe import Observation, Site
+from mptk.methods.criteria.base import Compensation, Criterion, Scores, sum_uses
+from mptk.methods.criteria.observe import Observation, Site, activations
 
 
-def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
+def score(seen: Mapping[Site, Observation], families: Sequence[Family]) -> Scores:
     """s_u = Σ_{j in unit u} Var(x_j) · Σ_i W_ij²."""
-    return sum_uses(evidence, families, lambda seen: seen.weight.float().square() * seen.variance)
-
-
-@dataclass(frozen=True)
-class Compensation:
-    """New values of biases by name, and a sentence for the report: which layers had a bias to correct."""
-
-    state: Mapping[str, Tensor]
-    statement: str
+    return sum_uses(seen, families, lambda each: each.weight.float().square() * each.variance)
 
 
 def compensate(analysis: Analysis, cut: Cut, observations: Mapping[Site, Observation]) -> Compensation:
@@ -106,3 +97,12 @@ def _statement(applied: list[str], lacking: list[str]) -> str:
 
 def _join(names: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+FLAP = Criterion(
+    "flap",
+    "input variance × squared column norm; means go to biases",
+    activations,
+    score,
+    compensate=compensate,
+)

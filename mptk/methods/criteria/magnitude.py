@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mptk.ir.families import Family
-from mptk.methods.criteria.base import Evidence, Scores, sum_members
+from mptk.ir.families import Analysis, Family
+from mptk.methods.criteria.base import Criterion, Scores, sum_members
 
 
-def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
+def score(analysis: Analysis, families: Sequence[Family]) -> Scores:
     """s_u = √(Σ_{w of unit u} w²)."""
-    state = evidence.analysis.program.state
-    squares = sum_members(evidence, families, lambda name: state[name].float().square())
+    state = analysis.program.state
+    squares = sum_members(analysis, families, lambda name: state[name].float().square())
     return {name: total.sqrt() for name, total in squares.items()}
+
+
+MAGNITUDE = Criterion("magnitude", "L2 norm of all weights of a unit", lambda given: given.analysis, score, passes=0)

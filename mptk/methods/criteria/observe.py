@@ -1,4 +1,4 @@
-"""observe: run a program on calibration text and keep moments of activations or gradients of the loss, for criteria.
+"""observe: what criteria are given, and measurements that they share: moments of activations, gradients of the loss.
 
 Activations are read in the FX graph, at each sum of products of an activation and a weight. So fused projections,
 transposed layers and packed experts need no special case, and a weight that is used twice is observed twice.
@@ -6,7 +6,7 @@ transposed layers and packed experts need no special case, and a weight that is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -19,19 +19,58 @@ from mptk.distributed.sharing import Sharing, sharing
 from mptk.errors import MptkError
 from mptk.ir.axes import leaves, resolve
 from mptk.ir.axis_facts import Dims
-from mptk.ir.families import Analysis
+from mptk.ir.families import Analysis, Family, Group
 from mptk.ir.ops import named_argument
 from mptk.ir.program import Program
 from mptk.ir.samples import Samples
 from mptk.ir.sizes import example_size, is_open
 from mptk.progress import Count
 from mptk.protocols.chain import Task
-from mptk.staged.staged import EXECUTOR, Executor
+from mptk.staged.staged import EXECUTOR, Executor, Tap
+from mptk.tasks import CAUSAL_LM
 
 OBSERVED_TOKENS = 2048
 """Tokens in a forward batch. It bounds memory and changes results by rounding only."""
 GRADIENT_TOKENS = 512
 """Tokens in a batch whose activations autograd keeps."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a criterion is given to measure: an analysed model, the families that it scores, and text.
+
+    Losses and gradients are those of ``objective``. ``removals``: depth → how many of its blocks are to go; if it is
+    not named, all that can go. ``executor`` runs the program. ``progress`` is called with (samples done, all samples).
+    """
+
+    analysis: Analysis
+    families: Sequence[Family]
+    text: Samples | None = None
+    seed: int = 0
+    objective: Task = CAUSAL_LM
+    removals: Mapping[str, int] = field(default_factory=dict)
+    executor: Executor = EXECUTOR
+    progress: Count | None = None
+
+    @property
+    def samples(self) -> Samples:
+        """The text. Raises MptkError if there is none."""
+        if self.text is None:
+            raise MptkError(
+                "this criterion needs calibration text; pass windows of token ids, or use magnitude or random"
+            )
+        return self.text
+
+    @property
+    def groups(self) -> list[Group]:
+        """Those of all families."""
+        return [group for family in self.families for group in family.groups]
+
+    @property
+    def sites(self) -> list[Site]:
+        """The contractions that score units of the families."""
+        every = find_sites(self.analysis)
+        return list(dict.fromkeys(site for group in self.groups for site, _ in uses(every, group)))
 
 
 Stream = tuple[fx.Node, int, tuple[int, ...], fx.Node | None]
@@ -60,6 +99,13 @@ class Site:
     def stream(self) -> Stream:
         """The activation that is read. Query, key and value layers share one."""
         return self.x, self.x_dim, tuple(x for x, _ in self.shared), self.ends
+
+    def against_weight(self, values: Tensor) -> Tensor:
+        """[*shared, K] → the weight's dimensions in order, with size 1 for those that are not in ``values``."""
+        dims = [*(w for _, w in self.shared), self.weight_dim]
+        values = values.float().permute([dims.index(d) for d in sorted(dims)])
+        sizes = iter(values.shape)
+        return values.reshape([next(sizes) if d in dims else 1 for d in range(len(self.weight_dims))])
 
 
 @dataclass
@@ -101,23 +147,16 @@ class Observation:
     def norm(self) -> Tensor:
         """‖x_j‖₂ over all rows, for each summed position j."""
         seen = self.moments
-        return self._against_weight((seen.deviation + seen.count * seen.mean.square()).sqrt())
+        return self.site.against_weight((seen.deviation + seen.count * seen.mean.square()).sqrt())
 
     @property
     def variance(self) -> Tensor:
         """Sample variance of x_j (divided by rows − 1)."""
-        return self._against_weight(self.moments.deviation / (self.moments.count - 1).clamp(min=1))
+        return self.site.against_weight(self.moments.deviation / (self.moments.count - 1).clamp(min=1))
 
     @property
     def mean(self) -> Tensor:
-        return self._against_weight(self.moments.mean)
-
-    def _against_weight(self, values: Tensor) -> Tensor:
-        """[*shared, K] → the weight's dimensions in order, with size 1 for those that are not in ``values``."""
-        dims = [*(w for _, w in self.site.shared), self.site.weight_dim]
-        values = values.float().permute([dims.index(d) for d in sorted(dims)])
-        sizes = iter(values.shape)
-        return values.reshape([next(sizes) if d in dims else 1 for d in range(len(self.site.weight_dims))])
+        return self.site.against_weight(self.moments.mean)
 
 
 def weight_value(program: Program, node: fx.Node) -> Tensor:
@@ -170,57 +209,68 @@ def _shared(
     return tuple((i, j) for i, s in x_free for j, t in weight_free if s == t and leaves(s)), None
 
 
+def uses(sites: Iterable[Site], group: Group) -> list[tuple[Site, int]]:
+    """The contractions that score a group's units, each with the dimension of its weight that holds them.
+
+    If weights sum over the units, these are the consumers. If none does (query and key channels are multiplied with
+    each other; whole experts are only selected), they are the contractions with weights that make or hold the units.
+    """
+    holding = [
+        (site, d) for site in sites for d, term in enumerate(site.weight_dims) if group.axis in set(leaves(term))
+    ]
+    consumers = [(site, d) for site, d in holding if d == site.weight_dim]
+    return consumers or holding
+
+
 # ---- activations ----
 
 
-def activations(
-    analysis: Analysis,
-    sites: Sequence[Site],
-    samples: Samples,
-    progress: Count | None = None,
-    executor: Executor = EXECUTOR,
-) -> dict[Site, Observation]:
-    """Run the program on ``samples`` and return the moments of x at each site.
+def watch(given: Calibration, watches: Sequence[tuple[tuple[fx.Node, ...], Callable[..., None]]]) -> Sharing:
+    """Run the program on the text, and call each function with the values of its nodes in every batch.
 
-    Only running sums [*shared, K] are kept. What follows the last site (usually the output layer) is not computed. The
-    processes of a run share the batches.
+    The processes of a run share the batches; the result adds up, or lists, what each of them found. What follows the
+    last of the nodes is not computed.
 
     Raises:
-        MptkError: the program was traced for another size of input.
+        MptkError: there is no text, or the program was traced for another size of input.
+    """
+    found = batches(given.analysis.program, given.samples, OBSERVED_TOKENS)
+    share = sharing(len(found))
+    own = share.own(found)
+    given.executor.watch(
+        given.analysis.program, [batch.tensors for batch in own], watches, in_samples(given.progress, own)
+    )
+    return share
+
+
+def activations(given: Calibration) -> dict[Site, Observation]:
+    """The moments of x at each contraction that scores units of ``given.families``.
+
+    Only running sums [*shared, K] are kept.
+
+    Raises:
+        MptkError: as ``watch``.
     """
 
     def made(stream: Stream, x: Tensor, ends: Tensor | None = None) -> Moments:
         return moments_of(x, stream[1], stream[2], ends)
 
+    sites = given.sites
     streams = dict.fromkeys(site.stream for site in sites)
     watches = {s: ((s[0],) if s[3] is None else (s[0], s[3]), partial(made, s)) for s in streams}
-    found = moments(analysis.program, samples, watches, progress, executor)
-    return {site: Observation(site, analysis.program, found[site.stream]) for site in sites}
+    found = moments(given, watches)
+    return {site: Observation(site, given.analysis.program, found[site.stream]) for site in sites}
 
 
-def moments(
-    program: Program,
-    samples: Samples,
-    watches: Mapping[Key, Watched],
-    progress: Count | None = None,
-    executor: Executor = EXECUTOR,
-) -> dict[Key, Moments]:
-    """Run the program on ``samples`` and merge the moments that are made of the watched values of each batch.
-
-    Raises:
-        MptkError: the program was traced for another size of input.
-    """
+def moments(given: Calibration, watches: Mapping[Key, Watched]) -> dict[Key, Moments]:
+    """The merged moments that are made of the watched values of each batch. Errors are those of ``watch``."""
     found: dict[Key, Moments] = {}
 
     def see(key: Key, *values: Tensor) -> None:
         seen = watches[key][1](*values)
         found[key] = seen if key not in found else found[key].merge(seen)
 
-    given = batches(program, samples, OBSERVED_TOKENS)
-    share = sharing(len(given))
-    own = share.own(given)
-    watched = [(nodes, partial(see, key)) for key, (nodes, _) in watches.items()]
-    executor.watch(program, [batch.tensors for batch in own], watched, in_samples(progress, own))
+    share = watch(given, [(nodes, partial(see, key)) for key, (nodes, _) in watches.items()])
     return {key: _merged(found[key], share) for key in watches}
 
 
@@ -291,30 +341,42 @@ def in_samples(progress: Count | None, given: Sequence[Samples]) -> Count | None
     return None if progress is None else lambda count, _: progress(done[count - 1], done[-1])
 
 
-# ---- gradients ----
+# ---- losses and gradients ----
+
+
+def summed_losses(task: Task, executor: Executor, programs: Sequence[Program], given: Sequence[Samples]) -> Tensor:
+    """The sum of each program's losses on batches, float64 [programs]. They run side by side, to read weights once.
+
+    The processes of a run share the batches.
+    """
+    share = sharing(len(given))
+    own = share.own(given)
+    sums = torch.zeros(len(programs), dtype=torch.float64)
+    results = executor.outputs(programs, [batch.tensors for batch in own])
+    for batch in own:
+        for i in range(len(programs)):
+            sums[i] += float(task.loss(next(results), batch.to(executor.device)))
+    return sums if share.count == 1 else share.total(sums.to(executor.device)).cpu()
 
 
 def gradients(
-    program: Program,
-    names: Collection[str],
-    samples: Samples,
-    objective: Task,
-    progress: Count | None = None,
-    executor: Executor = EXECUTOR,
-) -> Mapping[str, Tensor]:
-    """Gradient of the mean ``sensitivity`` of ``objective`` on ``samples``, for each weight of ``names``.
+    given: Calibration, scaled: Callable[[Tensor], Tensor], names: Collection[str] = (), taps: Sequence[Tap] = ()
+) -> tuple[Mapping[str, Tensor], Sharing]:
+    """The gradient of the sum over all batches of ``scaled(objective.sensitivity)``, for each weight of ``names``.
+
+    ``taps`` see gradients in activations. The processes of a run share the batches; the second result adds up what each
+    of them saw.
 
     Raises:
-        MptkError: the program's outputs are none of which the objective has a loss; or it was traced for another size
-            of input.
+        MptkError: the program's outputs are none of which the objective has a loss; or as ``watch``.
     """
-    predicted = objective.predicted(samples)
-    given = batches(program, samples, GRADIENT_TOKENS)
-    share = sharing(len(given))
-    own = share.own(given)
+    program, executor = given.analysis.program, given.executor
+    found = batches(program, given.samples, GRADIENT_TOKENS)
+    share = sharing(len(found))
+    own = share.own(found)
 
     def loss(output: Tensor, i: int) -> Tensor:
-        return objective.sensitivity(output, own[i].to(executor.device)) / predicted
+        return scaled(given.objective.sensitivity(output, own[i].to(executor.device)))
 
-    inputs = [batch.tensors for batch in own]
-    return executor.gradients(program, names, inputs, loss, in_samples(progress, own), share.total)
+    inputs, progress = [batch.tensors for batch in own], in_samples(given.progress, own)
+    return executor.gradients(program, names, inputs, loss, progress, share.total, taps), share

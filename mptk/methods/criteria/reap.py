@@ -13,7 +13,8 @@ Families without experts get Wanda's score.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -21,62 +22,66 @@ from torch import Tensor, fx
 from mptk.errors import MptkError
 from mptk.ir.axes import Term, leaves, resolve
 from mptk.ir.axis_facts import AxisFacts
-from mptk.ir.families import Analysis, Family, Group
+from mptk.ir.families import Family, Group
 from mptk.ir.ops import base_name
-from mptk.ir.samples import Samples
 from mptk.methods.criteria import wanda
-from mptk.methods.criteria.base import Evidence, Scores, unit_sums
-from mptk.methods.criteria.observe import Moments, Site, Watched, find_sites, moments, moments_of
-from mptk.progress import Count
-from mptk.staged.staged import EXECUTOR, Executor
+from mptk.methods.criteria.base import Criterion, Scores, unit_sums
+from mptk.methods.criteria.observe import (
+    Calibration,
+    Moments,
+    Observation,
+    Site,
+    Watched,
+    activations,
+    find_sites,
+    moments,
+    moments_of,
+)
 
 
-def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
+@dataclass(frozen=True)
+class Routed:
+    """``experts``: group of experts → what each unit adds to its tokens, [scopes, size]. ``seen``: of the others."""
+
+    experts: Mapping[Group, Tensor]
+    seen: Mapping[Site, Observation]
+
+
+def score(evidence: Routed, families: Sequence[Family]) -> Scores:
     """S_j of each unit that is an expert; Wanda's score of the other families."""
     experts = [family for family in families if family.groups[0] in evidence.experts]
-    others = wanda.score(evidence, [family for family in families if family not in experts])
+    others = wanda.score(evidence.seen, [family for family in families if family not in experts])
     return others | {f.name: torch.stack([evidence.experts[group] for group in f.groups]) for f in experts}
 
 
-def divide(analysis: Analysis, families: Sequence[Family]) -> tuple[list[Group], list[Group]]:
-    """The groups of ``families`` whose units are experts, and all others.
+def measure(given: Calibration) -> Routed:
+    """What experts add to their tokens, and what Wanda measures for the other families.
 
     Raises:
-        MptkError: no family has experts.
+        MptkError: no family has experts; or nothing multiplies the rows that a layer's experts give.
     """
-    sites = find_sites(analysis)
-    experts = [f for f in families if all(_mixtures(sites, group) for group in f.groups)]
-    if families and not experts:
+    sites = find_sites(given.analysis)
+    experts = [f for f in given.families if all(_mixtures(sites, group) for group in f.groups)]
+    if not experts:
         raise MptkError(
-            f"reap scores whole experts, and none are among {', '.join(f.name for f in families)}; name a family of "
-            "experts in --families, or use --method wanda"
+            f"reap scores whole experts, and none are among {', '.join(f.name for f in given.families)}; name a family "
+            "of experts in --families, or use --method wanda"
         )
-    others = [family for family in families if family not in experts]
-    return [g for f in experts for g in f.groups], [g for f in others for g in f.groups]
+    others = [family for family in given.families if family not in experts]
+    return Routed(_added(replace(given, families=experts), sites), activations(replace(given, families=others)))
 
 
-def measure(
-    analysis: Analysis,
-    groups: Sequence[Group],
-    samples: Samples,
-    progress: Count | None = None,
-    executor: Executor = EXECUTOR,
-) -> dict[Group, Tensor]:
-    """The score of each group's units on ``samples``, float32 [scopes, size].
-
-    Raises:
-        MptkError: nothing multiplies the rows that a layer's experts give; the program was traced for another size of
-            input.
-    """
-    sites, facts = find_sites(analysis), analysis.facts
+def _added(given: Calibration, sites: Sequence[Site]) -> dict[Group, Tensor]:
+    """What each unit of the groups of experts adds to its tokens, float32 [scopes, size]."""
+    facts = given.analysis.facts
     terms: dict[tuple[Group, fx.Node], Term] = {}
     watches: dict[tuple[Group, fx.Node], Watched] = {}
-    for group in groups:
+    for group in given.groups:
         for ends, (product, term) in _mixtures(sites, group).items():
             terms[group, ends] = term
             watches[group, ends] = (_gated(facts, product, group), ends), _norms
     scores: dict[Group, Tensor] = {}
-    for (group, ends), seen in moments(analysis.program, samples, watches, progress, executor).items():
+    for (group, ends), seen in moments(given, watches).items():
         own = unit_sums(seen.mean[:, 0], (terms[group, ends],), 0, group)
         scores[group] = scores[group] + own if group in scores else own
     return scores
@@ -118,3 +123,6 @@ def _gated(facts: AxisFacts, product: fx.Node, group: Group) -> fx.Node:
 
 def _one_for_each_row(node: fx.Node) -> bool:
     return tuple(node.meta["val"].shape[1:]) == (1,)
+
+
+REAP = Criterion("reap", "experts by router weight × output norm; other families by wanda", measure, score)

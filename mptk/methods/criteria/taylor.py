@@ -10,20 +10,42 @@ unit (LLM-Pruner scores heads and channels by different rules).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from mptk.ir.families import Family
-from mptk.methods.criteria.base import Evidence, Scores, sum_members
+from mptk.ir.families import Analysis, Family
+from mptk.methods.criteria.base import Criterion, Scores, sum_members
+from mptk.methods.criteria.observe import Calibration, gradients
 
 
-def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
+@dataclass(frozen=True)
+class Gradients:
+    """``each``: weight name → the gradient of the mean loss in it."""
+
+    analysis: Analysis
+    each: Mapping[str, Tensor]
+
+
+def measure(given: Calibration) -> Gradients:
+    """The gradients of the weights of all units."""
+    names = dict.fromkeys(member.weight for group in given.groups for member in group.members)
+    predicted = given.objective.predicted(given.samples)
+    return Gradients(given.analysis, gradients(given, lambda loss: loss / predicted, names)[0])
+
+
+def score(evidence: Gradients, families: Sequence[Family]) -> Scores:
     """s_u = Σ_{w of unit u} |w · ∂L/∂w|."""
-    state, gradients = evidence.analysis.program.state, evidence.gradients
+    state = evidence.analysis.program.state
 
     def importance(name: str) -> Tensor:
-        gradient = gradients[name].float()
+        gradient = evidence.each[name].float()
         return (state[name].to(gradient.device).float() * gradient).abs()
 
-    return sum_members(evidence, families, importance)
+    return sum_members(evidence.analysis, families, importance)
+
+
+TAYLOR = Criterion(
+    "taylor", "first-order change of the loss, |weight × gradient|", measure, score, passes=3, gradients=True
+)

@@ -12,12 +12,16 @@ weight sums over a unit (query and key channels, whole experts), the weights tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mptk.ir.families import Family
-from mptk.methods.criteria.base import Evidence, Scores, sum_uses
+from mptk.methods.criteria.base import Criterion, Scores, sum_uses
+from mptk.methods.criteria.observe import Observation, Site, activations
 
 
-def score(evidence: Evidence, families: Sequence[Family]) -> Scores:
+def score(seen: Mapping[Site, Observation], families: Sequence[Family]) -> Scores:
     """s_u = Σ_{j in unit u} Σ_i |W_ij| · ‖x_j‖₂."""
-    return sum_uses(evidence, families, lambda seen: seen.weight.float().abs() * seen.norm)
+    return sum_uses(seen, families, lambda each: each.weight.float().abs() * each.norm)
+
+
+WANDA = Criterion("wanda", "|weight| × input norm, summed over a unit's consumers", activations, score)

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from mptk.config.bounds import BOUNDS
-from mptk.config.settings import FREE, Settings
+from mptk.config.settings import FREE, MOST, Settings
 from mptk.cost.budgets import LATENCY
 from mptk.cost.latency import Latency
 from mptk.cost.model import CostModel, is_layered
-from mptk.cost.operator_times import kept_times
+from mptk.cost.operator_times import cached_times
 from mptk.distributed.processes import processes
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
@@ -20,9 +19,9 @@ from mptk.ir.plan import Plan
 from mptk.progress import Progress
 from mptk.protocols.chain import Method, Target
 from passes.targets import legalize
-from passes.targets.knobs import closed, partners
 from passes.targets.legalize import Candidate, LegalWidths
 from passes.targets.onnx.quantize import BLOCKS
+from passes.targets.width_choices import closed, partners
 
 
 def budgeted(
@@ -46,10 +45,10 @@ def budgeted(
     if s.budget != LATENCY:
         return CostModel(analysis, s.budget, itemsize=itemsize, before=before), s
     names = _variable(analysis, legal, s)
-    channels = [name for name in names if analysis.family(name).stack is None]
+    channels = [name for name in names if analysis.family(name).kind == "channels"]
     ladders = {name: legalize.aligned(analysis.family(name), multiples(s)) for name in channels}
     with processes().main_process_first():  # the others read what the first has kept, so that all plan alike
-        latency = Latency(analysis, ladders, s.objective, lambda ops: kept_times(ops, s.threads, progress))
+        latency = Latency(analysis, ladders, s.objective, lambda ops: cached_times(ops, s.threads, progress))
     cost = CostModel(analysis, s.budget, latency, itemsize=itemsize, before=before)
     if s.max_ms is None or s.fixed:
         return cost, s
@@ -57,7 +56,7 @@ def budgeted(
     if dense <= s.max_ms:
         raise MptkError(f"{s.objective} of the dense model is predicted to take {dense:.2f} ms; ask for less than that")
     wanted = 1 - s.max_ms / dense + s.tolerance
-    return cost, replace(s, sparsity=min(wanted, BOUNDS["sparsity"][1]))
+    return cost, replace(s, sparsity=min(wanted, MOST))
 
 
 def _variable(analysis: Analysis, legal: LegalWidths, settings: Settings) -> list[str]:

@@ -5,19 +5,15 @@ The first and last layers bear a cut worst: LLM-Pruner (arXiv 2305.11627) spares
 
 from __future__ import annotations
 
-from functools import partial
-
 from mptk.cost.budgets import LATENCY
 from mptk.cost.model import CostModel
-from mptk.ir.families import Analysis, Family
+from mptk.ir.families import Family
 from mptk.ir.plan import Plan
-from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Scores
-from mptk.methods.division.trial import losses
+from mptk.methods.division.trial import masked_losses
 from mptk.protocols.chain import Prepared
 from mptk.protocols.values import SampleSets
-from passes.transforms.masked_reference import mask
 
 SHARE = 0.1
 """Of a family's layers, how many stay whole at each end."""
@@ -33,8 +29,7 @@ def ends_note(prepared: Prepared, scores: Scores, equal: Plan, sets: SampleSets)
     spared = whole_ends(prepared, scores, equal)
     if spared is None:
         return ""
-    programs = [partial(mask, a, resolve_plan(a, plan)) for a, plan in ((prepared.analysis, equal), spared)]
-    alike, whole = losses(prepared, programs, sets.calibration.batches(TOKENS)[0])
+    alike, whole = masked_losses(prepared, [equal, spared], sets.calibration.batches(TOKENS)[0])
     if whole >= alike:
         return ""
     return (
@@ -43,8 +38,8 @@ def ends_note(prepared: Prepared, scores: Scores, equal: Plan, sets: SampleSets)
     )
 
 
-def whole_ends(prepared: Prepared, scores: Scores, equal: Plan) -> tuple[Analysis, Plan] | None:
-    """The analysis by layers, and a plan whose first and last layers are whole, for about what ``equal`` saves.
+def whole_ends(prepared: Prepared, scores: Scores, equal: Plan) -> Plan | None:
+    """A plan whose first and last layers are whole, for about what ``equal`` saves.
 
     None if there is none: too few layers, widths that the user gave, a budget in milliseconds.
     """
@@ -67,7 +62,7 @@ def whole_ends(prepared: Prepared, scores: Scores, equal: Plan) -> tuple[Analysi
     if off[best] > settings.tolerance:
         return None
     layers = {part.name: scores[f.name][i : i + 1] for f in families for i, part in enumerate(f.parts or (f,))}
-    return analysis, criteria.select(analysis, layers, tried[best])
+    return criteria.select(analysis, layers, tried[best])
 
 
 def between_ends(family: Family) -> tuple[Family, ...]:

@@ -16,13 +16,11 @@ from functools import partial
 from mptk.cost.model import CostModel
 from mptk.errors import MptkError
 from mptk.ir.plan import Plan
-from mptk.ir.resolved_plan import resolve_plan
 from mptk.methods.criteria.base import Scores
-from mptk.methods.division.trial import losses, plan_of
+from mptk.methods.division.trial import best, masked_losses, plan_of
 from mptk.progress import Count
 from mptk.protocols.chain import Prepared
 from mptk.protocols.values import Context, SampleSets
-from passes.transforms.masked_reference import mask
 
 TOKENS = 512
 """Calibration tokens on which each layer's curve is measured."""
@@ -74,21 +72,18 @@ def divided(
             f"no widths that were tried give sparsity {sparsity:.3f}; nearest: {nearest:.3f}. Ask for that, or leave "
             "out --layers free"
         )
-    masked = [partial(mask, prepared.analysis, resolve_plan(prepared.analysis, plan)) for plan in plans.values()]
-    found = dict(zip(plans, losses(prepared, masked, sets.calibration.batches(COMPARED)[0]), strict=True))
-    return plans[min(found, key=lambda name: found[name])], {name: round(loss, 4) for name, loss in found.items()}
+    return best(prepared, plans, sets.calibration.batches(COMPARED)[0])
 
 
 def measured(
     prepared: Prepared, scores: Scores, ladders: Mapping[str, Sequence[int]], sets: SampleSets, progress: Count
 ) -> dict[str, Curve]:
     """Each layer's curve. A layer whose width is given has none, and has that width in all that is measured."""
-    analysis, samples = prepared.analysis, sets.calibration.batches(TOKENS)[0]
     wanted = {name: widths for name, ladder in ladders.items() if len(widths := levels(ladder)) > 1}
     given = {name: ladder[-1] for name, ladder in ladders.items()}
     tried = [given, *(given | {name: width} for name, widths in wanted.items() for width in widths[1:])]
-    masked = [partial(mask, analysis, resolve_plan(analysis, plan_of(prepared, scores, widths))) for widths in tried]
-    least, *found = losses(prepared, masked, samples, progress)
+    plans = [plan_of(prepared, scores, widths) for widths in tried]
+    least, *found = masked_losses(prepared, plans, sets.calibration.batches(TOKENS)[0], progress)
     each = iter(found)
     return {name: Curve(widths, (0.0, *(next(each) - least for _ in widths[1:]))) for name, widths in wanted.items()}
 

@@ -1,20 +1,20 @@
-"""trial: what a choice would do: the plan for given widths, and the loss of a masked program on calibration text."""
+"""trial: what a division of the budget would do: its plan, the loss of the masked model, and which plan loses least."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
-import torch
-
-from mptk.distributed.sharing import sharing
 from mptk.ir.plan import Plan
 from mptk.ir.program import Program
+from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
 from mptk.methods import criteria
 from mptk.methods.criteria.base import Scores
+from mptk.methods.criteria.observe import summed_losses
 from mptk.progress import Count
-from mptk.protocols.chain import Prepared, Task
-from mptk.staged.staged import Executor
+from mptk.protocols.chain import Prepared
+from passes.transforms.masked_reference import mask
 
 AT_ONCE = 256
 """Tokens in a batch, of which there are logits."""
@@ -24,6 +24,23 @@ def plan_of(prepared: Prepared, scores: Scores, widths: Mapping[str, int]) -> Pl
     """The best units for ``widths``, of the families that become narrower."""
     narrowed = {name: width for name, width in widths.items() if width < prepared.analysis.family(name).size}
     return criteria.select(prepared.analysis, scores, narrowed, stock=prepared.legal.stock)
+
+
+def masked_losses(
+    prepared: Prepared, plans: Sequence[Plan], samples: Samples, progress: Count = lambda done, total: None
+) -> list[float]:
+    """The mean loss on ``samples`` of the dense model without what each plan removes. Layers may differ in a plan."""
+    analyses = [prepared.analysis.divided(plan.divided) for plan in plans]
+    masked = [partial(mask, a, resolve_plan(a, plan)) for a, plan in zip(analyses, plans, strict=True)]
+    return losses(prepared, masked, samples, progress)
+
+
+def best(
+    prepared: Prepared, plans: Mapping[str, Plan], samples: Samples, progress: Count = lambda done, total: None
+) -> tuple[Plan, dict[str, float]]:
+    """The plan with the least masked loss on ``samples``, the first of equal ones; and name → the loss of each."""
+    found = dict(zip(plans, masked_losses(prepared, list(plans.values()), samples, progress), strict=True))
+    return plans[min(found, key=lambda name: found[name])], {name: round(loss, 4) for name, loss in found.items()}
 
 
 def losses(
@@ -38,30 +55,11 @@ def losses(
     """
     executor, state = prepared.calibrator, prepared.analysis.program.state
     fits = sum(like.nbytes for like in state.likes.values()) <= executor.stage
-    return mean_losses(prepared.task, executor, programs, samples, progress, at_once=1 if fits else len(programs))
-
-
-def mean_losses(
-    task: Task,
-    executor: Executor,
-    programs: Sequence[Callable[[], Program]],
-    samples: Samples,
-    progress: Count = lambda done, total: None,
-    *,
-    at_once: int,
-) -> list[float]:
-    """As ``losses``, for a model that nothing is prepared of. ``at_once``: programs that run side by side."""
-    batches = samples.batches(AT_ONCE)
-    share = sharing(len(batches))
-    own = share.own(batches)
-    sums = torch.zeros(len(programs), dtype=torch.float64)
+    at_once, batches = 1 if fits else len(programs), samples.batches(AT_ONCE)
+    found: list[float] = []
     for first in range(0, len(programs), at_once):
         made = [make() for make in programs[first : first + at_once]]
-        results = executor.outputs(made, [batch.tensors for batch in own])
-        for batch in own:
-            for i in range(first, first + len(made)):
-                sums[i] += float(task.loss(next(results), batch.to(executor.device)))
-        progress(first + len(made), len(programs))
-    sums = sums if share.count == 1 else share.total(sums.to(executor.device))
-    found: list[float] = (sums / task.predicted(samples)).tolist()
+        sums = summed_losses(prepared.task, executor, made, batches)
+        found += (sums / prepared.task.predicted(samples)).tolist()
+        progress(len(found), len(programs))
     return found

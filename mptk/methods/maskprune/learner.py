@@ -19,19 +19,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mptk.compat.peft import adapters_off
-from mptk.config.settings import FREE, Learning
+from mptk.config.settings import FREE, Learning, Settings
+from mptk.cost.estimate import Pass, Sizes
 from mptk.distributed.processes import accelerator, anywhere, full, gathered, holds, placed
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
 from mptk.ir.resolved_plan import resolve_plan
 from mptk.ir.samples import Samples
-from mptk.methods.criteria import Scores, gather, score_evidence, select
+from mptk.methods.criteria import Scores, score, select
+from mptk.methods.criteria.wanda import WANDA
 from mptk.methods.division.ends import ends_note
 from mptk.methods.maskprune.adapters import adapt, merged, original, recompute
 from mptk.methods.maskprune.losses import cross_entropy
 from mptk.methods.maskprune.solver import Solver
-from mptk.methods.maskprune.teacher import CachedTeacher, LiveTeacher, Output, fingerprint
-from mptk.methods.maskprune.train import Extra, Loop, Metrics, Teacher, run_module
+from mptk.methods.maskprune.teacher import CachedTeacher, Output, fingerprint
+from mptk.methods.maskprune.train import Loop, Metrics, Teacher, run_module
 from mptk.methods.maskprune.watch import Watch
 from mptk.methods.reconstruct import kept_units
 from mptk.progress import Progress
@@ -44,6 +46,24 @@ from passes.verify import RUNTIME_TOLERANCE, TOLERANCE
 
 HALF_TOLERANCE = 5e-2
 """Largest output difference, relative to the largest output, if the model computes in half precision."""
+
+
+def work(settings: Settings, sizes: Sizes, kept: float) -> dict[str, Pass]:
+    """What learning masks and recovery cost together."""
+    s, tokens = settings, settings.steps * settings.learning.training.batch * settings.length
+    return {"train": Pass(4 * tokens, s.length, reads=0, training=memory(s, sizes, kept))} if s.steps else {}
+
+
+def memory(settings: Settings, sizes: Sizes, kept: float) -> float:
+    """Bytes that training takes beside the weights: optimizer and gradients, activations, logits of both models.
+
+    ``kept``: the share of the parameters that is left.
+    """
+    s, tokens = settings.learning, settings.learning.training.micro * settings.length
+    states = 12.0 * kept * sizes.parameters if not s.rank else 16.0 * s.rank * sizes.layers * 8 * sizes.hidden
+    layers = 1 if s.gradient_checkpointing else sizes.layers
+    activations = 4 * tokens * (layers * (12 * sizes.hidden + 4 * sizes.widest) + sizes.layers * sizes.hidden)
+    return states + activations + 4 * 4 * tokens * sizes.vocab
 
 
 def start_training(settings: Learning, folder: RunFolder) -> Accelerator:
@@ -75,6 +95,7 @@ class Recovered:
     watch: Watch | None
 
 
+@dataclass(frozen=True, eq=False)
 class Learner:
     """The phases of one run.
 
@@ -86,23 +107,25 @@ class Learner:
         folder: keeps checkpoints.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        prepared: Prepared,
-        samples: Samples,
-        settings: Learning,
-        folder: RunFolder,
-        progress: Progress,
-    ) -> None:
-        self.accelerator, self.prepared, self.task, self.samples = accelerator, prepared, prepared.task, samples
-        self.settings, self.folder, self.progress = settings, folder, progress
-        self.rank = settings.rank or 0
-        self.mask_steps = settings.mask_steps
-        self.keeps = holds()
-        self.fingerprint = "" if settings.teacher_cache is None else self._fingerprint()
+    accelerator: Accelerator
+    prepared: Prepared
+    samples: Samples
+    settings: Learning
+    folder: RunFolder
+    progress: Progress
 
-    def _fingerprint(self) -> str:
+    @property
+    def rank(self) -> int:
+        """That of the adapters; 0 if all weights are trained."""
+        return self.settings.rank or 0
+
+    @property
+    def keeps(self) -> bool:
+        """Whether this process needs weights."""
+        return holds()
+
+    @property
+    def fingerprint(self) -> str:
         """That of the weights that are imitated, which the first process takes."""
         found = [fingerprint(self.prepared.teacher()) if self.accelerator.is_main_process else ""]
         return str(broadcast_object_list(found)[0])
@@ -138,7 +161,7 @@ class Learner:
         state = gathered(changed(student, masks, analysis.program.state), keep=self.keeps)
         witness = Witness("learned masks", outputs, self.tolerance) if self.keeps else None
         notes = () if prepared.settings.layers == FREE else (ends_note(prepared, scores, plan, sets),)
-        return Chosen(plan, cut, state, tuple(state), notes=notes, witness=witness, steps=self.mask_steps)
+        return Chosen(plan, cut, state, tuple(state), notes=notes, witness=witness, steps=self.settings.mask_steps)
 
     def begin(self) -> tuple[PeftModel, InsertedMasks, Solver, Loop]:
         """The student with adapters and masks, the masks, their solver, and the loop that trains them."""
@@ -151,10 +174,9 @@ class Learner:
         }
         budget = 1 - prepared.settings.sparsity
         rates, device = self.settings.rates, self.accelerator.device
-        depths = {f.name: f.stack.stay for f in prepared.analysis.depths if f.stack is not None and f.name in shapes}
-        solver = Solver(
-            shapes, prepared.cost.share, budget, self.mask_steps, rates, given=given, device=device, blocks=depths
-        )
+        depths = {f.name: f.stack.stay for f in prepared.analysis.depths if f.name in shapes}
+        steps = self.settings.mask_steps
+        solver = Solver(shapes, prepared.cost.share, budget, steps, rates, given=given, device=device, blocks=depths)
         past = {site.module for site in prepared.mask_sites if site.past}
         student = adapt(prepared.dense(self.keeps), self.rank, self.settings.training.seed, past)
         masks = InsertedMasks(original(student), prepared.mask_sites, solver.applied, solver.watch)
@@ -169,15 +191,14 @@ class Learner:
             return solver.metrics()
 
         extra = (solver.state, solver.load)
-        loop = self._loop(student, teacher, self.mask_steps, "masks", each_step=each_step, extra=extra)
+        loop = self._loop(student, teacher, steps, "masks", each_step=each_step, extra=extra)
         return student, masks, solver, loop
 
     def _prior(self, calibration: Samples) -> Scores:
         """Wanda's scores, an estimate of √F from weights and inputs without gradients, and the influence of blocks."""
         families, say = self.prepared.families, partial(self.progress, "activations")
         analysis, executor = self.prepared.analysis, self.prepared.calibrator
-        evidence = gather(analysis, "wanda", calibration, families=families, progress=say, executor=executor)
-        return {family: values.detach().cpu() for family, values in score_evidence(evidence, "wanda", families).items()}
+        return score(analysis, WANDA.name, calibration, families=families, progress=say, executor=executor)
 
     def _saliency(self, student: PeftModel, solver: Solver, calibration: Samples) -> None:
         """Estimate F before any training, from gradients of the task's loss in the masks, which are all 1.
@@ -200,9 +221,10 @@ class Learner:
 
     def _sensitivity(self, output: Tensor, samples: Samples) -> Tensor:
         """The mean of what saliency is a gradient of, on this process's part of a batch."""
-        if self.task.classes and samples.targets is not None and not self.task.compares:
+        task = self.prepared.task
+        if task.classes and samples.targets is not None and not task.compares:
             return cross_entropy(output, samples.targets)  # in chunks: logits are large
-        return self.task.sensitivity(output, samples) / self.task.predicted(samples)
+        return task.sensitivity(output, samples) / task.predicted(samples)
 
     def _average(self, solver: Solver) -> None:
         """Average gradients over processes, so that all of them take the same step."""
@@ -270,40 +292,21 @@ class Learner:
 
         return lambda samples, hidden: run_module(dense(), samples, hidden=hidden)
 
-    def _loop(
-        self,
-        student: nn.Module,
-        teacher: Teacher,
-        steps: int,
-        phase: str,
-        *,
-        first_row: int = 0,
-        each_step: Callable[[int], Metrics] = lambda tokens: {},
-        extra: Extra | None = None,
-        watch: Watch | None = None,
-    ) -> Loop:
-        return Loop(
-            self.accelerator,
-            student,
-            teacher,
-            self.task,
-            self.samples,
-            steps,
-            self.settings.training,
-            phase=phase,
-            folder=self.folder,
-            first_row=first_row,
-            each_step=each_step,
-            extra=extra,
-            watch=watch,
-            progress=lambda done, total, metrics: self.progress(phase, done, total, _figures(metrics)),
-        )
+    def _loop(self, student: nn.Module, teacher: Teacher, steps: int, phase: str, **more: Any) -> Loop:
+        """A loop of the run. ``more``: its other fields."""
+
+        def say(done: int, total: int, metrics: Metrics) -> None:
+            self.progress(phase, done, total, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+        task, training = self.prepared.task, self.settings.training
+        given = (self.accelerator, student, teacher, task, self.samples, steps, training, phase, self.folder)
+        return Loop(*given, progress=say, **more)
 
     def _teacher(self, run: Callable[[Samples, bool], Output]) -> Teacher:
         """``run``: (samples, whether hidden states are wanted) → the dense model's output."""
         hidden = bool(self.settings.training.losses.hidden)
         device = self.accelerator.device
-        live = LiveTeacher(lambda samples: run(samples.to(device), hidden))
+        live = torch.no_grad()(lambda samples: run(samples.to(device), hidden))
         if self.settings.teacher == "live":
             return live
         shared = self.settings.teacher_cache
@@ -346,10 +349,6 @@ def nearest_candidate(
         return sum(((width - learned[family]) / shapes[family][2]) ** 2 for family, width in candidate.widths.items())
 
     return dict(min(candidates, key=distance).widths)
-
-
-def _figures(metrics: Metrics) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
 def _shape(analysis: Analysis, name: str) -> tuple[int, int, int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from mptk.config.settings import FREE, Settings
+from mptk.cost.estimate import Pass
 from mptk.distributed.processes import leads
 from mptk.errors import MptkError
 from mptk.ir.families import Analysis
@@ -42,6 +44,10 @@ class MaskPrune(Method):
 
     def refusal(self, analysis: Analysis, family: str) -> str | None:
         return disturbed(analysis, family)
+
+    def work(self, settings: Settings) -> Mapping[str, Pass]:
+        s = settings
+        return {"score": Pass(3 * s.samples * s.length, s.length, reads=2)}
 
     def choose(self, prepared: Prepared, sets: SampleSets, context: Context) -> Chosen:
         assert context.folder is not None

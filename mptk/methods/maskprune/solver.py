@@ -307,29 +307,23 @@ class Solver:
     def state(self) -> dict[str, Tensor]:
         """The state that a resumed run needs: name → tensor."""
         counts = [self.z, self.step_count, self.seen, self.tokens, bool(self.fixed)]
-        tensors = {"solver.z": torch.tensor(counts, dtype=torch.float64)}
-        for family in self.shapes:
-            tensors[f"solver.{family}.mask"] = self.masks[family].detach()
-            tensors[f"solver.{family}.fisher"] = self.fisher[family]
-            tensors[f"solver.{family}.drift"] = self.drift[family]
-            tensors[f"solver.{family}.last"] = self.last[family]
-            tensors[f"solver.{family}.y"] = self.y[family]
-            tensors[f"solver.{family}.removed"] = torch.tensor(self.removed[family], dtype=torch.float64)
-        tensors |= {f"solver.{family}.prior": prior for family, prior in self.prior.items()}
-        return tensors
+        removed = {family: torch.tensor(count, dtype=torch.float64) for family, count in self.removed.items()}
+        each = {**self._tensors(), "removed": removed, "prior": self.prior}
+        found = {f"solver.{family}.{name}": t.detach() for name, of in each.items() for family, t in of.items()}
+        return {"solver.z": torch.tensor(counts, dtype=torch.float64), **found}
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {"mask": self.masks, "fisher": self.fisher, "drift": self.drift, "last": self.last, "y": self.y}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what ``state`` returned."""
         z, count, seen, tokens, fixed = tensors["solver.z"].tolist()
         self.z, self.step_count, self.seen, self.tokens = z, int(count), int(seen), int(tokens)
-        for family in self.shapes:
-            self.masks[family].copy_(tensors[f"solver.{family}.mask"])
-            self.fisher[family].copy_(tensors[f"solver.{family}.fisher"])
-            self.drift[family].copy_(tensors[f"solver.{family}.drift"])
-            self.last[family].copy_(tensors[f"solver.{family}.last"])
-            self.y[family].copy_(tensors[f"solver.{family}.y"])
-            self.removed[family] = float(tensors[f"solver.{family}.removed"])
+        for name, of in self._tensors().items():
+            for family, tensor in of.items():
+                tensor.copy_(tensors[f"solver.{family}.{name}"])
+        self.removed = {family: float(tensors[f"solver.{family}.removed"]) for family in self.shapes}
         priors = {family: tensors.get(f"solver.{family}.prior") for family in self.shapes}
         self.prior = {family: prior.to(self.device) for family, prior in priors.items() if prior is not None}
         if fixed:

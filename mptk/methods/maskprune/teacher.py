@@ -29,22 +29,11 @@ TOP = 64
 """Number of tokens kept of each distribution."""
 
 
-class LiveTeacher:
-    """Runs the dense model for each batch. ``run`` gets the samples as they are given, on the host."""
-
-    def __init__(self, run: Callable[[Samples], Output]) -> None:
-        self.run = run
-
-    def __call__(self, samples: Samples) -> Target:
-        """The outputs for ``samples``."""
-        with torch.no_grad():
-            return self.run(samples)
-
-
 class CachedTeacher:
     """Keeps the top ``k`` log probabilities of each sample in ``folder``, and computes them at the first request.
 
-    A file is named after its sample's inputs, so runs on the same model may share the folder.
+    ``live`` runs the dense model on samples as they are given, on the host. A file is named after its sample's inputs,
+    so runs on the same model may share the folder.
 
     ``wanted`` maps "this process lacks a sample" to "the dense model must run". If the model is sharded over processes,
     all of them must run it when one does. ``device``: where the outputs go; by default they stay on the host.
@@ -52,7 +41,7 @@ class CachedTeacher:
 
     def __init__(
         self,
-        live: LiveTeacher,
+        live: Callable[[Samples], Output],
         folder: Path,
         k: int = TOP,
         wanted: Callable[[bool], bool] = lambda missing: missing,

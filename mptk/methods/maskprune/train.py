@@ -11,6 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -34,6 +35,7 @@ Extra = tuple[Callable[[], dict[str, Tensor]], Callable[[Mapping[str, Tensor]], 
 """State that checkpoints hold besides the student's: a call that returns it, and one that restores it."""
 
 
+@dataclass(eq=False)
 class Loop:
     """The steps of one phase. ``run`` continues from the newest checkpoint of the phase, if there is one.
 
@@ -50,34 +52,29 @@ class Loop:
         extra: state that checkpoints also hold.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        student: nn.Module,
-        teacher: Teacher,
-        task: Task,
-        samples: Samples,
-        steps: int,
-        settings: Training,
-        *,
-        phase: str,
-        folder: RunFolder,
-        first_row: int = 0,
-        each_step: Callable[[int], Metrics] = lambda tokens: {},
-        extra: Extra | None = None,
-        watch: Watch | None = None,
-        progress: Callable[[int, int, Metrics], None] = lambda done, total, metrics: None,
-    ) -> None:
-        self.accelerator, self.teacher, self.task = accelerator, teacher, task
-        self.samples, self.steps = samples, steps
-        self.settings, self.phase, self.folder, self.first_row = settings, phase, folder, first_row
-        self.each_step, self.extra, self.watch, self.progress = each_step, extra, watch, progress
-        trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
-        assert settings.lr is not None
-        self.peak = settings.lr
-        optimizer = torch.optim.AdamW(trained.values(), lr=self.peak, weight_decay=0.0, fused=True)
-        self.student, self.optimizer = prepare(accelerator, student, optimizer)
-        self.parameters = {n: p for n, p in student.named_parameters() if n in trained}  # FSDP2 replaced them
+    accelerator: Accelerator
+    student: nn.Module
+    teacher: Teacher
+    task: Task
+    samples: Samples
+    steps: int
+    settings: Training
+    phase: str
+    folder: RunFolder
+    first_row: int = 0
+    each_step: Callable[[int], Metrics] = lambda tokens: {}
+    extra: Extra | None = None
+    watch: Watch | None = None
+    progress: Callable[[int, int, Metrics], None] = lambda done, total, metrics: None
+
+    def __post_init__(self) -> None:
+        given, rate = self.student, self.settings.lr
+        trained = {n: p for n, p in given.named_parameters() if p.requires_grad}
+        assert rate is not None
+        self.peak = rate
+        optimizer = torch.optim.AdamW(trained.values(), lr=rate, weight_decay=0.0, fused=True)
+        self.student, self.optimizer = prepare(self.accelerator, given, optimizer)
+        self.parameters = {n: p for n, p in given.named_parameters() if n in trained}  # FSDP2 replaced them
 
     def run(self) -> None:
         """Train to the last step.

@@ -1,35 +1,30 @@
-"""charts: one function draws one chart of a pruned folder."""
+"""charts: one function draws one chart of a pruned folder, or of timings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mptk.files import write_result
 from mptk.ir.plan import FamilyPlan
 from mptk.ort.bench import Bench
-from mptk.report.page.runs import Run
-from mptk.report.page.svg import BAD, INK, LINE, PAPER, QUIET, SERIES, Svg, chart
+from mptk.plain import plain
+from mptk.report.compare import Comparable, front
+from mptk.report.page.svg import BAD, INK, PAPER, QUIET, SERIES, WIDTH, Svg, chart, save
+from mptk.report.runs import Run, model_name
+from mptk.report.view import plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ROW = 0.38
-"""Inches of a row of bars."""
-TICKS = 64
-"""More legal widths than that are drawn as a line."""
 CELLS = 192
 """Columns of a map of units. More units than that share a cell."""
 FAINT = 1e-10
 """Where a difference of zero stands on a scale of powers of ten."""
-COSTS = (
-    ("block", "block parameters"),
-    ("parameters", "all parameters"),
-    ("flops", "FLOPs a token"),
-    ("bytes", "bytes"),
-    ("latency_ms", "predicted latency"),
-)
 TRACES = (
     ("loss", ("loss", "lm", "kl")),
     ("cost", ("cost", "target")),
@@ -37,56 +32,6 @@ TRACES = (
     ("dual z, and what is left of removed masks", ("z", "tail")),
 )
 """Title → the metrics that it shows; one that ends in ``/`` stands for all that begin so."""
-
-
-def widths_chart(run: Run) -> Svg:
-    """A bar for each family: what was kept of its dense width. Marks below it are the legal widths."""
-    families = list(run.report.families.items())
-
-    def draw(axes: Axes) -> None:
-        _share_axis(axes, [name for name, _ in families])
-        for row, (name, family) in enumerate(families):
-            legal = run.report.legal.get(name, {"widths": (), "refused": None})
-            share, of = family["width"] / family["of"], family["of"]
-            colour = QUIET if legal["refused"] else SERIES[0]
-            axes.barh(row, 1, 0.5, color=LINE)
-            axes.barh(row, share, 0.5, color=colour, alpha=0.5 if legal["refused"] else 1)
-            text = f"{of} → {family['width']}" if share < 1 else f"{of}, refused" if legal["refused"] else f"{of}"
-            axes.text(1.02, row, text, va="center", size=9)
-            shares = [width / of for width in legal["widths"]]
-            if len(shares) > TICKS:
-                axes.plot([shares[0], shares[-1]], [row + 0.36] * 2, color=INK, linewidth=1)
-            elif len(shares) > 1:
-                axes.plot(shares, [row + 0.36] * len(shares), "|", color=INK, markersize=4, markeredgewidth=0.8)
-
-    return chart(draw, f"{run.name}: the width of each family", 0.45 + ROW * len(families))
-
-
-def cost_chart(run: Run) -> Svg:
-    """A bar for each cost: the pruned model's share of the dense one's."""
-    dense, pruned = run.report.cost["dense"], run.report.cost["pruned"]
-    rows = [(key, label) for key, label in COSTS if dense.get(key)]
-
-    def draw(axes: Axes) -> None:
-        _share_axis(axes, [label for _, label in rows])
-        for row, (key, _) in enumerate(rows):
-            share = pruned[key] / dense[key]
-            axes.barh(row, 1, 0.5, color=LINE)
-            axes.barh(row, share, 0.5, color=SERIES[0])
-            axes.text(1.02, row, f"{1 - share:.1%} less", va="center", size=9)
-
-    return chart(draw, f"{run.name}: costs as shares of the dense model's", 0.45 + ROW * len(rows))
-
-
-def _share_axis(axes: Axes, names: Sequence[str]) -> None:
-    """Rows from the top down, on a scale from nothing to all, with room for a text at the right."""
-    axes.set_yticks(range(len(names)), [short(name) for name in names])
-    axes.set_ylim(len(names) - 0.45, -0.55)
-    axes.set_xlim(0, 1.3)
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
-    axes.tick_params(axis="y", length=0)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_visible(False)
 
 
 def kept_shares(family: FamilyPlan) -> tuple[np.ndarray, int]:
@@ -210,56 +155,68 @@ def proof_chart(run: Run) -> Svg:
 
 
 def bench_chart(run: Run, bench: Bench) -> Svg:
-    """A bar for each graph in each case: its time over the first graph's. A mark is the ideal."""
+    """The timings of a run's graphs."""
+    label = f"{run.name}: times in ONNX Runtime over those of {bench.graphs[0].name}, and the ideal"
+    return chart(partial(bench_bars, bench=bench), label, bench_height(bench))
+
+
+def plot_bench(bench: Bench, path: Path) -> None:
+    """The timings as a picture, of the format that the suffix of ``path`` names (png, svg, pdf)."""
+    write = partial(write_result, path)
+    save(partial(bench_bars, bench=bench), bench_height(bench), 1.6 * WIDTH, lambda figure: write(figure.savefig))
+
+
+def bench_height(bench: Bench) -> float:
+    """The inches that ``bench_bars`` needs."""
+    graphs, cases = len(bench.graphs), len({row.case for row in bench.rows})
+    return 0.9 + 0.22 * -(-graphs // 2) + cases * max(0.45, 0.24 * graphs)
+
+
+def bench_bars(axes: Axes, bench: Bench) -> None:
+    """Draw a bar for each graph in each case: its time over the first graph's. A mark is the ideal."""
     cases = list(dict.fromkeys(row.case for row in bench.rows))
     graphs = [graph.name for graph in bench.graphs]
     tall = 0.8 / len(graphs)
+    for row in bench.rows:
+        at, index = cases.index(row.case), graphs.index(row.graph)
+        place = at + (index - (len(graphs) - 1) / 2) * tall
+        label = "_" if at else short(plain(row.graph))
+        axes.barh(place, row.ratio, tall * 0.85, color=SERIES[index % len(SERIES)], label=label)
+        axes.text(row.ratio + 0.02, place, f" {row.ms:.1f} ms", va="center", size=8.5)
+        if index:
+            ends, ideal = [place - tall * 0.5, place + tall * 0.5], "_" if at or index > 1 else "ideal"
+            axes.plot([row.ideal] * 2, ends, color=INK, linewidth=2, solid_capstyle="butt", label=ideal)
+    axes.set_yticks(range(len(cases)), [f"{case}\n{plural(case.threads, 'thread')}" for case in cases])
+    axes.set_ylim(len(cases) - 0.45, -0.55)
+    axes.set_xlim(0, 1.25 * max(row.ratio for row in bench.rows))
+    axes.set_xlabel(f"time / time of {short(plain(graphs[0]))}")
+    axes.figure.legend(loc="outside upper left", ncols=2, handlelength=1.2)
+    axes.tick_params(axis="y", length=0)
+
+
+def pareto_chart(group: Comparable) -> Svg:
+    """Quality over the share of block parameters that was removed. The line is the Pareto front."""
+    metric, dense = str(group.first.report.quality["metric"]), group.first.report.quality["dense"]
+    best = front(group)
 
     def draw(axes: Axes) -> None:
-        for index, name in enumerate(graphs):
-            rows = {row.case: row for row in bench.rows if row.graph == name}
-            for at, case in enumerate(cases):
-                if case not in rows:
-                    continue
-                row, place = rows[case], at + (index - (len(graphs) - 1) / 2) * tall
-                label = short(name) if at == 0 else "_"
-                axes.barh(place, row.ratio, tall * 0.85, color=SERIES[index % len(SERIES)], label=label)
-                axes.text(row.ratio + 0.02, place, f" {row.ms:.1f} ms", va="center", size=8.5)
-                if index:
-                    ends = [place - tall * 0.5, place + tall * 0.5]
-                    ideal = "ideal" if at == 0 and index == 1 else "_"
-                    axes.plot([row.ideal] * 2, ends, color=INK, linewidth=2, solid_capstyle="butt", label=ideal)
-        threads = [f"{case}\n{case.threads} thread{'s' * (case.threads != 1)}" for case in cases]
-        axes.set_yticks(range(len(cases)), threads)
-        axes.set_ylim(len(cases) - 0.45, -0.55)
-        axes.set_xlim(0, 1.25 * max(row.ratio for row in bench.rows))
-        axes.set_xlabel(f"time / time of {short(graphs[0])}")
-        axes.figure.legend(loc="outside upper left", ncols=2, handlelength=1.2)
-        axes.tick_params(axis="y", length=0)
+        line = [(0.0, dense), *((100 * run.report.sparsity, run.report.quality["pruned"]) for run in best)]
+        axes.plot(*zip(*line, strict=True), color=QUIET, linewidth=1, linestyle="--", zorder=1)
+        axes.plot(0, dense, "D", color=INK, label=f"dense {model_name(group.first.report.model)}"[:44])
+        for number, run in enumerate(group.runs):
+            colour, marker = SERIES[number % len(SERIES)], "os^vPX"[number // len(SERIES) % 6]
+            x, y = 100 * run.report.sparsity, run.report.quality["pruned"]
+            label = f"{short(run.name)} ({run.report.settings.method})"
+            axes.plot(x, y, marker, color=colour, markersize=8, label=label)
+        axes.set_xlabel("block parameters removed (%)")
+        axes.set_ylabel(f"{metric} ({'more' if group.rises else 'less'} is better)")
+        axes.grid(linewidth=0.6)
+        axes.figure.legend(loc="outside lower left", ncols=1)
 
-    wanted = 0.9 + 0.22 * -(-len(graphs) // 2) + len(cases) * max(0.45, 0.24 * len(graphs))
-    return chart(draw, f"{run.name}: times in ONNX Runtime over those of {graphs[0]}, and the ideal", wanted)
+    label = f"{metric} over the share removed, of {', '.join(run.name for run in group.runs)}"
+    return chart(draw, label, 2.7 + 0.2 * len(group.runs))
 
 
 def short(name: str, most: int = 24) -> str:
     """A name that fits a legend: its end, which tells paths apart."""
     return name if len(name) <= most else f"…{name[1 - most :]}"
-
-
-def stages_chart(run: Run) -> Svg:
-    """The seconds of each stage of the run, the longest ten."""
-    rows = sorted(run.report.stages, key=lambda stage: -stage["seconds"])[:10]
-
-    def draw(axes: Axes) -> None:
-        longest = max((stage["seconds"] for stage in rows), default=1) or 1
-        axes.barh(range(len(rows)), [stage["seconds"] for stage in rows], 0.6, color=SERIES[0])
-        for row, stage in enumerate(rows):
-            axes.text(stage["seconds"] + 0.02 * longest, row, f"{stage['seconds']:.1f} s", va="center", size=9)
-        axes.set_yticks(range(len(rows)), [short(stage["name"]) for stage in rows])
-        axes.set_ylim(len(rows) - 0.45, -0.55)
-        axes.set_xlim(0, 1.2 * longest)
-        axes.set_xticks([])
-        axes.tick_params(axis="y", length=0)
-        axes.spines["bottom"].set_visible(False)
-
-    return chart(draw, f"{run.name}: seconds of each stage", 0.2 + 0.28 * max(1, len(rows)))

@@ -66,13 +66,17 @@ class Layer:
     refused: frozenset[str]
 
     @property
-    def rows(self) -> list[tuple[str, str, list[tuple[int, str]]]]:
+    def rows(self) -> list[tuple[str, str, str]]:
         """Each weight, its shape, and each of its dimensions with the families in it."""
         found: dict[str, dict[int, list[str]]] = {}
         for edge in self.edges:
             found.setdefault(edge.weight, {}).setdefault(edge.dim, []).append(edge.family)
         return [
-            (name, " × ".join(map(str, self.shapes[name])), [(dim, ", ".join(dims[dim])) for dim in sorted(dims)])
+            (
+                name,
+                " × ".join(map(str, self.shapes[name])),
+                "; ".join(f"{dim}: {', '.join(dims[dim])}" for dim in sorted(dims)),
+            )
             for name, dims in found.items()
         ]
 

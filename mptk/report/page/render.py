@@ -1,61 +1,49 @@
-"""render: values to pages. Templates lay out, every text is escaped; only ``Svg`` goes in as it is."""
+"""render: views to pages, with charts. The template lays out, every text is escaped; only ``Svg`` goes in as it is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from mptk.conform import made
 from mptk.ir.families import Analysis
 from mptk.plain import plain
+from mptk.protocols.report import Row, unreadable
 from mptk.protocols.shapes import Shapes
-from mptk.report.page import charts, shapes, words
-from mptk.report.page.compare import Comparable, front, grouped, pareto_chart
+from mptk.report import sections
+from mptk.report.analysis import analysis_view
+from mptk.report.compare import grouped, heading
+from mptk.report.page import charts, shapes
 from mptk.report.page.coupling import coupled, coupling_chart
-from mptk.report.page.runs import Run, guarded, model_name, whole
 from mptk.report.page.svg import Svg, require_matplotlib
+from mptk.report.runs import Run
+from mptk.report.view import Bad, Good, Section, Table, View, figure, large, megabytes
 from mptk.version import __version__
 from passes.targets.legalize import LegalWidths
 
-
-@dataclass(frozen=True)
-class Ranking:
-    """The shapes of a search. ``training`` is None if none was trained."""
-
-    found: Shapes
-    front: Svg
-    training: Svg | None
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
+FRONT = "The dashed line is the Pareto front."
 
 
 @dataclass(frozen=True)
-class RunView:
-    """A run with its charts. ``kept``: family → its map. ``traces``: phase → its charts."""
+class Figure:
+    """A chart with what is said of it. The words of its section stand beside it, or below one that is ``wide``."""
 
-    run: Run
     title: str
-    tiles: Sequence[tuple[str, str, str]]
-    families: Sequence[Mapping[str, str]]
-    widths: Svg
-    cost: Svg
-    kept: Mapping[str, Svg]
-    traces: Mapping[str, Sequence[Svg]]
-    proof: Svg | None
-    bench: Svg | None
-    search: Ranking | None
-    stages: Svg
+    chart: Svg
+    caption: str = ""
+    wide: bool = False
 
 
 @dataclass(frozen=True)
-class GroupView:
-    """Runs that may be compared, with their chart. ``best``: the names of those that no other beats."""
+class Chapter:
+    """A view on a page. ``figures``: title of a section → its charts. ``tiles``: what, how much, and from what."""
 
-    group: Comparable
-    chart: Svg
-    best: Sequence[str]
+    view: View
+    figures: Mapping[str, Sequence[Figure]]
+    about: str = ""
+    tiles: Sequence[tuple[str, str, str]] = ()
 
 
 def report_page(runs: Sequence[Run]) -> str:
@@ -65,83 +53,56 @@ def report_page(runs: Sequence[Run]) -> str:
         MptkError: matplotlib is not installed; or a report is not as ``mptk prune`` writes it.
     """
     require_matplotlib()
-    views = [run_view(run) for run in runs]
-    groups, unmeasured = grouped(runs) if len(runs) > 1 else ([], [])
-    compared = [GroupView(g, pareto_chart(g), [run.name for run in front(g)]) for g in groups]
-    return _filled("report.html", views=views, groups=compared, unmeasured=unmeasured)
+    chapters = [chapter(run, f"{run.name}: " if len(runs) > 1 else "") for run in runs]
+    return _filled(chapters if len(runs) == 1 else [side_by_side(runs), *chapters])
 
 
-def analysis_page(model: str, analysis: Analysis, legal: LegalWidths, blocked: Sequence[tuple[str, ...]]) -> str:
-    """One page about a model: what can be cut, and the matrices of one layer that are cut together.
+def side_by_side(runs: Sequence[Run]) -> Chapter:
+    """The runs that may be compared, with their charts."""
+    groups, _ = grouped(runs)
+    drawn = {
+        heading(number, group): [Figure("Quality over what was removed", charts.pareto_chart(group), FRONT)]
+        for number, group in enumerate(groups)
+    }
+    about = "Runs are compared if the dense model, the metric, the protocol and the text are the same."
+    return Chapter(sections.comparison_view(runs), drawn, f"{about} The details of each run follow.")
 
-    Args:
-        model: as the user named it.
-        analysis: of the model.
-        legal: what the target can hold.
-        blocked: axes that cannot be cut, each with its size, its weights and the reason.
+
+def chapter(run: Run, name: str = "") -> Chapter:
+    """The words and the charts of one run. ``name``: what its title begins with.
 
     Raises:
-        MptkError: matplotlib is not installed.
+        MptkError: its report is not as ``mptk prune`` writes it.
     """
-    require_matplotlib()
-    layer = coupled(analysis, legal)
-    chart = coupling_chart(layer) if layer.edges else None
-    return _filled(
-        "analysis.html",
-        model=model_name(model),
-        analysis=analysis,
-        legal=legal,
-        blocked=blocked,
-        layer=layer,
-        chart=chart,
-    )
-
-
-def shapes_page(found: Shapes) -> str:
-    """One page about the shapes of a search. Raises MptkError if matplotlib is not installed."""
-    require_matplotlib()
-    return _filled("shapes.html", model=model_name(found.model), view=ranking(found))
-
-
-def ranking(found: Shapes) -> Ranking:
-    """The charts and the table of a search."""
-    front, training = shapes.front_chart(found), shapes.training_chart(found)
-    return Ranking(found, front, training, shapes.columns(found), shapes.rows(found))
-
-
-def _filled(template: str, **values: Any) -> str:
-    environment = Environment(
-        loader=PackageLoader("mptk.report.page"),
-        autoescape=True,
-        finalize=lambda value: plain(value) if type(value) is str else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"figure": words.figure, "large": words.large, "ranges": words.ranges}
-    environment.globals["version"] = __version__
-    return environment.get_template(template).render(values)
-
-
-def run_view(run: Run) -> RunView:
-    """The charts and the words of one run. Raises MptkError if its report is not as ``mptk prune`` writes it."""
     try:
-        return RunView(
-            run=run,
-            title=f"{model_name(run.report.model)} pruned by {run.report.settings.method}",
-            tiles=tiles(run),
-            families=family_rows(run),
-            widths=charts.widths_chart(run),
-            cost=charts.cost_chart(run),
-            kept={name: charts.kept_chart(run, name) for name in run.kept},
-            traces={phase: charts.trace_charts(run, phase) for phase in run.metrics},
-            proof=charts.proof_chart(run) if run.report.proof else None,
-            bench=charts.bench_chart(run, run.bench) if run.bench is not None else None,
-            search=ranking(Shapes.from_json(run.report.search)) if run.report.search else None,
-            stages=charts.stages_chart(run),
-        )
+        view, drawn = sections.prune_view(run.report, run.bench), figures(run)
+        cut, *others = view.sections
+        drawings = [Section(title, []) for title in drawn if title not in {section.title for section in view.sections}]
+        about = f"{run.name} · {run.report.task} · written by mptk {run.report.mptk}"
+        return Chapter(View([cut, *drawings, *others], f"{name}{view.title}"), drawn, about, tiles(run))
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
-        raise guarded(run, error) from error
+        raise unreadable(run.name, error) from error
+
+
+def figures(run: Run) -> dict[str, list[Figure]]:
+    """The charts of a run, by the section that they belong to."""
+    kept = "A row is a layer. The darker a cell, the more of its units stay; an empty cell was removed."
+    dots = "A dot is the difference, a hollow diamond is none at all. The upright mark is the tolerance."
+    ideal = "The mark is the ideal: the ratio of operations in prefill, of bytes in decode."
+    found = {
+        "What each layer keeps": [Figure(name, charts.kept_chart(run, name), kept) for name in run.kept],
+        **{
+            f"Training: {phase}": [Figure("", drawn) for drawn in charts.trace_charts(run, phase)]
+            for phase in run.metrics
+        },
+    }
+    if run.report.search:
+        found[sections.SEARCH] = ranking_figures(made(Shapes, run.report.search))
+    if run.report.proof:
+        found[sections.PROOF] = [Figure("Difference from what each stage must equal", charts.proof_chart(run), dots)]
+    if run.bench is not None:
+        found[sections.TIMES] = [Figure("Time, with the ideal beside it", charts.bench_chart(run, run.bench), ideal)]
+    return {title: drawn for title, drawn in found.items() if drawn}
 
 
 def tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -151,35 +112,64 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     held = sum(bool(stage["ok"]) for stage in report.proof)
     found = [
         ("removed", f"{report.sparsity:.1%}", "of the block parameters"),
-        ("parameters", words.large(pruned["parameters"]), f"of {words.large(dense['parameters'])}"),
-        ("size", f"{pruned['bytes'] / 1e6:,.0f} MB", f"of {dense['bytes'] / 1e6:,.0f} MB"),
+        ("parameters", large(pruned["parameters"]), f"of {large(dense['parameters'])}"),
+        ("size", megabytes(pruned["bytes"]), f"of {megabytes(dense['bytes'])}"),
     ]
     if run.measured:
         quality = report.quality
-        found.append(
-            (str(quality["metric"]), words.figure(quality["pruned"]), f"dense {words.figure(quality['dense'])}")
-        )
-    found.append(("proof", "holds" if held == len(report.proof) else "FAILED", f"{held} of {len(report.proof)} stages"))
-    return found
+        found.append((quality["metric"], figure(quality["pruned"]), f"dense {figure(quality['dense'])}"))
+    holds = Good("holds") if held == len(report.proof) else Bad("FAILED")
+    return [*found, ("proof", holds, f"{held} of {len(report.proof)} stages")]
 
 
-def family_rows(run: Run) -> list[dict[str, str]]:
-    """Each family: its width, the legal ones, and why it was not cut further."""
-    return [
-        {
-            "name": name,
-            "layers": str(family["layers"]),
-            "width": f"{family['of']} → {family['width']}" if family["width"] < family["of"] else str(family["of"]),
-            "legal": legal_widths(run, name),
-            "why": whole(run, name),
-        }
-        for name, family in run.report.families.items()
-    ]
+def analysis_page(said: Row, analysis: Analysis, legal: LegalWidths) -> str:
+    """One page about a model: what can be cut, and the matrices of one layer that are cut together.
+
+    ``said``: of the analysis and the legal widths. Raises MptkError if matplotlib is not installed.
+    """
+    require_matplotlib()
+    view, layer = analysis_view(said), coupled(analysis, legal)
+    if not layer.edges:
+        return _filled([Chapter(view, {})])
+    title = f"One layer: {layer.name or 'the whole model'}"
+    caption = (
+        "A coloured box is a family, with its number of units in a layer. If a unit goes, it goes from every matrix "
+        "that has its colour: at the left from the first dimension, at the top from the second. The target refuses "
+        "the grey families."
+    )
+    drawn = Section(title, [Table("lll", ["weight", "shape", "families in each dimension"], layer.rows)])
+    figures = {title: [Figure("", coupling_chart(layer), caption, wide=True)]}
+    return _filled([Chapter(View([drawn, *view.sections], view.title), figures)])
 
 
-def legal_widths(run: Run, family: str) -> str:
-    """The widths of a family that the target can hold, in words."""
-    if family not in run.report.legal:
-        return "not recorded"
-    widths = run.report.legal[family]["widths"]
-    return words.ranges(widths) if len(widths) > 1 else "none narrower"
+def shapes_page(found: Shapes) -> str:
+    """One page about the shapes of a search. Raises MptkError if matplotlib is not installed."""
+    require_matplotlib()
+    view = sections.shapes_view(found)
+    best = [Section("The best one", [found.command])] if found.command else []
+    drawn = {sections.SEARCH: ranking_figures(found)}
+    return _filled([Chapter(View([*view.sections, *best], view.title), drawn)])
+
+
+def ranking_figures(found: Shapes) -> list[Figure]:
+    """The charts of a search."""
+    caption = f"Rings: before training. Dots: after. Numbers are those of the table. {FRONT}"
+    front, training = shapes.front_chart(found), shapes.training_chart(found)
+    more = "The better half of the shapes went on, and was trained twice as long."
+    trained = [] if training is None else [Figure("Training", training, more)]
+    return [Figure("What each shape costs and gives", front, caption), *trained]
+
+
+def _filled(chapters: Sequence[Chapter]) -> str:
+    environment = Environment(
+        loader=PackageLoader("mptk.report.page"),
+        autoescape=True,
+        finalize=lambda value: plain(value) if isinstance(value, str) and not hasattr(value, "__html__") else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["mark"] = lambda cell: (
+        "ok" if isinstance(cell, Good) else "bad" if isinstance(cell, Bad) else ""
+    )
+    return environment.get_template("page.html").render(chapters=chapters, version=__version__)

@@ -1,4 +1,4 @@
-"""shapes: the charts and the table of a search of the shape."""
+"""shapes: the charts of a search of the shape."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 from mptk.protocols.shapes import WORST, Shape, Shapes
 from mptk.report.page.svg import QUIET, SERIES, Svg, chart
-from mptk.report.page.words import figure, large
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 def front_chart(found: Shapes) -> Svg:
-    """The metric over the cost: rings before training, dots after; a line joins the shapes that no other beats."""
+    """The metric over the cost: rings before training, dots after; the line is the Pareto front."""
     best = sorted(found.front, key=lambda shape: shape.cost)
 
     def draw(axes: Axes) -> None:
@@ -57,52 +56,6 @@ def training_chart(found: Shapes) -> Svg | None:
         axes.figure.legend(loc="outside right upper", title="shape", handlelength=1.4)
 
     return chart(draw, f"{found.metric} of the shapes that were trained, over tokens", 3.2)
-
-
-def rows(found: Shapes) -> list[list[str]]:
-    """A row a shape, the dense model first: its mark, its number, its widths, its costs and its losses."""
-    front, tokens = found.front, trained_tokens(found)
-    table = []
-    for number, shape in enumerate((found.dense, *found.shapes)):
-        after = {rung.tokens: rung.loss for rung in shape.rungs}
-        fitted = [] if found.best.reconstructed is None else [shape.reconstructed]
-        name = "dense" if not number else f"{number} ★" if shape in front else f"{number}"
-        losses = [shape.masked, *fitted, *map(after.get, tokens)]
-        table.append(
-            [
-                name,
-                *(str(shape.widths[family]) for family in found.best.widths),
-                f"{shape.sparsity:.1%}",
-                large(shape.parameters),
-                *([] if shape.latency_ms is None else [f"{shape.latency_ms:.2f}"]),
-                *("" if loss is None else shown(found.figure(loss)) for loss in losses),
-            ]
-        )
-    return table
-
-
-def columns(found: Shapes) -> list[str]:
-    """What stands above the cells of ``rows``."""
-    return [
-        "shape",
-        *found.best.widths,
-        "removed",
-        "parameters",
-        *([] if found.dense.latency_ms is None else ["ms"]),
-        "masked",
-        *([] if found.best.reconstructed is None else ["reconstructed"]),
-        *(f"{tokens:,} tokens" for tokens in trained_tokens(found)),
-    ]
-
-
-def trained_tokens(found: Shapes) -> list[int]:
-    """The tokens that shapes were trained on, rung by rung."""
-    return sorted({rung.tokens for shape in found.shapes for rung in shape.rungs})
-
-
-def shown(value: float | None) -> str:
-    """A loss or a perplexity, of which some are enormous."""
-    return figure(value) if value is None or value < 1e5 else f"{value:.1e}"
 
 
 def cost_name(found: Shapes) -> str:

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 WIDTH = 5.0
 """Inches: 360 units, so that a phone shows the text in its own size."""
 
-INK, QUIET, LINE, PAPER = "#010101", "#010102", "#010103", "#010104"
-SERIES = ("#010201", "#010202", "#010203", "#010204", "#010205", "#010206")
-BAD = "#010301"
+INK, QUIET, LINE, PAPER = "#1f2328", "#59636e", "#d8dee4", "#ffffff"
+SERIES = ("#2a78d6", "#d9601a", "#1f9254", "#8455d1", "#c23f83", "#1a8a94")
+BAD = "#cf222e"
 CSS = {
     INK: "currentColor",
     QUIET: "var(--quiet)",
@@ -36,7 +36,7 @@ CSS = {
     BAD: "var(--bad)",
     **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, 1)},
 }
-"""Stand-ins, as matplotlib knows colours by numbers only → what the page's style sheet names."""
+"""The colours of a light page → what its style sheet names, so that a dark one has its own."""
 
 STYLE: dict[Any, Any] = {
     "axes.edgecolor": QUIET,
@@ -83,23 +83,24 @@ def require_matplotlib() -> None:
         raise MptkError("matplotlib is not installed, and it draws the charts; run: pip install 'mptk[plot]'")
 
 
-def chart(draw: Callable[[Axes], None], label: str, height: float, width: float = WIDTH) -> Svg:
-    """An SVG element with what ``draw`` puts on axes of ``width`` × ``height`` inches. ``label`` is read aloud."""
+def save(draw: Callable[[Axes], None], height: float, width: float, write: Callable[[Figure], None]) -> None:
+    """Give ``write`` a figure with what ``draw`` puts on axes of ``width`` × ``height`` inches."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    plain: dict[Any, Any] = {**matplotlib.rcParamsDefault, **STYLE}
-    plain.pop("backend", None)  # to name one would load it
-    with matplotlib.rc_context(plain):
+    settings: dict[Any, Any] = {**matplotlib.rcParamsDefault, **STYLE}
+    settings.pop("backend", None)  # to name one would load it
+    with matplotlib.rc_context(settings):
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.subplots())
-        return inline(_written(figure), label)
+        write(figure)
 
 
-def _written(figure: Figure) -> str:
+def chart(draw: Callable[[Axes], None], label: str, height: float, width: float = WIDTH) -> Svg:
+    """An SVG element with what ``draw`` puts on its axes. ``label`` is read aloud."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return plain(file.getvalue())  # XML has no place for control characters
+    save(draw, height, width, lambda f: f.savefig(file, format="svg", transparent=True, metadata={"Date": None}))
+    return inline(plain(file.getvalue()), label)  # XML has no place for control characters
 
 
 def inline(drawn: str, label: str) -> Svg:

@@ -10,10 +10,10 @@ from mptk.errors import MptkError
 from mptk.tasks.inputs.audio import Audio
 from mptk.tasks.inputs.base import Inputs
 from mptk.tasks.inputs.images import Images
-from mptk.tasks.inputs.text import Tokens
+from mptk.tasks.inputs.text import TextWindows
 
-KINDS: dict[str, Inputs] = {
-    "input_ids": Tokens(),
+INPUT_KINDS: dict[str, Inputs] = {
+    "input_ids": TextWindows(),
     "pixel_values": Images(),
     "input_features": Audio("input_features"),
     "input_values": Audio("input_values"),
@@ -23,11 +23,11 @@ KINDS: dict[str, Inputs] = {
 def inputs_of(model: nn.Module) -> Inputs:
     """What a transformers model reads. Raises MptkError for what no file here makes."""
     main = getattr(model, "main_input_name", "input_ids")
-    if main not in KINDS:  # Perceiver's ``inputs`` has another name as well
-        main = next((name for name in KINDS if name in signature(model.forward).parameters), main)
-    if main not in KINDS:
+    if main not in INPUT_KINDS:  # Perceiver's ``inputs`` has another name as well
+        main = next((name for name in INPUT_KINDS if name in signature(model.forward).parameters), main)
+    if main not in INPUT_KINDS:
         raise MptkError(f"{type(model).__name__} reads {main}, which mptk cannot make; give --inputs (docs/kinds.md)")
-    return KINDS[main]
+    return INPUT_KINDS[main]
 
 
 __all__ = ["KINDS", "Inputs", "inputs_of"]

@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
+import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor
 
-from mptk.config.settings import Settings
 from mptk.errors import MptkError
-from mptk.io.audio import find_sounds, read_sound
 from mptk.io.models import Loaded
-from mptk.io.text.sources import RANDOM
 from mptk.progress import Count
-from mptk.tasks.inputs.base import Inputs, Named, random_inputs
+from mptk.tasks.inputs.base import EXAMPLES, FileInputs, Named, preprocessor
 
-SECONDS = 1
+EXAMPLE_SECONDS = 1
 RATE = 16_000
-BATCH = 2
+Sound = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Audio(Inputs):
+class Audio(FileInputs):
     """``input_features`` (a spectrogram, [samples, mel bins, frames]) or ``input_values`` (the wave, [samples, n])."""
 
     name: str
+    what, suffixes = "WAV files", (".wav",)
 
     def example(self, model: nn.Module) -> Named:
         config: Any = model.config
         generator = torch.Generator().manual_seed(0)
         if self.name == "input_values":
-            return {self.name: torch.randn(BATCH, SECONDS * RATE, generator=generator)}
+            return {self.name: torch.randn(EXAMPLES, EXAMPLE_SECONDS * RATE, generator=generator)}
         bins = getattr(config, "num_mel_bins", None) or 80
         positions = getattr(config, "max_source_positions", None)
         if positions is None:
@@ -42,24 +43,11 @@ class Audio(Inputs):
                 f"{type(model).__name__} does not say how many frames it reads; give --inputs (docs/kinds.md)"
             )
         stride = 2  # of the convolutions before the positions, in Whisper and its kin
-        return {self.name: torch.randn(BATCH, bins, stride * positions, generator=generator)}
+        return {self.name: torch.randn(EXAMPLES, bins, stride * positions, generator=generator)}
 
-    def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
-        if settings.data == RANDOM:
-            return random_inputs(self.example(loaded.model), count, {}, settings.seed)
-        files = find_sounds(settings.data)
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(settings.seed))
-        return self._prepared(loaded, [files[i] for i in order[:count]], progress)
-
-    def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
-        data = settings.eval_data or settings.data
-        if data == RANDOM:
-            return random_inputs(self.example(loaded.model), settings.eval_windows, {}, settings.seed + 1)
-        return self._prepared(loaded, find_sounds(data)[: settings.eval_windows], lambda done, total: None)
-
-    def _prepared(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
+    def prepared(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
         """The files as the model's feature extractor prepares them; shorter sounds are padded by it."""
-        extractor = _extractor(loaded)
+        extractor = preprocessor(loaded, AutoFeatureExtractor, "feature extractor")
         rate = extractor.sampling_rate
         sounds = []
         for done, file in enumerate(files, 1):
@@ -72,12 +60,23 @@ class Audio(Inputs):
         return {self.name: made.float()}
 
 
-def _extractor(loaded: Loaded) -> Any:
+def read_sound(path: Path, rate: int) -> Sound:
+    """The samples of a WAV file with 16 bits a sample, all channels averaged, in −1..1.
+
+    Raises:
+        MptkError: it is no such file, or has another rate than ``rate`` samples a second.
+    """
+    remedy = f"convert it with ffmpeg -i IN -ar {rate} -ac 1 -c:a pcm_s16le OUT.wav"
     try:
-        return AutoFeatureExtractor.from_pretrained(loaded.path, trust_remote_code=loaded.trusted)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise MptkError(
-            f"{loaded.source} has no feature extractor that transformers can load ({reason}); add its "
-            "preprocessor_config.json, or give --data random"
-        ) from error
+        with wave.open(str(path)) as file:
+            if file.getsampwidth() != 2 or file.getframerate() != rate:
+                bits, own = 8 * file.getsampwidth(), file.getframerate()
+                raise MptkError(f"{path} has {bits} bits and {own} samples a second, not 16 and {rate}; {remedy}")
+            frames = min(file.getnframes(), path.stat().st_size // (2 * file.getnchannels()))
+            raw = np.frombuffer(file.readframes(frames), np.int16)
+            if not len(raw):
+                raise MptkError(f"{path} holds no sound; remove it or give another folder")
+            sound: Sound = (raw.reshape(-1, file.getnchannels()).mean(1) / 32768).astype(np.float32)
+            return sound
+    except (wave.Error, EOFError, OSError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise MptkError(f"{path} is not a readable WAV file ({error}); {remedy}") from error

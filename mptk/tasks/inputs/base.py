@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mptk.config.settings import Settings
-from mptk.errors import MptkError
+from mptk.errors import MptkError, first_line
+from mptk.files import path_of
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM, RANDOM_NAME
 from mptk.ir.samples import Samples
 from mptk.progress import Count
 
+EXAMPLES = 2
+"""Samples of an example: a trace takes a size of 1 for a constant."""
 Named = dict[str, Tensor]
 """Argument of ``forward`` → tensor, samples in the first dimension."""
 
@@ -24,7 +28,7 @@ class Inputs(Protocol):
     """A kind of inputs."""
 
     def example(self, model: nn.Module) -> Named:
-        """Two small samples, from the model's config alone."""
+        """Two small samples, from only the model's config."""
         ...
 
     def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
@@ -59,6 +63,62 @@ def random_inputs(example: Mapping[str, Tensor], count: int, bounds: Mapping[str
     return made
 
 
+class FileInputs(Inputs):
+    """Inputs that are made of the files of a folder. ``what``: what these are, for errors; ``suffixes``: their ends."""
+
+    what: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+
+    def prepared(self, loaded: Loaded, files: Sequence[Path], progress: Count) -> Named:
+        """The files as the model's own preprocessor makes them."""
+        raise NotImplementedError
+
+    def calibration(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Named:
+        if settings.data == RANDOM:
+            return random_inputs(self.example(loaded.model), count, {}, settings.seed)
+        files = self.find(settings.data)
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(settings.seed))
+        return self.prepared(loaded, [files[i] for i in order[:count]], progress)
+
+    def evaluation(self, loaded: Loaded, settings: Settings) -> Named:
+        data = settings.eval_data or settings.data
+        if data == RANDOM:
+            return random_inputs(self.example(loaded.model), settings.eval_windows, {}, settings.seed + 1)
+        return self.prepared(loaded, self.find(data)[: settings.eval_windows], lambda done, total: None)
+
+    def find(self, data: str) -> list[Path]:
+        """All such files in the folder ``data`` and below, in the order of their paths.
+
+        Raises:
+            MptkError: there is no such folder, or it has none.
+        """
+        folder, what = path_of(data), self.what
+        if not folder.is_dir():
+            raise MptkError(
+                f"this model reads {what}, and {data} is not a folder of them; give one with --data, or random"
+            )
+        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in self.suffixes and path.is_file())
+        if not found:
+            ends = ", ".join(self.suffixes)
+            raise MptkError(f"{data} holds no {what} ({ends}); give a folder with some, or convert them")
+        return found
+
+
+def preprocessor(loaded: Loaded, auto: Any, what: str, packages: str = "") -> Any:
+    """What ``auto``, a class of transformers, loads to prepare files for a model.
+
+    Raises:
+        MptkError: the model has none. ``what``: its name; ``packages``: a remedy of its own.
+    """
+    try:
+        return auto.from_pretrained(loaded.path, trust_remote_code=loaded.trusted)
+    except (OSError, ValueError, ImportError) as error:
+        raise MptkError(
+            f"{loaded.source} has no {what} that transformers can load ({first_line(error)}); add its "
+            f"preprocessor_config.json,{packages} or give --data random"
+        ) from error
+
+
 def accepted(model: nn.Module, inputs: Mapping[str, Tensor]) -> Named:
     """Those of ``inputs`` that the model's ``forward`` takes."""
     names = inspect.signature(model.forward).parameters
@@ -66,7 +126,7 @@ def accepted(model: nn.Module, inputs: Mapping[str, Tensor]) -> Named:
 
 
 def ordered(samples: Samples, like: Mapping[str, Tensor]) -> Samples:
-    """The samples with the model's inputs alone, in the order of ``like``, examples of them."""
+    """The samples with only the model's inputs, in the order of ``like``, examples of them."""
     for name in like:
         if name not in samples.inputs:
             raise lacking(name, like)

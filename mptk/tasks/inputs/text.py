@@ -7,22 +7,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mptk.config.settings import Settings
+from mptk.io import data
 from mptk.io.data import positions_of, protocol_name
 from mptk.io.models import Loaded
 from mptk.io.text.sources import RANDOM
 from mptk.progress import Count
-from mptk.tasks.inputs.base import Inputs, Named
-from mptk.tasks.windows import calibration_windows, evaluation_windows
+from mptk.tasks.inputs.base import EXAMPLES, Inputs, Named
 
-BATCH, SEQUENCE = 2, 7
+SEQUENCE = 7
 
 
-def example_ids(batch: int = BATCH, length: int = SEQUENCE) -> Tensor:
+def example_ids(batch: int = EXAMPLES, length: int = SEQUENCE) -> Tensor:
     """Small token ids, int64 [batch, length]."""
     return torch.arange(batch * length).reshape(batch, length) % 11 + 1
 
 
-class Tokens(Inputs):
+class TextWindows(Inputs):
     """``input_ids``: windows of a text without padding. They are no longer than the model's positions."""
 
     def example(self, model: nn.Module) -> Named:
@@ -59,3 +59,24 @@ def vocabulary(model: PreTrainedModel) -> int:
     """How many tokens a transformers model has."""
     size: int = model.config.get_text_config().vocab_size
     return size
+
+
+def calibration_windows(loaded: Loaded, settings: Settings, count: int, progress: Count) -> Tensor:
+    """Up to ``count`` windows of the calibration text, int64 [n, length]. Raises what ``data.calibration`` raises."""
+    return data.calibration(
+        loaded.whole() if settings.data == data.SELF else loaded.model,
+        loaded.tokenizer,
+        settings.data,
+        count,
+        settings.length,
+        seed=settings.seed,
+        progress=progress,
+    )
+
+
+def evaluation_windows(loaded: Loaded, settings: Settings, length: int) -> Tensor:
+    """Windows of the evaluation text, int64 [n, length]. Raises what ``data.evaluation_windows`` raises."""
+    source = settings.eval_data or settings.data
+    windows = data.evaluation_windows(loaded.tokenizer, source, length, settings.eval_windows)
+    data.check_ids(loaded.model, windows)
+    return windows

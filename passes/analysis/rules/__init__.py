@@ -2,14 +2,10 @@
 
 from mptk.plugins import load_plugins
 from passes.analysis.rules import (  # noqa: F401
-    complex,
     contract,
     convolution,
-    create,
-    fixed,
     index,
     move,
-    norm,
     opaque,
     order,
     pointwise,
@@ -17,7 +13,6 @@ from passes.analysis.rules import (  # noqa: F401
     recurrent,
     reduce,
     shape,
-    vmap,
 )
 from passes.analysis.rules.context import Value
 from passes.analysis.rules.pointwise import POINTWISE
@@ -27,7 +22,7 @@ __all__ = ["POINTWISE", "RULES", "Result", "Rule", "Value", "list_rules", "load_
 
 
 def load_rules() -> dict[str, Rule]:
-    """All rules by op: mptk's, and those that plugins register when they are imported (group ``mptk.rules``)."""
+    """All rules by op: mptk's, and the rules that plugins register when they are imported (group ``mptk.rules``)."""
     load_plugins("mptk.rules")
     return RULES
 

@@ -1,20 +1,21 @@
-"""context: the interface of rules: the tensors of a call, and the two protocols that rules use.
-
-``RuleContext`` is given to a rule while axes are propagated (``passes/analysis/recorder.py`` implements it).
-``Resizer`` is given to a rule's ``resize`` when the graph is cut (``passes/transforms/rewrite.py`` implements it).
-"""
+"""context: the interface of rules while axes are propagated: the tensors of a call, and what a rule may record."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor, fx
-from torch.fx.node import Argument
 
-from mptk.ir.axes import Term
-from mptk.ir.axis_facts import Dims, Note, ReductionKind
+from mptk.ir.axes import Term, add_role, axis, freeze, leaves
+from mptk.ir.axis_facts import Contraction, Dims, Positions, Reduction, ReductionKind, Results, Route
+from mptk.ir.ops import base_name, op_name
+from mptk.ir.program import Program
+from mptk.ir.source_location import SourceLocation
+from mptk.ir.unification import unify
+from passes.analysis.dependence import Dependence
+
+UNCHANGED = ("aten.lift_fresh_copy", "aten.to", "aten.clone")
 
 
 @dataclass(frozen=True)
@@ -33,81 +34,141 @@ class Value:
         return tuple(d.size for d in self.dims)
 
 
-class RuleContext(Protocol):
-    """The methods for a rule. ``node`` is always the rule's own call."""
+class RuleContext:
+    """The methods for a rule, and its findings. ``node`` is always the rule's own call.
+
+    ``positions_in``: value that holds positions → the axis of these positions.
+    """
+
+    def __init__(self, program: Program, depends: Dependence) -> None:
+        self.program, self.depends = program, depends
+        self.contractions: list[Contraction] = []
+        self.reductions: list[Reduction] = []
+        self.inner_values: list[Dims] = []
+        self.routes: list[Route] = []
+        self.positions_in: dict[fx.Node, Positions] = {}
+
+    # ---- for rules ----
 
     def unify(self, a: Term, b: Term, node: fx.Node) -> None:
         """Make the two dimensions one axis: they are cut together."""
+        unify(a, b, SourceLocation(node))
 
     def freeze(self, term: Term, reason: str, node: fx.Node) -> None:
         """Forbid a cut of ``term``. The user sees the reason with the call's module and source line."""
+        if leaves(term):
+            freeze(term, f"{reason} ({SourceLocation(node)})")
 
     def frozen(self, size: int, reason: str, node: fx.Node) -> Term:
         """A fresh axis that cannot be cut."""
+        term = axis(size)
+        self.freeze(term, reason, node)
+        return term
 
     def role(self, term: Term, role: str) -> None:
         """Note a use of an axis. It serves only the family's name for people."""
+        add_role(term, role)
 
     def contract(self, node: fx.Node, left: Value, i: int, right: Value, j: int, out: Dims, also: Dims = ()) -> None:
         """Record a sum of products over dimension ``i`` of ``left`` and ``j`` of ``right``, and tie the two.
 
         ``out``: the result's dimensions. ``also``: further dimensions that the same call sums over.
         """
+        for value, dim, other in ((left, i, right), (right, j, left)):
+            if self.is_weight(other.node):
+                self.pin_input(node, Value(value.node, tuple(t for d, t in enumerate(value.dims) if d != dim)))
+        self.unify(left.dims[i], right.dims[j], node)
+        self.inner((*out, left.dims[i], *also))
+        self.contractions.append(Contraction(node, left.dims[i], (left.node, i), (right.node, j), out))
 
     def reduce(self, node: fx.Node, term: Term, kind: ReductionKind, source: fx.Node | None = None) -> None:
         """Record that the call reduces ``source`` (default: its first operand) over ``term``."""
+        self.reductions.append(Reduction(node, term, kind, source or node.all_input_nodes[0]))
 
     def inner(self, dims: Dims) -> None:
         """Record a value of these dimensions inside the call, such as attention scores."""
+        self.inner_values.append(dims)
 
     def route(self, rows: Term, expert: Term) -> None:
         """Record that ``rows`` were sorted by expert: a row determines its ``expert``."""
+        self.routes.append(Route(rows, expert))
 
     def positions(self, value: Value) -> Term | None:
         """The axis whose positions the integers in ``value`` are; None if it is not known."""
+        return self.positions_of(value.node)
 
     def index(self, node: fx.Node, indices: Value, indexed: Term) -> None:
         """Record that ``indexed`` is read or written at ``indices``: tie it to their axis, or freeze it."""
+        domain = self.positions(indices)
+        if domain is not None and domain.size == indexed.size:
+            self.unify(domain, indexed, node)
+            return
+        computed = indices.node in self.depends.variables
+        source = "positions computed in the model" if computed else "the model's input or a constant"
+        self.freeze(indexed, f"indexed by {source}", node)
+        if domain is not None:
+            self.freeze(domain, "its positions index another axis", node)
 
     def pin_input(self, node: fx.Node, value: Value) -> None:
         """Freeze an operand that is combined with a weight, if it depends only on the user's inputs."""
+        if value.node in self.depends.activations and value.node not in self.depends.variables:
+            self.freeze_input(value.dims, node)
 
     def is_weight(self, node: fx.Node) -> bool:
         """Whether a value depends on weights only."""
+        return node in self.depends.variables and node not in self.depends.activations
 
     def constant(self, node: fx.Node) -> Tensor | None:
         """The tensor of a constant in the model's code; None for any other value."""
+        *_, node = self._origins(node)
+        if node.op != "placeholder" or node.name not in self.program.signature.inputs_to_lifted_tensor_constants:
+            return None
+        return self.program.state[self.program.weights[node.name]]
 
+    @staticmethod
+    def _origins(node: fx.Node) -> list[fx.Node]:
+        """A value, what it is a copy of, what that is a copy of, …"""
+        found = [node]
+        while node.op == "call_function" and op_name(node).startswith(UNCHANGED):
+            node = node.all_input_nodes[0]
+            found.append(node)
+        return found
 
-class Resizer(Protocol):
-    """The methods for ``resize``. ``node`` is the call in the graph that is being cut."""
+    # ---- for the walk ----
 
-    def dims(self, node: fx.Node) -> Dims:
-        """The terms of the call's result in the dense graph."""
+    def is_zero(self, node: fx.Node, written: AbstractSet[fx.Node]) -> bool:
+        """Whether a constant holds zeros only, and is in no memory that a call writes to.
 
-    def note(self, node: fx.Node, kind: type[Note]) -> Note | None:
-        """The note of the call's rule, if it is of this kind."""
+        A call made it so, or it is a buffer of known values that no checkpoint holds.
+        """
+        *copies, node = self._origins(node)
+        if not written.isdisjoint([*copies, node]):
+            return False
+        if node.op == "call_function":
+            return base_name(node.target) in ("zeros", "new_zeros", "zeros_like")
+        name = self.program.weights.get(node.name)
+        known = None if name is None else self.program.state.in_memory(name)
+        return known is not None and not known.any()
 
-    def size(self, term: Term) -> int:
-        """The size of a dimension after the cut."""
+    def freeze_input(self, dims: Dims, node: fx.Node) -> None:
+        """Freeze dimensions of the user's inputs."""
+        for d in dims:
+            self.freeze(d, "comes from the model's input", node)
 
-    def changed(self, term: Term) -> bool:
-        """Whether the cut changes the size of a dimension."""
+    def positions_of(self, node: fx.Node) -> Term | None:
+        """The axis whose positions a value holds, which must be one tensor; None if it holds none."""
+        found = self.positions_in.get(node)
+        assert not isinstance(found, list), f"{node} has several results"
+        return found
 
-    def scaled(self, argument: Argument, term: Term) -> Argument:
-        """A size argument after the cut. −1 stays; a symbolic size that also counts channels is scaled."""
+    def freeze_positions(self, node: fx.Node) -> None:
+        """Freeze the axes whose positions the operands hold, since the call computes with the positions."""
+        for source in node.all_input_nodes:
+            if (domain := self.positions_of(source)) is not None:
+                self.freeze(domain, "its positions are computed with", node)
 
-    def replace(self, node: fx.Node, op: str, arguments: tuple[Argument, ...]) -> None:
-        """Make ``node`` a call of another op."""
-
-    def scale(self, node: fx.Node, factor: float) -> None:
-        """Multiply the result of ``node`` by ``factor`` for all its users."""
-
-    def index(self, before: fx.Node, positions: Sequence[int]) -> fx.Node:
-        """A constant index of ``positions``, for use in ``before``."""
-
-    def copy(self, before: fx.Node, source: fx.Node) -> fx.Node:
-        """A contiguous copy of ``source``, for use in ``before``."""
-
-    def epsilon(self, node: fx.Node) -> float:
-        """The default epsilon of a norm: that of the type in which it computes, float32 or wider."""
+    def carried(self, node: fx.Node, results: Results) -> Positions:
+        """The axes whose positions the results hold, if the call only moves the first operand's values."""
+        source = node.args[0] if node.args else None
+        domain = self.positions_of(source) if isinstance(source, fx.Node) else None
+        return [domain] * len(results) if domain is not None and isinstance(results, list) else domain

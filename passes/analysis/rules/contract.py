@@ -12,8 +12,8 @@ from mptk.ir.axes import ONE, Axis, Term, axes_in, axis, product, require_multip
 from mptk.ir.axis_facts import AxisFacts, Dims
 from mptk.ir.ops import base_name, named_argument, op_name
 from mptk.ir.sizes import result_shape
-from passes.analysis.rules.context import Resizer, RuleContext, Value
-from passes.analysis.rules.notes import Counted
+from passes.analysis.rules.context import RuleContext, Value
+from passes.analysis.rules.resizer import Counted, Resizer
 from passes.analysis.rules.table import Result, ZeroOf, align, rule
 
 BIAS_FIRST = ("addmm", "baddbmm", "addmv")
@@ -28,10 +28,6 @@ def zero_of_product(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
     by_rows = base_name(node.target) in ("linear", "inner") or len(result_shape(b)) == 1
     found = zero_of_kept(facts, zero, a, -1) | zero_of_kept(facts, zero, b, -1 if by_rows else -2)
     return found if bias is None else found & zero(bias)
-
-
-def _ndim(ctx: RuleContext, value: fx.Node) -> int:
-    return len(result_shape(value))
 
 
 def zero_of_kept(facts: AxisFacts, zero: ZeroOf, value: fx.Node, contracted: int) -> set[Axis]:
@@ -209,11 +205,6 @@ def _letters(subscripts: str, ndim: int) -> list[str]:
     return [*before, *(f"…{i}" for i in reversed(range(hidden))), *after]
 
 
-def _zero_of_attention(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """Zero along heads and value channels if the values are."""
-    return zero(node.args[2])
-
-
 def _resize_attention(resizer: Resizer, node: fx.Node) -> None:
     """Keep the dense model's scale 1/√(old head size) if q and k lose channels."""
     channels = resizer.note(node, Counted)
@@ -221,7 +212,7 @@ def _resize_attention(resizer: Resizer, node: fx.Node) -> None:
         node.update_kwarg("scale", 1 / math.sqrt(channels.term.size))
 
 
-@rule("aten.scaled_dot_product_attention", zero=_zero_of_attention, resize=_resize_attention)
+@rule("aten.scaled_dot_product_attention", zero=lambda node, zero, facts: zero(node.args[2]), resize=_resize_attention)
 def attention(
     ctx: RuleContext, node: fx.Node, q: Value, k: Value, v: Value, mask: Value | None = None, *_: object, **__: object
 ) -> Result:

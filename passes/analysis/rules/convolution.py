@@ -12,13 +12,12 @@ from mptk.ir.axis_facts import AxisFacts, Dims
 from mptk.ir.ops import named_argument
 from mptk.ir.sizes import result_shape, shape_of
 from passes.analysis.rules.context import RuleContext, Value
-from passes.analysis.rules.notes import Counted
-from passes.analysis.rules.resizes import counted_argument
+from passes.analysis.rules.resizer import Counted, counted_argument
 from passes.analysis.rules.table import Result, ZeroOf, meet, rule, zero_of_first
 
 
 def _space(ctx: RuleContext, node: fx.Node, x: Value, first: int) -> Dims:
-    """Freeze the operand's spatial dimensions and make those of the (first) result."""
+    """Freeze the operand's spatial dimensions and make the (first) result's."""
     result = node.meta["val"]
     for d in x.dims[first:]:
         ctx.freeze(d, "positions in space", node)

@@ -11,10 +11,10 @@ from mptk.ir.axes import Axis, Term, axes_in, axis, concat
 from mptk.ir.axis_facts import AxisFacts, Dims, Results
 from mptk.ir.ops import argument_names, base_name, named_argument
 from mptk.ir.sizes import result_shape
-from passes.analysis.rules.context import Resizer, RuleContext, Value
-from passes.analysis.rules.notes import Picked
+from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
 from passes.analysis.rules.pointwise import broadcast
+from passes.analysis.rules.resizer import Picked, Resizer
 from passes.analysis.rules.shape import cut
 from passes.analysis.rules.table import Result, ZeroOf, align, freeze_positions, lone, meet, normalize, rule
 
@@ -187,11 +187,7 @@ def _zero_of_scatter(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]
 
 
 @rule(
-    "aten.scatter",
-    "aten.scatter_",
-    "aten.scatter_add",
-    "aten.scatter_add_",
-    "aten.scatter_reduce",
+    *("aten.scatter", "aten.scatter_", "aten.scatter_add", "aten.scatter_add_", "aten.scatter_reduce"),
     zero=_zero_of_scatter,
     positions="own",
 )
@@ -212,10 +208,7 @@ def scatter(ctx: RuleContext, node: fx.Node, x: Value, dim: int, indices: Value,
 
 
 @rule(
-    "aten.index_add",
-    "aten.index_add_",
-    "aten.index_copy",
-    "aten.index_copy_",
+    *("aten.index_add", "aten.index_add_", "aten.index_copy", "aten.index_copy_"),
     zero=_zero_of_scatter,
     positions="own",
 )

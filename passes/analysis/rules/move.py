@@ -1,4 +1,4 @@
-"""Ops that move dimensions or pass them through unchanged."""
+"""Ops that move dimensions, hide them (``torch.vmap``), pair them (complex numbers) or pass them through unchanged."""
 
 from __future__ import annotations
 
@@ -6,30 +6,22 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from mptk.ir.axes import ONE
+from mptk.compat.torch import vmap_closes, vmap_opens
+from mptk.ir.axes import ONE, concat
 from mptk.ir.axis_facts import Dims
-from mptk.ir.ops import base_name
+from mptk.ir.ops import base_name, target_name
 from mptk.ir.sizes import result_shape
-from passes.analysis.rules.context import Resizer, RuleContext, Value
-from passes.analysis.rules.notes import Squeezed
+from passes.analysis.rules.context import RuleContext, Value
+from passes.analysis.rules.pointwise import broadcast
+from passes.analysis.rules.resizer import Resizer, Squeezed
 from passes.analysis.rules.table import Dim, Result, meet, normalize, normalize_all, rule
 
 
+@rule("aten.real", "aten.imag", "aten.conj", "aten._conj", "aten.angle", zero="keep")
 @rule(
-    "aten.to",
-    "aten._to_copy",
-    "aten.type_as",
-    "aten.clone",
-    "aten.contiguous",
-    "aten.alias",
-    "aten.detach",
-    "aten.detach_",
-    "aten.lift_fresh_copy",
-    "aten.dropout",
-    "aten.dropout_",
-    "aten.feature_dropout",
-    "aten.resolve_conj",
-    "aten.resolve_neg",
+    *("aten.to", "aten._to_copy", "aten.type_as", "aten.clone", "aten.contiguous", "aten.alias", "aten.detach"),
+    *("aten.detach_", "aten.lift_fresh_copy", "aten.dropout", "aten.dropout_", "aten.feature_dropout"),
+    *("aten.resolve_conj", "aten.resolve_neg"),
     zero="keep",
     positions="carry",
 )
@@ -118,3 +110,50 @@ def triangle(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object
     for d in x.dims[-2:]:
         ctx.freeze(d, "compared by position", node)
     return x.dims
+
+
+# ---- complex numbers as pairs: the pair cannot be cut ----
+
+
+def _resize_view(resizer: Resizer, node: fx.Node) -> None:
+    """The op needs even strides, so an operand sliced to an odd width is copied first."""
+    node.update_arg(0, resizer.copy(node, node.all_input_nodes[0]))
+
+
+@rule("aten.view_as_complex", zero="keep", positions="carry", resize=_resize_view)
+def view_as_complex(ctx: RuleContext, node: fx.Node, x: Value) -> Dims:
+    """x_last = 1 + 1 (real, imaginary); the others pass."""
+    ctx.unify(x.dims[-1], concat((ONE, ONE)), node)
+    return x.dims[:-1]
+
+
+@rule("aten.view_as_real", zero="keep", positions="carry")
+def view_as_real(ctx: RuleContext, node: fx.Node, x: Value) -> Dims:
+    """y = x · (1 + 1)."""
+    return (*x.dims, concat((ONE, ONE)))
+
+
+@rule("aten.complex", zero="all")
+@rule("aten.polar", zero=lambda node, zero, facts: zero(node.args[0]))
+def complex_(ctx: RuleContext, node: fx.Node, *args: object, **_: object) -> Dims:
+    """y_d = a_d = b_d."""
+    return broadcast(ctx, node, *args)
+
+
+HIDDEN = "its positions are the samples of torch.vmap"
+
+
+@rule(target_name(vmap_opens), zero="keep", positions="carry")
+def opened(ctx: RuleContext, node: fx.Node, x: Value, dim: int, level: int) -> Dims:
+    """y = x without d, which is hidden and cannot be cut. No choice of other units varies along it."""
+    d = normalize(dim, x.ndim)
+    ctx.freeze(x.dims[d], HIDDEN, node)
+    meet(ctx, x.dims, [d])
+    return (*x.dims[:d], *x.dims[d + 1 :])
+
+
+@rule(target_name(vmap_closes), zero="keep", positions="carry")
+def closed(ctx: RuleContext, node: fx.Node, x: Value, level: int, size: int, dim: int) -> Dims:
+    """y = x with the hidden dimension at d."""
+    d = normalize(dim, x.ndim + 1)
+    return (*x.dims[:d], ctx.frozen(result_shape(node)[d], HIDDEN, node), *x.dims[d:])

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from mptk.ir.axis_facts import Dims, Results
 from mptk.ir.sizes import shape_of
 from passes.analysis.rules.context import RuleContext, Value
-from passes.analysis.rules.table import rule, single
+from passes.analysis.rules.table import rule
 
 OPAQUE = (
     *("aten.stft", "aten.istft", "aten.cross_entropy_loss", "aten._unique2", "aten.linalg_cholesky"),
@@ -23,19 +23,14 @@ OPAQUE = (
     *("aten.linalg_householder_product", "aten.linalg_multi_dot", "aten.matrix_exp", "aten.linalg_matrix_exp"),
     *("aten.det", "aten.linalg_det", "aten.pinverse", "aten.linalg_pinv"),
     *("aten.as_strided", "aten.diagflat", "aten.diagonal_scatter", "aten.repeat_interleave.Tensor", "aten.take"),
-    *(
-        "aten.median.default",
-        "aten.nanmedian.default",
-        "aten.max_unpool2d",
-        "aten._weight_norm_interface",
-    ),
+    *("aten.median.default", "aten.nanmedian.default", "aten.max_unpool2d", "aten._weight_norm_interface"),
     *("aten.native_group_norm", "aten.native_batch_norm", "aten._native_batch_norm_legit_no_training"),
 )
 
 
 @rule(*OPAQUE)
 def opaque(ctx: RuleContext, node: fx.Node, *args: object, **kwargs: object) -> Results:
-    """No axis can be followed: those of the operands are frozen, and so are the fresh ones of the result."""
+    """No axis can be followed: the operands' axes are frozen, and so are the result's fresh ones."""
     for value in _values([*args, *kwargs.values()]):
         for d in value.dims:
             ctx.freeze(d, "mixed by an op that keeps no axes apart", node)
@@ -43,11 +38,6 @@ def opaque(ctx: RuleContext, node: fx.Node, *args: object, **kwargs: object) -> 
     if not isinstance(results, (list, tuple)):
         return _frozen(ctx, node, results)
     return [_frozen(ctx, node, result) if isinstance(result, Tensor) else None for result in results]
-
-
-def opaque_tensor(ctx: RuleContext, node: fx.Node, *args: object) -> Dims:
-    """``opaque`` for a call with one result."""
-    return single(opaque(ctx, node, *args))
 
 
 def _frozen(ctx: RuleContext, node: fx.Node, result: Tensor) -> Dims:

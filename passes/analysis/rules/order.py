@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from mptk.ir.axes import ONE
+from mptk.ir.axes import ONE, Term, concat
 from mptk.ir.axis_facts import Dims, Results
 from mptk.ir.ops import base_name, named_argument
 from mptk.ir.sizes import result_shape
@@ -55,16 +55,10 @@ def flip(ctx: RuleContext, node: fx.Node, x: Value, dims: Sequence[int]) -> Dims
     return pinned(ctx, node, x, [normalize(d, x.ndim) for d in dims], x.shape)
 
 
-@rule("aten.flipud", "aten.msort", zero="keep", positions="carry")
-def first(ctx: RuleContext, node: fx.Node, x: Value) -> Dims:
-    """y_0 = x_0 in another order, which pins dimension 0."""
-    return pinned(ctx, node, x, [0], x.shape)
-
-
-@rule("aten.fliplr", zero="keep", positions="carry")
-def fliplr(ctx: RuleContext, node: fx.Node, x: Value) -> Dims:
-    """y_1 = x_1 in reverse, which pins dimension 1."""
-    return pinned(ctx, node, x, [1], x.shape)
+@rule("aten.flipud", "aten.msort", "aten.fliplr", zero="keep", positions="carry")
+def reordered(ctx: RuleContext, node: fx.Node, x: Value) -> Dims:
+    """y_0 = x_0 in another order, which pins dimension 0; for ``fliplr``, dimension 1."""
+    return pinned(ctx, node, x, [int(base_name(node.target) == "fliplr")], x.shape)
 
 
 @rule("aten.rot90", zero="keep", positions="carry")
@@ -121,3 +115,82 @@ def quantile(
     ctx.freeze(x.dims[d], "ranked", node)
     several = [ctx.frozen(size, "quantiles", node) for size in (q.shape if isinstance(q, Value) else ())]
     return (*several, *(ONE if i == d else t for i, t in enumerate(x.dims) if keepdim or i != d))
+
+
+@rule("aten.diagonal", zero="keep", positions="carry")
+def diagonal(ctx: RuleContext, node: fx.Node, x: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Results:
+    """y[…, k] = x[…, k, …, k]: both dimensions are one axis. Other diagonals than the main one are opaque."""
+    i, j = normalize(dim1, x.ndim), normalize(dim2, x.ndim)
+    if offset or x.dims[i].size != x.dims[j].size:
+        return opaque(ctx, node, x)
+    ctx.unify(x.dims[i], x.dims[j], node)
+    return (*(t for d, t in enumerate(x.dims) if d not in (i, j)), x.dims[i])
+
+
+@rule("aten.linalg_diagonal", zero="keep", positions="carry")
+def linalg_diagonal(
+    ctx: RuleContext, node: fx.Node, x: Value, offset: int = 0, dim1: int = -2, dim2: int = -1
+) -> Results:
+    """y[…, k] = x[…, k, …, k]."""
+    return diagonal(ctx, node, x, offset, dim1, dim2)
+
+
+@rule("aten.diag_embed", zero="keep")
+def diag_embed(ctx: RuleContext, node: fx.Node, x: Value, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Results:
+    """y[…, k, …, k] = x[…, k]: two dimensions of one axis. Other diagonals than the main one are opaque."""
+    if offset:
+        return opaque(ctx, node, x)
+    out = list(x.dims[:-1])
+    for d in sorted((normalize(dim1, x.ndim + 1), normalize(dim2, x.ndim + 1))):
+        out.insert(d, x.dims[-1])
+    return tuple(out)
+
+
+@rule("aten.diag", zero="keep")
+def diag(ctx: RuleContext, node: fx.Node, x: Value, offset: int = 0) -> Results:
+    """The diagonal of a matrix, or the matrix of a diagonal."""
+    return diag_embed(ctx, node, x, offset) if x.ndim == 1 else diagonal(ctx, node, x, offset)
+
+
+@rule("aten.fill_diagonal_", zero=lambda node, zero, facts: zero(node.args[0]) if node.args[1] == 0 else set())
+def fill_diagonal(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) -> Dims:
+    """y = x with a number where all positions are equal: the dimensions are one axis, or none can be cut."""
+    for d in x.dims[1:]:
+        if d.size == x.dims[0].size:
+            ctx.unify(x.dims[0], d, node)
+        else:
+            ctx.freeze(d, "written at fixed positions", node)
+            ctx.freeze(x.dims[0], "written at fixed positions", node)
+    return x.dims
+
+
+@rule("aten.block_diag", zero="join")
+def block_diag(ctx: RuleContext, node: fx.Node, blocks: Sequence[Value]) -> Dims:
+    """y = the blocks along a diagonal, and zeros: it has the blocks' rows in order, and their columns."""
+    return tuple(concat((ONE, ONE, *x.dims)[-2:][i] for x in blocks) for i in (0, 1))
+
+
+@rule("aten.select_scatter", zero="all")
+def select_scatter(ctx: RuleContext, node: fx.Node, x: Value, source: Value, dim: int, index: int) -> Dims:
+    """y = x with the source at one position of d, which cannot be cut; the source has the other dimensions."""
+    d = normalize(dim, x.ndim)
+    _write(ctx, node, x, (*source.dims[:d], x.dims[d], *source.dims[d:]), d)
+    return x.dims
+
+
+@rule("aten.slice_scatter", zero="all")
+def slice_scatter(
+    ctx: RuleContext, node: fx.Node, x: Value, source: Value, dim: int = 0, *_: object, **__: object
+) -> Dims:
+    """y = x with the source at a slice of d, which cannot be cut in either; the others are equal."""
+    _write(ctx, node, x, source.dims, normalize(dim, x.ndim))
+    return x.dims
+
+
+def _write(ctx: RuleContext, node: fx.Node, x: Value, source: Sequence[Term], d: int) -> None:
+    for i, (a, b) in enumerate(zip(x.dims, source, strict=True)):
+        if i == d:
+            ctx.freeze(a, "written at fixed positions", node)
+            ctx.freeze(b, "written at fixed positions", node)
+        else:
+            ctx.unify(a, b, node)

@@ -1,13 +1,15 @@
-"""Element-wise ops: dimensions of equal size are the same axis, dimensions of 1 broadcast."""
+"""Element-wise ops (dimensions of equal size are one axis, dimensions of 1 broadcast) and ops that fill tensors."""
 
 from __future__ import annotations
 
 from torch import fx
 
-from mptk.ir.axes import ONE, Axis, Term
+from mptk.ir.axes import ONE, Axis, Term, axes_in, axis
 from mptk.ir.axis_facts import AxisFacts, Dims
 from mptk.ir.ops import named_argument
+from mptk.ir.sizes import result_shape
 from passes.analysis.rules.context import RuleContext, Value
+from passes.analysis.rules.resizer import shape_argument
 from passes.analysis.rules.shape import cut
 from passes.analysis.rules.table import Rule, ZeroOf, normalize, rule
 
@@ -29,49 +31,12 @@ def broadcast(ctx: RuleContext, node: fx.Node, *args: object, **kwargs: object) 
 
 POINTWISE = Rule(broadcast)
 
-rule(
-    "aten.neg",
-    "aten.relu",
-    "aten.relu_",
-    "aten.relu6",
-    "aten.gelu",
-    "aten.silu",
-    "aten.silu_",
-    "aten.mish",
-    "aten.tanh",
-    "aten.sin",
-    "aten.abs",
-    "aten.sqrt",
-    "aten.square",
-    "aten.erf",
-    "aten.sign",
-    "aten.leaky_relu",
-    "aten.leaky_relu_",
-    "aten.elu",
-    "aten.selu",
-    "aten.hardswish",
-    "aten.hardswish_",
-    "aten.round",
-    "aten.floor",
-    "aten.trunc",
-    "aten.sinh",
-    "aten.expm1",
-    "aten.log1p",
-    "aten.absolute",
-    "aten.negative",
-    "aten.nan_to_num",
-    "aten.hardshrink",
-    "aten.softshrink",
-    "aten.celu",
-    "aten.asinh",
-    "aten.atan",
-    "aten.tan",
-    "aten.relu6_",
-    "aten.gelu_",
-    "aten.tanh_",
-    "aten.neg_",
-    zero="keep",
-)(broadcast)
+KEEPING = (
+    "neg relu relu_ relu6 gelu silu silu_ mish tanh sin abs sqrt square erf sign leaky_relu leaky_relu_ "
+    "elu selu hardswish hardswish_ round floor trunc sinh expm1 log1p absolute negative nan_to_num "
+    "hardshrink softshrink celu asinh atan tan relu6_ gelu_ tanh_ neg_"
+)
+rule(*(f"aten.{name}" for name in KEEPING.split()), zero="keep")(broadcast)
 rule("aten.mul", "aten.mul_", "aten.multiply", "aten.__and__", "aten.logical_and", "aten.bitwise_and", zero="any")(
     broadcast
 )
@@ -89,25 +54,11 @@ rule("aten.add", "aten.add_", "aten.sub", "aten.sub_", "aten.subtract", zero=_ze
 rule("aten.maximum", "aten.minimum", "aten.logical_or", "aten.bitwise_or", "aten.__or__", zero="all")(broadcast)
 rule("aten.floor_divide", "aten.remainder", "aten.rsub", "aten.clamp_min", "aten.clamp_max", "aten.softplus")(broadcast)
 rule(
-    "aten.div",
-    "aten.div_",
-    "aten.divide",
-    "aten.true_divide",
-    "aten.fmod",
+    *("aten.div", "aten.div_", "aten.divide", "aten.true_divide", "aten.fmod"),
     zero=lambda node, zero, facts: zero(node.args[0]) - zero(node.args[1]),
 )(broadcast)
-rule(
-    "aten.where.Scalar",
-    "aten.log_sigmoid",
-    "aten.greater",
-    "aten.less",
-    "aten.greater_equal",
-    "aten.less_equal",
-    "aten.not_equal",
-    "aten.arctan2",
-    "aten.special_expm1",
-    "aten.isclose",
-)(broadcast)
+rule(*("aten.where.Scalar", "aten.log_sigmoid", "aten.arctan2", "aten.special_expm1", "aten.isclose"))(broadcast)
+rule(*("aten.greater", "aten.less", "aten.greater_equal", "aten.less_equal", "aten.not_equal"))(broadcast)
 rule("aten.addcmul", zero=lambda node, zero, facts: zero(node.args[0]) & (zero(node.args[1]) | zero(node.args[2])))(
     broadcast
 )
@@ -145,11 +96,10 @@ rule("aten.where.ScalarOther", zero=lambda node, zero, facts: zero(node.args[1])
 )
 
 
-def _zero_of_fill(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    return zero(node.args[0]) if node.args[2] == 0 else set()
-
-
-@rule("aten.masked_fill", "aten.masked_fill_", zero=_zero_of_fill)
+@rule(
+    *("aten.masked_fill", "aten.masked_fill_"),
+    zero=lambda node, zero, facts: zero(node.args[0]) if node.args[2] == 0 else set(),
+)
 def masked_fill(ctx: RuleContext, node: fx.Node, x: Value, mask: Value, value: object) -> Dims:
     """y_d = x_d = mask_d (the mask may broadcast)."""
     return broadcast(ctx, node, x, mask)
@@ -198,4 +148,31 @@ def prelu(ctx: RuleContext, node: fx.Node, x: Value, weight: Value) -> Dims:
     """y_d = x_d; one slope for each channel (dimension 1), or one for all."""
     if weight.ndim and weight.dims[0].size > 1:
         ctx.unify(weight.dims[0], x.dims[1], node)
+    return x.dims
+
+
+def _every(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
+    return axes_in(facts.dims(node))
+
+
+@rule("aten.zeros_like", zero=_every)
+@rule("aten.ones_like", "aten.full_like", "aten.empty_like", "aten.rand_like", "aten.randn_like")
+def like(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) -> Dims:
+    """y_d = x_d."""
+    return x.dims
+
+
+@rule("aten.new_zeros", zero=_every, resize=shape_argument())
+@rule("aten.new_ones", "aten.new_full", "aten.new_empty", resize=shape_argument())
+@rule("aten.zeros", zero=_every, resize=shape_argument())
+@rule("aten.ones", "aten.full", "aten.empty", resize=shape_argument())
+def fresh(ctx: RuleContext, node: fx.Node, *_: object, **__: object) -> Dims:
+    """Fresh axes of the given sizes."""
+    return tuple(axis(size) for size in result_shape(node))
+
+
+@rule("aten.fill", "aten.fill_", "aten.zero_", "aten.bernoulli", "aten.bernoulli_", "aten.normal_", "aten.uniform_")
+def fill(ctx: RuleContext, node: fx.Node, x: Value, *others: object, **keywords: object) -> Dims:
+    """y_d = x_d = p_d (probabilities may broadcast)."""
+    broadcast(ctx, node, x, *others, **keywords)
     return x.dims

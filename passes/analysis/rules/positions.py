@@ -8,11 +8,10 @@ from mptk.ir.axes import ONE, Term, axes_in, axis, require_size
 from mptk.ir.axis_facts import Dims, ReductionKind, Results
 from mptk.ir.ops import base_name, named_argument, set_argument
 from mptk.ir.sizes import result_shape
-from passes.analysis.rules.context import Resizer, RuleContext, Value
-from passes.analysis.rules.notes import Counted
+from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
 from passes.analysis.rules.pointwise import broadcast, zero_of_clamp
-from passes.analysis.rules.resizes import counted_argument
+from passes.analysis.rules.resizer import Counted, Resizer, counted_argument
 from passes.analysis.rules.table import Result, freeze_positions, lone, meet, normalize, rule
 
 

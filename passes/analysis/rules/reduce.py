@@ -16,17 +16,33 @@ from torch import fx
 
 from mptk.ir.axes import ONE, Axis, axes_in, require_size
 from mptk.ir.axis_facts import AxisFacts, Dims, ReductionKind, Results
-from mptk.ir.ops import named_argument, op_name, set_argument
+from mptk.ir.ops import base_name, named_argument, op_name, set_argument
+from mptk.ir.sizes import result_shape
 from mptk.ir.source_location import SourceLocation
 from mptk.ir.unification import split_product
-from passes.analysis.rules.context import Resizer, RuleContext, Value
-from passes.analysis.rules.notes import Averaged, Counted
-from passes.analysis.rules.resizes import counted_argument
-from passes.analysis.rules.table import Dim, Order, Result, ZeroOf, lone, meet, normalize, normalize_all, rule
+from passes.analysis.rules.context import RuleContext, Value
+from passes.analysis.rules.contract import zero_of_kept
+from passes.analysis.rules.pointwise import broadcast
+from passes.analysis.rules.resizer import Averaged, Counted, Resizer, counted_argument
+from passes.analysis.rules.table import Dim, Order, Result, ZeroOf, align, lone, meet, normalize, normalize_all, rule
 
 
 def _reduced(x: Value, dims: Sequence[int], keepdim: bool) -> Dims:
     return tuple(ONE if d in dims else t for d, t in enumerate(x.dims) if keepdim or d not in dims)
+
+
+def _frozen(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim, keepdim: bool, reason: str) -> Dims:
+    dims = normalize_all(dim, x.ndim)
+    for d in dims:
+        ctx.freeze(x.dims[d], reason, node)
+    return _reduced(x, dims, keepdim)
+
+
+def _over(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim, keepdim: bool, kind: ReductionKind) -> Dims:
+    dims = normalize_all(dim, x.ndim)
+    for d in dims:
+        ctx.reduce(node, x.dims[d], kind)
+    return _reduced(x, dims, keepdim)
 
 
 def _resize_mean(resizer: Resizer, node: fx.Node) -> None:
@@ -41,19 +57,14 @@ def _resize_mean(resizer: Resizer, node: fx.Node) -> None:
 @rule("aten.mean", zero="keep", resize=_resize_mean)
 def mean(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None, keepdim: bool = False, **_: object) -> Result:
     """y = (1/n) Σ_d x."""
-    dims = normalize_all(dim, x.ndim)
-    for d in dims:
-        ctx.reduce(node, x.dims[d], "mean")
-    return Result(_reduced(x, dims, keepdim), Averaged(tuple(x.dims[d] for d in dims)))
+    averaged = Averaged(tuple(x.dims[d] for d in normalize_all(dim, x.ndim)))
+    return Result(_over(ctx, node, x, dim, keepdim, "mean"), averaged)
 
 
 @rule("aten.sum", "aten.nansum", "aten.any", "aten.count_nonzero", zero="keep")
 def sum_(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None, keepdim: bool = False, **_: object) -> Dims:
     """y = Σ_d x."""
-    dims = normalize_all(dim, x.ndim)
-    for d in dims:
-        ctx.reduce(node, x.dims[d], "sum")
-    return _reduced(x, dims, keepdim)
+    return _over(ctx, node, x, dim, keepdim, "sum")
 
 
 @rule("aten.linalg_vector_norm", "aten.norm", zero="keep")
@@ -103,12 +114,10 @@ def renorm(ctx: RuleContext, node: fx.Node, x: Value, order: float, dim: int, ma
     return x.dims
 
 
-def _zero_of_cumsum(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """Zero along the other dimensions."""
-    return zero(node.args[0]) - axes_in([facts.dims(node)[named_argument(node, "dim")]])
-
-
-@rule("aten.cumsum", "aten.cumsum_", zero=_zero_of_cumsum)
+@rule(
+    *("aten.cumsum", "aten.cumsum_"),
+    zero=lambda node, zero, facts: zero(node.args[0]) - axes_in([facts.dims(node)[named_argument(node, "dim")]]),
+)
 def cumsum(ctx: RuleContext, node: fx.Node, x: Value, dim: int, **_: object) -> Dims:
     """y_d = x_d; each position is the sum up to it, so positions with zeros can be removed."""
     ctx.reduce(node, x.dims[dim], "sum")
@@ -125,50 +134,37 @@ def correction_of(node: fx.Node) -> int:
 @rule("aten.var", "aten.std", "aten.var_mean", "aten.std_mean", zero="drop")
 def variance(ctx: RuleContext, node: fx.Node, x: Value, *_: object, **__: object) -> Results:
     """y = variance over d (and its mean). Its divisor is n − correction, so more positions than that must stay."""
-    dims = normalize_all(named_argument(node, "dim"), x.ndim)
-    keepdim = named_argument(node, "keepdim", False)
-    for d in dims:
-        ctx.reduce(node, x.dims[d], "statistic")
+    dim = named_argument(node, "dim")
+    for d in normalize_all(dim, x.ndim):
         require_size(x.dims[d], correction_of(node) + 1)
-    out = _reduced(x, dims, keepdim)
+    out = _over(ctx, node, x, dim, named_argument(node, "keepdim", False), "statistic")
     return [out, out] if isinstance(node.meta["val"], (tuple, list)) else out
 
 
 @rule("aten.amax", "aten.amin", "aten.max.default", "aten.min.default", "aten.all", "aten.logsumexp", zero="drop")
 def extremum(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None, keepdim: bool = False, **_: object) -> Dims:
     """y = max over d (or min). For ``all``, −inf counts as true."""
-    dims = normalize_all(dim, x.ndim)
-    for d in dims:
-        ctx.reduce(node, x.dims[d], "min" if op_name(node).startswith(("aten.amin", "aten.min")) else "max")
-    return _reduced(x, dims, keepdim)
+    return _over(ctx, node, x, dim, keepdim, "min" if base_name(node.target) in ("amin", "min") else "max")
 
 
 @rule("aten.aminmax")
 def aminmax(ctx: RuleContext, node: fx.Node, x: Value, *, dim: int | None = None, keepdim: bool = False) -> list[Dims]:
     """y = min and max over d: no number is neutral for both, so d cannot be cut."""
-    dims = normalize_all(dim, x.ndim)
-    for d in dims:
-        ctx.freeze(x.dims[d], "both its smallest and its largest value count", node)
-    return [_reduced(x, dims, keepdim)] * 2
+    return [_frozen(ctx, node, x, dim, keepdim, "both its smallest and its largest value count")] * 2
 
 
 @rule("aten.prod")
 def prod(ctx: RuleContext, node: fx.Node, x: Value, dim: Dim = None, keepdim: bool = False, **_: object) -> Dims:
     """y = Π_d x: a zero factor makes it zero, so d cannot be cut."""
-    dims = normalize_all(dim, x.ndim)
-    for d in dims:
-        ctx.freeze(x.dims[d], "multiplied over", node)
-    return _reduced(x, dims, keepdim)
+    return _frozen(ctx, node, x, dim, keepdim, "multiplied over")
 
 
-def _zero_of_softmax(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
-    """A removed channel counts as −inf: its share is zero."""
-    return lone(facts.dims(node), named_argument(node, "dim"))
-
-
-@rule("aten.softmax", "aten._softmax", zero=_zero_of_softmax)
+@rule(
+    *("aten.softmax", "aten._softmax"),
+    zero=lambda node, zero, facts: lone(facts.dims(node), named_argument(node, "dim")),
+)
 def softmax(ctx: RuleContext, node: fx.Node, x: Value, dim: int, *_: object, **__: object) -> Dims:
-    """y_d = x_d, normalised over d."""
+    """y_d = x_d, normalised over d. A removed channel counts as −inf: its share is zero."""
     d = normalize(dim, x.ndim)
     ctx.reduce(node, x.dims[d], "max")
     meet(ctx, x.dims, [d])
@@ -300,3 +296,50 @@ def batch_norm(ctx: RuleContext, node: fx.Node, x: Value, *args: object, **_: ob
             ctx.reduce(node, d, "statistic")
     ctx.inner(x.dims[1:2] if own else x.dims)
     return x.dims
+
+
+@rule("aten._weight_norm", zero="keep")
+def weight_norm(ctx: RuleContext, node: fx.Node, v: Value, g: Value, dim: int = 0) -> Dims:
+    """y_d = g_d · v_d / ‖v_d‖, the norm over all other dimensions (over all, if d is −1).
+
+    Zero if v is, also along d: a removed row has no norm and counts as zero (``masked_reference.py``).
+    """
+    align(ctx, node, g.dims, v.dims)
+    others = [i for i in range(v.ndim) if g.ndim != v.ndim or g.dims[i].size != v.dims[i].size]
+    for i, t in enumerate(v.dims):
+        ctx.reduce(node, t, "sum" if i in others else "statistic")
+    meet(ctx, v.dims, others)
+    return v.dims
+
+
+def _zero_of_cosine(node: fx.Node, zero: ZeroOf, facts: AxisFacts) -> set[Axis]:
+    """Zero along the remaining dimensions if an operand is."""
+    x, y = (a for a in node.args[:2] if isinstance(a, fx.Node))
+    ndim = len(result_shape(node)) + 1
+    reduced = normalize(named_argument(node, "dim", 1), ndim) - ndim
+    return zero_of_kept(facts, zero, x, reduced) | zero_of_kept(facts, zero, y, reduced)
+
+
+@rule("aten.cosine_similarity", zero=_zero_of_cosine)
+def cosine_similarity(
+    ctx: RuleContext, node: fx.Node, x: Value, y: Value, dim: int = 1, *_: object, **__: object
+) -> Dims:
+    """y = Σ_d x y / (‖x‖ ‖y‖): both must be zero at removed positions of d."""
+    both = broadcast(ctx, node, x, y)
+    d = normalize(dim, len(both))
+    for value in (x, y):
+        if value.ndim < len(both) - d or value.dims[d - len(both)].size != both[d].size:
+            ctx.freeze(both[d], "one operand is repeated along it", node)
+        ctx.reduce(node, both[d], "sum", value.node)
+    return (*both[:d], *both[d + 1 :])
+
+
+@rule("aten.native_layer_norm")
+def native_layer_norm(ctx: RuleContext, node: fx.Node, x: Value, shape: Sequence[int], *affine: object) -> list[Dims]:
+    """y = (x − mean) / deviation over the last dimensions, which cannot be cut; also returns mean and 1/deviation."""
+    first = x.ndim - len(shape)
+    for value in (x, *(a for a in affine if isinstance(a, Value))):
+        for d in value.dims[value.ndim - len(shape) :]:
+            ctx.freeze(d, "a statistic over it is a result of its own", node)
+    meet(ctx, x.dims, range(first, x.ndim))
+    return [x.dims, *[(*x.dims[:first], *[ONE] * len(shape))] * 2]

@@ -12,10 +12,9 @@ from mptk.ir.ops import named_argument, set_argument
 from mptk.ir.sizes import result_shape, shape_of
 from mptk.ir.source_location import SourceLocation
 from mptk.ir.unification import split_product, split_sum
-from passes.analysis.rules.context import Resizer, RuleContext, Value
-from passes.analysis.rules.notes import Repeated, Segments
+from passes.analysis.rules.context import RuleContext, Value
 from passes.analysis.rules.opaque import opaque
-from passes.analysis.rules.resizes import shape_argument
+from passes.analysis.rules.resizer import Repeated, Resizer, Segments, shape_argument
 from passes.analysis.rules.table import Result, ZeroOf, freeze_positions, meet, normalize, rule
 
 

@@ -17,7 +17,8 @@ from mptk.arguments import checked
 from mptk.ir.axes import Axis, Term, axes_in, coordinates
 from mptk.ir.axis_facts import AxisFacts, Dims, Positions, Results
 from mptk.ir.ops import target_name
-from passes.analysis.rules.context import Resizer, RuleContext, Value
+from passes.analysis.rules.context import RuleContext, Value
+from passes.analysis.rules.resizer import Resize
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,6 @@ Dim = int | Sequence[int] | None
 """A dimension argument: one, several, or None for all."""
 Order = float | str | None
 """The order of a norm."""
-Resize = Callable[[Resizer, fx.Node], None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Rule:
     """The effect of one op on axes.
 
     Attributes:
-        zero: the axes along which the result is zero, given those of its operands (``zero_propagation.py``). ``keep``:
+        zero: the axes along which the result is zero, given its operands' (``zero_propagation.py``). ``keep``:
             if the first tensor is (f(0) = 0); ``any``: if any operand is (a product); ``all``: if every operand is (a
             sum); ``join``: if every operand with the axis is (a concatenation); ``drop``: none; or a function of the
             node.
@@ -96,7 +96,7 @@ def rule(
 
 
 def find_rule(node: fx.Node) -> Rule | None:
-    """The rule of a call: that of its overload, else that of its op."""
+    """The rule of a call: its overload's rule, else its op's."""
     name = target_name(node.target)
     return RULES.get(name) or RULES.get(name.rsplit(".", 1)[0])
 

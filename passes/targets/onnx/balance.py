@@ -13,17 +13,15 @@ side comes from a product with G through element-wise operators and scalars only
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from passes.targets.onnx.tensors import replace_tensor, tensor_of
+from passes.targets.onnx.tensors import Floats, change_tensor, tensor_of
 
 ELEMENTWISE = {"Sigmoid", "Mul", "Gelu", "Relu", "Tanh", "Erf", "Add", "Sub", "Div", "Pow", "HardSigmoid", "Swish"}
-FloatArray = npt.NDArray[np.float32]
 
 
 class BalancePass(ir.passes.InPlacePass):
@@ -34,7 +32,7 @@ class BalancePass(ir.passes.InPlacePass):
         for parts in found:
             balance = balancing(*(tensor_of(part.inputs[1]) for part in parts))
             for part, change in zip(parts, (balance.gate, balance.up, balance.down), strict=True):
-                _change_weight(part, change)
+                change_tensor(part.inputs[1], change)
         return ir.passes.PassResult(model, bool(found))
 
 
@@ -42,20 +40,20 @@ class BalancePass(ir.passes.InPlacePass):
 class Balance:
     """New scales and a new order of the channels of a gated product. Both arrays are [channels]."""
 
-    scale: FloatArray
+    scale: Floats
     order: npt.NDArray[np.int64]
 
-    def gate(self, weight: FloatArray) -> FloatArray:
+    def gate(self, weight: Floats) -> Floats:
         """G in the new order, [hidden, channels]."""
         return weight[:, self.order]
 
-    def up(self, weight: FloatArray) -> FloatArray:
+    def up(self, weight: Floats) -> Floats:
         """U, whose columns are divided by the scales, in the new order, [hidden, channels]."""
         ordered = weight[:, self.order]
         ordered /= self.scale[self.order]
         return ordered
 
-    def down(self, weight: FloatArray) -> FloatArray:
+    def down(self, weight: Floats) -> Floats:
         """D, whose rows are multiplied by the scales, in the new order, [channels, out]."""
         ordered = weight[self.order]
         ordered *= self.scale[self.order, None]
@@ -72,12 +70,12 @@ def balancing(gate: ir.TensorProtocol, up: ir.TensorProtocol, down: ir.TensorPro
     return Balance(scale, np.argsort(size / scale, kind="stable"))
 
 
-def equalising(size: FloatArray, rows: FloatArray) -> FloatArray:
+def equalising(size: Floats, rows: Floats) -> Floats:
     """``sqrt(size / rows)`` by channel, divided by its geometric mean; 1 for a channel that is zero in either."""
-    alive = (size > 0) & (rows > 0)
+    nonzero = (size > 0) & (rows > 0)
     scale = np.ones_like(size)
-    scale[alive] = np.sqrt(size[alive] / rows[alive])
-    scale[alive] /= np.exp(np.log(scale[alive]).mean()) if alive.any() else 1
+    scale[nonzero] = np.sqrt(size[nonzero] / rows[nonzero])
+    scale[nonzero] /= np.exp(np.log(scale[nonzero]).mean()) if nonzero.any() else 1
     return scale
 
 
@@ -105,7 +103,7 @@ def _source(value: ir.Value | None, end: ir.Node) -> ir.Node | None:
         current = waiting.pop()
         node = current.producer() if current is not None else None
         if node is None:
-            if current is not None and not _is_scalar(current):
+            if current is not None and (current.const_value is None or current.const_value.size != 1):
                 return None
         elif is_product(node):
             products.add(node)
@@ -130,21 +128,10 @@ def is_product(node: ir.Node) -> bool:
     )
 
 
-def _is_scalar(value: ir.Value) -> bool:
-    return value.const_value is not None and value.const_value.size == 1
-
-
 def _uses(value: ir.Value) -> set[ir.Node]:
     return {use.node for use in value.uses()} | ({None} if value.is_graph_output() else set())  # type: ignore[arg-type]
 
 
-def weight_of(product: ir.Node) -> FloatArray:
+def weight_of(product: ir.Node) -> Floats:
     """The weight of a product, [inputs, outputs]."""
     return tensor_of(product.inputs[1]).numpy()
-
-
-def _change_weight(product: ir.Node, change: Callable[[FloatArray], FloatArray]) -> None:
-    weight = product.inputs[1]
-    assert weight is not None
-    old = tensor_of(weight)
-    replace_tensor(weight, lambda: change(old.numpy()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,9 +13,8 @@ import onnx_ir as ir
 from mptk.compat.onnxruntime import matmul_quantizer
 from mptk.progress import steps
 from passes.targets.onnx.balance import weight_of
-from passes.targets.onnx.matmul_nbits import ACCURACY_LEVEL, set_blocks
-from passes.targets.onnx.plain_products import logit_products, products
-from passes.targets.onnx.tensors import Array, Spill, parts, shape_of
+from passes.targets.onnx.plain_products import constant, logit_products, products
+from passes.targets.onnx.tensors import Array, Spill, parts, shape_of, tensor_of
 
 BLOCK = 32
 """Inputs that share a scale in 4 bits. More of them would be too coarse."""
@@ -23,7 +23,7 @@ WIDE, LEAST = 128, 16
 """Inputs that share a scale in 8 bits: ``WIDE``, the fastest block even if the last one is padded. Fewer inputs get the
 least power of two that holds them, but at least ``LEAST``, the kernel's minimum."""
 
-ZERO = 128
+ZERO_POINT = 128
 """The zero point of 8-bit symmetric weights."""
 
 
@@ -77,3 +77,29 @@ def rounded(weight: Array, bits: int, block: int) -> list[Array]:
     quantizer = ort.DefaultWeightOnlyQuantizer(config)
     done = [quantizer.qbits_block_quant(np.ascontiguousarray(weight[:, outputs])) for outputs in parts(weight.shape, 1)]
     return [np.concatenate(arrays) for arrays in zip(*done, strict=True)][: 2 if symmetric else 3]
+
+
+ACCURACY_LEVEL = 4
+"""MatMulNBits multiplies in int8. Level 0 would unpack the weights to float32 first, which is 40 times slower in
+decode."""
+
+
+def set_blocks(
+    graph: ir.Graph, product: ir.Node, bits: int, block: int, tensors: Mapping[str, ir.TensorProtocol]
+) -> None:
+    """Give ``product`` its weight in blocks of ``block`` inputs.
+
+    ``tensors``: an ending of the constant's name → the constant. In order: ``Q8`` or ``Q4`` uint8 [outputs, blocks,
+    bytes], ``scales`` and, if the zero is not the middle code, ``zero_points``, both flat.
+    """
+    weight = product.inputs[1]
+    assert weight is not None
+    inputs, outputs = shape_of(tensor_of(weight))
+    sizes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": ACCURACY_LEVEL}
+    product.op_type, product.domain = "MatMulNBits", "com.microsoft"
+    product.attributes.update({name: ir.AttrInt64(name, size) for name, size in sizes.items()})
+    product.resize_inputs(1 + len(tensors))
+    for index, (ending, tensor) in enumerate(tensors.items(), 1):
+        name = f"{weight.name}_{ending}"  # there already if two products share the weight
+        product.replace_input_with(index, graph.initializers.get(name) or constant(graph, name, tensor))
+    graph.opset_imports.setdefault("com.microsoft", 1)

@@ -28,9 +28,7 @@ from mptk.progress import steps
 from passes.targets.onnx.balance import gated
 from passes.targets.onnx.plain_products import products
 from passes.targets.onnx.quantize import even_channels, read_float
-from passes.targets.onnx.tensors import Array, lazy, parts, read_lazily, shape_of, tensor_of
-
-Floats = npt.NDArray[np.float32]
+from passes.targets.onnx.tensors import Array, Floats, lazy, parts, read_lazily, shape_of, tensor_of
 
 HALF = 0.505
 """Half a step, plus float32's own rounding."""
@@ -83,7 +81,8 @@ class Rounded:
         codes, values, steps = self.part(outputs)
         apart = _in_steps(values - weight, steps)
         if self.bits == 8:
-            return np.asarray(_eight(codes, apart).max(axis=0)), 0.0
+            allowed = np.where((codes == 0) | (codes == 255), 2 * HALF, HALF)
+            return np.asarray((apart / allowed).max(axis=0)), 0.0
         squares = np.square(apart)
         padded = np.pad(squares, ((0, -len(apart) % self.block), (0, 0))).reshape(-1, self.block, apart.shape[1])
         worst = np.sqrt(padded.mean(axis=1)).max(axis=0) / PART
@@ -94,11 +93,6 @@ def _in_steps(difference: Floats, steps: Floats) -> Floats:
     """A difference in steps. A block of zeros has difference 0, even if its step is 0. NaN is infinitely far away."""
     least = np.finfo(np.float32).tiny
     return np.asarray(np.nan_to_num(np.abs(difference) / np.maximum(np.abs(steps), least), nan=np.inf))
-
-
-def _eight(codes: npt.NDArray[np.generic], apart: Floats) -> Floats:
-    """Steps from the float weight, as a share of those allowed for 8-bit codes."""
-    return np.asarray(apart / np.where((codes == 0) | (codes == 255), 2 * HALF, HALF))
 
 
 def check_quantized(source: Path, file: Path, scheme: str) -> float:
@@ -173,13 +167,6 @@ def _name(node: ir.Node) -> str:
 
 def _weight_name(node: ir.Node) -> str:
     return str(node.inputs[1].name)  # type: ignore[union-attr]
-
-
-def _array(node: ir.Node, index: int) -> npt.NDArray[np.uint8]:
-    value = node.inputs[index]
-    assert value is not None
-    assert value.const_value is not None
-    return value.const_value.numpy()
 
 
 def _reorder(model: ir.Model, rounded: dict[str, ir.Node], weights: dict[str, ir.TensorProtocol]) -> None:

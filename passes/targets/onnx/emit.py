@@ -6,25 +6,24 @@ a decoder with its KV cache as optimum and onnxruntime-genai have them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import onnx
 import onnx_ir as ir
+import onnxscript
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
 from torch.export import ExportedProgram
 
 from mptk.compat.torch import quiet_exporter
-from mptk.errors import MptkError
-from mptk.files import write_together
+from mptk.errors import MptkError, first_line
 from mptk.ir.passes import Log, Pass, run
 from mptk.ir.program import Program
-from passes.targets.onnx.lazy_weights import with_weights, without_weights
 from passes.targets.onnx.lower import to_exporter
-from passes.targets.onnx.names import data_file
 from passes.targets.onnx.run import run_onnx
-from passes.targets.onnx.translate import translations
+from passes.targets.onnx.tensors import save_graph
 
 OPSET = 23
 """The first opset with Attention, RMSNormalization and RotaryEmbedding. The fusions are written for it."""
@@ -55,7 +54,7 @@ def decoder_interface(program: Program) -> Interface:
     sequence_length or 1, vocabulary] and present.N.key and .value, of total_sequence_length = past + sequence.
 
     Raises:
-        MptkError: the program is no traced decoder.
+        MptkError: the program is not a traced decoder.
     """
     layers, rest = divmod(len(program.user_inputs) - 3, 2)
     if layers < 1 or rest:
@@ -100,10 +99,7 @@ def write_onnx(
     for file, passes in files.items():
         model = run_onnx(whole.clone() if len(files) > 1 else whole, passes, log)
         model.metadata_props.update(metadata)
-        data = data_file(file)
-        with write_together(folder, data, file) as temporary:
-            ir.save(model, temporary / file, external_data=data)
-            onnx.checker.check_model(temporary / file, full_check=True)
+        save_graph(model, folder / file)
 
 
 def translate(program: Program, lowering: Sequence[Pass], log: Log) -> ir.Model:
@@ -162,4 +158,80 @@ def _first_cause(error: BaseException) -> str:
     """The first line of the first exception in the chain: the exporter wraps it several times."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().split("\n")[0]
+    return first_line(error)
+
+
+SMALL = 1 << 12
+"""Largest constant, in numbers, that is read at once: passes look at the values of small ones."""
+
+
+def without_weights(program: Program) -> Program:
+    """``program`` with the fake tensors of its trace in the place of its weights."""
+    values = {node.name: node.meta["val"] for node in program.placeholders()}
+    return program.with_state({name: values[node] for node, name in program.weights.items()})
+
+
+def with_weights(model: ir.Model, program: Program) -> ir.Model:
+    """Give ``model``, the export of ``without_weights(program)``, the weights of ``program``, in the graph's types."""
+    held = set(program.state)
+    for name, value in model.graph.initializers.items():
+        source = program.aliases.get(name, name)
+        if source in held:
+            value.const_value = _lazy(value, program, source)
+    return model
+
+
+def _lazy(value: ir.Value, program: Program, name: str) -> ir.TensorProtocol:
+    like = value.const_value
+    assert isinstance(like, ir.Tensor)
+    kind = like.raw.dtype
+
+    def read() -> TorchTensor:
+        tensor = program.state[name].detach()
+        return TorchTensor(torch.view_as_real(tensor) if tensor.is_complex() else tensor.to(kind), name=value.name)
+
+    return read() if like.size <= SMALL else ir.LazyTensor(read, like.dtype, like.shape, name=value.name)
+
+
+op: Any = onnxscript.opset23
+"""Any: its methods are typed for tensors, but here they take and return the values of a graph."""
+
+
+def grouped_mm(x: object, weight: object, offs: object) -> object:
+    """Multiply the rows of each expert by its weight.
+
+    Rows ``offs[e - 1]`` to ``offs[e]`` of x [rows, in] times weight[e] of [experts, in, out]; ``offs[-1]`` = rows.
+    Each expert has a MatMul of its own, so its weights are not copied for each row. In one step, many experts have no
+    row.
+    """
+    assert isinstance(weight, ir.Value)
+    assert weight.shape is not None
+    experts = weight.shape[0]
+    assert isinstance(experts, int)
+    ends = op.Cast(offs, to=7)
+    starts = op.Concat(op.Constant(value_ints=[0]), ends, axis=0)
+    axis = op.Constant(value_ints=[0])
+    parts = []
+    for expert in range(experts):
+        index, following = (op.Constant(value_ints=[i]) for i in (expert, expert + 1))
+        rows = op.Slice(x, op.Gather(starts, index), op.Gather(starts, following), axis)
+        parts.append(op.MatMul(rows, op.Gather(weight, op.Constant(value_int=expert), axis=0)))
+    return op.Concat(*parts, axis=0)
+
+
+def diff(x: object, n: int = 1, dim: int = -1, prepend: object = None, append: object = None) -> object:
+    """Each number minus the one before it along ``dim``, ``n`` times over, with ``prepend`` and ``append`` around x."""
+    parts = [part for part in (prepend, x, append) if part is not None]
+    whole = op.Concat(*parts, axis=dim) if len(parts) > 1 else x
+    axis, first, end = (op.Constant(value_ints=[i]) for i in (dim, 0, torch.iinfo(torch.int64).max))
+    for _ in range(n):
+        later = op.Slice(whole, op.Constant(value_ints=[1]), end, axis)
+        whole = op.Sub(later, op.Slice(whole, first, op.Constant(value_ints=[-1]), axis))
+    return whole
+
+
+def translations() -> dict[Callable[..., object], Callable[..., object]]:
+    """Op → the function that writes it. A library's op is included if the library is loaded."""
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    own: dict[Callable[..., object], Callable[..., object]] = {torch.ops.aten.diff.default: diff}
+    return own if fallback is None else {**own, fallback.default: grouped_mm}

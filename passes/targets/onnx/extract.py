@@ -17,7 +17,7 @@ from onnx_ir.passes import common
 
 
 @dataclass(frozen=True)
-class Part:
+class GraphPart:
     """A part of a graph. ``inputs``: name of a value of the whole graph → the input's name. ``outputs``: names.
 
     An input that nothing of the part reads is left out.
@@ -31,7 +31,7 @@ class Part:
 class ExtractPass(ir.passes.InPlacePass):
     """Keep a part of the graph: from given values to given outputs."""
 
-    part: Part
+    part: GraphPart
 
     def requires(self, model: ir.Model) -> None:
         """The graph has these values."""

@@ -7,10 +7,10 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16, convert_np_to_float16
 
+from mptk.ir.ops import reached
+from passes.targets.onnx.names import CACHE
 from passes.targets.onnx.tensors import Array, name_nodes, parts, shape_of, tensor_of
 
-CACHE = "past_key_values."
-"""What the names of a cache's inputs start with."""
 LARGE = 1 << 10
 """Weights of more numbers than this are converted when they are written."""
 
@@ -27,7 +27,7 @@ class Float16Pass(ir.passes.FunctionalPass):
         name_nodes(model)
         inputs = [str(value.name) for value in model.graph.inputs]
         kept = [str(model.graph.outputs[0].name), *(name for name in inputs if not name.startswith(CACHE))]
-        names, weights = list(model.graph.initializers), _to_inputs(model.graph, set(angles))
+        names, weights = list(model.graph.initializers), _to_inputs(model.graph, angles)
         proto = convert_float_to_float16(
             ir.to_proto(model), keep_io_types=kept, node_block_list=[node.name for node in angles]
         )
@@ -43,15 +43,11 @@ class Float16Pass(ir.passes.FunctionalPass):
             raise ir.passes.PostconditionError(f"the logits are {model.graph.outputs[0].dtype}")
 
 
-def _ancestors(nodes: list[ir.Node]) -> list[ir.Node]:
-    found: dict[ir.Node, None] = {}
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found[node] = None
-            waiting += [p for value in node.inputs if value is not None and (p := value.producer()) is not None]
-    return list(found)
+def _ancestors(nodes: list[ir.Node]) -> set[ir.Node]:
+    def producers(node: ir.Node) -> list[ir.Node]:
+        return [p for value in node.inputs if value is not None and (p := value.producer()) is not None]
+
+    return reached(nodes, producers)
 
 
 def _drop_detours(model: ir.Model) -> None:

@@ -20,18 +20,16 @@ from mptk.files import staged
 from mptk.ort.sessions import CPU
 from mptk.progress import step
 from passes.targets.onnx.balance import weight_of
-from passes.targets.onnx.matmul_nbits import set_blocks
+from passes.targets.onnx.block_weights import set_blocks
 from passes.targets.onnx.measure import Text, measure_onnx
 from passes.targets.onnx.plain_products import logit_products, products
-from passes.targets.onnx.tensors import Spill
-
-Floats = npt.NDArray[np.float32]
+from passes.targets.onnx.tensors import Floats, Spill
 
 SHRINKS = np.linspace(1, 0.75, 11)
 """The ranges that are tried, as shares of the weights' own range."""
 DAMPING = 0.01
 """Added to the diagonal of the second moments, as a share of its mean (the paper's value)."""
-LEVELS = 15
+CODE_STEPS = 15
 """Steps in a range of 4 bits."""
 
 
@@ -133,7 +131,7 @@ def grid(part: Floats, sizes: Floats) -> tuple[Floats, Floats]:
     best = np.full(part.shape[1], np.inf, dtype=np.float32)
     scale, zero = np.ones_like(best), np.zeros_like(best)
     for share in SHRINKS.astype(np.float32):
-        tried = np.maximum(share * (high - low) / LEVELS, np.finfo(np.float32).tiny)
+        tried = np.maximum(share * (high - low) / CODE_STEPS, np.finfo(np.float32).tiny)
         origin = np.rint(-share * low / tried)
         error = (sizes[:, None] * (tried * (round_to_grid(part, tried, origin) - origin) - part) ** 2).sum(axis=0)
         better = error < best
@@ -142,8 +140,8 @@ def grid(part: Floats, sizes: Floats) -> tuple[Floats, Floats]:
 
 
 def round_to_grid(values: Floats, scale: Floats, zero: Floats) -> Floats:
-    """The codes of ``values`` [..., outputs], 0 … ``LEVELS``."""
-    codes: Floats = np.clip(np.rint(values / scale) + zero, 0, LEVELS)
+    """The codes of ``values`` [..., outputs], 0 … ``CODE_STEPS``."""
+    codes: Floats = np.clip(np.rint(values / scale) + zero, 0, CODE_STEPS)
     return codes
 
 

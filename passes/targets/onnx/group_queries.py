@@ -23,10 +23,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from passes.targets.onnx.fold_kv import producer
-from passes.targets.onnx.tensors import replace_tensor, tensor_of
+from passes.targets.onnx.tensors import change_tensor
 
 LOWEST = np.array(np.finfo(np.float32).min)
-Mask = tuple[ir.Value, int, bool]
+MaskSource = tuple[ir.Value, int, bool]
 """The source of a new mask: the old mask, the number of repeats of its rows, and ``_Heads.flat``."""
 
 
@@ -48,7 +48,7 @@ class GroupQueriesPass(ir.passes.InPlacePass):
             raise ir.passes.PreconditionError(f"{unused[0]} is used by nothing")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        made: dict[Mask, ir.Value] = {}
+        made: dict[MaskSource, ir.Value] = {}
         for node in [node for node in model.graph if node.op_type == "Attention" and node.domain == ""]:
             mask = node.inputs[3] if len(node.inputs) > 3 else None
             if mask is not None and mask.dtype in (ir.DataType.BOOL, ir.DataType.FLOAT):
@@ -145,8 +145,8 @@ def _put_in_order(node: ir.Node, heads: _Heads) -> bool:
     if not _is_weight(weight, 2) or not _is_weight(rows, 2):
         return False
     for column in (*columns, weight):
-        _take(column, heads.order(heads.dim), -1)
-    _take(rows, heads.order(heads.value_dim), 0)
+        change_tensor(column, lambda weight: np.take(weight, heads.order(heads.dim), -1))
+    change_tensor(rows, lambda weight: np.take(weight, heads.order(heads.value_dim), 0))
     return True
 
 
@@ -163,12 +163,6 @@ def _is_weight(value: ir.Value | None, rank: int) -> bool:
     """Whether ``value`` is an initialiser of this rank that is used once."""
     constant = value.const_value if value is not None and value.is_initializer() and len(value.uses()) == 1 else None
     return constant is not None and constant.shape.rank() == rank
-
-
-def _take(value: ir.Value | None, order: npt.NDArray[np.int64], axis: int) -> None:
-    assert value is not None
-    old = tensor_of(value)
-    replace_tensor(value, lambda: np.take(old.numpy(), order, axis))
 
 
 def _mask(steps: ir.tape.Tape, mask: ir.Value, repeat: int, flat: bool) -> ir.Value:

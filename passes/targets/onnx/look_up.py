@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from passes.targets.onnx.block_weights import BLOCK, ZERO
+from passes.targets.onnx.block_weights import BLOCK, ZERO_POINT
 from passes.targets.onnx.plain_products import constant, looks_up_tokens, put
 from passes.targets.onnx.tensors import Spill, lazy, parts, shape_of, tensor_of
 
 
 @dataclass(frozen=True)
 class LookUpInBlocksPass(ir.passes.InPlacePass):
-    """Look the embedding up in 8-bit blocks, those of the output projection if that is its transpose.
+    """Look the embedding up in 8-bit blocks: the output projection's, if that is its transpose.
 
     ``source``: the file of the graph. The rounded table waits in a temporary file beside it.
     """
@@ -64,8 +64,8 @@ def quantize_rows(table: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8]
 def _quantized(table: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
     rows, width = table.shape
     padded = np.pad(table, ((0, 0), (0, -width % BLOCK))).reshape(rows, -1, BLOCK)
-    scales = np.maximum(np.abs(padded).max(axis=2, keepdims=True) / (ZERO - 1), np.finfo(np.float32).tiny)
-    return (np.rint(padded / scales) + ZERO).astype(np.uint8), scales.astype(np.float32)
+    scales = np.maximum(np.abs(padded).max(axis=2, keepdims=True) / (ZERO_POINT - 1), np.finfo(np.float32).tiny)
+    return (np.rint(padded / scales) + ZERO_POINT).astype(np.uint8), scales.astype(np.float32)
 
 
 def _look_up(graph: ir.Graph, gather: ir.Node, blocks: ir.Value, scales: ir.Value) -> None:
@@ -73,7 +73,7 @@ def _look_up(graph: ir.Graph, gather: ir.Node, blocks: ir.Value, scales: ir.Valu
     ids, result = gather.inputs[1], gather.outputs[0]
     assert result.shape is not None
     width = int(result.shape[-1])  # type: ignore[arg-type]
-    zero = constant(graph, "embedding_zero", ir.tensor(np.array(ZERO, dtype=np.float32)))
+    zero = constant(graph, "embedding_zero", ir.tensor(np.array(ZERO_POINT, dtype=np.float32)))
     merge = constant(graph, "embedding_merge", ir.tensor(np.array([0, 0, -1], dtype=np.int64)))
     steps = ir.tape.Tape()
     looked = steps.op("Cast", [steps.op("Gather", [blocks, ids])], {"to": ir.DataType.FLOAT})

@@ -29,7 +29,7 @@ from torch.export import ExportedProgram
 
 from mptk.compat.torch import OpOverload, schema, size_expression, undecomposed
 from mptk.errors import MptkError
-from mptk.ir.passes import Pass, Result, shapes
+from mptk.ir.passes import Pass, PassResult, shapes
 from mptk.ir.program import Program
 
 aten = torch.ops.aten
@@ -55,7 +55,7 @@ RETURN_THEIR_INPUT = {
 }
 """Ops whose output equals their input if it has the same shape and dtype."""
 
-RENAMED: dict[object, Callable[..., object]] = {
+SYNONYMS: dict[object, Callable[..., object]] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
     aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
@@ -75,19 +75,19 @@ class LowerOps(Pass):
         if not program.has_values:
             raise MptkError("cannot write ONNX: the program was traced without weights; load the model's weights first")
 
-    def run(self, program: Program) -> Result:
+    def run(self, program: Program) -> PassResult:
         module = program.copy_graph()
         nodes = [node for node in module.graph.nodes if isinstance(node.target, OpOverload)]
         if all(_functional(node) for node in nodes):
             for node in nodes:
                 _lower(node)
-            return Result(relinked(program, module), module.code != program.graph.code)
+            return PassResult(relinked(program, module), module.code != program.graph.code)
         module = program.copy_graph()
         for node in list(module.graph.nodes):
             if node.target in ASSERTIONS:
                 module.graph.erase_node(node)
         lowered = relinked(program, module)
-        return Result(lowered, module.code != program.graph.code, ("writes in place are left to torch",))
+        return PassResult(lowered, module.code != program.graph.code, ("writes in place are left to torch",))
 
     def ensures(self, before: Program, after: Program) -> None:
         """No assertion is left; the weights have the same names and shapes."""
@@ -150,8 +150,8 @@ def _lower(node: fx.Node) -> None:
     source = node.args[0] if node.args else None
     if node.target in ASSERTIONS:
         node.graph.erase_node(node)
-    elif node.target in RENAMED:
-        node.target = RENAMED[node.target]
+    elif node.target in SYNONYMS:
+        node.target = SYNONYMS[node.target]
     elif packet is aten.scaled_dot_product_attention:
         query, key = (operand.meta["val"].shape[1] for operand in node.args[:2] if isinstance(operand, fx.Node))
         if key == 1 != query:

@@ -10,17 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from mptk.compat.torch import enable_python_dispatcher
 from mptk.ir.ops import op_name
-from mptk.ir.passes import Pass, Result, shapes
+from mptk.ir.passes import Pass, PassResult, shapes
 from mptk.ir.program import Program
-from passes.targets.onnx.lower import relinked
-
-aten = torch.ops.aten
+from passes.targets.onnx.lower import aten, relinked
 
 Lowering = Callable[[tuple[Argument, ...]], fx.Node]
 """A call's arguments, pairs for complex values → the call on pairs."""
@@ -32,14 +29,14 @@ class LowerComplex(Pass):
 
     name: ClassVar[str] = "lower complex"
 
-    def run(self, program: Program) -> Result:
+    def run(self, program: Program) -> PassResult:
         complex_ops = _complex_ops(program.graph.graph)
         unknown = sorted({op_name(node) for node in complex_ops if _packet(node) not in LOWERED})
         if unknown or not complex_ops:
-            return Result(program, False, (f"complex {', '.join(unknown)} left",) if unknown else ())
+            return PassResult(program, False, (f"complex {', '.join(unknown)} left",) if unknown else ())
         module = program.copy_graph()
         _lower(module.graph, _complex_ops(module.graph))
-        return Result(relinked(program, module), True)
+        return PassResult(relinked(program, module), True)
 
     def ensures(self, before: Program, after: Program) -> None:
         """If anything changed, no complex number is left. The weights have the same names and shapes."""

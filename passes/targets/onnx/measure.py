@@ -14,11 +14,11 @@ import torch
 from onnx import NodeProto, TensorProto, helper
 
 from mptk.ort.sessions import CPU, open_session
+from passes.targets.onnx.tensors import Floats
 
-Floats = npt.NDArray[np.float32]
 Text = npt.NDArray[np.int64]
 
-TOKENS = 1024
+TOKENS_AT_ONCE = 1024
 """Tokens in one run, or one window if that is longer."""
 BYTES = 1 << 30
 """Size of the sums in one session, or of one value's sums if they are larger."""
@@ -62,7 +62,7 @@ def _sums(file: Path, channels: Mapping[str, int], text: Text, what: str, device
     session = open_session(proto.SerializeToString(), device, entries=entries)
     sums: dict[str, Floats] = dict.fromkeys(channels, np.zeros((), dtype=np.float32))
     names = [f"{name}.sum" for name in channels]
-    for start in range(0, len(text), step := max(1, TOKENS // text.shape[1])):
+    for start in range(0, len(text), step := max(1, TOKENS_AT_ONCE // text.shape[1])):
         for name, found in zip(channels, session.run(names, _feeds(session, text[start : start + step])), strict=True):
             sums[name] = sums[name] + found
     return sums

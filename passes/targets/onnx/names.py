@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-FOLDER = "onnx"
-FILE = "model.onnx"
+ONNX_FOLDER = "onnx"
+ONNX_FILE = "model.onnx"
+CACHE = "past_key_values."
+"""What the names of a KV cache's inputs start with."""
 QUANTIZED = {"int8": "model_quantized.onnx", "int4": "model_q4.onnx", "fp16": "model_fp16.onnx"}
 """Scheme → the file of its graph. transformers.js calls the first ``q8``; browsers take it by themselves."""
 

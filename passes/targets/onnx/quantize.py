@@ -22,19 +22,17 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from mptk.files import write_together
 from mptk.ir.passes import Log
 from passes.targets.onnx.balance import BalancePass
 from passes.targets.onnx.block_weights import BLOCK
-from passes.targets.onnx.names import QUANTIZED, data_file
+from passes.targets.onnx.names import QUANTIZED
 from passes.targets.onnx.plain_products import PlainProductsPass
 from passes.targets.onnx.run import run_onnx
 from passes.targets.onnx.smooth import SmoothPass
-from passes.targets.onnx.tensors import name_nodes, read_lazily
+from passes.targets.onnx.tensors import name_nodes, read_lazily, save_graph
 
 BLOCKS = {"int8": 32, "int4": BLOCK}
 """Scheme → the number that a product's inputs should be a multiple of. It is less than the block of ``int8``, whose
@@ -59,7 +57,7 @@ def write_quantized(source: Path, scheme: str, steps: Sequence[ir.passes.PassBas
         quantized = run_onnx(model, steps, log)
     quantized.graph.sort()
     quantized.metadata_props.update(metadata)
-    return _save(quantized, source.with_name(QUANTIZED[scheme]))
+    return save_graph(quantized, source.with_name(QUANTIZED[scheme]))
 
 
 def even_channels(source: Path) -> list[ir.passes.PassBase]:
@@ -78,15 +76,6 @@ def read_float(source: Path) -> ir.Model:
     model = common.ClearMetadataAndDocStringPass()(read_lazily(source)).model
     name_nodes(model)
     return model
-
-
-def _save(model: ir.Model, file: Path) -> Path:
-    """Write the file. It gets its name only when it is complete and ``onnx.checker`` accepts it."""
-    data = data_file(file.name)
-    with write_together(file.parent, data, file.name) as temporary:
-        ir.save(model, temporary / file.name, external_data=data)
-        onnx.checker.check_model(temporary / file.name, full_check=True)
-    return file
 
 
 @contextlib.contextmanager

@@ -17,18 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from passes.targets.onnx.balance import equalising, is_product, weight_of
 from passes.targets.onnx.measure import measure_onnx
 from passes.targets.onnx.plain_products import constant, logit_products, looks_up_tokens
-from passes.targets.onnx.tensors import lazy, parts, tensor_of
+from passes.targets.onnx.tensors import Floats, lazy, parts, tensor_of
 
 PROMPTS = (16, 32)
 """The number of prompts, and of tokens in each: few enough for any table of positions."""
-
-Sizes = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ def _vocabulary(model: ir.Model) -> int:
     return int(tables[0][0] if tables else model.graph.outputs[0].shape[-1])  # type: ignore[arg-type, index]
 
 
-def smoothing(size: Sizes, weights: Collection[Sizes]) -> Sizes:
+def smoothing(size: Floats, weights: Collection[Floats]) -> Floats:
     """s by channel, from the activations' root mean squares [inputs] and their weights, each [inputs, outputs].
 
     A channel that is zero in either keeps its scale.
@@ -113,7 +110,7 @@ def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     return value.const_value if value is not None else None
 
 
-def _change_input(graph: ir.Graph, node: ir.Node, index: int, scale: Sizes, change: Callable[..., Sizes]) -> None:
+def _change_input(graph: ir.Graph, node: ir.Node, index: int, scale: Floats, change: Callable[..., Floats]) -> None:
     """Replace an input of a node by ``change(input, scale)``. Other nodes may still read the old one."""
     old = tensor_of(node.inputs[index])
     name = f"{node.outputs[0].name}.smooth.{index}"

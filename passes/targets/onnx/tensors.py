@@ -15,10 +15,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
+
+from mptk.files import write_together
+from passes.targets.onnx.names import data_file
 
 Array = npt.NDArray[Any]
 """Any: a graph's constants are of many types."""
+Floats = npt.NDArray[np.float32]
 
 PART = 1 << 22
 """Numbers that are worked on at once if a step does not need the whole weight."""
@@ -46,9 +51,20 @@ def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
     return value.const_value
 
 
-def replace_tensor(value: ir.Value, make: Callable[[], Array]) -> None:
-    """Give ``value`` another constant of the same shape and type."""
-    value.const_value = lazy(tensor_of(value), make)
+def change_tensor(value: ir.Value | None, change: Callable[[Array], Array]) -> None:
+    """Give ``value`` the changed constant, of the same shape and type."""
+    old = tensor_of(value)
+    assert value is not None
+    value.const_value = lazy(old, lambda: change(old.numpy()))
+
+
+def save_graph(model: ir.Model, file: Path) -> Path:
+    """Write a graph and its weights. It gets its name only when it is complete and ``onnx.checker`` accepts it."""
+    data = data_file(file.name)
+    with write_together(file.parent, data, file.name) as temporary:
+        ir.save(model, temporary / file.name, external_data=data)
+        onnx.checker.check_model(temporary / file.name, full_check=True)
+    return file
 
 
 def read_lazily(file: Path) -> ir.Model:

@@ -18,7 +18,7 @@ from mptk.io.checkpoint import portable, save_tokenizer
 from mptk.io.deferred import deferred
 from mptk.io.tensors import split, writer
 from mptk.ir.weights import Weights
-from mptk.publish.publish import publish
+from mptk.publish.folder import publish
 from passes.targets.stock.config import StockConfig
 
 

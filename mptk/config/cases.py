@@ -1,0 +1,54 @@
+"""cases: where settings are shown, which commands have them, and in which cases they do nothing."""
+
+from __future__ import annotations
+
+from mptk.config.setting import Idle
+from mptk.cost.budgets import LATENCY
+
+CUT, CHOICE, DATA, TRAIN, WRITE, MACHINE = "What to cut", "How to choose", "Data", "Training", "Output", "Machine"
+PRUNE, SEARCH, TRAINING = ("prune",), ("prune", "shapes"), ("prune", "recover")
+RUNS = ("prune", "recover", "shapes")
+ON_DEVICE = (*RUNS, "verify", "export", "generate", "eval", "bench")
+
+# ---- cases in which a setting does nothing ----
+
+PLANNED = Idle(lambda a: a.settings.plan is not None, "--plan says which units stay", "leave out one of both")
+ALL_STAY = Idle(
+    lambda a: a.settings.plan is None and a.settings.fixed,
+    "with --sparsity 0 only tokens or KV heads go",
+    "give a --sparsity, or leave it out",
+)
+CHOOSES = (PLANNED, ALL_STAY)
+"""Of what says how units are chosen."""
+TIMED = Idle(lambda a: a.settings.max_ms is not None, "a latency is the budget", "leave out one of both")
+UNTIMED = Idle(
+    lambda a: a.settings.budget != LATENCY, "it is for a predicted latency", "give --max-decode-ms, or leave it out"
+)
+PHASED = (
+    Idle(lambda a: a.settings.max_ms is not None, "the option of the latency names the phase"),
+    Idle(
+        lambda a: a.settings.budget != LATENCY and not a.settings.onnx,
+        "no latency is predicted and no graph is written",
+    ),
+)
+NO_MASKS = Idle(lambda a: not a.learns, "this method learns no masks", "give --method maskprune, or leave it out")
+NO_SEARCH = Idle(lambda a: not a.settings.search, "no shapes are searched", "give --search, or leave it out")
+QUICK = Idle(
+    lambda a: a.settings.search and not a.settings.search_tokens,
+    "the search trains nothing",
+    "give {search_tokens}, or leave it out",
+)
+WHOLE_BLOCKS = Idle(
+    lambda a: not a.settings.distil_epochs, "no block is distilled", "give --distil-epochs, as 3, or leave it out"
+)
+UNTRAINED = (
+    Idle(lambda a: a.settings.search and not a.settings.trains, "nothing is trained", QUICK.remedy),
+    Idle(lambda a: not a.settings.trains, "nothing is trained", "give --steps, or leave it out"),
+)
+NO_GRAPH = Idle(lambda a: not a.settings.onnx, "--no-onnx writes no graph", "leave out one of both")
+NO_CLASS = Idle(lambda a: a.settings.target != "stock", "only the target stock needs a class")
+UNKEPT = (
+    Idle(lambda a: a.estimate, "--estimate runs nothing", "leave out one of both"),
+    Idle(lambda a: a.settings.fixed and not a.settings.steps, "this run writes no checkpoints"),
+    Idle(lambda a: not a.writes, "without --out no results are kept", "give --out, or leave it out"),
+)

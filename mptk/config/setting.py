@@ -1,0 +1,276 @@
+"""setting: how a setting is declared, and what is read from declarations: its checks, keywords and saved values.
+
+A setting is a field of a dataclass that extends ``Record``, with the default ``setting(…)``. The command line, recipes,
+keywords in Python, checks and ``docs/settings.md`` are made of these declarations.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from importlib.metadata import entry_points
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, get_origin, get_type_hints
+
+from mptk.arguments import check_arguments
+from mptk.errors import MptkError, did_you_mean
+
+T = TypeVar("T")
+R = TypeVar("R", bound="Record")
+COUNT = 10**9
+"""More windows, tokens or steps than any run has."""
+SEED = (0, 2**32 - 1)
+"""Bounds of a seed."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The values that a setting may have. ``plugins``: groups of entry points; their names are values, too.
+
+    ``numbered``: names that may have a number, as ``cuda:1``.
+    """
+
+    names: tuple[str, ...]
+    plugins: tuple[str, ...] = ()
+    numbered: tuple[str, ...] = ()
+
+    @property
+    def shown(self) -> list[str]:
+        """The values as help shows them."""
+        return [word for name in self.names for word in (name, f"{name}:N")[: 1 + (name in self.numbered)]]
+
+    def known(self) -> list[str]:
+        """All values, those of installed plugins included."""
+        others = (entry.name for group in self.plugins for entry in entry_points(group=group))
+        return list(dict.fromkeys([*self.names, *others]))
+
+    def wrong(self, value: str) -> str | None:
+        """What is wrong with a value; None if it is one of these."""
+        known = self.known()
+        if value in known or (re.fullmatch(r"(\w+):\d+", value) and value.partition(":")[0] in self.numbered):
+            return None
+        hint = did_you_mean(value, known, "")
+        return f"{value!r} is not known; {f'{hint} ' if hint else ''}choose one of {', '.join(known)}"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command is asked for. ``settings`` are settled. ``learns``: its method learns masks in steps.
+
+    ``writes``: it has an output folder. ``estimate``: it only says what it will need.
+    """
+
+    settings: Any
+    learns: bool = True
+    writes: bool = True
+    estimate: bool = False
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A case in which a setting does nothing, why, and what to do. ``{name}`` in ``remedy`` is an option's flag."""
+
+    when: Callable[[Asked], object]
+    why: str
+    remedy: str = "leave it out"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The declaration of a setting.
+
+    ``panel``: where the help shows its option; without one it has no option. ``on``: the commands that have the option.
+    ``idle``: cases in which it does nothing; the first that holds is said. ``within``: bounds of a number. ``option``:
+    the option's name, if it is not the field's; ``renamed``: its name in some commands. ``form``: what is typed for a
+    number of bytes or for a name of a file. ``recipe``: whether a run writes it into its recipe, only reads it, or
+    refuses it, as others write recipes. ``resumable``: an unfinished run may go on with another value.
+    """
+
+    help: str
+    panel: str = ""
+    on: tuple[str, ...] = ()
+    idle: tuple[Idle, ...] = ()
+    within: tuple[float, float] | None = None
+    choices: Choices | None = None
+    option: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    form: Literal["plain", "size", "path"] = "plain"
+    recipe: Literal["written", "read", "refused"] = "written"
+    resumable: bool = False
+
+
+def setting(default: T, *declared: Any, **more: Any) -> T:
+    """The field of a ``Record`` that is a setting, with the fields of its ``Setting``."""
+    given: Any = {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}
+    made: T = field(**given, metadata={Setting: Setting(*declared, **more)})
+    return made
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A setting in its place: ``path`` to the field, with dots, the field's type and its default."""
+
+    path: str
+    kind: Any
+    default: Any
+    setting: Setting
+
+    @property
+    def name(self) -> str:
+        """The field's name, which is the keyword in Python."""
+        return self.path.rpartition(".")[2]
+
+    def option(self, command: str = "") -> str:
+        """The name of the option, in a command."""
+        return self.setting.renamed.get(command) or self.setting.option or self.name
+
+    def of(self, record: Record) -> Any:
+        """The value in a record."""
+        return attrgetter(self.path)(record)
+
+    def kept(self, value: object) -> object:
+        """A value as the field keeps it: one name of a list or several as a tuple, and a path as its name."""
+        if get_origin(self.kind) is tuple and isinstance(value, str | list):
+            return (value,) if isinstance(value, str) else tuple(value)
+        return str(value) if isinstance(value, Path) else value
+
+    def check(self, value: Any) -> None:
+        """Raise MptkError if a value is outside its bounds or not among its choices."""
+        bounds, choices = self.setting.within, self.setting.choices
+        if value is not None and bounds is not None and (wrong := outside(value, *bounds)) is not None:
+            raise MptkError(f"{self.name}: {wrong}; give a number from {shown(bounds[0])} to {shown(bounds[1])}")
+        if value is not None and choices is not None and not choices.plugins:
+            for each in value if isinstance(value, tuple) else (value,):
+                if (wrong := choices.wrong(each)) is not None:
+                    raise MptkError(f"{self.name}: {wrong}")
+
+
+class Record:
+    """Settings, and records of settings. It refuses values that their declarations refuse.
+
+    ``declared``: every setting of it and of the records in it, in order.
+    """
+
+    declared: ClassVar[tuple[Declared, ...]] = ()
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # for type checkers: it is a dataclass
+
+    def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
+        for each in self.declared:
+            if "." not in each.path:
+                each.check(getattr(self, each.path))
+
+
+def record(kind: type[R]) -> type[R]:
+    """Collect the declarations of a dataclass. Its docstring gets a line for each."""
+    hints, found = get_type_hints(kind), list[Declared]()
+    for each in fields(kind):
+        if Setting in each.metadata:
+            default = each.default_factory() if callable(each.default_factory) else each.default
+            found.append(Declared(each.name, hints[each.name], default, each.metadata[Setting]))
+        else:
+            found += [replace(inner, path=f"{each.name}.{inner.path}") for inner in hints[each.name].declared]
+    lines = [f"- ``{each.path}``: {each.setting.help}" for each in found]
+    kind.__doc__ = "\n".join([inspect.cleandoc(str(kind.__doc__)), "", *lines])
+    kind.declared = tuple(found)
+    return kind
+
+
+def taken(kind: type[Record], command: str) -> dict[str, Declared]:
+    """Option → setting of a command."""
+    return {each.option(command): each for each in kind.declared if command in each.setting.on}
+
+
+def values(record: Record, command: str) -> dict[str, Any]:
+    """Keyword → value of the record's own settings that a command has."""
+    return {each.path: each.of(record) for each in taken(type(record), command).values() if "." not in each.path}
+
+
+def idle(command: str, asked: Asked) -> dict[str, str]:
+    """Option of a command that would do nothing → why, and what to do."""
+    kind = type(asked.settings)
+    flags = {each.name: f"--{each.option(command).replace('_', '-')}" for each in kind.declared}
+    return {
+        name: f"{rule.why}; {rule.remedy.format_map(flags)}"
+        for name, each in taken(kind, command).items()
+        for rule in reversed(each.setting.idle)  # of several the first one counts
+        if rule.when(asked)
+    }
+
+
+# ---- values from outside ----
+
+
+def keywords(kind: type[Record]) -> list[str]:
+    """Every name that ``with_keywords`` knows: of settings, and of records of settings."""
+    return list(dict.fromkeys(name for each in kind.declared for name in each.path.split(".")))
+
+
+def with_keywords(record: R, values: Mapping[str, Any]) -> R:
+    """The record with some values replaced, by the names of the fields: its own, or of a record in it.
+
+    A name that several records have, as ``seed``, is set in all of them. A list may be given as one name.
+
+    Raises:
+        MptkError: there is no such field (with the nearest name), or its value is refused.
+    """
+    known = keywords(type(record))
+    if unknown := sorted(values.keys() - set(known)):
+        hint = did_you_mean(unknown[0], known, "help(mptk.Settings) has them all")
+        raise MptkError(f"there is no setting {unknown[0]!r}; {hint}")
+    return _replaced(record, values)
+
+
+def _replaced(record: R, values: Mapping[str, Any]) -> R:
+    kept = {each.path: each.kept for each in record.declared}
+    changes = {}
+    for name, inner in vars(record).items():
+        given = values.get(name, inner)
+        if isinstance(given, Record) and name not in kept:
+            given = _replaced(given, values)
+        changes[name] = kept[name](given) if name in kept else given
+    return replace(record, **changes)
+
+
+def from_json(kind: type[R], data: object, where: str) -> R:
+    """A record as ``dataclasses.asdict`` and JSON give it back; fields that this version lacks are left out.
+
+    Raises:
+        ValueError: ``data`` does not hold such a record; with the place.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where} is no object")
+    known, hints = {each.path: each for each in kind.declared}, get_type_hints(kind)
+    given: dict[str, Any] = {}
+    for name in (each.name for each in fields(kind)):
+        if isinstance(hints[name], type) and issubclass(hints[name], Record):
+            given[name] = from_json(hints[name], data.get(name), f"{where}.{name}")
+        elif name in data:
+            given[name] = known[name].kept(data[name]) if isinstance(data[name], list) else data[name]
+    try:
+        return kind(**given)
+    except MptkError as error:  # a value that no record takes
+        raise ValueError(f"{where}: {error}") from error
+
+
+# ---- numbers ----
+
+
+def outside(value: float, least: float, most: float) -> str | None:
+    """What is wrong with a number that is not finite or not in these bounds; None if nothing is."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value} is no finite number"
+    if value < least:
+        return f"{shown(value)} is less than {shown(least)}"
+    return f"{shown(value)} is more than {shown(most)}" if value > most else None
+
+
+def shown(value: float) -> str:
+    """A number; of a very long one only that it is one."""
+    if isinstance(value, int) and abs(value) >= 10**24:
+        return "a number of many digits"
+    return str(value)

@@ -1,0 +1,114 @@
+"""analysis: what can be cut and what cannot, as JSON data and as a view."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from mptk.cost.model import CostModel
+from mptk.ir.families import Analysis, Family, Member
+from mptk.report.runs import model_name
+from mptk.report.view import Name, Section, Table, View, ranges
+from passes.targets.legalize import LegalWidths
+from passes.targets.width_choices import partners
+
+ANALYSIS = "mptk-analysis/1"
+
+
+Row = Mapping[str, Any]
+
+
+def analysis_json(analysis: Analysis, legal: LegalWidths, model: str) -> dict[str, Any]:
+    """What ``mptk analyze --json`` writes (``docs/analysis.md``): the families, and the axes that cannot be cut."""
+    cost = CostModel(analysis)
+    blocked = [asdict(axis) for axis in analysis.blocked]
+    for f in analysis.depths:
+        for unit, why in f.stack.stay.items():
+            weights = [f"{f.groups[0].layer}.{unit}"]
+            blocked.append({"name": f"{f.name} {unit}", "size": 1, "weights": weights, "reasons": [why]})
+    return {
+        "format": ANALYSIS,
+        "model": model,
+        "parameters": cost.dense.parameters,
+        "block_parameters": cost.dense.block,
+        "families": [_family_json(family, cost, legal) for family in analysis.all_families],
+        "blocked": blocked,
+    }
+
+
+def _family_json(family: Family, cost: CostModel, legal: LegalWidths) -> dict[str, Any]:
+    name = family.name
+    return {
+        "name": name,
+        "description": family.description,
+        "width": family.size,
+        "layers": len(family.groups),
+        "scopes": family.scopes,
+        "parameters_per_unit": cost.parameters_per_unit(family),
+        "share": 1 - cost({name: 0}).parameters / cost.dense.parameters,
+        "minimum": family.minimum,
+        "multiple": family.multiple,
+        "legal_widths": list(legal.ladders.get(name, ())),
+        "refused": legal.refused.get(name),
+        "together": sorted(partners(name, {name}, legal.together)),
+        "breaks": legal.breaks.get(name),
+        "groups": [
+            {"layer": group.layer, "members": list(map(_member_json, group.members))} for group in family.groups
+        ],
+    }
+
+
+def _member_json(member: Member) -> dict[str, Any]:
+    return {"weight": member.weight, "dim": member.dim, "role": member.role, "layout": repr(member.term)}
+
+
+def analysis_view(said: Row) -> View:
+    """``mptk analyze``: the families, then the axes that cannot be cut, with reasons."""
+    rows = [
+        [
+            Name(f["name"]),
+            f["description"],
+            f"{f['width']}" if f["scopes"] == 1 else f"{f['width']} in each of {f['scopes']}",
+            str(f["layers"]),
+            f"{f['parameters_per_unit']:,.0f}",
+            f"{f['share']:.1%}",
+            _legal(f),
+        ]
+        for f in said["families"]
+    ]
+    columns = ["family", "what it is", "width", "layers", "parameters per unit", "share", "legal widths"]
+    counts = f"{said['parameters']:,.0f} parameters, {said['block_parameters']:,.0f} of them prunable"
+    found = [Section("Families", [counts, Table("llrrrrl", columns, rows), *breaking(said["families"])])]
+    if said["blocked"]:
+        fixed = Table("lrll", ["axis", "size", "weights", "why"], grouped(said["blocked"]))
+        found.append(Section("What cannot be cut", [fixed]))
+    return View(found, f"{model_name(said['model'])}: what can be cut, and what must go with it")
+
+
+def _legal(family: Row) -> str:
+    if family["refused"]:
+        return f"none: {family['refused']}"
+    with_others = f", with {', '.join(family['together'])} in proportion" if family["together"] else ""
+    return ranges(family["legal_widths"]) + with_others
+
+
+def breaking(families: Sequence[Row]) -> list[str]:
+    """For each kind of programs that a cut breaks: the families whose cut does."""
+    found: dict[str, list[str]] = {}
+    for f in families:
+        if f["breaks"]:
+            found.setdefault(f["breaks"], []).append(f["name"])
+    return [f"a cut of {', '.join(names)} breaks {why}; --portable leaves it out" for why, names in found.items()]
+
+
+def grouped(blocked: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Rows of blocked axes; axes with the same reason in several layers share a row."""
+    rows: Counter[tuple[str, str, str, str]] = Counter()
+    for b in blocked:
+        starred = re.sub(r"(?<=\.)\d+(?=\.)", "*", ", ".join(b["weights"][:3]))
+        reasons = re.sub(r"(?<=\.)\d+(?=[.,])", "*", "; ".join(b["reasons"][:2]))
+        rows[b["name"], str(b["size"]), starred, reasons] += 1
+    return [(name if count == 1 else f"{name} ×{count}", *rest) for (name, *rest), count in rows.items()]

@@ -1,0 +1,149 @@
+"""runs: what is shown of a pruned folder, read from its files."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from typing_extensions import TypedDict
+
+from mptk.conform import made
+from mptk.errors import MptkError
+from mptk.ir.plan import FamilyPlan, Plan
+from mptk.ort.bench import Bench
+from mptk.protocols.report import Report, Row
+from mptk.reading import Damaged, json_of, read_as, read_text
+from mptk.report.view import ranges
+
+
+@dataclass(frozen=True)
+class Run:
+    """A pruned folder. ``metrics``: phase of training → its steps, none if nothing was trained."""
+
+    name: str
+    report: Report
+    plan: Plan = field(default_factory=lambda: Plan({}))
+    bench: Bench | None = None
+    metrics: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> bool:
+        """Whether the quality of the dense and of the pruned model is known."""
+        return all(isinstance(self.report.quality.get(name), int | float) for name in ("dense", "pruned"))
+
+    @property
+    def kept(self) -> dict[str, FamilyPlan]:
+        """What families that were cut keep. Layers with widths of their own are one family again."""
+        found = {name: family for name, family in self.plan.families.items() if family.width < family.of}
+        for whole in sorted(self.plan.divided):
+            rows = {n: row for n, row in self.report.families.items() if n.rpartition(".")[0] == whole}
+            parts = {name: found.pop(name).keep for name in rows if name in found}
+            scopes = max(len(kept) for keep in parts.values() for kept in keep.values())
+            of = max(row["of"] for row in rows.values())
+            entire = {"": (tuple(range(of)),) * scopes}
+            keep = {f"{name}{layer}": kept for name in rows for layer, kept in parts.get(name, entire).items()}
+            found[whole] = FamilyPlan(max(row["width"] for row in rows.values()), of, keep)
+        return found
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs of these folders, each with a name of its own: as short a path as tells them apart.
+
+    Raises:
+        MptkError: one is no pruned folder, or a file of it is damaged.
+    """
+    return [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Report, plan, timings and metrics of a pruned folder. Raises MptkError as ``read_runs``."""
+    report, plan = Report.read(folder), Plan.load(folder / "plan.json")
+    return Run(name, report, plan, read_bench(folder), _metrics(folder / "metrics.jsonl"))
+
+
+def read_bench(folder: Path) -> Bench | None:
+    """The timings of a pruned folder, if there are any. Raises MptkError if they are damaged."""
+    file = folder / "bench.json"
+    return read_as(Bench, file, _damaged(file)) if os.path.lexists(file) else None
+
+
+def _metrics(file: Path) -> dict[str, list[Row]]:
+    """Phase of training → its steps. Raises MptkError if the file is damaged."""
+    phases: dict[str, list[Row]] = {}
+    if not os.path.lexists(file):
+        return phases
+    damaged = _damaged(file)
+    for number, line in enumerate(read_text(file, damaged).splitlines(), 1):
+        try:
+            if line:
+                row = json_of(line, damaged)
+                phases.setdefault(made(Metrics, row)["phase"], []).append(row)
+        except ValueError as error:
+            raise damaged(f"line {number} is no step of training ({error})") from error
+    return phases
+
+
+def _damaged(file: Path) -> Damaged:
+    return lambda why: MptkError(f"{file} is damaged: {why}; remove that file, or prune again")
+
+
+class Metrics(TypedDict):
+    """What each line of ``metrics.jsonl`` has, beside numbers."""
+
+    phase: str
+    step: int
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as few as tell them apart. A folder that is given twice has one name."""
+    paths = [Path(os.path.abspath(folder)) for folder in folders]
+    for count in range(1, max((len(path.parts) for path in paths), default=1)):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return [str(path) for path in paths]
+
+
+def model_name(model: str) -> str:
+    """A hub id as it is; of an absolute path its last part, or the two that a cached snapshot is known by."""
+    if not os.path.isabs(model):
+        return model
+    cached = re.search(r"/models--([^/]+)/snapshots/", model)
+    return cached[1].replace("--", "/") if cached else Path(model).name
+
+
+def legal_widths(report: Report, family: str) -> str:
+    """The widths of a family that the target can hold, in words."""
+    if family not in report.legal:
+        return "not recorded"
+    widths = report.legal[family]["widths"]
+    return ranges(widths) if len(widths) > 1 else "none narrower"
+
+
+def whole(report: Report, family: str) -> str:
+    """Why a family was not cut, or not further."""
+    settings, here = report.settings, report.families[family]
+    legal = report.legal.get(family)
+    narrower = None if legal is None else [w for w in legal["widths"] if w < here["width"]]
+    if here["width"] < here["of"]:
+        if settings.plan is not None or family in settings.widths:
+            return "this width was given"
+        if narrower == []:
+            return "no narrower width is legal"
+        return "the budget was met at this width"
+    if legal is not None and legal["refused"]:
+        return str(legal["refused"])
+    if narrower == []:
+        return "no narrower width is legal"
+    if family in settings.keep:
+        return "kept whole on request (--keep)"
+    if settings.plan is not None:
+        return "the given plan keeps it whole"
+    if settings.families and family not in settings.families:
+        return "not among the requested --families"
+    if here["layers"] == 1 and not settings.families:
+        return "runs through all layers: cut only if asked for"
+    return "the chosen division of the budget keeps it whole"

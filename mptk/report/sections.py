@@ -1,0 +1,281 @@
+"""sections: what is shown of a report, of timings, of a search, of a proof and of an estimate, as views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mptk.config.settings import Settings
+from mptk.conform import made
+from mptk.cost.estimate import Estimate, duration, size_text
+from mptk.ort.bench import Bench
+from mptk.protocols.report import Report, Row
+from mptk.protocols.shapes import Shapes
+from mptk.report.compare import Comparable, front, grouped, heading
+from mptk.report.runs import Run, legal_widths, model_name, whole
+from mptk.report.view import (
+    Bad,
+    Good,
+    Name,
+    Section,
+    Share,
+    Table,
+    View,
+    difference,
+    figure,
+    large,
+    megabytes,
+    plural,
+)
+
+COSTS = {
+    "block": "block parameters",
+    "parameters": "all parameters",
+    "flops": "FLOPs a token",
+    "bytes": "bytes of the weights",
+    "latency_ms": "predicted {objective} (ms)",
+}
+"""Costs in a report → what they are called."""
+CUT, SEARCH, PROOF = "What was cut, and why not more", "The search of the shape", "The proof, stage by stage"
+QUALITY, TIMES, RUN = "Quality", "Latency in ONNX Runtime", "The run"
+FRONT = "★ no other shape that went as far costs as little and was as good at that stage"
+
+
+def prune_view(report: Report, bench: Bench | None = None) -> View:
+    """What a run did: what was cut, how good the result is, how it was proven, how fast it is, how it was made."""
+    found = [Section(CUT, [widths(report), costs(report)]), Section(QUALITY, quality(report))]
+    if report.search:
+        found.append(Section(SEARCH, ranking(made(Shapes, report.search))))
+    if report.splits:
+        rows = [[Name(tried), figure(loss)] for tried, loss in report.splits.items()]
+        table = Table("lr", ["widths", "loss on calibration text"], rows)
+        found.append(Section("Divisions of the budget that were tried", [table]))
+    found.append(Section(PROOF, [proof(report.proof), proof_note(report)]))
+    if bench is not None:
+        found.append(Section(TIMES, timings(bench)))
+    return View([*found, Section(RUN, about(report))], f"{model_name(report.model)} pruned{_by(report.settings)}")
+
+
+def _by(settings: Settings) -> str:
+    if settings.plan is not None:
+        return " by a plan"
+    return "" if settings.fixed else f" by {settings.method}"
+
+
+def widths(report: Report) -> Table:
+    """Each family, and what else was cut: its width, the legal ones, and why it was not cut further."""
+    rows = [
+        [
+            Name(name),
+            str(row["layers"]),
+            _width(row, "width"),
+            legal_widths(report, name),
+            whole(report, name),
+        ]
+        for name, row in report.families.items()
+    ]
+    for name, row in (("vocabulary", report.vocabulary), ("KV heads, merged", report.kv_heads)):
+        if row:
+            rows.append([name, "", _width(row, "kept"), "", ""])
+    return Table("lrrll", ["family", "layers", "width", "legal widths", "why not more"], rows)
+
+
+def _width(row: Row, kept: str) -> Share:
+    of, width = row["of"], row[kept]
+    return Share(f"{of} → {width}" if width < of else f"{of}", width / of)
+
+
+def costs(report: Report) -> Table:
+    """Both models' costs."""
+    dense, pruned = report.cost["dense"], report.cost["pruned"]
+    rows = []
+    for key, label in COSTS.items():
+        if key in dense:
+            decimals = 2 if key == "latency_ms" else 0
+            figures = [f"{cost[key]:,.{decimals}f}" for cost in (dense, pruned)]
+            gone = 1 - pruned[key] / dense[key]
+            said = label.format(objective=report.settings.objective)
+            rows.append([said, *figures, Share(f"{gone:.1%}", gone)])
+    return Table("lrrr", ["", "dense", "pruned", "removed"], rows)
+
+
+def quality(report: Report) -> list[Table | str]:
+    """How good each model is, and how large."""
+    found, sizes = report.quality, {name: row["bytes"] for name, row in report.cost.items()}
+    if not found:
+        return ["Not measured, since the run was stopped before. mptk eval measures it."]
+    rows = [[name, figure(found[name]), megabytes(sizes[name])] for name in ("dense", "pruned")]
+    for scheme, row in report.quantized.items():
+        measured = figure(row["quality"]) if "quality" in row else "not measured"
+        rows.append([f"pruned, {scheme} in ONNX Runtime", measured, megabytes(row["bytes"])])
+    return [
+        Table("lrr", ["model", Name(found["metric"]), "size"], rows),
+        Name(f"{found['metric']}: {found['protocol']}"),
+    ]
+
+
+def proof(rows: Sequence[Row]) -> Table:
+    """Each stage's difference from the masked dense model, its tolerance, and why that was widened."""
+    found = []
+    for row in rows:
+        said = ", ".join([row[key] for key in ("widened", "ran", "failure") if row.get(key)])
+        held = (Good if row["ok"] else Bad)(", ".join(filter(None, ["ok" if row["ok"] else "FAILED", said])))
+        found.append(
+            [Name(row["stage"]), *(difference(row[key]) for key in ("max_abs", "relative", "tolerance")), held]
+        )
+    return Table("lrrrl", ["stage", "absolute", "relative", "tolerance", "result"], found)
+
+
+def proof_note(report: Report) -> str:
+    """What the proof compared."""
+    return (
+        "Each stage is compared with the dense model whose removed units are masked, on samples of up to "
+        f"{report.proof_length:,} tokens or positions. A relative difference is relative to the largest output. "
+        "mptk verify repeats it."
+    )
+
+
+def proof_view(rows: Sequence[Row]) -> View:
+    """``mptk verify``: a proof."""
+    return View([Section("", [proof(rows)])])
+
+
+def about(report: Report) -> list[Table | str]:
+    """How the folder was made, and what else a reader must know."""
+    settings, versions = report.settings, [f"{name} {found}" for name, found in report.versions.items()]
+    chosen = f"{settings.method}, {settings.steps} training steps, seed {settings.seed}"
+    rows = [["dense model", report.model], ["method", chosen], ["target", settings.target]]
+    rows += [[n, f"{d['source']}, {d['samples']} samples"] for n, d in report.data.items() if n != "files"]
+    rows.append(["versions", ", ".join([f"mptk {report.mptk}", *versions])])
+    how = Table("ll", ["", ""], [[name, Name(said)] for name, said in rows])
+    return [how, stages(report), *map(Name, report.notes)]
+
+
+def stages(report: Report) -> Table:
+    """The ten stages of the run that took longest."""
+    slowest = sorted(report.stages, key=lambda stage: -stage["seconds"])[:10]
+    longest = max((stage["seconds"] for stage in slowest), default=0) or 1
+    rows = [[Name(s["name"]), Share(f"{s['seconds']:.1f}", s["seconds"] / longest)] for s in slowest]
+    return Table("lr", ["longest stages", "seconds"], rows)
+
+
+def bench_view(bench: Bench) -> View:
+    """``mptk bench``: timings of graphs."""
+    return View([Section("", timings(bench))])
+
+
+def timings(bench: Bench) -> list[Table | str]:
+    """Each graph in each case, the size of each graph, and the machine's peaks."""
+    rows = [
+        [
+            str(row.case),
+            Name(row.graph),
+            str(row.case.threads),
+            f"{row.ms:.1f} ± {row.iqr_ms:.1f}",
+            f"{row.tokens_s:.0f}",
+            f"{row.ratio:.3f}",
+            f"{row.ideal:.3f}",
+            f"{row.roofline:.0%}",
+        ]
+        for row in bench.rows
+    ]
+    columns = ["case", "graph", "threads", "ms", "tokens/s", "ratio", "ideal ratio", "of the peak"]
+    sizes = [[Name(graph.name), megabytes(graph.bytes), megabytes(graph.memory)] for graph in bench.graphs]
+    peaks = [
+        f"{plural(threads, 'thread')}: {peak.flops / 1e9:.0f} GFLOP/s in a matrix product, "
+        f"{peak.bandwidth / 1e9:.1f} GB/s read"
+        for threads, peak in bench.peaks.items()
+    ]
+    ran = Name(f"ONNX Runtime {bench.onnxruntime}, {', '.join(bench.providers)}")
+    how = f"Median of {bench.rounds} alternating rounds. Times hold for the machine that measured them."
+    return [Table("llrrrrrr", columns, rows), Table("lrr", ["graph", "files", "memory"], sizes), *peaks, ran, how]
+
+
+def comparison_view(runs: Sequence[Run]) -> View:
+    """Pruned folders side by side; only runs that may be compared share a table."""
+    groups, unmeasured = grouped(runs)
+    found = [Section(heading(number, group), compared(group)) for number, group in enumerate(groups)]
+    if unmeasured:
+        names = ", ".join(run.name for run in unmeasured)
+        found.append(Section("Not compared", [Name(f"quality was not measured: {names}")]))
+    return View(found, f"{len(runs)} pruned models side by side")
+
+
+def compared(group: Comparable) -> list[Table | str]:
+    """Runs that may be compared, and the dense model."""
+    first, best = group.first.report, [run.name for run in front(group)]
+    several = len(group.runs) > 1
+    rows = [
+        [Name(f"{run.name} ★" if several and run.name in best else run.name), *_compared(run.report)]
+        for run in group.runs
+    ]
+    size, metric = megabytes(first.cost["dense"]["bytes"]), first.quality["metric"]
+    rows.append(["dense", "", "", f"{0:.1%}", size, figure(first.quality["dense"]), ""])
+    columns = ["run", "method", "steps", "removed", "size", Name(metric), "widths"]
+    apart = [f"Not comparable with the first group: {group.apart}."] if group.apart else []
+    star = ["★ no other run of this table removes as much and is as good"] if several else []
+    about = [Name(f"dense model: {first.model}"), Name(f"{metric}: {first.quality['protocol']}")]
+    return [*apart, *about, Table("llrrrrl", columns, rows), *star]
+
+
+def _compared(report: Report) -> list[str]:
+    cut = [f"{name} {row['width']}" for name, row in report.families.items() if row["width"] < row["of"]]
+    figures = [f"{report.sparsity:.1%}", megabytes(report.cost["pruned"]["bytes"]), figure(report.quality["pruned"])]
+    return [Name(report.settings.method), str(report.settings.steps), *figures, Name(", ".join(cut))]
+
+
+def shapes_view(found: Shapes) -> View:
+    """``mptk shapes``: a search."""
+    title = f"{plural(len(found.shapes), 'shape')} of {model_name(found.model)}, by {found.metric}"
+    return View([Section(SEARCH, ranking(found))], title)
+
+
+def ranking(found: Shapes) -> list[Table | str]:
+    """Each shape with its costs and its losses: the dense model, then the best first."""
+    front, fits, timed = found.front, found.best.reconstructed is not None, found.dense.latency_ms is not None
+    tokens = sorted({rung.tokens for shape in found.shapes for rung in shape.rungs})
+    rows = []
+    for number, shape in enumerate((found.dense, *found.shapes)):
+        after = {rung.tokens: rung.loss for rung in shape.rungs}
+        losses = [shape.masked, *([shape.reconstructed] if fits else []), *map(after.get, tokens)]
+        rows.append(
+            [
+                "dense" if not number else f"{number} ★" if shape in front else f"{number}",
+                *(str(shape.widths[family]) for family in found.best.widths),
+                f"{shape.sparsity:.1%}",
+                large(shape.parameters),
+                *([] if shape.latency_ms is None else [f"{shape.latency_ms:.2f}"]),
+                *("" if loss is None else figure(found.figure(loss)) for loss in losses),
+            ]
+        )
+    columns = ["shape", *map(Name, found.best.widths), "removed", "parameters", *["ms"] * timed, "masked"]
+    columns += [*["reconstructed"] * fits, *(f"{count:,} tokens" for count in tokens)]
+    table = Table("r" * len(columns), columns, rows, ends=[0])
+    return [table, FRONT, Name(f"{found.metric}: {found.protocol}")]
+
+
+def estimate_view(found: Estimate) -> View:
+    """Memory, disk and time that a run will need, part by part."""
+    rows: list[list[str]] = []
+    ends = []
+    for what, parts, said in (
+        ("memory", {**found.needed, **found.held}, size_text),
+        (f"memory on {found.device}", found.there, size_text),
+        ("disk", {**found.output, **found.temporary}, size_text),
+        ("time", found.seconds, duration),
+    ):
+        if parts or what == "disk":
+            whole = {**parts, "in all": sum(parts.values())}
+            rows += [["" if number else what, name, said(size)] for number, (name, size) in enumerate(whole.items())]
+            ends.append(len(rows) - 1)
+    return View([Section("", [Table("llr", ["", "for", "about"], rows, ends), f"A run {found}."])])
+
+
+def rerun_view(rows: Sequence[Row]) -> View:
+    """``mptk rerun``: what was compared, before and now, and a sentence."""
+    cells = [
+        [row["what"], str(row["before"]), str(row["now"]), Good("same") if row["same"] else Bad("DIFFERS")]
+        for row in rows
+    ]
+    differ = [row["what"] for row in rows if not row["same"]]
+    said = f"differs in {', '.join(differ)}" if differ else "the run gave the same result"
+    return View([Section("", [Table("llll", ["", "before", "now", "result"], cells), said])])

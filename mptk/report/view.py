@@ -1,0 +1,111 @@
+"""view: what is shown of a result, as plain values: sections of tables and sentences. Renderers know nothing of it.
+
+``terminal``, ``markdown`` and ``page/`` render a view; ``sections`` and ``analysis`` make views.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from rich.console import RenderableType
+
+
+class Name(str):
+    """Text that comes from a model, a file or a library. Markdown shows it as code."""
+
+
+class Good(str):
+    """A result as it must be."""
+
+
+class Bad(str):
+    """A result that must not be."""
+
+
+class Share(str):
+    """A figure that is a ``part`` of a whole. A page draws it as a bar, too."""
+
+    part: float
+
+    def __new__(cls, said: str, part: float) -> Share:
+        made = super().__new__(cls, said)
+        made.part = part
+        return made
+
+
+@dataclass(frozen=True)
+class Table:
+    """``align``: a letter for each column: ``l`` for text, ``r`` for numbers. ``ends``: rows that end a part."""
+
+    align: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    ends: Collection[int] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a view. Strings are paragraphs."""
+
+    title: str
+    parts: Sequence[Table | str]
+
+
+@dataclass(frozen=True)
+class View:
+    """Sections in order. A console of rich prints it as it is."""
+
+    sections: Sequence[Section]
+    title: str = ""
+
+    def __rich__(self) -> RenderableType:
+        from mptk.report.terminal import rendered
+
+        return rendered(self)
+
+
+# ---- figures and lists as people read them ----
+
+
+def figure(value: float | None) -> str:
+    """A perplexity or another metric: two decimals, four of what is at most 1. Infinity and NaN are null in JSON."""
+    if value is None:
+        return "not finite"
+    if abs(value) >= 1e5:
+        return f"{value:.1e}"
+    return f"{value:.4f}" if abs(value) <= 1 else f"{value:.2f}"
+
+
+def difference(value: float | None) -> str:
+    """A difference or a tolerance: two digits and a power of ten."""
+    return "not finite" if value is None else f"{value:.1e}" if value else "0"
+
+
+def megabytes(size: float) -> str:
+    """Bytes as ``1,234 MB`` or ``0.2 MB``."""
+    return f"{size / 1e6:,.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
+
+
+def large(value: float) -> str:
+    """``134.5 M``: three or four digits and a unit."""
+    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == ' k' else size):.1f}{unit}"
+    return f"{value:,.0f}"
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 thread``, ``4 threads``."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def ranges(widths: Sequence[int]) -> str:
+    """``32…1536 step 32`` if the widths are evenly spaced, else a list."""
+    if len(widths) > 3:
+        steps = {b - a for a, b in itertools.pairwise(widths)}
+        if len(steps) == 1:
+            step = steps.pop()
+            return f"{widths[0]}…{widths[-1]}" + (f" step {step}" if step > 1 else "")
+    return ", ".join(map(str, widths)) if len(widths) <= 12 else f"{widths[0]}…{widths[-1]}, {len(widths)} widths"

@@ -1,0 +1,92 @@
+"""spool: values between stages, in memory up to a bound and the rest in files of a temporary folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx
+
+from mptk.files import Staging, scratch
+from mptk.ir.weights import Lazy, Weights
+
+Values = dict[fx.Node, Any]
+"""Values of a graph: tensors, sizes, or lists of these."""
+
+Layout = Callable[[Tensor], Tensor]
+
+SMALLEST_FILE = 1 << 16
+"""Bytes of the smallest tensor that goes to a file."""
+
+
+class Spool:
+    """Values by key. At most ``bound`` bytes of tensors stay in memory. Files go with the spool."""
+
+    def __init__(self, bound: float) -> None:
+        self._bound, self._bytes = bound, 0.0
+        self._kept: dict[Any, dict[Any, Any]] = {}
+        self._files: dict[Any, dict[Any, tuple[Path, Layout]]] = {}
+        self._staging: Staging | None = None
+        self._count = 0
+
+    def put(self, key: object, values: Mapping[Any, Any]) -> None:
+        """Keep ``values`` under ``key``."""
+        kept, files = self._kept.setdefault(key, {}), self._files.setdefault(key, {})
+        for name, value in values.items():
+            size = value.nbytes if isinstance(value, Tensor) else 0
+            if size >= SMALLEST_FILE and self._bytes + size > self._bound:
+                files[name] = self._write(value)
+            else:
+                kept[name] = value
+                self._bytes += size
+
+    def take(self, key: object, keep: bool = False) -> dict[Any, Any]:
+        """The values under ``key``, which are then gone unless ``keep``."""
+        kept, files = dict(self._kept[key]), dict(self._files[key])
+        found = {**kept, **{name: restored(load_file(file)["value"]) for name, (file, restored) in files.items()}}
+        if not keep:
+            self._bytes -= sum(value.nbytes for value in kept.values() if isinstance(value, Tensor))
+            for file, _ in files.values():
+                file.unlink()
+            del self._kept[key], self._files[key]
+        return found
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor under ``name``, added to one that is there already."""
+        before = self.take(name).get(name) if name in self._kept else None
+        self.put(name, {name: tensor if before is None else before + tensor})
+
+    def weights(self, likes: Mapping[str, Tensor]) -> Weights:
+        """What was added, by name; zeros like ``likes`` if nothing was."""
+        return Weights({name: Lazy(like.to("meta"), partial(self._one, name, like)) for name, like in likes.items()})
+
+    def _one(self, name: str, like: Tensor) -> Tensor:
+        if name not in self._kept:
+            return like.new_zeros(like.shape, device="cpu")
+        tensor: Tensor = self.take(name, keep=True)[name]
+        return tensor
+
+    def _write(self, tensor: Tensor) -> tuple[Path, Layout]:
+        if self._staging is None:
+            self._staging = scratch()
+        self._count += 1
+        file = self._staging.folder / str(self._count)
+        flat, layout = _flattened(tensor.detach())
+        save_file({"value": flat.cpu()}, file)
+        return file, layout
+
+
+def _flattened(tensor: Tensor) -> tuple[Tensor, Layout]:
+    """The numbers of a tensor in the order of its memory, each once, and what gives it its old layout.
+
+    Kernels round differently in another layout.
+    """
+    strides = list(tensor.stride())
+    order = sorted(range(tensor.ndim), key=strides.__getitem__, reverse=True)
+    once = tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in strides)]
+    back = [order.index(d) for d in range(tensor.ndim)]
+    shape, device = tensor.shape, tensor.device
+    return once.permute(order).contiguous(), lambda flat: flat.to(device).permute(back).expand(shape)

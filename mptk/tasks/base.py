@@ -1,0 +1,116 @@
+"""base: what tasks share: a comparison with the dense model's outputs, and a loss of tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mptk.config.settings import Settings
+from mptk.errors import MptkError
+from mptk.io.evaluation import Runs
+from mptk.io.models import Loaded
+from mptk.ir.samples import IGNORED, Samples
+from mptk.progress import Count, Progress
+from mptk.protocols.chain import Task
+from mptk.tasks.inputs import inputs_of
+
+Figure = Callable[[Any, Any], Tensor]
+"""A run's outputs and the dense model's on one batch → the sum of a figure over its samples."""
+
+
+class ComparedTask(Task):
+    """A task of a transformers model, whose samples are of the kind that its class reads."""
+
+    compares = True
+
+    def example(self, model: nn.Module) -> Samples:
+        return Samples(inputs_of(model).example(model))
+
+    def samples(self, loaded: Loaded, settings: Settings, count: int, progress: Count) -> Samples:
+        return Samples(inputs_of(loaded.model).calibration(loaded, settings, count, progress))
+
+    def evaluation(self, loaded: Loaded, settings: Settings) -> Samples:
+        return Samples(inputs_of(loaded.model).evaluation(loaded, settings))
+
+    def named(self, model: nn.Module, data: str) -> str:
+        return inputs_of(model).named(data)
+
+    def predicted(self, samples: Samples) -> int:
+        return len(samples)
+
+
+@torch.no_grad()
+def compared(
+    runs: Runs, batches: Sequence[Samples], figures: Mapping[str, Figure], progress: Progress, protocol: str
+) -> dict[str, Any]:
+    """What ``Task.quality`` gives: run → the mean of the first of ``figures``, and each other one by its name.
+
+    The first run, ``dense``, is what each run is compared with.
+    """
+    first, *others = figures
+    sums: dict[str, dict[str, float]] = {figure: {} for figure in figures}
+    reference: Any = None
+    for name, _, output in runs(batches, partial(progress, first)):
+        reference = output if name == "dense" else reference
+        for figure, of in figures.items():
+            sums[figure][name] = sums[figure].get(name, 0.0) + float(of(output, reference))
+    count = sum(map(len, batches))
+    found = {figure: {name: round(total / count, 6) for name, total in of.items()} for figure, of in sums.items()}
+    return {**found[first], "metric": first, **{name: found[name] for name in others}, "protocol": protocol}
+
+
+def known_to(
+    lists: Iterable[Mapping[str, str | Sequence[str]]],
+    config: PreTrainedConfig,
+    classes: set[type[PreTrainedModel]],
+    what: str,
+) -> str | None:
+    """None if all ``classes`` are in these lists of transformers, else that the class does not do ``what``.
+
+    ``lists``: model type → name of a class, or several.
+    """
+    entries = [entry for named in lists for entry in named.values()]
+    known = {name for entry in entries for name in ((entry,) if isinstance(entry, str) else entry)}
+    names = {c.__name__ for c in classes}
+    if names and names <= known:
+        return None
+    return f"{min(names, default=type(config).__name__)} does not {what}"
+
+
+class TokenTask(Task):
+    """A task whose samples' targets are token ids at the positions of the logits."""
+
+    def loss(self, output: Tensor, samples: Samples) -> Tensor:
+        """Sum of the negative log-likelihoods of the targets, in nats."""
+        targets = samples.targets
+        assert targets is not None
+        if not isinstance(output, Tensor) or output.shape[:-1] != targets.shape or not self.predicted(samples):
+            raise MptkError(
+                "the gradient of a language model's loss needs logits [batch, length, vocab] and windows of 2 or "
+                "more tokens; use magnitude or random for other models"
+            )
+        flat = output.flatten(0, -2).float()
+        return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def predicted(self, samples: Samples) -> int:
+        assert samples.targets is not None
+        return int((samples.targets != IGNORED).sum())
+
+    @torch.no_grad()
+    def perplexities(
+        self, runs: Runs, samples: Samples, progress: Progress, metric: str, protocol: str
+    ) -> dict[str, Any]:
+        """What ``quality`` gives: run → e to the mean loss of a target, to 4 decimals."""
+        rows, totals = samples.split(1), dict[str, float]()
+        for name, i, logits in runs(rows, partial(progress, metric)):
+            totals[name] = totals.get(name, 0.0) + float(self.loss(logits, rows[i].to(logits.device)))
+        tokens = self.predicted(samples)
+        found = {name: round(math.exp(total / tokens), 4) for name, total in totals.items()}
+        return {**found, "metric": metric, "protocol": protocol}

@@ -1,0 +1,152 @@
+"""A setting that is declared once has an option, a key of recipes, a keyword, bounds, and cases in which it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from mptk.cli.app import app, command
+from mptk.cli.options import refuse_idle
+from mptk.cli.recipes import Config
+from mptk.config.recipe import recorded
+from mptk.config.setting import Asked, Choices, Idle, Record, from_json, record, setting, taken, with_keywords
+from mptk.errors import MptkError
+
+KITCHEN, BAKE = "Kitchen", ("bake",)
+COLD = Idle(lambda asked: not asked.settings.heat, "the oven is cold", "give {heat}, or leave it out")
+
+
+@record
+@dataclass(frozen=True)
+class Dough(Record):
+    """What is baked."""
+
+    grains: tuple[str, ...] = setting((), "Comma-separated.", KITCHEN, BAKE, choices=Choices(("rye", "oat")))
+    seed: int = setting(0, "Of the dough.")
+
+
+@record
+@dataclass(frozen=True)
+class Oven(Record):
+    """What is asked for."""
+
+    heat: float = setting(0.5, "How hot.", KITCHEN, BAKE, within=(0.0, 1.0))
+    rack: str = setting("top", "Where.", KITCHEN, BAKE, choices=Choices(("top", "low")), idle=(COLD,))
+    space: int | None = setting(None, "As 8GB.", KITCHEN, BAKE, form="size")
+    widths: Mapping[str, int] = setting({}, "As tin=3.", KITCHEN, BAKE, option="width")
+    fan: bool = setting(False, "A switch.", KITCHEN, BAKE, recipe="refused")
+    light: bool = setting(True, "On or off.", KITCHEN, (*BAKE, "clean"))
+    seed: int = setting(0, "Of the oven.", KITCHEN, BAKE)
+    dough: Dough = field(default_factory=Dough)
+
+
+@pytest.fixture
+def baked() -> Iterator[list[Oven]]:
+    """What the command ``bake`` was asked for."""
+    known, asked = list(app.registered_commands), list[Oven]()
+
+    def bake(settings: Oven, config: Config = None) -> None:
+        refuse_idle("bake", Asked(settings))
+        asked.append(settings)
+
+    bake.__annotations__ |= {"settings": Oven, "config": Config}
+    command("bake", base=Oven())(bake)
+    yield asked
+    app.registered_commands[:] = known
+
+
+@pytest.fixture
+def run(baked: list[Oven]) -> Callable[..., Any]:
+    return lambda *words: CliRunner().invoke(app, ["bake", *words], env={"COLUMNS": "300", "TERMINAL_WIDTH": "300"})
+
+
+def test_options(baked: list[Oven], run: Callable[..., Any]) -> None:
+    assert run().exit_code == 0
+    words = "--heat 1 --rack low --space 2kB --width tin=3 --width cup=4 --fan --no-light --seed 7 --grains rye,oat"
+    assert run(*words.split()).exit_code == 0
+    first, second = baked
+    assert first == Oven()
+    dough = Dough(("rye", "oat"), seed=7)
+    assert second == Oven(1.0, "low", 2000, {"tin": 3, "cup": 4}, fan=True, light=False, seed=7, dough=dough)
+
+
+def test_help(run: Callable[..., Any]) -> None:
+    shown = run("--help").stdout
+    assert all(words in shown for words in ("How hot.", "[top|low]", "[rye,oat]", "--no-light", "default: 0.5"))
+    assert "--no-fan" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--heat 2", "Invalid value for '--heat'"),
+        ("--rack tip", "Invalid value for '--rack': 'tip' is not known; did you mean 'top'? choose one of top, low"),
+        ("--grains rye,oad", "'oad' is not known; did you mean 'oat'? choose one of rye, oat"),
+    ],
+)
+def test_values_that_are_typed_wrong(words: str, said: str, run: Callable[..., Any]) -> None:
+    result = run(*words.split())
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_an_option_that_would_do_nothing(run: Callable[..., Any]) -> None:
+    assert run("--heat", "0").exit_code == 0
+    said = str(run("--heat", "0", "--rack", "low").exception)
+    assert said == "--rack would do nothing: the oven is cold; give --heat, or leave it out"
+
+
+def test_recipes(baked: list[Oven], run: Callable[..., Any], tmp_path: Path) -> None:
+    oven = Oven(0.0, "low", 2000, {"tin": 3}, light=False, dough=Dough(("rye",)))
+    kept = recorded(oven, "bake")
+    assert kept["space"] == "2000B"
+    assert set(taken(Oven, "bake")) - set(kept) == {"fan"}
+    assert recorded(oven, "clean") == {"light": False}
+    (tmp_path / "bake.yaml").write_text(yaml.safe_dump(kept))
+    assert run("--config", str(tmp_path / "bake.yaml")).exit_code == 0  # an idle rack of a recipe is not refused
+    assert run("--config", str(tmp_path / "bake.yaml"), "--heat", "1").exit_code == 0
+    assert (baked[0], baked[1].heat) == (oven, 1.0)
+
+
+def test_keywords() -> None:
+    found = with_keywords(Oven(), {"rack": "low", "grains": "rye", "seed": 3, "heat": 1})
+    assert found == Oven(1, "low", seed=3, dough=Dough(("rye",), 3))
+    assert with_keywords(found, {"dough": Dough(seed=1), "grains": ["oat"]}).dough == Dough(("oat",), 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"haet": 1}, "there is no setting 'haet'; did you mean 'heat'?"),
+        ({"heat": 2}, "heat: 2 is more than 1.0; give a number from 0.0 to 1.0"),
+        ({"heat": float("nan")}, "heat: nan is no finite number"),
+        ({"heat": "1"}, "heat is '1'; give a number"),
+        ({"rack": "tip"}, "rack: 'tip' is not known; did you mean 'top'?"),
+        ({"grains": ("oat", "oad")}, "grains: 'oad' is not known; did you mean 'oat'?"),
+        ({"dough": 3, "grains": "rye"}, "dough is 3; give a Dough"),
+    ],
+)
+def test_keywords_that_are_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(MptkError) as told:
+        with_keywords(Oven(), values)
+    assert str(told.value).startswith(said)
+
+
+def test_what_a_file_kept_is_checked() -> None:
+    oven = Oven(space=3, dough=Dough(("rye",)))
+    kept = asdict(oven)
+    kept["dough"]["grains"] = ["rye"]  # as JSON has it
+    assert from_json(Oven, {**kept, "later": 1, "declared": 1}, "oven") == oven
+    for wrong, said in (({"heat": 2}, "oven: heat: 2 is more"), ({"dough": 1}, r"oven\.dough is no object")):
+        with pytest.raises(ValueError, match=said):
+            from_json(Oven, kept | wrong, "oven")
+
+
+def test_the_docstring_lists_the_settings() -> None:
+    assert "- ``heat``: How hot." in str(Oven.__doc__)
